@@ -1,0 +1,27 @@
+"""The shape alphabet. One letter means one thing in every annotation, docstring and error.
+
+    B  batch                       P  prompt length            H  model width
+    T  encoder positions           L  decoder positions        V  vocabulary rows
+       (prompt slots included)     K  rows of the prompt bank  G  groups (independent runs)
+    R  rank of a task's factors    N  attention heads          D  width of one head
+    F  feed-forward width          S  source prompts           C  classes
+
+Annotations are jaxtyping's (`Float[Array, "B T H"]`). They are checked at run time only under
+pytest, by an import hook, so production code pays nothing for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+__all__ = ["Array", "Batch", "Bool", "Float", "Int", "Key", "Params", "UInt32"]
+
+# A nested dict of arrays with string keys: the parameter tree, or any part of it.
+Params = Mapping[str, Any]
+# One batch of the contract in docs/architecture.md: feature name -> array.
+Batch = Mapping[str, jax.Array]
+Key = PRNGKeyArray | UInt32[Array, "2"]
