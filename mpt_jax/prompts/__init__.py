@@ -1,0 +1,14 @@
+"""Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
+
+from mpt_jax.prompts import mpt, no_prompt, prompt_tuning
+from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
+
+__all__ = [
+    "PromptMethod",
+    "get_method",
+    "method_names",
+    "mpt",
+    "no_prompt",
+    "prompt_tuning",
+    "register",
+]

@@ -1,0 +1,168 @@
+"""What a prompt method is, the registry of methods, and how a prompt meets the text.
+
+A method owns its parameters: their shapes, initial values, labels, how a prompt is composed from
+them, and how a new task starts from a trained artefact. It never sees tokens or the backbone. A
+prompt is not concatenated to the text: it is written into positions that the batch reserves for
+it (`encoder_prompt_slots`), so mixing tasks in a batch, and packing, cost nothing extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.runs import Runs, unknown_name
+from mpt_jax.shapes import Array, Float, Int, Key, Params
+from mpt_jax.tree import Rules
+
+
+class Vocabulary(Protocol):
+    """The part of a SeqIO vocabulary that initial values need."""
+
+    def encode(self, s: str) -> Sequence[int]:
+        """Token ids of a text, without an end-of-sequence id."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InitContext:
+    """What initial values may look at.
+
+    Attributes:
+        embedding: [V, H] the backbone's token embeddings.
+        vocabulary: turns words into ids; only the text and class-label initialisers need it.
+    """
+
+    embedding: Array
+    vocabulary: Vocabulary | None = None
+
+
+class PromptMethod(Protocol):
+    """A prompt method. Configuration lives in the object, parameters in a tree of float32.
+
+    Attributes:
+        name: the name in the registry and in artefacts.
+        prompt_length: P, in positions.
+        labels: (path below `prompt/`, label) rules that cover every parameter of the method.
+        axes: parameter name -> logical axis names, for sharding.
+    """
+
+    name: str
+    prompt_length: int
+    labels: Rules
+    axes: dict[str, tuple[str, ...]]
+
+    def init(self, key: Key, runs: Runs, context: InitContext) -> dict[str, Array]:
+        """Initial parameters. A run's values depend on the key and its name, not on its row."""
+        ...
+
+    def compose(self, params: Params, runs: Runs, task_ids: Int[Array, "..."]) -> Array:
+        """The prompts [..., P, H] of the given bank rows [...]."""
+        ...
+
+    def compose_rows(
+        self, params: Params, runs: Runs, task_ids: Int[Array, "..."], slots: Int[Array, "..."]
+    ) -> Array:
+        """Row `slots - 1` of each position's prompt, [..., H]; the form packed batches use."""
+        ...
+
+    def transfer(
+        self, source: Params, source_method: PromptMethod, source_runs: Runs, runs: Runs
+    ) -> dict[str, Array]:
+        """Parameters for `runs`, started from a trained artefact of `source_runs`."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """What an artefact must record to build the method again, JSON values only."""
+        ...
+
+
+_METHODS: dict[str, Callable[..., PromptMethod]] = {}
+
+
+def register(cls: Any) -> Any:
+    """Class decorator: makes a method known under its `name`."""
+    if cls.name in _METHODS:
+        raise ValueError(f"A prompt method named {cls.name!r} is already registered.")
+    _METHODS[cls.name] = cls
+    return cls
+
+
+def get_method(name: str) -> Callable[..., PromptMethod]:
+    """The class of a registered method.
+
+    Raises:
+        ValueError: no such method; lists the known ones.
+    """
+    if name not in _METHODS:
+        raise ValueError(unknown_name("prompt method", name, method_names()))
+    return _METHODS[name]
+
+
+def method_names() -> tuple[str, ...]:
+    """Every registered method, sorted."""
+    return tuple(sorted(_METHODS))
+
+
+def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
+    """One plain prompt per bank row: what a server needs and nothing more."""
+    return method.compose(params, runs, jnp.arange(runs.num_rows))
+
+
+def name_key(key: Key, name: str) -> Key:
+    """A key for a name: the same wherever the name stands in a bank, so that a run starts from
+    the same values alone and among others."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def group_leaders(runs: Runs) -> list[int]:
+    """The row each group is initialised by: its first."""
+    return [runs.group_of_row.index(group) for group in range(runs.num_groups)]
+
+
+def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:
+    """Bank rows of a source artefact that a new task starts from.
+
+    Args:
+        source_runs: the rows of the artefact.
+        start_from: `'average'` for all rows, else the name of one run.
+        named_only: refuses `'average'` over several rows (a method that cannot average).
+    """
+    if start_from != "average":
+        return [source_runs.row(start_from)]
+    if named_only and source_runs.num_rows > 1:
+        raise ValueError(
+            "This method starts from one source prompt, and the artefact holds "
+            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one."
+        )
+    return list(range(source_runs.num_rows))
+
+
+def place(
+    prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]
+) -> Float[Array, "B T H"]:
+    """Writes prompts into the first P positions, which the feature converter reserved for them.
+
+    For unpacked batches only: there slot i+1 is position i of every example.
+    """
+    length = prompts.shape[1]
+    if embedded.shape[1] < length:
+        raise ValueError(
+            f"A prompt of {length} positions does not fit a row of {embedded.shape[1]}: the "
+            "feature converter must reserve prompt_length positions in front of the text."
+        )
+    if length == 0:
+        return embedded
+    return jnp.concatenate([prompts.astype(embedded.dtype), embedded[:, length:]], axis=1)
+
+
+def place_rows(
+    rows: Float[Array, "B T H"], embedded: Float[Array, "B T H"], slots: Int[Array, "B T"]
+) -> Float[Array, "B T H"]:
+    """Writes a prompt row into every position that is a prompt slot, wherever it lies."""
+    return jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)

@@ -1,0 +1,35 @@
+"""No prompt at all: for pretraining and full fine-tuning, where something else learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from mpt_jax.prompts.base import register
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class NoPrompt:
+    """P = 0 and no parameters; the batch reserves no positions."""
+
+    name = "none"
+    prompt_length = 0
+    labels = ()
+    axes = {}
+
+    def init(self, key, runs, context):
+        return {}
+
+    def compose(self, params, runs, task_ids):
+        return jnp.zeros((*task_ids.shape, 0, 0), jnp.float32)
+
+    def compose_rows(self, params, runs, task_ids, slots):
+        raise ValueError("A batch without prompt slots has no prompt rows to compose.")
+
+    def transfer(self, source, source_method, source_runs, runs):
+        raise ValueError("The method 'none' has no prompt that could start from an artefact.")
+
+    def config(self):
+        return {}
