@@ -1,0 +1,1 @@
+"""Backbones: frozen networks that take embeddings and masks and never hear of prompts."""

@@ -1,0 +1,138 @@
+"""The shape of a T5 and the named sizes that were published."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+ACTIVATIONS = ("relu", "gelu", "silu", "linear")
+REMAT_POLICIES = ("none", "minimal", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Hyperparameters of one T5; the field names are T5X's.
+
+    Attributes:
+        vocab_size: rows V of the embedding, padding rows included.
+        dtype: of activations, `float32` or `bfloat16` (a name will do). Softmax, layer norms'
+            statistics and logits are float32 in both.
+        emb_dim: model width H.
+        num_heads: attention heads N.
+        num_encoder_layers: layers of the encoder.
+        num_decoder_layers: layers of the decoder.
+        head_dim: width D of one head; N*D need not be H.
+        mlp_dim: feed-forward width F.
+        mlp_activations: one name per input projection, their outputs are multiplied:
+            `('relu',)` is T5 1.0, `('gelu', 'linear')` is T5 1.1.
+        dropout_rate: applied only where a call says `deterministic=False`.
+        logits_via_embedding: whether the embedding is the output projection, scaled by H^-0.5
+            (T5 1.0), or the decoder has its own (T5 1.1).
+        float32_attention_logits: whether query-key products leave the matrix unit in float32
+            rather than in `dtype`.
+        relative_attention_num_buckets: rows of the relative position table.
+        relative_attention_max_distance: distance from which on all positions share a bucket.
+        biases: adds a zero-initialised bias to every projection and layer norm, which T5 lacks,
+            so that BitFit has something to train.
+        remat: what the backward pass recomputes: `none`, `minimal` (all but products with
+            weights) or `full` (whole layers).
+        scan_layers: runs the layers as one loop over stacked weights (see `scan.py`), which
+            compiles in a time that does not grow with depth.
+    """
+
+    vocab_size: int
+    dtype: Any = "float32"
+    emb_dim: int = 512
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 2048
+    mlp_activations: tuple[str, ...] = ("relu",)
+    dropout_rate: float = 0.0
+    logits_via_embedding: bool = False
+    float32_attention_logits: bool = False
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    biases: bool = False
+    remat: str = "none"
+    scan_layers: bool = False
+
+    def __post_init__(self) -> None:
+        dtype = jnp.dtype(self.dtype)
+        if dtype == jnp.float16:
+            raise ValueError(
+                "T5Config.dtype=float16: T5's activations overflow float16. Use bfloat16 "
+                "or float32."
+            )
+        if dtype not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+            raise ValueError(f"T5Config.dtype={self.dtype!r}: use 'float32' or 'bfloat16'.")
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        for name in self.mlp_activations:
+            if name not in ACTIVATIONS:
+                raise ValueError(
+                    f"T5Config.mlp_activations holds {name!r}; known: {list(ACTIVATIONS)}."
+                )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"T5Config.remat={self.remat!r}; known: {list(REMAT_POLICIES)}.")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"T5Config.dropout_rate={self.dropout_rate}: must be in [0, 1).")
+
+
+# Size -> (H, N, encoder layers, decoder layers, D, F), as published with each model.
+_T5_1_0 = {
+    "small": (512, 8, 6, 6, 64, 2048),
+    "base": (768, 12, 12, 12, 64, 3072),
+    "large": (1024, 16, 24, 24, 64, 4096),
+    "3b": (1024, 32, 24, 24, 128, 16384),
+    "11b": (1024, 128, 24, 24, 128, 65536),
+}
+_T5_1_1 = {
+    "small": (512, 6, 8, 8, 64, 1024),
+    "base": (768, 12, 12, 12, 64, 2048),
+    "large": (1024, 16, 24, 24, 64, 2816),
+    "xl": (2048, 32, 24, 24, 64, 5120),
+    "xxl": (4096, 64, 24, 24, 64, 10240),
+}
+_BYT5 = {
+    "small": (1472, 6, 12, 4, 64, 3584),
+    "base": (1536, 12, 18, 6, 64, 3968),
+    "large": (1536, 16, 36, 12, 64, 3840),
+    "xl": (2560, 32, 36, 12, 64, 6720),
+    "xxl": (4672, 64, 36, 12, 64, 12352),
+}
+_GATED: dict[str, Any] = {"mlp_activations": ("gelu", "linear"), "logits_via_embedding": False}
+_PLAIN: dict[str, Any] = {"mlp_activations": ("relu",), "logits_via_embedding": True}
+_FAMILIES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "t5_1_0": (_T5_1_0, {"vocab_size": 32128, **_PLAIN}),
+    "t5_1_1": (_T5_1_1, {"vocab_size": 32128, **_GATED}),
+    "flan_t5": (_T5_1_1, {"vocab_size": 32128, **_GATED}),
+    "mt5": (_T5_1_1, {"vocab_size": 250112, **_GATED}),
+    "byt5": (_BYT5, {"vocab_size": 384, **_GATED}),
+}
+NAMES = tuple(f"{family}_{size}" for family, (sizes, _) in _FAMILIES.items() for size in sizes)
+
+
+def t5_config(name: str, **overrides: Any) -> T5Config:
+    """The configuration of a published model, e.g. `t5_config('t5_1_1_base', dtype='bfloat16')`.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    family, _, size = name.lower().rpartition("_")
+    if name.lower() not in NAMES:
+        raise ValueError(f"No T5 is called {name!r}. Known: {list(NAMES)}.")
+    sizes, fields = _FAMILIES[family]
+    emb_dim, num_heads, encoder_layers, decoder_layers, head_dim, mlp_dim = sizes[size]
+    shape = {
+        "emb_dim": emb_dim,
+        "num_heads": num_heads,
+        "num_encoder_layers": encoder_layers,
+        "num_decoder_layers": decoder_layers,
+        "head_dim": head_dim,
+        "mlp_dim": mlp_dim,
+    }
+    return T5Config(**{**fields, **shape, **overrides})

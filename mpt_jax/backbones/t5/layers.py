@@ -1,0 +1,320 @@
+"""The parts of a T5 layer: projections, layer norm, relative positions, attention, feed-forward.
+
+Parameter names, shapes, logical axes and initialisation are T5X's; arithmetic is T5's
+(Raffel et al. 2020): no biases, no mean in the layer norm, no 1/sqrt(D) in the scores (it is in
+the initialisation of the queries), one relative position table per stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+
+from mpt_jax.backbones.t5.config import T5Config
+from mpt_jax.shapes import Array, Bool, Float, Int
+
+# Added to the score of a pair that may not attend; finite, so that a row without any allowed
+# pair (padding in a packed batch) stays free of NaN.
+MASKED = -1e10
+
+Initializer = Callable[..., jax.Array]
+_normal_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_truncated_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Tells the partitioner an activation's logical axes; nothing happens without a mesh."""
+    return with_sharding_constraint(x, axes)
+
+
+class Dense(nn.Module):
+    """`x W`, with a bias only where the configuration asks for biases."""
+
+    features: int
+    axes: tuple[str, str]
+    config: T5Config
+    kernel_init: Initializer = _truncated_fan_in
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = self.config.dtype
+        kernel = param_with_axes(
+            "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes
+        )
+        y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
+        if self.config.biases:
+            bias = param_with_axes(
+                "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[1:]
+            )
+            y = y + bias.astype(dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """`x / rms(x) * scale`; the mean square is taken in float32."""
+
+    config: T5Config
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = self.config.dtype
+        shape = (x.shape[-1],)
+        scale = param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=("embed",))
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(dtype) * scale.astype(dtype)
+        if self.config.biases:
+            bias = param_with_axes(
+                "bias", nn.initializers.zeros, shape, jnp.float32, axes=("embed",)
+            )
+            y = y + bias.astype(dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """The token table, read by row on the way in and (T5 1.0) multiplied on the way out."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.emb_dim)
+        self.embedding = param_with_axes(
+            "embedding", nn.initializers.normal(1.0), shape, jnp.float32, axes=("vocab", "embed")
+        )
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        return constrain(x, "batch", "length", "embed")
+
+    def attend(self, x: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
+        """Scores of every row of the table, float32, scaled by H^-0.5."""
+        return float32_product(x, self.embedding.T) / math.sqrt(self.config.emb_dim)
+
+
+def float32_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x W` accumulated and returned in float32, without a float32 copy of a bfloat16 `W`."""
+    x = x.astype(jnp.promote_types(x.dtype, kernel.dtype))
+    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class OutputProjection(nn.Module):
+    """T5 1.1's own projection onto the vocabulary, float32."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
+        shape = (self.config.emb_dim, self.config.vocab_size)
+        kernel = param_with_axes(
+            "kernel", _truncated_fan_in, shape, jnp.float32, axes=("embed", "vocab")
+        )
+        return float32_product(x, kernel)
+
+
+def distance_buckets(
+    length: int, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """The table row for every distance key - query in [-(length-1), length-1], in that order.
+
+    Half of the rows are for single distances, the rest cover logarithmically growing ranges up
+    to `max_distance` (Raffel et al. 2020, section 2.1). In a decoder no key lies ahead.
+    """
+    distance = np.arange(1 - length, length)
+    rows = np.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        rows = np.where(distance > 0, num_buckets, 0)
+        behind = np.abs(distance)
+    else:
+        behind = np.maximum(-distance, 0)
+    exact = num_buckets // 2
+    # The epsilon keeps log(0) out; float32 as in the original, which decides ties at the edges.
+    ratio = behind.astype(np.float32) / exact + np.finfo(np.float32).eps
+    growth = np.log(ratio) / np.log(max_distance / exact)
+    far = np.minimum(exact + (growth * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
+    return rows + np.where(behind < exact, behind, far)
+
+
+def toeplitz(values: Float[Array, "N W"], rows: int) -> Float[Array, "N rows cols"]:
+    """`out[n, q, k] = values[n, k - q + rows - 1]`, by tiling and skewing instead of a gather."""
+    heads, width = values.shape
+    padded = jnp.pad(values, ((0, 0), (0, 1)))
+    flat = jnp.broadcast_to(padded[:, None], (heads, rows, width + 1)).reshape(heads, -1)
+    skewed = flat[:, : rows * width].reshape(heads, rows, width)
+    return skewed[:, :, rows - 1 :]
+
+
+class RelativePositionBias(nn.Module):
+    """The scores' additive term that depends on key position - query position alone."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(
+        self, queries: int, keys: int, first_query: Int[Array, ""] | int = 0
+    ) -> Float[Array, "1 N Q K"]:
+        """Queries at `first_query, first_query + 1, ...`, keys at `0 .. keys - 1`."""
+        cfg = self.config
+        table = param_with_axes(
+            "rel_embedding",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (cfg.num_heads, cfg.relative_attention_num_buckets),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        buckets = distance_buckets(
+            keys,
+            self.bidirectional,
+            cfg.relative_attention_num_buckets,
+            cfg.relative_attention_max_distance,
+        )
+        by_distance = table.astype(jnp.float32)[:, buckets]
+        start = keys - queries - first_query
+        width = queries + keys - 1
+        window = jax.lax.dynamic_slice_in_dim(by_distance, start, width, axis=1)
+        return toeplitz(window, queries)[None]
+
+
+def mask_bias(mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """0 where a pair may attend, a very negative number where it may not."""
+    return jnp.where(mask, 0.0, MASKED)
+
+
+class Dropout(nn.Module):
+    """Dropout with one draw shared along the length, as T5 has it everywhere."""
+
+    config: T5Config
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        drop = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
+        return drop(x, deterministic=self.deterministic)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over a memory, which may be the queries themselves.
+
+    With `cache` the keys and values are kept in the `cache` collection: `self` writes the new
+    positions into `[B,N,M,D]` (M positions in all) at `cache_index`; `cross` computes those of
+    the memory once. The call that creates the cache attends without it.
+    """
+
+    config: T5Config
+    deterministic: bool
+    cache: Literal["none", "self", "cross"] = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B Q H"],
+        memory: Float[Array, "B K H"],
+        biases: Sequence[jax.Array],
+        cache_index: Int[Array, ""] | None = None,
+        cache_length: int | None = None,
+    ) -> Float[Array, "B Q H"]:
+        cfg = self.config
+        query_init = _scaled(_normal_fan_in, cfg.head_dim**-0.5)
+        query = self._heads("query", query_init)(x)
+        compute = functools.partial(self._keys_and_values, memory)
+        if self.cache == "none":
+            key, value = compute()
+        elif self.cache == "cross":
+            key, value = self._cached_memory(compute)
+        else:
+            key, value = self._cached_positions(compute(), cache_index, cache_length)
+        scores_dtype = jnp.float32 if cfg.float32_attention_logits else None
+        scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=scores_dtype)
+        probabilities = jax.nn.softmax(sum(biases, start=scores.astype(jnp.float32)))
+        probabilities = Dropout(cfg, self.deterministic)(probabilities.astype(cfg.dtype))
+        context = jnp.einsum("bnqk,bnkd->bnqd", probabilities, value)
+        context = context.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        return Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg, _normal_fan_in, name="out")(context)
+
+    def _heads(self, name: str, init: Initializer) -> Callable[[jax.Array], jax.Array]:
+        """A projection `[B,T,H] -> [B,N,T,D]`: one 2-D product, then the heads moved out."""
+        cfg = self.config
+        width = cfg.num_heads * cfg.head_dim
+        project = Dense(width, ("embed", "joined_kv"), cfg, init, name=name)
+
+        def apply(x: jax.Array) -> jax.Array:
+            heads = project(x).reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+            return constrain(heads, "batch", "length", "heads", "kv").transpose(0, 2, 1, 3)
+
+        return apply
+
+    def _keys_and_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = self._heads("key", _normal_fan_in)(memory)
+        value = self._heads("value", _normal_fan_in)(memory)
+        return key, value
+
+    def _cached_memory(
+        self, compute: Callable[[], tuple[jax.Array, jax.Array]]
+    ) -> tuple[jax.Array, jax.Array]:
+        if not self.has_variable("cache", "cached_key"):
+            key, value = compute()
+            self.variable("cache", "cached_key", lambda: key)
+            self.variable("cache", "cached_value", lambda: value)
+        return self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
+
+    def _cached_positions(
+        self,
+        new: tuple[jax.Array, jax.Array],
+        cache_index: jax.Array | None,
+        cache_length: int | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        creating = not self.has_variable("cache", "cached_key")
+        kept = []
+        for name, x in zip(("cached_key", "cached_value"), new, strict=True):
+            batch, heads, _, width = x.shape
+            shape = (batch, heads, cache_length, width)
+            buffer = self.variable("cache", name, jnp.zeros, shape, x.dtype)
+            if not creating:
+                buffer.value = jax.lax.dynamic_update_slice_in_dim(
+                    buffer.value, x, cache_index, axis=2
+                )
+            kept.append(buffer.value)
+        return new if creating else (kept[0], kept[1])
+
+
+def _scaled(init: Initializer, scale: float) -> Initializer:
+    return lambda *args: init(*args) * scale
+
+
+class Mlp(nn.Module):
+    """Feed-forward block; with two activations it is gated (Shazeer 2020)."""
+
+    config: T5Config
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        cfg = self.config
+        single = len(cfg.mlp_activations) == 1
+        parts = []
+        for i, activation in enumerate(cfg.mlp_activations):
+            name = "wi" if single else f"wi_{i}"
+            hidden = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg, name=name)(x)
+            parts.append(_ACTIVATIONS[activation](hidden))
+        hidden = Dropout(cfg, self.deterministic)(functools.reduce(operator.mul, parts))
+        hidden = constrain(hidden, "batch", "length", "mlp")
+        return Dense(cfg.emb_dim, ("mlp", "embed"), cfg, name="wo")(hidden)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}

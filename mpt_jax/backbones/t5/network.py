@@ -1,0 +1,289 @@
+"""The encoder-decoder: embeddings and masks in, logits and hidden states out.
+
+The network never hears of prompts. A caller that wants some embeds the tokens itself (`embed`),
+writes its rows in, and passes embeddings with a mask to `encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mpt_jax.backbones.t5 import layers
+from mpt_jax.backbones.t5.config import T5Config
+from mpt_jax.shapes import Array, Bool, Float, Int
+
+Hidden = tuple[jax.Array, ...]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each normalised before and added to its input."""
+
+    config: T5Config
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T H"], biases: Sequence[jax.Array]
+    ) -> Float[Array, "B T H"]:
+        cfg, deterministic = self.config, self.deterministic
+        normed = layers.LayerNorm(cfg, name="pre_attention_layer_norm")(x)
+        y = layers.Attention(cfg, deterministic, name="attention")(normed, normed, biases)
+        x = x + layers.Dropout(cfg, deterministic)(y)
+        normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
+        y = layers.Mlp(cfg, deterministic, name="mlp")(normed)
+        return layers.constrain(
+            x + layers.Dropout(cfg, deterministic)(y), "batch", "length", "embed"
+        )
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention over the encoder's output, feed-forward."""
+
+    config: T5Config
+    deterministic: bool
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L H"],
+        encoded: Float[Array, "B T H"],
+        self_biases: Sequence[jax.Array],
+        cross_biases: Sequence[jax.Array],
+        cache_index: Int[Array, ""] | None = None,
+        cache_length: int | None = None,
+    ) -> Float[Array, "B L H"]:
+        cfg, deterministic = self.config, self.deterministic
+        self_cache, cross_cache = ("self", "cross") if self.decode else ("none", "none")
+        normed = layers.LayerNorm(cfg, name="pre_self_attention_layer_norm")(x)
+        y = layers.Attention(cfg, deterministic, self_cache, name="self_attention")(
+            normed, normed, self_biases, cache_index, cache_length
+        )
+        x = x + layers.Dropout(cfg, deterministic)(y)
+        normed = layers.LayerNorm(cfg, name="pre_cross_attention_layer_norm")(x)
+        y = layers.Attention(cfg, deterministic, cross_cache, name="encoder_decoder_attention")(
+            normed, encoded, cross_biases
+        )
+        x = x + layers.Dropout(cfg, deterministic)(y)
+        normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
+        y = layers.Mlp(cfg, deterministic, name="mlp")(normed)
+        return layers.constrain(
+            x + layers.Dropout(cfg, deterministic)(y), "batch", "length", "embed"
+        )
+
+
+class Encoder(nn.Module):
+    """The stack of encoder layers and the norm after it."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T H"],
+        mask: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B T H"], Hidden]:
+        cfg, length = self.config, x.shape[1]
+        relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
+        biases = (relative(length, length), pair_bias(mask, segment_ids, segment_ids))
+        x = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
+        hidden = [x]
+        for i in range(cfg.num_encoder_layers):
+            x = EncoderLayer(cfg, deterministic, name=f"layers_{i}")(x, biases)
+            hidden.append(x)
+        x = layers.LayerNorm(cfg, name="encoder_norm")(x)
+        # Alone among T5's dropouts this one draws for every position.
+        x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+        return x, (*hidden[:-1], x)
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers, the norm after it, and the logits."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self,
+        y: Float[Array, "B L H"],
+        encoded: Float[Array, "B T H"],
+        encoder_mask: Bool[Array, "B T"],
+        encoder_segment_ids: Int[Array, "B T"] | None,
+        decoder_segment_ids: Int[Array, "B L"] | None,
+        deterministic: bool,
+        cache_length: int | None,
+        tied_logits: Callable[[jax.Array], jax.Array] | None,
+    ) -> tuple[Float[Array, "B L V"], Hidden]:
+        cfg, decode = self.config, cache_length is not None
+        cross_biases = (pair_bias(encoder_mask, decoder_segment_ids, encoder_segment_ids),)
+        self_biases, cache_index = self._self_biases(y.shape[1], decoder_segment_ids, cache_length)
+        y = layers.Dropout(cfg, deterministic)(y.astype(cfg.dtype))
+        hidden = [y]
+        for i in range(cfg.num_decoder_layers):
+            y = DecoderLayer(cfg, deterministic, decode, name=f"layers_{i}")(
+                y, encoded, self_biases, cross_biases, cache_index, cache_length
+            )
+            hidden.append(y)
+        y = layers.LayerNorm(cfg, name="decoder_norm")(y)
+        y = layers.Dropout(cfg, deterministic)(y)
+        if tied_logits is not None:
+            logits = tied_logits(y)
+        else:
+            logits = layers.OutputProjection(cfg, name="logits_dense")(y)
+        return logits, (*hidden[:-1], y)
+
+    def _self_biases(
+        self, length: int, segment_ids: jax.Array | None, cache_length: int | None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """Relative positions and causality, for a whole sequence or for a step with a cache."""
+        relative = layers.RelativePositionBias(self.config, bidirectional=False, name="relpos_bias")
+        index, keys = None, length
+        if cache_length is not None:
+            creating = not self.has_variable("cache", "cache_index")
+            counter = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+            if not creating:
+                index, keys = counter.value, cache_length
+                counter.value = index + length
+        first = 0 if index is None else index
+        causal = jnp.arange(keys) <= (first + jnp.arange(length))[:, None]
+        biases = (relative(length, keys, first), layers.mask_bias(causal)[None, None])
+        if segment_ids is not None:
+            same = segment_ids[:, :, None] == segment_ids[:, None, :]
+            biases = (biases[0], layers.mask_bias(causal & same)[:, None])
+        return biases, index
+
+
+def pair_bias(
+    key_mask: Bool[Array, "B K"],
+    query_segments: Int[Array, "B Q"] | None,
+    key_segments: Int[Array, "B K"] | None,
+) -> Float[Array, "B 1 Q K"] | Float[Array, "B 1 1 K"]:
+    """Which keys a query may see: those of the mask, in its own segment where rows are packed."""
+    allowed = key_mask[:, None, :]
+    if query_segments is not None and key_segments is not None:
+        allowed = allowed & (query_segments[:, :, None] == key_segments[:, None, :])
+    return layers.mask_bias(allowed)[:, None]
+
+
+class Transformer(nn.Module):
+    """T5. Parameters lie in `params` as T5X has them, their logical axes in `params_axes`."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        self.token_embedder = layers.Embed(self.config)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
+        """The rows of the token table."""
+        return self.token_embedder(tokens)
+
+    def encode(
+        self,
+        inputs: Int[Array, "B T"] | Float[Array, "B T H"],
+        mask: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+        return_hidden: bool = False,
+    ) -> Float[Array, "B T H"] | tuple[Float[Array, "B T H"], Hidden]:
+        """Runs the encoder over tokens, or over embeddings where the caller has made them.
+
+        Args:
+            inputs: token ids `[B,T]` or embeddings `[B,T,H]`.
+            mask: the positions that are attended to.
+            segment_ids: which example a position belongs to, where rows are packed.
+            deterministic: False draws dropout from the `dropout` random stream.
+            return_hidden: also returns the hidden states: the embeddings, the output of every
+                layer but the last, and the final output; one more than there are layers.
+
+        Returns:
+            encoded `[B,T,H]`, or `(encoded, hidden)`.
+        """
+        x = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
+        encoded, hidden = self.encoder(x, mask, segment_ids, deterministic)
+        return (encoded, hidden) if return_hidden else encoded
+
+    def decode(
+        self,
+        encoded: Float[Array, "B T H"],
+        encoder_mask: Bool[Array, "B T"],
+        decoder_input_tokens: Int[Array, "B L"],
+        *,
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_segment_ids: Int[Array, "B L"] | None = None,
+        deterministic: bool = True,
+        decode: bool = False,
+        max_decode_length: int | None = None,
+        return_hidden: bool = False,
+    ) -> Float[Array, "B L V"] | tuple[Float[Array, "B L V"], Hidden]:
+        """Runs the decoder over whole sequences, or step by step with a cache.
+
+        With `decode=True` and `cache` mutable, the call that finds no cache creates one for
+        `max_decode_length` positions and computes the keys and values of `encoded`; what it
+        returns is the uncached result and its tokens are not remembered. Every further call
+        appends its tokens and returns their logits.
+
+        Args:
+            encoded: what `encode` returned.
+            encoder_mask: the mask given to `encode`.
+            decoder_input_tokens: targets shifted right; a step's new tokens when decoding.
+            encoder_segment_ids: with `decoder_segment_ids`, where rows are packed.
+            decoder_segment_ids: as above; a target sees the inputs of its own segment only.
+            deterministic: False draws dropout from the `dropout` random stream.
+            decode: whether to use the cache.
+            max_decode_length: positions the cache holds; needed in every call that decodes.
+            return_hidden: also returns the hidden states, counted as in `encode`.
+
+        Returns:
+            logits `[B,L,V]` in float32, or `(logits, hidden)`.
+
+        Raises:
+            ValueError: decoding packed rows, or without `max_decode_length`.
+        """
+        if decode and max_decode_length is None:
+            raise ValueError("decode=True needs max_decode_length, the positions of the cache.")
+        if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
+            raise ValueError("Packed rows (segment ids) cannot be decoded; pass pack=False.")
+        tied = self.token_embedder.attend if self.config.logits_via_embedding else None
+        logits, hidden = self.decoder(
+            self.embed(decoder_input_tokens),
+            encoded,
+            encoder_mask,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            deterministic,
+            max_decode_length if decode else None,
+            tied,
+        )
+        return (logits, hidden) if return_hidden else logits
+
+    def __call__(
+        self,
+        encoder_inputs: Int[Array, "B T"] | Float[Array, "B T H"],
+        encoder_mask: Bool[Array, "B T"],
+        decoder_input_tokens: Int[Array, "B L"],
+        *,
+        encoder_segment_ids: Int[Array, "B T"] | None = None,
+        decoder_segment_ids: Int[Array, "B L"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B L V"]:
+        """Logits of the targets given the inputs; see `encode` and `decode`."""
+        encoded = self.encode(
+            encoder_inputs, encoder_mask, encoder_segment_ids, deterministic=deterministic
+        )
+        return self.decode(
+            encoded,
+            encoder_mask,
+            decoder_input_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            deterministic=deterministic,
+        )
