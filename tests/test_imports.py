@@ -1,0 +1,80 @@
+"""The layout holds: modules import upwards only, and the core needs JAX alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In data-flow order: a module imports only what stands before it, and its own folder.
+CORE = """shapes tree runs prompts backbones losses metrics decoding models optimizers partitioning
+convert artefacts train_state trainer checkpoints""".split()
+BORDER = """features sampling data evaluation gin_utils train eval infer export cli
+t5x_fallback""".split()
+RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
+BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
+
+FILES = sorted((ROOT / "mpt_jax").rglob("*.py"))
+
+
+def top_name(path: Path) -> str:
+    """The name in the layout that a file belongs to: its top folder, or its stem."""
+    parts = path.relative_to(ROOT / "mpt_jax").parts
+    return parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> list[tuple[str, int]]:
+    """Names of the layout that a file imports anywhere, also inside functions, with the line."""
+    package = ["mpt_jax", *path.relative_to(ROOT / "mpt_jax").parts[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join(base + ([node.module] if node.module else []))
+            modules = [f"{stem}.{a.name}" for a in node.names] if stem == "mpt_jax" else [stem]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "mpt_jax" and len(parts) > 1 and parts[1] != "__version__":
+                found.append((parts[1], node.lineno))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_modules_above_it(path: Path) -> None:
+    name = top_name(path)
+    if name == "__init__":
+        assert not imported_names(path), "mpt_jax/__init__.py imports nothing of the library"
+        return
+    assert name in RANK, f"{name} has no place in the layout: add it to this test's lists"
+    below = [
+        f"line {line}: {other}"
+        for other, line in imported_names(path)
+        if other != name and RANK.get(other, len(RANK)) >= RANK[name]
+    ]
+    assert not below, f"{path.relative_to(ROOT)} imports from below itself: {below}"
+
+
+def test_the_core_imports_without_tensorflow_seqio_torch_or_gin() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+        if top_name(path) in CORE
+    ]
+    script = f"""
+import importlib, sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None    # import raises ImportError
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]

@@ -1,0 +1,58 @@
+"""The wheel, installed away from the clone, holds what the commands need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    built = subprocess.run([*command, str(ROOT)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_gin_file_and_no_other_top_level_folder(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = {f"mpt_jax/configs/{p.relative_to(ROOT)}" for p in (ROOT / "gin").rglob("*.gin")}
+    assert expected
+    assert expected <= set(names)
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"mpt_jax", "tasks", "t5x.py"}
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_finds_gin_files_and_tasks_from_anywhere(
+    wheel: Path, tmp_path: Path
+) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:  # a pure wheel is installed by unpacking it
+        archive.extractall(site)
+    script = f"""
+import pathlib, gin, mpt_jax, tasks.toy, t5x
+from mpt_jax import gin_utils
+site = {str(site)!r}
+for module in (mpt_jax, tasks.toy):
+    assert module.__file__.startswith(site), module.__file__
+assert not gin.__file__.startswith(site), gin.__file__
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
