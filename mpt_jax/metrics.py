@@ -1,0 +1,105 @@
+"""Mergeable step metrics: named (sum, weight) pairs, one entry per bank row or per group.
+
+A step returns arrays; they are added over microbatches and steps and divided when they are
+written. Under T5X the same pairs leave as clu metrics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics as clu_metrics
+
+from mpt_jax import losses
+from mpt_jax.runs import Runs
+from mpt_jax.shapes import Array, Batch, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A mean to be: `sum / weight`, elementwise over rows [K] or groups [G]."""
+
+    sum: Array
+    weight: Array
+
+    def __add__(self, other: Metric) -> Metric:
+        return Metric(self.sum + other.sum, self.weight + other.weight)
+
+
+StepMetrics = dict[str, Metric]
+
+
+def task_metrics(
+    batch: Batch, logits: Array, task_ids: Int[Array, "B L"], num_rows: int
+) -> StepMetrics:
+    """Cross entropy (nats per token) and token accuracy of each bank row, without gradient."""
+    logits = jax.lax.stop_gradient(logits)
+    targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+    weights = weights.astype(jnp.float32)
+    cross_entropy, _ = losses.token_losses(logits, targets)
+    correct = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+    by_row = lambda x: losses.group_sum(x * weights, task_ids, num_rows)  # noqa: E731
+    tokens = by_row(jnp.ones_like(weights))
+    return {
+        "loss": Metric(by_row(cross_entropy), tokens),
+        "token_accuracy": Metric(by_row(correct), tokens),
+    }
+
+
+def term_metrics(sums: losses.Sums, weights: losses.Sums) -> StepMetrics:
+    """Each loss term by group, under `term/`."""
+    return {f"term/{name}": Metric(sums[name], weights[name]) for name in sums}
+
+
+def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
+    """Adds two steps' metrics."""
+    return {name: first[name] + second[name] for name in first}
+
+
+def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
+    """What is written: the mean over everything, and one entry for each run (or group).
+
+    `loss` and `token_accuracy` get an entry per run, `loss/<run>`; a term gets one per group,
+    named by the group's number where there are several. Entries without weight are left out.
+    """
+    found: dict[str, float] = {}
+    for name, metric in metrics.items():
+        total, weight = np.asarray(metric.sum), np.asarray(metric.weight)
+        if weight.sum() <= 0:
+            continue
+        found[name] = float(total.sum() / weight.sum())
+        labels = _labels(name, len(total), runs)
+        for label, value, count in zip(labels, total, weight, strict=True):
+            if count > 0:
+                found[f"{name}/{label}"] = float(value / count)
+    return found
+
+
+def to_clu(metrics: StepMetrics, runs: Runs) -> dict[str, clu_metrics.Metric]:
+    """The same entries as clu metrics, which merge across steps and hosts."""
+    found: dict[str, clu_metrics.Metric] = {}
+    for name, metric in metrics.items():
+        found[name] = clu_metrics.Average(total=metric.sum.sum(), count=metric.weight.sum())
+        labels = _labels(name, metric.sum.shape[0], runs)
+        for index, label in enumerate(labels):
+            found[f"{name}/{label}"] = clu_metrics.Average(
+                total=metric.sum[index], count=metric.weight[index]
+            )
+    return found
+
+
+def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
+    if not name.startswith("term/"):
+        return runs.run_names
+    return () if count == 1 else tuple(_group_labels(runs))
+
+
+def _group_labels(runs: Runs) -> Iterator[str]:
+    for group in range(runs.num_groups):
+        rows = [row for row, found in enumerate(runs.group_of_row) if found == group]
+        yield runs.run_names[rows[0]] if len(rows) == 1 else f"group_{group}"

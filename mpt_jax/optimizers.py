@@ -1,0 +1,281 @@
+"""One optimizer for every label: AdamW by rows, with a learning rate for each label and group.
+
+Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K]. Every row
+is stepped as if it were alone, with its own moments, step count, learning rate and (by group)
+clipping norm, which is what makes one job of G runs equal to G jobs. Only trainable parameters
+ever get here; frozen ones have no gradient, no moments and no update.
+
+A task whose examples are not in a batch is `absent`: the gradients of its rows are exactly zero.
+`absent_tasks='dense'` lets moments and decay act on it all the same, as torch's optimizers do;
+`'hold'` leaves its values, moments and step count as they are until it comes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpt_jax.runs import Runs
+from mpt_jax.shapes import Array, Float, Int, Params
+from mpt_jax.tree import Rules, flatten, label_tree
+
+# What the leading axis of a label's parameters counts. Labels not named here (the backbone's own
+# parameters, say) have no such axis.
+GROUP_LABELS = ("shared",)
+ROW_LABELS = ("task",)
+
+PerGroup = float | Sequence[float]
+DECAYS = ("linear", "cosine", "constant", "rsqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate over steps: linear warmup to `peak`, then a decay. All fields but `decay`
+    take one number, or one for each group.
+
+    Attributes:
+        peak: the highest learning rate.
+        total_steps: where a linear or cosine decay ends; needed for those.
+        warmup_steps: length of the warmup; its first step has learning rate zero.
+        warmup_fraction: the same as a fraction of total_steps; give one of the two.
+        decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
+            warmup (T5's pretraining), or `'constant'`.
+    """
+
+    peak: PerGroup
+    total_steps: PerGroup | None = None
+    warmup_steps: PerGroup = 0
+    warmup_fraction: PerGroup = 0.0
+    decay: str = "linear"
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {DECAYS}, got {self.decay!r}.")
+        needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
+        if needs_total and self.total_steps is None:
+            raise ValueError(
+                f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
+                "total_steps."
+            )
+        if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
+            raise ValueError("Give warmup_steps or warmup_fraction, not both.")
+
+    def __call__(
+        self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
+    ) -> Float[Array, "..."]:
+        """The learning rate of a step (counted from 0) in a group."""
+        pick = lambda value: _per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
+        step = jnp.asarray(step, jnp.float32)
+        total = pick(1.0 if self.total_steps is None else self.total_steps)
+        warmup = pick(self.warmup_steps) + jnp.round(pick(self.warmup_fraction) * total)
+        ramp = jnp.where(warmup > 0, jnp.minimum(1.0, step / jnp.maximum(warmup, 1.0)), 1.0)
+        left = jnp.clip((total - step) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+        decays = {
+            "linear": left,
+            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
+            "rsqrt": jnp.sqrt(jnp.maximum(warmup, 1.0) / jnp.maximum(step, jnp.maximum(warmup, 1.0))),
+            "constant": jnp.ones_like(left),
+        }
+        return pick(self.peak) * ramp * decays[self.decay]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptimizer:
+    """AdamW for whatever a label table lets learn.
+
+    Attributes:
+        learning_rates: label -> schedule; one for every label that learns.
+        weight_decay: AdamW's decoupled decay, a factor of the learning rate.
+        clip_norm: the largest gradient norm of a group over all its parameters (one number or one
+            for each group); None for no clipping.
+        absent_tasks: `'dense'` or `'hold'`, see above.
+        b1, b2, eps: Adam's.
+    """
+
+    learning_rates: Mapping[str, Schedule]
+    weight_decay: float = 1e-5
+    clip_norm: PerGroup | None = 1.0
+    absent_tasks: str = "dense"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    # Filled by `bind`, from the model.
+    labels: Rules | None = None
+    runs: Runs | None = None
+
+    def __post_init__(self):
+        if self.absent_tasks not in ("dense", "hold"):
+            raise ValueError(f"absent_tasks must be 'dense' or 'hold', got {self.absent_tasks!r}.")
+
+    def bind(self, labels: Rules, runs: Runs) -> PromptOptimizer:
+        """This optimizer, told which parameter has which label and which row which group."""
+        for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
+            if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
+                raise ValueError(
+                    f"{name} has {len(value)} entries, but there are {runs.num_groups} groups; "  # pyright: ignore
+                    "give one number or one for each group."
+                )
+        return dataclasses.replace(self, labels=tuple(labels), runs=runs)
+
+    def init(self, trainable: Params) -> Any:
+        """The optimizer state of the trainable parameters."""
+        return self._transformation(trainable).init(trainable)
+
+    def update(self, grads: Params, state: Any, trainable: Params) -> tuple[Params, Any]:
+        """Updates to add to the trainable parameters, and the next state."""
+        return self._transformation(trainable).update(grads, state, trainable)
+
+    def current_learning_rates(self, step: int) -> dict[str, float]:
+        """Each label's learning rate at a step (mean over groups), for logs."""
+        groups = jnp.arange(self.runs.num_groups if self.runs else 1)
+        return {
+            label: float(jnp.mean(schedule(jnp.full(groups.shape, step), groups)))
+            for label, schedule in self.learning_rates.items()
+        }
+
+    def _schedule_fields(self) -> list[tuple[str, Any]]:
+        return [
+            (f"learning_rates[{label!r}].{field.name}", getattr(schedule, field.name))
+            for label, schedule in self.learning_rates.items()
+            for field in dataclasses.fields(schedule)
+            if field.name != "decay"
+        ]
+
+    def _transformation(self, trainable: Params) -> optax.GradientTransformation:
+        if self.labels is None or self.runs is None:
+            raise ValueError("This optimizer is not bound to a model; call bind(labels, runs).")
+        labels = label_tree(trainable, self.labels)
+        used = sorted(set(flatten(labels).values()))
+        missing = [label for label in used if label not in self.learning_rates]
+        if missing:
+            raise ValueError(
+                f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
+                f"{sorted(self.learning_rates)}."
+            )
+        adam = optax.chain(
+            optax.scale_by_adam(self.b1, self.b2, self.eps),
+            optax.add_decayed_weights(self.weight_decay),
+        )
+        rules = {
+            label: by_row(
+                adam, self.learning_rates[label], row_groups(label, self.runs),
+                hold=self.absent_tasks == "hold",
+            )
+            for label in used
+        }
+        clip = clip_by_group_norm(self.clip_norm, labels, self.runs)
+        return optax.chain(clip, optax.partition(rules, labels))
+
+
+def row_groups(label: str, runs: Runs) -> tuple[int, ...] | None:
+    """The group of each row of a label's parameters; None where they have no rows.
+
+    Raises:
+        ValueError: parameters without rows, shared by all, in a job of several groups.
+    """
+    if label in GROUP_LABELS:
+        return tuple(range(runs.num_groups))
+    if label in ROW_LABELS:
+        return runs.group_of_row
+    if runs.num_groups > 1:
+        raise ValueError(
+            f"Parameters labelled {label!r} have no group axis, so {runs.num_groups} independent "
+            "runs cannot train them in one job; run them one by one."
+        )
+    return None
+
+
+class RowState(NamedTuple):
+    """The inner state of every row, stacked, and how many steps each row has taken."""
+
+    inner: Any
+    steps: Int[Array, " n"]
+
+
+def by_row(
+    inner: optax.GradientTransformation,
+    schedule: Callable[..., Array],
+    groups: tuple[int, ...] | None,
+    hold: bool,
+) -> optax.GradientTransformation:
+    """Applies a transformation to each row as if it were alone, then the learning rate.
+
+    Args:
+        inner: what one row undergoes, before its learning rate.
+        schedule: (step [n], group [n]) -> learning rate [n].
+        groups: the group of each of n rows, or None for parameters without a row axis.
+        hold: leaves rows whose gradients are all exactly zero untouched.
+    """
+    if groups is None:
+        # The one row there is: nothing to stack, and it is in every batch.
+        return optax.chain(inner, optax.scale_by_learning_rate(schedule))
+    rows = np.asarray(groups)
+
+    def init(params: Params) -> RowState:
+        return RowState(jax.vmap(inner.init)(params), jnp.zeros(len(rows), jnp.int32))
+
+    def update(grads: Params, state: RowState, params: Params) -> tuple[Params, RowState]:
+        updates, moved = jax.vmap(inner.update)(grads, state.inner, params)
+        rates = -schedule(state.steps, rows)
+        updates = jax.tree.map(lambda u: _rows(rates, u) * u, updates)
+        new = RowState(moved, state.steps + 1)
+        if hold:
+            present = jnp.zeros(len(rows), bool)
+            for grad in jax.tree.leaves(grads):
+                present = present | jnp.any(grad != 0, axis=tuple(range(1, grad.ndim)))
+            new = jax.tree.map(lambda a, b: jnp.where(_rows(present, a), a, b), new, state)
+            updates = jax.tree.map(lambda u: jnp.where(_rows(present, u), u, 0.0), updates)
+        return updates, new
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def group_norms(grads: Params, labels: Any, runs: Runs) -> Float[Array, " G"]:
+    """The norm [G] of each group's gradient over all its parameters."""
+    squares = jnp.zeros(runs.num_groups, jnp.float32)
+    names = flatten(labels)
+    for name, grad in flatten(grads).items():
+        groups = row_groups(names[name], runs)
+        square = jnp.square(grad.astype(jnp.float32))
+        if groups is None:
+            squares = squares.at[0].add(square.sum())
+        else:
+            squares = squares.at[np.asarray(groups)].add(square.sum(tuple(range(1, grad.ndim))))
+    return jnp.sqrt(squares)
+
+
+def clip_by_group_norm(
+    max_norm: PerGroup | None, labels: Any, runs: Runs
+) -> optax.GradientTransformation:
+    """Scales a group's gradients down to a largest norm; groups never see each other's."""
+    if max_norm is None:
+        return optax.identity()
+
+    def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+        norms = group_norms(grads, labels, runs)
+        limits = jnp.broadcast_to(_per_group(max_norm), norms.shape)
+        scales = jnp.where(norms > limits, limits / jnp.maximum(norms, 1e-30), 1.0)
+
+        def scale(grad: Array, label: str) -> Array:
+            groups = row_groups(label, runs)
+            factor = scales[0] if groups is None else _rows(scales[np.asarray(groups)], grad)
+            return (grad * factor).astype(grad.dtype)
+
+        return jax.tree.map(scale, grads, labels), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)  # pyright: ignore
+
+
+def _per_group(value: PerGroup) -> Array:
+    return jnp.atleast_1d(jnp.asarray(value, jnp.float32))
+
+
+def _rows(values: Array, like: Array) -> Array:
+    """Values [n] shaped to multiply or select the rows of an array [n, ...]."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
