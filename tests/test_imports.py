@@ -12,23 +12,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
-CORE = """shapes tree runs prompts backbones losses metrics decoding models optimizers partitioning
-convert artefacts train_state trainer checkpoints""".split()
-BORDER = """features sampling data evaluation gin_utils train eval infer export cli
-t5x_fallback""".split()
+CORE = """shapes tree runs paths prompts backbones losses metrics decoding models optimizers
+partitioning convert artefacts train_state trainer checkpoints""".split()
+BORDER = """features sampling data evaluation gin_check t5x_fallback.choose gin_utils train eval
+infer export cli t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
 
 FILES = sorted((ROOT / "mpt_jax").rglob("*.py"))
 
 
-def top_name(path: Path) -> str:
-    """The name in the layout that a file belongs to: its top folder, or its stem."""
-    parts = path.relative_to(ROOT / "mpt_jax").parts
-    return parts[0].removesuffix(".py")
+def place(module: str) -> str:
+    """The name in the layout that `folder.module` belongs to: its own, or its top folder's."""
+    parts = module.split(".")
+    return dotted if (dotted := ".".join(parts[:2])) in RANK else parts[0]
 
 
-def imported_names(path: Path) -> list[tuple[str, int]]:
+def place_of(path: Path) -> str:
+    return place(".".join(path.relative_to(ROOT / "mpt_jax").with_suffix("").parts))
+
+
+def imported_places(path: Path) -> list[tuple[str, int]]:
     """Names of the layout that a file imports anywhere, also inside functions, with the line."""
     package = ["mpt_jax", *path.relative_to(ROOT / "mpt_jax").parts[:-1]]
     found = []
@@ -38,26 +42,27 @@ def imported_names(path: Path) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join(base + ([node.module] if node.module else []))
-            modules = [f"{stem}.{a.name}" for a in node.names] if stem == "mpt_jax" else [stem]
+            modules = [f"{stem}.{alias.name}" for alias in node.names]
         else:
             continue
         for module in modules:
-            parts = module.split(".")
-            if parts[0] == "mpt_jax" and len(parts) > 1 and parts[1] != "__version__":
-                found.append((parts[1], node.lineno))
+            top, _, rest = module.partition(".")
+            if top == "mpt_jax" and rest not in ("", "__version__"):
+                found.append((place(rest), node.lineno))
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_imports_only_modules_above_it(path: Path) -> None:
-    name = top_name(path)
+    name = place_of(path)
+    imported = imported_places(path)
     if name == "__init__":
-        assert not imported_names(path), "mpt_jax/__init__.py imports nothing of the library"
+        assert not imported, "mpt_jax/__init__.py imports nothing of the library"
         return
     assert name in RANK, f"{name} has no place in the layout: add it to this test's lists"
     below = [
         f"line {line}: {other}"
-        for other, line in imported_names(path)
+        for other, line in imported
         if other != name and RANK.get(other, len(RANK)) >= RANK[name]
     ]
     assert not below, f"{path.relative_to(ROOT)} imports from below itself: {below}"
@@ -67,7 +72,7 @@ def test_the_core_imports_without_tensorflow_seqio_torch_or_gin() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in FILES
-        if top_name(path) in CORE
+        if place_of(path) in CORE
     ]
     script = f"""
 import importlib, sys
