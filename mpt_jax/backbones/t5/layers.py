@@ -36,6 +36,11 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return with_sharding_constraint(x, axes)
 
 
+def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector with as many axes as `x`, whose last axis it lies along."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
 class Dense(nn.Module):
     """`x W`, with a bias only where the configuration asks for biases."""
 
@@ -55,7 +60,7 @@ class Dense(nn.Module):
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[1:]
             )
-            y = y + bias.astype(dtype)
+            y = y + over_rows(bias.astype(dtype), y)
         return y
 
 
@@ -72,12 +77,13 @@ class LayerNorm(nn.Module):
         scale = param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=("embed",))
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(dtype) * scale.astype(dtype)
+        y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(dtype)
+        y = y * over_rows(scale.astype(dtype), y)
         if self.config.biases:
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, shape, jnp.float32, axes=("embed",)
             )
-            y = y + bias.astype(dtype)
+            y = y + over_rows(bias.astype(dtype), y)
         return y
 
 
@@ -186,7 +192,7 @@ class RelativePositionBias(nn.Module):
         return toeplitz(window, queries)[None]
 
 
-def mask_bias(mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+def mask_bias(mask: Bool[Array, "*pairs"]) -> Float[Array, "*pairs"]:
     """0 where a pair may attend, a very negative number where it may not."""
     return jnp.where(mask, 0.0, MASKED)
 
@@ -208,7 +214,8 @@ class Attention(nn.Module):
 
     With `cache` the keys and values are kept in the `cache` collection: `self` writes the new
     positions into `[B,N,M,D]` (M positions in all) at `cache_index`; `cross` computes those of
-    the memory once. The call that creates the cache attends without it.
+    the memory once. The call that creates the cache attends without it. `cached_*` leaves differ
+    between hypotheses of one example and `memory_*` leaves do not (see `decoding.py`).
     """
 
     config: T5Config
@@ -262,11 +269,11 @@ class Attention(nn.Module):
     def _cached_memory(
         self, compute: Callable[[], tuple[jax.Array, jax.Array]]
     ) -> tuple[jax.Array, jax.Array]:
-        if not self.has_variable("cache", "cached_key"):
+        if not self.has_variable("cache", "memory_key"):
             key, value = compute()
-            self.variable("cache", "cached_key", lambda: key)
-            self.variable("cache", "cached_value", lambda: value)
-        return self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
+            self.variable("cache", "memory_key", lambda: key)
+            self.variable("cache", "memory_value", lambda: value)
+        return self.get_variable("cache", "memory_key"), self.get_variable("cache", "memory_value")
 
     def _cached_positions(
         self,

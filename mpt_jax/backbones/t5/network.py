@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         encoded, hidden = self.encoder(x, mask, segment_ids, deterministic)
         return (encoded, hidden) if return_hidden else encoded
 
-    def decode(
+    def decode(  # noqa: PLR0913 -- T5X's arguments, all but three by keyword
         self,
         encoded: Float[Array, "B T H"],
         encoder_mask: Bool[Array, "B T"],
