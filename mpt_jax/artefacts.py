@@ -1,0 +1,200 @@
+"""Prompt artefacts: what one stage hands the next, and what users deploy.
+
+A folder of two files. `prompts.safetensors` holds the method's parameters under `factors/` and,
+on request, the folded prompt of each row under `folded/`. `config.json` says what they belong to:
+the method, the runs, the backbone (digest of its embedding) and the vocabulary. Whoever reads an
+artefact checks the digests and refuses another backbone's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+import mpt_jax
+from mpt_jax.prompts.base import PromptMethod, fold, get_method
+from mpt_jax.runs import Runs
+from mpt_jax.shapes import Params
+from mpt_jax.tree import flatten, match_exactly, unflatten
+
+TENSORS = "prompts.safetensors"
+CONFIG = "config.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """A read artefact.
+
+    Attributes:
+        path: where it was read.
+        method: the prompt method, rebuilt from its configuration.
+        runs: the bank's rows.
+        params: the method's parameters, nested.
+        config: everything `config.json` says.
+    """
+
+    path: str
+    method: PromptMethod
+    runs: Runs
+    params: dict[str, Any]
+    config: dict[str, Any]
+
+    def folded(self) -> np.ndarray:
+        """[K, P, H], one plain prompt per row."""
+        return np.asarray(fold(self.method, self.params, self.runs))
+
+
+def embedding_digest(embedding: Any) -> str:
+    """sha256 of a token embedding [V, H] rounded to bfloat16, so that a backbone has one digest in
+    whichever precision it is loaded."""
+    rounded = np.asarray(jnp.asarray(embedding, jnp.bfloat16)).view(np.uint16)
+    return hashlib.sha256(np.ascontiguousarray(rounded).tobytes()).hexdigest()
+
+
+def vocabulary_digest(vocabulary: Any) -> str | None:
+    """sha256 of a SentencePiece model; for other vocabularies their class and size; None if
+    there is none."""
+    if vocabulary is None:
+        return None
+    model = getattr(vocabulary, "sp_model", None)
+    if model is None:
+        model = f"{type(vocabulary).__name__}:{vocabulary.vocab_size}".encode()
+    return hashlib.sha256(model).hexdigest()
+
+
+def save_artefact(
+    path: str | os.PathLike[str],
+    method: PromptMethod,
+    params: Params,
+    runs: Runs,
+    *,
+    embedding_sha256: str,
+    vocabulary_sha256: str | None,
+    backbone: str,
+    step: int,
+    metrics: Mapping[str, Any] | None = None,
+    include_folded: bool = False,
+) -> epath.Path:
+    """Writes an artefact; a reader sees the old folder or the new one, never half of it.
+
+    Args:
+        path: the folder.
+        method: the prompt method.
+        params: its parameters.
+        runs: the bank's rows.
+        embedding_sha256: the backbone's `embedding_digest`.
+        vocabulary_sha256: the `vocabulary_digest`.
+        backbone: a name or path for people to read.
+        step: the training step the parameters are from.
+        metrics: what was measured of them, JSON values.
+        include_folded: also writes each row's plain prompt.
+    """
+    path = epath.Path(path)
+    tensors = {f"factors/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
+    if include_folded:
+        folded = np.asarray(fold(method, params, runs))
+        tensors |= {f"folded/{run}": folded[i] for i, run in enumerate(runs.run_names)}
+    config = {
+        "format": FORMAT,
+        "method": method.name,
+        "method_config": method.config(),
+        "task_names": list(runs.task_names),
+        "run_names": list(runs.run_names),
+        "groups": list(runs.group_of_row),
+        "shapes": {name: list(np.shape(x)) for name, x in flatten(params).items()},
+        "backbone": backbone,
+        "embedding_sha256": embedding_sha256,
+        "vocabulary_sha256": vocabulary_sha256,
+        "step": int(step),
+        "metrics": dict(metrics or {}),
+        "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
+    }
+    new = path.parent / f".{path.name}.{os.getpid()}.new"
+    old = path.parent / f".{path.name}.{os.getpid()}.old"
+    for stale in (new, old):
+        if stale.exists():
+            stale.rmtree()
+    new.mkdir(parents=True)
+    (new / TENSORS).write_bytes(save(tensors))
+    (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    if old.exists():
+        old.rmtree()
+    return path
+
+
+def load_artefact(path: str | os.PathLike[str]) -> Artefact:
+    """Reads an artefact.
+
+    Raises:
+        FileNotFoundError: no artefact there.
+        ValueError: unreadable, of a newer format, or not what its own config says.
+    """
+    path = epath.Path(path)
+    if not (path / CONFIG).exists() or not (path / TENSORS).exists():
+        raise FileNotFoundError(
+            f"No prompt artefact at {path}: a folder with {CONFIG} and {TENSORS} was expected. A "
+            "training run writes one to MODEL_DIR/artefact."
+        )
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        tensors = load((path / TENSORS).read_bytes())
+    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"The prompt artefact at {path} cannot be read: {error}.") from error
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has artefact format {config.get('format')!r}; this version reads {FORMAT}."
+        )
+    prefix = "factors/"
+    leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    match_exactly(
+        {name: tuple(shape) for name, shape in config["shapes"].items()},
+        {name: leaf.shape for name, leaf in leaves.items()},
+        f"{path / TENSORS}",
+    )
+    method = get_method(config["method"])(**config["method_config"])
+    runs = Runs(config["task_names"], config["run_names"], config["groups"])
+    params = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+    return Artefact(str(path), method, runs, params, config)
+
+
+def check_belongs(
+    artefact: Artefact, embedding_sha256: str, vocabulary_sha256: str | None, prompt_length: int
+) -> None:
+    """Checks that an artefact was trained on this backbone, vocabulary and prompt length.
+
+    Raises:
+        ValueError: shows both values of what differs.
+    """
+    found = artefact.config["embedding_sha256"]
+    if found != embedding_sha256:
+        raise ValueError(
+            f"The prompt artefact {artefact.path} belongs to another backbone: its embedding has "
+            f"sha256 {found} ({artefact.config['backbone']}), this one's has {embedding_sha256}. "
+            "Prompts only work with the backbone they were trained on."
+        )
+    vocabulary = artefact.config["vocabulary_sha256"]
+    if None not in (vocabulary, vocabulary_sha256) and vocabulary != vocabulary_sha256:
+        raise ValueError(
+            f"The prompt artefact {artefact.path} was trained with another vocabulary: sha256 "
+            f"{vocabulary}, this run's is {vocabulary_sha256}."
+        )
+    if artefact.method.prompt_length != prompt_length:
+        raise ValueError(
+            f"The prompt artefact {artefact.path} has prompts of {artefact.method.prompt_length} "
+            f"positions and this run's have {prompt_length}; they must agree (PROMPT_LENGTH)."
+        )

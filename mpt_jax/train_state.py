@@ -1,0 +1,249 @@
+"""The state of a run, and where every parameter's first value comes from.
+
+Two tables, independent of each other. The *label* of a parameter says whether it learns (and so
+whether it is differentiated, optimised and saved). Its *origin* says where its value comes from:
+
+    origin      which parameters                     filled from
+    backbone    token_embedder, encoder, decoder     Origins.backbone, a checkpoint
+    teacher     teacher/table                        Origins.teachers, prompt artefacts
+    artefact    prompt/*, if Origins.artefact is set that artefact, transferred by the method
+    init        prompt/*, and biases T5 lacks        the method's or module's initial values
+
+Restore order of a run: 1. its own last checkpoint (which holds only what learns), 2. the initial
+artefact, 3. initial values. The backbone has no third way unless gin says `scratch = True`:
+nothing ever falls back silently to random weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax import artefacts, convert
+from mpt_jax.models import BACKBONE, FROZEN, PromptedEncoderDecoder
+from mpt_jax.partitioning import PjitPartitioner, put_like
+from mpt_jax.shapes import Key, Params
+from mpt_jax.tree import flatten, match_exactly, merge, split, unflatten
+
+ADDED_BIAS = r"(token_embedder|encoder|decoder)/.*/bias"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step reads and writes.
+
+    Attributes:
+        step: how many steps were taken.
+        trainable: the parameters that learn, float32. Saved.
+        opt_state: the optimizer's state for them. Saved.
+        frozen: everything else, in the backbone's dtype. Loaded, never saved.
+    """
+
+    step: jax.Array
+    trainable: dict[str, Any]
+    opt_state: Any
+    frozen: dict[str, Any]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The whole parameter tree."""
+        return merge(self.trainable, self.frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Where first values come from.
+
+    Attributes:
+        backbone: a T5X checkpoint, an Orbax one, or a Hugging Face folder.
+        teachers: artefact folder(s) that hold a prompt for every task of a distilled run.
+        artefact: the artefact that prompts start from; None starts them from initial values.
+        scratch: starts the backbone from random values (pretraining); excludes `backbone`.
+        backbone_name: what artefacts call the backbone; default its path.
+        backbone_command: how to make the backbone, said where it is missing.
+        teachers_command: the same for the teachers.
+    """
+
+    backbone: str | None = None
+    teachers: str | Sequence[str] = ()
+    artefact: str | None = None
+    scratch: bool = False
+    backbone_name: str | None = None
+    backbone_command: str = "see README.md, 'Backbones'"
+    teachers_command: str = "python -m mpt_jax.train --gin_file=gin/pt_source.gin"
+
+    def __post_init__(self):
+        teachers = (self.teachers,) if isinstance(self.teachers, str) else tuple(self.teachers)
+        object.__setattr__(self, "teachers", teachers)
+        if self.scratch and self.backbone:
+            raise ValueError(
+                f"Origins.scratch = True starts from random weights, but backbone is "
+                f"{self.backbone!r}: set one of the two."
+            )
+        if not self.scratch and not self.backbone:
+            raise ValueError(
+                "Origins.backbone is not set, so there is no pretrained backbone to load. To "
+                "train one from random weights, say so: Origins.scratch = True."
+            )
+
+    @property
+    def name(self) -> str:
+        """What artefacts call the backbone."""
+        return self.backbone_name or self.backbone or "scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Every parameter with its first value, and the digests artefacts are checked by."""
+
+    params: dict[str, Any]
+    embedding_sha256: str
+    vocabulary_sha256: str | None
+
+
+def shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
+    """The whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
+    variables = jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))
+    return flax.core.unfreeze(variables["params"]), variables["params_axes"]
+
+
+def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
+    """Every parameter, from its origin.
+
+    Raises:
+        FileNotFoundError: a checkpoint or artefact is not there; says where and what makes it.
+        ValueError: parameters missing, extra or of another shape; digests that differ.
+    """
+    expected = {name: leaf.shape for name, leaf in flatten(shapes(model)[0]).items()}
+    backbone_key, prompt_key = jax.random.split(key)
+    params = _backbone(model, origins, backbone_key, expected)
+    embedding = params["token_embedder"]["embedding"]
+    _check_vocabulary(model, embedding.shape[0])
+    digest = artefacts.embedding_digest(embedding)
+    vocabulary = artefacts.vocabulary_digest(model.input_vocabulary)
+    if origins.artefact:
+        artefact = artefacts.load_artefact(origins.artefact)
+        artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
+        prompt = model.prompt.transfer(
+            artefact.params, artefact.method, artefact.runs, model.runs
+        )
+    else:
+        prompt = model.init_prompt(prompt_key, jnp.asarray(embedding))
+    if prompt:
+        params["prompt"] = prompt
+    if model.has_teacher:
+        params["teacher"] = {"table": _teachers(model, origins, digest, vocabulary)}
+    match_exactly(
+        expected, {name: leaf.shape for name, leaf in flatten(params).items()}, "The filled tree"
+    )
+    return Loaded(_cast(model, params), digest, vocabulary)
+
+
+def create(
+    model: PromptedEncoderDecoder, params: Params, partitioner: PjitPartitioner
+) -> TrainState:
+    """The state of step 0, laid out over the mesh."""
+    trainable, frozen = split(params, model.labels, trainable_labels(model, params))
+    if not flatten(trainable):
+        raise ValueError("Nothing learns: every parameter is labelled 'frozen'.")
+    shardings = partitioner.shardings(params, shapes(model)[1])
+    place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
+    trainable = place(trainable)
+    opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
+    step = jax.device_put(jnp.zeros((), jnp.int32), partitioner.replicated)
+    return TrainState(step, trainable, opt_state, place(frozen))
+
+
+def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
+    """Every label of the tree but 'frozen'."""
+    return set(flatten(model.label_tree(params)).values()) - {FROZEN}
+
+
+def count(params: Params) -> int:
+    """How many numbers a tree holds."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in flatten(params).values())
+
+
+def _backbone(
+    model: PromptedEncoderDecoder, origins: Origins, key: Key, expected: dict[str, Any]
+) -> dict[str, Any]:
+    if origins.scratch:
+        return flax.core.unfreeze(model.init_backbone(key)[0])
+    assert origins.backbone is not None
+    try:
+        found = flatten(convert.load_backbone(origins.backbone))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"No backbone at {origins.backbone} ({error}). To get one: {origins.backbone_command}."
+        ) from error
+    wanted = {name: shape for name, shape in expected.items() if re.fullmatch(BACKBONE, name)}
+    # BitFit's biases are none of T5's: they start from the module's own zeros.
+    biases = {name for name in wanted if re.fullmatch(ADDED_BIAS, name) and name not in found}
+    match_exactly(
+        {name: shape for name, shape in wanted.items() if name not in biases},
+        {name: leaf.shape for name, leaf in found.items()},
+        f"The backbone checkpoint {origins.backbone}",
+    )
+    return unflatten(found | {name: np.zeros(wanted[name], np.float32) for name in biases})
+
+
+def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
+    for vocabulary in (model.input_vocabulary, model.output_vocabulary):
+        if vocabulary is not None and vocabulary.vocab_size > rows:
+            raise ValueError(
+                f"The vocabulary has {vocabulary.vocab_size} ids and the backbone embeds only "
+                f"{rows}: this is not the vocabulary the backbone was trained with."
+            )
+
+
+def _teachers(
+    model: PromptedEncoderDecoder, origins: Origins, digest: str, vocabulary: str | None
+) -> np.ndarray:
+    """The teacher of every bank row, [K, P, H]."""
+    if not origins.teachers:
+        raise ValueError(
+            "The objective distils from teachers, but Origins.teachers names no artefact. They "
+            f"are made by: {origins.teachers_command}."
+        )
+    known: dict[str, np.ndarray] = {}
+    for path in origins.teachers:
+        try:
+            artefact = artefacts.load_artefact(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error} It was to hold the teachers; make them by: {origins.teachers_command}."
+            ) from error
+        artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
+        folded = artefact.folded()
+        for row, names in enumerate(
+            zip(artefact.runs.run_names, artefact.runs.task_names, strict=True)
+        ):
+            for name in names:
+                known.setdefault(name, folded[row])
+    without = [task for task in model.runs.task_names if task not in known]
+    if without:
+        raise ValueError(
+            f"No teacher for the tasks {without}; {list(origins.teachers)} hold teachers for "
+            f"{sorted(known)}. Train them with gin/pt_source.gin, or leave those tasks out."
+        )
+    return np.stack([known[task] for task in model.runs.task_names])
+
+
+def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, Any]:
+    """What learns, and every prompt, in float32; the rest in the dtype it computes in."""
+    labels = flatten(model.label_tree(params))
+    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
+    dtype = model.module.config.dtype
+    return unflatten(
+        {
+            name: jnp.asarray(leaf, jnp.float32 if keep(name) else dtype)
+            for name, leaf in flatten(params).items()
+        }
+    )
