@@ -1,0 +1,280 @@
+"""Gin files and command lines: where files are found, what a mistake in one says, entry points.
+
+    python -m mpt_jax.train --gin_file=gin/mpt_source.gin --gin_file=gin/tiny.gin --gin.BATCH_SIZE=8
+
+The flags are T5X's. Gin files are plain T5X gin with dynamic registration: library modules carry
+no gin decorators, a file binds what it imports, and only what a file refers to is configured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+from absl import app, flags, logging
+from clu import metric_writers
+from etils import epath
+
+import mpt_jax
+from mpt_jax import gin_check, paths, t5x_import
+
+PACKAGE = Path(mpt_jax.__file__).parent
+
+
+class ConfigError(ValueError):
+    """A mistake in gin files or on the command line, worded for whoever wrote them."""
+
+
+# --- Parsing -------------------------------------------------------------------------------------
+
+
+def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
+    """Where gin files are looked for, in order: the flag's paths, ROOT, this library's own files,
+    and T5X's run files."""
+    shipped = PACKAGE / "configs"
+    own = shipped if (shipped / "gin").is_dir() else PACKAGE.parent
+    return [*first, paths.root(), str(own), str(t5x_import.FOLDER / "gin_data")]
+
+
+def parse(
+    gin_files: Sequence[str],
+    bindings: Sequence[str] = (),
+    gin_search_paths: Sequence[str] = (os.curdir,),
+) -> None:
+    """Replaces the gin configuration by that of files, then bindings; later ones win.
+
+    Raises:
+        ConfigError: a missing file, an unknown name, or a binding on the command line that
+            nothing reads. Names the closest known ones.
+    """
+    gin.clear_config()
+    found = search_paths(gin_search_paths)
+    gin_check.set_search_paths(found)
+    if not gin_files:
+        raise ConfigError("No gin file given: pass --gin_file=gin/mpt_source.gin, for example.")
+    for name in gin_files:
+        _check_exists(name, found)
+    try:
+        gin.parse_config_files_and_bindings(gin_files, bindings, finalize_config=False)
+        gin_check.check_macros()
+        gin_check.check_bindings(bindings, tuple(ENTRY_POINTS.values()))
+        gin.finalize()
+    except Exception as error:
+        if (message := gin_check.explain(error)) is None:
+            raise
+        raise ConfigError(message) from error
+
+
+def _check_exists(name: str, searched: Sequence[str]) -> None:
+    if any(os.path.isfile(os.path.join(prefix, name)) for prefix in searched):
+        return
+    shipped = [
+        os.path.relpath(path, prefix)
+        for prefix in searched[-2:]
+        for folder in ("gin", "t5x")
+        for path in sorted(Path(prefix, folder).rglob("*.gin"))
+    ]
+    close = difflib.get_close_matches(name, shipped, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"No gin file {name!r}.{hint} Looked in: {', '.join(map(os.path.abspath, searched))}. Add "
+        "folders with --gin_search_paths."
+    )
+
+
+@contextlib.contextmanager
+def _as_main(module: types.ModuleType) -> Iterator[None]:
+    """Lets `import __main__ as train_script` in a gin file find an entry module."""
+    previous = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = previous
+
+
+def _configured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An entry point with its arguments from the parsed files."""
+    try:
+        configured = gin.get_configurable(function)
+    except ValueError:
+        raise ConfigError(
+            f"No gin file configures {function.__name__}(): a stage file has a block "
+            f"`{function.__name__}_script.{function.__name__}:`."
+        ) from None
+
+    def call() -> Any:
+        try:
+            return configured()
+        except Exception as error:
+            if (message := gin_check.explain(error)) is None:
+                raise
+            raise ConfigError(message) from error
+
+    return call
+
+
+def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str = "train") -> Any:
+    """Runs one stage in this process exactly as its command line would; may be called again.
+
+    Args:
+        gin_files: as `--gin_file`, in order.
+        bindings: `NAME = value` or `scope/name.parameter = value`, as `--gin.NAME=value`.
+        entry: `'train'`, `'eval'` or `'infer'`.
+
+    Returns:
+        What the entry function returns.
+    """
+    t5x_import.install()
+    module = importlib.import_module(f"mpt_jax.{entry}")
+    function = getattr(module, ENTRY_POINTS[entry])
+    with _as_main(module):
+        parse(gin_files, bindings)
+        run = _configured(function)
+    return run()
+
+
+# --- Command lines -------------------------------------------------------------------------------
+
+ENTRY_POINTS = {"train": "train", "eval": "evaluate", "infer": "infer"}
+
+
+def run_main(function: Callable[..., Any]) -> None:
+    """The whole of `python -m mpt_jax.<entry>`: flags, processes, gin, then the function."""
+    t5x_import.install()
+    define_flags()
+    jax.config.config_with_absl()
+    app.run(
+        lambda argv: _main(argv, function),
+        flags_parser=lambda argv: app.parse_flags_with_usage(rewrite_gin_args(argv)),
+    )
+
+
+def define_flags() -> None:
+    """T5X's flags."""
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; repeat it, later files win.")
+    flags.DEFINE_multi_string("gin_bindings", [], "One binding; --gin.NAME=VALUE is the same.")
+    flags.DEFINE_list("gin_search_paths", [os.curdir], "Folders to look for gin files in first.")
+    flags.DEFINE_string("tfds_data_dir", None, "Where TensorFlow Datasets keeps its data.")
+    flags.DEFINE_list("seqio_additional_cache_dirs", [], "Folders with cached SeqIO tasks.")
+    flags.DEFINE_boolean("multiprocess_gpu", False, "Start JAX's multi-process runtime.")
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+    flags.DEFINE_integer("process_count", None, "Number of processes of the job.")
+    flags.DEFINE_integer("process_index", None, "Which of them this is.")
+    flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for the others.")
+
+
+def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
+    """`--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`, as T5X does.
+
+    Raises:
+        ConfigError: no `=`.
+    """
+    rewritten = []
+    for argument in argv:
+        if argument.startswith("--gin."):
+            name, equals, value = argument.removeprefix("--gin.").partition("=")
+            if not equals:
+                raise ConfigError(f"{argument} has no value: write --gin.{name}=<value>.")
+            argument = f"--gin_bindings={name} = {value}"
+        rewritten.append(argument)
+    return rewritten
+
+
+def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
+    logging.set_verbosity(logging.INFO)
+    logging.info("Trainer: mpt_jax %s (T5X is not used).", mpt_jax.__version__)
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    try:
+        _start_processes()
+        _data_flags()
+        values = flags.FLAGS
+        parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
+        run = _configured(function)
+        run()
+    except ConfigError as error:
+        logging.error("%s", error)
+        sys.exit(2)
+    jax.effects_barrier()
+
+
+def _start_processes() -> None:
+    """Joins the job's other processes, before anything touches a device."""
+    values = flags.FLAGS
+    given = {
+        "coordinator_address": values.coordinator_address,
+        "num_processes": values.process_count,
+        "process_id": values.process_index,
+        "initialization_timeout": values.initialization_timeout,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if not (given or values.multiprocess_gpu or len(hosts) > 1):
+        return
+    if "num_processes" in given and "coordinator_address" not in given:
+        raise ConfigError("--process_count without --coordinator_address: name process 0's host.")
+    jax.distributed.initialize(**given)
+    logging.info("Process %d of %d.", jax.process_index(), jax.process_count())
+
+
+def _data_flags() -> None:
+    import seqio
+    import tensorflow as tf
+
+    # JAX owns the accelerators; TensorFlow only reads data.
+    tf.config.set_visible_devices([], "GPU")
+    values = flags.FLAGS
+    if values.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(values.tfds_data_dir)
+    seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)
+
+
+# --- Names that gin files use --------------------------------------------------------------------
+
+
+def config_str() -> str:
+    """The parsed configuration as a gin file."""
+    return gin.config_str()
+
+
+def summarize_gin_config(
+    model_dir: str, summary_writer: metric_writers.MetricWriter | None, step: int
+) -> None:
+    """Writes `config.gin` to a MODEL_DIR, and the same text to TensorBoard; process 0 only."""
+    if jax.process_index() != 0:
+        return
+    text = config_str()
+    folder = epath.Path(model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.gin").write_text(text)
+    if summary_writer is not None:
+        summary_writer.write_texts(step, {"config": gin.markdown(text)})
+        summary_writer.flush()
+
+
+def sum_fn(var1: Any, var2: Any) -> Any:
+    """`var1 + var2`, for gin files."""
+    return var1 + var2
+
+
+def bool_fn(var1: Any) -> bool:
+    """`bool(var1)`, for gin files."""
+    return bool(var1)
+
+
+def string_split_fn(
+    text: str, separator: str, maxsplit: int = -1, index: int | None = None
+) -> list[str] | str:
+    """The parts of a text, or one of them, for gin files."""
+    parts = text.split(separator, maxsplit)
+    return parts if index is None else parts[index]

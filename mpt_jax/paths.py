@@ -1,0 +1,44 @@
+"""One ROOT under which every run finds its inputs and leaves its outputs.
+
+    $MPT_JAX_ROOT, else ./runs
+        backbones/<name>/...        pretrained weights and vocabularies
+        <stage>/                    MODEL_DIR of a stage; <stage>/artefact is what it hands on
+
+Gin files build every path from it (`paths.under`), so one variable moves a whole project.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+ROOT_VARIABLE = "MPT_JAX_ROOT"
+
+
+def root() -> str:
+    """The folder or bucket that all default paths lie under."""
+    return os.environ.get(ROOT_VARIABLE) or os.path.join(os.curdir, "runs")
+
+
+def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
+    """`base/name`.
+
+    Args:
+        base: a local folder, or a remote prefix such as `gs://bucket/project`.
+        name: a path below it.
+        shared_filesystem: says that every host sees the same files under a local `base`.
+
+    Raises:
+        ValueError: several hosts would each use a folder of their own.
+    """
+    if not base or not name:
+        raise ValueError(f"Cannot build a path from base {base!r} and name {name!r}.")
+    local = "://" not in base
+    if local and not shared_filesystem and jax.process_count() > 1:
+        raise ValueError(
+            f"ROOT is {base!r}, a local folder, and this job has {jax.process_count()} hosts: each "
+            f"would read and write its own. Set {ROOT_VARIABLE} (or --gin.ROOT) to a bucket, or "
+            "bind paths.under.shared_filesystem = True where all hosts mount the same folder."
+        )
+    return os.path.join(base, name)
