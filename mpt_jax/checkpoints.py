@@ -1,0 +1,284 @@
+"""Checkpoints of what learns: a thin layer over Orbax, prompt-sized, asynchronous, atomic.
+
+    MODEL_DIR/checkpoint_N/state    trainable parameters, optimizer state, step
+    MODEL_DIR/checkpoint_N/meta     names and shapes, digests, the data iterators' positions
+
+The backbone is not in them. A checkpoint that cannot be read is moved aside and the one before it
+is used, with an error in the log that names both. A checkpoint of another configuration is
+readable but does not match; that is the user's to resolve and raises.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mpt_jax.train_state import TrainState
+from mpt_jax.tree import flatten, match_exactly
+
+PREFIX = "checkpoint"
+
+
+@dataclasses.dataclass
+class SaveCheckpointConfig:
+    """When to save and how much to keep. Field names are T5X's.
+
+    Attributes:
+        period: steps between saves; None saves only at the end.
+        keep: how many of the latest checkpoints stay; None keeps all.
+        save_dataset: whether the data position is saved with the state. Without it a resumed run
+            starts its data again, so a resume would not be exact.
+        dtype: T5X's; what learns is always saved as it is, so only None is accepted.
+    """
+
+    period: int | None = None
+    keep: int | None = 1
+    save_dataset: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.period is not None and self.period < 1:
+            raise ValueError(f"SaveCheckpointConfig.period must be at least 1, got {self.period}.")
+        if self.dtype is not None:
+            raise ValueError(
+                f"SaveCheckpointConfig.dtype={self.dtype!r} would have no effect: prompts and "
+                "optimizer state are saved in float32. Set it to None."
+            )
+
+
+@dataclasses.dataclass
+class RestoreCheckpointConfig:
+    """Which checkpoint to read. Field names are T5X's.
+
+    Attributes:
+        path: a MODEL_DIR, or one checkpoint in it.
+        mode: `'latest'` of a MODEL_DIR, `'all'` of them, or `'specific'`: path(s) of checkpoints.
+    """
+
+    path: str | Sequence[str] = ""
+    mode: str = "latest"
+
+    def __post_init__(self):
+        if self.mode not in ("latest", "all", "specific"):
+            raise ValueError(
+                f"RestoreCheckpointConfig.mode must be 'latest', 'all' or 'specific', got "
+                f"{self.mode!r}."
+            )
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """Saving and restoring of a training run. A run resumes from its own MODEL_DIR by itself;
+    first values come from the initializer's origins, so `restore` stays None here."""
+
+    save: SaveCheckpointConfig | None = None
+    restore: RestoreCheckpointConfig | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one MODEL_DIR.
+
+    Args:
+        model_dir: the folder; created unless `read_only`.
+        keep: how many stay.
+        read_only: never writes, and never cleans up behind a run that may be alive.
+    """
+
+    def __init__(self, model_dir: str, keep: int | None = 1, read_only: bool = False):
+        self.model_dir = epath.Path(model_dir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            step_prefix=PREFIX,
+            create=not read_only,
+            read_only=read_only,
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            epath.Path(model_dir).absolute(), item_names=tuple(handlers), item_handlers=handlers,
+            options=options,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps saved, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts an asynchronous save; a step that is saved already is left as it is.
+
+        Args:
+            state: the state; only what learns is written.
+            meta: JSON values that come back with it.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        tree = _saved(state)
+        meta = {**meta, "shapes": _shapes(tree), "process_count": jax.process_count()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+    def restore(
+        self, state: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Reads a checkpoint into a state of the same structure.
+
+        Args:
+            state: gives structure, shapes and shardings, and the frozen parameters.
+            step: which; None takes the latest that can be read.
+
+        Returns:
+            The state and what `save` was given beside it, or None where nothing was saved.
+
+        Raises:
+            ValueError: the checkpoint belongs to another configuration.
+            OSError: no checkpoint can be read.
+        """
+        steps = self.steps if step is None else [step]
+        failures = []
+        for candidate in reversed(steps):
+            try:
+                meta = self._read(candidate, "meta", ocp.args.JsonRestore())
+                expected = _shapes(_saved(state))
+                match_exactly(
+                    {name: tuple(shape) for name, shape in expected.items()},
+                    {name: tuple(shape) for name, shape in meta["shapes"].items()},
+                    f"{self.path(candidate)}",
+                )
+            except ValueError as error:
+                if "does not match the model" in str(error):
+                    raise ValueError(
+                        f"{error} MODEL_DIR holds a run of another configuration: choose another "
+                        "MODEL_DIR, or remove this one."
+                    ) from error
+                failures.append(self._unreadable(candidate, error))
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever a damaged file may raise
+                failures.append(self._unreadable(candidate, error))
+                continue
+            try:
+                tree = self._read(candidate, "state", _restore_args(_saved(state)))
+            except Exception as error:  # noqa: BLE001
+                failures.append(self._unreadable(candidate, error))
+                continue
+            for failure in failures:
+                logging.error("%s Going on from %s instead.", failure, self.path(candidate))
+            return _replaced(state, tree), meta
+        if failures:
+            raise OSError(
+                " ".join(failures) + f" No other checkpoint is left in {self.model_dir}; remove "
+                "it to start again."
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames checkpoints later than a step, which could not be read, out of the way."""
+        for later in [found for found in self.steps if found > step]:
+            path = self.path(later)
+            aside = path.parent / f"unreadable_{path.name}"
+            if aside.exists():
+                aside.rmtree()
+            path.rename(aside)
+            logging.error("Moved the unreadable checkpoint %s to %s.", path, aside)
+        self._manager.reload()
+
+    def path(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step lies."""
+        return self.model_dir / f"{PREFIX}_{step}"
+
+    def wait(self) -> None:
+        """Waits for a save under way; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases."""
+        self._manager.close()
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    def _unreadable(self, step: int, error: Exception) -> str:
+        reason = str(error).strip().splitlines()
+        return f"{self.path(step)} cannot be read ({type(error).__name__}: {reason[:1]})."
+
+
+def resolve(model_dir: str, keep: int | None = 1) -> Checkpoints:
+    """The checkpoints of a run that is about to write.
+
+    Raises:
+        OSError: MODEL_DIR cannot be created or written.
+    """
+    path = epath.Path(model_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_probe_{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
+    return Checkpoints(model_dir, keep)
+
+
+def pack_positions(position: bytes | None) -> list[str] | None:
+    """Every process's data position as JSON values, the same list on every process."""
+    if position is None:
+        return None
+    if jax.process_count() == 1:
+        return [base64.b64encode(position).decode()]
+    sizes = multihost_utils.process_allgather(np.asarray(len(position)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(position)] = np.frombuffer(position, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        base64.b64encode(row[:size].tobytes()).decode()
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def unpack_position(packed: list[str] | None) -> bytes | None:
+    """This process's data position.
+
+    Raises:
+        ValueError: saved by another number of processes.
+    """
+    if packed is None:
+        return None
+    if len(packed) != jax.process_count():
+        raise ValueError(
+            f"The checkpoint holds data positions of {len(packed)} processes and this run has "
+            f"{jax.process_count()}: resume on {len(packed)}."
+        )
+    return base64.b64decode(packed[jax.process_index()])
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+
+
+def _replaced(state: TrainState, tree: dict[str, Any]) -> TrainState:
+    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        step=tree["step"], trainable=tree["trainable"], opt_state=tree["opt_state"]
+    )
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {name: list(np.shape(leaf)) for name, leaf in flatten(tree).items()}
+
+
+def _restore_args(tree: Any) -> Any:
+    abstract = functools.partial(jax.tree.map, ocp.utils.to_shape_dtype_struct)
+    return ocp.args.StandardRestore(abstract(tree))
