@@ -15,6 +15,7 @@ from flax import linen as nn
 from mpt_jax.backbones.t5 import layers
 from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.shapes import Array, Bool, Float, Int
+from mpt_jax.tree import flatten
 
 Hidden = tuple[jax.Array, ...]
 
@@ -287,3 +288,11 @@ class Transformer(nn.Module):
             decoder_segment_ids=decoder_segment_ids,
             deterministic=deterministic,
         )
+
+
+def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Path name -> shape of every parameter, without making any."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, mask, tokens)
+    return {name: leaf.shape for name, leaf in flatten(variables["params"]).items()}
