@@ -33,6 +33,9 @@ class Metric:
 
 StepMetrics = dict[str, Metric]
 
+# Metrics of these names have one entry per group; all others have one per bank row.
+BY_GROUP = ("term/", "gradient_norm")
+
 
 def task_metrics(
     batch: Batch, logits: Array, task_ids: Int[Array, "B L"], num_rows: int
@@ -64,8 +67,8 @@ def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
 def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
     """What is written: the mean over everything, and one entry for each run (or group).
 
-    `loss` and `token_accuracy` get an entry per run, `loss/<run>`; a term gets one per group,
-    named by the group's number where there are several. Entries without weight are left out.
+    `loss` and `token_accuracy` get an entry per run, `loss/<run>`; loss terms and gradient norms
+    get one per group where there are several. Entries without weight are left out.
     """
     found: dict[str, float] = {}
     for name, metric in metrics.items():
@@ -94,7 +97,7 @@ def to_clu(metrics: StepMetrics, runs: Runs) -> dict[str, clu_metrics.Metric]:
 
 
 def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
-    if not name.startswith("term/"):
+    if not name.startswith(BY_GROUP):
         return runs.run_names
     return () if count == 1 else tuple(_group_labels(runs))
 

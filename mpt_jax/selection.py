@@ -1,0 +1,180 @@
+"""Which step of a run is its best, and when to stop: actions after an evaluation.
+
+Each group of a job has its own best step. Its parameters at that step are kept in MODEL_DIR/best
+and become the artefact at the end. Everything is keyed by step, so repeating an evaluation after a
+resume changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors.numpy import load, save
+
+from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.optimizers import row_groups
+from mpt_jax.runs import unknown_name
+from mpt_jax.train_state import trainable_labels
+from mpt_jax.tree import flatten, split, unflatten
+
+Scores = Mapping[str, Mapping[str, float]]
+FOLDER = "best"
+
+
+class Action(Protocol):
+    """What may happen after an evaluation. T5X's protocol."""
+
+    def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
+        """Looks at the scores of each run; True ends training."""
+        ...
+
+
+@dataclasses.dataclass
+class SelectBest:
+    """Keeps each group's best parameters, and may stop when no group improves any more.
+
+    A group's score is the mean of its runs' metric. The earlier of two equal steps is the best.
+
+    Attributes:
+        model: the model being trained.
+        model_dir: MODEL_DIR; the best parameters lie in its folder `best`.
+        metric: the name of the metric, or task name -> metric; None takes the first metric of
+            each task.
+        mode: `'max'` or `'min'`.
+        patience: stop after this many evaluations without an improvement in any group; None
+            never stops.
+        min_evaluations: not before this many evaluations.
+    """
+
+    model: PromptedEncoderDecoder
+    model_dir: str
+    metric: str | Mapping[str, str] | None = None
+    mode: str = "max"
+    patience: int | None = None
+    min_evaluations: int = 0
+
+    def __post_init__(self):
+        if self.mode not in ("max", "min"):
+            raise ValueError(f"SelectBest.mode must be 'max' or 'min', got {self.mode!r}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
+        self._folder = epath.Path(self.model_dir) / FOLDER
+        self.history: dict[int, list[float]] = {}
+        self.best_step = [-1] * self.model.runs.num_groups
+        self.trainable: dict[str, Any] | None = None
+        self._read()
+
+    def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
+        """Records an evaluation; True once patience is over."""
+        step, scores = int(train_state.step), self.group_scores(metrics_by_task)
+        self.history[step] = scores
+        improved = [
+            best in (-1, step) or self._better(scores[group], self.history[best][group])
+            for group, best in enumerate(self.best_step)
+        ]
+        if any(improved):
+            trainable = jax.device_get(_trainable(self.model, train_state))
+            self.trainable = self._take(trainable, improved)
+            self.best_step = [
+                step if new else old for new, old in zip(improved, self.best_step, strict=True)
+            ]
+        if jax.process_index() == 0:
+            self._write(params_changed=any(improved))
+        return self._is_over(step)
+
+    def group_scores(self, metrics_by_task: Scores) -> list[float]:
+        """Each group's score [G].
+
+        Raises:
+            ValueError: a run was not evaluated, or has no such metric.
+        """
+        runs = self.model.runs
+        totals: list[list[float]] = [[] for _ in range(runs.num_groups)]
+        for row, run in enumerate(runs.run_names):
+            if run not in metrics_by_task:
+                raise ValueError(
+                    f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
+                    "were evaluated; evaluate every run (infer_eval) or leave SelectBest out."
+                )
+            found = metrics_by_task[run]
+            name = self.metric
+            if isinstance(name, Mapping):
+                name = name[runs.task_names[row]]
+            if name is None:
+                name = next(iter(found))
+            if name not in found:
+                raise ValueError(unknown_name(f"metric of {run}", name, list(found)))
+            totals[runs.group_of_row[row]].append(float(found[name]))
+        return [sum(scores) / len(scores) for scores in totals]
+
+    def best_scores(self) -> list[float]:
+        """Each group's best score [G]; NaN before the first evaluation."""
+        return [
+            self.history[step][group] if step >= 0 else math.nan
+            for group, step in enumerate(self.best_step)
+        ]
+
+    def _better(self, new: float, old: float) -> bool:
+        return new > old if self.mode == "max" else new < old
+
+    def _is_over(self, step: int) -> bool:
+        seen = sorted(found for found in self.history if found <= step)
+        if self.patience is None or len(seen) < self.min_evaluations:
+            return False
+        return len([found for found in seen if found > max(self.best_step)]) >= self.patience
+
+    def _take(self, trainable: dict[str, Any], improved: list[bool]) -> dict[str, Any]:
+        """The rows of improved groups from `trainable`, all others from the best so far."""
+        if self.trainable is None or all(improved):
+            return trainable
+        labels, old = flatten(self.model.label_tree(trainable)), flatten(self.trainable)
+        leaves = {}
+        for name, leaf in flatten(trainable).items():
+            groups = row_groups(labels[name], self.model.runs)
+            assert groups is not None  # one group alone is either improved or not
+            rows = np.asarray(improved)[np.asarray(groups)]
+            leaves[name] = np.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, old[name])
+        return unflatten(leaves)
+
+    def _write(self, params_changed: bool) -> None:
+        """Parameters first: a history that names a step implies that its parameters are there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if params_changed:
+            assert self.trainable is not None
+            leaves = {k: np.ascontiguousarray(v) for k, v in flatten(self.trainable).items()}
+            _replace(self._folder / "trainable.safetensors", save(leaves))
+        record = {"best_step": self.best_step, "history": self.history}
+        _replace(self._folder / "history.json", json.dumps(record).encode())
+
+    def _read(self) -> None:
+        if not (self._folder / "history.json").exists():
+            return
+        record = json.loads((self._folder / "history.json").read_text())
+        self.history = {int(step): scores for step, scores in record["history"].items()}
+        self.best_step = record["best_step"]
+        leaves = load((self._folder / "trainable.safetensors").read_bytes())
+        self.trainable = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash, meets the old content or the new."""
+    new = path.parent / f".{path.name}.{os.getpid()}.new"
+    new.write_bytes(content)
+    new.replace(path)
+
+
+def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any]:
+    """What learns, in our train state or T5X's."""
+    if hasattr(train_state, "trainable"):
+        return train_state.trainable
+    params = train_state.params
+    return split(params, model.labels, trainable_labels(model, params))[0]

@@ -1,0 +1,222 @@
+"""The steps, pure functions, and the object that compiles them.
+
+A step differentiates what learns and nothing else, so no gradient or moment the size of the
+backbone can exist. Microbatches are added up as sums and divided once by weights of the whole
+batch, so their number changes rounding only. A step that would leave a value that is not finite
+is not taken: the state stays as it was, and the host stops the run when it reads the metrics.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax import losses, metrics
+from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.optimizers import group_norms
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.shapes import Array, Batch, Key, Params
+from mpt_jax.train_state import TrainState
+from mpt_jax.tree import merge
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient was NaN or infinite; the state before that step is intact."""
+
+
+# --- Pure steps ----------------------------------------------------------------------------------
+
+
+def gradients(
+    model: PromptedEncoderDecoder,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    dropout_rng: Key | None,
+    num_microbatches: int = 1,
+) -> tuple[Params, metrics.StepMetrics]:
+    """The gradient of the objective over a whole batch, and the step's metrics.
+
+    Args:
+        model: backbone, prompt and objective.
+        trainable: what is differentiated.
+        frozen: the other parameters.
+        batch: the whole batch; its rows must divide into the microbatches.
+        dropout_rng: None switches dropout off.
+        num_microbatches: into how many parts rows are cut, to save memory.
+    """
+    weights = model.loss_weights(batch)
+
+    def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
+        sums, found = model.loss_sums(merge(trainable, frozen), part, rng)
+        return losses.combine(model.objective, sums, weights)[0], (sums, found)
+
+    differentiate = jax.grad(objective, has_aux=True)
+    if num_microbatches == 1:
+        grads, (sums, found) = differentiate(trainable, batch, dropout_rng)
+        return grads, {**found, **metrics.term_metrics(sums, weights)}
+
+    def body(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, part[1])
+        return jax.tree.map(jnp.add, total, differentiate(trainable, part[0], rng)), None
+
+    parts = jax.tree.map(lambda x: _interleave(x, num_microbatches), dict(batch))
+    first = jax.tree.map(lambda x: x[0], parts)
+    start = jax.eval_shape(differentiate, trainable, first, dropout_rng)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
+    (grads, (sums, found)), _ = jax.lax.scan(body, start, (parts, jnp.arange(num_microbatches)))
+    return grads, {**found, **metrics.term_metrics(sums, weights)}
+
+
+def train_step(
+    model: PromptedEncoderDecoder,
+    num_microbatches: int,
+    state: TrainState,
+    batch: Batch,
+    rng: Key,
+) -> tuple[TrainState, metrics.StepMetrics]:
+    """One step: gradients, clipping and update by group, metrics.
+
+    Args:
+        model: what is trained.
+        num_microbatches: see `gradients`.
+        state: before the step.
+        batch: a global batch.
+        rng: the run's key; dropout is a function of it and the step.
+    """
+    uses_dropout = model.module.config.dropout_rate > 0
+    dropout_rng = jax.random.fold_in(rng, state.step) if uses_dropout else None
+    grads, found = gradients(
+        model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches
+    )
+    labels = model.label_tree(state.trainable)
+    norms = group_norms(grads, labels, model.runs)
+    found["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))
+    updates, opt_state = model.optimizer_def.update(grads, state.opt_state, state.trainable)
+    trainable = jax.tree.map(jnp.add, state.trainable, updates)
+    finite = jnp.isfinite(norms).all()
+    for leaf in jax.tree.leaves(trainable):
+        finite &= jnp.isfinite(leaf).all()
+    new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        step=state.step + 1, trainable=trainable, opt_state=opt_state
+    )
+    return _select(finite, new, state), found
+
+
+def eval_step(
+    model: PromptedEncoderDecoder, params: Params, batch: Batch
+) -> metrics.StepMetrics:
+    """The objective's terms and each run's loss over a batch, without dropout."""
+    sums, found = model.loss_sums(params, batch)
+    return {**found, **metrics.term_metrics(sums, model.loss_weights(batch))}
+
+
+def _interleave(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...]; part i takes rows i, i + parts, ..., so that each part
+    is spread over all devices as the batch is."""
+    if x.shape[0] % parts:
+        raise ValueError(
+            f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches."
+        )
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _select(finite: Array, new: TrainState, old: TrainState) -> TrainState:
+    keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
+    return old.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        step=keep(new.step, old.step),
+        trainable=keep(new.trainable, old.trainable),
+        opt_state=keep(new.opt_state, old.opt_state),
+    )
+
+
+# --- The compiled trainer ------------------------------------------------------------------------
+
+
+class Trainer:
+    """Compiles the steps over a mesh and runs them. Its gin fields are T5X's.
+
+    Args:
+        model: what is trained.
+        state: of the first step.
+        partitioner: mesh and rules.
+        rng: the run's key.
+        num_microbatches: parts of a batch that are differentiated one after another.
+        learning_rate_fn: only logged, as `learning_rate`; the optimizer's own schedules act.
+    """
+
+    def __init__(
+        self,
+        model: PromptedEncoderDecoder,
+        state: TrainState,
+        partitioner: PjitPartitioner,
+        rng: Key,
+        num_microbatches: int | None = None,
+        learning_rate_fn: Callable[[int], Any] | None = None,
+    ):
+        self.model = model
+        self.state = state
+        self.partitioner = partitioner
+        self.learning_rate_fn = learning_rate_fn
+        self._rng = rng
+        self._totals: metrics.StepMetrics | None = None
+        step = functools.partial(train_step, model, num_microbatches or 1)
+        self._train_step = jax.jit(step, donate_argnums=0)
+        self._eval_step = jax.jit(functools.partial(eval_step, model))
+        self._merge = jax.jit(metrics.merge)
+        # Counts steps dispatched; the device's own count lags behind and stops at a bad loss.
+        self.step = int(state.step)
+
+    def train(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Dispatches one step; metrics gather on the device until `read_metrics`."""
+        with self.partitioner.activate():
+            batch = self.partitioner.shard_batch(batch)
+            self.state, found = self._train_step(self.state, batch, self._rng)
+            self._totals = found if self._totals is None else self._merge(self._totals, found)
+        self.step += 1
+
+    def read_metrics(self) -> dict[str, float]:
+        """Waits for the steps dispatched and returns their mean metrics.
+
+        Raises:
+            NonFiniteLoss: a step was not taken; `state` is the one before it.
+        """
+        if self._totals is None:
+            return {}
+        totals, self._totals = jax.device_get(self._totals), None
+        taken = int(self.state.step)
+        if taken != self.step:
+            raise NonFiniteLoss(
+                f"The loss or a gradient of step {taken} is not finite; training stopped with the "
+                f"state of step {taken}, which is intact. Lower the learning rate, or look at the "
+                "batch of that step."
+            )
+        found = metrics.scalars(totals, self.model.runs)
+        rates = self.model.optimizer_def.current_learning_rates(self.step)
+        found |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
+        if self.learning_rate_fn is not None:
+            found["learning_rate"] = float(self.learning_rate_fn(self.step))
+        return found
+
+    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """Mean metrics over batches, of the current state."""
+        totals, params = None, self.state.params
+        with self.partitioner.activate():
+            for batch in batches:
+                found = self._eval_step(params, self.partitioner.shard_batch(batch))
+                totals = found if totals is None else self._merge(totals, found)
+        return {} if totals is None else metrics.scalars(jax.device_get(totals), self.model.runs)
+
+    def warm_up(self, batch: Mapping[str, np.ndarray]) -> float:
+        """Compiles the training step for a batch's shapes; returns the seconds it took."""
+        start = time.monotonic()
+        with self.partitioner.activate():
+            shapes = self.partitioner.shard_batch(batch)
+            self._train_step.lower(self.state, shapes, self._rng).compile()
+        return time.monotonic() - start
