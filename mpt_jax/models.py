@@ -83,6 +83,8 @@ class PromptedEncoderDecoder:
         self.feature_converter_cls = feature_converter_cls
         self.decode_fn = decode_fn
         self.optimizer_def = optimizer_def and optimizer_def.bind(self.labels, runs)
+        # Rows of a whole batch, told by the T5X initializer; see `loss_fn`.
+        self.whole_batch: int | None = None
 
     # --- Parameters ------------------------------------------------------------------------------
 
@@ -276,7 +278,18 @@ class PromptedEncoderDecoder:
         """T5X's training loss: the objective of one whole batch.
 
         Gradients stop at frozen parameters, so the compiler removes what would lead to them.
+
+        Raises:
+            ValueError: the batch is a microbatch. T5X adds microbatches' gradients without
+                dividing, so their number would scale the gradient of a mean.
         """
+        rows = batch["encoder_input_tokens"].shape[0]
+        if self.whole_batch is not None and rows != self.whole_batch:
+            raise ValueError(
+                f"T5X passes {rows} rows of a batch of {self.whole_batch}: with its trainer, "
+                "Trainer.num_microbatches must be None. `python -m mpt_jax.train` has exact "
+                "microbatches."
+            )
         labels = self.label_tree(params)
         params = jax.tree.map(
             lambda x, label: jax.lax.stop_gradient(x) if label == FROZEN else x, params, labels
