@@ -22,14 +22,9 @@ BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transfo
 FILES = sorted((ROOT / "mpt_jax").rglob("*.py"))
 
 
-def place(module: str) -> str:
-    """The name in the layout that `folder.module` belongs to: its own, or its top folder's."""
-    parts = module.split(".")
-    return dotted if (dotted := ".".join(parts[:2])) in RANK else parts[0]
-
-
 def place_of(path: Path) -> str:
-    return place(".".join(path.relative_to(ROOT / "mpt_jax").with_suffix("").parts))
+    """The name in the layout that a file belongs to: its top folder's, or its own."""
+    return path.relative_to(ROOT / "mpt_jax").parts[0].removesuffix(".py")
 
 
 def imported_places(path: Path) -> list[tuple[str, int]]:
@@ -46,9 +41,9 @@ def imported_places(path: Path) -> list[tuple[str, int]]:
         else:
             continue
         for module in modules:
-            top, _, rest = module.partition(".")
-            if top == "mpt_jax" and rest not in ("", "__version__"):
-                found.append((place(rest), node.lineno))
+            top, name, *_ = [*module.split("."), ""]
+            if top == "mpt_jax" and name not in ("", "__version__"):
+                found.append((name, node.lineno))
     return found
 
 
