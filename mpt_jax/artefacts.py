@@ -74,7 +74,7 @@ def vocabulary_digest(vocabulary: Any) -> str | None:
     return hashlib.sha256(model).hexdigest()
 
 
-def save_artefact(
+def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     path: str | os.PathLike[str],
     method: PromptMethod,
     params: Params,

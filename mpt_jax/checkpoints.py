@@ -104,7 +104,9 @@ class Checkpoints:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
-            epath.Path(model_dir).absolute(), item_names=tuple(handlers), item_handlers=handlers,
+            epath.Path(model_dir).absolute(),
+            item_names=tuple(handlers),
+            item_handlers=handlers,
             options=options,
         )
 

@@ -49,13 +49,13 @@ class PromptedEncoderDecoder:
         optimizer_def: a `PromptOptimizer`; it learns the label table and the runs from here.
         input_vocabulary: of `encoder_input_tokens`; SeqIO's.
         output_vocabulary: of the targets; SeqIO's. Its `eos_id` ends decoding.
-        objective: the loss.
+        objective: the loss; default token cross entropy alone.
         labels: rules that go in front of the method's own and of "the backbone is frozen".
         feature_converter_cls: turns SeqIO examples into the batch contract; given by gin.
         decode_fn: one of `mpt_jax.decoding`'s.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - gin binds each of them
         self,
         module: Transformer,
         prompt: PromptMethod,
@@ -63,7 +63,7 @@ class PromptedEncoderDecoder:
         optimizer_def: Any = None,
         input_vocabulary: Any = None,
         output_vocabulary: Any = None,
-        objective: losses.Objective = losses.Objective(),
+        objective: losses.Objective | None = None,
         labels: Rules = PROMPT_ONLY,
         feature_converter_cls: Callable[..., Any] | None = None,
         decode_fn: Callable[..., Any] = decoding.greedy,
@@ -73,7 +73,7 @@ class PromptedEncoderDecoder:
         self.runs = runs
         self.input_vocabulary = input_vocabulary
         self.output_vocabulary = output_vocabulary
-        self.objective = objective
+        self.objective = objective or losses.Objective()
         self.labels = (
             *labels,
             *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),

@@ -79,7 +79,9 @@ class Schedule:
         decays = {
             "linear": left,
             "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
-            "rsqrt": jnp.sqrt(jnp.maximum(warmup, 1.0) / jnp.maximum(step, jnp.maximum(warmup, 1.0))),
+            "rsqrt": jnp.sqrt(
+                jnp.maximum(warmup, 1.0) / jnp.maximum(step, jnp.maximum(warmup, 1.0))
+            ),
             "constant": jnp.ones_like(left),
         }
         return pick(self.peak) * ramp * decays[self.decay]
@@ -164,7 +166,9 @@ class PromptOptimizer:
         )
         rules = {
             label: by_row(
-                adam, self.learning_rates[label], row_groups(label, self.runs),
+                adam,
+                self.learning_rates[label],
+                row_groups(label, self.runs),
                 hold=self.absent_tasks == "hold",
             )
             for label in used

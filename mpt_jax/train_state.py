@@ -131,9 +131,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     if origins.artefact:
         artefact = artefacts.load_artefact(origins.artefact)
         artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
-        prompt = model.prompt.transfer(
-            artefact.params, artefact.method, artefact.runs, model.runs
-        )
+        prompt = model.prompt.transfer(artefact.params, artefact.method, artefact.runs, model.runs)
     else:
         prompt = model.init_prompt(prompt_key, jnp.asarray(embedding))
     if prompt:

@@ -109,9 +109,7 @@ def train_step(
     return _select(finite, new, state), found
 
 
-def eval_step(
-    model: PromptedEncoderDecoder, params: Params, batch: Batch
-) -> metrics.StepMetrics:
+def eval_step(model: PromptedEncoderDecoder, params: Params, batch: Batch) -> metrics.StepMetrics:
     """The objective's terms and each run's loss over a batch, without dropout."""
     sums, found = model.loss_sums(params, batch)
     return {**found, **metrics.term_metrics(sums, model.loss_weights(batch))}
@@ -121,9 +119,7 @@ def _interleave(x: Array, parts: int) -> Array:
     """[B, ...] -> [parts, B / parts, ...]; part i takes rows i, i + parts, ..., so that each part
     is spread over all devices as the batch is."""
     if x.shape[0] % parts:
-        raise ValueError(
-            f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches."
-        )
+        raise ValueError(f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches.")
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 

@@ -65,9 +65,8 @@ def label_tree(tree: Any, rules: Rules) -> Any:
         return next((label for pattern, label in compiled if pattern.fullmatch(name)), None)
 
     labels = jax.tree_util.tree_map_with_path(label, tree)
-    unmatched = [
-        name for name, found in flatten(labels, is_leaf=lambda x: x is None).items() if found is None
-    ]
+    found = flatten(labels, is_leaf=lambda x: x is None)
+    unmatched = [name for name, label in found.items() if label is None]
     if unmatched:
         raise ValueError(
             f"No rule labels these parameters: {unmatched}. The rules tried, in order: "
@@ -119,5 +118,3 @@ def match_exactly(
         problems.append(f"{len(shapes)} of another shape: {shapes}")
     if problems:
         raise ValueError(f"{what} does not match the model. " + "; ".join(problems) + ".")
-
-

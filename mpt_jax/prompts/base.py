@@ -143,9 +143,7 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
     return list(range(source_runs.num_rows))
 
 
-def place(
-    prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]
-) -> Float[Array, "B T H"]:
+def place(prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
     """Writes prompts into the first P positions, which the feature converter reserved for them.
 
     For unpacked batches only: there slot i+1 is position i of every example.

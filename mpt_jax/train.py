@@ -1,0 +1,394 @@
+"""Training: `python -m mpt_jax.train --gin_file=gin/mpt_source.gin`.
+
+`train` takes T5X's arguments, so one gin file serves both trainers. It reads from top to bottom:
+data, state, evaluation, loop, artefact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mpt_jax import (
+    artefacts,
+    checkpoints,
+    compilation_cache,
+    data,
+    evaluation,
+    reporting,
+    selection,
+    train_state,
+)
+from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.preemption import StopRequest, stop_requests
+from mpt_jax.trainer import NonFiniteLoss, Trainer
+from mpt_jax.tree import flatten
+
+ARTEFACT = "artefact"
+EVAL_MODES = ("TRAIN", "TRAIN_EVAL", "INFER_EVAL")
+
+
+def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to bottom
+    *,
+    model: PromptedEncoderDecoder,
+    train_dataset_cfg: data.DatasetConfig,
+    model_dir: str,
+    total_steps: int,
+    train_state_initializer_cls: Callable[..., Any],
+    checkpoint_cfg: checkpoints.CheckpointConfig,
+    partitioner: PjitPartitioner,
+    trainer_cls: Callable[..., Trainer] = Trainer,
+    train_eval_dataset_cfg: data.DatasetConfig | None = None,
+    infer_eval_dataset_cfg: data.DatasetConfig | None = None,
+    eval_steps: int = 0,
+    eval_period: int = 1000,
+    stats_period: int | None = None,
+    random_seed: int | None = None,
+    summarize_config_fn: Callable[..., None] | None = None,
+    inference_evaluator_cls: Callable[..., Any] | None = None,
+    actions: Mapping[str, Sequence[selection.Action]] | None = None,
+    run_eval_before_training: bool = False,
+    relative_steps: int | None = None,
+    use_hardware_rng: bool = False,
+    use_orbax: bool = True,
+    concurrent_metrics: bool = True,
+    gc_period: int = 0,
+    verify_matching_vocabs_fn: Callable[..., None] | None = None,
+    get_dataset_fn: Callable[..., Any] | None = None,
+    train_eval_get_dataset_fn: Callable[..., Any] | None = None,
+) -> selection.Scores:
+    """Trains a model; resumes by itself where MODEL_DIR holds a checkpoint of this run.
+
+    Args:
+        model: what to train.
+        train_dataset_cfg: training data; `batch_size` is the global batch.
+        model_dir: MODEL_DIR, where everything the run makes lies.
+        total_steps: the step to train to.
+        train_state_initializer_cls: called without arguments; its `origins` say where first
+            values come from.
+        checkpoint_cfg: when to save.
+        partitioner: the mesh.
+        trainer_cls: `Trainer`, with its gin fields bound.
+        train_eval_dataset_cfg: data whose loss is evaluated.
+        infer_eval_dataset_cfg: data that is decoded and scored, each run by itself.
+        eval_steps: batches of a training evaluation; 0 takes all.
+        eval_period: steps between evaluations.
+        stats_period: steps between metrics; default `eval_period`.
+        random_seed: of initial values and dropout; None is 0.
+        summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
+        inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
+        actions: what may follow an evaluation, by `'TRAIN_EVAL'`, `'INFER_EVAL'` or `'TRAIN'`.
+        run_eval_before_training: evaluates step 0 too.
+        relative_steps: T5X's; not offered.
+        use_hardware_rng: T5X's; not offered.
+        use_orbax: T5X's; always True.
+        concurrent_metrics: metrics are always written concurrently.
+        gc_period: T5X's; not offered.
+        verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
+        get_dataset_fn: T5X's; not offered.
+        train_eval_get_dataset_fn: T5X's; not offered.
+
+    Returns:
+        The last scores of each run.
+
+    Raises:
+        NonFiniteLoss: a loss was not finite; the last good state is saved.
+        SystemExit: SIGTERM or Ctrl-C; the state is saved.
+    """
+    _refuse(relative_steps=relative_steps, use_hardware_rng=use_hardware_rng)
+    _refuse(get_dataset_fn=get_dataset_fn, train_eval_get_dataset_fn=train_eval_get_dataset_fn)
+    _refuse(gc_period=gc_period, use_orbax=not use_orbax, concurrent_metrics=not concurrent_metrics)
+    compilation_cache.enable()
+    seed, started = random_seed or 0, time.monotonic()
+
+    # --- Data ------------------------------------------------------------------------------------
+    if verify_matching_vocabs_fn is not None:
+        verify_matching_vocabs_fn(train_dataset_cfg, model)
+    hosts = {"num_hosts": jax.process_count(), "host_index": jax.process_index()}
+    batches = data.train_iterator(train_dataset_cfg, model.FEATURE_CONVERTER_CLS, **hosts)
+
+    # --- State: 1. own checkpoint, 2. initial artefact, 3. initial values ------------------------
+    origins = train_state_initializer_cls().origins
+    loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
+    state = train_state.create(model, loaded.params, partitioner)
+    identity = _identity(model, loaded, train_dataset_cfg, seed)
+    save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
+    saved = checkpoints.resolve(model_dir, save.keep)
+    if (restored := saved.restore(state)) is not None:
+        state, meta = restored
+        _check_identity(identity, meta["identity"], model_dir)
+        saved.set_aside_after(int(state.step))
+        if save.save_dataset:
+            batches.restore(checkpoints.unpack_position(meta["data"]))
+        logging.info("Resumed from %s.", saved.path(int(state.step)))
+    trainer = trainer_cls(
+        model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
+    )
+    total = train_state.count(state.params)
+    learning = train_state.count(state.trainable)
+    labels = train_state.trainable_labels(model, state.params)
+    logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
+
+    # --- Evaluation and reporting ----------------------------------------------------------------
+    writers = reporting.Writers(model_dir)
+    evaluator = Evaluation(
+        trainer,
+        writers,
+        train_eval_dataset_cfg
+        and data.eval_batches(
+            train_eval_dataset_cfg,
+            model.FEATURE_CONVERTER_CLS,
+            num_batches=eval_steps or None,
+            **hosts,
+        ),
+        infer_eval_dataset_cfg
+        and evaluation.InferenceEvaluator(
+            infer_eval_dataset_cfg,
+            model.FEATURE_CONVERTER_CLS,
+            f"{model_dir}/inference_eval",
+            evaluator_cls=inference_evaluator_cls,
+            **hosts,
+        ),
+        actions or {},
+    )
+    if summarize_config_fn is not None:
+        summarize_config_fn(model_dir, None, trainer.step)
+    reporting.write_run_record(
+        model_dir,
+        {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **identity}
+        | {"parameters": total, "trainable_parameters": learning},
+    )
+
+    def save_checkpoint() -> None:
+        position = batches.state() if save.save_dataset else None
+        saved.save(
+            trainer.state, {"identity": identity, "data": checkpoints.pack_positions(position)}
+        )
+
+    # --- The loop --------------------------------------------------------------------------------
+    progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
+    stats_period = stats_period or eval_period
+    stop = False
+    with stop_requests() as request:
+        try:
+            if run_eval_before_training and trainer.step == 0:
+                stop = evaluator.run()
+            if trainer.step < total_steps and not stop:
+                writers.write("train", trainer.step, _first_step(trainer, batches, started))
+            progress.restart_clock(trainer.step)
+            while trainer.step < total_steps and not stop:
+                # The order matters: metrics of the steps before, evaluation of the state they
+                # left, save of that same state together with the data position after it.
+                if trainer.step % stats_period == 0 or trainer.step == total_steps:
+                    _report(trainer, writers, progress)
+                if trainer.step % eval_period == 0:
+                    stop = evaluator.run()
+                    progress.restart_clock(trainer.step)
+                if save.period and trainer.step % save.period == 0:
+                    save_checkpoint()
+                stop = stop or request.is_due(trainer.step)
+                if not stop and trainer.step < total_steps:
+                    trainer.train(next(batches))
+            _report(trainer, writers, progress)
+            if request.signal is None and evaluator.last_step != trainer.step:
+                evaluator.run()
+        except NonFiniteLoss:
+            save_checkpoint()
+            saved.wait()
+            raise
+        finally:
+            progress.close()
+            writers.close()
+    _finish(request, save_checkpoint, saved)
+
+    # --- The artefact ----------------------------------------------------------------------------
+    if jax.process_index() == 0 and "prompt" in trainer.state.params:
+        write_artefact(model_dir, model, trainer.state, loaded, origins, evaluator)
+    return evaluator.scores
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Everything that is measured between steps.
+
+    Attributes:
+        trainer: whose state is measured.
+        writers: where scalars go.
+        losses: task or mixture -> its batches; None for no training evaluation.
+        inference: decodes and scores; None for none.
+        actions: what may follow, by mode.
+        scores: of each run, from the last evaluation.
+        last_step: the step of the last evaluation.
+    """
+
+    trainer: Trainer
+    writers: reporting.Writers
+    losses: Mapping[str, Callable[[], Iterable[Mapping[str, np.ndarray]]]] | None
+    inference: evaluation.InferenceEvaluator | None
+    actions: Mapping[str, Sequence[selection.Action]]
+    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    last_step: int = -1
+
+    def __post_init__(self):
+        unknown = sorted(set(self.actions) - set(EVAL_MODES))
+        if unknown:
+            raise ValueError(f"actions are keyed by {EVAL_MODES}, got {unknown}.")
+        model, partitioner = self.trainer.model, self.trainer.partitioner
+        predict, score = jax.jit(model.predict_batch), jax.jit(model.score_batch)
+
+        def run(function: Callable[..., Any], batch: Mapping[str, np.ndarray], *rest: Any) -> Any:
+            with partitioner.activate():
+                return function(self._params, partitioner.shard_batch(batch), *rest)
+
+        self._predict = functools.partial(run, predict)
+        self._score = functools.partial(run, score)
+
+    @property
+    def best(self) -> selection.SelectBest | None:
+        """The action that keeps the best parameters, if there is one."""
+        found = (a for many in self.actions.values() for a in many)
+        return next((a for a in found if isinstance(a, selection.SelectBest)), None)
+
+    def run(self) -> bool:
+        """Evaluates the current state; True if an action wants training to end."""
+        self.last_step = step = self.trainer.step
+        stop = False
+        if self.losses:
+            found = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
+            for name, scalars in found.items():
+                self.writers.write(f"training_eval/{name}", step, scalars)
+            stop |= self._act("TRAIN_EVAL", found)
+        if self.inference:
+            self._params = self.trainer.state.params
+            self.scores = self.inference.evaluate(self._predict, self._score, step)
+            for name, scalars in self.scores.items():
+                logging.info("step %d  %s  %s", step, name, _round(scalars))
+            stop |= self._act("INFER_EVAL", self.scores)
+        return stop
+
+    def _act(self, mode: str, scores: selection.Scores) -> bool:
+        actions = self.actions.get(mode, ())
+        return any([action.run(self.trainer.state, scores) for action in actions])
+
+
+def write_artefact(
+    model_dir: str,
+    model: PromptedEncoderDecoder,
+    state: train_state.TrainState,
+    loaded: train_state.Loaded,
+    origins: train_state.Origins,
+    evaluator: Evaluation,
+) -> None:
+    """Writes MODEL_DIR/artefact: each group's best prompts if the run selected any, else the
+    last."""
+    params, metrics = state.params["prompt"], {"scores": evaluator.scores}
+    best = evaluator.best
+    if best is not None and best.trainable is not None and "prompt" in best.trainable:
+        params = {**params, **best.trainable["prompt"]}
+        metrics = {"best_step": best.best_step, "best_score": best.best_scores()}
+    path = artefacts.save_artefact(
+        f"{model_dir}/{ARTEFACT}",
+        model.prompt,
+        jax.device_get(params),
+        model.runs,
+        embedding_sha256=loaded.embedding_sha256,
+        vocabulary_sha256=loaded.vocabulary_sha256,
+        backbone=origins.name,
+        step=int(state.step),
+        metrics=metrics,
+        include_folded=True,
+    )
+    logging.info("Prompt artefact: %s", path)
+
+
+def _first_step(trainer: Trainer, batches: Any, started: float) -> dict[str, float]:
+    """Takes the first step; returns how long compiling and starting took."""
+    before = time.monotonic()
+    trainer.train(next(batches))
+    jax.block_until_ready(trainer.state.trainable)
+    seconds = {
+        "timing/compilation_seconds": time.monotonic() - before,
+        "timing/start_to_first_step_seconds": time.monotonic() - started,
+    }
+    logging.info("First step after %.1f s.", seconds["timing/start_to_first_step_seconds"])
+    return seconds
+
+
+def _report(trainer: Trainer, writers: reporting.Writers, progress: reporting.ProgressLine) -> None:
+    if found := trainer.read_metrics():
+        speeds = progress.update(trainer.step, found)
+        writers.write("train", trainer.step, {**found, **speeds})
+
+
+def _finish(
+    request: StopRequest, save_checkpoint: Callable[[], None], saved: checkpoints.Checkpoints
+) -> None:
+    """The last save; a stopped run then exits with a code that says it can be started again."""
+    save_checkpoint()
+    saved.wait()
+    saved.close()
+    if request.signal is not None:
+        logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
+        sys.exit(request.exit_code)
+
+
+def _identity(
+    model: PromptedEncoderDecoder,
+    loaded: train_state.Loaded,
+    cfg: data.DatasetConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that saved. JSON values."""
+    return {
+        "method": model.prompt.name,
+        "method_config": model.prompt.config(),
+        "run_names": list(model.runs.run_names),
+        "groups": list(model.runs.group_of_row),
+        "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
+        "embedding_sha256": loaded.embedding_sha256,
+        "vocabulary_sha256": loaded.vocabulary_sha256,
+        "batch_size": cfg.batch_size,
+        "random_seed": seed,
+    }
+
+
+def _check_identity(ours: Mapping[str, Any], saved: Mapping[str, Any], model_dir: str) -> None:
+    differing = [
+        f"{name}: {saved.get(name)!r} there, {ours[name]!r} here"
+        for name in ours
+        if saved.get(name) != ours[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{model_dir} holds a run of another configuration ({'; '.join(differing)}). Choose "
+            "another MODEL_DIR, or remove this one."
+        )
+
+
+def _refuse(**settings: Any) -> None:
+    """Raises where a T5X setting would have no effect here."""
+    for name, value in settings.items():
+        if value:
+            raise ValueError(
+                f"train.{name} would have no effect with this trainer; leave it at its default, "
+                "or run under T5X."
+            )
+
+
+def _round(scalars: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in scalars.items()}
+
+
+if __name__ == "__main__":
+    from mpt_jax import gin_utils
+
+    gin_utils.run_main(train)
