@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
-CORE = """shapes tree runs paths prompts backbones losses metrics decoding models optimizers
-partitioning convert artefacts train_state trainer checkpoints""".split()
-BORDER = """features sampling data evaluation gin_check t5x_import gin_utils train eval
-infer export cli t5x_fallback""".split()
+CORE = """shapes tree runs paths compilation_cache preemption prompts backbones losses metrics
+decoding models optimizers partitioning convert artefacts train_state trainer selection
+checkpoints""".split()
+BORDER = """features examples sampling data evaluation t5x_import t5x_host initializer gin_check
+gin_utils reporting train eval infer export cli t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
 
