@@ -272,7 +272,7 @@ def _saved(state: TrainState) -> dict[str, Any]:
 
 
 def _replaced(state: TrainState, tree: dict[str, Any]) -> TrainState:
-    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    return state.replace(
         step=tree["step"], trainable=tree["trainable"], opt_state=tree["opt_state"]
     )
 

@@ -187,8 +187,9 @@ def sums(
     distil = objective.distillation
     if distil is None:
         return found
-    assert teacher is not None
-    teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
+    if teacher is None:
+        raise ValueError("An objective with distillation needs the teachers' outputs.")
+    teacher = _constant(teacher)
     if distil.logits:
         found["kl"] = by_token(kl_divergence(teacher.logits, student.logits, distil.temperature))
     if distil.hidden:
@@ -272,6 +273,10 @@ def combine(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sum
     factors: Mapping[str, float] = objective.term_weights()
     total = sum((factors[name] * means[name].sum() for name in means), jnp.float32(0))
     return total, means
+
+
+def _constant(outputs: Outputs) -> Outputs:
+    return jax.tree.map(jax.lax.stop_gradient, outputs)
 
 
 def _squared_distance(first: tuple[Array, ...], second: tuple[Array, ...]) -> Array:

@@ -77,7 +77,7 @@ def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
             continue
         found[name] = float(total.sum() / weight.sum())
         labels = _labels(name, len(total), runs)
-        for label, value, count in zip(labels, total, weight, strict=True):
+        for label, value, count in zip(labels, total, weight, strict=bool(labels)):
             if count > 0:
                 found[f"{name}/{label}"] = float(value / count)
     return found
@@ -87,13 +87,15 @@ def to_clu(metrics: StepMetrics, runs: Runs) -> dict[str, clu_metrics.Metric]:
     """The same entries as clu metrics, which merge across steps and hosts."""
     found: dict[str, clu_metrics.Metric] = {}
     for name, metric in metrics.items():
-        found[name] = clu_metrics.Average(total=metric.sum.sum(), count=metric.weight.sum())
+        found[name] = _average(metric.sum.sum(), metric.weight.sum())
         labels = _labels(name, metric.sum.shape[0], runs)
         for index, label in enumerate(labels):
-            found[f"{name}/{label}"] = clu_metrics.Average(
-                total=metric.sum[index], count=metric.weight[index]
-            )
+            found[f"{name}/{label}"] = _average(metric.sum[index], metric.weight[index])
     return found
+
+
+def _average(total: Array, count: Array) -> clu_metrics.Metric:
+    return clu_metrics.Average(total=total, count=count)  # pyright: ignore[reportCallIssue]
 
 
 def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:

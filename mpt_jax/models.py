@@ -27,7 +27,7 @@ from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.prompts.base import InitContext, PromptMethod, place, place_rows
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Float, Int, Key, Params
-from mpt_jax.tree import Rules, flatten, label_tree
+from mpt_jax.tree import Rules, label_tree
 
 FROZEN = "frozen"
 BACKBONE = r"(token_embedder|encoder|decoder)/.*"
@@ -107,7 +107,7 @@ class PromptedEncoderDecoder:
         """The method's initial parameters, given the backbone's own embeddings."""
         return self.prompt.init(key, self.runs, InitContext(embedding, self.input_vocabulary))
 
-    def init_backbone(self, key: Key) -> tuple[Params, Params]:
+    def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
         """Random backbone parameters and their logical axes, T5X's tree."""
         tokens = jnp.ones((1, 2), jnp.int32)
         variables = flax.core.unfreeze(
@@ -128,16 +128,14 @@ class PromptedEncoderDecoder:
         backbone_key, prompt_key = jax.random.split(rng)
         params, axes = self.init_backbone(backbone_key)
         embedding = params["token_embedder"]["embedding"]
-        params = dict(params, prompt=self.init_prompt(prompt_key, embedding))
-        prompt_axes = {name: _axes(self.prompt.axes[name]) for name in params["prompt"]}
-        axes = dict(axes, prompt={f"{name}_axes": found for name, found in prompt_axes.items()})
+        # A method without parameters has no branch at all.
+        if prompt := self.init_prompt(prompt_key, embedding):
+            params["prompt"] = prompt
+            axes["prompt"] = {f"{name}_axes": _axes(self.prompt.axes[name]) for name in prompt}
         if self.has_teacher:
             shape = (self.runs.num_rows, self.prompt.prompt_length, embedding.shape[1])
             params["teacher"] = {"table": jnp.zeros(shape, jnp.float32)}
             axes["teacher"] = {"table_axes": _axes(("tasks", "prompt", "embed"))}
-        # A method without parameters leaves no empty branch behind.
-        params = {name: branch for name, branch in params.items() if flatten(branch)}
-        axes = {name: branch for name, branch in axes.items() if flatten(branch)}
         return flax.core.freeze({"params": params, "params_axes": axes})
 
     def label_tree(self, params: Params) -> Any:
@@ -168,7 +166,7 @@ class PromptedEncoderDecoder:
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         embeddings, prompts = self._embed(params, batch, teacher)
         mask = losses.encoder_mask(batch)
-        encoded = self.module.apply(
+        encoded: Any = self.module.apply(
             {"params": backbone},
             embeddings,
             mask,
@@ -179,7 +177,7 @@ class PromptedEncoderDecoder:
             method="encode",
         )
         encoded, encoder_hidden = encoded if hidden else (encoded, ())
-        decoded = self.module.apply(
+        decoded: Any = self.module.apply(
             {"params": backbone},
             encoded,
             mask,
@@ -202,7 +200,8 @@ class PromptedEncoderDecoder:
         """Token embeddings with every example's prompt in its reserved positions."""
         tokens, slots = batch["encoder_input_tokens"], batch["encoder_prompt_slots"]
         task_ids = batch["encoder_task_ids"]
-        embedded = self.module.apply({"params": self._backbone(params)}, tokens, method="embed")
+        backbone = {"params": self._backbone(params)}
+        embedded: Any = self.module.apply(backbone, tokens, method="embed")
         if self.prompt.prompt_length == 0:
             return embedded, None
         if "encoder_segment_ids" in batch:

@@ -129,7 +129,7 @@ class PromptOptimizer:
         """The optimizer state of the trainable parameters."""
         return self._transformation(trainable).init(trainable)
 
-    def update(self, grads: Params, state: Any, trainable: Params) -> tuple[Params, Any]:
+    def update(self, grads: Params, state: Any, trainable: Params) -> tuple[Any, Any]:
         """Updates to add to the trainable parameters, and the next state."""
         return self._transformation(trainable).update(grads, state, trainable)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.core import unfreeze
 from flax.linen import partitioning as nn_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -110,7 +109,7 @@ class PjitPartitioner:
         """
         named = {
             name.removesuffix("_axes"): tuple(leaf.names)
-            for name, leaf in flatten(unfreeze(axes), is_leaf=_is_axes).items()
+            for name, leaf in flatten(axes, is_leaf=_is_axes).items()
         }
         found = {}
         for name in flatten(params):
@@ -124,7 +123,7 @@ class PjitPartitioner:
                     "standard_logical_axis_rules.additional_rules."
                 )
             spec = nn_partitioning.logical_to_mesh_axes(named[name], tuple(self.logical_axis_rules))
-            found[name] = NamedSharding(self.mesh, PartitionSpec(*spec))
+            found[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
         return unflatten(found)
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -35,8 +35,7 @@ from mpt_jax.tree import flatten, match_exactly, merge, split, unflatten
 ADDED_BIAS = r"(token_embedder|encoder|decoder)/.*/bias"
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """What a step reads and writes.
 
     Attributes:
@@ -156,7 +155,7 @@ def create(
     trainable = place(trainable)
     opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
     step = jax.device_put(jnp.zeros((), jnp.int32), partitioner.replicated)
-    return TrainState(step, trainable, opt_state, place(frozen))
+    return TrainState(step=step, trainable=trainable, opt_state=opt_state, frozen=place(frozen))
 
 
 def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
@@ -173,7 +172,7 @@ def _backbone(
     model: PromptedEncoderDecoder, origins: Origins, key: Key, expected: dict[str, Any]
 ) -> dict[str, Any]:
     if origins.scratch:
-        return flax.core.unfreeze(model.init_backbone(key)[0])
+        return jax.jit(lambda key: model.init_backbone(key)[0])(key)
     assert origins.backbone is not None
     try:
         found = flatten(convert.load_backbone(origins.backbone))

@@ -103,9 +103,7 @@ def train_step(
     finite = jnp.isfinite(norms).all()
     for leaf in jax.tree.leaves(trainable):
         finite &= jnp.isfinite(leaf).all()
-    new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        step=state.step + 1, trainable=trainable, opt_state=opt_state
-    )
+    new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
     return _select(finite, new, state), found
 
 
@@ -125,7 +123,7 @@ def _interleave(x: Array, parts: int) -> Array:
 
 def _select(finite: Array, new: TrainState, old: TrainState) -> TrainState:
     keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
-    return old.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    return old.replace(
         step=keep(new.step, old.step),
         trainable=keep(new.trainable, old.trainable),
         opt_state=keep(new.opt_state, old.opt_state),
@@ -172,8 +170,8 @@ class Trainer:
     def train(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step; metrics gather on the device until `read_metrics`."""
         with self.partitioner.activate():
-            batch = self.partitioner.shard_batch(batch)
-            self.state, found = self._train_step(self.state, batch, self._rng)
+            rows = self.partitioner.shard_batch(batch)
+            self.state, found = self._train_step(self.state, rows, self._rng)
             self._totals = found if self._totals is None else self._merge(self._totals, found)
         self.step += 1
 
