@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ Scores = Mapping[str, Mapping[str, float]]
 FOLDER = "best"
 
 
+@runtime_checkable
 class Action(Protocol):
     """What may happen after an evaluation. T5X's protocol."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from mpt_jax.shapes import Array, Float, Int, Key, Params
 from mpt_jax.tree import Rules
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """The part of a SeqIO vocabulary that initial values need."""
 
@@ -42,6 +43,7 @@ class InitContext:
     vocabulary: Vocabulary | None = None
 
 
+@runtime_checkable
 class PromptMethod(Protocol):
     """A prompt method. Configuration lives in the object, parameters in a tree of float32.
 

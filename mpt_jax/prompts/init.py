@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mpt_jax.runs import unknown_name
 from mpt_jax.shapes import Array, Float, Key
 
 
+@runtime_checkable
 class PromptInit(Protocol):
     """`(key, task_name, P, context) -> [P, H]` float32."""
 
@@ -145,6 +146,7 @@ def _fill(rows: list[Array], what: str, rest: Array) -> Array:
 # --- Factors -------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class FactorInit(Protocol):
     """`(key, P, H, R) -> (left [P, R], right [R, H])` float32."""
 
