@@ -38,21 +38,24 @@ class SaveCheckpointConfig:
         keep: how many of the latest checkpoints stay; None keeps all.
         save_dataset: whether the data position is saved with the state. Without it a resumed run
             starts its data again, so a resume would not be exact.
-        dtype: T5X's; what learns is always saved as it is, so only None is accepted.
+        dtype: T5X's; what learns is float32, and saved as it is.
+        state_transformation_fns: T5X's; this trainer writes MODEL_DIR/artefact by itself.
     """
 
     period: int | None = None
     keep: int | None = 1
     save_dataset: bool = True
     dtype: str | None = None
+    state_transformation_fns: Sequence[Any] = ()
 
     def __post_init__(self):
         if self.period is not None and self.period < 1:
             raise ValueError(f"SaveCheckpointConfig.period must be at least 1, got {self.period}.")
-        if self.dtype is not None:
+        _only_float32("SaveCheckpointConfig", self.dtype)
+        if self.state_transformation_fns:
             raise ValueError(
-                f"SaveCheckpointConfig.dtype={self.dtype!r} would have no effect: prompts and "
-                "optimizer state are saved in float32. Set it to None."
+                "SaveCheckpointConfig.state_transformation_fns would have no effect with this "
+                "trainer; leave it empty."
             )
 
 
@@ -63,12 +66,15 @@ class RestoreCheckpointConfig:
     Attributes:
         path: a MODEL_DIR, or one checkpoint in it.
         mode: `'latest'` of a MODEL_DIR, `'all'` of them, or `'specific'`: path(s) of checkpoints.
+        dtype: T5X's; what learns is float32.
     """
 
     path: str | Sequence[str] = ""
     mode: str = "latest"
+    dtype: str | None = None
 
     def __post_init__(self):
+        _only_float32("RestoreCheckpointConfig", self.dtype)
         if self.mode not in ("latest", "all", "specific"):
             raise ValueError(
                 f"RestoreCheckpointConfig.mode must be 'latest', 'all' or 'specific', got "
@@ -265,6 +271,14 @@ def unpack_position(packed: list[str] | None) -> bytes | None:
             f"{jax.process_count()}: resume on {len(packed)}."
         )
     return base64.b64decode(packed[jax.process_index()])
+
+
+def _only_float32(config: str, dtype: str | None) -> None:
+    if dtype not in (None, "float32"):
+        raise ValueError(
+            f"{config}.dtype={dtype!r} would have no effect: prompts and optimizer state are "
+            "float32 on disk and in memory. Set it to None."
+        )
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

@@ -24,20 +24,27 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mpt_jax
 
+METRICS = "metrics.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "numpy")
 
 
 class Writers:
-    """TensorBoard files below MODEL_DIR, one folder for each kind of metric, as in T5X."""
+    """TensorBoard files below MODEL_DIR, one folder for each kind of metric, as in T5X, and the
+    same scalars as lines of MODEL_DIR/metrics.jsonl."""
 
     def __init__(self, model_dir: str):
         self._model_dir = epath.Path(model_dir)
         self._writers: dict[str, Any] = {}
+        self._lines: Any = None
 
     def write(self, folder: str, step: int, scalars: Mapping[str, float]) -> None:
         """Writes scalars to `MODEL_DIR/<folder>/events*`."""
         if jax.process_index() != 0 or not scalars:
             return
+        if self._lines is None:
+            self._lines = (self._model_dir / METRICS).open("a")
+        self._lines.write(json.dumps({"folder": folder, "step": step, **scalars}) + "\n")
+        self._lines.flush()
         if folder not in self._writers:
             writer = metric_writers.SummaryWriter(str(self._model_dir / folder))
             self._writers[folder] = metric_writers.AsyncWriter(writer)
@@ -47,6 +54,8 @@ class Writers:
         """Waits until everything is on disk."""
         for writer in self._writers.values():
             writer.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 class ProgressLine:

@@ -91,7 +91,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         relative_steps: T5X's; not offered.
         use_hardware_rng: T5X's; not offered.
         use_orbax: T5X's; always True.
-        concurrent_metrics: metrics are always written concurrently.
+        concurrent_metrics: T5X's; here metrics are always written concurrently.
         gc_period: T5X's; not offered.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
         get_dataset_fn: T5X's; not offered.
@@ -106,7 +106,12 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     """
     _refuse(relative_steps=relative_steps, use_hardware_rng=use_hardware_rng)
     _refuse(get_dataset_fn=get_dataset_fn, train_eval_get_dataset_fn=train_eval_get_dataset_fn)
-    _refuse(gc_period=gc_period, use_orbax=not use_orbax, concurrent_metrics=not concurrent_metrics)
+    _refuse(gc_period=gc_period, use_orbax=not use_orbax)
+    if checkpoint_cfg.restore is not None:
+        raise ValueError(
+            "CheckpointConfig.restore would have no effect: a run resumes from its own MODEL_DIR, "
+            "and first values come from train_state.Origins. Set it to None."
+        )
     compilation_cache.enable()
     seed, started = random_seed or 0, time.monotonic()
 
@@ -127,8 +132,9 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         state, meta = restored
         _check_identity(identity, meta["identity"], model_dir)
         saved.set_aside_after(int(state.step))
-        if save.save_dataset:
-            batches.restore(checkpoints.unpack_position(meta["data"]))
+        position = checkpoints.unpack_position(meta["data"])
+        if position is not None:
+            batches.restore(position)
         logging.info("Resumed from %s.", saved.path(int(state.step)))
     trainer = trainer_cls(
         model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
