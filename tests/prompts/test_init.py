@@ -1,0 +1,149 @@
+"""Initial values: each mode against its definition, on embeddings whose rows say which they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.prompts import init
+from mpt_jax.prompts.base import InitContext
+
+V, H, P = 50, 4, 8
+# Row i is i + 0.001 * column, so a row of a prompt tells which id it was copied from.
+EMBEDDING = np.arange(V)[:, None] + 0.001 * np.arange(H)[None]
+WORDS = {"yes": [7], "no": [9], "not entailment": [11, 12, 16], "": []}
+KEY = jax.random.PRNGKey(3)
+
+
+class Words:
+    """A vocabulary of the labels above."""
+
+    def encode(self, s: str) -> list[int]:
+        return WORDS[s]
+
+
+CONTEXT = InitContext(jnp.asarray(EMBEDDING, jnp.float32), Words())
+
+
+def ids_of(prompt) -> list[int]:
+    """The ids a prompt's rows were copied from; fails where a row is no row of the embedding."""
+    ids = np.asarray(prompt)[:, 0].round().astype(int)
+    np.testing.assert_allclose(prompt, EMBEDDING[ids], atol=1e-5)
+    return ids.tolist()
+
+
+def test_sampled_vocabulary_copies_distinct_rows_of_the_most_frequent_ids():
+    prompt = init.SampledVocabulary(population=P)(KEY, "t", P, CONTEXT)
+    assert sorted(ids_of(prompt)) == list(range(P)), "without replacement, all P are drawn"
+    drawn = ids_of(init.SampledVocabulary()(KEY, "t", P, CONTEXT))
+    assert len(set(drawn)) == P
+    assert max(drawn) >= P, "the default population is wider than the prompt"
+
+
+def test_sampled_vocabulary_draws_from_all_of_its_population_and_nothing_else():
+    draw = jax.jit(lambda key: init.SampledVocabulary(20)(key, "t", P, CONTEXT))
+    prompts = [draw(jax.random.PRNGKey(seed)) for seed in range(60)]
+    assert {i for prompt in prompts for i in ids_of(prompt)} == set(range(20))
+    assert init.SampledVocabulary().population == 5000
+
+
+def test_sampled_vocabulary_of_too_few_ids_is_an_error():
+    with pytest.raises(ValueError, match="8 distinct ids out of 5"):
+        init.SampledVocabulary(population=5)(KEY, "t", P, CONTEXT)
+
+
+def test_a_bfloat16_backbone_gives_a_float32_prompt():
+    context = InitContext(CONTEXT.embedding.astype(jnp.bfloat16))
+    assert init.SampledVocabulary()(KEY, "t", P, context).dtype == jnp.float32
+
+
+def test_uniform_fills_its_interval():
+    prompt = np.asarray(init.Uniform()(KEY, "t", 400, CONTEXT))
+    assert prompt.shape == (400, H)
+    assert -0.5 <= prompt.min() < -0.49 and 0.49 < prompt.max() < 0.5
+    assert abs(prompt.mean()) < 0.03
+
+
+def test_class_labels_are_means_of_their_tokens_and_the_rest_is_sampled():
+    mode = init.ClassLabels({"nli": ["yes", "not entailment"], "other": ["no"]})
+    prompt = np.asarray(mode(KEY, "nli", P, CONTEXT))
+    np.testing.assert_allclose(prompt[0], EMBEDDING[7], atol=1e-5)
+    np.testing.assert_allclose(prompt[1], EMBEDDING[[11, 12, 16]].mean(0), atol=1e-5)
+    assert len(set(ids_of(prompt[2:]))) == P - 2
+    other = np.asarray(mode(KEY, "other", P, CONTEXT))
+    np.testing.assert_allclose(other[0], EMBEDDING[9], atol=1e-5)
+    same = init.ClassLabels(["no"])(KEY, "whatever", P, CONTEXT)
+    np.testing.assert_allclose(same[0], EMBEDDING[9], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "says"),
+    [
+        ({"nli": ["yes"]}, "nlu", "'nlu'.*Did you mean 'nli'"),
+        (["yes", "no"] * 5, "t", "10 labels do not fit a prompt of 8"),
+        ([""], "t", "no tokens"),
+    ],
+)
+def test_class_labels_that_cannot_be_used_are_errors(labels, task, says):
+    with pytest.raises(ValueError, match=says):
+        init.ClassLabels(labels)(KEY, task, P, CONTEXT)
+
+
+def test_text_copies_the_rows_of_its_tokens_in_order():
+    prompt = init.Text("not entailment")(KEY, "t", P, CONTEXT)
+    assert ids_of(prompt)[:3] == [11, 12, 16]
+    with pytest.raises(ValueError, match="3 tokens do not fit a prompt of 2"):
+        init.Text("not entailment")(KEY, "t", 2, CONTEXT)
+
+
+@pytest.mark.parametrize("mode", [init.Text("yes"), init.ClassLabels(["yes"])])
+def test_words_need_a_vocabulary(mode):
+    with pytest.raises(ValueError, match="'yes' needs the model's vocabulary"):
+        mode(KEY, "t", P, InitContext(CONTEXT.embedding))
+
+
+def test_from_array_reads_a_file_of_the_right_shape_and_never_unpickles(tmp_path):
+    values = np.random.default_rng(0).normal(size=(P, H))
+    np.save(tmp_path / "prompt.npy", values)
+    prompt = init.FromArray(str(tmp_path / "prompt.npy"))(KEY, "t", P, CONTEXT)
+    assert prompt.dtype == jnp.float32
+    np.testing.assert_allclose(prompt, values, atol=1e-7)
+    with pytest.raises(ValueError, match=r"holds \(8, 4\).*are \(9, 4\)"):
+        init.FromArray(str(tmp_path / "prompt.npy"))(KEY, "t", P + 1, CONTEXT)
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        init.FromArray(str(tmp_path / "pickled.npy"))(KEY, "t", P, CONTEXT)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_factors_have_their_distributions(rank):
+    shape = {"prompt_length": 300, "width": 200, "rank": rank}
+
+    def factors(initialise):
+        left, right = map(np.asarray, initialise(KEY, *shape.values()))
+        assert (left.shape, right.shape) == ((300, rank), (rank, 200))
+        assert left.dtype == right.dtype == np.float32
+        return left, right
+
+    left, right = factors(init.normal002)
+    for side in (left, right):
+        assert abs(side.mean()) < 0.005 and 0.018 < side.std() < 0.022
+    assert not np.array_equal(left[:200, 0], right[0])
+
+    left, right = factors(init.ones_noise)
+    product = left @ right
+    assert abs(product.mean() - 1) < 0.01, "a fresh P* keeps its scale"
+    assert 0 < product.std() < 0.04, "and yet no two entries are alike"
+    assert 0.018 < right.std() < 0.022 and abs(right.mean() - 1) < 0.005
+
+    left, right = factors(init.signs)
+    assert set(np.unique(right)) == {-1.0, 1.0}
+    np.testing.assert_allclose(np.abs(left), rank**-0.5, atol=1e-6)
+    assert abs(np.square(left @ right).mean() - 1) < 0.1
+
+
+def test_factors_of_two_keys_differ():
+    for initialise in (init.ones_noise, init.normal002, init.signs):
+        first = initialise(jax.random.PRNGKey(0), 5, 6, 2)
+        second = initialise(jax.random.PRNGKey(1), 5, 6, 2)
+        assert not np.array_equal(first[0], second[0]) and not np.array_equal(first[1], second[1])
