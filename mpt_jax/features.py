@@ -24,6 +24,7 @@ registered task, which gin cannot reach.
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -87,10 +88,7 @@ def renamed(preprocessors: Sequence, name: str) -> list:
     return [AddTaskId(name) if isinstance(p, AddTaskId) else p for p in preprocessors]
 
 
-def output_features(
-    vocabulary: seqio.vocabularies.Vocabulary,
-    targets_vocabulary: seqio.vocabularies.Vocabulary | None = None,
-) -> dict[str, seqio.Feature]:
+def output_features(vocabulary: Any, targets_vocabulary: Any | None = None) -> dict[str, Any]:
     """Returns the output features of a task: inputs, targets and task_ids."""
     return {
         "inputs": seqio.Feature(vocabulary, add_eos=True),
@@ -117,7 +115,7 @@ def finish(name: str) -> list:
 
 def end_and_limit(
     dataset: tf.data.Dataset,
-    output_features: Mapping[str, seqio.Feature],
+    output_features: Mapping[str, Any],
     sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
     """Ends each text with EOS where its feature asks for it, and marks the over-long examples.

@@ -11,16 +11,14 @@ but (seed, run name, pass). Grouped or solo, on one host or many, a run sees the
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
 
-from mpt_jax.features import TASK_IDS, task_id
-from mpt_jax.runs import unknown_name
+from mpt_jax.examples import ExampleTable, find_task, import_suites, joined_lookup, stream_key
 
 # T5's cap on the size that a task counts with in examples-proportional mixing.
 T5_CAP = 2**18
@@ -81,7 +79,7 @@ class Sampler:
     def _uniform(self, step: tf.Tensor, count: int) -> tf.Tensor:
         """Returns `count` float64 draws from [0, 1) for `step`."""
         return tf.random.stateless_uniform(
-            [count], _key(self.seed, _DRAWS, step), dtype=tf.float64, alg="philox"
+            [count], stream_key(self.seed, _DRAWS, step), dtype=tf.float64, alg="philox"
         )
 
 
@@ -117,15 +115,17 @@ class StochasticTasks(Sampler):
         kappa = self._kappa(len(weights))
         uniform = self._uniform(step, 2 + max(kappa, len(weights)))
         count = 2 + tf.cast(uniform[0] * (kappa - 1), tf.int32)
+        batch_size = tf.constant(self.batch_size)
+        each, rest = batch_size // count, tf.math.floormod(batch_size, count)
         if self.replacement:
             tasks = _categorical(weights, uniform[2 : 2 + kappa])[:count]
             lucky = tf.cast(uniform[1] * tf.cast(count, tf.float64), tf.int32)
-            extra = (self.batch_size % count) * tf.one_hot(lucky, count, dtype=tf.int32)
+            extra = rest * tf.one_hot(lucky, count, dtype=tf.int32)
         else:
             scores = np.log(weights) - tf.math.log(-tf.math.log(uniform[2 : 2 + len(weights)]))
             tasks = tf.argsort(scores, direction="DESCENDING")[:count]
-            extra = tf.cast(tf.range(count) < self.batch_size % count, tf.int32)
-        return tf.cast(tf.repeat(tasks, self.batch_size // count + extra), tf.int64)
+            extra = tf.cast(tf.range(count) < rest, tf.int32)
+        return tf.cast(tf.repeat(tasks, each + extra), tf.int64)
 
     def _kappa(self, num_tasks: int) -> int:
         return num_tasks if self.kappa is None else self.kappa
@@ -213,7 +213,7 @@ class TaskMixture(seqio.Mixture):
         Raises:
             ValueError: a task lacks the split, its data, or any example; two seeds.
         """
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             sequence_length=sequence_length,
             use_cached=use_cached,
             trim_output_features=trim_output_features,
@@ -246,7 +246,7 @@ class TaskMixture(seqio.Mixture):
         )
         first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         streams = [s.map(lambda i, f=f: i + f) for s, f in zip(streams, first, strict=True)]
-        lookup = _joined(tables)
+        lookup = joined_lookup(tables)
         return sampler(streams, self.weights(sizes).tolist()).map(
             tf.autograph.experimental.do_not_convert(lookup), num_parallel_calls=tf.data.AUTOTUNE
         )
@@ -264,15 +264,21 @@ def task_mixture(
     name: str | None = None,
     rates: Mapping[str, float] | None = None,
     cap: int = T5_CAP,
+    modules: Sequence[str] = (),
 ) -> str:
     """Registers a mixture of tasks and returns its name, for `DatasetConfig` in gin.
 
     Without a sampler (for evaluation) it is a plain mixture with equal rates. Gin may evaluate
     this any number of times: the default name is made from the arguments.
 
+    Args:
+        task_names, sampler, name, rates, cap: see `TaskMixture`.
+        modules: imported first; they register the tasks.
+
     Raises:
-        ValueError: an unknown task; `name` is taken by a different mixture.
+        ValueError: no such module; an unknown task; `name` is taken by a different mixture.
     """
+    import_suites(modules, task_names)
     content = repr((tuple(task_names), sampler, rates and sorted(rates.items()), cap))
     name = name or f"mixture_{zlib.crc32(content.encode()):08x}"
     if name in seqio.MixtureRegistry.names():
@@ -289,155 +295,7 @@ def task_mixture(
     return name
 
 
-def find_task(name: str) -> seqio.Task:
-    """Returns a registered task; raises ValueError with the closest names where there is none."""
-    if name not in seqio.TaskRegistry.names():
-        raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
-    return seqio.TaskRegistry.get(name)
-
-
-class ExampleTable:
-    """All examples of one split of one task, tokenised once: a flat array and offsets per feature.
-
-    Attributes:
-        name, split: of what this is the table.
-        values: {feature: int32 [total tokens]}.
-        offsets: {feature: int64 [num_examples + 1]}.
-        num_examples: examples in the split, after preprocessing.
-        num_overlong: those longer than a limit (see `features.end_and_limit`).
-    """
-
-    def __init__(
-        self,
-        task: seqio.Task,
-        split: str,
-        sequence_length: Mapping[str, int] | None,
-        seed: int,
-        use_cached: bool = False,
-        trim_output_features: bool = True,
-    ):
-        check_split(task, split)
-        self.name, self.split = task.name, split
-        try:
-            dataset = task.get_dataset(
-                sequence_length=sequence_length,
-                split=split,
-                use_cached=use_cached,
-                shuffle=False,
-                seed=seed,
-                trim_output_features=trim_output_features,
-                try_in_mem_cache=False,
-            )
-            self.values, self.offsets = _flatten(dataset, list(task.output_features))
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(missing_data(task, split, error)) from error
-        self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
-        if not self.num_examples:
-            raise ValueError(
-                f"The {split!r} split of task {task.name!r} is empty after preprocessing."
-            )
-        self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
-        if self.num_overlong:
-            logging.warning(
-                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
-                task.name,
-                split,
-                self.num_overlong,
-                self.num_examples,
-                100 * self.num_overlong / self.num_examples,
-                dict(sequence_length or {}),
-            )
-
-    def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
-        """Returns the endless stream of this task's example indices, pass after pass."""
-        if not shuffle:
-            return tf.data.Dataset.range(self.num_examples).repeat()
-
-        def one_pass(number):
-            bits = tf.random.stateless_uniform(
-                [self.num_examples],
-                _key(seed, task_id(self.name), number),
-                minval=None,
-                maxval=None,
-                dtype=tf.int64,
-                alg="philox",
-            )
-            order = tf.cast(tf.argsort(bits, stable=True), tf.int64)
-            return tf.data.Dataset.from_tensor_slices(order)
-
-        passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
-        return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
-
-
-def check_split(task: seqio.Task, split: str) -> None:
-    """Raises ValueError where the task has no such split."""
-    if split not in task.splits:
-        raise ValueError(
-            f"Task {task.name!r} has no {split!r} split; it has {', '.join(task.splits)}."
-        )
-
-
-def missing_data(task: seqio.Task, split: str, error: Exception) -> str:
-    """The message for a task whose data could not be read."""
-    return (
-        f"The {split!r} split of task {task.name!r} could not be read from {task.source}: "
-        f"{type(error).__name__}: {error}. If the data is not on this machine, prepare it where "
-        "there is a network (tfds build <name> --data_dir DIR) and pass --tfds_data_dir=DIR."
-    )
-
-
-def _flatten(dataset: tf.data.Dataset, features: list[str]):
-    """Reads a dataset of rank-1 features into ({feature: values}, {feature: offsets})."""
-    for name in features:
-        if dataset.element_spec[name].shape.rank != 1:
-            raise ValueError(
-                f"Feature {name!r} has rank {dataset.element_spec[name].shape.rank}; only features "
-                "of rank 1 can be mixed."
-            )
-    dataset = dataset.map(
-        tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
-    )
-    # A thousand examples at a time: per-element Python would cost more than the tokenizer.
-    batches = list(dataset.ragged_batch(1024))
-    values, offsets = {}, {}
-    for name in features if batches else ():
-        ragged = [
-            b[name]
-            if isinstance(b[name], tf.RaggedTensor)
-            else tf.RaggedTensor.from_tensor(b[name])
-            for b in batches
-        ]
-        values[name] = np.concatenate([r.flat_values.numpy() for r in ragged])
-        lengths = np.concatenate([r.row_lengths().numpy() for r in ragged])
-        offsets[name] = np.concatenate([[0], np.cumsum(lengths)])
-    return values, offsets
-
-
-def _joined(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns a lookup of an example by its index in all the tables, one after the other."""
-    values, offsets = {}, {}
-    for name in tables[0].values:
-        starts = np.cumsum([0] + [len(t.values[name]) for t in tables])
-        joined = [t.offsets[name][:-1] + s for t, s in zip(tables, starts, strict=False)]
-        values[name] = tf.constant(np.concatenate([t.values[name] for t in tables]))
-        offsets[name] = tf.constant(np.concatenate([*joined, starts[-1:]]))
-
-    def lookup(index):
-        return {
-            name: values[name][offsets[name][index] : offsets[name][index + 1]] for name in values
-        }
-
-    return lookup
-
-
 def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
     """Returns one draw by `weights` [K] for each of `uniform`, from [0, 1)."""
     bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))
     return tf.searchsorted(bounds, uniform, side="right")
-
-
-def _key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:
-    """Returns the key of draw `number` of a stream: no two streams or numbers share one."""
-    return tf.stack([tf.constant((seed << 32) | stream, tf.int64), tf.cast(number, tf.int64)])

@@ -1,0 +1,203 @@
+"""The examples of registered tasks, read and tokenised once.
+
+Small and middling data sets (all of GLUE and MRQA) fit in memory as tokens, 4 bytes each, and
+then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from mpt_jax.features import TASK_IDS, task_id
+from mpt_jax.runs import unknown_name
+
+
+def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> None:
+    """Imports the modules that register tasks.
+
+    Raises:
+        ValueError: a module is not there.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module + ".").startswith(error.name + "."):
+                raise
+            named = f" ({', '.join(task_names)})" if task_names else ""
+            raise ValueError(
+                f"The task suite {module} cannot be imported (no module {error.name}), so its "
+                f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
+                "bind TASK_MODULES and the task names to your own."
+            ) from error
+
+
+def find_task(name: str) -> seqio.Task:
+    """Returns a registered task; raises ValueError with the closest names where there is none."""
+    if name not in seqio.TaskRegistry.names():
+        raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
+    return seqio.TaskRegistry.get(name)
+
+
+class ExampleTable:
+    """The examples of one split of one task, tokenised once: flat values and offsets per feature.
+
+    Args:
+        task, split: what to read.
+        sequence_length, seed, use_cached, trim_output_features, shuffle: see
+            `seqio.Task.get_dataset`.
+        limit: read at most so many examples; -1 for all.
+
+    Raises:
+        ValueError: there is no such split, its data cannot be read, or it is empty.
+
+    Attributes:
+        name, split: of what this is the table.
+        values: {feature: int32 [total tokens]}.
+        offsets: {feature: int64 [num_examples + 1]}.
+        num_examples: examples in the split, after preprocessing.
+        num_overlong: those longer than a limit (see `features.end_and_limit`).
+    """
+
+    def __init__(
+        self,
+        task: seqio.Task,
+        split: str,
+        sequence_length: Mapping[str, int] | None,
+        seed: int | None,
+        use_cached: bool = False,
+        trim_output_features: bool = True,
+        shuffle: bool = False,
+        limit: int = -1,
+    ):
+        check_split(task, split)
+        self.name, self.split = task.name, split
+        try:
+            dataset = task.get_dataset(
+                sequence_length=sequence_length,
+                split=split,
+                use_cached=use_cached,
+                shuffle=shuffle,
+                seed=seed,
+                trim_output_features=trim_output_features,
+                try_in_mem_cache=False,
+            )
+            self.values, self.offsets = _flatten(dataset.take(limit), list(task.output_features))
+        except Exception as error:
+            raise ValueError(missing_data(task, split, error)) from error
+        self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
+        if not self.num_examples:
+            raise ValueError(
+                f"The {split!r} split of task {task.name!r} is empty after preprocessing."
+            )
+        self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
+        if self.num_overlong:
+            logging.warning(
+                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
+                task.name,
+                split,
+                self.num_overlong,
+                self.num_examples,
+                100 * self.num_overlong / self.num_examples,
+                dict(sequence_length or {}),
+            )
+
+    def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
+        """Returns the endless stream of this task's example indices, pass after pass."""
+        if not shuffle:
+            return tf.data.Dataset.range(self.num_examples).repeat()
+
+        def one_pass(number):
+            bits = tf.random.stateless_uniform(
+                [self.num_examples],
+                stream_key(seed, task_id(self.name), number),
+                minval=None,  # type: ignore[arg-type]  # all 64 bits
+                maxval=None,
+                dtype=tf.int64,
+                alg="philox",
+            )
+            order = tf.cast(tf.argsort(bits, stable=True), tf.int64)
+            return tf.data.Dataset.from_tensor_slices(order)
+
+        passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
+        return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+def check_split(task: seqio.Task, split: str) -> None:
+    """Raises ValueError where the task has no such split."""
+    if split not in task.splits:
+        raise ValueError(
+            f"Task {task.name!r} has no {split!r} split; it has {', '.join(task.splits)}."
+        )
+
+
+def missing_data(task: seqio.Task, split: str, error: Exception) -> str:
+    """The message for a task whose data could not be read."""
+    return (
+        f"The {split!r} split of task {task.name!r} could not be read from {task.source}: "
+        f"{type(error).__name__}: {error}. If the data is not on this machine, prepare it where "
+        "there is a network (tfds build <name> --data_dir DIR) and pass --tfds_data_dir=DIR."
+    )
+
+
+def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:
+    """Reads a dataset of rank-1 features into ({feature: values}, {feature: offsets})."""
+    for name in features:
+        if dataset.element_spec[name].shape.rank != 1:
+            raise ValueError(
+                f"Feature {name!r} has rank {dataset.element_spec[name].shape.rank}; only features "
+                "of rank 1 can be mixed."
+            )
+    dataset = dataset.map(
+        tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
+    )
+    # A thousand examples at a time: per-element Python would cost more than the tokenizer.
+    batches = list(dataset.ragged_batch(1024))
+    values, offsets = {}, {}
+    for name in features if batches else ():
+        ragged: list[Any] = [
+            x[name] if isinstance(x[name], tf.RaggedTensor) else _all_of_one_length(x[name])
+            for x in batches
+        ]
+        values[name] = np.concatenate([r.flat_values.numpy() for r in ragged])
+        lengths = np.concatenate([r.row_lengths().numpy() for r in ragged])
+        offsets[name] = np.concatenate([[0], np.cumsum(lengths)])
+    return values, offsets
+
+
+def _all_of_one_length(tensor: tf.Tensor) -> Any:
+    return tf.RaggedTensor.from_tensor(tensor)  # type: ignore[attr-defined]
+
+
+def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns a lookup of an example by its index in all the tables, one after the other."""
+    values, offsets = {}, {}
+    for name in tables[0].values:
+        starts = np.cumsum([0] + [len(t.values[name]) for t in tables])
+        joined = [t.offsets[name][:-1] + s for t, s in zip(tables, starts, strict=False)]
+        values[name] = tf.constant(np.concatenate([t.values[name] for t in tables]))
+        offsets[name] = tf.constant(np.concatenate([*joined, starts[-1:]]))
+
+    def lookup(index):
+        return {
+            name: values[name][offsets[name][index] : offsets[name][index + 1]] for name in values
+        }
+
+    return lookup
+
+
+def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
+    """Returns the examples of all tables once, in order."""
+    indices = tf.data.Dataset.range(sum(table.num_examples for table in tables))
+    lookup = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
+    return indices.map(lookup, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def stream_key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:
+    """Returns the key of draw `number` of a stream: no two streams or numbers share one."""
+    return tf.stack([tf.constant((seed << 32) | stream, tf.int64), tf.cast(number, tf.int64)])

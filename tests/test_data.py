@@ -1,0 +1,227 @@
+"""Batches, positions and errors, on tiny in-memory tasks."""
+
+import functools
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from mpt_jax import data, features
+from mpt_jax.data import DatasetConfig
+from mpt_jax.features import PromptFeatureConverter
+from mpt_jax.runs import Runs
+from mpt_jax.sampling import EqualQuotas, StochasticTasks, TaskMixture, task_mixture
+
+SIZES = {"dat_a": 7, "dat_b": 30, "dat_c": 11}
+CONVERTER = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(list(SIZES)))
+LENGTHS = {"inputs": 6, "targets": 4}
+
+
+def register(name, size):
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.range(size).map(
+            lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.strings.as_string(i % 3)}
+        ),
+        splits=("train", "validation"),
+        num_input_examples={"train": size, "validation": size},
+    )
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=features.finish(name),
+        output_features=features.output_features(seqio.ByteVocabulary()),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks():
+    for name, size in SIZES.items():
+        register(name, size)
+    seqio.MixtureRegistry.remove("dat_plain")
+    seqio.MixtureRegistry.add("dat_plain", list(SIZES), default_rate=1.0)
+
+
+def mixture(batch_size=6, seed=3):
+    return TaskMixture("dat_mixture", tuple(SIZES), StochasticTasks(batch_size, seed))
+
+
+def config(provider, **changes):
+    arguments = dict(
+        mixture_or_task_name=provider,
+        task_feature_lengths=LENGTHS,
+        split="train",
+        batch_size=6,
+        shuffle=True,
+        seed=3,
+    )
+    return DatasetConfig(**{**arguments, **changes})
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal_batches(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_batch_is_numpy_in_the_contract():
+    (batch,) = take(data.train_iterator(config(mixture()), CONVERTER), 1)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        **{
+            f"encoder_{n}": ((6, 8), np.int32) for n in ("input_tokens", "prompt_slots", "task_ids")
+        },
+        **{
+            f"decoder_{n}": ((6, 4), np.int32)
+            for n in ("input_tokens", "target_tokens", "loss_weights", "task_ids")
+        },
+    }
+    assert all(type(x) is np.ndarray for x in batch.values())
+
+
+PIPELINES = {
+    "mixture": dict(provider=mixture),
+    "packed": dict(provider=mixture, pack=True),
+    "plain": dict(provider=lambda: "dat_plain"),
+    "task": dict(provider=lambda: "dat_b"),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("step", [0, 1, 13])
+def test_resume_is_exact_from_any_step(name, step):
+    changes = dict(PIPELINES[name])
+    provider = changes.pop("provider")
+    make = lambda: data.train_iterator(config(provider(), **changes), CONVERTER)  # noqa: E731
+    first = make()
+    take(first, step)
+    state = first.state()
+    expected = take(first, 12)
+    second = make()
+    second.restore(state)
+    assert_equal_batches(take(second, 12), expected)
+    # A position can also be set on an iterator that has moved on.
+    first.restore(state)
+    assert_equal_batches(take(first, 3), expected[:3])
+
+
+def test_a_mixtures_position_is_small():
+    iterator = data.train_iterator(config(mixture()), CONVERTER)
+    take(iterator, 5)
+    assert len(iterator.state()) < 50_000
+
+
+def test_positions_of_other_configurations_are_refused():
+    state = data.train_iterator(config(mixture()), CONVERTER).state()
+    other = data.train_iterator(config(mixture(batch_size=9), batch_size=9), CONVERTER)
+    with pytest.raises(ValueError, match=r"another configuration: sampler: saved 'Stochastic.*9"):
+        other.restore(state)
+    with pytest.raises(ValueError, match="Not a data position, or a damaged one"):
+        other.restore(state[:100])
+    with pytest.raises(ValueError, match="hosts: saved \\[0, 1\\], now \\[1, 2\\]"):
+        data.train_iterator(config(mixture()), CONVERTER, num_hosts=2, host_index=1).restore(state)
+
+
+def test_hosts_share_the_batch():
+    whole = take(data.train_iterator(config(mixture()), CONVERTER), 5)
+    parts = [
+        take(data.train_iterator(config(mixture()), CONVERTER, num_hosts=2, host_index=i), 5)
+        for i in range(2)
+    ]
+    for step in range(5):
+        together = np.concatenate([p[step]["encoder_input_tokens"] for p in parts])
+        expected = whole[step]["encoder_input_tokens"]
+        assert sorted(map(tuple, together)) == sorted(map(tuple, expected))
+
+
+def test_eval_batches_hold_every_example_once():
+    made = data.eval_batches(
+        config("dat_plain", split="validation", shuffle=False, batch_size=4), CONVERTER
+    )
+    assert list(made) == ["dat_a", "dat_b", "dat_c", "dat_plain"]
+    batches = list(made["dat_a"]())
+    assert [b["encoder_input_tokens"].shape for b in batches] == [(4, 8), (4, 8)]
+    assert batches[1]["decoder_loss_weights"].sum(axis=1).tolist() == [2, 2, 2, 0]
+    assert not any(x[3].any() for x in batches[1].values())
+    digits = np.concatenate([b["encoder_input_tokens"][:, 2] for b in batches]) - 3 - ord("0")
+    assert digits[:7].tolist() == list(range(7))
+    assert len(list(made["dat_plain"]())) == 2 + 8 + 3
+    assert_equal_batches(list(made["dat_a"]()), batches)
+
+
+def test_eval_batches_can_be_limited_and_shared():
+    cfg = config("dat_b", split="validation", shuffle=False, batch_size=4)
+    whole = list(data.eval_batches(cfg, CONVERTER, num_batches=2)["dat_b"]())
+    assert len(whole) == 2
+    halves = [
+        list(data.eval_batches(cfg, CONVERTER, num_batches=2, num_hosts=2, host_index=i)["dat_b"]())
+        for i in range(2)
+    ]
+    for step in range(2):
+        assert_equal_batches(
+            [{n: np.concatenate([h[step][n] for h in halves]) for n in whole[step]}], [whole[step]]
+        )
+
+
+@pytest.mark.parametrize(
+    "cfg, message",
+    [
+        (lambda: config("dat_bb"), r"Unknown task or mixture 'dat_bb'. Did you mean 'dat_b'"),
+        (lambda: config("dat_a", seed=None), "seed must be given for training"),
+        (lambda: config("dat_a", split="test"), "'dat_a' has no 'test' split; it has train, valid"),
+        (lambda: config("dat_plain", split="test"), "No task of mixture 'dat_plain' has a 'test'"),
+        (lambda: config(mixture(), batch_size=9), "batch_size is 9, but the sampler's is 6"),
+        (lambda: config("dat_a", batch_size=0), "batch_size must be positive, got 0"),
+        (lambda: config("dat_a", task_feature_lengths=None), "task_feature_lengths must be given"),
+        (
+            lambda: config("dat_a", module="tasks.no_such_suite"),
+            r"The task suite tasks.no_such_suite cannot be imported \(no module tasks",
+        ),
+        (
+            lambda: config(mixture(), task_feature_lengths={"inputs": 2, "targets": 4}),
+            r"\(dat_b: 20 of 30 \(66.67%\), dat_c: 1 of 11 \(9.09%\)\). Raise the limits",
+        ),
+    ],
+)
+def test_clear_errors(cfg, message):
+    with pytest.raises(ValueError, match=message):
+        data.train_iterator(cfg(), CONVERTER)
+
+
+def test_batches_are_divided_evenly():
+    with pytest.raises(ValueError, match="batch_size 6 must be a multiple of the 4 hosts"):
+        data.train_iterator(config("dat_a"), CONVERTER, num_hosts=4)
+
+
+def test_unknown_run_is_an_error_before_the_first_batch():
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["dat_a"]))
+    with pytest.raises(ValueError, match="Unknown run 'dat_b'. Did you mean 'dat_a'"):
+        data.train_iterator(config("dat_b"), converter)
+
+
+def test_empty_split():
+    register("dat_empty", 0)
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["dat_empty"]))
+    with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
+        name = task_mixture(["dat_empty"], EqualQuotas(6, 3))
+        data.train_iterator(config(name), converter)
+    with pytest.raises(ValueError, match="not one whole batch"):
+        next(data.train_iterator(config("dat_empty"), converter))
+    with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
+        data.eval_batches(config("dat_empty"), converter)
+
+
+def test_what_the_graph_raises_is_readable():
+    cfg = config("dat_b", task_feature_lengths={"inputs": 2, "targets": 4}, shuffle=False)
+    iterator = data.train_iterator(cfg, CONVERTER)
+    with pytest.raises(ValueError, match=r"^An example of dat_b is longer than task_feature_leng"):
+        take(iterator, 3)
+    truncating = functools.partial(CONVERTER, on_overlong="truncate")
+    assert take(data.train_iterator(cfg, truncating), 3)
