@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
 CORE = """shapes tree runs paths compilation_cache preemption prompts backbones losses metrics
-decoding models optimizers partitioning convert artefacts train_state trainer selection
+decoding models optimizers schedules partitioning convert artefacts train_state trainer selection
 checkpoints""".split()
 BORDER = """features examples sampling data evaluation t5x_import t5x_host initializer gin_check
 gin_utils reporting train eval infer export cli t5x_fallback""".split()
