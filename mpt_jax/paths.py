@@ -10,6 +10,7 @@ Gin files build every path from it (`paths.under`), so one variable moves a whol
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import jax
 
@@ -42,3 +43,16 @@ def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
             "bind paths.under.shared_filesystem = True where all hosts mount the same folder."
         )
     return os.path.join(base, name)
+
+
+def shipped(*, name: str) -> str:
+    """A file or folder that travels with the toy suite, in a clone or an installed wheel.
+
+    Raises:
+        FileNotFoundError: no such file is shipped; lists what is.
+    """
+    folder = Path(__file__).parents[1] / "tasks" / "data"
+    if not (folder / name).exists():
+        found = sorted(path.name for path in folder.glob("*"))
+        raise FileNotFoundError(f"Nothing called {name!r} is shipped in {folder}; it has {found}.")
+    return str(folder / name)

@@ -1,5 +1,5 @@
 """T5X's `t5x.trainer`."""
 
-from mpt_jax.trainer import EarlyStoppingAction, TerminateOnNanAction, Trainer
+from mpt_jax.trainer import Trainer
 
-__all__ = ["EarlyStoppingAction", "TerminateOnNanAction", "Trainer"]
+__all__ = ["Trainer"]
