@@ -113,6 +113,8 @@ def method_names() -> tuple[str, ...]:
 
 def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
     """One plain prompt per bank row: what a server needs and nothing more."""
+    # Whoever kept the best step of a run kept it as NumPy arrays.
+    params = jax.tree.map(jnp.asarray, params)
     return method.compose(params, runs, jnp.arange(runs.num_rows))
 
 

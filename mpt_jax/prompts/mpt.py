@@ -77,7 +77,7 @@ class MPT:
         # Rank one is a broadcast product; a matrix product of inner size one would not be faster.
         update = left * right if self.rank == 1 else left @ right
         if runs.num_groups == 1:
-            return params["shared"][0] * update
+            return jnp.broadcast_to(params["shared"][0], update.shape) * update
         return params["shared"][jnp.asarray(runs.group_of_row)[task_ids]] * update
 
     def compose_rows(self, params, runs, task_ids, slots):
