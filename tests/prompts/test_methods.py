@@ -1,0 +1,243 @@
+"""Every registered method: what it composes, in all forms, and how many numbers it trains."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.backbones.t5.config import t5_config
+from mpt_jax.losses import Distillation, Objective
+from mpt_jax.prompts import base, get_method, method_names, register
+from mpt_jax.prompts.init import SampledVocabulary, signs
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.train_state import count, shapes, trainable_labels
+from mpt_jax.tree import label_tree, split
+from tests import tiny
+from tests.golden.make_peft_mpt import TASK_IDS, compose, numbers
+
+P, H, K = 4, 6, 5
+CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
+GROUPS = ("joint", "independent", (1, 0, 1, 2, 0))
+PROMPTED = [name for name in method_names() if name != "none"]
+
+
+def build(name: str):
+    """A method of prompt length P, or as it is where it has none."""
+    cls = get_method(name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return cls(**({"prompt_length": P} if "prompt_length" in fields else {}))
+
+
+def bank(groups="joint", count: int = K) -> Runs:
+    return Runs([f"task{i}" for i in range(count)], groups=groups)
+
+
+def random_params(method, runs: Runs, seed: int = 0) -> dict[str, np.ndarray]:
+    made = method.init(jax.random.PRNGKey(0), runs, CONTEXT)
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in made.items()}
+
+
+# --- The protocol --------------------------------------------------------------------------------
+
+
+def test_the_registry_knows_its_methods_and_lists_them():
+    assert set(method_names()) >= {"mpt", "none", "prompt_tuning"}
+    with pytest.raises(ValueError, match=r"'mtp'.*Did you mean 'mpt'.*Known: .*prompt_tuning"):
+        get_method("mtp")
+    with pytest.raises(ValueError, match="'mpt' is already registered"):
+        register(MPT)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("name", method_names())
+def test_parameters_have_a_label_an_axis_name_for_each_axis_and_float32(name, groups):
+    method, runs = build(name), bank(groups)
+    assert isinstance(method, base.PromptMethod)
+    params = method.init(jax.random.PRNGKey(0), runs, CONTEXT)
+    label_tree(params, method.labels)
+    for leaf_name, leaf in params.items():
+        assert leaf.dtype == jnp.float32
+        axes = method.axes[leaf_name]
+        rows = {"groups": runs.num_groups, "tasks": K}
+        assert len(axes) == leaf.ndim and leaf.shape[0] == rows[axes[0]]
+    rebuilt = get_method(name)(**method.config())
+    assert rebuilt.config() == method.config()
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(name):
+    method, key = build(name), jax.random.PRNGKey(7)
+    names = [f"task{i}" for i in range(K)]
+    together = Runs(names, groups="independent")
+    turned = Runs(names[::-1], groups="independent")
+    folded = np.asarray(base.fold(method, method.init(key, together, CONTEXT), together))
+    back = np.asarray(base.fold(method, method.init(key, turned, CONTEXT), turned))
+    np.testing.assert_array_equal(folded, back[::-1])
+    for row in (0, 3):
+        alone = Runs([names[row]])
+        solo = base.fold(method, method.init(key, alone, CONTEXT), alone)
+        np.testing.assert_array_equal(solo[0], folded[row])
+    assert len({prompt.tobytes() for prompt in folded}) == K, "no two runs start alike"
+
+
+def test_two_runs_of_one_task_start_apart():
+    runs = Runs(["cb", "cb"], ["cb_s1", "cb_s2"], "independent")
+    params = PromptTuning(P).init(jax.random.PRNGKey(0), runs, CONTEXT)
+    assert not np.array_equal(params["table"][0], params["table"][1])
+
+
+# --- Composition ---------------------------------------------------------------------------------
+
+
+def by_hand(params, runs: Runs) -> np.ndarray:
+    """[K, P, H] in float64, entry by entry of the definition."""
+    wide = {name: value.astype(np.float64) for name, value in params.items()}
+    if "table" in wide:
+        return wide["table"]
+    prompts = np.zeros((runs.num_rows, P, H))
+    for k, group in enumerate(runs.group_of_row):
+        for p in range(P):
+            for h in range(H):
+                factors = wide["task_left"][k, p] * wide["task_right"][k, :, h]
+                prompts[k, p, h] = wide["shared"][group, p, h] * factors.sum()
+    return prompts
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(
+    "method", [MPT(P), MPT(P, rank=3), PromptTuning(P)], ids=["mpt", "mpt_rank3", "prompt_tuning"]
+)
+def test_all_forms_are_the_definition(method, groups):
+    runs = bank(groups)
+    params = random_params(method, runs)
+    expected = by_hand(params, runs)
+    np.testing.assert_allclose(base.fold(method, params, runs), expected, atol=1e-6, rtol=1e-6)
+    params = jax.tree.map(jnp.asarray, params)
+    task_ids = np.array([3, 0, 0, 4, 1, 2])
+    per_example = method.compose(params, runs, jnp.asarray(task_ids))
+    np.testing.assert_allclose(per_example, expected[task_ids], atol=1e-6, rtol=1e-6)
+    rng = np.random.default_rng(1)
+    positions = rng.integers(0, K, (2, 9)), rng.integers(1, P + 1, (2, 9))
+    per_position = method.compose_rows(params, runs, *map(jnp.asarray, positions))
+    found = expected[positions[0], positions[1] - 1]
+    np.testing.assert_allclose(per_position, found, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_mpt_composes_what_peft_composes(rank):
+    golden = np.load(Path(__file__).parents[1] / "golden" / "peft_mpt.npz")
+    given = {name: golden[f"rank{rank}/{name}"] for name in ("shared", "left", "right")}
+    np.testing.assert_allclose(
+        compose_ours(given, rank), golden[f"rank{rank}/prompts"], atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_mpt_composes_what_the_installed_peft_composes(rank):
+    given = numbers(rank)
+    expected = compose(**given, task_ids=TASK_IDS)
+    np.testing.assert_allclose(compose_ours(given, rank), expected, atol=1e-6, rtol=1e-6)
+
+
+def compose_ours(given: dict[str, np.ndarray], rank: int) -> jax.Array:
+    method = MPT(given["shared"].shape[0], rank=rank)
+    params = {
+        "shared": given["shared"][None],
+        "task_left": given["left"],
+        "task_right": given["right"],
+    }
+    runs = bank(count=given["left"].shape[0])
+    return method.compose(jax.tree.map(jnp.asarray, params), runs, jnp.asarray(TASK_IDS))
+
+
+def test_a_rank_below_one_is_an_error():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        MPT(P, rank=0)
+
+
+# --- Placement -----------------------------------------------------------------------------------
+
+
+def test_placing_writes_the_reserved_positions_and_no_other():
+    rng = np.random.default_rng(0)
+    embedded = jnp.asarray(rng.normal(size=(2, 7, H)), jnp.float32)
+    prompts = jnp.asarray(rng.normal(size=(2, P, H)), jnp.float32)
+    placed = np.asarray(base.place(prompts, embedded))
+    np.testing.assert_array_equal(placed[:, :P], prompts)
+    np.testing.assert_array_equal(placed[:, P:], embedded[:, P:])
+    slots = np.array([[0, 1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 0, 1, 2]])
+    rows = jnp.asarray(rng.normal(size=(2, 7, H)), jnp.float32)
+    placed = np.asarray(base.place_rows(rows, embedded, jnp.asarray(slots)))
+    np.testing.assert_array_equal(placed[slots > 0], np.asarray(rows)[slots > 0])
+    np.testing.assert_array_equal(placed[slots == 0], np.asarray(embedded)[slots == 0])
+
+
+def test_placing_keeps_the_dtype_of_the_backbone():
+    embedded = jnp.zeros((1, 6, H), jnp.bfloat16)
+    assert base.place(jnp.ones((1, P, H)), embedded).dtype == jnp.bfloat16
+    slots = jnp.ones((1, 6), jnp.int32)
+    assert base.place_rows(jnp.ones((1, 6, H)), embedded, slots).dtype == jnp.bfloat16
+
+
+def test_a_prompt_longer_than_its_positions_is_an_error():
+    with pytest.raises(ValueError, match="4 positions does not fit a row of 3"):
+        base.place(jnp.ones((1, P, H)), jnp.ones((1, 3, H)))
+
+
+# --- Numbers of trained parameters ---------------------------------------------------------------
+
+SOURCES = ["mnli", "qqp", "qnli", "sst2", "squad", "record"]
+GLUE = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"]
+
+
+def trained(size: str, prompt, runs: Runs, depth: int | None = 1, **overrides) -> int:
+    """Numbers trained of a T5 1.0, of its own depth if None."""
+    layers = {} if depth is None else {"num_encoder_layers": depth, "num_decoder_layers": depth}
+    model = tiny.model(runs, prompt, t5_config(f"t5_1_0_{size}", **layers), **overrides)
+    tree, _ = shapes(model)
+    return count(split(tree, model.labels, trainable_labels(model, tree))[0])
+
+
+@pytest.mark.parametrize("depth", [1, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("size", "prompt", "tasks", "expected"),
+    [
+        ("base", MPT(100), ["rte"], 77_668),
+        ("base", MPT(100), SOURCES, 82_008),
+        ("base", MPT(100), GLUE, 83_744),
+        ("small", MPT(100), ["rte"], 51_812),
+        ("large", MPT(100), ["rte"], 103_524),
+        ("base", PromptTuning(100), ["rte"], 76_800),
+    ],
+)
+def test_trained_parameters_are_those_of_the_paper(size, prompt, tasks, expected, depth):
+    assert trained(size, prompt, Runs(tasks), depth) == expected
+
+
+def test_glue_as_one_group_trains_10468_parameters_a_task():
+    assert trained("base", MPT(100), Runs(GLUE)) / len(GLUE) == 10_468
+
+
+def test_teachers_are_not_trained():
+    objective = Objective(distillation=Distillation())
+    assert trained("base", MPT(100), Runs(SOURCES), objective=objective) == 82_008
+
+
+def test_independent_runs_train_a_shared_prompt_each_and_ranks_widen_the_factors():
+    runs = Runs(GLUE[:3], groups="independent")
+    assert trained("small", MPT(100), runs) == 3 * 51_812
+    assert trained("small", MPT(100, rank=4), Runs(["rte"])) == 100 * 512 + 4 * (100 + 512)
+
+
+def test_the_defaults_are_the_papers():
+    assert MPT(100).rank == 1
+    assert isinstance(MPT(100).init_prompt, SampledVocabulary)
+    assert MPT(100).start_from == "average"
+    assert MPT(P, init_factors=signs).init(jax.random.PRNGKey(0), bank(), CONTEXT)
