@@ -152,11 +152,11 @@ class Decoder(nn.Module):
                 index, keys = counter.value, cache_length
                 counter.value = index + length
         first = 0 if index is None else index
-        causal = jnp.arange(keys) <= (first + jnp.arange(length))[:, None]
+        causal = jnp.arange(keys)[None] <= (first + jnp.arange(length))[:, None]
         biases = (relative(length, keys, first), layers.mask_bias(causal)[None, None])
         if segment_ids is not None:
             same = segment_ids[:, :, None] == segment_ids[:, None, :]
-            biases = (biases[0], layers.mask_bias(causal & same)[:, None])
+            biases = (biases[0], layers.mask_bias(causal[None] & same)[:, None])
         return biases, index
 
 
