@@ -94,13 +94,7 @@ class MPT:
                 "has no factors. Run the source stage first (gin/mpt_source.gin)."
             )
         if self.start_from == "same":
-            rows = jnp.asarray([source_runs.row(name) for name in runs.run_names])
-            groups = jnp.asarray(source_runs.group_of_row)[rows[jnp.asarray(group_leaders(runs))]]
-            return {
-                "shared": source["shared"][groups],
-                "task_left": source["task_left"][rows],
-                "task_right": source["task_right"][rows],
-            }
+            return _namesakes(source, source_runs, runs)
         rows = jnp.asarray(source_rows(source_runs, self.start_from))
         groups = {source_runs.group_of_row[row] for row in rows.tolist()}
         if len(groups) > 1:
@@ -117,3 +111,21 @@ class MPT:
 
     def config(self):
         return {"prompt_length": self.prompt_length, "rank": self.rank}
+
+
+def _namesakes(source, source_runs, runs):
+    """Each run's own row of the source; raises where a group's rows had different shared ones."""
+    rows = [source_runs.row(name) for name in runs.run_names]
+    groups = [source_runs.group_of_row[rows[leader]] for leader in group_leaders(runs)]
+    for run, row, group in zip(runs.run_names, rows, runs.group_of_row, strict=True):
+        if source_runs.group_of_row[row] != groups[group]:
+            raise ValueError(
+                f"The factors of {run!r} were learnt with another shared prompt than those of the "
+                "other rows of its group; keep the groups of the artefact, or make the rows "
+                "independent."
+            )
+    return {
+        "shared": source["shared"][jnp.asarray(groups)],
+        "task_left": source["task_left"][jnp.asarray(rows)],
+        "task_right": source["task_right"][jnp.asarray(rows)],
+    }
