@@ -1,0 +1,131 @@
+"""How a new task starts from a trained artefact."""
+
+import jax
+import numpy as np
+import pytest
+
+from mpt_jax.prompts import base, get_method
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+
+P, H = 4, 6
+SOURCES = Runs(["mnli", "qqp", "sst2"])
+TARGETS = Runs(["rte", "rte"], ["rte_s1", "rte_s2"], "independent")
+
+
+def trained(rank: int = 2, runs: Runs = SOURCES) -> dict[str, jax.Array]:
+    """Factors whose average of products is far from their product of averages."""
+    rng = np.random.default_rng(rank)
+    shapes = {
+        "shared": (runs.num_groups, P, H),
+        "task_left": (runs.num_rows, P, rank),
+        "task_right": (runs.num_rows, rank, H),
+    }
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    return {name: jax.numpy.asarray(value, jax.numpy.float32) for name, value in arrays.items()}
+
+
+def equal(found, expected):
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("groups", ["joint", "independent"])
+def test_mpt_starts_from_the_shared_prompt_and_the_averages_of_the_factors(rank, groups):
+    source = trained(rank)
+    runs = Runs(["rte", "cb"], groups=groups)
+    started = MPT(P, rank=rank).transfer(source, MPT(P, rank=rank), SOURCES, runs)
+    assert started["shared"].shape == (runs.num_groups, P, H)
+    for group in range(runs.num_groups):
+        np.testing.assert_array_equal(started["shared"][group], source["shared"][0])
+    for row in range(2):
+        equal(started["task_left"][row], np.asarray(source["task_left"]).mean(0))
+        equal(started["task_right"][row], np.asarray(source["task_right"]).mean(0))
+    folded = np.asarray(base.fold(MPT(P, rank=rank), started, runs))
+    of_products = np.asarray(base.fold(MPT(P, rank=rank), source, SOURCES)).mean(0)
+    assert np.abs(folded[0] - of_products).max() > 0.1, "not the average of the products"
+
+
+def test_mpt_starts_from_the_factors_of_one_source():
+    source = trained()
+    method = MPT(P, rank=2, start_from="qqp")
+    started = method.transfer(source, MPT(P, rank=2), SOURCES, TARGETS)
+    folded = base.fold(MPT(P, rank=2), source, SOURCES)
+    for row in range(2):
+        equal(base.fold(method, started, TARGETS)[row], folded[1])
+
+
+def test_mpt_goes_on_with_each_row_of_its_own_name():
+    runs = Runs(["a", "b", "c"], groups=[0, 1, 0])
+    source = trained(runs=runs)
+    fewer = Runs(["c", "a"])
+    method = MPT(P, rank=2, start_from="same")
+    started = method.transfer(source, MPT(P, rank=2), runs, fewer)
+    folded = base.fold(MPT(P, rank=2), source, runs)
+    found = base.fold(method, started, fewer)
+    equal(found[0], folded[2])
+    equal(found[1], folded[0])
+
+
+def test_rows_of_different_shared_prompts_cannot_go_on_as_one_group():
+    runs = Runs(["a", "b"], groups="independent")
+    method = MPT(P, rank=2, start_from="same")
+    with pytest.raises(ValueError, match="b.*group"):
+        method.transfer(trained(runs=runs), MPT(P, rank=2), runs, Runs(["a", "b"]))
+
+
+def test_factors_of_different_shared_prompts_are_not_averaged():
+    runs = Runs(["a", "b", "c"], groups=[0, 1, 0])
+    with pytest.raises(ValueError, match="2 groups"):
+        MPT(P).transfer(trained(1, runs), MPT(P), runs, TARGETS)
+
+
+def test_mpt_takes_nothing_but_mpt():
+    with pytest.raises(ValueError, match=r"'prompt_tuning'.*gin/mpt_source\.gin"):
+        MPT(P).transfer({}, PromptTuning(P), SOURCES, TARGETS)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_prompt_tuning_starts_from_the_folded_prompt_of_one_source(rank):
+    source = trained(rank)
+    method = PromptTuning(P, start_from="sst2")
+    table = method.transfer(source, MPT(P, rank=rank), SOURCES, TARGETS)["table"]
+    expected = np.asarray(source["shared"][0]) * (
+        np.asarray(source["task_left"][2]) @ np.asarray(source["task_right"][2])
+    )
+    assert table.shape == (2, P, H)
+    for row in range(2):
+        equal(table[row], expected)
+
+
+def test_prompt_tuning_starts_from_prompt_tuning():
+    source = {"table": jax.random.normal(jax.random.PRNGKey(0), (3, P, H))}
+    method = PromptTuning(P, start_from="qqp")
+    table = method.transfer(source, PromptTuning(P), SOURCES, TARGETS)["table"]
+    np.testing.assert_array_equal(table[1], source["table"][1])
+    same = PromptTuning(P, start_from="same")
+    table = same.transfer(source, PromptTuning(P), SOURCES, Runs(["sst2", "mnli"]))["table"]
+    np.testing.assert_array_equal(table, source["table"][np.array([2, 0])])
+
+
+def test_prompt_tuning_needs_to_be_told_which_source_unless_there_is_one():
+    source = {"table": jax.random.normal(jax.random.PRNGKey(0), (3, P, H))}
+    with pytest.raises(ValueError, match="holds 3: mnli, qqp, sst2"):
+        PromptTuning(P).transfer(source, PromptTuning(P), SOURCES, TARGETS)
+    one = {"table": source["table"][:1]}
+    table = PromptTuning(P).transfer(one, PromptTuning(P), Runs(["mnli"]), TARGETS)["table"]
+    np.testing.assert_array_equal(table[1], one["table"][0])
+
+
+@pytest.mark.parametrize(
+    "method", [MPT(P, rank=2, start_from="qqq"), PromptTuning(P, start_from="qqq")]
+)
+def test_an_unknown_source_is_an_error_that_lists_the_known(method):
+    with pytest.raises(ValueError, match="Unknown run 'qqq'.*'qqp'.*mnli"):
+        method.transfer(trained(), MPT(P, rank=2), SOURCES, TARGETS)
+
+
+def test_no_prompt_starts_from_nothing():
+    with pytest.raises(ValueError, match="no prompt"):
+        get_method("none")().transfer({}, MPT(P), SOURCES, TARGETS)
