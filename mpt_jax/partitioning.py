@@ -63,15 +63,30 @@ class PjitPartitioner:
     Attributes:
         num_partitions: devices on the model axis; it must divide the device count.
         logical_axis_rules: default `standard_logical_axis_rules()`.
+        model_parallel_submesh, params_on_devices, backend, ici_mesh_shape, dcn_mesh_shape: T5X's;
+            only their defaults are accepted.
 
     Raises:
-        ValueError: num_partitions does not divide the number of devices.
+        ValueError: num_partitions does not divide the number of devices, or a setting would have
+            no effect.
     """
 
     num_partitions: int = 1
     logical_axis_rules: AxisRules = dataclasses.field(default_factory=standard_logical_axis_rules)
+    model_parallel_submesh: Any = None
+    params_on_devices: bool = True
+    backend: str | None = None
+    ici_mesh_shape: Any = None
+    dcn_mesh_shape: Any = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self)[2:]:
+            if getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"PjitPartitioner.{field.name}={getattr(self, field.name)!r} would have no "
+                    "effect: the mesh is (devices / num_partitions, num_partitions). Leave it at "
+                    f"{field.default!r}, or run under T5X."
+                )
         devices = jax.devices()
         if self.num_partitions < 1 or len(devices) % self.num_partitions:
             raise ValueError(
