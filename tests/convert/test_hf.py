@@ -1,0 +1,268 @@
+"""Hugging Face folders: the same outputs as their T5 (1e-4), both ways, clear refusals.
+
+Default tests read goldens that `tests/golden/make_t5_hf.py` made; those marked `parity` run
+Hugging Face's model beside ours.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mpt_jax import decoding
+from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_config
+from mpt_jax.backbones.t5.config import NAMES
+from mpt_jax.convert import load_backbone, load_hf, save_hf
+from mpt_jax.convert.hf import config_from_hf, config_to_hf
+from mpt_jax.tree import flatten
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VERSIONS = ("1_0", "1_1")
+
+
+@pytest.fixture(params=VERSIONS)
+def golden(request) -> dict:
+    return dict(np.load(GOLDEN / f"t5_hf_{request.param}.npz"))
+
+
+def write_folder(folder: Path, golden: dict) -> Path:
+    """The golden's model as `save_pretrained` would lay it out."""
+    folder.mkdir()
+    (folder / "config.json").write_text(str(golden["config"]))
+    weights = {k.removeprefix("weight:"): v for k, v in golden.items() if k.startswith("weight:")}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def greedy(config: T5Config, params: dict, tokens, mask, steps: int) -> np.ndarray:
+    """Cached greedy decoding `[B,L]`."""
+    model = Transformer(config)
+
+    def decode(tokens, mask):
+        encoded = model.apply({"params": params}, tokens, mask, method="encode")
+
+        def step(new, cache):
+            logits, variables = model.apply(
+                {"params": params, **cache},
+                encoded,
+                mask,
+                new,
+                decode=True,
+                max_decode_length=steps,
+                mutable=["cache"],
+                method="decode",
+            )
+            return logits[:, -1], variables
+
+        start = jnp.zeros((tokens.shape[0],), jnp.int32)
+        _, cache = step(start[:, None], {})
+        return decoding.greedy(step, cache, start, max_length=steps)[0][:, 0]
+
+    return np.asarray(jax.jit(decode)(tokens, mask))
+
+
+def outputs(config: T5Config, params: dict, tokens, mask, decoder_tokens) -> dict:
+    model = Transformer(config)
+
+    @jax.jit
+    def run(tokens, mask, decoder_tokens):
+        encoded, encoder_hidden = model.apply(
+            {"params": params}, tokens, mask, return_hidden=True, method="encode"
+        )
+        logits, decoder_hidden = model.apply(
+            {"params": params}, encoded, mask, decoder_tokens, return_hidden=True, method="decode"
+        )
+        return {
+            "logits": logits,
+            "encoder_hidden": jnp.stack(encoder_hidden),
+            "decoder_hidden": jnp.stack(decoder_hidden),
+        }
+
+    return run(tokens, mask, decoder_tokens)
+
+
+def arrays(golden: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return (
+        jnp.asarray(golden["tokens"], jnp.int32),
+        jnp.asarray(golden["mask"]),
+        jnp.asarray(golden["decoder_tokens"], jnp.int32),
+    )
+
+
+def test_logits_and_hidden_states_are_hugging_face_s(golden, tmp_path):
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    found = outputs(config, params, *arrays(golden))
+    for name in ("logits", "encoder_hidden", "decoder_hidden"):
+        np.testing.assert_allclose(found[name], golden[name], atol=1e-4, err_msg=name)
+
+
+def test_cached_greedy_is_hugging_face_s_token_by_token(golden, tmp_path):
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    tokens, mask, _ = arrays(golden)
+    found = greedy(config, params, tokens, mask, golden["greedy"].shape[1])
+    np.testing.assert_array_equal(found, golden["greedy"])
+    # And it is what teacher forcing on its own output would have chosen.
+    forced = np.concatenate([np.zeros((3, 1), np.int32), found[:, :-1]], axis=1)
+    best = np.argmax(outputs(config, params, tokens, mask, jnp.asarray(forced))["logits"], axis=-1)
+    ended = np.cumsum(found == 1, axis=1) - (found == 1) > 0
+    np.testing.assert_array_equal(np.where(ended, 0, best), found)
+
+
+def test_saving_gives_every_weight_back(golden, tmp_path):
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    save_hf(tmp_path / "again", config, params)
+    expected = load_file(tmp_path / "hf" / "model.safetensors")
+    found = load_file(tmp_path / "again" / "model.safetensors")
+    # Copies of the embedding are not written: Hugging Face ties them itself.
+    assert set(expected) - set(found) <= {
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "lm_head.weight",
+    }
+    for name, weight in found.items():
+        np.testing.assert_array_equal(weight, expected[name])
+    assert load_hf(tmp_path / "again")[0] == config
+    with pytest.raises(FileExistsError, match="again"):
+        save_hf(tmp_path / "again", config, params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "hf"]  # no scratch left
+
+
+def test_shards_and_dtypes(golden, tmp_path):
+    folder = write_folder(tmp_path / "hf", golden)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, index = sorted(weights), {}
+    for shard, part in enumerate((names[:9], names[9:])):
+        file = f"model-{shard + 1:05}-of-00002.safetensors"
+        index.update(dict.fromkeys(part, file))
+        save_file({name: weights[name].astype(np.float16) for name in part}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    leaves = flatten(load_backbone(folder))
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("float32")}
+    half = weights["shared.weight"].astype(np.float16)
+    np.testing.assert_array_equal(leaves["token_embedder/embedding"], half)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002"):
+        load_hf(folder)
+
+
+def test_bfloat16_survives_both_ways(golden, tmp_path):
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    halved = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    save_hf(tmp_path / "half", config, halved)
+    found = flatten(load_hf(tmp_path / "half")[1])
+    for name, leaf in flatten(halved).items():
+        assert found[name].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found[name], leaf)
+
+
+def test_bad_folders_are_refused_with_a_reason(tmp_path):
+    golden = dict(np.load(GOLDEN / "t5_hf_1_1.npz"))
+    folder = write_folder(tmp_path / "hf", golden)
+    weights, file = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_hf(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        load_hf(folder)
+    norm = "decoder.final_layer_norm.weight"
+    save_file({k: v for k, v in weights.items() if k != norm}, file)
+    with pytest.raises(ValueError, match=r"missing: \['decoder/decoder_norm/scale'\]"):
+        load_hf(folder)
+    save_file({**weights, norm: np.ones(15, np.float32)}, file)
+    with pytest.raises(ValueError, match=r"decoder_norm/scale: expected \(16,\), found \(15,\)"):
+        load_hf(folder)
+    save_file({**weights, "adapter.weight": np.ones(1, np.float32)}, file)
+    with pytest.raises(ValueError, match="not expected: .'adapter.weight'"):
+        load_hf(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        load_hf(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickled"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "umt5"}, "umt5"),
+        ({"feed_forward_proj": "gelu"}, "gelu"),
+        ({"layer_norm_epsilon": 1e-5}, "1e-05"),
+    ],
+)
+def test_other_architectures_are_refused(change, reason):
+    fields = config_to_hf(t5_config("t5_1_1_small"))
+    with pytest.raises(ValueError, match=reason):
+        config_from_hf({**fields, **change})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_published_shape_survives_config_json(name):
+    config = t5_config(name)
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
+def test_biases_have_no_place_there(tmp_path):
+    with pytest.raises(ValueError, match="biases"):
+        save_hf(tmp_path / "out", T5Config(vocab_size=8, biases=True), {})
+
+
+# Live: Hugging Face's own model, saved and loaded by its own code.
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_live_parity_from_and_to_hugging_face(version, padded, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    make = _golden_script()
+    theirs = make.random_model(make.VERSIONS[version], seed=7)
+    inputs = make.padded_inputs(seed=7)
+    if not padded:
+        inputs["mask"] = torch.ones_like(inputs["mask"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params = load_hf(tmp_path / "theirs")
+    expected = {name: x.numpy() for name, x in make.outputs(theirs, inputs).items()}
+    ours = arrays({name: x.numpy() for name, x in inputs.items()})
+    found = outputs(config, params, *ours)
+    for name in ("logits", "encoder_hidden", "decoder_hidden"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=name)
+    steps = expected["greedy"].shape[1]
+    np.testing.assert_array_equal(greedy(config, params, *ours[:2], steps), expected["greedy"])
+
+    save_hf(tmp_path / "ours", config, params)
+    back = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    for name, x in make.outputs(back, inputs).items():
+        np.testing.assert_array_equal(x.numpy(), expected[name], err_msg=name)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_live_counts_of_published_sizes(name):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = t5_config(name)
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**config_to_hf(config))
+        )
+    ours = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values())
+    assert ours == sum(x.numel() for x in model.parameters())
+
+
+def _golden_script():
+    """The script that made the goldens, as a module."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("make_t5_hf", GOLDEN / "make_t5_hf.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

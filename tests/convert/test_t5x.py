@@ -1,0 +1,161 @@
+"""T5X's checkpoints: real files of T5X, our own, Orbax's, and damaged ones."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import flax.serialization
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mpt_jax.backbones.t5 import T5Config, parameter_shapes
+from mpt_jax.backbones.t5.scan import stack_layers
+from mpt_jax.convert import load_backbone, load_t5x, save_t5x
+from mpt_jax.tree import flatten, unflatten
+from tests.shared_data import shared
+
+GATED = {"mlp_activations": ("gelu", "linear"), "num_encoder_layers": 2, "num_decoder_layers": 2}
+CONFIG = T5Config(vocab_size=20, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=12, **GATED)
+
+
+def some_params() -> dict:
+    rng = np.random.default_rng(0)
+    return unflatten(
+        {
+            name: rng.normal(size=shape).astype(np.float32)
+            for name, shape in parameter_shapes(CONFIG).items()
+        }
+    )
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    found, expected = flatten(found), flatten(expected)
+    assert set(found) == set(expected)
+    for name, leaf in expected.items():
+        assert isinstance(found[name], np.ndarray) and found[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
+def test_reads_a_real_checkpoint_in_one_file():
+    folder = shared("t5x_tiny_legacy/checkpoint_0")
+    leaves = flatten(load_backbone(folder))
+    config = T5Config(32128, emb_dim=8, num_heads=4, head_dim=3, mlp_dim=16, **GATED)
+    assert {name: x.shape for name, x in leaves.items()} == parameter_shapes(config)
+    assert len(leaves) == 52
+    whole = flax.serialization.msgpack_restore((folder / "checkpoint").read_bytes())
+    assert_same(unflatten(leaves), whole["optimizer"]["target"])
+    assert_same(load_t5x(folder / "checkpoint"), unflatten(leaves))
+
+
+def test_reads_a_real_checkpoint_with_zarr_leaves():
+    folder = shared("t5x_tiny_zarr/checkpoint_3")
+    leaves = flatten(load_backbone(folder))
+    config = T5Config(
+        32128,
+        emb_dim=4,
+        num_heads=2,
+        head_dim=2,
+        mlp_dim=8,
+        relative_attention_num_buckets=4,
+        **GATED,
+    )
+    assert {name: x.shape for name, x in leaves.items()} == parameter_shapes(config)
+    # One array put together by hand from its gzipped chunks of 4096 columns.
+    array = folder / "target.decoder.logits_dense.kernel"
+    chunks = [
+        np.frombuffer(gzip.decompress((array / f"0.{i}").read_bytes()), "<f4").reshape(4, 4096)
+        for i in range(8)
+    ]
+    expected = np.concatenate(chunks, axis=1)[:, :32128]
+    np.testing.assert_array_equal(leaves["decoder/logits_dense/kernel"], expected)
+
+
+def test_incomplete_zarr_leaves_are_errors_and_not_zeros(tmp_path):
+    folder = tmp_path / "checkpoint_3"
+    shutil.copytree(shared("t5x_tiny_zarr/checkpoint_3"), folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    array = folder / "target.token_embedder.embedding"
+    chunk = (array / "3.0").read_bytes()
+    (array / "3.0").unlink()
+    with pytest.raises(ValueError, match=r"token_embedder.*3\.0.*missing"):
+        load_t5x(folder)
+    (array / "3.0").write_bytes(chunk[: len(chunk) // 2])
+    with pytest.raises(ValueError, match="token_embedder"):
+        load_t5x(folder)
+    shutil.rmtree(array)
+    with pytest.raises(ValueError, match="token_embedder.* is missing"):
+        load_t5x(folder)
+
+
+def test_a_saved_checkpoint_comes_back_bit_for_bit(tmp_path):
+    params = some_params()
+    params["decoder"]["logits_dense"]["kernel"] = jnp.asarray(
+        params["decoder"]["logits_dense"]["kernel"], jnp.bfloat16
+    )
+    folder = save_t5x(tmp_path / "model", params, step=12)
+    assert folder == tmp_path / "model" / "checkpoint_12"
+    assert_same(load_backbone(folder), params)
+    contents = flax.serialization.msgpack_restore((folder / "checkpoint").read_bytes())
+    assert contents["version"] == 3 and contents["optimizer"]["state"]["step"] == 12
+    with pytest.raises(FileExistsError, match="checkpoint_12"):
+        save_t5x(tmp_path / "model", params, step=12)
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["checkpoint_12"]
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="not supported"):
+        save_t5x(tmp_path, {"a": np.array([object()])}, step=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_orbax(folder: Path, params: dict) -> None:
+    """As T5X lays out an Orbax checkpoint: item `state` with target, step and moments."""
+    state = {"target": params, "state": {"step": np.int32(7), "param_states": {"m": np.ones(3)}}}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(state))
+
+
+def test_reads_the_target_of_an_orbax_checkpoint(tmp_path):
+    params, folder = some_params(), tmp_path / "checkpoint_7"
+    save_orbax(folder, params)
+    assert_same(load_backbone(folder), params)
+    assert_same(load_backbone(folder / "state"), params)
+    for file in folder.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match="truncated"):
+        load_backbone(folder)
+
+
+def test_scanned_checkpoints_come_back_unscanned(tmp_path):
+    params = some_params()
+    assert_same(load_t5x(save_t5x(tmp_path, stack_layers(params), step=0)), params)
+    # As T5X writes them: the relative position table repeated in every layer.
+    scanned = flatten(stack_layers(params))
+    for stack in ("encoder", "decoder"):
+        table = scanned.pop(f"{stack}/relpos_bias/rel_embedding")
+        scanned[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], axis=1)
+    assert_same(load_t5x(save_t5x(tmp_path, unflatten(scanned), step=1)), params)
+    scanned["encoder/encoder/relpos_bias/rel_embedding"][0, 1] += 1
+    with pytest.raises(ValueError, match="encoder/encoder/relpos_bias.* layer 1 differs"):
+        load_t5x(save_t5x(tmp_path, unflatten(scanned), step=2))
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_backbone(tmp_path / "nowhere")
+    save_t5x(tmp_path, some_params(), step=3)
+    with pytest.raises(FileNotFoundError, match=r"inside it: \['checkpoint_3'\]"):
+        load_backbone(tmp_path)
+    file = tmp_path / "checkpoint_3" / "checkpoint"
+    whole = file.read_bytes()
+    for size in (0, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="truncated"):
+            load_backbone(tmp_path / "checkpoint_3")
+    file.write_bytes(json.dumps({"optimizer": 1}).encode())
+    with pytest.raises(ValueError, match="no checkpoint of T5X"):
+        load_backbone(tmp_path / "checkpoint_3")
