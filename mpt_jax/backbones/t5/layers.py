@@ -55,12 +55,12 @@ class Dense(nn.Module):
         kernel = param_with_axes(
             "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes
         )
-        y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
+        y = jnp.dot(x.astype(dtype), jnp.asarray(kernel, dtype))
         if self.config.biases:
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[1:]
             )
-            y = y + over_rows(bias.astype(dtype), y)
+            y = y + over_rows(jnp.asarray(bias, dtype), y)
         return y
 
 
@@ -78,12 +78,12 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(dtype)
-        y = y * over_rows(scale.astype(dtype), y)
+        y = y * over_rows(jnp.asarray(scale, dtype), y)
         if self.config.biases:
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, shape, jnp.float32, axes=("embed",)
             )
-            y = y + over_rows(bias.astype(dtype), y)
+            y = y + over_rows(jnp.asarray(bias, dtype), y)
         return y
 
 
@@ -104,7 +104,7 @@ class Embed(nn.Module):
 
     def attend(self, x: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
         """Scores of every row of the table, float32, scaled by H^-0.5."""
-        return float32_product(x, self.embedding.T) / math.sqrt(self.config.emb_dim)
+        return float32_product(x, jnp.asarray(self.embedding).T) / math.sqrt(self.config.emb_dim)
 
 
 def float32_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ class OutputProjection(nn.Module):
         kernel = param_with_axes(
             "kernel", _truncated_fan_in, shape, jnp.float32, axes=("embed", "vocab")
         )
-        return float32_product(x, kernel)
+        return float32_product(x, jnp.asarray(kernel))
 
 
 def distance_buckets(
@@ -185,7 +185,7 @@ class RelativePositionBias(nn.Module):
             cfg.relative_attention_num_buckets,
             cfg.relative_attention_max_distance,
         )
-        by_distance = table.astype(jnp.float32)[:, buckets]
+        by_distance = jnp.asarray(table, jnp.float32)[:, buckets]
         start = keys - queries - first_query
         width = queries + keys - 1
         window = jax.lax.dynamic_slice_in_dim(by_distance, start, width, axis=1)
