@@ -314,14 +314,14 @@ def eval_batches(
     tasks = seqio.get_subtasks(provider)
     converter = cfg.converter(feature_converter_cls, cfg.pack)
     check_runs(tasks, converter)
-    share = _Share(cfg.batch_size, num_hosts, host_index)
+    share = Share(cfg.batch_size, num_hosts, host_index)
     made: dict[str, Callable[[], Iterable[Batch]]] = {}
     for task in tasks:
         if cfg.split not in task.splits and not isinstance(provider, seqio.Task):
             logging.warning("Task %s has no %r split: no loss on it.", task.name, cfg.split)
             continue
         dataset = _converted(cfg, task, converter, num_batches)
-        made[task.name] = _Batches(dataset.batch(cfg.batch_size), share, keep=cfg.use_memory_cache)
+        made[task.name] = Batches(dataset.batch(cfg.batch_size), share, keep=cfg.use_memory_cache)
     if not made:
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
     if provider.name not in made:
@@ -350,7 +350,7 @@ def _converted(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
+class Share:
     """Which rows of a batch of `batch_size` belong to this host."""
 
     batch_size: int
@@ -371,10 +371,10 @@ class _Share:
         return {name: fill(x, self.batch_size)[first : first + rows] for name, x in batch.items()}
 
 
-class _Batches:
+class Batches:
     """Batches that can be gone through any number of times."""
 
-    def __init__(self, dataset: tf.data.Dataset, share: _Share, keep: bool):
+    def __init__(self, dataset: tf.data.Dataset, share: Share, keep: bool):
         self._dataset, self._share, self._keep = dataset, share, keep
         self._kept: list[Batch] | None = None
 

@@ -96,16 +96,7 @@ class ExampleTable:
                 f"The {split!r} split of task {task.name!r} is empty after preprocessing."
             )
         self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
-        if self.num_overlong:
-            logging.warning(
-                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
-                task.name,
-                split,
-                self.num_overlong,
-                self.num_examples,
-                100 * self.num_overlong / self.num_examples,
-                dict(sequence_length or {}),
-            )
+        report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
 
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
         """Returns the endless stream of this task's example indices, pass after pass."""
@@ -126,6 +117,25 @@ class ExampleTable:
 
         passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
         return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+def report_lengths(
+    overlong: Mapping[str, tuple[int, int]],
+    split: str,
+    sequence_length: Mapping[str, int] | None,
+) -> None:
+    """Logs the tasks that have over-long examples: {task: (examples that were cut, examples)}."""
+    for name, (cut, total) in overlong.items():
+        if cut:
+            logging.warning(
+                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
+                name,
+                split,
+                cut,
+                total,
+                100 * cut / total,
+                dict(sequence_length or {}),
+            )
 
 
 def check_split(task: seqio.Task, split: str) -> None:
