@@ -30,7 +30,7 @@ from mpt_jax.tree import Rules, flatten, label_tree
 GROUP_LABELS = ("shared",)
 ROW_LABELS = ("task",)
 
-PerGroup = float | Sequence[float]
+PerGroup = int | float | Sequence[int | float]
 DECAYS = ("linear", "cosine", "constant", "rsqrt")
 
 
@@ -226,7 +226,7 @@ def by_row(
 
     def update(grads: Params, state: RowState, params: Params) -> tuple[Params, RowState]:
         updates, moved = jax.vmap(inner.update)(grads, state.inner, params)
-        rates = -schedule(state.steps, rows)
+        rates = -schedule(state.steps, jnp.asarray(rows))
         updates = jax.tree.map(lambda u: _rows(rates, u) * u, updates)
         new = RowState(moved, state.steps + 1)
         if hold:
