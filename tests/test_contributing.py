@@ -1,0 +1,52 @@
+"""The examples of CONTRIBUTING.md run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In a process of its own: a method or a task registered here would be everybody's.
+CHECKS = """
+import jax, numpy as np
+from mpt_jax.features import PromptFeatureConverter
+from mpt_jax.prompts import get_method
+from mpt_jax.prompts.base import InitContext, PromptMethod, fold
+from mpt_jax.runs import Runs
+
+runs = Runs(["my_sst2", "another"])
+method = get_method("scaled_prompt")(prompt_length=3)
+assert isinstance(method, PromptMethod)
+context = InitContext(jax.random.normal(jax.random.PRNGKey(0), (5000, 4)))
+params = method.init(jax.random.PRNGKey(1), runs, context)
+params["scale"] = params["scale"] * 2
+folded = fold(method, params, runs)
+np.testing.assert_allclose(folded, 2 * params["table"], atol=1e-6)
+rows = method.compose_rows(params, runs, np.array([[1, 1]]), np.array([[3, 1]]))
+np.testing.assert_allclose(rows[0], folded[1, [2, 0]], atol=1e-6)
+moved = method.transfer(params, method, Runs(["my_sst2"]), Runs(["new"]))
+assert moved["table"].shape == (1, 3, 4)
+
+lengths = {"inputs": 16, "targets": 12}
+dataset = seqio.get_mixture_or_task("my_sst2").get_dataset(lengths, split="train", shuffle=False)
+converter = PromptFeatureConverter(prompt_length=3, runs=runs)
+row = next(converter(dataset, lengths).as_numpy_iterator())
+assert row["encoder_prompt_slots"].tolist()[:5] == [1, 2, 3, 0, 0]
+assert VOCABULARY.decode(row["decoder_target_tokens"].tolist()).startswith("positive")
+"""
+
+
+def test_the_examples_run() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    child = subprocess.run(
+        [sys.executable, "-c", "\n".join([*blocks, CHECKS])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
