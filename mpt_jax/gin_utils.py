@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import logging as stdlib_logging
 import os
 import sys
 import types
@@ -192,6 +193,7 @@ def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
 
 def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
     logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_ours)
     logging.info("Trainer: mpt_jax %s (T5X is not used).", mpt_jax.__version__)
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -206,6 +208,14 @@ def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
         logging.error("%s", error)
         sys.exit(2)
     jax.effects_barrier()
+
+
+def _is_ours(record: stdlib_logging.LogRecord) -> bool:
+    """Keeps this library's messages and others' warnings. Gin logs every folder it does not find
+    a file in as an error."""
+    if Path(record.pathname).name == "resource_reader.py":
+        return False
+    return record.levelno >= stdlib_logging.WARNING or PACKAGE in Path(record.pathname).parents
 
 
 def _start_processes() -> None:
@@ -232,7 +242,8 @@ def _data_flags() -> None:
     import tensorflow as tf
 
     # JAX owns the accelerators; TensorFlow only reads data.
-    tf.config.set_visible_devices([], "GPU")
+    if jax.default_backend() == "gpu":
+        tf.config.set_visible_devices([], "GPU")
     values = flags.FLAGS
     if values.tfds_data_dir:
         seqio.set_tfds_data_dir_override(values.tfds_data_dir)

@@ -1,0 +1,171 @@
+"""Evaluation of saved prompts: `python -m mpt_jax.eval --gin_file=gin/eval.gin ...`.
+
+`evaluate` takes T5X's arguments, so one gin file serves both. What is evaluated is a checkpoint of
+a training run, or, where no checkpoint is named, the prompt artefact that the origins name.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mpt_jax import checkpoints, compilation_cache, data, evaluation, gin_utils, train_state
+from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.partitioning import PjitPartitioner
+
+Scores = dict[str, dict[str, float]]
+
+
+def evaluate(  # noqa: PLR0913 - T5X's arguments
+    *,
+    model: PromptedEncoderDecoder,
+    dataset_cfg: data.DatasetConfig,
+    restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig,
+    partitioner: PjitPartitioner,
+    output_dir: str,
+    train_state_initializer_cls: Callable[..., Any],
+    inference_evaluator_cls: Callable[..., Any] | None = None,
+    summarize_config_fn: Callable[..., None] = gin_utils.summarize_gin_config,
+    training_evaluator_cls: Any = None,
+    train_eval_get_dataset_fn: Any = None,
+    fallback_init_rng: int | None = None,
+    use_orbax: bool = True,
+) -> dict[int, Scores]:
+    """Decodes and scores every task of a mixture.
+
+    Args:
+        model: as it was trained.
+        dataset_cfg: what to evaluate on.
+        restore_checkpoint_cfg: which checkpoint(s); an empty path takes the origins' artefact.
+        partitioner: the mesh.
+        output_dir: where metrics and predictions go, in its folder `inference_eval`.
+        train_state_initializer_cls: called without arguments; its `origins` name the backbone.
+        inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
+        summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
+        training_evaluator_cls: T5X's; not offered.
+        train_eval_get_dataset_fn: T5X's; not offered.
+        fallback_init_rng: T5X's; not offered, nothing falls back to random values.
+        use_orbax: T5X's; always True.
+
+    Returns:
+        Step -> task -> metric -> value.
+    """
+    refuse(
+        "evaluate",
+        training_evaluator_cls=training_evaluator_cls,
+        train_eval_get_dataset_fn=train_eval_get_dataset_fn,
+        fallback_init_rng=fallback_init_rng is not None,
+        use_orbax=not use_orbax,
+    )
+    compilation_cache.enable()
+    evaluator = evaluation.InferenceEvaluator(
+        dataset_cfg,
+        model.FEATURE_CONVERTER_CLS,
+        f"{output_dir}/inference_eval",
+        evaluator_cls=inference_evaluator_cls,
+        num_hosts=jax.process_count(),
+        host_index=jax.process_index(),
+    )
+    summarize_config_fn(output_dir, None, 0)
+    origins = train_state_initializer_cls().origins
+    scores: dict[int, Scores] = {}
+    for state in states(model, origins, partitioner, restore_checkpoint_cfg):
+        step = int(state.step)
+        predict = on_device(model.predict_batch, partitioner, state.params)
+        score = on_device(model.score_batch, partitioner, state.params)
+        scores[step] = evaluator.evaluate(predict, score, step)
+        for task, metrics in scores[step].items():
+            logging.info("step %d  %s  %s", step, task, metrics)
+    evaluator.close()
+    return scores
+
+
+def states(
+    model: PromptedEncoderDecoder,
+    origins: train_state.Origins,
+    partitioner: PjitPartitioner,
+    cfg: checkpoints.RestoreCheckpointConfig,
+) -> Iterator[train_state.TrainState]:
+    """The states that a restore configuration names, oldest first.
+
+    Raises:
+        FileNotFoundError: no such checkpoint; lists those there are.
+        ValueError: a checkpoint of another configuration; neither checkpoint nor artefact named.
+    """
+    if not cfg.path and not origins.artefact:
+        raise ValueError(
+            "There is nothing to evaluate: set CHECKPOINT_PATH to a checkpoint of a run, or "
+            "INITIAL_ARTEFACT to a prompt artefact."
+        )
+    loaded = train_state.fill(model, origins, jax.random.PRNGKey(0))
+    state = train_state.create(model, loaded.params, partitioner)
+    if not cfg.path:
+        yield state
+    for folder, step in _wanted(cfg):
+        found = checkpoints.Checkpoints(folder, read_only=True).restore(state, step)
+        assert found is not None
+        logging.info("Read %s/%s_%d.", folder, checkpoints.PREFIX, step)
+        yield found[0]
+
+
+def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:
+    """(MODEL_DIR, step) of every checkpoint that a configuration names."""
+    paths: Sequence[str] = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path)
+    wanted = []
+    for path in paths if cfg.path else ():
+        folder, last = epath.Path(path), re.compile(rf"{checkpoints.PREFIX}_(\d+)")
+        named = last.fullmatch(folder.name)
+        folder = folder.parent if named else folder
+        steps = sorted(int(m[1]) for p in _children(folder) if (m := last.fullmatch(p.name)))
+        if named and cfg.mode == "specific":
+            chosen = [int(named[1])]
+        else:
+            chosen = steps if cfg.mode == "all" else steps[-1:]
+        if not chosen or not set(chosen) <= set(steps) or bool(named) != (cfg.mode == "specific"):
+            there = ", ".join(str(folder / f"{checkpoints.PREFIX}_{step}") for step in steps)
+            raise FileNotFoundError(
+                f"No checkpoint of a run at {path} (mode {cfg.mode!r}: 'specific' names a "
+                f"{checkpoints.PREFIX}_<step>, the others a MODEL_DIR). There are: "
+                f"{there or 'none'}."
+            )
+        wanted += [(str(folder), step) for step in chosen]
+    return wanted
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def on_device(
+    function: Callable[..., Any], partitioner: PjitPartitioner, params: Any
+) -> Callable[..., Any]:
+    """A compiled `function(params, batch, ...)` as a function of this host's rows of a batch."""
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def run(batch: Mapping[str, np.ndarray], *rest: Any) -> Any:
+        with partitioner.activate():
+            return compiled(params, partitioner.shard_batch(batch), *rest)
+
+    return run
+
+
+def refuse(name: str, **settings: Any) -> None:
+    """Raises where a T5X setting would have no effect here."""
+    for setting, value in settings.items():
+        if value:
+            raise ValueError(
+                f"{name}.{setting} would have no effect here; leave it at its default, or run "
+                "under T5X."
+            )
+
+
+if __name__ == "__main__":
+    gin_utils.run_main(evaluate)
