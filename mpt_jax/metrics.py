@@ -24,8 +24,8 @@ from mpt_jax.shapes import Array, Batch, Int
 class Metric:
     """A mean to be: `sum / weight`, elementwise over rows [K] or groups [G]."""
 
-    sum: Array
-    weight: Array
+    sum: Array | np.ndarray
+    weight: Array | np.ndarray
 
     def __add__(self, other: Metric) -> Metric:
         return Metric(self.sum + other.sum, self.weight + other.weight)

@@ -99,7 +99,8 @@ class PjitPartitioner:
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
         """Makes the mesh and the rules known to constraints inside traced functions."""
-        with self.mesh, nn_partitioning.axis_rules(tuple(self.logical_axis_rules)):
+        rules = nn_partitioning.axis_rules(tuple(self.logical_axis_rules))
+        with jax.set_mesh(self.mesh), rules:
             yield
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from mpt_jax import (
     artefacts,
@@ -251,9 +252,11 @@ class Evaluation:
         model, partitioner = self.trainer.model, self.trainer.partitioner
         predict, score = jax.jit(model.predict_batch), jax.jit(model.score_batch)
 
-        def run(function: Callable[..., Any], batch: Mapping[str, np.ndarray], *rest: Any) -> Any:
+        def run(function: Callable[..., jax.Array], batch: Mapping[str, np.ndarray]) -> Any:
             with partitioner.activate():
-                return function(self._params, partitioner.shard_batch(batch), *rest)
+                found = function(self._params, partitioner.shard_batch(batch))
+            # Rows of all hosts, on every host.
+            return multihost_utils.process_allgather(found, tiled=True)
 
         self._predict = functools.partial(run, predict)
         self._score = functools.partial(run, score)
