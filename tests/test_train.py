@@ -1,0 +1,268 @@
+"""Whole runs of `train()` on in-memory tasks: resuming, stopping, refusing, and what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import types
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from mpt_jax import artefacts, checkpoints, features, losses, models, train_state
+from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.convert.t5x import save_t5x
+from mpt_jax.data import DatasetConfig
+from mpt_jax.optimizers import PromptOptimizer, Schedule
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.sampling import EqualQuotas, StochasticTasks, task_mixture
+from mpt_jax.selection import SelectBest
+from mpt_jax.train import train
+from mpt_jax.trainer import NonFiniteLoss, Trainer
+from mpt_jax.tree import flatten
+from tests import tiny
+
+TASKS = ("run_a", "run_b", "run_c")
+P, BATCH, STEPS = 3, 6, 8
+VOCABULARY = seqio.ByteVocabulary()
+CONFIG = tiny.config(vocab_size=384)
+
+
+def register(name: str, offset: int) -> None:
+    def examples(split, shuffle_files, seed=None):
+        numbers = tf.data.Dataset.range(10 if split == "train" else 4)
+        return numbers.map(
+            lambda i: {
+                "inputs": tf.strings.as_string(i),
+                "targets": tf.strings.as_string((i + offset) % 2),
+            }
+        )
+
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(
+            examples,
+            splits=("train", "validation"),
+            num_input_examples={"train": 10, "validation": 4},
+        ),
+        preprocessors=features.finish(name),
+        output_features=features.output_features(VOCABULARY),
+        metric_fns=[accuracy],
+    )
+
+
+def accuracy(targets, predictions):
+    return {"accuracy": 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}  # noqa: B905
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    for offset, name in enumerate(TASKS):
+        if name not in seqio.TaskRegistry.names():
+            register(name, offset)
+    model = models.PromptedEncoderDecoder(Transformer(CONFIG), PromptTuning(P), Runs(TASKS))
+    folder = tmp_path_factory.mktemp("backbone")
+    tree = {k: v for k, v in tiny.params(model).items() if k != "prompt"}
+    return str(save_t5x(folder, tree, step=0))
+
+
+def build(method=None, runs=None, rate=0.1, **overrides):
+    runs = runs or Runs(TASKS)
+    schedule = Schedule(rate, total_steps=STEPS)
+    optimizer = PromptOptimizer({"shared": schedule, "task": schedule}, absent_tasks="hold")
+    converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
+        prompt_length=P, runs=runs, **kwargs
+    )
+    return models.PromptedEncoderDecoder(
+        Transformer(CONFIG),
+        method or MPT(P),
+        runs,
+        optimizer,
+        VOCABULARY,
+        VOCABULARY,
+        feature_converter_cls=converter,
+        **overrides,
+    )
+
+
+def dataset(runs, sampler=None, split="train", **overrides):
+    mixture = task_mixture(runs.run_names, sampler or StochasticTasks(BATCH, 1))
+    lengths = {"inputs": 4, "targets": 3}
+    arguments = dict(task_feature_lengths=lengths, split=split, batch_size=BATCH, shuffle=True)
+    return DatasetConfig(mixture, seed=1, **{**arguments, **overrides})
+
+
+def run(backbone, model_dir, model=None, steps=STEPS, origins=None, save=None, **overrides):
+    model = model or build()
+    made = train_state.Origins(**{"backbone": backbone, **(origins or {})})
+    return train(
+        model=model,
+        train_dataset_cfg=overrides.pop("data", None) or dataset(model.runs),
+        model_dir=str(model_dir),
+        total_steps=steps,
+        train_state_initializer_cls=lambda: types.SimpleNamespace(origins=made),
+        checkpoint_cfg=checkpoints.CheckpointConfig(save or checkpoints.SaveCheckpointConfig(2)),
+        partitioner=PjitPartitioner(),
+        eval_period=overrides.pop("eval_period", 4),
+        **overrides,
+    )
+
+
+def prompts(model_dir):
+    return flatten(artefacts.load_artefact(model_dir / "artefact").params)
+
+
+def assert_same_bits(first, second):
+    assert sorted(first) == sorted(second)
+    for name in first:
+        np.testing.assert_array_equal(np.asarray(first[name]), np.asarray(second[name]), name)
+
+
+def test_a_run_leaves_what_the_docs_say(backbone, tmp_path):
+    run(backbone, tmp_path / "run", train_eval_dataset_cfg=dataset(Runs(TASKS), split="validation"))
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"artefact", "run.jsonl", "metrics.jsonl", "train", "training_eval"} <= found
+    assert "checkpoint_8" in found
+    record = json.loads((tmp_path / "run" / "run.jsonl").read_text())
+    assert record["trainable_parameters"] == P * 16 + 3 * (P + 16)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses_found = [x for x in lines if x["folder"] == "train" and "loss" in x]
+    assert [x["step"] for x in losses_found] == [4, 8]
+    assert {f"loss/{task}" for task in TASKS} <= set(losses_found[-1])
+    evaluated = {x["folder"] for x in lines if x["folder"].startswith("training_eval")}
+    assert {f"training_eval/{task}" for task in TASKS} <= evaluated
+
+
+def test_resuming_equals_never_stopping(backbone, tmp_path):
+    run(backbone, tmp_path / "whole")
+    run(backbone, tmp_path / "parts", steps=4)
+    run(backbone, tmp_path / "parts", steps=STEPS)
+    assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "parts"))
+
+
+def test_sigterm_saves_and_exits_for_a_retry(backbone, tmp_path):
+    class Terminated(Trainer):
+        def train(self, batch):
+            super().train(batch)
+            if self.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(backbone, tmp_path / "stopped", trainer_cls=Terminated)
+    assert stopped.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / "stopped" / "checkpoint_3").is_dir()
+    run(backbone, tmp_path / "stopped")
+    run(backbone, tmp_path / "whole")
+    assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "stopped"))
+
+
+def test_nan_stops_with_the_last_good_state(backbone, tmp_path):
+    class Poisoned(Trainer):
+        def train(self, batch):
+            if self.step == 5:
+                weights = np.full_like(batch["decoder_loss_weights"], np.nan, np.float32)
+                batch = {**batch, "decoder_loss_weights": weights}
+            super().train(batch)
+
+    with pytest.raises(NonFiniteLoss, match="step 5 is not finite"):
+        run(backbone, tmp_path / "nan", trainer_cls=Poisoned)
+    assert (tmp_path / "nan" / "checkpoint_5").is_dir()
+
+
+def test_another_configuration_is_refused(backbone, tmp_path):
+    run(backbone, tmp_path / "run", steps=2)
+    with pytest.raises(ValueError, match=r"another configuration .*random_seed: 0 there, 7 here"):
+        run(backbone, tmp_path / "run", random_seed=7)
+    with pytest.raises(ValueError, match="another configuration"):
+        run(backbone, tmp_path / "run", model=build(MPT(P, rank=2)))
+
+
+def test_missing_inputs_say_what_makes_them(backbone, tmp_path):
+    with pytest.raises(FileNotFoundError, match="No backbone at .*absent.*make it so"):
+        run(str(tmp_path / "absent"), tmp_path / "a", origins={"backbone_command": "make it so"})
+    distilled = build(objective=losses.Objective(distillation=losses.Distillation()))
+    with pytest.raises(FileNotFoundError, match="teachers; make them by: .*pt_source"):
+        run(backbone, tmp_path / "b", distilled, origins={"teachers": str(tmp_path / "absent")})
+    with pytest.raises(ValueError, match="no pretrained backbone"):
+        run(None, tmp_path / "c")
+
+
+def test_an_unwritable_model_dir_is_named(backbone, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="MODEL_DIR .* cannot be written"):
+        run(backbone, tmp_path / "file" / "run")
+
+
+def test_settings_without_effect_are_errors(backbone, tmp_path):
+    for setting in ({"use_hardware_rng": True}, {"gc_period": 5}, {"relative_steps": 3}):
+        with pytest.raises(ValueError, match="would have no effect"):
+            run(backbone, tmp_path / "run", **setting)
+
+
+def test_three_stages_hand_artefacts_on(backbone, tmp_path):
+    """Teachers in one job, the distilled source stage, and a new task from its artefact."""
+    independent = Runs(TASKS, groups="independent")
+    teachers = build(PromptTuning(P), independent)
+    run(backbone, tmp_path / "pt", teachers, data=dataset(independent, EqualQuotas(BATCH, 1)))
+    student = build(objective=losses.Objective(distillation=losses.Distillation()))
+    origins = {"teachers": str(tmp_path / "pt" / "artefact")}
+    run(backbone, tmp_path / "source", student, origins=origins)
+    lines = (tmp_path / "source" / "metrics.jsonl").read_text().splitlines()
+    terms = set(json.loads(lines[-1]))
+    assert {"term/kl", "term/hidden_encoder", "term/hidden_decoder"} <= terms
+
+    one = Runs(["run_b"])
+    artefact = str(tmp_path / "source" / "artefact")
+    run(backbone, tmp_path / "target", build(runs=one), 0, {"artefact": artefact},
+        data=dataset(one, EqualQuotas(BATCH, 1)))  # fmt: skip
+    source, target = prompts(tmp_path / "source"), prompts(tmp_path / "target")
+    np.testing.assert_array_equal(target["shared"], source["shared"])
+    np.testing.assert_allclose(target["task_left"][0], source["task_left"].mean(0), 1e-6)
+    np.testing.assert_allclose(target["task_right"][0], source["task_right"].mean(0), 1e-6)
+
+    without = build(runs=Runs(["run_a", "run_x"]), objective=student.objective)
+    with pytest.raises(ValueError, match=r"No teacher for the tasks \['run_x'\]"):
+        train_state.fill(without, train_state.Origins(backbone, **origins), tiny.jax.random.key(0))
+
+
+def test_a_grouped_job_equals_solo_runs(backbone, tmp_path):
+    together = Runs(TASKS[:2], groups="independent")
+    run(backbone, tmp_path / "both", build(runs=together),
+        data=dataset(together, EqualQuotas(BATCH, 1)))  # fmt: skip
+    for row, name in enumerate(TASKS[:2]):
+        alone = Runs([name], groups="independent")
+        sampler = EqualQuotas(BATCH // 2, 1)
+        cfg = dataset(alone, sampler, batch_size=BATCH // 2)
+        run(backbone, tmp_path / name, build(runs=alone), data=cfg)
+        solo, grouped = prompts(tmp_path / name), prompts(tmp_path / "both")
+        for leaf in solo:
+            np.testing.assert_allclose(grouped[leaf][row], solo[leaf][0], 1e-5, 1e-5, leaf)
+
+
+def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
+    model = build(runs=Runs(TASKS, groups="independent"))
+    best = SelectBest(model, str(tmp_path / "run"), "accuracy")
+    scores = run(
+        backbone,
+        tmp_path / "run",
+        model,
+        data=dataset(model.runs, EqualQuotas(BATCH, 1)),
+        infer_eval_dataset_cfg=dataclasses.replace(
+            dataset(model.runs, split="validation"), shuffle=False
+        ),
+        actions={"INFER_EVAL": [best]},
+    )
+    assert set(scores) == set(TASKS)
+    assert sorted(best.history) == [4, 8]
+    config = artefacts.load_artefact(tmp_path / "run" / "artefact").config
+    assert config["metrics"]["best_step"] == best.best_step
+    assert (tmp_path / "run" / "inference_eval").is_dir()
