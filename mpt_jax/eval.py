@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
 from mpt_jax import checkpoints, compilation_cache, data, evaluation, gin_utils, train_state
+from mpt_jax.eval_loop import on_device
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner
 
@@ -57,7 +57,7 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
     Returns:
         Step -> task -> metric -> value.
     """
-    refuse(
+    gin_utils.refuse_ineffective(
         "evaluate",
         training_evaluator_cls=training_evaluator_cls,
         train_eval_get_dataset_fn=train_eval_get_dataset_fn,
@@ -76,11 +76,13 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
     summarize_config_fn(output_dir, None, 0)
     origins = train_state_initializer_cls().origins
     scores: dict[int, Scores] = {}
+    predict = on_device(model.predict_batch, partitioner)
+    score = on_device(model.score_batch, partitioner)
     for state in states(model, origins, partitioner, restore_checkpoint_cfg):
         step = int(state.step)
-        predict = on_device(model.predict_batch, partitioner, state.params)
-        score = on_device(model.score_batch, partitioner, state.params)
-        scores[step] = evaluator.evaluate(predict, score, step)
+        scores[step] = evaluator.evaluate(
+            functools.partial(predict, state.params), functools.partial(score, state.params), step
+        )
         for task, metrics in scores[step].items():
             logging.info("step %d  %s  %s", step, task, metrics)
     evaluator.close()
@@ -141,30 +143,6 @@ def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:
 
 def _children(folder: epath.Path) -> list[epath.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def on_device(
-    function: Callable[..., Any], partitioner: PjitPartitioner, params: Any
-) -> Callable[..., Any]:
-    """A compiled `function(params, batch, ...)` as a function of this host's rows of a batch."""
-    compiled = jax.jit(function)
-
-    @functools.wraps(function)
-    def run(batch: Mapping[str, np.ndarray], *rest: Any) -> Any:
-        with partitioner.activate():
-            return compiled(params, partitioner.shard_batch(batch), *rest)
-
-    return run
-
-
-def refuse(name: str, **settings: Any) -> None:
-    """Raises where a T5X setting would have no effect here."""
-    for setting, value in settings.items():
-        if value:
-            raise ValueError(
-                f"{name}.{setting} would have no effect here; leave it at its default, or run "
-                "under T5X."
-            )
 
 
 if __name__ == "__main__":

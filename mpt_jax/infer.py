@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpt_jax import checkpoints, compilation_cache, data, gin_utils, train_state
-from mpt_jax.eval import on_device, refuse, states
+from mpt_jax.eval import states
+from mpt_jax.eval_loop import on_device
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner
 
@@ -78,7 +80,7 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     Returns:
         The files.
     """
-    refuse(
+    gin_utils.refuse_ineffective(
         "infer",
         merge_chunked_results=not merge_chunked_results,
         checkpoint_ds_iter=not checkpoint_ds_iter,
@@ -103,9 +105,8 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         model, train_state_initializer_cls().origins, partitioner, restore_checkpoint_cfg
     )
     functions = {"score": model.score_batch, "predict": model.predict_batch}
-    function = on_device(
-        functions.get(mode, model.predict_batch_with_aux), partitioner, state.params
-    )
+    compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
+    function = functools.partial(compiled, state.params)
     files = []
     for task in tasks:
         name = f"{task.name}-{mode}.{file_extension}-{shard_id:05}-of-{num_shards:05}"
@@ -182,7 +183,7 @@ def _lines(
     texts, features = jax.tree.map(lambda x: x.numpy(), batch)
     count = len(next(iter(features.values())))
     share = data.Share(rows, jax.process_count(), jax.process_index())
-    outputs = jax.tree.map(_gathered, function(share.of(features)))
+    outputs = function(share.of(features))
     for row in range(count):
         inputs = {name: value[row].decode() for name, value in texts.items()}
         yield json.dumps({"inputs": inputs} | _answer(outputs, row, mode, vocabulary))
@@ -196,13 +197,6 @@ def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any
     if mode == "predict_with_aux":
         found["aux"] = {name: value[row].tolist() for name, value in aux.items()}
     return found
-
-
-def _gathered(rows: Any) -> np.ndarray:
-    """The rows of all hosts, in order."""
-    if jax.process_count() == 1:
-        return np.asarray(rows)
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def _partial(path: epath.Path) -> epath.Path:

@@ -6,15 +6,13 @@ data, state, evaluation, loop, artefact.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -22,20 +20,23 @@ from mpt_jax import (
     artefacts,
     checkpoints,
     compilation_cache,
+    convert,
     data,
     evaluation,
+    gin_utils,
     reporting,
     selection,
     train_state,
 )
-from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.eval_loop import Evaluation
+from mpt_jax.models import BACKBONE, PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.preemption import StopRequest, stop_requests
 from mpt_jax.trainer import NonFiniteLoss, Trainer
 from mpt_jax.tree import flatten
 
 ARTEFACT = "artefact"
-EVAL_MODES = ("TRAIN", "TRAIN_EVAL", "INFER_EVAL")
+TRAINED_BACKBONE = "backbone"
 
 
 def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to bottom
@@ -105,9 +106,15 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         NonFiniteLoss: a loss was not finite; the last good state is saved.
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
     """
-    _refuse(relative_steps=relative_steps, use_hardware_rng=use_hardware_rng)
-    _refuse(get_dataset_fn=get_dataset_fn, train_eval_get_dataset_fn=train_eval_get_dataset_fn)
-    _refuse(gc_period=gc_period, use_orbax=not use_orbax)
+    gin_utils.refuse_ineffective(
+        "train",
+        relative_steps=relative_steps,
+        use_hardware_rng=use_hardware_rng,
+        get_dataset_fn=get_dataset_fn,
+        train_eval_get_dataset_fn=train_eval_get_dataset_fn,
+        gc_period=gc_period,
+        use_orbax=not use_orbax,
+    )
     if checkpoint_cfg.restore is not None:
         raise ValueError(
             "CheckpointConfig.restore would have no effect: a run resumes from its own MODEL_DIR, "
@@ -217,102 +224,40 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             writers.close()
     _finish(request, save_checkpoint, saved)
 
-    # --- The artefact ----------------------------------------------------------------------------
-    if jax.process_index() == 0 and "prompt" in trainer.state.params:
-        write_artefact(model_dir, model, trainer.state, loaded, origins, evaluator)
+    # --- What the run hands on -------------------------------------------------------------------
+    params = _whole(evaluator.best_params())
+    if jax.process_index() == 0:
+        if "prompt" in params:
+            write_artefact(model_dir, model, params, trainer.step, loaded, origins, evaluator)
+        if any(re.fullmatch(BACKBONE, name) for name in flatten(trainer.state.trainable)):
+            backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
+            path = convert.save_t5x(f"{model_dir}/{TRAINED_BACKBONE}", backbone, trainer.step)
+            logging.info("Trained backbone: %s", path)
     return evaluator.scores
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """Everything that is measured between steps.
-
-    Attributes:
-        trainer: whose state is measured.
-        writers: where scalars go.
-        losses: task or mixture -> its batches; None for no training evaluation.
-        inference: decodes and scores; None for none.
-        actions: what may follow, by mode.
-        scores: of each run, from the last evaluation.
-        last_step: the step of the last evaluation.
-    """
-
-    trainer: Trainer
-    writers: reporting.Writers
-    losses: Mapping[str, Callable[[], Iterable[Mapping[str, np.ndarray]]]] | None
-    inference: evaluation.InferenceEvaluator | None
-    actions: Mapping[str, Sequence[selection.Action]]
-    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    last_step: int = -1
-
-    def __post_init__(self):
-        unknown = sorted(set(self.actions) - set(EVAL_MODES))
-        if unknown:
-            raise ValueError(f"actions are keyed by {EVAL_MODES}, got {unknown}.")
-        model, partitioner = self.trainer.model, self.trainer.partitioner
-        predict, score = jax.jit(model.predict_batch), jax.jit(model.score_batch)
-
-        def run(function: Callable[..., jax.Array], batch: Mapping[str, np.ndarray]) -> Any:
-            with partitioner.activate():
-                found = function(self._params, partitioner.shard_batch(batch))
-            # Rows of all hosts, on every host.
-            return multihost_utils.process_allgather(found, tiled=True)
-
-        self._predict = functools.partial(run, predict)
-        self._score = functools.partial(run, score)
-
-    @property
-    def best(self) -> selection.SelectBest | None:
-        """The action that keeps the best parameters, if there is one."""
-        found = (a for many in self.actions.values() for a in many)
-        return next((a for a in found if isinstance(a, selection.SelectBest)), None)
-
-    def run(self) -> bool:
-        """Evaluates the current state; True if an action wants training to end."""
-        self.last_step = step = self.trainer.step
-        stop = False
-        if self.losses:
-            found = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
-            for name, scalars in found.items():
-                self.writers.write(f"training_eval/{name}", step, scalars)
-            stop |= self._act("TRAIN_EVAL", found)
-        if self.inference:
-            self._params = self.trainer.state.params
-            self.scores = self.inference.evaluate(self._predict, self._score, step)
-            for name, scalars in self.scores.items():
-                logging.info("step %d  %s  %s", step, name, _round(scalars))
-            stop |= self._act("INFER_EVAL", self.scores)
-        return stop
-
-    def _act(self, mode: str, scores: selection.Scores) -> bool:
-        actions = self.actions.get(mode, ())
-        return any([action.run(self.trainer.state, scores) for action in actions])
 
 
 def write_artefact(
     model_dir: str,
     model: PromptedEncoderDecoder,
-    state: train_state.TrainState,
+    params: Mapping[str, Any],
+    step: int,
     loaded: train_state.Loaded,
     origins: train_state.Origins,
     evaluator: Evaluation,
 ) -> None:
-    """Writes MODEL_DIR/artefact: each group's best prompts if the run selected any, else the
-    last."""
-    params, metrics = state.params["prompt"], {"scores": evaluator.scores}
-    best = evaluator.best
-    if best is not None and best.trainable is not None and "prompt" in best.trainable:
-        params = {**params, **best.trainable["prompt"]}
-        metrics = {"best_step": best.best_step, "best_score": best.best_scores()}
+    """Writes MODEL_DIR/artefact from the parameters a run ends with."""
+    metrics: dict[str, Any] = {"scores": evaluator.scores}
+    if (best := evaluator.best) is not None and best.trainable is not None:
+        metrics |= {"best_step": best.best_step, "best_score": best.best_scores()}
     path = artefacts.save_artefact(
         f"{model_dir}/{ARTEFACT}",
         model.prompt,
-        jax.device_get(params),
+        params["prompt"],
         model.runs,
         embedding_sha256=loaded.embedding_sha256,
         vocabulary_sha256=loaded.vocabulary_sha256,
         backbone=origins.name,
-        step=int(state.step),
+        step=step,
         metrics=metrics,
         include_folded=True,
     )
@@ -383,21 +328,12 @@ def _check_identity(ours: Mapping[str, Any], saved: Mapping[str, Any], model_dir
         )
 
 
-def _refuse(**settings: Any) -> None:
-    """Raises where a T5X setting would have no effect here."""
-    for name, value in settings.items():
-        if value:
-            raise ValueError(
-                f"train.{name} would have no effect with this trainer; leave it at its default, "
-                "or run under T5X."
-            )
-
-
-def _round(scalars: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(float(value), 4) for name, value in scalars.items()}
+def _whole(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter as a NumPy array, from wherever it lies on the mesh."""
+    if jax.process_count() == 1:
+        return jax.device_get(params)
+    return multihost_utils.process_allgather(params, tiled=True)
 
 
 if __name__ == "__main__":
-    from mpt_jax import gin_utils
-
     gin_utils.run_main(train)

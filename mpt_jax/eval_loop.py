@@ -1,0 +1,106 @@
+"""What is measured between training steps, and the compiled functions that measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mpt_jax import evaluation, reporting, selection
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.shapes import Params
+from mpt_jax.trainer import Trainer
+from mpt_jax.tree import merge
+
+EVAL_MODES = ("TRAIN", "TRAIN_EVAL", "INFER_EVAL")
+
+
+def on_device(
+    function: Callable[..., Any], partitioner: PjitPartitioner
+) -> Callable[[Params, Mapping[str, np.ndarray]], Any]:
+    """A compiled `function(params, batch)` of this host's rows; NumPy arrays of all hosts' rows."""
+    compiled = jax.jit(function)
+
+    def run(params: Params, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        with partitioner.activate():
+            found = compiled(params, partitioner.shard_batch(batch))
+        return multihost_utils.process_allgather(found, tiled=True)
+
+    return run
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Everything that is measured between steps.
+
+    Attributes:
+        trainer: whose state is measured.
+        writers: where scalars go.
+        losses: task or mixture -> its batches; None for no training evaluation.
+        inference: decodes and scores; None for none.
+        actions: what may follow, by mode.
+        scores: of each run, from the last evaluation.
+        last_step: the step of the last evaluation.
+    """
+
+    trainer: Trainer
+    writers: reporting.Writers
+    losses: Mapping[str, Callable[[], Iterable[Mapping[str, np.ndarray]]]] | None
+    inference: evaluation.InferenceEvaluator | None
+    actions: Mapping[str, Sequence[selection.Action]]
+    scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    last_step: int = -1
+
+    def __post_init__(self):
+        unknown = sorted(set(self.actions) - set(EVAL_MODES))
+        if unknown:
+            raise ValueError(f"actions are keyed by {EVAL_MODES}, got {unknown}.")
+        self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
+        self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
+
+    @property
+    def best(self) -> selection.SelectBest | None:
+        """The action that keeps the best parameters, if there is one."""
+        found = (a for many in self.actions.values() for a in many)
+        return next((a for a in found if isinstance(a, selection.SelectBest)), None)
+
+    def best_params(self) -> dict[str, Any]:
+        """Every parameter: of each group's best step if the run selected any, else the last."""
+        state, best = self.trainer.state, self.best
+        if best is None or best.trainable is None:
+            return state.params
+        return merge(best.trainable, state.frozen)
+
+    def run(self) -> bool:
+        """Evaluates the current state; True if an action wants training to end."""
+        self.last_step = step = self.trainer.step
+        stop = False
+        if self.losses:
+            found = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
+            for name, scalars in found.items():
+                self.writers.write(f"training_eval/{name}", step, scalars)
+            stop |= self._act("TRAIN_EVAL", found)
+        if self.inference:
+            params = self.trainer.state.params
+            predict = functools.partial(self._predict, params)
+            score = functools.partial(self._score, params)
+            self.scores = self.inference.evaluate(predict, score, step)
+            for name, scalars in self.scores.items():
+                logging.info(
+                    "step %d  %s  %s",
+                    step,
+                    name,
+                    {k: round(float(v), 4) for k, v in scalars.items()},
+                )
+            stop |= self._act("INFER_EVAL", self.scores)
+        return stop
+
+    def _act(self, mode: str, scores: selection.Scores) -> bool:
+        actions = self.actions.get(mode, ())
+        return any([action.run(self.trainer.state, scores) for action in actions])
