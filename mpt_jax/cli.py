@@ -1,0 +1,28 @@
+"""`mpt-jax <command>`: a short name for `python -m mpt_jax.<command>`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+COMMANDS = {
+    "train": "train a stage: --gin_file=gin/mpt_source.gin ...",
+    "eval": "score a checkpoint or an artefact: --gin_file=gin/eval.gin ...",
+    "infer": "write predictions: --gin_file=gin/infer.gin ...",
+    "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
+}
+
+
+def main() -> None:
+    """Runs a command; everything after its name is that module's own."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in COMMANDS:
+        lines = [f"  {name:8}{what}" for name, what in COMMANDS.items()]
+        usage = "\n".join(["usage: mpt-jax <command> [arguments]", *lines])
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(usage)
+            return
+        unknown = f"mpt-jax: unknown command {arguments[0]!r}\n" if arguments else ""
+        sys.exit(unknown + usage)
+    sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]
+    runpy.run_module(f"mpt_jax.{arguments[0]}", run_name="__main__", alter_sys=True)
