@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = """shapes tree runs paths compilation_cache preemption prompts backbones losses metrics
 decoding models optimizers schedules partitioning convert artefacts train_state trainer selection
 checkpoints""".split()
-BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host initializer gin_check
-gin_utils reporting eval_loop train eval infer export demo_report demo cli t5x_fallback""".split()
+BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host initializer
+gin_check gin_utils reporting eval_loop train eval infer export demo_report demo cli
+t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
 

@@ -87,15 +87,14 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
     """One zarr array; absent chunks are errors, where zarr itself reads them as zeros."""
     if not (folder / ".zarray").exists():
         raise ValueError(f"The checkpoint is incomplete: {folder} is missing.")
-    spec = {"driver": "zarr", "kvstore": os.fspath(folder) + "/"}
-    if "://" not in os.fspath(folder):
-        spec["kvstore"] = {"driver": "file", "path": os.path.abspath(folder) + "/"}
+    store: Any = os.fspath(folder) + "/"
+    if "://" not in store:
+        store = {"driver": "file", "path": os.path.abspath(folder) + "/"}
+    spec = {"driver": "zarr", "kvstore": store}
     try:
         array = ts.open(spec, read=True).result()
-        counts = [
-            math.ceil(n / c)
-            for n, c in zip(array.shape, array.chunk_layout.read_chunk.shape, strict=True)
-        ]
+        sizes: Any = array.chunk_layout.read_chunk.shape
+        counts = [math.ceil(n / c) for n, c in zip(array.shape, sizes, strict=True)]
         there = {child.name for child in folder.iterdir()}
         chunks = {".".join(map(str, i)) for i in itertools.product(*map(range, counts))} or {"0"}
         if chunks - there:
