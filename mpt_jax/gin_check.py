@@ -11,7 +11,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gin import config as gin_config
@@ -86,6 +86,12 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
                 f"Nothing refers to {selector} in the scope {scope!r}, so {key} would have no "
                 f"effect.{_suggest(scope, {part for found in scopes for part in found})}"
             )
+
+
+def is_bound(function: Callable[..., Any]) -> bool:
+    """Whether the parsed files bind anything of a function."""
+    selectors = {selector for _, selector in gin_config._CONFIG}
+    return any(gin_config._REGISTRY[selector].wrapped is function for selector in selectors)
 
 
 def _bound_macros() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _check_exists(name: str, searched: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _as_main(module: types.ModuleType) -> Iterator[None]:
+def as_main(module: types.ModuleType) -> Iterator[None]:
     """Lets `import __main__ as train_script` in a gin file find an entry module."""
     previous = sys.modules["__main__"]
     sys.modules["__main__"] = module
@@ -103,19 +103,18 @@ def _as_main(module: types.ModuleType) -> Iterator[None]:
         sys.modules["__main__"] = previous
 
 
-def _configured(function: Callable[..., Any]) -> Callable[..., Any]:
+def configured(function: Callable[..., Any]) -> Callable[..., Any]:
     """An entry point with its arguments from the parsed files."""
-    try:
-        configured = gin.get_configurable(function)
-    except ValueError:
+    if not gin_check.is_bound(function):
         raise ConfigError(
             f"No gin file configures {function.__name__}(): a stage file has a block "
             f"`{function.__name__}_script.{function.__name__}:`."
-        ) from None
+        )
+    bound = gin.get_configurable(function)
 
     def call() -> Any:
         try:
-            return configured()
+            return bound()
         except Exception as error:
             if (message := gin_check.explain(error)) is None:
                 raise
@@ -138,9 +137,9 @@ def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str
     t5x_import.install()
     module = importlib.import_module(f"mpt_jax.{entry}")
     function = getattr(module, ENTRY_POINTS[entry])
-    with _as_main(module):
+    with as_main(module):
         parse(gin_files, bindings)
-        run = _configured(function)
+        run = configured(function)
     return run()
 
 
@@ -212,7 +211,7 @@ def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
         _data_flags()
         values = flags.FLAGS
         parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
-        run = _configured(function)
+        run = configured(function)
         run()
     except ConfigError as error:
         logging.error("%s", error)

@@ -14,9 +14,9 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "MPT_JAX_TRAINER"
 FOLDER = Path(__file__).parent / "t5x_fallback"
@@ -88,8 +88,8 @@ def install() -> types.ModuleType:
     loaded = sys.modules.get("t5x")
     if is_real(loaded):
         raise ImportError(
-            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, and one process cannot "
-            "hold both trainers: start a new one."
+            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, and one process "
+            "cannot hold both trainers: start a new one."
         )
     if getattr(loaded, "__embedded__", False):
         assert loaded is not None
@@ -115,7 +115,7 @@ class _NotOffered:
     """Answers last for `t5x.<name>`: an error that says what to do, where Python's would not."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: object = None
+        self, name: str, path: Any = None, target: Any = None
     ) -> ModuleSpec | None:
         """Raises for every submodule of the fallback that has not been found."""
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):

@@ -1,0 +1,254 @@
+"""Every shipped gin file parses and builds its model; mistakes say what they are.
+
+Full-size models are built from shapes alone. No file is read but the toy vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from mpt_jax import gin_utils, paths, t5x_import
+from mpt_jax.tree import flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.gin"))
+STAGES = [name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text()]
+TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.gin")]
+# Files that change a toy run.
+AFTER_TINY = ["gin/runs/demo.gin"]
+METHODS = [name for name in FILES if name.startswith("gin/methods/")]
+# A vocabulary that is there, in place of T5's, which is not shipped.
+VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
+
+
+@pytest.fixture(autouse=True)
+def own_trainer():
+    t5x_import.install()
+    yield
+    gin.clear_config()
+
+
+def parse(files, bindings=(), entry="train"):
+    module = importlib.import_module(f"mpt_jax.{entry}")
+    with gin_utils.as_main(module):
+        gin_utils.parse(files, bindings, (str(ROOT),))
+
+
+def value(macro: str):
+    """A macro's value, with everything it refers to built."""
+    return gin.get_configurable(f"{macro}/gin.macro")()
+
+
+def shapes_of(model):
+    return jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))["params"]
+
+
+def abstract_params(model) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in flatten(shapes_of(model)).items()}
+
+
+def trained(model) -> int:
+    """How many numbers learn, by the model's own table of labels."""
+    shapes = shapes_of(model)
+    labels = flatten(model.label_tree(shapes))
+    leaves = flatten(shapes)
+    return sum(int(np.prod(leaves[name].shape)) for name in leaves if labels[name] != "frozen")
+
+
+def entry_of(name: str) -> str:
+    return {"gin/eval.gin": "eval", "gin/infer.gin": "infer"}.get(name, "train")
+
+
+def files_for(name: str) -> list[str]:
+    """Evaluation and inference name their method on the command line."""
+    return [name] if entry_of(name) == "train" else [name, "gin/methods/mpt.gin"]
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "gin/pretrain_tiny.gin"])
+def test_tiny_turns_any_stage_into_a_toy_run(name):
+    parse([*files_for(name), "gin/tiny.gin"], (), entry_of(name))
+    model = value("MODEL")
+    size = sum(int(np.prod(shape)) for shape in abstract_params(model).values())
+    assert size < 5e6
+    assert all(task.startswith("toy_") for task in model.runs.task_names)
+    assert Path(value("STAGE_DIR")).parent.name == "tiny"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_can_take_a_stages_place(name):
+    """On the toy suite, for speed; sizes are tested above."""
+    prompts = name in ("gin/methods/mpt.gin", "gin/methods/prompt_tuning.gin")
+    stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
+    parse([stage, "gin/tiny.gin", name])
+    model = value("MODEL")
+    learning = trained(model)
+    assert 0 < learning
+    # The optimizer has a learning rate for every label that learns.
+    labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
+    assert labels == set(model.optimizer_def.learning_rates)
+
+
+@pytest.mark.parametrize("name", AFTER_TINY)
+def test_a_toy_run_can_be_changed(name):
+    parse(["gin/mpt_source.gin", "gin/tiny.gin", name])
+    assert abstract_params(value("MODEL"))
+
+
+def test_no_file_is_left_untested():
+    """Every file is tested by itself, or included by one that is."""
+    included = {
+        found
+        for name in FILES
+        for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
+    }
+    assert set(FILES) == {*STAGES, *METHODS, *AFTER_TINY, "gin/tiny.gin"} | included
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_short_and_says_what_it_provides(name):
+    text = (ROOT / name).read_text()
+    assert "# Provides" in text.split("\n\n")[0] + text
+    assert len(text.splitlines()) <= 80
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("gin/mpt_source.gin", 82_008),
+        ("gin/mpt_target.gin", 77_668),
+        ("gin/pt_target.gin", 76_800),
+        ("gin/pt_source.gin", 6 * 76_800),
+        ("gin/full_finetuning.gin", 222_903_552),
+    ],
+)
+def test_trained_counts_at_full_scale(name, numbers):
+    parse([name], [VOCABULARY])
+    assert trained(value("MODEL")) == numbers
+
+
+def test_paths_lie_under_one_root(monkeypatch):
+    monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/project")
+    parse(["gin/mpt_source.gin"])
+    assert value("MODEL_DIR") == "gs://bucket/project/mpt_source"
+    assert value("TEACHERS") == "gs://bucket/project/pt_source/artefact"
+    for macro in ("INITIAL_CHECKPOINT_PATH", "VOCABULARY"):
+        assert value(macro).startswith("gs://bucket/project/backbones/")
+
+
+def test_a_local_root_with_several_hosts_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="4 hosts"):
+        paths.under(base="runs", name="x")
+    assert paths.under(base="gs://b", name="x") == "gs://b/x"
+    assert paths.under(base="runs", name="x", shared_filesystem=True) == "runs/x"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "eval", "infer"])
+def test_t5x_run_files_resolve_without_t5x(name):
+    entry = {"pretrain": "train", "finetune": "train"}.get(name, name)
+    bindings = {
+        "MODEL": 0, "MODEL_DIR": 0, "MIXTURE_OR_TASK_NAME": 0, "TASK_FEATURE_LENGTHS": 0,
+        "TRAIN_STEPS": 0, "INITIAL_CHECKPOINT_PATH": 0, "CHECKPOINT_PATH": 0,
+        "EVAL_OUTPUT_DIR": 0, "INFER_OUTPUT_DIR": 0,
+    }  # fmt: skip
+    path = t5x_import.FOLDER / "gin_data" / "t5x" / "configs" / "runs" / f"{name}.gin"
+    used = [macro for macro in bindings if f"%{macro}\n" in path.read_text()]
+    parse([f"t5x/configs/runs/{name}.gin"], [f"{macro} = 'x'" for macro in used], entry)
+
+
+# --- Mistakes ------------------------------------------------------------------------------------
+
+STAGE = "gin/mpt_source.gin"
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("TRAIN_STEP = 3", "No gin file reads the macro TRAIN_STEP.*Did you mean TRAIN_STEPS"),
+        ("train.total_step = 3", "no parameter 'total_step'. Did you mean total_steps"),
+        ("Distilation.weight = 1.0", "No gin file imports 'Distilation'. Did you mean Distill"),
+        ("losses.Distillation.wait = 1.0", "no parameter 'wait'"),
+        ("NoSuchThing.seed = 1", "No gin file imports 'NoSuchThing'"),
+        ("trian/DatasetConfig.batch_size = 3", "in the scope 'trian'.*Did you mean train"),
+        ("t5_config.name = 't5_1_1_base", "Unable to parse value"),
+        ("TRAIN_STEPS = %gin.REQUIRED", "need a value: TRAIN_STEPS"),
+        ("TRAIN_STEPS = %STEPS_OF_TRAIN", "need a value: STEPS_OF_TRAIN"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(binding, message):
+    with pytest.raises(gin_utils.ConfigError, match=f"(?s){message}"):
+        parse([STAGE], [binding])
+
+
+def test_a_binding_that_nothing_reads_is_refused():
+    with pytest.raises(gin_utils.ConfigError, match="would have no effect"):
+        parse([STAGE, "gin/tiny.gin"], ["t5_config.name = 't5_1_1_base'"])
+
+
+def test_a_missing_file_names_the_close_one():
+    with pytest.raises(gin_utils.ConfigError, match="Did you mean gin/mpt_source.gin"):
+        parse(["gin/mpt_sorce.gin"])
+
+
+def test_a_missing_include_is_named(tmp_path):
+    (tmp_path / "x.gin").write_text("include 'gin/nothing.gin'\n")
+    with pytest.raises(gin_utils.ConfigError, match="gin/nothing.gin"):
+        parse([str(tmp_path / "x.gin")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("utils.DatasetConfg.seed = 1", "no 'DatasetConfg'. Did you mean DatasetConfig"),
+        ("trainer.Trainer.num_microbatches = 2", "'trainer' was not provided"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(line, message, tmp_path):
+    head = "from __gin__ import dynamic_registration\nfrom t5x import utils\n"
+    (tmp_path / "x.gin").write_text(head + line + "\n")
+    with pytest.raises(gin_utils.ConfigError, match=message) as caught:
+        parse([str(tmp_path / "x.gin")])
+    assert "line 3" in str(caught.value)
+
+
+def test_files_of_another_entry_point_are_refused():
+    parse([STAGE])
+    with pytest.raises(gin_utils.ConfigError, match=r"configures evaluate\(\)"):
+        gin_utils.configured(importlib.import_module("mpt_jax.eval").evaluate)
+
+
+def test_arguments_are_rewritten_as_t5x_does():
+    found = gin_utils.rewrite_gin_args(["x", "--gin.A=1=2", "--gin_file=f", "--gin.s/N.p='v'"])
+    assert found == ["x", "--gin_bindings=A = 1=2", "--gin_file=f", "--gin_bindings=s/N.p = 'v'"]
+    with pytest.raises(gin_utils.ConfigError, match="no value"):
+        gin_utils.rewrite_gin_args(["--gin.A"])
+
+
+# --- config.gin ----------------------------------------------------------------------------------
+
+
+def test_config_gin_is_a_gin_file_that_says_the_same(tmp_path):
+    parse([STAGE, "gin/tiny.gin"], ["TRAIN_STEPS = 7"])
+    gin_utils.summarize_gin_config(str(tmp_path / "run"), None, 0)
+    written = (tmp_path / "run" / "config.gin").read_text()
+    assert "TRAIN_STEPS = 7" in written and "import __main__ as train_script" in written
+    parse([str(tmp_path / "run" / "config.gin")])
+    assert gin.config_str() == written
+
+
+def test_helpers_of_gin_files():
+    assert gin_utils.sum_fn(1, 2) == 3
+    assert gin_utils.bool_fn(0) is False
+    assert gin_utils.string_split_fn("a/b/c", "/") == ["a", "b", "c"]
+    assert gin_utils.string_split_fn("a/b/c", "/", 1, -1) == "b/c"
