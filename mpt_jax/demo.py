@@ -62,6 +62,13 @@ def methods(root: Path) -> tuple[Method, ...]:
     )
 
 
+def learning_rate(gin_file: str, rate: float) -> tuple[str, ...]:
+    """Bindings for a peak learning rate; MPT's factors keep the paper's 4/3 of the shared one."""
+    shared = f"LEARNING_RATE = {rate}"
+    is_mpt = gin_file == "gin/mpt_target.gin"
+    return (shared, f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}") if is_mpt else (shared,)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the demo and prints its table."""
     parser = argparse.ArgumentParser(prog="mpt-jax demo", description="MPT on the toy suite")

@@ -1,0 +1,67 @@
+"""Chooses the demo's learning rates, on data the demo never reports (docs/protocol.md).
+
+    python -m benchmarks.tune_demo [--root runs/tune]
+
+Two target tasks that are kept for this, training draws of seeds that are kept for this, and the
+validation split. Every prompt method gets the same grid; full fine-tuning gets its own, three
+orders of magnitude lower. The source stages must be in --root (the demo's own will do: a copy of
+its pt_source and mpt_source folders).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from mpt_jax import compilation_cache, demo, paths
+
+TARGETS = ("toy_wic", "toy_paws")
+SEEDS = (100, 101, 102)
+SHOTS = 32
+PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
+FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+VALIDATION = "infer_eval/utils.DatasetConfig.split = 'validation'"
+
+
+def main() -> None:
+    """Prints each method's mean validation score at each rate, and writes them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
+    parser.add_argument("--methods", nargs="*", help="names of methods; default all")
+    parser.add_argument("--steps", type=int, nargs="*", default=[None], help="lengths to try")
+    args = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
+    compilation_cache.enable()
+    lines = []
+    for method in demo.methods(args.root):
+        if args.methods and method.name not in args.methods:
+            continue
+        for steps in args.steps:
+            for rate in PROMPT_RATES if method.grouped else FULL_RATES:
+                bindings = [VALIDATION, *demo.learning_rate(method.gin_file, rate)]
+                bindings += [f"TRAIN_STEPS = {steps}"] if steps else []
+                tried = dataclasses.replace(
+                    method,
+                    name=f"{method.name} lr {rate} steps {steps}",
+                    bindings=(*method.bindings, *bindings),
+                    seeds=SEEDS if method.grouped else SEEDS[:1],
+                )
+                result = demo.adapt(args.root, tried, TARGETS, SHOTS)
+                scores = {task: found["accuracy"] for task, found in result.scores.items()}
+                mean = float(np.mean([np.mean(values) for values in scores.values()]))
+                lines.append({"method": method.name, "learning_rate": rate, "steps": steps})
+                lines[-1] |= {"mean": mean, "scores": scores, "seconds": result.seconds}
+                print(json.dumps(lines[-1]), flush=True)
+    out = args.root / f"tuning_{os.getpid()}.json"
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
