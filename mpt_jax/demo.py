@@ -10,6 +10,7 @@ one process. What is compared, and how, was written down beforehand in docs/prot
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from absl import logging
 
 from mpt_jax import compilation_cache, gin_utils, paths
 from mpt_jax.demo_report import Result, write_report
+from tasks import toy
 
 SOURCES = ("toy_sst2", "toy_mnli", "toy_qnli", "toy_qqp", "toy_squad", "toy_record")
 TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (root / "results.json").write_text(
         json.dumps([dataclasses.asdict(r) for r in results], indent=2) + "\n"
     )
-    print(write_report(root, results, SOURCES, seconds))
+    print(write_report(root, results, SOURCES, majority_shares(targets), seconds))
 
 
 def run_stage(
@@ -132,6 +134,15 @@ def adapt(root: Path, method: Method, targets: Sequence[str], shots: int | None)
         time.monotonic() - started,
         tuple(model_dirs),
     )
+
+
+def majority_shares(tasks: Sequence[str]) -> dict[str, float]:
+    """Percent of each task's test rows that have the most frequent target."""
+    shares = {}
+    for task in tasks:
+        counts = collections.Counter(target for _, target in toy.rows(task, "test"))
+        shares[task] = 100 * counts.most_common(1)[0][1] / counts.total()
+    return shares
 
 
 def _parameters(model_dir: str, runs: int) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 from mpt_jax import artefacts
 from mpt_jax.reporting import METRICS
@@ -21,7 +22,8 @@ from matplotlib import pyplot  # noqa: E402
 
 # What the table shows of each task, the first that was measured: exact match of the decoded
 # label, or an overlap for free text.
-MAIN_METRICS = ("accuracy", "f1", "exact_match", "rouge_l", "bleu")
+MAIN_METRICS = ("accuracy", "f1", "exact_match")
+RANKED = "rank_accuracy"
 STYLE = """
 :root { color-scheme: light dark; --line: #9998; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -54,7 +56,11 @@ class Result:
 
 
 def write_report(
-    root: Path, results: Sequence[Result], sources: Sequence[str], seconds: float
+    root: Path,
+    results: Sequence[Result],
+    sources: Sequence[str],
+    majority: Mapping[str, float],
+    seconds: float,
 ) -> str:
     """Writes root/report.html and returns the tables as text.
 
@@ -62,6 +68,7 @@ def write_report(
         root: holds pt_source and mpt_source.
         results: of every method and number of examples.
         sources: the source tasks, in the order to show them.
+        majority: task -> percent of its test rows that have the most frequent target.
         seconds: of the whole demo.
     """
     teachers = artefacts.load_artefact(root / "pt_source" / "artefact")
@@ -70,7 +77,12 @@ def write_report(
     for shots in dict.fromkeys(result.shots for result in results):
         chosen = [result for result in results if result.shots == shots]
         name = "all training examples" if shots is None else f"{shots} training examples"
-        tables.append((f"Target tasks, {name} (test)", target_table(chosen)))
+        tables.append((f"Target tasks, {name} (test)", target_table(chosen, majority)))
+        differences = [_difference(chosen, other) for other in chosen if _comparable(other)]
+        if differences:
+            title = "MPT minus each, paired by task and seed"
+            heads = ["", "mean difference", "95% interval", "pairs"]
+            tables.append((title, [heads, *differences]))
     figures = [
         ("Loss while training", learning_curves(root, results)),
         ("Teachers: cosine similarity of prompts", similarity(teachers)),
@@ -96,21 +108,45 @@ def source_table(
     return rows
 
 
-def target_table(results: Sequence[Result]) -> Rows:
-    """Mean and standard deviation over seeds of each task's main metric, by method."""
+def target_table(results: Sequence[Result], majority: Mapping[str, float]) -> Rows:
+    """Mean and standard deviation over seeds of each task's main metric, by method; the last
+    column but three ranks the labels instead of decoding."""
     tasks = list(results[0].scores)
     metrics = [_main(results[0].scores[task]) for task in tasks]
     heads = [f"{_short(t)} ({m})" for t, m in zip(tasks, metrics, strict=True)]
-    rows = [["", *heads, "mean", "parameters per task", "seconds"]]
+    rows = [["", *heads, "mean", "mean, labels ranked", "parameters per task", "seconds"]]
+    shares = [majority[task] for task in tasks]
+    guesses = [f"{share:.1f}" for share in shares]
+    rows.append(["always the most frequent", *guesses, f"{np.mean(shares):.1f}", "", "0", ""])
     for result in results:
+        ranked = [np.mean(s[RANKED]) for s in result.scores.values() if RANKED in s]
         values = [result.scores[t][m] for t, m in zip(tasks, metrics, strict=True)]
         mean = np.mean([np.mean(v) for v in values])
         cells = [_mean_and_std(v) for v in values]
         rows.append(
-            [result.method, *cells, f"{mean:.1f}", f"{result.parameters:,.0f}"]
-            + [f"{result.seconds:.0f}"]
+            [result.method, *cells, f"{mean:.1f}", f"{np.mean(ranked):.1f}" if ranked else ""]
+            + [f"{result.parameters:,.0f}", f"{result.seconds:.0f}"]
         )
     return rows
+
+
+def _comparable(result: Result) -> bool:
+    return result.method != "MPT" and all(
+        len(values) > 1 for metrics in result.scores.values() for values in metrics.values()
+    )
+
+
+def _difference(results: Sequence[Result], other: Result) -> list[str]:
+    """MPT minus another method over pairs of (task, seed), with a 95% t-interval."""
+    mpt = next(result for result in results if result.method == "MPT")
+    pairs = [
+        new - old
+        for task, scores in mpt.scores.items()
+        for new, old in zip(scores[_main(scores)], other.scores[task][_main(scores)], strict=True)
+    ]
+    mean, half = np.mean(pairs), stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
+    interval = f"{mean - half:+.1f} .. {mean + half:+.1f}"
+    return [other.method, f"{mean:+.1f}", interval, str(len(pairs))]
 
 
 def learning_curves(root: Path, results: Sequence[Result]) -> bytes:
