@@ -13,8 +13,11 @@ import os
 from pathlib import Path
 
 import jax
+from absl import logging
+from etils import epath
 
 ROOT_VARIABLE = "MPT_JAX_ROOT"
+SHIPPED = Path(__file__).parents[1] / "tasks" / "data"
 
 
 def root() -> str:
@@ -51,8 +54,18 @@ def shipped(*, name: str) -> str:
     Raises:
         FileNotFoundError: no such file is shipped; lists what is.
     """
-    folder = Path(__file__).parents[1] / "tasks" / "data"
-    if not (folder / name).exists():
-        found = sorted(path.name for path in folder.glob("*"))
-        raise FileNotFoundError(f"Nothing called {name!r} is shipped in {folder}; it has {found}.")
-    return str(folder / name)
+    if not (SHIPPED / name).exists():
+        found = sorted(path.name for path in SHIPPED.glob("*"))
+        raise FileNotFoundError(f"Nothing called {name!r} is shipped in {SHIPPED}; it has {found}.")
+    return str(SHIPPED / name)
+
+
+def own_or_shipped(*, own: str, name: str) -> str:
+    """What an earlier stage left at `own`; before that stage has run, what is shipped as `name`.
+
+    Says in the log when it is the shipped one.
+    """
+    if epath.Path(own).exists() or not (SHIPPED / name).exists():
+        return own
+    logging.info("There is no %s yet; using the one shipped, %s.", own, SHIPPED / name)
+    return str(SHIPPED / name)
