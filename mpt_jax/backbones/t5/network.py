@@ -7,13 +7,16 @@ writes its rows in, and passes embeddings with a mask to `encode`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.partitioning import ScanIn, scan_with_axes
 
 from mpt_jax.backbones.t5 import layers
 from mpt_jax.backbones.t5.config import T5Config
+from mpt_jax.backbones.t5.scan import LAYER_AXIS
 from mpt_jax.shapes import Array, Bool, Float, Int
 from mpt_jax.tree import flatten
 
@@ -21,32 +24,39 @@ Hidden = tuple[jax.Array, ...]
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each normalised before and added to its input."""
+    """Self-attention and feed-forward, each normalised before and added to its input.
+
+    Returns its output, and once more what a scan over layers shall collect.
+    """
 
     config: T5Config
     deterministic: bool
+    collect: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T H"], biases: Sequence[jax.Array]
-    ) -> Float[Array, "B T H"]:
+    ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"] | None]:
         cfg, deterministic = self.config, self.deterministic
         normed = layers.LayerNorm(cfg, name="pre_attention_layer_norm")(x)
         y = layers.Attention(cfg, deterministic, name="attention")(normed, normed, biases)
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
         y = layers.Mlp(cfg, deterministic, name="mlp")(normed)
-        return layers.constrain(
-            x + layers.Dropout(cfg, deterministic)(y), "batch", "length", "embed"
-        )
+        x = layers.constrain(x + layers.Dropout(cfg, deterministic)(y), "batch", "length", "embed")
+        return x, (x if self.collect else None)
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention over the encoder's output, feed-forward."""
+    """Causal self-attention, attention over the encoder's output, feed-forward.
+
+    Returns like `EncoderLayer`. With a `cache_length` it uses the cache.
+    """
 
     config: T5Config
     deterministic: bool
-    decode: bool = False
+    collect: bool
+    cache_length: int | None
 
     @nn.compact
     def __call__(
@@ -55,14 +65,13 @@ class DecoderLayer(nn.Module):
         encoded: Float[Array, "B T H"],
         self_biases: Sequence[jax.Array],
         cross_biases: Sequence[jax.Array],
-        cache_index: Int[Array, ""] | None = None,
-        cache_length: int | None = None,
-    ) -> Float[Array, "B L H"]:
+        cache_index: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "B L H"], Float[Array, "B L H"] | None]:
         cfg, deterministic = self.config, self.deterministic
-        self_cache, cross_cache = ("self", "cross") if self.decode else ("none", "none")
+        self_cache, cross_cache = ("self", "cross") if self.cache_length else ("none", "none")
         normed = layers.LayerNorm(cfg, name="pre_self_attention_layer_norm")(x)
         y = layers.Attention(cfg, deterministic, self_cache, name="self_attention")(
-            normed, normed, self_biases, cache_index, cache_length
+            normed, normed, self_biases, cache_index, self.cache_length
         )
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_cross_attention_layer_norm")(x)
@@ -72,9 +81,64 @@ class DecoderLayer(nn.Module):
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
         y = layers.Mlp(cfg, deterministic, name="mlp")(normed)
-        return layers.constrain(
-            x + layers.Dropout(cfg, deterministic)(y), "batch", "length", "embed"
-        )
+        x = layers.constrain(x + layers.Dropout(cfg, deterministic)(y), "batch", "length", "embed")
+        return x, (x if self.collect else None)
+
+
+def run_layers(
+    layer: type[nn.Module],
+    fields: dict[str, Any],
+    config: T5Config,
+    stack: Literal["encoder", "decoder"],
+    initializing: bool,
+    x: Float[Array, "B T H"],
+    *others: Any,
+) -> tuple[Float[Array, "B T H"], Hidden]:
+    """Runs the layers of one stack, inside the stack's compact method.
+
+    Args:
+        layer: the class of a layer; called with `x` and `others`, it returns `(x, collected)`.
+        fields: what its constructor takes.
+        config: says how many layers there are, whether to scan them and what to recompute.
+        stack: names the scanned subtree, as T5X does.
+        initializing: whether weights are being made.
+        x: input of the first layer.
+        others: further inputs, the same for all layers.
+
+    Returns:
+        the last layer's output, and what the layers collected, in order.
+    """
+    count = getattr(config, f"num_{stack}_layers")
+    layer = rematerialised(layer, config)
+    if not config.scan_layers:
+        outputs = []
+        for i in range(count):
+            x, collected = layer(**fields, name=f"layers_{i}")(x, *others)
+            outputs.append(collected)
+        return x, tuple(kept for kept in outputs if kept is not None)
+    # Weights are made with the layers on axis 1 and only read afterwards.
+    axis = LAYER_AXIS if initializing else ScanIn(LAYER_AXIS)
+    scanned = scan_with_axes(
+        layer,
+        variable_axes={"params": axis, "cache": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast,) * len(others),
+        length=count,
+        axis_name="layers",
+    )
+    x, collected = scanned(**fields, name=stack)(x, *others)
+    return x, () if collected is None else tuple(collected[i] for i in range(count))
+
+
+def rematerialised(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
+    """The layer, with the part of its activations that the backward pass recomputes."""
+    if config.remat == "none":
+        return layer
+    policy = None
+    if config.remat == "minimal":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan the compiler cannot merge the two computations anyway.
+    return nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
 
 
 class Encoder(nn.Module):
@@ -89,19 +153,20 @@ class Encoder(nn.Module):
         mask: Bool[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         deterministic: bool,
+        collect: bool,
     ) -> tuple[Float[Array, "B T H"], Hidden]:
         cfg, length = self.config, x.shape[1]
         relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
         biases = (relative(length, length), pair_bias(mask, segment_ids, segment_ids))
-        x = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
-        hidden = [x]
-        for i in range(cfg.num_encoder_layers):
-            x = EncoderLayer(cfg, deterministic, name=f"layers_{i}")(x, biases)
-            hidden.append(x)
+        embedded = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
+        fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
+        x, inner = run_layers(
+            EncoderLayer, fields, cfg, "encoder", self.is_initializing(), embedded, biases
+        )
         x = layers.LayerNorm(cfg, name="encoder_norm")(x)
         # Alone among T5's dropouts this one draws for every position.
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
-        return x, (*hidden[:-1], x)
+        return x, (embedded, *inner[:-1], x)
 
 
 class Decoder(nn.Module):
@@ -110,7 +175,7 @@ class Decoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(
+    def __call__(  # noqa: PLR0913 -- called by Transformer alone
         self,
         y: Float[Array, "B L H"],
         encoded: Float[Array, "B T H"],
@@ -118,26 +183,27 @@ class Decoder(nn.Module):
         encoder_segment_ids: Int[Array, "B T"] | None,
         decoder_segment_ids: Int[Array, "B L"] | None,
         deterministic: bool,
+        collect: bool,
         cache_length: int | None,
         tied_logits: Callable[[jax.Array], jax.Array] | None,
     ) -> tuple[Float[Array, "B L V"], Hidden]:
-        cfg, decode = self.config, cache_length is not None
+        cfg = self.config
         cross_biases = (pair_bias(encoder_mask, decoder_segment_ids, encoder_segment_ids),)
         self_biases, cache_index = self._self_biases(y.shape[1], decoder_segment_ids, cache_length)
-        y = layers.Dropout(cfg, deterministic)(y.astype(cfg.dtype))
-        hidden = [y]
-        for i in range(cfg.num_decoder_layers):
-            y = DecoderLayer(cfg, deterministic, decode, name=f"layers_{i}")(
-                y, encoded, self_biases, cross_biases, cache_index, cache_length
-            )
-            hidden.append(y)
+        embedded = layers.Dropout(cfg, deterministic)(y.astype(cfg.dtype))
+        fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
+        fields["cache_length"] = cache_length
+        others = (encoded, self_biases, cross_biases, cache_index)
+        y, inner = run_layers(
+            DecoderLayer, fields, cfg, "decoder", self.is_initializing(), embedded, *others
+        )
         y = layers.LayerNorm(cfg, name="decoder_norm")(y)
         y = layers.Dropout(cfg, deterministic)(y)
         if tied_logits is not None:
             logits = tied_logits(y)
         else:
             logits = layers.OutputProjection(cfg, name="logits_dense")(y)
-        return logits, (*hidden[:-1], y)
+        return logits, (embedded, *inner[:-1], y)
 
     def _self_biases(
         self, length: int, segment_ids: jax.Array | None, cache_length: int | None
@@ -209,7 +275,7 @@ class Transformer(nn.Module):
             encoded `[B,T,H]`, or `(encoded, hidden)`.
         """
         x = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
-        encoded, hidden = self.encoder(x, mask, segment_ids, deterministic)
+        encoded, hidden = self.encoder(x, mask, segment_ids, deterministic, return_hidden)
         return (encoded, hidden) if return_hidden else encoded
 
     def decode(  # noqa: PLR0913 -- T5X's arguments, all but three by keyword
@@ -261,6 +327,7 @@ class Transformer(nn.Module):
             encoder_segment_ids,
             decoder_segment_ids,
             deterministic,
+            return_hidden,
             max_decode_length if decode else None,
             tied,
         )
