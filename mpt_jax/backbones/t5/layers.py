@@ -288,6 +288,7 @@ class Attention(nn.Module):
             shape = (batch, heads, cache_length, width)
             buffer = self.variable("cache", name, jnp.zeros, shape, x.dtype)
             if not creating:
+                assert cache_index is not None, "the decoder counts wherever it caches"
                 buffer.value = jax.lax.dynamic_update_slice_in_dim(
                     buffer.value, x, cache_index, axis=2
                 )

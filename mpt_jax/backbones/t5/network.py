@@ -118,11 +118,12 @@ def run_layers(
         return x, tuple(kept for kept in outputs if kept is not None)
     # Weights are made with the layers on axis 1 and only read afterwards.
     axis = LAYER_AXIS if initializing else ScanIn(LAYER_AXIS)
+    broadcast: Any = (nn.broadcast,) * len(others)
     scanned = scan_with_axes(
         layer,
         variable_axes={"params": axis, "cache": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * len(others),
+        in_axes=broadcast,
         length=count,
         axis_name="layers",
     )
@@ -344,10 +345,10 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "B L V"]:
         """Logits of the targets given the inputs; see `encode` and `decode`."""
-        encoded = self.encode(
+        encoded: Any = self.encode(
             encoder_inputs, encoder_mask, encoder_segment_ids, deterministic=deterministic
         )
-        return self.decode(
+        logits: Any = self.decode(
             encoded,
             encoder_mask,
             decoder_input_tokens,
@@ -355,6 +356,7 @@ class Transformer(nn.Module):
             decoder_segment_ids=decoder_segment_ids,
             deterministic=deterministic,
         )
+        return logits
 
 
 def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
