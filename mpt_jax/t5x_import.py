@@ -114,9 +114,7 @@ def is_real(module: types.ModuleType | None) -> bool:
 class _NotOffered:
     """Answers last for `t5x.<name>`: an error that says what to do, where Python's would not."""
 
-    def find_spec(
-        self, name: str, path: Any = None, target: Any = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Raises for every submodule of the fallback that has not been found."""
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
             return None
