@@ -6,7 +6,6 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
   && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := mpt_jax tasks tests benchmarks
 
 .PHONY: demo demo-full test test-all lint format clean
 
