@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,13 @@ from mpt_jax.shapes import Array, Batch, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A mean to be: `sum / weight`, elementwise over rows [K] or groups [G]."""
+    """A mean to be: `sum / weight`, elementwise over rows [K] or groups [G].
 
-    sum: Array | np.ndarray
-    weight: Array | np.ndarray
+    Its fields are arrays, JAX's or NumPy's, or what stands for arrays while JAX traces.
+    """
+
+    sum: Any
+    weight: Any
 
     def __add__(self, other: Metric) -> Metric:
         return Metric(self.sum + other.sum, self.weight + other.weight)

@@ -101,6 +101,9 @@ def train_step(
     updates, opt_state = model.optimizer_def.update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
     finite = jnp.isfinite(norms).all()
+    for name in found:
+        if name.startswith("term/"):
+            finite &= jnp.isfinite(found[name].sum).all()
     for leaf in jax.tree.leaves(trainable):
         finite &= jnp.isfinite(leaf).all()
     new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
@@ -133,6 +136,20 @@ def _select(finite: Array, new: TrainState, old: TrainState) -> TrainState:
 # --- The compiled trainer ------------------------------------------------------------------------
 
 
+def _step_of_number(
+    model: PromptedEncoderDecoder,
+    num_microbatches: int,
+    state: TrainState,
+    batch: Batch,
+    rng: Key,
+    number: Array,
+) -> tuple[TrainState, metrics.StepMetrics]:
+    """The step, unless one before it was not taken: the host sends steps before it reads how they
+    went, and those must not go on from a state that lacks one."""
+    new, found = train_step(model, num_microbatches, state, batch, rng)
+    return _select(state.step == number, new, state), found
+
+
 class Trainer:
     """Compiles the steps over a mesh and runs them. Its gin fields are T5X's.
 
@@ -160,7 +177,7 @@ class Trainer:
         self.learning_rate_fn = learning_rate_fn
         self._rng = rng
         self._totals: metrics.StepMetrics | None = None
-        step = functools.partial(train_step, model, num_microbatches or 1)
+        step = functools.partial(_step_of_number, model, num_microbatches or 1)
         self._train_step = jax.jit(step, donate_argnums=0)
         self._eval_step = jax.jit(functools.partial(eval_step, model))
         self._merge = jax.jit(metrics.merge)
@@ -171,7 +188,7 @@ class Trainer:
         """Dispatches one step; metrics gather on the device until `read_metrics`."""
         with self.partitioner.activate():
             rows = self.partitioner.shard_batch(batch)
-            self.state, found = self._train_step(self.state, rows, self._rng)
+            self.state, found = self._train_step(self.state, rows, self._rng, np.int32(self.step))
             self._totals = found if self._totals is None else self._merge(self._totals, found)
         self.step += 1
 
@@ -212,5 +229,5 @@ class Trainer:
         start = time.monotonic()
         with self.partitioner.activate():
             shapes = self.partitioner.shard_batch(batch)
-            self._train_step.lower(self.state, shapes, self._rng).compile()
+            self._train_step.lower(self.state, shapes, self._rng, np.int32(self.step)).compile()
         return time.monotonic() - start
