@@ -110,7 +110,7 @@ def groups_of(runs: Runs, batch=BATCH) -> losses.Groups:
 def check(objective: Objective, runs: Runs, layers: tuple[int, int] = (1, 1)) -> None:
     student, teacher = outputs(0, layers), outputs(1, layers)
     oracle = Oracle(objective, runs, student, teacher)
-    batch = jax.tree.map(jnp.asarray, BATCH)
+    batch = tiny.arrays(BATCH)
     groups = groups_of(runs)
     sums = losses.sums(objective, batch, groups, student, teacher)
     weights = losses.weights(objective, batch, groups, H, layers)
@@ -192,7 +192,7 @@ def test_low_precision_logits_are_lifted_to_float32():
 def test_a_group_without_examples_adds_nothing_and_no_nan():
     objective = Objective(distillation=Distillation())
     keep = [i for i in range(6) if BATCH["encoder_task_ids"][i, 0] != 1]
-    batch = jax.tree.map(jnp.asarray, tiny.pick(BATCH, keep))
+    batch = tiny.arrays(tiny.pick(BATCH, keep))
     take = functools.partial(jax.tree.map, lambda x: x[np.array(keep)])
     student, teacher = take(outputs(0)), take(outputs(1))
     groups = groups_of(RUNS, batch)
@@ -228,7 +228,7 @@ def test_the_prompt_distance_needs_unpacked_batches():
     objective = OBJECTIVES["prompts"]
     packed = losses.Outputs(outputs(0).logits)
     with pytest.raises(ValueError, match="pack = False"):
-        losses.sums(objective, jax.tree.map(jnp.asarray, BATCH), groups_of(ONE), packed, packed)
+        losses.sums(objective, tiny.arrays(BATCH), groups_of(ONE), packed, packed)
 
 
 # --- Gradients -----------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ GRADIENT_OBJECTIVES = {
 def test_gradients_of_the_whole_objective_agree_with_differences(name):
     model = tiny.model(RUNS, MPT(tiny.PROMPT, rank=2), SMOOTH, objective=GRADIENT_OBJECTIVES[name])
     params = tiny.params(model)
-    batch = jax.tree.map(jnp.asarray, BATCH)
+    batch = tiny.arrays(BATCH)
     trainable, frozen = split(params, model.labels, {"shared", "task"})
     weights = model.loss_weights(batch)
 

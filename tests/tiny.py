@@ -6,10 +6,10 @@ found out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +19,10 @@ from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.optimizers import PromptOptimizer, Schedule
 from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.prompts import get_method
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.runs import Runs
+from mpt_jax.tree import flatten, unflatten
 
 VOCABULARY, WIDTH = 40, 16
 PROMPT, TEXT, TARGET = 3, 5, 4  # P, positions of text, L
@@ -59,14 +61,29 @@ def model(
     return models.PromptedEncoderDecoder(module, prompt or MPT(PROMPT), runs, **overrides)
 
 
+def method(name: str, prompt_length: int = PROMPT) -> Any:
+    """A registered prompt method of a length, or as it is where it has none."""
+    cls = get_method(name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return cls(**({"prompt_length": prompt_length} if "prompt_length" in fields else {}))
+
+
 def params(model: models.PromptedEncoderDecoder, seed: int = 0) -> dict[str, Any]:
-    """Random parameters, those of the teachers included."""
-    init = jax.jit(model.get_initial_variables, static_argnums=())
-    tree = flax.core.unfreeze(init(jax.random.PRNGKey(seed)))["params"]
-    if "teacher" in tree:
-        shape = tree["teacher"]["table"].shape
-        tree["teacher"] = {"table": jax.random.normal(jax.random.PRNGKey(seed + 1), shape)}
-    return tree
+    """Random parameters of sensible scales, also where T5 starts from ones, zeros or nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+        values = rng.normal(size=shape)
+        if name.endswith("kernel"):
+            values /= shape[0] ** 0.5
+        elif name.endswith("scale") or "/task_" in name:
+            values = 1 + 0.3 * values
+        elif name.endswith("bias"):
+            values *= 0.1
+        return jnp.asarray(values, jnp.float32)
+
+    expected, _ = train_state.shapes(model)
+    return unflatten({name: draw(name, leaf.shape) for name, leaf in flatten(expected).items()})
 
 
 def state(model: models.PromptedEncoderDecoder, tree: Mapping[str, Any]) -> train_state.TrainState:
@@ -113,6 +130,11 @@ def batch(
     return made
 
 
+def arrays(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The batch as JAX arrays, for functions that are called without `jit`."""
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
 def pick(batch: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, np.ndarray]:
     """Some rows of a batch."""
     return {name: value[list(rows)] for name, value in batch.items()}
@@ -150,7 +172,7 @@ def pack(
 def close(found: Any, expected: Any, tolerance: float, what: str = "") -> None:
     """Both trees have the same leaves, and no number is further off than tolerance (absolute for
     numbers below one, relative above)."""
-    flat_found, flat_expected = train_state.flatten(found), train_state.flatten(expected)
+    flat_found, flat_expected = flatten(found), flatten(expected)
     assert sorted(flat_found) == sorted(flat_expected)
     for name, value in flat_expected.items():
         np.testing.assert_allclose(

@@ -1,6 +1,5 @@
 """Every registered method: what it composes, in all forms, and how many numbers it trains."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -24,13 +23,6 @@ P, H, K = 4, 6, 5
 CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
 GROUPS = ("joint", "independent", (1, 0, 1, 2, 0))
 PROMPTED = [name for name in method_names() if name != "none"]
-
-
-def build(name: str):
-    """A method of prompt length P, or as it is where it has none."""
-    cls = get_method(name)
-    fields = {field.name for field in dataclasses.fields(cls)}
-    return cls(**({"prompt_length": P} if "prompt_length" in fields else {}))
 
 
 def bank(groups="joint", count: int = K) -> Runs:
@@ -57,7 +49,7 @@ def test_the_registry_knows_its_methods_and_lists_them():
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("name", method_names())
 def test_parameters_have_a_label_an_axis_name_for_each_axis_and_float32(name, groups):
-    method, runs = build(name), bank(groups)
+    method, runs = tiny.method(name, P), bank(groups)
     assert isinstance(method, base.PromptMethod)
     params = method.init(jax.random.PRNGKey(0), runs, CONTEXT)
     label_tree(params, method.labels)
@@ -72,7 +64,7 @@ def test_parameters_have_a_label_an_axis_name_for_each_axis_and_float32(name, gr
 
 @pytest.mark.parametrize("name", PROMPTED)
 def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(name):
-    method, key = build(name), jax.random.PRNGKey(7)
+    method, key = tiny.method(name, P), jax.random.PRNGKey(7)
     names = [f"task{i}" for i in range(K)]
     together = Runs(names, groups="independent")
     turned = Runs(names[::-1], groups="independent")

@@ -1,0 +1,304 @@
+"""The model: one contract for every registered method, batches, labels, inference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import artefacts, decoding, losses, models
+from mpt_jax.losses import Distillation, Objective
+from mpt_jax.prompts import method_names
+from mpt_jax.prompts.base import fold
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.train_state import trainable_labels
+from mpt_jax.tree import flatten, merge, split
+from tests import tiny
+
+DISTILLED = Objective(z_loss=1e-2, distillation=Distillation(hidden_layers="all"))
+GROUPED = Runs(tiny.RUNS.task_names, groups=[1, 0, 1])
+APART = Runs(tiny.RUNS.task_names, groups="independent")
+
+
+class Case:
+    """A model, random parameters, a mixed batch, and its compiled functions."""
+
+    def __init__(self, model: models.PromptedEncoderDecoder):
+        self.model = model
+        self.params = tiny.params(model)
+        self.batch = tiny.batch([2, 0, 1, 0], prompt_length=model.prompt.prompt_length)
+        self.trainable, self.frozen = split(
+            self.params, model.labels, trainable_labels(model, self.params)
+        )
+        self.forward = jax.jit(model.forward)
+        self.predict = jax.jit(model.predict_batch_with_aux)
+        self.score = jax.jit(model.score_batch)
+        self._loss = jax.jit(jax.value_and_grad(self._total, has_aux=True))
+
+    def _total(self, trainable, frozen, batch):
+        sums, found = self.model.loss_sums(merge(trainable, frozen), batch)
+        weights = self.model.loss_weights(batch)
+        total, _ = losses.combine(self.model.objective, sums, weights)
+        return total, (sums, weights, found)
+
+    def loss(self, batch, **frozen):
+        """Sums, weights, metrics of each run, and gradients of what learns."""
+        (_, found), grads = self._loss(self.trainable, {**self.frozen, **frozen}, batch)
+        return found, grads
+
+
+@pytest.fixture(scope="module", params=method_names())
+def case(request) -> Case:
+    method = tiny.method(request.param)
+    # Something must learn where there is no prompt.
+    labels = () if method.labels else models.LAYER_NORMS
+    objective = DISTILLED if method.prompt_length else Objective(label_smoothing=0.1)
+    return Case(
+        tiny.model(
+            GROUPED if method.labels else tiny.RUNS, method, labels=labels, objective=objective
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def mpt() -> Case:
+    return Case(tiny.model(APART, objective=DISTILLED))
+
+
+# --- The contract of every method ----------------------------------------------------------------
+
+
+def test_only_what_a_method_labels_learns(case):
+    expected = {f"prompt/{name}" for name in case.params.get("prompt", {})}
+    if not expected:
+        expected = {name for name in flatten(case.params) if name.endswith("norm/scale")}
+    assert set(flatten(case.trainable)) == expected
+    _, grads = case.loss(case.batch)
+    assert set(flatten(grads)) == expected
+    for name, grad in flatten(grads).items():
+        assert np.abs(grad).max() > 0, f"{name} is trained and has no gradient"
+
+
+def test_packed_equals_unpacked(case):
+    (sums, weights, found), grads = case.loss(case.batch)
+    packed = tiny.pack(case.batch, [[1, 3], [0, 2]])
+    (packed_sums, packed_weights, packed_found), packed_grads = case.loss(packed)
+    tiny.close(packed_weights, weights, 1e-6)
+    tiny.close(packed_sums, sums, 1e-5)
+    tiny.close(packed_found, found, 1e-5)
+    tiny.close(packed_grads, grads, 1e-5)
+
+
+def test_teacher_forced_argmax_equals_cached_greedy_decoding(case):
+    tokens, found = case.predict(case.params, case.batch)
+    tokens = np.asarray(tokens)
+    assert tokens.shape == case.batch["decoder_target_tokens"].shape
+    shifted = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    logits = case.forward(case.params, {**case.batch, "decoder_input_tokens": shifted}).logits
+    ended = np.cumsum(shifted == tiny.EOS, axis=1) > 0
+    expected = np.where(ended, 0, np.argmax(logits, -1))
+    np.testing.assert_array_equal(tokens, expected)
+    chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], -1)[
+        ..., 0
+    ]
+    np.testing.assert_allclose(found["scores"], np.where(ended, 0, chosen).sum(1), atol=1e-4)
+
+
+def test_targets_are_not_read_when_decoding(case):
+    garbled = {**case.batch, "decoder_input_tokens": case.batch["decoder_input_tokens"] * 0 + 7}
+    found = case.predict(case.params, garbled)[0]
+    np.testing.assert_array_equal(found, case.predict(case.params, case.batch)[0])
+
+
+def test_score_batch_is_the_log_probability_of_the_targets(case):
+    found = case.score(case.params, case.batch)
+    logits = np.asarray(case.forward(case.params, case.batch).logits, np.float64)
+    for i, weights in enumerate(case.batch["decoder_loss_weights"]):
+        expected = 0.0
+        for position in np.flatnonzero(weights):
+            row = logits[i, position]
+            target = case.batch["decoder_target_tokens"][i, position]
+            expected += row[target] - np.log(np.exp(row).sum())
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+
+
+def test_an_artefact_gives_the_same_logits(case, tmp_path):
+    prompt = case.params.get("prompt", {})
+    artefacts.save_artefact(
+        tmp_path / "artefact",
+        case.model.prompt,
+        prompt,
+        case.model.runs,
+        embedding_sha256="",
+        vocabulary_sha256=None,
+        backbone="tiny",
+        step=3,
+    )
+    read = artefacts.load_artefact(tmp_path / "artefact")
+    assert read.method.name == case.model.prompt.name
+    again = {**case.params, **({"prompt": read.params} if prompt else {})}
+    np.testing.assert_array_equal(
+        case.forward(again, case.batch).logits, case.forward(case.params, case.batch).logits
+    )
+
+
+# --- Prompts -------------------------------------------------------------------------------------
+
+
+def test_mpt_of_factors_whose_product_is_one_is_prompt_tuning(mpt):
+    prompt = mpt.params["prompt"]
+    ones = {name: jnp.ones_like(prompt[name]) for name in ("task_left", "task_right")}
+    table = prompt["shared"][np.asarray(APART.group_of_row)]
+    plain = tiny.model(APART, PromptTuning(tiny.PROMPT))
+    params = {**mpt.params, "prompt": {"table": table}}
+    params.pop("teacher")
+    student = {**mpt.params, "prompt": {"shared": prompt["shared"], **ones}}
+    np.testing.assert_allclose(
+        mpt.forward(student, mpt.batch).logits,
+        jax.jit(plain.forward)(params, mpt.batch).logits,
+        atol=1e-6,
+    )
+
+
+def test_a_student_with_its_teachers_prompts_has_nothing_to_learn_from_them(mpt):
+    folded = fold(mpt.model.prompt, mpt.params["prompt"], APART)
+    (sums, _, _), _ = mpt.loss(mpt.batch, teacher={"table": folded})
+    for term in ("kl", "hidden_encoder", "hidden_decoder"):
+        np.testing.assert_allclose(sums[term], 0, atol=1e-5)
+        assert np.all(np.asarray(mpt.loss(mpt.batch)[0][0][term]) > 1e-2), "and others do"
+
+
+def test_the_prompt_of_an_example_is_its_own_tasks(mpt):
+    swap = np.array([1, 0, 2], np.int32)
+    other = {k: swap[v] if k.endswith("task_ids") else v for k, v in mpt.batch.items()}
+    prompt = {name: leaf[swap] for name, leaf in mpt.params["prompt"].items()}
+    before = np.asarray(mpt.forward(mpt.params, mpt.batch).logits)
+    both = mpt.forward({**mpt.params, "prompt": prompt}, other).logits
+    np.testing.assert_array_equal(both, before)
+    moved = np.abs(np.asarray(mpt.forward(mpt.params, other).logits) - before).max((1, 2))
+    assert mpt.batch["encoder_task_ids"][:, 0].tolist() == [2, 0, 1, 0]
+    assert moved[0] == 0 and (moved[1:] > 1e-3).all()
+
+
+# --- Batches -------------------------------------------------------------------------------------
+
+
+def test_a_mixed_batch_equals_one_task_at_a_time(mpt):
+    rows = [2, 0, 1, 0]
+    (sums, weights, _), grads = mpt.loss(tiny.batch(rows))
+    singles = [
+        mpt.loss(tiny.batch([row if row == task else None for row in rows])) for task in range(3)
+    ]
+    add = functools.partial(jax.tree.map, lambda *parts: sum(parts))
+    tiny.close(add(*(single[0][0] for single in singles)), sums, 1e-5)
+    tiny.close(add(*(single[0][1] for single in singles)), weights, 1e-6)
+    tiny.close(add(*(single[1] for single in singles)), grads, 1e-6)
+    # What 'hold' relies on: gradients of absent rows are zero, not merely small.
+    for task, (_, alone) in enumerate(singles):
+        for leaf in alone["prompt"].values():
+            assert not np.delete(np.asarray(leaf), task, axis=0).any()
+            assert np.asarray(leaf[task]).any()
+
+
+def test_padding_is_never_read(mpt):
+    batch = tiny.batch([2, None, 1, 0])
+    found, grads = mpt.loss(batch)
+    rng = np.random.default_rng(5)
+    garbage = {name: value.copy() for name, value in batch.items()}
+    encoder = (batch["encoder_input_tokens"] == 0) & (batch["encoder_prompt_slots"] == 0)
+    decoder = batch["decoder_loss_weights"] == 0
+    garbage["encoder_task_ids"][encoder] = rng.integers(0, 3, encoder.sum())
+    for name in ("decoder_target_tokens", "decoder_task_ids"):
+        garbage[name][decoder] = rng.integers(0, 3, decoder.sum())
+    tiny.close(mpt.loss(garbage), (found, grads), 1e-6)
+
+
+def test_rows_of_padding_change_nothing(mpt):
+    padded = tiny.batch([2, None, 1, 0])
+    tiny.close(mpt.loss(tiny.pick(padded, [0, 2, 3])), mpt.loss(padded), 1e-6)
+
+
+def test_the_weights_of_a_batch_need_no_forward_pass_and_add_up_over_its_parts(mpt):
+    batch = tiny.batch([2, None, 1, 0])
+    whole = mpt.model.loss_weights(tiny.arrays(batch))
+    parts = [
+        mpt.model.loss_weights(tiny.arrays(tiny.pick(batch, rows))) for rows in ([0, 1], [2, 3])
+    ]
+    tiny.close(jax.tree.map(jnp.add, *parts), whole, 1e-6)
+    order = [3, 2, 0]  # the batch row of each task
+    tokens = batch["decoder_loss_weights"].sum(1)[order]
+    np.testing.assert_array_equal(whole["cross_entropy"], tokens)
+    # Three encoder states (two layers) of three prompt positions and the text, two decoder states.
+    real = (batch["encoder_input_tokens"] > 0) | (batch["encoder_prompt_slots"] > 0)
+    positions = real.sum(1)[order]
+    np.testing.assert_array_equal(whole["hidden_encoder"], positions * 3 * tiny.WIDTH)
+    np.testing.assert_array_equal(whole["hidden_decoder"], tokens * 2 * tiny.WIDTH)
+
+
+# --- Hidden states and the teacher ---------------------------------------------------------------
+
+
+def test_the_hidden_states_compared_are_the_ones_chosen(mpt):
+    choices = {"last": (-1,), "all": (0, 1, 2), (0, -1): (0, -1), (1,): (1,)}
+
+    @jax.jit
+    def encoder_states(params, batch):
+        found = {}
+        for layers in choices:
+            objective = Objective(distillation=Distillation(hidden_layers=layers))
+            model = tiny.model(APART, objective=objective)
+            found[str(layers)] = model.forward(params, batch, hidden=True).encoder_hidden
+        return found
+
+    found = encoder_states(mpt.params, mpt.batch)
+    for layers, indices in choices.items():
+        chosen = found[str(layers)]
+        assert len(chosen) == len(indices)
+        for state, index in zip(chosen, indices, strict=True):
+            np.testing.assert_array_equal(state, found["all"][index])
+    # Embeddings come first: prompts at the slots.
+    prompts = fold(mpt.model.prompt, mpt.params["prompt"], APART)
+    first = mpt.batch["encoder_task_ids"][:, 0]
+    np.testing.assert_allclose(found["all"][0][:, : tiny.PROMPT], prompts[first], atol=1e-6)
+
+
+def test_layers_that_do_not_exist_are_an_error(mpt):
+    objective = Objective(distillation=Distillation(hidden_layers=(2,)))
+    model = tiny.model(APART, objective=objective)
+    with pytest.raises(ValueError, match=r"\(2,\) reach outside the 2 states"):
+        model.forward(mpt.params, tiny.arrays(mpt.batch), hidden=True)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def test_packed_batches_are_not_decoded(mpt):
+    with pytest.raises(ValueError, match="pack = False"):
+        mpt.model.predict_batch(mpt.params, tiny.arrays(tiny.pack(mpt.batch, [[0, 1]])))
+
+
+def test_more_decodes_than_greedy_makes_are_an_error_and_sampling_makes_them(mpt):
+    with pytest.raises(ValueError, match="num_decodes=2"):
+        mpt.model.predict_batch(mpt.params, tiny.arrays(mpt.batch), num_decodes=2)
+    sampler = tiny.model(APART, decode_fn=decoding.temperature_sample)
+    sample = functools.partial(
+        sampler.predict_batch_with_aux, num_decodes=3, return_all_decodes=True
+    )
+    tokens, found = jax.jit(sample)(mpt.params, mpt.batch, jax.random.PRNGKey(1))
+    assert tokens.shape == (4, 3, tiny.TARGET)
+    assert np.all(np.diff(found["scores"], axis=1) >= 0), "worst first, as T5X"
+
+
+def test_a_model_without_feature_converter_says_where_it_is_bound(mpt):
+    with pytest.raises(ValueError, match="feature_converter_cls"):
+        mpt.model.FEATURE_CONVERTER_CLS  # noqa: B018
+
+
+def test_t5x_microbatches_are_refused(mpt):
+    model = tiny.model(APART, MPT(tiny.PROMPT))
+    model.whole_batch = 8
+    with pytest.raises(ValueError, match="4 rows of a batch of 8.*num_microbatches"):
+        model.loss_fn(mpt.params, tiny.arrays(mpt.batch), None)
