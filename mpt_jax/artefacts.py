@@ -31,6 +31,18 @@ from mpt_jax.tree import flatten, match_exactly, unflatten
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+# What a reader needs of config.json; the rest is for people.
+FIELDS = (
+    "method",
+    "method_config",
+    "task_names",
+    "run_names",
+    "groups",
+    "shapes",
+    "backbone",
+    "embedding_sha256",
+    "vocabulary_sha256",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +171,9 @@ def load_artefact(path: str | os.PathLike[str]) -> Artefact:
         raise ValueError(
             f"{path} has artefact format {config.get('format')!r}; this version reads {FORMAT}."
         )
+    missing = [field for field in FIELDS if field not in config]
+    if missing:
+        raise ValueError(f"{path / CONFIG} lacks {missing}, so it is not a whole artefact.")
     prefix = "factors/"
     leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     match_exactly(
