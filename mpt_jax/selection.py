@@ -125,6 +125,8 @@ class SelectBest:
         ]
 
     def _better(self, new: float, old: float) -> bool:
+        if math.isnan(old):
+            return not math.isnan(new)
         return new > old if self.mode == "max" else new < old
 
     def _is_over(self, step: int) -> bool:
