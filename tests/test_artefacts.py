@@ -1,0 +1,221 @@
+"""Prompt artefacts: round trips, and refusal of whatever does not belong."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from mpt_jax import artefacts
+from mpt_jax.artefacts import CONFIG, TENSORS
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+
+P, H = 4, 6
+RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 0])
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "shared": RNG.normal(size=(2, P, H)).astype(np.float32),
+    "task_left": RNG.normal(size=(3, P, 2)).astype(np.float32),
+    "task_right": RNG.normal(size=(3, 2, H)).astype(np.float32),
+}
+EMBEDDING = RNG.normal(size=(30, H)).astype(np.float32)
+DIGEST = artefacts.embedding_digest(EMBEDDING)
+
+
+def write(path, method=None, params=None, runs=RUNS, **overrides):
+    fields = {
+        "embedding_sha256": DIGEST,
+        "vocabulary_sha256": "v" * 64,
+        "backbone": "tiny",
+        "step": 120,
+        "metrics": {"rte_s1": {"accuracy": 61.5}},
+        **overrides,
+    }
+    return artefacts.save_artefact(
+        path, method or MPT(P, rank=2), PARAMS if params is None else params, runs, **fields
+    )
+
+
+def test_what_is_written_comes_back(tmp_path):
+    assert write(tmp_path / "a") == tmp_path / "a"
+    read = artefacts.load_artefact(tmp_path / "a")
+    assert read.method == MPT(P, rank=2)
+    assert read.runs == RUNS
+    assert sorted(read.params) == sorted(PARAMS)
+    for name, value in PARAMS.items():
+        np.testing.assert_array_equal(read.params[name], value)
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert read.config == config
+    assert config["task_names"] == ["rte", "rte", "cb"]
+    assert config["run_names"] == ["rte_s1", "rte_s2", "cb_s1"]
+    assert config["groups"] == [0, 1, 0]
+    assert (config["step"], config["backbone"]) == (120, "tiny")
+    assert config["metrics"] == {"rte_s1": {"accuracy": 61.5}}
+    assert config["embedding_sha256"] == DIGEST
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([CONFIG, TENSORS])
+
+
+def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
+    expected = PARAMS["shared"][[0, 1, 0]] * (PARAMS["task_left"] @ PARAMS["task_right"])
+    write(tmp_path / "plain")
+    write(tmp_path / "both", include_folded=True)
+    np.testing.assert_allclose(
+        artefacts.load_artefact(tmp_path / "plain").folded(), expected, atol=1e-6, rtol=1e-6
+    )
+    tensors = load((tmp_path / "both" / TENSORS).read_bytes())
+    folded = {name for name in tensors if name.startswith("folded/")}
+    assert folded == {"folded/rte_s1", "folded/rte_s2", "folded/cb_s1"}
+    np.testing.assert_allclose(tensors["folded/cb_s1"], expected[2], atol=1e-6, rtol=1e-6)
+    assert not any("folded" in name for name in load((tmp_path / "plain" / TENSORS).read_bytes()))
+
+
+def test_prompt_tuning_is_written_and_read_alike(tmp_path):
+    table = {"table": jnp.asarray(RNG.normal(size=(3, P, H)), jnp.float32)}
+    write(tmp_path / "a", PromptTuning(P), table)
+    read = artefacts.load_artefact(tmp_path / "a")
+    assert read.method == PromptTuning(P)
+    np.testing.assert_array_equal(read.folded(), table["table"])
+
+
+def test_writing_again_replaces_the_whole_folder(tmp_path):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "stray").write_text("")
+    write(tmp_path / "a", step=240)
+    assert artefacts.load_artefact(tmp_path / "a").config["step"] == 240
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([CONFIG, TENSORS])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left behind"
+
+
+def test_a_write_that_fails_leaves_the_old_artefact(tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(TypeError, match="JSON"):
+        write(tmp_path / "a", metrics={"rte": object()})
+    assert artefacts.load_artefact(tmp_path / "a").config["step"] == 120
+    write(tmp_path / "a", step=240)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "what was left is cleaned up"
+
+
+# --- Digests -------------------------------------------------------------------------------------
+
+
+def test_a_backbone_has_one_digest_in_either_precision():
+    rounded = jnp.asarray(EMBEDDING, jnp.bfloat16)
+    assert artefacts.embedding_digest(rounded) == DIGEST
+    assert artefacts.embedding_digest(rounded.astype(jnp.float32)) == DIGEST
+    assert artefacts.embedding_digest(jax.device_put(EMBEDDING)) == DIGEST
+    other = EMBEDDING.copy()
+    other[7, 2] += 0.1
+    assert artefacts.embedding_digest(other) != DIGEST
+    assert len(DIGEST) == 64
+
+
+def test_vocabularies_are_told_apart():
+    class SentencePiece:
+        vocab_size = 30
+
+        def __init__(self, model: bytes):
+            self.sp_model = model
+
+    class Bytes:
+        vocab_size = 259
+
+    digest = artefacts.vocabulary_digest
+    assert digest(None) is None
+    assert digest(SentencePiece(b"a")) == digest(SentencePiece(b"a"))
+    assert digest(SentencePiece(b"a")) != digest(SentencePiece(b"b"))
+    assert digest(Bytes()) not in (None, digest(SentencePiece(b"a")))
+
+
+def test_another_backbone_is_refused_with_both_digests(tmp_path):
+    read = artefacts.load_artefact(write(tmp_path / "a"))
+    artefacts.check_belongs(read, DIGEST, "v" * 64, P)
+    with pytest.raises(ValueError) as error:
+        artefacts.check_belongs(read, "0" * 64, "v" * 64, P)
+    assert DIGEST in str(error.value) and "0" * 64 in str(error.value)
+    assert str(tmp_path / "a") in str(error.value)
+
+
+def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
+    read = artefacts.load_artefact(write(tmp_path / "a"))
+    with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
+        artefacts.check_belongs(read, DIGEST, "w" * 64, P)
+    artefacts.check_belongs(read, DIGEST, None, P)
+    unknown = artefacts.load_artefact(write(tmp_path / "b", vocabulary_sha256=None))
+    artefacts.check_belongs(unknown, DIGEST, "w" * 64, P)
+
+
+def test_another_prompt_length_is_refused(tmp_path):
+    read = artefacts.load_artefact(write(tmp_path / "a"))
+    with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
+        artefacts.check_belongs(read, DIGEST, "v" * 64, P + 1)
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", [TENSORS, CONFIG, None])
+def test_no_artefact_where_one_was_expected(tmp_path, gone):
+    path = tmp_path / "a"
+    if gone:
+        write(path)
+        (path / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=f"No prompt artefact at {path}.*{TENSORS}"):
+        artefacts.load_artefact(path)
+
+
+@pytest.mark.parametrize("name", [TENSORS, CONFIG])
+@pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
+def test_a_truncated_file_is_refused_by_name(tmp_path, name, keep):
+    path = write(tmp_path / "a")
+    content = (path / name).read_bytes()
+    kept = int(len(content) * keep) if isinstance(keep, float) else keep
+    (path / name).write_bytes(content[:kept].rstrip(b"}\n") if name == CONFIG else content[:kept])
+    with pytest.raises(ValueError, match=f"artefact at {path} cannot be read"):
+        artefacts.load_artefact(path)
+
+
+def edit(path, change) -> None:
+    config = json.loads((path / CONFIG).read_text())
+    change(config)
+    (path / CONFIG).write_text(json.dumps(config))
+
+
+def test_an_artefact_of_another_format_says_which_is_read(tmp_path):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.update(format=2))
+    with pytest.raises(ValueError, match="format 2; this version reads 1"):
+        artefacts.load_artefact(path)
+
+
+def test_an_unknown_method_lists_the_known(tmp_path):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.update(method="mptt"))
+    with pytest.raises(ValueError, match="'mptt'.*'mpt'.*prompt_tuning"):
+        artefacts.load_artefact(path)
+
+
+@pytest.mark.parametrize("key", ["run_names", "shapes", "method_config", "embedding_sha256"])
+def test_a_config_that_lacks_something_is_refused_by_name(tmp_path, key):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.pop(key))
+    with pytest.raises(ValueError, match=f"{path}.*{key}"):
+        artefacts.load_artefact(path)
+
+
+def test_tensors_missing_extra_and_misshaped_are_named(tmp_path):
+    path = write(tmp_path / "a")
+    tensors = load((path / TENSORS).read_bytes())
+    del tensors["factors/shared"]
+    tensors["factors/router"] = np.zeros(3, np.float32)
+    tensors["factors/task_left"] = tensors["factors/task_left"][:2]
+    (path / TENSORS).write_bytes(save(tensors))
+    with pytest.raises(ValueError) as error:
+        artefacts.load_artefact(path)
+    message = str(error.value)
+    assert "missing: ['shared']" in message and "not expected: ['router']" in message
+    assert "task_left: expected (3, 4, 2), found (2, 4, 2)" in message
+    assert str(path) in message
