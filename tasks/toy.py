@@ -1,0 +1,264 @@
+"""SeqIO registration of the toy suite: importing this module registers its tasks.
+
+    toy_sst2, toy_mnli, ...        six source and eight target tasks (`toy_tasks`)
+    toy_boolq_k32_s1, ...          k training examples of a target task, drawn by seed
+    toy_pretrain                   what the tiny backbone was pretrained on
+
+Rows are made in memory from the task's name and split alone; a split's rows are distinct.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mpt_jax import evaluation, features, vocabularies
+from tasks import toy_pretrain
+from tasks.toy_tasks import SOURCE_TASKS, TARGET_TASKS, ToyTask
+from tasks.toy_vocabulary import EXTRA_IDS, VOCABULARY_PATH, word_ids
+
+SIZES = {
+    "source": {"train": 4000, "validation": 200, "test": 200},
+    "target": {"train": 2000, "validation": 200, "test": 200},
+}
+TASKS = {task.name: task for task in SOURCE_TASKS + TARGET_TASKS}
+# Few-shot runs registered at import; `register_few_shot` adds others. Seeds from 100 on are for
+# tuning hyperparameters, so that reported seeds stay unseen.
+FEW_SHOT_SIZES = (4, 16, 32)
+FEW_SHOT_SEEDS = (0, 1, 2, 100, 101, 102)
+
+PRETRAIN_CHUNK = 1024
+PRETRAIN_CHUNKS = 4096
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rows(name: str, split: str) -> tuple[tuple[str, str], ...]:
+    """The distinct (inputs, targets) of one split, a function of the two names alone.
+
+    Labels have equal shares (to within one row).
+    """
+    task = TASKS[name]
+    rng = random.Random(f"{name} {split}")
+    size, kinds = SIZES[task.role][split], max(1, len(task.labels))
+    room = {label: (size + i) // kinds for i, label in enumerate(task.labels or ("",))}
+    found: dict[tuple[str, str], None] = {}
+    while len(found) < size:
+        inputs, target = task.make(rng, split)
+        label = target if task.labels else ""
+        if room[label] and (inputs, target) not in found:
+            found[inputs, target] = None
+            room[label] -= 1
+    return tuple(rng.sample(list(found), size))
+
+
+def few_shot_indices(name: str, k: int, seed: int) -> list[int]:
+    """Which training rows a few-shot run sees, a function of (name, k, seed) alone."""
+    return random.Random(f"{name} {k} {seed}").sample(range(len(rows(name, "train"))), k)
+
+
+def _dataset(pairs: Sequence[tuple[str, str]]) -> tf.data.Dataset:
+    inputs, targets = zip(*pairs, strict=True)
+    texts: Any = {"inputs": list(inputs), "targets": list(targets)}
+    return tf.data.Dataset.from_tensor_slices(texts)
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Percent of predictions that equal their target."""
+    hits = [target == prediction for target, prediction in zip(targets, predictions, strict=True)]
+    return {"accuracy": 100 * float(np.mean(hits))}
+
+
+def invalid_rate(
+    targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
+) -> dict[str, float]:
+    """Percent of predictions that are none of the task's labels."""
+    del targets
+    return {"invalid": 100 * float(np.mean([word not in labels for word in predictions]))}
+
+
+def label_f1(
+    targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
+) -> dict[str, float]:
+    """F1 of the first label where there are two, else the mean F1 of all; percent."""
+
+    def f1(label: str) -> float:
+        hits = sum(t == p == label for t, p in zip(targets, predictions, strict=True))
+        named = sum(t == label for t in targets) + sum(p == label for p in predictions)
+        return 100 * 2 * hits / named if named else 0.0
+
+    scored = labels[:1] if len(labels) == 2 else labels
+    return {"f1": float(np.mean([f1(label) for label in scored]))}
+
+
+def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Exact match, and mean F1 between bags of words, both in percent."""
+
+    def f1(target: str, prediction: str) -> float:
+        left, right = target.split(), prediction.split()
+        shared = sum((collections.Counter(left) & collections.Counter(right)).values())
+        return 200 * shared / (len(left) + len(right))
+
+    pairs = list(zip(targets, predictions, strict=True))
+    return {
+        "exact_match": 100 * float(np.mean([t == p for t, p in pairs])),
+        "f1": float(np.mean([f1(t, p) for t, p in pairs])),
+    }
+
+
+def metrics_of(task: ToyTask) -> list:
+    """The task's metrics; the first named is the one that selects."""
+    if not task.labels:
+        return [text_overlap]
+    given = {"labels": task.labels}
+    return [
+        evaluation.with_labels(accuracy, task.labels),
+        _named(functools.partial(label_f1, **given), "label_f1"),
+        _named(functools.partial(invalid_rate, **given), "invalid_rate"),
+    ]
+
+
+def _named(function: Any, name: str) -> Any:
+    function.__name__ = name
+    return function
+
+
+# --- registration ----------------------------------------------------------------------------
+
+
+def vocabulary() -> seqio.Vocabulary:
+    """The suite's vocabulary."""
+    return vocabularies.load(str(VOCABULARY_PATH), extra_ids=EXTRA_IDS)
+
+
+def _register(name: str, task: ToyTask, train: Any, train_size: int) -> None:
+    """Registers `name` with the task's validation and test rows and its own training rows."""
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # rows are fixed; batches are shuffled downstream
+        return _dataset(train() if split == "train" else rows(task.name, split))
+
+    sizes = {**SIZES[task.role], "train": train_size}
+    _add(name, dataset, sizes, features.finish(name), metrics_of(task))
+
+
+def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> None:
+    """Registers a task; `sizes` counts the rows of each split, or only names the splits."""
+    counts = sizes if isinstance(sizes, dict) else None
+    source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=preprocessors,
+        output_features=features.output_features(vocabulary()),
+        metric_fns=metric_fns,
+    )
+
+
+def register_few_shot(name: str, k: int, seed: int) -> str:
+    """Registers `<name>_k<k>_s<seed>`, the task with k training rows, and returns that name.
+
+    Validation and test are the task's own. Registering twice is harmless.
+
+    Raises:
+        ValueError: the suite has no such task, or fewer than k training rows.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Unknown toy task {name!r}; known: {', '.join(TASKS)}.")
+    most = SIZES[TASKS[name].role]["train"]
+    if not 1 <= k <= most:
+        raise ValueError(f"{name} has {most} training rows; k = {k} is not among 1..{most}.")
+    derived = f"{name}_k{k}_s{seed}"
+    if derived not in seqio.TaskRegistry.names():
+
+        def train() -> list[tuple[str, str]]:
+            table = rows(name, "train")
+            return [table[index] for index in few_shot_indices(name, k, seed)]
+
+        _register(derived, TASKS[name], train, k)
+    return derived
+
+
+def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk `number` of the pretraining text as ids, zero padded: inputs [C,T], targets [C,L]."""
+    rng, ids = random.Random(f"pretrain {number}"), word_ids()
+    arrays = [np.zeros((PRETRAIN_CHUNK, n), np.int32) for n in toy_pretrain.LENGTHS.values()]
+    for row in range(PRETRAIN_CHUNK):
+        for array, text in zip(arrays, toy_pretrain.example(rng), strict=True):
+            tokens = [ids[word] for word in text.split()]
+            array[row, : len(tokens)] = tokens
+    return arrays[0], arrays[1]
+
+
+def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    """Chunks are made as they are read, in order; one takes a few hundredths of a second."""
+    del shuffle_files, seed
+    first = {"train": 1, "validation": 0}[split]
+    chunks = tf.data.Dataset.range(first, PRETRAIN_CHUNKS if split == "train" else 1)
+
+    def make(number: tf.Tensor) -> tf.data.Dataset:
+        inputs, targets = tf.numpy_function(
+            pretrain_chunk, [number], (tf.int32, tf.int32), stateful=False
+        )
+        inputs.set_shape([PRETRAIN_CHUNK, toy_pretrain.LENGTHS["inputs"]])
+        targets.set_shape([PRETRAIN_CHUNK, toy_pretrain.LENGTHS["targets"]])
+        arrays: Any = {"inputs": inputs, "targets": targets}
+        return tf.data.Dataset.from_tensor_slices(arrays)
+
+    unpadded = tf.autograph.experimental.do_not_convert(
+        lambda row: {name: tf.boolean_mask(ids, ids > 0) for name, ids in row.items()}
+    )
+    return chunks.flat_map(tf.autograph.experimental.do_not_convert(make)).map(unpadded)
+
+
+def _prefixed(task: ToyTask) -> list[tuple[str, str]]:
+    """Held-out rows of a source task under the textual prefix it has in pretraining."""
+    prefix = task.name.removeprefix("toy_")
+    return [(f"{prefix} : {text}", target) for text, target in rows(task.name, "validation")]
+
+
+def _register_pretraining() -> None:
+    """The pretraining text, and the source skills under their prefixes to watch it by."""
+    marked = [features.add_task_id("toy_pretrain"), features.end_and_limit]
+    _add("toy_pretrain", _pretrain_dataset, ("train", "validation"), marked, [])
+    for task in SOURCE_TASKS:
+        name = task.name.replace("toy_", "toy_pretrain_")
+
+        def dataset(split, shuffle_files, seed=None, task=task) -> tf.data.Dataset:
+            del split, shuffle_files, seed
+            return _dataset(_prefixed(task))
+
+        sizes = {"validation": SIZES["source"]["validation"]}
+        _add(name, dataset, sizes, features.finish(name), metrics_of(task))
+    seqio.MixtureRegistry.add(
+        "toy_pretrain_skills",
+        [task.name.replace("toy_", "toy_pretrain_") for task in SOURCE_TASKS],
+        default_rate=1.0,
+    )
+
+
+def register() -> None:
+    """Registers the whole suite."""
+    for task in TASKS.values():
+        size = SIZES[task.role]["train"]
+        _register(task.name, task, functools.partial(rows, task.name, "train"), size)
+    for task in TARGET_TASKS:
+        for k in FEW_SHOT_SIZES:
+            for seed in FEW_SHOT_SEEDS:
+                register_few_shot(task.name, k, seed)
+    _register_pretraining()
+
+
+register()

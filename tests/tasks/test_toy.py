@@ -1,0 +1,314 @@
+"""The toy suite: what its splits, labels, vocabulary and pretraining text promise."""
+
+import collections
+import random
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+import seqio
+
+from tasks import toy, toy_pretrain, toy_tasks, toy_vocabulary
+from tasks import toy_world as world
+
+NAMES = sorted(toy.TASKS)
+CLASSIFICATION = [name for name in NAMES if toy.TASKS[name].labels]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return sentencepiece.SentencePieceProcessor(model_file=str(toy_vocabulary.VOCABULARY_PATH))
+
+
+@pytest.fixture(scope="module")
+def pretraining():
+    rng = random.Random(5)
+    return [toy_pretrain.example(rng) for _ in range(20_000)]
+
+
+# --- the world -------------------------------------------------------------------------------
+
+
+def test_every_triple_belongs_to_one_split_and_everybody_has_values_in_each():
+    for relation in world.RELATIONS + world.DEEDS:
+        for person in world.PEOPLE:
+            dealt = [set(world.values(split, relation, person)) for split in world.SPLITS]
+            assert all(len(values) >= 2 for values in dealt)
+            expected = set(world.NOUNS[relation.kind]) - {person}
+            assert set.union(*dealt) == expected
+            assert sum(map(len, dealt)) == len(expected)
+
+
+def _triples(text: str) -> set[tuple[str, str, str]]:
+    """Facts stated or claimed in a text, read back by matching every statement and check."""
+    found = set()
+    for relation in world.RELATIONS + world.DEEDS:
+        for form in relation.statements + relation.checks:
+            pattern = re.escape(form).replace(r"\{s\}", r"(?P<s>\w+)")
+            pattern = pattern.replace(r"\{o\}", r"(?P<o>\w+)").replace(r"\ ", " ")
+            for match in re.finditer(rf"\b{pattern}(?!\w)", text):
+                subject, value = match["s"], match["o"]
+                if subject in world.PEOPLE and value in world.NOUNS[relation.kind]:
+                    found.add((subject, relation.name, value))
+    return found
+
+
+@pytest.mark.parametrize("name", ["toy_mnli", "toy_squad", "toy_boolq", "toy_rte", "toy_paws"])
+def test_splits_share_no_fact(name):
+    facts = {
+        split: set.union(*(_triples(text) for text, _ in toy.rows(name, split)))
+        for split in world.SPLITS
+    }
+    assert all(len(known) > 100 for known in facts.values())
+    for split, known in facts.items():
+        for subject, relation, value in known:
+            kind = next(r for r in world.RELATIONS + world.DEEDS if r.name == relation)
+            assert world.split_of(world.Fact(subject, kind, value)) == split
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_share_no_row(name):
+    rows = {split: set(toy.rows(name, split)) for split in world.SPLITS}
+    assert not rows["train"] & rows["validation"]
+    assert not rows["train"] & rows["test"]
+    assert not rows["validation"] & rows["test"]
+
+
+def test_pretraining_tells_no_held_out_fact(pretraining):
+    told = collections.Counter()
+    for text, _ in pretraining:
+        if "<" not in text and "placeholder" not in text:
+            told.update(_triples(text))
+    by_name = {relation.name: relation for relation in world.RELATIONS + world.DEEDS}
+    splits = collections.Counter(
+        world.split_of(world.Fact(subject, by_name[relation], value))
+        for subject, relation, value in told
+    )
+    assert splits["train"] > 1000
+    assert set(splits) == {"train"}
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_a_function_of_task_and_split(name):
+    first = toy.rows(name, "validation")
+    toy.rows.cache_clear()
+    random.seed(0)
+    assert toy.rows(name, "validation") == first
+    assert len(set(first)) == len(first) == 200
+
+
+def test_rows_do_not_change_between_releases():
+    """Published scores are scores on these rows; Python's random draws are the same since 3.2."""
+    assert toy.rows("toy_boolq", "test")[0] == (
+        "is the phone sold by wanda ? | emma offers a phone . wanda sells a hat .",
+        "no",
+    )
+    assert toy.rows("toy_squad", "train")[7] == (
+        "where does ben live ? | simon lives in london . ben lives in berlin . ben wants a knife .",
+        "berlin",
+    )
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_labels_are_balanced_words_of_the_label_set(name):
+    labels = toy.TASKS[name].labels
+    for split in world.SPLITS:
+        counts = collections.Counter(target for _, target in toy.rows(name, split))
+        assert set(counts) == set(labels)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_fit_and_have_no_unknown_piece(name, pieces):
+    longest = {"inputs": 48, "targets": 16}
+    for split in world.SPLITS:
+        for row in toy.rows(name, split):
+            for text, limit in zip(row, longest.values(), strict=True):
+                ids = pieces.encode(text)
+                assert len(ids) + 1 <= limit
+                assert pieces.unk_id() not in ids
+                assert len(ids) == len(text.split())
+
+
+def test_inputs_carry_no_task_name():
+    prefixes = {name.removeprefix("toy_") for name in NAMES}
+    for name in NAMES:
+        assert not any(text.split()[0] in prefixes for text, _ in toy.rows(name, "validation"))
+
+
+# --- baselines that do not read --------------------------------------------------------------
+
+# Accuracy (percent, test) of scikit-learn's logistic regression on bags of words, trained on
+# all training rows; a fair coin has 50, or 33 with three labels. Only CB (which verb reports) and
+# in part SST-2 (which adjective, unless turned by a "not") are meant to show in single words.
+BAG_OF_WORDS = {
+    "toy_sst2": 69.0,
+    "toy_mnli": 37.0,
+    "toy_qnli": 51.5,
+    "toy_qqp": 52.5,
+    "toy_boolq": 48.5,
+    "toy_cb": 100.0,
+    "toy_rte": 51.5,
+    "toy_mrpc": 52.0,
+    "toy_wic": 45.0,
+    "toy_scitail": 47.5,
+    "toy_paws": 53.0,
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_bag_of_words_does_not_solve_the_task(name):
+    feature_extraction = pytest.importorskip("sklearn.feature_extraction.text")
+    from sklearn.linear_model import LogisticRegression
+
+    vectorizer = feature_extraction.CountVectorizer(token_pattern=r"\S+")
+    train, test = toy.rows(name, "train"), toy.rows(name, "test")
+    classifier = LogisticRegression(max_iter=200).fit(
+        vectorizer.fit_transform([text for text, _ in train]), [target for _, target in train]
+    )
+    features = vectorizer.transform([text for text, _ in test])
+    accuracy = 100 * classifier.score(features, [target for _, target in test])
+    assert abs(accuracy - BAG_OF_WORDS[name]) < 3  # solvers differ in a few of 200 rows
+
+
+# --- few-shot --------------------------------------------------------------------------------
+
+
+def test_few_shot_rows_depend_on_task_k_and_seed_alone():
+    draws = {
+        (name, k, seed): tuple(toy.few_shot_indices(name, k, seed))
+        for name in ("toy_boolq", "toy_rte")
+        for k in (4, 32)
+        for seed in (0, 1)
+    }
+    assert len(set(draws.values())) == len(draws)
+    for (name, k, seed), indices in draws.items():
+        assert len(set(indices)) == k
+        assert tuple(toy.few_shot_indices(name, k, seed)) == indices
+    assert toy.few_shot_indices("toy_boolq", 4, 0) == [1795, 732, 938, 1560]
+
+
+def test_few_shot_task_trains_on_its_draw_and_tests_on_the_whole():
+    name = toy.register_few_shot("toy_wic", 5, 7)
+    assert name == "toy_wic_k5_s7" == toy.register_few_shot("toy_wic", 5, 7)
+    task = seqio.get_mixture_or_task(name)
+    lengths = {"inputs": 48, "targets": 12}
+
+    def texts(split):
+        dataset = task.get_dataset(sequence_length=lengths, split=split, shuffle=False)
+        return list(dataset.as_numpy_iterator())
+
+    train = texts("train")
+    expected = [toy.rows("toy_wic", "train")[i] for i in toy.few_shot_indices("toy_wic", 5, 7)]
+    assert [x["inputs_pretokenized"].decode() for x in train] == [text for text, _ in expected]
+    base = seqio.get_mixture_or_task("toy_wic")
+    assert (
+        train[0]["task_ids"].item()
+        != next(iter(base.get_dataset(sequence_length=lengths, split="train", shuffle=False)))[
+            "task_ids"
+        ]
+        .numpy()
+        .item()
+    )
+    assert len(texts("test")) == 200
+    assert task.num_input_examples("train") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("toy_nothing", 4, 0), "Unknown toy task"), (("toy_boolq", 3000, 0), "2000 training rows")],
+)
+def test_few_shot_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        toy.register_few_shot(*arguments)
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def test_metrics():
+    targets, predictions = ["yes", "yes", "no", "no"], ["yes", "no", "no", "maybe"]
+    labels = ("yes", "no")
+    assert toy.accuracy(targets, predictions) == {"accuracy": 50.0}
+    assert toy.invalid_rate(targets, predictions, labels) == {"invalid": 25.0}
+    # yes: precision 1, recall 1/2.
+    np.testing.assert_allclose(toy.label_f1(targets, predictions, labels)["f1"], 200 / 3)
+    overlap = toy.text_overlap(["a b c", "d"], ["a b x", "d"])
+    np.testing.assert_allclose(overlap["f1"], (200 / 3 + 100) / 2)
+    assert overlap["exact_match"] == 50.0
+
+
+# --- vocabulary ------------------------------------------------------------------------------
+
+
+def test_word_table_is_what_sentencepiece_says(pieces, pretraining):
+    ids = toy_vocabulary.word_ids()
+    for text, target in pretraining[:500]:
+        words = [word for word in f"{text} {target}".split() if not word.startswith("<")]
+        assert [ids[word] for word in words] == pieces.encode(" ".join(words))
+
+
+def test_vocabulary_fits_the_backbone_and_keeps_t5s_special_ids(pieces):
+    vocabulary = toy.vocabulary()
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id) == (0, 1, 2)
+    assert vocabulary.vocab_size == pieces.vocab_size() + toy_vocabulary.EXTRA_IDS
+    assert vocabulary.vocab_size <= toy_vocabulary.EMBEDDING_ROWS
+    assert toy_vocabulary.EMBEDDING_ROWS % 128 == 0
+    assert toy_vocabulary.word_ids()["<0>"] == vocabulary.vocab_size - 1
+    assert pieces.decode(pieces.encode("an unheardof word")) == "an unheardof word"
+    assert pieces.unk_id() not in pieces.encode("an unheardof word")
+
+
+def test_shipped_vocabulary_is_what_the_script_makes():
+    assert toy_vocabulary.train_vocabulary() == toy_vocabulary.VOCABULARY_PATH.read_bytes()
+
+
+# --- pretraining -----------------------------------------------------------------------------
+
+
+def test_every_label_word_is_often_a_target_of_pretraining(pretraining):
+    """At least 1 in 1,000 targets, and each with at least three tasks."""
+    tasks_of = collections.defaultdict(collections.Counter)
+    for text, target in pretraining:
+        task = "span" if "<" in text else text.split()[0]
+        for word in set(target.split()):
+            tasks_of[word][task] += 1
+    words = {label for task in toy.TASKS.values() for label in task.labels}
+    for word in words:
+        assert sum(tasks_of[word].values()) >= len(pretraining) / 1000, word
+        assert len(tasks_of[word]) >= 3, (word, tasks_of[word])
+
+
+def test_no_target_task_is_in_the_pretraining_text(pretraining):
+    known = {
+        text for task in toy_tasks.TARGET_TASKS for split in world.SPLITS
+        for text, _ in toy.rows(task.name, split)
+    }  # fmt: skip
+    for text, _ in pretraining:
+        assert text.partition(" : ")[2] not in known
+        assert text not in known
+
+
+def test_pretraining_examples_fit():
+    inputs, targets = toy.pretrain_chunk(3)
+    assert inputs.shape == (toy.PRETRAIN_CHUNK, toy_pretrain.LENGTHS["inputs"])
+    assert (inputs[:, -1] == 0).all() and (targets[:, -1] == 0).all()  # EOS still fits
+    assert (inputs[:, 0] > 0).all() and (targets[:, 0] > 0).all()
+    again, _ = toy.pretrain_chunk(3)
+    np.testing.assert_array_equal(inputs, again)
+    assert (toy.pretrain_chunk(4)[0] != inputs).any()
+
+
+def test_corrupted_text_can_be_put_together_again():
+    rng = random.Random(0)
+    for _ in range(200):
+        words = [f"w{i}" for i in range(rng.randint(1, 30))]
+        text, target = toy_pretrain.corrupt(rng, words)
+        hidden = dict(re.findall(r"(<\d>) ([^<]+?) ?(?=<|$)", target))
+        whole = " ".join(hidden.get(word, word) for word in text.split())
+        assert whole.split() == words
+        assert hidden

@@ -1,0 +1,127 @@
+"""The tiny T5: where its pretraining starts, what it was trained on, and what it can do."""
+
+import functools
+import pathlib
+import random
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import data, features, paths
+from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.convert import load_backbone
+from mpt_jax.runs import Runs
+from mpt_jax.tree import flatten
+from tasks import toy, toy_init, toy_vocabulary
+
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    (checkpoint,) = pathlib.Path(paths.shipped(name="tiny_t5")).glob("checkpoint_*")
+    return load_backbone(checkpoint)
+
+
+# --- where it starts -------------------------------------------------------------------------
+
+
+def test_matching_heads_have_one_projection_for_queries_and_keys():
+    config = toy_init.TINY_T5
+    params, again = toy_init.initial_params(), toy_init.initial_params()
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    columns = config.num_heads * config.head_dim // 2
+    attentions = [params["encoder"][f"layers_{i}"]["attention"] for i in range(3)]
+    attentions += [params["decoder"][f"layers_{i}"]["encoder_decoder_attention"] for i in range(2)]
+    for attention in attentions:
+        query, key = attention["query"]["kernel"], attention["key"]["kernel"]
+        np.testing.assert_allclose(query[:, :columns] * 4 / 1.5, key[:, :columns], rtol=1e-6)
+        correlation = np.corrcoef(query[:, columns:].ravel(), key[:, columns:].ravel())[0, 1]
+        assert abs(correlation) < 0.05
+    biases = params["encoder"]["relpos_bias"]["rel_embedding"]
+    assert (biases[:4, 0] == -8).all() and (biases[:4, 1:] == 0).all()
+    assert 1 < np.abs(biases[4:]).max() < 5
+
+
+def test_equal_words_attend_to_each_other_before_any_training():
+    """In a matching head the most attended position of a repeated word is its other place."""
+    params = toy_init.initial_params()
+    tokens = np.array(random.Random(0).sample(range(3, 360), 12))
+    tokens[9] = tokens[2]
+    x = params["token_embedder"]["embedding"][tokens]
+    x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+    attention = params["encoder"]["layers_0"]["attention"]
+    heads = [(x @ attention[name]["kernel"]).reshape(12, 8, 16) for name in ("query", "key")]
+    scores = np.einsum("qnd,knd->nqk", *heads)
+    scores[:, np.arange(12), np.arange(12)] += toy_init.SELF_BIAS
+    assert (scores[:4, 2].argmax(-1) == 9).sum() >= 3
+    assert (scores[:4, 9].argmax(-1) == 2).sum() >= 3
+
+
+# --- what it reads ---------------------------------------------------------------------------
+
+
+def test_pretraining_data_resumes_where_it_stopped():
+    converter = functools.partial(
+        features.PromptFeatureConverter, prompt_length=0, runs=Runs(["toy_pretrain"])
+    )
+    lengths = {"inputs": 40, "targets": 12}
+    config = data.DatasetConfig("toy_pretrain", lengths, "train", 300, False, 1)
+    make = functools.partial(data.train_iterator, config, converter, num_hosts=1, host_index=0)
+    iterator = make()
+    for _ in range(4):  # beyond the first chunk
+        next(iterator)
+    position, expected = iterator.state(), next(iterator)
+    restored = make()
+    restored.restore(position)
+    found = next(restored)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+    assert (next(restored)["encoder_input_tokens"] != expected["encoder_input_tokens"]).any()
+
+
+# --- what is shipped -------------------------------------------------------------------------
+
+
+def test_shipped_t5_is_the_tiny_gin_file_s(shipped):
+    assert _tiny_gin_config() == toy_init.TINY_T5
+    tokens = jnp.ones((1, 2), jnp.int32)
+    init = functools.partial(Transformer(toy_init.TINY_T5).init, jax.random.key(0))
+    shapes = jax.eval_shape(init, tokens, tokens > 0, tokens)["params"]
+    expected = {name: leaf.shape for name, leaf in flatten(shapes).items()}
+    assert {name: leaf.shape for name, leaf in flatten(shipped).items()} == expected
+    assert sum(leaf.size for leaf in flatten(shipped).values()) <= 3_000_000
+    folder = pathlib.Path(paths.shipped(name="tiny_t5"))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert size <= 12 * MEGABYTE
+
+
+def _tiny_gin_config():
+    """The T5Config that gin/tiny.gin binds."""
+    from mpt_jax import gin_utils
+
+    gin_folder = pathlib.Path(gin_utils.__file__).parents[1]
+    text = (gin_folder / "gin" / "tiny.gin").read_text()
+    block = text.partition("config.T5Config:\n")[2].splitlines()
+    lines = [line.split("=") for line in block if line.startswith("  ") and "%" not in line]
+    fields = {name.strip(): gin.config.parse_value(value.strip()) for name, value in lines}
+    return type(toy_init.TINY_T5)(**fields)
+
+
+@pytest.mark.parametrize("task", toy.SOURCE_TASKS, ids=lambda task: task.name)
+def test_shipped_t5_has_the_source_skills_under_their_prefixes(shipped, task):
+    """Held-out rows; the whole target, EOS included, must be the most likely at every place."""
+    ids = toy_vocabulary.word_ids()
+    inputs, targets = np.zeros((200, 40), np.int32), np.zeros((200, 3), np.int32)
+    for i, (text, target) in enumerate(toy.rows(task.name, "validation")):
+        words = f"{task.name.removeprefix('toy_')} : {text}".split()
+        inputs[i, : len(words) + 1] = [ids[word] for word in words] + [1]
+        targets[i, :2] = ids[target], 1
+    shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    network = Transformer(toy_init.TINY_T5)
+    logits = jax.jit(network.apply)({"params": shipped}, inputs, inputs > 0, shifted)
+    right = (np.asarray(logits).argmax(-1) == targets) | (targets == 0)
+    assert right.all(-1).mean() >= 0.9
