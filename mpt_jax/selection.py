@@ -239,4 +239,7 @@ class TerminateOnNanAction:
         """True on NaN or infinity."""
         if self.task not in metrics_by_task:
             raise ValueError(unknown_name("evaluated task", self.task, list(metrics_by_task)))
-        return not math.isfinite(metrics_by_task[self.task][self.metric])
+        found = metrics_by_task[self.task]
+        if self.metric not in found:
+            raise ValueError(unknown_name(f"metric of {self.task}", self.metric, list(found)))
+        return not math.isfinite(found[self.metric])
