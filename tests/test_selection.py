@@ -1,0 +1,182 @@
+"""Each group's best step, patience, and what is kept of it."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+
+from mpt_jax import models, selection
+from mpt_jax.prompts import get_method
+from mpt_jax.runs import Runs
+from mpt_jax.selection import EarlyStoppingAction, SelectBest, TerminateOnNanAction
+from mpt_jax.tree import flatten
+from tests import tiny
+
+RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 1])
+MODEL = tiny.model(RUNS)
+
+
+def state(step: int, value: float):
+    """A train state whose every number is `value`."""
+    shapes = {
+        "shared": (2, tiny.PROMPT, tiny.WIDTH),
+        "task_left": (3, tiny.PROMPT, 1),
+        "task_right": (3, 1, tiny.WIDTH),
+    }
+    prompt = {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
+    return types.SimpleNamespace(step=step, trainable={"prompt": prompt})
+
+
+def scores(first: float, second: float, third: float):
+    values = zip(RUNS.run_names, (first, second, third), strict=True)
+    return {run: {"accuracy": float(value), "f1": float(-value)} for run, value in values}
+
+
+def rows_of(select: SelectBest) -> dict[str, list[float]]:
+    """The value each kept row holds; fails where a row is of two minds."""
+    assert select.trainable is not None
+    found = {}
+    for name, leaf in select.trainable["prompt"].items():
+        assert all(np.ptp(row) == 0 for row in np.asarray(leaf))
+        found[name] = [float(np.ravel(row)[0]) for row in np.asarray(leaf)]
+    return found
+
+
+def test_every_group_keeps_its_own_best_step(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    assert select.best_step == [-1, -1] and all(map(math.isnan, select.best_scores()))
+    # The second group's score is the mean of its two runs.
+    for step, found in (
+        (10, (50, 40, 60)),
+        (20, (70, 80, 10)),
+        (30, (60, 70, 50)),
+        (40, (70, 1, 1)),
+    ):
+        assert not select.run(state(step, step), scores(*found))
+    assert select.best_step == [20, 30]
+    assert select.best_scores() == [70, 60]
+    assert rows_of(select) == {
+        "shared": [20, 30],
+        "task_left": [20, 30, 30],
+        "task_right": [20, 30, 30],
+    }
+    assert select.history[20] == [70, 45]
+
+
+def test_smaller_may_be_better_and_the_metric_is_named(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), metric="f1", mode="min")
+    for step, found in ((1, (1, 1, 1)), (2, (3, 0, 0)), (3, (2, 5, 5))):
+        select.run(state(step, step), scores(*found))
+    assert select.best_step == [2, 3], "f1 is minus the accuracy"
+    by_task = SelectBest(MODEL, str(tmp_path / "b"), metric={"rte": "accuracy", "cb": "f1"})
+    assert by_task.group_scores(scores(1, 2, 3)) == [1, (2 - 3) / 2]
+
+
+def test_the_best_survives_a_restart_and_a_repeated_evaluation_changes_nothing(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    select.run(state(20, 2), scores(60, 50, 50))
+    again = SelectBest(MODEL, str(tmp_path))
+    assert again.best_step == [20, 10] and again.history == select.history
+    assert rows_of(again) == rows_of(select)
+    # A run that was killed after step 20's evaluation and resumed from before it.
+    again.run(state(20, 2), scores(60, 50, 50))
+    assert again.best_step == [20, 10] and rows_of(again) == rows_of(select)
+    again.run(state(30, 3), scores(61, 1, 1))
+    assert again.best_step == [30, 10]
+    assert rows_of(again)["task_left"] == [3, 1, 1]
+
+
+def test_the_folder_is_replaced_file_by_file_and_holds_nothing_else(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    names = sorted(path.name for path in (tmp_path / selection.FOLDER).iterdir())
+    assert names == ["history.json", "trainable.safetensors"]
+
+
+def test_a_first_score_that_is_no_number_is_not_the_best_for_ever(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(math.nan, 50, 50))
+    select.run(state(20, 2), scores(10, math.nan, 50))
+    select.run(state(30, 3), scores(9, math.nan, math.nan))
+    assert select.best_step == [20, 10]
+    assert rows_of(select)["task_left"] == [2, 1, 1]
+
+
+def test_patience_counts_evaluations_without_any_group_improving(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=2)
+    found = [(50, 50, 50), (40, 40, 40), (40, 60, 60), (40, 40, 40), (50, 60, 60)]
+    stops = [select.run(state(step, step), scores(*f)) for step, f in enumerate(found)]
+    assert stops == [False, False, False, False, True]
+
+
+def test_patience_does_not_end_a_run_before_its_least_evaluations(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=1, min_evaluations=4)
+    stops = [select.run(state(step, step), scores(*[50 - step] * 3)) for step in range(5)]
+    assert stops == [False, False, False, True, True]
+
+
+def test_a_backbone_that_learns_is_kept_whole(tmp_path):
+    runs = Runs(["rte"])
+    model = tiny.model(runs, get_method("none")(), labels=models.FULL_FINETUNING)
+    select = SelectBest(model, str(tmp_path))
+    for step, score in ((1, 10.0), (2, 30.0), (3, 20.0)):
+        kernel = np.full((2, 3), step, np.float32)
+        learnt = {"encoder": {"layers_0": {"mlp": {"wi": {"kernel": kernel}}}}}
+        select.run(types.SimpleNamespace(step=step, trainable=learnt), {"rte": {"accuracy": score}})
+    assert select.best_step == [2]
+    (leaf,) = flatten(SelectBest(model, str(tmp_path)).trainable).values()
+    assert np.all(np.asarray(leaf) == 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "says"),
+    [
+        ({}, {"rte_s1": {"accuracy": 1.0}}, "needs a score of 'rte_s2'.*'rte_s1'"),
+        ({"metric": "acuracy"}, scores(1, 2, 3), "metric of rte_s1 'acuracy'.*'accuracy'"),
+    ],
+)
+def test_what_was_not_evaluated_is_an_error(tmp_path, settings, found, says):
+    with pytest.raises(ValueError, match=says):
+        SelectBest(MODEL, str(tmp_path), **settings).run(state(1, 1), found)
+
+
+@pytest.mark.parametrize(("settings", "says"), [({"mode": "most"}, "most"), ({"patience": 0}, "0")])
+def test_settings_out_of_range_are_errors(tmp_path, settings, says):
+    with pytest.raises(ValueError, match=says):
+        SelectBest(MODEL, str(tmp_path), **settings)
+
+
+# --- T5X's actions -------------------------------------------------------------------------------
+
+
+def test_early_stopping_waits_for_its_patience_and_no_longer():
+    action = EarlyStoppingAction(("rte", "accuracy"), "max", patience=2, atol=0.5)
+    values = [50, 60, 60.4, 61, 61, 40]
+    stops = [action.run(None, {"rte": {"accuracy": float(value)}}) for value in values]
+    assert stops == [False, False, False, False, False, True]
+    falling = EarlyStoppingAction(("rte", "loss"), "min", patience=1)
+    assert [falling.run(None, {"rte": {"loss": x}}) for x in (3.0, 2.0, 2.0)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_actions_that_watch_what_is_not_there_are_errors():
+    action = EarlyStoppingAction(("rtee", "accuracy"), "max")
+    with pytest.raises(ValueError, match="'rtee'.*'rte'"):
+        action.run(None, {"rte": {"accuracy": 1.0}})
+    with pytest.raises(ValueError, match="metric of rte 'f1'"):
+        EarlyStoppingAction(("rte", "f1"), "max").run(None, {"rte": {"accuracy": 1.0}})
+    with pytest.raises(ValueError, match="'up'"):
+        EarlyStoppingAction(("rte", "f1"), "up")
+    with pytest.raises(ValueError, match="metric of rte 'loss'"):
+        TerminateOnNanAction("rte").run(None, {"rte": {"accuracy": 1.0}})
+
+
+def test_terminating_on_numbers_that_are_none():
+    action = TerminateOnNanAction("rte", "loss")
+    values = (1.0, math.nan, math.inf)
+    assert [action.run(None, {"rte": {"loss": x}}) for x in values] == [False, True, True]
