@@ -334,11 +334,11 @@ def _converted(
     cfg: DatasetConfig, task: seqio.Task, converter: Any, num_batches: int | None
 ) -> tf.data.Dataset:
     """The converted examples of one task, as many as `num_batches` may hold."""
-    table = examples.ExampleTable(
+    table = examples.read_table(
         task,
         cfg.split,
         cfg.task_feature_lengths,
-        cfg.seed,
+        seed=cfg.seed,
         use_cached=cfg.use_cached,
         trim_output_features=cfg.trim_output_features,
         shuffle=cfg.shuffle,

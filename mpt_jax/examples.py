@@ -5,6 +5,7 @@ then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save
 """
 
 import importlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from absl import logging
 
 from mpt_jax.features import TASK_IDS, task_id
 from mpt_jax.runs import unknown_name
+
+# Tables up to this size are kept as long as their task is registered.
+_KEEP_BYTES = 16 * 2**20
+_KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> None:
@@ -98,6 +103,11 @@ class ExampleTable:
         self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tokens take."""
+        return sum(values.nbytes for values in self.values.values())
+
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
         """Returns the endless stream of this task's example indices, pass after pass."""
         if not shuffle:
@@ -117,6 +127,24 @@ class ExampleTable:
 
         passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
         return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+def read_table(
+    task: seqio.Task, split: str, sequence_length: Mapping[str, int] | None, **settings: Any
+) -> ExampleTable:
+    """Returns the `ExampleTable` of these arguments, read before in this process if it is small.
+
+    A job of several stages asks for the same tasks again and again, and tokenising thousands of
+    examples takes seconds.
+    """
+    key = (split, repr(sorted((sequence_length or {}).items())), repr(sorted(settings.items())))
+    kept = _KEPT.setdefault(task, {})
+    if key not in kept:
+        table = ExampleTable(task, split, sequence_length, **settings)
+        if table.num_bytes > _KEEP_BYTES:
+            return table
+        kept[key] = table
+    return kept[key]
 
 
 def report_lengths(

@@ -211,7 +211,11 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             )
         for name in runs.run_names:
             task_id(name)
-        super().__init__(pack=pack, use_custom_packing_ops=use_custom_packing_ops)
+        # Lengths are checked below, in the one map that converts: SeqIO's own checks are two more,
+        # and cost more than the conversion.
+        super().__init__(
+            pack=pack, use_custom_packing_ops=use_custom_packing_ops, apply_length_check=False
+        )
         self.prompt_length = prompt_length
         self.runs = runs
         self.on_overlong = on_overlong
@@ -266,10 +270,12 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         limits = {name: task_feature_lengths[name] for name in ("inputs", "targets")}
 
         def unpacked(example):
-            return self._place(example, self._row(example[TASK_IDS], limits), positions)
+            row = self._row(example, limits)
+            with tf.control_dependencies([row]):
+                return self._place(example, row, positions)
 
         def expanded(example):
-            return self._expand(example, self._row(example[TASK_IDS], limits))
+            return self._expand(example, self._row(example, limits))
 
         if not self.pack:
             return _map(ds, unpacked)
@@ -282,29 +288,32 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         }
         return _map(self._pack_or_pad(ds, lengths), self._unfold)
 
-    def _row(self, ids: tf.Tensor, limits: Mapping[str, int]) -> tf.Tensor:
+    def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
         """Returns the example's row (scalar), or raises for a stranger or an over-long example."""
-        overlong = ids[0] < 0
-        identity = tf.where(overlong, tf.bitwise.invert(ids[0]), ids[0])
+        identity = example[TASK_IDS][0]
+        was_cut = identity < 0
+        identity = tf.where(was_cut, tf.bitwise.invert(identity), identity)
         is_run = tf.equal(tf.constant([task_id(n) for n in self.runs.run_names]), identity)
-        checks = [_assert(tf.reduce_any(is_run), lambda: self._unknown_message(identity))]
+        row = tf.argmax(is_run, output_type=tf.int32)
+        too_long = [tf.size(example[name]) > limit for name, limit in limits.items()]
         if self.on_overlong == "error":
-            # No quotes in what the graph raises: TensorFlow prints them escaped.
-            limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
-            message = (
-                f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
-                "bind PromptFeatureConverter.on_overlong to truncate."
-            )
-            names = tf.constant(self.runs.run_names)
-            row = tf.argmax(is_run)
-            checks.append(
-                _assert(
-                    tf.logical_not(overlong),
-                    lambda: tf.strings.join(["An example of ", names[row], message]),
-                )
-            )
+            too_long.append(was_cut)
+        # No quotes in what the graph raises: TensorFlow prints them escaped.
+        limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
+        message = (
+            f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
+            "bind PromptFeatureConverter.on_overlong to truncate."
+        )
+        names = tf.constant(self.runs.run_names)
+        checks = [
+            _assert(tf.reduce_any(is_run), lambda: self._unknown_message(identity)),
+            _assert(
+                tf.logical_not(tf.reduce_any(too_long)),
+                lambda: tf.strings.join(["An example of ", names[row], message]),
+            ),
+        ]
         with tf.control_dependencies(checks):
-            return tf.argmax(is_run, output_type=tf.int32)
+            return tf.identity(row)
 
     def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
         """Returns the error text for an id that is no run's, with its name where it is known."""

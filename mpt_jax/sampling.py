@@ -18,7 +18,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mpt_jax.examples import ExampleTable, find_task, import_suites, joined_lookup, stream_key
+from mpt_jax.examples import find_task, import_suites, joined_lookup, read_table, stream_key
 
 # T5's cap on the size that a task counts with in examples-proportional mixing.
 T5_CAP = 2**18
@@ -234,7 +234,7 @@ class TaskMixture(seqio.Mixture):
                 f"{self.sampler.seed}. Bind both to one macro (T5X replaces None by the clock)."
             )
         tables = [
-            ExampleTable(find_task(name), split, seed=self.sampler.seed, **arguments)
+            read_table(find_task(name), split, seed=self.sampler.seed, **arguments)
             for name in self.task_names
         ]
         self.overlong = {t.name: (t.num_overlong, t.num_examples) for t in tables}

@@ -248,3 +248,11 @@ def test_without_limits_nothing_is_cut():
     (row,) = task("ft_beta", [("abcdef", "c")]).get_dataset(None, shuffle=False).as_numpy_iterator()
     assert row["inputs"].size == 7
     assert row["task_ids"].tolist() == [features.task_id("ft_beta")]
+
+
+def test_a_task_that_limits_nothing_is_still_checked():
+    dataset = examples(("ft_beta", [7] * 5, [5]))
+    for policy in features.OVERLONG_POLICIES:
+        converter = PromptFeatureConverter(1, RUNS, on_overlong=policy)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="ft_beta is longer than task_fe"):
+            rows_of(converter(dataset, LENGTHS))
