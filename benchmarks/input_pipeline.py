@@ -1,0 +1,68 @@
+"""How fast batches come, how long the first takes, and how large their position is.
+
+    python -m benchmarks.input_pipeline [--batches 300] [--out docs/benchmarks/input_pipeline.json]
+
+The six toy source tasks under stochastic task sampling, B = 48, 20 prompt and 48 text positions.
+CPU seconds are those of the whole process, so that a busy machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+
+from mpt_jax import data, sampling
+from mpt_jax.features import PromptFeatureConverter
+from mpt_jax.runs import Runs
+
+LENGTHS = {"inputs": 48, "targets": 12}
+
+
+def measure(batches: int, batch_size: int = 48) -> dict[str, float]:
+    """Seconds, rates and bytes of one pipeline; see the names."""
+    from tasks import toy
+
+    names = [task.name for task in toy.SOURCE_TASKS]
+    converter = functools.partial(PromptFeatureConverter, prompt_length=20, runs=Runs(names))
+    mixture = sampling.task_mixture(names, sampling.StochasticTasks(batch_size, seed=0))
+    cfg = data.DatasetConfig(mixture, LENGTHS, "train", batch_size, shuffle=True, seed=0)
+    found = {}
+    for attempt in ("first", "again"):  # the second finds the tasks tokenised
+        before, cpu = time.monotonic(), time.process_time()
+        iterator = data.train_iterator(cfg, converter)
+        next(iterator)
+        found[f"{attempt}_start_seconds"] = time.monotonic() - before
+        found[f"{attempt}_start_cpu_seconds"] = time.process_time() - cpu
+    before, cpu = time.monotonic(), time.process_time()
+    for _ in range(batches):
+        next(iterator)
+    found["examples_per_second"] = batches * batch_size / (time.monotonic() - before)
+    found["examples_per_cpu_second"] = batches * batch_size / (time.process_time() - cpu)
+    before = time.monotonic()
+    state = iterator.state()
+    found["position_seconds"], found["position_bytes"] = time.monotonic() - before, len(state)
+    before = time.monotonic()
+    iterator.restore(state)
+    next(iterator)
+    found["restore_seconds"] = time.monotonic() - before
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def main() -> None:
+    """Prints the figures and, on request, writes them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=300)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    text = json.dumps(measure(arguments.batches), indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
