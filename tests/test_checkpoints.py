@@ -1,0 +1,283 @@
+"""Checkpoints: prompt-sized, whole again after a restart, and loud where they are damaged."""
+
+import logging as standard_logging
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from mpt_jax import checkpoints
+from mpt_jax.checkpoints import Checkpoints, SaveCheckpointConfig
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.tree import flatten
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Every saved number differs from every other."""
+    model = tiny.model()
+    made = tiny.state(model, tiny.params(model))
+    rng = np.random.default_rng(0)
+
+    def different(leaf):
+        if leaf.ndim < 2:
+            return leaf + 3
+        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    return made.replace(
+        trainable=jax.tree.map(different, made.trainable),
+        opt_state=jax.tree.map(different, made.opt_state),
+    )
+
+
+def at(state, step: int):
+    """The state after `step` steps: everything that is saved has moved."""
+    move = lambda leaf: leaf + jnp.asarray(step, leaf.dtype)  # noqa: E731
+    return state.replace(
+        step=jnp.asarray(step, jnp.int32),
+        trainable=jax.tree.map(move, state.trainable),
+        opt_state=jax.tree.map(move, state.opt_state),
+    )
+
+
+def zeroed(state):
+    """The same structure and frozen parameters, and nothing of what was saved."""
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
+    return state.replace(
+        step=jnp.zeros((), jnp.int32),
+        trainable=zeros(state.trainable),
+        opt_state=zeros(state.opt_state),
+    )
+
+
+def write(path, state, steps, keep=None) -> None:
+    made = checkpoints.resolve(str(path), keep)
+    for step in steps:
+        made.save(at(state, step), {"position": f"after {step}", "digest": "d"})
+    made.wait()
+    made.close()
+
+
+def read(path, state, **arguments):
+    made = Checkpoints(str(path), None)
+    try:
+        return made.restore(zeroed(state), **arguments)
+    finally:
+        made.close()
+
+
+def same(found, expected) -> None:
+    assert int(found.step) == int(expected.step)
+    for part in ("trainable", "opt_state", "frozen"):
+        tiny.close(getattr(found, part), getattr(expected, part), 0, part + "/")
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def errors_in(caplog) -> str:
+    records = [r for r in caplog.records if r.levelno >= standard_logging.ERROR]
+    return "\n".join(record.getMessage() for record in records)
+
+
+@pytest.fixture
+def loud(caplog):
+    """absl's log, where pytest can see it."""
+    logger = logging.get_absl_logger()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+# --- Round trips ---------------------------------------------------------------------------------
+
+
+def test_what_learns_comes_back_bit_for_bit_with_what_was_said_beside_it(state, tmp_path):
+    write(tmp_path, state, [5, 9])
+    found, meta = read(tmp_path, state)
+    same(found, at(state, 9))
+    assert (meta["position"], meta["digest"]) == ("after 9", "d")
+    earlier, meta = read(tmp_path, state, step=5)
+    same(earlier, at(state, 5))
+    assert meta["position"] == "after 5"
+
+
+def test_an_empty_folder_restores_nothing(state, tmp_path):
+    assert read(tmp_path, state) is None
+
+
+def test_the_latest_are_kept_and_a_saved_step_is_not_saved_again(state, tmp_path):
+    write(tmp_path, state, [1, 2, 3, 3, 4], keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_3", "checkpoint_4"]
+    made = Checkpoints(str(tmp_path), None)
+    assert made.steps == [3, 4]
+    made.save(at(state, 4).replace(trainable=zeroed(state).trainable), {})
+    made.close()
+    same(read(tmp_path, state)[0], at(state, 4))
+
+
+def test_a_checkpoint_holds_what_learns_and_no_backbone(tmp_path):
+    """Of a backbone wide enough that files' own overhead does not count."""
+    config = tiny.config(vocab_size=2000, emb_dim=64, mlp_dim=512)
+    model = tiny.model(Runs(["a"]), PromptTuning(tiny.PROMPT), config)
+    state = tiny.state(model, tiny.params(model))
+    write(tmp_path, state, [1])
+    backbone = sum(leaf.nbytes for leaf in jax.tree.leaves(state.frozen))
+    prompt = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
+    size = size_of(tmp_path / "checkpoint_1")
+    assert size < 0.05 * backbone
+    assert size < 3 * prompt + 20_000, "prompt, two moments, and names"
+    names = {str(p) for p in tmp_path.rglob("*")}
+    assert not any("embedder" in name or "encoder" in name for name in names)
+
+
+def test_reading_never_writes(state, tmp_path):
+    write(tmp_path, state, [1, 2])
+    stray = tmp_path / "checkpoint_3.orbax-checkpoint-tmp"
+    stray.mkdir()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    reader = Checkpoints(str(tmp_path), 1, read_only=True)
+    assert reader.steps == [1, 2]
+    same(reader.restore(zeroed(state))[0], at(state, 2))
+    reader.close()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def test_whatever_file_of_the_newest_is_truncated_the_state_is_whole(state, tmp_path, loud):
+    """Either the file is not needed, or the checkpoint before it is taken and both are named."""
+    write(tmp_path / "whole", state, [5, 9])
+    names = files_of(tmp_path / "whole" / "checkpoint_9")
+    fallen = 0
+    for i, name in enumerate(names):
+        path = tmp_path / f"damaged{i}"
+        shutil.copytree(tmp_path / "whole", path)
+        target = path / "checkpoint_9" / name
+        content = target.read_bytes()
+        target.write_bytes(content[: len(content) // 2])
+        loud.clear()
+        found, meta = read(path, state)
+        step = int(found.step)
+        same(found, at(state, step))
+        assert meta["position"] == f"after {step}"
+        if step == 5:
+            fallen += 1
+            message = errors_in(loud)
+            assert f"{path}/checkpoint_9 cannot be read" in message, name
+            assert f"Going on from {path}/checkpoint_5" in message, name
+    assert fallen >= 2, f"of {names} some are needed"
+
+
+@pytest.mark.parametrize("gone", ["state", "meta"])
+def test_half_a_checkpoint_is_passed_over(state, tmp_path, loud, gone):
+    write(tmp_path, state, [5, 9])
+    shutil.rmtree(tmp_path / "checkpoint_9" / gone)
+    same(read(tmp_path, state)[0], at(state, 5))
+    assert "checkpoint_9 cannot be read" in errors_in(loud)
+
+
+def damage(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_no_readable_checkpoint_is_an_error_that_names_them(state, tmp_path):
+    write(tmp_path, state, [5, 9])
+    damage(tmp_path / "checkpoint_5")
+    damage(tmp_path / "checkpoint_9")
+    with pytest.raises(OSError, match="checkpoint_9 cannot.*checkpoint_5 cannot.*No other") as e:
+        read(tmp_path, state)
+    assert str(tmp_path) in str(e.value)
+
+
+def test_training_on_moves_the_unreadable_aside_and_saves_in_its_place(state, tmp_path, loud):
+    write(tmp_path, state, [5, 9])
+    damage(tmp_path / "checkpoint_9")
+    made = Checkpoints(str(tmp_path), None)
+    found, _ = made.restore(zeroed(state))
+    made.set_aside_after(int(found.step))
+    assert made.steps == [5]
+    assert (tmp_path / "unreadable_checkpoint_9").is_dir()
+    made.save(at(state, 9), {"position": "again"})
+    made.wait()
+    made.close()
+    found, meta = read(tmp_path, state)
+    same(found, at(state, 9))
+    assert meta["position"] == "again"
+    assert "unreadable_checkpoint_9" in errors_in(loud)
+
+
+# --- Another configuration -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        tiny.model(prompt=PromptTuning(tiny.PROMPT)),
+        tiny.model(prompt=MPT(tiny.PROMPT, rank=2)),
+        tiny.model(Runs(["alpha", "beta"])),
+        tiny.model(prompt=MPT(tiny.PROMPT + 1)),
+    ],
+    ids=["method", "rank", "tasks", "length"],
+)
+def test_a_model_dir_of_another_configuration_is_an_error(state, tmp_path, other):
+    write(tmp_path, state, [5])
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, tiny.state(other, tiny.params(other)))
+    message = str(error.value)
+    assert "another configuration" in message and "choose another MODEL_DIR" in message
+    assert str(tmp_path / "checkpoint_5") in message
+    assert "prompt/" in message, "parameters that differ are named"
+    assert (tmp_path / "checkpoint_5").is_dir(), "nothing is lost"
+
+
+def test_an_unwritable_model_dir_is_an_error_before_anything_is_computed(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match=f"MODEL_DIR {blocked}/model cannot be written"):
+        checkpoints.resolve(str(blocked / "model"))
+
+
+# --- Settings and positions ----------------------------------------------------------------------
+
+
+def test_settings_without_effect_are_errors():
+    with pytest.raises(ValueError, match="dtype='bfloat16' would have no effect"):
+        SaveCheckpointConfig(dtype="bfloat16")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        SaveCheckpointConfig(period=0)
+    with pytest.raises(ValueError, match="got 'best'"):
+        checkpoints.RestoreCheckpointConfig(mode="best")
+
+
+def test_data_positions_travel_as_json():
+    position = bytes(range(256))
+    packed = checkpoints.pack_positions(position)
+    assert checkpoints.unpack_position(packed) == position
+    assert checkpoints.pack_positions(None) is None
+    assert checkpoints.unpack_position(None) is None
+    with pytest.raises(ValueError, match="of 2 processes and this run has 1: resume on 2"):
+        checkpoints.unpack_position([*packed, *packed])
+
+
+def test_every_leaf_that_is_saved_differs(state):
+    """So that no test above can pass with leaves swapped."""
+    arrays = [leaf for leaf in flatten(state.opt_state).values() if leaf.ndim > 1]
+    arrays += list(flatten(state.trainable).values())
+    values = np.concatenate([np.ravel(leaf) for leaf in arrays])
+    assert len(np.unique(values)) == len(values)

@@ -1,0 +1,278 @@
+"""Where every parameter's first value comes from, and what is wrong where it cannot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import artefacts, convert, models, train_state
+from mpt_jax.losses import Distillation, Objective
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.prompts import get_method
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.train_state import Origins, fill
+from mpt_jax.tree import flatten, unflatten
+from tests import tiny
+
+KEY = jax.random.PRNGKey(0)
+DISTILLED = Objective(distillation=Distillation())
+
+
+class Vocabulary:
+    """What the digest and the size check look at."""
+
+    eos_id = 1
+
+    def __init__(self, size: int = tiny.VOCABULARY, model: bytes = b"pieces"):
+        self.vocab_size = size
+        self.sp_model = model
+
+    def encode(self, s: str) -> list[int]:
+        return [2 + len(s)]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> dict:
+    """A checkpoint of random weights, and the weights."""
+    tree = tiny.params(tiny.model(prompt=get_method("none")(), labels=models.FULL_FINETUNING))
+    tree = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
+    path = convert.save_t5x(tmp_path_factory.mktemp("backbone"), unflatten(tree), step=7)
+    return {"path": str(path), "leaves": tree}
+
+
+def digest(backbone) -> str:
+    return artefacts.embedding_digest(backbone["leaves"]["token_embedder/embedding"])
+
+
+def write(
+    path, backbone, names, length=tiny.PROMPT, runs=None, **overrides
+) -> tuple[str, np.ndarray]:
+    """An artefact of plain prompts, and the prompts."""
+    rng = np.random.default_rng(len(names))
+    table = rng.normal(size=(len(names), length, tiny.WIDTH)).astype(np.float32)
+    fields = {
+        "embedding_sha256": digest(backbone),
+        "vocabulary_sha256": artefacts.vocabulary_digest(Vocabulary()),
+        "backbone": "tiny",
+        "step": 1,
+        **overrides,
+    }
+    params = {"table": table}
+    artefacts.save_artefact(path, PromptTuning(length), params, runs or Runs(names), **fields)
+    return str(path), table
+
+
+def vocabulary_model(**overrides) -> models.PromptedEncoderDecoder:
+    overrides.setdefault("input_vocabulary", Vocabulary())
+    overrides.setdefault("output_vocabulary", Vocabulary())
+    return tiny.model(**overrides)
+
+
+# --- Values by origin ----------------------------------------------------------------------------
+
+
+def test_the_backbone_comes_from_its_checkpoint_and_the_prompt_from_its_embedding(backbone):
+    loaded = fill(vocabulary_model(), Origins(backbone["path"]), KEY)
+    leaves = flatten(loaded.params)
+    prompt = {name for name in leaves if name.startswith("prompt/")}
+    assert set(leaves) - prompt == set(backbone["leaves"])
+    for name, value in backbone["leaves"].items():
+        np.testing.assert_array_equal(leaves[name], value, err_msg=name)
+    rows = {row.tobytes() for row in backbone["leaves"]["token_embedder/embedding"]}
+    assert all(row.tobytes() in rows for row in np.asarray(leaves["prompt/shared"][0]))
+    assert loaded.embedding_sha256 == digest(backbone)
+    assert loaded.vocabulary_sha256 == artefacts.vocabulary_digest(Vocabulary())
+    again = fill(vocabulary_model(), Origins(backbone["path"]), KEY)
+    tiny.close(again.params, loaded.params, 0)
+    other = fill(vocabulary_model(), Origins(backbone["path"]), jax.random.PRNGKey(1))
+    assert not np.array_equal(other.params["prompt"]["task_left"], leaves["prompt/task_left"])
+
+
+def test_teachers_come_by_task_from_one_or_several_artefacts(backbone, tmp_path):
+    first, table = write(tmp_path / "a", backbone, ["gamma", "other", "alpha"])
+    second, more = write(tmp_path / "b", backbone, ["beta"])
+    model = vocabulary_model(objective=DISTILLED)
+    loaded = fill(model, Origins(backbone["path"], [first, second]), KEY)
+    teachers = loaded.params["teacher"]["table"]
+    np.testing.assert_array_equal(teachers, np.stack([table[2], more[0], table[0]]))
+
+
+def test_teachers_of_runs_are_found_by_their_task(backbone, tmp_path):
+    runs = Runs(["alpha", "beta", "gamma"], ["alpha_s1", "beta_s1", "gamma_s1"])
+    path, table = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
+    model = vocabulary_model(objective=DISTILLED)
+    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    np.testing.assert_array_equal(loaded.params["teacher"]["table"], table)
+
+
+def test_prompts_start_from_an_artefact_through_their_method(backbone, tmp_path):
+    path, table = write(tmp_path / "a", backbone, ["mnli", "qqp"])
+    method = PromptTuning(tiny.PROMPT, start_from="qqp")
+    model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
+    loaded = fill(model, Origins(backbone["path"], artefact=path), KEY)
+    np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[1:])
+
+
+def test_full_fine_tuning_starts_from_the_pretrained_weights_in_float32(backbone):
+    config = tiny.config(dtype="bfloat16")
+    method = get_method("none")()
+    tuned = tiny.model(Runs(["a"]), method, config, labels=models.FULL_FINETUNING)
+    loaded = fill(tuned, Origins(backbone["path"]), KEY)
+    for name, leaf in flatten(loaded.params).items():
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, backbone["leaves"][name], err_msg=name)
+
+
+def test_what_is_frozen_has_the_dtype_it_computes_in_and_prompts_are_float32(backbone, tmp_path):
+    path, _ = write(tmp_path / "a", backbone, ["alpha", "beta", "gamma"])
+    model = vocabulary_model(config=tiny.config(dtype="bfloat16"), objective=DISTILLED)
+    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    for name, leaf in flatten(loaded.params).items():
+        prompt = name.startswith(("prompt/", "teacher/"))
+        assert leaf.dtype == (jnp.float32 if prompt else jnp.bfloat16), name
+    assert loaded.embedding_sha256 == digest(backbone), "one digest in either precision"
+
+
+def test_bitfit_starts_its_biases_from_zero_and_the_rest_from_the_checkpoint(backbone):
+    config = tiny.config(biases=True)
+    method = get_method("none")()
+    model = tiny.model(Runs(["a"]), method, config, labels=models.BITFIT)
+    leaves = flatten(fill(model, Origins(backbone["path"]), KEY).params)
+    biases = set(leaves) - set(backbone["leaves"])
+    assert biases and all(name.endswith("/bias") for name in biases)
+    assert not any(np.any(leaves[name]) for name in biases)
+    for name, value in backbone["leaves"].items():
+        np.testing.assert_array_equal(leaves[name], value)
+
+
+def test_random_weights_only_where_they_are_asked_for(backbone):
+    with pytest.raises(ValueError, match="Origins.scratch = True"):
+        Origins()
+    with pytest.raises(ValueError, match="set one of the two"):
+        Origins(backbone["path"], scratch=True)
+    method = get_method("none")()
+    model = tiny.model(Runs(["a"]), method, labels=models.FULL_FINETUNING)
+    leaves = flatten(fill(model, Origins(scratch=True), KEY).params)
+    assert {name: leaf.shape for name, leaf in leaves.items()} == {
+        name: leaf.shape for name, leaf in backbone["leaves"].items()
+    }
+    embedding = leaves["token_embedder/embedding"]
+    assert not np.array_equal(embedding, backbone["leaves"]["token_embedder/embedding"])
+
+
+# --- What is wrong -------------------------------------------------------------------------------
+
+
+def test_a_missing_backbone_names_the_place_and_the_command(tmp_path):
+    origins = Origins(str(tmp_path / "none"), backbone_command="make backbone")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'}.*make backbone"):
+        fill(tiny.model(), origins, KEY)
+
+
+def test_a_backbone_of_another_shape_is_named_leaf_by_leaf(backbone):
+    wider = tiny.model(config=tiny.config(mlp_dim=25, num_decoder_layers=2))
+    with pytest.raises(ValueError) as error:
+        fill(wider, Origins(backbone["path"]), KEY)
+    message = str(error.value)
+    assert backbone["path"] in message
+    assert "encoder/layers_0/mlp/wi/kernel: expected (16, 25), found (16, 24)" in message
+    assert "decoder/layers_1/mlp/wi/kernel" in message.split("of another shape")[0]
+    with pytest.raises(ValueError, match=r"not expected: \['encoder/layers_1/"):
+        fill(tiny.model(config=tiny.config(num_encoder_layers=1)), Origins(backbone["path"]), KEY)
+
+
+def test_biases_are_not_excused_where_the_model_has_none(backbone, tmp_path):
+    extra = dict(backbone["leaves"])
+    extra["encoder/layers_0/mlp/wi/bias"] = np.zeros(24, np.float32)
+    path = convert.save_t5x(tmp_path, unflatten(extra))
+    with pytest.raises(ValueError, match=r"1 not expected: \['encoder/layers_0/mlp/wi/bias'\]"):
+        fill(tiny.model(), Origins(str(path)), KEY)
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(backbone):
+    for side in ("input_vocabulary", "output_vocabulary"):
+        model = vocabulary_model(**{side: Vocabulary(tiny.VOCABULARY + 1)})
+        with pytest.raises(ValueError, match="41 ids and the backbone embeds only 40"):
+            fill(model, Origins(backbone["path"]), KEY)
+
+
+@pytest.mark.parametrize("role", ["artefact", "teachers"])
+@pytest.mark.parametrize("what", ["backbone", "vocabulary", "length"])
+def test_artefacts_of_something_else_are_refused_with_both_values(backbone, tmp_path, role, what):
+    """For teachers the last case is the mismatch of the student's and the teachers' length."""
+    other = {"backbone": "embedding_sha256", "vocabulary": "vocabulary_sha256"}.get(what)
+    length = 2 if what == "length" else tiny.PROMPT
+    names = ["alpha", "beta", "gamma"]
+    changed = {other: "0" * 64} if other else {}
+    path, _ = write(tmp_path / "a", backbone, names, length, **changed)
+    objective = DISTILLED if role == "teachers" else Objective()
+    method = PromptTuning(tiny.PROMPT, start_from="alpha")
+    model = vocabulary_model(prompt=method, objective=objective)
+    ours = {
+        "backbone": digest(backbone),
+        "vocabulary": artefacts.vocabulary_digest(Vocabulary()),
+        "length": "positions and this run's have 3",
+    }[what]
+    theirs = "prompts of 2" if what == "length" else "0" * 64
+    with pytest.raises(ValueError) as error:
+        fill(model, Origins(backbone["path"], **{role: path}), KEY)
+    assert ours in str(error.value) and theirs in str(error.value) and path in str(error.value)
+
+
+def test_a_task_without_teacher_is_named_beside_the_known(backbone, tmp_path):
+    path, _ = write(tmp_path / "a", backbone, ["alpha", "delta"])
+    model = vocabulary_model(objective=DISTILLED)
+    with pytest.raises(ValueError, match=r"tasks \['beta', 'gamma'\].*\['alpha', 'delta'\]"):
+        fill(model, Origins(backbone["path"], path), KEY)
+
+
+def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
+    model = vocabulary_model(objective=DISTILLED)
+    with pytest.raises(ValueError, match="names no artefact.*make teachers"):
+        fill(model, Origins(backbone["path"], teachers_command="make teachers"), KEY)
+    absent = str(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=f"{absent}.*make teachers"):
+        fill(model, Origins(backbone["path"], absent, teachers_command="make teachers"), KEY)
+
+
+def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
+    params = {
+        "shared": np.ones((1, tiny.PROMPT, tiny.WIDTH), np.float32),
+        "task_left": np.ones((1, tiny.PROMPT, 2), np.float32),
+        "task_right": np.ones((1, 2, tiny.WIDTH), np.float32),
+    }
+    path = artefacts.save_artefact(
+        tmp_path / "a",
+        MPT(tiny.PROMPT, rank=2),
+        params,
+        Runs(["mnli"]),
+        embedding_sha256=digest(backbone),
+        vocabulary_sha256=None,
+        backbone="tiny",
+        step=1,
+    )
+    with pytest.raises(ValueError, match=r"task_left: expected \(3, 3, 1\), found \(3, 3, 2\)"):
+        fill(vocabulary_model(), Origins(backbone["path"], artefact=str(path)), KEY)
+
+
+# --- The state -----------------------------------------------------------------------------------
+
+
+def test_the_state_of_step_0_is_split_and_whole():
+    model = tiny.model()
+    params = tiny.params(model)
+    state = train_state.create(model, params, PjitPartitioner())
+    assert int(state.step) == 0
+    assert set(flatten(state.trainable)) == {f"prompt/{n}" for n in params["prompt"]}
+    tiny.close(state.params, params, 0)
+    assert train_state.count(state.trainable) == 3 * 16 + 3 * (3 + 16)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+    assert sum(leaf.size for leaf in moments) == 2 * train_state.count(state.trainable)
+
+
+def test_a_model_in_which_nothing_learns_is_an_error():
+    model = tiny.model(prompt=get_method("none")())
+    with pytest.raises(ValueError, match="Nothing learns"):
+        train_state.create(model, tiny.params(model), PjitPartitioner())
