@@ -193,7 +193,7 @@ class InferenceEvaluator:
         """Returns {task: outputs, one row for each of its examples}."""
         if not names:
             return {}
-        rows = np.concatenate([_gather(function(batch)) for batch in self._read(names)])
+        rows = np.concatenate([np.asarray(function(batch)) for batch in self._read(names)])
         bounds = np.cumsum([self._sizes[name] for name in names])
         return dict(zip(names, np.split(rows[: bounds[-1]], bounds[:-1]), strict=True))
 
@@ -209,7 +209,7 @@ class InferenceEvaluator:
             scores = []
             for column in range(labels.shape[1]):
                 tokens = labels[rows, column]
-                score = _gather(score_fn(_with_targets(batch, tokens, rows)))
+                score = np.asarray(score_fn(_with_targets(batch, tokens, rows)))
                 scores.append(np.where(_gather(tokens).any(axis=1), score, -np.inf))
             targets = batch["decoder_target_tokens"]
             width = max(targets.shape[1], labels.shape[2])
@@ -302,7 +302,7 @@ def _with_targets(batch: data.Batch, tokens: np.ndarray, rows: np.ndarray) -> da
 
 
 def _gather(rows: Any) -> np.ndarray:
-    """Returns the rows of all hosts, in order."""
+    """Returns the rows of all hosts, in order, given this host's."""
     if jax.process_count() == 1:
         return np.asarray(rows)
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True))

@@ -58,15 +58,19 @@ def register(name: str, offset: int) -> None:
     )
 
 
+def register_all() -> None:
+    for offset, name in enumerate(TASKS):
+        if name not in seqio.TaskRegistry.names():
+            register(name, offset)
+
+
 def accuracy(targets, predictions):
     return {"accuracy": 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}  # noqa: B905
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    for offset, name in enumerate(TASKS):
-        if name not in seqio.TaskRegistry.names():
-            register(name, offset)
+    register_all()
     model = models.PromptedEncoderDecoder(Transformer(CONFIG), PromptTuning(P), Runs(TASKS))
     folder = tmp_path_factory.mktemp("backbone")
     tree = {k: v for k, v in tiny.params(model).items() if k != "prompt"}
@@ -75,7 +79,7 @@ def backbone(tmp_path_factory):
 
 def build(method=None, runs=None, rate=0.1, **overrides):
     runs = runs or Runs(TASKS)
-    schedule = Schedule(rate, total_steps=STEPS)
+    schedule = Schedule(rate, decay="constant")
     optimizer = PromptOptimizer({"shared": schedule, "task": schedule}, absent_tasks="hold")
     converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
         prompt_length=P, runs=runs, **kwargs
