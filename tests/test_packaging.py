@@ -41,12 +41,17 @@ def test_the_installed_wheel_finds_gin_files_and_tasks_from_anywhere(
     with zipfile.ZipFile(wheel) as archive:  # a pure wheel is installed by unpacking it
         archive.extractall(site)
     script = f"""
-import pathlib, gin, mpt_jax, tasks.toy, t5x
-from mpt_jax import gin_utils
+import pathlib, gin, mpt_jax, seqio, tasks.toy, t5x
+from mpt_jax import gin_utils, paths
+from mpt_jax.train import train  # the gin files configure the main module
 site = {str(site)!r}
 for module in (mpt_jax, tasks.toy):
     assert module.__file__.startswith(site), module.__file__
 assert not gin.__file__.startswith(site), gin.__file__
+gin_utils.parse(["gin/mpt_source.gin", "gin/tiny.gin"])
+assert gin.query_parameter("%SOURCE_TASKS")[0] in seqio.TaskRegistry.names()
+vocabulary = pathlib.Path(str(paths.shipped(name="toy.model")))
+assert vocabulary.is_relative_to(site) and vocabulary.exists(), vocabulary
 """
     child = subprocess.run(
         [sys.executable, "-c", script],

@@ -1,0 +1,1 @@
+"""SeqIO task suites. Importing a module of this package registers its tasks."""
