@@ -317,6 +317,8 @@ class PromptedEncoderDecoder:
         """Log-probability of each example's target, summed over its tokens, in nats."""
         if return_intermediates:
             raise ValueError("score_batch has no intermediates to return; leave it False.")
+        if "encoder_segment_ids" in batch:
+            raise ValueError("A packed row has no score of its own; set pack = False for scoring.")
         logits = self.forward(params, batch).logits
         cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
         return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
