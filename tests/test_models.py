@@ -272,12 +272,31 @@ def test_layers_that_do_not_exist_are_an_error(mpt):
         model.forward(mpt.params, tiny.arrays(mpt.batch), hidden=True)
 
 
+# --- T5X's loss ----------------------------------------------------------------------------------
+
+
+def test_t5xs_loss_has_our_gradients_and_none_where_parameters_are_frozen(mpt):
+    differentiate = jax.jit(jax.value_and_grad(mpt.model.loss_fn, has_aux=True))
+    (total, found), grads = differentiate(mpt.params, mpt.batch, None)
+    (sums, weights, _), expected = mpt.loss(mpt.batch)
+    ours, _ = losses.combine(mpt.model.objective, sums, weights)
+    np.testing.assert_allclose(total, ours, rtol=1e-6)
+    tiny.close(grads["prompt"], expected["prompt"], 1e-6)
+    for name, grad in flatten(grads).items():
+        assert name.startswith("prompt/") or not np.any(grad), name
+    np.testing.assert_allclose(
+        found["term/kl"].compute(), sums["kl"].sum() / weights["kl"].sum(), rtol=1e-5
+    )
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 
-def test_packed_batches_are_not_decoded(mpt):
-    with pytest.raises(ValueError, match="pack = False"):
-        mpt.model.predict_batch(mpt.params, tiny.arrays(tiny.pack(mpt.batch, [[0, 1]])))
+def test_packed_batches_are_neither_decoded_nor_scored(mpt):
+    packed = tiny.arrays(tiny.pack(mpt.batch, [[0, 1]]))
+    for use in (mpt.model.predict_batch, mpt.model.score_batch):
+        with pytest.raises(ValueError, match="pack = False"):
+            use(mpt.params, packed)
 
 
 def test_more_decodes_than_greedy_makes_are_an_error_and_sampling_makes_them(mpt):
