@@ -15,7 +15,15 @@ import jax
 from absl import logging
 from etils import epath
 
-from mpt_jax import checkpoints, compilation_cache, data, evaluation, gin_utils, train_state
+from mpt_jax import (
+    checkpoints,
+    compilation_cache,
+    data,
+    evaluation,
+    gin_utils,
+    host_memory,
+    train_state,
+)
 from mpt_jax.eval_loop import on_device
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner
@@ -65,6 +73,7 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
         use_orbax=not use_orbax,
     )
     compilation_cache.enable()
+    host_memory.keep_freed()
     evaluator = evaluation.InferenceEvaluator(
         dataset_cfg,
         model.FEATURE_CONVERTER_CLS,

@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mpt_jax import checkpoints, compilation_cache, data, gin_utils, train_state
+from mpt_jax import checkpoints, compilation_cache, data, gin_utils, host_memory, train_state
 from mpt_jax.eval import states
 from mpt_jax.eval_loop import on_device
 from mpt_jax.models import PromptedEncoderDecoder
@@ -95,6 +95,7 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     if not 0 <= shard_id < num_shards:
         raise ValueError(f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}.")
     compilation_cache.enable()
+    host_memory.keep_freed()
     if verify_matching_vocabs_fn is not None:
         verify_matching_vocabs_fn(dataset_cfg, model)
     tasks = seqio.get_subtasks(dataset_cfg.provider())

@@ -24,6 +24,7 @@ from mpt_jax import (
     data,
     evaluation,
     gin_utils,
+    host_memory,
     reporting,
     selection,
     train_state,
@@ -121,6 +122,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             "and first values come from train_state.Origins. Set it to None."
         )
     compilation_cache.enable()
+    host_memory.keep_freed()
     seed, started = random_seed or 0, time.monotonic()
 
     # --- Data ------------------------------------------------------------------------------------
