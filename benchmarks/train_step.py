@@ -6,8 +6,8 @@ T5-small shape, random weights, float32, CPU; B = 16, 100 prompt and 128 text po
 8, six tasks in every batch. Each contestant lives in a process of its own with all cores; they take
 turns, one step at a time, so that whatever else the machine does hits all of them. PEFT needs the
 `parity` extra. Figures are medians; memory is the peak resident set of the whole process after the
-last step, and of the same process before its model was built. Our trainer tells malloc to keep freed
-memory (mpt_jax/host_memory.py); PEFT runs as it comes, and once more with the same help.
+last step, and of the same process before its model was built. Our trainer tells malloc to keep
+freed memory (mpt_jax/host_memory.py); PEFT runs as it comes, and once more with the same help.
 """
 
 from __future__ import annotations
