@@ -1,5 +1,6 @@
 """Single layers against plain loops."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5 import T5Config, layers
+from mpt_jax.backbones.t5.lean import masked_softmax, rms_norm
 
 
 def slow_bucket(distance: int, bidirectional: bool, buckets: int, farthest: int) -> int:
@@ -76,12 +78,10 @@ def test_attention_equals_a_loop_over_heads():
     rng = np.random.default_rng(0)
     x, memory = (jnp.asarray(rng.normal(size=(2, n, 6)), jnp.float32) for n in (4, 5))
     mask = np.array([[1, 1, 1, 0, 1], [1, 0, 0, 0, 0]], bool)
-    biases = (
-        jnp.asarray(rng.normal(size=(1, 3, 4, 5)), jnp.float32),
-        layers.mask_bias(jnp.asarray(mask))[:, None, None],
-    )
+    bias = jnp.asarray(rng.normal(size=(1, 3, 4, 5)), jnp.float32)
+    allowed = jnp.asarray(mask)[:, None, None]
     module = layers.Attention(config, deterministic=True)
-    variables = module.init(jax.random.key(0), x, memory, biases)
+    variables = module.init(jax.random.key(0), x, memory, bias, allowed)
     kernels = {name: np.asarray(p["kernel"]) for name, p in variables["params"].items()}
     expected = np.zeros((2, 4, 6))
     for example in range(2):
@@ -91,7 +91,56 @@ def test_attention_equals_a_loop_over_heads():
             query = x[example] @ kernels["query"][:, columns]
             key = memory[example] @ kernels["key"][:, columns]
             value = memory[example] @ kernels["value"][:, columns]
-            scores = np.exp(query @ key.T + np.asarray(biases[0])[0, head]) * mask[example]
+            scores = np.exp(query @ key.T + np.asarray(bias)[0, head]) * mask[example]
             heads.append(scores / scores.sum(axis=1, keepdims=True) @ value)
         expected[example] = np.concatenate(heads, axis=1) @ kernels["out"]
-    np.testing.assert_allclose(module.apply(variables, x, memory, biases), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, x, memory, bias, allowed), expected, atol=1e-5
+    )
+
+
+def slow_softmax(scores, bias, mask):
+    """The textbook formula, differentiated automatically."""
+    scores = scores if bias is None else scores + bias
+    return jax.nn.softmax(scores + jnp.where(mask, 0.0, -1e10), axis=-1)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_softmax_and_its_backward_pass_are_the_textbook_s(with_bias):
+    rng = np.random.default_rng(0)
+    scores, weights = (jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.float32) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=(1, 3, 4, 5)), jnp.float32) if with_bias else None
+    mask = jnp.asarray(rng.random((2, 1, 1, 5)) < 0.7).at[0].set(False)  # a row of padding alone
+
+    def run(softmax, scores, bias):
+        return jnp.sum(weights * softmax(scores, bias, mask))
+
+    lean = lambda *args: masked_softmax(*args, jnp.dtype("float32"))  # noqa: E731
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(run, f), argnums=(0, 1)))(scores, bias)
+        for f in (lean, slow_softmax)
+    ]
+    for found, expected in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.all(np.isfinite(lean(scores, bias, mask)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norm_s_backward_pass_is_the_textbook_s(dtype):
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=(2, 3, 8)), dtype) for _ in range(2))
+    scale = jnp.linspace(0.5, 2, 8)
+
+    def lean(x, scale):
+        return jnp.sum((weights * rms_norm(x, scale, 1e-6, jnp.dtype(dtype))).astype(jnp.float32))
+
+    def slow(x, scale):
+        x = x.astype(jnp.float32)
+        y = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale[None, None]
+        return jnp.sum(weights.astype(jnp.float32) * y)
+
+    found, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, scale) for f in (lean, slow))
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -20,11 +20,8 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
 from mpt_jax.backbones.t5.config import T5Config
+from mpt_jax.backbones.t5.lean import masked_softmax, rms_norm
 from mpt_jax.shapes import Array, Bool, Float, Int
-
-# Added to the score of a pair that may not attend; finite, so that a row without any allowed
-# pair (padding in a packed batch) stays free of NaN.
-MASKED = -1e10
 
 Initializer = Callable[..., jax.Array]
 _normal_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -75,10 +72,7 @@ class LayerNorm(nn.Module):
         dtype = self.config.dtype
         shape = (x.shape[-1],)
         scale = param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=("embed",))
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = (x * jax.lax.rsqrt(mean_square + self.epsilon)).astype(dtype)
-        y = y * over_rows(jnp.asarray(scale, dtype), y)
+        y = rms_norm(x, jnp.asarray(scale), self.epsilon, dtype)
         if self.config.biases:
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, shape, jnp.float32, axes=("embed",)
@@ -104,13 +98,16 @@ class Embed(nn.Module):
 
     def attend(self, x: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
         """Scores of every row of the table, float32, scaled by H^-0.5."""
-        return float32_product(x, jnp.asarray(self.embedding).T) / math.sqrt(self.config.emb_dim)
+        scores = float32_product("blh,vh->blv", x, jnp.asarray(self.embedding))
+        return scores / math.sqrt(self.config.emb_dim)
 
 
-def float32_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x W` accumulated and returned in float32, without a float32 copy of a bfloat16 `W`."""
-    x = x.astype(jnp.promote_types(x.dtype, kernel.dtype))
-    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+def float32_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A product accumulated and returned in float32, without a float32 copy of a bfloat16 `W`."""
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    return jnp.einsum(
+        spec, x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
+    )
 
 
 class OutputProjection(nn.Module):
@@ -124,7 +121,7 @@ class OutputProjection(nn.Module):
         kernel = param_with_axes(
             "kernel", _truncated_fan_in, shape, jnp.float32, axes=("embed", "vocab")
         )
-        return float32_product(x, jnp.asarray(kernel))
+        return float32_product("blh,hv->blv", x, jnp.asarray(kernel))
 
 
 def distance_buckets(
@@ -192,11 +189,6 @@ class RelativePositionBias(nn.Module):
         return toeplitz(window, queries)[None]
 
 
-def mask_bias(mask: Bool[Array, "*pairs"]) -> Float[Array, "*pairs"]:
-    """0 where a pair may attend, a very negative number where it may not."""
-    return jnp.where(mask, 0.0, MASKED)
-
-
 class Dropout(nn.Module):
     """Dropout with one draw shared along the length, as T5 has it everywhere."""
 
@@ -227,7 +219,8 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B Q H"],
         memory: Float[Array, "B K H"],
-        biases: Sequence[jax.Array],
+        bias: Float[Array, "1 N Q M"] | None,
+        mask: Bool[Array, "#B 1 #Q M"],
         cache_index: Int[Array, ""] | None = None,
         cache_length: int | None = None,
     ) -> Float[Array, "B Q H"]:
@@ -243,8 +236,8 @@ class Attention(nn.Module):
             key, value = self._cached_positions(compute(), cache_index, cache_length)
         scores_dtype = jnp.float32 if cfg.float32_attention_logits else None
         scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=scores_dtype)
-        probabilities = jax.nn.softmax(sum(biases, start=scores.astype(jnp.float32)))
-        probabilities = Dropout(cfg, self.deterministic)(probabilities.astype(cfg.dtype))
+        probabilities = masked_softmax(scores.astype(jnp.float32), bias, mask, cfg.dtype)
+        probabilities = Dropout(cfg, self.deterministic)(probabilities)
         context = jnp.einsum("bnqk,bnkd->bnqd", probabilities, value)
         context = context.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         return Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg, _normal_fan_in, name="out")(context)
@@ -309,15 +302,23 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         cfg = self.config
-        single = len(cfg.mlp_activations) == 1
-        parts = []
-        for i, activation in enumerate(cfg.mlp_activations):
-            name = "wi" if single else f"wi_{i}"
-            hidden = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg, name=name)(x)
-            parts.append(_ACTIVATIONS[activation](hidden))
-        hidden = Dropout(cfg, self.deterministic)(functools.reduce(operator.mul, parts))
+        names = [f"wi_{i}" for i in range(len(cfg.mlp_activations))]
+        if len(names) == 1:
+            names, activate = ["wi"], _activated
+        else:
+            # A gate needs its inputs again in the backward pass, so nothing else is kept.
+            activate = jax.checkpoint(_activated, static_argnums=0)
+        inner = [Dense(cfg.mlp_dim, ("embed", "mlp"), cfg, name=name)(x) for name in names]
+        hidden = activate(cfg.mlp_activations, *inner)
+        hidden = Dropout(cfg, self.deterministic)(hidden)
         hidden = constrain(hidden, "batch", "length", "mlp")
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg, name="wo")(hidden)
+
+
+def _activated(names: tuple[str, ...], *inner: jax.Array) -> jax.Array:
+    """The product of the activations, one for each input projection."""
+    activated = (_ACTIVATIONS[name](x) for name, x in zip(names, inner, strict=True))
+    return functools.reduce(operator.mul, activated)
 
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -6,7 +6,7 @@ writes its rows in, and passes embeddings with a mask to `encode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -35,11 +35,14 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T H"], biases: Sequence[jax.Array]
+        self,
+        x: Float[Array, "B T H"],
+        bias: Float[Array, "1 N T T"],
+        mask: Bool[Array, "B 1 #T T"],
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"] | None]:
         cfg, deterministic = self.config, self.deterministic
         normed = layers.LayerNorm(cfg, name="pre_attention_layer_norm")(x)
-        y = layers.Attention(cfg, deterministic, name="attention")(normed, normed, biases)
+        y = layers.Attention(cfg, deterministic, name="attention")(normed, normed, bias, mask)
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
         y = layers.Mlp(cfg, deterministic, name="mlp")(normed)
@@ -63,20 +66,21 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B L H"],
         encoded: Float[Array, "B T H"],
-        self_biases: Sequence[jax.Array],
-        cross_biases: Sequence[jax.Array],
+        bias: Float[Array, "1 N L M"],
+        self_mask: Bool[Array, "#B 1 L M"],
+        cross_mask: Bool[Array, "B 1 #L T"],
         cache_index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B L H"], Float[Array, "B L H"] | None]:
         cfg, deterministic = self.config, self.deterministic
         self_cache, cross_cache = ("self", "cross") if self.cache_length else ("none", "none")
         normed = layers.LayerNorm(cfg, name="pre_self_attention_layer_norm")(x)
         y = layers.Attention(cfg, deterministic, self_cache, name="self_attention")(
-            normed, normed, self_biases, cache_index, self.cache_length
+            normed, normed, bias, self_mask, cache_index, self.cache_length
         )
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_cross_attention_layer_norm")(x)
         y = layers.Attention(cfg, deterministic, cross_cache, name="encoder_decoder_attention")(
-            normed, encoded, cross_biases
+            normed, encoded, None, cross_mask
         )
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
@@ -158,11 +162,11 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "B T H"], Hidden]:
         cfg, length = self.config, x.shape[1]
         relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
-        biases = (relative(length, length), pair_bias(mask, segment_ids, segment_ids))
+        others = (relative(length, length), pair_mask(mask, segment_ids, segment_ids))
         embedded = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
         fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
         x, inner = run_layers(
-            EncoderLayer, fields, cfg, "encoder", self.is_initializing(), embedded, biases
+            EncoderLayer, fields, cfg, "encoder", self.is_initializing(), embedded, *others
         )
         x = layers.LayerNorm(cfg, name="encoder_norm")(x)
         # Alone among T5's dropouts this one draws for every position.
@@ -189,12 +193,12 @@ class Decoder(nn.Module):
         tied_logits: Callable[[jax.Array], jax.Array] | None,
     ) -> tuple[Float[Array, "B L V"], Hidden]:
         cfg = self.config
-        cross_biases = (pair_bias(encoder_mask, decoder_segment_ids, encoder_segment_ids),)
-        self_biases, cache_index = self._self_biases(y.shape[1], decoder_segment_ids, cache_length)
+        bias, self_mask, cache_index = self._causal(y.shape[1], decoder_segment_ids, cache_length)
+        cross_mask = pair_mask(encoder_mask, decoder_segment_ids, encoder_segment_ids)
         embedded = layers.Dropout(cfg, deterministic)(y.astype(cfg.dtype))
         fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
         fields["cache_length"] = cache_length
-        others = (encoded, self_biases, cross_biases, cache_index)
+        others = (encoded, bias, self_mask, cross_mask, cache_index)
         y, inner = run_layers(
             DecoderLayer, fields, cfg, "decoder", self.is_initializing(), embedded, *others
         )
@@ -206,9 +210,9 @@ class Decoder(nn.Module):
             logits = layers.OutputProjection(cfg, name="logits_dense")(y)
         return logits, (embedded, *inner[:-1], y)
 
-    def _self_biases(
+    def _causal(
         self, length: int, segment_ids: jax.Array | None, cache_length: int | None
-    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Relative positions and causality, for a whole sequence or for a step with a cache."""
         relative = layers.RelativePositionBias(self.config, bidirectional=False, name="relpos_bias")
         index, keys = None, length
@@ -219,24 +223,22 @@ class Decoder(nn.Module):
                 index, keys = counter.value, cache_length
                 counter.value = index + length
         first = 0 if index is None else index
-        causal = jnp.arange(keys)[None] <= (first + jnp.arange(length))[:, None]
-        biases = (relative(length, keys, first), layers.mask_bias(causal)[None, None])
+        mask = (jnp.arange(keys)[None] <= (first + jnp.arange(length))[:, None])[None, None]
         if segment_ids is not None:
-            same = segment_ids[:, :, None] == segment_ids[:, None, :]
-            biases = (biases[0], layers.mask_bias(causal[None] & same)[:, None])
-        return biases, index
+            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        return relative(length, keys, first), mask, index
 
 
-def pair_bias(
+def pair_mask(
     key_mask: Bool[Array, "B K"],
     query_segments: Int[Array, "B Q"] | None,
     key_segments: Int[Array, "B K"] | None,
-) -> Float[Array, "B 1 Q K"] | Float[Array, "B 1 1 K"]:
+) -> Bool[Array, "B 1 Q K"] | Bool[Array, "B 1 1 K"]:
     """Which keys a query may see: those of the mask, in its own segment where rows are packed."""
-    allowed = key_mask[:, None, :]
+    mask = key_mask[:, None, :]
     if query_segments is not None and key_segments is not None:
-        allowed = allowed & (query_segments[:, :, None] == key_segments[:, None, :])
-    return layers.mask_bias(allowed)[:, None]
+        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+    return mask[:, None]
 
 
 class Transformer(nn.Module):
