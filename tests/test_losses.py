@@ -45,9 +45,9 @@ class Oracle:
     def __init__(self, objective: Objective, runs: Runs, student, teacher=None, batch=BATCH):
         self.objective, self.distil = objective, objective.distillation
         self.student, self.teacher, self.batch, self.runs = student, teacher, batch, runs
-        names = objective.term_weights()
-        self.sums = {name: np.zeros(runs.num_groups) for name in names}
-        self.weights = {name: np.zeros(runs.num_groups) for name in names}
+        self.factors = self.factors_of_terms()
+        self.sums = {name: np.zeros(runs.num_groups) for name in self.factors}
+        self.weights = {name: np.zeros(runs.num_groups) for name in self.factors}
         for i, slots in enumerate(batch["encoder_prompt_slots"]):
             if not slots.any():
                 continue
@@ -58,6 +58,15 @@ class Oracle:
                     self.hidden(i, group)
                 if self.distil.prompt_distance:
                     self.add("prompt_distance", group, self.prompts(i), tiny.PROMPT * H)
+
+    def factors_of_terms(self) -> dict[str, float]:
+        factors = {"cross_entropy": 1.0, "z_loss": self.objective.z_loss}
+        if (distil := self.distil) is not None:
+            squared = distil.temperature**2 if distil.t2_scale else 1.0
+            factors["kl"] = distil.logits * distil.weight * squared
+            factors["hidden_encoder"] = factors["hidden_decoder"] = distil.hidden * distil.weight
+            factors["prompt_distance"] = distil.prompt_distance * distil.weight
+        return {name: factor for name, factor in factors.items() if factor}
 
     def add(self, term: str, group: int, value: float, weight: float) -> None:
         self.sums[term][group] += value
@@ -97,8 +106,7 @@ class Oracle:
         return np.sum((np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)) ** 2)
 
     def total(self) -> float:
-        factors = self.objective.term_weights()
-        return sum(factors[t] * (self.sums[t] / self.weights[t]).sum() for t in self.sums)
+        return sum(self.factors[t] * (self.sums[t] / self.weights[t]).sum() for t in self.sums)
 
 
 def groups_of(runs: Runs, batch=BATCH) -> losses.Groups:
