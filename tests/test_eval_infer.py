@@ -1,0 +1,250 @@
+"""Evaluation and inference of saved prompts, against decoding and scoring one example at a time."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from mpt_jax import artefacts, checkpoints, eval, features, infer, train_state
+from mpt_jax.convert.t5x import save_t5x
+from mpt_jax.data import DatasetConfig
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.runs import Runs
+from mpt_jax.sampling import task_mixture
+from tests import tiny
+
+TASKS = ("judged_a", "judged_b")
+SIZE, BATCH = 7, 4
+LENGTHS = {"inputs": 4, "targets": 3}
+VOCABULARY = seqio.ByteVocabulary()
+
+
+def register(name: str, offset: int) -> None:
+    def examples(split, shuffle_files, seed=None):
+        return tf.data.Dataset.range(SIZE).map(
+            lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.strings.as_string(offset)}
+        )
+
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(examples, ("test",), {"test": SIZE}),
+        preprocessors=features.finish(name),
+        output_features=features.output_features(VOCABULARY),
+        metric_fns=[accuracy],
+    )
+
+
+def accuracy(targets, predictions):
+    return {"accuracy": float(np.mean(np.asarray(targets) == np.asarray(predictions)))}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, its parameters, and a MODEL_DIR with steps 0 and 3 of them."""
+    for offset, name in enumerate(TASKS):
+        register(name, offset)
+    runs = Runs(TASKS)
+    converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
+        prompt_length=tiny.PROMPT, runs=runs, **kwargs
+    )
+    model = tiny.model(
+        runs,
+        MPT(tiny.PROMPT),
+        tiny.config(vocab_size=384),
+        input_vocabulary=VOCABULARY,
+        output_vocabulary=VOCABULARY,
+        feature_converter_cls=converter,
+    )
+    params = tiny.params(model)
+    folder = tmp_path_factory.mktemp("saved")
+    backbone = {name: tree for name, tree in params.items() if name != "prompt"}
+    origins = {"backbone": str(save_t5x(folder, backbone, 0))}
+    state = tiny.state(model, params)
+    kept = checkpoints.resolve(str(folder / "run"), keep=None)
+    for step in (0, 3):
+        kept.save(state.replace(step=jax.numpy.asarray(step, jax.numpy.int32)), {})
+    kept.close()
+    return types.SimpleNamespace(
+        model=model, params=params, folder=folder, origins=origins, run=folder / "run"
+    )
+
+
+def config(names=TASKS, **overrides):
+    arguments = dict(task_feature_lengths=LENGTHS, split="test", batch_size=BATCH, shuffle=False)
+    return DatasetConfig(task_mixture(names), seed=0, **{**arguments, **overrides})
+
+
+def arguments(saved, path="checkpoint_3", mode="specific", origins=None, **overrides):
+    made = train_state.Origins(**{**saved.origins, **(origins or {})})
+    return {
+        "model": saved.model,
+        "dataset_cfg": config(),
+        "restore_checkpoint_cfg": checkpoints.RestoreCheckpointConfig(
+            path and str(saved.run / path), mode
+        ),
+        "partitioner": PjitPartitioner(),
+        "train_state_initializer_cls": lambda: types.SimpleNamespace(origins=made),
+        "summarize_config_fn": lambda *_: None,
+        **overrides,
+    }
+
+
+def one_by_one(saved, name):
+    """(text, target, prediction, score) of every example, each in a batch of its own."""
+    dataset = seqio.TaskRegistry.get(name).get_dataset(LENGTHS, "test", shuffle=False)
+    converted = saved.model.FEATURE_CONVERTER_CLS(pack=False)(dataset, LENGTHS)
+    for text, batch in zip(dataset, converted.batch(1).as_numpy_iterator(), strict=True):
+        batch = {feature: jax.numpy.asarray(value) for feature, value in batch.items()}
+        tokens = saved.model.predict_batch(saved.params, batch)[0]
+        logits = saved.model.forward(saved.params, batch).logits[0]
+        logged = np.asarray(jax.nn.log_softmax(logits))
+        targets = batch["decoder_target_tokens"][0]
+        score = sum(logged[i, token] for i, token in enumerate(targets) if token)
+        strings = (text[f"{k}_pretokenized"].numpy().decode() for k in ("inputs", "targets"))
+        yield *strings, VOCABULARY.decode(np.asarray(tokens).tolist()), float(score)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_metrics_are_those_of_the_decoded_examples(saved, tmp_path):
+    scores = eval.evaluate(output_dir=str(tmp_path), **arguments(saved))
+    assert list(scores) == [3]
+    for name in TASKS:
+        rows = list(one_by_one(saved, name))
+        expected = np.mean([target == prediction for _, target, prediction, _ in rows])
+        assert scores[3][name]["accuracy"] == pytest.approx(expected)
+        assert (tmp_path / "inference_eval" / f"{name}-metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("mode", ["predict", "score", "predict_with_aux"])
+def test_files_hold_what_the_model_says(mode, saved, tmp_path):
+    files = infer.infer(output_dir=str(tmp_path), mode=mode, **arguments(saved))
+    assert [
+        f"{name}-{mode}.jsonl-00000-of-00001" in f for name, f in zip(TASKS, files, strict=True)
+    ]
+    for name, path in zip(TASKS, files, strict=True):
+        expected = list(one_by_one(saved, name))
+        found = read(path)
+        assert len(found) == SIZE
+        for line, (text, target, prediction, score) in zip(found, expected, strict=True):
+            assert line["inputs"] == {"inputs_pretokenized": text, "targets_pretokenized": target}
+            if mode == "score":
+                assert line["score"] == pytest.approx(score, abs=1e-4)
+            else:
+                assert line["prediction"] == prediction
+            assert ("aux" in line) == (mode == "predict_with_aux")
+        assert (tmp_path / f"{path}.COMPLETED").exists()
+
+
+def test_a_stopped_run_goes_on_where_it_was(saved, tmp_path):
+    whole = infer.infer(output_dir=str(tmp_path / "a"), mode="score", **arguments(saved))[0]
+    folder = tmp_path / "b"
+    folder.mkdir()
+    name = whole.rpartition("/")[2]
+    # Three examples finished, of which the file must keep the text; the fourth was cut.
+    kept = [json.dumps({"mark": i}) for i in range(3)]
+    (folder / f"{name}.partial").write_text("\n".join(kept) + '\n{"inputs": {"inp')
+    infer.infer(
+        output_dir=str(folder), mode="score", **arguments(saved, dataset_cfg=config(TASKS[:1]))
+    )
+    found, expected = read(folder / name), read(whole)
+    assert found[:3] == [{"mark": 0}, {"mark": 1}, {"mark": 2}]
+    for line, other in zip(found[3:], expected[3:], strict=True):
+        assert line["inputs"] == other["inputs"]
+        assert line["score"] == pytest.approx(other["score"], abs=1e-5)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_shards_make_up_the_whole(saved, tmp_path):
+    settings = arguments(saved, dataset_cfg=config(TASKS[:1]))
+    (whole,) = infer.infer(output_dir=str(tmp_path), **settings)
+    parts = []
+    for shard in range(2):
+        (path,) = infer.infer(output_dir=str(tmp_path), shard_id=shard, num_shards=2, **settings)
+        assert path.endswith(f"-{shard:05}-of-00002")
+        parts += read(path)
+    key = lambda line: line["inputs"]["inputs_pretokenized"]  # noqa: E731
+    assert sorted(parts, key=key) == sorted(read(whole), key=key)
+
+
+def test_an_artefact_is_evaluated_without_a_checkpoint(saved, tmp_path):
+    """Its prompts are the checkpoint's, so its predictions are too."""
+    embedding = saved.params["token_embedder"]["embedding"]
+    path = artefacts.save_artefact(
+        tmp_path / "artefact",
+        saved.model.prompt,
+        saved.params["prompt"],
+        saved.model.runs,
+        embedding_sha256=artefacts.embedding_digest(embedding),
+        vocabulary_sha256=None,
+        backbone="tiny",
+        step=3,
+    )
+    same = MPT(tiny.PROMPT, start_from="same")
+    model = tiny.model(
+        saved.model.runs,
+        same,
+        saved.model.module.config,
+        output_vocabulary=VOCABULARY,
+        feature_converter_cls=saved.model.FEATURE_CONVERTER_CLS,
+    )
+    by_checkpoint = infer.infer(output_dir=str(tmp_path / "a"), mode="score", **arguments(saved))
+    settings = arguments(saved, "", origins={"artefact": str(path)}, model=model)
+    by_artefact = infer.infer(output_dir=str(tmp_path / "b"), mode="score", **settings)
+    for first, second in zip(by_checkpoint, by_artefact, strict=True):
+        assert read(first) == read(second)
+
+
+def test_modes_of_a_restore_configuration(saved):
+    def steps(path, mode):
+        cfg = checkpoints.RestoreCheckpointConfig(path, mode)
+        made = train_state.Origins(**saved.origins)
+        found = eval.states(saved.model, made, PjitPartitioner(), cfg)
+        return [int(state.step) for state in found]
+
+    run = str(saved.run)
+    assert steps(run, "all") == [0, 3]
+    assert steps(run, "latest") == [3]
+    assert steps([f"{run}/checkpoint_3", f"{run}/checkpoint_0"], "specific") == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [("checkpoint_7", "specific"), ("", "specific"), ("nothing", "latest"), ("nothing", "all")],
+)
+def test_a_missing_checkpoint_lists_those_there_are(path, mode, saved, tmp_path):
+    settings = arguments(saved, path or ".", mode)
+    with pytest.raises(FileNotFoundError, match="No checkpoint of a run at") as caught:
+        eval.evaluate(output_dir=str(tmp_path), **settings)
+    assert ("checkpoint_3" in str(caught.value)) == (path != "nothing")
+
+
+def test_nothing_to_evaluate_is_an_error(saved, tmp_path):
+    with pytest.raises(ValueError, match="CHECKPOINT_PATH"):
+        eval.evaluate(output_dir=str(tmp_path), **arguments(saved, ""))
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "message"),
+    [
+        ("evaluate", {"fallback_init_rng": 0}, "evaluate.fallback_init_rng would have no effect"),
+        ("evaluate", {"use_orbax": False}, "evaluate.use_orbax"),
+        ("infer", {"merge_fn": print}, "infer.merge_fn"),
+        ("infer", {"mode": "guess"}, "infer.mode must be one of"),
+        ("infer", {"shard_id": 2, "num_shards": 2}, "infer.shard_id must be in 0 .. 1"),
+    ],
+)
+def test_settings_without_effect_are_errors(function, settings, message, saved, tmp_path):
+    call = {"evaluate": eval.evaluate, "infer": infer.infer}[function]
+    with pytest.raises(ValueError, match=message):
+        call(output_dir=str(tmp_path), **arguments(saved), **settings)
