@@ -84,6 +84,13 @@ def test_tiny_turns_any_stage_into_a_toy_run(name):
     assert Path(value("STAGE_DIR")).parent.name == "tiny"
 
 
+def test_pretraining_trains_the_whole_tiny_t5():
+    parse(["gin/pretrain_tiny.gin"])
+    model = value("MODEL")
+    sizes = [int(np.prod(shape)) for shape in abstract_params(model).values()]
+    assert trained(model) == sum(sizes) < 5e6
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_can_take_a_stages_place(name):
     """On the toy suite, for speed; sizes are tested above."""
