@@ -90,13 +90,29 @@ class PromptedEncoderDecoder:
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
-        """What T5X, and our own trainer, build the feature converter from."""
+        """What T5X, and our own trainer, build the feature converter from.
+
+        Calling it raises ValueError where the converter reserves another number of positions than
+        the method's prompts have: the rest would be read as padding, or text as prompt.
+        """
         if self.feature_converter_cls is None:
             raise ValueError(
                 "This model has no feature converter; bind PromptedEncoderDecoder."
                 "feature_converter_cls (gin/models/prompted_t5.gin does)."
             )
-        return self.feature_converter_cls
+        return self._converter
+
+    def _converter(self, **settings: Any) -> Any:
+        assert self.feature_converter_cls is not None
+        converter = self.feature_converter_cls(**settings)
+        reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length
+        if reserved is not None and reserved != length:
+            raise ValueError(
+                f"The feature converter reserves {reserved} positions for a prompt, and the "
+                f"method {self.prompt.name!r} has prompts of {length}: bind both to one macro "
+                "(PROMPT_LENGTH)."
+            )
+        return converter
 
     @property
     def has_teacher(self) -> bool:

@@ -270,3 +270,8 @@ def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
     config = artefacts.load_artefact(tmp_path / "run" / "artefact").config
     assert config["metrics"]["best_step"] == best.best_step
     assert (tmp_path / "run" / "inference_eval").is_dir()
+
+
+def test_a_converter_for_another_prompt_length_is_refused(backbone, tmp_path):
+    with pytest.raises(ValueError, match="reserves 3 positions .* 'mpt' has prompts of 4"):
+        run(backbone, tmp_path / "run", build(MPT(P + 1)))
