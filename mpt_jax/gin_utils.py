@@ -203,7 +203,7 @@ def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
 def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours)
-    logging.info("Trainer: mpt_jax %s (T5X is not used).", mpt_jax.__version__)
+    t5x_import.announce_own()
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     try:

@@ -18,7 +18,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import mpt_jax
+
 VARIABLE = "MPT_JAX_TRAINER"
+_ANNOUNCED: list[str] = []
 FOLDER = Path(__file__).parent / "t5x_fallback"
 # What `import t5x.<name>` can find here; the scripts are for `python -m`.
 OFFERED = ("gin_utils", "partitioning", "trainer", "utils")
@@ -73,10 +76,27 @@ def become(name: str) -> None:
     if real is None:
         install()
         return
+    if sys.argv[:1] == ["-m"]:  # python -m t5x.train, not an import
+        announce(f"T5X from {real.origin}, found by mpt_jax {mpt_jax.__version__}")
     module = importlib.util.module_from_spec(real)
     sys.modules[name] = module
     assert real.loader is not None
     real.loader.exec_module(module)
+
+
+def announce(trainer: str) -> None:
+    """Says which trainer runs, as the first line of a run's log and once.
+
+    Straight to stderr: loggers come up with the heavy imports, and those have lines of their own.
+    """
+    if not _ANNOUNCED:
+        _ANNOUNCED.append(trainer)
+        print(f"Trainer: {trainer}.", file=sys.stderr, flush=True)
+
+
+def announce_own() -> None:
+    """Says that this library's trainer runs."""
+    announce(f"mpt_jax {mpt_jax.__version__} (T5X is not used)")
 
 
 def install() -> types.ModuleType:

@@ -134,3 +134,22 @@ def test_scripts_are_found_by_python_m(script, tmp_path):
     code = f"import importlib.util; print(importlib.util.find_spec('t5x.{script}').origin)"
     found = answer(code, ROOT, cwd=tmp_path, MPT_JAX_TRAINER="own")
     assert found == str(ROOT / "mpt_jax" / "t5x_fallback" / f"{script}.py")
+
+
+def test_the_first_line_says_which_trainer_runs(real, tmp_path):
+    """Before any import that is slow or noisy."""
+    (real / "t5x" / "train.py").write_text("import sys; print('trains', file=sys.stderr)\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPT_JAX"))}
+    lines = {}
+    for trainer in ("own", "t5x"):
+        child = subprocess.run(
+            [sys.executable, "-m", "t5x.train", "--gin_file=no_such_file.gin"],
+            cwd=tmp_path,
+            env=environment
+            | {"PYTHONPATH": f"{ROOT}{os.pathsep}{real}", "MPT_JAX_TRAINER": trainer},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        lines[trainer] = child.stderr.splitlines()
+    assert lines["own"][0].startswith("Trainer: mpt_jax") and "T5X is not used" in lines["own"][0]
+    assert any("No gin file 'no_such_file.gin'" in line for line in lines["own"])
+    assert lines["t5x"][0].startswith("Trainer: T5X from") and lines["t5x"][-1] == "trains"

@@ -2,5 +2,8 @@
 
 import runpy
 
+from mpt_jax import t5x_import
+
 if __name__ == "__main__":
+    t5x_import.announce_own()
     runpy.run_module("mpt_jax.train", run_name="__main__", alter_sys=True)
