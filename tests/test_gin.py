@@ -89,6 +89,7 @@ def test_pretraining_trains_the_whole_tiny_t5():
     model = value("MODEL")
     sizes = [int(np.prod(shape)) for shape in abstract_params(model).values()]
     assert trained(model) == sum(sizes) < 5e6
+    assert model.FEATURE_CONVERTER_CLS(pack=False).prompt_length == 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -98,8 +99,8 @@ def test_a_method_can_take_a_stages_place(name):
     stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
     parse([stage, "gin/tiny.gin", name])
     model = value("MODEL")
-    learning = trained(model)
-    assert 0 < learning
+    assert trained(model) > 0
+    assert model.FEATURE_CONVERTER_CLS(pack=False).prompt_length == (20 if prompts else 0)
     # The optimizer has a learning rate for every label that learns.
     labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
     assert labels == set(model.optimizer_def.learning_rates)
