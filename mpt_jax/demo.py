@@ -31,7 +31,8 @@ SEEDS = (0, 1, 2)
 # The source prompt that PT starts from in the arm "PT from a source prompt": fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
-SOURCE_BINDINGS: dict[str, tuple[str, ...]] = {"pt_source": (), "mpt_source": ()}
+SOURCE_STEPS, TARGET_STEPS, ROWS_PER_RUN = 300, 200, 4
+SOURCE_RATE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,10 @@ def methods(root: Path) -> tuple[Method, ...]:
 def learning_rate(gin_file: str, rate: float) -> tuple[str, ...]:
     """Bindings for a peak learning rate; MPT's factors keep the paper's 4/3 of the shared one."""
     shared = f"LEARNING_RATE = {rate}"
-    is_mpt = gin_file == "gin/mpt_target.gin"
-    return (shared, f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}") if is_mpt else (shared,)
+    if gin_file == "gin/mpt_target.gin":
+        return (shared, f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}")
+    # MPT warms up for a tenth of its steps; the others are given as many.
+    return (shared, f"WARMUP_STEPS = {TARGET_STEPS // 10}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -77,12 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="all targets, k = 4, 16, 32 and full")
     parser.add_argument("--root", default=os.path.join(paths.root(), "demo"), help="where to write")
     args = parser.parse_args(argv)
-    logging.set_verbosity(logging.INFO)
+    gin_utils.log_progress()
     compilation_cache.enable()
     started = time.monotonic()
     root = Path(args.root)
     for stage in ("pt_source", "mpt_source"):
-        run_stage(root, stage, f"gin/{stage}.gin", SOURCE_BINDINGS[stage])
+        bindings = [f"TRAIN_STEPS = {SOURCE_STEPS}", f"LEARNING_RATE = {SOURCE_RATE}"]
+        run_stage(root, stage, f"gin/{stage}.gin", bindings)
     targets = ALL_TARGETS if args.full else TARGETS
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)
     results = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
@@ -118,6 +122,8 @@ def adapt(root: Path, method: Method, targets: Sequence[str], shots: int | None)
             f"TARGET_TASKS = {[task for task, _ in job]}",
             f"RUN_NAMES = {[runs[run] for run in job]}",
             "GROUPS = 'independent'",
+            f"BATCH_SIZE = {ROWS_PER_RUN * len(job)}",
+            f"TRAIN_STEPS = {TARGET_STEPS}",
             *method.bindings,
         ]
         scores |= run_stage(root, name, method.gin_file, bindings)

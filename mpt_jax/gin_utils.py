@@ -14,6 +14,7 @@ import importlib
 import logging as stdlib_logging
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -201,8 +202,7 @@ def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
 
 
 def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_is_ours)
+    log_progress()
     t5x_import.announce_own()
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -213,10 +213,29 @@ def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
         parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
         run = configured(function)
         run()
-    except ConfigError as error:
-        logging.error("%s", error)
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        logging.debug("Where it was raised:", exc_info=True)  # shown with --verbosity=1
+        logging.error("%s", str(error).partition("\n  In call to configurable")[0])
         sys.exit(2)
     jax.effects_barrier()
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether this library raised an error itself: its message says all, a traceback nothing
+    more. Whatever other code raises below us is a defect, and shown whole."""
+    if not isinstance(error, (ValueError, OSError, RuntimeError)):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and PACKAGE in Path(frames[-1].filename).parents
+
+
+def log_progress() -> None:
+    """Shows this library's messages on standard error, and other libraries' warnings."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_ours)
 
 
 def _is_ours(record: stdlib_logging.LogRecord) -> bool:
