@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -220,8 +221,9 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
     def _unreadable(self, step: int, error: Exception) -> str:
-        reason = str(error).strip().splitlines()
-        return f"{self.path(step)} cannot be read ({type(error).__name__}: {reason[:1]})."
+        # A store's own message goes on with a page of settings.
+        reason = textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
+        return f"{self.path(step)} cannot be read ({type(error).__name__}: {reason})."
 
 
 def resolve(model_dir: str, keep: int | None = 1) -> Checkpoints:
