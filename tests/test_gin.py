@@ -97,7 +97,7 @@ def test_a_method_can_take_a_stages_place(name):
     """On the toy suite, for speed; sizes are tested above."""
     prompts = name in ("gin/methods/mpt.gin", "gin/methods/prompt_tuning.gin")
     stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
-    parse([stage, "gin/tiny.gin", name])
+    parse([stage, name, "gin/tiny.gin"])
     model = value("MODEL")
     assert trained(model) > 0
     assert model.FEATURE_CONVERTER_CLS(pack=False).prompt_length == (20 if prompts else 0)
