@@ -11,6 +11,7 @@ import difflib
 import inspect
 import re
 import sys
+import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,6 +178,8 @@ def explain(error: Exception) -> str | None:
         return f"A gin file includes one that does not exist. {text}"
     if re.match(r"'\w+' was not provided by an import statement", text):
         return f"{text} Add the import to that gin file."
+    if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
+        return f"Unable to parse value: {error.args[0]}. Is a quote or a bracket left open?"
     return text if isinstance(error, UnreadBinding | UnboundMacro | SyntaxError) else None
 
 
