@@ -37,7 +37,8 @@ class T5Config:
         biases: adds a zero-initialised bias to every projection and layer norm, which T5 lacks,
             so that BitFit has something to train.
         remat: what the backward pass recomputes: `none`, `minimal` (all but products with
-            weights) or `full` (whole layers).
+            weights) or `full` (whole layers). On CPU it saves memory only together with
+            `scan_layers`: there XLA merges what is recomputed with what was computed.
         scan_layers: runs the layers as one loop over stacked weights (see `scan.py`), which
             compiles in a time that does not grow with depth.
     """

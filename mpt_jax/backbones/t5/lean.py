@@ -9,6 +9,7 @@ that are alive anyway. Both are for reverse mode only.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from mpt_jax.shapes import Array, Bool, Float
 MASKED = -1e10
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def masked_softmax(
     scores: Float[Array, "B N Q K"],
     bias: Float[Array, "1 N Q K"] | None,
@@ -31,6 +31,12 @@ def masked_softmax(
 
     Keeps the probabilities, in `dtype`, which the product with the values keeps as well.
     """
+    probabilities: jax.Array = _softmax(scores, bias, mask, dtype)
+    return probabilities
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _softmax(scores, bias, mask, dtype) -> Any:
     return _softmax_forward(scores, bias, mask, dtype)[0]
 
 
@@ -51,14 +57,19 @@ def _softmax_backward(dtype, kept, slope):
     return slope, None if unbiased else jnp.sum(slope, axis=0, keepdims=True), None
 
 
-masked_softmax.defvjp(_softmax_forward, _softmax_backward)
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rms_norm(
     x: Float[Array, "*rows H"], scale: Float[Array, "H"], epsilon: float, dtype: jnp.dtype
 ) -> Float[Array, "*rows H"]:
     """`x / rms(x) * scale`; statistics in float32, result in `dtype`. Keeps `x` and the rms."""
+    y: jax.Array = _norm(x, scale, epsilon, dtype)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _norm(x, scale, epsilon, dtype) -> Any:
     return _norm_forward(x, scale, epsilon, dtype)[0]
 
 
@@ -78,7 +89,7 @@ def _norm_backward(epsilon, dtype, kept, slope):
     return slope.astype(x.dtype), scale_slope.astype(scale.dtype)
 
 
-rms_norm.defvjp(_norm_forward, _norm_backward)
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
 def _along_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
