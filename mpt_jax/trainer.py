@@ -9,7 +9,6 @@ is not taken: the state stays as it was, and the host stops the run when it read
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -223,11 +222,3 @@ class Trainer:
                 found = self._eval_step(params, self.partitioner.shard_batch(batch))
                 totals = found if totals is None else self._merge(totals, found)
         return {} if totals is None else metrics.scalars(jax.device_get(totals), self.model.runs)
-
-    def warm_up(self, batch: Mapping[str, np.ndarray]) -> float:
-        """Compiles the training step for a batch's shapes; returns the seconds it took."""
-        start = time.monotonic()
-        with self.partitioner.activate():
-            shapes = self.partitioner.shard_batch(batch)
-            self._train_step.lower(self.state, shapes, self._rng, np.int32(self.step)).compile()
-        return time.monotonic() - start
