@@ -74,6 +74,12 @@ class PromptedEncoderDecoder:
         self.input_vocabulary = input_vocabulary
         self.output_vocabulary = output_vocabulary
         self.objective = objective or losses.Objective()
+        if self.has_teacher and not prompt.prompt_length:
+            raise ValueError(
+                f"Objective.distillation is set and the method {prompt.name!r} has no prompt: "
+                "teachers are prompts, so a student must be one too. Leave distillation unset, or "
+                "choose a prompt method."
+            )
         self.labels = (
             *labels,
             *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),

@@ -316,6 +316,11 @@ def test_a_model_without_feature_converter_says_where_it_is_bound(mpt):
         mpt.model.FEATURE_CONVERTER_CLS  # noqa: B018
 
 
+def test_without_a_prompt_there_is_nothing_to_distil(mpt):
+    with pytest.raises(ValueError, match="the method 'none' has no prompt"):
+        tiny.model(prompt=tiny.method("none"), objective=DISTILLED)
+
+
 def test_t5x_microbatches_are_refused(mpt):
     model = tiny.model(APART, MPT(tiny.PROMPT))
     model.whole_batch = 8
