@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -11,35 +12,39 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import assert_same_bits, backbone, prompts  # noqa: F401 - a fixture
+from tests.test_train import assert_same_bits, prompts
 
-STEPS, KILLS = 200, 3
-CHILD = """
-import sys
-from mpt_jax import checkpoints
-from tests import test_train as t
-t.register_all()
-save = checkpoints.SaveCheckpointConfig(period=5)
-t.run(sys.argv[1], sys.argv[2], steps={steps}, save=save, eval_period={steps})
-"""
+STEPS, KILLS = 100, 3
+STAGE = (
+    "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin",
+    f"--gin.TRAIN_STEPS={STEPS}", f"--gin.EVAL_PERIOD={STEPS}", "--gin.SAVE_PERIOD=5",
+    "--gin.EVAL_STEPS=1", "--gin.EVALUATOR_NUM_EXAMPLES=8",
+)  # fmt: skip
+
+
+def start(root: Path) -> subprocess.Popen:
+    environment = os.environ | {"MPT_JAX_ROOT": str(root)}
+    command = [sys.executable, "-m", "mpt_jax.train", *STAGE]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment)
+
+
+def model_dir(root: Path) -> Path:
+    return root / "tiny" / "mpt_source"
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(backbone, tmp_path):  # noqa: F811
-    command = [sys.executable, "-c", CHILD.format(steps=STEPS), backbone]
-    start = lambda folder: subprocess.Popen(  # noqa: E731
-        [*command, str(tmp_path / folder)], cwd=Path(__file__).parents[1]
-    )
-    assert start("whole").wait() == 0
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
     kills, rng = 0, random.Random(0)
     for _ in range(4 * KILLS):
-        child, seen = start("killed"), set((tmp_path / "killed").glob("checkpoint_*"))
+        child, seen = start(killed), set(model_dir(killed).glob("checkpoint_*"))
         while child.poll() is None and kills < KILLS:
-            if len(set((tmp_path / "killed").glob("checkpoint_*")) - seen) >= 1:
-                time.sleep(rng.random() * 0.5)  # anywhere: between saves or in the middle of one
+            if set(model_dir(killed).glob("checkpoint_*")) - seen:
+                time.sleep(rng.random())  # anywhere: between saves or in the middle of one
                 child.send_signal(signal.SIGKILL)
                 kills += child.wait() == -signal.SIGKILL
         if child.wait() == 0:
             break
     assert kills == KILLS
-    assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "killed"))
+    assert_same_bits(prompts(model_dir(whole)), prompts(model_dir(killed)))
