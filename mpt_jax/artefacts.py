@@ -86,6 +86,15 @@ def vocabulary_digest(vocabulary: Any) -> str | None:
     return hashlib.sha256(model).hexdigest()
 
 
+def digest(leaves: Mapping[str, Any]) -> str:
+    """sha256 of named arrays, as float32 whatever they are kept in."""
+    found = hashlib.sha256()
+    for name in sorted(leaves):
+        value = np.ascontiguousarray(leaves[name], np.float32)
+        found.update(f"{name} {value.shape} ".encode() + value.tobytes())
+    return found.hexdigest()
+
+
 def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     path: str | os.PathLike[str],
     method: PromptMethod,

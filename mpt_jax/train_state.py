@@ -100,11 +100,20 @@ class Origins:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Every parameter with its first value, and the digests artefacts are checked by."""
+    """Every parameter with its first value, and digests of where they come from.
+
+    Attributes:
+        params: the whole tree.
+        embedding_sha256, vocabulary_sha256: what artefacts are checked by.
+        artefact_sha256: of the parameters in the initial artefact, if there is one.
+        teacher_sha256: of the teachers' table [K, P, H], if there is one.
+    """
 
     params: dict[str, Any]
     embedding_sha256: str
     vocabulary_sha256: str | None
+    artefact_sha256: str | None = None
+    teacher_sha256: str | None = None
 
 
 def shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
@@ -127,9 +136,11 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     _check_vocabulary(model, embedding.shape[0])
     digest = artefacts.embedding_digest(embedding)
     vocabulary = artefacts.vocabulary_digest(model.input_vocabulary)
+    artefact_digest = teacher_digest = None
     if origins.artefact:
         artefact = artefacts.load_artefact(origins.artefact)
         artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
+        artefact_digest = artefacts.digest(flatten(artefact.params))
         prompt = model.prompt.transfer(artefact.params, artefact.method, artefact.runs, model.runs)
     else:
         prompt = model.init_prompt(prompt_key, jnp.asarray(embedding))
@@ -137,10 +148,12 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
         params["prompt"] = prompt
     if model.has_teacher:
         params["teacher"] = {"table": _teachers(model, origins, digest, vocabulary)}
+        teacher_digest = artefacts.digest(params["teacher"])
     match_exactly(
         expected, {name: leaf.shape for name, leaf in flatten(params).items()}, "The filled tree"
     )
-    return Loaded(_cast(model, params), digest, vocabulary)
+    cast = _cast(model, params)
+    return Loaded(cast, digest, vocabulary, artefact_digest, teacher_digest)
 
 
 def create(

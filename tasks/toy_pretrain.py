@@ -7,7 +7,8 @@ never appear. Two things make matching across sentences emerge in a small networ
 * the word games and span corruption over facts told twice give the lookup that all the skills
   rest on a simpler form, many times per example (a curriculum by mixing);
 * label words are named in the prefix (`game yes no :`), so that every label word of the suite is
-  often a target, with several games and source skills, never with a target task's inputs.
+  often a target, with several games and source skills. A skill is never asked to answer with the
+  words of a target task that puts the same question.
 
 All examples are drawn from the train split of the world and written as lists of words; a sentinel
 is the word `<i>`.
@@ -34,6 +35,16 @@ LABEL_PAIRS = (
     ("entailment", "contradiction"),
     ("entailment", "neutral"),
 )
+# Words that a skill or game never answers with: a target task asks the same of other inputs with
+# them (boolq, rte and scitail whether something follows, mrpc and paws whether two say the same).
+_FOLLOWING = (("yes", "no"), ("true", "false"), ("supported", "unsupported"))
+_SAYING_THE_SAME = (("equivalent", "distinct"), ("paraphrase", "changed"))
+BARRED = {
+    "follows": (*_FOLLOWING, ("entailment", "contradiction"), ("entailment", "neutral")),
+    "qnli": _FOLLOWING,
+    "qqp": _SAYING_THE_SAME,
+    "equal": _SAYING_THE_SAME,
+}
 _SPLIT = "train"
 _SOURCE = {task.name: task for task in suite.SOURCE_TASKS}
 _BINARY = ("toy_sst2", "toy_qnli", "toy_qqp")
@@ -41,12 +52,12 @@ ALL_NOUNS = tuple(word for words in world.NOUNS.values() for word in words)
 
 
 def _label_prefix(
-    rng: random.Random, name: str, usual: tuple[str, str]
+    rng: random.Random, name: str, usual: tuple[str, str] | None = None
 ) -> tuple[str, tuple[str, str]]:
     """The prefix of a yes-or-no task and its two answers; other answers are named in it."""
-    if rng.random() < 0.6:
+    if usual and rng.random() < 0.6:
         return f"{name} :", usual
-    pair = rng.choice(LABEL_PAIRS)
+    pair = rng.choice([pair for pair in LABEL_PAIRS if pair not in BARRED.get(name, ())])
     return f"{name} {pair[0]} {pair[1]} :", pair
 
 
@@ -108,7 +119,7 @@ def source_skill(rng: random.Random, name: str) -> tuple[str, str]:
         prefix, pair = _label_prefix(rng, short, (affirm, deny))
         return f"{prefix} {inputs}", pair[task.labels.index(target)]
     if name == "toy_mnli" and rng.random() < 0.3:
-        prefix, pair = _label_prefix(rng, "follows", ("true", "false"))
+        prefix, pair = _label_prefix(rng, "follows")
         return f"{prefix} {inputs}", pair[0] if target == "entailment" else pair[1]
     return f"{short} : {inputs}", target
 

@@ -287,18 +287,32 @@ def wic(rng: random.Random, split: str) -> tuple[str, str]:
     return f"{word} : {left} | {right}", "same" if same else "other"
 
 
-KINDS = "metal tool toy gift gem machine".split()
-TRAITS = "shines breaks burns floats rusts melts spins hums".split()
+KINDS = (
+    "metal tool toy gift gem machine treasure weapon "
+    "vessel jewel device relic trophy souvenir puzzle statue".split()
+)
+TRAITS = (
+    "shines breaks burns floats rusts melts spins hums "
+    "bends cracks fades glows leaks rattles sinks tilts".split()
+)
+_MEMBERSHIPS = ("the {thing} is a {kind}", "the {thing} counts as a {kind}")
+_LAWS = ("every {kind} {trait}", "any {kind} {trait}")
 
 
 def rule_triples(split: str) -> list[tuple[str, str, str]]:
-    """(thing, kind, trait): the rules and memberships that may be told in a split."""
+    """(thing, kind, trait): memberships and laws of a split from which a trait follows.
+
+    Memberships (thing, kind) and laws (kind, trait) are dealt to the splits. What follows from
+    those of validation and test, a (thing, trait), never follows from what training has.
+    """
+    held_out = {(2 * place) % 8 for place in range(8) if world.dealt(place) != "train"}
     return [
         (thing, kind, trait)
         for i, thing in enumerate(world.GOODS)
         for j, kind in enumerate(KINDS)
         for k, trait in enumerate(TRAITS)
-        if world.dealt(i + 3 * j + k) == split
+        if world.dealt(i + j) == split == world.dealt(k - j)
+        and (split != "train" or (i + k) % 8 not in held_out)
     ]
 
 
@@ -306,18 +320,22 @@ RULES = {split: rule_triples(split) for split in world.SPLITS}
 
 
 def scitail(rng: random.Random, split: str) -> tuple[str, str]:
+    """Does the trait follow? Where not, one of the three words is told of another in its place."""
     supported = rng.random() < 0.5
     thing, kind, trait = rng.choice(RULES[split])
     told_thing, told_kind, told_trait = thing, kind, trait
     if not supported:
-        part = rng.randrange(3)
+        triples, part = RULES[split], rng.randrange(3)
         if part == 0:
-            told_thing = world.other(rng, world.GOODS, thing)
+            told_thing = rng.choice([t for t, k, _ in triples if k == kind and t != thing])
         elif part == 1:
-            told_kind = world.other(rng, tuple(KINDS), kind)
+            told_kind = rng.choice([k for t, k, _ in triples if t == thing and k != kind])
         else:
-            told_trait = world.other(rng, tuple(TRAITS), trait)
-    told = [f"every {kind} {told_trait}", f"the {told_thing} is a {told_kind}"]
+            told_trait = rng.choice([v for _, k, v in triples if k == kind and v != trait])
+    told = [
+        rng.choice(_LAWS).format(kind=kind, trait=told_trait),
+        rng.choice(_MEMBERSHIPS).format(thing=told_thing, kind=told_kind),
+    ]
     rng.shuffle(told)
     claim = f"the {thing} {trait} ."
     return f"{claim} | {' . '.join(told)} .", "supported" if supported else "unsupported"
