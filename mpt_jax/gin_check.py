@@ -1,21 +1,28 @@
 """Mistakes in a gin configuration, found before anything runs and worded for their author.
 
-Gin binds whatever it can resolve. What it cannot tell is found here: a macro on the command line
-that no file reads, a parameter of something nothing refers to, a misspelt name and what it was
-probably meant to be. This module alone looks into gin's tables, which are not public.
+Gin binds whatever it can resolve. What it cannot tell is found here: a macro that nothing reads,
+a parameter of something nothing refers to, a misspelt name and what it was probably meant to be.
+This module alone looks into gin's tables, which are not public.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gin import config as gin_config
+from gin import config_parser
+
+# Macros that say how another one is used, and so have no effect where that one is None.
+REFINES = {"START_FROM": "INITIAL_ARTEFACT"}
 
 
 class UnreadBinding(ValueError):
@@ -29,6 +36,65 @@ class UnboundMacro(ValueError):
 def set_search_paths(folders: Sequence[str]) -> None:
     """Where gin looks for files, in place of what an earlier run in this process set."""
     gin_config._LOCATION_PREFIXES[:] = list(folders)
+
+
+# --- The command line's bindings -----------------------------------------------------------------
+
+
+class _CommandLine(gin_config.ParseContext):
+    """Resolves a name as gin does outside any file, by what is registered; and where nothing is,
+    as a file would that has the imports of all files parsed before it."""
+
+    def __init__(self):
+        super().__init__()
+        self._enable_dynamic_registration()
+        bound: dict[str, set[str]] = {}
+        statements = [s for s in gin_config._IMPORTS if not s.module.startswith("__gin__.")]
+        for statement in sorted(statements, key=lambda s: s.format()):
+            whole = statement.is_from or statement.alias
+            module = statement.module if whole else statement.module.partition(".")[0]
+            bound.setdefault(statement.bound_name(), set()).add(module)
+            self.process_import(statement)
+        for name, modules in bound.items():
+            if len(modules) > 1:  # two files mean two modules by it
+                del self._symbol_table[name]
+
+    def get_configurable(self, selector):
+        """The function or class of a name, or None."""
+        found = gin_config._REGISTRY.get_match(selector)
+        if found is None and selector.partition(".")[0] in self._symbol_table:
+            found = super().get_configurable(selector)
+        return found
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Inside, names are resolved with the imports of the files parsed so far."""
+    gin_config._PARSE_CONTEXTS.append(_CommandLine())
+    try:
+        yield
+    finally:
+        gin_config._PARSE_CONTEXTS.pop()
+
+
+def bind(bindings: Sequence[str]) -> None:
+    """Binds what the command line says, each binding parsed by itself.
+
+    Raises:
+        SyntaxError: one is no binding.
+    """
+    for binding in bindings:
+        for statement in config_parser.ConfigParser(binding, gin_config.ParserDelegate()):
+            if not isinstance(statement, config_parser.BindingStatement):
+                raise SyntaxError(f"{binding!r} is no binding of the form NAME = value.")
+            key = (statement.scope, statement.selector, statement.arg_name)
+            if not statement.arg_name:
+                key = (_macro_name(statement), "gin.macro", "value")
+            gin_config.bind_parameter(key, statement.value)
+
+
+def _macro_name(statement: config_parser.BindingStatement) -> str:
+    return f"{statement.scope}/{statement.selector}" if statement.scope else statement.selector
 
 
 # --- Checks after parsing ------------------------------------------------------------------------
@@ -74,6 +140,7 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
                     f"No gin file reads the macro {key}, so setting it would have no effect."
                     f"{_suggest(key, macros)}"
                 )
+            _check_refines(key)
             continue
         scope, selector, complete, _ = gin_config.ParsedBindingKey.parse(key)
         if complete not in reached:
@@ -87,6 +154,92 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
                 f"Nothing refers to {selector} in the scope {scope!r}, so {key} would have no "
                 f"effect.{_suggest(scope, {part for found in scopes for part in found})}"
             )
+
+
+def _check_refines(name: str) -> None:
+    other = REFINES.get(name)
+    if other is not None and _bound_macros().get(other, "") is None:
+        raise UnreadBinding(
+            f"{name} says how to use {other}, and {other} is None here, so setting {name} would "
+            f"have no effect. Set {other} too, or leave {name} out."
+        )
+
+
+def check_files(
+    parsed: Sequence[gin_config.ParsedConfigFileIncludesAndImports], shipped: Sequence[Path]
+) -> None:
+    """Every macro that a user's file sets is one that something reads.
+
+    A file may serve several stages, so a macro counts as read where any file of this library
+    reads or sets it, parsed or not.
+
+    Args:
+        parsed: what parsing the files returned, in order.
+        shipped: folders of the gin files that travel with this library.
+
+    Raises:
+        UnreadBinding: names the macro, its file and line, and the closest known macros.
+    """
+    folders = [folder.resolve() for folder in shipped]
+    users = [
+        path
+        for path in map(_found, _file_names(parsed))
+        if path and not any(path.resolve().is_relative_to(folder) for folder in folders)
+    ]
+    if not users:
+        return
+    known = _referred_macros()
+    for path in (path for folder in folders for path in folder.rglob("*.gin")):
+        assigned, read = _macros_in(path)
+        known |= assigned.keys() | read
+    for path in users:
+        for name, line in _macros_in(path)[0].items():
+            if name not in known:
+                raise UnreadBinding(
+                    f"Nothing reads the macro {name}, so setting it would have no effect "
+                    f"({path} line {line}).{_suggest(name, known)}"
+                )
+
+
+def _file_names(
+    parsed: Sequence[gin_config.ParsedConfigFileIncludesAndImports],
+) -> Iterator[str]:
+    for file in parsed:
+        yield file.filename
+        yield from _file_names(file.includes)
+
+
+def _found(name: str) -> Path | None:
+    """The file that gin read under a name: that of the first search path that has it. None where
+    it came out of a package, as gin can also read."""
+    paths = [Path(os.path.join(prefix, name)) for prefix in gin_config._LOCATION_PREFIXES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+class _Names(config_parser.ParserDelegate):
+    """Notes the macros that are read, and resolves nothing."""
+
+    def __init__(self):
+        self.read: set[str] = set()
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        """Of no interest here."""
+
+    def macro(self, macro_name):
+        """Notes the name."""
+        self.read.add(macro_name)
+
+
+def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
+    """The macros that a file sets, with the lines, and those that it reads."""
+    names = _Names()
+    with path.open() as file:
+        assigned = {
+            _macro_name(statement): statement.location.line_num
+            for statement in config_parser.ConfigParser(file, names)
+            if isinstance(statement, config_parser.BindingStatement) and not statement.arg_name
+        }
+    return assigned, names.read
 
 
 def is_bound(function: Callable[..., Any]) -> bool:

@@ -4,6 +4,14 @@
 
 The flags are T5X's. Gin files are plain T5X gin with dynamic registration: library modules carry
 no gin decorators, a file binds what it imports, and only what a file refers to is configured.
+
+Bindings on the command line see the imports of the gin files before them:
+
+    --gin.INIT_FACTORS=@init.signs
+    --gin.SAMPLER='@sampling.PerExample()'
+
+So it is with this trainer. T5X's own parses the command line without any import, and there a name
+that no file refers to yet is unknown: put such a binding in a gin file that imports the module.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gin
 import jax
@@ -42,9 +50,12 @@ class ConfigError(ValueError):
 def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
     """Where gin files are looked for, in order: the flag's paths, ROOT, this library's own files,
     and T5X's run files."""
-    shipped = PACKAGE / "configs"
-    own = shipped if (shipped / "gin").is_dir() else PACKAGE.parent
-    return [*first, paths.root(), str(own), str(t5x_import.FOLDER / "gin_data")]
+    return [*first, paths.root(), *map(str, _shipped())]
+
+
+def _shipped() -> list[Path]:
+    """The folders that hold this library's `gin/` and its copies of T5X's run files."""
+    return [t5x_import.gin_folder(), t5x_import.FOLDER / "gin_data"]
 
 
 def parse(
@@ -54,9 +65,12 @@ def parse(
 ) -> None:
     """Replaces the gin configuration by that of files, then bindings; later ones win.
 
+    Bindings may name whatever lies in a module that one of the files imports. T5X's own parser
+    cannot do that (see above).
+
     Raises:
-        ConfigError: a missing file, an unknown name, or a binding on the command line that
-            nothing reads. Names the closest known ones.
+        ConfigError: a missing file, an unknown name, or a binding on the command line or a macro
+            in a user's file that nothing reads. Names the closest known ones.
     """
     gin.clear_config()
     found = search_paths(gin_search_paths)
@@ -66,9 +80,13 @@ def parse(
     for name in gin_files:
         _check_exists(name, found)
     try:
-        gin.parse_config_files_and_bindings(gin_files, bindings, finalize_config=False)
-        gin_check.check_macros()
-        gin_check.check_bindings(bindings, tuple(ENTRY_POINTS.values()))
+        parsed = [gin.parse_config_file(name) for name in gin_files]
+        with gin_check.command_line():
+            gin_check.bind(bindings)
+            gin_check.check_macros()
+            gin_check.check_bindings(bindings, tuple(ENTRY_POINTS.values()))
+        own, copies = _shipped()
+        gin_check.check_files(parsed, [own / "gin", copies])
         gin.finalize()
     except Exception as error:
         if (message := gin_check.explain(error)) is None:
@@ -104,8 +122,8 @@ def as_main(module: types.ModuleType) -> Iterator[None]:
         sys.modules["__main__"] = previous
 
 
-def configured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An entry point with its arguments from the parsed files."""
+def configured(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
+    """An entry point with its arguments from the parsed files, except those given here."""
     if not gin_check.is_bound(function):
         raise ConfigError(
             f"No gin file configures {function.__name__}(): a stage file has a block "
@@ -115,7 +133,7 @@ def configured(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call() -> Any:
         try:
-            return bound()
+            return bound(**given)
         except Exception as error:
             if (message := gin_check.explain(error)) is None:
                 raise
@@ -159,15 +177,26 @@ def refuse_ineffective(name: str, **settings: Any) -> None:
 ENTRY_POINTS = {"train": "train", "eval": "evaluate", "infer": "infer"}
 
 
-def run_main(function: Callable[..., Any]) -> None:
-    """The whole of `python -m mpt_jax.<entry>`: flags, processes, gin, then the function."""
+def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> None:
+    """The whole of `python -m mpt_jax.<entry>`: flags, processes, gin, then the function.
+
+    Args:
+        function: the entry point.
+        overriding: flags that are arguments of `function`, and win over gin where they are given.
+    """
     t5x_import.install()
     define_flags()
     jax.config.config_with_absl()
-    app.run(
-        lambda argv: _main(argv, function),
-        flags_parser=lambda argv: app.parse_flags_with_usage(rewrite_gin_args(argv)),
-    )
+    app.run(lambda argv: _main(argv, function, overriding), flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        rewritten = rewrite_gin_args(argv)
+    except ConfigError as error:
+        log_progress()
+        _exit_with(error)
+    return app.parse_flags_with_usage(rewritten)
 
 
 def define_flags() -> None:
@@ -201,7 +230,7 @@ def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
     return rewritten
 
 
-def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
+def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequence[str]) -> None:
     log_progress()
     t5x_import.announce_own()
     if len(argv) > 1:
@@ -211,15 +240,22 @@ def _main(argv: Sequence[str], function: Callable[..., Any]) -> None:
         _data_flags()
         values = flags.FLAGS
         parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
-        run = configured(function)
+        given = {name: values[name].value for name in overriding}
+        given = {name: value for name, value in given.items() if value is not None}
+        run = configured(function, **given)
         run()
     except Exception as error:
         if not _is_for_the_user(error):
             raise
         logging.debug("Where it was raised:", exc_info=True)  # shown with --verbosity=1
-        logging.error("%s", str(error).partition("\n  In call to configurable")[0])
-        sys.exit(2)
+        _exit_with(error)
     jax.effects_barrier()
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """Ends the process with the message of an error that is for the user."""
+    logging.error("%s", str(error).partition("\n  In call to configurable")[0])
+    sys.exit(2)
 
 
 def _is_for_the_user(error: Exception) -> bool:

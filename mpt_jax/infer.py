@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import seqio
 import tensorflow as tf
-from absl import logging
+from absl import flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -221,4 +221,5 @@ def _append(partial: epath.Path, lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    gin_utils.run_main(infer)
+    flags.DEFINE_integer("shard_id", None, "Which part this run is for; wins over infer.shard_id.")
+    gin_utils.run_main(infer, overriding=("shard_id",))

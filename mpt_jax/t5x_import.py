@@ -78,10 +78,26 @@ def become(name: str) -> None:
         return
     if sys.argv[:1] == ["-m"]:  # python -m t5x.train, not an import
         announce(f"T5X from {real.origin}, found by mpt_jax {mpt_jax.__version__}")
+    _show_gin_files()
     module = importlib.util.module_from_spec(real)
     sys.modules[name] = module
     assert real.loader is not None
     real.loader.exec_module(module)
+
+
+def gin_folder() -> Path:
+    """The folder that `gin/mpt_source.gin` is found from: of the clone, or inside the wheel."""
+    package = Path(mpt_jax.__file__).parent
+    installed = package / "configs"
+    return installed if (installed / "gin").is_dir() else package.parent
+
+
+def _show_gin_files() -> None:
+    """Lets T5X find this library's gin files from anywhere: it searches the working directory and
+    a clone of its own."""
+    import gin  # only where a T5X runs, which needs it as well
+
+    gin.add_config_file_search_path(str(gin_folder()))
 
 
 def announce(trainer: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gin
@@ -232,6 +234,41 @@ def test_a_mistake_in_a_file_is_named_with_its_line(line, message, tmp_path):
     assert "line 3" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "LERNING_RATE = 5.0",
+            "reads the macro LERNING_RATE.*line 3.*Did you mean .*LEARNING_RATE",
+        ),
+        ("here/TRAIN_STEPS = 5", "reads the macro here/TRAIN_STEPS"),
+    ],
+)
+def test_a_macro_that_a_users_file_sets_for_nothing(line, message, tmp_path):
+    (tmp_path / "inner.gin").write_text(f"# A user's.\nTRAIN_STEPS = 7\n{line}\n")
+    (tmp_path / "outer.gin").write_text(f"include '{tmp_path / 'inner.gin'}'\n")
+    with pytest.raises(gin_utils.ConfigError, match=message) as caught:
+        parse([STAGE, str(tmp_path / "outer.gin")])
+    assert str(tmp_path / "inner.gin") in str(caught.value)
+
+
+def test_a_users_file_may_serve_several_stages(tmp_path):
+    """It may set what another stage reads, and macros that it reads itself."""
+    (tmp_path / "suite.gin").write_text(
+        "MINE = 7\nTRAIN_STEPS = %MINE\nTASK_LEARNING_RATE = 0.1\nTARGET_TASKS = ['toy_cb']\n"
+    )
+    parse(["gin/pt_source.gin", "gin/tiny.gin", str(tmp_path / "suite.gin")])
+    assert value("TRAIN_STEPS") == 7
+
+
+def test_where_to_start_from_needs_an_artefact():
+    start = "START_FROM = 'mnli'"
+    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTEFACT too"):
+        parse(["gin/pt_target.gin"], [start])
+    parse(["gin/pt_target.gin"], [start, "INITIAL_ARTEFACT = 'x'"])
+    parse(["gin/mpt_target.gin"], [start])
+
+
 def test_files_of_another_entry_point_are_refused():
     parse([STAGE])
     with pytest.raises(gin_utils.ConfigError, match=r"configures evaluate\(\)"):
@@ -243,6 +280,71 @@ def test_arguments_are_rewritten_as_t5x_does():
     assert found == ["x", "--gin_bindings=A = 1=2", "--gin_file=f", "--gin_bindings=s/N.p = 'v'"]
     with pytest.raises(gin_utils.ConfigError, match="no value"):
         gin_utils.rewrite_gin_args(["--gin.A"])
+
+
+def command(*arguments: str, entry: str = "train") -> str:
+    """A command line that fails on a mistake of its author; returns what it says, in one line."""
+    child = subprocess.run(
+        [sys.executable, "-m", f"mpt_jax.{entry}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 2, child.stderr[-3000:]
+    assert "Traceback" not in child.stderr
+    return child.stderr.splitlines()[-1]
+
+
+def test_a_flag_without_a_value_is_one_line():
+    assert command("--gin.TRAIN_STEPS").endswith(
+        "--gin.TRAIN_STEPS has no value: write --gin.TRAIN_STEPS=<value>."
+    )
+
+
+def test_flags_win_over_gin():
+    files = [f"--gin_file=gin/{name}.gin" for name in ("infer", "methods/mpt", "tiny")]
+    said = command(*files, "--gin.infer.shard_id=1", "--shard_id=5", entry="infer")
+    assert "infer.shard_id must be in 0 .. 0, got 5" in said
+
+
+# In a process of its own: gin knows for ever what one configuration has registered.
+REFERENCES = """
+from mpt_jax import decoding, gin_utils, sampling, t5x_import
+from mpt_jax.prompts import init
+t5x_import.install()
+import gin, mpt_jax.train as train
+bindings = [
+    "INIT_FACTORS = @init.signs",
+    "SAMPLER = @sampling.PerExample()",
+    "sampling.PerExample.batch_size = 4",
+    "sampling.PerExample.seed = 5",
+    "models.PromptedEncoderDecoder.decode_fn = @decoding.beam_search",
+    "decoding.beam_search.num_decodes = 3",
+    "train.total_steps = 9",
+]
+macro = lambda name: gin.get_configurable(name + "/gin.macro")()
+with gin_utils.as_main(train):
+    for again in (False, True):
+        gin_utils.parse(["gin/mpt_source.gin", "gin/tiny.gin"] if not again else ["again.gin"],
+                        () if again else bindings, (".", {folder!r}))
+        model = macro("MODEL")
+        assert model.prompt.init_factors.__wrapped__ is init.signs
+        assert macro("SAMPLER") == sampling.PerExample(4, 5)
+        assert model.decode_fn.__wrapped__ is decoding.beam_search
+        assert gin.query_parameter("beam_search.num_decodes") == 3
+        assert gin.query_parameter("train.total_steps") == 9
+        open({folder!r} + "/again.gin", "w").write(gin_utils.config_str())
+    try:
+        gin_utils.parse(["gin/mpt_source.gin"], ["INIT_FACTORS = @init.sings"])
+    except gin_utils.ConfigError as error:
+        assert "has no 'sings'. Did you mean signs" in str(error), error
+"""
+
+
+def test_the_command_line_sees_the_imports_of_the_files(tmp_path):
+    script = REFERENCES.format(folder=str(tmp_path))
+    child = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
 
 
 # --- config.gin ----------------------------------------------------------------------------------

@@ -118,6 +118,16 @@ def test_what_is_not_offered_says_what_to_install(statement, tmp_path):
     assert "github.com/google-research/t5x" in child.stderr
 
 
+def test_a_real_t5x_finds_our_gin_files_from_anywhere(real, tmp_path):
+    (real / "t5x" / "train.py").write_text(
+        "import gin\n"
+        "gin.parse_config_file('gin/runs/tasks.gin')\n"
+        "print(gin.query_parameter('%TARGET_TASKS'))\n"
+    )
+    code = "import runpy; runpy.run_module('t5x.train', run_name='__main__')"
+    assert answer(code, ROOT, real, cwd=tmp_path) == "['boolq']"
+
+
 def test_our_entry_points_always_choose_the_fallback(real, tmp_path):
     code = f"from mpt_jax import t5x_import; t5x_import.install(); {WHO}"
     assert answer(code, ROOT, real, cwd=tmp_path) == "own"
