@@ -196,13 +196,16 @@ class Checkpoints:
 
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints later than a step, which could not be read, out of the way."""
-        for later in [found for found in self.steps if found > step]:
-            path = self.path(later)
+        unreadable = [found for found in self.steps if found > step]
+        if not unreadable:
+            return
+        for path in map(self.path, unreadable if jax.process_index() == 0 else ()):
             aside = path.parent / f"unreadable_{path.name}"
             if aside.exists():
                 aside.rmtree()
             path.rename(aside)
             logging.error("Moved the unreadable checkpoint %s to %s.", path, aside)
+        multihost_utils.sync_global_devices("unreadable checkpoints are out of the way")
         self._manager.reload()
 
     def path(self, step: int) -> epath.Path:
@@ -243,10 +246,50 @@ def resolve(model_dir: str, keep: int | None = 1) -> Checkpoints:
     return Checkpoints(model_dir, keep)
 
 
-def pack_positions(position: bytes | None) -> list[str] | None:
+class DataPosition:
+    """Where the training data stands at a saved step.
+
+    A run that meets a loss that is not finite saves the last good state, and by then later batches
+    have been taken; so a position is what the data said at some step, and batches to skip since.
+
+    Args:
+        batches: the training data; None keeps no position.
+    """
+
+    def __init__(self, batches: Any | None):
+        self._batches = batches
+        self._step, self._packed = 0, None
+
+    def at(self, step: int, taken: int) -> dict[str, Any] | None:
+        """The position of a state as JSON values.
+
+        Args:
+            step: of the state.
+            taken: how many batches have been taken.
+        """
+        if self._batches is None:
+            return None
+        if step == taken:
+            self._step, self._packed = step, pack_positions(self._batches.state())
+        return {"packed": self._packed, "skip": step - self._step}
+
+    def restore(self, saved: dict[str, Any] | None, step: int) -> None:
+        """Brings the data to where it stood at a saved step.
+
+        Raises:
+            ValueError: saved by another number of processes, or of other data.
+        """
+        if self._batches is None or saved is None:
+            return
+        self._step, self._packed = step - saved["skip"], saved["packed"]
+        if self._packed is not None:
+            self._batches.restore(unpack_position(self._packed))
+        for _ in range(saved["skip"]):
+            next(self._batches)
+
+
+def pack_positions(position: bytes) -> list[str]:
     """Every process's data position as JSON values, the same list on every process."""
-    if position is None:
-        return None
     if jax.process_count() == 1:
         return [base64.b64encode(position).decode()]
     sizes = multihost_utils.process_allgather(np.asarray(len(position)))
@@ -259,14 +302,12 @@ def pack_positions(position: bytes | None) -> list[str] | None:
     ]
 
 
-def unpack_position(packed: list[str] | None) -> bytes | None:
+def unpack_position(packed: list[str]) -> bytes:
     """This process's data position.
 
     Raises:
         ValueError: saved by another number of processes.
     """
-    if packed is None:
-        return None
     if len(packed) != jax.process_count():
         raise ValueError(
             f"The checkpoint holds data positions of {len(packed)} processes and this run has "

@@ -308,7 +308,8 @@ def eval_batches(
         host_index: this host.
 
     Returns:
-        {task or mixture name: function that starts over and yields this host's batches}.
+        {task name: function that starts over and yields this host's batches}; of several tasks
+        also {mixture name: all their batches}.
     """
     provider = cfg.provider()
     tasks = seqio.get_subtasks(provider)
@@ -324,7 +325,7 @@ def eval_batches(
         made[task.name] = Batches(dataset.batch(cfg.batch_size), share, keep=cfg.use_memory_cache)
     if not made:
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
-    if provider.name not in made:
+    if provider.name not in made and len(made) > 1:
         parts = list(made.values())
         made[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)
     return made

@@ -18,7 +18,7 @@ from mpt_jax.shapes import Params
 from mpt_jax.trainer import Trainer
 from mpt_jax.tree import merge
 
-EVAL_MODES = ("TRAIN", "TRAIN_EVAL", "INFER_EVAL")
+EVAL_MODES = ("TRAIN_EVAL", "INFER_EVAL")
 
 
 def on_device(
@@ -60,7 +60,15 @@ class Evaluation:
     def __post_init__(self):
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
         if unknown:
-            raise ValueError(f"actions are keyed by {EVAL_MODES}, got {unknown}.")
+            raise ValueError(
+                f"actions are keyed by {EVAL_MODES}, got {unknown}. (T5X's TRAIN is not offered.)"
+            )
+        for mode, data in zip(EVAL_MODES, (self.losses, self.inference), strict=True):
+            if self.actions.get(mode) and not data:
+                raise ValueError(
+                    f"The actions {self.actions[mode]} would never run: nothing is evaluated for "
+                    f"{mode}. Give its data set, or leave the actions out."
+                )
         self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
         self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
 
@@ -70,12 +78,27 @@ class Evaluation:
         found = (a for many in self.actions.values() for a in many)
         return next((a for a in found if isinstance(a, selection.SelectBest)), None)
 
+    def resume(self) -> None:
+        """Tells the action that keeps the best parameters at which step the run goes on."""
+        if self.best is not None:
+            self.best.resume(self.trainer.step)
+
     def best_params(self) -> dict[str, Any]:
         """Every parameter: of each group's best step if the run selected any, else the last."""
         state, best = self.trainer.state, self.best
         if best is None or best.trainable is None:
             return state.params
         return merge(best.trainable, state.frozen)
+
+    def best_step(self) -> int:
+        """The step that `best_params` are from; with several groups, of the latest of them."""
+        best = self.best
+        return self.trainer.step if best is None or best.trainable is None else max(best.best_step)
+
+    def best_scores(self) -> dict[str, dict[str, float]]:
+        """Run -> metric -> value of `best_params`."""
+        best = self.best
+        return self.scores if best is None or best.trainable is None else best.scores
 
     def run(self) -> bool:
         """Evaluates the current state; True if an action wants training to end."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.linen import partitioning as nn_partitioning
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpt_jax.shapes import Params
@@ -68,7 +69,7 @@ class PjitPartitioner:
 
     Raises:
         ValueError: num_partitions does not divide the number of devices, or a setting would have
-            no effect.
+            no effect; num_partitions would spread one model over several processes.
     """
 
     num_partitions: int = 1
@@ -93,6 +94,15 @@ class PjitPartitioner:
                 f"num_partitions={self.num_partitions} does not divide the {len(devices)} devices "
                 "of this run; the mesh is (devices / num_partitions, num_partitions)."
             )
+        local = jax.local_device_count()
+        if jax.process_count() > 1 and local % self.num_partitions:
+            raise ValueError(
+                f"num_partitions={self.num_partitions} would spread one model over several "
+                f"processes of {local} devices each, and each process reads data of its own: give "
+                f"a divisor of {local}, or run under T5X."
+            )
+        # Process by process, because each holds its own rows of the batch.
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         shape = (len(devices) // self.num_partitions, self.num_partitions)
         self.mesh = Mesh(np.asarray(devices).reshape(shape), ("data", "model"))
 
@@ -148,6 +158,17 @@ class PjitPartitioner:
             name: jax.make_array_from_process_local_data(self.batch, np.asarray(value))
             for name, value in batch.items()
         }
+
+
+def to_host(tree: Params) -> dict[str, Any]:
+    """Every leaf whole, as a NumPy array, from wherever it lies on the mesh."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
 
 
 def _is_axes(leaf: Any) -> bool:

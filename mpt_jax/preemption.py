@@ -47,13 +47,15 @@ def stop_requests() -> Iterator[StopRequest]:
     """Listens for SIGTERM and SIGINT while the block runs.
 
     With several processes JAX's own notifier has SIGTERM, and all processes hear of it at one
-    step. Outside the main thread signals cannot be caught, and only that notifier is heard.
+    step; Ctrl-C, which reaches one of them, ends that one at once. Outside the main thread
+    signals cannot be caught, and only that notifier is heard.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if jax.process_count() > 1 or not in_main_thread:
         yield request
         return
-    wanted = [signal.SIGINT] + ([signal.SIGTERM] if jax.process_count() == 1 else [])
+    wanted = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, request._receive) for number in wanted}
     try:
         yield request

@@ -2,7 +2,7 @@
 
 Each group of a job has its own best step. Its parameters at that step are kept in MODEL_DIR/best
 and become the artefact at the end. Everything is keyed by step, so repeating an evaluation after a
-resume changes nothing.
+resume changes nothing, and what was seen after the step that a run resumes from is forgotten.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from safetensors.numpy import load, save
 
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.optimizers import row_groups
+from mpt_jax.partitioning import to_host
 from mpt_jax.runs import unknown_name
 from mpt_jax.train_state import trainable_labels
 from mpt_jax.tree import flatten, split, unflatten
 
 Scores = Mapping[str, Mapping[str, float]]
-FOLDER = "best"
+FOLDER, HISTORY, PARAMETERS = "best", "history.json", "trainable.safetensors"
 
 
 @runtime_checkable
@@ -69,25 +70,63 @@ class SelectBest:
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
         self._folder = epath.Path(self.model_dir) / FOLDER
+        self._resumed = False
         self.history: dict[int, list[float]] = {}
         self.best_step = [-1] * self.model.runs.num_groups
+        self.scores: dict[str, dict[str, float]] = {}  # of each run, at its group's best step
         self.trainable: dict[str, Any] | None = None
-        self._read()
+
+    def resume(self, step: int) -> None:
+        """Reads what was kept up to a step; called once, before the first evaluation.
+
+        Raises:
+            ValueError: the folder belongs to other runs.
+        """
+        self._resumed = True
+        if step == 0 or not (self._folder / HISTORY).exists():
+            return
+        record = json.loads((self._folder / HISTORY).read_text())
+        if record["run_names"] != list(self.model.runs.run_names):
+            raise ValueError(
+                f"{self._folder} keeps the best of the runs {record['run_names']}, and these are "
+                f"{list(self.model.runs.run_names)}. Choose another MODEL_DIR."
+            )
+        if max(record["best_step"]) > step:
+            # The parameters of an earlier best step were overwritten by these.
+            logging.warning(
+                "%s keeps parameters of step %d; the run goes on from step %d and selects anew.",
+                self._folder,
+                max(record["best_step"]),
+                step,
+            )
+            return
+        history = {int(found): scores for found, scores in record["history"].items()}
+        self.history = {found: scores for found, scores in history.items() if found <= step}
+        self.best_step, self.scores = record["best_step"], record["scores"]
+        leaves = load((self._folder / PARAMETERS).read_bytes())
+        self.trainable = unflatten(leaves)
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
         """Records an evaluation; True once patience is over."""
         step, scores = int(train_state.step), self.group_scores(metrics_by_task)
+        if not self._resumed:
+            self.resume(step)  # under T5X, which does not call it
         self.history[step] = scores
         improved = [
             best in (-1, step) or self._better(scores[group], self.history[best][group])
             for group, best in enumerate(self.best_step)
         ]
         if any(improved):
-            trainable = jax.device_get(_trainable(self.model, train_state))
-            self.trainable = self._take(trainable, improved)
+            self.trainable = self._take(to_host(_trainable(self.model, train_state)), improved)
             self.best_step = [
                 step if new else old for new, old in zip(improved, self.best_step, strict=True)
             ]
+            runs = zip(self.model.runs.run_names, self.model.runs.group_of_row, strict=True)
+            self.scores |= {
+                run: {name: float(value) for name, value in metrics_by_task[run].items()}
+                for run, group in runs
+                if improved[group]
+            }
         if jax.process_index() == 0:
             self._write(params_changed=any(improved))
         return self._is_over(step)
@@ -117,7 +156,7 @@ class SelectBest:
             totals[runs.group_of_row[row]].append(float(found[name]))
         return [sum(scores) / len(scores) for scores in totals]
 
-    def best_scores(self) -> list[float]:
+    def best_group_scores(self) -> list[float]:
         """Each group's best score [G]; NaN before the first evaluation."""
         return [
             self.history[step][group] if step >= 0 else math.nan
@@ -154,18 +193,14 @@ class SelectBest:
         if params_changed:
             assert self.trainable is not None
             leaves = {k: np.ascontiguousarray(v) for k, v in flatten(self.trainable).items()}
-            _replace(self._folder / "trainable.safetensors", save(leaves))
-        record = {"best_step": self.best_step, "history": self.history}
-        _replace(self._folder / "history.json", json.dumps(record).encode())
-
-    def _read(self) -> None:
-        if not (self._folder / "history.json").exists():
-            return
-        record = json.loads((self._folder / "history.json").read_text())
-        self.history = {int(step): scores for step, scores in record["history"].items()}
-        self.best_step = record["best_step"]
-        leaves = load((self._folder / "trainable.safetensors").read_bytes())
-        self.trainable = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+            _replace(self._folder / PARAMETERS, save(leaves))
+        record = {
+            "run_names": list(self.model.runs.run_names),
+            "best_step": self.best_step,
+            "scores": self.scores,
+            "history": self.history,
+        }
+        _replace(self._folder / HISTORY, json.dumps(record).encode())
 
 
 def _replace(path: epath.Path, content: bytes) -> None:
@@ -218,6 +253,9 @@ class EarlyStoppingAction:
         if metric not in metrics_by_task[task]:
             raise ValueError(unknown_name(f"metric of {task}", metric, list(metrics_by_task[task])))
         value = float(metrics_by_task[task][metric])
+        if math.isnan(value):  # is no improvement, and nothing to improve upon
+            self._waited += 1
+            return self._waited >= self.patience
         gain = math.inf if self._best is None else value - self._best
         gain = gain if self.mode == "max" or self._best is None else -gain
         if gain > self.atol + self.rtol * abs(self._best or 0.0):

@@ -6,6 +6,7 @@ data, state, evaluation, loop, artefact.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
+from etils import epath
 
 from mpt_jax import (
     artefacts,
@@ -25,14 +26,15 @@ from mpt_jax import (
     evaluation,
     gin_utils,
     host_memory,
+    identity,
     reporting,
     selection,
     train_state,
 )
 from mpt_jax.eval_loop import Evaluation
 from mpt_jax.models import BACKBONE, PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner
-from mpt_jax.preemption import StopRequest, stop_requests
+from mpt_jax.partitioning import PjitPartitioner, to_host
+from mpt_jax.preemption import stop_requests
 from mpt_jax.trainer import NonFiniteLoss, Trainer
 from mpt_jax.tree import flatten
 
@@ -135,16 +137,16 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     origins = train_state_initializer_cls().origins
     loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
     state = train_state.create(model, loaded.params, partitioner)
-    identity = _identity(model, loaded, train_dataset_cfg, seed)
+    ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
+    loaded = dataclasses.replace(loaded, params={})  # the state holds them now
     save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
     saved = checkpoints.resolve(model_dir, save.keep)
+    position = checkpoints.DataPosition(batches if save.save_dataset else None)
     if (restored := saved.restore(state)) is not None:
         state, meta = restored
-        _check_identity(identity, meta["identity"], model_dir)
+        identity.check_resumes(ours, meta["identity"], model_dir)
         saved.set_aside_after(int(state.step))
-        position = checkpoints.unpack_position(meta["data"])
-        if position is not None:
-            batches.restore(position)
+        position.restore(meta["data"], int(state.step))
         logging.info("Resumed from %s.", saved.path(int(state.step)))
     trainer = trainer_cls(
         model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
@@ -176,65 +178,74 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         ),
         actions or {},
     )
+    evaluator.resume()
     if summarize_config_fn is not None:
         summarize_config_fn(model_dir, None, trainer.step)
     reporting.write_run_record(
         model_dir,
-        {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **identity}
+        {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
         | {"parameters": total, "trainable_parameters": learning},
     )
 
     def save_checkpoint() -> None:
-        position = batches.state() if save.save_dataset else None
-        saved.save(
-            trainer.state, {"identity": identity, "data": checkpoints.pack_positions(position)}
-        )
+        data_at = position.at(int(trainer.state.step), trainer.step)
+        saved.save(trainer.state, {"identity": ours, "data": data_at})
 
     # --- The loop --------------------------------------------------------------------------------
     progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
     stats_period = stats_period or eval_period
+    if restored is not None and trainer.step >= total_steps:
+        logging.info("%s has been trained to step %d already.", model_dir, trainer.step)
+    is_due = lambda period: bool(period) and trainer.step % period == 0  # noqa: E731
     stop = False
     with stop_requests() as request:
         try:
-            if run_eval_before_training and trainer.step == 0:
+            # A run that was killed after a save and before the evaluation of that step makes up
+            # for it; one that had stopped early finds out here that it had.
+            if run_eval_before_training if trainer.step == 0 else is_due(eval_period):
                 stop = evaluator.run()
             if trainer.step < total_steps and not stop:
                 writers.write("train", trainer.step, _first_step(trainer, batches, started))
             progress.restart_clock(trainer.step)
             while trainer.step < total_steps and not stop:
-                # The order matters: metrics of the steps before, evaluation of the state they
-                # left, save of that same state together with the data position after it.
-                if trainer.step % stats_period == 0 or trainer.step == total_steps:
+                # The order matters: metrics first, because they tell whether the state is good;
+                # then the save, so that nothing an evaluation may raise loses a step.
+                if is_due(stats_period) or is_due(save.period) or is_due(eval_period):
                     _report(trainer, writers, progress)
-                if trainer.step % eval_period == 0:
+                if is_due(save.period):
+                    save_checkpoint()
+                if is_due(eval_period):
                     stop = evaluator.run()
                     progress.restart_clock(trainer.step)
-                if save.period and trainer.step % save.period == 0:
-                    save_checkpoint()
                 stop = stop or request.is_due(trainer.step)
-                if not stop and trainer.step < total_steps:
+                if not stop:
                     trainer.train(next(batches))
             _report(trainer, writers, progress)
+            save_checkpoint()
             if request.signal is None and evaluator.last_step != trainer.step:
                 evaluator.run()
         except NonFiniteLoss:
             save_checkpoint()
-            saved.wait()
             raise
         finally:
+            saved.close()
             progress.close()
             writers.close()
-    _finish(request, save_checkpoint, saved)
+    if request.signal is not None:
+        # A scheduler can tell by the code that the run may be started again.
+        logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
+        sys.exit(request.exit_code)
 
     # --- What the run hands on -------------------------------------------------------------------
-    params = _whole(evaluator.best_params())
+    params, step = to_host(evaluator.best_params()), evaluator.best_step()
     if jax.process_index() == 0:
         if "prompt" in params:
-            write_artefact(model_dir, model, params, trainer.step, loaded, origins, evaluator)
+            write_artefact(model_dir, model, params, step, loaded, origins, evaluator)
         if any(re.fullmatch(BACKBONE, name) for name in flatten(trainer.state.trainable)):
             backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
-            path = convert.save_t5x(f"{model_dir}/{TRAINED_BACKBONE}", backbone, trainer.step)
-            logging.info("Trained backbone: %s", path)
+            folder = epath.Path(model_dir) / TRAINED_BACKBONE
+            folder.rmtree(missing_ok=True)  # of an earlier end of this run
+            logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, step))
     return evaluator.scores
 
 
@@ -248,9 +259,9 @@ def write_artefact(
     evaluator: Evaluation,
 ) -> None:
     """Writes MODEL_DIR/artefact from the parameters a run ends with."""
-    metrics: dict[str, Any] = {"scores": evaluator.scores}
+    metrics: dict[str, Any] = {"scores": evaluator.best_scores()}
     if (best := evaluator.best) is not None and best.trainable is not None:
-        metrics |= {"best_step": best.best_step, "best_score": best.best_scores()}
+        metrics |= {"best_step": best.best_step, "best_score": best.best_group_scores()}
     path = artefacts.save_artefact(
         f"{model_dir}/{ARTEFACT}",
         model.prompt,
@@ -283,58 +294,6 @@ def _report(trainer: Trainer, writers: reporting.Writers, progress: reporting.Pr
     if found := trainer.read_metrics():
         speeds = progress.update(trainer.step, found)
         writers.write("train", trainer.step, {**found, **speeds})
-
-
-def _finish(
-    request: StopRequest, save_checkpoint: Callable[[], None], saved: checkpoints.Checkpoints
-) -> None:
-    """The last save; a stopped run then exits with a code that says it can be started again."""
-    save_checkpoint()
-    saved.wait()
-    saved.close()
-    if request.signal is not None:
-        logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
-        sys.exit(request.exit_code)
-
-
-def _identity(
-    model: PromptedEncoderDecoder,
-    loaded: train_state.Loaded,
-    cfg: data.DatasetConfig,
-    seed: int,
-) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that saved. JSON values."""
-    return {
-        "method": model.prompt.name,
-        "method_config": model.prompt.config(),
-        "run_names": list(model.runs.run_names),
-        "groups": list(model.runs.group_of_row),
-        "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
-        "embedding_sha256": loaded.embedding_sha256,
-        "vocabulary_sha256": loaded.vocabulary_sha256,
-        "batch_size": cfg.batch_size,
-        "random_seed": seed,
-    }
-
-
-def _check_identity(ours: Mapping[str, Any], saved: Mapping[str, Any], model_dir: str) -> None:
-    differing = [
-        f"{name}: {saved.get(name)!r} there, {ours[name]!r} here"
-        for name in ours
-        if saved.get(name) != ours[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"{model_dir} holds a run of another configuration ({'; '.join(differing)}). Choose "
-            "another MODEL_DIR, or remove this one."
-        )
-
-
-def _whole(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter as a NumPy array, from wherever it lies on the mesh."""
-    if jax.process_count() == 1:
-        return jax.device_get(params)
-    return multihost_utils.process_allgather(params, tiled=True)
 
 
 if __name__ == "__main__":

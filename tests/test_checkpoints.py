@@ -269,10 +269,42 @@ def test_data_positions_travel_as_json():
     position = bytes(range(256))
     packed = checkpoints.pack_positions(position)
     assert checkpoints.unpack_position(packed) == position
-    assert checkpoints.pack_positions(None) is None
-    assert checkpoints.unpack_position(None) is None
     with pytest.raises(ValueError, match="of 2 processes and this run has 1: resume on 2"):
         checkpoints.unpack_position([*packed, *packed])
+
+
+class Batches:
+    """Counts; its position is the count."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __next__(self):
+        self.taken += 1
+
+    def state(self):
+        return str(self.taken).encode()
+
+    def restore(self, position):
+        self.taken = int(position)
+
+
+def test_a_position_may_lie_behind_the_batches_taken():
+    batches = Batches()
+    position = checkpoints.DataPosition(batches)
+    early = position.at(2, taken=6)
+    batches.taken = 6
+    position.at(6, taken=6)
+    batches.taken = 11
+    late = position.at(8, taken=11)
+    for saved, step in ((early, 2), (late, 8)):
+        resumed = Batches()
+        again = checkpoints.DataPosition(resumed)
+        again.restore(saved, step)
+        assert resumed.taken == step
+        # A second failure, before anything was saved, counts from the same place.
+        assert again.at(step + 1, taken=step + 4) == {**saved, "skip": saved["skip"] + 1}
+    assert checkpoints.DataPosition(None).at(3, 3) is None
 
 
 def test_every_leaf_that_is_saved_differs(state):

@@ -45,7 +45,7 @@ def rows_of(select: SelectBest) -> dict[str, list[float]]:
 
 def test_every_group_keeps_its_own_best_step(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
-    assert select.best_step == [-1, -1] and all(map(math.isnan, select.best_scores()))
+    assert select.best_step == [-1, -1] and all(map(math.isnan, select.best_group_scores()))
     # The second group's score is the mean of its two runs.
     for step, found in (
         (10, (50, 40, 60)),
@@ -55,7 +55,7 @@ def test_every_group_keeps_its_own_best_step(tmp_path):
     ):
         assert not select.run(state(step, step), scores(*found))
     assert select.best_step == [20, 30]
-    assert select.best_scores() == [70, 60]
+    assert select.best_group_scores() == [70, 60]
     assert rows_of(select) == {
         "shared": [20, 30],
         "task_left": [20, 30, 30],
@@ -78,7 +78,9 @@ def test_the_best_survives_a_restart_and_a_repeated_evaluation_changes_nothing(t
     select.run(state(10, 1), scores(50, 60, 60))
     select.run(state(20, 2), scores(60, 50, 50))
     again = SelectBest(MODEL, str(tmp_path))
+    again.resume(20)
     assert again.best_step == [20, 10] and again.history == select.history
+    assert again.scores == select.scores
     assert rows_of(again) == rows_of(select)
     # A run that was killed after step 20's evaluation and resumed from before it.
     again.run(state(20, 2), scores(60, 50, 50))
@@ -86,6 +88,40 @@ def test_the_best_survives_a_restart_and_a_repeated_evaluation_changes_nothing(t
     again.run(state(30, 3), scores(61, 1, 1))
     assert again.best_step == [30, 10]
     assert rows_of(again)["task_left"] == [3, 1, 1]
+
+
+def test_what_lies_after_the_step_resumed_from_is_forgotten(tmp_path, caplog):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    select.run(state(20, 2), scores(40, 50, 50))
+    again = SelectBest(MODEL, str(tmp_path))
+    again.resume(15)
+    assert again.best_step == [10, 10] and sorted(again.history) == [10]
+    select.run(state(30, 3), scores(90, 90, 90))
+    for step in (0, 25):  # a run from nothing, and one from before the parameters that are kept
+        again = SelectBest(MODEL, str(tmp_path))
+        with caplog.at_level("WARNING", logger="absl"):
+            again.resume(step)
+        assert again.best_step == [-1, -1] and not again.history and again.trainable is None
+    assert "selects anew" in caplog.text
+    again.run(state(26, 4), scores(1, 1, 1))
+    assert again.best_step == [26, 26] and rows_of(again)["task_left"] == [4, 4, 4]
+
+
+def test_the_best_of_other_runs_is_refused(tmp_path):
+    SelectBest(MODEL, str(tmp_path)).run(state(10, 1), scores(50, 60, 60))
+    other = SelectBest(tiny.model(Runs(["rte", "cb"])), str(tmp_path))
+    with pytest.raises(ValueError, match="'rte_s1'.* and these are .*'rte', 'cb'"):
+        other.resume(10)
+
+
+def test_the_scores_kept_are_those_of_each_groups_best_step(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 62))
+    select.run(state(20, 2), scores(70, 1, 2))
+    assert {run: found["accuracy"] for run, found in select.scores.items()} == {
+        "rte_s1": 70, "rte_s2": 60, "cb_s1": 62,
+    }  # fmt: skip
 
 
 def test_the_folder_is_replaced_file_by_file_and_holds_nothing_else(tmp_path):
@@ -126,7 +162,9 @@ def test_a_backbone_that_learns_is_kept_whole(tmp_path):
         learnt = {"encoder": {"layers_0": {"mlp": {"wi": {"kernel": kernel}}}}}
         select.run(types.SimpleNamespace(step=step, trainable=learnt), {"rte": {"accuracy": score}})
     assert select.best_step == [2]
-    (leaf,) = flatten(SelectBest(model, str(tmp_path)).trainable).values()
+    again = SelectBest(model, str(tmp_path))
+    again.resume(3)
+    (leaf,) = flatten(again.trainable).values()
     assert np.all(np.asarray(leaf) == 2)
 
 
@@ -162,6 +200,13 @@ def test_early_stopping_waits_for_its_patience_and_no_longer():
         False,
         True,
     ]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best_for_ever():
+    action = EarlyStoppingAction(("rte", "loss"), "min", patience=2)
+    values = [math.nan, 2.0, 1.0, math.nan, 1.5]
+    stops = [action.run(None, {"rte": {"loss": value}}) for value in values]
+    assert stops == [False, False, False, False, True]
 
 
 def test_actions_that_watch_what_is_not_there_are_errors():

@@ -20,6 +20,7 @@ from mpt_jax.data import DatasetConfig
 from mpt_jax.optimizers import PromptOptimizer, Schedule
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.no_prompt import NoPrompt
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.sampling import EqualQuotas, StochasticTasks, task_mixture
@@ -77,12 +78,13 @@ def backbone(tmp_path_factory):
     return str(save_t5x(folder, tree, step=0))
 
 
-def build(method=None, runs=None, rate=0.1, **overrides):
+def build(method=None, runs=None, rate=0.1, reserved=P, **overrides):
     runs = runs or Runs(TASKS)
-    schedule = Schedule(rate, decay="constant")
-    optimizer = PromptOptimizer({"shared": schedule, "task": schedule}, absent_tasks="hold")
+    labels = ("shared", "task", "backbone")
+    schedules = dict.fromkeys(labels, Schedule(rate, decay="constant"))
+    optimizer = PromptOptimizer(schedules, absent_tasks="hold")
     converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
-        prompt_length=P, runs=runs, **kwargs
+        prompt_length=reserved, runs=runs, **kwargs
     )
     return models.PromptedEncoderDecoder(
         Transformer(CONFIG),
@@ -138,7 +140,7 @@ def test_a_run_leaves_what_the_docs_say(backbone, tmp_path):
     assert record["trainable_parameters"] == P * 16 + 3 * (P + 16)
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses_found = [x for x in lines if x["folder"] == "train" and "loss" in x]
-    assert [x["step"] for x in losses_found] == [4, 8]
+    assert [x["step"] for x in losses_found] == [2, 4, 6, 8]  # before every save
     assert {f"loss/{task}" for task in TASKS} <= set(losses_found[-1])
     evaluated = {x["folder"] for x in lines if x["folder"].startswith("training_eval")}
     assert {f"training_eval/{task}" for task in TASKS} <= evaluated
@@ -180,6 +182,10 @@ def test_nan_stops_with_the_last_good_state(backbone, tmp_path):
     with pytest.raises(NonFiniteLoss, match="step 5 is not finite"):
         run(backbone, tmp_path / "nan", trainer_cls=Poisoned)
     assert (tmp_path / "nan" / "checkpoint_5").is_dir()
+    # Batches after the fifth had been taken; going on starts from the one that failed.
+    run(backbone, tmp_path / "nan")
+    run(backbone, tmp_path / "whole")
+    assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "nan"))
 
 
 def test_another_configuration_is_refused(backbone, tmp_path):
@@ -188,6 +194,34 @@ def test_another_configuration_is_refused(backbone, tmp_path):
         run(backbone, tmp_path / "run", random_seed=7)
     with pytest.raises(ValueError, match="another configuration"):
         run(backbone, tmp_path / "run", model=build(MPT(P, rank=2)))
+    with pytest.raises(ValueError, match=r"objective: .*z_loss=0.0.* there, .*z_loss=0.1.* here"):
+        run(backbone, tmp_path / "run", model=build(objective=losses.Objective(z_loss=0.1)))
+
+
+def test_another_artefact_to_start_from_is_another_configuration(backbone, tmp_path):
+    run(backbone, tmp_path / "one", steps=2)
+    run(backbone, tmp_path / "two", steps=4)
+    origins = [{"artefact": str(tmp_path / name / "artefact")} for name in ("one", "two")]
+    run(backbone, tmp_path / "run", steps=2, origins=origins[0])
+    with pytest.raises(ValueError, match="artefact_sha256: .* there, .* here"):
+        run(backbone, tmp_path / "run", steps=4, origins=origins[1])
+
+
+def test_another_learning_rate_may_go_on_and_is_logged(backbone, tmp_path, caplog):
+    run(backbone, tmp_path / "run", steps=2)
+    with caplog.at_level("WARNING", logger="absl"):
+        run(backbone, tmp_path / "run", steps=4, model=build(rate=0.05))
+    assert "'shared.peak': 0.1" in caplog.text and "'shared.peak': 0.05" in caplog.text
+
+
+def test_a_finished_run_may_be_started_again(backbone, tmp_path):
+    """Also one that leaves a backbone, which it makes again."""
+    model = lambda: build(NoPrompt(), reserved=0, labels=models.FULL_FINETUNING)  # noqa: E731
+    run(backbone, tmp_path / "run", model(), steps=2)
+    (made,) = (tmp_path / "run" / "backbone").iterdir()
+    first = (made / "checkpoint").read_bytes()
+    run(backbone, tmp_path / "run", model(), steps=2)
+    assert (made / "checkpoint").read_bytes() == first
 
 
 def test_missing_inputs_say_what_makes_them(backbone, tmp_path):
@@ -269,6 +303,7 @@ def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
     assert sorted(best.history) == [4, 8]
     config = artefacts.load_artefact(tmp_path / "run" / "artefact").config
     assert config["metrics"]["best_step"] == best.best_step
+    assert config["metrics"]["scores"] == best.scores and config["step"] == max(best.best_step)
     assert (tmp_path / "run" / "inference_eval").is_dir()
 
 
