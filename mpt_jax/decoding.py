@@ -1,10 +1,11 @@
 """Decoding over a cached decoder: greedy, sampling with temperature, beam search.
 
 Every function drives `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)` from a
-cache that already holds n rows per example (`repeat_for_decodes` makes one) and returns
+cache of B rows, which it repeats itself where it keeps n hypotheses of an example, and returns
 `(tokens [B,n,L], scores [B,n])`, best first: tokens up to and including the end of sequence, then
 zeros; scores are sums of natural log probabilities. Shapes are static; the loop stops once every
-row has ended.
+row has ended. So n is an argument of these functions alone, and whoever binds it there, in gin
+say, is obeyed.
 
 Which leaves of a cache belong to a hypothesis is told by their name: `cached_*` leaves do, and
 move when beams are reordered; all others (the position, the encoder's keys and values) are equal
@@ -80,6 +81,7 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    cache_batch_axis: int = 0,
 ) -> Decoded:
     """Samples n sequences per example, sorted by their score.
 
@@ -88,7 +90,7 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
 
     Args:
         tokens_to_logits: one step of the decoder, over B*n rows.
-        cache: the decoder's empty cache, B*n rows.
+        cache: the decoder's empty cache, B rows.
         start: the token every example begins with, which is not returned.
         rng: random key.
         max_length: positions L to decode at most.
@@ -98,6 +100,7 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
         top_k: draws among the k most probable tokens; 0 means all.
         top_p: draws among the most probable tokens that together reach this probability
             (Holtzman et al. 2020); 1 means all.
+        cache_batch_axis: axis of the batch in the cache's leaves.
 
     Raises:
         ValueError: a setting out of its range.
@@ -111,6 +114,7 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
         logits = keep_most_probable(logits / temperature, top_k, top_p)
         return jax.random.categorical(jax.random.fold_in(rng, step), logits)
 
+    cache = repeat_for_decodes(cache, num_decodes, cache_batch_axis)
     rows = jnp.repeat(start, num_decodes)
     tokens, scores = _one_by_one(tokens_to_logits, cache, rows, draw, max_length, eos_id)
     tokens = tokens.reshape(start.shape[0], num_decodes, max_length)
@@ -206,7 +210,7 @@ def beam_search(
 
     Args:
         tokens_to_logits: one step of the decoder, over B*n rows.
-        cache: the decoder's empty cache, B*n rows.
+        cache: the decoder's empty cache, B rows.
         start: the token every example begins with, which is not returned.
         max_length: positions L to decode at most.
         eos_id: the token that ends a row.
@@ -228,7 +232,7 @@ def beam_search(
         open_scores=jnp.broadcast_to(first, (batch, n)),
         ended_tokens=jnp.zeros((batch, n, max_length), jnp.int32),
         ended_scores=jnp.full((batch, n), NOTHING),
-        cache=cache,
+        cache=repeat_for_decodes(cache, n, cache_batch_axis),
     )
 
     def running(beams: _Beams) -> jax.Array:

@@ -346,7 +346,7 @@ class PromptedEncoderDecoder:
         return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
 
     def predict_batch(
-        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int = 1
+        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
     ) -> Int[Array, "B L"]:
         """The best decoded ids of each example, 0 after the end-of-sequence id."""
         return self.predict_batch_with_aux(params, batch, rng, num_decodes=num_decodes)[0]
@@ -357,7 +357,7 @@ class PromptedEncoderDecoder:
         batch: Batch,
         rng: Key | None = None,
         decoder_params: Mapping[str, Any] | None = None,
-        num_decodes: int = 1,
+        num_decodes: int | None = None,
         return_all_decodes: bool = False,
     ) -> tuple[Int[Array, "..."], dict[str, Array]]:
         """Decodes as many tokens as the batch's targets have positions.
@@ -367,7 +367,8 @@ class PromptedEncoderDecoder:
             batch: the batch contract's features, unpacked; targets are not read.
             rng: for a `decode_fn` that samples.
             decoder_params: further arguments of `decode_fn`.
-            num_decodes: how many continuations of each example, for a `decode_fn` that can.
+            num_decodes: how many continuations of each example, for a `decode_fn` that can; None
+                leaves it to that function (its default, or what gin binds).
             return_all_decodes: all of them, worst first as in T5X, rather than the best.
 
         Returns:
@@ -380,15 +381,17 @@ class PromptedEncoderDecoder:
             raise ValueError("Packed batches cannot be decoded; set pack = False for inference.")
         takes = inspect.signature(self.decode_fn).parameters
         extra: dict[str, Any] = dict(decoder_params or {})
-        if "num_decodes" in takes:
+        if num_decodes is not None and "num_decodes" in takes:
             extra.setdefault("num_decodes", num_decodes)
-        elif num_decodes != 1:
+        elif num_decodes not in (None, 1):
             raise ValueError(f"num_decodes={num_decodes}, but {self.decode_fn} returns only one.")
         if "rng" in takes:
             extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng
-        repeats = extra.get("num_decodes", 1)
+        if "cache_batch_axis" in takes:
+            # Scanned layers keep one cache, with the layers on its first axis.
+            extra["cache_batch_axis"] = 1 if self.module.config.scan_layers else 0
         length = batch["decoder_input_tokens"].shape[1]
-        step, cache = self._decoder(params, batch, repeats, length)
+        step, cache = self._decoder(params, batch, length)
         start = jnp.zeros(batch["encoder_input_tokens"].shape[0], jnp.int32)
         eos_id = getattr(self.output_vocabulary, "eos_id", 1)
         tokens, scores = self.decode_fn(
@@ -399,20 +402,22 @@ class PromptedEncoderDecoder:
         return tokens[:, 0], {"scores": scores[:, 0]}
 
     def _decoder(
-        self, params: Params, batch: Batch, repeats: int, length: int
+        self, params: Params, batch: Batch, length: int
     ) -> tuple[decoding.TokensToLogits, Any]:
-        """One step of the cached decoder, and its cache after the encoder has run."""
+        """One step of the cached decoder, for any number of hypotheses of each example, and its
+        cache [B, ...] after the encoder has run."""
         backbone = self._backbone(params)
         embeddings, _ = self._embed(params, batch)
         mask = losses.encoder_mask(batch)
         encoded = self.module.apply({"params": backbone}, embeddings, mask, method="encode")
-        encoded, mask = decoding.repeat_for_decodes((encoded, mask), repeats)
 
         def run(tokens: Array, cache: Any) -> tuple[Array, Any]:
+            hypotheses = tokens.shape[0] // mask.shape[0]
+            memory, attended = decoding.repeat_for_decodes((encoded, mask), hypotheses)
             logits, variables = self.module.apply(
                 {"params": backbone, **cache},
-                encoded,
-                mask,
+                memory,
+                attended,
                 tokens,
                 decode=True,
                 max_decode_length=length,

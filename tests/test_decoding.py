@@ -23,13 +23,12 @@ class TinyModel:
         self.output = rng.normal(size=(STATE, VOCABULARY))
         self.bias = rng.normal(size=(batch, VOCABULARY))
 
-    def cache(self, n: int = 1) -> dict:
-        cache = {
+    def cache(self) -> dict:
+        return {
             "cached_state": jnp.zeros((self.batch, STATE)),
             "memory_bias": jnp.asarray(self.bias, jnp.float32),
             "cache_index": jnp.zeros((), jnp.int32),
         }
-        return decoding.repeat_for_decodes(cache, n)
 
     def tokens_to_logits(self, tokens, cache):
         state = jnp.tanh(
@@ -118,7 +117,7 @@ def test_samples_are_sorted_by_their_probability_under_the_model():
     model = TinyModel(batch=3)
     tokens, scores = decoding.temperature_sample(
         model.tokens_to_logits,
-        model.cache(4),
+        model.cache(),
         starts(model),
         jax.random.key(1),
         max_length=5,
@@ -139,7 +138,7 @@ def test_samples_follow_the_tempered_distribution(temperature):
     model, n = TinyModel(batch=1), 20_000
     tokens, _ = decoding.temperature_sample(
         model.tokens_to_logits,
-        model.cache(n),
+        model.cache(),
         starts(model),
         jax.random.key(2),
         max_length=1,
@@ -212,7 +211,7 @@ def test_beam_search_equals_a_slow_one(n, alpha):
     model = TinyModel(batch=4, seed=n)
     tokens, scores = decoding.beam_search(
         model.tokens_to_logits,
-        model.cache(n),
+        model.cache(),
         starts(model),
         max_length=6,
         eos_id=EOS,
@@ -229,7 +228,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_sequences():
     model, length, n = TinyModel(batch=2, seed=9), 3, VOCABULARY**2
     tokens, scores = decoding.beam_search(
         model.tokens_to_logits,
-        model.cache(n),
+        model.cache(),
         starts(model),
         max_length=length,
         num_decodes=n,
@@ -247,18 +246,24 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_sequences():
         np.testing.assert_allclose(scores[example, 0], model.score(example, best), atol=1e-4)
 
 
-def test_beams_of_a_scanned_cache_are_reordered_on_their_own_axis():
+@pytest.mark.parametrize("decode", ["beam_search", "temperature_sample"])
+def test_a_scanned_cache_is_repeated_and_reordered_on_its_own_axis(decode):
     model, n = TinyModel(batch=3, seed=5), 3
+    inner = ("cached_state", "memory_bias")
 
     def on_axis_1(tokens, cache):
-        inner = {**cache, "cached_state": cache["cached_state"][0]}
-        logits, inner = model.tokens_to_logits(tokens, inner)
-        return logits, {**inner, "cached_state": inner["cached_state"][None]}
+        logits, cache = model.tokens_to_logits(
+            tokens, {**cache, **{name: cache[name][0] for name in inner}}
+        )
+        return logits, {**cache, **{name: cache[name][None] for name in inner}}
 
-    plain = model.cache(n)
-    stacked = {**plain, "cached_state": plain["cached_state"][None]}
+    plain = model.cache()
+    stacked = {**plain, **{name: plain[name][None] for name in inner}}
     settings = {"max_length": 6, "num_decodes": n}
-    expected = decoding.beam_search(model.tokens_to_logits, plain, starts(model), **settings)
-    found = decoding.beam_search(on_axis_1, stacked, starts(model), cache_batch_axis=1, **settings)
+    if decode == "temperature_sample":
+        settings["rng"] = jax.random.key(3)
+    run = getattr(decoding, decode)
+    expected = run(model.tokens_to_logits, plain, starts(model), **settings)
+    found = run(on_axis_1, stacked, starts(model), cache_batch_axis=1, **settings)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], atol=1e-6)

@@ -2,6 +2,7 @@
 
 import functools
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from mpt_jax.runs import Runs
 from mpt_jax.train_state import trainable_labels
 from mpt_jax.tree import flatten, merge, split
 from tests import tiny
+from tests.test_decoding import cut, slow_beam
 
 DISTILLED = Objective(z_loss=1e-2, distillation=Distillation(hidden_layers="all"))
 GROUPED = Runs(tiny.RUNS.task_names, groups=[1, 0, 1])
@@ -309,6 +311,55 @@ def test_more_decodes_than_greedy_makes_are_an_error_and_sampling_makes_them(mpt
     tokens, found = jax.jit(sample)(mpt.params, mpt.batch, jax.random.PRNGKey(1))
     assert tokens.shape == (4, 3, tiny.TARGET)
     assert np.all(np.diff(found["scores"], axis=1) >= 0), "worst first, as T5X"
+
+
+@pytest.fixture(scope="module")
+def undecided() -> Case:
+    """A model of quieter embeddings: it is less sure that a token repeats itself."""
+    case = Case(tiny.model(APART))
+    case.params["token_embedder"]["embedding"] *= 0.3
+    return case
+
+
+class Prefixes:
+    """What the slow beam search asks of a language model, answered by teacher-forced passes."""
+
+    def __init__(self, case: Case):
+        self.case = case
+
+    def log_probabilities(self, example: int, prefix: tuple[int, ...]) -> np.ndarray:
+        inputs = np.zeros_like(self.case.batch["decoder_input_tokens"])
+        inputs[example, 1 : len(prefix) + 1] = prefix
+        batch = {**self.case.batch, "decoder_input_tokens": inputs}
+        logits = np.asarray(self.case.forward(self.case.params, batch).logits, np.float64)
+        logits = logits[example, len(prefix)]
+        return logits - np.log(np.exp(logits).sum())
+
+
+@pytest.mark.parametrize(
+    ("given", "bound", "width"),
+    [(None, None, 4), (None, 2, 2), (3, 2, 3)],
+    ids=["the function's default", "bound by gin", "asked for by the caller"],
+)
+def test_a_beam_is_as_wide_as_the_decode_function_is_told(undecided, given, bound, width, request):
+    request.addfinalizer(gin.clear_config)
+    search = gin.external_configurable(
+        decoding.beam_search, f"beam_of_{width}", module="test_models"
+    )
+    if bound is not None:
+        gin.bind_parameter(f"test_models.beam_of_{width}.num_decodes", bound)
+    model, arguments = tiny.model(APART, decode_fn=search), (undecided.params, undecided.batch)
+    ask = functools.partial(model.predict_batch_with_aux, num_decodes=given)
+    tokens, found = jax.jit(functools.partial(ask, return_all_decodes=True))(*arguments)
+    assert tokens.shape == (4, width, tiny.TARGET)
+    one = jax.jit(functools.partial(model.predict_batch, num_decodes=given))
+    np.testing.assert_array_equal(one(*arguments), tokens[:, -1])
+    for example in range(4):
+        expected = slow_beam(Prefixes(undecided), example, width, tiny.TARGET, alpha=0.6)[::-1]
+        assert [cut(row) for row in tokens[example]] == [tokens for tokens, _ in expected]
+        np.testing.assert_allclose(found["scores"][example], [s for _, s in expected], atol=1e-4)
+    greedy = np.asarray(undecided.predict(*arguments)[0])
+    assert np.any(greedy != tokens[:, -1]), "and it finds what greedy does not"
 
 
 def test_a_model_without_feature_converter_says_where_it_is_bound(mpt):
