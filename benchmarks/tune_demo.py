@@ -34,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
     parser.add_argument("--methods", nargs="*", help="names of methods; default all")
-    parser.add_argument("--steps", type=int, nargs="*", default=[None], help="lengths to try")
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[demo.FEW[0]], help="lengths to try"
+    )
     args = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
     compilation_cache.enable()
@@ -45,14 +47,13 @@ def main() -> None:
         for steps in args.steps:
             for rate in PROMPT_RATES if method.grouped else FULL_RATES:
                 bindings = [VALIDATION, *demo.learning_rate(method.gin_file, rate)]
-                bindings += [f"TRAIN_STEPS = {steps}"] if steps else []
                 tried = dataclasses.replace(
                     method,
                     name=f"{method.name} lr {rate} steps {steps}",
                     bindings=(*method.bindings, *bindings),
                     seeds=SEEDS if method.grouped else SEEDS[:1],
                 )
-                result = demo.adapt(args.root, tried, TARGETS, SHOTS)
+                result = demo.adapt(args.root, tried, TARGETS, SHOTS, (steps, demo.FEW[1]))
                 scores = {task: found["accuracy"] for task, found in result.scores.items()}
                 mean = float(np.mean([np.mean(values) for values in scores.values()]))
                 lines.append({"method": method.name, "learning_rate": rate, "steps": steps})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -28,11 +29,14 @@ SOURCES = ("toy_sst2", "toy_mnli", "toy_qnli", "toy_qqp", "toy_squad", "toy_reco
 TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
 ALL_TARGETS = (*TARGETS, "toy_wic", "toy_scitail", "toy_paws", "toy_d2t")
 SEEDS = (0, 1, 2)
+RESULTS = "results.json"
+MPT_TARGET = "gin/mpt_target.gin"
 # The source prompt that PT starts from in the arm "PT from a source prompt": fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
-SOURCE_STEPS, TARGET_STEPS, ROWS_PER_RUN = 300, 200, 4
-SOURCE_RATE = 0.3
+SOURCE_STEPS, SOURCE_RATE = 300, 0.3
+# (steps, examples of each run in a step) of the target stages, for a few examples and for all.
+FEW, ALL = (200, 4), (500, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ def methods(root: Path) -> tuple[Method, ...]:
     return (
         Method("PT", "gin/pt_target.gin"),
         Method("PT from a source prompt", "gin/pt_target.gin", start),
-        Method("MPT", "gin/mpt_target.gin"),
+        Method("MPT", MPT_TARGET),
         Method("Full fine-tuning", "gin/full_finetuning.gin", seeds=(0,), grouped=False),
     )
 
@@ -68,10 +72,9 @@ def methods(root: Path) -> tuple[Method, ...]:
 def learning_rate(gin_file: str, rate: float) -> tuple[str, ...]:
     """Bindings for a peak learning rate; MPT's factors keep the paper's 4/3 of the shared one."""
     shared = f"LEARNING_RATE = {rate}"
-    if gin_file == "gin/mpt_target.gin":
+    if gin_file == MPT_TARGET:
         return (shared, f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}")
-    # MPT warms up for a tenth of its steps; the others are given as many.
-    return (shared, f"WARMUP_STEPS = {TARGET_STEPS // 10}")
+    return (shared,)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compilation_cache.enable()
     started = time.monotonic()
     root = Path(args.root)
+    set_aside_finished(root)
     for stage in ("pt_source", "mpt_source"):
         bindings = [f"TRAIN_STEPS = {SOURCE_STEPS}", f"LEARNING_RATE = {SOURCE_RATE}"]
         run_stage(root, stage, f"gin/{stage}.gin", bindings)
@@ -91,10 +95,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)
     results = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
     seconds = time.monotonic() - started
-    (root / "results.json").write_text(
-        json.dumps([dataclasses.asdict(r) for r in results], indent=2) + "\n"
-    )
     print(write_report(root, results, SOURCES, majority_shares(targets), seconds))
+    (root / RESULTS).write_text(
+        json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n"
+    )
+
+
+def set_aside_finished(root: Path) -> None:
+    """Renames the folder of a demo that ran to its end, so that the next starts afresh; one that
+    was interrupted goes on where it stopped."""
+    if not (root / RESULTS).exists():
+        return
+    number = next(n for n in itertools.count(1) if not root.with_name(f"{root.name}.{n}").exists())
+    root.rename(root.with_name(f"{root.name}.{number}"))
+    logging.info("The demo before this one is kept in %s.%d.", root, number)
 
 
 def run_stage(
@@ -106,8 +120,22 @@ def run_stage(
     return gin_utils.run_stage(files, [f"ROOT = '{root}'", f"STAGE = '{name}'", *bindings])
 
 
-def adapt(root: Path, method: Method, targets: Sequence[str], shots: int | None) -> Result:
-    """All runs (target x seed) of one method."""
+def adapt(
+    root: Path,
+    method: Method,
+    targets: Sequence[str],
+    shots: int | None,
+    length: tuple[int, int] | None = None,
+) -> Result:
+    """All runs (target x seed) of one method.
+
+    Args:
+        root: holds the source stages.
+        method: which.
+        targets: task names.
+        shots: training examples of each run; None for all.
+        length: (steps, examples of each run in a step), if not the demo's.
+    """
     runs = {
         (task, seed): task if shots is None else f"{task}_k{shots}_s{seed}"
         for task in targets
@@ -115,6 +143,7 @@ def adapt(root: Path, method: Method, targets: Sequence[str], shots: int | None)
     }
     jobs = [list(runs)] if method.grouped else [[run] for run in runs]
     folder = f"targets/{method.name.lower().replace(' ', '_')}_k{shots or 'all'}"
+    steps, rows = length or (ALL if shots is None else FEW)
     started, scores, model_dirs = time.monotonic(), {}, []
     for job in jobs:
         name = folder if method.grouped else f"{folder}/{runs[job[0]]}"
@@ -122,8 +151,9 @@ def adapt(root: Path, method: Method, targets: Sequence[str], shots: int | None)
             f"TARGET_TASKS = {[task for task, _ in job]}",
             f"RUN_NAMES = {[runs[run] for run in job]}",
             "GROUPS = 'independent'",
-            f"BATCH_SIZE = {ROWS_PER_RUN * len(job)}",
-            f"TRAIN_STEPS = {TARGET_STEPS}",
+            f"BATCH_SIZE = {rows * len(job)}",
+            f"TRAIN_STEPS = {steps}",
+            *_warmup(method, steps),
             *method.bindings,
         ]
         scores |= run_stage(root, name, method.gin_file, bindings)
@@ -140,6 +170,11 @@ def adapt(root: Path, method: Method, targets: Sequence[str], shots: int | None)
         time.monotonic() - started,
         tuple(model_dirs),
     )
+
+
+def _warmup(method: Method, steps: int) -> tuple[str, ...]:
+    """A tenth of the steps, which MPT's gin file has by itself."""
+    return () if method.gin_file == MPT_TARGET else (f"WARMUP_STEPS = {steps // 10}",)
 
 
 def majority_shares(tasks: Sequence[str]) -> dict[str, float]:
