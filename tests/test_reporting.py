@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 import mpt_jax
 from mpt_jax import reporting
@@ -28,7 +29,7 @@ def test_scalars_reach_tensorboard_and_the_lines(tmp_path):
         events = EventAccumulator(str(tmp_path / folder))
         events.Reload()
         found = [
-            (event.step, round(float(event.tensor_proto.float_val[0]), 6))
+            (event.step, round(float(tensor_util.make_ndarray(event.tensor_proto)), 6))
             for event in events.Tensors("loss")
         ]
         assert found == expected
