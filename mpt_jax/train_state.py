@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -27,12 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax import artefacts, convert
+from mpt_jax.backbones.t5.scan import stack_layers
 from mpt_jax.models import BACKBONE, FROZEN, PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner, put_like
+from mpt_jax.runs import Runs
 from mpt_jax.shapes import Key, Params
 from mpt_jax.tree import flatten, match_exactly, merge, split, unflatten
 
 ADDED_BIAS = r"(token_embedder|encoder|decoder)/.*/bias"
+# Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5); more
+# rows than this without a token belong to another vocabulary.
+MOST_SPARE_ROWS = 255
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -68,6 +73,7 @@ class Origins:
         backbone_name: what artefacts call the backbone; default its path.
         backbone_command: how to make the backbone, said where it is missing.
         teachers_command: the same for the teachers.
+        artefact_command: the same for the initial artefact; empty where there is no one command.
     """
 
     backbone: str | None = None
@@ -77,6 +83,7 @@ class Origins:
     backbone_name: str | None = None
     backbone_command: str = "see README.md, 'Backbones'"
     teachers_command: str = "python -m mpt_jax.train --gin_file=gin/pt_source.gin"
+    artefact_command: str = ""
 
     def __post_init__(self):
         teachers = (self.teachers,) if isinstance(self.teachers, str) else tuple(self.teachers)
@@ -103,7 +110,8 @@ class Loaded:
     """Every parameter with its first value, and digests of where they come from.
 
     Attributes:
-        params: the whole tree.
+        params: the whole tree, NumPy arrays in the dtype they train or compute in. They lie on no
+            device, so a model that only fits where it is sharded can be placed from here.
         embedding_sha256, vocabulary_sha256: what artefacts are checked by.
         artefact_sha256: of the parameters in the initial artefact, if there is one.
         teacher_sha256: of the teachers' table [K, P, H], if there is one.
@@ -138,7 +146,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     vocabulary = artefacts.vocabulary_digest(model.input_vocabulary)
     artefact_digest = teacher_digest = None
     if origins.artefact:
-        artefact = artefacts.load_artefact(origins.artefact)
+        artefact = _initial_artefact(origins.artefact, origins.artefact_command)
         artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
         artefact_digest = artefacts.digest(flatten(artefact.params))
         prompt = model.prompt.transfer(artefact.params, artefact.method, artefact.runs, model.runs)
@@ -188,11 +196,13 @@ def _backbone(
         return jax.jit(lambda key: model.init_backbone(key)[0])(key)
     assert origins.backbone is not None
     try:
-        found = flatten(convert.load_backbone(origins.backbone))
+        tree = convert.load_backbone(origins.backbone)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"No backbone at {origins.backbone} ({error}). To get one: {origins.backbone_command}."
         ) from error
+    # Checkpoints are read unscanned, whatever they were written from.
+    found = flatten(stack_layers(tree) if model.module.config.scan_layers else tree)
     wanted = {name: shape for name, shape in expected.items() if re.fullmatch(BACKBONE, name)}
     # BitFit's biases are none of T5's: they start from the module's own zeros.
     biases = {name for name in wanted if re.fullmatch(ADDED_BIAS, name) and name not in found}
@@ -204,12 +214,29 @@ def _backbone(
     return unflatten(found | {name: np.zeros(wanted[name], np.float32) for name in biases})
 
 
+def _initial_artefact(path: str, command: str) -> artefacts.Artefact:
+    try:
+        return artefacts.load_artefact(path)
+    except FileNotFoundError as error:
+        how = f" Make it by: {command}." if command else ""
+        raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
+
+
 def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
     for vocabulary in (model.input_vocabulary, model.output_vocabulary):
-        if vocabulary is not None and vocabulary.vocab_size > rows:
+        if vocabulary is None:
+            continue
+        size = vocabulary.vocab_size
+        if size > rows:
             raise ValueError(
-                f"The vocabulary has {vocabulary.vocab_size} ids and the backbone embeds only "
-                f"{rows}: this is not the vocabulary the backbone was trained with."
+                f"The vocabulary has {size} ids and the backbone embeds only {rows}: this is not "
+                "the vocabulary the backbone was trained with."
+            )
+        if rows - size > MOST_SPARE_ROWS:
+            raise ValueError(
+                f"The vocabulary has only {size} ids and the backbone embeds {rows}: this is "
+                "another backbone's vocabulary (VOCABULARY), or it lacks the backbone's sentinels "
+                "(bind vocabularies.load.extra_ids)."
             )
 
 
@@ -222,7 +249,7 @@ def _teachers(
             "The objective distils from teachers, but Origins.teachers names no artefact. They "
             f"are made by: {origins.teachers_command}."
         )
-    known: dict[str, np.ndarray] = {}
+    known: list[_Teacher] = []
     for path in origins.teachers:
         try:
             artefact = artefacts.load_artefact(path)
@@ -231,29 +258,53 @@ def _teachers(
                 f"{error} It was to hold the teachers; make them by: {origins.teachers_command}."
             ) from error
         artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
-        folded = artefact.folded()
-        for row, names in enumerate(
-            zip(artefact.runs.run_names, artefact.runs.task_names, strict=True)
-        ):
-            for name in names:
-                known.setdefault(name, folded[row])
-    without = [task for task in model.runs.task_names if task not in known]
-    if without:
+        names = zip(artefact.runs.run_names, artefact.runs.task_names, strict=True)
+        for (run, task), prompt in zip(names, artefact.folded(), strict=True):
+            known.append(_Teacher(run, task, str(path), prompt))
+    return np.stack([teacher.prompt for teacher in _choose(model.runs, known)])
+
+
+class _Teacher(NamedTuple):
+    run: str
+    task: str
+    path: str
+    prompt: np.ndarray  # [P, H]
+
+
+def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
+    """A teacher for every row: the one of its run's name, else the only one of its task."""
+    found: dict[str, list[_Teacher]] = {}
+    for run, task in zip(runs.run_names, runs.task_names, strict=True):
+        namesakes = [teacher for teacher in known if teacher.run == run]
+        found[run] = namesakes or [teacher for teacher in known if teacher.task == task]
+    tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
+    if without := [tasks[run] for run, teachers in found.items() if not teachers]:
         raise ValueError(
-            f"No teacher for the tasks {without}; {list(origins.teachers)} hold teachers for "
-            f"{sorted(known)}. Train them with gin/pt_source.gin, or leave those tasks out."
+            f"No teacher for the tasks {without}; {sorted({each.path for each in known})} hold "
+            f"teachers for {sorted({each.task for each in known})}. Train them with "
+            "gin/pt_source.gin, or leave those tasks out."
         )
-    return np.stack([known[task] for task in model.runs.task_names])
+    several = {run: teachers for run, teachers in found.items() if len(teachers) > 1}
+    if several:
+        named = {run: [f"{each.run} in {each.path}" for each in several[run]] for run in several}
+        raise ValueError(
+            f"Several teachers for one run: {named}. Give the student's run the name of the one "
+            "it shall follow (RUN_NAMES), or name artefacts with one run of each task."
+        )
+    return [teachers[0] for teachers in found.values()]
 
 
 def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, Any]:
-    """What learns, and every prompt, in float32; the rest in the dtype it computes in."""
+    """What learns, and every prompt, in float32; the rest in the dtype it computes in.
+
+    By NumPy, leaf by leaf: on a device the whole model would lie on the first one.
+    """
     labels = flatten(model.label_tree(params))
     keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
     dtype = model.module.config.dtype
     return unflatten(
         {
-            name: jnp.asarray(leaf, jnp.float32 if keep(name) else dtype)
+            name: np.asarray(leaf).astype(np.float32 if keep(name) else dtype, copy=False)
             for name, leaf in flatten(params).items()
         }
     )

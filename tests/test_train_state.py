@@ -1,11 +1,14 @@
 """Where every parameter's first value comes from, and what is wrong where it cannot."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, convert, models, train_state
+from mpt_jax import artefacts, convert, decoding, models, train_state
+from mpt_jax.backbones.t5.scan import is_stacked
 from mpt_jax.losses import Distillation, Objective
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts import get_method
@@ -107,6 +110,30 @@ def test_teachers_of_runs_are_found_by_their_task(backbone, tmp_path):
     np.testing.assert_array_equal(loaded.params["teacher"]["table"], table)
 
 
+def test_a_teacher_of_the_runs_own_name_goes_before_others_of_its_task(backbone, tmp_path):
+    runs = Runs(["alpha", "alpha", "beta", "gamma"], ["alpha_s1", "alpha", "beta_s1", "gamma_s1"])
+    path, table = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
+    model = vocabulary_model(objective=DISTILLED)
+    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    np.testing.assert_array_equal(loaded.params["teacher"]["table"], table[1:])
+    seeds = Runs(["alpha", "alpha"], ["alpha_s1", "alpha"])
+    model = vocabulary_model(objective=DISTILLED, runs=seeds)
+    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    np.testing.assert_array_equal(loaded.params["teacher"]["table"], table[:2])
+
+
+def test_several_teachers_of_one_task_are_named(backbone, tmp_path):
+    runs = Runs(["alpha", "alpha"], ["alpha_s1", "alpha_s2"])
+    first, _ = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
+    model = vocabulary_model(objective=DISTILLED, runs=Runs(["alpha"]))
+    with pytest.raises(ValueError, match=f"'alpha_s1 in {first}', 'alpha_s2 in {first}'"):
+        fill(model, Origins(backbone["path"], first), KEY)
+    second, _ = write(tmp_path / "b", backbone, ["alpha_s2"], runs=Runs(["alpha"], ["alpha_s2"]))
+    model = vocabulary_model(objective=DISTILLED, runs=Runs(["alpha"], ["alpha_s2"]))
+    with pytest.raises(ValueError, match=f"'alpha_s2 in {first}', 'alpha_s2 in {second}'"):
+        fill(model, Origins(backbone["path"], [first, second]), KEY)
+
+
 def test_prompts_start_from_an_artefact_through_their_method(backbone, tmp_path):
     path, table = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
@@ -133,6 +160,50 @@ def test_what_is_frozen_has_the_dtype_it_computes_in_and_prompts_are_float32(bac
         prompt = name.startswith(("prompt/", "teacher/"))
         assert leaf.dtype == (jnp.float32 if prompt else jnp.bfloat16), name
     assert loaded.embedding_sha256 == digest(backbone), "one digest in either precision"
+
+
+def test_what_is_loaded_lies_on_no_device_and_no_step_takes_it_away(backbone, tmp_path):
+    path, _ = write(tmp_path / "a", backbone, ["alpha", "beta", "gamma"])
+    model = vocabulary_model(config=tiny.config(dtype="bfloat16"), objective=DISTILLED)
+    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    leaves = flatten(loaded.params)
+    assert {type(leaf) for leaf in leaves.values()} == {np.ndarray}
+    before = {name: leaf.copy() for name, leaf in leaves.items()}
+    state = train_state.create(model, loaded.params, PjitPartitioner())
+    halve = jax.jit(lambda tree: jax.tree.map(lambda x: x // 2, tree), donate_argnums=0)
+    jax.block_until_ready(halve(state))
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+
+
+def test_scanned_layers_load_the_same_checkpoint_and_give_the_same_answers(backbone, tmp_path):
+    # Quieter embeddings, with which a beam finds other answers than greedy decoding.
+    quiet = {k: v * (0.3 if "embed" in k else 1) for k, v in backbone["leaves"].items()}
+    path = str(convert.save_t5x(tmp_path, unflatten(quiet)))
+    batch, found = tiny.batch([2, 0, 1, 0]), {}
+    for scan_layers in (False, True):
+        config = tiny.config(scan_layers=scan_layers)
+        greedy = vocabulary_model(config=config)
+        beams = vocabulary_model(config=config, decode_fn=decoding.beam_search)
+        params = fill(greedy, Origins(path), KEY).params
+        assert is_stacked(params) == scan_layers
+        every = functools.partial(beams.predict_batch_with_aux, return_all_decodes=True)
+        run = jax.jit(lambda *x, g=greedy, e=every: (g.forward(*x), g.predict_batch(*x), e(*x)))
+        found[scan_layers] = run(params, batch)
+    (logits, greedy, (tokens, scores)), (outputs, again, beams) = found[False], found[True]
+    np.testing.assert_allclose(outputs.logits, logits.logits, atol=1e-5)
+    np.testing.assert_array_equal(again, greedy)
+    np.testing.assert_array_equal(beams[0], tokens)
+    np.testing.assert_allclose(beams[1]["scores"], scores["scores"], atol=1e-5)
+    assert np.any(tokens[:, -1] != greedy)
+
+
+def test_bitfit_starts_its_biases_from_zero_where_layers_are_scanned(backbone):
+    config = tiny.config(biases=True, scan_layers=True)
+    model = tiny.model(Runs(["a"]), get_method("none")(), config, labels=models.BITFIT)
+    leaves = flatten(fill(model, Origins(backbone["path"]), KEY).params)
+    assert leaves["encoder/encoder/mlp/wi/bias"].shape == (24, 2)  # layers on axis 1
+    assert not any(np.any(leaf) for name, leaf in leaves.items() if name.endswith("/bias"))
 
 
 def test_bitfit_starts_its_biases_from_zero_and_the_rest_from_the_checkpoint(backbone):
@@ -198,6 +269,27 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(backbone):
             fill(model, Origins(backbone["path"]), KEY)
 
 
+@pytest.mark.parametrize(
+    ("ids", "rows"),
+    [(32_100, 32_128), (32_000, 32_128), (250_100, 250_112), (259, 384), (384, 384), (405, 512)],
+    ids=["T5", "T5 without sentinels", "mT5", "ByT5", "ByT5 with sentinels", "toy"],
+)
+def test_a_vocabulary_may_leave_the_rows_of_padding_unused(ids, rows):
+    model = vocabulary_model(input_vocabulary=Vocabulary(ids), output_vocabulary=Vocabulary(ids))
+    train_state._check_vocabulary(model, rows)
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows"),
+    [(405, 32_128), (32_100, 250_112), (259, 32_128), (768, 1024)],
+    ids=["toy on T5", "T5 on mT5", "ByT5 on T5", "256 spare rows"],
+)
+def test_a_vocabulary_far_smaller_than_the_embedding_is_refused(ids, rows):
+    model = vocabulary_model(output_vocabulary=Vocabulary(ids), input_vocabulary=Vocabulary(rows))
+    with pytest.raises(ValueError, match=f"only {ids} ids.*embeds {rows}.*load.extra_ids"):
+        train_state._check_vocabulary(model, rows)
+
+
 @pytest.mark.parametrize("role", ["artefact", "teachers"])
 @pytest.mark.parametrize("what", ["backbone", "vocabulary", "length"])
 def test_artefacts_of_something_else_are_refused_with_both_values(backbone, tmp_path, role, what):
@@ -235,6 +327,15 @@ def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
     absent = str(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=f"{absent}.*make teachers"):
         fill(model, Origins(backbone["path"], absent, teachers_command="make teachers"), KEY)
+
+
+def test_a_missing_initial_artefact_names_the_command_that_makes_it(backbone, tmp_path):
+    absent = str(tmp_path / "absent")
+    origins = Origins(backbone["path"], artefact=absent, artefact_command="make source")
+    with pytest.raises(FileNotFoundError, match=f"{absent}.*Make it by: make source"):
+        fill(vocabulary_model(), origins, KEY)
+    with pytest.raises(FileNotFoundError, match="was to start from it.$"):
+        fill(vocabulary_model(), Origins(backbone["path"], artefact=absent), KEY)
 
 
 def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
