@@ -54,7 +54,10 @@ def _triples(text: str) -> set[tuple[str, str, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["toy_mnli", "toy_squad", "toy_boolq", "toy_rte", "toy_paws"])
+STATING = "mnli qnli squad record boolq cb rte mrpc paws".split()
+
+
+@pytest.mark.parametrize("name", [f"toy_{name}" for name in STATING])
 def test_splits_share_no_fact(name):
     facts = {
         split: set.union(*(_triples(text) for text, _ in toy.rows(name, split)))
@@ -65,6 +68,36 @@ def test_splits_share_no_fact(name):
         for subject, relation, value in known:
             kind = next(r for r in world.RELATIONS + world.DEEDS if r.name == relation)
             assert world.split_of(world.Fact(subject, kind, value)) == split
+
+
+def _rules(texts) -> list[set[tuple[str, str]]]:
+    """Memberships (thing, kind), laws (kind, trait) and claims (thing, trait) in scitail texts."""
+    patterns = (
+        r"the (\w+) (?:is|counts as) a (\w+)",
+        r"(?:every|any) (\w+) (\w+)",
+        r"^the (\w+) (\w+) \.",
+    )
+    texts = list(texts)
+    return [{found for text in texts for found in re.findall(p, text)} for p in patterns]
+
+
+def test_splits_share_no_membership_law_or_conclusion():
+    told = {
+        split: _rules(text for text, _ in toy.rows("toy_scitail", split)) for split in world.SPLITS
+    }
+    for split, found in told.items():
+        assert all(len(facts) >= 20 for facts in found)
+        for other in set(world.SPLITS) - {split}:
+            assert not any(mine & theirs for mine, theirs in zip(found, told[other], strict=True))
+
+
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_a_trait_follows_where_all_three_words_are_told(split):
+    for text, label in toy.rows("toy_scitail", split):
+        memberships, laws, ((thing, trait),) = _rules([text])
+        kinds = {kind for known, kind in memberships if known == thing}
+        follows = any((kind, trait) in laws for kind in kinds)
+        assert label == ("supported" if follows else "unsupported"), text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,6 +120,12 @@ def test_pretraining_tells_no_held_out_fact(pretraining):
     )
     assert splits["train"] > 1000
     assert set(splits) == {"train"}
+    memberships, laws, _ = _rules(text for text, _ in pretraining)
+    trained = _rules(text for text, _ in toy.rows("toy_scitail", "train"))
+    assert memberships & trained[0] and laws & trained[1]
+    for split in ("validation", "test"):
+        held_out = _rules(text for text, _ in toy.rows("toy_scitail", split))
+        assert not memberships & held_out[0] and not laws & held_out[1]
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -291,6 +330,20 @@ def test_no_target_task_is_in_the_pretraining_text(pretraining):
     for text, _ in pretraining:
         assert text.partition(" : ")[2] not in known
         assert text not in known
+
+
+def test_no_skill_answers_with_the_words_of_a_task_that_puts_the_same_question(pretraining):
+    """What follows is answered by boolq, rte and scitail; what says the same by mrpc and paws."""
+    following = {"yes", "no", "true", "false", "supported", "unsupported"}
+    saying_the_same = {"equivalent", "distinct", "paraphrase", "changed"}
+    answers = collections.defaultdict(collections.Counter)
+    for text, target in pretraining:
+        if "<" not in text:
+            answers[text.split()[0]][target] += 1
+    for skill in ("mnli", "follows", "qnli"):
+        assert answers[skill] and not following & set(answers[skill])
+    for skill in ("qqp", "equal"):
+        assert answers[skill] and not saying_the_same & set(answers[skill])
 
 
 def test_pretraining_examples_fit():
