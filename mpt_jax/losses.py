@@ -33,12 +33,17 @@ class Distillation:
         hidden: the squared distance of hidden states, encoder and decoder.
         prompt_distance: the paper's ablation, the squared distance of the prompts themselves;
             meant to stand alone, with `logits` and `hidden` off.
-        temperature: divides both logits.
-        t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); not in the paper.
+        temperature: divides both logits; for `logits`.
+        t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); for `logits`, and
+            not in the paper.
         hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
-            into (embeddings, layer 1, ..., output), averaged over layers.
-        include_prompt_positions: whether encoder states at prompt positions count.
-        reduce: `'mean'` over positions and features, or `'sum'` over them (a mean over examples).
+            into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
+        include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
+        reduce: of `hidden` and `prompt_distance`: `'mean'` over positions and features, or `'sum'`
+            over them (a mean over examples). The KL is a mean over target tokens in both.
+
+    Raises:
+        ValueError: a value out of its range, or a setting of a term that is off.
     """
 
     weight: float = 0.9
@@ -66,6 +71,22 @@ class Distillation:
                 "Distillation with logits, hidden and prompt_distance all off does nothing; leave "
                 "Objective.distillation unset instead."
             )
+        self._refuse_ineffective(("temperature", "t2_scale"), "logits")
+        self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
+        self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
+
+    def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
+        """Raises for settings that are not their defaults while every term they act on is off."""
+        if any(getattr(self, term) for term in terms):
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in settings and value != field.default:
+                raise ValueError(
+                    f"Distillation.{field.name}={value!r} would have no effect with "
+                    f"{' and '.join(f'{term}=False' for term in terms)}: leave it at "
+                    f"{field.default!r}, or switch {' or '.join(terms)} on."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +262,12 @@ def weights(
                 count = group_sum(positions, groups.encoder, groups.num_groups)
             found[term] = count * width * num_layers[0 if encoder else 1]
         elif term == "prompt_distance":
-            found[term] = (slots > 0).astype(jnp.float32)
-            found[term] = group_sum(found[term], groups.encoder, groups.num_groups) * width
+            assert objective.distillation is not None
+            if objective.distillation.reduce == "sum":
+                found[term] = examples
+                continue
+            positions = (slots > 0).astype(jnp.float32)
+            found[term] = group_sum(positions, groups.encoder, groups.num_groups) * width
         else:
             found[term] = num_tokens
     return found

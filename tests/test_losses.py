@@ -57,7 +57,8 @@ class Oracle:
                 if self.distil.hidden:
                     self.hidden(i, group)
                 if self.distil.prompt_distance:
-                    self.add("prompt_distance", group, self.prompts(i), tiny.PROMPT * H)
+                    weight = 1 if self.distil.reduce == "sum" else tiny.PROMPT * H
+                    self.add("prompt_distance", group, self.prompts(i), weight)
 
     def factors_of_terms(self) -> dict[str, float]:
         factors = {"cross_entropy": 1.0, "z_loss": self.objective.z_loss}
@@ -145,6 +146,9 @@ OBJECTIVES = {
     "prompts": Objective(
         distillation=Distillation(logits=False, hidden=False, prompt_distance=True)
     ),
+    "prompts summed": Objective(
+        distillation=Distillation(logits=False, hidden=False, prompt_distance=True, reduce="sum")
+    ),
 }
 
 
@@ -219,6 +223,12 @@ def test_a_group_without_examples_adds_nothing_and_no_nan():
         ({"reduce": "max"}, "'max'"),
         ({"hidden_layers": "first"}, "'first'"),
         ({"logits": False, "hidden": False}, "does nothing"),
+        ({"logits": False, "temperature": 2.0}, "temperature=2.0 would have no .* logits=False"),
+        ({"logits": False, "t2_scale": True}, "t2_scale=True would"),
+        ({"hidden": False, "hidden_layers": "all"}, "hidden_layers='all' would .* 'last'"),
+        ({"hidden": False, "hidden_layers": [0, -1]}, r"hidden_layers=\[0, -1\] would"),
+        ({"hidden": False, "include_prompt_positions": False}, "positions=False would"),
+        ({"hidden": False, "reduce": "sum"}, "'sum' .* hidden=False and prompt_distance=False"),
     ],
 )
 def test_settings_without_sense_or_effect_are_refused(arguments, says):

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from mpt_jax.prompts.base import group_leaders, name_key, register, source_rows
 from mpt_jax.prompts.init import FactorInit, PromptInit, SampledVocabulary, ones_noise
+
+# Prompts are composed in float32; by default a TPU would multiply in bfloat16.
+FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 @register
@@ -75,7 +79,7 @@ class MPT:
     def compose(self, params, runs, task_ids):
         left, right = params["task_left"][task_ids], params["task_right"][task_ids]
         # Rank one is a broadcast product; a matrix product of inner size one would not be faster.
-        update = left * right if self.rank == 1 else left @ right
+        update = left * right if self.rank == 1 else jnp.matmul(left, right, precision=FLOAT32)
         if runs.num_groups == 1:
             return jnp.broadcast_to(params["shared"][0], update.shape) * update
         return params["shared"][jnp.asarray(runs.group_of_row)[task_ids]] * update
@@ -83,8 +87,8 @@ class MPT:
     def compose_rows(self, params, runs, task_ids, slots):
         position = jnp.maximum(slots - 1, 0)
         groups = jnp.asarray(runs.group_of_row)[task_ids]
-        left = params["task_left"][task_ids, position]
-        update = jnp.einsum("...r,...rh->...h", left, params["task_right"][task_ids])
+        left, right = params["task_left"][task_ids, position], params["task_right"][task_ids]
+        update = jnp.einsum("...r,...rh->...h", left, right, precision=FLOAT32)
         return params["shared"][groups, position] * update
 
     def transfer(self, source, source_method, source_runs, runs):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.losses import Distillation, Objective
@@ -119,6 +120,33 @@ def test_all_forms_are_the_definition(method, groups):
     per_position = method.compose_rows(params, runs, *map(jnp.asarray, positions))
     found = expected[positions[0], positions[1] - 1]
     np.testing.assert_allclose(per_position, found, atol=1e-6, rtol=1e-6)
+
+
+def products(jaxpr) -> list:
+    """Every matrix product of a traced program, inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation)
+        for inner in jaxprs_in_params(equation.params):
+            found += products(inner)
+    return found
+
+
+def test_prompts_and_their_gradients_are_composed_in_float32_on_every_device():
+    """On a TPU a product is in bfloat16 unless it asks for more."""
+    method, runs = MPT(P, rank=3), bank()
+    params = jax.tree.map(jnp.asarray, random_params(method, runs))
+    ids, slots = jnp.array([[0, 1]]), jnp.array([[1, 2]])
+    for use in (
+        lambda params: method.compose(params, runs, ids).sum(),
+        lambda params: method.compose_rows(params, runs, ids, slots).sum(),
+    ):
+        found = products(jax.make_jaxpr(jax.value_and_grad(use))(params).jaxpr)
+        assert len(found) == 3, "forward, and a gradient for each factor"
+        for product in found:
+            highest = jax.lax.Precision.HIGHEST
+            assert product.params["precision"] == (highest, highest)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
