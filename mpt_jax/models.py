@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from mpt_jax import decoding, losses, metrics
 from mpt_jax.backbones.t5.network import Transformer
-from mpt_jax.prompts.base import InitContext, PromptMethod, place, place_rows
+from mpt_jax.prompts.base import InitContext, PromptMethod, place, place_rows, rows_of
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.tree import Rules, label_tree
@@ -46,7 +46,8 @@ class PromptedEncoderDecoder:
         module: the backbone; it takes embeddings and masks and never hears of prompts.
         prompt: the prompt method.
         runs: the bank's rows.
-        optimizer_def: a `PromptOptimizer`; it learns the label table and the runs from here.
+        optimizer_def: a `PromptOptimizer`; it learns the label table, the runs and what the rows
+            of parameters count from here.
         input_vocabulary: of `encoder_input_tokens`; SeqIO's.
         output_vocabulary: of the targets; SeqIO's. Its `eos_id` ends decoding.
         objective: the loss; default token cross entropy alone.
@@ -88,7 +89,8 @@ class PromptedEncoderDecoder:
         )
         self.feature_converter_cls = feature_converter_cls
         self.decode_fn = decode_fn
-        self.optimizer_def = optimizer_def and optimizer_def.bind(self.labels, runs)
+        self.rows = rows_of(prompt)
+        self.optimizer_def = optimizer_def and optimizer_def.bind(self.labels, runs, self.rows)
         # Rows of a whole batch, told by the T5X initializer; see `loss_fn`.
         self.whole_batch: int | None = None
 

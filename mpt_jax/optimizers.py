@@ -1,9 +1,10 @@
 """One optimizer for every label: AdamW by rows, with a learning rate for each label and group.
 
-Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K]. Every row
-is stepped as if it were alone, with its own moments, step count, learning rate and (by group)
-clipping norm, which is what makes one job of G runs equal to G jobs. Only trainable parameters
-ever get here; frozen ones have no gradient, no moments and no update.
+Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K], as the
+method's `axes` say. Every row is stepped as if it were alone, with its own moments, step count,
+learning rate and (by group) clipping norm, which is what makes one job of G runs equal to G jobs.
+A label stands for a learning rate and says nothing about rows. Only trainable parameters ever get
+here; frozen ones have no gradient, no moments and no update.
 
 A task whose examples are not in a batch is `absent`: the gradients of its rows are exactly zero.
 `absent_tasks='dense'` lets moments and decay act on it all the same, as torch's optimizers do;
@@ -13,7 +14,7 @@ A task whose examples are not in a batch is `absent`: the gradients of its rows 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +24,11 @@ import optax
 
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Float, Int, Params
-from mpt_jax.tree import Rules, flatten, label_tree
+from mpt_jax.tree import Rules, flatten, label_tree, path_name
 
-# What the leading axis of a label's parameters counts. Labels not named here (the backbone's own
-# parameters, say) have no such axis.
-GROUP_LABELS = ("shared",)
-ROW_LABELS = ("task",)
+# Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
+# Parameters not named (the backbone's own, say) have no rows.
+Rows = Mapping[str, str]
 
 PerGroup = int | float | Sequence[int | float]
 DECAYS = ("linear", "cosine", "constant", "rsqrt")
@@ -110,20 +110,26 @@ class PromptOptimizer:
     # Filled by `bind`, from the model.
     labels: Rules | None = None
     runs: Runs | None = None
+    rows: Rows | None = None
 
     def __post_init__(self):
         if self.absent_tasks not in ("dense", "hold"):
             raise ValueError(f"absent_tasks must be 'dense' or 'hold', got {self.absent_tasks!r}.")
 
-    def bind(self, labels: Rules, runs: Runs) -> PromptOptimizer:
-        """This optimizer, told which parameter has which label and which row which group."""
+    def bind(self, labels: Rules, runs: Runs, rows: Rows) -> PromptOptimizer:
+        """This optimizer, told which parameter has which label and rows, and which row which
+        group.
+
+        Raises:
+            ValueError: a setting by group has another number of entries than there are groups.
+        """
         for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
             if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
                 raise ValueError(
                     f"{name} has {len(value)} entries, but there are {runs.num_groups} groups; "  # pyright: ignore
                     "give one number or one for each group."
                 )
-        return dataclasses.replace(self, labels=tuple(labels), runs=runs)
+        return dataclasses.replace(self, labels=tuple(labels), runs=runs, rows=dict(rows))
 
     def init(self, trainable: Params) -> Any:
         """The optimizer state of the trainable parameters."""
@@ -150,11 +156,12 @@ class PromptOptimizer:
         ]
 
     def _transformation(self, trainable: Params) -> optax.GradientTransformation:
-        if self.labels is None or self.runs is None:
-            raise ValueError("This optimizer is not bound to a model; call bind(labels, runs).")
-        labels = label_tree(trainable, self.labels)
-        used = sorted(set(flatten(labels).values()))
-        missing = [label for label in used if label not in self.learning_rates]
+        if self.labels is None or self.runs is None or self.rows is None:
+            raise ValueError(
+                "This optimizer is not bound to a model; call bind(labels, runs, rows)."
+            )
+        labels = flatten(label_tree(trainable, self.labels))
+        missing = sorted(set(labels.values()) - set(self.learning_rates))
         if missing:
             raise ValueError(
                 f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
@@ -164,33 +171,51 @@ class PromptOptimizer:
             optax.scale_by_adam(self.b1, self.b2, self.eps),
             optax.add_decayed_weights(self.weight_decay),
         )
-        rules = {
-            label: by_row(
+        parts = _parts(labels, self.rows)
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            part: by_row(
                 adam,
-                self.learning_rates[label],
-                row_groups(label, self.runs),
+                self.learning_rates[labels[name]],
+                row_groups(name, self.rows, self.runs),
                 hold=self.absent_tasks == "hold",
             )
-            for label in used
+            for name, part in parts.items()
         }
-        clip = clip_by_group_norm(self.clip_norm, labels, self.runs)
-        return optax.chain(clip, optax.partition(rules, labels))
+        clip = clip_by_group_norm(self.clip_norm, self.rows, self.runs)
+        tree = jax.tree.unflatten(jax.tree.structure(trainable), list(parts.values()))
+        return optax.chain(clip, optax.partition(rules, tree))
 
 
-def row_groups(label: str, runs: Runs) -> tuple[int, ...] | None:
-    """The group of each row of a label's parameters; None where they have no rows.
+def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:
+    """Which parameters are stepped together: those of one label, and of one kind of rows."""
+    kinds: dict[str, set[str | None]] = {}
+    for name, label in labels.items():
+        kinds.setdefault(label, set()).add(rows.get(name))
+    return {
+        name: label if len(kinds[label]) == 1 else f"{label}_by_{rows.get(name, 'none')}"
+        for name, label in labels.items()
+    }
+
+
+def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
+    """The group of each row of a parameter; None where it has no rows.
+
+    Args:
+        name: the parameter's path (`prompt/shared`).
+        rows: what rows count; `PromptedEncoderDecoder.rows`.
+        runs: the bank's rows.
 
     Raises:
-        ValueError: parameters without rows, shared by all, in a job of several groups.
+        ValueError: a parameter without rows, shared by all, in a job of several groups.
     """
-    if label in GROUP_LABELS:
+    if rows.get(name) == "groups":
         return tuple(range(runs.num_groups))
-    if label in ROW_LABELS:
+    if rows.get(name) == "tasks":
         return runs.group_of_row
     if runs.num_groups > 1:
         raise ValueError(
-            f"Parameters labelled {label!r} have no group axis, so {runs.num_groups} independent "
-            "runs cannot train them in one job; run them one by one."
+            f"The parameter {name!r} has no rows of groups or tasks, so {runs.num_groups} "
+            "independent runs cannot train it in one job; run them one by one."
         )
     return None
 
@@ -240,12 +265,11 @@ def by_row(
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def group_norms(grads: Params, labels: Any, runs: Runs) -> Float[Array, " G"]:
+def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
     """The norm [G] of each group's gradient over all its parameters."""
     squares = jnp.zeros(runs.num_groups, jnp.float32)
-    names = flatten(labels)
     for name, grad in flatten(grads).items():
-        groups = row_groups(names[name], runs)
+        groups = row_groups(name, rows, runs)
         square = jnp.square(grad.astype(jnp.float32))
         if groups is None:
             squares = squares.at[0].add(square.sum())
@@ -254,24 +278,31 @@ def group_norms(grads: Params, labels: Any, runs: Runs) -> Float[Array, " G"]:
     return jnp.sqrt(squares)
 
 
+def group_norms(grads: Params, labels: Any, runs: Runs) -> Float[Array, " G"]:
+    """`gradient_norms`, for a caller that has the labels 'shared' and 'task' in place of rows."""
+    kinds = {"shared": "groups", "task": "tasks"}
+    rows = {name: kinds[label] for name, label in flatten(labels).items() if label in kinds}
+    return gradient_norms(grads, rows, runs)
+
+
 def clip_by_group_norm(
-    max_norm: PerGroup | None, labels: Any, runs: Runs
+    max_norm: PerGroup | None, rows: Rows, runs: Runs
 ) -> optax.GradientTransformation:
     """Scales a group's gradients down to a largest norm; groups never see each other's."""
     if max_norm is None:
         return optax.identity()
 
     def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
-        norms = group_norms(grads, labels, runs)
+        norms = gradient_norms(grads, rows, runs)
         limits = jnp.broadcast_to(_per_group(max_norm), norms.shape)
         scales = jnp.where(norms > limits, limits / jnp.maximum(norms, 1e-30), 1.0)
 
-        def scale(grad: Array, label: str) -> Array:
-            groups = row_groups(label, runs)
+        def scale(path: tuple, grad: Array) -> Array:
+            groups = row_groups(path_name(path), rows, runs)
             factor = scales[0] if groups is None else _rows(scales[np.asarray(groups)], grad)
             return (grad * factor).astype(grad.dtype)
 
-        return jax.tree.map(scale, grads, labels), state
+        return jax.tree_util.tree_map_with_path(scale, grads), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)  # pyright: ignore
 

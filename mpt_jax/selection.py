@@ -178,10 +178,10 @@ class SelectBest:
         """The rows of improved groups from `trainable`, all others from the best so far."""
         if self.trainable is None or all(improved):
             return trainable
-        labels, old = flatten(self.model.label_tree(trainable)), flatten(self.trainable)
+        old = flatten(self.trainable)
         leaves = {}
         for name, leaf in flatten(trainable).items():
-            groups = row_groups(labels[name], self.model.runs)
+            groups = row_groups(name, self.model.rows, self.model.runs)
             assert groups is not None  # one group alone is either improved or not
             rows = np.asarray(improved)[np.asarray(groups)]
             leaves[name] = np.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, old[name])

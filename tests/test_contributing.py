@@ -14,7 +14,8 @@ CHECKS = """
 import jax, numpy as np
 from mpt_jax.features import PromptFeatureConverter
 from mpt_jax.prompts import get_method
-from mpt_jax.prompts.base import InitContext, PromptMethod, fold
+from mpt_jax.optimizers import PromptOptimizer, Schedule
+from mpt_jax.prompts.base import InitContext, PromptMethod, fold, rows_of
 from mpt_jax.runs import Runs
 
 runs = Runs(["my_sst2", "another"])
@@ -29,6 +30,17 @@ rows = method.compose_rows(params, runs, np.array([[1, 1]]), np.array([[3, 1]]))
 np.testing.assert_allclose(rows[0], folded[1, [2, 0]], atol=1e-6)
 moved = method.transfer(params, method, Runs(["my_sst2"]), Runs(["new"]))
 assert moved["table"].shape == (1, 3, 4)
+
+labels = (("prompt/table", "task"), ("prompt/scale", "scale"))
+rates = {"task": Schedule(0.1, decay="constant"), "scale": Schedule(0.2, decay="constant")}
+apart = Runs(runs.task_names, groups="independent")
+optimizer = PromptOptimizer(rates, weight_decay=0.0, absent_tasks="hold")
+optimizer = optimizer.bind(labels, apart, rows_of(method))
+grads = {"table": np.zeros((2, 3, 4)), "scale": np.array([0.0, -0.5])}
+tree = {"prompt": params}
+updates, _ = optimizer.update({"prompt": grads}, optimizer.init(tree), tree)
+np.testing.assert_allclose(updates["prompt"]["scale"], [0, 0.2], atol=1e-5)
+assert not updates["prompt"]["table"].any()
 
 lengths = {"inputs": 16, "targets": 12}
 dataset = seqio.get_mixture_or_task("my_sst2").get_dataset(lengths, split="train", shuffle=False)

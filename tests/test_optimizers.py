@@ -1,6 +1,7 @@
 """AdamW by rows against an AdamW written row after row in NumPy; schedules; clipping by group."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,21 @@ import numpy as np
 import optax
 import pytest
 
-from mpt_jax.optimizers import PromptOptimizer, Schedule, clip_by_group_norm, group_norms
+from mpt_jax.optimizers import (
+    PromptOptimizer,
+    Schedule,
+    clip_by_group_norm,
+    gradient_norms,
+    row_groups,
+)
+from mpt_jax.prompts.base import rows_of
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
-from mpt_jax.tree import flatten, label_tree
+from mpt_jax.tree import flatten
 
 LABELS = ((r"prompt/shared", "shared"), (r"prompt/.*", "task"), (r"backbone/.*", "backbone"))
+ROWS = {"prompt/shared": "groups", "prompt/task_left": "tasks", "prompt/task_right": "tasks"}
 P, H, R = 3, 4, 2
 RUNS = Runs(["a", "b", "c", "d"], groups=[0, 1, 0, 2])
 STEPS = 12
@@ -53,41 +64,36 @@ PRESENT = [{0}, {0, 2}, {0}, {1, 2}] * 2 + [{0}, {2}, {0, 2}, {0}]
 
 
 class NumpyAdamW:
-    """Each row of each label has its own moments and step count; float64."""
+    """Each row of each parameter has its own moments and step count; float64. `rates` are the
+    learning rate of each parameter: (step, group) -> number."""
 
     def __init__(self, tree: dict, runs: Runs, hold: bool, clip, rates: dict):
         self.values = {k: v.astype(np.float64) for k, v in tree["prompt"].items()}
         self.runs, self.hold, self.clip, self.rates = runs, hold, clip, rates
         self.first = {k: np.zeros_like(v) for k, v in self.values.items()}
         self.second = {k: np.zeros_like(v) for k, v in self.values.items()}
-        self.steps = {
-            "shared": np.zeros(runs.num_groups, int),
-            "task": np.zeros(runs.num_rows, int),
-        }
+        self.steps = {k: np.zeros(len(v), int) for k, v in self.values.items()}
 
-    def group(self, label: str, row: int) -> int:
-        return row if label == "shared" else self.runs.group_of_row[row]
+    def group(self, name: str, row: int) -> int:
+        return row if name == "shared" else self.runs.group_of_row[row]
 
     def step(self, grads: dict) -> None:
         grads = {k: v.astype(np.float64) for k, v in grads["prompt"].items()}
-        label_of = {k: "shared" if k == "shared" else "task" for k in grads}
         squares = np.zeros(self.runs.num_groups)
         for name, grad in grads.items():
             for row in range(len(grad)):
-                squares[self.group(label_of[name], row)] += np.sum(grad[row] ** 2)
-        for label, counts in self.steps.items():
-            leaves = [name for name in grads if label_of[name] == label]
+                squares[self.group(name, row)] += np.sum(grad[row] ** 2)
+        for name, counts in self.steps.items():
             for row in range(len(counts)):
-                group = self.group(label, row)
-                if self.hold and not any(grads[name][row].any() for name in leaves):
+                group = self.group(name, row)
+                if self.hold and not grads[name][row].any():
                     continue
                 counts[row] += 1
                 shrink = 1.0
                 if self.clip is not None and math.sqrt(squares[group]) > self.clip[group]:
                     shrink = self.clip[group] / math.sqrt(squares[group])
-                rate = self.rates[label](counts[row] - 1, group)
-                for name in leaves:
-                    self.update(name, row, shrink * grads[name][row], counts[row], rate)
+                rate = self.rates[name](counts[row] - 1, group)
+                self.update(name, row, shrink * grads[name][row], counts[row], rate)
 
     def update(self, name: str, row: int, grad, count: int, rate: float) -> None:
         m, v, value = self.first[name], self.second[name], self.values[name]
@@ -116,24 +122,47 @@ def constant(peak) -> Schedule:
     return Schedule(peak, decay="constant")
 
 
+# A label is a learning rate: whatever the table, rows are stepped as the method's axes say.
+TABLES = {
+    "the methods'": LABELS,
+    "one for each": tuple(
+        (f"prompt/{name}", name) for name in ("shared", "task_left", "task_right")
+    ),
+    "one for all": (("prompt/.*", "all"),),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("clip", [None, [0.5, 100.0, 2.0]], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("absent", ["dense", "hold"])
-def test_adamw_by_rows_is_adamw_of_each_row_alone(absent, clip):
-    optimizer = PromptOptimizer(
-        {"shared": constant(0.3), "task": Schedule([0.4, 0.1, 0.2], 20, 3)},
-        weight_decay=DECAY,
-        clip_norm=clip,
-        absent_tasks=absent,
-    ).bind(LABELS, RUNS)
-
+def test_adamw_by_rows_is_adamw_of_each_row_alone(absent, clip, table):
     def linear(step, group):
         ramp = min(1.0, step / 3)
         return [0.4, 0.1, 0.2][group] * ramp * min(1.0, (20 - step) / (20 - 3))
 
+    ours, theirs = Schedule([0.4, 0.1, 0.2], 20, 3), linear
+    schedules = {
+        "the methods'": {"shared": (constant(0.3), lambda *_: 0.3), "task": (ours, theirs)},
+        "one for each": {
+            "shared": (constant(0.3), lambda *_: 0.3),
+            "task_left": (ours, theirs),
+            "task_right": (constant(0.2), lambda *_: 0.2),
+        },
+        "one for all": {"all": (ours, theirs)},
+    }[table]
+    optimizer = PromptOptimizer(
+        {label: schedule for label, (schedule, _) in schedules.items()},
+        weight_decay=DECAY,
+        clip_norm=clip,
+        absent_tasks=absent,
+    ).bind(TABLES[table], RUNS, ROWS)
+    label_of = {
+        name: next(label for rule, label in TABLES[table] if re.fullmatch(rule, f"prompt/{name}"))
+        for name in ("shared", "task_left", "task_right")
+    }
     tree = random_tree(0)
-    oracle = NumpyAdamW(
-        tree, RUNS, absent == "hold", clip, {"shared": lambda *_: 0.3, "task": linear}
-    )
+    rates = {name: schedules[label][1] for name, label in label_of.items()}
+    oracle = NumpyAdamW(tree, RUNS, absent == "hold", clip, rates)
     for step, grads in enumerate(gradients(PRESENT), start=1):
         oracle.step(grads)
         if step in (1, STEPS):
@@ -147,6 +176,19 @@ def test_adamw_by_rows_is_adamw_of_each_row_alone(absent, clip):
             np.testing.assert_allclose(moments[key], expected[name], atol=1e-6, err_msg=key)
 
 
+def test_what_rows_count_is_read_off_a_methods_axes():
+    assert rows_of(MPT(P)) == ROWS
+    assert rows_of(PromptTuning(P)) == {"prompt/table": "tasks"}
+
+    class Odd(PromptTuning):
+        axes = {"scale": ("tasks",), "bias": ("embed",), "number": ()}
+
+    assert rows_of(Odd(P)) == {"prompt/scale": "tasks"}
+    assert row_groups("prompt/shared", ROWS, RUNS) == (0, 1, 2)
+    assert row_groups("prompt/task_left", ROWS, RUNS) == (0, 1, 0, 2)
+    assert row_groups("encoder/bias", ROWS, Runs(["a", "b"])) is None
+
+
 def test_dense_decays_a_task_that_never_comes_and_hold_leaves_it():
     tree, grads = random_tree(0), gradients(PRESENT)
     found = {}
@@ -156,7 +198,7 @@ def test_dense_decays_a_task_that_never_comes_and_hold_leaves_it():
             weight_decay=DECAY,
             absent_tasks=absent,
         )
-        found[absent], _ = run(optimizer.bind(LABELS, RUNS), tree, grads)
+        found[absent], _ = run(optimizer.bind(LABELS, RUNS, ROWS), tree, grads)
     never, before = 3, tree["prompt"]
     shrunk = (1 - 0.3 * DECAY) ** STEPS
     for name, row in (("task_left", never), ("task_right", never), ("shared", 2)):
@@ -170,7 +212,7 @@ def test_dense_is_torchs_adamw():
 
     tree, grads = random_tree(0), gradients(PRESENT)
     rates = {"shared": constant(0.3), "task": constant(0.4)}
-    optimizer = PromptOptimizer(rates, weight_decay=DECAY, clip_norm=None).bind(LABELS, RUNS)
+    optimizer = PromptOptimizer(rates, weight_decay=DECAY, clip_norm=None).bind(LABELS, RUNS, ROWS)
     found, _ = run(optimizer, tree, grads)
     leaves = {name: torch.nn.Parameter(torch.tensor(v)) for name, v in tree["prompt"].items()}
     theirs = torch.optim.AdamW(
@@ -193,7 +235,6 @@ def test_dense_is_torchs_adamw():
 
 def test_groups_are_clipped_each_by_its_own_norm():
     grads = random_tree(1)
-    labels = label_tree(grads, LABELS)
     leaves = {name: leaf.astype(np.float64) for name, leaf in grads["prompt"].items()}
     expected = []
     for group in range(RUNS.num_groups):
@@ -201,9 +242,9 @@ def test_groups_are_clipped_each_by_its_own_norm():
         parts = [leaves["shared"][group], leaves["task_left"][rows], leaves["task_right"][rows]]
         expected.append(math.sqrt(sum(np.sum(part**2) for part in parts)))
     grads = jax.tree.map(jnp.asarray, grads)
-    np.testing.assert_allclose(group_norms(grads, labels, RUNS), expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient_norms(grads, ROWS, RUNS), expected, rtol=1e-5)
     limits = [expected[0] / 2, expected[1] * 2, expected[2]]
-    clip = clip_by_group_norm(limits, labels, RUNS)
+    clip = clip_by_group_norm(limits, ROWS, RUNS)
     clipped, _ = clip.update(grads, clip.init(grads))
     for name, leaf in clipped["prompt"].items():
         for row, value in enumerate(leaf):
@@ -215,9 +256,8 @@ def test_groups_are_clipped_each_by_its_own_norm():
 def test_a_gradient_that_is_not_finite_stays_with_its_group():
     grads = random_tree(1)
     grads["prompt"]["task_left"][1] = np.nan
-    labels = label_tree(grads, LABELS)
     grads = jax.tree.map(jnp.asarray, grads)
-    clip = clip_by_group_norm(0.1, labels, RUNS)
+    clip = clip_by_group_norm(0.1, ROWS, RUNS)
     clipped, _ = clip.update(grads, clip.init(grads))
     assert np.isfinite(clipped["prompt"]["shared"][np.array([0, 2])]).all()
     assert np.isfinite(clipped["prompt"]["task_left"][np.array([0, 2, 3])]).all()
@@ -282,13 +322,13 @@ def test_incomplete_schedules_are_errors(arguments, says):
 
 
 def test_a_label_without_a_learning_rate_is_named():
-    optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS, RUNS)
+    optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS, RUNS, ROWS)
     with pytest.raises(ValueError, match=r"labels \['task'\].*has \['shared'\]"):
         optimizer.init(random_tree(0))
 
 
 def test_a_parameter_without_a_label_is_named():
-    optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS[:1], RUNS)
+    optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS[:1], RUNS, ROWS)
     with pytest.raises(ValueError, match="prompt/task_left"):
         optimizer.init(random_tree(0))
 
@@ -296,16 +336,16 @@ def test_a_parameter_without_a_label_is_named():
 def test_settings_by_group_must_have_an_entry_for_each_group():
     rates = {"shared": constant([0.1, 0.2]), "task": constant(0.3)}
     with pytest.raises(ValueError, match=r"'shared'\]\.peak has 2 entries.*3 groups"):
-        PromptOptimizer(rates).bind(LABELS, RUNS)
+        PromptOptimizer(rates).bind(LABELS, RUNS, ROWS)
     with pytest.raises(ValueError, match="clip_norm has 4 entries.*3 groups"):
-        PromptOptimizer({}, clip_norm=[1.0] * 4).bind(LABELS, RUNS)
+        PromptOptimizer({}, clip_norm=[1.0] * 4).bind(LABELS, RUNS, ROWS)
 
 
 def test_what_all_runs_share_cannot_train_in_a_job_of_several_groups():
     rates = {label: constant(0.1) for label in ("shared", "task", "backbone")}
-    optimizer = PromptOptimizer(rates).bind(LABELS, RUNS)
+    optimizer = PromptOptimizer(rates).bind(LABELS, RUNS, ROWS)
     tree = jax.tree.map(jnp.asarray, {**random_tree(0), "backbone": {"w": np.ones(3)}})
-    with pytest.raises(ValueError, match="'backbone' have no group axis, so 3 independent"):
+    with pytest.raises(ValueError, match="'backbone/w' has no rows.*so 3 independent"):
         optimizer.init(tree)
 
 

@@ -51,7 +51,8 @@ class PromptMethod(Protocol):
         name: the name in the registry and in artefacts.
         prompt_length: P, in positions.
         labels: (path below `prompt/`, label) rules that cover every parameter of the method.
-        axes: parameter name -> logical axis names, for sharding.
+        axes: parameter name -> logical axis names. They say how a parameter is sharded, and the
+            first one what its rows are: `'groups'`, `'tasks'`, or anything else for none.
     """
 
     name: str
@@ -109,6 +110,13 @@ def get_method(name: str) -> Callable[..., PromptMethod]:
 def method_names() -> tuple[str, ...]:
     """Every registered method, sorted."""
     return tuple(sorted(_METHODS))
+
+
+def rows_of(method: PromptMethod) -> dict[str, str]:
+    """What the rows of each parameter count, `'groups'` or `'tasks'`, by path name (`prompt/...`);
+    parameters without rows are left out."""
+    first = {f"prompt/{name}": axes[0] for name, axes in method.axes.items() if axes}
+    return {name: axis for name, axis in first.items() if axis in ("groups", "tasks")}
 
 
 def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
