@@ -20,6 +20,7 @@ import flax
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import traverse_util
 from flax.core import unfreeze
@@ -173,15 +174,23 @@ class HostState(flax.struct.PyTreeNode):
         self, grads: Params, learning_rate: Any, flax_mutables: Any = None
     ) -> HostState:
         """One optimizer step. The learning rate is the optimizer's own, by label and group;
-        T5X's is only what it logs."""
+        T5X's is only what it logs.
+
+        An update that would leave anything that is not finite is not made: parameters and moments
+        stay as they were, as with our own trainer. Only the step goes on, because T5X counts its
+        steps itself: one that stood still would put later checkpoints and the data beside each
+        other by one step. The NaN is in the `loss` that T5X logs.
+        """
         trainable, frozen = self.host.split(self.params)
         updates, param_states = self.host.optimizer.update(
             self.host.split(grads)[0], self.param_states, trainable
         )
+        old = (trainable, self.param_states)
+        new = (jax.tree.map(jnp.add, trainable, updates), param_states)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new)]).all()
+        trainable, param_states = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         return self.replace(
-            step=self.step + 1,
-            params=merge(jax.tree.map(jnp.add, trainable, updates), frozen),
-            param_states=param_states,
+            step=self.step + 1, params=merge(trainable, frozen), param_states=param_states
         )
 
     def as_logical_axes(self) -> HostState:
@@ -285,7 +294,10 @@ _HOSTS: list[Host] = []
 
 @dataclasses.dataclass(frozen=True)
 class ArtefactHook:
-    """Writes MODEL_DIR/artefact at every save of T5X; changes nothing of what is saved."""
+    """Writes MODEL_DIR/artefact at every save of T5X; changes nothing of what is saved.
+
+    Prompts that are not finite are not written: the artefact of an earlier save stays.
+    """
 
     model_dir: str
 
@@ -293,19 +305,34 @@ class ArtefactHook:
         """T5X's save-time transformation: (state, infos) in and out."""
         prompt = state_dict["target"].get("prompt")
         if prompt is not None and jax.process_index() == 0:
-            host = _HOSTS[-1]
-            loaded = host.load(jax.random.PRNGKey(0))
-            artefacts.save_artefact(
-                os.path.join(self.model_dir, "artefact"),
-                host.model.prompt,
-                prompt,
-                host.model.runs,
-                embedding_sha256=loaded.embedding_sha256,
-                vocabulary_sha256=loaded.vocabulary_sha256,
-                backbone=host.origins.name,
-                step=int(state_dict["state"]["step"]),
-            )
+            self._write(prompt, int(state_dict["state"]["step"]))
         return state_dict, parameter_infos
+
+    def _write(self, prompt: Params, step: int) -> None:
+        path = os.path.join(self.model_dir, "artefact")
+        values = {name: np.asarray(leaf) for name, leaf in flatten(prompt).items()}
+        broken = [name for name, value in values.items() if not np.isfinite(value).all()]
+        if broken:
+            logging.error(
+                "The prompts of step %d are not finite (%s), so %s is left as it is. Lower the "
+                "learning rate.",
+                step,
+                ", ".join(broken),
+                path,
+            )
+            return
+        host = _HOSTS[-1]
+        loaded = host.load(jax.random.PRNGKey(0))
+        artefacts.save_artefact(
+            path,
+            host.model.prompt,
+            unflatten(values),
+            host.model.runs,
+            embedding_sha256=loaded.embedding_sha256,
+            vocabulary_sha256=loaded.vocabulary_sha256,
+            backbone=host.origins.name,
+            step=step,
+        )
 
 
 def save_hooks(model_dir: str) -> list[ArtefactHook]:
