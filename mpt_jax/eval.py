@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
@@ -22,6 +23,7 @@ from mpt_jax import (
     evaluation,
     gin_utils,
     host_memory,
+    identity,
     train_state,
 )
 from mpt_jax.eval_loop import on_device
@@ -108,7 +110,8 @@ def states(
 
     Raises:
         FileNotFoundError: no such checkpoint; lists those there are.
-        ValueError: a checkpoint of another configuration; neither checkpoint nor artefact named.
+        ValueError: a checkpoint of other tasks, another backbone or another method, with both
+            values of what differs; neither checkpoint nor artefact named.
     """
     if not cfg.path and not origins.artefact:
         raise ValueError(
@@ -119,11 +122,28 @@ def states(
     state = train_state.create(model, loaded.params, partitioner)
     if not cfg.path:
         yield state
+    ours = identity.of_model(model, loaded)
     for folder, step in _wanted(cfg):
-        found = checkpoints.Checkpoints(folder, read_only=True).restore(state, step)
+        saved = checkpoints.Checkpoints(folder, read_only=True)
+        path = saved.path(step)
+        identity.check_reads(ours, _identity(path), path)
+        found = saved.restore(state, step)
         assert found is not None
-        logging.info("Read %s/%s_%d.", folder, checkpoints.PREFIX, step)
+        logging.info("Read %s.", path)
         yield found[0]
+
+
+def _identity(path: epath.Path) -> identity.Identity:
+    """What a checkpoint says that it belongs to, read before its arrays are.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(path.absolute() / "meta")["identity"]
+    except Exception as error:  # whatever a damaged file may raise
+        raise OSError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:

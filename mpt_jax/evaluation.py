@@ -23,11 +23,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mpt_jax import data, examples
-from mpt_jax.features import TASK_IDS
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
 SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
 LOGGERS = (seqio.PyLoggingLogger, seqio.TensorBoardLogger, seqio.JSONLogger)
+
+# What seqio.Evaluator does with its `use_memory_cache` shows in the data sets alone.
+_IN_MEMORY = type(tf.data.Dataset.range(0).cache())
 
 BatchFn = Callable[[data.Batch], Any]
 
@@ -86,10 +88,12 @@ class InferenceEvaluator:
         _check(provider, cfg, self._converter)
         if evaluator_cls is None:
             evaluator_cls = functools.partial(seqio.Evaluator, logger_cls=LOGGERS)
-        writing: dict[str, Any] = {"log_dir": output_dir}
+        settings: dict[str, Any] = {"log_dir": output_dir}
         if output_dir is None or host_index:
-            writing = {"logger_cls": ()}
-        try:
+            settings = {"logger_cls": ()}
+        if not cfg.use_memory_cache:  # or else what is bound to the evaluator counts
+            settings["use_memory_cache"] = False
+        with examples.reading(provider, cfg.split):
             self._evaluator: Any = evaluator_cls(
                 mixture_or_task_name=provider.name,
                 feature_converter=self._converter,
@@ -97,14 +101,8 @@ class InferenceEvaluator:
                 use_cached=cfg.use_cached,
                 seed=cfg.seed,
                 sequence_length=cfg.task_feature_lengths,
-                use_memory_cache=cfg.use_memory_cache,
-                **writing,
+                **settings,
             )
-        except tf.errors.OpError as error:
-            raise ValueError(
-                f"The {cfg.split!r} split of {provider.name!r} could not be read: "
-                f"{type(error).__name__}: {error}"
-            ) from error
         self._tasks: dict[str, Any] = {task.name: task for task in self._evaluator.eval_tasks}
         self._extra: dict[str, dict[str, float]] = {}
         # SeqIO computes metrics and writes them in one go; ours join on the way to the writers.
@@ -113,7 +111,8 @@ class InferenceEvaluator:
         )
         self._sizes = self._count(cfg)
         self._share = data.Share(cfg.batch_size, num_hosts, host_index)
-        self._keep = cfg.use_memory_cache
+        datasets = self._evaluator.cached_task_datasets.values()
+        self._keep = all(isinstance(dataset, _IN_MEMORY) for dataset in datasets)
         self._batches: dict[tuple[str, ...], data.Batches] = {}
 
     @property
@@ -168,11 +167,8 @@ class InferenceEvaluator:
 
     def _count(self, cfg: data.DatasetConfig) -> dict[str, int]:
         """Returns each task's number of examples, having checked their lengths."""
-        overlong = {}
-        for name, dataset in self._evaluator.cached_task_datasets.items():
-            ids = dataset.map(lambda example: example[TASK_IDS][0]).batch(1024)
-            cut = sum(int((batch < 0).sum()) for batch in ids.as_numpy_iterator())
-            overlong[name] = (cut, int(dataset.cardinality()))
+        found = self._evaluator.cached_task_datasets
+        overlong = {name: examples.count_examples(dataset) for name, dataset in found.items()}
         empty = [name for name, (_, size) in overlong.items() if not size]
         if empty:
             raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")

@@ -4,9 +4,10 @@ Small and middling data sets (all of GLUE and MRQA) fit in memory as tokens, 4 b
 then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save.
 """
 
+import contextlib
 import importlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class ExampleTable:
     ):
         check_split(task, split)
         self.name, self.split = task.name, split
-        try:
+        with reading(task, split):
             dataset = task.get_dataset(
                 sequence_length=sequence_length,
                 split=split,
@@ -93,8 +94,6 @@ class ExampleTable:
                 try_in_mem_cache=False,
             )
             self.values, self.offsets = _flatten(dataset.take(limit), list(task.output_features))
-        except Exception as error:
-            raise ValueError(missing_data(task, split, error)) from error
         self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
         if not self.num_examples:
             raise ValueError(
@@ -166,21 +165,50 @@ def report_lengths(
             )
 
 
+def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
+    """(examples that were cut, examples) of a task's data set; reads all of it."""
+    mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
+    batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
+    return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
+
+
 def check_split(task: seqio.Task, split: str) -> None:
-    """Raises ValueError where the task has no such split."""
-    if split not in task.splits:
+    """Raises ValueError where the task has no such split, or no data at all."""
+    with reading(task, split):
+        splits = task.source.splits
+        if not splits:  # as TFDS has it before anything is prepared
+            raise FileNotFoundError("nothing is prepared")
+    if split not in splits:
+        raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
+
+
+@contextlib.contextmanager
+def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
+    """Inside, what is raised where data is missing becomes a ValueError that says how to get it.
+
+    Any other error is the task's own, such as a mistake in a preprocessor, and is left as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _means_missing(error):
+            raise
+        kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
+        source = getattr(task_or_mixture, "source", "its tasks' sources")
+        reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
         raise ValueError(
-            f"Task {task.name!r} has no {split!r} split; it has {', '.join(task.splits)}."
-        )
+            f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
+            f"{source}: {type(error).__name__}: {reason}. If the data is not on this machine, "
+            "prepare it where there is a network (tfds build <name> --data_dir DIR) and pass "
+            "--tfds_data_dir=DIR."
+        ) from error
 
 
-def missing_data(task: seqio.Task, split: str, error: Exception) -> str:
-    """The message for a task whose data could not be read."""
-    return (
-        f"The {split!r} split of task {task.name!r} could not be read from {task.source}: "
-        f"{type(error).__name__}: {error}. If the data is not on this machine, prepare it where "
-        "there is a network (tfds build <name> --data_dir DIR) and pass --tfds_data_dir=DIR."
-    )
+def _means_missing(error: Exception) -> bool:
+    if isinstance(error, AssertionError):  # TFDS's, where there are no prepared files
+        return "could not find data in" in str(error)
+    of_tfds = type(error).__module__.startswith("tensorflow_datasets.")
+    return of_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))
 
 
 def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:

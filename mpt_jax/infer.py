@@ -5,13 +5,18 @@
     <output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>    {"inputs": {...}, "prediction": ...}
     the same with .COMPLETED                                 the file is whole
     the same with .partial                                   a run was stopped; it goes on from here
+    the same with .partial_of                                what the partial file is made from
+
+.COMPLETED and .partial_of hold what a file was made from, as JSON: a file that was made from
+anything else is neither continued nor taken for the answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,11 +27,21 @@ from absl import flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mpt_jax import checkpoints, compilation_cache, data, gin_utils, host_memory, train_state
+from mpt_jax import (
+    artefacts,
+    checkpoints,
+    compilation_cache,
+    data,
+    examples,
+    gin_utils,
+    host_memory,
+    train_state,
+)
 from mpt_jax.eval import states
 from mpt_jax.eval_loop import on_device
 from mpt_jax.models import PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.partitioning import PjitPartitioner, to_host
+from mpt_jax.tree import flatten
 
 MODES = ("predict", "score", "predict_with_aux")
 TEXT = "_pretokenized"
@@ -72,13 +87,17 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         num_shards: parts that separate runs work on.
         output_vocab_feature_name: the feature whose vocabulary decodes predictions.
         file_extension: of the files.
-        summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
+        summarize_config_fn: called as `(model_dir, writer, step)` for shard 0; writes config.gin.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
         merge_chunked_results, checkpoint_ds_iter, write_fn, merge_fn, keep_aux_as_numpy,
             fallback_init_rng, use_orbax: T5X's; only their defaults are accepted.
 
     Returns:
         The files.
+
+    Raises:
+        ValueError: a setting, task, split or length is not what it must be; an empty split; a
+            file that is there already was made from something else.
     """
     gin_utils.refuse_ineffective(
         "infer",
@@ -101,22 +120,37 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     tasks = seqio.get_subtasks(dataset_cfg.provider())
     converter = dataset_cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
     data.check_runs(tasks, converter)
-    summarize_config_fn(output_dir, None, 0)
-    state = _one_state(
-        model, train_state_initializer_cls().origins, partitioner, restore_checkpoint_cfg
-    )
+    for task in tasks:
+        examples.check_split(task, dataset_cfg.split)
+    origins = train_state_initializer_cls().origins
+    state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
+    made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artefact)
+    made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
+    part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"
+    outputs = [_Output(epath.Path(output_dir) / f"{task.name}-{mode}.{part}") for task in tasks]
+    to_do = [task for task, out in zip(tasks, outputs, strict=True) if not out.holds(made_from)]
+    _check_lengths(dataset_cfg, to_do, converter)
+    if shard_id == 0:
+        summarize_config_fn(output_dir, None, 0)
     functions = {"score": model.score_batch, "predict": model.predict_batch}
     compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
-    function = functools.partial(compiled, state.params)
-    files = []
-    for task in tasks:
-        name = f"{task.name}-{mode}.{file_extension}-{shard_id:05}-of-{num_shards:05}"
-        path = epath.Path(output_dir) / name
+    answer = functools.partial(
+        _lines,
+        rows=dataset_cfg.batch_size,
+        function=functools.partial(compiled, state.params),
+        mode=mode,
+    )
+    for task, output in zip(tasks, outputs, strict=True):
+        if task not in to_do:
+            logging.info("%s is complete already.", output.path)
+            continue
         vocabulary = task.output_features[output_vocab_feature_name].vocabulary
-        examples = _examples(dataset_cfg, task, converter).shard(num_shards, shard_id)
-        _write(path, examples, dataset_cfg, function, mode, vocabulary, checkpoint_period)
-        files.append(str(path))
-    return files
+        pairs = _examples(dataset_cfg, task, converter).shard(num_shards, shard_id)
+        done = output.begin(made_from)
+        batches = pairs.skip(done).batch(dataset_cfg.batch_size)
+        lines = (list(answer(batch, vocabulary=vocabulary)) for batch in batches)
+        output.write(lines, checkpoint_period)
+    return [str(output.path) for output in outputs]
 
 
 def _one_state(
@@ -131,11 +165,35 @@ def _one_state(
     return found[0]
 
 
-def _examples(cfg: data.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
-    """Pairs (texts, model features) of every example, in the task's own order."""
+def _made_from(
+    model: PromptedEncoderDecoder, state: train_state.TrainState, read: Any
+) -> dict[str, Any]:
+    """What is read, and by which way of decoding. JSON values."""
+    paths = [read] if isinstance(read, str) else read
+    decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
+    return {
+        "read": [str(epath.Path(path).absolute()) for path in paths],
+        "step": int(state.step),
+        "trained_sha256": artefacts.digest(flatten(to_host(state.trainable))),
+        "decode_fn": getattr(decode, "__name__", type(decode).__name__),
+    }
+
+
+def _asked(cfg: data.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
+    """Which examples are read and what is said of them. JSON values."""
     if cfg.task_feature_lengths is None:
         raise ValueError("DatasetConfig.task_feature_lengths must be given for infer.")
-    dataset = task.get_dataset(
+    return {
+        "mode": mode,
+        "split": cfg.split,
+        "task_feature_lengths": dict(cfg.task_feature_lengths),
+        "use_cached": cfg.use_cached,
+        "output_vocab_feature_name": output_feature,
+    }
+
+
+def _dataset(cfg: data.DatasetConfig, task: seqio.Task) -> tf.data.Dataset:
+    return task.get_dataset(
         sequence_length=cfg.task_feature_lengths,
         split=cfg.split,
         use_cached=cfg.use_cached,
@@ -143,44 +201,102 @@ def _examples(cfg: data.DatasetConfig, task: seqio.Task, converter: Any) -> tf.d
         seed=cfg.seed,
         trim_output_features=cfg.trim_output_features,
     )
+
+
+def _check_lengths(cfg: data.DatasetConfig, tasks: list[seqio.Task], converter: Any) -> None:
+    """Raises ValueError for an empty split, or over-long examples that may not be cut; logs those
+    that are cut."""
+    overlong = {}
+    for task in tasks:
+        with examples.reading(task, cfg.split):
+            overlong[task.name] = examples.count_examples(_dataset(cfg, task))
+    empty = [name for name, (_, size) in overlong.items() if not size]
+    if empty:
+        raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
+    examples.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
+    data.check_lengths(overlong, converter, cfg.task_feature_lengths)
+
+
+def _examples(cfg: data.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
+    """Pairs (texts, model features) of every example, in the task's own order."""
+    dataset = _dataset(cfg, task)
     texts = dataset.map(lambda x: {name: x[name] for name in x if name.endswith(TEXT)})
     return tf.data.Dataset.zip((texts, converter(dataset, cfg.task_feature_lengths)))
 
 
-def _write(
-    path: epath.Path,
-    examples: tf.data.Dataset,
-    cfg: data.DatasetConfig,
-    function: Callable[..., Any],
-    mode: str,
-    vocabulary: Any,
-    checkpoint_period: int,
-) -> None:
-    """Writes one task's file; goes on where an earlier run was stopped."""
-    completed, partial = path.with_name(f"{path.name}.COMPLETED"), _partial(path)
-    if completed.exists():
-        logging.info("%s is complete already.", path)
-        return
-    done = _lines_written(partial)
-    if done:
-        logging.info("%s: going on after %d examples.", path, done)
-    writes = jax.process_index() == 0
-    lines: list[str] = []
-    for number, batch in enumerate(examples.skip(done).batch(cfg.batch_size), start=1):
-        lines += _lines(batch, cfg.batch_size, function, mode, vocabulary)
-        if writes and number % checkpoint_period == 0:
-            _append(partial, lines)
-            lines = []
-    if writes:
-        _append(partial, lines)
-        partial.replace(path)
-        completed.write_text("")
-        logging.info("Wrote %s.", path)
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """One task's file, and those beside it. Every process reads them; process 0 writes."""
+
+    path: epath.Path
+
+    def _beside(self, suffix: str) -> epath.Path:
+        return self.path.with_name(f"{self.path.name}.{suffix}")
+
+    def holds(self, made_from: Mapping[str, Any]) -> bool:
+        """Whether the file is whole.
+
+        Raises:
+            ValueError: it, or a part of it, was made from something else.
+        """
+        whole = self._beside("COMPLETED").exists()
+        if whole or self._beside("partial").exists():
+            label = self._beside("COMPLETED" if whole else "partial_of")
+            found = json.loads((label.read_text() if label.exists() else "") or "{}")
+            ours = json.loads(json.dumps(made_from))
+            differing = [
+                f"{name}: {found.get(name)!r} there, {value!r} here"
+                for name, value in ours.items()
+                if found.get(name) != value
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.path} was made from something else ({'; '.join(differing)}). Choose "
+                    f"another INFER_OUTPUT_DIR, or remove {self.path}* to make it again."
+                )
+        return whole
+
+    def begin(self, made_from: Mapping[str, Any]) -> int:
+        """Says what the file is made from; returns how many examples an earlier run finished, the
+        same on every host."""
+        count = 0
+        partial = self._beside("partial")
+        if jax.process_index() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if partial.exists():
+                whole = partial.read_text().rpartition("\n")[0]
+                count = len(whole.splitlines())
+                partial.write_text(whole + "\n" if whole else "")
+            self._beside("partial_of").write_text(json.dumps(made_from, indent=2) + "\n")
+        count = int(multihost_utils.broadcast_one_to_all(np.asarray(count)))
+        if count:
+            logging.info("%s: going on after %d examples.", self.path, count)
+        return count
+
+    def write(self, batches: Iterable[list[str]], period: int) -> None:
+        """Appends the lines of every batch, `period` batches at a time, and completes the file."""
+        writes = jax.process_index() == 0
+        waiting: list[str] = []
+        for number, lines in enumerate(batches, start=1):
+            waiting += lines
+            if writes and number % period == 0:
+                self._append(waiting)
+                waiting = []
+        if writes:
+            self._append(waiting)
+            self._beside("partial").replace(self.path)
+            self._beside("partial_of").replace(self._beside("COMPLETED"))
+            logging.info("Wrote %s.", self.path)
+
+    def _append(self, lines: list[str]) -> None:
+        with self._beside("partial").open("a") as file:
+            file.writelines(line + "\n" for line in lines)
 
 
 def _lines(
     batch: tuple[Any, Any], rows: int, function: Callable[..., Any], mode: str, vocabulary: Any
 ) -> Iterator[str]:
+    """One line of JSON for each example of a batch."""
     texts, features = jax.tree.map(lambda x: x.numpy(), batch)
     count = len(next(iter(features.values())))
     share = data.Share(rows, jax.process_count(), jax.process_index())
@@ -198,26 +314,6 @@ def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any
     if mode == "predict_with_aux":
         found["aux"] = {name: value[row].tolist() for name, value in aux.items()}
     return found
-
-
-def _partial(path: epath.Path) -> epath.Path:
-    return path.with_name(f"{path.name}.partial")
-
-
-def _lines_written(partial: epath.Path) -> int:
-    """How many examples an earlier run finished; the same on every host."""
-    count = 0
-    if jax.process_index() == 0 and partial.exists():
-        whole = partial.read_text().rpartition("\n")[0]
-        count = len(whole.splitlines())
-        partial.write_text(whole + "\n" if whole else "")
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(count)))
-
-
-def _append(partial: epath.Path, lines: list[str]) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a") as file:
-        file.writelines(line + "\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax import artefacts, checkpoints, eval, features, infer, train_state
+from mpt_jax import artefacts, checkpoints, eval, features, identity, infer, train_state
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.data import DatasetConfig
 from mpt_jax.partitioning import PjitPartitioner
@@ -22,20 +23,23 @@ from mpt_jax.sampling import task_mixture
 from tests import tiny
 
 TASKS = ("judged_a", "judged_b")
+BANK = (*TASKS, "judged_empty")
 SIZE, BATCH = 7, 4
 LENGTHS = {"inputs": 4, "targets": 3}
 VOCABULARY = seqio.ByteVocabulary()
 
 
 def register(name: str, offset: int) -> None:
+    size = 0 if name == "judged_empty" else SIZE
+
     def examples(split, shuffle_files, seed=None):
-        return tf.data.Dataset.range(SIZE).map(
+        return tf.data.Dataset.range(size).map(
             lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.strings.as_string(offset)}
         )
 
     seqio.TaskRegistry.add(
         name,
-        source=seqio.FunctionDataSource(examples, ("test",), {"test": SIZE}),
+        source=seqio.FunctionDataSource(examples, ("test",), {"test": size}),
         preprocessors=features.finish(name),
         output_features=features.output_features(VOCABULARY),
         metric_fns=[accuracy],
@@ -46,31 +50,37 @@ def accuracy(targets, predictions):
     return {"accuracy": float(np.mean(np.asarray(targets) == np.asarray(predictions)))}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A model, its parameters, and a MODEL_DIR with steps 0 and 3 of them."""
-    for offset, name in enumerate(TASKS):
-        register(name, offset)
-    runs = Runs(TASKS)
+def make_model(names=BANK, prompt_length=tiny.PROMPT):
+    runs = Runs(names)
     converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
-        prompt_length=tiny.PROMPT, runs=runs, **kwargs
+        prompt_length=prompt_length, runs=runs, **kwargs
     )
-    model = tiny.model(
+    return tiny.model(
         runs,
-        MPT(tiny.PROMPT),
+        MPT(prompt_length),
         tiny.config(vocab_size=384),
         input_vocabulary=VOCABULARY,
         output_vocabulary=VOCABULARY,
         feature_converter_cls=converter,
     )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, its parameters, and a MODEL_DIR with steps 0 and 3 of them."""
+    for offset, name in enumerate(BANK):
+        register(name, offset)
+    model = make_model()
     params = tiny.params(model)
     folder = tmp_path_factory.mktemp("saved")
     backbone = {name: tree for name, tree in params.items() if name != "prompt"}
     origins = {"backbone": str(save_t5x(folder, backbone, 0))}
     state = tiny.state(model, params)
+    loaded = train_state.fill(model, train_state.Origins(**origins), jax.random.PRNGKey(0))
+    meta = {"identity": identity.of_model(model, loaded)}
     kept = checkpoints.resolve(str(folder / "run"), keep=None)
     for step in (0, 3):
-        kept.save(state.replace(step=jax.numpy.asarray(step, jax.numpy.int32)), {})
+        kept.save(state.replace(step=jax.numpy.asarray(step, jax.numpy.int32)), meta)
     kept.close()
     return types.SimpleNamespace(
         model=model, params=params, folder=folder, origins=origins, run=folder / "run"
@@ -153,6 +163,7 @@ def test_a_stopped_run_goes_on_where_it_was(saved, tmp_path):
     name = whole.rpartition("/")[2]
     # Three examples finished, of which the file must keep the text; the fourth was cut.
     kept = [json.dumps({"mark": i}) for i in range(3)]
+    (folder / f"{name}.partial_of").write_text(Path(f"{whole}.COMPLETED").read_text())
     (folder / f"{name}.partial").write_text("\n".join(kept) + '\n{"inputs": {"inp')
     infer.infer(
         output_dir=str(folder), mode="score", **arguments(saved, dataset_cfg=config(TASKS[:1]))
@@ -162,7 +173,39 @@ def test_a_stopped_run_goes_on_where_it_was(saved, tmp_path):
     for line, other in zip(found[3:], expected[3:], strict=True):
         assert line["inputs"] == other["inputs"]
         assert line["score"] == pytest.approx(other["score"], abs=1e-5)
-    assert not list(folder.glob("*.partial"))
+    assert sorted(path.name for path in folder.iterdir()) == [name, f"{name}.COMPLETED"]
+
+
+def test_files_made_from_something_else_are_not_taken_for_the_answer(saved, tmp_path):
+    configs = []
+    again = lambda path="checkpoint_3", **overrides: infer.infer(  # noqa: E731
+        output_dir=str(tmp_path),
+        summarize_config_fn=lambda *_: configs.append(path),
+        **{k: v for k, v in arguments(saved, path, **overrides).items() if "summarize" not in k},
+    )
+    files = again()
+    texts = [Path(file).read_text() for file in files]
+    longer = {"inputs": 5, "targets": 3}
+    for message, settings in (
+        (r"step: 3 there, 0 here", {"path": "checkpoint_0"}),
+        (
+            r"'inputs': 4.* there, .*'inputs': 5",
+            {"dataset_cfg": config(task_feature_lengths=longer)},
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            again(**settings)
+    assert configs == ["checkpoint_3"]
+    assert again() == files and texts == [Path(file).read_text() for file in files]
+    # A part of a file counts as much, and so does a file that nothing is known of.
+    Path(f"{files[0]}.COMPLETED").rename(f"{files[0]}.partial_of")
+    Path(files[0]).rename(f"{files[0]}.partial")
+    with pytest.raises(ValueError, match="step: 3 there, 0 here"):
+        again("checkpoint_0")
+    Path(f"{files[0]}.partial_of").unlink()
+    Path(f"{files[0]}.COMPLETED").write_text("")
+    with pytest.raises(ValueError, match="step: None there, 3 here"):
+        again()
 
 
 def test_shards_make_up_the_whole(saved, tmp_path):
@@ -216,6 +259,61 @@ def test_modes_of_a_restore_configuration(saved):
     assert steps(run, "all") == [0, 3]
     assert steps(run, "latest") == [3]
     assert steps([f"{run}/checkpoint_3", f"{run}/checkpoint_0"], "specific") == [3, 0]
+
+
+def one_state(saved, model, **origins):
+    made = train_state.Origins(**{**saved.origins, **origins})
+    cfg = checkpoints.RestoreCheckpointConfig(str(saved.run), "latest")
+    return next(iter(eval.states(model, made, PjitPartitioner(), cfg)))
+
+
+def test_a_checkpoint_of_other_tasks_or_another_method_is_refused(saved):
+    """Also where the shapes agree; and whoever reads is not told to remove anything."""
+    for model, difference in (
+        (
+            make_model(BANK[::-1]),
+            r"run_names: \['judged_a', .*\] there, \['judged_empty', .*\] here",
+        ),
+        (make_model(BANK[:2]), "run_names"),
+        (make_model(prompt_length=5), "method_config: .*3.* there, .*5.* here"),
+    ):
+        with pytest.raises(ValueError, match=difference) as caught:
+            one_state(saved, model)
+        assert "checkpoint_3" in str(caught.value) and "remove" not in str(caught.value)
+
+
+def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
+    """T5X's, say, or a damaged one."""
+    shutil.copytree(saved.run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint_3" / "meta")
+    cfg = checkpoints.RestoreCheckpointConfig(str(tmp_path / "run" / "checkpoint_3"), "specific")
+    made = train_state.Origins(**saved.origins)
+    with pytest.raises(OSError, match="checkpoint_3 cannot be read"):
+        list(eval.states(saved.model, made, PjitPartitioner(), cfg))
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(saved, tmp_path):
+    other = tiny.params(saved.model, seed=1)
+    del other["prompt"]
+    with pytest.raises(ValueError, match="embedding_sha256: '[0-9a-f]+' there, '[0-9a-f]+' here"):
+        one_state(saved, saved.model, backbone=str(save_t5x(tmp_path, other, 0)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "tset"}, "Task 'judged_a' has no 'tset' split; it has test."),
+        ({"names": BANK}, "The 'test' split is empty: judged_empty."),
+        (
+            {"task_feature_lengths": {"inputs": 1, "targets": 3}},
+            r"longer than .*judged_a: 7 of 7 \(100.00%\), judged_b: 7 of 7",
+        ),
+    ],
+)
+@pytest.mark.parametrize("entry", [eval.evaluate, infer.infer])
+def test_examples_that_are_not_what_they_must_be(entry, settings, message, saved, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        entry(output_dir=str(tmp_path), **arguments(saved, dataset_cfg=config(**settings)))
 
 
 @pytest.mark.parametrize(

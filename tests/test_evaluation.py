@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
-from mpt_jax import features
+from mpt_jax import examples, features
 from mpt_jax.data import DatasetConfig
 from mpt_jax.evaluation import InferenceEvaluator, labels_of, with_labels
 from mpt_jax.features import PromptFeatureConverter
@@ -31,11 +32,11 @@ def mean_score(targets, scores):
     return {"mean_score": float(np.mean(scores))}
 
 
-def register(name, targets, metric_fns, splits=("validation",)):
+def register(name, targets, metric_fns, splits=("validation",), source=None, preprocessors=()):
     if name in seqio.TaskRegistry.names():
         seqio.TaskRegistry.remove(name)
     rows = {"inputs": [f"{name} {i}" for i in range(len(targets))], "targets": list(targets)}
-    source = seqio.FunctionDataSource(
+    source = source or seqio.FunctionDataSource(
         lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
             {k: tf.constant(v, tf.string) for k, v in rows.items()}
         ),
@@ -44,7 +45,7 @@ def register(name, targets, metric_fns, splits=("validation",)):
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=features.finish(name),
+        preprocessors=[*preprocessors, *features.finish(name)],
         output_features=features.output_features(seqio.ByteVocabulary()),
         metric_fns=metric_fns,
     )
@@ -144,6 +145,37 @@ def test_settings_of_the_evaluator_class(tmp_path):
     assert not list(tmp_path.glob("evl_b/events*"))
 
 
+@pytest.mark.parametrize("where", ["evaluator", "dataset_cfg"])
+def test_without_a_memory_cache_everything_is_read_again(where):
+    """T5X's EVALUATOR_USE_MEMORY_CACHE is the evaluator's."""
+    passes = []
+
+    def rows(split, shuffle_files, seed=None):
+        def read():
+            passes.append(split)
+            yield from ({"inputs": f"evl_n {i}", "targets": "a"} for i in range(3))
+
+        spec = tf.TensorSpec([], tf.string)
+        return tf.data.Dataset.from_generator(
+            read, output_signature={"inputs": spec, "targets": spec}
+        )
+
+    register("evl_n", [], [accuracy], source=seqio.FunctionDataSource(rows, ["validation"]))
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_n"]))
+
+    def reads_of_an_evaluation(in_evaluator, in_cfg):
+        cls = functools.partial(seqio.Evaluator, logger_cls=(), use_memory_cache=in_evaluator)
+        cfg = config("evl_n", use_memory_cache=in_cfg)
+        evaluator = InferenceEvaluator(cfg, converter, None, evaluator_cls=cls)
+        evaluator.evaluate(Model().predict, Model().score, 0)
+        before = len(passes)
+        evaluator.evaluate(Model().predict, Model().score, 1)
+        return len(passes) - before
+
+    assert reads_of_an_evaluation(True, True) == 0
+    assert reads_of_an_evaluation(where != "evaluator", where != "dataset_cfg") > 0
+
+
 def test_measured_lengths():
     cfg = config(task_mixture(NAMES), task_feature_lengths=None)
     evaluator = InferenceEvaluator(cfg, CONVERTER, None)
@@ -208,6 +240,52 @@ def test_clear_errors(targets, metric_fns, changes, message):
     )
     with pytest.raises(ValueError, match=message):
         InferenceEvaluator(cfg, converter, None)
+
+
+def readers_of(name):
+    """What reads a task's validation split: the tables of training, and the evaluator."""
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs([name]))
+    lengths = {"inputs": 10, "targets": 4}
+    return (
+        lambda: examples.ExampleTable(examples.find_task(name), "validation", lengths, 0),
+        lambda: InferenceEvaluator(config(name), converter, None),
+    )
+
+
+def test_a_mistake_in_a_preprocessor_is_not_missing_data():
+    wrong = seqio.map_over_dataset(lambda example: {"inputs": example["question"]})
+    register("evl_x", ["a"], [accuracy], preprocessors=[wrong])
+    for read in readers_of("evl_x"):
+        with pytest.raises(KeyError, match="question"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("/no/such/folder"),
+        tf.errors.NotFoundError(None, None, "/no/such/folder"),
+        AssertionError("Dataset x: could not find data in /no/such/folder."),
+        tfds.core.registered.DatasetNotFoundError("/no/such/folder\nAvailable:\n- glue\n"),
+    ],
+)
+def test_missing_data_says_how_to_get_it(error):
+    def gone(split, shuffle_files, seed=None):
+        raise error
+
+    register("evl_x", [], [accuracy], source=seqio.FunctionDataSource(gone, ["validation"]))
+    for read in readers_of("evl_x"):
+        with pytest.raises(ValueError, match="could not be read.*/no/such/folder.*tfds build"):
+            read()
+
+
+def test_data_that_was_never_prepared():
+    """TFDS then has a source without splits."""
+    source = seqio.FunctionDataSource(lambda split, shuffle_files: None, [])
+    register("evl_x", [], [accuracy], source=source)
+    for read in readers_of("evl_x"):
+        with pytest.raises(ValueError, match="task 'evl_x' could not be read.*--tfds_data_dir"):
+            read()
 
 
 def test_unknown_names():
