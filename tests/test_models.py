@@ -240,6 +240,19 @@ def test_the_weights_of_a_batch_need_no_forward_pass_and_add_up_over_its_parts(m
     np.testing.assert_array_equal(whole["hidden_decoder"], tokens * 2 * tiny.WIDTH)
 
 
+def test_the_loss_that_is_logged_is_plain_and_the_terms_are_what_is_optimised(mpt):
+    """`losses.token_losses` itself is checked in float64 by test_losses.py."""
+    plain, smoothed = (
+        tiny.model(APART, objective=Objective(label_smoothing=smoothing))
+        for smoothing in (0.0, 0.3)
+    )
+    batch = tiny.arrays(mpt.batch)
+    sums, found = jax.jit(smoothed.loss_sums)(mpt.params, batch)
+    expected, _ = jax.jit(plain.loss_sums)(mpt.params, batch)
+    np.testing.assert_allclose(found["loss"].sum, expected["cross_entropy"], rtol=1e-6)
+    assert np.all(np.abs(sums["cross_entropy"] - expected["cross_entropy"]) > 1e-2)
+
+
 # --- Hidden states and the teacher ---------------------------------------------------------------
 
 
