@@ -24,7 +24,7 @@ from mpt_jax import compilation_cache, demo, paths
 TARGETS = ("toy_wic", "toy_paws")
 SEEDS = (100, 101, 102)
 SHOTS = 32
-PROMPT_RATES = (0.03, 0.1, 0.3, 1.0)
+PROMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 VALIDATION = "infer_eval/utils.DatasetConfig.split = 'validation'"
 
