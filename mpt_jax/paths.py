@@ -10,6 +10,7 @@ Gin files build every path from it (`paths.under`), so one variable moves a whol
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import jax
@@ -46,6 +47,14 @@ def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
             "bind paths.under.shared_filesystem = True where all hosts mount the same folder."
         )
     return os.path.join(base, name)
+
+
+def download_command(*, repository: str, folder: str) -> str:
+    """How to get a model of the Hugging Face hub into a folder, for messages."""
+    if "://" not in folder:
+        return f"hf download {repository} --local-dir {shlex.quote(folder)}"
+    here = repository.rpartition("/")[2]
+    return f"hf download {repository} --local-dir {here}, and copy that folder to {folder}"
 
 
 def shipped(*, name: str) -> str:

@@ -1,9 +1,9 @@
-"""Vocabularies from local files; no bucket is ever needed."""
+"""Vocabularies from files, local or in a bucket of the user's; T5's own bucket is never needed."""
 
 import functools
-import os
 
 import seqio
+from etils import epath
 from seqio.vocabularies import Vocabulary
 
 SENTENCEPIECE_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
@@ -12,7 +12,7 @@ T5_EXTRA_IDS = 100
 
 
 @functools.cache
-def load(path: str, extra_ids: int | None = None) -> Vocabulary:
+def load(path: str, extra_ids: int | None = None, command: str = "") -> Vocabulary:
     """Returns the vocabulary at `path`.
 
     Args:
@@ -20,6 +20,7 @@ def load(path: str, extra_ids: int | None = None) -> Vocabulary:
             'byt5' for ByT5's bytes, which need no file.
         extra_ids: sentinels after the pieces. Default: T5's 100, or none where the model already
             holds them (umT5) or counts bytes.
+        command: how to get the vocabulary, said where it is missing.
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or no SentencePiece model in it.
@@ -27,26 +28,29 @@ def load(path: str, extra_ids: int | None = None) -> Vocabulary:
     """
     if path == BYT5:
         return seqio.ByteVocabulary(extra_ids=extra_ids or 0)
-    model = _model_file(path)
-    with open(model, "rb") as file:
-        processor = _processor(model, file.read())
+    try:
+        model = _model_file(epath.Path(path))
+    except FileNotFoundError as error:
+        how = f" To get one: {command}." if command else ""
+        raise FileNotFoundError(f"{error}{how}") from error
+    processor = _processor(model)
     if extra_ids is None:
         extra_ids = 0 if _holds(processor, "<extra_id_0>") else T5_EXTRA_IDS
-    return seqio.SentencePieceVocabulary(model, extra_ids=extra_ids)
+    return seqio.SentencePieceVocabulary(str(model), extra_ids=extra_ids)
 
 
-def _model_file(path: str) -> str:
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
+def _model_file(path: epath.Path) -> epath.Path:
+    if not path.exists():
         raise FileNotFoundError(
             f"There is no vocabulary at {path}. Give a SentencePiece model, a folder with one of "
             f"{', '.join(SENTENCEPIECE_NAMES)}, or {BYT5!r}."
         )
-    found = sorted(os.listdir(path))
+    if not path.is_dir():
+        return path
+    found = sorted(child.name for child in path.iterdir())
     for name in SENTENCEPIECE_NAMES:
         if name in found:
-            return os.path.join(path, name)
+            return path / name
     only_json = (
         " It has tokenizer.json, which SeqIO cannot read: download spiece.model from the same "
         "model's page."
@@ -59,11 +63,11 @@ def _model_file(path: str) -> str:
     )
 
 
-def _processor(path: str, model: bytes):
+def _processor(path: epath.Path):
     import sentencepiece
 
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:
         raise ValueError(f"{path} is not a SentencePiece model ({error}).") from error
 

@@ -158,6 +158,27 @@ def test_paths_lie_under_one_root(monkeypatch):
         assert value(macro).startswith("gs://bucket/project/backbones/")
 
 
+@pytest.mark.parametrize("entry", ["train", "eval", "infer"])
+def test_a_missing_backbone_and_vocabulary_say_how_to_get_them(entry, monkeypatch, tmp_path):
+    monkeypatch.setenv(paths.ROOT_VARIABLE, str(tmp_path / "my root"))
+    parse(files_for({"train": STAGE}.get(entry, f"gin/{entry}.gin")), (), entry)
+    command = f"hf download google-t5/t5-base --local-dir '{tmp_path}/my root/backbones/t5-base'"
+    assert value("BACKBONE_COMMAND") == command
+    with pytest.raises(FileNotFoundError, match=f"To get one: {re.escape(command)}"):
+        value("MODEL")
+    monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/x")
+    assert "copy that folder to gs://bucket/x/backbones/t5-base" in value("BACKBONE_COMMAND")
+
+
+@pytest.mark.parametrize("entry", ["eval", "infer"])
+def test_saved_prompts_read_texts_as_long_as_training_did(entry):
+    parse([f"gin/{entry}.gin", "gin/methods/mpt.gin", "gin/tiny.gin"], (), entry)
+    assert gin.query_parameter("DatasetConfig.task_feature_lengths").scoped_selector == (
+        "TASK_FEATURE_LENGTHS/gin.macro"
+    )
+    assert value("TASK_FEATURE_LENGTHS") == {"inputs": 48, "targets": 12}
+
+
 def test_a_local_root_with_several_hosts_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="4 hosts"):

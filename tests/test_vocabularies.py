@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+import tensorflow.compat.v2 as tf
 
 from mpt_jax import vocabularies
+from tests import bucket
 from tests.shared_data import shared
 
 
@@ -24,6 +26,19 @@ def test_from_a_file_and_from_folders(model, tmp_path):
         assert found.encode("this is a test") == direct.encode("this is a test")
 
 
+def test_from_a_bucket(model, tmp_path, monkeypatch):
+    (tmp_path / "t5").mkdir()
+    shutil.copy(model, tmp_path / "t5" / "spiece.model")
+    name = bucket.mount(tmp_path, monkeypatch)
+    read = lambda path, mode: open(str(path).replace(name, str(tmp_path)), mode)  # noqa: E731
+    monkeypatch.setattr(tf.io.gfile, "GFile", read)  # SeqIO's way into the bucket
+    found = vocabularies.load(f"{name}/t5", extra_ids=0)
+    direct = vocabularies.load(str(model), extra_ids=0)
+    assert found.encode("this is a test") == direct.encode("this is a test")
+    with pytest.raises(FileNotFoundError, match="no vocabulary at gs://bucket/t6"):
+        vocabularies.load(f"{name}/t6")
+
+
 def test_t5s_vocabulary_has_its_sentinels():
     path = str(shared("t5_vocab/sentencepiece.model"))
     vocabulary = vocabularies.load(path)
@@ -39,6 +54,8 @@ def test_bytes_need_no_file():
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere. Give a SentencePiece"):
         vocabularies.load(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere. .* To get one: make it."):
+        vocabularies.load(str(tmp_path / "nowhere"), command="make it")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(
         FileNotFoundError, match="holds none of spiece.model, .* tokenizer.json, wh"

@@ -1,10 +1,10 @@
-"""Folders that appear complete or not at all."""
+"""Folders that appear complete or not at all; in a bucket, where files cannot be renamed at once,
+under their name only when all is written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -26,11 +26,18 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     scratch.mkdir()
     try:
         yield scratch
-        for folder, _, names in os.walk(scratch):
-            for name in names:
-                with open(os.path.join(folder, name), "rb") as written:
-                    os.fsync(written.fileno())
-        os.replace(scratch, target)
+        if is_local(target):
+            for folder, _, names in os.walk(scratch):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as written:
+                        os.fsync(written.fileno())
+        scratch.rename(target)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            scratch.rmtree()
         raise
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether a path is on this machine's file system, and not in a bucket."""
+    return "://" not in os.fspath(path)

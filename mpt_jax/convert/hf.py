@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.convert.files import new_folder
+from mpt_jax.convert.files import is_local, new_folder
 from mpt_jax.tree import flatten, match_exactly, unflatten
 
 WEIGHTS = "model.safetensors"
@@ -200,12 +201,21 @@ def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
     if missing:
         raise ValueError(f"{folder} is incomplete: {INDEX} names {missing}, which are not there.")
     tensors: dict[str, np.ndarray] = {}
-    for name in files:
+    for path in (folder / name for name in files):
         try:
-            tensors.update(load_file(folder / name))
+            tensors.update(_tensors(path))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is truncated or damaged: {error}") from error
+            raise ValueError(f"{path} is truncated or damaged: {error}") from error
     return tensors
+
+
+def _tensors(path: epath.Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, wherever it lies; the library maps local files alone, and
+    reads bfloat16 no other way."""
+    if is_local(path):
+        return load_file(path)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_file(path.copy(os.path.join(folder, path.name)))
 
 
 def save_hf(
@@ -233,5 +243,5 @@ def save_hf(
     }
     with new_folder(folder) as made:
         (made / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+        (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     return epath.Path(folder)

@@ -19,6 +19,7 @@ from mpt_jax.backbones.t5.config import NAMES
 from mpt_jax.convert import load_backbone, load_hf, save_hf
 from mpt_jax.convert.hf import config_from_hf, config_to_hf
 from mpt_jax.tree import flatten
+from tests import bucket
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = ("1_0", "1_1")
@@ -129,6 +130,22 @@ def test_saving_gives_every_weight_back(golden, tmp_path):
     with pytest.raises(FileExistsError, match="again"):
         save_hf(tmp_path / "again", config, params)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "hf"]  # no scratch left
+
+
+def test_a_bucket_is_written_and_read(golden, tmp_path, monkeypatch):
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    name = bucket.mount(tmp_path, monkeypatch)
+    save_hf(f"{name}/models/t5", config, half)
+    with pytest.raises(FileExistsError, match="gs://bucket/models/t5"):
+        save_hf(f"{name}/models/t5", config, half)
+    with pytest.raises(ValueError, match="does not match"):
+        save_hf(f"{name}/models/other", config, {})
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["t5"]
+    found = flatten(load_backbone(f"{name}/models/t5"))
+    for leaf, value in flatten(half).items():
+        assert found[leaf].dtype == value.dtype
+        np.testing.assert_array_equal(found[leaf], np.asarray(value), err_msg=leaf)
 
 
 def test_shards_and_dtypes(golden, tmp_path):
