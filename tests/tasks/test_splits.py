@@ -1,0 +1,170 @@
+"""Who is in which split: the permutation against torch, and sources read from disk."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import seqio
+
+from tasks import splits
+from tasks.splits import Part, PartsSource
+from tests.tasks import tfds_data
+
+CB = "super_glue/cb:1.0.2"
+
+
+@pytest.mark.parametrize(
+    ("size", "first"),
+    [
+        (10, [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]),
+        (56, [22, 8, 36, 39, 34, 28]),
+        (104, [70, 20, 30, 58, 2, 0]),
+        (277, [207, 84, 253, 243, 190, 28]),
+        (67_349, [6677, 49712, 38268, 32909, 23395, 66940]),
+    ],
+)
+def test_the_permutation_is_the_published_one(size, first):
+    found = splits.permutation(size)
+    assert found[: len(first)].tolist() == first
+    assert np.array_equal(np.sort(found), np.arange(size))
+
+
+def test_tiny_permutations():
+    assert [splits.permutation(size).tolist() for size in (0, 1)] == [[], [0]]
+
+
+def reference(size: int, seed: int) -> list[int]:
+    """The same with the Mersenne Twister of Python's `random`, seeded as its authors do."""
+    state = [seed]
+    for i in range(1, 624):
+        state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + i) & 0xFFFFFFFF)
+    twister = random.Random()
+    twister.setstate((3, (*state, 624), None))
+    left, order = list(range(size)), []
+    for i in range(size - 1):
+        there = i + twister.getrandbits(32) % (size - i)
+        left[i], left[there] = left[there], left[i]
+        order.append(left[i])
+    return order + left[size - 1 :]
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**31])
+def test_the_permutation_is_the_mersenne_twisters(seed):
+    assert splits.permutation(1500, seed).tolist() == reference(1500, seed)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [1, 2, 56, 408, 3_270, 104_743, 363_846])
+def test_the_permutation_is_torchs(size):
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(splits.SEED)
+    expected = torch.randperm(size, generator=generator).numpy()
+    assert np.array_equal(splits.permutation(size), expected)
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "expected"),
+    [
+        (splits.own(), 11, {}),
+        (splits.halved(), 11, {"validation": (0, 5), "test": (5, 11)}),
+        (splits.carved(), 67_349, {"validation": (0, 1000), "train": (1000, 67_349)}),
+        (
+            splits.carved(most=100_000),
+            560_000,
+            {"validation": (0, 1000), "train": (1000, 101_000)},
+        ),
+    ],
+)
+def test_places_of_the_parts(parts, size, expected):
+    found = {name: part.places(size) for name, part in parts.items()}
+    assert set(found) == {"train", "validation", "test"}
+    bounds = {name: place.indices(size)[:2] for name, place in found.items() if place}
+    assert bounds == expected
+
+
+# --- Sources on disk -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tfds")
+    tfds_data.write(path, CB)
+    return path
+
+
+@pytest.fixture
+def data_dir(folder):
+    seqio.set_tfds_data_dir_override(str(folder))
+    yield folder
+    seqio.set_tfds_data_dir_override(None)
+
+
+def source(data=CB, parts=None, sizes=None, keys=("idx",), **rest):
+    sizes = sizes or {"train": 9, "validation": 56}
+    return PartsSource(data, parts or splits.halved(), sizes, keys, **rest)
+
+
+def places(found: PartsSource, split: str) -> list[int]:
+    """The places in the original file of a split's rows."""
+    texts = [row["premise"].decode() for row in found.get_dataset(split).as_numpy_iterator()]
+    return [int(text.removeprefix("premise ")) for text in texts]
+
+
+def test_halves_are_those_of_the_original_order(data_dir):
+    validation, test = places(source(), "validation"), places(source(), "test")
+    expected = reference(56, 42)
+    assert set(validation) == set(expected[:28]) >= {22, 8, 36, 39, 34, 28}
+    assert set(test) == set(expected[28:])
+    assert len(validation) == len(test) == 28
+
+
+def test_without_keys_the_order_is_tfdss(data_dir):
+    stored = tfds_data.stored_order(CB, "validation")
+    expected = {stored[place] for place in reference(56, 42)[:28]}
+    assert set(places(source(keys=()), "validation")) == expected
+
+
+def test_a_whole_split_comes_as_it_is_stored(data_dir):
+    assert places(source(), "train") == tfds_data.stored_order(CB, "train")
+
+
+def test_shuffling_is_left_to_the_batches(data_dir):
+    found = source()
+    again = [row["idx"] for row in found.get_dataset("test", True, 7).as_numpy_iterator()]
+    assert again == [row["idx"] for row in found.get_dataset("test").as_numpy_iterator()]
+
+
+def test_only_what_is_asked_for_is_read(data_dir):
+    found = source(reads=["hypothesis", "label"])
+    assert set(found.get_dataset("validation").element_spec) == {"hypothesis", "label"}
+
+
+def test_a_data_set_of_another_size_is_warned_of(data_dir, caplog):
+    source(sizes={"train": 9, "validation": 57}).get_dataset("test")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "56 rows" in message and "has 57" in message and CB in message
+    caplog.clear()
+    source().get_dataset("test")
+    assert not caplog.records
+
+
+def test_keys_must_tell_rows_apart(data_dir):
+    with pytest.raises(ValueError, match="several rows have the same label"):
+        source(keys=["label"]).get_dataset("validation")
+
+
+def test_an_unknown_split_is_named(data_dir):
+    found = source(parts={"validation": Part("dev", 0, 1)}, sizes={"dev": 1})
+    with pytest.raises(ValueError, match=r"no 'dev' split; it has .*validation"):
+        found.get_dataset("validation")
+
+
+@pytest.mark.parametrize("data", ["super_glue/boolq:1.0.2", "super_glue/cb:9.9.9", "no_such:1.0.0"])
+def test_absent_data_says_how_to_get_it(data_dir, data):
+    with pytest.raises(FileNotFoundError) as error:
+        source(data=data).get_dataset("train")
+    name, version = data.split(":")
+    for part in (name, version, f"tfds build {data} --data_dir", str(data_dir), "--tfds_data_dir"):
+        assert part in str(error.value)
