@@ -1,0 +1,130 @@
+"""How a suite's table of rows becomes SeqIO tasks.
+
+A row is one data set; `register` makes its task, and for a classification task a second one whose
+labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that the run binds in gin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gin
+import seqio
+
+from mpt_jax import evaluation, features, vocabularies
+from tasks import text_metrics
+from tasks.splits import Parts, PartsSource
+from tasks.templates import Preprocessor
+
+# Suffix of a classification task's name -> what its labels are called, given their words. Words are
+# T5's own where it was trained on the task; digits are ATTEMPT's and the MPT paper's.
+VERSIONS: Mapping[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
+    "": tuple,
+    "_digits": lambda words: tuple(str(number) for number in range(len(words))),
+}
+
+LabelMetric = Callable[[Sequence[str]], text_metrics.Metric]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A data set and how it is read.
+
+    Attributes:
+        name: of the task, and the first word of every input.
+        data, parts, sizes, keys, reads: see `splits.PartsSource`.
+        template: prefix -> preprocessor; where there are labels, labels -> prefix -> preprocessor.
+        words: what each label number is called; () for tasks of free text.
+        metrics: SeqIO metrics; where there are labels, made of them beside accuracy and the rate
+            of what is no label. The first one selects.
+        accuracy_first: whether accuracy selects, and not the first of `metrics`.
+        postprocess: see `seqio.Task.postprocess_fn`.
+    """
+
+    name: str
+    data: str
+    parts: Parts
+    sizes: Mapping[str, int]
+    template: Callable[..., Any]
+    words: Sequence[str] = ()
+    metrics: Sequence[Callable[..., Any]] = ()
+    keys: Sequence[str] = ()
+    reads: Sequence[str] = ()
+    accuracy_first: bool = True
+    postprocess: Callable[..., Any] | None = None
+
+
+class RunTask(seqio.Task):
+    """A SeqIO task whose vocabulary is that of the run, which gin knows after tasks are registered.
+
+    Raises (on use):
+        ValueError: gin binds no vocabulary, or another one than this task was first used with:
+            its examples are kept as tokens.
+    """
+
+    _first: Any = None
+
+    @property
+    def output_features(self) -> Mapping[str, Any]:
+        """Inputs, targets and task ids, as `features.output_features` has them."""
+        vocabulary = run_vocabulary()
+        if self._first is None:
+            self._first = vocabulary
+        if vocabulary is not self._first and vocabulary != self._first:
+            raise ValueError(
+                f"Task {self.name!r} was tokenized with {self._first} in this process, and gin "
+                f"now binds {vocabulary}. Start a new process."
+            )
+        return dict(sorted(features.output_features(self._first).items()))
+
+
+def run_vocabulary() -> seqio.Vocabulary:
+    """Returns the vocabulary that gin binds to `vocabularies.load`.
+
+    Raises:
+        ValueError: it binds none.
+    """
+    try:
+        bound = gin.get_bindings(vocabularies.load)
+    except ValueError:  # no gin file has been parsed that mentions it
+        bound = {}
+    if "path" not in bound:
+        raise ValueError(
+            "No vocabulary is bound to vocabularies.load.path, and real tasks have none of their "
+            "own. gin/models/prompted_t5.gin binds VOCABULARY to it; docs/tasks.md shows how to "
+            "read a task without a run."
+        )
+    return vocabularies.load(**bound)
+
+
+def register(rows: Sequence[Row]) -> None:
+    """Registers the tasks of a table with SeqIO."""
+    for row in rows:
+        if not row.words:
+            _add(row, row.name, row.template(row.name), list(row.metrics))
+            continue
+        for suffix, labels_of in VERSIONS.items():
+            labels = labels_of(row.words)
+            template = row.template(labels)(row.name)
+            _add(row, row.name + suffix, template, _label_metrics(row, labels))
+
+
+def _label_metrics(row: Row, labels: Sequence[str]) -> list[Callable[..., Any]]:
+    ranked = [evaluation.with_labels(text_metrics.accuracy, labels)]
+    others = [make(labels) for make in row.metrics]
+    first = ranked + others if row.accuracy_first else others + ranked
+    return [*first, text_metrics.invalid_rate(labels)]
+
+
+def _add(row: Row, name: str, template: Preprocessor, metrics: Sequence[Any]) -> None:
+    task = RunTask(
+        name,
+        source=PartsSource(row.data, row.parts, row.sizes, row.keys, row.reads),
+        output_features={},
+        preprocessors=[template, *features.finish(name)],
+        postprocess_fn=row.postprocess,
+        metric_fns=metrics,
+    )
+    seqio.TaskRegistry.add_provider(name, task)

@@ -1,0 +1,323 @@
+"""Every registered task, read from data sets on disk in the real format, as a job reads them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from mpt_jax import data, examples, gin_utils, t5x_import, train, vocabularies
+from mpt_jax.evaluation import InferenceEvaluator, labels_of
+from mpt_jax.features import PromptFeatureConverter
+from mpt_jax.runs import Runs
+from mpt_jax.sampling import task_mixture
+from tasks import glue, mrqa, others, splits, suite, super_glue
+from tests.tasks import tfds_data
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = (glue, super_glue, mrqa, others)
+ROWS = {row.name: row for module in SUITES for row in module.ROWS}
+LENGTHS = {"inputs": 200, "targets": 40}  # bytes, here
+
+# What row 1 of the original file becomes, and its target in words and in digits.
+TEXTS = {
+    "mnli": ("mnli premise: premise 1 hypothesis: hypothesis 1", "neutral", "1"),
+    "qqp": ("qqp question1: question1 1 question2: question2 1", "duplicate", "1"),
+    "qnli": ("qnli question: question 1 sentence: sentence 1", "not_entailment", "1"),
+    "sst2": ("sst2 sentence: sentence 1", "positive", "1"),
+    "stsb": ("stsb sentence1: sentence1 1 sentence2: sentence2 1", "0.0", None),
+    "mrpc": ("mrpc sentence1: sentence1 1 sentence2: sentence2 1", "equivalent", "1"),
+    "rte": ("rte sentence1: sentence1 1 sentence2: sentence2 1", "not_entailment", "1"),
+    "cola": ("cola sentence: sentence 1", "acceptable", "1"),
+    "boolq": ("boolq question: question 1 passage: passage 1", "True", "1"),
+    "cb": ("cb premise: premise 1 hypothesis: hypothesis 1", "contradiction", "1"),
+    "wic": ("wic sentence1: sentence1 1 sentence2: sentence2 1 word: word 1", "True", "1"),
+    "wsc": ("wsc text: * Mark * told Pete 1 lies about # himself # .", "True", "1"),
+    "multirc": (
+        "multirc question: question 1 answer: answer 1 paragraph: paragraph 1",
+        "True",
+        "1",
+    ),
+    "record": (
+        "record query: @placeholder met in 1 entities: Ann, Bob, Cy "
+        "passage: Ann and Bob met Cy in 1. They left",
+        *("Bob", None),
+    ),
+    "squad": (
+        "squad question: Who sat 1 times ? context: It ( the cat ) sat 1 times .",
+        *("the cat", None),
+    ),
+    "nq": ("nq question: What sat 1 times ? context: [ DOC ] It sat 1 times .", "It", None),
+    "hotpotqa": (
+        "hotpotqa question: What sat 1 times ? context: [ DOC ] It sat 1 times .",
+        "It",
+        None,
+    ),
+    "searchqa": (
+        "searchqa question: What sat 1 times ? context: [ DOC ] It sat 1 times .",
+        "It",
+        None,
+    ),
+    "newsqa": ("newsqa question: What sat 1 times ? context: [ DOC ] It sat 1 times .", "It", None),
+    "winogrande": (
+        "winogrande sentence: sentence 1 option0: option1 1 option1: option2 1",
+        *("option1", "1"),
+    ),
+    "yelp": ("yelp sentence: text 1", "positive", "1"),
+    "scitail": ("scitail premise: premise 1 hypothesis: hypothesis 1", "neutral", "1"),
+    "paws": ("paws sentence1: sentence1 1 sentence2: sentence2 1", "paraphrase", "1"),
+}
+
+# Names that are ours where TFDS's are numbers or another word for the same.
+RENAMED = {
+    "winogrande": ["1", "2"],
+    "yelp": ["1", "2"],
+    "scitail": ["entails", "neutral"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tfds")
+    for name in tfds_data.DATA:
+        tfds_data.write(path, name)
+    return path
+
+
+def bind_vocabulary(path: str) -> None:
+    gin.clear_config()
+    gin.parse_config(
+        "from __gin__ import dynamic_registration\n"
+        "from mpt_jax import vocabularies\n"
+        f"vocabularies.load.path = {path!r}"
+    )
+
+
+@pytest.fixture(autouse=True)
+def run():
+    """A run with ByT5's vocabulary, which needs no file and loses no letter."""
+    bind_vocabulary("byt5")
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture
+def data_dir(folder):
+    seqio.set_tfds_data_dir_override(str(folder))
+    yield folder
+    seqio.set_tfds_data_dir_override(None)
+
+
+def texts(name: str, split: str) -> list[tuple[str, str]]:
+    """The inputs and targets of a split, from the table of tokens that training reads."""
+    table = examples.ExampleTable(seqio.TaskRegistry.get(name), split, LENGTHS, seed=42)
+    assert not table.num_overlong
+    decode = vocabularies.load("byt5").decode
+    columns = []
+    for feature in ("inputs", "targets"):
+        bounds = table.offsets[feature][1:-1]
+        rows = np.split(table.values[feature], bounds)
+        columns.append([decode(row.tolist()) for row in rows])
+    return list(zip(*columns, strict=True))
+
+
+def place_of(inputs: str) -> int:
+    return int(re.findall(r" (\d+)(?= |$|\.)", inputs)[0])
+
+
+# --- The tables ------------------------------------------------------------------------------
+
+
+def test_every_task_is_tested_and_every_classification_task_has_digits():
+    assert set(ROWS) == set(TEXTS)
+    assert {row.data for row in ROWS.values()} == set(tfds_data.DATA)
+    names = {n + s for n, row in ROWS.items() for s in (("", "_digits") if row.words else ("",))}
+    assert names <= seqio.TaskRegistry.names()
+    assert {name for name in names if name.endswith("_digits")} == {
+        f"{name}_digits" for name, (*_, digit) in TEXTS.items() if digit
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
+def test_labels_are_in_the_order_of_the_data_set(name, tmp_path):
+    row = ROWS[name]
+    label = tfds.builder(row.data, data_dir=str(tmp_path)).info.features["label"]
+    assert label.names == RENAMED.get(name, list(row.words))
+    assert labels_of(seqio.TaskRegistry.get(name)) == tuple(row.words)
+    digits = labels_of(seqio.TaskRegistry.get(name + "_digits"))
+    assert digits == ("0", "1", "2")[: len(row.words)]
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
+def test_digits_are_the_number_of_the_label(name):
+    row = tfds_data.DATA[ROWS[name].data][1](1)
+    dataset = tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.constant, row))
+    task = seqio.TaskRegistry.get(name + "_digits")
+    (made,) = task.preprocessors[0](dataset).as_numpy_iterator()
+    inputs, _, digit = TEXTS[name]
+    assert made["inputs"].decode() == inputs
+    assert made["targets"].decode() == digit
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_sizes_of_the_published_splits(name):
+    """docs/tasks.md's table, computed from the sizes of the data sets and the rules."""
+    row, found = ROWS[name], []
+    for part in row.parts.values():
+        size = row.sizes[part.split]
+        places = part.places(size)
+        found.append(size if places is None else len(range(*places.indices(size))))
+    (line,) = re.findall(
+        rf"^\| `{name}` \| `\S+:.*$", (ROOT / "docs" / "tasks.md").read_text(), re.M
+    )
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1] == f"`{row.data}`"
+    assert [int(cell.replace(",", "")) for cell in cells[2:5]] == found
+
+
+# --- Data on disk ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_task_reads_its_splits(data_dir, name):
+    row = ROWS[name]
+    sizes = tfds_data.DATA[row.data][0]
+    for split, part in row.parts.items():
+        size = sizes[part.split]
+        order, places = splits.permutation(size), part.places(size)
+        if row.keys == ():  # the order is that in which rows are stored
+            order = np.array(tfds_data.stored_order(row.data, part.split))[order]
+        expected = set(order.tolist() if places is None else order[places].tolist())
+        if not expected:
+            continue  # the small copies of MRQA have no training rows
+        found = texts(name, split)
+        assert {place_of(inputs) for inputs, _ in found} == expected
+        if name != "record":
+            assert len(found) == len(expected)
+        if 1 in expected:
+            assert TEXTS[name][:2] in found
+        if row.words:
+            assert {target for _, target in found} == set(row.words)
+
+
+def test_record_has_a_row_for_each_answer(data_dir):
+    found = texts("record", "test")
+    assert len(found) == 9 + 3
+    of_row_0 = [target for inputs, target in found if place_of(inputs) == 0]
+    assert of_row_0 == ["Ann", "Bob"]
+
+
+def test_absent_data_reaches_the_user(data_dir, tmp_path):
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    with pytest.raises(ValueError) as error:
+        texts("mnli", "train")
+    for part in ("'mnli'", "glue/mnli", "2.0.0", "tfds build glue/mnli:2.0.0", str(tmp_path)):
+        assert part in str(error.value)
+
+
+# --- Metrics ---------------------------------------------------------------------------------
+
+EVALUATED = ["stsb", "cola", "multirc", "record", "squad"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder):
+    """predict_fn -> {task: {metric: value}} on the test split."""
+    bind_vocabulary("byt5")
+    seqio.set_tfds_data_dir_override(str(folder))
+    cfg = data.DatasetConfig(
+        task_mixture(EVALUATED),
+        task_feature_lengths=LENGTHS,
+        split="test",
+        batch_size=64,
+        shuffle=False,
+        seed=0,
+    )
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(EVALUATED))
+    evaluator = InferenceEvaluator(cfg, converter, None)
+    seqio.set_tfds_data_dir_override(None)
+
+    def no_preference(batch):
+        return np.zeros(len(batch["encoder_task_ids"]))
+
+    return lambda predict: evaluator.evaluate(predict, no_preference, 0)
+
+
+def test_gold_answers_score_full_marks(evaluated):
+    found = evaluated(lambda batch: batch["decoder_target_tokens"])
+    for name, first in zip(EVALUATED, ["pearson", "matthews", "f1", "f1", "f1"], strict=True):
+        assert next(iter(found[name])) == first  # the one that selects
+        assert found[name][first] == pytest.approx(100.0)
+    assert found["cola"]["invalid"] == found["stsb"]["invalid"] == 0.0
+    assert {"accuracy", "rank_accuracy"} <= set(found["multirc"])
+    assert found["record"]["exact_match"] == 100.0
+
+
+def test_any_gold_answer_counts_and_a_query_counts_once(evaluated):
+    """'Ann' answers queries 0, 3 and 6 of nine; 'cat no. 1' is a second answer, of one question."""
+    said = {"record": "Ann", "squad": "Cat no. 1!", "cola": "?", "stsb": "?", "multirc": "?"}
+    table = np.zeros([len(EVALUATED), LENGTHS["targets"]], np.int32)
+    for row, name in enumerate(EVALUATED):
+        tokens = vocabularies.load("byt5").encode(said[name])
+        table[row, : len(tokens)] = tokens
+    found = evaluated(lambda batch: table[batch["encoder_task_ids"].max(axis=1)])
+    assert found["record"] == {"f1": pytest.approx(100 / 3), "exact_match": pytest.approx(100 / 3)}
+    assert found["squad"]["exact_match"] == pytest.approx(100 / 9)
+    # The other eight share two words of three with their own 'cat no. <place>'.
+    assert found["squad"]["f1"] == pytest.approx(100 * (1 + 8 * 2 / 3) / 9)
+    for name in ("cola", "stsb", "multirc"):
+        assert found[name]["invalid"] == 100.0
+    assert found["multirc"]["accuracy"] == found["multirc"]["f1"] == 0.0
+    assert found["cola"]["matthews"] == pytest.approx(-100.0)
+
+
+# --- Runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        ("gin/pt_source.gin", ["mnli", "qqp", "qnli", "sst2", "squad", "record"]),
+        ("gin/mpt_source.gin", ["mnli", "qqp", "qnli", "sst2", "squad", "record"]),
+        ("gin/mpt_target.gin", ["boolq"]),
+    ],
+)
+def test_the_stages_find_their_tasks(data_dir, name, tasks):
+    t5x_import.install()
+    with gin_utils.as_main(train):
+        gin_utils.parse([name], ["VOCABULARY = 'byt5'"], (str(ROOT),))
+
+    def value(macro):
+        return gin.get_configurable(f"{macro}/gin.macro")()
+
+    mixture = seqio.get_mixture_or_task(value("MIXTURE_OR_TASK_NAME"))
+    assert sorted(task.name for task in mixture.tasks) == sorted(tasks)
+    for task in mixture.tasks:
+        assert {"train", "validation", "test"} == set(task.splits)
+        vocabulary = task.output_features["inputs"].vocabulary
+        assert vocabulary == gin.get_configurable(vocabularies.load)()
+    stream = mixture.get_dataset(value("TASK_FEATURE_LENGTHS"), "train", seed=42)
+    seen = {int(example["task_ids"][0]) for example in stream.take(600).as_numpy_iterator()}
+    assert len(seen) == len(tasks)
+
+
+def test_without_a_vocabulary_a_task_says_what_to_bind():
+    gin.clear_config()
+    with pytest.raises(ValueError, match=r"vocabularies\.load\.path.*VOCABULARY"):
+        _ = seqio.TaskRegistry.get("mnli").output_features
+
+
+def test_a_task_has_one_vocabulary_in_a_process(tmp_path):
+    row = glue.ROWS[0]
+    task = suite.RunTask("any", source=seqio.TaskRegistry.get(row.name).source, output_features={})
+    assert set(task.output_features) == {"inputs", "targets", "task_ids"}
+    bind_vocabulary(str(ROOT / "tasks" / "data" / "toy.model"))
+    with pytest.raises(ValueError, match="Start a new process"):
+        _ = task.output_features
