@@ -30,7 +30,7 @@ TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
 ALL_TARGETS = (*TARGETS, "toy_wic", "toy_scitail", "toy_paws", "toy_d2t")
 SEEDS = (0, 1, 2)
 RESULTS = "results.json"
-MPT_TARGET = "gin/mpt_target.gin"
+PT_TARGET, MPT_TARGET = "gin/pt_target.gin", "gin/mpt_target.gin"
 # The source prompt that PT starts from in the arm "PT from a source prompt": fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
@@ -59,13 +59,17 @@ class Method:
 
 
 def methods(root: Path) -> tuple[Method, ...]:
-    """The methods compared; `root` holds the source stages."""
+    """The methods compared; `root` holds the source stages. Their learning rates were chosen on
+    other tasks (docs/protocol.md)."""
     start = (f"INITIAL_ARTEFACT = '{root}/pt_source/artefact'", f"START_FROM = '{START_TASK}'")
+    make = lambda name, gin_file, rate, *more, **rest: Method(  # noqa: E731
+        name, gin_file, (*learning_rate(gin_file, rate), *more), **rest
+    )
     return (
-        Method("PT", "gin/pt_target.gin"),
-        Method("PT from a source prompt", "gin/pt_target.gin", start),
-        Method("MPT", MPT_TARGET),
-        Method("Full fine-tuning", "gin/full_finetuning.gin", seeds=(0,), grouped=False),
+        make("PT", PT_TARGET, 0.3),
+        make("PT from a source prompt", PT_TARGET, 0.01, *start),
+        make("MPT", MPT_TARGET, 0.3),
+        make("Full fine-tuning", "gin/full_finetuning.gin", 3e-4, seeds=(0,), grouped=False),
     )
 
 
