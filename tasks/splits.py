@@ -163,9 +163,9 @@ class PartsSource(seqio.DataSource):
         name, _, version = self.data.partition(":")
         folder = folder or tfds.core.constants.DATA_DIR
         return (
-            f"The data set {name}, version {version}, is not in {folder}. Where there is a "
-            f"network, run `tfds build {self.data} --data_dir DIR`; copy DIR here and pass "
-            "--tfds_data_dir=DIR, or set TFDS_DATA_DIR."
+            f"The data set {name}, version {version}, is not in {folder}. Run `tfds build "
+            f"{self.data} --data_dir DIR` where there is a network, copy DIR, and pass "
+            "--tfds_data_dir=DIR or set TFDS_DATA_DIR."
         )
 
     def _size(self, builder: tfds.core.DatasetBuilder, split: str) -> int:

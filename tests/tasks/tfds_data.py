@@ -54,7 +54,7 @@ def _wic(place: int) -> dict[str, Any]:
 
 def _multirc(place: int) -> dict[str, Any]:
     """Five answers to a question, two questions to a paragraph."""
-    number = {"paragraph": place // 10, "question": place // 5, "answer": idx(place)}
+    number = {"paragraph": place // 10, "question": place // 5, "answer": place % 5}
     return {**texts("paragraph", "question", "answer")(place), "idx": number}
 
 
