@@ -87,9 +87,11 @@ def run_vocabulary() -> seqio.Vocabulary:
         ValueError: it binds none.
     """
     try:
-        bound = gin.get_bindings(vocabularies.load)
+        gin.get_configurable(vocabularies.load)
+        known = True
     except ValueError:  # no gin file has been parsed that mentions it
-        bound = {}
+        known = False
+    bound = gin.get_bindings(vocabularies.load) if known else {}
     if "path" not in bound:
         raise ValueError(
             "No vocabulary is bound to vocabularies.load.path, and real tasks have none of their "

@@ -314,6 +314,20 @@ def test_without_a_vocabulary_a_task_says_what_to_bind():
         _ = seqio.TaskRegistry.get("mnli").output_features
 
 
+def test_a_mistake_in_the_bound_path_is_told_as_it_is():
+    gin.clear_config()
+    gin.parse_config(
+        "from __gin__ import dynamic_registration\n"
+        "from mpt_jax import paths\n"
+        "from mpt_jax import vocabularies\n"
+        "vocabularies.load.path = @paths.under()\n"
+        "paths.under.base = ''\n"
+        "paths.under.name = 'spiece.model'"
+    )
+    with pytest.raises(ValueError, match="Cannot build a path"):
+        suite.run_vocabulary()
+
+
 def test_a_task_has_one_vocabulary_in_a_process(tmp_path):
     row = glue.ROWS[0]
     task = suite.RunTask("any", source=seqio.TaskRegistry.get(row.name).source, output_features={})
