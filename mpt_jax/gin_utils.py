@@ -274,10 +274,16 @@ def log_progress() -> None:
     logging.get_absl_handler().addFilter(_is_ours)
 
 
+# Warnings of others about what is as it should be: lengths are the configuration's, so that no
+# split compiles anew or is cut differently; tables in memory are shuffled whole.
+_EXPECTED = ("Given sequence lengths are longer than necessary", "Using an uncached FunctionDataset")
+
+
 def _is_ours(record: stdlib_logging.LogRecord) -> bool:
     """Keeps this library's messages and others' warnings. Gin logs every folder it does not find
     a file in as an error."""
-    if Path(record.pathname).name == "resource_reader.py":
+    expected = str(record.msg).startswith(_EXPECTED)
+    if Path(record.pathname).name == "resource_reader.py" or expected:
         return False
     return record.levelno >= stdlib_logging.WARNING or PACKAGE in Path(record.pathname).parents
 

@@ -99,7 +99,7 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
     found = {
         field.name: getattr(optimizer, field.name)
         for field in dataclasses.fields(optimizer)
-        if field.name not in ("labels", "runs", "learning_rates")
+        if field.name not in ("labels", "runs", "rows", "learning_rates")
     }
     rates = {
         f"{label}.{field.name}": getattr(schedule, field.name)

@@ -278,13 +278,6 @@ def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
     return jnp.sqrt(squares)
 
 
-def group_norms(grads: Params, labels: Any, runs: Runs) -> Float[Array, " G"]:
-    """`gradient_norms`, for a caller that has the labels 'shared' and 'task' in place of rows."""
-    kinds = {"shared": "groups", "task": "tasks"}
-    rows = {name: kinds[label] for name, label in flatten(labels).items() if label in kinds}
-    return gradient_norms(grads, rows, runs)
-
-
 def clip_by_group_norm(
     max_norm: PerGroup | None, rows: Rows, runs: Runs
 ) -> optax.GradientTransformation:

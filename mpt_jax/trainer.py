@@ -18,7 +18,7 @@ import numpy as np
 
 from mpt_jax import losses, metrics
 from mpt_jax.models import PromptedEncoderDecoder
-from mpt_jax.optimizers import group_norms
+from mpt_jax.optimizers import gradient_norms
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.shapes import Array, Batch, Key, Params
 from mpt_jax.train_state import TrainState
@@ -94,8 +94,7 @@ def train_step(
     grads, found = gradients(
         model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches
     )
-    labels = model.label_tree(state.trainable)
-    norms = group_norms(grads, labels, model.runs)
+    norms = gradient_norms(grads, model.rows, model.runs)
     found["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))
     updates, opt_state = model.optimizer_def.update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
