@@ -276,7 +276,10 @@ def log_progress() -> None:
 
 # Warnings of others about what is as it should be: lengths are the configuration's, so that no
 # split compiles anew or is cut differently; tables in memory are shuffled whole.
-_EXPECTED = ("Given sequence lengths are longer than necessary", "Using an uncached FunctionDataset")
+_EXPECTED = (
+    "Given sequence lengths are longer than necessary",
+    "Using an uncached FunctionDataset",
+)
 
 
 def _is_ours(record: stdlib_logging.LogRecord) -> bool:
