@@ -26,10 +26,10 @@ MAIN_METRICS = ("accuracy", "f1", "exact_match")
 RANKED = "rank_accuracy"
 STYLE = """
 :root { color-scheme: light dark; --line: #9998; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 .wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right }
-th:first-child, td:first-child { text-align: left; white-space: nowrap }
+td { white-space: nowrap } th:first-child, td:first-child { text-align: left }
 img { max-width: 100%; background: white; border-radius: 4px }
 """
 

@@ -149,6 +149,42 @@ def test_trained_counts_at_full_scale(name, numbers):
     assert trained(value("MODEL")) == numbers
 
 
+@pytest.mark.parametrize(
+    ("name", "rates", "batch_size", "steps"),
+    [
+        # 5 epochs over 1,151,093 examples of the six sources, 32 (teachers: 6 x 32) in a batch;
+        # 20 epochs over BoolQ's 9,427.
+        ("gin/pt_source.gin", {"task": 0.3}, 192, 5 * 1_151_093 // 192),
+        ("gin/mpt_source.gin", {"shared": 0.3, "task": 0.3}, 32, 5 * (1_151_093 // 32)),
+        ("gin/mpt_target.gin", {"shared": 0.3, "task": 0.4}, 32, 20 * 9_427 // 32 + 1),
+        ("gin/pt_target.gin", {"task": 0.3}, 32, 20 * 9_427 // 32 + 1),
+    ],
+)
+def test_what_a_stage_trains_with_at_full_scale(name, rates, batch_size, steps):
+    parse([name], [VOCABULARY])
+    optimizer = value("MODEL").optimizer_def
+    assert {label: rate.peak for label, rate in optimizer.learning_rates.items()} == rates
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 1.0)
+    assert {rate.decay for rate in optimizer.learning_rates.values()} == {"linear"}
+    warmup = max(max(r.warmup_steps, r.warmup_fraction) for r in optimizer.learning_rates.values())
+    assert warmup == (500 if "pt_" in name.replace("mpt_", "") else 0.1)
+    assert (value("BATCH_SIZE"), value("TRAIN_STEPS"), value("PROMPT_LENGTH")) == (
+        batch_size,
+        steps,
+        100,
+    )
+    assert {rate.total_steps for rate in optimizer.learning_rates.values()} == {steps}
+
+
+def test_the_source_stage_distils_as_the_paper_says():
+    parse(["gin/mpt_source.gin"], [VOCABULARY])
+    model = value("MODEL")
+    found = model.objective.distillation
+    assert (found.weight, found.logits, found.hidden, found.temperature) == (0.9, True, True, 1.0)
+    assert model.optimizer_def.absent_tasks == "dense"
+    assert (model.runs.num_rows, model.runs.num_groups, model.prompt.rank) == (6, 1, 1)
+
+
 def test_paths_lie_under_one_root(monkeypatch):
     monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/project")
     parse(["gin/mpt_source.gin"])
