@@ -17,16 +17,18 @@ from mpt_jax.tree import flatten
 ROOT = Path(__file__).parents[1]
 STAGE = (
     "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin",
-    "--gin.SAVE_PERIOD=3", "--gin.EVAL_PERIOD=6", "--gin.EVAL_STEPS=1",
-    "--gin.EVALUATOR_NUM_EXAMPLES=8",
+    "--gin.TRAIN_STEPS=6", "--gin.SAVE_PERIOD=3", "--gin.EVAL_PERIOD=6", "--gin.EVAL_STEPS=1",
+    "--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.LEARNING_RATE=0.03",
+    "--gin.train.actions={}",  # the last step is compared, not the best
 )  # fmt: skip
 SHARED = "--gin.paths.under.shared_filesystem=True"
 
 
 def start(root: Path, steps: int, *more: str) -> subprocess.Popen:
+    """A job that stops at a step; its schedule is that of six steps whatever it stops at."""
     environment = os.environ | {"MPT_JAX_ROOT": str(root), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-m", "mpt_jax.train", *STAGE, f"--gin.TRAIN_STEPS={steps}", *more],
+        [sys.executable, "-m", "mpt_jax.train", *STAGE, f"--gin.train.total_steps={steps}", *more],
         cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
