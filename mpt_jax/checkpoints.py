@@ -11,10 +11,12 @@ readable but does not match; that is the user's to resolve and raises.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import functools
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -134,12 +136,9 @@ class Checkpoints:
             return
         tree = _saved(state)
         meta = {**meta, "shapes": _shapes(tree), "process_count": jax.process_count()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        with self._writing():
+            self._manager.save(step, args=args)
 
     def restore(
         self, state: TrainState, step: int | None = None
@@ -213,20 +212,45 @@ class Checkpoints:
         return self.model_dir / f"{PREFIX}_{step}"
 
     def wait(self) -> None:
-        """Waits for a save under way; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Waits for a save under way.
+
+        Raises:
+            OSError: it failed.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases."""
-        self._manager.close()
+        """Waits and releases; raises as `wait` does."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A save runs beside training, so that what goes wrong in it comes up at a later call."""
+        try:
+            yield
+        except Exception as error:
+            found = re.compile(rf"{PREFIX}_(\d+)")
+            there = [path.name for path in self.model_dir.iterdir() if found.fullmatch(path.name)]
+            last = max(there, key=lambda name: int(name.split("_")[-1]), default="none")
+            raise OSError(
+                f"A checkpoint in {self.model_dir} could not be written ({_reason(error)}). The "
+                f"last complete one is: {last}. Once there is room to write, the same command goes "
+                "on from it."
+            ) from error
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
     def _unreadable(self, step: int, error: Exception) -> str:
-        # A store's own message goes on with a page of settings.
-        reason = textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
-        return f"{self.path(step)} cannot be read ({type(error).__name__}: {reason})."
+        return f"{self.path(step)} cannot be read ({_reason(error)})."
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; a store's own message goes on with a page of settings."""
+    text = textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
+    return f"{type(error).__name__}: {text}"
 
 
 def resolve(model_dir: str, keep: int | None = 1) -> Checkpoints:

@@ -265,6 +265,22 @@ def test_settings_without_effect_are_errors():
         checkpoints.RestoreCheckpointConfig(mode="best")
 
 
+def test_a_save_that_fails_says_which_checkpoint_is_whole(state, tmp_path, monkeypatch):
+    saved = Checkpoints(str(tmp_path))
+    saved.save(at(state, 3), {})
+    saved.wait()
+
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved._manager, "save", full)
+    with pytest.raises(OSError, match="No space left.*complete one is: checkpoint_3"):
+        saved.save(at(state, 12), {})
+    monkeypatch.setattr(saved._manager, "wait_until_finished", full)
+    with pytest.raises(OSError, match="No space left.*complete one is: checkpoint_3"):
+        saved.wait()
+
+
 def test_data_positions_travel_as_json():
     position = bytes(range(256))
     packed = checkpoints.pack_positions(position)
