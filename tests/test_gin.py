@@ -106,8 +106,8 @@ def test_a_method_can_take_a_stages_place(name):
     # The optimizer has a learning rate for every label that learns.
     labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
     assert labels == set(model.optimizer_def.learning_rates)
-    # A toy run's rate is for prompts, and would wreck a backbone.
-    assert (value("LEARNING_RATE") == 0.1) == prompts
+    # The rate of prompts would wreck a backbone.
+    assert (value("LEARNING_RATE") == 0.3) == prompts
 
 
 @pytest.mark.parametrize("name", AFTER_TINY)
