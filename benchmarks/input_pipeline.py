@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 
+from benchmarks import figures
 from mpt_jax import data, sampling
 from mpt_jax.features import PromptFeatureConverter
 from mpt_jax.runs import Runs
@@ -57,11 +57,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=300)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    text = json.dumps(measure(arguments.batches), indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+    figures.report(measure(arguments.batches), arguments.out)
 
 
 if __name__ == "__main__":

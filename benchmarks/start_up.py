@@ -11,7 +11,6 @@ as they are on a machine that has run the command before.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,6 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks import figures
+from mpt_jax import compilation_cache
 
 STAGE = ("--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.TRAIN_STEPS=1")
 FIRST_STEP = "First step after"
@@ -33,8 +35,8 @@ def seconds_to_first_step(cache: str) -> float:
     with tempfile.TemporaryDirectory() as root:
         environment = os.environ | {
             "MPT_JAX_ROOT": root,
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",  # as the library sets it
+            compilation_cache.VARIABLE: cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(compilation_cache.MIN_SECONDS),
         }
         before, log = time.monotonic(), []
         command = [sys.executable, "-m", "mpt_jax.train", *STAGE]
@@ -68,11 +70,7 @@ def main() -> None:
         "all": {"cold": cold, "warm": warm},
         "cores": os.cpu_count(),
     }
-    text = json.dumps(found, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n")
+    figures.report(found, arguments.out)
 
 
 if __name__ == "__main__":

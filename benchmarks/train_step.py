@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import figures
 from mpt_jax import host_memory
 
 B, P, TEXT, L, K = 16, 100, 128, 8, 6
@@ -204,11 +205,9 @@ def main() -> None:
         )
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}x")
-    if args.out:
-        machine = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"repeats": args.repeats, **machine, "contestants": found, "ratios": ratios}
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+    machine = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine()}
+    record = {"repeats": args.repeats, **machine, "contestants": found, "ratios": ratios}
+    figures.report(record, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Chooses the demo's learning rates, on data the demo never reports (docs/protocol.md).
 
-    python -m benchmarks.tune_demo [--root runs/tune]
+    python -m benchmarks.tune_demo [--root runs/tune] [--out docs/benchmarks/tune_demo.jsonl]
 
 Two target tasks that are kept for this, training draws of seeds that are kept for this, and the
 validation split. Every prompt method gets the same grid; full fine-tuning gets its own, three
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ def main() -> None:
     """Prints each method's mean validation score at each rate, and writes them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
+    parser.add_argument("--out", type=Path, help="a JSONL file for the figures")
     parser.add_argument("--methods", nargs="*", help="names of methods; default all")
     parser.add_argument(
         "--steps", type=int, nargs="*", default=[demo.FEW[0]], help="lengths to try"
@@ -46,22 +46,25 @@ def main() -> None:
             continue
         for steps in args.steps:
             for rate in PROMPT_RATES if method.grouped else FULL_RATES:
-                bindings = [VALIDATION, *demo.learning_rate(method.gin_file, rate)]
                 tried = dataclasses.replace(
                     method,
                     name=f"{method.name} lr {rate} steps {steps}",
-                    bindings=(*method.bindings, *bindings),
+                    learning_rate=rate,
+                    bindings=(*method.bindings, VALIDATION),
                     seeds=SEEDS if method.grouped else SEEDS[:1],
                 )
                 result = demo.adapt(args.root, tried, TARGETS, SHOTS, (steps, demo.FEW[1]))
                 scores = {task: found["accuracy"] for task, found in result.scores.items()}
-                mean = float(np.mean([np.mean(values) for values in scores.values()]))
+                mean = round(float(np.mean([np.mean(found) for found in scores.values()])), 2)
                 lines.append({"method": method.name, "learning_rate": rate, "steps": steps})
-                lines[-1] |= {"mean": mean, "scores": scores, "seconds": result.seconds}
+                lines[-1] |= {
+                    "mean": mean,
+                    "scores": scores,
+                    "seconds": round(result.seconds, 1),
+                }
                 print(json.dumps(lines[-1]), flush=True)
-    out = args.root / f"tuning_{os.getpid()}.json"
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"written to {out}")
+    if args.out:
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

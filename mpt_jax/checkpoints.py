@@ -30,6 +30,7 @@ from mpt_jax.train_state import TrainState
 from mpt_jax.tree import flatten, match_exactly
 
 PREFIX = "checkpoint"
+NAME = re.compile(rf"{PREFIX}_(\d+)")  # of a complete one
 
 
 @dataclasses.dataclass
@@ -193,6 +194,17 @@ class Checkpoints:
             )
         return None
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside the state.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        try:
+            return self._read(step, "meta", ocp.args.JsonRestore())
+        except Exception as error:  # whatever a damaged file may raise
+            raise OSError(self._unreadable(step, error)) from error
+
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints later than a step, which could not be read, out of the way."""
         unreadable = [found for found in self.steps if found > step]
@@ -231,13 +243,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            found = re.compile(rf"{PREFIX}_(\d+)")
-            there = [path.name for path in self.model_dir.iterdir() if found.fullmatch(path.name)]
-            last = max(there, key=lambda name: int(name.split("_")[-1]), default="none")
+            there = [self.path(step).name for step in saved_steps(self.model_dir)]
+            last = there[-1] if there else "none"
             raise OSError(
                 f"A checkpoint in {self.model_dir} could not be written ({_reason(error)}). The "
-                f"last complete one is: {last}. Once there is room to write, the same command goes "
-                "on from it."
+                f"last complete one is: {last}. Once there is room to write, the "
+                "same command goes on from it."
             ) from error
 
     def _read(self, step: int, item: str, args: Any) -> Any:
@@ -245,6 +256,12 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> str:
         return f"{self.path(step)} cannot be read ({_reason(error)})."
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, oldest first; none where there is none."""
+    children = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(named[1]) for path in children if (named := NAME.fullmatch(path.name)))
 
 
 def _reason(error: Exception) -> str:

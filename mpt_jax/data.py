@@ -186,6 +186,23 @@ def check_lengths(
     )
 
 
+def check_counts(
+    overlong: Mapping[str, tuple[int, int]], cfg: DatasetConfig, converter: Any
+) -> None:
+    """Raises ValueError for an empty split, or as `check_lengths` does; logs what is cut.
+
+    Args:
+        overlong: {task: (examples that were cut, examples)}.
+        cfg: what was read.
+        converter: see `check_lengths`.
+    """
+    empty = [name for name, (_, size) in overlong.items() if not size]
+    if empty:
+        raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
+    examples.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
+    check_lengths(overlong, converter, cfg.task_feature_lengths)
+
+
 class TrainIterator(Iterator[Batch]):
     """This host's training batches, with a position that can be saved.
 

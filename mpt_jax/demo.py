@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -30,13 +30,24 @@ TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
 ALL_TARGETS = (*TARGETS, "toy_wic", "toy_scitail", "toy_paws", "toy_d2t")
 SEEDS = (0, 1, 2)
 RESULTS = "results.json"
-PT_TARGET, MPT_TARGET = "gin/pt_target.gin", "gin/mpt_target.gin"
 # The source prompt that PT starts from in the arm "PT from a source prompt": fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
 SOURCE_STEPS, SOURCE_RATE = 300, 0.3
 # (steps, examples of each run in a step) of the target stages, for a few examples and for all.
 FEW, ALL = (200, 4), (500, 16)
+
+
+def one_rate(rate: float, steps: int) -> tuple[str, ...]:
+    """Bindings for a peak learning rate, with a tenth of the steps as warmup."""
+    return f"LEARNING_RATE = {rate}", f"WARMUP_STEPS = {steps // 10}"
+
+
+def two_rates(rate: float, steps: int) -> tuple[str, ...]:
+    """The same for MPT: the factors keep the paper's 4/3 of the shared prompt's rate. Its gin file
+    warms up for a tenth, whatever the steps."""
+    del steps
+    return f"LEARNING_RATE = {rate}", f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +57,17 @@ class Method:
     Attributes:
         name: in tables.
         gin_file: the stage file.
-        bindings: what the demo sets beside the suite's defaults (gin/tiny.gin).
+        learning_rate: the peak.
+        schedule: (learning rate, steps) -> bindings.
+        bindings: what else the demo sets beside the suite's defaults (gin/tiny.gin).
         seeds: draws of the training examples.
         grouped: all runs are one job; otherwise each is a job of its own.
     """
 
     name: str
     gin_file: str
+    learning_rate: float
+    schedule: Callable[[float, int], tuple[str, ...]] = one_rate
     bindings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
     grouped: bool = True
@@ -62,23 +77,13 @@ def methods(root: Path) -> tuple[Method, ...]:
     """The methods compared; `root` holds the source stages. Their learning rates were chosen on
     other tasks (docs/protocol.md)."""
     start = (f"INITIAL_ARTEFACT = '{root}/pt_source/artefact'", f"START_FROM = '{START_TASK}'")
-    make = lambda name, gin_file, rate, *more, **rest: Method(  # noqa: E731
-        name, gin_file, (*learning_rate(gin_file, rate), *more), **rest
-    )
+    tuned, finetuned = "gin/pt_target.gin", "gin/full_finetuning.gin"
     return (
-        make("PT", PT_TARGET, 0.3),
-        make("PT from a source prompt", PT_TARGET, 0.01, *start),
-        make("MPT", MPT_TARGET, 0.3),
-        make("Full fine-tuning", "gin/full_finetuning.gin", 3e-4, seeds=(0,), grouped=False),
+        Method("PT", tuned, 0.3),
+        Method("PT from a source prompt", tuned, 0.01, bindings=start),
+        Method("MPT", "gin/mpt_target.gin", 0.3, two_rates),
+        Method("Full fine-tuning", finetuned, 3e-4, seeds=(0,), grouped=False),
     )
-
-
-def learning_rate(gin_file: str, rate: float) -> tuple[str, ...]:
-    """Bindings for a peak learning rate; MPT's factors keep the paper's 4/3 of the shared one."""
-    shared = f"LEARNING_RATE = {rate}"
-    if gin_file == MPT_TARGET:
-        return (shared, f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}")
-    return (shared,)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -157,7 +162,7 @@ def adapt(
             "GROUPS = 'independent'",
             f"BATCH_SIZE = {rows * len(job)}",
             f"TRAIN_STEPS = {steps}",
-            *_warmup(method, steps),
+            *method.schedule(method.learning_rate, steps),
             *method.bindings,
         ]
         scores |= run_stage(root, name, method.gin_file, bindings)
@@ -174,11 +179,6 @@ def adapt(
         time.monotonic() - started,
         tuple(model_dirs),
     )
-
-
-def _warmup(method: Method, steps: int) -> tuple[str, ...]:
-    """A tenth of the steps, which MPT's gin file has by itself."""
-    return () if method.gin_file == MPT_TARGET else (f"WARMUP_STEPS = {steps // 10}",)
 
 
 def majority_shares(tasks: Sequence[str]) -> dict[str, float]:

@@ -7,12 +7,10 @@ a training run, or, where no checkpoint is named, the prompt artefact that the o
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
@@ -126,24 +124,12 @@ def states(
     for folder, step in _wanted(cfg):
         saved = checkpoints.Checkpoints(folder, read_only=True)
         path = saved.path(step)
-        identity.check_reads(ours, _identity(path), path)
+        # First, because shapes may differ for no other reason than these.
+        identity.check_reads(ours, saved.meta(step)["identity"], path)
         found = saved.restore(state, step)
         assert found is not None
         logging.info("Read %s.", path)
         yield found[0]
-
-
-def _identity(path: epath.Path) -> identity.Identity:
-    """What a checkpoint says that it belongs to, read before its arrays are.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(path.absolute() / "meta")["identity"]
-    except Exception as error:  # whatever a damaged file may raise
-        raise OSError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:
@@ -151,10 +137,10 @@ def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:
     paths: Sequence[str] = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path)
     wanted = []
     for path in paths if cfg.path else ():
-        folder, last = epath.Path(path), re.compile(rf"{checkpoints.PREFIX}_(\d+)")
-        named = last.fullmatch(folder.name)
+        folder = epath.Path(path)
+        named = checkpoints.NAME.fullmatch(folder.name)
         folder = folder.parent if named else folder
-        steps = sorted(int(m[1]) for p in _children(folder) if (m := last.fullmatch(p.name)))
+        steps = checkpoints.saved_steps(folder)
         if named and cfg.mode == "specific":
             chosen = [int(named[1])]
         else:
@@ -168,10 +154,6 @@ def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:
             )
         wanted += [(str(folder), step) for step in chosen]
     return wanted
-
-
-def _children(folder: epath.Path) -> list[epath.Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 if __name__ == "__main__":

@@ -73,32 +73,36 @@ class Evaluation:
         self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
 
     @property
-    def best(self) -> selection.SelectBest | None:
-        """The action that keeps the best parameters, if there is one."""
+    def _selecting(self) -> selection.SelectBest | None:
         found = (a for many in self.actions.values() for a in many)
         return next((a for a in found if isinstance(a, selection.SelectBest)), None)
 
+    @property
+    def best(self) -> selection.SelectBest | None:
+        """The action that keeps the best parameters, once it keeps any."""
+        found = self._selecting
+        return None if found is None or found.trainable is None else found
+
     def resume(self) -> None:
         """Tells the action that keeps the best parameters at which step the run goes on."""
-        if self.best is not None:
-            self.best.resume(self.trainer.step)
+        if self._selecting is not None:
+            self._selecting.resume(self.trainer.step)
 
     def best_params(self) -> dict[str, Any]:
         """Every parameter: of each group's best step if the run selected any, else the last."""
         state, best = self.trainer.state, self.best
-        if best is None or best.trainable is None:
+        if best is None:
             return state.params
+        assert best.trainable is not None  # what `best` means
         return merge(best.trainable, state.frozen)
 
     def best_step(self) -> int:
         """The step that `best_params` are from; with several groups, of the latest of them."""
-        best = self.best
-        return self.trainer.step if best is None or best.trainable is None else max(best.best_step)
+        return max(self.best.best_step) if self.best else self.trainer.step
 
     def best_scores(self) -> dict[str, dict[str, float]]:
         """Run -> metric -> value of `best_params`."""
-        best = self.best
-        return self.scores if best is None or best.trainable is None else best.scores
+        return self.best.scores if self.best else self.scores
 
     def run(self) -> bool:
         """Evaluates the current state; True if an action wants training to end."""

@@ -169,11 +169,7 @@ class InferenceEvaluator:
         """Returns each task's number of examples, having checked their lengths."""
         found = self._evaluator.cached_task_datasets
         overlong = {name: examples.count_examples(dataset) for name, dataset in found.items()}
-        empty = [name for name, (_, size) in overlong.items() if not size]
-        if empty:
-            raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
-        examples.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
-        data.check_lengths(overlong, self._converter, cfg.task_feature_lengths)
+        data.check_counts(overlong, cfg, self._converter)
         return {name: size for name, (_, size) in overlong.items()}
 
     def _read(self, names: tuple[str, ...]) -> Iterator[data.Batch]:

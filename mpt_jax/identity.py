@@ -7,7 +7,7 @@ silence. What a user may change half-way (learning rates, clipping) is compared 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import logging
@@ -16,15 +16,6 @@ from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.train_state import Loaded
 from mpt_jax.tree import flatten
 
-# What predictions depend on, beside the values of a checkpoint.
-READING = (
-    "method",
-    "method_config",
-    "run_names",
-    "groups",
-    "embedding_sha256",
-    "vocabulary_sha256",
-)
 # What may change between two starts of one run.
 CHANGEABLE = ("optimizer",)
 
@@ -32,7 +23,7 @@ Identity = dict[str, Any]
 
 
 def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
-    """What a checkpoint and whoever reads it must have in common. JSON values."""
+    """What predictions depend on beside the values of a checkpoint. JSON values."""
     return {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
@@ -63,22 +54,27 @@ def check_resumes(ours: Identity, saved: Identity, model_dir: str) -> None:
         ValueError: both values of everything that differs.
     """
     strict = [name for name in ours if name not in CHANGEABLE]
-    if differing := _differing(ours, saved, strict):
+    if differing := describe_differing(ours, saved, strict):
         raise ValueError(
             f"{model_dir} holds a run of another configuration ({differing}). Choose another "
             "MODEL_DIR, or remove this one."
         )
-    if changed := _differing(ours, saved, CHANGEABLE):
+    if changed := describe_differing(ours, saved, CHANGEABLE):
         logging.warning("%s goes on with other settings than it had: %s.", model_dir, changed)
 
 
 def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
     """Refuses a checkpoint that this model would read as something else.
 
+    Args:
+        ours: of the model that reads, `of_model`.
+        saved: of the run that saved.
+        path: where it was saved.
+
     Raises:
         ValueError: both values of everything that differs.
     """
-    if differing := _differing(ours, saved, READING):
+    if differing := describe_differing(ours, saved, ours):
         raise ValueError(
             f"{path} was saved by another configuration ({differing}). Give the tasks in the "
             "order, and the backbone and method, that it was trained with; its MODEL_DIR has "
@@ -86,7 +82,10 @@ def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
         )
 
 
-def _differing(ours: Mapping[str, Any], saved: Mapping[str, Any], names: Any) -> str:
+def describe_differing(
+    ours: Mapping[str, Any], saved: Mapping[str, Any], names: Iterable[str]
+) -> str:
+    """Both values of every name under which two records differ; empty where none does."""
     return "; ".join(
         f"{name}: {saved.get(name)!r} there, {ours[name]!r} here"
         for name in names

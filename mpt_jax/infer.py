@@ -35,6 +35,7 @@ from mpt_jax import (
     examples,
     gin_utils,
     host_memory,
+    identity,
     train_state,
 )
 from mpt_jax.eval import states
@@ -210,11 +211,7 @@ def _check_lengths(cfg: data.DatasetConfig, tasks: list[seqio.Task], converter: 
     for task in tasks:
         with examples.reading(task, cfg.split):
             overlong[task.name] = examples.count_examples(_dataset(cfg, task))
-    empty = [name for name, (_, size) in overlong.items() if not size]
-    if empty:
-        raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
-    examples.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
-    data.check_lengths(overlong, converter, cfg.task_feature_lengths)
+    data.check_counts(overlong, cfg, converter)
 
 
 def _examples(cfg: data.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
@@ -244,15 +241,10 @@ class _Output:
             label = self._beside("COMPLETED" if whole else "partial_of")
             found = json.loads((label.read_text() if label.exists() else "") or "{}")
             ours = json.loads(json.dumps(made_from))
-            differing = [
-                f"{name}: {found.get(name)!r} there, {value!r} here"
-                for name, value in ours.items()
-                if found.get(name) != value
-            ]
-            if differing:
+            if differing := identity.describe_differing(ours, found, ours):
                 raise ValueError(
-                    f"{self.path} was made from something else ({'; '.join(differing)}). Choose "
-                    f"another INFER_OUTPUT_DIR, or remove {self.path}* to make it again."
+                    f"{self.path} was made from something else ({differing}). Choose another "
+                    f"INFER_OUTPUT_DIR, or remove {self.path}* to make it again."
                 )
         return whole
 

@@ -228,9 +228,9 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             save_checkpoint()
             raise
         finally:
-            saved.close()
             progress.close()
             writers.close()
+            saved.close()  # last, because it raises where a save failed
     if request.signal is not None:
         # A scheduler can tell by the code that the run may be started again.
         logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
@@ -260,7 +260,7 @@ def write_artefact(
 ) -> None:
     """Writes MODEL_DIR/artefact from the parameters a run ends with."""
     metrics: dict[str, Any] = {"scores": evaluator.best_scores()}
-    if (best := evaluator.best) is not None and best.trainable is not None:
+    if (best := evaluator.best) is not None:
         metrics |= {"best_step": best.best_step, "best_score": best.best_group_scores()}
     path = artefacts.save_artefact(
         f"{model_dir}/{ARTEFACT}",

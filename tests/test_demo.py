@@ -43,7 +43,7 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
         return {run: {"accuracy": float(run[-1]) + 10 * ("rte" in run)} for run in names}
 
     monkeypatch.setattr(demo, "run_stage", stage)
-    method = demo.Method("PT", "gin/pt_target.gin", ("LEARNING_RATE = 0.5",), (1, 2), grouped)
+    method = demo.Method("PT", "gin/pt_target.gin", 0.5, seeds=(1, 2), grouped=grouped)
     result = demo.adapt(tmp_path, method, ("toy_rte", "toy_cb"), 32)
     assert result.scores == {
         "toy_rte": {"accuracy": [11.0, 12.0]},
@@ -59,10 +59,11 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
     assert given["LEARNING_RATE"] == "0.5"
 
 
-def test_mpt_keeps_the_papers_ratio_of_learning_rates():
-    shared, task = demo.learning_rate("gin/mpt_target.gin", 0.3)
-    assert (shared, task) == ("LEARNING_RATE = 0.3", "TASK_LEARNING_RATE = 0.4")
-    assert demo.learning_rate("gin/pt_target.gin", 0.3) == ("LEARNING_RATE = 0.3",)
+def test_mpt_keeps_the_papers_ratio_of_learning_rates(tmp_path):
+    found = {method.name: method for method in demo.methods(tmp_path)}
+    mpt, pt = found["MPT"], found["PT"]
+    assert mpt.schedule(0.3, 200) == ("LEARNING_RATE = 0.3", "TASK_LEARNING_RATE = 0.4")
+    assert pt.schedule(0.3, 200) == ("LEARNING_RATE = 0.3", "WARMUP_STEPS = 20")
 
 
 def test_majority_is_counted_on_the_test_split():

@@ -234,6 +234,7 @@ def test_t5x_run_files_resolve_without_t5x(name):
     path = t5x_import.FOLDER / "gin_data" / "t5x" / "configs" / "runs" / f"{name}.gin"
     used = [macro for macro in bindings if f"%{macro}\n" in path.read_text()]
     parse([f"t5x/configs/runs/{name}.gin"], [f"{macro} = 'x'" for macro in used], entry)
+    assert "MIXTURE_OR_TASK_NAME" in used and value("MIXTURE_OR_TASK_NAME") == "x"
 
 
 # --- Mistakes ------------------------------------------------------------------------------------
