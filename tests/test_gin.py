@@ -26,6 +26,8 @@ TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.g
 # Files that change a toy run.
 AFTER_TINY = ["gin/runs/demo.gin"]
 METHODS = [name for name in FILES if name.startswith("gin/methods/")]
+PROMPTED = [f"gin/methods/{name}.gin" for name in ("mpt", "prompt_tuning", "shared_prompt")]
+ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # A vocabulary that is there, in place of T5's, which is not shipped.
 VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
 
@@ -97,7 +99,7 @@ def test_pretraining_trains_the_whole_tiny_t5():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_can_take_a_stages_place(name):
     """On the toy suite, for speed; sizes are tested above."""
-    prompts = name in ("gin/methods/mpt.gin", "gin/methods/prompt_tuning.gin")
+    prompts = name in PROMPTED
     stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
     parse([stage, name, "gin/tiny.gin"])
     model = value("MODEL")
@@ -116,6 +118,44 @@ def test_a_toy_run_can_be_changed(name):
     assert abstract_params(value("MODEL"))
 
 
+SOURCE, TARGET = "gin/mpt_source.gin", "gin/mpt_target.gin"
+
+
+ABLATED = [
+    ("no_distillation", SOURCE, 82_008),
+    ("no_decomposition", SOURCE, 76_800),
+    ("no_decomposition", TARGET, 76_800),
+    ("prompt_distance", SOURCE, 82_008),
+    ("no_stochastic_sampling", SOURCE, 82_008),
+    ("target_shared_only", TARGET, 76_800),
+    ("target_vectors_only", TARGET, 868),
+    ("size_small", TARGET, 51_812),
+    ("size_large", TARGET, 103_524),
+    ("backbone_v1_1_lm100k", TARGET, 77_668),
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "numbers"), ABLATED)
+def test_an_ablation_trains_what_it_says(name, stage, numbers):
+    parse([stage, f"gin/ablations/{name}.gin"], [VOCABULARY])
+    model = value("MODEL")
+    assert trained(model) == numbers
+    labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
+    assert labels == set(model.optimizer_def.learning_rates)
+    distillation = model.objective.distillation
+    assert (distillation is None) == (stage == TARGET or name == "no_distillation")
+    if name == "prompt_distance":
+        assert (distillation.logits, distillation.hidden) == (False, False)
+        assert distillation.prompt_distance
+    sampler = type(value("SAMPLER")).__name__
+    default = {SOURCE: "StochasticTasks", TARGET: "EqualQuotas"}[stage]
+    assert sampler == ("PerExample" if name == "no_stochastic_sampling" else default)
+
+
+def test_no_ablation_is_left_untested():
+    assert {f"gin/ablations/{name}.gin" for name, *_ in ABLATED} == set(ABLATIONS)
+
+
 def test_no_file_is_left_untested():
     """Every file is tested by itself, or included by one that is."""
     included = {
@@ -123,7 +163,7 @@ def test_no_file_is_left_untested():
         for name in FILES
         for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
     }
-    assert set(FILES) == {*STAGES, *METHODS, *AFTER_TINY, "gin/tiny.gin"} | included
+    assert set(FILES) == {*STAGES, *METHODS, *AFTER_TINY, *ABLATIONS, "gin/tiny.gin"} | included
 
 
 @pytest.mark.parametrize("name", FILES)

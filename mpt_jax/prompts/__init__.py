@@ -1,6 +1,6 @@
 """Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
 
-from mpt_jax.prompts import mpt, no_prompt, prompt_tuning
+from mpt_jax.prompts import mpt, no_prompt, prompt_tuning, shared_prompt
 from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "no_prompt",
     "prompt_tuning",
     "register",
+    "shared_prompt",
 ]

@@ -93,6 +93,8 @@ def by_hand(params, runs: Runs) -> np.ndarray:
     wide = {name: value.astype(np.float64) for name, value in params.items()}
     if "table" in wide:
         return wide["table"]
+    if "task_left" not in wide:
+        return wide["shared"][list(runs.group_of_row)]
     prompts = np.zeros((runs.num_rows, P, H))
     for k, group in enumerate(runs.group_of_row):
         for p in range(P):

@@ -1,0 +1,87 @@
+"""One prompt for all tasks of a group, [G, P, H], with nothing of a task's own.
+
+Trained on a mixture it is SPoT's generic source prompt (Vu et al. 2022, arXiv 2110.07904); in the
+MPT paper's ablation (arXiv 2303.02861) it is the student without decomposition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from mpt_jax.prompts.base import fold, group_leaders, name_key, register, source_rows
+from mpt_jax.prompts.init import PromptInit, SampledVocabulary
+
+SHARED = "shared"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SharedPrompt:
+    """`P_k = shared[group of k]`.
+
+    Attributes:
+        prompt_length: P.
+        init_prompt: initial value of each group's prompt.
+        start_from: with an initial artefact, `'average'` of its rows' prompts, the name of one run,
+            `'same'` (each group from the prompt of its first run's namesake), or `'shared'`: the
+            matrix that the artefact's tasks share, which for MPT is P* without any factors.
+    """
+
+    prompt_length: int
+    init_prompt: PromptInit = SampledVocabulary()
+    start_from: str = "average"
+
+    name = "shared_prompt"
+    labels = ((r"shared", "shared"),)
+    axes = {"shared": ("groups", "prompt", "embed")}
+
+    def init(self, key, runs, context):
+        leaders = group_leaders(runs)
+        rows = [
+            self.init_prompt(
+                name_key(key, runs.run_names[row]),
+                runs.task_names[row],
+                self.prompt_length,
+                context,
+            )
+            for row in leaders
+        ]
+        return {"shared": jnp.stack(rows)}
+
+    def compose(self, params, runs, task_ids):
+        return params["shared"][jnp.asarray(runs.group_of_row)[task_ids]]
+
+    def compose_rows(self, params, runs, task_ids, slots):
+        groups = jnp.asarray(runs.group_of_row)[task_ids]
+        return params["shared"][groups, jnp.maximum(slots - 1, 0)]
+
+    def transfer(self, source, source_method, source_runs, runs):
+        """Any method's artefact will do, but for `'shared'` it must have a shared matrix."""
+        if self.start_from == SHARED:
+            return {"shared": self._repeat(_shared(source, source_method), runs)}
+        folded = fold(source_method, source, source_runs)
+        if self.start_from == "same":
+            names = [runs.run_names[row] for row in group_leaders(runs)]
+            return {"shared": folded[jnp.asarray([source_runs.row(name) for name in names])]}
+        rows = jnp.asarray(source_rows(source_runs, self.start_from))
+        return {"shared": self._repeat(folded[rows].mean(0), runs)}
+
+    def _repeat(self, prompt, runs):
+        return jnp.repeat(prompt[None], runs.num_groups, axis=0)
+
+    def config(self):
+        return {"prompt_length": self.prompt_length}
+
+
+def _shared(source, source_method):
+    """The one shared matrix [P, H] of an artefact."""
+    shared = source.get("shared")
+    if shared is None or len(shared) != 1:
+        found = "none" if shared is None else len(shared)
+        raise ValueError(
+            f"start_from = 'shared' takes the one matrix that an artefact's tasks share, and this "
+            f"artefact of {source_method.name!r} has {found}. Name one of its runs instead."
+        )
+    return jnp.asarray(shared[0])
