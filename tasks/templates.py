@@ -41,27 +41,35 @@ def labelled(
 
     Args:
         fields: {marker in the text: feature}, in order.
-        labels: what each label number is called.
+        labels: what each label number is called. Another number is an error where it is read.
         clean: applied to every text.
     """
 
-    def target(row: Row) -> tf.Tensor:
-        return tf.gather(tf.constant(list(labels)), row["label"])
+    def target(prefix: str, row: Row) -> tf.Tensor:
+        label, last = row["label"], len(labels) - 1
+        known = (label >= 0) & (label <= last)
+        with _only_if(known, prefix, "label", label, f"0 .. {last} ({', '.join(labels)})"):
+            return tf.gather(tf.constant(list(labels)), label)
 
     return lambda prefix: _mapped(
-        lambda row: {"inputs": _fields(prefix, fields, row, clean), "targets": target(row)}
+        lambda row: {"inputs": _fields(prefix, fields, row, clean), "targets": target(prefix, row)}
     )
 
 
 def similarity(fields: Mapping[str, str]) -> Callable[[str], Preprocessor]:
     """Templates of STS-B: the target is the score rounded to the nearest fifth, as '3.8'."""
 
-    def target(row: Row) -> tf.Tensor:
+    def target(prefix: str, row: Row) -> tf.Tensor:
+        score = row["label"]
         # ATTEMPT's own rounding yields tenths; T5's, and the papers' description, is to fifths.
-        return tf.strings.as_string(tf.round(row["label"] * 5) / 5, precision=1)
+        with _only_if((score >= 0) & (score <= 5), prefix, "score", score, "0 .. 5"):
+            return tf.strings.as_string(tf.round(score * 5) / 5, precision=1)
 
     return lambda prefix: _mapped(
-        lambda row: {"inputs": _fields(prefix, fields, row, as_it_is), "targets": target(row)}
+        lambda row: {
+            "inputs": _fields(prefix, fields, row, as_it_is),
+            "targets": target(prefix, row),
+        }
     )
 
 
@@ -88,6 +96,49 @@ def _mark(text: tf.Tensor, span: tf.Tensor, place: tf.Tensor, mark: str) -> tf.T
     before = tf.strings.join([r"^((?:\S+\s){", tf.strings.as_string(place), "})"])
     pattern = tf.strings.join([before, "(", literal, ")"])
     return tf.strings.regex_replace(text, pattern, rf"\1{mark} \2 {mark}", replace_global=False)
+
+
+def multiple_choice(
+    asked: Callable[[Row], tf.Tensor],
+    options: Callable[[Row], tf.Tensor],
+    is_right: Callable[[Row], tf.Tensor],
+    labels: Sequence[str],
+) -> Callable[[str], Preprocessor]:
+    """Templates of multiple choice: a question, its options as `choice1: ... choice2: ...`.
+
+    Args:
+        asked: row -> the question.
+        options: row -> the texts to choose from, [n]; at most one for each label.
+        is_right: row -> which of them is the answer, bool [n]. Of several the first one counts; a
+            row without any is an error.
+        labels: what to call the first, second, ... option in a target.
+    """
+
+    def text(prefix: str, row: Row) -> dict[str, tf.Tensor]:
+        texts, right = options(row), tf.where(is_right(row))
+        checks = [
+            tf.debugging.assert_less_equal(
+                tf.size(texts), len(labels), f"{prefix}: more options than the task has labels."
+            ),
+            tf.debugging.assert_positive(
+                tf.size(right), f"{prefix}: a row whose answer is none of its options."
+            ),
+        ]
+        with tf.control_dependencies(checks):
+            count, place = tf.size(texts), tf.identity(right)[0, 0]
+            markers = tf.constant([f"choice{n}:" for n in range(1, len(labels) + 1)])[:count]
+            listed = tf.reshape(tf.stack([markers, texts], axis=1), [-1])
+        parts = [
+            f"{prefix} question:",
+            asked(row),
+            tf.strings.reduce_join(listed, separator=" "),
+        ]
+        return {
+            "inputs": tf.strings.join(parts, " "),
+            "targets": tf.constant(list(labels))[place],
+        }
+
+    return lambda prefix: _mapped(lambda row: text(prefix, row))
 
 
 def question(answers: Callable[[Row], tf.Tensor]) -> Callable[[str], Preprocessor]:
@@ -140,6 +191,13 @@ def cloze(prefix: str) -> Preprocessor:
 def _answered(dataset: tf.data.Dataset) -> tf.data.Dataset:
     has_one = tf.autograph.experimental.do_not_convert(lambda row: tf.size(row["answers"]) > 0)
     return dataset.filter(has_one)
+
+
+def _only_if(known: tf.Tensor, prefix: str, what: str, value: tf.Tensor, range_: str) -> Any:
+    """Inside, ops run only if `known`; else reading fails with a sentence on the gold `value`."""
+    message = [f"{prefix}: a row has the {what} ", tf.strings.as_string(value)]
+    message.append(f", which is not in {range_}. TFDS writes -1 where the gold is not public.")
+    return tf.control_dependencies([tf.debugging.Assert(known, [tf.strings.join(message)])])
 
 
 def _fields(prefix: str, fields: Mapping[str, str], row: Row, clean: Text) -> tf.Tensor:
