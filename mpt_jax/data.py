@@ -72,8 +72,8 @@ class DatasetConfig:
         name = self.mixture_or_task_name
         if not isinstance(name, str):
             return name
-        known = sorted(seqio.TaskRegistry.names() | seqio.MixtureRegistry.names())
-        if name not in known:
+        if name not in seqio.MixtureRegistry.names() and not examples.is_task(name):
+            known = sorted(seqio.TaskRegistry.names() | seqio.MixtureRegistry.names())
             raise ValueError(unknown_name("task or mixture", name, known))
         return seqio.get_mixture_or_task(name)
 

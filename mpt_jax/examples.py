@@ -6,6 +6,7 @@ then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save
 
 import contextlib
 import importlib
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,11 @@ from mpt_jax.runs import unknown_name
 # Tables up to this size are kept as long as their task is registered.
 _KEEP_BYTES = 16 * 2**20
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+# See `name_tasks_with`.
+_NAMING: list[Callable[[str], bool]] = []
+# How TensorFlow tells that a tf.debugging.Assert with one message did not hold.
+_ASSERTION = re.compile(r"assertion failed: \[(.*?)\](?: \[|\n|$)", re.DOTALL)
 
 
 def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> None:
@@ -43,9 +49,40 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
             ) from error
 
 
+def name_tasks_with(register_run: Callable[[str], bool]) -> None:
+    """Adds a naming scheme: what is asked for a task that SeqIO does not know.
+
+    Args:
+        register_run: name -> whether the scheme has a task of this name, which is then registered.
+            A name of the scheme that cannot be served is a ValueError.
+    """
+    _NAMING.append(register_run)
+
+
+def is_task(name: str) -> bool:
+    """Whether there is such a task, registered already or known to a naming scheme."""
+    return name in seqio.TaskRegistry.names() or any(register(name) for register in _NAMING)
+
+
+def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
+    """Which rows the few-shot runs among the tasks of `provider` see, for the run record.
+
+    Returns:
+        {'few_shot': {run: its training rows}}, and the same as 'few_shot_validation' of the runs
+        whose validation split is cut too; nothing where there are none.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for task in seqio.get_subtasks(provider):
+        rows_of = getattr(task.source, "few_shot_indices", None)
+        for key, split in (("few_shot", "train"), ("few_shot_validation", "validation")):
+            if rows_of is not None and (rows := rows_of(split)) is not None:
+                found.setdefault(key, {})[task.name] = rows
+    return found
+
+
 def find_task(name: str) -> seqio.Task:
-    """Returns a registered task; raises ValueError with the closest names where there is none."""
-    if name not in seqio.TaskRegistry.names():
+    """Returns a task; raises ValueError with the closest names where there is none."""
+    if not is_task(name):
         raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
     return seqio.TaskRegistry.get(name)
 
@@ -184,16 +221,24 @@ def check_split(task: seqio.Task, split: str) -> None:
 
 @contextlib.contextmanager
 def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
-    """Inside, what is raised where data is missing becomes a ValueError that says how to get it.
+    """Inside, what is raised where data is missing becomes a ValueError that says how to get it,
+    and a row that a preprocessor refuses (tf.debugging.Assert) one that says what it is.
 
     Any other error is the task's own, such as a mistake in a preprocessor, and is left as it is.
     """
+    kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
     try:
         yield
+    except tf.errors.InvalidArgumentError as error:
+        if not (refused := _ASSERTION.search(error.message)):
+            raise
+        raise ValueError(
+            f"The {split!r} split of {kind} {task_or_mixture.name!r} cannot be used: "
+            + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
+        ) from error
     except Exception as error:
         if not _means_missing(error):
             raise
-        kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
         raise ValueError(

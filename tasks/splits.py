@@ -7,12 +7,16 @@ validation set, and the official validation split is the test set. The permutati
 rows are first ranked by their `idx`. Sets without one keep TFDS's order, which is fixed too, but
 their rows cannot be matched with the paper's.
 
+Row i of a split, as few-shot draws count them, is row i of the original file, or place start + i
+of its permutation.
+
 Only the permutation and the ranks are held in memory: rows are streamed and filtered.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +25,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
+from etils import epath
 
 SEED = 42
 HALF = "half"
@@ -46,6 +51,11 @@ class Part:
             return None
         start, stop = (size // 2 if bound == HALF else bound for bound in (self.start, self.stop))
         return slice(start, stop)
+
+    def num_rows(self, size: int) -> int:
+        """Returns how many of `size` rows it has."""
+        places = self.places(size)
+        return size if places is None else len(range(*places.indices(size)))
 
 
 Parts = Mapping[str, Part]
@@ -140,12 +150,45 @@ class PartsSource(seqio.DataSource):
         del shuffle, seed, unused  # batches are shuffled downstream
         part, builder = self.parts[split], self._builder()
         size = self._size(builder, part.split)
-        rows, places = _read(builder, part.split, self.reads), part.places(size)
-        if places is None:
+        rows = _read(builder, part.split, self.reads)
+        if part.places(size) is None:
             return rows
         chosen = np.zeros(size, bool)
-        chosen[self._file_order(builder, part.split, size)[permutation(size)[places]]] = True
-        return _where(rows, chosen)
+        chosen[self._places(builder, part, size)] = True
+        return where(rows, chosen)
+
+    def positions(self, split: str) -> np.ndarray:
+        """Returns where the rows [n] of a split come in what `get_dataset` yields.
+
+        Raises:
+            FileNotFoundError, ValueError: see `get_dataset`.
+        """
+        part, builder = self.parts[split], self._builder()
+        places = self._places(builder, part, self._size(builder, part.split))
+        return np.searchsorted(np.sort(places), places)
+
+    def num_rows(self, split: str) -> int:
+        """Returns how many rows a split has on this machine."""
+        part = self.parts[split]
+        return part.num_rows(self._size(self._builder(), part.split))
+
+    def num_input_examples(self, split: str) -> int:  # type: ignore[override]
+        """Returns how many rows a split of the published data set has; nothing is read."""
+        part = self.parts[split]
+        return part.num_rows(self.sizes[part.split])
+
+    def is_prepared(self) -> bool:
+        """Whether the data set is on this machine."""
+        try:
+            self._builder()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _places(self, builder: tfds.core.DatasetBuilder, part: Part, size: int) -> np.ndarray:
+        """Returns the places in TFDS's order [n] of the part's rows, row 0 first."""
+        order, places = self._file_order(builder, part.split, size), part.places(size)
+        return order if places is None else order[permutation(size)[places]]
 
     def _builder(self) -> tfds.core.DatasetBuilder:
         # A new loader each time, so that it sees the data folder that the command line has set.
@@ -162,8 +205,10 @@ class PartsSource(seqio.DataSource):
     def _absent(self, folder: str | None) -> str:
         name, _, version = self.data.partition(":")
         folder = folder or tfds.core.constants.DATA_DIR
+        there = _versions(epath.Path(folder) / name)
+        but = f" (it has version {', '.join(there)} of it)" if there else ""
         return (
-            f"The data set {name}, version {version}, is not in {folder}. Run `tfds build "
+            f"The data set {name}, version {version}, is not in {folder}{but}. Run `tfds build "
             f"{self.data} --data_dir DIR` where there is a network, copy DIR, and pass "
             "--tfds_data_dir=DIR or set TFDS_DATA_DIR."
         )
@@ -215,7 +260,13 @@ def _nested(row: Any, names: Sequence[str]) -> tf.Tensor:
     return row
 
 
-def _where(rows: tf.data.Dataset, chosen: np.ndarray) -> tf.data.Dataset:
+def _versions(folder: epath.Path) -> list[str]:
+    """The versions of a data set below its folder."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name))
+
+
+def where(rows: tf.data.Dataset, chosen: np.ndarray) -> tf.data.Dataset:
     """Returns the rows whose place is chosen [size]."""
     table = tf.constant(chosen)
     keep = tf.autograph.experimental.do_not_convert(lambda place, _: table[place])

@@ -2,6 +2,7 @@
 
 A row is one data set; `register` makes its task, and for a classification task a second one whose
 labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that the run binds in gin.
+Runs on a few examples of a task need no row: `few_shot` makes them of their names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gin
 import seqio
 
 from mpt_jax import evaluation, features, vocabularies
+from tasks import few_shot as few_shot  # its run names are known wherever a suite is
 from tasks import text_metrics
 from tasks.splits import Parts, PartsSource
 from tasks.templates import Preprocessor
@@ -65,6 +67,7 @@ class RunTask(seqio.Task):
     """
 
     _first: Any = None
+    drawn_as: str  # what few-shot draws are seeded by: one name for all versions of a task
 
     @property
     def output_features(self) -> Mapping[str, Any]:
@@ -78,6 +81,17 @@ class RunTask(seqio.Task):
                 f"now binds {vocabulary}. Start a new process."
             )
         return dict(sorted(features.output_features(self._first).items()))
+
+    def replace(self, **changes: Any) -> RunTask:
+        """Returns this task with `changes`, as SeqIO's does; its vocabulary is the run's too."""
+        same = {
+            "source": self.source,
+            "output_features": {},
+            "preprocessors": self.preprocessors,
+            "postprocess_fn": self.postprocessor,
+            "metric_fns": self.metric_fns,
+        }
+        return RunTask(**{**same, **changes})
 
 
 def run_vocabulary() -> seqio.Vocabulary:
@@ -127,6 +141,7 @@ def _add(row: Row, name: str, template: Preprocessor, metrics: Sequence[Any]) ->
         output_features={},
         preprocessors=[template, *features.finish(name)],
         postprocess_fn=row.postprocess,
-        metric_fns=metrics,
+        metric_fns=[text_metrics.of_task(name, metric) for metric in metrics],
     )
+    task.drawn_as = row.name
     seqio.TaskRegistry.add_provider(name, task)

@@ -1,31 +1,81 @@
 """Metrics of decoded text, all in percent. Anything that is no valid answer counts as wrong.
 
 Each function here makes, or is, a SeqIO metric `(targets, predictions) -> {name: value}`. A task's
-first metric is the one by which its best step is selected.
+first metric is the one by which its best step is selected. Accuracy, F1 and Matthews' correlation
+are scikit-learn's, Pearson's and Spearman's SciPy's, the scores of answers ours.
+
+A metric that is undefined, such as a correlation with a constant, is 0, and a warning says so. A
+gold that no metric can be computed from is a ValueError.
 """
 
 from __future__ import annotations
 
 import collections
+import contextvars
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from scipy import stats
+from sklearn import metrics as sklearn_metrics
 
 Metric = Callable[[Sequence[Any], Sequence[str]], dict[str, float]]
+
+_TASK: contextvars.ContextVar[str] = contextvars.ContextVar("task", default="")
+
+
+def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `metric`, whose warnings and errors name the task. Around another such, it wins."""
+
+    @functools.wraps(metric)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        token = _TASK.set(_TASK.get() or name)
+        try:
+            return metric(*args, **kwargs)
+        finally:
+            _TASK.reset(token)
+
+    return named
+
+
+def _undefined(metric: str, why: str) -> None:
+    of = f" of {_TASK.get()}" if _TASK.get() else ""
+    logging.warning("%s%s is undefined: %s; counted as 0.", metric, of, why)
+
+
+def _unusable(target: Any, what: str) -> ValueError:
+    of = f"Task {_TASK.get()!r}: the" if _TASK.get() else "The"
+    return ValueError(f"{of} gold {target!r} is {what}, so predictions cannot be scored by it.")
+
+
+def _constant(targets: np.ndarray, said: np.ndarray, names: Sequence[str] = ()) -> str | None:
+    """Returns which of two lists of values has one value alone, and which, or None."""
+    for what, values in (("target", targets), ("prediction", said)):
+        if np.ptp(values) == 0:
+            value = repr(names[values[0]]) if names else values[0]
+            return f"every {what} is {value}"
+    return None
 
 
 # --- Labels ----------------------------------------------------------------------------------
 
 
-def _numbers(
+def label_numbers(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both as label numbers; -1 for a prediction that is no label."""
+    """Returns both as label numbers; -1 for a prediction that is no label.
+
+    Raises:
+        ValueError: a target is no label.
+    """
     number = {label: i for i, label in enumerate(labels)}
+    for target in targets:
+        if target not in number:
+            raise _unusable(target, f"none of the labels {', '.join(map(repr, labels))}")
     said = np.array([number.get(prediction.strip(), -1) for prediction in predictions])
     return np.array([number[target] for target in targets]), said
 
@@ -33,22 +83,24 @@ def _numbers(
 def _two_sided(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `_numbers` for two labels, where what is no label becomes the wrong one, as in T5."""
-    true, said = _numbers(targets, predictions, labels)
+    """As `label_numbers` for two labels, where what is no label becomes the wrong one, as in T5."""
+    true, said = label_numbers(targets, predictions, labels)
     return true, np.where(said < 0, 1 - true, said)
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Percent of predictions that are their target, apart from white space around them."""
-    hits = [t == p.strip() for t, p in zip(targets, predictions, strict=True)]
-    return {"accuracy": 100 * float(np.mean(hits))}
+    number = {target: i for i, target in enumerate(dict.fromkeys(targets))}
+    said = [number.get(prediction.strip(), -1) for prediction in predictions]
+    true = [number[target] for target in targets]
+    return {"accuracy": 100 * float(sklearn_metrics.accuracy_score(true, said))}
 
 
 def invalid_rate(labels: Sequence[str]) -> Metric:
     """Percent of predictions that are none of the labels."""
 
     def invalid(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        _, said = _numbers(targets, predictions, labels)
+        _, said = label_numbers(targets, predictions, labels)
         return {"invalid": 100 * float(np.mean(said < 0))}
 
     return invalid
@@ -58,7 +110,7 @@ def f1(labels: Sequence[str]) -> Metric:
     """F1 of the second of two labels (duplicate, equivalent, True)."""
 
     def label_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        return {"f1": 100 * _f1(*_two_sided(targets, predictions, labels), 1)}
+        return {"f1": f1_of_labels(*_two_sided(targets, predictions, labels), labels, [1])}
 
     return label_f1
 
@@ -67,16 +119,22 @@ def macro_f1(labels: Sequence[str]) -> Metric:
     """Mean over the labels of their F1."""
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        numbers = _numbers(targets, predictions, labels)
-        return {"f1": 100 * float(np.mean([_f1(*numbers, i) for i in range(len(labels))]))}
+        numbers = label_numbers(targets, predictions, labels)
+        return {"f1": f1_of_labels(*numbers, labels, range(len(labels)))}
 
     return mean_f1
 
 
-def _f1(true: np.ndarray, said: np.ndarray, label: int) -> float:
-    """F1 of one label; 0 where it neither occurs nor is said."""
-    named = (true == label).sum() + (said == label).sum()
-    return 2 * float(((true == label) & (said == label)).sum()) / max(1, int(named))
+def f1_of_labels(
+    true: np.ndarray, said: np.ndarray, labels: Sequence[str], scored: Sequence[int]
+) -> float:
+    """Mean F1 of some labels in percent; 0 for one that neither occurs nor is said."""
+    for number in sorted(set(scored) - set(true.tolist()) - set(said.tolist())):
+        _undefined("f1", f"no target and no prediction is {labels[number]!r}")
+    scores = sklearn_metrics.f1_score(
+        true, said, labels=list(scored), average="macro", zero_division=0
+    )
+    return 100 * float(scores)
 
 
 def matthews(labels: Sequence[str]) -> Metric:
@@ -85,7 +143,11 @@ def matthews(labels: Sequence[str]) -> Metric:
     def matthews_correlation(
         targets: Sequence[str], predictions: Sequence[str]
     ) -> dict[str, float]:
-        return {"matthews": 100 * _correlation(*_two_sided(targets, predictions, labels))}
+        true, said = _two_sided(targets, predictions, labels)
+        if why := _constant(true, said, labels):
+            _undefined("matthews", why)
+            return {"matthews": 0.0}
+        return {"matthews": 100 * float(sklearn_metrics.matthews_corrcoef(true, said))}
 
     return matthews_correlation
 
@@ -99,23 +161,30 @@ def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
     """Pearson's and Spearman's correlation of numbers, and how many predictions are none.
 
     What is no number counts as 0. A correlation with a constant is 0.
+
+    Raises:
+        ValueError: a target is no number.
     """
     known = [_NUMBER.fullmatch(prediction.strip()) for prediction in predictions]
     said = np.array([float(match.group()) if match else 0.0 for match in known])
-    true = np.array([float(target) for target in targets])
-    ranks = [stats.rankdata(values) for values in (true, said)]
+    true = np.array([_gold_number(target) for target in targets])
+    pearson = spearman = 0.0
+    if why := _constant(true, said):
+        _undefined("pearson, spearman", why)
+    else:
+        pearson = float(stats.pearsonr(true, said).statistic)
+        spearman = float(stats.spearmanr(true, said).statistic)
     return {
-        "pearson": 100 * _correlation(true, said),
-        "spearman": 100 * _correlation(*ranks),
+        "pearson": 100 * pearson,
+        "spearman": 100 * spearman,
         "invalid": 100 * float(np.mean([match is None for match in known])),
     }
 
 
-def _correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Pearson's; of two yes-or-no variables it is Matthews'."""
-    if np.ptp(left) == 0 or np.ptp(right) == 0:
-        return 0.0
-    return float(stats.pearsonr(left, right).statistic)
+def _gold_number(target: str) -> float:
+    if _NUMBER.fullmatch(target) is None:
+        raise _unusable(target, "no number")
+    return float(target)
 
 
 # --- Answers ---------------------------------------------------------------------------------
@@ -144,6 +213,9 @@ def answer_overlap(
             group, made of one question, count once, with the first row's prediction; '' is a
             group of its own.
         predictions: one for each target.
+
+    Raises:
+        ValueError: a target has no gold answer.
     """
     seen: set[str] = set()
     scores = []
@@ -152,6 +224,8 @@ def answer_overlap(
             continue
         seen |= {target["group"]} - {""}
         answers = target["answers"]
+        if not answers:
+            raise _unusable("", "empty")
         match = max(normalized(answer) == normalized(prediction) for answer in answers)
         scores.append((max(word_f1(answer, prediction) for answer in answers), match))
     f1_of_all, matches = 100 * np.mean(np.array(scores, np.float64), axis=0)

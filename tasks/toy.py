@@ -1,7 +1,7 @@
 """SeqIO registration of the toy suite: importing this module registers its tasks.
 
     toy_sst2, toy_mnli, ...        six source and eight target tasks (`toy_tasks`)
-    toy_boolq_k32_s1, ...          k training examples of a target task, drawn by seed
+    toy_boolq_k32_s1, ...          on demand: k training examples of it, as `few_shot` names them
     toy_pretrain                   what the tiny backbone was pretrained on
 
 Rows are made in memory from the task's name and split alone; a split's rows are distinct.
@@ -20,7 +20,8 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax import evaluation, features, vocabularies
-from tasks import toy_pretrain
+from tasks import few_shot as few_shot  # its run names are known wherever the suite is
+from tasks import text_metrics, toy_pretrain
 from tasks.toy_tasks import SOURCE_TASKS, TARGET_TASKS, ToyTask
 from tasks.toy_vocabulary import EXTRA_IDS, VOCABULARY_PATH, word_ids
 
@@ -29,10 +30,6 @@ SIZES = {
     "target": {"train": 2000, "validation": 200, "test": 200},
 }
 TASKS = {task.name: task for task in SOURCE_TASKS + TARGET_TASKS}
-# Few-shot runs registered at import; `register_few_shot` adds others. Seeds from 100 on are for
-# tuning hyperparameters, so that reported seeds stay unseen.
-FEW_SHOT_SIZES = (4, 16, 32)
-FEW_SHOT_SEEDS = (0, 1, 2, 100, 101, 102)
 
 PRETRAIN_CHUNK = 1024
 PRETRAIN_CHUNKS = 4096
@@ -61,11 +58,6 @@ def rows(name: str, split: str) -> tuple[tuple[str, str], ...]:
     return tuple(rng.sample(list(found), size))
 
 
-def few_shot_indices(name: str, k: int, seed: int) -> list[int]:
-    """Which training rows a few-shot run sees, a function of (name, k, seed) alone."""
-    return random.Random(f"{name} {k} {seed}").sample(range(len(rows(name, "train"))), k)
-
-
 def _dataset(pairs: Sequence[tuple[str, str]]) -> tf.data.Dataset:
     inputs, targets = zip(*pairs, strict=True)
     texts: Any = {"inputs": list(inputs), "targets": list(targets)}
@@ -75,32 +67,15 @@ def _dataset(pairs: Sequence[tuple[str, str]]) -> tf.data.Dataset:
 # --- metrics ---------------------------------------------------------------------------------
 
 
-def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Percent of predictions that equal their target."""
-    hits = [target == prediction for target, prediction in zip(targets, predictions, strict=True)]
-    return {"accuracy": 100 * float(np.mean(hits))}
-
-
-def invalid_rate(
-    targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
-) -> dict[str, float]:
-    """Percent of predictions that are none of the task's labels."""
-    del targets
-    return {"invalid": 100 * float(np.mean([word not in labels for word in predictions]))}
-
-
-def label_f1(
-    targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
-) -> dict[str, float]:
+def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
     """F1 of the first label where there are two, else the mean F1 of all; percent."""
+    scored = range(1 if len(labels) == 2 else len(labels))
 
-    def f1(label: str) -> float:
-        hits = sum(t == p == label for t, p in zip(targets, predictions, strict=True))
-        named = sum(t == label for t in targets) + sum(p == label for p in predictions)
-        return 100 * 2 * hits / named if named else 0.0
+    def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        numbers = text_metrics.label_numbers(targets, predictions, labels)
+        return {"f1": text_metrics.f1_of_labels(*numbers, labels, scored)}
 
-    scored = labels[:1] if len(labels) == 2 else labels
-    return {"f1": float(np.mean([f1(label) for label in scored]))}
+    return mean_f1
 
 
 def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -122,17 +97,11 @@ def metrics_of(task: ToyTask) -> list:
     """The task's metrics; the first named is the one that selects."""
     if not task.labels:
         return [text_overlap]
-    given = {"labels": task.labels}
     return [
-        evaluation.with_labels(accuracy, task.labels),
-        _named(functools.partial(label_f1, **given), "label_f1"),
-        _named(functools.partial(invalid_rate, **given), "invalid_rate"),
+        evaluation.with_labels(text_metrics.accuracy, task.labels),
+        label_f1(task.labels),
+        text_metrics.invalid_rate(task.labels),
     ]
-
-
-def _named(function: Any, name: str) -> Any:
-    function.__name__ = name
-    return function
 
 
 # --- registration ----------------------------------------------------------------------------
@@ -143,15 +112,12 @@ def vocabulary() -> seqio.Vocabulary:
     return vocabularies.load(str(VOCABULARY_PATH), extra_ids=EXTRA_IDS)
 
 
-def _register(name: str, task: ToyTask, train: Any, train_size: int) -> None:
-    """Registers `name` with the task's validation and test rows and its own training rows."""
-
+def _register(task: ToyTask) -> None:
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # rows are fixed; batches are shuffled downstream
-        return _dataset(train() if split == "train" else rows(task.name, split))
+        return _dataset(rows(task.name, split))
 
-    sizes = {**SIZES[task.role], "train": train_size}
-    _add(name, dataset, sizes, features.finish(name), metrics_of(task))
+    _add(task.name, dataset, SIZES[task.role], features.finish(task.name), metrics_of(task))
 
 
 def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> None:
@@ -163,32 +129,8 @@ def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: l
         source=source,
         preprocessors=preprocessors,
         output_features=features.output_features(vocabulary()),
-        metric_fns=metric_fns,
+        metric_fns=[text_metrics.of_task(name, metric) for metric in metric_fns],
     )
-
-
-def register_few_shot(name: str, k: int, seed: int) -> str:
-    """Registers `<name>_k<k>_s<seed>`, the task with k training rows, and returns that name.
-
-    Validation and test are the task's own. Registering twice is harmless.
-
-    Raises:
-        ValueError: the suite has no such task, or fewer than k training rows.
-    """
-    if name not in TASKS:
-        raise ValueError(f"Unknown toy task {name!r}; known: {', '.join(TASKS)}.")
-    most = SIZES[TASKS[name].role]["train"]
-    if not 1 <= k <= most:
-        raise ValueError(f"{name} has {most} training rows; k = {k} is not among 1..{most}.")
-    derived = f"{name}_k{k}_s{seed}"
-    if derived not in seqio.TaskRegistry.names():
-
-        def train() -> list[tuple[str, str]]:
-            table = rows(name, "train")
-            return [table[index] for index in few_shot_indices(name, k, seed)]
-
-        _register(derived, TASKS[name], train, k)
-    return derived
 
 
 def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,12 +194,7 @@ def _register_pretraining() -> None:
 def register() -> None:
     """Registers the whole suite."""
     for task in TASKS.values():
-        size = SIZES[task.role]["train"]
-        _register(task.name, task, functools.partial(rows, task.name, "train"), size)
-    for task in TARGET_TASKS:
-        for k in FEW_SHOT_SIZES:
-            for seed in FEW_SHOT_SEEDS:
-                register_few_shot(task.name, k, seed)
+        _register(task)
     _register_pretraining()
 
 

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
-import seqio
 
+from mpt_jax import examples, features
 from tasks import toy, toy_pretrain, toy_tasks, toy_vocabulary
 from tasks import toy_world as world
 
@@ -217,53 +217,32 @@ def test_a_bag_of_words_does_not_solve_the_task(name):
 # --- few-shot --------------------------------------------------------------------------------
 
 
-def test_few_shot_rows_depend_on_task_k_and_seed_alone():
-    draws = {
-        (name, k, seed): tuple(toy.few_shot_indices(name, k, seed))
-        for name in ("toy_boolq", "toy_rte")
-        for k in (4, 32)
-        for seed in (0, 1)
+def test_few_shot_rows_do_not_change_between_releases():
+    """Published scores are of these draws."""
+    rows_of = {
+        name: examples.find_task(name).source.few_shot_indices("train")
+        for name in ("toy_boolq_k4_s0", "toy_boolq_k4_s1", "toy_rte_k4_s0")
     }
-    assert len(set(draws.values())) == len(draws)
-    for (name, k, seed), indices in draws.items():
-        assert len(set(indices)) == k
-        assert tuple(toy.few_shot_indices(name, k, seed)) == indices
-    assert toy.few_shot_indices("toy_boolq", 4, 0) == [1795, 732, 938, 1560]
+    assert rows_of["toy_boolq_k4_s0"] == [1795, 732, 938, 1560]
+    assert len(set(map(tuple, rows_of.values()))) == 3
 
 
 def test_few_shot_task_trains_on_its_draw_and_tests_on_the_whole():
-    name = toy.register_few_shot("toy_wic", 5, 7)
-    assert name == "toy_wic_k5_s7" == toy.register_few_shot("toy_wic", 5, 7)
-    task = seqio.get_mixture_or_task(name)
+    task = examples.find_task("toy_wic_k5_s7")
     lengths = {"inputs": 48, "targets": 12}
 
     def texts(split):
         dataset = task.get_dataset(sequence_length=lengths, split=split, shuffle=False)
         return list(dataset.as_numpy_iterator())
 
-    train = texts("train")
-    expected = [toy.rows("toy_wic", "train")[i] for i in toy.few_shot_indices("toy_wic", 5, 7)]
+    train, drawn = texts("train"), random.Random("toy_wic 5 7").sample(range(2000), 5)
+    assert task.source.few_shot_indices("train") == drawn
+    expected = [toy.rows("toy_wic", "train")[index] for index in drawn]
     assert [x["inputs_pretokenized"].decode() for x in train] == [text for text, _ in expected]
-    base = seqio.get_mixture_or_task("toy_wic")
-    assert (
-        train[0]["task_ids"].item()
-        != next(iter(base.get_dataset(sequence_length=lengths, split="train", shuffle=False)))[
-            "task_ids"
-        ]
-        .numpy()
-        .item()
-    )
+    assert [x["targets_pretokenized"].decode() for x in train] == [target for _, target in expected]
+    assert {x["task_ids"].item() for x in train} == {features.task_id("toy_wic_k5_s7")}
     assert len(texts("test")) == 200
     assert task.num_input_examples("train") == 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("toy_nothing", 4, 0), "Unknown toy task"), (("toy_boolq", 3000, 0), "2000 training rows")],
-)
-def test_few_shot_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        toy.register_few_shot(*arguments)
 
 
 # --- metrics ---------------------------------------------------------------------------------
@@ -271,14 +250,22 @@ def test_few_shot_refuses(arguments, message):
 
 def test_metrics():
     targets, predictions = ["yes", "yes", "no", "no"], ["yes", "no", "no", "maybe"]
-    labels = ("yes", "no")
-    assert toy.accuracy(targets, predictions) == {"accuracy": 50.0}
-    assert toy.invalid_rate(targets, predictions, labels) == {"invalid": 25.0}
+    found = {}
+    for metric in toy.metrics_of(toy.TASKS["toy_boolq"]):
+        found.update(metric(targets, predictions))
     # yes: precision 1, recall 1/2.
-    np.testing.assert_allclose(toy.label_f1(targets, predictions, labels)["f1"], 200 / 3)
+    assert found == {"accuracy": 50.0, "f1": pytest.approx(200 / 3), "invalid": 25.0}
     overlap = toy.text_overlap(["a b c", "d"], ["a b x", "d"])
     np.testing.assert_allclose(overlap["f1"], (200 / 3 + 100) / 2)
     assert overlap["exact_match"] == 50.0
+
+
+def test_of_three_labels_the_f1_is_the_mean():
+    labels = toy.TASKS["toy_cb"].labels
+    targets, predictions = [*labels, labels[0]], [labels[0], labels[2], labels[2], "?"]
+    # Precision and recall: 1 and 1/2; never said; 1/2 and 1.
+    found = toy.label_f1(labels)(targets, predictions)
+    assert found["f1"] == pytest.approx(100 * (2 / 3 + 0 + 2 / 3) / 3)
 
 
 # --- vocabulary ------------------------------------------------------------------------------
