@@ -24,6 +24,7 @@ from mpt_jax import (
     convert,
     data,
     evaluation,
+    examples,
     gin_utils,
     host_memory,
     identity,
@@ -184,7 +185,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     reporting.write_run_record(
         model_dir,
         {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
-        | {"parameters": total, "trainable_parameters": learning},
+        | {"parameters": total, "trainable_parameters": learning}
+        | examples.few_shot_rows(train_dataset_cfg.provider()),
     )
 
     def save_checkpoint() -> None:
