@@ -1,0 +1,346 @@
+"""Rows of JSONL, CSV, TSV and Parquet files as text, and what is wrong with those that give none.
+
+A row is a JSON object, a line of cells below a header, or a row of a Parquet table. `read` fills
+two templates with the fields of every row. It leaves no row out: if some cannot be used, it says
+which and why, and returns none.
+
+    str                     as it is
+    number in JSON          as it is written there: 1.50 stays '1.50'; in Parquet, Python's str()
+    true, false             'true', 'false'
+    null, NaN               missing, an error
+    list, object, others    an error that says what it is
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+import string
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from etils import epath
+
+SHOWN = 10  # bad rows that an error lists
+BOM = b"\xef\xbb\xbf"
+
+
+class Unusable(Exception):
+    """What is wrong with a row.
+
+    Args:
+        reason: for whoever made the file.
+        field: the one that it is about; '' for the whole row.
+    """
+
+    def __init__(self, reason: str, field: str = ""):
+        super().__init__(reason)
+        self.reason, self.field = reason, field
+
+
+Row = Mapping[str, Any]
+# (number, row or what is wrong with it); numbers count from 1, and 0 stands for the whole file.
+Numbered = tuple[int, Row | Unusable]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Texts of a file's rows, in its order."""
+
+    inputs: list[str]
+    targets: list[str]
+
+    def take(self, rows: Any) -> Examples:
+        """The examples of these row numbers, counted from 0."""
+        return Examples([self.inputs[i] for i in rows], [self.targets[i] for i in rows])
+
+
+class Template:
+    """A text with fields in braces: 'question: {question} context: {doc.text}'.
+
+    A field is a key of the row; where there is none of that name, its dots lead into objects.
+    Braces of the text itself are written twice. White space around the whole is removed.
+
+    Args:
+        name: 'inputs' or 'targets', for errors.
+        text: the template.
+
+    Raises:
+        ValueError: it names no field, or asks for anything but fields.
+    """
+
+    def __init__(self, name: str, text: str):
+        self.name, self.text = name, text
+        try:
+            self._parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(
+                f"The template {name}={text!r} cannot be read ({error}). Write a brace that "
+                "belongs to the text twice."
+            ) from error
+        for _, field, spec, conversion in self._parts:
+            if field == "" or spec or conversion:
+                raise ValueError(
+                    f"The template {name}={text!r} may hold fields by name and nothing else: no "
+                    "empty braces, and no '!' or ':' inside braces."
+                )
+        self.fields = tuple({field: None for _, field, _, _ in self._parts if field})
+        if not self.fields:
+            raise ValueError(
+                f"The template {name}={text!r} names no field, so every row would be the same. "
+                "Name one in braces: {question}."
+            )
+
+    def fill(self, row: Row) -> str:
+        """Returns the text of a row.
+
+        Raises:
+            Unusable: a field is missing or has no text, or nothing at all is left.
+        """
+        filled = "".join(
+            literal + (_text_of(_find(row, field), field) if field else "")
+            for literal, field, _, _ in self._parts
+        ).strip()
+        if not filled:
+            raise Unusable("empty", self.subject)
+        return filled
+
+    @property
+    def subject(self) -> str:
+        """What an error about the whole text names: its only field, or the template."""
+        return self.fields[0] if len(self.fields) == 1 else self.name
+
+
+def read(
+    path: epath.Path, inputs: Template, targets: Template, words: Mapping[str, str]
+) -> Examples:
+    """Returns the examples of a file.
+
+    Args:
+        path: its extension says how to read it.
+        inputs, targets: how rows become text.
+        words: {target in the file: word to answer}; empty for free text.
+
+    Raises:
+        ValueError: rows cannot be used, the first `SHOWN` of them with line and field; no rows.
+    """
+    examples, bad, total = Examples([], []), [], 0
+    with path.open("rb") as file:
+        for number, row in READERS[path.suffix.lower()](file):
+            total += 1
+            try:
+                if isinstance(row, Unusable):
+                    raise row
+                texts = inputs.fill(row), _word(targets.fill(row), targets.subject, words)
+            except Unusable as error:
+                bad.append((number, error))
+                continue
+            examples.inputs.append(texts[0])
+            examples.targets.append(texts[1])
+    if bad:
+        raise ValueError(_describe(path, bad, total))
+    if not total:
+        raise ValueError(f"{path} is empty: it holds no row.")
+    return examples
+
+
+def check_readable(path: epath.Path) -> None:
+    """Checks what can be told of a file without reading it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: an unknown extension, or one whose package is not installed.
+    """
+    if path.suffix.lower() not in READERS:
+        raise ValueError(
+            f"{path} has the extension {path.suffix!r}; {', '.join(READERS)} can be read. A .json "
+            "file that holds one list: write each of its objects on a line of its own, as .jsonl."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {path}. Paths are relative to the folder that the command runs in."
+        )
+    if path.suffix.lower() == PARQUET and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(
+            f"{path} needs the package pyarrow, which is not installed. Install the extra "
+            "'parquet': pip install 'mpt-jax[parquet]'."
+        )
+
+
+def scalar_text(value: Any) -> str | None:
+    """The text of a value (see above); None where it has none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and not math.isnan(value)):
+        return str(value)
+    return None
+
+
+def _find(row: Row, field: str) -> Any:
+    if field in row:
+        return row[field]
+    value: Any = row
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise Unusable(f"missing; the row has {', '.join(map(str, row)) or 'no field'}", field)
+        value = value[part]
+    return value
+
+
+def _text_of(value: Any, field: str) -> str:
+    text = scalar_text(value)
+    if text is None:
+        raise Unusable(_not_text(value), field)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may escape one half of a pair: "\ud83d"
+        raise Unusable("holds half of a surrogate pair, which is no character", field) from error
+    return text
+
+
+def _not_text(value: Any) -> str:
+    if value is None or isinstance(value, float):
+        return "missing: it is null or NaN"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}, and one text is needed; join it, or write a row for each"
+    if isinstance(value, Mapping):
+        return f"an object; name one of its fields with a dot: {', '.join(map(str, value))}"
+    return f"a {type(value).__name__}; write it as text"
+
+
+def _word(target: str, field: str, words: Mapping[str, str]) -> str:
+    if not words:
+        return target
+    if target not in words:
+        raise Unusable(f"{target!r} is none of the labels {', '.join(map(repr, words))}", field)
+    return words[target]
+
+
+def _describe(path: epath.Path, bad: list[tuple[int, Unusable]], total: int) -> str:
+    unit = "row" if path.suffix.lower() == PARQUET else "line"
+    lines = [f"{path}: {len(bad)} of {total} rows cannot be used. Mend them, or take them out:"]
+    for number, error in bad[:SHOWN]:
+        place = [f"{unit} {number}"] * bool(number) + [f"field {error.field!r}"] * bool(error.field)
+        lines.append(f"  {', '.join(place) or 'the file'}: {error.reason}")
+    if len(bad) > SHOWN:
+        lines.append(f"  and {len(bad) - SHOWN} more")
+    return "\n".join(lines)
+
+
+# --- Formats ---------------------------------------------------------------------------------
+
+
+def _jsonl(file: BinaryIO) -> Iterator[Numbered]:
+    """An object a line; blank lines hold no row."""
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            yield number, _object(line)
+
+
+def _object(line: bytes) -> Row | Unusable:
+    # Numbers stay as they are written; NaN and Infinity are not JSON, and become null.
+    parse: dict[str, Any] = {"parse_int": str, "parse_float": str}
+    try:
+        row = json.loads(line.decode().rstrip(), **parse, parse_constant=lambda _: None)
+    except UnicodeDecodeError as error:
+        return _not_utf8(error.object[error.start])
+    except json.JSONDecodeError as error:
+        return Unusable(f"not JSON: {error.msg}, at character {error.colno}")
+    if not isinstance(row, dict):
+        return Unusable(f"not a JSON object but {line.decode().strip()[:40]!r}")
+    return row
+
+
+def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
+    """A header and lines of cells; a cell in quotation marks may span lines. A row's number is
+    that of its first line; blank lines hold no row."""
+
+    def read_cells(file: BinaryIO) -> Iterator[Numbered]:
+        # Bytes that are not UTF-8 become surrogates, which `_whole` finds.
+        lines = (line.decode("utf-8", "surrogateescape") for line in _lines(file))
+        # Otherwise a quotation mark that is never closed would swallow the rest of the file.
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            number = rows.line_num + 1
+            try:
+                cells = next(rows, None)
+            except csv.Error as error:
+                yield (
+                    number,
+                    Unusable(
+                        f"{error}; nothing after it was read. A quotation mark inside quotation marks "
+                        "is written twice"
+                    ),
+                )
+                return
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if header is not None:
+                yield number, _whole(header, cells)
+                continue
+            header = cells
+            if (wrong := _wrong_header(header)) is not None:
+                yield number, wrong
+                return
+
+    return read_cells
+
+
+def _wrong_header(header: list[str]) -> Unusable | None:
+    checked = _whole(header, header)
+    if isinstance(checked, Unusable):
+        return checked
+    twice = sorted({name for name in header if header.count(name) > 1})
+    return Unusable(f"the header has several columns {', '.join(twice)}") if twice else None
+
+
+def _whole(header: list[str], cells: list[str]) -> Row | Unusable:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError as error:
+        return _not_utf8(ord(error.object[error.start]) - 0xDC00)
+    if len(cells) != len(header):
+        return Unusable(f"{len(cells)} cells, where the header has {len(header)}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet(file: BinaryIO) -> Iterator[Numbered]:
+    """Rows in their order, counted from 1."""
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        yield 0, Unusable(f"not a whole Parquet file: {error}")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, without the mark that some programs put first."""
+    for number, line in enumerate(file):
+        yield line.removeprefix(BOM) if number == 0 else line
+
+
+def _not_utf8(byte: int) -> Unusable:
+    return Unusable(f"not UTF-8: the byte 0x{byte:02x}; save the file as UTF-8")
+
+
+PARQUET = ".parquet"
+READERS: Mapping[str, Callable[[BinaryIO], Iterator[Numbered]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _cells(","),
+    ".tsv": _cells("\t"),
+    PARQUET: _parquet,
+}
