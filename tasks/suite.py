@@ -43,6 +43,7 @@ class Row:
             of what is no label. The first one selects.
         accuracy_first: whether accuracy selects, and not the first of `metrics`.
         postprocess: see `seqio.Task.postprocess_fn`.
+        source: makes the source of `data`, parts, sizes, keys and reads.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     reads: Sequence[str] = ()
     accuracy_first: bool = True
     postprocess: Callable[..., Any] | None = None
+    source: Callable[..., PartsSource] = PartsSource
 
 
 class RunTask(seqio.Task):
@@ -137,7 +139,7 @@ def _label_metrics(row: Row, labels: Sequence[str]) -> list[Callable[..., Any]]:
 def _add(row: Row, name: str, template: Preprocessor, metrics: Sequence[Any]) -> None:
     task = RunTask(
         name,
-        source=PartsSource(row.data, row.parts, row.sizes, row.keys, row.reads),
+        source=row.source(row.data, row.parts, row.sizes, row.keys, row.reads),
         output_features={},
         preprocessors=[template, *features.finish(name)],
         postprocess_fn=row.postprocess,
