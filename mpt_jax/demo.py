@@ -13,23 +13,23 @@ import argparse
 import collections
 import dataclasses
 import itertools
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import logging
 
-from mpt_jax import compilation_cache, gin_utils, paths
-from mpt_jax.demo_report import Result, write_report
+from mpt_jax import compilation_cache, gin_utils, paths, results
+from mpt_jax.demo_report import write_report
+from mpt_jax.experiment import Run, Stage, collect, quoted, target_bindings, target_runs
+from mpt_jax.results import Result
 from tasks import toy
 
 SOURCES = ("toy_sst2", "toy_mnli", "toy_qnli", "toy_qqp", "toy_squad", "toy_record")
 TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
 ALL_TARGETS = (*TARGETS, "toy_wic", "toy_scitail", "toy_paws", "toy_d2t")
 SEEDS = (0, 1, 2)
-RESULTS = "results.json"
 # The source prompt that PT starts from in the arm "PT from a source prompt": fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
@@ -97,36 +97,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     root = Path(args.root)
     set_aside_finished(root)
-    for stage in ("pt_source", "mpt_source"):
-        bindings = [f"TRAIN_STEPS = {SOURCE_STEPS}", f"LEARNING_RATE = {SOURCE_RATE}"]
-        run_stage(root, stage, f"gin/{stage}.gin", bindings)
+    for name in ("pt_source", "mpt_source"):
+        source = stage(root, name, f"gin/{name}.gin", [f"LEARNING_RATE = {SOURCE_RATE}"])
+        if not source.is_done(root):
+            source.run(root)
     targets = ALL_TARGETS if args.full else TARGETS
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)
-    results = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
+    found = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
     seconds = time.monotonic() - started
-    print(write_report(root, results, SOURCES, majority_shares(targets), seconds))
-    (root / RESULTS).write_text(
-        json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n"
-    )
+    print(write_report(root, found, SOURCES, majority_shares(targets), seconds))
+    results.save(root, found)
 
 
 def set_aside_finished(root: Path) -> None:
     """Renames the folder of a demo that ran to its end, so that the next starts afresh; one that
     was interrupted goes on where it stopped."""
-    if not (root / RESULTS).exists():
+    if not (root / results.FILE).exists():
         return
     number = next(n for n in itertools.count(1) if not root.with_name(f"{root.name}.{n}").exists())
     root.rename(root.with_name(f"{root.name}.{number}"))
     logging.info("The demo before this one is kept in %s.%d.", root, number)
 
 
-def run_stage(
-    root: Path, name: str, gin_file: str, bindings: Sequence[str]
-) -> Mapping[str, Mapping[str, float]]:
-    """One stage with MODEL_DIR = root/name, scored once, on the test split, after its last step."""
-    logging.info("=== %s", name)
-    files = [gin_file, "gin/tiny.gin", "gin/runs/demo.gin"]
-    return gin_utils.run_stage(files, [f"ROOT = '{root}'", f"STAGE = '{name}'", *bindings])
+def stage(
+    root: Path,
+    name: str,
+    gin_file: str,
+    bindings: Sequence[str],
+    runs: tuple[Run, ...] = (),
+    steps: int = SOURCE_STEPS,
+) -> Stage:
+    """A stage of the demo, scored once, on the test split, after its last step."""
+    files = (gin_file, "gin/tiny.gin", "gin/runs/demo.gin")
+    # What an earlier stage left is looked for below the root.
+    return Stage(name, files, (f"ROOT = {quoted(str(root))}", *bindings), runs, steps)
 
 
 def adapt(
@@ -145,40 +149,25 @@ def adapt(
         shots: training examples of each run; None for all.
         length: (steps, examples of each run in a step), if not the demo's.
     """
-    runs = {
-        (task, seed): task if shots is None else f"{task}_k{shots}_s{seed}"
-        for task in targets
-        for seed in (method.seeds if shots is not None else (0,))
-    }
-    jobs = [list(runs)] if method.grouped else [[run] for run in runs]
+    runs = target_runs(targets, method.seeds if shots is not None else (0,), shots)
     folder = f"targets/{method.name.lower().replace(' ', '_')}_k{shots or 'all'}"
     steps, rows = length or (ALL if shots is None else FEW)
-    started, scores, model_dirs = time.monotonic(), {}, []
-    for job in jobs:
-        name = folder if method.grouped else f"{folder}/{runs[job[0]]}"
+    jobs = []
+    for job in [runs] if method.grouped else [(run,) for run in runs]:
         bindings = [
-            f"TARGET_TASKS = {[task for task, _ in job]}",
-            f"RUN_NAMES = {[runs[run] for run in job]}",
-            "GROUPS = 'independent'",
-            f"BATCH_SIZE = {rows * len(job)}",
-            f"TRAIN_STEPS = {steps}",
+            *target_bindings(job, rows),
             *method.schedule(method.learning_rate, steps),
             *method.bindings,
         ]
-        scores |= run_stage(root, name, method.gin_file, bindings)
-        model_dirs.append(str(root / name))
-    by_task: dict[str, dict[str, list[float]]] = {}
-    for (task, _), run in runs.items():
-        for metric, value in scores[run].items():
-            by_task.setdefault(task, {}).setdefault(metric, []).append(float(value))
-    return Result(
-        method.name,
-        shots,
-        by_task,
-        _parameters(model_dirs[0], len(jobs[0])),
-        time.monotonic() - started,
-        tuple(model_dirs),
-    )
+        name = folder if method.grouped else f"{folder}/{job[0].name}"
+        jobs.append(stage(root, name, method.gin_file, bindings, job, steps))
+    started = time.monotonic()
+    for job in jobs:
+        if not job.is_done(root):
+            job.run(root)
+    seconds = time.monotonic() - started
+    result = collect(root, method.name, shots, jobs)
+    return dataclasses.replace(result, seconds=seconds)
 
 
 def majority_shares(tasks: Sequence[str]) -> dict[str, float]:
@@ -188,12 +177,6 @@ def majority_shares(tasks: Sequence[str]) -> dict[str, float]:
         counts = collections.Counter(target for _, target in toy.rows(task, "test"))
         shares[task] = 100 * counts.most_common(1)[0][1] / counts.total()
     return shares
-
-
-def _parameters(model_dir: str, runs: int) -> float:
-    """Trained parameters per run, from the run's own record."""
-    record = json.loads((Path(model_dir) / "run.jsonl").read_text().splitlines()[-1])
-    return record["trainable_parameters"] / runs
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -12,18 +11,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from scipy import stats
 
 from mpt_jax import artefacts
 from mpt_jax.reporting import METRICS
+from mpt_jax.results import RANKED, Result, estimate, main_metric, paired
 
 matplotlib.use("Agg")  # before pyplot: a machine without a screen has no other backend
 from matplotlib import pyplot  # noqa: E402
 
-# What the table shows of each task, the first that was measured: exact match of the decoded
-# label, or an overlap for free text.
-MAIN_METRICS = ("accuracy", "f1", "exact_match")
-RANKED = "rank_accuracy"
 STYLE = """
 :root { color-scheme: light dark; --line: #9998; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -32,27 +27,6 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align:
 td { white-space: nowrap } th:first-child, td:first-child { text-align: left }
 img { max-width: 100%; background: white; border-radius: 4px }
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What one method reached at one number of examples.
-
-    Attributes:
-        method: its name.
-        shots: training examples of each task; None for all.
-        scores: task -> metric -> one value per seed, in percent.
-        parameters: numbers that were trained for each task.
-        seconds: wall time of its jobs, compilation and test decoding included.
-        model_dirs: where its runs lie.
-    """
-
-    method: str
-    shots: int | None
-    scores: dict[str, dict[str, list[float]]]
-    parameters: float
-    seconds: float
-    model_dirs: tuple[str, ...]
 
 
 def write_report(
@@ -104,7 +78,7 @@ def source_table(
     rows = [["", *(_short(task) for task in sources)]]
     for name, artefact in (("Teachers (PT)", teachers), ("MPT, one shared prompt", students)):
         scores = artefact.config["metrics"]["scores"]
-        rows.append([name, *(f"{scores[task][_main(scores[task])]:.1f}" for task in sources)])
+        rows.append([name, *(f"{scores[task][main_metric(scores[task])]:.1f}" for task in sources)])
     return rows
 
 
@@ -112,7 +86,7 @@ def target_table(results: Sequence[Result], majority: Mapping[str, float]) -> Ro
     """Mean and standard deviation over seeds of each task's main metric, by method; the last
     column but three ranks the labels instead of decoding."""
     tasks = list(results[0].scores)
-    metrics = [_main(results[0].scores[task]) for task in tasks]
+    metrics = [main_metric(results[0].scores[task]) for task in tasks]
     heads = [f"{_short(t)} ({m})" for t, m in zip(tasks, metrics, strict=True)]
     rows = [["", *heads, "mean", "mean, labels ranked", "parameters per task", "seconds"]]
     shares = [majority[task] for task in tasks]
@@ -139,14 +113,9 @@ def _comparable(result: Result) -> bool:
 def _difference(results: Sequence[Result], other: Result) -> list[str]:
     """MPT minus another method over pairs of (task, seed), with a 95% t-interval."""
     mpt = next(result for result in results if result.method == "MPT")
-    pairs = [
-        new - old
-        for task, scores in mpt.scores.items()
-        for new, old in zip(scores[_main(scores)], other.scores[task][_main(scores)], strict=True)
-    ]
-    mean, half = np.mean(pairs), stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
-    interval = f"{mean - half:+.1f} .. {mean + half:+.1f}"
-    return [other.method, f"{mean:+.1f}", interval, str(len(pairs))]
+    found = estimate(paired(mpt, other))
+    interval = f"{found.low:+.1f} .. {found.high:+.1f}"
+    return [other.method, f"{found.mean:+.1f}", interval, str(found.n)]
 
 
 def learning_curves(root: Path, results: Sequence[Result]) -> bytes:
@@ -184,10 +153,6 @@ def _curve(model_dir: Path) -> tuple[list[int], list[float]]:
     lines = (json.loads(line) for line in (model_dir / METRICS).read_text().splitlines())
     points = [(x["step"], x["loss"]) for x in lines if x["folder"] == "train" and "loss" in x]
     return [step for step, _ in points], [loss for _, loss in points]
-
-
-def _main(scores: Mapping[str, object]) -> str:
-    return next((name for name in MAIN_METRICS if name in scores), next(iter(scores)))
 
 
 def _short(name: str) -> str:

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, demo, demo_report
-from mpt_jax.demo_report import Result
+from mpt_jax import artefacts, demo, demo_report, experiment, results
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.results import Result
 from mpt_jax.runs import Runs
 
 SOURCES = ("toy_sst2", "toy_squad")
@@ -22,10 +22,10 @@ def test_a_finished_demo_is_kept_and_an_interrupted_one_goes_on(tmp_path):
         root.mkdir()
         demo.set_aside_finished(root)
         assert root.is_dir(), "nothing was finished"
-        (root / demo.RESULTS).write_text(str(number))
+        (root / results.FILE).write_text(str(number))
         demo.set_aside_finished(root)
         assert not root.exists()
-        assert (tmp_path / f"demo.{number}" / demo.RESULTS).read_text() == str(number)
+        assert (tmp_path / f"demo.{number}" / results.FILE).read_text() == str(number)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -33,16 +33,22 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
     """Scores come back under the right task and seed, whatever the jobs are."""
     jobs = []
 
-    def stage(root, name, gin_file, bindings):
-        given = dict(binding.split(" = ", 1) for binding in bindings)
-        names = json.loads(given["RUN_NAMES"].replace("'", '"'))
-        jobs.append((name, given))
-        (root / name).mkdir(parents=True)
-        record = {"trainable_parameters": 10 * len(names)}
-        (root / name / "run.jsonl").write_text(json.dumps(record) + "\n")
-        return {run: {"accuracy": float(run[-1]) + 10 * ("rte" in run)} for run in names}
+    def run(job, root):
+        given = dict(binding.split(" = ", 1) for binding in job.arguments(root))
+        names = json.loads(given["RUN_NAMES"])
+        jobs.append(given)
+        folder = root / job.name
+        (folder / "inference_eval").mkdir(parents=True)
+        record = {"trainable_parameters": 10 * len(names), "parameters": 1000}
+        record["method_config"] = {"prompt_length": 20}
+        (folder / "run.jsonl").write_text(json.dumps(record) + "\n")
+        (folder / "metrics.jsonl").write_text("")
+        for name in names:
+            accuracy = float(name[-1]) + 10 * ("rte" in name)
+            line = json.dumps({"step": 1, "accuracy": accuracy})
+            (folder / "inference_eval" / f"{name}-metrics.jsonl").write_text(line + "\n")
 
-    monkeypatch.setattr(demo, "run_stage", stage)
+    monkeypatch.setattr(experiment.Stage, "run", run)
     method = demo.Method("PT", "gin/pt_target.gin", 0.5, seeds=(1, 2), grouped=grouped)
     result = demo.adapt(tmp_path, method, ("toy_rte", "toy_cb"), 32)
     assert result.scores == {
@@ -50,13 +56,14 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
         "toy_cb": {"accuracy": [1.0, 2.0]},
     }
     assert result.parameters == 10 and len(jobs) == (1 if grouped else 4)
-    given = jobs[0][1]
+    assert (result.seeds, result.prompt_length) == ((1, 2), 20)
+    given = jobs[0]
     runs = ["toy_rte_k32_s1", "toy_rte_k32_s2", "toy_cb_k32_s1", "toy_cb_k32_s2"]
-    assert given["RUN_NAMES"] == str(runs if grouped else runs[:1])
+    assert json.loads(given["RUN_NAMES"]) == (runs if grouped else runs[:1])
     steps, rows = demo.FEW
     assert (given["TRAIN_STEPS"], given["WARMUP_STEPS"]) == (str(steps), str(steps // 10))
     assert given["BATCH_SIZE"] == str(rows * (4 if grouped else 1))
-    assert given["LEARNING_RATE"] == "0.5"
+    assert (given["LEARNING_RATE"], json.loads(given["ROOT"])) == ("0.5", str(tmp_path))
 
 
 def test_mpt_keeps_the_papers_ratio_of_learning_rates(tmp_path):
@@ -75,7 +82,7 @@ def result(name: str, rte: list[float], d2t: list[float], folder: str) -> Result
         "toy_rte": {"f1": [0.0] * len(rte), "accuracy": rte, "rank_accuracy": [v + 1 for v in rte]},
         "toy_d2t": {"exact_match": d2t, "f1": [v + 5 for v in d2t]},
     }
-    return Result(name, 32, scores, 2560.0, 12.4, (folder,))
+    return Result(name, 32, scores, 2560.0, 12.4, (folder,), tuple(range(len(rte))))
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""`mpt-jax paper TABLE`: runs a table of the MPT paper, goes on where it stopped, and prints it.
+
+    mpt-jax paper table1 --suite toy        on the toy suite with the tiny T5, here
+    mpt-jax paper table1 --print            the commands, for a scheduler; run them in this order
+    mpt-jax paper table1 --collect          the table of what is there by now
+
+Stages lie below the root, each a MODEL_DIR; a stage that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import seqio
+from absl import logging
+
+from mpt_jax import compilation_cache, evaluation, experiment, gin_utils, paths, results
+from mpt_jax.experiment import Stage
+from mpt_jax.paper import published, show, suites, tables
+from mpt_jax.paper.suites import Suite
+from mpt_jax.paper.tables import Cell, Table
+from tasks import few_shot
+
+PLAN = "stages.json"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plans, runs or prints, and shows a table."""
+    args = _parser().parse_args(argv)
+    try:
+        suite = suites.SUITES[args.suite]
+        table = tables.find(args.table)
+        if args.seeds is not None:
+            table = dataclasses.replace(
+                table, seeds=args.seeds, toy={**table.toy, "seeds": args.seeds}
+            )
+        table = table.on(suite)
+        root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
+        planned = tables.cells(table, suite, root)
+        if args.print:
+            check_plan(root, planned)
+            print("\n".join(stage.command(root) for stage in pending(planned, root)))
+            return
+        if not args.collect:
+            run(root, planned)
+        found = collect(root, planned, suite)
+        (root / table.name).mkdir(parents=True, exist_ok=True)
+        results.save(root / table.name, list(found.values()))
+        print(show.text(table, suite, found, majority_shares(table, suite)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"mpt-jax paper: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpt-jax paper",
+        description="Runs a table of the MPT paper and sets ours beside it.",
+        epilog="Tables: " + "; ".join(f"{t.name}, {t.title}" for t in tables.TABLES.values()),
+    )
+    parser.add_argument("table", help="which table")
+    parser.add_argument("--suite", choices=list(suites.SUITES), default="paper")
+    parser.add_argument("--seeds", type=int, help="how many draws, if not the table's number")
+    parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", help="prints the commands left to run")
+    what.add_argument("--collect", action="store_true", help="shows what was run, and runs nothing")
+    return parser
+
+
+def unique(cells: Sequence[Cell]) -> list[Stage]:
+    """Every stage once, in an order that can be run."""
+    return list({stage.name: stage for cell in cells for stage in cell.stages}.values())
+
+
+def pending(cells: Sequence[Cell], root: Path) -> list[Stage]:
+    """The stages that are not done."""
+    return [stage for stage in unique(cells) if not stage.is_done(root)]
+
+
+def check_plan(root: Path, cells: Sequence[Cell]) -> None:
+    """Records what each stage is, and refuses a folder that was made as something else.
+
+    Raises:
+        ValueError: a stage's folder was planned with other gin files or bindings.
+    """
+    path = root / PLAN
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for stage in unique(cells):
+        what = [list(stage.files), list(stage.bindings), stage.steps]
+        if (root / stage.name).exists() and known.get(stage.name, what) != what:
+            raise ValueError(
+                f"{root / stage.name} was made with other settings: {known[stage.name]} there, "
+                f"{what} now. Remove it, or choose another --root."
+            )
+        known[stage.name] = what
+    root.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def run(root: Path, cells: Sequence[Cell]) -> None:
+    """Runs what is not done, one stage after another, in this process."""
+    check_plan(root, cells)
+    left = pending(cells, root)
+    if not left:
+        return
+    gin_utils.log_progress()
+    compilation_cache.enable()
+    for number, stage in enumerate(left, 1):
+        logging.info("Stage %d of %d", number, len(left))
+        stage.run(root)
+
+
+def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> show.Found:
+    """What the cells that are done reached."""
+    found = {}
+    for cell in cells:
+        if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
+            start = cell.arm.start and suite.tasks[cell.arm.start]
+            found[cell.arm.name, cell.shots] = experiment.collect(
+                root, cell.arm.name, cell.shots, cell.jobs, cell.tests, start
+            )
+    return found
+
+
+def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
+    """Percent of the most frequent label in each task's test split, where the data are here; the
+    paper's own where it is known."""
+    shares = dict(published.majority()) if suite is suites.PAPER else {}
+    for name in table.columns:
+        task = seqio.TaskRegistry.get(suite.tasks[name])
+        if not evaluation.labels_of(task):
+            continue
+        try:
+            rows = few_shot.text_rows(task, task.source.get_dataset("test", shuffle=False))
+            targets = [row["targets"] for row in rows.as_numpy_iterator()]
+        except FileNotFoundError:  # not on this machine
+            continue
+        counts = collections.Counter(targets)
+        shares[name] = 100 * max(counts.values()) / counts.total()
+    return shares
+
+
+if __name__ == "__main__":
+    main()

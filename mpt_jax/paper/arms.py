@@ -1,0 +1,189 @@
+"""Methods and ablations as chains of stages: teachers, a source stage, a target stage.
+
+Names of arms are those of tables; `published.toml` refers to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mpt_jax.runs import unknown_name
+
+TARGET = "gin/mpt_target.gin"
+PT_TARGET = "gin/pt_target.gin"
+MPT, PROMPT_TUNING, SHARED = (
+    f"gin/methods/{name}.gin" for name in ("mpt", "prompt_tuning", "shared_prompt")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source stage, whose artefact others start from.
+
+    Attributes:
+        name: its folder.
+        files: gin files, the stage file first.
+        bindings: what else it binds.
+        teachers: the source stage that it is distilled from.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    bindings: tuple[str, ...] = ()
+    teachers: Source | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One row of a table.
+
+    Attributes:
+        name: in tables.
+        files: gin files of the target stage, the stage file first.
+        method: gin file of the prompt method, for evaluation.
+        source: whose artefact it starts from.
+        bindings: what else the target stage binds.
+        rate: under which name a suite keeps its learning rate, if it has one of its own.
+        start: the paper's name of the source task that prompts start from, if it is one.
+        together: whether all tasks of a group are learnt by one run with one shared prompt.
+        steps: of the target stage at the paper's scale, if its length is not the suite's.
+        family: the arm that this one varies; it is drawn in one curve with its family.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    method: str
+    source: Source | None = None
+    bindings: tuple[str, ...] = ()
+    rate: str = "mpt"
+    start: str | None = None
+    together: bool = False
+    steps: int | None = None
+    family: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        kept = "".join(c if c.isalnum() else "_" for c in self.name.lower())
+        return "_".join(filter(None, kept.split("_")))
+
+
+def ablation(name: str) -> str:
+    """A file of gin/ablations."""
+    return f"gin/ablations/{name}.gin"
+
+
+TEACHERS = Source("teachers", ("gin/pt_source.gin",))
+MPT_SOURCE = Source("mpt_source", ("gin/mpt_source.gin",), teachers=TEACHERS)
+TWELVE = "gin/runs/source_tasks_12.gin"
+TEACHERS_12 = Source("teachers_12", ("gin/pt_source.gin", TWELVE))
+
+
+def _source(name: str, *files: str, bindings: Sequence[str] = (), distilled: bool = True) -> Source:
+    """A variant of MPT's source stage."""
+    teachers = TEACHERS if distilled else None
+    return Source(f"mpt_source_{name}", (*MPT_SOURCE.files, *files), tuple(bindings), teachers)
+
+
+def _mpt(name: str, *files: str, source: Source = MPT_SOURCE, **rest) -> Arm:
+    return Arm(name, (TARGET, *files), rest.pop("method", MPT), source, **rest)
+
+
+def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Arm:
+    return _mpt(name, file, source=source, method=SHARED, rate="shared")
+
+
+def _of_length(length: int) -> tuple[Arm, Arm]:
+    """PT and MPT with prompts of another length, teachers included."""
+    bound = (f"PROMPT_LENGTH = {length}",)
+    teachers = Source(f"teachers_p{length}", TEACHERS.files, bound)
+    source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bound, teachers)
+    return (
+        Arm(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt", family="PT"),
+        _mpt(f"MPT, P={length}", source=source, bindings=bound, family="MPT"),
+    )
+
+
+def _of_rank(rank: int) -> Arm:
+    bound = (f"RANK = {rank}",)
+    source = _source(f"rank_{rank}", bindings=bound)
+    return _mpt(f"rank {rank}", source=source, bindings=bound)
+
+
+PT = Arm("PT", (PT_TARGET, "gin/methods/pt_paper.gin"), PROMPT_TUNING, rate="pt")
+PT_STRONG = Arm(
+    "PT, strong recipe",
+    (PT_TARGET, "gin/methods/pt_strong.gin"),
+    PROMPT_TUNING,
+    rate="pt",
+    steps=40_000,
+)
+SPOT = Arm("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
+MPT_ARM = _mpt("MPT")
+MPT_TOGETHER = _mpt("MPT, tasks together", together=True)
+MPT_12 = _mpt(
+    "MPT, 12 sources",
+    source=Source("mpt_source_12", (*MPT_SOURCE.files, TWELVE), teachers=TEACHERS_12),
+)
+
+_NO_DECOMPOSITION = ablation("no_decomposition")
+COMPONENTS = (
+    _without_factors(
+        "neither",
+        _NO_DECOMPOSITION,
+        _source("neither", _NO_DECOMPOSITION, ablation("no_distillation"), distilled=False),
+    ),
+    _without_factors(
+        "distillation only",
+        _NO_DECOMPOSITION,
+        _source("distillation_only", _NO_DECOMPOSITION),
+    ),
+    _mpt(
+        "decomposition only",
+        source=_source("decomposition_only", ablation("no_distillation"), distilled=False),
+    ),
+)
+LOSSES = (
+    _mpt(
+        "no hidden loss",
+        source=_source("no_hidden", bindings=["losses.Distillation.hidden = False"]),
+    ),
+    _mpt(
+        "no logits loss",
+        source=_source("no_logits", bindings=["losses.Distillation.logits = False"]),
+    ),
+    _mpt("prompt distance", source=_source("prompt_distance", ablation("prompt_distance"))),
+)
+SAMPLING = (
+    _mpt(
+        "no stochastic sampling",
+        source=_source("no_stochastic_sampling", ablation("no_stochastic_sampling")),
+    ),
+)
+TARGETS = (
+    _without_factors("target: shared prompt only", ablation("target_shared_only")),
+    _mpt("target: vectors only", ablation("target_vectors_only"), rate="vectors"),
+)
+RANKS = tuple(_of_rank(rank) for rank in (2, 4))
+LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        *(PT, PT_STRONG, SPOT, MPT_ARM, MPT_TOGETHER, MPT_12),
+        *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
+        *(arm for pair in LENGTHS.values() for arm in pair),
+    )
+}
+
+
+def find(name: str) -> Arm:
+    """The arm of a name.
+
+    Raises:
+        ValueError: there is none; lists the known ones.
+    """
+    if name not in ARMS:
+        raise ValueError(unknown_name("arm", name, list(ARMS)))
+    return ARMS[name]

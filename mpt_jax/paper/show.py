@@ -1,0 +1,164 @@
+"""A table of what was run: ours beside the paper's; on the toy suite signs of differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mpt_jax import results
+from mpt_jax.paper import published, suites
+from mpt_jax.paper.suites import Suite
+from mpt_jax.paper.tables import Table
+from mpt_jax.results import Result
+
+Found = Mapping[tuple[str, int | None], Result]  # (arm, shots) -> result
+REFERENCE = "MPT"
+NOT_RUN = "not run"
+LEGEND = (
+    "mean ± standard deviation over n seeds; [..]: 95% interval of the average, over seeds; "
+    "=: the score of always answering the most frequent label"
+)
+Rows = list[list[str]]
+
+
+def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) -> str:
+    """The table, as text.
+
+    Args:
+        table: as the suite has it.
+        suite: what it was run on.
+        found: what was run; other cells read 'not run'.
+        shares: the paper's name of a task -> percent of the most frequent label in its test split.
+    """
+    parts = [f"{table.title} ({suite.name} suite)"]
+    for shots in table.shots:
+        parts.append(
+            f"\n{_examples(shots)}\n{as_text(score_rows(table, suite, found, shots, shares))}"
+        )
+    parts.append(LEGEND)
+    if suite is suites.PAPER:
+        parts.append(
+            "†: not run by the paper's authors, as we remember it, but taken from the named "
+            "paper. T5 1.0 was trained on most of these tasks before."
+        )
+    else:
+        differences = sign_rows(table, suite, found)
+        parts.append(f"\n{REFERENCE} minus each arm, paired by seed\n{as_text(differences)}")
+    return "\n".join(parts)
+
+
+def score_rows(
+    table: Table, suite: Suite, found: Found, shots: int | None, shares: Mapping[str, float]
+) -> Rows:
+    """Ours, and on the paper's suite each published row after the arm of ours it belongs to."""
+    heads = ["", *table.columns, *table.groups, "95% interval", "n"]
+    lines = [heads]
+    theirs = published.rows(table.name) if suite is suites.PAPER else []
+    lines += [_published(table, row, shots, shares) for row in theirs if row.of is None]
+    for arm in table.arms:
+        result = found.get((arm.name, shots))
+        name = f"{arm.name} (ours)" if suite is suites.PAPER else arm.name
+        lines.append([name, *_ours(table, suite, result, shares)])
+        lines += [_published(table, row, shots, shares) for row in theirs if row.of == arm.name]
+    return lines
+
+
+def _ours(
+    table: Table, suite: Suite, result: Result | None, shares: Mapping[str, float]
+) -> list[str]:
+    if result is None:
+        return [NOT_RUN] * (len(table.columns) + len(table.groups)) + ["", ""]
+    cells = []
+    for name in table.columns:
+        found = results.estimate(result.values(suite.tasks[name]))
+        cells.append(_with_std(found) + _mark(found.mean, shares.get(name)))
+    averages = [
+        results.estimate(result.means([suite.tasks[name] for name in names]))
+        for names in table.groups.values()
+    ]
+    intervals = [f"[{a.low:.1f}, {a.high:.1f}]" if a.n > 1 else "" for a in averages]
+    cells += [_with_std(average) for average in averages]
+    return [*cells, " ".join(intervals).strip(), str(averages[0].n)]
+
+
+def _published(
+    table: Table, row: published.Row, shots: int | None, shares: Mapping[str, float]
+) -> list[str]:
+    values = row.values.get(shots, {})
+    cells = []
+    for name in (*table.columns, *table.groups):
+        value = values.get(name)
+        std = f" ± {row.stds[name]:.1f}" if name in row.stds else ""
+        cells.append("" if value is None else f"{value:.1f}{std}{_mark(value, shares.get(name))}")
+    name = f"{row.name} (paper)" if row.taken_from is None else f"{row.name} († {row.taken_from})"
+    return [name, *cells, "", ""]
+
+
+def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
+    """The reference minus each other arm: ours with its interval, and the sign of the paper's."""
+    lines = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
+    for shots in table.shots:
+        reference = found.get((REFERENCE, shots))
+        for arm in table.arms:
+            result = found.get((arm.name, shots))
+            if reference is None or result is None or result is reference:
+                continue
+            for group, names in table.groups.items():
+                theirs = _published_difference(table.name, arm.name, shots, group)
+                tasks = [suite.tasks[name] for name in names]
+                difference = results.estimate(
+                    np.subtract(reference.means(tasks), result.means(tasks)).tolist()
+                )
+                lines.append(
+                    [arm.name, _examples(shots), group, f"{difference.mean:+.1f}"]
+                    + [f"[{difference.low:+.1f}, {difference.high:+.1f}]", str(difference.n)]
+                    + _verdict(difference, theirs)
+                )
+    return lines
+
+
+def _verdict(ours: results.Estimate, theirs: float | None) -> list[str]:
+    """The sign of the paper's difference, and whether ours agrees."""
+    if theirs is None:
+        return ["", ""]
+    sign = "+" if theirs > 0 else "-" if theirs < 0 else "0"
+    if not (ours.low > 0 or ours.high < 0):
+        return [sign, "undecided"]
+    return [sign, "the same" if np.sign(ours.mean) == np.sign(theirs) else "the opposite"]
+
+
+def _published_difference(table: str, arm: str, shots: int | None, group: str) -> float | None:
+    """The paper's reference minus an arm: of the average of this name, else of the only one."""
+    found = {row.of: row.values for row in published.rows(table) if row.of}
+    values = []
+    for name in (REFERENCE, arm):
+        by_shots = found.get(name, {})
+        figures = by_shots.get(shots, by_shots.get(None, {}))
+        if group not in figures and len(figures) != 1:
+            return None
+        values.append(figures.get(group, next(iter(figures.values()))))
+    return values[0] - values[1]
+
+
+def _mark(value: float, share: float | None) -> str:
+    return " =" if share is not None and abs(value - share) <= published.TOLERANCE else ""
+
+
+def _with_std(found: results.Estimate) -> str:
+    return f"{found.mean:.1f}" if found.n == 1 else f"{found.mean:.1f} ± {found.std:.1f}"
+
+
+def _examples(shots: int | None) -> str:
+    return "all examples" if shots is None else f"k = {shots}"
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns; the first is flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,283 @@
+"""Tables of the paper: which arms, tasks, examples and seeds; and the stages that make one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mpt_jax.experiment import Run, Stage, quoted, target_bindings, target_runs
+from mpt_jax.paper import arms, suites
+from mpt_jax.paper.arms import Arm, Source
+from mpt_jax.paper.suites import Length, Suite
+from mpt_jax.runs import unknown_name
+from mpt_jax.train import ARTEFACT
+
+Groups = Mapping[str, Sequence[str]]
+FIRST_SEED = 42  # of source stages, where one serves all draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table or figure.
+
+    Attributes:
+        name: of the command, and of its figures in published.toml.
+        title: for people.
+        arms: its rows.
+        groups: name of an average -> the tasks that it is over, by the paper's names.
+        shots: numbers of training examples; None for all.
+        seeds: how many draws.
+        files: gin files that every stage gets.
+        source_per_seed: trains a source stage for each seed, so that what is compared between
+            source stages does not rest on one of each.
+        toy: what is different on the toy suite, by attribute.
+    """
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    groups: Groups
+    shots: tuple[int | None, ...] = (None,)
+    seeds: int = 3
+    files: tuple[str, ...] = ()
+    source_per_seed: bool = False
+    toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    def on(self, suite: Suite) -> Table:
+        """The table as the suite can have it: its changes made, tasks without a counterpart out.
+
+        Raises:
+            ValueError: no task is left.
+        """
+        table = dataclasses.replace(self, **dict(self.toy)) if suite is suites.TOY else self
+        groups = {
+            name: tuple(task for task in tasks if task in suite.tasks)
+            for name, tasks in table.groups.items()
+        }
+        groups = {name: tasks for name, tasks in groups.items() if tasks}
+        if not groups:
+            raise ValueError(
+                f"The {suite.name} suite has no counterpart of any task of {self.name}."
+            )
+        return dataclasses.replace(table, groups=groups)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The tasks, by the paper's names, each once."""
+        return tuple(dict.fromkeys(task for tasks in self.groups.values() for task in tasks))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One arm at one number of examples.
+
+    Attributes:
+        arm, shots: which.
+        sources: the source stages it needs, in order.
+        jobs: its training stages.
+        tests: the stages that score them; () where the jobs do.
+    """
+
+    arm: Arm
+    shots: int | None
+    sources: tuple[Stage, ...]
+    jobs: tuple[Stage, ...]
+    tests: tuple[Stage, ...]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them, in the order to run."""
+        return (*self.sources, *self.jobs, *self.tests)
+
+
+def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
+    """Every cell of a table that `Table.on` has fitted to a suite; `root` is where stages lie."""
+    suite.register()
+    return [_cell(table, suite, root, arm, shots) for shots in table.shots for arm in table.arms]
+
+
+def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -> Cell:
+    sources: dict[str, Stage] = {}
+    jobs, tests = [], []
+    seeds = [[seed] for seed in range(table.seeds)]
+    apart = table.source_per_seed and arm.source is not None and arm.start is None
+    for together in seeds if apart else [sum(seeds, [])]:
+        seed = together[0] if apart else None
+        start = None
+        if arm.source is not None:
+            chain = list(_chain(arm.source, table, suite, root, seed))
+            sources |= {stage.name: stage for stage in chain}
+            start = _artefact(root, chain[-1])
+        for number, (runs, length) in enumerate(_jobs(table, suite, arm, shots, together)):
+            name = f"{table.name}/{arm.folder}/{'all' if shots is None else f'k{shots}'}"
+            name += f"/s{seed}" if apart else f"/{number}"
+            jobs.append(_job(name, table, suite, arm, runs, length, start))
+            if suite.tested_apart:
+                tests.append(_test(jobs[-1], table, arm, root))
+    return Cell(arm, shots, tuple(sources.values()), tuple(jobs), tuple(tests))
+
+
+def _chain(
+    source: Source, table: Table, suite: Suite, root: Path, seed: int | None
+) -> Iterator[Stage]:
+    """A source stage after the teachers it needs; teachers serve all seeds."""
+    bindings = list(source.bindings)
+    if source.teachers is not None:
+        *_, teachers = chain = list(_chain(source.teachers, table, suite, root, None))
+        yield from chain
+        bindings.append(f"TEACHERS = {_artefact(root, teachers)}")
+    name = source.name
+    if seed is not None:
+        bindings.append(f"RANDOM_SEED = {FIRST_SEED + seed}")
+        name += f"_s{seed}"
+    if table.files:  # another backbone's
+        name = f"{table.name}/{name}"
+    files = (*source.files, *table.files, *suite.files)
+    yield Stage(name, files, tuple(bindings), steps=suite.source_steps)
+
+
+def _jobs(
+    table: Table, suite: Suite, arm: Arm, shots: int | None, seeds: Sequence[int]
+) -> Iterator[tuple[tuple[Run, ...], Length]]:
+    """The runs that train together: those of one length; for `together`, those of one group."""
+    if arm.together:
+        for names in table.groups.values():
+            tasks = [suite.tasks[name] for name in names]
+            lengths = [suite.length(task, shots) for task in tasks]
+            steps = sum(length.steps for length in lengths)
+            yield target_runs(tasks, seeds, shots), Length(steps, -(-lengths[0].rows // len(tasks)))
+        return
+    by_length: dict[Length, list[str]] = {}
+    for name in table.columns:
+        task = suite.tasks[name]
+        length = suite.length(task, shots)
+        if arm.steps is not None and suite is suites.PAPER and shots is None:
+            length = length._replace(steps=arm.steps)
+        by_length.setdefault(length, []).append(task)
+    for length, tasks in by_length.items():
+        yield target_runs(tasks, seeds, shots), length
+
+
+def _job(
+    name: str,
+    table: Table,
+    suite: Suite,
+    arm: Arm,
+    runs: tuple[Run, ...],
+    length: Length,
+    start: str | None,
+) -> Stage:
+    groups = [run.seed for run in runs] if arm.together else "independent"
+    bindings = target_bindings(runs, length.rows, groups)
+    if start is not None:
+        bindings.append(f"INITIAL_ARTEFACT = {start}")
+    if arm.start is not None:
+        bindings.append(f"START_FROM = {quoted(suite.tasks[arm.start])}")
+    bindings += [*suite.rate_bindings(arm, length.steps), *arm.bindings]
+    files = (*arm.files, *table.files, *suite.files)
+    return Stage(name, files, tuple(bindings), runs, length.steps)
+
+
+def _test(job: Stage, table: Table, arm: Arm, root: Path) -> Stage:
+    """Scores a job's artefact, which holds the best step of each run, on the test split."""
+    kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
+    bindings = (
+        *kept,
+        *arm.bindings,
+        f"INITIAL_ARTEFACT = {_artefact(root, job)}",
+        'utils.DatasetConfig.split = "test"',
+    )
+    files = ("gin/eval.gin", arm.method, *table.files)
+    return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
+
+
+def _artefact(root: Path, stage: Stage) -> str:
+    """What a stage hands on, as gin reads it."""
+    return quoted(str(root / stage.name / ARTEFACT))
+
+
+# --- The tables ----------------------------------------------------------------------------------
+
+_BOTH = {"GLUE": suites.GLUE, "SuperGLUE": suites.SUPER_GLUE}
+_FEW = (4, 16, 32)
+# On the toy suite every target task but the two that chose learning rates.
+_TOY_TARGETS = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC", "SciTail")}
+_TOY_ABLATION = {"groups": _TOY_TARGETS, "shots": (32,), "seeds": 10, "source_per_seed": True}
+_METHODS = (arms.PT, arms.SPOT, arms.MPT_ARM)
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "table1",
+            "GLUE and SuperGLUE, all training examples",
+            (arms.PT, arms.PT_STRONG, arms.SPOT, arms.MPT_ARM, arms.MPT_TOGETHER),
+            _BOTH,
+            toy={"arms": (*_METHODS, arms.MPT_TOGETHER)},
+        ),
+        Table(
+            "table2",
+            "MRQA and others, all training examples",
+            (arms.PT, arms.PT_STRONG, arms.SPOT, arms.MPT_ARM, arms.MPT_12),
+            {"MRQA": suites.MRQA, "Others": suites.OTHERS},
+            toy={"arms": _METHODS},
+        ),
+        Table(
+            "table3",
+            "BoolQ, CB and SciTail, few training examples",
+            _METHODS,
+            {"mean": ("BoolQ", "CB", "SciTail")},
+            shots=_FEW,
+            seeds=10,
+        ),
+        Table(
+            "table4",
+            "GLUE and SuperGLUE, few training examples",
+            (arms.PT, arms.MPT_ARM),
+            _BOTH,
+            shots=_FEW,
+            seeds=10,
+        ),
+        Table(
+            "table5",
+            "Text generation, T5-large",
+            (arms.PT, arms.MPT_ARM),
+            {"NLG": ("E2E", "WebNLG")},
+            files=(arms.ablation("size_large"),),
+            toy={"files": ()},
+        ),
+        Table(
+            "ablations",
+            "What the parts do",
+            (
+                *(*arms.COMPONENTS, arms.MPT_ARM),
+                *(*arms.LOSSES, *arms.SAMPLING, *arms.TARGETS, *arms.RANKS),
+            ),
+            {"SuperGLUE": suites.SUPER_GLUE},
+            toy=_TOY_ABLATION,
+        ),
+        Table(
+            "length",
+            "Prompt length",
+            (arms.PT, *(a for p in (200, 300) for a in arms.LENGTHS[p]), arms.MPT_ARM),
+            {"SuperGLUE": suites.SUPER_GLUE},
+            toy={
+                **_TOY_ABLATION,
+                "arms": (arms.PT, arms.MPT_ARM)
+                + tuple(arm for length in (5, 10, 40) for arm in arms.LENGTHS[length]),
+            },
+        ),
+    )
+}
+
+
+def find(name: str) -> Table:
+    """The table of a name.
+
+    Raises:
+        ValueError: there is none; lists the known ones.
+    """
+    if name not in TABLES:
+        raise ValueError(unknown_name("table", name, list(TABLES)))
+    return TABLES[name]

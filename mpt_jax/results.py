@@ -1,0 +1,164 @@
+"""What methods reached on target tasks, and how it is summed up; tables and reports read this."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+# What a table shows of each task, the first that was measured: exact match of the decoded label,
+# a correlation, or an overlap for free text.
+MAIN_METRICS = ("accuracy", "matthews", "pearson", "f1", "bleu", "exact_match")
+RANKED = "rank_accuracy"
+FILE = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one method reached at one number of examples.
+
+    Attributes:
+        method: its name.
+        shots: training examples of each task; None for all.
+        scores: task -> metric -> one value per seed, in percent where it is a share.
+        parameters: numbers that were trained for each task.
+        seconds: of its jobs.
+        model_dirs: where its runs lie.
+        seeds: of the values, in their order.
+        prompt_length: P; 0 without a prompt.
+        backbone_parameters: numbers of the model that do not learn.
+        start: the source task that its prompts started from, if it was one.
+    """
+
+    method: str
+    shots: int | None
+    scores: dict[str, dict[str, list[float]]]
+    parameters: float
+    seconds: float
+    model_dirs: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    prompt_length: int = 0
+    backbone_parameters: int = 0
+    start: str | None = None
+
+    def values(self, task: str) -> list[float]:
+        """A task's main metric, one value per seed."""
+        return self.scores[task][main_metric(self.scores[task])]
+
+    def means(self, tasks: Sequence[str] = ()) -> list[float]:
+        """The mean over tasks (default: all) of their main metric, one value per seed."""
+        return np.mean([self.values(task) for task in tasks or self.scores], axis=0).tolist()
+
+
+class Estimate(NamedTuple):
+    """A mean of n values, their standard deviation and a 95% t-interval of the mean; the last
+    three are NaN for a single value."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """Sums values up.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = np.array(list(values), np.float64)
+    if not len(found):
+        raise ValueError("There is nothing to sum up.")
+    if len(found) == 1:
+        unknown = float("nan")
+        return Estimate(float(found[0]), unknown, unknown, unknown, 1)
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
+    mean = found.mean()
+    return Estimate(
+        float(mean), float(found.std(ddof=1)), float(mean - half), float(mean + half), len(found)
+    )
+
+
+def paired(new: Result, old: Result) -> list[float]:
+    """Differences of the main metric, one for each (task, seed) that both have.
+
+    Raises:
+        ValueError: they have no task and seed in common.
+    """
+    both = [seed for seed in new.seeds if seed in old.seeds]
+    found = [
+        new.values(task)[new.seeds.index(seed)] - old.values(task)[old.seeds.index(seed)]
+        for task in new.scores
+        if task in old.scores
+        for seed in both
+    ]
+    if not found:
+        raise ValueError(f"{new.method!r} and {old.method!r} have no task and seed in common.")
+    return found
+
+
+def main_metric(scores: Mapping[str, object]) -> str:
+    """The metric that a table shows of a task."""
+    return next((name for name in MAIN_METRICS if name in scores), next(iter(scores)))
+
+
+def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Run -> metric -> value, of the last evaluation below a MODEL_DIR or EVAL_OUTPUT_DIR.
+
+    Raises:
+        FileNotFoundError: a run was not evaluated there.
+    """
+    scores = {}
+    for run in runs:
+        path = folder / "inference_eval" / f"{run}-metrics.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} holds no evaluation of {run!r} ({path}).")
+        found = json.loads(path.read_text().splitlines()[-1])
+        scores[run] = {name: float(value) for name, value in found.items() if name != "step"}
+    return scores
+
+
+def read_record(model_dir: Path) -> dict:
+    """What the run that was started last in a MODEL_DIR says of itself."""
+    return json.loads((model_dir / "run.jsonl").read_text().splitlines()[-1])
+
+
+def training_seconds(model_dir: Path) -> float:
+    """Seconds of all training steps, from the run's own metrics; starts and evaluations apart."""
+    seconds, last = 0.0, 0
+    for line in (model_dir / "metrics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        each = found.get("timing/seconds_per_step")
+        if found["folder"] == "train" and each is not None:
+            seconds += each * max(0, found["step"] - last)
+            last = found["step"]
+    return seconds
+
+
+def save(root: Path, results: Sequence[Result]) -> None:
+    """Writes root/results.json."""
+    text = json.dumps([dataclasses.asdict(result) for result in results], indent=2)
+    (root / FILE).write_text(text + "\n")
+
+
+def load(root: Path) -> list[Result]:
+    """Reads root/results.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = root / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{root} holds no {FILE}, which `mpt-jax demo` and `mpt-jax paper` leave."
+        )
+    return [
+        Result(**{**x, "model_dirs": tuple(x["model_dirs"]), "seeds": tuple(x["seeds"])})
+        for x in json.loads(path.read_text())
+    ]
