@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
@@ -9,8 +10,13 @@ COMMANDS = {
     "train": "train a stage: --gin_file=gin/mpt_source.gin ...",
     "eval": "score a checkpoint or an artefact: --gin_file=gin/eval.gin ...",
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
+    "tasks": "list; show NAME -n 3: the tasks there are, and their text",
     "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
 }
+
+
+# Commands whose module has another name: `tasks` is the package of the suites.
+MODULES = {"tasks": "list_tasks"}
 
 
 def main() -> None:
@@ -25,4 +31,6 @@ def main() -> None:
         unknown = f"mpt-jax: unknown command {arguments[0]!r}\n" if arguments else ""
         sys.exit(unknown + usage)
     sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]
-    runpy.run_module(f"mpt_jax.{arguments[0]}", run_name="__main__", alter_sys=True)
+    module = MODULES.get(arguments[0], arguments[0])
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, for task suites that lie there
+    runpy.run_module(f"mpt_jax.{module}", run_name="__main__", alter_sys=True)

@@ -241,17 +241,20 @@ def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
             raise
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
+        how = (
+            " If the data is not on this machine, prepare it where there is a network (tfds build "
+            "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
+        )
         raise ValueError(
             f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
-            f"{source}: {type(error).__name__}: {reason}. If the data is not on this machine, "
-            "prepare it where there is a network (tfds build <name> --data_dir DIR) and pass "
-            "--tfds_data_dir=DIR."
+            f"{source}: {type(error).__name__}: {reason}.{'' if 'tfds build' in reason else how}"
         ) from error
 
 
 def _means_missing(error: Exception) -> bool:
-    if isinstance(error, AssertionError):  # TFDS's, where there are no prepared files
-        return "could not find data in" in str(error)
+    if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
+        told = ("could not find data in", "cannot be loaded at version")
+        return any(text in str(error).lower() for text in told)
     of_tfds = type(error).__module__.startswith("tensorflow_datasets.")
     return of_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))
 

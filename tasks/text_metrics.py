@@ -170,7 +170,7 @@ def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
     true = np.array([_gold_number(target) for target in targets])
     pearson = spearman = 0.0
     if why := _constant(true, said):
-        _undefined("pearson, spearman", why)
+        _undefined("correlation", why)
     else:
         pearson = float(stats.pearsonr(true, said).statistic)
         spearman = float(stats.spearmanr(true, said).statistic)

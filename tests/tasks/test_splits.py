@@ -168,3 +168,28 @@ def test_absent_data_says_how_to_get_it(data_dir, data):
     name, version = data.split(":")
     for part in (name, version, f"tfds build {data} --data_dir", str(data_dir), "--tfds_data_dir"):
         assert part in str(error.value)
+    assert ("it has version 1.0.2 of it" in str(error.value)) == (data == "super_glue/cb:9.9.9")
+
+
+def test_positions_say_where_the_rows_of_the_original_file_come(data_dir):
+    for parts, split, expected in [
+        (splits.own(), "train", range(9)),
+        (splits.halved(), "validation", reference(56, 42)[:28]),
+        (splits.halved(), "test", reference(56, 42)[28:]),
+    ]:
+        found = source(parts=parts)
+        assert np.array(places(found, split))[found.positions(split)].tolist() == list(expected)
+        assert found.num_rows(split) == len(expected)
+
+
+def test_published_and_present_sizes_are_told_apart(data_dir):
+    found = source(sizes={"train": 250, "validation": 57})
+    assert [found.num_input_examples(s) for s in ("train", "validation", "test")] == [250, 28, 29]
+    assert [found.num_rows(s) for s in ("train", "validation", "test")] == [9, 28, 28]
+
+
+def test_it_is_known_whether_the_data_is_here(data_dir, tmp_path):
+    assert source().is_prepared()
+    assert not source(data="super_glue/cb:9.9.9").is_prepared()
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    assert not source().is_prepared()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
+from mpt_jax import evaluation
 from tasks import text_metrics as metrics
 
 LABELS = ("no", "yes")
@@ -55,10 +57,113 @@ def test_the_rate_of_what_is_no_label():
     assert found == {"invalid": 50.0}
 
 
-def test_one_sided_predictions_correlate_with_nothing():
-    targets = ["yes", "no", "yes"]
-    assert metrics.matthews(LABELS)(targets, ["yes"] * 3) == {"matthews": 0.0}
-    assert metrics.f1(LABELS)(targets, ["no"] * 3) == {"f1": 0.0}
+@pytest.mark.parametrize(
+    ("metric", "targets", "predictions", "warnings"),
+    [
+        (
+            metrics.matthews(LABELS),
+            ["yes", "no", "yes"],
+            ["yes"] * 3,
+            ["matthews is undefined: every prediction is 'yes'; counted as 0."],
+        ),
+        (
+            metrics.matthews(LABELS),
+            ["no", "no"],
+            ["yes", "no"],
+            ["matthews is undefined: every target is 'no'; counted as 0."],
+        ),
+        (
+            metrics.f1(LABELS),
+            ["no", "no"],
+            ["no", "no"],
+            ["f1 is undefined: no target and no prediction is 'yes'; counted as 0."],
+        ),
+        # Defined: of two 'yes' none was found.
+        (metrics.f1(LABELS), ["yes", "no", "yes"], ["no"] * 3, []),
+        (
+            metrics.correlations,
+            ["0.0", "1.0"],
+            ["2.0", "2.0"],
+            ["correlation is undefined: every prediction is 2.0; counted as 0."],
+        ),
+        (
+            metrics.correlations,
+            ["1.0", "1.0"],
+            ["?", "2.0"],
+            ["correlation is undefined: every target is 1.0; counted as 0."],
+        ),
+    ],
+)
+def test_what_is_undefined_is_0_and_said_once(metric, targets, predictions, warnings, caplog):
+    found = metric(targets, predictions)
+    assert all(value == 0.0 for name, value in found.items() if name != "invalid")
+    assert [record.getMessage() for record in caplog.records] == warnings
+
+
+def test_a_mean_over_labels_says_which_one_is_missing(caplog):
+    found = metrics.macro_f1(("a", "b", "c"))(["a", "b"], ["a", "b"])
+    assert found["f1"] == pytest.approx(200 / 3)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("f1 is undefined: no target and no prediction is 'c'")
+
+
+def test_warnings_and_errors_name_the_task_and_the_run_before_the_task(caplog):
+    metric = metrics.of_task("cola", metrics.matthews(LABELS))
+    metric(["yes", "no"], ["no", "no"])
+    metrics.of_task("cola_k4_s0", metric)(["yes", "no"], ["no", "no"])
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("matthews of cola is undefined")
+    assert second.startswith("matthews of cola_k4_s0 is undefined")
+    with pytest.raises(ValueError, match="Task 'cola': the gold '-1' is none of .*'no', 'yes'"):
+        metric(["yes", "-1"], ["no", "no"])
+
+
+def test_a_metric_of_a_task_is_still_the_metric_that_seqio_and_ranking_know():
+    named = metrics.of_task("cola", evaluation.with_labels(metrics.accuracy, LABELS))
+    assert named.labels == LABELS and named.__name__ == "accuracy"
+    assert list(inspect.signature(named).parameters) == ["targets", "predictions"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "targets", "message"),
+    [
+        (metrics.f1(LABELS), ["maybe"], "The gold 'maybe' is none of the labels 'no', 'yes'"),
+        (metrics.invalid_rate(LABELS), [""], "The gold '' is none of the labels"),
+        (metrics.correlations, ["nan"], "The gold 'nan' is no number"),
+        (metrics.correlations, [""], "The gold '' is no number"),
+        (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold '' is empty"),
+    ],
+)
+def test_an_unusable_gold_is_an_error(metric, targets, message):
+    with pytest.raises(ValueError, match=message):
+        metric(targets, ["1"])
+
+
+def by_the_books(targets, predictions):
+    """Accuracy, F1 of 'yes' and Matthews' correlation from the four counts; no library."""
+    wrong = {"no": "yes", "yes": "no"}
+    pairs = [(t, p if p in LABELS else wrong[t]) for t, p in zip(targets, predictions, strict=True)]
+    tp, tn = pairs.count(("yes", "yes")), pairs.count(("no", "no"))
+    fp, fn = pairs.count(("no", "yes")), pairs.count(("yes", "no"))
+    root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return (tp + tn) / len(pairs), 2 * tp / (2 * tp + fp + fn), (tp * tn - fp * fn) / root
+
+
+@pytest.mark.parametrize("invalid", [None, "maybe"])
+def test_values_are_those_of_the_formulas(invalid):
+    targets, predictions = drawn(LABELS, invalid)
+    found = [
+        *metrics.accuracy(targets, predictions).values(),
+        *metrics.f1(LABELS)(targets, predictions).values(),
+        *metrics.matthews(LABELS)(targets, predictions).values(),
+    ]
+    assert found == pytest.approx([100 * x for x in by_the_books(targets, predictions)], abs=1e-9)
+
+
+def test_spearman_of_ties_is_pearsons_of_mean_ranks():
+    # Ranks 1, 2.5, 2.5, 4 and 1.5, 1.5, 3, 4, less 2.5: 1.5 + 2.25 over sqrt(4.5 * 4.5).
+    found = metrics.correlations(["0", "1", "1", "2"], ["3", "3", "4", "5"])
+    assert found["spearman"] == pytest.approx(100 * 3.75 / 4.5)
 
 
 def test_correlations_against_numpy_and_ranks_by_hand():
@@ -78,12 +183,6 @@ def test_what_is_no_number_counts_as_nought(text):
     assert found["invalid"] == pytest.approx(100 / 3)
 
 
-def test_constant_numbers_correlate_with_nothing():
-    found = metrics.correlations(["0.0", "1.0"], ["2.0", "2.0"])
-    assert found == {"pearson": 0.0, "spearman": 0.0, "invalid": 0.0}
-    assert not any(map(math.isnan, found.values()))
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -94,6 +193,16 @@ def test_constant_numbers_correlate_with_nothing():
         ("An", ""),
         ("l'été — «rouge»", "lété — «rouge»"),
         (" \n", ""),
+        ("a an the A An THE", ""),
+        ("theatre and ana", "theatre and ana"),  # articles are whole words
+        ("the-cat", "thecat"),  # punctuation goes first, and no space comes for it
+        ("a.m.", "am"),
+        ("$1,000.50", "100050"),
+        ("1\u00a0000\u3000kg", "1 000 kg"),  # no-break and ideographic space
+        ("“the”  cat", "“ ” cat"),  # ASCII punctuation alone is dropped
+        ("ÉTÉ", "été"),
+        ("l'a b", "la b"),
+        ("der Straße", "der straße"),
     ],
 )
 def test_normalization_of_answers(text, expected):
@@ -107,6 +216,9 @@ def test_normalization_of_answers(text, expected):
         ("cat cat", "cat", 2 / 3),
         ("the", "the", 0.0),  # nothing is left of either: the official script's 0
         ("cat", "", 0.0),
+        ("", "", 0.0),
+        ("the cat sat", "cat sat the mat", 0.8),  # 2 shared of 2 and 3
+        ("été", "ete", 0.0),
     ],
 )
 def test_word_f1(answer, prediction, expected):
@@ -115,6 +227,22 @@ def test_word_f1(answer, prediction, expected):
 
 def question(*answers, group=""):
     return {"answers": list(answers), "group": group}
+
+
+@pytest.mark.parametrize(
+    ("answer", "prediction", "match", "overlap"),
+    [
+        ("The cat.", "cat", 100.0, 100.0),
+        ("the", "a", 100.0, 0.0),  # both empty: equal, and no word is shared
+        ("cat", "", 0.0, 0.0),
+        ("été", "Été!", 100.0, 100.0),
+        ("10 %", "10", 100.0, 100.0),
+        ("U.S.", "U S", 0.0, 0.0),
+    ],
+)
+def test_edge_cases_of_the_official_script(answer, prediction, match, overlap):
+    found = metrics.answer_overlap([question(answer)], [prediction])
+    assert found == {"f1": overlap, "exact_match": match}
 
 
 def test_the_best_answer_counts():

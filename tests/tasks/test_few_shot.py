@@ -1,0 +1,237 @@
+"""Runs on a few examples: their names, their draws, and what they read from disk."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import gin
+import numpy as np
+import pytest
+import seqio
+
+from mpt_jax import data, examples, reporting, sampling
+from tasks import few_shot, glue, mrqa, others, splits, super_glue, toy  # noqa: F401 - registered
+from tasks.few_shot import Draw
+from tests.tasks import tfds_data
+
+LENGTHS = {"inputs": 200, "targets": 40}
+
+
+@pytest.fixture(autouse=True)
+def run():
+    gin.clear_config()
+    gin.parse_config(
+        "from __gin__ import dynamic_registration\n"
+        "from mpt_jax import vocabularies\n"
+        "vocabularies.load.path = 'byt5'"
+    )
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tfds")
+    for name in ("super_glue/cb:1.0.2", "glue/sst2:2.0.0", "squad/v1.1:3.0.0", "glue/stsb:2.0.0"):
+        tfds_data.write(path, name)
+    return path
+
+
+@pytest.fixture
+def data_dir(folder):
+    seqio.set_tfds_data_dir_override(str(folder))
+    yield folder
+    seqio.set_tfds_data_dir_override(None)
+
+
+def texts(name: str, split: str) -> list[tuple[str, str]]:
+    dataset = examples.find_task(name).get_dataset(LENGTHS, split, shuffle=False)
+    rows = list(dataset.as_numpy_iterator())
+    assert {row["task_ids"].item() for row in rows} <= {examples.task_id(name)}
+    columns = ("inputs_pretokenized", "targets_pretokenized")
+    return [tuple(row[column].decode() for column in columns) for row in rows]
+
+
+# --- Names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("boolq_k16_s3", Draw("boolq", 16, 3)),
+        ("boolq_digits_k4_s0", Draw("boolq_digits", 4, 0)),
+        ("boolq_k16_per_class_s3", Draw("boolq", 16, 3, per_class=True)),
+        ("toy_cb_k32_s12_dev", Draw("toy_cb", 32, 12, dev=True)),
+        ("arc_k1_x_k2_per_class_s0_dev", Draw("arc_k1_x", 2, 0, per_class=True, dev=True)),
+    ],
+)
+def test_names_are_read_and_written(name, draw):
+    assert few_shot.parse(name) == draw
+    assert draw.name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["boolq", "boolq_k16", "boolq_k0_s1", "boolq_k016_s1", "boolq_k16_s01", "_k16_s1x"]
+)
+def test_other_names_are_none(name):
+    assert few_shot.parse(name) is None
+
+
+def test_nothing_is_registered_before_it_is_named():
+    assert not [name for name in seqio.TaskRegistry.names() if "_k3_s777" in name]
+    found = sampling.task_mixture(["wic_k3_s777", "toy_wic_k3_s777"])
+    names = [task.name for task in seqio.get_mixture_or_task(found).tasks]
+    assert sorted(names) == ["toy_wic_k3_s777", "wic_k3_s777"]
+
+
+def test_a_data_set_config_may_name_a_run():
+    cfg = data.DatasetConfig("toy_wic_k3_s778", LENGTHS, "train", 1, False, 0)
+    assert cfg.provider().name == "toy_wic_k3_s778"
+
+
+def test_an_unknown_task_is_still_an_unknown_task():
+    with pytest.raises(ValueError, match=r"Unknown task 'bolq_k4_s0'.*Known: .*boolq"):
+        examples.find_task("bolq_k4_s0")
+    examples.find_task("boolq_k4_s0")
+    with pytest.raises(ValueError, match="Unknown task 'boolq_k4_s0_k2_s0'"):
+        examples.find_task("boolq_k4_s0_k2_s0")  # nothing is drawn from a draw
+
+
+# --- Draws -----------------------------------------------------------------------------------
+
+
+def test_draws_do_not_change_between_releases():
+    """Literal: a change of Python's generator would change every published few-shot result."""
+    draw = Draw("boolq", 4, 0)
+    assert few_shot.indices(draw, "train", 9427) == [8961, 4498, 9023, 5185]
+    assert few_shot.indices(draw, "validation", 1635) == [792, 246, 1419, 1250]
+    labels = np.arange(9427) % 2
+    found = few_shot.indices_per_class(draw, "train", labels, ("False", "True"))
+    assert found == [4838, 8150, 758, 4550, 2741, 5019, 2387, 1095]
+
+
+def test_draws_differ_by_task_k_and_draw():
+    draws = [Draw(task, k, s) for task in ("boolq", "rte") for k in (16, 32) for s in range(10)]
+    found = {tuple(few_shot.indices(draw, "train", 2490)) for draw in draws}
+    assert len(found) == len(draws)
+    for drawn in found:
+        assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(2490))
+
+
+def test_each_class_gives_k_rows():
+    labels = np.array([0, 1, 2, 2, 1, -1] * 50)
+    draw = Draw("cb", 8, 1, per_class=True)
+    found = few_shot.indices_per_class(draw, "train", labels, ("a", "b", "c"))
+    assert labels[found].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert len(set(found)) == 24
+    with pytest.raises(ValueError, match="cb has 50 rows of label 'a' in its train split.*k = 51"):
+        few_shot.indices_per_class(Draw("cb", 51, 1, per_class=True), "train", labels, "abc")
+
+
+def test_labels_and_digits_of_a_task_see_the_same_rows(data_dir):
+    rows = [
+        examples.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
+        for name in ("cb", "cb_digits")
+    ]
+    assert rows[0] == rows[1] == random.Random("cb 5 2").sample(range(9), 5)
+
+
+# --- Refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cb_k251_s0", "cb has 250 rows in its train split, and cb_k251_s0 asks for k = 251"),
+        ("cb_k29_s0_dev", "cb has 28 rows in its validation split.*k = 29"),
+        ("toy_boolq_k2001_s0", "toy_boolq has 2,000 rows in its train split.*k = 2001"),
+        ("squad_k4_per_class_s0", "squad has no labels. squad_k4_s0 takes them from all rows"),
+        ("stsb_k4_per_class_s0", "stsb has no labels"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_read(name, message):
+    with pytest.raises(ValueError, match=message):
+        examples.find_task(name)
+
+
+def test_a_data_set_that_is_smaller_here_is_told_by_its_own_size(data_dir):
+    with pytest.raises(ValueError, match="cb has 9 rows in its train split.*k = 10"):
+        texts("cb_k10_s0", "train")
+
+
+def test_a_source_of_unknown_size_is_refused():
+    def rows(split, shuffle_files, seed=None):
+        raise AssertionError("nothing is read")
+
+    task = seqio.Task("any", seqio.FunctionDataSource(rows, ["train"]), output_features={})
+    source = few_shot.FewShotSource(task, Draw("any", 1, 0))
+    with pytest.raises(ValueError, match="'any' does not say how many rows its train split has"):
+        source.few_shot_indices("train")
+
+
+# --- Reading ---------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_the_original_file_in_the_order_drawn(data_dir):
+    drawn = random.Random("cb 4 1").sample(range(9), 4)
+    words = super_glue.ROWS[1].words
+    expected = [
+        (f"cb premise: premise {i} hypothesis: hypothesis {i}", words[i % 3]) for i in drawn
+    ]
+    assert texts("cb_k4_s1", "train") == expected
+    assert texts("cb_k4_s1", "validation") == texts("cb", "validation")
+    assert len(texts("cb_k4_s1", "test")) == 28
+
+
+def test_rows_of_a_carved_split_count_from_its_first_place(data_dir):
+    """The training split of sst2 is what is left of a permutation after 1,000 rows."""
+    permuted = splits.permutation(1010)[1000:]
+    drawn = random.Random("sst2 3 0").sample(range(10), 3)
+    expected = [f"sst2 sentence: sentence {permuted[i]}" for i in drawn]
+    assert [inputs for inputs, _ in texts("sst2_k3_s0", "train")] == expected
+
+
+def test_a_cut_validation_split_is_drawn_apart(data_dir):
+    half = splits.permutation(56)[:28]
+    drawn = random.Random("cb 4 1 validation").sample(range(28), 4)
+    expected = [f"cb premise: premise {half[i]} hypothesis: hypothesis {half[i]}" for i in drawn]
+    assert [inputs for inputs, _ in texts("cb_k4_s1_dev", "validation")] == expected
+    assert texts("cb_k4_s1_dev", "train") == texts("cb_k4_s1", "train")
+    assert len(texts("cb_k4_s1_dev", "test")) == 28
+
+
+def test_rows_of_each_class_are_of_it(data_dir):
+    found = texts("cb_k2_per_class_s0", "train")
+    assert [target for _, target in found] == [w for w in super_glue.ROWS[1].words for _ in "12"]
+    assert len(set(found)) == 6
+    numbers = examples.find_task("cb_k2_per_class_s0").source.few_shot_indices("train")
+    assert [f"premise {i} " in text for i, (text, _) in zip(numbers, found, strict=True)] == [
+        True
+    ] * 6
+
+
+def test_rows_with_lists_of_any_length_survive(data_dir):
+    found = texts("squad_k3_s0", "train")
+    assert [target for _, target in found] == ["the cat"] * 3
+    dataset = examples.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
+    assert all(len(row["answers"]) == 2 for row in dataset.as_numpy_iterator())
+
+
+# --- The run record --------------------------------------------------------------------------
+
+
+def test_the_rows_are_in_the_run_record(tmp_path):
+    runs = ["toy_rte_k4_s0", "toy_rte_k4_s1_dev", "toy_rte"]
+    provider = seqio.get_mixture_or_task(sampling.task_mixture(runs))
+    reporting.write_run_record(str(tmp_path), examples.few_shot_rows(provider))
+    (line,) = (tmp_path / "run.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["few_shot"] == {
+        "toy_rte_k4_s0": random.Random("toy_rte 4 0").sample(range(2000), 4),
+        "toy_rte_k4_s1_dev": random.Random("toy_rte 4 1").sample(range(2000), 4),
+    }
+    assert record["few_shot_validation"] == {
+        "toy_rte_k4_s1_dev": random.Random("toy_rte 4 1 validation").sample(range(200), 4)
+    }
+    assert examples.few_shot_rows(seqio.get_mixture_or_task("toy_rte")) == {}
