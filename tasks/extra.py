@@ -84,7 +84,9 @@ ROWS = (
             multiple_choice,
             lambda row: row["question"]["stem"],
             lambda row: tf.stack([row["question"][f"choice_{letter}"] for letter in _LETTERS]),
-            lambda row: tf.equal(tf.range(len(_LETTERS), dtype=tf.int64), row["answerKey"]),
+            lambda row: tf.equal(
+                tf.range(len(_LETTERS), dtype=row["answerKey"].dtype), row["answerKey"]
+            ),
         ),
         words=_words(4),
     ),

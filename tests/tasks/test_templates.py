@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tasks import templates
+from tasks import extra, nlg, templates
 
 
 def applied(preprocessor, *rows: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,3 +194,124 @@ def test_a_query_without_answers_has_no_row_and_one_without_entities_has():
     assert applied(templates.cloze("record"), query(answers=strings())) == []
     (made,) = applied(templates.cloze("record"), query(entities=strings(), passage=""))
     assert made["inputs"] == "record query: @placeholder left entities:  passage: "
+
+
+# --- Multiple choice ---------------------------------------------------------------------------
+
+EXTRA = {row.name: row for row in extra.ROWS}
+
+
+def asked(name: str, row: dict[str, Any], digits: bool = False) -> dict[str, Any]:
+    words = EXTRA[name].words
+    labels = tuple(str(number) for number in range(len(words))) if digits else words
+    (made,) = applied(EXTRA[name].template(labels)(name), row)
+    return made
+
+
+def arc(answer: int, *options: str, labels: tuple[int, ...] = ()) -> dict[str, Any]:
+    letters = np.array(labels or range(len(options)), np.int64)
+    choices = {"text": strings(*options), "label": letters}
+    return {"question": "Which?", "choices": choices, "answerKey": np.int64(answer)}
+
+
+@pytest.mark.parametrize(
+    ("row", "listed", "answer"),
+    [
+        (arc(1, "air", "iron"), "choice1: air choice2: iron", 1),
+        (arc(4, *"abcde"), "choice1: a choice2: b choice3: c choice4: d choice5: e", 4),
+        # Options that are not in the order of their letters: a row's own letters count.
+        (
+            arc(0, "air", "iron", "oil", labels=(2, 0, 1)),
+            "choice1: air choice2: iron choice3: oil",
+            1,
+        ),
+        (arc(0, "", "日本 <i>x</i> &amp;", "choice1: no"), None, 0),
+    ],
+)
+def test_options_are_listed_and_the_right_one_is_named(row, listed, answer):
+    listed = listed or "choice1:  choice2: 日本 <i>x</i> &amp; choice3: choice1: no"
+    inputs = f"arc_easy question: Which? {listed}"
+    assert asked("arc_easy", row) == {"inputs": inputs, "targets": f"choice{answer + 1}"}
+    assert asked("arc_easy", row, digits=True) == {"inputs": inputs, "targets": str(answer)}
+
+
+def test_long_options_are_whole():
+    text = "word " * 20_000
+    made = asked("arc_easy", arc(1, "x", text))
+    assert made["inputs"] == f"arc_easy question: Which? choice1: x choice2: {text}"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (arc(-1, "air", "iron"), "answer is none of its options"),
+        (arc(3, "air", "iron"), "answer is none of its options"),
+        (arc(0, *"abcdef"), "more options than the task has labels"),
+    ],
+)
+def test_a_row_without_its_answer_or_with_too_many_options_is_an_error(row, message):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"arc_easy.*{message}"):
+        asked("arc_easy", row)
+
+
+def test_commonsense_answers_are_found_by_their_text():
+    row = {"question": "Q?", "choices": strings("a", "b", "b", "c", "é"), "answer": "b"}
+    inputs = "commonsenseqa question: Q? choice1: a choice2: b choice3: b choice4: c choice5: é"
+    assert asked("commonsenseqa", row) == {"inputs": inputs, "targets": "choice2"}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="none of its options"):
+        asked("commonsenseqa", {**row, "answer": ""})
+
+
+def test_openbookqa_and_news():
+    options = {f"choice_{letter}": text for letter, text in zip("ABCD", "wxyz", strict=True)}
+    row = {"question": {"stem": "The sun", **options}, "answerKey": np.int64(3)}
+    inputs = "openbookqa question: The sun choice1: w choice2: x choice3: y choice4: z"
+    assert asked("openbookqa", row) == {"inputs": inputs, "targets": "choice4"}
+    row = {"title": "", "description": "IBM&#39;s <b>\\$5</b> bid", "label": np.int64(3)}
+    inputs = "agnews title:  description: IBM&#39;s <b>\\$5</b> bid"
+    assert asked("agnews", row) == {"inputs": inputs, "targets": "Sci/Tech"}
+
+
+# --- Generation --------------------------------------------------------------------------------
+
+NLG = {row.name: row.template(row.name) for row in nlg.ROWS}
+
+
+def meaning(text: str, target: str = "x", references: Any = None) -> dict[str, Any]:
+    given = strings() if references is None else references
+    return {"meaning_representation": text, "target": target, "references": given}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name[The Vaults], eatType[pub]", "name: The Vaults eatType: pub"),
+        (
+            "name[Zoë & Sons, Ltd], customer rating[5 out of 5], priceRange[£20-25]",
+            "name: Zoë & Sons, Ltd customer rating: 5 out of 5 priceRange: £20-25",
+        ),
+        ("name[], near[日本]", "name:  near: 日本"),
+        ("no slots", "no slots"),
+        ("", ""),
+    ],
+)
+def test_slots_and_values(text, expected):
+    (made,) = applied(NLG["e2e"], meaning(text))
+    assert made == {"inputs": f"e2e {expected}", "targets": "x", "references": []}
+
+
+def test_triples_are_joined():
+    row = {
+        "input": strings("Zoë_A. | birth_place | City", 'City | population | "1,000"'),
+        "target": "Zoë_A is.",
+        "references": strings("Zoë_A is.", "<b>b</b>"),
+    }
+    inputs = 'webnlg Zoë A. | birth place | City && City | population | "1,000"'
+    assert applied(NLG["webnlg"], row) == [
+        {"inputs": inputs, "targets": "Zoë_A is.", "references": ["Zoë_A is.", "<b>b</b>"]}
+    ]
+
+
+@pytest.mark.parametrize("target", ["", " \n"])
+def test_a_row_without_a_text_is_left_out(target):
+    assert applied(NLG["e2e"], meaning("name[A]", target)) == []

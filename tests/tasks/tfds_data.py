@@ -95,6 +95,73 @@ def _mrqa(place: int) -> dict[str, Any]:
     }
 
 
+def _commonsenseqa(place: int) -> dict[str, Any]:
+    choices = [f"choice {letter} {place}" for letter in "ABCDE"]
+    return {
+        **{name: f"{name} {place}" for name in ("id", "question")},
+        "choices": choices,
+        "answer": choices[place % 5],
+        "abstractive_explanation": "",
+        "extractive_explanation": "",
+    }
+
+
+def _openbookqa(place: int) -> dict[str, Any]:
+    choices = {f"choice_{letter}": f"{letter} {place}" for letter in "ABCD"}
+    return {
+        "question": {"stem": f"stem {place}", **choices},
+        "fact1": "",
+        "humanScore": 0.5,
+        "clarity": 1.5,
+        "turkIdAnonymized": "",
+        "answerKey": place % 4,
+    }
+
+
+def _arc(place: int) -> dict[str, Any]:
+    """Three to five options, the answer the last one from the fourth on."""
+    answer = place % 5
+    letters = "ABCDE"[: max(3, answer + 1)]
+    return {
+        "id": f"q{place}",
+        "question": f"question {place}",
+        "choices": {"text": [f"text {x} {place}" for x in letters], "label": list(letters)},
+        "answerKey": letters[answer],
+    }
+
+
+def _anli(place: int) -> dict[str, Any]:
+    made = texts("context", "hypothesis", labels=3, with_idx=False)(place)
+    return {**made, "uid": f"u{place}"}
+
+
+def _e2e(place: int) -> dict[str, Any]:
+    """A row for each reference; two rows of three have the same meaning representation."""
+    of = place - place % 3 if place % 3 < 2 else place
+    reference = f"Nº {of} serves fish, says {place}."
+    return {
+        "gem_id": f"e{place}",
+        "gem_parent_id": f"e{place}",
+        "meaning_representation": f"name[Nº {of}], food[Fish & Chips]",
+        "target": reference,
+        "references": [reference],
+    }
+
+
+def _web_nlg(place: int) -> dict[str, Any]:
+    """One or two references to a row."""
+    references = [f"{way} {place}." for way in ("Born in", "It is")[: 1 + place % 2]]
+    return {
+        "gem_id": f"w{place}",
+        "gem_parent_id": f"w{place}",
+        "input": [f"Zoë_A. | birthPlace | City {place}", "City | partOf | Land"],
+        "category": "Person",
+        "webnlg_id": f"Id{place}",
+        "target": references[0],
+        "references": references,
+    }
+
+
 # The least that has a train split after 1,000 rows are held out.
 _LARGE = 1_010
 
@@ -145,6 +212,20 @@ DATA: Mapping[str, tuple[Mapping[str, int], Rows]] = {
         {"train": 9, "validation": 7, "test": 5},
         texts("sentence1", "sentence2", with_idx=False),
     ),
+    "ag_news_subset:1.0.0": (
+        {"train": _LARGE, "test": 9},
+        texts("title", "description", labels=4, with_idx=False),
+    ),
+    "cos_e:0.0.1": ({"train": 9, "validation": 56}, _commonsenseqa),
+    "openbookqa:0.1.0": ({"train": 9, "validation": 7, "test": 5}, _openbookqa),
+    "ai2_arc/ARC-Easy:1.0.0": ({"train": 16, "validation": 7, "test": 9}, _arc),
+    "ai2_arc/ARC-Challenge:1.0.0": ({"train": 16, "validation": 7, "test": 9}, _arc),
+    # Here, too, all rows of train are held out but in one.
+    "anli/r1:0.1.0": ({"train": 9, "validation": 7}, _anli),
+    "anli/r2:0.1.0": ({"train": 9, "validation": 7}, _anli),
+    "anli/r3:0.1.0": ({"train": _LARGE, "validation": 7}, _anli),
+    "gem/e2e_nlg:1.1.0": ({"train": 9, "validation": 6, "test": 8}, _e2e),
+    "gem/web_nlg_en:1.1.0": ({"train": 9, "validation": 6, "test": 8}, _web_nlg),
 }
 
 
