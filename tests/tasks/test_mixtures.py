@@ -1,0 +1,167 @@
+"""Named mixtures, and the gin file of the run with twelve sources."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+import seqio
+
+from mpt_jax import gin_utils, t5x_import, train
+from tasks import extra, glue, mixtures, mrqa, others, super_glue
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {row.name: row for m in (glue, super_glue, mrqa, others, extra) for row in m.ROWS}
+# docs/tasks.md and the paper: what five epochs go over. ReCoRD with a row for each answer.
+SIX, TWELVE, RECORD_ROWS = 1_151_093, 1_425_899, 138_854
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gin.clear_config()
+
+
+def parse(files, bindings=()):
+    t5x_import.install()
+    with gin_utils.as_main(train):
+        gin_utils.parse(files, bindings, (str(ROOT),))
+
+
+def value(macro):
+    return gin.get_configurable(f"{macro}/gin.macro")()
+
+
+def bind_vocabulary():
+    gin.parse_config(
+        "from __gin__ import dynamic_registration\n"
+        "from mpt_jax import vocabularies\n"
+        "vocabularies.load.path = 'byt5'"
+    )
+
+
+def train_size(name):
+    part = ROWS[name].parts["train"]
+    size = ROWS[name].sizes[part.split]
+    places = part.places(size)
+    return size if places is None else len(range(*places.indices(size)))
+
+
+def test_the_targets_are_the_papers_21():
+    targets = [t for name, tasks in mixtures.MIXTURES.items() if "targets" in name for t in tasks]
+    assert len(targets) == len(set(targets)) == 8 + 5 + 4 + 4
+    assert set(targets) <= set(ROWS)
+    assert "record" not in targets and "squad" not in targets  # sources alone
+
+
+@pytest.mark.parametrize("name", mixtures.MIXTURES)
+def test_rates_are_sizes_up_to_the_cap(name):
+    bind_vocabulary()
+    mixture = seqio.get_mixture_or_task(name)
+    expected = {task: min(2**18, train_size(task)) for task in mixtures.MIXTURES[name]}
+    assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == expected
+    assert mixture.total_rate == sum(expected.values())
+
+
+def test_rates_by_hand():
+    bind_vocabulary()
+    mixture = seqio.get_mixture_or_task("mpt_source_12")
+    rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+    assert rates["mnli"] == rates["qqp"] == 262_144
+    assert (rates["agnews"], rates["arc_easy"], rates["anli_r3"]) == (119_000, 2_251, 99_459)
+
+
+def test_a_mixture_is_registered_before_a_vocabulary_is_bound():
+    """In a process of its own: others have made the mixtures already."""
+    script = """
+import gin, seqio
+from tasks import mixtures
+mixture = seqio.get_mixture_or_task("glue_targets")
+for _ in range(2):
+    try:
+        mixture.output_features
+    except ValueError as error:
+        assert "vocabularies.load.path" in str(error)
+    else:
+        raise AssertionError
+assert mixture.name == "glue_targets"
+gin.parse_config('''
+from __gin__ import dynamic_registration
+from mpt_jax import vocabularies
+vocabularies.load.path = 'byt5'
+''')
+assert len(mixture.tasks) == 8 and set(mixture.splits) == {"train", "validation", "test"}
+assert not hasattr(mixture, "no_such_thing")
+"""
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
+def test_the_gin_files_have_the_same_sources():
+    parse(["gin/mpt_source.gin"])
+    assert value("SOURCE_TASKS") == list(mixtures.MIXTURES["mpt_source_6"])
+    gin.clear_config()
+    parse(["gin/mpt_source.gin", "gin/runs/source_tasks_12.gin"])
+    assert value("SOURCE_TASKS") == list(mixtures.MIXTURES["mpt_source_12"])
+
+
+@pytest.mark.parametrize(("name", "total"), [("mpt_source_6", SIX), ("mpt_source_12", TWELVE)])
+def test_sizes_of_the_source_mixtures(name, total):
+    tasks = mixtures.MIXTURES[name]
+    assert sum(RECORD_ROWS if task == "record" else train_size(task) for task in tasks) == total
+
+
+STAGES = {
+    "gin/mpt_source.gin": ("mpt_source_12", [], 32, 5 * (TWELVE // 32)),
+    "gin/pt_source.gin": (
+        "pt_source_12",
+        ["BATCH_SIZE = 384", "TRAIN_STEPS = 18566"],
+        384,
+        5 * TWELVE // 384,
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_twelve_sources_take_the_place_of_six(stage, monkeypatch):
+    monkeypatch.setenv("MPT_JAX_ROOT", "root")
+    name, bindings, batch_size, steps = STAGES[stage]
+    vocabulary = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
+    own = [f"STAGE = {name!r}", vocabulary, *bindings]
+    parse([stage, "gin/runs/source_tasks_12.gin"], own)
+    assert (value("BATCH_SIZE"), value("TRAIN_STEPS")) == (batch_size, steps)
+    assert value("MODEL_DIR") == f"root/{name}"
+    runs = value("MODEL").runs
+    assert runs.task_names == tuple(mixtures.MIXTURES["mpt_source_12"])
+    assert runs.num_groups == (12 if stage == "gin/pt_source.gin" else 1)
+    if stage == "gin/mpt_source.gin":
+        assert value("TEACHERS") == "root/pt_source_12/artefact"
+    value("SAMPLER").check(12)
+
+
+def test_the_header_and_the_message_give_the_commands_that_are_tested():
+    text = (ROOT / "gin" / "runs" / "source_tasks_12.gin").read_text()
+    parse(["gin/mpt_source.gin", "gin/runs/source_tasks_12.gin"])
+    for part in ("pt_source_12", "BATCH_SIZE=384", "TRAIN_STEPS=18566", "gin/pt_source.gin"):
+        assert part in text.split("# Provides")[0]
+        assert part in value("TEACHERS_COMMAND")
+
+
+def test_a_source_is_left_out_on_the_command_line():
+    """As docs/tasks.md has it, with five epochs of what is left."""
+    left = [task for task in mixtures.MIXTURES["mpt_source_6"] if task != "squad"]
+    text = (ROOT / "docs" / "tasks.md").read_text()
+    steps = 5 * ((SIX - train_size("squad")) // 32)
+    assert f'--gin.SOURCE_TASKS="{left!r}" --gin.TRAIN_STEPS={steps}' in text
+    vocabulary = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
+    parse(["gin/mpt_source.gin"], [f"SOURCE_TASKS = {left!r}", vocabulary])
+    assert value("MODEL").runs.task_names == tuple(left)
+
+
+def test_the_runs_import_every_suite():
+    parse(["gin/mpt_source.gin"])
+    stems = {path.stem for path in (ROOT / "tasks").glob("*.py") if "ROWS = (" in path.read_text()}
+    assert set(value("TASK_MODULES")) == {f"tasks.{stem}" for stem in stems}
