@@ -2,6 +2,7 @@
 
     <task>_k<k>_s<draw>                k training rows in total, as the MPT paper counts them
     <task>_k<k>_per_class_s<draw>      k rows of each label; ours
+    <task>_s<draw>                     all rows: a repeat, with initial values of its own
     ..._dev                            the validation split is cut to as many rows, drawn apart
 
 The paper has k = 4, 16, 32 and ten draws (0 .. 9 here), and does not say whether its validation
@@ -38,6 +39,7 @@ _NAME = re.compile(
     r"(?P<task>.+)_k(?P<k>[1-9]\d*)(?P<per_class>_per_class)?_s(?P<seed>0|[1-9]\d*)(?P<dev>_dev)?",
     re.ASCII,
 )
+_REPEAT = re.compile(r"(?P<task>.+)_s(0|[1-9]\d*)", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,7 @@ def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def register_run(name: str) -> bool:
-    """Registers the few-shot run of this name; a naming scheme, see `examples.name_tasks_with`.
+    """Registers the run of this name; a naming scheme, see `examples.name_tasks_with`.
 
     Returns:
         Whether it is the name of a run of a registered task.
@@ -246,7 +248,9 @@ def register_run(name: str) -> bool:
         ValueError: the task has fewer than k rows, or none of a class to draw by.
     """
     asked = parse(name)
-    if asked is None or asked.task not in seqio.TaskRegistry.names():
+    if asked is None:
+        return _register_repeat(name)
+    if asked.task not in seqio.TaskRegistry.names():
         return False
     task = seqio.TaskRegistry.get(asked.task)
     if isinstance(task.source, FewShotSource):
@@ -260,14 +264,29 @@ def register_run(name: str) -> bool:
     for split in draw.splits:
         if (published := task.source.num_input_examples(split)) is not None:
             _check(draw, split, published)
+    _add(name, task, FewShotSource(task, draw))
+    return True
+
+
+def _register_repeat(name: str) -> bool:
+    match = _REPEAT.fullmatch(name)
+    if match is None or match["task"] not in seqio.TaskRegistry.names():
+        return False
+    task = seqio.TaskRegistry.get(match["task"])
+    if isinstance(task.source, FewShotSource):
+        return False
+    _add(name, task, task.source)
+    return True
+
+
+def _add(name: str, task: seqio.Task, source: seqio.DataSource) -> None:
     changes: Mapping[str, Any] = {
         "name": name,
-        "source": FewShotSource(task, draw),
+        "source": source,
         "preprocessors": features.renamed(task.preprocessors, name),
         "metric_fns": [text_metrics.of_task(name, metric) for metric in task.metric_fns],
     }
     seqio.TaskRegistry.add_provider(name, task.replace(**changes))
-    return True
 
 
 examples.name_tasks_with(register_run)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import seqio
 
-from mpt_jax import data, examples, reporting, sampling
+from mpt_jax import data, evaluation, examples, reporting, sampling
 from tasks import few_shot, glue, mrqa, others, splits, super_glue, toy  # noqa: F401 - registered
 from tasks.few_shot import Draw
 from tests.tasks import tfds_data
@@ -190,6 +190,16 @@ def test_rows_of_a_carved_split_count_from_its_first_place(data_dir):
     drawn = random.Random("sst2 3 0").sample(range(10), 3)
     expected = [f"sst2 sentence: sentence {permuted[i]}" for i in drawn]
     assert [inputs for inputs, _ in texts("sst2_k3_s0", "train")] == expected
+
+
+def test_a_repeat_has_all_rows_under_a_name_of_its_own(data_dir):
+    for split in ("train", "validation", "test"):
+        assert texts("cb_s7", split) == texts("cb", split)
+    again, first = examples.find_task("cb_s7"), examples.find_task("cb")
+    assert evaluation.labels_of(again) == evaluation.labels_of(first)
+    assert again.name == "cb_s7"
+    with pytest.raises(ValueError, match="Unknown task 'nothing_s7'"):
+        examples.find_task("nothing_s7")
 
 
 def test_a_cut_validation_split_is_drawn_apart(data_dir):
