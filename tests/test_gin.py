@@ -31,6 +31,8 @@ ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # A vocabulary that is there, in place of T5's, which is not shipped.
 VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
 
+# Other source tasks; tests/tasks/test_mixtures.py.
+SOURCES = ["gin/runs/source_tasks_12.gin"]
 
 @pytest.fixture(autouse=True)
 def own_trainer():
@@ -163,7 +165,8 @@ def test_no_file_is_left_untested():
         for name in FILES
         for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
     }
-    assert set(FILES) == {*STAGES, *METHODS, *AFTER_TINY, *ABLATIONS, "gin/tiny.gin"} | included
+    tested = {*STAGES, *METHODS, *AFTER_TINY, *ABLATIONS, *SOURCES, "gin/tiny.gin"}
+    assert set(FILES) == tested | included
 
 
 @pytest.mark.parametrize("name", FILES)
