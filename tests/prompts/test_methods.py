@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.losses import Distillation, Objective
@@ -130,8 +130,11 @@ def products(jaxpr) -> list:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             found.append(equation)
-        for inner in jaxprs_in_params(equation.params):
-            found += products(inner)
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
+        ):
+            if isinstance(inner, ClosedJaxpr | Jaxpr):
+                found += products(getattr(inner, "jaxpr", inner))
     return found
 
 
