@@ -237,7 +237,7 @@ def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
             + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
         ) from error
     except Exception as error:
-        if not _means_missing(error):
+        if not means_missing(error):
             raise
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
@@ -251,7 +251,8 @@ def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
         ) from error
 
 
-def _means_missing(error: Exception) -> bool:
+def means_missing(error: Exception) -> bool:
+    """Whether this was raised because data is not on this machine."""
     if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
         told = ("could not find data in", "cannot be loaded at version")
         return any(text in str(error).lower() for text in told)

@@ -122,7 +122,7 @@ def _described(task: seqio.Task) -> tuple[str, ...]:
     elif isinstance(source, seqio.TfdsDataSource):
         data, here = str(source.tfds_dataset.name), bool(sizes)
     else:
-        data = str(getattr(source, "data", type(source).__name__))
+        data = str(getattr(source, "data", source))
         here = source.is_prepared() if hasattr(source, "is_prepared") else bool(sizes)
     rows = ", ".join(split if n is None else f"{split} {n:,}" for split, n in sizes.items())
     return task.name, data, rows, _metrics(task), "yes" if here else "no"
@@ -131,9 +131,10 @@ def _described(task: seqio.Task) -> tuple[str, ...]:
 def _sizes(task: seqio.Task) -> dict[str, int | None]:
     """Rows of each split as the source declares them; {} where it would need absent data."""
     try:
-        with examples.reading(task, "train"):
-            return {split: task.source.num_input_examples(split) for split in task.source.splits}
-    except ValueError:
+        return {split: task.source.num_input_examples(split) for split in task.source.splits}
+    except Exception as error:
+        if not examples.means_missing(error):
+            raise
         return {}
 
 

@@ -14,7 +14,7 @@ import seqio
 from rich.console import Console
 
 from mpt_jax import cli, list_tasks
-from tasks import few_shot, glue, splits, super_glue, toy, toy_vocabulary  # noqa: F401
+from tasks import few_shot, glue, jsonl, splits, super_glue, toy, toy_vocabulary  # noqa: F401
 from tests.tasks import tfds_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +70,16 @@ def test_tasks_of_seqios_own_source(tmp_path, data_dir, capsys):
     _, _, here, gone, _ = cells(capsys.readouterr().out)
     assert here == ["lst_here", "super_glue/cb:1.0.2", "train 9, validation 56", "none", "yes"]
     assert gone == ["lst_gone", "super_glue/cb:9.9.9", "none", "no"]
+
+
+def test_tasks_of_the_users_files(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    files = {"train": tmp_path / "rows.jsonl"}
+    jsonl.register("lst_file", inputs="{a}", targets="{b}", **files)
+    list_tasks.list_tasks({"mine": ["lst_file"]})
+    line = cells(capsys.readouterr().out)[2]
+    assert line[0] == "lst_file" and str(tmp_path / "rows.jsonl") in line[1]
+    assert line[2] == "train 1" and line[4] == "yes"
 
 
 def test_on_a_terminal_it_is_a_table(monkeypatch):

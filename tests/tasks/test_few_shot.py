@@ -11,7 +11,7 @@ import pytest
 import seqio
 
 from mpt_jax import data, evaluation, examples, reporting, sampling
-from tasks import few_shot, glue, mrqa, others, splits, super_glue, toy  # noqa: F401 - registered
+from tasks import few_shot, glue, jsonl, mrqa, others, splits, super_glue, toy  # noqa: F401 - registered
 from tasks.few_shot import Draw
 from tests.tasks import tfds_data
 
@@ -226,6 +226,21 @@ def test_rows_with_lists_of_any_length_survive(data_dir):
     assert [target for _, target in found] == ["the cat"] * 3
     dataset = examples.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
     assert all(len(row["answers"]) == 2 for row in dataset.as_numpy_iterator())
+
+
+def test_a_task_of_ones_own_files(tmp_path):
+    lines = [{"text": f"text {i}", "label": ("no", "yes")[i % 2]} for i in range(12)]
+    for split, number in (("train", 12), ("validation", 6)):
+        text = "".join(json.dumps(line) + "\n" for line in lines[:number])
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation")}
+    jsonl.register("fws_own", inputs="{text}", targets="{label}", labels=("no", "yes"), **files)
+    drawn = random.Random("fws_own 3 0").sample(range(12), 3)
+    found = texts("fws_own_k3_s0", "train")
+    assert [target for _, target in found] == [("no", "yes")[i % 2] for i in drawn]
+    assert all(inputs.endswith(f"text {i}") for i, (inputs, _) in zip(drawn, found, strict=True))
+    found = texts("fws_own_k2_per_class_s0_dev", "validation")
+    assert [target for _, target in found] == ["no", "no", "yes", "yes"]
 
 
 # --- The run record --------------------------------------------------------------------------
