@@ -28,11 +28,11 @@ AFTER_TINY = ["gin/runs/demo.gin"]
 METHODS = [name for name in FILES if name.startswith("gin/methods/")]
 PROMPTED = [f"gin/methods/{name}.gin" for name in ("mpt", "prompt_tuning", "shared_prompt")]
 ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
+# Other source tasks; tests/tasks/test_mixtures.py.
+SOURCES = ["gin/runs/source_tasks_12.gin"]
 # A vocabulary that is there, in place of T5's, which is not shipped.
 VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
 
-# Other source tasks; tests/tasks/test_mixtures.py.
-SOURCES = ["gin/runs/source_tasks_12.gin"]
 
 @pytest.fixture(autouse=True)
 def own_trainer():
