@@ -106,6 +106,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     backbone: str,
     step: int,
     metrics: Mapping[str, Any] | None = None,
+    started_from: Mapping[str, Any] | None = None,
     include_folded: bool = False,
 ) -> epath.Path:
     """Writes an artefact; a reader sees the old folder or the new one, never half of it.
@@ -120,6 +121,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         backbone: a name or path for people to read.
         step: the training step the parameters are from.
         metrics: what was measured of them, JSON values.
+        started_from: digest of the artefact they started from, and which of its rows.
         include_folded: also writes each row's plain prompt.
     """
     path = epath.Path(path)
@@ -140,6 +142,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         "vocabulary_sha256": vocabulary_sha256,
         "step": int(step),
         "metrics": dict(metrics or {}),
+        "started_from": started_from and dict(started_from),
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
     }
     new = path.parent / f".{path.name}.{os.getpid()}.new"

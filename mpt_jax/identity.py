@@ -41,6 +41,7 @@ def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed:
         "objective": repr(model.objective),
         "teacher_sha256": loaded.teacher_sha256,
         "artefact_sha256": loaded.artefact_sha256,
+        "start_from": loaded.start_from,
         "batch_size": batch_size,
         "random_seed": seed,
         "optimizer": _optimizer(model.optimizer_def),

@@ -332,6 +332,7 @@ class ArtefactHook:
             vocabulary_sha256=loaded.vocabulary_sha256,
             backbone=host.origins.name,
             step=step,
+            started_from=loaded.started_from,
         )
 
 

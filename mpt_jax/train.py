@@ -274,6 +274,7 @@ def write_artefact(
         backbone=origins.name,
         step=step,
         metrics=metrics,
+        started_from=loaded.started_from,
         include_folded=True,
     )
     logging.info("Prompt artefact: %s", path)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -30,6 +30,9 @@ from mpt_jax import artefacts, convert
 from mpt_jax.backbones.t5.scan import stack_layers
 from mpt_jax.models import BACKBONE, FROZEN, PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner, put_like
+from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.spot import Embeddings, NearestSource
+from mpt_jax.prompts.starts import StartFrom
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Key, Params
 from mpt_jax.tree import flatten, match_exactly, merge, split, unflatten
@@ -114,6 +117,7 @@ class Loaded:
             device, so a model that only fits where it is sharded can be placed from here.
         embedding_sha256, vocabulary_sha256: what artefacts are checked by.
         artefact_sha256: of the parameters in the initial artefact, if there is one.
+        start_from: how its rows were used; of a choice by similarity, what was chosen.
         teacher_sha256: of the teachers' table [K, P, H], if there is one.
     """
 
@@ -121,7 +125,15 @@ class Loaded:
     embedding_sha256: str
     vocabulary_sha256: str | None
     artefact_sha256: str | None = None
+    start_from: StartFrom | None = None
     teacher_sha256: str | None = None
+
+    @property
+    def started_from(self) -> dict[str, Any] | None:
+        """What an artefact records of the one its prompts started from."""
+        if self.artefact_sha256 is None:
+            return None
+        return {"artefact_sha256": self.artefact_sha256, "start_from": self.start_from}
 
 
 def shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
@@ -144,13 +156,19 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     _check_vocabulary(model, embedding.shape[0])
     digest = artefacts.embedding_digest(embedding)
     vocabulary = artefacts.vocabulary_digest(model.input_vocabulary)
-    artefact_digest = teacher_digest = None
+    artefact_digest = start_from = teacher_digest = None
+    check = lambda artefact: artefacts.check_belongs(  # noqa: E731
+        artefact, digest, vocabulary, model.prompt.prompt_length
+    )
     if origins.artefact:
         artefact = _initial_artefact(origins.artefact, origins.artefact_command)
-        artefacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
+        check(artefact)
         artefact_digest = artefacts.digest(flatten(artefact.params))
-        prompt = model.prompt.transfer(artefact.params, artefact.method, artefact.runs, model.runs)
+        method = _with_sources_chosen(model.prompt, artefact.runs, model.runs, check)
+        start_from = getattr(method, "start_from", None)
+        prompt = method.transfer(artefact.params, artefact.method, artefact.runs, model.runs)
     else:
+        _refuse_choice_among_nothing(model.prompt)
         prompt = model.init_prompt(prompt_key, jnp.asarray(embedding))
     if prompt:
         params["prompt"] = prompt
@@ -161,7 +179,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
         expected, {name: leaf.shape for name, leaf in flatten(params).items()}, "The filled tree"
     )
     cast = _cast(model, params)
-    return Loaded(cast, digest, vocabulary, artefact_digest, teacher_digest)
+    return Loaded(cast, digest, vocabulary, artefact_digest, start_from, teacher_digest)
 
 
 def create(
@@ -220,6 +238,42 @@ def _initial_artefact(path: str, command: str) -> artefacts.Artefact:
     except FileNotFoundError as error:
         how = f" Make it by: {command}." if command else ""
         raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
+
+
+def _with_sources_chosen(
+    method: PromptMethod,
+    source_runs: Runs,
+    runs: Runs,
+    check: Callable[[artefacts.Artefact], None],
+) -> PromptMethod:
+    """The method; where it starts by similarity, with the weights that come of it."""
+    choice = getattr(method, "start_from", None)
+    if not isinstance(choice, NearestSource):
+        return method
+    read: list[Embeddings] = []
+    for path, stage in (
+        (choice.source_embeddings, "gin/spot_source_embeddings.gin"),
+        (choice.target_embeddings, "gin/spot_embeddings.gin"),
+    ):
+        try:
+            artefact = artefacts.load_artefact(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error} It was to hold task embeddings; make them by: python -m t5x.train "
+                f"--gin_file={stage}."
+            ) from error
+        check(artefact)
+        read.append(Embeddings(path, artefact.runs, artefact.folded()))
+    table = choice.choose(read[0], read[1], source_runs, runs)
+    return dataclasses.replace(method, start_from=table)  # pyright: ignore[reportArgumentType]
+
+
+def _refuse_choice_among_nothing(method: PromptMethod) -> None:
+    if isinstance(getattr(method, "start_from", None), NearestSource):
+        raise ValueError(
+            "start_from chooses among the prompts of an initial artefact, and there is none: set "
+            "INITIAL_ARTEFACT, or take gin/pt_target.gin to start from initial values."
+        )
 
 
 def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:

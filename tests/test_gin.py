@@ -26,7 +26,10 @@ TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.g
 # Files that change a toy run.
 AFTER_TINY = ["gin/runs/demo.gin"]
 METHODS = [name for name in FILES if name.startswith("gin/methods/")]
-PROMPTED = [f"gin/methods/{name}.gin" for name in ("mpt", "prompt_tuning", "shared_prompt")]
+PROMPTED = [
+    f"gin/methods/{name}.gin"
+    for name in ("mpt", "prompt_tuning", "pt_paper", "pt_strong", "shared_prompt")
+]
 ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # Other source tasks; tests/tasks/test_mixtures.py.
 SOURCES = ["gin/runs/source_tasks_12.gin"]

@@ -22,6 +22,7 @@ from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.no_prompt import NoPrompt
 from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.runs import Runs
 from mpt_jax.sampling import EqualQuotas, StochasticTasks, task_mixture
 from mpt_jax.selection import SelectBest
@@ -270,6 +271,56 @@ def test_three_stages_hand_artefacts_on(backbone, tmp_path):
     without = build(runs=Runs(["run_a", "run_x"]), objective=student.objective)
     with pytest.raises(ValueError, match=r"No teacher for the tasks \['run_x'\]"):
         train_state.fill(without, train_state.Origins(backbone, **origins), tiny.jax.random.key(0))
+
+
+def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
+    """run_c's own early prompt is among the sources' here, so it is the nearest."""
+    independent = Runs(TASKS, groups="independent")
+    data = dataset(independent, EqualQuotas(BATCH, 1))
+    for name, steps in (("early", 2), ("sources", 4)):
+        run(backbone, tmp_path / name, build(PromptTuning(P), independent), steps, data=data)
+    one = Runs(["run_c"])
+    early = str(tmp_path / "early" / "artefact")
+
+    def start(**settings):
+        method = PromptTuning(P, start_from=NearestSource(early, early, **settings))
+        origins = {"artefact": str(tmp_path / "sources" / "artefact")}
+        run(backbone, tmp_path / "target", build(method, one), 0, origins,
+            data=dataset(one, EqualQuotas(BATCH, 1)))  # fmt: skip
+        return artefacts.load_artefact(tmp_path / "target" / "artefact")
+
+    started = start()
+    np.testing.assert_array_equal(
+        started.params["table"][0], prompts(tmp_path / "sources")["table"][2]
+    )
+    assert started.config["started_from"]["start_from"] == {"run_c": {"run_c": 1.0}}
+    with pytest.raises(ValueError, match=r"start_from: .*'run_c': 1.0.* there, .* here"):
+        start(top_k=2)
+
+
+def test_a_source_task_is_added_to_a_trained_source_stage(backbone, tmp_path):
+    """Its teacher lies in an artefact of its own; the other tasks go on from where they were."""
+    for name, tasks in (("first", TASKS[:2]), ("second", TASKS[2:])):
+        runs = Runs(tasks, groups="independent")
+        data = dataset(runs, EqualQuotas(BATCH, 1))
+        run(backbone, tmp_path / name, build(PromptTuning(P), runs), 2, data=data)
+    teachers = [str(tmp_path / name / "artefact") for name in ("first", "second")]
+    objective = losses.Objective(distillation=losses.Distillation())
+    two = build(runs=Runs(TASKS[:2]), objective=objective)
+    run(backbone, tmp_path / "source", two, 2, {"teachers": teachers[:1]})
+
+    method = MPT(P, start_from="same_or_average")
+    origins = {"teachers": teachers, "artefact": str(tmp_path / "source" / "artefact")}
+    three = lambda: build(method, objective=objective)  # noqa: E731
+    run(backbone, tmp_path / "refreshed", three(), 0, origins)
+    old, new = prompts(tmp_path / "source"), prompts(tmp_path / "refreshed")
+    np.testing.assert_array_equal(new["shared"], old["shared"])
+    for factor in ("task_left", "task_right"):
+        np.testing.assert_array_equal(new[factor][:2], old[factor])
+        np.testing.assert_allclose(new[factor][2], old[factor].mean(0), 1e-6)
+    run(backbone, tmp_path / "refreshed", three(), 2, origins)
+    trained = prompts(tmp_path / "refreshed")
+    assert all(np.any(trained[name] != new[name]) for name in new)
 
 
 def test_a_grouped_job_equals_solo_runs(backbone, tmp_path):

@@ -1,6 +1,7 @@
 """Where every parameter's first value comes from, and what is wrong where it cannot."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts import get_method
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.runs import Runs
 from mpt_jax.train_state import Origins, fill
 from mpt_jax.tree import flatten, unflatten
@@ -140,6 +142,69 @@ def test_prompts_start_from_an_artefact_through_their_method(backbone, tmp_path)
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
     loaded = fill(model, Origins(backbone["path"], artefact=path), KEY)
     np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[1:])
+
+
+def spot(backbone, tmp_path, targets=("alpha",), other: dict | None = None, **settings):
+    """A model that starts by similarity, its origins, and the prompts of three sources."""
+    sources, table = write(tmp_path / "sources", backbone, ["mnli", "qqp", "sst2"])
+    early, _ = write(tmp_path / "early", backbone, ["sst2", "mnli", "qqp"])
+    target, _ = write(tmp_path / "target", backbone, list(targets), **(other or {}))
+    method = PromptTuning(tiny.PROMPT, start_from=NearestSource(early, target, **settings))
+    model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
+    return model, Origins(backbone["path"], artefact=sources), table
+
+
+def test_prompts_start_from_the_nearest_source(backbone, tmp_path):
+    """`write` draws the same numbers for as many names, so the target's early prompt, row 1 of
+    three, is the early prompt of mnli."""
+    model, origins, table = spot(backbone, tmp_path, ["x", "alpha", "y"])
+    loaded = fill(model, origins, KEY)
+    np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[:1])
+    assert loaded.started_from == {
+        "artefact_sha256": artefacts.digest({"table": table}),
+        "start_from": {"alpha": {"mnli": 1.0}},
+    }
+
+
+def test_a_start_by_name_is_recorded_too(backbone, tmp_path):
+    path, _ = write(tmp_path / "a", backbone, ["mnli", "qqp"])
+    method = PromptTuning(tiny.PROMPT, start_from="qqp")
+    model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
+    loaded = fill(model, Origins(backbone["path"], artefact=path), KEY)
+    assert loaded.started_from is not None and loaded.started_from["start_from"] == "qqp"
+    assert fill(model, Origins(backbone["path"]), KEY).started_from is None
+
+
+def test_embeddings_of_another_backbone_are_refused(backbone, tmp_path):
+    other = {"embedding_sha256": "0" * 64}
+    model, origins, _ = spot(backbone, tmp_path, other=other)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'target'} belongs to another backbone"):
+        fill(model, origins, KEY)
+
+
+def test_embeddings_that_lack_a_target_and_more_sources_than_there_are(backbone, tmp_path):
+    model, origins, _ = spot(backbone, tmp_path / "a", ["beta", "gamma"])
+    with pytest.raises(ValueError, match="no embedding of 'alpha'; it has beta, gamma"):
+        fill(model, origins, KEY)
+    model, origins, _ = spot(backbone, tmp_path / "b", top_k=4)
+    with pytest.raises(ValueError, match="top_k is 4, and the initial artefact holds 3"):
+        fill(model, origins, KEY)
+
+
+@pytest.mark.parametrize(
+    ("absent", "stage"), [("early", "spot_source_embeddings"), ("target", "spot_embeddings")]
+)
+def test_missing_embeddings_name_the_stage_that_makes_them(backbone, tmp_path, absent, stage):
+    model, origins, _ = spot(backbone, tmp_path)
+    shutil.rmtree(tmp_path / absent)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / absent}.*gin/{stage}.gin"):
+        fill(model, origins, KEY)
+
+
+def test_a_choice_needs_an_artefact_to_choose_from(backbone, tmp_path):
+    model, _, _ = spot(backbone, tmp_path)
+    with pytest.raises(ValueError, match="there is none: set INITIAL_ARTEFACT"):
+        fill(model, Origins(backbone["path"]), KEY)
 
 
 def test_full_fine_tuning_starts_from_the_pretrained_weights_in_float32(backbone):

@@ -14,8 +14,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import group_leaders, name_key, register, source_rows
+from mpt_jax.prompts.base import group_leaders, name_key, register
 from mpt_jax.prompts.init import FactorInit, PromptInit, SampledVocabulary, ones_noise
+from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
 # Prompts are composed in float32; by default a TPU would multiply in bfloat16.
 FLOAT32 = jax.lax.Precision.HIGHEST
@@ -33,15 +34,17 @@ class MPT:
         rank: R.
         init_prompt: initial value of P*.
         init_factors: initial value of a task's factors.
-        start_from: with an initial artefact, `'average'` of its tasks' factors (the paper),
-            the name of the one run to take them from, or `'same'` (each row its namesake's).
+        start_from: with an initial artefact, `'average'` of its tasks' factors (the paper), the
+            name of the one run to take them from, `'same'` (each row its namesake's),
+            `'same_or_average'` (the average for rows that are new), a table of weights by run,
+            or a choice by similarity. P* is always copied.
     """
 
     prompt_length: int
     rank: int = 1
     init_prompt: PromptInit = SampledVocabulary()
     init_factors: FactorInit = ones_noise
-    start_from: str = "average"
+    start_from: StartFrom = "average"
 
     name = "mpt"
     labels = ((r"shared", "shared"), (r"task_(left|right)", "task"))
@@ -97,39 +100,33 @@ class MPT:
                 f"MPT starts from an MPT artefact, and this one holds {source_method.name!r}: it "
                 "has no factors. Run the source stage first (gin/mpt_source.gin)."
             )
-        if self.start_from == "same":
-            return _namesakes(source, source_runs, runs)
-        rows = jnp.asarray(source_rows(source_runs, self.start_from))
-        groups = {source_runs.group_of_row[row] for row in rows.tolist()}
-        if len(groups) > 1:
-            raise ValueError(
-                f"Averaging factors over {len(groups)} groups would mix different shared prompts; "
-                "set start_from to one run of the artefact."
-            )
-        repeat = lambda x, times: jnp.repeat(x[None], times, axis=0)  # noqa: E731
+        weights = source_weights(self.start_from, source_runs, runs)
+        groups = _shared_groups(weights, source_runs, runs)
         return {
-            "shared": repeat(source["shared"][groups.pop()], runs.num_groups),
-            "task_left": repeat(source["task_left"][rows].mean(0), runs.num_rows),
-            "task_right": repeat(source["task_right"][rows].mean(0), runs.num_rows),
+            "shared": jnp.asarray(source["shared"])[jnp.asarray(groups)],
+            "task_left": mix(weights, source["task_left"]),
+            "task_right": mix(weights, source["task_right"]),
         }
 
     def config(self):
         return {"prompt_length": self.prompt_length, "rank": self.rank}
 
 
-def _namesakes(source, source_runs, runs):
-    """Each run's own row of the source; raises where a group's rows had different shared ones."""
-    rows = [source_runs.row(name) for name in runs.run_names]
-    groups = [source_runs.group_of_row[rows[leader]] for leader in group_leaders(runs)]
-    for run, row, group in zip(runs.run_names, rows, runs.group_of_row, strict=True):
-        if source_runs.group_of_row[row] != groups[group]:
+def _shared_groups(weights, source_runs, runs):
+    """The group [G] of the source whose shared prompt each group takes: that of all the rows that
+    its factors come from. Raises where those had several."""
+    chosen = []
+    for group in range(runs.num_groups):
+        rows = [row for row, of in enumerate(runs.group_of_row) if of == group]
+        sources = [s for s in range(source_runs.num_rows) if weights[rows, s].any()]
+        found = sorted({source_runs.group_of_row[s] for s in sources})
+        if len(found) > 1:
             raise ValueError(
-                f"The factors of {run!r} were learnt with another shared prompt than those of the "
-                "other rows of its group; keep the groups of the artefact, or make the rows "
-                "independent."
+                f"{', '.join(runs.run_names[row] for row in rows)} would share one prompt, but "
+                "start from factors that were learnt with the different shared prompts of "
+                f"{len(found)} groups of the artefact "
+                f"({', '.join(source_runs.run_names[s] for s in sources)}). Start them from rows "
+                "of one group (start_from), or make them independent (GROUPS)."
             )
-    return {
-        "shared": source["shared"][jnp.asarray(groups)],
-        "task_left": source["task_left"][jnp.asarray(rows)],
-        "task_right": source["task_right"][jnp.asarray(rows)],
-    }
+        chosen += found
+    return chosen

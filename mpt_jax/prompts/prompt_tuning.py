@@ -1,7 +1,7 @@
 """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): one free matrix [P, H] for each task.
 
-Started from another task's prompt it is SPoT (Vu et al. 2022, arXiv 2110.07904). Each run is
-its own group of parameters, whatever the groups of the bank; tasks share nothing.
+Started from source prompts it is SPoT (Vu et al. 2022, arXiv 2110.07904; `spot.py` chooses them).
+Each run is its own group of parameters, whatever the groups of the bank; tasks share nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
-from mpt_jax.prompts.base import fold, name_key, register, source_rows
+from mpt_jax.prompts.base import fold, name_key, register
 from mpt_jax.prompts.init import PromptInit, SampledVocabulary
+from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
 
 @register
@@ -22,13 +24,14 @@ class PromptTuning:
     Attributes:
         prompt_length: P.
         init_prompt: initial value of each row's prompt.
-        start_from: with an initial artefact, the run whose prompt every row starts from (or
-            `'same'`: each row takes the artefact's row of its own name).
+        start_from: with an initial artefact, the run whose prompt every row starts from, `'same'`
+            (each row takes the artefact's row of its own name), a table of weights by run, or
+            a choice by similarity. Prompts are mixed only where weights say so.
     """
 
     prompt_length: int
     init_prompt: PromptInit = SampledVocabulary()
-    start_from: str = "average"
+    start_from: StartFrom = "average"
 
     name = "prompt_tuning"
     labels = ((r"table", "task"),)
@@ -48,12 +51,25 @@ class PromptTuning:
         return params["table"][task_ids, jnp.maximum(slots - 1, 0)]
 
     def transfer(self, source, source_method, source_runs, runs):
-        """Any method's artefact will do: its folded prompt of one row is the start."""
-        folded = fold(source_method, source, source_runs)
-        if self.start_from == "same":
-            return {"table": folded[jnp.asarray([source_runs.row(r) for r in runs.run_names])]}
-        row = source_rows(source_runs, self.start_from, named_only=True)[0]
-        return {"table": jnp.repeat(folded[row][None], runs.num_rows, axis=0)}
+        """Any method's artefact will do: its folded prompts are the start."""
+        folded = np.asarray(fold(source_method, source, source_runs))
+        weights = source_weights(self.start_from, source_runs, runs)
+        if isinstance(self.start_from, str):
+            _refuse_mixing(weights, folded, source_runs)
+        return {"table": mix(weights, folded)}
 
     def config(self):
         return {"prompt_length": self.prompt_length}
+
+
+def _refuse_mixing(weights, folded, source_runs):
+    """Raises where a row would start from several prompts that differ (those of a prompt that tasks
+    share do not)."""
+    for row in weights:
+        chosen = folded[row > 0]
+        if (chosen != chosen[0]).any():
+            raise ValueError(
+                "Prompt tuning starts from one source prompt, and the artefact holds "
+                f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to "
+                "one, or to the weights to mix them by."
+            )

@@ -1,0 +1,148 @@
+"""Sources chosen by similarity: against the definitions, pair by pair."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from mpt_jax.prompts.spot import Embeddings, NearestSource, cosines
+from mpt_jax.runs import Runs
+
+P, H = 3, 5
+SOURCES = Runs(["mnli", "qqp", "sst2"])
+TARGETS = Runs(["rte", "cb"])
+
+
+def embeddings(runs: Runs, seed: int, path: str = "somewhere") -> Embeddings:
+    prompts = np.random.default_rng(seed).normal(size=(runs.num_rows, P, H))
+    return Embeddings(path, runs, prompts.astype(np.float32))
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y)))
+
+
+def by_hand(target: np.ndarray, source: np.ndarray, similarity: str) -> float:
+    target, source = target.astype(np.float64), source.astype(np.float64)
+    if similarity == "mean_pooled":
+        return cosine(target.sum(0) / P, source.sum(0) / P)
+    return sum(cosine(x, y) for x in target for y in source) / P**2
+
+
+def rule(**settings) -> NearestSource:
+    return NearestSource("sources", "targets", **settings)
+
+
+@pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
+def test_similarities_are_those_of_the_definition(similarity):
+    targets, sources = embeddings(TARGETS, 0).prompts, embeddings(SOURCES, 1).prompts
+    expected = [[by_hand(t, s, similarity) for s in sources] for t in targets]
+    np.testing.assert_allclose(cosines(targets, sources, similarity), expected, atol=1e-12)
+    # Lengths of whole prompts do not count.
+    np.testing.assert_allclose(cosines(3 * targets, sources / 7, similarity), expected, atol=1e-6)
+
+
+def test_the_two_similarities_need_not_agree():
+    """A long row outweighs others in a mean, and counts as any other in pairs."""
+    target = np.array([[[1, 0], [1, 0]]], np.float32)
+    sources = np.array([[[9, 0], [0, 1]], [[1, 0.5], [1, 0.5]]], np.float32)
+    pooled, pairs = (cosines(target, sources, name)[0] for name in ("mean_pooled", "row_pairs"))
+    assert pooled.argmax() == 0 and pairs.argmax() == 1
+    np.testing.assert_allclose(pairs, [0.5, 1 / np.sqrt(1.25)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_of_the_nearest_are_in_proportion_to_their_similarity(similarity, seed):
+    sources, targets = embeddings(SOURCES, seed), embeddings(TARGETS, seed + 9)
+    nearest = rule(similarity=similarity).choose(sources, targets, SOURCES, TARGETS)
+    for t, run in enumerate(TARGETS.run_names):
+        found = [by_hand(targets.prompts[t], s, similarity) for s in sources.prompts]
+        order = sorted(range(3), key=lambda s: found[s], reverse=True)
+        assert nearest[run] == {SOURCES.run_names[order[0]]: 1.0}
+        positive = {s: found[s] for s in order[:2] if found[s] > 0}
+        if not positive:
+            continue
+        two = rule(similarity=similarity, top_k=2)
+        one = Runs([run])
+        weights = two.choose(sources, targets, SOURCES, one)[run]
+        assert list(weights) == [SOURCES.run_names[s] for s in positive]
+        expected = [value / sum(positive.values()) for value in positive.values()]
+        np.testing.assert_allclose(list(weights.values()), expected, atol=1e-6)
+
+
+def along(*angles: float) -> np.ndarray:
+    """A prompt of two equal rows in each direction (degrees), [K, 2, 2]."""
+    radians = np.deg2rad(angles)
+    rows = np.stack([np.cos(radians), np.sin(radians)], -1)
+    return np.repeat(rows[:, None], 2, axis=1).astype(np.float32)
+
+
+def test_dissimilar_sources_have_no_weight():
+    sources = Embeddings("s", SOURCES, along(60, 0, 120))
+    target = Embeddings("t", Runs(["rte"]), along(0))
+    table = rule(top_k=3).choose(sources, target, SOURCES, Runs(["rte"]))
+    assert table == {"rte": {"qqp": pytest.approx(2 / 3), "mnli": pytest.approx(1 / 3)}}
+    assert list(table["rte"]) == ["qqp", "mnli"]
+
+
+def test_where_every_source_is_dissimilar_one_is_taken_and_several_are_not():
+    sources = Embeddings("s", SOURCES, along(170, 100, 180))
+    target = Embeddings("t", Runs(["rte"]), along(0))
+    assert rule().choose(sources, target, SOURCES, Runs(["rte"])) == {"rte": {"qqp": 1.0}}
+    with pytest.raises(ValueError, match="No source is similar to 'rte'.*'mnli': -0.98"):
+        rule(top_k=2).choose(sources, target, SOURCES, Runs(["rte"]))
+
+
+def test_what_is_chosen_is_logged(caplog):
+    sources = Embeddings("s", SOURCES, along(60, 0, 120))
+    target = Embeddings("t", Runs(["rte"]), along(0))
+    with caplog.at_level(logging.INFO, logger="absl"):
+        rule().choose(sources, target, SOURCES, Runs(["rte"]))
+    assert "rte starts from {'qqp': 1.0}; similarities: {'mnli': 0.5, 'qqp': 1.0" in caplog.text
+
+
+def test_rows_are_found_by_name_wherever_they_stand():
+    """The artefact of sources, that of their embeddings and the bank need not agree in order."""
+    shuffled = Runs(["cola", "sst2", "mnli", "qqp"])
+    sources = Embeddings("s", shuffled, along(10, 20, 30, 40))
+    targets = Embeddings("t", Runs(["cb", "rte"]), along(21, 39))
+    table = rule().choose(sources, targets, SOURCES, Runs(["rte", "cb"]))
+    assert table == {"rte": {"qqp": 1.0}, "cb": {"sst2": 1.0}}
+
+
+def test_a_run_without_an_embedding_of_its_own_has_that_of_its_task():
+    few = Runs(["rte", "rte"], ["rte_k4", "rte_k16"], "independent")
+    targets = Embeddings("t", Runs(["rte"]), along(30))
+    table = rule().choose(Embeddings("s", SOURCES, along(0, 31, 90)), targets, SOURCES, few)
+    assert table == {"rte_k4": {"qqp": 1.0}, "rte_k16": {"qqp": 1.0}}
+    with pytest.raises(ValueError, match=r"several embeddings of the task 'rte' \(rte_k4, rte_k16"):
+        embeddings(few, 0).of(Runs(["rte"]))
+
+
+def test_a_run_without_any_embedding_is_named_beside_those_there_are():
+    sources, targets = embeddings(SOURCES, 0), embeddings(TARGETS, 1, "the/targets")
+    with pytest.raises(ValueError, match=r"the/targets has no embedding of 'wic'; it has rte, cb"):
+        rule().choose(sources, targets, SOURCES, Runs(["wic"]))
+    with pytest.raises(ValueError, match=r"no embedding of 'squad'; it has mnli, qqp, sst2"):
+        rule().choose(sources, targets, Runs(["mnli", "squad"]), TARGETS)
+
+
+def test_more_sources_than_there_are():
+    with pytest.raises(ValueError, match="top_k is 4, .* holds 3 sources: mnli, qqp, sst2"):
+        rule(top_k=4).choose(embeddings(SOURCES, 0), embeddings(TARGETS, 1), SOURCES, TARGETS)
+
+
+def test_settings_out_of_range():
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        rule(top_k=0)
+    with pytest.raises(ValueError, match="'mean_pool'.*Did you mean 'mean_pooled'"):
+        rule(similarity="mean_pool")
+
+
+@pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_an_embedding_without_a_direction(similarity, value):
+    prompts = np.full((1, P, H), value, np.float32)
+    with pytest.raises(ValueError, match="zero or not a number"):
+        cosines(prompts, embeddings(SOURCES, 0).prompts, similarity)
