@@ -1,9 +1,9 @@
 """Prompt artefacts: what one stage hands the next, and what users deploy.
 
-A folder of two files. `prompts.safetensors` holds the method's parameters under `factors/` and,
+A folder of three files. `prompts.safetensors` holds the method's parameters under `factors/` and,
 on request, the folded prompt of each row under `folded/`. `config.json` says what they belong to:
 the method, the runs, the backbone (digest of its embedding) and the vocabulary. Whoever reads an
-artefact checks the digests and refuses another backbone's.
+artefact checks the digests and refuses another backbone's. `README.md` is its model card.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 import mpt_jax
+from mpt_jax import model_card
 from mpt_jax.prompts.base import PromptMethod, fold, get_method
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Params
@@ -108,6 +109,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     metrics: Mapping[str, Any] | None = None,
     started_from: Mapping[str, Any] | None = None,
     include_folded: bool = False,
+    facts: model_card.Facts | None = None,
 ) -> epath.Path:
     """Writes an artefact; a reader sees the old folder or the new one, never half of it.
 
@@ -123,6 +125,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         metrics: what was measured of them, JSON values.
         started_from: digest of the artefact they started from, and which of its rows.
         include_folded: also writes each row's plain prompt.
+        facts: what the model card says beside these.
     """
     path = epath.Path(path)
     tensors = {f"factors/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
@@ -153,6 +156,8 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     new.mkdir(parents=True)
     (new / TENSORS).write_bytes(save(tensors))
     (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    card = model_card.for_folder(path, config, facts or model_card.Facts())
+    (new / model_card.NAME).write_bytes(card)
     if path.exists():
         path.rename(old)
     new.rename(path)

@@ -120,6 +120,11 @@ class InferenceEvaluator:
         """The tasks that are evaluated."""
         return tuple(self._tasks)
 
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """How many examples of each task are evaluated."""
+        return dict(self._sizes)
+
     def close(self) -> None:
         """Waits for what is being written."""
         self._evaluator.close()

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mpt_jax
+from mpt_jax.provenance import git_revision, package_versions
 
 METRICS = "metrics.jsonl"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow", "numpy")
 
 
 class Writers:
@@ -128,7 +125,7 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
         "mpt_jax": mpt_jax.__version__,
         "git_revision": git_revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "platform": platform.platform(),
         "devices": [f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"],
         "processes": jax.process_count(),
@@ -139,32 +136,12 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
     path.write_text(before + json.dumps(record) + "\n")
 
 
-def git_revision() -> str | None:
-    """The commit of the source tree this runs from, `+changes` if it is not clean; None if it is
-    not a git checkout."""
-    folder = Path(mpt_jax.__file__).parents[1]
-    if not (folder / ".git").exists():
-        return None
-    run = lambda *arguments: subprocess.run(  # noqa: E731
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    revision = run("rev-parse", "HEAD")
-    return (revision + "+changes" if run("status", "--porcelain", "-uno") else revision) or None
-
-
 def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:
     """The line at the start of a run that says how much learns."""
     return (
         f"{trainable:,} of {total:,} parameters learn ({trainable / total:.3%}; labels: "
         f"{', '.join(sorted(labels))})."
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _clock(seconds: float) -> str:

@@ -28,7 +28,7 @@ from flax.linen import partitioning as nn_partitioning
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpt_jax import artefacts, t5x_import, train_state
+from mpt_jax import artefacts, examples, model_card, provenance, t5x_import, train_state
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.shapes import Key, Params
 from mpt_jax.tree import flatten, match_exactly, merge, split, unflatten
@@ -333,7 +333,20 @@ class ArtefactHook:
             backbone=host.origins.name,
             step=step,
             started_from=loaded.started_from,
+            facts=_card_facts(host),
         )
+
+
+def _card_facts(host: Host) -> model_card.Facts:
+    """What the model card says beside the artefact's configuration. Scores are not known at a
+    save: T5X evaluates after it."""
+    tasks = [examples.find_task(n) for n in host.model.runs.run_names if examples.is_task(n)]
+    return model_card.Facts(
+        data={task.name: model_card.data_of(task) for task in tasks},
+        trained_numbers=train_state.count(host.split(host.shapes)[0]),
+        git_revision=provenance.git_revision(),
+        packages=provenance.package_versions(),
+    )
 
 
 def save_hooks(model_dir: str) -> list[ArtefactHook]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import seqio
 from absl import logging
 from etils import epath
 
@@ -28,6 +29,8 @@ from mpt_jax import (
     gin_utils,
     host_memory,
     identity,
+    model_card,
+    provenance,
     reporting,
     selection,
     train_state,
@@ -242,7 +245,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     params, step = to_host(evaluator.best_params()), evaluator.best_step()
     if jax.process_index() == 0:
         if "prompt" in params:
-            write_artefact(model_dir, model, params, step, loaded, origins, evaluator)
+            facts = card_facts(train_dataset_cfg, infer_eval_dataset_cfg, evaluator)
+            write_artefact(model_dir, model, params, step, loaded, origins, evaluator, facts)
         if any(re.fullmatch(BACKBONE, name) for name in flatten(trainer.state.trainable)):
             backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
             folder = epath.Path(model_dir) / TRAINED_BACKBONE
@@ -259,6 +263,7 @@ def write_artefact(
     loaded: train_state.Loaded,
     origins: train_state.Origins,
     evaluator: Evaluation,
+    facts: model_card.Facts,
 ) -> None:
     """Writes MODEL_DIR/artefact from the parameters a run ends with."""
     metrics: dict[str, Any] = {"scores": evaluator.best_scores()}
@@ -276,8 +281,25 @@ def write_artefact(
         metrics=metrics,
         started_from=loaded.started_from,
         include_folded=True,
+        facts=facts,
     )
     logging.info("Prompt artefact: %s", path)
+
+
+def card_facts(
+    train_cfg: data.DatasetConfig, infer_cfg: data.DatasetConfig | None, evaluator: Evaluation
+) -> model_card.Facts:
+    """What the model card says of a run beside its artefact's configuration."""
+    provider = train_cfg.provider()
+    return model_card.Facts(
+        data={task.name: model_card.data_of(task) for task in seqio.get_subtasks(provider)},
+        trained_on=getattr(provider, "overlong", {}),
+        evaluated=evaluator.inference.num_examples if evaluator.inference else {},
+        evaluated_split=infer_cfg.split if infer_cfg else "",
+        trained_numbers=train_state.count(evaluator.trainer.state.trainable),
+        git_revision=provenance.git_revision(),
+        packages=provenance.package_versions(),
+    )
 
 
 def _first_step(trainer: Trainer, batches: Any, started: float) -> dict[str, float]:

@@ -10,10 +10,12 @@ from safetensors.numpy import load, save
 
 from mpt_jax import artefacts
 from mpt_jax.artefacts import CONFIG, TENSORS
+from mpt_jax.model_card import NAME
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 
+FILES = (CONFIG, TENSORS, NAME)
 P, H = 4, 6
 RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 0])
 RNG = np.random.default_rng(0)
@@ -56,7 +58,7 @@ def test_what_is_written_comes_back(tmp_path):
     assert (config["step"], config["backbone"]) == (120, "tiny")
     assert config["metrics"] == {"rte_s1": {"accuracy": 61.5}}
     assert config["embedding_sha256"] == DIGEST
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([CONFIG, TENSORS])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
 
 
 def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
@@ -86,7 +88,7 @@ def test_writing_again_replaces_the_whole_folder(tmp_path):
     (tmp_path / "a" / "stray").write_text("")
     write(tmp_path / "a", step=240)
     assert artefacts.load_artefact(tmp_path / "a").config["step"] == 240
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([CONFIG, TENSORS])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left behind"
 
 

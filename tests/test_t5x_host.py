@@ -68,6 +68,10 @@ def test_the_artefact_of_a_save_stays_where_prompts_are_no_longer_finite(
     assert hook(good, "infos") == (good, "infos")
     written = artefacts.load_artefact(tmp_path / "artefact")
     assert written.config["step"] == 3
+    card = (tmp_path / "artefact" / "README.md").read_text()
+    assert "| step | 3 |" in card and "Nothing was measured" in card
+    trained = sum(leaf.size for leaf in flatten(state.params["prompt"]).values())
+    assert f"| numbers that were trained | {trained} |" in card
     tiny.close(written.params, state.params["prompt"], 0)
     prompt = dict(state.params["prompt"])
     prompt["task_left"] = prompt["task_left"].at[0, 0, 0].set(np.nan)
