@@ -97,7 +97,10 @@ def register(  # noqa: PLR0913 - one keyword for each thing that a task is made 
         output_features={},
         preprocessors=features.finish(name),
         postprocess_fn=None if words or metrics else _only_answer,
-        metric_fns=_metrics(tuple(dict.fromkeys(words.values())), metrics),
+        metric_fns=[
+            text_metrics.of_task(name, metric)
+            for metric in _metrics(tuple(dict.fromkeys(words.values())), metrics)
+        ],
     )
     seqio.TaskRegistry.add_provider(name, task)
 
