@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.save(root / table.name, list(found.values()))
         print(show.text(table, suite, found, majority_shares(table, suite)))
     except (ValueError, OSError) as error:
-        sys.exit(f"mpt-jax paper: {error}")
+        print(f"mpt-jax paper: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +134,7 @@ def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
     """Percent of the most frequent label in each task's test split, where the data are here; the
     paper's own where it is known."""
     shares = dict(published.majority()) if suite is suites.PAPER else {}
-    for name in table.columns:
+    for name in table.tasks:
         task = seqio.TaskRegistry.get(suite.tasks[name])
         if not evaluation.labels_of(task):
             continue

@@ -52,7 +52,7 @@ def score_rows(
     table: Table, suite: Suite, found: Found, shots: int | None, shares: Mapping[str, float]
 ) -> Rows:
     """Ours, and on the paper's suite each published row after the arm of ours it belongs to."""
-    heads = ["", *table.columns, *table.groups, "95% interval", "n"]
+    heads = ["", *table.columns, *table.averages, "95% interval", "n"]
     lines = [heads]
     theirs = published.rows(table.name) if suite is suites.PAPER else []
     lines += [_published(table, row, shots, shares) for row in theirs if row.of is None]
@@ -68,18 +68,20 @@ def _ours(
     table: Table, suite: Suite, result: Result | None, shares: Mapping[str, float]
 ) -> list[str]:
     if result is None:
-        return [NOT_RUN] * (len(table.columns) + len(table.groups)) + ["", ""]
+        return [NOT_RUN] * (len(table.columns) + len(table.averages)) + ["", ""]
     cells = []
-    for name in table.columns:
-        found = results.estimate(result.values(suite.tasks[name]))
-        cells.append(_with_std(found) + _mark(found.mean, shares.get(name)))
+    for column in table.columns:
+        name, _, metric = column.partition(" ")
+        scores, task = result.scores, suite.tasks[name]
+        found = results.estimate(scores[task][metric] if metric else result.values(task))
+        cells.append(_with_std(found) + _mark(found.mean, shares.get(column)))
     averages = [
         results.estimate(result.means([suite.tasks[name] for name in names]))
-        for names in table.groups.values()
+        for names in table.averages.values()
     ]
     intervals = [f"[{a.low:.1f}, {a.high:.1f}]" if a.n > 1 else "" for a in averages]
     cells += [_with_std(average) for average in averages]
-    return [*cells, " ".join(intervals).strip(), str(averages[0].n)]
+    return [*cells, " ".join(intervals).strip(), str(len(result.seeds))]
 
 
 def _published(
@@ -87,10 +89,11 @@ def _published(
 ) -> list[str]:
     values = row.values.get(shots, {})
     cells = []
-    for name in (*table.columns, *table.groups):
+    for name in (*table.columns, *table.averages):
         value = values.get(name)
         std = f" ± {row.stds[name]:.1f}" if name in row.stds else ""
-        cells.append("" if value is None else f"{value:.1f}{std}{_mark(value, shares.get(name))}")
+        shown = value is not None
+        cells.append(f"{value:.1f}{std}{_mark(value, shares.get(name))}" if shown else "")
     name = f"{row.name} (paper)" if row.taken_from is None else f"{row.name} († {row.taken_from})"
     return [name, *cells, "", ""]
 
@@ -105,7 +108,7 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
             if reference is None or result is None or result is reference:
                 continue
             for group, names in table.groups.items():
-                theirs = _published_difference(table.name, arm.name, shots, group)
+                theirs = _published_difference(table, arm.name, shots, group)
                 tasks = [suite.tasks[name] for name in names]
                 difference = results.estimate(
                     np.subtract(reference.means(tasks), result.means(tasks)).tolist()
@@ -128,16 +131,21 @@ def _verdict(ours: results.Estimate, theirs: float | None) -> list[str]:
     return [sign, "the same" if np.sign(ours.mean) == np.sign(theirs) else "the opposite"]
 
 
-def _published_difference(table: str, arm: str, shots: int | None, group: str) -> float | None:
-    """The paper's reference minus an arm: of the average of this name, else of the only one."""
-    found = {row.of: row.values for row in published.rows(table) if row.of}
+def _published_difference(table: Table, arm: str, shots: int | None, group: str) -> float | None:
+    """The paper's reference minus an arm: over the same tasks, else of the average that it prints
+    for them, else of the only figure it has."""
+    found = {row.of: row.values for row in published.rows(table.name) if row.of}
     values = []
     for name in (REFERENCE, arm):
         by_shots = found.get(name, {})
         figures = by_shots.get(shots, by_shots.get(None, {}))
-        if group not in figures and len(figures) != 1:
+        same = [figures[task] for task in table.groups[group] if task in figures]
+        if len(same) == len(table.groups[group]):
+            values.append(float(np.mean(same)))
+        elif group in figures or len(figures) == 1:
+            values.append(figures.get(group, next(iter(figures.values()))))
+        else:
             return None
-        values.append(figures.get(group, next(iter(figures.values()))))
     return values[0] - values[1]
 
 

@@ -26,6 +26,8 @@ class Table:
         title: for people.
         arms: its rows.
         groups: name of an average -> the tasks that it is over, by the paper's names.
+        metrics: task -> what is shown of it, each in a column of its own and without averages;
+            otherwise its main metric.
         shots: numbers of training examples; None for all.
         seeds: how many draws.
         files: gin files that every stage gets.
@@ -42,6 +44,7 @@ class Table:
     seeds: int = 3
     files: tuple[str, ...] = ()
     source_per_seed: bool = False
+    metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def on(self, suite: Suite) -> Table:
@@ -63,9 +66,21 @@ class Table:
         return dataclasses.replace(table, groups=groups)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The tasks, by the paper's names, each once."""
+    def tasks(self) -> tuple[str, ...]:
+        """The paper's names of the tasks, each once."""
         return tuple(dict.fromkeys(task for tasks in self.groups.values() for task in tasks))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is shown: tasks, or `'<task> <metric>'`."""
+        if not self.metrics:
+            return self.tasks
+        return tuple(f"{task} {metric}" for task in self.tasks for metric in self.metrics[task])
+
+    @property
+    def averages(self) -> Groups:
+        """The averages that are shown."""
+        return {} if self.metrics else self.groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +164,7 @@ def _jobs(
             yield target_runs(tasks, seeds, shots), Length(steps, -(-lengths[0].rows // len(tasks)))
         return
     by_length: dict[Length, list[str]] = {}
-    for name in table.columns:
+    for name in table.tasks:
         task = suite.tasks[name]
         length = suite.length(task, shots)
         if arm.steps is not None and suite is suites.PAPER and shots is None:
@@ -245,7 +260,11 @@ TABLES = {
             (arms.PT, arms.MPT_ARM),
             {"NLG": ("E2E", "WebNLG")},
             files=(arms.ablation("size_large"),),
-            toy={"files": ()},
+            metrics={
+                "E2E": ("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"),
+                "WebNLG": ("bleu", "meteor_exact_stem", "ter"),
+            },
+            toy={"files": (), "metrics": {"E2E": ("f1", "exact_match")}},
         ),
         Table(
             "ablations",
