@@ -38,6 +38,7 @@ import mpt_jax
 from mpt_jax import gin_check, paths, t5x_import
 
 PACKAGE = Path(mpt_jax.__file__).parent
+OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
 
 
 class ConfigError(ValueError):
@@ -264,7 +265,7 @@ def _is_for_the_user(error: Exception) -> bool:
     if not isinstance(error, (ValueError, OSError, RuntimeError)):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in Path(frames[-1].filename).parents
+    return bool(frames) and any(ours in Path(frames[-1].filename).parents for ours in OURS)
 
 
 def log_progress() -> None:

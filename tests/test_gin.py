@@ -468,3 +468,12 @@ def test_helpers_of_gin_files():
     assert gin_utils.bool_fn(0) is False
     assert gin_utils.string_split_fn("a/b/c", "/") == ["a", "b", "c"]
     assert gin_utils.string_split_fn("a/b/c", "/", 1, -1) == "b/c"
+
+
+def test_a_task_suites_error_is_one_line(tmp_path):
+    """It comes up inside SeqIO, after the model is built."""
+    bindings = ['--gin.TARGET_TASKS=["boolq"]', '--gin.TASK_MODULES=["tasks.super_glue"]']
+    files = [f"--gin_file=gin/{name}.gin" for name in ("mpt_target", "tiny")]
+    folders = [f"--gin.ROOT='{tmp_path}'", f"--tfds_data_dir={tmp_path}"]
+    message = command(*files, *bindings, *folders)
+    assert "super_glue/boolq, version 1.0.2, is not in" in message and "tfds build" in message
