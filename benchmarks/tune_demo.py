@@ -25,6 +25,21 @@ SEEDS = (100, 101, 102)
 SHOTS = 32
 PROMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+# Arms of the ablations whose learning rate may be another than MPT's (docs/results-toy.md).
+ABLATIONS = (
+    demo.Method(
+        "MPT, shared prompt only",
+        ("gin/mpt_target.gin", "gin/ablations/target_shared_only.gin"),
+        0.3,
+        lambda rate, steps: (f"LEARNING_RATE = {rate}",),
+    ),
+    demo.Method(
+        "MPT, vectors only",
+        ("gin/mpt_target.gin", "gin/ablations/target_vectors_only.gin"),
+        0.3,
+        demo.two_rates,
+    ),
+)
 VALIDATION = "infer_eval/utils.DatasetConfig.split = 'validation'"
 
 
@@ -41,7 +56,7 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     compilation_cache.enable()
     lines = []
-    for method in demo.methods(args.root):
+    for method in (*demo.methods(args.root), *ABLATIONS):
         if args.methods and method.name not in args.methods:
             continue
         for steps in args.steps:

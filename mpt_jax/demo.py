@@ -56,7 +56,7 @@ class Method:
 
     Attributes:
         name: in tables.
-        gin_file: the stage file.
+        gin_files: the stage file, and what changes it.
         learning_rate: the peak.
         schedule: (learning rate, steps) -> bindings.
         bindings: what else the demo sets beside the suite's defaults (gin/tiny.gin).
@@ -65,7 +65,7 @@ class Method:
     """
 
     name: str
-    gin_file: str
+    gin_files: tuple[str, ...]
     learning_rate: float
     schedule: Callable[[float, int], tuple[str, ...]] = one_rate
     bindings: tuple[str, ...] = ()
@@ -77,11 +77,11 @@ def methods(root: Path) -> tuple[Method, ...]:
     """The methods compared; `root` holds the source stages. Their learning rates were chosen on
     other tasks (docs/protocol.md)."""
     start = (f"INITIAL_ARTEFACT = '{root}/pt_source/artefact'", f"START_FROM = '{START_TASK}'")
-    tuned, finetuned = "gin/pt_target.gin", "gin/full_finetuning.gin"
+    tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
         Method("PT", tuned, 0.3),
         Method("PT from a source prompt", tuned, 0.01, bindings=start),
-        Method("MPT", "gin/mpt_target.gin", 0.3, two_rates),
+        Method("MPT", ("gin/mpt_target.gin",), 0.3, two_rates),
         Method("Full fine-tuning", finetuned, 3e-4, seeds=(0,), grouped=False),
     )
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = Path(args.root)
     set_aside_finished(root)
     for name in ("pt_source", "mpt_source"):
-        source = stage(root, name, f"gin/{name}.gin", [f"LEARNING_RATE = {SOURCE_RATE}"])
+        source = stage(root, name, [f"gin/{name}.gin"], [f"LEARNING_RATE = {SOURCE_RATE}"])
         if not source.is_done(root):
             source.run(root)
     targets = ALL_TARGETS if args.full else TARGETS
@@ -122,13 +122,13 @@ def set_aside_finished(root: Path) -> None:
 def stage(
     root: Path,
     name: str,
-    gin_file: str,
+    gin_files: Sequence[str],
     bindings: Sequence[str],
     runs: tuple[Run, ...] = (),
     steps: int = SOURCE_STEPS,
 ) -> Stage:
     """A stage of the demo, scored once, on the test split, after its last step."""
-    files = (gin_file, "gin/tiny.gin", "gin/runs/demo.gin")
+    files = (*gin_files, "gin/tiny.gin", "gin/runs/demo.gin")
     # What an earlier stage left is looked for below the root.
     return Stage(name, files, (f"ROOT = {quoted(str(root))}", *bindings), runs, steps)
 
@@ -160,7 +160,7 @@ def adapt(
             *method.bindings,
         ]
         name = folder if method.grouped else f"{folder}/{job[0].name}"
-        jobs.append(stage(root, name, method.gin_file, bindings, job, steps))
+        jobs.append(stage(root, name, method.gin_files, bindings, job, steps))
     started = time.monotonic()
     for job in jobs:
         if not job.is_done(root):

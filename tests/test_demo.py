@@ -49,7 +49,7 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
             (folder / "inference_eval" / f"{name}-metrics.jsonl").write_text(line + "\n")
 
     monkeypatch.setattr(experiment.Stage, "run", run)
-    method = demo.Method("PT", "gin/pt_target.gin", 0.5, seeds=(1, 2), grouped=grouped)
+    method = demo.Method("PT", ("gin/pt_target.gin",), 0.5, seeds=(1, 2), grouped=grouped)
     result = demo.adapt(tmp_path, method, ("toy_rte", "toy_cb"), 32)
     assert result.scores == {
         "toy_rte": {"accuracy": [11.0, 12.0]},
