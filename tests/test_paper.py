@@ -219,6 +219,17 @@ def test_a_table_goes_on_where_it_stopped(world, capsys):
     assert spot.parameters == 100 / 6
 
 
+def test_some_arms_alone(world, capsys):
+    root, ran = world
+    arguments = ["ablations", "--suite", "toy", "--seeds", "2", "--root", str(root)]
+    command.main([*arguments, "--arms", "rank 2"])
+    sources = ["teachers", "mpt_source_rank_2_s0", "mpt_source_rank_2_s1"]
+    assert ran == [*sources, "ablations/rank_2/k32/s0", "ablations/rank_2/k32/s1"]
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--arms", "rank 3"])
+    assert "Unknown arm of ablations 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
+
+
 def test_a_folder_of_other_settings_is_refused(world, capsys):
     root, _ = world
     arguments = ["table3", "--suite", "toy", "--root", str(root)]

@@ -26,6 +26,7 @@ from mpt_jax.experiment import Stage
 from mpt_jax.paper import published, show, suites, tables
 from mpt_jax.paper.suites import Suite
 from mpt_jax.paper.tables import Cell, Table
+from mpt_jax.runs import unknown_name
 from tasks import few_shot
 
 PLAN = "stages.json"
@@ -36,12 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         suite = suites.SUITES[args.suite]
-        table = tables.find(args.table)
-        if args.seeds is not None:
-            table = dataclasses.replace(
-                table, seeds=args.seeds, toy={**table.toy, "seeds": args.seeds}
-            )
-        table = table.on(suite)
+        table = chosen(tables.find(args.table).on(suite), args.seeds, args.arms)
         root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
         planned = tables.cells(table, suite, root)
         if args.print:
@@ -68,11 +64,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("table", help="which table")
     parser.add_argument("--suite", choices=list(suites.SUITES), default="paper")
     parser.add_argument("--seeds", type=int, help="how many draws, if not the table's number")
+    parser.add_argument("--arms", nargs="+", help="only these rows, by name")
     parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", help="prints the commands left to run")
     what.add_argument("--collect", action="store_true", help="shows what was run, and runs nothing")
     return parser
+
+
+def chosen(table: Table, seeds: int | None, names: Sequence[str] | None) -> Table:
+    """The table with another number of seeds, or only some of its arms.
+
+    Raises:
+        ValueError: no such arm in this table.
+    """
+    if seeds is not None:
+        table = dataclasses.replace(table, seeds=seeds)
+    if names is None:
+        return table
+    known = {arm.name: arm for arm in table.arms}
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown_name(f"arm of {table.name}", name, list(known)))
+    return dataclasses.replace(table, arms=tuple(known[name] for name in names))
 
 
 def unique(cells: Sequence[Cell]) -> list[Stage]:
