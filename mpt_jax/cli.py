@@ -12,6 +12,8 @@ COMMANDS = {
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
     "tasks": "list; show NAME -n 3: the tasks there are, and their text",
     "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
+    "paper": "runs a table of the MPT paper, on its tasks or the toy suite",
+    "report": "one HTML page of what a demo or a table left: DIR",
 }
 
 

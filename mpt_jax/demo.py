@@ -21,8 +21,8 @@ from pathlib import Path
 from absl import logging
 
 from mpt_jax import compilation_cache, gin_utils, paths, results
-from mpt_jax.demo_report import write_report
 from mpt_jax.experiment import Run, Stage, collect, quoted, target_bindings, target_runs
+from mpt_jax.report import sections, tables
 from mpt_jax.results import Result
 from tasks import toy
 
@@ -62,6 +62,7 @@ class Method:
         bindings: what else the demo sets beside the suite's defaults (gin/tiny.gin).
         seeds: draws of the training examples.
         grouped: all runs are one job; otherwise each is a job of its own.
+        start: the source task that prompts start from, if it is one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Method:
     bindings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
     grouped: bool = True
+    start: str | None = None
 
 
 def methods(root: Path) -> tuple[Method, ...]:
@@ -80,7 +82,7 @@ def methods(root: Path) -> tuple[Method, ...]:
     tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
         Method("PT", tuned, 0.3),
-        Method("PT from a source prompt", tuned, 0.01, bindings=start),
+        Method("PT from a source prompt", tuned, 0.01, bindings=start, start=START_TASK),
         Method("MPT", ("gin/mpt_target.gin",), 0.3, two_rates),
         Method("Full fine-tuning", finetuned, 3e-4, seeds=(0,), grouped=False),
     )
@@ -105,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)
     found = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
     seconds = time.monotonic() - started
-    print(write_report(root, found, SOURCES, majority_shares(targets), seconds))
+    shares = majority_shares(targets)
+    print(f"\n{tables.text(root, found, shares)}\n")
+    print(f"Everything took {seconds:.0f} s. Artefacts and predictions: {root}")
+    print(f"Report: {sections.write(root, found, majority=shares)}")
     results.save(root, found)
 
 
@@ -166,7 +171,7 @@ def adapt(
         if not job.is_done(root):
             job.run(root)
     seconds = time.monotonic() - started
-    result = collect(root, method.name, shots, jobs)
+    result = collect(root, method.name, shots, jobs, start=method.start)
     return dataclasses.replace(result, seconds=seconds)
 
 

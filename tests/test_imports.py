@@ -17,7 +17,7 @@ losses metrics decoding models optimizers schedules partitioning convert provena
 artefacts train_state identity trainer selection checkpoints""".split()
 BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host initializer
 gin_check gin_utils reporting results eval_loop train eval infer export
-experiment demo_report demo paper list_tasks cli
+experiment report demo paper list_tasks cli
 t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")

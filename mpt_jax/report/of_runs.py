@@ -1,0 +1,189 @@
+"""Sections of what lies in the folders of runs: curves, prompts, and where all of it is from."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mpt_jax.artefacts import Artefact
+from mpt_jax.report import analysis, figures, folders, page, tables
+from mpt_jax.report.analysis import examples, short
+from mpt_jax.report.content import Content, Drawn
+from mpt_jax.report.figures import Line, Panel, Style
+
+LOSS = "cross entropy, nats per token"
+# What facts of run.jsonl are called here.
+FACTS = {
+    "MPT-JAX": "mpt_jax",
+    "Git revision": "git_revision",
+    "Python": "python",
+    "Packages": "packages",
+    "Devices": "devices",
+    "Processes": "processes",
+    "Platform": "platform",
+    "Seed of values and data order": "seed",
+}
+
+
+def losses(content: Content) -> list[str]:
+    """Training loss of source stages and of every method."""
+    stages = {name: folders.losses(path) for name, path in folders.sources(content.root).items()}
+    looks = {
+        name: Style(figures.SERIES.format(i + 1), "", figures.DASHES[i])
+        for i, name in enumerate(stages)
+    }
+    drawn = _curves(stages, "source stages", LOSS, looks, "y")
+    blocks = [content.figure(drawn, "Training loss of the source stages.", looks)] if drawn else []
+    drawn, looks = [], _unmarked(content.styles)
+    for shots, results in content.by_shots():
+        runs = {
+            label: [c for path in content.folders(result) for c in folders.losses(path)]
+            for label, result in results.items()
+        }
+        content.say_absent(f"Loss, {examples(shots)}", runs, "no metrics.jsonl among its runs")
+        drawn += _curves(runs, examples(shots), LOSS, looks, "y")
+    caption = "Training loss on target tasks; each run (task, seed) of a method counts the same."
+    return [*blocks, content.figure(drawn, caption, looks)] if drawn else blocks
+
+
+def scores_by_step(content: Content) -> list[str]:
+    """Scores between steps, where runs were evaluated more than once."""
+    drawn, looks = [], _unmarked(content.styles)
+    for shots, results in content.by_shots():
+        runs = {
+            label: [
+                curve
+                for path in content.folders(result)
+                for curve in folders.scores(path)
+                if len(curve) > 1
+            ]
+            for label, result in results.items()
+        }
+        drawn += _curves(runs, examples(shots), "mean score", looks, "")
+    if not drawn:
+        content.absent.append("Score by step: no run that is here was evaluated more than once.")
+        return []
+    caption = "Score while training, mean over the runs (task, seed) of a method."
+    return [content.figure(drawn, caption, looks)]
+
+
+def _unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
+    """Curves of many steps have no marker on each."""
+    return {label: look._replace(marker="") for label, look in looks.items()}
+
+
+def _curves(
+    runs: Mapping[str, Iterable[folders.Curve]],
+    title: str,
+    y: str,
+    looks: Mapping[str, Style],
+    log: str,
+) -> list[Drawn]:
+    """A panel for each length of training."""
+    by_length: dict[int, dict[str, folders.Curve]] = collections.defaultdict(dict)
+    for label, curves in runs.items():
+        for last, curve in analysis.mean_curves(curves).items():
+            by_length[last][label] = curve
+    drawn = []
+    for last, found in sorted(by_length.items()):
+        series = [
+            Line(looks[label], list(curve), list(curve.values())) for label, curve in found.items()
+        ]
+        name = title if len(by_length) == 1 else f"{title}, {last:,} steps"
+        ends = ", ".join(f"{label} {curve[last]:.3g}" for label, curve in found.items())
+        alt = f"{y} by step, {name}. At the last step: {ends}."
+        panel = Panel(name, "step", y, alt, log=log)
+        drawn.append(Drawn(figures.lines(panel, series), list(found)))
+    return drawn
+
+
+def source_prompts(content: Content) -> list[str]:
+    """How alike the prompts of source tasks are."""
+    found = tables.trained(content.root)
+    if not found:
+        content.absent.append(
+            f"Similarity of source prompts: neither {content.root} nor the folder it lies in has a "
+            "source stage with an artefact."
+        )
+        return []
+    panels = [
+        _similarity(name, artefact.folded(), artefact.runs.task_names)
+        for name, artefact in found.items()
+    ]
+    return [page.figure(panels, "Cosine similarity of flattened prompts, source tasks.", {})]
+
+
+def target_prompts(content: Content) -> list[str]:
+    """How alike the prompts of target tasks are, by one method: the reference, if its prompts are
+    here, at the largest number of examples, which has several seeds where all of them has one."""
+    few = [k for k in analysis.shots_of(content.results) if k is not None]
+    for label in dict.fromkeys([content.reference, *content.arms]):
+        arm = content.arms.get(label, {})
+        for shots in [k for k in (*reversed(few), None) if k in arm]:
+            result = arm[shots]
+            found = [folders.artefact(path) for path in content.folders(result)]
+            kept: list[Artefact] = [artefact for artefact in found if artefact is not None]
+            if kept:
+                prompts = np.concatenate([artefact.folded() for artefact in kept])
+                tasks = [task for artefact in kept for task in artefact.runs.task_names]
+                title = f"{label}, {examples(shots)}"
+                caption = (
+                    "Cosine similarity of flattened prompts, target tasks: mean over pairs of "
+                    "runs; on the diagonal pairs of one task with different seeds (1 where it has "
+                    "one run)."
+                )
+                return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
+    content.absent.append("Similarity of target prompts: no run that is here has an artefact.")
+    return []
+
+
+def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:
+    names, similar = analysis.cosines_by_task(prompts, list(tasks))
+    shown = list(map(short, names))
+    apart = similar[~np.eye(len(names), dtype=bool)]
+    alt = f"Cosine similarity of prompts, {title}, {len(names)} tasks."
+    if len(apart):
+        alt += f" Between tasks: {apart.min():.2f} to {apart.max():.2f}."
+    return figures.heat_map(Panel(title, "", "", alt), shown, shown, similar, 1.0, ".2f")
+
+
+def provenance(content: Content) -> list[str]:
+    """What made the runs: versions, devices, revision, seeds."""
+    paths = [*folders.sources(content.root).values()]
+    for result in content.results:
+        here = content.folders(result)
+        paths += here
+        if len(here) < len(result.model_dirs):
+            content.absent.append(
+                f"{content.label(result)}, {examples(result.shots)}: "
+                f"{len(result.model_dirs) - len(here)} of its {len(result.model_dirs)} run folders "
+                f"are not below {content.root}."
+            )
+    records = [record for path in paths for record in folders.records(path)]
+    seeds = sorted({seed for result in content.results for seed in result.seeds})
+    pairs = {"Draws of examples (seeds)": ", ".join(map(str, seeds))}
+    if not records:
+        content.absent.append("Versions, devices, revision: no run that is here has a run.jsonl.")
+        return [page.facts(pairs)]
+    for name, key in FACTS.items():
+        pairs[name] = _values(record.get(key) for record in records)
+    started = sorted(record["started"] for record in records)
+    pairs["Runs started"] = f"{started[0]} to {started[-1]}"
+    lead = f"What the records of {len(paths)} run folders say; several values where they differ."
+    return [page.paragraph(lead), page.facts(pairs)]
+
+
+def _values(values: Iterable[Any]) -> str:
+    """Different values, each once."""
+    return "; ".join(dict.fromkeys(_words(value) for value in values))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(version)}" for name, version in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "not recorded" if value is None else str(value)
