@@ -69,7 +69,10 @@ def main() -> None:
                     seeds=SEEDS if method.grouped else SEEDS[:1],
                 )
                 result = demo.adapt(args.root, tried, TARGETS, SHOTS, (steps, demo.FEW[1]))
-                scores = {task: found["accuracy"] for task, found in result.scores.items()}
+                scores = {
+                    task: [round(value, 2) for value in found["accuracy"]]
+                    for task, found in result.scores.items()
+                }
                 mean = round(float(np.mean([np.mean(found) for found in scores.values()])), 2)
                 lines.append({"method": method.name, "learning_rate": rate, "steps": steps})
                 lines[-1] |= {

@@ -1,4 +1,4 @@
-"""One optimizer for every label: AdamW by rows, with a learning rate for each label and group.
+"""One optimizer for every label: AdamW (or another) by rows, a learning rate by label and group.
 
 Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K], as the
 method's `axes` say. Every row is stepped as if it were alone, with its own moments, step count,
@@ -89,7 +89,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class PromptOptimizer:
-    """AdamW for whatever a label table lets learn.
+    """AdamW, or another rule, for whatever a label table lets learn.
 
     Attributes:
         learning_rates: label -> schedule; one for every label that learns.
@@ -98,6 +98,8 @@ class PromptOptimizer:
             for each group); None for no clipping.
         absent_tasks: `'dense'` or `'hold'`, see above.
         b1, b2, eps: Adam's.
+        rule: makes what a row's gradient undergoes before decay and learning rate, in Adam's place;
+            `adafactor`, or any of optax's without arguments.
     """
 
     learning_rates: Mapping[str, Schedule]
@@ -107,6 +109,7 @@ class PromptOptimizer:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    rule: Callable[[], optax.GradientTransformation] | None = None
     # Filled by `bind`, from the model.
     labels: Rules | None = None
     runs: Runs | None = None
@@ -115,6 +118,13 @@ class PromptOptimizer:
     def __post_init__(self):
         if self.absent_tasks not in ("dense", "hold"):
             raise ValueError(f"absent_tasks must be 'dense' or 'hold', got {self.absent_tasks!r}.")
+        changed = [f.name for f in dataclasses.fields(self) if f.name in ("b1", "b2", "eps")]
+        changed = [name for name in changed if getattr(self, name) != getattr(type(self), name)]
+        if self.rule is not None and changed:
+            raise ValueError(
+                f"PromptOptimizer.{changed[0]} is Adam's and would have no effect with rule = "
+                f"{self.rule}; leave one of the two out."
+            )
 
     def bind(self, labels: Rules, runs: Runs, rows: Rows) -> PromptOptimizer:
         """This optimizer, told which parameter has which label and rows, and which row which
@@ -167,14 +177,12 @@ class PromptOptimizer:
                 f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
                 f"{sorted(self.learning_rates)}."
             )
-        adam = optax.chain(
-            optax.scale_by_adam(self.b1, self.b2, self.eps),
-            optax.add_decayed_weights(self.weight_decay),
-        )
+        rule = self.rule() if self.rule else optax.scale_by_adam(self.b1, self.b2, self.eps)
+        inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))
         parts = _parts(labels, self.rows)
         rules: dict[Hashable, optax.GradientTransformation] = {
             part: by_row(
-                adam,
+                inner,
                 self.learning_rates[labels[name]],
                 row_groups(name, self.rows, self.runs),
                 hold=self.absent_tasks == "hold",
@@ -184,6 +192,15 @@ class PromptOptimizer:
         clip = clip_by_group_norm(self.clip_norm, self.rows, self.runs)
         tree = jax.tree.unflatten(jax.tree.structure(trainable), list(parts.values()))
         return optax.chain(clip, optax.partition(rules, tree))
+
+
+def adafactor() -> optax.GradientTransformation:
+    """Adafactor as prompt tuning has it (Lester et al. 2021): second moments of every entry,
+    unfactored, decay 0.8, no scaling by a parameter's size, updates clipped at RMS 1."""
+    return optax.chain(
+        optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
+        optax.clip_by_block_rms(1.0),
+    )
 
 
 def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:

@@ -137,6 +137,8 @@ ABLATED = [
     ("size_small", TARGET, 51_812),
     ("size_large", TARGET, 103_524),
     ("backbone_v1_1_lm100k", TARGET, 77_668),
+    ("nearest_source", TARGET, 77_668),
+    ("adafactor", "gin/pt_target.gin", 76_800),
 ]
 
 
@@ -148,12 +150,12 @@ def test_an_ablation_trains_what_it_says(name, stage, numbers):
     labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
     assert labels == set(model.optimizer_def.learning_rates)
     distillation = model.objective.distillation
-    assert (distillation is None) == (stage == TARGET or name == "no_distillation")
+    assert (distillation is None) == (stage != SOURCE or name == "no_distillation")
     if name == "prompt_distance":
         assert (distillation.logits, distillation.hidden) == (False, False)
         assert distillation.prompt_distance
     sampler = type(value("SAMPLER")).__name__
-    default = {SOURCE: "StochasticTasks", TARGET: "EqualQuotas"}[stage]
+    default = "StochasticTasks" if stage == SOURCE else "EqualQuotas"
     assert sampler == ("PerExample" if name == "no_stochastic_sampling" else default)
 
 

@@ -12,6 +12,7 @@ import pytest
 from mpt_jax.optimizers import (
     PromptOptimizer,
     Schedule,
+    adafactor,
     clip_by_group_norm,
     gradient_norms,
     row_groups,
@@ -354,6 +355,34 @@ def test_an_unbound_optimizer_and_an_unknown_policy_are_errors():
         PromptOptimizer({"shared": constant(0.1)}).init(random_tree(0))
     with pytest.raises(ValueError, match="'dense' or 'hold', got 'skip'"):
         PromptOptimizer({}, absent_tasks="skip")
+
+
+def test_adafactor_by_rows_is_optaxs_of_each_row_alone():
+    tree, grads = random_tree(0), gradients([{0, 1, 2, 3}] * 4)
+    rate = 0.3
+    optimizer = PromptOptimizer(
+        {"shared": constant(rate), "task": constant(rate)},
+        weight_decay=0.0,
+        clip_norm=None,
+        rule=adafactor,
+    ).bind(LABELS, RUNS, ROWS)
+    found, _ = run(optimizer, tree, grads)
+    peer = optax.adafactor(
+        rate, multiply_by_parameter_scale=False, clipping_threshold=1.0, factored=False
+    )
+    for name, leaf in tree["prompt"].items():
+        for row in range(len(leaf)):
+            value = jnp.asarray(leaf[row])
+            state = peer.init(value)
+            for grad in grads:
+                update, state = peer.update(jnp.asarray(grad["prompt"][name][row]), state, value)
+                value = value + update
+            np.testing.assert_allclose(found[name][row], value, rtol=1e-5, atol=1e-6)
+
+
+def test_adams_numbers_are_refused_beside_another_rule():
+    with pytest.raises(ValueError, match="b1 is Adam's and would have no effect"):
+        PromptOptimizer({}, rule=adafactor, b1=0.5)
 
 
 def test_the_defaults_are_those_of_the_methods():

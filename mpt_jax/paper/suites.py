@@ -125,7 +125,7 @@ TOY = Suite(
     files=("gin/tiny.gin", "gin/runs/demo.gin"),
     source_steps=300,
     length=lambda task, shots: _TOY_ALL if shots is None else _TOY_FEW,
-    rates={"pt": 0.3, "spot": 0.01, "mpt": 0.3, "shared": 0.3, "vectors": 0.3},
+    rates={"pt": 0.3, "spot": 0.01, "mpt": 0.3, "shared": 0.3, "vectors": 0.03},
     tested_apart=False,
 )
 
