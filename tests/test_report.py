@@ -162,7 +162,7 @@ def test_gains_are_over_pt_from_nothing_of_the_same_kind():
     large = result("PT", rte=[70.0], size=5000)
     long = result("PT, P=40", rte=[52.0], length=40)
     spot = result("PT", rte=[60.0], start="toy_mnli")
-    every = [large, long, pt, spot, result("PT", 4, rte=[40.0])]
+    every = [spot, large, long, pt, result("PT", 4, rte=[40.0])]
     baseline = lambda like: analysis.from_nothing(every, like)  # noqa: E731
     assert baseline(spot) is pt
     assert baseline(result("MPT", rte=[1.0], size=5000)) is large
@@ -311,6 +311,18 @@ def test_without_folders_the_page_says_what_is_not_there(tmp_path):
         "Examples needed",
     ):
         assert words in absent
+
+
+def test_source_stages_lie_below_a_demo_and_beside_a_table(root):
+    table = root / "table1"
+    (table / "mpt").mkdir(parents=True)
+    found = {"Teachers (PT)": "pt_source", "MPT, one shared prompt": "mpt_source"}
+    for folder in (root, table):
+        assert {name: path.name for name, path in folders.sources(folder).items()} == found
+    (table / "teachers").mkdir()
+    assert folders.sources(table) == {"Teachers (PT)": table / "teachers"}, (
+        "a table's own come first"
+    )
 
 
 def test_another_runs_folders_are_not_read(root, demo):
