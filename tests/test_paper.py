@@ -17,6 +17,7 @@ from mpt_jax.experiment import Run, Stage
 from mpt_jax.paper import __main__ as command
 from mpt_jax.paper import arms, published, show, suites, tables
 from mpt_jax.results import Result
+from tasks import toy
 from tests.test_gin import ROOT, VOCABULARY, trained, value
 
 ALL = list(tables.TABLES)
@@ -156,6 +157,15 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         if stage in cell.jobs:
             assert trained(value("MODEL")) == EXPECTED.get(name, 77_668)
         gin.clear_config()
+
+
+def test_no_source_task_is_a_target_on_the_toy_suite():
+    for name in ALL:
+        table, _ = planned(name)
+        assert set(table.tasks) <= set(suites.TOY.tasks)
+    learnt = set(suites.TOY.tasks.values())
+    assert learnt < {task.name for task in toy.TARGET_TASKS}
+    assert not learnt & {"toy_wic", "toy_paws"}, "they chose the learning rates"
 
 
 def test_what_is_unknown_is_listed():

@@ -137,7 +137,7 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> show.Found:
     found = {}
     for cell in cells:
         if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
-            start = cell.arm.start and suite.tasks[cell.arm.start]
+            start = cell.arm.start and suite.sources[cell.arm.start]
             found[cell.arm.name, cell.shots] = experiment.collect(
                 root, cell.arm.name, cell.shots, cell.jobs, cell.tests, start
             )

@@ -32,7 +32,8 @@ class Suite:
 
     Attributes:
         name: `'paper'` or `'toy'`.
-        tasks: the paper's name of a task -> ours; those without a counterpart are left out.
+        tasks: the paper's name of a target task -> ours; those without a counterpart are left out.
+        sources: the same of the source tasks that SPoT starts from.
         modules: register the tasks.
         files: gin files that come after a stage's own.
         source_steps: of a source stage; None for its gin file's.
@@ -44,6 +45,7 @@ class Suite:
 
     name: str
     tasks: Mapping[str, str]
+    sources: Mapping[str, str]
     modules: tuple[str, ...]
     files: tuple[str, ...]
     source_steps: int | None
@@ -97,6 +99,7 @@ _MRQA_TASKS = {_ALL[name] for name in MRQA}
 PAPER = Suite(
     name="paper",
     tasks={**_ALL, "E2E": "e2e", "WebNLG": "webnlg"},
+    sources={"MNLI": "mnli"},
     modules=("tasks.glue", "tasks.super_glue", "tasks.mrqa", "tasks.others", "tasks.nlg"),
     files=(),
     source_steps=None,
@@ -113,7 +116,6 @@ _TOY_FEW, _TOY_ALL = Length(steps=200, rows=4), Length(steps=500, rows=16)
 TOY = Suite(
     name="toy",
     tasks={
-        "MNLI": "toy_mnli",  # a source task, for SPoT
         "RTE": "toy_rte",
         "MRPC": "toy_mrpc",
         "BoolQ": "toy_boolq",
@@ -121,6 +123,7 @@ TOY = Suite(
         "SciTail": "toy_scitail",
         "E2E": "toy_d2t",
     },
+    sources={"MNLI": "toy_mnli"},
     modules=("tasks.toy",),
     files=("gin/tiny.gin", "gin/runs/demo.gin"),
     source_steps=300,

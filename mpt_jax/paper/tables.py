@@ -188,7 +188,7 @@ def _job(
     if start is not None:
         bindings.append(f"INITIAL_ARTEFACT = {start}")
     if arm.start is not None:
-        bindings.append(f"START_FROM = {quoted(suite.tasks[arm.start])}")
+        bindings.append(f"START_FROM = {quoted(suite.sources[arm.start])}")
     bindings += [*suite.rate_bindings(arm, length.steps), *arm.bindings]
     files = (*arm.files, *table.files, *suite.files)
     return Stage(name, files, tuple(bindings), runs, length.steps)
