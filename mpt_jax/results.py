@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -142,9 +143,12 @@ def training_seconds(model_dir: Path) -> float:
 
 
 def save(root: Path, results: Sequence[Result]) -> None:
-    """Writes root/results.json."""
-    text = json.dumps([dataclasses.asdict(result) for result in results], indent=2)
-    (root / FILE).write_text(text + "\n")
+    """Writes root/results.json. Folders are kept as paths from there, so that they may move."""
+    lines = []
+    for result in results:
+        dirs = [os.path.relpath(name, root) for name in result.model_dirs]
+        lines.append({**dataclasses.asdict(result), "model_dirs": dirs})
+    (root / FILE).write_text(json.dumps(lines, indent=2) + "\n")
 
 
 def load(root: Path) -> list[Result]:
@@ -158,7 +162,8 @@ def load(root: Path) -> list[Result]:
         raise FileNotFoundError(
             f"{root} holds no {FILE}, which `mpt-jax demo` and `mpt-jax paper` leave."
         )
-    return [
-        Result(**{**x, "model_dirs": tuple(x["model_dirs"]), "seeds": tuple(x["seeds"])})
-        for x in json.loads(path.read_text())
-    ]
+    found = []
+    for fields in json.loads(path.read_text()):
+        dirs = tuple(os.path.normpath(root / name) for name in fields["model_dirs"])
+        found.append(Result(**{**fields, "model_dirs": dirs, "seeds": tuple(fields["seeds"])}))
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from mpt_jax import results
 from mpt_jax.paper import published, suites
 from mpt_jax.paper.suites import Suite
 from mpt_jax.paper.tables import Table
+from mpt_jax.report.tables import as_text
 from mpt_jax.results import Result
 
 Found = Mapping[tuple[str, int | None], Result]  # (arm, shots) -> result
@@ -159,14 +160,3 @@ def _with_std(found: results.Estimate) -> str:
 
 def _examples(shots: int | None) -> str:
     return "all examples" if shots is None else f"k = {shots}"
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in columns; the first is flush left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
