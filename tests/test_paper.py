@@ -159,6 +159,13 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         gin.clear_config()
 
 
+def test_every_source_is_tried_on_every_target():
+    _, cells = planned("transfer")
+    starts = [json.loads(given(cell.jobs[0]).get("START_FROM", "null")) for cell in cells]
+    assert starts[0] is None and set(starts[1:]) == {task.name for task in toy.SOURCE_TASKS}
+    assert {stage.name for cell in cells for stage in cell.sources} == {"teachers"}
+
+
 def test_no_source_task_is_a_target_on_the_toy_suite():
     for name in ALL:
         table, _ = planned(name)

@@ -124,6 +124,11 @@ PT_STRONG = Arm(
     steps=40_000,
 )
 SPOT = Arm("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
+# Prompt tuning from each source task's prompt; names are the paper's.
+FROM_SOURCES = tuple(
+    dataclasses.replace(SPOT, name=f"PT from {source}", start=source)
+    for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
+)
 MPT_ARM = _mpt("MPT")
 MPT_TOGETHER = _mpt("MPT, tasks together", together=True)
 MPT_12 = _mpt(
@@ -175,7 +180,7 @@ LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 4
 ARMS = {
     arm.name: arm
     for arm in (
-        *(PT, PT_STRONG, SPOT, MPT_ARM, MPT_TOGETHER, MPT_12),
+        *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_ARM, MPT_TOGETHER, MPT_12),
         *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
         *(arm for pair in LENGTHS.values() for arm in pair),
     )

@@ -14,7 +14,6 @@ from mpt_jax.report.tables import as_text
 from mpt_jax.results import Result
 
 Found = Mapping[tuple[str, int | None], Result]  # (arm, shots) -> result
-REFERENCE = "MPT"
 NOT_RUN = "not run"
 LEGEND = (
     "mean ± standard deviation over n seeds; [..]: 95% interval of the average, over seeds; "
@@ -45,7 +44,7 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
         )
     else:
         differences = sign_rows(table, suite, found)
-        parts.append(f"\n{REFERENCE} minus each arm, paired by seed\n{as_text(differences)}")
+        parts.append(f"\n{reference(table)} minus each arm, paired by seed\n{as_text(differences)}")
     return "\n".join(parts)
 
 
@@ -99,20 +98,26 @@ def _published(
     return [name, *cells, "", ""]
 
 
+def reference(table: Table) -> str:
+    """The arm that the others are subtracted from: MPT, or the first where MPT is none of them."""
+    names = [arm.name for arm in table.arms]
+    return "MPT" if "MPT" in names else names[0]
+
+
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
     """The reference minus each other arm: ours with its interval, and the sign of the paper's."""
     lines = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
     for shots in table.shots:
-        reference = found.get((REFERENCE, shots))
+        ours = found.get((reference(table), shots))
         for arm in table.arms:
             result = found.get((arm.name, shots))
-            if reference is None or result is None or result is reference:
+            if ours is None or result is None or result is ours:
                 continue
             for group, names in table.groups.items():
                 theirs = _published_difference(table, arm.name, shots, group)
                 tasks = [suite.tasks[name] for name in names]
                 difference = results.estimate(
-                    np.subtract(reference.means(tasks), result.means(tasks)).tolist()
+                    np.subtract(ours.means(tasks), result.means(tasks)).tolist()
                 )
                 lines.append(
                     [arm.name, _examples(shots), group, f"{difference.mean:+.1f}"]
@@ -137,7 +142,7 @@ def _published_difference(table: Table, arm: str, shots: int | None, group: str)
     for them, else of the only figure it has."""
     found = {row.of: row.values for row in published.rows(table.name) if row.of}
     values = []
-    for name in (REFERENCE, arm):
+    for name in (reference(table), arm):
         by_shots = found.get(name, {})
         figures = by_shots.get(shots, by_shots.get(None, {}))
         same = [figures[task] for task in table.groups[group] if task in figures]

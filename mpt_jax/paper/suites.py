@@ -13,6 +13,7 @@ import seqio
 from mpt_jax.paper import arms
 from mpt_jax.paper.arms import Arm
 
+SOURCES = ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
 GLUE = ("MNLI", "QQP", "QNLI", "SST-2", "STS-B", "MRPC", "RTE", "CoLA")
 SUPER_GLUE = ("MultiRC", "BoolQ", "WiC", "WSC", "CB")
 MRQA = ("NQ", "HotpotQA", "SearchQA", "NewsQA")
@@ -33,7 +34,7 @@ class Suite:
     Attributes:
         name: `'paper'` or `'toy'`.
         tasks: the paper's name of a target task -> ours; those without a counterpart are left out.
-        sources: the same of the source tasks that SPoT starts from.
+        sources: the same of the source tasks.
         modules: register the tasks.
         files: gin files that come after a stage's own.
         source_steps: of a source stage; None for its gin file's.
@@ -99,7 +100,7 @@ _MRQA_TASKS = {_ALL[name] for name in MRQA}
 PAPER = Suite(
     name="paper",
     tasks={**_ALL, "E2E": "e2e", "WebNLG": "webnlg"},
-    sources={"MNLI": "mnli"},
+    sources={name: _OUR_NAMES.get(name, name.lower()) for name in SOURCES},
     modules=("tasks.glue", "tasks.super_glue", "tasks.mrqa", "tasks.others", "tasks.nlg"),
     files=(),
     source_steps=None,
@@ -123,7 +124,7 @@ TOY = Suite(
         "SciTail": "toy_scitail",
         "E2E": "toy_d2t",
     },
-    sources={"MNLI": "toy_mnli"},
+    sources={name: f"toy_{_OUR_NAMES.get(name, name.lower())}" for name in SOURCES},
     modules=("tasks.toy",),
     files=("gin/tiny.gin", "gin/runs/demo.gin"),
     source_steps=300,

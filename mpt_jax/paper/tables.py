@@ -277,6 +277,14 @@ TABLES = {
             toy=_TOY_ABLATION,
         ),
         Table(
+            "transfer",
+            "Which source helps which target (ours, not the paper's)",
+            (arms.PT, *arms.FROM_SOURCES),
+            _BOTH,
+            shots=(32,),
+            toy={"groups": _TOY_TARGETS},
+        ),
+        Table(
             "length",
             "Prompt length",
             (arms.PT, *(a for p in (200, 300) for a in arms.LENGTHS[p]), arms.MPT_ARM),
