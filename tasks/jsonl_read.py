@@ -274,8 +274,8 @@ def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
                 yield (
                     number,
                     Unusable(
-                        f"{error}; nothing after it was read. A quotation mark inside quotation marks "
-                        "is written twice"
+                        f"{error}; nothing after it was read. A quotation mark inside quotation "
+                        "marks is written twice"
                     ),
                 )
                 return

@@ -48,6 +48,7 @@ class Arm:
         start: the paper's name of the source task that prompts start from, if it is one.
         together: whether all tasks of a group are learnt by one run with one shared prompt.
         steps: of the target stage at the paper's scale, if its length is not the suite's.
+        size: of the T5, if it is not the suite's (gin/ablations/size_*.gin).
         family: the arm that this one varies; it is drawn in one curve with its family.
     """
 
@@ -60,6 +61,7 @@ class Arm:
     start: str | None = None
     together: bool = False
     steps: int | None = None
+    size: str | None = None
     family: str | None = None
 
     @property
@@ -106,6 +108,17 @@ def _of_length(length: int) -> tuple[Arm, Arm]:
     return (
         Arm(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt", family="PT"),
         _mpt(f"MPT, P={length}", source=source, bindings=bound, family="MPT"),
+    )
+
+
+def _of_size(size: str) -> tuple[Arm, Arm]:
+    """PT and MPT on another T5."""
+    file = ablation(f"size_{size}")
+    teachers = Source(f"teachers_{size}", (*TEACHERS.files, file))
+    source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), teachers=teachers)
+    return (
+        Arm(f"PT, T5-{size}", (*PT.files, file), PROMPT_TUNING, rate="pt", size=size),
+        _mpt(f"MPT, T5-{size}", file, source=source, size=size),
     )
 
 
@@ -175,6 +188,7 @@ TARGETS = (
     _mpt("target: vectors only", ablation("target_vectors_only"), rate="vectors"),
 )
 RANKS = tuple(_of_rank(rank) for rank in (2, 4))
+SIZES = {size: _of_size(size) for size in ("small", "large")}
 LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
 
 ARMS = {
@@ -182,7 +196,7 @@ ARMS = {
     for arm in (
         *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_ARM, MPT_TOGETHER, MPT_12),
         *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
-        *(arm for pair in LENGTHS.values() for arm in pair),
+        *(arm for pair in (*LENGTHS.values(), *SIZES.values()) for arm in pair),
     )
 }
 

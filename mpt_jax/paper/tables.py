@@ -63,6 +63,8 @@ class Table:
             raise ValueError(
                 f"The {suite.name} suite has no counterpart of any task of {self.name}."
             )
+        if not table.arms:
+            raise ValueError(f"The {suite.name} suite has one T5 only, so it has no {self.name}.")
         return dataclasses.replace(table, groups=groups)
 
     @property
@@ -203,7 +205,8 @@ def _test(job: Stage, table: Table, arm: Arm, root: Path) -> Stage:
         f"INITIAL_ARTEFACT = {_artefact(root, job)}",
         'utils.DatasetConfig.split = "test"',
     )
-    files = ("gin/eval.gin", arm.method, *table.files)
+    sized = (arms.ablation(f"size_{arm.size}"),) if arm.size else ()
+    files = ("gin/eval.gin", arm.method, *table.files, *sized)
     return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
 
 
@@ -275,6 +278,13 @@ TABLES = {
             ),
             {"SuperGLUE": suites.SUPER_GLUE},
             toy=_TOY_ABLATION,
+        ),
+        Table(
+            "scaling",
+            "Sizes of T5",
+            (arms.PT, arms.MPT_ARM, *(arm for pair in arms.SIZES.values() for arm in pair)),
+            {"mean": ("WiC", "MultiRC", "BoolQ")},
+            toy={"arms": ()},
         ),
         Table(
             "transfer",
