@@ -52,12 +52,13 @@ def _unusable(target: Any, what: str) -> ValueError:
     return ValueError(f"{of} gold {target!r} is {what}, so predictions cannot be scored by it.")
 
 
-def _constant(targets: np.ndarray, said: np.ndarray, names: Sequence[str] = ()) -> str | None:
-    """Returns which of two lists of values has one value alone, and which, or None."""
+def _constant(
+    targets: np.ndarray, said: np.ndarray, shown: Callable[[Any], str] = str
+) -> str | None:
+    """Returns which of two lists of values has one value alone, and that as `shown`, or None."""
     for what, values in (("target", targets), ("prediction", said)):
         if np.ptp(values) == 0:
-            value = repr(names[values[0]]) if names else values[0]
-            return f"every {what} is {value}"
+            return f"every {what} is {shown(values[0])}"
     return None
 
 
@@ -83,7 +84,7 @@ def label_numbers(
 def _two_sided(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `label_numbers` for two labels, where what is no label becomes the wrong one, as in T5."""
+    """As `label_numbers` for two labels, where what is no label becomes the wrong one: T5's F1."""
     true, said = label_numbers(targets, predictions, labels)
     return true, np.where(said < 0, 1 - true, said)
 
@@ -107,7 +108,10 @@ def invalid_rate(labels: Sequence[str]) -> Metric:
 
 
 def f1(labels: Sequence[str]) -> Metric:
-    """F1 of the second of two labels (duplicate, equivalent, True)."""
+    """F1 of the second of two labels (duplicate, equivalent, True).
+
+    What is no label counts as the wrong one, as in T5.
+    """
 
     def label_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         return {"f1": f1_of_labels(*_two_sided(targets, predictions, labels), labels, [1])}
@@ -116,7 +120,7 @@ def f1(labels: Sequence[str]) -> Metric:
 
 
 def macro_f1(labels: Sequence[str]) -> Metric:
-    """Mean over the labels of their F1."""
+    """Mean over the labels of their F1. What is no label is a prediction of none of them."""
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = label_numbers(targets, predictions, labels)
@@ -138,13 +142,19 @@ def f1_of_labels(
 
 
 def matthews(labels: Sequence[str]) -> Metric:
-    """Matthews' correlation of two labels; 0 where only one is said, or only one occurs."""
+    """Matthews' correlation, where what is no label counts as one label more, as in T5.
+
+    0 where all predictions, or all targets, are the same.
+    """
+
+    def shown(number: int) -> str:
+        return repr(labels[number]) if number >= 0 else "no label"
 
     def matthews_correlation(
         targets: Sequence[str], predictions: Sequence[str]
     ) -> dict[str, float]:
-        true, said = _two_sided(targets, predictions, labels)
-        if why := _constant(true, said, labels):
+        true, said = label_numbers(targets, predictions, labels)
+        if why := _constant(true, said, shown):
             _undefined("matthews", why)
             return {"matthews": 0.0}
         return {"matthews": 100 * float(sklearn_metrics.matthews_corrcoef(true, said))}
