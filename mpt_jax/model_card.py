@@ -215,9 +215,8 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
     rows = []
     for run, group in zip(config["run_names"], config["groups"], strict=True):
         count, step = facts.evaluated.get(run), best[group] if best else config["step"]
-        for metric, value in sorted(scores.get(run, {}).items()):
-            shown = (metric, f"{value:.4g}", _thousands(count) or "unknown", step)
-            rows.append((f"`{run}`", *shown))
+        for metric, value in _marked(scores.get(run, {})):
+            rows.append((f"`{run}`", metric, value, _thousands(count) or "unknown", step))
     if not rows:
         return "## Results\n\nNothing was measured when this was written."
     of = f"Of the {facts.evaluated_split} split. " if facts.evaluated_split else ""
@@ -225,6 +224,16 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
         of += "The step was selected by these scores, so they flatter; test the prompts on others."
     table = _table(("run", "metric", "value", "n (examples)", "step"), rows)
     return "\n\n".join(["## Results", *([of.strip()] if of else []), table])
+
+
+def _marked(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Metrics by name, each with its value; the marks of what is undefined beside their metric."""
+    marks = {f"{metric}_undefined" for metric in scores} & scores.keys()
+    rows = []
+    for metric in sorted(scores.keys() - marks):
+        mark = " (undefined)" if scores.get(f"{metric}_undefined") else ""
+        rows.append((metric, f"{scores[metric]:.4g}{mark}"))
+    return rows
 
 
 def _made_with(config: Mapping[str, Any], facts: Facts) -> str:

@@ -4,8 +4,9 @@ Each function here makes, or is, a SeqIO metric `(targets, predictions) -> {name
 first metric is the one by which its best step is selected. Accuracy, F1 and Matthews' correlation
 are scikit-learn's, Pearson's and Spearman's SciPy's, the scores of answers ours.
 
-A metric that is undefined, such as a correlation with a constant, is 0, and a warning says so. A
-gold that no metric can be computed from is a ValueError.
+A metric that is undefined, such as a correlation with a constant, is 0, and a warning says why.
+Each that can be has a second value, `<metric>_undefined`, 1 then and otherwise 0, so that a table
+can tell it from a 0 that was measured. A gold that no metric can be computed from is a ValueError.
 """
 
 from __future__ import annotations
@@ -42,9 +43,18 @@ def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
-def _undefined(metric: str, why: str) -> None:
-    of = f" of {_TASK.get()}" if _TASK.get() else ""
-    logging.warning("%s%s is undefined: %s; counted as 0.", metric, of, why)
+def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
+    """Returns `scores`, then whether they are undefined. A warning says `why`, unless it is None.
+
+    Args:
+        scores: name -> percent, the first one first.
+        why: why none of them is defined.
+        what: what the warning calls them; by default the name of the first.
+    """
+    if why is not None:
+        of = f" of {_TASK.get()}" if _TASK.get() else ""
+        logging.warning("%s%s is undefined: %s; counted as 0.", what or next(iter(scores)), of, why)
+    return {**scores, **{f"{name}_undefined": float(why is not None) for name in scores}}
 
 
 def _unusable(target: Any, what: str) -> ValueError:
@@ -114,7 +124,7 @@ def f1(labels: Sequence[str]) -> Metric:
     """
 
     def label_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        return {"f1": f1_of_labels(*_two_sided(targets, predictions, labels), labels, [1])}
+        return f1_of_labels(*_two_sided(targets, predictions, labels), labels, [1])
 
     return label_f1
 
@@ -124,21 +134,28 @@ def macro_f1(labels: Sequence[str]) -> Metric:
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = label_numbers(targets, predictions, labels)
-        return {"f1": f1_of_labels(*numbers, labels, range(len(labels)))}
+        return f1_of_labels(*numbers, labels, range(len(labels)))
 
     return mean_f1
 
 
 def f1_of_labels(
     true: np.ndarray, said: np.ndarray, labels: Sequence[str], scored: Sequence[int]
-) -> float:
-    """Mean F1 of some labels in percent; 0 for one that neither occurs nor is said."""
-    for number in sorted(set(scored) - set(true.tolist()) - set(said.tolist())):
-        _undefined("f1", f"no target and no prediction is {labels[number]!r}")
-    scores = sklearn_metrics.f1_score(
+) -> dict[str, float]:
+    """Mean F1 of some labels, where one that neither occurs nor is said has 0 and marks the mean.
+
+    Args:
+        true, said: label numbers [n]; -1 for what is no label.
+        labels: what the numbers mean.
+        scored: the labels that the mean is of, as numbers.
+    """
+    absent = sorted(set(scored) - set(true.tolist()) - set(said.tolist()))
+    names = " or ".join(repr(labels[number]) for number in absent)
+    mean = sklearn_metrics.f1_score(
         true, said, labels=list(scored), average="macro", zero_division=0
     )
-    return 100 * float(scores)
+    why = f"no target and no prediction is {names}" if absent else None
+    return _marked({"f1": 100 * float(mean)}, why)
 
 
 def matthews(labels: Sequence[str]) -> Metric:
@@ -154,10 +171,9 @@ def matthews(labels: Sequence[str]) -> Metric:
         targets: Sequence[str], predictions: Sequence[str]
     ) -> dict[str, float]:
         true, said = label_numbers(targets, predictions, labels)
-        if why := _constant(true, said, shown):
-            _undefined("matthews", why)
-            return {"matthews": 0.0}
-        return {"matthews": 100 * float(sklearn_metrics.matthews_corrcoef(true, said))}
+        why = _constant(true, said, shown)
+        value = 0.0 if why else float(sklearn_metrics.matthews_corrcoef(true, said))
+        return _marked({"matthews": 100 * value}, why)
 
     return matthews_correlation
 
@@ -178,17 +194,13 @@ def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
     known = [_NUMBER.fullmatch(prediction.strip()) for prediction in predictions]
     said = np.array([float(match.group()) if match else 0.0 for match in known])
     true = np.array([_gold_number(target) for target in targets])
-    pearson = spearman = 0.0
-    if why := _constant(true, said):
-        _undefined("correlation", why)
-    else:
-        pearson = float(stats.pearsonr(true, said).statistic)
-        spearman = float(stats.spearmanr(true, said).statistic)
-    return {
-        "pearson": 100 * pearson,
-        "spearman": 100 * spearman,
-        "invalid": 100 * float(np.mean([match is None for match in known])),
+    why = _constant(true, said)
+    found = {
+        "pearson": 0.0 if why else 100 * float(stats.pearsonr(true, said).statistic),
+        "spearman": 0.0 if why else 100 * float(stats.spearmanr(true, said).statistic),
     }
+    invalid = 100 * float(np.mean([match is None for match in known]))
+    return {**_marked(found, why, "correlation"), "invalid": invalid}
 
 
 def _gold_number(target: str) -> float:

@@ -73,7 +73,7 @@ def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = text_metrics.label_numbers(targets, predictions, labels)
-        return {"f1": text_metrics.f1_of_labels(*numbers, labels, scored)}
+        return text_metrics.f1_of_labels(*numbers, labels, scored)
 
     return mean_f1
 

@@ -132,6 +132,14 @@ def test_scores_come_with_the_number_of_examples_and_the_step_of_their_group():
     assert "Nothing was measured" in model_card.text({**CONFIG, "metrics": {}}, FACTS)
 
 
+def test_a_metric_that_is_undefined_is_marked():
+    found = {"f1": 0.0, "f1_undefined": 0.0, "matthews": 0.0, "matthews_undefined": 1.0}
+    metrics = {**CONFIG["metrics"], "scores": {"rte_s1": found}}
+    card = cells(model_card.text({**CONFIG, "metrics": metrics}, FACTS))
+    shown = [line[1:3] for line in card if line[0] == "`rte_s1`" and line[3] == "138"]
+    assert shown == [["f1", "0"], ["matthews", "0 (undefined)"]]
+
+
 def test_data_is_named_with_its_splits():
     card = model_card.text(CONFIG, FACTS)
     found = cells(card)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import pytest
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mpt_jax import data, examples, gin_utils, t5x_import, train, vocabularies
 from mpt_jax.evaluation import InferenceEvaluator, labels_of
 from mpt_jax.features import PromptFeatureConverter
 from mpt_jax.runs import Runs
 from mpt_jax.sampling import task_mixture
+from mpt_jax.selection import SelectBest
 from tasks import extra, glue, mrqa, nlg, others, splits, suite, super_glue
+from tests import tiny
 from tests.tasks import tfds_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,7 +259,13 @@ EVALUATED = ["stsb", "cola", "multirc", "record", "squad"]
 
 
 @pytest.fixture(scope="module")
-def evaluated(folder):
+def written(tmp_path_factory):
+    """The folder that `evaluated` writes to."""
+    return tmp_path_factory.mktemp("inference_eval")
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, written):
     """predict_fn -> {task: {metric: value}} on the test split."""
     bind_vocabulary("byt5")
     seqio.set_tfds_data_dir_override(str(folder))
@@ -268,7 +278,7 @@ def evaluated(folder):
         seed=0,
     )
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(EVALUATED))
-    evaluator = InferenceEvaluator(cfg, converter, None)
+    evaluator = InferenceEvaluator(cfg, converter, str(written))
     seqio.set_tfds_data_dir_override(None)
 
     def no_preference(batch):
@@ -303,6 +313,24 @@ def test_any_gold_answer_counts_and_a_query_counts_once(evaluated):
         assert found[name]["invalid"] == 100.0
     assert found["multirc"]["accuracy"] == found["multirc"]["f1"] == 0.0
     assert found["cola"]["matthews"] == 0.0  # every prediction is no label
+
+
+def test_what_is_undefined_is_marked_wherever_scores_are_written(evaluated, written, tmp_path):
+    """Nothing is said: no correlation is defined, and F1 is 0 as golds have the label."""
+    found = evaluated(lambda batch: np.zeros_like(batch["decoder_target_tokens"]))
+    marked = {"cola": {"matthews": 1.0}, "stsb": {"pearson": 1.0, "spearman": 1.0}}
+    for task, marks in {**marked, "multirc": {"f1": 0.0}}.items():
+        (*_, line) = (written / f"{task}-metrics.jsonl").read_text().splitlines()
+        events = EventAccumulator(str(written / task))
+        events.Reload()
+        for metric, mark in marks.items():
+            name = f"{metric}_undefined"
+            assert found[task][metric] == 0.0
+            assert found[task][name] == json.loads(line)[name] == mark
+            assert tf.make_ndarray(events.Tensors(f"eval/{name}")[-1].tensor_proto) == mark
+    gold = evaluated(lambda batch: batch["decoder_target_tokens"])
+    select = SelectBest(tiny.model(Runs(EVALUATED)), str(tmp_path))
+    assert select.group_scores(gold) == pytest.approx([100.0])  # the mean of values, not of marks
 
 
 # --- Runs ------------------------------------------------------------------------------------

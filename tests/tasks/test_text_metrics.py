@@ -122,15 +122,41 @@ def test_the_rate_of_what_is_no_label():
 )
 def test_what_is_undefined_is_0_and_said_once(metric, targets, predictions, warnings, caplog):
     found = metric(targets, predictions)
-    assert all(value == 0.0 for name, value in found.items() if name != "invalid")
+    marks = {name: value for name, value in found.items() if name.endswith("_undefined")}
+    for name, mark in marks.items():
+        assert mark == float(bool(warnings))
+        assert found[name.removesuffix("_undefined")] == 0.0
+    assert marks.keys() == {f"{name}_undefined" for name in found.keys() - marks - {"invalid"}}
     assert [record.getMessage() for record in caplog.records] == warnings
 
 
+@pytest.mark.parametrize(
+    ("metric", "first", "defined", "undefined"),
+    [
+        (metrics.f1(LABELS), "f1", ["yes", "no"], ["no", "no"]),
+        (metrics.macro_f1(LABELS), "f1", ["yes", "no"], ["no", "no"]),
+        (metrics.matthews(LABELS), "matthews", ["yes", "no"], ["no", "no"]),
+        (metrics.correlations, "pearson", ["1.0", "2.0"], ["1.0", "1.0"]),
+    ],
+)
+def test_whether_it_is_defined_is_always_said_and_after_the_value(
+    metric, first, defined, undefined
+):
+    """Seeds have the same names, so that their means can be taken; the first name selects."""
+    found, marked = metric(defined, defined), metric(undefined, undefined)
+    assert list(found) == list(marked) and next(iter(found)) == first
+    assert (found[f"{first}_undefined"], marked[f"{first}_undefined"]) == (0.0, 1.0)
+    assert found[first] == pytest.approx(100.0)
+    assert all(type(value) is float for value in [*found.values(), *marked.values()])
+
+
 def test_a_mean_over_labels_says_which_one_is_missing(caplog):
-    found = metrics.macro_f1(("a", "b", "c"))(["a", "b"], ["a", "b"])
-    assert found["f1"] == pytest.approx(200 / 3)
+    found = metrics.macro_f1(("a", "b", "c", "d"))(["a", "b"], ["a", "b"])
+    assert found == {"f1": pytest.approx(200 / 4), "f1_undefined": 1.0}
     (record,) = caplog.records
-    assert record.getMessage().startswith("f1 is undefined: no target and no prediction is 'c'")
+    assert record.getMessage().startswith(
+        "f1 is undefined: no target and no prediction is 'c' or 'd'"
+    )
 
 
 def test_warnings_and_errors_name_the_task_and_the_run_before_the_task(caplog):
@@ -179,7 +205,7 @@ def test_values_are_those_of_the_formulas(invalid):
     targets, predictions = drawn(LABELS, invalid)
     found = [
         *metrics.accuracy(targets, predictions).values(),
-        *metrics.f1(LABELS)(targets, predictions).values(),
+        metrics.f1(LABELS)(targets, predictions)["f1"],
     ]
     assert found == pytest.approx([100 * x for x in by_the_books(targets, predictions)], abs=1e-9)
 

@@ -254,7 +254,8 @@ def test_metrics():
     for metric in toy.metrics_of(toy.TASKS["toy_boolq"]):
         found.update(metric(targets, predictions))
     # yes: precision 1, recall 1/2.
-    assert found == {"accuracy": 50.0, "f1": pytest.approx(200 / 3), "invalid": 25.0}
+    f1 = {"f1": pytest.approx(200 / 3), "f1_undefined": 0.0}
+    assert found == {"accuracy": 50.0, **f1, "invalid": 25.0}
     overlap = toy.text_overlap(["a b c", "d"], ["a b x", "d"])
     np.testing.assert_allclose(overlap["f1"], (200 / 3 + 100) / 2)
     assert overlap["exact_match"] == 50.0
