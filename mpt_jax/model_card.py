@@ -89,18 +89,20 @@ def data_of(task: Any) -> Data:
 
     Args:
         task: its `source` may have `data`, the name of a data set, and `parts`, {split: part}
-            where a part has `split`, `start` and `stop` (`tasks.splits.PartsSource`).
+            where a part has `split`, `start` and `stop` (`tasks.splits.PartsSource`); or `source`,
+            another source, and `draw`, which of its rows are seen (`tasks.few_shot`).
     """
-    source = task.source
-    parts: Mapping[str, Any] = getattr(source, "parts", {})
-    name = getattr(source, "data", None) or str(source)
-    if type(source).__name__ == "FunctionDataSource":
+    source, draw = task.source, getattr(task.source, "draw", None)
+    whole = source.source if draw else source
+    parts: Mapping[str, Any] = getattr(whole, "parts", {})
+    name = getattr(whole, "data", None) or str(whole)
+    if type(whole).__name__ == "FunctionDataSource":
         name = "made by a function, in memory"
-    splits = {
-        split: Split(_rows_of(parts[split]) if split in parts else "", _count(source, split))
-        for split in source.splits or ()
-    }
-    return Data(name, splits)
+    named = source.splits or ()
+    rows = {split: _rows_of(parts[split]) if split in parts else "" for split in named}
+    if draw:
+        rows |= {split: _drawn(draw, split, rows[split]) for split in draw.splits}
+    return Data(name, {split: Split(of, _count(source, split)) for split, of in rows.items()})
 
 
 def for_folder(folder: epath.Path, config: Mapping[str, Any], facts: Facts) -> bytes:
@@ -248,6 +250,13 @@ def _rows_of(part: Any) -> str:
         return part.split
     start, stop = part.start or 0, "the end" if part.stop is None else part.stop
     return f"{part.split}, permuted, places {start} to {stop}"
+
+
+def _drawn(draw: Any, split: str, rows_of: str) -> str:
+    """Which rows of a split a few-shot run sees, where those of the whole split are `rows_of`."""
+    of = " of each label" if draw.per_class else ""
+    which = f" ({rows_of})" if rows_of not in ("", split) else ""
+    return f"k = {draw.k} rows{of} of {split}{which}, draw {draw.seed}"
 
 
 def _count(source: Any, split: str) -> int | None:

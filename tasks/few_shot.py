@@ -135,11 +135,15 @@ class FewShotSource(seqio.DataSource):
         task: the task that is learnt, whose source says how many rows a split has:
             `num_rows(split)` or, as SeqIO's, `num_input_examples(split)`.
         draw: which rows; `draw.task` seeds it.
+
+    Attributes:
+        source: the task's own.
+        draw: which rows.
     """
 
     def __init__(self, task: seqio.Task, draw: Draw):
         super().__init__(splits=task.source.splits)
-        self._task, self._source, self._draw = task, task.source, draw
+        self._task, self.source, self.draw = task, task.source, draw
         self._drawn: dict[str, list[int]] = {}
 
     @property
@@ -148,7 +152,7 @@ class FewShotSource(seqio.DataSource):
         return False
 
     def __str__(self) -> str:
-        return f"{self._source}, {self._draw.name}"
+        return f"{self.source}, {self.draw.name}"
 
     def list_shards(self, split: str) -> Sequence[str]:
         """One shard: SeqIO deals its examples to the hosts."""
@@ -156,10 +160,10 @@ class FewShotSource(seqio.DataSource):
 
     def num_input_examples(self, split: str) -> int | None:  # type: ignore[override]
         """Rows of a split, as SeqIO has it."""
-        if split not in self._draw.splits:
-            return self._source.num_input_examples(split)
-        classes = len(evaluation.labels_of(self._task)) if self._draw.per_class else 1
-        return self._draw.k * classes
+        if split not in self.draw.splits:
+            return self.source.num_input_examples(split)
+        classes = len(evaluation.labels_of(self._task)) if self.draw.per_class else 1
+        return self.draw.k * classes
 
     def few_shot_indices(self, split: str) -> list[int] | None:
         """The rows that are seen, in the order drawn; None for a split that is not cut.
@@ -167,15 +171,15 @@ class FewShotSource(seqio.DataSource):
         Raises:
             ValueError: fewer than k rows, or a source that does not say how many.
         """
-        if split not in self._draw.splits:
+        if split not in self.draw.splits:
             return None
         if split not in self._drawn:
-            if self._draw.per_class:
+            if self.draw.per_class:
                 labels = evaluation.labels_of(self._task)
                 row_labels = self._row_labels(split, labels)
-                drawn = indices_per_class(self._draw, split, row_labels, labels)
+                drawn = indices_per_class(self.draw, split, row_labels, labels)
             else:
-                drawn = indices(self._draw, split, self._num_rows(split))
+                drawn = indices(self.draw, split, self._num_rows(split))
             self._drawn[split] = drawn
         return list(self._drawn[split])
 
@@ -185,11 +189,11 @@ class FewShotSource(seqio.DataSource):
         """Returns the rows of a split; those of one that is cut come in the order drawn."""
         drawn = self.few_shot_indices(split)
         if drawn is None:
-            return self._source.get_dataset(split=split, shuffle=shuffle, seed=seed, **settings)
+            return self.source.get_dataset(split=split, shuffle=shuffle, seed=seed, **settings)
         positions = self._positions(split)
         chosen = np.zeros(len(positions), bool)
         chosen[positions[drawn]] = True
-        stream = where(self._source.get_dataset(split=split, shuffle=False), chosen)
+        stream = where(self.source.get_dataset(split=split, shuffle=False), chosen)
         rows = dict(zip(np.flatnonzero(chosen).tolist(), stream, strict=True))
         ordered = [tf.data.Dataset.from_tensors(rows[i]) for i in positions[drawn].tolist()]
         return tf.data.Dataset.choose_from_datasets(
@@ -197,7 +201,7 @@ class FewShotSource(seqio.DataSource):
         )
 
     def _num_rows(self, split: str) -> int:
-        count = getattr(self._source, "num_rows", self._source.num_input_examples)(split)
+        count = getattr(self.source, "num_rows", self.source.num_input_examples)(split)
         if count is None:
             raise ValueError(
                 f"The source of {self._task.name!r} does not say how many rows its {split} split "
@@ -207,13 +211,13 @@ class FewShotSource(seqio.DataSource):
 
     def _positions(self, split: str) -> np.ndarray:
         """Where the rows [n] come in what the source yields unshuffled."""
-        if hasattr(self._source, "positions"):
-            return self._source.positions(split)
+        if hasattr(self.source, "positions"):
+            return self.source.positions(split)
         return np.arange(self._num_rows(split))
 
     def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
         """The label number of each row [n]; one pass over the split."""
-        stream = text_rows(self._task, self._source.get_dataset(split=split, shuffle=False))
+        stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
         number = {label.encode(): i for i, label in enumerate(labels)}
         with examples.reading(self._task, split):

@@ -13,11 +13,11 @@ import tensorflow as tf
 import yaml
 from etils import epath
 
-from mpt_jax import artefacts, model_card
+from mpt_jax import artefacts, examples, model_card
 from mpt_jax.model_card import TO_FILL, Data, Facts, Split
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.runs import Runs
-from tasks import splits
+from tasks import glue, jsonl, splits, super_glue, toy  # noqa: F401 - registered
 from tests import test_train, tiny
 from tests.test_artefacts import write
 
@@ -192,6 +192,75 @@ def test_tasks_in_memory_say_so():
     assert model_card.data_of(task) == Data(
         "made by a function, in memory", {"train": Split("", 3)}
     )
+
+
+HALVES = {
+    "validation": Split("validation, permuted, places 0 to half", 28),
+    "test": Split("validation, permuted, places half to the end", 28),
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "expected"),
+    [
+        (
+            "cb_k4_s1",
+            "super_glue/cb:1.0.2",
+            {"train": Split("k = 4 rows of train, draw 1", 4), **HALVES},
+        ),
+        (
+            "cb_k2_per_class_s3_dev",
+            "super_glue/cb:1.0.2",
+            {
+                "train": Split("k = 2 rows of each label of train, draw 3", 6),
+                "validation": Split(
+                    "k = 2 rows of each label of validation "
+                    "(validation, permuted, places 0 to half), draw 3",
+                    6,
+                ),
+                "test": HALVES["test"],
+            },
+        ),
+        ("cb_s1", "super_glue/cb:1.0.2", {"train": Split("train", 250), **HALVES}),
+        (
+            "sst2_k16_s0",
+            "glue/sst2:2.0.0",
+            {
+                "train": Split(
+                    "k = 16 rows of train (train, permuted, places 1000 to the end), draw 0", 16
+                ),
+                "validation": Split("train, permuted, places 0 to 1000", 1000),
+                "test": Split("validation", 872),
+            },
+        ),
+        (
+            "toy_boolq_k4_s1",
+            "made by a function, in memory",
+            {
+                "train": Split("k = 4 rows of train, draw 1", 4),
+                "validation": Split("", 200),
+                "test": Split("", 200),
+            },
+        ),
+        (
+            "toy_boolq_s1",
+            "made by a function, in memory",
+            {"train": Split("", 2000), "validation": Split("", 200), "test": Split("", 200)},
+        ),
+    ],
+)
+def test_runs_on_few_examples_and_repeats_name_the_data_of_their_task(run, name, expected):
+    """Nothing is read: neither data set is here."""
+    assert model_card.data_of(examples.find_task(run)) == Data(name, expected)
+
+
+def test_draws_of_the_users_files_name_the_files(tmp_path):
+    lines = [json.dumps({"text": f"text {i}", "label": ("no", "yes")[i % 2]}) for i in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    jsonl.register("mdc", inputs="{text}", targets="{label}", labels=("no", "yes"), train=path)
+    data = model_card.data_of(examples.find_task("mdc_k3_s0"))
+    assert data == Data(str(path), {"train": Split("k = 3 rows of train, draw 0", 3)})
 
 
 # --- In the artefact's folder ----------------------------------------------------------------
