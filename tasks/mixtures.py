@@ -22,9 +22,16 @@ CAP = 2**18
 SOURCE_6 = ("mnli", "qqp", "qnli", "sst2", "squad", "record")
 EXTRA_SOURCES = ("agnews", "commonsenseqa", "openbookqa", "arc_easy", "anli_r3", "winogrande")
 
+_SOURCES = {"mpt_source_6": SOURCE_6, "mpt_source_12": SOURCE_6 + EXTRA_SOURCES}
+
 MIXTURES: Mapping[str, Sequence[str]] = {
-    "mpt_source_6": SOURCE_6,
-    "mpt_source_12": SOURCE_6 + EXTRA_SOURCES,
+    **_SOURCES,
+    # One source left out, to see what it adds; ours.
+    **{
+        f"{name}_without_{left_out}": tuple(task for task in tasks if task != left_out)
+        for name, tasks in _SOURCES.items()
+        for left_out in tasks
+    },
     "glue_targets": tuple(row.name for row in glue.ROWS),
     "super_glue_targets": ("multirc", "boolq", "wic", "wsc", "cb"),
     "mrqa_targets": ("nq", "hotpotqa", "searchqa", "newsqa"),

@@ -66,6 +66,27 @@ def test_rates_are_sizes_up_to_the_cap(name):
     assert mixture.total_rate == sum(expected.values())
 
 
+def test_one_source_may_be_left_out():
+    expected = {
+        "mpt_source_6_without_mnli": {"qqp", "qnli", "sst2", "squad", "record"},
+        "mpt_source_6_without_record": {"mnli", "qqp", "qnli", "sst2", "squad"},
+        "mpt_source_12_without_agnews": {
+            *("mnli", "qqp", "qnli", "sst2", "squad", "record"),
+            *("commonsenseqa", "openbookqa", "arc_easy", "anli_r3", "winogrande"),
+        },
+    }
+    assert {name: set(mixtures.MIXTURES[name]) for name in expected} == expected
+    for count in (6, 12):
+        whole = mixtures.MIXTURES[f"mpt_source_{count}"]
+        names = [name for name in mixtures.MIXTURES if f"mpt_source_{count}_without_" in name]
+        left_out = [set(whole) - set(mixtures.MIXTURES[name]) for name in names]
+        assert sorted(left_out, key=min) == [{task} for task in sorted(whole)]
+    bind_vocabulary()
+    mixture = seqio.get_mixture_or_task("mpt_source_6_without_mnli")
+    # QQP, at most 2^18; QNLI, SST-2, SQuAD and ReCoRD without the 1,000 rows held out.
+    assert mixture.total_rate == 262_144 + 103_743 + 66_349 + 86_599 + 99_730
+
+
 def test_rates_by_hand():
     bind_vocabulary()
     mixture = seqio.get_mixture_or_task("mpt_source_12")
