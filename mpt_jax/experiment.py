@@ -39,7 +39,7 @@ class Stage:
         files: gin files, in order.
         bindings: as after `--gin.`, `NAME = value`.
         runs: those it trains or evaluates; () for a source stage.
-        steps: how many a training stage takes; None for its gin file's.
+        steps: how many a training stage takes.
         entry: `'train'` or `'eval'`.
     """
 
@@ -60,12 +60,13 @@ class Stage:
         )
 
     def command(self, root: Path) -> str:
-        """The command line, for a shell."""
+        """The command line, for a shell. It names our trainer: T5X leaves another record of a run,
+        and its last step instead of its best."""
         given = [f"--gin_file={name}" for name in self.files]
         for binding in self.arguments(root):
             name, _, value = binding.partition(" = ")
             given.append(f"--gin.{name}={value}")
-        return shlex.join(["python", "-m", f"t5x.{self.entry}", *given])
+        return shlex.join(["python", "-m", f"mpt_jax.{self.entry}", *given])
 
     def run(self, root: Path) -> None:
         """Runs it here; a training stage goes on where an interrupted one stopped."""
@@ -81,7 +82,6 @@ class Stage:
                 for run in self.runs
             )
         handed_on = any((folder / name).is_dir() for name in (ARTEFACT, TRAINED_BACKBONE))
-        # Under T5X an artefact is written at every save.
         return handed_on and (self.steps is None or (folder / f"checkpoint_{self.steps}").is_dir())
 
 
@@ -99,14 +99,14 @@ quoted = json.dumps
 
 
 def target_bindings(
-    runs: Sequence[Run], rows: int, groups: str | Sequence[int] = "independent"
+    runs: Sequence[Run], rows: int | float, groups: str | Sequence[int] = "independent"
 ) -> list[str]:
-    """What a job of these runs binds, with `rows` examples of each in a step."""
+    """What a job of these runs binds, with `rows` examples of each in a step on average."""
     return [
         f"TARGET_TASKS = {quoted([run.task for run in runs])}",
         f"RUN_NAMES = {quoted([run.name for run in runs])}",
         f"GROUPS = {quoted(groups)}",
-        f"BATCH_SIZE = {rows * len(runs)}",
+        f"BATCH_SIZE = {round(rows * len(runs))}",
     ]
 
 
@@ -142,6 +142,7 @@ def collect(
         raise ValueError(f"The tasks of {method!r} have different seeds: {sorted(seeds)}.")
     order = seeds.pop()
     record = results.read_record(root / jobs[0].name)
+    config = root / jobs[0].name / ARTEFACT / "config.json"
     learnt = record["trainable_parameters"]
     return results.Result(
         method=method,
@@ -157,4 +158,5 @@ def collect(
         prompt_length=record["method_config"].get("prompt_length", 0),
         backbone_parameters=record["parameters"] - learnt,
         start=start,
+        backbone=json.loads(config.read_text())["backbone"] if config.exists() else "",
     )

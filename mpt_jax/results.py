@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-# What a table shows of each task, the first that was measured: exact match of the decoded label,
-# a correlation, or an overlap for free text.
+# What a table shows of each task, the first of these that the task declares: exact match of the
+# decoded label, a correlation, or an overlap for free text.
 MAIN_METRICS = ("accuracy", "matthews", "pearson", "f1", "bleu", "exact_match")
 RANKED = "rank_accuracy"
 FILE = "results.json"
@@ -34,6 +34,7 @@ class Result:
         prompt_length: P; 0 without a prompt.
         backbone_parameters: numbers of the model that do not learn.
         start: the source task that its prompts started from, if it was one.
+        backbone: what its artefacts call the model; '' where it left none.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Result:
     prompt_length: int = 0
     backbone_parameters: int = 0
     start: str | None = None
+    backbone: str = ""
 
     def values(self, task: str) -> list[float]:
         """A task's main metric, one value per seed."""
@@ -105,8 +107,9 @@ def paired(new: Result, old: Result) -> list[float]:
 
 
 def main_metric(scores: Mapping[str, object]) -> str:
-    """The metric that a table shows of a task."""
-    return next((name for name in MAIN_METRICS if name in scores), next(iter(scores)))
+    """The metric that a table shows of a task: the first of `MAIN_METRICS` in the task's own order,
+    in which its best step is selected too."""
+    return next((name for name in scores if name in MAIN_METRICS), next(iter(scores)))
 
 
 def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -33,6 +33,7 @@ PROMPTED = [
 ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # Other source tasks; tests/tasks/test_mixtures.py.
 SOURCES = ["gin/runs/source_tasks_12.gin"]
+JOINT = "gin/runs/joint_targets.gin"
 # A vocabulary that is there, in place of T5's, which is not shipped.
 VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
 
@@ -159,6 +160,12 @@ def test_an_ablation_trains_what_it_says(name, stage, numbers):
     assert sampler == ("PerExample" if name == "no_stochastic_sampling" else default)
 
 
+def test_targets_may_share_a_prompt_and_the_samplers_of_sources():
+    parse([TARGET, JOINT], [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
+    assert type(value("SAMPLER")).__name__ == "StochasticTasks"
+    assert trained(value("MODEL")) == 76_800 + 3 * 868
+
+
 def test_no_ablation_is_left_untested():
     assert {f"gin/ablations/{name}.gin" for name, *_ in ABLATED} == set(ABLATIONS)
 
@@ -170,7 +177,7 @@ def test_no_file_is_left_untested():
         for name in FILES
         for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
     }
-    tested = {*STAGES, *METHODS, *AFTER_TINY, *ABLATIONS, *SOURCES, "gin/tiny.gin"}
+    tested = {*STAGES, *METHODS, *AFTER_TINY, *ABLATIONS, *SOURCES, JOINT, "gin/tiny.gin"}
     assert set(FILES) == tested | included
 
 

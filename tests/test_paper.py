@@ -11,8 +11,9 @@ import shlex
 import gin
 import numpy as np
 import pytest
+import seqio
 
-from mpt_jax import experiment, gin_utils, results, t5x_import
+from mpt_jax import evaluation, experiment, gin_utils, results, sampling, t5x_import
 from mpt_jax.experiment import Run, Stage
 from mpt_jax.paper import __main__ as command
 from mpt_jax.paper import arms, published, show, suites, tables
@@ -67,12 +68,8 @@ def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
         (arm, k) for k in (4, 16, 32) for arm in ("PT", "SPoT", "MPT")
     ]
     mpt = cells[-1]
-    assert [stage.name for stage in mpt.stages] == [
-        "teachers",
-        "mpt_source",
-        "table3/mpt/k32/0",
-        "table3/mpt/k32/0/test",
-    ]
+    job = "mpt/k32/boolq-cb-scitail_s0-9"
+    assert [x.name for x in mpt.stages] == ["teachers", "mpt_source", job, f"{job}/test"]
     bound = given(mpt.jobs[0])
     names = json.loads(bound["RUN_NAMES"])
     assert names == [f"{t}_k32_s{s}" for t in ("boolq", "cb", "scitail") for s in range(10)]
@@ -80,21 +77,58 @@ def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
     assert bound["INITIAL_ARTEFACT"] == json.dumps(f"{ROOT}/no such folder/mpt_source/artefact")
     assert bound["BATCH_SIZE"] == str(30 * 16) and "LEARNING_RATE" not in bound
     assert given(cells[1].jobs[0])["START_FROM"] == '"mnli"'
+    # The same chances of selection, and no warmup longer than a tenth.
+    assert {given(cell.jobs[0])["EVAL_PERIOD"] for cell in cells} == {"100"}
+    assert [given(cell.jobs[0]).get("WARMUP_STEPS") for cell in cells[:3]] == ["100", "100", None]
 
 
 def test_tasks_of_all_examples_train_as_long_as_the_paper_says():
     _, cells = planned("table2", suites.PAPER)
-    steps = {job.runs[0].task: job.steps for job in cells[0].jobs}
-    # 5 epochs of MRQA, 10 above 10,000 examples; 20 for BoolQ.
-    assert steps["nq"] == -(-5 * 103_071 // 32)
-    assert steps["paws"] == -(-10 * 49_401 // 32)
-    assert {job.steps for job in cells[1].jobs} == {40_000}  # the strong recipe
+    jobs = {run.task: job for job in cells[0].jobs for run in job.runs}
+    # 5 epochs of MRQA, 10 above 10,000 examples; 20 for BoolQ. Each epoch is evaluated.
+    assert jobs["nq"].steps == -(-5 * 103_071 // 32)
+    assert jobs["paws"].steps == -(-10 * 49_401 // 32)
+    assert given(jobs["paws"])["EVAL_PERIOD"] == str(-(-49_401 // 32))
+    strong = {run.task: job for job in cells[1].jobs for run in job.runs}
+    assert (strong["nq"].steps, strong["paws"].steps) == (300_000, 40_000)
+    lengths = {run.task: given(x)["TASK_FEATURE_LENGTHS"] for x in cells[0].tests for run in x.runs}
+    assert {lengths[task] for task in ("nq", "newsqa")} == {'{"inputs": 512, "targets": 128}'}
+    assert lengths["yelp"] == '{"inputs": 256, "targets": 128}'
     _, cells = planned("table1", suites.PAPER)
-    assert {job.runs[0].task: job.steps for job in cells[0].jobs}["boolq"] == 5892
-    together = cells[-1].jobs
-    assert [len(job.runs) for job in together] == [8 * 3, 5 * 3]
-    assert json.loads(given(together[1])["GROUPS"]) == [0, 1, 2] * 5
-    assert [run.name for run in together[1].runs[:3]] == [f"multirc_s{s}" for s in range(3)]
+    jobs = {run.task: job for job in cells[0].jobs for run in job.runs}
+    assert jobs["boolq"].steps == 5892
+    assert '"inputs": 348' in given(jobs["multirc"])["TASK_FEATURE_LENGTHS"]
+
+
+def test_tasks_that_share_a_prompt_are_one_run_for_each_seed():
+    _, cells = planned("table1", suites.PAPER)
+    jobs = cells[-1].jobs
+    assert [len(job.runs) for job in jobs] == [8, 5] * 3
+    assert [run.name for run in jobs[3].runs] == [
+        f"{task}_s1" for task in ("multirc", "boolq", "wic", "wsc", "cb")
+    ]
+    bound = given(jobs[3])
+    assert (bound["GROUPS"], bound["BATCH_SIZE"], bound["RANDOM_SEED"]) == ('"joint"', "32", "43")
+    alone = {run.task: job.steps for job in cells[0].jobs for run in job.runs}
+    assert jobs[3].steps == sum(alone[run.task] for run in jobs[3].runs)
+    assert '"inputs": 348' in bound["TASK_FEATURE_LENGTHS"]
+
+
+def test_every_source_stage_takes_five_epochs_of_batches_that_its_sampler_accepts():
+    stages = {}
+    for name in ALL:
+        for cell in planned(name, suites.PAPER)[1]:
+            stages |= {stage.name: stage for stage in cell.sources}
+    assert {"teachers_small", "mpt_source_large", "teachers_12", "mpt_source_rank_4"} <= set(stages)
+    for name, stage in stages.items():
+        tasks, examples = (12, 1_425_899) if "_12" in name else (6, 1_151_093)
+        batch = int(given(stage)["BATCH_SIZE"])
+        assert stage.steps * batch == pytest.approx(5 * examples, rel=1e-3), name
+        if name.startswith("teachers"):
+            sampling.EqualQuotas(batch, 0).check(tasks)
+        else:
+            sampling.StochasticTasks(batch, 0).check(tasks)
+            assert batch == {"small": 100, "large": 12}.get(name.rpartition("_")[2], 32)
 
 
 def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
@@ -107,7 +141,7 @@ def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
     seeds = [given(stage)["RANDOM_SEED"] for stage in both.sources[1:]]
     assert seeds == [str(42 + seed) for seed in range(10)]
     for seed, job in enumerate(both.jobs):
-        assert {run.seed for run in job.runs} == {seed}
+        assert {run.seed for run in job.runs} == {seed} and job.name.endswith(f"s{seed}_own_source")
         assert f"mpt_source_s{seed}/artefact" in given(job)["INITIAL_ARTEFACT"]
     no_teachers = next(cell for cell in cells if cell.arm.name == "neither")
     assert not any("teachers" in stage.name for stage in no_teachers.sources)
@@ -158,7 +192,7 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         line = shlex.split(stage.command(ROOT))
         files = [x.partition("=")[2] for x in line if x.startswith("--gin_file=")]
         bindings = [x.removeprefix("--gin.").replace("=", " = ", 1) for x in line if "--gin." in x]
-        assert line[:3] == ["python", "-m", f"t5x.{stage.entry}"]
+        assert line[:3] == ["python", "-m", f"mpt_jax.{stage.entry}"]
         with gin_utils.as_main(importlib.import_module(f"mpt_jax.{stage.entry}")):
             gin_utils.parse(files, [*bindings, VOCABULARY], (str(ROOT),))
         if stage in cell.jobs:
@@ -171,6 +205,22 @@ def test_every_source_is_tried_on_every_target():
     starts = [json.loads(given(cell.jobs[0]).get("START_FROM", "null")) for cell in cells]
     assert starts[0] is None and set(starts[1:]) == {task.name for task in toy.SOURCE_TASKS}
     assert {stage.name for cell in cells for stage in cell.sources} == {"teachers"}
+
+
+def test_labels_may_be_digits_in_all_stages():
+    suite = suites.PAPER.with_digits()
+    table, cells = planned("table1", suite)
+    spot = next(cell for cell in cells if cell.arm.name == "SPoT")
+    assert json.loads(given(spot.jobs[0])["START_FROM"]) == "mnli_digits"
+    named = json.loads(given(spot.sources[0])["SOURCE_TASKS"])
+    assert named == [f"{t}_digits" for t in ("mnli", "qqp", "qnli", "sst2")] + ["squad", "record"]
+    jobs = {run.task: job for job in spot.jobs for run in job.runs}
+    assert {"boolq_digits", "stsb"} <= set(jobs)
+    assert '"inputs": 348' in given(jobs["multirc_digits"])["TASK_FEATURE_LENGTHS"]
+    twelve = planned("table2", suite)[1][-1].sources[0]
+    assert "agnews_digits" in given(twelve)["SOURCE_TASKS"]
+    with pytest.raises(ValueError, match="toy suite have no versions with digits"):
+        suites.TOY.with_digits()
 
 
 def test_no_source_task_is_a_target_on_the_toy_suite():
@@ -214,7 +264,7 @@ def world(tmp_path, monkeypatch):
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         (folder / "inference_eval").mkdir()
         for _, seed, name in stage.runs:
-            accuracy = 50.0 + seed + (10 if "/mpt/" in stage.name else 0)
+            accuracy = 50.0 + seed + (10 if stage.name.startswith("mpt/") else 0)
             line = json.dumps({"step": 10, "accuracy": accuracy, "invalid": 0.0})
             (folder / "inference_eval" / f"{name}-metrics.jsonl").write_text(line + "\n")
 
@@ -227,7 +277,9 @@ def test_a_table_goes_on_where_it_stopped(world, capsys):
     arguments = ["table3", "--suite", "toy", "--seeds", "2", "--root", str(root)]
     command.main([*arguments, "--print"])
     printed = capsys.readouterr().out.splitlines()
-    assert not ran and all(line.startswith("python -m t5x.train --gin_file=") for line in printed)
+    assert not ran and all(
+        line.startswith("python -m mpt_jax.train --gin_file=") for line in printed
+    )
     command.main([*arguments, "--collect"])
     assert not ran and capsys.readouterr().out.count("not run") == 3 * 3 * 4
     command.main(arguments)
@@ -250,7 +302,11 @@ def test_some_arms_alone(world, capsys):
     arguments = ["ablations", "--suite", "toy", "--seeds", "2", "--root", str(root)]
     command.main([*arguments, "--arms", "rank 2"])
     sources = ["teachers", "mpt_source_rank_2_s0", "mpt_source_rank_2_s1"]
-    assert ran == [*sources, "ablations/rank_2/k32/s0", "ablations/rank_2/k32/s1"]
+    jobs = [f"rank_2/k32/toy_boolq-toy_cb-toy_rte-toy_mrpc-toy_scitail_s{s}" for s in (0, 1)]
+    assert ran == [*sources, *(f"{job}_own_source" for job in jobs)]
+    command.main([*arguments, "--arms", "MPT"])
+    kept = {result.method for result in results.load(root / "ablations")}
+    assert kept == {"rank 2", "MPT"}, "what ran before stays in the table's results"
     with pytest.raises(SystemExit):
         command.main([*arguments, "--arms", "rank 3"])
     assert "Unknown arm of ablations 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
@@ -258,13 +314,20 @@ def test_some_arms_alone(world, capsys):
 
 def test_a_folder_of_other_settings_is_refused(world, capsys):
     root, _ = world
-    arguments = ["table3", "--suite", "toy", "--root", str(root)]
-    command.main([*arguments, "--seeds", "2"])
+    arguments = ["table3", "--suite", "toy", "--root", str(root), "--seeds", "2"]
+    command.main(arguments)
+    known = json.loads((root / "stages.json").read_text())
+    job = next(name for name in known if name.startswith("pt/k4"))
+    known[job][1] = ["LEARNING_RATE = 1.0"]
+    (root / "stages.json").write_text(json.dumps(known))
     with pytest.raises(SystemExit) as ended:
-        command.main([*arguments, "--seeds", "3"])
+        command.main(arguments)
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert "table3/pt/k4/0 was made with other settings" in message and "--root" in message
+    assert f"{job} was made with other settings" in message and "--root" in message
+    with pytest.raises(SystemExit):
+        command.main([*arguments[:-1], "0"])
+    assert "must be at least 1" in capsys.readouterr().err
 
 
 def test_done_means_trained_to_the_end(tmp_path):
@@ -301,20 +364,48 @@ def test_ours_stand_beside_the_papers(monkeypatch):
     table = tables.find("table1").on(suites.PAPER)
     ours = {task: [70.0, 72.0, 74.0] for task in suites.PAPER.tasks.values()}
     ours["wsc"] = [67.3, 67.3, 67.3]
-    found = {("MPT", None): result("MPT", ours)}
-    text = show.text(table, suites.PAPER, found, {"WSC": 67.3, "MRPC": 68.1})
+    made = result("MPT", ours, backbone="runs/backbones/t5-base")
+    made.scores["cola"] = {
+        "matthews": [0.0] * 3, "matthews_undefined": [0.0, 1.0, 0.0], "accuracy": [69.0] * 3
+    }  # fmt: skip
+    text = show.text(table, suites.PAPER, {("MPT", None): made}, {"WSC": 67.3, "CoLA": 0.0})
     lines = {line[:45].rstrip(): line for line in text.splitlines()}
     mine = next(line for name, line in lines.items() if name.startswith("MPT (ours)"))
-    # 2 = std of 70, 72, 74; t(0.975, 2) = 4.303.
+    # Seven of GLUE's eight are 70, 72, 74, so its averages are 1.75 apart; t(0.975, 2) = 4.303.
     assert "72.0 ± 2.0" in mine and "67.3 ± 0.0 =" in mine
-    assert f"[{72 - 4.303 * 2 / 3**0.5:.1f}, {72 + 4.303 * 2 / 3**0.5:.1f}]" in mine
+    assert f"[{63 - 4.303 * 1.75 / 3**0.5:.1f}, {63 + 4.303 * 1.75 / 3**0.5:.1f}]" in mine
     assert mine.split()[-1] == "3"
     theirs = next(line for name, line in lines.items() if name.startswith("MPT, 77.6K (paper)"))
     assert "85.9 ± 0.1" in theirs and "67.3 ± 0.0 =" in theirs
+    assert "0.0 ± 0.0 0*" in mine, "CoLA is Matthews, undefined for a seed, and no label's share"
+    assert "Ours: runs/backbones/t5-base." in text
     assert "not run" in next(line for name, line in lines.items() if name.startswith("PT (ours)"))
-    imported = next(line for name, line in lines.items() if name.startswith("PT, 76.8K"))
+    imported = next(line for name, line in lines.items() if name.startswith("PT, 76.8K († A"))
+    assert any(name.startswith("PT, 76.8K (ULPT paper)") for name in lines)
     assert "† ATTEMPT" in imported and "68.1 =" in imported
     assert "paired" not in text, "published figures have no seeds to pair with"
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "transfer"])
+def test_every_published_row_is_shown_with_a_figure(name):
+    table = tables.find(name).on(suites.PAPER)
+    text = show.text(table, suites.PAPER, {}, {})
+    for row in published.rows(name):
+        found = [x for x in text.splitlines() if x.startswith(f"{row.name} ({row.source})")]
+        assert len(found) >= len(table.shots) and all(re.search(r"\d\.\d", x) for x in found)
+
+
+def test_the_main_metric_is_the_one_the_paper_prints():
+    suites.PAPER.register()
+    targets = {"stsb": ["1.0", "2.0"], "squad": [{"answers": ["a"], "group": ""}] * 2}
+    expected = {"cola": "matthews", "multirc": "f1", "qqp": "accuracy", "cb": "accuracy"}
+    for task, metric in (expected | {"stsb": "pearson", "nq": "f1"}).items():
+        made = seqio.TaskRegistry.get(task)
+        labels = evaluation.labels_of(made)
+        golds = targets.get(task) or list(labels[:2]) or targets["squad"]
+        said = [x if isinstance(x, str) else "a" for x in golds]
+        scores = {k: v for fn in made.metric_fns for k, v in fn(golds, said).items()}
+        assert results.main_metric(scores) == metric, task
 
 
 def test_generated_text_has_a_column_for_each_metric():
@@ -323,11 +414,11 @@ def test_generated_text_has_a_column_for_each_metric():
         "e2e": dict.fromkeys(("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"), [3.0]),
         "webnlg": dict.fromkeys(("bleu", "meteor_exact_stem", "ter"), [4.0]),
     }
-    found = {("MPT", None): Result("MPT", None, scores, 1.0, 1.0, ())}
+    found = {("MPT, T5-large", None): Result("MPT, T5-large", None, scores, 1.0, 1.0, ())}
     lines = show.text(table, suites.PAPER, found, {}).splitlines()
     heads = next(line for line in lines if "E2E bleu" in line)
     assert "WebNLG ter" in heads and "NLG  " not in heads.replace("WebNLG", "")
-    assert next(x for x in lines if x.startswith("MPT (ours)")).split()[2:] == [
+    assert next(x for x in lines if x.startswith("MPT, T5-large (ours)")).split()[3:] == [
         *["3.0"] * 5, *["4.0"] * 3, "1"
     ]  # fmt: skip
     assert next(x for x in lines if x.startswith("MPT (paper)")).split()[2:] == [
@@ -356,3 +447,30 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
         "distillation only": ("+", "the opposite"),
     }
     assert "74.1" not in text and "69.5" not in text, "no published figure stands beside ours"
+
+
+@pytest.mark.slow
+def test_a_table_whose_test_scores_come_from_artefacts(tmp_path, monkeypatch, capsys):
+    """The path of the paper's own suite, on the toy suite's tasks: it selects by validation and
+    scores the artefact in a stage of its own."""
+    toy_suite = dataclasses.replace(
+        suites.TOY,
+        files=("gin/tiny.gin",),
+        source_steps=2,
+        length=lambda task, arm, shots: suites.Length(4, 4, period=2),
+        tested_apart=True,
+    )
+    monkeypatch.setitem(suites.SUITES, "toy", toy_suite)
+    table = dataclasses.replace(tables.find("table3"), shots=(4,), groups={"mean": ("BoolQ", "CB")})
+    monkeypatch.setitem(tables.TABLES, "table3", table)
+    arguments = ["table3", "--suite", "toy", "--seeds", "2", "--root", str(tmp_path)]
+    command.main(arguments)
+    text = capsys.readouterr().out
+    assert "not run" not in text and "tiny_t5" in text
+    found = {result.method: result for result in results.load(tmp_path / "table3")}
+    assert set(found) == {"PT", "SPoT", "MPT"}
+    job = tmp_path / "mpt/k4/toy_boolq-toy_cb_s0-1"
+    scores = results.read_scores(job / "test", ["toy_cb_k4_s1"])
+    assert found["MPT"].scores["toy_cb"]["accuracy"][1] == scores["toy_cb_k4_s1"]["accuracy"]
+    lines = (job / "test" / "inference_eval" / "toy_cb_k4_s1-000004.jsonl").read_text()
+    assert len(lines.splitlines()) == 96, "as many of the test split as gin/tiny.gin evaluates"

@@ -25,15 +25,15 @@ P, H = 2, 4
 def result(method, shots=32, folder="gone", start=None, length=20, size=900, **scores):
     """A result with an accuracy of each seed on each toy task."""
     number = len(next(iter(scores.values())))
-    found = {f"toy_{task}": {"f1": [0.0] * number, "accuracy": v} for task, v in scores.items()}
+    found = {f"toy_{task}": {"accuracy": v, "f1": [0.0] * number} for task, v in scores.items()}
     seeds, dirs = tuple(range(number)), (str(folder),)
     return Result(method, shots, found, 2560.0, 12.4, dirs, seeds, length, size, start)
 
 
 def demo_result(name, rte, d2t, folder):
     scores = {
-        "toy_rte": {"f1": [0.0] * len(rte), "accuracy": rte, "rank_accuracy": [v + 1 for v in rte]},
-        "toy_d2t": {"exact_match": d2t, "f1": [v + 5 for v in d2t]},
+        "toy_rte": {"accuracy": rte, "f1": [0.0] * len(rte), "rank_accuracy": [v + 1 for v in rte]},
+        "toy_d2t": {"f1": [v + 5 for v in d2t], "exact_match": d2t},
     }
     return Result(name, 32, scores, 2560.0, 12.4, (str(folder),), tuple(range(len(rte))))
 
@@ -60,7 +60,7 @@ def root(tmp_path):
         "task_left": np.ones((2, P, 1)),
         "task_right": np.ones((2, 1, H)),
     }
-    scores = {"toy_sst2": {"accuracy": 91.25}, "toy_squad": {"exact_match": 80.0, "f1": 85.0}}
+    scores = {"toy_sst2": {"accuracy": 91.25}, "toy_squad": {"f1": 85.0, "exact_match": 80.0}}
     alone = Runs(SOURCES, groups="independent")
     write_artefact(tmp_path / "pt_source", PromptTuning(P), {"table": table}, alone, scores=scores)
     write_artefact(tmp_path / "mpt_source", MPT(P), factors, Runs(SOURCES), scores=scores)
@@ -325,12 +325,12 @@ def test_source_stages_lie_below_a_demo_and_beside_a_table(root):
     )
 
 
-def test_another_runs_folders_are_not_read(root, demo):
-    """Where a finished demo was set aside, its results still name the folder of the next one."""
-    aside = root.parent / f"{root.name}.1"
-    aside.mkdir()
-    assert all(not folders.own(aside, found) for found in demo)
+def test_only_folders_below_or_beside_a_table_are_read(root, demo, tmp_path_factory):
     assert folders.own(root, demo[0]) == [root / "a"]
+    table = root / "table3"
+    table.mkdir()
+    assert folders.own(table, demo[0]) == [root / "a"], "tables share runs"
+    assert not folders.own(tmp_path_factory.mktemp("elsewhere") / "b", demo[0])
 
 
 def test_scores_by_step_are_drawn_where_there_are_several(root, demo):
@@ -372,7 +372,7 @@ def test_lengths_and_sizes_are_curves_of_a_method(tmp_path):
         result("PT, P=40", length=40, rte=[52.0]),
         result("PT, P=5", length=5, rte=[45.0]),
         result("MPT", rte=[60.0]),
-        result("MPT", size=2000, rte=[70.0]),
+        result("MPT, T5-large", size=2000, rte=[70.0]),
     ]
     alts = Reader(page_of(tmp_path, found)).alts
     assert "Mean score by prompt length, k = 32. PT 5: 45.0, 20: 50.0, 40: 52.0." in alts

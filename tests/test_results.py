@@ -14,7 +14,7 @@ from mpt_jax.results import Result
 
 def result(**scores: list[float]) -> Result:
     seeds = tuple(range(len(next(iter(scores.values())))))
-    made = {task: {"f1": [0.0] * len(v), "accuracy": v} for task, v in scores.items()}
+    made = {task: {"accuracy": v, "f1": [0.0] * len(v)} for task, v in scores.items()}
     return Result("PT", 4, made, 10.0, 1.5, (), seeds)
 
 

@@ -37,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         suite = suites.SUITES[args.suite]
-        table = chosen(tables.find(args.table).on(suite), args.seeds, args.arms)
+        suite = suite.with_digits() if args.labels == "digits" else suite
+        whole = tables.find(args.table).on(suite)
+        if args.seeds is not None:
+            whole = dataclasses.replace(whole, seeds=args.seeds)
         root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
+        table = chosen(whole, args.arms)
         planned = tables.cells(table, suite, root)
         if args.print:
             check_plan(root, planned)
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if not args.collect:
             run(root, planned)
-        found = collect(root, planned, suite)
+        # A report shows all that was run, also where only some rows were asked for now.
+        found = collect(root, tables.cells(whole, suite, root), suite)
         (root / table.name).mkdir(parents=True, exist_ok=True)
         results.save(root / table.name, list(found.values()))
         print(show.text(table, suite, found, majority_shares(table, suite)))
@@ -63,7 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("table", help="which table")
     parser.add_argument("--suite", choices=list(suites.SUITES), default="paper")
-    parser.add_argument("--seeds", type=int, help="how many draws, if not the table's number")
+    parser.add_argument(
+        "--labels",
+        choices=["words", "digits"],
+        default="words",
+        help="what a model says: T5's own words (%(default)s), or digits as in the paper",
+    )
+    parser.add_argument("--seeds", type=_positive, help="how many draws, if not the table's number")
     parser.add_argument("--arms", nargs="+", help="only these rows, by name")
     parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
     what = parser.add_mutually_exclusive_group()
@@ -72,14 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen(table: Table, seeds: int | None, names: Sequence[str] | None) -> Table:
-    """The table with another number of seeds, or only some of its arms.
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def chosen(table: Table, names: Sequence[str] | None) -> Table:
+    """The table with some of its arms; all for None.
 
     Raises:
         ValueError: no such arm in this table.
     """
-    if seeds is not None:
-        table = dataclasses.replace(table, seeds=seeds)
     if names is None:
         return table
     known = {arm.name: arm for arm in table.arms}
@@ -116,7 +131,9 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
             )
         known[stage.name] = what
     root.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(known, indent=1) + "\n")
+    new.replace(path)
 
 
 def run(root: Path, cells: Sequence[Cell]) -> None:
@@ -147,7 +164,7 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> show.Found:
 def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
     """Percent of the most frequent label in each task's test split, where the data are here; the
     paper's own where it is known."""
-    shares = dict(published.majority()) if suite is suites.PAPER else {}
+    shares = {} if suite.name == suites.TOY.name else dict(published.majority())
     for name in table.tasks:
         task = seqio.TaskRegistry.get(suite.tasks[name])
         if not evaluation.labels_of(task):

@@ -6,10 +6,14 @@ Names of arms are those of tables; `published.toml` refers to them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mpt_jax.runs import unknown_name
 
+# Examples in the mixtures of six and of twelve sources; the paper's batch by size of T5.
+MIXTURES = {6: 1_151_093, 12: 1_425_899}
+BATCHES = {"small": 100, "base": 32, "large": 12}
+TEACHER_STAGE = "gin/pt_source.gin"
 TARGET = "gin/mpt_target.gin"
 PT_TARGET = "gin/pt_target.gin"
 MPT, PROMPT_TUNING, SHARED = (
@@ -26,12 +30,25 @@ class Source:
         files: gin files, the stage file first.
         bindings: what else it binds.
         teachers: the source stage that it is distilled from.
+        tasks: how many source tasks there are.
+        size: of the T5, if it is not base (gin/ablations/size_*.gin).
     """
 
     name: str
     files: tuple[str, ...]
     bindings: tuple[str, ...] = ()
     teachers: Source | None = None
+    tasks: int = 6
+    size: str = "base"
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """(steps, batch) at the paper's scale: five epochs over the mixture. Teachers, which nobody
+        teaches, have the batch once for each task and see as many examples in all."""
+        alone = self.files[0] == TEACHER_STAGE
+        batch = BATCHES[self.size] * (self.tasks if alone else 1)
+        examples = MIXTURES[self.tasks]
+        return (5 * examples // batch if alone else 5 * (examples // batch)), batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +64,9 @@ class Arm:
         rate: under which name a suite keeps its learning rate, if it has one of its own.
         start: the paper's name of the source task that prompts start from, if it is one.
         together: whether all tasks of a group are learnt by one run with one shared prompt.
-        steps: of the target stage at the paper's scale, if its length is not the suite's.
-        size: of the T5, if it is not the suite's (gin/ablations/size_*.gin).
-        family: the arm that this one varies; it is drawn in one curve with its family.
+        steps: of the target stage with all examples at the paper's scale, if its length is not the
+            suite's: task -> steps, `''` for all others.
+        size: of the T5, if it is not base (gin/ablations/size_*.gin).
     """
 
     name: str
@@ -60,9 +77,8 @@ class Arm:
     rate: str = "mpt"
     start: str | None = None
     together: bool = False
-    steps: int | None = None
-    size: str | None = None
-    family: str | None = None
+    steps: Mapping[str, int] | None = None
+    size: str = "base"
 
     @property
     def folder(self) -> str:
@@ -76,14 +92,10 @@ def ablation(name: str) -> str:
     return f"gin/ablations/{name}.gin"
 
 
-TEACHERS = Source("teachers", ("gin/pt_source.gin",))
+TEACHERS = Source("teachers", (TEACHER_STAGE,))
 MPT_SOURCE = Source("mpt_source", ("gin/mpt_source.gin",), teachers=TEACHERS)
 TWELVE = "gin/runs/source_tasks_12.gin"
-TEACHERS_12 = Source(
-    "teachers_12",
-    ("gin/pt_source.gin", TWELVE),
-    ("BATCH_SIZE = 384", "TRAIN_STEPS = 18566"),  # 32 of each; five epochs in all
-)
+TEACHERS_12 = Source("teachers_12", (TEACHER_STAGE, TWELVE), tasks=12)
 
 
 def _source(name: str, *files: str, bindings: Sequence[str] = (), distilled: bool = True) -> Source:
@@ -106,16 +118,16 @@ def _of_length(length: int) -> tuple[Arm, Arm]:
     teachers = Source(f"teachers_p{length}", TEACHERS.files, bound)
     source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bound, teachers)
     return (
-        Arm(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt", family="PT"),
-        _mpt(f"MPT, P={length}", source=source, bindings=bound, family="MPT"),
+        Arm(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt"),
+        _mpt(f"MPT, P={length}", source=source, bindings=bound),
     )
 
 
 def _of_size(size: str) -> tuple[Arm, Arm]:
     """PT and MPT on another T5."""
     file = ablation(f"size_{size}")
-    teachers = Source(f"teachers_{size}", (*TEACHERS.files, file))
-    source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), teachers=teachers)
+    teachers = Source(f"teachers_{size}", (*TEACHERS.files, file), size=size)
+    source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), (), teachers, size=size)
     return (
         Arm(f"PT, T5-{size}", (*PT.files, file), PROMPT_TUNING, rate="pt", size=size),
         _mpt(f"MPT, T5-{size}", file, source=source, size=size),
@@ -134,7 +146,7 @@ PT_STRONG = Arm(
     (PT_TARGET, "gin/methods/pt_strong.gin"),
     PROMPT_TUNING,
     rate="pt",
-    steps=40_000,
+    steps={"": 40_000} | dict.fromkeys(("nq", "hotpotqa", "searchqa", "newsqa"), 300_000),
 )
 SPOT = Arm("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
 # Prompt tuning from each source task's prompt; names are the paper's.
@@ -143,10 +155,10 @@ FROM_SOURCES = tuple(
     for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
 )
 MPT_ARM = _mpt("MPT")
-MPT_TOGETHER = _mpt("MPT, tasks together", together=True)
+MPT_TOGETHER = _mpt("MPT, tasks together", "gin/runs/joint_targets.gin", together=True)
 MPT_12 = _mpt(
     "MPT, 12 sources",
-    source=Source("mpt_source_12", (*MPT_SOURCE.files, TWELVE), teachers=TEACHERS_12),
+    source=Source("mpt_source_12", (*MPT_SOURCE.files, TWELVE), (), TEACHERS_12, tasks=12),
 )
 
 _NO_DECOMPOSITION = ablation("no_decomposition")

@@ -20,14 +20,14 @@ class Row:
     Attributes:
         name: as the paper has it, with its trained parameters.
         of: the arm of ours that it is set beside; None for methods that are not here.
-        taken_from: where the paper took it from, as we remember it; None for its own.
+        source: 'paper'; '† X' where the paper, as we remember it, took it from X; or another note.
         values: shots (None for all) -> task or average -> figure.
         stds: of `values`, where they are printed; for all examples.
     """
 
     name: str
     of: str | None
-    taken_from: str | None
+    source: str
     values: Mapping[int | None, Mapping[str, float]]
     stds: Mapping[str, float]
 
@@ -38,7 +38,7 @@ def rows(table: str) -> list[Row]:
         Row(
             name=row["name"],
             of=row.get("of"),
-            taken_from=row.get("from"),
+            source=f"† {row['from']}" if "from" in row else row.get("note", "paper"),
             values={int(shots): found for shots, found in row.get("shots", {}).items()}
             | ({None: row["values"]} if "values" in row else {}),
             stds=row.get("stds", {}),

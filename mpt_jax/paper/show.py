@@ -17,7 +17,12 @@ Found = Mapping[tuple[str, int | None], Result]  # (arm, shots) -> result
 NOT_RUN = "not run"
 LEGEND = (
     "mean ± standard deviation over n seeds; [..]: 95% interval of the average, over seeds; "
-    "=: the score of always answering the most frequent label"
+    "=: the accuracy of always answering the most frequent label; 0*: undefined for at least one "
+    "seed (a constant prediction), which counts as 0"
+)
+PAPER_LEGEND = (
+    "†: not run by the paper's authors, as we remember it, but taken from the named paper. "
+    "Published figures are of T5 1.0, which was trained on most of these tasks before."
 )
 Rows = list[list[str]]
 
@@ -37,14 +42,16 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
             f"\n{_examples(shots)}\n{as_text(score_rows(table, suite, found, shots, shares))}"
         )
     parts.append(LEGEND)
-    if suite is suites.PAPER:
-        parts.append(
-            "†: not run by the paper's authors, as we remember it, but taken from the named "
-            "paper. T5 1.0 was trained on most of these tasks before."
-        )
-    else:
+    backbones = sorted({result.backbone for result in found.values() if result.backbone})
+    if backbones:
+        parts.append(f"Ours: {', '.join(backbones)}.")
+    if suite.name == suites.PAPER.name:
+        parts.append("Ours say words for labels; the paper's digits are --labels digits.")
+    if suite.name == suites.TOY.name:
         differences = sign_rows(table, suite, found)
         parts.append(f"\n{reference(table)} minus each arm, paired by seed\n{as_text(differences)}")
+    else:
+        parts.append(PAPER_LEGEND)
     return "\n".join(parts)
 
 
@@ -54,13 +61,14 @@ def score_rows(
     """Ours, and on the paper's suite each published row after the arm of ours it belongs to."""
     heads = ["", *table.columns, *table.averages, "95% interval", "n"]
     lines = [heads]
-    theirs = published.rows(table.name) if suite is suites.PAPER else []
-    lines += [_published(table, row, shots, shares) for row in theirs if row.of is None]
+    theirs = [] if suite.name == suites.TOY.name else published.rows(table.name)
+    known = published.majority()
+    lines += [_published(table, row, shots, known) for row in theirs if row.of is None]
     for arm in table.arms:
         result = found.get((arm.name, shots))
-        name = f"{arm.name} (ours)" if suite is suites.PAPER else arm.name
+        name = f"{arm.name} (ours)" if theirs else arm.name
         lines.append([name, *_ours(table, suite, result, shares)])
-        lines += [_published(table, row, shots, shares) for row in theirs if row.of == arm.name]
+        lines += [_published(table, row, shots, known) for row in theirs if row.of == arm.name]
     return lines
 
 
@@ -72,9 +80,12 @@ def _ours(
     cells = []
     for column in table.columns:
         name, _, metric = column.partition(" ")
-        scores, task = result.scores, suite.tasks[name]
-        found = results.estimate(scores[task][metric] if metric else result.values(task))
-        cells.append(_with_std(found) + _mark(found.mean, shares.get(column)))
+        scores = result.scores[suite.tasks[name]]
+        metric = metric or results.main_metric(scores)
+        found = results.estimate(scores[metric])
+        share = shares.get(column) if metric == "accuracy" else None
+        undefined = any(scores.get(f"{metric}_undefined", ()))
+        cells.append(_with_std(found) + _mark(found.mean, share) + (" 0*" if undefined else ""))
     averages = [
         results.estimate(result.means([suite.tasks[name] for name in names]))
         for names in table.averages.values()
@@ -94,8 +105,7 @@ def _published(
         std = f" ± {row.stds[name]:.1f}" if name in row.stds else ""
         shown = value is not None
         cells.append(f"{value:.1f}{std}{_mark(value, shares.get(name))}" if shown else "")
-    name = f"{row.name} (paper)" if row.taken_from is None else f"{row.name} († {row.taken_from})"
-    return [name, *cells, "", ""]
+    return [f"{row.name} ({row.source})", *cells, "", ""]
 
 
 def reference(table: Table) -> str:

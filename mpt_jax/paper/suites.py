@@ -13,6 +13,7 @@ import seqio
 from mpt_jax.paper import arms
 from mpt_jax.paper.arms import Arm
 
+DIGITS = "_digits"  # as tasks/suite.py calls the versions
 SOURCES = ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
 GLUE = ("MNLI", "QQP", "QNLI", "SST-2", "STS-B", "MRPC", "RTE", "CoLA")
 SUPER_GLUE = ("MultiRC", "BoolQ", "WiC", "WSC", "CB")
@@ -21,10 +22,33 @@ OTHERS = ("WinoGrande", "Yelp", "SciTail", "PAWS")
 
 
 class Length(NamedTuple):
-    """How long a run trains: steps, and its examples in each of them."""
+    """How long a run trains.
+
+    Attributes:
+        steps: of the job.
+        rows: the run's examples in each of them.
+        period: steps between evaluations that a best step is selected by; None: the gin files'.
+        inputs: tokens of an input; None for the gin files'.
+    """
 
     steps: int
     rows: int
+    period: int | None = None
+    inputs: int | None = None
+
+    def bindings(self) -> list[str]:
+        """What a training stage binds for it, beside steps and batch."""
+        period = [] if self.period is None else [f"EVAL_PERIOD = {self.period}"]
+        return [*period, *self.reading()]
+
+    def reading(self) -> list[str]:
+        """What any stage binds that reads the task's texts."""
+        if self.inputs is None:
+            return []
+        return [f'TASK_FEATURE_LENGTHS = {{"inputs": {self.inputs}, "targets": {TARGETS}}}']
+
+
+TARGETS = 128  # tokens of a target at the paper's scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +60,12 @@ class Suite:
         tasks: the paper's name of a target task -> ours; those without a counterpart are left out.
         sources: the same of the source tasks.
         modules: register the tasks.
-        files: gin files that come after a stage's own.
-        source_steps: of a source stage; None for its gin file's.
-        length: (our task's name, shots) -> how long a run trains.
+        files: gin files that come after a training stage's own.
+        test_files: the same of a stage that evaluates.
+        source_steps: of a source stage; None for the paper's (`Source.length`).
+        length: (our task's name, arm, shots) -> how long a run trains.
         rates: name of a rate (`Arm.rate`) -> learning rate; {} for those of the gin files.
+        suffix: of the versions of its tasks, `''` for those with words for labels.
         tested_apart: whether test scores come from a stage of their own, of the best step by the
             validation split; otherwise the training stage scores its last step on the test split.
     """
@@ -49,20 +75,43 @@ class Suite:
     sources: Mapping[str, str]
     modules: tuple[str, ...]
     files: tuple[str, ...]
+    test_files: tuple[str, ...]
     source_steps: int | None
-    length: Callable[[str, int | None], Length]
+    length: Callable[[str, Arm, int | None], Length]
     rates: Mapping[str, float]
     tested_apart: bool
+    suffix: str = ""
+
+    def named(self, task: str) -> str:
+        """A task in the version that this suite takes, where there is one."""
+        version = f"{task}{self.suffix}"
+        return version if version in seqio.TaskRegistry.names() else task
+
+    def with_digits(self) -> Suite:
+        """The suite with digits for labels, sources included, as the paper has them.
+
+        Raises:
+            ValueError: its tasks have no such versions.
+        """
+        self.register()
+        digits = dataclasses.replace(self, name=f"{self.name}_digits", suffix=DIGITS)
+        tasks = {name: digits.named(task) for name, task in self.tasks.items()}
+        if tasks == self.tasks:
+            raise ValueError(f"The tasks of the {self.name} suite have no versions with digits.")
+        sources = {name: digits.named(task) for name, task in self.sources.items()}
+        return dataclasses.replace(digits, tasks=tasks, sources=sources)
 
     def register(self) -> None:
         """Registers its tasks with SeqIO."""
         for module in self.modules:
             importlib.import_module(module)
 
-    def rate_bindings(self, arm: Arm, steps: int) -> list[str]:
-        """What an arm binds for this suite's learning rate; nothing where gin files know better."""
+    def rate_bindings(self, arm: Arm, shots: int | None, steps: int) -> list[str]:
+        """What an arm binds for this suite's learning rate, and the warmup where gin files have one
+        that is meant for all examples."""
         if not self.rates:
-            return []
+            few = shots is not None and arm.method == arms.PROMPT_TUNING
+            return [f"WARMUP_STEPS = {steps // 10}"] if few else []
         rate = self.rates[arm.rate]
         return [f"LEARNING_RATE = {rate}", *_REST_OF_RATE[arm.method](rate, steps)]
 
@@ -77,20 +126,26 @@ _REST_OF_RATE: Mapping[str, Callable[[float, int], list[str]]] = {
 
 # --- The paper's ---------------------------------------------------------------------------------
 
-_BATCH = 32
-# The paper: 20 epochs, 10 where there are more than 10,000 examples, 5 for MRQA.
+# The paper: 20 epochs, 10 where there are more than 10,000 examples, 5 for MRQA; 256 tokens of an
+# input, 348 of MultiRC's and 512 of MRQA's.
 _LARGE = 10_000
+_INPUTS, _LONG_INPUTS = 256, {"multirc": 348}
 # It does not say how long it trains on a few examples. Ours.
-_FEW = Length(steps=1_000, rows=16)
+_FEW = Length(steps=1_000, rows=16, period=100)
 
 
-def _paper_length(task: str, shots: int | None) -> Length:
+def _paper_length(task: str, arm: Arm, shots: int | None) -> Length:
+    inputs = 512 if task in _MRQA_TASKS else _LONG_INPUTS.get(task.removesuffix(DIGITS), _INPUTS)
     if shots is not None:
-        return Length(_FEW.steps, min(_FEW.rows, shots))
+        return _FEW._replace(rows=min(_FEW.rows, shots), inputs=inputs)
     examples = seqio.TaskRegistry.get(task).num_input_examples("train")
     assert examples is not None  # the suites' sources know their published sizes
+    batch = arms.BATCHES[arm.size]
+    if arm.steps is not None:
+        return Length(arm.steps.get(task, arm.steps[""]), batch, 1_000, inputs)
     epochs = 5 if task in _MRQA_TASKS else 10 if examples > _LARGE else 20
-    return Length(math.ceil(epochs * examples / _BATCH), _BATCH)
+    steps = math.ceil(epochs * examples / batch)
+    return Length(steps, batch, math.ceil(steps / epochs), inputs)
 
 
 _OUR_NAMES = {"SST-2": "sst2", "STS-B": "stsb"}
@@ -103,6 +158,7 @@ PAPER = Suite(
     sources={name: _OUR_NAMES.get(name, name.lower()) for name in SOURCES},
     modules=("tasks.glue", "tasks.super_glue", "tasks.mrqa", "tasks.others", "tasks.nlg"),
     files=(),
+    test_files=(),
     source_steps=None,
     length=_paper_length,
     rates={},
@@ -127,8 +183,9 @@ TOY = Suite(
     sources={name: f"toy_{_OUR_NAMES.get(name, name.lower())}" for name in SOURCES},
     modules=("tasks.toy",),
     files=("gin/tiny.gin", "gin/runs/demo.gin"),
+    test_files=("gin/tiny.gin",),
     source_steps=300,
-    length=lambda task, shots: _TOY_ALL if shots is None else _TOY_FEW,
+    length=lambda task, arm, shots: _TOY_ALL if shots is None else _TOY_FEW,
     rates={"pt": 0.3, "spot": 0.01, "mpt": 0.3, "shared": 0.3, "vectors": 0.03},
     tested_apart=False,
 )

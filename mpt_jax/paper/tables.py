@@ -12,9 +12,10 @@ from mpt_jax.paper.arms import Arm, Source
 from mpt_jax.paper.suites import Length, Suite
 from mpt_jax.runs import unknown_name
 from mpt_jax.train import ARTEFACT
+from tasks import mixtures
 
 Groups = Mapping[str, Sequence[str]]
-FIRST_SEED = 42  # of source stages, where one serves all draws
+FIRST_SEED = 42  # of the gin files; seed s of a table is this plus s, where a stage has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Table:
             otherwise its main metric.
         shots: numbers of training examples; None for all.
         seeds: how many draws.
-        files: gin files that every stage gets.
         source_per_seed: trains a source stage for each seed, so that what is compared between
             source stages does not rest on one of each.
         toy: what is different on the toy suite, by attribute.
@@ -42,7 +42,6 @@ class Table:
     groups: Groups
     shots: tuple[int | None, ...] = (None,)
     seeds: int = 3
-    files: tuple[str, ...] = ()
     source_per_seed: bool = False
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -53,7 +52,9 @@ class Table:
         Raises:
             ValueError: no task is left.
         """
-        table = dataclasses.replace(self, **dict(self.toy)) if suite is suites.TOY else self
+        table = (
+            dataclasses.replace(self, **dict(self.toy)) if suite.name == suites.TOY.name else self
+        )
         groups = {
             name: tuple(task for task in tasks if task in suite.tasks)
             for name, tasks in table.groups.items()
@@ -117,96 +118,112 @@ def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
 def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -> Cell:
     sources: dict[str, Stage] = {}
     jobs, tests = [], []
-    seeds = [[seed] for seed in range(table.seeds)]
-    apart = table.source_per_seed and arm.source is not None and arm.start is None
-    for together in seeds if apart else [sum(seeds, [])]:
-        seed = together[0] if apart else None
+    own_source = table.source_per_seed and arm.source is not None and arm.start is None
+    each = [[seed] for seed in range(table.seeds)]
+    for seeds in each if own_source or arm.together else [sum(each, [])]:
         start = None
         if arm.source is not None:
-            chain = list(_chain(arm.source, table, suite, root, seed))
+            chain = list(_chain(arm.source, suite, root, seeds[0] if own_source else None))
             sources |= {stage.name: stage for stage in chain}
             start = _artefact(root, chain[-1])
-        for number, (runs, length) in enumerate(_jobs(table, suite, arm, shots, together)):
-            name = f"{table.name}/{arm.folder}/{'all' if shots is None else f'k{shots}'}"
-            name += f"/s{seed}" if apart else f"/{number}"
-            jobs.append(_job(name, table, suite, arm, runs, length, start))
+        for runs, length in _jobs(table, suite, arm, shots, seeds):
+            bindings = [*_bound(arm, suite, shots, runs, length), *length.bindings()]
+            if start is not None:
+                bindings.append(f"INITIAL_ARTEFACT = {start}")
+            files = (*arm.files, *suite.files)
+            name = _name(arm, shots, runs, own_source)
+            jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
             if suite.tested_apart:
-                tests.append(_test(jobs[-1], table, arm, root))
+                tests.append(_test(jobs[-1], suite, arm, length, root))
     return Cell(arm, shots, tuple(sources.values()), tuple(jobs), tuple(tests))
 
 
-def _chain(
-    source: Source, table: Table, suite: Suite, root: Path, seed: int | None
-) -> Iterator[Stage]:
+def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
     """A source stage after the teachers it needs; teachers serve all seeds."""
     bindings = list(source.bindings)
+    steps, batch = source.length
+    if suite.source_steps is not None:
+        steps = suite.source_steps
+    else:
+        bindings.append(f"BATCH_SIZE = {batch}")
+    if suite.suffix:
+        names = mixtures.SOURCE_6 + (mixtures.EXTRA_SOURCES if source.tasks == 12 else ())
+        bindings.append(f"SOURCE_TASKS = {quoted([suite.named(name) for name in names])}")
     if source.teachers is not None:
-        *_, teachers = chain = list(_chain(source.teachers, table, suite, root, None))
+        *_, teachers = chain = list(_chain(source.teachers, suite, root, None))
         yield from chain
         bindings.append(f"TEACHERS = {_artefact(root, teachers)}")
     name = source.name
     if seed is not None:
         bindings.append(f"RANDOM_SEED = {FIRST_SEED + seed}")
         name += f"_s{seed}"
-    if table.files:  # another backbone's
-        name = f"{table.name}/{name}"
-    files = (*source.files, *table.files, *suite.files)
-    yield Stage(name, files, tuple(bindings), steps=suite.source_steps)
+    yield Stage(name, (*source.files, *suite.files), tuple(bindings), steps=steps)
 
 
 def _jobs(
     table: Table, suite: Suite, arm: Arm, shots: int | None, seeds: Sequence[int]
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
-    """The runs that train together: those of one length; for `together`, those of one group."""
+    """The runs that train together: those of one length; for `together`, those of one group, which
+    sees as many examples in all as its tasks do alone."""
     if arm.together:
         for names in table.groups.values():
             tasks = [suite.tasks[name] for name in names]
-            lengths = [suite.length(task, shots) for task in tasks]
-            steps = sum(length.steps for length in lengths)
-            yield target_runs(tasks, seeds, shots), Length(steps, -(-lengths[0].rows // len(tasks)))
+            lengths = [suite.length(task, arm, shots) for task in tasks]
+            joint = lengths[0]._replace(
+                steps=sum(length.steps for length in lengths),
+                inputs=max((x.inputs for x in lengths if x.inputs), default=None),
+                period=max((x.period for x in lengths if x.period), default=None),
+            )
+            yield _repeats(target_runs(tasks, seeds, shots)), joint
         return
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
         task = suite.tasks[name]
-        length = suite.length(task, shots)
-        if arm.steps is not None and suite is suites.PAPER and shots is None:
-            length = length._replace(steps=arm.steps)
-        by_length.setdefault(length, []).append(task)
+        by_length.setdefault(suite.length(task, arm, shots), []).append(task)
     for length, tasks in by_length.items():
         yield target_runs(tasks, seeds, shots), length
 
 
-def _job(
-    name: str,
-    table: Table,
-    suite: Suite,
-    arm: Arm,
-    runs: tuple[Run, ...],
-    length: Length,
-    start: str | None,
-) -> Stage:
-    groups = [run.seed for run in runs] if arm.together else "independent"
-    bindings = target_bindings(runs, length.rows, groups)
-    if start is not None:
-        bindings.append(f"INITIAL_ARTEFACT = {start}")
+def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Runs under the names of repeats, also where one seed would go by the task's own name."""
+    named = [run.name if run.name != run.task else f"{run.task}_s{run.seed}" for run in runs]
+    return tuple(run._replace(name=name) for run, name in zip(runs, named, strict=True))
+
+
+def _bound(
+    arm: Arm, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
+) -> list[str]:
+    """What a training job binds for its runs and its arm."""
+    rows = length.rows if not arm.together else length.rows / len(runs)
+    bindings = target_bindings(runs, rows, "joint" if arm.together else "independent")
+    if arm.together:
+        bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
     if arm.start is not None:
         bindings.append(f"START_FROM = {quoted(suite.sources[arm.start])}")
-    bindings += [*suite.rate_bindings(arm, length.steps), *arm.bindings]
-    files = (*arm.files, *table.files, *suite.files)
-    return Stage(name, files, tuple(bindings), runs, length.steps)
+    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *arm.bindings]
 
 
-def _test(job: Stage, table: Table, arm: Arm, root: Path) -> Stage:
+def _name(arm: Arm, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
+    """A job's folder. It says all that tells jobs of an arm apart, so that tables share them."""
+    tasks = "-".join(dict.fromkeys(run.task for run in runs))
+    seeds = sorted({run.seed for run in runs})
+    span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
+    own = "_own_source" if own_source else ""
+    return f"{arm.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}{own}"
+
+
+def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Stage:
     """Scores a job's artefact, which holds the best step of each run, on the test split."""
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
         *arm.bindings,
+        *length.reading(),
         f"INITIAL_ARTEFACT = {_artefact(root, job)}",
         'utils.DatasetConfig.split = "test"',
     )
-    sized = (arms.ablation(f"size_{arm.size}"),) if arm.size else ()
-    files = ("gin/eval.gin", arm.method, *table.files, *sized)
+    sized = (arms.ablation(f"size_{arm.size}"),) if arm.size != "base" else ()
+    files = ("gin/eval.gin", arm.method, *sized, *suite.test_files)
     return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
 
 
@@ -260,14 +277,16 @@ TABLES = {
         Table(
             "table5",
             "Text generation, T5-large",
-            (arms.PT, arms.MPT_ARM),
+            arms.SIZES["large"],
             {"NLG": ("E2E", "WebNLG")},
-            files=(arms.ablation("size_large"),),
             metrics={
                 "E2E": ("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"),
                 "WebNLG": ("bleu", "meteor_exact_stem", "ter"),
             },
-            toy={"files": (), "metrics": {"E2E": ("f1", "exact_match")}},
+            toy={
+                "arms": (arms.PT, arms.MPT_ARM),
+                "metrics": {"E2E": ("f1", "exact_match")},
+            },
         ),
         Table(
             "ablations",
@@ -297,7 +316,7 @@ TABLES = {
         Table(
             "length",
             "Prompt length",
-            (arms.PT, *(a for p in (200, 300) for a in arms.LENGTHS[p]), arms.MPT_ARM),
+            (arms.PT, *(a for p in (200, 300, 400) for a in arms.LENGTHS[p]), arms.MPT_ARM),
             {"SuperGLUE": suites.SUPER_GLUE},
             toy={
                 **_TOY_ABLATION,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -23,8 +24,8 @@ def short(task: str) -> str:
 
 
 def family(method: str) -> str:
-    """The method that a name varies: 'PT, P=40' varies PT."""
-    return method.partition(", P=")[0]
+    """The method that a name varies: 'PT, P=40' and 'PT, T5-small' vary PT."""
+    return re.split(", (?:P=|T5-)", method)[0]
 
 
 def model_size(result: Result) -> float:

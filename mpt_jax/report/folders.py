@@ -25,10 +25,10 @@ Curve = Mapping[int, float]  # step -> value
 
 
 def own(root: Path, result: Result) -> list[Path]:
-    """The folders of a result's runs that are there and lie below `root`. A path that leads
-    elsewhere is of a demo or table that was moved since, and may by now hold another run."""
+    """The folders of a result's runs that are there: below `root`, or beside it where tables share
+    them."""
     found = [Path(name) for name in result.model_dirs]
-    inside = root.resolve()
+    inside = root.resolve().parent
     return [path for path in found if path.is_dir() and path.resolve().is_relative_to(inside)]
 
 

@@ -198,7 +198,7 @@ def lengths(content: Content) -> list[str]:
 
 def sizes(content: Content) -> list[str]:
     """Mean score over model size, where a method was run on several backbones."""
-    fixed = lambda r: (r.method, r.start, r.prompt_length)  # noqa: E731
+    fixed = lambda r: (analysis.family(r.method), r.start, r.prompt_length)  # noqa: E731
     return _over(content, content.results, "model parameters", analysis.model_size, fixed)
 
 
