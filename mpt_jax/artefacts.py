@@ -155,7 +155,8 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
             stale.rmtree()
     new.mkdir(parents=True)
     (new / TENSORS).write_bytes(save(tensors))
-    (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # Unsorted: of several metrics the first is the task's main one.
+    (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     card = model_card.for_folder(path, config, facts or model_card.Facts())
     (new / model_card.NAME).write_bytes(card)
     if path.exists():
