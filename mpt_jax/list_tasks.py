@@ -21,6 +21,7 @@ from rich.text import Text
 
 from mpt_jax import examples, vocabularies
 from tasks.few_shot import text_rows
+from tasks.splits import PartsSource
 
 # The suites of this repository, in the order in which they are listed.
 SUITES = ("glue", "super_glue", "mrqa", "others", "extra", "nlg", "toy")
@@ -115,7 +116,7 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
 
 
 def _described(task: seqio.Task) -> tuple[str, ...]:
-    """Name, data set, sizes by split, metrics, whether the data is here."""
+    """Name, data set, sizes by split, metrics, whether the data is here and of the right size."""
     source, sizes = task.source, _sizes(task)
     if isinstance(source, seqio.FunctionDataSource):
         data, here = "made by a function", True
@@ -123,9 +124,18 @@ def _described(task: seqio.Task) -> tuple[str, ...]:
         data, here = str(source.tfds_dataset.name), bool(sizes)
     else:
         data = str(getattr(source, "data", source))
-        here = source.is_prepared() if hasattr(source, "is_prepared") else bool(sizes)
+        here = source.is_prepared() if isinstance(source, PartsSource) else bool(sizes)
     rows = ", ".join(split if n is None else f"{split} {n:,}" for split, n in sizes.items())
-    return task.name, data, rows, _metrics(task), "yes" if here else "no"
+    present = "yes" + _other_sizes(source) if here else "no"
+    return task.name, data, rows, _metrics(task), present
+
+
+def _other_sizes(source: seqio.DataSource) -> str:
+    """What marks a data set on disk whose splits have not the published numbers of rows, or ''."""
+    if not isinstance(source, PartsSource):
+        return ""
+    found = source.other_sizes().items()
+    return "".join(f"; {split} has {n:,}, published {size:,}" for split, (n, size) in found)
 
 
 def _sizes(task: seqio.Task) -> dict[str, int | None]:

@@ -185,6 +185,20 @@ class PartsSource(seqio.DataSource):
             return False
         return True
 
+    def other_sizes(self) -> dict[str, tuple[int, int]]:
+        """Returns {TFDS split: (rows on this machine, rows as published)} where the two differ.
+
+        Raises:
+            FileNotFoundError: the data set is not prepared on this machine.
+        """
+        splits = self._builder().info.splits
+        here = {name: splits[name].num_examples if name in splits else 0 for name in self.sizes}
+        return {
+            name: (rows, self.sizes[name])
+            for name, rows in here.items()
+            if rows != self.sizes[name]
+        }
+
     def _places(self, builder: tfds.core.DatasetBuilder, part: Part, size: int) -> np.ndarray:
         """Returns the places in TFDS's order [n] of the part's rows, row 0 first."""
         order, places = self._file_order(builder, part.split, size), part.places(size)

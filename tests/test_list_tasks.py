@@ -49,7 +49,7 @@ def test_a_line_for_each_task(data_dir, capsys):
     assert lines[:3] == [
         [
             *("cb", "super_glue/cb:1.0.2", "train 250, validation 28, test 28"),
-            *("accuracy, mean_f1, invalid", "yes"),
+            *("accuracy, mean_f1, invalid", "yes; train has 9, published 250"),
         ],
         [
             *("boolq_digits", "super_glue/boolq:1.0.2"),
@@ -60,6 +60,25 @@ def test_a_line_for_each_task(data_dir, capsys):
             *("accuracy, mean_f1, invalid", "yes"),
         ],
     ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"train": 9, "validation": 56}, "yes"),
+        # The task takes 5 of train, of 9 as of 10; which ones they are differs.
+        ({"train": 10, "validation": 56}, "yes; train has 9, published 10"),
+        (
+            {"train": 9, "validation": 1_056, "test": 2},
+            "yes; validation has 56, published 1,056; test has 0, published 2",
+        ),
+    ],
+)
+def test_a_split_on_disk_of_another_size_is_marked(sizes, expected, data_dir, monkeypatch, capsys):
+    source = splits.PartsSource("super_glue/cb:1.0.2", splits.carved(held_out=1, most=5), sizes)
+    monkeypatch.setattr(seqio.TaskRegistry.get("cb"), "_source", source)
+    list_tasks.list_tasks({"some": ["cb"]})
+    assert cells(capsys.readouterr().out)[2][-1] == expected
 
 
 def test_tasks_of_seqios_own_source(tmp_path, data_dir, capsys):
