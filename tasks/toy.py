@@ -79,7 +79,7 @@ def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
 
 
 def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Exact match, and mean F1 between bags of words, both in percent."""
+    """Mean F1 between bags of words, and exact match, both in percent."""
 
     def f1(target: str, prediction: str) -> float:
         left, right = target.split(), prediction.split()
@@ -88,8 +88,8 @@ def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
 
     pairs = list(zip(targets, predictions, strict=True))
     return {
-        "exact_match": 100 * float(np.mean([t == p for t, p in pairs])),
         "f1": float(np.mean([f1(t, p) for t, p in pairs])),
+        "exact_match": 100 * float(np.mean([t == p for t, p in pairs])),
     }
 
 

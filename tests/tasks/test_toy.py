@@ -256,9 +256,11 @@ def test_metrics():
     # yes: precision 1, recall 1/2.
     f1 = {"f1": pytest.approx(200 / 3), "f1_undefined": 0.0}
     assert found == {"accuracy": 50.0, **f1, "invalid": 25.0}
-    overlap = toy.text_overlap(["a b c", "d"], ["a b x", "d"])
+    (text,) = toy.metrics_of(toy.TASKS["toy_d2t"])
+    overlap = text(["a b c", "d"], ["a b x", "d"])
     np.testing.assert_allclose(overlap["f1"], (200 / 3 + 100) / 2)
     assert overlap["exact_match"] == 50.0
+    assert list(overlap) == ["f1", "exact_match"]  # the first one selects and is shown in tables
 
 
 def test_of_three_labels_the_f1_is_the_mean():
