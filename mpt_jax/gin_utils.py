@@ -255,8 +255,13 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
 
 def _exit_with(error: Exception) -> NoReturn:
     """Ends the process with the message of an error that is for the user."""
-    logging.error("%s", str(error).partition("\n  In call to configurable")[0])
+    logging.error("%s", message(error))
     sys.exit(2)
+
+
+def message(error: Exception) -> str:
+    """What an error says, without the call that gin adds to it."""
+    return str(error).partition("\n  In call to configurable")[0]
 
 
 def _is_for_the_user(error: Exception) -> bool:

@@ -210,7 +210,7 @@ class Trainer:
         rates = self.model.optimizer_def.current_learning_rates(self.step)
         found |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
         if self.learning_rate_fn is not None:
-            found["learning_rate"] = float(self.learning_rate_fn(self.step))
+            found["learning_rate"] = float(self.learning_rate_fn(jnp.asarray(self.step)))
         return found
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.save(root / table.name, list(found.values()))
         print(show.text(table, suite, found, majority_shares(table, suite)))
     except (ValueError, OSError) as error:
-        print(f"mpt-jax paper: {error}", file=sys.stderr)
+        print(f"mpt-jax paper: {gin_utils.message(error)}", file=sys.stderr)
         sys.exit(2)
 
 
