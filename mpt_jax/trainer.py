@@ -167,7 +167,7 @@ class Trainer:
         partitioner: PjitPartitioner,
         rng: Key,
         num_microbatches: int | None = None,
-        learning_rate_fn: Callable[[int], Any] | None = None,
+        learning_rate_fn: Callable[[Array], Any] | None = None,
     ):
         self.model = model
         self.state = state
