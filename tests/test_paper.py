@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import seqio
 
-from mpt_jax import evaluation, experiment, gin_utils, results, sampling, t5x_import
+from mpt_jax import (
+    compilation_cache,
+    evaluation,
+    experiment,
+    gin_utils,
+    results,
+    sampling,
+    t5x_import,
+)
 from mpt_jax.experiment import Run, Stage
 from mpt_jax.paper import __main__ as command
 from mpt_jax.paper import arms, published, show, suites, tables
@@ -269,6 +277,9 @@ def world(tmp_path, monkeypatch):
             (folder / "inference_eval" / f"{name}-metrics.jsonl").write_text(line + "\n")
 
     monkeypatch.setattr(Stage, "run", run)
+    # They change the whole process.
+    monkeypatch.setattr(gin_utils, "log_progress", lambda: None)
+    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
     return tmp_path, ran
 
 
