@@ -173,8 +173,9 @@ def test_what_is_wrong_is_said_in_a_line(arguments, message, data_dir, capsys):
         list_tasks.main(arguments)
     assert stopped.value.code == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.startswith("mpt-jax tasks: ")
-    assert captured.err.count("\n") == 1 and not captured.out
+    # TensorFlow Datasets may warn of a folder that is not there, once in a process.
+    (ours,) = [x for x in captured.err.splitlines() if "file_utils.py" not in x]
+    assert message in ours and ours.startswith("mpt-jax tasks: ") and not captured.out
 
 
 # --- the command line ------------------------------------------------------------------------
