@@ -1,7 +1,12 @@
-"""The `train_state_initializer_cls` of stage files, for whichever trainer runs them.
+"""What stage files bind that is one thing under T5X and another with our trainer.
 
-T5X's is `t5x_host`'s, which makes T5X's train state. Ours makes its own state, and needs from
-gin only to be told the origins; the class here carries them.
+    TrainStateInitializer   T5X's is `t5x_host`'s, which makes T5X's train state. Ours makes its own
+                            state, and needs from gin only to be told the origins.
+    save_hooks              T5X writes MODEL_DIR/artefact at its saves; ours does so itself.
+    stoppable               T5X's trainer is made to stop on request; ours does so itself.
+
+A gin file imports this module before it builds anything, so under T5X the job's other processes
+are joined here: T5X itself joins none on TPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mpt_jax import t5x_host, t5x_import
+from mpt_jax import processes, t5x_host, t5x_import, t5x_trainer
 from mpt_jax.train_state import Origins
 
 
@@ -45,10 +50,18 @@ def own_save_hooks(model_dir: str) -> list[Any]:
     return []
 
 
+def own_stoppable(trainer_cls: Callable[..., Any]) -> Callable[..., Any]:
+    """The trainer as it is: our loop listens itself."""
+    return trainer_cls
+
+
 # Decided when a gin file imports this module; by then the name `t5x` is taken.
 if t5x_import.is_real(sys.modules.get("t5x")):
     TrainStateInitializer = t5x_host.TrainStateInitializer
     save_hooks = t5x_host.save_hooks
+    stoppable = t5x_trainer.stoppable
+    processes.join()
 else:
     TrainStateInitializer = OwnInitializer
     save_hooks = own_save_hooks
+    stoppable = own_stoppable
