@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Runs on every host of a job: installs the library once, then `python -m "$@"`, and leaves its log
+# in the bucket. Its last line says how the run ended: 0 it is done, 75 it has saved and wants to be
+# started again (also when another host was lost), anything else it failed.
+#
+# Environment: NAME of the job, MPT_JAX_ROOT, PACKAGE (what pip installs; empty: it is installed).
+set -euo pipefail
+
+: "${NAME:?}" "${MPT_JAX_ROOT:?}"
+home=${HOME:-/tmp}/mpt-jax/$NAME log=$home/run.log
+python=python3
+mkdir -p "$home"
+
+find_python() {
+  local found
+  for found in python3.12 python3.11 python3; do
+    "$found" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
+      echo "$found" && return
+  done
+  return 1
+}
+
+# A virtual environment with PACKAGE; made anew when PACKAGE is another.
+install() {
+  python=$home/venv/bin/python
+  if [[ $(cat "$home/installed" 2>/dev/null) == "$PACKAGE" ]]; then return; fi
+  rm -rf "$home/venv"
+  local base
+  if base=$(find_python); then
+    "$base" -m venv "$home/venv"
+  else # TPU VM images are older than the library's Python
+    python3 -m pip install --user --quiet uv
+    python3 -m uv venv --seed --python 3.12 "$home/venv"
+  fi
+  if [[ $PACKAGE == gs://* ]]; then
+    gcloud storage cp "$PACKAGE" "$home/"
+    "$python" -m pip install --quiet "$home/${PACKAGE##*/}[tpu]"
+  else
+    "$python" -m pip install --quiet "mpt-jax[tpu] @ $PACKAGE"
+  fi
+  echo "$PACKAGE" >"$home/installed"
+}
+
+# A run that outlived its connection still holds the chips: it is asked to save, then ended.
+stop_earlier() {
+  local pid
+  pid=$(cat "$home/pid" 2>/dev/null) || return 0
+  [[ $(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null) == *" -m $1 "* ]] || return 0
+  echo "An earlier start still runs on $(hostname) (process $pid); it is asked to save."
+  kill -TERM "$pid"
+  for _ in {1..120}; do
+    kill -0 "$pid" 2>/dev/null || return 0
+    sleep 1
+  done
+  kill -KILL "$pid"
+}
+
+upload_log() {
+  "$python" - "$log" "$MPT_JAX_ROOT/logs/$NAME/$(hostname).log" <<'PYTHON' || echo "No log in the bucket."
+import sys
+from etils import epath
+path = epath.Path(sys.argv[2])
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_bytes(epath.Path(sys.argv[1]).read_bytes())
+PYTHON
+}
+
+[[ -z ${PACKAGE:-} ]] || install
+stop_earlier "$1"
+cd "$home"
+touch "$log"
+before=$(stat -c %s "$log")
+PYTHONUNBUFFERED=1 "$python" -m "$@" >>"$log" 2>&1 &
+child=$!
+echo "$child" >pid
+tail -c "+$((before + 1))" -f --pid="$child" "$log" &
+trap 'kill -TERM "$child"' TERM INT
+code=0
+wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the run
+  code=0
+  wait "$child" || code=$?
+done
+rm -f pid
+wait # for the rest of the log
+# JAX aborts a process when another of the job is gone; this one has nothing to mend.
+if ((code == 134)) && tail -n 200 "$log" | grep -q 'JAX distributed service detected fatal errors'; then
+  echo "Another host of the job was lost."
+  code=75
+fi
+upload_log
+echo "worker $(hostname) ends with $code"
+exit "$code"
