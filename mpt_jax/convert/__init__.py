@@ -1,4 +1,4 @@
-"""Checkpoints of other programs, read and written without ever unpickling anything."""
+"""Checkpoints of other programs, read and written; nothing that could run code is ever read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_backbone(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters of a T5 in T5X's unscanned tree, as NumPy arrays in the dtype of the file.
 
     Args:
-        path: a Hugging Face folder (`config.json` and safetensors), or a T5X checkpoint
+        path: a Hugging Face folder (`config.json` and weights), or a T5X checkpoint
             (`checkpoint_<step>` as a folder in either of T5X's formats, or its msgpack file).
 
     Raises:

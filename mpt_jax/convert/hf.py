@@ -1,4 +1,4 @@
-"""Hugging Face folders of T5: `config.json` and safetensors, both ways.
+"""Hugging Face folders of T5, mT5 and umT5: `config.json` and weights, both ways.
 
 One table pairs the names; kernels are transposed (torch's `Linear` keeps `[out, in]`), and so is
 the relative position table (`[buckets, heads]` there), everything else is as it is.
@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.convert.files import is_local, new_folder
+from mpt_jax.convert.files import new_folder
+from mpt_jax.convert.hf_weights import MAX_SHARD_BYTES, read_tensors, write_tensors
 from mpt_jax.tree import flatten, match_exactly, unflatten
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 _SELF_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 # feed_forward_proj there -> mlp_activations here. `gated-gelu` is the tanh form in both.
@@ -32,24 +29,42 @@ _ACTIVATIONS = {
     "gated-relu": ("relu", "linear"),
     "gated-silu": ("silu", "linear"),
 }
-# Their T5 has these besides the ones we read: copies of the embedding, and a table that the
-# first T5 checkpoints carry and no version of the model reads.
-_IGNORED = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-)
+# model_type -> (class, feed_forward_proj, tie_word_embeddings); the latter two where config.json
+# leaves them out.
+_MODEL_TYPES = {
+    "t5": ("T5ForConditionalGeneration", "relu", True),
+    "mt5": ("MT5ForConditionalGeneration", "gated-gelu", False),
+    "umt5": ("UMT5ForConditionalGeneration", "gated-gelu", True),
+}
+_MT5_VOCABULARY = 250112
+# config.json's name -> T5Config's, of what has no default.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "emb_dim",
+    "num_heads": "num_heads",
+    "num_layers": "num_encoder_layers",
+    "d_kv": "head_dim",
+    "d_ff": "mlp_dim",
+}
+_EMBEDDING = "shared.weight"
+# Files may hold these beside it.
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_HEAD = "lm_head.weight"
+# The first T5 checkpoints carry this table, and no version of the model reads it.
+_UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def name_table(config: T5Config) -> dict[str, str]:
     """Our path name -> the name in Hugging Face's state dict, for every parameter."""
-    table = {"token_embedder/embedding": "shared.weight"}
+    table = {"token_embedder/embedding": _EMBEDDING}
     if not config.logits_via_embedding:
-        table["decoder/logits_dense/kernel"] = "lm_head.weight"
+        table["decoder/logits_dense/kernel"] = _HEAD
     stacks = (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers))
     for stack, layers in stacks:
-        first = f"{stack}.block.0.layer.0.SelfAttention"
-        table[f"{stack}/relpos_bias/rel_embedding"] = f"{first}.relative_attention_bias.weight"
+        for i in range(layers if config.relative_bias_per_layer else 1):
+            ours = f"{stack}/layers_{i}" if config.relative_bias_per_layer else stack
+            theirs = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+            table[f"{ours}/relpos_bias/rel_embedding"] = theirs
         table[f"{stack}/{stack}_norm/scale"] = f"{stack}.final_layer_norm.weight"
         parts = _layer_table(stack, gated=len(config.mlp_activations) > 1)
         for i in range(layers):
@@ -83,18 +98,22 @@ def _transposed(name: str) -> bool:
     return name.endswith(("/kernel", "/rel_embedding"))
 
 
-def config_from_hf(fields: Mapping[str, Any], what: str = "config.json") -> T5Config:
+def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
     """The shape that a Hugging Face `config.json` describes.
 
     Raises:
         ValueError: another architecture, or a T5 that differs from ours in arithmetic.
     """
-    if fields.get("model_type") not in ("t5", "mt5"):
+    model_type = fields.get("model_type")
+    if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"{what} describes a model of type {fields.get('model_type')!r}; only 't5' and 'mt5' "
-            "(T5 1.0, T5 1.1, Flan, mT5, ByT5) have this architecture."
+            f"{what} describes a model of type {model_type!r}; only {list(_MODEL_TYPES)} "
+            "(T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5) have this architecture."
         )
-    activation = fields.get("feed_forward_proj", "relu")
+    if absent := [name for name in _SIZES if name not in fields]:
+        raise ValueError(f"{what} does not say {absent}, so the model's shape is not known.")
+    _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
+    activation = fields.get("feed_forward_proj", usual_activation)
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"{what}: feed_forward_proj={activation!r} is not supported; "
@@ -102,38 +121,40 @@ def config_from_hf(fields: Mapping[str, Any], what: str = "config.json") -> T5Co
         )
     if fields.get("layer_norm_epsilon", 1e-6) != 1e-6:
         raise ValueError(f"{what}: layer_norm_epsilon={fields['layer_norm_epsilon']}, not 1e-6.")
+    # From version 5 on transformers says it by the first, and the second is always true.
+    tied = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", usually_tied))
     return T5Config(
-        vocab_size=fields["vocab_size"],
-        emb_dim=fields["d_model"],
-        num_heads=fields["num_heads"],
-        num_encoder_layers=fields["num_layers"],
+        **{ours: fields[theirs] for theirs, ours in _SIZES.items()},
         num_decoder_layers=fields.get("num_decoder_layers") or fields["num_layers"],
-        head_dim=fields["d_kv"],
-        mlp_dim=fields["d_ff"],
         mlp_activations=_ACTIVATIONS[activation],
-        logits_via_embedding=fields.get("tie_word_embeddings", True),
+        logits_via_embedding=tied,
         relative_attention_num_buckets=fields.get("relative_attention_num_buckets", 32),
         relative_attention_max_distance=fields.get("relative_attention_max_distance", 128),
+        relative_bias_per_layer=model_type == "umt5",
     )
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
-    """The fields of `config.json`; the inverse of `config_from_hf`."""
+    """The fields of `config.json`; the inverse of `config_from_hf`.
+
+    `model_type` is `umt5` with a relative position table in every layer, `mt5` with mT5's
+    vocabulary and an output projection, else `t5`; the latter two are one architecture.
+
+    Raises:
+        ValueError: an architecture that has no name there.
+    """
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if config.mlp_activations not in activations:
         raise ValueError(
             f"mlp_activations={config.mlp_activations} has no name in Hugging Face's T5; "
             f"known: {list(activations)}."
         )
+    mt5 = config.vocab_size == _MT5_VOCABULARY and not config.logits_via_embedding
+    model_type = "umt5" if config.relative_bias_per_layer else "mt5" if mt5 else "t5"
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
-        "vocab_size": config.vocab_size,
-        "d_model": config.emb_dim,
-        "d_kv": config.head_dim,
-        "d_ff": config.mlp_dim,
-        "num_heads": config.num_heads,
-        "num_layers": config.num_encoder_layers,
+        "architectures": [_MODEL_TYPES[model_type][0]],
+        "model_type": model_type,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "num_decoder_layers": config.num_decoder_layers,
         "feed_forward_proj": activations[config.mlp_activations],
         "tie_word_embeddings": config.logits_via_embedding,
@@ -148,6 +169,23 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     }
 
 
+def read_config(path: str | os.PathLike[str]) -> T5Config:
+    """The shape of the model that a `config.json` describes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not a T5 as `config_from_hf` knows it.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}; is it a Hugging Face folder?")
+    try:
+        fields = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    return config_from_hf(fields, str(path))
+
+
 def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     """Reads a T5 from a Hugging Face folder.
 
@@ -157,22 +195,12 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no `config.json` or no weights.
-        ValueError: only pickled weights, truncated or missing shards, missing or misshaped
-            parameters, another architecture.
+        ValueError: truncated or missing shards, missing or misshaped parameters, another
+            architecture; pickled weights without torch, or with more in them than tensors.
     """
     folder = epath.Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no config.json; is it a Hugging Face folder?")
-    config = config_from_hf(
-        json.loads((folder / "config.json").read_text()), f"{folder / 'config.json'}"
-    )
-    found = _read_weights(folder)
-    if "shared.weight" not in found and "encoder.embed_tokens.weight" in found:
-        found["shared.weight"] = found["encoder.embed_tokens.weight"]
-    for name in _IGNORED:
-        found.pop(name, None)
-    if config.logits_via_embedding:
-        found.pop("lm_head.weight", None)  # saved as a copy of the embedding it is tied to
+    config = read_config(folder / CONFIG)
+    found = _without_copies(read_tensors(folder), config, folder)
     ours = {theirs: name for name, theirs in name_table(config).items()}
     params = {}
     for theirs, x in found.items():
@@ -184,64 +212,71 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     return config, unflatten(params)
 
 
-def _read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
-    """Every tensor of the folder's safetensors file or files, by name."""
-    if (folder / WEIGHTS).exists():
-        files = [WEIGHTS]
-    elif (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    elif any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} holds only pickled weights (*.bin), which can run code when read. Save the "
-            "model again with transformers' save_pretrained(folder, safe_serialization=True)."
-        )
-    else:
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
-    missing = [name for name in files if not (folder / name).exists()]
-    if missing:
-        raise ValueError(f"{folder} is incomplete: {INDEX} names {missing}, which are not there.")
-    tensors: dict[str, np.ndarray] = {}
-    for path in (folder / name for name in files):
-        try:
-            tensors.update(_tensors(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    return tensors
+def _without_copies(
+    found: Mapping[str, np.ndarray], config: T5Config, folder: epath.Path
+) -> dict[str, np.ndarray]:
+    """The tensors without what the model does not read: copies of the embedding.
 
-
-def _tensors(path: epath.Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, wherever it lies; the library maps local files alone, and
-    reads bfloat16 no other way."""
-    if is_local(path):
-        return load_file(path)
-    with tempfile.TemporaryDirectory() as folder:
-        return load_file(path.copy(os.path.join(folder, path.name)))
+    Raises:
+        ValueError: what should be a copy is none.
+    """
+    kept = {name: x for name, x in found.items() if name != _UNREAD}
+    copies = [name for name in _COPIES if name in kept]
+    if _EMBEDDING not in kept and copies:
+        kept[_EMBEDDING] = kept[copies[0]]
+    if config.logits_via_embedding and _HEAD in kept:
+        copies.append(_HEAD)
+    for name in copies:
+        copy = kept.pop(name)
+        if not np.array_equal(copy, kept.get(_EMBEDDING, copy)):
+            raise ValueError(
+                f"{folder}: {name} differs from {_EMBEDDING}, though {CONFIG} describes a model "
+                "in which both are one. If the model has an output projection of its own, "
+                f"{CONFIG} should say tie_word_embeddings: false."
+            )
+    return kept
 
 
 def save_hf(
-    folder: str | os.PathLike[str], config: T5Config, params: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    config: T5Config,
+    params: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> epath.Path:
-    """Writes a T5 as a Hugging Face folder that `T5ForConditionalGeneration` loads.
+    """Writes a T5 as a Hugging Face folder that transformers loads.
 
     Args:
         folder: to be made; it appears complete or not at all.
         config: without `biases`, which their T5 lacks.
         params: the unscanned tree.
+        max_shard_bytes: weights that need more are written as several files and their index.
 
     Raises:
         FileExistsError: the folder is there already.
         ValueError: parameters that do not match the configuration or have no name there.
     """
+    with new_folder(folder) as made:
+        write_hf(made, config, params, max_shard_bytes)
+    return epath.Path(folder)
+
+
+def write_hf(
+    folder: epath.Path,
+    config: T5Config,
+    params: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save_hf` into an empty folder that is there."""
     if config.biases:
         raise ValueError("Hugging Face's T5 has no biases; a config with biases=True cannot go.")
     leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
     expected = parameter_shapes(config)
     match_exactly(expected, {name: x.shape for name, x in leaves.items()}, "The tree to save")
     tensors = {
-        theirs: np.ascontiguousarray(leaves[name].T if _transposed(name) else leaves[name])
+        theirs: leaves[name].T if _transposed(name) else leaves[name]
         for name, theirs in name_table(config).items()
     }
-    with new_folder(folder) as made:
-        (made / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
-        (made / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    return epath.Path(folder)
+    dtypes = {str(x.dtype) for x in tensors.values()}
+    fields = config_to_hf(config) | ({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {})
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    write_tensors(folder, tensors, max_shard_bytes)

@@ -133,10 +133,27 @@ def save_t5x(path: str | os.PathLike[str], params: Mapping[str, Any], step: int 
     Raises:
         FileExistsError: there is such a checkpoint already.
     """
+    folder = epath.Path(path) / f"{FILE}_{step}"
+    with new_folder(folder) as made:
+        write_t5x(made, params, step)
+    return folder
+
+
+def write_t5x(folder: epath.Path, params: Mapping[str, Any], step: int) -> None:
+    """`save_t5x` into an empty folder that is there."""
+    contents = {"version": FORMAT_VERSION, "optimizer": _state(params, step)}
+    (folder / FILE).write_bytes(flax.serialization.msgpack_serialize(contents))
+
+
+def write_orbax(folder: epath.Path, params: Mapping[str, Any], step: int) -> None:
+    """Writes parameters into an empty folder as T5X does with Orbax: item `state`, without an
+    optimizer's state."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(_state(params, step)))
+
+
+def _state(params: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What T5X calls a train state."""
     target = unflatten({name: np.asarray(x) for name, x in flatten(params).items()})
     state = {"step": np.asarray(step, np.int32), "param_states": {}}
-    contents = {"version": FORMAT_VERSION, "optimizer": {"target": target, "state": state}}
-    folder = epath.Path(path) / f"checkpoint_{step}"
-    with new_folder(folder) as made:
-        (made / FILE).write_bytes(flax.serialization.msgpack_serialize(contents))
-    return folder
+    return {"target": target, "state": state}

@@ -5,6 +5,7 @@ Hugging Face's model beside ours.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from mpt_jax.tree import flatten
 from tests import bucket
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-VERSIONS = ("1_0", "1_1")
+VERSIONS = ("1_0", "1_1", "umt5")
 
 
 @pytest.fixture(params=VERSIONS)
@@ -177,7 +178,7 @@ def test_bfloat16_survives_both_ways(golden, tmp_path):
         np.testing.assert_array_equal(found[name], leaf)
 
 
-def test_bad_folders_are_refused_with_a_reason(tmp_path):
+def test_bad_folders_are_refused_with_a_reason(tmp_path, monkeypatch):
     golden = dict(np.load(GOLDEN / "t5_hf_1_1.npz"))
     folder = write_folder(tmp_path / "hf", golden)
     weights, file = load_file(folder / "model.safetensors"), folder / "model.safetensors"
@@ -201,14 +202,86 @@ def test_bad_folders_are_refused_with_a_reason(tmp_path):
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         load_hf(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickled"):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="pickled.*Install torch, or .* safe_serialization=True"):
         load_hf(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        load_hf(folder)
+
+
+def test_large_models_are_written_in_shards(golden, tmp_path):
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    save_hf(tmp_path / "one", config, params)
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    limit = sum(x.nbytes for x in whole.values()) // 3
+    save_hf(tmp_path / "many", config, params, max_shard_bytes=limit)
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and all(f"-of-{len(files):05}" in file.name for file in files)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    for file in files:
+        shard = load_file(file)
+        assert sum(x.nbytes for x in shard.values()) <= limit
+        assert set(shard) == {k for k, v in index["weight_map"].items() if v == file.name}
+        for name in shard:
+            np.testing.assert_array_equal(shard[name], whole.pop(name))
+    assert not whole
+    back = flatten(load_hf(tmp_path / "many")[1])
+    for name, leaf in flatten(params).items():
+        np.testing.assert_array_equal(back[name], leaf)
+    files[0].unlink()
+    with pytest.raises(ValueError, match=rf"incomplete: .* names \['{files[0].name}'\]"):
+        load_hf(tmp_path / "many")
+
+
+def test_model_types_and_what_they_leave_out():
+    """transformers writes no field that has its class's default."""
+    sizes = config_to_hf(t5_config("mt5_small"))
+    assert (sizes["model_type"], sizes["architectures"]) == ("mt5", ["MT5ForConditionalGeneration"])
+    assert config_to_hf(t5_config("byt5_small"))["model_type"] == "t5"
+    umt5 = t5_config("mt5_small", relative_bias_per_layer=True)
+    assert config_to_hf(umt5)["model_type"] == "umt5"
+    assert config_from_hf(config_to_hf(umt5)) == umt5
+    for name in ("tie_word_embeddings", "feed_forward_proj"):
+        del sizes[name]
+    gated = ("gelu", "linear")
+    for model_type, expected in (
+        ("t5", (("relu",), True)),
+        ("mt5", (gated, False)),
+        ("umt5", (gated, True)),
+    ):
+        found = config_from_hf({**sizes, "model_type": model_type})
+        assert (found.mlp_activations, found.logits_via_embedding) == expected
+    # From version 5 on everything is called tied, and another field says what that meant.
+    newer = {**sizes, "tie_word_embeddings": True, "scale_decoder_outputs": False}
+    assert not config_from_hf(newer).logits_via_embedding
+    del newer["d_ff"]
+    with pytest.raises(ValueError, match=r"does not say \['d_ff'\]"):
+        config_from_hf(newer)
+
+
+def test_a_copy_of_the_embedding_must_be_one(tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_0.npz")))
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    table = weights["shared.weight"]
+    save_file({**weights, "lm_head.weight": table, "decoder.embed_tokens.weight": table}, file)
+    expected = flatten(load_hf(folder)[1])
+    save_file({**weights, "lm_head.weight": table + 1}, file)
+    with pytest.raises(ValueError, match="lm_head.weight differs from shared.weight"):
+        load_hf(folder)
+    # Some checkpoints name the embedding by its copy alone.
+    del weights["shared.weight"], weights["encoder.embed_tokens.weight"]
+    save_file({**weights, "decoder.embed_tokens.weight": table}, file)
+    for name, leaf in flatten(load_hf(folder)[1]).items():
+        np.testing.assert_array_equal(leaf, expected[name])
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "umt5"}, "umt5"),
+        ({"model_type": "longt5"}, "longt5"),
         ({"feed_forward_proj": "gelu"}, "gelu"),
         ({"layer_norm_epsilon": 1e-5}, "1e-05"),
     ],
@@ -240,7 +313,7 @@ def test_live_parity_from_and_to_hugging_face(version, padded, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     make = _golden_script()
-    theirs = make.random_model(make.VERSIONS[version], seed=7)
+    theirs = make.random_model(version, seed=7)
     inputs = make.padded_inputs(seed=7)
     if not padded:
         inputs["mask"] = torch.ones_like(inputs["mask"])
@@ -255,9 +328,58 @@ def test_live_parity_from_and_to_hugging_face(version, padded, tmp_path):
     np.testing.assert_array_equal(greedy(config, params, *ours[:2], steps), expected["greedy"])
 
     save_hf(tmp_path / "ours", config, params)
-    back = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(back) is type(theirs)
     for name, x in make.outputs(back, inputs).items():
         np.testing.assert_array_equal(x.numpy(), expected[name], err_msg=name)
+
+
+class _Touch:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parity
+def test_pickled_weights_are_read_by_torch_without_running_what_they_hold(tmp_path):
+    torch = pytest.importorskip("torch")
+    golden = dict(np.load(GOLDEN / "t5_hf_1_1.npz"))
+    folder = write_folder(tmp_path / "hf", golden)
+    expected = flatten(load_hf(folder)[1])
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors = {name: torch.tensor(x) for name, x in weights.items()}
+    file = folder / "pytorch_model.bin"
+    for zipped in (True, False):  # torch's two formats
+        torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+        for name, leaf in flatten(load_hf(folder)[1]).items():
+            np.testing.assert_array_equal(leaf, expected[name])
+    torch.save({name: x.bfloat16() for name, x in tensors.items()}, file)
+    for name, leaf in flatten(load_hf(folder)[1]).items():
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, expected[name].astype(jnp.bfloat16))
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="truncated"):
+        load_hf(folder)
+    payload = tmp_path / "payload_ran"
+    torch.save({**tensors, "more": _Touch(payload)}, file)
+    with pytest.raises(ValueError, match=r"holds more than tensors \(nothing was run\)"):
+        load_hf(folder)
+    assert not payload.exists()
+    file.unlink()
+    names = sorted(tensors)
+    shards = {"a.bin": names[:7], "b.bin": names[7:]}
+    for shard, part in shards.items():
+        torch.save({name: tensors[name] for name in part}, folder / shard)
+    where = {name: shard for shard, part in shards.items() for name in part}
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    for name, leaf in flatten(load_hf(folder)[1]).items():
+        np.testing.assert_array_equal(leaf, expected[name])
 
 
 @pytest.mark.parity

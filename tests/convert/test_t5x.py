@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
+from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
 from mpt_jax.backbones.t5.scan import stack_layers
 from mpt_jax.convert import load_backbone, load_t5x, save_t5x
+from mpt_jax.convert.architecture import config_of_tree
+from mpt_jax.convert.t5x import write_orbax, write_t5x
 from mpt_jax.tree import flatten, unflatten
 from tests.shared_data import shared
 
@@ -139,9 +143,61 @@ def test_scanned_checkpoints_come_back_unscanned(tmp_path):
         table = scanned.pop(f"{stack}/relpos_bias/rel_embedding")
         scanned[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], axis=1)
     assert_same(load_t5x(save_t5x(tmp_path, unflatten(scanned), step=1)), params)
+    # Where they differ, each layer has its own, as in umT5.
     scanned["encoder/encoder/relpos_bias/rel_embedding"][0, 1] += 1
-    with pytest.raises(ValueError, match="encoder/encoder/relpos_bias.* layer 1 differs"):
-        load_t5x(save_t5x(tmp_path, unflatten(scanned), step=2))
+    found = flatten(load_t5x(save_t5x(tmp_path, unflatten(scanned), step=2)))
+    table = flatten(params)["encoder/relpos_bias/rel_embedding"].copy()
+    assert_same({"x": found["encoder/layers_0/relpos_bias/rel_embedding"]}, {"x": table})
+    table[0] += 1
+    assert_same({"x": found["encoder/layers_1/relpos_bias/rel_embedding"]}, {"x": table})
+    assert "encoder/relpos_bias/rel_embedding" not in found
+
+
+def write_zarr_folders(folder: Path, params: dict) -> None:
+    """As T5X writes large checkpoints: every leaf a zarr folder, described in the msgpack file."""
+    target = {}
+    for name, leaf in flatten(params).items():
+        where = f"target.{name.replace('/', '.')}"
+        kvstore = {"driver": "file", "path": str(folder / where)}
+        metadata = {"chunks": [max(1, n // 2) for n in leaf.shape], "dtype": "<f4"}
+        spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata}
+        ts.open(spec, create=True, shape=leaf.shape).result().write(leaf).result()
+        target[name] = {"driver": "zarr", "kvstore": {"driver": "file", "path": where}}
+    contents = {"version": 3, "optimizer": {"target": unflatten(target), "state": {}}}
+    (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(contents))
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("form", ["msgpack", "zarr", "orbax"])
+def test_every_format_is_read_scanned_or_not(form, scanned, tmp_path):
+    params, folder = some_params(), tmp_path / "checkpoint_4"
+    written = stack_layers(params) if scanned else params
+    folder.mkdir()
+    if form == "zarr":
+        write_zarr_folders(folder, written)
+    else:
+        {"msgpack": write_t5x, "orbax": write_orbax}[form](epath.Path(folder), written, 4)
+    assert_same(load_backbone(folder), params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"mlp_activations": ("relu",), "logits_via_embedding": True}, "T5 1.0"),
+        ({"mlp_activations": ("gelu", "linear")}, "T5 1.1"),
+        ({"mlp_activations": ("gelu", "linear"), "relative_bias_per_layer": True}, "umT5"),
+    ],
+)
+def test_shapes_tell_the_configuration(fields, name):
+    config = T5Config(30, "float32", 10, 3, 2, 4, 5, 14, relative_attention_num_buckets=8, **fields)
+    shapes = parameter_shapes(config)
+    tree = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
+    assert config_of_tree(unflatten(tree)) == config, name
+    del tree["encoder/layers_1/pre_mlp_layer_norm/scale"]
+    with pytest.raises(ValueError, match=r"missing: \['encoder/layers_1/pre_mlp_layer_norm/scale'"):
+        config_of_tree(unflatten(tree))
+    with pytest.raises(ValueError, match="not the tree of a T5.*'token_embedder/embedding'"):
+        config_of_tree({"bert": np.zeros(3)})
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):

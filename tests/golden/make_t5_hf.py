@@ -1,20 +1,29 @@
 """Writes t5_hf_<version>.npz: weights, inputs and outputs of Hugging Face's T5, float32.
 
-Two tiny random models, one like T5 1.0 and one like T5 1.1. Arrays named `weight:*` are the state
+Three tiny random models: one like T5 1.0, one like T5 1.1, and one like umT5. Arrays named `weight:*` are the state
 dict, `config` is config.json. Needs torch and transformers:
-`python tests/golden/make_t5_hf.py`.
+`python tests/golden/make_t5_hf.py [VERSION ...]`.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 VERSIONS = {
     "1_0": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
     "1_1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "umt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
+CLASSES = {"umt5": (UMT5Config, UMT5ForConditionalGeneration)}
 SHAPE = {
     "vocab_size": 32,
     "d_model": 16,
@@ -25,14 +34,15 @@ SHAPE = {
     "num_decoder_layers": 3,
 }
 GREEDY_STEPS = 8
-SEEDS = {"1_0": 9, "1_1": 1}  # whose greedy outputs are not the same token over and over
+SEEDS = {"1_0": 9, "1_1": 1, "umt5": 1}  # whose greedy outputs are not the same token over and over
 
 
-def random_model(fields: dict, seed: int) -> T5ForConditionalGeneration:
+def random_model(version: str, seed: int) -> PreTrainedModel:
     """Weights large enough that attention is far from uniform and every part matters."""
     torch.manual_seed(seed)
-    config = T5Config(**SHAPE, **fields, dropout_rate=0.0, decoder_start_token_id=0)
-    model = T5ForConditionalGeneration(config).eval()
+    make_config, make_model = CLASSES.get(version, (T5Config, T5ForConditionalGeneration))
+    fields = {**SHAPE, **VERSIONS[version], "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    model = make_model(make_config(**fields)).eval()
     for name, weight in model.named_parameters():
         if "layer_norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
@@ -52,7 +62,7 @@ def padded_inputs(seed: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def outputs(model: T5ForConditionalGeneration, inputs: dict) -> dict[str, torch.Tensor]:
+def outputs(model: PreTrainedModel, inputs: dict) -> dict[str, torch.Tensor]:
     result = model(
         input_ids=inputs["tokens"],
         attention_mask=inputs["mask"].long(),
@@ -76,8 +86,8 @@ def outputs(model: T5ForConditionalGeneration, inputs: dict) -> dict[str, torch.
 
 
 def main() -> None:
-    for version, fields in VERSIONS.items():
-        model, inputs = random_model(fields, SEEDS[version]), padded_inputs(SEEDS[version])
+    for version in sys.argv[1:] or VERSIONS:
+        model, inputs = random_model(version, SEEDS[version]), padded_inputs(SEEDS[version])
         arrays = {**inputs, **outputs(model, inputs)}
         arrays |= {f"weight:{name}": x.detach() for name, x in model.state_dict().items()}
         arrays = {name: x.contiguous().numpy() for name, x in arrays.items()}

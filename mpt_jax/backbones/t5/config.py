@@ -34,6 +34,8 @@ class T5Config:
             rather than in `dtype`.
         relative_attention_num_buckets: rows of the relative position table.
         relative_attention_max_distance: distance from which on all positions share a bucket.
+        relative_bias_per_layer: whether every layer has a relative position table of its own
+            (umT5, T5X's scalable T5) instead of one for the whole stack (T5).
         biases: adds a zero-initialised bias to every projection and layer norm, which T5 lacks,
             so that BitFit has something to train.
         remat: what the backward pass recomputes: `none`, `minimal` (all but products with
@@ -57,6 +59,7 @@ class T5Config:
     float32_attention_logits: bool = False
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    relative_bias_per_layer: bool = False
     biases: bool = False
     remat: str = "none"
     scan_layers: bool = False

@@ -2,7 +2,7 @@
 
 Parameter names, shapes, logical axes and initialisation are T5X's; arithmetic is T5's
 (Raffel et al. 2020): no biases, no mean in the layer norm, no 1/sqrt(D) in the scores (it is in
-the initialisation of the queries), one relative position table per stack.
+the initialisation of the queries), one relative position table per stack (in umT5: per layer).
 """
 
 from __future__ import annotations

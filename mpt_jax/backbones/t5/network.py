@@ -37,10 +37,13 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T H"],
-        bias: Float[Array, "1 N T T"],
+        bias: Float[Array, "1 N T T"] | None,
         mask: Bool[Array, "B 1 #T T"],
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"] | None]:
         cfg, deterministic = self.config, self.deterministic
+        if cfg.relative_bias_per_layer:
+            relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
+            bias = relative(x.shape[1], x.shape[1])
         normed = layers.LayerNorm(cfg, name="pre_attention_layer_norm")(x)
         y = layers.Attention(cfg, deterministic, name="attention")(normed, normed, bias, mask)
         x = x + layers.Dropout(cfg, deterministic)(y)
@@ -66,13 +69,17 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B L H"],
         encoded: Float[Array, "B T H"],
-        bias: Float[Array, "1 N L M"],
+        bias: Float[Array, "1 N L M"] | None,
         self_mask: Bool[Array, "#B 1 L M"],
         cross_mask: Bool[Array, "B 1 #L T"],
         cache_index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B L H"], Float[Array, "B L H"] | None]:
         cfg, deterministic = self.config, self.deterministic
         self_cache, cross_cache = ("self", "cross") if self.cache_length else ("none", "none")
+        if cfg.relative_bias_per_layer:
+            relative = layers.RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")
+            first = 0 if cache_index is None else cache_index
+            bias = relative(x.shape[1], self_mask.shape[-1], first)
         normed = layers.LayerNorm(cfg, name="pre_self_attention_layer_norm")(x)
         y = layers.Attention(cfg, deterministic, self_cache, name="self_attention")(
             normed, normed, bias, self_mask, cache_index, self.cache_length
@@ -161,8 +168,11 @@ class Encoder(nn.Module):
         collect: bool,
     ) -> tuple[Float[Array, "B T H"], Hidden]:
         cfg, length = self.config, x.shape[1]
-        relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
-        others = (relative(length, length), pair_mask(mask, segment_ids, segment_ids))
+        bias = None
+        if not cfg.relative_bias_per_layer:
+            relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
+            bias = relative(length, length)
+        others = (bias, pair_mask(mask, segment_ids, segment_ids))
         embedded = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
         fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
         x, inner = run_layers(
@@ -212,9 +222,10 @@ class Decoder(nn.Module):
 
     def _causal(
         self, length: int, segment_ids: jax.Array | None, cache_length: int | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Relative positions and causality, for a whole sequence or for a step with a cache."""
-        relative = layers.RelativePositionBias(self.config, bidirectional=False, name="relpos_bias")
+    ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+        """Relative positions and causality, for a whole sequence or for a step with a cache; None
+        for the former where layers have their own."""
+        cfg = self.config
         index, keys = None, length
         if cache_length is not None:
             creating = not self.has_variable("cache", "cache_index")
@@ -226,6 +237,9 @@ class Decoder(nn.Module):
         mask = (jnp.arange(keys)[None] <= (first + jnp.arange(length))[:, None])[None, None]
         if segment_ids is not None:
             mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        if cfg.relative_bias_per_layer:
+            return None, mask, index
+        relative = layers.RelativePositionBias(cfg, bidirectional=False, name="relpos_bias")
         return relative(length, keys, first), mask, index
 
 

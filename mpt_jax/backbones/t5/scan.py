@@ -1,9 +1,9 @@
 """Stacked layers, for one loop over them: T5X's scanned tree and the way there and back.
 
 `encoder/layers_<i>/<name>` of all i become one `encoder/encoder/<name>` with the layers on axis
-1 (and the same for the decoder), as in T5X's scalable T5. Its relative position tables differ in
-one point: T5X repeats the table in every scanned layer, where it could drift apart; T5 has one
-per stack, and so have we. A tree with repeated tables is accepted if they are equal.
+1 (and the same for the decoder), as in T5X's scalable T5. That one has a relative position table
+in every layer. Where they are all equal they are T5's one table per stack, repeated; where they
+differ, every layer has its own (`T5Config.relative_bias_per_layer`, umT5).
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with one subtree per layer; the inverse of `stack_layers`.
 
-    Raises:
-        ValueError: relative position tables that differ between layers.
+    Relative position tables that are equal in all layers become one for the stack.
     """
     leaves: dict[str, Any] = {}
     for name, leaf in flatten(params).items():
@@ -61,21 +60,11 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
             continue
         stack, rest = match.groups()
         parts = [leaf.take(i, axis=LAYER_AXIS) for i in range(leaf.shape[LAYER_AXIS])]
-        if rest.startswith("relpos_bias/"):
-            leaves[f"{stack}/{rest}"] = _one_of_equals(parts, name)
+        if rest.startswith("relpos_bias/") and all((part == parts[0]).all() for part in parts):
+            leaves[f"{stack}/{rest}"] = parts[0]
         else:
             leaves.update({f"{stack}/layers_{i}/{rest}": part for i, part in enumerate(parts)})
     return unflatten(leaves)
-
-
-def _one_of_equals(parts: list[Any], name: str) -> Any:
-    for i, part in enumerate(parts):
-        if not np.array_equal(part, parts[0]):
-            raise ValueError(
-                f"{name}: the table of layer {i} differs from layer 0's. T5 has one relative "
-                "position table per stack; models with one per layer (umT5) are not supported."
-            )
-    return parts[0]
 
 
 def _numpy_of(x: Any) -> Any:

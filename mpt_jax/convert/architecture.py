@@ -1,0 +1,59 @@
+"""The configuration of a T5 read from its parameters, for checkpoints that come without one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mpt_jax.backbones.t5 import T5Config, parameter_shapes
+from mpt_jax.tree import flatten, match_exactly
+
+# What shapes do not show is taken to be as in every published T5, and has to be said to the user.
+ASSUMED = "relative_attention_max_distance=128"
+_TABLE = re.compile(r"(encoder|decoder)/(layers_0/)?relpos_bias/rel_embedding")
+
+
+def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T5Config:
+    """The shape of the T5 that an unscanned tree belongs to.
+
+    The number of heads is that of the relative position tables' rows. Activations are those of
+    T5 1.0 (`relu`) where the feed-forward has one input projection, and of T5 1.1 (gated `gelu`)
+    where it has two; shapes cannot tell them from others.
+
+    Raises:
+        ValueError: not the tree of a T5; names what is missing or left over.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    wanted = ("token_embedder/embedding", "encoder/layers_0/attention/query/kernel")
+    tables = [name for name in shapes if _TABLE.fullmatch(name)]
+    gated = "encoder/layers_0/mlp/wi_0/kernel"
+    inner = gated if gated in shapes else gated.replace("wi_0", "wi")
+    missing = [name for name in (*wanted, inner) if name not in shapes]
+    if missing or not tables:
+        raise ValueError(
+            f"{what} is not the tree of a T5: it lacks "
+            f"{missing or 'a relative position table'}. It holds {sorted(shapes)[:5]} ..."
+        )
+    heads, buckets = shapes[tables[0]]
+    config = T5Config(
+        vocab_size=shapes[wanted[0]][0],
+        emb_dim=shapes[wanted[0]][1],
+        num_heads=heads,
+        num_encoder_layers=_layers(shapes, "encoder"),
+        num_decoder_layers=_layers(shapes, "decoder"),
+        head_dim=shapes[wanted[1]][1] // heads,
+        mlp_dim=shapes[inner][1],
+        mlp_activations=("gelu", "linear") if inner == gated else ("relu",),
+        logits_via_embedding="decoder/logits_dense/kernel" not in shapes,
+        relative_attention_num_buckets=buckets,
+        relative_bias_per_layer="layers_0" in tables[0],
+        biases=any(name.endswith("/bias") for name in shapes),
+    )
+    match_exactly(parameter_shapes(config), shapes, what)
+    return config
+
+
+def _layers(shapes: Mapping[str, Any], stack: str) -> int:
+    found = (re.match(rf"{stack}/layers_(\d+)/", name) for name in shapes)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

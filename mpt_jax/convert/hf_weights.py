@@ -1,0 +1,160 @@
+"""The tensors of a Hugging Face folder, whatever model they are of.
+
+Safetensors, in one file or in shards with an index, are read and written here. Pickled weights
+(`*.bin`) are read by torch alone, whose loader can be told to build tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from mpt_jax.convert.files import is_local
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default
+
+
+def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder's weights by name; safetensors where there are both kinds.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: truncated or missing shards; pickled weights that hold more than tensors, or
+            that torch is not there to read.
+    """
+    for single, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / single).exists():
+            files = [single]
+        elif (folder / index).exists():
+            files = _shards(folder, index)
+        else:
+            continue
+        tensors: dict[str, np.ndarray] = {}
+        for name in files:
+            tensors.update(read_file(folder / name))
+        return tensors
+    raise FileNotFoundError(
+        f"{folder} holds no weights: none of {WEIGHTS}, {INDEX}, {PICKLED} and {PICKLED_INDEX}."
+    )
+
+
+def _shards(folder: epath.Path, index: str) -> list[str]:
+    """The files that an index names."""
+    try:
+        files = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / index} is damaged: {error!r}.") from error
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{folder} is incomplete: {index} names {missing}, which are not there.")
+    return files
+
+
+def read_file(path: epath.Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, `*.safetensors` or pickled by torch.
+
+    Raises:
+        ValueError: truncated or damaged; pickled, and torch is absent or refuses it.
+    """
+    with _local(path) as here:
+        if path.suffix != ".safetensors":
+            return _pickled(here, path)
+        try:
+            return load_file(here)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[str]:
+    """A file on this machine, which both libraries need: bfloat16 is read no other way."""
+    if is_local(path):
+        yield os.fspath(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield os.fspath(path.copy(os.path.join(folder, path.name)))
+
+
+def _pickled(here: str, path: epath.Path) -> dict[str, np.ndarray]:
+    """Tensors that torch has pickled; whatever else the file holds is refused, and nothing run."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is pickled, and only torch reads it without running what a pickle may hold. "
+            "Install torch, or save the model again as safetensors where it was made: "
+            "save_pretrained(folder, safe_serialization=True)."
+        ) from error
+    try:
+        # The older of torch's two formats is no zip file and cannot be mapped.
+        mapped = zipfile.is_zipfile(here)
+        state = torch.load(here, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged, or holds more than tensors (nothing was run): "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{path} holds something else than a table of tensors by name.")
+    return {name: _as_numpy(tensor) for name, tensor in state.items()}
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor as NumPy's array, on the same memory; NumPy alone knows no bfloat16."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def write_tensors(
+    folder: epath.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes safetensors: one file where they fit, else shards and their index.
+
+    Args:
+        folder: exists and holds no weights.
+        tensors: by name; of each at most one shard is copied at a time.
+        max_shard_bytes: of a file; a tensor that is larger has a file of its own.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS, tensors, shards[0])
+        return
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / file, tensors, names)
+        where |= dict.fromkeys(names, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: epath.Path, tensors: Mapping[str, np.ndarray], names: list[str]) -> None:
+    chosen = {name: np.ascontiguousarray(tensors[name]) for name in names}
+    path.write_bytes(save(chosen, metadata={"format": "pt"}))
