@@ -25,6 +25,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck --external-sources tpu/*.sh
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

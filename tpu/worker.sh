@@ -89,5 +89,5 @@ if ((code == 134)) && tail -n 200 "$log" | grep -q 'JAX distributed service dete
   code=75
 fi
 upload_log
-echo "worker $(hostname) ends with $code"
+printf '\nworker %s ends with %s\n' "$(hostname)" "$code"
 exit "$code"
