@@ -13,19 +13,22 @@ COMMANDS = {
     "tasks": "list; show NAME -n 3: the tasks there are, and their text",
     "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
     "paper": "runs a table of the MPT paper, on its tasks or the toy suite",
+    "doctor": "what is wrong with this machine, and what mends it; --suite toy, --json",
     "report": "one HTML page of what a demo or a table left: DIR",
+    "convert": "SOURCE TARGET: backbones and prompts between Hugging Face, T5X, PEFT and NumPy",
+    "verify-weights": "FOLDER: our network beside transformers' on the same weights",
 }
 
 
 # Commands whose module has another name: `tasks` is the package of the suites.
-MODULES = {"tasks": "list_tasks"}
+MODULES = {"tasks": "list_tasks", "convert": "conversion", "verify-weights": "verify_weights"}
 
 
 def main() -> None:
     """Runs a command; everything after its name is that module's own."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in COMMANDS:
-        lines = [f"  {name:8}{what}" for name, what in COMMANDS.items()]
+        lines = [f"  {name:16}{what}" for name, what in COMMANDS.items()]
         usage = "\n".join(["usage: mpt-jax <command> [arguments]", *lines])
         if arguments and arguments[0] in ("-h", "--help"):
             print(usage)

@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from absl import logging
 
 VARIABLE = "MPT_JAX_DISTRIBUTED"
@@ -60,6 +59,8 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         ValueError: see `wanted`.
         RuntimeError: JAX's own: a device was touched before, or the others do not answer.
     """
+    import jax  # here, so that `wanted` can be asked without it
+
     arguments = wanted(environment)
     if arguments is None or jax.distributed.is_initialized():
         return

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def wanted() -> str | None:
 
 
 def find_real() -> ModuleSpec | None:
-    """The spec of an installed T5X, if there is one.
+    """The spec of an installed T5X, if there is one: the first of `all_real`."""
+    return next(all_real(), None)
+
+
+def all_real() -> Iterator[ModuleSpec]:
+    """The specs of all T5X that can be imported, in the order in which Python would find them.
 
     Every entry of `sys.path` is asked on its own, because the first one may be ours; then every
     other finder, since editable installs bring theirs. A package called t5x that is not T5X
@@ -59,8 +65,7 @@ def find_real() -> ModuleSpec | None:
     for spec in candidates:
         if spec is not None and spec.origin and spec.submodule_search_locations:
             if Path(spec.origin).with_name("train_state.py").is_file():
-                return spec
-    return None
+                yield spec
 
 
 def become(name: str) -> None:

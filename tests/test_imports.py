@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
-CORE = """shapes tree runs paths compilation_cache host_memory preemption processes prompts
+CORE = """shapes tree runs paths buckets compilation_cache host_memory preemption processes prompts
 backbones
 losses metrics decoding models optimizers schedules partitioning convert provenance model_card
 artefacts lock train_state identity trainer selection checksums checkpoints""".split()
 BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host t5x_trainer
 initializer gin_check gin_utils reporting results eval_loop train eval infer export
-experiment report demo paper list_tasks cli
+experiment report demo paper list_tasks doctor cli
 t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
