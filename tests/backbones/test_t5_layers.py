@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5 import T5Config, layers
+from mpt_jax.backbones.t5.attention import Attention
 from mpt_jax.backbones.t5.lean import masked_softmax, rms_norm
 
 
@@ -80,7 +81,7 @@ def test_attention_equals_a_loop_over_heads():
     mask = np.array([[1, 1, 1, 0, 1], [1, 0, 0, 0, 0]], bool)
     bias = jnp.asarray(rng.normal(size=(1, 3, 4, 5)), jnp.float32)
     allowed = jnp.asarray(mask)[:, None, None]
-    module = layers.Attention(config, deterministic=True)
+    module = Attention(config, deterministic=True)
     variables = module.init(jax.random.key(0), x, memory, bias, allowed)
     kernels = {name: np.asarray(p["kernel"]) for name, p in variables["params"].items()}
     expected = np.zeros((2, 4, 6))

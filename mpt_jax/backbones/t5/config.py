@@ -32,6 +32,8 @@ class T5Config:
             (T5 1.0), or the decoder has its own (T5 1.1).
         float32_attention_logits: whether query-key products leave the matrix unit in float32
             rather than in `dtype`.
+        fused_attention: whether attention is a kernel that keeps scores on the chip (see
+            `fused_attention.py`); None: on TPUs. On anything else it runs interpreted, for tests.
         relative_attention_num_buckets: rows of the relative position table.
         relative_attention_max_distance: distance from which on all positions share a bucket.
         relative_bias_per_layer: whether every layer has a relative position table of its own
@@ -57,6 +59,7 @@ class T5Config:
     dropout_rate: float = 0.0
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
+    fused_attention: bool | None = None
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     relative_bias_per_layer: bool = False

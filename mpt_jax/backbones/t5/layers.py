@@ -1,4 +1,4 @@
-"""The parts of a T5 layer: projections, layer norm, relative positions, attention, feed-forward.
+"""The parts of a T5 layer but for attention: projections, norm, relative positions, feed-forward.
 
 Parameter names, shapes, logical axes and initialisation are T5X's; arithmetic is T5's
 (Raffel et al. 2020): no biases, no mean in the layer norm, no 1/sqrt(D) in the scores (it is in
@@ -11,7 +11,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,11 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
 from mpt_jax.backbones.t5.config import T5Config
-from mpt_jax.backbones.t5.lean import masked_softmax, rms_norm
-from mpt_jax.shapes import Array, Bool, Float, Int
+from mpt_jax.backbones.t5.lean import rms_norm
+from mpt_jax.shapes import Array, Float, Int
 
 Initializer = Callable[..., jax.Array]
-_normal_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+normal_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _truncated_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -59,6 +58,22 @@ class Dense(nn.Module):
             )
             y = y + over_rows(jnp.asarray(bias, dtype), y)
         return y
+
+
+class Kernel(nn.Module):
+    """The kernel of a `Dense` alone, in the dtype it computes in."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    config: T5Config
+    kernel_init: Initializer
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        kernel = param_with_axes(
+            "kernel", self.kernel_init, self.shape, jnp.float32, axes=self.axes
+        )
+        return jnp.asarray(kernel, self.config.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -199,98 +214,6 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         drop = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
         return drop(x, deterministic=self.deterministic)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of queries over a memory, which may be the queries themselves.
-
-    With `cache` the keys and values are kept in the `cache` collection: `self` writes the new
-    positions into `[B,N,M,D]` (M positions in all) at `cache_index`; `cross` computes those of
-    the memory once. The call that creates the cache attends without it. `cached_*` leaves differ
-    between hypotheses of one example and `memory_*` leaves do not (see `decoding.py`).
-    """
-
-    config: T5Config
-    deterministic: bool
-    cache: Literal["none", "self", "cross"] = "none"
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B Q H"],
-        memory: Float[Array, "B K H"],
-        bias: Float[Array, "1 N Q M"] | None,
-        mask: Bool[Array, "#B 1 #Q M"],
-        cache_index: Int[Array, ""] | None = None,
-        cache_length: int | None = None,
-    ) -> Float[Array, "B Q H"]:
-        cfg = self.config
-        query_init = _scaled(_normal_fan_in, cfg.head_dim**-0.5)
-        query = self._heads("query", query_init)(x)
-        compute = functools.partial(self._keys_and_values, memory)
-        if self.cache == "none":
-            key, value = compute()
-        elif self.cache == "cross":
-            key, value = self._cached_memory(compute)
-        else:
-            key, value = self._cached_positions(compute(), cache_index, cache_length)
-        scores_dtype = jnp.float32 if cfg.float32_attention_logits else None
-        scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=scores_dtype)
-        probabilities = masked_softmax(scores.astype(jnp.float32), bias, mask, cfg.dtype)
-        probabilities = Dropout(cfg, self.deterministic)(probabilities)
-        context = jnp.einsum("bnqk,bnkd->bnqd", probabilities, value)
-        context = context.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
-        return Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg, _normal_fan_in, name="out")(context)
-
-    def _heads(self, name: str, init: Initializer) -> Callable[[jax.Array], jax.Array]:
-        """A projection `[B,T,H] -> [B,N,T,D]`: one 2-D product, then the heads moved out."""
-        cfg = self.config
-        width = cfg.num_heads * cfg.head_dim
-        project = Dense(width, ("embed", "joined_kv"), cfg, init, name=name)
-
-        def apply(x: jax.Array) -> jax.Array:
-            heads = project(x).reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
-            return constrain(heads, "batch", "length", "heads", "kv").transpose(0, 2, 1, 3)
-
-        return apply
-
-    def _keys_and_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = self._heads("key", _normal_fan_in)(memory)
-        value = self._heads("value", _normal_fan_in)(memory)
-        return key, value
-
-    def _cached_memory(
-        self, compute: Callable[[], tuple[jax.Array, jax.Array]]
-    ) -> tuple[jax.Array, jax.Array]:
-        if not self.has_variable("cache", "memory_key"):
-            key, value = compute()
-            self.variable("cache", "memory_key", lambda: key)
-            self.variable("cache", "memory_value", lambda: value)
-        return self.get_variable("cache", "memory_key"), self.get_variable("cache", "memory_value")
-
-    def _cached_positions(
-        self,
-        new: tuple[jax.Array, jax.Array],
-        cache_index: jax.Array | None,
-        cache_length: int | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        creating = not self.has_variable("cache", "cached_key")
-        kept = []
-        for name, x in zip(("cached_key", "cached_value"), new, strict=True):
-            batch, heads, _, width = x.shape
-            shape = (batch, heads, cache_length, width)
-            buffer = self.variable("cache", name, jnp.zeros, shape, x.dtype)
-            if not creating:
-                assert cache_index is not None, "the decoder counts wherever it caches"
-                buffer.value = jax.lax.dynamic_update_slice_in_dim(
-                    buffer.value, x, cache_index, axis=2
-                )
-            kept.append(buffer.value)
-        return new if creating else (kept[0], kept[1])
-
-
-def _scaled(init: Initializer, scale: float) -> Initializer:
-    return lambda *args: init(*args) * scale
 
 
 class Mlp(nn.Module):

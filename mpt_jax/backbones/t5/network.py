@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.partitioning import ScanIn, scan_with_axes
 
 from mpt_jax.backbones.t5 import layers
+from mpt_jax.backbones.t5.attention import Attention
 from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.backbones.t5.scan import LAYER_AXIS
 from mpt_jax.shapes import Array, Bool, Float, Int
@@ -39,13 +40,16 @@ class EncoderLayer(nn.Module):
         x: Float[Array, "B T H"],
         bias: Float[Array, "1 N T T"] | None,
         mask: Bool[Array, "B 1 #T T"],
+        segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"] | None]:
         cfg, deterministic = self.config, self.deterministic
         if cfg.relative_bias_per_layer:
             relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
             bias = relative(x.shape[1], x.shape[1])
         normed = layers.LayerNorm(cfg, name="pre_attention_layer_norm")(x)
-        y = layers.Attention(cfg, deterministic, name="attention")(normed, normed, bias, mask)
+        y = Attention(cfg, deterministic, name="attention")(
+            normed, normed, bias, mask, segments=segments
+        )
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
         y = layers.Mlp(cfg, deterministic, name="mlp")(normed)
@@ -72,6 +76,7 @@ class DecoderLayer(nn.Module):
         bias: Float[Array, "1 N L M"] | None,
         self_mask: Bool[Array, "#B 1 L M"],
         cross_mask: Bool[Array, "B 1 #L T"],
+        cross_segments: tuple[Int[Array, "B L"], Int[Array, "B T"]],
         cache_index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B L H"], Float[Array, "B L H"] | None]:
         cfg, deterministic = self.config, self.deterministic
@@ -81,13 +86,13 @@ class DecoderLayer(nn.Module):
             first = 0 if cache_index is None else cache_index
             bias = relative(x.shape[1], self_mask.shape[-1], first)
         normed = layers.LayerNorm(cfg, name="pre_self_attention_layer_norm")(x)
-        y = layers.Attention(cfg, deterministic, self_cache, name="self_attention")(
+        y = Attention(cfg, deterministic, self_cache, name="self_attention")(
             normed, normed, bias, self_mask, cache_index, self.cache_length
         )
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_cross_attention_layer_norm")(x)
-        y = layers.Attention(cfg, deterministic, cross_cache, name="encoder_decoder_attention")(
-            normed, encoded, None, cross_mask
+        y = Attention(cfg, deterministic, cross_cache, name="encoder_decoder_attention")(
+            normed, encoded, None, cross_mask, segments=cross_segments
         )
         x = x + layers.Dropout(cfg, deterministic)(y)
         normed = layers.LayerNorm(cfg, name="pre_mlp_layer_norm")(x)
@@ -172,7 +177,8 @@ class Encoder(nn.Module):
         if not cfg.relative_bias_per_layer:
             relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
             bias = relative(length, length)
-        others = (bias, pair_mask(mask, segment_ids, segment_ids))
+        mine = (segment_ids, segment_ids)
+        others = (bias, pair_mask(mask, *mine), pair_segments(mask, *mine, length))
         embedded = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
         fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
         x, inner = run_layers(
@@ -204,11 +210,13 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B L V"], Hidden]:
         cfg = self.config
         bias, self_mask, cache_index = self._causal(y.shape[1], decoder_segment_ids, cache_length)
-        cross_mask = pair_mask(encoder_mask, decoder_segment_ids, encoder_segment_ids)
+        ids = (decoder_segment_ids, encoder_segment_ids)
+        cross_mask = pair_mask(encoder_mask, *ids)
+        cross_segments = pair_segments(encoder_mask, *ids, y.shape[1])
         embedded = layers.Dropout(cfg, deterministic)(y.astype(cfg.dtype))
         fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
         fields["cache_length"] = cache_length
-        others = (encoded, bias, self_mask, cross_mask, cache_index)
+        others = (encoded, bias, self_mask, cross_mask, cross_segments, cache_index)
         y, inner = run_layers(
             DecoderLayer, fields, cfg, "decoder", self.is_initializing(), embedded, *others
         )
@@ -253,6 +261,20 @@ def pair_mask(
     if query_segments is not None and key_segments is not None:
         mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
     return mask[:, None]
+
+
+def pair_segments(
+    key_mask: Bool[Array, "B K"],
+    query_segments: Int[Array, "B Q"] | None,
+    key_segments: Int[Array, "B K"] | None,
+    queries: int,
+) -> tuple[Int[Array, "B Q"], Int[Array, "B K"]]:
+    """What `pair_mask` says, as a number for every query and every key: a query sees the keys
+    that have its own."""
+    if query_segments is None or key_segments is None:
+        return jnp.ones((key_mask.shape[0], queries), jnp.int32), key_mask.astype(jnp.int32)
+    # Padding is segment 0, and no key of it is seen. A query of it has no key to see.
+    return query_segments, jnp.where(key_mask, key_segments, -1)
 
 
 class Transformer(nn.Module):

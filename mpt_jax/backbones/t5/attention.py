@@ -1,0 +1,192 @@
+"""Attention: by plain operations anywhere, by kernels on TPUs, from a cache when decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mpt_jax.backbones.t5 import fused_attention as fused
+from mpt_jax.backbones.t5 import layers
+from mpt_jax.backbones.t5.config import T5Config
+from mpt_jax.backbones.t5.lean import masked_softmax
+from mpt_jax.shapes import Array, Bool, Float, Int
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over a memory, which may be the queries themselves.
+
+    With `cache` the keys and values are kept in the `cache` collection: `self` writes the new
+    positions into `[B,N,M,D]` (M positions in all) at `cache_index`; `cross` computes those of
+    the memory once. The call that creates the cache attends without it. `cached_*` leaves differ
+    between hypotheses of one example and `memory_*` leaves do not (see `decoding.py`).
+    """
+
+    config: T5Config
+    deterministic: bool
+    cache: Literal["none", "self", "cross"] = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B Q H"],
+        memory: Float[Array, "B K H"],
+        bias: Float[Array, "1 N Q M"] | None,
+        mask: Bool[Array, "#B 1 #Q M"],
+        cache_index: Int[Array, ""] | None = None,
+        cache_length: int | None = None,
+        segments: tuple[Int[Array, "B Q"], Int[Array, "B K"]] | None = None,
+    ) -> Float[Array, "B Q H"]:
+        cfg = self.config
+        if segments is not None and self._by_kernel(x, memory):
+            if bias is not None:
+                context = self._of_itself(x, bias, segments)
+            else:
+                context = self._over_memory(x, memory, segments)
+            return self._out(context)
+        query = self._heads("query", self._query_init)(x)
+        compute = functools.partial(self._keys_and_values, memory)
+        if self.cache == "none":
+            key, value = compute()
+        elif self.cache == "cross":
+            key, value = self._cached_memory(compute)
+        else:
+            key, value = self._cached_positions(compute(), cache_index, cache_length)
+        scores_dtype = jnp.float32 if cfg.float32_attention_logits else None
+        scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=scores_dtype)
+        probabilities = masked_softmax(scores.astype(jnp.float32), bias, mask, cfg.dtype)
+        probabilities = layers.Dropout(cfg, self.deterministic)(probabilities)
+        context = jnp.einsum("bnqk,bnkd->bnqd", probabilities, value)
+        context = context.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        return self._out(context)
+
+    def _out(self, context: Float[Array, "B Q ND"]) -> Float[Array, "B Q H"]:
+        cfg = self.config
+        axes = ("joined_kv", "embed")
+        return layers.Dense(cfg.emb_dim, axes, cfg, layers.normal_fan_in, name="out")(context)
+
+    @property
+    def _query_init(self) -> layers.Initializer:
+        """T5 has no 1/sqrt(D) in its scores; it is in here."""
+        scale = self.config.head_dim**-0.5
+        return lambda *args: layers.normal_fan_in(*args) * scale
+
+    # --- On a TPU --------------------------------------------------------------------------------
+
+    def _by_kernel(self, x: jax.Array, memory: jax.Array) -> bool:
+        """Whether `fused_attention` does it: on TPUs, unless the configuration says otherwise."""
+        cfg = self.config
+        wanted = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
+        return (
+            wanted
+            and self.cache == "none"
+            and not cfg.biases
+            and not (cfg.dropout_rate > 0 and not self.deterministic)
+            and cfg.num_heads % fused.shards_of_heads() == 0
+            and fused.fits(x.shape[1], memory.shape[1])
+        )
+
+    def _kernel(self, name: str, init: layers.Initializer) -> Float[Array, "H ND"]:
+        cfg = self.config
+        shape = (cfg.emb_dim, cfg.num_heads * cfg.head_dim)
+        return layers.Kernel(shape, ("embed", "joined_kv"), cfg, init, name=name)()
+
+    def _of_itself(
+        self,
+        x: Float[Array, "B T H"],
+        bias: Float[Array, "1 N T T"],
+        segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    ) -> Float[Array, "B T ND"]:
+        """One product for all three projections, read by the kernel as it is."""
+        cfg = self.config
+        heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
+        kernels = [
+            self._kernel("query", self._query_init),
+            self._kernel("key", layers.normal_fan_in),
+            self._kernel("value", layers.normal_fan_in),
+        ]
+        joined = layers.constrain(x @ heads.join(kernels), "batch", "length", "joined_kv")
+        attend = lambda *arrays: fused.self_attention(*arrays, heads, not fused.on_tpu())  # noqa: E731
+        columns, rows = ("batch", "length", "joined_kv"), ("batch", "length")
+        axes = (columns, ("heads", None, None), (rows, rows))
+        return fused.over_mesh(attend, (joined, bias[0], segments), axes, columns)
+
+    def _over_memory(
+        self,
+        x: Float[Array, "B Q H"],
+        memory: Float[Array, "B T H"],
+        segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
+    ) -> Float[Array, "B Q ND"]:
+        """Attention without keys and values: `q (e Wk)' = (q Wk') e'` and `p (e Wv) = (p e) Wv`.
+
+        Targets are short, so projecting the queries of all heads onto the memory is cheaper than
+        projecting every position of the memory, and nothing of the memory's size is made.
+        """
+        cfg = self.config
+        by_head = lambda kernel: kernel.reshape(cfg.emb_dim, cfg.num_heads, cfg.head_dim)  # noqa: E731
+        query = x @ self._kernel("query", self._query_init)
+        query = query.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+        key = by_head(self._kernel("key", layers.normal_fan_in))
+        value = by_head(self._kernel("value", layers.normal_fan_in))
+        onto = jnp.einsum("bqnd,hnd->bnqh", query, key)
+        onto = onto.reshape(x.shape[0], -1, cfg.emb_dim)
+        attend = lambda *arrays: fused.over_memory(*arrays, not fused.on_tpu())  # noqa: E731
+        # Axis 1 is heads, and inside each the positions of the queries.
+        queries, whole = ("batch", "heads", None), ("batch", "length", None)
+        axes = (queries, whole, (queries[:2], whole[:2]))
+        mine = (jnp.tile(segments[0], (1, cfg.num_heads)), segments[1])
+        found = fused.over_mesh(attend, (onto, memory, mine), axes, queries)
+        found = found.reshape(x.shape[0], cfg.num_heads, x.shape[1], cfg.emb_dim)
+        return jnp.einsum("bnqh,hnd->bqnd", found, value).reshape(*x.shape[:2], -1)
+
+    # --- Everywhere ------------------------------------------------------------------------------
+
+    def _heads(self, name: str, init: layers.Initializer) -> Callable[[jax.Array], jax.Array]:
+        """A projection `[B,T,H] -> [B,N,T,D]`: one 2-D product, then the heads moved out."""
+        cfg = self.config
+        width = cfg.num_heads * cfg.head_dim
+        project = layers.Dense(width, ("embed", "joined_kv"), cfg, init, name=name)
+
+        def apply(x: jax.Array) -> jax.Array:
+            heads = project(x).reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+            return layers.constrain(heads, "batch", "length", "heads", "kv").transpose(0, 2, 1, 3)
+
+        return apply
+
+    def _keys_and_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = self._heads("key", layers.normal_fan_in)(memory)
+        value = self._heads("value", layers.normal_fan_in)(memory)
+        return key, value
+
+    def _cached_memory(
+        self, compute: Callable[[], tuple[jax.Array, jax.Array]]
+    ) -> tuple[jax.Array, jax.Array]:
+        if not self.has_variable("cache", "memory_key"):
+            key, value = compute()
+            self.variable("cache", "memory_key", lambda: key)
+            self.variable("cache", "memory_value", lambda: value)
+        return self.get_variable("cache", "memory_key"), self.get_variable("cache", "memory_value")
+
+    def _cached_positions(
+        self,
+        new: tuple[jax.Array, jax.Array],
+        cache_index: jax.Array | None,
+        cache_length: int | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        creating = not self.has_variable("cache", "cached_key")
+        kept = []
+        for name, x in zip(("cached_key", "cached_value"), new, strict=True):
+            batch, heads, _, width = x.shape
+            shape = (batch, heads, cache_length, width)
+            buffer = self.variable("cache", name, jnp.zeros, shape, x.dtype)
+            if not creating:
+                assert cache_index is not None, "the decoder counts wherever it caches"
+                buffer.value = jax.lax.dynamic_update_slice_in_dim(
+                    buffer.value, x, cache_index, axis=2
+                )
+            kept.append(buffer.value)
+        return new if creating else (kept[0], kept[1])

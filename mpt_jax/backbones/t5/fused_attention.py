@@ -1,0 +1,359 @@
+"""Attention whose scores never leave the chip's own memory: kernels for TPUs (ours).
+
+T5 adds a bias to every pair of positions, so the flash attention of other models does not fit.
+A T5 row is short, though: the scores of one head of one example, `[T,T]` float32, lie in VMEM
+whole, beside the bias, which stays there while the kernel walks over the examples. So nothing
+of the size of the scores is written to memory or read from it, forward or backward, and heads
+are read where one product of all projections leaves them.
+
+Two kernels, each with its backward pass, which computes the probabilities again:
+
+    self_attention    queries, keys and values in one array, head by head, with a bias
+    over_memory       queries over a memory that is its own keys and values (see `attention.py`)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mpt_jax.backbones.t5.lean import MASKED, masked_softmax
+from mpt_jax.shapes import Array, Float, Int
+
+LANES = 128  # a block's last axis is a multiple of this, or whole
+# Scores of a head up to this size (float32, 4 MiB: 1024 x 1024); the backward pass has four such.
+MOST_SCORES = 1 << 20
+MOST_BIAS_BYTES = 8 << 20
+VMEM_LIMIT_BYTES = 64 << 20
+
+
+class Heads(NamedTuple):
+    """How the columns of a joint projection of queries, keys and values are ordered: block by
+    block of heads; in a block all queries, all keys, all values.
+
+    Attributes:
+        number: N.
+        width: D.
+        in_block: heads of a block.
+    """
+
+    number: int
+    width: int
+    in_block: int
+
+    @classmethod
+    def of(cls, number: int, width: int, length: int) -> Heads:
+        """Blocks as large as the bias of rows of `length` leaves room for."""
+        whole = [n for n in range(1, number + 1) if number % n == 0 and n * width % LANES == 0]
+        fitting = [n for n in whole if n * length * length * 4 <= MOST_BIAS_BYTES]
+        return cls(number, width, max(fitting) if fitting else min(whole, default=number))
+
+    def join(self, kernels: list[jax.Array]) -> jax.Array:
+        """[H,ND] of queries, keys and values -> [H,3ND]."""
+        blocks = [x.reshape(x.shape[0], -1, self.in_block * self.width) for x in kernels]
+        return jnp.stack(blocks, axis=2).reshape(kernels[0].shape[0], -1)
+
+    def part(self, joined: jax.Array) -> list[jax.Array]:
+        """[B,T,3ND] -> queries, keys and values, each [B,N,T,D]."""
+        batch, length, _ = joined.shape
+        x = joined.reshape(batch, length, -1, 3, self.in_block, self.width)
+        x = x.transpose(3, 0, 2, 4, 1, 5).reshape(3, batch, self.number, length, self.width)
+        return [x[0], x[1], x[2]]
+
+
+def fits(queries: int, keys: int) -> bool:
+    """Whether the kernels take rows of these lengths."""
+    return queries * keys <= MOST_SCORES
+
+
+def on_tpu() -> bool:
+    """Whether what is being traced is for TPUs, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def over_mesh(
+    function: Callable[..., Any],
+    arrays: tuple[Any, ...],
+    axes: tuple[Any, ...],
+    out: tuple[str | None, ...],
+) -> jax.Array:
+    """Runs `function` on each device's own rows and heads.
+
+    Args:
+        function: of local arrays.
+        arrays: its arguments.
+        axes: the logical axes of each, in a tree like `arrays`.
+        out: those of the result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    is_axes = lambda x: isinstance(x, tuple) and not isinstance(x[0], tuple)  # noqa: E731
+    specs = jax.tree.map(partitioning.logical_to_mesh_axes, axes, is_leaf=is_axes)
+    run = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=partitioning.logical_to_mesh_axes(out),
+        check_vma=False,  # which axes an array varies over is not tracked through a kernel
+    )
+    return run(*arrays)
+
+
+def shards_of_heads() -> int:
+    """Over how many devices the heads of one example lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    spec = partitioning.logical_to_mesh_axes(("heads",))
+    names = () if not spec or spec[0] is None else spec[0]
+    return math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
+
+
+# --- Queries, keys and values of the same positions ----------------------------------------------
+
+
+def reference_self_attention(
+    joined: Float[Array, "B T J"],
+    bias: Float[Array, "N T T"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    heads: Heads,
+) -> Float[Array, "B T ND"]:
+    """What `self_attention` computes, by plain operations."""
+    query, key, value = heads.part(joined)
+    scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32)
+    mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+    probabilities = masked_softmax(scores, bias[None], mask, joined.dtype)
+    context = jnp.einsum("bnqk,bnkd->bnqd", probabilities, value)
+    return context.transpose(0, 2, 1, 3).reshape(*joined.shape[:2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def self_attention(
+    joined: Float[Array, "B T J"],
+    bias: Float[Array, "N T T"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    heads: Heads,
+    interpret: bool = False,
+) -> Float[Array, "B T ND"]:
+    """Attention of every position over those of its own segment.
+
+    Args:
+        joined: `x @ heads.join(kernels)`; J = 3ND.
+        bias: added to the scores; the same for all examples. Where it learns, the backward pass
+            is that of `reference_self_attention`.
+        segments: which segment each query is in, from 1; and each key, 0 where none may look.
+        heads: how `joined` is ordered.
+        interpret: runs the kernel without a TPU, slowly; for tests.
+
+    Returns:
+        the heads' results side by side. A query without any key to look at gets the mean of all
+        values, as from a softmax over equal scores.
+    """
+    return _self_forward(joined, bias, segments, heads, interpret)
+
+
+def _self_forward(joined, bias, segments, heads, interpret):
+    batch, length, _ = joined.shape
+    out = jax.ShapeDtypeStruct((batch, length, heads.number * heads.width), joined.dtype)
+    kernel = functools.partial(_self_forward_kernel, heads=heads)
+    return _walk(kernel, [joined], bias, segments, out, heads, 2 * heads.width, interpret)
+
+
+def _self_forward_kernel(joined, query_segments, key_segments, bias, out, *, heads):
+    allowed = query_segments[0] == key_segments[0]
+    for n in range(heads.in_block):
+        q, k, v = (joined[_columns(heads, part, n)] for part in range(3))
+        p = _probabilities(q, k, bias[n], allowed)
+        out[_columns(heads, 0, n)] = _product(p.astype(v.dtype), v, 1, 0).astype(out.dtype)
+
+
+def _self_backward_kernel(joined, slope, query_segments, key_segments, bias, out, *, heads):
+    allowed = query_segments[0] == key_segments[0]
+    for n in range(heads.in_block):
+        q, k, v = (joined[_columns(heads, part, n)] for part in range(3))
+        p = _probabilities(q, k, bias[n], allowed)
+        mine = slope[_columns(heads, 0, n)]
+        d_s = _slope_of_scores(p, _product(mine, v, 1, 1)).astype(q.dtype)
+        found = (
+            _product(d_s, k, 1, 0),
+            _product(d_s, q, 0, 0),
+            _product(p.astype(v.dtype), mine, 0, 0),
+        )
+        for part, x in enumerate(found):
+            out[_columns(heads, part, n)] = x.astype(out.dtype)
+
+
+def _self_forward_rule(joined, bias, segments, heads, interpret):
+    segments = tuple(x.value for x in segments)
+    out = _self_forward(joined.value, bias.value, segments, heads, interpret)
+    return out, (joined.value, bias.value, segments, bias.perturbed)
+
+
+def _self_backward_rule(heads, interpret, kept, slope) -> Any:
+    joined, bias, segments, bias_learns = kept
+    if bias_learns:
+        _, pull = jax.vjp(
+            lambda x, b: reference_self_attention(x, b, segments, heads), joined, bias
+        )
+        return (*pull(slope), None)
+    out = jax.ShapeDtypeStruct(joined.shape, joined.dtype)
+    kernel = functools.partial(_self_backward_kernel, heads=heads)
+    found = _walk(kernel, [joined, slope], bias, segments, out, heads, 5 * heads.width, interpret)
+    return found, None, None
+
+
+self_attention.defvjp(_self_forward_rule, _self_backward_rule, symbolic_zeros=True)
+
+
+# --- A memory that is its own keys and values ----------------------------------------------------
+
+
+def reference_over_memory(
+    query: Float[Array, "B Q H"],
+    memory: Float[Array, "B T H"],
+    segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
+) -> Float[Array, "B Q H"]:
+    """What `over_memory` computes, by plain operations."""
+    scores = jnp.einsum("bqh,bkh->bqk", query, memory, preferred_element_type=jnp.float32)
+    mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+    probabilities = masked_softmax(scores[:, None], None, mask, query.dtype)[:, 0]
+    return jnp.einsum("bqk,bkh->bqh", probabilities, memory)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def over_memory(
+    query: Float[Array, "B Q H"],
+    memory: Float[Array, "B T H"],
+    segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
+    interpret: bool = False,
+) -> Float[Array, "B Q H"]:
+    """Attention of queries over rows of a memory, without a bias.
+
+    Args:
+        query: all queries of all heads of an example.
+        memory: what they look at, keys and values in one.
+        segments: as in `self_attention`.
+        interpret: as in `self_attention`.
+    """
+    return _memory_forward(query, memory, segments, interpret)
+
+
+def _memory_forward(query, memory, segments, interpret):
+    out = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    inner = 2 * query.shape[-1]
+    return _walk(
+        _memory_forward_kernel, [query, memory], None, segments, out, None, inner, interpret
+    )
+
+
+def _memory_forward_kernel(query, memory, query_segments, key_segments, out):
+    allowed = query_segments[0] == key_segments[0]
+    p = _probabilities(query[0], memory[0], None, allowed)
+    out[0] = _product(p.astype(memory.dtype), memory[0], 1, 0).astype(out.dtype)
+
+
+def _memory_backward_kernel(query, memory, slope, query_segments, key_segments, d_q, d_m):
+    allowed = query_segments[0] == key_segments[0]
+    p = _probabilities(query[0], memory[0], None, allowed)
+    d_s = _slope_of_scores(p, _product(slope[0], memory[0], 1, 1)).astype(query.dtype)
+    d_q[0] = _product(d_s, memory[0], 1, 0).astype(d_q.dtype)
+    through_values = _product(p.astype(memory.dtype), slope[0], 0, 0)
+    d_m[0] = (through_values + _product(d_s, query[0], 0, 0)).astype(d_m.dtype)
+
+
+def _memory_forward_rule(query, memory, segments, interpret):
+    return _memory_forward(query, memory, segments, interpret), (query, memory, segments)
+
+
+def _memory_backward_rule(interpret, kept, slope) -> Any:
+    query, memory, segments = kept
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, memory)]
+    inner = 5 * query.shape[-1]
+    arrays = [query, memory, slope]
+    found = _walk(_memory_backward_kernel, arrays, None, segments, outs, None, inner, interpret)
+    return (*found, None)
+
+
+over_memory.defvjp(_memory_forward_rule, _memory_backward_rule)
+
+
+# --- What the kernels share ----------------------------------------------------------------------
+
+
+def _columns(heads: Heads, part: int, n: int) -> tuple[Any, ...]:
+    """Where head `n` of a block lies among the block's queries (0), keys (1) or values (2)."""
+    return 0, slice(None), pl.ds((part * heads.in_block + n) * heads.width, heads.width)
+
+
+def _probabilities(q, k, bias, allowed):
+    """Of one head: [Q,D], [K,D] -> [Q,K] float32."""
+    scores = _product(q, k, 1, 1)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores + jnp.where(allowed, 0.0, MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def _slope_of_scores(p, d_p):
+    return p * (d_p - jnp.sum(p * d_p, axis=-1, keepdims=True))
+
+
+def _product(a, b, axis_a, axis_b):
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _walk(kernel, arrays, bias, segments, outputs, heads, inner, interpret) -> Any:
+    """Calls a kernel on blocks of heads and, inside, on examples.
+
+    Args:
+        kernel: takes a block of each array, of the two segments, of the bias, of the outputs.
+        arrays: `[B, rows, columns]`.
+        bias: [N,T,T] or None.
+        segments: of queries and keys.
+        outputs: the shape or shapes of the results.
+        heads: None where one block is all.
+        inner: how many multiply-adds a pair of positions costs in a head.
+        interpret: see `self_attention`.
+    """
+    (batch, queries), keys = segments[0].shape, segments[1].shape[1]
+    number, in_block = (1, 1) if heads is None else (heads.number, heads.in_block)
+    blocks = number // in_block
+    row = lambda x: pl.BlockSpec(  # noqa: E731
+        (1, x.shape[1], x.shape[2] // blocks), lambda h, b: (b, 0, h)
+    )
+    given = [*arrays, segments[0][:, :, None], segments[1][:, None, :]]
+    specs = [row(x) for x in arrays]
+    specs.append(pl.BlockSpec((1, queries, 1), lambda h, b: (b, 0, 0)))
+    specs.append(pl.BlockSpec((1, 1, keys), lambda h, b: (b, 0, 0)))
+    if bias is not None:
+        given.append(bias)
+        specs.append(pl.BlockSpec((in_block, queries, keys), lambda h, b: (h, 0, 0)))
+    pairs = batch * queries * keys * number
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((given, outputs)))
+    return pl.pallas_call(
+        kernel,
+        grid=(blocks, batch),
+        in_specs=specs,
+        out_specs=jax.tree.map(row, outputs),
+        out_shape=outputs,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * inner * pairs, transcendentals=pairs, bytes_accessed=moved
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        interpret=interpret,
+        name=getattr(kernel, "func", kernel).__name__.strip("_"),
+    )(*given)

@@ -1,0 +1,131 @@
+"""Attention by kernels gives the numbers of attention by plain operations, gradients included.
+
+The kernels run interpreted here; `tests/test_plan.py` compiles them for TPUs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.backbones.t5 import T5Config, Transformer
+from mpt_jax.backbones.t5 import fused_attention as fused
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.tree import flatten
+
+BATCH, LENGTH, TARGETS, VOCABULARY = 4, 13, 5, 32
+SHAPE = {
+    "vocab_size": VOCABULARY, "emb_dim": 16, "num_heads": 4, "head_dim": 8, "mlp_dim": 24,
+    "num_encoder_layers": 2, "num_decoder_layers": 2,
+}  # fmt: skip
+PACKED = {
+    "encoder_segment_ids": np.repeat([[1] * 6 + [2] * 4 + [0] * 3], BATCH, 0),
+    "decoder_segment_ids": np.repeat([[1, 1, 2, 2, 0]], BATCH, 0),
+}
+
+
+def make(fused_attention: bool, **fields) -> Transformer:
+    return Transformer(T5Config(**SHAPE, **fields, fused_attention=fused_attention))
+
+
+def inputs(packed: bool):
+    """Embeddings, mask, targets, segments, and a weight for every logit of a real target."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(BATCH, LENGTH, 16)), jnp.float32)
+    lengths = np.array([13, 2, 7, 13])[:, None]
+    targets = jnp.asarray(rng.integers(1, VOCABULARY, (BATCH, TARGETS)), jnp.int32)
+    weights = rng.normal(size=(BATCH, TARGETS, VOCABULARY)).astype("float32")
+    segments = {}
+    mask = np.arange(LENGTH)[None] < lengths
+    if packed:
+        segments = {name: jnp.asarray(ids, jnp.int32) for name, ids in PACKED.items()}
+        mask = PACKED["encoder_segment_ids"] > 0
+        weights[:, -1] = 0
+    return x, jnp.asarray(mask), targets, segments, jnp.asarray(weights)
+
+
+def loss(model: Transformer, params, x, packed: bool) -> jax.Array:
+    _, mask, targets, segments, weights = inputs(packed)
+    return jnp.sum(weights * model.apply({"params": params}, x, mask, targets, **segments))
+
+
+def close(ours, theirs) -> None:
+    for name, value in flatten(theirs).items():
+        scale = float(jnp.abs(value).max()) + 1e-6
+        np.testing.assert_allclose(
+            flatten(ours)[name] / scale, value / scale, atol=1e-5, rtol=0, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{}, {"scan_layers": True, "remat": "full"}, {"relative_bias_per_layer": True}]
+)
+def test_kernels_and_plain_operations_agree(fields, packed):
+    plain, kernels = make(False, **fields), make(True, **fields)
+    x, mask, targets, _, _ = inputs(packed)
+    params = plain.init(jax.random.key(0), x, mask, targets)["params"]
+    same = kernels.init(jax.random.key(0), x, mask, targets)["params"]
+    assert all(
+        bool((same == a).all())
+        for same, a in zip(*map(jax.tree.leaves, (same, params)), strict=True)
+    )
+    # Gradients of the input are what prompts learn from; those of weights, relative positions
+    # among them, are full fine-tuning's.
+    expected = jax.grad(loss, (1, 2))(plain, params, x, packed)
+    found = jax.grad(loss, (1, 2))(kernels, params, x, packed)
+    close(found[0], expected[0])
+    close({"x": found[1]}, {"x": expected[1]})
+    # Nothing but the input learns: the backward pass is the kernel's own.
+    only = jax.grad(loss, 2)(kernels, params, x, packed)
+    close({"x": only}, {"x": expected[1]})
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("model_axis", [1, 2, 4])
+def test_a_mesh_of_examples_and_heads_changes_no_number(model_axis):
+    plain, kernels = make(False), make(True)
+    x, mask, targets, _, _ = inputs(False)
+    params = plain.init(jax.random.key(0), x, mask, targets)["params"]
+    expected = jax.grad(loss, (1, 2))(plain, params, x, False)
+    # As many data shards as there are examples, or fewer.
+    devices = jax.devices()[: min(8, BATCH * model_axis)]
+    partitioner = PjitPartitioner(num_partitions=model_axis, devices=devices)
+    with partitioner.activate():
+        rows = jax.device_put(x, partitioner.batch)
+        step = jax.jit(lambda params, x: jax.grad(loss, (1, 2))(kernels, params, x, False))
+        found = step(params, rows)
+    close(found[0], expected[0])
+    close({"x": found[1]}, {"x": expected[1]})
+
+
+def test_the_cache_dropout_and_biases_stay_with_plain_operations():
+    x, mask, targets, _, _ = inputs(False)
+    for fields, more in (({"dropout_rate": 0.1}, {"deterministic": False}), ({"biases": True}, {})):
+        model = make(True, **fields)
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        text = str(
+            jax.make_jaxpr(lambda m=model, k=keys, o=more: m.init(k, x, mask, targets, **o))()
+        )
+        assert "pallas_call" not in text
+    text = str(jax.make_jaxpr(lambda: make(True).init(jax.random.key(0), x, mask, targets))())
+    assert "pallas_call" in text
+
+
+def test_long_rows_stay_with_plain_operations():
+    assert fused.fits(1024, 1024)
+    assert not fused.fits(1024, 1025)
+
+
+@pytest.mark.parametrize(("number", "width", "length"), [(12, 64, 356), (8, 64, 228), (3, 8, 5)])
+def test_heads_come_out_of_a_joint_projection_as_they_went_in(number, width, length):
+    heads = fused.Heads.of(number, width, length)
+    assert number % heads.in_block == 0
+    rng = np.random.default_rng(0)
+    kernels = [jnp.asarray(rng.normal(size=(6, number * width)), jnp.float32) for _ in range(3)]
+    x = jnp.asarray(rng.normal(size=(2, length, 6)), jnp.float32)
+    for part, kernel in zip(heads.part(x @ heads.join(kernels)), kernels, strict=True):
+        apart = (x @ kernel).reshape(2, length, number, width).transpose(0, 2, 1, 3)
+        np.testing.assert_allclose(part, apart, atol=1e-5)
