@@ -94,7 +94,7 @@ def _local(path: epath.Path) -> Iterator[str]:
 def _pickled(here: str, path: epath.Path) -> dict[str, np.ndarray]:
     """Tensors that torch has pickled; whatever else the file holds is refused, and nothing run."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] - optional
     except ImportError as error:
         raise ValueError(
             f"{path} is pickled, and only torch reads it without running what a pickle may hold. "
@@ -112,13 +112,11 @@ def _pickled(here: str, path: epath.Path) -> dict[str, np.ndarray]:
         ) from error
     if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} holds something else than a table of tensors by name.")
-    return {name: _as_numpy(tensor) for name, tensor in state.items()}
+    return {name: _as_numpy(tensor, torch) for name, tensor in state.items()}
 
 
-def _as_numpy(tensor: Any) -> np.ndarray:
+def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:
     """A torch tensor as NumPy's array, on the same memory; NumPy alone knows no bfloat16."""
-    import torch
-
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()

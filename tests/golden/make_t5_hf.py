@@ -1,7 +1,7 @@
 """Writes t5_hf_<version>.npz: weights, inputs and outputs of Hugging Face's T5, float32.
 
-Three tiny random models: one like T5 1.0, one like T5 1.1, and one like umT5. Arrays named `weight:*` are the state
-dict, `config` is config.json. Needs torch and transformers:
+Three tiny random models: one like T5 1.0, one like T5 1.1, and one like umT5. Arrays
+named `weight:*` are the state dict, `config` is config.json. Needs torch and transformers:
 `python tests/golden/make_t5_hf.py [VERSION ...]`.
 """
 

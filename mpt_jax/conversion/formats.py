@@ -1,0 +1,69 @@
+"""Which format a path holds, told by what lies there and never by its name."""
+
+from __future__ import annotations
+
+from etils import epath
+
+from mpt_jax.convert import peft
+
+HF, T5X, ORBAX = "hf", "t5x", "orbax"
+ARTEFACT, PEFT, PEFT_FOLDED = "artefact", "peft", "peft-folded"
+NPY, SAFETENSORS = "npy", "safetensors"
+BACKBONES = (HF, T5X, ORBAX)
+PROMPTS = (ARTEFACT, PEFT, PEFT_FOLDED, NPY, SAFETENSORS)
+# Where --to is not given.
+USUAL_TARGET = {
+    HF: T5X,
+    T5X: HF,
+    ARTEFACT: PEFT,
+    PEFT: ARTEFACT,
+    NPY: ARTEFACT,
+    SAFETENSORS: ARTEFACT,
+}
+
+_NUMPY_MAGIC = b"\x93NUMPY"
+
+
+def recognise(path: epath.Path) -> str:
+    """The format of what lies at a path; T5X's own and Orbax are one here, `t5x`.
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing that is known.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is nothing at {path}.")
+    if not path.is_dir():
+        return _of_file(path)
+    names = {child.name for child in path.iterdir()}
+    if {"config.json", "prompts.safetensors"} <= names:
+        return ARTEFACT
+    if peft.CONFIG in names:
+        return PEFT
+    if "config.json" in names:
+        return HF
+    if names & {"checkpoint", "state", "_METADATA"}:
+        return T5X
+    if adapters(path):
+        return PEFT
+    steps = sorted(name for name in names if name.startswith("checkpoint_"))
+    inside = f" Name one of the checkpoints inside it: {steps}." if steps else ""
+    raise FileNotFoundError(
+        f"{path} is no Hugging Face folder, T5X checkpoint, prompt artefact or PEFT adapter; it "
+        f"holds {sorted(names)[:8]}.{inside}"
+    )
+
+
+def _of_file(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(_NUMPY_MAGIC):
+        return NPY
+    # Safetensors: eight bytes of length, then JSON. Msgpack starts with a map.
+    return SAFETENSORS if start[8:] == b"{" else T5X
+
+
+def adapters(path: epath.Path) -> list[epath.Path]:
+    """The PEFT adapter at a path, or all those in a folder of adapters, by name; [] for none."""
+    if (path / peft.CONFIG).exists():
+        return [path]
+    return sorted(child for child in path.iterdir() if (child / peft.CONFIG).exists())

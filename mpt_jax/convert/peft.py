@@ -1,0 +1,186 @@
+"""PEFT's prompt adapters: `adapter_config.json` and one file of tensors, both ways.
+
+    MULTITASK_PROMPT_TUNING   prompt_embeddings [P,H], prefix_task_cols [K,P,R],
+                              prefix_task_rows [K,R,H]: P*, U and V of MPT
+    PROMPT_TUNING             prompt_embeddings [P,H]
+
+For an encoder-decoder PEFT by default keeps 2P rows (`num_transformer_submodules` 2). Ours stand
+before the encoder's input alone, and are written with 1. Of a PROMPT_TUNING adapter PEFT never
+reads the second half, and it is left out; a MULTITASK one is trained with that half before the
+decoder's input and generates without it, so it is refused. PEFT has no task names, only ids; names
+are written beside the adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from mpt_jax.convert.hf_weights import read_file
+from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.tree import match_exactly
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+NOTES = "mpt_jax.json"  # ours: what PEFT has no place for
+
+SINGLE, MULTITASK = "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"
+_TASK_TYPE = "SEQ_2_SEQ_LM"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a folder holds.
+
+    Attributes:
+        method: MPT or prompt tuning, with the length (and rank) of the adapter.
+        params: the method's parameters, of one group; as many rows as PEFT has tasks.
+        notes: what we wrote beside it; empty for adapters that PEFT made.
+    """
+
+    method: PromptMethod
+    params: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """K."""
+        return len(self.params["task_left" if "task_left" in self.params else "table"])
+
+
+def load_adapter(folder: epath.Path) -> Adapter:
+    """Reads an adapter.
+
+    Raises:
+        FileNotFoundError: no adapter, or no tensors.
+        ValueError: of another method or kind of model, with prompts for the decoder, or with
+            tensors that are missing, left over or of another shape.
+    """
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}, so it is no PEFT adapter.")
+    config = _json(folder / CONFIG)
+    kind = config.get("peft_type")
+    if kind not in (SINGLE, MULTITASK):
+        raise ValueError(
+            f"{folder / CONFIG} is of peft_type {kind!r}; only {SINGLE} and {MULTITASK} are "
+            "prompts as ours are."
+        )
+    if config.get("task_type") not in (None, _TASK_TYPE):
+        raise ValueError(
+            f"{folder / CONFIG} has task_type {config['task_type']!r}: prompts of another kind of "
+            f"model than an encoder-decoder ({_TASK_TYPE})."
+        )
+    copies = config.get("num_transformer_submodules") or 2  # PEFT's default here
+    if kind == MULTITASK and copies != 1:
+        raise ValueError(
+            f"{folder} was trained with prompts before the decoder's input as well "
+            f"(num_transformer_submodules {copies}; PEFT's default is 2); ours stand before the "
+            "encoder's alone. Train it with num_transformer_submodules=1."
+        )
+    tensors = _tensors(folder)
+    _check_shapes(folder, config, tensors, copies)
+    notes = _json(folder / NOTES) if (folder / NOTES).exists() else {}
+    prompt = tensors["prompt_embeddings"][None, : config["num_virtual_tokens"]]
+    if kind == SINGLE:
+        return Adapter(PromptTuning(prompt.shape[1]), {"table": prompt}, notes)
+    left, right = tensors["prefix_task_cols"], tensors["prefix_task_rows"]
+    params = {"shared": prompt, "task_left": left, "task_right": right}
+    return Adapter(MPT(prompt.shape[1], rank=left.shape[2]), params, notes)
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
+    for name in (TENSORS, PICKLED):
+        if (folder / name).exists():
+            found = read_file(folder / name)
+            return {name: np.asarray(x, np.float32) for name, x in found.items()}
+    raise FileNotFoundError(f"{folder} holds neither {TENSORS} nor {PICKLED}.")
+
+
+def _check_shapes(
+    folder: epath.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: int
+) -> None:
+    if not isinstance(config.get("num_virtual_tokens"), int):
+        raise ValueError(f"{folder / CONFIG} does not say num_virtual_tokens.")
+    found = {name: x.shape for name, x in tensors.items()}
+    rows = copies * config["num_virtual_tokens"]
+    width = config.get("token_dim") or found.get("prompt_embeddings", (0, 0))[-1]
+    expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": (rows, width)}
+    if config["peft_type"] == MULTITASK:
+        tasks, rank = config.get("num_tasks", 1), config.get("num_ranks", 1)
+        expected["prefix_task_cols"] = (tasks, rows, rank)
+        expected["prefix_task_rows"] = (tasks, rank, width)
+    match_exactly(expected, found, f"The adapter {folder}")
+
+
+def write_prompt(
+    folder: epath.Path, prompt: np.ndarray, backbone: str, notes: Mapping[str, Any]
+) -> None:
+    """Writes a prompt [P, H] as a PROMPT_TUNING adapter into an empty folder.
+
+    Args:
+        folder: exists.
+        prompt: of one task.
+        backbone: what `base_model_name_or_path` shall say.
+        notes: what `mpt_jax.json` shall say.
+    """
+    fields = {"peft_type": SINGLE, "prompt_tuning_init": "RANDOM"}
+    _write(folder, fields, {"prompt_embeddings": prompt}, backbone, notes)
+
+
+def write_factors(
+    folder: epath.Path, params: Mapping[str, np.ndarray], backbone: str, notes: Mapping[str, Any]
+) -> None:
+    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter; task id k there
+    is row k. Arguments as in `write_prompt`."""
+    left = params["task_left"]
+    fields = {
+        "peft_type": MULTITASK,
+        "prompt_tuning_init": "RANDOM",
+        "num_tasks": left.shape[0],
+        "num_ranks": left.shape[2],
+    }
+    tensors = {
+        "prompt_embeddings": params["shared"][0],
+        "prefix_task_cols": left,
+        "prefix_task_rows": params["task_right"],
+    }
+    _write(folder, fields, tensors, backbone, notes)
+
+
+def _write(
+    folder: epath.Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    backbone: str,
+    notes: Mapping[str, Any],
+) -> None:
+    length, width = tensors["prompt_embeddings"].shape
+    config = {
+        **fields,
+        "task_type": _TASK_TYPE,
+        "base_model_name_or_path": backbone,
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": length,
+        "token_dim": width,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    plain = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+    (folder / TENSORS).write_bytes(save(plain, metadata={"format": "pt"}))
+    (folder / NOTES).write_text(json.dumps(dict(notes), indent=2) + "\n")
