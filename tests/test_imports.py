@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = """shapes tree runs paths buckets compilation_cache host_memory preemption processes prompts
 backbones
 losses metrics decoding models optimizers schedules partitioning convert provenance model_card
-artefacts lock train_state identity trainer selection checksums checkpoints""".split()
+artefacts lock train_state identity trainer selection checksums checkpoints conversion
+verify_weights""".split()
 BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host t5x_trainer
 initializer gin_check gin_utils reporting results eval_loop train eval infer export
 experiment report demo paper list_tasks doctor cli
