@@ -35,7 +35,7 @@ from clu import metric_writers
 from etils import epath
 
 import mpt_jax
-from mpt_jax import gin_check, paths, t5x_import
+from mpt_jax import buckets, gin_check, paths, processes, t5x_import
 
 PACKAGE = Path(mpt_jax.__file__).parent
 OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
@@ -201,7 +201,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def define_flags() -> None:
-    """T5X's flags."""
+    """T5X's flags, and one of ours: heartbeat_timeout."""
     flags.DEFINE_multi_string("gin_file", [], "A gin file; repeat it, later files win.")
     flags.DEFINE_multi_string("gin_bindings", [], "One binding; --gin.NAME=VALUE is the same.")
     flags.DEFINE_list("gin_search_paths", [os.curdir], "Folders to look for gin files in first.")
@@ -212,6 +212,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_count", None, "Number of processes of the job.")
     flags.DEFINE_integer("process_index", None, "Which of them this is.")
     flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for the others.")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is dead.")
 
 
 def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
@@ -241,6 +242,7 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
         _data_flags()
         values = flags.FLAGS
         parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
+        buckets.check(buckets.named(f"{gin.config_str()} {paths.root()}"))
         given = {name: values[name].value for name in overriding}
         given = {name: value for name, value in given.items() if value is not None}
         run = configured(function, **given)
@@ -307,13 +309,20 @@ def _start_processes() -> None:
         "initialization_timeout": values.initialization_timeout,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if not (given or values.multiprocess_gpu or len(hosts) > 1):
+    around = processes.wanted(os.environ)
+    if not (given or values.multiprocess_gpu or around is not None):
         return
+    given = {**(around or {}), **given}
     if "num_processes" in given and "coordinator_address" not in given:
         raise ConfigError("--process_count without --coordinator_address: name process 0's host.")
-    jax.distributed.initialize(**given)
-    logging.info("Process %d of %d.", jax.process_index(), jax.process_count())
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=values.heartbeat_timeout)
+    logging.info(
+        "Process %d of %d. Should another die, this one ends within %d s (--heartbeat_timeout); "
+        "the same command on all of them then goes on from the last checkpoint.",
+        jax.process_index(),
+        jax.process_count(),
+        values.heartbeat_timeout,
+    )
 
 
 def _data_flags() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import re
@@ -10,12 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec
 
-from mpt_jax import artefacts
+from mpt_jax import artefacts, gin_utils
 from mpt_jax.partitioning import PjitPartitioner, standard_logical_axis_rules
 from mpt_jax.tree import flatten
 
@@ -205,3 +207,50 @@ def test_a_step_is_compiled_for_two_slices_of_tpus_ahead_of_time():
     assert "{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}" in groups
     assert all(int(chip) < 16 for group in groups for chip in re.findall(r"\d+", group))
     assert re.search(r"\bsend\(", child.stdout) and re.search(r"\brecv\(", child.stdout)
+
+
+# --- How a run finds the hosts of its slices -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment, flags, expected",
+    [
+        ({}, {}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, {}, {}),
+        ({"MPT_JAX_DISTRIBUTED": "1"}, {}, {}),
+        ({"MPT_JAX_DISTRIBUTED": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, {}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, {}, {"coordinator_address": "h:1"}),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "h:1"},
+            {"coordinator_address": "h:2", "initialization_timeout": 9},
+            {"coordinator_address": "h:2", "initialization_timeout": 9},
+        ),
+    ],
+)
+def test_a_run_joins_the_hosts_its_environment_or_flags_name(
+    monkeypatch, environment, flags, expected
+):
+    for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "MPT_JAX_DISTRIBUTED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+    values = collections.defaultdict(lambda: None, heartbeat_timeout=100, **flags)
+    monkeypatch.setattr(gin_utils.flags, "FLAGS", Values(values))
+    gin_utils._start_processes()
+    for given in joined:
+        given.pop("heartbeat_timeout_seconds", None)
+    assert joined == ([] if expected is None else [expected])
+
+
+class Values:
+    """Flags: those that are given, else None."""
+
+    def __init__(self, given):
+        self._given = given
+
+    def __getattr__(self, name):
+        return self._given[name]
