@@ -4,6 +4,7 @@ Default tests read goldens that `tests/golden/make_t5_hf.py` made; those marked 
 Hugging Face's model beside ours.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mpt_jax import decoding
 from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_config
 from mpt_jax.backbones.t5.config import NAMES
+from mpt_jax.backbones.t5.scan import stack_layers
 from mpt_jax.convert import load_backbone, load_hf, save_hf
 from mpt_jax.convert.hf import config_from_hf, config_to_hf
 from mpt_jax.tree import flatten
@@ -112,6 +114,20 @@ def test_cached_greedy_is_hugging_face_s_token_by_token(golden, tmp_path):
     best = np.argmax(outputs(config, params, tokens, mask, jnp.asarray(forced))["logits"], axis=-1)
     ended = np.cumsum(found == 1, axis=1) - (found == 1) > 0
     np.testing.assert_array_equal(np.where(ended, 0, best), found)
+
+
+def test_tables_of_every_layer_work_in_a_scan(tmp_path):
+    golden = dict(np.load(GOLDEN / "t5_hf_umt5.npz"))
+    config, params = load_hf(write_folder(tmp_path / "hf", golden))
+    config, params = dataclasses.replace(config, scan_layers=True), stack_layers(params)
+    shape = parameter_shapes(config)["encoder/encoder/relpos_bias/rel_embedding"]
+    assert shape == (4, 2, 32)  # heads, layers, buckets: T5X's order
+    found = outputs(config, params, *arrays(golden))
+    for name in ("logits", "encoder_hidden", "decoder_hidden"):
+        np.testing.assert_allclose(found[name], golden[name], atol=1e-4, err_msg=name)
+    tokens, mask, _ = arrays(golden)
+    tokens = greedy(config, params, tokens, mask, golden["greedy"].shape[1])
+    np.testing.assert_array_equal(tokens, golden["greedy"])
 
 
 def test_saving_gives_every_weight_back(golden, tmp_path):
