@@ -1,12 +1,18 @@
 """Buckets that are not there, may not be read or do not answer, in TensorFlow's own errors."""
 
+import json
 import time
 
+import numpy as np
 import pytest
 import tensorflow as tf
+from etils import epath
 from etils.epath import backend
 
-from mpt_jax import buckets
+from mpt_jax import artefacts, buckets, reporting
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from tasks import jsonl_read
 from tests import bucket
 
 
@@ -89,3 +95,33 @@ def test_every_bucket_is_asked_for_once(answering):
     asked = answering(True).asked
     buckets.check(found)
     assert asked == ["gs://b-1/mpt_jax_probe", "gs://b.2/mpt_jax_probe"]
+
+
+def test_an_artefact_goes_through_a_bucket(tmp_path, monkeypatch):
+    folder = f"{bucket.mount(tmp_path, monkeypatch)}/stage/artefact"
+    params = {"table": np.arange(12, dtype=np.float32).reshape(1, 3, 4)}
+    for _ in range(2):  # the second takes the first one's place
+        artefacts.save_artefact(
+            folder, PromptTuning(3), params, Runs(["rte"]),
+            embedding_sha256="e", vocabulary_sha256="v", backbone="t5", step=1,
+        )  # fmt: skip
+    read = artefacts.load_artefact(folder)
+    np.testing.assert_array_equal(read.params["table"], params["table"])
+    assert (tmp_path / "stage" / "artefact" / "prompts.safetensors").exists()
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["artefact"]
+
+
+def test_a_task_of_a_file_in_a_bucket(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "two"}\n')
+    file = epath.Path(bucket.mount(tmp_path, monkeypatch), "rows.jsonl")
+    templates = jsonl_read.Template("inputs", "{q}"), jsonl_read.Template("targets", "{a}")
+    found = jsonl_read.read(file, *templates, {})
+    assert (list(found.inputs), list(found.targets)) == (["one"], ["two"])
+
+
+def test_a_run_s_files_go_through_a_bucket(tmp_path, monkeypatch):
+    model_dir = f"{bucket.mount(tmp_path, monkeypatch)}/stage"
+    epath.Path(model_dir).mkdir()
+    reporting.write_run_record(model_dir, {"seed": 1})
+    (line,) = (tmp_path / "stage" / "run.jsonl").read_text().splitlines()
+    assert json.loads(line)["seed"] == 1
