@@ -165,3 +165,19 @@ def test_the_first_line_says_which_trainer_runs(real, tmp_path):
     assert lines["own"][0].startswith("Trainer: mpt_jax") and "T5X is not used" in lines["own"][0]
     assert any("No gin file 'no_such_file.gin'" in line for line in lines["own"])
     assert lines["t5x"][0].startswith("Trainer: T5X from") and lines["t5x"][-1] == "trains"
+
+
+def test_the_fallback_is_marked_and_is_no_installed_package(tmp_path):
+    """What other libraries probe for says that there is no T5X."""
+    code = """
+        import importlib.metadata
+        import t5x
+        from t5x import utils
+        print(t5x.__embedded__, hasattr(t5x, "__version__"), utils.__name__)
+        try:
+            print(importlib.metadata.version("t5x"))
+        except importlib.metadata.PackageNotFoundError:
+            print("not installed")
+    """
+    lines = answer(code, ROOT, cwd=tmp_path, MPT_JAX_TRAINER="own").splitlines()
+    assert lines == ["True False t5x.utils", "not installed"]
