@@ -54,8 +54,8 @@ parse() {
 }
 
 check() {
-  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    die "--name '$NAME' must be at most 40 of a-z, 0-9 and '-', a letter first"
+  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$ ]] ||
+    die "--name '$NAME' must be at most 30 of a-z, 0-9 and '-', a letter first"
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices must be a number from 1, got '$SLICES'"
   [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "--max-restarts must be a number, got '$MAX_RESTARTS'"
   [[ $ROOT =~ ^gs://[^/]+ ]] ||

@@ -112,7 +112,7 @@ def test_a_wheel_of_this_machine_goes_through_the_bucket(clouds):
     [
         ({"type": "v5e-16"}, "unknown --type 'v5e-16'; .*v5litepod-16.*v6e-8"),
         ({"root": "runs"}, "--root 'runs' must be a bucket path"),
-        ({"name": "A_b"}, "--name 'A_b' must be at most 40"),
+        ({"name": "A_b"}, "--name 'A_b' must be at most 30"),
         ({"slices": "0"}, "--slices must be a number from 1, got '0'"),
         ({"package": "x.whl"}, "--package 'x.whl' is no file"),
         ({"zone": ""}, "missing --zone"),
