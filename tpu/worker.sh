@@ -45,7 +45,7 @@ install() {
 stop_earlier() {
   local pid
   pid=$(cat "$home/pid" 2>/dev/null) || return 0
-  [[ $(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null) == *" -m $1 "* ]] || return 0
+  [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") == *" -m $1 "* ]] || return 0
   echo "An earlier start still runs on $(hostname) (process $pid); it is asked to save."
   kill -TERM "$pid"
   for _ in {1..120}; do
@@ -74,15 +74,15 @@ PYTHONUNBUFFERED=1 "$python" -m "$@" >>"$log" 2>&1 &
 child=$!
 echo "$child" >pid
 tail -c "+$((before + 1))" -f --pid="$child" "$log" &
-trap 'kill -TERM "$child"' TERM INT
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the run
-  code=0
-  wait "$child" || code=$?
+trap 'signalled=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
+signalled=yes code=0
+while [[ -n $signalled ]]; do # a signal ends the wait, not the run
+  signalled='' ended=0
+  wait "$child" || ended=$?
+  ((ended == 127)) || code=$ended # 127: it had been waited for
 done
 rm -f pid
-wait # for the rest of the log
+wait || true # for the rest of the log
 # JAX aborts a process when another of the job is gone; this one has nothing to mend.
 if ((code == 134)) && tail -n 200 "$log" | grep -q 'JAX distributed service detected fatal errors'; then
   echo "Another host of the job was lost."
