@@ -190,23 +190,52 @@ print(jax.jit(jax.grad(loss)).lower(weights, x).compile().as_text())
 """
 
 
-@pytest.mark.slow
-def test_a_step_is_compiled_for_two_slices_of_tpus_ahead_of_time():
-    """Chips are numbered 0 to 15 in each slice: the model's sums stay in rows of four of one host,
-    and what crosses slices is sent, not summed by all."""
+MESHES = """
+import math
+from jax.experimental import topologies
+from mpt_jax.partitioning import PjitPartitioner
+
+for name in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4"):
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    for size in (1, 2, 4):
+        mesh = PjitPartitioner(size, devices=chips).mesh
+        hosts = [{chip.process_index for chip in row} for row in mesh.devices]
+        assert hosts == sorted(hosts, key=min) and all(len(each) == 1 for each in hosts), name
+        for row in mesh.devices:
+            sides = [max(at) - min(at) + 1 for at in zip(*(chip.coords for chip in row))]
+            assert math.prod(sides) == size, (name, size, sides)
+        print(name, dict(mesh.shape))
+"""
+
+
+def ahead_of_time(script: str) -> str:
+    """What a script prints that asks libtpu about chips which are not there."""
     pytest.importorskip("libtpu", reason="pip install jax[tpu]: its compiler needs no chip")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip
     child = subprocess.run(
-        [sys.executable, "-c", COMPILE],
+        [sys.executable, "-c", script],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]
-    groups = set(re.findall(r"replica_groups=\{(\{.*?\})\}", child.stdout))
+    return child.stdout
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_for_two_slices_of_tpus_ahead_of_time():
+    """Chips are numbered 0 to 15 in each slice: the model's sums stay in rows of four of one host,
+    and what crosses slices is sent, not summed by all."""
+    text = ahead_of_time(COMPILE)
+    groups = set(re.findall(r"replica_groups=\{(\{.*?\})\}", text))
     assert "{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}" in groups
     assert all(int(chip) < 16 for group in groups for chip in re.findall(r"\d+", group))
-    assert re.search(r"\bsend\(", child.stdout) and re.search(r"\brecv\(", child.stdout)
+    assert re.search(r"\bsend\(", text) and re.search(r"\brecv\(", text)
+
+
+@pytest.mark.slow
+def test_a_model_lies_on_a_block_of_chips_of_one_host():
+    assert len(ahead_of_time(MESHES).splitlines()) == 9
 
 
 # --- How a run finds the hosts of its slices -----------------------------------------------------
