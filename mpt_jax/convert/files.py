@@ -1,12 +1,17 @@
-"""Folders that appear complete or not at all; in a bucket, where files cannot be renamed at once,
-under their name only when all is written."""
+"""Paths and files, here or in a bucket.
+
+Folders appear complete or not at all; in a bucket, where files cannot be renamed at once, under
+their name only when all is written.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -41,3 +46,24 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 def is_local(path: epath.Path) -> bool:
     """Whether a path is on this machine's file system, and not in a bucket."""
     return "://" not in os.fspath(path)
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """The path from the root, which Orbax and TensorStore insist on; in a bucket it is one."""
+    return epath.Path(os.path.abspath(path)) if is_local(path) else path
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or no object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object.")
+    return found

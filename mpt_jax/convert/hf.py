@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.convert.files import new_folder
+from mpt_jax.convert.files import new_folder, read_json
 from mpt_jax.convert.hf_weights import MAX_SHARD_BYTES, read_tensors, write_tensors
 from mpt_jax.tree import flatten, match_exactly, unflatten
 
@@ -179,11 +179,7 @@ def read_config(path: str | os.PathLike[str]) -> T5Config:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}; is it a Hugging Face folder?")
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    return config_from_hf(fields, str(path))
+    return config_from_hf(read_json(path), str(path))
 
 
 def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:

@@ -21,7 +21,7 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mpt_jax.convert.files import is_local
+from mpt_jax.convert.files import is_local, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,8 +57,8 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
 def _shards(folder: epath.Path, index: str) -> list[str]:
     """The files that an index names."""
     try:
-        files = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        files = sorted(set(read_json(folder / index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / index} is damaged: {error!r}.") from error
     missing = [name for name in files if not (folder / name).exists()]
     if missing:

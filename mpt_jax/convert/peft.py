@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
+from mpt_jax.convert.files import read_json
 from mpt_jax.convert.hf_weights import read_file
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.mpt import MPT
@@ -67,7 +68,7 @@ def load_adapter(folder: epath.Path) -> Adapter:
     """
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}, so it is no PEFT adapter.")
-    config = _json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     if kind not in (SINGLE, MULTITASK):
         raise ValueError(
@@ -88,20 +89,13 @@ def load_adapter(folder: epath.Path) -> Adapter:
         )
     tensors = _tensors(folder)
     _check_shapes(folder, config, tensors, copies)
-    notes = _json(folder / NOTES) if (folder / NOTES).exists() else {}
+    notes = read_json(folder / NOTES) if (folder / NOTES).exists() else {}
     prompt = tensors["prompt_embeddings"][None, : config["num_virtual_tokens"]]
     if kind == SINGLE:
         return Adapter(PromptTuning(prompt.shape[1]), {"table": prompt}, notes)
     left, right = tensors["prefix_task_cols"], tensors["prefix_task_rows"]
     params = {"shared": prompt, "task_left": left, "task_right": right}
     return Adapter(MPT(prompt.shape[1], rank=left.shape[2]), params, notes)
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from mpt_jax.backbones.t5.scan import is_stacked, unstack_layers
-from mpt_jax.convert.files import new_folder
+from mpt_jax.convert.files import absolute, is_local, new_folder
 from mpt_jax.tree import flatten, unflatten
 
 FORMAT_VERSION = 3  # of T5X's own format
@@ -88,8 +88,8 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
     if not (folder / ".zarray").exists():
         raise ValueError(f"The checkpoint is incomplete: {folder} is missing.")
     store: Any = os.fspath(folder) + "/"
-    if "://" not in store:
-        store = {"driver": "file", "path": os.path.abspath(folder) + "/"}
+    if is_local(folder):
+        store = {"driver": "file", "path": os.fspath(absolute(folder)) + "/"}
     spec = {"driver": "zarr", "kvstore": store}
     try:
         array = ts.open(spec, read=True).result()
@@ -106,6 +106,7 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
 
 def _load_orbax(folder: epath.Path) -> dict[str, Any]:
     """The `target` part of an Orbax checkpoint; the optimizer's state is not read."""
+    folder = absolute(folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             tree = checkpointer.metadata(folder).item_metadata.tree
@@ -149,7 +150,9 @@ def write_orbax(folder: epath.Path, params: Mapping[str, Any], step: int) -> Non
     """Writes parameters into an empty folder as T5X does with Orbax: item `state`, without an
     optimizer's state."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(_state(params, step)))
+        checkpointer.save(
+            absolute(folder) / "state", args=ocp.args.PyTreeSave(_state(params, step))
+        )
 
 
 def _state(params: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -42,15 +42,16 @@ def refused(capsys, *arguments: object) -> str:
 
 @pytest.mark.parametrize("version", ["1_0", "1_1", "umt5"])
 @pytest.mark.parametrize("middle", ["t5x", "orbax"])
-def test_there_and_back_is_the_same_file(version, middle, tmp_path, capsys):
+def test_there_and_back_is_the_same_file(version, middle, tmp_path, capsys, monkeypatch):
     source = hf_folder(tmp_path / "hf", version)
-    convert(source, tmp_path / "t5x" / "checkpoint_7", "--to", middle)
+    monkeypatch.chdir(tmp_path)  # Orbax alone takes no relative paths
+    convert("hf", "t5x/checkpoint_7", "--to", middle)
     said = capsys.readouterr().out
     leaves = flatten(load_hf(source)[1])
     numbers = sum(x.size for x in leaves.values())
     assert f"{len(leaves)} leaves, {numbers:,} numbers: identical; logits of a fixed" in said
-    assert "differ by at most 0\n" in said and f"hf -> {middle}: {tmp_path}" in said
-    convert(tmp_path / "t5x" / "checkpoint_7", tmp_path / "again")
+    assert "differ by at most 0\n" in said and f"hf -> {middle}: t5x/checkpoint_7" in said
+    convert("t5x/checkpoint_7", "again")
     said = capsys.readouterr().out
     assert "Configuration read from the shapes; assumed: mlp_activations=" in said
     before = load_file(source / "model.safetensors")

@@ -161,9 +161,12 @@ def test_released_prompts_are_read(name, tmp_path):
 
 
 def test_a_prompt_of_another_width_is_refused(backbone, tmp_path, capsys):
-    file = shared("prompt_tuning_test/prompt_5x256.npy")
-    said = refused(capsys, file, tmp_path / "x", "--backbone", backbone, "--runs", "a")
+    np.save(tmp_path / "a.npy", random(5, 256))
+    options = ("--backbone", backbone, "--runs", "a")
+    said = refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
     assert "width [256]" in said and "is 16 wide" in said
+    published = shared("prompt_tuning_test/prompt_5x256.npy")
+    assert "width [256]" in refused(capsys, published, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
 
 
@@ -201,6 +204,8 @@ def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
     assert "expected (3, 3, 4), found (3, 3, 2)" in after({"num_ranks": 4})
     tensors.write_bytes(tensors.read_bytes()[:-8])
     assert "truncated or damaged" in refused(capsys, folder, tmp_path / "x", *options)
+    config.write_text("[]")
+    assert "is no JSON object" in refused(capsys, folder, tmp_path / "x", *options)
     config.write_text("{")
     assert "is not JSON" in refused(capsys, folder, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
