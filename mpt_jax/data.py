@@ -204,15 +204,21 @@ def check_counts(
 
 
 class TrainIterator(Iterator[Batch]):
-    """This host's training batches, with a position that can be saved.
+    """This host's rows of the training batches, with a position that can be saved.
+
+    Every host makes whole batches and keeps its own rows of them. So the batch of a step does not
+    depend on the number of hosts, and a position that was saved by one number of hosts is good
+    for any other.
 
     Args:
-        dataset: batched.
+        dataset: whole batches.
+        share: which rows of them are this host's.
         identity: JSON values that a position must agree on with the iterator it is restored to.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, identity: Mapping[str, Any]):
+    def __init__(self, dataset: tf.data.Dataset, share: "Share", identity: Mapping[str, Any]):
         self._iterator = iter(dataset)
+        self._share = share
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
         self._identity = json.loads(json.dumps(dict(identity)))
         self._taken = 0
@@ -231,7 +237,7 @@ class TrainIterator(Iterator[Batch]):
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(plain_message(error)) from error
         self._taken += 1
-        return {name: value.numpy() for name, value in batch.items()}
+        return self._share.of({name: value.numpy() for name, value in batch.items()})
 
     def state(self) -> bytes:
         """Returns the position: restoring it continues with the batch that would come next."""
@@ -283,8 +289,19 @@ def train_iterator(
     num_hosts: int = 1,
     host_index: int = 0,
 ) -> TrainIterator:
-    """Returns this host's endless training batches. See `get_dataset` for arguments and errors."""
-    dataset = get_dataset(cfg, host_index, num_hosts, feature_converter_cls)
+    """Returns this host's rows of endless training batches.
+
+    Args:
+        cfg: what to read.
+        feature_converter_cls: as for `get_dataset`.
+        num_hosts: hosts that share each batch.
+        host_index: this host.
+
+    Raises:
+        ValueError: as `get_dataset`; the hosts do not divide the batch.
+    """
+    share = Share(cfg.batch_size, num_hosts, host_index)
+    dataset = get_dataset(cfg, 0, 1, feature_converter_cls)
     options = tf.data.Options()
     options.deterministic = True
     # Models here take milliseconds to seconds a step: a few batches ahead suffice, and each one
@@ -298,10 +315,9 @@ def train_iterator(
         "split": cfg.split,
         "seed": cfg.seed,
         "shuffle": cfg.shuffle,
-        "hosts": [host_index, num_hosts],
         "features": {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())},
     }
-    return TrainIterator(dataset, identity)
+    return TrainIterator(dataset, share, identity)
 
 
 def eval_batches(

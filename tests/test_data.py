@@ -127,20 +127,45 @@ def test_positions_of_other_configurations_are_refused():
         other.restore(state)
     with pytest.raises(ValueError, match="Not a data position, or a damaged one"):
         other.restore(state[:100])
-    with pytest.raises(ValueError, match="hosts: saved \\[0, 1\\], now \\[1, 2\\]"):
-        data.train_iterator(config(mixture()), CONVERTER, num_hosts=2, host_index=1).restore(state)
 
 
-def test_hosts_share_the_batch():
-    whole = take(data.train_iterator(config(mixture()), CONVERTER), 5)
-    parts = [
-        take(data.train_iterator(config(mixture()), CONVERTER, num_hosts=2, host_index=i), 5)
-        for i in range(2)
+def shares(name, hosts):
+    """The iterators of all hosts of one of the pipelines."""
+    changes = dict(PIPELINES[name])
+    cfg = config(changes.pop("provider")(), **changes)
+    return [
+        data.train_iterator(cfg, CONVERTER, num_hosts=hosts, host_index=i) for i in range(hosts)
     ]
-    for step in range(5):
-        together = np.concatenate([p[step]["encoder_input_tokens"] for p in parts])
-        expected = whole[step]["encoder_input_tokens"]
-        assert sorted(map(tuple, together)) == sorted(map(tuple, expected))
+
+
+def joined(iterators, count):
+    """Global batches of hosts."""
+    steps = zip(*(take(iterator, count) for iterator in iterators), strict=True)
+    return [{n: np.concatenate([part[n] for part in parts]) for n in parts[0]} for parts in steps]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_batch_of_a_step_is_the_same_on_any_number_of_hosts(name):
+    found = shares(name, 3)
+    (rows,) = {len(x) for x in take(found[0], 1)[0].values()}
+    assert rows == 2, "each host has its own rows alone"
+    joined(found[1:], 1)
+    (whole,) = shares(name, 1)
+    take(whole, 1)
+    assert_equal_batches(joined(found, 4), take(whole, 4))
+
+
+@pytest.mark.parametrize("name", ["mixture", "plain"])
+def test_a_position_is_good_for_any_number_of_hosts(name):
+    coming = iter(joined(shares(name, 1), 6))
+    hosts = shares(name, 3)
+    assert_equal_batches(joined(hosts, 2), [next(coming), next(coming)])
+    for number in (2, 1, 6):  # each goes on from what the last host of another number saved
+        position = hosts[-1].state()
+        hosts = shares(name, number)
+        for iterator in hosts:
+            iterator.restore(position)
+        assert_equal_batches(joined(hosts, 1), [next(coming)])
 
 
 def test_eval_batches_hold_every_example_once():
