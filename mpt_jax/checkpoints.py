@@ -1,11 +1,11 @@
 """Checkpoints of what learns: a thin layer over Orbax, prompt-sized, asynchronous, atomic.
 
     MODEL_DIR/checkpoint_N/state    trainable parameters, optimizer state, step
-    MODEL_DIR/checkpoint_N/meta     names and shapes, digests, the data iterators' positions
+    MODEL_DIR/checkpoint_N/meta     names, shapes and checksums, digests, the data's position
 
-The backbone is not in them. A checkpoint that cannot be read is moved aside and the one before it
-is used, with an error in the log that names both. A checkpoint of another configuration is
-readable but does not match; that is the user's to resolve and raises.
+The backbone is not in them. A checkpoint that cannot be read, or does not hold what was saved, is
+moved aside and the one before it is used, with an error in the log that names both. A checkpoint of
+another configuration is readable but does not match; that is the user's to resolve and raises.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mpt_jax import checksums
 from mpt_jax.train_state import TrainState
 from mpt_jax.tree import flatten, match_exactly
 
@@ -137,6 +138,7 @@ class Checkpoints:
             return
         tree = _saved(state)
         meta = {**meta, "shapes": _shapes(tree), "process_count": jax.process_count()}
+        meta = checksums.sealed({**meta, "checksums": checksums.of_leaves(tree)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.save(step, args=args)
@@ -161,7 +163,7 @@ class Checkpoints:
         failures = []
         for candidate in reversed(steps):
             try:
-                meta = self._read(candidate, "meta", ocp.args.JsonRestore())
+                meta = self._read_meta(candidate)
                 expected = _shapes(_saved(state))
                 match_exactly(
                     {name: tuple(shape) for name, shape in expected.items()},
@@ -181,6 +183,8 @@ class Checkpoints:
                 continue
             try:
                 tree = self._read(candidate, "state", _restore_args(_saved(state)))
+                if "checksums" in meta:  # earlier versions saved none
+                    checksums.check_leaves(tree, meta["checksums"])
             except Exception as error:  # noqa: BLE001
                 failures.append(self._unreadable(candidate, error))
                 continue
@@ -201,7 +205,7 @@ class Checkpoints:
             OSError: it cannot be read.
         """
         try:
-            return self._read(step, "meta", ocp.args.JsonRestore())
+            return self._read_meta(step)
         except Exception as error:  # whatever a damaged file may raise
             raise OSError(self._unreadable(step, error)) from error
 
@@ -254,6 +258,11 @@ class Checkpoints:
     def _read(self, step: int, item: str, args: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        meta = self._read(step, "meta", ocp.args.JsonRestore())
+        checksums.check_seal(meta)
+        return meta
+
     def _unreadable(self, step: int, error: Exception) -> str:
         return f"{self.path(step)} cannot be read ({_reason(error)})."
 
@@ -270,25 +279,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def resolve(model_dir: str, keep: int | None = 1) -> Checkpoints:
-    """The checkpoints of a run that is about to write.
-
-    Raises:
-        OSError: MODEL_DIR cannot be created or written.
-    """
-    path = epath.Path(model_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write_probe_{jax.process_index()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
-    return Checkpoints(model_dir, keep)
-
-
 class DataPosition:
-    """Where the training data stands at a saved step.
+    """Where the training data stands at a saved step; the same for every process.
 
     A run that meets a loss that is not finite saves the last good state, and by then later batches
     have been taken; so a position is what the data said at some step, and batches to skip since.
@@ -311,50 +303,33 @@ class DataPosition:
         if self._batches is None:
             return None
         if step == taken:
-            self._step, self._packed = step, pack_positions(self._batches.state())
+            self._step = step
+            self._packed = base64.b64encode(self._batches.state()).decode()
         return {"packed": self._packed, "skip": step - self._step}
 
     def restore(self, saved: dict[str, Any] | None, step: int) -> None:
         """Brings the data to where it stood at a saved step.
 
         Raises:
-            ValueError: saved by another number of processes, or of other data.
+            ValueError: it is of other data, or damaged.
         """
         if self._batches is None or saved is None:
             return
         self._step, self._packed = step - saved["skip"], saved["packed"]
         if self._packed is not None:
-            self._batches.restore(unpack_position(self._packed))
+            self._batches.restore(_unpack(self._packed))
         for _ in range(saved["skip"]):
             next(self._batches)
 
 
-def pack_positions(position: bytes) -> list[str]:
-    """Every process's data position as JSON values, the same list on every process."""
-    if jax.process_count() == 1:
-        return [base64.b64encode(position).decode()]
-    sizes = multihost_utils.process_allgather(np.asarray(len(position)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(position)] = np.frombuffer(position, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [
-        base64.b64encode(row[:size].tobytes()).decode()
-        for row, size in zip(rows, sizes, strict=True)
-    ]
-
-
-def unpack_position(packed: list[str]) -> bytes:
-    """This process's data position.
-
-    Raises:
-        ValueError: saved by another number of processes.
-    """
-    if len(packed) != jax.process_count():
+def _unpack(packed: str | list[str]) -> bytes:
+    """The bytes of a saved position. Earlier versions kept a list, with one for each process."""
+    if isinstance(packed, list) and len(packed) != 1:
         raise ValueError(
-            f"The checkpoint holds data positions of {len(packed)} processes and this run has "
-            f"{jax.process_count()}: resume on {len(packed)}."
+            f"The checkpoint holds data positions of {len(packed)} processes; in the version that "
+            "saved it each had its own. Finish that run with that version."
         )
-    return base64.b64decode(packed[jax.process_index()])
+    return base64.b64decode(packed if isinstance(packed, str) else packed[0])
 
 
 def _only_float32(config: str, dtype: str | None) -> None:

@@ -1,17 +1,20 @@
 """Stopping on request: SIGTERM (a preempted machine) and Ctrl-C save first, then exit.
 
 A scheduler can tell the two from failures by the exit code and start the same command again: it
-resumes from the save.
+resumes from the save. So it is with a process whose peers have died, which cannot save any more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
@@ -62,3 +65,24 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def end_without_peers(error: Exception) -> None:
+    """Ends this process where a computation across processes has failed; returns where it was
+    none, or where it only lacked memory.
+
+    An orderly exit would wait for the dead. JAX's own watch ends a process whose peers are silent
+    (`--heartbeat_timeout`), which is what happens where no computation fails, but all wait.
+    """
+    if jax.process_count() == 1 or str(error).startswith("RESOURCE_EXHAUSTED"):
+        return
+    logging.error(
+        "A computation across the %d processes of this job failed (%s). Most likely one of them "
+        "has ended: its log says why. The same command, started on all of them again, goes on from "
+        "the last checkpoint.",
+        jax.process_count(),
+        str(error).partition("\n")[0],
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(RETRY_EXIT_CODE)

@@ -39,6 +39,7 @@ class Writers:
         if jax.process_index() != 0 or not scalars:
             return
         if self._lines is None:
+            _mend(self._model_dir / METRICS)
             self._lines = (self._model_dir / METRICS).open("a")
         self._lines.write(json.dumps({"folder": folder, "step": step, **scalars}) + "\n")
         self._lines.flush()
@@ -133,7 +134,22 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
     }
     path = epath.Path(model_dir) / "run.jsonl"
     before = path.read_text() if path.exists() else ""
-    path.write_text(before + json.dumps(record) + "\n")
+    _replace(path, before + json.dumps(record) + "\n")
+
+
+def _mend(path: epath.Path) -> None:
+    """Cuts off the half line that a run may have left that was killed while it wrote."""
+    content = path.read_text() if path.exists() else ""
+    whole, newline, rest = content.rpartition("\n")
+    if rest:
+        _replace(path, whole + newline)
+
+
+def _replace(path: epath.Path, content: str) -> None:
+    """Writes a file so that a reader, or a crash, meets the old content or the new."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(content)
+    new.replace(path)
 
 
 def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ from mpt_jax import (
     gin_utils,
     host_memory,
     identity,
+    lock,
     model_card,
     provenance,
     reporting,
@@ -38,7 +39,7 @@ from mpt_jax import (
 from mpt_jax.eval_loop import Evaluation
 from mpt_jax.models import BACKBONE, PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner, to_host
-from mpt_jax.preemption import stop_requests
+from mpt_jax.preemption import end_without_peers, stop_requests
 from mpt_jax.trainer import NonFiniteLoss, Trainer
 from mpt_jax.tree import flatten
 
@@ -112,6 +113,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     Raises:
         NonFiniteLoss: a loss was not finite; the last good state is saved.
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
+        Occupied: another run writes to MODEL_DIR.
     """
     gin_utils.refuse_ineffective(
         "train",
@@ -131,128 +133,135 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     host_memory.keep_freed()
     seed, started = random_seed or 0, time.monotonic()
 
-    # --- Data ------------------------------------------------------------------------------------
-    if verify_matching_vocabs_fn is not None:
-        verify_matching_vocabs_fn(train_dataset_cfg, model)
-    hosts = {"num_hosts": jax.process_count(), "host_index": jax.process_index()}
-    batches = data.train_iterator(train_dataset_cfg, model.FEATURE_CONVERTER_CLS, **hosts)
+    with lock.held(model_dir) as check_it_is_ours:
+        # --- Data --------------------------------------------------------------------------------
+        if verify_matching_vocabs_fn is not None:
+            verify_matching_vocabs_fn(train_dataset_cfg, model)
+        hosts = {"num_hosts": jax.process_count(), "host_index": jax.process_index()}
+        batches = data.train_iterator(train_dataset_cfg, model.FEATURE_CONVERTER_CLS, **hosts)
 
-    # --- State: 1. own checkpoint, 2. initial artefact, 3. initial values ------------------------
-    origins = train_state_initializer_cls().origins
-    loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
-    state = train_state.create(model, loaded.params, partitioner)
-    ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
-    loaded = dataclasses.replace(loaded, params={})  # the state holds them now
-    save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
-    saved = checkpoints.resolve(model_dir, save.keep)
-    position = checkpoints.DataPosition(batches if save.save_dataset else None)
-    if (restored := saved.restore(state)) is not None:
-        state, meta = restored
-        identity.check_resumes(ours, meta["identity"], model_dir)
-        saved.set_aside_after(int(state.step))
-        position.restore(meta["data"], int(state.step))
-        logging.info("Resumed from %s.", saved.path(int(state.step)))
-    trainer = trainer_cls(
-        model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
-    )
-    total = train_state.count(state.params)
-    learning = train_state.count(state.trainable)
-    labels = train_state.trainable_labels(model, state.params)
-    logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
+        # --- State: 1. own checkpoint, 2. initial artefact, 3. initial values --------------------
+        origins = train_state_initializer_cls().origins
+        loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
+        state = train_state.create(model, loaded.params, partitioner)
+        ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
+        loaded = dataclasses.replace(loaded, params={})  # the state holds them now
+        save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
+        saved = checkpoints.Checkpoints(model_dir, save.keep)
+        position = checkpoints.DataPosition(batches if save.save_dataset else None)
+        if (restored := saved.restore(state)) is not None:
+            state, meta = restored
+            identity.check_resumes(ours, meta["identity"], model_dir)
+            saved.set_aside_after(int(state.step))
+            position.restore(meta["data"], int(state.step))
+            logging.info("Resumed from %s.", saved.path(int(state.step)))
+        trainer = trainer_cls(
+            model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
+        )
+        total = train_state.count(state.params)
+        learning = train_state.count(state.trainable)
+        labels = train_state.trainable_labels(model, state.params)
+        logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
 
-    # --- Evaluation and reporting ----------------------------------------------------------------
-    writers = reporting.Writers(model_dir)
-    evaluator = Evaluation(
-        trainer,
-        writers,
-        train_eval_dataset_cfg
-        and data.eval_batches(
-            train_eval_dataset_cfg,
-            model.FEATURE_CONVERTER_CLS,
-            num_batches=eval_steps or None,
-            **hosts,
-        ),
-        infer_eval_dataset_cfg
-        and evaluation.InferenceEvaluator(
-            infer_eval_dataset_cfg,
-            model.FEATURE_CONVERTER_CLS,
-            f"{model_dir}/inference_eval",
-            evaluator_cls=inference_evaluator_cls,
-            **hosts,
-        ),
-        actions or {},
-    )
-    evaluator.resume()
-    if summarize_config_fn is not None:
-        summarize_config_fn(model_dir, None, trainer.step)
-    reporting.write_run_record(
-        model_dir,
-        {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
-        | {"parameters": total, "trainable_parameters": learning}
-        | examples.few_shot_rows(train_dataset_cfg.provider()),
-    )
+        # --- Evaluation and reporting ------------------------------------------------------------
+        writers = reporting.Writers(model_dir)
+        evaluator = Evaluation(
+            trainer,
+            writers,
+            train_eval_dataset_cfg
+            and data.eval_batches(
+                train_eval_dataset_cfg,
+                model.FEATURE_CONVERTER_CLS,
+                num_batches=eval_steps or None,
+                **hosts,
+            ),
+            infer_eval_dataset_cfg
+            and evaluation.InferenceEvaluator(
+                infer_eval_dataset_cfg,
+                model.FEATURE_CONVERTER_CLS,
+                f"{model_dir}/inference_eval",
+                evaluator_cls=inference_evaluator_cls,
+                **hosts,
+            ),
+            actions or {},
+        )
+        evaluator.resume()
+        if summarize_config_fn is not None:
+            summarize_config_fn(model_dir, None, trainer.step)
+        reporting.write_run_record(
+            model_dir,
+            {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
+            | {"parameters": total, "trainable_parameters": learning}
+            | examples.few_shot_rows(train_dataset_cfg.provider()),
+        )
 
-    def save_checkpoint() -> None:
-        data_at = position.at(int(trainer.state.step), trainer.step)
-        saved.save(trainer.state, {"identity": ours, "data": data_at})
+        def save_checkpoint() -> None:
+            data_at = position.at(int(trainer.state.step), trainer.step)
+            saved.save(trainer.state, {"identity": ours, "data": data_at})
 
-    # --- The loop --------------------------------------------------------------------------------
-    progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
-    stats_period = stats_period or eval_period
-    if restored is not None and trainer.step >= total_steps:
-        logging.info("%s has been trained to step %d already.", model_dir, trainer.step)
-    is_due = lambda period: bool(period) and trainer.step % period == 0  # noqa: E731
-    stop = False
-    with stop_requests() as request:
-        try:
-            # A run that was killed after a save and before the evaluation of that step makes up
-            # for it; one that had stopped early finds out here that it had.
-            if run_eval_before_training if trainer.step == 0 else is_due(eval_period):
-                stop = evaluator.run()
-            if trainer.step < total_steps and not stop:
-                writers.write("train", trainer.step, _first_step(trainer, batches, started))
-            progress.restart_clock(trainer.step)
-            while trainer.step < total_steps and not stop:
-                # The order matters: metrics first, because they tell whether the state is good;
-                # then the save, so that nothing an evaluation may raise loses a step.
-                if is_due(stats_period) or is_due(save.period) or is_due(eval_period):
-                    _report(trainer, writers, progress)
-                if is_due(save.period):
-                    save_checkpoint()
-                if is_due(eval_period):
+        # --- The loop ----------------------------------------------------------------------------
+        progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
+        stats_period = stats_period or eval_period
+        if restored is not None and trainer.step >= total_steps:
+            logging.info("%s has been trained to step %d already.", model_dir, trainer.step)
+        is_due = lambda period: bool(period) and trainer.step % period == 0  # noqa: E731
+        stop = False
+        with stop_requests() as request:
+            try:
+                # A run that was killed after a save and before the evaluation of that step makes up
+                # for it; one that had stopped early finds out here that it had.
+                if run_eval_before_training if trainer.step == 0 else is_due(eval_period):
                     stop = evaluator.run()
-                    progress.restart_clock(trainer.step)
-                stop = stop or request.is_due(trainer.step)
-                if not stop:
-                    trainer.train(next(batches))
-            _report(trainer, writers, progress)
-            save_checkpoint()
-            if request.signal is None and evaluator.last_step != trainer.step:
-                evaluator.run()
-        except NonFiniteLoss:
-            save_checkpoint()
-            raise
-        finally:
-            progress.close()
-            writers.close()
-            saved.close()  # last, because it raises where a save failed
-    if request.signal is not None:
-        # A scheduler can tell by the code that the run may be started again.
-        logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
-        sys.exit(request.exit_code)
+                if trainer.step < total_steps and not stop:
+                    writers.write("train", trainer.step, _first_step(trainer, batches, started))
+                progress.restart_clock(trainer.step)
+                while trainer.step < total_steps and not stop:
+                    # The order matters: metrics first, because they tell whether the state is good;
+                    # then the save, so that nothing an evaluation may raise loses a step.
+                    if is_due(stats_period) or is_due(save.period) or is_due(eval_period):
+                        _report(trainer, writers, progress)
+                    if is_due(save.period):
+                        save_checkpoint()
+                    if is_due(eval_period):
+                        stop = evaluator.run()
+                        progress.restart_clock(trainer.step)
+                    stop = stop or request.is_due(trainer.step)
+                    if not stop:
+                        check_it_is_ours()
+                        trainer.train(next(batches))
+                _report(trainer, writers, progress)
+                save_checkpoint()
+                if request.signal is None and evaluator.last_step != trainer.step:
+                    evaluator.run()
+            except NonFiniteLoss:
+                save_checkpoint()
+                raise
+            except jax.errors.JaxRuntimeError as error:
+                end_without_peers(error)
+                raise
+            finally:
+                progress.close()
+                writers.close()
+                saved.close()  # last, because it raises where a save failed
+        if request.signal is not None:
+            # A scheduler can tell by the code that the run may be started again.
+            logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
+            sys.exit(request.exit_code)
 
-    # --- What the run hands on -------------------------------------------------------------------
-    params, step = to_host(evaluator.best_params()), evaluator.best_step()
-    if jax.process_index() == 0:
-        if "prompt" in params:
-            facts = card_facts(train_dataset_cfg, infer_eval_dataset_cfg, evaluator)
-            write_artefact(model_dir, model, params, step, loaded, origins, evaluator, facts)
-        if any(re.fullmatch(BACKBONE, name) for name in flatten(trainer.state.trainable)):
-            backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
-            folder = epath.Path(model_dir) / TRAINED_BACKBONE
-            folder.rmtree(missing_ok=True)  # of an earlier end of this run
-            logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, step))
-    return evaluator.scores
+        # --- What the run hands on ---------------------------------------------------------------
+        params, step = to_host(evaluator.best_params()), evaluator.best_step()
+        if jax.process_index() == 0:
+            if "prompt" in params:
+                facts = card_facts(train_dataset_cfg, infer_eval_dataset_cfg, evaluator)
+                write_artefact(model_dir, model, params, step, loaded, origins, evaluator, facts)
+            if any(re.fullmatch(BACKBONE, name) for name in flatten(trainer.state.trainable)):
+                backbone = {
+                    name: params[name] for name in params if name not in ("prompt", "teacher")
+                }
+                folder = epath.Path(model_dir) / TRAINED_BACKBONE
+                folder.rmtree(missing_ok=True)  # of an earlier end of this run
+                logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, step))
+        return evaluator.scores
 
 
 def write_artefact(

@@ -78,7 +78,7 @@ def saved(tmp_path_factory):
     state = tiny.state(model, params)
     loaded = train_state.fill(model, train_state.Origins(**origins), jax.random.PRNGKey(0))
     meta = {"identity": identity.of_model(model, loaded)}
-    kept = checkpoints.resolve(str(folder / "run"), keep=None)
+    kept = checkpoints.Checkpoints(str(folder / "run"), keep=None)
     for step in (0, 3):
         kept.save(state.replace(step=jax.numpy.asarray(step, jax.numpy.int32)), meta)
     kept.close()

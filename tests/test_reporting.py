@@ -35,6 +35,20 @@ def test_scalars_reach_tensorboard_and_the_lines(tmp_path):
         assert found == expected
 
 
+def test_the_half_line_of_a_killed_run_is_cut_off(tmp_path):
+    path = tmp_path / reporting.METRICS
+    path.write_text('{"folder": "train", "step": 5}\n{"folder": "tra')
+    writers = reporting.Writers(str(tmp_path))
+    writers.write("train", 10, {"loss": 0.4})
+    writers.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 10]
+    path.write_text("half")
+    writers = reporting.Writers(str(tmp_path))
+    writers.write("train", 5, {"loss": 0.4})
+    writers.close()
+    assert json.loads(path.read_text())["step"] == 5
+
+
 def test_the_plain_progress_line(monkeypatch, caplog):
     clock = iter([100.0, 100.0, 104.0, 104.0, 105.0, 105.0])
     monkeypatch.setattr(reporting.time, "monotonic", lambda: next(clock))

@@ -1,0 +1,228 @@
+"""One run at a time in a MODEL_DIR.
+
+    MODEL_DIR/running.json     whose it is (host, process, since when), and a count
+
+The run that writes to a MODEL_DIR raises the count every few seconds. On its own machine the
+process table tells whether it is alive. From elsewhere (another host, a bucket) the count is
+watched, and a run whose count stands still has ended. No clock is compared with another one, so
+it does not matter whether one jumps or two differ.
+
+Whoever only reads (evaluation, inference, reports) takes no lock and asks for none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+FILE = "running.json"
+PERIOD, PATIENCE = 10.0, 35.0  # seconds from count to count; how long a count is watched
+
+
+class Occupied(RuntimeError):
+    """Another run writes to this MODEL_DIR."""
+
+
+@contextlib.contextmanager
+def held(
+    model_dir: str, *, period: float = PERIOD, patience: float = PATIENCE
+) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of MODEL_DIR while the block runs; creates the folder.
+
+    Args:
+        model_dir: MODEL_DIR.
+        period: seconds from count to count.
+        patience: seconds for which the count of an unknown run is watched; several periods.
+
+    Yields:
+        A function that raises Occupied where another run has taken MODEL_DIR meanwhile, as it may
+        after this one stood still for longer than its patience.
+
+    Raises:
+        Occupied: another run is alive there.
+        OSError: MODEL_DIR cannot be created or written.
+    """
+    lock, refusal = None, None
+    try:
+        check_writable(model_dir)
+        if jax.process_index() == 0:
+            lock = Lock(model_dir, period, patience)
+    except (Occupied, OSError) as error:
+        refusal = error
+    _agree(refusal)
+    try:
+        yield lock.check if lock is not None else lambda: None
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def check_writable(model_dir: str) -> None:
+    """Creates MODEL_DIR and tries to write to it.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    path = epath.Path(model_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write_probe_{jax.process_index()}"
+        probe.write_text("is there room?")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
+
+
+class Lock:
+    """The mark of a run on its MODEL_DIR, in process 0. Arguments and errors are `held`'s."""
+
+    def __init__(self, model_dir: str, period: float = PERIOD, patience: float = PATIENCE):
+        self._path = epath.Path(model_dir) / FILE
+        self._refuse_if_taken(patience)
+        self._record = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "machine": _machine(),
+            "process_start": _start_of(os.getpid()),
+            "token": uuid.uuid4().hex,
+            "count": 0,
+        }
+        self._taken_by: str | None = None
+        self._ended = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._keep, args=(period,), daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises Occupied where another run has taken MODEL_DIR."""
+        if self._taken_by is not None:
+            raise Occupied(
+                f"{self._path.parent} was taken over by {self._taken_by}, so this run ends without "
+                "a save. It must have stood still, or could not write, for a while."
+            )
+
+    def release(self) -> None:
+        """Lets others in."""
+        self._ended.set()
+        self._thread.join()
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
+
+    def _refuse_if_taken(self, patience: float) -> None:
+        if (content := _read(self._path)) is None:
+            return
+        record = _parsed(content)
+        if record.get("machine") == _machine():
+            alive = _start_of(record["pid"]) == record["process_start"]
+        else:
+            logging.info(
+                "%s names %s. Watching it for up to %.0f s.", self._path, _who(record), patience
+            )
+            alive = _changes(self._path, content, patience)
+        if alive:
+            raise Occupied(
+                f"{self._path.parent} is being written by {_who(record)}. Wait until that run has "
+                "ended, stop it, or choose another MODEL_DIR."
+            )
+        logging.info("%s is left of %s, which has ended.", self._path, _who(record))
+
+    def _keep(self, period: float) -> None:
+        while not self._ended.wait(period):
+            try:
+                if not self._is_ours():
+                    content = _read(self._path)
+                    self._taken_by = _who(_parsed(content)) if content else "somebody unknown"
+                    return
+                self._record["count"] += 1
+                self._write()
+            except OSError as error:  # a full disk, say: saving will tell
+                logging.warning("%s could not be written: %s", self._path, error)
+
+    def _is_ours(self) -> bool:
+        content = _read(self._path)
+        return content is not None and _parsed(content).get("token") == self._record["token"]
+
+    def _write(self) -> None:
+        new = self._path.with_name(f".{FILE}.new")
+        new.write_text(json.dumps(self._record))
+        new.replace(self._path)
+
+
+def _agree(refusal: Exception | None) -> None:
+    """Raises in every process where one of them has met an error."""
+    refused = [refusal is not None]
+    if jax.process_count() > 1:
+        refused = np.ravel(multihost_utils.process_allgather(np.asarray(refused[0]))).tolist()
+    if refusal is not None:
+        raise refusal
+    if any(refused):
+        raise Occupied(f"Process {refused.index(True)} could not begin; its log says why.")
+
+
+def _changes(path: epath.Path, content: str, patience: float) -> bool:
+    """Whether the file says something else within `patience` seconds; one that goes is no run."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        time.sleep(min(1.0, patience / 10))
+        if (now := _read(path)) != content:
+            return now is not None
+    return False
+
+
+def _read(path: epath.Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(content: str) -> dict[str, Any]:
+    """The record; empty where it cannot be understood, which makes it an unknown run's."""
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _who(record: dict[str, Any]) -> str:
+    named = {name: record.get(name, "unknown") for name in ("pid", "host", "since")}
+    return "process {pid} on host {host}, since {since}".format(**named)
+
+
+def _machine() -> str:
+    """Where process ids mean the same: a host since its last boot, or a container of it."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux tells more than the name
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started, in ticks since boot, so that a number that was given again is told
+    from its first bearer; None where it has ended. Without Linux's table, 0 for any process."""
+    try:
+        if not Path("/proc/self/stat").exists():
+            os.kill(pid, 0)
+            return 0
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except PermissionError:
+        return 0  # somebody else's, and alive
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(fields[18])
