@@ -2,8 +2,9 @@
 
 A folder of three files. `prompts.safetensors` holds the method's parameters under `factors/` and,
 on request, the folded prompt of each row under `folded/`. `config.json` says what they belong to:
-the method, the runs, the backbone (digest of its embedding) and the vocabulary. Whoever reads an
-artefact checks the digests and refuses another backbone's. `README.md` is its model card.
+the method, the runs, the backbone (digest of its embedding) and the vocabulary, and the digest of
+`prompts.safetensors`. Whoever reads an artefact checks the digests and refuses another backbone's,
+or prompts that are not those that were written. `README.md` is its model card.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -132,6 +134,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     if include_folded:
         folded = np.asarray(fold(method, params, runs))
         tensors |= {f"folded/{run}": folded[i] for i, run in enumerate(runs.run_names)}
+    prompts = save(tensors)
     config = {
         "format": FORMAT,
         "method": method.name,
@@ -143,18 +146,18 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         "backbone": backbone,
         "embedding_sha256": embedding_sha256,
         "vocabulary_sha256": vocabulary_sha256,
+        "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
         "step": int(step),
         "metrics": dict(metrics or {}),
         "started_from": started_from and dict(started_from),
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
     }
-    new = path.parent / f".{path.name}.{os.getpid()}.new"
-    old = path.parent / f".{path.name}.{os.getpid()}.old"
-    for stale in (new, old):
+    new, old = path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
+    for stale in (new, old):  # of a run that was killed here
         if stale.exists():
             stale.rmtree()
     new.mkdir(parents=True)
-    (new / TENSORS).write_bytes(save(tensors))
+    (new / TENSORS).write_bytes(prompts)
     # Unsorted: of several metrics the first is the task's main one.
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     card = model_card.for_folder(path, config, facts or model_card.Facts())
@@ -172,7 +175,7 @@ def load_artefact(path: str | os.PathLike[str]) -> Artefact:
 
     Raises:
         FileNotFoundError: no artefact there.
-        ValueError: unreadable, of a newer format, or not what its own config says.
+        ValueError: unreadable, damaged, of a newer format, or not what its own config says.
     """
     path = epath.Path(path)
     if not (path / CONFIG).exists() or not (path / TENSORS).exists():
@@ -182,7 +185,8 @@ def load_artefact(path: str | os.PathLike[str]) -> Artefact:
         )
     try:
         config = json.loads((path / CONFIG).read_text())
-        tensors = load((path / TENSORS).read_bytes())
+        prompts = (path / TENSORS).read_bytes()
+        tensors = load(prompts)
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"The prompt artefact at {path} cannot be read: {error}.") from error
     if config.get("format") != FORMAT:
@@ -199,10 +203,27 @@ def load_artefact(path: str | os.PathLike[str]) -> Artefact:
         {name: leaf.shape for name, leaf in leaves.items()},
         f"{path / TENSORS}",
     )
+    _check_prompts(path, prompts, config)
     method = get_method(config["method"])(**config["method_config"])
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     params = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
     return Artefact(str(path), method, runs, params, config)
+
+
+def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for prompts that are not those config.json was written with."""
+    if (expected := config.get("prompts_sha256")) is None:
+        logging.warning(
+            "%s has no prompts_sha256, as earlier versions wrote it: whether its prompts are whole "
+            "cannot be checked.",
+            path / CONFIG,
+        )
+    elif (found := hashlib.sha256(prompts).hexdigest()) != expected:
+        raise ValueError(
+            f"{path / TENSORS} was changed after it was written: its sha256 is {found}, and {CONFIG} "
+            f"has {expected}. Copy the artefact again, or let its run write it once more (the same "
+            "command does)."
+        )
 
 
 def check_belongs(

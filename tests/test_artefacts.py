@@ -1,5 +1,6 @@
 """Prompt artefacts: round trips, and refusal of whatever does not belong."""
 
+import hashlib
 import json
 
 import jax
@@ -24,6 +25,7 @@ PARAMS = {
     "task_left": RNG.normal(size=(3, P, 2)).astype(np.float32),
     "task_right": RNG.normal(size=(3, 2, H)).astype(np.float32),
 }
+CHANGED = {**PARAMS, "shared": PARAMS["shared"] + 1e-3}
 EMBEDDING = RNG.normal(size=(30, H)).astype(np.float32)
 DIGEST = artefacts.embedding_digest(EMBEDDING)
 
@@ -191,6 +193,41 @@ def test_an_artefact_of_another_format_says_which_is_read(tmp_path):
     edit(path, lambda config: config.update(format=2))
     with pytest.raises(ValueError, match="format 2; this version reads 1"):
         artefacts.load_artefact(path)
+
+
+def test_prompts_that_were_changed_are_refused(tmp_path):
+    """Of the right names and shapes, and of another training or with one bit flipped."""
+    path, other = write(tmp_path / "a"), write(tmp_path / "b", params=CHANGED)
+    whole = (path / TENSORS).read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    for content in (bytes(flipped), (other / TENSORS).read_bytes()):
+        (path / TENSORS).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path / TENSORS} was changed .*sha256"):
+            artefacts.load_artefact(path)
+    (path / TENSORS).write_bytes(whole)
+    config = artefacts.load_artefact(path).config
+    assert config["prompts_sha256"] == hashlib.sha256(whole).hexdigest()
+
+
+def test_an_artefact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.pop("prompts_sha256"))
+    with caplog.at_level("WARNING", logger="absl"):
+        np.testing.assert_array_equal(
+            artefacts.load_artefact(path).params["shared"], PARAMS["shared"]
+        )
+    assert f"{path / CONFIG} has no prompts_sha256" in caplog.text
+
+
+def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared(tmp_path):
+    (tmp_path / ".a.new").mkdir()
+    (tmp_path / ".a.new" / TENSORS).write_text("half")
+    write(tmp_path / "a")
+    (tmp_path / ".a.old").mkdir()
+    write(tmp_path / "a", step=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert artefacts.load_artefact(tmp_path / "a").config["step"] == 7
 
 
 def test_an_unknown_method_lists_the_known(tmp_path):
