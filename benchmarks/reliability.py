@@ -179,8 +179,8 @@ def same_prompts(one: Path, other: Path) -> bool:
 
 def left_over(model_dir: Path) -> list[str]:
     """What a finished run should not leave: unfinished saves, hidden files, its lock."""
-    names = [path.name for path in model_dir.iterdir()]
-    return [name for name in names if "tmp" in name or name.startswith(".") or name == LOCK]
+    found = [str(path.relative_to(model_dir)) for path in model_dir.rglob("*")]
+    return [name for name in found if "tmp" in name or "/." in f"/{name}" or name == LOCK]
 
 
 def summary(root: Path, kills: list[Kill]) -> dict[str, object]:
