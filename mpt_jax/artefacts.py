@@ -221,8 +221,8 @@ def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) 
     elif (found := hashlib.sha256(prompts).hexdigest()) != expected:
         raise ValueError(
             f"{path / TENSORS} was changed after it was written: its sha256 is {found}, and "
-            f"{CONFIG} has {expected}. Copy the artefact again, or let its run write it once more (the same "
-            "command does)."
+            f"{CONFIG} has {expected}. Copy the artefact again, or let its run write it once more "
+            "(the same command does)."
         )
 
 
