@@ -20,7 +20,7 @@ from mpt_jax.convert.t5x import write_orbax, write_t5x
 from mpt_jax.tree import flatten, match_exactly, unflatten
 
 DTYPES = ("float32", "bfloat16")
-_STEP = re.compile(r"checkpoint_(\d+)")
+_STEP = re.compile(r"checkpoint_\d+")
 
 
 def read(
@@ -90,22 +90,24 @@ def convert(
         say: takes the lines for the user; the last is the parity line.
 
     Returns:
-        the folder that was made.
+        the checkpoint that was made.
     """
-    if to != formats.HF and not _STEP.fullmatch(target.name):
-        target = target / "checkpoint_0"
     if target.exists():
         raise FileExistsError(f"{target} exists already and is not overwritten.")
+    named = to == formats.HF or _STEP.fullmatch(target.name)
+    inside = "" if named else "checkpoint_0"
     shape, params = read(source, config, say)
     expected = params if dtype is None else _cast(params, dtype)
     with new_folder(target) as made:
+        folder = made / inside
+        folder.mkdir(exist_ok=True)
         if to == formats.HF:
-            write_hf(made, shape, expected)
-            back = load_hf(made)[1]
+            write_hf(folder, shape, expected)
+            back = load_hf(folder)[1]
         else:
-            step = int(target.name.removeprefix("checkpoint_"))
-            {formats.T5X: write_t5x, formats.ORBAX: write_orbax}[to](made, expected, step)
-            back = load_t5x(made)
+            step = int((inside or target.name).removeprefix("checkpoint_"))
+            {formats.T5X: write_t5x, formats.ORBAX: write_orbax}[to](folder, expected, step)
+            back = load_t5x(folder)
         line = parity.identical(expected, back, str(target)) + ": identical"
         if dtype is not None:
             line += f" after rounding to {dtype}"
@@ -115,7 +117,7 @@ def convert(
             difference = parity.largest_difference(before, after)
             line += f"; logits of a fixed batch differ by at most {difference:.3g}"
     say(line)
-    return target
+    return target / inside
 
 
 def _cast(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

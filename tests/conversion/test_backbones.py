@@ -100,6 +100,7 @@ def test_what_was_not_written_right_is_not_left_behind(tmp_path, capsys, monkeyp
         write(folder, unflatten(leaves), step)
 
     monkeypatch.setattr(backbones, "write_t5x", write_wrongly)
+    assert "leaves differ" in refused(capsys, source, tmp_path / "t5x")
     said = refused(capsys, source, tmp_path / "checkpoint_0")
     assert "1 of 66 leaves differ: ['encoder/encoder_norm/scale']" in said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -108,7 +109,9 @@ def test_what_was_not_written_right_is_not_left_behind(tmp_path, capsys, monkeyp
 def test_wrong_calls_are_refused_in_a_sentence(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf")
     target = tmp_path / "new"
-    assert "exists already" in refused(capsys, source, source, "--to", "hf")
+    for to in ("hf", "t5x", "orbax"):
+        assert "exists already" in refused(capsys, source, source, "--to", to)
+    assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors"]
     assert "There is nothing at" in refused(capsys, tmp_path / "nowhere", target)
     (tmp_path / "empty").mkdir()
     assert "it holds []" in refused(capsys, tmp_path / "empty", target)
