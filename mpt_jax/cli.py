@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
     "paper": "runs a table of the MPT paper, on its tasks or the toy suite",
     "doctor": "what is wrong with this machine, and what mends it; --suite toy, --json",
+    "plan": "what a stage needs on TPUs that are not here: --gin_file=... --topology=v5e:4x4",
     "report": "one HTML page of what a demo or a table left: DIR",
     "convert": "SOURCE TARGET: backbones and prompts between Hugging Face, T5X, PEFT and NumPy",
     "verify-weights": "FOLDER: our network beside transformers' on the same weights",

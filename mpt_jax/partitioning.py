@@ -264,13 +264,16 @@ def _is_axes(leaf: Any) -> bool:
 def put_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
     """Places any tree that has parameters inside (an optimizer state, say): a leaf whose path
     ends in a parameter's name lies as that parameter does, everything else on every device."""
+    return jax.tree.map(jax.device_put, state, shardings_like(state, shardings, replicated))
+
+
+def shardings_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
+    """Where `put_like` places each leaf of a tree."""
     by_name = flatten(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
 
-    def place(name: str, leaf: Any) -> jax.Array:
+    def find(name: str) -> NamedSharding:
         parts = name.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        found = next((by_name[tail] for tail in tails if tail in by_name), replicated)
-        return jax.device_put(leaf, found)
+        return next((by_name[tail] for tail in tails if tail in by_name), replicated)
 
-    leaves = [place(name, leaf) for name, leaf in flatten(state).items()]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return jax.tree.unflatten(jax.tree.structure(state), [find(name) for name in flatten(state)])

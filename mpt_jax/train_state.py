@@ -29,7 +29,7 @@ import numpy as np
 from mpt_jax import artefacts, convert
 from mpt_jax.backbones.t5.scan import stack_layers
 from mpt_jax.models import BACKBONE, FROZEN, PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner, put_like
+from mpt_jax.partitioning import PjitPartitioner, put_like, shardings_like
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
 from mpt_jax.prompts.starts import StartFrom
@@ -53,7 +53,7 @@ class TrainState(flax.struct.PyTreeNode):
         frozen: everything else, in the backbone's dtype. Loaded, never saved.
     """
 
-    step: jax.Array
+    step: Any  # an array; a tree of shapes or shardings has those
     trainable: dict[str, Any]
     opt_state: Any
     frozen: dict[str, Any]
@@ -195,6 +195,21 @@ def create(
     opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
     step = jax.device_put(jnp.zeros((), jnp.int32), partitioner.replicated)
     return TrainState(step=step, trainable=trainable, opt_state=opt_state, frozen=place(frozen))
+
+
+def abstract(model: PromptedEncoderDecoder, partitioner: PjitPartitioner) -> TrainState:
+    """The state that `create` makes, as shapes on a mesh whose devices need not be here."""
+    tree, axes = shapes(model)
+    dtypes = _dtypes(model, tree)
+    shardings = partitioner.shardings(tree, axes)
+    tree = unflatten(
+        {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in flatten(tree).items()}
+    )
+    trainable, frozen = split(tree, model.labels, trainable_labels(model, tree))
+    opt_state = jax.eval_shape(model.optimizer_def.init, trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state, frozen)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, state, shardings_like(state, shardings, partitioner.replicated))
 
 
 def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
@@ -353,12 +368,17 @@ def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, An
 
     By NumPy, leaf by leaf: on a device the whole model would lie on the first one.
     """
-    labels = flatten(model.label_tree(params))
-    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
-    dtype = model.module.config.dtype
+    dtypes = _dtypes(model, params)
     return unflatten(
         {
-            name: np.asarray(leaf).astype(np.float32 if keep(name) else dtype, copy=False)
+            name: np.asarray(leaf).astype(dtypes[name], copy=False)
             for name, leaf in flatten(params).items()
         }
     )
+
+
+def _dtypes(model: PromptedEncoderDecoder, params: Params) -> dict[str, Any]:
+    """The dtype that each parameter trains or computes in, by name."""
+    labels, dtype = flatten(model.label_tree(params)), model.module.config.dtype
+    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
+    return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}

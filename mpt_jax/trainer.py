@@ -190,6 +190,16 @@ class Trainer:
             self._totals = found if self._totals is None else self._merge(self._totals, found)
         self.step += 1
 
+    def lower(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The training and the evaluation step for a batch, ready to be compiled. All arrays may be
+        `ShapeDtypeStruct`s that lie on devices which are not here, the state's as well."""
+        with self.partitioner.activate():
+            number = jax.ShapeDtypeStruct((), jnp.int32)
+            return {
+                "train": self._train_step.lower(self.state, batch, self._rng, number),
+                "eval": self._eval_step.lower(self.state.params, batch),
+            }
+
     def read_metrics(self) -> dict[str, float]:
         """Waits for the steps dispatched and returns their mean metrics.
 

@@ -19,7 +19,7 @@ artefacts lock train_state identity trainer selection checksums checkpoints conv
 verify_weights""".split()
 BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host t5x_trainer
 initializer gin_check gin_utils reporting results eval_loop train eval infer export
-experiment report demo paper list_tasks doctor cli
+plan experiment report demo paper list_tasks doctor cli
 t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")

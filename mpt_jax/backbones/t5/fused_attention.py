@@ -77,7 +77,9 @@ def fits(queries: int, keys: int) -> bool:
 def on_tpu() -> bool:
     """Whether what is being traced is for TPUs, which need not be here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
+    if device is None:
+        return jax.default_backend() == "tpu"
+    return device.device_kind.startswith("TPU")
 
 
 def over_mesh(

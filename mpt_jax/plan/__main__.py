@@ -1,0 +1,100 @@
+"""`mpt-jax plan`: what a gin file's steps need on TPUs, compiled here and run nowhere.
+
+mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v5e:4x4 --gin.BATCH_SIZE=512
+mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v6e          the smallest slice that fits
+... --num_partitions=1,4 --num_microbatches=1,2                    compares layouts
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from mpt_jax import gin_utils, paths, t5x_import
+from mpt_jax import train as train_module
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.plan import chips, show, steps
+from mpt_jax.plan.steps import Choice, DoesNotFit, Job, Needs
+
+# No vocabulary is read: no shape depends on its words.
+_VOCABULARY = "toy.model"
+
+flags.DEFINE_multi_string("topology", [], "v5e:4x4; or v5e, its slices from small to large.")
+flags.DEFINE_list("num_partitions", ["1"], "Sizes of the model axis to try.")
+flags.DEFINE_list("num_microbatches", [], "Numbers of microbatches to try; default gin's.")
+flags.DEFINE_list("steps", list(steps.STEPS), "Which steps to compile.")
+flags.DEFINE_string("json", None, "Also write every figure to this file.")
+
+
+@functools.wraps(train_module.train)
+def train(**given: Any) -> Job:
+    """Stands in for `train()`, which gin files configure; keeps what its steps depend on."""
+    partitioner: PjitPartitioner = given["partitioner"]
+    return Job(
+        given["model"],
+        given["train_dataset_cfg"],
+        given.get("infer_eval_dataset_cfg"),
+        given.get("trainer_cls", train_module.Trainer),
+        partitioner.logical_axis_rules,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Compiles, counts and prints."""
+    gin_utils.log_progress()
+    values = flags.FLAGS
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"Unexpected arguments: {argv[1:]}")
+        if not values.topology:
+            raise ValueError(f"Say for which TPU: --topology=v5e:4x4, or one of {[*chips.CHIPS]}.")
+        job = read_job(values.gin_file, values.gin_bindings, values.gin_search_paths)
+        found = plan(job, values)
+    except (ValueError, OSError, ImportError) as error:
+        logging.error("%s", gin_utils.message(error))
+        sys.exit(2)
+    print(show.NOTE, show.table(found), show.details(found), show.verdicts(found), sep="\n\n")
+    if values.json:
+        Path(values.json).write_text(json.dumps(show.as_json(found), indent=1) + "\n")
+
+
+def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str]) -> Job:
+    """What the gin files and bindings of a training stage describe."""
+    stand_in = f"VOCABULARY = {str(paths.SHIPPED / _VOCABULARY)!r}"
+    with gin_utils.as_main(sys.modules[__name__]):
+        gin_utils.parse(gin_files, [stand_in, *bindings], search_paths)
+        return gin_utils.configured(train)()
+
+
+def plan(job: Job, values: Any) -> list[Needs | DoesNotFit]:
+    """Every layout that the flags ask for."""
+    parts = [int(n) for n in values.num_microbatches] or [None]
+    layouts = list(itertools.product([int(n) for n in values.num_partitions], parts))
+    found: list[Needs | DoesNotFit] = []
+    for name in values.topology:
+        for topology in chips.topologies(name):
+            mine = []
+            for model_axis, number in layouts:
+                choice = Choice(topology, model_axis, number)
+                logging.info("Compiling for %s.", choice)
+                mine += steps.compile_steps(job, choice, values.steps)
+            found += mine
+            if topology != name and all(each.fits for each in mine):
+                break  # the slices that follow are larger
+    return found
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no device, also where there are some
+    t5x_import.install()
+    gin_utils.define_flags()
+    app.run(
+        main, flags_parser=lambda argv: app.parse_flags_with_usage(gin_utils.rewrite_gin_args(argv))
+    )

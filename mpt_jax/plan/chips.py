@@ -1,0 +1,81 @@
+"""TPUs: what a chip can do, and which slices there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip, from Google Cloud's documentation of each TPU.
+
+    Attributes:
+        name: as in a topology.
+        flops: bfloat16 operations a second.
+        hbm_bytes: memory.
+        hbm_bandwidth: bytes a second.
+        ici_bandwidth: bytes a second between chips, over all links.
+        slices: shapes of slices, from small to large.
+    """
+
+    name: str
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    slices: Sequence[str]
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9,
+             ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+        Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9,
+             ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
+        Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9,
+             ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    )
+}  # fmt: skip
+
+
+def topologies(name: str) -> list[str]:
+    """`v5e:4x4` as it is; `v5e` as its slices, from small to large.
+
+    Raises:
+        ValueError: no such chip.
+    """
+    chip, _, shape = name.partition(":")
+    if chip not in CHIPS:
+        raise ValueError(f"No TPU is called {chip!r} here; known: {', '.join(CHIPS)}.")
+    return [name] if shape else [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
+
+
+def devices(topology: str) -> list[Any]:
+    """The chips of a slice, to compile for.
+
+    Raises:
+        ImportError: libtpu, which holds the compiler, is not installed.
+        ValueError: libtpu knows no such slice.
+    """
+    from jax.experimental import topologies as known
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "Compiling for TPUs needs their compiler, which runs on any machine: "
+            "pip install 'mpt-jax[tpu]'."
+        )
+    # No chip is touched: others may hold one, and there is no metadata server to ask for its kind.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        found = known.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        raise ValueError(f"libtpu has no slice {topology!r}: {error}") from error
+    return list(found)

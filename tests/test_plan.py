@@ -1,0 +1,259 @@
+"""Plans count what compiled programs do; real TPU compilers are asked, on a machine without TPUs.
+
+Counts are compared with closed forms derived here from the shapes, and with the compiler's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mpt_jax.backbones.t5 import T5Config
+from mpt_jax.data import DatasetConfig
+from mpt_jax.features import PromptFeatureConverter
+from mpt_jax.optimizers import PromptOptimizer, Schedule
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.plan import chips, hlo, show, steps
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.trainer import Trainer
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDS_LIBTPU = "libtpu, the TPUs' compiler, is not installed (pip install 'mpt-jax[tpu]')"
+# Large enough that products outweigh the rest, small enough to compile in seconds.
+CONFIG = T5Config(
+    vocab_size=2048, emb_dim=512, num_heads=8, head_dim=64, mlp_dim=2048,
+    num_encoder_layers=2, num_decoder_layers=2, logits_via_embedding=True, dtype="bfloat16",
+)  # fmt: skip
+ROWS, PROMPT, TEXT, TARGET = 16, 64, 192, 16  # rows of a chip
+
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
+
+
+# --- Counting ------------------------------------------------------------------------------------
+
+
+def counted(function, *shapes) -> hlo.Cost:
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.cost(text_of(jax.jit(function).lower(*arrays)))
+
+
+def text_of(lowered) -> str:
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
+
+
+def chain(x, kernels):
+    for kernel in kernels:
+        x = jnp.tanh(x @ kernel)
+    return x
+
+
+def scanned(x, kernels):
+    return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+
+def test_a_loop_counts_times_its_trips():
+    kernels, x = (7, 96, 96), (64, 96)
+    apart = counted(lambda x, k: chain(x, [k[i] for i in range(7)]), x, kernels)
+    loop = counted(scanned, x, kernels)
+    assert apart.flops == loop.flops == 7 * 2 * 64 * 96 * 96
+    assert loop.unknown_loops == 0
+
+
+def test_of_an_array_that_is_sliced_the_slice_is_read():
+    loop = counted(scanned, (64, 96), (100, 96, 96))
+    floats = 100 * (96 * 96 + 3 * 64 * 96)  # a kernel, and x in and out of product and tanh
+    # Taken whole, the kernels alone would be 100 times as much.
+    assert 0.5 * 4 * floats < loop.hbm_bytes < 3 * 4 * floats
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
+    def until_small(x, kernel):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: jnp.tanh(x @ kernel), x)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 96), (96, 96))]
+    text = text_of(jax.jit(until_small).lower(*arrays))
+    once = hlo.cost(text)
+    assert once.flops == 2 * 64 * 96 * 96 and once.unknown_loops == 1
+    assert hlo.cost(text, unknown_trips=5).flops == 5 * once.flops
+
+
+@pytest.mark.devices(8)
+def test_communication_is_counted_by_kind():
+    mesh = jax.make_mesh((8,), ("data",))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
+    whole = jax.NamedSharding(mesh, jax.P())
+    found = hlo.cost(text_of(jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(x)))
+    assert found.collectives == {"all-reduce": (1, 32 * 4)}
+    found = hlo.cost(text_of(jax.jit(lambda x: x * 2, out_shardings=whole).lower(x)))
+    assert found.collectives == {"all-gather": (1, 64 * 32 * 4)}
+
+
+# --- The steps, for TPUs -------------------------------------------------------------------------
+
+
+def job(config: T5Config, rows: int) -> steps.Job:
+    runs = Runs(["alpha"])
+    converter = functools.partial(PromptFeatureConverter, prompt_length=PROMPT, runs=runs)
+    rates = {"task": Schedule(0.3, decay="constant")}
+    model = tiny.model(
+        runs,
+        PromptTuning(prompt_length=PROMPT),
+        config,
+        optimizer_def=PromptOptimizer(learning_rates=rates),
+        feature_converter_cls=converter,
+    )
+    lengths = {"inputs": TEXT, "targets": TARGET}
+    cfg = DatasetConfig("alpha", lengths, "train", rows, shuffle=False, seed=0)
+    return steps.Job(model, cfg, cfg, Trainer, PjitPartitioner().logical_axis_rules)
+
+
+def closed_form_flops(c: T5Config) -> float:
+    """Of a training step of one chip: products, forward and back to the prompt."""
+    t, n, d, h, b = PROMPT + TEXT, c.num_heads, c.head_dim, c.emb_dim, ROWS
+    mlp = (len(c.mlp_activations) + 1) * h * c.mlp_dim
+    encoder = b * t * (4 * h * n * d + mlp)  # and as much back, to the input
+    encoder_scores = b * n * t * t * d  # two products forward; back five, the scores again
+    decoder = b * TARGET * (8 * h * n * d + mlp)  # no keys and values of the memory
+    memory_scores = b * n * TARGET * t * h
+    own_scores = b * n * TARGET * TARGET * d
+    head = b * TARGET * h * c.vocab_size
+    total = c.num_encoder_layers * (2 * encoder + 7 * encoder_scores)
+    total += c.num_decoder_layers * (2 * decoder + 7 * memory_scores + 6 * own_scores) + 2 * head
+    return 2.0 * total
+
+
+def closed_form_arguments(c: T5Config) -> float:
+    """Bytes of the backbone in bfloat16, the prompt with two moments, and the batch."""
+    attention = 4 * c.emb_dim * c.num_heads * c.head_dim
+    mlp = (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+    backbone = c.vocab_size * c.emb_dim + c.num_encoder_layers * (attention + mlp)
+    backbone += c.num_decoder_layers * (2 * attention + mlp)
+    return 2 * backbone + 3 * 4 * PROMPT * c.emb_dim + 4 * ROWS * (3 * (PROMPT + TEXT) + 4 * TARGET)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
+    found = {}
+    for scan in (False, True):
+        config = dataclasses.replace(CONFIG, scan_layers=scan)
+        (found[scan],) = steps.compile_steps(
+            job(config, 4 * ROWS), steps.Choice("v5e:2x2"), ["train"]
+        )
+    return found
+
+
+def test_operations_and_memory_are_those_of_the_closed_form(planned):
+    needs = planned[False]
+    assert needs.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
+    assert needs.arguments == pytest.approx(closed_form_arguments(CONFIG), rel=0.05)
+    assert needs.num_chips == 4 and needs.rows == ROWS and needs.fits
+
+
+def test_traffic_is_what_the_compiler_counts(planned):
+    # Its own count, of a program without loops. Ours leaves out small bookkeeping.
+    assert planned[False].cost.accessed_bytes == pytest.approx(
+        planned[False].compiler["bytes accessed"], rel=0.1
+    )
+    assert planned[False].cost.hbm_bytes < planned[False].cost.accessed_bytes
+
+
+def test_layers_in_a_loop_cost_what_they_cost_apart(planned):
+    assert planned[True].cost.flops == pytest.approx(planned[False].cost.flops, rel=0.05)
+    assert planned[True].compiler["flops"] < 0.8 * planned[False].compiler["flops"]  # once
+
+
+def test_the_step_has_no_backbone_sized_buffers_and_moves_prompts_alone(planned):
+    needs = planned[False]
+    # The gradient of the prompt, and a few sums for the log.
+    moved = sum(size for _, size in needs.cost.collectives.values())
+    assert set(needs.cost.collectives) == {"all-reduce"}
+    assert moved < 2 * 4 * PROMPT * CONFIG.emb_dim
+    # Attention is the kernels': scores would be 16 MiB a layer, 4 bytes each.
+    assert sorted(needs.cost.kernels) == [
+        "memory_backward_kernel", "memory_forward_kernel", "self_backward_kernel",
+        "self_forward_kernel",
+    ]  # fmt: skip
+
+
+def test_another_chip_and_a_model_axis(libtpu):
+    choice = steps.Choice("v6e:2x2", model_axis=2)
+    train, evaluated, predict = steps.compile_steps(job(CONFIG, 4 * ROWS), choice)
+    assert train.rows == 2 * ROWS
+    # Twice the rows on half of the model each, all but the part that each does whole.
+    assert train.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
+    assert evaluated.cost.flops < train.cost.flops / 1.5
+    assert predict.cost.unknown_loops == 1
+    text = show.table([train, evaluated, predict])
+    assert "| v6e:2x2 | 2 x 2 |" in text and text.count("\n") == 4
+    assert "the smallest slice tried that fits is v6e:2x2" in show.verdicts([train])
+    written = json.loads(json.dumps(show.as_json([train])))
+    assert written[0]["compute_seconds"] == pytest.approx(train.cost.flops / 918e12)
+
+
+def test_a_step_that_is_too_large_is_reported(libtpu):
+    wide = dataclasses.replace(CONFIG, mlp_dim=1 << 21, num_encoder_layers=6)
+    (found,) = steps.compile_steps(job(wide, 4), steps.Choice("v5e:2x2"), ["train"])
+    assert not found.fits
+    text = show.table([found]) + show.verdicts([found])
+    assert "does not fit" in text and "none of the layouts tried fits" in text
+
+
+def test_a_batch_must_divide_over_the_slice(libtpu):
+    with pytest.raises(ValueError, match="batch of 6 rows .* over 4 copies"):
+        steps.compile_steps(job(CONFIG, 6), steps.Choice("v5e:2x2"), ["train"])
+
+
+def test_names_of_slices():
+    assert chips.topologies("v5e:4x4") == ["v5e:4x4"]
+    assert chips.topologies("v6e")[:2] == ["v6e:2x2", "v6e:2x4"]
+    with pytest.raises(ValueError, match="No TPU is called 'v9'.*v5e"):
+        chips.topologies("v9:2x2")
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    given = [sys.executable, "-m", "mpt_jax.plan", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": ""}
+    return subprocess.run(
+        given, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600, check=False
+    )
+
+
+def test_the_command_reads_a_gin_file(libtpu, tmp_path):
+    found = command(
+        "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.BATCH_SIZE=48",
+        "--topology=v5e:2x2", "--steps=train", "--num_microbatches=1,2",
+        f"--json={tmp_path / 'plan.json'}",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("| v5e:2x2 | 4 x 1 |") == 2
+    assert "fastest layout tried" in found.stdout
+    one, two = json.loads((tmp_path / "plan.json").read_text())
+    assert one["cost"]["flops"] == pytest.approx(two["cost"]["flops"], rel=0.05)
+
+
+def test_the_command_says_what_is_missing():
+    found = command("--gin_file=gin/mpt_source.gin")
+    assert found.returncode == 2 and "Say for which TPU" in found.stderr
+    found = command("--gin_file=gin/mpt_sauce.gin", "--topology=v5e:2x2")
+    assert found.returncode == 2 and "gin/mpt_source.gin" in found.stderr
