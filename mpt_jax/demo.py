@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{tables.text(root, found, shares)}\n")
     print(f"Everything took {seconds:.0f} s. Artefacts and predictions: {root}")
     print(f"Report: {sections.write(root, found, majority=shares)}")
-    results.save(root, found)
+    results.save(root, found, shares)
 
 
 def set_aside_finished(root: Path) -> None:

@@ -17,6 +17,7 @@ from scipy import stats
 MAIN_METRICS = ("accuracy", "matthews", "pearson", "f1", "bleu", "exact_match")
 RANKED = "rank_accuracy"
 FILE = "results.json"
+MAJORITY_FILE = "majority.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +146,27 @@ def training_seconds(model_dir: Path) -> float:
     return seconds
 
 
-def save(root: Path, results: Sequence[Result]) -> None:
-    """Writes root/results.json. Folders are kept as paths from there, so that they may move."""
+def save(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -> None:
+    """Writes root/results.json, and beside it what answering without reading would reach.
+
+    Args:
+        root: an existing folder. Folders of runs are kept as paths from there, so that they may
+            move.
+        results: what was run.
+        majority: task -> percent of its test rows that have the most frequent target, if known.
+    """
     lines = []
     for result in results:
         dirs = [os.path.relpath(name, root) for name in result.model_dirs]
         lines.append({**dataclasses.asdict(result), "model_dirs": dirs})
     (root / FILE).write_text(json.dumps(lines, indent=2) + "\n")
+    (root / MAJORITY_FILE).write_text(json.dumps(majority, indent=2) + "\n")
+
+
+def load_majority(root: Path) -> dict[str, float]:
+    """The shares that `save` was given; {} where there is no such file."""
+    path = root / MAJORITY_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def load(root: Path) -> list[Result]:

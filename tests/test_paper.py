@@ -303,6 +303,7 @@ def test_a_table_goes_on_where_it_stopped(world, capsys):
     assert capsys.readouterr().out.strip() == ""
     found = results.load(root / "table3")
     assert {result.method for result in found} == {"PT", "SPoT", "MPT"}
+    assert results.load_majority(root / "table3")["toy_boolq"] == 50.0
     spot = next(result for result in found if result.method == "SPoT")
     assert (spot.start, spot.seeds, spot.seconds) == ("toy_mnli", (0, 1), 5.0)
     assert spot.parameters == 100 / 6

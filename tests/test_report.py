@@ -81,7 +81,7 @@ def demo(root):
         demo_result("MPT", [60.0, 61.0, 62.0], [0.0, 2.0, 4.0], root / "b"),
         demo_result("Full fine-tuning", [70.0], [9.0], root / "c"),
     ]
-    results.save(root, found)
+    results.save(root, found, {})
     return found
 
 

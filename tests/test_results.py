@@ -44,8 +44,9 @@ def test_a_folder_of_results_may_move(tmp_path):
     root = tmp_path / "demo"
     (root / "targets" / "pt").mkdir(parents=True)
     first = dataclasses.replace(result(a=[1.0, 2.0]), model_dirs=(str(root / "targets" / "pt"),))
-    results.save(root, [first])
+    results.save(root, [first], {"toy_cb": 33.5})
     assert results.load(root) == [first]
+    assert results.load_majority(root) == {"toy_cb": 33.5}
     moved = root.rename(tmp_path / "demo.1")
     (again,) = results.load(moved)
     assert again.model_dirs == (str(moved / "targets" / "pt"),)

@@ -53,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A report shows all that was run, also where only some rows were asked for now.
         found = collect(root, tables.cells(whole, suite, root), suite)
         (root / table.name).mkdir(parents=True, exist_ok=True)
-        results.save(root / table.name, list(found.values()))
-        print(show.text(table, suite, found, majority_shares(table, suite)))
+        shares = majority_shares(whole, suite)
+        known = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
+        results.save(root / table.name, list(found.values()), known)
+        print(show.text(table, suite, found, shares))
     except (ValueError, OSError) as error:
         print(f"mpt-jax paper: {gin_utils.message(error)}", file=sys.stderr)
         sys.exit(2)

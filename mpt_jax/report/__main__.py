@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        print(sections.write(args.folder, load(args.folder), args.out, args.reference))
+        found, majority = load(args.folder), results.load_majority(args.folder)
+        print(sections.write(args.folder, found, args.out, args.reference, majority))
     except (ValueError, OSError) as error:
         parser.exit(2, f"mpt-jax report: {error}\n")
 

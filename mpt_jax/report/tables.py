@@ -69,9 +69,10 @@ def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: b
     heads = [f"{short(task)} ({metric})" for task, metric in metrics.items()]
     more = ["95% interval", "n"] if wide else []
     rows = [["", *heads, "mean", *more, "mean, labels ranked", "parameters per task", "seconds"]]
-    if all(task in majority for task in metrics):
-        guesses = [f"{majority[task]:.1f}" for task in metrics]
-        mean = f"{np.mean([majority[task] for task in tasks]):.1f}"
+    if any(task in majority for task in metrics):
+        guesses = [f"{majority[task]:.1f}" if task in majority else "" for task in metrics]
+        known = all(task in majority for task in tasks)
+        mean = f"{np.mean([majority[task] for task in tasks]):.1f}" if known else ""
         rows.append(["always the most frequent", *guesses, mean, *[""] * len(more), "", "0", ""])
     for label, arm in analysis.arms(results).items():
         (result,) = arm.values()
