@@ -34,7 +34,7 @@ def from_t5x() -> bool:
 
 def spy(kind: str, cls: type) -> None:
     """Notes what T5X reads, sets and calls on instances of a class."""
-    read, write, call = cls.__getattribute__, cls.__setattr__, getattr(cls, "__call__", None)
+    read, write, call = cls.__getattribute__, cls.__setattr__, cls.__dict__.get("__call__")
 
     def noted_read(self: Any, name: str) -> Any:
         value = read(self, name)  # what is not there was not touched
