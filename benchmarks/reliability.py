@@ -41,7 +41,6 @@ SETTINGS = {
     "SOURCE_TASKS": "['toy_sst2', 'toy_mnli']",
     "BATCH_SIZE": 8,
     "TRAIN_STEPS": STEPS,
-    "WARMUP_STEPS": 10,
     "SAVE_PERIOD": SAVE_PERIOD,
     "EVAL_PERIOD": 100,
     "EVAL_STEPS": 1,

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 STAGE = (
     "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin",
     "--gin.SOURCE_TASKS=['toy_sst2', 'toy_mnli']", "--gin.BATCH_SIZE=8",
-    "--gin.LEARNING_RATE=0.03", "--gin.WARMUP_STEPS=2", "--gin.EVAL_STEPS=1",
+    "--gin.LEARNING_RATE=0.03", "--gin.EVAL_STEPS=1",
     "--gin.EVALUATOR_NUM_EXAMPLES=8",
     "--gin.train.actions={}",  # the last step is compared, not the best
 )  # fmt: skip
@@ -124,18 +124,25 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What one process leaves."""
+    root = tmp_path_factory.mktemp("alone")
+    finish(start(root, 1, EXACT))
+    return root
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("turns", [((LAST, 2),), ((2, 1), (4, 2), (6, 4), (LAST, 1))], ids=str)
-def test_the_command_line_in_several_processes(tmp_path, turns):
+def test_the_command_line_in_several_processes(tmp_path, alone, turns):
     """Data, training, decoding and scoring, as users start them; each turn is (step, processes)."""
-    finish(start(tmp_path / "one", 1, EXACT))
     for step, count in turns:
         logs = finish(start(tmp_path / "turns", count, EXACT, f"--gin.train.total_steps={step}"))
         for index, log in enumerate(logs if count > 1 else ()):
             assert f"Process {index} of {count}." in log
             assert ("Resumed from" in log) == (step > 2 and len(turns) > 1)
-    one, found = model_dir(tmp_path / "one"), model_dir(tmp_path / "turns")
-    assert_close(learnt(tmp_path / "turns"), learnt(tmp_path / "one"))
+    one, found = model_dir(alone), model_dir(tmp_path / "turns")
+    assert_close(learnt(tmp_path / "turns"), learnt(alone))
     for task in ("toy_sst2", "toy_mnli"):
         last, expected = (
             lines(path / "inference_eval" / f"{task}-metrics.jsonl")[-1] for path in (found, one)
