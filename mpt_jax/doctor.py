@@ -149,8 +149,8 @@ def _incomplete(folder: Path) -> tuple[str, str]:
     if missing:
         return (
             f"T5X needs {', '.join(missing)}, which cannot be imported.",
-            f"pip install --no-deps -r tpu/requirements-t5x.txt, or {t5x_import.VARIABLE}=own to do "
-            "without",
+            "pip install --no-deps -r tpu/requirements-t5x.txt, or "
+            f"{t5x_import.VARIABLE}=own to do without",
         )
     return "", ""
 
