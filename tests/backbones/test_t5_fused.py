@@ -5,6 +5,8 @@ The kernels run interpreted here; `tests/test_plan.py` compiles them for TPUs.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,9 @@ from mpt_jax.backbones.t5 import fused_attention as fused
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.tree import flatten
 
-BATCH, LENGTH, TARGETS, VOCABULARY = 4, 13, 5, 32
+BATCH, LENGTH, TARGETS, VOCABULARY = 4, 13, 5, 32  # targets at most half of head_dim
 SHAPE = {
-    "vocab_size": VOCABULARY, "emb_dim": 16, "num_heads": 4, "head_dim": 8, "mlp_dim": 24,
+    "vocab_size": VOCABULARY, "emb_dim": 16, "num_heads": 4, "head_dim": 10, "mlp_dim": 24,
     "num_encoder_layers": 2, "num_decoder_layers": 2,
 }  # fmt: skip
 PACKED = {
@@ -114,9 +116,18 @@ def test_the_cache_dropout_and_biases_stay_with_plain_operations():
     assert "pallas_call" in text
 
 
-def test_long_rows_stay_with_plain_operations():
+def kernels_of(targets: int) -> set[str]:
+    x, mask, tokens, _, _ = inputs(False)
+    tokens = jnp.resize(tokens, (BATCH, targets))
+    text = str(jax.make_jaxpr(lambda: make(True).init(jax.random.key(0), x, mask, tokens))())
+    return set(re.findall(r"_?(\w+)_forward_kernel", text))
+
+
+def test_long_rows_and_long_targets_stay_with_plain_operations():
     assert fused.fits(1024, 1024)
     assert not fused.fits(1024, 1025)
+    assert {name.strip("_") for name in kernels_of(5)} == {"self", "memory"}
+    assert {name.strip("_") for name in kernels_of(6)} == {"self"}
 
 
 @pytest.mark.parametrize(("number", "width", "length"), [(12, 64, 356), (8, 64, 228), (3, 8, 5)])

@@ -44,10 +44,10 @@ class Attention(nn.Module):
         cfg = self.config
         if segments is not None and self._by_kernel(x, memory):
             if bias is not None:
-                context = self._of_itself(x, bias, segments)
-            else:
-                context = self._over_memory(x, memory, segments)
-            return self._out(context)
+                return self._out(self._of_itself(x, bias, segments))
+            # Up to here it is fewer operations, forward and back, than keys and values are.
+            if 2 * x.shape[1] <= cfg.head_dim:
+                return self._out(self._over_memory(x, memory, segments))
         query = self._heads("query", self._query_init)(x)
         compute = functools.partial(self._keys_and_values, memory)
         if self.cache == "none":
@@ -123,8 +123,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B Q ND"]:
         """Attention without keys and values: `q (e Wk)' = (q Wk') e'` and `p (e Wv) = (p e) Wv`.
 
-        Targets are short, so projecting the queries of all heads onto the memory is cheaper than
-        projecting every position of the memory, and nothing of the memory's size is made.
+        Where targets are short, projecting the queries of all heads onto the memory is cheaper
+        than projecting every position of the memory, and nothing of the memory's size is made.
         """
         cfg = self.config
         by_head = lambda kernel: kernel.reshape(cfg.emb_dim, cfg.num_heads, cfg.head_dim)  # noqa: E731
