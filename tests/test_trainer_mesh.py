@@ -40,6 +40,7 @@ def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, T
         rows = np.random.default_rng(seed).integers(0, 3, 8).tolist()
         trainer.train(tiny.batch(rows, seed=seed))
         found.append(trainer.read_metrics())
+    assert trainer._train_step._cache_size() == 1, "a step was compiled again"
     found.append(trainer.evaluate([tiny.batch([0, 1, 2, None, 2, 1, 0, 0], seed=99)]))
     return found, to_host(trainer.state.trainable), trainer
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpt_jax import data, train_state
 from mpt_jax.models import PromptedEncoderDecoder
@@ -171,7 +174,7 @@ def compile_steps(
     trainer = job.trainer_cls(
         model=job.model,
         # The number of steps taken is asked for; all else is shapes.
-        state=train_state.abstract(job.model, partitioner).replace(step=jnp.zeros((), jnp.int32)),
+        state=train_state.abstract(job.model, partitioner).replace(step=np.zeros((), np.int32)),
         partitioner=partitioner,
         rng=jax.random.PRNGKey(0),
         **parts,
@@ -199,12 +202,25 @@ def compile_steps(
     return found
 
 
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Keeps what is compiled out of the compilation cache: it is of no use to a machine without
+    such chips, and reading it back there fails."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 def _compile(
     step: str, choice: Choice, num_chips: int, rows: float, lowered: Any, longest: int
 ) -> Needs | DoesNotFit:
     before = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with _not_kept():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
