@@ -75,10 +75,14 @@ def fits(queries: int, keys: int) -> bool:
 
 
 def on_tpu() -> bool:
-    """Whether what is being traced is for TPUs, which need not be here."""
+    """Whether what is being traced is for TPUs, which need not be here.
+
+    Where nobody names a mesh (T5X does not, in the way that JAX has since), it is only known how to
+    run the kernels on one device.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        return jax.default_backend() == "tpu"
+        return jax.default_backend() == "tpu" and jax.device_count() == 1
     return device.device_kind.startswith("TPU")
 
 
