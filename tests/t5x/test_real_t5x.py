@@ -312,8 +312,8 @@ def test_two_processes_stop_at_one_step_and_learn_what_one_learns(root, same_sou
         assert f"Starting main loop over steps {stopped}-20" in log
     learnt = prompts(same_source["own"])
     for name, value in prompts(model_dir).items():
-        # Sums over the batch are taken in another order; relative for numbers above one.
-        np.testing.assert_allclose(value, learnt[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        # Sums over the batch are taken in another order; when written, 1.9e-5 apart at most.
+        np.testing.assert_allclose(value, learnt[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 def test_t5x_touches_what_it_is_known_to_touch(root, same_target, read):
