@@ -72,7 +72,6 @@ def start(root: Path, count: int, stage: tuple[str, ...], *more: str) -> list[su
     if count == 1:
         return [launch(job, **environment)]
     given = (f"--coordinator_address={free_address()}", f"--process_count={count}", SHARED)
-    given += (f"--heartbeat_timeout={HEARTBEAT}",)
     return [
         launch((*job, *given, f"--process_index={index}"), **environment) for index in range(count)
     ]
@@ -154,7 +153,11 @@ def test_the_command_line_in_several_processes(tmp_path, alone, turns):
         assert predicted == decoded and len(decoded) == 8
     # One process writes for all.
     assert [line["processes"] for line in lines(found / "run.jsonl")] == [c for _, c in turns]
-    written = [(line["folder"], line["step"]) for line in lines(found / "metrics.jsonl")]
+    written = [
+        (line["folder"], line["step"])
+        for line in lines(found / "metrics.jsonl")
+        if "timing/compilation_seconds" not in line  # of every start
+    ]
     assert len(written) == len(set(written))
 
 
@@ -175,7 +178,7 @@ def test_a_local_root_is_refused_by_every_process(tmp_path):
     ids=["one is killed", "the first is killed", "one stands still"],
 )
 def test_the_others_end_soon_and_say_what_to_do(tmp_path, victim, number):
-    children = start(tmp_path, 2, LONG)
+    children = start(tmp_path, 2, LONG, f"--heartbeat_timeout={HEARTBEAT}")
     survivor = children[1 - victim]
     try:
         while not list(model_dir(tmp_path).glob("checkpoint_?0")):
