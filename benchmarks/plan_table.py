@@ -122,7 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{size} GiB" for size in gib]
         cells += [
             f"{cost['flops'] / 1e12:.2f}",
-            f"{cost['accessed_bytes'] / 1e9:.1f} GB",
+            f"{needs['accessed_bytes'] / 1e9:.1f} GB",
             f"{cost['hbm_bytes'] / 1e9:.1f} GB",
             f"{1e3 * needs['compute_seconds']:.1f}",
             f"{1e3 * needs['accessed_seconds']:.1f}",

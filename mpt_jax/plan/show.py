@@ -10,9 +10,10 @@ from mpt_jax.plan.steps import DoesNotFit, Needs
 
 NOTE = (
     "The TPU compiler's estimates, per chip and step; nothing was run. accessed: every read and "
-    "write, of the chip's fast memory too; HBM: of main memory alone; loops count times their "
-    "trips. ms: operations over peak, accessed bytes over the bandwidth of HBM, communicated bytes "
-    "over that of all links. of ideal: compute over the larger of compute and memory."
+    "write, of the chip's fast memory too, by the compiler's count (ours where there are loops, "
+    "which count times their trips); HBM: of main memory alone, by our count. ms: operations over "
+    "peak, accessed bytes over the bandwidth of HBM, communicated bytes over that of all links. of "
+    "ideal: compute over the larger of compute and memory."
 )
 _HEAD = (
     "slice", "data x model", "parts", "rows", "step", "arguments", "temporaries", "peak", "of HBM",
@@ -47,7 +48,7 @@ def _row(each: Needs | DoesNotFit) -> list[str]:
         choice.topology, mesh, parts, f"{each.rows:g}", each.step,
         _gib(each.arguments), _gib(each.temporaries), _gib(each.peak),
         f"{each.peak / choice.chip.hbm_bytes:.0%}" + ("" if each.fits else " (does not fit)"),
-        f"{cost.flops / 1e12:.2f}", f"{cost.accessed_bytes / 1e9:.1f} GB",
+        f"{cost.flops / 1e12:.2f}", f"{each.accessed_bytes / 1e9:.1f} GB",
         f"{cost.hbm_bytes / 1e9:.1f} GB",
         f"{1e3 * each.compute_seconds:.1f}", f"{1e3 * each.accessed_seconds:.1f}",
         f"{1e3 * each.ici_seconds:.2f}", each.bound_by, f"{each.fraction_of_ideal:.2f}",
@@ -109,8 +110,8 @@ def verdicts(found: Sequence[Needs | DoesNotFit]) -> str:
 def as_json(found: Sequence[Needs | DoesNotFit]) -> list[dict[str, Any]]:
     """Every figure, bytes and seconds unrounded."""
     derived = (
-        "fits", "compute_seconds", "accessed_seconds", "hbm_seconds", "ici_seconds", "bound_by",
-        "fraction_of_ideal", "estimate",
+        "fits", "accessed_bytes", "compute_seconds", "accessed_seconds", "hbm_seconds",
+        "ici_seconds", "bound_by", "fraction_of_ideal", "estimate",
     )  # fmt: skip
     return [
         dataclasses.asdict(each)

@@ -110,9 +110,15 @@ class Needs:
         return self.cost.flops / self.choice.chip.flops
 
     @property
+    def accessed_bytes(self) -> float:
+        """Read and written in all memories: the compiler's own count, or where there are loops,
+        of which it counts the body once, ours."""
+        return self.cost.accessed_bytes if self.cost.loops else self.compiler["bytes accessed"]
+
+    @property
     def accessed_seconds(self) -> float:
         """All traffic, of VMEM too, over the bandwidth of HBM: more than memory can take."""
-        return self.cost.accessed_bytes / self.choice.chip.hbm_bandwidth
+        return self.accessed_bytes / self.choice.chip.hbm_bandwidth
 
     @property
     def hbm_seconds(self) -> float:
