@@ -83,8 +83,10 @@ while [[ -n $signalled ]]; do # a signal ends the wait, not the run
 done
 rm -f pid
 wait || true # for the rest of the log
-# JAX aborts a process when another of the job is gone; this one has nothing to mend.
-if ((code == 134)) && tail -n 200 "$log" | grep -q 'JAX distributed service detected fatal errors'; then
+# JAX aborts a process when another of the job is gone; this one has nothing to mend. Only
+# this start's lines say so, and `grep -c` reads all of them: `-q` would break the pipe, an error.
+if ((code == 134)) && tail -c "+$((before + 1))" "$log" |
+  grep -c 'JAX distributed service detected fatal errors' >/dev/null; then
   echo "Another host of the job was lost."
   code=75
 fi

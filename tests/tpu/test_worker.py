@@ -83,6 +83,13 @@ def test_it_ends_as_the_run_does_and_leaves_its_log(host, arguments, code):
     assert f"started {' '.join(arguments)}\n" in log
 
 
+def test_an_abort_is_not_taken_for_what_an_earlier_start_ended_with(host):
+    for argument, code in (("lost", 75), ("abort", 134)):
+        child = start(host, "0", argument)
+        said = child.communicate(timeout=60)[0]
+        assert child.returncode == code, said
+
+
 def test_a_signal_reaches_the_run_which_saves(host):
     child = start(host, "0", "wait")
     until(host.folder / "mpt-jax" / "mpt-1" / "run.log", "started")
