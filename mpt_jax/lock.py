@@ -61,7 +61,7 @@ def held(
         check_writable(model_dir)
         if jax.process_index() == 0:
             lock = Lock(model_dir, period, patience)
-    except (Occupied, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - raised again, when the other processes know
         refusal = error
     _agree(refusal)
     try:
@@ -83,7 +83,7 @@ def check_writable(model_dir: str) -> None:
         probe = path / f".write_probe_{jax.process_index()}"
         probe.write_text("is there room?")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # TensorFlow's for buckets are no OSError
         raise OSError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
 
 
@@ -150,7 +150,8 @@ class Lock:
                     return
                 self._record["count"] += 1
                 self._write()
-            except OSError as error:  # a full disk, say: saving will tell
+            # A full disk, a bucket out of reach (no OSError, from TensorFlow): saving will tell.
+            except Exception as error:  # noqa: BLE001
                 logging.warning("%s could not be written: %s", self._path, error)
 
     def _is_ours(self) -> bool:
