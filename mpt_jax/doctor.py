@@ -241,7 +241,7 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
     """A folder of this machine: whether it is there, can be written, and has room."""
     path = Path(folder).expanduser().absolute()
     there = path
-    while not there.exists():
+    while not os.path.exists(there):  # False, too, where it may not be looked at
         there = there.parent
     state = str(path) if there == path else f"{path}, to be made"
     try:
@@ -278,7 +278,7 @@ def _credentials() -> str:
     folder = os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud"
     default = Path(folder) / "application_default_credentials.json"
     path = Path(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or default)
-    return str(path) if path.is_file() else ""
+    return str(path) if os.path.isfile(path) else ""
 
 
 def check_cache() -> Iterator[Finding]:
@@ -306,7 +306,7 @@ def check_data(folder: str) -> Iterator[Finding]:
     absent = []
     for source in SOURCES:
         name, _, version = source.partition(":")
-        if not (Path(folder) / name / version / "dataset_info.json").is_file():
+        if not os.path.isfile(os.path.join(folder, name, version, "dataset_info.json")):
             absent.append(source)
     found = check_folder(
         "TFDS_DATA_DIR", folder, "set it to a folder with room that can be written"
@@ -328,9 +328,9 @@ def check_backbone(root: str) -> Iterator[Finding]:
     if "://" in root:
         yield Finding("backbone", f"{folder}; what a bucket holds is not looked at")
         return
-    there = Path(folder)
-    lost = [name for name in ("config.json", "spiece.model") if not (there / name).is_file()]
-    if not any((there / name).is_file() for name in WEIGHTS):
+    is_here = lambda name: os.path.isfile(os.path.join(folder, name))  # noqa: E731
+    lost = [name for name in ("config.json", "spiece.model") if not is_here(name)]
+    if not any(map(is_here, WEIGHTS)):
         lost.append(WEIGHTS[0])
     mend = "pip install huggingface_hub && " + paths.download_command(
         repository=repository, folder=folder

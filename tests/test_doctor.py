@@ -181,6 +181,21 @@ def test_a_root_that_cannot_be_written(capsys, machine, monkeypatch):
     assert "MPT_JAX_ROOT" in wrong["mend"]
 
 
+def test_what_may_not_be_looked_at_is_absent(machine, monkeypatch):
+    stat, closed = os.stat, machine / "closed"
+
+    def refusing(path, *args, **kwargs):
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert doctor.check_folder("MPT_JAX_ROOT", f"{closed}/a/b", "mend").name == "MPT_JAX_ROOT"
+    assert all(finding.problem for finding in doctor.check_backbone(f"{closed}/a"))
+    absent = [finding for finding in doctor.check_data(f"{closed}/a") if finding.value == "absent"]
+    assert len(absent) == len(doctor.SOURCES)
+
+
 def test_a_full_disk(machine, monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE", 2**80)
     finding = doctor.check_folder("MPT_JAX_ROOT", str(machine), "mend")
