@@ -113,8 +113,23 @@ def _read_peft(source: epath.Path) -> peft.Adapter:
             f"must all be {peft.SINGLE}, of one length and width. Convert them one by one."
         )
     bank = np.concatenate([table for table in tables if table is not None])
+    return _plain(bank, _common_notes(source, folders, [adapter.notes for adapter in found]))
+
+
+def _common_notes(
+    source: epath.Path, folders: Sequence[epath.Path], notes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What is noted beside one-prompt adapters, for all as rows of one bank."""
+    if len({note["embedding_sha256"] for note in notes if "embedding_sha256" in note}) > 1:
+        raise ValueError(
+            f"{source} holds adapters of several backbones (embedding_sha256 in their "
+            f"{peft.NOTES} differs): they cannot be rows of one artefact. Convert them one by one."
+        )
+    merged = {name: value for note in reversed(notes) for name, value in note.items()}
     names = [folder.name for folder in folders]
-    return _plain(bank, {**found[0].notes, "run_names": names, "task_names": names})
+    pairs = zip(names, notes, strict=True)
+    tasks = [task for name, note in pairs for task in note.get("task_names", [name])]
+    return {**merged, "run_names": names, "task_names": tasks}
 
 
 def _read_npy(source: epath.Path) -> peft.Adapter:

@@ -142,6 +142,7 @@ def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
         found = artefacts.load_artefact(tmp_path / made)
         assert found.runs.run_names == NAMES
         np.testing.assert_array_equal(found.params["table"], folded)
+    assert found.runs.task_names == ("one", "two", "two"), "noted beside the adapters"
     if method == "shared_prompt":
         assert "peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
 
@@ -244,6 +245,11 @@ def test_names_and_backbones_must_fit(backbone, tmp_path, capsys):
     other = hf_folder(tmp_path / "other", "umt5")
     said = refused(capsys, folder, new, "--backbone", other)
     assert said.count("sha256") == 1 and "belongs to a backbone" in said
+    convert(source, tmp_path / "folded", "--to", "peft-folded")
+    notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))
+    said = refused(capsys, tmp_path / "folded", new, "--backbone", backbone)
+    assert "adapters of several backbones" in said
     assert "--dtype: that is for backbones" in refused(
         capsys, folder, new, "--backbone", backbone, "--dtype", "float32"
     )
