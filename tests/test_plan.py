@@ -105,6 +105,26 @@ def test_communication_is_counted_by_kind():
     assert found.collectives == {"all-gather": (1, 64 * 32 * 4)}
 
 
+def test_of_a_collective_that_is_only_started_the_results_are_counted():
+    text = """
+ENTRY %main (p: f32[8,128], q: f32[64]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %permuted = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%p), source_target_pairs={{0,1}}
+  %summed = (f32[8,128]{1,0}, f32[64]{0}) all-reduce-start(%p, %q), to_apply=%add
+  %gathered = ((f32[8,128]{1,0}, f32[64]{0}), (f32[32,128]{1,0}, f32[256]{0})) \
+all-gather-start(%p, %q), dimensions={0}
+  ROOT %done = f32[8,128]{1,0} collective-permute-done(%permuted)
+}
+"""
+    assert hlo.cost(text).collectives == {
+        "collective-permute": (1, 4 * 8 * 128),
+        "all-reduce": (1, 4 * (8 * 128 + 64)),
+        "all-gather": (1, 4 * (32 * 128 + 256)),
+    }
+
+
 # --- The steps, for TPUs -------------------------------------------------------------------------
 
 

@@ -156,8 +156,7 @@ class _Program:
             return found
         kind = each.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            left = each.arrays[-1].bytes if each.op.endswith("-start") else _size(each.arrays)
-            found.collectives[kind] = (1, left)
+            found.collectives[kind] = (1, _left(each))
         if 'custom_call_target="tpu_custom_call"' in each.text:
             flops, moved = _estimate(each)
             found.flops += flops
@@ -250,6 +249,15 @@ def _arrays(shape: str) -> Iterator[Array]:
 
 def _size(arrays: tuple[Array, ...]) -> int:
     return sum(array.bytes for array in arrays)
+
+
+def _left(each: Instruction) -> int:
+    """Bytes that a collective leaves on this chip. The start of one names what it reads as well,
+    in front, and scalar contexts behind; that of an all-reduce names its results alone."""
+    if each.op == "all-reduce-start" or not each.op.endswith("-start"):
+        return _size(each.arrays)
+    arrays = tuple(array for array in each.arrays if array.shape)
+    return _size(arrays[len(arrays) // 2 :])
 
 
 def _read(inner: list[Instruction], position: int, whole: tuple[Array, ...]) -> Iterator[Array]:
