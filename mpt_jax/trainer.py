@@ -176,8 +176,8 @@ class Trainer:
         self._rng = rng
         self._totals: metrics.StepMetrics | None = None
         step = functools.partial(_step_of_number, model, num_microbatches or 1)
-        # A layout can be written in several ways (an axis of one device, say). Unless the state goes
-        # out as it came in, the second step has another signature and is compiled once more.
+        # A layout can be written in several ways (an axis of one device, say). Unless the state
+        # goes out as it came in, the second step has another signature and is compiled again.
         layout = jax.tree.map(lambda x: getattr(x, "sharding", None), state)
         self._train_step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
         self._eval_step = jax.jit(functools.partial(eval_step, model))

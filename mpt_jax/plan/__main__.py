@@ -26,8 +26,10 @@ from mpt_jax.plan.steps import Choice, DoesNotFit, Job, Needs
 # No vocabulary is read: no shape depends on its words.
 _VOCABULARY = "toy.model"
 
+MOST_PARTITIONS = 64  # of the model axis, a power of two
+
 flags.DEFINE_multi_string("topology", [], "v5e:4x4; or v5e, its slices from small to large.")
-flags.DEFINE_list("num_partitions", ["1"], "Sizes of the model axis to try.")
+flags.DEFINE_list("num_partitions", [], "Sizes of the model axis to try; default gin's.")
 flags.DEFINE_list("num_microbatches", [], "Numbers of microbatches to try; default gin's.")
 flags.DEFINE_list("steps", list(steps.STEPS), "Which steps to compile.")
 flags.DEFINE_string("json", None, "Also write every figure to this file.")
@@ -37,6 +39,8 @@ flags.DEFINE_string("json", None, "Also write every figure to this file.")
 def train(**given: Any) -> Job:
     """Stands in for `train()`, which gin files configure; keeps what its steps depend on."""
     partitioner: PjitPartitioner = given["partitioner"]
+    if not flags.FLAGS.num_partitions:
+        flags.FLAGS.num_partitions = [str(partitioner.num_partitions)]
     return Job(
         given["model"],
         given["train_dataset_cfg"],
@@ -84,7 +88,13 @@ def plan(job: Job, values: Any) -> list[Needs | DoesNotFit]:
             for model_axis, number in layouts:
                 choice = Choice(topology, model_axis, number)
                 logging.info("Compiling for %s.", choice)
-                mine += steps.compile_steps(job, choice, values.steps)
+                try:
+                    mine += steps.compile_steps(job, choice, values.steps)
+                except ValueError as error:
+                    if not found and not mine:
+                        raise
+                    logging.error("%s", error)  # what was compiled is shown all the same
+                    return [*found, *mine]
             found += mine
             if topology != name and all(each.fits for each in mine):
                 break  # the slices that follow are larger
@@ -93,6 +103,8 @@ def plan(job: Job, values: Any) -> list[Needs | DoesNotFit]:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a plan needs no device, also where there are some
+    # A gin file's own mesh is made before the slice is known, of devices that do not exist.
+    jax.config.update("jax_num_cpu_devices", MOST_PARTITIONS)
     t5x_import.install()
     gin_utils.define_flags()
     app.run(

@@ -42,11 +42,10 @@ class Attention(nn.Module):
         segments: tuple[Int[Array, "B Q"], Int[Array, "B K"]] | None = None,
     ) -> Float[Array, "B Q H"]:
         cfg = self.config
-        if segments is not None and self._by_kernel(x, memory):
-            if bias is not None:
+        if segments is not None and self._by_kernels():
+            if bias is not None and fused.self_attention_fits(x.shape[1]):
                 return self._out(self._of_itself(x, bias, segments))
-            # Up to here it is fewer operations, forward and back, than keys and values are.
-            if 2 * x.shape[1] <= cfg.head_dim:
+            if bias is None and self._reads_memory_as_it_is(x, memory):
                 return self._out(self._over_memory(x, memory, segments))
         query = self._heads("query", self._query_init)(x)
         compute = functools.partial(self._keys_and_values, memory)
@@ -77,8 +76,8 @@ class Attention(nn.Module):
 
     # --- On a TPU --------------------------------------------------------------------------------
 
-    def _by_kernel(self, x: jax.Array, memory: jax.Array) -> bool:
-        """Whether `fused_attention` does it: on TPUs, unless the configuration says otherwise."""
+    def _by_kernels(self) -> bool:
+        """Whether `fused_attention` may do it: on TPUs, unless the configuration says otherwise."""
         cfg = self.config
         wanted = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
         return (
@@ -87,8 +86,17 @@ class Attention(nn.Module):
             and not cfg.biases
             and not (cfg.dropout_rate > 0 and not self.deterministic)
             and cfg.num_heads % fused.shards_of_heads() == 0
-            and fused.fits(x.shape[1], memory.shape[1])
         )
+
+    def _reads_memory_as_it_is(self, x: jax.Array, memory: jax.Array) -> bool:
+        """Whether targets are short enough for `_over_memory`: up to here it is fewer operations,
+        forward and back, than keys and values are; and there must be room for it."""
+        cfg = self.config
+        queries = cfg.num_heads // fused.shards_of_heads() * x.shape[1]
+        room = fused.over_memory_fits(
+            queries, memory.shape[1], cfg.emb_dim, jnp.dtype(cfg.dtype).itemsize
+        )
+        return 2 * x.shape[1] <= cfg.head_dim and room
 
     def _kernel(self, name: str, init: layers.Initializer) -> Float[Array, "H ND"]:
         cfg = self.config

@@ -33,6 +33,8 @@ LANES = 128  # a block's last axis is a multiple of this, or whole
 MOST_SCORES = 1 << 20
 MOST_BIAS_BYTES = 8 << 20
 VMEM_LIMIT_BYTES = 64 << 20
+# v5e, v5p and v6e have at least twice the limit. v4 has 16 MiB; others were not compiled for.
+WITH_LARGE_VMEM = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
 
 class Heads(NamedTuple):
@@ -69,21 +71,37 @@ class Heads(NamedTuple):
         return [x[0], x[1], x[2]]
 
 
-def fits(queries: int, keys: int) -> bool:
-    """Whether the kernels take rows of these lengths."""
-    return queries * keys <= MOST_SCORES
+def self_attention_fits(length: int) -> bool:
+    """Whether `self_attention` takes rows of this length."""
+    return length * length <= MOST_SCORES
+
+
+def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bool:
+    """Whether `over_memory` has room in VMEM, in its backward pass.
+
+    Args:
+        queries: of an example, of all heads that lie on one device.
+        length: T, of the memory.
+        width: H.
+        itemsize: bytes of a number.
+    """
+    scores = 4 * 4 * queries * length  # probabilities, slopes, and what leads to them, float32
+    sums = 4 * (queries + 2 * length) * width  # products in float32 before they are rounded
+    blocks = 2 * itemsize * (3 * queries + 2 * length) * width  # one in use, one being copied
+    return scores + sums + blocks <= 3 * VMEM_LIMIT_BYTES // 4
 
 
 def on_tpu() -> bool:
-    """Whether what is being traced is for TPUs, which need not be here.
+    """Whether what is being traced is for TPUs that the kernels are made for; none need be here.
 
     Where nobody names a mesh (T5X does not, in the way that JAX has since), it is only known how to
     run the kernels on one device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        return jax.default_backend() == "tpu" and jax.device_count() == 1
-    return device.device_kind.startswith("TPU")
+        alone = jax.default_backend() == "tpu" and jax.device_count() == 1
+        return alone and jax.devices()[0].device_kind in WITH_LARGE_VMEM
+    return device.device_kind in WITH_LARGE_VMEM
 
 
 def over_mesh(
