@@ -1,4 +1,4 @@
-"""Whether buckets can be used is found out before a run begins, and within a minute.
+"""Whether buckets can be used is found out before a run begins, and within a minute for each.
 
 Paths like `gs://bucket/folder` are read and written through etils, Orbax and TensorStore. Left to
 themselves these try again for many minutes where there is no network, and report missing
