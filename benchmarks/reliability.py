@@ -35,10 +35,10 @@ from mpt_jax import artefacts
 from mpt_jax.lock import FILE as LOCK
 from mpt_jax.tree import flatten
 
-STAGES = ("pt_source", "mpt_source", "mpt_target")
-STEPS, SAVE_PERIOD = 600, 10
+SOURCES = {"SOURCE_TASKS": "['toy_sst2', 'toy_mnli']"}
+STAGES = {"pt_source": SOURCES, "mpt_source": SOURCES, "mpt_target": {}}  # and their own settings
+STEPS, SAVE_PERIOD = 1000, 20
 SETTINGS = {
-    "SOURCE_TASKS": "['toy_sst2', 'toy_mnli']",
     "BATCH_SIZE": 8,
     "TRAIN_STEPS": STEPS,
     "SAVE_PERIOD": SAVE_PERIOD,
@@ -73,14 +73,14 @@ class Kill:
 
     @property
     def lost(self) -> int:
-        """Steps that are taken again."""
+        """Steps that are taken again: at most a period, and those taken while a save was written."""
         return max(0, self.step - self.saved)
 
 
 @contextlib.contextmanager
 def started(root: Path, stage: str) -> Iterator[subprocess.Popen]:
     """A stage as its command line starts it, below a root; its log is appended to a file there."""
-    given = [f"--gin.{name}={value}" for name, value in SETTINGS.items()]
+    given = [f"--gin.{name}={value}" for name, value in (SETTINGS | STAGES[stage]).items()]
     command = [sys.executable, "-m", "mpt_jax.train", f"--gin_file=gin/{stage}.gin"]
     environment = os.environ | {"MPT_JAX_ROOT": str(root)}
     root.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ def main() -> None:
     lines = record.read_text().splitlines() if record.exists() else []
     kills = [Kill(**json.loads(line)) for line in lines]
     for number, stage in enumerate(STAGES):
-        before = sum(kill.stage in STAGES[:number] for kill in kills)
+        before = sum(kill.stage in list(STAGES)[:number] for kill in kills)
         quota = round((arguments.kills - before) / (len(STAGES) - number))
         if not (folder(root / "killed", stage) / "artefact").is_dir():
             run_killed(root / "killed", stage, quota, kills, arguments.seed)
