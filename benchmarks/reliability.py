@@ -73,7 +73,7 @@ class Kill:
 
     @property
     def lost(self) -> int:
-        """Steps that are taken again: at most a period, and those taken while a save was written."""
+        """Steps taken again: at most a period, and what was taken while a save was written."""
         return max(0, self.step - self.saved)
 
 
