@@ -140,7 +140,8 @@ class _Program:
         for each in self.computations[name]:
             if each.op == "while":
                 trips = self._trips(each)
-                total.add(self._of(each.called[0]), trips or self.unknown_trips)
+                often = self.unknown_trips if trips is None else trips
+                total.add(self._of(each.called[0]), often)
                 total.loops += 1
                 total.unknown_loops += trips is None
             elif each.op in ("call", "conditional"):
