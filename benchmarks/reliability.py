@@ -122,10 +122,10 @@ def wait_for(child: subprocess.Popen, model_dir: Path, aim: str, rng: random.Ran
         while child.poll() is None and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         return child.poll() is None
-    saved, wanted = complete(model_dir), rng.randint(1, 3)
+    saved, wanted, new = complete(model_dir), rng.randint(1, 3), set()
     unfinished = set(model_dir.glob(SAVING))  # of the kill before
     while child.poll() is None:
-        new = complete(model_dir) - saved
+        new |= complete(model_dir) - saved  # the run itself removes the oldest
         if aim == "anywhere" and new:
             time.sleep(rng.uniform(0, 1.5))
             return child.poll() is None
