@@ -40,7 +40,7 @@ class Occupied(RuntimeError):
 @contextlib.contextmanager
 def held(
     model_dir: str, *, period: float = PERIOD, patience: float = PATIENCE
-) -> Iterator[Callable[[], None]]:
+) -> Iterator[Callable[..., None]]:
     """Keeps other runs out of MODEL_DIR while the block runs; creates the folder.
 
     Args:
@@ -49,7 +49,7 @@ def held(
         patience: seconds for which the count of an unknown run is watched; several periods.
 
     Yields:
-        A function that raises Occupied where another run has taken MODEL_DIR meanwhile, as it may
+        `Lock.check`: raises Occupied where another run has taken MODEL_DIR meanwhile, as it may
         after this one stood still for longer than its patience.
 
     Raises:
@@ -65,7 +65,7 @@ def held(
         refusal = error
     _agree(refusal)
     try:
-        yield lock.check if lock is not None else lambda: None
+        yield lock.check if lock is not None else lambda read=False: None
     finally:
         if lock is not None:
             lock.release()
@@ -108,8 +108,18 @@ class Lock:
         self._thread = threading.Thread(target=self._keep, args=(period,), daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        """Raises Occupied where another run has taken MODEL_DIR."""
+    def check(self, read: bool = False) -> None:
+        """Raises Occupied where another run has taken MODEL_DIR.
+
+        Args:
+            read: asks the file itself, and not what it said at the last count: for a process that
+                may have stood still since.
+        """
+        if read:
+            try:
+                self._look()
+            except Exception as error:  # noqa: BLE001 - as in `_keep`
+                logging.warning("%s could not be read: %s", self._path, error)
         if self._taken_by is not None:
             raise Occupied(
                 f"{self._path.parent} was taken over by {self._taken_by}, so this run ends without "
@@ -120,8 +130,12 @@ class Lock:
         """Lets others in."""
         self._ended.set()
         self._thread.join()
-        if self._is_ours():
-            self._path.unlink(missing_ok=True)
+        try:
+            if self._is_ours():
+                self._path.unlink(missing_ok=True)
+        # What ended the run is what its user must see; a mark that stays is found out to be old.
+        except Exception as error:  # noqa: BLE001
+            logging.warning("%s could not be removed: %s", self._path, error)
 
     def _refuse_if_taken(self, patience: float) -> None:
         if (content := _read(self._path)) is None:
@@ -144,15 +158,19 @@ class Lock:
     def _keep(self, period: float) -> None:
         while not self._ended.wait(period):
             try:
-                if not self._is_ours():
-                    content = _read(self._path)
-                    self._taken_by = _who(_parsed(content)) if content else "somebody unknown"
+                self._look()
+                if self._taken_by is not None:
                     return
                 self._record["count"] += 1
                 self._write()
             # A full disk, a bucket out of reach (no OSError, from TensorFlow): saving will tell.
             except Exception as error:  # noqa: BLE001
                 logging.warning("%s could not be written: %s", self._path, error)
+
+    def _look(self) -> None:
+        if not self._is_ours():
+            content = _read(self._path)
+            self._taken_by = _who(_parsed(content)) if content else "somebody unknown"
 
     def _is_ours(self) -> bool:
         content = _read(self._path)

@@ -196,6 +196,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         )
 
         def save_checkpoint() -> None:
+            check_it_is_ours(read=True)
             data_at = position.at(int(trainer.state.step), trainer.step)
             saved.save(trainer.state, {"identity": ours, "data": data_at})
 

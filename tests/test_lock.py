@@ -130,6 +130,23 @@ def test_a_run_that_was_taken_over_ends_and_leaves_the_others_mark(tmp_path):
     assert record_of(tmp_path)["token"] == "other"
 
 
+def test_a_run_that_stood_still_reads_the_mark_before_it_saves(tmp_path):
+    with held(str(tmp_path), period=3600.0) as check:  # no count comes in between
+        as_of_another_host(tmp_path)
+        check()
+        with pytest.raises(Occupied, match="taken over by"):
+            check(read=True)
+
+
+def test_a_mark_that_cannot_be_removed_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    def unreachable(path):
+        raise OfABucket(path)
+
+    with pytest.raises(KeyError), held(str(tmp_path)):
+        monkeypatch.setattr(lock, "_read", unreachable)
+        raise KeyError
+
+
 def test_an_error_inside_lets_others_in(tmp_path):
     with pytest.raises(KeyError), held(str(tmp_path)):
         raise KeyError
