@@ -68,10 +68,10 @@ def start_core(folder: Path, steps: int, count: int) -> list[subprocess.Popen]:
 
 def start(root: Path, count: int, stage: tuple[str, ...], *more: str) -> list[subprocess.Popen]:
     """A stage's command line in so many processes."""
-    job, environment = ("mpt_jax.train", *stage, *more), {"MPT_JAX_ROOT": str(root)}
+    job, environment = ("mpt_jax.train", SHARED, *stage, *more), {"MPT_JAX_ROOT": str(root)}
     if count == 1:
         return [launch(job, **environment)]
-    given = (f"--coordinator_address={free_address()}", f"--process_count={count}", SHARED)
+    given = (f"--coordinator_address={free_address()}", f"--process_count={count}")
     return [
         launch((*job, *given, f"--process_index={index}"), **environment) for index in range(count)
     ]
