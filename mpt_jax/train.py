@@ -149,42 +149,29 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
         saved = checkpoints.Checkpoints(model_dir, save.keep)
         position = checkpoints.DataPosition(batches if save.save_dataset else None)
-        if (restored := saved.restore(state)) is not None:
-            state, meta = restored
-            identity.check_resumes(ours, meta["identity"], model_dir)
-            saved.set_aside_after(int(state.step))
-            position.restore(meta["data"], int(state.step))
-            logging.info("Resumed from %s.", saved.path(int(state.step)))
+        resumed = _resumed(state, saved, position, ours)
+        state = state if resumed is None else resumed
         trainer = trainer_cls(
             model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
         )
-        total = train_state.count(state.params)
-        learning = train_state.count(state.trainable)
+        total, learning = train_state.count(state.params), train_state.count(state.trainable)
         labels = train_state.trainable_labels(model, state.params)
         logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
 
         # --- Evaluation and reporting ------------------------------------------------------------
         writers = reporting.Writers(model_dir)
-        evaluator = Evaluation(
-            trainer,
-            writers,
-            train_eval_dataset_cfg
-            and data.eval_batches(
-                train_eval_dataset_cfg,
-                model.FEATURE_CONVERTER_CLS,
-                num_batches=eval_steps or None,
-                **hosts,
-            ),
-            infer_eval_dataset_cfg
-            and evaluation.InferenceEvaluator(
-                infer_eval_dataset_cfg,
-                model.FEATURE_CONVERTER_CLS,
-                f"{model_dir}/inference_eval",
-                evaluator_cls=inference_evaluator_cls,
-                **hosts,
-            ),
-            actions or {},
+        converter = model.FEATURE_CONVERTER_CLS
+        losses = train_eval_dataset_cfg and data.eval_batches(
+            train_eval_dataset_cfg, converter, num_batches=eval_steps or None, **hosts
         )
+        inference = infer_eval_dataset_cfg and evaluation.InferenceEvaluator(
+            infer_eval_dataset_cfg,
+            converter,
+            f"{model_dir}/inference_eval",
+            evaluator_cls=inference_evaluator_cls,
+            **hosts,
+        )
+        evaluator = Evaluation(trainer, writers, losses, inference, actions or {})
         evaluator.resume()
         if summarize_config_fn is not None:
             summarize_config_fn(model_dir, None, trainer.step)
@@ -203,7 +190,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         # --- The loop ----------------------------------------------------------------------------
         progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
         stats_period = stats_period or eval_period
-        if restored is not None and trainer.step >= total_steps:
+        if resumed is not None and trainer.step >= total_steps:
             logging.info("%s has been trained to step %d already.", model_dir, trainer.step)
         is_due = lambda period: bool(period) and trainer.step % period == 0  # noqa: E731
         stop = False
@@ -249,20 +236,52 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
             sys.exit(request.exit_code)
 
-        # --- What the run hands on ---------------------------------------------------------------
-        params, step = to_host(evaluator.best_params()), evaluator.best_step()
-        if jax.process_index() == 0:
-            if "prompt" in params:
-                facts = card_facts(train_dataset_cfg, infer_eval_dataset_cfg, evaluator)
-                write_artefact(model_dir, model, params, step, loaded, origins, evaluator, facts)
-            if any(re.fullmatch(BACKBONE, name) for name in flatten(trainer.state.trainable)):
-                backbone = {
-                    name: params[name] for name in params if name not in ("prompt", "teacher")
-                }
-                folder = epath.Path(model_dir) / TRAINED_BACKBONE
-                folder.rmtree(missing_ok=True)  # of an earlier end of this run
-                logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, step))
+        hand_on(
+            model_dir, model, loaded, origins, evaluator, train_dataset_cfg, infer_eval_dataset_cfg
+        )
         return evaluator.scores
+
+
+def _resumed(
+    state: train_state.TrainState,
+    saved: checkpoints.Checkpoints,
+    position: checkpoints.DataPosition,
+    ours: identity.Identity,
+) -> train_state.TrainState | None:
+    """The state of this run's last checkpoint, with the data's position put there; None at the
+    start of a run."""
+    if (restored := saved.restore(state)) is None:
+        return None
+    state, meta = restored
+    step = int(state.step)
+    identity.check_resumes(ours, meta["identity"], str(saved.model_dir))
+    saved.set_aside_after(step)
+    position.restore(meta["data"], step)
+    logging.info("Resumed from %s.", saved.path(step))
+    return state
+
+
+def hand_on(
+    model_dir: str,
+    model: PromptedEncoderDecoder,
+    loaded: train_state.Loaded,
+    origins: train_state.Origins,
+    evaluator: Evaluation,
+    train_cfg: data.DatasetConfig,
+    infer_cfg: data.DatasetConfig | None,
+) -> None:
+    """Writes what a finished run leaves to others: its prompts, and a backbone that has learnt."""
+    params, step = to_host(evaluator.best_params()), evaluator.best_step()
+    if jax.process_index() != 0:
+        return
+    if "prompt" in params:
+        facts = card_facts(train_cfg, infer_cfg, evaluator)
+        write_artefact(model_dir, model, params, step, loaded, origins, evaluator, facts)
+    if any(re.fullmatch(BACKBONE, name) for name in flatten(evaluator.trainer.state.trainable)):
+        backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
+        folder = epath.Path(model_dir) / TRAINED_BACKBONE
+        folder.rmtree(missing_ok=True)  # of an earlier end of this run
+        logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, step))
 
 
 def write_artefact(
