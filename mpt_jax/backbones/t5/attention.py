@@ -98,10 +98,16 @@ class Attention(nn.Module):
         )
         return 2 * x.shape[1] <= cfg.head_dim and room
 
-    def _kernel(self, name: str, init: layers.Initializer) -> Float[Array, "H ND"]:
+    def _kernels(self) -> list[Float[Array, "H ND"]]:
+        """The weights of queries, keys and values."""
         cfg = self.config
-        shape = (cfg.emb_dim, cfg.num_heads * cfg.head_dim)
-        return layers.Kernel(shape, ("embed", "joined_kv"), cfg, init, name=name)()
+        shape, axes = (cfg.emb_dim, cfg.num_heads * cfg.head_dim), ("embed", "joined_kv")
+        inits = {
+            "query": self._query_init,
+            "key": layers.normal_fan_in,
+            "value": layers.normal_fan_in,
+        }
+        return [layers.Kernel(shape, axes, cfg, init, name=name)() for name, init in inits.items()]
 
     def _of_itself(
         self,
@@ -112,12 +118,7 @@ class Attention(nn.Module):
         """One product for all three projections, read by the kernel as it is."""
         cfg = self.config
         heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
-        kernels = [
-            self._kernel("query", self._query_init),
-            self._kernel("key", layers.normal_fan_in),
-            self._kernel("value", layers.normal_fan_in),
-        ]
-        joined = layers.constrain(x @ heads.join(kernels), "batch", "length", "joined_kv")
+        joined = layers.constrain(x @ heads.join(self._kernels()), "batch", "length", "joined_kv")
         attend = lambda *arrays: fused.self_attention(*arrays, heads, not fused.on_tpu())  # noqa: E731
         columns, rows = ("batch", "length", "joined_kv"), ("batch", "length")
         axes = (columns, ("heads", None, None), (rows, rows))
@@ -135,11 +136,9 @@ class Attention(nn.Module):
         than projecting every position of the memory, and nothing of the memory's size is made.
         """
         cfg = self.config
-        by_head = lambda kernel: kernel.reshape(cfg.emb_dim, cfg.num_heads, cfg.head_dim)  # noqa: E731
-        query = x @ self._kernel("query", self._query_init)
-        query = query.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
-        key = by_head(self._kernel("key", layers.normal_fan_in))
-        value = by_head(self._kernel("value", layers.normal_fan_in))
+        by_head = lambda a: a.reshape(*a.shape[:-1], cfg.num_heads, cfg.head_dim)  # noqa: E731
+        to_query, *others = self._kernels()
+        query, key, value = map(by_head, (x @ to_query, *others))
         onto = jnp.einsum("bqnd,hnd->bnqh", query, key)
         onto = onto.reshape(x.shape[0], -1, cfg.emb_dim)
         attend = lambda *arrays: fused.over_memory(*arrays, not fused.on_tpu())  # noqa: E731

@@ -48,10 +48,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.config.dtype
-        kernel = param_with_axes(
-            "kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32, axes=self.axes
-        )
-        y = jnp.dot(x.astype(dtype), jnp.asarray(kernel, dtype))
+        kernel = _kernel(self.kernel_init, (x.shape[-1], self.features), self.axes, dtype)
+        y = jnp.dot(x.astype(dtype), kernel)
         if self.config.biases:
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[1:]
@@ -70,10 +68,14 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        kernel = param_with_axes(
-            "kernel", self.kernel_init, self.shape, jnp.float32, axes=self.axes
-        )
-        return jnp.asarray(kernel, self.config.dtype)
+        return _kernel(self.kernel_init, self.shape, self.axes, self.config.dtype)
+
+
+def _kernel(
+    init: Initializer, shape: tuple[int, int], axes: tuple[str, str], dtype: jnp.dtype
+) -> jax.Array:
+    """A projection's weights, a parameter of the module that asks; in the dtype it computes in."""
+    return jnp.asarray(param_with_axes("kernel", init, shape, jnp.float32, axes=axes), dtype)
 
 
 class LayerNorm(nn.Module):
