@@ -39,14 +39,13 @@ flags.DEFINE_string("json", None, "Also write every figure to this file.")
 def train(**given: Any) -> Job:
     """Stands in for `train()`, which gin files configure; keeps what its steps depend on."""
     partitioner: PjitPartitioner = given["partitioner"]
-    if not flags.FLAGS.num_partitions:
-        flags.FLAGS.num_partitions = [str(partitioner.num_partitions)]
     return Job(
         given["model"],
         given["train_dataset_cfg"],
         given.get("infer_eval_dataset_cfg"),
         given.get("trainer_cls", train_module.Trainer),
         partitioner.logical_axis_rules,
+        partitioner.num_partitions,
     )
 
 
@@ -80,7 +79,8 @@ def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str])
 def plan(job: Job, values: Any) -> list[Needs | DoesNotFit]:
     """Every layout that the flags ask for."""
     parts = [int(n) for n in values.num_microbatches] or [None]
-    layouts = list(itertools.product([int(n) for n in values.num_partitions], parts))
+    axes = [int(n) for n in values.num_partitions] or [job.model_axis]
+    layouts = list(itertools.product(axes, parts))
     found: list[Needs | DoesNotFit] = []
     for name in values.topology:
         for topology in chips.topologies(name):

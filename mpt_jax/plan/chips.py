@@ -20,7 +20,7 @@ class Chip:
         flops: bfloat16 operations a second.
         hbm_bytes: memory.
         hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second between chips, over all links.
+        ici_bandwidth: bytes a second between chips in one direction, over all links.
         slices: shapes of slices, from small to large.
     """
 
@@ -39,7 +39,7 @@ CHIPS = {
              ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
         Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9,
              ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
-        Chip("v6e", 918e12, 32 * GIB, 1640e9, 448e9,
+        Chip("v6e", 918e12, 32 * GIB, 1638e9, 400e9,
              ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
     )
 }  # fmt: skip

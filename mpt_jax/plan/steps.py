@@ -33,6 +33,7 @@ class Job:
         infer: the data it decodes, if any.
         trainer_cls: `Trainer`, with its gin fields bound.
         rules: from logical axes to the mesh.
+        model_axis: of the mesh that the gin file asks for.
     """
 
     model: PromptedEncoderDecoder
@@ -40,6 +41,7 @@ class Job:
     infer: data.DatasetConfig | None
     trainer_cls: Callable[..., Trainer]
     rules: Any
+    model_axis: int = 1
 
     def batch(self, cfg: data.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
         """The shapes of a global batch on a mesh."""
