@@ -169,6 +169,13 @@ def resumed_from(model_dir: Path) -> list[int]:
     return [json.loads(line)["first_step"] for line in lines]
 
 
+def from_the_last_save(starts: list[int], saved: list[int]) -> bool:
+    """Whether every start went on from what was saved last, and the last start of all, which was
+    not killed, from the last. One that was killed very early does not say where it began."""
+    expected = iter([0, *saved])
+    return all(start in expected for start in starts) and starts[-1] == [0, *saved][-1]
+
+
 def same_prompts(one: Path, other: Path) -> bool:
     """Whether two stages handed on the same bits."""
     first, second = (flatten(artefacts.load_artefact(p / "artefact").params) for p in (one, other))
@@ -193,7 +200,7 @@ def summary(root: Path, kills: list[Kill]) -> dict[str, object]:
             "kills": len(mine),
             "same_bits": same_prompts(folder(root / "whole", stage), model_dir),
             "resumed_from": starts,
-            "never_before_the_last_save": set(starts) <= {0, *(kill.saved for kill in mine)},
+            "always_from_the_last_save": from_the_last_save(starts, [k.saved for k in mine]),
             "left_over": left_over(model_dir),
         }
     lost = [kill.lost for kill in kills]
