@@ -43,9 +43,8 @@ def test_every_flipped_bit_is_found():
         for bit in range(32):
             words = leaf.copy().view(np.uint32)
             words.flat[element] ^= np.uint32(1 << bit)
-            assert by_hand(words) != saved["x"], (element, bit)
-    with pytest.raises(Damaged, match="The values of x are not"):
-        checksums.check_leaves({"x": words.view(np.float32)}, saved)
+            with pytest.raises(Damaged, match="The values of x are not"):
+                checksums.check_leaves({"x": words.view(np.float32)}, saved)
     checksums.check_leaves({"x": leaf}, saved)
 
 

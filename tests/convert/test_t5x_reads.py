@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mpt_jax import t5x_import
 from mpt_jax.backbones.t5 import T5Config, Transformer
 from mpt_jax.convert.t5x import write_orbax, write_t5x
 from mpt_jax.tree import flatten
+from tests import real_t5x
 
 pytestmark = [
-    pytest.mark.t5x,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        t5x_import.find_real() is None,
-        reason="the real T5X is not importable here; put a clone of it on PYTHONPATH",
-    ),
+    *real_t5x.NEEDED,
     # T5X leaves sockets and event loops to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

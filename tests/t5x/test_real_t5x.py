@@ -24,17 +24,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, t5x_import
+from mpt_jax import artefacts
+from tests import real_t5x
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [
-    pytest.mark.t5x,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        t5x_import.find_real() is None,
-        reason="the real T5X is not importable here; put a clone of it on PYTHONPATH",
-    ),
-]
+pytestmark = real_t5x.NEEDED
 
 STEPS = ("--gin.TRAIN_STEPS=20", "--gin.EVAL_PERIOD=20", "--gin.SAVE_PERIOD=20")
 QUICK = ("--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.EVAL_STEPS=1")
@@ -167,30 +161,27 @@ def root(tmp_path_factory) -> Path:
     return root / "tiny"
 
 
+def by_either(root: Path, name: str, *arguments: str) -> dict[str, Path]:
+    """The MODEL_DIRs of one stage trained by each of the two trainers."""
+    made = {trainer: root / f"same_{name}_{trainer}" for trainer in ("t5x", "own")}
+    for trainer, model_dir in made.items():
+        given = stage(name, *arguments, f"--gin.MODEL_DIR='{model_dir}'")
+        run("train", *given, root=root.parent, trainer=trainer)
+    return made
+
+
 @pytest.fixture(scope="module")
 def same_source(root) -> dict[str, Path]:
     """The MODEL_DIRs of one source stage, with distillation, by either trainer."""
     teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'"
-    made = {}
-    for trainer in ("t5x", "own"):
-        made[trainer] = root / f"same_source_{trainer}"
-        model_dir = f"--gin.MODEL_DIR='{made[trainer]}'"
-        arguments = stage("mpt_source", *SAME_SOURCE, teachers, model_dir)
-        run("train", *arguments, root=root.parent, trainer=trainer)
-    return made
+    return by_either(root, "mpt_source", *SAME_SOURCE, teachers)
 
 
 @pytest.fixture(scope="module")
 def same_target(root) -> dict[str, Path]:
     """The MODEL_DIRs of one target stage by either trainer."""
     source = f"--gin.INITIAL_ARTEFACT='{root / 'mpt_source' / 'artefact'}'"
-    made = {}
-    for trainer in ("t5x", "own"):
-        made[trainer] = root / f"same_target_{trainer}"
-        model_dir = f"--gin.MODEL_DIR='{made[trainer]}'"
-        arguments = stage("mpt_target", *SAME, source, model_dir)
-        run("train", *arguments, root=root.parent, trainer=trainer)
-    return made
+    return by_either(root, "mpt_target", *SAME, source)
 
 
 @pytest.fixture(scope="module")
