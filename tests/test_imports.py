@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
-CORE = """shapes tree runs paths buckets compilation_cache host_memory preemption processes prompts
+CORE = """shapes tree runs packing batches paths buckets compilation_cache host_memory preemption processes prompts
 backbones
 losses metrics decoding models optimizers schedules partitioning convert provenance model_card
 artefacts lock train_state identity trainer selection checksums checkpoints conversion
