@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs on every host of a job: installs the library once, then `python -m "$@"`, and leaves its log
 # in the bucket. Its last line says how the run ended: 0 it is done, 75 it has saved and wants to be
-# started again (also when another host was lost), anything else it failed.
+# started again (also when another host was lost, or when it was stopped before it had begun),
+# anything else it failed; or that it was not started, because the host could not be prepared.
 #
 # Environment: NAME of the job, MPT_JAX_ROOT, PACKAGE (what pip installs; empty: it is installed).
 set -euo pipefail
@@ -65,11 +66,13 @@ path.write_bytes(epath.Path(sys.argv[1]).read_bytes())
 PYTHON
 }
 
+trap 'code=$?; printf "\nworker %s could not be prepared: %s\n" "$(hostname)" "$code"' EXIT
 [[ -z ${PACKAGE:-} ]] || install
 stop_earlier "$1"
 cd "$home"
 touch "$log"
 before=$(stat -c %s "$log")
+trap - EXIT
 PYTHONUNBUFFERED=1 "$python" -m "$@" >>"$log" 2>&1 &
 child=$!
 echo "$child" >pid
@@ -88,6 +91,10 @@ wait || true # for the rest of the log
 if ((code == 134)) && tail -c "+$((before + 1))" "$log" |
   grep -c 'JAX distributed service detected fatal errors' >/dev/null; then
   echo "Another host of the job was lost."
+  code=75
+fi
+if ((code == 143)); then # SIGTERM by its default: the run did not listen yet, or no more
+  echo "The run was stopped while it did not listen; it goes on from its last save."
   code=75
 fi
 upload_log

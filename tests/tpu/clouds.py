@@ -42,7 +42,8 @@ elif verb == "describe":
 elif verb == "ssh":
     codes, left = plan["runs"].pop(0)
     for host, code in enumerate(codes):
-        print(f"worker host-{{host}} ends with {{code}}")
+        how = "could not be prepared:" if code < 0 else "ends with"
+        print(f"worker host-{{host}} {{how}} {{abs(code)}}")
     resource.write_text(left)
 (here / "plan").write_text(json.dumps(plan))
 sys.exit(next((code for code in codes if code), 0) if verb == "ssh" else 0)
@@ -68,7 +69,8 @@ class Clouds:
         created: list[str] = [],  # noqa: B006
         failing: dict[str, str] = {},  # noqa: B006
     ) -> None:
-        """What each ssh finds, in what state each `create` leaves the resource, what fails."""
+        """What each ssh finds (exit codes of the hosts; negative: of what should have prepared
+        one), in what state each `create` leaves the resource, what fails."""
         plan = {"runs": runs, "created": created, "failing": failing}
         (self.folder / "plan").write_text(json.dumps(plan))
 

@@ -97,6 +97,47 @@ def test_restarts_are_bounded(clouds):
     assert clouds.verbs().count("ssh") == 3
 
 
+@pytest.mark.parametrize("others", [-1, 75], ids=["no host", "one host"])
+def test_what_cannot_be_installed_is_tried_twice(clouds, others):
+    clouds.plan(runs=[([-1, others, others, others], ACTIVE)] * 9)
+    done = launch(clouds)
+    assert done.returncode == 2
+    assert "2 starts in a row ended early and in the same way" in done.stderr
+    assert "worker host-0 could not be prepared: 1" in done.stderr
+    assert "is --package 'git+https://host/o/mpt-jax@abc' right?" in done.stderr
+    assert "gcloud compute tpus queued-resources delete mpt-1" in done.stderr
+    assert clouds.verbs() == ["create", *["scp", "ssh"] * 2]
+
+
+def test_hosts_that_never_answer_are_tried_ten_times(clouds):
+    clouds.plan(runs=[([], ACTIVE)] * 19)
+    done = launch(clouds)
+    assert done.returncode == 2 and "no host of mpt-1 answered" in done.stderr
+    assert clouds.verbs().count("ssh") == 10
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [([-1] * 4, ACTIVE), ([-1] * 3, ACTIVE), ([-1] * 4, ACTIVE)],
+        [([-1] * 4, ACTIVE), ([75] * 4, ACTIVE), ([-1] * 4, ACTIVE)],
+        [([-1] * 4, GONE)] * 3,
+    ],
+    ids=["in different ways", "with a run between", "on other machines"],
+)
+def test_what_could_not_be_prepared_now_and_then_starts_again(clouds, runs):
+    clouds.plan(runs=[*runs, ([0] * 4, ACTIVE)])
+    done = launch(clouds)
+    assert done.returncode == 0, done.stderr
+    assert clouds.verbs().count("ssh") == 4
+
+
+def test_what_failed_late_is_no_reason_to_give_up(clouds):
+    clouds.plan(runs=[*[([-1] * 4, ACTIVE)] * 5, ([0] * 4, ACTIVE)])
+    done = clouds.launch("queued.sh", *common(), *COMMAND, EARLY="0")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_wheel_of_this_machine_goes_through_the_bucket(clouds):
     wheel = clouds.folder / "mpt_jax-1-py3-none-any.whl"
     wheel.touch()

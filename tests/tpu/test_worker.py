@@ -24,6 +24,9 @@ if "wait" in sys.argv:
 if "lost" in sys.argv:
     print("Terminating process because the JAX distributed service detected fatal errors.")
     sys.stdout.flush()
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 if {"lost", "abort"} & set(sys.argv):
     os.kill(os.getpid(), signal.SIGABRT)
 sys.exit(int(sys.argv[1]))
@@ -33,7 +36,7 @@ sys.exit(int(sys.argv[1]))
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "-m pip") echo "$*" >>"$FAKES/pip" ;;
+  "-m pip") echo "$*" >>"$FAKES/pip" && [[ "$*" != *broken* ]] ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -69,9 +72,10 @@ def until(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments, code",
-    [(["0"], 0), (["75"], 75), (["3"], 3), (["0", "lost"], 75), (["0", "abort"], 134)],
-    ids=["done", "saved", "failed", "another host was lost", "aborted"],
-)
+    [(["0"], 0), (["75"], 75), (["3"], 3), (["0", "lost"], 75), (["0", "abort"], 134),
+     (["0", "deaf"], 75)],
+    ids=["done", "saved", "failed", "another host was lost", "aborted", "stopped unawares"],
+)  # fmt: skip
 def test_it_ends_as_the_run_does_and_leaves_its_log(host, arguments, code):
     child = start(host, *arguments)
     said = child.communicate(timeout=60)[0]
@@ -121,6 +125,14 @@ def test_the_package_is_installed_once(host):
     ]
     copies = [call[1:] for call in host.calls()]
     assert copies == [["storage", "cp", "gs://bucket/p/mpt_jax-1.whl", f"{home}/"]]
+
+
+def test_a_package_that_cannot_be_installed_is_said_in_the_last_line(host):
+    child = start(host, "0", PACKAGE="git+https://host/o/broken@abc")
+    said = child.communicate(timeout=60)[0]
+    assert child.returncode == 1
+    assert said.splitlines()[-1] == f"worker {os.uname().nodename} could not be prepared: 1"
+    assert not (host.folder / "mpt-jax" / "mpt-1" / "run.log").exists()
 
 
 def test_a_run_needs_a_name_and_a_root(host):
