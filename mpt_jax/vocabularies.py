@@ -1,14 +1,21 @@
-"""Vocabularies from files, local or in a bucket of the user's; T5's own bucket is never needed."""
+"""SeqIO's vocabularies from files, local or in a bucket of the user's; T5's own bucket is never
+needed."""
 
 import functools
 
 import seqio
-from etils import epath
 from seqio.vocabularies import Vocabulary
 
-SENTENCEPIECE_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
-BYT5 = "byt5"
-T5_EXTRA_IDS = 100
+from mpt_jax.tokenizers import (
+    BYT5,
+    SENTENCEPIECE_NAMES,
+    T5_EXTRA_IDS,
+    model_file,
+    processor,
+    usual_extra_ids,
+)
+
+__all__ = ["BYT5", "SENTENCEPIECE_NAMES", "T5_EXTRA_IDS", "load"]
 
 
 @functools.cache
@@ -29,48 +36,11 @@ def load(path: str, extra_ids: int | None = None, command: str = "") -> Vocabula
     if path == BYT5:
         return seqio.ByteVocabulary(extra_ids=extra_ids or 0)
     try:
-        model = _model_file(epath.Path(path))
+        model = model_file(path)
     except FileNotFoundError as error:
         how = f" To get one: {command}." if command else ""
         raise FileNotFoundError(f"{error}{how}") from error
-    processor = _processor(model)
+    found = processor(model)
     if extra_ids is None:
-        extra_ids = 0 if _holds(processor, "<extra_id_0>") else T5_EXTRA_IDS
+        extra_ids = usual_extra_ids(found)
     return seqio.SentencePieceVocabulary(str(model), extra_ids=extra_ids)
-
-
-def _model_file(path: epath.Path) -> epath.Path:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no vocabulary at {path}. Give a SentencePiece model, a folder with one of "
-            f"{', '.join(SENTENCEPIECE_NAMES)}, or {BYT5!r}."
-        )
-    if not path.is_dir():
-        return path
-    found = sorted(child.name for child in path.iterdir())
-    for name in SENTENCEPIECE_NAMES:
-        if name in found:
-            return path / name
-    only_json = (
-        " It has tokenizer.json, which SeqIO cannot read: download spiece.model from the same "
-        "model's page."
-        if "tokenizer.json" in found
-        else ""
-    )
-    raise FileNotFoundError(
-        f"The folder {path} holds none of {', '.join(SENTENCEPIECE_NAMES)}.{only_json} "
-        f"Found: {', '.join(found) or 'nothing'}."
-    )
-
-
-def _processor(path: epath.Path):
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model ({error}).") from error
-
-
-def _holds(processor, piece: str) -> bool:
-    return processor.PieceToId(piece) != processor.unk_id()
