@@ -25,8 +25,8 @@ class Example(NamedTuple):
         row: of the prompt bank.
     """
 
-    inputs: Sequence[int]
-    targets: Sequence[int] = ()
+    inputs: Sequence[int] | np.ndarray
+    targets: Sequence[int] | np.ndarray = ()
     row: int = 0
 
 

@@ -26,9 +26,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
+from mpt_jax import batches
 from mpt_jax.runs import Runs
 
 OVERLONG_POLICIES = ("error", "truncate")
@@ -159,9 +161,12 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         prompt_length: P, positions reserved in front of each text; 0 for methods without one.
         runs: the rows of the prompt bank; an example's row is that of its task's name.
         pack: several examples to a row, each with its own prompt positions.
-        use_custom_packing_ops: SeqIO's option, which needs tensor2tensor's ops.
+        use_custom_packing_ops: SeqIO's option; must be False, since packing is ours.
         pack_lengths: encoder (`inputs`, prompt positions included) and decoder (`targets`)
-            positions of a packed row; by default those of one example of full length.
+            positions of a packed row; by default twice the encoder positions of one example of
+            full length, and once its targets'.
+        pack_window: examples that are packed at a time (`packing.best_fit`). More of them leave
+            fewer positions empty, and go farther from the order of the stream.
         on_overlong: 'error' or 'truncate' for examples that `end_and_limit` has cut.
 
     Raises:
@@ -199,6 +204,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         pack: bool = False,
         use_custom_packing_ops: bool = False,
         pack_lengths: Mapping[str, int] | None = None,
+        pack_window: int = 256,
         on_overlong: str = "error",
     ):
         if prompt_length < 0:
@@ -209,17 +215,23 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             raise ValueError(
                 f"pack_lengths must give inputs and targets, got {sorted(pack_lengths)}."
             )
+        if use_custom_packing_ops:
+            raise ValueError(
+                "use_custom_packing_ops would have no effect: packing is ours "
+                "(mpt_jax/packing.py). Leave it False."
+            )
+        if pack_window < 1:
+            raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
         for name in runs.run_names:
             task_id(name)
         # Lengths are checked below, in the one map that converts: SeqIO's own checks are two more,
         # and cost more than the conversion.
-        super().__init__(
-            pack=pack, use_custom_packing_ops=use_custom_packing_ops, apply_length_check=False
-        )
+        super().__init__(pack=pack, apply_length_check=False)
         self.prompt_length = prompt_length
         self.runs = runs
         self.on_overlong = on_overlong
         self.pack_lengths = None if pack_lengths is None else dict(pack_lengths)
+        self.pack_window = pack_window
 
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
@@ -251,8 +263,10 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         }
         # T5X turns packing off for evaluation with the same bindings, so pack_lengths is then
         # without effect by design.
-        if not self.pack or self.pack_lengths is None:
+        if not self.pack:
             return one_example
+        if self.pack_lengths is None:
+            return {**one_example, "inputs": 2 * one_example["inputs"]}
         for name, needed in one_example.items():
             if self.pack_lengths[name] < needed:
                 raise ValueError(
@@ -274,19 +288,17 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             with tf.control_dependencies([row]):
                 return self._place(example, row, positions)
 
-        def expanded(example):
-            return self._expand(example, self._row(example, limits))
+        def checked(example):
+            row = self._row(example, limits)
+            with tf.control_dependencies(self._packable(example, row)):
+                return {**{name: example[name] for name in limits}, "row": tf.identity(row)}
 
         if not self.pack:
             return _map(ds, unpacked)
-        ds = _map(ds, expanded)
-        lengths = {
-            "inputs": positions["inputs"],
-            "input_rows": positions["inputs"],
-            "targets": positions["targets"],
-            "target_rows": positions["targets"],
-        }
-        return _map(self._pack_or_pad(ds, lengths), self._unfold)
+        windows = _map(ds, checked).ragged_batch(self.pack_window)
+        lengths = self.get_model_feature_lengths(task_feature_lengths)
+        # One window at a time: what is packed ahead is saved with the data's position.
+        return windows.map(lambda window: self._packed(window, positions, lengths)).unbatch()
 
     def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
         """Returns the example's row (scalar), or raises for a stranger or an over-long example."""
@@ -349,53 +361,38 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             "decoder_task_ids": row * is_target,
         }
 
-    def _expand(self, example, row: tf.Tensor):
-        """Makes an example ready for SeqIO's packing, which takes 0 for padding.
-
-        Prompt positions become placeholders (any id but 0) and rows are counted from 1, so that
-        all four features keep their lengths and stay in step.
-        """
-        inputs, targets = example["inputs"], example["targets"]
-        checks = []
-        for name, tokens, may_be_empty in (
-            ("inputs", inputs, self.prompt_length > 0),
-            ("targets", targets, False),
-        ):
-            text = f"Cannot pack an example of {{}} whose {name} "
-            run = tf.constant(self.runs.run_names)[row]
+    def _packable(self, example, row: tf.Tensor) -> list[tf.Tensor]:
+        """Checks that every position of an example tells that it is one."""
+        checks, run = [], tf.constant(self.runs.run_names)[row]
+        for name, may_be_empty in (("inputs", self.prompt_length > 0), ("targets", False)):
+            text, tokens = f"Cannot pack an example of {{}} whose {name} ", example[name]
             checks.append(_assert(tf.reduce_all(tokens != 0), _named(text + "contain id 0.", run)))
             if not may_be_empty:
                 checks.append(_assert(tf.size(tokens) > 0, _named(text + "are empty.", run)))
-        with tf.control_dependencies(checks):
-            placeholders = tf.ones([self.prompt_length], tf.int32)
-            inputs = tf.concat([placeholders, inputs], axis=0)
-        return {
-            "inputs": inputs,
-            "input_rows": tf.fill(tf.shape(inputs), row + 1),
-            "targets": targets,
-            "target_rows": tf.fill(tf.shape(targets), row + 1),
-        }
+        return checks
 
-    def _unfold(self, packed):
-        """Turns a packed row of placeholders back into slots, tokens and rows."""
-        segments, positions = packed["inputs_segment_ids"], packed["inputs_positions"]
-        is_slot = (segments > 0) & (positions < self.prompt_length)
-        targets, target_segments = packed["targets"], packed["targets_segment_ids"]
-        return {
-            "encoder_input_tokens": tf.where(is_slot, 0, packed["inputs"]),
-            "encoder_prompt_slots": tf.where(is_slot, positions + 1, 0),
-            "encoder_task_ids": tf.where(segments > 0, packed["input_rows"] - 1, 0),
-            "encoder_segment_ids": segments,
-            "encoder_positions": positions,
-            "decoder_input_tokens": seqio.utils.make_autoregressive_inputs(
-                targets, sequence_id=target_segments
-            ),
-            "decoder_target_tokens": targets,
-            "decoder_loss_weights": tf.cast(target_segments > 0, tf.int32),
-            "decoder_task_ids": tf.where(target_segments > 0, packed["target_rows"] - 1, 0),
-            "decoder_segment_ids": target_segments,
-            "decoder_positions": packed["targets_positions"],
-        }
+    def _packed(
+        self, window, positions: Mapping[str, int], lengths: Mapping[str, int]
+    ) -> dict[str, tf.Tensor]:
+        """The rows that a window of examples takes."""
+
+        def pack(inputs, input_splits, targets, target_splits, rows):
+            texts = np.split(inputs, input_splits[1:-1]), np.split(targets, target_splits[1:-1])
+            examples = [batches.Example(*found) for found in zip(*texts, rows, strict=True)]
+            made = batches.packed(examples, self.prompt_length, positions)
+            return [made[name] for name in lengths]
+
+        inputs, targets = window["inputs"], window["targets"]
+        # Stateless, or else a data position could not be saved.
+        made = tf.numpy_function(
+            pack,
+            [inputs.values, inputs.row_splits, targets.values, targets.row_splits, window["row"]],
+            [tf.int32] * len(lengths),
+            stateful=False,
+        )
+        for rows, length in zip(made, lengths.values(), strict=True):
+            rows.set_shape([None, length])
+        return dict(zip(lengths, made, strict=True))
 
 
 def _map(dataset: tf.data.Dataset, function) -> tf.data.Dataset:

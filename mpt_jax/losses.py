@@ -147,13 +147,14 @@ class Outputs:
         logits: [B, L, V] float32.
         encoder_hidden: the chosen encoder states, each [B, T, H]; empty when not distilled.
         decoder_hidden: the chosen decoder states, each [B, L, H].
-        prompts: [B, P, H] composed prompts, or None for a packed batch.
+        prompts: the composed prompts [B, P, H]; of a packed batch the prompt's row at each
+            position [B, T, H], anything where there is none.
     """
 
     logits: Float[Array, "B L V"]
     encoder_hidden: tuple[Array, ...] = ()
     decoder_hidden: tuple[Array, ...] = ()
-    prompts: Float[Array, "B P H"] | None = None
+    prompts: Float[Array, "B _ H"] | None = None
 
 
 def group_sum(values: Array, groups: Int[Array, "..."], num_groups: int) -> Float[Array, " G"]:
@@ -221,12 +222,12 @@ def sums(
             _squared_distance(teacher.decoder_hidden, student.decoder_hidden)
         )
     if distil.prompt_distance:
-        if student.prompts is None or teacher.prompts is None:
-            raise ValueError("The prompt-distance loss needs unpacked batches; set pack = False.")
-        distance = jnp.square(teacher.prompts - student.prompts).sum((1, 2))
-        first_group = groups.encoder[:, 0]
-        real = (batch["encoder_prompt_slots"][:, 0] > 0).astype(jnp.float32)
-        found["prompt_distance"] = group_sum(distance * real, first_group, groups.num_groups)
+        assert student.prompts is not None and teacher.prompts is not None
+        distance = jnp.square(teacher.prompts - student.prompts).sum(-1)
+        reach = distance.shape[1]  # the prompts of an unpacked batch are its first positions
+        slots = (batch["encoder_prompt_slots"][:, :reach] > 0).astype(jnp.float32)
+        where = groups.encoder[:, :reach]
+        found["prompt_distance"] = group_sum(distance * slots, where, groups.num_groups)
     return found
 
 

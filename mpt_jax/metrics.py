@@ -39,6 +39,8 @@ StepMetrics = dict[str, Metric]
 
 # Metrics of these names have one entry per group; all others have one per bank row.
 BY_GROUP = ("term/", "gradient_norm")
+# How full the batch is, which is a matter of no run: one entry.
+OF_BATCH = "batch/"
 
 
 def task_metrics(
@@ -58,6 +60,20 @@ def task_metrics(
     }
 
 
+def batch_metrics(batch: Batch) -> StepMetrics:
+    """The share of encoder and target positions that are padding, and examples per row."""
+    encoder = losses.encoder_positions(batch, include_prompt=True)
+    decoder = (batch["decoder_loss_weights"] > 0).astype(jnp.float32)
+    # An example begins where its targets do: `decoder_input_tokens` holds 0 there.
+    begins = decoder * (batch["decoder_input_tokens"] == 0)
+    one = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
+    return {
+        f"{OF_BATCH}encoder_padding": Metric(one((1 - encoder).sum()), one(encoder.size)),
+        f"{OF_BATCH}decoder_padding": Metric(one((1 - decoder).sum()), one(decoder.size)),
+        f"{OF_BATCH}examples_per_row": Metric(one(begins.sum()), one(len(encoder))),
+    }
+
+
 def term_metrics(sums: losses.Sums, weights: losses.Sums) -> StepMetrics:
     """Each loss term by group, under `term/`."""
     return {f"term/{name}": Metric(sums[name], weights[name]) for name in sums}
@@ -72,7 +88,8 @@ def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
     """What is written: the mean over everything, and one entry for each run (or group).
 
     `loss` and `token_accuracy` get an entry per run, `loss/<run>`; loss terms and gradient norms
-    get one per group where there are several. Entries without weight are left out.
+    get one per group where there are several; what tells how full batches are has none. Entries
+    without weight are left out.
     """
     found: dict[str, float] = {}
     for name, metric in metrics.items():
@@ -103,6 +120,8 @@ def _average(total: Array, count: Array) -> clu_metrics.Metric:
 
 
 def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
+    if name.startswith(OF_BATCH):
+        return ()
     if not name.startswith(BY_GROUP):
         return runs.run_names
     return () if count == 1 else tuple(_group_labels(runs))

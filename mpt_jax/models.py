@@ -220,8 +220,9 @@ class PromptedEncoderDecoder:
 
     def _embed(
         self, params: Params, batch: Batch, teacher: bool = False
-    ) -> tuple[Float[Array, "B T H"], Float[Array, "B P H"] | None]:
-        """Token embeddings with every example's prompt in its reserved positions."""
+    ) -> tuple[Float[Array, "B T H"], Float[Array, "B _ H"] | None]:
+        """Token embeddings with every example's prompt in its reserved positions, and what was
+        put there (`Outputs.prompts`)."""
         tokens, slots = batch["encoder_input_tokens"], batch["encoder_prompt_slots"]
         task_ids = batch["encoder_task_ids"]
         backbone = {"params": self._backbone(params)}
@@ -233,7 +234,7 @@ class PromptedEncoderDecoder:
                 rows = params["teacher"]["table"][task_ids, jnp.maximum(slots - 1, 0)]
             else:
                 rows = self.prompt.compose_rows(params["prompt"], self.runs, task_ids, slots)
-            return place_rows(rows, embedded, slots), None
+            return place_rows(rows, embedded, slots), rows
         first = task_ids[:, 0]
         if teacher:
             prompts = params["teacher"]["table"][first]
@@ -283,7 +284,7 @@ class PromptedEncoderDecoder:
         found = metrics.task_metrics(
             batch, student.logits, batch["decoder_task_ids"], self.runs.num_rows
         )
-        return sums, found
+        return sums, {**found, **metrics.batch_metrics(batch)}
 
     def loss_weights(self, batch: Batch) -> losses.Sums:
         """The weight [G] of every loss term: a function of the batch alone."""

@@ -90,9 +90,9 @@ def test_packed_contract():
 def test_packed_without_prompt():
     dataset = examples(("ft_beta", [7, 1], [5]), ("ft_gamma", [9, 1], [6]))
     (row,) = rows_of(PromptFeatureConverter(0, RUNS, pack=True)(dataset, LENGTHS))
-    assert row["encoder_input_tokens"] == [7, 1, 9, 1]
-    assert row["encoder_prompt_slots"] == [0, 0, 0, 0]
-    assert row["encoder_task_ids"] == [1, 1, 2, 2]
+    assert row["encoder_input_tokens"] == [7, 1, 9, 1, 0, 0, 0, 0]  # twice LENGTHS
+    assert row["encoder_prompt_slots"] == [0] * 8
+    assert row["encoder_task_ids"] == [1, 1, 2, 2, 0, 0, 0, 0]
 
 
 def test_model_feature_lengths_agree_with_what_comes_out():
@@ -160,8 +160,8 @@ def test_what_cannot_be_packed(inputs, targets, prompt, message):
 def test_empty_input_packs_behind_a_prompt():
     dataset = examples(("ft_beta", [], [5]), ("ft_gamma", [7], [6]))
     (row,) = rows_of(PromptFeatureConverter(2, RUNS, pack=True)(dataset, LENGTHS))
-    assert row["encoder_prompt_slots"] == [1, 2, 1, 2, 0, 0]
-    assert row["encoder_task_ids"] == [1, 1, 2, 2, 2, 0]
+    assert row["encoder_prompt_slots"] == [1, 2, 1, 2] + [0] * 8
+    assert row["encoder_task_ids"] == [1, 1, 2, 2, 2] + [0] * 7
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,8 @@ def test_empty_input_packs_behind_a_prompt():
         ({"prompt_length": -1}, "prompt_length must be 0 or more, got -1"),
         ({"on_overlong": "cut"}, r"on_overlong must be one of \('error', 'truncate'\), got 'cut'"),
         ({"pack_lengths": {"inputs": 9}}, r"must give inputs and targets, got \['inputs'\]"),
+        ({"pack_window": 0}, "pack_window must be 1 or more, got 0"),
+        ({"use_custom_packing_ops": True}, "use_custom_packing_ops would have no effect"),
     ],
 )
 def test_bad_settings(arguments, message):

@@ -242,13 +242,6 @@ def test_label_smoothing_is_a_share(smoothing):
         Objective(label_smoothing=smoothing)
 
 
-def test_the_prompt_distance_needs_unpacked_batches():
-    objective = OBJECTIVES["prompts"]
-    packed = losses.Outputs(outputs(0).logits)
-    with pytest.raises(ValueError, match="pack = False"):
-        losses.sums(objective, tiny.arrays(BATCH), groups_of(ONE), packed, packed)
-
-
 # --- Gradients -----------------------------------------------------------------------------------
 
 # Smooth activations, so that differences converge. float32 limits them: with a fourth-order

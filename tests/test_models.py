@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, decoding, losses, models
+from mpt_jax import artefacts, decoding, losses, metrics, models
 from mpt_jax.losses import Distillation, Objective
 from mpt_jax.prompts import method_names
 from mpt_jax.prompts.base import fold
@@ -90,8 +90,42 @@ def test_packed_equals_unpacked(case):
     (packed_sums, packed_weights, packed_found), packed_grads = case.loss(packed)
     tiny.close(packed_weights, weights, 1e-6)
     tiny.close(packed_sums, sums, 1e-5)
-    tiny.close(packed_found, found, 1e-5)
+    tiny.close(of_runs(packed_found), of_runs(found), 1e-5)
     tiny.close(packed_grads, grads, 1e-5)
+
+
+def of_runs(found):
+    """The metrics that do not tell how examples lie in rows."""
+    return {name: metric for name, metric in found.items() if not name.startswith("batch/")}
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_packed_prompts_are_as_far_from_their_teachers(reduce):
+    alone = Distillation(logits=False, hidden=False, prompt_distance=True, reduce=reduce)
+    case = Case(tiny.model(APART, objective=Objective(distillation=alone)))
+    (sums, weights, _), grads = case.loss(case.batch)
+    packed = tiny.pack(case.batch, [[1, 3], [0, 2]])
+    (packed_sums, packed_weights, _), packed_grads = case.loss(packed)
+    tiny.close(packed_weights, weights, 1e-6)
+    tiny.close(packed_sums, sums, 1e-5)
+    tiny.close(packed_grads, grads, 1e-5)
+
+
+def test_how_full_a_batch_is():
+    batch = tiny.batch([2, 0, None], seed=1)
+    found = metrics.batch_metrics(tiny.arrays(batch))
+    text = np.count_nonzero(batch["encoder_input_tokens"])
+    rows, positions = batch["encoder_input_tokens"].shape
+    assert found["batch/encoder_padding"].sum == rows * positions - text - 2 * tiny.PROMPT
+    assert found["batch/encoder_padding"].weight == rows * positions
+    targets = np.count_nonzero(batch["decoder_target_tokens"])
+    assert found["batch/decoder_padding"].sum == batch["decoder_target_tokens"].size - targets
+    per_row = found["batch/examples_per_row"]
+    assert (per_row.sum, per_row.weight) == (2, 3)
+    packed = metrics.batch_metrics(tiny.arrays(tiny.pack(batch, [[0, 1]])))[
+        "batch/examples_per_row"
+    ]
+    assert (packed.sum, packed.weight) == (2, 1)
 
 
 def test_teacher_forced_argmax_equals_cached_greedy_decoding(case):
