@@ -46,7 +46,7 @@ class SentencePieceVocabulary:
         return self._processor.EncodeAsIds(s)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids up to the first end of sequence; ids outside the vocabulary are unknown."""
+        """The text of ids up to the first end of sequence; foreign ids are unknown pieces."""
         unknown = self._processor.unk_id()
         known = [unknown if i >= self.vocab_size else int(i) for i in _until(ids, self.eos_id)]
         return self._processor.DecodeIds(known)

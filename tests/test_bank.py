@@ -1,0 +1,285 @@
+"""A bank of many artefacts: the same prompts, the memory that was promised, and no recompiling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import artefacts, bank
+from mpt_jax.bank import Bank, Named
+from mpt_jax.prompts import get_method, method_names
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from tests import tiny
+
+P, H = 4, 6
+WITH_PROMPTS = [name for name in method_names() if name != "none"]
+
+
+def shape_of(axes: tuple[str, ...], runs: Runs, rank: int, width: int, length: int):
+    sizes = {
+        "groups": runs.num_groups,
+        "tasks": runs.num_rows,
+        "prompt": length,
+        "rank": rank,
+        "embed": width,
+    }
+    return tuple(sizes[axis] for axis in axes)
+
+
+def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params=None, **overrides):
+    """An artefact of random parameters, read back."""
+    method = method or MPT(P)
+    runs = Runs(names, groups=groups)
+    rng = np.random.default_rng([seed, *map(ord, "".join(names))])
+    made = {
+        name: rng.normal(
+            size=shape_of(axes, runs, getattr(method, "rank", 1), width, method.prompt_length)
+        ).astype(np.float32)
+        for name, axes in method.axes.items()
+    }
+    fields = {
+        "embedding_sha256": "e" * 64,
+        "vocabulary_sha256": "v" * 64,
+        "backbone": "tiny",
+        "step": 1,
+        **overrides,
+    }
+    artefacts.save_artefact(folder, method, made | (params or {}), runs, **fields)
+    return artefacts.load_artefact(folder)
+
+
+def composed(of: Bank, names) -> np.ndarray:
+    rows = jnp.asarray([of.row(name) for name in names])
+    return np.asarray(bank.compose(of.method, of.arrays, rows))
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+def test_rows_of_many_artefacts_are_composed_by_the_formula(tmp_path):
+    found = [
+        write(tmp_path / "a", ["rte", "cb", "wic"], groups=[0, 1, 0]),
+        write(tmp_path / "b", ["boolq"]),
+        write(tmp_path / "c", ["mrpc", "qqp"]),
+    ]
+    joined = Bank(found)
+    assert joined.names == ("rte", "cb", "wic", "boolq", "mrpc", "qqp")
+    assert joined.num_groups == 4
+    for artefact in found:
+        shared, left, right = (
+            np.asarray(artefact.params[name]) for name in ("shared", "task_left", "task_right")
+        )
+        for row, name in enumerate(artefact.runs.run_names):
+            group = artefact.runs.group_of_row[row]
+            expected = shared[group] * (left[row] @ right[row])
+            np.testing.assert_allclose(composed(joined, [name])[0], expected, rtol=1e-6)
+    mixed = composed(joined, ["qqp", "cb", "qqp", "boolq"])
+    np.testing.assert_array_equal(mixed[0], mixed[2])
+    np.testing.assert_array_equal(mixed[1], composed(joined, ["cb"])[0])
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", WITH_PROMPTS)
+def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
+    method = tiny.method(name, P)
+    found = [
+        write(tmp_path / "a", ["x", "y"], method=method, groups="independent"),
+        write(tmp_path / "b", ["z"], method=method),
+    ]
+    joined = Bank(found, folded=folded)
+    expected = np.concatenate([artefact.folded() for artefact in found])
+    np.testing.assert_array_equal(composed(joined, ["x", "y", "z"]), expected)
+    assert joined.method == (PromptTuning(P) if folded else found[0].method)
+
+
+def test_several_methods_are_served_folded(tmp_path):
+    found = [
+        write(tmp_path / "a", ["x"]),
+        write(tmp_path / "b", ["y"], method=PromptTuning(P)),
+        write(tmp_path / "c", ["z"], method=MPT(P, rank=2)),
+    ]
+    with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*fold them"):
+        Bank(found)
+    joined = Bank(found, folded=True)
+    for artefact in found:
+        np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def test_a_task_of_t5_base_takes_868_numbers_and_the_memory_is_the_formula(tmp_path):
+    length, width, shared = 100, 768, {"shared": np.ones((1, 100, 768), np.float32)}
+    found = [
+        write(
+            tmp_path / name, [f"{name}{i}" for i in range(count)],
+            method=MPT(length), width=width, params=shared,
+        )
+        for name, count in (("a", 3), ("b", 6))
+    ]  # fmt: skip
+    joined = Bank(found)
+    assert joined.capacity == 16 and joined.num_groups == 1
+    own = length + width
+    assert own == 868
+    expected = 4 * (16 * (own + 1) + 1 * length * width)
+    assert joined.nbytes == expected
+    assert joined.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(joined.arrays))
+    folded = Bank(found, folded=True)
+    assert folded.nbytes == 4 * 16 * (length * width + 1)
+
+
+def test_groups_that_are_equal_are_kept_once(tmp_path):
+    shared = np.arange(P * H, dtype=np.float32).reshape(1, P, H)
+    other = shared.copy()
+    other[0, 1, 2] = np.nextafter(other[0, 1, 2], 9)
+    found = [
+        write(tmp_path / name, [name], params={"shared": value})
+        for name, value in (("a", shared), ("b", other), ("c", shared))
+    ]
+    joined = Bank(found)
+    assert joined.num_groups == 2
+    for artefact in found:
+        np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
+
+
+# --- Growth --------------------------------------------------------------------------------------
+
+
+def test_a_task_that_is_added_below_the_capacity_compiles_nothing(tmp_path):
+    shared = {"shared": np.ones((1, P, H), np.float32)}
+    made = iter([write(tmp_path / f"{i}", [f"task{i}"], params=shared) for i in range(9)])
+    joined = Bank([next(made)])
+    compiled = jax.jit(lambda arrays, rows: bank.compose(joined.method, arrays, rows))
+    sizes, rows = [], jnp.zeros(3, jnp.int32)
+    for artefact in made:
+        before = joined.arrays
+        kept = np.asarray(compiled(before, rows))
+        joined.add(artefact)
+        last = jnp.full(3, joined.row(artefact.runs.run_names[0]), jnp.int32)
+        found = np.asarray(compiled(joined.arrays, last))
+        np.testing.assert_array_equal(found[0], artefact.folded()[0])
+        np.testing.assert_array_equal(np.asarray(compiled(before, rows)), kept)
+        sizes.append((joined.capacity, compiled._cache_size()))
+    assert sizes == [(2, 2), (4, 3), (4, 3), (8, 4), (8, 4), (8, 4), (8, 4), (16, 5)]
+
+
+def test_an_addition_that_fails_leaves_the_bank_as_it_was(tmp_path):
+    joined = Bank([write(tmp_path / "a", ["x", "y"])])
+    before, digest = composed(joined, ["x", "y"]), joined.digest()
+    for wrong, message in (
+        (write(tmp_path / "b", ["z", "x"]), "'x', in .*a and in .*b.*NAME="),
+        (write(tmp_path / "c", ["z"], embedding_sha256="f" * 64), "backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            joined.add(wrong)
+        assert joined.names == ("x", "y") and joined.digest() == digest
+        np.testing.assert_array_equal(composed(joined, ["x", "y"]), before)
+
+
+def test_a_digest_is_of_names_and_values(tmp_path):
+    a, b = write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["x"], seed=1)
+    c = write(tmp_path / "c", ["y"])
+    digests = [
+        Bank([a]).digest(),
+        Bank([b]).digest(),
+        Bank([a], ["y"]).digest(),
+        Bank([a, c]).digest(),
+        Bank([c, a]).digest(),
+    ]
+    assert len(set(digests)) == len(digests)
+    grown = Bank([a])
+    grown.add(c)
+    assert grown.digest() == Bank([a, c]).digest()
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def test_names_that_clash_are_an_error_unless_one_is_renamed(tmp_path):
+    a, b = write(tmp_path / "a", ["rte", "cb"]), write(tmp_path / "b", ["rte"], seed=1)
+    with pytest.raises(ValueError, match=f"'rte', in {tmp_path}/a and in {tmp_path}/b"):
+        Bank([a, b])
+    joined = Bank([a, b], ["", "rte_again"])
+    assert joined.names == ("rte", "cb", "rte_again")
+    np.testing.assert_array_equal(composed(joined, ["rte_again"]), b.folded())
+    assert Bank([a, b], ["first", ""]).names == ("first/rte", "first/cb", "rte")
+
+
+def test_folders_are_named_on_the_command_line(tmp_path):
+    assert Named.parse("runs/a") == Named("runs/a")
+    assert Named.parse("new=runs/a") == Named("runs/a", "new")
+    assert Named.parse("runs/lr=0.3/artefact") == Named("runs/lr=0.3/artefact")
+    (tmp_path / "lr=1").mkdir()
+    assert Named.parse(str(tmp_path / "lr=1")) == Named(str(tmp_path / "lr=1"))
+    with pytest.raises(ValueError, match="'=runs' is neither"):
+        Named.parse("=runs")
+
+
+def test_an_unknown_task_is_told_the_closest_and_not_all_of_ten_thousand(tmp_path):
+    joined = Bank([write(tmp_path / "a", [f"task_{i:03}" for i in range(50)])])
+    with pytest.raises(ValueError) as error:
+        joined.row("taks_017")
+    message = str(error.value)
+    assert "Unknown task 'taks_017'. Did you mean 'task_017'" in message
+    assert "and 30 more" in message and "task_040" not in message
+
+
+# --- Artefacts that do not belong together -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("backbone", {"embedding_sha256": "f" * 64}),
+        ("vocabulary", {"vocabulary_sha256": "w" * 64}),
+        ("prompt length", {"method": MPT(P + 1)}),
+        ("method", {"method": MPT(P, rank=2)}),
+    ],
+)
+def test_artefacts_that_disagree_are_named_with_their_values(what, other, tmp_path):
+    found = [
+        write(tmp_path / "a", ["x"]),
+        write(tmp_path / "b", ["y"]),
+        write(tmp_path / "c", ["z"], **other),
+    ]
+    with pytest.raises(ValueError, match=f"their {what}.*differs") as error:
+        Bank(found)
+    message = str(error.value)
+    assert f"in {tmp_path}/a, {tmp_path}/b; " in message and f"in {tmp_path}/c." in message
+    value = str(next(iter(other.values())))
+    assert (value if what in ("backbone", "vocabulary") else str(P)) in message
+
+
+def test_an_artefact_of_an_unknown_vocabulary_fits(tmp_path):
+    found = [
+        write(tmp_path / "a", ["x"], vocabulary_sha256=None),
+        write(tmp_path / "b", ["y"]),
+    ]
+    assert Bank(found).names == ("x", "y")
+
+
+def test_no_artefacts_are_no_bank():
+    with pytest.raises(ValueError, match="at least one"):
+        Bank([])
+
+
+def test_a_parameter_of_no_row_cannot_be_joined(tmp_path):
+    class WithScale(MPT):
+        axes = MPT.axes | {"scale": ()}
+
+    artefact = write(tmp_path / "a", ["x"])
+    params = {**artefact.params, "scale": jnp.ones(())}
+    odd = artefacts.Artefact("odd", WithScale(P), artefact.runs, params, artefact.config)
+    with pytest.raises(ValueError, match=r"belong to no row, \['scale'\].*fold"):
+        Bank([odd])
+    assert Bank([odd], folded=True).names == ("x",)
+
+
+def test_folders_are_loaded_by_their_names(tmp_path):
+    write(tmp_path / "a", ["x"])
+    loaded = Bank.load([Named(str(tmp_path / "a"), "y")])
+    assert loaded.names == ("y",) and isinstance(loaded.method, get_method("mpt"))
