@@ -48,6 +48,8 @@ def unpacked(
     for number, example in enumerate(examples):
         _check(example, text_length, target_length)
         _write(batch, number, example, prompt_length, (0, 0))
+    # As SeqIO has it: the last target too is an input, at a position that has no weight.
+    batch["decoder_input_tokens"][:, 1:] = batch["decoder_target_tokens"][:, :-1]
     return batch
 
 

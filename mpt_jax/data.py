@@ -1,32 +1,28 @@
 """From a `DatasetConfig` to batches: NumPy dictionaries in the contract of `features`.
 
-The training iterator's position can be taken at any step and set again, exactly: what tf.data has
-prefetched but not handed out is part of it. `DatasetConfig` and `get_dataset` are T5X's by name
+`DatasetConfig` and `get_dataset` are T5X's by name
 and meaning.
 """
 
 import dataclasses
-import io
 import itertools
-import json
-import os
-import re
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
 
-from mpt_jax import examples
+from mpt_jax import examples, length_buckets
+from mpt_jax.batches import Batch
+from mpt_jax.features import TASK_IDS
+from mpt_jax.iterators import Batches, Share, TrainIterator
+from mpt_jax.length_buckets import LengthBuckets
 from mpt_jax.runs import unknown_name
-from mpt_jax.sampling import TaskMixture
+from mpt_jax.sampling import EqualQuotas, TaskMixture
 
-Batch = dict[str, np.ndarray]
-_POSITION = "position.json"
+_WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 
 
 @dataclasses.dataclass
@@ -47,6 +43,11 @@ class DatasetConfig:
         module: imported first; it registers the tasks.
         use_memory_cache: keep evaluation batches in memory between evaluations.
         trim_output_features: SeqIO's own trimming; `features.end_and_limit` has cut before it.
+        length_buckets: ours, not T5X's: {'inputs': [...], 'targets': [...]} token limits below
+            those of `task_feature_lengths`. Examples of some batches at a time are sorted by
+            length, and each batch is cut to the smallest limits that hold it. For training this
+            changes which examples meet in a batch. None: no cutting of training batches, and
+            quarters of the limit on inputs for evaluation, which it does not change.
     """
 
     mixture_or_task_name: Any
@@ -61,10 +62,16 @@ class DatasetConfig:
     module: str | None = None
     use_memory_cache: bool = True
     trim_output_features: bool = True
+    length_buckets: Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"DatasetConfig.batch_size must be positive, got {self.batch_size}.")
+        if self.pack and self.length_buckets:
+            raise ValueError(
+                "DatasetConfig.length_buckets has no effect with pack = True, whose rows have one "
+                "length. Choose one of the two (docs/performance.md says which serves when)."
+            )
 
     def provider(self) -> Any:
         """Returns the SeqIO task or mixture; raises ValueError listing the known ones."""
@@ -82,6 +89,25 @@ class DatasetConfig:
         if not pack:
             return feature_converter_cls(pack=False)
         return feature_converter_cls(pack=True, use_custom_packing_ops=self.use_custom_packing_ops)
+
+    def buckets(
+        self, converter: Any, by_itself: bool, limits: Mapping[str, int] | None = None
+    ) -> LengthBuckets | None:
+        """Returns the lengths that unpacked batches are cut to; None for one length.
+
+        Args:
+            converter: the feature converter.
+            by_itself: whether to cut where the configuration says nothing.
+            limits: what was found where `task_feature_lengths` is None.
+        """
+        limits = self.task_feature_lengths or limits
+        settings = self.length_buckets
+        prompt_length = getattr(converter, "prompt_length", None)
+        if limits is None or self.pack or prompt_length is None:
+            return None
+        if settings is None and by_itself:
+            settings = length_buckets.automatic(limits)
+        return length_buckets.of_settings(settings, prompt_length, limits) if settings else None
 
 
 def get_dataset(
@@ -111,23 +137,66 @@ def get_dataset(
     provider = cfg.provider()
     converter = cfg.converter(feature_converter_cls, cfg.pack)
     _check(cfg, provider, converter, num_shards, endless=num_epochs is None)
-    dataset = seqio.get_dataset(
-        provider,
-        task_feature_lengths=dict(cfg.task_feature_lengths or {}),
-        feature_converter=converter,
-        dataset_split=cfg.split,
+    rows = cfg.batch_size // num_shards
+    dataset = provider.get_dataset(
+        dict(cfg.task_feature_lengths or {}),
+        split=cfg.split,
         use_cached=cfg.use_cached,
         shuffle=cfg.shuffle,
         num_epochs=num_epochs,
         shard_info=seqio.ShardInfo(index=shard_id, num_shards=num_shards),
-        verbose=False,
         seed=cfg.seed,
-        batch_size=cfg.batch_size // num_shards,
         trim_output_features=cfg.trim_output_features,
     )
+    if cfg.length_buckets:
+        dataset = by_length(dataset, rows, _equal_shares(provider), cfg.seed or 0)
+    dataset = converter(dataset, dict(cfg.task_feature_lengths or {}))
+    dataset = dataset.batch(rows, drop_remainder=True)
     if isinstance(provider, TaskMixture):
         check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
     return dataset
+
+
+def _equal_shares(provider: Any) -> int:
+    """How many tasks have an equal share of every batch each; 1 where shares vary."""
+    sampler = getattr(provider, "sampler", None)
+    return len(provider.task_names) if isinstance(sampler, EqualQuotas) else 1
+
+
+def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int) -> tf.data.Dataset:
+    """Sorts the examples of `length_buckets.WINDOW` batches at a time by the length of their
+    inputs, and shuffles the batches that result.
+
+    Tasks with an equal share of each batch keep it: the examples of each are sorted among
+    themselves. So a run of a grouped job meets its examples in the batches that it would meet
+    them in alone.
+
+    Args:
+        dataset: endless task features (inputs, targets, task_ids).
+        batch_size: B.
+        shares: tasks that have B / shares examples of every batch each, in the same order; or 1.
+        seed: of the shuffling.
+    """
+    window, share = length_buckets.WINDOW, batch_size // shares
+
+    def to_shares(x: tf.Tensor) -> tf.Tensor:  # [window * B] -> [shares, window * share]
+        x = tf.transpose(tf.reshape(x, [window, shares, share]), [1, 0, 2])
+        return tf.reshape(x, [shares, window * share])
+
+    def sort(number: tf.Tensor, found: Mapping[str, tf.RaggedTensor]):
+        lengths = found["inputs"].row_lengths()  # type: ignore[union-attr]
+        by_share = tf.argsort(to_shares(lengths), stable=True)
+        order = tf.gather(to_shares(tf.range(window * batch_size)), by_share, batch_dims=1)
+        order = tf.transpose(tf.reshape(order, [shares, window, share]), [1, 0, 2])
+        key = examples.stream_key(seed, _WINDOWS, number)
+        shuffled = tf.argsort(tf.random.stateless_uniform([window], key, alg="philox"))
+        order = tf.reshape(tf.gather(order, shuffled), [-1])
+        return {name: tf.gather(value, order) for name, value in found.items()}
+
+    names = ("inputs", "targets", TASK_IDS)
+    texts = dataset.map(lambda example: {name: example[name] for name in names})
+    windows = texts.ragged_batch(window * batch_size, drop_remainder=True).enumerate()
+    return windows.map(tf.autograph.experimental.do_not_convert(sort)).unbatch()
 
 
 def _check(cfg: DatasetConfig, provider: Any, converter: Any, hosts: int, endless: bool) -> None:
@@ -203,85 +272,6 @@ def check_counts(
     check_lengths(overlong, converter, cfg.task_feature_lengths)
 
 
-class TrainIterator(Iterator[Batch]):
-    """This host's rows of the training batches, with a position that can be saved.
-
-    Every host makes whole batches and keeps its own rows of them. So the batch of a step does not
-    depend on the number of hosts, and a position that was saved by one number of hosts is good
-    for any other.
-
-    Args:
-        dataset: whole batches.
-        share: which rows of them are this host's.
-        identity: JSON values that a position must agree on with the iterator it is restored to.
-    """
-
-    def __init__(self, dataset: tf.data.Dataset, share: "Share", identity: Mapping[str, Any]):
-        self._iterator = iter(dataset)
-        self._share = share
-        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
-        self._identity = json.loads(json.dumps(dict(identity)))
-        self._taken = 0
-        self._reported = False
-
-    def __next__(self) -> Batch:
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            if self._taken:
-                raise
-            raise ValueError(
-                f"There is not one whole batch in {self._identity}: the split is empty, or holds "
-                "fewer examples than a batch."
-            ) from None
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(plain_message(error)) from error
-        self._taken += 1
-        return self._share.of({name: value.numpy() for name, value in batch.items()})
-
-    def state(self) -> bytes:
-        """Returns the position: restoring it continues with the batch that would come next."""
-        content = io.BytesIO()
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content, "w") as archive:
-            self._checkpoint.write(os.path.join(folder, "position"))
-            header = {"identity": self._identity, "batches_taken": self._taken}
-            archive.writestr(_POSITION, json.dumps(header))
-            for name in sorted(os.listdir(folder)):
-                archive.write(os.path.join(folder, name), name)
-        if not self._reported:
-            logging.info("The data position takes %.1f KB.", len(content.getvalue()) / 1000)
-            self._reported = True
-        return content.getvalue()
-
-    def restore(self, state: bytes) -> None:
-        """Goes to a position returned by `state`.
-
-        Raises:
-            ValueError: `state` is no position, or one of another configuration.
-        """
-        try:
-            archive = zipfile.ZipFile(io.BytesIO(state))
-            header = json.loads(archive.read(_POSITION))
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise ValueError(f"Not a data position, or a damaged one: {error}") from error
-        theirs = header["identity"]
-        differing = {
-            key: (theirs.get(key), value)
-            for key, value in self._identity.items()
-            if theirs.get(key) != value
-        }
-        if differing:
-            text = "; ".join(f"{k}: saved {a!r}, now {b!r}" for k, (a, b) in differing.items())
-            raise ValueError(f"The data position belongs to another configuration: {text}.")
-        with tempfile.TemporaryDirectory() as folder:
-            for name in archive.namelist():
-                if name != _POSITION:
-                    with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
-                        file.write(archive.read(name))
-            self._checkpoint.read(os.path.join(folder, "position")).assert_consumed()
-        self._taken = header["batches_taken"]
-
-
 def train_iterator(
     cfg: DatasetConfig,
     feature_converter_cls: Callable[..., Any],
@@ -316,8 +306,10 @@ def train_iterator(
         "seed": cfg.seed,
         "shuffle": cfg.shuffle,
         "features": {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())},
+        "length_buckets": cfg.length_buckets and dict(cfg.length_buckets),
     }
-    return TrainIterator(dataset, share, identity)
+    converter = cfg.converter(feature_converter_cls, cfg.pack)
+    return TrainIterator(dataset, share, identity, cfg.buckets(converter, by_itself=False))
 
 
 def eval_batches(
@@ -355,7 +347,8 @@ def eval_batches(
             logging.warning("Task %s has no %r split: no loss on it.", task.name, cfg.split)
             continue
         dataset = _converted(cfg, task, converter, num_batches)
-        made[task.name] = Batches(dataset.batch(cfg.batch_size), share, keep=cfg.use_memory_cache)
+        buckets = cfg.buckets(converter, by_itself=True)
+        made[task.name] = Batches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
     if not made:
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
     if provider.name not in made and len(made) > 1:
@@ -381,56 +374,3 @@ def _converted(
     counts = {task.name: (table.num_overlong, table.num_examples)}
     check_lengths(counts, converter, cfg.task_feature_lengths)
     return converter(examples.dataset_of([table]), cfg.task_feature_lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """Which rows of a batch of `batch_size` belong to this host."""
-
-    batch_size: int
-    num_hosts: int
-    host_index: int
-
-    def __post_init__(self):
-        if self.batch_size % self.num_hosts:
-            raise ValueError(
-                f"DatasetConfig.batch_size {self.batch_size} must be a multiple of the "
-                f"{self.num_hosts} hosts."
-            )
-
-    def of(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Fills the batch up with rows of zeros and returns this host's rows."""
-        rows = self.batch_size // self.num_hosts
-        first = rows * self.host_index
-        return {name: fill(x, self.batch_size)[first : first + rows] for name, x in batch.items()}
-
-
-class Batches:
-    """Batches that can be gone through any number of times."""
-
-    def __init__(self, dataset: tf.data.Dataset, share: Share, keep: bool):
-        self._dataset, self._share, self._keep = dataset, share, keep
-        self._kept: list[Batch] | None = None
-
-    def __call__(self) -> Iterable[Batch]:
-        if not self._keep:
-            return self._read()
-        if self._kept is None:
-            self._kept = list(self._read())
-        return self._kept
-
-    def _read(self) -> Iterator[Batch]:
-        for batch in self._dataset.as_numpy_iterator():
-            yield self._share.of(dict(batch))
-
-
-def fill(array: np.ndarray, rows: int) -> np.ndarray:
-    """Returns `array` with zeros appended along its first axis, up to `rows`."""
-    missing = rows - array.shape[0]
-    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
-
-
-def plain_message(error: tf.errors.InvalidArgumentError) -> str:
-    """Returns what an assertion of ours in the graph says, without what TensorFlow puts around."""
-    found = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
-    return found.group(1) if found else str(error)

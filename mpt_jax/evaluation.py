@@ -12,7 +12,7 @@ label with the highest log-probability counts as the answer, whatever decoding s
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mpt_jax import data, examples
+from mpt_jax.batches import Batch
+from mpt_jax.iterators import Batches, Share
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
 SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
@@ -31,7 +33,7 @@ LOGGERS = (seqio.PyLoggingLogger, seqio.TensorBoardLogger, seqio.JSONLogger)
 # What seqio.Evaluator does with its `use_memory_cache` shows in the data sets alone.
 _IN_MEMORY = type(tf.data.Dataset.range(0).cache())
 
-BatchFn = Callable[[data.Batch], Any]
+BatchFn = Callable[[Batch], Any]
 
 
 def with_labels(metric_fn: Callable[..., Any], labels: Sequence[str]) -> Callable[..., Any]:
@@ -110,10 +112,11 @@ class InferenceEvaluator:
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
         )
         self._sizes = self._count(cfg)
-        self._share = data.Share(cfg.batch_size, num_hosts, host_index)
+        self._share = Share(cfg.batch_size, num_hosts, host_index)
         datasets = self._evaluator.cached_task_datasets.values()
         self._keep = all(isinstance(dataset, _IN_MEMORY) for dataset in datasets)
-        self._batches: dict[tuple[str, ...], data.Batches] = {}
+        self._buckets = cfg.buckets(self._converter, by_itself=True, limits=self._limits())
+        self._batches: dict[tuple[str, ...], Batches] = {}
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -163,6 +166,14 @@ class InferenceEvaluator:
             for name, metrics in future.result().items()
         }
 
+    def _limits(self) -> dict[str, int]:
+        """The longest inputs and targets that examples were made for."""
+        spec = next(iter(self._evaluator.cached_model_datasets.values())).element_spec[1]
+        positions = spec["encoder_input_tokens"].shape[0]
+        prompt_length = getattr(self._converter, "prompt_length", 0)
+        targets = spec["decoder_target_tokens"].shape[0]
+        return {"inputs": positions - prompt_length, "targets": targets}
+
     def _needing(self, kind: Any) -> tuple[str, ...]:
         return tuple(
             name
@@ -177,22 +188,34 @@ class InferenceEvaluator:
         data.check_counts(overlong, cfg, self._converter)
         return {name: size for name, (_, size) in overlong.items()}
 
-    def _read(self, names: tuple[str, ...]) -> Iterator[data.Batch]:
-        """The examples of some tasks, one task after the other, in batches of this host."""
+    def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:
+        """The examples of some tasks in batches of this host, with their numbers when one task is
+        counted after the other."""
         if names not in self._batches:
             datasets = [self._evaluator.cached_model_datasets[name] for name in names]
             joined = functools.reduce(lambda a, b: a.concatenate(b), datasets)
-            batches = joined.map(lambda _, example: example).batch(self._share.batch_size)
-            self._batches[names] = data.Batches(batches.prefetch(2), self._share, keep=self._keep)
-        return iter(self._batches[names]())
+            self._batches[names] = Batches(
+                joined.map(lambda _, example: example),
+                self._share,
+                keep=self._keep,
+                buckets=self._buckets,
+                cut_targets=False,
+            )
+        return self._batches[names].numbered()
 
     def _run(self, function: BatchFn, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Returns {task: outputs, one row for each of its examples}."""
         if not names:
             return {}
-        rows = np.concatenate([np.asarray(function(batch)) for batch in self._read(names)])
         bounds = np.cumsum([self._sizes[name] for name in names])
-        return dict(zip(names, np.split(rows[: bounds[-1]], bounds[:-1]), strict=True))
+        found: np.ndarray | None = None
+        for numbers, batch in self._read(names):
+            rows = np.asarray(function(batch))[: len(numbers)]  # the rest fills up the batch
+            if found is None:
+                found = np.zeros((bounds[-1], *rows.shape[1:]), rows.dtype)
+            found[numbers] = rows
+        assert found is not None  # an empty split is refused
+        return dict(zip(names, np.split(found, bounds[:-1]), strict=True))
 
     def _rank(self, score_fn: BatchFn) -> dict[str, dict[str, float]]:
         """Returns {task: {'rank_accuracy': percent}} of the tasks that declare labels."""
@@ -201,7 +224,7 @@ class InferenceEvaluator:
             return {}
         labels = self._label_table(names)
 
-        def is_right(batch: data.Batch) -> np.ndarray:
+        def is_right(batch: Batch) -> np.ndarray:
             rows = batch["encoder_task_ids"].max(axis=1)
             scores = []
             for column in range(labels.shape[1]):
@@ -238,7 +261,7 @@ class InferenceEvaluator:
                 table[runs.row(name), column, : len(ids)] = ids
         return table
 
-    def _strange_target(self, batch: data.Batch, rows: np.ndarray, index: int) -> str:
+    def _strange_target(self, batch: Batch, rows: np.ndarray, index: int) -> str:
         name = self._converter.runs.run_names[rows[index]]
         vocabulary = self._tasks[name].output_features["targets"].vocabulary
         target = vocabulary.decode(batch["decoder_target_tokens"][index].tolist())
@@ -286,7 +309,7 @@ def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
     return np.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, missing)])
 
 
-def _with_targets(batch: data.Batch, tokens: np.ndarray, rows: np.ndarray) -> data.Batch:
+def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
     """Returns `batch` with other targets [B, L]."""
     weights = (tokens != 0).astype(np.int32)
     return {

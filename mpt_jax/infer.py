@@ -36,10 +36,12 @@ from mpt_jax import (
     gin_utils,
     host_memory,
     identity,
+    length_buckets,
     train_state,
 )
 from mpt_jax.eval import states
 from mpt_jax.eval_loop import on_device
+from mpt_jax.iterators import Share
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner, to_host
 from mpt_jax.tree import flatten
@@ -135,9 +137,12 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         summarize_config_fn(output_dir, None, 0)
     functions = {"score": model.score_batch, "predict": model.predict_batch}
     compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
+    # Rows of like length go through the model together, so some batches are read at a time.
+    window = min(length_buckets.WINDOW, checkpoint_period)
     answer = functools.partial(
         _lines,
         rows=dataset_cfg.batch_size,
+        buckets=dataset_cfg.buckets(converter, by_itself=True),
         function=functools.partial(compiled, state.params),
         mode=mode,
     )
@@ -148,9 +153,9 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         vocabulary = task.output_features[output_vocab_feature_name].vocabulary
         pairs = _examples(dataset_cfg, task, converter).shard(num_shards, shard_id)
         done = output.begin(made_from)
-        batches = pairs.skip(done).batch(dataset_cfg.batch_size)
-        lines = (list(answer(batch, vocabulary=vocabulary)) for batch in batches)
-        output.write(lines, checkpoint_period)
+        windows = pairs.skip(done).batch(window * dataset_cfg.batch_size)
+        lines = (list(answer(rows, vocabulary=vocabulary)) for rows in windows)
+        output.write(lines, checkpoint_period // window)
     return [str(output.path) for output in outputs]
 
 
@@ -265,11 +270,11 @@ class _Output:
             logging.info("%s: going on after %d examples.", self.path, count)
         return count
 
-    def write(self, batches: Iterable[list[str]], period: int) -> None:
-        """Appends the lines of every batch, `period` batches at a time, and completes the file."""
+    def write(self, windows: Iterable[list[str]], period: int) -> None:
+        """Appends lines, those of `period` windows at a time, and completes the file."""
         writes = jax.process_index() == 0
         waiting: list[str] = []
-        for number, lines in enumerate(batches, start=1):
+        for number, lines in enumerate(windows, start=1):
             waiting += lines
             if writes and number % period == 0:
                 self._append(waiting)
@@ -286,16 +291,27 @@ class _Output:
 
 
 def _lines(
-    batch: tuple[Any, Any], rows: int, function: Callable[..., Any], mode: str, vocabulary: Any
+    window: tuple[Any, Any],
+    rows: int,
+    buckets: length_buckets.LengthBuckets | None,
+    function: Callable[..., Any],
+    mode: str,
+    vocabulary: Any,
 ) -> Iterator[str]:
-    """One line of JSON for each example of a batch."""
-    texts, features = jax.tree.map(lambda x: x.numpy(), batch)
-    count = len(next(iter(features.values())))
-    share = data.Share(rows, jax.process_count(), jax.process_index())
-    outputs = function(share.of(features))
-    for row in range(count):
-        inputs = {name: value[row].decode() for name, value in texts.items()}
-        yield json.dumps({"inputs": inputs} | _answer(outputs, row, mode, vocabulary))
+    """One line of JSON for each example of some batches of `rows`, in their order."""
+    texts, features = jax.tree.map(lambda x: x.numpy(), window)
+    share = Share(rows, jax.process_count(), jax.process_index())
+    lengths = length_buckets.encoder_lengths(features)
+    answers: dict[int, dict[str, Any]] = {}
+    for chosen in length_buckets.sorted_batches(lengths, rows):
+        batch = {name: value[chosen] for name, value in features.items()}
+        batch = buckets.cut(batch, targets=False) if buckets else batch
+        outputs = function(share.of(batch))
+        for row, number in enumerate(chosen.tolist()):
+            answers[number] = _answer(outputs, row, mode, vocabulary)
+    for number in range(len(lengths)):
+        inputs = {name: value[number].decode() for name, value in texts.items()}
+        yield json.dumps({"inputs": inputs} | answers[number])
 
 
 def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax import data, features
+from mpt_jax import data, features, length_buckets
 from mpt_jax.data import DatasetConfig
 from mpt_jax.features import PromptFeatureConverter
 from mpt_jax.runs import Runs
@@ -91,12 +91,14 @@ PIPELINES = {
     "packed": dict(provider=mixture, pack=True),
     "plain": dict(provider=lambda: "dat_plain"),
     "task": dict(provider=lambda: "dat_b"),
+    "by length": dict(provider=mixture, length_buckets={"inputs": [2], "targets": [2]}),
 }
 
 
 @pytest.mark.parametrize(
     "name, step",
-    [("mixture", 0), ("mixture", 1), ("mixture", 13), ("packed", 3), ("plain", 5), ("task", 2)],
+    [("mixture", 0), ("mixture", 1), ("mixture", 13), ("packed", 3), ("plain", 5), ("task", 2)]
+    + [("by length", 4), ("by length", 17)],
 )
 def test_resume_is_exact_from_any_step(name, step):
     changes = dict(PIPELINES[name])
@@ -155,7 +157,7 @@ def test_the_batch_of_a_step_is_the_same_on_any_number_of_hosts(name):
     assert_equal_batches(joined(found, 4), take(whole, 4))
 
 
-@pytest.mark.parametrize("name", ["mixture", "plain"])
+@pytest.mark.parametrize("name", ["mixture", "plain", "by length"])
 def test_a_position_is_good_for_any_number_of_hosts(name):
     coming = iter(joined(shares(name, 1), 6))
     hosts = shares(name, 3)
@@ -166,6 +168,78 @@ def test_a_position_is_good_for_any_number_of_hosts(name):
         for iterator in hosts:
             iterator.restore(position)
         assert_equal_batches(joined(hosts, 1), [next(coming)])
+
+
+def texts(batch):
+    """The task and the text of each row."""
+    tokens = [row[row > 1].tolist() for row in batch["encoder_input_tokens"]]
+    return list(zip(batch["encoder_task_ids"][:, 0].tolist(), map(tuple, tokens), strict=True))
+
+
+def test_a_window_holds_the_same_examples_sorted_by_length():
+    count = length_buckets.WINDOW
+    plain = take(data.train_iterator(config(mixture()), CONVERTER), 2 * count)
+    cut = take(data.train_iterator(config(**buckets_of(mixture())), CONVERTER), 2 * count)
+    for first in (0, count):
+        expected = [text for batch in plain[first : first + count] for text in texts(batch)]
+        found = [text for batch in cut[first : first + count] for text in texts(batch)]
+        assert sorted(found) == sorted(expected) and found != expected
+    # Ten of a hundred numbers have one digit: lengths of a batch are alike.
+    widths = [batch["encoder_input_tokens"].shape[1] for batch in cut]
+    assert set(widths) == {4, 8}
+    lengths = [[len(text) for _, text in texts(batch)] for batch in cut]
+    mixed = [found for found in lengths if len(set(found)) > 1]
+    assert len(mixed) <= 2, "one batch of a window may hold both lengths"
+    assert widths[:count] != sorted(widths[:count]), "batches of a window are shuffled"
+
+
+def buckets_of(provider, **changes):
+    buckets = {"inputs": [2], "targets": [2]}
+    return dict(provider=provider, length_buckets=buckets, **changes)
+
+
+def test_a_grouped_run_meets_its_examples_in_the_batches_it_would_meet_them_in_alone():
+    names = tuple(SIZES)
+    together = TaskMixture("dat_quotas", names, EqualQuotas(6, 3))
+    grouped = take(data.train_iterator(config(**buckets_of(together)), CONVERTER), 20)
+    for row, name in enumerate(names):
+        solo = TaskMixture(f"dat_quotas_{name}", (name,), EqualQuotas(2, 3))
+        cfg = config(**buckets_of(solo, batch_size=2))
+        for batch, whole in zip(
+            take(data.train_iterator(cfg, CONVERTER), 20), grouped, strict=True
+        ):
+            assert texts(batch) == texts(whole)[2 * row : 2 * row + 2]
+
+
+@pytest.mark.parametrize(
+    "buckets, message",
+    [
+        (
+            {"inputs": [2, 6]},
+            r"length_buckets\['inputs'\] must increase and stay below .* 6 tokens",
+        ),
+        ({"targets": [3, 2]}, r"length_buckets\['targets'\] must increase"),
+        ({"outputs": [3]}, r"length_buckets are of inputs and targets, got \['outputs'\]"),
+    ],
+)
+def test_bad_length_buckets(buckets, message):
+    with pytest.raises(ValueError, match=message):
+        data.train_iterator(config(mixture(), length_buckets=buckets), CONVERTER)
+
+
+def test_packed_rows_have_one_length():
+    with pytest.raises(ValueError, match="length_buckets has no effect with pack = True"):
+        config(mixture(), pack=True, length_buckets={"inputs": [2]})
+
+
+def test_eval_batches_by_length_hold_every_example_once():
+    arguments = dict(split="validation", shuffle=False, batch_size=4)
+    cfg = config("dat_b", length_buckets={"inputs": [2]}, **arguments)
+    batches = list(data.eval_batches(cfg, CONVERTER)["dat_b"]())
+    expected = data.eval_batches(config("dat_b", **arguments), CONVERTER)["dat_b"]()
+    wanted = [text for batch in expected for text in texts(batch) if text[1]]
+    assert sorted(t for batch in batches for t in texts(batch) if t[1]) == sorted(wanted)
+    assert [batch["encoder_input_tokens"].shape[1] for batch in batches] == [4] * 2 + [8] * 6
 
 
 def test_eval_batches_hold_every_example_once():

@@ -17,7 +17,7 @@ backbones
 losses metrics decoding models optimizers schedules partitioning convert provenance model_card
 artefacts bank lock train_state identity trainer selection checksums checkpoints conversion
 verify_weights predict export""".split()
-BORDER = """vocabularies features examples sampling data evaluation t5x_import t5x_host t5x_trainer
+BORDER = """vocabularies features examples sampling iterators data evaluation t5x_import t5x_host t5x_trainer
 initializer gin_check gin_utils reporting results eval_loop train eval infer
 plan experiment report demo paper list_tasks doctor cli
 t5x_fallback""".split()
