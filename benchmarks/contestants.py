@@ -1,0 +1,231 @@
+"""One training step of MPT: ours, and PEFT's on transformers' T5.
+
+Both take the same batches of the contract, train the prompt alone by AdamW with the same learning
+rate and clipping, and have no dropout. Weights are random: no figure here depends on them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks import contest
+from mpt_jax.backbones.t5.config import T5Config, t5_config
+
+RATE, CLIP = 0.3, 1.0
+SIZES = ("tiny", "small", "base", "large")
+IGNORED = -100  # torch's label of a position without loss
+
+
+def t5(size: str, dtype: str = "float32") -> T5Config:
+    """The shape of T5 1.0 in a size; `tiny` is for tests."""
+    if size == "tiny":
+        return T5Config(
+            vocab_size=512,
+            dtype=dtype,
+            emb_dim=32,
+            num_heads=2,
+            head_dim=16,
+            mlp_dim=64,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            logits_via_embedding=True,
+        )
+    return t5_config(f"t5_1_0_{size}", dtype=dtype)
+
+
+# --- Ours ----------------------------------------------------------------------------------------
+
+
+class Ours:
+    """The trainer's own compiled step.
+
+    Args:
+        config: the backbone; its dtype is that of activations.
+        prompt_length: P.
+        num_tasks: K, rows of the bank, in one group.
+        distilled: whether the loss has the teachers' terms (logits and hidden states).
+    """
+
+    def __init__(
+        self, config: T5Config, prompt_length: int, num_tasks: int, distilled: bool = False
+    ):
+        import jax
+
+        from mpt_jax import host_memory, losses, train_state
+        from mpt_jax.backbones.t5.network import Transformer
+        from mpt_jax.models import PromptedEncoderDecoder
+        from mpt_jax.optimizers import PromptOptimizer, Schedule
+        from mpt_jax.partitioning import PjitPartitioner
+        from mpt_jax.prompts.mpt import MPT
+        from mpt_jax.runs import Runs
+        from mpt_jax.trainer import Trainer
+
+        host_memory.keep_freed()
+        rates = Schedule(RATE, decay="constant")
+        model = PromptedEncoderDecoder(
+            Transformer(config),
+            MPT(prompt_length),
+            Runs([f"task_{k}" for k in range(num_tasks)]),
+            PromptOptimizer({"shared": rates, "task": rates}, clip_norm=CLIP),
+            objective=losses.Objective(distillation=losses.Distillation() if distilled else None),
+        )
+        partitioner = PjitPartitioner()
+        state = train_state.create(model, random_params(model, partitioner), partitioner)
+        self.trainer = Trainer(model, state, partitioner, jax.random.PRNGKey(0))
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Dispatches one step."""
+        self.trainer.train(batch)
+
+    def wait(self) -> None:
+        """Returns when all steps are computed."""
+        import jax
+
+        jax.block_until_ready(self.trainer.state.trainable)
+
+    def loss(self) -> float:
+        """The mean cross entropy of the steps since this was last asked.
+
+        Raises:
+            NonFiniteLoss: a step was not taken.
+        """
+        return self.trainer.read_metrics()["term/cross_entropy"]
+
+    def peak_mib(self) -> float:
+        """Peak memory: of the process, or of the accelerator."""
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "cpu":
+            return contest.peak_mib()
+        return (device.memory_stats() or {})["peak_bytes_in_use"] / 2**20
+
+
+def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
+    """A whole parameter tree, NumPy arrays of sensible scales in the dtypes the state has. Drawing
+    here takes a second where compiling the initial values of thousands of rows takes minutes."""
+    from mpt_jax import train_state
+    from mpt_jax.tree import flatten, unflatten
+
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("scale") or "/task_" in name:
+            return np.ones(shape, np.float32)
+        values = rng.standard_normal(shape, np.float32)
+        return values / np.float32(np.sqrt(shape[0])) if name.endswith("kernel") else values
+
+    expected = flatten(train_state.abstract(model, partitioner).params)
+    return unflatten({n: draw(n, x.shape).astype(x.dtype) for n, x in expected.items()})
+
+
+# --- PEFT ----------------------------------------------------------------------------------------
+
+
+class Peft:
+    """PEFT's MultitaskPromptTuning with prompts in the encoder alone, as ours are.
+
+    Args:
+        config: the backbone; its dtype is that of the weights, prompts are float32.
+        prompt_length: P.
+        num_tasks: K.
+        device: torch's name.
+        fused: attention by torch's fused kernel, and the whole model compiled; transformers' T5
+            has neither by itself.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        prompt_length: int,
+        num_tasks: int,
+        device: str = "cpu",
+        fused: bool = False,
+    ):
+        # transformers would import TensorFlow beside torch, and need memory for it.
+        os.environ["USE_TF"] = "0"
+        import torch
+        from peft import MultitaskPromptTuningConfig, TaskType, get_peft_model
+        from transformers import T5ForConditionalGeneration
+
+        torch.manual_seed(0)
+        self.torch, self.device = torch, device
+        backbone = T5ForConditionalGeneration(hugging_face(config))
+        model = get_peft_model(
+            backbone.to(getattr(torch, config.dtype.name)),
+            MultitaskPromptTuningConfig(
+                task_type=TaskType.SEQ_2_SEQ_LM,
+                num_tasks=num_tasks,
+                num_virtual_tokens=prompt_length,
+                num_transformer_submodules=1,
+            ),
+        )
+        self.model = model.to(device).train()
+        self.learnt = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learnt, lr=RATE, weight_decay=1e-5)
+        if fused:
+            from benchmarks import fused_t5
+
+            fused_t5.fuse_attention(backbone)
+            self.model = torch.compile(self.model, dynamic=True)
+        self._last: Any = None
+
+    def step(self, batch: Mapping[str, np.ndarray]) -> None:
+        """One step."""
+        self.optimizer.zero_grad()
+        self._last = self.model(**self.inputs(batch)).loss
+        self._last.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.learnt, CLIP)
+        self.optimizer.step()
+
+    def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What the model is called with, of a batch of the contract with prompts in front."""
+        slots = batch["encoder_prompt_slots"][0]
+        text = batch["encoder_input_tokens"][:, int((slots > 0).sum()) :]
+        labels = np.where(batch["decoder_loss_weights"], batch["decoder_target_tokens"], IGNORED)
+        arrays = {
+            "input_ids": text,
+            "attention_mask": text != 0,
+            "labels": labels,
+            "task_ids": batch["encoder_task_ids"][:, 0],
+        }
+        return {
+            name: self.torch.as_tensor(x, dtype=self.torch.long, device=self.device)
+            for name, x in arrays.items()
+        }
+
+    def wait(self) -> None:
+        """Returns when all steps are computed."""
+        if self.device != "cpu":
+            self.torch.cuda.synchronize()
+
+    def loss(self) -> float:
+        """The cross entropy of the last step.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        found = float(self._last.detach())
+        if not np.isfinite(found):
+            raise FloatingPointError(f"PEFT's loss is {found}.")
+        return found
+
+    def peak_mib(self) -> float:
+        """Peak memory: of the process, or of the accelerator."""
+        if self.device == "cpu":
+            return contest.peak_mib()
+        return self.torch.cuda.max_memory_allocated() / 2**20
+
+
+def hugging_face(config: T5Config) -> Any:
+    """The same shape as transformers' configuration."""
+    from transformers import T5Config as TheirConfig
+
+    from mpt_jax.convert import hf
+
+    # The cache serves decoding; without it a step is a little cheaper.
+    return TheirConfig(**hf.config_to_hf(config), use_cache=False)

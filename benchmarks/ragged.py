@@ -1,0 +1,231 @@
+"""MPT's step on ragged texts against PEFT's: positions, seconds, examples a second and memory.
+
+    python -m benchmarks.ragged --out docs/benchmarks/ragged_small.json
+    python -m benchmarks.ragged --size base --batch-sizes 8 --batches 6 --stages source \
+        --out docs/benchmarks/ragged_base.json
+    python -m benchmarks.ragged --device gpu --size large --batch-sizes 8 16 32 64 \
+        --peak-tflops 989 --out docs/benchmarks/ragged_gpu.json
+
+T5 shapes with random weights, P = 100, texts of at most 256 tokens whose lengths are those of
+benchmarks/ragged_mix.py (assumed; the record has the histogram). PEFT pads each batch to its
+longest text, in the order examples come and sorted by length. Ours sorts and cuts to buckets, or
+packs by best fit into rows of once or twice the limits. A turn is the same list of examples for
+everyone, in batches of --batch-sizes examples (packed: on average); contestants take turns. A
+source step has six tasks in its batches, a target step one. Everything is float32 except where a
+name says bfloat16; on a GPU all is bfloat16, PEFT's model compiled and its attention fused
+(benchmarks/fused_t5.py). No figure of a GPU has been measured yet. PEFT needs the `parity` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import contest, figures, ragged_batches, ragged_mix
+from benchmarks.contestants import SIZES, Ours, Peft, t5
+from mpt_jax.batches import Example
+
+P = 100
+
+
+class Contestant(NamedTuple):
+    """Who computes, on which kind of batches (`ragged_batches.KINDS`), in which precision."""
+
+    library: str
+    kind: str
+    dtype: str = "float32"
+    distilled: bool = False
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        teachers = ", distilled" if self.distilled else ""
+        return f"{self.library}{dtype} {self.kind}{teachers}"
+
+
+# Those whose figures are divided by each other come first: they are in memory together.
+MAIN = (
+    Contestant("PEFT", "unsorted"),
+    Contestant("PEFT", "sorted"),
+    Contestant("MPT-JAX", "buckets"),
+    Contestant("MPT-JAX", "packed_2x"),
+)
+NARROW = (
+    Contestant("PEFT", "unsorted", "bfloat16"),
+    Contestant("PEFT", "sorted", "bfloat16"),
+)
+OTHERS = (
+    Contestant("MPT-JAX", "packed_1x"),
+    Contestant("MPT-JAX", "padded"),
+    Contestant("MPT-JAX", "packed_2x", distilled=True),
+)
+ON_GPU = (
+    *NARROW,
+    *(Contestant("MPT-JAX", kind, "bfloat16") for kind in ("buckets", "packed_1x", "packed_2x")),
+)
+ALL = {contestant.name: contestant for contestant in (*MAIN, *NARROW, *OTHERS, *ON_GPU)}
+STAGES = {"source": len(ragged_mix.TASKS), "target": 1}  # rows of the bank
+
+
+def entered(args: argparse.Namespace, stage: str) -> list[Contestant]:
+    """Who takes part. Target steps have no teachers; and what the precision and the kinds of
+    packing cost was seen in the source stage, whose steps are the same but for the bank."""
+    if args.contestants:
+        return [ALL[name] for name in args.contestants]
+    if args.device == "gpu":
+        return list(ON_GPU)
+    return [*MAIN, *NARROW, *OTHERS] if stage == "source" else list(MAIN)
+
+
+def examples(args: argparse.Namespace, stage: str, batch_size: int) -> list[Example]:
+    """The list of a turn."""
+    mix = ragged_mix.draw(args.batches * batch_size)
+    return ragged_mix.examples(mix, t5(args.size).vocab_size, one_task=stage == "target")
+
+
+def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant) -> contest.Work:
+    """A contestant's turn: a step for each of its batches."""
+    config = t5(args.size, who.dtype)
+    list_of_turn = examples(args, stage, batch_size)
+    batches = ragged_batches.KINDS[who.kind](list_of_turn, P, batch_size)
+    on_gpu = args.device == "gpu"
+    side: Ours | Peft
+    if who.library == "PEFT":
+        device = "cuda" if on_gpu else "cpu"
+        side = Peft(config, P, STAGES[stage], device, fused=on_gpu)
+    else:
+        side = Ours(config, P, STAGES[stage], who.distilled)
+
+    def run() -> None:
+        for batch in batches:
+            side.step(batch)
+        side.wait()
+        side.loss()  # raises where training has gone wrong
+
+    return contest.Work(run, side.peak_mib)
+
+
+def measure(args: argparse.Namespace, stage: str, batch_size: int) -> dict[str, dict[str, Any]]:
+    """The figures of every contestant in one stage, by name."""
+    whos = entered(args, stage)
+    given = ["benchmarks.ragged", "--device", args.device, "--size", args.size]
+    given += ["--batches", str(args.batches), "--stages", stage, "--batch-sizes", str(batch_size)]
+    commands = {who.name: [*given, "--serve", who.name] for who in whos}
+    found = contest.compare(commands, args.turns, args.together)
+    list_of_turn = examples(args, stage, batch_size)
+    flops = ragged_batches.needed_flops(t5(args.size), list_of_turn, P)
+    for who in whos:
+        row = found[who.name]
+        batches = ragged_batches.KINDS[who.kind](list_of_turn, P, batch_size)
+        seconds = row["median_seconds"]
+        row["steps"] = len(batches)
+        row["shapes"] = len({batch["encoder_input_tokens"].shape for batch in batches})
+        row["positions_per_example"] = ragged_batches.positions(batches) / len(list_of_turn)
+        row["examples_per_second"] = len(list_of_turn) / seconds
+        row["needed_gflops_per_second"] = flops / seconds / 1e9
+        if args.peak_tflops:
+            row["model_flops_utilisation"] = flops / seconds / (args.peak_tflops * 1e12)
+    return found
+
+
+def speedups(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Examples a second of each of ours over each of PEFT's."""
+    speed = {name: row["examples_per_second"] for name, row in found.items()}
+    return {
+        f"{ours} / {theirs}": speed[ours] / speed[theirs]
+        for ours in found
+        for theirs in found
+        if ALL[ours].library != "PEFT" and ALL[theirs].library == "PEFT"
+    }
+
+
+COLUMNS = {
+    "positions an example": "positions_per_example",
+    "seconds a turn": "median_seconds",
+    "min": "min_seconds",
+    "max": "max_seconds",
+    "examples/s": "examples_per_second",
+    "peak MiB": "peak_mib",
+    "warm-up s": "warm_up_seconds",
+    "MFU": "model_flops_utilisation",
+}
+
+
+def markdown(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
+    """The contestants, then how many times faster ours are."""
+    columns = {
+        title: field
+        for title, field in COLUMNS.items()
+        if all(field in row for row in found.values())
+    }
+    rows = [[name, *(row[field] for field in columns.values())] for name, row in found.items()]
+    theirs = [name for name in found if ALL[name].library == "PEFT"]
+    ours = [name for name in found if name not in theirs]
+    times = [[name, *(f"{ratios[f'{name} / {other}']:.2f}x" for other in theirs)] for name in ours]
+    tables = [figures.table(["", *columns], rows)]
+    if theirs and ours:
+        tables.append(figures.table(["examples/s against", *theirs], times))
+    return "\n\n".join(tables)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages compared."""
+    return {
+        name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers", "peft")
+    }
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16])
+    parser.add_argument("--batches", type=int, default=8, help="of a turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--contestants", nargs="+", choices=ALL, metavar="NAME")
+    parser.add_argument("--together", type=int, default=4, help="contestants in memory at once")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in this precision")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", choices=ALL, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints tables, and writes the figures where asked."""
+    args = parsed()
+    # Several processes share a GPU, so none may take all of its memory.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["JAX_PLATFORMS"] = "cuda" if args.device == "gpu" else "cpu"
+    if args.serve:
+        (stage,), (size,) = args.stages, args.batch_sizes
+        contest.serve(lambda: work(args, stage, size, ALL[args.serve]))
+        return
+    record: dict[str, Any] = {
+        "settings": {name: value for name, value in vars(args).items() if name != "out"},
+        "prompt_length": P,
+        "machine": figures.machine(),
+        "versions": versions(),
+        "results": [],
+    }
+    for size in args.batch_sizes:
+        mix = ragged_mix.description(ragged_mix.draw(args.batches * size))
+        for stage in args.stages:
+            found = measure(args, stage, size)
+            ratios = speedups(found)
+            print(f"\n{stage} step, T5-{args.size}, B = {size}\n\n{markdown(found, ratios)}")
+            record["results"].append(
+                {"stage": stage, "batch_size": size, "mix": mix}
+                | {"contestants": found, "speedups": ratios}
+            )
+            figures.write(record, args.out)
+    print(f"\nMachine: {record['machine']}")
+
+
+if __name__ == "__main__":
+    main()
