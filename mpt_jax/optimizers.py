@@ -14,6 +14,7 @@ A task whose examples are not in a batch is `absent`: the gradients of its rows 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 import optax
 
 from mpt_jax.runs import Runs
-from mpt_jax.shapes import Array, Float, Int, Params
+from mpt_jax.shapes import Array, Bool, Float, Int, Params
 from mpt_jax.tree import Rules, flatten, label_tree, path_name
 
 # Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
@@ -149,6 +150,53 @@ class PromptOptimizer:
         """Updates to add to the trainable parameters, and the next state."""
         return self._transformation(trainable).update(grads, state, trainable)
 
+    def select(
+        self, stepped: Bool[Array, " G"], new: tuple[Params, Any], old: tuple[Params, Any]
+    ) -> tuple[Params, Any]:
+        """Parameters and optimizer state, `new` for the groups that are `stepped` and exactly `old`
+        for the others.
+
+        Args:
+            stepped: which groups.
+            new, old: (trainable parameters, optimizer state) after a step and before it.
+        """
+        assert self.runs is not None and self.rows is not None  # bound, or there is no state
+        rows, runs = self.rows, self.runs
+        groups = self._groups_of_parts(old[0])
+
+        def of_parameter(path: tuple, new: Array, old: Array) -> Array:
+            return _pick_rows(stepped, row_groups(path_name(path), rows, runs), new, old)
+
+        clip, parts = new[1]
+        inner = {
+            part: jax.tree.map(functools.partial(_pick_rows, stepped, groups[part]), found, before)
+            for (part, found), before in zip(
+                parts.inner_states.items(), old[1][1].inner_states.values(), strict=True
+            )
+        }
+        trainable = jax.tree_util.tree_map_with_path(of_parameter, new[0], old[0])
+        return trainable, (clip, parts._replace(inner_states=inner))
+
+    def is_over(self, state: Any, trainable: Params) -> Bool[Array, " G"]:
+        """Whether the schedules of each group have ended: only where `total_steps` is given by
+        group, and by the longest of its labels. Steps count as the rows of the group took them.
+
+        Args:
+            state: the optimizer's, after a step.
+            trainable: the parameters.
+        """
+        count = self.runs.num_groups if self.runs else 1
+        totals = [schedule.total_steps for schedule in self.learning_rates.values()]
+        ends = [total for total in totals if total is not None]
+        if count == 1 or len(ends) < len(totals) or not any(np.ndim(end) for end in ends):
+            return jnp.zeros(count, bool)
+        limits = np.max([np.broadcast_to(end, count) for end in ends], axis=0)
+        taken = jnp.zeros(count, jnp.int32)
+        for part, groups in self._groups_of_parts(trainable).items():
+            steps = state[1].inner_states[part].inner_state.steps
+            taken = jnp.maximum(taken, jax.ops.segment_max(steps, np.asarray(groups), count))
+        return taken >= limits
+
     def current_learning_rates(self, step: int) -> dict[str, float]:
         """Each label's learning rate at a step (mean over groups), for logs."""
         groups = jnp.arange(self.runs.num_groups if self.runs else 1)
@@ -156,6 +204,12 @@ class PromptOptimizer:
             label: float(jnp.mean(schedule(jnp.full(groups.shape, step), groups)))
             for label, schedule in self.learning_rates.items()
         }
+
+    def _groups_of_parts(self, trainable: Params) -> dict[str, tuple[int, ...] | None]:
+        """The group of each row of the parameters that are stepped together, by part."""
+        assert self.labels is not None and self.runs is not None and self.rows is not None
+        parts = _parts(flatten(label_tree(trainable, self.labels)), self.rows)
+        return {part: row_groups(name, self.rows, self.runs) for name, part in parts.items()}
 
     def _schedule_fields(self) -> list[tuple[str, Any]]:
         return [
@@ -319,6 +373,14 @@ def clip_by_group_norm(
 
 def _per_group(value: PerGroup) -> Array:
     return jnp.atleast_1d(jnp.asarray(value, jnp.float32))
+
+
+def _pick_rows(
+    stepped: Bool[Array, " G"], groups: tuple[int, ...] | None, new: Array, old: Array
+) -> Array:
+    """The rows of `new` whose group is stepped, those of `old` for the others."""
+    rows = stepped[0] if groups is None else _rows(stepped[np.asarray(groups)], new)
+    return jnp.where(rows, new, old)
 
 
 def _rows(values: Array, like: Array) -> Array:

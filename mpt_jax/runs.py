@@ -84,6 +84,11 @@ class Runs:
         assert not isinstance(self.groups, str)
         return tuple(self.groups)
 
+    def names_of_group(self, group: int) -> tuple[str, ...]:
+        """The runs of a group."""
+        rows = zip(self.run_names, self.group_of_row, strict=True)
+        return tuple(name for name, of in rows if of == group)
+
     def row(self, run_name: str) -> int:
         """The bank row of a run.
 

@@ -1,17 +1,19 @@
 """Which step of a run is its best, and when to stop: actions after an evaluation.
 
-Each group of a job has its own best step. Its parameters at that step are kept in MODEL_DIR/best
-and become the artefact at the end. Everything is keyed by step, so repeating an evaluation after a
-resume changes nothing, and what was seen after the step that a run resumes from is forgotten.
+Each group of a job has its own best step, and its own patience. Its parameters at that step are
+kept in MODEL_DIR/best and become the artefact at the end. Everything is keyed by step, so repeating
+an evaluation after a resume changes nothing, and what was seen after the step that a run resumes
+from is forgotten.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -42,9 +44,10 @@ class Action(Protocol):
 
 @dataclasses.dataclass
 class SelectBest:
-    """Keeps each group's best parameters, and may stop when no group improves any more.
+    """Keeps each group's best parameters, and says which groups improve no more.
 
-    A group's score is the mean of its runs' metric. The earlier of two equal steps is the best.
+    A group's score is the mean of its runs' metric. The earlier of two equal steps is the best. A
+    group that is over, has failed, or was evaluated after its last step is looked at no more.
 
     Attributes:
         model: the model being trained.
@@ -52,26 +55,35 @@ class SelectBest:
         metric: the name of the metric, or task name -> metric; None takes the first metric of
             each task.
         mode: `'max'` or `'min'`.
-        patience: stop after this many evaluations without an improvement in any group; None
-            never stops.
-        min_evaluations: not before this many evaluations.
+        patience: a group is over after this many evaluations without an improvement of its own;
+            one number, or one for each group. None: never.
+        min_evaluations: not before this many evaluations of it.
     """
 
     model: PromptedEncoderDecoder
     model_dir: str
     metric: str | Mapping[str, str] | None = None
     mode: str = "max"
-    patience: int | None = None
+    patience: int | Sequence[int] | None = None
     min_evaluations: int = 0
 
     def __post_init__(self):
+        groups = self.model.runs.num_groups
         if self.mode not in ("max", "min"):
             raise ValueError(f"SelectBest.mode must be 'max' or 'min', got {self.mode!r}.")
-        if self.patience is not None and self.patience < 1:
+        if self.patience is not None and np.min(self.patience) < 1:
             raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
+        if np.ndim(self.patience or 1) and len(self.patience) != groups:  # pyright: ignore
+            raise ValueError(
+                f"SelectBest.patience has {len(self.patience)} entries, but there are {groups} "  # pyright: ignore
+                "groups; give one number or one for each group."
+            )
         self._folder = epath.Path(self.model_dir) / FOLDER
         self._resumed = False
-        self.history: dict[int, list[float]] = {}
+        self._written: dict[str, Any] | None = None  # the last record
+        self._digest = ""  # of the parameters kept
+        # Step -> score of each group; None where it was not looked at.
+        self.history: dict[int, list[float | None]] = {}
         self.best_step = [-1] * self.model.runs.num_groups
         self.scores: dict[str, dict[str, float]] = {}  # of each run, at its group's best step
         self.trainable: dict[str, Any] | None = None
@@ -80,18 +92,19 @@ class SelectBest:
         """Reads what was kept up to a step; called once, before the first evaluation.
 
         Raises:
-            ValueError: the folder belongs to other runs.
+            ValueError: the folder belongs to other runs, or is damaged.
         """
         self._resumed = True
         if step == 0 or not (self._folder / HISTORY).exists():
             return
-        record = json.loads((self._folder / HISTORY).read_text())
+        record, parameters = self._read()
         if record["run_names"] != list(self.model.runs.run_names):
             raise ValueError(
                 f"{self._folder} keeps the best of the runs {record['run_names']}, and these are "
                 f"{list(self.model.runs.run_names)}. Choose another MODEL_DIR."
             )
-        if max(record["best_step"]) > step:
+        lost = [best > step for best in record["best_step"]]
+        if any(lost):
             # The parameters of an earlier best step were overwritten by these.
             logging.warning(
                 "%s keeps parameters of step %d; the run goes on from step %d and selects anew.",
@@ -99,22 +112,34 @@ class SelectBest:
                 max(record["best_step"]),
                 step,
             )
+        if all(lost):
             return
-        history = {int(found): scores for found, scores in record["history"].items()}
-        self.history = {found: scores for found, scores in history.items() if found <= step}
-        self.best_step, self.scores = record["best_step"], record["scores"]
-        leaves = load((self._folder / PARAMETERS).read_bytes())
-        self.trainable = unflatten(leaves)
+        self.history = {
+            int(found): [None if gone else s for gone, s in zip(lost, scores, strict=True)]
+            for found, scores in record["history"].items()
+            if int(found) <= step
+        }
+        self.best_step = [
+            -1 if gone else best for gone, best in zip(lost, record["best_step"], strict=True)
+        ]
+        runs = self.model.runs
+        gone = {
+            run for group in np.flatnonzero(lost).tolist() for run in runs.names_of_group(group)
+        }
+        self.scores = {run: found for run, found in record["scores"].items() if run not in gone}
+        self.trainable = unflatten(load(parameters))
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Records an evaluation; True once patience is over."""
-        step, scores = int(train_state.step), self.group_scores(metrics_by_task)
+        """Records an evaluation; True once the patience with every group is over."""
+        step = int(train_state.step)
         if not self._resumed:
             self.resume(step)  # under T5X, which does not call it
+        scores = self.group_scores(metrics_by_task, self._closed(train_state, step))
         self.history[step] = scores
         improved = [
-            best in (-1, step) or self._better(scores[group], self.history[best][group])
-            for group, best in enumerate(self.best_step)
+            score is not None
+            and (best in (-1, step) or self._better(score, self.history[best][group]))
+            for group, (best, score) in enumerate(zip(self.best_step, scores, strict=True))
         ]
         if any(improved):
             self.trainable = self._take(to_host(_trainable(self.model, train_state)), improved)
@@ -129,10 +154,12 @@ class SelectBest:
             }
         if jax.process_index() == 0:
             self._write(params_changed=any(improved))
-        return self._is_over(step)
+        return all(self.over)
 
-    def group_scores(self, metrics_by_task: Scores) -> list[float]:
-        """Each group's score [G].
+    def group_scores(
+        self, metrics_by_task: Scores, closed: Sequence[bool] = ()
+    ) -> list[float | None]:
+        """Each group's score [G]; None for groups that are `closed`, whose scores are not read.
 
         Raises:
             ValueError: a run was not evaluated, or has no such metric.
@@ -140,6 +167,8 @@ class SelectBest:
         runs = self.model.runs
         totals: list[list[float]] = [[] for _ in range(runs.num_groups)]
         for row, run in enumerate(runs.run_names):
+            if any(closed) and closed[runs.group_of_row[row]]:
+                continue
             if run not in metrics_by_task:
                 raise ValueError(
                     f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
@@ -154,25 +183,54 @@ class SelectBest:
             if name not in found:
                 raise ValueError(unknown_name(f"metric of {run}", name, list(found)))
             totals[runs.group_of_row[row]].append(float(found[name]))
-        return [sum(scores) / len(scores) for scores in totals]
+        return [sum(scores) / len(scores) if scores else None for scores in totals]
 
     def best_group_scores(self) -> list[float]:
-        """Each group's best score [G]; NaN before the first evaluation."""
-        return [
-            self.history[step][group] if step >= 0 else math.nan
+        """Each group's best score [G]; NaN where it was not evaluated."""
+        found = [
+            self.history[step][group] if step >= 0 else None
             for group, step in enumerate(self.best_step)
         ]
+        return [math.nan if score is None else score for score in found]
 
-    def _better(self, new: float, old: float) -> bool:
+    @property
+    def over(self) -> list[bool]:
+        """The groups [G] with which patience is at its end."""
+        return self._over()
+
+    def _over(self, before: int | float = math.inf) -> list[bool]:
+        """The same, by the evaluations of earlier steps alone."""
+        if self.patience is None:
+            return [False] * len(self.best_step)
+        found = []
+        patience = np.broadcast_to(self.patience, len(self.best_step)).tolist()
+        for group, best in enumerate(self.best_step):
+            seen = self._seen(group, before)
+            waited = len([step for step in seen if step > best])
+            found.append(len(seen) >= self.min_evaluations and waited >= patience[group])
+        return found
+
+    def _seen(self, group: int, before: int | float = math.inf) -> list[int]:
+        """The steps at which a group was evaluated."""
+        found = self.history.items()
+        return [step for step, scores in found if scores[group] is not None and step < before]
+
+    def _closed(self, train_state: Any, step: int) -> list[bool]:
+        """Which groups an evaluation at a step has nothing to say about."""
+        over = self._over(before=step)  # one that is repeated counts as the first time
+        ended = np.asarray(getattr(train_state, "ended", [-1] * len(over)))
+        failed = np.asarray(getattr(train_state, "failed", [False] * len(over)))
+        after = [
+            end >= 0 and any(seen >= end for seen in self._seen(group, before=step))
+            for group, end in enumerate(ended)
+        ]
+        return [bool(any(reasons)) for reasons in zip(over, failed, after, strict=True)]
+
+    def _better(self, new: float, old: float | None) -> bool:
+        assert old is not None  # of the step that was the best so far
         if math.isnan(old):
             return not math.isnan(new)
         return new > old if self.mode == "max" else new < old
-
-    def _is_over(self, step: int) -> bool:
-        seen = sorted(found for found in self.history if found <= step)
-        if self.patience is None or len(seen) < self.min_evaluations:
-            return False
-        return len([found for found in seen if found > max(self.best_step)]) >= self.patience
 
     def _take(self, trainable: dict[str, Any], improved: list[bool]) -> dict[str, Any]:
         """The rows of improved groups from `trainable`, all others from the best so far."""
@@ -188,19 +246,57 @@ class SelectBest:
         return unflatten(leaves)
 
     def _write(self, params_changed: bool) -> None:
-        """Parameters first: a history that names a step implies that its parameters are there."""
+        """Two files that change together: the history first says what follows, beside what was, so
+        that whichever parameters a reader meets, it meets their record too."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        if params_changed:
-            assert self.trainable is not None
-            leaves = {k: np.ascontiguousarray(v) for k, v in flatten(self.trainable).items()}
-            _replace(self._folder / PARAMETERS, save(leaves))
+        history = self._folder / HISTORY
         record = {
             "run_names": list(self.model.runs.run_names),
             "best_step": self.best_step,
             "scores": self.scores,
             "history": self.history,
         }
-        _replace(self._folder / HISTORY, json.dumps(record).encode())
+        if params_changed:
+            assert self.trainable is not None
+            leaves = {k: np.ascontiguousarray(v) for k, v in flatten(self.trainable).items()}
+            parameters = save(leaves)
+            self._digest = hashlib.sha256(parameters).hexdigest()
+            if self._written is not None:
+                following = {**record, "trainable_sha256": self._digest}
+                _replace(history, json.dumps({**self._written, "next": following}).encode())
+            _replace(self._folder / PARAMETERS, parameters)
+        self._written = {**record, "trainable_sha256": self._digest}
+        _replace(history, json.dumps(self._written).encode())
+
+    def _read(self) -> tuple[dict[str, Any], bytes]:
+        """The record of what is kept, and the parameters.
+
+        Raises:
+            ValueError: they are not those that were written.
+        """
+        path = self._folder / PARAMETERS
+        advice = (
+            f"Remove {self._folder} and start again: the run goes on from its checkpoint and "
+            "selects its best step among the evaluations that follow. Or copy the folder back from "
+            "where it is whole."
+        )
+        try:
+            record = json.loads((self._folder / HISTORY).read_text())
+            parameters = path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._folder} cannot be read ({error}). {advice}") from error
+        found = hashlib.sha256(parameters).hexdigest()
+        expected = record.get("trainable_sha256", found)  # earlier versions wrote none
+        following = record.pop("next", None)
+        if found != expected and following and following["trainable_sha256"] == found:
+            record = following  # the run was killed between the two files
+        elif found != expected:
+            raise ValueError(
+                f"{path} was changed after it was written: its sha256 is {found}, and {HISTORY} "
+                f"has {expected}. {advice}"
+            )
+        self._written, self._digest = record, found
+        return record, parameters
 
 
 def _replace(path: epath.Path, content: bytes) -> None:

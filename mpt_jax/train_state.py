@@ -51,12 +51,17 @@ class TrainState(flax.struct.PyTreeNode):
         trainable: the parameters that learn, float32. Saved.
         opt_state: the optimizer's state for them. Saved.
         frozen: everything else, in the backbone's dtype. Loaded, never saved.
+        ended: int32 [G], how many steps a group had taken when it left the training; -1 while it
+            trains. Saved.
+        failed: bool [G], whether it left because a number was not finite. Saved.
     """
 
     step: Any  # an array; a tree of shapes or shardings has those
     trainable: dict[str, Any]
     opt_state: Any
     frozen: dict[str, Any]
+    ended: Any
+    failed: Any
 
     @property
     def params(self) -> dict[str, Any]:
@@ -193,8 +198,15 @@ def create(
     place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
     trainable = place(trainable)
     opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
-    step = jax.device_put(jnp.zeros((), jnp.int32), partitioner.replicated)
-    return TrainState(step=step, trainable=trainable, opt_state=opt_state, frozen=place(frozen))
+    everywhere = lambda x: jax.device_put(x, partitioner.replicated)  # noqa: E731
+    return TrainState(
+        step=everywhere(jnp.zeros((), jnp.int32)),
+        trainable=trainable,
+        opt_state=opt_state,
+        frozen=place(frozen),
+        ended=everywhere(jnp.full(model.runs.num_groups, -1, jnp.int32)),
+        failed=everywhere(jnp.zeros(model.runs.num_groups, bool)),
+    )
 
 
 def abstract(model: PromptedEncoderDecoder, partitioner: PjitPartitioner) -> TrainState:
@@ -207,7 +219,10 @@ def abstract(model: PromptedEncoderDecoder, partitioner: PjitPartitioner) -> Tra
     )
     trainable, frozen = split(tree, model.labels, trainable_labels(model, tree))
     opt_state = jax.eval_shape(model.optimizer_def.init, trainable)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state, frozen)
+    shape = jax.ShapeDtypeStruct
+    groups = (model.runs.num_groups,)
+    ended, failed = shape(groups, jnp.int32), shape(groups, jnp.bool_)
+    state = TrainState(shape((), jnp.int32), trainable, opt_state, frozen, ended, failed)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, state, shardings_like(state, shardings, partitioner.replicated))
 

@@ -2,31 +2,37 @@
 
 A step differentiates what learns and nothing else, so no gradient or moment the size of the
 backbone can exist. Microbatches are added up as sums and divided once by weights of the whole
-batch, so their number changes rounding only. A step that would leave a value that is not finite
-is not taken: the state stays as it was, and the host stops the run when it reads the metrics.
+batch, so their number changes rounding only.
+
+A group whose step would leave a value that is not finite does not take it: its parameters and
+moments stay as they were, it has failed, and the others go on as if it had not been there. Where
+no group is left that has not failed, the step is not taken at all, and the host stops the job when
+it reads the metrics.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mpt_jax import losses, metrics
 from mpt_jax.models import PromptedEncoderDecoder
-from mpt_jax.optimizers import gradient_norms
+from mpt_jax.optimizers import gradient_norms, row_groups
 from mpt_jax.partitioning import PjitPartitioner
-from mpt_jax.shapes import Array, Batch, Key, Params
+from mpt_jax.runs import Runs
+from mpt_jax.shapes import Array, Batch, Bool, Key, Params
 from mpt_jax.train_state import TrainState
-from mpt_jax.tree import merge
+from mpt_jax.tree import flatten, merge
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss or gradient was NaN or infinite; the state before that step is intact."""
+    """Of every group a loss or gradient was NaN or infinite; the state before that is intact."""
 
 
 # --- Pure steps ----------------------------------------------------------------------------------
@@ -80,7 +86,9 @@ def train_step(
     batch: Batch,
     rng: Key,
 ) -> tuple[TrainState, metrics.StepMetrics]:
-    """One step: gradients, clipping and update by group, metrics.
+    """One step: gradients, clipping and update by group, metrics of the groups that took it.
+
+    Groups that have ended keep every bit of what they learnt.
 
     Args:
         model: what is trained.
@@ -91,6 +99,7 @@ def train_step(
     """
     uses_dropout = model.module.config.dropout_rate > 0
     dropout_rng = jax.random.fold_in(rng, state.step) if uses_dropout else None
+    batch = _padding_of_its_row(batch)
     grads, found = gradients(
         model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches
     )
@@ -98,14 +107,24 @@ def train_step(
     found["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))
     updates, opt_state = model.optimizer_def.update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
-    finite = jnp.isfinite(norms).all()
-    for name in found:
-        if name.startswith("term/"):
-            finite &= jnp.isfinite(found[name].sum).all()
-    for leaf in jax.tree.leaves(trainable):
-        finite &= jnp.isfinite(leaf).all()
-    new = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
-    return _select(finite, new, state), found
+    active = state.ended < 0
+    stepped = active & _finite(model, norms, found, trainable)
+    trainable, opt_state = model.optimizer_def.select(
+        stepped, (trainable, opt_state), (state.trainable, state.opt_state)
+    )
+    failing = active & ~stepped
+    failed = state.failed | failing
+    over = stepped & model.optimizer_def.is_over(opt_state, trainable)
+    ended = jnp.where(failing, state.step, jnp.where(over, state.step + 1, state.ended))
+    taken = ~failed.all()
+    new = state.replace(
+        step=jnp.where(taken, state.step + 1, state.step),
+        trainable=trainable,
+        opt_state=opt_state,
+        ended=jnp.where(taken, ended, state.ended),
+        failed=jnp.where(taken, failed, state.failed),
+    )
+    return new, _of_groups(found, stepped, model.runs)
 
 
 def eval_step(model: PromptedEncoderDecoder, params: Params, batch: Batch) -> metrics.StepMetrics:
@@ -122,13 +141,56 @@ def _interleave(x: Array, parts: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _select(finite: Array, new: TrainState, old: TrainState) -> TrainState:
-    keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
-    return old.replace(
-        step=keep(new.step, old.step),
-        trainable=keep(new.trainable, old.trainable),
-        opt_state=keep(new.opt_state, old.opt_state),
-    )
+def _padding_of_its_row(batch: Batch) -> Batch:
+    """An unpacked batch whose padding names the run of its row, where the contract says 0.
+
+    Padding has no weight, but zero times NaN is NaN: a run that fails would take bank row 0 along.
+    """
+    if "encoder_segment_ids" in batch:
+        return batch
+    own = batch["encoder_task_ids"][:, :1]
+    names = ("encoder_task_ids", "decoder_task_ids")
+    return {**batch, **{name: jnp.broadcast_to(own, batch[name].shape) for name in names}}
+
+
+def _finite(
+    model: PromptedEncoderDecoder, norms: Array, found: metrics.StepMetrics, trainable: Params
+) -> Bool[Array, " G"]:
+    """Whether all numbers of each group's step are finite: losses, gradient, new parameters."""
+    finite = jnp.isfinite(norms)
+    for name, metric in found.items():
+        if name.startswith("term/"):
+            finite &= jnp.isfinite(metric.sum)
+    for name, leaf in flatten(trainable).items():
+        groups = row_groups(name, model.rows, model.runs)
+        if groups is None:
+            finite &= jnp.isfinite(leaf).all()
+        else:
+            bad = (~jnp.isfinite(leaf)).any(tuple(range(1, leaf.ndim))).astype(jnp.int32)
+            finite &= jax.ops.segment_max(bad, np.asarray(groups), model.runs.num_groups) == 0
+    return finite
+
+
+def _of_groups(
+    found: metrics.StepMetrics, stepped: Bool[Array, " G"], runs: Runs
+) -> metrics.StepMetrics:
+    """Metrics without those of groups that took no step: they have no weight."""
+    rows = stepped[np.asarray(runs.group_of_row)]
+
+    def keep(name: str, metric: metrics.Metric) -> metrics.Metric:
+        if name.startswith(metrics.OF_BATCH):
+            return metric
+        mask = stepped if name.startswith(metrics.BY_GROUP) else rows
+        return metrics.Metric(jnp.where(mask, metric.sum, 0.0), jnp.where(mask, metric.weight, 0.0))
+
+    return {name: keep(name, metric) for name, metric in found.items()}
+
+
+def _select(chosen: Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` where `chosen`, else `old`; what is frozen is the same in both."""
+    pick = functools.partial(jax.tree.map, lambda a, b: jnp.where(chosen, a, b))
+    names = ("step", "trainable", "opt_state", "ended", "failed")
+    return old.replace(**{name: pick(getattr(new, name), getattr(old, name)) for name in names})
 
 
 # --- The compiled trainer ------------------------------------------------------------------------
@@ -184,6 +246,7 @@ class Trainer:
         self._merge = jax.jit(metrics.merge)
         # Counts steps dispatched; the device's own count lags behind and stops at a bad loss.
         self.step = int(state.step)
+        self.ended, self.failed = np.asarray(state.ended), np.asarray(state.failed)
 
     def train(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step; metrics gather on the device until `read_metrics`."""
@@ -192,6 +255,22 @@ class Trainer:
             self.state, found = self._train_step(self.state, rows, self._rng, np.int32(self.step))
             self._totals = found if self._totals is None else self._merge(self._totals, found)
         self.step += 1
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which groups [G] train, as far as has been read: what a step found comes with
+        `read_metrics`. Bool."""
+        return self.ended < 0
+
+    def finish(self, over: Sequence[bool]) -> None:
+        """Ends the training of some groups [G], which have not failed; they keep what they learnt.
+        Those that have ended stay as they are."""
+        self._read_standing()
+        ended = np.where(np.asarray(over) & (self.ended < 0), self.step, self.ended)
+        if (ended != self.ended).any():
+            self.ended = ended.astype(np.int32)
+            placed = jax.device_put(self.ended, self.state.ended.sharding)
+            self.state = self.state.replace(ended=placed)
 
     def lower(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The training and the evaluation step for a batch, ready to be compiled. All arrays may be
@@ -204,27 +283,44 @@ class Trainer:
             }
 
     def read_metrics(self) -> dict[str, float]:
-        """Waits for the steps dispatched and returns their mean metrics.
+        """Waits for the steps dispatched and returns their mean metrics, of the groups that took
+        them. Groups that have failed are named in the log.
 
         Raises:
-            NonFiniteLoss: a step was not taken; `state` is the one before it.
+            NonFiniteLoss: a step was not taken, because no group is left that has not failed;
+                `state` is the one before it.
         """
         if self._totals is None:
             return {}
         totals, self._totals = jax.device_get(self._totals), None
-        taken = int(self.state.step)
-        if taken != self.step:
-            raise NonFiniteLoss(
-                f"The loss or a gradient of step {taken} is not finite; training stopped with the "
-                f"state of step {taken}, which is intact. Lower the learning rate, or look at the "
-                "batch of that step."
-            )
+        self._read_standing()
         found = metrics.scalars(totals, self.model.runs)
         rates = self.model.optimizer_def.current_learning_rates(self.step)
         found |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
         if self.learning_rate_fn is not None:
             found["learning_rate"] = float(self.learning_rate_fn(jnp.asarray(self.step)))
         return found
+
+    def _read_standing(self) -> None:
+        """Waits for the steps dispatched; reads which groups have ended, and logs new failures."""
+        state = self.state
+        taken, ended, failed = jax.device_get((state.step, state.ended, state.failed))
+        runs = self.model.runs
+        for group in np.flatnonzero(failed & ~self.failed).tolist():
+            logging.error(
+                "%s failed: the loss or a gradient of step %d is not finite. What was learnt by "
+                "then is kept; the others go on. Its learning rate may be too high.",
+                ", ".join(runs.names_of_group(group)),
+                ended[group],
+            )
+        self.ended, self.failed = ended, failed
+        if taken != self.step:
+            others = " and those of all other runs failed before" if failed.any() else ""
+            raise NonFiniteLoss(
+                f"The loss or a gradient of step {taken} is not finite{others}; training stopped "
+                f"with the state of step {taken}, which is intact. Lower the learning rate, or "
+                "look at the batch of that step."
+            )
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """Mean metrics over batches, of the current state."""

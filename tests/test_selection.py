@@ -225,3 +225,95 @@ def test_terminating_on_numbers_that_are_none():
     action = TerminateOnNanAction("rte", "loss")
     values = (1.0, math.nan, math.inf)
     assert [action.run(None, {"rte": {"loss": x}}) for x in values] == [False, True, True]
+
+
+# --- Groups that are over, have failed, or have ended ---------------------------------------------
+
+
+def test_every_group_has_its_own_patience(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
+    found = [(50, 50, 50), (40, 40, 40), (99, 30, 30), (99, 20, 20), (99, 99, 99)]
+    over, stops = [], []
+    for step, values in enumerate(found):
+        stops.append(select.run(state(step, step), scores(*values)))
+        over.append(select.over)
+    assert over == [[False] * 2, [True, False], [True, False], [True, True], [True, True]]
+    assert stops == [False, False, False, True, True]
+    assert select.best_step == [0, 0], "what a group does once it is over is not looked at"
+    again = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
+    again.resume(4)
+    assert again.over == [True, True] and again.history[2] == [None, 30]
+    with pytest.raises(ValueError, match="3 entries, but there are 2 groups"):
+        SelectBest(MODEL, str(tmp_path), patience=[1, 2, 3])
+
+
+def test_a_failed_group_keeps_its_best_and_an_ended_one_is_evaluated_once_more(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    standing = {"ended": np.array([-1, -1]), "failed": np.zeros(2, bool)}
+    select.run(types.SimpleNamespace(**vars(state(10, 1)), **standing), scores(50, 50, 50))
+    standing = {"ended": np.array([15, 17]), "failed": np.array([True, False])}
+    for step in (20, 20, 30):  # the evaluation of step 20 is made up for after a restart
+        values = scores(60, 60, 60) if step == 20 else scores(70, 70, 70)
+        select.run(types.SimpleNamespace(**vars(state(step, step)), **standing), values)
+    assert select.best_step == [10, 20] and select.best_group_scores() == [50, 60]
+    assert rows_of(select)["task_left"] == [1, 20, 20]
+    # A run that failed before it was ever evaluated need not be evaluated at all.
+    other = SelectBest(MODEL, str(tmp_path / "b"))
+    only = {run: found for run, found in scores(1, 2, 3).items() if run != "rte_s1"}
+    other.run(types.SimpleNamespace(**vars(state(20, 1)), **standing), only)
+    assert other.best_step == [-1, 20] and math.isnan(other.best_group_scores()[0])
+
+
+def test_only_groups_whose_best_lies_later_are_selected_anew(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=2)
+    select.run(state(10, 1), scores(50, 60, 60))
+    select.run(state(20, 2), scores(60, 50, 50))
+    again = SelectBest(MODEL, str(tmp_path), patience=2)
+    again.resume(15)
+    assert again.best_step == [-1, 10] and again.history == {10: [None, 60]}
+    again.run(state(20, 3), scores(1, 50, 50))
+    assert again.best_step == [20, 10] and rows_of(again)["task_left"] == [3, 1, 1]
+    assert again.over == [False, False]
+
+
+# --- The two files -------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_found_and_the_message_says_what_to_do(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    path = tmp_path / selection.FOLDER / selection.PARAMETERS
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    again = SelectBest(MODEL, str(tmp_path))
+    with pytest.raises(ValueError, match=r"trainable.safetensors was changed.*Remove .*best and"):
+        again.resume(10)
+    (tmp_path / selection.FOLDER / selection.HISTORY).write_text('{"run_names": [')
+    with pytest.raises(ValueError, match=r"best cannot be read .*Remove"):
+        SelectBest(MODEL, str(tmp_path)).resume(10)
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, written):
+    """The second selection is cut off after its first or second file: what is read belongs
+    together, and is of the step before or of the new one."""
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    replace, count = selection._replace, iter(range(9))
+
+    def until(path, content):
+        if next(count) >= written:
+            raise KeyboardInterrupt
+        replace(path, content)
+
+    monkeypatch.setattr(selection, "_replace", until)
+    with pytest.raises(KeyboardInterrupt):
+        select.run(state(20, 2), scores(60, 70, 70))
+    monkeypatch.setattr(selection, "_replace", replace)
+    again = SelectBest(MODEL, str(tmp_path))
+    again.resume(20)
+    step = 10 if written == 1 else 20
+    assert again.best_step == [step] * 2 and rows_of(again)["shared"] == [step / 10] * 2
+    again.run(state(20, 2), scores(60, 70, 70))
+    assert again.best_step == [20, 20] and rows_of(again)["shared"] == [2, 2]
