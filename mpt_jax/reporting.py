@@ -81,9 +81,11 @@ class ProgressLine:
         last, since = self._mark
         seconds = max(time.monotonic() - since, 1e-9)
         steps = max(step - last, 1)
+        # A packed row holds several examples, and one that fills up a batch holds none.
+        examples = steps * self._batch * found.get("batch/examples_per_row", 1.0)
         speeds = {
             "timing/seconds_per_step": seconds / steps,
-            "timing/examples_per_second": steps * self._batch / seconds,
+            "timing/examples_per_second": examples / seconds,
         }
         tasks = [
             f"{name.removeprefix('loss/')} {value:.3f}"

@@ -179,7 +179,7 @@ def test_without_a_memory_cache_everything_is_read_again(where):
 def test_measured_lengths():
     cfg = config(task_mixture(NAMES), task_feature_lengths=None)
     evaluator = InferenceEvaluator(cfg, CONVERTER, None)
-    (first, *_) = evaluator._read(("evl_a",))
+    ((_, first), *_) = evaluator._read(("evl_a",))
     # "evl_a 0" and EOS behind two prompt rows; "yes" and EOS.
     assert first["encoder_input_tokens"].shape == (4, 10)
     assert first["decoder_target_tokens"].tolist() == [YES, NO, NO, YES]
@@ -191,8 +191,31 @@ def test_hosts_share_each_batch():
         for i in range(2)
     ]
     parts = [list(e._read(("evl_a",))) for e in evaluators]
-    digits = [[Model.digit(b).tolist() for b in part] for part in parts]
+    digits = [[Model.digit(b).tolist() for _, b in part] for part in parts]
     assert digits == [[[0, 1], [4, -51]], [[2, 3], [-51, -51]]]
+
+
+def test_rows_sorted_by_length_are_answered_in_their_own_order(tmp_path):
+    register("evl_r", [str(i) for i in range(40)], [accuracy])
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_r"]))
+    shapes, files = set(), []
+
+    def predict(batch):
+        shapes.add(batch["encoder_input_tokens"].shape)
+        tokens = batch["decoder_target_tokens"].copy()
+        odd = batch["encoder_input_tokens"].sum(axis=1) % 2 == 1
+        tokens[odd, 0] += 1
+        return tokens
+
+    for buckets in ({"inputs": []}, {"inputs": [8]}):
+        cfg = config("evl_r", length_buckets=buckets)
+        folder = tmp_path / str(len(files))
+        evaluator = InferenceEvaluator(cfg, converter, str(folder))
+        evaluator.evaluate(predict, Model().score, 0)
+        evaluator.close()
+        files.append((folder / "evl_r-000000.jsonl").read_text())
+    assert files[0] == files[1] and files[0].count("\n") == 40
+    assert shapes == {(4, 10), (4, 12)}, "ten texts have one digit, the others two"
 
 
 def test_labels():
