@@ -102,7 +102,6 @@ class Bank:
     Attributes:
         method: the prompt method; of a folded bank prompt tuning.
         folded: as given.
-        config: `config.json` of the first artefact, for what all agree on.
 
     Raises:
         ValueError: no artefacts; artefacts that disagree; two rows of one name; parameters that
@@ -115,11 +114,12 @@ class Bank:
         if not found:
             raise ValueError("A bank needs at least one prompt artefact.")
         self.folded = folded
-        self._first = found[0]
         self._check(found)
-        own = self._first.method
+        # Of those that agree, one that knows its vocabulary.
+        known = [each for each in found if each.config["vocabulary_sha256"] is not None]
+        self._reference = (known or found)[0]
+        own = self._reference.method
         self.method = PromptTuning(own.prompt_length) if folded else own
-        self.config = self._first.config
         self._axes = rows_of(self.method) | {GROUPS: "tasks"}
         self._folders: dict[str, str] = {}  # name -> folder, in the order of rows
         self._rows: dict[str, int] = {}
@@ -140,7 +140,7 @@ class Bank:
         Raises:
             ValueError: the artefact disagrees with the bank's, or a name is taken.
         """
-        self._check([self._first, artefact])
+        self._check([self._reference, artefact])
         self._append([(artefact, name)])
 
     def row(self, name: str) -> int:
@@ -152,6 +152,20 @@ class Bank:
         if name not in self._rows:
             raise ValueError(_unknown(name, self.names))
         return self._rows[name]
+
+    def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
+        """Checks that the bank's artefacts were trained on this backbone and vocabulary.
+
+        Raises:
+            ValueError: shows both values of what differs.
+        """
+        length = self.method.prompt_length
+        artefacts.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` of one of the artefacts, for what all of them agree on."""
+        return self._reference.config
 
     @property
     def arrays(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a stage: --gin_file=gin/mpt_source.gin ...",
     "eval": "score a checkpoint or an artefact: --gin_file=gin/eval.gin ...",
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
+    "predict": "answer requests that name a task each: --prompts DIR... --input file.jsonl",
     "tasks": "list; show NAME -n 3: the tasks there are, and their text",
     "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
     "paper": "runs a table of the MPT paper, on its tasks or the toy suite",

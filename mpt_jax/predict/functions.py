@@ -1,0 +1,93 @@
+"""What a server compiles: pure functions of weights, a bank and token ids.
+
+Weights, prompts and the rows that a batch asks for are all arguments, so one program serves any
+tasks of a bank, and the same functions are what `mpt-jax export` writes to a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from mpt_jax import bank
+from mpt_jax.backbones.t5 import T5Config, Transformer
+from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.shapes import Array, Float, Int, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """Predictions and scores of texts that are token ids, padded with 0.
+
+    Attributes:
+        config: the backbone's.
+        method: the bank's.
+        target_length: L, tokens that `predict` decodes at most.
+        vocabulary: its `eos_id` ends decoding.
+    """
+
+    config: T5Config
+    method: PromptMethod
+    target_length: int
+    vocabulary: Any
+
+    def predict(
+        self, backbone: Params, arrays: Params, tokens: Int[Array, "B S"], rows: Int[Array, " B"]
+    ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
+        """Greedy continuations, 0 after the end of sequence, and their log probabilities in nats.
+
+        Args:
+            backbone: the backbone's parameters.
+            arrays: the bank's.
+            tokens: of the texts, each with its end-of-sequence id.
+            rows: of the bank, one for each text.
+        """
+        targets = jnp.zeros((tokens.shape[0], self.target_length), jnp.int32)
+        params = self._params(backbone, arrays, rows)
+        decoded, found = self._model().predict_batch_with_aux(params, self._batch(tokens, targets))
+        return decoded, found["scores"]
+
+    def score(
+        self,
+        backbone: Params,
+        arrays: Params,
+        tokens: Int[Array, "B S"],
+        targets: Int[Array, "B L"],
+        rows: Int[Array, " B"],
+    ) -> Float[Array, " B"]:
+        """Log probability of a target for each text, in nats; else as `predict`."""
+        params = self._params(backbone, arrays, rows)
+        return self._model().score_batch(params, self._batch(tokens, targets))
+
+    def _model(self) -> PromptedEncoderDecoder:
+        """A model whose bank is one batch: row i is the prompt of example i, composed already."""
+        return PromptedEncoderDecoder(
+            Transformer(self.config),
+            PromptTuning(self.method.prompt_length),
+            Runs(["served"]),
+            output_vocabulary=self.vocabulary,
+        )
+
+    def _params(self, backbone: Params, arrays: Params, rows: Array) -> dict[str, Any]:
+        return {**backbone, "prompt": {"table": bank.compose(self.method, arrays, rows)}}
+
+    def _batch(self, tokens: Array, targets: Array) -> dict[str, Array]:
+        """The batch contract: the prompt's reserved positions, then text, then padding."""
+        length, (batch, text) = self.method.prompt_length, tokens.shape
+        number = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        slots = jnp.arange(1, length + 1, dtype=jnp.int32)
+        slots = jnp.concatenate([slots, jnp.zeros(text, jnp.int32)])
+        return {
+            "encoder_input_tokens": jnp.pad(tokens, ((0, 0), (length, 0))),
+            "encoder_prompt_slots": jnp.broadcast_to(slots, (batch, length + text)),
+            "encoder_task_ids": jnp.broadcast_to(number, (batch, length + text)),
+            "decoder_input_tokens": jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": (targets > 0).astype(jnp.int32),
+            "decoder_task_ids": jnp.broadcast_to(number, targets.shape),
+        }

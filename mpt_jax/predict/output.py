@@ -1,0 +1,170 @@
+"""Where answers go: standard output, or a file that goes on where an earlier start left off.
+
+    FILE               all answers, when all are there
+    FILE.COMPLETED     what they were made from, as JSON
+    FILE.partial       the answers so far
+    FILE.partial_of    what they are made from, how many they are, and a digest of their requests
+
+A later start truncates the partial file to what its record says, reads as many requests, compares
+their digest, and goes on. So a start that was killed while it wrote leaves nothing behind, and
+answers are never mixed with those of other requests, prompts or settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mpt_jax.identity import describe_differing
+
+
+class Stream:
+    """Answers to a stream, at once."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def begin(self, lines: Iterator[bytes]) -> int | None:
+        """0: no requests are answered already."""
+        return 0
+
+    def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the answers to some requests."""
+        self._stream.write(_encoded(answers))
+        self._stream.flush()
+
+    def finish(self) -> None:
+        """Nothing: a stream ends when its process does."""
+
+    def close(self) -> None:
+        """Nothing: the stream is somebody else's."""
+
+
+class File:
+    """Answers to a file, resumed.
+
+    Args:
+        path: of the file; others lie beside it.
+        made_from: what answers depend on beside the requests; JSON values.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any]):
+        self.path = Path(path)
+        self._partial, self._record, self._completed = (
+            self.path.with_name(f"{self.path.name}.{suffix}")
+            for suffix in ("partial", "partial_of", "COMPLETED")
+        )
+        self._made_from = dict(made_from)
+        self._lines = self._bytes = 0
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def begin(self, lines: Iterator[bytes]) -> int | None:
+        """Takes the requests that are answered already off `lines`.
+
+        Returns:
+            their number; None where the file is whole.
+
+        Raises:
+            ValueError: the file was made from something else, from other requests, or not by this
+                command; or a part of it is lost.
+        """
+        whole = self._completed.exists()
+        if self.path.exists() and not whole:
+            raise ValueError(
+                f"{self.path} exists, and is no answer of this command; choose another."
+            )
+        if whole or self._record.exists():
+            self._read(self._completed if whole else self._record)
+            self._skip(lines)
+        if whole:
+            if next(lines, None) is not None:
+                raise ValueError(
+                    f"{self.path} answers {self._lines} requests, and there are more by now. "
+                    f"Choose another file, or remove {self.path}* to answer all of them again."
+                )
+            if self._partial.exists():  # of a start that was killed before its last step
+                self._partial.replace(self.path)
+            return None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write_record()
+        size = self._partial.stat().st_size if self._partial.exists() else 0
+        if size < self._bytes:
+            raise ValueError(
+                f"{self._partial} has {size} bytes, and its record tells of {self._bytes}: a part "
+                f"of it is lost. Remove {self.path}.* to begin again."
+            )
+        self._file = self._partial.open("ab")
+        self._file.truncate(self._bytes)
+        return self._lines
+
+    def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
+        """Appends the answers to some requests, and then says so in the record."""
+        assert self._file is not None, "begin comes first"
+        made = _encoded(answers)
+        self._file.write(made)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for line in lines:
+            self._digest.update(line)
+        self._lines += len(lines)
+        self._bytes += len(made)
+        self._write_record()
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        self.close()
+        self._record.replace(self._completed)
+        self._partial.replace(self.path)
+
+    def close(self) -> None:
+        """Lets go of the partial file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self, record: Path) -> None:
+        try:
+            found = json.loads(record.read_text())
+            self._lines, self._bytes = found["lines"], found["bytes"]
+            self._expected, saved = found["requests_sha256"], found["made_from"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{record} cannot be read ({error!r}). Remove {self.path}* to begin again."
+            ) from error
+        ours = json.loads(json.dumps(self._made_from))
+        if differing := describe_differing(ours, saved, ours):
+            raise ValueError(
+                f"{self.path} was made from something else ({differing}). Choose another file, or "
+                f"remove {self.path}* to make it again."
+            )
+
+    def _skip(self, lines: Iterator[bytes]) -> None:
+        for _ in range(self._lines):
+            self._digest.update(next(lines, b""))
+        if self._digest.hexdigest() != self._expected:
+            raise ValueError(
+                f"{self.path} answers other requests: the first {self._lines} lines of the input "
+                f"are not those it was begun with. Choose another file, or remove {self.path}*."
+            )
+
+    def _write_record(self) -> None:
+        record = {
+            "made_from": self._made_from,
+            "lines": self._lines,
+            "bytes": self._bytes,
+            "requests_sha256": self._digest.hexdigest(),
+        }
+        new = self._record.with_name(f"{self._record.name}.new")
+        new.write_text(json.dumps(record, indent=2) + "\n")
+        new.replace(self._record)
+
+
+Output = Stream | File
+
+
+def _encoded(answers: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(answer) + "\n" for answer in answers).encode()
