@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,18 @@ from jax.experimental import multihost_utils
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
 RETRY_EXIT_CODE = 75
 INTERRUPT_EXIT_CODE = 130
+
+# What JAX's errors begin with where the program, its compiler or the memory is at fault: the same
+# command would end in the same way.
+_OURS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
+# And what those say that tell of another process: the status alone of the distributed service and
+# of TPUs' networks; Gloo, which CPUs use, reports lost connections as INTERNAL.
+_PEERS = re.compile(
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|heartbeat|coordination service|"
+    r"distributed service|another task died|preempted|connection (reset|closed|refused|timed out)|"
+    r"socket closed|broken pipe|connectfullmesh|gloo.*(timed out|timeout)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 class StopRequest:
@@ -67,14 +80,20 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def tells_of_peers(error: Exception) -> bool:
+    """Whether an error of JAX's runtime says that another process of the job is lost."""
+    said = str(error)
+    return not said.startswith(_OURS) and _PEERS.search(said) is not None
+
+
 def end_without_peers(error: Exception) -> None:
-    """Ends this process where a computation across processes has failed; returns where it was
-    none, or where it only lacked memory.
+    """Ends this process with the code for "start me again" where it has lost another one of its
+    job; returns where the error is one that would come again, which its caller raises.
 
     An orderly exit would wait for the dead. JAX's own watch ends a process whose peers are silent
     (`--heartbeat_timeout`), which is what happens where no computation fails, but all wait.
     """
-    if jax.process_count() == 1 or str(error).startswith("RESOURCE_EXHAUSTED"):
+    if jax.process_count() == 1 or not tells_of_peers(error):
         return
     logging.error(
         "A computation across the %d processes of this job failed (%s). Most likely one of them "

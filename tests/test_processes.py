@@ -14,11 +14,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
-from mpt_jax import artefacts
+from mpt_jax import artefacts, preemption
 from mpt_jax.checkpoints import saved_steps
 from mpt_jax.tree import flatten
 
@@ -169,6 +171,72 @@ def test_a_local_root_is_refused_by_every_process(tmp_path):
 
 
 # --- When one dies -------------------------------------------------------------------------------
+
+GLOO = "INTERNAL: Error dispatching computation: Gloo all-reduce failed: [gloo/tcp/pair.cc:538] "
+
+
+def ends_with(error: Exception, monkeypatch) -> int | None:
+    """The code with which a process of two ends at once; None where its caller goes on."""
+
+    class Ended(Exception):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", end)
+    try:
+        preemption.end_without_peers(error)
+    except Ended as ended:
+        return ended.args[0]
+    return None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        GLOO + "Read error [127.0.0.1]:11668: Connection reset by peer",  # jax 0.10.2
+        GLOO + "Connection closed by peer [127.0.0.1]:28048",
+        GLOO + "Timed out waiting 1800000ms for recv operation to complete",
+        "DEADLINE_EXCEEDED: Barrier timed out. Barrier_id: PjRT_Client_Connect.",
+        "UNAVAILABLE: Task /job:jax_worker/replica:0/task:37 heartbeat timeout.",
+        "INTERNAL: the coordination service found a fatal error",
+        "ABORTED: all-reduce was cancelled",
+    ],
+)
+def test_a_lost_process_ends_the_others_to_be_started_again(said, monkeypatch):
+    assert ends_with(jax.errors.JaxRuntimeError(said), monkeypatch) == 75
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "INVALID_ARGUMENT: Argument 'preempted' has another shape",
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes",
+        "UNIMPLEMENTED: no heartbeat on this device",
+        "INTERNAL: Mosaic failed to compile TPU kernel: unsupported shape cast",
+        "INTERNAL: during context [pre-optimization]: RET_CHECK failure",
+        "NOT_FOUND: no executable with this name",
+        "FAILED_PRECONDITION: Buffer has been deleted or donated.",
+    ],
+)
+def test_what_would_fail_again_is_an_ordinary_error(said, monkeypatch):
+    assert ends_with(jax.errors.JaxRuntimeError(said), monkeypatch) is None
+
+
+def test_an_error_of_the_compiler_is_an_ordinary_error(monkeypatch):
+    """The compiler's own words."""
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        lowered = jax.jit(jnp.sin).lower(1.0)
+        lowered.compile(compiler_options={"xla_no_such_flag": 1})
+    assert ends_with(caught.value, monkeypatch) is None
+
+
+def test_a_job_of_one_process_has_no_peers(monkeypatch):
+    error = jax.errors.JaxRuntimeError("UNAVAILABLE: heartbeat")
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+    preemption.end_without_peers(error)
 
 
 @pytest.mark.slow
