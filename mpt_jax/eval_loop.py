@@ -105,7 +105,8 @@ class Evaluation:
         return self.best.scores if self.best else self.scores
 
     def run(self) -> bool:
-        """Evaluates the current state; True if an action wants training to end."""
+        """Evaluates the current state, and ends the training of groups that patience is at its end
+        with; True if an action wants all training to end, or no group is left that trains."""
         self.last_step = step = self.trainer.step
         stop = False
         if self.losses:
@@ -126,7 +127,9 @@ class Evaluation:
                     {k: round(float(v), 4) for k, v in scalars.items()},
                 )
             stop |= self._act("INFER_EVAL", self.scores)
-        return stop
+        if self._selecting is not None:
+            self.trainer.finish(self._selecting.over)
+        return stop or not self.trainer.active.any()
 
     def _act(self, mode: str, scores: selection.Scores) -> bool:
         actions = self.actions.get(mode, ())

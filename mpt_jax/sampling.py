@@ -258,6 +258,12 @@ class TaskMixture(seqio.Mixture):
         return np.array([self._rates[name] for name in self.task_names], np.float64)
 
 
+def has_equal_shares(cfg: Any) -> bool:
+    """Whether every batch of a `DatasetConfig` holds its tasks one after the other, each with as
+    many rows."""
+    return isinstance(getattr(cfg.provider(), "sampler", None), EqualQuotas) and not cfg.pack
+
+
 def task_mixture(
     task_names: Sequence[str],
     sampler: Sampler | None = None,

@@ -19,7 +19,6 @@ from absl import logging
 from etils import epath
 
 from mpt_jax import (
-    artefacts,
     checkpoints,
     compilation_cache,
     convert,
@@ -27,23 +26,25 @@ from mpt_jax import (
     evaluation,
     examples,
     gin_utils,
+    handing_on,
     host_memory,
     identity,
     lock,
     model_card,
     provenance,
     reporting,
+    sampling,
     selection,
     train_state,
 )
 from mpt_jax.eval_loop import Evaluation
+from mpt_jax.handing_on import ARTEFACT as ARTEFACT  # noqa: PLC0414 - its readers look here
 from mpt_jax.models import BACKBONE, PromptedEncoderDecoder
 from mpt_jax.partitioning import PjitPartitioner, to_host
 from mpt_jax.preemption import end_without_peers, stop_requests
 from mpt_jax.trainer import NonFiniteLoss, Trainer
 from mpt_jax.tree import flatten
 
-ARTEFACT = "artefact"
 TRAINED_BACKBONE = "backbone"
 
 
@@ -150,10 +151,15 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         saved = checkpoints.Checkpoints(model_dir, save.keep)
         position = checkpoints.DataPosition(batches if save.save_dataset else None)
         resumed = _resumed(state, saved, position, ours)
-        state = state if resumed is None else resumed
         trainer = trainer_cls(
-            model=model, state=state, partitioner=partitioner, rng=jax.random.PRNGKey(seed)
+            model=model,
+            state=state if resumed is None else resumed[0],
+            partitioner=partitioner,
+            rng=jax.random.PRNGKey(seed),
+            rows_by_run=sampling.has_equal_shares(train_dataset_cfg),
         )
+        if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
+            trainer.resume(resumed[1]["runs"])
         total, learning = train_state.count(state.params), train_state.count(state.trainable)
         labels = train_state.trainable_labels(model, state.params)
         logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
@@ -185,7 +191,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         def save_checkpoint() -> None:
             check_it_is_ours(read=True)
             data_at = position.at(int(trainer.state.step), trainer.step)
-            saved.save(trainer.state, {"identity": ours, "data": data_at})
+            meta = {"identity": ours, "data": data_at, "runs": trainer.standing()}
+            saved.save(trainer.state, meta)
 
         # --- The loop ----------------------------------------------------------------------------
         progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
@@ -200,6 +207,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
                 # for it; one that had stopped early finds out here that it had.
                 if run_eval_before_training if trainer.step == 0 else is_due(eval_period):
                     stop = evaluator.run()
+                    trainer.give_up_places()
+                stop = stop or not trainer.active.any()
                 if trainer.step < total_steps and not stop:
                     writers.write("train", trainer.step, _first_step(trainer, batches, started))
                 progress.restart_clock(trainer.step)
@@ -208,12 +217,15 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
                     # then the save, so that nothing an evaluation may raise loses a step.
                     if is_due(stats_period) or is_due(save.period) or is_due(eval_period):
                         _report(trainer, writers, progress)
+                    if is_due(stats_period) or is_due(eval_period):
+                        trainer.give_up_places()  # at steps that do not depend on who stops it
                     if is_due(save.period):
                         save_checkpoint()
                     if is_due(eval_period):
                         stop = evaluator.run()
+                        trainer.give_up_places()
                         progress.restart_clock(trainer.step)
-                    stop = stop or request.is_due(trainer.step)
+                    stop = stop or not trainer.active.any() or request.is_due(trainer.step)
                     if not stop:
                         check_it_is_ours()
                         trainer.train(next(batches))
@@ -236,9 +248,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
             sys.exit(request.exit_code)
 
-        hand_on(
-            model_dir, model, loaded, origins, evaluator, train_dataset_cfg, infer_eval_dataset_cfg
-        )
+        hand_on(model_dir, loaded, origins, evaluator, train_dataset_cfg, infer_eval_dataset_cfg)
         return evaluator.scores
 
 
@@ -247,9 +257,9 @@ def _resumed(
     saved: checkpoints.Checkpoints,
     position: checkpoints.DataPosition,
     ours: identity.Identity,
-) -> train_state.TrainState | None:
-    """The state of this run's last checkpoint, with the data's position put there; None at the
-    start of a run."""
+) -> tuple[train_state.TrainState, dict[str, Any]] | None:
+    """The state of this run's last checkpoint and what was saved beside it, with the data's
+    position put there; None at the start of a run."""
     if (restored := saved.restore(state)) is None:
         return None
     state, meta = restored
@@ -258,12 +268,11 @@ def _resumed(
     saved.set_aside_after(step)
     position.restore(meta["data"], step)
     logging.info("Resumed from %s.", saved.path(step))
-    return state
+    return state, meta
 
 
 def hand_on(
     model_dir: str,
-    model: PromptedEncoderDecoder,
     loaded: train_state.Loaded,
     origins: train_state.Origins,
     evaluator: Evaluation,
@@ -276,43 +285,13 @@ def hand_on(
         return
     if "prompt" in params:
         facts = card_facts(train_cfg, infer_cfg, evaluator)
-        write_artefact(model_dir, model, params, step, loaded, origins, evaluator, facts)
+        prompt = params["prompt"]
+        handing_on.write_artefacts(model_dir, evaluator, prompt, loaded, origins.name, facts)
     if any(re.fullmatch(BACKBONE, name) for name in flatten(evaluator.trainer.state.trainable)):
         backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
         folder = epath.Path(model_dir) / TRAINED_BACKBONE
         folder.rmtree(missing_ok=True)  # of an earlier end of this run
         logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, step))
-
-
-def write_artefact(
-    model_dir: str,
-    model: PromptedEncoderDecoder,
-    params: Mapping[str, Any],
-    step: int,
-    loaded: train_state.Loaded,
-    origins: train_state.Origins,
-    evaluator: Evaluation,
-    facts: model_card.Facts,
-) -> None:
-    """Writes MODEL_DIR/artefact from the parameters a run ends with."""
-    metrics: dict[str, Any] = {"scores": evaluator.best_scores()}
-    if (best := evaluator.best) is not None:
-        metrics |= {"best_step": best.best_step, "best_score": best.best_group_scores()}
-    path = artefacts.save_artefact(
-        f"{model_dir}/{ARTEFACT}",
-        model.prompt,
-        params["prompt"],
-        model.runs,
-        embedding_sha256=loaded.embedding_sha256,
-        vocabulary_sha256=loaded.vocabulary_sha256,
-        backbone=origins.name,
-        step=step,
-        metrics=metrics,
-        started_from=loaded.started_from,
-        include_folded=True,
-        facts=facts,
-    )
-    logging.info("Prompt artefact: %s", path)
 
 
 def card_facts(

@@ -13,6 +13,7 @@ it reads the metrics.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from mpt_jax import losses, metrics
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.optimizers import gradient_norms, row_groups
 from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.places import Places
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Bool, Key, Params
 from mpt_jax.train_state import TrainState
@@ -210,6 +212,14 @@ def _step_of_number(
     return _select(state.step == number, new, state), found
 
 
+def _places(
+    model: PromptedEncoderDecoder, partitioner: PjitPartitioner, num_microbatches: int
+) -> Places:
+    shards = math.prod(partitioner.mesh.devices.shape[:-1])
+    local = shards // jax.process_count()
+    return Places(model.runs, shards, local * jax.process_index(), local, num_microbatches)
+
+
 class Trainer:
     """Compiles the steps over a mesh and runs them. Its gin fields are T5X's.
 
@@ -220,6 +230,9 @@ class Trainer:
         rng: the run's key.
         num_microbatches: parts of a batch that are differentiated one after another.
         learning_rate_fn: only logged, as `learning_rate`; the optimizer's own schedules act.
+        rows_by_run: whether every batch holds the runs one after the other, each with as many
+            rows (`sampling.EqualQuotas`, not packed). Rows of runs that have ended are then left
+            out of batches, from the next `give_up_places` on.
     """
 
     def __init__(
@@ -230,6 +243,7 @@ class Trainer:
         rng: Key,
         num_microbatches: int | None = None,
         learning_rate_fn: Callable[[Array], Any] | None = None,
+        rows_by_run: bool = False,
     ):
         self.model = model
         self.state = state
@@ -237,7 +251,9 @@ class Trainer:
         self.learning_rate_fn = learning_rate_fn
         self._rng = rng
         self._totals: metrics.StepMetrics | None = None
-        step = functools.partial(_step_of_number, model, num_microbatches or 1)
+        parts = num_microbatches or 1
+        self._places = _places(model, partitioner, parts) if rows_by_run else None
+        step = functools.partial(_step_of_number, model, parts)
         # A layout can be written in several ways (an axis of one device, say). Unless the state
         # goes out as it came in, the second step has another signature and is compiled again.
         layout = jax.tree.map(lambda x: getattr(x, "sharding", None), state)
@@ -247,9 +263,13 @@ class Trainer:
         # Counts steps dispatched; the device's own count lags behind and stops at a bad loss.
         self.step = int(state.step)
         self.ended, self.failed = np.asarray(state.ended), np.asarray(state.failed)
+        # The groups whose rows are in batches.
+        self._placed = np.ones(model.runs.num_groups, bool)
 
     def train(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step; metrics gather on the device until `read_metrics`."""
+        if self._places is not None and not self._placed.all():
+            batch = self._places.pack(batch, self._placed)
         with self.partitioner.activate():
             rows = self.partitioner.shard_batch(batch)
             self.state, found = self._train_step(self.state, rows, self._rng, np.int32(self.step))
@@ -271,6 +291,40 @@ class Trainer:
             self.ended = ended.astype(np.int32)
             placed = jax.device_put(self.ended, self.state.ended.sharding)
             self.state = self.state.replace(ended=placed)
+
+    def give_up_places(self) -> None:
+        """Leaves the rows of groups that have ended, as far as is known, out of batches from now
+        on. Which rows are in a batch changes rounding, so whoever resumes exactly must call this
+        at the same steps."""
+        if self._places is None or (self._placed == self.active).all() or not self.active.any():
+            return
+        self._placed = self.active
+        logging.info(
+            "%d of %d runs train from step %d on; batches hold their rows alone.",
+            sum(self._placed[group] for group in self.model.runs.group_of_row),
+            self.model.runs.num_rows,
+            self.step,
+        )
+
+    def standing(self) -> dict[str, Any]:
+        """Which groups have ended, as far as has been read: what a checkpoint keeps beside the
+        state. JSON values."""
+        return {
+            "ended": self.ended.tolist(),
+            "failed": self.failed.tolist(),
+            "placed": self._placed.tolist(),
+        }
+
+    def resume(self, standing: Mapping[str, Any]) -> None:
+        """Takes up what `standing` said at the step of the state."""
+        state = self.state
+        self.ended = np.asarray(standing["ended"], np.int32)
+        self.failed = np.asarray(standing["failed"], bool)
+        self._placed = np.asarray(standing["placed"], bool)
+        self.state = state.replace(
+            ended=jax.device_put(self.ended, state.ended.sharding),
+            failed=jax.device_put(self.failed, state.failed.sharding),
+        )
 
     def lower(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The training and the evaluation step for a batch, ready to be compiled. All arrays may be

@@ -131,3 +131,24 @@ def test_a_run_that_is_finished_from_outside_keeps_every_bit():
     assert rows_of(made, 1) == kept
     close_to_alone(made, 2, alone(METHODS["mpt"], 2, range(4)))
     assert made._train_step._cache_size() == 1, "a step was compiled again"
+
+
+@ALL
+def test_rows_of_runs_that_have_ended_are_not_sent_and_change_no_number(method):
+    """Two of three runs end early; from then on steps are compiled for fewer rows."""
+    rows, found = [0] * 4 + [1] * 4 + [2] * 4, {}
+    for by_run in (False, True):
+        made = make(method, totals=[2, 40, 4], peaks=0.03)
+        made._places = trainer._places(made.model, made.partitioner, 1) if by_run else None
+        sizes, step = [], made._train_step
+        made._train_step = lambda state, batch, *rest, step=step, sizes=sizes: (
+            sizes.append(len(batch["encoder_task_ids"])) or step(state, batch, *rest)
+        )
+        for start in range(0, 8, 2):
+            learn(made, range(start, start + 2), rows).read_metrics()
+            made.give_up_places()
+        found[by_run] = (sizes, made.state.trainable)
+        assert step._cache_size() == len(set(sizes))
+    assert found[False][0] == [12] * 8
+    assert found[True][0] == [12] * 4 + [6] * 4  # two runs need 8 rows of 12, one needs 4 of 6
+    tiny.close(found[True][1], found[False][1], 1e-6)

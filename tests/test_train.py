@@ -79,11 +79,11 @@ def backbone(tmp_path_factory):
     return str(save_t5x(folder, tree, step=0))
 
 
-def build(method=None, runs=None, rate=0.1, reserved=P, **overrides):
+def build(method=None, runs=None, rate=0.1, reserved=P, optimizer=None, **overrides):
     runs = runs or Runs(TASKS)
     labels = ("shared", "task", "backbone")
     schedules = dict.fromkeys(labels, Schedule(rate, decay="constant"))
-    optimizer = PromptOptimizer(schedules, absent_tasks="hold")
+    optimizer = optimizer or PromptOptimizer(schedules, absent_tasks="hold")
     converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
         prompt_length=reserved, runs=runs, **kwargs
     )
@@ -152,6 +152,24 @@ def test_resuming_equals_never_stopping(backbone, tmp_path):
     run(backbone, tmp_path / "parts", steps=4)
     run(backbone, tmp_path / "parts", steps=STEPS)
     assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pack": True, "batch_size": 2}, {"length_buckets": {"inputs": [2]}}]
+)
+def test_resuming_is_exact_without_padding_too(backbone, tmp_path, changes):
+    given = {"data": dataset(Runs(TASKS), **changes), "stats_period": 1}
+    run(backbone, tmp_path / "whole", **given)
+    run(backbone, tmp_path / "parts", steps=3, **given)
+    run(backbone, tmp_path / "parts", **given)
+    assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "parts"))
+    lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["folder"] == "train" and "loss" in line]
+    per_row = {line["batch/examples_per_row"] for line in steps}
+    assert per_row == {2.0} if "pack" in changes else {1.0}
+    # A row takes 3 prompt positions and 2 of text of the 7 (14 packed) that there are.
+    padding = [line["batch/encoder_padding"] for line in steps]
+    assert padding == pytest.approx([4 / 14 if "pack" in changes else 0.0] * STEPS)
 
 
 def test_sigterm_saves_and_exits_for_a_retry(backbone, tmp_path):
@@ -361,3 +379,90 @@ def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
 def test_a_converter_for_another_prompt_length_is_refused(backbone, tmp_path):
     with pytest.raises(ValueError, match="reserves 3 positions .* 'mpt' has prompts of 4"):
         run(backbone, tmp_path / "run", build(MPT(P + 1)))
+
+
+# --- Runs of one job that end apart ---------------------------------------------------------------
+
+FLEET = Runs(TASKS, groups="independent")
+
+
+def fleet(totals=(4, 8, 8), peaks=(0.03, 0.03, 0.03)):
+    schedule = Schedule(list(peaks), list(totals), decay="linear")
+    optimizer = PromptOptimizer(dict.fromkeys(("shared", "task", "backbone"), schedule))
+    return build(runs=FLEET, optimizer=optimizer)
+
+
+def run_fleet(backbone, folder, steps=STEPS, patience=None, **settings):
+    """Validation scores of the runs are made up: they fall from the first evaluation on."""
+    model = fleet(**settings)
+    found = iter(range(99))
+
+    class Falling(SelectBest):
+        def run(self, train_state, metrics_by_task):
+            value = float(-next(found))
+            return super().run(train_state, {run: {"accuracy": value} for run in TASKS})
+
+    best = Falling(model, str(folder), patience=patience)
+    return run(
+        backbone,
+        folder,
+        model,
+        steps,
+        data=dataset(FLEET, EqualQuotas(BATCH, 1)),
+        eval_period=2,
+        infer_eval_dataset_cfg=dataclasses.replace(
+            dataset(FLEET, split="validation"), shuffle=False
+        ),
+        actions={"INFER_EVAL": [best]} if patience else {},
+    )
+
+
+def endings(folder):
+    found = json.loads((folder / "fleet.json").read_text())["runs"]
+    return {each["run"]: (each["state"], each["step"], each["best_step"]) for each in found}
+
+
+def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone, tmp_path):
+    for folder, stops in (("whole", [STEPS]), ("parts", [3, 6, STEPS])):
+        for steps in stops:
+            run_fleet(backbone, tmp_path / folder, steps, peaks=(0.03, 1e38, 0.03))
+    assert_same_bits(prompts(tmp_path / "whole"), prompts(tmp_path / "parts"))
+    assert endings(tmp_path / "whole") == endings(tmp_path / "parts") == {
+        "run_a": ("finished", 4, 4), "run_b": ("failed", 1, None), "run_c": ("finished", 8, 8),
+    }  # fmt: skip
+    # A run that failed and was never selected leaves nothing; each of the others its own artefact.
+    assert {path.name for path in (tmp_path / "whole" / "artefacts").iterdir()} == {
+        "run_a",
+        "run_c",
+    }
+    joint = artefacts.load_artefact(tmp_path / "whole" / "artefact")
+    assert joint.runs.run_names == ("run_a", "run_c") and joint.runs.num_groups == 2
+    for row, name in enumerate(joint.runs.run_names):
+        own = artefacts.load_artefact(tmp_path / "whole" / "artefacts" / name)
+        assert own.runs == Runs([name]) and own.config["step"] == (4, 8)[row]
+        np.testing.assert_array_equal(own.folded()[0], joint.folded()[row])
+        # ... and equals the run alone, of as many steps.
+        alone = Runs([name], groups="independent")
+        schedule = Schedule(0.03, (4, 8)[row], decay="linear")
+        optimizer = PromptOptimizer(dict.fromkeys(("shared", "task", "backbone"), schedule))
+        cfg = dataset(alone, EqualQuotas(BATCH // 3, 1), batch_size=BATCH // 3)
+        model = build(runs=alone, optimizer=optimizer)
+        run(backbone, tmp_path / name, model, (4, 8)[row], data=cfg)
+        solo = artefacts.load_artefact(tmp_path / name / "artefact").folded()
+        np.testing.assert_allclose(own.folded(), solo, 1e-5, 1e-5)
+    # An artefact of one run is a start for others.
+    again = run_fleet(backbone, tmp_path / "whole")  # trains no further, and leaves the same
+    assert set(again) == set(TASKS)
+    start = {"artefact": str(tmp_path / "whole" / "artefacts" / "run_a")}
+    run(backbone, tmp_path / "next", build(), 2, start)
+
+
+def test_patience_ends_each_run_and_then_the_job(backbone, tmp_path):
+    run_fleet(backbone, tmp_path / "run", patience=[2, 1, 1], totals=(9, 9, 9))
+    assert endings(tmp_path / "run") == {
+        "run_a": ("finished", 6, 2), "run_b": ("finished", 4, 2), "run_c": ("finished", 4, 2),
+    }  # fmt: skip
+    assert (tmp_path / "run" / "checkpoint_6").is_dir(), "nobody was left to train to step 8"
+    config = artefacts.load_artefact(tmp_path / "run" / "artefacts" / "run_b").config
+    assert config["metrics"]["best_step"] == [2] and config["metrics"]["best_score"] == [0]
+    assert list(config["metrics"]["scores"]) == ["run_b"]
