@@ -216,6 +216,13 @@ def _check(cfg: DatasetConfig, provider: Any, converter: Any, hosts: int, endles
                 f"DatasetConfig.batch_size is {cfg.batch_size}, but the sampler's is "
                 f"{sampler.batch_size}. Bind both to one macro."
             )
+    runs = getattr(converter, "runs", None)
+    if endless and cfg.pack and runs is not None and runs.num_groups > 1:
+        raise ValueError(
+            f"Packing deals {runs.num_groups} independent runs uneven shares of a step, and each "
+            "should learn as it would alone. Set pack = False (DatasetConfig.length_buckets keep "
+            "shares even), or GROUPS = 'joint'."
+        )
     tasks = seqio.get_subtasks(provider)
     if isinstance(provider, seqio.Task):
         examples.check_split(provider, cfg.split)
@@ -297,7 +304,7 @@ def train_iterator(
     # Models here take milliseconds to seconds a step: a few batches ahead suffice, and each one
     # more is saved with the position.
     dataset = dataset.prefetch(2).with_options(options)
-    provider = cfg.provider()
+    provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
     sampler = getattr(provider, "sampler", None)
     identity = {
         "tasks": [task.name for task in seqio.get_subtasks(provider)],
@@ -307,8 +314,8 @@ def train_iterator(
         "shuffle": cfg.shuffle,
         "features": {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())},
         "length_buckets": cfg.length_buckets and dict(cfg.length_buckets),
+        "pack_window": getattr(converter, "pack_window", None) if cfg.pack else None,
     }
-    converter = cfg.converter(feature_converter_cls, cfg.pack)
     return TrainIterator(dataset, share, identity, cfg.buckets(converter, by_itself=False))
 
 

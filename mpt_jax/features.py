@@ -163,8 +163,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         pack: several examples to a row, each with its own prompt positions.
         use_custom_packing_ops: SeqIO's option; must be False, since packing is ours.
         pack_lengths: encoder (`inputs`, prompt positions included) and decoder (`targets`)
-            positions of a packed row; by default twice the encoder positions of one example of
-            full length, and once its targets'.
+            positions of a packed row; by default twice those of one example of full length.
         pack_window: examples that are packed at a time (`packing.best_fit`). More of them leave
             fewer positions empty, and go farther from the order of the stream.
         on_overlong: 'error' or 'truncate' for examples that `end_and_limit` has cut.
@@ -266,7 +265,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         if not self.pack:
             return one_example
         if self.pack_lengths is None:
-            return {**one_example, "inputs": 2 * one_example["inputs"]}
+            return {name: 2 * length for name, length in one_example.items()}
         for name, needed in one_example.items():
             if self.pack_lengths[name] < needed:
                 raise ValueError(
@@ -298,7 +297,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         windows = _map(ds, checked).ragged_batch(self.pack_window)
         lengths = self.get_model_feature_lengths(task_feature_lengths)
         # One window at a time: what is packed ahead is saved with the data's position.
-        return windows.map(lambda window: self._packed(window, positions, lengths)).unbatch()
+        pack = tf.autograph.experimental.do_not_convert(self._packed)
+        return windows.map(lambda window: pack(window, positions, lengths)).unbatch()
 
     def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
         """Returns the example's row (scalar), or raises for a stranger or an over-long example."""

@@ -232,6 +232,14 @@ def test_packed_rows_have_one_length():
         config(mixture(), pack=True, length_buckets={"inputs": [2]})
 
 
+def test_independent_runs_are_not_packed_for_training():
+    apart = functools.partial(CONVERTER, runs=Runs(list(SIZES), groups="independent"))
+    with pytest.raises(ValueError, match="deals 3 independent runs uneven shares"):
+        data.train_iterator(config(mixture(), pack=True), apart)
+    cfg = config("dat_b", pack=True, split="validation", shuffle=False)
+    assert list(data.eval_batches(cfg, apart)["dat_b"]()), "a loss does not depend on shares"
+
+
 def test_eval_batches_by_length_hold_every_example_once():
     arguments = dict(split="validation", shuffle=False, batch_size=4)
     cfg = config("dat_b", length_buckets={"inputs": [2]}, **arguments)

@@ -25,6 +25,8 @@ STAGES = [name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text()]
 TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.gin")]
 # Files that change a toy run.
 AFTER_TINY = ["gin/runs/demo.gin"]
+PACKED, BY_LENGTH = "gin/runs/packed.gin", "gin/runs/by_length.gin"
+SCOPES = ("train", "train_eval", "infer_eval")
 METHODS = [name for name in FILES if name.startswith("gin/methods/")]
 PROMPTED = [
     f"gin/methods/{name}.gin"
@@ -160,6 +162,26 @@ def test_an_ablation_trains_what_it_says(name, stage, numbers):
     assert sampler == ("PerExample" if name == "no_stochastic_sampling" else default)
 
 
+def test_packing_changes_rows_and_not_what_is_drawn():
+    parse([SOURCE, "gin/tiny.gin", PACKED], ["PACK_WINDOW = 64"])
+    packs = {scope: gin.query_parameter(f"{scope}/DatasetConfig.pack") for scope in SCOPES}
+    assert packs == {"train": True, "train_eval": True, "infer_eval": False}
+    assert (value("PACKED_ROWS"), value("SAMPLER").batch_size) == (16, 48)
+    converter = value("MODEL").FEATURE_CONVERTER_CLS(pack=True)
+    lengths = converter.get_model_feature_lengths({"inputs": 48, "targets": 12})
+    assert lengths["encoder_segment_ids"] == 2 * (20 + 48)
+    assert lengths["decoder_target_tokens"] == 24
+    assert converter.pack_window == 64
+
+
+def test_lengths_are_cut_in_training():
+    parse([SOURCE, BY_LENGTH], [VOCABULARY])
+    settings = gin.query_parameter("train/DatasetConfig.length_buckets")
+    assert settings.scoped_selector == "LENGTH_BUCKETS/gin.macro"
+    limits = value("TASK_FEATURE_LENGTHS")
+    assert all(max(found) < limits[name] for name, found in value("LENGTH_BUCKETS").items())
+
+
 def test_targets_may_share_a_prompt_and_the_samplers_of_sources():
     parse([TARGET, JOINT], [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
     assert type(value("SAMPLER")).__name__ == "StochasticTasks"
@@ -177,7 +199,17 @@ def test_no_file_is_left_untested():
         for name in FILES
         for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
     }
-    tested = {*STAGES, *METHODS, *AFTER_TINY, *ABLATIONS, *SOURCES, JOINT, "gin/tiny.gin"}
+    tested = {
+        *STAGES,
+        *METHODS,
+        *AFTER_TINY,
+        *ABLATIONS,
+        *SOURCES,
+        JOINT,
+        PACKED,
+        BY_LENGTH,
+        "gin/tiny.gin",
+    }
     assert set(FILES) == tested | included
 
 
