@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": "score a checkpoint or an artefact: --gin_file=gin/eval.gin ...",
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
     "predict": "answer requests that name a task each: --prompts DIR... --input file.jsonl",
+    "export": "predict and score as files that JAX alone runs: --prompts DIR... --out FOLDER",
     "tasks": "list; show NAME -n 3: the tasks there are, and their text",
     "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
     "paper": "runs a table of the MPT paper, on its tasks or the toy suite",
