@@ -99,8 +99,7 @@ def _heat(commands: Mapping[str, Sequence[str]], turns: int) -> dict[str, dict[s
                 found[name]["peak_mib"] = answer["peak_mib"]
     finally:
         for worker in workers.values():
-            worker.stdin.close()  # type: ignore[union-attr]
-            worker.wait()
+            worker.communicate()  # ends its input, and with it the worker
     return {
         name: {**found[name], **summary(seconds[name]), "all_seconds": seconds[name]}
         for name in commands

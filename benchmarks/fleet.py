@@ -1,0 +1,174 @@
+"""A fleet of few-shot adaptations in one job, against as many jobs of one.
+
+    python -m benchmarks.fleet --out docs/benchmarks/fleet.json
+
+MPT's target stage (gin/mpt_target.gin, gin/tiny.gin) on the toy suite: every run learns 32 examples
+for 200 steps of 4, as in the demo, and is not evaluated. A fleet is one such command with n runs in
+independent groups, so it takes the same steps on the same examples. Its rivals: n processes one
+after another ("cold", whose compiled step comes from JAX's cache on disk, the first one's apart),
+and n stages one after another in one process that has run one before ("warm", the step compiled as
+well). Those are measured a run at a time and multiplied by n. A fleet is a process of its own that
+finds no compiled step. All take turns; figures are wall seconds from start to end, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import contest, figures
+from mpt_jax import compilation_cache, demo, gin_utils, results
+from mpt_jax.experiment import Run, Stage, quoted, target_bindings, target_runs
+
+SHOTS = 32
+STEPS, ROWS = demo.FEW
+FILES = ("gin/mpt_target.gin", "gin/tiny.gin")
+COLD, WARM = "cold", "warm"
+
+
+def fleet_runs(number: int) -> tuple[Run, ...]:
+    """The runs of a fleet: the toy suite's eight targets, or the first of them, and as many draws
+    as it takes.
+
+    Raises:
+        ValueError: `number` is above eight and no multiple of it.
+    """
+    tasks = demo.ALL_TARGETS[:number]
+    if number % len(tasks):
+        raise ValueError(
+            f"A fleet of {number} is not so many draws of {len(tasks)} tasks; give a multiple of "
+            f"{len(demo.ALL_TARGETS)}, or less than that."
+        )
+    return target_runs(tasks, range(number // len(tasks)), SHOTS)
+
+
+def stage(root: Path, name: str, runs: Sequence[Run], steps: int) -> Stage:
+    """The command of a job that adapts these runs and does nothing else."""
+    bindings = (
+        f"ROOT = {quoted(str(root))}",  # holds no source stage, so the shipped one is the start
+        *target_bindings(runs, ROWS),
+        "EVAL_PERIOD = 1000000",
+        "SAVE_PERIOD = None",
+        "STATS_PERIOD = 25",
+        "train_script.train.train_eval_dataset_cfg = None",
+        "train_script.train.infer_eval_dataset_cfg = None",
+        "train_script.train.actions = {}",
+    )
+    return Stage(name, FILES, bindings, tuple(runs), steps)
+
+
+def stages(root: Path, name: str, number: int, steps: int) -> Iterator[Stage]:
+    """One stage after another under new names: `number` runs each; single ones walk through the
+    targets."""
+    singles = itertools.cycle(fleet_runs(len(demo.ALL_TARGETS)))
+    for turn in itertools.count():
+        runs = [next(singles)] if number == 1 else fleet_runs(number)
+        yield stage(root, f"{name}_{turn}", runs, steps)
+
+
+def as_command(job: Stage, root: Path, cache: str) -> None:
+    """Runs a stage's command line, with its compiled steps kept in the folder `cache` ("" keeps
+    none).
+
+    Raises:
+        RuntimeError: it failed; has the end of what it said.
+    """
+    command = [sys.executable, *shlex.split(job.command(root))[1:]]
+    kept = {
+        compilation_cache.VARIABLE: cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(compilation_cache.MIN_SECONDS),
+    }
+    ended = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"{job.name} failed:\n{ended.stderr[-3000:]}")
+
+
+def work(name: str, root: Path, steps: int) -> contest.Work:
+    """A contestant's turn: the next of its stages, to the end."""
+    number = 1 if name in (COLD, WARM) else int(name)
+    jobs = stages(root, name, number, steps)
+    run: Callable[[], Any]
+    if name == WARM:
+        gin_utils.log_progress()  # says what a command line says
+        run = lambda: next(jobs).run(root)  # noqa: E731
+    else:
+        cache = str(root / "compiled") if name == COLD else ""
+        run = lambda: as_command(next(jobs), root, cache)  # noqa: E731
+    return contest.Work(run)
+
+
+def measure(root: Path, sizes: Sequence[int], steps: int, turns: int) -> dict[str, dict[str, Any]]:
+    """Seconds of every contestant, and of its training steps alone."""
+    names = [COLD, WARM, *(str(size) for size in sizes if size > 1)]
+    given = ["benchmarks.fleet", "--root", str(root), "--steps", str(steps)]
+    found = contest.compare({name: [*given, "--serve", name] for name in names}, turns)
+    for name, row in found.items():
+        # The first of the single ones compiled.
+        folders = [
+            root / f"{name}_{turn}" for turn in range(warm_ups(name), warm_ups(name) + turns)
+        ]
+        seconds = [results.training_seconds(folder) for folder in folders]
+        row["steps_alone_seconds"] = statistics.median(seconds)
+        del row["peak_mib"], row["before_mib"]  # of the process that starts others
+    return found
+
+
+def warm_ups(name: str) -> int:
+    """Turns of a contestant that do not count: single runs find a compiled step."""
+    return 1 if name in (COLD, WARM) else 0
+
+
+def comparisons(found: dict[str, dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, float]]:
+    """Each fleet beside as many single runs, all in seconds."""
+    cold, warm = found[COLD], found[WARM]
+    lines = []
+    for size in sizes:
+        fleet = cold if size == 1 else found[str(size)]
+        line = {
+            "runs": size,
+            "fleet": fleet["median_seconds"],
+            "cold": size * cold["median_seconds"],
+            "warm": size * warm["median_seconds"],
+            "fleet_steps_alone": fleet["steps_alone_seconds"],
+            "warm_steps_alone": size * warm["steps_alone_seconds"],
+        }
+        line["fleet/cold"] = line["fleet"] / line["cold"]
+        line["fleet/warm"] = line["fleet"] / line["warm"]
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Prints a table, and writes the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.serve:
+        contest.serve(lambda: work(args.serve, args.root, args.steps), warm_ups(args.serve))
+        return
+    with tempfile.TemporaryDirectory() as root:
+        found = measure(Path(root), args.sizes, args.steps, args.turns)
+    lines = comparisons(found, args.sizes)
+    print(figures.table(list(lines[0]), [list(line.values()) for line in lines]))
+    record = {"steps": args.steps, "examples_of_a_run_in_a_step": ROWS, "turns": args.turns}
+    record |= {"machine": figures.machine(), "contestants": found, "comparisons": lines}
+    figures.write(record, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""MPT's step against the number of tasks, the length of the prompt, packing and distillation.
+
+    python -m benchmarks.scaling --out docs/benchmarks/scaling.json
+
+T5-small shape, random weights, float32; everywhere a step on the same 8 ragged texts
+(benchmarks/ragged_mix.py, whose lengths are assumed), which belong to tasks drawn from all K.
+Unpacked rows are as long as the limits, 256 + P; packed ones twice that, as few as hold all texts.
+The steps of one curve take turns. With P = 0 nothing learns, so that the compiler drops the
+backward pass: what remains is the frozen model's forward pass. Moments of every row of the bank are
+updated in every step (PromptOptimizer.absent_tasks = 'dense', the default), which grows with K.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import contest, figures, ragged_mix
+from benchmarks.contestants import SIZES, Ours, t5
+from benchmarks.ragged_mix import TARGET_LIMIT, TEXT_LIMIT
+from mpt_jax import batches
+
+B = 8
+BANKS = (1, 10, 100, 1_000, 10_000)
+PROMPT_LENGTHS = (0, 20, 100, 200, 400)
+K, P = 6, 100  # where they do not vary
+
+
+class Point(NamedTuple):
+    """One step.
+
+    Attributes:
+        tasks: K.
+        prompt_length: P.
+        packed: whether several texts share a row.
+        distilled: whether the loss has the teachers' terms.
+    """
+
+    tasks: int = K
+    prompt_length: int = P
+    packed: bool = False
+    distilled: bool = False
+
+    @property
+    def name(self) -> str:
+        """On the command line."""
+        return ",".join(str(int(value)) for value in self)
+
+    @classmethod
+    def of_name(cls, name: str) -> Point:
+        """The inverse of `name`."""
+        tasks, prompt_length, packed, distilled = map(int, name.split(","))
+        return cls(tasks, prompt_length, bool(packed), bool(distilled))
+
+
+def curves(banks: list[int], lengths: list[int]) -> dict[str, list[Point]]:
+    """What is compared with each other."""
+    found = {}
+    for packed in (False, True):
+        how = "packed" if packed else "unpacked"
+        found[f"tasks, {how}"] = [Point(tasks=k, packed=packed) for k in banks]
+        found[f"prompt length, {how}"] = [Point(prompt_length=p, packed=packed) for p in lengths]
+        found[f"distillation, {how}"] = [Point(packed=packed, distilled=d) for d in (False, True)]
+    return found
+
+
+def batch(point: Point, vocabulary: int) -> batches.Batch:
+    """The step's texts."""
+    drawn = np.random.default_rng(0).integers(point.tasks, size=B)
+    examples = [
+        example._replace(row=int(row))
+        for example, row in zip(
+            ragged_mix.examples(ragged_mix.draw(B), vocabulary), drawn, strict=True
+        )
+    ]
+    if not point.packed:
+        return batches.unpacked(examples, point.prompt_length, TEXT_LIMIT, TARGET_LIMIT)
+    row = {"inputs": 2 * (TEXT_LIMIT + point.prompt_length), "targets": 2 * TARGET_LIMIT}
+    return batches.packed(examples, point.prompt_length, row)
+
+
+def work(point: Point, size: str) -> contest.Work:
+    """A turn: one step."""
+    config = t5(size)
+    side = Ours(config, point.prompt_length, point.tasks, point.distilled)
+    made = batch(point, config.vocab_size)
+
+    def run() -> None:
+        side.step(made)
+        side.wait()
+
+    return contest.Work(run, side.peak_mib)
+
+
+def measure(points: list[Point], size: str, turns: int) -> list[dict[str, Any]]:
+    """The figures of a curve."""
+    given = ["benchmarks.scaling", "--size", size]
+    commands = {point.name: [*given, "--serve", point.name] for point in points}
+    found = contest.compare(commands, turns)
+    return [
+        {**point._asdict(), "positions": batch(point, 512)["encoder_input_tokens"].size}
+        | found[point.name]
+        for point in points
+    ]
+
+
+def markdown(title: str, rows: list[dict[str, Any]]) -> str:
+    """One curve."""
+    columns = {
+        "K": "tasks",
+        "P": "prompt_length",
+        "distilled": "distilled",
+        "positions": "positions",
+        "seconds a step": "median_seconds",
+        "min": "min_seconds",
+        "max": "max_seconds",
+        "peak MiB": "peak_mib",
+        "warm-up s": "warm_up_seconds",
+    }
+    cells = [[row[field] for field in columns.values()] for row in rows]
+    return f"\n{title}\n\n{figures.table(list(columns), cells)}"
+
+
+def main() -> None:
+    """Prints a table for each curve, and writes the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--banks", nargs="+", type=int, default=list(BANKS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.serve:
+        point = Point.of_name(args.serve)
+        contest.serve(lambda: work(point, args.size), warm_ups=2)
+        return
+    record: dict[str, Any] = {"batch_size": B, "size": args.size, "machine": figures.machine()}
+    record["mix"] = ragged_mix.description(ragged_mix.draw(B))
+    record["curves"] = {}
+    for title, points in curves(args.banks, args.lengths).items():
+        rows = measure(points, args.size, args.turns)
+        print(markdown(title, rows), flush=True)
+        record["curves"][title] = rows
+        figures.write(record, args.out)
+
+
+if __name__ == "__main__":
+    main()
