@@ -57,10 +57,9 @@ class Settings:
     def __post_init__(self):
         if unknown := [name for name in self.platforms if name not in PLATFORMS]:
             raise ValueError(f"Unknown platforms {unknown}; known are {', '.join(PLATFORMS)}.")
-        if not self.platforms or min([*self.input_lengths, self.target_length], default=0) < 1:
-            raise ValueError(
-                f"Platforms and lengths must be given, and lengths be positive: {self}."
-            )
+        lengths = [*self.input_lengths, self.target_length]
+        if not self.platforms or not self.input_lengths or min(lengths) < 1:
+            raise ValueError(f"Platforms and positive lengths must be given, got {self}.")
 
 
 def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> dict[str, Any]:
