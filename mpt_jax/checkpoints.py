@@ -3,9 +3,10 @@
     MODEL_DIR/checkpoint_N/state    trainable parameters, optimizer state, step
     MODEL_DIR/checkpoint_N/meta     names, shapes and checksums, digests, the data's position
 
-The backbone is not in them. A checkpoint that cannot be read, or does not hold what was saved, is
-moved aside and the one before it is used, with an error in the log that names both. A checkpoint of
-another configuration is readable but does not match; that is the user's to resolve and raises.
+The backbone is not in them. A checkpoint that is damaged, or does not hold what was saved, is moved
+aside and the one before it is used, with an error in the log that names both. One that cannot be
+read for another reason (a store that does not answer, say) is left alone, and that raises. So does
+one of another configuration, which is readable but does not match: the user's to resolve.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +26,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mpt_jax import checksums
+from mpt_jax import checksums, damage
+from mpt_jax.convert.files import absolute
 from mpt_jax.train_state import TrainState
 from mpt_jax.tree import flatten, match_exactly
 
@@ -114,6 +115,7 @@ class Checkpoints:
             read_only=read_only,
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._handlers = handlers
         self._manager = ocp.CheckpointManager(
             epath.Path(model_dir).absolute(),
             item_names=tuple(handlers),
@@ -157,39 +159,27 @@ class Checkpoints:
 
         Raises:
             ValueError: the checkpoint belongs to another configuration.
-            OSError: no checkpoint can be read.
+            OSError: it could not be read, for another reason than damage; or all are damaged. In a
+                job of several processes all raise alike.
         """
         steps = self.steps if step is None else [step]
         failures = []
         for candidate in reversed(steps):
+            path = self.path(candidate)
             try:
-                meta = self._read_meta(candidate)
-                expected = _shapes(_saved(state))
-                match_exactly(
-                    {name: tuple(shape) for name, shape in expected.items()},
-                    {name: tuple(shape) for name, shape in meta["shapes"].items()},
-                    f"{self.path(candidate)}",
+                meta = damage.together(functools.partial(self._read_meta, candidate), f"{path}")
+                _check_configuration(state, meta, path)
+                tree = damage.together(
+                    functools.partial(self._read, candidate, "state", _restore_args(_saved(state))),
+                    f"{path}",
                 )
-            except ValueError as error:
-                if "does not match the model" in str(error):
-                    raise ValueError(
-                        f"{error} MODEL_DIR holds a run of another configuration: choose another "
-                        "MODEL_DIR, or remove this one."
-                    ) from error
-                failures.append(self._unreadable(candidate, error))
-                continue
-            except Exception as error:  # noqa: BLE001 - whatever a damaged file may raise
-                failures.append(self._unreadable(candidate, error))
-                continue
-            try:
-                tree = self._read(candidate, "state", _restore_args(_saved(state)))
                 if "checksums" in meta:  # earlier versions saved none
                     checksums.check_leaves(tree, meta["checksums"])
-            except Exception as error:  # noqa: BLE001
-                failures.append(self._unreadable(candidate, error))
+            except checksums.Damaged as error:
+                failures.append(f"{path} cannot be read ({error}).")
                 continue
             for failure in failures:
-                logging.error("%s Going on from %s instead.", failure, self.path(candidate))
+                logging.error("%s Going on from %s instead.", failure, path)
             return _replaced(state, tree), meta
         if failures:
             raise OSError(
@@ -207,21 +197,37 @@ class Checkpoints:
         try:
             return self._read_meta(step)
         except Exception as error:  # whatever a damaged file may raise
-            raise OSError(self._unreadable(step, error)) from error
+            raise OSError(f"{self.path(step)} cannot be read ({damage.reason(error)}).") from error
 
     def set_aside_after(self, step: int) -> None:
-        """Renames checkpoints later than a step, which could not be read, out of the way."""
+        """Renames checkpoints later than a step, which could not be read, out of the way.
+
+        Raises:
+            OSError: that failed; in all processes.
+        """
         unreadable = [found for found in self.steps if found > step]
         if not unreadable:
             return
-        for path in map(self.path, unreadable if jax.process_index() == 0 else ()):
+        error = None
+        try:
+            self._set_aside(unreadable if jax.process_index() == 0 else [])
+        except OSError as caught:
+            error = caught  # after the others, who wait
+        multihost_utils.sync_global_devices("unreadable checkpoints are out of the way")
+        self._manager.reload()
+        if left := [str(self.path(found)) for found in self.steps if found > step]:
+            raise OSError(
+                f"{', '.join(left)} cannot be read, and could not be moved aside "
+                f"({damage.reason(error) if error else 'the first process says why'}). Remove them."
+            ) from error
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for path in map(self.path, steps):
             aside = path.parent / f"unreadable_{path.name}"
             if aside.exists():
                 aside.rmtree()
             path.rename(aside)
             logging.error("Moved the unreadable checkpoint %s to %s.", path, aside)
-        multihost_utils.sync_global_devices("unreadable checkpoints are out of the way")
-        self._manager.reload()
 
     def path(self, step: int) -> epath.Path:
         """Where the checkpoint of a step lies."""
@@ -250,33 +256,45 @@ class Checkpoints:
             there = [self.path(step).name for step in saved_steps(self.model_dir)]
             last = there[-1] if there else "none"
             raise OSError(
-                f"A checkpoint in {self.model_dir} could not be written ({_reason(error)}). The "
-                f"last complete one is: {last}. Once there is room to write, the "
-                "same command goes on from it."
+                f"A checkpoint in {self.model_dir} could not be written ({damage.reason(error)}). "
+                f"The last complete one is: {last}. Once there is room to write, the same command "
+                "goes on from it."
             ) from error
 
     def _read(self, step: int, item: str, args: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        # Past the manager, which would wait for the other processes, also for one that could not
+        # read.
+        return self._handlers[item].restore(absolute(self.path(step)) / item, args=args)
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._read(step, "meta", ocp.args.JsonRestore())
         checksums.check_seal(meta)
+        if "shapes" not in meta:
+            raise checksums.Damaged("The record of the checkpoint names no shapes")
         return meta
 
-    def _unreadable(self, step: int, error: Exception) -> str:
-        return f"{self.path(step)} cannot be read ({_reason(error)})."
+
+def _check_configuration(state: TrainState, meta: dict[str, Any], path: epath.Path) -> None:
+    """Compares the shapes that a checkpoint was saved with.
+
+    Raises:
+        ValueError: it belongs to another configuration; names what differs.
+    """
+    expected = {name: tuple(shape) for name, shape in _shapes(_saved(state)).items()}
+    found = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+    try:
+        match_exactly(expected, found, f"{path}")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} MODEL_DIR holds a run of another configuration: choose another MODEL_DIR, or "
+            "remove this one."
+        ) from error
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
     """The steps of the complete checkpoints in a folder, oldest first; none where there is none."""
     children = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(named[1]) for path in children if (named := NAME.fullmatch(path.name)))
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line; a store's own message goes on with a page of settings."""
-    text = textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
-    return f"{type(error).__name__}: {text}"
 
 
 class DataPosition:

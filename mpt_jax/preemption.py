@@ -100,7 +100,7 @@ def end_without_peers(error: Exception) -> None:
         "has ended: its log says why. The same command, started on all of them again, goes on from "
         "the last checkpoint.",
         jax.process_count(),
-        str(error).partition("\n")[0],
+        re.sub(r"(Error dispatching computation: )+", "", str(error).partition("\n")[0]),
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -190,6 +190,65 @@ def test_half_a_checkpoint_is_passed_over(state, tmp_path, loud, gone):
     assert "checkpoint_9 cannot be read" in errors_in(loud)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        TimeoutError("no answer"),
+        OSError(5, "Input/output error"),
+        ValueError('UNAVAILABLE: Error opening "zarr" driver: could not resolve host'),
+        RuntimeError("whatever a store may say"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("item", ["meta", "state"])
+def test_what_cannot_be_read_now_is_neither_passed_over_nor_moved(
+    state, tmp_path, monkeypatch, item, error
+):
+    write(tmp_path, state, [5, 9])
+    whole = Checkpoints._read
+
+    def read_item(self, step, which, args):
+        if which == item:
+            raise error
+        return whole(self, step, which, args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_read", read_item)
+        with pytest.raises(OSError, match="checkpoint_9 could not be read now.*rename") as caught:
+            read(tmp_path, state)
+    assert str(error).partition("\n")[0] in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_5", "checkpoint_9"]
+    same(read(tmp_path, state)[0], at(state, 9))
+
+
+def test_a_file_that_the_store_cannot_open_is_no_damage(state, tmp_path):
+    """TensorStore's own error: too many symbolic links, as another system error would be."""
+    write(tmp_path, state, [5, 9])
+    manifest = tmp_path / "checkpoint_9" / "state" / "manifest.ocdbt"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    with pytest.raises(OSError, match="checkpoint_9 could not be read now"):
+        read(tmp_path, state)
+    manifest.unlink()
+    manifest.write_bytes(content)
+    same(read(tmp_path, state)[0], at(state, 9))
+
+
+def test_what_cannot_be_moved_aside_is_said(state, tmp_path, monkeypatch):
+    write(tmp_path, state, [5, 9])
+
+    def refuse(self, steps):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Checkpoints, "_set_aside", refuse)
+    saved = Checkpoints(str(tmp_path), None)
+    with pytest.raises(OSError, match="checkpoint_9 cannot be read.*Permission denied"):
+        saved.set_aside_after(5)
+    saved.close()
+
+
 def damage(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():

@@ -21,8 +21,9 @@ import pytest
 from etils import epath
 
 from mpt_jax import artefacts, preemption
-from mpt_jax.checkpoints import saved_steps
+from mpt_jax.checkpoints import Checkpoints, saved_steps
 from mpt_jax.tree import flatten
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 STAGE = (
@@ -48,11 +49,14 @@ def free_address() -> str:
         return f"localhost:{probe.getsockname()[1]}"
 
 
-def launch(arguments: tuple[str, ...], **environment: str) -> subprocess.Popen:
+def launch(
+    arguments: tuple[str, ...], stdout: int | None = None, **environment: str
+) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -168,6 +172,30 @@ def test_a_local_root_is_refused_by_every_process(tmp_path):
     unshared = "--gin.paths.under.shared_filesystem=False"
     for log in finish(start(tmp_path, 2, EXACT, unshared), code=2):
         assert "shared_filesystem" in log
+
+
+def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
+    """Nor do the others wait for it."""
+    model = tiny.model()
+    state = tiny.state(model, tiny.params(model))
+    saved = Checkpoints(str(tmp_path), None)
+    for step in (5, 9):
+        saved.save(state.replace(step=np.int32(step)), {})
+    saved.close()
+    address = free_address()
+    children = [
+        launch(("tests.reading_job", str(tmp_path), address, str(index)), stdout=subprocess.PIPE)
+        for index in range(2)
+    ]
+    said = [child.communicate(timeout=120) for child in children]
+    expected = (["another process"] * 2, ["Timeout", "PERMISSION"])
+    for (out, log), reasons in zip(said, expected, strict=True):
+        lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+        for way, reason in zip(("no answer", "no access"), reasons, strict=True):
+            assert "checkpoint_9 could not be read now" in lines[way], log[-3000:]
+            assert reason in lines[way]
+        assert lines["damage"] == "5", log[-3000:]
+    assert saved_steps(epath.Path(tmp_path)) == [5, 9]
 
 
 # --- When one dies -------------------------------------------------------------------------------
