@@ -80,6 +80,7 @@ class PjitPartitioner:
             both or neither.
         model_parallel_submesh, params_on_devices, backend: T5X's; only their defaults are accepted.
         devices: default all of this run; or those of a topology, to compile ahead of time.
+
     Raises:
         ValueError: sizes that do not fit the devices, or a setting that would have no effect.
     """
