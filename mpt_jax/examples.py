@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.features import TASK_IDS, task_id
-from mpt_jax.runs import unknown_name
+from mpt_jax.runs import data_name, unknown_name
 
 # Tables up to this size are kept as long as their task is registered.
 _KEEP_BYTES = 16 * 2**20
@@ -145,14 +145,15 @@ class ExampleTable:
         return sum(values.nbytes for values in self.values.values())
 
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
-        """Returns the endless stream of this task's example indices, pass after pass."""
+        """Returns the endless stream of this task's example indices, pass after pass. Runs that
+        differ in settings alone have one order (`runs.data_name`)."""
         if not shuffle:
             return tf.data.Dataset.range(self.num_examples).repeat()
 
         def one_pass(number):
             bits = tf.random.stateless_uniform(
                 [self.num_examples],
-                stream_key(seed, task_id(self.name), number),
+                stream_key(seed, task_id(data_name(self.name)), number),
                 minval=None,  # type: ignore[arg-type]  # all 64 bits
                 maxval=None,
                 dtype=tf.int64,

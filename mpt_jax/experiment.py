@@ -17,6 +17,8 @@ from typing import NamedTuple
 from absl import logging
 
 from mpt_jax import gin_utils, results
+from mpt_jax.handing_on import all_ended
+from mpt_jax.runs import Runs
 from mpt_jax.train import ARTEFACT, TRAINED_BACKBONE
 
 FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
@@ -82,7 +84,8 @@ class Stage:
                 for run in self.runs
             )
         handed_on = any((folder / name).is_dir() for name in (ARTEFACT, TRAINED_BACKBONE))
-        return handed_on and (self.steps is None or (folder / f"checkpoint_{self.steps}").is_dir())
+        trained = self.steps is None or (folder / f"checkpoint_{self.steps}").is_dir()
+        return handed_on and (trained or all_ended(folder))
 
 
 def target_runs(tasks: Sequence[str], seeds: Sequence[int], shots: int | None) -> tuple[Run, ...]:
@@ -101,12 +104,19 @@ quoted = json.dumps
 def target_bindings(
     runs: Sequence[Run], rows: int | float, groups: str | Sequence[int] = "independent"
 ) -> list[str]:
-    """What a job of these runs binds, with `rows` examples of each in a step on average."""
+    """What a job of these runs binds.
+
+    Args:
+        runs: in the order of the bank's rows.
+        rows: examples of each run in a step, on average where runs share a group.
+        groups: which runs learn together, as `Runs` has it.
+    """
+    table = Runs([run.task for run in runs], [run.name for run in runs], groups)
     return [
         f"TARGET_TASKS = {quoted([run.task for run in runs])}",
         f"RUN_NAMES = {quoted([run.name for run in runs])}",
         f"GROUPS = {quoted(groups)}",
-        f"BATCH_SIZE = {round(rows * len(runs))}",
+        f"BATCH_SIZE = {round(rows * len(runs) / table.num_groups)}",
     ]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def report(model_dir: str, found: Sequence[Ending]) -> None:
         logging.info("%d runs: %s (%s).", len(found), told, path)
 
 
-def all_ended(model_dir: epath.Path) -> bool:
+def all_ended(model_dir: str | os.PathLike[str]) -> bool:
     """Whether a job has ended because none of its runs would learn any more."""
     path = epath.Path(model_dir) / FLEET
     if not path.exists():

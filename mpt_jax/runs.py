@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
+
+# What a run's name says of settings that neither its data nor its initial values depend on.
+_SETTINGS = re.compile(r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_\w+)?", re.ASCII)
 
 JOINT = "joint"
 INDEPENDENT = "independent"
@@ -98,6 +102,22 @@ class Runs:
         if run_name not in self.run_names:
             raise ValueError(unknown_name("run", run_name, self.run_names))
         return list(self.run_names).index(run_name)
+
+
+def data_name(run_name: str) -> str:
+    """The name that a run's examples, their order and its initial values depend on.
+
+    Runs that differ in a learning rate or in what they start from, and say so at the end of their
+    names, `_lr0.3`, `_tlr0.4` and `_from_mnli` in this order, are alike in all of these.
+    """
+    found = _SETTINGS.fullmatch(run_name)
+    assert found is not None  # of any text but the empty one
+    return found["data"]
+
+
+def whole_batch(runs: Runs, examples: int) -> int:
+    """Examples in a step of a job whose groups have `examples` each, as many as each has alone."""
+    return runs.num_groups * examples
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:

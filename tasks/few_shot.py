@@ -4,6 +4,8 @@
     <task>_k<k>_per_class_s<draw>      k rows of each label; ours
     <task>_s<draw>                     all rows: a repeat, with initial values of its own
     ..._dev                            the validation split is cut to as many rows, drawn apart
+    ..._lr0.3, _tlr0.4, _from_mnli     the same rows in the same order, for runs of a fleet that
+                                       differ in these settings (`runs.data_name`); ours
 
 The paper has k = 4, 16, 32 and ten draws (0 .. 9 here), and does not say whether its validation
 split is whole; the default is that it is. Any k and draw work: nothing is registered before a run
@@ -32,6 +34,7 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax import evaluation, examples, features
+from mpt_jax.runs import data_name
 from tasks import text_metrics
 from tasks.splits import where
 
@@ -251,6 +254,12 @@ def register_run(name: str) -> bool:
     Raises:
         ValueError: the task has fewer than k rows, or none of a class to draw by.
     """
+    if (data := data_name(name)) != name:
+        if not examples.is_task(data):
+            return False
+        task = seqio.TaskRegistry.get(data)
+        _add(name, task, task.source)
+        return True
     asked = parse(name)
     if asked is None:
         return _register_repeat(name)

@@ -55,7 +55,7 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
     assert json.loads(given["RUN_NAMES"]) == (runs if grouped else runs[:1])
     steps, rows = demo.FEW
     assert (given["TRAIN_STEPS"], given["WARMUP_STEPS"]) == (str(steps), str(steps // 10))
-    assert given["BATCH_SIZE"] == str(rows * (4 if grouped else 1))
+    assert given["BATCH_SIZE"] == str(rows), "of each run"
     assert (given["LEARNING_RATE"], json.loads(given["ROOT"])) == ("0.5", str(tmp_path))
 
 

@@ -36,6 +36,8 @@ ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # Other source tasks; tests/tasks/test_mixtures.py.
 SOURCES = ["gin/runs/source_tasks_12.gin"]
 JOINT = "gin/runs/joint_targets.gin"
+# tests/test_fleet_gin.py.
+FLEETS = [name for name in FILES if name.startswith("gin/runs/fleet")]
 # A vocabulary that is there, in place of T5's, which is not shipped.
 VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
 
@@ -200,6 +202,7 @@ def test_no_file_is_left_untested():
         for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
     }
     tested = {
+        *FLEETS,
         *STAGES,
         *METHODS,
         *AFTER_TINY,

@@ -83,7 +83,7 @@ def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
     assert names == [f"{t}_k32_s{s}" for t in ("boolq", "cb", "scitail") for s in range(10)]
     assert json.loads(bound["TARGET_TASKS"]) == [name.partition("_")[0] for name in names]
     assert bound["INITIAL_ARTEFACT"] == json.dumps(f"{ROOT}/no such folder/mpt_source/artefact")
-    assert bound["BATCH_SIZE"] == str(30 * 16) and "LEARNING_RATE" not in bound
+    assert bound["BATCH_SIZE"] == "16" and "LEARNING_RATE" not in bound
     assert given(cells[1].jobs[0])["START_FROM"] == '"mnli"'
     # The same chances of selection, and no warmup longer than a tenth.
     assert {given(cell.jobs[0])["EVAL_PERIOD"] for cell in cells} == {"100"}

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.runs import Runs, unknown_name
+from mpt_jax.runs import Runs, data_name, unknown_name
 from mpt_jax.shapes import Array, Float, Int, Key, Params
 from mpt_jax.tree import Rules
 
@@ -127,9 +127,9 @@ def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P 
 
 
 def name_key(key: Key, name: str) -> Key:
-    """A key for a name: the same wherever the name stands in a bank, so that a run starts from
-    the same values alone and among others."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+    """A key for a run's name: the same wherever the name stands in a bank, so that a run starts
+    from the same values alone and among others, and whatever its learning rate is."""
+    return jax.random.fold_in(key, zlib.crc32(data_name(name).encode()))
 
 
 def group_leaders(runs: Runs) -> list[int]:

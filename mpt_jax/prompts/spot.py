@@ -23,7 +23,7 @@ from absl import logging
 from mpt_jax.runs import Runs, unknown_name
 
 # Run -> {source run: weight}.
-SourceTable = Mapping[str, Mapping[str, int | float]]
+SourceTable = Mapping[str, Mapping[str, int | float] | str]
 SIMILARITIES = ("mean_pooled", "row_pairs")
 # Weights are kept to six decimals, so that a run that is resumed on another machine finds the same.
 DECIMALS = 6

@@ -6,7 +6,7 @@ All ways to say it come down to a table of weights [K, S], K runs from S rows:
     a run's name        that row
     'same'              each run its namesake
     'same_or_average'   its namesake, or all rows alike where it has none
-    a table             run -> {source run: weight}
+    a table             run -> {source run: weight}, or run -> 'average' or one source run
     NearestSource       the table that task embeddings give (`spot`)
 
 What is averaged is the method's to say: MPT averages factors, prompt tuning whole prompts.
@@ -84,12 +84,15 @@ def mix(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
     if run not in table:
         raise ValueError(unknown_name("run in the table start_from", run, list(table)))
-    weights = np.zeros(source_runs.num_rows)
-    for source, weight in table[run].items():
+    weights, chosen = np.zeros(source_runs.num_rows), table[run]
+    if isinstance(chosen, str):
+        weights[source_rows(source_runs, chosen)] = 1
+        return weights
+    for source, weight in chosen.items():
         weights[source_runs.row(source)] = weight
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ValueError(
-            f"start_from gives {run!r} the weights {dict(table[run])}: they must not be negative, "
+            f"start_from gives {run!r} the weights {dict(chosen)}: they must not be negative, "
             "and one of them must be more than zero."
         )
     return weights
