@@ -1,0 +1,199 @@
+"""Greedy decoding against transformers' and PEFT's generate(), side by side in one run.
+
+    python -m benchmarks.predict [--repeats 7] [--out docs/benchmarks/predict.json]
+
+T5-small shape, one set of random weights and of prompts for all, float32; B = 16, 100 prompt and
+64 text positions, 16 tokens decoded, no end of sequence. Each contestant lives in a process of its
+own with all cores; they take turns, a batch at a time.
+
+    mpt_jax        six tasks in every batch, from a bank of MPT's factors
+    peft           the same by MultitaskPromptTuning and its generate()
+    transformers   the same prompts, composed beforehand, by inputs_embeds and generate()
+
+What each decodes must be the same, id by id, or there are no figures. PEFT and transformers need
+the `parity` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import contest, figures
+
+B, P, TEXT, L, K = 16, 100, 64, 16, 6
+CONTESTANTS = ("mpt_jax", "peft", "transformers")
+INPUTS = "inputs.npz"
+
+
+def prepare(folder: Path, model: str) -> None:
+    """Writes a T5 with random weights, prompts and texts, the same for everyone."""
+    import jax
+
+    from mpt_jax.backbones.t5 import Transformer, t5_config
+    from mpt_jax.convert import save_hf
+
+    config = t5_config(model)
+    tokens = np.ones((1, 2), np.int32)
+    made = jax.jit(Transformer(config).init)(jax.random.PRNGKey(0), tokens, tokens > 0, tokens)
+    save_hf(folder / "backbone", config, made["params"])
+    rng = np.random.default_rng(0)
+    np.savez(
+        folder / INPUTS,
+        text=rng.integers(3, config.vocab_size, (B, TEXT)).astype(np.int32),
+        tasks=(np.arange(B) % K).astype(np.int32),
+        shared=rng.normal(size=(1, P, config.emb_dim)).astype(np.float32),
+        left=rng.normal(1, 0.3, (K, P, 1)).astype(np.float32),
+        right=rng.normal(1, 0.3, (K, 1, config.emb_dim)).astype(np.float32),
+    )
+
+
+def ours(folder: Path) -> contest.Work:
+    """The function that `mpt-jax predict` compiles."""
+    import jax
+
+    from mpt_jax import host_memory
+    from mpt_jax.artefacts import Artefact
+    from mpt_jax.bank import Bank
+    from mpt_jax.convert import load_hf
+    from mpt_jax.predict.functions import Functions
+    from mpt_jax.prompts.mpt import MPT
+    from mpt_jax.runs import Runs
+
+    class NoEnd:
+        eos_id = -1
+
+    host_memory.keep_freed()
+    config, params = load_hf(folder / "backbone")
+    given = np.load(folder / INPUTS)
+    factors = {name: given[name] for name in ("shared", "left", "right")}
+    prompts = {"shared": factors["shared"], "task_left": factors["left"]}
+    prompts["task_right"] = factors["right"]
+    said = {"embedding_sha256": "random", "vocabulary_sha256": None}
+    runs = Runs([f"task_{k}" for k in range(K)])
+    bank = Bank([Artefact("memory", MPT(P), runs, prompts, said)])
+    predict = jax.jit(Functions(config, bank.method, L, NoEnd()).predict)
+    params = jax.device_put(params)
+
+    def run() -> np.ndarray:
+        return np.asarray(predict(params, bank.arrays, given["text"], given["tasks"])[0])
+
+    return contest.Work(run)
+
+
+def theirs(folder: Path, peft: bool) -> contest.Work:
+    """generate() of a T5 with PEFT's MPT, or with prompts put in front of its embeddings."""
+    import torch
+    from transformers import T5ForConditionalGeneration
+
+    model: Any = T5ForConditionalGeneration.from_pretrained(folder / "backbone").eval()
+    model.generation_config.eos_token_id = None
+    given = {name: torch.as_tensor(value) for name, value in np.load(folder / INPUTS).items()}
+    text, mask = given["text"].long(), torch.ones((B, TEXT), dtype=torch.long)
+    settings = {"max_new_tokens": L, "do_sample": False, "num_beams": 1}
+    if peft:
+        model = _with_peft(model, given)
+        inputs = {"input_ids": text, "attention_mask": mask, "task_ids": given["tasks"].long()}
+    else:
+        prompts = given["shared"] * (given["left"] @ given["right"])
+        prompts = prompts[given["tasks"].long()]
+        embedded = torch.cat([prompts, model.get_input_embeddings()(text)], 1).detach()
+        inputs = {"inputs_embeds": embedded, "attention_mask": torch.ones(embedded.shape[:2])}
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model.generate(**inputs, **settings)[:, 1:].numpy()
+
+    return contest.Work(run)
+
+
+def _with_peft(model: Any, given: dict[str, Any]) -> Any:
+    import torch
+    from peft import MultitaskPromptTuningConfig, TaskType, get_peft_model
+
+    config = MultitaskPromptTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        num_tasks=K,
+        num_virtual_tokens=P,
+        num_transformer_submodules=1,
+    )
+    model = get_peft_model(model, config).eval()
+    encoder = model.prompt_encoder["default"]
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(given["shared"][0])
+        encoder.prefix_task_cols.copy_(given["left"])
+        encoder.prefix_task_rows.copy_(given["right"])
+    return model
+
+
+def serve(name: str, folder: Path) -> None:
+    """A contestant; leaves what it decodes in the folder."""
+
+    def prepared() -> contest.Work:
+        work = ours(folder) if name == "mpt_jax" else theirs(folder, peft=name == "peft")
+        np.save(folder / f"{name}.npy", work.run())
+        return work
+
+    contest.serve(prepared)
+
+
+def check_equal(folder: Path) -> int:
+    """How many different ids were decoded.
+
+    Raises:
+        ValueError: contestants decoded different ids.
+    """
+    decoded = {name: np.load(folder / f"{name}.npy") for name in CONTESTANTS}
+    first = decoded[CONTESTANTS[0]]
+    for name, ids in decoded.items():
+        if ids.shape != first.shape or (ids != first).any():
+            raise ValueError(f"{name} decodes {ids.tolist()}, {CONTESTANTS[0]} {first.tolist()}.")
+    return len(np.unique(first))
+
+
+def main() -> None:
+    """Prints a table, and writes the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--model", default="t5_1_0_small", help="default: %(default)s")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder, args.model)
+        commands = {
+            name: ["benchmarks.predict", "--serve", name, "--folder", scratch]
+            for name in CONTESTANTS
+        }
+        found = contest.compare(commands, args.repeats)
+        different = check_equal(folder)
+    for row in found.values():
+        row["examples_a_second"] = B / row["median_seconds"]
+    rows = [
+        (name, row["median_seconds"], row["examples_a_second"], row["peak_mib"])
+        for name, row in found.items()
+    ]
+    print(figures.table(("", "seconds a batch", "examples a second", "peak MiB"), rows))
+    ours_seconds = found["mpt_jax"]["median_seconds"]
+    ratios = {
+        f"time, ours / {name}": ours_seconds / found[name]["median_seconds"]
+        for name in CONTESTANTS[1:]
+    }
+    record = {"repeats": args.repeats, "model": args.model, **figures.machine()}
+    record |= {"different_ids_decoded": different, "contestants": found, "ratios": ratios}
+    figures.write(record, args.out)
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
