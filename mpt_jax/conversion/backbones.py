@@ -42,6 +42,7 @@ def read(
     params = load_backbone(source)
     if config is not None:
         chosen = named_config(config)
+        params = architecture.with_tables(params, chosen.relative_bias_per_layer)
         shapes = {name: np.shape(x) for name, x in flatten(params).items()}
         match_exactly(parameter_shapes(chosen), shapes, f"{source}, read as {config},")
         return chosen, params

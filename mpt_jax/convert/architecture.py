@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.tree import flatten, match_exactly
+from mpt_jax.tree import flatten, match_exactly, unflatten
 
 # What shapes do not show is taken to be as in every published T5, and has to be said to the user.
 ASSUMED = "relative_attention_max_distance=128"
-_TABLE = re.compile(r"(encoder|decoder)/(layers_0/)?relpos_bias/rel_embedding")
+_TABLE_NAME = "relpos_bias/rel_embedding"
+_TABLE = re.compile(rf"(encoder|decoder)/(layers_0/)?{_TABLE_NAME}")
 
 
 def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T5Config:
@@ -52,6 +55,32 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
     )
     match_exactly(parameter_shapes(config), shapes, what)
     return config
+
+
+def with_tables(params: Mapping[str, Any], in_every_layer: bool) -> dict[str, Any]:
+    """The tree with a relative position table in every layer, or with one for a stack.
+
+    Both are the same model where a stack's tables are equal, and a scanned tree does not say which
+    one it was then: a stack of one layer never does. Tables that differ stay where they are.
+    """
+    leaves = dict(flatten(params))
+    for stack in ("encoder", "decoder"):
+        one = f"{stack}/{_TABLE_NAME}"
+        each = [f"{stack}/layers_{i}/{_TABLE_NAME}" for i in range(_layers(leaves, stack))]
+        if in_every_layer and one in leaves:
+            leaves |= dict.fromkeys(each, leaves.pop(one))
+        elif not in_every_layer and each and set(each) <= set(leaves):
+            tables = [leaves[name] for name in each]
+            if all(np.array_equal(table, tables[0]) for table in tables):
+                leaves[one] = tables[0]
+                leaves = {name: x for name, x in leaves.items() if name not in each}
+    return unflatten(leaves)
+
+
+def with_even_tables(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with tables in every layer of both stacks where one of them has such."""
+    per_layer = any(_TABLE.fullmatch(name) and "layers_0" in name for name in flatten(params))
+    return with_tables(params, in_every_layer=True) if per_layer else dict(params)
 
 
 def _layers(shapes: Mapping[str, Any], stack: str) -> int:

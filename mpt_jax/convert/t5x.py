@@ -1,6 +1,7 @@
 """T5X's checkpoints: its own format (msgpack, large leaves as zarr folders) and Orbax.
 
-Only the model's parameters (`target`) are read. Scanned trees come back unscanned.
+Only the model's parameters (`target`) are read. Scanned trees come back unscanned; relative
+position tables that are equal in all layers of a stack (in one layer they always are) as one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from mpt_jax.backbones.t5.scan import is_stacked, unstack_layers
+from mpt_jax.convert.architecture import with_even_tables
 from mpt_jax.convert.files import absolute, is_local, new_folder
 from mpt_jax.tree import flatten, unflatten
 
@@ -54,7 +56,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
         params = _load_orbax(path)
     else:
         raise FileNotFoundError(f"{path} is no checkpoint of T5X.{_suggestion(path)}")
-    return unstack_layers(params) if is_stacked(params) else params
+    return with_even_tables(unstack_layers(params)) if is_stacked(params) else params
 
 
 def _suggestion(path: epath.Path) -> str:

@@ -1,5 +1,6 @@
 """T5X's checkpoints: real files of T5X, our own, Orbax's, and damaged ones."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -15,8 +16,11 @@ from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
 from mpt_jax.backbones.t5.scan import stack_layers
+from mpt_jax.conversion import parity
+from mpt_jax.conversion.backbones import read
 from mpt_jax.convert import load_backbone, load_t5x, save_t5x
-from mpt_jax.convert.architecture import config_of_tree
+from mpt_jax.convert.architecture import config_of_tree, with_tables
+from mpt_jax.convert.hf import config_to_hf
 from mpt_jax.convert.t5x import write_orbax, write_t5x
 from mpt_jax.tree import flatten, unflatten
 from tests.shared_data import shared
@@ -151,6 +155,58 @@ def test_scanned_checkpoints_come_back_unscanned(tmp_path):
     table[0] += 1
     assert_same({"x": found["encoder/layers_1/relpos_bias/rel_embedding"]}, {"x": table})
     assert "encoder/relpos_bias/rel_embedding" not in found
+
+
+@pytest.mark.parametrize("layers", [(1, 1), (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_tables_of_one_layer_are_those_of_a_stack_or_of_every_layer(layers, scanned, tmp_path):
+    """umT5 with a stack of one layer: scanned, its axis of layers has size 1."""
+    encoder, decoder = layers
+    config = dataclasses.replace(
+        CONFIG, num_encoder_layers=encoder, num_decoder_layers=decoder, relative_bias_per_layer=True
+    )
+    rng = np.random.default_rng(0)
+    leaves = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in parameter_shapes(config).items()
+    }
+    params = unflatten(leaves)
+    tree = stack_layers(params) if scanned else params
+    if scanned:
+        table = flatten(tree)["encoder/encoder/relpos_bias/rel_embedding"]
+        assert table.shape == (config.num_heads, encoder, 32)
+    folder = save_t5x(tmp_path, tree, step=0)
+    # With the model's configuration it is the model's tree, in every form.
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    chosen, found = read(epath.Path(folder), str(tmp_path / "config.json"), lambda line: None)
+    assert chosen == config
+    assert_same(found, params)
+    # Without it the shapes are read: where all tables are alone, as T5, which is the same model.
+    assumed, found = read(epath.Path(folder), None, lambda line: None)
+    ambiguous = scanned and layers == (1, 1)
+    assert assumed == dataclasses.replace(config, relative_bias_per_layer=not ambiguous)
+    for name in ("encoder", "decoder"):
+        own = "" if ambiguous else "layers_0/"
+        np.testing.assert_array_equal(
+            flatten(found)[f"{name}/{own}relpos_bias/rel_embedding"],
+            leaves[f"{name}/layers_0/relpos_bias/rel_embedding"],
+        )
+    logits = [parity.forward(*each)["logits"] for each in ((config, params), (assumed, found))]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_tables_that_differ_are_not_made_one():
+    config = dataclasses.replace(CONFIG, relative_bias_per_layer=True)
+    params = unflatten(
+        {name: np.arange(np.prod(s)).reshape(s) for name, s in parameter_shapes(config).items()}
+    )
+    assert "encoder/relpos_bias/rel_embedding" in flatten(with_tables(params, False))
+    params["decoder"]["layers_1"]["relpos_bias"]["rel_embedding"] += 1
+    found = flatten(with_tables(params, in_every_layer=False))
+    assert "encoder/relpos_bias/rel_embedding" in found
+    assert "decoder/relpos_bias/rel_embedding" not in found
+    back = with_tables(unflatten(found), in_every_layer=True)
+    assert_same(back, params)
 
 
 def write_zarr_folders(folder: Path, params: dict) -> None:
