@@ -161,9 +161,9 @@ def root(tmp_path_factory) -> Path:
     return root / "tiny"
 
 
-def by_either(root: Path, name: str, *arguments: str) -> dict[str, Path]:
+def by_either(root: Path, name: str, *arguments: str, kind: str = "same") -> dict[str, Path]:
     """The MODEL_DIRs of one stage trained by each of the two trainers."""
-    made = {trainer: root / f"same_{name}_{trainer}" for trainer in ("t5x", "own")}
+    made = {trainer: root / f"{kind}_{name}_{trainer}" for trainer in ("t5x", "own")}
     for trainer, model_dir in made.items():
         given = stage(name, *arguments, f"--gin.MODEL_DIR='{model_dir}'")
         run("train", *given, root=root.parent, trainer=trainer)
@@ -175,6 +175,14 @@ def same_source(root) -> dict[str, Path]:
     """The MODEL_DIRs of one source stage, with distillation, by either trainer."""
     teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'"
     return by_either(root, "mpt_source", *SAME_SOURCE, teachers)
+
+
+@pytest.fixture(scope="module")
+def packed_source(root) -> dict[str, Path]:
+    """The same stage with several examples to a row."""
+    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'"
+    packed = ("--gin_file=gin/runs/packed.gin", "--gin.PACKED_ROWS=6", "--gin.PACK_WINDOW=32")
+    return by_either(root, "mpt_source", *SAME_SOURCE, *packed, teachers, kind="packed")
 
 
 @pytest.fixture(scope="module")
@@ -240,23 +248,26 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(root):
         np.testing.assert_array_equal(once[name], twice[name], err_msg=name)
 
 
-@pytest.mark.parametrize("stage", ["same_source", "same_target"])
+@pytest.mark.parametrize("stage", ["same_source", "packed_source", "same_target"])
 def test_both_trainers_have_the_same_losses_and_learn_the_same_prompts(stage, request):
     folders = request.getfixturevalue(stage)
     theirs, ours = (logged(folders[trainer], trainer) for trainer in ("t5x", "own"))
     terms = {name for name in ours if name.startswith(("loss", "term/", "token_accuracy"))}
     assert terms <= set(theirs) and "loss" in terms
-    assert ("term/kl" in terms) == (stage == "same_source")
+    assert ("term/kl" in terms) == (stage != "same_target")
     for name in terms:  # ours of a task only at steps that had examples of it
         steps = list(ours[name])
         values = [[found[name][step] for step in steps] for found in (theirs, ours)]
         np.testing.assert_allclose(*values, rtol=0, atol=1e-5, err_msg=name)
     assert list(ours["loss"]) == list(range(1, 21))
+    per_row = list(ours["batch/examples_per_row"].values())
+    assert per_row == pytest.approx(list(theirs["batch/examples_per_row"].values()))
+    assert min(per_row) > 1 if stage == "packed_source" else set(per_row) == {1.0}
     started = artefacts.load_artefact(SHIPPED / "mpt_source").params
     learnt = prompts(folders["own"])
     for name, value in prompts(folders["t5x"]).items():
         np.testing.assert_allclose(value, learnt[name], rtol=0, atol=1e-5, err_msg=name)
-    if stage == "same_source":
+    if stage != "same_target":
         for name, value in learnt.items():
             assert np.abs(value - np.asarray(started[name])).max() > 1e-3, f"{name} did not move"
 
