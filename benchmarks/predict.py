@@ -10,13 +10,14 @@ own with all cores; they take turns, a batch at a time.
     peft           the same by MultitaskPromptTuning and its generate()
     transformers   the same prompts, composed beforehand, by inputs_embeds and generate()
 
-What each decodes must be the same, id by id, or there are no figures. PEFT and transformers need
-the `parity` extra.
+What each decodes must be the same, id by id, or there are no figures; weights are scaled so that it
+depends on the text. PEFT and transformers need the `parity` extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from benchmarks import contest, figures
 B, P, TEXT, L, K = 16, 100, 64, 16, 6
 CONTESTANTS = ("mpt_jax", "peft", "transformers")
 INPUTS = "inputs.npz"
+SMALL, SHARP = 0.05, 16.0  # embeddings, and queries
 
 
 def prepare(folder: Path, model: str) -> None:
@@ -36,17 +38,25 @@ def prepare(folder: Path, model: str) -> None:
 
     from mpt_jax.backbones.t5 import Transformer, t5_config
     from mpt_jax.convert import save_hf
+    from mpt_jax.tree import flatten, unflatten
 
     config = t5_config(model)
     tokens = np.ones((1, 2), np.int32)
     made = jax.jit(Transformer(config).init)(jax.random.PRNGKey(0), tokens, tokens > 0, tokens)
-    save_hf(folder / "backbone", config, made["params"])
+    # At random a T5 repeats the token it has just read, whose embedding outweighs all layers, and
+    # attends to everything alike.
+    scales = {"embedding": SMALL, "query": SHARP}
+    leaves = {
+        name: leaf * math.prod(x for part, x in scales.items() if part in name.split("/"))
+        for name, leaf in flatten(made["params"]).items()
+    }
+    save_hf(folder / "backbone", config, unflatten(leaves))
     rng = np.random.default_rng(0)
     np.savez(
         folder / INPUTS,
         text=rng.integers(3, config.vocab_size, (B, TEXT)).astype(np.int32),
         tasks=(np.arange(B) % K).astype(np.int32),
-        shared=rng.normal(size=(1, P, config.emb_dim)).astype(np.float32),
+        shared=rng.normal(0, SMALL, (1, P, config.emb_dim)).astype(np.float32),
         left=rng.normal(1, 0.3, (K, P, 1)).astype(np.float32),
         right=rng.normal(1, 0.3, (K, 1, config.emb_dim)).astype(np.float32),
     )

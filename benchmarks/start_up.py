@@ -1,11 +1,15 @@
-"""How long a training run takes from the start of its process to the end of its first step.
+"""How long commands take from the start of their process until they have done something.
 
     python -m benchmarks.start_up [--repeats 5] [--out docs/benchmarks/start_up.json]
 
-The MPT source stage on the toy suite with the tiny T5 and distillation, one command line a time,
-in turns: with an empty compilation cache (cold) and with one that an earlier process filled
-(warm). Figures are wall seconds, medians; Python's own byte code and the file system's cache are
-as they are on a machine that has run the command before.
+    help       `mpt-jax --help`, until it ends
+    predict    one request to the shipped tiny T5 and its prompts, until its answer
+    train      the MPT source stage on the toy suite with the tiny T5 and distillation, until the
+               end of its first step
+
+The latter two with an empty compilation cache (cold) and with one that an earlier process filled
+(warm), one command line a time, in turns. Figures are wall seconds, medians; Python's own byte
+code and the file system's cache are as they are on a machine that has run the command before.
 """
 
 from __future__ import annotations
@@ -17,27 +21,60 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import figures
-from mpt_jax import compilation_cache
+from mpt_jax import compilation_cache, paths
 
 STAGE = ("--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.TRAIN_STEPS=1")
 FIRST_STEP = "First step after"
+REQUEST = b'{"task": "toy_sst2", "inputs": "sst2 : a fine film"}\n'
+
+
+def seconds_of_help() -> float:
+    """Wall seconds of `mpt-jax --help`."""
+    before = time.monotonic()
+    call = "from mpt_jax.cli import main; main()"
+    subprocess.run([sys.executable, "-c", call, "--help"], check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - before
+
+
+def seconds_to_first_answer(cache: str) -> float:
+    """Wall seconds of one start of `mpt-jax predict` with the compilation cache in a folder.
+
+    Raises:
+        RuntimeError: it ended without an answer.
+    """
+    prompts = paths.shipped(name="tiny_t5/mpt_source")
+    command = [sys.executable, "-m", "mpt_jax.predict", "--prompts", prompts]
+    before = time.monotonic()
+    with subprocess.Popen(
+        command,
+        env=_environment(cache),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(REQUEST)
+        child.stdin.flush()
+        answer = child.stdout.readline()
+        found = time.monotonic() - before
+        child.stdin.close()
+    if b"prediction" not in answer:
+        raise RuntimeError(f"No prediction: {answer!r}.")
+    return found
 
 
 def seconds_to_first_step(cache: str) -> float:
-    """Wall seconds of one start with the compilation cache in a folder.
+    """Wall seconds of one start of training with the compilation cache in a folder.
 
     Raises:
         RuntimeError: the run ended before its first step.
     """
     with tempfile.TemporaryDirectory() as root:
-        environment = os.environ | {
-            "MPT_JAX_ROOT": root,
-            compilation_cache.VARIABLE: cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(compilation_cache.MIN_SECONDS),
-        }
+        environment = _environment(cache) | {"MPT_JAX_ROOT": root}
         before, log = time.monotonic(), []
         command = [sys.executable, "-m", "mpt_jax.train", *STAGE]
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
@@ -51,26 +88,42 @@ def seconds_to_first_step(cache: str) -> float:
         raise RuntimeError("The run ended before its first step:\n" + "".join(log[-20:]))
 
 
+MEASURES = {"predict": seconds_to_first_answer, "train": seconds_to_first_step}
+
+
+def _environment(cache: str) -> dict[str, str]:
+    return os.environ | {
+        compilation_cache.VARIABLE: cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(compilation_cache.MIN_SECONDS),
+    }
+
+
+def measure(commands: Sequence[str], repeats: int) -> dict[str, list[float]]:
+    """All seconds of every command, by its name and the state of its cache."""
+    found: dict[str, list[float]] = {"help": []}
+    with tempfile.TemporaryDirectory() as filled:
+        for name in commands:
+            MEASURES[name](filled)
+        for _ in range(repeats):
+            found["help"].append(seconds_of_help())
+            for name in commands:
+                with tempfile.TemporaryDirectory() as empty:
+                    found.setdefault(f"{name}_cold", []).append(MEASURES[name](empty))
+                found.setdefault(f"{name}_warm", []).append(MEASURES[name](filled))
+    return found
+
+
 def main() -> None:
     """Prints the figures and, on request, writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--commands", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    cold, warm = [], []
-    with tempfile.TemporaryDirectory() as filled:
-        seconds_to_first_step(filled)
-        for _ in range(arguments.repeats):
-            with tempfile.TemporaryDirectory() as empty:
-                cold.append(round(seconds_to_first_step(empty), 2))
-            warm.append(round(seconds_to_first_step(filled), 2))
-    found = {
-        "cold_seconds": statistics.median(cold),
-        "warm_seconds": statistics.median(warm),
-        "all": {"cold": cold, "warm": warm},
-        "cores": os.cpu_count(),
-    }
-    figures.report(found, arguments.out)
+    found = measure(arguments.commands, arguments.repeats)
+    medians = {f"{name}_seconds": round(statistics.median(x), 2) for name, x in found.items()}
+    every = {name: [round(second, 2) for second in x] for name, x in found.items()}
+    figures.report({**medians, "all": every, **figures.machine()}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,18 @@ def test_a_task_of_t5_base_takes_868_numbers_and_the_memory_is_the_formula(tmp_p
     assert joined.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(joined.arrays))
     folded = Bank(found, folded=True)
     assert folded.nbytes == 4 * 16 * (length * width + 1)
+
+
+def test_the_figures_of_the_docs_are_those_of_the_formula():
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    rows, own, shared = 16_384, 868, 100 * 768  # 10,000 tasks in the next power of two
+    for size, shown in (
+        (4 * (rows * (own + 1) + shared), "{:.1f} MiB"),
+        (4 * rows * (shared + 1) / 1024, "{:.1f} GiB"),
+        (4 * (rows + shared), "{:.1f} MiB"),
+    ):
+        assert shown.format(size / 2**20) in text
+    assert f"{own + shared:,} numbers" in text
 
 
 def test_groups_that_are_equal_are_kept_once(tmp_path):
