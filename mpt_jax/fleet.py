@@ -78,9 +78,9 @@ class Fleet:
     @property
     def members(self) -> tuple[Member, ...]:
         """Every run; tasks change slowest."""
-        axes = (self.learning_rates, self.task_learning_rates, self.starts)
+        axes: tuple[Any, ...] = (self.learning_rates, self.task_learning_rates, self.starts)
         made = [
-            Member(_name(task, k, seed, *(_if_several(axes, values))), task, *values)
+            Member(_name(task, k, seed, _if_several(axes, values)), task, *values)
             for task, k, seed in itertools.product(self.tasks, self.shots, self.seeds or (None,))
             for values in itertools.product(*(axis or (None,) for axis in axes))
         ]
@@ -159,14 +159,9 @@ def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> 
     ]
 
 
-def _name(
-    task: str,
-    shots: int | None,
-    seed: int | None,
-    rate: int | float | None,
-    task_rate: int | float | None,
-    start: str | None,
-) -> str:
+def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[Any]) -> str:
+    """A run's name; `differing` are its settings, None for those that all runs share."""
+    rate, task_rate, start = differing
     name = task if shots is None else f"{task}_k{shots}"
     if shots is not None or seed is not None:
         name += f"_s{seed or 0}"

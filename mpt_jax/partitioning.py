@@ -20,12 +20,14 @@ from flax.linen import partitioning as nn_partitioning
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mpt_jax.runs import Runs
 from mpt_jax.shapes import Params
 from mpt_jax.tree import flatten, unflatten
 
 AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
-# Axes of prompts and their factors: a few hundred numbers a task, so every device holds them all.
+# Axes of prompts and their factors: a few hundred numbers a task, so every device holds them all
+# (but see `PjitPartitioner.by_runs`).
 PROMPT_RULES: AxisRules = (("groups", None), ("tasks", None), ("prompt", None), ("rank", None))
 
 
@@ -165,6 +167,33 @@ class PjitPartitioner:
             spec = nn_partitioning.logical_to_mesh_axes(named[name], tuple(self.logical_axis_rules))
             found[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
         return unflatten(found)
+
+    def by_runs(self, params: Mapping[str, Any], rows: Mapping[str, str], runs: Runs) -> Any:
+        """Shardings of parameters, with the rows of runs split as a batch is.
+
+        Each run of a job of independent runs has an equal, contiguous share of a batch, so its
+        examples then lie where its parameters do. Where the runs do not divide over the shards, or
+        share groups, all shards hold all of them.
+
+        Args:
+            params: a sharding for every parameter.
+            rows: what the rows of those that have any count (`prompts.base.rows_of`).
+            runs: the bank's rows.
+        """
+        axes = self.mesh.axis_names[:-1]
+        if not self.splits_runs(runs):
+            return params
+        found = flatten(params, is_leaf=lambda x: isinstance(x, NamedSharding))
+        for name in rows.keys() & found.keys():
+            rest = [axis if axis == "model" else None for axis in found[name].spec[1:]]
+            found[name] = NamedSharding(self.mesh, PartitionSpec(axes, *rest))
+        return unflatten(found)
+
+    def splits_runs(self, runs: Runs) -> bool:
+        """Whether `by_runs` splits these."""
+        shards = math.prod(self.mesh.devices.shape[:-1])
+        alone = runs.group_of_row == tuple(range(runs.num_rows))
+        return shards > 1 and runs.num_rows > 1 and alone and runs.num_rows % shards == 0
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a global batch, as global arrays."""

@@ -31,6 +31,7 @@ from mpt_jax import (
     identity,
     lock,
     model_card,
+    out_of_memory,
     provenance,
     reporting,
     sampling,
@@ -112,7 +113,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         The last scores of each run.
 
     Raises:
-        NonFiniteLoss: a loss was not finite; the last good state is saved.
+        NonFiniteLoss: the losses of all runs were not finite; the last good state is saved.
+        OutOfMemory: the first step does not fit a device.
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
         Occupied: another run writes to MODEL_DIR.
     """
@@ -144,7 +146,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         # --- State: 1. own checkpoint, 2. initial artefact, 3. initial values --------------------
         origins = train_state_initializer_cls().origins
         loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
-        state = train_state.create(model, loaded.params, partitioner)
+        by_run = sampling.has_equal_shares(train_dataset_cfg)
+        state = train_state.create(model, loaded.params, partitioner, by_run)
         ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
         loaded = dataclasses.replace(loaded, params={})  # the state holds them now
         save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
@@ -156,7 +159,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             state=state if resumed is None else resumed[0],
             partitioner=partitioner,
             rng=jax.random.PRNGKey(seed),
-            rows_by_run=sampling.has_equal_shares(train_dataset_cfg),
+            rows_by_run=by_run,
         )
         if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
             trainer.resume(resumed[1]["runs"])
@@ -313,8 +316,10 @@ def card_facts(
 def _first_step(trainer: Trainer, batches: Any, started: float) -> dict[str, float]:
     """Takes the first step; returns how long compiling and starting took."""
     before = time.monotonic()
-    trainer.train(next(batches))
-    jax.block_until_ready(trainer.state.trainable)
+    batch = next(batches)
+    with out_of_memory.explained(trainer, batch):
+        trainer.train(batch)
+        jax.block_until_ready(trainer.state.trainable)
     seconds = {
         "timing/compilation_seconds": time.monotonic() - before,
         "timing/start_to_first_step_seconds": time.monotonic() - started,

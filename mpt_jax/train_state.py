@@ -188,13 +188,16 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
 
 
 def create(
-    model: PromptedEncoderDecoder, params: Params, partitioner: PjitPartitioner
+    model: PromptedEncoderDecoder,
+    params: Params,
+    partitioner: PjitPartitioner,
+    rows_by_run: bool = False,
 ) -> TrainState:
-    """The state of step 0, laid out over the mesh."""
+    """The state of step 0, laid out over the mesh; for `rows_by_run` see `Trainer`."""
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
     if not flatten(trainable):
         raise ValueError("Nothing learns: every parameter is labelled 'frozen'.")
-    shardings = partitioner.shardings(params, shapes(model)[1])
+    shardings = _shardings(model, partitioner, params, shapes(model)[1], rows_by_run)
     place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
     trainable = place(trainable)
     opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
@@ -209,11 +212,13 @@ def create(
     )
 
 
-def abstract(model: PromptedEncoderDecoder, partitioner: PjitPartitioner) -> TrainState:
+def abstract(
+    model: PromptedEncoderDecoder, partitioner: PjitPartitioner, rows_by_run: bool = False
+) -> TrainState:
     """The state that `create` makes, as shapes on a mesh whose devices need not be here."""
     tree, axes = shapes(model)
     dtypes = _dtypes(model, tree)
-    shardings = partitioner.shardings(tree, axes)
+    shardings = _shardings(model, partitioner, tree, axes, rows_by_run)
     tree = unflatten(
         {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in flatten(tree).items()}
     )
@@ -225,6 +230,17 @@ def abstract(model: PromptedEncoderDecoder, partitioner: PjitPartitioner) -> Tra
     state = TrainState(shape((), jnp.int32), trainable, opt_state, frozen, ended, failed)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, state, shardings_like(state, shardings, partitioner.replicated))
+
+
+def _shardings(
+    model: PromptedEncoderDecoder,
+    partitioner: PjitPartitioner,
+    params: Params,
+    axes: Params,
+    rows_by_run: bool,
+) -> dict[str, Any]:
+    found = partitioner.shardings(params, axes)
+    return partitioner.by_runs(found, model.rows, model.runs) if rows_by_run else found
 
 
 def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:

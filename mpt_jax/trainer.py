@@ -27,6 +27,7 @@ from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.optimizers import gradient_norms, row_groups
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.places import Places
+from mpt_jax.prompts.base import rows_split_over
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Bool, Key, Params
 from mpt_jax.train_state import TrainState
@@ -232,7 +233,8 @@ class Trainer:
         learning_rate_fn: only logged, as `learning_rate`; the optimizer's own schedules act.
         rows_by_run: whether every batch holds the runs one after the other, each with as many
             rows (`sampling.EqualQuotas`, not packed). Rows of runs that have ended are then left
-            out of batches, from the next `give_up_places` on.
+            out of batches, from the next `give_up_places` on; and of a state made with the same
+            argument each shard of the mesh holds its own runs.
     """
 
     def __init__(
@@ -251,9 +253,11 @@ class Trainer:
         self.learning_rate_fn = learning_rate_fn
         self._rng = rng
         self._totals: metrics.StepMetrics | None = None
-        parts = num_microbatches or 1
+        parts = self.num_microbatches = num_microbatches or 1
         self._places = _places(model, partitioner, parts) if rows_by_run else None
-        step = functools.partial(_step_of_number, model, parts)
+        step: Callable[..., Any] = functools.partial(_step_of_number, model, parts)
+        if rows_by_run and partitioner.splits_runs(model.runs):
+            step = rows_split_over(partitioner.mesh.axis_names[:-1])(step)
         # A layout can be written in several ways (an axis of one device, say). Unless the state
         # goes out as it came in, the second step has another signature and is compiled again.
         layout = jax.tree.map(lambda x: getattr(x, "sharding", None), state)
@@ -268,7 +272,7 @@ class Trainer:
 
     def train(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step; metrics gather on the device until `read_metrics`."""
-        if self._places is not None and not self._placed.all():
+        if self._places is not None:
             batch = self._places.pack(batch, self._placed)
         with self.partitioner.activate():
             rows = self.partitioner.shard_batch(batch)

@@ -8,9 +8,11 @@ it (`encoder_prompt_slots`), so mixing tasks in a batch, and packing, cost nothi
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -135,6 +137,36 @@ def name_key(key: Key, name: str) -> Key:
 def group_leaders(runs: Runs) -> list[int]:
     """The row each group is initialised by: its first."""
     return [runs.group_of_row.index(group) for group in range(runs.num_groups)]
+
+
+# The mesh's axes that both examples and the rows of runs are split over, while a step is traced
+# whose examples lie on the shard of their run.
+_SPLIT_OVER: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
+
+
+@contextlib.contextmanager
+def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
+    """Inside, `take` reads rows of tables that are split over these axes of the mesh, for examples
+    that are split over them too and lie on the shard of their row."""
+    token = _SPLIT_OVER.set(axes)
+    try:
+        yield
+    finally:
+        _SPLIT_OVER.reset(token)
+
+
+def take(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
+    """`table[ids]`: the rows of some examples. Inside `rows_split_over` every shard looks into its
+    own rows, so nothing of the table, nor of its gradient, travels."""
+    axes = _SPLIT_OVER.get()
+    if not axes:
+        return table[ids]
+
+    def on_shard(rows: Array, ids: Array) -> Array:
+        return rows[ids - jax.lax.axis_index(axes) * rows.shape[0]]
+
+    split = jax.sharding.PartitionSpec(axes)
+    return jax.shard_map(on_shard, in_specs=(split, split), out_specs=split)(table, ids)
 
 
 def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import group_leaders, name_key, register
+from mpt_jax.prompts.base import group_leaders, name_key, register, take
 from mpt_jax.prompts.init import FactorInit, PromptInit, SampledVocabulary, ones_noise
 from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
@@ -80,12 +80,12 @@ class MPT:
         }
 
     def compose(self, params, runs, task_ids):
-        left, right = params["task_left"][task_ids], params["task_right"][task_ids]
+        left, right = take(params["task_left"], task_ids), take(params["task_right"], task_ids)
         # Rank one is a broadcast product; a matrix product of inner size one would not be faster.
         update = left * right if self.rank == 1 else jnp.matmul(left, right, precision=FLOAT32)
         if runs.num_groups == 1:
             return jnp.broadcast_to(params["shared"][0], update.shape) * update
-        return params["shared"][jnp.asarray(runs.group_of_row)[task_ids]] * update
+        return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids]) * update
 
     def compose_rows(self, params, runs, task_ids, slots):
         position = jnp.maximum(slots - 1, 0)

@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.prompts.base import fold, name_key, register
+from mpt_jax.prompts.base import fold, name_key, register, take
 from mpt_jax.prompts.init import PromptInit, SampledVocabulary
 from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
@@ -45,7 +45,7 @@ class PromptTuning:
         return {"table": jnp.stack(rows)}
 
     def compose(self, params, runs, task_ids):
-        return params["table"][task_ids]
+        return take(params["table"], task_ids)
 
     def compose_rows(self, params, runs, task_ids, slots):
         return params["table"][task_ids, jnp.maximum(slots - 1, 0)]

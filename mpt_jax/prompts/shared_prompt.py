@@ -10,7 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import fold, group_leaders, name_key, register, source_rows
+from mpt_jax.prompts.base import fold, group_leaders, name_key, register, source_rows, take
 from mpt_jax.prompts.init import PromptInit, SampledVocabulary
 
 SHARED = "shared"
@@ -51,7 +51,7 @@ class SharedPrompt:
         return {"shared": jnp.stack(rows)}
 
     def compose(self, params, runs, task_ids):
-        return params["shared"][jnp.asarray(runs.group_of_row)[task_ids]]
+        return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
 
     def compose_rows(self, params, runs, task_ids, slots):
         groups = jnp.asarray(runs.group_of_row)[task_ids]
