@@ -186,7 +186,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16])
-    parser.add_argument("--batches", type=int, default=8, help="of a turn")
+    parser.add_argument("--batches", type=int, default=6, help="of a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--contestants", nargs="+", choices=ALL, metavar="NAME")
     parser.add_argument("--together", type=int, default=4, help="contestants in memory at once")
