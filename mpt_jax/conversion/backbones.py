@@ -98,22 +98,23 @@ def convert(
     named = to == formats.HF or _STEP.fullmatch(target.name)
     inside = "" if named else "checkpoint_0"
     shape, params = read(source, config, say)
-    expected = params if dtype is None else _cast(params, dtype)
+    before = parity.forward(shape, params)["logits"] if logits else None
+    if dtype is not None:
+        params = _cast(params, dtype)  # from here on the whole numbers are not held
     with new_folder(target) as made:
         folder = made / inside
         folder.mkdir(exist_ok=True)
         if to == formats.HF:
-            write_hf(folder, shape, expected)
+            write_hf(folder, shape, params)
             back = load_hf(folder)[1]
         else:
             step = int((inside or target.name).removeprefix("checkpoint_"))
-            {formats.T5X: write_t5x, formats.ORBAX: write_orbax}[to](folder, expected, step)
+            {formats.T5X: write_t5x, formats.ORBAX: write_orbax}[to](folder, params, step)
             back = load_t5x(folder)
-        line = parity.identical(expected, back, str(target)) + ": identical"
+        line = parity.identical(params, back, str(target)) + ": identical"
         if dtype is not None:
             line += f" after rounding to {dtype}"
-        if logits:
-            before = parity.forward(shape, params)["logits"]
+        if before is not None:
             after = parity.forward(shape, back)["logits"]
             difference = parity.largest_difference(before, after)
             line += f"; logits of a fixed batch differ by at most {difference:.3g}"

@@ -1,7 +1,9 @@
 """`mpt-jax convert` of backbones: every direction, what it says, and what it leaves behind."""
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -73,6 +75,28 @@ def test_bfloat16_is_rounded_once_and_the_logits_say_how_far(tmp_path, capsys):
         np.testing.assert_array_equal(half[name], leaf.astype(jnp.bfloat16))
     fields = json.loads((tmp_path / "half" / "config.json").read_text())
     assert fields["torch_dtype"] == "bfloat16"
+
+
+def test_what_was_rounded_is_not_held_while_it_is_written(tmp_path, monkeypatch):
+    """So that a large model is held in half precision, twice, and not in full beside."""
+    whole, held = [], []
+    reading, writing = backbones.read, backbones.write_hf
+
+    def read(*arguments):
+        config, params = reading(*arguments)
+        whole.extend(weakref.ref(leaf) for leaf in flatten(params).values())
+        return config, params
+
+    def write(*arguments):
+        gc.collect()
+        held.extend(ref() is not None for ref in whole)
+        writing(*arguments)
+
+    monkeypatch.setattr(backbones, "read", read)
+    monkeypatch.setattr(backbones, "write_hf", write)
+    source = hf_folder(tmp_path / "hf")
+    convert(source, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16", "--no-logits")
+    assert len(held) == 66 and not any(held)
 
 
 def test_a_configuration_by_file_or_name_is_checked(tmp_path, capsys):
