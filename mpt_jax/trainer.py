@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mpt_jax import losses, metrics
+from mpt_jax import losses, metrics, present_rows
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.optimizers import gradient_norms, row_groups
 from mpt_jax.partitioning import PjitPartitioner
@@ -209,8 +209,14 @@ def _step_of_number(
 ) -> tuple[TrainState, metrics.StepMetrics]:
     """The step, unless one before it was not taken: the host sends steps before it reads how they
     went, and those must not go on from a state that lacks one."""
-    new, found = train_step(model, num_microbatches, state, batch, rng)
-    return _select(state.step == number, new, state), found
+
+    def step(
+        model: PromptedEncoderDecoder, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, metrics.StepMetrics]:
+        new, found = train_step(model, num_microbatches, state, batch, rng)
+        return _select(state.step == number, new, state), found
+
+    return present_rows.step_of_batch(step, model, state, batch)
 
 
 def _places(
