@@ -2,8 +2,9 @@
 
     python -m benchmarks.plan_table [--out docs/benchmarks/plan.json] [--only t5_1_0_base]
 
-Every row is one `mpt-jax plan` command, which is printed. Rows that the file holds already are
-kept. Nothing is run: the figures are the TPU compiler's.
+Every row is one `mpt-jax plan` command, which is printed. Rows that the file holds already are not
+compiled again; what follows from their counts and the chips' peaks is computed anew. Nothing is
+run: the figures are the TPU compiler's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from mpt_jax.plan import show
 
 TARGET, SOURCE = "gin/mpt_target.gin", "gin/mpt_source.gin"
 
@@ -95,11 +98,29 @@ def main() -> None:
             if child.returncode:
                 sys.exit(child.stderr[-2000:])
             found[name] = dataclasses.asdict(row) | {"needs": json.loads(out.read_text())[0]}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        table([found[shlex.join(row.command)] for row in ROWS if shlex.join(row.command) in found])
-    )
+        write(found, arguments.out)
+    derive(found)
+    write(found, arguments.out)
+    print(table(ordered(found)))
+
+
+def ordered(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are there, in the table's order."""
+    names = [shlex.join(row.command) for row in ROWS]
+    return [found[name] for name in names if name in found]
+
+
+def derive(found: dict[str, Any]) -> None:
+    """Computes what follows from the counts of every row, in place."""
+    for row in found.values():
+        if "cost" in row["needs"]:
+            row["needs"] |= show.derived(show.from_json(row["needs"]))
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """As JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -11,17 +11,20 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import plan_table
 from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.data import DatasetConfig
 from mpt_jax.features import PromptFeatureConverter
 from mpt_jax.optimizers import PromptOptimizer, Schedule
 from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.plan import __main__ as command_module
 from mpt_jax.plan import chips, hlo, show, steps
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
@@ -123,6 +126,41 @@ all-gather-start(%p, %q), dimensions={0}
         "all-reduce": (1, 4 * (8 * 128 + 64)),
         "all-gather": (1, 4 * (32 * 128 + 256)),
     }
+
+
+ASYNCHRONOUS = """
+%gathering (p: f32[8,128]) -> f32[32,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %whole = f32[32,128]{1,0} all-gather(%p), dimensions={0}
+}
+
+%multiplying (a: f32[16,32], b: f32[32,64]) -> f32[16,64] {
+  %a = f32[16,32]{1,0} parameter(0)
+  %b = f32[32,64]{1,0} parameter(1)
+  ROOT %product = f32[16,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,128], y: f32[16,32], z: f32[32,64]) -> f32[32,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %y = f32[16,32]{1,0} parameter(1)
+  %z = f32[32,64]{1,0} parameter(2)
+  %s = ((f32[8,128]{1,0}), f32[32,128]{1,0}, u32[]) async-start(%x), calls=%gathering
+  %t = ((f32[16,32]{1,0}, f32[32,64]{1,0}), f32[16,64]{1,0}) async-start(%y, %z), calls=%multiplying
+  %u = ((f32[8,128]{1,0}), f32[32,128]{1,0}, u32[]) async-update(%s), calls=%gathering
+  %v = f32[16,64]{1,0} async-done(%t), calls=%multiplying
+  %w = (f32[16,64]{1,0}, u32[], token[]) send(%v, %token), channel_id=1
+  ROOT %done = f32[32,128]{1,0} async-done(%u), calls=%gathering
+}
+"""
+
+
+def test_what_is_wrapped_in_an_asynchronous_operation_counts_once():
+    found = hlo.cost(ASYNCHRONOUS)
+    assert found.collectives == {"all-gather": (1, 4 * 32 * 128), "send": (1, 4 * 16 * 64)}
+    assert found.flops == 2 * 16 * 32 * 64
+    gathered, multiplied = 4 * (8 * 128 + 32 * 128), 4 * (16 * 32 + 32 * 64 + 16 * 64)
+    sent = 2 * 4 * 16 * 64  # read, and the buffer it is in
+    assert found.accessed_bytes == pytest.approx(gathered + multiplied + sent, abs=8)
 
 
 # --- The steps, for TPUs -------------------------------------------------------------------------
@@ -244,11 +282,126 @@ def test_a_batch_must_divide_over_the_slice(libtpu):
         steps.compile_steps(job(CONFIG, 6), steps.Choice("v5e:2x2"), ["train"])
 
 
+def test_several_slices_are_those_of_gins_shapes(libtpu):
+    small = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
+    two = dataclasses.replace(
+        job(small, 4 * ROWS), ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)
+    )
+    (needs,) = steps.compile_steps(two, steps.Choice("v5e:2x2", 2, slices=two.slices), ["train"])
+    assert needs.num_chips == 8 and needs.rows == ROWS
+    assert "| 2 of v5e:2x2 | 4 x 2 |" in show.table([needs])
+    # Prompt-sized gradients alone cross slices; inside one there are the model's sums.
+    sends, crossing = needs.cost.collectives[hlo.ACROSS_SLICES]
+    inside = sum(b for kind, (_, b) in needs.cost.collectives.items() if kind != hlo.ACROSS_SLICES)
+    assert sends >= 1 and crossing < 4 * 4 * PROMPT * CONFIG.emb_dim < inside
+    assert needs.ici_seconds == pytest.approx(inside / 200e9)
+    with pytest.raises(ValueError, match=r"make 2 slices of 4 devices.* has 2, of \[8\]"):
+        steps.compile_steps(two, steps.Choice("v5e:2x4", 2, slices=2), ["train"])
+
+
 def test_names_of_slices():
     assert chips.topologies("v5e:4x4") == ["v5e:4x4"]
     assert chips.topologies("v6e")[:2] == ["v6e:2x2", "v6e:2x4"]
     with pytest.raises(ValueError, match="No TPU is called 'v9'.*v5e"):
         chips.topologies("v9:2x2")
+
+
+def test_published_figures_follow_from_the_counts_and_the_chips():
+    """Without compiling: a chip whose peaks were corrected corrects its rows."""
+    path = ROOT / "docs" / "benchmarks" / "plan.json"
+    found = json.loads(path.read_text())
+    kept = json.loads(path.read_text())
+    plan_table.derive(found)
+    assert found == kept, "run: python -m benchmarks.plan_table"
+    v6e = [row["needs"] for row in found.values() if row["topology"].startswith("v6e")]
+    for needs in v6e:  # 1,638 GB/s
+        assert needs["accessed_seconds"] == pytest.approx(needs["accessed_bytes"] / 1638e9)
+    assert len(v6e) == 3
+    rows = plan_table.ordered(found)
+    assert len(rows) == len(plan_table.ROWS)
+    assert plan_table.table(rows) in (ROOT / "docs" / "tpu.md").read_text()
+
+
+# --- What is compiled ----------------------------------------------------------------------------
+
+
+def asked(*topologies: str, **lists: list[str]) -> types.SimpleNamespace:
+    """The command's flags."""
+    flags = {"num_partitions": [], "num_microbatches": [], "steps": ["train", "predict"]}
+    return types.SimpleNamespace(topology=list(topologies), **(flags | lists))
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[steps.Choice]:
+    """In place of compiling: a step has 60 GiB of arguments, spread over the model axis, and a
+    gibibyte of temporaries for each of 64 rows of a copy."""
+    chosen = []
+
+    def compile_steps(job, choice, names):
+        chosen.append(choice)
+        copies = choice.slices * chips.count(choice.topology) // choice.model_axis
+        if 64 % copies:
+            raise ValueError(f"64 rows do not divide over {copies} copies")
+        arguments = 60 * chips.GIB // choice.model_axis
+        temporaries = 64 * chips.GIB // copies
+        return [
+            steps.Needs(
+                name, choice, copies * choice.model_axis, 64 / copies, arguments, temporaries,
+                arguments + temporaries, hlo.Cost(), {"flops": 0.0, "bytes accessed": 1.0}, 0.0,
+            )
+            for name in names
+        ]  # fmt: skip
+
+    monkeypatch.setattr(steps, "compile_steps", compile_steps)
+    return chosen
+
+
+def test_a_search_ends_at_the_smallest_slice_that_fits(compiled):
+    """Of v6e (32 GiB): 60 / 4 + 64 / copies GiB, of 1, 2 and 4 copies on slices of 4, 8 and 16."""
+    found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4"]))
+    assert [choice.topology for choice in compiled] == ["v6e:2x2", "v6e:2x4", "v6e:4x4"]
+    assert [each.fits for each in found] == [False] * 4 + [True] * 2
+    assert "the smallest slice tried that fits is v6e:4x4." in show.verdicts(found)
+
+
+def test_a_search_for_several_layouts_ends_where_all_fit(compiled):
+    found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4", "2"]))
+    # A model axis of 2 fits where 30 + 64 / copies is at most 32 GiB: on 32 copies, so 64 chips.
+    assert compiled[-1] == steps.Choice("v6e:8x8", 2) and len(compiled) == 2 * 5
+    assert "the smallest slice tried that fits is v6e:4x4." in show.verdicts(found)
+
+
+def test_a_search_without_end_shows_what_it_found(compiled):
+    found = command_module.plan(job(CONFIG, 64), asked("v5e"))
+    assert not any(each.fits for each in found)
+    assert "v5e: none of the layouts tried fits." in show.verdicts(found)
+    assert compiled[-1].topology == "v5e:8x16", "64 rows do not divide over 128"
+
+
+def test_a_search_over_several_slices_takes_those_of_their_size(compiled):
+    shapes = {"ici_mesh_shape": (1, 4, 4), "dcn_mesh_shape": (2, 1, 1)}
+    two = dataclasses.replace(job(CONFIG, 64), **shapes)
+    command_module.plan(two, asked("v6e"))
+    assert compiled == [steps.Choice("v6e:4x4", 4, None, 2)]
+    with pytest.raises(ValueError, match=r"is for slices of 6 chips; those of v6e have 4, 8, 16"):
+        odd = dataclasses.replace(two, ici_mesh_shape=(1, 3, 2))
+        command_module.plan(odd, asked("v6e"))
+    with pytest.raises(ValueError, match="--num_partitions=2 would have no effect: .*4, 4"):
+        command_module.plan(two, asked("v6e", num_partitions=["2"]))
+
+
+def test_shapes_of_a_mesh_are_read_from_gin_and_its_devices_are_not_asked_for():
+    shapes = ["(1, 4, 2)", "(4, 1, 1)"]
+    names = ("ici_mesh_shape", "dcn_mesh_shape")
+    bindings = [
+        f"partitioning.PjitPartitioner.{name} = {shape}"
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+    found = command_module.read_job(["gin/mpt_source.gin", "gin/tiny.gin"], bindings, [str(ROOT)])
+    assert (found.ici_mesh_shape, found.dcn_mesh_shape) == ((1, 4, 2), (4, 1, 1))
+    assert found.slices == 4
+    plain = command_module.read_job(["gin/mpt_source.gin", "gin/tiny.gin"], [], [str(ROOT)])
+    assert (plain.ici_mesh_shape, plain.slices) == (None, 1)
 
 
 # --- The command ---------------------------------------------------------------------------------

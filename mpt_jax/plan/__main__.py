@@ -7,13 +7,16 @@ mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v6e          the smallest 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import gin
 import jax
 from absl import app, flags, logging
 
@@ -26,6 +29,7 @@ from mpt_jax.plan.steps import Choice, DoesNotFit, Job, Needs
 # No vocabulary is read: no shape depends on its words.
 _VOCABULARY = "toy.model"
 
+PARTITIONER = "partitioning.PjitPartitioner"
 MOST_PARTITIONS = 64  # of the model axis, a power of two
 
 flags.DEFINE_multi_string("topology", [], "v5e:4x4; or v5e, its slices from small to large.")
@@ -46,7 +50,7 @@ def train(**given: Any) -> Job:
         given.get("trainer_cls", train_module.Trainer),
         partitioner.logical_axis_rules,
         partitioner.num_partitions,
-    )
+    )  # `read_job` adds the shapes of a mesh over slices
 
 
 def main(argv: list[str]) -> None:
@@ -73,20 +77,66 @@ def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str])
     stand_in = f"VOCABULARY = {str(paths.SHIPPED / _VOCABULARY)!r}"
     with gin_utils.as_main(sys.modules[__name__]):
         gin_utils.parse(gin_files, [stand_in, *bindings], search_paths)
-        return gin_utils.configured(train)()
+        shapes = _take_mesh_shapes()
+        return dataclasses.replace(gin_utils.configured(train)(), **shapes)
+
+
+def _take_mesh_shapes() -> dict[str, Any]:
+    """What gin says of a mesh over several slices, taken out of its configuration: the devices of
+    this machine, of which gin makes a mesh, are not those slices."""
+    bound = gin.get_bindings(PARTITIONER)
+    shapes = {name: bound.get(name) for name in ("ici_mesh_shape", "dcn_mesh_shape")}
+    if any(shape is not None for shape in shapes.values()):
+        with gin.unlock_config():
+            for name in shapes:
+                gin.bind_parameter(f"{PARTITIONER}.{name}", None)
+    return shapes
+
+
+def _model_axes(job: Job, asked: list[str]) -> list[int]:
+    """The sizes of the model axis to try.
+
+    Raises:
+        ValueError: it is in gin's `ici_mesh_shape` already.
+    """
+    if not job.ici_mesh_shape:
+        return [int(n) for n in asked] or [job.model_axis]
+    if asked:
+        raise ValueError(
+            f"--num_partitions={','.join(asked)} would have no effect: the model axis is the last "
+            f"of ici_mesh_shape={tuple(job.ici_mesh_shape)}. Change that, or leave the flag out."
+        )
+    return [job.ici_mesh_shape[-1] if job.model_axis == 1 else job.model_axis]
+
+
+def _topologies(job: Job, name: str) -> list[str]:
+    """The slices a flag names; of all of a kind, those that gin's mesh can lie on.
+
+    Raises:
+        ValueError: no such chip, or none of its slices is of that size.
+    """
+    known = chips.topologies(name)
+    if known == [name] or not job.ici_mesh_shape:
+        return known
+    size = math.prod(job.ici_mesh_shape)
+    if fitting := [each for each in known if chips.count(each) == size]:
+        return fitting
+    raise ValueError(
+        f"ici_mesh_shape={tuple(job.ici_mesh_shape)} is for slices of {size} chips; those of "
+        f"{name} have {', '.join(str(chips.count(each)) for each in known)}."
+    )
 
 
 def plan(job: Job, values: Any) -> list[Needs | DoesNotFit]:
     """Every layout that the flags ask for."""
     parts = [int(n) for n in values.num_microbatches] or [None]
-    axes = [int(n) for n in values.num_partitions] or [job.model_axis]
-    layouts = list(itertools.product(axes, parts))
+    layouts = list(itertools.product(_model_axes(job, values.num_partitions), parts))
     found: list[Needs | DoesNotFit] = []
     for name in values.topology:
-        for topology in chips.topologies(name):
+        for topology in _topologies(job, name):
             mine = []
             for model_axis, number in layouts:
-                choice = Choice(topology, model_axis, number)
+                choice = Choice(topology, model_axis, number, job.slices)
                 logging.info("Compiling for %s.", choice)
                 try:
                     mine += steps.compile_steps(job, choice, values.steps)

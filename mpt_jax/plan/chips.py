@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -57,12 +58,17 @@ def topologies(name: str) -> list[str]:
     return [name] if shape else [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
 
 
-def devices(topology: str) -> list[Any]:
-    """The chips of a slice, to compile for.
+def count(topology: str) -> int:
+    """How many chips `v5e:4x4` has."""
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
+
+
+def devices(topology: str, slices: int = 1) -> list[Any]:
+    """The chips of a slice, or of several alike, to compile for.
 
     Raises:
         ImportError: libtpu, which holds the compiler, is not installed.
-        ValueError: libtpu knows no such slice.
+        ValueError: libtpu knows no such slice, or not several of them.
     """
     from jax.experimental import topologies as known
 
@@ -75,7 +81,9 @@ def devices(topology: str) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        found = known.get_topology_desc(platform="tpu", topology_name=topology).devices
+        several = {"num_slices": slices} if slices > 1 else {}
+        found = known.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except Exception as error:
-        raise ValueError(f"libtpu has no slice {topology!r}: {error}") from error
+        times = f"{slices} times " if slices > 1 else ""
+        raise ValueError(f"libtpu has no slice {times}{topology!r}: {error}") from error
     return list(found)

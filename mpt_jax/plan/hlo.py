@@ -17,13 +17,16 @@ from collections.abc import Iterator
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
 BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+ACROSS_SLICES = "send"  # the compiler splits what crosses slices into sends and receives
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+    ACROSS_SLICES,
 )  # fmt: skip
 # They name or order arrays and move nothing.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
-    "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "async-done",
+    "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "async-start",
+    "async-update", "async-done",
 }  # fmt: skip
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -78,7 +81,8 @@ class Cost:
         hbm_bytes: read from and written to HBM.
         accessed_bytes: the same over all memories; the compiler's own count of a program without
             loops is up to a quarter more or less, by rules of its own.
-        collectives: kind -> (how many, bytes that they leave on this chip).
+        collectives: kind -> (how many, bytes that they leave on this chip, or that a `send` takes
+            from it).
         kernels: name -> (how many calls, flops, bytes), by the estimate that came with each.
         loops: how many there are, those that repeat counted once.
         unknown_loops: those of them whose length depends on what is computed.
@@ -144,7 +148,7 @@ class _Program:
                 total.add(self._of(each.called[0]), often)
                 total.loops += 1
                 total.unknown_loops += trips is None
-            elif each.op in ("call", "conditional"):
+            elif each.op in ("call", "conditional", "async-start"):
                 for called in each.called:
                     total.add(self._of(called))
             else:
@@ -188,7 +192,7 @@ class _Program:
     def _inside(self, each: Instruction) -> Iterator[Instruction]:
         """An operation and all that is fused into it."""
         yield each
-        if each.op in ("fusion", "async-start"):
+        if each.op == "fusion":
             for called in each.called:
                 for inner in self.computations[called]:
                     yield from self._inside(inner)
@@ -196,7 +200,7 @@ class _Program:
     def _moved(self, each: Instruction, made: dict[str, Instruction]) -> Iterator[Array]:
         """What an operation reads and writes: of an array that is only sliced, the slice; of one
         that is updated in place, the update."""
-        if each.op.endswith("-start") and each.op != "async-start":
+        if each.op.endswith("-start"):
             yield from each.arrays[:2]  # (source, target, context)
             return
         if each.op == "dynamic-update-slice":
@@ -254,9 +258,10 @@ def _size(arrays: tuple[Array, ...]) -> int:
 
 def _left(each: Instruction) -> int:
     """Bytes that a collective leaves on this chip. The start of one names what it reads as well,
-    in front, and scalar contexts behind; that of an all-reduce names its results alone."""
+    in front, and scalar contexts behind; that of an all-reduce names its results alone. What is
+    sent leaves this chip."""
     if each.op == "all-reduce-start" or not each.op.endswith("-start"):
-        return _size(each.arrays)
+        return _size(each.arrays[:1] if each.op == ACROSS_SLICES else each.arrays)
     arrays = tuple(array for array in each.arrays if array.shape)
     return _size(arrays[len(arrays) // 2 :])
 

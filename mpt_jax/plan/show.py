@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpt_jax.plan.steps import DoesNotFit, Needs
+from mpt_jax.plan.hlo import Cost
+from mpt_jax.plan.steps import Choice, DoesNotFit, Needs
 
 NOTE = (
     "The TPU compiler's estimates, per chip and step; nothing was run. accessed: every read and "
     "write, of the chip's fast memory too, by the compiler's count (ours where there are loops, "
     "which count times their trips); HBM: of main memory alone, by our count. ms: operations over "
-    "peak, accessed bytes over the bandwidth of HBM, communicated bytes over that of all links. of "
-    "ideal: compute over the larger of compute and memory."
+    "peak, accessed bytes over the bandwidth of HBM, communicated bytes over that of all links "
+    "(what crosses slices left out). of ideal: compute over the larger of compute and memory."
 )
 _HEAD = (
     "slice", "data x model", "parts", "rows", "step", "arguments", "temporaries", "peak", "of HBM",
@@ -35,7 +36,7 @@ def _row(each: Needs | DoesNotFit) -> list[str]:
     if isinstance(each, DoesNotFit):
         blank = ["" for _ in _HEAD[6:]]
         return [
-            choice.topology,
+            choice.name,
             mesh,
             parts,
             "",
@@ -45,7 +46,7 @@ def _row(each: Needs | DoesNotFit) -> list[str]:
         ]
     cost = each.cost
     return [
-        choice.topology, mesh, parts, f"{each.rows:g}", each.step,
+        choice.name, mesh, parts, f"{each.rows:g}", each.step,
         _gib(each.arguments), _gib(each.temporaries), _gib(each.peak),
         f"{each.peak / choice.chip.hbm_bytes:.0%}" + ("" if each.fits else " (does not fit)"),
         f"{cost.flops / 1e12:.2f}", f"{each.accessed_bytes / 1e9:.1f} GB",
@@ -75,7 +76,7 @@ def details(found: Sequence[Needs | DoesNotFit]) -> str:
         ]
         if each.cost.unknown_loops:
             said.append("decoding as long as it may take, one token after another")
-        lines.append(f"{each.choice.topology} {each.step}: {'; '.join(said) or 'no communication'}")
+        lines.append(f"{each.choice.name} {each.step}: {'; '.join(said) or 'no communication'}")
     return "\n".join(lines)
 
 
@@ -91,11 +92,11 @@ def verdicts(found: Sequence[Needs | DoesNotFit]) -> str:
             lines.append(f"{chip}: none of the layouts tried fits.")
             continue
         least = min(mine, key=lambda choice: sizes[choice])
-        lines.append(f"{chip}: the smallest slice tried that fits is {least.topology}.")
+        lines.append(f"{chip}: the smallest slice tried that fits is {least.name}.")
     by_slice: dict[str, list[Needs]] = {}
     for each in found:
         if isinstance(each, Needs) and each.step == "train" and each.choice in fitting:
-            by_slice.setdefault(each.choice.topology, []).append(each)
+            by_slice.setdefault(each.choice.name, []).append(each)
     for topology, several in by_slice.items():
         if len(several) > 1:
             best = min(several, key=lambda each: each.estimate).choice
@@ -109,12 +110,22 @@ def verdicts(found: Sequence[Needs | DoesNotFit]) -> str:
 
 def as_json(found: Sequence[Needs | DoesNotFit]) -> list[dict[str, Any]]:
     """Every figure, bytes and seconds unrounded."""
-    derived = (
+    return [dataclasses.asdict(each) | derived(each) for each in found]
+
+
+def from_json(record: Mapping[str, Any]) -> Needs:
+    """What `as_json` made a record of; what was derived is derived anew."""
+    given = {field.name: record[field.name] for field in dataclasses.fields(Needs)}
+    cost = dict(given["cost"])
+    for name in ("collectives", "kernels"):  # JSON has no tuples
+        cost[name] = {kind: tuple(numbers) for kind, numbers in cost[name].items()}
+    return Needs(**given | {"choice": Choice(**given["choice"]), "cost": Cost(**cost)})
+
+
+def derived(each: Needs | DoesNotFit) -> dict[str, Any]:
+    """What follows from the counts and the chip's peaks (`chips.CHIPS`)."""
+    names = (
         "fits", "accessed_bytes", "compute_seconds", "accessed_seconds", "hbm_seconds",
         "ici_seconds", "bound_by", "fraction_of_ideal", "estimate",
     )  # fmt: skip
-    return [
-        dataclasses.asdict(each)
-        | {name: getattr(each, name) for name in derived if hasattr(each, name)}
-        for each in found
-    ]
+    return {name: getattr(each, name) for name in names if hasattr(each, name)}

@@ -34,6 +34,8 @@ class Job:
         trainer_cls: `Trainer`, with its gin fields bound.
         rules: from logical axes to the mesh.
         model_axis: of the mesh that the gin file asks for.
+        ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices,
+            where the gin file says so.
     """
 
     model: PromptedEncoderDecoder
@@ -42,6 +44,13 @@ class Job:
     trainer_cls: Callable[..., Trainer]
     rules: Any
     model_axis: int = 1
+    ici_mesh_shape: Sequence[int] | None = None
+    dcn_mesh_shape: Sequence[int] | None = None
+
+    @property
+    def slices(self) -> int:
+        """How many slices it is laid out for."""
+        return math.prod(self.dcn_mesh_shape or (1,))
 
     def batch(self, cfg: data.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
         """The shapes of a global batch on a mesh."""
@@ -63,11 +72,18 @@ class Choice:
         topology: the slice.
         model_axis: chips that share one copy of the model.
         num_microbatches: parts of a batch; None leaves it to gin.
+        slices: how many of them.
     """
 
     topology: str
     model_axis: int = 1
     num_microbatches: int | None = None
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """The slice, or slices."""
+        return self.topology if self.slices == 1 else f"{self.slices} of {self.topology}"
 
     @property
     def chip(self) -> Chip:
@@ -129,8 +145,10 @@ class Needs:
 
     @property
     def ici_seconds(self) -> float:
-        """Communication's bytes over the bandwidth of all links."""
-        moved = sum(size for _, size in self.cost.collectives.values())
+        """Communication's bytes inside a slice over the bandwidth of all links; what crosses
+        slices is counted and takes no time here."""
+        kinds = self.cost.collectives.items()
+        moved = sum(size for kind, (_, size) in kinds if kind != hlo.ACROSS_SLICES)
         return moved / self.choice.chip.ici_bandwidth
 
     @property
@@ -171,11 +189,15 @@ def compile_steps(
     """Compiles the steps of a job for a slice.
 
     Raises:
-        ValueError: the batch does not divide over the slice, or the model axis does not fit.
+        ValueError: the batch does not divide over the slice, or the mesh does not fit.
     """
-    slice_ = chips.devices(choice.topology)
+    slice_ = chips.devices(choice.topology, choice.slices)
     partitioner = PjitPartitioner(
-        num_partitions=choice.model_axis, logical_axis_rules=job.rules, devices=slice_
+        num_partitions=choice.model_axis,
+        logical_axis_rules=job.rules,
+        ici_mesh_shape=job.ici_mesh_shape,
+        dcn_mesh_shape=job.dcn_mesh_shape,
+        devices=slice_,
     )
     copies = len(slice_) // choice.model_axis
     parts = {} if choice.num_microbatches is None else {"num_microbatches": choice.num_microbatches}
@@ -195,7 +217,7 @@ def compile_steps(
         if cfg.batch_size % copies:
             raise ValueError(
                 f"A batch of {cfg.batch_size} rows ({step}) does not divide over {copies} copies "
-                f"of the model on {choice.topology}; set BATCH_SIZE (EVAL_BATCH_SIZE for predict)."
+                f"of the model on {choice.name}; set BATCH_SIZE (EVAL_BATCH_SIZE for predict)."
             )
         batch = job.batch(cfg, partitioner)
         if step == "predict":

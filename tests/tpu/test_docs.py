@@ -1,0 +1,79 @@
+"""The commands of docs/tpu.md: launch scripts as dry runs, plans as far as their gin is read."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from benchmarks import plan_table
+from mpt_jax import gin_utils
+from mpt_jax.plan import __main__ as plan
+from mpt_jax.plan import chips
+from tests.tpu.clouds import ROOT, Clouds
+
+TEXT = (ROOT / "docs" / "tpu.md").read_text()
+
+
+def commands() -> list[list[str]]:
+    """The indented lines, joined where they go on, as words."""
+    lines = re.sub(r"\\\n\s*", "", TEXT).splitlines()
+    return [
+        shlex.split(line.strip().partition("   #")[0])
+        for line in lines
+        if re.match(r"    (tpu/|mpt-jax|python|\.\.\.|--gin\.)", line)
+    ]
+
+
+SCRIPTS = [words for words in commands() if words[0].startswith("tpu/")]
+PLANS = [words for words in commands() if words[:2] == ["mpt-jax", "plan"]]
+MORE = [words for words in commands() if words[0] == "..."]
+SHAPES = [words for words in commands() if words[0].startswith("--gin.")]
+
+
+def test_the_page_has_commands_of_every_kind():
+    assert [words[0] for words in SCRIPTS] == ["tpu/queued.sh", "tpu/gke.sh", "tpu/xpk.sh"]
+    assert len(PLANS) == 2 and len(MORE) == 1 and len(SHAPES) == 2
+    tables = [words for words in commands() if words[0] == "python"]
+    assert tables == [
+        ["python", "-m", "benchmarks.plan_table", "--out", "docs/benchmarks/plan.json"]
+    ]
+    assert plan_table.ROWS
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: words[0])
+def test_launch_scripts_take_them(tmp_path, words):
+    script, *arguments = [word.replace("BUCKET", "bucket") for word in words]
+    where = arguments.index("--")
+    done = Clouds(tmp_path).launch(
+        script.removeprefix("tpu/"), *arguments[:where], "--dry-run", *arguments[where:]
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mpt_jax.train" in done.stdout and "gin/mpt_source.gin" in done.stdout
+
+
+def flags_of(words: list[str]) -> dict[str, list[str]]:
+    """Flag -> values."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        found.setdefault(name.removeprefix("--"), []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("words", PLANS, ids=" ".join)
+def test_plans_read_their_gin(words):
+    given = gin_utils.rewrite_gin_args(words[2:] + SHAPES[0] + SHAPES[1])
+    flags = flags_of(given)
+    bindings = [word.partition("=")[2] for word in given if word.startswith("--gin_bindings=")]
+    job = plan.read_job(flags["gin_file"], bindings, [str(ROOT)])
+    assert (job.ici_mesh_shape, job.dcn_mesh_shape) == ((1, 4, 4), (2, 1, 1))
+    for topology in flags["topology"]:
+        assert chips.topologies(topology)
+
+
+def test_further_flags_are_flags_of_the_command():
+    source = (ROOT / "mpt_jax" / "plan" / "__main__.py").read_text()
+    for name in flags_of(MORE[0][1:]):
+        assert re.search(rf'DEFINE_\w+\(\s*"{name}"', source), name
