@@ -4,9 +4,10 @@
       [--out docs/benchmarks/reliability.json]
 
 Teachers, source and target stage of the toy suite, one after another, each from what the killed one
-before it handed on. Each is killed (SIGKILL) at random moments: while it starts, between saves, and
-while a save is being written; then the same command goes on. At the end the prompts are compared,
-bit by bit, with those of stages that nothing happened to.
+before it handed on. Each is killed (SIGKILL) at random moments, about a third of them while it
+starts (before its first new save), a third between saves and a third while a save is being written;
+then the same command goes on. At the end the prompts are compared, bit by bit, with those of stages
+that nothing happened to.
 
 Every kill is a line of ROOT/kills.jsonl. The script may itself be stopped at any time: the same
 command goes on with the kills that are missing.
@@ -47,8 +48,8 @@ SETTINGS = {
     "EVALUATOR_NUM_EXAMPLES": 8,
     "STATS_PERIOD": 1,  # the last step before a kill is in the metrics
 }
-# How often a kill is aimed at each: within the start, anywhere, within a save.
-AIMS = {"start": 0.1, "anywhere": 0.5, "save": 0.4}
+# When a run is killed: before its first new save, with no save under way, or within a save.
+MOMENTS = ("start", "between", "save")
 POLL_SECONDS = 0.005
 SAVING = "checkpoint_*.orbax-checkpoint-tmp*"
 
@@ -59,14 +60,16 @@ class Kill:
 
     Attributes:
         stage: which stage.
-        aim: the moment that was waited for.
-        step: the last step whose metrics were written.
+        aim: the moment that was waited for, of `MOMENTS`.
+        moment: the one it was; a run may be faster than its killer.
+        step: the last step whose metrics it wrote; before the first, what it went on from.
         saved: the last complete checkpoint; the run goes on from there.
         saving: whether a save was left unfinished.
     """
 
     stage: str
     aim: str
+    moment: str
     step: int
     saved: int
     saving: bool
@@ -115,25 +118,96 @@ def last_step(model_dir: Path) -> int:
     return steps[-1] if steps else 0
 
 
-def wait_for(child: subprocess.Popen, model_dir: Path, aim: str, rng: random.Random) -> bool:
-    """Waits for the moment of a kill; False where the run ended before it."""
-    if aim == "start":
-        end = time.monotonic() + rng.uniform(0, 10)
-        while child.poll() is None and time.monotonic() < end:
-            time.sleep(POLL_SECONDS)
-        return child.poll() is None
-    saved, wanted, new = complete(model_dir), rng.randint(1, 3), set()
-    unfinished = set(model_dir.glob(SAVING))  # of the kill before
+def stamp(model_dir: Path) -> tuple[int, int] | None:
+    """Differs when the metrics were written to."""
+    path = model_dir / "metrics.jsonl"
+    found = path.stat() if path.exists() else None
+    return None if found is None else (found.st_size, found.st_mtime_ns)
+
+
+@dataclasses.dataclass
+class Watch:
+    """What a start does in its MODEL_DIR: made just before it, then asked again and again.
+
+    Attributes:
+        new: the complete checkpoints that it made; it removes the oldest itself.
+        saving: whether it is writing one.
+    """
+
+    model_dir: Path
+
+    def __post_init__(self):
+        self._before = complete(self.model_dir)
+        self._left = set(self.model_dir.glob(SAVING))  # of the kill before
+        self._metrics = stamp(self.model_dir)
+        self.new: set[int] = set()
+        self.saving = False
+
+    def look(self) -> Watch:
+        """Brings it up to date."""
+        self.saving = bool(set(self.model_dir.glob(SAVING)) - self._left)
+        self.new |= complete(self.model_dir) - self._before
+        return self
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step whose metrics it wrote; None before the first."""
+        return None if stamp(self.model_dir) == self._metrics else last_step(self.model_dir)
+
+    @property
+    def moment(self) -> str:
+        """Of `MOMENTS`, as of the last look; the first save is not the start any more."""
+        return "save" if self.saving else "between" if self.new else "start"
+
+
+def wait_for(
+    child: subprocess.Popen, watch: Watch, aim: str, rng: random.Random, start: float
+) -> None:
+    """Waits for the moment of a kill, or until the run has ended.
+
+    Args:
+        start: seconds that a start took until its first save.
+    """
+    began, after = time.monotonic(), rng.uniform(0, start)
+    wanted, pause = rng.randint(1, 3), rng.uniform(0, 1.5 if aim == "between" else 0.1)
     while child.poll() is None:
-        new |= complete(model_dir) - saved  # the run itself removes the oldest
-        if aim == "anywhere" and new:
-            time.sleep(rng.uniform(0, 1.5))
-            return child.poll() is None
-        if aim == "save" and len(new) >= wanted and set(model_dir.glob(SAVING)) - unfinished:
-            time.sleep(rng.uniform(0, 0.1))
-            return child.poll() is None
+        watch.look()
+        if aim == "start" and (watch.moment != "start" or time.monotonic() - began >= after):
+            return
+        if aim == "save" and watch.saving and len(watch.new) >= wanted:
+            time.sleep(pause)
+            return
+        if aim == "between" and watch.moment == "between" and len(watch.new) >= wanted:
+            if pause <= 0:
+                return
+            pause -= POLL_SECONDS
         time.sleep(POLL_SECONDS)
-    return False
+
+
+def next_aim(kills: list[Kill], rng: random.Random) -> str:
+    """The moment that was hit least often so far."""
+    hit = [kill.moment for kill in kills]
+    return min(rng.sample(MOMENTS, len(MOMENTS)), key=hit.count)
+
+
+def start_seconds(root: Path, stage: str) -> Path:
+    """Where `run_whole` writes how long the start took, until the first save."""
+    return root / f"{stage}.start_seconds"
+
+
+def run_whole(root: Path, stage: str) -> None:
+    """Runs a stage that nothing happens to.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    watch, began = Watch(folder(root, stage)), time.monotonic()
+    with started(root, stage) as child:
+        while child.poll() is None and not watch.look().new:
+            time.sleep(POLL_SECONDS)
+        start_seconds(root, stage).write_text(f"{time.monotonic() - began:.1f}\n")
+        if code := child.wait():
+            raise RuntimeError(f"{stage} ended with code {code}; see its log in {root}.")
 
 
 def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int) -> None:
@@ -143,11 +217,13 @@ def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int)
         RuntimeError: the stage failed by itself.
     """
     model_dir, rng = folder(root, stage), random.Random(f"{seed} {stage} {len(kills)}")
+    start = float(start_seconds(root.parent / "whole", stage).read_text())
     while True:
         missing = quota - sum(kill.stage == stage for kill in kills)
+        aim, watch = next_aim(kills, rng), Watch(model_dir)
         with started(root, stage) as child:
-            aim = rng.choices(list(AIMS), list(AIMS.values()))[0]
-            if missing > 0 and wait_for(child, model_dir, aim, rng):
+            if missing > 0:
+                wait_for(child, watch, aim, rng, start)
                 child.send_signal(signal.SIGKILL)
             code = child.wait()
         if code == 0:
@@ -156,7 +232,9 @@ def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int)
             raise RuntimeError(f"{stage} ended with code {code}; see {root / stage}.log.")
         saved = max(complete(model_dir), default=0)
         unfinished = any(model_dir.glob(SAVING))
-        kill = Kill(stage, aim, last_step(model_dir), saved, unfinished)
+        step = watch.last_step
+        step = saved if step is None else step
+        kill = Kill(stage, aim, watch.look().moment, step, saved, unfinished)
         kills.append(kill)
         with (root / "kills.jsonl").open("a") as lines:
             lines.write(json.dumps(dataclasses.asdict(kill)) + "\n")
@@ -206,7 +284,7 @@ def summary(root: Path, kills: list[Kill]) -> dict[str, object]:
     lost = [kill.lost for kill in kills]
     return {
         "kills": len(kills),
-        "by_aim": {aim: sum(kill.aim == aim for kill in kills) for aim in AIMS},
+        "by_moment": {name: sum(kill.moment == name for kill in kills) for name in MOMENTS},
         "save_left_unfinished": sum(kill.saving for kill in kills),
         "steps": STEPS,
         "save_period": SAVE_PERIOD,
@@ -221,7 +299,7 @@ def summary(root: Path, kills: list[Kill]) -> dict[str, object]:
 
 def main() -> None:
     """Prints the figures and, on request, writes them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Stages that are killed again and again.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=Path("runs") / "reliability")
@@ -230,9 +308,7 @@ def main() -> None:
     root: Path = arguments.root
     for stage in STAGES:
         if not (folder(root / "whole", stage) / "artefact").is_dir():
-            with started(root / "whole", stage) as child:
-                if code := child.wait():
-                    raise RuntimeError(f"{stage} ended with code {code}; see its log in {root}.")
+            run_whole(root / "whole", stage)
     record = root / "killed" / "kills.jsonl"
     lines = record.read_text().splitlines() if record.exists() else []
     kills = [Kill(**json.loads(line)) for line in lines]
