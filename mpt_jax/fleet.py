@@ -1,6 +1,6 @@
 """A fleet: independent runs of one job, the product of tasks, examples, seeds and settings.
 
-    tasks x k x seeds x learning rates x learning rates of factors x what they start from
+    tasks x k x seeds x learning rates x learning rates of factors x starts x initial values
 
 A run's name carries its task, k, seed, and of the settings only those that differ in the fleet:
 `rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. Such a name says everything
@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mpt_jax.prompts.init import PromptInit, PromptInits
 from mpt_jax.runs import unknown_name
 
 
@@ -28,6 +29,7 @@ class Member(NamedTuple):
     learning_rate: float | None
     task_learning_rate: float | None
     start: str | None
+    init: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Fleet:
         task_learning_rates: those of MPT's factors (fleet_task_rates.gin).
         starts: rows of INITIAL_ARTEFACT that runs start from: `'average'`, or the name of one
             (fleet_starts.gin).
+        inits: name -> initialiser of prompts that start from none (fleet_inits.gin).
 
     Raises:
         ValueError: an empty list, a value that stands twice, numbers out of range.
@@ -55,15 +58,17 @@ class Fleet:
     learning_rates: Sequence[int | float] | None = None
     task_learning_rates: Sequence[int | float] | None = None
     starts: Sequence[str] | None = None
+    inits: Mapping[str, PromptInit] | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             if values is None:
                 continue
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            listed = isinstance(values, Sequence | Mapping) and not isinstance(values, str)
+            if not listed or not values:
                 raise ValueError(f"Fleet.{field.name} must be a list of values, got {values!r}.")
-            counts = collections.Counter(values)
+            counts = collections.Counter(list(values))
             repeated = [value for value, count in counts.items() if count > 1]
             if repeated:
                 raise ValueError(
@@ -78,7 +83,9 @@ class Fleet:
     @property
     def members(self) -> tuple[Member, ...]:
         """Every run; tasks change slowest."""
-        axes: tuple[Any, ...] = (self.learning_rates, self.task_learning_rates, self.starts)
+        inits = self.inits and tuple(self.inits)
+        rates = (self.learning_rates, self.task_learning_rates)
+        axes: tuple[Any, ...] = (*rates, self.starts, inits)
         made = [
             Member(_name(task, k, seed, _if_several(axes, values)), task, *values)
             for task, k, seed in itertools.product(self.tasks, self.shots, self.seeds or (None,))
@@ -121,6 +128,18 @@ def start_from(fleet: Fleet) -> str | dict[str, str] | None:
     return {member.name: row for member, row in zip(fleet.members, found, strict=True)}
 
 
+def inits(fleet: Fleet) -> PromptInits:
+    """What a prompt method's `init_prompt` is to be: run -> initialiser, or one for all.
+
+    Raises:
+        ValueError: the fleet has none.
+    """
+    if not fleet.inits:
+        raise ValueError("Fleet.inits names no initialisers; set INITS, or leave the file out.")
+    made = {member.name: fleet.inits[member.init or ""] for member in fleet.members}
+    return made if len(fleet.inits) > 1 else next(iter(made.values()))
+
+
 def total_steps(
     fleet: Fleet, train_steps: int, task_steps: Mapping[str, int] | None = None
 ) -> int | list[int]:
@@ -161,13 +180,14 @@ def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> 
 
 def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[Any]) -> str:
     """A run's name; `differing` are its settings, None for those that all runs share."""
-    rate, task_rate, start = differing
+    rate, task_rate, start, init = differing
     name = task if shots is None else f"{task}_k{shots}"
     if shots is not None or seed is not None:
         name += f"_s{seed or 0}"
     name += "" if rate is None else f"_lr{_plain(rate)}"
     name += "" if task_rate is None else f"_tlr{_plain(task_rate)}"
-    return name + ("" if start is None else f"_from_{start}")
+    name += "" if start is None else f"_from_{start}"
+    return name + ("" if init is None else f"_init_{init}")
 
 
 def _plain(number: int | float) -> str:

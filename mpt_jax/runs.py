@@ -14,7 +14,9 @@ import re
 from collections.abc import Sequence
 
 # What a run's name says of settings that neither its data nor its initial values depend on.
-_SETTINGS = re.compile(r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_\w+)?", re.ASCII)
+_SETTINGS = re.compile(
+    r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_\w+?)?(_init_\w+)?", re.ASCII
+)
 
 JOINT = "joint"
 INDEPENDENT = "independent"
@@ -108,7 +110,8 @@ def data_name(run_name: str) -> str:
     """The name that a run's examples, their order and its initial values depend on.
 
     Runs that differ in a learning rate or in what they start from, and say so at the end of their
-    names, `_lr0.3`, `_tlr0.4` and `_from_mnli` in this order, are alike in all of these.
+    names, `_lr0.3`, `_tlr0.4`, `_from_mnli` and `_init_text` in this order, are alike in all of
+    these. (Of one initialiser or another the random key is the same.)
     """
     found = _SETTINGS.fullmatch(run_name)
     assert found is not None  # of any text but the empty one

@@ -69,6 +69,7 @@ def test_settings_at_the_end_of_a_name_are_not_its_data():
     cases = {
         "rte_k16_s1_lr0.3": "rte_k16_s1",
         "rte_lr2_tlr0.4_from_average": "rte",
+        "rte_k4_s0_from_mnli_init_text": "rte_k4_s0",
         "rte_k16_s1": "rte_k16_s1",
         "toy_sst2_s0": "toy_sst2_s0",
         "rte_lr": "rte_lr",

@@ -11,8 +11,8 @@ import seqio
 from mpt_jax import data, optimizers, sampling
 from tests.test_gin import JOINT, TARGET, VOCABULARY, own_trainer, parse, value  # noqa: F401
 
-FLEET, TASK_RATES, STARTS = (
-    f"gin/runs/{name}.gin" for name in ("fleet", "fleet_task_rates", "fleet_starts")
+FLEET, TASK_RATES, STARTS, INITS = (
+    f"gin/runs/{name}.gin" for name in ("fleet", "fleet_task_rates", "fleet_starts", "fleet_inits")
 )
 SETTINGS = [
     "TARGET_TASKS = ['toy_rte', 'toy_cb']",
@@ -99,6 +99,22 @@ def test_first_values_depend_on_the_seed_and_not_on_the_learning_rate():
     table = np.asarray(value("MODEL").init_prompt(jax.random.PRNGKey(0), embedding)["table"])
     np.testing.assert_array_equal(table[0::2], table[1::2])
     assert len({prompt.tobytes() for prompt in table}) == 8
+
+
+def test_runs_may_differ_in_their_initialiser():
+    both = "INITS = {'vocabulary': @init.SampledVocabulary(), 'random': @init.Uniform()}"
+    few = ["TARGET_TASKS = ['toy_rte']", "SEEDS = [0, 1]"]
+    parse(["gin/pt_target.gin", "gin/tiny.gin", FLEET, INITS], [*few, both])
+    model, embedding = value("MODEL"), jax.random.normal(jax.random.PRNGKey(1), (512, 8))
+    assert model.runs.run_names == (
+        "toy_rte_s0_init_vocabulary", "toy_rte_s0_init_random",
+        "toy_rte_s1_init_vocabulary", "toy_rte_s1_init_random",
+    )  # fmt: skip
+    table = np.asarray(model.init_prompt(jax.random.PRNGKey(0), embedding)["table"])
+    words = {row.tobytes() for row in np.asarray(embedding)}
+    drawn = [all(row.tobytes() in words for row in prompt) for prompt in table]
+    assert drawn == [True, False, True, False] and np.abs(table[1::2]).max() <= 0.5
+    assert (table[0] != table[2]).any()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ def make(num_microbatches=2) -> Trainer:
 
 
 def exhausted(*_):
-    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore")
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nat frame 7"
+    )
 
 
 def test_the_message_has_the_sizes_and_what_halves_them():
@@ -32,7 +34,9 @@ def test_the_message_has_the_sizes_and_what_halves_them():
     with pytest.raises(OutOfMemory) as caught, explained(made, batch):
         made.train(batch)
     told = str(caught.value)
-    assert "(RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.)" in told and "more" not in told
+    assert (
+        "(RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.)" in told and "frame" not in told
+    )
     backbone = sum(leaf.nbytes for leaf in jax.tree.leaves(made.state.frozen))
     assert f"{backbone / 1024:.1f} KiB of backbone" in told
     # Two prompts with two moments each, and a count of steps and one of Adam's for each run.

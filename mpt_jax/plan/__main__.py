@@ -20,7 +20,7 @@ import gin
 import jax
 from absl import app, flags, logging
 
-from mpt_jax import gin_utils, paths, t5x_import
+from mpt_jax import gin_utils, paths, sampling, t5x_import
 from mpt_jax import train as train_module
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.plan import chips, show, steps
@@ -50,6 +50,7 @@ def train(**given: Any) -> Job:
         given.get("trainer_cls", train_module.Trainer),
         partitioner.logical_axis_rules,
         partitioner.num_partitions,
+        rows_by_run=sampling.has_equal_shares(given["train_dataset_cfg"]),
     )  # `read_job` adds the shapes of a mesh over slices
 
 

@@ -36,6 +36,7 @@ class Job:
         model_axis: of the mesh that the gin file asks for.
         ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices,
             where the gin file says so.
+        rows_by_run: whether batches hold the runs one after the other (`Trainer`).
     """
 
     model: PromptedEncoderDecoder
@@ -46,6 +47,7 @@ class Job:
     model_axis: int = 1
     ici_mesh_shape: Sequence[int] | None = None
     dcn_mesh_shape: Sequence[int] | None = None
+    rows_by_run: bool = False
 
     @property
     def slices(self) -> int:
@@ -201,12 +203,14 @@ def compile_steps(
     )
     copies = len(slice_) // choice.model_axis
     parts = {} if choice.num_microbatches is None else {"num_microbatches": choice.num_microbatches}
+    state = train_state.abstract(job.model, partitioner, job.rows_by_run)
     trainer = job.trainer_cls(
         model=job.model,
         # The number of steps taken is asked for; all else is shapes.
-        state=train_state.abstract(job.model, partitioner).replace(step=np.zeros((), np.int32)),
+        state=state.replace(step=np.zeros((), np.int32)),
         partitioner=partitioner,
         rng=jax.random.PRNGKey(0),
+        rows_by_run=job.rows_by_run,
         **parts,
     )
     found: list[Needs | DoesNotFit] = []

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.prompts.base import InitContext
-from mpt_jax.runs import unknown_name
+from mpt_jax.prompts.base import InitContext, name_key
+from mpt_jax.runs import Runs, unknown_name
 from mpt_jax.shapes import Array, Float, Key
 
 
@@ -29,6 +29,10 @@ class PromptInit(Protocol):
     def __call__(
         self, key: Key, task_name: str, prompt_length: int, context: InitContext
     ) -> Float[Array, "P H"]: ...
+
+
+# One for all runs, or run -> its own.
+PromptInits = PromptInit | Mapping[str, PromptInit]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +127,38 @@ class FromArray:
                 "(prompt length, model width)."
             )
         return jnp.asarray(array, jnp.float32)
+
+
+def initial_prompts(
+    init: PromptInits,
+    key: Key,
+    runs: Runs,
+    rows: Sequence[int],
+    prompt_length: int,
+    context: InitContext,
+) -> Float[Array, "rows P H"]:
+    """The initial prompts of some rows of a bank.
+
+    Args:
+        init: an initialiser for all, or one for each run.
+        key: of the job.
+        runs: the bank's rows.
+        rows: which.
+        prompt_length: P.
+        context: what initialisers may look at.
+
+    Raises:
+        ValueError: there is none for a run.
+    """
+    made = []
+    for row in rows:
+        run, chosen = runs.run_names[row], init
+        if isinstance(chosen, Mapping):
+            if run not in chosen:
+                raise ValueError(unknown_name("run among initialisers", run, list(chosen)))
+            chosen = chosen[run]
+        made.append(chosen(name_key(key, run), runs.task_names[row], prompt_length, context))
+    return jnp.stack(made)
 
 
 def _ids(text: str, context: InitContext) -> np.ndarray:

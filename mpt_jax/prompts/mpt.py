@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from mpt_jax.prompts.base import group_leaders, name_key, register, take
-from mpt_jax.prompts.init import FactorInit, PromptInit, SampledVocabulary, ones_noise
+from mpt_jax.prompts.init import (
+    FactorInit,
+    PromptInits,
+    SampledVocabulary,
+    initial_prompts,
+    ones_noise,
+)
 from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
 # Prompts are composed in float32; by default a TPU would multiply in bfloat16.
@@ -32,7 +38,7 @@ class MPT:
     Attributes:
         prompt_length: P.
         rank: R.
-        init_prompt: initial value of P*.
+        init_prompt: initial value of P*; of a group, by its first run.
         init_factors: initial value of a task's factors.
         start_from: with an initial artefact, `'average'` of its tasks' factors (the paper), the
             name of the one run to take them from, `'same'` (each row its namesake's),
@@ -42,7 +48,7 @@ class MPT:
 
     prompt_length: int
     rank: int = 1
-    init_prompt: PromptInit = SampledVocabulary()
+    init_prompt: PromptInits = SampledVocabulary()
     init_factors: FactorInit = ones_noise
     start_from: StartFrom = "average"
 
@@ -60,21 +66,15 @@ class MPT:
 
     def init(self, key, runs, context):
         width = context.embedding.shape[1]
-        shared = [
-            self.init_prompt(
-                name_key(key, runs.run_names[row]),
-                runs.task_names[row],
-                self.prompt_length,
-                context,
-            )
-            for row in group_leaders(runs)
-        ]
+        shared = initial_prompts(
+            self.init_prompt, key, runs, group_leaders(runs), self.prompt_length, context
+        )
         factors = [
             self.init_factors(name_key(key, run), self.prompt_length, width, self.rank)
             for run in runs.run_names
         ]
         return {
-            "shared": jnp.stack(shared),
+            "shared": shared,
             "task_left": jnp.stack([left for left, _ in factors]),
             "task_right": jnp.stack([right for _, right in factors]),
         }

@@ -11,8 +11,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.prompts.base import fold, name_key, register, take
-from mpt_jax.prompts.init import PromptInit, SampledVocabulary
+from mpt_jax.prompts.base import fold, register, take
+from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
 
@@ -30,7 +30,7 @@ class PromptTuning:
     """
 
     prompt_length: int
-    init_prompt: PromptInit = SampledVocabulary()
+    init_prompt: PromptInits = SampledVocabulary()
     start_from: StartFrom = "average"
 
     name = "prompt_tuning"
@@ -38,11 +38,9 @@ class PromptTuning:
     axes = {"table": ("tasks", "prompt", "embed")}
 
     def init(self, key, runs, context):
-        rows = [
-            self.init_prompt(name_key(key, run), task, self.prompt_length, context)
-            for run, task in zip(runs.run_names, runs.task_names, strict=True)
-        ]
-        return {"table": jnp.stack(rows)}
+        rows = range(runs.num_rows)
+        table = initial_prompts(self.init_prompt, key, runs, rows, self.prompt_length, context)
+        return {"table": table}
 
     def compose(self, params, runs, task_ids):
         return take(params["table"], task_ids)

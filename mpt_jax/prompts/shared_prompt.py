@@ -10,8 +10,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import fold, group_leaders, name_key, register, source_rows, take
-from mpt_jax.prompts.init import PromptInit, SampledVocabulary
+from mpt_jax.prompts.base import fold, group_leaders, register, source_rows, take
+from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 
 SHARED = "shared"
 
@@ -30,7 +30,7 @@ class SharedPrompt:
     """
 
     prompt_length: int
-    init_prompt: PromptInit = SampledVocabulary()
+    init_prompt: PromptInits = SampledVocabulary()
     start_from: str = "average"
 
     name = "shared_prompt"
@@ -39,16 +39,8 @@ class SharedPrompt:
 
     def init(self, key, runs, context):
         leaders = group_leaders(runs)
-        rows = [
-            self.init_prompt(
-                name_key(key, runs.run_names[row]),
-                runs.task_names[row],
-                self.prompt_length,
-                context,
-            )
-            for row in leaders
-        ]
-        return {"shared": jnp.stack(rows)}
+        shared = initial_prompts(self.init_prompt, key, runs, leaders, self.prompt_length, context)
+        return {"shared": shared}
 
     def compose(self, params, runs, task_ids):
         return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
