@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ from benchmarks import contest, figures
 B, P, TEXT, L, K = 16, 100, 64, 16, 6
 CONTESTANTS = ("mpt_jax", "peft", "transformers")
 INPUTS = "inputs.npz"
-SMALL, SHARP = 0.05, 16.0  # embeddings, and queries
+# What random embeddings and queries are multiplied by. Sharper attention than this turns rounding
+# into other ids: at 16 two rows of 16 differed.
+SMALL, SHARP = 0.05, 6.0
 
 
 def prepare(folder: Path, model: str) -> None:
@@ -160,8 +164,10 @@ def check_equal(folder: Path) -> int:
     decoded = {name: np.load(folder / f"{name}.npy") for name in CONTESTANTS}
     first = decoded[CONTESTANTS[0]]
     for name, ids in decoded.items():
-        if ids.shape != first.shape or (ids != first).any():
-            raise ValueError(f"{name} decodes {ids.tolist()}, {CONTESTANTS[0]} {first.tolist()}.")
+        if ids.shape != first.shape:
+            raise ValueError(f"{name} decodes {ids.shape} ids, {CONTESTANTS[0]} {first.shape}.")
+        if rows := np.flatnonzero((ids != first).any(1)).tolist():
+            raise ValueError(f"{name} decodes other ids than {CONTESTANTS[0]} in rows {rows}.")
     return len(np.unique(first))
 
 
@@ -172,14 +178,20 @@ def main() -> None:
     parser.add_argument("--model", default="t5_1_0_small", help="default: %(default)s")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.prepare:
+        prepare(args.folder, args.model)
+        return
     if args.serve:
         serve(args.serve, args.folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, args.model)
+        # In a process of its own: a child's peak begins with what its parent has needed.
+        child = [sys.executable, "-m", "benchmarks.predict", "--prepare", "--folder", scratch]
+        subprocess.run([*child, "--model", args.model], check=True)
         commands = {
             name: ["benchmarks.predict", "--serve", name, "--folder", scratch]
             for name in CONTESTANTS

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from absl import logging
 
 from mpt_jax import compilation_cache
-from mpt_jax.predict.output import File, Output, Stream
+from mpt_jax.predict.output import File, Output, Refused, Stream
 from mpt_jax.predict.progress import Progress, say
 from mpt_jax.predict.requests import MODES, Failure
 from mpt_jax.predict.server import Limits, Server
@@ -37,13 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     compilation_cache.enable()
     try:
-        server = load(args)
+        try:
+            server = load(args)
+        except (ValueError, OSError) as error:
+            parser.exit(2, f"mpt-jax predict: {error}\n")
         with _opened(args.input) as stream:
             progress = answer(server, stream, args)
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read the answers has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+    except BrokenPipeError:  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (Refused, OSError) as error:
         parser.exit(2, f"mpt-jax predict: {error}\n")
     except KeyboardInterrupt:
         again = "; the same command goes on" if args.output else ""

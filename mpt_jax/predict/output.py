@@ -22,6 +22,10 @@ from typing import Any, BinaryIO
 from mpt_jax.identity import describe_differing
 
 
+class Refused(ValueError):
+    """A file that cannot go on with these requests; nothing was written."""
+
+
 class Stream:
     """Answers to a stream, at once."""
 
@@ -70,20 +74,18 @@ class File:
             their number; None where the file is whole.
 
         Raises:
-            ValueError: the file was made from something else, from other requests, or not by this
+            Refused: the file was made from something else, from other requests, or not by this
                 command; or a part of it is lost.
         """
         whole = self._completed.exists()
         if self.path.exists() and not whole:
-            raise ValueError(
-                f"{self.path} exists, and is no answer of this command; choose another."
-            )
+            raise Refused(f"{self.path} exists, and is no answer of this command; choose another.")
         if whole or self._record.exists():
             self._read(self._completed if whole else self._record)
             self._skip(lines)
         if whole:
             if next(lines, None) is not None:
-                raise ValueError(
+                raise Refused(
                     f"{self.path} answers {self._lines} requests, and there are more by now. "
                     f"Choose another file, or remove {self.path}* to answer all of them again."
                 )
@@ -94,7 +96,7 @@ class File:
         self._write_record()
         size = self._partial.stat().st_size if self._partial.exists() else 0
         if size < self._bytes:
-            raise ValueError(
+            raise Refused(
                 f"{self._partial} has {size} bytes, and its record tells of {self._bytes}: a part "
                 f"of it is lost. Remove {self.path}.* to begin again."
             )
@@ -132,12 +134,12 @@ class File:
             self._lines, self._bytes = found["lines"], found["bytes"]
             self._expected, saved = found["requests_sha256"], found["made_from"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise Refused(
                 f"{record} cannot be read ({error!r}). Remove {self.path}* to begin again."
             ) from error
         ours = json.loads(json.dumps(self._made_from))
         if differing := describe_differing(ours, saved, ours):
-            raise ValueError(
+            raise Refused(
                 f"{self.path} was made from something else ({differing}). Choose another file, or "
                 f"remove {self.path}* to make it again."
             )
@@ -146,7 +148,7 @@ class File:
         for _ in range(self._lines):
             self._digest.update(next(lines, b""))
         if self._digest.hexdigest() != self._expected:
-            raise ValueError(
+            raise Refused(
                 f"{self.path} answers other requests: the first {self._lines} lines of the input "
                 f"are not those it was begun with. Choose another file, or remove {self.path}*."
             )
