@@ -132,6 +132,7 @@ class Watch:
     Attributes:
         new: the complete checkpoints that it made; it removes the oldest itself.
         saving: whether it is writing one.
+        start: seconds until the first of them was seen to be written; None before.
     """
 
     model_dir: Path
@@ -142,11 +143,15 @@ class Watch:
         self._metrics = stamp(self.model_dir)
         self.new: set[int] = set()
         self.saving = False
+        self.start: float | None = None
+        self._began = time.monotonic()
 
     def look(self) -> Watch:
         """Brings it up to date."""
         self.saving = bool(set(self.model_dir.glob(SAVING)) - self._left)
         self.new |= complete(self.model_dir) - self._before
+        if self.start is None and self.moment != "start":
+            self.start = time.monotonic() - self._began
         return self
 
     @property
@@ -166,7 +171,7 @@ def wait_for(
     """Waits for the moment of a kill, or until the run has ended.
 
     Args:
-        start: seconds that a start took until its first save.
+        start: seconds that the fastest start took until its first save.
     """
     began, after = time.monotonic(), rng.uniform(0, start)
     wanted, pause = rng.randint(1, 3), rng.uniform(0, 1.5 if aim == "between" else 0.1)
@@ -201,11 +206,11 @@ def run_whole(root: Path, stage: str) -> None:
     Raises:
         RuntimeError: it failed.
     """
-    watch, began = Watch(folder(root, stage)), time.monotonic()
+    watch = Watch(folder(root, stage))
     with started(root, stage) as child:
-        while child.poll() is None and not watch.look().new:
+        while child.poll() is None and watch.look().start is None:
             time.sleep(POLL_SECONDS)
-        start_seconds(root, stage).write_text(f"{time.monotonic() - began:.1f}\n")
+        start_seconds(root, stage).write_text(f"{watch.start or 0:.1f}\n")
         if code := child.wait():
             raise RuntimeError(f"{stage} ended with code {code}; see its log in {root}.")
 
@@ -226,6 +231,7 @@ def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int)
                 wait_for(child, watch, aim, rng, start)
                 child.send_signal(signal.SIGKILL)
             code = child.wait()
+        start = min(start, watch.start or start)
         if code == 0:
             return
         if code != -signal.SIGKILL:

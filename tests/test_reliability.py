@@ -43,6 +43,7 @@ def test_a_kill_comes_at_the_moment_it_waits_for(aim, tmp_path):
             reliability.wait_for(child, watch, aim, random.Random(seed), 0.3)
             child.kill()
         hit.append(watch.look().moment)
+        assert watch.start is None if hit[-1] == "start" else 0.2 < watch.start < 30
     assert hit.count(aim) >= 2, hit  # a busy machine may miss one
 
 
