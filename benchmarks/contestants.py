@@ -64,7 +64,6 @@ class Ours:
         from mpt_jax.runs import Runs
         from mpt_jax.trainer import Trainer
 
-        host_memory.keep_freed()
         rates = Schedule(RATE, decay="constant")
         model = PromptedEncoderDecoder(
             Transformer(config),
@@ -75,6 +74,7 @@ class Ours:
         )
         partitioner = PjitPartitioner()
         state = train_state.create(model, random_params(model, partitioner), partitioner)
+        host_memory.keep_freed()
         self.trainer = Trainer(model, state, partitioner, jax.random.PRNGKey(0))
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:

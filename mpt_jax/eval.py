@@ -73,7 +73,6 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
         use_orbax=not use_orbax,
     )
     compilation_cache.enable()
-    host_memory.keep_freed()
     evaluator = evaluation.InferenceEvaluator(
         dataset_cfg,
         model.FEATURE_CONVERTER_CLS,
@@ -88,6 +87,7 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
     predict = on_device(model.predict_batch, partitioner)
     score = on_device(model.score_batch, partitioner)
     for state in states(model, origins, partitioner, restore_checkpoint_cfg):
+        host_memory.keep_freed()
         step = int(state.step)
         scores[step] = evaluator.evaluate(
             functools.partial(predict, state.params), functools.partial(score, state.params), step

@@ -117,7 +117,6 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     if not 0 <= shard_id < num_shards:
         raise ValueError(f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}.")
     compilation_cache.enable()
-    host_memory.keep_freed()
     if verify_matching_vocabs_fn is not None:
         verify_matching_vocabs_fn(dataset_cfg, model)
     tasks = seqio.get_subtasks(dataset_cfg.provider())
@@ -127,6 +126,7 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         examples.check_split(task, dataset_cfg.split)
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
+    host_memory.keep_freed()
     made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artefact)
     made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
     part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"

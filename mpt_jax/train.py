@@ -133,7 +133,6 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             "and first values come from train_state.Origins. Set it to None."
         )
     compilation_cache.enable()
-    host_memory.keep_freed()
     seed, started = random_seed or 0, time.monotonic()
 
     with lock.held(model_dir) as check_it_is_ours:
@@ -150,6 +149,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         state = train_state.create(model, loaded.params, partitioner, by_run)
         ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
         loaded = dataclasses.replace(loaded, params={})  # the state holds them now
+        host_memory.keep_freed()
         save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
         saved = checkpoints.Checkpoints(model_dir, save.keep)
         position = checkpoints.DataPosition(batches if save.save_dataset else None)
