@@ -8,6 +8,7 @@ clipping and best step. A source stage is one group; independent adaptations are
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import re
@@ -50,7 +51,7 @@ class Runs:
             raise ValueError(
                 f"{len(tasks)} task names but {len(runs)} run names; each row needs one of each."
             )
-        repeated = sorted({name for name in runs if runs.count(name) > 1})
+        repeated = sorted(name for name, count in collections.Counter(runs).items() if count > 1)
         if repeated:
             raise ValueError(
                 f"Run names must be distinct; repeated: {repeated}. Give several runs of one task "
