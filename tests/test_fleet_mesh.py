@@ -72,7 +72,8 @@ def test_runs_split_over_devices_equal_those_on_one(method, mesh):
     assert sizes(text, "all-reduce"), "the search finds what there is"
     assert max([0, *sizes(text, "all-gather")]) < smallest
     assert max([0, *sizes(text, "all-to-all"), *sizes(text, "collective-permute")]) < smallest
-    assert max(sizes(text, "all-reduce")) <= 2 * 16 + 8, "losses and counts by run"
+    if mesh == "8 x 1":  # a model axis adds up activations too
+        assert max(sizes(text, "all-reduce")) <= 2 * 16 + 8, "losses and counts by run"
     found = train(made)
     for name, leaf in alone.items():
         np.testing.assert_allclose(found[name], leaf, 1e-5, 1e-5, name)
