@@ -43,11 +43,12 @@ class DatasetConfig:
         module: imported first; it registers the tasks.
         use_memory_cache: keep evaluation batches in memory between evaluations.
         trim_output_features: SeqIO's own trimming; `features.end_and_limit` has cut before it.
-        length_buckets: ours, not T5X's: {'inputs': [...], 'targets': [...]} token limits below
-            those of `task_feature_lengths`. Examples of some batches at a time are sorted by
-            length, and each batch is cut to the smallest limits that hold it. For training this
-            changes which examples meet in a batch. None: no cutting of training batches, and
-            quarters of the limit on inputs for evaluation, which it does not change.
+        length_buckets: {'inputs': [...], 'targets': [...]} token limits below those of
+            `task_feature_lengths`: each unpacked batch is cut to the smallest that hold it, which
+            changes no number but for rounding. {} for one length; None for lengths of our choice
+            (`length_buckets.automatic`). Ours, T5X has no such field.
+        by_length: sorts the examples of some training batches at a time by length, so that more
+            is cut off; this changes which examples meet in a batch. Ours as well.
     """
 
     mixture_or_task_name: Any
@@ -63,14 +64,15 @@ class DatasetConfig:
     use_memory_cache: bool = True
     trim_output_features: bool = True
     length_buckets: Mapping[str, Sequence[int]] | None = None
+    by_length: bool = False
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"DatasetConfig.batch_size must be positive, got {self.batch_size}.")
-        if self.pack and self.length_buckets:
+        if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
-                "DatasetConfig.length_buckets has no effect with pack = True, whose rows have one "
-                "length. Choose one of the two (docs/performance.md says which serves when)."
+                "DatasetConfig.length_buckets and by_length have no effect with pack = True, whose "
+                "rows have one length. Choose (docs/performance.md says which serves when)."
             )
 
     def provider(self) -> Any:
@@ -91,22 +93,20 @@ class DatasetConfig:
         return feature_converter_cls(pack=True, use_custom_packing_ops=self.use_custom_packing_ops)
 
     def buckets(
-        self, converter: Any, by_itself: bool, limits: Mapping[str, int] | None = None
+        self, converter: Any, limits: Mapping[str, int] | None = None
     ) -> LengthBuckets | None:
         """Returns the lengths that unpacked batches are cut to; None for one length.
 
         Args:
             converter: the feature converter.
-            by_itself: whether to cut where the configuration says nothing.
             limits: what was found where `task_feature_lengths` is None.
         """
         limits = self.task_feature_lengths or limits
-        settings = self.length_buckets
         prompt_length = getattr(converter, "prompt_length", None)
         if limits is None or self.pack or prompt_length is None:
             return None
-        if settings is None and by_itself:
-            settings = length_buckets.automatic(limits)
+        settings = self.length_buckets
+        settings = length_buckets.automatic(limits) if settings is None else settings
         return length_buckets.of_settings(settings, prompt_length, limits) if settings else None
 
 
@@ -148,7 +148,7 @@ def get_dataset(
         seed=cfg.seed,
         trim_output_features=cfg.trim_output_features,
     )
-    if cfg.length_buckets:
+    if cfg.by_length:
         dataset = by_length(dataset, rows, _equal_shares(provider), cfg.seed or 0)
     dataset = converter(dataset, dict(cfg.task_feature_lengths or {}))
     dataset = dataset.batch(rows, drop_remainder=True)
@@ -220,7 +220,7 @@ def _check(cfg: DatasetConfig, provider: Any, converter: Any, hosts: int, endles
     if endless and cfg.pack and runs is not None and runs.num_groups > 1:
         raise ValueError(
             f"Packing deals {runs.num_groups} independent runs uneven shares of a step, and each "
-            "should learn as it would alone. Set pack = False (DatasetConfig.length_buckets keep "
+            "should learn as it would alone. Set pack = False (DatasetConfig.by_length keeps "
             "shares even), or GROUPS = 'joint'."
         )
     tasks = seqio.get_subtasks(provider)
@@ -313,10 +313,10 @@ def train_iterator(
         "seed": cfg.seed,
         "shuffle": cfg.shuffle,
         "features": {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())},
-        "length_buckets": cfg.length_buckets and dict(cfg.length_buckets),
+        "by_length": cfg.by_length,
         "pack_window": getattr(converter, "pack_window", None) if cfg.pack else None,
     }
-    return TrainIterator(dataset, share, identity, cfg.buckets(converter, by_itself=False))
+    return TrainIterator(dataset, share, identity, cfg.buckets(converter))
 
 
 def eval_batches(
@@ -354,7 +354,7 @@ def eval_batches(
             logging.warning("Task %s has no %r split: no loss on it.", task.name, cfg.split)
             continue
         dataset = _converted(cfg, task, converter, num_batches)
-        buckets = cfg.buckets(converter, by_itself=True)
+        buckets = cfg.buckets(converter)
         made[task.name] = Batches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
     if not made:
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")

@@ -115,7 +115,7 @@ class InferenceEvaluator:
         self._share = Share(cfg.batch_size, num_hosts, host_index)
         datasets = self._evaluator.cached_task_datasets.values()
         self._keep = all(isinstance(dataset, _IN_MEMORY) for dataset in datasets)
-        self._buckets = cfg.buckets(self._converter, by_itself=True, limits=self._limits())
+        self._buckets = cfg.buckets(self._converter, self._limits())
         self._batches: dict[tuple[str, ...], Batches] = {}
 
     @property

@@ -142,7 +142,7 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     answer = functools.partial(
         _lines,
         rows=dataset_cfg.batch_size,
-        buckets=dataset_cfg.buckets(converter, by_itself=True),
+        buckets=dataset_cfg.buckets(converter),
         function=functools.partial(compiled, state.params),
         mode=mode,
     )

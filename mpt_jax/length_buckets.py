@@ -1,9 +1,9 @@
-"""Rows of like length together, cut to few lengths.
+"""Batches cut to few lengths.
 
-An unpacked row has as many positions as the longest example may need. Where rows of a batch are
-of like length, the positions that none of them uses can be cut off: those at the end of each row,
-so that nothing else changes. Lengths are cut to one of a few, because each makes a program of its
-own. A packed batch has rows of one length; this is the other way to leave padding out.
+An unpacked row has as many positions as the longest example may need. The last of them that no row
+of a batch uses can be cut off, so that nothing changes but the work. Lengths are cut to one of a
+few, because each makes a program of its own. Where rows of like length are put together, more is
+cut off. A packed batch has rows of one length: that is the other way to leave padding out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from mpt_jax.batches import Batch
 # Batches whose examples are sorted together: many enough for like lengths, and 512 examples of a
 # few hundred bytes at B = 32, which is what a saved data position has to hold.
 WINDOW = 16
-# Below this limit on the text, evaluation is not cut by itself: programs would cost more.
-WORTH_CUTTING = 128
+# Below these limits batches are not cut unless asked for: programs would cost more. Targets are
+# rarely as long as their limit, and every position of theirs has logits of the whole vocabulary.
+WORTH_CUTTING = {"inputs": 128, "targets": 16}
+SHORTEST_TARGETS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +90,16 @@ def of_settings(
 
 
 def automatic(limits: Mapping[str, int]) -> dict[str, list[int]]:
-    """Quarters of the limit on the inputs, for evaluation, which no order of examples changes;
-    none where the limit is small."""
-    limit = limits["inputs"]
-    return {"inputs": [limit // 4, limit // 2, 3 * limit // 4]} if limit >= WORTH_CUTTING else {}
+    """The buckets of a configuration that names none: quarters of the limit on inputs, and halvings
+    of the limit on targets down to 8; none where a limit is small."""
+    found: dict[str, list[int]] = {}
+    if (limit := limits["inputs"]) >= WORTH_CUTTING["inputs"]:
+        found["inputs"] = [limit // 4, limit // 2, 3 * limit // 4]
+    if (length := limits["targets"]) >= WORTH_CUTTING["targets"]:
+        found["targets"] = []
+        while (length := length // 2) >= SHORTEST_TARGETS:
+            found["targets"].insert(0, length)
+    return found
 
 
 def encoder_lengths(batch: Mapping[str, np.ndarray]) -> np.ndarray:

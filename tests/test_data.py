@@ -91,7 +91,8 @@ PIPELINES = {
     "packed": dict(provider=mixture, pack=True),
     "plain": dict(provider=lambda: "dat_plain"),
     "task": dict(provider=lambda: "dat_b"),
-    "by length": dict(provider=mixture, length_buckets={"inputs": [2], "targets": [2]}),
+    "cut": dict(provider=mixture, length_buckets={"inputs": [2], "targets": [2]}),
+    "by length": dict(provider=mixture, by_length=True, length_buckets={"inputs": [2]}),
 }
 
 
@@ -195,7 +196,28 @@ def test_a_window_holds_the_same_examples_sorted_by_length():
 
 def buckets_of(provider, **changes):
     buckets = {"inputs": [2], "targets": [2]}
-    return dict(provider=provider, length_buckets=buckets, **changes)
+    return dict(provider=provider, by_length=True, length_buckets=buckets, **changes)
+
+
+def test_a_batch_is_cut_and_nothing_else():
+    whole = take(data.train_iterator(config(mixture(), length_buckets={}), CONVERTER), 20)
+    cfg = config(mixture(), length_buckets={"inputs": [2], "targets": [2]})
+    cut = take(data.train_iterator(cfg, CONVERTER), 20)
+    widths = {batch["encoder_input_tokens"].shape[1] for batch in cut}
+    assert widths <= {4, 8} and {b["decoder_target_tokens"].shape[1] for b in cut} == {2}
+    for one, other in zip(cut, whole, strict=True):
+        for name, value in other.items():
+            width = one[name].shape[1]
+            np.testing.assert_array_equal(one[name], value[:, :width])
+            assert not value[:, width:].any() or name == "decoder_input_tokens"
+
+
+def test_lengths_of_our_choice():
+    assert length_buckets.automatic({"inputs": 256, "targets": 128}) == {
+        "inputs": [64, 128, 192],
+        "targets": [8, 16, 32, 64],
+    }
+    assert length_buckets.automatic({"inputs": 127, "targets": 15}) == {}
 
 
 def test_a_grouped_run_meets_its_examples_in_the_batches_it_would_meet_them_in_alone():
@@ -228,8 +250,10 @@ def test_bad_length_buckets(buckets, message):
 
 
 def test_packed_rows_have_one_length():
-    with pytest.raises(ValueError, match="length_buckets has no effect with pack = True"):
-        config(mixture(), pack=True, length_buckets={"inputs": [2]})
+    with pytest.raises(
+        ValueError, match="length_buckets and by_length have no effect with pack = True"
+    ):
+        config(mixture(), pack=True, by_length=True)
 
 
 def test_independent_runs_are_not_packed_for_training():

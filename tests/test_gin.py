@@ -178,6 +178,7 @@ def test_packing_changes_rows_and_not_what_is_drawn():
 
 def test_lengths_are_cut_in_training():
     parse([SOURCE, BY_LENGTH], [VOCABULARY])
+    assert gin.query_parameter("train/DatasetConfig.by_length") is True
     settings = gin.query_parameter("train/DatasetConfig.length_buckets")
     assert settings.scoped_selector == "LENGTH_BUCKETS/gin.macro"
     limits = value("TASK_FEATURE_LENGTHS")

@@ -155,7 +155,8 @@ def test_resuming_equals_never_stopping(backbone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pack": True, "batch_size": 2}, {"length_buckets": {"inputs": [2]}}]
+    "changes",
+    [{"pack": True, "batch_size": 2}, {"by_length": True, "length_buckets": {"inputs": [2]}}],
 )
 def test_resuming_is_exact_without_padding_too(backbone, tmp_path, changes):
     given = {"data": dataset(Runs(TASKS), **changes), "stats_period": 1}
