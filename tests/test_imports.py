@@ -12,14 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
-CORE = """shapes tree runs packing batches length_buckets paths tokenizers buckets compilation_cache host_memory preemption processes prompts
-backbones
-losses metrics decoding models optimizers schedules partitioning convert provenance model_card
-artefacts bank lock train_state identity places present_rows trainer out_of_memory selection checksums damage checkpoints conversion
-verify_weights predict export""".split()
-BORDER = """vocabularies features examples sampling iterators data evaluation t5x_import t5x_host t5x_trainer
-initializer gin_check gin_utils reporting results eval_loop handing_on fleet train eval infer
-plan experiment report demo paper list_tasks doctor cli
+CORE = """shapes tree runs packing batches length_buckets paths tokenizers buckets
+compilation_cache host_memory preemption processes prompts backbones losses metrics decoding
+models optimizers schedules partitioning convert provenance model_card artefacts bank lock
+train_state identity places present_rows trainer out_of_memory selection checksums damage
+checkpoints conversion verify_weights predict export""".split()
+BORDER = """vocabularies features examples sampling iterators data evaluation t5x_import
+t5x_host t5x_trainer initializer gin_check gin_utils reporting results eval_loop handing_on
+fleet train eval infer plan experiment report demo paper list_tasks doctor cli
 t5x_fallback""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
