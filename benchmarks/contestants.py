@@ -48,10 +48,16 @@ class Ours:
         prompt_length: P.
         num_tasks: K, rows of the bank, in one group.
         distilled: whether the loss has the teachers' terms (logits and hidden states).
+        absent_tasks: what a step does to tasks that are not in the batch, `'dense'` or `'hold'`.
     """
 
     def __init__(
-        self, config: T5Config, prompt_length: int, num_tasks: int, distilled: bool = False
+        self,
+        config: T5Config,
+        prompt_length: int,
+        num_tasks: int,
+        distilled: bool = False,
+        absent_tasks: str = "dense",
     ):
         import jax
 
@@ -69,7 +75,9 @@ class Ours:
             Transformer(config),
             MPT(prompt_length),
             Runs([f"task_{k}" for k in range(num_tasks)]),
-            PromptOptimizer({"shared": rates, "task": rates}, clip_norm=CLIP),
+            PromptOptimizer(
+                {"shared": rates, "task": rates}, clip_norm=CLIP, absent_tasks=absent_tasks
+            ),
             objective=losses.Objective(distillation=losses.Distillation() if distilled else None),
         )
         partitioner = PjitPartitioner()

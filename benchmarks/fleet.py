@@ -2,8 +2,8 @@
 
     python -m benchmarks.fleet --out docs/benchmarks/fleet.json
 
-MPT's target stage (gin/mpt_target.gin, gin/tiny.gin) on the toy suite: every run learns 32 examples
-for 200 steps of 4, as in the demo, and is not evaluated. A fleet is one such command with n runs in
+MPT's target stage on the toy suite as the demo has it (gin/runs/demo.gin): every run learns 32
+examples for 200 steps of 4, and is not evaluated. A fleet is one such command with n runs in
 independent groups, so it takes the same steps on the same examples. Its rivals: n processes one
 after another ("cold", whose compiled step comes from JAX's cache on disk, the first one's apart),
 and n stages one after another in one process that has run one before ("warm", the step compiled as
@@ -31,22 +31,22 @@ from mpt_jax.experiment import Run, Stage, quoted, target_bindings, target_runs
 
 SHOTS = 32
 STEPS, ROWS = demo.FEW
-FILES = ("gin/mpt_target.gin", "gin/tiny.gin")
+FILES = ("gin/mpt_target.gin", "gin/tiny.gin", "gin/runs/demo.gin")
 COLD, WARM = "cold", "warm"
 
 
 def fleet_runs(number: int) -> tuple[Run, ...]:
-    """The runs of a fleet: the toy suite's eight targets, or the first of them, and as many draws
+    """The runs of a fleet: the demo's four targets, or the first of them, and as many draws
     as it takes.
 
     Raises:
-        ValueError: `number` is above eight and no multiple of it.
+        ValueError: `number` is above four and no multiple of it.
     """
-    tasks = demo.ALL_TARGETS[:number]
+    tasks = demo.TARGETS[:number]
     if number % len(tasks):
         raise ValueError(
             f"A fleet of {number} is not so many draws of {len(tasks)} tasks; give a multiple of "
-            f"{len(demo.ALL_TARGETS)}, or less than that."
+            f"{len(demo.TARGETS)}, or less than that."
         )
     return target_runs(tasks, range(number // len(tasks)), SHOTS)
 
@@ -56,12 +56,7 @@ def stage(root: Path, name: str, runs: Sequence[Run], steps: int) -> Stage:
     bindings = (
         f"ROOT = {quoted(str(root))}",  # holds no source stage, so the shipped one is the start
         *target_bindings(runs, ROWS),
-        "EVAL_PERIOD = 1000000",
-        "SAVE_PERIOD = None",
-        "STATS_PERIOD = 25",
-        "train_script.train.train_eval_dataset_cfg = None",
         "train_script.train.infer_eval_dataset_cfg = None",
-        "train_script.train.actions = {}",
     )
     return Stage(name, FILES, bindings, tuple(runs), steps)
 
@@ -69,7 +64,7 @@ def stage(root: Path, name: str, runs: Sequence[Run], steps: int) -> Stage:
 def stages(root: Path, name: str, number: int, steps: int) -> Iterator[Stage]:
     """One stage after another under new names: `number` runs each; single ones walk through the
     targets."""
-    singles = itertools.cycle(fleet_runs(len(demo.ALL_TARGETS)))
+    singles = itertools.cycle(fleet_runs(len(demo.TARGETS)))
     for turn in itertools.count():
         runs = [next(singles)] if number == 1 else fleet_runs(number)
         yield stage(root, f"{name}_{turn}", runs, steps)

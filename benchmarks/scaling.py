@@ -7,7 +7,8 @@ T5-small shape, random weights, float32; everywhere a step on the same 8 ragged 
 Unpacked rows are as long as the limits, 256 + P; packed ones twice that, as few as hold all texts.
 The steps of one curve take turns. With P = 0 nothing learns, so that the compiler drops the
 backward pass: what remains is the frozen model's forward pass. Moments of every row of the bank are
-updated in every step (PromptOptimizer.absent_tasks = 'dense', the default), which grows with K.
+updated in every step (PromptOptimizer.absent_tasks = 'dense', the default), which grows with K;
+with 'hold' those of absent tasks are left alone.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Point(NamedTuple):
         prompt_length: P.
         packed: whether several texts share a row.
         distilled: whether the loss has the teachers' terms.
+        held: whether tasks that are not in the batch are left alone.
     """
 
     tasks: int = K
     prompt_length: int = P
     packed: bool = False
     distilled: bool = False
+    held: bool = False
 
     @property
     def name(self) -> str:
@@ -53,13 +56,13 @@ class Point(NamedTuple):
     @classmethod
     def of_name(cls, name: str) -> Point:
         """The inverse of `name`."""
-        tasks, prompt_length, packed, distilled = map(int, name.split(","))
-        return cls(tasks, prompt_length, bool(packed), bool(distilled))
+        tasks, prompt_length, *switches = map(int, name.split(","))
+        return cls(tasks, prompt_length, *map(bool, switches))
 
 
 def curves(banks: list[int], lengths: list[int]) -> dict[str, list[Point]]:
     """What is compared with each other."""
-    found = {}
+    found = {"tasks, unpacked, absent ones held": [Point(tasks=k, held=True) for k in banks]}
     for packed in (False, True):
         how = "packed" if packed else "unpacked"
         found[f"tasks, {how}"] = [Point(tasks=k, packed=packed) for k in banks]
@@ -86,7 +89,8 @@ def batch(point: Point, vocabulary: int) -> batches.Batch:
 def work(point: Point, size: str) -> contest.Work:
     """A turn: one step."""
     config = t5(size)
-    side = Ours(config, point.prompt_length, point.tasks, point.distilled)
+    absent = "hold" if point.held else "dense"
+    side = Ours(config, point.prompt_length, point.tasks, point.distilled, absent)
     made = batch(point, config.vocab_size)
 
     def run() -> None:

@@ -313,11 +313,11 @@ def test_all_contestants_have_one_loss(fused: bool) -> None:
 # --- Fleets --------------------------------------------------------------------------------------
 
 
-def test_a_fleet_has_that_many_runs_of_the_toy_targets() -> None:
+def test_a_fleet_has_that_many_runs_of_the_demos_targets() -> None:
     assert [run.name for run in fleet.fleet_runs(1)] == ["toy_boolq_k32_s0"]
     assert len({run.name for run in fleet.fleet_runs(64)}) == 64
-    with pytest.raises(ValueError, match="multiple of 8"):
-        fleet.fleet_runs(12)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        fleet.fleet_runs(10)
 
 
 def test_single_runs_walk_through_the_targets(tmp_path: Path) -> None:
