@@ -116,9 +116,10 @@ class Reader:
     def _ids(self, text: str, field: str, limit: int) -> tuple[list[int], bool]:
         """Token ids with their end of sequence, and whether they were cut to the limit."""
         try:
-            ids = self.vocabulary.encode(text)
+            text.encode()  # SentencePiece itself raises something else
         except UnicodeEncodeError as error:
             raise ValueError(f"{field} is no text: half a character ({error.reason}).") from error
+        ids = self.vocabulary.encode(text)
         cut = len(ids) + 1 > limit
         if cut and not self.truncate:
             raise ValueError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
+from mpt_jax import tokenizers
+from mpt_jax.paths import SHIPPED
 from mpt_jax.predict.requests import Failure, Reader, Request
 from tests.predict import served
 
@@ -76,6 +79,15 @@ def test_what_is_wrong_with_a_line(line, message, server):
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(failure.error)
     assert len(failure.error) < 400
+
+
+@pytest.mark.parametrize("field", ["inputs", "targets"])
+def test_half_a_character_is_said_with_sentencepiece_too(field, server):
+    reader = dataclasses.replace(
+        server.reader("score"), vocabulary=tokenizers.load(str(SHIPPED / "toy.model"), 16)
+    )
+    line = json.dumps({**GOOD, "targets": "a", field: "\ud800 a"}).encode()
+    assert f"{field} is no text: half a character" in reader.read(line, 7).error
 
 
 def test_a_failure_keeps_its_id(server):
