@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from mpt_jax.tokenizers import Tokenizer
 MODES = ("predict", "score")
 FIELDS = ("task", "inputs", "id", "targets", "choices")
 MOST_SHOWN = 80  # characters of what is wrong
+DEEPEST = 100  # objects in objects; far more than that and Python could not write them out again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Reader:
 def _object(line: bytes) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("the line is empty")
-    found = json.loads(line, parse_constant=_refuse)
+    found = json.loads(line, parse_constant=_refuse, parse_float=_finite)
+    _check_depth(found)
     if not isinstance(found, dict):
         raise ValueError(f"found {_short(found)}")
     return found
@@ -140,6 +143,25 @@ def _object(line: bytes) -> dict[str, Any]:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(number: str) -> float:
+    """A number that can be written out again: 1e999 is JSON, and what Python reads it as is not."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{_short(number)} is larger than a number can be")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level, since what is to be refused may be too deep for a function of itself."""
+    level = [value]
+    for _ in range(DEEPEST):
+        within = [list(x.values()) if isinstance(x, dict) else x for x in level]
+        level = [child for x in within if isinstance(x, list) for child in x]
+        if not level:
+            return
+    raise ValueError(f"lists and objects in it lie more than {DEEPEST} deep in each other")
 
 
 def _text(found: Mapping[str, Any], field: str) -> str:

@@ -58,6 +58,8 @@ def test_long_texts_are_an_error_or_cut_and_said_to_be(server):
         (b"[" * 100_000, "no JSON object"),
         (b"[1]", r"no JSON object \(found \[1\]\)"),
         (b'{"task": "beta", "inputs": NaN}', "NaN is not JSON"),
+        (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is larger than a number"),
+        (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is larger"),
         ({"inputs": "ab"}, "field task is missing"),
         ({"task": "beta"}, "field inputs is missing"),
         ({"task": "betta", "inputs": "ab"}, "'betta'. Did you mean 'beta'"),
@@ -79,6 +81,17 @@ def test_what_is_wrong_with_a_line(line, message, server):
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(failure.error)
     assert len(failure.error) < 400
+
+
+@pytest.mark.parametrize("field", ["id", "task", "inputs", "choices", "other"])
+@pytest.mark.parametrize("deep", [50, *range(99, 103), *range(200, 1000, 100), 5000, 200_000])
+def test_however_deep_a_line_is_its_answer_can_be_written(deep, field, server):
+    """The parser gives up at a depth of its own, near which a writer may have room or not."""
+    nested = b"[" * deep + b"]" * deep
+    line = b'{"task": "beta", "inputs": "ab", "%s": %s}' % (field.encode(), nested)
+    found = read(server, line)
+    assert isinstance(found, Failure) == (deep >= 100 or field != "id")
+    assert json.loads(json.dumps(found.label))["line"] == 7
 
 
 @pytest.mark.parametrize("field", ["inputs", "targets"])
