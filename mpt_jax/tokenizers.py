@@ -16,7 +16,8 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-SENTENCEPIECE_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
+# Of Hugging Face's folders, and of ours (`mpt-jax export`).
+SENTENCEPIECE_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "vocabulary.model")
 BYT5 = "byt5"
 T5_EXTRA_IDS = 100
 EOS = 1
@@ -139,8 +140,10 @@ def processor(path: epath.Path) -> Any:
 
 
 def usual_extra_ids(model: Any) -> int:
-    """T5's sentinels, or none where the model's pieces hold them already (umT5)."""
-    holds_them = model.PieceToId("<extra_id_0>") != model.unk_id()
+    """T5's sentinels, or none where the model's pieces hold them already, as umT5's do, and with a
+    space before them those that were written with their sentinels."""
+    spelled = ("<extra_id_0>", "▁<extra_id_0>")
+    holds_them = any(model.PieceToId(piece) != model.unk_id() for piece in spelled)
     return 0 if holds_them else T5_EXTRA_IDS
 
 

@@ -39,6 +39,16 @@ def test_t5s_own_model_has_its_sentinels_and_its_digest():
     assert vocabulary_digest(ours) == vocabulary_digest(vocabularies.load(path))
 
 
+@pytest.mark.parametrize("load", [tokenizers.load, vocabularies.load])
+def test_a_model_that_was_written_with_its_sentinels_gets_no_others(load, tmp_path):
+    whole = tokenizers.load(TOY, 16)
+    (tmp_path / "vocabulary.model").write_bytes(whole.sp_model)  # as `mpt-jax export` writes it
+    again = load(str(tmp_path))
+    assert again.vocab_size == whole.vocab_size
+    assert vocabulary_digest(again) == vocabulary_digest(whole)
+    assert list(again.encode("<extra_id_3> a")) == whole.encode("<extra_id_3> a")
+
+
 def test_what_is_no_vocabulary_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere"):
         tokenizers.load(str(tmp_path / "nowhere"))
