@@ -6,8 +6,9 @@ written. Under T5X the same pairs leave as clu metrics.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from clu import metrics as clu_metrics
 
 from mpt_jax import losses
 from mpt_jax.runs import Runs
-from mpt_jax.shapes import Array, Batch, Int
+from mpt_jax.shapes import Array, Batch, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +85,19 @@ def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
     return {name: first[name] + second[name] for name in first}
 
 
+def of_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> StepMetrics:
+    """Metrics without those of groups that are not kept: they have no weight."""
+    rows = kept[np.asarray(runs.group_of_row)]
+
+    def keep(name: str, metric: Metric) -> Metric:
+        if name.startswith(OF_BATCH):
+            return metric
+        mask = kept if name.startswith(BY_GROUP) else rows
+        return Metric(jnp.where(mask, metric.sum, 0.0), jnp.where(mask, metric.weight, 0.0))
+
+    return {name: keep(name, metric) for name, metric in metrics.items()}
+
+
 def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
     """What is written: the mean over everything, and one entry for each run (or group).
 
@@ -124,10 +138,15 @@ def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
         return ()
     if not name.startswith(BY_GROUP):
         return runs.run_names
-    return () if count == 1 else tuple(_group_labels(runs))
+    return () if count == 1 else _group_labels(runs)
 
 
-def _group_labels(runs: Runs) -> Iterator[str]:
-    for group in range(runs.num_groups):
-        rows = [row for row, found in enumerate(runs.group_of_row) if found == group]
-        yield runs.run_names[rows[0]] if len(rows) == 1 else f"group_{group}"
+def _group_labels(runs: Runs) -> tuple[str, ...]:
+    """A group's only run, or `group_<number>`, of each group. Banks have thousands of them."""
+    first: dict[int, str] = {}
+    for name, group in zip(runs.run_names, runs.group_of_row, strict=True):
+        first.setdefault(group, name)
+    sizes = collections.Counter(runs.group_of_row)
+    return tuple(
+        first[group] if sizes[group] == 1 else f"group_{group}" for group in range(len(first))
+    )

@@ -28,7 +28,6 @@ from mpt_jax.optimizers import gradient_norms, row_groups
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.places import Places
 from mpt_jax.prompts.base import rows_split_over
-from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Bool, Key, Params
 from mpt_jax.train_state import TrainState
 from mpt_jax.tree import flatten, merge
@@ -127,13 +126,18 @@ def train_step(
         ended=jnp.where(taken, ended, state.ended),
         failed=jnp.where(taken, failed, state.failed),
     )
-    return new, _of_groups(found, stepped, model.runs)
+    return new, metrics.of_groups(found, stepped, model.runs)
 
 
-def eval_step(model: PromptedEncoderDecoder, params: Params, batch: Batch) -> metrics.StepMetrics:
-    """The objective's terms and each run's loss over a batch, without dropout."""
+def eval_step(
+    model: PromptedEncoderDecoder, params: Params, batch: Batch, failed: Bool[Array, " G"]
+) -> metrics.StepMetrics:
+    """The objective's terms and each run's loss over a batch, without dropout, of the groups that
+    have not failed."""
+    batch = _padding_of_its_row(batch)
     sums, found = model.loss_sums(params, batch)
-    return {**found, **metrics.term_metrics(sums, model.loss_weights(batch))}
+    found |= metrics.term_metrics(sums, model.loss_weights(batch))
+    return metrics.of_groups(found, ~failed, model.runs)
 
 
 def _interleave(x: Array, parts: int) -> Array:
@@ -172,21 +176,6 @@ def _finite(
             bad = (~jnp.isfinite(leaf)).any(tuple(range(1, leaf.ndim))).astype(jnp.int32)
             finite &= jax.ops.segment_max(bad, np.asarray(groups), model.runs.num_groups) == 0
     return finite
-
-
-def _of_groups(
-    found: metrics.StepMetrics, stepped: Bool[Array, " G"], runs: Runs
-) -> metrics.StepMetrics:
-    """Metrics without those of groups that took no step: they have no weight."""
-    rows = stepped[np.asarray(runs.group_of_row)]
-
-    def keep(name: str, metric: metrics.Metric) -> metrics.Metric:
-        if name.startswith(metrics.OF_BATCH):
-            return metric
-        mask = stepped if name.startswith(metrics.BY_GROUP) else rows
-        return metrics.Metric(jnp.where(mask, metric.sum, 0.0), jnp.where(mask, metric.weight, 0.0))
-
-    return {name: keep(name, metric) for name, metric in found.items()}
 
 
 def _select(chosen: Array, new: TrainState, old: TrainState) -> TrainState:
@@ -304,8 +293,8 @@ class Trainer:
 
     def give_up_places(self) -> None:
         """Leaves the rows of groups that have ended, as far as is known, out of batches from now
-        on. Which rows are in a batch changes rounding, so whoever resumes exactly must call this
-        at the same steps."""
+        on. Which rows are in a batch changes rounding, and with dropout the masks that are drawn,
+        so whoever resumes exactly must call this at the same steps."""
         if self._places is None or (self._placed == self.active).all() or not self.active.any():
             return
         self._placed = self.active
@@ -343,7 +332,7 @@ class Trainer:
             number = jax.ShapeDtypeStruct((), jnp.int32)
             return {
                 "train": self._train_step.lower(self.state, batch, self._rng, number),
-                "eval": self._eval_step.lower(self.state.params, batch),
+                "eval": self._eval_step.lower(self.state.params, batch, self.state.failed),
             }
 
     def read_metrics(self) -> dict[str, float]:
@@ -387,10 +376,10 @@ class Trainer:
             )
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Mean metrics over batches, of the current state."""
-        totals, params = None, self.state.params
+        """Mean metrics over batches, of the current state and the groups that have not failed."""
+        totals, params, failed = None, self.state.params, self.state.failed
         with self.partitioner.activate():
             for batch in batches:
-                found = self._eval_step(params, self.partitioner.shard_batch(batch))
+                found = self._eval_step(params, self.partitioner.shard_batch(batch), failed)
                 totals = found if totals is None else self._merge(totals, found)
         return {} if totals is None else metrics.scalars(jax.device_get(totals), self.model.runs)

@@ -87,6 +87,24 @@ def test_a_run_that_fails_leaves_every_bit_of_the_others(method, bad, caplog):
         close_to_alone(made, row, alone(method, row, range(6)))
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_run_that_fails_is_left_out_of_evaluation_and_changes_no_others(bad):
+    """A batch of evaluation may mix runs; padding of every row names bank row 0 in the contract."""
+    made, healthy = make(METHODS["mpt"], spoiled=NAMES[bad]), make(METHODS["mpt"])
+    learn(made, range(1)).read_metrics()
+    learn(healthy, range(1)).read_metrics()
+    batches = [tiny.batch([0, 1, 2, None], seed=7)]
+    found, expected = made.evaluate(batches), healthy.evaluate(batches)
+    others = [name for name in NAMES if name != NAMES[bad]]
+    for name in others:
+        for metric in ("loss", "token_accuracy", "term/cross_entropy"):
+            assert found[f"{metric}/{name}"] == expected[f"{metric}/{name}"], (metric, name)
+    assert not [name for name in found if name.endswith(NAMES[bad])]
+    means = [found[name] for name in ("loss", "term/cross_entropy")]
+    assert np.isfinite(means).all()
+    assert found["batch/encoder_padding"] == expected["batch/encoder_padding"]
+
+
 def test_a_learning_rate_that_is_too_high_ends_its_own_run_alone():
     method = METHODS["mpt"]
     made = learn(make(method, peaks=[0.1, 1e38, 0.05]), range(5))

@@ -65,6 +65,17 @@ def test_terms_and_norms_are_named_by_group_and_only_where_there_are_several():
     assert one == {"term/kl": 1.5}
 
 
+def test_labels_of_ten_thousand_groups_are_made_in_one_pass(monkeypatch):
+    count = 10_000
+    runs = Runs([f"run_{i}" for i in range(count)], groups="independent")
+    read, table = [], runs.group_of_row
+    monkeypatch.setattr(Runs, "group_of_row", property(lambda _: read.append(1) or table))
+    norms = {"gradient_norm": Metric(np.arange(count), np.ones(count))}
+    found = metrics.scalars(norms, runs)
+    assert found["gradient_norm/run_9999"] == 9999 and len(found) == count + 1
+    assert len(read) < 10, "the table of groups is read again for each of them"
+
+
 def test_a_step_without_examples_has_no_metrics():
     assert metrics.scalars({"loss": metric([0, 0, 0], [0, 0, 0])}, RUNS) == {}
 
