@@ -7,11 +7,13 @@
 
 A later start truncates the partial file to what its record says, reads as many requests, compares
 their digest, and goes on. So a start that was killed while it wrote leaves nothing behind, and
-answers are never mixed with those of other requests, prompts or settings.
+answers are never mixed with those of other requests, prompts or settings. Whoever writes holds a
+lock on the partial file, which the system releases when its process ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -27,9 +29,15 @@ class Refused(ValueError):
 
 
 class Stream:
-    """Answers to a stream, at once."""
+    """Answers to a stream, at once.
+
+    Attributes:
+        lines: requests that were answered.
+        failed: those of them that could not be, whose answer is an error.
+    """
 
     def __init__(self, stream: BinaryIO):
+        self.lines = self.failed = 0
         self._stream = stream
 
     def begin(self, lines: Iterator[bytes]) -> int | None:
@@ -40,6 +48,8 @@ class Stream:
         """Writes the answers to some requests."""
         self._stream.write(_encoded(answers))
         self._stream.flush()
+        self.lines += len(lines)
+        self.failed += _failed(answers)
 
     def finish(self) -> None:
         """Nothing: a stream ends when its process does."""
@@ -54,6 +64,9 @@ class File:
     Args:
         path: of the file; others lie beside it.
         made_from: what answers depend on beside the requests; JSON values.
+
+    Attributes:
+        lines, failed: as in `Stream`, those of earlier starts among them.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any]):
@@ -63,7 +76,7 @@ class File:
             for suffix in ("partial", "partial_of", "COMPLETED")
         )
         self._made_from = dict(made_from)
-        self._lines = self._bytes = 0
+        self.lines = self.failed = self._bytes = 0
         self._digest = hashlib.sha256()
         self._file: BinaryIO | None = None
 
@@ -75,34 +88,82 @@ class File:
 
         Raises:
             Refused: the file was made from something else, from other requests, or not by this
-                command; or a part of it is lost.
+                command; a part of it is lost; or another run is writing it.
         """
-        whole = self._completed.exists()
-        if self.path.exists() and not whole:
+        try:
+            return self._begin(lines)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, lines: Iterator[bytes]) -> int | None:
+        if self.path.exists() and not self._completed.exists():
             raise Refused(f"{self.path} exists, and is no answer of this command; choose another.")
+        if self._partial.exists() or not self._completed.exists():
+            self._take()
+        # A run that held the lock until now may have finished meanwhile.
+        whole = self._completed.exists()
         if whole or self._record.exists():
             self._read(self._completed if whole else self._record)
             self._skip(lines)
         if whole:
-            if next(lines, None) is not None:
-                raise Refused(
-                    f"{self.path} answers {self._lines} requests, and there are more by now. "
-                    f"Choose another file, or remove {self.path}* to answer all of them again."
-                )
-            if self._partial.exists():  # of a start that was killed before its last step
-                self._partial.replace(self.path)
+            self._check_whole(lines)
             return None
+        self._go_on()
+        return self.lines
+
+    def _take(self) -> None:
+        """Opens the partial file, and keeps other runs from writing it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._write_record()
-        size = self._partial.stat().st_size if self._partial.exists() else 0
+        self._file = self._partial.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(
+                f"Another run is writing {self._partial}: wait for it, or choose another file."
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            raise Refused(
+                f"{self._partial} cannot be locked against other runs ({error.strerror}): choose a "
+                "file on another file system."
+            ) from error
+
+    def _check_whole(self, lines: Iterator[bytes]) -> None:
+        if next(lines, None) is not None:
+            raise Refused(
+                f"{self.path} answers {self.lines} requests, and there are more by now. "
+                f"Choose another file, or remove {self.path}* to answer all of them again."
+            )
+        # A start that was killed before its last step left the answers under their other name.
+        unnamed = not self.path.exists() and self._partial.exists()
+        file = self._partial if unnamed else self.path
+        size = file.stat().st_size if file.exists() else 0
+        if not file.exists() or size != self._bytes:
+            found = f"has {size} bytes" if file.exists() else "is gone"
+            raise Refused(
+                f"{file} {found}, and {self._completed} tells of {self._bytes} bytes. Put the file "
+                f"back as it was, or remove {self.path}* to answer all requests again."
+            )
+        if unnamed:
+            file.replace(self.path)
+        self.close()
+
+    def _go_on(self) -> None:
+        """Brings the partial file to where its record stands; begins both where there is none."""
+        assert self._file is not None, "it was taken"
+        size = os.fstat(self._file.fileno()).st_size
+        if size and not self._record.exists():
+            raise Refused(
+                f"{self._partial} has {size} bytes and no {self._record.name} beside it, so "
+                f"nothing says what they answer. Remove {self._partial} to begin again."
+            )
         if size < self._bytes:
             raise Refused(
                 f"{self._partial} has {size} bytes, and its record tells of {self._bytes}: a part "
                 f"of it is lost. Remove {self.path}.* to begin again."
             )
-        self._file = self._partial.open("ab")
+        self._write_record()
         self._file.truncate(self._bytes)
-        return self._lines
 
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
         """Appends the answers to some requests, and then says so in the record."""
@@ -113,15 +174,16 @@ class File:
         os.fsync(self._file.fileno())
         for line in lines:
             self._digest.update(line)
-        self._lines += len(lines)
+        self.lines += len(lines)
+        self.failed += _failed(answers)
         self._bytes += len(made)
         self._write_record()
 
     def finish(self) -> None:
         """Gives the file its name."""
-        self.close()
         self._record.replace(self._completed)
         self._partial.replace(self.path)
+        self.close()  # last, since it releases the lock
 
     def close(self) -> None:
         """Lets go of the partial file."""
@@ -131,7 +193,7 @@ class File:
     def _read(self, record: Path) -> None:
         try:
             found = json.loads(record.read_text())
-            self._lines, self._bytes = found["lines"], found["bytes"]
+            self.lines, self.failed, self._bytes = found["lines"], found["failed"], found["bytes"]
             self._expected, saved = found["requests_sha256"], found["made_from"]
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(
@@ -145,27 +207,35 @@ class File:
             )
 
     def _skip(self, lines: Iterator[bytes]) -> None:
-        for _ in range(self._lines):
+        for _ in range(self.lines):
             self._digest.update(next(lines, b""))
         if self._digest.hexdigest() != self._expected:
             raise Refused(
-                f"{self.path} answers other requests: the first {self._lines} lines of the input "
+                f"{self.path} answers other requests: the first {self.lines} lines of the input "
                 f"are not those it was begun with. Choose another file, or remove {self.path}*."
             )
 
     def _write_record(self) -> None:
         record = {
             "made_from": self._made_from,
-            "lines": self._lines,
+            "lines": self.lines,
+            "failed": self.failed,
             "bytes": self._bytes,
             "requests_sha256": self._digest.hexdigest(),
         }
         new = self._record.with_name(f"{self._record.name}.new")
-        new.write_text(json.dumps(record, indent=2) + "\n")
+        with new.open("w") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut might leave the new name and no content
         new.replace(self._record)
 
 
 Output = Stream | File
+
+
+def _failed(answers: Sequence[Mapping[str, Any]]) -> int:
+    return sum("error" in answer for answer in answers)
 
 
 def _encoded(answers: Sequence[Mapping[str, Any]]) -> bytes:

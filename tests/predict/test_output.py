@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
-from mpt_jax.predict.output import File
+from mpt_jax.predict.output import File, Refused
 
 LINES = [b"a\n", b"b\n", b"c\n", b"d\n", b"e"]
 ANSWERS = [{"line": i + 1, "prediction": chr(97 + i)} for i in range(5)]
@@ -96,3 +97,96 @@ def test_files_that_are_not_ours_or_not_whole_are_refused(tmp_path):
     (tmp_path / "other.jsonl.partial_of").write_text("{")
     with pytest.raises(ValueError, match="partial_of cannot be read"):
         write(other, 3, 5)
+
+
+# --- What was lost, or is another run's ----------------------------------------------------------
+
+
+def test_a_second_run_on_a_file_is_refused_and_the_first_goes_on(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 2)
+    first, second = File(path, MADE_FROM), File(path, MADE_FROM)
+    assert first.begin(iter(LINES)) == 2
+    first.write(LINES[2:3], ANSWERS[2:3])
+    with pytest.raises(Refused, match="Another run is writing .*partial: wait for it"):
+        second.begin(iter(LINES))
+    first.write(LINES[3:], ANSWERS[3:])
+    first.finish()
+    assert path.read_text() == WHOLE
+    assert second.begin(iter(LINES)) is None, "its turn has come, and nothing is left"
+    assert path.read_text() == WHOLE
+
+
+def test_a_run_that_finishes_while_another_opens_its_file_is_not_undone(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    first, second = File(path, MADE_FROM), File(path, MADE_FROM)
+    first.begin(iter(LINES))
+    first.write(LINES, ANSWERS)
+    take = File._take
+
+    def taken(self):
+        first.finish()
+        take(self)
+
+    monkeypatch.setattr(File, "_take", taken)
+    assert second.begin(iter(LINES)) is None
+    assert path.read_text() == WHOLE
+    assert json.loads((tmp_path / "out.jsonl.COMPLETED").read_text())["lines"] == 5
+
+
+@pytest.mark.parametrize("change", ["gone", "shorter", "longer"])
+def test_a_whole_file_that_is_not_what_it_was_is_refused(change, tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 5, finish=True)
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_text(WHOLE[:-1] if change == "shorter" else WHOLE + "x")
+    found = "is gone" if change == "gone" else f"has {path.stat().st_size} bytes"
+    with pytest.raises(Refused, match=f"{found}.*COMPLETED tells of {len(WHOLE)} bytes.*remove"):
+        write(path, 0, 5)
+    assert path.exists() == (change != "gone")
+
+
+def test_answers_without_a_record_are_not_wiped(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 3)
+    (tmp_path / "out.jsonl.partial_of").unlink()
+    partial = tmp_path / "out.jsonl.partial"
+    kept = partial.read_bytes()
+    assert kept
+    with pytest.raises(Refused, match=f"has {len(kept)} bytes and no out.jsonl.partial_of"):
+        write(path, 0, 5)
+    assert partial.read_bytes() == kept
+    partial.write_bytes(b"")  # as a start leaves it that was killed before its first answer
+    write(path, 0, 5, finish=True)
+    assert path.read_text() == WHOLE
+
+
+def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recorded(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write(tmp_path / "out.jsonl", 0, 1)
+    new = "out.jsonl.partial_of.new"
+    assert synced == [new, "out.jsonl.partial", new]
+
+
+def test_failed_requests_of_earlier_starts_are_counted(tmp_path):
+    path = tmp_path / "out.jsonl"
+    output = File(path, MADE_FROM)
+    output.begin(iter(LINES))
+    output.write(LINES[:2], [{"line": 1, "error": "no"}, ANSWERS[1]])
+    output.close()
+    again = File(path, MADE_FROM)
+    again.begin(iter(LINES))
+    assert (again.lines, again.failed) == (2, 1)
+    again.write(LINES[2:], [*ANSWERS[2:4], {"line": 5, "error": "no"}])
+    again.finish()
+    whole = File(path, MADE_FROM)
+    assert whole.begin(iter(LINES)) is None
+    assert (whole.lines, whole.failed) == (5, 2)
