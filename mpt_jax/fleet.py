@@ -13,12 +13,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import decimal
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpt_jax.prompts.init import PromptInit, PromptInits
-from mpt_jax.runs import unknown_name
+from mpt_jax.runs import data_name, unknown_name
 
 
 class Member(NamedTuple):
@@ -80,19 +81,25 @@ class Fleet:
         if any(seed < 0 for seed in self.seeds or ()):
             raise ValueError(f"Fleet.seeds must not be negative, got {self.seeds}.")
 
-    @property
+    @functools.cached_property
     def members(self) -> tuple[Member, ...]:
-        """Every run; tasks change slowest."""
+        """Every run; tasks change slowest.
+
+        Raises:
+            ValueError: two runs of one name; a task whose own name ends like a setting.
+        """
         inits = self.inits and tuple(self.inits)
         rates = (self.learning_rates, self.task_learning_rates)
         axes: tuple[Any, ...] = (*rates, self.starts, inits)
-        made = [
-            Member(_name(task, k, seed, _if_several(axes, values)), task, *values)
-            for task, k, seed in itertools.product(self.tasks, self.shots, self.seeds or (None,))
-            for values in itertools.product(*(axis or (None,) for axis in axes))
-        ]
-        names = [member.name for member in made]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
+        made = []
+        for draw in itertools.product(self.tasks, self.shots, self.seeds or (None,)):
+            data = _name(*draw, (None,) * len(axes))
+            for values in itertools.product(*(axis or (None,) for axis in axes)):
+                name = _name(*draw, _if_several(axes, values))
+                _check_reads(name, data)
+                made.append(Member(name, draw[0], *values))
+        counts = collections.Counter(member.name for member in made)
+        if repeated := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(
                 f"The fleet has several runs of one name, {repeated}: of its tasks, one is called "
                 "as another with some of k, seed and settings is."
@@ -151,7 +158,8 @@ def total_steps(
         task_steps: task -> steps of its runs, for those that end before the job does.
 
     Raises:
-        ValueError: a task that the fleet does not have, or more steps than the job's.
+        ValueError: a task that the fleet does not have, more steps than the job's, or fewer for
+            every task.
     """
     for task, steps in (task_steps or {}).items():
         if task not in fleet.tasks:
@@ -162,6 +170,11 @@ def total_steps(
                 "TRAIN_STEPS to the largest of them."
             )
     found = [(task_steps or {}).get(member.task, train_steps) for member in fleet.members]
+    if max(found) != train_steps:
+        raise ValueError(
+            f"TASK_STEPS gives every task of the fleet fewer steps than the job's {train_steps}, "
+            f"{max(found)} at most: set TRAIN_STEPS to the largest of them."
+        )
     return found[0] if len(set(found)) == 1 else found
 
 
@@ -188,6 +201,16 @@ def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[An
     name += "" if task_rate is None else f"_tlr{_plain(task_rate)}"
     name += "" if start is None else f"_from_{start}"
     return name + ("" if init is None else f"_init_{init}")
+
+
+def _check_reads(name: str, data: str) -> None:
+    """Refuses a run's name that tells another name of its data than what it was made from."""
+    if (read := data_name(name)) != data:
+        raise ValueError(
+            f"The fleet's run {name!r} has the data of {data!r}, but its name reads as {read!r} "
+            "with settings. Register its task under a name without '_lr', '_tlr', '_from_' and "
+            "'_init_'."
+        )
 
 
 def _plain(number: int | float) -> str:

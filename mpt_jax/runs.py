@@ -11,12 +11,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 
 # What a run's name says of settings that neither its data nor its initial values depend on.
 _SETTINGS = re.compile(
-    r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_\w+?)?(_init_\w+)?", re.ASCII
+    r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_[\w.:]+?)?(_init_[\w.:]+)?",
+    re.ASCII,
 )
 
 JOINT = "joint"
@@ -102,9 +104,14 @@ class Runs:
         Raises:
             ValueError: no such run; lists the known ones, the closest first.
         """
-        if run_name not in self.run_names:
+        if run_name not in self._rows:
             raise ValueError(unknown_name("run", run_name, self.run_names))
-        return list(self.run_names).index(run_name)
+        return self._rows[run_name]
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        """Run -> its row."""
+        return {name: row for row, name in enumerate(self.run_names)}
 
 
 def data_name(run_name: str) -> str:
@@ -112,7 +119,11 @@ def data_name(run_name: str) -> str:
 
     Runs that differ in a learning rate or in what they start from, and say so at the end of their
     names, `_lr0.3`, `_tlr0.4`, `_from_mnli` and `_init_text` in this order, are alike in all of
-    these. (Of one initialiser or another the random key is the same.)
+    these. (Of one initialiser or another the random key is the same.) What a run starts from may be
+    called with settings itself.
+
+    A task whose own name has such an end, `qa_from_text`, is read in the same way: it keeps its
+    examples, and their order and its random key are those of `qa`. Fleets refuse it.
     """
     found = _SETTINGS.fullmatch(run_name)
     assert found is not None  # of any text but the empty one

@@ -55,12 +55,29 @@ def test_names_that_meet_are_an_error():
         _ = Fleet(["rte", "rte_k4"], [4, None], [1]).members
 
 
+@pytest.mark.parametrize("task", ["qa_from_text", "nli_init_a"])
+def test_a_task_whose_name_reads_as_settings_is_refused(task):
+    """Its runs would be drawn, ordered and initialised as those of another name."""
+    for fields in ({"tasks": [task], "shots": [4]}, {"tasks": ["rte", task], "seeds": [0, 1]}):
+        with pytest.raises(ValueError, match=f"'{task}_.*reads as '(qa|nli)' with settings"):
+            _ = Fleet(**fields).members
+
+
+def test_members_are_made_once():
+    found = Fleet(["rte"], [4, 16])
+    assert found.members is found.members and found == Fleet(["rte"], [4, 16])
+
+
 def test_runs_may_end_before_the_job_does():
     found = Fleet(["rte", "boolq"], [4], [0, 1])
     assert fleet.total_steps(found, 50) == 50
     assert fleet.total_steps(found, 50, {"rte": 20}) == [20, 20, 50, 50]
     with pytest.raises(ValueError, match="'rte' 80 steps, and the job has 50: set TRAIN_STEPS"):
         fleet.total_steps(found, 50, {"rte": 80})
+    with pytest.raises(ValueError, match="job's 50, 30 at most: set TRAIN_STEPS to the largest"):
+        fleet.total_steps(found, 50, {"rte": 30, "boolq": 30})
+    with pytest.raises(ValueError, match="every task .* fewer steps than the job's 50, 30 at most"):
+        fleet.total_steps(found, 50, {"rte": 20, "boolq": 30})
     with pytest.raises(ValueError, match="'cb'.*boolq, rte"):
         fleet.total_steps(found, 50, {"cb": 20})
 
@@ -70,9 +87,13 @@ def test_settings_at_the_end_of_a_name_are_not_its_data():
         "rte_k16_s1_lr0.3": "rte_k16_s1",
         "rte_lr2_tlr0.4_from_average": "rte",
         "rte_k4_s0_from_mnli_init_text": "rte_k4_s0",
+        "boolq_k16_s1_from_rte_lr0.3": "boolq_k16_s1",  # a start that is named with settings
+        "boolq_k16_s1_lr0.1_from_rte_k4_s0_lr0.3_tlr0.4": "boolq_k16_s1",
+        "boolq_from_rte_lr0.3_from_mnli_init_text": "boolq",
         "rte_k16_s1": "rte_k16_s1",
         "toy_sst2_s0": "toy_sst2_s0",
         "rte_lr": "rte_lr",
         "rte_lr0.3_dev": "rte_lr0.3_dev",
+        "rte_init_words_v1.1": "rte",
     }
     assert {name: runs.data_name(name) for name in cases} == cases

@@ -19,6 +19,14 @@ def test_independent_rows_are_a_group_each():
     assert runs.row("cb_s2") == 1
 
 
+def test_a_row_is_found_without_reading_all_names():
+    runs = Runs([f"run_{i}" for i in range(5000)])
+    shown, hashed = repr(runs), hash(runs)
+    assert [runs.row(name) for name in runs.run_names] == list(range(5000))
+    assert runs._rows is runs._rows, "the table is made once"
+    assert (repr(runs), hash(runs)) == (shown, hashed) and runs == Runs(list(runs.task_names))
+
+
 def test_groups_by_number():
     runs = Runs(["a", "b", "c", "d"], groups=[1, 0, 1, 0])
     assert (runs.num_groups, runs.group_of_row) == (2, (1, 0, 1, 0))
