@@ -45,8 +45,9 @@ class DatasetConfig:
         trim_output_features: SeqIO's own trimming; `features.end_and_limit` has cut before it.
         length_buckets: {'inputs': [...], 'targets': [...]} token limits below those of
             `task_feature_lengths`: each unpacked batch is cut to the smallest that hold it, which
-            changes no number but for rounding. {} for one length; None for lengths of our choice
-            (`length_buckets.automatic`). Ours, T5X has no such field.
+            changes no number but for rounding (and, with dropout, which masks are drawn). {} for
+            one length; None for lengths of our choice (`length_buckets.automatic`). Ours, T5X has
+            no such field.
         by_length: sorts the examples of some training batches at a time by length, so that more
             is cut off; this changes which examples meet in a batch. Ours as well.
     """

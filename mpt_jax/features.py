@@ -347,9 +347,6 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         tokens = tf.concat([tf.zeros([prompt], tf.int32), inputs], axis=0)
         slots = tf.concat([tf.range(1, prompt + 1), tf.zeros_like(inputs)], axis=0)
         # Models compose one [P, H] block per example and place it at the front without looking.
-        in_front = tf.debugging.assert_equal(slots[:prompt], tf.range(1, prompt + 1))
-        with tf.control_dependencies([in_front]):
-            slots = tf.identity(slots)
         is_target = tf.cast(targets != 0, tf.int32)
         return {
             "encoder_input_tokens": tokens,

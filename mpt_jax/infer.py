@@ -85,7 +85,8 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         train_state_initializer_cls: called without arguments; its `origins` name the backbone.
         mode: `'predict'` decodes, `'score'` gives the targets' log-probability in nats,
             `'predict_with_aux'` decodes and adds the score of what was decoded.
-        checkpoint_period: batches after which a stopped run does not have to start again.
+        checkpoint_period: batches, at most, after which a stopped run does not have to start
+            again.
         shard_id: which of `num_shards` parts of every task this run is for.
         num_shards: parts that separate runs work on.
         output_vocab_feature_name: the feature whose vocabulary decodes predictions.
@@ -114,6 +115,8 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     )
     if mode not in MODES:
         raise ValueError(f"infer.mode must be one of {MODES}, got {mode!r}.")
+    if checkpoint_period < 1:
+        raise ValueError(f"infer.checkpoint_period must be 1 or more, got {checkpoint_period}.")
     if not 0 <= shard_id < num_shards:
         raise ValueError(f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}.")
     compilation_cache.enable()

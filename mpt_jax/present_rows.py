@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from mpt_jax import losses, metrics
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.runs import Runs
-from mpt_jax.shapes import Array, Batch, Int
+from mpt_jax.shapes import Array, Batch, Int, Params
 from mpt_jax.train_state import TrainState
 from mpt_jax.tree import flatten, unflatten
 
@@ -34,8 +35,8 @@ def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
     if optimizer.absent_tasks != "hold" or runs.num_groups > 1:
         return None
     count, positions = batch["encoder_input_tokens"].shape
-    if "encoder_segment_ids" in batch:  # an example takes its prompt's positions and one of text
-        count *= max(positions // (model.prompt.prompt_length + 1), 1)
+    if "encoder_segment_ids" in batch:  # an example takes its prompt's positions at least
+        count *= max(positions // max(model.prompt.prompt_length, 1), 1)
     return count if 2 * count <= runs.num_rows else None
 
 
@@ -88,23 +89,20 @@ def _with_rows(model: PromptedEncoderDecoder, count: int) -> PromptedEncoderDeco
 def _take(small: PromptedEncoderDecoder, state: TrainState, rows: Array) -> TrainState:
     """The state of a bank of `rows` alone."""
     gather = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
-    frozen = flatten(state.frozen)
-    if TEACHER in frozen:
-        frozen[TEACHER] = gather(frozen[TEACHER])
-    trainable = {
-        name: gather(leaf) if small.rows.get(name) == "tasks" else leaf
-        for name, leaf in flatten(state.trainable).items()
-    }
-    trainable = unflatten(trainable)
+    of_tasks = {TEACHER, *(name for name, axis in small.rows.items() if axis == "tasks")}
+
+    def take(tree: Params) -> dict[str, Any]:
+        leaves = flatten(tree).items()
+        return unflatten({name: gather(x) if name in of_tasks else x for name, x in leaves})
+
+    trainable, frozen = take(state.trainable), take(state.frozen)
     shapes = jax.eval_shape(small.optimizer_def.init, trainable)
     opt_state = jax.tree.map(
         lambda leaf, like: leaf if leaf.shape == like.shape else gather(leaf),
         state.opt_state,
         shapes,
     )
-    return dataclasses.replace(
-        state, trainable=trainable, opt_state=opt_state, frozen=unflatten(frozen)
-    )
+    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state, frozen=frozen)
 
 
 def _put(state: TrainState, new: TrainState, rows: Array) -> TrainState:

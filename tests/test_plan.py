@@ -391,20 +391,36 @@ def test_a_search_over_several_slices_takes_those_of_their_size(compiled):
 
 
 def test_shapes_of_a_mesh_are_read_from_gin_and_its_devices_are_not_asked_for():
-    shapes = ["(1, 4, 2)", "(4, 1, 1)"]
     names = ("ici_mesh_shape", "dcn_mesh_shape")
     bindings = [
         f"partitioning.PjitPartitioner.{name} = {shape}"
-        for name, shape in zip(names, shapes, strict=True)
+        for name, shape in zip(names, ["(1, 4, 2)", "(4, 1, 1)"], strict=True)
     ]
-    found = command_module.read_job(["gin/mpt_source.gin", "gin/tiny.gin"], bindings, [str(ROOT)])
-    assert (found.ici_mesh_shape, found.dcn_mesh_shape) == ((1, 4, 2), (4, 1, 1))
-    assert found.slices == 4
-    plain = command_module.read_job(["gin/mpt_source.gin", "gin/tiny.gin"], [], [str(ROOT)])
-    assert (plain.ici_mesh_shape, plain.slices) == (None, 1)
+    files = ["gin/mpt_source.gin", "gin/tiny.gin"]
+    shaped, plain = read_jobs((files, bindings), (files, []))
+    assert shaped == [[1, 4, 2], [4, 1, 1], 4]
+    assert plain == [None, None, 1]
 
 
 # --- The command ---------------------------------------------------------------------------------
+
+
+READ = """
+import json, sys
+from mpt_jax.plan import __main__ as plan
+for files, bindings in json.loads(sys.argv[1]):
+    job = plan.read_job(files, bindings, [sys.argv[2]])
+    print(json.dumps([job.ici_mesh_shape, job.dcn_mesh_shape, job.slices]))
+"""
+
+
+def read_jobs(*given: tuple[list[str], list[str]]) -> list[list]:
+    """(ici_mesh_shape, dcn_mesh_shape, slices) of each (files, bindings), read in a process of its
+    own: gin keeps one `train` to a process."""
+    arguments = [sys.executable, "-c", READ, json.dumps(given), str(ROOT)]
+    child = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return [json.loads(line) for line in child.stdout.splitlines()]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -19,11 +19,11 @@ RUNS = Runs([f"task_{i}" for i in range(12)])
 BATCHES = [[3, 3, 7], [7, 1, 11], [3, None, 0], [1, 11, 11]]
 
 
-def made(prompt, **overrides):
+def made(prompt, labels=(), **overrides):
     overrides = {"absent_tasks": "hold", "clip_norm": 0.5, **overrides}
     objective = Objective(distillation=Distillation())
     optimizer = tiny.optimizer(**overrides)
-    return tiny.model(RUNS, prompt, objective=objective, optimizer_def=optimizer)
+    return tiny.model(RUNS, prompt, objective=objective, optimizer_def=optimizer, labels=labels)
 
 
 def steps(model, wrap, pack=None):
@@ -46,11 +46,19 @@ def on_the_whole_bank(step, model, state, batch):
     return step(model, state, batch)
 
 
+FROZEN_LEFT = (("prompt/task_left", "frozen"),)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "pack"), [(MPT(tiny.PROMPT, rank=2), None), (PromptTuning(tiny.PROMPT), [[0, 2, 1]])]
+    ("prompt", "pack", "labels"),
+    [
+        (MPT(tiny.PROMPT, rank=2), None, FROZEN_LEFT),
+        (MPT(tiny.PROMPT), None, ()),
+        (PromptTuning(tiny.PROMPT), [[0, 2, 1]], ()),
+    ],
 )
-def test_the_same_numbers(prompt, pack):
-    model = made(prompt)
+def test_the_same_numbers(prompt, pack, labels):
+    model = made(prompt, labels)
     whole, expected = steps(model, on_the_whole_bank, pack)
     small, found = steps(model, present_rows.step_of_batch, pack)
     tiny.close(small.trainable, whole.trainable, 1e-6)
@@ -68,6 +76,9 @@ def test_when_the_whole_bank_is_taken():
     batch = tiny.arrays(tiny.batch([0, 1, 2]))
     assert present_rows.most_rows(made(MPT(tiny.PROMPT)), batch) == 3
     assert present_rows.most_rows(made(MPT(tiny.PROMPT), absent_tasks="dense"), batch) is None
+    packed = tiny.pack(tiny.batch([0, 1, 2, 3]), [[0, 1], [2, 3]])
+    positions = packed["encoder_input_tokens"].shape[1]  # prompts alone may fill a row
+    assert present_rows.most_rows(made(MPT(8)), tiny.arrays(packed)) == 2 * (positions // 8)
     many = tiny.arrays(tiny.batch([0] * 7))
     assert present_rows.most_rows(made(MPT(tiny.PROMPT)), many) is None, "half of the bank"
     apart = Runs(RUNS.task_names, groups="independent")

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import plan_table
 from mpt_jax import gin_utils
-from mpt_jax.plan import __main__ as plan
 from mpt_jax.plan import chips
+from tests.test_plan import read_jobs
 from tests.tpu.clouds import ROOT, Clouds
 
 TEXT = (ROOT / "docs" / "tpu.md").read_text()
@@ -62,15 +62,15 @@ def flags_of(words: list[str]) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("words", PLANS, ids=" ".join)
-def test_plans_read_their_gin(words):
-    given = gin_utils.rewrite_gin_args(words[2:] + SHAPES[0] + SHAPES[1])
-    flags = flags_of(given)
-    bindings = [word.partition("=")[2] for word in given if word.startswith("--gin_bindings=")]
-    job = plan.read_job(flags["gin_file"], bindings, [str(ROOT)])
-    assert (job.ici_mesh_shape, job.dcn_mesh_shape) == ((1, 4, 4), (2, 1, 1))
-    for topology in flags["topology"]:
-        assert chips.topologies(topology)
+def test_plans_read_their_gin():
+    given = []
+    for words in PLANS:
+        arguments = gin_utils.rewrite_gin_args(words[2:] + SHAPES[0] + SHAPES[1])
+        bindings = [a.partition("=")[2] for a in arguments if a.startswith("--gin_bindings=")]
+        flags = flags_of(arguments)
+        given.append((flags["gin_file"], bindings))
+        assert all(chips.topologies(topology) for topology in flags["topology"])
+    assert read_jobs(*given) == [[[1, 4, 4], [2, 1, 1], 2]] * len(PLANS)
 
 
 def test_further_flags_are_flags_of_the_command():
