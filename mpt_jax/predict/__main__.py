@@ -6,7 +6,8 @@
 
 docs/serving.md has the lines of requests and answers. A line that cannot be answered gets one that
 says why, and the stream goes on. Exit code 0, or 1 where every line failed (with --strict, where
-any did), 2 where it cannot begin, 130 after Ctrl-C; with --output the same command then goes on.
+any did), 2 where it cannot begin or go on, 130 after Ctrl-C; with --output the same command then
+goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from absl import logging
 
@@ -28,7 +29,7 @@ from mpt_jax.predict.server import Limits, Server
 from mpt_jax.predict.stream import windows
 
 WINDOW = 8  # batches that are read ahead, to be sorted by length
-INTERRUPTED = 130
+CANNOT, INTERRUPTED = 2, 130  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,20 +40,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         try:
             server = load(args)
-        except (ValueError, OSError) as error:
-            parser.exit(2, f"mpt-jax predict: {error}\n")
+        except ValueError as error:
+            _stop(CANNOT, str(error))
         with _opened(args.input) as stream:
-            progress = answer(server, stream, args)
-    except BrokenPipeError:  # whoever read the answers has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (Refused, OSError) as error:
-        parser.exit(2, f"mpt-jax predict: {error}\n")
+            output = answer(server, stream, args)
     except KeyboardInterrupt:
-        again = "; the same command goes on" if args.output else ""
-        parser.exit(INTERRUPTED, f"mpt-jax predict: stopped{again}\n")
-    lost = progress.failed if args.strict else progress.failed == progress.answered > 0
+        _stop(INTERRUPTED, "stopped" + "; the same command goes on" * bool(args.output))
+    except (Refused, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not args.output:
+            sys.exit(0)  # whoever read the answers has enough
+        _stop(CANNOT, str(error))
+    lost = output.failed if args.strict else output.failed == output.lines > 0
     sys.exit(1 if lost else 0)
+
+
+def _stop(code: int, why: str) -> NoReturn:
+    say(why)
+    sys.exit(code)
 
 
 def load(args: argparse.Namespace) -> Server:
@@ -73,17 +77,17 @@ def load(args: argparse.Namespace) -> Server:
     return server
 
 
-def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Progress:
-    """Answers every line of a stream; returns the counts."""
+def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output:
+    """Answers every line of a stream; returns where they went, which has counted them."""
     reader = server.reader(args.mode, args.truncate)
     lines: Iterator[bytes] = iter(stream)
     output = _output(server, args)
     done = output.begin(lines)
     size = os.path.getsize(args.input) if args.input != "-" else None
-    progress = Progress(size, sys.stderr.isatty())
+    progress = Progress(size, sys.stderr is not None and sys.stderr.isatty())
     if done is None:
         say(f"{args.output} is complete already")
-        return progress
+        return output
     try:
         progress.skipped(done, stream.tell() if done and stream.seekable() else 0)
         for window in windows(lines, WINDOW * args.batch_size):
@@ -97,7 +101,7 @@ def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Progre
         output.close()
         progress.close()
     say(str(progress))
-    return progress
+    return output
 
 
 def _output(server: Server, args: argparse.Namespace) -> Output:

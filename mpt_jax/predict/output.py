@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpt_jax.identity import describe_differing
+from mpt_jax.predict.progress import silence
 
 
 class Refused(ValueError):
@@ -46,8 +47,12 @@ class Stream:
 
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
         """Writes the answers to some requests."""
-        self._stream.write(_encoded(answers))
-        self._stream.flush()
+        try:
+            self._stream.write(_encoded(answers))
+            self._stream.flush()
+        except OSError:
+            silence(self._stream)
+            raise
         self.lines += len(lines)
         self.failed += _failed(answers)
 

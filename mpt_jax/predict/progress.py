@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 PERIOD = 30.0  # seconds between lines
 
@@ -65,8 +66,19 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
-    print(f"mpt-jax predict: {text}", file=sys.stderr, flush=True)
+    """A line on standard error; where nobody reads it any more, nothing."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"mpt-jax predict: {text}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO | BinaryIO) -> None:
+    """What a stream still holds, and all that it is given, goes nowhere: else Python writes it when
+    it ends, fails again, and exits with a code of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bar(total: int | None) -> tuple[Any, Any]:

@@ -94,6 +94,26 @@ def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     assert code == 2 and "truncate: False there, True here" in said
 
 
+def test_exit_codes_count_the_lines_of_earlier_starts(run, tmp_path, monkeypatch):
+    good = REQUESTS[0]
+    monkeypatch.setattr(command, "WINDOW", 1)  # four lines at a time
+    for name, lines, usual in (("first", ["nope", *[good] * 4], 0), ("all", ["nope"] * 5, 1)):
+        answers, answer = ["--output", str(tmp_path / name)], command.Server.answer
+
+        def interrupted(server, requests, answer=answer):
+            if requests[0].label["line"] > 4:
+                raise OSError(28, "No space left on device")
+            return answer(server, requests)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(command.Server, "answer", interrupted)
+            code, _, said = run(*answers, lines=lines)
+            assert code == 2 and "No space left" in said and not (tmp_path / name).exists()
+        assert run(*answers, "--strict", lines=lines)[0] == 1, "the line of the first start failed"
+        assert run(*answers, "--strict", lines=lines)[0] == 1, "and does when all is complete"
+        assert run(*answers, lines=lines)[0] == usual
+
+
 def test_what_cannot_begin_says_why(run, tmp_path):
     code, answers, said = run(prompts=(SOURCE, SOURCE))
     assert (code, answers) == (2, []) and "'toy_sst2'" in said and "NAME=" in said
@@ -181,3 +201,33 @@ def test_a_reader_that_has_enough_is_no_error():
         check=False,
     )
     assert b"Traceback" not in child.stderr, child.stderr.decode()[-2000:]
+
+
+def shell(command_line: str, lines: list[str]) -> tuple[int, str]:
+    """Exit code and messages of a line for bash, whose $PREDICT is the command."""
+    predict = f"{sys.executable} -m mpt_jax.predict --prompts {SOURCE} {' '.join(SIZES)}"
+    child = subprocess.run(
+        ["bash", "-c", command_line.replace("$PREDICT", predict)],
+        input="".join(f"{line}\n" for line in lines).encode(),
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    return child.returncode, child.stderr.decode()
+
+
+def test_messages_that_nobody_reads_do_not_stop_a_file(tmp_path):
+    """Standard error is a pipe whose reader is gone; the end waits for it to be."""
+    lines = [json.dumps(REQUESTS[0])] * 3
+    gone = f"($PREDICT --output {tmp_path}/out 2>&1 >/dev/null; echo $? >{tmp_path}/rc) | exec true"
+    shell(gone, lines)
+    assert (tmp_path / "rc").read_text() == "0\n"
+    assert len((tmp_path / "out").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_exit_code_2_and_a_sentence():
+    code, said = shell("$PREDICT > /dev/full", [json.dumps(REQUESTS[0])])
+    assert code == 2
+    assert said.splitlines()[-1].endswith("No space left on device"), said
