@@ -174,7 +174,10 @@ class Checkpoints:
                     f"{path}",
                 )
                 if "checksums" in meta:  # earlier versions saved none
-                    checksums.check_leaves(tree, meta["checksums"])
+                    # Adding up is every process's work, and what one of them finds all must know.
+                    sums = checksums.of_leaves(tree)
+                    compare = functools.partial(checksums.check, sums, meta["checksums"])
+                    damage.together(compare, f"{path}")
             except checksums.Damaged as error:
                 failures.append(f"{path} cannot be read ({error}).")
                 continue
@@ -189,15 +192,16 @@ class Checkpoints:
         return None
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state.
+        """What `save` was given beside the state; all processes call it together.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: it cannot be read; in a job of several processes in all of them.
         """
+        path = self.path(step)
         try:
-            return self._read_meta(step)
-        except Exception as error:  # whatever a damaged file may raise
-            raise OSError(f"{self.path(step)} cannot be read ({damage.reason(error)}).") from error
+            return damage.together(functools.partial(self._read_meta, step), f"{path}")
+        except checksums.Damaged as error:
+            raise OSError(f"{path} cannot be read ({error}).") from error
 
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints later than a step, which could not be read, out of the way.

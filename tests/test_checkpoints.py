@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from mpt_jax import checkpoints
+from mpt_jax import checkpoints, checksums
+from mpt_jax import damage as damage_of_files
 from mpt_jax.checkpoints import Checkpoints, SaveCheckpointConfig
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
@@ -319,6 +320,59 @@ def test_values_that_are_not_those_saved_are_said_to_be(tmp_path, state, loud):
     saved.close()
     assert int(found.step) == 5
     assert "The values of trainable/prompt/shared" in errors_in(loud)
+
+
+class Elsewhere:
+    """Another process of the job: what it meets at each of the moments where all of them agree."""
+
+    def __init__(self, monkeypatch, *met: int):
+        self.asked, self._met = [], iter(met)
+        monkeypatch.setattr(damage_of_files, "_worst", self._worst)
+
+    def _worst(self, mine: int) -> int:
+        self.asked.append(mine)
+        return max(mine, next(self._met, 0))
+
+
+FINE, DAMAGED, UNREAD = range(3)
+
+
+def test_values_that_another_process_alone_finds_wrong_are_wrong_here_too(
+    state, tmp_path, monkeypatch, loud
+):
+    write(tmp_path, state, [5, 9])
+    other = Elsewhere(monkeypatch, FINE, FINE, DAMAGED)  # its record, its arrays, their sums
+    found, _ = read(tmp_path, state)
+    assert int(found.step) == 5, "both go on from the same checkpoint"
+    assert other.asked == [FINE] * 6
+    assert "another process of this job says why" in errors_in(loud)
+
+
+def test_values_that_are_wrong_here_alone_are_told_to_the_others(state, tmp_path, monkeypatch):
+    write(tmp_path, state, [5, 9])
+    check, other = checksums.check, Elsewhere(monkeypatch)
+
+    def flipped(found, expected):
+        check({**found, "step": found["step"] ^ (len(other.asked) == 2)}, expected)
+
+    monkeypatch.setattr(checksums, "check", flipped)
+    assert int(read(tmp_path, state)[0].step) == 5
+    assert other.asked == [FINE, FINE, DAMAGED, FINE, FINE, FINE]
+
+
+@pytest.mark.parametrize(
+    ("met", "message"), [(DAMAGED, "cannot be read"), (UNREAD, "could not be read now")]
+)
+def test_a_record_that_another_process_cannot_read_is_an_error_here_too(
+    met, message, state, tmp_path, monkeypatch
+):
+    write(tmp_path, state, [5])
+    saved = Checkpoints(str(tmp_path), read_only=True)
+    assert saved.meta(5)["position"] == "after 5"
+    Elsewhere(monkeypatch, met)
+    with pytest.raises(OSError, match=f"checkpoint_5 {message}.*another process"):
+        saved.meta(5)
+    saved.close()
 
 
 # --- Another configuration -----------------------------------------------------------------------
