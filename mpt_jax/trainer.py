@@ -325,6 +325,38 @@ class Trainer:
             failed=jax.device_put(self.failed, state.failed.sharding),
         )
 
+    def reopen(self, out_of_patience: Sequence[bool], total_steps: int) -> None:
+        """Lets groups train again that ended without failing and would not end now, because their
+        schedule or their patience was extended. They go on from their own last step, with examples
+        of the job's step. The log names them; where the job has no step left, as a warning.
+
+        Args:
+            out_of_patience: of which groups [G] patience is at its end.
+            total_steps: of the job.
+        """
+        ended = (self.ended >= 0) & ~self.failed & ~np.asarray(out_of_patience, bool)
+        if not ended.any():
+            return
+        everywhere = self.state.ended.sharding
+        is_over = jax.jit(self.model.optimizer_def.is_over, out_shardings=everywhere)
+        with self.partitioner.activate():
+            over = jax.device_get(is_over(self.state.opt_state, self.state.trainable))
+        reopened = np.flatnonzero(ended & ~over)
+        runs = [run for group in reopened.tolist() for run in self.model.runs.names_of_group(group)]
+        if self.step >= total_steps and runs:
+            logging.warning(
+                "%s ended early and could go on by the settings of now, but the job has been "
+                "trained to step %d already: for more, set TRAIN_STEPS higher.",
+                ", ".join(runs),
+                self.step,
+            )
+        elif runs:
+            told = ", ".join(runs)
+            logging.info("%s had ended; trained again from step %d on.", told, self.step)
+            self.ended, self._placed = self.ended.copy(), self._placed.copy()
+            self.ended[reopened], self._placed[reopened] = -1, True
+            self.state = self.state.replace(ended=jax.device_put(self.ended, everywhere))
+
     def lower(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The training and the evaluation step for a batch, ready to be compiled. All arrays may be
         `ShapeDtypeStruct`s that lie on devices which are not here, the state's as well."""
