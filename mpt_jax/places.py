@@ -64,8 +64,9 @@ class Places:
     ) -> dict[str, np.ndarray]:
         """This process's rows without those of groups that are not active.
 
-        What fills a block up has no tokens, and names a run that trains: whatever the values of the
-        others are, nothing reads them.
+        What fills a block up has no tokens, and names a run of the block that trains: whatever the
+        values of the others are, nothing reads them. Where none of a block trains, it names the
+        block's first, whose values are read without weight and reach no other run.
 
         Args:
             batch: all of this process's rows, unpacked.
@@ -81,8 +82,9 @@ class Places:
         found = batch["encoder_task_ids"][:, 0]
         if (found != owners[mine].ravel()).any():
             raise ValueError(
-                "Rows of a batch are not in the order of their runs, so those of runs that have "
-                "ended cannot be told by their place; sample by sampling.EqualQuotas."
+                "Rows of a batch are not in the order of run_names, so those of runs that have "
+                "ended cannot be told by their place; give sampling.EqualQuotas the runs in the "
+                "order of run_names."
             )
         trains = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
         needed = trains.sum(axis=1).max()

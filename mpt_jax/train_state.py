@@ -51,9 +51,9 @@ class TrainState(flax.struct.PyTreeNode):
         trainable: the parameters that learn, float32. Saved.
         opt_state: the optimizer's state for them. Saved.
         frozen: everything else, in the backbone's dtype. Loaded, never saved.
-        ended: int32 [G], how many steps a group had taken when it left the training; -1 while it
-            trains. Saved.
-        failed: bool [G], whether it left because a number was not finite. Saved.
+        ended: int32 [G], the job's step at which a group left the training; -1 while it trains.
+            Not saved with the arrays: a checkpoint's meta has it as `Trainer.standing`.
+        failed: bool [G], whether it left because a number was not finite. Kept in the same way.
     """
 
     step: Any  # an array; a tree of shapes or shardings has those

@@ -59,7 +59,7 @@ def test_rows_stay_on_their_shard_and_every_process_makes_its_own():
 
 def test_rows_in_another_order_are_an_error():
     batch = tiny.batch([0, 1, 2, 3, 0, 1, 2, 3])
-    with pytest.raises(ValueError, match="EqualQuotas"):
+    with pytest.raises(ValueError, match="in the order of run_names"):
         Places(RUNS).pack(batch, [True, False, True, True])
     with pytest.raises(ValueError, match="6 rows does not divide into 4 equal shares"):
         Places(RUNS).pack(tiny.batch([0] * 6), [True, False, True, True])
