@@ -114,7 +114,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
 
     Raises:
         NonFiniteLoss: the losses of all runs were not finite; the last good state is saved.
-        OutOfMemory: the first step does not fit a device.
+        OutOfMemory: a training step does not fit a device.
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
         Occupied: another run writes to MODEL_DIR.
     """
@@ -145,7 +145,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         # --- State: 1. own checkpoint, 2. initial artefact, 3. initial values --------------------
         origins = train_state_initializer_cls().origins
         loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
-        by_run = sampling.has_equal_shares(train_dataset_cfg)
+        by_run = model.runs.num_groups > 1 and sampling.has_equal_shares(train_dataset_cfg)
         state = train_state.create(model, loaded.params, partitioner, by_run)
         ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
         loaded = dataclasses.replace(loaded, params={})  # the state holds them now
@@ -182,6 +182,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         )
         evaluator = Evaluation(trainer, writers, losses, inference, actions or {})
         evaluator.resume()
+        over = evaluator.best.over if evaluator.best else [False] * model.runs.num_groups
+        trainer.reopen(over, total_steps)
         if summarize_config_fn is not None:
             summarize_config_fn(model_dir, None, trainer.step)
         reporting.write_run_record(
@@ -202,8 +204,10 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         stats_period = stats_period or eval_period
         if resumed is not None and trainer.step >= total_steps:
             logging.info("%s has been trained to step %d already.", model_dir, trainer.step)
+        elif not trainer.active.any():
+            logging.info("All runs of %s have ended; nothing is left to train.", model_dir)
         is_due = lambda period: bool(period) and trainer.step % period == 0  # noqa: E731
-        stop = False
+        stop, largest = False, {}
         with stop_requests() as request:
             try:
                 # A run that was killed after a save and before the evaluation of that step makes up
@@ -213,13 +217,14 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
                     trainer.give_up_places()
                 stop = stop or not trainer.active.any()
                 if trainer.step < total_steps and not stop:
-                    writers.write("train", trainer.step, _first_step(trainer, batches, started))
+                    largest = next(batches)
+                    writers.write("train", trainer.step, _first_step(trainer, largest, started))
                 progress.restart_clock(trainer.step)
                 while trainer.step < total_steps and not stop:
                     # The order matters: metrics first, because they tell whether the state is good;
                     # then the save, so that nothing an evaluation may raise loses a step.
                     if is_due(stats_period) or is_due(save.period) or is_due(eval_period):
-                        _report(trainer, writers, progress)
+                        _report(trainer, writers, progress, largest)
                     if is_due(stats_period) or is_due(eval_period):
                         trainer.give_up_places()  # at steps that do not depend on who stops it
                     if is_due(save.period):
@@ -231,8 +236,11 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
                     stop = stop or not trainer.active.any() or request.is_due(trainer.step)
                     if not stop:
                         check_it_is_ours()
-                        trainer.train(next(batches))
-                _report(trainer, writers, progress)
+                        batch = next(batches)
+                        largest = out_of_memory.larger(largest, batch)
+                        with out_of_memory.explained(trainer, largest):
+                            trainer.train(batch)
+                _report(trainer, writers, progress, largest)
                 save_checkpoint()
                 if request.signal is None and evaluator.last_step != trainer.step:
                     evaluator.run()
@@ -313,10 +321,9 @@ def card_facts(
     )
 
 
-def _first_step(trainer: Trainer, batches: Any, started: float) -> dict[str, float]:
+def _first_step(trainer: Trainer, batch: Mapping[str, Any], started: float) -> dict[str, float]:
     """Takes the first step; returns how long compiling and starting took."""
     before = time.monotonic()
-    batch = next(batches)
     with out_of_memory.explained(trainer, batch):
         trainer.train(batch)
         jax.block_until_ready(trainer.state.trainable)
@@ -328,8 +335,15 @@ def _first_step(trainer: Trainer, batches: Any, started: float) -> dict[str, flo
     return seconds
 
 
-def _report(trainer: Trainer, writers: reporting.Writers, progress: reporting.ProgressLine) -> None:
-    if found := trainer.read_metrics():
+def _report(
+    trainer: Trainer,
+    writers: reporting.Writers,
+    progress: reporting.ProgressLine,
+    largest: Mapping[str, Any],
+) -> None:
+    with out_of_memory.explained(trainer, largest):  # steps run while the host goes on
+        found = trainer.read_metrics()
+    if found:
         speeds = progress.update(trainer.step, found)
         writers.write("train", trainer.step, {**found, **speeds})
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from mpt_jax.optimizers import PromptOptimizer, Schedule
-from mpt_jax.out_of_memory import OutOfMemory, explained
+from mpt_jax.out_of_memory import OutOfMemory, describe, explained, larger
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
@@ -52,6 +52,25 @@ def test_the_message_has_the_sizes_and_what_halves_them():
     assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in told
     assert "remat = 'full'" in told and "BATCH_SIZE, halved, takes 4 rows" in told
     assert "2 runs share this step" in told
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "has", "lacks"),
+    [
+        ([0, 1], 2, "1 rows at a time", ["num_microbatches", "BATCH_SIZE"]),
+        ([0], 1, "1 rows at a time", ["num_microbatches", "BATCH_SIZE", "two jobs", " 0 rows"]),
+        ([0, 0, 0, 1, 1, 1], 2, "num_microbatches = 6 takes 1 rows", ["num_microbatches = 4"]),
+    ],
+)
+def test_advice_that_cannot_be_followed_is_not_given(rows, parts, has, lacks):
+    told = describe(make(parts), tiny.batch(rows), "RESOURCE_EXHAUSTED")
+    assert has in told and not [word for word in lacks if word in told], told
+    assert "num_partitions" in told and "TASK_FEATURE_LENGTHS" in told
+
+
+def test_the_largest_batch_is_kept():
+    short, long = tiny.batch([0, 1], text=3), tiny.batch([0, 1], text=9)
+    assert larger({}, short) is short and larger(short, long) is larger(long, short) is long
 
 
 def test_other_errors_pass_as_they_are():

@@ -8,6 +8,7 @@ import os
 import signal
 import types
 
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -18,6 +19,7 @@ from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.data import DatasetConfig
 from mpt_jax.optimizers import PromptOptimizer, Schedule
+from mpt_jax.out_of_memory import OutOfMemory
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.no_prompt import NoPrompt
@@ -382,6 +384,37 @@ def test_a_converter_for_another_prompt_length_is_refused(backbone, tmp_path):
         run(backbone, tmp_path / "run", build(MPT(P + 1)))
 
 
+@pytest.mark.parametrize("where", ["train", "read_metrics"])
+def test_a_later_step_that_does_not_fit_is_explained_too(backbone, tmp_path, monkeypatch, where):
+    """Batches have several lengths, so that the first need not be the largest; and a device may
+    tell the host when it reads the metrics."""
+    sound = getattr(Trainer, where)
+
+    def exhausted(trainer, *args):
+        if trainer.step >= 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+        return sound(trainer, *args)
+
+    monkeypatch.setattr(Trainer, where, exhausted)
+    with pytest.raises(OutOfMemory, match="A training step does not fit the memory of a device"):
+        run(backbone, tmp_path)
+
+
+def test_joint_jobs_do_not_take_batches_apart(backbone, tmp_path):
+    """Their one group ends as a whole, so places are of no use, and any order of rows will do."""
+    joint, made = Runs(TASKS), []
+
+    class Seen(Trainer):
+        def __init__(self, **settings):
+            made.append(settings["rows_by_run"])
+            super().__init__(**settings)
+
+    reverse = Runs(TASKS[::-1])
+    data = dataset(reverse, EqualQuotas(BATCH, 1))
+    run(backbone, tmp_path, build(runs=joint), 1, data=data, trainer_cls=Seen)
+    assert made == [False]
+
+
 # --- Runs of one job that end apart ---------------------------------------------------------------
 
 FLEET = Runs(TASKS, groups="independent")
@@ -456,6 +489,20 @@ def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone
     assert set(again) == set(TASKS)
     start = {"artefact": str(tmp_path / "whole" / "artefacts" / "run_a")}
     run(backbone, tmp_path / "next", build(), 2, start)
+
+
+def test_a_fleet_whose_training_is_extended_trains_on(backbone, tmp_path):
+    """Every run had ended, each with its own schedule, so nothing had been left to train."""
+    run_fleet(backbone, tmp_path / "run", 4, totals=(2, 4, 4))
+    first = prompts(tmp_path / "run")
+    run_fleet(backbone, tmp_path / "run", 8, totals=(4, 8, 4))
+    assert endings(tmp_path / "run") == {
+        "run_a": ("finished", 6, 6), "run_b": ("finished", 8, 8), "run_c": ("finished", 4, 4),
+    }  # fmt: skip
+    last = prompts(tmp_path / "run")
+    for name, leaf in first.items():
+        changed = [bool((np.asarray(last[name])[row] != leaf[row]).any()) for row in range(3)]
+        assert changed == [True, True, False], name
 
 
 def test_patience_ends_each_run_and_then_the_job(backbone, tmp_path):

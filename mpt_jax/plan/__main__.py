@@ -50,7 +50,8 @@ def train(**given: Any) -> Job:
         given.get("trainer_cls", train_module.Trainer),
         partitioner.logical_axis_rules,
         partitioner.num_partitions,
-        rows_by_run=sampling.has_equal_shares(given["train_dataset_cfg"]),
+        rows_by_run=given["model"].runs.num_groups > 1
+        and sampling.has_equal_shares(given["train_dataset_cfg"]),
     )  # `read_job` adds the shapes of a mesh over slices
 
 
