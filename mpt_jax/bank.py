@@ -37,7 +37,9 @@ from mpt_jax.tree import flatten, unflatten
 
 GROUPS = "group_of_row"
 PROMPT = "prompt"
-MOST_NAMED = 20  # names that an error lists; of a large bank it gives their number
+# Names that an error lists, with the number of the others; characters of a name that it repeats;
+# the size of a bank up to which it looks for names like that one, which takes time.
+MOST_NAMED, MOST_SHOWN, MOST_COMPARED = 20, 80, 1000
 
 
 class Rows(NamedTuple):
@@ -118,6 +120,7 @@ class Bank:
         # Of those that agree, one that knows its vocabulary.
         known = [each for each in found if each.config["vocabulary_sha256"] is not None]
         self._reference = (known or found)[0]
+        self._served_vocabulary: str | None = None  # that requests are read by
         own = self._reference.method
         self.method = PromptTuning(own.prompt_length) if folded else own
         self._axes = rows_of(self.method) | {GROUPS: "tasks"}
@@ -141,7 +144,12 @@ class Bank:
             ValueError: the artefact disagrees with the bank's, or a name is taken.
         """
         self._check([self._reference, artefact])
+        known, length = artefact.config["vocabulary_sha256"], artefact.method.prompt_length
+        embedding = artefact.config["embedding_sha256"]
+        artefacts.check_belongs(artefact, embedding, self._served_vocabulary, length)
         self._append([(artefact, name)])
+        if self._reference.config["vocabulary_sha256"] is None and known is not None:
+            self._reference = artefact  # the first that knows its vocabulary; others must agree
 
     def row(self, name: str) -> int:
         """The row of a task.
@@ -154,13 +162,15 @@ class Bank:
         return self._rows[name]
 
     def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
-        """Checks that the bank's artefacts were trained on this backbone and vocabulary.
+        """Checks that the bank's artefacts were trained on this backbone and vocabulary, and
+        remembers the vocabulary for those that are added later.
 
         Raises:
             ValueError: shows both values of what differs.
         """
         length = self.method.prompt_length
         artefacts.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
+        self._served_vocabulary = vocabulary_sha256 or self._served_vocabulary
 
     @property
     def config(self) -> dict[str, Any]:
@@ -177,16 +187,6 @@ class Bank:
     def names(self) -> tuple[str, ...]:
         """Of all rows, in their order."""
         return tuple(self._rows)
-
-    @property
-    def num_groups(self) -> int:
-        """G, groups that differ."""
-        return len(self._groups)
-
-    @property
-    def capacity(self) -> int:
-        """K', the rows that there is room for."""
-        return len(self._leaves[GROUPS])
 
     @property
     def nbytes(self) -> int:
@@ -323,8 +323,13 @@ def _taken(name: str, first: str, second: str) -> str:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def _unknown(name: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
+    shown = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 3]}..."
+    close = _close(shown, known) if len(known) <= MOST_COMPARED else []
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"Unknown task {name!r}.{hint} The bank has {_few(known)}."
+    return f"Unknown task {shown!r}.{hint} The bank has {_few(known)}."
+
+
+@functools.lru_cache(maxsize=1024)
+def _close(name: str, known: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=3)

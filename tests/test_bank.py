@@ -59,6 +59,14 @@ def composed(of: Bank, names) -> np.ndarray:
     return np.asarray(bank.compose(of.method, of.arrays, rows))
 
 
+def groups_of(of: Bank) -> int:
+    return len(set(np.asarray(of.arrays[bank.GROUPS])[: len(of.names)].tolist()))
+
+
+def room_of(of: Bank) -> int:
+    return len(of.arrays[bank.GROUPS])
+
+
 # --- Values --------------------------------------------------------------------------------------
 
 
@@ -70,7 +78,7 @@ def test_rows_of_many_artefacts_are_composed_by_the_formula(tmp_path):
     ]
     joined = Bank(found)
     assert joined.names == ("rte", "cb", "wic", "boolq", "mrpc", "qqp")
-    assert joined.num_groups == 4
+    assert groups_of(joined) == 4
     for artefact in found:
         shared, left, right = (
             np.asarray(artefact.params[name]) for name in ("shared", "task_left", "task_right")
@@ -124,7 +132,7 @@ def test_a_task_of_t5_base_takes_868_numbers_and_the_memory_is_the_formula(tmp_p
         for name, count in (("a", 3), ("b", 6))
     ]  # fmt: skip
     joined = Bank(found)
-    assert joined.capacity == 16 and joined.num_groups == 1
+    assert room_of(joined) == 16 and groups_of(joined) == 1
     own = length + width
     assert own == 868
     expected = 4 * (16 * (own + 1) + 1 * length * width)
@@ -155,7 +163,7 @@ def test_groups_that_are_equal_are_kept_once(tmp_path):
         for name, value in (("a", shared), ("b", other), ("c", shared))
     ]
     joined = Bank(found)
-    assert joined.num_groups == 2
+    assert groups_of(joined) == 2
     for artefact in found:
         np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
 
@@ -177,7 +185,7 @@ def test_a_task_that_is_added_below_the_capacity_compiles_nothing(tmp_path):
         found = np.asarray(compiled(joined.arrays, last))
         np.testing.assert_array_equal(found[0], artefact.folded()[0])
         np.testing.assert_array_equal(np.asarray(compiled(before, rows)), kept)
-        sizes.append((joined.capacity, compiled._cache_size()))
+        sizes.append((room_of(joined), compiled._cache_size()))
     assert sizes == [(2, 2), (4, 3), (4, 3), (8, 4), (8, 4), (8, 4), (8, 4), (16, 5)]
 
 
@@ -242,6 +250,21 @@ def test_an_unknown_task_is_told_the_closest_and_not_all_of_ten_thousand(tmp_pat
     assert "and 30 more" in message and "task_040" not in message
 
 
+def test_an_unknown_task_of_a_large_bank_is_answered_at_once(tmp_path, monkeypatch):
+    names = [f"task_{i:04}" for i in range(bank.MOST_COMPARED + 1)]
+    joined = Bank([write(tmp_path / "a", names)])
+    monkeypatch.setattr(bank.difflib, "get_close_matches", None)  # 27 microseconds a name
+    with pytest.raises(ValueError, match=f"'taks_0017'. The bank has .* {len(names) - 20} more"):
+        joined.row("taks_0017")
+
+
+def test_an_unknown_name_is_not_repeated_whole(tmp_path):
+    joined = Bank([write(tmp_path / "a", ["rte"])])
+    with pytest.raises(ValueError) as error:
+        joined.row("x" * 100_000)
+    assert f"'{'x' * 77}...'" in str(error.value) and len(str(error.value)) < 200
+
+
 # --- Artefacts that do not belong together -------------------------------------------------------
 
 
@@ -274,6 +297,28 @@ def test_an_artefact_of_an_unknown_vocabulary_fits(tmp_path):
         write(tmp_path / "b", ["y"]),
     ]
     assert Bank(found).names == ("x", "y")
+
+
+def test_the_first_known_vocabulary_holds_for_all_that_are_added(tmp_path):
+    unknown = write(tmp_path / "a", ["x"], vocabulary_sha256=None)
+    joined, named = Bank([unknown]), write(tmp_path / "b", ["y"])
+    joined.add(named)
+    joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256=None))
+    with pytest.raises(ValueError, match="vocabulary.*differs.*v{64} in .*b; w{64} in .*d"):
+        joined.add(write(tmp_path / "d", ["q"], vocabulary_sha256="w" * 64))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        joined.check_belongs("e" * 64, "w" * 64)
+    assert joined.names == ("x", "y", "z")
+
+
+def test_the_vocabulary_that_requests_are_read_by_holds_for_all_that_are_added(tmp_path):
+    joined = Bank([write(tmp_path / "a", ["x"], vocabulary_sha256=None)])
+    joined.check_belongs("e" * 64, "w" * 64)
+    joined.check_belongs("e" * 64, None)
+    with pytest.raises(ValueError, match="b was trained with another vocabulary: sha256 v{64}"):
+        joined.add(write(tmp_path / "b", ["y"]))
+    assert joined.names == ("x",)
+    joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256="w" * 64))
 
 
 def test_no_artefacts_are_no_bank():
