@@ -1,12 +1,13 @@
-"""Lines as they arrive: as many as are waiting, up to a window, and never waiting for more."""
+"""Lines as they arrive: as many as are waiting or come within 20 ms, up to a window."""
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 
-# Seconds without a line after which what has come is answered.
+# Seconds after the first line of a window in which further ones may come.
 PATIENCE = 0.02
 
 
@@ -14,12 +15,13 @@ def windows(lines: Iterable[bytes], size: int, patience: float = PATIENCE) -> It
     """Lists of 1 to `size` lines, in order.
 
     A thread reads ahead, so a window is whole where lines come faster than they are answered (from
-    a file, say), and one line where somebody types them.
+    a file, say), and one line where somebody types them. Of lines that come steadily but slowly a
+    window has those of its first moments: its first line waits no longer than that.
 
     Args:
         lines: may block between lines.
         size: lines of a window at most; up to two windows are read ahead.
-        patience: seconds to wait for a further line.
+        patience: seconds that the first line of a window waits for others.
 
     Raises:
         OSError: whatever reading raised, after the lines before it.
@@ -38,9 +40,10 @@ def windows(lines: Iterable[bytes], size: int, patience: float = PATIENCE) -> It
     threading.Thread(target=read, daemon=True).start()
     while isinstance(found := waiting.get(), bytes):
         window, last = [found], False
+        until = time.monotonic() + patience
         while len(window) < size and not last:
             try:
-                found = waiting.get(timeout=patience)
+                found = waiting.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
             last = not isinstance(found, bytes)

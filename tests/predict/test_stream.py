@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -30,6 +31,27 @@ def test_a_line_is_not_kept_until_the_next_one_comes():
         if len(found) < len(asked):
             asked[len(found)].set()
     assert found == [b"0", b"1", b"2"]
+
+
+def test_lines_that_come_steadily_do_not_keep_the_first_waiting():
+    def steady():
+        for i in range(20):
+            yield b"%d" % i
+            time.sleep(0.05)
+
+    first, *others = windows(steady(), 100, patience=0.2)
+    assert len(first) < 10
+    assert [*first, *(line for window in others for line in window)] == [
+        b"%d" % i for i in range(20)
+    ]
+
+
+def test_lines_that_wait_are_taken_however_late_it_is():
+    lines = [b"%d" % i for i in range(10)]
+    found = windows(lines, 5, patience=0.0)
+    assert next(found)
+    time.sleep(0.2)  # as an answer takes; the thread reads on
+    assert len(next(found)) == 5
 
 
 def test_an_error_of_reading_comes_after_the_lines_before_it():
