@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mpt_jax import host_memory
 from mpt_jax.bank import Bank, Named
 from mpt_jax.predict import backbone as backbones
 from mpt_jax.predict.functions import Functions
@@ -70,6 +71,7 @@ class Server:
         )
         self._predict = jax.jit(self.functions.predict)
         self._score = jax.jit(self.functions.score)
+        host_memory.keep_freed()  # the weights are in place
 
     @classmethod
     def load(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpt_jax import host_memory
 from mpt_jax.bank import Bank
 from mpt_jax.predict.requests import Failure
 from mpt_jax.predict.server import Limits, Server, buckets
@@ -117,6 +118,13 @@ def test_buckets_double_up_to_the_limit():
     assert buckets(16, 100) == [16, 32, 64, 100]
     assert buckets(1, 32, 4) == [1, 4, 16, 32]
     assert buckets(16, 16) == buckets(32, 16) == [16]
+
+
+def test_a_server_keeps_the_memory_of_its_batches(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(host_memory, "keep_freed", lambda: kept.append("freed memory"))
+    served.server(tmp_path / "artefact")
+    assert kept == ["freed memory"]
 
 
 def test_sizes_are_positive():
