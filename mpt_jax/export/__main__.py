@@ -18,7 +18,7 @@ from absl import logging
 
 from mpt_jax import compilation_cache
 from mpt_jax.bank import Bank, Named
-from mpt_jax.export.writing import Settings, write
+from mpt_jax.export.writing import Settings, check_new, write
 from mpt_jax.predict import backbone
 from mpt_jax.predict.__main__ import add_model_arguments
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.target_length,
             not args.without_weights,
         )
+        check_new(Path(args.out))
         bank = Bank.load([Named.parse(text) for text in args.prompts], args.folded)
         found = backbone.load(
             bank,

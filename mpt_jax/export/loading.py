@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
-from safetensors.flax import load_file
+from safetensors import deserialize
 
 CONFIG = "config.json"
 BACKBONE = "backbone.safetensors"
 PROMPTS = "prompts.safetensors"
 FORMAT = 1
+MOST_NAMED = 20  # names that an error lists
+# Of all that is written; safetensors' own reading of bytes, other than of files, has no bfloat16.
+DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "I32": np.int32}
 
 
 class Exported:
@@ -60,7 +64,10 @@ class Exported:
     def row(self, name: str) -> int:
         """The row of a task; raises ValueError where there is none."""
         if name not in self.names:
-            raise ValueError(f"Unknown task {name!r}; the export has {', '.join(self.names)}.")
+            others = len(self.names) - MOST_NAMED
+            more = f" and {others} more" if others > 0 else ""
+            listed = ", ".join(self.names[:MOST_NAMED])
+            raise ValueError(f"Unknown task {name!r}; the export has {listed}{more}.")
         return self.names.index(name)
 
     def predict(self, texts: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[Any, Any]:
@@ -70,6 +77,9 @@ class Exported:
         Args:
             texts: B lists of token ids, each with its end-of-sequence id.
             rows: B rows.
+
+        Raises:
+            ValueError: there is no such row, or a text is too long.
         """
         return self._call("predict", texts, rows)
 
@@ -79,13 +89,19 @@ class Exported:
         targets: Sequence[Sequence[int]],
         rows: Sequence[int],
     ) -> Any:
-        """Log probability [B] of a target for each text, in nats."""
+        """Log probability [B] of a target for each text, in nats; raises as `predict` does."""
         length = self.config["target_length"]
         return self._call("score", texts, rows, _padded(targets, length, "targets"))
 
     def _call(
         self, name: str, texts: Sequence[Sequence[int]], rows: Sequence[int], *others: np.ndarray
     ) -> Any:
+        # The function would take a row of zeros for any other.
+        if wrong := [row for row in rows if not 0 <= row < len(self.names)]:
+            raise ValueError(
+                f"There is no row {wrong[0]}: the rows of the {len(self.names)} tasks count from 0 "
+                "on, in the order of `names`."
+            )
         lengths = sorted(length for of, length in self._functions if of == name)
         longest = max(map(len, texts))
         length = next((n for n in lengths if n >= longest), lengths[-1])
@@ -102,8 +118,10 @@ class Exported:
                 f"There is no {path}. Where a folder was written --without-weights, give another "
                 "export's backbone.safetensors."
             )
-        self._checked(path, name)
-        return load_file(path)
+        return {
+            leaf: jnp.asarray(np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]))
+            for leaf, x in deserialize(self._checked(path, name))
+        }
 
     def _checked(self, path: Path, name: str) -> bytes:
         found = path.read_bytes()

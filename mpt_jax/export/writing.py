@@ -77,6 +77,7 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
     Raises:
         FileExistsError: the folder is there.
     """
+    check_new(folder)
     config = dataclasses.replace(backbone.config, fused_attention=False)
     made = Functions(config, bank.method, settings.target_length, backbone.vocabulary)
     arguments = {"backbone": _flat(backbone.params), "prompts": _flat(bank.arrays)}
@@ -113,6 +114,12 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
         (scratch / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
         (scratch / README).write_text(readme(record, settings.weights))
     return record
+
+
+def check_new(folder: Path) -> None:
+    """Raises FileExistsError where a folder is there, before any work is done for it."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already and is not overwritten.")
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
@@ -161,7 +168,9 @@ need JAX and safetensors, and no MPT-JAX. Attention is by plain operations on ev
 | `{CONFIG}` | names of tasks; sha256 of all files, of embedding and vocabulary |
 {"" if weights else WITHOUT_WEIGHTS}
 Any number of rows goes into one call, each of any task. Texts and targets end with id {eos} and are
-padded with 0. Prompts are arguments: others of the same shapes may be given.
+padded with 0. Prompts are arguments: others of the same shapes may be given. Rows are those of
+`names`, 0 to {tasks - 1}. The functions check none: another row is no error but a prompt of zeros,
+or another task's. `mpt_jax.export.load` refuses it.
 
 ```python
 import json

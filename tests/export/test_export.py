@@ -203,6 +203,53 @@ def test_what_was_changed_or_is_missing_is_said(folder, tmp_path):
         export.load(tmp_path)
 
 
+@pytest.mark.parametrize("row", [-1, 3, 1000])
+def test_rows_of_no_task_are_refused(row, folder):
+    loaded = export.load(folder / "exported")  # of three tasks, in a bank with room for four
+    with pytest.raises(ValueError, match=f"no row {row}: the rows of the 3 tasks"):
+        loaded.predict([ids("ok"), ids("ok")], [2, row])
+    with pytest.raises(ValueError, match=f"no row {row}"):
+        loaded.score([ids("ok")], [ids("a")], [row])
+    readme = (folder / "exported" / "README.md").read_text()
+    assert "0 to 2" in readme and "a prompt of zeros" in readme
+
+
+def test_an_unknown_task_is_not_told_ten_thousand_names(folder):
+    loaded = export.load(folder / "exported")
+    loaded.names = [f"task_{i:05}" for i in range(10_000)]
+    with pytest.raises(ValueError, match="task_00019 and 9980 more") as error:
+        loaded.row("delta")
+    assert len(str(error.value)) < 400
+
+
+def test_the_bytes_that_are_checked_are_those_that_are_loaded(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "exported", copy)
+    whole = Path.read_bytes
+
+    def changed_afterwards(path):
+        found = whole(path)
+        path.write_bytes(found[:-4] + b"\xff\xff\xff\x7f")
+        return found
+
+    before = export.load(folder / "exported")
+    monkeypatch.setattr(Path, "read_bytes", changed_afterwards)
+    after = export.load(copy)
+    for mine, theirs in ((after.backbone, before.backbone), (after.prompts, before.prompts)):
+        jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
+def test_a_folder_that_exists_is_refused_before_any_work(folder, tmp_path, monkeypatch, capsys):
+    bank = Bank([served.artefact(tmp_path / "artefact")])
+    monkeypatch.setattr("mpt_jax.export.writing.Functions", None)
+    with pytest.raises(FileExistsError, match="exported exists already"):
+        write(folder / "exported", bank, served.backbone(), SETTINGS)
+    monkeypatch.setattr(Bank, "load", None)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--prompts", "none", "--out", str(folder / "exported")])
+    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown platforms \['gpu'\]; known are cpu, tpu, cuda"):
         Settings(("gpu",))
