@@ -40,7 +40,8 @@ class Ending:
         run, task: its names.
         state: `'failed'` where a number was not finite; `'finished'` where its schedule or its
             patience ended; `'trained'` where it trained until the job ended.
-        step: how many steps it took.
+        step: the job's step when it left the training; of a job that was never extended, how many
+            steps it took.
         best_step: the step that its artefact is from; None where it hands on nothing.
         score: at that step; None where steps are not selected.
     """
@@ -53,14 +54,20 @@ class Ending:
     score: float | None
 
 
-def endings(evaluator: Evaluation) -> list[Ending]:
-    """How each run of a job fared."""
+def endings(evaluator: Evaluation, all_failed: bool = False) -> list[Ending]:
+    """How each run of a job fared.
+
+    Args:
+        evaluator: of the job.
+        all_failed: whether the job stops because no run is left that has not failed. The last of
+            them fail by a step that is not taken, so the state does not say so.
+    """
     trainer, best = evaluator.trainer, evaluator.best
-    runs, found = trainer.model.runs, []
+    runs, found, last = trainer.model.runs, [], int(trainer.state.step)
     scores = best.best_group_scores() if best else [math.nan] * runs.num_groups
     for run, task, group in zip(runs.run_names, runs.task_names, runs.group_of_row, strict=True):
-        failed, ended = bool(trainer.failed[group]), int(trainer.ended[group])
-        step = ended if ended >= 0 else trainer.step
+        failed, ended = all_failed or bool(trainer.failed[group]), int(trainer.ended[group])
+        step = ended if ended >= 0 else last
         chosen = best.best_step[group] if best else -1
         if chosen < 0:
             chosen = None if failed else step
@@ -93,11 +100,13 @@ def report(model_dir: str, found: Sequence[Ending]) -> None:
 
 
 def all_ended(model_dir: str | os.PathLike[str]) -> bool:
-    """Whether a job has ended because none of its runs would learn any more."""
+    """Whether a job has ended because none of its runs would learn any more. One whose runs have
+    all failed has ended in an error."""
     path = epath.Path(model_dir) / FLEET
     if not path.exists():
         return False
-    return all(run["state"] != TRAINED for run in json.loads(path.read_text())["runs"])
+    states = {run["state"] for run in json.loads(path.read_text())["runs"]}
+    return TRAINED not in states and FINISHED in states
 
 
 def take(
@@ -137,6 +146,7 @@ def write_artefacts(
     loaded: Loaded,
     backbone: str,
     facts: model_card.Facts,
+    all_failed: bool = False,
 ) -> None:
     """Writes the artefacts of a job that has ended, and its report; for one process.
 
@@ -147,20 +157,22 @@ def write_artefacts(
         loaded: what the job started from.
         backbone: its name.
         facts: what model cards say.
+        all_failed: see `endings`.
     """
-    found = endings(evaluator)
+    found = endings(evaluator, all_failed)
     report(model_dir, found)
     kept = [row for row, ending in enumerate(found) if ending.best_step is not None]
     folders = {ARTEFACT: kept} if kept else {}
     if evaluator.trainer.model.runs.num_groups > 1:
         folders |= {f"{ARTEFACTS}/{found[row].run}": [row] for row in kept}
     for folder, rows in folders.items():
-        _write(epath.Path(model_dir) / folder, evaluator, prompt, loaded, backbone, facts, rows)
+        path, step = epath.Path(model_dir) / folder, max(found[row].best_step or 0 for row in rows)
+        _write(path, evaluator, prompt, loaded, backbone, facts, rows, step)
     if kept:
         logging.info("Prompt artefact: %s", epath.Path(model_dir) / ARTEFACT)
 
 
-def _write(
+def _write(  # noqa: PLR0913 - what an artefact is made of
     folder: epath.Path,
     evaluator: Evaluation,
     prompt: Params,
@@ -168,18 +180,29 @@ def _write(
     backbone: str,
     facts: model_card.Facts,
     rows: Sequence[int],
+    step: int,
 ) -> None:
+    """One artefact. A job may have thousands, so that nothing here reads all runs of the job but
+    where they all are written."""
     model, best = evaluator.trainer.model, evaluator.best
     params, runs, groups = take(model, prompt, rows)
-    of_runs = lambda table: {run: x for run, x in table.items() if run in runs.run_names}  # noqa: E731
+    of_runs = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731
     metrics: dict[str, Any] = {"scores": of_runs(evaluator.best_scores())}
-    found = endings(evaluator)
     if best is not None:
-        scores = best.best_group_scores()
         metrics |= {
             "best_step": [best.best_step[group] for group in groups],
-            "best_score": [scores[group] for group in groups],
+            "best_score": [best.best_score(group) for group in groups],
         }
+    if len(rows) < model.runs.num_rows:
+        learnt = flatten(evaluator.trainer.state.trainable)
+        own = [leaf for name, leaf in flatten(params).items() if f"prompt/{name}" in learnt]
+        facts = dataclasses.replace(
+            facts,
+            data=of_runs(facts.data),
+            trained_on=of_runs(facts.trained_on),
+            evaluated=of_runs(facts.evaluated),
+            trained_numbers=sum(np.size(leaf) for leaf in own),
+        )
     artefacts.save_artefact(
         folder,
         model.prompt,
@@ -188,16 +211,9 @@ def _write(
         embedding_sha256=loaded.embedding_sha256,
         vocabulary_sha256=loaded.vocabulary_sha256,
         backbone=backbone,
-        step=max(found[row].best_step or 0 for row in rows),
+        step=step,
         metrics=metrics,
         started_from=loaded.started_from,
         include_folded=True,
-        facts=dataclasses.replace(
-            facts,
-            data=of_runs(facts.data),
-            trained_on=of_runs(facts.trained_on),
-            evaluated=of_runs(facts.evaluated),
-        )
-        if len(rows) < model.runs.num_rows
-        else facts,
+        facts=facts,
     )

@@ -187,11 +187,13 @@ class SelectBest:
 
     def best_group_scores(self) -> list[float]:
         """Each group's best score [G]; NaN where it was not evaluated."""
-        found = [
-            self.history[step][group] if step >= 0 else None
-            for group, step in enumerate(self.best_step)
-        ]
-        return [math.nan if score is None else score for score in found]
+        return [self.best_score(group) for group in range(len(self.best_step))]
+
+    def best_score(self, group: int) -> float:
+        """A group's best score; NaN where it was not evaluated."""
+        step = self.best_step[group]
+        score = self.history[step][group] if step >= 0 else None
+        return math.nan if score is None else score
 
     @property
     def over(self) -> list[bool]:

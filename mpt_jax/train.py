@@ -208,6 +208,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             logging.info("All runs of %s have ended; nothing is left to train.", model_dir)
         is_due = lambda period: bool(period) and trainer.step % period == 0  # noqa: E731
         stop, largest = False, {}
+        configs = (train_dataset_cfg, infer_eval_dataset_cfg)
         with stop_requests() as request:
             try:
                 # A run that was killed after a save and before the evaluation of that step makes up
@@ -246,6 +247,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
                     evaluator.run()
             except NonFiniteLoss:
                 save_checkpoint()
+                if model.runs.num_groups > 1:
+                    hand_on(model_dir, loaded, origins, evaluator, *configs, all_failed=True)
                 raise
             except jax.errors.JaxRuntimeError as error:
                 end_without_peers(error)
@@ -259,7 +262,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
             sys.exit(request.exit_code)
 
-        hand_on(model_dir, loaded, origins, evaluator, train_dataset_cfg, infer_eval_dataset_cfg)
+        hand_on(model_dir, loaded, origins, evaluator, *configs)
         return evaluator.scores
 
 
@@ -289,15 +292,18 @@ def hand_on(
     evaluator: Evaluation,
     train_cfg: data.DatasetConfig,
     infer_cfg: data.DatasetConfig | None,
+    all_failed: bool = False,
 ) -> None:
-    """Writes what a finished run leaves to others: its prompts, and a backbone that has learnt."""
+    """Writes what a finished run leaves to others: its prompts, and a backbone that has learnt; of
+    several groups that have all failed, those that were at their best before."""
     params, step = to_host(evaluator.best_params()), evaluator.best_step()
     if jax.process_index() != 0:
         return
     if "prompt" in params:
         facts = card_facts(train_cfg, infer_cfg, evaluator)
         prompt = params["prompt"]
-        handing_on.write_artefacts(model_dir, evaluator, prompt, loaded, origins.name, facts)
+        name = origins.name
+        handing_on.write_artefacts(model_dir, evaluator, prompt, loaded, name, facts, all_failed)
     if any(re.fullmatch(BACKBONE, name) for name in flatten(evaluator.trainer.state.trainable)):
         backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
         folder = epath.Path(model_dir) / TRAINED_BACKBONE

@@ -14,7 +14,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax import artefacts, checkpoints, features, losses, models, train_state
+from mpt_jax import artefacts, checkpoints, features, handing_on, losses, models, train_state
 from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.data import DatasetConfig
@@ -503,6 +503,29 @@ def test_a_fleet_whose_training_is_extended_trains_on(backbone, tmp_path):
     for name, leaf in first.items():
         changed = [bool((np.asarray(last[name])[row] != leaf[row]).any()) for row in range(3)]
         assert changed == [True, True, False], name
+
+
+def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, monkeypatch):
+    too_high, read, sound = (1e38, 1e38, 1e38), [], handing_on.endings
+    monkeypatch.setattr(handing_on, "endings", lambda *args: read.append(1) or sound(*args))
+    with pytest.raises(NonFiniteLoss):
+        run_fleet(backbone, tmp_path / "none", peaks=too_high)
+    assert set(endings(tmp_path / "none").values()) == {("failed", 1, None)}
+    assert not (tmp_path / "none" / "artefact").exists()
+    folder = tmp_path / "some"
+    run_fleet(backbone, folder, 2, patience=9)
+    first = prompts(folder)
+    with pytest.raises(NonFiniteLoss):
+        run_fleet(backbone, folder, patience=9, peaks=too_high)
+    assert set(endings(folder).values()) == {("failed", 3, 2)} and not handing_on.all_ended(folder)
+    assert_same_bits(prompts(folder), first)
+    assert artefacts.load_artefact(folder / "artefacts" / "run_b").config["step"] == 2
+    assert len(read) == 3, "once for each job, however many artefacts it leaves"
+    # The card of a run tells what it learnt itself.
+    for name, runs in (("artefact", 3), ("artefacts/run_b", 1)):
+        card = (folder / name / "README.md").read_text()
+        count = sum(leaf.size for leaf in first.values()) // 3 * runs
+        assert f"| numbers that were trained | {count:,} |" in card
 
 
 def test_patience_ends_each_run_and_then_the_job(backbone, tmp_path):
