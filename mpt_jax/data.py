@@ -20,7 +20,7 @@ from mpt_jax.features import TASK_IDS
 from mpt_jax.iterators import Batches, Share, TrainIterator
 from mpt_jax.length_buckets import LengthBuckets
 from mpt_jax.runs import unknown_name
-from mpt_jax.sampling import EqualQuotas, TaskMixture
+from mpt_jax.sampling import TaskMixture, equal_shares
 
 _WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 
@@ -150,18 +150,12 @@ def get_dataset(
         trim_output_features=cfg.trim_output_features,
     )
     if cfg.by_length:
-        dataset = by_length(dataset, rows, _equal_shares(provider), cfg.seed or 0)
+        dataset = by_length(dataset, rows, equal_shares(provider) or 1, cfg.seed or 0)
     dataset = converter(dataset, dict(cfg.task_feature_lengths or {}))
     dataset = dataset.batch(rows, drop_remainder=True)
     if isinstance(provider, TaskMixture):
         check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
     return dataset
-
-
-def _equal_shares(provider: Any) -> int:
-    """How many tasks have an equal share of every batch each; 1 where shares vary."""
-    sampler = getattr(provider, "sampler", None)
-    return len(provider.task_names) if isinstance(sampler, EqualQuotas) else 1
 
 
 def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int) -> tf.data.Dataset:

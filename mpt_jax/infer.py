@@ -304,15 +304,12 @@ def _lines(
     """One line of JSON for each example of some batches of `rows`, in their order."""
     texts, features = jax.tree.map(lambda x: x.numpy(), window)
     share = Share(rows, jax.process_count(), jax.process_index())
-    lengths = length_buckets.encoder_lengths(features)
     answers: dict[int, dict[str, Any]] = {}
-    for chosen in length_buckets.sorted_batches(lengths, rows):
-        batch = {name: value[chosen] for name, value in features.items()}
-        batch = buckets.cut(batch, targets=False) if buckets else batch
+    for chosen, batch in length_buckets.batches_of(features, rows, buckets, targets=False):
         outputs = function(share.of(batch))
         for row, number in enumerate(chosen.tolist()):
             answers[number] = _answer(outputs, row, mode, vocabulary)
-    for number in range(len(lengths)):
+    for number in range(len(answers)):
         inputs = {name: value[number].decode() for name, value in texts.items()}
         yield json.dumps({"inputs": inputs} | answers[number])
 

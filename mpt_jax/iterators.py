@@ -178,18 +178,12 @@ class Batches:
         first = 0
         for window in self._windows.as_numpy_iterator():
             rows = dict(window)
-            for chosen, batch in self._batches_of(rows):
+            batches = length_buckets.batches_of(
+                rows, self._share.batch_size, self._buckets, self._cut_targets
+            )
+            for chosen, batch in batches:
                 yield first + chosen, self._share.of(batch)
             first += len(rows["decoder_target_tokens"])
-
-    def _batches_of(self, rows: Batch) -> Iterator[tuple[np.ndarray, Batch]]:
-        if self._buckets is None:
-            yield np.arange(len(rows["decoder_target_tokens"])), rows
-            return
-        lengths = length_buckets.encoder_lengths(rows)
-        for chosen in length_buckets.sorted_batches(lengths, self._share.batch_size):
-            picked = {name: value[chosen] for name, value in rows.items()}
-            yield chosen, self._buckets.cut(picked, self._cut_targets)
 
 
 def fill(array: np.ndarray, rows: int) -> np.ndarray:

@@ -123,6 +123,31 @@ def sorted_batches(
         yield from (order[at : at + batch_size] for at in range(0, len(order), batch_size))
 
 
+def batches_of(
+    rows: Batch, batch_size: int, buckets: LengthBuckets | None, targets: bool = True
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """The batches of some rows that are at hand: sorted by length and cut, or in their own order
+    where there are no buckets.
+
+    Args:
+        rows: unpacked, of full length where there are buckets.
+        batch_size: rows of a batch; the last may have fewer.
+        buckets: the lengths that batches are cut to.
+        targets: see `LengthBuckets.cut`.
+
+    Yields:
+        The numbers of a batch's rows, and the batch.
+    """
+    if buckets is None:
+        numbers = np.arange(len(rows["encoder_input_tokens"]))
+        chunks = (numbers[at : at + batch_size] for at in range(0, len(numbers), batch_size))
+    else:
+        chunks = sorted_batches(encoder_lengths(rows), batch_size)
+    for chosen in chunks:
+        batch = {name: value[chosen] for name, value in rows.items()}
+        yield chosen, buckets.cut(batch, targets) if buckets else batch
+
+
 def _used(real: np.ndarray) -> np.ndarray:
     """One more than the last true position of each row; 0 where there is none."""
     return np.where(real.any(axis=1), real.shape[1] - real[:, ::-1].argmax(axis=1), 0)

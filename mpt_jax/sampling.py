@@ -258,10 +258,17 @@ class TaskMixture(seqio.Mixture):
         return np.array([self._rates[name] for name in self.task_names], np.float64)
 
 
+def equal_shares(provider: Any) -> int | None:
+    """How many tasks have an equal share of every batch each, one after the other; None where
+    shares vary."""
+    sampler = getattr(provider, "sampler", None)
+    return len(provider.task_names) if isinstance(sampler, EqualQuotas) else None
+
+
 def has_equal_shares(cfg: Any) -> bool:
     """Whether every batch of a `DatasetConfig` holds its tasks one after the other, each with as
     many rows."""
-    return isinstance(getattr(cfg.provider(), "sampler", None), EqualQuotas) and not cfg.pack
+    return equal_shares(cfg.provider()) is not None and not cfg.pack
 
 
 def task_mixture(
