@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ from safetensors.numpy import load, save
 
 import mpt_jax
 from mpt_jax import model_card
-from mpt_jax.prompts.base import PromptMethod, fold, get_method
+from mpt_jax.prompts.base import PromptMethod, fold, get_method, plain_prompts
+from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Params
 from mpt_jax.tree import flatten, match_exactly, unflatten
@@ -34,6 +35,7 @@ from mpt_jax.tree import flatten, match_exactly, unflatten
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+MOST_NAMED = 20  # names that an error lists, with the number of the others
 # What a reader needs of config.json; the rest is for people.
 FIELDS = (
     "method",
@@ -66,9 +68,19 @@ class Artefact:
     params: dict[str, Any]
     config: dict[str, Any]
 
+    @property
+    def prompt_length(self) -> int:
+        """P, of the longest of its prompts."""
+        return max(self.method.prompt_lengths(self.runs))
+
     def folded(self) -> np.ndarray:
-        """[K, P, H], one plain prompt per row."""
+        """[K, P, H], one plain prompt per row; raises what `prompts.base.fold` does."""
         return np.asarray(fold(self.method, self.params, self.runs))
+
+    def plain(self) -> list[np.ndarray]:
+        """The plain prompt [P, H] of each row, of its own length; raises ValueError where prompts
+        depend on the text."""
+        return plain_prompts(self.method, self.params, self.runs)
 
 
 def embedding_digest(embedding: Any) -> str:
@@ -126,14 +138,15 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         step: the training step the parameters are from.
         metrics: what was measured of them, JSON values.
         started_from: digest of the artefact they started from, and which of its rows.
-        include_folded: also writes each row's plain prompt.
+        include_folded: also writes each row's plain prompt, where it has one.
         facts: what the model card says beside these.
     """
     path = epath.Path(path)
+    method, params = method.release(unflatten(flatten(params)))
     tensors = {f"factors/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
-    if include_folded:
-        folded = np.asarray(fold(method, params, runs))
-        tensors |= {f"folded/{run}": folded[i] for i, run in enumerate(runs.run_names)}
+    if include_folded and not method.reads_text:
+        plain = plain_prompts(method, params, runs)
+        tensors |= dict(zip((f"folded/{run}" for run in runs.run_names), plain, strict=True))
     prompts = save(tensors)
     config = {
         "format": FORMAT,
@@ -247,8 +260,80 @@ def check_belongs(
             f"The prompt artefact {artefact.path} was trained with another vocabulary: sha256 "
             f"{vocabulary}, this run's is {vocabulary_sha256}."
         )
-    if artefact.method.prompt_length != prompt_length:
+    if artefact.prompt_length != prompt_length:
         raise ValueError(
-            f"The prompt artefact {artefact.path} has prompts of {artefact.method.prompt_length} "
+            f"The prompt artefact {artefact.path} has prompts of {artefact.prompt_length} "
             f"positions and this run's have {prompt_length}; they must agree (PROMPT_LENGTH)."
         )
+
+
+def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
+    """Checks that artefacts fit one bank.
+
+    Args:
+        found: at least one.
+        folded: whether their methods and lengths may differ.
+
+    Raises:
+        ValueError: names the artefacts by the value of what they disagree on.
+    """
+    facts = {
+        "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
+        "vocabulary (sha256)": lambda x: x.config["vocabulary_sha256"],
+    }
+    if not folded:
+        facts["prompt length"] = lambda x: x.prompt_length
+        facts["method"] = lambda x: f"{x.method.name} {json.dumps(x.method.config())}"
+    for what, value_of in facts.items():
+        folders: dict[Any, list[str]] = {}
+        for artefact in found:
+            value = value_of(artefact)
+            if value is not None:  # artefacts of a vocabulary that nobody recorded
+                folders.setdefault(value, []).append(artefact.path)
+        if len(folders) > 1:
+            values = "; ".join(f"{value} in {few(paths)}" for value, paths in folders.items())
+            may_differ = what in ("method", "prompt length")
+            hint = f" Plain prompts of several {what}s go together: fold them." * may_differ
+            raise ValueError(
+                f"These artefacts do not fit one bank, their {what} differs: {values}.{hint}"
+            )
+
+
+def few(names: Sequence[str]) -> str:
+    """Some names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def joined(found: Sequence[Artefact]) -> Artefact:
+    """Artefacts of one backbone and one length as one, of plain prompts: the rows of all.
+
+    Raises:
+        ValueError: they disagree, or two rows have one name; names the artefacts.
+    """
+    if len(found) == 1:
+        return found[0]
+    check_agree(found, folded=True)
+    lengths: dict[int, list[str]] = {}
+    paths: dict[str, str] = {}
+    for artefact in found:
+        lengths.setdefault(artefact.prompt_length, []).append(artefact.path)
+        for run in artefact.runs.run_names:
+            if run in paths:
+                raise ValueError(
+                    f"{paths[run]} and {artefact.path} both hold a prompt of {run!r}; leave one "
+                    "of them out."
+                )
+            paths[run] = artefact.path
+    if len(lengths) > 1:
+        told = "; ".join(f"{length} in {few(where)}" for length, where in lengths.items())
+        raise ValueError(f"These artefacts cannot be started from together, P differs: {told}.")
+    runs = Runs(
+        [task for artefact in found for task in artefact.runs.task_names],
+        [run for artefact in found for run in artefact.runs.run_names],
+        "independent",
+    )
+    method = PromptTuning(found[0].prompt_length)
+    table = jnp.concatenate([artefact.folded() for artefact in found])
+    path = few([artefact.path for artefact in found])
+    return Artefact(path, method, runs, {"table": table}, found[0].config)

@@ -10,7 +10,8 @@ depend on how many others there are. K tasks in G groups take
 
 with n numbers of a task's own (MPT of rank R: R (P + H), which is 868 for P = 100, H = 768, R = 1),
 m of a group's (MPT: P H), and the number of its group. Groups whose values are the same, bit for
-bit, are kept once, as where many artefacts were trained on one frozen P*.
+bit, are kept once, as where many artefacts were trained on one frozen P*. What belongs to neither
+(ATTEMPT's frozen sources) must be the same in all artefacts, and is kept once.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax import artefacts
-from mpt_jax.artefacts import Artefact
-from mpt_jax.prompts.base import PromptMethod, rows_of
+from mpt_jax.artefacts import Artefact, few
+from mpt_jax.prompts.base import Given, PromptMethod, rows_of
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Float, Int, Params
 from mpt_jax.tree import flatten, unflatten
 
 GROUPS = "group_of_row"
+LENGTHS = "prompt_lengths"
 PROMPT = "prompt"
-# Names that an error lists, with the number of the others; characters of a name that it repeats;
-# the size of a bank up to which it looks for names like that one, which takes time.
-MOST_NAMED, MOST_SHOWN, MOST_COMPARED = 20, 80, 1000
+# Characters of a name that an error repeats; the size of a bank up to which it looks for names like
+# that one, which takes time.
+MOST_SHOWN, MOST_COMPARED = 80, 1000
 
 
 class Rows(NamedTuple):
@@ -77,26 +79,32 @@ class Named(NamedTuple):
         return cls(folder, name)
 
 
-def compose(method: PromptMethod, arrays: Params, rows: Int[Array, " B"]) -> Float[Array, "B P H"]:
+def compose(
+    method: PromptMethod,
+    arrays: Params,
+    rows: Int[Array, " B"],
+    pooled: Float[Array, "B H"] | None = None,
+) -> Float[Array, "B P H"]:
     """The prompts of some rows of a bank; for use in a compiled function.
 
     Args:
         method: the bank's.
         arrays: the bank's.
         rows: which.
+        pooled: of the texts they stand before, for a method that reads them.
     """
     leaves, axes = flatten(arrays), rows_of(method)
     by_group = [leaf for name, leaf in leaves.items() if axes.get(name) == "groups"]
     # Composing asks for nothing else of `Runs`.
     known: Any = Rows(arrays[GROUPS], len(by_group[0]) if by_group else 1)
-    return method.compose(arrays[PROMPT], known, rows)
+    return method.compose(arrays[PROMPT], known, rows, Given(pooled))
 
 
 class Bank:
     """Prompts of many tasks, by name.
 
     Args:
-        found: artefacts of one backbone, vocabulary, prompt length and method.
+        found: artefacts of one backbone, vocabulary, and unless folded prompt length and method.
         names: what the rows of each are called, as in `Named`; default their own names.
         folded: keeps plain prompts [P, H] in place of the method's factors: more memory, and
             artefacts of several methods side by side.
@@ -104,10 +112,10 @@ class Bank:
     Attributes:
         method: the prompt method; of a folded bank prompt tuning.
         folded: as given.
+        lengths_differ: whether rows have prompts of several lengths; `arrays` then has them.
 
     Raises:
-        ValueError: no artefacts; artefacts that disagree; two rows of one name; parameters that
-            are neither a task's nor a group's.
+        ValueError: no artefacts; artefacts that disagree; two rows of one name.
     """
 
     def __init__(
@@ -121,9 +129,11 @@ class Bank:
         known = [each for each in found if each.config["vocabulary_sha256"] is not None]
         self._reference = (known or found)[0]
         self._served_vocabulary: str | None = None  # that requests are read by
-        own = self._reference.method
-        self.method = PromptTuning(own.prompt_length) if folded else own
-        self._axes = rows_of(self.method) | {GROUPS: "tasks"}
+        own, longest = self._reference.method, max(each.prompt_length for each in found)
+        self.method = PromptTuning(longest) if folded else own
+        lengths = {n for each in found for n in each.method.prompt_lengths(each.runs)}
+        self.lengths_differ = len(lengths) > 1
+        self._axes = rows_of(self.method) | {GROUPS: "tasks", LENGTHS: "tasks"}
         self._folders: dict[str, str] = {}  # name -> folder, in the order of rows
         self._rows: dict[str, int] = {}
         self._groups: dict[bytes, int] = {}  # digest of a group's values -> group
@@ -144,9 +154,15 @@ class Bank:
             ValueError: the artefact disagrees with the bank's, or a name is taken.
         """
         self._check([self._reference, artefact])
-        known, length = artefact.config["vocabulary_sha256"], artefact.method.prompt_length
+        known, length = artefact.config["vocabulary_sha256"], artefact.prompt_length
         embedding = artefact.config["embedding_sha256"]
         artefacts.check_belongs(artefact, embedding, self._served_vocabulary, length)
+        longest = self.method.prompt_length
+        if length > longest or not self.lengths_differ and length < longest:
+            raise ValueError(
+                f"{artefact.path} has prompts of {length} positions, and the bank was made for "
+                f"{longest}; load it together with the others."
+            )
         self._append([(artefact, name)])
         if self._reference.config["vocabulary_sha256"] is None and known is not None:
             self._reference = artefact  # the first that knows its vocabulary; others must agree
@@ -168,7 +184,7 @@ class Bank:
         Raises:
             ValueError: shows both values of what differs.
         """
-        length = self.method.prompt_length
+        length = self._reference.prompt_length
         artefacts.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
         self._served_vocabulary = vocabulary_sha256 or self._served_vocabulary
 
@@ -179,8 +195,9 @@ class Bank:
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """{'prompt': the method's parameters, 'group_of_row': [K']}, on the device. What was taken
-        from here stays as it is when the bank grows."""
+        """{'prompt': the method's parameters, 'group_of_row': [K'], and where they differ
+        'prompt_lengths': [K']}, on the device. What was taken from here stays as it is when the
+        bank grows."""
         return unflatten(self._leaves)
 
     @property
@@ -196,22 +213,28 @@ class Bank:
     def digest(self) -> str:
         """sha256 of the rows' names and values."""
         counts = {"tasks": len(self._rows), "groups": len(self._groups)}
-        kept = {name: x[: counts[self._axes[name]]] for name, x in self._leaves.items()}
+        kept = {
+            name: x[: counts[self._axes[name]]] if name in self._axes else x
+            for name, x in self._leaves.items()
+        }
         record = json.dumps([list(self._rows), artefacts.digest(kept)])
         return hashlib.sha256(record.encode()).hexdigest()
 
     # --- Rows ------------------------------------------------------------------------------------
 
     def _check(self, found: Sequence[Artefact]) -> None:
-        check_agree(found, self.folded)
-        without_rows = set(flatten(found[0].params)) - {
-            name.removeprefix(f"{PROMPT}/") for name in rows_of(found[0].method)
-        }
-        if without_rows and not self.folded:
-            raise ValueError(
-                f"The method {found[0].method.name!r} has parameters that belong to no row, "
-                f"{sorted(without_rows)}, so artefacts cannot be joined; fold the bank."
-            )
+        artefacts.check_agree(found, self.folded)
+        if self.folded:
+            return
+        first, rows = flatten(found[0].params), rows_of(found[0].method)
+        for name in (name for name in first if f"{PROMPT}/{name}" not in rows):
+            for artefact in found[1:]:
+                if not np.array_equal(first[name], flatten(artefact.params)[name]):
+                    raise ValueError(
+                        f"{found[0].path} and {artefact.path} differ in {name!r}, which all tasks "
+                        f"of a bank of {artefact.method.name!r} share: they were not trained with "
+                        "the same source prompts, and need a bank each."
+                    )
 
     def _append(self, found: Sequence[tuple[Artefact, str]]) -> None:
         """Joins all parts first, then writes; so an error leaves the bank as it was."""
@@ -226,15 +249,18 @@ class Bank:
                 blocks.setdefault(leaf, []).append(values)
         first = {"tasks": len(self._folders), "groups": len(self._groups)}
         for leaf, parts in blocks.items():
-            self._write(leaf, np.concatenate(parts), first[self._axes[leaf]])
+            if leaf in self._axes:
+                self._write(leaf, np.concatenate(parts), first[self._axes[leaf]])
+            else:
+                self._leaves[leaf] = jnp.asarray(parts[0])
         self._folders, self._groups = folders, groups
         self._rows = {name: row for row, name in enumerate(folders)}
 
     def _blocks(self, artefact: Artefact, groups: dict[bytes, int]) -> dict[str, np.ndarray]:
         """What an artefact adds to every leaf; enters its groups."""
-        params = {"table": artefact.folded()} if self.folded else artefact.params
+        params = {"table": self._table(artefact)} if self.folded else artefact.params
         leaves = {f"{PROMPT}/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
-        shared = [leaf for name, leaf in sorted(leaves.items()) if self._axes[name] == "groups"]
+        shared = [leaf for name, leaf in sorted(leaves.items()) if self._axes.get(name) == "groups"]
         numbers, new = [], []
         for group in range(artefact.runs.num_groups):
             values = b"".join(leaf[group].tobytes() for leaf in shared)
@@ -244,11 +270,23 @@ class Bank:
                 new.append(group)
             numbers.append(groups[digest])
         blocks = {
-            name: leaf[new] if self._axes[name] == "groups" else leaf
+            name: leaf[new] if self._axes.get(name) == "groups" else leaf
             for name, leaf in leaves.items()
         }
         rows = [numbers[group] for group in artefact.runs.group_of_row]
-        return blocks | {GROUPS: np.asarray(rows, np.int32)}
+        blocks[GROUPS] = np.asarray(rows, np.int32)
+        if self.lengths_differ:
+            lengths = artefact.method.prompt_lengths(artefact.runs)
+            blocks[LENGTHS] = np.asarray(lengths, np.int32)
+        return blocks
+
+    def _table(self, artefact: Artefact) -> np.ndarray:
+        """[K, P, H] of an artefact's plain prompts, zeros behind shorter ones."""
+        plain = artefact.plain()
+        table = np.zeros((len(plain), self.method.prompt_length, plain[0].shape[1]), np.float32)
+        for row, prompt in enumerate(plain):
+            table[row, : len(prompt)] = prompt
+        return table
 
     def _write(self, name: str, block: np.ndarray, first: int) -> None:
         leaf, needed = self._leaves.get(name), first + len(block)
@@ -261,37 +299,6 @@ class Bank:
             self._leaves[name] = jnp.asarray(grown)
         elif leaf is not None and len(block):
             self._leaves[name] = _written(leaf, block, first)
-
-
-def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
-    """Checks that artefacts fit one bank.
-
-    Args:
-        found: at least one.
-        folded: whether their methods may differ.
-
-    Raises:
-        ValueError: names the artefacts by the value of what they disagree on.
-    """
-    facts = {
-        "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
-        "vocabulary (sha256)": lambda x: x.config["vocabulary_sha256"],
-        "prompt length": lambda x: x.method.prompt_length,
-    }
-    if not folded:
-        facts["method"] = lambda x: f"{x.method.name} {json.dumps(x.method.config())}"
-    for what, value_of in facts.items():
-        folders: dict[Any, list[str]] = {}
-        for artefact in found:
-            value = value_of(artefact)
-            if value is not None:  # artefacts of a vocabulary that nobody recorded
-                folders.setdefault(value, []).append(artefact.path)
-        if len(folders) > 1:
-            values = "; ".join(f"{value} in {_few(paths)}" for value, paths in folders.items())
-            hint = " Plain prompts of several methods go together: fold them." * (what == "method")
-            raise ValueError(
-                f"These artefacts do not fit one bank, their {what} differs: {values}.{hint}"
-            )
 
 
 def _called(runs: Runs, name: str) -> list[str]:
@@ -310,11 +317,6 @@ def _written(leaf: Array, block: Array, first: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(leaf, block, first, axis=0)
 
 
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
 def _taken(name: str, first: str, second: str) -> str:
     where = f"twice in {first}" if first == second else f"in {first} and in {second}"
     return (
@@ -327,7 +329,7 @@ def _unknown(name: str, known: tuple[str, ...]) -> str:
     shown = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 3]}..."
     close = _close(shown, known) if len(known) <= MOST_COMPARED else []
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"Unknown task {shown!r}.{hint} The bank has {_few(known)}."
+    return f"Unknown task {shown!r}.{hint} The bank has {few(known)}."
 
 
 @functools.lru_cache(maxsize=1024)

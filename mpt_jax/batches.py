@@ -14,6 +14,7 @@ import numpy as np
 from mpt_jax import packing
 
 Batch = dict[str, np.ndarray]
+PromptLength = int | Sequence[int]
 
 
 class Example(NamedTuple):
@@ -31,35 +32,38 @@ class Example(NamedTuple):
 
 
 def unpacked(
-    examples: Sequence[Example], prompt_length: int, text_length: int, target_length: int
+    examples: Sequence[Example], prompt_length: PromptLength, text_length: int, target_length: int
 ) -> Batch:
     """One example to a row [B]: the prompt's positions in front, then the text, then padding.
 
     Args:
         examples: B of them.
-        prompt_length: P.
-        text_length: T - P.
+        prompt_length: P, or that of each bank row.
+        text_length: T less the longest P.
         target_length: L.
 
     Raises:
         ValueError: a text is longer than its limit.
     """
-    batch = _empty(len(examples), prompt_length + text_length, target_length)
+    batch = _empty(len(examples), int(np.max(prompt_length)) + text_length, target_length)
     for number, example in enumerate(examples):
         _check(example, text_length, target_length)
-        _write(batch, number, example, prompt_length, (0, 0))
+        _write(batch, number, example, _length_of(prompt_length, example.row), (0, 0))
     # As SeqIO has it: the last target too is an input, at a position that has no weight.
     batch["decoder_input_tokens"][:, 1:] = batch["decoder_target_tokens"][:, :-1]
     return batch
 
 
-def packed(examples: Sequence[Example], prompt_length: int, lengths: Mapping[str, int]) -> Batch:
+def packed(
+    examples: Sequence[Example], prompt_length: PromptLength, lengths: Mapping[str, int]
+) -> Batch:
     """Several examples to a row, each with a prompt of its own; as few rows as `packing.best_fit`
     finds.
 
     Args:
         examples: at least one.
-        prompt_length: P, positions that every example takes in front of its text.
+        prompt_length: P, positions that every example takes in front of its text, or those of each
+            bank row.
         lengths: positions of a row, `inputs` (prompts included) and `targets`.
 
     Raises:
@@ -67,7 +71,11 @@ def packed(examples: Sequence[Example], prompt_length: int, lengths: Mapping[str
             which is padding, is in a text.
     """
     shape = lengths["inputs"], lengths["targets"]
-    needed = [(prompt_length + len(e.inputs), len(e.targets)) for e in examples]
+    reserved = [_length_of(prompt_length, example.row) for example in examples]
+    needed = [
+        (length + len(e.inputs), len(e.targets))
+        for length, e in zip(reserved, examples, strict=True)
+    ]
     for example, need in zip(examples, needed, strict=True):
         if 0 in need or 0 in example.inputs or 0 in example.targets:
             raise ValueError(
@@ -81,12 +89,16 @@ def packed(examples: Sequence[Example], prompt_length: int, lengths: Mapping[str
     for number, members in enumerate(rows):
         at = (0, 0)
         for segment, index in enumerate(members, start=1):
-            _write(batch, number, examples[index], prompt_length, at)
+            _write(batch, number, examples[index], reserved[index], at)
             for side, first, count in zip(("encoder", "decoder"), at, needed[index], strict=True):
                 batch[f"{side}_segment_ids"][number, first : first + count] = segment
                 batch[f"{side}_positions"][number, first : first + count] = np.arange(count)
             at = (at[0] + needed[index][0], at[1] + needed[index][1])
     return batch
+
+
+def _length_of(prompt_length: PromptLength, row: int) -> int:
+    return prompt_length if isinstance(prompt_length, int) else prompt_length[row]
 
 
 def _empty(rows: int, encoder: int, decoder: int) -> Batch:

@@ -158,7 +158,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     `task_ids` may be left out.
 
     Args:
-        prompt_length: P, positions reserved in front of each text; 0 for methods without one.
+        prompt_length: P, positions reserved in front of each text; 0 for methods without one. The
+            model gives it.
         runs: the rows of the prompt bank; an example's row is that of its task's name.
         pack: several examples to a row, each with its own prompt positions.
         use_custom_packing_ops: SeqIO's option; must be False, since packing is ours.
@@ -167,6 +168,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         pack_window: examples that are packed at a time (`packing.best_fit`). More of them leave
             fewer positions empty, and go farther from the order of the stream.
         on_overlong: 'error' or 'truncate' for examples that `end_and_limit` has cut.
+        prompt_lengths: the positions of each bank row's prompt, where they differ: at most P.
 
     Raises:
         ValueError: a setting is out of its range or would have no effect.
@@ -205,6 +207,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         pack_lengths: Mapping[str, int] | None = None,
         pack_window: int = 256,
         on_overlong: str = "error",
+        prompt_lengths: Sequence[int] | None = None,
     ):
         if prompt_length < 0:
             raise ValueError(f"prompt_length must be 0 or more, got {prompt_length}.")
@@ -221,12 +224,20 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             )
         if pack_window < 1:
             raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
+        if prompt_lengths is not None and (
+            len(prompt_lengths) != runs.num_rows or max(prompt_lengths) > prompt_length
+        ):
+            raise ValueError(
+                f"prompt_lengths must give each of the {runs.num_rows} rows at most "
+                f"prompt_length = {prompt_length} positions, got {tuple(prompt_lengths)}."
+            )
         for name in runs.run_names:
             task_id(name)
         # Lengths are checked below, in the one map that converts: SeqIO's own checks are two more,
         # and cost more than the conversion.
         super().__init__(pack=pack, apply_length_check=False)
         self.prompt_length = prompt_length
+        self.prompt_lengths = tuple(prompt_lengths or (prompt_length,) * runs.num_rows)
         self.runs = runs
         self.on_overlong = on_overlong
         self.pack_lengths = None if pack_lengths is None else dict(pack_lengths)
@@ -341,11 +352,11 @@ class PromptFeatureConverter(seqio.FeatureConverter):
 
     def _place(self, example, row: tf.Tensor, positions: Mapping[str, int]):
         """One example to a row: the prompt in front, then the text, then padding."""
-        prompt = self.prompt_length
-        inputs = _pad(example["inputs"], positions["inputs"] - prompt)
+        prompt = tf.constant(self.prompt_lengths)[row]
         targets = _pad(example["targets"], positions["targets"])
-        tokens = tf.concat([tf.zeros([prompt], tf.int32), inputs], axis=0)
-        slots = tf.concat([tf.range(1, prompt + 1), tf.zeros_like(inputs)], axis=0)
+        tokens = tf.concat([tf.zeros([prompt], tf.int32), example["inputs"]], axis=0)
+        tokens = _pad(tokens, positions["inputs"])
+        slots = _pad(tf.range(1, prompt + 1), positions["inputs"])
         # Models compose one [P, H] block per example and place it at the front without looking.
         is_target = tf.cast(targets != 0, tf.int32)
         return {
@@ -376,7 +387,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         def pack(inputs, input_splits, targets, target_splits, rows):
             texts = np.split(inputs, input_splits[1:-1]), np.split(targets, target_splits[1:-1])
             examples = [batches.Example(*found) for found in zip(*texts, rows, strict=True)]
-            made = batches.packed(examples, self.prompt_length, positions)
+            made = batches.packed(examples, self.prompt_lengths, positions)
             return [made[name] for name in lengths]
 
         inputs, targets = window["inputs"], window["targets"]

@@ -12,7 +12,8 @@ from typing import Any
 
 from absl import logging
 
-from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax import artefacts
+from mpt_jax.models import FROZEN, PromptedEncoderDecoder
 from mpt_jax.train_state import Loaded
 from mpt_jax.tree import flatten
 
@@ -24,7 +25,7 @@ Identity = dict[str, Any]
 
 def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
     """What predictions depend on beside the values of a checkpoint. JSON values."""
-    return {
+    found = {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
         "run_names": list(model.runs.run_names),
@@ -32,6 +33,14 @@ def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
         "embedding_sha256": loaded.embedding_sha256,
         "vocabulary_sha256": loaded.vocabulary_sha256,
     }
+    labels = flatten(model.label_tree(loaded.params))
+    frozen = {
+        name: leaf
+        for name, leaf in flatten(loaded.params).items()
+        if name.startswith("prompt/") and labels[name] == FROZEN
+    }
+    # Prompts that do not learn are in no checkpoint.
+    return found | ({"frozen_prompts_sha256": artefacts.digest(frozen)} if frozen else {})
 
 
 def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed: int) -> Identity:
@@ -99,7 +108,7 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
     found = {
         field.name: getattr(optimizer, field.name)
         for field in dataclasses.fields(optimizer)
-        if field.name not in ("labels", "runs", "rows", "learning_rates")
+        if field.name not in ("labels", "runs", "rows", "own_steps", "learning_rates")
     }
     rates = {
         f"{label}.{field.name}": getattr(schedule, field.name)

@@ -140,6 +140,22 @@ class Groups:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Mixed:
+    """What the prompts of a batch were mixed from.
+
+    Attributes:
+        weights: [B, E, C] of each candidate, E examples to a row.
+        task_ids: [B, E] the bank row of each example.
+        present: [B, E] whether there is one.
+    """
+
+    weights: Float[Array, "B E C"]
+    task_ids: Int[Array, "B E"]
+    present: Bool[Array, "B E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Outputs:
     """What a forward pass gives the losses.
 
@@ -149,12 +165,14 @@ class Outputs:
         decoder_hidden: the chosen decoder states, each [B, L, H].
         prompts: the composed prompts [B, P, H]; of a packed batch the prompt's row at each
             position [B, T, H], anything where there is none.
+        mixed: of a method that mixes candidates, what it mixed each prompt from.
     """
 
     logits: Float[Array, "B L V"]
     encoder_hidden: tuple[Array, ...] = ()
     decoder_hidden: tuple[Array, ...] = ()
     prompts: Float[Array, "B _ H"] | None = None
+    mixed: Mixed | None = None
 
 
 def group_sum(values: Array, groups: Int[Array, "..."], num_groups: int) -> Float[Array, " G"]:

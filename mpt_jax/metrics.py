@@ -42,6 +42,8 @@ StepMetrics = dict[str, Metric]
 BY_GROUP = ("term/", "gradient_norm")
 # How full the batch is, which is a matter of no run: one entry.
 OF_BATCH = "batch/"
+# Weights of the candidates that prompts are mixed from.
+MIXTURE = "attention"
 
 
 def task_metrics(
@@ -59,6 +61,27 @@ def task_metrics(
         "loss": Metric(by_row(cross_entropy), tokens),
         "token_accuracy": Metric(by_row(correct), tokens),
     }
+
+
+def mixture_metrics(mixed: losses.Mixed, names: Sequence[str], num_rows: int) -> StepMetrics:
+    """The mean weight of each candidate in the prompts of each bank row, `attention/<candidate>`,
+    and the entropy of the weights in nats, `attention_entropy`.
+
+    Args:
+        mixed: of a batch.
+        names: of the C candidates.
+        num_rows: K.
+    """
+    present = mixed.present.astype(jnp.float32)
+    by_row = lambda x: losses.group_sum(x * present, mixed.task_ids, num_rows)  # noqa: E731
+    examples = by_row(jnp.ones_like(present))
+    found = {
+        f"{MIXTURE}/{name}": Metric(by_row(mixed.weights[..., number]), examples)
+        for number, name in enumerate(names)
+    }
+    shares = mixed.weights / jnp.maximum(mixed.weights.sum(-1, keepdims=True), 1e-30)
+    entropy = -(shares * jnp.log(jnp.maximum(shares, 1e-30))).sum(-1)
+    return {**found, f"{MIXTURE}_entropy": Metric(by_row(entropy), examples)}
 
 
 def batch_metrics(batch: Batch) -> StepMetrics:

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mpt_jax import decoding, losses, metrics
+from mpt_jax import decoding, losses, metrics, prompted_input
 from mpt_jax.backbones.t5.network import Transformer
-from mpt_jax.prompts.base import InitContext, PromptMethod, place, place_rows, rows_of
+from mpt_jax.prompts.base import InitContext, PromptMethod, rows_of
+from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.tree import Rules, label_tree
@@ -90,7 +91,9 @@ class PromptedEncoderDecoder:
         self.feature_converter_cls = feature_converter_cls
         self.decode_fn = decode_fn
         self.rows = rows_of(prompt)
-        self.optimizer_def = optimizer_def and optimizer_def.bind(self.labels, runs, self.rows)
+        self.optimizer_def = optimizer_def and optimizer_def.bind(
+            self.labels, runs, self.rows, prompt.own_steps
+        )
         # Rows of a whole batch, told by the T5X initializer; see `loss_fn`.
         self.whole_batch: int | None = None
 
@@ -112,6 +115,9 @@ class PromptedEncoderDecoder:
 
     def _converter(self, **settings: Any) -> Any:
         assert self.feature_converter_cls is not None
+        lengths = self.prompt.prompt_lengths(self.runs)
+        if len(set(lengths)) > 1:
+            settings = {"prompt_lengths": lengths, **settings}
         converter = self.feature_converter_cls(**settings)
         reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length
         if reserved is not None and reserved != length:
@@ -174,6 +180,7 @@ class PromptedEncoderDecoder:
         batch: Batch,
         dropout_rng: Key | None = None,
         *,
+        prompt_rng: Key | None = None,
         teacher: bool = False,
         hidden: bool = False,
     ) -> losses.Outputs:
@@ -183,16 +190,19 @@ class PromptedEncoderDecoder:
             params: the whole parameter tree.
             batch: the batch contract's features.
             dropout_rng: None switches dropout off.
+            prompt_rng: of prompts that are composed at random; default `dropout_rng`.
             teacher: reads the teachers' prompts in place of the student's.
             hidden: whether to return hidden states.
         """
         backbone = self._backbone(params)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
-        embeddings, prompts = self._embed(params, batch, teacher)
+        key = dropout_rng if prompt_rng is None else prompt_rng
+        key = None if key is None else jax.random.fold_in(key, 2)
+        prompted = self._embed(params, batch, key, teacher)
         mask = losses.encoder_mask(batch)
         encoded: Any = self.module.apply(
             {"params": backbone},
-            embeddings,
+            prompted.embeddings,
             mask,
             batch.get("encoder_segment_ids"),
             deterministic=dropout_rng is None,
@@ -215,32 +225,22 @@ class PromptedEncoderDecoder:
         )
         logits, decoder_hidden = decoded if hidden else (decoded, ())
         return losses.Outputs(
-            logits, self._choose(encoder_hidden), self._choose(decoder_hidden), prompts
+            logits,
+            self._choose(encoder_hidden),
+            self._choose(decoder_hidden),
+            prompted.prompts,
+            prompted.mixed,
         )
 
     def _embed(
-        self, params: Params, batch: Batch, teacher: bool = False
-    ) -> tuple[Float[Array, "B T H"], Float[Array, "B _ H"] | None]:
-        """Token embeddings with every example's prompt in its reserved positions, and what was
-        put there (`Outputs.prompts`)."""
-        tokens, slots = batch["encoder_input_tokens"], batch["encoder_prompt_slots"]
-        task_ids = batch["encoder_task_ids"]
+        self, params: Params, batch: Batch, key: Key | None = None, teacher: bool = False
+    ) -> prompted_input.Prompted:
+        """Token embeddings with every example's prompt in its reserved positions."""
         backbone = {"params": self._backbone(params)}
-        embedded: Any = self.module.apply(backbone, tokens, method="embed")
-        if self.prompt.prompt_length == 0:
-            return embedded, None
-        if "encoder_segment_ids" in batch:
-            if teacher:
-                rows = params["teacher"]["table"][task_ids, jnp.maximum(slots - 1, 0)]
-            else:
-                rows = self.prompt.compose_rows(params["prompt"], self.runs, task_ids, slots)
-            return place_rows(rows, embedded, slots), rows
-        first = task_ids[:, 0]
-        if teacher:
-            prompts = params["teacher"]["table"][first]
-        else:
-            prompts = self.prompt.compose(params["prompt"], self.runs, first)
-        return place(prompts, embedded), prompts
+        embedded: Any = self.module.apply(backbone, batch["encoder_input_tokens"], method="embed")
+        prompt = params.get("teacher" if teacher else "prompt", {})
+        method = PromptTuning(self.prompt.prompt_length) if teacher else self.prompt
+        return prompted_input.write(method, prompt, self.runs, batch, embedded, key)
 
     def _backbone(self, params: Params) -> Params:
         return {name: params[name] for name in params if name not in ("prompt", "teacher")}
@@ -270,12 +270,16 @@ class PromptedEncoderDecoder:
         )
 
     def loss_sums(
-        self, params: Params, batch: Batch, dropout_rng: Key | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        dropout_rng: Key | None = None,
+        prompt_rng: Key | None = None,
     ) -> tuple[losses.Sums, metrics.StepMetrics]:
         """The sum [G] of every loss term, and the metrics of each run."""
         distil = self.objective.distillation
         hidden = distil is not None and distil.hidden
-        student = self.forward(params, batch, dropout_rng, hidden=hidden)
+        student = self.forward(params, batch, dropout_rng, prompt_rng=prompt_rng, hidden=hidden)
         teacher = None
         if distil is not None:
             frozen = jax.tree.map(jax.lax.stop_gradient, params)
@@ -284,6 +288,9 @@ class PromptedEncoderDecoder:
         found = metrics.task_metrics(
             batch, student.logits, batch["decoder_task_ids"], self.runs.num_rows
         )
+        if student.mixed is not None:
+            names, rows = self.prompt.candidates, self.runs.num_rows
+            found |= metrics.mixture_metrics(student.mixed, names, rows)
         return sums, {**found, **metrics.batch_metrics(batch)}
 
     def loss_weights(self, batch: Batch) -> losses.Sums:
@@ -410,7 +417,7 @@ class PromptedEncoderDecoder:
         """One step of the cached decoder, for any number of hypotheses of each example, and its
         cache [B, ...] after the encoder has run."""
         backbone = self._backbone(params)
-        embeddings, _ = self._embed(params, batch)
+        embeddings = self._embed(params, batch).embeddings
         mask = losses.encoder_mask(batch)
         encoded = self.module.apply({"params": backbone}, embeddings, mask, method="encode")
 

@@ -31,6 +31,9 @@ from mpt_jax.tree import Rules, flatten, label_tree, path_name
 # Parameters not named (the backbone's own, say) have no rows.
 Rows = Mapping[str, str]
 
+# The label of counters of steps: what has it is not learnt, and grows by one in every step.
+CLOCK = "clock"
+
 PerGroup = int | float | Sequence[int | float]
 DECAYS = ("linear", "cosine", "constant", "rsqrt")
 
@@ -93,7 +96,7 @@ class PromptOptimizer:
     """AdamW, or another rule, for whatever a label table lets learn.
 
     Attributes:
-        learning_rates: label -> schedule; one for every label that learns.
+        learning_rates: label -> schedule; one for every label that learns (not for `CLOCK`).
         weight_decay: AdamW's decoupled decay, a factor of the learning rate.
         clip_norm: the largest gradient norm of a group over all its parameters (one number or one
             for each group); None for no clipping.
@@ -115,6 +118,7 @@ class PromptOptimizer:
     labels: Rules | None = None
     runs: Runs | None = None
     rows: Rows | None = None
+    own_steps: int = 0
 
     def __post_init__(self):
         if self.absent_tasks not in ("dense", "hold"):
@@ -127,9 +131,9 @@ class PromptOptimizer:
                 f"{self.rule}; leave one of the two out."
             )
 
-    def bind(self, labels: Rules, runs: Runs, rows: Rows) -> PromptOptimizer:
-        """This optimizer, told which parameter has which label and rows, and which row which
-        group.
+    def bind(self, labels: Rules, runs: Runs, rows: Rows, own_steps: int = 0) -> PromptOptimizer:
+        """This optimizer, told which parameter has which label and rows, which row which group, and
+        how many steps a schedule of the method's own takes.
 
         Raises:
             ValueError: a setting by group has another number of entries than there are groups.
@@ -140,14 +144,29 @@ class PromptOptimizer:
                     f"{name} has {len(value)} entries, but there are {runs.num_groups} groups; "  # pyright: ignore
                     "give one number or one for each group."
                 )
-        return dataclasses.replace(self, labels=tuple(labels), runs=runs, rows=dict(rows))
+        return dataclasses.replace(
+            self, labels=tuple(labels), runs=runs, rows=dict(rows), own_steps=own_steps
+        )
 
     def init(self, trainable: Params) -> Any:
         """The optimizer state of the trainable parameters."""
         return self._transformation(trainable).init(trainable)
 
     def update(self, grads: Params, state: Any, trainable: Params) -> tuple[Any, Any]:
-        """Updates to add to the trainable parameters, and the next state."""
+        """Updates to add to the trainable parameters, and the next state.
+
+        Raises:
+            ValueError: a schedule of the method's own would not end within those of the learning
+                rates.
+        """
+        ends = [schedule.total_steps for schedule in self.learning_rates.values()]
+        shortest = min((np.min(end) for end in ends if end is not None), default=self.own_steps)
+        if self.own_steps > shortest:
+            raise ValueError(
+                f"The prompt method anneals over {self.own_steps} steps, and a run has only "
+                f"{shortest}: it would end before prompts are what they are at inference. Shorten "
+                "the annealing (ANNEALING_STEPS), or train longer (TRAIN_STEPS)."
+            )
         return self._transformation(trainable).update(grads, state, trainable)
 
     def select(
@@ -225,7 +244,7 @@ class PromptOptimizer:
                 "This optimizer is not bound to a model; call bind(labels, runs, rows)."
             )
         labels = flatten(label_tree(trainable, self.labels))
-        missing = sorted(set(labels.values()) - set(self.learning_rates))
+        missing = sorted(set(labels.values()) - set(self.learning_rates) - {CLOCK})
         if missing:
             raise ValueError(
                 f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
@@ -235,17 +254,20 @@ class PromptOptimizer:
         inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))
         parts = _parts(labels, self.rows)
         rules: dict[Hashable, optax.GradientTransformation] = {
-            part: by_row(
-                inner,
-                self.learning_rates[labels[name]],
-                row_groups(name, self.rows, self.runs),
-                hold=self.absent_tasks == "hold",
-            )
+            part: self._rule(inner, labels[name], row_groups(name, self.rows, self.runs))
             for name, part in parts.items()
         }
         clip = clip_by_group_norm(self.clip_norm, self.rows, self.runs)
         tree = jax.tree.unflatten(jax.tree.structure(trainable), list(parts.values()))
         return optax.chain(clip, optax.partition(rules, tree))
+
+    def _rule(
+        self, inner: optax.GradientTransformation, label: str, groups: tuple[int, ...] | None
+    ) -> optax.GradientTransformation:
+        if label == CLOCK:
+            tick = optax.stateless(lambda grads, _: jax.tree.map(jnp.ones_like, grads))
+            return by_row(tick, lambda steps, _: jnp.full(steps.shape, -1.0), groups, hold=False)
+        return by_row(inner, self.learning_rates[label], groups, self.absent_tasks == "hold")
 
 
 def adafactor() -> optax.GradientTransformation:

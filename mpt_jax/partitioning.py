@@ -28,7 +28,8 @@ AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 # Axes of prompts and their factors: a few hundred numbers a task, so every device holds them all
 # (but see `PjitPartitioner.by_runs`).
-PROMPT_RULES: AxisRules = (("groups", None), ("tasks", None), ("prompt", None), ("rank", None))
+PROMPT_AXES = ("groups", "tasks", "sources", "prompt", "rank")
+PROMPT_RULES: AxisRules = tuple((axis, None) for axis in PROMPT_AXES)
 
 
 def standard_logical_axis_rules(

@@ -30,13 +30,16 @@ TEACHER = "teacher/table"
 
 def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
     """How many bank rows a batch can name at most; None where the step takes the whole bank:
-    absent rows are not held, runs are independent, or the batch may name half of the bank."""
-    optimizer, runs = model.optimizer_def, model.runs
+    absent rows are not held, runs are independent, prompts differ in length or are drawn by the
+    run's name, or the batch may name half of the bank."""
+    optimizer, runs, prompt = model.optimizer_def, model.runs, model.prompt
     if optimizer.absent_tasks != "hold" or runs.num_groups > 1:
+        return None
+    if prompt.is_random or len(set(prompt.prompt_lengths(runs))) > 1:
         return None
     count, positions = batch["encoder_input_tokens"].shape
     if "encoder_segment_ids" in batch:  # an example takes its prompt's positions at least
-        count *= max(positions // max(model.prompt.prompt_length, 1), 1)
+        count *= max(positions // max(prompt.prompt_length, 1), 1)
     return count if 2 * count <= runs.num_rows else None
 
 

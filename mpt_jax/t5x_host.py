@@ -310,7 +310,11 @@ class ArtefactHook:
 
     def _write(self, prompt: Params, step: int) -> None:
         path = os.path.join(self.model_dir, "artefact")
-        values = {name: np.asarray(leaf) for name, leaf in flatten(prompt).items()}
+        host = _HOSTS[-1]
+        loaded = host.load(jax.random.PRNGKey(0))
+        # What of a prompt does not learn is no part of the state.
+        values = flatten(loaded.params["prompt"]) | flatten(prompt)
+        values = {name: np.asarray(leaf) for name, leaf in values.items()}
         broken = [name for name, value in values.items() if not np.isfinite(value).all()]
         if broken:
             logging.error(
@@ -321,8 +325,6 @@ class ArtefactHook:
                 path,
             )
             return
-        host = _HOSTS[-1]
-        loaded = host.load(jax.random.PRNGKey(0))
         artefacts.save_artefact(
             path,
             host.model.prompt,

@@ -17,6 +17,7 @@ nothing ever falls back silently to random weights.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -76,7 +77,8 @@ class Origins:
     Attributes:
         backbone: a T5X checkpoint, an Orbax one, or a Hugging Face folder.
         teachers: artefact folder(s) that hold a prompt for every task of a distilled run.
-        artefact: the artefact that prompts start from; None starts them from initial values.
+        artefact: the artefact that prompts start from, or several, whose plain prompts are then
+            taken together; None starts them from initial values.
         scratch: starts the backbone from random values (pretraining); excludes `backbone`.
         backbone_name: what artefacts call the backbone; default its path.
         backbone_command: how to make the backbone, said where it is missing.
@@ -86,7 +88,7 @@ class Origins:
 
     backbone: str | None = None
     teachers: str | Sequence[str] = ()
-    artefact: str | None = None
+    artefact: str | Sequence[str] | None = None
     scratch: bool = False
     backbone_name: str | None = None
     backbone_command: str = "see README.md, 'Backbones'"
@@ -163,18 +165,20 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     vocabulary = artefacts.vocabulary_digest(model.input_vocabulary)
     artefact_digest = start_from = teacher_digest = None
     check = lambda artefact: artefacts.check_belongs(  # noqa: E731
-        artefact, digest, vocabulary, model.prompt.prompt_length
+        artefact, digest, vocabulary, model.prompt.start_length(artefact.method)
     )
+    initial = functools.partial(model.init_prompt, prompt_key, jnp.asarray(embedding))
     if origins.artefact:
         artefact = _initial_artefact(origins.artefact, origins.artefact_command)
         check(artefact)
         artefact_digest = artefacts.digest(flatten(artefact.params))
         method = _with_sources_chosen(model.prompt, artefact.runs, model.runs, check)
         start_from = getattr(method, "start_from", None)
-        prompt = method.transfer(artefact.params, artefact.method, artefact.runs, model.runs)
+        source = artefact.params, artefact.method, artefact.runs
+        prompt = method.transfer(*source, model.runs, initial)
     else:
-        _refuse_choice_among_nothing(model.prompt)
-        prompt = model.init_prompt(prompt_key, jnp.asarray(embedding))
+        _refuse_to_start_from_nothing(model.prompt)
+        prompt = initial()
     if prompt:
         params["prompt"] = prompt
     if model.has_teacher:
@@ -278,9 +282,10 @@ def _backbone(
     return unflatten(found | {name: np.zeros(wanted[name], np.float32) for name in biases})
 
 
-def _initial_artefact(path: str, command: str) -> artefacts.Artefact:
+def _initial_artefact(paths: str | Sequence[str], command: str) -> artefacts.Artefact:
+    paths = [paths] if isinstance(paths, str) else paths
     try:
-        return artefacts.load_artefact(path)
+        return artefacts.joined([artefacts.load_artefact(path) for path in paths])
     except FileNotFoundError as error:
         how = f" Make it by: {command}." if command else ""
         raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
@@ -314,7 +319,13 @@ def _with_sources_chosen(
     return dataclasses.replace(method, start_from=table)  # pyright: ignore[reportArgumentType]
 
 
-def _refuse_choice_among_nothing(method: PromptMethod) -> None:
+def _refuse_to_start_from_nothing(method: PromptMethod) -> None:
+    if method.needs_artefact:
+        raise ValueError(
+            f"The method {method.name!r} mixes frozen source prompts, and no artefact has them: "
+            "set INITIAL_ARTEFACT to that of gin/pt_source.gin, or to one or several others. To "
+            "evaluate a checkpoint, to the artefact that its run started from or left."
+        )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(
             "start_from chooses among the prompts of an initial artefact, and there is none: set "

@@ -61,7 +61,9 @@ def gradients(
     weights = model.loss_weights(batch)
 
     def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
-        sums, found = model.loss_sums(merge(trainable, frozen), part, rng)
+        params = merge(trainable, frozen)
+        # Prompts that are drawn at random are those of the step, whatever part of it this is.
+        sums, found = model.loss_sums(params, part, rng, prompt_rng=dropout_rng)
         return losses.combine(model.objective, sums, weights)[0], (sums, found)
 
     differentiate = jax.grad(objective, has_aux=True)
@@ -97,10 +99,10 @@ def train_step(
         num_microbatches: see `gradients`.
         state: before the step.
         batch: a global batch.
-        rng: the run's key; dropout is a function of it and the step.
+        rng: the run's key; dropout and prompts drawn at random are functions of it and the step.
     """
-    uses_dropout = model.module.config.dropout_rate > 0
-    dropout_rng = jax.random.fold_in(rng, state.step) if uses_dropout else None
+    is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
+    dropout_rng = jax.random.fold_in(rng, state.step) if is_random else None
     batch = _padding_of_its_row(batch)
     grads, found = gradients(
         model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mpt_jax import artefacts, bank
-from mpt_jax.bank import Bank, Named
+from mpt_jax.bank import Bank, Named, compose
 from mpt_jax.prompts import get_method, method_names
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.base import Given, InitContext, rows_of
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
@@ -21,28 +23,18 @@ P, H = 4, 6
 WITH_PROMPTS = [name for name in method_names() if name != "none"]
 
 
-def shape_of(axes: tuple[str, ...], runs: Runs, rank: int, width: int, length: int):
-    sizes = {
-        "groups": runs.num_groups,
-        "tasks": runs.num_rows,
-        "prompt": length,
-        "rank": rank,
-        "embed": width,
-    }
-    return tuple(sizes[axis] for axis in axes)
-
-
 def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params=None, **overrides):
     """An artefact of random parameters, read back."""
     method = method or MPT(P)
     runs = Runs(names, groups=groups)
     rng = np.random.default_rng([seed, *map(ord, "".join(names))])
-    made = {
-        name: rng.normal(
-            size=shape_of(axes, runs, getattr(method, "rank", 1), width, method.prompt_length)
-        ).astype(np.float32)
-        for name, axes in method.axes.items()
-    }
+    context = InitContext(jnp.zeros((200, width)))
+    shapes = jax.eval_shape(lambda key: method.init(key, runs, context), jax.random.PRNGKey(0))
+    made = {}
+    for name, leaf in shapes.items():
+        # What belongs to no row is the same in all artefacts.
+        own = rng if f"prompt/{name}" in rows_of(method) else np.random.default_rng(0)
+        made[name] = own.normal(size=leaf.shape).astype(np.float32)
     fields = {
         "embedding_sha256": "e" * 64,
         "vocabulary_sha256": "v" * 64,
@@ -56,7 +48,12 @@ def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params
 
 def composed(of: Bank, names) -> np.ndarray:
     rows = jnp.asarray([of.row(name) for name in names])
-    return np.asarray(bank.compose(of.method, of.arrays, rows))
+    return np.asarray(bank.compose(of.method, of.arrays, rows, text(len(rows))))
+
+
+def text(rows: int) -> jax.Array:
+    """What methods that read the text are given."""
+    return jnp.linspace(-1, 1, rows * H).reshape(rows, H)
 
 
 def groups_of(of: Bank) -> int:
@@ -96,13 +93,21 @@ def test_rows_of_many_artefacts_are_composed_by_the_formula(tmp_path):
 @pytest.mark.parametrize("name", WITH_PROMPTS)
 def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
     method = tiny.method(name, P)
+    if folded and method.reads_text:
+        pytest.skip("its prompts depend on the text, so there is nothing to fold")
     found = [
         write(tmp_path / "a", ["x", "y"], method=method, groups="independent"),
         write(tmp_path / "b", ["z"], method=method),
     ]
     joined = Bank(found, folded=folded)
-    expected = np.concatenate([artefact.folded() for artefact in found])
-    np.testing.assert_array_equal(composed(joined, ["x", "y", "z"]), expected)
+    rows, given = iter(text(3)), []
+    for artefact in found:
+        texts = jnp.stack([next(rows) for _ in range(artefact.runs.num_rows)])
+        every = jnp.arange(artefact.runs.num_rows)
+        params = jax.tree.map(jnp.asarray, artefact.params)
+        given.append(artefact.method.compose(params, artefact.runs, every, Given(texts)))
+    expected = np.concatenate(given)
+    np.testing.assert_allclose(composed(joined, ["x", "y", "z"]), expected, atol=1e-6)
     assert joined.method == (PromptTuning(P) if folded else found[0].method)
 
 
@@ -287,6 +292,7 @@ def test_artefacts_that_disagree_are_named_with_their_values(what, other, tmp_pa
         Bank(found)
     message = str(error.value)
     assert f"in {tmp_path}/a, {tmp_path}/b; " in message and f"in {tmp_path}/c." in message
+    assert ("go together: fold them" in message) == (what in ("prompt length", "method"))
     value = str(next(iter(other.values())))
     assert (value if what in ("backbone", "vocabulary") else str(P)) in message
 
@@ -326,16 +332,47 @@ def test_no_artefacts_are_no_bank():
         Bank([])
 
 
-def test_a_parameter_of_no_row_cannot_be_joined(tmp_path):
-    class WithScale(MPT):
-        axes = MPT.axes | {"scale": ()}
+def attempt_artefact(task, sources, seed=0):
+    """An artefact of ATTEMPT for one task, with the given frozen sources [S, P, H]."""
+    method = ATTEMPT(P, [f"s{i}" for i in range(len(sources))])
+    rng = np.random.default_rng(seed)
+    shapes = {"target": (1, P, H), "down": (1, H, 100), "up": (1, 100, H)}
+    shapes |= {"norm_scale": (1, H), "norm_bias": (1, H)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    params["sources"] = sources
+    known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None}
+    return artefacts.Artefact(task, method, Runs([task]), params, known)
 
-    artefact = write(tmp_path / "a", ["x"])
-    params = {**artefact.params, "scale": jnp.ones(())}
-    odd = artefacts.Artefact("odd", WithScale(P), artefact.runs, params, artefact.config)
-    with pytest.raises(ValueError, match=r"belong to no row, \['scale'\].*fold"):
-        Bank([odd])
-    assert Bank([odd], folded=True).names == ("x",)
+
+def test_what_all_tasks_share_is_kept_once_and_must_be_the_same():
+    sources = np.random.default_rng(3).normal(size=(2, P, H)).astype(np.float32)
+    x, y = attempt_artefact("x", sources, 1), attempt_artefact("y", sources, 2)
+    bank = Bank([x, y])
+    np.testing.assert_array_equal(bank.arrays["prompt"]["sources"], sources)
+    pooled = jnp.asarray(np.random.default_rng(4).normal(size=(2, H)), jnp.float32)
+    found = compose(bank.method, bank.arrays, jnp.array([1, 0]), pooled)
+    for artefact, prompt, text in zip((y, x), found, pooled, strict=True):
+        alone = jax.tree.map(jnp.asarray, artefact.params)
+        given = Given(text[None])
+        expected = artefact.method.compose(alone, artefact.runs, jnp.array([0]), given)[0]
+        np.testing.assert_allclose(prompt, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="x and z differ in 'sources'"):
+        Bank([x, attempt_artefact("z", sources + 1)])
+    with pytest.raises(ValueError, match="depend on the text"):
+        Bank([x], folded=True)
+
+
+def test_plain_prompts_of_several_lengths_go_together(tmp_path):
+    long, short = write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["y"], method=MPT(P - 1))
+    bank = Bank([short, long], folded=True)
+    assert bank.lengths_differ and bank.method.prompt_length == P
+    np.testing.assert_array_equal(bank.arrays["prompt_lengths"][:2], [P - 1, P])
+    table = np.asarray(bank.arrays["prompt"]["table"])
+    np.testing.assert_allclose(table[0, : P - 1], short.folded()[0], atol=1e-6)
+    assert not table[0, P - 1 :].any()
+    uniform = Bank([long], folded=True)
+    with pytest.raises(ValueError, match=f"of {P - 1} positions, and the bank was made for {P}"):
+        uniform.add(short, "z")
 
 
 def test_folders_are_loaded_by_their_names(tmp_path):

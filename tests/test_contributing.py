@@ -26,8 +26,6 @@ params = method.init(jax.random.PRNGKey(1), runs, context)
 params["scale"] = params["scale"] * 2
 folded = fold(method, params, runs)
 np.testing.assert_allclose(folded, 2 * params["table"], atol=1e-6)
-rows = method.compose_rows(params, runs, np.array([[1, 1]]), np.array([[3, 1]]))
-np.testing.assert_allclose(rows[0], folded[1, [2, 0]], atol=1e-6)
 moved = method.transfer(params, method, Runs(["my_sst2"]), Runs(["new"]))
 assert moved["table"].shape == (1, 3, 4)
 

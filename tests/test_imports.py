@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # In data-flow order: a module imports only what stands before it, and its own folder.
 CORE = """shapes tree runs packing batches length_buckets paths tokenizers buckets
-compilation_cache host_memory preemption processes prompts backbones losses metrics decoding
-models optimizers schedules partitioning convert provenance model_card artefacts bank lock
+compilation_cache host_memory preemption processes prompts backbones losses prompted_input metrics
+decoding models optimizers schedules partitioning convert provenance model_card artefacts bank lock
 train_state identity places present_rows trainer out_of_memory selection checksums damage
 checkpoints conversion verify_weights predict export""".split()
 BORDER = """vocabularies features examples sampling iterators data evaluation t5x_import

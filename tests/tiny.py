@@ -28,6 +28,7 @@ VOCABULARY, WIDTH = 40, 16
 PROMPT, TEXT, TARGET = 3, 5, 4  # P, positions of text, L
 EOS = 1
 RUNS = Runs(["alpha", "beta", "gamma"])
+SOURCES = ("first", "second")
 
 
 def config(**overrides: Any) -> T5Config:
@@ -48,7 +49,8 @@ def config(**overrides: Any) -> T5Config:
 def optimizer(rate: float = 0.3, **overrides: Any) -> PromptOptimizer:
     """One constant learning rate for every label there is."""
     schedule = Schedule(rate, decay="constant")
-    rates = {label: schedule for label in ("shared", "task", "backbone")}
+    labels = ("shared", "task", "source", "private", "router", "backbone")
+    rates = {label: schedule for label in labels}
     return PromptOptimizer(**{"learning_rates": rates, **overrides})
 
 
@@ -62,10 +64,12 @@ def model(
 
 
 def method(name: str, prompt_length: int = PROMPT) -> Any:
-    """A registered prompt method of a length, or as it is where it has none."""
+    """A registered prompt method of a length, or as it is where it has none; of two sources where
+    it has sources."""
     cls = get_method(name)
+    settings = {"prompt_length": prompt_length, "length": prompt_length, "sources": SOURCES}
     fields = {field.name for field in dataclasses.fields(cls)}
-    return cls(**({"prompt_length": prompt_length} if "prompt_length" in fields else {}))
+    return cls(**{name: value for name, value in settings.items() if name in fields})
 
 
 def params(model: models.PromptedEncoderDecoder, seed: int = 0) -> dict[str, Any]:

@@ -300,7 +300,7 @@ _WRITERS: dict[str, Callable[[artefacts.Artefact, epath.Path], Both]] = {
 
 def _folded(artefact: artefacts.Artefact) -> dict[str, np.ndarray]:
     """The plain prompt [P, H] of every run."""
-    prompts = np.ascontiguousarray(artefact.folded(), np.float32)
+    prompts = [np.ascontiguousarray(prompt, np.float32) for prompt in artefact.plain()]
     return dict(zip(artefact.runs.run_names, prompts, strict=True))
 
 

@@ -79,7 +79,8 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
     """
     check_new(folder)
     config = dataclasses.replace(backbone.config, fused_attention=False)
-    made = Functions(config, bank.method, settings.target_length, backbone.vocabulary)
+    length, vocabulary = settings.target_length, backbone.vocabulary
+    made = Functions(config, bank.method, length, vocabulary, bank.lengths_differ)
     arguments = {"backbone": _flat(backbone.params), "prompts": _flat(bank.arrays)}
     files: dict[str, bytes] = {PROMPTS: save(arguments["prompts"])}
     weights = save(arguments["backbone"])

@@ -67,7 +67,11 @@ class Server:
     def __init__(self, bank: Bank, backbone: backbones.Backbone, limits: Limits = Limits()):
         self.bank, self.backbone, self.limits = bank, backbone, limits
         self.functions = Functions(
-            backbone.config, bank.method, limits.target_length, backbone.vocabulary
+            backbone.config,
+            bank.method,
+            limits.target_length,
+            backbone.vocabulary,
+            bank.lengths_differ,
         )
         self._predict = jax.jit(self.functions.predict)
         self._score = jax.jit(self.functions.score)

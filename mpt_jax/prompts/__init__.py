@@ -1,10 +1,12 @@
 """Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
 
-from mpt_jax.prompts import mpt, no_prompt, prompt_tuning, shared_prompt
+from mpt_jax.prompts import attempt, crosspt, mpt, no_prompt, prompt_tuning, shared_prompt
 from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
 
 __all__ = [
     "PromptMethod",
+    "attempt",
+    "crosspt",
     "get_method",
     "method_names",
     "mpt",

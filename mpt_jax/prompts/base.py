@@ -1,9 +1,10 @@
 """What a prompt method is, the registry of methods, and how a prompt meets the text.
 
 A method owns its parameters: their shapes, initial values, labels, how a prompt is composed from
-them, and how a new task starts from a trained artefact. It never sees tokens or the backbone. A
-prompt is not concatenated to the text: it is written into positions that the batch reserves for
-it (`encoder_prompt_slots`), so mixing tasks in a batch, and packing, cost nothing extra.
+them, and how a new task starts from a trained artefact. It never sees tokens or the backbone; of a
+text it may ask for one pooled vector. A prompt is not concatenated to the text: it is written into
+positions that the batch reserves for it (`encoder_prompt_slots`), so mixing tasks in a batch, and
+packing, cost nothing extra.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import contextvars
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpt_jax.runs import Runs, data_name, unknown_name
 from mpt_jax.shapes import Array, Float, Int, Key, Params
@@ -46,45 +48,113 @@ class InitContext:
 
 
 @runtime_checkable
+class Grouped(Protocol):
+    """What composing a prompt reads of `Runs`; a bank whose rows the compiler does not know has
+    only this."""
+
+    @property
+    def group_of_row(self) -> Any:
+        """[K]."""
+        ...
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        ...
+
+
+class Given(NamedTuple):
+    """What a prompt is composed for, beside its task.
+
+    Attributes:
+        pooled: [..., H] the largest value of each feature over the embeddings of the input's
+            tokens, without padding and prompt; for methods with `reads_text`.
+        key: of the training step, for methods with `is_random`; None composes the prompt that is
+            evaluated and served.
+    """
+
+    pooled: Float[Array, "... H"] | None = None
+    key: Key | None = None
+
+
+PLAIN = Given()
+
+
+@runtime_checkable
 class PromptMethod(Protocol):
     """A prompt method. Configuration lives in the object, parameters in a tree of float32.
 
     Attributes:
         name: the name in the registry and in artefacts.
-        prompt_length: P, in positions.
+        prompt_length: P, in positions; of prompts of several lengths the longest.
         labels: (path below `prompt/`, label) rules that cover every parameter of the method.
         axes: parameter name -> logical axis names. They say how a parameter is sharded, and the
             first one what its rows are: `'groups'`, `'tasks'`, or anything else for none.
+        reads_text: whether a prompt depends on the text it stands before.
+        is_random: whether training composes prompts at random.
+        needs_artefact: whether prompts cannot start without an initial artefact.
+        own_steps: training steps that a schedule of the method's own takes; 0 without one.
+        candidates: names of the C prompts that each prompt is mixed from, if it is.
     """
 
     name: str
     prompt_length: int
     labels: Rules
     axes: dict[str, tuple[str, ...]]
+    reads_text: bool = False
+    is_random: bool = False
+    needs_artefact: bool = False
+    own_steps: int = 0
+    candidates: tuple[str, ...] = ()
 
     def init(self, key: Key, runs: Runs, context: InitContext) -> dict[str, Array]:
         """Initial parameters. A run's values depend on the key and its name, not on its row."""
         ...
 
-    def compose(self, params: Params, runs: Runs, task_ids: Int[Array, "..."]) -> Array:
+    def compose(
+        self, params: Params, runs: Runs, task_ids: Int[Array, "..."], given: Given = PLAIN
+    ) -> Array:
         """The prompts [..., P, H] of the given bank rows [...]."""
         ...
 
-    def compose_rows(
-        self, params: Params, runs: Runs, task_ids: Int[Array, "..."], slots: Int[Array, "..."]
-    ) -> Array:
-        """Row `slots - 1` of each position's prompt, [..., H]; the form packed batches use."""
-        ...
-
     def transfer(
-        self, source: Params, source_method: PromptMethod, source_runs: Runs, runs: Runs
+        self,
+        source: Params,
+        source_method: PromptMethod,
+        source_runs: Runs,
+        runs: Runs,
+        initial: Callable[[], dict[str, Array]] = dict,
     ) -> dict[str, Array]:
-        """Parameters for `runs`, started from a trained artefact of `source_runs`."""
+        """Parameters for `runs`, started from a trained artefact of `source_runs`; `initial` makes
+        those of `init`, for what an artefact cannot give."""
         ...
 
     def config(self) -> dict[str, Any]:
         """What an artefact must record to build the method again, JSON values only."""
         ...
+
+    # --- What few methods do otherwise -----------------------------------------------------------
+
+    def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
+        """The positions [K] that the prompt of each row takes, at most P; what `compose` gives
+        behind them is not read."""
+        return (self.prompt_length,) * runs.num_rows
+
+    def start_length(self, source_method: PromptMethod) -> int:
+        """The P of an artefact that prompts can start from."""
+        del source_method
+        return self.prompt_length
+
+    def mixture(
+        self, params: Params, runs: Runs, task_ids: Int[Array, "..."], given: Given = PLAIN
+    ) -> Array:
+        """The weight [..., C] of each candidate in the prompts that `compose` makes."""
+        raise NotImplementedError(f"{self.name!r} mixes no candidates.")
+
+    def release(self, params: Params) -> tuple[PromptMethod, Params]:
+        """The method and the parameters that an artefact keeps: without what only training needs,
+        and the same prompts."""
+        return self, params
 
 
 _METHODS: dict[str, Callable[..., PromptMethod]] = {}
@@ -121,8 +191,43 @@ def rows_of(method: PromptMethod) -> dict[str, str]:
     return {name: axis for name, axis in first.items() if axis in ("groups", "tasks")}
 
 
+def length_of(method: PromptMethod) -> int:
+    """P of a method, for gin."""
+    return method.prompt_length
+
+
 def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    """One plain prompt per bank row: what a server needs and nothing more."""
+    """One plain prompt per bank row: what a server needs and nothing more.
+
+    Raises:
+        ValueError: prompts depend on the text, so that no row has one, or differ in length.
+    """
+    lengths = set(method.prompt_lengths(runs))
+    if len(lengths) > 1:
+        raise ValueError(
+            f"The prompts of {', '.join(runs.run_names)} have several lengths, {sorted(lengths)}, "
+            "and are no one array; take the artefact of one run."
+        )
+    return _every_prompt(method, params, runs)[:, : max(lengths)]
+
+
+def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.ndarray]:
+    """The plain prompt [P, H] of each bank row, each of its own length.
+
+    Raises:
+        ValueError: prompts depend on the text.
+    """
+    prompts = np.asarray(_every_prompt(method, params, runs))
+    lengths = method.prompt_lengths(runs)
+    return [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
+
+
+def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
+    if method.reads_text:
+        raise ValueError(
+            f"The prompts of the method {method.name!r} depend on the text they stand before, so "
+            "there is no one prompt of a task to fold, or to start another method from."
+        )
     # Whoever kept the best step of a run kept it as NumPy arrays.
     params = jax.tree.map(jnp.asarray, params)
     return method.compose(params, runs, jnp.arange(runs.num_rows))
@@ -167,6 +272,19 @@ def take(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
 
     split = jax.sharding.PartitionSpec(axes)
     return jax.shard_map(on_shard, in_specs=(split, split), out_specs=split)(table, ids)
+
+
+def of_groups(table: Float[Array, "G ..."], runs: Grouped, task_ids: Int[Array, "..."]) -> Array:
+    """What the group of each example has; of one group alone without the examples' axes, so that
+    nothing is repeated."""
+    if runs.num_groups == 1:
+        return table[0]
+    return take(table, jnp.asarray(runs.group_of_row)[task_ids])
+
+
+def aligned(values: Array, axes: int) -> Array:
+    """Values with axes of size one in front, until they have as many as given."""
+    return values.reshape((1,) * (axes - values.ndim) + values.shape)
 
 
 def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import group_leaders, name_key, register, take
+from mpt_jax.prompts.base import PLAIN, PromptMethod, group_leaders, name_key, register, take
 from mpt_jax.prompts.init import (
     FactorInit,
     PromptInits,
@@ -22,7 +22,7 @@ from mpt_jax.prompts.init import (
     initial_prompts,
     ones_noise,
 )
-from mpt_jax.prompts.starts import StartFrom, mix, source_weights
+from mpt_jax.prompts.starts import StartFrom, mix, shared_groups, source_weights
 
 # Prompts are composed in float32; by default a TPU would multiply in bfloat16.
 FLOAT32 = jax.lax.Precision.HIGHEST
@@ -30,7 +30,7 @@ FLOAT32 = jax.lax.Precision.HIGHEST
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MPT:
+class MPT(PromptMethod):
     """`P_k = shared[group of k] o (task_left[k] @ task_right[k])`.
 
     Parameters: `shared` [G, P, H], `task_left` [K, P, R], `task_right` [K, R, H].
@@ -79,7 +79,7 @@ class MPT:
             "task_right": jnp.stack([right for _, right in factors]),
         }
 
-    def compose(self, params, runs, task_ids):
+    def compose(self, params, runs, task_ids, given=PLAIN):
         left, right = take(params["task_left"], task_ids), take(params["task_right"], task_ids)
         # Rank one is a broadcast product; a matrix product of inner size one would not be faster.
         update = left * right if self.rank == 1 else jnp.matmul(left, right, precision=FLOAT32)
@@ -87,21 +87,14 @@ class MPT:
             return jnp.broadcast_to(params["shared"][0], update.shape) * update
         return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids]) * update
 
-    def compose_rows(self, params, runs, task_ids, slots):
-        position = jnp.maximum(slots - 1, 0)
-        groups = jnp.asarray(runs.group_of_row)[task_ids]
-        left, right = params["task_left"][task_ids, position], params["task_right"][task_ids]
-        update = jnp.einsum("...r,...rh->...h", left, right, precision=FLOAT32)
-        return params["shared"][groups, position] * update
-
-    def transfer(self, source, source_method, source_runs, runs):
+    def transfer(self, source, source_method, source_runs, runs, initial=dict):
         if source_method.name != self.name:
             raise ValueError(
                 f"MPT starts from an MPT artefact, and this one holds {source_method.name!r}: it "
                 "has no factors. Run the source stage first (gin/mpt_source.gin)."
             )
         weights = source_weights(self.start_from, source_runs, runs)
-        groups = _shared_groups(weights, source_runs, runs)
+        groups = shared_groups(weights, source_runs, runs)
         return {
             "shared": jnp.asarray(source["shared"])[jnp.asarray(groups)],
             "task_left": mix(weights, source["task_left"]),
@@ -110,23 +103,3 @@ class MPT:
 
     def config(self):
         return {"prompt_length": self.prompt_length, "rank": self.rank}
-
-
-def _shared_groups(weights, source_runs, runs):
-    """The group [G] of the source whose shared prompt each group takes: that of all the rows that
-    its factors come from. Raises where those had several."""
-    chosen = []
-    for group in range(runs.num_groups):
-        rows = [row for row, of in enumerate(runs.group_of_row) if of == group]
-        sources = [s for s in range(source_runs.num_rows) if weights[rows, s].any()]
-        found = sorted({source_runs.group_of_row[s] for s in sources})
-        if len(found) > 1:
-            raise ValueError(
-                f"{', '.join(runs.run_names[row] for row in rows)} would share one prompt, but "
-                "start from factors that were learnt with the different shared prompts of "
-                f"{len(found)} groups of the artefact "
-                f"({', '.join(source_runs.run_names[s] for s in sources)}). Start them from rows "
-                "of one group (start_from), or make them independent (GROUPS)."
-            )
-        chosen += found
-    return chosen

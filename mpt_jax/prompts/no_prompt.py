@@ -6,12 +6,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import register
+from mpt_jax.prompts.base import PLAIN, PromptMethod, register
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class NoPrompt:
+class NoPrompt(PromptMethod):
     """P = 0 and no parameters; the batch reserves no positions."""
 
     name = "none"
@@ -22,13 +22,10 @@ class NoPrompt:
     def init(self, key, runs, context):
         return {}
 
-    def compose(self, params, runs, task_ids):
+    def compose(self, params, runs, task_ids, given=PLAIN):
         return jnp.zeros((*task_ids.shape, 0, 0), jnp.float32)
 
-    def compose_rows(self, params, runs, task_ids, slots):
-        raise ValueError("A batch without prompt slots has no prompt rows to compose.")
-
-    def transfer(self, source, source_method, source_runs, runs):
+    def transfer(self, source, source_method, source_runs, runs, initial=dict):
         raise ValueError("The method 'none' has no prompt that could start from an artefact.")
 
     def config(self):

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.prompts.base import fold, register, take
+from mpt_jax.prompts.base import PLAIN, PromptMethod, fold, register, take
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.starts import StartFrom, mix, source_weights
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class PromptTuning:
+class PromptTuning(PromptMethod):
     """`P_k = table[k]`.
 
     Attributes:
@@ -42,13 +41,10 @@ class PromptTuning:
         table = initial_prompts(self.init_prompt, key, runs, rows, self.prompt_length, context)
         return {"table": table}
 
-    def compose(self, params, runs, task_ids):
+    def compose(self, params, runs, task_ids, given=PLAIN):
         return take(params["table"], task_ids)
 
-    def compose_rows(self, params, runs, task_ids, slots):
-        return params["table"][task_ids, jnp.maximum(slots - 1, 0)]
-
-    def transfer(self, source, source_method, source_runs, runs):
+    def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Any method's artefact will do: its folded prompts are the start."""
         folded = np.asarray(fold(source_method, source, source_runs))
         weights = source_weights(self.start_from, source_runs, runs)

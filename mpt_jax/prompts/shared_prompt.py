@@ -10,7 +10,15 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import fold, group_leaders, register, source_rows, take
+from mpt_jax.prompts.base import (
+    PLAIN,
+    PromptMethod,
+    fold,
+    group_leaders,
+    register,
+    source_rows,
+    take,
+)
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 
 SHARED = "shared"
@@ -18,7 +26,7 @@ SHARED = "shared"
 
 @register
 @dataclasses.dataclass(frozen=True)
-class SharedPrompt:
+class SharedPrompt(PromptMethod):
     """`P_k = shared[group of k]`.
 
     Attributes:
@@ -42,14 +50,10 @@ class SharedPrompt:
         shared = initial_prompts(self.init_prompt, key, runs, leaders, self.prompt_length, context)
         return {"shared": shared}
 
-    def compose(self, params, runs, task_ids):
+    def compose(self, params, runs, task_ids, given=PLAIN):
         return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
 
-    def compose_rows(self, params, runs, task_ids, slots):
-        groups = jnp.asarray(runs.group_of_row)[task_ids]
-        return params["shared"][groups, jnp.maximum(slots - 1, 0)]
-
-    def transfer(self, source, source_method, source_runs, runs):
+    def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Any method's artefact will do, but for `'shared'` it must have a shared matrix."""
         if self.start_from == SHARED:
             return {"shared": self._repeat(_shared(source, source_method), runs)}

@@ -14,7 +14,7 @@ What is averaged is the method's to say: MPT averages factors, prompt tuning who
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,8 @@ from mpt_jax.prompts.base import source_rows
 from mpt_jax.prompts.spot import NearestSource, SourceTable
 from mpt_jax.runs import Runs, unknown_name
 from mpt_jax.shapes import Array
+
+FIRST = "first"  # of the sources of a method that names them
 
 StartFrom = str | SourceTable | NearestSource
 
@@ -68,6 +70,17 @@ def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.n
     return np.stack([chosen] * runs.num_rows)
 
 
+def named_sources(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of source prompts, as a tuple.
+
+    Raises:
+        ValueError: none, one text in place of a list, or a name that stands twice.
+    """
+    if isinstance(names, str) or not names or len(set(names)) < len(names):
+        raise ValueError(f"sources must be a list of different names, got {names!r}.")
+    return tuple(names)
+
+
 def mix(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
     """Weighted means [K, ...] of rows [S, ...] by weights [K, S]; what starts from one row alone is
     exactly that row."""
@@ -79,6 +92,35 @@ def mix(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
         each = relative.reshape(-1, *[1] * (values.ndim - 1)) * values[chosen]
         made.append(each.sum(0) * (1 / relative.sum()))
     return jnp.asarray(np.stack(made))
+
+
+def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[int]:
+    """The group [G] of the source artefact whose shared values each group takes: that of all the
+    rows which it starts from.
+
+    Args:
+        weights: [K, S], as `source_weights` gives them.
+        source_runs: the S rows of the artefact.
+        runs: the K rows of the bank.
+
+    Raises:
+        ValueError: the rows that a group starts from belong to several groups.
+    """
+    chosen = []
+    for group in range(runs.num_groups):
+        rows = [row for row, of in enumerate(runs.group_of_row) if of == group]
+        sources = [s for s in range(source_runs.num_rows) if weights[rows, s].any()]
+        found = sorted({source_runs.group_of_row[s] for s in sources})
+        if len(found) > 1:
+            raise ValueError(
+                f"{', '.join(runs.run_names[row] for row in rows)} would share one prompt, but "
+                "start from rows that were learnt with the different shared prompts of "
+                f"{len(found)} groups of the artefact "
+                f"({', '.join(source_runs.run_names[s] for s in sources)}). Start them from rows "
+                "of one group (start_from), or make them independent (GROUPS)."
+            )
+        chosen += found
+    return chosen
 
 
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:

@@ -1,0 +1,172 @@
+"""ATTEMPT (Asai et al. 2022, arXiv 2205.11961): prompts mixed from frozen ones, by the text.
+
+    P(x) = P_t + sum_j a_j(x) P_j        j over the source prompts, and the target's own
+
+The source prompts are trained before (gin/pt_source.gin) and frozen. A task learns its own prompt
+P_t, and a group of tasks an attention `a` over the candidates (`text_attention`), which sees the
+text. So no task has one prompt that a server could keep alone; it keeps all of this.
+
+Against the released code: padding has no part in the text's vector, the scale and bias of the
+LayerNorm learn, and the attention's learning rate applies (its label is `router`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.prompts import text_attention
+from mpt_jax.prompts.base import PLAIN, PromptMethod, fold, register, take
+from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
+from mpt_jax.prompts.starts import (
+    FIRST,
+    StartFrom,
+    mix,
+    named_sources,
+    shared_groups,
+    source_weights,
+)
+from mpt_jax.prompts.text_attention import TextAttention
+from mpt_jax.runs import Runs
+
+FLOAT32 = jax.lax.Precision.HIGHEST
+TARGET = "target"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ATTEMPT(PromptMethod):
+    """`P(x) = target[k] + sum_j a_j(x) candidate_j`.
+
+    Parameters: `sources` [S, P, H], frozen, the same for all tasks; `target` [K, P, H]; and the
+    attention's, one for each group.
+
+    Attributes:
+        prompt_length: P.
+        sources: names of the S source prompts, rows of the initial artefact.
+        attention: `'sub'` (the paper's), `'linear'`, `'dot'`, `'token'` or `'constant'`.
+        width: of the attention's bottleneck; 100 in the paper.
+        temperature: T. The paper's scripts have 2087 for T5-base (H times e), the code's default
+            is 2000.
+        attend_target: whether a task's own prompt is among its candidates.
+        init_prompt: initial value of each row's own prompt.
+        start_from: with an initial artefact, the source whose prompt each row's own starts from:
+            `'first'` of `sources` (the paper), a name, a table of weights or a choice by
+            similarity. An artefact of ATTEMPT's own: `'same'`, `'average'` and so on, as for MPT.
+
+    Raises:
+        ValueError: no sources, one that stands twice, or what `TextAttention` refuses.
+    """
+
+    prompt_length: int
+    sources: Sequence[str]
+    attention: str = "sub"
+    width: int = 100
+    temperature: float = 2000.0
+    attend_target: bool = True
+    init_prompt: PromptInits = SampledVocabulary()
+    start_from: StartFrom = FIRST
+
+    name = "attempt"
+    needs_artefact = True
+    labels = ((r"sources", "frozen"), (r"target", "task"), *text_attention.LABELS)
+    axes = {
+        "sources": ("sources", "prompt", "embed"),
+        "target": ("tasks", "prompt", "embed"),
+        **text_attention.AXES,
+    }
+
+    def __post_init__(self):
+        object.__setattr__(self, "sources", named_sources(self.sources))
+        self._attention()
+
+    def _attention(self) -> TextAttention:
+        return TextAttention(self.attention, self.width, self.temperature)
+
+    @property
+    def reads_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether prompts depend on the text."""
+        return self._attention().reads_text
+
+    @property
+    def candidates(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The sources, and the task's own prompt."""
+        return (*self.sources, TARGET) if self.attend_target else tuple(self.sources)
+
+    def init(self, key, runs, context):
+        rows, width = range(runs.num_rows), context.embedding.shape[1]
+        target = initial_prompts(self.init_prompt, key, runs, rows, self.prompt_length, context)
+        sources = initial_prompts(
+            self.init_prompt,
+            key,
+            Runs(self.sources),
+            range(len(self.sources)),
+            self.prompt_length,
+            context,
+        )
+        attention = self._attention().init(key, runs.num_groups, width)
+        return {"sources": sources, "target": target, **attention}
+
+    def compose(self, params, runs, task_ids, given=PLAIN):
+        weights = self._weights(params, runs, task_ids, given)
+        own, count = take(params["target"], task_ids), len(self.sources)
+        every = jnp.broadcast_to(weights, (*weights.shape[:-1], self.prompt_length))
+        mixed = jnp.einsum(
+            "...sp,sph->...ph", every[..., :count, :], params["sources"], precision=FLOAT32
+        )
+        if self.attend_target:
+            own = own + weights[..., count, :, None] * own
+        return own + mixed
+
+    def mixture(self, params, runs, task_ids, given=PLAIN):
+        """Of attention by row, the mean over rows."""
+        return self._weights(params, runs, task_ids, given).mean(-1)
+
+    def _weights(self, params, runs, task_ids, given):
+        """[..., C, 1], or by row [..., C, P]."""
+        attention = self._attention()
+        scores = [
+            attention.scores(params, runs, task_ids, given.pooled, prompts)
+            for prompts in self._candidate_prompts(params, task_ids)
+        ]
+        return jax.nn.softmax(jnp.concatenate(scores, axis=-2), axis=-2)
+
+    def _candidate_prompts(self, params, task_ids):
+        yield params["sources"]
+        if self.attend_target:
+            yield take(params["target"], task_ids)[..., None, :, :]
+
+    def transfer(self, source, source_method, source_runs, runs, initial=dict):
+        """From any method's prompts, which become the sources; or from ATTEMPT's own artefact."""
+        if source_method.name == self.name:
+            return self._resumed(source, source_method, source_runs, runs)
+        folded = fold(source_method, source, source_runs)
+        sources = folded[jnp.asarray([source_runs.row(name) for name in self.sources])]
+        start = self.sources[0] if self.start_from == FIRST else self.start_from
+        target = mix(source_weights(start, source_runs, runs), folded)
+        return {**initial(), "sources": sources, "target": target}
+
+    def _resumed(self, source, source_method, source_runs, runs):
+        if source_method.config() != self.config():
+            raise ValueError(
+                f"The artefact's ATTEMPT is {source_method.config()}, and this run's "
+                f"{self.config()}: they must agree."
+            )
+        weights = source_weights(self.start_from, source_runs, runs)
+        groups = jnp.asarray(shared_groups(weights, source_runs, runs))
+        shared = {name: source[name][groups] for name in source if name in text_attention.AXES}
+        target = mix(weights, source["target"])
+        return {"sources": source["sources"], "target": target, **shared}
+
+    def config(self):
+        return {
+            "prompt_length": self.prompt_length,
+            "sources": list(self.sources),
+            "attention": self.attention,
+            "width": self.width,
+            "temperature": self.temperature,
+            "attend_target": self.attend_target,
+        }

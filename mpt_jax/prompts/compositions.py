@@ -1,0 +1,78 @@
+"""The ways in which CrossPT composes a prompt, and which of its settings go together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mpt_jax.prompts.routing import ROUTERS
+
+ADD, LEARNED = "add", "learned"
+DEFAULT_ROUTER = "relaxed_bernoulli"
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """What a way to compose is made of."""
+
+    has_sources: bool = True
+    has_private: bool = True
+    is_cat: bool = False  # of sources
+    longer: bool = False  # by the private prompt
+
+
+COMPOSITIONS = {
+    "sum": Composition(has_private=False),
+    "cat": Composition(has_private=False, is_cat=True),
+    "private_sum": Composition(),
+    "private_product": Composition(),
+    "private_cat": Composition(longer=True),
+    "private": Composition(has_sources=False),
+}
+
+
+def check_counts(method: Any) -> None:
+    """Refuses numbers out of their range, and names that are none."""
+    if method.length < 1:
+        raise ValueError(f"length must be at least 1, got {method.length}.")
+    if method.top_k is not None and not 1 <= method.top_k <= len(method.sources):
+        raise ValueError(
+            f"top_k is {method.top_k}, and the router has {len(method.sources)} candidates: "
+            f"{', '.join(method.sources)}."
+        )
+    share = method.share
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if share not in (ADD, LEARNED) and not (is_number and 0 <= share < 1):
+        raise ValueError(
+            f"share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. For the "
+            "private prompt alone: compose_by = 'private'."
+        )
+    lengths = method.private_length
+    lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
+    if not lengths or any(length is not None and length < 1 for length in lengths):
+        raise ValueError(f"private_length must be at least 1, got {method.private_length}.")
+    if unknown := sorted(set(method.reparametrise) - {"sources", "private"}):
+        raise ValueError(f"reparametrise may name 'sources' and 'private', and not {unknown}.")
+
+
+def check_effects(method: Any) -> None:
+    """Refuses settings that would do nothing."""
+    kind, router = COMPOSITIONS[method.compose_by], ROUTERS[method.router]
+    ineffective = {
+        "share": method.share != ADD and method.compose_by != "private_sum",
+        "private_length": method.private_length is not None and not kind.longer,
+        "normalise": method.normalise != "sum" and not router.is_random,
+        "top_k": method.top_k is not None and not kind.has_sources,
+        "router": method.router != DEFAULT_ROUTER and not kind.has_sources,
+        "reparametrise": "private" in method.reparametrise
+        and not kind.has_private
+        or "sources" in method.reparametrise
+        and not kind.has_sources,
+    }
+    for name, is_so in ineffective.items():
+        if is_so:
+            raise ValueError(
+                f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
+                f"= {method.compose_by!r} and router = {method.router!r}; leave it out."
+            )
