@@ -15,8 +15,7 @@ import gin
 import seqio
 
 from mpt_jax import evaluation, features, vocabularies
-from tasks import few_shot as few_shot  # its run names are known wherever a suite is
-from tasks import text_metrics
+from tasks import few_shot, text_metrics
 from tasks.splits import Parts, PartsSource
 from tasks.templates import Preprocessor
 
@@ -69,7 +68,6 @@ class RunTask(seqio.Task):
     """
 
     _first: Any = None
-    drawn_as: str  # what few-shot draws are seeded by: one name for all versions of a task
 
     @property
     def output_features(self) -> Mapping[str, Any]:
@@ -145,5 +143,5 @@ def _add(row: Row, name: str, template: Preprocessor, metrics: Sequence[Any]) ->
         postprocess_fn=row.postprocess,
         metric_fns=[text_metrics.of_task(name, metric) for metric in metrics],
     )
-    task.drawn_as = row.name
+    few_shot.draw_as(task, row.name)
     seqio.TaskRegistry.add_provider(name, task)
