@@ -277,7 +277,7 @@ def register_run(name: str) -> bool:
     asked = parse(name)
     if asked is None:
         return _register_repeat(name)
-    if asked.task not in seqio.TaskRegistry.names():
+    if not examples.is_task(asked.task):
         return False
     task = seqio.TaskRegistry.get(asked.task)
     if isinstance(task.source, FewShotSource):
@@ -297,7 +297,7 @@ def register_run(name: str) -> bool:
 
 def _register_repeat(name: str) -> bool:
     match = _REPEAT.fullmatch(name)
-    if match is None or match["task"] not in seqio.TaskRegistry.names():
+    if match is None or not examples.is_task(match["task"]):
         return False
     task = seqio.TaskRegistry.get(match["task"])
     if isinstance(task.source, FewShotSource):

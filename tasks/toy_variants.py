@@ -12,11 +12,12 @@ A prompt cannot make the backbone say what it never had to say, so each label is
 pretraining often had as a target:
 
 * The vocabulary has no digits: 0 and 1 would both be <unk>. Its only numbered pieces are T5's
-  sentinels, of which a fifth of all pretraining targets are made; label i is `<extra_id_i>`.
+  sentinels, which are in a fifth of all pretraining targets; label i is `<extra_id_i>`.
 * CrossPT's synthetic labels are transliterated. Here these would be spelled in letters, which were
   never a target. Ours are nouns, all of one kind in a task, which are answers of squad and of the
   word games and were never an answer to what a target task asks. Cities are in no input of
-  scitail, wic and paws. The other four tasks speak of all kinds of nouns; theirs are of the rarest.
+  scitail, wic and paws. The other four tasks speak of all kinds of nouns; each of their labels is
+  in at most 2.5% of the inputs.
 
 Prefixes are in letters, as the vocabulary has no target task's name. The backbone has not read
 them before, so they can tell tasks apart and recall nothing.
