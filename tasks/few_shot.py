@@ -13,10 +13,11 @@ names it (`examples.name_tasks_with`). Validation, where it is whole, and test a
 
 Which rows a run sees is a function of (task, k, draw) and of the number of rows to choose from:
 `random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so it is the same on
-every machine. A task and its `_digits` version see the same rows. Row numbers count from 0 in the
-order of the task's training split: for the suites that is the order of the original files, or of
-their published permutation where the split is cut from one (`splits.PartsSource.positions`); for
-any other task the order in which its source yields rows unshuffled.
+every machine. Versions of a task, such as its `_digits`, see the same rows (`draw_as`). Row
+numbers count from 0 in the order of the task's training split: for the suites that is the order of
+the original files, or of their published permutation where the split is cut from one
+(`splits.PartsSource.positions`); for any other task the order in which its source yields rows
+unshuffled.
 
 A row is one of the data set: ReCoRD's become an example for each of their answers.
 """
@@ -42,6 +43,8 @@ _NAME = re.compile(
     r"(?P<task>.+)_k(?P<k>[1-9]\d*)(?P<per_class>_per_class)?_s(?P<seed>0|[1-9]\d*)(?P<dev>_dev)?",
     re.ASCII,
 )
+# A task's attribute: the name that its draws are seeded by, if that is not its own.
+_DRAWN_AS = "drawn_as"
 _REPEAT = re.compile(r"(?P<task>.+)_s(0|[1-9]\d*)", re.ASCII)
 
 
@@ -113,6 +116,17 @@ def indices_per_class(
         _check(draw, split, len(rows), f" of label {label!r}")
         found += _generator(draw, split, f"class {number}").sample(rows, draw.k)
     return found
+
+
+def draw_as(task: seqio.Task, name: str) -> None:
+    """Makes few-shot runs of `task` draw the rows that those of the task `name` draw.
+
+    Args:
+        task: has the rows of the other task in the same order, and its labels, whatever they are
+            called, in the same order too.
+        name: of the other task.
+    """
+    setattr(task, _DRAWN_AS, name)
 
 
 def _generator(draw: Draw, split: str, *rest: str) -> random.Random:
@@ -263,7 +277,7 @@ def register_run(name: str) -> bool:
     asked = parse(name)
     if asked is None:
         return _register_repeat(name)
-    if asked.task not in seqio.TaskRegistry.names():
+    if not examples.is_task(asked.task):
         return False
     task = seqio.TaskRegistry.get(asked.task)
     if isinstance(task.source, FewShotSource):
@@ -273,7 +287,7 @@ def register_run(name: str) -> bool:
             f"{name} asks for {asked.k} rows of each label, and {asked.task} has no labels. "
             f"{dataclasses.replace(asked, per_class=False).name} takes them from all rows."
         )
-    draw = dataclasses.replace(asked, task=getattr(task, "drawn_as", asked.task))
+    draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
     for split in draw.splits:
         if (published := task.source.num_input_examples(split)) is not None:
             _check(draw, split, published)
@@ -283,7 +297,7 @@ def register_run(name: str) -> bool:
 
 def _register_repeat(name: str) -> bool:
     match = _REPEAT.fullmatch(name)
-    if match is None or match["task"] not in seqio.TaskRegistry.names():
+    if match is None or not examples.is_task(match["task"]):
         return False
     task = seqio.TaskRegistry.get(match["task"])
     if isinstance(task.source, FewShotSource):

@@ -2,7 +2,8 @@
 
 A row is one data set; `register` makes its task, and for a classification task a second one whose
 labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that the run binds in gin.
-Runs on a few examples of a task need no row: `few_shot` makes them of their names.
+What needs no row is made of its name when a run asks for it: `rte_unprefixed` and `rte_synthetic`
+here, runs on a few examples of a task in `few_shot`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ from typing import Any
 import gin
 import seqio
 
-from mpt_jax import evaluation, features, vocabularies
-from tasks import few_shot as few_shot  # its run names are known wherever a suite is
-from tasks import text_metrics
+from mpt_jax import evaluation, examples, features, vocabularies
+from tasks import few_shot, text_metrics
 from tasks.splits import Parts, PartsSource
-from tasks.templates import Preprocessor
+from tasks.templates import Preprocessor, without_prefix
 
 # Suffix of a classification task's name -> what its labels are called, given their words. Words are
 # T5's own where it was trained on the task; digits are ATTEMPT's and the MPT paper's.
 VERSIONS: Mapping[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
     "": tuple,
     "_digits": lambda words: tuple(str(number) for number in range(len(words))),
+}
+
+# The next vowel for a vowel and the next consonant for a consonant, in lower and upper case.
+_NEXT_LETTER = {
+    ord(case(letter)): case(letters[(place + 1) % len(letters)])
+    for letters in ("aeiou", "bcdfghjklmnpqrstvwxyz")
+    for place, letter in enumerate(letters)
+    for case in (str.lower, str.upper)
 }
 
 LabelMetric = Callable[[Sequence[str]], text_metrics.Metric]
@@ -60,6 +68,9 @@ class Row:
     source: Callable[..., PartsSource] = PartsSource
 
 
+_ROWS: dict[str, Row] = {}  # of all tables
+
+
 class RunTask(seqio.Task):
     """A SeqIO task whose vocabulary is that of the run, which gin knows after tasks are registered.
 
@@ -69,7 +80,6 @@ class RunTask(seqio.Task):
     """
 
     _first: Any = None
-    drawn_as: str  # what few-shot draws are seeded by: one name for all versions of a task
 
     @property
     def output_features(self) -> Mapping[str, Any]:
@@ -120,13 +130,39 @@ def run_vocabulary() -> seqio.Vocabulary:
 def register(rows: Sequence[Row]) -> None:
     """Registers the tasks of a table with SeqIO."""
     for row in rows:
-        if not row.words:
-            _add(row, row.name, row.template(row.name), list(row.metrics))
-            continue
+        _ROWS[row.name] = row
         for suffix, labels_of in VERSIONS.items():
-            labels = labels_of(row.words)
-            template = row.template(labels)(row.name)
-            _add(row, row.name + suffix, template, _label_metrics(row, labels))
+            if row.words or not suffix:
+                _add(row, suffix, labels_of(row.words))
+
+
+def register_version(name: str) -> bool:
+    """Registers a version that no table has; a naming scheme, see `examples.name_tasks_with`.
+
+    `rte_unprefixed` is rte without its name at the start of the inputs; `rte_synthetic` has labels
+    that mean nothing (`nonsense`), for CrossPT's study of prefixes and label words.
+
+    Returns:
+        Whether it is the name of such a version of a task of the suites.
+    """
+    task_name, _, version = name.rpartition("_")
+    row = _ROWS.get(task_name)
+    if row and version == "unprefixed":
+        _add(row, "_unprefixed", tuple(row.words), [without_prefix(row.name)])
+    elif row and row.words and version == "synthetic":
+        _add(row, "_synthetic", tuple(map(nonsense, row.words)))
+    else:
+        return False
+    return True
+
+
+def nonsense(word: str) -> str:
+    """A made-up word in place of one that means something: `entailment` becomes `ipveomnipv`.
+
+    Letters are replaced one by one, so different words stay different; whatever is no letter stays.
+    (CrossPT has words of another language in Latin letters.)
+    """
+    return word.translate(_NEXT_LETTER)
 
 
 def _label_metrics(row: Row, labels: Sequence[str]) -> list[Callable[..., Any]]:
@@ -136,14 +172,23 @@ def _label_metrics(row: Row, labels: Sequence[str]) -> list[Callable[..., Any]]:
     return [*first, text_metrics.invalid_rate(labels)]
 
 
-def _add(row: Row, name: str, template: Preprocessor, metrics: Sequence[Any]) -> None:
+def _add(
+    row: Row, suffix: str, labels: tuple[str, ...], steps: Sequence[Preprocessor] = ()
+) -> None:
+    """Registers a version of a row's task; `steps` change its text."""
+    name = row.name + suffix
+    template = row.template(labels) if labels else row.template
+    metrics = _label_metrics(row, labels) if labels else row.metrics
     task = RunTask(
         name,
         source=row.source(row.data, row.parts, row.sizes, row.keys, row.reads),
         output_features={},
-        preprocessors=[template, *features.finish(name)],
+        preprocessors=[template(row.name), *steps, *features.finish(name)],
         postprocess_fn=row.postprocess,
         metric_fns=[text_metrics.of_task(name, metric) for metric in metrics],
     )
-    task.drawn_as = row.name
+    few_shot.draw_as(task, row.name)
     seqio.TaskRegistry.add_provider(name, task)
+
+
+examples.name_tasks_with(register_version)

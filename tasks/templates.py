@@ -8,6 +8,7 @@ docs/tasks.md lists them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -186,6 +187,14 @@ def cloze(prefix: str) -> Preprocessor:
         return targets.map(tf.autograph.experimental.do_not_convert(lambda x: {**x, **shared}))
 
     return lambda dataset: dataset.flat_map(tf.autograph.experimental.do_not_convert(rows_of))
+
+
+def without_prefix(prefix: str) -> Preprocessor:
+    """Takes the prefix, and the space after it, from the inputs of a template's rows."""
+    start = f"^{re.escape(prefix)} "
+    return _mapped(
+        lambda row: {**row, "inputs": tf.strings.regex_replace(row["inputs"], start, "")}
+    )
 
 
 def _answered(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -1,6 +1,7 @@
 """SeqIO registration of the toy suite: importing this module registers its tasks.
 
     toy_sst2, toy_mnli, ...        six source and eight target tasks (`toy_tasks`)
+    toy_rte_prefixed, ...          target tasks under a prefix or with other labels (`toy_variants`)
     toy_boolq_k32_s1, ...          on demand: k training examples of it, as `few_shot` names them
     toy_pretrain                   what the tiny backbone was pretrained on
 
@@ -20,9 +21,9 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax import evaluation, features, vocabularies
-from tasks import few_shot as few_shot  # its run names are known wherever the suite is
-from tasks import text_metrics, toy_pretrain
+from tasks import few_shot, text_metrics, toy_pretrain
 from tasks.toy_tasks import SOURCE_TASKS, TARGET_TASKS, ToyTask
+from tasks.toy_variants import VARIANTS, Variant
 from tasks.toy_vocabulary import EXTRA_IDS, VOCABULARY_PATH, word_ids
 
 SIZES = {
@@ -93,8 +94,8 @@ def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
     }
 
 
-def metrics_of(task: ToyTask) -> list:
-    """The task's metrics; the first named is the one that selects."""
+def metrics_of(task: ToyTask | Variant) -> list:
+    """The metrics of a task over its own labels; the first named is the one that selects."""
     if not task.labels:
         return [text_overlap]
     return [
@@ -120,11 +121,23 @@ def _register(task: ToyTask) -> None:
     _add(task.name, dataset, SIZES[task.role], features.finish(task.name), metrics_of(task))
 
 
-def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> None:
+def _register_variant(variant: Variant) -> None:
+    """Registers a variant, whose few-shot runs draw the rows of its task's."""
+    base, name = variant.base, variant.name
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed
+        return _dataset([variant.told(*row) for row in rows(base.name, split)])
+
+    task = _add(name, dataset, SIZES[base.role], features.finish(name), metrics_of(variant))
+    few_shot.draw_as(task, base.name)
+
+
+def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> seqio.Task:
     """Registers a task; `sizes` counts the rows of each split, or only names the splits."""
     counts = sizes if isinstance(sizes, dict) else None
     source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
-    seqio.TaskRegistry.add(
+    return seqio.TaskRegistry.add(
         name,
         source=source,
         preprocessors=preprocessors,
@@ -195,6 +208,8 @@ def register() -> None:
     """Registers the whole suite."""
     for task in TASKS.values():
         _register(task)
+    for variant in VARIANTS:
+        _register_variant(variant)
     _register_pretraining()
 
 

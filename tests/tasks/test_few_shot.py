@@ -129,12 +129,13 @@ def test_each_class_gives_k_rows():
         few_shot.indices_per_class(Draw("cb", 51, 1, per_class=True), "train", labels, "abc")
 
 
-def test_labels_and_digits_of_a_task_see_the_same_rows(data_dir):
-    rows = [
+def test_versions_of_a_task_see_the_same_rows(data_dir):
+    first, *rest = [
         examples.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
-        for name in ("cb", "cb_digits")
+        for name in ("cb", "cb_digits", "cb_unprefixed", "cb_synthetic")
     ]
-    assert rows[0] == rows[1] == random.Random("cb 5 2").sample(range(9), 5)
+    assert rest == [first] * 3
+    assert first == random.Random("cb 5 2").sample(range(9), 5)
 
 
 # --- Refusals --------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""Versions of the suites' tasks that are made of their names: unprefixed, and with nonsense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from mpt_jax import evaluation, examples, runs
+from tasks import suite
+from tests.tasks import tfds_data
+from tests.tasks.test_suites import GENERATED, ROWS, TEXTS
+
+CLASSIFICATION = [name for name, row in ROWS.items() if row.words]
+
+
+def made(name: str, row_name: str) -> Any:
+    """What a task makes of row 1 of its data set, before it becomes tokens."""
+    row, reads = tfds_data.DATA[ROWS[row_name].data][1](1), ROWS[row_name].reads
+    row = {key: row[key] for key in reads or row}
+    dataset = tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.constant, row))
+    steps = list(examples.find_task(name).preprocessors)
+    for step in steps[: steps.index(seqio.preprocessors.tokenize)]:
+        dataset = step(dataset)
+    return next(iter(dataset.as_numpy_iterator()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_without_its_prefix_a_row_is_otherwise_the_same(name):
+    usual, bare = made(name, name), made(f"{name}_unprefixed", name)
+    assert usual.pop("inputs").decode() == TEXTS[name][0]
+    assert f"{name} {bare.pop('inputs').decode()}" == TEXTS[name][0]
+    assert bare.keys() == usual.keys()
+    for key in usual:  # the targets, and what metrics read
+        np.testing.assert_array_equal(bare[key], usual[key])
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_synthetic_labels_are_made_of_the_words_alone(name):
+    task, words = examples.find_task(f"{name}_synthetic"), ROWS[name].words
+    labels = evaluation.labels_of(task)
+    assert len(set(labels)) == len(words) and not set(labels) & set(words)
+    assert [len(label) for label in labels] == [len(word) for word in words]
+    row = made(task.name, name)
+    assert row["inputs"].decode() == TEXTS[name][0]
+    assert row["targets"].decode() == labels[words.index(TEXTS[name][1])]
+    found = {}
+    for metric in task.metric_fns:
+        found.update(metric([labels[0], labels[1]], [labels[0], words[1]]))
+    assert found["accuracy"] == found["invalid"] == 50.0
+
+
+def test_nonsense():
+    assert suite.nonsense("entailment") == "ipveomnipv"
+    assert suite.nonsense("not_duplicate") == "puv_faqmodevi"
+    assert (suite.nonsense("True"), suite.nonsense("choice1")) == ("Vsai", "djuodi1")
+    assert suite.nonsense("Sci/Tech zu") == "Tdo/Vidj ba"
+
+
+def test_a_version_may_be_repeated():
+    repeat = examples.find_task("rte_synthetic_s2")
+    assert evaluation.labels_of(repeat) == ("ipveomnipv", "puv_ipveomnipv")
+
+
+@pytest.mark.parametrize(
+    "name", ["squad_synthetic", "stsb_synthetic", "toy_rte_unprefixed", "unprefixed", "rte_bare"]
+)
+def test_what_is_no_version_is_unknown(name):
+    with pytest.raises(ValueError, match=f"Unknown task '{name}'"):
+        examples.find_task(name)
+
+
+@pytest.mark.parametrize("name", [*ROWS, *GENERATED])
+def test_every_task_may_lose_its_prefix(name):
+    version = f"{name}_unprefixed"
+    assert examples.find_task(version).source.data == {**ROWS, **GENERATED}[name].data
+    assert runs.data_name(version) == version  # no setting of a fleet

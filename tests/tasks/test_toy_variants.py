@@ -1,0 +1,181 @@
+"""Variants of the toy targets: the same rows, told under a prefix or with other labels."""
+
+from __future__ import annotations
+
+import collections
+import random
+
+import pytest
+import sentencepiece
+
+from mpt_jax import evaluation, examples, features, runs
+from tasks import few_shot, toy, toy_pretrain, toy_vocabulary
+from tasks import toy_world as world
+from tasks.toy_variants import VARIANTS, Variant
+
+BASES = "toy_boolq toy_cb toy_rte toy_mrpc toy_wic toy_scitail toy_paws".split()
+LENGTHS = {"inputs": 48, "targets": 12}
+each = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+
+
+def texts(name: str, split: str) -> list[tuple[str, str]]:
+    """The rows of a split as text."""
+    task = examples.find_task(name)
+    rows = few_shot.text_rows(task, task.source.get_dataset(split=split, shuffle=False))
+    return [(x["inputs"].decode(), x["targets"].decode()) for x in rows.as_numpy_iterator()]
+
+
+def test_every_target_with_labels_has_each_variant():
+    suffixes = ("prefixed", "numeric", "synthetic")
+    assert [variant.name for variant in VARIANTS] == [f"{b}_{s}" for b in BASES for s in suffixes]
+    assert set(BASES) == {task.name for task in toy.TARGET_TASKS if task.labels}
+
+
+@each
+def test_names_are_no_settings_and_no_few_shot_runs(variant):
+    assert runs.data_name(variant.name) == variant.name
+    assert few_shot.parse(variant.name) is None
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@each
+def test_rows_differ_from_the_tasks_in_the_prefix_or_the_labels_alone(variant):
+    short = variant.base.name.removeprefix("toy_")
+    prefix = f"{short} : " if variant.suffix == "prefixed" else ""
+    for split in world.SPLITS:
+        told, usual = texts(variant.name, split), texts(variant.base.name, split)
+        assert [inputs for inputs, _ in told] == [prefix + inputs for inputs, _ in usual]
+        renamed = set(zip([y for _, y in usual], [y for _, y in told], strict=True))
+        assert renamed == set(zip(variant.base.labels, variant.labels, strict=True))
+
+
+def test_rows_do_not_change_between_releases():
+    text = "is the phone sold by wanda ? | emma offers a phone . wanda sells a hat ."
+    assert texts("toy_boolq", "test")[0] == (text, "no")
+    assert texts("toy_boolq_prefixed", "test")[0] == (f"boolq : {text}", "no")
+    assert texts("toy_boolq_numeric", "test")[0] == (text, "<extra_id_1>")
+    assert texts("toy_boolq_synthetic", "test")[0] == (text, "hamster")
+
+
+@each
+def test_few_shot_runs_draw_the_rows_of_the_tasks(variant):
+    for run in ("k16_s0", "k4_s3_dev", "k8_per_class_s1"):
+        mine, theirs = (examples.find_task(f"{x.name}_{run}") for x in (variant, variant.base))
+        for split in ("train", "validation"):
+            drawn = mine.source.few_shot_indices(split)
+            assert drawn == theirs.source.few_shot_indices(split)
+            assert (drawn is None) == (split == "validation" and "dev" not in run)
+    usual = texts(f"{variant.base.name}_k16_s0", "train")
+    assert texts(f"{variant.name}_k16_s0", "train") == [variant.told(*row) for row in usual]
+
+
+def test_few_shot_examples_are_the_runs_own():
+    name = "toy_cb_numeric_k4_s0"
+    dataset = examples.find_task(name).get_dataset(LENGTHS, "train", shuffle=False)
+    found, vocabulary = list(dataset.as_numpy_iterator()), toy.vocabulary()
+    assert {x["task_ids"].item() for x in found} == {features.task_id(name)}
+    tokens = [(vocabulary.decode(x["inputs"]), vocabulary.decode(x["targets"])) for x in found]
+    assert tokens == texts(name, "train") and len(tokens) == 4
+
+
+# --- labels ----------------------------------------------------------------------------------
+
+
+@each
+def test_metrics_are_over_the_variants_own_labels(variant):
+    task = examples.find_task(variant.name)
+    assert evaluation.labels_of(task) == variant.labels
+    first, second, *_ = variant.labels
+    found = {}
+    for metric in task.metric_fns:
+        found.update(metric([first, second], [first, "maybe"]))
+    assert found["accuracy"] == found["invalid"] == 50.0
+    base = evaluation.labels_of(examples.find_task(variant.base.name))
+    assert (base == variant.labels) == (variant.suffix == "prefixed")
+
+
+@each
+def test_labels_are_one_known_piece_each(variant):
+    vocabulary = toy.vocabulary()
+    assert len(set(variant.labels)) == len(variant.base.labels)
+    for label in variant.labels:
+        (piece,) = vocabulary.encode(label)
+        assert piece not in (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id)
+        assert vocabulary.decode([piece]) == label
+
+
+def test_digits_would_be_unknown():
+    vocabulary = toy.vocabulary()
+    assert vocabulary.encode("0") == vocabulary.encode("1")
+    assert vocabulary.unk_id in vocabulary.encode("0")
+
+
+def _synthetic() -> list[Variant]:
+    return [variant for variant in VARIANTS if variant.suffix == "synthetic"]
+
+
+def test_labels_are_often_targets_of_pretraining():
+    """At least 1 in 1,000 targets; synthetic ones are answers of several tasks, and no label's."""
+    rng, words, whole = random.Random(5), collections.Counter(), collections.Counter()
+    tasks_of = collections.defaultdict(set)
+    number = 20_000
+    for _ in range(number):
+        text, target = toy_pretrain.example(rng)
+        words.update(set(target.split()))
+        if "<" not in text:
+            whole[target] += 1
+            for word in target.split():
+                tasks_of[word].add(text.split()[0])
+    for variant in VARIANTS:
+        for label in variant.labels:
+            assert words[label.replace("<extra_id_", "<")] >= number / 1000, label
+    for variant in _synthetic():
+        for label in variant.labels:
+            assert tasks_of[label] == {"squad", "lookup", "quiz"}
+            assert whole[label] >= number / 2000, label
+
+
+def test_synthetic_labels_mean_nothing_to_their_task():
+    labels = [label for variant in _synthetic() for label in variant.labels]
+    answers = {label for task in toy.TASKS.values() for label in task.labels}
+    assert len(set(labels)) == len(labels) and not answers & set(labels)
+    for variant in _synthetic():
+        kinds = [set(words) for words in world.NOUNS.values()]
+        assert any(set(variant.labels) <= kind for kind in kinds)
+        inputs = [x.split() for split in world.SPLITS for x, _ in texts(variant.base.name, split)]
+        for label in variant.labels:
+            share = sum(label in words for words in inputs) / len(inputs)
+            silent = variant.base.name in ("toy_scitail", "toy_wic", "toy_paws")
+            assert share == 0 if silent else share < 0.025, (label, share)
+
+
+# --- lengths ---------------------------------------------------------------------------------
+
+# Of prefixed inputs, in tokens with EOS: 6 of `▁ b o o l q` and 1 of `:` more than boolq's 26.
+LONGEST = {
+    "toy_boolq": 33,
+    "toy_cb": 33,
+    "toy_rte": 31,
+    "toy_mrpc": 24,
+    "toy_wic": 27,
+    "toy_scitail": 26,
+    "toy_paws": 22,
+}
+
+
+@each
+def test_texts_fit_the_demos_buckets_and_have_no_unknown_piece(variant):
+    """Tokens with EOS: inputs of at most 36 and targets of 2 (gin/runs/demo.gin)."""
+    model = str(toy_vocabulary.VOCABULARY_PATH)
+    unknown = sentencepiece.SentencePieceProcessor(model_file=model).unk_id()
+    vocabulary, longest = toy.vocabulary(), 0
+    for split in world.SPLITS:
+        for row in toy.rows(variant.base.name, split):
+            inputs, target = map(vocabulary.encode, variant.told(*row))
+            assert unknown not in inputs and len(target) + 1 == 2
+            longest = max(longest, len(inputs) + 1)
+    assert longest <= 36
+    if variant.suffix == "prefixed":
+        assert longest == LONGEST[variant.base.name]
