@@ -54,7 +54,7 @@ class LengthBuckets:
         encoder = _smallest(self.encoder, encoder_lengths(batch))
         decoder = self.decoder[-1]
         if targets:
-            decoder = _smallest(self.decoder, _used(batch["decoder_target_tokens"] != 0))
+            decoder = _smallest(self.decoder, used(batch["decoder_target_tokens"] != 0))
         to = {"encoder": encoder, "decoder": decoder}
         return {name: value[:, : to[name.split("_")[0]]] for name, value in batch.items()}
 
@@ -104,7 +104,7 @@ def automatic(limits: Mapping[str, int]) -> dict[str, list[int]]:
 
 def encoder_lengths(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """The encoder positions [B] that each row of an unpacked batch uses."""
-    return _used((batch["encoder_input_tokens"] != 0) | (batch["encoder_prompt_slots"] != 0))
+    return used((batch["encoder_input_tokens"] != 0) | (batch["encoder_prompt_slots"] != 0))
 
 
 def sorted_batches(
@@ -148,8 +148,8 @@ def batches_of(
         yield chosen, buckets.cut(batch, targets) if buckets else batch
 
 
-def _used(real: np.ndarray) -> np.ndarray:
-    """One more than the last true position of each row; 0 where there is none."""
+def used(real: np.ndarray) -> np.ndarray:
+    """One more than the last true position of each row [B, n]; 0 where there is none. [B]."""
     return np.where(real.any(axis=1), real.shape[1] - real[:, ::-1].argmax(axis=1), 0)
 
 

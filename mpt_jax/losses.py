@@ -21,6 +21,14 @@ from mpt_jax.shapes import Array, Batch, Bool, Float, Int
 
 Sums = dict[str, Float[Array, " G"]]
 
+# Features of a batch that stand in for the teachers' forward pass, with the side whose positions
+# are their axis 1.
+TEACHER_FEATURES = {
+    "teacher_logits": "decoder",
+    "teacher_encoded": "encoder",
+    "teacher_decoded": "decoder",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
@@ -160,7 +168,7 @@ class Outputs:
     """What a forward pass gives the losses.
 
     Attributes:
-        logits: [B, L, V] float32.
+        logits: [B, L, V] float32; empty where they are of teachers and no term reads them.
         encoder_hidden: the chosen encoder states, each [B, T, H]; empty when not distilled.
         decoder_hidden: the chosen decoder states, each [B, L, H].
         prompts: the composed prompts [B, P, H]; of a packed batch the prompt's row at each
@@ -173,6 +181,36 @@ class Outputs:
     decoder_hidden: tuple[Array, ...] = ()
     prompts: Float[Array, "B _ H"] | None = None
     mixed: Mixed | None = None
+
+
+def teacher_features(distillation: Distillation, teacher: Outputs) -> dict[str, Array]:
+    """What the logits and the hidden terms read of teachers, as features of a batch.
+
+    Returns:
+        `teacher_logits` [B, L, V], less the largest of each position: no softmax sees that, and
+        what is likely, and matters, then loses little in a shorter dtype. `teacher_encoded`
+        [B, T, C, H] and `teacher_decoded` [B, L, C, H], the C chosen states of each stack. None of
+        a term that is off.
+    """
+    found: dict[str, Array] = {}
+    if distillation.logits:
+        found["teacher_logits"] = teacher.logits - teacher.logits.max(-1, keepdims=True)
+    if distillation.hidden:
+        found["teacher_encoded"] = jnp.stack(teacher.encoder_hidden, axis=2)
+        found["teacher_decoded"] = jnp.stack(teacher.decoder_hidden, axis=2)
+    return found
+
+
+def teacher_of(batch: Batch) -> Outputs | None:
+    """The teachers' outputs that a batch holds as `teacher_features`; None where it holds none."""
+    if not TEACHER_FEATURES.keys() & batch.keys():
+        return None
+    states = lambda x: () if x is None else tuple(x[:, :, i] for i in range(x.shape[2]))  # noqa: E731
+    return Outputs(
+        batch.get("teacher_logits", jnp.zeros((0, 0, 0))),
+        states(batch.get("teacher_encoded")),
+        states(batch.get("teacher_decoded")),
+    )
 
 
 def group_sum(values: Array, groups: Int[Array, "..."], num_groups: int) -> Float[Array, " G"]:

@@ -276,12 +276,15 @@ class PromptedEncoderDecoder:
         dropout_rng: Key | None = None,
         prompt_rng: Key | None = None,
     ) -> tuple[losses.Sums, metrics.StepMetrics]:
-        """The sum [G] of every loss term, and the metrics of each run."""
+        """The sum [G] of every loss term, and the metrics of each run.
+
+        Teachers run unless the batch holds what they say (`losses.teacher_features`).
+        """
         distil = self.objective.distillation
         hidden = distil is not None and distil.hidden
         student = self.forward(params, batch, dropout_rng, prompt_rng=prompt_rng, hidden=hidden)
-        teacher = None
-        if distil is not None:
+        teacher = losses.teacher_of(batch)
+        if distil is not None and teacher is None:
             frozen = jax.tree.map(jax.lax.stop_gradient, params)
             teacher = self.forward(frozen, batch, None, teacher=True, hidden=hidden)
         sums = losses.sums(self.objective, batch, self.groups(batch), student, teacher)
@@ -295,13 +298,17 @@ class PromptedEncoderDecoder:
 
     def loss_weights(self, batch: Batch) -> losses.Sums:
         """The weight [G] of every loss term: a function of the batch alone."""
+        width, states = self.module.config.emb_dim, self.states_compared
+        return losses.weights(self.objective, batch, self.groups(batch), width, states)
+
+    @property
+    def states_compared(self) -> tuple[int, int]:
+        """How many encoder and decoder states the hidden term compares."""
         config, distil = self.module.config, self.objective.distillation
-        layers = [config.num_encoder_layers + 1, config.num_decoder_layers + 1]
-        if distil is not None and distil.hidden_layers != "all":
-            layers = [1 if distil.hidden_layers == "last" else len(distil.hidden_layers)] * 2
-        return losses.weights(
-            self.objective, batch, self.groups(batch), config.emb_dim, (layers[0], layers[1])
-        )
+        if distil is None or distil.hidden_layers == "all":
+            return config.num_encoder_layers + 1, config.num_decoder_layers + 1
+        count = 1 if distil.hidden_layers == "last" else len(distil.hidden_layers)
+        return count, count
 
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None

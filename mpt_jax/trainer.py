@@ -29,6 +29,7 @@ from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.places import Places
 from mpt_jax.prompts.base import rows_split_over
 from mpt_jax.shapes import Array, Batch, Bool, Key, Params
+from mpt_jax.teacher_cache import TeacherCache
 from mpt_jax.train_state import TrainState
 from mpt_jax.tree import flatten, merge
 
@@ -232,6 +233,8 @@ class Trainer:
             rows (`sampling.EqualQuotas`, not packed). Rows of runs that have ended are then left
             out of batches, from the next `give_up_places` on; and of a state made with the same
             argument each shard of the mesh holds its own runs.
+        teacher_cache: keeps what teachers say of examples that come again; None computes it anew
+            in every step.
     """
 
     def __init__(
@@ -243,6 +246,7 @@ class Trainer:
         num_microbatches: int | None = None,
         learning_rate_fn: Callable[[Array], Any] | None = None,
         rows_by_run: bool = False,
+        teacher_cache: TeacherCache | None = None,
     ):
         self.model = model
         self.state = state
@@ -252,6 +256,9 @@ class Trainer:
         self._totals: metrics.StepMetrics | None = None
         parts = self.num_microbatches = num_microbatches or 1
         self._places = _places(model, partitioner, parts) if rows_by_run else None
+        self._teachers = None
+        if teacher_cache is not None:
+            self._teachers = teacher_cache.open(model, state, partitioner, parts, rows_by_run)
         step: Callable[..., Any] = functools.partial(_step_of_number, model, parts)
         if rows_by_run and partitioner.splits_runs(model.runs):
             step = rows_split_over(partitioner.mesh.axis_names[:-1])(step)
@@ -272,6 +279,8 @@ class Trainer:
         if self._places is not None:
             batch = self._places.pack(batch, self._placed)
         with self.partitioner.activate():
+            if self._teachers is not None:
+                batch = self._teachers.add(self.state.frozen, batch)
             rows = self.partitioner.shard_batch(batch)
             self.state, found = self._train_step(self.state, rows, self._rng, np.int32(self.step))
             self._totals = found if self._totals is None else self._merge(self._totals, found)
@@ -363,9 +372,11 @@ class Trainer:
         """The training and the evaluation step for a batch, ready to be compiled. All arrays may be
         `ShapeDtypeStruct`s that lie on devices which are not here, the state's as well."""
         with self.partitioner.activate():
-            number = jax.ShapeDtypeStruct((), jnp.int32)
+            number, training = jax.ShapeDtypeStruct((), jnp.int32), batch
+            if self._teachers is not None:
+                training = self._teachers.shapes(self.state.frozen, batch)
             return {
-                "train": self._train_step.lower(self.state, batch, self._rng, number),
+                "train": self._train_step.lower(self.state, training, self._rng, number),
                 "eval": self._eval_step.lower(self.state.params, batch, self.state.failed),
             }
 
@@ -384,6 +395,8 @@ class Trainer:
         found = metrics.scalars(totals, self.model.runs)
         rates = self.model.optimizer_def.current_learning_rates(self.step)
         found |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
+        if self._teachers is not None:
+            found |= self._teachers.metrics()
         if self.learning_rate_fn is not None:
             found["learning_rate"] = float(self.learning_rate_fn(jnp.asarray(self.step)))
         return found

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = """shapes tree runs packing batches length_buckets paths tokenizers buckets
 compilation_cache host_memory preemption processes prompts backbones losses prompted_input metrics
 decoding models optimizers schedules partitioning convert provenance model_card artefacts bank lock
-train_state identity places present_rows trainer out_of_memory selection checksums damage
-checkpoints conversion verify_weights predict export""".split()
+train_state identity places present_rows teacher_cache trainer out_of_memory selection checksums
+damage checkpoints conversion verify_weights predict export""".split()
 BORDER = """vocabularies features examples sampling iterators data evaluation t5x_import
 t5x_host t5x_trainer initializer gin_check gin_utils reporting results eval_loop handing_on
 fleet train eval infer plan experiment report demo paper list_tasks doctor cli
