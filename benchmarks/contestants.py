@@ -17,6 +17,7 @@ from mpt_jax.backbones.t5.config import T5Config, t5_config
 
 RATE, CLIP = 0.3, 1.0
 SIZES = ("tiny", "small", "base", "large")
+CACHE_BYTES = 10**9  # more than a few batches need
 IGNORED = -100  # torch's label of a position without loss
 
 
@@ -49,6 +50,7 @@ class Ours:
         num_tasks: K, rows of the bank, in one group.
         distilled: whether the loss has the teachers' terms (logits and hidden states).
         absent_tasks: what a step does to tasks that are not in the batch, `'dense'` or `'hold'`.
+        cached: whether what teachers say is kept, so that they run for new examples alone.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Ours:
         num_tasks: int,
         distilled: bool = False,
         absent_tasks: str = "dense",
+        cached: bool = False,
     ):
         import jax
 
@@ -68,6 +71,7 @@ class Ours:
         from mpt_jax.partitioning import PjitPartitioner
         from mpt_jax.prompts.mpt import MPT
         from mpt_jax.runs import Runs
+        from mpt_jax.teacher_cache import TeacherCache
         from mpt_jax.trainer import Trainer
 
         rates = Schedule(RATE, decay="constant")
@@ -83,7 +87,10 @@ class Ours:
         partitioner = PjitPartitioner()
         state = train_state.create(model, random_params(model, partitioner), partitioner)
         host_memory.keep_freed()
-        self.trainer = Trainer(model, state, partitioner, jax.random.PRNGKey(0))
+        cache = TeacherCache(CACHE_BYTES) if cached else None
+        self.trainer = Trainer(
+            model, state, partitioner, jax.random.PRNGKey(0), teacher_cache=cache
+        )
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:
         """Dispatches one step."""

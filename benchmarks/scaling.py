@@ -40,6 +40,7 @@ class Point(NamedTuple):
         packed: whether several texts share a row.
         distilled: whether the loss has the teachers' terms.
         held: whether tasks that are not in the batch are left alone.
+        cached: whether what teachers say is kept: of all examples, after the warm-up.
     """
 
     tasks: int = K
@@ -47,6 +48,7 @@ class Point(NamedTuple):
     packed: bool = False
     distilled: bool = False
     held: bool = False
+    cached: bool = False
 
     @property
     def name(self) -> str:
@@ -68,6 +70,7 @@ def curves(banks: list[int], lengths: list[int]) -> dict[str, list[Point]]:
         found[f"tasks, {how}"] = [Point(tasks=k, packed=packed) for k in banks]
         found[f"prompt length, {how}"] = [Point(prompt_length=p, packed=packed) for p in lengths]
         found[f"distillation, {how}"] = [Point(packed=packed, distilled=d) for d in (False, True)]
+    found["distillation, unpacked"].append(Point(distilled=True, cached=True))
     return found
 
 
@@ -90,7 +93,7 @@ def work(point: Point, size: str) -> contest.Work:
     """A turn: one step."""
     config = t5(size)
     absent = "hold" if point.held else "dense"
-    side = Ours(config, point.prompt_length, point.tasks, point.distilled, absent)
+    side = Ours(config, point.prompt_length, point.tasks, point.distilled, absent, point.cached)
     made = batch(point, config.vocab_size)
 
     def run() -> None:
@@ -118,6 +121,7 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
         "K": "tasks",
         "P": "prompt_length",
         "distilled": "distilled",
+        "cached": "cached",
         "positions": "positions",
         "seconds a step": "median_seconds",
         "min": "min_seconds",

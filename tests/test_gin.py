@@ -26,6 +26,7 @@ TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.g
 # Files that change a toy run.
 AFTER_TINY = ["gin/runs/demo.gin"]
 PACKED, BY_LENGTH = "gin/runs/packed.gin", "gin/runs/by_length.gin"
+TEACHER_CACHE = "gin/runs/teacher_cache.gin"
 SCOPES = ("train", "train_eval", "infer_eval")
 METHODS = [name for name in FILES if name.startswith("gin/methods/")]
 PROMPTED = [
@@ -185,6 +186,12 @@ def test_lengths_are_cut_in_training():
     assert all(max(found) < limits[name] for name, found in value("LENGTH_BUCKETS").items())
 
 
+def test_teachers_targets_may_be_kept():
+    parse([SOURCE, TEACHER_CACHE], [VOCABULARY, "TEACHER_CACHE_BYTES = 3000"])
+    settings = gin.query_parameter("Trainer.teacher_cache").scoped_configurable_fn()
+    assert (settings.max_bytes, settings.dtype) == (3000, "bfloat16")
+
+
 def test_targets_may_share_a_prompt_and_the_samplers_of_sources():
     parse([TARGET, JOINT], [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
     assert type(value("SAMPLER")).__name__ == "StochasticTasks"
@@ -212,6 +219,7 @@ def test_no_file_is_left_untested():
         JOINT,
         PACKED,
         BY_LENGTH,
+        TEACHER_CACHE,
         "gin/tiny.gin",
     }
     assert set(FILES) == tested | included

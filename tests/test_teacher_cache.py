@@ -76,19 +76,22 @@ OBJECTIVES = {
 }
 
 
-def both_gradients(distillation, dtype, batch=BATCH):
-    """Gradients and loss terms without the cache, and with it."""
+@functools.cache
+def gradients(name):
+    """Gradients and metrics without a cache, and by the storage dtype of one."""
     # The decoder has one layer fewer than the encoder: give it the state 2 that is asked for.
-    found = model(distillation, config=tiny.config(num_decoder_layers=2))
+    found = model(OBJECTIVES[name], config=tiny.config(num_decoder_layers=2))
     trainable, frozen = split(tiny.params(found), found.labels, {"shared", "task"})
-    _, add = opened(found, TeacherCache(ROOM, dtype))
     step = jax.jit(functools.partial(trainer.gradients, found, num_microbatches=2))
-    return [step(trainable, frozen, given, None) for given in (batch, add(batch))]
+    given = {None: BATCH}
+    for dtype in teacher_cache.DTYPES:
+        given[dtype] = opened(found, TeacherCache(ROOM, dtype))[1](BATCH)
+    return {dtype: step(trainable, frozen, batch, None) for dtype, batch in given.items()}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_and_gradients_are_those_of_teachers_that_run(name):
-    expected, found = both_gradients(OBJECTIVES[name], "float32")
+    expected, found = gradients(name)[None], gradients(name)["float32"]
     tiny.close(found[0], expected[0], 1e-6, "gradients: ")
     tiny.close(
         {name: metric.sum for name, metric in found[1].items()},
@@ -100,7 +103,7 @@ def test_loss_and_gradients_are_those_of_teachers_that_run(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_bfloat16_changes_terms_and_gradients_by_less_than_a_hundredth(name):
-    expected, found = both_gradients(OBJECTIVES[name], "bfloat16")
+    expected, found = gradients(name)[None], gradients(name)["bfloat16"]
     for term, metric in expected[1].items():
         np.testing.assert_allclose(found[1][term].sum, metric.sum, rtol=1e-2, err_msg=term)
     for leaf, gradient in flatten(expected[0]).items():
