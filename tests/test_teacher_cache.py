@@ -83,7 +83,7 @@ def gradients(name):
     found = model(OBJECTIVES[name], config=tiny.config(num_decoder_layers=2))
     trainable, frozen = split(tiny.params(found), found.labels, {"shared", "task"})
     step = jax.jit(functools.partial(trainer.gradients, found, num_microbatches=2))
-    given = {None: BATCH}
+    given: dict[str | None, dict[str, np.ndarray]] = {None: BATCH}
     for dtype in teacher_cache.DTYPES:
         given[dtype] = opened(found, TeacherCache(ROOM, dtype))[1](BATCH)
     return {dtype: step(trainable, frozen, batch, None) for dtype, batch in given.items()}
@@ -141,7 +141,7 @@ def epochs(count=3, rows=12) -> list[dict[str, np.ndarray]]:
     rng, found = np.random.default_rng(1), []
     for _ in range(count):
         order = rng.permutation(rows)
-        found += [tiny.pick(examples, order[at : at + 4]) for at in range(0, rows, 4)]
+        found += [tiny.pick(examples, order[at : at + 4].tolist()) for at in range(0, rows, 4)]
     return found
 
 
