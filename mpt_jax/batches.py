@@ -48,7 +48,7 @@ def unpacked(
     batch = _empty(len(examples), int(np.max(prompt_length)) + text_length, target_length)
     for number, example in enumerate(examples):
         _check(example, text_length, target_length)
-        _write(batch, number, example, _length_of(prompt_length, example.row), (0, 0))
+        _write(batch, number, example, _length_of(prompt_length, int(example.row)), (0, 0))
     # As SeqIO has it: the last target too is an input, at a position that has no weight.
     batch["decoder_input_tokens"][:, 1:] = batch["decoder_target_tokens"][:, :-1]
     return batch
@@ -71,7 +71,7 @@ def packed(
             which is padding, is in a text.
     """
     shape = lengths["inputs"], lengths["targets"]
-    reserved = [_length_of(prompt_length, example.row) for example in examples]
+    reserved = [_length_of(prompt_length, int(example.row)) for example in examples]
     needed = [
         (length + len(e.inputs), len(e.targets))
         for length, e in zip(reserved, examples, strict=True)

@@ -10,13 +10,14 @@ import pytest
 
 from mpt_jax import artefacts, decoding, losses, metrics, models
 from mpt_jax.losses import Distillation, Objective
+from mpt_jax.optimizers import CLOCK
 from mpt_jax.prompts import method_names
 from mpt_jax.prompts.base import fold
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.train_state import trainable_labels
-from mpt_jax.tree import flatten, merge, split
+from mpt_jax.tree import flatten, label_tree, merge, split
 from tests import tiny
 from tests.test_decoding import cut, slow_beam
 
@@ -74,14 +75,17 @@ def mpt() -> Case:
 
 
 def test_only_what_a_method_labels_learns(case):
-    expected = {f"prompt/{name}" for name in case.params.get("prompt", {})}
+    labels = flatten(label_tree(case.params.get("prompt", {}), case.model.prompt.labels))
+    expected = {f"prompt/{name}" for name, label in labels.items() if label != models.FROZEN}
+    counted = {f"prompt/{name}" for name, label in labels.items() if label == CLOCK}
     if not expected:
         expected = {name for name in flatten(case.params) if name.endswith("norm/scale")}
     assert set(flatten(case.trainable)) == expected
     _, grads = case.loss(case.batch)
     assert set(flatten(grads)) == expected
     for name, grad in flatten(grads).items():
-        assert np.abs(grad).max() > 0, f"{name} is trained and has no gradient"
+        has_one = np.abs(grad).max() > 0
+        assert has_one == (name not in counted), f"{name} has a gradient: {has_one}"
 
 
 def test_packed_equals_unpacked(case):
