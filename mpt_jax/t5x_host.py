@@ -345,7 +345,7 @@ def _card_facts(host: Host) -> model_card.Facts:
     tasks = [examples.find_task(n) for n in host.model.runs.run_names if examples.is_task(n)]
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in tasks},
-        trained_numbers=train_state.count(host.split(host.shapes)[0]),
+        trained_numbers=train_state.count_learning(host.model, host.shapes),
         git_revision=provenance.git_revision(),
         packages=provenance.package_versions(),
     )

@@ -163,7 +163,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         )
         if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
             trainer.resume(resumed[1]["runs"])
-        total, learning = train_state.count(state.params), train_state.count(state.trainable)
+        total = train_state.count(state.params)
+        learning = train_state.count_learning(model, state.trainable)
         labels = train_state.trainable_labels(model, state.params)
         logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
 
@@ -321,7 +322,9 @@ def card_facts(
         trained_on=getattr(provider, "overlong", {}),
         evaluated=evaluator.inference.num_examples if evaluator.inference else {},
         evaluated_split=infer_cfg.split if infer_cfg else "",
-        trained_numbers=train_state.count(evaluator.trainer.state.trainable),
+        trained_numbers=train_state.count_learning(
+            evaluator.trainer.model, evaluator.trainer.state.trainable
+        ),
         git_revision=provenance.git_revision(),
         packages=provenance.package_versions(),
     )

@@ -30,6 +30,7 @@ import numpy as np
 from mpt_jax import artefacts, convert
 from mpt_jax.backbones.t5.scan import stack_layers
 from mpt_jax.models import BACKBONE, FROZEN, PromptedEncoderDecoder
+from mpt_jax.optimizers import CLOCK
 from mpt_jax.partitioning import PjitPartitioner, put_like, shardings_like
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
@@ -255,6 +256,16 @@ def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
 def count(params: Params) -> int:
     """How many numbers a tree holds."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in flatten(params).values())
+
+
+def count_learning(model: PromptedEncoderDecoder, params: Params) -> int:
+    """How many numbers of a tree learn: what is frozen does not, nor what counts steps."""
+    labels = flatten(model.label_tree(params))
+    return sum(
+        int(np.prod(np.shape(leaf)))
+        for name, leaf in flatten(params).items()
+        if labels[name] not in (FROZEN, CLOCK)
+    )
 
 
 def _backbone(
