@@ -269,7 +269,7 @@ class Bank:
                 groups[digest] = len(groups)
                 new.append(group)
             numbers.append(groups[digest])
-        blocks = {
+        blocks: dict[str, np.ndarray] = {
             name: leaf[new] if self._axes.get(name) == "groups" else leaf
             for name, leaf in leaves.items()
         }

@@ -296,10 +296,11 @@ class CrossPT(PromptMethod):
             return soft * private
         if self.share == ADD:
             return soft + private
-        share = self.share
-        if share == LEARNED:
-            share = self._drawn(params, runs, task_ids, given, "share")[..., None]
-        return (1 - share) * soft + share * private
+        if isinstance(self.share, str):
+            part: Any = self._drawn(params, runs, task_ids, given, "share")[..., None]
+        else:
+            part = self.share
+        return (1 - part) * soft + part * private
 
     def mixture(self, params, runs, task_ids, given=PLAIN):
         return self._weights(params, runs, task_ids, given)[0]
