@@ -322,7 +322,7 @@ class CrossPT(PromptMethod):
 
     def _logits(self, params, runs, task_ids, given):
         if ROUTERS[self.router].reads_text:
-            sources = of_groups(params["sources"], runs, task_ids)
+            sources = of_groups(reparametrisation.apply(params, "sources"), runs, task_ids)
             found = self._attention().scores(params, runs, task_ids, given.pooled, sources)
             return found[..., 0]
         if "router" in params:
