@@ -165,6 +165,15 @@ def test_of_scores_that_are_drawn_alike_still_k_are_kept():
     assert np.isfinite(compose(method, params, runs, np.arange(K), key=KEY)).all()
 
 
+def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
+    """A draw of one in four that is above a half; 1/4 each of 15/16. In float32 most of those are
+    exactly 1, and which is the largest must be known before they are rounded."""
+    method = make(compose_by="sum", top_k=1, annealing=COLD)
+    params = random_params(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
+    chosen = (draws(method, params, BANKS["joint"], row=1) > 0.5).mean(0)
+    np.testing.assert_allclose(chosen, 15 / 64, atol=0.03)
+
+
 @pytest.mark.parametrize("logit", [-60.0, 60.0])
 @pytest.mark.parametrize("normalise", ["sum", "softmax"])
 def test_gradients_stay_finite_where_every_draw_is_cold(normalise, logit):
