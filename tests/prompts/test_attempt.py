@@ -1,0 +1,520 @@
+"""ATTEMPT: what it mixes, what learns, what it starts from, and what it reads of a text."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import artefacts, losses, trainer
+from mpt_jax.backbones.t5.config import t5_config
+from mpt_jax.prompts import base
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.base import Given
+from mpt_jax.prompts.init import Uniform
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.runs import Runs
+from mpt_jax.train_state import count, shapes, trainable_labels
+from mpt_jax.tree import flatten, label_tree, merge, split
+from tests import tiny
+from tests.prompts import mixing_by_hand as by_hand
+
+P, H, K, WIDTH = 4, 6, 5, 7
+KEY = jax.random.PRNGKey(0)
+CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
+SOURCES = ("mnli", "sst2", "qnli")
+BANKS = {
+    "joint": Runs([f"task{i}" for i in range(K)]),
+    "independent": Runs([f"task{i}" for i in range(K)], groups="independent"),
+    "groups": Runs([f"task{i}" for i in range(K)], groups=(1, 0, 1, 2, 0)),
+}
+ROUTER = {
+    "sub": {"down", "up", "norm_scale", "norm_bias"},
+    "token": {"down", "up", "norm_scale", "norm_bias"},
+    "linear": {"linear", "norm_scale", "norm_bias"},
+    "dot": set(),
+    "constant": set(),
+}
+VARIANTS = pytest.mark.parametrize("attention", ROUTER)
+BY_GROUP = pytest.mark.parametrize("bank", BANKS)
+
+
+def make(attention: str = "sub", **overrides) -> ATTEMPT:
+    """A method whose temperature is low enough for weights to differ."""
+    settings = {"width": WIDTH, "temperature": 3.0, **overrides}
+    return ATTEMPT(P, SOURCES, attention, **settings)
+
+
+def random_params(method: ATTEMPT, runs: Runs, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    made = method.init(KEY, runs, CONTEXT)
+    return {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in made.items()}
+
+
+def texts(ids: np.ndarray, seed: int = 1) -> np.ndarray:
+    """A pooled text [..., H] for each of some examples."""
+    return np.random.default_rng(seed).normal(size=(*ids.shape, H)).astype(np.float32)
+
+
+def compose(method, params, runs, ids, x) -> np.ndarray:
+    params, ids, x = jax.tree.map(jnp.asarray, (dict(params), ids, x))
+    return np.asarray(method.compose(params, runs, ids, Given(pooled=x)))
+
+
+def mixture(method, params, runs, ids, x) -> np.ndarray:
+    params, ids, x = jax.tree.map(jnp.asarray, (dict(params), ids, x))
+    return np.asarray(method.mixture(params, runs, ids, Given(pooled=x)))
+
+
+# --- The formula ---------------------------------------------------------------------------------
+
+
+@BY_GROUP
+@VARIANTS
+def test_the_parameters_of_every_variant(attention, bank):
+    method, runs = make(attention), BANKS[bank]
+    made = method.init(KEY, runs, CONTEXT)
+    groups = runs.num_groups
+    sizes = {
+        "down": (groups, H, WIDTH),
+        "up": (groups, WIDTH, H),
+        "linear": (groups, H, H),
+        "norm_scale": (groups, H),
+        "norm_bias": (groups, H),
+    }
+    expected = {"sources": (len(SOURCES), P, H), "target": (K, P, H)}
+    expected |= {name: sizes[name] for name in ROUTER[attention]}
+    assert {name: leaf.shape for name, leaf in made.items()} == expected
+    labels = label_tree(made, method.labels)
+    assert labels.pop("sources") == "frozen" and labels.pop("target") == "task"
+    assert set(labels.values()) <= {"router"}
+    if "norm_scale" in made:
+        assert (made["norm_scale"] == 1).all() and (made["norm_bias"] == 0).all()
+
+
+@BY_GROUP
+@pytest.mark.parametrize("attend_target", [True, False])
+@VARIANTS
+def test_prompts_and_weights_are_the_definition(attention, attend_target, bank):
+    method, runs = make(attention, attend_target=attend_target), BANKS[bank]
+    params = random_params(method, runs)
+    ids = np.array([[3, 0, 0], [4, 1, 2]])
+    x = texts(ids)
+    found, weights = (use(method, params, runs, ids, x) for use in (compose, mixture))
+    assert method.candidates == (*SOURCES, *(["target"] if attend_target else []))
+    assert found.shape == (2, 3, P, H) and weights.shape == (2, 3, len(method.candidates))
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    for at in np.ndindex(ids.shape):
+        group = runs.group_of_row[ids[at]]
+        by_row, expected = by_hand.attempt(method, params, group, ids[at], x[at].astype(np.float64))
+        np.testing.assert_allclose(found[at], expected, 1e-5, 1e-5)
+        # Where every prompt row has weights of its own, it is their mean that is told.
+        np.testing.assert_allclose(weights[at], by_row.mean(0), 1e-5, 1e-5)
+    different = np.abs(weights[0, 1] - weights[0, 2]).max()
+    assert (different == 0) if attention == "constant" else (different > 1e-3), "one row, two texts"
+
+
+@VARIANTS
+def test_what_is_said_of_reading_texts_is_so(attention):
+    method, runs = make(attention), BANKS["joint"]
+    params, ids = random_params(method, runs), np.array([1, 1])
+    prompts = compose(method, params, runs, ids, texts(ids))
+    assert method.reads_text == bool(np.any(prompts[0] != prompts[1]))
+    assert not method.is_random and method.own_steps == 0
+    assert method.prompt_lengths(runs) == (P,) * K
+
+
+def test_prompts_that_depend_on_the_text_have_no_plain_form():
+    method, runs = make(), BANKS["joint"]
+    with pytest.raises(ValueError, match="attempt"):
+        base.fold(method, random_params(method, runs), runs)
+
+
+@pytest.mark.parametrize("attention", ["sub", "linear", "token"])
+def test_a_temperature_divides_what_is_compared(attention):
+    runs, ids = BANKS["joint"], np.arange(K)
+    cold, hot = make(attention, temperature=0.05), make(attention, temperature=1e6)
+    params = random_params(cold, runs)
+    even = mixture(hot, params, runs, ids, texts(ids))
+    np.testing.assert_allclose(even, 1 / (len(SOURCES) + 1), atol=1e-4)
+    if attention == "token":
+        return  # its weights are told as the mean over prompt rows, each with a choice of its own
+    sharp = mixture(cold, params, runs, ids, texts(ids))
+    assert sharp.max(-1).min() > 0.6
+    warm = mixture(make(attention, temperature=1.5), params, runs, ids, texts(ids))
+    warmer = mixture(make(attention, temperature=3.0), params, runs, ids, texts(ids))
+    ratio = lambda w: np.log(w[:, 0] / w[:, 1])  # noqa: E731 - a logit's difference
+    np.testing.assert_allclose(ratio(warm), 2 * ratio(warmer), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sub", "linear"])
+def test_a_faint_signal_is_normalised_with_torchs_epsilon(attention):
+    """Where features hardly vary, as at the start, 1e-5 is what they are divided by."""
+    method, runs, ids = make(attention), BANKS["joint"], np.arange(K)
+    params = random_params(method, runs)
+    last = "up" if attention == "sub" else "linear"
+    params[last] *= np.float32(1e-3)
+    x = texts(ids)
+    weights = mixture(method, params, runs, ids, x)
+    for row in range(K):
+        expected, _ = by_hand.attempt(method, params, 0, row, x[row].astype(np.float64))
+        np.testing.assert_allclose(weights[row], expected[0], 1e-5, 1e-5)
+
+
+def test_no_temperature_divides_a_dot_product():
+    runs, ids = BANKS["joint"], np.arange(K)
+    params = random_params(make("dot"), runs)
+    found = [mixture(make("dot", temperature=t), params, runs, ids, texts(ids)) for t in (1.0, 9.0)]
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_defaults_are_the_released_codes():
+    method = ATTEMPT(100, SOURCES)
+    assert (method.attention, method.width, method.temperature) == ("sub", 100, 2000.0)
+    assert method.attend_target and method.start_from == "first"
+
+
+@pytest.mark.parametrize("attend_target", [True, False])
+@VARIANTS
+def test_gradients_are_finite_differences_of_the_formula(attention, attend_target):
+    """Central differences in float64 of the formula written by hand."""
+    method, runs = make(attention, attend_target=attend_target), BANKS["groups"]
+    params, ids = random_params(method, runs), np.array([3, 0, 2, 4])
+    x = texts(ids)
+    along = np.random.default_rng(2).normal(size=(len(ids), P, H)).astype(np.float32)
+
+    def ours(params):
+        return (method.compose(params, runs, jnp.asarray(ids), Given(jnp.asarray(x))) * along).sum()
+
+    def theirs(params) -> float:
+        prompts = [
+            by_hand.attempt(method, params, runs.group_of_row[i], i, text.astype(np.float64))[1]
+            for i, text in zip(ids, x, strict=True)
+        ]
+        return float((np.stack(prompts) * along).sum())
+
+    grads = jax.grad(ours)(jax.tree.map(jnp.asarray, params))
+    wide = {name: value.astype(np.float64) for name, value in params.items()}
+    rng = np.random.default_rng(3)
+    for name in ({"target"} | ROUTER[attention]) & set(params):
+        size = params[name].size
+        for entry in rng.choice(size, min(size, 6), replace=False):
+            sides = []
+            for step in (1e-5, -1e-5):
+                moved = {**wide, name: wide[name].copy()}
+                moved[name].flat[entry] += step
+                sides.append(theirs(moved))
+            slope = (sides[0] - sides[1]) / 2e-5
+            np.testing.assert_allclose(np.asarray(grads[name]).flat[entry], slope, 2e-4, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "additive"}, "'additive'"),
+        ({"temperature": 0.0}, "0.0"),
+        ({"width": 0}, "0"),
+        ({"sources": ()}, "source"),
+        ({"sources": ("mnli", "sst2", "mnli")}, "mnli"),
+    ],
+)
+def test_settings_that_mean_nothing_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ATTEMPT(**{"prompt_length": P, "sources": SOURCES, **settings})
+
+
+def test_targets_of_different_runs_start_from_their_own_initialisers():
+    method = ATTEMPT(P, SOURCES, init_prompt=Uniform(0.5))
+    made = method.init(KEY, BANKS["joint"], CONTEXT)["target"]
+    assert len({row.tobytes() for row in np.asarray(made)}) == K and np.abs(made).max() <= 0.5
+
+
+@VARIANTS
+def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(attention):
+    method, fleet = make(attention), BANKS["independent"]
+    together = method.init(KEY, fleet, CONTEXT)
+    for row in (0, 3):
+        alone = method.init(KEY, Runs([f"task{row}"]), CONTEXT)
+        np.testing.assert_array_equal(alone.pop("sources"), together["sources"])
+        for name, leaf in alone.items():
+            np.testing.assert_array_equal(leaf[0], together[name][row], err_msg=name)
+
+
+# --- Numbers of parameters -----------------------------------------------------------------------
+
+SIX = ("mnli", "sst2", "qnli", "qqp", "squad", "record")
+GLUE = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"]
+
+
+def numbers(tasks: list[str], **overrides) -> tuple[int, int]:
+    """How many numbers of a T5-base's prompts learn, and how many are stored and do not."""
+    config = t5_config("t5_1_0_base", num_encoder_layers=1, num_decoder_layers=1)
+    model = tiny.model(Runs(tasks), ATTEMPT(100, SIX), config, **overrides)
+    tree, _ = shapes(model)
+    learns, stays = split(tree, model.labels, trainable_labels(model, tree))
+    assert set(learns) == {"prompt"}
+    return count(learns), count(stays["prompt"])
+
+
+def test_one_task_trains_what_the_paper_calls_232_thousand():
+    prompt, net, norm = 100 * 768, 2 * 768 * 100, 2 * 768
+    assert numbers(["rte"]) == (prompt + net + norm, 6 * prompt) == (231_936, 460_800)
+
+
+def test_eight_tasks_jointly_train_96192_parameters_a_task():
+    found, frozen = numbers(GLUE)
+    assert (found, found / 8, frozen) == (769_536, 96_192, 460_800)
+
+
+def test_with_its_layer_norm_frozen_it_trains_what_the_released_code_does():
+    frozen = ((r"prompt/norm_(scale|bias)", "frozen"),)
+    assert numbers(["rte"], labels=frozen)[0] == 230_400
+
+
+# --- What it starts from -------------------------------------------------------------------------
+
+ARTEFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
+
+
+def start(method, source, source_method, source_runs, runs):
+    """(the method's own first values, those after a transfer)."""
+    initial = method.init(KEY, runs, CONTEXT)
+    return initial, method.transfer(source, source_method, source_runs, runs, lambda: initial)
+
+
+@BY_GROUP
+def test_sources_come_by_name_in_the_order_asked_and_the_target_starts_as_the_first(bank):
+    table = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
+    method = make()
+    initial, started = start(method, {"table": table}, PromptTuning(P), ARTEFACT, BANKS[bank])
+    np.testing.assert_array_equal(started["sources"], table[[1, 3, 4]])
+    for row in range(K):
+        np.testing.assert_array_equal(started["target"][row], table[1])
+    assert set(started) == set(initial)
+    for name in ROUTER["sub"]:
+        np.testing.assert_array_equal(started[name], initial[name], "an artefact has no net")
+
+
+def test_a_target_starts_from_the_source_it_is_told_to():
+    table = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
+    method = make(start_from="rte")
+    _, started = start(method, {"table": table}, PromptTuning(P), ARTEFACT, BANKS["independent"])
+    np.testing.assert_array_equal(started["target"], np.stack([table[2]] * K))
+
+
+def test_a_source_that_the_artefact_lacks_is_an_error_that_lists_what_it_has():
+    method = ATTEMPT(P, ("mnli", "qnlo"))
+    with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
+        start(method, {"table": np.zeros((5, P, H))}, PromptTuning(P), ARTEFACT, BANKS["joint"])
+
+
+def test_an_artefact_of_its_own_goes_on_row_by_row():
+    before, after = BANKS["independent"], Runs(["task3", "task0"], groups="independent")
+    method = make(start_from="same")
+    trained = random_params(method, before)
+    _, started = start(method, trained, make(), before, after)
+    ids, x = np.array([1, 0, 1]), texts(np.zeros(3))
+    np.testing.assert_array_equal(
+        compose(method, started, after, ids, x),
+        compose(method, trained, before, np.array([0, 3, 0]), x),
+    )
+
+
+def test_groups_of_an_artefact_of_its_own_go_on_together():
+    before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
+    method = make(start_from="same")
+    trained = random_params(method, before)
+    _, started = start(method, trained, make(), before, after)
+    x = texts(np.zeros(3))
+    np.testing.assert_array_equal(
+        compose(method, started, after, np.array([0, 1, 2]), x),
+        compose(method, trained, before, np.array([4, 2, 1]), x),
+    )
+
+
+# --- Through the model ---------------------------------------------------------------------------
+
+
+class Mixed:
+    """A model of some bank with random parameters and texts of several tasks."""
+
+    def __init__(self, attention: str = "sub", groups="joint", rows=(2, 0, 1, 0), **overrides):
+        settings = {"width": WIDTH, "temperature": 3.0, **overrides}
+        self.method = ATTEMPT(tiny.PROMPT, SOURCES, attention, **settings)
+        self.runs = Runs(tiny.RUNS.task_names, groups=groups)
+        self.model = tiny.model(self.runs, self.method)
+        self.params = tiny.params(self.model)
+        self.batch = tiny.batch(list(rows))
+        self.trainable, self.frozen = split(
+            self.params, self.model.labels, trainable_labels(self.model, self.params)
+        )
+        self.forward = jax.jit(self.model.forward)
+        self.losses = jax.jit(jax.value_and_grad(self._total, has_aux=True))
+
+    def _total(self, trainable, frozen, batch):
+        sums, found = self.model.loss_sums(merge(trainable, frozen), batch)
+        weights = self.model.loss_weights(batch)
+        return losses.combine(self.model.objective, sums, weights)[0], (sums, found)
+
+    def loss(self, batch):
+        """(loss, gradients of what learns, metrics)."""
+        (total, (_, found)), grads = self.losses(self.trainable, self.frozen, batch)
+        return total, grads, found
+
+    def pooled(self, example: int) -> np.ndarray:
+        """[H] of an example's text, from the tokens and the embedding."""
+        embedding = np.asarray(self.params["token_embedder"]["embedding"])
+        return by_hand.pooled(embedding, self.batch["encoder_input_tokens"][example])
+
+    def expected(self, example: int) -> tuple[np.ndarray, np.ndarray]:
+        """(weights, prompt) of an example by hand."""
+        row = int(self.batch["encoder_task_ids"][example, 0])
+        params = {name: np.asarray(leaf) for name, leaf in self.params["prompt"].items()}
+        group = self.runs.group_of_row[row]
+        return by_hand.attempt(self.method, params, group, row, self.pooled(example))
+
+
+@pytest.fixture(scope="module", params=list(ROUTER))
+def mixed(request) -> Mixed:
+    return Mixed(request.param, groups=[1, 0, 1])
+
+
+@pytest.fixture(scope="module", params=list(ROUTER))
+def apart(request) -> Mixed:
+    return Mixed(request.param, groups="independent")
+
+
+def test_a_text_is_its_tokens_and_neither_padding_nor_the_prompts_positions(mixed):
+    """Every prompt of a batch, from token ids and the embedding alone."""
+    lengths = (mixed.batch["encoder_input_tokens"] > 0).sum(1)
+    assert len(set(lengths)) > 1 and lengths.min() < tiny.TEXT, "some texts are padded"
+    found = np.asarray(mixed.forward(mixed.params, mixed.batch).prompts)
+    for example in range(4):
+        np.testing.assert_allclose(found[example], mixed.expected(example)[1], 1e-5, 1e-5)
+
+
+def test_the_embedding_of_padding_is_not_read():
+    """It is written over at the prompt's positions and masked behind the text; a maximum over it
+    would be found out here."""
+    mixed = Mixed()
+    before = mixed.forward(mixed.params, mixed.batch).prompts
+    embedding = mixed.params["token_embedder"]["embedding"].at[0].set(50.0)
+    loud = {**mixed.params, "token_embedder": {"embedding": embedding}}
+    np.testing.assert_array_equal(mixed.forward(loud, mixed.batch).prompts, before)
+    loud["token_embedder"] = {"embedding": embedding.at[2:].add(1.0)}
+    assert np.abs(mixed.forward(loud, mixed.batch).prompts - before).max() > 1e-3, "and tokens are"
+
+
+def test_more_padding_changes_nothing(mixed):
+    wider = {
+        name: np.pad(value, ((0, 0), (0, 4 if name.startswith("encoder") else 0)))
+        for name, value in mixed.batch.items()
+    }
+    tiny.close(mixed.loss(wider)[:2], mixed.loss(mixed.batch)[:2], 1e-5)
+    np.testing.assert_allclose(
+        mixed.forward(mixed.params, wider).logits,
+        mixed.forward(mixed.params, mixed.batch).logits,
+        1e-5,
+        1e-5,
+    )
+
+
+def test_rows_of_padding_have_no_text_and_change_nothing(mixed):
+    padded = tiny.batch([2, None, 1, 0])
+    (total, grads, _), (expected, expected_grads, _) = (
+        mixed.loss(batch) for batch in (padded, tiny.pick(padded, [0, 2, 3]))
+    )
+    tiny.close((total, grads), (expected, expected_grads), 1e-6)
+
+
+def test_what_a_text_is_does_not_depend_on_prompts():
+    """With other targets, which are no candidates here, the same is added to them."""
+    mixed = Mixed(attend_target=False)
+    first = mixed.batch["encoder_task_ids"][:, 0]
+    target = mixed.params["prompt"]["target"]
+    added = mixed.forward(mixed.params, mixed.batch).prompts - target[first]
+    moved = {**mixed.params, "prompt": {**mixed.params["prompt"], "target": 3 - 2 * target}}
+    again = mixed.forward(moved, mixed.batch).prompts - moved["prompt"]["target"][first]
+    np.testing.assert_allclose(again, added, 1e-5, 1e-5)
+
+
+def test_what_learns_is_the_target_and_the_net(mixed):
+    _, grads, _ = mixed.loss(mixed.batch)
+    found = flatten(grads)
+    assert set(found) == {f"prompt/{name}" for name in {"target"} | ROUTER[mixed.method.attention]}
+    for name, grad in found.items():
+        assert np.abs(grad).max() > 0, f"{name} is trained and has no gradient"
+    assert "sources" in mixed.frozen["prompt"]
+
+
+def test_packed_equals_unpacked_of_every_variant(mixed):
+    packed = tiny.pack(mixed.batch, [[1, 3], [0, 2]])
+    total, grads, found = mixed.loss(packed)
+    expected, expected_grads, expected_found = mixed.loss(mixed.batch)
+    tiny.close((total, grads), (expected, expected_grads), 1e-5)
+    for name in expected_found:
+        if name.startswith("attention"):
+            tiny.close(values(found, name), values(expected_found, name), 1e-5)
+
+
+def values(found, name) -> dict[str, np.ndarray]:
+    metric = found[name]
+    return {"sum": np.asarray(metric.sum), "weight": np.asarray(metric.weight)}
+
+
+def test_the_weights_of_candidates_are_told_for_each_run(mixed):
+    _, _, found = mixed.loss(mixed.batch)
+    rows = mixed.batch["encoder_task_ids"][:, 0]
+    weights = np.stack([mixed.expected(example)[0].mean(0) for example in range(4)])
+    entropies = -(weights * np.log(weights)).sum(1)
+    for row in range(3):
+        told = {
+            name: m.sum[row] / m.weight[row] for name, m in found.items() if "attention" in name
+        }
+        assert len(told) == len(mixed.method.candidates) + 1
+        for j, candidate in enumerate(mixed.method.candidates):
+            expected = weights[rows == row, j].mean()
+            np.testing.assert_allclose(told[f"attention/{candidate}"], expected, 1e-5)
+        np.testing.assert_allclose(told["attention_entropy"], entropies[rows == row].mean(), 1e-5)
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
+    _, grads, _ = apart.loss(apart.batch)
+    prompts = np.asarray(apart.forward(apart.params, apart.batch).prompts)
+    alone = tiny.model(Runs([tiny.RUNS.task_names[row]]), apart.method)
+    prompt = {
+        leaf: value if leaf == "sources" else value[row : row + 1]
+        for leaf, value in apart.params["prompt"].items()
+    }
+    params = {**apart.params, "prompt": prompt}
+    mine = np.flatnonzero(apart.batch["encoder_task_ids"][:, 0] == row)
+    batch = tiny.pick(apart.batch, mine)
+    for side in ("encoder", "decoder"):
+        batch[f"{side}_task_ids"] = np.zeros_like(batch[f"{side}_task_ids"])
+    found = jax.jit(alone.forward)(params, batch).prompts
+    np.testing.assert_allclose(found, prompts[mine], 1e-6, 1e-6)
+    learns, stays = split(params, alone.labels, trainable_labels(alone, params))
+    solo = jax.jit(lambda p, f, b: trainer.gradients(alone, p, f, b, None)[0])(learns, stays, batch)
+    expected = {leaf: grad[row : row + 1] for leaf, grad in grads["prompt"].items()}
+    tiny.close(expected, solo["prompt"], 1e-6)
+
+
+def test_an_artefact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
+    method, params = mixed.method.release(mixed.params["prompt"])
+    artefacts.save_artefact(
+        tmp_path / "artefact",
+        method,
+        params,
+        mixed.runs,
+        embedding_sha256="",
+        vocabulary_sha256=None,
+        backbone="tiny",
+        step=3,
+    )
+    read = artefacts.load_artefact(tmp_path / "artefact")
+    assert read.method.candidates == mixed.method.candidates
+    again = tiny.model(read.runs, read.method)
+    found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.batch).logits
+    np.testing.assert_array_equal(found, mixed.forward(mixed.params, mixed.batch).logits)

@@ -1,0 +1,480 @@
+"""CrossPT: what it composes, what it draws while it trains, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.backbones.t5.config import t5_config
+from mpt_jax.prompts import base
+from mpt_jax.prompts.base import Given
+from mpt_jax.prompts.crosspt import CrossPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.routing import Annealing
+from mpt_jax.runs import Runs
+from mpt_jax.train_state import count, shapes, trainable_labels
+from mpt_jax.tree import flatten, label_tree, split
+from tests import tiny
+from tests.prompts import mixing_by_hand as by_hand
+
+LENGTH, H, K, WIDTH = 4, 6, 5, 7
+KEY = jax.random.PRNGKey(0)
+CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
+SOURCES = ("mnli", "sst2", "qnli", "qqp")
+NAMES = [f"task{i}" for i in range(K)]
+BANKS = {
+    "joint": Runs(NAMES),
+    "independent": Runs(NAMES, groups="independent"),
+    "groups": Runs(NAMES, groups=(1, 0, 1, 2, 0)),
+}
+BY_GROUP = pytest.mark.parametrize("bank", BANKS)
+ROUTERS = ("relaxed_bernoulli", "softmax", "sigmoid", "uniform", "attention")
+COMPOSITIONS = ("sum", "cat", "private_sum", "private_product", "private_cat", "private")
+BY_ROUTER = pytest.mark.parametrize("router", ROUTERS)
+# A private prompt alone has no use for a router, so none may be chosen for it.
+BY_COMPOSITION_AND_ROUTER = pytest.mark.parametrize(
+    ("compose_by", "router"),
+    [
+        *itertools.product(COMPOSITIONS[:-1], ROUTERS),
+        ("private", "relaxed_bernoulli"),
+    ],
+)
+NET = {"down", "up", "norm_scale", "norm_bias"}
+
+
+def make(length: int = LENGTH, sources=SOURCES, **settings) -> CrossPT:
+    """A method; attention is narrow, and cold enough for weights to differ."""
+    if settings.get("router") == "attention":
+        settings = {"width": WIDTH, "temperature": 3.0, **settings}
+    return CrossPT(length, sources, **settings)
+
+
+def random_params(method: CrossPT, runs: Runs, seed: int = 0, clock: int = 0):
+    rng = np.random.default_rng(seed)
+    made = method.init(KEY, runs, CONTEXT)
+    params = {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in made.items()}
+    if "clock" in made:
+        params["clock"] = np.full_like(made["clock"], clock)
+    return jax.tree.map(jnp.asarray, params)
+
+
+def texts(ids: np.ndarray, seed: int = 1) -> np.ndarray:
+    """A pooled text [..., H] for each of some examples."""
+    return np.random.default_rng(seed).normal(size=(*ids.shape, H)).astype(np.float32)
+
+
+def compose(method, params, runs, ids, x=None, key=None) -> np.ndarray:
+    given = Given(pooled=None if x is None else jnp.asarray(x), key=key)
+    return np.asarray(method.compose(params, runs, jnp.asarray(ids), given))
+
+
+def mixture(method, params, runs, ids, x=None, key=None) -> np.ndarray:
+    given = Given(pooled=None if x is None else jnp.asarray(x), key=key)
+    return np.asarray(method.mixture(params, runs, jnp.asarray(ids), given))
+
+
+# --- Without a draw ------------------------------------------------------------------------------
+
+
+@BY_GROUP
+@BY_COMPOSITION_AND_ROUTER
+def test_prompts_and_weights_are_the_definition(compose_by, router, bank):
+    method, runs = make(compose_by=compose_by, router=router), BANKS[bank]
+    params = random_params(method, runs)
+    check(method, params, runs)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@BY_ROUTER
+@pytest.mark.parametrize("compose_by", ["cat", "private_sum"])
+def test_of_the_sources_the_k_best_are_kept(compose_by, router, k):
+    method, runs = make(compose_by=compose_by, router=router, top_k=k), BANKS["groups"]
+    params = random_params(method, runs)
+    weights = check(method, params, runs)
+    assert ((weights > 0).sum(-1) == k).all()
+    if router != "uniform":
+        chosen = {tuple(np.flatnonzero(row)) for row in weights.reshape(-1, len(SOURCES))}
+        assert len(chosen) > 1, "not the same sources for all runs"
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("compose_by", ["sum", "cat", "private_product"])
+def test_the_released_codes_weights_at_inference_are_a_softmax(compose_by, top_k):
+    method = make(compose_by=compose_by, normalise="softmax", top_k=top_k)
+    params = random_params(method, BANKS["groups"])
+    weights = check(method, params, BANKS["groups"])
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", ["add", 0.0, 0.3, "learned"])
+@BY_ROUTER
+def test_the_private_prompt_has_its_share(router, share):
+    method, runs = make(router=router, share=share), BANKS["groups"]
+    params = random_params(method, runs)
+    assert ("share" in params) == (share == "learned")
+    check(method, params, runs)
+
+
+@BY_GROUP
+@pytest.mark.parametrize(
+    "names", [("sources",), ("private",), ("sources", "private")], ids="+".join
+)
+@pytest.mark.parametrize(
+    ("compose_by", "router"), [("private_sum", "relaxed_bernoulli"), ("private_cat", "attention")]
+)
+def test_reparametrised_prompts_are_what_their_layers_make_of_them(compose_by, router, names, bank):
+    method = make(compose_by=compose_by, router=router, reparametrise=names)
+    check(method, random_params(method, BANKS[bank]), BANKS[bank])
+
+
+def check(method, params, runs) -> np.ndarray:
+    """Compares a method with the formulas written by hand, for examples of several rows; the
+    weights found."""
+    ids = np.array([[3, 0, 0], [4, 1, 2]])
+    x = texts(ids) if method.router == "attention" else None
+    found = compose(method, params, runs, ids, x)
+    assert found.shape == (2, 3, method.prompt_length, H)
+    if method.compose_by == "private":
+        assert method.candidates == ()
+        np.testing.assert_allclose(found, by_hand.reparametrised(params, "private")[ids], 1e-6)
+        return np.zeros((2, 3, 0))
+    weights = mixture(method, params, runs, ids, x)
+    assert method.candidates == SOURCES and weights.shape == (2, 3, len(SOURCES))
+    numbers = {name: np.asarray(value) for name, value in params.items()}
+    for at in np.ndindex(ids.shape):
+        group, row = runs.group_of_row[ids[at]], ids[at]
+        text = None if x is None else x[at].astype(np.float64)
+        expected = by_hand.crosspt_weights(method, numbers, group, row, text)
+        np.testing.assert_allclose(weights[at], expected, 1e-5, 1e-5)
+        prompt = by_hand.crosspt(method, numbers, group, row, expected)
+        np.testing.assert_allclose(found[at], prompt, 1e-5, 1e-5)
+    return weights
+
+
+def test_of_sources_that_are_as_good_the_first_are_kept():
+    """All routers start from zeros, so this is what a run's first step sees."""
+    method, runs = make(top_k=2), BANKS["joint"]
+    params = random_params(method, runs) | {"router": jnp.zeros((K, 4))}
+    assert (mixture(method, params, runs, np.arange(K)) > 0).tolist() == [[1, 1, 0, 0]] * K
+    params["router"] = jnp.tile(jnp.array([0.0, 1.0, 0.0, 0.0]), (K, 1))
+    assert (mixture(method, params, runs, np.arange(K)) > 0).tolist() == [[1, 1, 0, 0]] * K
+    params["router"] = jnp.tile(jnp.array([0.0, -1.0, 0.0, 0.0]), (K, 1))
+    assert (mixture(method, params, runs, np.arange(K)) > 0).tolist() == [[1, 0, 1, 0]] * K
+
+
+@pytest.mark.parametrize(
+    ("compose_by", "settings", "length"),
+    [
+        ("sum", {}, LENGTH),
+        ("private", {}, LENGTH),
+        ("private_product", {}, LENGTH),
+        ("cat", {}, 4 * LENGTH),
+        ("cat", {"top_k": 3}, 3 * LENGTH),
+        ("private_cat", {}, 2 * LENGTH),
+        ("private_cat", {"private_length": 7}, LENGTH + 7),
+    ],
+)
+def test_how_long_prompts_are(compose_by, settings, length):
+    method, runs = make(compose_by=compose_by, **settings), BANKS["groups"]
+    params = random_params(method, runs)
+    assert method.prompt_length == length and method.prompt_lengths(runs) == (length,) * K
+    assert compose(method, params, runs, np.arange(K)).shape == (K, length, H)
+
+
+LENGTHS = {"task0": 2, "task1": 5, "task2": 1, "task3": 3, "task4": 5}
+
+
+def test_private_pieces_may_have_lengths_of_their_own():
+    method, runs = make(compose_by="private_cat", private_length=LENGTHS), BANKS["groups"]
+    params = random_params(method, runs)
+    assert params["private"].shape == (K, 5, H)
+    assert method.prompt_length == LENGTH + 5
+    assert method.prompt_lengths(runs) == tuple(LENGTH + LENGTHS[name] for name in NAMES)
+    found = compose(method, params, runs, np.arange(K))
+    assert found.shape == (K, LENGTH + 5, H)
+    for row, own in enumerate(LENGTHS.values()):
+        weights = by_hand.crosspt_weights(method, params, runs.group_of_row[row], row)
+        expected = by_hand.crosspt(method, params, runs.group_of_row[row], row, weights, own)
+        np.testing.assert_allclose(found[row, : LENGTH + own], expected, 1e-5, 1e-5)
+    turned = Runs(NAMES[::-1])
+    assert method.prompt_lengths(turned) == method.prompt_lengths(runs)[::-1], "by name"
+
+
+@BY_GROUP
+@BY_COMPOSITION_AND_ROUTER
+def test_the_parameters_are_those_that_act(compose_by, router, bank):
+    method, runs = make(compose_by=compose_by, router=router), BANKS[bank]
+    made = method.init(KEY, runs, CONTEXT)
+    private, groups = {"private": (K, LENGTH, H)}, runs.num_groups
+    expected = {} if compose_by in ("sum", "cat") else dict(private)
+    if compose_by != "private":
+        expected |= {"sources": (groups, 4, LENGTH, H)}
+        if router == "attention":
+            expected |= {"down": (groups, H, WIDTH), "up": (groups, WIDTH, H)}
+            expected |= {"norm_scale": (groups, H), "norm_bias": (groups, H)}
+        elif router != "uniform":
+            expected |= {"router": (K, 4)}
+            assert not np.any(made["router"]), "sources count alike at the start"
+        if router == "relaxed_bernoulli":
+            expected |= {"clock": (groups,)}
+            assert not np.any(made["clock"])
+    assert {name: leaf.shape for name, leaf in made.items()} == expected
+    meaning = {"sources": "source", "private": "private", "clock": "clock"}
+    for name, label in label_tree(made, method.labels).items():
+        assert label == meaning.get(name, "router"), name
+    assert method.reads_text == (router == "attention" and compose_by != "private")
+    assert method.is_random == (router == "relaxed_bernoulli" and compose_by != "private")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"router": "attention", "compose_by": "private_cat", "private_length": 3},
+        {"share": "learned", "reparametrise": ("sources", "private")},
+    ],
+    ids=str,
+)
+def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(settings):
+    method, fleet = make(**settings), BANKS["independent"]
+    together = method.init(KEY, fleet, CONTEXT)
+    for row in (0, 3):
+        alone = method.init(KEY, Runs([NAMES[row]]), CONTEXT)
+        for name, leaf in alone.items():
+            np.testing.assert_array_equal(leaf[0], together[name][row], err_msg=name)
+    for name in {"sources", "private"} & set(together):
+        assert not np.array_equal(together[name][0], together[name][1]), "and differ by run"
+
+
+def test_gradients_are_finite_differences_of_the_formula():
+    """Central differences in float64 of the formula written by hand."""
+    runs, ids = BANKS["groups"], np.array([3, 0, 2, 4])
+    x = texts(ids)
+    along = np.random.default_rng(2).normal(size=(len(ids), LENGTH, H)).astype(np.float32)
+    rng = np.random.default_rng(3)
+    for router in ROUTERS:
+        method = make(router=router, share="learned", top_k=3)
+        given = Given(pooled=jnp.asarray(x) if router == "attention" else None)
+        params = random_params(method, runs)
+
+        def ours(params, method=method, given=given):
+            return (method.compose(params, runs, jnp.asarray(ids), given) * along).sum()
+
+        def theirs(params, method=method) -> float:
+            total = 0.0
+            for i, text, direction in zip(ids, x.astype(np.float64), along, strict=True):
+                group = runs.group_of_row[i]
+                weights = by_hand.crosspt_weights(method, params, group, i, text)
+                total += (by_hand.crosspt(method, params, group, i, weights) * direction).sum()
+            return total
+
+        grads = jax.grad(ours)(params)
+        wide = {name: np.asarray(value, np.float64) for name, value in params.items()}
+        for name in set(params) - {"clock"}:
+            for entry in rng.choice(params[name].size, min(params[name].size, 6), replace=False):
+                sides = []
+                for step in (1e-5, -1e-5):
+                    moved = {**wide, name: wide[name].copy()}
+                    moved[name].flat[entry] += step
+                    sides.append(theirs(moved))
+                slope, found = (sides[0] - sides[1]) / 2e-5, np.asarray(grads[name]).flat[entry]
+                np.testing.assert_allclose(found, slope, 2e-4, 2e-4, err_msg=f"{router} {name}")
+
+
+def test_the_defaults_are_the_released_codes():
+    method = CrossPT(10, SOURCES)
+    assert (method.compose_by, method.router, method.share) == (
+        "private_sum",
+        "relaxed_bernoulli",
+        "add",
+    )
+    assert method.annealing == Annealing(5.0, 0.001, 250)
+    assert method.top_k is None and method.reparametrise == ()
+
+
+# --- What an artefact keeps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"compose_by": "cat"}, ("sources",)),
+        ({"compose_by": "private_sum"}, ("sources", "private")),
+        ({"compose_by": "private"}, ("private",)),
+        ({"compose_by": "private_cat", "router": "attention"}, ("sources", "private")),
+    ],
+    ids=str,
+)
+@BY_GROUP
+def test_released_prompts_are_what_their_layers_made(settings, names, bank):
+    method, runs = make(reparametrise=names, **settings), BANKS[bank]
+    params = random_params(method, runs)
+    parts = ("kernel_in", "bias_in", "kernel_out", "bias_out")
+    layers = {f"{name}_{part}" for name in names for part in parts}
+    assert layers < set(params)
+    assert params[f"{names[0]}_kernel_in"].shape == (*params[names[0]].shape[:-2], H, H)
+    released, kept = method.release(params)
+    assert not layers & set(kept) and released.reparametrise == ()
+    ids = np.arange(K)
+    x = texts(ids) if method.router == "attention" else None
+    np.testing.assert_allclose(
+        compose(released, kept, runs, ids, x), compose(method, params, runs, ids, x), 1e-6, 1e-6
+    )
+
+
+def test_a_method_without_layers_is_released_as_it_is():
+    method, runs = make(), BANKS["groups"]
+    params = random_params(method, runs)
+    released, kept = method.release(params)
+    ids = np.arange(K)
+    np.testing.assert_array_equal(
+        compose(released, kept, runs, ids), compose(method, params, runs, ids)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compose_by": "private_cat", "private_length": LENGTHS},
+        {"compose_by": "cat", "router": "attention", "top_k": 2},
+        {"share": "learned", "normalise": "softmax"},
+        {"share": 0.25, "reparametrise": ("sources", "private")},
+        {"router": "uniform", "compose_by": "private_product"},
+        {"compose_by": "private"},
+    ],
+    ids=str,
+)
+def test_what_is_recorded_builds_a_method_that_composes_the_same(settings):
+    method, runs = make(**settings), BANKS["groups"]
+    params, ids = random_params(method, runs), np.arange(K)
+    again = CrossPT(**json.loads(json.dumps(method.config())))
+    x = texts(ids) if method.router == "attention" else None
+    np.testing.assert_array_equal(
+        compose(again, params, runs, ids, x), compose(method, params, runs, ids, x)
+    )
+
+
+# --- Numbers of parameters -----------------------------------------------------------------------
+
+SIX = ("mnli", "sst2", "qnli", "qqp", "squad", "record")
+GLUE = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"]
+
+
+def numbers(**settings) -> dict[str, int]:
+    """How many numbers of each label learn, of a T5-base with eight targets and six sources."""
+    config = t5_config("t5_1_0_base", num_encoder_layers=1, num_decoder_layers=1)
+    model = tiny.model(Runs(GLUE), CrossPT(100, SIX, **settings), config)
+    tree, _ = shapes(model)
+    learns = split(tree, model.labels, trainable_labels(model, tree))[0]
+    labels, found = flatten(label_tree(learns, model.labels)), flatten(learns)
+    return {
+        label: count({name: leaf for name, leaf in found.items() if labels[name] == label})
+        for label in set(labels.values())
+    }
+
+
+def test_the_prompts_of_six_sources_and_eight_targets_and_a_router():
+    """The released router is [15, 15], a row and a column for each source, each target and one
+    more: 225 numbers, of which the targets' weights of sources act. Only those are stored here."""
+    found = numbers()
+    assert found["source"] + found["private"] == (6 + 8) * 76_800
+    assert found["router"] == 8 * 6
+    assert found["clock"] == 1
+
+
+def test_layers_of_a_reparametrised_prompt_are_1181184_numbers():
+    found = numbers(reparametrise=("sources",))
+    assert found["source"] == 6 * (76_800 + 1_181_184)
+    assert found["private"] == 8 * 76_800
+
+
+# --- What it starts from -------------------------------------------------------------------------
+
+ARTEFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
+TABLE = np.random.default_rng(4).normal(size=(5, LENGTH, H)).astype(np.float32)
+
+
+def start(method, source, source_method, source_runs, runs):
+    initial = method.init(KEY, runs, CONTEXT)
+    return initial, method.transfer(source, source_method, source_runs, runs, lambda: initial)
+
+
+@BY_GROUP
+def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
+    method, runs = make(), BANKS[bank]
+    initial, started = start(method, {"table": TABLE}, PromptTuning(LENGTH), ARTEFACT, runs)
+    assert {name: leaf.shape for name, leaf in started.items()} == {
+        name: leaf.shape for name, leaf in initial.items()
+    }
+    for group in range(runs.num_groups):
+        np.testing.assert_array_equal(started["sources"][group], TABLE[[1, 3, 4, 0]])
+    assert not np.any(started["router"]) and not np.any(started["clock"])
+
+
+def test_a_source_that_the_artefact_lacks_is_an_error_that_lists_what_it_has():
+    method = make(sources=("mnli", "qnlo"))
+    with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
+        start(method, {"table": TABLE}, PromptTuning(LENGTH), ARTEFACT, BANKS["joint"])
+
+
+def test_an_artefact_of_its_own_goes_on_row_by_row():
+    before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
+    method = make(start_from="same", share="learned")
+    trained = random_params(method, before, clock=9)
+    _, started = start(method, trained, make(share="learned"), before, after)
+    np.testing.assert_array_equal(
+        compose(method, started, after, np.arange(3)),
+        compose(method, trained, before, np.array([4, 2, 1])),
+    )
+
+
+# --- Settings that mean nothing ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compose_by": "wavg"}, "'wavg'.*private_sum"),
+        ({"router": "rb"}, "'rb'.*relaxed_bernoulli"),
+        ({"normalise": "max"}, "'max'"),
+        ({"share": "half"}, "'half'"),
+        ({"reparametrise": ("target",)}, "'target'"),
+        ({"top_k": 5}, "5"),
+        ({"top_k": 0}, "0"),
+        ({"share": 1.0}, r"1\.0"),
+        ({"share": -0.1}, r"-0\.1"),
+        ({"sources": ()}, "source"),
+        ({"sources": ("mnli", "sst2", "mnli")}, "mnli"),
+        *(
+            ({"compose_by": by, "share": 0.3}, r"0\.3")
+            for by in COMPOSITIONS
+            if by != "private_sum"
+        ),
+        ({"compose_by": "sum", "share": "learned"}, "'learned'"),
+        *(
+            ({"compose_by": by, "private_length": 9}, "9")
+            for by in COMPOSITIONS
+            if by != "private_cat"
+        ),
+        ({"private_length": LENGTHS}, "private_length"),
+        ({"compose_by": "private", "router": "softmax"}, "'softmax'"),
+        ({"router": "sigmoid", "normalise": "softmax"}, "normalise"),
+        ({"compose_by": "private_cat", "private_length": 0}, "0"),
+        ({"compose_by": "cat", "reparametrise": ("private",)}, "private"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CrossPT(**{"length": LENGTH, "sources": SOURCES, **settings})
+
+
+def test_a_run_without_a_private_length_is_an_error():
+    method = make(compose_by="private_cat", private_length={"task0": 3, "task1": 2})
+    with pytest.raises(ValueError, match="'task2'.*task0, task1"):
+        method.prompt_lengths(BANKS["joint"])

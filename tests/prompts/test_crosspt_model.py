@@ -1,0 +1,212 @@
+"""CrossPT through the model: packing, fleets, the clock, artefacts."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import artefacts, batches, losses, trainer
+from mpt_jax.optimizers import PromptOptimizer, Schedule
+from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.prompts.routing import Annealing
+from mpt_jax.runs import Runs
+from mpt_jax.train_state import trainable_labels
+from mpt_jax.tree import flatten, merge, split
+from tests import tiny
+from tests.prompts.test_crosspt import KEY, make
+
+MIXES = {
+    "drawn": {},
+    "drawn, learned share": {"share": "learned", "top_k": 2, "normalise": "softmax"},
+    "pieces": {"compose_by": "cat", "top_k": 2, "router": "sigmoid"},
+    "by text": {"router": "attention", "compose_by": "private_product"},
+    "layers": {"reparametrise": ("sources", "private"), "router": "softmax"},
+    "longer": {
+        "compose_by": "private_cat",
+        "private_length": {"alpha": 2, "beta": 4, "gamma": 1},
+        "share": "add",
+    },
+}
+TEXTS = [(2, 3), (0, 5), (1, 4), (0, 2), (1, 5)]  # bank row, tokens
+
+
+class Mixed:
+    """A model of some bank with random parameters and texts of several tasks."""
+
+    def __init__(self, settings, groups=(1, 0, 1), names=tiny.RUNS.task_names, params=None):
+        self.settings, self.method = settings, make(tiny.PROMPT, **settings)
+        self.runs = Runs(names, groups=groups)
+        self.model = tiny.model(self.runs, self.method)
+        self.params = params or self._params()
+        self.lengths = self.method.prompt_lengths(self.runs)
+        self.trainable, self.frozen = split(
+            self.params, self.model.labels, trainable_labels(self.model, self.params)
+        )
+        self.forward = jax.jit(self.model.forward)
+        self.losses = jax.jit(jax.value_and_grad(self._total))
+
+    def _params(self):
+        params = tiny.params(self.model)
+        prompt = {
+            # A layer of a prompt is as wide as the backbone; keep what it makes of the same scale.
+            name: leaf / tiny.WIDTH**0.5 if "kernel" in name else leaf
+            for name, leaf in params["prompt"].items()
+        }
+        if "clock" in prompt:
+            prompt["clock"] = jnp.arange(self.runs.num_groups, dtype=prompt["clock"].dtype) * 40
+        return {**params, "prompt": prompt}
+
+    def _total(self, trainable, frozen, batch, key):
+        sums, _ = self.model.loss_sums(merge(trainable, frozen), batch, key)
+        weights = self.model.loss_weights(batch)
+        return losses.combine(self.model.objective, sums, weights)[0]
+
+    def loss(self, batch, key=None):
+        """(loss, gradients of what learns)."""
+        return self.losses(self.trainable, self.frozen, batch, key)
+
+    def examples(self, rows=None) -> list[batches.Example]:
+        """Those of `TEXTS`; or those of one row, as the only one of a bank."""
+        rng = np.random.default_rng(0)
+        made = []
+        for row, size in TEXTS:
+            words = rng.integers(2, tiny.VOCABULARY, size)
+            answer = [*rng.integers(2, tiny.VOCABULARY, 1 + size % 3), tiny.EOS]
+            if rows is None or row == rows:
+                made.append(batches.Example(words, answer, 0 if rows is not None else row))
+        return made
+
+    def unpacked(self, rows=None):
+        return batches.unpacked(self.examples(rows), self.lengths, tiny.TEXT, tiny.TARGET)
+
+    def packed(self):
+        row = {"inputs": 2 * (max(self.lengths) + tiny.TEXT), "targets": 3 * tiny.TARGET}
+        return batches.packed(self.examples(), self.lengths, row)
+
+
+@pytest.fixture(scope="module", params=list(MIXES))
+def mixed(request) -> Mixed:
+    return Mixed(MIXES[request.param])
+
+
+@pytest.fixture(scope="module", params=list(MIXES))
+def apart(request) -> Mixed:
+    return Mixed(MIXES[request.param], groups="independent")
+
+
+KEYS = pytest.mark.parametrize("key", [None, KEY], ids=["deterministic", "training"])
+
+
+@KEYS
+def test_packed_equals_unpacked(mixed, key):
+    packed = mixed.packed()
+    assert len(packed["encoder_task_ids"]) < len(TEXTS)
+    tiny.close(mixed.loss(packed, key), mixed.loss(mixed.unpacked(), key), 1e-5)
+
+
+def test_every_label_learns_and_the_clock_does_not(mixed):
+    _, grads = mixed.loss(mixed.unpacked())
+    for name, grad in flatten(grads).items():
+        assert (np.abs(grad).max() > 0) == (name != "prompt/clock"), name
+
+
+def test_a_text_follows_its_own_runs_prompt():
+    """A run's short prompt in a bank of longer ones is what it is alone."""
+    mixed = Mixed(MIXES["longer"])
+    batch = mixed.unpacked()
+    for example, (row, size) in enumerate(TEXTS):
+        length = tiny.PROMPT + (2, 4, 1)[row]
+        slots = batch["encoder_prompt_slots"][example]
+        assert slots[:length].tolist() == list(range(1, length + 1)) and not slots[length:].any()
+        words = batch["encoder_input_tokens"][example]
+        assert words[length : length + size].all() and not words[length + size :].any()
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
+    fleet, run = apart, tiny.RUNS.task_names[row]
+    batch, key = fleet.unpacked(), KEY if fleet.method.is_random else None
+    settings = dict(fleet.settings)
+    params = {leaf: value[row : row + 1] for leaf, value in fleet.params["prompt"].items()}
+    own = settings.get("private_length", {}).get(run)
+    if own:
+        settings["private_length"] = {run: own}
+        params["private"] = params["private"][:, :own]
+    params = {**fleet.params, "prompt": params}
+    alone = Mixed(settings, groups="joint", names=[run], params=params)
+    mine, members = alone.unpacked(row), [at for at, (of, _) in enumerate(TEXTS) if of == row]
+    prompts = np.asarray(fleet.forward(fleet.params, batch, key).prompts)
+    found = np.asarray(alone.forward(params, mine, key).prompts)
+    length = alone.lengths[0]
+    np.testing.assert_allclose(found[:, :length], prompts[members, :length], 1e-6, 1e-6)
+    grads = fleet.loss(batch, key)[1]["prompt"]
+    expected = {leaf: grad[row : row + 1] for leaf, grad in grads.items()}
+    if own:
+        assert not np.any(expected["private"][:, own:]), "rows that longer runs have"
+        expected["private"] = expected["private"][:, :own]
+    tiny.close(expected, alone.loss(mine, key)[1]["prompt"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["drawn", "longer"])
+def test_a_step_draws_once_for_all_its_microbatches(name):
+    mixed = Mixed(MIXES[name])
+    batch = tiny.pick(mixed.unpacked(), [0, 1, 2, 3])
+    found = [
+        jax.jit(
+            lambda p, f, b, parts=parts: trainer.gradients(mixed.model, p, f, b, KEY, parts)[0]
+        )(mixed.trainable, mixed.frozen, batch)
+        for parts in (1, 2)
+    ]
+    tiny.close(found[1], found[0], 1e-6)
+
+
+@pytest.mark.parametrize("groups", ["joint", "independent"])
+def test_the_clock_is_a_step_on_after_each_step(groups):
+    """Whatever the learning rates, the decay and the clipping do to other parameters."""
+    runs = Runs(tiny.RUNS.task_names, groups=groups)
+    schedule = Schedule(0.3, 40, warmup_steps=5)
+    rates = {label: schedule for label in ("source", "private", "router")}
+    method = make(tiny.PROMPT, annealing=Annealing(5.0, 0.001, 20))
+    model = tiny.model(
+        runs, method, optimizer_def=PromptOptimizer(rates, weight_decay=0.1, clip_norm=0.1)
+    )
+    params = tiny.params(model)
+    start = model.init_prompt(KEY, params["token_embedder"]["embedding"])
+    state = tiny.state(model, {**params, "prompt": start})
+    made = trainer.Trainer(model, state, PjitPartitioner(), KEY)
+    for step in range(1, 4):
+        made.train(tiny.batch([0, 1, 2, 1], seed=step))
+        clock = made.state.trainable["prompt"]["clock"]
+        np.testing.assert_array_equal(clock, [step] * runs.num_groups)
+    made.read_metrics()
+    assert not np.array_equal(made.state.trainable["prompt"]["sources"], start["sources"])
+
+
+def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
+    method, params = mixed.method.release(mixed.params["prompt"])
+    artefacts.save_artefact(
+        tmp_path / "artefact",
+        method,
+        params,
+        mixed.runs,
+        embedding_sha256="",
+        vocabulary_sha256=None,
+        backbone="tiny",
+        step=3,
+    )
+    read = artefacts.load_artefact(tmp_path / "artefact")
+    again = tiny.model(read.runs, read.method)
+    found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.unpacked()).logits
+    before = mixed.forward(mixed.params, mixed.unpacked()).logits
+    np.testing.assert_allclose(found, before, 1e-5, 1e-5)
+
+
+def test_no_two_mixes_are_one():
+    """What the tests above compare does differ: the settings act."""
+    made = [Mixed(settings) for settings in MIXES.values()]
+    totals = [float(mixed.loss(mixed.unpacked())[0]) for mixed in made]
+    assert all(abs(a - b) > 1e-4 for a, b in itertools.combinations(totals, 2))

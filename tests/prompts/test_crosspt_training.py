@@ -1,0 +1,237 @@
+"""CrossPT while it trains: what it draws, how warm, and that a run's draws are its own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.prompts.base import Given
+from mpt_jax.prompts.routing import Annealing
+from mpt_jax.runs import Runs
+from tests.prompts import mixing_by_hand as by_hand
+from tests.prompts.test_crosspt import BANKS, KEY, NAMES, K, compose, make, mixture, random_params
+
+COLD = Annealing(0.001, 0.001, 1)
+DRAWS = 4000
+
+
+def draws(method, params, runs, row: int, count: int = DRAWS) -> np.ndarray:
+    """[count, S] the weights of a run in as many steps."""
+    ids = jnp.array([row])
+
+    @jax.jit
+    @jax.vmap
+    def weights(key):
+        return method.mixture(params, runs, ids, Given(key=key))[0]
+
+    return np.asarray(weights(jax.random.split(jax.random.PRNGKey(3), count)))
+
+
+@pytest.mark.parametrize(
+    ("clock", "temperature"),
+    # From 4 to 0.5 in ten steps: a straight line, and its last value from then on.
+    [(0, 4.0), (5, 2.25), (8, 1.2), (10, 0.5), (1000, 0.5)],
+)
+def test_what_is_drawn_is_a_relaxed_bernoulli_of_the_clocks_temperature(clock, temperature):
+    """Of two sources the weight of the first, against draws from the formula."""
+    method = make(sources=("a", "b"), compose_by="sum", annealing=Annealing(4.0, 0.5, 10))
+    runs = BANKS["groups"]
+    params = random_params(method, runs) | {"router": jnp.tile(jnp.array([1.5, -0.5]), (K, 1))}
+    params["clock"] = jnp.full_like(params["clock"], clock + 7).at[1].set(clock)
+    found = draws(method, params, runs, row=0)[:, 0]  # a run of group 1
+    uniform = np.random.default_rng(0).uniform(size=(DRAWS, 2))
+    scores = by_hand.relaxed_bernoulli(np.array([1.5, -0.5]), uniform, temperature)
+    assert largest_gap(found, scores[:, 0] / scores.sum(1)) < 0.05
+
+
+def largest_gap(found: np.ndarray, expected: np.ndarray) -> float:
+    """Between the distribution functions of two samples; of alike ones of 4000 it is above 0.05
+    once in 10,000 pairs."""
+    at = np.sort(np.concatenate([found, expected]))
+    below = [np.searchsorted(np.sort(x), at, side="right") / len(x) for x in (found, expected)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+def test_a_gap_tells_one_temperature_from_another():
+    uniform = np.random.default_rng(0).uniform(size=(2, DRAWS, 2))
+    made = []
+    for temperature, u in zip((2.25, 1.6), uniform, strict=True):
+        scores = by_hand.relaxed_bernoulli(np.array([1.5, -0.5]), u, temperature)
+        made.append(scores[:, 0] / scores.sum(1))
+    assert largest_gap(*made) > 0.05
+
+
+def test_an_undecided_router_weighs_all_alike_while_it_is_warm():
+    method = make(compose_by="sum", annealing=Annealing(50.0, 50.0, 1))
+    params = random_params(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
+    found = draws(method, params, BANKS["joint"], 2, 500)
+    np.testing.assert_allclose(found, 0.25, atol=0.03)
+    assert found.std(0).min() > 1e-3, "and it is drawn"
+
+
+def test_a_cold_router_takes_each_source_or_leaves_it():
+    """As often as sigmoid(r) says, and independently of the others."""
+    method, runs = make(compose_by="sum", annealing=COLD), BANKS["joint"]
+    logits = np.array([2.0, 0.0, -1.0, 0.5])
+    params = random_params(method, runs) | {"router": jnp.tile(jnp.asarray(logits, "f4"), (K, 1))}
+    found = draws(method, params, runs, row=3)
+    taken = found > 0.05
+    np.testing.assert_allclose(taken.mean(0), by_hand.sigmoid(logits), atol=0.03)
+    count = taken.sum(1, keepdims=True)
+    alike = np.isclose(found, taken / np.maximum(count, 1), atol=1e-3).all(1)
+    assert alike.mean() > 0.97, "those taken count alike; few draws fall in between"
+    independent = np.prod([by_hand.sigmoid(logits[0]), by_hand.sigmoid(logits[1])])
+    np.testing.assert_allclose((taken[:, 0] & taken[:, 1]).mean(), independent, atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+@pytest.mark.parametrize("logit", [0.0, 1.2])
+def test_a_learned_share_is_a_relaxed_bernoulli_too(logit, temperature):
+    """A share, unlike a weight, shows in the prompt: the uniform draw can be had from it."""
+    method = make(router="softmax", share="learned", annealing=Annealing(temperature, 0.1, 10))
+    runs = BANKS["independent"]
+    params = random_params(method, runs) | {"share": jnp.full(K, logit)}
+    only = {name: jnp.zeros_like(params[name]) for name in ("sources", "private")}
+    only["private"] = only["private"].at[1, 0, 0].set(1.0)
+    ids = jnp.array([1])
+    share = jax.jit(
+        jax.vmap(lambda key: method.compose(params | only, runs, ids, Given(key=key))[0, 0, 0])
+    )(jax.random.split(jax.random.PRNGKey(5), DRAWS))
+    share = np.clip(np.asarray(share, np.float64), 1e-7, 1 - 1e-7)  # rounded to 1 now and then
+    uniform = by_hand.sigmoid(temperature * np.log(share / (1 - share)) - logit)
+    assert largest_gap(uniform, np.linspace(0, 1, DRAWS)) < 0.05
+
+
+def test_a_share_is_not_drawn_with_the_routers_numbers():
+    method = make(sources=("a", "b"), share="learned")
+    runs, ids = BANKS["joint"], jnp.array([0])
+    params = random_params(method, runs)
+    params |= {name: jnp.zeros_like(params[name]) for name in ("sources", "router", "share")}
+    params["private"] = jnp.ones_like(params["private"])
+
+    @jax.jit
+    @jax.vmap
+    def both(key):
+        given = Given(key=key)
+        return (
+            method.compose(params, runs, ids, given)[0, 0, 0],
+            method.mixture(params, runs, ids, given)[0],
+        )
+
+    share, weights = map(np.asarray, both(jax.random.split(jax.random.PRNGKey(5), DRAWS)))
+    for weight in weights.T:
+        assert abs(np.corrcoef(share, weight)[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_while_training_the_released_code_takes_a_softmax_of_the_normalised_scores(top_k):
+    """softmax(s / sum s + 1e-8), of the same draw that the other normalisation divides."""
+    runs, ids, key = BANKS["groups"], np.arange(K), jax.random.PRNGKey(2)
+    plain, released = (make(normalise=by, top_k=top_k) for by in ("sum", "softmax"))
+    params = random_params(plain, runs)
+    normalised = mixture(plain, params, runs, ids, key=key)
+    found = mixture(released, params, runs, ids, key=key)
+    for row in range(K):
+        chosen = np.flatnonzero(normalised[row])
+        assert len(chosen) == (top_k or 4)
+        expected = np.zeros(4)
+        expected[chosen] = by_hand.softmax(normalised[row, chosen] + 1e-8)
+        np.testing.assert_allclose(found[row], expected, 1e-5, 1e-6)
+    np.testing.assert_allclose(normalised.sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("compose_by", ["sum", "cat", "private_sum", "private_cat"])
+def test_prompts_while_training_are_the_sources_by_the_weights_drawn(compose_by):
+    method, runs = make(compose_by=compose_by, top_k=3), BANKS["groups"]
+    params, key = random_params(method, runs), jax.random.PRNGKey(8)
+    weights = mixture(method, params, runs, np.arange(K), key=key)
+    found = compose(method, params, runs, np.arange(K), key=key)
+    for row in range(K):
+        group = runs.group_of_row[row]
+        expected = by_hand.crosspt(method, params, group, row, weights[row].astype(np.float64))
+        np.testing.assert_allclose(found[row], expected, 1e-5, 1e-5)
+
+
+def test_of_scores_that_are_drawn_alike_still_k_are_kept():
+    """Cold draws are exactly 0 or 1 in float32, so most of them are ties."""
+    method = make(compose_by="cat", top_k=2, annealing=COLD)
+    runs = BANKS["joint"]
+    params = random_params(method, runs)
+    ones = params | {"router": jnp.full((K, 4), 30.0)}
+    found = draws(method, ones, runs, 1, 200)
+    np.testing.assert_allclose(np.sort(found, -1), [[0, 0, 0.5, 0.5]] * 200, atol=1e-6)
+    assert np.isfinite(compose(method, params, runs, np.arange(K), key=KEY)).all()
+
+
+def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
+    """A draw of one in four that is above a half; 1/4 each of 15/16. In float32 most of those are
+    exactly 1, and which is the largest must be known before they are rounded."""
+    method = make(compose_by="sum", top_k=1, annealing=COLD)
+    params = random_params(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
+    chosen = (draws(method, params, BANKS["joint"], row=1) > 0.5).mean(0)
+    np.testing.assert_allclose(chosen, 15 / 64, atol=0.03)
+
+
+@pytest.mark.parametrize("logit", [-60.0, 60.0])
+@pytest.mark.parametrize("normalise", ["sum", "softmax"])
+def test_gradients_stay_finite_where_every_draw_is_cold(normalise, logit):
+    """No source taken, or all of them: zero by zero, but for the 1e-8."""
+    method, runs = make(normalise=normalise, annealing=COLD), BANKS["joint"]
+    params = random_params(method, runs) | {"router": jnp.full((K, 4), logit)}
+
+    def total(params):
+        return (method.compose(params, runs, jnp.arange(K), Given(key=KEY)) ** 2).sum()
+
+    found, grads = jax.value_and_grad(total)(params)
+    assert np.isfinite(found) and all(np.isfinite(grad).all() for grad in grads.values())
+
+
+def test_the_same_key_draws_the_same_and_another_key_or_run_draws_other_values():
+    method, runs = make(), BANKS["joint"]
+    params = random_params(method, runs) | {"router": jnp.zeros((K, 4))}
+    ids = np.array([2, 0, 2, 1])
+    first = mixture(method, params, runs, ids, key=KEY)
+    np.testing.assert_array_equal(mixture(method, params, runs, ids, key=KEY), first)
+    np.testing.assert_array_equal(first[0], first[2], "one draw for all examples of a run")
+    assert len({row.tobytes() for row in first}) == 3
+    other = mixture(method, params, runs, ids, key=jax.random.PRNGKey(1))
+    assert np.abs(other - first).max(-1).min() > 1e-3
+    without = mixture(method, params, runs, ids)
+    np.testing.assert_allclose(without, 0.25, atol=1e-6)
+
+
+def test_a_run_draws_the_same_alone_and_in_a_fleet_wherever_it_stands():
+    method, fleet = make(share="learned"), BANKS["independent"]
+    params = random_params(method, fleet)
+    together = compose(method, params, fleet, np.arange(K), key=KEY)
+    turned = {name: value[::-1] for name, value in params.items()}
+    back = compose(method, turned, Runs(NAMES[::-1], groups="independent"), np.arange(K), key=KEY)
+    np.testing.assert_allclose(back[::-1], together, 1e-6, 1e-6)
+    for row, name in enumerate(NAMES):
+        own = {leaf: value[row : row + 1] for leaf, value in params.items()}
+        alone = compose(method, own, Runs([name]), np.array([0]), key=KEY)
+        np.testing.assert_allclose(alone[0], together[row], 1e-6, 1e-6)
+
+
+def test_runs_that_differ_in_a_setting_alone_draw_the_same():
+    runs = Runs(["cb"] * 3, ["cb_s1", "cb_s1_lr0.3", "cb_s2"], "independent")
+    method = make()
+    params = random_params(method, runs) | {"router": jnp.zeros((3, 4))}
+    found = mixture(method, params, runs, np.arange(3), key=KEY)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "uniform"])
+def test_routers_that_draw_nothing_do_not_read_the_key(router):
+    method, runs = make(router=router), BANKS["groups"]
+    params = random_params(method, runs)
+    found = [compose(method, params, runs, np.arange(K), key=key) for key in (None, KEY)]
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_schedule_of_a_method_is_as_long_as_its_annealing():
+    assert make(annealing=Annealing(2.0, 0.1, 77)).own_steps == 77
+    assert make(router="softmax").own_steps == 0
