@@ -54,7 +54,6 @@ from mpt_jax.prompts.routing import (
     keep_largest,
     noise,
     of_rows,
-    relaxed_bernoulli,
 )
 from mpt_jax.prompts.starts import StartFrom, mix, named_sources, shared_groups, source_weights
 from mpt_jax.prompts.text_attention import TextAttention
@@ -297,7 +296,9 @@ class CrossPT(PromptMethod):
         if self.share == ADD:
             return soft + private
         if isinstance(self.share, str):
-            part: Any = self._drawn(params, runs, task_ids, given, "share")[..., None]
+            logits = take(params["share"], task_ids)[..., None]
+            drawn, temperature = self._drawn(logits, params, runs, task_ids, given, "share")
+            part: Any = jax.nn.sigmoid(drawn / temperature)[..., None]
         else:
             part = self.share
         return (1 - part) * soft + part * private
@@ -308,15 +309,15 @@ class CrossPT(PromptMethod):
     def _weights(self, params, runs, task_ids, given):
         """The weight [..., S] of each source, 0 where it has no part; and the places of those that
         have one, [..., k]."""
-        router = ROUTERS[self.router]
+        router, logits = ROUTERS[self.router], self._logits(params, runs, task_ids, given)
+        drawn, temperature = logits, 1.0
         if router.is_random:
-            scores = self._drawn(params, runs, task_ids, given, "router")
-        else:
-            scores = router.scores(self._logits(params, runs, task_ids, given), None, None)
-        kept, places = keep_largest(scores, self.top_k)
+            drawn, temperature = self._drawn(logits, params, runs, task_ids, given, "router")
+        # Draws at a low temperature are all but 0 or 1; what they come from still tells them apart.
+        kept, places = keep_largest(drawn, self.top_k)
+        scores = router.scores(drawn / temperature)
         if not router.normalised:
             return jnp.where(kept, scores, 0.0), places
-        logits = take(params["router"], task_ids) if router.has_logits else scores
         normalise = NORMALISE[self.normalise if router.is_random else "sum"]
         return normalise(scores, logits, kept, given.key is not None), places
 
@@ -329,19 +330,16 @@ class CrossPT(PromptMethod):
             return take(params["router"], task_ids)
         return jnp.zeros((*task_ids.shape, len(self.sources)))
 
-    def _drawn(self, params, runs, task_ids, given, name):
-        """Draws of relaxed Bernoulli variables by the logits of each task; their probabilities
-        where nothing is drawn. [..., n]."""
-        logits = take(params[name], task_ids)
-        logits = logits[..., None] if name == "share" else logits
+    def _drawn(self, logits, params, runs, task_ids, given, name):
+        """Logits [..., n] with the noise of the step, and the temperature of its draws; without a
+        step as they are."""
         if given.key is None:
-            return relaxed_bernoulli(logits, None, None)
+            return logits, 1.0
         assert isinstance(self.annealing, Annealing)
         clock = jax.lax.stop_gradient(of_groups(params["clock"], runs, task_ids))
         temperature = aligned(self.annealing(clock)[..., None], logits.ndim)
         key = jax.random.fold_in(given.key, ("router", "share").index(name))
-        drawn = of_rows(noise(key, runs, logits.shape[-1]), task_ids)
-        return relaxed_bernoulli(logits, temperature, drawn)
+        return logits + of_rows(noise(key, runs, logits.shape[-1]), task_ids), temperature
 
     def _joined(self, sources, weights, places):
         """The weighted pieces one after another, in the order of `sources`: [..., k l, H]."""

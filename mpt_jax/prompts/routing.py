@@ -60,37 +60,28 @@ class Router:
     """A kind of router.
 
     Attributes:
-        scores: (logits, temperature, noise) -> scores; noise is logit(u), None at inference.
+        scores: of logits; of a draw, with its noise and divided by its temperature.
         normalised: whether weights are divided by their sum.
         is_random: whether training draws.
         has_logits: whether it learns S logits for each task.
         reads_text: whether scores come from text attention.
     """
 
-    scores: Callable[[Array, Array | None, Array | None], Array]
+    scores: Callable[[Array], Array]
     normalised: bool = True
     is_random: bool = False
     has_logits: bool = True
     reads_text: bool = False
 
 
-def relaxed_bernoulli(logits: Array, temperature: Array | None, noise: Array | None) -> Array:
-    """A draw between 0 and 1 in training; without noise its probability of 1."""
-    if noise is None or temperature is None:
-        return jax.nn.sigmoid(logits)
-    return jax.nn.sigmoid((logits + noise) / temperature)
-
-
 ROUTERS = {
-    "relaxed_bernoulli": Router(relaxed_bernoulli, is_random=True),
-    "softmax": Router(lambda logits, *_: jax.nn.softmax(logits, -1)),
-    "sigmoid": Router(lambda logits, *_: jax.nn.sigmoid(logits), normalised=False),
+    "relaxed_bernoulli": Router(jax.nn.sigmoid, is_random=True),
+    "softmax": Router(jax.nn.softmax),
+    "sigmoid": Router(jax.nn.sigmoid, normalised=False),
     "uniform": Router(
-        lambda logits, *_: jnp.full(logits.shape, 1 / logits.shape[-1]), has_logits=False
+        lambda logits: jnp.full(logits.shape, 1 / logits.shape[-1]), has_logits=False
     ),
-    "attention": Router(
-        lambda logits, *_: jax.nn.softmax(logits, -1), has_logits=False, reads_text=True
-    ),
+    "attention": Router(jax.nn.softmax, has_logits=False, reads_text=True),
 }
 
 
@@ -114,14 +105,14 @@ def by_softmax(scores: Array, logits: Array, kept: Array, in_training: bool) -> 
 NORMALISE = {"sum": by_sum, "softmax": by_softmax}
 
 
-def keep_largest(scores: Float[Array, "... S"], count: int | None) -> tuple[Array, Array]:
-    """Which of the scores are among the `count` largest (of equal ones the first), and their
+def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Array, Array]:
+    """Which of the values are among the `count` largest (of equal ones the first), and their
     places, rising, [..., count]."""
-    if count is None or count == scores.shape[-1]:
-        every = jnp.broadcast_to(jnp.arange(scores.shape[-1]), scores.shape)
-        return jnp.ones(scores.shape, bool), every
-    places = jnp.sort(jax.lax.top_k(scores, count)[1], -1)
-    kept = jax.nn.one_hot(places, scores.shape[-1], dtype=jnp.int32).sum(-2) > 0
+    if count is None or count == values.shape[-1]:
+        every = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
+        return jnp.ones(values.shape, bool), every
+    places = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(values), count)[1], -1)
+    kept = jax.nn.one_hot(places, values.shape[-1], dtype=jnp.int32).sum(-2) > 0
     return kept, places
 
 
