@@ -26,7 +26,7 @@ from safetensors.numpy import load, save
 
 import mpt_jax
 from mpt_jax import model_card
-from mpt_jax.prompts.base import PromptMethod, fold, get_method, plain_prompts
+from mpt_jax.prompts.base import PromptMethod, fold, get_method, plain_prompts, plain_weights
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Params
@@ -81,6 +81,10 @@ class Artefact:
         """The plain prompt [P, H] of each row, of its own length; raises ValueError where prompts
         depend on the text."""
         return plain_prompts(self.method, self.params, self.runs)
+
+    def weights(self) -> np.ndarray:
+        """[K, C], of each candidate in each plain prompt; raises what `plain_weights` does."""
+        return plain_weights(self.method, self.params, self.runs)
 
 
 def embedding_digest(embedding: Any) -> str:
@@ -163,6 +167,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         "step": int(step),
         "metrics": dict(metrics or {}),
         "started_from": started_from and dict(started_from),
+        "mixture": _mixture(method, params, runs),
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
     }
     new, old = path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
@@ -181,6 +186,15 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     if old.exists():
         old.rmtree()
     return path
+
+
+def _mixture(method: PromptMethod, params: Params, runs: Runs) -> dict[str, Any] | None:
+    """Run -> candidate -> its weight, for people; None where nothing is mixed, or by the text."""
+    if not method.candidates or method.reads_text:
+        return None
+    weights = plain_weights(method, params, runs).tolist()
+    pairs = zip(runs.run_names, weights, strict=True)
+    return {run: dict(zip(method.candidates, row, strict=True)) for run, row in pairs}
 
 
 def load_artefact(path: str | os.PathLike[str]) -> Artefact:

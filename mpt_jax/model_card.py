@@ -21,6 +21,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from mpt_jax.prompts.base import get_method
+from mpt_jax.runs import Runs
+
 NAME = "README.md"
 TO_FILL = "to be filled in by the author"
 AUTHORS = {
@@ -135,6 +138,7 @@ def text(config: Mapping[str, Any], facts: Facts) -> str:
     sections = [
         _front_matter(config),
         _summary(config, facts),
+        _mixture(config),
         _training_data(config, facts),
         _results(config, facts),
         _made_with(config, facts),
@@ -183,9 +187,42 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
     return (
         f"# Soft prompts for {of}\n\n"
         "Soft prompts of a T5, in the format of MPT-JAX. They work with the backbone and the "
-        "vocabulary whose digests are below, and with no other:\n"
-        "`mpt_jax.artefacts.load_artefact(FOLDER).folded()` gives one prompt [positions, width] "
-        "for each run.\n\n" + _table(("", ""), known)
+        f"vocabulary whose digests are below, and with no other:\n{_how_to_read(config)}\n\n"
+        + _table(("", ""), known)
+    )
+
+
+def _how_to_read(config: Mapping[str, Any]) -> str:
+    """What becomes a prompt, and by which call: not every method has one array for all runs."""
+    method = get_method(config["method"])(**config["method_config"])
+    runs = Runs(config["task_names"], config["run_names"], config["groups"])
+    read = "mpt_jax.artefacts.load_artefact(FOLDER)"
+    if method.reads_text:
+        return (
+            f"`{read}` gives the method and its parameters, of which `method.compose` makes the "
+            "prompt of each input. Prompts depend on the text, so no run has one that could be "
+            "taken alone."
+        )
+    if len(set(method.prompt_lengths(runs))) > 1:
+        return (
+            f"`{read}.plain()` gives one prompt [positions, width] for each run, each of its own "
+            "length."
+        )
+    return f"`{read}.folded()` gives one prompt [positions, width] for each run."
+
+
+def _mixture(config: Mapping[str, Any]) -> str:
+    """What each run's prompt is mixed from, if it is one mixture."""
+    found: Mapping[str, Mapping[str, float]] = config.get("mixture") or {}
+    if not found:
+        return ""
+    candidates = list(next(iter(found.values())))
+    rows = [
+        (f"`{run}`", *(f"{weights[c]:.3f}" for c in candidates)) for run, weights in found.items()
+    ]
+    return (
+        "## What prompts are mixed from\n\nThe weight of each source prompt in the prompt of each "
+        "run, as it is used.\n\n" + _table(("run", *(f"`{c}`" for c in candidates)), rows)
     )
 
 

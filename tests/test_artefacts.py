@@ -12,6 +12,8 @@ from safetensors.numpy import load, save
 from mpt_jax import artefacts
 from mpt_jax.artefacts import CONFIG, TENSORS
 from mpt_jax.model_card import NAME
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.crosspt import CrossPT
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
@@ -75,6 +77,45 @@ def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
     assert folded == {"folded/rte_s1", "folded/rte_s2", "folded/cb_s1"}
     np.testing.assert_allclose(tensors["folded/cb_s1"], expected[2], atol=1e-6, rtol=1e-6)
     assert not any("folded" in name for name in load((tmp_path / "plain" / TENSORS).read_bytes()))
+
+
+def crosspt(**settings):
+    """CrossPT of two sources and its parameters, with clock as in training."""
+    method = CrossPT(P, ["mnli", "qqp"], **settings)
+    shapes = {"sources": (2, 2, P, H), "private": (3, P, H), "router": (3, 2), "clock": (2,)}
+    return method, {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+
+
+def test_what_is_mixed_is_recorded_by_run_and_candidate(tmp_path):
+    method, params = crosspt()
+    write(tmp_path / "a", method, params)
+    read = artefacts.load_artefact(tmp_path / "a")
+    # Relaxed Bernoulli without draws: sigmoids, as shares of their sum.
+    scores = 1 / (1 + np.exp(-params["router"]))
+    expected = scores / scores.sum(-1, keepdims=True)
+    np.testing.assert_allclose(read.weights(), expected, atol=1e-6)
+    recorded = read.config["mixture"]
+    assert list(recorded) == list(RUNS.run_names)
+    for run, row in zip(recorded, expected, strict=True):
+        assert recorded[run] == pytest.approx({"mnli": row[0], "qqp": row[1]}, abs=1e-6)
+    card = (tmp_path / "a" / NAME).read_text()
+    assert f"| `cb_s1` | {expected[2, 0]:.3f} | {expected[2, 1]:.3f} |" in card
+
+
+def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
+    shapes = {"sources": (2, P, H), "target": (3, P, H), "down": (2, H, 2), "up": (2, 2, H)}
+    shapes |= {"norm_scale": (2, H), "norm_bias": (2, H)}
+    params = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+    write(tmp_path / "text", ATTEMPT(P, ["mnli", "qqp"], width=2), params)
+    write(tmp_path / "none")
+    for name, error, words in (
+        ("text", ValueError, "depend on the text"),
+        ("none", NotImplementedError, "mixes no candidates"),
+    ):
+        read = artefacts.load_artefact(tmp_path / name)
+        assert read.config["mixture"] is None
+        with pytest.raises(error, match=words):
+            read.weights()
 
 
 def test_prompt_tuning_is_written_and_read_alike(tmp_path):

@@ -163,6 +163,67 @@ def test_a_name_cannot_break_a_table():
     assert "| `a\\|b c` | unknown |" in card
 
 
+CROSSPT = {
+    **CONFIG,
+    "method": "crosspt",
+    "method_config": {"length": 4, "sources": ["mnli", "qqp"], "router": "softmax"},
+    "mixture": {
+        "rte_s1": {"mnli": 0.75, "qqp": 0.25},
+        "rte_s2": {"mnli": 0.5, "qqp": 0.5},
+        "cb_s1": {"mnli": 0.0004, "qqp": 0.9996},
+    },
+}
+
+
+def test_router_weights_are_a_table_of_runs_by_sources():
+    card = model_card.text(CROSSPT, FACTS)
+    found = cells(card.split("## What prompts are mixed from")[1].split("\n## ")[0])
+    assert found == [
+        ["run", "`mnli`", "`qqp`"],
+        ["---", "---", "---"],
+        ["`rte_s1`", "0.750", "0.250"],
+        ["`rte_s2`", "0.500", "0.500"],
+        ["`cb_s1`", "0.000", "1.000"],
+    ]
+    for config in (CONFIG, {**CROSSPT, "mixture": None}):
+        assert "mixed from" not in model_card.text(config, FACTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "call", "words"),
+    [
+        ({}, ".folded()`", "one prompt [positions, width] for each run."),
+        (CROSSPT, ".folded()`", "one prompt [positions, width] for each run."),
+        (
+            {
+                "method": "crosspt",
+                "method_config": {
+                    "length": 4,
+                    "sources": ["mnli", "qqp"],
+                    "compose_by": "private_cat",
+                    "private_length": {"rte_s1": 2, "rte_s2": 2, "cb_s1": 6},
+                },
+            },
+            ".plain()`",
+            "each of its own length",
+        ),
+        (
+            {
+                "method": "attempt",
+                "method_config": {"prompt_length": 4, "sources": ["mnli", "qqp"]},
+            },
+            "(FOLDER)`",
+            "Prompts depend on the text",
+        ),
+    ],
+    ids=["mpt", "crosspt", "lengths of their own", "by the text"],
+)
+def test_it_says_how_its_prompts_are_read(changes, call, words):
+    card = model_card.text({**CONFIG, **changes}, FACTS).replace("\n", " ")
+    assert f"load_artefact(FOLDER){call.removeprefix('(FOLDER)')} gives" in card and words in card
+    assert (".folded()" in card) == (call == ".folded()`")
+
+
 # --- Where data comes from -------------------------------------------------------------------
 
 

@@ -189,7 +189,7 @@ def test_labels_tell_results_apart():
 
 
 def test_curves_are_those_of_training(root):
-    (curve,) = folders.losses(root / "a")
+    (curve,) = folders.training(root / "a")
     assert curve == {1: 1, 2: 1 / 2, 3: 1 / 3}
 
 
@@ -200,7 +200,7 @@ def test_what_a_resumed_run_repeats_counts_once(tmp_path):
         {"folder": "train", "step": 2, "loss": 9.0, "loss/x": 3.0, "loss/y": 7.0},
     ]
     write_lines(tmp_path / "metrics.jsonl", lines)
-    assert folders.losses(tmp_path) == [{1: 1.0, 2: 3.0}, {1: 5.0, 2: 7.0}]
+    assert folders.training(tmp_path) == [{1: 1.0, 2: 3.0}, {1: 5.0, 2: 7.0}]
 
 
 def test_curves_are_averaged_where_they_agree():

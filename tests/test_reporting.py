@@ -54,8 +54,9 @@ def test_the_plain_progress_line(monkeypatch, caplog):
     monkeypatch.setattr(reporting.time, "monotonic", lambda: next(clock))
     line = reporting.ProgressLine(total_steps=1000, first_step=0, batch_size=32)
     line.restart_clock(0)
+    others = {"accuracy/rte": 0.9, "attention/mnli/rte": 0.3, "attention_entropy/rte": 1.1}
     with caplog.at_level("INFO", logger="absl"):
-        speeds = line.update(40, {"loss": 0.5, "loss/rte": 0.25, "accuracy/rte": 0.9})
+        speeds = line.update(40, {"loss": 0.5, "loss/rte": 0.25, **others})
         line.update(50, {"loss": 0.5} | {f"loss/t{i}": 1.0 for i in range(10)})
     line.close()
     assert speeds == {"timing/seconds_per_step": 0.1, "timing/examples_per_second": 320.0}

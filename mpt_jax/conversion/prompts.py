@@ -218,11 +218,18 @@ def from_artefact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
 
     Raises:
         FileExistsError: the target is there already.
-        ValueError: the method has no prompts, or PEFT has no form for them.
+        ValueError: the method has no prompts, or makes them by the text, or PEFT has no form for
+            them.
     """
     artefact = artefacts.load_artefact(source)
     if not artefact.method.prompt_length:
         raise ValueError(f"{source} is of {artefact.method.name!r}, which has no prompt.")
+    if artefact.method.reads_text:
+        raise ValueError(
+            f"{source} is of {artefact.method.name!r}, whose prompts depend on the text they stand "
+            "before: no run has one prompt, and other programs have no form for what makes it. "
+            "`mpt-jax predict` and `mpt-jax export` take the artefact as it is."
+        )
     if unfit := [name for name in artefact.runs.run_names if "/" in name]:
         raise ValueError(f"{source}: files are named by runs, and {unfit} cannot name one.")
     with new_folder(target) as made:

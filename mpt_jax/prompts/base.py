@@ -222,15 +222,30 @@ def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.n
     return [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
 
 
+def plain_weights(method: PromptMethod, params: Params, runs: Runs) -> Float[np.ndarray, "K C"]:
+    """The weight of each candidate in the plain prompt of each bank row.
+
+    Raises:
+        NotImplementedError: the method mixes no candidates.
+        ValueError: prompts depend on the text.
+    """
+    params = _alone(method, params)
+    return np.asarray(method.mixture(params, runs, jnp.arange(runs.num_rows)))
+
+
 def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
+    return method.compose(_alone(method, params), runs, jnp.arange(runs.num_rows))
+
+
+def _alone(method: PromptMethod, params: Params) -> Params:
+    """The parameters, if they make prompts without a text."""
     if method.reads_text:
         raise ValueError(
             f"The prompts of the method {method.name!r} depend on the text they stand before, so "
             "there is no one prompt of a task to fold, or to start another method from."
         )
     # Whoever kept the best step of a run kept it as NumPy arrays.
-    params = jax.tree.map(jnp.asarray, params)
-    return method.compose(params, runs, jnp.arange(runs.num_rows))
+    return jax.tree.map(jnp.asarray, params)
 
 
 def name_key(key: Key, name: str) -> Key:

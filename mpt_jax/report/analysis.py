@@ -221,3 +221,10 @@ def cosines_by_task(
             if pairs:
                 found[i, j] = np.mean(pairs)
     return names, found
+
+
+def entropy(weights: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
+    """Of each row's weights as shares of their sum, in nats: 0 where one has all, ln C where all
+    have the same."""
+    shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1)

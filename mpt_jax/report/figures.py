@@ -153,6 +153,7 @@ def heat_map(
     values: Float[np.ndarray, "R C"],
     scale: float,
     form: str,
+    beside: int = 0,
 ) -> str:
     """A matrix as coloured cells with their numbers; NaN is an empty cell.
 
@@ -162,6 +163,7 @@ def heat_map(
         values: of the cells.
         scale: the value with the strongest colour; its negative has the other.
         form: of the numbers.
+        beside: how many columns at the end are another quantity: numbers without colour.
     """
 
     def draw(axes: Axes) -> None:
@@ -169,10 +171,12 @@ def heat_map(
         for (i, j), value in np.ndenumerate(values):
             if np.isnan(value):
                 continue
-            colour = DIVERGING(0.5 + 0.5 * np.clip(value / scale, -1, 1))
-            axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=colour))
-            light = np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5
-            shade = "#101010" if light else "#fefefe"
+            shade = INK
+            if j < len(columns) - beside:
+                colour = DIVERGING(0.5 + 0.5 * np.clip(value / scale, -1, 1))
+                axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=colour))
+                light = np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5
+                shade = "#101010" if light else "#fefefe"
             number = float(format(value, form)) + 0.0  # not a negative zero
             axes.text(
                 j, i, format(number, form), ha="center", va="center", fontsize=11, color=shade

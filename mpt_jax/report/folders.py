@@ -45,16 +45,26 @@ def sources(root: Path) -> dict[str, Path]:
     return {}
 
 
-def losses(model_dir: Path) -> list[Curve]:
-    """Training loss by step, of each run."""
+def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
+    """A metric of training by step, of each run."""
     found: dict[str, dict[int, float]] = {}
     for line in _lines(model_dir / METRICS):
         if line["folder"] != "train":
             continue
-        runs = [name for name in line if name.startswith("loss/")]
-        for name in runs or ["loss"] * ("loss" in line):
+        runs = [name for name in line if name.startswith(f"{metric}/")]
+        for name in runs or [metric] * (metric in line):
             found.setdefault(name, {})[line["step"]] = line[name]
     return list(found.values())
+
+
+def last(model_dir: Path) -> dict[str, float]:
+    """The value of every metric of training where it was last written: runs that end first are in
+    no later line."""
+    found: dict[str, float] = {}
+    for line in _lines(model_dir / METRICS):
+        if line.pop("folder") == "train":
+            found |= {name: float(value) for name, value in line.items()}
+    return found
 
 
 def scores(model_dir: Path) -> list[Curve]:

@@ -30,28 +30,28 @@ FACTS = {
 
 def losses(content: Content) -> list[str]:
     """Training loss of source stages and of every method."""
-    stages = {name: folders.losses(path) for name, path in folders.sources(content.root).items()}
+    stages = {name: folders.training(path) for name, path in folders.sources(content.root).items()}
     looks = {
         name: Style(figures.SERIES.format(i + 1), "", figures.DASHES[i])
         for i, name in enumerate(stages)
     }
-    drawn = _curves(stages, "source stages", LOSS, looks, "y")
+    drawn = curve_panels(stages, "source stages", LOSS, looks, "y")
     blocks = [content.figure(drawn, "Training loss of the source stages.", looks)] if drawn else []
-    drawn, looks = [], _unmarked(content.styles)
+    drawn, looks = [], unmarked(content.styles)
     for shots, results in content.by_shots():
         runs = {
-            label: [c for path in content.folders(result) for c in folders.losses(path)]
+            label: [c for path in content.folders(result) for c in folders.training(path)]
             for label, result in results.items()
         }
         content.say_absent(f"Loss, {examples(shots)}", runs, "no metrics.jsonl among its runs")
-        drawn += _curves(runs, examples(shots), LOSS, looks, "y")
+        drawn += curve_panels(runs, examples(shots), LOSS, looks, "y")
     caption = "Training loss on target tasks; each run (task, seed) of a method counts the same."
     return [*blocks, content.figure(drawn, caption, looks)] if drawn else blocks
 
 
 def scores_by_step(content: Content) -> list[str]:
     """Scores between steps, where runs were evaluated more than once."""
-    drawn, looks = [], _unmarked(content.styles)
+    drawn, looks = [], unmarked(content.styles)
     for shots, results in content.by_shots():
         runs = {
             label: [
@@ -62,7 +62,7 @@ def scores_by_step(content: Content) -> list[str]:
             ]
             for label, result in results.items()
         }
-        drawn += _curves(runs, examples(shots), "mean score", looks, "")
+        drawn += curve_panels(runs, examples(shots), "mean score", looks, "")
     if not drawn:
         content.absent.append("Score by step: no run that is here was evaluated more than once.")
         return []
@@ -70,12 +70,12 @@ def scores_by_step(content: Content) -> list[str]:
     return [content.figure(drawn, caption, looks)]
 
 
-def _unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
+def unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
     """Curves of many steps have no marker on each."""
     return {label: look._replace(marker="") for label, look in looks.items()}
 
 
-def _curves(
+def curve_panels(
     runs: Mapping[str, Iterable[folders.Curve]],
     title: str,
     y: str,
@@ -109,16 +109,19 @@ def source_prompts(content: Content) -> list[str]:
             "source stage with an artefact."
         )
         return []
-    panels = [
-        _similarity(name, artefact.folded(), artefact.runs.task_names)
-        for name, artefact in found.items()
-    ]
-    return [page.figure(panels, "Cosine similarity of flattened prompts, source tasks.", {})]
+    panels = []
+    for name, artefact in found.items():
+        prompts = _plain(content, name, [artefact])
+        if prompts is not None:
+            panels.append(_similarity(name, prompts, artefact.runs.task_names))
+    caption = "Cosine similarity of flattened prompts, source tasks."
+    return [page.figure(panels, caption, {})] if panels else []
 
 
 def target_prompts(content: Content) -> list[str]:
     """How alike the prompts of target tasks are, by one method: the reference, if its prompts are
-    here, at the largest number of examples, which has several seeds where all of them has one."""
+    here and can be compared, at the largest number of examples, which has several seeds where all
+    of them has one."""
     few = [k for k in analysis.shots_of(content.results) if k is not None]
     for label in dict.fromkeys([content.reference, *content.arms]):
         arm = content.arms.get(label, {})
@@ -126,18 +129,40 @@ def target_prompts(content: Content) -> list[str]:
             result = arm[shots]
             found = [folders.artefact(path) for path in content.folders(result)]
             kept: list[Artefact] = [artefact for artefact in found if artefact is not None]
-            if kept:
-                prompts = np.concatenate([artefact.folded() for artefact in kept])
+            title = f"{label}, {examples(shots)}"
+            prompts = _plain(content, title, kept) if kept else None
+            if prompts is not None:
                 tasks = [task for artefact in kept for task in artefact.runs.task_names]
-                title = f"{label}, {examples(shots)}"
                 caption = (
                     "Cosine similarity of flattened prompts, target tasks: mean over pairs of "
                     "runs; on the diagonal pairs of one task with different seeds (1 where it has "
                     "one run)."
                 )
                 return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
-    content.absent.append("Similarity of target prompts: no run that is here has an artefact.")
+    content.absent.append(
+        "Similarity of target prompts: no run that is here has an artefact whose prompts can be "
+        "compared."
+    )
     return []
+
+
+def _plain(content: Content, title: str, found: Iterable[Artefact]) -> np.ndarray | None:
+    """The plain prompts [K, P, H] of artefacts; None, with a word on it, if they are no array."""
+    if texts := [artefact for artefact in found if artefact.method.reads_text]:
+        content.absent.append(
+            f"Similarity of prompts, {title}: those of {texts[0].method.name!r} depend on the "
+            "text, so no task has one that could be compared."
+        )
+        return None
+    prompts = [prompt for artefact in found for prompt in artefact.plain()]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1:
+        content.absent.append(
+            f"Similarity of prompts, {title}: they have {', '.join(map(str, lengths))} positions, "
+            "and only prompts of one length can be compared."
+        )
+        return None
+    return np.stack(prompts)
 
 
 def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpt_jax.report import of_results, of_runs, page, tables
+from mpt_jax.report import of_mixtures, of_results, of_runs, page, tables
 from mpt_jax.report.content import Content, content
 from mpt_jax.report.page import Section
 from mpt_jax.results import Result
@@ -47,6 +47,10 @@ def sections(given: Content) -> list[Section]:
         Section("Learning curves", of_runs.losses(given) + of_runs.scores_by_step(given)),
         Section(
             "Similarity of prompts", of_runs.source_prompts(given) + of_runs.target_prompts(given)
+        ),
+        Section(
+            "What prompts are mixed from",
+            of_mixtures.weights(given) + of_mixtures.entropies(given),
         ),
         Section("Score and trained parameters", of_results.parameters(given)),
         Section("Transfer gain", of_results.gains(given)),

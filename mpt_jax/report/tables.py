@@ -138,10 +138,10 @@ def _needed(curve: Mapping[int, float], level: float | None) -> str:
     return f"≤ {found:.0f}" if found == min(curve) else f"{found:.1f}"
 
 
-def mean_and_std(values: Sequence[float]) -> str:
-    """Both with one decimal; the mean alone of a single value."""
+def mean_and_std(values: Sequence[float], form: str = ".1f") -> str:
+    """Both, each in this form; the mean alone of a single value."""
     found = estimate(values)
-    return f"{found.mean:.1f}" if found.n == 1 else f"{found.mean:.1f} ± {found.std:.1f}"
+    return f"{found.mean:{form}}" if found.n == 1 else f"{found.mean:{form}} ± {found.std:{form}}"
 
 
 def interval(found: Estimate, form: str) -> str:

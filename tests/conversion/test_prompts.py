@@ -17,6 +17,9 @@ from mpt_jax.backbones.t5 import Transformer
 from mpt_jax.convert import load_backbone, load_hf, save_t5x
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.prompts import get_method
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.crosspt import CrossPT
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.runs import Runs
 from tests.conversion.test_backbones import convert, hf_folder, refused
@@ -145,6 +148,43 @@ def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
     assert found.runs.task_names == ("one", "two", "two"), "noted beside the adapters"
     if method == "shared_prompt":
         assert "peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+
+
+def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
+    """An artefact of a method that mixes prompts, of three runs in one group."""
+    params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None, "backbone": "tiny"}
+    return artefacts.save_artefact(path, method, params, Runs(NAMES), step=1, **known)
+
+
+@pytest.mark.parametrize("to", ["peft", "peft-folded", "npy", "safetensors"])
+def test_prompts_by_the_text_are_refused(to, tmp_path, capsys):
+    source = write_mixed(
+        tmp_path / "artefact", ATTEMPT(P, ["s", "t"], width=2), sources=(2, P, H), target=(3, P, H),
+        down=(1, H, 2), up=(1, 2, H), norm_scale=(1, H), norm_bias=(1, H),
+    )  # fmt: skip
+    said = refused(capsys, source, tmp_path / "x", "--to", to)
+    assert f"{source} is of 'attempt', whose prompts depend on the text" in said
+    assert "`mpt-jax predict`" in said and "peft-folded writes" not in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_prompts_of_several_lengths_are_files_of_their_own(tmp_path, capsys):
+    lengths = {"alpha": 1, "beta": 2, "gamma": 4}
+    method = CrossPT(P, ["s", "t"], compose_by="private_cat", private_length=lengths)
+    source = write_mixed(
+        tmp_path / "artefact", method, sources=(1, 2, P, H), private=(3, 4, H), router=(3, 2)
+    )
+    convert(source, tmp_path / "npy", "--to", "npy")
+    convert(source, tmp_path / "st", "--to", "safetensors")
+    written = load_file(tmp_path / "st" / "folded.safetensors")
+    private = artefacts.load_artefact(source).params["private"]
+    for row, (name, length) in enumerate(lengths.items()):
+        array = np.load(tmp_path / "npy" / f"{name}.npy", allow_pickle=False)
+        assert array.shape == (P + length, H)
+        np.testing.assert_array_equal(array[P:], private[row, :length])
+        np.testing.assert_array_equal(array, written[name])
+    assert "--to peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
 
 
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
