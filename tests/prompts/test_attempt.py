@@ -37,7 +37,11 @@ ROUTER = {
     "constant": set(),
 }
 VARIANTS = pytest.mark.parametrize("attention", ROUTER)
-BY_GROUP = pytest.mark.parametrize("bank", BANKS)
+# Groups of several rows and of one; the other two are special cases of them.
+BY_GROUP = pytest.mark.parametrize(
+    "bank",
+    [pytest.param(name, marks=[] if name == "groups" else pytest.mark.slow) for name in BANKS],
+)
 
 
 def make(attention: str = "sub", **overrides) -> ATTEMPT:

@@ -32,7 +32,11 @@ BANKS = {
     "independent": Runs(NAMES, groups="independent"),
     "groups": Runs(NAMES, groups=(1, 0, 1, 2, 0)),
 }
-BY_GROUP = pytest.mark.parametrize("bank", BANKS)
+# Groups of several rows and of one; the other two are special cases of them.
+BY_GROUP = pytest.mark.parametrize(
+    "bank",
+    [pytest.param(name, marks=[] if name == "groups" else pytest.mark.slow) for name in BANKS],
+)
 ROUTERS = ("relaxed_bernoulli", "softmax", "sigmoid", "uniform", "attention")
 COMPOSITIONS = ("sum", "cat", "private_sum", "private_product", "private_cat", "private")
 BY_ROUTER = pytest.mark.parametrize("router", ROUTERS)
@@ -89,7 +93,9 @@ def test_prompts_and_weights_are_the_definition(compose_by, router, bank):
     check(method, params, runs)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    "k", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @BY_ROUTER
 @pytest.mark.parametrize("compose_by", ["cat", "private_sum"])
 def test_of_the_sources_the_k_best_are_kept(compose_by, router, k):
