@@ -320,7 +320,8 @@ def few(names: Sequence[str]) -> str:
 
 
 def joined(found: Sequence[Artefact]) -> Artefact:
-    """Artefacts of one backbone and one length as one, of plain prompts: the rows of all.
+    """Artefacts of one backbone and one length as one, of plain prompts: the rows of all. One alone
+    is returned as it is.
 
     Raises:
         ValueError: they disagree, or two rows have one name; names the artefacts.
@@ -350,4 +351,5 @@ def joined(found: Sequence[Artefact]) -> Artefact:
     method = PromptTuning(found[0].prompt_length)
     table = jnp.concatenate([artefact.folded() for artefact in found])
     path = few([artefact.path for artefact in found])
-    return Artefact(path, method, runs, {"table": table}, found[0].config)
+    known = [each for each in found if each.config["vocabulary_sha256"] is not None]
+    return Artefact(path, method, runs, {"table": table}, (known or found)[0].config)

@@ -98,7 +98,7 @@ def packed(
 
 
 def _length_of(prompt_length: PromptLength, row: int) -> int:
-    return prompt_length if isinstance(prompt_length, int) else prompt_length[row]
+    return int(np.ravel(prompt_length)[row if np.ndim(prompt_length) else 0])
 
 
 def _empty(rows: int, encoder: int, decoder: int) -> Batch:

@@ -357,7 +357,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         tokens = tf.concat([tf.zeros([prompt], tf.int32), example["inputs"]], axis=0)
         tokens = _pad(tokens, positions["inputs"])
         slots = _pad(tf.range(1, prompt + 1), positions["inputs"])
-        # Models compose one [P, H] block per example and place it at the front without looking.
+        # Where prompts have one length, models place them at the front without looking.
         is_target = tf.cast(targets != 0, tf.int32)
         return {
             "encoder_input_tokens": tokens,

@@ -19,6 +19,7 @@ from mpt_jax.tree import flatten
 
 # What may change between two starts of one run.
 CHANGEABLE = ("optimizer",)
+FROZEN_PROMPTS = "frozen_prompts_sha256"
 
 Identity = dict[str, Any]
 
@@ -40,7 +41,7 @@ def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
         if name.startswith("prompt/") and labels[name] == FROZEN
     }
     # Prompts that do not learn are in no checkpoint.
-    return found | ({"frozen_prompts_sha256": artefacts.digest(frozen)} if frozen else {})
+    return found | ({FROZEN_PROMPTS: artefacts.digest(frozen)} if frozen else {})
 
 
 def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed: int) -> Identity:
@@ -63,7 +64,7 @@ def check_resumes(ours: Identity, saved: Identity, model_dir: str) -> None:
     Raises:
         ValueError: both values of everything that differs.
     """
-    strict = [name for name in ours if name not in CHANGEABLE]
+    strict = [name for name in _known(ours, saved) if name not in CHANGEABLE]
     if differing := describe_differing(ours, saved, strict):
         raise ValueError(
             f"{model_dir} holds a run of another configuration ({differing}). Choose another "
@@ -84,12 +85,17 @@ def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
     Raises:
         ValueError: both values of everything that differs.
     """
-    if differing := describe_differing(ours, saved, ours):
+    if differing := describe_differing(ours, saved, _known(ours, saved)):
         raise ValueError(
             f"{path} was saved by another configuration ({differing}). Give the tasks in the "
             "order, and the backbone and method, that it was trained with; its MODEL_DIR has "
             "them in config.gin."
         )
+
+
+def _known(ours: Identity, saved: Identity) -> list[str]:
+    """What can be compared: earlier versions did not save a digest of prompts that do not learn."""
+    return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
 
 
 def describe_differing(

@@ -191,6 +191,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             model_dir,
             {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
             | {"parameters": total, "trainable_parameters": learning}
+            | {"prompt_length": model.prompt.prompt_length}
             | examples.few_shot_rows(train_dataset_cfg.provider()),
         )
 

@@ -168,7 +168,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     check = lambda artefact: artefacts.check_belongs(  # noqa: E731
         artefact, digest, vocabulary, model.prompt.start_length(artefact.method)
     )
-    initial = functools.partial(model.init_prompt, prompt_key, jnp.asarray(embedding))
+    initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
     if origins.artefact:
         artefact = _initial_artefact(origins.artefact, origins.artefact_command)
         check(artefact)
@@ -293,6 +293,18 @@ def _backbone(
     return unflatten(found | {name: np.zeros(wanted[name], np.float32) for name in biases})
 
 
+def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> dict[str, Any]:
+    """The method's initial values. Those that never learn are in no checkpoint, so they are the same
+    for every key: whoever resumes or evaluates finds them again."""
+    found = model.init_prompt(key, embedding)
+    labels = flatten(model.label_tree({"prompt": found}))
+    frozen = [name for name in found if labels[f"prompt/{name}"] == FROZEN]
+    if frozen:
+        fixed = model.init_prompt(jax.random.PRNGKey(0), embedding)
+        found |= {name: fixed[name] for name in frozen}
+    return found
+
+
 def _initial_artefact(paths: str | Sequence[str], command: str) -> artefacts.Artefact:
     paths = [paths] if isinstance(paths, str) else paths
     try:
@@ -335,7 +347,7 @@ def _refuse_to_start_from_nothing(method: PromptMethod) -> None:
         raise ValueError(
             f"The method {method.name!r} mixes frozen source prompts, and no artefact has them: "
             "set INITIAL_ARTEFACT to that of gin/pt_source.gin, or to one or several others. To "
-            "evaluate a checkpoint, to the artefact that its run started from or left."
+            "evaluate a checkpoint, to the artefact that its run left (START_FROM = 'same')."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(

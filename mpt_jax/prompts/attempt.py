@@ -155,6 +155,11 @@ class ATTEMPT(PromptMethod):
                 f"The artefact's ATTEMPT is {source_method.config()}, and this run's "
                 f"{self.config()}: they must agree."
             )
+        if self.start_from == FIRST:
+            raise ValueError(
+                "start_from = 'first' is of source prompts, and this artefact holds tasks of "
+                "ATTEMPT's own: set START_FROM to 'same', 'average' or one of them."
+            )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
         shared = {name: source[name][groups] for name in source if name in text_attention.AXES}

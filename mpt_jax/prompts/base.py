@@ -93,6 +93,7 @@ class PromptMethod(Protocol):
         reads_text: whether a prompt depends on the text it stands before.
         is_random: whether training composes prompts at random.
         needs_artefact: whether prompts cannot start without an initial artefact.
+        knows_runs: whether prompts depend on runs' names, beside rows and groups.
         own_steps: training steps that a schedule of the method's own takes; 0 without one.
         candidates: names of the C prompts that each prompt is mixed from, if it is.
     """
@@ -104,6 +105,7 @@ class PromptMethod(Protocol):
     reads_text: bool = False
     is_random: bool = False
     needs_artefact: bool = False
+    knows_runs: bool = False
     own_steps: int = 0
     candidates: tuple[str, ...] = ()
 

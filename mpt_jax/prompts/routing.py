@@ -52,7 +52,7 @@ class Annealing:
     def __call__(self, step: Float[Array, "..."]) -> Float[Array, "..."]:
         """The temperature of a step, counted from 0."""
         done = jnp.clip(step / max(self.steps, 1), 0.0, 1.0) if self.steps else jnp.ones_like(step)
-        return self.start + (self.end - self.start) * done
+        return self.start * (1 - done) + self.end * done  # never below the end, in any precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,11 @@ ROUTERS = {
 
 
 def by_sum(scores: Array, logits: Array, kept: Array, in_training: bool) -> Array:
-    """`s / (sum(s) + 1e-8)`: inference is what training comes to as the temperature falls."""
+    """`s / (sum(s) + 1e-8)`, in training and at inference.
+
+    A cold draw takes each source whole with the probability that inference weighs it by, or none at
+    all: of S undecided sources in 2^-S of the steps.
+    """
     del logits, in_training
     scores = jnp.where(kept, scores, 0.0)
     return scores / (scores.sum(-1, keepdims=True) + SMALL)
