@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mpt_jax import losses, metrics
 from mpt_jax.models import PromptedEncoderDecoder
+from mpt_jax.prompts.base import ends_early
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Int, Params
 from mpt_jax.train_state import TrainState
@@ -30,12 +31,12 @@ TEACHER = "teacher/table"
 
 def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
     """How many bank rows a batch can name at most; None where the step takes the whole bank:
-    absent rows are not held, runs are independent, prompts differ in length or are drawn by the
-    run's name, or the batch may name half of the bank."""
+    absent rows are not held, runs are independent, prompts are shorter than P or drawn by the run's
+    name, or the batch may name half of the bank."""
     optimizer, runs, prompt = model.optimizer_def, model.runs, model.prompt
     if optimizer.absent_tasks != "hold" or runs.num_groups > 1:
         return None
-    if prompt.is_random or len(set(prompt.prompt_lengths(runs))) > 1:
+    if prompt.is_random or ends_early(prompt, runs):
         return None
     count, positions = batch["encoder_input_tokens"].shape
     if "encoder_segment_ids" in batch:  # an example takes its prompt's positions at least

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from mpt_jax.prompts.routing import ROUTERS
+from mpt_jax.runs import Runs
 
 ADD, LEARNED = "add", "learned"
 DEFAULT_ROUTER = "relaxed_bernoulli"
@@ -76,3 +79,24 @@ def check_effects(method: Any) -> None:
                 f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
                 f"= {method.compose_by!r} and router = {method.router!r}; leave it out."
             )
+
+
+def check_private(
+    method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
+) -> None:
+    """Refuses private prompts that start from those of another length.
+
+    Args:
+        method, runs: that start.
+        source_method, source_runs: of the artefact.
+        weights: [K, S], as `starts.source_weights` gives them.
+    """
+    theirs, ours = source_method.prompt_lengths(source_runs), method.prompt_lengths(runs)
+    for row, run in enumerate(runs.run_names):
+        for source in np.flatnonzero(weights[row]):
+            if theirs[source] != ours[row]:
+                raise ValueError(
+                    f"The private prompt of {run!r} has {ours[row] - method.length} positions "
+                    f"(PRIVATE_LENGTH), and that of {source_runs.run_names[source]!r}, which it "
+                    f"starts from, has {theirs[source] - method.length}: they must agree."
+                )

@@ -45,6 +45,7 @@ from mpt_jax.prompts.compositions import (
     Composition,
     check_counts,
     check_effects,
+    check_private,
 )
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.routing import (
@@ -161,8 +162,11 @@ class CrossPT(PromptMethod):
                 raise ValueError(unknown_name("run in private_length", run, list(own)))
         return tuple(self.length + own[run] for run in runs.run_names)
 
-    def start_length(self, source_method):
-        return self.prompt_length if source_method.name == self.name else self.length
+    def start_length(self, source_method, source_runs):
+        if source_method.name != self.name:
+            return self.length
+        # Of its own kind: `transfer` compares the lengths of each run.
+        return max(source_method.prompt_lengths(source_runs))
 
     @property
     def is_random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -264,6 +268,12 @@ class CrossPT(PromptMethod):
         for name in source:
             shared = self.axes[name][0] == "groups"
             found[name] = source[name][groups] if shared else mix(weights, source[name])
+        if self._kind.longer:
+            check_private(self, runs, source_method, source_runs, weights)
+            # Z is the longest of its method's; nobody reads behind a prompt's own end.
+            private = found["private"][:, : self._longest_private]
+            rest = self._longest_private - private.shape[1]
+            found["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
         return found
 
     def release(self, params):
@@ -357,7 +367,6 @@ class CrossPT(PromptMethod):
         own = self.private_length
         return {
             **self._lasting(),
-            "normalise": self.normalise,
             "private_length": dict(own) if isinstance(own, Mapping) else own,
             "annealing": dataclasses.asdict(self.annealing),  # pyright: ignore[reportArgumentType]
             "reparametrise": list(self.reparametrise),
@@ -370,6 +379,7 @@ class CrossPT(PromptMethod):
             "sources": list(self.sources),
             "compose_by": self.compose_by,
             "router": self.router,
+            "normalise": self.normalise,
             "top_k": self.top_k,
             "share": self.share,
             "width": self.width,
