@@ -112,7 +112,8 @@ class Bank:
     Attributes:
         method: the prompt method; of a folded bank prompt tuning.
         folded: as given.
-        lengths_differ: whether rows have prompts of several lengths; `arrays` then has them.
+        lengths_differ: whether prompts of some rows are shorter than the method's; `arrays` then
+            has their lengths.
 
     Raises:
         ValueError: no artefacts; artefacts that disagree; two rows of one name.
@@ -131,8 +132,8 @@ class Bank:
         self._served_vocabulary: str | None = None  # that requests are read by
         own, longest = self._reference.method, max(each.prompt_length for each in found)
         self.method = PromptTuning(longest) if folded else own
-        lengths = {n for each in found for n in each.method.prompt_lengths(each.runs)}
-        self.lengths_differ = len(lengths) > 1
+        lengths = [n for each in found for n in each.method.prompt_lengths(each.runs)]
+        self.lengths_differ = min(lengths) < self.method.prompt_length
         self._axes = rows_of(self.method) | {GROUPS: "tasks", LENGTHS: "tasks"}
         self._folders: dict[str, str] = {}  # name -> folder, in the order of rows
         self._rows: dict[str, int] = {}

@@ -165,9 +165,7 @@ def collect(
         seconds=sum(results.training_seconds(root / job.name) for job in jobs),
         model_dirs=tuple(str(root / job.name) for job in jobs),
         seeds=order,
-        prompt_length=record.get(
-            "prompt_length", record["method_config"].get("prompt_length", 0)
-        ),
+        prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
         backbone_parameters=record["parameters"] - learnt,
         start=start,
         backbone=json.loads(config.read_text())["backbone"] if config.exists() else "",

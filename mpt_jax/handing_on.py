@@ -25,7 +25,7 @@ from mpt_jax.eval_loop import Evaluation
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Params
-from mpt_jax.train_state import Loaded
+from mpt_jax.train_state import Loaded, count_learning
 from mpt_jax.tree import flatten, unflatten
 
 ARTEFACT, ARTEFACTS, FLEET = "artefact", "artefacts", "fleet.json"
@@ -194,14 +194,12 @@ def _write(  # noqa: PLR0913 - what an artefact is made of
             "best_score": [best.best_score(group) for group in groups],
         }
     if len(rows) < model.runs.num_rows:
-        learnt = flatten(evaluator.trainer.state.trainable)
-        own = [leaf for name, leaf in flatten(params).items() if f"prompt/{name}" in learnt]
         facts = dataclasses.replace(
             facts,
             data=of_runs(facts.data),
             trained_on=of_runs(facts.trained_on),
             evaluated=of_runs(facts.evaluated),
-            trained_numbers=sum(np.size(leaf) for leaf in own),
+            trained_numbers=count_learning(model, {"prompt": params}),
         )
     artefacts.save_artefact(
         folder,

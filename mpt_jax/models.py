@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from mpt_jax import decoding, losses, metrics, prompted_input
 from mpt_jax.backbones.t5.network import Transformer
-from mpt_jax.prompts.base import InitContext, PromptMethod, rows_of
+from mpt_jax.prompts.base import InitContext, PromptMethod, ends_early, rows_of
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Float, Int, Key, Params
@@ -82,6 +82,12 @@ class PromptedEncoderDecoder:
                 "teachers are prompts, so a student must be one too. Leave distillation unset, or "
                 "choose a prompt method."
             )
+        if self.has_teacher and ends_early(prompt, runs):
+            raise ValueError(
+                f"Objective.distillation is set, and prompts have {prompt.prompt_lengths(runs)} "
+                f"positions: a student has as many as its teacher, here {prompt.prompt_length}. "
+                "Give all runs one private_length, or leave distillation unset."
+            )
         self.labels = (
             *labels,
             *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),
@@ -115,9 +121,8 @@ class PromptedEncoderDecoder:
 
     def _converter(self, **settings: Any) -> Any:
         assert self.feature_converter_cls is not None
-        lengths = self.prompt.prompt_lengths(self.runs)
-        if len(set(lengths)) > 1:
-            settings = {"prompt_lengths": lengths, **settings}
+        if ends_early(self.prompt, self.runs):
+            settings = {"prompt_lengths": self.prompt.prompt_lengths(self.runs), **settings}
         converter = self.feature_converter_cls(**settings)
         reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length
         if reserved is not None and reserved != length:

@@ -30,12 +30,10 @@ TEACHER = "teacher/table"
 
 def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
     """How many bank rows a batch can name at most; None where the step takes the whole bank:
-    absent rows are not held, runs are independent, prompts differ in length or are drawn by the
-    run's name, or the batch may name half of the bank."""
+    absent rows are not held, runs are independent, prompts depend on runs' names, or the batch may
+    name half of the bank."""
     optimizer, runs, prompt = model.optimizer_def, model.runs, model.prompt
-    if optimizer.absent_tasks != "hold" or runs.num_groups > 1:
-        return None
-    if prompt.is_random or len(set(prompt.prompt_lengths(runs))) > 1:
+    if optimizer.absent_tasks != "hold" or runs.num_groups > 1 or prompt.knows_runs:
         return None
     count, positions = batch["encoder_input_tokens"].shape
     if "encoder_segment_ids" in batch:  # an example takes its prompt's positions at least

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mpt_jax.losses import Mixed, encoder_mask
-from mpt_jax.prompts.base import Given, PromptMethod, place, place_rows
+from mpt_jax.prompts.base import Given, PromptMethod, ends_early, place, place_rows
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Batch, Bool, Float, Int, Key, Params
 
@@ -82,8 +82,7 @@ def write(
     """
     if method.prompt_length == 0:
         return Prompted(embedded)
-    lengths = method.prompt_lengths(runs)
-    found = Examples.of(batch, min(lengths))
+    found = Examples.of(batch, min(method.prompt_lengths(runs)))
     count = found.task_ids.shape[1]
     mask, slots = encoder_mask(batch), batch["encoder_prompt_slots"]
     pooled = None
@@ -99,7 +98,7 @@ def write(
         weights = method.mixture(params, runs, task_ids, given)
         weights = jax.lax.stop_gradient(weights if packed else weights[:, None])
         mixed = Mixed(weights, found.task_ids, _present(mask, found.number, count))
-    if packed or len(set(lengths)) > 1:
+    if packed or ends_early(method, runs):
         rows = rows_at(prompts if packed else prompts[:, None], found.number, slots)
         return Prompted(place_rows(rows, embedded, slots), rows if packed else prompts, mixed)
     return Prompted(place(prompts, embedded), prompts, mixed)

@@ -166,7 +166,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     vocabulary = artefacts.vocabulary_digest(model.input_vocabulary)
     artefact_digest = start_from = teacher_digest = None
     check = lambda artefact: artefacts.check_belongs(  # noqa: E731
-        artefact, digest, vocabulary, model.prompt.start_length(artefact.method)
+        artefact, digest, vocabulary, model.prompt.start_length(artefact.method, artefact.runs)
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
     if origins.artefact:
@@ -294,8 +294,8 @@ def _backbone(
 
 
 def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> dict[str, Any]:
-    """The method's initial values. Those that never learn are in no checkpoint, so they are the same
-    for every key: whoever resumes or evaluates finds them again."""
+    """The method's initial values. Those that never learn are in no checkpoint, so they are the
+    same for every key: whoever resumes or evaluates finds them again."""
     found = model.init_prompt(key, embedding)
     labels = flatten(model.label_tree({"prompt": found}))
     frozen = [name for name in found if labels[f"prompt/{name}"] == FROZEN]
@@ -347,7 +347,8 @@ def _refuse_to_start_from_nothing(method: PromptMethod) -> None:
         raise ValueError(
             f"The method {method.name!r} mixes frozen source prompts, and no artefact has them: "
             "set INITIAL_ARTEFACT to that of gin/pt_source.gin, or to one or several others. To "
-            "evaluate a checkpoint, to the artefact that its run left (START_FROM = 'same')."
+            "evaluate a checkpoint, to the artefact that its run left; or to the one it started "
+            "from, with the START_FROM it had."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(

@@ -142,9 +142,9 @@ class PromptMethod(Protocol):
         behind them is not read."""
         return (self.prompt_length,) * runs.num_rows
 
-    def start_length(self, source_method: PromptMethod) -> int:
+    def start_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
         """The P of an artefact that prompts can start from."""
-        del source_method
+        del source_method, source_runs
         return self.prompt_length
 
     def mixture(
@@ -196,6 +196,11 @@ def rows_of(method: PromptMethod) -> dict[str, str]:
 def length_of(method: PromptMethod) -> int:
     """P of a method, for gin."""
     return method.prompt_length
+
+
+def ends_early(method: PromptMethod, runs: Runs) -> bool:
+    """Whether the prompts of some rows take fewer than P positions."""
+    return min(method.prompt_lengths(runs)) < method.prompt_length
 
 
 def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:

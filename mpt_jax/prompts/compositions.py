@@ -6,7 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from mpt_jax.prompts.routing import ROUTERS
+from mpt_jax.runs import Runs
+from mpt_jax.shapes import Array, Float, Int
+
+FLOAT32 = jax.lax.Precision.HIGHEST
 
 ADD, LEARNED = "add", "learned"
 DEFAULT_ROUTER = "relaxed_bernoulli"
@@ -63,7 +71,7 @@ def check_effects(method: Any) -> None:
         "share": method.share != ADD and method.compose_by != "private_sum",
         "private_length": method.private_length is not None and not kind.longer,
         "normalise": method.normalise != "sum" and not router.is_random,
-        "top_k": method.top_k is not None and not kind.has_sources,
+        "top_k": method.top_k is not None and (not kind.has_sources or method.router == "uniform"),
         "router": method.router != DEFAULT_ROUTER and not kind.has_sources,
         "reparametrise": "private" in method.reparametrise
         and not kind.has_private
@@ -76,3 +84,46 @@ def check_effects(method: Any) -> None:
                 f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
                 f"= {method.compose_by!r} and router = {method.router!r}; leave it out."
             )
+
+
+def check_private(
+    method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
+) -> None:
+    """Refuses private prompts that start from those of another length.
+
+    Args:
+        method, runs: that start.
+        source_method, source_runs: of the artefact.
+        weights: [K, S], as `starts.source_weights` gives them.
+    """
+    theirs, ours = source_method.prompt_lengths(source_runs), method.prompt_lengths(runs)
+    for row, run in enumerate(runs.run_names):
+        for source in np.flatnonzero(weights[row]).tolist():
+            if theirs[source] != ours[row]:
+                raise ValueError(
+                    f"The private prompt of {run!r} has {ours[row] - method.length} positions "
+                    f"(PRIVATE_LENGTH), and that of {source_runs.run_names[source]!r}, which it "
+                    f"starts from, has {theirs[source] - method.length}: they must agree."
+                )
+
+
+def weighted_sum(weights: Float[Array, "... S"], sources: Float[Array, "... S l H"]) -> Array:
+    """sum_j w_j S_j, [..., l, H], of sources [S, l, H] that all share, or of each example's own."""
+    if sources.ndim == 3:
+        return jnp.einsum("...s,slh->...lh", weights, sources, precision=FLOAT32)
+    return jnp.einsum("...s,...slh->...lh", weights, sources, precision=FLOAT32)
+
+
+def in_a_row(
+    sources: Float[Array, "... S l H"],
+    weights: Float[Array, "... S"],
+    places: Int[Array, "... k"],
+) -> Float[Array, "... _ H"]:
+    """The weighted sources w_j S_j at some places, one after another: [..., k l, H]."""
+    if sources.ndim == 3:
+        chosen = sources[places]
+    else:
+        chosen = jnp.take_along_axis(sources, places[..., None, None], axis=-3)
+    chosen *= jnp.take_along_axis(weights, places, axis=-1)[..., None, None]
+    *examples, count, length, width = chosen.shape
+    return chosen.reshape(*examples, count * length, width)

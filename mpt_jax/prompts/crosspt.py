@@ -45,6 +45,9 @@ from mpt_jax.prompts.compositions import (
     Composition,
     check_counts,
     check_effects,
+    check_private,
+    in_a_row,
+    weighted_sum,
 )
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.routing import (
@@ -58,8 +61,6 @@ from mpt_jax.prompts.routing import (
 from mpt_jax.prompts.starts import StartFrom, mix, named_sources, shared_groups, source_weights
 from mpt_jax.prompts.text_attention import TextAttention
 from mpt_jax.runs import Runs, unknown_name
-
-FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 @register
@@ -160,14 +161,22 @@ class CrossPT(PromptMethod):
                 raise ValueError(unknown_name("run in private_length", run, list(own)))
         return tuple(self.length + own[run] for run in runs.run_names)
 
-    def start_length(self, source_method):
-        return self.prompt_length if source_method.name == self.name else self.length
+    def start_length(self, source_method, source_runs):
+        if source_method.name != self.name:
+            return self.length
+        # Of its own kind: `transfer` compares the lengths of each run.
+        return max(source_method.prompt_lengths(source_runs))
 
     @property
     def is_random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether training draws weights or shares."""
         routed = self._kind.has_sources and ROUTERS[self.router].is_random
         return routed or self.share == LEARNED
+
+    @property
+    def knows_runs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a run's name matters: to draws, and to lengths of its own."""
+        return self.is_random or isinstance(self.private_length, Mapping)
 
     @property
     def reads_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -242,6 +251,11 @@ class CrossPT(PromptMethod):
             )
         if resumed:
             return self._resumed(source, source_method, source_runs, runs, initial)
+        if self.start_from not in ("average", "same"):
+            raise ValueError(
+                f"START_FROM = {self.start_from!r} would have no effect: from plain prompts every "
+                "group gets those that SOURCES names. Leave it at 'average'."
+            )
         if not self._kind.has_sources:
             raise ValueError(
                 f"compose_by = {self.compose_by!r} has no source prompts that could start from an "
@@ -263,6 +277,12 @@ class CrossPT(PromptMethod):
         for name in source:
             shared = self.axes[name][0] == "groups"
             found[name] = source[name][groups] if shared else mix(weights, source[name])
+        if self._kind.longer:
+            check_private(self, runs, source_method, source_runs, weights)
+            # Z is the longest of its method's; nobody reads behind a prompt's own end.
+            private = found["private"][:, : self._longest_private]
+            rest = self._longest_private - private.shape[1]
+            found["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
         return found
 
     def release(self, params):
@@ -270,18 +290,24 @@ class CrossPT(PromptMethod):
         kept = {name: params[name] for name in params if name != "clock"}
         for name in self.reparametrise:
             kept = reparametrisation.dropped(kept, name)
-        return dataclasses.replace(self, reparametrise=()), kept
+        return dataclasses.replace(self, reparametrise=(), annealing=Annealing()), kept
 
     # --- Composition -----------------------------------------------------------------------------
 
     def compose(self, params, runs, task_ids, given=PLAIN):
+        if isinstance(runs, Runs) and not self.reads_text and runs.num_rows < task_ids.size:
+            # Fewer prompts than examples, and the sources of none are gathered twice.
+            return take(self._compose(params, runs, jnp.arange(runs.num_rows), given), task_ids)
+        return self._compose(params, runs, task_ids, given)
+
+    def _compose(self, params, runs, task_ids, given) -> Any:
         soft = private = None
         if self._kind.has_sources:
             sources = of_groups(reparametrisation.apply(params, "sources"), runs, task_ids)
             weights, places = self._weights(params, runs, task_ids, given)
             if self._kind.is_cat:
-                return self._joined(sources, weights, places)
-            soft = _weighted_sum(weights, sources)
+                return in_a_row(sources, weights, places)
+            soft = weighted_sum(weights, sources)
         if self._kind.has_private:
             private = take(reparametrisation.apply(params, "private"), task_ids)
         return self._combined(params, runs, task_ids, given, soft, private)
@@ -341,21 +367,12 @@ class CrossPT(PromptMethod):
         key = jax.random.fold_in(given.key, ("router", "share").index(name))
         return logits + of_rows(noise(key, runs, logits.shape[-1]), task_ids), temperature
 
-    def _joined(self, sources, weights, places):
-        """The weighted pieces one after another, in the order of `sources`: [..., k l, H]."""
-        if sources.ndim == 3:
-            sources = jnp.broadcast_to(sources, (*weights.shape[:-1], *sources.shape))
-        chosen = jnp.take_along_axis(sources, places[..., None, None], axis=-3)
-        chosen *= jnp.take_along_axis(weights, places, axis=-1)[..., None, None]
-        return chosen.reshape(*chosen.shape[:-3], self.prompt_length, chosen.shape[-1])
-
     # --- Records ---------------------------------------------------------------------------------
 
     def config(self):
         own = self.private_length
         return {
             **self._lasting(),
-            "normalise": self.normalise,
             "private_length": dict(own) if isinstance(own, Mapping) else own,
             "annealing": dataclasses.asdict(self.annealing),  # pyright: ignore[reportArgumentType]
             "reparametrise": list(self.reparametrise),
@@ -368,15 +385,9 @@ class CrossPT(PromptMethod):
             "sources": list(self.sources),
             "compose_by": self.compose_by,
             "router": self.router,
+            "normalise": self.normalise,
             "top_k": self.top_k,
             "share": self.share,
             "width": self.width,
             "temperature": self.temperature,
         }
-
-
-def _weighted_sum(weights, sources):
-    """sum_j w_j S_j, [..., l, H], of sources [S, l, H] or of each example's own."""
-    if sources.ndim == 3:
-        return jnp.einsum("...s,slh->...lh", weights, sources, precision=FLOAT32)
-    return jnp.einsum("...s,...slh->...lh", weights, sources, precision=FLOAT32)
