@@ -161,12 +161,7 @@ class PromptOptimizer:
         """
         ends = [schedule.total_steps for schedule in self.learning_rates.values()]
         shortest = min((np.min(end) for end in ends if end is not None), default=self.own_steps)
-        if self.own_steps > shortest:
-            raise ValueError(
-                f"The prompt method anneals over {self.own_steps} steps, and a run has only "
-                f"{shortest}: it would end before prompts are what they are at inference. Shorten "
-                "the annealing (ANNEALING_STEPS), or train longer (TRAIN_STEPS)."
-            )
+        check_annealing(self.own_steps, int(shortest))
         return self._transformation(trainable).update(grads, state, trainable)
 
     def select(
@@ -268,6 +263,16 @@ class PromptOptimizer:
             tick = optax.stateless(lambda grads, _: jax.tree.map(jnp.ones_like, grads))
             return by_row(tick, lambda steps, _: jnp.full(steps.shape, -1.0), groups, hold=False)
         return by_row(inner, self.learning_rates[label], groups, self.absent_tasks == "hold")
+
+
+def check_annealing(own_steps: int, total_steps: int) -> None:
+    """Raises ValueError where a schedule of the method's own would not end within a run."""
+    if own_steps > total_steps:
+        raise ValueError(
+            f"The prompt method anneals over {own_steps} steps, and a run has only {total_steps}: "
+            "it would end while draws are still warm. Shorten the annealing (ANNEALING_STEPS), or "
+            "train longer (TRAIN_STEPS)."
+        )
 
 
 def adafactor() -> optax.GradientTransformation:

@@ -31,6 +31,7 @@ from mpt_jax import (
     identity,
     lock,
     model_card,
+    optimizers,
     out_of_memory,
     provenance,
     reporting,
@@ -132,6 +133,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             "CheckpointConfig.restore would have no effect: a run resumes from its own MODEL_DIR, "
             "and first values come from train_state.Origins. Set it to None."
         )
+    if total_steps:  # none are taken where a stage only hands on what it starts from
+        optimizers.check_annealing(model.prompt.own_steps, total_steps)
     compilation_cache.enable()
     seed, started = random_seed or 0, time.monotonic()
 
