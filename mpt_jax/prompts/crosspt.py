@@ -287,7 +287,7 @@ class CrossPT(PromptMethod):
 
     def release(self, params):
         """Without the clock, and with what MLPs make of prompts in their place."""
-        kept = {name: params[name] for name in params if name != "clock"}
+        kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
         for name in self.reparametrise:
             kept = reparametrisation.dropped(kept, name)
         return dataclasses.replace(self, reparametrise=(), annealing=Annealing()), kept
