@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
-from mpt_jax import export
+from mpt_jax import artefacts, export
 from mpt_jax.bank import Bank
 from mpt_jax.export import __main__ as command
 from mpt_jax.export.writing import Settings, write
@@ -36,20 +36,31 @@ BLOCKED = (
 )
 
 
-def make(folder, folded):
-    bank = Bank([served.artefact(folder / "artefact")], folded=folded)
+def make(folder, kind):
+    bank = Bank([served.of_kind(folder / "artefact", kind)], folded=served.KINDS[kind][1])
     write(folder / "exported", bank, served.backbone(), SETTINGS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("export"), folded=False)
+    return make(tmp_path_factory.mktemp("export"), "factors")
 
 
 @pytest.fixture(scope="module", params=["factors", "folded"])
 def either(request, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("export"), request.param == "folded")
+    return make(tmp_path_factory.mktemp("export"), request.param)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=() if kind in ("factors", "folded") else pytest.mark.slow)
+        for kind in served.KINDS
+    ],
+)
+def any_kind(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("export"), request.param)
 
 
 def run(script, cwd, *arguments):
@@ -70,7 +81,7 @@ def ids(text):
     return [*served.VOCABULARY.encode(text), 1]
 
 
-def test_a_fresh_process_says_what_the_training_model_says(either):
+def test_a_fresh_process_says_what_the_training_model_says(any_kind):
     script = BLOCKED + (
         "import json\n"
         "from mpt_jax.export import load\n"
@@ -83,8 +94,9 @@ def test_a_fresh_process_says_what_the_training_model_says(either):
         "print(json.dumps([x.tolist() for x in (tokens, scores, scored, alone)]))\n"
     )
     asked = [[ids(x) for x in TEXTS], [ids(x) for x in TARGETS], TASKS]
-    tokens, scores, scored, alone = run(script, either, either / "exported", json.dumps(asked))
-    found = served.artefact(either / "again")
+    exported = any_kind / "exported"
+    tokens, scores, scored, alone = run(script, any_kind, exported, json.dumps(asked))
+    found = artefacts.load_artefact(any_kind / "artefact")
     for i, (task, text, target) in enumerate(zip(TASKS, TEXTS, TARGETS, strict=True)):
         prediction, score = served.expected(found, task, text)
         assert served.VOCABULARY.decode(tokens[i]) == prediction

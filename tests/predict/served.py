@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from mpt_jax.bank import Bank
 from mpt_jax.models import PromptedEncoderDecoder
 from mpt_jax.predict.backbone import Backbone
 from mpt_jax.predict.server import Limits, Server
+from mpt_jax.prompts import get_method
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.crosspt import CrossPT
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.runs import Runs
 from mpt_jax.tokenizers import ByteVocabulary
@@ -22,12 +26,35 @@ from tests import tiny
 VOCABULARY = ByteVocabulary()
 CONFIG = tiny.config(vocab_size=384)
 LIMITS = Limits(input_length=24, target_length=12, batch_size=4)
+METHOD = MPT(tiny.PROMPT)
+# Prompts of 3, 6 and 4 positions.
+SEVERAL_LENGTHS = CrossPT(
+    2,
+    tiny.SOURCES,
+    "private_cat",
+    "softmax",
+    private_length=dict(zip(tiny.RUNS.run_names, (1, 4, 2), strict=True)),
+)
+# (method, folded): what a bank can hold.
+KINDS = {
+    "factors": (METHOD, False),
+    "folded": (METHOD, True),
+    # A low temperature, so that texts differ in their weights.
+    "attempt": (ATTEMPT(tiny.PROMPT, tiny.SOURCES, width=8, temperature=2.0), False),
+    "crosspt": (CrossPT(tiny.PROMPT, tiny.SOURCES, top_k=1), False),
+    "crosspt, folded": (CrossPT(tiny.PROMPT, tiny.SOURCES, share="learned"), True),
+    "crosspt by the text": (
+        CrossPT(tiny.PROMPT, tiny.SOURCES, router="attention", width=8, temperature=2.0),
+        False,
+    ),
+    "several lengths": (SEVERAL_LENGTHS, False),
+    "several lengths, folded": (SEVERAL_LENGTHS, True),
+}
 
 
-@functools.cache
-def model(names: tuple[str, ...] = tiny.RUNS.run_names) -> PromptedEncoderDecoder:
+def model(runs: Runs = tiny.RUNS, method: Any = METHOD) -> PromptedEncoderDecoder:
     """A model as training has it, its rows known to the compiler."""
-    return tiny.model(Runs(names), MPT(tiny.PROMPT), CONFIG, output_vocabulary=VOCABULARY)
+    return tiny.model(runs, method, CONFIG, output_vocabulary=VOCABULARY)
 
 
 @functools.cache
@@ -38,13 +65,19 @@ def backbone() -> Backbone:
     return Backbone(CONFIG, params, VOCABULARY, digest, artefacts.vocabulary_digest(VOCABULARY))
 
 
-def artefact(folder: Any, names: tuple[str, ...] = tiny.RUNS.run_names, seed: int = 0):
+def artefact(
+    folder: Any,
+    names: tuple[str, ...] = tiny.RUNS.run_names,
+    seed: int = 0,
+    method: Any = METHOD,
+    groups: str = "joint",
+):
     """An artefact of random prompts of some tasks, read back."""
-    method, runs = MPT(tiny.PROMPT), Runs(names)
+    runs = Runs(names, groups=groups)
     artefacts.save_artefact(
         folder,
         method,
-        tiny.params(model(names), seed)["prompt"],
+        tiny.params(model(runs, method), seed)["prompt"],
         runs,
         embedding_sha256=backbone().embedding_sha256,
         vocabulary_sha256=backbone().vocabulary_sha256,
@@ -54,14 +87,22 @@ def artefact(folder: Any, names: tuple[str, ...] = tiny.RUNS.run_names, seed: in
     return artefacts.load_artefact(folder)
 
 
-def server(folder: Any) -> Server:
+def of_kind(folder: Any, kind: str) -> artefacts.Artefact:
+    """An artefact of one of the `KINDS`; each task of it has sources, or an attention, of its own
+    unless it is MPT's."""
+    method, _ = KINDS[kind]
+    groups = "joint" if method.name == "mpt" else "independent"
+    return artefact(folder, method=method, groups=groups)
+
+
+def server(folder: Any, kind: str = "factors") -> Server:
     """A server of one artefact."""
-    return Server(Bank([artefact(folder)]), backbone(), LIMITS)
+    return Server(Bank([of_kind(folder, kind)], folded=KINDS[kind][1]), backbone(), LIMITS)
 
 
 @functools.cache
-def _programs(names: tuple[str, ...]) -> tuple[Any, Any]:
-    trained = model(names)
+def _programs(runs: Runs, name: str, config: str) -> tuple[Any, Any]:
+    trained = model(runs, get_method(name)(**json.loads(config)))
     return jax.jit(trained.predict_batch_with_aux), jax.jit(trained.forward)
 
 
@@ -71,9 +112,13 @@ def expected(found: artefacts.Artefact, task: str, text: str, target: str | None
     ids = [*VOCABULARY.encode(text), 1]
     goal = () if target is None else [*VOCABULARY.encode(target), 1]
     example = batches.Example(ids, goal, found.runs.row(task))
-    length = len(goal) or LIMITS.target_length
-    batch = tiny.arrays(batches.unpacked([example], tiny.PROMPT, LIMITS.input_length + 3, length))
-    predict, forward = _programs(found.runs.run_names)
+    lengths = found.method.prompt_lengths(found.runs)
+    batch = batches.unpacked(
+        [example], lengths, LIMITS.input_length + 3, len(goal) or LIMITS.target_length
+    )
+    batch = tiny.arrays(batch)
+    config = json.dumps(found.method.config())
+    predict, forward = _programs(found.runs, found.method.name, config)
     params = {**backbone().params, "prompt": found.params}
     if target is None:
         ids, found = predict(params, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import host_memory
+from mpt_jax import artefacts, host_memory
 from mpt_jax.bank import Bank
 from mpt_jax.predict.requests import Failure
 from mpt_jax.predict.server import Limits, Server, buckets
+from tests import tiny
 from tests.predict import served
 
 TEXTS = ("a", "fine film", "of the year", "what a long text this", "ok", "b", "cc", "ddd", "eeeee")
@@ -29,8 +31,17 @@ def ask(server, requests, **settings):
     return server.answer([reader.read(line, i) for i, line in enumerate(lines, start=1)])
 
 
-def test_mixed_tasks_are_answered_in_order_as_one_by_one(server, tmp_path):
-    found = served.artefact(tmp_path / "artefact")
+KINDS = [
+    kind if kind in ("factors", "attempt", "several lengths, folded")
+    else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in served.KINDS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_tasks_are_answered_in_order_as_one_by_one(kind, tmp_path):
+    server = served.server(tmp_path / "artefact", kind)
+    found = artefacts.load_artefact(tmp_path / "artefact")
     tasks = [found.runs.run_names[i % 3] for i in range(len(TEXTS))]
     requests = [{"task": t, "inputs": x} for t, x in zip(tasks, TEXTS, strict=True)]
     answers = ask(server, requests)
@@ -40,10 +51,11 @@ def test_mixed_tasks_are_answered_in_order_as_one_by_one(server, tmp_path):
         assert answer["prediction"] == prediction
         assert answer["score"] == pytest.approx(score, rel=1e-4)
     assert len({round(answer["score"], 3) for answer in answers}) == len(TEXTS)
+    check_scores(server, found)
 
 
-def test_scores_are_log_probabilities(server, tmp_path):
-    found = served.artefact(tmp_path / "artefact")
+def check_scores(server, found):
+    """Scores are log probabilities."""
     triples = [("alpha", "fine film", "yes"), ("beta", "fine film", "no"), ("gamma", "a", "maybe")]
     requests = [{"task": t, "inputs": x, "targets": y} for t, x, y in triples]
     answers = ask(server, requests, mode="score")
@@ -112,6 +124,38 @@ def test_a_row_that_fits_a_folded_bank_compiles_nothing(tmp_path):
     assert (answer["prediction"], answer["score"]) == (prediction, pytest.approx(score, rel=1e-4))
     assert ask(server, [{"task": "beta", "inputs": "ok"}]) == [before]
     assert server._predict._cache_size() == programs == 1
+
+
+def test_plain_prompts_of_several_methods_and_lengths_are_served_side_by_side(tmp_path):
+    """MPT's of 3 positions, and CrossPT's of 6."""
+    first = served.artefact(tmp_path / "mpt", ("alpha", "beta"))
+    longer = served.SEVERAL_LENGTHS.private_length["beta"]
+    private = dataclasses.replace(served.SEVERAL_LENGTHS, private_length=longer)
+    second = served.artefact(tmp_path / "crosspt", ("gamma",), 1, private)
+    server = Server(Bank([first, second], folded=True), served.backbone(), served.LIMITS)
+    answers = ask(server, [{"task": t, "inputs": "ok"} for t in tiny.RUNS.run_names])
+    for found, task, answer in zip(
+        (first, first, second), tiny.RUNS.run_names, answers, strict=True
+    ):
+        prediction, score = served.expected(found, task, "ok")
+        assert answer["prediction"] == prediction
+        assert answer["score"] == pytest.approx(score, rel=1e-4)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
+    """A fleet leaves such artefacts, of each run."""
+    found = served.artefact(tmp_path / "artefact", ("gamma",), method=served.SEVERAL_LENGTHS)
+    assert found.prompt_length < found.method.prompt_length
+    server = Server(Bank([found], folded=folded), served.backbone(), served.LIMITS)
+    (answer,) = ask(server, [{"task": "gamma", "inputs": "ok"}])
+    # Of three rows, the training model's prompt of gamma is as long as ever.
+    wide = served.artefact(tmp_path / "wide", method=served.SEVERAL_LENGTHS)
+    for name in ("private", "router"):
+        wide.params[name] = wide.params[name].at[2].set(found.params[name][0])
+    wide.params["sources"] = found.params["sources"]
+    prediction, score = served.expected(wide, "gamma", "ok")
+    assert (answer["prediction"], answer["score"]) == (prediction, pytest.approx(score, rel=1e-4))
 
 
 def test_buckets_double_up_to_the_limit():
