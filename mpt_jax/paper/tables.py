@@ -31,6 +31,8 @@ class Table:
             otherwise its main metric.
         shots: numbers of training examples; None for all.
         seeds: how many draws.
+        reference: the arm that others are subtracted from; None for MPT, or the first where MPT is
+            none of them.
         source_per_seed: trains a source stage for each seed, so that what is compared between
             source stages does not rest on one of each.
         toy: what is different on the toy suite, by attribute.
@@ -42,6 +44,7 @@ class Table:
     groups: Groups
     shots: tuple[int | None, ...] = (None,)
     seeds: int = 3
+    reference: str | None = None
     source_per_seed: bool = False
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -164,22 +167,28 @@ def _jobs(
     table: Table, suite: Suite, arm: Arm, shots: int | None, seeds: Sequence[int]
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
     """The runs that train together: those of one length; for `together`, those of one group, which
-    sees as many examples in all as its tasks do alone."""
-    if arm.together:
+    sees as many examples in all as its tasks do alone; for `joint`, all, each as long as the
+    longest, and those of one seed after another."""
+    if arm.together or arm.joint:
         for names in table.groups.values():
-            tasks = [suite.tasks[name] for name in names]
-            lengths = [suite.length(task, arm, shots) for task in tasks]
+            tasks = [f"{suite.tasks[name]}{arm.version}" for name in names]
+            lengths = [suite.length(suite.tasks[name], arm, shots) for name in names]
+            steps = [length.steps for length in lengths]
             joint = lengths[0]._replace(
-                steps=sum(length.steps for length in lengths),
+                steps=sum(steps) if arm.together else max(steps),
                 inputs=max((x.inputs for x in lengths if x.inputs), default=None),
                 period=max((x.period for x in lengths if x.period), default=None),
             )
-            yield _repeats(target_runs(tasks, seeds, shots)), joint
+            runs = target_runs(tasks, seeds, shots)
+            if arm.together:
+                yield _repeats(runs), joint
+            else:
+                yield tuple(sorted(runs, key=lambda run: run.seed)), joint
         return
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
         task = suite.tasks[name]
-        by_length.setdefault(suite.length(task, arm, shots), []).append(task)
+        by_length.setdefault(suite.length(task, arm, shots), []).append(f"{task}{arm.version}")
     for length, tasks in by_length.items():
         yield target_runs(tasks, seeds, shots), length
 
@@ -195,12 +204,20 @@ def _bound(
 ) -> list[str]:
     """What a training job binds for its runs and its arm."""
     rows = length.rows if not arm.together else length.rows / len(runs)
-    bindings = target_bindings(runs, rows, "joint" if arm.together else "independent")
+    groups = "joint" if arm.together else [run.seed for run in runs] if arm.joint else "independent"
+    bindings = target_bindings(runs, rows, groups)
     if arm.together:
         bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
     if arm.start is not None:
         bindings.append(f"START_FROM = {quoted(suite.sources[arm.start])}")
-    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *arm.bindings]
+    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *_settings(arm, suite)]
+
+
+def _settings(arm: Arm, suite: Suite) -> list[str]:
+    """What sets an arm apart, of a stage that trains and of one that evaluates."""
+    if arm.sources is None:
+        return list(arm.bindings)
+    return [*arm.bindings, f"SOURCES = {quoted(list(suite.sources.values())[: arm.sources])}"]
 
 
 def _name(arm: Arm, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
@@ -217,7 +234,7 @@ def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Sta
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
-        *arm.bindings,
+        *_settings(arm, suite),
         *length.reading(),
         f"INITIAL_ARTEFACT = {_artefact(root, job)}",
         'utils.DatasetConfig.split = "test"',
@@ -240,6 +257,9 @@ _FEW = (4, 16, 32)
 _TOY_TARGETS = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC", "SciTail")}
 _TOY_ABLATION = {"groups": _TOY_TARGETS, "shots": (32,), "seeds": 10, "source_per_seed": True}
 _METHODS = (arms.PT, arms.SPOT, arms.MPT_ARM)
+# CrossPT's tasks learn together: GLUE's, or the four of the demo.
+_TOGETHER = {"GLUE": suites.GLUE}
+_TOY_TOGETHER = {"groups": {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}}
 
 TABLES = {
     table.name: table
@@ -312,6 +332,47 @@ TABLES = {
             _BOTH,
             shots=(32,),
             toy={"groups": _TOY_TARGETS},
+        ),
+        Table(
+            "crosspt",
+            "Mixed prompts beside others, few training examples",
+            (arms.PT, arms.SPOT, arms.ATTEMPT_ARM, arms.MPT_ARM, arms.CROSSPT_ARM),
+            _TOGETHER,
+            shots=_FEW,
+            seeds=10,
+            reference="CrossPT",
+            toy={**_TOY_TOGETHER, "shots": (*_FEW, None)},
+        ),
+        Table(
+            "crosspt_factors",
+            "What the parts of CrossPT do",
+            (
+                arms.CROSSPT_ARM,
+                *(*arms.CROSSPT_PARTS, *arms.CROSSPT_STARTS, *arms.CROSSPT_SOURCES),
+                *(*arms.CROSSPT_RATES, *arms.CROSSPT_COMPOSITIONS, *arms.CROSSPT_ROUTERS),
+            ),
+            _TOGETHER,
+            shots=(32,),
+            seeds=10,
+            toy=_TOY_TOGETHER,
+        ),
+        Table(
+            "crosspt_starts",
+            "Where CrossPT's sources start, by the number of examples",
+            (arms.CROSSPT_ARM, *arms.CROSSPT_STARTS),
+            _TOGETHER,
+            shots=_FEW,
+            seeds=10,
+            toy=_TOY_TOGETHER | {"shots": (*_FEW, None)},
+        ),
+        Table(
+            "crosspt_labels",
+            "CrossPT with and without a prefix, and with other labels",
+            (arms.CROSSPT_ARM, *arms.CROSSPT_LABELS),
+            _TOGETHER,
+            shots=(32,),
+            seeds=10,
+            toy=_TOY_TOGETHER | {"arms": (arms.CROSSPT_ARM, *arms.CROSSPT_TOY_LABELS)},
         ),
         Table(
             "length",
