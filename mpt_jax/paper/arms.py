@@ -260,6 +260,10 @@ CROSSPT_ROUTERS = tuple(
 )
 
 
+CROSSPT_FACTORS = (
+    *(*CROSSPT_PARTS, *CROSSPT_STARTS, *CROSSPT_SOURCES, *CROSSPT_RATES),
+    *(*CROSSPT_COMPOSITIONS, *CROSSPT_ROUTERS),
+)
 # On other versions of the tasks: of the paper's, which have a prefix and words for labels, and of
 # the toy suite's, which have no prefix.
 CROSSPT_LABELS = (
@@ -279,9 +283,7 @@ ARMS = {
         *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_ARM, MPT_TOGETHER, MPT_12),
         *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
         *(arm for pair in (*LENGTHS.values(), *SIZES.values()) for arm in pair),
-        *(ATTEMPT_ARM, CROSSPT_ARM, *CROSSPT_STARTS, *CROSSPT_SOURCES, *CROSSPT_PARTS),
-        *(*CROSSPT_COMPOSITIONS, *CROSSPT_RATES, *CROSSPT_ROUTERS),
-        *(*CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
+        *(ATTEMPT_ARM, CROSSPT_ARM, *CROSSPT_FACTORS, *CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
     )
 }
 

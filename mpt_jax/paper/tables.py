@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mpt_jax.experiment import Run, Stage, quoted, target_bindings, target_runs
 from mpt_jax.paper import arms, suites
@@ -33,6 +34,7 @@ class Table:
         seeds: how many draws.
         reference: the arm that others are subtracted from; None for MPT, or the first where MPT is
             none of them.
+        full: how long a run trains on all examples, if not as long as the suite has it.
         source_per_seed: trains a source stage for each seed, so that what is compared between
             source stages does not rest on one of each.
         toy: what is different on the toy suite, by attribute.
@@ -45,6 +47,7 @@ class Table:
     shots: tuple[int | None, ...] = (None,)
     seeds: int = 3
     reference: str | None = None
+    full: Length | None = None
     source_per_seed: bool = False
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -135,6 +138,8 @@ def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -
                 bindings.append(f"INITIAL_ARTEFACT = {start}")
             files = (*arm.files, *suite.files)
             name = _name(arm, shots, runs, own_source)
+            if shots is None and table.full:
+                name += f"_{length.steps}x{length.rows}"
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
             if suite.tested_apart:
                 tests.append(_test(jobs[-1], suite, arm, length, root))
@@ -169,10 +174,11 @@ def _jobs(
     """The runs that train together: those of one length; for `together`, those of one group, which
     sees as many examples in all as its tasks do alone; for `joint`, all, each as long as the
     longest, and those of one seed after another."""
+    given = table.full if shots is None else None
     if arm.together or arm.joint:
         for names in table.groups.values():
             tasks = [f"{suite.tasks[name]}{arm.version}" for name in names]
-            lengths = [suite.length(suite.tasks[name], arm, shots) for name in names]
+            lengths = [given or suite.length(suite.tasks[name], arm, shots) for name in names]
             steps = [length.steps for length in lengths]
             joint = lengths[0]._replace(
                 steps=sum(steps) if arm.together else max(steps),
@@ -188,7 +194,8 @@ def _jobs(
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
         task = suite.tasks[name]
-        by_length.setdefault(suite.length(task, arm, shots), []).append(f"{task}{arm.version}")
+        length = given or suite.length(task, arm, shots)
+        by_length.setdefault(length, []).append(f"{task}{arm.version}")
     for length, tasks in by_length.items():
         yield target_runs(tasks, seeds, shots), length
 
@@ -257,9 +264,16 @@ _FEW = (4, 16, 32)
 _TOY_TARGETS = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC", "SciTail")}
 _TOY_ABLATION = {"groups": _TOY_TARGETS, "shots": (32,), "seeds": 10, "source_per_seed": True}
 _METHODS = (arms.PT, arms.SPOT, arms.MPT_ARM)
-# CrossPT's tasks learn together: GLUE's, or the four of the demo.
-_TOGETHER = {"GLUE": suites.GLUE}
-_TOY_TOGETHER = {"groups": {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}}
+_ONE_PASS = {"shots": (*_FEW, None), "full": Length(steps=500, rows=4)}  # over 2,000 examples
+_FOUR = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}
+
+
+def _crosspt(name: str, title: str, rows: tuple[Arm, ...], **rest: Any) -> Table:
+    """A table of tasks that learn together: GLUE's, or the four of the demo."""
+    rest = {"shots": (32,)} | rest
+    toy = {"groups": _FOUR} | dict(rest.pop("toy", {}))
+    return Table(name, title, rows, {"GLUE": suites.GLUE}, seeds=10, toy=toy, **rest)
+
 
 TABLES = {
     table.name: table
@@ -333,46 +347,31 @@ TABLES = {
             shots=(32,),
             toy={"groups": _TOY_TARGETS},
         ),
-        Table(
+        _crosspt(
             "crosspt",
             "Mixed prompts beside others, few training examples",
             (arms.PT, arms.SPOT, arms.ATTEMPT_ARM, arms.MPT_ARM, arms.CROSSPT_ARM),
-            _TOGETHER,
             shots=_FEW,
-            seeds=10,
             reference="CrossPT",
-            toy={**_TOY_TOGETHER, "shots": (*_FEW, None)},
+            toy=_ONE_PASS,
         ),
-        Table(
+        _crosspt(
             "crosspt_factors",
             "What the parts of CrossPT do",
-            (
-                arms.CROSSPT_ARM,
-                *(*arms.CROSSPT_PARTS, *arms.CROSSPT_STARTS, *arms.CROSSPT_SOURCES),
-                *(*arms.CROSSPT_RATES, *arms.CROSSPT_COMPOSITIONS, *arms.CROSSPT_ROUTERS),
-            ),
-            _TOGETHER,
-            shots=(32,),
-            seeds=10,
-            toy=_TOY_TOGETHER,
+            (arms.CROSSPT_ARM, *arms.CROSSPT_FACTORS),
         ),
-        Table(
+        _crosspt(
             "crosspt_starts",
             "Where CrossPT's sources start, by the number of examples",
             (arms.CROSSPT_ARM, *arms.CROSSPT_STARTS),
-            _TOGETHER,
             shots=_FEW,
-            seeds=10,
-            toy=_TOY_TOGETHER | {"shots": (*_FEW, None)},
+            toy=_ONE_PASS,
         ),
-        Table(
+        _crosspt(
             "crosspt_labels",
             "CrossPT with and without a prefix, and with other labels",
             (arms.CROSSPT_ARM, *arms.CROSSPT_LABELS),
-            _TOGETHER,
-            shots=(32,),
-            seeds=10,
-            toy=_TOY_TOGETHER | {"arms": (arms.CROSSPT_ARM, *arms.CROSSPT_TOY_LABELS)},
+            toy={"arms": (arms.CROSSPT_ARM, *arms.CROSSPT_TOY_LABELS)},
         ),
         Table(
             "length",
