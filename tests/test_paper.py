@@ -574,7 +574,11 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
 
 
 @pytest.mark.slow
-def test_a_table_whose_test_scores_come_from_artefacts(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("table3", ("PT", "SPoT", "MPT")), ("crosspt", ("ATTEMPT", "CrossPT", "2 sources"))],
+)
+def test_a_table_whose_test_scores_come_from_artefacts(name, rows, tmp_path, monkeypatch, capsys):
     """The path of the paper's own suite, on the toy suite's tasks: it selects by validation and
     scores the artefact in a stage of its own."""
     toy_suite = dataclasses.replace(
@@ -585,16 +589,24 @@ def test_a_table_whose_test_scores_come_from_artefacts(tmp_path, monkeypatch, ca
         tested_apart=True,
     )
     monkeypatch.setitem(suites.SUITES, "toy", toy_suite)
-    table = dataclasses.replace(tables.find("table3"), shots=(4,), groups={"mean": ("BoolQ", "CB")})
-    monkeypatch.setitem(tables.TABLES, "table3", table)
-    arguments = ["table3", "--suite", "toy", "--seeds", "2", "--root", str(tmp_path)]
+    table = dataclasses.replace(
+        tables.find(name),
+        arms=tuple(arms.find(row) for row in rows),
+        shots=(4,),
+        groups={"mean": ("BoolQ", "CB")},
+        reference=None,
+        toy={},
+    )
+    monkeypatch.setitem(tables.TABLES, name, table)
+    arguments = [name, "--suite", "toy", "--seeds", "2", "--root", str(tmp_path)]
     command.main(arguments)
     text = capsys.readouterr().out
     assert "not run" not in text and "tiny_t5" in text
-    found = {result.method: result for result in results.load(tmp_path / "table3")}
-    assert set(found) == {"PT", "SPoT", "MPT"}
-    job = tmp_path / "mpt/k4/toy_boolq-toy_cb_s0-1"
+    found = {result.method: result for result in results.load(tmp_path / name)}
+    assert set(found) == set(rows)
+    last = arms.find(rows[-1])
+    job = tmp_path / f"{last.folder}/k4/toy_boolq-toy_cb_s0-1"
     scores = results.read_scores(job / "test", ["toy_cb_k4_s1"])
-    assert found["MPT"].scores["toy_cb"]["accuracy"][1] == scores["toy_cb_k4_s1"]["accuracy"]
+    assert found[last.name].scores["toy_cb"]["accuracy"][1] == scores["toy_cb_k4_s1"]["accuracy"]
     lines = (job / "test" / "inference_eval" / "toy_cb_k4_s1-000000.jsonl").read_text()
     assert len(lines.splitlines()) == 200, "the whole test split"
