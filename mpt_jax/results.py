@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from mpt_jax.runs import unknown_name
+
 # What a table shows of each task, the first of these that the task declares: exact match of the
 # decoded label, a correlation, or an overlap for free text.
 MAIN_METRICS = ("accuracy", "matthews", "pearson", "f1", "bleu", "exact_match")
@@ -105,6 +107,19 @@ def paired(new: Result, old: Result) -> list[float]:
     if not found:
         raise ValueError(f"{new.method!r} and {old.method!r} have no task and seed in common.")
     return found
+
+
+def by_metric(result: Result, metric: str) -> Result:
+    """The result with one metric alone, in the place of each task's main metric.
+
+    Raises:
+        ValueError: a task was not scored by it; lists those that it was scored by.
+    """
+    for task, scores in result.scores.items():
+        if metric not in scores:
+            raise ValueError(unknown_name(f"metric of {task}", metric, list(scores)))
+    scores = {task: {metric: found[metric]} for task, found in result.scores.items()}
+    return dataclasses.replace(result, scores=scores)
 
 
 def main_metric(scores: Mapping[str, object]) -> str:

@@ -23,10 +23,12 @@ from benchmarks import (
     ragged_batches,
     ragged_mix,
     scaling,
+    tune_crosspt,
 )
 from benchmarks.contestants import Ours, Peft, t5
 from mpt_jax import sampling, train_state
 from mpt_jax.batches import Batch, Example
+from mpt_jax.paper import suites
 from mpt_jax.tree import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -366,3 +368,21 @@ def test_the_command_writes_its_figures(command: str, field: str, tmp_path: Path
     assert child.returncode == 0, child.stderr[-3000:]
     assert "| --- |" in child.stdout
     assert json.loads(out.read_text())[field]
+
+
+# --- Learning rates of ATTEMPT and CrossPT -------------------------------------------------------
+
+
+def test_learning_rates_are_chosen_on_tasks_and_draws_of_their_own() -> None:
+    tried = list(tune_crosspt.grid())
+    stages = [tune_crosspt.stage(arm, rates) for arm, rates in tried]
+    assert len({stage.name for stage in stages}) == len(stages)
+    tasks = {run.task for stage in stages for run in stage.runs}
+    assert not tasks & set(suites.TOY.tasks.values())
+    assert {run.seed for stage in stages for run in stage.runs} == {100, 101, 102}
+    for arm in {arm.name: arm for arm, _ in tried}.values():
+        assert suites.TOY.rates[arm.rate] in [rates for other, rates in tried if other is arm]
+    bound = dict(binding.split(" = ", 1) for binding in stages[-1].bindings)
+    # Two tasks of a seed are a group of CrossPT's; each has four rows in a step, as any other's.
+    assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2]", "8")
+    assert bound["infer_eval/utils.DatasetConfig.split"] == "'validation'"

@@ -184,6 +184,18 @@ EXPECTED = {  # trained numbers of a target stage with one run, T5-base
     "MPT, T5-small": 51_812,
     "MPT, T5-large": 103_524,
     "PT, T5-large": 102_400,
+    # Its own prompt, and the attention: 768 to 100 and back, with a LayerNorm.
+    "ATTEMPT": 76_800 + 2 * 76_800 + 2 * 768,
+    # Six sources, a private prompt, six logits; and a clock that counts steps.
+    "CrossPT": 7 * 76_800 + 7,
+    "sources at random": 7 * 76_800 + 7,
+    "2 sources": 3 * 76_800 + 3,
+    "private only": 76_800,
+    "shared only": 6 * 76_800 + 7,
+    "share learned": 7 * 76_800 + 8,
+    "two sources in a row": 6 * 76_800 + 7,
+    "router: attention": 9 * 76_800 + 2 * 768,
+    "router: uniform": 7 * 76_800,
 }
 
 
@@ -206,6 +218,85 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         if stage in cell.jobs:
             assert trained(value("MODEL")) == EXPECTED.get(name, 77_668)
         gin.clear_config()
+
+
+def test_tasks_of_a_seed_learn_together_where_the_method_shares_sources():
+    table, cells = planned("crosspt")
+    assert (table.shots, table.seeds) == ((4, 16, 32, None), 10)
+    few = {cell.arm.name: cell for cell in cells if cell.shots == 32}
+    assert list(few) == ["PT", "SPoT", "ATTEMPT", "MPT", "CrossPT"]
+    (job,), (alone,) = few["CrossPT"].jobs, few["PT"].jobs
+    bound, others = given(job), given(alone)
+    names = json.loads(bound["RUN_NAMES"])
+    four = ("boolq", "cb", "rte", "mrpc")
+    assert names[:5] == [f"toy_{t}_k32_s0" for t in four] + ["toy_boolq_k32_s1"]
+    assert sorted(names) == sorted(json.loads(others["RUN_NAMES"])), "the same examples"
+    # Four rows of each task: a group of four tasks has sixteen, a run alone four.
+    assert json.loads(bound["GROUPS"]) == [seed for seed in range(10) for _ in four]
+    assert (bound["BATCH_SIZE"], others["BATCH_SIZE"]) == ("16", "4")
+    assert job.steps == alone.steps == 200
+    for cell in cells:
+        assert [sum(len(j.runs) for j in c.jobs) for c in cells if c.shots == cell.shots] == [
+            40
+        ] * 5
+    table, cells = planned("crosspt", suites.PAPER)
+    (job,) = cells[-1].jobs
+    assert len(set(json.loads(given(job)["GROUPS"]))) == 10
+    assert {run.task for run in job.runs} == {suites.PAPER.tasks[name] for name in suites.GLUE}
+    assert given(job)["ANNEALING_STEPS"] == "500" and "LEARNING_RATE" not in given(job)
+
+
+def test_a_group_trains_as_long_as_the_longest_of_its_tasks():
+    steps = {"toy_boolq": 30, "toy_cb": 50, "toy_rte": 20, "toy_mrpc": 20}
+    suite = dataclasses.replace(
+        suites.TOY, length=lambda task, arm, shots: suites.Length(steps[task], 4)
+    )
+    _, cells = planned("crosspt", suite, shots=(16,))
+    jobs = {cell.arm.name: [(job.steps, len(job.runs)) for job in cell.jobs] for cell in cells}
+    assert jobs["CrossPT"] == [(50, 40)]
+    assert jobs["ATTEMPT"] == [(30, 10), (50, 10), (20, 20)]
+
+
+def test_factors_of_crosspt_differ_in_what_their_names_say():
+    base, *arms_ = planned("crosspt_factors")[1]
+    plain = given(base.jobs[0])
+    own = {}
+    for cell in arms_:
+        bound = given(cell.jobs[0])
+        own[cell.arm.name] = {
+            name: value
+            for name, value in bound.items()
+            if plain.get(name) != value and name != "MODEL_DIR"
+        }
+    start = {"INITIAL_ARTEFACT": "None"}
+    assert own["private only"] == start | {"COMPOSE_BY": '"private"'}
+    assert own["sources from vocabulary"] == start
+    assert own["2 sources"] == {"SOURCES": '["toy_mnli", "toy_qqp"]'}
+    assert own["router: softmax"] == {"ROUTER": '"softmax"'}
+    assert set(own["sources of its own"]) == {"GROUPS", "BATCH_SIZE", "RUN_NAMES", "TARGET_TASKS"}
+    rates = ("LEARNING_RATE", "SOURCE_LEARNING_RATE", "ROUTER_LEARNING_RATE")
+    values = {name: [float((plain | own[name])[rate]) for rate in rates] for name in own}
+    private, source, router = (float(plain[rate]) for rate in rates)
+    assert (source / private, router / private) == pytest.approx((2.5, 5))
+    assert values["private faster"] == pytest.approx([source, private, router])
+    assert values["router faster"] == pytest.approx([private, source, 10 * router])
+    assert values["equal rates"] == pytest.approx(
+        [(private * source) ** 0.5] * 2 + [router], rel=0.01
+    )
+    assert len({json.dumps(x) for x in own.values()}) == len(own), "no two are the same"
+
+
+def test_versions_of_tasks_train_on_the_same_draws():
+    for suite, versions in (
+        (suites.TOY, {"_prefixed", "_numeric", "_synthetic"}),
+        (suites.PAPER, {"_unprefixed", "_digits", "_synthetic"}),
+    ):
+        base, *others = planned("crosspt_labels", suite)[1]
+        names = json.loads(given(base.jobs[0])["RUN_NAMES"])
+        for cell in others:
+            changed = json.loads(given(cell.jobs[0])["RUN_NAMES"])
+            assert [name.replace(cell.arm.version, "") for name in changed] == names
+        assert {cell.arm.version for cell in others} == versions
 
 
 def test_every_source_is_tried_on_every_target():
@@ -307,6 +398,27 @@ def test_a_table_goes_on_where_it_stopped(world, capsys):
     spot = next(result for result in found if result.method == "SPoT")
     assert (spot.start, spot.seeds, spot.seconds) == ("toy_mnli", (0, 1), 5.0)
     assert spot.parameters == 100 / 6
+
+
+def test_another_row_is_subtracted_from_and_another_metric_shown(world, capsys):
+    root, _ = world
+    arguments = ["crosspt_labels", "--suite", "toy", "--seeds", "2", "--root", str(root)]
+    command.main(arguments)
+    text = capsys.readouterr().out
+    assert "CrossPT minus each arm" in text and "not run" not in text
+    found = {result.method: set(result.scores) for result in results.load(root / "crosspt_labels")}
+    assert set(found) == {"CrossPT", "with prefix", "numbers for labels", "unrelated labels"}
+    # Versions share columns.
+    assert list(found.values()) == [{"toy_boolq", "toy_cb", "toy_rte", "toy_mrpc"}] * 4
+    command.main([*arguments, "--collect", "--against", "with prefix", "--metric", "invalid"])
+    text = capsys.readouterr().out
+    assert "with prefix minus each arm" in text and re.search(r"CrossPT +0\.0", text)
+    for wrong in (["--against", "prefix"], ["--metric", "acuracy"]):
+        with pytest.raises(SystemExit):
+            command.main([*arguments, "--collect", *wrong])
+    assert "Unknown metric of toy_boolq 'acuracy'. Did you mean 'accuracy'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_some_arms_alone(world, capsys):
@@ -462,7 +574,11 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
 
 
 @pytest.mark.slow
-def test_a_table_whose_test_scores_come_from_artefacts(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("table3", ("PT", "SPoT", "MPT")), ("crosspt", ("ATTEMPT", "CrossPT", "2 sources"))],
+)
+def test_a_table_whose_test_scores_come_from_artefacts(name, rows, tmp_path, monkeypatch, capsys):
     """The path of the paper's own suite, on the toy suite's tasks: it selects by validation and
     scores the artefact in a stage of its own."""
     toy_suite = dataclasses.replace(
@@ -473,16 +589,24 @@ def test_a_table_whose_test_scores_come_from_artefacts(tmp_path, monkeypatch, ca
         tested_apart=True,
     )
     monkeypatch.setitem(suites.SUITES, "toy", toy_suite)
-    table = dataclasses.replace(tables.find("table3"), shots=(4,), groups={"mean": ("BoolQ", "CB")})
-    monkeypatch.setitem(tables.TABLES, "table3", table)
-    arguments = ["table3", "--suite", "toy", "--seeds", "2", "--root", str(tmp_path)]
+    table = dataclasses.replace(
+        tables.find(name),
+        arms=tuple(arms.find(row) for row in rows),
+        shots=(4,),
+        groups={"mean": ("BoolQ", "CB")},
+        reference=None,
+        toy={},
+    )
+    monkeypatch.setitem(tables.TABLES, name, table)
+    arguments = [name, "--suite", "toy", "--seeds", "2", "--root", str(tmp_path)]
     command.main(arguments)
     text = capsys.readouterr().out
     assert "not run" not in text and "tiny_t5" in text
-    found = {result.method: result for result in results.load(tmp_path / "table3")}
-    assert set(found) == {"PT", "SPoT", "MPT"}
-    job = tmp_path / "mpt/k4/toy_boolq-toy_cb_s0-1"
+    found = {result.method: result for result in results.load(tmp_path / name)}
+    assert set(found) == set(rows)
+    last = arms.find(rows[-1])
+    job = tmp_path / f"{last.folder}/k4/toy_boolq-toy_cb_s0-1"
     scores = results.read_scores(job / "test", ["toy_cb_k4_s1"])
-    assert found["MPT"].scores["toy_cb"]["accuracy"][1] == scores["toy_cb_k4_s1"]["accuracy"]
+    assert found[last.name].scores["toy_cb"]["accuracy"][1] == scores["toy_cb_k4_s1"]["accuracy"]
     lines = (job / "test" / "inference_eval" / "toy_cb_k4_s1-000000.jsonl").read_text()
     assert len(lines.splitlines()) == 200, "the whole test split"

@@ -3,6 +3,8 @@
     mpt-jax paper table1 --suite toy        on the toy suite with the tiny T5, here
     mpt-jax paper table1 --print            the commands, for a scheduler; run them in this order
     mpt-jax paper table1 --collect          the table of what is there by now
+    mpt-jax paper crosspt --suite toy --collect --against MPT --metric rank_accuracy
+                                            by another metric, another row minus each
 
 Stages lie below the root, each a MODEL_DIR; a stage that is done is not run again.
 """
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.seeds is not None:
             whole = dataclasses.replace(whole, seeds=args.seeds)
         root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
+        if args.against is not None:
+            (found_arm,) = chosen(whole, [args.against]).arms
+            whole = dataclasses.replace(whole, reference=found_arm.name)
         table = chosen(whole, args.arms)
         planned = tables.cells(table, suite, root)
         if args.print:
@@ -56,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shares = majority_shares(whole, suite)
         known = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
         results.save(root / table.name, list(found.values()), known)
+        if args.metric is not None:
+            found = {cell: results.by_metric(found[cell], args.metric) for cell in found}
         print(show.text(table, suite, found, shares))
     except (ValueError, OSError) as error:
         print(f"mpt-jax paper: {gin_utils.message(error)}", file=sys.stderr)
@@ -78,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=_positive, help="how many draws, if not the table's number")
     parser.add_argument("--arms", nargs="+", help="only these rows, by name")
+    parser.add_argument("--against", metavar="ARM", help="the row that others are subtracted from")
+    parser.add_argument("--metric", help="what is shown, if not each task's main metric")
     parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", help="prints the commands left to run")
@@ -157,9 +166,13 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> show.Found:
     for cell in cells:
         if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
             start = cell.arm.start and suite.sources[cell.arm.start]
-            found[cell.arm.name, cell.shots] = experiment.collect(
+            result = experiment.collect(
                 root, cell.arm.name, cell.shots, cell.jobs, cell.tests, start
             )
+            # Versions of a task stand in its column.
+            version = cell.arm.version
+            scores = {task.removesuffix(version): result.scores[task] for task in result.scores}
+            found[cell.arm.name, cell.shots] = dataclasses.replace(result, scores=scores)
     return found
 
 

@@ -16,8 +16,9 @@ BATCHES = {"small": 100, "base": 32, "large": 12}
 TEACHER_STAGE = "gin/pt_source.gin"
 TARGET = "gin/mpt_target.gin"
 PT_TARGET = "gin/pt_target.gin"
-MPT, PROMPT_TUNING, SHARED = (
-    f"gin/methods/{name}.gin" for name in ("mpt", "prompt_tuning", "shared_prompt")
+MPT, PROMPT_TUNING, SHARED, ATTEMPT, CROSSPT = (
+    f"gin/methods/{name}.gin"
+    for name in ("mpt", "prompt_tuning", "shared_prompt", "attempt", "crosspt")
 )
 
 
@@ -67,6 +68,10 @@ class Arm:
         steps: of the target stage with all examples at the paper's scale, if its length is not the
             suite's: task -> steps, `''` for all others.
         size: of the T5, if it is not base (gin/ablations/size_*.gin).
+        joint: whether all tasks of a seed learn together, a group of the job for each seed, with as
+            many examples of each task in a step as alone.
+        version: of the tasks that it trains on, a suffix of their names.
+        sources: how many source prompts it mixes, the first of the suite's; None for all.
     """
 
     name: str
@@ -79,6 +84,9 @@ class Arm:
     together: bool = False
     steps: Mapping[str, int] | None = None
     size: str = "base"
+    joint: bool = False
+    version: str = ""
+    sources: int | None = None
 
     @property
     def folder(self) -> str:
@@ -203,12 +211,79 @@ RANKS = tuple(_of_rank(rank) for rank in (2, 4))
 SIZES = {size: _of_size(size) for size in ("small", "large")}
 LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
 
+# Its own prompts start where SPoT's do.
+ATTEMPT_ARM = Arm(
+    "ATTEMPT", ("gin/attempt_target.gin",), ATTEMPT, TEACHERS, rate="attempt", start="MNLI"
+)
+
+
+def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Arm:
+    """CrossPT, all tasks of a seed together."""
+    start = () if source else ("INITIAL_ARTEFACT = None",)
+    given = {"rate": "crosspt", "joint": True} | rest
+    return Arm(name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **given)
+
+
+def _of_sources(count: int) -> Arm:
+    """The first sources of a fixed order."""
+    return _crosspt(f"{count} source{'s' if count > 1 else ''}", sources=count)
+
+
+CROSSPT_ARM = _crosspt("CrossPT")
+# Where sources start; from the teachers, if not said otherwise.
+CROSSPT_STARTS = (
+    _crosspt("sources from vocabulary", source=None),
+    _crosspt("sources at random", "INIT_SOURCES = @init.Uniform()", source=None),
+)
+CROSSPT_SOURCES = tuple(_of_sources(count) for count in (1, 2, 3))
+CROSSPT_PARTS = (
+    _crosspt("shared only", 'COMPOSE_BY = "sum"'),
+    _crosspt("private only", 'COMPOSE_BY = "private"', source=None),
+)
+# How soft and private prompts are joined, and whose the sources are.
+CROSSPT_COMPOSITIONS = (
+    _crosspt("share learned", 'SHARE = "learned"'),
+    _crosspt("product with private", 'COMPOSE_BY = "private_product"'),
+    _crosspt("private appended", 'COMPOSE_BY = "private_cat"'),
+    _crosspt("two sources in a row", 'COMPOSE_BY = "cat"', "TOP_K = 2"),
+    _crosspt("sources of its own", joint=False),
+)
+# Of the three learning rates; CrossPT's own are source : private : router = 5 : 2 : 10.
+CROSSPT_RATES = (
+    _crosspt("equal rates", rate="crosspt_equal"),
+    _crosspt("private faster", rate="crosspt_private"),
+    _crosspt("router faster", rate="crosspt_router"),
+)
+CROSSPT_ROUTERS = tuple(
+    _crosspt(f"router: {name.replace('_', ' ')}", f'ROUTER = "{name}"')
+    for name in ("softmax", "sigmoid", "attention", "uniform")
+)
+
+
+CROSSPT_FACTORS = (
+    *(*CROSSPT_PARTS, *CROSSPT_STARTS, *CROSSPT_SOURCES, *CROSSPT_RATES),
+    *(*CROSSPT_COMPOSITIONS, *CROSSPT_ROUTERS),
+)
+# On other versions of the tasks: of the paper's, which have a prefix and words for labels, and of
+# the toy suite's, which have no prefix.
+CROSSPT_LABELS = (
+    _crosspt("without prefix", version="_unprefixed"),
+    _crosspt("digits for labels", version="_digits"),
+    _crosspt("made-up labels", version="_synthetic"),
+)
+CROSSPT_TOY_LABELS = (
+    _crosspt("with prefix", version="_prefixed"),
+    _crosspt("numbers for labels", version="_numeric"),
+    _crosspt("unrelated labels", version="_synthetic"),
+)
+
 ARMS = {
     arm.name: arm
     for arm in (
         *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_ARM, MPT_TOGETHER, MPT_12),
         *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
         *(arm for pair in (*LENGTHS.values(), *SIZES.values()) for arm in pair),
+        *(ATTEMPT_ARM, CROSSPT_ARM, *CROSSPT_FACTORS, *CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
     )
 }
 

@@ -109,9 +109,9 @@ def _published(
 
 
 def reference(table: Table) -> str:
-    """The arm that the others are subtracted from: MPT, or the first where MPT is none of them."""
+    """The arm that the others are subtracted from: the table's own, MPT, or the first."""
     names = [arm.name for arm in table.arms]
-    return "MPT" if "MPT" in names else names[0]
+    return table.reference or ("MPT" if "MPT" in names else names[0])
 
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:

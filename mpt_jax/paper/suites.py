@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import seqio
@@ -64,7 +64,9 @@ class Suite:
         test_files: the same of a stage that evaluates.
         source_steps: of a source stage; None for the paper's (`Source.length`).
         length: (our task's name, arm, shots) -> how long a run trains.
-        rates: name of a rate (`Arm.rate`) -> learning rate; {} for those of the gin files.
+        rates: name of a rate (`Arm.rate`) -> learning rate, or the several of a method that has
+            them (ATTEMPT: own prompt, attention; CrossPT: private, sources, router); {} for those
+            of the gin files.
         suffix: of the versions of its tasks, `''` for those with words for labels.
         tested_apart: whether test scores come from a stage of their own, of the best step by the
             validation split; otherwise the training stage scores its last step on the test split.
@@ -78,7 +80,7 @@ class Suite:
     test_files: tuple[str, ...]
     source_steps: int | None
     length: Callable[[str, Arm, int | None], Length]
-    rates: Mapping[str, float]
+    rates: Mapping[str, float | tuple[float, ...]]
     tested_apart: bool
     suffix: str = ""
 
@@ -110,19 +112,55 @@ class Suite:
         """What an arm binds for this suite's learning rate, and the warmup where gin files have one
         that is meant for all examples."""
         if not self.rates:
-            few = shots is not None and arm.method == arms.PROMPT_TUNING
-            return [f"WARMUP_STEPS = {steps // 10}"] if few else []
+            counted = _FEW_STEPS.get(arm.method)
+            return [] if shots is None or counted is None else counted(steps)
         rate = self.rates[arm.rate]
-        return [f"LEARNING_RATE = {rate}", *_REST_OF_RATE[arm.method](rate, steps)]
+        peaks = rate if isinstance(rate, tuple) else (rate,)
+        return [f"LEARNING_RATE = {peaks[0]}", *_REST_OF_RATE[arm.method](peaks, steps)]
+
+
+def _warmup(steps: int) -> list[str]:
+    return [f"WARMUP_STEPS = {steps // 10}"]
+
+
+def _annealing(steps: int) -> list[str]:
+    """Draws are as good as certain for the second half."""
+    return [f"ANNEALING_STEPS = {steps // 2}"]
+
+
+# What a method's gin file counts in steps, where they are few.
+_FEW_STEPS: Mapping[str, Callable[[int], list[str]]] = {
+    arms.PROMPT_TUNING: _warmup,
+    arms.ATTEMPT: _warmup,
+    arms.CROSSPT: _annealing,
+}
+
+
+def _attempt(peaks: Sequence[float], steps: int) -> list[str]:
+    _, attention = peaks
+    return [f"ATTENTION_LEARNING_RATE = {attention}", *_warmup(steps)]
+
+
+def _crosspt(peaks: Sequence[float], steps: int) -> list[str]:
+    _, source, router = peaks
+    return [
+        f"SOURCE_LEARNING_RATE = {source}",
+        f"ROUTER_LEARNING_RATE = {router}",
+        "WARMUP_FRACTION = 0.1",
+        *_annealing(steps),
+    ]
 
 
 # What else a method's gin file wants to know of its learning rate. MPT's factors keep the paper's
 # 4/3 of the shared prompt's; all warm up for a tenth of the steps.
-_REST_OF_RATE: Mapping[str, Callable[[float, int], list[str]]] = {
-    arms.PROMPT_TUNING: lambda rate, steps: [f"WARMUP_STEPS = {steps // 10}"],
-    arms.SHARED: lambda rate, steps: [],
-    arms.MPT: lambda rate, steps: [f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}"],
+_REST_OF_RATE: Mapping[str, Callable[[Sequence[float], int], list[str]]] = {
+    arms.PROMPT_TUNING: lambda peaks, steps: _warmup(steps),
+    arms.SHARED: lambda peaks, steps: [],
+    arms.MPT: lambda peaks, steps: [f"TASK_LEARNING_RATE = {peaks[0] * 4 / 3:.6g}"],
+    arms.ATTEMPT: _attempt,
+    arms.CROSSPT: _crosspt,
 }
+
 
 # --- The paper's ---------------------------------------------------------------------------------
 
@@ -186,7 +224,18 @@ TOY = Suite(
     test_files=("gin/tiny.gin",),
     source_steps=300,
     length=lambda task, arm, shots: _TOY_ALL if shots is None else _TOY_FEW,
-    rates={"pt": 0.3, "spot": 0.01, "mpt": 0.3, "shared": 0.3, "vectors": 0.03},
+    rates={
+        "pt": 0.3,
+        "spot": 0.01,
+        "mpt": 0.3,
+        "shared": 0.3,
+        "vectors": 0.03,
+        "attempt": (0.03, 0.01),
+        "crosspt": (0.12, 0.3, 0.6),
+        "crosspt_equal": (0.19, 0.19, 0.6),
+        "crosspt_private": (0.3, 0.12, 0.6),
+        "crosspt_router": (0.12, 0.3, 6.0),
+    },
     tested_apart=False,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mpt_jax.experiment import Run, Stage, quoted, target_bindings, target_runs
 from mpt_jax.paper import arms, suites
@@ -31,6 +32,9 @@ class Table:
             otherwise its main metric.
         shots: numbers of training examples; None for all.
         seeds: how many draws.
+        reference: the arm that others are subtracted from; None for MPT, or the first where MPT is
+            none of them.
+        full: how long a run trains on all examples, if not as long as the suite has it.
         source_per_seed: trains a source stage for each seed, so that what is compared between
             source stages does not rest on one of each.
         toy: what is different on the toy suite, by attribute.
@@ -42,6 +46,8 @@ class Table:
     groups: Groups
     shots: tuple[int | None, ...] = (None,)
     seeds: int = 3
+    reference: str | None = None
+    full: Length | None = None
     source_per_seed: bool = False
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -132,6 +138,8 @@ def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -
                 bindings.append(f"INITIAL_ARTEFACT = {start}")
             files = (*arm.files, *suite.files)
             name = _name(arm, shots, runs, own_source)
+            if shots is None and table.full:
+                name += f"_{length.steps}x{length.rows}"
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
             if suite.tested_apart:
                 tests.append(_test(jobs[-1], suite, arm, length, root))
@@ -164,22 +172,30 @@ def _jobs(
     table: Table, suite: Suite, arm: Arm, shots: int | None, seeds: Sequence[int]
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
     """The runs that train together: those of one length; for `together`, those of one group, which
-    sees as many examples in all as its tasks do alone."""
-    if arm.together:
+    sees as many examples in all as its tasks do alone; for `joint`, all, each as long as the
+    longest, and those of one seed after another."""
+    given = table.full if shots is None else None
+    if arm.together or arm.joint:
         for names in table.groups.values():
-            tasks = [suite.tasks[name] for name in names]
-            lengths = [suite.length(task, arm, shots) for task in tasks]
+            tasks = [f"{suite.tasks[name]}{arm.version}" for name in names]
+            lengths = [given or suite.length(suite.tasks[name], arm, shots) for name in names]
+            steps = [length.steps for length in lengths]
             joint = lengths[0]._replace(
-                steps=sum(length.steps for length in lengths),
+                steps=sum(steps) if arm.together else max(steps),
                 inputs=max((x.inputs for x in lengths if x.inputs), default=None),
                 period=max((x.period for x in lengths if x.period), default=None),
             )
-            yield _repeats(target_runs(tasks, seeds, shots)), joint
+            runs = target_runs(tasks, seeds, shots)
+            if arm.together:
+                yield _repeats(runs), joint
+            else:
+                yield tuple(sorted(runs, key=lambda run: run.seed)), joint
         return
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
         task = suite.tasks[name]
-        by_length.setdefault(suite.length(task, arm, shots), []).append(task)
+        length = given or suite.length(task, arm, shots)
+        by_length.setdefault(length, []).append(f"{task}{arm.version}")
     for length, tasks in by_length.items():
         yield target_runs(tasks, seeds, shots), length
 
@@ -195,12 +211,20 @@ def _bound(
 ) -> list[str]:
     """What a training job binds for its runs and its arm."""
     rows = length.rows if not arm.together else length.rows / len(runs)
-    bindings = target_bindings(runs, rows, "joint" if arm.together else "independent")
+    groups = "joint" if arm.together else [run.seed for run in runs] if arm.joint else "independent"
+    bindings = target_bindings(runs, rows, groups)
     if arm.together:
         bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
     if arm.start is not None:
         bindings.append(f"START_FROM = {quoted(suite.sources[arm.start])}")
-    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *arm.bindings]
+    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *_settings(arm, suite)]
+
+
+def _settings(arm: Arm, suite: Suite) -> list[str]:
+    """What sets an arm apart, of a stage that trains and of one that evaluates."""
+    if arm.sources is None:
+        return list(arm.bindings)
+    return [*arm.bindings, f"SOURCES = {quoted(list(suite.sources.values())[: arm.sources])}"]
 
 
 def _name(arm: Arm, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
@@ -217,7 +241,7 @@ def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Sta
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
-        *arm.bindings,
+        *_settings(arm, suite),
         *length.reading(),
         f"INITIAL_ARTEFACT = {_artefact(root, job)}",
         'utils.DatasetConfig.split = "test"',
@@ -240,6 +264,16 @@ _FEW = (4, 16, 32)
 _TOY_TARGETS = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC", "SciTail")}
 _TOY_ABLATION = {"groups": _TOY_TARGETS, "shots": (32,), "seeds": 10, "source_per_seed": True}
 _METHODS = (arms.PT, arms.SPOT, arms.MPT_ARM)
+_ONE_PASS = {"shots": (*_FEW, None), "full": Length(steps=500, rows=4)}  # over 2,000 examples
+_FOUR = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}
+
+
+def _crosspt(name: str, title: str, rows: tuple[Arm, ...], **rest: Any) -> Table:
+    """A table of tasks that learn together: GLUE's, or the four of the demo."""
+    rest = {"shots": (32,)} | rest
+    toy = {"groups": _FOUR} | dict(rest.pop("toy", {}))
+    return Table(name, title, rows, {"GLUE": suites.GLUE}, seeds=10, toy=toy, **rest)
+
 
 TABLES = {
     table.name: table
@@ -312,6 +346,32 @@ TABLES = {
             _BOTH,
             shots=(32,),
             toy={"groups": _TOY_TARGETS},
+        ),
+        _crosspt(
+            "crosspt",
+            "Mixed prompts beside others, few training examples",
+            (arms.PT, arms.SPOT, arms.ATTEMPT_ARM, arms.MPT_ARM, arms.CROSSPT_ARM),
+            shots=_FEW,
+            reference="CrossPT",
+            toy=_ONE_PASS,
+        ),
+        _crosspt(
+            "crosspt_factors",
+            "What the parts of CrossPT do",
+            (arms.CROSSPT_ARM, *arms.CROSSPT_FACTORS),
+        ),
+        _crosspt(
+            "crosspt_starts",
+            "Where CrossPT's sources start, by the number of examples",
+            (arms.CROSSPT_ARM, *arms.CROSSPT_STARTS),
+            shots=_FEW,
+            toy=_ONE_PASS,
+        ),
+        _crosspt(
+            "crosspt_labels",
+            "CrossPT with and without a prefix, and with other labels",
+            (arms.CROSSPT_ARM, *arms.CROSSPT_LABELS),
+            toy={"arms": (arms.CROSSPT_ARM, *arms.CROSSPT_TOY_LABELS)},
         ),
         Table(
             "length",

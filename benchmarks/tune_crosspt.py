@@ -1,0 +1,93 @@
+"""Chooses the learning rates of ATTEMPT and CrossPT on the toy suite (docs/protocol.md).
+
+    python -m benchmarks.tune_crosspt [--root runs/tune] [--out docs/benchmarks/tune_crosspt.jsonl]
+
+As tune_demo chose the others': two target tasks and draws of examples that are kept for it, k = 32,
+the validation split. It uses the shipped teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from benchmarks.tune_demo import SEEDS, SHOTS, TARGETS, VALIDATION
+from mpt_jax import compilation_cache, paths
+from mpt_jax.experiment import Stage, collect, target_bindings, target_runs
+from mpt_jax.paper import arms, suites
+from mpt_jax.paper.arms import Arm
+
+ATTEMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+ATTENTION_RATES = (0.001, 0.01, 0.1, 1.0)
+# Of CrossPT's sources; private prompts and router follow in the released code's ratio.
+SOURCE_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+RATIO = (0.4, 1.0, 2.0)  # private prompts, sources, router
+
+
+def grid() -> Iterator[tuple[Arm, tuple[float, ...]]]:
+    """Every arm with its rates: own prompt and attention; private prompts, sources and router."""
+    for rate in ATTEMPT_RATES:
+        for attention in ATTENTION_RATES:
+            yield arms.ATTEMPT_ARM, (rate, attention)
+    for source in SOURCE_RATES:
+        yield arms.CROSSPT_ARM, tuple(round(share * source, 6) for share in RATIO)
+
+
+def stage(arm: Arm, rates: tuple[float, ...]) -> Stage:
+    """All runs (task x seed) of one arm at one setting."""
+    suite = dataclasses.replace(suites.TOY, rates={arm.rate: rates})
+    length = suite.length(TARGETS[0], arm, SHOTS)
+    runs = target_runs(TARGETS, SEEDS, SHOTS)
+    groups = "independent"
+    if arm.joint:
+        runs = tuple(sorted(runs, key=lambda run: run.seed))
+        groups = [SEEDS.index(run.seed) for run in runs]
+    start = [f'START_FROM = "{suite.sources[arm.start]}"'] if arm.start else []
+    bindings = [
+        *target_bindings(runs, length.rows, groups),
+        *suite.rate_bindings(arm, SHOTS, length.steps),
+        *start,
+        VALIDATION,
+    ]
+    name = f"{arm.folder}/" + "_".join(map(str, rates))
+    return Stage(name, (*arm.files, *suite.files), tuple(bindings), runs, length.steps)
+
+
+def main() -> None:
+    """Prints the mean validation score at each setting, and writes them to a file."""
+    parser = argparse.ArgumentParser(description="Tunes ATTEMPT and CrossPT on the toy suite.")
+    parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
+    parser.add_argument("--out", type=Path, help="a JSONL file for the figures")
+    parser.add_argument("--arms", nargs="*", help="names of arms; default all")
+    args = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
+    compilation_cache.enable()
+    lines = []
+    for arm, rates in grid():
+        if args.arms and arm.name not in args.arms:
+            continue
+        job = stage(arm, rates)
+        if not job.is_done(args.root):
+            job.run(args.root)
+        result = collect(args.root, arm.name, SHOTS, [job])
+        line = {
+            "arm": arm.name,
+            "rates": rates,
+            "mean": round(float(np.mean(result.means())), 2),
+            "scores": {task: found["accuracy"] for task, found in result.scores.items()},
+            "seconds": round(result.seconds, 1),  # of training steps
+        }
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    if args.out:
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
