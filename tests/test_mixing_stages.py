@@ -228,7 +228,7 @@ def test_packed_rows_joint_groups_and_fleets(tmp_path):
     fleet = {**rates, "BATCH_SIZE": 4}
     found = run(
         tmp_path,
-        stage("attempt", "packed_attempt", "runs/packed", **packed),
+        stage("attempt", "packed_attempt", "runs/packed", **packed, GROUPS="joint"),
         stage("crosspt", "packed_crosspt", "runs/packed", **packed, **lengths, **ANNEALED),
         stage("attempt", "joint", GROUPS="joint"),
         stage("attempt", "attempt_fleet", "runs/fleet", **fleet),
