@@ -79,7 +79,7 @@ def attempt(**settings) -> ATTEMPT:
 
 
 def crosspt(**settings) -> CrossPT:
-    return CrossPT(P, SOURCES, **{"annealing": Annealing(steps=6), **settings})
+    return CrossPT(P, SOURCES, **{"annealing": Annealing(steps=3), **settings})
 
 
 def train(backbone, folder, model, artefact=None, **settings):  # noqa: F811
@@ -265,11 +265,12 @@ def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):  # noqa: F8
             for label, schedule in tiny.optimizer().learning_rates.items()
         },
     )
-    model = build(crosspt(), ONE_APIECE, optimizer=optimizer)
-    with pytest.raises(
-        ValueError, match="anneals over 6 steps, and a run has only 5.*ANNEALING_ST"
-    ):
-        train(backbone, tmp_path, model)
+    method = crosspt(annealing=Annealing(steps=6))
+    short = r"anneals over 6 steps, and a run has only 5: .*\(ANNEALING_STEPS\)"
+    with pytest.raises(ValueError, match=short):
+        train(backbone, tmp_path, build(method, ONE_APIECE, optimizer=optimizer))
+    with pytest.raises(ValueError, match=short):
+        train(tmp_path / "before anything is read", tmp_path, mixing(method), steps=5)
 
 
 def test_room_for_all_pieces(backbone, tmp_path):  # noqa: F811

@@ -72,6 +72,12 @@ def run(root: Path, *jobs: Job) -> list[Any]:
     return [json.loads(line) for line in child.stdout.splitlines()[-len(jobs) :]]
 
 
+def finished(found: list[Any]) -> bool:
+    """Whether training stages have ended as they should: they return scores."""
+    assert all(isinstance(scores, dict) for scores in found), found
+    return True
+
+
 def stage(name: str, label: str, *files: str, stop_after: int = 0, **macros: Any) -> Job:
     """A training stage on two targets, whose folder is called by a label."""
     macros = {"TARGET_TASKS": TARGETS, **SHORT, **macros, "STAGE": label}
@@ -103,7 +109,7 @@ def root(tmp_path_factory) -> Path:
         stage("crosspt", "stopped", **drawn, stop_after=3),
         stage("crosspt", "stopped", **drawn),
     )
-    assert found == [None, None, 75, None]
+    assert found.pop(2) == 75 and finished(found)
     assert (root / "tiny" / "stopped" / "checkpoint_3").is_dir()
     return root
 
@@ -222,14 +228,14 @@ def test_packed_rows_joint_groups_and_fleets(tmp_path):
     fleet = {**rates, "BATCH_SIZE": 4}
     found = run(
         tmp_path,
-        stage("attempt", "packed_attempt", "runs/packed", **packed),
+        stage("attempt", "packed_attempt", "runs/packed", **packed, GROUPS="joint"),
         stage("crosspt", "packed_crosspt", "runs/packed", **packed, **lengths, **ANNEALED),
         stage("attempt", "joint", GROUPS="joint"),
         stage("attempt", "attempt_fleet", "runs/fleet", **fleet),
         stage("crosspt", "crosspt_fleet", "runs/fleet", **fleet, **ANNEALED),
         stage("crosspt", "own", GROUPS="independent", REPARAMETRISE=["private"], **ANNEALED),
     )
-    assert found == [None] * 6
+    assert finished(found)
     assert load(tmp_path, "joint").params["down"].shape[0] == 1
     assert [len(x) for x in load(tmp_path, "packed_crosspt").plain()] == [20 + 4, 20 + 9]
     assert load(tmp_path, "own").params["sources"].shape[0] == 2
