@@ -270,7 +270,7 @@ def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):  # noqa: F8
     with pytest.raises(ValueError, match=short):
         train(backbone, tmp_path, build(method, ONE_APIECE, optimizer=optimizer))
     with pytest.raises(ValueError, match=short):
-        train(tmp_path / "before anything is read", tmp_path, mixing(method), steps=5)
+        train(str(tmp_path / "before anything is read"), tmp_path, mixing(method), steps=5)
 
 
 def test_room_for_all_pieces(backbone, tmp_path):  # noqa: F811
