@@ -182,11 +182,12 @@ class PromptOptimizer:
             return _pick_rows(stepped, row_groups(path_name(path), rows, runs), new, old)
 
         clip, parts = new[1]
+        before = old[1][1].inner_states  # by name: what has been compiled comes back sorted
         inner = {
-            part: jax.tree.map(functools.partial(_pick_rows, stepped, groups[part]), found, before)
-            for (part, found), before in zip(
-                parts.inner_states.items(), old[1][1].inner_states.values(), strict=True
+            part: jax.tree.map(
+                functools.partial(_pick_rows, stepped, groups[part]), found, before[part]
             )
+            for part, found in parts.inner_states.items()
         }
         trainable = jax.tree_util.tree_map_with_path(of_parameter, new[0], old[0])
         return trainable, (clip, parts._replace(inner_states=inner))

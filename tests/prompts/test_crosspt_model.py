@@ -186,6 +186,17 @@ def test_the_clock_is_a_step_on_after_each_step(groups):
     assert not np.array_equal(made.state.trainable["prompt"]["sources"], start["sources"])
 
 
+@pytest.mark.parametrize("router", ["attention", "uniform"])
+def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
+    """Of what attends to the text, 'router' comes before 'private'."""
+    model = tiny.model(tiny.RUNS, make(tiny.PROMPT, router=router))
+    state = tiny.state(model, tiny.params(model))
+    made = trainer.Trainer(model, state, PjitPartitioner(), KEY)
+    for step in range(2):
+        made.train(tiny.batch([0, 1, 2, 1], seed=step))
+    assert made.read_metrics()["loss"] > 0 and int(made.state.step) == 2
+
+
 def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.release(mixed.params["prompt"])
     artefacts.save_artefact(
