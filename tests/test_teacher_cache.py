@@ -89,7 +89,13 @@ def gradients(name):
     return {dtype: step(trainable, frozen, batch, None) for dtype, batch in given.items()}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+BY_OBJECTIVE = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "both" else pytest.mark.slow) for name in OBJECTIVES],
+)
+
+
+@BY_OBJECTIVE
 def test_loss_and_gradients_are_those_of_teachers_that_run(name):
     expected, found = gradients(name)[None], gradients(name)["float32"]
     tiny.close(found[0], expected[0], 1e-6, "gradients: ")
@@ -101,7 +107,7 @@ def test_loss_and_gradients_are_those_of_teachers_that_run(name):
     )
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@BY_OBJECTIVE
 def test_bfloat16_changes_terms_and_gradients_by_less_than_a_hundredth(name):
     expected, found = gradients(name)[None], gradients(name)["bfloat16"]
     for term, metric in expected[1].items():
@@ -145,7 +151,7 @@ def epochs(count=3, rows=12) -> list[dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", teacher_cache.DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_run_that_starts_again_with_an_empty_cache_learns_the_same_bits(dtype):
     whole = started(model(), TeacherCache(ROOM, dtype))
     for number, batch in enumerate(epochs()):
@@ -192,7 +198,7 @@ def test_rows_of_absent_tasks_may_be_held():
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("num_partitions", [1, 4])
+@pytest.mark.parametrize("num_partitions", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_mesh_learns_what_one_device_does(num_partitions):
     found = lambda: model(config=tiny.config(num_heads=8))  # noqa: E731
     meshes = [PjitPartitioner(devices=jax.devices()[:1]), PjitPartitioner(num_partitions)]
