@@ -282,7 +282,7 @@ def check_belongs(
 
 
 def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
-    """Checks that artefacts fit one bank.
+    """Checks that artefacts can be served, or started from, together.
 
     Args:
         found: at least one.
@@ -309,8 +309,15 @@ def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
             may_differ = what in ("method", "prompt length")
             hint = f" Plain prompts of several {what}s go together: fold them." * may_differ
             raise ValueError(
-                f"These artefacts do not fit one bank, their {what} differs: {values}.{hint}"
+                f"These artefacts do not go together, their {what} differs: {values}.{hint}"
             )
+
+
+def speaker(found: Sequence[Artefact]) -> Artefact:
+    """Of artefacts that agree, one whose `config` speaks for all: which knows its vocabulary, if
+    any does."""
+    known = [each for each in found if each.config["vocabulary_sha256"] is not None]
+    return (known or found)[0]
 
 
 def few(names: Sequence[str]) -> str:
@@ -351,5 +358,4 @@ def joined(found: Sequence[Artefact]) -> Artefact:
     method = PromptTuning(found[0].prompt_length)
     table = jnp.concatenate([artefact.folded() for artefact in found])
     path = few([artefact.path for artefact in found])
-    known = [each for each in found if each.config["vocabulary_sha256"] is not None]
-    return Artefact(path, method, runs, {"table": table}, (known or found)[0].config)
+    return Artefact(path, method, runs, {"table": table}, speaker(found).config)

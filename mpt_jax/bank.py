@@ -126,9 +126,7 @@ class Bank:
             raise ValueError("A bank needs at least one prompt artefact.")
         self.folded = folded
         self._check(found)
-        # Of those that agree, one that knows its vocabulary.
-        known = [each for each in found if each.config["vocabulary_sha256"] is not None]
-        self._reference = (known or found)[0]
+        self._reference = artefacts.speaker(found)
         self._served_vocabulary: str | None = None  # that requests are read by
         own, longest = self._reference.method, max(each.prompt_length for each in found)
         self.method = PromptTuning(longest) if folded else own

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, decoding, losses, metrics, models
+from mpt_jax import decoding, losses, metrics, models
 from mpt_jax.losses import Distillation, Objective
 from mpt_jax.optimizers import CLOCK
 from mpt_jax.prompts import method_names
@@ -167,17 +167,8 @@ def test_score_batch_is_the_log_probability_of_the_targets(case):
 
 def test_an_artefact_gives_the_same_logits(case, tmp_path):
     prompt = case.params.get("prompt", {})
-    artefacts.save_artefact(
-        tmp_path / "artefact",
-        case.model.prompt,
-        prompt,
-        case.model.runs,
-        embedding_sha256="",
-        vocabulary_sha256=None,
-        backbone="tiny",
-        step=3,
-    )
-    read = artefacts.load_artefact(tmp_path / "artefact")
+    model = case.model
+    read = tiny.read_back(tmp_path / "artefact", model.prompt, prompt, model.runs)
     assert read.method.name == case.model.prompt.name
     again = {**case.params, **({"prompt": read.params} if prompt else {})}
     np.testing.assert_array_equal(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax import models, train_state
+from mpt_jax import artefacts, models, train_state
 from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.optimizers import PromptOptimizer, Schedule
@@ -88,6 +88,21 @@ def params(model: models.PromptedEncoderDecoder, seed: int = 0) -> dict[str, Any
 
     expected, _ = train_state.shapes(model)
     return unflatten({name: draw(name, leaf.shape) for name, leaf in flatten(expected).items()})
+
+
+def read_back(folder: Any, method: Any, params: Any, runs: Runs) -> artefacts.Artefact:
+    """An artefact of some prompts, of no backbone, written and read again."""
+    artefacts.save_artefact(
+        folder,
+        method,
+        params,
+        runs,
+        embedding_sha256="",
+        vocabulary_sha256=None,
+        backbone="tiny",
+        step=3,
+    )
+    return artefacts.load_artefact(folder)
 
 
 def state(model: models.PromptedEncoderDecoder, tree: Mapping[str, Any]) -> train_state.TrainState:

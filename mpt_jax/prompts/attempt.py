@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mpt_jax.prompts import text_attention
-from mpt_jax.prompts.base import PLAIN, PromptMethod, fold, register, take
+from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, fold, register, take
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.starts import (
     FIRST,
@@ -32,7 +32,6 @@ from mpt_jax.prompts.starts import (
 from mpt_jax.prompts.text_attention import TextAttention
 from mpt_jax.runs import Runs
 
-FLOAT32 = jax.lax.Precision.HIGHEST
 TARGET = "target"
 
 

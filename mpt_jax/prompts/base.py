@@ -24,6 +24,9 @@ from mpt_jax.runs import Runs, data_name, unknown_name
 from mpt_jax.shapes import Array, Float, Int, Key, Params
 from mpt_jax.tree import Rules
 
+# Prompts are composed in float32; by default a TPU would multiply in bfloat16.
+FLOAT32 = jax.lax.Precision.HIGHEST
+
 
 @runtime_checkable
 class Vocabulary(Protocol):
@@ -258,7 +261,12 @@ def _alone(method: PromptMethod, params: Params) -> Params:
 def name_key(key: Key, name: str) -> Key:
     """A key for a run's name: the same wherever the name stands in a bank, so that a run starts
     from the same values alone and among others, and whatever its learning rate is."""
-    return jax.random.fold_in(key, zlib.crc32(data_name(name).encode()))
+    return jax.random.fold_in(key, name_number(name))
+
+
+def name_number(name: str) -> int:
+    """The 32 bits by which a run's name enters a key."""
+    return zlib.crc32(data_name(name).encode())
 
 
 def group_leaders(runs: Runs) -> list[int]:

@@ -6,15 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.prompts.base import FLOAT32
 from mpt_jax.prompts.routing import ROUTERS
 from mpt_jax.runs import Runs
 from mpt_jax.shapes import Array, Float, Int
-
-FLOAT32 = jax.lax.Precision.HIGHEST
 
 ADD, LEARNED = "add", "learned"
 DEFAULT_ROUTER = "relaxed_bernoulli"

@@ -185,7 +185,7 @@ class CrossPT(PromptMethod):
 
     @property
     def own_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Steps until draws are as good as certain."""
+        """Steps over which the temperature of draws falls."""
         assert isinstance(self.annealing, Annealing)
         return self.annealing.steps if self.is_random else 0
 

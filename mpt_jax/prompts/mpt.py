@@ -11,10 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import PLAIN, PromptMethod, group_leaders, name_key, register, take
+from mpt_jax.prompts.base import (
+    FLOAT32,
+    PLAIN,
+    PromptMethod,
+    group_leaders,
+    name_key,
+    register,
+    take,
+)
 from mpt_jax.prompts.init import (
     FactorInit,
     PromptInits,
@@ -23,9 +30,6 @@ from mpt_jax.prompts.init import (
     ones_noise,
 )
 from mpt_jax.prompts.starts import StartFrom, mix, shared_groups, source_weights
-
-# Prompts are composed in float32; by default a TPU would multiply in bfloat16.
-FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 @register

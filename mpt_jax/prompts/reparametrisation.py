@@ -9,11 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mpt_jax.prompts.base import FLOAT32
 from mpt_jax.shapes import Array, Key, Params
 
 PARTS = ("kernel_in", "bias_in", "kernel_out", "bias_out")
 PATTERN = "|".join(f"_{part}" for part in PARTS)
-FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 def axes(name: str, of_prompt: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

@@ -22,20 +22,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import Grouped, aligned, of_groups
+from mpt_jax.prompts.base import FLOAT32, Grouped, aligned, of_groups
 from mpt_jax.runs import unknown_name
 from mpt_jax.shapes import Array, Float, Int, Key, Params
 
 EPSILON = 1e-5  # torch's, with which the released code normalises
-FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 class _Kind(NamedTuple):
     """What a kind of attention has: the shape of each linear map, from the widths (H, width); and
-    how it reads the text."""
+    how it reads the text, if it does."""
 
     maps: dict[str, Callable[[int, int], tuple[int, int]]]
-    query: Callable[[Params, Array], Array]
+    query: Callable[[Params, Array], Array] | None = None
     by_row: bool = False
 
 
@@ -53,7 +52,7 @@ _BOTTLENECK = {
     "up": lambda width, inner: (inner, width),
 }
 KINDS = {
-    "constant": _Kind({}, lambda params, x: jnp.zeros_like(x)),
+    "constant": _Kind({}),
     "dot": _Kind({}, lambda params, x: x),
     "linear": _Kind({"linear": lambda width, inner: (width, width)}, _linear),
     "sub": _Kind(_BOTTLENECK, _through_few),
@@ -99,7 +98,7 @@ class TextAttention:
     @property
     def reads_text(self) -> bool:
         """Whether weights depend on the text at all."""
-        return self.kind != "constant"
+        return KINDS[self.kind].query is not None
 
     def init(self, key: Key, groups: int, width: int) -> dict[str, Array]:
         """Initial values: maps uniform in +-1/sqrt(inputs), as torch has them, alike in all groups,
@@ -135,7 +134,7 @@ class TextAttention:
             prompts: C candidates, of each example or of all.
         """
         kind = KINDS[self.kind]
-        if not self.reads_text:
+        if kind.query is None:
             return jnp.zeros((*task_ids.shape, prompts.shape[-3], 1))
         if pooled is None:
             raise ValueError(f"Attention {self.kind!r} reads the text, and there is none.")

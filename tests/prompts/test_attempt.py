@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, losses, trainer
+from mpt_jax import losses, trainer
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.prompts import base
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -507,17 +507,7 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
 
 def test_an_artefact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.release(mixed.params["prompt"])
-    artefacts.save_artefact(
-        tmp_path / "artefact",
-        method,
-        params,
-        mixed.runs,
-        embedding_sha256="",
-        vocabulary_sha256=None,
-        backbone="tiny",
-        step=3,
-    )
-    read = artefacts.load_artefact(tmp_path / "artefact")
+    read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
     assert read.method.candidates == mixed.method.candidates
     again = tiny.model(read.runs, read.method)
     found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.batch).logits

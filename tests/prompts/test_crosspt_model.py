@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import artefacts, batches, losses, trainer
+from mpt_jax import batches, losses, trainer
 from mpt_jax.optimizers import PromptOptimizer, Schedule
 from mpt_jax.partitioning import PjitPartitioner
 from mpt_jax.prompts.routing import Annealing
@@ -199,17 +199,7 @@ def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
 
 def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.release(mixed.params["prompt"])
-    artefacts.save_artefact(
-        tmp_path / "artefact",
-        method,
-        params,
-        mixed.runs,
-        embedding_sha256="",
-        vocabulary_sha256=None,
-        backbone="tiny",
-        step=3,
-    )
-    read = artefacts.load_artefact(tmp_path / "artefact")
+    read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
     again = tiny.model(read.runs, read.method)
     found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.unpacked()).logits
     before = mixed.forward(mixed.params, mixed.unpacked()).logits
