@@ -1,0 +1,294 @@
+"""Files that a process left, as JSON values that can be compared on another day and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from names import RENAMED
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # arrays are only read here
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BITS, VALUES = "bits equal", "bits differ, values within 1e-4"
+TOLERANCE = 1e-4
+MOST_LINES = 8  # of a longer file of JSON lines the record has these, and a hash of all
+
+# Not of what a program computes: when, where, by which command and versions, how fast. The last
+# line of a card is a digest of such lines too; a checkpoint's seal, one of the position below.
+VOLATILE_KEYS = re.compile(
+    r"timing/.*|started|command|mpt_jax|git_revision|python|packages|platform|devices|versions"
+    r"|transformers_version|wall_time|card_sha256"
+)
+VOLATILE_LINES = re.compile(
+    r"^\| (flax|jax|jaxlib|mpt_jax|numpy|optax|orbax-checkpoint|seqio|tensorflow|git revision) \|"
+    r"|sha256 of the lines above"
+)
+# Locks, notes on finished saves, TensorBoard's files (times; see `tensorboard`), compiled programs
+# (they hold the source lines they came from; what they compute is in what an entry prints), and
+# T5X's own description of the data's position (see `_of_meta`).
+LEFT_OUT = re.compile(
+    r"(^|/)(events\.out\.tfevents[^/]*|running\.json|commit_success\.txt|[^/]*\.jax)$"
+    r"|(^|/)dataset/"
+)
+
+
+def read_files(
+    folder: Path, said: str = "", tensorboard: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What lies in a folder, by relative path, and under `said` what was printed.
+
+    Args:
+        folder: where processes ran.
+        said: what they printed.
+        tensorboard: reads TensorBoard's files too.
+    """
+    normal = lambda text: normalized(text, folder)  # noqa: E731
+    found = {"said": _text(normal(said))} if said else {}
+    checkpoints = sorted(path.parent for path in folder.rglob("_CHECKPOINT_METADATA"))
+    for path in checkpoints:
+        name = str(path.relative_to(folder))
+        found[f"{name}/state"] = {"leaves": _leaves(_of_orbax(path / "state"))}
+        if (path / "meta" / "metadata").exists():
+            found[f"{name}/meta"] = _json(_of_meta(path / "meta" / "metadata"), normal)
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or any(parent in checkpoints for parent in path.parents):
+            continue
+        if tensorboard and path.name.startswith("events.out"):
+            found[f"{path.parent.relative_to(folder)}/events"] = _json(_of_events(path), normal)
+        elif not LEFT_OUT.search(name):
+            found[name] = _read(path, normal)
+    return json.loads(json.dumps(found))
+
+
+def normalized(text: str, folder: Path) -> str:
+    """A text without absolute paths, and without lines of versions."""
+    text = text.replace(str(folder), "<here>").replace(str(REPOSITORY), "<repository>")
+    return "\n".join(line for line in text.splitlines() if not VOLATILE_LINES.search(line))
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def _read(path: Path, normal: Callable[[str], str]) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        return {"leaves": _leaves(load_file(path))}
+    if path.suffix == ".npz":
+        return {"leaves": _leaves(dict(np.load(path)))}
+    if path.suffix == ".npy":
+        return {"leaves": _leaves({"array": np.load(path)})}
+    if path.name == "checkpoint":  # T5X's, of one file
+        from flax import serialization
+
+        return {"leaves": _leaves(serialization.msgpack_restore(path.read_bytes()))}
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if path.suffix == ".json":
+        return _json(json.loads(text), normal)
+    if path.suffix == ".gin":
+        return _json(gin_bindings(normal(text)), normal)
+    if ".jsonl" in path.name:
+        lines = [_stable(value, normal) for value in _values(text)]
+        found = _json(lines[:MOST_LINES] if len(text) > 40_000 else lines, normal)
+        return found | {"lines": len(lines), "sha256": _sha256(lines)}
+    return _text(normal(text))
+
+
+def _values(text: str) -> list[Any]:
+    """The values of JSON lines, or the one of a note beside them."""
+    try:
+        return [json.loads(line) for line in text.splitlines()]
+    except json.JSONDecodeError:
+        return [json.loads(text)]
+
+
+def gin_bindings(text: str) -> dict[str, str]:
+    """{what is bound: its value} of a gin file, without its imports, comments and order."""
+    found, name = {}, ""
+    for line in text.splitlines():
+        if re.match(r"(#|from |import |$)", line):
+            continue
+        if bound := re.match(r"([\w./]+) = ?(.*)", line):
+            name = bound[1]
+            found[name] = bound[2].strip(" \\")
+        else:
+            found[name] = f"{found[name]} {line.strip()}".strip()
+    return found
+
+
+def _of_orbax(path: Path) -> Any:
+    import jax
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(path)
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree.tree)
+    return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def _of_meta(path: Path) -> dict[str, Any]:
+    """What our checkpoints say beside their arrays. Where the data stands is left out: it holds
+    what was read ahead, which depends on how fast the steps were; and so is the digest of it all.
+    That a resumed run goes on at the right example shows in its prompts."""
+    meta = json.loads(path.read_text())
+    meta.pop("sha256", None)
+    if meta.get("data"):
+        meta["data"].pop("packed", None)
+    return meta
+
+
+def _of_events(path: Path) -> dict[str, dict[str, float]]:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util import tensor_util
+
+    found: dict[str, dict[str, float]] = {}
+    for event in EventFileLoader(str(path)).Load():
+        for value in event.summary.value:
+            array = tensor_util.make_ndarray(value.tensor)
+            if array.dtype.kind == "f" and not array.shape:
+                found.setdefault(value.tag, {})[str(event.step)] = float(array)
+    return found
+
+
+def _leaves(tree: Any) -> dict[str, dict[str, Any]]:
+    import jax
+
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(key, simple=True, separator="/"): _leaf(x) for key, x in pairs}
+
+
+def _leaf(value: Any) -> dict[str, Any]:
+    value = np.ascontiguousarray(value)
+    numbers = value.astype(np.float64)
+    return {
+        "sha256": hashlib.sha256(value.tobytes()).hexdigest(),
+        "dtype": str(value.dtype),
+        "shape": list(value.shape),
+        "mean": float(np.mean(numbers)),
+        "rms": float(np.sqrt(np.mean(numbers**2))),
+    }
+
+
+def _json(value: Any, normal: Callable[[str], str]) -> dict[str, Any]:
+    return {"content": _stable(value, normal)}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"content": text.splitlines()}
+
+
+def _stable(value: Any, normal: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {k: _stable(v, normal) for k, v in value.items() if not VOLATILE_KEYS.fullmatch(k)}
+    if isinstance(value, list):
+        return [_stable(x, normal) for x in value]
+    return normal(value) if isinstance(value, str) else value
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- Comparing -----------------------------------------------------------------------------------
+
+
+def describe(found: dict[str, Any]) -> str:
+    """How much an entry holds."""
+    leaves = sum(len(file.get("leaves", ())) for file in found.values())
+    return f"{len(found)} files, {leaves} arrays"
+
+
+def renamed(value: Any) -> Any:
+    """A recorded value with what is called otherwise now; a hash of names so changed is no longer
+    that of the file, and is left to the content."""
+    if not RENAMED:
+        return value
+    words = re.compile(r"\b(" + "|".join(map(re.escape, RENAMED)) + r")\b")
+    return json.loads(words.sub(lambda word: RENAMED[word[0]], json.dumps(value)))
+
+
+def compare(saved: dict[str, Any], found: dict[str, Any]) -> tuple[str, list[str]]:
+    """Compares an entry with the record; returns which comparison held, and what differs."""
+    saved = renamed(saved)
+    wrong = [f"{name} is gone" for name in sorted(saved.keys() - found.keys())]
+    wrong += [f"{name} is new" for name in sorted(found.keys() - saved.keys())]
+    if not saved:
+        wrong.append("the record has nothing of it")
+    exact = True
+    for name in sorted(saved.keys() & found.keys()):
+        here = dict(found[name])
+        there = dict(saved[name])
+        if "content" in there and (there != here):
+            # A hash of many lines says nothing of how far apart they are, or what they are called.
+            there.pop("sha256", None), here.pop("sha256", None)
+            exact = exact and bool(RENAMED)
+        different = list(_differences(there, here, name))
+        exact = exact and not any(kind == VALUES for kind, _ in different)
+        wrong += [line for kind, line in different if kind != VALUES]
+    return (f"{len(wrong)} DIFFERENCES" if wrong else BITS if exact else VALUES), wrong
+
+
+def _differences(saved: Any, found: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(VALUES, where) for what is close, ('', what) for what is not."""
+    if saved == found:
+        return
+    if isinstance(saved, dict) and isinstance(found, dict):
+        if "rms" in saved and "rms" in found:
+            yield (VALUES, where) if _close(saved, found) else ("", f"{where}: {saved} is {found}")
+            return
+        for name in sorted(saved.keys() | found.keys()):
+            if name not in saved or name not in found:
+                yield "", f"{where}: {name} is {'new' if name in found else 'gone'}"
+            elif name == "checksums":  # of leaves, which are compared themselves
+                yield from _differences(*(sorted(x[name]) for x in (saved, found)), where)
+                yield VALUES, where
+            else:
+                yield from _differences(saved[name], found[name], f"{where}: {name}")
+    elif isinstance(saved, list) and isinstance(found, list) and len(saved) == len(found):
+        for i, pair in enumerate(zip(saved, found, strict=True)):
+            yield from _differences(*pair, f"{where}[{i}]")
+    elif isinstance(saved, float) and isinstance(found, (float, int)):
+        near = math.isclose(saved, found, rel_tol=TOLERANCE, abs_tol=1e-6)
+        yield (VALUES, where) if near else ("", f"{where}: {saved!r} is {found!r}")
+    elif isinstance(saved, str) and isinstance(found, str) and _same_words(saved, found):
+        yield VALUES, where
+    else:
+        yield "", f"{where}: {str(saved)[:300]!r} is {str(found)[:300]!r}"
+
+
+def _close(saved: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether two arrays of floats agree by their means, on the scale of their size, and sizes."""
+    same = all(saved[name] == found[name] for name in ("dtype", "shape"))
+    floats = "float" in saved["dtype"]
+    near = [abs(saved[x] - found[x]) <= TOLERANCE * saved["rms"] for x in ("mean", "rms")]
+    return same and floats and all(near)
+
+
+_NUMBER = re.compile(r"(-?\d+\.\d+(?:e[-+]?\d+)?)")
+
+
+def _same_words(saved: str, found: str) -> bool:
+    """Whether two texts differ in digests of what learnt and in fractions alone, by little."""
+    saved, found = (re.sub(r"\b[0-9a-f]{64}\b", "<sha256>", text) for text in (saved, found))
+    pairs = itertools.zip_longest(_NUMBER.split(saved), _NUMBER.split(found))
+    return all(
+        a == b
+        or (
+            bool(a and b and _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b))
+            and math.isclose(float(a), float(b), rel_tol=TOLERANCE, abs_tol=1e-6)
+        )
+        for a, b in pairs
+    )
