@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from benchmarks import contest, figures
-from mpt_jax import host_memory
-from mpt_jax.artefacts import Artefact
+from mpt_jax.artifacts.artifacts import Artefact
 from mpt_jax.backbones.t5 import T5Config, Transformer, t5_config
-from mpt_jax.bank import Bank
-from mpt_jax.predict.functions import Functions
+from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.mpt import MPT
-from mpt_jax.runs import Runs
+from mpt_jax.runtime import malloc
+from mpt_jax.serving.predict.compiled import Functions
+from mpt_jax.serving.prompt_bank import Bank
 
 B, P, TEXT, L = 16, 100, 64, 16
 SIZES = (1, 10, 100, 1_000, 10_000)
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    host_memory.keep_freed()
+    malloc.keep_freed()
     found = measure(t5_config(args.model), args.sizes, args.repeats)
     rows = [
         (tasks, row["median_seconds"], row["ratio_to_the_first"], row["bytes"] / 2**20)

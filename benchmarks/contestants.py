@@ -64,15 +64,17 @@ class Ours:
     ):
         import jax
 
-        from mpt_jax import host_memory, losses, train_state
         from mpt_jax.backbones.t5.network import Transformer
-        from mpt_jax.models import PromptedEncoderDecoder
-        from mpt_jax.optimizers import PromptOptimizer, Schedule
-        from mpt_jax.partitioning import PjitPartitioner
+        from mpt_jax.core.runs import Runs
+        from mpt_jax.models import losses
+        from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
         from mpt_jax.prompts.mpt import MPT
-        from mpt_jax.runs import Runs
-        from mpt_jax.teacher_cache import TeacherCache
-        from mpt_jax.trainer import Trainer
+        from mpt_jax.runtime import malloc
+        from mpt_jax.training import initialization
+        from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+        from mpt_jax.training.partitioning import PjitPartitioner
+        from mpt_jax.training.teacher_cache import TeacherCache
+        from mpt_jax.training.trainer import Trainer
 
         rates = Schedule(RATE, decay="constant")
         model = PromptedEncoderDecoder(
@@ -85,8 +87,8 @@ class Ours:
             objective=losses.Objective(distillation=losses.Distillation() if distilled else None),
         )
         partitioner = PjitPartitioner()
-        state = train_state.create(model, random_params(model, partitioner), partitioner)
-        host_memory.keep_freed()
+        state = initialization.create(model, random_params(model, partitioner), partitioner)
+        malloc.keep_freed()
         cache = TeacherCache(CACHE_BYTES) if cached else None
         self.trainer = Trainer(
             model, state, partitioner, jax.random.PRNGKey(0), teacher_cache=cache
@@ -123,8 +125,8 @@ class Ours:
 def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
     """A whole parameter tree, NumPy arrays of sensible scales in the dtypes the state has. Drawing
     here takes a second where compiling the initial values of thousands of rows takes minutes."""
-    from mpt_jax import train_state
-    from mpt_jax.tree import flatten, unflatten
+    from mpt_jax.core.tree import flatten, unflatten
+    from mpt_jax.training import initialization
 
     rng = np.random.default_rng(0)
 
@@ -134,7 +136,7 @@ def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
         values = rng.standard_normal(shape, np.float32)
         return values / np.float32(np.sqrt(shape[0])) if name.endswith("kernel") else values
 
-    expected = flatten(train_state.abstract(model, partitioner).params)
+    expected = flatten(initialization.abstract(model, partitioner).params)
     return unflatten({n: draw(n, x.shape).astype(x.dtype) for n, x in expected.items()})
 
 

@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import contest, figures
-from mpt_jax import compilation_cache, demo, gin_utils, results
-from mpt_jax.experiment import Run, Stage, quoted, target_bindings, target_runs
+from mpt_jax.config import gin_utils
+from mpt_jax.experiments import demo, results
+from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
+from mpt_jax.runtime import compilation_cache
 
 SHOTS = 32
 STEPS, ROWS = demo.FEW

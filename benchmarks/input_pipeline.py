@@ -14,25 +14,25 @@ import time
 from pathlib import Path
 
 from benchmarks import figures
-from mpt_jax import data, sampling
-from mpt_jax.features import PromptFeatureConverter
-from mpt_jax.runs import Runs
+from mpt_jax.core.runs import Runs
+from mpt_jax.data import datasets, sampling
+from mpt_jax.data.feature_converter import PromptFeatureConverter
 
 LENGTHS = {"inputs": 48, "targets": 12}
 
 
 def measure(batches: int, batch_size: int = 48) -> dict[str, float]:
     """Seconds, rates and bytes of one pipeline; see the names."""
-    from tasks import toy
+    from mpt_jax.tasks import toy
 
     names = [task.name for task in toy.SOURCE_TASKS]
     converter = functools.partial(PromptFeatureConverter, prompt_length=20, runs=Runs(names))
     mixture = sampling.task_mixture(names, sampling.StochasticTasks(batch_size, seed=0))
-    cfg = data.DatasetConfig(mixture, LENGTHS, "train", batch_size, shuffle=True, seed=0)
+    cfg = datasets.DatasetConfig(mixture, LENGTHS, "train", batch_size, shuffle=True, seed=0)
     found = {}
     for attempt in ("first", "again"):  # the second finds the tasks tokenised
         before, cpu = time.monotonic(), time.process_time()
-        iterator = data.train_iterator(cfg, converter)
+        iterator = datasets.train_iterator(cfg, converter)
         next(iterator)
         found[f"{attempt}_start_seconds"] = time.monotonic() - before
         found[f"{attempt}_start_cpu_seconds"] = time.process_time() - cpu

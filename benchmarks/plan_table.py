@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mpt_jax.plan import show
+from mpt_jax.plan import format
 
 TARGET, SOURCE = "gin/mpt_target.gin", "gin/mpt_source.gin"
 
@@ -114,7 +114,7 @@ def derive(found: dict[str, Any]) -> None:
     """Computes what follows from the counts of every row, in place."""
     for row in found.values():
         if "cost" in row["needs"]:
-            row["needs"] |= show.derived(show.from_json(row["needs"]))
+            row["needs"] |= format.derived(format.from_json(row["needs"]))
 
 
 def write(found: dict[str, Any], out: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import figures, ragged_mix
 from benchmarks.ragged_mix import TEXT_LIMIT, Mix
-from mpt_jax import length_buckets, packing
+from mpt_jax.batching import bucketing, packing
 
 BATCH = 32
 PROMPT_LENGTHS = (0, 20, 100)
@@ -87,7 +87,7 @@ def count(mix: Mix, prompt_length: int) -> dict[str, float]:
     """Positions an example of every method."""
     number = len(mix.inputs)
     exact = lambda length: length  # noqa: E731
-    order = list(length_buckets.sorted_batches(mix.inputs, BATCH))
+    order = list(bucketing.sorted_batches(mix.inputs, BATCH))
     texts = {
         "padded to the limit": number * TEXT_LIMIT,
         "longest of the batch, unsorted": in_batches(mix.inputs, unsorted(number), exact),

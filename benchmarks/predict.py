@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import contest, figures
-from mpt_jax import host_memory
+from mpt_jax.runtime import malloc
 
 B, P, TEXT, L, K = 16, 100, 64, 16, 6
 CONTESTANTS = ("mpt_jax", "peft", "transformers")
@@ -43,7 +43,7 @@ def prepare(folder: Path, model: str) -> None:
 
     from mpt_jax.backbones.t5 import Transformer, t5_config
     from mpt_jax.convert import save_hf
-    from mpt_jax.tree import flatten, unflatten
+    from mpt_jax.core.tree import flatten, unflatten
 
     config = t5_config(model)
     tokens = np.ones((1, 2), np.int32)
@@ -71,12 +71,12 @@ def ours(folder: Path) -> contest.Work:
     """The function that `mpt-jax predict` compiles."""
     import jax
 
-    from mpt_jax.artefacts import Artefact
-    from mpt_jax.bank import Bank
+    from mpt_jax.artifacts.artifacts import Artefact
     from mpt_jax.convert import load_hf
-    from mpt_jax.predict.functions import Functions
+    from mpt_jax.core.runs import Runs
     from mpt_jax.prompts.mpt import MPT
-    from mpt_jax.runs import Runs
+    from mpt_jax.serving.predict.compiled import Functions
+    from mpt_jax.serving.prompt_bank import Bank
 
     class NoEnd:
         eos_id = -1
@@ -91,7 +91,7 @@ def ours(folder: Path) -> contest.Work:
     bank = Bank([Artefact("memory", MPT(P), runs, prompts, said)])
     predict = jax.jit(Functions(config, bank.method, L, NoEnd()).predict)
     params = jax.device_put(params)
-    host_memory.keep_freed()
+    malloc.keep_freed()
 
     def run() -> np.ndarray:
         return np.asarray(predict(params, bank.arrays, given["text"], given["tasks"])[0])
@@ -117,7 +117,7 @@ def theirs(folder: Path, peft: bool) -> contest.Work:
         prompts = prompts[given["tasks"].long()]
         embedded = torch.cat([prompts, model.get_input_embeddings()(text)], 1).detach()
         inputs = {"inputs_embeds": embedded, "attention_mask": torch.ones(embedded.shape[:2])}
-    host_memory.keep_freed()  # what helps ours
+    malloc.keep_freed()  # what helps ours
 
     def run() -> np.ndarray:
         with torch.inference_mode():

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import contest, figures, ragged_batches, ragged_mix
 from benchmarks.contestants import SIZES, Ours, Peft, t5
-from mpt_jax import host_memory
-from mpt_jax.batches import Example
+from mpt_jax.batching.collate import Example
+from mpt_jax.runtime import malloc
 
 P = 100
 
@@ -98,7 +98,7 @@ def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant)
     if who.library == "PEFT":
         device = "cuda" if on_gpu else "cpu"
         side = Peft(config, P, STAGES[stage], device, fused=on_gpu)
-        host_memory.keep_freed()  # as ours does, and our trainer
+        malloc.keep_freed()  # as ours does, and our trainer
     else:
         side = Ours(config, P, STAGES[stage], who.distilled)
 

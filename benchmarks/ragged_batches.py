@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.ragged_mix import TARGET_LIMIT, TEXT_LIMIT
-from mpt_jax import length_buckets
 from mpt_jax.backbones.t5.config import T5Config
-from mpt_jax.batches import Batch, Example, packed, unpacked
+from mpt_jax.batching import bucketing
+from mpt_jax.batching.collate import Batch, Example, packed, unpacked
 
 MULTIPLE = 32  # text lengths of the buckets
 
@@ -24,7 +24,7 @@ def longest_unsorted(examples: Sequence[Example], prompt_length: int, size: int)
 def longest_sorted(examples: Sequence[Example], prompt_length: int, size: int) -> list[Batch]:
     """The same after sorting by length, as transformers' `group_by_length` does within 50 batches
     (or with fewer, within all there are)."""
-    order = length_buckets.sorted_batches(_lengths(examples), size, window=50)
+    order = bucketing.sorted_batches(_lengths(examples), size, window=50)
     return [_as_long_as_the_longest([examples[i] for i in part], prompt_length) for part in order]
 
 
@@ -32,8 +32,8 @@ def bucketed(examples: Sequence[Example], prompt_length: int, size: int) -> list
     """Ours: sorted within 16 batches, and cut to multiples of 32 tokens."""
     limits = {"inputs": TEXT_LIMIT, "targets": TARGET_LIMIT}
     lengths = {"inputs": range(MULTIPLE, TEXT_LIMIT, MULTIPLE)}
-    buckets = length_buckets.of_settings(lengths, prompt_length, limits)
-    order = length_buckets.sorted_batches(_lengths(examples), size)
+    buckets = bucketing.of_settings(lengths, prompt_length, limits)
+    order = bucketing.sorted_batches(_lengths(examples), size)
     batches = (_full([examples[i] for i in part], prompt_length) for part in order)
     return [buckets.cut(batch) for batch in batches]
 

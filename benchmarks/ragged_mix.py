@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpt_jax.batches import Example
+from mpt_jax.batching.collate import Example
 
 CAP = 2**18
 TEXT_LIMIT, TARGET_LIMIT = 256, 16

@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import figures
-from mpt_jax import artefacts
-from mpt_jax.lock import FILE as LOCK
-from mpt_jax.tree import flatten
+from mpt_jax.artifacts import artifacts
+from mpt_jax.checkpointing.run_lock import FILE as LOCK
+from mpt_jax.core.tree import flatten
 
 SOURCES = {"SOURCE_TASKS": "['toy_sst2', 'toy_mnli']"}
 STAGES = {"pt_source": SOURCES, "mpt_source": SOURCES, "mpt_target": {}}  # and their own settings
@@ -262,7 +262,7 @@ def from_the_last_save(starts: list[int], saved: list[int]) -> bool:
 
 def same_prompts(one: Path, other: Path) -> bool:
     """Whether two stages handed on the same bits."""
-    first, second = (flatten(artefacts.load_artefact(p / "artefact").params) for p in (one, other))
+    first, second = (flatten(artifacts.load_artefact(p / "artefact").params) for p in (one, other))
     same = [np.asarray(first[k]).tobytes() == np.asarray(second[k]).tobytes() for k in first]
     return first.keys() == second.keys() and all(same)
 

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import contest, figures, ragged_mix
 from benchmarks.contestants import SIZES, Ours, t5
 from benchmarks.ragged_mix import TARGET_LIMIT, TEXT_LIMIT
-from mpt_jax import batches
+from mpt_jax.batching import collate
 
 B = 8
 BANKS = (1, 10, 100, 1_000, 10_000)
@@ -74,7 +74,7 @@ def curves(banks: list[int], lengths: list[int]) -> dict[str, list[Point]]:
     return found
 
 
-def batch(point: Point, vocabulary: int) -> batches.Batch:
+def batch(point: Point, vocabulary: int) -> collate.Batch:
     """The step's texts."""
     drawn = np.random.default_rng(0).integers(point.tasks, size=B)
     examples = [
@@ -84,9 +84,9 @@ def batch(point: Point, vocabulary: int) -> batches.Batch:
         )
     ]
     if not point.packed:
-        return batches.unpacked(examples, point.prompt_length, TEXT_LIMIT, TARGET_LIMIT)
+        return collate.unpacked(examples, point.prompt_length, TEXT_LIMIT, TARGET_LIMIT)
     row = {"inputs": 2 * (TEXT_LIMIT + point.prompt_length), "targets": 2 * TARGET_LIMIT}
-    return batches.packed(examples, point.prompt_length, row)
+    return collate.packed(examples, point.prompt_length, row)
 
 
 def work(point: Point, size: str) -> contest.Work:

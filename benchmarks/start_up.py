@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import figures
-from mpt_jax import compilation_cache, paths
+from mpt_jax.runtime import compilation_cache, paths
 
 STAGE = ("--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.TRAIN_STEPS=1")
 FIRST_STEP = "First step after"
@@ -35,7 +35,7 @@ REQUEST = b'{"task": "toy_sst2", "inputs": "sst2 : a fine film"}\n'
 def seconds_of_help() -> float:
     """Wall seconds of `mpt-jax --help`."""
     before = time.monotonic()
-    call = "from mpt_jax.cli import main; main()"
+    call = "from mpt_jax.cli.main import main; main()"
     subprocess.run([sys.executable, "-c", call, "--help"], check=True, stdout=subprocess.DEVNULL)
     return time.monotonic() - before
 
@@ -47,7 +47,7 @@ def seconds_to_first_answer(cache: str) -> float:
         RuntimeError: it ended without an answer.
     """
     prompts = paths.shipped(name="tiny_t5/mpt_source")
-    command = [sys.executable, "-m", "mpt_jax.predict", "--prompts", prompts]
+    command = [sys.executable, "-m", "mpt_jax.serving.predict", "--prompts", prompts]
     before = time.monotonic()
     with subprocess.Popen(
         command,

@@ -7,7 +7,7 @@ T5-small shape, random weights, float32, CPU; B = 16, 100 prompt and 128 text po
 turns, one step at a time, so that whatever else the machine does hits all of them. PEFT needs the
 `parity` extra. Figures are medians; memory is the peak resident set of the whole process after the
 last step, and of the same process before its model was built. Our trainer tells malloc to keep
-freed memory (mpt_jax/host_memory.py); PEFT runs as it comes, and once more with the same help.
+freed memory (mpt_jax/runtime/malloc.py); PEFT runs as it comes, and once more with the same help.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ import numpy as np
 
 from benchmarks import contest, figures
 from benchmarks.contestants import Ours, Peft, t5
-from mpt_jax import batches, host_memory
+from mpt_jax.batching import collate
+from mpt_jax.runtime import malloc
 
 B, P, TEXT, L, K = 16, 100, 128, 8, 6
 CONTESTANTS = ("peft", "peft_keeping_memory", "mpt_jax", "mpt_jax_distilled")
 
 
-def batch() -> batches.Batch:
+def batch() -> collate.Batch:
     """The same texts [B, TEXT] and targets [B, L] for everyone, no padding."""
     rng = np.random.default_rng(0)
     text, targets = rng.integers(3, 32000, (B, TEXT)), rng.integers(3, 32000, (B, L))
-    rows = [batches.Example(text[i].tolist(), targets[i].tolist(), i % K) for i in range(B)]
-    return batches.unpacked(rows, P, TEXT, L)
+    rows = [collate.Example(text[i].tolist(), targets[i].tolist(), i % K) for i in range(B)]
+    return collate.unpacked(rows, P, TEXT, L)
 
 
 def work(name: str) -> contest.Work:
     """A contestant's turn: one step."""
     config = t5("small")
     if name == "peft_keeping_memory":
-        host_memory.keep_freed()
+        malloc.keep_freed()
     side = Peft(config, P, K) if "peft" in name else Ours(config, P, K, "distilled" in name)
     made = batch()
 

@@ -18,10 +18,10 @@ import numpy as np
 from absl import logging
 
 from benchmarks.tune_demo import SEEDS, SHOTS, TARGETS, VALIDATION
-from mpt_jax import compilation_cache, paths
-from mpt_jax.experiment import Stage, collect, target_bindings, target_runs
-from mpt_jax.paper import arms, suites
-from mpt_jax.paper.arms import Arm
+from mpt_jax.experiments.paper import suites, variants
+from mpt_jax.experiments.paper.variants import Arm
+from mpt_jax.experiments.stages import Stage, collect, target_bindings, target_runs
+from mpt_jax.runtime import compilation_cache, paths
 
 ATTEMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ATTENTION_RATES = (0.001, 0.01, 0.1, 1.0)
@@ -34,9 +34,9 @@ def grid() -> Iterator[tuple[Arm, tuple[float, ...]]]:
     """Every arm with its rates: own prompt and attention; private prompts, sources and router."""
     for rate in ATTEMPT_RATES:
         for attention in ATTENTION_RATES:
-            yield arms.ATTEMPT_ARM, (rate, attention)
+            yield variants.ATTEMPT_ARM, (rate, attention)
     for source in SOURCE_RATES:
-        yield arms.CROSSPT_ARM, tuple(round(share * source, 6) for share in RATIO)
+        yield variants.CROSSPT_ARM, tuple(round(share * source, 6) for share in RATIO)
 
 
 def stage(arm: Arm, rates: tuple[float, ...]) -> Stage:

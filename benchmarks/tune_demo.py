@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from mpt_jax import compilation_cache, demo, paths
+from mpt_jax.experiments import demo
+from mpt_jax.runtime import compilation_cache, paths
 
 TARGETS = ("toy_wic", "toy_paws")
 SEEDS = (100, 101, 102)

@@ -14,19 +14,15 @@ import jax
 from absl import logging
 from etils import epath
 
-from mpt_jax import (
-    checkpoints,
-    compilation_cache,
-    data,
-    evaluation,
-    gin_utils,
-    host_memory,
-    identity,
-    train_state,
-)
-from mpt_jax.eval_loop import on_device
-from mpt_jax.models import PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.checkpointing import checkpoints, fingerprint
+from mpt_jax.config import gin_utils
+from mpt_jax.data import datasets
+from mpt_jax.evaluation import evaluator as evaluation
+from mpt_jax.evaluation.periodic_eval import on_device
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.runtime import compilation_cache, malloc
+from mpt_jax.training import initialization
+from mpt_jax.training.partitioning import PjitPartitioner
 
 Scores = dict[str, dict[str, float]]
 
@@ -34,7 +30,7 @@ Scores = dict[str, dict[str, float]]
 def evaluate(  # noqa: PLR0913 - T5X's arguments
     *,
     model: PromptedEncoderDecoder,
-    dataset_cfg: data.DatasetConfig,
+    dataset_cfg: datasets.DatasetConfig,
     restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
     output_dir: str,
@@ -87,7 +83,7 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
     predict = on_device(model.predict_batch, partitioner)
     score = on_device(model.score_batch, partitioner)
     for state in states(model, origins, partitioner, restore_checkpoint_cfg):
-        host_memory.keep_freed()
+        malloc.keep_freed()
         step = int(state.step)
         scores[step] = evaluator.evaluate(
             functools.partial(predict, state.params), functools.partial(score, state.params), step
@@ -100,10 +96,10 @@ def evaluate(  # noqa: PLR0913 - T5X's arguments
 
 def states(
     model: PromptedEncoderDecoder,
-    origins: train_state.Origins,
+    origins: initialization.Origins,
     partitioner: PjitPartitioner,
     cfg: checkpoints.RestoreCheckpointConfig,
-) -> Iterator[train_state.TrainState]:
+) -> Iterator[initialization.TrainState]:
     """The states that a restore configuration names, oldest first.
 
     Raises:
@@ -116,16 +112,16 @@ def states(
             "There is nothing to evaluate: set CHECKPOINT_PATH to a checkpoint of a run, or "
             "INITIAL_ARTEFACT to a prompt artefact."
         )
-    loaded = train_state.fill(model, origins, jax.random.PRNGKey(0))
-    state = train_state.create(model, loaded.params, partitioner)
+    loaded = initialization.fill(model, origins, jax.random.PRNGKey(0))
+    state = initialization.create(model, loaded.params, partitioner)
     if not cfg.path:
         yield state
-    ours = identity.of_model(model, loaded)
+    ours = fingerprint.of_model(model, loaded)
     for folder, step in _wanted(cfg):
         saved = checkpoints.Checkpoints(folder, read_only=True)
         path = saved.path(step)
         # First, because shapes may differ for no other reason than these.
-        identity.check_reads(ours, saved.meta(step)["identity"], path)
+        fingerprint.check_reads(ours, saved.meta(step)["identity"], path)
         found = saved.restore(state, step)
         assert found is not None
         logging.info("Read %s.", path)

@@ -27,24 +27,19 @@ from absl import flags, logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mpt_jax import (
-    artefacts,
-    checkpoints,
-    compilation_cache,
-    data,
-    examples,
-    gin_utils,
-    host_memory,
-    identity,
-    length_buckets,
-    train_state,
-)
+from mpt_jax.artifacts import artifacts
+from mpt_jax.batching import bucketing
+from mpt_jax.checkpointing import checkpoints, fingerprint
+from mpt_jax.config import gin_utils
+from mpt_jax.core.tree import flatten
+from mpt_jax.data import datasets, token_tables
+from mpt_jax.data.iterators import Share
 from mpt_jax.eval import states
-from mpt_jax.eval_loop import on_device
-from mpt_jax.iterators import Share
-from mpt_jax.models import PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner, to_host
-from mpt_jax.tree import flatten
+from mpt_jax.evaluation.periodic_eval import on_device
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.runtime import compilation_cache, malloc
+from mpt_jax.training import initialization
+from mpt_jax.training.partitioning import PjitPartitioner, to_host
 
 MODES = ("predict", "score", "predict_with_aux")
 TEXT = "_pretokenized"
@@ -53,7 +48,7 @@ TEXT = "_pretokenized"
 def infer(  # noqa: PLR0913 - T5X's arguments
     *,
     model: PromptedEncoderDecoder,
-    dataset_cfg: data.DatasetConfig,
+    dataset_cfg: datasets.DatasetConfig,
     restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
     output_dir: str,
@@ -124,12 +119,12 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         verify_matching_vocabs_fn(dataset_cfg, model)
     tasks = seqio.get_subtasks(dataset_cfg.provider())
     converter = dataset_cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
-    data.check_runs(tasks, converter)
+    datasets.check_runs(tasks, converter)
     for task in tasks:
-        examples.check_split(task, dataset_cfg.split)
+        token_tables.check_split(task, dataset_cfg.split)
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
-    host_memory.keep_freed()
+    malloc.keep_freed()
     made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artefact)
     made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
     part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"
@@ -141,7 +136,7 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     functions = {"score": model.score_batch, "predict": model.predict_batch}
     compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
     # Rows of like length go through the model together, so some batches are read at a time.
-    window = min(length_buckets.WINDOW, checkpoint_period)
+    window = min(bucketing.WINDOW, checkpoint_period)
     answer = functools.partial(
         _lines,
         rows=dataset_cfg.batch_size,
@@ -164,10 +159,10 @@ def infer(  # noqa: PLR0913 - T5X's arguments
 
 def _one_state(
     model: PromptedEncoderDecoder,
-    origins: train_state.Origins,
+    origins: initialization.Origins,
     partitioner: PjitPartitioner,
     cfg: checkpoints.RestoreCheckpointConfig,
-) -> train_state.TrainState:
+) -> initialization.TrainState:
     found = list(states(model, origins, partitioner, cfg))
     if len(found) != 1:
         raise ValueError(f"infer needs one checkpoint, and {cfg} names {len(found)}.")
@@ -175,7 +170,7 @@ def _one_state(
 
 
 def _made_from(
-    model: PromptedEncoderDecoder, state: train_state.TrainState, read: Any
+    model: PromptedEncoderDecoder, state: initialization.TrainState, read: Any
 ) -> dict[str, Any]:
     """What is read, and by which way of decoding. JSON values."""
     paths = [read] if isinstance(read, str) else read
@@ -183,12 +178,12 @@ def _made_from(
     return {
         "read": [str(epath.Path(path).absolute()) for path in paths],
         "step": int(state.step),
-        "trained_sha256": artefacts.digest(flatten(to_host(state.trainable))),
+        "trained_sha256": artifacts.digest(flatten(to_host(state.trainable))),
         "decode_fn": getattr(decode, "__name__", type(decode).__name__),
     }
 
 
-def _asked(cfg: data.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
+def _asked(cfg: datasets.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
     """Which examples are read and what is said of them. JSON values."""
     if cfg.task_feature_lengths is None:
         raise ValueError("DatasetConfig.task_feature_lengths must be given for infer.")
@@ -201,7 +196,7 @@ def _asked(cfg: data.DatasetConfig, mode: str, output_feature: str) -> dict[str,
     }
 
 
-def _dataset(cfg: data.DatasetConfig, task: seqio.Task) -> tf.data.Dataset:
+def _dataset(cfg: datasets.DatasetConfig, task: seqio.Task) -> tf.data.Dataset:
     return task.get_dataset(
         sequence_length=cfg.task_feature_lengths,
         split=cfg.split,
@@ -212,17 +207,17 @@ def _dataset(cfg: data.DatasetConfig, task: seqio.Task) -> tf.data.Dataset:
     )
 
 
-def _check_lengths(cfg: data.DatasetConfig, tasks: list[seqio.Task], converter: Any) -> None:
+def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], converter: Any) -> None:
     """Raises ValueError for an empty split, or over-long examples that may not be cut; logs those
     that are cut."""
     overlong = {}
     for task in tasks:
-        with examples.reading(task, cfg.split):
-            overlong[task.name] = examples.count_examples(_dataset(cfg, task))
-    data.check_counts(overlong, cfg, converter)
+        with token_tables.reading(task, cfg.split):
+            overlong[task.name] = token_tables.count_examples(_dataset(cfg, task))
+    datasets.check_counts(overlong, cfg, converter)
 
 
-def _examples(cfg: data.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
+def _examples(cfg: datasets.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
     """Pairs (texts, model features) of every example, in the task's own order."""
     dataset = _dataset(cfg, task)
     texts = dataset.map(lambda x: {name: x[name] for name in x if name.endswith(TEXT)})
@@ -249,7 +244,7 @@ class _Output:
             label = self._beside("COMPLETED" if whole else "partial_of")
             found = json.loads((label.read_text() if label.exists() else "") or "{}")
             ours = json.loads(json.dumps(made_from))
-            if differing := identity.describe_differing(ours, found, ours):
+            if differing := fingerprint.describe_differing(ours, found, ours):
                 raise ValueError(
                     f"{self.path} was made from something else ({differing}). Choose another "
                     f"INFER_OUTPUT_DIR, or remove {self.path}* to make it again."
@@ -296,7 +291,7 @@ class _Output:
 def _lines(
     window: tuple[Any, Any],
     rows: int,
-    buckets: length_buckets.LengthBuckets | None,
+    buckets: bucketing.LengthBuckets | None,
     function: Callable[..., Any],
     mode: str,
     vocabulary: Any,
@@ -305,7 +300,7 @@ def _lines(
     texts, features = jax.tree.map(lambda x: x.numpy(), window)
     share = Share(rows, jax.process_count(), jax.process_index())
     answers: dict[int, dict[str, Any]] = {}
-    for chosen, batch in length_buckets.batches_of(features, rows, buckets, targets=False):
+    for chosen, batch in bucketing.batches_of(features, rows, buckets, targets=False):
         outputs = function(share.of(batch))
         for row, number in enumerate(chosen.tolist()):
             answers[number] = _answer(outputs, row, mode, vocabulary)

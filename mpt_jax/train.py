@@ -18,34 +18,22 @@ import seqio
 from absl import logging
 from etils import epath
 
-from mpt_jax import (
-    checkpoints,
-    compilation_cache,
-    convert,
-    data,
-    evaluation,
-    examples,
-    gin_utils,
-    handing_on,
-    host_memory,
-    identity,
-    lock,
-    model_card,
-    optimizers,
-    out_of_memory,
-    provenance,
-    reporting,
-    sampling,
-    selection,
-    train_state,
-)
-from mpt_jax.eval_loop import Evaluation
-from mpt_jax.handing_on import ARTEFACT as ARTEFACT  # noqa: PLC0414 - its readers look here
-from mpt_jax.models import BACKBONE, PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner, to_host
-from mpt_jax.preemption import end_without_peers, stop_requests
-from mpt_jax.trainer import NonFiniteLoss, Trainer
-from mpt_jax.tree import flatten
+from mpt_jax import convert
+from mpt_jax.artifacts import model_card, provenance
+from mpt_jax.checkpointing import checkpoints, fingerprint, run_lock
+from mpt_jax.config import gin_utils
+from mpt_jax.core.tree import flatten
+from mpt_jax.data import datasets, sampling, token_tables
+from mpt_jax.evaluation import evaluator as evaluation
+from mpt_jax.evaluation import finalize, metric_writers
+from mpt_jax.evaluation.finalize import ARTEFACT as ARTEFACT  # noqa: PLC0414 - its readers look here
+from mpt_jax.evaluation.periodic_eval import Evaluation
+from mpt_jax.models.encoder_decoder import BACKBONE, PromptedEncoderDecoder
+from mpt_jax.runtime import compilation_cache, malloc
+from mpt_jax.runtime.preemption import end_without_peers, stop_requests
+from mpt_jax.training import initialization, oom, optimizers, selection
+from mpt_jax.training.partitioning import PjitPartitioner, to_host
+from mpt_jax.training.trainer import NonFiniteLoss, Trainer
 
 TRAINED_BACKBONE = "backbone"
 
@@ -53,15 +41,15 @@ TRAINED_BACKBONE = "backbone"
 def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to bottom
     *,
     model: PromptedEncoderDecoder,
-    train_dataset_cfg: data.DatasetConfig,
+    train_dataset_cfg: datasets.DatasetConfig,
     model_dir: str,
     total_steps: int,
     train_state_initializer_cls: Callable[..., Any],
     checkpoint_cfg: checkpoints.CheckpointConfig,
     partitioner: PjitPartitioner,
     trainer_cls: Callable[..., Trainer] = Trainer,
-    train_eval_dataset_cfg: data.DatasetConfig | None = None,
-    infer_eval_dataset_cfg: data.DatasetConfig | None = None,
+    train_eval_dataset_cfg: datasets.DatasetConfig | None = None,
+    infer_eval_dataset_cfg: datasets.DatasetConfig | None = None,
     eval_steps: int = 0,
     eval_period: int = 1000,
     stats_period: int | None = None,
@@ -138,21 +126,21 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
     compilation_cache.enable()
     seed, started = random_seed or 0, time.monotonic()
 
-    with lock.held(model_dir) as check_it_is_ours:
+    with run_lock.held(model_dir) as check_it_is_ours:
         # --- Data --------------------------------------------------------------------------------
         if verify_matching_vocabs_fn is not None:
             verify_matching_vocabs_fn(train_dataset_cfg, model)
         hosts = {"num_hosts": jax.process_count(), "host_index": jax.process_index()}
-        batches = data.train_iterator(train_dataset_cfg, model.FEATURE_CONVERTER_CLS, **hosts)
+        batches = datasets.train_iterator(train_dataset_cfg, model.FEATURE_CONVERTER_CLS, **hosts)
 
         # --- State: 1. own checkpoint, 2. initial artefact, 3. initial values --------------------
         origins = train_state_initializer_cls().origins
-        loaded = train_state.fill(model, origins, jax.random.PRNGKey(seed))
+        loaded = initialization.fill(model, origins, jax.random.PRNGKey(seed))
         by_run = model.runs.num_groups > 1 and sampling.has_equal_shares(train_dataset_cfg)
-        state = train_state.create(model, loaded.params, partitioner, by_run)
-        ours = identity.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
+        state = initialization.create(model, loaded.params, partitioner, by_run)
+        ours = fingerprint.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
         loaded = dataclasses.replace(loaded, params={})  # the state holds them now
-        host_memory.keep_freed()
+        malloc.keep_freed()
         save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
         saved = checkpoints.Checkpoints(model_dir, save.keep)
         position = checkpoints.DataPosition(batches if save.save_dataset else None)
@@ -166,15 +154,15 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         )
         if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
             trainer.resume(resumed[1]["runs"])
-        total = train_state.count(state.params)
-        learning = train_state.count_learning(model, state.trainable)
-        labels = train_state.trainable_labels(model, state.params)
-        logging.info("%s", reporting.describe_counts(learning, total, sorted(labels)))
+        total = initialization.count(state.params)
+        learning = initialization.count_learning(model, state.trainable)
+        labels = initialization.trainable_labels(model, state.params)
+        logging.info("%s", metric_writers.describe_counts(learning, total, sorted(labels)))
 
         # --- Evaluation and reporting ------------------------------------------------------------
-        writers = reporting.Writers(model_dir)
+        writers = metric_writers.Writers(model_dir)
         converter = model.FEATURE_CONVERTER_CLS
-        losses = train_eval_dataset_cfg and data.eval_batches(
+        losses = train_eval_dataset_cfg and datasets.eval_batches(
             train_eval_dataset_cfg, converter, num_batches=eval_steps or None, **hosts
         )
         inference = infer_eval_dataset_cfg and evaluation.InferenceEvaluator(
@@ -190,12 +178,12 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         trainer.reopen(over, total_steps)
         if summarize_config_fn is not None:
             summarize_config_fn(model_dir, None, trainer.step)
-        reporting.write_run_record(
+        metric_writers.write_run_record(
             model_dir,
             {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
             | {"parameters": total, "trainable_parameters": learning}
             | {"prompt_length": model.prompt.prompt_length}
-            | examples.few_shot_rows(train_dataset_cfg.provider()),
+            | token_tables.few_shot_rows(train_dataset_cfg.provider()),
         )
 
         def save_checkpoint() -> None:
@@ -205,7 +193,9 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             saved.save(trainer.state, meta)
 
         # --- The loop ----------------------------------------------------------------------------
-        progress = reporting.ProgressLine(total_steps, trainer.step, train_dataset_cfg.batch_size)
+        progress = metric_writers.ProgressLine(
+            total_steps, trainer.step, train_dataset_cfg.batch_size
+        )
         stats_period = stats_period or eval_period
         if resumed is not None and trainer.step >= total_steps:
             logging.info("%s has been trained to step %d already.", model_dir, trainer.step)
@@ -243,8 +233,8 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
                     if not stop:
                         check_it_is_ours()
                         batch = next(batches)
-                        largest = out_of_memory.larger(largest, batch)
-                        with out_of_memory.explained(trainer, largest):
+                        largest = oom.larger(largest, batch)
+                        with oom.explained(trainer, largest):
                             trainer.train(batch)
                 _report(trainer, writers, progress, largest)
                 save_checkpoint()
@@ -272,18 +262,18 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
 
 
 def _resumed(
-    state: train_state.TrainState,
+    state: initialization.TrainState,
     saved: checkpoints.Checkpoints,
     position: checkpoints.DataPosition,
-    ours: identity.Identity,
-) -> tuple[train_state.TrainState, dict[str, Any]] | None:
+    ours: fingerprint.Identity,
+) -> tuple[initialization.TrainState, dict[str, Any]] | None:
     """The state of this run's last checkpoint and what was saved beside it, with the data's
     position put there; None at the start of a run."""
     if (restored := saved.restore(state)) is None:
         return None
     state, meta = restored
     step = int(state.step)
-    identity.check_resumes(ours, meta["identity"], str(saved.model_dir))
+    fingerprint.check_resumes(ours, meta["identity"], str(saved.model_dir))
     saved.set_aside_after(step)
     position.restore(meta["data"], step)
     logging.info("Resumed from %s.", saved.path(step))
@@ -292,11 +282,11 @@ def _resumed(
 
 def hand_on(
     model_dir: str,
-    loaded: train_state.Loaded,
-    origins: train_state.Origins,
+    loaded: initialization.Loaded,
+    origins: initialization.Origins,
     evaluator: Evaluation,
-    train_cfg: data.DatasetConfig,
-    infer_cfg: data.DatasetConfig | None,
+    train_cfg: datasets.DatasetConfig,
+    infer_cfg: datasets.DatasetConfig | None,
     all_failed: bool = False,
 ) -> None:
     """Writes what a finished run leaves to others: its prompts, and a backbone that has learnt; of
@@ -308,7 +298,7 @@ def hand_on(
         facts = card_facts(train_cfg, infer_cfg, evaluator)
         prompt = params["prompt"]
         name = origins.name
-        handing_on.write_artefacts(model_dir, evaluator, prompt, loaded, name, facts, all_failed)
+        finalize.write_artefacts(model_dir, evaluator, prompt, loaded, name, facts, all_failed)
     if any(re.fullmatch(BACKBONE, name) for name in flatten(evaluator.trainer.state.trainable)):
         backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
         folder = epath.Path(model_dir) / TRAINED_BACKBONE
@@ -317,7 +307,9 @@ def hand_on(
 
 
 def card_facts(
-    train_cfg: data.DatasetConfig, infer_cfg: data.DatasetConfig | None, evaluator: Evaluation
+    train_cfg: datasets.DatasetConfig,
+    infer_cfg: datasets.DatasetConfig | None,
+    evaluator: Evaluation,
 ) -> model_card.Facts:
     """What the model card says of a run beside its artefact's configuration."""
     provider = train_cfg.provider()
@@ -326,7 +318,7 @@ def card_facts(
         trained_on=getattr(provider, "overlong", {}),
         evaluated=evaluator.inference.num_examples if evaluator.inference else {},
         evaluated_split=infer_cfg.split if infer_cfg else "",
-        trained_numbers=train_state.count_learning(
+        trained_numbers=initialization.count_learning(
             evaluator.trainer.model, evaluator.trainer.state.trainable
         ),
         git_revision=provenance.git_revision(),
@@ -337,7 +329,7 @@ def card_facts(
 def _first_step(trainer: Trainer, batch: Mapping[str, Any], started: float) -> dict[str, float]:
     """Takes the first step; returns how long compiling and starting took."""
     before = time.monotonic()
-    with out_of_memory.explained(trainer, batch):
+    with oom.explained(trainer, batch):
         trainer.train(batch)
         jax.block_until_ready(trainer.state.trainable)
     seconds = {
@@ -350,11 +342,11 @@ def _first_step(trainer: Trainer, batch: Mapping[str, Any], started: float) -> d
 
 def _report(
     trainer: Trainer,
-    writers: reporting.Writers,
-    progress: reporting.ProgressLine,
+    writers: metric_writers.Writers,
+    progress: metric_writers.ProgressLine,
     largest: Mapping[str, Any],
 ) -> None:
-    with out_of_memory.explained(trainer, largest):  # steps run while the host goes on
+    with oom.explained(trainer, largest):  # steps run while the host goes on
         found = trainer.read_metrics()
     if found:
         speeds = progress.update(trainer.step, found)

@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # In a process of its own: a method or a task registered here would be everybody's.
 CHECKS = """
 import jax, numpy as np
-from mpt_jax.features import PromptFeatureConverter
+from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.prompts import get_method
-from mpt_jax.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer, Schedule
 from mpt_jax.prompts.base import InitContext, PromptMethod, fold, rows_of
-from mpt_jax.runs import Runs
+from mpt_jax.core.runs import Runs
 
 runs = Runs(["my_sst2", "another"])
 method = get_method("scaled_prompt")(prompt_length=3)

@@ -13,14 +13,18 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax import artefacts, checkpoints, eval, features, identity, infer, train_state
+from mpt_jax import eval, infer
+from mpt_jax.artifacts import artifacts
+from mpt_jax.checkpointing import checkpoints, fingerprint
 from mpt_jax.convert.t5x import save_t5x
-from mpt_jax.data import DatasetConfig
-from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.core.runs import Runs
+from mpt_jax.data import feature_converter
+from mpt_jax.data.datasets import DatasetConfig
+from mpt_jax.data.sampling import task_mixture
 from mpt_jax.prompts.mpt import MPT
-from mpt_jax.runs import Runs
-from mpt_jax.sampling import task_mixture
-from tests import tiny
+from mpt_jax.training import initialization
+from mpt_jax.training.partitioning import PjitPartitioner
+from tests.fixtures import tiny
 
 TASKS = ("judged_a", "judged_b")
 BANK = (*TASKS, "judged_empty")
@@ -40,8 +44,8 @@ def register(name: str, offset: int) -> None:
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(examples, ("test",), {"test": size}),
-        preprocessors=features.finish(name),
-        output_features=features.output_features(VOCABULARY),
+        preprocessors=feature_converter.finish(name),
+        output_features=feature_converter.output_features(VOCABULARY),
         metric_fns=[accuracy],
     )
 
@@ -52,7 +56,7 @@ def accuracy(targets, predictions):
 
 def make_model(names=BANK, prompt_length=tiny.PROMPT):
     runs = Runs(names)
-    converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
+    converter = lambda **kwargs: feature_converter.PromptFeatureConverter(  # noqa: E731
         prompt_length=prompt_length, runs=runs, **kwargs
     )
     return tiny.model(
@@ -76,8 +80,8 @@ def saved(tmp_path_factory):
     backbone = {name: tree for name, tree in params.items() if name != "prompt"}
     origins = {"backbone": str(save_t5x(folder, backbone, 0))}
     state = tiny.state(model, params)
-    loaded = train_state.fill(model, train_state.Origins(**origins), jax.random.PRNGKey(0))
-    meta = {"identity": identity.of_model(model, loaded)}
+    loaded = initialization.fill(model, initialization.Origins(**origins), jax.random.PRNGKey(0))
+    meta = {"identity": fingerprint.of_model(model, loaded)}
     kept = checkpoints.Checkpoints(str(folder / "run"), keep=None)
     for step in (0, 3):
         kept.save(state.replace(step=jax.numpy.asarray(step, jax.numpy.int32)), meta)
@@ -93,7 +97,7 @@ def config(names=TASKS, **overrides):
 
 
 def arguments(saved, path="checkpoint_3", mode="specific", origins=None, **overrides):
-    made = train_state.Origins(**{**saved.origins, **(origins or {})})
+    made = initialization.Origins(**{**saved.origins, **(origins or {})})
     return {
         "model": saved.model,
         "dataset_cfg": config(),
@@ -223,12 +227,12 @@ def test_shards_make_up_the_whole(saved, tmp_path):
 def test_an_artefact_is_evaluated_without_a_checkpoint(saved, tmp_path):
     """Its prompts are the checkpoint's, so its predictions are too."""
     embedding = saved.params["token_embedder"]["embedding"]
-    path = artefacts.save_artefact(
+    path = artifacts.save_artefact(
         tmp_path / "artefact",
         saved.model.prompt,
         saved.params["prompt"],
         saved.model.runs,
-        embedding_sha256=artefacts.embedding_digest(embedding),
+        embedding_sha256=artifacts.embedding_digest(embedding),
         vocabulary_sha256=None,
         backbone="tiny",
         step=3,
@@ -251,7 +255,7 @@ def test_an_artefact_is_evaluated_without_a_checkpoint(saved, tmp_path):
 def test_modes_of_a_restore_configuration(saved):
     def steps(path, mode):
         cfg = checkpoints.RestoreCheckpointConfig(path, mode)
-        made = train_state.Origins(**saved.origins)
+        made = initialization.Origins(**saved.origins)
         found = eval.states(saved.model, made, PjitPartitioner(), cfg)
         return [int(state.step) for state in found]
 
@@ -262,7 +266,7 @@ def test_modes_of_a_restore_configuration(saved):
 
 
 def one_state(saved, model, **origins):
-    made = train_state.Origins(**{**saved.origins, **origins})
+    made = initialization.Origins(**{**saved.origins, **origins})
     cfg = checkpoints.RestoreCheckpointConfig(str(saved.run), "latest")
     return next(iter(eval.states(model, made, PjitPartitioner(), cfg)))
 
@@ -287,7 +291,7 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
     shutil.copytree(saved.run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint_3" / "meta")
     cfg = checkpoints.RestoreCheckpointConfig(str(tmp_path / "run" / "checkpoint_3"), "specific")
-    made = train_state.Origins(**saved.origins)
+    made = initialization.Origins(**saved.origins)
     with pytest.raises(OSError, match="checkpoint_3 cannot be read"):
         list(eval.states(saved.model, made, PjitPartitioner(), cfg))
 

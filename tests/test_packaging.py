@@ -41,11 +41,12 @@ def test_the_installed_wheel_finds_gin_files_and_tasks_from_anywhere(
     with zipfile.ZipFile(wheel) as archive:  # a pure wheel is installed by unpacking it
         archive.extractall(site)
     script = f"""
-import pathlib, gin, mpt_jax, seqio, tasks.toy, t5x
-from mpt_jax import gin_utils, paths
+import pathlib, gin, mpt_jax, seqio, mpt_jax.tasks.toy, t5x
+from mpt_jax.config import gin_utils
+from mpt_jax.runtime import paths
 from mpt_jax.train import train  # the gin files configure the main module
 site = {str(site)!r}
-for module in (mpt_jax, tasks.toy):
+for module in (mpt_jax, mpt_jax.tasks.toy):
     assert module.__file__.startswith(site), module.__file__
 assert not gin.__file__.startswith(site), gin.__file__
 gin_utils.parse(["gin/mpt_source.gin", "gin/tiny.gin"])

@@ -14,24 +14,29 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax import artefacts, checkpoints, features, handing_on, losses, models, train_state
+from mpt_jax.artifacts import artifacts
 from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.checkpointing import checkpoints
 from mpt_jax.convert.t5x import save_t5x
-from mpt_jax.data import DatasetConfig
-from mpt_jax.optimizers import PromptOptimizer, Schedule
-from mpt_jax.out_of_memory import OutOfMemory
-from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
+from mpt_jax.data import feature_converter
+from mpt_jax.data.datasets import DatasetConfig
+from mpt_jax.data.sampling import EqualQuotas, StochasticTasks, task_mixture
+from mpt_jax.evaluation import finalize
+from mpt_jax.models import encoder_decoder, losses
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.no_prompt import NoPrompt
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.spot import NearestSource
-from mpt_jax.runs import Runs
-from mpt_jax.sampling import EqualQuotas, StochasticTasks, task_mixture
-from mpt_jax.selection import SelectBest
 from mpt_jax.train import train
-from mpt_jax.trainer import NonFiniteLoss, Trainer
-from mpt_jax.tree import flatten
-from tests import tiny
+from mpt_jax.training import initialization
+from mpt_jax.training.oom import OutOfMemory
+from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.selection import SelectBest
+from mpt_jax.training.trainer import NonFiniteLoss, Trainer
+from tests.fixtures import tiny
 
 TASKS = ("run_a", "run_b", "run_c")
 P, BATCH, STEPS = 3, 6, 8
@@ -56,8 +61,8 @@ def register(name: str, offset: int) -> None:
             splits=("train", "validation"),
             num_input_examples={"train": 10, "validation": 4},
         ),
-        preprocessors=features.finish(name),
-        output_features=features.output_features(VOCABULARY),
+        preprocessors=feature_converter.finish(name),
+        output_features=feature_converter.output_features(VOCABULARY),
         metric_fns=[accuracy],
     )
 
@@ -75,7 +80,9 @@ def accuracy(targets, predictions):
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     register_all()
-    model = models.PromptedEncoderDecoder(Transformer(CONFIG), PromptTuning(P), Runs(TASKS))
+    model = encoder_decoder.PromptedEncoderDecoder(
+        Transformer(CONFIG), PromptTuning(P), Runs(TASKS)
+    )
     folder = tmp_path_factory.mktemp("backbone")
     tree = {k: v for k, v in tiny.params(model).items() if k != "prompt"}
     return str(save_t5x(folder, tree, step=0))
@@ -86,10 +93,10 @@ def build(method=None, runs=None, rate=0.1, reserved=P, optimizer=None, **overri
     labels = ("shared", "task", "backbone")
     schedules = dict.fromkeys(labels, Schedule(rate, decay="constant"))
     optimizer = optimizer or PromptOptimizer(schedules, absent_tasks="hold")
-    converter = lambda **kwargs: features.PromptFeatureConverter(  # noqa: E731
+    converter = lambda **kwargs: feature_converter.PromptFeatureConverter(  # noqa: E731
         prompt_length=reserved, runs=runs, **kwargs
     )
-    return models.PromptedEncoderDecoder(
+    return encoder_decoder.PromptedEncoderDecoder(
         Transformer(CONFIG),
         method or MPT(P),
         runs,
@@ -110,7 +117,7 @@ def dataset(runs, sampler=None, split="train", **overrides):
 
 def run(backbone, model_dir, model=None, steps=STEPS, origins=None, save=None, **overrides):
     model = model or build()
-    made = train_state.Origins(**{"backbone": backbone, **(origins or {})})
+    made = initialization.Origins(**{"backbone": backbone, **(origins or {})})
     return train(
         model=model,
         train_dataset_cfg=overrides.pop("data", None) or dataset(model.runs),
@@ -125,7 +132,7 @@ def run(backbone, model_dir, model=None, steps=STEPS, origins=None, save=None, *
 
 
 def prompts(model_dir):
-    return flatten(artefacts.load_artefact(model_dir / "artefact").params)
+    return flatten(artifacts.load_artefact(model_dir / "artefact").params)
 
 
 def assert_same_bits(first, second):
@@ -238,7 +245,7 @@ def test_another_learning_rate_may_go_on_and_is_logged(backbone, tmp_path, caplo
 
 def test_a_finished_run_may_be_started_again(backbone, tmp_path):
     """Also one that leaves a backbone, which it makes again."""
-    model = lambda: build(NoPrompt(), reserved=0, labels=models.FULL_FINETUNING)  # noqa: E731
+    model = lambda: build(NoPrompt(), reserved=0, labels=encoder_decoder.FULL_FINETUNING)  # noqa: E731
     run(backbone, tmp_path / "run", model(), steps=2)
     (made,) = (tmp_path / "run" / "backbone").iterdir()
     first = (made / "checkpoint").read_bytes()
@@ -291,7 +298,9 @@ def test_three_stages_hand_artefacts_on(backbone, tmp_path):
 
     without = build(runs=Runs(["run_a", "run_x"]), objective=student.objective)
     with pytest.raises(ValueError, match=r"No teacher for the tasks \['run_x'\]"):
-        train_state.fill(without, train_state.Origins(backbone, **origins), tiny.jax.random.key(0))
+        initialization.fill(
+            without, initialization.Origins(backbone, **origins), tiny.jax.random.key(0)
+        )
 
 
 def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
@@ -308,7 +317,7 @@ def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
         origins = {"artefact": str(tmp_path / "sources" / "artefact")}
         run(backbone, tmp_path / "target", build(method, one), 0, origins,
             data=dataset(one, EqualQuotas(BATCH, 1)))  # fmt: skip
-        return artefacts.load_artefact(tmp_path / "target" / "artefact")
+        return artifacts.load_artefact(tmp_path / "target" / "artefact")
 
     started = start()
     np.testing.assert_array_equal(
@@ -373,7 +382,7 @@ def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
     )
     assert set(scores) == set(TASKS)
     assert sorted(best.history) == [4, 8]
-    config = artefacts.load_artefact(tmp_path / "run" / "artefact").config
+    config = artifacts.load_artefact(tmp_path / "run" / "artefact").config
     assert config["metrics"]["best_step"] == best.best_step
     assert config["metrics"]["scores"] == best.scores and config["step"] == max(best.best_step)
     assert (tmp_path / "run" / "inference_eval").is_dir()
@@ -469,10 +478,10 @@ def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone
         "run_a",
         "run_c",
     }
-    joint = artefacts.load_artefact(tmp_path / "whole" / "artefact")
+    joint = artifacts.load_artefact(tmp_path / "whole" / "artefact")
     assert joint.runs.run_names == ("run_a", "run_c") and joint.runs.num_groups == 2
     for row, name in enumerate(joint.runs.run_names):
-        own = artefacts.load_artefact(tmp_path / "whole" / "artefacts" / name)
+        own = artifacts.load_artefact(tmp_path / "whole" / "artefacts" / name)
         assert own.runs == Runs([name]) and own.config["step"] == (4, 8)[row]
         np.testing.assert_array_equal(own.folded()[0], joint.folded()[row])
         # ... and equals the run alone, of as many steps.
@@ -482,7 +491,7 @@ def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone
         cfg = dataset(alone, EqualQuotas(BATCH // 3, 1), batch_size=BATCH // 3)
         model = build(runs=alone, optimizer=optimizer)
         run(backbone, tmp_path / name, model, (4, 8)[row], data=cfg)
-        solo = artefacts.load_artefact(tmp_path / name / "artefact").folded()
+        solo = artifacts.load_artefact(tmp_path / name / "artefact").folded()
         np.testing.assert_allclose(own.folded(), solo, 1e-5, 1e-5)
     # An artefact of one run is a start for others.
     again = run_fleet(backbone, tmp_path / "whole")  # trains no further, and leaves the same
@@ -506,8 +515,8 @@ def test_a_fleet_whose_training_is_extended_trains_on(backbone, tmp_path):
 
 
 def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, monkeypatch):
-    too_high, read, sound = (1e38, 1e38, 1e38), [], handing_on.endings
-    monkeypatch.setattr(handing_on, "endings", lambda *args: read.append(1) or sound(*args))
+    too_high, read, sound = (1e38, 1e38, 1e38), [], finalize.endings
+    monkeypatch.setattr(finalize, "endings", lambda *args: read.append(1) or sound(*args))
     with pytest.raises(NonFiniteLoss):
         run_fleet(backbone, tmp_path / "none", peaks=too_high)
     assert set(endings(tmp_path / "none").values()) == {("failed", 1, None)}
@@ -517,9 +526,9 @@ def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, mo
     first = prompts(folder)
     with pytest.raises(NonFiniteLoss):
         run_fleet(backbone, folder, patience=9, peaks=too_high)
-    assert set(endings(folder).values()) == {("failed", 3, 2)} and not handing_on.all_ended(folder)
+    assert set(endings(folder).values()) == {("failed", 3, 2)} and not finalize.all_ended(folder)
     assert_same_bits(prompts(folder), first)
-    assert artefacts.load_artefact(folder / "artefacts" / "run_b").config["step"] == 2
+    assert artifacts.load_artefact(folder / "artefacts" / "run_b").config["step"] == 2
     assert len(read) == 3, "once for each job, however many artefacts it leaves"
     # The card of a run tells what it learnt itself.
     for name, runs in (("artefact", 3), ("artefacts/run_b", 1)):
@@ -534,6 +543,6 @@ def test_patience_ends_each_run_and_then_the_job(backbone, tmp_path):
         "run_a": ("finished", 6, 2), "run_b": ("finished", 4, 2), "run_c": ("finished", 4, 2),
     }  # fmt: skip
     assert (tmp_path / "run" / "checkpoint_6").is_dir(), "nobody was left to train to step 8"
-    config = artefacts.load_artefact(tmp_path / "run" / "artefacts" / "run_b").config
+    config = artifacts.load_artefact(tmp_path / "run" / "artefacts" / "run_b").config
     assert config["metrics"]["best_step"] == [2] and config["metrics"]["best_score"] == [0]
     assert list(config["metrics"]["scores"]) == ["run_b"]

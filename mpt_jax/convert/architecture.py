@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.tree import flatten, match_exactly, unflatten
+from mpt_jax.core.tree import flatten, match_exactly, unflatten
 
 # What shapes do not show is taken to be as in every published T5, and has to be said to the user.
 ASSUMED = "relative_attention_max_distance=128"

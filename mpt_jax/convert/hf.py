@@ -15,9 +15,9 @@ import numpy as np
 from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.convert.files import new_folder, read_json
 from mpt_jax.convert.hf_weights import MAX_SHARD_BYTES, read_tensors, write_tensors
-from mpt_jax.tree import flatten, match_exactly, unflatten
+from mpt_jax.core.tree import flatten, match_exactly, unflatten
+from mpt_jax.runtime.files import new_folder, read_json
 
 CONFIG = "config.json"
 

@@ -21,7 +21,7 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mpt_jax.convert.files import is_local, read_json
+from mpt_jax.runtime.files import is_local, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

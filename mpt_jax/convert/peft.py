@@ -22,12 +22,12 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from mpt_jax.convert.files import read_json
 from mpt_jax.convert.hf_weights import read_file
+from mpt_jax.core.tree import match_exactly
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.tree import match_exactly
+from mpt_jax.runtime.files import read_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

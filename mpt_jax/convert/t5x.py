@@ -19,10 +19,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from mpt_jax.backbones.t5.scan import is_stacked, unstack_layers
+from mpt_jax.backbones.t5.scanned_params import is_stacked, unstack_layers
 from mpt_jax.convert.architecture import with_even_tables
-from mpt_jax.convert.files import absolute, is_local, new_folder
-from mpt_jax.tree import flatten, unflatten
+from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.runtime.files import absolute, is_local, new_folder
 
 FORMAT_VERSION = 3  # of T5X's own format
 FILE = "checkpoint"

@@ -20,11 +20,13 @@ import gin
 import jax
 from absl import app, flags, logging
 
-from mpt_jax import gin_utils, paths, sampling, t5x_import
 from mpt_jax import train as train_module
-from mpt_jax.partitioning import PjitPartitioner
-from mpt_jax.plan import chips, show, steps
+from mpt_jax.config import gin_utils, trainer_choice
+from mpt_jax.data import sampling
+from mpt_jax.plan import chips, format, steps
 from mpt_jax.plan.steps import Choice, DoesNotFit, Job, Needs
+from mpt_jax.runtime import paths
+from mpt_jax.training.partitioning import PjitPartitioner
 
 # No vocabulary is read: no shape depends on its words.
 _VOCABULARY = "toy.model"
@@ -69,9 +71,11 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, ImportError) as error:
         logging.error("%s", gin_utils.message(error))
         sys.exit(2)
-    print(show.NOTE, show.table(found), show.details(found), show.verdicts(found), sep="\n\n")
+    print(
+        format.NOTE, format.table(found), format.details(found), format.verdicts(found), sep="\n\n"
+    )
     if values.json:
-        Path(values.json).write_text(json.dumps(show.as_json(found), indent=1) + "\n")
+        Path(values.json).write_text(json.dumps(format.as_json(found), indent=1) + "\n")
 
 
 def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str]) -> Job:
@@ -157,7 +161,7 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a plan needs no device, also where there are some
     # A gin file's own mesh is made before the slice is known, of devices that do not exist.
     jax.config.update("jax_num_cpu_devices", MOST_PARTITIONS)
-    t5x_import.install()
+    trainer_choice.install()
     gin_utils.define_flags()
     app.run(
         main, flags_parser=lambda argv: app.parse_flags_with_usage(gin_utils.rewrite_gin_args(argv))

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax import data, train_state
-from mpt_jax.models import PromptedEncoderDecoder
-from mpt_jax.partitioning import PjitPartitioner
+from mpt_jax.data import datasets
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.plan import chips, hlo
 from mpt_jax.plan.chips import Chip
-from mpt_jax.trainer import Trainer
+from mpt_jax.training import initialization
+from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.trainer import Trainer
 
 STEPS = ("train", "eval", "predict")
 
@@ -40,8 +41,8 @@ class Job:
     """
 
     model: PromptedEncoderDecoder
-    train: data.DatasetConfig
-    infer: data.DatasetConfig | None
+    train: datasets.DatasetConfig
+    infer: datasets.DatasetConfig | None
     trainer_cls: Callable[..., Trainer]
     rules: Any
     model_axis: int = 1
@@ -54,7 +55,7 @@ class Job:
         """How many slices it is laid out for."""
         return math.prod(self.dcn_mesh_shape or (1,))
 
-    def batch(self, cfg: data.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
+    def batch(self, cfg: datasets.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
         """The shapes of a global batch on a mesh."""
         converter = cfg.converter(self.model.FEATURE_CONVERTER_CLS, cfg.pack)
         lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
@@ -203,7 +204,7 @@ def compile_steps(
     )
     copies = len(slice_) // choice.model_axis
     parts = {} if choice.num_microbatches is None else {"num_microbatches": choice.num_microbatches}
-    state = train_state.abstract(job.model, partitioner, job.rows_by_run)
+    state = initialization.abstract(job.model, partitioner, job.rows_by_run)
     trainer = job.trainer_cls(
         model=job.model,
         # The number of steps taken is asked for; all else is shapes.

@@ -1,7 +1,8 @@
 """Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
 
-from mpt_jax.prompts import attempt, crosspt, mpt, no_prompt, prompt_tuning, shared_prompt
+from mpt_jax.prompts import attempt, mpt, no_prompt, prompt_tuning, shared_prompt
 from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
+from mpt_jax.prompts.crosspt import crosspt
 
 __all__ = [
     "PromptMethod",

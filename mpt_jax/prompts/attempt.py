@@ -18,10 +18,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.prompts import text_attention
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts import prompt_attention
 from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, fold, register, take
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.starts import (
+from mpt_jax.prompts.prompt_attention import TextAttention
+from mpt_jax.prompts.warm_start import (
     FIRST,
     StartFrom,
     mix,
@@ -29,8 +31,6 @@ from mpt_jax.prompts.starts import (
     shared_groups,
     source_weights,
 )
-from mpt_jax.prompts.text_attention import TextAttention
-from mpt_jax.runs import Runs
 
 TARGET = "target"
 
@@ -71,11 +71,11 @@ class ATTEMPT(PromptMethod):
 
     name = "attempt"
     needs_artefact = True
-    labels = ((r"sources", "frozen"), (r"target", "task"), *text_attention.LABELS)
+    labels = ((r"sources", "frozen"), (r"target", "task"), *prompt_attention.LABELS)
     axes = {
         "sources": ("sources", "prompt", "embed"),
         "target": ("tasks", "prompt", "embed"),
-        **text_attention.AXES,
+        **prompt_attention.AXES,
     }
 
     def __post_init__(self):
@@ -161,7 +161,7 @@ class ATTEMPT(PromptMethod):
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
-        shared = {name: source[name][groups] for name in source if name in text_attention.AXES}
+        shared = {name: source[name][groups] for name in source if name in prompt_attention.AXES}
         target = mix(weights, source["target"])
         return {"sources": source["sources"], "target": target, **shared}
 

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.runs import Runs, data_name, unknown_name
-from mpt_jax.shapes import Array, Float, Int, Key, Params
-from mpt_jax.tree import Rules
+from mpt_jax.core.runs import Runs, data_name, unknown_name
+from mpt_jax.core.shapes import Array, Float, Int, Key, Params
+from mpt_jax.core.tree import Rules
 
 # Prompts are composed in float32; by default a TPU would multiply in bfloat16.
 FLOAT32 = jax.lax.Precision.HIGHEST

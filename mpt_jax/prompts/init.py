@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.core.runs import Runs, unknown_name
+from mpt_jax.core.shapes import Array, Float, Key
 from mpt_jax.prompts.base import InitContext, name_key
-from mpt_jax.runs import Runs, unknown_name
-from mpt_jax.shapes import Array, Float, Key
 
 
 @runtime_checkable

@@ -29,7 +29,7 @@ from mpt_jax.prompts.init import (
     initial_prompts,
     ones_noise,
 )
-from mpt_jax.prompts.starts import StartFrom, mix, shared_groups, source_weights
+from mpt_jax.prompts.warm_start import StartFrom, mix, shared_groups, source_weights
 
 
 @register

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpt_jax.prompts.base import PLAIN, PromptMethod, fold, register, take
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.starts import StartFrom, mix, source_weights
+from mpt_jax.prompts.warm_start import StartFrom, mix, source_weights
 
 
 @register

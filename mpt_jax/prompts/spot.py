@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from mpt_jax.runs import Runs, unknown_name
+from mpt_jax.core.runs import Runs, unknown_name
 
 # Run -> {source run: weight}.
 SourceTable = Mapping[str, Mapping[str, int | float] | str]

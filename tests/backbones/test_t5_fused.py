@@ -1,6 +1,6 @@
 """Attention by kernels gives the numbers of attention by plain operations, gradients included.
 
-The kernels run interpreted here; `tests/test_plan.py` compiles them for TPUs.
+The kernels run interpreted here; `tests/plan/test_plan.py` compiles them for TPUs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pytest
 
 from mpt_jax.backbones.t5 import T5Config, Transformer
 from mpt_jax.backbones.t5 import fused_attention as fused
-from mpt_jax.partitioning import PjitPartitioner
-from mpt_jax.tree import flatten
+from mpt_jax.core.tree import flatten
+from mpt_jax.training.partitioning import PjitPartitioner
 
 BATCH, LENGTH, TARGETS, VOCABULARY = 4, 13, 5, 32  # targets at most half of head_dim
 SHAPE = {

@@ -10,7 +10,7 @@ import pytest
 
 from mpt_jax.backbones.t5 import T5Config, layers
 from mpt_jax.backbones.t5.attention import Attention
-from mpt_jax.backbones.t5.lean import masked_softmax, rms_norm
+from mpt_jax.backbones.t5.low_memory_ops import masked_softmax, rms_norm
 
 
 def slow_bucket(distance: int, bidirectional: bool, buckets: int, farthest: int) -> int:

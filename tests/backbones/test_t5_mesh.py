@@ -8,7 +8,7 @@ from flax.linen import partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes
-from mpt_jax.tree import flatten, unflatten
+from mpt_jax.core.tree import flatten, unflatten
 
 RULES = (
     ("batch", "data"),

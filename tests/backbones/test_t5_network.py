@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_config
-from mpt_jax.tree import flatten, unflatten
+from mpt_jax.core.tree import flatten, unflatten
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "t5x_tree.json").read_text())
 T5_1_0 = {"mlp_activations": ("relu",), "logits_via_embedding": True}

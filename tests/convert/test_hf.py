@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mpt_jax import decoding
 from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_config
 from mpt_jax.backbones.t5.config import NAMES
-from mpt_jax.backbones.t5.scan import stack_layers
+from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.convert import load_backbone, load_hf, save_hf
 from mpt_jax.convert.hf import config_from_hf, config_to_hf
-from mpt_jax.tree import flatten
-from tests import bucket
+from mpt_jax.core.tree import flatten
+from mpt_jax.models import decoding
+from tests.fixtures import fake_gcs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = ("1_0", "1_1", "umt5")
@@ -152,7 +152,7 @@ def test_saving_gives_every_weight_back(golden, tmp_path):
 def test_a_bucket_is_written_and_read(golden, tmp_path, monkeypatch):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-    name = bucket.mount(tmp_path, monkeypatch)
+    name = fake_gcs.mount(tmp_path, monkeypatch)
     save_hf(f"{name}/models/t5", config, half)
     with pytest.raises(FileExistsError, match="gs://bucket/models/t5"):
         save_hf(f"{name}/models/t5", config, half)

@@ -15,15 +15,14 @@ import tensorstore as ts
 from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
-from mpt_jax.backbones.t5.scan import stack_layers
-from mpt_jax.conversion import parity
-from mpt_jax.conversion.backbones import read
-from mpt_jax.convert import load_backbone, load_t5x, save_t5x
+from mpt_jax.backbones.t5.scanned_params import stack_layers
+from mpt_jax.convert import load_backbone, load_t5x, parity, save_t5x
 from mpt_jax.convert.architecture import config_of_tree, with_tables
+from mpt_jax.convert.backbones import read
 from mpt_jax.convert.hf import config_to_hf
 from mpt_jax.convert.t5x import write_orbax, write_t5x
-from mpt_jax.tree import flatten, unflatten
-from tests.shared_data import shared
+from mpt_jax.core.tree import flatten, unflatten
+from tests.fixtures.shared_data import shared
 
 GATED = {"mlp_activations": ("gelu", "linear"), "num_encoder_layers": 2, "num_decoder_layers": 2}
 CONFIG = T5Config(vocab_size=20, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=12, **GATED)

@@ -11,8 +11,8 @@ from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, Transformer
 from mpt_jax.convert.t5x import write_orbax, write_t5x
-from mpt_jax.tree import flatten
-from tests import real_t5x
+from mpt_jax.core.tree import flatten
+from tests.fixtures import real_t5x
 
 pytestmark = [
     *real_t5x.NEEDED,

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5.config import t5_config
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten, label_tree, split
 from mpt_jax.prompts import base
 from mpt_jax.prompts.base import Given
-from mpt_jax.prompts.crosspt import CrossPT
+from mpt_jax.prompts.crosspt.crosspt import CrossPT
+from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.prompts.routing import Annealing
-from mpt_jax.runs import Runs
-from mpt_jax.train_state import count, shapes, trainable_labels
-from mpt_jax.tree import flatten, label_tree, split
-from tests import tiny
-from tests.prompts import mixing_by_hand as by_hand
+from mpt_jax.training.initialization import count, shapes, trainable_labels
+from tests.fixtures import reference_mixing as by_hand
+from tests.fixtures import tiny
 
 LENGTH, H, K, WIDTH = 4, 6, 5, 7
 KEY = jax.random.PRNGKey(0)

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import batches, losses, trainer
-from mpt_jax.optimizers import PromptOptimizer, Schedule
-from mpt_jax.partitioning import PjitPartitioner
-from mpt_jax.prompts.routing import Annealing
-from mpt_jax.runs import Runs
-from mpt_jax.train_state import trainable_labels
-from mpt_jax.tree import flatten, merge, split
-from tests import tiny
+from mpt_jax.batching import collate
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten, merge, split
+from mpt_jax.models import losses
+from mpt_jax.prompts.crosspt.routing import Annealing
+from mpt_jax.training import trainer
+from mpt_jax.training.initialization import trainable_labels
+from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.partitioning import PjitPartitioner
+from tests.fixtures import tiny
 from tests.prompts.test_crosspt import KEY, make
 
 MIXES = {
@@ -69,7 +71,7 @@ class Mixed:
         """(loss, gradients of what learns)."""
         return self.losses(self.trainable, self.frozen, batch, key)
 
-    def examples(self, rows=None) -> list[batches.Example]:
+    def examples(self, rows=None) -> list[collate.Example]:
         """Those of `TEXTS`; or those of one row, as the only one of a bank."""
         rng = np.random.default_rng(0)
         made = []
@@ -77,15 +79,15 @@ class Mixed:
             words = rng.integers(2, tiny.VOCABULARY, size)
             answer = [*rng.integers(2, tiny.VOCABULARY, 1 + size % 3), tiny.EOS]
             if rows is None or row == rows:
-                made.append(batches.Example(words, answer, 0 if rows is not None else row))
+                made.append(collate.Example(words, answer, 0 if rows is not None else row))
         return made
 
     def unpacked(self, rows=None):
-        return batches.unpacked(self.examples(rows), self.lengths, tiny.TEXT, tiny.TARGET)
+        return collate.unpacked(self.examples(rows), self.lengths, tiny.TEXT, tiny.TARGET)
 
     def packed(self):
         row = {"inputs": 2 * (max(self.lengths) + tiny.TEXT), "targets": 3 * tiny.TARGET}
-        return batches.packed(self.examples(), self.lengths, row)
+        return collate.packed(self.examples(), self.lengths, row)
 
 
 @pytest.fixture(scope="module", params=list(MIXES))

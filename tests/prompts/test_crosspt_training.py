@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.base import Given
-from mpt_jax.prompts.routing import Annealing
-from mpt_jax.runs import Runs
-from tests.prompts import mixing_by_hand as by_hand
+from mpt_jax.prompts.crosspt.routing import Annealing
+from tests.fixtures import reference_mixing as by_hand
 from tests.prompts.test_crosspt import BANKS, KEY, NAMES, K, compose, make, mixture, random_params
 
 COLD = Annealing(0.001, 0.001, 1)

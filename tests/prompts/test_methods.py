@@ -9,15 +9,15 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mpt_jax.backbones.t5.config import t5_config
-from mpt_jax.losses import Distillation, Objective
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import label_tree, split
+from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts import base, get_method, method_names, register
 from mpt_jax.prompts.init import SampledVocabulary, signs
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.runs import Runs
-from mpt_jax.train_state import count, shapes, trainable_labels
-from mpt_jax.tree import label_tree, split
-from tests import tiny
+from mpt_jax.training.initialization import count, shapes, trainable_labels
+from tests.fixtures import tiny
 from tests.golden.make_peft_mpt import TASK_IDS, compose, numbers
 
 P, H, K = 4, 6, 5

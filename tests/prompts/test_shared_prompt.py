@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.shared_prompt import SharedPrompt
-from mpt_jax.runs import Runs
 
 P, H = 3, 5
 SOURCES = Runs(["a", "b", "c"])

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
+from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.spot import Embeddings, NearestSource, cosines
-from mpt_jax.runs import Runs
 
 P, H = 3, 5
 SOURCES = Runs(["mnli", "qqp", "sst2"])

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import base, get_method
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.runs import Runs
 
 P, H = 4, 6
 SOURCES = Runs(["mnli", "qqp", "sst2"])

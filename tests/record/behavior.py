@@ -37,7 +37,7 @@ from names import BINDINGS, COMMANDS  # noqa: E402 - beside this script, however
 
 RECORD = Path(__file__).with_name("behavior.json")
 FIXTURES = REPOSITORY / "tests" / "golden" / "before_packages"
-SHIPPED = REPOSITORY / "tasks" / "data" / "tiny_t5"
+SHIPPED = REPOSITORY / "mpt_jax" / "tasks" / "data" / "tiny_t5"
 
 # --- Command lines -------------------------------------------------------------------------------
 

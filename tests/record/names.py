@@ -5,11 +5,11 @@ from __future__ import annotations
 
 # Names of the Python API that batches.py uses -> where they lie.
 API = {
-    "install": "mpt_jax.t5x_import:install",
-    "as_main": "mpt_jax.gin_utils:as_main",
-    "parse": "mpt_jax.gin_utils:parse",
-    "train_iterator": "mpt_jax.data:train_iterator",
-    "eval_batches": "mpt_jax.data:eval_batches",
+    "install": "mpt_jax.config.trainer_choice:install",
+    "as_main": "mpt_jax.config.gin_utils:as_main",
+    "parse": "mpt_jax.config.gin_utils:parse",
+    "train_iterator": "mpt_jax.data.datasets:train_iterator",
+    "eval_batches": "mpt_jax.data.datasets:eval_batches",
     "train_script": "mpt_jax.train",
 }
 # Command lines after `python`; mpt-jax is what pyproject.toml says.

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import seqio
 
-from mpt_jax import data, evaluation, examples, reporting, sampling
-from tasks import few_shot, glue, jsonl, mrqa, others, splits, super_glue, toy  # noqa: F401 - registered
-from tasks.few_shot import Draw
-from tests.tasks import tfds_data
+from mpt_jax.data import datasets, sampling, token_tables
+from mpt_jax.evaluation import evaluator, metric_writers
+from mpt_jax.tasks import few_shot, glue, mpt_others, mrqa, splits, super_glue, toy  # noqa: F401 - registered
+from mpt_jax.tasks import files as jsonl
+from mpt_jax.tasks.few_shot import Draw
+from tests.fixtures import tfds_data
 
 LENGTHS = {"inputs": 200, "targets": 40}
 
@@ -23,7 +25,7 @@ def run():
     gin.clear_config()
     gin.parse_config(
         "from __gin__ import dynamic_registration\n"
-        "from mpt_jax import vocabularies\n"
+        "from mpt_jax.data import vocabularies\n"
         "vocabularies.load.path = 'byt5'"
     )
     yield
@@ -46,9 +48,9 @@ def data_dir(folder):
 
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:
-    dataset = examples.find_task(name).get_dataset(LENGTHS, split, shuffle=False)
+    dataset = token_tables.find_task(name).get_dataset(LENGTHS, split, shuffle=False)
     rows = list(dataset.as_numpy_iterator())
-    assert {row["task_ids"].item() for row in rows} <= {examples.task_id(name)}
+    assert {row["task_ids"].item() for row in rows} <= {token_tables.task_id(name)}
     columns = ("inputs_pretokenized", "targets_pretokenized")
     return [tuple(row[column].decode() for column in columns) for row in rows]
 
@@ -86,16 +88,16 @@ def test_nothing_is_registered_before_it_is_named():
 
 
 def test_a_data_set_config_may_name_a_run():
-    cfg = data.DatasetConfig("toy_wic_k3_s778", LENGTHS, "train", 1, False, 0)
+    cfg = datasets.DatasetConfig("toy_wic_k3_s778", LENGTHS, "train", 1, False, 0)
     assert cfg.provider().name == "toy_wic_k3_s778"
 
 
 def test_an_unknown_task_is_still_an_unknown_task():
     with pytest.raises(ValueError, match=r"Unknown task 'bolq_k4_s0'.*Known: .*boolq"):
-        examples.find_task("bolq_k4_s0")
-    examples.find_task("boolq_k4_s0")
+        token_tables.find_task("bolq_k4_s0")
+    token_tables.find_task("boolq_k4_s0")
     with pytest.raises(ValueError, match="Unknown task 'boolq_k4_s0_k2_s0'"):
-        examples.find_task("boolq_k4_s0_k2_s0")  # nothing is drawn from a draw
+        token_tables.find_task("boolq_k4_s0_k2_s0")  # nothing is drawn from a draw
 
 
 # --- Draws -----------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_each_class_gives_k_rows():
 
 def test_versions_of_a_task_see_the_same_rows(data_dir):
     first, *rest = [
-        examples.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
+        token_tables.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
         for name in ("cb", "cb_digits", "cb_unprefixed", "cb_synthetic")
     ]
     assert rest == [first] * 3
@@ -153,7 +155,7 @@ def test_versions_of_a_task_see_the_same_rows(data_dir):
 )
 def test_what_cannot_be_drawn_is_refused_before_anything_is_read(name, message):
     with pytest.raises(ValueError, match=message):
-        examples.find_task(name)
+        token_tables.find_task(name)
 
 
 def test_a_data_set_that_is_smaller_here_is_told_by_its_own_size(data_dir):
@@ -196,11 +198,11 @@ def test_rows_of_a_carved_split_count_from_its_first_place(data_dir):
 def test_a_repeat_has_all_rows_under_a_name_of_its_own(data_dir):
     for split in ("train", "validation", "test"):
         assert texts("cb_s7", split) == texts("cb", split)
-    again, first = examples.find_task("cb_s7"), examples.find_task("cb")
-    assert evaluation.labels_of(again) == evaluation.labels_of(first)
+    again, first = token_tables.find_task("cb_s7"), token_tables.find_task("cb")
+    assert evaluator.labels_of(again) == evaluator.labels_of(first)
     assert again.name == "cb_s7"
     with pytest.raises(ValueError, match="Unknown task 'nothing_s7'"):
-        examples.find_task("nothing_s7")
+        token_tables.find_task("nothing_s7")
 
 
 def test_a_cut_validation_split_is_drawn_apart(data_dir):
@@ -216,7 +218,7 @@ def test_rows_of_each_class_are_of_it(data_dir):
     found = texts("cb_k2_per_class_s0", "train")
     assert [target for _, target in found] == [w for w in super_glue.ROWS[1].words for _ in "12"]
     assert len(set(found)) == 6
-    numbers = examples.find_task("cb_k2_per_class_s0").source.few_shot_indices("train")
+    numbers = token_tables.find_task("cb_k2_per_class_s0").source.few_shot_indices("train")
     assert [f"premise {i} " in text for i, (text, _) in zip(numbers, found, strict=True)] == [
         True
     ] * 6
@@ -225,7 +227,7 @@ def test_rows_of_each_class_are_of_it(data_dir):
 def test_rows_with_lists_of_any_length_survive(data_dir):
     found = texts("squad_k3_s0", "train")
     assert [target for _, target in found] == ["the cat"] * 3
-    dataset = examples.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
+    dataset = token_tables.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
     assert all(len(row["answers"]) == 2 for row in dataset.as_numpy_iterator())
 
 
@@ -250,7 +252,7 @@ def test_a_task_of_ones_own_files(tmp_path):
 def test_the_rows_are_in_the_run_record(tmp_path):
     runs = ["toy_rte_k4_s0", "toy_rte_k4_s1_dev", "toy_rte"]
     provider = seqio.get_mixture_or_task(sampling.task_mixture(runs))
-    reporting.write_run_record(str(tmp_path), examples.few_shot_rows(provider))
+    metric_writers.write_run_record(str(tmp_path), token_tables.few_shot_rows(provider))
     (line,) = (tmp_path / "run.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["few_shot"] == {
@@ -260,4 +262,4 @@ def test_the_rows_are_in_the_run_record(tmp_path):
     assert record["few_shot_validation"] == {
         "toy_rte_k4_s1_dev": random.Random("toy_rte 4 1 validation").sample(range(200), 4)
     }
-    assert examples.few_shot_rows(seqio.get_mixture_or_task("toy_rte")) == {}
+    assert token_tables.few_shot_rows(seqio.get_mixture_or_task("toy_rte")) == {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from nltk.translate import nist_score
 
-from tasks import generation_metrics as metrics
+from mpt_jax.tasks import generation_metrics as metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "cider_d.json").read_text())
@@ -206,7 +206,7 @@ def test_cider_d_against_the_coco_caption_code(name):
 
 def test_libraries_are_imported_when_a_metric_is_called():
     script = (
-        "import sys, tasks.generation_metrics as m; libraries = set(m.LIBRARIES)\n"
+        "import sys, mpt_jax.tasks.generation_metrics as m; libraries = set(m.LIBRARIES)\n"
         "assert not libraries & set(sys.modules)\n"
         "m.bleu([['a']], ['a'])\n"
         "assert libraries & set(sys.modules) == {'sacrebleu'}"

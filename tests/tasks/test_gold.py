@@ -9,8 +9,10 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax import data, evaluation, examples, features, runs, vocabularies
-from tasks import templates, text_metrics
+from mpt_jax.core import runs
+from mpt_jax.data import datasets, feature_converter, token_tables, vocabularies
+from mpt_jax.evaluation import evaluator
+from mpt_jax.tasks import templates, text_metrics
 
 LENGTHS = {"inputs": 60, "targets": 20}
 WORDS = ("False", "True")
@@ -26,8 +28,8 @@ def registered(name: str, gold: list, template, metrics=()) -> seqio.Task:
     return seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(rows, ["train", "test"]),
-        preprocessors=[template(name), *features.finish(name)],
-        output_features=features.output_features(vocabularies.load("byt5")),
+        preprocessors=[template(name), *feature_converter.finish(name)],
+        output_features=feature_converter.output_features(vocabularies.load("byt5")),
         metric_fns=[text_metrics.of_task(name, metric) for metric in metrics],
     )
 
@@ -46,22 +48,22 @@ def test_training_stops_at_it(name, gold, template, message):
     with pytest.raises(
         ValueError, match=f"'train' split of task '{name}' cannot be used: {message}"
     ):
-        examples.ExampleTable(task, "train", LENGTHS, seed=0)
+        token_tables.ExampleTable(task, "train", LENGTHS, seed=0)
 
 
 def test_gold_in_range_is_read():
-    table = examples.ExampleTable(registered("gld_fine", [1, 0], LABELLED), "train", LENGTHS, 0)
+    table = token_tables.ExampleTable(registered("gld_fine", [1, 0], LABELLED), "train", LENGTHS, 0)
     assert table.num_examples == 2
 
 
 def test_evaluation_stops_at_it():
     registered("gld_test", [1, -1], LABELLED, [text_metrics.accuracy])
-    cfg = data.DatasetConfig("gld_test", LENGTHS, "test", 2, False, 0)
+    cfg = datasets.DatasetConfig("gld_test", LENGTHS, "test", 2, False, 0)
     converter = functools.partial(
-        features.PromptFeatureConverter, prompt_length=2, runs=runs.Runs(["gld_test"])
+        feature_converter.PromptFeatureConverter, prompt_length=2, runs=runs.Runs(["gld_test"])
     )
     with pytest.raises(ValueError, match="'test' split of task 'gld_test' cannot be used.*-1"):
-        evaluation.InferenceEvaluator(cfg, converter, None)
+        evaluator.InferenceEvaluator(cfg, converter, None)
 
 
 def test_quotes_in_a_preprocessors_message_survive():
@@ -73,4 +75,4 @@ def test_quotes_in_a_preprocessors_message_survive():
         return lambda dataset: dataset.map(check)
 
     with pytest.raises(ValueError, match="cannot be used: it isn't 5$"):
-        examples.ExampleTable(registered("gld_own", [1], refuse), "train", LENGTHS, seed=0)
+        token_tables.ExampleTable(registered("gld_own", [1], refuse), "train", LENGTHS, seed=0)

@@ -10,11 +10,14 @@ import gin
 import pytest
 import seqio
 
-from mpt_jax import gin_utils, t5x_import, train
-from tasks import extra, glue, mixtures, mrqa, others, super_glue
+from mpt_jax import train
+from mpt_jax.config import gin_utils, trainer_choice
+from mpt_jax.tasks import extra_sources, glue, mixtures, mpt_others, mrqa, super_glue
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = {row.name: row for m in (glue, super_glue, mrqa, others, extra) for row in m.ROWS}
+ROWS = {
+    row.name: row for m in (glue, super_glue, mrqa, mpt_others, extra_sources) for row in m.ROWS
+}
 # docs/tasks.md and the paper: what five epochs go over. ReCoRD with a row for each answer.
 SIX, TWELVE, RECORD_ROWS = 1_151_093, 1_425_899, 138_854
 
@@ -26,7 +29,7 @@ def clean():
 
 
 def parse(files, bindings=()):
-    t5x_import.install()
+    trainer_choice.install()
     with gin_utils.as_main(train):
         gin_utils.parse(files, bindings, (str(ROOT),))
 
@@ -38,7 +41,7 @@ def value(macro):
 def bind_vocabulary():
     gin.parse_config(
         "from __gin__ import dynamic_registration\n"
-        "from mpt_jax import vocabularies\n"
+        "from mpt_jax.data import vocabularies\n"
         "vocabularies.load.path = 'byt5'"
     )
 
@@ -99,7 +102,7 @@ def test_a_mixture_is_registered_before_a_vocabulary_is_bound():
     """In a process of its own: others have made the mixtures already."""
     script = """
 import gin, seqio
-from tasks import mixtures
+from mpt_jax.tasks import mixtures
 mixture = seqio.get_mixture_or_task("glue_targets")
 for _ in range(2):
     try:
@@ -111,7 +114,7 @@ for _ in range(2):
 assert mixture.name == "glue_targets"
 gin.parse_config('''
 from __gin__ import dynamic_registration
-from mpt_jax import vocabularies
+from mpt_jax.data import vocabularies
 vocabularies.load.path = 'byt5'
 ''')
 assert len(mixture.tasks) == 8 and set(mixture.splits) == {"train", "validation", "test"}

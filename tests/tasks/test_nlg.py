@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import seqio
 
-from mpt_jax import data, vocabularies
-from mpt_jax.evaluation import InferenceEvaluator
-from mpt_jax.features import PromptFeatureConverter
-from mpt_jax.runs import Runs
-from mpt_jax.sampling import task_mixture
-from tests.tasks import tfds_data
+from mpt_jax.core.runs import Runs
+from mpt_jax.data import datasets, vocabularies
+from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.sampling import task_mixture
+from mpt_jax.evaluation.evaluator import InferenceEvaluator
+from tests.fixtures import tfds_data
 
 LENGTHS = {"inputs": 120, "targets": 60}  # bytes
 TASKS = ["e2e", "webnlg"]
@@ -33,10 +33,10 @@ def folder(tmp_path_factory):
 def run(folder):
     gin.parse_config(
         "from __gin__ import dynamic_registration\n"
-        "from mpt_jax import vocabularies\n"
+        "from mpt_jax.data import vocabularies\n"
         "vocabularies.load.path = 'byt5'"
     )
-    task_mixture(TASKS, modules=["tasks.nlg"])
+    task_mixture(TASKS, modules=["mpt_jax.tasks.nlg"])
     seqio.set_tfds_data_dir_override(str(folder))
     yield
     seqio.set_tfds_data_dir_override(None)
@@ -91,7 +91,7 @@ def test_rows_count_after_grouping():
 
 
 def test_few_shot_runs_draw_from_grouped_rows():
-    task_mixture(["e2e_k2_s0_dev"], modules=["tasks.nlg"])
+    task_mixture(["e2e_k2_s0_dev"], modules=["mpt_jax.tasks.nlg"])
     counts = {split: rows("e2e_k2_s0_dev", split) for split in ("train", "validation", "test")}
     assert {s: sum(map(len, found.values())) for s, found in counts.items()} == {
         "train": 2,
@@ -127,7 +127,7 @@ def test_a_meaning_without_a_reference_is_left_out(tmp_path, monkeypatch):
 
 @pytest.fixture
 def evaluator():
-    cfg = data.DatasetConfig(
+    cfg = datasets.DatasetConfig(
         task_mixture(TASKS),
         task_feature_lengths=LENGTHS,
         split="test",

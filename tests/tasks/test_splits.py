@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import seqio
 
-from tasks import splits
-from tasks.splits import Part, PartsSource
-from tests.tasks import tfds_data
+from mpt_jax.tasks import splits
+from mpt_jax.tasks.splits import Part, PartsSource
+from tests.fixtures import tfds_data
 
 CB = "super_glue/cb:1.0.2"
 

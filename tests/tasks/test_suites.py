@@ -15,18 +15,19 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mpt_jax import data, examples, gin_utils, t5x_import, train, vocabularies
-from mpt_jax.evaluation import InferenceEvaluator, labels_of
-from mpt_jax.features import PromptFeatureConverter
-from mpt_jax.runs import Runs
-from mpt_jax.sampling import task_mixture
-from mpt_jax.selection import SelectBest
-from tasks import extra, glue, mrqa, nlg, others, splits, suite, super_glue
-from tests import tiny
-from tests.tasks import tfds_data
+from mpt_jax import train
+from mpt_jax.config import gin_utils, trainer_choice
+from mpt_jax.core.runs import Runs
+from mpt_jax.data import datasets, token_tables, vocabularies
+from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.sampling import task_mixture
+from mpt_jax.evaluation.evaluator import InferenceEvaluator, labels_of
+from mpt_jax.tasks import extra_sources, glue, mpt_others, mrqa, nlg, splits, suite, super_glue
+from mpt_jax.training.selection import SelectBest
+from tests.fixtures import tfds_data, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = (glue, super_glue, mrqa, others, extra)
+SUITES = (glue, super_glue, mrqa, mpt_others, extra_sources)
 ROWS = {row.name: row for module in SUITES for row in module.ROWS}
 GENERATED = {row.name: row for row in nlg.ROWS}  # test_nlg.py reads them
 LENGTHS = {"inputs": 200, "targets": 40}  # bytes, here
@@ -124,7 +125,7 @@ def bind_vocabulary(path: str) -> None:
     gin.clear_config()
     gin.parse_config(
         "from __gin__ import dynamic_registration\n"
-        "from mpt_jax import vocabularies\n"
+        "from mpt_jax.data import vocabularies\n"
         f"vocabularies.load.path = {path!r}"
     )
 
@@ -146,7 +147,7 @@ def data_dir(folder):
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:
     """The inputs and targets of a split, from the table of tokens that training reads."""
-    table = examples.ExampleTable(seqio.TaskRegistry.get(name), split, LENGTHS, seed=42)
+    table = token_tables.ExampleTable(seqio.TaskRegistry.get(name), split, LENGTHS, seed=42)
     assert not table.num_overlong
     decode = vocabularies.load("byt5").decode
     columns = []
@@ -269,7 +270,7 @@ def evaluated(folder, written):
     """predict_fn -> {task: {metric: value}} on the test split."""
     bind_vocabulary("byt5")
     seqio.set_tfds_data_dir_override(str(folder))
-    cfg = data.DatasetConfig(
+    cfg = datasets.DatasetConfig(
         task_mixture(EVALUATED),
         task_feature_lengths=LENGTHS,
         split="test",
@@ -345,7 +346,7 @@ def test_what_is_undefined_is_marked_wherever_scores_are_written(evaluated, writ
     ],
 )
 def test_the_stages_find_their_tasks(data_dir, name, tasks):
-    t5x_import.install()
+    trainer_choice.install()
     with gin_utils.as_main(train):
         gin_utils.parse([name], ["VOCABULARY = 'byt5'"], (str(ROOT),))
 
@@ -373,8 +374,8 @@ def test_a_mistake_in_the_bound_path_is_told_as_it_is():
     gin.clear_config()
     gin.parse_config(
         "from __gin__ import dynamic_registration\n"
-        "from mpt_jax import paths\n"
-        "from mpt_jax import vocabularies\n"
+        "from mpt_jax.runtime import paths\n"
+        "from mpt_jax.data import vocabularies\n"
         "vocabularies.load.path = @paths.under()\n"
         "paths.under.base = ''\n"
         "paths.under.name = 'spiece.model'"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tasks import extra, nlg, templates
+from mpt_jax.tasks import extra_sources, nlg, templates
 
 
 def applied(preprocessor, *rows: dict[str, Any]) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def test_a_query_without_answers_has_no_row_and_one_without_entities_has():
 
 # --- Multiple choice ---------------------------------------------------------------------------
 
-EXTRA = {row.name: row for row in extra.ROWS}
+EXTRA = {row.name: row for row in extra_sources.ROWS}
 
 
 def asked(name: str, row: dict[str, Any], digits: bool = False) -> dict[str, Any]:

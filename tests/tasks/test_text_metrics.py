@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from mpt_jax import evaluation
-from tasks import text_metrics as metrics
+from mpt_jax.evaluation import evaluator
+from mpt_jax.tasks import text_metrics as metrics
 
 LABELS = ("no", "yes")
 
@@ -171,7 +171,7 @@ def test_warnings_and_errors_name_the_task_and_the_run_before_the_task(caplog):
 
 
 def test_a_metric_of_a_task_is_still_the_metric_that_seqio_and_ranking_know():
-    named = metrics.of_task("cola", evaluation.with_labels(metrics.accuracy, LABELS))
+    named = metrics.of_task("cola", evaluator.with_labels(metrics.accuracy, LABELS))
     assert named.labels == LABELS and named.__name__ == "accuracy"
     assert list(inspect.signature(named).parameters) == ["targets", "predictions"]
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import data, features, paths
 from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.convert import load_backbone
-from mpt_jax.runs import Runs
-from mpt_jax.tree import flatten
-from tasks import toy, toy_init, toy_vocabulary
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
+from mpt_jax.data import datasets, feature_converter
+from mpt_jax.runtime import paths
+from mpt_jax.tasks import toy, toy_init, toy_vocabulary
 
 MEGABYTE = 2**20
 
@@ -66,11 +67,11 @@ def test_equal_words_attend_to_each_other_before_any_training():
 
 def test_pretraining_data_resumes_where_it_stopped():
     converter = functools.partial(
-        features.PromptFeatureConverter, prompt_length=0, runs=Runs(["toy_pretrain"])
+        feature_converter.PromptFeatureConverter, prompt_length=0, runs=Runs(["toy_pretrain"])
     )
     lengths = {"inputs": 40, "targets": 12}
-    config = data.DatasetConfig("toy_pretrain", lengths, "train", 300, False, 1)
-    make = functools.partial(data.train_iterator, config, converter, num_hosts=1, host_index=0)
+    config = datasets.DatasetConfig("toy_pretrain", lengths, "train", 300, False, 1)
+    make = functools.partial(datasets.train_iterator, config, converter, num_hosts=1, host_index=0)
     iterator = make()
     for _ in range(4):  # beyond the first chunk
         next(iterator)
@@ -101,7 +102,7 @@ def test_shipped_t5_is_the_tiny_gin_file_s(shipped):
 
 def _tiny_gin_config():
     """The T5Config that gin/tiny.gin binds."""
-    from mpt_jax import gin_utils
+    from mpt_jax.config import gin_utils
 
     gin_folder = pathlib.Path(gin_utils.__file__).parents[1]
     text = (gin_folder / "gin" / "tiny.gin").read_text()

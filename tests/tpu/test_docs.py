@@ -8,10 +8,10 @@ import shlex
 import pytest
 
 from benchmarks import plan_table
-from mpt_jax import gin_utils
+from mpt_jax.config import gin_utils
 from mpt_jax.plan import chips
-from tests.test_plan import read_jobs
-from tests.tpu.clouds import ROOT, Clouds
+from tests.fixtures.fake_gcloud import ROOT, Clouds
+from tests.plan.test_plan import read_jobs
 
 TEXT = (ROOT / "docs" / "tpu.md").read_text()
 

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.tpu.clouds import COMMAND, ROOT, Clouds, common
+from tests.fixtures.fake_gcloud import COMMAND, ROOT, Clouds, common
 
 # What a JobSet (jobset.x-k8s.io/v1alpha2) may hold, as far as the manifest uses it.
 JOBSET = {

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tests.tpu.clouds import COMMAND, Clouds, common
+from tests.fixtures.fake_gcloud import COMMAND, Clouds, common
 
 ACTIVE, GONE = "ACTIVE", "SUSPENDED"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tpu.clouds import ROOT, Clouds
+from tests.fixtures.fake_gcloud import ROOT, Clouds
 
 RUN = """
 import os, signal, sys, time

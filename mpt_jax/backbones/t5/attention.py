@@ -13,8 +13,8 @@ from flax import linen as nn
 from mpt_jax.backbones.t5 import fused_attention as fused
 from mpt_jax.backbones.t5 import layers
 from mpt_jax.backbones.t5.config import T5Config
-from mpt_jax.backbones.t5.lean import masked_softmax
-from mpt_jax.shapes import Array, Bool, Float, Int
+from mpt_jax.backbones.t5.low_memory_ops import masked_softmax
+from mpt_jax.core.shapes import Array, Bool, Float, Int
 
 
 class Attention(nn.Module):

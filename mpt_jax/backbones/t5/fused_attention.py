@@ -25,8 +25,8 @@ from flax.linen import partitioning
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mpt_jax.backbones.t5.lean import MASKED, masked_softmax
-from mpt_jax.shapes import Array, Float, Int
+from mpt_jax.backbones.t5.low_memory_ops import MASKED, masked_softmax
+from mpt_jax.core.shapes import Array, Float, Int
 
 LANES = 128  # a block's last axis is a multiple of this, or whole
 # Scores of a head up to this size (float32, 4 MiB: 1024 x 1024); the backward pass has four such.

@@ -19,8 +19,8 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
 from mpt_jax.backbones.t5.config import T5Config
-from mpt_jax.backbones.t5.lean import rms_norm
-from mpt_jax.shapes import Array, Float, Int
+from mpt_jax.backbones.t5.low_memory_ops import rms_norm
+from mpt_jax.core.shapes import Array, Float, Int
 
 Initializer = Callable[..., jax.Array]
 normal_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

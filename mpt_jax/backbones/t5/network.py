@@ -17,9 +17,9 @@ from flax.linen.partitioning import ScanIn, scan_with_axes
 from mpt_jax.backbones.t5 import layers
 from mpt_jax.backbones.t5.attention import Attention
 from mpt_jax.backbones.t5.config import T5Config
-from mpt_jax.backbones.t5.scan import LAYER_AXIS
-from mpt_jax.shapes import Array, Bool, Float, Int
-from mpt_jax.tree import flatten
+from mpt_jax.backbones.t5.scanned_params import LAYER_AXIS
+from mpt_jax.core.shapes import Array, Bool, Float, Int
+from mpt_jax.core.tree import flatten
 
 Hidden = tuple[jax.Array, ...]
 

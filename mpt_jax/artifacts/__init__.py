@@ -1,0 +1,1 @@
+"""Prompt artifacts, their model cards and where they come from."""

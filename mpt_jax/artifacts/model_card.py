@@ -1,0 +1,323 @@
+"""The model card of a prompt artefact: its README.md, in Markdown with front matter that Hugging
+Face's hub reads.
+
+A card is made of the artefact's config.json and of what the run knows beside it (`Facts`), and of
+nothing else. What no run can know is left to the author, with the words of `TO_FILL`.
+
+The last line holds a digest of those above. A card whose digest does not match was edited, and no
+run overwrites it (`for_folder`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.base import get_method
+
+NAME = "README.md"
+TO_FILL = "to be filled in by the author"
+AUTHORS = {
+    "Licence": "under which terms these prompts may be used. They hold nothing of the backbone, "
+    "but work only with it, and its licence and those of the data may bind them.",
+    "Intended use": "who may use these prompts for what, and what they are not for.",
+    "Known limits and biases": "where they fail, what the data leaves out, and whom errors hurt.",
+}
+# Hub identifiers have one slash; what has none or several is a name or a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_SEAL = "<!-- Written by mpt_jax, which keeps an edited card as it is. sha256 of the lines above: "
+_SEALED = re.compile(rb"(.*\n)" + re.escape(_SEAL.encode()) + rb"([0-9a-f]{64}) -->\n", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a task's data.
+
+    Attributes:
+        rows_of: which rows of the data set; '' where its name says all.
+        rows: how many, as published or as counted; None where it is not known.
+    """
+
+    rows_of: str = ""
+    rows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where a task's examples come from.
+
+    Attributes:
+        source: the data set with its version, or files.
+        splits: by name.
+    """
+
+    source: str
+    splits: Mapping[str, Split]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a run knows beside config.json; everything may be left out.
+
+    Attributes:
+        data: of each run.
+        trained_on: run -> (examples that were cut to the limit on lengths, examples).
+        evaluated: run -> examples that its metrics are of.
+        evaluated_split: which split they are from.
+        trained_numbers: numbers that learnt, also outside the artefact.
+        git_revision: of the code.
+        packages: name -> version.
+    """
+
+    data: Mapping[str, Data] = dataclasses.field(default_factory=dict)
+    trained_on: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    evaluated: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    evaluated_split: str = ""
+    trained_numbers: int | None = None
+    git_revision: str | None = None
+    packages: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+def data_of(task: Any) -> Data:
+    """What a SeqIO task says of its data.
+
+    Args:
+        task: its `source` may have `data`, the name of a data set, and `parts`, {split: part}
+            where a part has `split`, `start` and `stop` (`mpt_jax.tasks.splits.PartsSource`); or
+            `source`, another source, and `draw`, which of its rows are seen
+            (`mpt_jax.tasks.few_shot`).
+    """
+    source, draw = task.source, getattr(task.source, "draw", None)
+    whole = source.source if draw else source
+    parts: Mapping[str, Any] = getattr(whole, "parts", {})
+    name = getattr(whole, "data", None) or str(whole)
+    if type(whole).__name__ == "FunctionDataSource":
+        name = "made by a function, in memory"
+    named = source.splits or ()
+    rows = {split: _rows_of(parts[split]) if split in parts else "" for split in named}
+    if draw:
+        rows |= {split: _drawn(draw, split, rows[split]) for split in draw.splits}
+    return Data(name, {split: Split(of, _count(source, split)) for split, of in rows.items()})
+
+
+def for_folder(folder: epath.Path, config: Mapping[str, Any], facts: Facts) -> bytes:
+    """The card that an artefact's folder is to hold: the one there if its author edited it, else a
+    new one. The log says which was kept."""
+    path = folder / NAME
+    if path.exists() and not is_generated(before := path.read_bytes()):
+        logging.warning(
+            "%s was edited and stays as it is; what it says may be older than step %d. Delete it "
+            "to have a new one written.",
+            *(path, config["step"]),
+        )
+        return before
+    return text(config, facts).encode()
+
+
+def is_generated(card: bytes) -> bool:
+    """Whether a card is as a run wrote it."""
+    found = _SEALED.fullmatch(card)
+    return found is not None and hashlib.sha256(found[1]).hexdigest() == found[2].decode()
+
+
+def text(config: Mapping[str, Any], facts: Facts) -> str:
+    """The card of an artefact.
+
+    Args:
+        config: what its config.json says.
+        facts: what else is known.
+    """
+    sections = [
+        _front_matter(config),
+        _summary(config, facts),
+        _mixture(config),
+        _training_data(config, facts),
+        _results(config, facts),
+        _made_with(config, facts),
+        *(f"## {title}\n\n**[{TO_FILL}]** {what}" for title, what in AUTHORS.items()),
+    ]
+    body = "\n\n".join(section for section in sections if section) + "\n\n"
+    return f"{body}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()} -->\n"
+
+
+def _front_matter(config: Mapping[str, Any]) -> str:
+    # JSON is YAML, so json.dumps quotes whatever needs it.
+    backbone = config["backbone"]
+    base = f"base_model: {json.dumps(backbone)}"
+    if not _HUB_NAME.fullmatch(backbone):
+        base = f"# base_model: {TO_FILL}, the backbone's name on the hub"
+    tags = ["prompt-tuning", "soft-prompt", "t5", "jax", config["method"]]
+    return "\n".join(
+        ["---", f"# license: {TO_FILL}", base, "library_name: mpt_jax", "tags:"]
+        + [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)]
+        + ["---"]
+    )
+
+
+def _summary(config: Mapping[str, Any], facts: Facts) -> str:
+    runs = list(config["run_names"])
+    of = f"`{runs[0]}`" if len(runs) == 1 else f"{len(runs)} runs"
+    numbers = sum(math.prod(shape) for shape in config["shapes"].values())
+    groups = len(set(config["groups"]))
+    settings = sorted(config["method_config"].items())
+    method = {key.replace("_", " "): _plain(v) for key, v in settings}
+    started = (config.get("started_from") or {}).get("artefact_sha256")
+    rows = {
+        "method": f"`{config['method']}`",
+        **method,
+        "tasks": ", ".join(f"`{task}`" for task in dict.fromkeys(config["task_names"])),
+        "groups that share nothing": groups if groups > 1 else None,
+        "numbers in this artefact": f"{numbers:,}",
+        "numbers that were trained": _thousands(facts.trained_numbers),
+        "step": config["step"],
+        "backbone": f"`{config['backbone']}`",
+        "sha256 of its embedding, as bfloat16": f"`{config['embedding_sha256']}`",
+        "sha256 of the vocabulary": _code(config["vocabulary_sha256"]),
+        "sha256 of the prompts it started from": _code(started),
+    }
+    known = [(name, value) for name, value in rows.items() if value is not None]
+    return (
+        f"# Soft prompts for {of}\n\n"
+        "Soft prompts of a T5, in the format of MPT-JAX. They work with the backbone and the "
+        f"vocabulary whose digests are below, and with no other:\n{_how_to_read(config)}\n\n"
+        + _table(("", ""), known)
+    )
+
+
+def _how_to_read(config: Mapping[str, Any]) -> str:
+    """What becomes a prompt, and by which call: not every method has one array for all runs."""
+    method = get_method(config["method"])(**config["method_config"])
+    runs = Runs(config["task_names"], config["run_names"], config["groups"])
+    read = "mpt_jax.artifacts.artifacts.load_artefact(FOLDER)"
+    if method.reads_text:
+        return (
+            f"`{read}` gives the method and its parameters, of which `method.compose` makes the "
+            "prompt of each input. Prompts depend on the text, so no run has one that could be "
+            "taken alone."
+        )
+    if len(set(method.prompt_lengths(runs))) > 1:
+        return (
+            f"`{read}.plain()` gives one prompt [positions, width] for each run, each of its own "
+            "length."
+        )
+    return f"`{read}.folded()` gives one prompt [positions, width] for each run."
+
+
+def _mixture(config: Mapping[str, Any]) -> str:
+    """What each run's prompt is mixed from, if it is one mixture."""
+    found: Mapping[str, Mapping[str, float]] = config.get("mixture") or {}
+    if not found:
+        return ""
+    candidates = list(next(iter(found.values())))
+    rows = [
+        (f"`{run}`", *(f"{weights[c]:.3f}" for c in candidates)) for run, weights in found.items()
+    ]
+    return (
+        "## What prompts are mixed from\n\nThe weight of each source prompt in the prompt of each "
+        "run, as it is used.\n\n" + _table(("run", *(f"`{c}`" for c in candidates)), rows)
+    )
+
+
+def _training_data(config: Mapping[str, Any], facts: Facts) -> str:
+    rows = []
+    for run in config["run_names"]:
+        if (data := facts.data.get(run)) is None:
+            rows.append((f"`{run}`", "unknown", "", "", ""))
+            continue
+        for split, part in data.splits.items():
+            rows.append((f"`{run}`", data.source, split, part.rows_of, _thousands(part.rows) or ""))
+    trained = [
+        f"* `{run}`: trained on {total:,} examples"
+        + (f", of which {cut:,} were cut to the limit on lengths." if cut else ".")
+        for run, (cut, total) in facts.trained_on.items()
+    ]
+    parts = ["## Data", _table(("run", "data", "split", "its rows", "number"), rows)]
+    if facts.data:
+        parts.append(
+            "Numbers are those of the data set as published, or of the files; preprocessing may "
+            "make several examples of a row, or none."
+        )
+    return "\n\n".join([*parts, *(["\n".join(trained)] if trained else [])])
+
+
+def _results(config: Mapping[str, Any], facts: Facts) -> str:
+    scores: Mapping[str, Any] = config["metrics"].get("scores") or {}
+    best: Sequence[int] | None = config["metrics"].get("best_step")
+    rows = []
+    for run, group in zip(config["run_names"], config["groups"], strict=True):
+        count, step = facts.evaluated.get(run), best[group] if best else config["step"]
+        for metric, value in _marked(scores.get(run, {})):
+            rows.append((f"`{run}`", metric, value, _thousands(count) or "unknown", step))
+    if not rows:
+        return "## Results\n\nNothing was measured when this was written."
+    of = f"Of the {facts.evaluated_split} split. " if facts.evaluated_split else ""
+    if best:
+        of += "The step was selected by these scores, so they flatter; test the prompts on others."
+    table = _table(("run", "metric", "value", "n (examples)", "step"), rows)
+    return "\n\n".join(["## Results", *([of.strip()] if of else []), table])
+
+
+def _marked(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Metrics by name, each with its value; the marks of what is undefined beside their metric."""
+    marks = {f"{metric}_undefined" for metric in scores} & scores.keys()
+    rows = []
+    for metric in sorted(scores.keys() - marks):
+        mark = " (undefined)" if scores.get(f"{metric}_undefined") else ""
+        rows.append((metric, f"{scores[metric]:.4g}{mark}"))
+    return rows
+
+
+def _made_with(config: Mapping[str, Any], facts: Facts) -> str:
+    packages = {**config["versions"], **facts.packages}
+    rows = [(name, version) for name, version in sorted(packages.items()) if version]
+    rows += [("git revision", f"`{facts.git_revision}`")] if facts.git_revision else []
+    return "## Made with\n\n" + _table(("", "version"), rows)
+
+
+def _rows_of(part: Any) -> str:
+    if part.start is None and part.stop is None:
+        return part.split
+    start, stop = part.start or 0, "the end" if part.stop is None else part.stop
+    return f"{part.split}, permuted, places {start} to {stop}"
+
+
+def _drawn(draw: Any, split: str, rows_of: str) -> str:
+    """Which rows of a split a few-shot run sees, where those of the whole split are `rows_of`."""
+    of = " of each label" if draw.per_class else ""
+    which = f" ({rows_of})" if rows_of not in ("", split) else ""
+    return f"k = {draw.k} rows{of} of {split}{which}, draw {draw.seed}"
+
+
+def _count(source: Any, split: str) -> int | None:
+    found = source.num_input_examples(split)
+    return None if found is None else int(found)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _code(value: str | None) -> str | None:
+    return None if value is None else f"`{value}`"
+
+
+def _thousands(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"

@@ -1,0 +1,97 @@
+"""Layer norm and attention's softmax with backward passes that keep as little as they can.
+
+What automatic differentiation keeps for these two is most of a T5's activations: two arrays of
+the size of the scores per attention, two of the size of the residual stream per norm. The
+backward passes below are the same formulas, written in the outputs (softmax) and inputs (norm)
+that are alive anyway. Both are for reverse mode only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.core.shapes import Array, Bool, Float
+
+# Added to the score of a pair that may not attend; finite, so that a row without any
+# allowed pair (padding in a packed batch) stays free of NaN.
+MASKED = -1e10
+
+
+def masked_softmax(
+    scores: Float[Array, "B N Q K"],
+    bias: Float[Array, "1 N Q K"] | None,
+    mask: Bool[Array, "#B 1 #Q K"],
+    dtype: jnp.dtype,
+) -> Float[Array, "B N Q K"]:
+    """`softmax(scores + bias)` over the keys that the mask allows; float32 in, `dtype` out.
+
+    Keeps the probabilities, in `dtype`, which the product with the values keeps as well.
+    """
+    probabilities: jax.Array = _softmax(scores, bias, mask, dtype)
+    return probabilities
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _softmax(scores, bias, mask, dtype) -> Any:
+    return _softmax_forward(scores, bias, mask, dtype)[0]
+
+
+def _softmax_forward(scores, bias, mask, dtype):
+    biased = scores if bias is None else scores + bias
+    biased = biased + jnp.where(mask, 0.0, MASKED)
+    weights = jnp.exp(biased - jnp.max(biased, axis=-1, keepdims=True))
+    probabilities = (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(dtype)
+    return probabilities, (probabilities, bias is None)
+
+
+def _softmax_backward(dtype, kept, slope):
+    probabilities, unbiased = kept
+    probabilities, slope = probabilities.astype(jnp.float32), slope.astype(jnp.float32)
+    mean = jnp.sum(probabilities * slope, axis=-1, keepdims=True)
+    slope = probabilities * (slope - mean)
+    # A stack has one bias for the whole batch. The sum is not computed where nobody asks for it.
+    return slope, None if unbiased else jnp.sum(slope, axis=0, keepdims=True), None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def rms_norm(
+    x: Float[Array, "*rows H"], scale: Float[Array, "H"], epsilon: float, dtype: jnp.dtype
+) -> Float[Array, "*rows H"]:
+    """`x / rms(x) * scale`; statistics in float32, result in `dtype`. Keeps `x` and the rms."""
+    y: jax.Array = _norm(x, scale, epsilon, dtype)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _norm(x, scale, epsilon, dtype) -> Any:
+    return _norm_forward(x, scale, epsilon, dtype)[0]
+
+
+def _norm_forward(x, scale, epsilon, dtype):
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    y = (wide * inverse).astype(dtype) * _along_rows(scale.astype(dtype), x)
+    return y, (x, inverse, scale)
+
+
+def _norm_backward(epsilon, dtype, kept, slope):
+    x, inverse, scale = kept
+    slope, normed = slope.astype(jnp.float32), x.astype(jnp.float32) * inverse
+    scale_slope = jnp.sum(slope * normed, axis=tuple(range(x.ndim - 1)))
+    slope = slope * _along_rows(scale.astype(jnp.float32), x)
+    slope = inverse * (slope - normed * jnp.mean(slope * normed, axis=-1, keepdims=True))
+    return slope.astype(x.dtype), scale_slope.astype(scale.dtype)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _along_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector with as many axes as `x`, whose last axis it lies along."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))

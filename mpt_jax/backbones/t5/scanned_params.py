@@ -1,0 +1,72 @@
+"""Stacked layers, for one loop over them: T5X's scanned tree and the way there and back.
+
+`encoder/layers_<i>/<name>` of all i become one `encoder/encoder/<name>` with the layers on axis
+1 (and the same for the decoder), as in T5X's scalable T5. That one has a relative position table
+in every layer. Where they are all equal they are T5's one table per stack, repeated; where they
+differ, every layer has its own (`T5Config.relative_bias_per_layer`, umT5).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpt_jax.core.tree import flatten, unflatten
+
+LAYER_AXIS = 1
+_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
+_STACKED = re.compile(r"(encoder|decoder)/\1/(.+)")
+
+
+def is_stacked(params: Mapping[str, Any]) -> bool:
+    """Whether a tree holds stacked layers."""
+    return any(_STACKED.fullmatch(name) for name in flatten(params))
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that `scan_layers=True` runs on; `unstack_layers` gives every bit back."""
+    stacked: dict[str, Any] = {}
+    layers: dict[str, dict[int, Any]] = {}
+    for name, leaf in flatten(params).items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            stacked[name] = leaf
+        else:
+            stack, index, rest = match.groups()
+            layers.setdefault(f"{stack}/{stack}/{rest}", {})[int(index)] = leaf
+    for name, leaves in layers.items():
+        missing = sorted(set(range(max(leaves) + 1)) - set(leaves))
+        if missing:
+            raise ValueError(f"Layers {missing} lack the parameter that others have: {name}.")
+        ordered = [leaves[i] for i in range(len(leaves))]
+        stacked[name] = _numpy_of(ordered[0]).stack(ordered, axis=LAYER_AXIS)
+    return unflatten(stacked)
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with one subtree per layer; the inverse of `stack_layers`.
+
+    Relative position tables that are equal in all layers become one for the stack.
+    """
+    leaves: dict[str, Any] = {}
+    for name, leaf in flatten(params).items():
+        match = _STACKED.fullmatch(name)
+        if match is None:
+            leaves[name] = leaf
+            continue
+        stack, rest = match.groups()
+        parts = [leaf.take(i, axis=LAYER_AXIS) for i in range(leaf.shape[LAYER_AXIS])]
+        if rest.startswith("relpos_bias/") and all((part == parts[0]).all() for part in parts):
+            leaves[f"{stack}/{rest}"] = parts[0]
+        else:
+            leaves.update({f"{stack}/layers_{i}/{rest}": part for i, part in enumerate(parts)})
+    return unflatten(leaves)
+
+
+def _numpy_of(x: Any) -> Any:
+    """`jax.numpy` for device arrays and tracers, NumPy for arrays from a file."""
+    return np if isinstance(x, np.ndarray) else jax.numpy

@@ -1,0 +1,1 @@
+"""Examples to batches in NumPy: collation, packing, length bucketing and tokenizers."""

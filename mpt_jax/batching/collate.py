@@ -1,0 +1,141 @@
+"""Batches of the contract from examples that are at hand, in NumPy.
+
+`features` makes the same batches inside a data pipeline. This is for those who have token ids
+already: a server that answers requests, a benchmark, a program without SeqIO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mpt_jax.batching import packing
+
+Batch = dict[str, np.ndarray]
+PromptLength = int | Sequence[int]
+
+
+class Example(NamedTuple):
+    """One example.
+
+    Attributes:
+        inputs: token ids, end-of-sequence id included.
+        targets: token ids, end-of-sequence id included; empty where nothing is known.
+        row: of the prompt bank.
+    """
+
+    inputs: Sequence[int] | np.ndarray
+    targets: Sequence[int] | np.ndarray = ()
+    row: int = 0
+
+
+def unpacked(
+    examples: Sequence[Example], prompt_length: PromptLength, text_length: int, target_length: int
+) -> Batch:
+    """One example to a row [B]: the prompt's positions in front, then the text, then padding.
+
+    Args:
+        examples: B of them.
+        prompt_length: P, or that of each bank row.
+        text_length: T less the longest P.
+        target_length: L.
+
+    Raises:
+        ValueError: a text is longer than its limit.
+    """
+    batch = _empty(len(examples), int(np.max(prompt_length)) + text_length, target_length)
+    for number, example in enumerate(examples):
+        _check(example, text_length, target_length)
+        _write(batch, number, example, _length_of(prompt_length, int(example.row)), (0, 0))
+    # As SeqIO has it: the last target too is an input, at a position that has no weight.
+    batch["decoder_input_tokens"][:, 1:] = batch["decoder_target_tokens"][:, :-1]
+    return batch
+
+
+def packed(
+    examples: Sequence[Example], prompt_length: PromptLength, lengths: Mapping[str, int]
+) -> Batch:
+    """Several examples to a row, each with a prompt of its own; as few rows as `packing.best_fit`
+    finds.
+
+    Args:
+        examples: at least one.
+        prompt_length: P, positions that every example takes in front of its text, or those of each
+            bank row.
+        lengths: positions of a row, `inputs` (prompts included) and `targets`.
+
+    Raises:
+        ValueError: an example is longer than a row, has no target, or nothing to encode; or id 0,
+            which is padding, is in a text.
+    """
+    shape = lengths["inputs"], lengths["targets"]
+    reserved = [_length_of(prompt_length, int(example.row)) for example in examples]
+    needed = [
+        (length + len(e.inputs), len(e.targets))
+        for length, e in zip(reserved, examples, strict=True)
+    ]
+    for example, need in zip(examples, needed, strict=True):
+        if 0 in need or 0 in example.inputs or 0 in example.targets:
+            raise ValueError(
+                f"Cannot pack {example}: inputs and targets must hold tokens, and none with id 0."
+            )
+    rows = packing.best_fit(np.array(needed), shape)
+    batch = _empty(len(rows), *shape)
+    for side, length in (("encoder", shape[0]), ("decoder", shape[1])):
+        for name in ("segment_ids", "positions"):
+            batch[f"{side}_{name}"] = np.zeros((len(rows), length), np.int32)
+    for number, members in enumerate(rows):
+        at = (0, 0)
+        for segment, index in enumerate(members, start=1):
+            _write(batch, number, examples[index], reserved[index], at)
+            for side, first, count in zip(("encoder", "decoder"), at, needed[index], strict=True):
+                batch[f"{side}_segment_ids"][number, first : first + count] = segment
+                batch[f"{side}_positions"][number, first : first + count] = np.arange(count)
+            at = (at[0] + needed[index][0], at[1] + needed[index][1])
+    return batch
+
+
+def _length_of(prompt_length: PromptLength, row: int) -> int:
+    return int(np.ravel(prompt_length)[row if np.ndim(prompt_length) else 0])
+
+
+def _empty(rows: int, encoder: int, decoder: int) -> Batch:
+    names = {
+        "encoder": ("input_tokens", "prompt_slots", "task_ids"),
+        "decoder": ("input_tokens", "target_tokens", "loss_weights", "task_ids"),
+    }
+    length = {"encoder": encoder, "decoder": decoder}
+    return {
+        f"{side}_{name}": np.zeros((rows, length[side]), np.int32)
+        for side, found in names.items()
+        for name in found
+    }
+
+
+def _check(example: Example, text_length: int, target_length: int) -> None:
+    limits = {"inputs": text_length, "targets": target_length}
+    for name, limit in limits.items():
+        if len(getattr(example, name)) > limit:
+            raise ValueError(
+                f"The {name} of an example have {len(getattr(example, name))} tokens, and there "
+                f"are {limit} positions for them."
+            )
+
+
+def _write(
+    batch: Batch, number: int, example: Example, prompt_length: int, at: tuple[int, int]
+) -> None:
+    """Writes an example into a row, from encoder and decoder positions `at` on."""
+    first, text = at[0], at[0] + prompt_length
+    end = text + len(example.inputs)
+    batch["encoder_prompt_slots"][number, first:text] = np.arange(1, prompt_length + 1)
+    batch["encoder_input_tokens"][number, text:end] = example.inputs
+    batch["encoder_task_ids"][number, first:end] = example.row
+    first, end = at[1], at[1] + len(example.targets)
+    if first < end:
+        batch["decoder_target_tokens"][number, first:end] = example.targets
+        batch["decoder_input_tokens"][number, first + 1 : end] = example.targets[:-1]
+        batch["decoder_loss_weights"][number, first:end] = 1
+        batch["decoder_task_ids"][number, first:end] = example.row

@@ -1,0 +1,129 @@
+"""What makes a run this run: saved with every checkpoint, and compared before one is used.
+
+Shapes alone would let a checkpoint of other tasks, another backbone or another loss pass in
+silence. What a user may change half-way (learning rates, clipping) is compared too, and logged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from absl import logging
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.core.tree import flatten
+from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
+from mpt_jax.training.initialization import Loaded
+
+# What may change between two starts of one run.
+CHANGEABLE = ("optimizer",)
+FROZEN_PROMPTS = "frozen_prompts_sha256"
+
+Identity = dict[str, Any]
+
+
+def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
+    """What predictions depend on beside the values of a checkpoint. JSON values."""
+    found = {
+        "method": model.prompt.name,
+        "method_config": model.prompt.config(),
+        "run_names": list(model.runs.run_names),
+        "groups": list(model.runs.group_of_row),
+        "embedding_sha256": loaded.embedding_sha256,
+        "vocabulary_sha256": loaded.vocabulary_sha256,
+    }
+    labels = flatten(model.label_tree(loaded.params))
+    frozen = {
+        name: leaf
+        for name, leaf in flatten(loaded.params).items()
+        if name.startswith("prompt/") and labels[name] == FROZEN
+    }
+    # Prompts that do not learn are in no checkpoint.
+    return found | ({FROZEN_PROMPTS: artifacts.digest(frozen)} if frozen else {})
+
+
+def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed: int) -> Identity:
+    """What a training run and its resumption must have in common, and its optimizer."""
+    return of_model(model, loaded) | {
+        "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
+        "objective": repr(model.objective),
+        "teacher_sha256": loaded.teacher_sha256,
+        "artefact_sha256": loaded.artefact_sha256,
+        "start_from": loaded.start_from,
+        "batch_size": batch_size,
+        "random_seed": seed,
+        "optimizer": _optimizer(model.optimizer_def),
+    }
+
+
+def check_resumes(ours: Identity, saved: Identity, model_dir: str) -> None:
+    """Refuses to go on with a run of another configuration, and logs what was changed.
+
+    Raises:
+        ValueError: both values of everything that differs.
+    """
+    strict = [name for name in _known(ours, saved) if name not in CHANGEABLE]
+    if differing := describe_differing(ours, saved, strict):
+        raise ValueError(
+            f"{model_dir} holds a run of another configuration ({differing}). Choose another "
+            "MODEL_DIR, or remove this one."
+        )
+    if changed := describe_differing(ours, saved, CHANGEABLE):
+        logging.warning("%s goes on with other settings than it had: %s.", model_dir, changed)
+
+
+def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
+    """Refuses a checkpoint that this model would read as something else.
+
+    Args:
+        ours: of the model that reads, `of_model`.
+        saved: of the run that saved.
+        path: where it was saved.
+
+    Raises:
+        ValueError: both values of everything that differs.
+    """
+    if differing := describe_differing(ours, saved, _known(ours, saved)):
+        raise ValueError(
+            f"{path} was saved by another configuration ({differing}). Give the tasks in the "
+            "order, and the backbone and method, that it was trained with; its MODEL_DIR has "
+            "them in config.gin."
+        )
+
+
+def _known(ours: Identity, saved: Identity) -> list[str]:
+    """What can be compared: earlier versions did not save a digest of prompts that do not learn."""
+    return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
+
+
+def describe_differing(
+    ours: Mapping[str, Any], saved: Mapping[str, Any], names: Iterable[str]
+) -> str:
+    """Both values of every name under which two records differ; empty where none does."""
+    return "; ".join(
+        f"{name}: {saved.get(name)!r} there, {ours[name]!r} here"
+        for name in names
+        if saved.get(name) != ours[name]
+    )
+
+
+def _optimizer(optimizer: Any) -> dict[str, Any]:
+    """The optimizer's settings without the length of training, which may always be extended."""
+    found = {
+        field.name: getattr(optimizer, field.name)
+        for field in dataclasses.fields(optimizer)
+        if field.name not in ("labels", "runs", "rows", "own_steps", "learning_rates")
+    }
+    rates = {
+        f"{label}.{field.name}": getattr(schedule, field.name)
+        for label, schedule in optimizer.learning_rates.items()
+        if dataclasses.is_dataclass(schedule)
+        for field in dataclasses.fields(schedule)
+        if field.name != "total_steps"
+    }
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in (found | rates).items()
+    }

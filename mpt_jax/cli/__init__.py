@@ -1,0 +1,1 @@
+"""The `mpt-jax` command."""

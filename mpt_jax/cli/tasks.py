@@ -1,0 +1,188 @@
+"""`mpt-jax tasks`: which tasks there are, and what the model reads of one.
+
+    mpt-jax tasks list
+    mpt-jax tasks show boolq_k16_s3 -n 3 --vocabulary runs/backbones/t5-base
+
+A table on a terminal, plain columns otherwise. No gin file is read; what is wrong is said in a
+sentence, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+import seqio
+from absl import logging
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mpt_jax.data import token_tables, vocabularies
+from mpt_jax.tasks.few_shot import text_rows
+from mpt_jax.tasks.splits import PartsSource
+
+# The suites of this repository, in the order in which they are listed.
+SUITES = ("glue", "super_glue", "mrqa", "mpt_others", "extra_sources", "nlg", "toy")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `list` or `show`."""
+    parser = argparse.ArgumentParser(prog="mpt-jax tasks", description="The tasks there are.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="all tasks, suite by suite")
+    showing = commands.add_parser("show", help="examples of one task, as the model reads them")
+    showing.add_argument("name", help="a task, or a few-shot run such as boolq_k16_s3")
+    showing.add_argument("-n", type=int, default=3, help="how many examples (3)")
+    showing.add_argument("--split", default="train", help="of which split (train)")
+    showing.add_argument("--vocabulary", help="a SentencePiece model or folder, to count tokens")
+    for command in (listing, showing):
+        command.add_argument("--modules", nargs="+", default=[], help="your own that have tasks")
+        command.add_argument("--tfds_data_dir", help="where TensorFlow Datasets keeps its data")
+    args = parser.parse_args(argv)
+    if args.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+    try:
+        found = tasks_by_module([*shipped(), *args.modules])
+        if args.command == "list":
+            list_tasks(found)
+        else:
+            show_task(args.name, args.n, args.split, args.vocabulary)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"mpt-jax tasks: {error}\n")
+
+
+def shipped() -> list[str]:
+    """The modules of this repository that register tasks."""
+    names = [f"mpt_jax.tasks.{suite}" for suite in SUITES]
+    return [name for name in names if importlib.util.find_spec(name) is not None]
+
+
+def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
+    """Imports modules; returns {module: the tasks that it registered}.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    found = {}
+    for module in modules:
+        before = set(seqio.TaskRegistry.names())
+        token_tables.import_suites([module])
+        found[module] = [name for name in seqio.TaskRegistry.names() if name not in before]
+    return found
+
+
+def list_tasks(found: Mapping[str, Sequence[str]]) -> None:
+    """Prints a table for each module that registered tasks."""
+    for module, names in found.items():
+        if names:
+            rows = [_described(seqio.TaskRegistry.get(name)) for name in names]
+            _print(module, ("task", "data set", "rows", "metrics", "here"), rows)
+
+
+def show_task(name: str, number: int, split: str, vocabulary: str | None) -> None:
+    """Prints the first examples of a split as text, with their lengths in tokens, EOS included.
+
+    Args:
+        name: of a task or a few-shot run.
+        number: how many examples.
+        split: which split.
+        vocabulary: see `vocabularies.load`; by default the task's own. Tasks of the paper have
+            that of the run, and are shown without lengths where none is given.
+
+    Raises:
+        ValueError: no such task or split; its data cannot be read; `number` is not positive.
+        FileNotFoundError: there is no vocabulary.
+    """
+    if number < 1:
+        raise ValueError(f"-n must be positive, got {number}.")
+    task = token_tables.find_task(name)
+    token_tables.check_split(task, split)
+    counted = vocabularies.load(vocabulary) if vocabulary else _own_vocabulary(task)
+    rows = []
+    with token_tables.reading(task, split):
+        stream = text_rows(task, task.source.get_dataset(split=split, shuffle=False))
+        for row in stream.take(number).as_numpy_iterator():
+            inputs, targets = (row[feature].decode() for feature in ("inputs", "targets"))
+            lengths = [
+                str(len(counted.encode(text)) + 1) if counted else "" for text in (inputs, targets)
+            ]
+            rows.append((lengths[0], lengths[1], _on_one_line(targets), _on_one_line(inputs)))
+    headers = ("input tokens", "target tokens", "targets", "inputs")
+    title = f"{name}, {split}; metrics, the first one selects: {_metrics(task)}"
+    columns = slice(None) if counted else slice(2, None)
+    _print(title, headers[columns], [row[columns] for row in rows])
+
+
+def _described(task: seqio.Task) -> tuple[str, ...]:
+    """Name, data set, sizes by split, metrics, whether the data is here and of the right size."""
+    source, sizes = task.source, _sizes(task)
+    if isinstance(source, seqio.FunctionDataSource):
+        data, here = "made by a function", True
+    elif isinstance(source, seqio.TfdsDataSource):
+        data, here = str(source.tfds_dataset.name), bool(sizes)
+    else:
+        data = str(getattr(source, "data", source))
+        here = source.is_prepared() if isinstance(source, PartsSource) else bool(sizes)
+    rows = ", ".join(split if n is None else f"{split} {n:,}" for split, n in sizes.items())
+    present = "yes" + _other_sizes(source) if here else "no"
+    return task.name, data, rows, _metrics(task), present
+
+
+def _other_sizes(source: seqio.DataSource) -> str:
+    """What marks a data set on disk whose splits have not the published numbers of rows, or ''."""
+    if not isinstance(source, PartsSource):
+        return ""
+    found = source.other_sizes().items()
+    return "".join(f"; {split} has {n:,}, published {size:,}" for split, (n, size) in found)
+
+
+def _sizes(task: seqio.Task) -> dict[str, int | None]:
+    """Rows of each split as the source declares them; {} where it would need absent data."""
+    try:
+        return {split: task.source.num_input_examples(split) for split in task.source.splits}
+    except Exception as error:
+        if not token_tables.means_missing(error):
+            raise
+        return {}
+
+
+def _metrics(task: seqio.Task) -> str:
+    return ", ".join(metric.__name__ for metric in task.metric_fns) or "none"
+
+
+def _own_vocabulary(task: seqio.Task) -> seqio.Vocabulary | None:
+    """The task's vocabulary; None for tasks that take the run's, which only a gin file binds."""
+    try:
+        return task.output_features["inputs"].vocabulary
+    except ValueError:
+        return None
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; otherwise a line for each row, in columns two spaces apart."""
+    console = Console()
+    if console.is_terminal:
+        table = Table(title=Text(title), title_justify="left")
+        for header in headers:
+            table.add_column(header, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    print(title)
+    for row in (headers, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every data set that is not here
+    main()

@@ -1,0 +1,380 @@
+"""Gin files and command lines: where files are found, what a mistake in one says, entry points.
+
+    python -m mpt_jax.train --gin_file=gin/mpt_source.gin --gin_file=gin/tiny.gin --gin.BATCH_SIZE=8
+
+The flags are T5X's. Gin files are plain T5X gin with dynamic registration: library modules carry
+no gin decorators, a file binds what it imports, and only what a file refers to is configured.
+
+Bindings on the command line see the imports of the gin files before them:
+
+    --gin.INIT_FACTORS=@init.signs
+    --gin.SAMPLER='@sampling.PerExample()'
+
+So it is with this trainer. T5X's own parses the command line without any import, and there a name
+that no file refers to yet is unknown: put such a binding in a gin file that imports the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import logging as stdlib_logging
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gin
+import jax
+from absl import app, flags, logging
+from clu import metric_writers
+from etils import epath
+
+import mpt_jax
+from mpt_jax.config import gin_check, trainer_choice
+from mpt_jax.runtime import distributed, paths, storage_check
+
+PACKAGE = Path(mpt_jax.__file__).parent
+OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
+
+
+class ConfigError(ValueError):
+    """A mistake in gin files or on the command line, worded for whoever wrote them."""
+
+
+# --- Parsing -------------------------------------------------------------------------------------
+
+
+def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
+    """Where gin files are looked for, in order: the flag's paths, ROOT, this library's own files,
+    and T5X's run files."""
+    return [*first, paths.root(), *map(str, _shipped())]
+
+
+def _shipped() -> list[Path]:
+    """The folders that hold this library's `gin/` and its copies of T5X's run files."""
+    return [trainer_choice.gin_folder(), trainer_choice.FOLDER / "gin_data"]
+
+
+def parse(
+    gin_files: Sequence[str],
+    bindings: Sequence[str] = (),
+    gin_search_paths: Sequence[str] = (os.curdir,),
+) -> None:
+    """Replaces the gin configuration by that of files, then bindings; later ones win.
+
+    Bindings may name whatever lies in a module that one of the files imports. T5X's own parser
+    cannot do that (see above).
+
+    Raises:
+        ConfigError: a missing file, an unknown name, or a binding on the command line or a macro
+            in a user's file that nothing reads. Names the closest known ones.
+    """
+    gin.clear_config()
+    found = search_paths(gin_search_paths)
+    gin_check.set_search_paths(found)
+    if not gin_files:
+        raise ConfigError("No gin file given: pass --gin_file=gin/mpt_source.gin, for example.")
+    for name in gin_files:
+        _check_exists(name, found)
+    try:
+        parsed = [gin.parse_config_file(name) for name in gin_files]
+        with gin_check.command_line():
+            gin_check.bind(bindings)
+            gin_check.check_macros()
+            gin_check.check_bindings(bindings, tuple(ENTRY_POINTS.values()))
+        own, copies = _shipped()
+        gin_check.check_files(parsed, [own / "gin", copies])
+        gin.finalize()
+    except Exception as error:
+        if (message := gin_check.explain(error)) is None:
+            raise
+        raise ConfigError(message) from error
+
+
+def _check_exists(name: str, searched: Sequence[str]) -> None:
+    if any(os.path.isfile(os.path.join(prefix, name)) for prefix in searched):
+        return
+    shipped = [
+        os.path.relpath(path, prefix)
+        for prefix in searched[-2:]
+        for folder in ("gin", "t5x")
+        for path in sorted(Path(prefix, folder).rglob("*.gin"))
+    ]
+    close = difflib.get_close_matches(name, shipped, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"No gin file {name!r}.{hint} Looked in: {', '.join(map(os.path.abspath, searched))}. Add "
+        "folders with --gin_search_paths."
+    )
+
+
+@contextlib.contextmanager
+def as_main(module: types.ModuleType) -> Iterator[None]:
+    """Lets `import __main__ as train_script` in a gin file find an entry module."""
+    previous = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = previous
+
+
+def configured(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
+    """An entry point with its arguments from the parsed files, except those given here."""
+    if not gin_check.is_bound(function):
+        raise ConfigError(
+            f"No gin file configures {function.__name__}(): a stage file has a block "
+            f"`{function.__name__}_script.{function.__name__}:`."
+        )
+    bound = gin.get_configurable(function)
+
+    def call() -> Any:
+        try:
+            return bound(**given)
+        except Exception as error:
+            if (message := gin_check.explain(error)) is None:
+                raise
+            raise ConfigError(message) from error
+
+    return call
+
+
+def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str = "train") -> Any:
+    """Runs one stage in this process exactly as its command line would; may be called again.
+
+    Args:
+        gin_files: as `--gin_file`, in order.
+        bindings: `NAME = value` or `scope/name.parameter = value`, as `--gin.NAME=value`.
+        entry: `'train'`, `'eval'` or `'infer'`.
+
+    Returns:
+        What the entry function returns.
+    """
+    trainer_choice.install()
+    module = importlib.import_module(f"mpt_jax.{entry}")
+    function = getattr(module, ENTRY_POINTS[entry])
+    with as_main(module):
+        parse(gin_files, bindings)
+        run = configured(function)
+    return run()
+
+
+def refuse_ineffective(name: str, **settings: Any) -> None:
+    """Raises ValueError for each T5X setting that was given and would have no effect here."""
+    for setting, value in settings.items():
+        if value:
+            raise ValueError(
+                f"{name}.{setting} would have no effect here; leave it at its default, or run "
+                "under T5X."
+            )
+
+
+# --- Command lines -------------------------------------------------------------------------------
+
+ENTRY_POINTS = {"train": "train", "eval": "evaluate", "infer": "infer"}
+
+
+def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> None:
+    """The whole of `python -m mpt_jax.<entry>`: flags, processes, gin, then the function.
+
+    Args:
+        function: the entry point.
+        overriding: flags that are arguments of `function`, and win over gin where they are given.
+    """
+    trainer_choice.install()
+    define_flags()
+    jax.config.config_with_absl()
+    app.run(lambda argv: _main(argv, function, overriding), flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        rewritten = rewrite_gin_args(argv)
+    except ConfigError as error:
+        log_progress()
+        _exit_with(error)
+    return app.parse_flags_with_usage(rewritten)
+
+
+def define_flags() -> None:
+    """T5X's flags, and one of ours: heartbeat_timeout."""
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; repeat it, later files win.")
+    flags.DEFINE_multi_string("gin_bindings", [], "One binding; --gin.NAME=VALUE is the same.")
+    flags.DEFINE_list("gin_search_paths", [os.curdir], "Folders to look for gin files in first.")
+    flags.DEFINE_string("tfds_data_dir", None, "Where TensorFlow Datasets keeps its data.")
+    flags.DEFINE_list("seqio_additional_cache_dirs", [], "Folders with cached SeqIO tasks.")
+    flags.DEFINE_boolean("multiprocess_gpu", False, "Start JAX's multi-process runtime.")
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+    flags.DEFINE_integer("process_count", None, "Number of processes of the job.")
+    flags.DEFINE_integer("process_index", None, "Which of them this is.")
+    flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for the others.")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is dead.")
+
+
+def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
+    """`--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`, as T5X does.
+
+    Raises:
+        ConfigError: no `=`.
+    """
+    rewritten = []
+    for argument in argv:
+        if argument.startswith("--gin."):
+            name, equals, value = argument.removeprefix("--gin.").partition("=")
+            if not equals:
+                raise ConfigError(f"{argument} has no value: write --gin.{name}=<value>.")
+            argument = f"--gin_bindings={name} = {value}"
+        rewritten.append(argument)
+    return rewritten
+
+
+def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequence[str]) -> None:
+    log_progress()
+    trainer_choice.announce_own()
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    try:
+        _start_processes()
+        _data_flags()
+        values = flags.FLAGS
+        parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
+        storage_check.check(storage_check.named(f"{gin.config_str()} {paths.root()}"))
+        given = {name: values[name].value for name in overriding}
+        given = {name: value for name, value in given.items() if value is not None}
+        run = configured(function, **given)
+        run()
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        logging.debug("Where it was raised:", exc_info=True)  # shown with --verbosity=1
+        _exit_with(error)
+    jax.effects_barrier()
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """Ends the process with the message of an error that is for the user."""
+    logging.error("%s", message(error))
+    sys.exit(2)
+
+
+def message(error: Exception) -> str:
+    """What an error says, without the call that gin adds to it."""
+    return str(error).partition("\n  In call to configurable")[0]
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether this library raised an error itself: its message says all, a traceback nothing
+    more. Whatever other code raises below us is a defect, and shown whole."""
+    if not isinstance(error, (ValueError, OSError, RuntimeError)):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(ours in Path(frames[-1].filename).parents for ours in OURS)
+
+
+def log_progress() -> None:
+    """Shows this library's messages on standard error, and other libraries' warnings."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_ours)
+
+
+# Warnings of others about what is as it should be: lengths are the configuration's, so that no
+# split compiles anew or is cut differently; tables in memory are shuffled whole.
+_EXPECTED = (
+    "Given sequence lengths are longer than necessary",
+    "Using an uncached FunctionDataset",
+)
+
+
+def _is_ours(record: stdlib_logging.LogRecord) -> bool:
+    """Keeps this library's messages and others' warnings. Gin logs every folder it does not find
+    a file in as an error."""
+    expected = str(record.msg).startswith(_EXPECTED)
+    if Path(record.pathname).name == "resource_reader.py" or expected:
+        return False
+    return record.levelno >= stdlib_logging.WARNING or PACKAGE in Path(record.pathname).parents
+
+
+def _start_processes() -> None:
+    """Joins the job's other processes, before anything touches a device."""
+    values = flags.FLAGS
+    given = {
+        "coordinator_address": values.coordinator_address,
+        "num_processes": values.process_count,
+        "process_id": values.process_index,
+        "initialization_timeout": values.initialization_timeout,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    around = distributed.wanted(os.environ)
+    if not (given or values.multiprocess_gpu or around is not None):
+        return
+    given = {**(around or {}), **given}
+    if "num_processes" in given and "coordinator_address" not in given:
+        raise ConfigError("--process_count without --coordinator_address: name process 0's host.")
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=values.heartbeat_timeout)
+    logging.info(
+        "Process %d of %d. Should another die, this one ends within %d s (--heartbeat_timeout); "
+        "the same command on all of them then goes on from the last checkpoint.",
+        jax.process_index(),
+        jax.process_count(),
+        values.heartbeat_timeout,
+    )
+
+
+def _data_flags() -> None:
+    import seqio
+    import tensorflow as tf
+
+    # JAX owns the accelerators; TensorFlow only reads data.
+    if jax.default_backend() == "gpu":
+        tf.config.set_visible_devices([], "GPU")
+    values = flags.FLAGS
+    if values.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(values.tfds_data_dir)
+    seqio.add_global_cache_dirs(values.seqio_additional_cache_dirs)
+
+
+# --- Names that gin files use --------------------------------------------------------------------
+
+
+def config_str() -> str:
+    """The parsed configuration as a gin file."""
+    return gin.config_str()
+
+
+def summarize_gin_config(
+    model_dir: str, summary_writer: metric_writers.MetricWriter | None, step: int
+) -> None:
+    """Writes `config.gin` to a MODEL_DIR, and the same text to TensorBoard; process 0 only."""
+    if jax.process_index() != 0:
+        return
+    text = config_str()
+    folder = epath.Path(model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.gin").write_text(text)
+    if summary_writer is not None:
+        summary_writer.write_texts(step, {"config": gin.markdown(text)})
+        summary_writer.flush()
+
+
+def sum_fn(var1: Any, var2: Any) -> Any:
+    """`var1 + var2`, for gin files."""
+    return var1 + var2
+
+
+def bool_fn(var1: Any) -> bool:
+    """`bool(var1)`, for gin files."""
+    return bool(var1)
+
+
+def string_split_fn(
+    text: str, separator: str, maxsplit: int = -1, index: int | None = None
+) -> list[str] | str:
+    """The parts of a text, or one of them, for gin files."""
+    parts = text.split(separator, maxsplit)
+    return parts if index is None else parts[index]

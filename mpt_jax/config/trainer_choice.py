@@ -1,0 +1,166 @@
+"""Which module answers to the name `t5x` in this process: a real T5X, or the fallback.
+
+    MPT_JAX_TRAINER=t5x   a real T5X, or an error
+    MPT_JAX_TRAINER=own   the fallback, even where a real T5X is installed
+    unset                 a real T5X where there is one
+
+The choice is made once. `python -m mpt_jax.train` always chooses the fallback.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import mpt_jax
+
+VARIABLE = "MPT_JAX_TRAINER"
+_ANNOUNCED: list[str] = []
+FOLDER = Path(__file__).parents[1] / "t5x_compat" / "fallback"
+# What `import t5x.<name>` can find here; the scripts are for `python -m`.
+OFFERED = ("gin_utils", "partitioning", "trainer", "utils")
+SCRIPTS = ("eval", "infer", "train")
+INSTALL = (
+    "T5X is on no package registry: clone https://github.com/google-research/t5x and install it, "
+    "or put the clone on PYTHONPATH. A real T5X is used as soon as it can be imported."
+)
+
+
+def wanted() -> str | None:
+    """The trainer that the environment asks for, if any.
+
+    Raises:
+        ValueError: an unknown value.
+    """
+    value = os.environ.get(VARIABLE) or None
+    if value not in (None, "t5x", "own"):
+        raise ValueError(f"{VARIABLE} must be 't5x', 'own' or unset, got {value!r}.")
+    return value
+
+
+def find_real() -> ModuleSpec | None:
+    """The spec of an installed T5X, if there is one: the first of `all_real`."""
+    return next(all_real(), None)
+
+
+def all_real() -> Iterator[ModuleSpec]:
+    """The specs of all T5X that can be imported, in the order in which Python would find them.
+
+    Every entry of `sys.path` is asked on its own, because the first one may be ours; then every
+    other finder, since editable installs bring theirs. A package called t5x that is not T5X
+    (a folder of runs, say) has no `__init__.py` or no `train_state.py`.
+    """
+    path_finder = importlib.machinery.PathFinder
+    candidates = [path_finder.find_spec("t5x", [entry]) for entry in sys.path]
+    for finder in sys.meta_path:
+        if finder is not path_finder and not isinstance(finder, _NotOffered):
+            candidates.append(finder.find_spec("t5x", None))
+    for spec in candidates:
+        if spec is not None and spec.origin and spec.submodule_search_locations:
+            if Path(spec.origin).with_name("train_state.py").is_file():
+                yield spec
+
+
+def become(name: str) -> None:
+    """Puts the chosen module into `sys.modules` under `name`; what `t5x.py` calls on import.
+
+    Raises:
+        ImportError: a real T5X is wanted by the environment, and there is none.
+    """
+    choice = wanted()
+    real = find_real() if choice != "own" else None
+    if real is None and choice == "t5x":
+        raise ImportError(f"{VARIABLE}=t5x, but no T5X can be imported. {INSTALL}", name=name)
+    if real is None:
+        install()
+        return
+    if sys.argv[:1] == ["-m"]:  # python -m t5x.train, not an import
+        announce(f"T5X from {real.origin}, found by mpt_jax {mpt_jax.__version__}")
+    _show_gin_files()
+    module = importlib.util.module_from_spec(real)
+    sys.modules[name] = module
+    assert real.loader is not None
+    real.loader.exec_module(module)
+
+
+def gin_folder() -> Path:
+    """The folder that `gin/mpt_source.gin` is found from: of the clone, or inside the wheel."""
+    package = Path(mpt_jax.__file__).parent
+    installed = package / "configs"
+    return installed if (installed / "gin").is_dir() else package.parent
+
+
+def _show_gin_files() -> None:
+    """Lets T5X find this library's gin files from anywhere: it searches the working directory and
+    a clone of its own."""
+    import gin  # only where a T5X runs, which needs it as well
+
+    gin.add_config_file_search_path(str(gin_folder()))
+
+
+def announce(trainer: str) -> None:
+    """Says which trainer runs, as the first line of a run's log and once.
+
+    Straight to stderr: loggers come up with the heavy imports, and those have lines of their own.
+    """
+    if not _ANNOUNCED:
+        _ANNOUNCED.append(trainer)
+        print(f"Trainer: {trainer}.", file=sys.stderr, flush=True)
+
+
+def announce_own() -> None:
+    """Says that this library's trainer runs."""
+    announce(f"mpt_jax {mpt_jax.__version__} (T5X is not used)")
+
+
+def install() -> types.ModuleType:
+    """Makes the fallback answer to `t5x`, whatever is installed; returns it.
+
+    Raises:
+        ImportError: a real T5X is already loaded in this process, so both would be mixed.
+    """
+    loaded = sys.modules.get("t5x")
+    if is_real(loaded):
+        raise ImportError(
+            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, and one process "
+            "cannot hold both trainers: start a new one."
+        )
+    if getattr(loaded, "__embedded__", False):
+        assert loaded is not None
+        return loaded
+    module = types.ModuleType("t5x", "T5X's names, answered by mpt_jax.t5x_compat.fallback.")
+    module.__file__ = str(FOLDER / "__init__.py")
+    module.__path__ = [str(FOLDER)]
+    module.__spec__ = ModuleSpec("t5x", None, origin=module.__file__, is_package=True)
+    module.__spec__.submodule_search_locations = module.__path__
+    vars(module)["__embedded__"] = True
+    sys.modules["t5x"] = module
+    sys.meta_path.append(_NotOffered())
+    return module
+
+
+def is_real(module: types.ModuleType | None) -> bool:
+    """Whether a loaded `t5x` module is T5X itself."""
+    has_path = getattr(module, "__path__", None) is not None
+    return has_path and not getattr(module, "__embedded__", False)
+
+
+class _NotOffered:
+    """Answers last for `t5x.<name>`: an error that says what to do, where Python's would not."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Raises for every submodule of the fallback that has not been found."""
+        if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
+            return None
+        raise ModuleNotFoundError(
+            f"{name} is part of T5X, which is not installed; {', '.join(OFFERED)} and "
+            f"`python -m t5x.{{{','.join(SCRIPTS)}}}` work without it. {INSTALL}",
+            name=name.partition(".")[0],
+        )

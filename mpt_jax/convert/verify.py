@@ -1,0 +1,103 @@
+"""`mpt-jax verify-weights FOLDER`: our network beside transformers' on the same weights.
+
+    mpt-jax verify-weights runs/backbones/t5-base
+    mpt-jax verify-weights runs/backbones/t5x/checkpoint_0 --config t5_1_1_base
+
+Both run in float32 on a fixed padded batch. Exit code 0 where no number of the hidden states or
+logits differs by more than 1e-4, 1 where one does, 2 where the comparison cannot be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mpt_jax.backbones.t5 import T5Config
+from mpt_jax.convert import backbones, parity, save_hf
+
+TOLERANCE = 1e-4
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compares, prints the differences, and exits with what they mean."""
+    parser = argparse.ArgumentParser(
+        prog="mpt-jax verify-weights",
+        description="Our network beside transformers' (torch) on the same weights, in float32.",
+    )
+    parser.add_argument("folder", help="a Hugging Face folder or a T5X checkpoint")
+    parser.add_argument(
+        "--config", help="a name such as t5_1_1_base, or a config.json, where there is none"
+    )
+    args = parser.parse_args(argv)
+    try:
+        differences = compare(epath.Path(args.folder), args.config)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"mpt-jax verify-weights: {error}\n")
+    for name, difference in differences.items():
+        print(f"{name:8} differs by at most {difference:.3g}")
+    # Not `<`: what is not a number has not passed.
+    passed = all(difference <= TOLERANCE for difference in differences.values())
+    print(f"{'PASS' if passed else 'FAIL'}: the tolerance is {TOLERANCE:g}")
+    sys.exit(0 if passed else 1)
+
+
+def compare(folder: epath.Path, config: str | None) -> dict[str, float]:
+    """The largest absolute difference of the encoder's hidden states, the decoder's, and logits.
+
+    Raises:
+        ValueError: torch or transformers is absent; or the weights cannot be read.
+        FileNotFoundError: no weights.
+    """
+    torch, transformers = _oracle()
+    shape, params = backbones.read(folder, config)
+    ours = parity.forward(shape, params)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Theirs is always read from a folder that lies here: the one given, where it is theirs.
+        theirs = os.fspath(folder)
+        if config is not None or not os.path.exists(os.path.join(theirs, "config.json")):
+            theirs = os.fspath(save_hf(os.path.join(scratch, "hf"), shape, params))
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(theirs, dtype=torch.float32)
+        found = _outputs(torch, model.eval(), shape)
+    return {name: parity.largest_difference(x, found[name]) for name, x in ours.items()}
+
+
+def _oracle() -> tuple[Any, Any]:
+    """torch and transformers."""
+    try:
+        return importlib.import_module("torch"), importlib.import_module("transformers")
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name or 'torch'} is not installed, and the comparison is with transformers' "
+            "model: pip install 'mpt-jax[parity]'."
+        ) from error
+
+
+def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:
+    """What `parity.forward` returns, of transformers' model."""
+    batch = {name: torch.tensor(x) for name, x in parity.fixed_batch(shape).items()}
+    with torch.no_grad():
+        result = model(
+            input_ids=batch["tokens"].long(),
+            attention_mask=batch["mask"].long(),
+            decoder_input_ids=batch["decoder_tokens"].long(),
+            output_hidden_states=True,
+        )
+    return {
+        "encoder": torch.stack(result.encoder_hidden_states).numpy(),
+        "decoder": torch.stack(result.decoder_hidden_states).numpy(),
+        "logits": result.logits.numpy(),
+    }
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every array
+    main()

@@ -1,0 +1,120 @@
+"""Parameter trees by name: path names, ordered label tables, splitting, strict matching.
+
+A parameter tree is a nested mapping with string keys. Its leaves are addressed by one name,
+their path joined by slashes (`encoder/layers_0/mlp/wi/kernel`), in label tables, checkpoints,
+artefacts and errors alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mpt_jax.core.shapes import Params
+
+# An ordered table of (regular expression over the whole path name, label); first match wins.
+Rules = Sequence[tuple[str, str]]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """`a/b/c` for a key path as `jax.tree_util` reports it."""
+    parts = []
+    for key in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                parts.append(str(getattr(key, attribute)))
+                break
+        else:
+            parts.append(str(key))
+    return "/".join(parts)
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by path name, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict from leaves by path name; the inverse of `flatten` for nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name!r} lies below {parent!r}, which is itself a leaf.")
+        node[last] = leaf
+    return tree
+
+
+def label_tree(tree: Any, rules: Rules) -> Any:
+    """A tree of the same structure whose leaves are labels from the first rule that matches.
+
+    Raises:
+        ValueError: a leaf matches no rule; the message lists every such leaf.
+    """
+    compiled = [(re.compile(pattern), label) for pattern, label in rules]
+
+    def label(path: Sequence[Any], _: Any) -> str | None:
+        name = path_name(path)
+        return next((label for pattern, label in compiled if pattern.fullmatch(name)), None)
+
+    labels = jax.tree_util.tree_map_with_path(label, tree)
+    found = flatten(labels, is_leaf=lambda x: x is None)
+    unmatched = [name for name, label in found.items() if label is None]
+    if unmatched:
+        raise ValueError(
+            f"No rule labels these parameters: {unmatched}. The rules tried, in order: "
+            f"{[pattern for pattern, _ in rules]}. Add a rule for them."
+        )
+    return labels
+
+
+def split(tree: Any, rules: Rules, keep: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves whose label is in `keep`, and the rest, as two nested dicts."""
+    labels = flatten(label_tree(tree, rules))
+    kept, rest = {}, {}
+    for name, leaf in flatten(tree).items():
+        (kept if labels[name] in keep else rest)[name] = leaf
+    return unflatten(kept), unflatten(rest)
+
+
+def merge(first: Params, second: Params) -> dict[str, Any]:
+    """The union of two nested dicts with disjoint leaves; the inverse of `split`."""
+    leaves = flatten(first)
+    others = flatten(second)
+    both = sorted(set(leaves) & set(others))
+    if both:
+        raise ValueError(f"These parameters are in both trees: {both}.")
+    return unflatten({**leaves, **others})
+
+
+def match_exactly(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Checks that two tables of (name -> shape) are the same.
+
+    Raises:
+        ValueError: names what is missing, what is extra, and which shapes differ.
+    """
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    shapes = [
+        f"{name}: expected {tuple(expected[name])}, found {tuple(found[name])}"
+        for name in sorted(set(expected) & set(found))
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {missing}")
+    if extra:
+        problems.append(f"{len(extra)} not expected: {extra}")
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape: {shapes}")
+    if problems:
+        raise ValueError(f"{what} does not match the model. " + "; ".join(problems) + ".")

@@ -1,0 +1,435 @@
+"""The batch contract as a SeqIO feature converter, and the preprocessors that feed it.
+
+A prompt is not concatenated to an input: it is written into reserved positions. The converter
+gives every example P such positions and says of every encoder position what it is:
+
+    encoder_input_tokens   int32 [B, T]  token id; 0 at prompt slots and padding
+    encoder_prompt_slots   int32 [B, T]  i + 1 where the position is row i of the prompt, else 0
+    encoder_task_ids       int32 [B, T]  row of the prompt bank at every real position, else 0
+    decoder_input_tokens   int32 [B, L]  targets shifted right, 0 at the start of each example
+    decoder_target_tokens  int32 [B, L]  token id; 0 at padding
+    decoder_loss_weights   int32 [B, L]  1 at every target token, else 0
+    decoder_task_ids       int32 [B, L]  row of the prompt bank at every target token, else 0
+
+and, only when packed, `encoder_segment_ids`, `encoder_positions` [B, T] and
+`decoder_segment_ids`, `decoder_positions` [B, L]: which example (from 1; 0 is padding), and
+which position inside it. T = P + the limit on the text unless packed.
+
+A task tells the converter its name through the feature `task_ids` [1]: the CRC-32 of the name
+(31 bits), which the converter maps to the row of `Runs.run_names`. The sign carries one more
+fact: `~id` instead of `id` says that a text of this example was longer than its limit, so that
+the policy on such examples can be a property of the converter, which gin builds, and not of the
+registered task, which gin cannot reach.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mpt_jax.batching import collate
+from mpt_jax.core.runs import Runs
+
+OVERLONG_POLICIES = ("error", "truncate")
+TASK_IDS = "task_ids"
+
+# Names seen by `task_id`, so that a collision is caught where the second name is registered and
+# an id that no run claims can be given its name back in an error.
+_NAME_OF_ID: dict[int, str] = {}
+
+
+def task_id(name: str) -> int:
+    """Returns the 31-bit id that examples of the task `name` carry, and remembers the name.
+
+    Raises:
+        ValueError: another name with the same id was registered before.
+    """
+    identity = zlib.crc32(name.encode()) & 0x7FFFFFFF
+    holder = _NAME_OF_ID.setdefault(identity, name)
+    if holder != name:
+        raise ValueError(
+            f"The task names {holder!r} and {name!r} have the same id ({identity}), so their "
+            "examples could not be told apart. Rename one of them."
+        )
+    return identity
+
+
+class AddTaskId:
+    """Preprocessor that writes `task_ids` [1], the id of the task `name`, into every example."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.id = task_id(name)
+
+    def __call__(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return _map(dataset, lambda x: {**x, TASK_IDS: tf.constant([self.id], tf.int32)})
+
+
+def add_task_id(name: str) -> AddTaskId:
+    """Returns the preprocessor that names the examples of the task `name`."""
+    return AddTaskId(name)
+
+
+def renamed(preprocessors: Sequence, name: str) -> list:
+    """Returns `preprocessors` with the task id replaced by that of `name`.
+
+    A task derived from another (a few-shot subset, a seed) inherits its preprocessors, and with
+    them its id: without this its examples would read the other task's prompt.
+
+    Raises:
+        ValueError: no preprocessor writes a task id.
+    """
+    if not any(isinstance(p, AddTaskId) for p in preprocessors):
+        raise ValueError(
+            f"None of the preprocessors given for the task {name!r} writes `task_ids`. "
+            "End its list with mpt_jax.data.feature_converter.finish(name)."
+        )
+    return [AddTaskId(name) if isinstance(p, AddTaskId) else p for p in preprocessors]
+
+
+def output_features(vocabulary: Any, targets_vocabulary: Any | None = None) -> dict[str, Any]:
+    """Returns the output features of a task: inputs, targets and task_ids."""
+    return {
+        "inputs": seqio.Feature(vocabulary, add_eos=True),
+        "targets": seqio.Feature(targets_vocabulary or vocabulary, add_eos=True),
+        TASK_IDS: seqio.Feature(
+            seqio.PassThroughVocabulary(size=2**31 - 1), add_eos=False, dtype=tf.int32
+        ),
+    }
+
+
+def finish(name: str) -> list:
+    """Returns the last preprocessors of the task `name`: text in, the converter's features out.
+
+    In order: tokenize `inputs` and `targets`, the point where SeqIO may cache, the task id, the
+    end-of-sequence token and the limit on lengths.
+    """
+    return [
+        seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),
+        AddTaskId(name),
+        end_and_limit,
+    ]
+
+
+def end_and_limit(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, Any],
+    sequence_length: Mapping[str, int] | None = None,
+) -> tf.data.Dataset:
+    """Ends each text with EOS where its feature asks for it, and marks the over-long examples.
+
+    A text longer than `sequence_length` (tokens, EOS included) is cut so that it still ends with
+    EOS, and the example's task id becomes `~id`; whether that is an error is for
+    `PromptFeatureConverter(on_overlong=...)` to say.
+    """
+    limits = dict(sequence_length or {})
+    texts = [name for name in output_features if name != TASK_IDS]
+
+    def convert(example):
+        example = dict(example)
+        overlong = tf.constant(False)
+        for name in texts:
+            feature, tokens = output_features[name], example[name]
+            limit = limits.get(name)
+            room = None if limit is None else limit - int(feature.add_eos)
+            if room is not None:
+                overlong = tf.logical_or(overlong, tf.size(tokens) > room)
+                tokens = tokens[:room]
+            if feature.add_eos:
+                eos = tf.constant([feature.vocabulary.eos_id], tokens.dtype)
+                tokens = tf.concat([tokens, eos], axis=0)
+            example[name] = tokens
+        ids = example[TASK_IDS]
+        example[TASK_IDS] = tf.where(overlong, tf.bitwise.invert(ids), ids)
+        return example
+
+    return _map(dataset, convert)
+
+
+class PromptFeatureConverter(seqio.FeatureConverter):
+    """Converts task features (inputs, targets, task_ids) into the batch contract above.
+
+    Serves as T5X's `FEATURE_CONVERTER_CLS` with its first two arguments bound by gin or
+    `functools.partial`. `task_feature_lengths` lists `inputs` and `targets` and counts text only;
+    `task_ids` may be left out.
+
+    Args:
+        prompt_length: P, positions reserved in front of each text; 0 for methods without one. The
+            model gives it.
+        runs: the rows of the prompt bank; an example's row is that of its task's name.
+        pack: several examples to a row, each with its own prompt positions.
+        use_custom_packing_ops: SeqIO's option; must be False, since packing is ours.
+        pack_lengths: encoder (`inputs`, prompt positions included) and decoder (`targets`)
+            positions of a packed row; by default twice those of one example of full length.
+        pack_window: examples that are packed at a time (`packing.best_fit`). More of them leave
+            fewer positions empty, and go farther from the order of the stream.
+        on_overlong: 'error' or 'truncate' for examples that `end_and_limit` has cut.
+        prompt_lengths: the positions of each bank row's prompt, where they differ: at most P.
+
+    Raises:
+        ValueError: a setting is out of its range or would have no effect.
+    """
+
+    TASK_FEATURES = {
+        "inputs": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+        "targets": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+        TASK_IDS: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+    }
+    MODEL_FEATURES = {
+        name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+        for name in (
+            "encoder_input_tokens",
+            "encoder_prompt_slots",
+            "encoder_task_ids",
+            "decoder_input_tokens",
+            "decoder_target_tokens",
+            "decoder_loss_weights",
+            "decoder_task_ids",
+        )
+    }
+    PACKING_FEATURE_DTYPES = {
+        "encoder_segment_ids": tf.int32,
+        "encoder_positions": tf.int32,
+        "decoder_segment_ids": tf.int32,
+        "decoder_positions": tf.int32,
+    }
+
+    def __init__(
+        self,
+        prompt_length: int,
+        runs: Runs,
+        pack: bool = False,
+        use_custom_packing_ops: bool = False,
+        pack_lengths: Mapping[str, int] | None = None,
+        pack_window: int = 256,
+        on_overlong: str = "error",
+        prompt_lengths: Sequence[int] | None = None,
+    ):
+        if prompt_length < 0:
+            raise ValueError(f"prompt_length must be 0 or more, got {prompt_length}.")
+        if on_overlong not in OVERLONG_POLICIES:
+            raise ValueError(f"on_overlong must be one of {OVERLONG_POLICIES}, got {on_overlong!r}")
+        if pack_lengths is not None and set(pack_lengths) != {"inputs", "targets"}:
+            raise ValueError(
+                f"pack_lengths must give inputs and targets, got {sorted(pack_lengths)}."
+            )
+        if use_custom_packing_ops:
+            raise ValueError(
+                "use_custom_packing_ops would have no effect: packing is ours "
+                "(mpt_jax/batching/packing.py). Leave it False."
+            )
+        if pack_window < 1:
+            raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
+        if prompt_lengths is not None and (
+            len(prompt_lengths) != runs.num_rows or max(prompt_lengths) > prompt_length
+        ):
+            raise ValueError(
+                f"prompt_lengths must give each of the {runs.num_rows} rows at most "
+                f"prompt_length = {prompt_length} positions, got {tuple(prompt_lengths)}."
+            )
+        for name in runs.run_names:
+            task_id(name)
+        # Lengths are checked below, in the one map that converts: SeqIO's own checks are two more,
+        # and cost more than the conversion.
+        super().__init__(pack=pack, apply_length_check=False)
+        self.prompt_length = prompt_length
+        self.prompt_lengths = tuple(prompt_lengths or (prompt_length,) * runs.num_rows)
+        self.runs = runs
+        self.on_overlong = on_overlong
+        self.pack_lengths = None if pack_lengths is None else dict(pack_lengths)
+        self.pack_window = pack_window
+
+    def __call__(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        """Converts `ds`; see the class. Raises ValueError where the task has no `task_ids`."""
+        found = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
+        if TASK_IDS not in found:
+            raise ValueError(
+                f"The dataset has no feature {TASK_IDS!r} (it has {found}), so "
+                "its examples have no prompt. End the task's preprocessors with "
+                "feature_converter.finish(name) and give it feature_converter.output_features(...) "
+                "(from mpt_jax.data import feature_converter)."
+            )
+        return super().__call__(ds, {**task_feature_lengths, TASK_IDS: 1})
+
+    def get_model_feature_lengths(
+        self, task_feature_lengths: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Returns the length of each model feature: T or L, by its first word."""
+        positions = self._positions(task_feature_lengths)
+        names = [*self.MODEL_FEATURES, *(self.PACKING_FEATURE_DTYPES if self.pack else ())]
+        side = {"encoder": "inputs", "decoder": "targets"}
+        return {name: positions[side[name.split("_")[0]]] for name in names}
+
+    def _positions(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+        """Returns {'inputs': T, 'targets': L}."""
+        one_example = {
+            "inputs": self.prompt_length + task_feature_lengths["inputs"],
+            "targets": task_feature_lengths["targets"],
+        }
+        # T5X turns packing off for evaluation with the same bindings, so pack_lengths is then
+        # without effect by design.
+        if not self.pack:
+            return one_example
+        if self.pack_lengths is None:
+            return {name: 2 * length for name, length in one_example.items()}
+        for name, needed in one_example.items():
+            if self.pack_lengths[name] < needed:
+                raise ValueError(
+                    f"pack_lengths[{name!r}] is {self.pack_lengths[name]}, but one example may "
+                    f"need {needed} positions (prompt_length {self.prompt_length}, "
+                    f"task_feature_lengths {dict(task_feature_lengths)}). Raise it to at least "
+                    "that, or lower the others."
+                )
+        return self.pack_lengths
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        positions = self._positions(task_feature_lengths)
+        limits = {name: task_feature_lengths[name] for name in ("inputs", "targets")}
+
+        def unpacked(example):
+            row = self._row(example, limits)
+            with tf.control_dependencies([row]):
+                return self._place(example, row, positions)
+
+        def checked(example):
+            row = self._row(example, limits)
+            with tf.control_dependencies(self._packable(example, row)):
+                return {**{name: example[name] for name in limits}, "row": tf.identity(row)}
+
+        if not self.pack:
+            return _map(ds, unpacked)
+        windows = _map(ds, checked).ragged_batch(self.pack_window)
+        lengths = self.get_model_feature_lengths(task_feature_lengths)
+        # One window at a time: what is packed ahead is saved with the data's position.
+        pack = tf.autograph.experimental.do_not_convert(self._packed)
+        return windows.map(lambda window: pack(window, positions, lengths)).unbatch()
+
+    def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
+        """Returns the example's row (scalar), or raises for a stranger or an over-long example."""
+        identity = example[TASK_IDS][0]
+        was_cut = identity < 0
+        identity = tf.where(was_cut, tf.bitwise.invert(identity), identity)
+        is_run = tf.equal(tf.constant([task_id(n) for n in self.runs.run_names]), identity)
+        row = tf.argmax(is_run, output_type=tf.int32)
+        too_long = [tf.size(example[name]) > limit for name, limit in limits.items()]
+        if self.on_overlong == "error":
+            too_long.append(was_cut)
+        # No quotes in what the graph raises: TensorFlow prints them escaped.
+        limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
+        message = (
+            f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
+            "bind PromptFeatureConverter.on_overlong to truncate."
+        )
+        names = tf.constant(self.runs.run_names)
+        checks = [
+            _assert(tf.reduce_any(is_run), lambda: self._unknown_message(identity)),
+            _assert(
+                tf.logical_not(tf.reduce_any(too_long)),
+                lambda: tf.strings.join(["An example of ", names[row], message]),
+            ),
+        ]
+        with tf.control_dependencies(checks):
+            return tf.identity(row)
+
+    def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
+        """Returns the error text for an id that is no run's, with its name where it is known."""
+        known = f" is not among the runs of this job, which are {', '.join(self.runs.run_names)}."
+        ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
+        matches = tf.equal(ids, identity)
+        name = tf.where(
+            tf.reduce_any(matches),
+            tf.strings.join(["The task ", names[tf.argmax(matches)]]),
+            tf.strings.format("The task with the unregistered id {}", identity),
+        )
+        return tf.strings.join([name, known])
+
+    def _place(self, example, row: tf.Tensor, positions: Mapping[str, int]):
+        """One example to a row: the prompt in front, then the text, then padding."""
+        prompt = tf.constant(self.prompt_lengths)[row]
+        targets = _pad(example["targets"], positions["targets"])
+        tokens = tf.concat([tf.zeros([prompt], tf.int32), example["inputs"]], axis=0)
+        tokens = _pad(tokens, positions["inputs"])
+        slots = _pad(tf.range(1, prompt + 1), positions["inputs"])
+        # Where prompts have one length, models place them at the front without looking.
+        is_target = tf.cast(targets != 0, tf.int32)
+        return {
+            "encoder_input_tokens": tokens,
+            "encoder_prompt_slots": slots,
+            "encoder_task_ids": row * tf.cast((slots > 0) | (tokens != 0), tf.int32),
+            "decoder_input_tokens": seqio.utils.make_autoregressive_inputs(targets),
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": is_target,
+            "decoder_task_ids": row * is_target,
+        }
+
+    def _packable(self, example, row: tf.Tensor) -> list[tf.Tensor]:
+        """Checks that every position of an example tells that it is one."""
+        checks, run = [], tf.constant(self.runs.run_names)[row]
+        for name, may_be_empty in (("inputs", self.prompt_length > 0), ("targets", False)):
+            text, tokens = f"Cannot pack an example of {{}} whose {name} ", example[name]
+            checks.append(_assert(tf.reduce_all(tokens != 0), _named(text + "contain id 0.", run)))
+            if not may_be_empty:
+                checks.append(_assert(tf.size(tokens) > 0, _named(text + "are empty.", run)))
+        return checks
+
+    def _packed(
+        self, window, positions: Mapping[str, int], lengths: Mapping[str, int]
+    ) -> dict[str, tf.Tensor]:
+        """The rows that a window of examples takes."""
+
+        def pack(inputs, input_splits, targets, target_splits, rows):
+            texts = np.split(inputs, input_splits[1:-1]), np.split(targets, target_splits[1:-1])
+            examples = [collate.Example(*found) for found in zip(*texts, rows, strict=True)]
+            made = collate.packed(examples, self.prompt_lengths, positions)
+            return [made[name] for name in lengths]
+
+        inputs, targets = window["inputs"], window["targets"]
+        # Stateless, or else a data position could not be saved.
+        made = tf.numpy_function(
+            pack,
+            [inputs.values, inputs.row_splits, targets.values, targets.row_splits, window["row"]],
+            [tf.int32] * len(lengths),
+            stateful=False,
+        )
+        for rows, length in zip(made, lengths.values(), strict=True):
+            rows.set_shape([None, length])
+        return dict(zip(lengths, made, strict=True))
+
+
+def _map(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
+    # Nothing here needs AutoGraph, and tracing without it is faster.
+    function = tf.autograph.experimental.do_not_convert(function)
+    return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _pad(tokens: tf.Tensor, length: int) -> tf.Tensor:
+    padded = tf.pad(tokens, [[0, length - tf.size(tokens)]])
+    padded.set_shape([length])
+    return padded
+
+
+def _named(template: str, name: tf.Tensor):
+    before, after = template.split("{}")
+    return lambda: tf.strings.join([before, name, after])
+
+
+def _assert(condition: tf.Tensor, message):
+    """Raises `message()` (a string tensor) unless `condition`; the text is built only then."""
+    return tf.cond(
+        condition,
+        lambda: tf.constant(True),
+        lambda: _fail(message()),
+    )
+
+
+def _fail(text: tf.Tensor) -> tf.Tensor:
+    with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
+        return tf.constant(False)

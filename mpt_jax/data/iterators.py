@@ -1,0 +1,198 @@
+"""Batches as they are handed out: this host's rows, cut to their lengths.
+
+The position of training batches can be taken at any step and set again, exactly: what tf.data has
+prefetched but not handed out is part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from mpt_jax.batching import bucketing
+from mpt_jax.batching.bucketing import LengthBuckets
+from mpt_jax.batching.collate import Batch
+
+_POSITION = "position.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which rows of a batch of `batch_size` belong to this host."""
+
+    batch_size: int
+    num_hosts: int
+    host_index: int
+
+    def __post_init__(self):
+        if self.batch_size % self.num_hosts:
+            raise ValueError(
+                f"DatasetConfig.batch_size {self.batch_size} must be a multiple of the "
+                f"{self.num_hosts} hosts."
+            )
+
+    def of(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """Fills the batch up with rows of zeros and returns this host's rows."""
+        rows = self.batch_size // self.num_hosts
+        first = rows * self.host_index
+        return {name: fill(x, self.batch_size)[first : first + rows] for name, x in batch.items()}
+
+
+class TrainIterator(Iterator[Batch]):
+    """This host's rows of the training batches, with a position that can be saved.
+
+    Every host makes whole batches and keeps its own rows of them. So the batch of a step does not
+    depend on the number of hosts, and a position that was saved by one number of hosts is good
+    for any other.
+
+    Args:
+        dataset: whole batches.
+        share: which rows of them are this host's.
+        identity: JSON values that a position must agree on with the iterator it is restored to.
+        buckets: the lengths that batches are cut to, if any.
+    """
+
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        share: Share,
+        identity: Mapping[str, Any],
+        buckets: LengthBuckets | None = None,
+    ):
+        self._iterator = iter(dataset)
+        self._share = share
+        self._buckets = buckets
+        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+        self._identity = json.loads(json.dumps(dict(identity)))
+        self._taken = 0
+        self._reported = False
+
+    def __next__(self) -> Batch:
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._taken:
+                raise
+            raise ValueError(
+                f"There is not one whole batch in {self._identity}: the split is empty, or holds "
+                "fewer examples than a batch."
+            ) from None
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(plain_message(error)) from error
+        self._taken += 1
+        rows = {name: value.numpy() for name, value in batch.items()}
+        return self._share.of(self._buckets.cut(rows) if self._buckets else rows)
+
+    def state(self) -> bytes:
+        """Returns the position: restoring it continues with the batch that would come next."""
+        content = io.BytesIO()
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content, "w") as archive:
+            self._checkpoint.write(os.path.join(folder, "position"))
+            header = {"identity": self._identity, "batches_taken": self._taken}
+            archive.writestr(_POSITION, json.dumps(header))
+            for name in sorted(os.listdir(folder)):
+                archive.write(os.path.join(folder, name), name)
+        if not self._reported:
+            logging.info("The data position takes %.1f KB.", len(content.getvalue()) / 1000)
+            self._reported = True
+        return content.getvalue()
+
+    def restore(self, state: bytes) -> None:
+        """Goes to a position returned by `state`.
+
+        Raises:
+            ValueError: `state` is no position, or one of another configuration.
+        """
+        try:
+            archive = zipfile.ZipFile(io.BytesIO(state))
+            header = json.loads(archive.read(_POSITION))
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            raise ValueError(f"Not a data position, or a damaged one: {error}") from error
+        theirs = header["identity"]
+        differing = {
+            key: (theirs.get(key), value)
+            for key, value in self._identity.items()
+            if theirs.get(key) != value
+        }
+        if differing:
+            text = "; ".join(f"{k}: saved {a!r}, now {b!r}" for k, (a, b) in differing.items())
+            raise ValueError(f"The data position belongs to another configuration: {text}.")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in archive.namelist():
+                if name != _POSITION:
+                    with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
+                        file.write(archive.read(name))
+            self._checkpoint.read(os.path.join(folder, "position")).assert_consumed()
+        self._taken = header["batches_taken"]
+
+
+class Batches:
+    """Batches of rows that can be gone through any number of times.
+
+    Args:
+        dataset: rows, not batched.
+        share: the size of a batch, and which of its rows are this host's.
+        keep: whether to keep them in memory.
+        buckets: the lengths that batches are cut to; None for one length and the rows' own order.
+        cut_targets: see `LengthBuckets.cut`.
+    """
+
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        share: Share,
+        keep: bool,
+        buckets: LengthBuckets | None = None,
+        cut_targets: bool = True,
+    ):
+        self._share, self._keep = share, keep
+        self._buckets, self._cut_targets = buckets, cut_targets
+        window = bucketing.WINDOW if buckets else 1
+        self._windows = dataset.batch(window * share.batch_size).prefetch(1)
+        self._kept: list[tuple[np.ndarray, Batch]] | None = None
+
+    def __call__(self) -> Iterable[Batch]:
+        """The batches."""
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterable[tuple[np.ndarray, Batch]]:
+        """Each batch, and the numbers of the rows that it is of (of all hosts)."""
+        if not self._keep:
+            return self._read()
+        if self._kept is None:
+            self._kept = list(self._read())
+        return self._kept
+
+    def _read(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        first = 0
+        for window in self._windows.as_numpy_iterator():
+            rows = dict(window)
+            batches = bucketing.batches_of(
+                rows, self._share.batch_size, self._buckets, self._cut_targets
+            )
+            for chosen, batch in batches:
+                yield first + chosen, self._share.of(batch)
+            first += len(rows["decoder_target_tokens"])
+
+
+def fill(array: np.ndarray, rows: int) -> np.ndarray:
+    """Returns `array` with zeros appended along its first axis, up to `rows`."""
+    missing = rows - array.shape[0]
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
+
+
+def plain_message(error: tf.errors.InvalidArgumentError) -> str:
+    """Returns what an assertion of ours in the graph says, without what TensorFlow puts around."""
+    found = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
+    return found.group(1) if found else str(error)

@@ -1,0 +1,320 @@
+"""Which task each example of a batch comes from, and which example it is.
+
+A sampler draws, for every step, the task of each of the batch's B examples. Draws are stateless
+in (seed, step) and made for the global batch, so all hosts agree on them; the examples are then
+dealt to the hosts in turn. A sampler is a SeqIO `sample_fn`, but over whole streams: SeqIO gives
+a `sample_fn` neither the batch nor the hosts, and shuffles across the end of a pass, so that an
+example could come twice within one. `TaskMixture` therefore makes the streams itself: an endless
+stream of each task's examples, pass after pass, each pass a permutation that depends on nothing
+but (seed, run name, pass). Grouped or solo, on one host or many, a run sees the same examples.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mpt_jax.data.token_tables import (
+    find_task,
+    import_suites,
+    joined_lookup,
+    read_table,
+    stream_key,
+)
+
+# T5's cap on the size that a task counts with in examples-proportional mixing.
+T5_CAP = 2**18
+_DRAWS = zlib.crc32(b"mpt_jax.sampling") & 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What all samplers share; `draw` is theirs.
+
+    Attributes:
+        batch_size: B, examples per step over all hosts. Packed rows do not count here.
+        seed: of all draws, 0 .. 2^31 - 1.
+        num_hosts: hosts that the batch is dealt to; it must divide `batch_size`.
+        host_index: this host.
+    """
+
+    batch_size: int
+    seed: int
+    num_hosts: int = 1
+    host_index: int = 0
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.batch_size % self.num_hosts:
+            raise ValueError(
+                f"batch_size must be a positive multiple of the number of hosts, got "
+                f"{self.batch_size} for {self.num_hosts}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be in 0 .. 2^31 - 1, got {self.seed}.")
+
+    def check(self, num_tasks: int) -> None:
+        """Raises ValueError where this sampler cannot serve `num_tasks` tasks."""
+
+    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+        """Returns the task [B] of each example of the global batch at `step`.
+
+        Args:
+            step: scalar int64.
+            weights: mixing weights [K], positive, of any sum.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self, datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
+    ) -> tf.data.Dataset:
+        """Interleaves endless, unsharded `datasets`, and returns this host's share of them."""
+        del seed  # Ours is required, and the same on all hosts; SeqIO's may be neither.
+        weights = np.asarray(rates, np.float64)
+        if not (weights > 0).all():
+            raise ValueError(f"Mixing weights must be positive, got {weights.tolist()}.")
+        self.check(len(datasets))
+        draw = tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
+        choices = tf.data.Dataset.range(np.iinfo(np.int64).max).map(draw).unbatch()
+        mixed = tf.data.Dataset.choose_from_datasets(datasets, choices)
+        return mixed.shard(self.num_hosts, self.host_index) if self.num_hosts > 1 else mixed
+
+    def _uniform(self, step: tf.Tensor, count: int) -> tf.Tensor:
+        """Returns `count` float64 draws from [0, 1) for `step`."""
+        return tf.random.stateless_uniform(
+            [count], stream_key(self.seed, _DRAWS, step), dtype=tf.float64, alg="philox"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticTasks(Sampler):
+    """Stochastic task sampling (arXiv 2303.02861, section 3.2): k tasks make up a batch.
+
+    k is uniform in [2, kappa]; k tasks are drawn without replacement by mixing weight (Gumbel
+    top-k); each gives B // k examples, and the first B mod k drawn give one more. The paper does
+    not say how a batch is divided; the division is ours.
+
+    Attributes:
+        kappa: the most tasks in one batch; None for all.
+        replacement: draw with replacement instead, and take the whole remainder from one of the
+            drawn tasks at random, as the authors' released loader does; a batch may then hold a
+            single task.
+    """
+
+    kappa: int | None = None
+    replacement: bool = False
+
+    def check(self, num_tasks: int) -> None:
+        kappa = self._kappa(num_tasks)
+        if not 2 <= kappa <= num_tasks:
+            raise ValueError(
+                f"Stochastic task sampling takes 2 .. kappa tasks per batch, but kappa is {kappa} "
+                f"and the mixture has {num_tasks}. For one task use sampling.EqualQuotas."
+            )
+        if self.batch_size < kappa:
+            raise ValueError(f"A batch of {self.batch_size} cannot hold kappa = {kappa} tasks.")
+
+    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+        kappa = self._kappa(len(weights))
+        uniform = self._uniform(step, 2 + max(kappa, len(weights)))
+        count = 2 + tf.cast(uniform[0] * (kappa - 1), tf.int32)
+        batch_size = tf.constant(self.batch_size)
+        each, rest = batch_size // count, tf.math.floormod(batch_size, count)
+        if self.replacement:
+            tasks = _categorical(weights, uniform[2 : 2 + kappa])[:count]
+            lucky = tf.cast(uniform[1] * tf.cast(count, tf.float64), tf.int32)
+            extra = rest * tf.one_hot(lucky, count, dtype=tf.int32)
+        else:
+            scores = np.log(weights) - tf.math.log(-tf.math.log(uniform[2 : 2 + len(weights)]))
+            tasks = tf.argsort(scores, direction="DESCENDING")[:count]
+            extra = tf.cast(tf.range(count) < rest, tf.int32)
+        return tf.cast(tf.repeat(tasks, each + extra), tf.int64)
+
+    def _kappa(self, num_tasks: int) -> int:
+        return num_tasks if self.kappa is None else self.kappa
+
+
+@dataclasses.dataclass(frozen=True)
+class PerExample(Sampler):
+    """Each example's task is drawn for itself, by mixing weight: the fixed-mixture ablation."""
+
+    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+        tasks = _categorical(weights, self._uniform(step, self.batch_size))
+        return tf.cast(tasks, tf.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualQuotas(Sampler):
+    """Every task gives B / K examples to every batch, whatever its weight: for grouped jobs.
+
+    Each run of the group then sees, step by step, what it would see alone with a batch of B / K.
+    """
+
+    def check(self, num_tasks: int) -> None:
+        if self.batch_size % num_tasks:
+            raise ValueError(
+                f"Equal quotas need a batch_size that is a multiple of the {num_tasks} runs, got "
+                f"{self.batch_size}; {self.batch_size // num_tasks * num_tasks or num_tasks} "
+                "would do."
+            )
+
+    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+        del step
+        return tf.repeat(tf.range(len(weights), dtype=tf.int64), self.batch_size // len(weights))
+
+
+class TaskMixture(seqio.Mixture):
+    """A mixture whose training stream is a `Sampler`'s.
+
+    Each task is preprocessed once and its tokens are kept in memory (4 bytes each), so tasks with
+    random preprocessors (span corruption) belong in a plain `seqio.Mixture`. A finite number of
+    epochs, as evaluation asks for, is served by SeqIO as for any mixture.
+
+    Args:
+        name: of the mixture.
+        task_names: registered SeqIO tasks.
+        sampler: draws the tasks of each batch.
+        rates: mixing weight of each task; by default its number of examples, at most `cap`.
+        cap: see `rates`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task_names: Sequence[str],
+        sampler: Sampler,
+        rates: Mapping[str, float] | None = None,
+        cap: int = T5_CAP,
+    ):
+        tasks = [find_task(task) for task in task_names]
+        if rates is not None and set(rates) != set(task_names):
+            raise ValueError(f"rates must name {sorted(task_names)}, got {sorted(rates)}.")
+        sampler.check(len(tasks))
+        super().__init__(name, tasks, default_rate=1.0)
+        self.sampler = sampler
+        self.task_names = tuple(task_names)
+        self.overlong: dict[str, tuple[int, int]] = {}
+        self._rates = rates
+        self._cap = cap
+
+    def get_dataset(  # type: ignore[override]  # what seqio.get_dataset passes
+        self,
+        sequence_length: Mapping[str, int] | None = None,
+        split: str = "train",
+        use_cached: bool = False,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = None,
+        trim_output_features: bool = True,
+        **evaluation_only: Any,
+    ) -> tf.data.Dataset:
+        """Returns this host's endless stream of examples.
+
+        `overlong` then holds, for each task, how many of its examples were cut, and of how many.
+
+        Raises:
+            ValueError: a task lacks the split, its data, or any example; two seeds.
+        """
+        arguments: dict[str, Any] = dict(
+            sequence_length=sequence_length,
+            use_cached=use_cached,
+            trim_output_features=trim_output_features,
+        )
+        if num_epochs is not None:
+            return super().get_dataset(
+                **arguments,
+                split=split,
+                shuffle=shuffle,
+                seed=seed,
+                shard_info=shard_info,
+                num_epochs=num_epochs,
+                **evaluation_only,
+            )
+        if seed is not None and seed != self.sampler.seed:
+            raise ValueError(
+                f"DatasetConfig.seed is {seed}, but the sampler of {self.name!r} has the seed "
+                f"{self.sampler.seed}. Bind both to one macro (T5X replaces None by the clock)."
+            )
+        tables = [
+            read_table(find_task(name), split, seed=self.sampler.seed, **arguments)
+            for name in self.task_names
+        ]
+        self.overlong = {t.name: (t.num_overlong, t.num_examples) for t in tables}
+        sizes = np.array([table.num_examples for table in tables])
+        streams = [table.indices(self.sampler.seed, shuffle) for table in tables]
+        hosts = shard_info or seqio.ShardInfo(index=0, num_shards=1)
+        sampler = dataclasses.replace(
+            self.sampler, num_hosts=hosts.num_shards, host_index=hosts.index
+        )
+        first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        streams = [s.map(lambda i, f=f: i + f) for s, f in zip(streams, first, strict=True)]
+        lookup = joined_lookup(tables)
+        return sampler(streams, self.weights(sizes).tolist()).map(
+            tf.autograph.experimental.do_not_convert(lookup), num_parallel_calls=tf.data.AUTOTUNE
+        )
+
+    def weights(self, sizes: np.ndarray) -> np.ndarray:
+        """Returns the mixing weights [K] for tasks of these sizes [K]."""
+        if self._rates is None:
+            return np.minimum(sizes, self._cap).astype(np.float64)
+        return np.array([self._rates[name] for name in self.task_names], np.float64)
+
+
+def equal_shares(provider: Any) -> int | None:
+    """How many tasks have an equal share of every batch each, one after the other; None where
+    shares vary."""
+    sampler = getattr(provider, "sampler", None)
+    return len(provider.task_names) if isinstance(sampler, EqualQuotas) else None
+
+
+def has_equal_shares(cfg: Any) -> bool:
+    """Whether every batch of a `DatasetConfig` holds its tasks one after the other, each with as
+    many rows."""
+    return equal_shares(cfg.provider()) is not None and not cfg.pack
+
+
+def task_mixture(
+    task_names: Sequence[str],
+    sampler: Sampler | None = None,
+    name: str | None = None,
+    rates: Mapping[str, float] | None = None,
+    cap: int = T5_CAP,
+    modules: Sequence[str] = (),
+) -> str:
+    """Registers a mixture of tasks and returns its name, for `DatasetConfig` in gin.
+
+    Without a sampler (for evaluation) it is a plain mixture with equal rates. Gin may evaluate
+    this any number of times: the default name is made from the arguments.
+
+    Args:
+        task_names, sampler, name, rates, cap: see `TaskMixture`.
+        modules: imported first; they register the tasks.
+
+    Raises:
+        ValueError: no such module; an unknown task; `name` is taken by a different mixture.
+    """
+    import_suites(modules, task_names)
+    content = repr((tuple(task_names), sampler, rates and sorted(rates.items()), cap))
+    name = name or f"mixture_{zlib.crc32(content.encode()):08x}"
+    if name in seqio.MixtureRegistry.names():
+        if getattr(seqio.MixtureRegistry.get(name), "content", None) == content:
+            return name
+        raise ValueError(f"A different mixture is registered as {name!r}; give this another name.")
+    if sampler is None:
+        tasks = [find_task(task) for task in task_names]
+        mixture = seqio.Mixture(name, tasks, default_rate=1.0)
+    else:
+        mixture = TaskMixture(name, task_names, sampler, rates, cap)
+    mixture.content = content  # type: ignore[attr-defined]
+    seqio.MixtureRegistry.add_provider(name, mixture)
+    return name
+
+
+def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
+    """Returns one draw by `weights` [K] for each of `uniform`, from [0, 1)."""
+    bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))
+    return tf.searchsorted(bounds, uniform, side="right")

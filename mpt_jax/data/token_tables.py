@@ -1,0 +1,319 @@
+"""The examples of registered tasks, read and tokenised once.
+
+Small and middling data sets (all of GLUE and MRQA) fit in memory as tokens, 4 bytes each, and
+then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save.
+"""
+
+import contextlib
+import importlib
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+
+from mpt_jax.core.runs import data_name, unknown_name
+from mpt_jax.data.feature_converter import TASK_IDS, task_id
+
+# Tables up to this size are kept as long as their task is registered.
+_KEEP_BYTES = 16 * 2**20
+_KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+# See `name_tasks_with`.
+_NAMING: list[Callable[[str], bool]] = []
+# How TensorFlow tells that a tf.debugging.Assert with one message did not hold.
+_ASSERTION = re.compile(r"assertion failed: \[(.*?)\](?: \[|\n|$)", re.DOTALL)
+
+
+def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> None:
+    """Imports the modules that register tasks.
+
+    Raises:
+        ValueError: a module is not there.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module + ".").startswith(error.name + "."):
+                raise
+            named = f" ({', '.join(task_names)})" if task_names else ""
+            raise ValueError(
+                f"The task suite {module} cannot be imported (no module {error.name}), so its "
+                f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
+                "bind TASK_MODULES and the task names to your own."
+            ) from error
+
+
+def name_tasks_with(register_run: Callable[[str], bool]) -> None:
+    """Adds a naming scheme: what is asked for a task that SeqIO does not know.
+
+    Args:
+        register_run: name -> whether the scheme has a task of this name, which is then registered.
+            A name of the scheme that cannot be served is a ValueError.
+    """
+    _NAMING.append(register_run)
+
+
+def is_task(name: str) -> bool:
+    """Whether there is such a task, registered already or known to a naming scheme."""
+    return name in seqio.TaskRegistry.names() or any(register(name) for register in _NAMING)
+
+
+def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
+    """Which rows the few-shot runs among the tasks of `provider` see, for the run record.
+
+    Returns:
+        {'few_shot': {run: its training rows}}, and the same as 'few_shot_validation' of the runs
+        whose validation split is cut too; nothing where there are none.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for task in seqio.get_subtasks(provider):
+        rows_of = getattr(task.source, "few_shot_indices", None)
+        for key, split in (("few_shot", "train"), ("few_shot_validation", "validation")):
+            if rows_of is not None and (rows := rows_of(split)) is not None:
+                found.setdefault(key, {})[task.name] = rows
+    return found
+
+
+def find_task(name: str) -> seqio.Task:
+    """Returns a task; raises ValueError with the closest names where there is none."""
+    if not is_task(name):
+        raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
+    return seqio.TaskRegistry.get(name)
+
+
+class ExampleTable:
+    """The examples of one split of one task, tokenised once: flat values and offsets per feature.
+
+    Args:
+        task, split: what to read.
+        sequence_length, seed, use_cached, trim_output_features, shuffle: see
+            `seqio.Task.get_dataset`.
+        limit: read at most so many examples; -1 for all.
+
+    Raises:
+        ValueError: there is no such split, its data cannot be read, or it is empty.
+
+    Attributes:
+        name, split: of what this is the table.
+        values: {feature: int32 [total tokens]}.
+        offsets: {feature: int64 [num_examples + 1]}.
+        num_examples: examples in the split, after preprocessing.
+        num_overlong: those longer than a limit (see `features.end_and_limit`).
+    """
+
+    def __init__(
+        self,
+        task: seqio.Task,
+        split: str,
+        sequence_length: Mapping[str, int] | None,
+        seed: int | None,
+        use_cached: bool = False,
+        trim_output_features: bool = True,
+        shuffle: bool = False,
+        limit: int = -1,
+    ):
+        check_split(task, split)
+        self.name, self.split = task.name, split
+        with reading(task, split):
+            dataset = task.get_dataset(
+                sequence_length=sequence_length,
+                split=split,
+                use_cached=use_cached,
+                shuffle=shuffle,
+                seed=seed,
+                trim_output_features=trim_output_features,
+                try_in_mem_cache=False,
+            )
+            self.values, self.offsets = _flatten(dataset.take(limit), list(task.output_features))
+        self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
+        if not self.num_examples:
+            raise ValueError(
+                f"The {split!r} split of task {task.name!r} is empty after preprocessing."
+            )
+        self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
+        report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tokens take."""
+        return sum(values.nbytes for values in self.values.values())
+
+    def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
+        """Returns the endless stream of this task's example indices, pass after pass. Runs that
+        differ in settings alone have one order (`runs.data_name`)."""
+        if not shuffle:
+            return tf.data.Dataset.range(self.num_examples).repeat()
+
+        def one_pass(number):
+            bits = tf.random.stateless_uniform(
+                [self.num_examples],
+                stream_key(seed, task_id(data_name(self.name)), number),
+                minval=None,  # type: ignore[arg-type]  # all 64 bits
+                maxval=None,
+                dtype=tf.int64,
+                alg="philox",
+            )
+            order = tf.cast(tf.argsort(bits, stable=True), tf.int64)
+            return tf.data.Dataset.from_tensor_slices(order)
+
+        passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
+        return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+def read_table(
+    task: seqio.Task, split: str, sequence_length: Mapping[str, int] | None, **settings: Any
+) -> ExampleTable:
+    """Returns the `ExampleTable` of these arguments, read before in this process if it is small.
+
+    A job of several stages asks for the same tasks again and again, and tokenising thousands of
+    examples takes seconds.
+    """
+    key = (split, repr(sorted((sequence_length or {}).items())), repr(sorted(settings.items())))
+    kept = _KEPT.setdefault(task, {})
+    if key not in kept:
+        table = ExampleTable(task, split, sequence_length, **settings)
+        if table.num_bytes > _KEEP_BYTES:
+            return table
+        kept[key] = table
+    return kept[key]
+
+
+def report_lengths(
+    overlong: Mapping[str, tuple[int, int]],
+    split: str,
+    sequence_length: Mapping[str, int] | None,
+) -> None:
+    """Logs the tasks that have over-long examples: {task: (examples that were cut, examples)}."""
+    for name, (cut, total) in overlong.items():
+        if cut:
+            logging.warning(
+                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
+                name,
+                split,
+                cut,
+                total,
+                100 * cut / total,
+                dict(sequence_length or {}),
+            )
+
+
+def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
+    """(examples that were cut, examples) of a task's data set; reads all of it."""
+    mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
+    batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
+    return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
+
+
+def check_split(task: seqio.Task, split: str) -> None:
+    """Raises ValueError where the task has no such split, or no data at all."""
+    with reading(task, split):
+        splits = task.source.splits
+        if not splits:  # as TFDS has it before anything is prepared
+            raise FileNotFoundError("nothing is prepared")
+    if split not in splits:
+        raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
+
+
+@contextlib.contextmanager
+def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
+    """Inside, what is raised where data is missing becomes a ValueError that says how to get it,
+    and a row that a preprocessor refuses (tf.debugging.Assert) one that says what it is.
+
+    Any other error is the task's own, such as a mistake in a preprocessor, and is left as it is.
+    """
+    kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if not (refused := _ASSERTION.search(error.message)):
+            raise
+        raise ValueError(
+            f"The {split!r} split of {kind} {task_or_mixture.name!r} cannot be used: "
+            + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
+        ) from error
+    except Exception as error:
+        if not means_missing(error):
+            raise
+        source = getattr(task_or_mixture, "source", "its tasks' sources")
+        reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
+        how = (
+            " If the data is not on this machine, prepare it where there is a network (tfds build "
+            "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
+        )
+        raise ValueError(
+            f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
+            f"{source}: {type(error).__name__}: {reason}.{'' if 'tfds build' in reason else how}"
+        ) from error
+
+
+def means_missing(error: Exception) -> bool:
+    """Whether this was raised because data is not on this machine."""
+    if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
+        told = ("could not find data in", "cannot be loaded at version")
+        return any(text in str(error).lower() for text in told)
+    of_tfds = type(error).__module__.startswith("tensorflow_datasets.")
+    return of_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))
+
+
+def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:
+    """Reads a dataset of rank-1 features into ({feature: values}, {feature: offsets})."""
+    for name in features:
+        if dataset.element_spec[name].shape.rank != 1:
+            raise ValueError(
+                f"Feature {name!r} has rank {dataset.element_spec[name].shape.rank}; only features "
+                "of rank 1 can be mixed."
+            )
+    dataset = dataset.map(
+        tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
+    )
+    # A thousand examples at a time: per-element Python would cost more than the tokenizer.
+    batches = list(dataset.ragged_batch(1024))
+    values, offsets = {}, {}
+    for name in features if batches else ():
+        ragged: list[Any] = [
+            x[name] if isinstance(x[name], tf.RaggedTensor) else _all_of_one_length(x[name])
+            for x in batches
+        ]
+        values[name] = np.concatenate([r.flat_values.numpy() for r in ragged])
+        lengths = np.concatenate([r.row_lengths().numpy() for r in ragged])
+        offsets[name] = np.concatenate([[0], np.cumsum(lengths)])
+    return values, offsets
+
+
+def _all_of_one_length(tensor: tf.Tensor) -> Any:
+    return tf.RaggedTensor.from_tensor(tensor)  # type: ignore[attr-defined]
+
+
+def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns a lookup of an example by its index in all the tables, one after the other."""
+    values, offsets = {}, {}
+    for name in tables[0].values:
+        starts = np.cumsum([0] + [len(t.values[name]) for t in tables])
+        joined = [t.offsets[name][:-1] + s for t, s in zip(tables, starts, strict=False)]
+        values[name] = tf.constant(np.concatenate([t.values[name] for t in tables]))
+        offsets[name] = tf.constant(np.concatenate([*joined, starts[-1:]]))
+
+    def lookup(index):
+        return {
+            name: values[name][offsets[name][index] : offsets[name][index + 1]] for name in values
+        }
+
+    return lookup
+
+
+def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
+    """Returns the examples of all tables once, in order."""
+    indices = tf.data.Dataset.range(sum(table.num_examples for table in tables))
+    lookup = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
+    return indices.map(lookup, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def stream_key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:
+    """Returns the key of draw `number` of a stream: no two streams or numbers share one."""
+    return tf.stack([tf.constant((seed << 32) | stream, tf.int64), tf.cast(number, tf.int64)])

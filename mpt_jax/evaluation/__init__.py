@@ -1,0 +1,1 @@
+"""Evaluation of a run and what it writes: metrics, best steps, final artifacts."""

@@ -1,0 +1,338 @@
+"""Decoding and scoring of held-out examples, with SeqIO's metrics and T5X's files.
+
+`seqio.Evaluator` reads the tasks, decodes ids into text, computes the metrics and writes
+
+    <output_dir>/<task>/events*             TensorBoard, tags eval/<metric>
+    <output_dir>/<task>-metrics.jsonl       one line for each evaluation
+    <output_dir>/<task>-<step>.jsonl        inputs, target and prediction of every example
+
+What is ours: batches mix tasks, so that many small tasks cost as much as one large one, and each
+example goes through the model once; and a task whose metric names its labels is also ranked: the
+label with the highest log-probability counts as the answer, whatever decoding says.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mpt_jax.batching.collate import Batch
+from mpt_jax.data import datasets, token_tables
+from mpt_jax.data.iterators import Batches, Share
+
+PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
+SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
+LOGGERS = (seqio.PyLoggingLogger, seqio.TensorBoardLogger, seqio.JSONLogger)
+
+# What seqio.Evaluator does with its `use_memory_cache` shows in the data sets alone.
+_IN_MEMORY = type(tf.data.Dataset.range(0).cache())
+
+BatchFn = Callable[[Batch], Any]
+
+
+def with_labels(metric_fn: Callable[..., Any], labels: Sequence[str]) -> Callable[..., Any]:
+    """Returns `metric_fn` with the label set of a classification task, for rank classification.
+
+    Example:
+        `metric_fns=[with_labels(accuracy, ["yes", "no"])]` adds the metric `rank_accuracy`.
+    """
+
+    @functools.wraps(metric_fn)
+    def labelled(*args, **kwargs):
+        return metric_fn(*args, **kwargs)
+
+    labelled.labels = tuple(labels)  # type: ignore[attr-defined]
+    return labelled
+
+
+def labels_of(task: seqio.Task) -> tuple[str, ...]:
+    """Returns the labels that a metric of `task` declares, or ()."""
+    for metric_fn in task.metric_fns:
+        if labels := getattr(metric_fn, "labels", ()):
+            return tuple(labels)
+    return ()
+
+
+class InferenceEvaluator:
+    """Decodes and scores every example of a task or mixture.
+
+    Args:
+        cfg: what to read; `batch_size` rows go through the model at a time, over all hosts.
+        feature_converter_cls: called with `pack=False`.
+        output_dir: MODEL_DIR/inference_eval, or None to write nothing.
+        evaluator_cls: `seqio.Evaluator` with settings bound, such as `logger_cls`.
+        num_hosts: hosts that share each batch.
+        host_index: this host; only host 0 writes.
+
+    Raises:
+        ValueError: an unknown task or run, a missing or empty split, over-long examples, a metric
+            that cannot be computed, or no task with metrics.
+    """
+
+    def __init__(
+        self,
+        cfg: datasets.DatasetConfig,
+        feature_converter_cls: Callable[..., Any],
+        output_dir: str | None,
+        *,
+        evaluator_cls: Callable[..., seqio.Evaluator] | None = None,
+        num_hosts: int = 1,
+        host_index: int = 0,
+    ):
+        provider = cfg.provider()
+        self._converter = cfg.converter(feature_converter_cls, pack=False)
+        _check(provider, cfg, self._converter)
+        if evaluator_cls is None:
+            evaluator_cls = functools.partial(seqio.Evaluator, logger_cls=LOGGERS)
+        settings: dict[str, Any] = {"log_dir": output_dir}
+        if output_dir is None or host_index:
+            settings = {"logger_cls": ()}
+        if not cfg.use_memory_cache:  # or else what is bound to the evaluator counts
+            settings["use_memory_cache"] = False
+        with token_tables.reading(provider, cfg.split):
+            self._evaluator: Any = evaluator_cls(
+                mixture_or_task_name=provider.name,
+                feature_converter=self._converter,
+                eval_split=cfg.split,
+                use_cached=cfg.use_cached,
+                seed=cfg.seed,
+                sequence_length=cfg.task_feature_lengths,
+                **settings,
+            )
+        self._tasks: dict[str, Any] = {task.name: task for task in self._evaluator.eval_tasks}
+        self._extra: dict[str, dict[str, float]] = {}
+        # SeqIO computes metrics and writes them in one go; ours join on the way to the writers.
+        self._evaluator._loggers = tuple(
+            _Joining(logger, self._extra) for logger in self._evaluator.loggers
+        )
+        self._sizes = self._count(cfg)
+        self._share = Share(cfg.batch_size, num_hosts, host_index)
+        datasets = self._evaluator.cached_task_datasets.values()
+        self._keep = all(isinstance(dataset, _IN_MEMORY) for dataset in datasets)
+        self._buckets = cfg.buckets(self._converter, self._limits())
+        self._batches: dict[tuple[str, ...], Batches] = {}
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that are evaluated."""
+        return tuple(self._tasks)
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """How many examples of each task are evaluated."""
+        return dict(self._sizes)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._evaluator.close()
+
+    def evaluate(
+        self, predict_fn: BatchFn, score_fn: BatchFn, step: int
+    ) -> dict[str, dict[str, float]]:
+        """Runs all tasks and writes their metrics and predictions.
+
+        Args:
+            predict_fn: batch of this host -> ids [B, L] of all hosts, 0 after EOS.
+            score_fn: batch of this host -> log-probability of each target [B], in nats.
+            step: of the parameters.
+
+        Returns:
+            {task: {metric: value}}; a task's own metrics come first.
+        """
+        outputs = {
+            kind: self._run(function, self._needing(kind))
+            for kind, function in ((PREDICTION, predict_fn), (SCORE, score_fn))
+        }
+        self._extra.clear()
+        self._extra.update(self._rank(score_fn))
+        name_of = {id(d): name for name, d in self._evaluator.cached_model_datasets.items()}
+
+        def found(kind, dataset):
+            return list(enumerate(outputs[kind][name_of[id(dataset)]]))
+
+        future, _ = self._evaluator.evaluate(
+            compute_metrics=True,
+            step=step,
+            model_fns={kind: functools.partial(found, kind) for kind in outputs},
+        )
+        return {
+            name: {**_scalars(metrics), **self._extra.get(name, {})}
+            for name, metrics in future.result().items()
+        }
+
+    def _limits(self) -> dict[str, int]:
+        """The longest inputs and targets that examples were made for."""
+        spec = next(iter(self._evaluator.cached_model_datasets.values())).element_spec[1]
+        positions = spec["encoder_input_tokens"].shape[0]
+        prompt_length = getattr(self._converter, "prompt_length", 0)
+        targets = spec["decoder_target_tokens"].shape[0]
+        return {"inputs": positions - prompt_length, "targets": targets}
+
+    def _needing(self, kind: Any) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name, task in self._tasks.items()
+            if any(metric.model_output_type == kind for metric in task.metric_objs)
+        )
+
+    def _count(self, cfg: datasets.DatasetConfig) -> dict[str, int]:
+        """Returns each task's number of examples, having checked their lengths."""
+        found = self._evaluator.cached_task_datasets
+        overlong = {name: token_tables.count_examples(dataset) for name, dataset in found.items()}
+        datasets.check_counts(overlong, cfg, self._converter)
+        return {name: size for name, (_, size) in overlong.items()}
+
+    def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:
+        """The examples of some tasks in batches of this host, with their numbers when one task is
+        counted after the other."""
+        if names not in self._batches:
+            datasets = [self._evaluator.cached_model_datasets[name] for name in names]
+            joined = functools.reduce(lambda a, b: a.concatenate(b), datasets)
+            self._batches[names] = Batches(
+                joined.map(lambda _, example: example),
+                self._share,
+                keep=self._keep,
+                buckets=self._buckets,
+                cut_targets=False,
+            )
+        return self._batches[names].numbered()
+
+    def _run(self, function: BatchFn, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Returns {task: outputs, one row for each of its examples}."""
+        if not names:
+            return {}
+        bounds = np.cumsum([self._sizes[name] for name in names])
+        found: np.ndarray | None = None
+        for numbers, batch in self._read(names):
+            rows = np.asarray(function(batch))[: len(numbers)]  # the rest fills up the batch
+            if found is None:
+                found = np.zeros((bounds[-1], *rows.shape[1:]), rows.dtype)
+            found[numbers] = rows
+        assert found is not None  # an empty split is refused
+        return dict(zip(names, np.split(found, bounds[:-1]), strict=True))
+
+    def _rank(self, score_fn: BatchFn) -> dict[str, dict[str, float]]:
+        """Returns {task: {'rank_accuracy': percent}} of the tasks that declare labels."""
+        names = tuple(name for name, task in self._tasks.items() if labels_of(task))
+        if not names:
+            return {}
+        labels = self._label_table(names)
+
+        def is_right(batch: Batch) -> np.ndarray:
+            rows = batch["encoder_task_ids"].max(axis=1)
+            scores = []
+            for column in range(labels.shape[1]):
+                tokens = labels[rows, column]
+                score = np.asarray(score_fn(_with_targets(batch, tokens, rows)))
+                scores.append(np.where(_gather(tokens).any(axis=1), score, -np.inf))
+            targets = batch["decoder_target_tokens"]
+            width = max(targets.shape[1], labels.shape[2])
+            matches = _widened(labels[rows], width) == _widened(targets, width)[:, None]
+            matches = matches.all(axis=2)
+            known = matches.any(axis=1) | ~targets.any(axis=1)
+            if not known.all():
+                raise ValueError(self._strange_target(batch, rows, int(np.argmin(known))))
+            return np.argmax(scores, axis=0) == _gather(matches.argmax(axis=1))
+
+        right = self._run(is_right, names)
+        return {name: {"rank_accuracy": 100 * float(right[name].mean())} for name in names}
+
+    def _label_table(self, names: tuple[str, ...]) -> np.ndarray:
+        """Returns the tokens of every label, [K, labels, L], by bank row; 0 where there is none.
+
+        L is what the longest label needs, which may be less or more than the targets' positions.
+        """
+        runs, found = self._converter.runs, {}
+        for name in names:
+            feature = self._tasks[name].output_features["targets"]
+            eos = [feature.vocabulary.eos_id] * feature.add_eos
+            found[name] = [feature.vocabulary.encode(x) + eos for x in labels_of(self._tasks[name])]
+        most = max(len(labels) for labels in found.values())
+        longest = max(len(ids) for labels in found.values() for ids in labels)
+        table = np.zeros([runs.num_rows, most, longest], np.int32)
+        for name, labels in found.items():
+            for column, ids in enumerate(labels):
+                table[runs.row(name), column, : len(ids)] = ids
+        return table
+
+    def _strange_target(self, batch: Batch, rows: np.ndarray, index: int) -> str:
+        name = self._converter.runs.run_names[rows[index]]
+        vocabulary = self._tasks[name].output_features["targets"].vocabulary
+        target = vocabulary.decode(batch["decoder_target_tokens"][index].tolist())
+        return (
+            f"Task {name!r} declares the labels {labels_of(self._tasks[name])}, but an example "
+            f"has the target {target!r}."
+        )
+
+
+def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
+    """Raises ValueError for what SeqIO would skip with a line in the log, or fail on unclearly."""
+    registered = provider.name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
+    if not registered:
+        raise ValueError(
+            f"{provider.name!r} is not registered with SeqIO, and its evaluator finds tasks by "
+            "name. Use sampling.task_mixture."
+        )
+    tasks = seqio.get_subtasks(provider)
+    datasets.check_runs(tasks, converter)
+    for task in tasks:
+        token_tables.check_split(task, cfg.split)
+        if task.predict_with_aux_metric_fns:
+            raise ValueError(
+                f"Task {task.name!r} has a metric of auxiliary values, which are not computed."
+            )
+        if not task.metric_objs:
+            logging.warning("Task %s has no metrics and is not evaluated.", task.name)
+    if not any(task.metric_objs for task in tasks):
+        raise ValueError(f"No task of {provider.name!r} has metrics, so there is nothing to do.")
+
+
+class _Joining:
+    """A SeqIO logger that also passes on the metrics that are ours."""
+
+    def __init__(self, logger: Any, extra: Mapping[str, Mapping[str, float]]):
+        self._logger, self._extra = logger, extra
+
+    def __call__(self, *, task_name: str, metrics: Mapping[str, Any], **rest: Any) -> None:
+        ours = {k: seqio.metrics.Scalar(v) for k, v in self._extra.get(task_name, {}).items()}  # type: ignore[attr-defined]
+        self._logger(task_name=task_name, metrics={**metrics, **ours}, **rest)
+
+
+def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
+    missing = width - tokens.shape[-1]
+    return np.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, missing)])
+
+
+def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
+    """Returns `batch` with other targets [B, L]."""
+    weights = (tokens != 0).astype(np.int32)
+    return {
+        **batch,
+        "decoder_target_tokens": tokens,
+        "decoder_input_tokens": np.pad(tokens, [(0, 0), (1, 0)])[:, :-1],
+        "decoder_loss_weights": weights,
+        "decoder_task_ids": weights * rows[:, None].astype(np.int32),
+    }
+
+
+def _gather(rows: Any) -> np.ndarray:
+    """Returns the rows of all hosts, in order, given this host's."""
+    if jax.process_count() == 1:
+        return np.asarray(rows)
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics that are numbers."""
+    values = {name: np.asarray(getattr(value, "value", value)) for name, value in metrics.items()}
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if value.ndim == 0 and np.issubdtype(value.dtype, np.number)
+    }

@@ -1,0 +1,168 @@
+"""What a run tells: TensorBoard, a progress line, and a record of what ran.
+
+Only process 0 writes. Imported by entry points alone: clu's metric writers pull in TensorFlow.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from clu import metric_writers
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import mpt_jax
+from mpt_jax.artifacts.provenance import git_revision, package_versions
+
+METRICS = "metrics.jsonl"
+
+
+class Writers:
+    """TensorBoard files below MODEL_DIR, one folder for each kind of metric, as in T5X, and the
+    same scalars as lines of MODEL_DIR/metrics.jsonl."""
+
+    def __init__(self, model_dir: str):
+        self._model_dir = epath.Path(model_dir)
+        self._writers: dict[str, Any] = {}
+        self._lines: Any = None
+
+    def write(self, folder: str, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars to `MODEL_DIR/<folder>/events*`."""
+        if jax.process_index() != 0 or not scalars:
+            return
+        if self._lines is None:
+            _mend(self._model_dir / METRICS)
+            self._lines = (self._model_dir / METRICS).open("a")
+        self._lines.write(json.dumps({"folder": folder, "step": step, **scalars}) + "\n")
+        self._lines.flush()
+        if folder not in self._writers:
+            writer = metric_writers.SummaryWriter(str(self._model_dir / folder))
+            self._writers[folder] = metric_writers.AsyncWriter(writer)
+        self._writers[folder].write_scalars(step, dict(scalars))
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        for writer in self._writers.values():
+            writer.close()
+        if self._lines is not None:
+            self._lines.close()
+
+
+class ProgressLine:
+    """Where a run stands: a live bar on a terminal, plain log lines otherwise."""
+
+    def __init__(self, total_steps: int, first_step: int, batch_size: int):
+        self._total, self._batch = total_steps, batch_size
+        self._mark = (first_step, time.monotonic())
+        console = Console(stderr=True)
+        self._bar = None
+        if console.is_terminal and jax.process_index() == 0:
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=24))
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=console
+            )
+            self._task = self._bar.add_task("compiling", total=total_steps, completed=first_step)
+            self._bar.start()
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves out what is not training (compilation, evaluation, saving)."""
+        self._mark = (step, time.monotonic())
+
+    def update(self, step: int, found: Mapping[str, float]) -> dict[str, float]:
+        """Shows a step; returns the speeds since the last update for the metric writers."""
+        last, since = self._mark
+        seconds = max(time.monotonic() - since, 1e-9)
+        steps = max(step - last, 1)
+        # A packed row holds several examples, and one that fills up a batch holds none.
+        examples = steps * self._batch * found.get("batch/examples_per_row", 1.0)
+        speeds = {
+            "timing/seconds_per_step": seconds / steps,
+            "timing/examples_per_second": examples / seconds,
+        }
+        tasks = [
+            f"{name.removeprefix('loss/')} {value:.3f}"
+            for name, value in found.items()
+            if name.startswith("loss/")
+        ]
+        shown = tasks if len(tasks) <= 8 else [*tasks[:8], f"and {len(tasks) - 8} more"]
+        text = (
+            f"loss {found.get('loss', float('nan')):.4f}  "
+            f"{speeds['timing/seconds_per_step'] * 1e3:.0f} ms/step  "
+            f"{speeds['timing/examples_per_second']:.0f} examples/s  {' | '.join(shown)}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif jax.process_index() == 0:
+            left = (self._total - step) * speeds["timing/seconds_per_step"]
+            logging.info("step %d/%d  ETA %s  %s", step, self._total, _clock(left), text)
+        self.restart_clock(step)
+        return speeds
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
+    """Appends what ran to MODEL_DIR/run.jsonl: one line for each start of the run.
+
+    Args:
+        model_dir: MODEL_DIR.
+        facts: what the caller knows (seeds, counts, digests), JSON values.
+    """
+    if jax.process_index() != 0:
+        return
+    devices = jax.devices()
+    record = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "mpt_jax": mpt_jax.__version__,
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "devices": [f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"],
+        "processes": jax.process_count(),
+        **facts,
+    }
+    path = epath.Path(model_dir) / "run.jsonl"
+    before = path.read_text() if path.exists() else ""
+    _replace(path, before + json.dumps(record) + "\n")
+
+
+def _mend(path: epath.Path) -> None:
+    """Cuts off the half line that a run may have left that was killed while it wrote."""
+    content = path.read_text() if path.exists() else ""
+    whole, newline, rest = content.rpartition("\n")
+    if rest:
+        _replace(path, whole + newline)
+
+
+def _replace(path: epath.Path, content: str) -> None:
+    """Writes a file so that a reader, or a crash, meets the old content or the new."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(content)
+    new.replace(path)
+
+
+def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:
+    """The line at the start of a run that says how much learns."""
+    return (
+        f"{trainable:,} of {total:,} parameters learn ({trainable / total:.3%}; labels: "
+        f"{', '.join(sorted(labels))})."
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,199 @@
+"""`mpt-jax paper TABLE`: runs a table of the MPT paper, goes on where it stopped, and prints it.
+
+    mpt-jax paper table1 --suite toy        on the toy suite with the tiny T5, here
+    mpt-jax paper table1 --print            the commands, for a scheduler; run them in this order
+    mpt-jax paper table1 --collect          the table of what is there by now
+    mpt-jax paper crosspt --suite toy --collect --against MPT --metric rank_accuracy
+                                            by another metric, another row minus each
+
+Stages lie below the root, each a MODEL_DIR; a stage that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import seqio
+from absl import logging
+
+from mpt_jax.config import gin_utils
+from mpt_jax.core.runs import unknown_name
+from mpt_jax.evaluation import evaluator
+from mpt_jax.experiments import results, stages
+from mpt_jax.experiments.paper import format, published, suites, tables
+from mpt_jax.experiments.paper.suites import Suite
+from mpt_jax.experiments.paper.tables import Cell, Table
+from mpt_jax.experiments.stages import Stage
+from mpt_jax.runtime import compilation_cache, paths
+from mpt_jax.tasks import few_shot
+
+PLAN = "stages.json"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Plans, runs or prints, and shows a table."""
+    args = _parser().parse_args(argv)
+    try:
+        suite = suites.SUITES[args.suite]
+        suite = suite.with_digits() if args.labels == "digits" else suite
+        whole = tables.find(args.table).on(suite)
+        if args.seeds is not None:
+            whole = dataclasses.replace(whole, seeds=args.seeds)
+        root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
+        if args.against is not None:
+            (found_arm,) = chosen(whole, [args.against]).arms
+            whole = dataclasses.replace(whole, reference=found_arm.name)
+        table = chosen(whole, args.arms)
+        planned = tables.cells(table, suite, root)
+        if args.print:
+            check_plan(root, planned)
+            print("\n".join(stage.command(root) for stage in pending(planned, root)))
+            return
+        if not args.collect:
+            run(root, planned)
+        # A report shows all that was run, also where only some rows were asked for now.
+        found = collect(root, tables.cells(whole, suite, root), suite)
+        (root / table.name).mkdir(parents=True, exist_ok=True)
+        shares = majority_shares(whole, suite)
+        known = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
+        results.save(root / table.name, list(found.values()), known)
+        if args.metric is not None:
+            found = {cell: results.by_metric(found[cell], args.metric) for cell in found}
+        print(format.text(table, suite, found, shares))
+    except (ValueError, OSError) as error:
+        print(f"mpt-jax paper: {gin_utils.message(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpt-jax paper",
+        description="Runs a table of the MPT paper and sets ours beside it.",
+        epilog="Tables: " + "; ".join(f"{t.name}, {t.title}" for t in tables.TABLES.values()),
+    )
+    parser.add_argument("table", help="which table")
+    parser.add_argument("--suite", choices=list(suites.SUITES), default="paper")
+    parser.add_argument(
+        "--labels",
+        choices=["words", "digits"],
+        default="words",
+        help="what a model says: T5's own words (%(default)s), or digits as in the paper",
+    )
+    parser.add_argument("--seeds", type=_positive, help="how many draws, if not the table's number")
+    parser.add_argument("--arms", nargs="+", help="only these rows, by name")
+    parser.add_argument("--against", metavar="ARM", help="the row that others are subtracted from")
+    parser.add_argument("--metric", help="what is shown, if not each task's main metric")
+    parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", help="prints the commands left to run")
+    what.add_argument("--collect", action="store_true", help="shows what was run, and runs nothing")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def chosen(table: Table, names: Sequence[str] | None) -> Table:
+    """The table with some of its arms; all for None.
+
+    Raises:
+        ValueError: no such arm in this table.
+    """
+    if names is None:
+        return table
+    known = {arm.name: arm for arm in table.arms}
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown_name(f"arm of {table.name}", name, list(known)))
+    return dataclasses.replace(table, arms=tuple(known[name] for name in names))
+
+
+def unique(cells: Sequence[Cell]) -> list[Stage]:
+    """Every stage once, in an order that can be run."""
+    return list({stage.name: stage for cell in cells for stage in cell.stages}.values())
+
+
+def pending(cells: Sequence[Cell], root: Path) -> list[Stage]:
+    """The stages that are not done."""
+    return [stage for stage in unique(cells) if not stage.is_done(root)]
+
+
+def check_plan(root: Path, cells: Sequence[Cell]) -> None:
+    """Records what each stage is, and refuses a folder that was made as something else.
+
+    Raises:
+        ValueError: a stage's folder was planned with other gin files or bindings.
+    """
+    path = root / PLAN
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for stage in unique(cells):
+        what = [list(stage.files), list(stage.bindings), stage.steps]
+        if (root / stage.name).exists() and known.get(stage.name, what) != what:
+            raise ValueError(
+                f"{root / stage.name} was made with other settings: {known[stage.name]} there, "
+                f"{what} now. Remove it, or choose another --root."
+            )
+        known[stage.name] = what
+    root.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(known, indent=1) + "\n")
+    new.replace(path)
+
+
+def run(root: Path, cells: Sequence[Cell]) -> None:
+    """Runs what is not done, one stage after another, in this process."""
+    check_plan(root, cells)
+    left = pending(cells, root)
+    if not left:
+        return
+    gin_utils.log_progress()
+    compilation_cache.enable()
+    for number, stage in enumerate(left, 1):
+        logging.info("Stage %d of %d", number, len(left))
+        stage.run(root)
+
+
+def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
+    """What the cells that are done reached."""
+    found = {}
+    for cell in cells:
+        if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
+            start = cell.arm.start and suite.sources[cell.arm.start]
+            result = stages.collect(root, cell.arm.name, cell.shots, cell.jobs, cell.tests, start)
+            # Versions of a task stand in its column.
+            version = cell.arm.version
+            scores = {task.removesuffix(version): result.scores[task] for task in result.scores}
+            found[cell.arm.name, cell.shots] = dataclasses.replace(result, scores=scores)
+    return found
+
+
+def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
+    """Percent of the most frequent label in each task's test split, where the data are here; the
+    paper's own where it is known."""
+    shares = {} if suite.name == suites.TOY.name else dict(published.majority())
+    for name in table.tasks:
+        task = seqio.TaskRegistry.get(suite.tasks[name])
+        if not evaluator.labels_of(task):
+            continue
+        try:
+            rows = few_shot.text_rows(task, task.source.get_dataset("test", shuffle=False))
+            targets = [row["targets"] for row in rows.as_numpy_iterator()]
+        except FileNotFoundError:  # not on this machine
+            continue
+        counts = collections.Counter(targets)
+        shares[name] = 100 * max(counts.values()) / counts.total()
+    return shares
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Methods and ablations as chains of stages: teachers, a source stage, a target stage.
+
+Names of arms are those of tables; `published.toml` refers to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from mpt_jax.core.runs import unknown_name
+
+# Examples in the mixtures of six and of twelve sources; the paper's batch by size of T5.
+MIXTURES = {6: 1_151_093, 12: 1_425_899}
+BATCHES = {"small": 100, "base": 32, "large": 12}
+TEACHER_STAGE = "gin/pt_source.gin"
+TARGET = "gin/mpt_target.gin"
+PT_TARGET = "gin/pt_target.gin"
+MPT, PROMPT_TUNING, SHARED, ATTEMPT, CROSSPT = (
+    f"gin/methods/{name}.gin"
+    for name in ("mpt", "prompt_tuning", "shared_prompt", "attempt", "crosspt")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source stage, whose artefact others start from.
+
+    Attributes:
+        name: its folder.
+        files: gin files, the stage file first.
+        bindings: what else it binds.
+        teachers: the source stage that it is distilled from.
+        tasks: how many source tasks there are.
+        size: of the T5, if it is not base (gin/ablations/size_*.gin).
+    """
+
+    name: str
+    files: tuple[str, ...]
+    bindings: tuple[str, ...] = ()
+    teachers: Source | None = None
+    tasks: int = 6
+    size: str = "base"
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """(steps, batch) at the paper's scale: five epochs over the mixture. Teachers, which nobody
+        teaches, have the batch once for each task and see as many examples in all."""
+        alone = self.files[0] == TEACHER_STAGE
+        batch = BATCHES[self.size] * (self.tasks if alone else 1)
+        examples = MIXTURES[self.tasks]
+        return (5 * examples // batch if alone else 5 * (examples // batch)), batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One row of a table.
+
+    Attributes:
+        name: in tables.
+        files: gin files of the target stage, the stage file first.
+        method: gin file of the prompt method, for evaluation.
+        source: whose artefact it starts from.
+        bindings: what else the target stage binds.
+        rate: under which name a suite keeps its learning rate, if it has one of its own.
+        start: the paper's name of the source task that prompts start from, if it is one.
+        together: whether all tasks of a group are learnt by one run with one shared prompt.
+        steps: of the target stage with all examples at the paper's scale, if its length is not the
+            suite's: task -> steps, `''` for all others.
+        size: of the T5, if it is not base (gin/ablations/size_*.gin).
+        joint: whether all tasks of a seed learn together, a group of the job for each seed, with as
+            many examples of each task in a step as alone.
+        version: of the tasks that it trains on, a suffix of their names.
+        sources: how many source prompts it mixes, the first of the suite's; None for all.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    method: str
+    source: Source | None = None
+    bindings: tuple[str, ...] = ()
+    rate: str = "mpt"
+    start: str | None = None
+    together: bool = False
+    steps: Mapping[str, int] | None = None
+    size: str = "base"
+    joint: bool = False
+    version: str = ""
+    sources: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        kept = "".join(c if c.isalnum() else "_" for c in self.name.lower())
+        return "_".join(filter(None, kept.split("_")))
+
+
+def ablation(name: str) -> str:
+    """A file of gin/ablations."""
+    return f"gin/ablations/{name}.gin"
+
+
+TEACHERS = Source("teachers", (TEACHER_STAGE,))
+MPT_SOURCE = Source("mpt_source", ("gin/mpt_source.gin",), teachers=TEACHERS)
+TWELVE = "gin/runs/source_tasks_12.gin"
+TEACHERS_12 = Source("teachers_12", (TEACHER_STAGE, TWELVE), tasks=12)
+
+
+def _source(name: str, *files: str, bindings: Sequence[str] = (), distilled: bool = True) -> Source:
+    """A variant of MPT's source stage."""
+    teachers = TEACHERS if distilled else None
+    return Source(f"mpt_source_{name}", (*MPT_SOURCE.files, *files), tuple(bindings), teachers)
+
+
+def _mpt(name: str, *files: str, source: Source = MPT_SOURCE, **rest) -> Arm:
+    return Arm(name, (TARGET, *files), rest.pop("method", MPT), source, **rest)
+
+
+def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Arm:
+    return _mpt(name, file, source=source, method=SHARED, rate="shared")
+
+
+def _of_length(length: int) -> tuple[Arm, Arm]:
+    """PT and MPT with prompts of another length, teachers included."""
+    bound = (f"PROMPT_LENGTH = {length}",)
+    teachers = Source(f"teachers_p{length}", TEACHERS.files, bound)
+    source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bound, teachers)
+    return (
+        Arm(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt"),
+        _mpt(f"MPT, P={length}", source=source, bindings=bound),
+    )
+
+
+def _of_size(size: str) -> tuple[Arm, Arm]:
+    """PT and MPT on another T5."""
+    file = ablation(f"size_{size}")
+    teachers = Source(f"teachers_{size}", (*TEACHERS.files, file), size=size)
+    source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), (), teachers, size=size)
+    return (
+        Arm(f"PT, T5-{size}", (*PT.files, file), PROMPT_TUNING, rate="pt", size=size),
+        _mpt(f"MPT, T5-{size}", file, source=source, size=size),
+    )
+
+
+def _of_rank(rank: int) -> Arm:
+    bound = (f"RANK = {rank}",)
+    source = _source(f"rank_{rank}", bindings=bound)
+    return _mpt(f"rank {rank}", source=source, bindings=bound)
+
+
+PT = Arm("PT", (PT_TARGET, "gin/methods/pt_paper.gin"), PROMPT_TUNING, rate="pt")
+PT_STRONG = Arm(
+    "PT, strong recipe",
+    (PT_TARGET, "gin/methods/pt_strong.gin"),
+    PROMPT_TUNING,
+    rate="pt",
+    steps={"": 40_000} | dict.fromkeys(("nq", "hotpotqa", "searchqa", "newsqa"), 300_000),
+)
+SPOT = Arm("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
+# Prompt tuning from each source task's prompt; names are the paper's.
+FROM_SOURCES = tuple(
+    dataclasses.replace(SPOT, name=f"PT from {source}", start=source)
+    for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
+)
+MPT_ARM = _mpt("MPT")
+MPT_TOGETHER = _mpt("MPT, tasks together", "gin/runs/joint_targets.gin", together=True)
+MPT_12 = _mpt(
+    "MPT, 12 sources",
+    source=Source("mpt_source_12", (*MPT_SOURCE.files, TWELVE), (), TEACHERS_12, tasks=12),
+)
+
+_NO_DECOMPOSITION = ablation("no_decomposition")
+COMPONENTS = (
+    _without_factors(
+        "neither",
+        _NO_DECOMPOSITION,
+        _source("neither", _NO_DECOMPOSITION, ablation("no_distillation"), distilled=False),
+    ),
+    _without_factors(
+        "distillation only",
+        _NO_DECOMPOSITION,
+        _source("distillation_only", _NO_DECOMPOSITION),
+    ),
+    _mpt(
+        "decomposition only",
+        source=_source("decomposition_only", ablation("no_distillation"), distilled=False),
+    ),
+)
+LOSSES = (
+    _mpt(
+        "no hidden loss",
+        source=_source("no_hidden", bindings=["losses.Distillation.hidden = False"]),
+    ),
+    _mpt(
+        "no logits loss",
+        source=_source("no_logits", bindings=["losses.Distillation.logits = False"]),
+    ),
+    _mpt("prompt distance", source=_source("prompt_distance", ablation("prompt_distance"))),
+)
+SAMPLING = (
+    _mpt(
+        "no stochastic sampling",
+        source=_source("no_stochastic_sampling", ablation("no_stochastic_sampling")),
+    ),
+)
+TARGETS = (
+    _without_factors("target: shared prompt only", ablation("target_shared_only")),
+    _mpt("target: vectors only", ablation("target_vectors_only"), rate="vectors"),
+)
+RANKS = tuple(_of_rank(rank) for rank in (2, 4))
+SIZES = {size: _of_size(size) for size in ("small", "large")}
+LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
+
+# Its own prompts start where SPoT's do.
+ATTEMPT_ARM = Arm(
+    "ATTEMPT", ("gin/attempt_target.gin",), ATTEMPT, TEACHERS, rate="attempt", start="MNLI"
+)
+
+
+def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Arm:
+    """CrossPT, all tasks of a seed together."""
+    start = () if source else ("INITIAL_ARTEFACT = None",)
+    given = {"rate": "crosspt", "joint": True} | rest
+    return Arm(name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **given)
+
+
+def _of_sources(count: int) -> Arm:
+    """The first sources of a fixed order."""
+    return _crosspt(f"{count} source{'s' if count > 1 else ''}", sources=count)
+
+
+CROSSPT_ARM = _crosspt("CrossPT")
+# Where sources start; from the teachers, if not said otherwise.
+CROSSPT_STARTS = (
+    _crosspt("sources from vocabulary", source=None),
+    _crosspt("sources at random", "INIT_SOURCES = @init.Uniform()", source=None),
+)
+CROSSPT_SOURCES = tuple(_of_sources(count) for count in (1, 2, 3))
+CROSSPT_PARTS = (
+    _crosspt("shared only", 'COMPOSE_BY = "sum"'),
+    _crosspt("private only", 'COMPOSE_BY = "private"', source=None),
+)
+# How soft and private prompts are joined, and whose the sources are.
+CROSSPT_COMPOSITIONS = (
+    _crosspt("share learned", 'SHARE = "learned"'),
+    _crosspt("product with private", 'COMPOSE_BY = "private_product"'),
+    _crosspt("private appended", 'COMPOSE_BY = "private_cat"'),
+    _crosspt("two sources in a row", 'COMPOSE_BY = "cat"', "TOP_K = 2"),
+    _crosspt("sources of its own", joint=False),
+)
+# Of the three learning rates; CrossPT's own are source : private : router = 5 : 2 : 10.
+CROSSPT_RATES = (
+    _crosspt("equal rates", rate="crosspt_equal"),
+    _crosspt("private faster", rate="crosspt_private"),
+    _crosspt("router faster", rate="crosspt_router"),
+)
+CROSSPT_ROUTERS = tuple(
+    _crosspt(f"router: {name.replace('_', ' ')}", f'ROUTER = "{name}"')
+    for name in ("softmax", "sigmoid", "attention", "uniform")
+)
+
+
+CROSSPT_FACTORS = (
+    *(*CROSSPT_PARTS, *CROSSPT_STARTS, *CROSSPT_SOURCES, *CROSSPT_RATES),
+    *(*CROSSPT_COMPOSITIONS, *CROSSPT_ROUTERS),
+)
+# On other versions of the tasks: of the paper's, which have a prefix and words for labels, and of
+# the toy suite's, which have no prefix.
+CROSSPT_LABELS = (
+    _crosspt("without prefix", version="_unprefixed"),
+    _crosspt("digits for labels", version="_digits"),
+    _crosspt("made-up labels", version="_synthetic"),
+)
+CROSSPT_TOY_LABELS = (
+    _crosspt("with prefix", version="_prefixed"),
+    _crosspt("numbers for labels", version="_numeric"),
+    _crosspt("unrelated labels", version="_synthetic"),
+)
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_ARM, MPT_TOGETHER, MPT_12),
+        *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
+        *(arm for pair in (*LENGTHS.values(), *SIZES.values()) for arm in pair),
+        *(ATTEMPT_ARM, CROSSPT_ARM, *CROSSPT_FACTORS, *CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
+    )
+}
+
+
+def find(name: str) -> Arm:
+    """The arm of a name.
+
+    Raises:
+        ValueError: there is none; lists the known ones.
+    """
+    if name not in ARMS:
+        raise ValueError(unknown_name("arm", name, list(ARMS)))
+    return ARMS[name]

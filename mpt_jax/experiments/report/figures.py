@@ -1,0 +1,251 @@
+"""Drawings as SVG for the inside of a page: its text is text, and its colours are the page's.
+
+Matplotlib knows no CSS variables, so a figure is drawn in stand-in colours, which are exchanged
+afterwards: ink becomes `currentColor`, series i `var(--series-i)`. One drawing serves light and
+dark pages. A point of Matplotlib is a pixel of the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from mpt_jax.experiments.report import analysis
+
+INK, LINES, SERIES = "#0a0b0c", "#0d0e0f", "#00000{}"
+COLOURS = 7  # of the page's palette; black stands for none of them
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",  # the same figure has the same text
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": LINES,
+    "axes.axisbelow": True,
+    **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+    **{f"axes.{part}" + "color": INK for part in ("label", "edge", "title")},
+}
+FONT = "'DejaVu Sans', Verdana, sans-serif"  # as wide as what Matplotlib measures with
+# Red and blue are told apart by all; the middle is a difference of nothing.
+DIVERGING = matplotlib.colormaps["RdBu_r"]
+
+
+class Style(NamedTuple):
+    """How a method looks in every figure."""
+
+    color: str
+    marker: str
+    linestyle: str | tuple
+
+
+def styles(results: analysis.Arms) -> dict[str, Style]:
+    """Label -> style: a colour for each method, markers and dashes for what varies it."""
+    families: dict[str, list[str]] = {}
+    for label, arm in results.items():
+        families.setdefault(analysis.family(next(iter(arm.values())).method), []).append(label)
+    found = {}
+    for i, labels in enumerate(families.values()):
+        turn, colour = divmod(i, COLOURS)
+        for j, label in enumerate(labels):
+            marker = MARKERS[(i + j) % len(MARKERS)]
+            found[label] = Style(SERIES.format(colour + 1), marker, DASHES[(turn + j) % 4])
+    return found
+
+
+class Line(NamedTuple):
+    """One series; `spread` [2, n] are the distances down and up to an interval's ends."""
+
+    style: Style
+    x: Sequence[float]
+    y: Sequence[float]
+    spread: Float[np.ndarray, "2 n"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Axes and their words.
+
+    Attributes:
+        title, x, y: what is written.
+        alt: the figure in words, for those who do not see it.
+        x_ticks: where, in place of round numbers.
+        log: `''`, `'x'`, `'y'` or `'xy'`.
+        connected: draws lines between points.
+        limits: of x, if not those of what is drawn.
+    """
+
+    title: str
+    x: str
+    y: str
+    alt: str
+    x_ticks: Sequence[int | float] = ()
+    log: str = ""
+    connected: bool = True
+    limits: tuple[float, float] | None = None
+
+
+def lines(panel: Panel, series: Sequence[Line]) -> str:
+    """Series over a number: curves, or points with intervals."""
+
+    def draw(axes: Axes) -> None:
+        for line in series:
+            look = {
+                "color": line.style.color,
+                "marker": line.style.marker,
+                "linestyle": line.style.linestyle if panel.connected else "",
+            }
+            spread = None if line.spread is None else np.nan_to_num(line.spread)
+            axes.errorbar(line.x, line.y, spread, **look, markersize=6, elinewidth=1, capsize=2.5)
+        axes.set(xlabel=panel.x, ylabel=panel.y)
+        for axis in panel.log:
+            values = [line.x if axis == "x" else line.y for line in series]
+            _log_axis(axes, axis, np.concatenate(values))
+        if panel.x_ticks:
+            axes.xaxis.set_major_locator(ticker.FixedLocator(list(panel.x_ticks)))
+
+    return _svg(364, 264, draw, panel)
+
+
+def intervals(panel: Panel, rows: Sequence[str], series: Sequence[Line]) -> str:
+    """Values with their intervals, a line of the figure for each row; `Line.y` counts rows."""
+    height = 15
+
+    def draw(axes: Axes) -> None:
+        for number, line in enumerate(series):
+            shift = (number - (len(series) - 1) / 2) * 0.8 / len(series)
+            y = np.add(line.y, shift)
+            spread = None if line.spread is None else np.nan_to_num(line.spread)
+            axes.errorbar(
+                line.x, y, None, spread, color=line.style.color, marker=line.style.marker,
+                linestyle="", markersize=5, elinewidth=1.2, capsize=2,
+            )  # fmt: skip
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlim(panel.limits)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=panel.x, ylabel=panel.y)
+        axes.grid(False, axis="y")
+        for edge in np.arange(len(rows) - 1) + 0.5:
+            axes.axhline(edge, color=LINES, linewidth=0.8)
+
+    return _svg(364, 80 + len(rows) * max(24, height * len(series)), draw, panel)
+
+
+def heat_map(
+    panel: Panel,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Float[np.ndarray, "R C"],
+    scale: float,
+    form: str,
+    beside: int = 0,
+) -> str:
+    """A matrix as coloured cells with their numbers; NaN is an empty cell.
+
+    Args:
+        panel: its words.
+        rows, columns: names.
+        values: of the cells.
+        scale: the value with the strongest colour; its negative has the other.
+        form: of the numbers.
+        beside: how many columns at the end are another quantity: numbers without colour.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.grid(False)
+        for (i, j), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
+            shade = INK
+            if j < len(columns) - beside:
+                colour = DIVERGING(0.5 + 0.5 * np.clip(value / scale, -1, 1))
+                axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=colour))
+                light = np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5
+                shade = "#101010" if light else "#fefefe"
+            number = float(format(value, form)) + 0.0  # not a negative zero
+            axes.text(
+                j, i, format(number, form), ha="center", va="center", fontsize=11, color=shade
+            )
+        axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+        axes.set(xlabel=panel.x, ylabel=panel.y)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    margin = 8 * max(len(name) for name in [*rows, *columns]) + 50
+    return _svg(margin + 42 * len(columns), margin + 30 * len(rows), draw, panel)
+
+
+def swatch(style: Style, connected: bool = True) -> str:
+    """A piece of a series, for a legend."""
+
+    def draw(axes: Axes) -> None:
+        line = style.linestyle if connected else ""
+        axes.plot([0, 1], [0, 0], color=style.color, linestyle=line)
+        axes.plot([0.5], [0], color=style.color, marker=style.marker)
+        axes.set_axis_off()
+
+    return _svg(30, 14, draw, None)
+
+
+def _log_axis(axes: Axes, axis: str, values: np.ndarray) -> None:
+    values = values[values > 0]
+    if not len(values):
+        return
+    axes.set(**{f"{axis}scale": "log"})
+    shown = axes.xaxis if axis == "x" else axes.yaxis
+    decades = np.ptp(np.log10(values))
+    shown.set_major_locator(ticker.LogLocator(subs=(1,) if decades > 1.5 else (1, 2, 5)))
+    shown.set_major_formatter(ticker.FuncFormatter(lambda value, _: analysis.number(float(value))))
+    shown.set_minor_locator(ticker.NullLocator())
+
+
+def _svg(width: int, height: int, draw: Callable[[Axes], None], panel: Panel | None) -> str:
+    """Draws in so many pixels, and exchanges the colours; without a panel it is decoration."""
+    content = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure((width / 72, height / 72), layout="constrained")
+        axes = figure.add_subplot()
+        if panel is not None and panel.title:
+            figure.suptitle(panel.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        draw(axes)
+        figure.savefig(content, format="svg", transparent=True)
+    text = content.getvalue()
+    text = text[text.index("<svg") :]
+    for pattern, new in PAGE.items():
+        text = re.sub(pattern, new, text, flags=re.DOTALL)
+    words = 'aria-hidden="true"'
+    if panel is not None:
+        words = f'role="img" aria-label="{html.escape(panel.alt)}"'
+    return text.replace("<svg", f"<svg {words}", 1)
+
+
+# What of Matplotlib's SVG becomes what of the page's; its style sheet would hold for all of it.
+PAGE = {
+    r"<metadata>.*?</metadata>": "",
+    r'<style type="text/css">.*?</style>': "",
+    r'(width|height)="([\d.]+)pt"': r'\1="\2"',
+    r"<!--.*?-->": "",
+    r"\n\s*": "\n",
+    INK: "currentColor",
+    LINES: "var(--line)",
+    SERIES.format(r"(\d)"): r"var(--series-\1)",
+    "'DejaVu Sans'": FONT,
+}

@@ -1,0 +1,216 @@
+"""Sections of what lies in the folders of runs: curves, prompts, and where all of it is from."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.experiments.report import analysis, figures, page, run_reader, tables
+from mpt_jax.experiments.report.analysis import examples, short
+from mpt_jax.experiments.report.context import Content, Drawn
+from mpt_jax.experiments.report.figures import Line, Panel, Style
+
+LOSS = "cross entropy, nats per token"
+# What facts of run.jsonl are called here.
+FACTS = {
+    "MPT-JAX": "mpt_jax",
+    "Git revision": "git_revision",
+    "Python": "python",
+    "Packages": "packages",
+    "Devices": "devices",
+    "Processes": "processes",
+    "Platform": "platform",
+    "Seed of values and data order": "seed",
+}
+
+
+def losses(content: Content) -> list[str]:
+    """Training loss of source stages and of every method."""
+    stages = {
+        name: run_reader.training(path) for name, path in run_reader.sources(content.root).items()
+    }
+    looks = {
+        name: Style(figures.SERIES.format(i + 1), "", figures.DASHES[i])
+        for i, name in enumerate(stages)
+    }
+    drawn = curve_panels(stages, "source stages", LOSS, looks, "y")
+    blocks = [content.figure(drawn, "Training loss of the source stages.", looks)] if drawn else []
+    drawn, looks = [], unmarked(content.styles)
+    for shots, results in content.by_shots():
+        runs = {
+            label: [c for path in content.folders(result) for c in run_reader.training(path)]
+            for label, result in results.items()
+        }
+        content.say_absent(f"Loss, {examples(shots)}", runs, "no metrics.jsonl among its runs")
+        drawn += curve_panels(runs, examples(shots), LOSS, looks, "y")
+    caption = "Training loss on target tasks; each run (task, seed) of a method counts the same."
+    return [*blocks, content.figure(drawn, caption, looks)] if drawn else blocks
+
+
+def scores_by_step(content: Content) -> list[str]:
+    """Scores between steps, where runs were evaluated more than once."""
+    drawn, looks = [], unmarked(content.styles)
+    for shots, results in content.by_shots():
+        runs = {
+            label: [
+                curve
+                for path in content.folders(result)
+                for curve in run_reader.scores(path)
+                if len(curve) > 1
+            ]
+            for label, result in results.items()
+        }
+        drawn += curve_panels(runs, examples(shots), "mean score", looks, "")
+    if not drawn:
+        content.absent.append("Score by step: no run that is here was evaluated more than once.")
+        return []
+    caption = "Score while training, mean over the runs (task, seed) of a method."
+    return [content.figure(drawn, caption, looks)]
+
+
+def unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
+    """Curves of many steps have no marker on each."""
+    return {label: look._replace(marker="") for label, look in looks.items()}
+
+
+def curve_panels(
+    runs: Mapping[str, Iterable[run_reader.Curve]],
+    title: str,
+    y: str,
+    looks: Mapping[str, Style],
+    log: str,
+) -> list[Drawn]:
+    """A panel for each length of training."""
+    by_length: dict[int, dict[str, run_reader.Curve]] = collections.defaultdict(dict)
+    for label, curves in runs.items():
+        for last, curve in analysis.mean_curves(curves).items():
+            by_length[last][label] = curve
+    drawn = []
+    for last, found in sorted(by_length.items()):
+        series = [
+            Line(looks[label], list(curve), list(curve.values())) for label, curve in found.items()
+        ]
+        name = title if len(by_length) == 1 else f"{title}, {last:,} steps"
+        ends = ", ".join(f"{label} {curve[last]:.3g}" for label, curve in found.items())
+        alt = f"{y} by step, {name}. At the last step: {ends}."
+        panel = Panel(name, "step", y, alt, log=log)
+        drawn.append(Drawn(figures.lines(panel, series), list(found)))
+    return drawn
+
+
+def source_prompts(content: Content) -> list[str]:
+    """How alike the prompts of source tasks are."""
+    found = tables.trained(content.root)
+    if not found:
+        content.absent.append(
+            f"Similarity of source prompts: neither {content.root} nor the folder it lies in has a "
+            "source stage with an artefact."
+        )
+        return []
+    panels = []
+    for name, artefact in found.items():
+        prompts = _plain(content, name, [artefact])
+        if prompts is not None:
+            panels.append(_similarity(name, prompts, artefact.runs.task_names))
+    caption = "Cosine similarity of flattened prompts, source tasks."
+    return [page.figure(panels, caption, {})] if panels else []
+
+
+def target_prompts(content: Content) -> list[str]:
+    """How alike the prompts of target tasks are, by one method: the reference, if its prompts are
+    here and can be compared, at the largest number of examples, which has several seeds where all
+    of them has one."""
+    few = [k for k in analysis.shots_of(content.results) if k is not None]
+    for label in dict.fromkeys([content.reference, *content.arms]):
+        arm = content.arms.get(label, {})
+        for shots in [k for k in (*reversed(few), None) if k in arm]:
+            result = arm[shots]
+            found = [run_reader.artefact(path) for path in content.folders(result)]
+            kept: list[Artefact] = [artefact for artefact in found if artefact is not None]
+            title = f"{label}, {examples(shots)}"
+            prompts = _plain(content, title, kept) if kept else None
+            if prompts is not None:
+                tasks = [task for artefact in kept for task in artefact.runs.task_names]
+                caption = (
+                    "Cosine similarity of flattened prompts, target tasks: mean over pairs of "
+                    "runs; on the diagonal pairs of one task with different seeds (1 where it has "
+                    "one run)."
+                )
+                return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
+    content.absent.append(
+        "Similarity of target prompts: no run that is here has an artefact whose prompts can be "
+        "compared."
+    )
+    return []
+
+
+def _plain(content: Content, title: str, found: Iterable[Artefact]) -> np.ndarray | None:
+    """The plain prompts [K, P, H] of artefacts; None, with a word on it, if they are no array."""
+    if texts := [artefact for artefact in found if artefact.method.reads_text]:
+        content.absent.append(
+            f"Similarity of prompts, {title}: those of {texts[0].method.name!r} depend on the "
+            "text, so no task has one that could be compared."
+        )
+        return None
+    prompts = [prompt for artefact in found for prompt in artefact.plain()]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) > 1:
+        content.absent.append(
+            f"Similarity of prompts, {title}: they have {', '.join(map(str, lengths))} positions, "
+            "and only prompts of one length can be compared."
+        )
+        return None
+    return np.stack(prompts)
+
+
+def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:
+    names, similar = analysis.cosines_by_task(prompts, list(tasks))
+    shown = list(map(short, names))
+    apart = similar[~np.eye(len(names), dtype=bool)]
+    alt = f"Cosine similarity of prompts, {title}, {len(names)} tasks."
+    if len(apart):
+        alt += f" Between tasks: {apart.min():.2f} to {apart.max():.2f}."
+    return figures.heat_map(Panel(title, "", "", alt), shown, shown, similar, 1.0, ".2f")
+
+
+def provenance(content: Content) -> list[str]:
+    """What made the runs: versions, devices, revision, seeds."""
+    paths = [*run_reader.sources(content.root).values()]
+    for result in content.results:
+        here = content.folders(result)
+        paths += here
+        if len(here) < len(result.model_dirs):
+            content.absent.append(
+                f"{content.label(result)}, {examples(result.shots)}: "
+                f"{len(result.model_dirs) - len(here)} of its {len(result.model_dirs)} run folders "
+                f"are not below {content.root}."
+            )
+    records = [record for path in paths for record in run_reader.records(path)]
+    seeds = sorted({seed for result in content.results for seed in result.seeds})
+    pairs = {"Draws of examples (seeds)": ", ".join(map(str, seeds))}
+    if not records:
+        content.absent.append("Versions, devices, revision: no run that is here has a run.jsonl.")
+        return [page.facts(pairs)]
+    for name, key in FACTS.items():
+        pairs[name] = _values(record.get(key) for record in records)
+    started = sorted(record["started"] for record in records)
+    pairs["Runs started"] = f"{started[0]} to {started[-1]}"
+    lead = f"What the records of {len(paths)} run folders say; several values where they differ."
+    return [page.paragraph(lead), page.facts(pairs)]
+
+
+def _values(values: Iterable[Any]) -> str:
+    """Different values, each once."""
+    return "; ".join(dict.fromkeys(_words(value) for value in values))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(version)}" for name, version in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "not recorded" if value is None else str(value)

@@ -1,0 +1,68 @@
+"""Which sections a report has: those that there are runs for, and a word on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mpt_jax.experiments.report import mixture_sections, page, result_sections, run_sections, tables
+from mpt_jax.experiments.report.context import Content, content
+from mpt_jax.experiments.report.page import Section
+from mpt_jax.experiments.results import Result
+
+FILE = "report.html"
+
+
+def write(
+    root: Path,
+    results: Sequence[Result],
+    out: Path | None = None,
+    reference: str = tables.REFERENCE,
+    majority: Mapping[str, float] | None = None,
+) -> Path:
+    """Writes the report of a folder and returns where it is.
+
+    Args:
+        root: where results.json lies; source stages lie there or beside it.
+        results: what was run.
+        out: the file, if not root/report.html.
+        reference: the method that the others are subtracted from.
+        majority: task -> percent of its rows that have the most frequent target, if known.
+
+    Raises:
+        ValueError: results that cannot be compared, an unknown reference, a damaged file.
+    """
+    found = sections(content(root, results, reference, majority or {}))
+    out = out or root / FILE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"Prompt tuning: {root.resolve().name}"
+    out.write_text(page.document(title, found), encoding="utf-8")
+    return out
+
+
+def sections(given: Content) -> list[Section]:
+    """All that there is something to show in, in the order of the page."""
+    found = [
+        Section("Scores", result_sections.scores(given)),
+        Section("Learning curves", run_sections.losses(given) + run_sections.scores_by_step(given)),
+        Section(
+            "Similarity of prompts",
+            run_sections.source_prompts(given) + run_sections.target_prompts(given),
+        ),
+        Section(
+            "What prompts are mixed from",
+            mixture_sections.weights(given) + mixture_sections.entropies(given),
+        ),
+        Section("Score and trained parameters", result_sections.parameters(given)),
+        Section("Transfer gain", result_sections.gains(given)),
+        Section("Examples needed", result_sections.examples_needed(given)),
+        Section("From source to target", result_sections.affinity(given)),
+        Section(
+            "Prompt length and model size",
+            result_sections.lengths(given) + result_sections.sizes(given),
+        ),
+        Section("Where this is from", run_sections.provenance(given)),
+    ]
+    if given.absent:
+        found.append(Section("What is not shown", [page.points(given.absent)]))
+    return [section for section in found if section.blocks]

@@ -1,0 +1,1 @@
+"""What a trainer drives: backbone, prompt method and losses together, and decoding."""

@@ -1,0 +1,313 @@
+"""Decoding over a cached decoder: greedy, sampling with temperature, beam search.
+
+Every function drives `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)` from a
+cache of B rows, which it repeats itself where it keeps n hypotheses of an example, and returns
+`(tokens [B,n,L], scores [B,n])`, best first: tokens up to and including the end of sequence, then
+zeros; scores are sums of natural log probabilities. Shapes are static; the loop stops once every
+row has ended. So n is an argument of these functions alone, and whoever binds it there, in gin
+say, is obeyed.
+
+Which leaves of a cache belong to a hypothesis is told by their name: `cached_*` leaves do, and
+move when beams are reordered; all others (the position, the encoder's keys and values) are equal
+for the hypotheses of one example and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.core.shapes import Array, Float, Int, Key
+from mpt_jax.core.tree import path_name
+
+Cache = Any
+TokensToLogits = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
+Decoded = tuple[Int[Array, "B n L"], Float[Array, "B n"]]
+
+# The score of a hypothesis that does not exist; finite, so that sums of it stay comparable.
+NOTHING = -1e7
+
+
+def repeat_for_decodes(tree: Any, num_decodes: int, batch_axis: int = 0) -> Any:
+    """Repeats every array of a tree n times along the batch, `[B,...] -> [B*n,...]`.
+
+    Arrays without that axis (a cache's position) stay. Scanned layers put the batch of their
+    cache on axis 1.
+    """
+
+    def repeat(x: jax.Array) -> jax.Array:
+        return x if x.ndim <= batch_axis else jnp.repeat(x, num_decodes, axis=batch_axis)
+
+    return jax.tree.map(repeat, tree)
+
+
+def greedy(
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    start: Int[Array, "B"],
+    *,
+    max_length: int,
+    eos_id: int = 1,
+) -> Decoded:
+    """The most probable token at every position, n = 1.
+
+    Args:
+        tokens_to_logits: one step of the decoder.
+        cache: the decoder's empty cache.
+        start: the token every row begins with (0 for T5), which is not returned.
+        max_length: positions L to decode at most.
+        eos_id: the token that ends a row.
+    """
+
+    def most_probable(logits: jax.Array, _: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1)
+
+    tokens, scores = _one_by_one(tokens_to_logits, cache, start, most_probable, max_length, eos_id)
+    return tokens[:, None], scores[:, None]
+
+
+def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this many
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    start: Int[Array, "B"],
+    rng: Key,
+    *,
+    max_length: int,
+    eos_id: int = 1,
+    num_decodes: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cache_batch_axis: int = 0,
+) -> Decoded:
+    """Samples n sequences per example, sorted by their score.
+
+    A score is the log probability under the model itself, whatever the temperature and the
+    truncation, so samples drawn with different settings can be compared.
+
+    Args:
+        tokens_to_logits: one step of the decoder, over B*n rows.
+        cache: the decoder's empty cache, B rows.
+        start: the token every example begins with, which is not returned.
+        rng: random key.
+        max_length: positions L to decode at most.
+        eos_id: the token that ends a row.
+        num_decodes: samples n per example.
+        temperature: logits are divided by it; above 0 (use `greedy` for 0).
+        top_k: draws among the k most probable tokens; 0 means all.
+        top_p: draws among the most probable tokens that together reach this probability
+            (Holtzman et al. 2020); 1 means all.
+        cache_batch_axis: axis of the batch in the cache's leaves.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: must be above 0; use greedy for its limit.")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"top_k={top_k}, top_p={top_p}: need top_k >= 0 and 0 < top_p <= 1.")
+
+    def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
+        logits = keep_most_probable(logits / temperature, top_k, top_p)
+        return jax.random.categorical(jax.random.fold_in(rng, step), logits)
+
+    cache = repeat_for_decodes(cache, num_decodes, cache_batch_axis)
+    rows = jnp.repeat(start, num_decodes)
+    tokens, scores = _one_by_one(tokens_to_logits, cache, rows, draw, max_length, eos_id)
+    tokens = tokens.reshape(start.shape[0], num_decodes, max_length)
+    return _best_first(tokens, scores.reshape(start.shape[0], num_decodes))
+
+
+def keep_most_probable(
+    logits: Float[Array, "B V"], top_k: int = 0, top_p: float = 1.0
+) -> Float[Array, "B V"]:
+    """Sets the logits outside the k first, or outside the nucleus of mass p, to minus infinity.
+
+    Where both are given the nucleus is taken of what `top_k` has left. Ties at the edge are kept.
+    """
+    if top_k:
+        edge = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < edge, -jnp.inf, logits)
+    if top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered)
+        # A token belongs to the nucleus if those before it have not reached the mass yet.
+        inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        edge = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < edge, -jnp.inf, logits)
+    return logits
+
+
+def _one_by_one(
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    start: jax.Array,
+    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    max_length: int,
+    eos_id: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Decodes rows independently of each other: tokens `[rows,L]` and scores `[rows]`."""
+    rows = start.shape[0]
+
+    def running(state: tuple) -> jax.Array:
+        step, _, _, _, ended, _ = state
+        return (step < max_length) & ~jnp.all(ended)
+
+    def advance(state: tuple) -> tuple:
+        step, last, tokens, scores, ended, cache = state
+        logits, cache = tokens_to_logits(last[:, None], cache)
+        logits = logits.astype(jnp.float32)
+        chosen = choose(logits, step).astype(tokens.dtype)
+        gained = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
+        chosen = jnp.where(ended, 0, chosen)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], step, axis=1)
+        scores = scores + jnp.where(ended, 0.0, gained)
+        return step + 1, chosen, tokens, scores, ended | (chosen == eos_id), cache
+
+    state = (
+        jnp.zeros((), jnp.int32),
+        start.astype(jnp.int32),
+        jnp.zeros((rows, max_length), jnp.int32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows,), bool),
+        cache,
+    )
+    _, _, tokens, scores, _, _ = jax.lax.while_loop(running, advance, state)
+    return tokens, scores
+
+
+class _Beams(NamedTuple):
+    """Beam search between two steps; n open and n ended hypotheses per example, best first."""
+
+    step: jax.Array
+    last: jax.Array  # [B,n] newest token of the open hypotheses
+    open_tokens: jax.Array  # [B,n,L]
+    open_scores: jax.Array  # [B,n] log probability
+    ended_tokens: jax.Array  # [B,n,L]
+    ended_scores: jax.Array  # [B,n] log probability over length penalty
+    cache: Cache
+
+
+def beam_search(
+    tokens_to_logits: TokensToLogits,
+    cache: Cache,
+    start: Int[Array, "B"],
+    *,
+    max_length: int,
+    eos_id: int = 1,
+    num_decodes: int = 4,
+    alpha: float = 0.6,
+    cache_batch_axis: int = 0,
+) -> Decoded:
+    """The n best sequences that a beam of width n finds.
+
+    Hypotheses are ranked by log probability over `((5 + length) / 6)^alpha` (Wu et al. 2016,
+    section 7), and so are the scores returned. Ended ones come first; where fewer than n ended
+    within `max_length`, the best open ones follow.
+
+    Args:
+        tokens_to_logits: one step of the decoder, over B*n rows.
+        cache: the decoder's empty cache, B rows.
+        start: the token every example begins with, which is not returned.
+        max_length: positions L to decode at most.
+        eos_id: the token that ends a row.
+        num_decodes: width n of the beam.
+        alpha: strength of the length penalty; 0 ranks by log probability alone.
+        cache_batch_axis: axis of the batch in the cache's leaves.
+
+    Raises:
+        ValueError: a negative alpha, for which stopping early would be wrong.
+    """
+    if alpha < 0:
+        raise ValueError(f"alpha={alpha}: must not be negative.")
+    batch, n = start.shape[0], num_decodes
+    first = jnp.where(jnp.arange(n) == 0, 0.0, NOTHING)  # n equal beginnings would stay equal
+    beams = _Beams(
+        step=jnp.zeros((), jnp.int32),
+        last=jnp.broadcast_to(start.astype(jnp.int32)[:, None], (batch, n)),
+        open_tokens=jnp.zeros((batch, n, max_length), jnp.int32),
+        open_scores=jnp.broadcast_to(first, (batch, n)),
+        ended_tokens=jnp.zeros((batch, n, max_length), jnp.int32),
+        ended_scores=jnp.full((batch, n), NOTHING),
+        cache=repeat_for_decodes(cache, n, cache_batch_axis),
+    )
+
+    def running(beams: _Beams) -> jax.Array:
+        # Scores are negative, so the longest end of the best open hypothesis bounds all others.
+        bound = beams.open_scores[:, 0] / _length_penalty(max_length, alpha)
+        settled = jnp.all(beams.ended_scores[:, -1] >= bound)
+        return (beams.step < max_length) & ~settled
+
+    def advance(beams: _Beams) -> _Beams:
+        logits, cache = tokens_to_logits(beams.last.reshape(-1, 1), beams.cache)
+        gained = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, n, -1)
+        return _extend(beams, gained, cache, eos_id, alpha, cache_batch_axis)
+
+    beams = jax.lax.while_loop(running, advance, beams)
+    has_ended = beams.ended_scores > NOTHING / 2
+    unfinished = beams.open_scores / _length_penalty(beams.step, alpha)
+    rank = jnp.concatenate([jnp.where(has_ended, 1, -1), jnp.zeros((batch, n), jnp.int32)], axis=1)
+    scores = jnp.concatenate([beams.ended_scores, unfinished], axis=1)
+    tokens = jnp.concatenate([beams.ended_tokens, beams.open_tokens], axis=1)
+    order = jnp.lexsort((-scores, -rank), axis=1)[:, :n]
+    return _take_beams(tokens, order), _take_beams(scores, order)
+
+
+def _extend(
+    beams: _Beams, gained: jax.Array, cache: Cache, eos_id: int, alpha: float, batch_axis: int
+) -> _Beams:
+    """Extends every open hypothesis by every token and keeps the best n open and n ended."""
+    batch, n, vocabulary = gained.shape
+    scores = (beams.open_scores[:, :, None] + gained).reshape(batch, n * vocabulary)
+    # At most n of the best 2n can end here, so at least n remain open.
+    scores, chosen = jax.lax.top_k(scores, 2 * n)
+    parent, last = chosen // vocabulary, chosen % vocabulary
+    tokens = jax.lax.dynamic_update_slice_in_dim(
+        _take_beams(beams.open_tokens, parent), last[:, :, None], beams.step, axis=2
+    )
+    ends = (last == eos_id) & (scores > NOTHING / 2)
+    penalised = scores / _length_penalty(beams.step + 1, alpha)
+    ended_scores, order = jax.lax.top_k(
+        jnp.concatenate([beams.ended_scores, jnp.where(ends, penalised, NOTHING)], axis=1), n
+    )
+    ended_tokens = _take_beams(jnp.concatenate([beams.ended_tokens, tokens], axis=1), order)
+    open_scores, order = jax.lax.top_k(jnp.where(ends, NOTHING, scores), n)
+    return _Beams(
+        step=beams.step + 1,
+        last=_take_beams(last, order),
+        open_tokens=_take_beams(tokens, order),
+        open_scores=open_scores,
+        ended_tokens=ended_tokens,
+        ended_scores=ended_scores,
+        cache=_reorder_cache(cache, _take_beams(parent, order), batch_axis),
+    )
+
+
+def _length_penalty(length: jax.Array | int, alpha: float) -> jax.Array:
+    return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+
+def _take_beams(x: jax.Array, beams: jax.Array) -> jax.Array:
+    """`x[b, beams[b, i]]` for `x [B,m,...]` and `beams [B,n]`."""
+    index = beams.reshape(beams.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1)
+
+
+def _reorder_cache(cache: Cache, parents: Int[Array, "B n"], batch_axis: int) -> Cache:
+    """Moves the rows of the leaves that belong to a hypothesis to its continuations."""
+    batch, n = parents.shape
+    rows = (jnp.arange(batch)[:, None] * n + parents).reshape(-1)
+
+    def reorder(path: tuple, leaf: jax.Array) -> jax.Array:
+        own = path_name(path).rpartition("/")[2].startswith("cached_")
+        return jnp.take(leaf, rows, axis=batch_axis) if own else leaf
+
+    return jax.tree_util.tree_map_with_path(reorder, cache)
+
+
+def _best_first(tokens: jax.Array, scores: jax.Array) -> Decoded:
+    order = jnp.argsort(-scores, axis=1)
+    return _take_beams(tokens, order), _take_beams(scores, order)

@@ -1,0 +1,369 @@
+"""Loss terms. Each is a (sum [G], weight [G]) pair, one entry for each group (independent run).
+
+Sums and weights are accumulated apart over microbatches and hosts and divided once, so a mean is
+never taken of means. Weights depend on the batch alone, never on parameters: `weights` computes
+them without a forward pass. The total is
+
+    sum over groups g of  CE_g + z_g + lambda (KL_g + hidden_g)        MPT paper, equation (5)
+
+Groups share no parameters, so adding them changes no gradient of any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
+
+Sums = dict[str, Float[Array, " G"]]
+
+# Features of a batch that stand in for the teachers' forward pass, with the side whose positions
+# are their axis 1.
+TEACHER_FEATURES = {
+    "teacher_logits": "decoder",
+    "teacher_encoded": "encoder",
+    "teacher_decoded": "decoder",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How the student follows its teachers (MPT paper, section 3.2). Unstated there: temperature,
+    layers, reduction, all fields here.
+
+    Attributes:
+        weight: lambda.
+        logits: the KL(teacher || student) of output distributions.
+        hidden: the squared distance of hidden states, encoder and decoder.
+        prompt_distance: the paper's ablation, the squared distance of the prompts themselves;
+            meant to stand alone, with `logits` and `hidden` off.
+        temperature: divides both logits; for `logits`.
+        t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); for `logits`, and
+            not in the paper.
+        hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
+            into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
+        include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
+        reduce: of `hidden` and `prompt_distance`: `'mean'` over positions and features, or `'sum'`
+            over them (a mean over examples). The KL is a mean over target tokens in both.
+
+    Raises:
+        ValueError: a value out of its range, or a setting of a term that is off.
+    """
+
+    weight: float = 0.9
+    logits: bool = True
+    hidden: bool = True
+    prompt_distance: bool = False
+    temperature: float = 1.0
+    t2_scale: bool = False
+    hidden_layers: str | Sequence[int] = "last"
+    include_prompt_positions: bool = True
+    reduce: str = "mean"
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if self.reduce not in ("mean", "sum"):
+            raise ValueError(f"reduce must be 'mean' or 'sum', got {self.reduce!r}.")
+        if isinstance(self.hidden_layers, str) and self.hidden_layers not in ("last", "all"):
+            raise ValueError(
+                f"hidden_layers must be 'last', 'all' or a list of indices, got "
+                f"{self.hidden_layers!r}."
+            )
+        if not (self.logits or self.hidden or self.prompt_distance):
+            raise ValueError(
+                "Distillation with logits, hidden and prompt_distance all off does nothing; leave "
+                "Objective.distillation unset instead."
+            )
+        self._refuse_ineffective(("temperature", "t2_scale"), "logits")
+        self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
+        self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
+
+    def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
+        """Raises for settings that are not their defaults while every term they act on is off."""
+        if any(getattr(self, term) for term in terms):
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in settings and value != field.default:
+                raise ValueError(
+                    f"Distillation.{field.name}={value!r} would have no effect with "
+                    f"{' and '.join(f'{term}=False' for term in terms)}: leave it at "
+                    f"{field.default!r}, or switch {' or '.join(terms)} on."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+        label_smoothing: mass moved from the target to the other ids, in [0, 1).
+        z_loss: weight of the squared log-partition (T5 pretraining: 1e-4).
+        distillation: None trains on the targets alone; otherwise the model holds teachers.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    distillation: Distillation | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+
+    def term_weights(self) -> dict[str, float]:
+        """The factor of each term in the total."""
+        weights = {"cross_entropy": 1.0}
+        if self.z_loss:
+            weights["z_loss"] = self.z_loss
+        if (distil := self.distillation) is not None:
+            if distil.logits:
+                scale = distil.temperature**2 if distil.t2_scale else 1.0
+                weights["kl"] = distil.weight * scale
+            if distil.hidden:
+                weights["hidden_encoder"] = weights["hidden_decoder"] = distil.weight
+            if distil.prompt_distance:
+                weights["prompt_distance"] = distil.weight
+        return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which group each position of a batch belongs to.
+
+    Attributes:
+        num_groups: G.
+        encoder: [B, T] group numbers.
+        decoder: [B, L] group numbers.
+    """
+
+    num_groups: int
+    encoder: Int[Array, "B T"]
+    decoder: Int[Array, "B L"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """What the prompts of a batch were mixed from.
+
+    Attributes:
+        weights: [B, E, C] of each candidate, E examples to a row.
+        task_ids: [B, E] the bank row of each example.
+        present: [B, E] whether there is one.
+    """
+
+    weights: Float[Array, "B E C"]
+    task_ids: Int[Array, "B E"]
+    present: Bool[Array, "B E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a forward pass gives the losses.
+
+    Attributes:
+        logits: [B, L, V] float32; empty where they are of teachers and no term reads them.
+        encoder_hidden: the chosen encoder states, each [B, T, H]; empty when not distilled.
+        decoder_hidden: the chosen decoder states, each [B, L, H].
+        prompts: the composed prompts [B, P, H]; of a packed batch the prompt's row at each
+            position [B, T, H], anything where there is none.
+        mixed: of a method that mixes candidates, what it mixed each prompt from.
+    """
+
+    logits: Float[Array, "B L V"]
+    encoder_hidden: tuple[Array, ...] = ()
+    decoder_hidden: tuple[Array, ...] = ()
+    prompts: Float[Array, "B _ H"] | None = None
+    mixed: Mixed | None = None
+
+
+def teacher_features(distillation: Distillation, teacher: Outputs) -> dict[str, Array]:
+    """What the logits and the hidden terms read of teachers, as features of a batch.
+
+    Returns:
+        `teacher_logits` [B, L, V], less the largest of each position: no softmax sees that, and
+        what is likely, and matters, then loses little in a shorter dtype. `teacher_encoded`
+        [B, T, C, H] and `teacher_decoded` [B, L, C, H], the C chosen states of each stack. None of
+        a term that is off.
+    """
+    found: dict[str, Array] = {}
+    if distillation.logits:
+        found["teacher_logits"] = teacher.logits - teacher.logits.max(-1, keepdims=True)
+    if distillation.hidden:
+        found["teacher_encoded"] = jnp.stack(teacher.encoder_hidden, axis=2)
+        found["teacher_decoded"] = jnp.stack(teacher.decoder_hidden, axis=2)
+    return found
+
+
+def teacher_of(batch: Batch) -> Outputs | None:
+    """The teachers' outputs that a batch holds as `teacher_features`; None where it holds none."""
+    if not TEACHER_FEATURES.keys() & batch.keys():
+        return None
+    states = lambda x: () if x is None else tuple(x[:, :, i] for i in range(x.shape[2]))  # noqa: E731
+    return Outputs(
+        batch.get("teacher_logits", jnp.zeros((0, 0, 0))),
+        states(batch.get("teacher_encoded")),
+        states(batch.get("teacher_decoded")),
+    )
+
+
+def group_sum(values: Array, groups: Int[Array, "..."], num_groups: int) -> Float[Array, " G"]:
+    """Sums values [...] by group number [...] into [G]."""
+    if num_groups == 1:
+        return values.sum()[None]
+    return jax.ops.segment_sum(values.ravel(), groups.ravel(), num_groups)
+
+
+def token_losses(
+    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], label_smoothing: float = 0.0
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Cross entropy and squared log-partition of each target token, float32.
+
+    With label smoothing the target keeps 1 - s and the other V - 1 ids share s; the entropy of
+    that distribution is subtracted, so a perfect prediction costs zero, as in T5X.
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses = log_z - picked
+    if label_smoothing:
+        others = logits.shape[-1] - 1
+        keep, share = 1.0 - label_smoothing, label_smoothing / others
+        to_others = others * log_z - (logits.sum(-1) - picked)
+        entropy = -(keep * jnp.log(keep) + others * share * jnp.log(share))
+        losses = keep * losses + share * to_others - entropy
+    return losses, jnp.square(log_z)
+
+
+def kl_divergence(
+    teacher_logits: Float[Array, "B L V"], student_logits: Float[Array, "B L V"], temperature: float
+) -> Float[Array, "B L"]:
+    """KL(teacher || student) of each position over the whole vocabulary, in nats, float32."""
+    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
+def sums(
+    objective: Objective, batch: Batch, groups: Groups, student: Outputs, teacher: Outputs | None
+) -> Sums:
+    """The sum [G] of every term of the objective over a batch."""
+    weights = batch["decoder_loss_weights"].astype(jnp.float32)
+    losses, z_losses = token_losses(
+        student.logits, batch["decoder_target_tokens"], objective.label_smoothing
+    )
+    by_token = lambda x: group_sum(x * weights, groups.decoder, groups.num_groups)  # noqa: E731
+    found = {"cross_entropy": by_token(losses)}
+    if objective.z_loss:
+        found["z_loss"] = by_token(z_losses)
+    distil = objective.distillation
+    if distil is None:
+        return found
+    if teacher is None:
+        raise ValueError("An objective with distillation needs the teachers' outputs.")
+    teacher = _constant(teacher)
+    if distil.logits:
+        found["kl"] = by_token(kl_divergence(teacher.logits, student.logits, distil.temperature))
+    if distil.hidden:
+        encoder = _squared_distance(teacher.encoder_hidden, student.encoder_hidden)
+        positions = encoder_positions(batch, distil.include_prompt_positions)
+        found["hidden_encoder"] = group_sum(encoder * positions, groups.encoder, groups.num_groups)
+        found["hidden_decoder"] = by_token(
+            _squared_distance(teacher.decoder_hidden, student.decoder_hidden)
+        )
+    if distil.prompt_distance:
+        assert student.prompts is not None and teacher.prompts is not None
+        distance = jnp.square(teacher.prompts - student.prompts).sum(-1)
+        reach = distance.shape[1]  # the prompts of an unpacked batch are its first positions
+        slots = (batch["encoder_prompt_slots"][:, :reach] > 0).astype(jnp.float32)
+        where = groups.encoder[:, :reach]
+        found["prompt_distance"] = group_sum(distance * slots, where, groups.num_groups)
+    return found
+
+
+def weights(
+    objective: Objective, batch: Batch, groups: Groups, width: int, num_layers: tuple[int, int]
+) -> Sums:
+    """The weight [G] of every term, a function of the batch alone.
+
+    Args:
+        objective: which terms there are.
+        batch: the batch contract's features.
+        groups: the group of every position.
+        width: H.
+        num_layers: how many encoder and decoder states the hidden term compares.
+    """
+    tokens = batch["decoder_loss_weights"].astype(jnp.float32)
+    slots = batch["encoder_prompt_slots"]
+    num_tokens = group_sum(tokens, groups.decoder, groups.num_groups)
+    examples = group_sum((slots == 1).astype(jnp.float32), groups.encoder, groups.num_groups)
+    found: Sums = {}
+    for term in objective.term_weights():
+        if term == "hidden_encoder" or term == "hidden_decoder":
+            assert objective.distillation is not None
+            encoder = term == "hidden_encoder"
+            if objective.distillation.reduce == "sum":
+                found[term] = examples * num_layers[0 if encoder else 1]
+                continue
+            count = num_tokens
+            if encoder:
+                positions = encoder_positions(
+                    batch, objective.distillation.include_prompt_positions
+                )
+                count = group_sum(positions, groups.encoder, groups.num_groups)
+            found[term] = count * width * num_layers[0 if encoder else 1]
+        elif term == "prompt_distance":
+            assert objective.distillation is not None
+            if objective.distillation.reduce == "sum":
+                found[term] = examples
+                continue
+            positions = (slots > 0).astype(jnp.float32)
+            found[term] = group_sum(positions, groups.encoder, groups.num_groups) * width
+        else:
+            found[term] = num_tokens
+    return found
+
+
+def encoder_positions(batch: Batch, include_prompt: bool) -> Float[Array, "B T"]:
+    """1 at real encoder positions (text, and prompt slots if asked), else 0."""
+    return encoder_mask(batch, include_prompt).astype(jnp.float32)
+
+
+def encoder_mask(batch: Batch, include_prompt: bool = True) -> Bool[Array, "B T"]:
+    """Whether a position is text, or a prompt slot: what may be attended to."""
+    text = batch["encoder_input_tokens"] > 0
+    return text | (batch["encoder_prompt_slots"] > 0) if include_prompt else text
+
+
+def combine(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sums]:
+    """Divides once, weighs, adds.
+
+    Returns:
+        The total over terms and groups, and each term's mean [G], unweighted. A group that a
+        batch does not contain contributes zero.
+    """
+    means = {
+        name: jnp.where(weights[name] > 0, sums[name] / jnp.maximum(weights[name], 1e-30), 0.0)
+        for name in sums
+    }
+    factors: Mapping[str, float] = objective.term_weights()
+    total = sum((factors[name] * means[name].sum() for name in means), jnp.float32(0))
+    return total, means
+
+
+def _constant(outputs: Outputs) -> Outputs:
+    return jax.tree.map(jax.lax.stop_gradient, outputs)
+
+
+def _squared_distance(first: tuple[Array, ...], second: tuple[Array, ...]) -> Array:
+    """Squared distance over features, added over layers: [B, T]."""
+    return sum(
+        jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).sum(-1)
+        for a, b in zip(first, second, strict=True)
+    )  # pyright: ignore[reportReturnType]

@@ -1,0 +1,1 @@
+"""CrossPT: prompts composed of source prompts by a router."""

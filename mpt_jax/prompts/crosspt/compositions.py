@@ -1,0 +1,127 @@
+"""The ways in which CrossPT composes a prompt, and which of its settings go together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Float, Int
+from mpt_jax.prompts.base import FLOAT32
+from mpt_jax.prompts.crosspt.routing import ROUTERS
+
+ADD, LEARNED = "add", "learned"
+DEFAULT_ROUTER = "relaxed_bernoulli"
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """What a way to compose is made of."""
+
+    has_sources: bool = True
+    has_private: bool = True
+    is_cat: bool = False  # of sources
+    longer: bool = False  # by the private prompt
+
+
+COMPOSITIONS = {
+    "sum": Composition(has_private=False),
+    "cat": Composition(has_private=False, is_cat=True),
+    "private_sum": Composition(),
+    "private_product": Composition(),
+    "private_cat": Composition(longer=True),
+    "private": Composition(has_sources=False),
+}
+
+
+def check_counts(method: Any) -> None:
+    """Refuses numbers out of their range, and names that are none."""
+    if method.length < 1:
+        raise ValueError(f"length must be at least 1, got {method.length}.")
+    if method.top_k is not None and not 1 <= method.top_k <= len(method.sources):
+        raise ValueError(
+            f"top_k is {method.top_k}, and the router has {len(method.sources)} candidates: "
+            f"{', '.join(method.sources)}."
+        )
+    share = method.share
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if share not in (ADD, LEARNED) and not (is_number and 0 <= share < 1):
+        raise ValueError(
+            f"share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. For the "
+            "private prompt alone: compose_by = 'private'."
+        )
+    lengths = method.private_length
+    lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
+    if not lengths or any(length is not None and length < 1 for length in lengths):
+        raise ValueError(f"private_length must be at least 1, got {method.private_length}.")
+    if unknown := sorted(set(method.reparametrise) - {"sources", "private"}):
+        raise ValueError(f"reparametrise may name 'sources' and 'private', and not {unknown}.")
+
+
+def check_effects(method: Any) -> None:
+    """Refuses settings that would do nothing."""
+    kind, router = COMPOSITIONS[method.compose_by], ROUTERS[method.router]
+    ineffective = {
+        "share": method.share != ADD and method.compose_by != "private_sum",
+        "private_length": method.private_length is not None and not kind.longer,
+        "normalise": method.normalise != "sum" and not router.is_random,
+        "top_k": method.top_k is not None and (not kind.has_sources or method.router == "uniform"),
+        "router": method.router != DEFAULT_ROUTER and not kind.has_sources,
+        "reparametrise": "private" in method.reparametrise
+        and not kind.has_private
+        or "sources" in method.reparametrise
+        and not kind.has_sources,
+    }
+    for name, is_so in ineffective.items():
+        if is_so:
+            raise ValueError(
+                f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
+                f"= {method.compose_by!r} and router = {method.router!r}; leave it out."
+            )
+
+
+def check_private(
+    method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
+) -> None:
+    """Refuses private prompts that start from those of another length.
+
+    Args:
+        method, runs: that start.
+        source_method, source_runs: of the artefact.
+        weights: [K, S], as `starts.source_weights` gives them.
+    """
+    theirs, ours = source_method.prompt_lengths(source_runs), method.prompt_lengths(runs)
+    for row, run in enumerate(runs.run_names):
+        for source in np.flatnonzero(weights[row]).tolist():
+            if theirs[source] != ours[row]:
+                raise ValueError(
+                    f"The private prompt of {run!r} has {ours[row] - method.length} positions "
+                    f"(PRIVATE_LENGTH), and that of {source_runs.run_names[source]!r}, which it "
+                    f"starts from, has {theirs[source] - method.length}: they must agree."
+                )
+
+
+def weighted_sum(weights: Float[Array, "... S"], sources: Float[Array, "... S l H"]) -> Array:
+    """sum_j w_j S_j, [..., l, H], of sources [S, l, H] that all share, or of each example's own."""
+    if sources.ndim == 3:
+        return jnp.einsum("...s,slh->...lh", weights, sources, precision=FLOAT32)
+    return jnp.einsum("...s,...slh->...lh", weights, sources, precision=FLOAT32)
+
+
+def in_a_row(
+    sources: Float[Array, "... S l H"],
+    weights: Float[Array, "... S"],
+    places: Int[Array, "... k"],
+) -> Float[Array, "... _ H"]:
+    """The weighted sources w_j S_j at some places, one after another: [..., k l, H]."""
+    if sources.ndim == 3:
+        chosen = sources[places]
+    else:
+        chosen = jnp.take_along_axis(sources, places[..., None, None], axis=-3)
+    chosen *= jnp.take_along_axis(weights, places, axis=-1)[..., None, None]
+    *examples, count, length, width = chosen.shape
+    return chosen.reshape(*examples, count * length, width)

@@ -1,0 +1,1 @@
+"""The process and its files: paths, distributed start, preemption, storage, compilation cache."""

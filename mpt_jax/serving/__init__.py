@@ -1,0 +1,1 @@
+"""A bank of trained prompts on one backbone: prediction and export."""

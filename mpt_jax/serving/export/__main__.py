@@ -1,0 +1,92 @@
+"""`mpt-jax export`: predict and score of a bank of prompts, as files that JAX alone runs.
+
+    mpt-jax export --prompts runs/*/artefact --backbone runs/backbones/t5-base --out exported
+    mpt-jax export --prompts DIR --folded --platforms cpu,cuda --input-lengths 64 256 --out exported
+
+The folder's README.md says how to call them; docs/serving.md has more. Exit code 2 where what was
+asked for cannot be exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from mpt_jax.runtime import compilation_cache
+from mpt_jax.serving.export.writing import Settings, check_new, write
+from mpt_jax.serving.predict import backbone
+from mpt_jax.serving.predict.__main__ import add_model_arguments
+from mpt_jax.serving.prompt_bank import Bank, Named
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the folder and says what it holds."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    compilation_cache.enable()
+    try:
+        settings = Settings(
+            tuple(args.platforms.split(",")),
+            args.input_lengths,
+            args.target_length,
+            not args.without_weights,
+        )
+        check_new(Path(args.out))
+        bank = Bank.load([Named.parse(text) for text in args.prompts], args.folded)
+        found = backbone.load(
+            bank,
+            args.backbone,
+            args.vocabulary,
+            extra_ids=args.extra_ids,
+            config=args.config,
+            dtype=args.dtype,
+            say=lambda text: print(f"mpt-jax export: {text}", file=sys.stderr),
+        )
+        config = write(Path(args.out), bank, found, settings)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"mpt-jax export: {error}\n")
+    print(
+        f"{args.out}: predict and score for {', '.join(config['platforms'])}, "
+        f"{len(config['names'])} tasks, inputs of {', '.join(config['functions']['predict'])} "
+        "tokens. Its README.md says how to call them."
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    usual = Settings()
+    parser = argparse.ArgumentParser(
+        prog="mpt-jax export",
+        description="Predict and score of a bank of prompts, as files that JAX alone runs.",
+        epilog="@FILE in place of arguments reads them from a file, one a line.",
+        fromfile_prefix_chars="@",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="to be made")
+    parser.add_argument(
+        "--platforms", default=",".join(usual.platforms), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--input-lengths",
+        type=int,
+        nargs="+",
+        default=list(usual.input_lengths),
+        metavar="N",
+        help="tokens of an input, functions for each; default: %(default)s",
+    )
+    parser.add_argument(
+        "--target-length", type=int, default=usual.target_length, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--without-weights", action="store_true", help="leave the backbone's weights out"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every array
+    main()

@@ -1,0 +1,197 @@
+"""Predict and score, lowered by `jax.export` for several platforms at once.
+
+Weights and prompts are arguments, not constants: the functions are small, and prompts of the same
+shapes can be exchanged. The number of rows is symbolic; the number of tokens is not, since T5's
+table of relative positions is laid out for a length when it is traced. Attention is by plain
+operations on every platform: the TPU's kernels are chosen by the chip, which is not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from safetensors.numpy import save
+
+import mpt_jax
+from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.runtime.files import new_folder
+from mpt_jax.serving.export.loading import BACKBONE, CONFIG, FORMAT, PROMPTS
+from mpt_jax.serving.predict.backbone import Backbone
+from mpt_jax.serving.predict.compiled import Functions
+from mpt_jax.serving.prompt_bank import Bank
+
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+VOCABULARY = "vocabulary.model"
+README = "README.md"
+WITHOUT_WEIGHTS = """
+This folder was written without the backbone's weights: take `backbone.safetensors` from another
+export of the same backbone.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is exported.
+
+    Attributes:
+        platforms: that the functions run on.
+        input_lengths: tokens of an input, a function for each.
+        target_length: tokens that are decoded, or scored.
+        weights: whether the backbone's are written too.
+    """
+
+    platforms: Sequence[str] = ("cpu", "tpu", "cuda")
+    input_lengths: Sequence[int] = (128, 512)
+    target_length: int = 64
+    weights: bool = True
+
+    def __post_init__(self):
+        if unknown := [name for name in self.platforms if name not in PLATFORMS]:
+            raise ValueError(f"Unknown platforms {unknown}; known are {', '.join(PLATFORMS)}.")
+        lengths = [*self.input_lengths, self.target_length]
+        if not self.platforms or not self.input_lengths or min(lengths) < 1:
+            raise ValueError(f"Platforms and positive lengths must be given, got {self}.")
+
+
+def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> dict[str, Any]:
+    """Writes an exported folder, which appears complete or not at all.
+
+    Args:
+        folder: to be made.
+        bank: the prompts, as factors or folded.
+        backbone: what they belong to.
+        settings: what to write.
+
+    Returns:
+        its config.json.
+
+    Raises:
+        FileExistsError: the folder is there.
+    """
+    check_new(folder)
+    config = dataclasses.replace(backbone.config, fused_attention=False)
+    length, vocabulary = settings.target_length, backbone.vocabulary
+    made = Functions(config, bank.method, length, vocabulary, bank.lengths_differ)
+    arguments = {"backbone": _flat(backbone.params), "prompts": _flat(bank.arrays)}
+    files: dict[str, bytes] = {PROMPTS: save(arguments["prompts"])}
+    weights = save(arguments["backbone"])
+    functions: dict[str, dict[str, str]] = {"predict": {}, "score": {}}
+    for length in sorted(set(settings.input_lengths)):
+        for name, lowered in _lowered(made, arguments, length, settings).items():
+            functions[name][str(length)] = f"{name}_{length}.jax"
+            files[functions[name][str(length)]] = bytes(lowered.serialize())
+    if model := getattr(backbone.vocabulary, "sp_model", None):
+        files[VOCABULARY] = model
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    record = {
+        "format": FORMAT,
+        "names": list(bank.names),
+        "functions": functions,
+        "platforms": list(settings.platforms),
+        "target_length": settings.target_length,
+        "eos_id": backbone.vocabulary.eos_id,
+        "dtype": str(config.dtype),
+        "method": bank.method.name,
+        "method_config": bank.method.config(),
+        "folded": bank.folded,
+        "backbone": bank.config["backbone"],
+        "embedding_sha256": backbone.embedding_sha256,
+        "vocabulary_sha256": backbone.vocabulary_sha256,
+        "files_sha256": digests | {BACKBONE: hashlib.sha256(weights).hexdigest()},
+        "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
+    }
+    with new_folder(folder) as scratch:
+        for name, data in (files | ({BACKBONE: weights} if settings.weights else {})).items():
+            (scratch / name).write_bytes(data)
+        (scratch / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+        (scratch / README).write_text(readme(record, settings.weights))
+    return record
+
+
+def check_new(folder: Path) -> None:
+    """Raises FileExistsError where a folder is there, before any work is done for it."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already and is not overwritten.")
+
+
+def _flat(tree: Any) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(jax.device_get(x)) for name, x in flatten(tree).items()}
+
+
+def _lowered(
+    made: Functions, arguments: dict[str, Any], length: int, settings: Settings
+) -> dict[str, export.Exported]:
+    """Both functions of texts of a length and any number of rows."""
+
+    def predict(backbone, prompts, tokens, rows):
+        return made.predict(unflatten(backbone), unflatten(prompts), tokens, rows)
+
+    def score(backbone, prompts, tokens, targets, rows):
+        return made.score(unflatten(backbone), unflatten(prompts), tokens, targets, rows)
+
+    (batch,) = export.symbolic_shape("b", constraints=["b >= 1"])
+    ids = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32)  # noqa: E731
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    weights = (shapes["backbone"], shapes["prompts"])
+    lower = lambda f: export.export(jax.jit(f), platforms=tuple(settings.platforms))  # noqa: E731
+    return {
+        "predict": lower(predict)(*weights, ids(length), ids()),
+        "score": lower(score)(*weights, ids(length), ids(settings.target_length), ids()),
+    }
+
+
+def readme(config: dict[str, Any], weights: bool) -> str:
+    """How to call what a folder holds."""
+    tasks, eos, targets = len(config["names"]), config["eos_id"], config["target_length"]
+    lengths = [int(length) for length in config["functions"]["predict"]]
+    form = "plain prompts" if config["folded"] else f"factors of the method `{config['method']}`"
+    return f"""# A T5 with prompts of {tasks} tasks, exported by MPT-JAX
+
+StableHLO of two functions for {", ".join(config["platforms"])}, as `jax.export` writes it. They
+need JAX and safetensors, and no MPT-JAX. Attention is by plain operations on every platform.
+
+| file | what |
+|---|---|
+| `predict_N.jax` | greedy decoding of texts of N tokens, N one of {lengths} |
+| `score_N.jax` | the log probability of targets of {targets} tokens, in nats |
+| `{BACKBONE}` | the weights of the backbone `{config["backbone"]}`, {config["dtype"]} |
+| `{PROMPTS}` | {form}; a row for each of `names` in `{CONFIG}` |
+| `{VOCABULARY}` | the SentencePiece model with its sentinels; absent where words are bytes |
+| `{CONFIG}` | names of tasks; sha256 of all files, of embedding and vocabulary |
+{"" if weights else WITHOUT_WEIGHTS}
+Any number of rows goes into one call, each of any task. Texts and targets end with id {eos} and are
+padded with 0. Prompts are arguments: others of the same shapes may be given. Rows are those of
+`names`, 0 to {tasks - 1}. The functions check none: another row is no error but a prompt of zeros,
+or another task's. `mpt_jax.serving.export.load` refuses it.
+
+```python
+import json
+
+import jax
+import numpy as np
+from jax import export
+from safetensors.flax import load_file
+
+config = json.load(open("{CONFIG}"))
+backbone, prompts = load_file("{BACKBONE}"), load_file("{PROMPTS}")
+function = export.deserialize(bytearray(open("predict_{lengths[0]}.jax", "rb").read()))
+predict = jax.jit(function.call)
+
+tokens = np.zeros((2, {lengths[0]}), np.int32)
+tokens[0, :3], tokens[1, :2] = [5, 6, {eos}], [7, {eos}]
+rows = np.array([0, {tasks - 1}], np.int32)
+ids, scores = predict(backbone, prompts, tokens, rows)
+```
+
+`score(backbone, prompts, tokens, targets, rows)` also takes targets, int32 [rows, {targets}]. With
+MPT-JAX installed, `mpt_jax.serving.export.load(FOLDER)` does the padding and checks every sha256.
+"""

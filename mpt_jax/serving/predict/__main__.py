@@ -1,0 +1,196 @@
+"""`mpt-jax predict`: answers to requests that name a task each, one line of JSON for each line.
+
+    mpt-jax predict --prompts runs/*/artefact --backbone runs/backbones/t5-base \
+        --input requests.jsonl --output answers.jsonl
+    echo '{"task": "toy_sst2", "inputs": "sst2 : a fine film"}' | mpt-jax predict --prompts DIR
+
+docs/serving.md has the lines of requests and answers. A line that cannot be answered gets one that
+says why, and the stream goes on. Exit code 0, or 1 where every line failed (with --strict, where
+any did), 2 where it cannot begin or go on, 130 after Ctrl-C; with --output the same command then
+goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from absl import logging
+
+from mpt_jax.runtime import compilation_cache
+from mpt_jax.serving.predict.progress import Progress, say
+from mpt_jax.serving.predict.requests import MODES, Failure
+from mpt_jax.serving.predict.resumable_output import File, Output, Refused, Stream
+from mpt_jax.serving.predict.server import Limits, Server
+from mpt_jax.serving.predict.windows import windows
+
+WINDOW = 8  # batches that are read ahead, to be sorted by length
+CANNOT, INTERRUPTED = 2, 130  # exit codes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answers all requests and exits with what became of them."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    compilation_cache.enable()
+    try:
+        try:
+            server = load(args)
+        except ValueError as error:
+            _stop(CANNOT, str(error))
+        with _opened(args.input) as stream:
+            output = answer(server, stream, args)
+    except KeyboardInterrupt:
+        _stop(INTERRUPTED, "stopped" + "; the same command goes on" * bool(args.output))
+    except (Refused, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not args.output:
+            sys.exit(0)  # whoever read the answers has enough
+        _stop(CANNOT, str(error))
+    lost = output.failed if args.strict else output.failed == output.lines > 0
+    sys.exit(1 if lost else 0)
+
+
+def _stop(code: int, why: str) -> NoReturn:
+    say(why)
+    sys.exit(code)
+
+
+def load(args: argparse.Namespace) -> Server:
+    """The server that the arguments describe."""
+    server = Server.load(
+        args.prompts,
+        folded=args.folded,
+        limits=Limits(args.input_length, args.target_length, args.batch_size),
+        path=args.backbone,
+        vocabulary=args.vocabulary,
+        extra_ids=args.extra_ids,
+        config=args.config,
+        dtype=args.dtype,
+        say=say,
+    )
+    size = server.bank.nbytes / 2**20
+    say(f"{len(server.bank.names)} tasks, {size:.2f} MiB of prompts")
+    return server
+
+
+def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output:
+    """Answers every line of a stream; returns where they went, which has counted them."""
+    reader = server.reader(args.mode, args.truncate)
+    lines: Iterator[bytes] = iter(stream)
+    output = _output(server, args)
+    done = output.begin(lines)
+    size = os.path.getsize(args.input) if args.input != "-" else None
+    progress = Progress(size, sys.stderr is not None and sys.stderr.isatty())
+    if done is None:
+        say(f"{args.output} is complete already")
+        return output
+    try:
+        progress.skipped(done, stream.tell() if done and stream.seekable() else 0)
+        for window in windows(lines, WINDOW * args.batch_size):
+            requests = [reader.read(line, done + i) for i, line in enumerate(window, start=1)]
+            output.write(window, server.answer(requests))
+            done += len(window)
+            failed = sum(isinstance(request, Failure) for request in requests)
+            progress.add(len(window), failed, sum(map(len, window)))
+        output.finish()
+    finally:
+        output.close()
+        progress.close()
+    say(str(progress))
+    return output
+
+
+def _output(server: Server, args: argparse.Namespace) -> Output:
+    if not args.output:
+        return Stream(sys.stdout.buffer)
+    made_from = {
+        "mode": args.mode,
+        "bank_sha256": server.bank.digest(),
+        "embedding_sha256": server.backbone.embedding_sha256,
+        "vocabulary_sha256": server.backbone.vocabulary_sha256,
+        "dtype": args.dtype,
+        "input_length": args.input_length,
+        "target_length": args.target_length,
+        "truncate": args.truncate,
+    }
+    return File(Path(args.output), made_from)
+
+
+def _opened(path: str) -> BinaryIO:
+    # A reader of its own: the thread that reads ahead must not hold sys.stdin's lock at the end.
+    return open(0 if path == "-" else path, "rb", closefd=path != "-")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mpt-jax predict",
+        description="Answers requests that name a task each, one line of JSON for each line.",
+        epilog="@FILE in place of arguments reads them from a file, one a line.",
+        fromfile_prefix_chars="@",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--input", default="-", help="JSON lines; default: standard input")
+    parser.add_argument(
+        "--output", help="a file, resumed where it is not complete; default: standard output"
+    )
+    parser.add_argument("--mode", choices=MODES, default="predict", help="default: %(default)s")
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut longer texts; default: an error"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where any line failed")
+    sizes = parser.add_argument_group("sizes")
+    usual = Limits()
+    for name, what in (
+        ("input_length", "tokens of an input at most"),
+        ("target_length", "tokens to decode or to score at most"),
+        ("batch_size", "rows of a batch at most"),
+    ):
+        sizes.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=getattr(usual, name),
+            help=f"{what}; default: %(default)s",
+        )
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which prompts, backbone and vocabulary."""
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="prompt artefacts; NAME=DIR calls its row NAME, or several rows NAME/row",
+    )
+    parser.add_argument(
+        "--folded",
+        action="store_true",
+        help="plain prompts in place of factors, so that artefacts of several methods go together",
+    )
+    parser.add_argument(
+        "--backbone", help="a Hugging Face folder or T5X checkpoint; default: the shipped tiny T5"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        help="a SentencePiece model, a folder with one, or byt5; default: beside the backbone",
+    )
+    parser.add_argument(
+        "--extra-ids", type=int, help="sentinels of the vocabulary; default: T5's 100"
+    )
+    parser.add_argument(
+        "--config", help="a name such as t5_1_1_base, or a config.json, where there is none"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+    )
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every array
+    main()

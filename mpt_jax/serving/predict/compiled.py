@@ -1,0 +1,127 @@
+"""What a server compiles: pure functions of weights, a bank and token ids.
+
+Weights, prompts and the rows that a batch asks for are all arguments, so one program serves any
+tasks of a bank, and the same functions are what `mpt-jax export` writes to a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from mpt_jax.backbones.t5 import T5Config, Transformer
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Float, Int, Params
+from mpt_jax.models import prompt_insertion
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.serving import prompt_bank
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """Predictions and scores of texts that are token ids, padded with 0.
+
+    Attributes:
+        config: the backbone's.
+        method: the bank's.
+        target_length: L, tokens that `predict` decodes at most.
+        vocabulary: its `eos_id` ends decoding.
+        lengths_differ: the bank's.
+    """
+
+    config: T5Config
+    method: PromptMethod
+    target_length: int
+    vocabulary: Any
+    lengths_differ: bool = False
+
+    def predict(
+        self, backbone: Params, arrays: Params, tokens: Int[Array, "B S"], rows: Int[Array, " B"]
+    ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
+        """Greedy continuations, 0 after the end of sequence, and their log probabilities in nats.
+
+        Args:
+            backbone: the backbone's parameters.
+            arrays: the bank's.
+            tokens: of the texts, each with its end-of-sequence id.
+            rows: of the bank, one for each text.
+        """
+        targets = jnp.zeros((tokens.shape[0], self.target_length), jnp.int32)
+        params = self._params(backbone, arrays, tokens, rows)
+        batch = self._batch(arrays, tokens, targets, rows)
+        decoded, found = self._model().predict_batch_with_aux(params, batch)
+        return decoded, found["scores"]
+
+    def score(
+        self,
+        backbone: Params,
+        arrays: Params,
+        tokens: Int[Array, "B S"],
+        targets: Int[Array, "B L"],
+        rows: Int[Array, " B"],
+    ) -> Float[Array, " B"]:
+        """Log probability of a target for each text, in nats; else as `predict`."""
+        params = self._params(backbone, arrays, tokens, rows)
+        return self._model().score_batch(params, self._batch(arrays, tokens, targets, rows))
+
+    def _model(self) -> PromptedEncoderDecoder:
+        """A model whose bank is one batch: row i is the prompt of example i, composed already."""
+        return PromptedEncoderDecoder(
+            Transformer(self.config),
+            _Composed(self.method.prompt_length, at_front=not self.lengths_differ),
+            Runs(["served"]),
+            output_vocabulary=self.vocabulary,
+        )
+
+    def _params(
+        self, backbone: Params, arrays: Params, tokens: Array, rows: Array
+    ) -> dict[str, Any]:
+        pooled = None
+        if self.method.reads_text:
+            embedded: Any = Transformer(self.config).apply(
+                {"params": backbone}, tokens, method="embed"
+            )
+            pooled = prompt_insertion.pool(embedded, tokens > 0, jnp.zeros_like(tokens), 1)[:, 0]
+        table = prompt_bank.compose(self.method, arrays, rows, pooled)
+        return {**backbone, "prompt": {"table": table}}
+
+    def _batch(
+        self, arrays: Params, tokens: Array, targets: Array, rows: Array
+    ) -> dict[str, Array]:
+        """The batch contract: the prompt's reserved positions, then text, then padding."""
+        longest, (batch, text) = self.method.prompt_length, tokens.shape
+        number = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        position = jnp.arange(longest + text, dtype=jnp.int32)
+        position = jnp.broadcast_to(position, (batch, longest + text))
+        padded = jnp.pad(tokens, ((0, 0), (longest, 0)))
+        length = jnp.full((batch, 1), longest, jnp.int32)
+        if self.lengths_differ:
+            # The text follows its own prompt, wherever that ends.
+            length = arrays[prompt_bank.LENGTHS][rows][:, None]
+            shift = (position + longest - length) % (longest + text)
+            padded = jnp.take_along_axis(padded, shift, axis=1)
+        return {
+            "encoder_input_tokens": padded,
+            "encoder_prompt_slots": jnp.where(position < length, position + 1, 0),
+            "encoder_task_ids": jnp.broadcast_to(number, position.shape),
+            "decoder_input_tokens": jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": (targets > 0).astype(jnp.int32),
+            "decoder_task_ids": jnp.broadcast_to(number, targets.shape),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composed(PromptTuning):
+    """Prompts that are composed already, of one length or of several."""
+
+    at_front: bool = True
+
+    def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
+        if self.at_front:
+            return super().prompt_lengths(runs)
+        return 1, self.prompt_length  # and all between: only the batch knows

@@ -1,0 +1,203 @@
+"""Answers: requests of any tasks, sorted by length into batches, answered in their order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mpt_jax.runtime import malloc
+from mpt_jax.serving.predict import backbone as backbones
+from mpt_jax.serving.predict.compiled import Functions
+from mpt_jax.serving.predict.requests import Failure, Reader, Request
+from mpt_jax.serving.prompt_bank import Bank, Named
+
+Answer = dict[str, Any]
+# Programs are compiled for these numbers of tokens, doubled up to the limit.
+SHORTEST_INPUT, SHORTEST_TARGET = 16, 8
+# And for these numbers of rows, times four up to the batch size: one request does not wait for
+# the work of a whole batch, and few programs are made.
+FEWER_ROWS = 4
+
+
+class _Job(NamedTuple):
+    """A row of a batch: the request it is for, and which of its targets."""
+
+    request: int
+    target: int
+    inputs: list[int]
+    targets: list[int]
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Sizes, which decide how much a request may ask and how many programs are compiled.
+
+    Attributes:
+        input_length: tokens of an input, the end of sequence included.
+        target_length: tokens that are decoded, or scored.
+        batch_size: rows of a batch at most.
+    """
+
+    input_length: int = 512
+    target_length: int = 64
+    batch_size: int = 32
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}, and must be 1 or more."
+                )
+
+
+class Server:
+    """A backbone with a bank of prompts, compiled for few lengths.
+
+    Args:
+        bank: the prompts; rows may be added to it while the server runs.
+        backbone: what they belong to (`backbone.load`).
+        limits: sizes.
+    """
+
+    def __init__(self, bank: Bank, backbone: backbones.Backbone, limits: Limits = Limits()):
+        self.bank, self.backbone, self.limits = bank, backbone, limits
+        self.functions = Functions(
+            backbone.config,
+            bank.method,
+            limits.target_length,
+            backbone.vocabulary,
+            bank.lengths_differ,
+        )
+        self._predict = jax.jit(self.functions.predict)
+        self._score = jax.jit(self.functions.score)
+        malloc.keep_freed()  # the weights are in place
+
+    @classmethod
+    def load(
+        cls,
+        prompts: Iterable[str],
+        *,
+        folded: bool = False,
+        limits: Limits = Limits(),
+        **backbone: Any,
+    ) -> Server:
+        """A server of artefacts.
+
+        Args:
+            prompts: folders, or NAME=FOLDER.
+            folded: see `Bank`.
+            limits: sizes.
+            **backbone: what `backbone.load` takes beside the bank.
+        """
+        bank = Bank.load([Named.parse(text) for text in prompts], folded)
+        return cls(bank, backbones.load(bank, **backbone), limits)
+
+    def reader(self, mode: str = "predict", truncate: bool = False) -> Reader:
+        """Reads the lines of requests for this server."""
+        limits = self.limits
+        return Reader(
+            *(self.bank, self.backbone.vocabulary, mode),
+            *(limits.input_length, limits.target_length, truncate),
+        )
+
+    def answer(self, requests: Sequence[Request | Failure]) -> list[Answer]:
+        """One answer for each request, in their order."""
+        jobs: list[_Job] = []
+        for index, request in enumerate(requests):
+            if isinstance(request, Request):
+                of = enumerate(request.targets or ([],))
+                jobs += [_Job(index, i, request.inputs, ids, request.row) for i, ids in of]
+        found = dict(self._run([job for job in jobs if not job.targets], self._predictions))
+        found |= dict(self._run([job for job in jobs if job.targets], self._scores))
+        answers = []
+        for index, request in enumerate(requests):
+            if isinstance(request, Failure):
+                answers.append({**request.label, "error": request.error})
+                continue
+            results = [found[index, i] for i in range(max(len(request.targets), 1))]
+            cut = {"truncated": True} if request.truncated else {}
+            answers.append({**request.label, **_answer(request, results), **cut})
+        return answers
+
+    # --- Batches ---------------------------------------------------------------------------------
+
+    def _run(
+        self, jobs: Sequence[_Job], function: Callable[[Sequence[_Job]], Any]
+    ) -> Iterable[tuple[tuple[int, int], Any]]:
+        """((request, target), result) of every job. All batches are started before the first is
+        waited for, so that the device does not wait for the host."""
+        ordered = sorted(jobs, key=lambda job: (len(job.inputs), len(job.targets)))
+        size = self.limits.batch_size
+        batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        running = [(batch, function(batch)) for batch in batches]
+        for batch, results in running:
+            for job, result in zip(batch, self._finished(results), strict=False):
+                yield (job.request, job.target), result
+
+    def _predictions(self, batch: Sequence[_Job]) -> Any:
+        return self._predict(
+            self.backbone.params, self.bank.arrays, self._inputs(batch), self._rows(batch)
+        )
+
+    def _scores(self, batch: Sequence[_Job]) -> Any:
+        limits = buckets(SHORTEST_TARGET, self.limits.target_length)
+        targets = _padded([job.targets for job in batch], limits, self._size(batch))
+        return self._score(
+            self.backbone.params, self.bank.arrays, self._inputs(batch), targets, self._rows(batch)
+        )
+
+    def _finished(self, results: Any) -> Iterable[Any]:
+        """The result of every row: a score, or a prediction and its score."""
+        if isinstance(results, tuple):
+            ids, scores = jax.device_get(results)
+            texts = (self.backbone.vocabulary.decode(row.tolist()) for row in ids)
+            return list(zip(texts, scores.tolist(), strict=True))
+        return jax.device_get(results).tolist()
+
+    def _inputs(self, batch: Sequence[_Job]) -> np.ndarray:
+        limits = buckets(SHORTEST_INPUT, self.limits.input_length)
+        return _padded([job.inputs for job in batch], limits, self._size(batch))
+
+    def _rows(self, batch: Sequence[_Job]) -> np.ndarray:
+        rows = np.zeros(self._size(batch), np.int32)
+        rows[: len(batch)] = [job.row for job in batch]
+        return rows
+
+    def _size(self, batch: Sequence[_Job]) -> int:
+        return _smallest(buckets(1, self.limits.batch_size, FEWER_ROWS), len(batch))
+
+
+def buckets(smallest: int, limit: int, factor: int = 2) -> list[int]:
+    """The sizes that are compiled: `smallest` times powers of `factor` below the limit, and it."""
+    sizes = []
+    while smallest < limit:
+        sizes.append(smallest)
+        smallest *= factor
+    return [*sizes, limit]
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def _padded(texts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int) -> np.ndarray:
+    """[rows, the smallest length that fits] of token ids, 0 behind them."""
+    found = np.zeros((rows, _smallest(lengths, max(map(len, texts)))), np.int32)
+    for row, ids in enumerate(texts):
+        found[row, : len(ids)] = ids
+    return found
+
+
+def _answer(request: Request, results: Sequence[Any]) -> Mapping[str, Any]:
+    if request.choices:
+        best = int(np.argmax(results))
+        return {"prediction": request.choices[best], "scores": list(results)}
+    if request.targets:
+        return {"score": results[0]}
+    prediction, score = results[0]
+    return {"prediction": prediction, "score": score}

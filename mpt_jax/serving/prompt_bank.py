@@ -1,0 +1,336 @@
+"""A bank of prompts of any number of tasks, from many artefacts, as arguments of one program.
+
+Training bakes its rows into what it compiles: there are few of them, and they never change. A
+server has many, and new ones arrive. So a bank keeps arrays that a compiled function takes as
+arguments, allocated to powers of two: a task that is added changes their values and not their
+shapes, until there is no room left. A batch gathers the rows that it names, so its cost does not
+depend on how many others there are. K tasks in G groups take
+
+    4 (K' (n + 1) + G' m) bytes        K', G': the next powers of two from K and G on
+
+with n numbers of a task's own (MPT of rank R: R (P + H), which is 868 for P = 100, H = 768, R = 1),
+m of a group's (MPT: P H), and the number of its group. Groups whose values are the same, bit for
+bit, are kept once, as where many artefacts were trained on one frozen P*. What belongs to neither
+(ATTEMPT's frozen sources) must be the same in all artefacts, and is kept once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.artifacts import Artefact, few
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Float, Int, Params
+from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.prompts.base import Given, PromptMethod, rows_of
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+
+GROUPS = "group_of_row"
+LENGTHS = "prompt_lengths"
+PROMPT = "prompt"
+# Characters of a name that an error repeats; the size of a bank up to which it looks for names like
+# that one, which takes time.
+MOST_SHOWN, MOST_COMPARED = 80, 1000
+
+
+class Rows(NamedTuple):
+    """What a method reads of `Runs` to compose prompts, where rows are not known to the compiler.
+
+    Attributes:
+        group_of_row: [K'] the group of every row.
+        num_groups: G'.
+    """
+
+    group_of_row: Int[Array, " K"]
+    num_groups: int
+
+
+class Named(NamedTuple):
+    """An artefact's folder, and what its rows are to be called.
+
+    Attributes:
+        folder: of the artefact.
+        name: '' for the rows' own names; else the name of its only row, or what goes before the
+            names of several, `name/row`.
+    """
+
+    folder: str
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Named:
+        """`FOLDER`, or `NAME=FOLDER`."""
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name or os.path.exists(text):
+            return cls(text)
+        if not name or not folder:
+            raise ValueError(f"{text!r} is neither a folder nor NAME=FOLDER.")
+        return cls(folder, name)
+
+
+def compose(
+    method: PromptMethod,
+    arrays: Params,
+    rows: Int[Array, " B"],
+    pooled: Float[Array, "B H"] | None = None,
+) -> Float[Array, "B P H"]:
+    """The prompts of some rows of a bank; for use in a compiled function.
+
+    Args:
+        method: the bank's.
+        arrays: the bank's.
+        rows: which.
+        pooled: of the texts they stand before, for a method that reads them.
+    """
+    leaves, axes = flatten(arrays), rows_of(method)
+    by_group = [leaf for name, leaf in leaves.items() if axes.get(name) == "groups"]
+    # Composing asks for nothing else of `Runs`.
+    known: Any = Rows(arrays[GROUPS], len(by_group[0]) if by_group else 1)
+    return method.compose(arrays[PROMPT], known, rows, Given(pooled))
+
+
+class Bank:
+    """Prompts of many tasks, by name.
+
+    Args:
+        found: artefacts of one backbone, vocabulary, and unless folded prompt length and method.
+        names: what the rows of each are called, as in `Named`; default their own names.
+        folded: keeps plain prompts [P, H] in place of the method's factors: more memory, and
+            artefacts of several methods side by side.
+
+    Attributes:
+        method: the prompt method; of a folded bank prompt tuning.
+        folded: as given.
+        lengths_differ: whether prompts of some rows are shorter than the method's; `arrays` then
+            has their lengths.
+
+    Raises:
+        ValueError: no artefacts; artefacts that disagree; two rows of one name.
+    """
+
+    def __init__(
+        self, found: Sequence[Artefact], names: Sequence[str] | None = None, folded: bool = False
+    ):
+        if not found:
+            raise ValueError("A bank needs at least one prompt artefact.")
+        self.folded = folded
+        self._check(found)
+        self._reference = artifacts.speaker(found)
+        self._served_vocabulary: str | None = None  # that requests are read by
+        own, longest = self._reference.method, max(each.prompt_length for each in found)
+        self.method = PromptTuning(longest) if folded else own
+        lengths = [n for each in found for n in each.method.prompt_lengths(each.runs)]
+        self.lengths_differ = min(lengths) < self.method.prompt_length
+        self._axes = rows_of(self.method) | {GROUPS: "tasks", LENGTHS: "tasks"}
+        self._folders: dict[str, str] = {}  # name -> folder, in the order of rows
+        self._rows: dict[str, int] = {}
+        self._groups: dict[bytes, int] = {}  # digest of a group's values -> group
+        self._leaves: dict[str, Array] = {}
+        self._append(list(zip(found, names or [""] * len(found), strict=True)))
+
+    @classmethod
+    def load(cls, sources: Iterable[Named], folded: bool = False) -> Bank:
+        """A bank of the artefacts in some folders; raises what `load_artefact` and `Bank` do."""
+        sources = list(sources)
+        found = [artifacts.load_artefact(source.folder) for source in sources]
+        return cls(found, [source.name for source in sources], folded)
+
+    def add(self, artefact: Artefact, name: str = "") -> None:
+        """Adds the rows of an artefact, which may be called otherwise (see `Named`).
+
+        Raises:
+            ValueError: the artefact disagrees with the bank's, or a name is taken.
+        """
+        self._check([self._reference, artefact])
+        known, length = artefact.config["vocabulary_sha256"], artefact.prompt_length
+        embedding = artefact.config["embedding_sha256"]
+        artifacts.check_belongs(artefact, embedding, self._served_vocabulary, length)
+        longest = self.method.prompt_length
+        if length > longest or not self.lengths_differ and length < longest:
+            raise ValueError(
+                f"{artefact.path} has prompts of {length} positions, and the bank was made for "
+                f"{longest}; load it together with the others."
+            )
+        self._append([(artefact, name)])
+        if self._reference.config["vocabulary_sha256"] is None and known is not None:
+            self._reference = artefact  # the first that knows its vocabulary; others must agree
+
+    def row(self, name: str) -> int:
+        """The row of a task.
+
+        Raises:
+            ValueError: there is no such task; names the closest.
+        """
+        if name not in self._rows:
+            raise ValueError(_unknown(name, self.names))
+        return self._rows[name]
+
+    def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
+        """Checks that the bank's artefacts were trained on this backbone and vocabulary, and
+        remembers the vocabulary for those that are added later.
+
+        Raises:
+            ValueError: shows both values of what differs.
+        """
+        length = self._reference.prompt_length
+        artifacts.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
+        self._served_vocabulary = vocabulary_sha256 or self._served_vocabulary
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` of one of the artefacts, for what all of them agree on."""
+        return self._reference.config
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """{'prompt': the method's parameters, 'group_of_row': [K'], and where they differ
+        'prompt_lengths': [K']}, on the device. What was taken from here stays as it is when the
+        bank grows."""
+        return unflatten(self._leaves)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all rows, in their order."""
+        return tuple(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays occupy."""
+        return sum(leaf.nbytes for leaf in self._leaves.values())
+
+    def digest(self) -> str:
+        """sha256 of the rows' names and values."""
+        counts = {"tasks": len(self._rows), "groups": len(self._groups)}
+        kept = {
+            name: x[: counts[self._axes[name]]] if name in self._axes else x
+            for name, x in self._leaves.items()
+        }
+        record = json.dumps([list(self._rows), artifacts.digest(kept)])
+        return hashlib.sha256(record.encode()).hexdigest()
+
+    # --- Rows ------------------------------------------------------------------------------------
+
+    def _check(self, found: Sequence[Artefact]) -> None:
+        artifacts.check_agree(found, self.folded)
+        if self.folded:
+            return
+        first, rows = flatten(found[0].params), rows_of(found[0].method)
+        for name in (name for name in first if f"{PROMPT}/{name}" not in rows):
+            for artefact in found[1:]:
+                if not np.array_equal(first[name], flatten(artefact.params)[name]):
+                    raise ValueError(
+                        f"{found[0].path} and {artefact.path} differ in {name!r}, which all tasks "
+                        f"of a bank of {artefact.method.name!r} share: they were not trained with "
+                        "the same source prompts, and need a bank each."
+                    )
+
+    def _append(self, found: Sequence[tuple[Artefact, str]]) -> None:
+        """Joins all parts first, then writes; so an error leaves the bank as it was."""
+        folders, groups = dict(self._folders), dict(self._groups)
+        blocks: dict[str, list[np.ndarray]] = {}
+        for artefact, name in found:
+            for row in _called(artefact.runs, name):
+                if row in folders:
+                    raise ValueError(_taken(row, folders[row], artefact.path))
+                folders[row] = artefact.path
+            for leaf, values in self._blocks(artefact, groups).items():
+                blocks.setdefault(leaf, []).append(values)
+        first = {"tasks": len(self._folders), "groups": len(self._groups)}
+        for leaf, parts in blocks.items():
+            if leaf in self._axes:
+                self._write(leaf, np.concatenate(parts), first[self._axes[leaf]])
+            else:
+                self._leaves[leaf] = jnp.asarray(parts[0])
+        self._folders, self._groups = folders, groups
+        self._rows = {name: row for row, name in enumerate(folders)}
+
+    def _blocks(self, artefact: Artefact, groups: dict[bytes, int]) -> dict[str, np.ndarray]:
+        """What an artefact adds to every leaf; enters its groups."""
+        params = {"table": self._table(artefact)} if self.folded else artefact.params
+        leaves = {f"{PROMPT}/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
+        shared = [leaf for name, leaf in sorted(leaves.items()) if self._axes.get(name) == "groups"]
+        numbers, new = [], []
+        for group in range(artefact.runs.num_groups):
+            values = b"".join(leaf[group].tobytes() for leaf in shared)
+            digest = hashlib.sha256(values).digest()
+            if digest not in groups:
+                groups[digest] = len(groups)
+                new.append(group)
+            numbers.append(groups[digest])
+        blocks: dict[str, np.ndarray] = {
+            name: leaf[new] if self._axes.get(name) == "groups" else leaf
+            for name, leaf in leaves.items()
+        }
+        rows = [numbers[group] for group in artefact.runs.group_of_row]
+        blocks[GROUPS] = np.asarray(rows, np.int32)
+        if self.lengths_differ:
+            lengths = artefact.method.prompt_lengths(artefact.runs)
+            blocks[LENGTHS] = np.asarray(lengths, np.int32)
+        return blocks
+
+    def _table(self, artefact: Artefact) -> np.ndarray:
+        """[K, P, H] of an artefact's plain prompts, zeros behind shorter ones."""
+        plain = artefact.plain()
+        table = np.zeros((len(plain), self.method.prompt_length, plain[0].shape[1]), np.float32)
+        for row, prompt in enumerate(plain):
+            table[row, : len(prompt)] = prompt
+        return table
+
+    def _write(self, name: str, block: np.ndarray, first: int) -> None:
+        leaf, needed = self._leaves.get(name), first + len(block)
+        room = 0 if leaf is None else len(leaf)
+        if needed > room:
+            grown = np.zeros((_capacity(needed), *block.shape[1:]), block.dtype)
+            if leaf is not None:
+                grown[:first] = np.asarray(leaf)[:first]
+            grown[first:needed] = block
+            self._leaves[name] = jnp.asarray(grown)
+        elif leaf is not None and len(block):
+            self._leaves[name] = _written(leaf, block, first)
+
+
+def _called(runs: Runs, name: str) -> list[str]:
+    if not name:
+        return list(runs.run_names)
+    return [name] if runs.num_rows == 1 else [f"{name}/{run}" for run in runs.run_names]
+
+
+def _capacity(needed: int) -> int:
+    """The next power of two."""
+    return 1 << max(needed - 1, 0).bit_length()
+
+
+@jax.jit
+def _written(leaf: Array, block: Array, first: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(leaf, block, first, axis=0)
+
+
+def _taken(name: str, first: str, second: str) -> str:
+    where = f"twice in {first}" if first == second else f"in {first} and in {second}"
+    return (
+        f"Two rows of the bank would be called {name!r}, {where}. Give one folder another name: "
+        f"NAME={second}."
+    )
+
+
+def _unknown(name: str, known: tuple[str, ...]) -> str:
+    shown = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 3]}..."
+    close = _close(shown, known) if len(known) <= MOST_COMPARED else []
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"Unknown task {shown!r}.{hint} The bank has {few(known)}."
+
+
+@functools.lru_cache(maxsize=1024)
+def _close(name: str, known: tuple[str, ...]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=3)

@@ -1,0 +1,9 @@
+"""`python -m t5x.train` without T5X: `python -m mpt_jax.train`."""
+
+import runpy
+
+from mpt_jax.config import trainer_choice
+
+if __name__ == "__main__":
+    trainer_choice.announce_own()
+    runpy.run_module("mpt_jax.train", run_name="__main__", alter_sys=True)

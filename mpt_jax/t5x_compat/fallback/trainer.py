@@ -1,0 +1,5 @@
+"""T5X's `t5x.trainer`."""
+
+from mpt_jax.training.trainer import Trainer
+
+__all__ = ["Trainer"]

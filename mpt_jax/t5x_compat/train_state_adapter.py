@@ -1,0 +1,361 @@
+"""Real T5X as the trainer: a train state and an initializer of ours behind T5X's protocols.
+
+T5X trains `params` as one tree. Here that tree holds the frozen backbone too, but only what
+learns has gradients, moments and a place in `state_dict()`, so a T5X checkpoint is prompt-sized;
+the rest is read from its origin at every start, resumed or not. Nothing here subclasses T5X, and
+nothing imports it: T5X finds what it calls by name.
+
+    train_script.train.train_state_initializer_cls = @initializer.TrainStateInitializer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import traverse_util
+from flax.core import unfreeze
+from flax.linen import partitioning as nn_partitioning
+from flax.linen.spmd import logical_to_mesh_axes
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mpt_jax.artifacts import artifacts, model_card, provenance
+from mpt_jax.config import trainer_choice
+from mpt_jax.core.shapes import Key, Params
+from mpt_jax.core.tree import flatten, match_exactly, merge, split, unflatten
+from mpt_jax.data import token_tables
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.training import initialization
+
+NONE_IS_LEAF: dict[str, Any] = {"is_leaf": lambda x: x is None}
+
+
+class Host:
+    """What is the same for every state of a run; T5X carries it along as a static field.
+
+    Args:
+        model: the model that T5X trains.
+        origins: where first values come from.
+        optimizer: None for evaluation and inference.
+        partitioner: T5X's.
+    """
+
+    def __init__(
+        self,
+        model: PromptedEncoderDecoder,
+        origins: initialization.Origins,
+        optimizer: Any,
+        partitioner: Any,
+    ):
+        self.model = model
+        self.origins = origins
+        self.optimizer = optimizer
+        self.partitioner = partitioner
+        self.shapes, self.logical_axes = initialization.shapes(model)
+        self.labels = initialization.trainable_labels(model, self.shapes)
+        self._loaded: initialization.Loaded | None = None
+
+    def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what learns, what is frozen) of a whole parameter tree."""
+        return split(params, self.model.labels, self.labels)
+
+    def load(self, key: Key) -> initialization.Loaded:
+        """Every parameter from its origin; read once per process."""
+        if self._loaded is None:
+            self._loaded = initialization.fill(self.model, self.origins, key)
+        return self._loaded
+
+    @functools.cached_property
+    def axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes by parameter name. Prompts lie whole on every device, so theirs are None:
+        T5X's rules need not know them."""
+        is_axes = lambda x: isinstance(x, nn_partitioning.AxisMetadata)  # noqa: E731
+        named = flatten(unfreeze(dict(self.logical_axes)), is_leaf=is_axes)
+        found = {}
+        for name, leaf in flatten(self.shapes).items():
+            names = tuple(named[f"{name}_axes"].names)
+            if name.startswith(("prompt/", "teacher/")):
+                names = (None,) * len(leaf.shape)
+            found[name] = names
+        return found
+
+    def place(self, name: str, value: Any) -> jax.Array:
+        """A parameter on T5X's mesh."""
+        spec = logical_to_mesh_axes(self.axes[name], self.partitioner.logical_axis_rules)
+        sharding = NamedSharding(self.partitioner.mesh, PartitionSpec(*(spec or ())))
+        return jax.device_put(value, sharding)
+
+    def opt_axis_names(self, opt_state: Any) -> Any:
+        """Logical axes of the optimizer state: a moment's are its parameter's."""
+
+        def find(name: str) -> PartitionSpec:
+            parts = name.split("/")
+            tails = ("/".join(parts[i:]) for i in range(len(parts)))
+            names = next((self.axes[tail] for tail in tails if tail in self.axes), ())
+            return PartitionSpec(*names)
+
+        axes = [find(name) for name in flatten(opt_state)]
+        return jax.tree.unflatten(jax.tree.structure(opt_state), axes)
+
+
+class HostState(flax.struct.PyTreeNode):
+    """T5X's TrainState protocol over a whole parameter tree of which little is saved.
+
+    Attributes:
+        step: how many steps were taken.
+        params: the whole tree.
+        param_states: the optimizer's state for what learns; None without an optimizer.
+        host: see `Host`.
+        whole: lets `state_dict()` and `restore_state()` cover frozen parameters too; T5X's
+            partitioner maps axes through those two, and here they must all be mapped.
+    """
+
+    step: Any
+    params: Any
+    param_states: Any = None
+    host: Any = flax.struct.field(pytree_node=False, default=None)
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def flax_mutables(self) -> dict[str, Any]:
+        """No mutable collections."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: what learns, the optimizer's state and the step."""
+        target = self.params if self.whole else self.host.split(self.params)[0]
+        state = {"step": self.step}
+        if self.param_states is not None:
+            leaves = flatten(self.param_states, **NONE_IS_LEAF)
+            state["param_states"] = unflatten(leaves)
+        return {"target": target, "state": state}
+
+    def restore_state(self, state_dict: Mapping[str, Any]) -> HostState:
+        """The state that `state_dict` describes, with frozen parameters from their origin.
+
+        Raises:
+            ValueError: parameters or optimizer leaves missing, extra or of another shape.
+        """
+        target = traverse_util.flatten_dict(dict(state_dict["target"]), sep="/")
+        trainable, frozen = self.host.split(self.params)
+        expected = self.params if self.whole else trainable
+        _match(expected, target, "The checkpoint")
+        params = unflatten(target)
+        if not self.whole:
+            params = merge(params, self._frozen(frozen))
+        param_states = self.param_states
+        if param_states is not None:
+            found = traverse_util.flatten_dict(dict(state_dict["state"]["param_states"]), sep="/")
+            names = list(flatten(param_states, **NONE_IS_LEAF))
+            _match(param_states, found, "The checkpoint's optimizer state")
+            leaves = [found[name] for name in names]
+            treedef = jax.tree.structure(param_states, **NONE_IS_LEAF)
+            param_states = jax.tree.unflatten(treedef, leaves)
+        return self.replace(
+            step=state_dict["state"]["step"], params=params, param_states=param_states
+        )
+
+    def _frozen(self, frozen: Params) -> dict[str, Any]:
+        """The frozen parameters: as they are, or loaded where there are only shapes."""
+        leaves = flatten(frozen)
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
+            return unflatten(leaves)
+        # The key could only reach a prompt, and what learns comes from the checkpoint.
+        loaded = flatten(self.host.load(jax.random.PRNGKey(0)).params)
+        return unflatten({name: self.host.place(name, loaded[name]) for name in leaves})
+
+    def apply_gradient(
+        self, grads: Params, learning_rate: Any, flax_mutables: Any = None
+    ) -> HostState:
+        """One optimizer step. The learning rate is the optimizer's own, by label and group;
+        T5X's is only what it logs.
+
+        An update that would leave anything that is not finite is not made: parameters and moments
+        stay as they were, as with our own trainer. Only the step goes on, because T5X counts its
+        steps itself: one that stood still would put later checkpoints and the data beside each
+        other by one step. The NaN is in the `loss` that T5X logs.
+        """
+        trainable, frozen = self.host.split(self.params)
+        updates, param_states = self.host.optimizer.update(
+            self.host.split(grads)[0], self.param_states, trainable
+        )
+        old = (trainable, self.param_states)
+        new = (jax.tree.map(jnp.add, trainable, updates), param_states)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new)]).all()
+        trainable, param_states = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return self.replace(
+            step=self.step + 1, params=merge(trainable, frozen), param_states=param_states
+        )
+
+    def as_logical_axes(self) -> HostState:
+        """The same state with logical axis names in place of arrays."""
+        states = self.param_states
+        return self.replace(
+            step=PartitionSpec(),
+            params=unflatten({k: PartitionSpec(*v) for k, v in self.host.axes.items()}),
+            param_states=None if states is None else self.host.opt_axis_names(states),
+        )
+
+    def replace_params(self, params: Params) -> HostState:
+        """T5X's."""
+        return self.replace(params=params)
+
+    def replace_step(self, step: Any) -> HostState:
+        """T5X's."""
+        return self.replace(step=step)
+
+
+class TrainStateInitializer:
+    """What T5X makes a train state with; its constructor's arguments, and ours.
+
+    Args:
+        optimizer_def: the model's, or None for evaluation and inference.
+        init_fn: the model's `get_initial_variables`, a bound method.
+        input_shapes: of a global batch.
+        partitioner: T5X's.
+        input_types: not read, parameters do not depend on the batch.
+        origins: where first values come from.
+    """
+
+    def __init__(
+        self,
+        optimizer_def: Any,
+        init_fn: Callable[..., Any],
+        input_shapes: Mapping[str, Sequence[int]],
+        partitioner: Any,
+        input_types: Mapping[str, Any] | None = None,
+        *,
+        origins: initialization.Origins,
+    ):
+        model: PromptedEncoderDecoder = init_fn.__self__  # pyright: ignore
+        if trainer_choice.wanted() == "own":
+            raise ValueError(
+                f"{trainer_choice.VARIABLE}=own, but T5X is running this job: Python found it "
+                "before the fallback. `python -m mpt_jax.train` always runs this library's trainer."
+            )
+        logging.info("Trainer: T5X, on mpt_jax's model and train state.")
+        self._host = Host(model, origins, optimizer_def, partitioner)
+        if optimizer_def is not None:
+            model.whole_batch = input_shapes["encoder_input_tokens"][0]
+        self._partitioner = partitioner
+        self.global_train_state_shape = jax.eval_shape(
+            functools.partial(_state, self._host), self._host.shapes
+        )
+        whole = self.global_train_state_shape.replace(whole=True)
+        self.train_state_axes = partitioner.get_mesh_axes(whole).replace(whole=False)
+        _HOSTS[:] = [self._host]
+
+    def from_scratch(self, init_rng: Key) -> HostState:
+        """Step 0: every parameter from its origin."""
+        params = unflatten(
+            {
+                name: self._host.place(name, value)
+                for name, value in flatten(self._host.load(init_rng).params).items()
+            }
+        )
+        make = self._partitioner.partition(
+            functools.partial(_state, self._host),
+            in_axis_resources=(self.train_state_axes.params,),
+            out_axis_resources=self.train_state_axes,
+            donate_argnums=(0,),
+        )
+        return make(params)
+
+
+def _state(host: Host, params: Params) -> HostState:
+    """The state of step 0 around given parameters."""
+    states = None if host.optimizer is None else host.optimizer.init(host.split(params)[0])
+    return HostState(jnp.zeros((), jnp.int32), unflatten(flatten(params)), states, host)
+
+
+def _match(expected: Any, found: Mapping[str, Any], what: str) -> None:
+    """Names agree, and shapes where both sides are arrays (they may be axis names)."""
+    wanted = flatten(expected, **NONE_IS_LEAF)
+    shape = lambda leaf, other: getattr(leaf, "shape", ()) if hasattr(other, "shape") else ()  # noqa: E731
+    match_exactly(
+        {name: shape(leaf, found.get(name)) for name, leaf in wanted.items()},
+        {name: shape(leaf, wanted.get(name)) for name, leaf in found.items()},
+        what,
+    )
+
+
+# --- Prompt artefacts ----------------------------------------------------------------------------
+
+# The host of the run in this process. T5X builds its initializer and calls its save hooks without
+# showing one to the other.
+_HOSTS: list[Host] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtefactHook:
+    """Writes MODEL_DIR/artefact at every save of T5X; changes nothing of what is saved.
+
+    Prompts that are not finite are not written: the artefact of an earlier save stays.
+    """
+
+    model_dir: str
+
+    def __call__(self, state_dict: Params, parameter_infos: Any) -> tuple[Params, Any]:
+        """T5X's save-time transformation: (state, infos) in and out."""
+        prompt = state_dict["target"].get("prompt")
+        if prompt is not None and jax.process_index() == 0:
+            self._write(prompt, int(state_dict["state"]["step"]))
+        return state_dict, parameter_infos
+
+    def _write(self, prompt: Params, step: int) -> None:
+        path = os.path.join(self.model_dir, "artefact")
+        host = _HOSTS[-1]
+        loaded = host.load(jax.random.PRNGKey(0))
+        # What of a prompt does not learn is no part of the state.
+        values = flatten(loaded.params["prompt"]) | flatten(prompt)
+        values = {name: np.asarray(leaf) for name, leaf in values.items()}
+        broken = [name for name, value in values.items() if not np.isfinite(value).all()]
+        if broken:
+            logging.error(
+                "The prompts of step %d are not finite (%s), so %s is left as it is. Lower the "
+                "learning rate.",
+                step,
+                ", ".join(broken),
+                path,
+            )
+            return
+        artifacts.save_artefact(
+            path,
+            host.model.prompt,
+            unflatten(values),
+            host.model.runs,
+            embedding_sha256=loaded.embedding_sha256,
+            vocabulary_sha256=loaded.vocabulary_sha256,
+            backbone=host.origins.name,
+            step=step,
+            started_from=loaded.started_from,
+            facts=_card_facts(host),
+        )
+
+
+def _card_facts(host: Host) -> model_card.Facts:
+    """What the model card says beside the artefact's configuration. Scores are not known at a
+    save: T5X evaluates after it."""
+    tasks = [
+        token_tables.find_task(n) for n in host.model.runs.run_names if token_tables.is_task(n)
+    ]
+    return model_card.Facts(
+        data={task.name: model_card.data_of(task) for task in tasks},
+        trained_numbers=initialization.count_learning(host.model, host.shapes),
+        git_revision=provenance.git_revision(),
+        packages=provenance.package_versions(),
+    )
+
+
+def save_hooks(model_dir: str) -> list[ArtefactHook]:
+    """For `SaveCheckpointConfig.state_transformation_fns`."""
+    return [ArtefactHook(model_dir)]

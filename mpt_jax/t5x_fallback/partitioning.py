@@ -1,5 +1,0 @@
-"""T5X's `t5x.partitioning`."""
-
-from mpt_jax.partitioning import PjitPartitioner, standard_logical_axis_rules
-
-__all__ = ["PjitPartitioner", "standard_logical_axis_rules"]

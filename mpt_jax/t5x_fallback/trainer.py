@@ -1,5 +1,0 @@
-"""T5X's `t5x.trainer`."""
-
-from mpt_jax.trainer import Trainer
-
-__all__ = ["Trainer"]

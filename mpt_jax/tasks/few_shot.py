@@ -1,0 +1,320 @@
+"""Runs on a few examples: `boolq_k16_s3` trains on 16 rows of boolq, those of draw 3.
+
+    <task>_k<k>_s<draw>                k training rows in total, as the MPT paper counts them
+    <task>_k<k>_per_class_s<draw>      k rows of each label; ours
+    <task>_s<draw>                     all rows: a repeat, with initial values of its own
+    ..._dev                            the validation split is cut to as many rows, drawn apart
+    ..._lr0.3, _tlr0.4, _from_mnli     the same rows in the same order, for runs of a fleet that
+                                       differ in these settings (`runs.data_name`); ours
+
+The paper has k = 4, 16, 32 and ten draws (0 .. 9 here), and does not say whether its validation
+split is whole; the default is that it is. Any k and draw work: nothing is registered before a run
+names it (`examples.name_tasks_with`). Validation, where it is whole, and test are the task's own.
+
+Which rows a run sees is a function of (task, k, draw) and of the number of rows to choose from:
+`random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so it is the same on
+every machine. Versions of a task, such as its `_digits`, see the same rows (`draw_as`). Row
+numbers count from 0 in the order of the task's training split: for the suites that is the order of
+the original files, or of their published permutation where the split is cut from one
+(`splits.PartsSource.positions`); for any other task the order in which its source yields rows
+unshuffled.
+
+A row is one of the data set: ReCoRD's become an example for each of their answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from mpt_jax.core.runs import data_name
+from mpt_jax.data import feature_converter, token_tables
+from mpt_jax.evaluation import evaluator
+from mpt_jax.tasks import text_metrics
+from mpt_jax.tasks.splits import where
+
+_NAME = re.compile(
+    r"(?P<task>.+)_k(?P<k>[1-9]\d*)(?P<per_class>_per_class)?_s(?P<seed>0|[1-9]\d*)(?P<dev>_dev)?",
+    re.ASCII,
+)
+# A task's attribute: the name that its draws are seeded by, if that is not its own.
+_DRAWN_AS = "drawn_as"
+_REPEAT = re.compile(r"(?P<task>.+)_s(0|[1-9]\d*)", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What a run name asks for.
+
+    Attributes:
+        task: the task that is learnt.
+        k: rows, in total or of each label.
+        seed: which draw.
+        per_class: whether k counts rows of each label.
+        dev: whether the validation split is cut as the training split is.
+    """
+
+    task: str
+    k: int
+    seed: int
+    per_class: bool = False
+    dev: bool = False
+
+    @property
+    def name(self) -> str:
+        """The run name; `parse` undoes it."""
+        middle = "_per_class" if self.per_class else ""
+        return f"{self.task}_k{self.k}{middle}_s{self.seed}{'_dev' if self.dev else ''}"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are cut."""
+        return ("train", "validation") if self.dev else ("train",)
+
+
+def parse(name: str) -> Draw | None:
+    """Returns what a run name asks for, or None where it is not the name of a few-shot run."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    k, seed = int(match["k"]), int(match["seed"])
+    return Draw(match["task"], k, seed, bool(match["per_class"]), bool(match["dev"]))
+
+
+def indices(draw: Draw, split: str, num_rows: int) -> list[int]:
+    """Returns which k of `num_rows` rows are seen, in the order drawn.
+
+    Raises:
+        ValueError: there are fewer than k.
+    """
+    _check(draw, split, num_rows)
+    return _generator(draw, split).sample(range(num_rows), draw.k)
+
+
+def indices_per_class(
+    draw: Draw, split: str, row_labels: np.ndarray, labels: Sequence[str]
+) -> list[int]:
+    """Returns k rows of each label, label after label, each in the order drawn.
+
+    Args:
+        draw, split: what is drawn, and from where.
+        row_labels: the label number of each row [n].
+        labels: what the numbers mean.
+
+    Raises:
+        ValueError: a label has fewer than k rows.
+    """
+    found = []
+    for number, label in enumerate(labels):
+        rows = np.flatnonzero(row_labels == number).tolist()
+        _check(draw, split, len(rows), f" of label {label!r}")
+        found += _generator(draw, split, f"class {number}").sample(rows, draw.k)
+    return found
+
+
+def draw_as(task: seqio.Task, name: str) -> None:
+    """Makes few-shot runs of `task` draw the rows that those of the task `name` draw.
+
+    Args:
+        task: has the rows of the other task in the same order, and its labels, whatever they are
+            called, in the same order too.
+        name: of the other task.
+    """
+    setattr(task, _DRAWN_AS, name)
+
+
+def _generator(draw: Draw, split: str, *rest: str) -> random.Random:
+    apart = () if split == "train" else (split,)
+    return random.Random(" ".join([draw.task, str(draw.k), str(draw.seed), *apart, *rest]))
+
+
+def _check(draw: Draw, split: str, found: int, of: str = "") -> None:
+    if found < draw.k:
+        raise ValueError(
+            f"{draw.task} has {found:,} rows{of} in its {split} split, and {draw.name} asks for "
+            f"k = {draw.k}."
+        )
+
+
+class FewShotSource(seqio.DataSource):
+    """The source of a few-shot run: the task's own, with the train split cut to the rows drawn.
+
+    Nothing but the rows drawn is held in memory. Counting rows needs no pass over them, unless the
+    source has to order them (`splits`); rows of each class need one over the labels.
+
+    Args:
+        task: the task that is learnt, whose source says how many rows a split has:
+            `num_rows(split)` or, as SeqIO's, `num_input_examples(split)`.
+        draw: which rows; `draw.task` seeds it.
+
+    Attributes:
+        source: the task's own.
+        draw: which rows.
+    """
+
+    def __init__(self, task: seqio.Task, draw: Draw):
+        super().__init__(splits=task.source.splits)
+        self._task, self.source, self.draw = task, task.source, draw
+        self._drawn: dict[str, list[int]] = {}
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """Examples are dealt to hosts after they are read."""
+        return False
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.draw.name}"
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One shard: SeqIO deals its examples to the hosts."""
+        return [split]
+
+    def num_input_examples(self, split: str) -> int | None:  # type: ignore[override]
+        """Rows of a split, as SeqIO has it."""
+        if split not in self.draw.splits:
+            return self.source.num_input_examples(split)
+        classes = len(evaluator.labels_of(self._task)) if self.draw.per_class else 1
+        return self.draw.k * classes
+
+    def few_shot_indices(self, split: str) -> list[int] | None:
+        """The rows that are seen, in the order drawn; None for a split that is not cut.
+
+        Raises:
+            ValueError: fewer than k rows, or a source that does not say how many.
+        """
+        if split not in self.draw.splits:
+            return None
+        if split not in self._drawn:
+            if self.draw.per_class:
+                labels = evaluator.labels_of(self._task)
+                row_labels = self._row_labels(split, labels)
+                drawn = indices_per_class(self.draw, split, row_labels, labels)
+            else:
+                drawn = indices(self.draw, split, self._num_rows(split))
+            self._drawn[split] = drawn
+        return list(self._drawn[split])
+
+    def get_dataset(  # type: ignore[override]  # what SeqIO passes
+        self, split: str = "train", shuffle: bool = True, seed: int | None = None, **settings: Any
+    ) -> tf.data.Dataset:
+        """Returns the rows of a split; those of one that is cut come in the order drawn."""
+        drawn = self.few_shot_indices(split)
+        if drawn is None:
+            return self.source.get_dataset(split=split, shuffle=shuffle, seed=seed, **settings)
+        positions = self._positions(split)
+        chosen = np.zeros(len(positions), bool)
+        chosen[positions[drawn]] = True
+        stream = where(self.source.get_dataset(split=split, shuffle=False), chosen)
+        rows = dict(zip(np.flatnonzero(chosen).tolist(), stream, strict=True))
+        ordered = [tf.data.Dataset.from_tensors(rows[i]) for i in positions[drawn].tolist()]
+        return tf.data.Dataset.choose_from_datasets(
+            ordered, tf.data.Dataset.range(len(ordered)), stop_on_empty_dataset=False
+        )
+
+    def _num_rows(self, split: str) -> int:
+        count = getattr(self.source, "num_rows", self.source.num_input_examples)(split)
+        if count is None:
+            raise ValueError(
+                f"The source of {self._task.name!r} does not say how many rows its {split} split "
+                "has, so none can be drawn. Give it num_input_examples."
+            )
+        return count
+
+    def _positions(self, split: str) -> np.ndarray:
+        """Where the rows [n] come in what the source yields unshuffled."""
+        if hasattr(self.source, "positions"):
+            return self.source.positions(split)
+        return np.arange(self._num_rows(split))
+
+    def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
+        """The label number of each row [n]; one pass over the split."""
+        stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
+        targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
+        number = {label.encode(): i for i, label in enumerate(labels)}
+        with token_tables.reading(self._task, split):
+            found = [number[target] for target in targets.as_numpy_iterator()]
+        return np.array(found)[self._positions(split)]
+
+
+def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns a source's rows as the task's text, `inputs` and `targets`, before they are tokens.
+
+    Raises:
+        ValueError: the task does not tokenize with `features.finish`.
+    """
+    steps = list(task.preprocessors)
+    if seqio.preprocessors.tokenize not in steps:
+        raise ValueError(
+            f"The preprocessors of {task.name!r} do not end with feature_converter.finish, so its "
+            "text cannot be told from its tokens."
+        )
+    for step in steps[: steps.index(seqio.preprocessors.tokenize)]:
+        dataset = step(dataset)
+    return dataset
+
+
+def register_run(name: str) -> bool:
+    """Registers the run of this name; a naming scheme, see `examples.name_tasks_with`.
+
+    Returns:
+        Whether it is the name of a run of a registered task.
+
+    Raises:
+        ValueError: the task has fewer than k rows, or none of a class to draw by.
+    """
+    if (data := data_name(name)) != name:
+        if not token_tables.is_task(data):
+            return False
+        task = seqio.TaskRegistry.get(data)
+        _add(name, task, task.source)
+        return True
+    asked = parse(name)
+    if asked is None:
+        return _register_repeat(name)
+    if not token_tables.is_task(asked.task):
+        return False
+    task = seqio.TaskRegistry.get(asked.task)
+    if isinstance(task.source, FewShotSource):
+        return False
+    if asked.per_class and not evaluator.labels_of(task):
+        raise ValueError(
+            f"{name} asks for {asked.k} rows of each label, and {asked.task} has no labels. "
+            f"{dataclasses.replace(asked, per_class=False).name} takes them from all rows."
+        )
+    draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
+    for split in draw.splits:
+        if (published := task.source.num_input_examples(split)) is not None:
+            _check(draw, split, published)
+    _add(name, task, FewShotSource(task, draw))
+    return True
+
+
+def _register_repeat(name: str) -> bool:
+    match = _REPEAT.fullmatch(name)
+    if match is None or not token_tables.is_task(match["task"]):
+        return False
+    task = seqio.TaskRegistry.get(match["task"])
+    if isinstance(task.source, FewShotSource):
+        return False
+    _add(name, task, task.source)
+    return True
+
+
+def _add(name: str, task: seqio.Task, source: seqio.DataSource) -> None:
+    changes: Mapping[str, Any] = {
+        "name": name,
+        "source": source,
+        "preprocessors": feature_converter.renamed(task.preprocessors, name),
+        "metric_fns": [text_metrics.of_task(name, metric) for metric in task.metric_fns],
+    }
+    seqio.TaskRegistry.add_provider(name, task.replace(**changes))
+
+
+token_tables.name_tasks_with(register_run)

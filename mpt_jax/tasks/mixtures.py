@@ -1,0 +1,79 @@
+"""Named SeqIO mixtures of the MPT paper's tasks: importing this module registers `MIXTURES`.
+
+    import mpt_jax.tasks.mixtures
+    seqio.get_mixture_or_task("mpt_source_6").get_dataset(lengths, "train", seed=42)
+
+They are for those who use SeqIO directly; the stages in gin/ name tasks and mix them with a
+sampler (`mpt_jax.data.sampling`). A task's rate is its number of rows, at most `CAP`, as in T5.
+ReCoRD counts with its queries, from each of which come one or more examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+
+from mpt_jax.tasks import extra_sources, glue, mpt_others, mrqa, super_glue  # noqa: F401  # they register the tasks
+
+CAP = 2**18
+
+SOURCE_6 = ("mnli", "qqp", "qnli", "sst2", "squad", "record")
+EXTRA_SOURCES = ("agnews", "commonsenseqa", "openbookqa", "arc_easy", "anli_r3", "winogrande")
+
+_SOURCES = {"mpt_source_6": SOURCE_6, "mpt_source_12": SOURCE_6 + EXTRA_SOURCES}
+
+MIXTURES: Mapping[str, Sequence[str]] = {
+    **_SOURCES,
+    # One source left out, to see what it adds; ours.
+    **{
+        f"{name}_without_{left_out}": tuple(task for task in tasks if task != left_out)
+        for name, tasks in _SOURCES.items()
+        for left_out in tasks
+    },
+    "glue_targets": tuple(row.name for row in glue.ROWS),
+    "super_glue_targets": ("multirc", "boolq", "wic", "wsc", "cb"),
+    "mrqa_targets": ("nq", "hotpotqa", "searchqa", "newsqa"),
+    "others_targets": tuple(row.name for row in mpt_others.ROWS),
+}
+
+
+class RunMixture(seqio.Mixture):
+    """A SeqIO mixture that is made when it is first asked for its tasks.
+
+    `seqio.Mixture` asks its tasks for their features when it is made, and a `suite.RunTask` knows
+    them only when gin binds a vocabulary.
+
+    Args:
+        name: of the mixture.
+        task_names: registered SeqIO tasks.
+        rate: task -> its mixing rate.
+    """
+
+    _late: tuple[Any, ...] | None = None
+
+    def __init__(self, name: str, task_names: Sequence[str], rate: Callable[[seqio.Task], float]):
+        self._name = name
+        self._late = (name, list(task_names), rate)
+
+    def __getattr__(self, attribute: str) -> Any:
+        """Makes the mixture, whose attributes are not there before; then as any object."""
+        if self._late is None:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {attribute!r}.")
+        arguments, self._late = self._late, None
+        try:
+            super().__init__(*arguments)
+        except ValueError:  # no vocabulary yet
+            self._late = arguments
+            raise
+        return getattr(self, attribute)
+
+
+def capped_size(task: seqio.Task) -> float:
+    """Returns a task's mixing rate: rows of its training split, at most `CAP`."""
+    return float(min(task.num_input_examples("train"), CAP))
+
+
+for _name, _tasks in MIXTURES.items():
+    seqio.MixtureRegistry.add_provider(_name, RunMixture(_name, _tasks, capped_size))

@@ -1,0 +1,73 @@
+"""Where the tiny T5's pretraining starts: T5's own random values, with some attention heads helped.
+
+    python -m mpt_jax.tasks.toy_init    writes ROOT/toy_init/checkpoint_0 (ROOT: runtime/paths.py)
+
+Every task of the suite needs attention to find the word in one sentence that also stands in the
+other. Large models discover that by themselves, by a late phase change; on two cores a network
+of this size does not within an hour (`data/tiny_t5/log.md` has the numbers). So it starts with
+what it would have to discover, and learns the rest:
+
+* in half of the encoder's heads queries and keys are the same projection, so that equal content
+  attends to equal content, and the position itself is left out by its relative bias;
+* the other half prefers certain distances more strongly than T5's initial biases do;
+* in half of the decoder's cross-attention heads queries and keys are the same projection.
+
+The tree is T5X's and so is the network: only these first values differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.backbones.t5.config import T5Config
+from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.convert.t5x import save_t5x
+from mpt_jax.runtime import paths
+from mpt_jax.tasks.toy_vocabulary import EMBEDDING_ROWS
+
+# The same numbers as gin/tiny.gin's; a test compares them.
+TINY_T5 = T5Config(
+    vocab_size=EMBEDDING_ROWS,
+    emb_dim=128,
+    num_heads=8,
+    head_dim=16,
+    mlp_dim=256,
+    num_encoder_layers=3,
+    num_decoder_layers=2,
+    logits_via_embedding=True,
+)
+# Equal content scores about MATCH_SCALE * sqrt(D) = 6, unequal content 1.5 in standard deviation.
+MATCH_SCALE = 1.5
+SELF_BIAS = -8.0
+DISTANCE_SCALE = 5.0
+
+
+def initial_params(config: T5Config = TINY_T5, seed: int = 0) -> dict[str, Any]:
+    """T5's random tree with matching and distance heads, a function of the seed alone."""
+    tokens = jnp.ones((1, 2), jnp.int32)
+    variables = Transformer(config).init(jax.random.key(seed), tokens, tokens > 0, tokens)
+    params = jax.tree.map(np.array, variables["params"])
+    half = config.num_heads // 2
+    encoder, decoder = params["encoder"], params["decoder"]
+    for stack in (encoder, decoder):
+        stack["relpos_bias"]["rel_embedding"] *= DISTANCE_SCALE
+    biases = encoder["relpos_bias"]["rel_embedding"]
+    biases[:half] = 0.0
+    biases[:half, 0] = SELF_BIAS  # bucket 0 is distance 0
+    attentions = [encoder[f"layers_{i}"]["attention"] for i in range(config.num_encoder_layers)] + [
+        decoder[f"layers_{i}"]["encoder_decoder_attention"]
+        for i in range(config.num_decoder_layers)
+    ]
+    columns = half * config.head_dim
+    for attention in attentions:
+        matching = attention["key"]["kernel"][:, :columns] * (MATCH_SCALE / config.head_dim**0.5)
+        attention["query"]["kernel"][:, :columns] = matching
+    return params
+
+
+if __name__ == "__main__":
+    print(f"wrote {save_t5x(paths.under(base=paths.root(), name='toy_init'), initial_params())}")

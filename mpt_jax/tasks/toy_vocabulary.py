@@ -1,0 +1,100 @@
+"""The toy suite's SentencePiece vocabulary: every word of the world is one piece.
+
+`python -m mpt_jax.tasks.toy_vocabulary` remakes `data/toy.model`, byte for byte with the same
+SentencePiece version. A unigram model is trained on sentences of the world; the words it would
+have split are then added as pieces of their own, scored by how often they occur, and the letters
+stay, so that a word from outside the world still has an encoding and never becomes <unk>.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import math
+import pathlib
+import random
+import string
+
+from mpt_jax.tasks import toy_pretrain, toy_tasks
+
+VOCABULARY_PATH = pathlib.Path(__file__).parent / "data" / "toy.model"
+EXTRA_IDS = 16
+# Rows of the backbone's embedding: pieces and sentinels, rounded up to a multiple of 128.
+EMBEDDING_ROWS = 512
+
+
+def _sentences(per_task: int = 1500) -> list[str]:
+    """Text of every task and of the pretraining mixture, without sentinels."""
+    rng = random.Random(0)
+    pairs = [
+        task.make(rng, "train")
+        for task in toy_tasks.SOURCE_TASKS + toy_tasks.TARGET_TASKS
+        for _ in range(per_task)
+    ]
+    pairs += [make(rng) for make, _ in toy_pretrain.MIXTURE for _ in range(per_task)]
+    joined = (" ".join(pair).split() for pair in pairs)
+    return [" ".join(word for word in words if not word.startswith("<")) for words in joined]
+
+
+def train_vocabulary() -> bytes:
+    """The serialised SentencePiece model: pad 0, eos 1, unk 2, then words, then letters."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    sentences = _sentences()
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=trained,
+        model_type="unigram",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    model = proto.ModelProto.FromString(trained.getvalue())
+    counts = collections.Counter(word for sentence in sentences for word in sentence.split())
+    control, total = list(model.pieces[:3]), sum(counts.values())
+    del model.pieces[:]
+    model.pieces.extend(control)
+    # Most frequent first, as T5's vocabulary is, so that "the first n ids" are common words.
+    for word, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        model.pieces.add(piece="▁" + word, score=math.log(count / total))
+    for letter in "▁" + string.ascii_lowercase + "".join(sorted(set("".join(counts)))):
+        if letter not in {piece.piece for piece in model.pieces}:
+            model.pieces.add(piece=letter, score=-20.0)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return model.SerializeToString()
+
+
+@functools.lru_cache(maxsize=1)
+def word_ids() -> dict[str, int]:
+    """Word -> id, sentinels `<0>`, `<1>`, ... included (T5's order: the last row is `<0>`).
+
+    Encoding by this table equals encoding by SentencePiece for text made of the world's words,
+    and is what makes generating pretraining examples cheap.
+    """
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(VOCABULARY_PATH))
+    table = {
+        pieces.id_to_piece(i)[1:]: i
+        for i in range(3, pieces.vocab_size())
+        if pieces.id_to_piece(i).startswith("▁") and len(pieces.id_to_piece(i)) > 1
+    }
+    size = pieces.vocab_size() + EXTRA_IDS
+    table.update({f"<{i}>": size - 1 - i for i in range(EXTRA_IDS)})
+    return table
+
+
+if __name__ == "__main__":
+    VOCABULARY_PATH.parent.mkdir(exist_ok=True)
+    VOCABULARY_PATH.write_bytes(train_vocabulary())
+    print(f"wrote {VOCABULARY_PATH}: {len(word_ids())} words and sentinels")

@@ -1,0 +1,1 @@
+"""State, optimizer, step, trainer, mesh and teacher cache."""

@@ -1,0 +1,416 @@
+"""One optimizer for every label: AdamW (or another) by rows, a learning rate by label and group.
+
+Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K], as the
+method's `axes` say. Every row is stepped as if it were alone, with its own moments, step count,
+learning rate and (by group) clipping norm, which is what makes one job of G runs equal to G jobs.
+A label stands for a learning rate and says nothing about rows. Only trainable parameters ever get
+here; frozen ones have no gradient, no moments and no update.
+
+A task whose examples are not in a batch is `absent`: the gradients of its rows are exactly zero.
+`absent_tasks='dense'` lets moments and decay act on it all the same, as torch's optimizers do;
+`'hold'` leaves its values, moments and step count as they are until it comes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Bool, Float, Int, Params
+from mpt_jax.core.tree import Rules, flatten, label_tree, path_name
+
+# Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
+# Parameters not named (the backbone's own, say) have no rows.
+Rows = Mapping[str, str]
+
+# The label of counters of steps: what has it is not learnt, and grows by one in every step.
+CLOCK = "clock"
+
+PerGroup = int | float | Sequence[int | float]
+DECAYS = ("linear", "cosine", "constant", "rsqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate over steps: linear warmup to `peak`, then a decay. All fields but `decay`
+    take one number, or one for each group.
+
+    Attributes:
+        peak: the highest learning rate.
+        total_steps: where a linear or cosine decay ends; needed for those.
+        warmup_steps: length of the warmup; its first step has learning rate zero.
+        warmup_fraction: the same as a fraction of total_steps; give one of the two.
+        decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
+            warmup (T5's pretraining), or `'constant'`.
+    """
+
+    peak: PerGroup
+    total_steps: PerGroup | None = None
+    warmup_steps: PerGroup = 0
+    warmup_fraction: PerGroup = 0.0
+    decay: str = "linear"
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {DECAYS}, got {self.decay!r}.")
+        needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
+        if needs_total and self.total_steps is None:
+            raise ValueError(
+                f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
+                "total_steps."
+            )
+        if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
+            raise ValueError("Give warmup_steps or warmup_fraction, not both.")
+
+    def __call__(
+        self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
+    ) -> Float[Array, "..."]:
+        """The learning rate of a step (counted from 0) in a group."""
+        pick = lambda value: _per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
+        step = jnp.asarray(step, jnp.float32)
+        total = pick(1.0 if self.total_steps is None else self.total_steps)
+        warmup = pick(self.warmup_steps) + jnp.round(pick(self.warmup_fraction) * total)
+        ramp = jnp.where(warmup > 0, jnp.minimum(1.0, step / jnp.maximum(warmup, 1.0)), 1.0)
+        left = jnp.clip((total - step) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+        decays = {
+            "linear": left,
+            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
+            "rsqrt": jnp.sqrt(
+                jnp.maximum(warmup, 1.0) / jnp.maximum(step, jnp.maximum(warmup, 1.0))
+            ),
+            "constant": jnp.ones_like(left),
+        }
+        return pick(self.peak) * ramp * decays[self.decay]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptimizer:
+    """AdamW, or another rule, for whatever a label table lets learn.
+
+    Attributes:
+        learning_rates: label -> schedule; one for every label that learns (not for `CLOCK`).
+        weight_decay: AdamW's decoupled decay, a factor of the learning rate.
+        clip_norm: the largest gradient norm of a group over all its parameters (one number or one
+            for each group); None for no clipping.
+        absent_tasks: `'dense'` or `'hold'`, see above.
+        b1, b2, eps: Adam's.
+        rule: makes what a row's gradient undergoes before decay and learning rate, in Adam's place;
+            `adafactor`, or any of optax's without arguments.
+    """
+
+    learning_rates: Mapping[str, Schedule]
+    weight_decay: float = 1e-5
+    clip_norm: PerGroup | None = 1.0
+    absent_tasks: str = "dense"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    rule: Callable[[], optax.GradientTransformation] | None = None
+    # Filled by `bind`, from the model.
+    labels: Rules | None = None
+    runs: Runs | None = None
+    rows: Rows | None = None
+    own_steps: int = 0
+
+    def __post_init__(self):
+        if self.absent_tasks not in ("dense", "hold"):
+            raise ValueError(f"absent_tasks must be 'dense' or 'hold', got {self.absent_tasks!r}.")
+        changed = [f.name for f in dataclasses.fields(self) if f.name in ("b1", "b2", "eps")]
+        changed = [name for name in changed if getattr(self, name) != getattr(type(self), name)]
+        if self.rule is not None and changed:
+            raise ValueError(
+                f"PromptOptimizer.{changed[0]} is Adam's and would have no effect with rule = "
+                f"{self.rule}; leave one of the two out."
+            )
+
+    def bind(self, labels: Rules, runs: Runs, rows: Rows, own_steps: int = 0) -> PromptOptimizer:
+        """This optimizer, told which parameter has which label and rows, which row which group, and
+        how many steps a schedule of the method's own takes.
+
+        Raises:
+            ValueError: a setting by group has another number of entries than there are groups.
+        """
+        for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
+            if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
+                raise ValueError(
+                    f"{name} has {len(value)} entries, but there are {runs.num_groups} groups; "  # pyright: ignore
+                    "give one number or one for each group."
+                )
+        return dataclasses.replace(
+            self, labels=tuple(labels), runs=runs, rows=dict(rows), own_steps=own_steps
+        )
+
+    def init(self, trainable: Params) -> Any:
+        """The optimizer state of the trainable parameters."""
+        return self._transformation(trainable).init(trainable)
+
+    def update(self, grads: Params, state: Any, trainable: Params) -> tuple[Any, Any]:
+        """Updates to add to the trainable parameters, and the next state.
+
+        Raises:
+            ValueError: a schedule of the method's own would not end within those of the learning
+                rates.
+        """
+        ends = [schedule.total_steps for schedule in self.learning_rates.values()]
+        shortest = min((np.min(end) for end in ends if end is not None), default=self.own_steps)
+        check_annealing(self.own_steps, int(shortest))
+        return self._transformation(trainable).update(grads, state, trainable)
+
+    def select(
+        self, stepped: Bool[Array, " G"], new: tuple[Params, Any], old: tuple[Params, Any]
+    ) -> tuple[Params, Any]:
+        """Parameters and optimizer state, `new` for the groups that are `stepped` and exactly `old`
+        for the others.
+
+        Args:
+            stepped: which groups.
+            new, old: (trainable parameters, optimizer state) after a step and before it.
+        """
+        assert self.runs is not None and self.rows is not None  # bound, or there is no state
+        rows, runs = self.rows, self.runs
+        groups = self._groups_of_parts(old[0])
+
+        def of_parameter(path: tuple, new: Array, old: Array) -> Array:
+            return _pick_rows(stepped, row_groups(path_name(path), rows, runs), new, old)
+
+        clip, parts = new[1]
+        before = old[1][1].inner_states  # by name: what has been compiled comes back sorted
+        inner = {
+            part: jax.tree.map(
+                functools.partial(_pick_rows, stepped, groups[part]), found, before[part]
+            )
+            for part, found in parts.inner_states.items()
+        }
+        trainable = jax.tree_util.tree_map_with_path(of_parameter, new[0], old[0])
+        return trainable, (clip, parts._replace(inner_states=inner))
+
+    def is_over(self, state: Any, trainable: Params) -> Bool[Array, " G"]:
+        """Whether the schedules of each group have ended: only where `total_steps` is given by
+        group, and by the longest of its labels. Steps count as the rows of the group took them.
+
+        Args:
+            state: the optimizer's, after a step.
+            trainable: the parameters.
+        """
+        count = self.runs.num_groups if self.runs else 1
+        totals = [schedule.total_steps for schedule in self.learning_rates.values()]
+        ends = [total for total in totals if total is not None]
+        if count == 1 or len(ends) < len(totals) or not any(np.ndim(end) for end in ends):
+            return jnp.zeros(count, bool)
+        limits = np.max([np.broadcast_to(end, count) for end in ends], axis=0)
+        taken = jnp.zeros(count, jnp.int32)
+        for part, groups in self._groups_of_parts(trainable).items():
+            steps = state[1].inner_states[part].inner_state.steps
+            taken = jnp.maximum(taken, jax.ops.segment_max(steps, np.asarray(groups), count))
+        return taken >= limits
+
+    def current_learning_rates(self, step: int) -> dict[str, float]:
+        """Each label's learning rate at a step (mean over groups), for logs."""
+        groups = jnp.arange(self.runs.num_groups if self.runs else 1)
+        return {
+            label: float(jnp.mean(schedule(jnp.full(groups.shape, step), groups)))
+            for label, schedule in self.learning_rates.items()
+        }
+
+    def _groups_of_parts(self, trainable: Params) -> dict[str, tuple[int, ...] | None]:
+        """The group of each row of the parameters that are stepped together, by part."""
+        assert self.labels is not None and self.runs is not None and self.rows is not None
+        parts = _parts(flatten(label_tree(trainable, self.labels)), self.rows)
+        return {part: row_groups(name, self.rows, self.runs) for name, part in parts.items()}
+
+    def _schedule_fields(self) -> list[tuple[str, Any]]:
+        return [
+            (f"learning_rates[{label!r}].{field.name}", getattr(schedule, field.name))
+            for label, schedule in self.learning_rates.items()
+            for field in dataclasses.fields(schedule)
+            if field.name != "decay"
+        ]
+
+    def _transformation(self, trainable: Params) -> optax.GradientTransformation:
+        if self.labels is None or self.runs is None or self.rows is None:
+            raise ValueError(
+                "This optimizer is not bound to a model; call bind(labels, runs, rows)."
+            )
+        labels = flatten(label_tree(trainable, self.labels))
+        missing = sorted(set(labels.values()) - set(self.learning_rates) - {CLOCK})
+        if missing:
+            raise ValueError(
+                f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
+                f"{sorted(self.learning_rates)}."
+            )
+        rule = self.rule() if self.rule else optax.scale_by_adam(self.b1, self.b2, self.eps)
+        inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))
+        parts = _parts(labels, self.rows)
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            part: self._rule(inner, labels[name], row_groups(name, self.rows, self.runs))
+            for name, part in parts.items()
+        }
+        clip = clip_by_group_norm(self.clip_norm, self.rows, self.runs)
+        tree = jax.tree.unflatten(jax.tree.structure(trainable), list(parts.values()))
+        return optax.chain(clip, optax.partition(rules, tree))
+
+    def _rule(
+        self, inner: optax.GradientTransformation, label: str, groups: tuple[int, ...] | None
+    ) -> optax.GradientTransformation:
+        if label == CLOCK:
+            tick = optax.stateless(lambda grads, _: jax.tree.map(jnp.ones_like, grads))
+            return by_row(tick, lambda steps, _: jnp.full(steps.shape, -1.0), groups, hold=False)
+        return by_row(inner, self.learning_rates[label], groups, self.absent_tasks == "hold")
+
+
+def check_annealing(own_steps: int, total_steps: int) -> None:
+    """Raises ValueError where a schedule of the method's own would not end within a run."""
+    if own_steps > total_steps:
+        raise ValueError(
+            f"The prompt method anneals over {own_steps} steps, and a run has only {total_steps}: "
+            "it would end while draws are still warm. Shorten the annealing (ANNEALING_STEPS), or "
+            "train longer (TRAIN_STEPS)."
+        )
+
+
+def adafactor() -> optax.GradientTransformation:
+    """Adafactor as prompt tuning has it (Lester et al. 2021): second moments of every entry,
+    unfactored, decay 0.8, no scaling by a parameter's size, updates clipped at RMS 1."""
+    return optax.chain(
+        optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
+        optax.clip_by_block_rms(1.0),
+    )
+
+
+def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:
+    """Which parameters are stepped together: those of one label, and of one kind of rows."""
+    kinds: dict[str, set[str | None]] = {}
+    for name, label in labels.items():
+        kinds.setdefault(label, set()).add(rows.get(name))
+    return {
+        name: label if len(kinds[label]) == 1 else f"{label}_by_{rows.get(name, 'none')}"
+        for name, label in labels.items()
+    }
+
+
+def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
+    """The group of each row of a parameter; None where it has no rows.
+
+    Args:
+        name: the parameter's path (`prompt/shared`).
+        rows: what rows count; `PromptedEncoderDecoder.rows`.
+        runs: the bank's rows.
+
+    Raises:
+        ValueError: a parameter without rows, shared by all, in a job of several groups.
+    """
+    if rows.get(name) == "groups":
+        return tuple(range(runs.num_groups))
+    if rows.get(name) == "tasks":
+        return runs.group_of_row
+    if runs.num_groups > 1:
+        raise ValueError(
+            f"The parameter {name!r} has no rows of groups or tasks, so {runs.num_groups} "
+            "independent runs cannot train it in one job; run them one by one."
+        )
+    return None
+
+
+class RowState(NamedTuple):
+    """The inner state of every row, stacked, and how many steps each row has taken."""
+
+    inner: Any
+    steps: Int[Array, " n"]
+
+
+def by_row(
+    inner: optax.GradientTransformation,
+    schedule: Callable[..., Array],
+    groups: tuple[int, ...] | None,
+    hold: bool,
+) -> optax.GradientTransformation:
+    """Applies a transformation to each row as if it were alone, then the learning rate.
+
+    Args:
+        inner: what one row undergoes, before its learning rate.
+        schedule: (step [n], group [n]) -> learning rate [n].
+        groups: the group of each of n rows, or None for parameters without a row axis.
+        hold: leaves rows whose gradients are all exactly zero untouched.
+    """
+    if groups is None:
+        # The one row there is: nothing to stack, and it is in every batch.
+        return optax.chain(inner, optax.scale_by_learning_rate(schedule))
+    rows = np.asarray(groups)
+
+    def init(params: Params) -> RowState:
+        return RowState(jax.vmap(inner.init)(params), jnp.zeros(len(rows), jnp.int32))
+
+    def update(grads: Params, state: RowState, params: Params) -> tuple[Params, RowState]:
+        updates, moved = jax.vmap(inner.update)(grads, state.inner, params)
+        rates = -schedule(state.steps, jnp.asarray(rows))
+        updates = jax.tree.map(lambda u: _rows(rates, u) * u, updates)
+        new = RowState(moved, state.steps + 1)
+        if hold:
+            present = jnp.zeros(len(rows), bool)
+            for grad in jax.tree.leaves(grads):
+                present = present | jnp.any(grad != 0, axis=tuple(range(1, grad.ndim)))
+            new = jax.tree.map(lambda a, b: jnp.where(_rows(present, a), a, b), new, state)
+            updates = jax.tree.map(lambda u: jnp.where(_rows(present, u), u, 0.0), updates)
+        return updates, new
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
+    """The norm [G] of each group's gradient over all its parameters."""
+    squares = jnp.zeros(runs.num_groups, jnp.float32)
+    for name, grad in flatten(grads).items():
+        groups = row_groups(name, rows, runs)
+        square = jnp.square(grad.astype(jnp.float32))
+        if groups is None:
+            squares = squares.at[0].add(square.sum())
+        else:
+            squares = squares.at[np.asarray(groups)].add(square.sum(tuple(range(1, grad.ndim))))
+    return jnp.sqrt(squares)
+
+
+def clip_by_group_norm(
+    max_norm: PerGroup | None, rows: Rows, runs: Runs
+) -> optax.GradientTransformation:
+    """Scales a group's gradients down to a largest norm; groups never see each other's."""
+    if max_norm is None:
+        return optax.identity()
+
+    def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+        norms = gradient_norms(grads, rows, runs)
+        limits = jnp.broadcast_to(_per_group(max_norm), norms.shape)
+        scales = jnp.where(norms > limits, limits / jnp.maximum(norms, 1e-30), 1.0)
+
+        def scale(path: tuple, grad: Array) -> Array:
+            groups = row_groups(path_name(path), rows, runs)
+            factor = scales[0] if groups is None else _rows(scales[np.asarray(groups)], grad)
+            return (grad * factor).astype(grad.dtype)
+
+        return jax.tree_util.tree_map_with_path(scale, grads), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)  # pyright: ignore
+
+
+def _per_group(value: PerGroup) -> Array:
+    return jnp.atleast_1d(jnp.asarray(value, jnp.float32))
+
+
+def _pick_rows(
+    stepped: Bool[Array, " G"], groups: tuple[int, ...] | None, new: Array, old: Array
+) -> Array:
+    """The rows of `new` whose group is stepped, those of `old` for the others."""
+    rows = stepped[0] if groups is None else _rows(stepped[np.asarray(groups)], new)
+    return jnp.where(rows, new, old)
+
+
+def _rows(values: Array, like: Array) -> Array:
+    """Values [n] shaped to multiply or select the rows of an array [n, ...]."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))

@@ -1,0 +1,301 @@
+"""Prompt artefacts: round trips, and refusal of whatever does not belong."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.artifacts import CONFIG, TENSORS
+from mpt_jax.artifacts.model_card import NAME
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.crosspt.crosspt import CrossPT
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+
+FILES = (CONFIG, TENSORS, NAME)
+P, H = 4, 6
+RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 0])
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "shared": RNG.normal(size=(2, P, H)).astype(np.float32),
+    "task_left": RNG.normal(size=(3, P, 2)).astype(np.float32),
+    "task_right": RNG.normal(size=(3, 2, H)).astype(np.float32),
+}
+CHANGED = {**PARAMS, "shared": PARAMS["shared"] + 1e-3}
+EMBEDDING = RNG.normal(size=(30, H)).astype(np.float32)
+DIGEST = artifacts.embedding_digest(EMBEDDING)
+
+
+def write(path, method=None, params=None, runs=RUNS, **overrides):
+    fields = {
+        "embedding_sha256": DIGEST,
+        "vocabulary_sha256": "v" * 64,
+        "backbone": "tiny",
+        "step": 120,
+        "metrics": {"rte_s1": {"accuracy": 61.5}},
+        **overrides,
+    }
+    return artifacts.save_artefact(
+        path, method or MPT(P, rank=2), PARAMS if params is None else params, runs, **fields
+    )
+
+
+def test_what_is_written_comes_back(tmp_path):
+    assert write(tmp_path / "a") == tmp_path / "a"
+    read = artifacts.load_artefact(tmp_path / "a")
+    assert read.method == MPT(P, rank=2)
+    assert read.runs == RUNS
+    assert sorted(read.params) == sorted(PARAMS)
+    for name, value in PARAMS.items():
+        np.testing.assert_array_equal(read.params[name], value)
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert read.config == config
+    assert config["task_names"] == ["rte", "rte", "cb"]
+    assert config["run_names"] == ["rte_s1", "rte_s2", "cb_s1"]
+    assert config["groups"] == [0, 1, 0]
+    assert (config["step"], config["backbone"]) == (120, "tiny")
+    assert config["metrics"] == {"rte_s1": {"accuracy": 61.5}}
+    assert config["embedding_sha256"] == DIGEST
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
+
+
+def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
+    expected = PARAMS["shared"][[0, 1, 0]] * (PARAMS["task_left"] @ PARAMS["task_right"])
+    write(tmp_path / "plain")
+    write(tmp_path / "both", include_folded=True)
+    np.testing.assert_allclose(
+        artifacts.load_artefact(tmp_path / "plain").folded(), expected, atol=1e-6, rtol=1e-6
+    )
+    tensors = load((tmp_path / "both" / TENSORS).read_bytes())
+    folded = {name for name in tensors if name.startswith("folded/")}
+    assert folded == {"folded/rte_s1", "folded/rte_s2", "folded/cb_s1"}
+    np.testing.assert_allclose(tensors["folded/cb_s1"], expected[2], atol=1e-6, rtol=1e-6)
+    assert not any("folded" in name for name in load((tmp_path / "plain" / TENSORS).read_bytes()))
+
+
+def crosspt(**settings):
+    """CrossPT of two sources and its parameters, with clock as in training."""
+    method = CrossPT(P, ["mnli", "qqp"], **settings)
+    shapes = {"sources": (2, 2, P, H), "private": (3, P, H), "router": (3, 2), "clock": (2,)}
+    return method, {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+
+
+def test_what_is_mixed_is_recorded_by_run_and_candidate(tmp_path):
+    method, params = crosspt()
+    write(tmp_path / "a", method, params)
+    read = artifacts.load_artefact(tmp_path / "a")
+    # Relaxed Bernoulli without draws: sigmoids, as shares of their sum.
+    scores = 1 / (1 + np.exp(-params["router"]))
+    expected = scores / scores.sum(-1, keepdims=True)
+    np.testing.assert_allclose(read.weights(), expected, atol=1e-6)
+    recorded = read.config["mixture"]
+    assert list(recorded) == list(RUNS.run_names)
+    for run, row in zip(recorded, expected, strict=True):
+        assert recorded[run] == pytest.approx({"mnli": row[0], "qqp": row[1]}, abs=1e-6)
+    card = (tmp_path / "a" / NAME).read_text()
+    assert f"| `cb_s1` | {expected[2, 0]:.3f} | {expected[2, 1]:.3f} |" in card
+
+
+def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
+    shapes = {"sources": (2, P, H), "target": (3, P, H), "down": (2, H, 2), "up": (2, 2, H)}
+    shapes |= {"norm_scale": (2, H), "norm_bias": (2, H)}
+    params = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+    write(tmp_path / "text", ATTEMPT(P, ["mnli", "qqp"], width=2), params)
+    write(tmp_path / "none")
+    for name, error, words in (
+        ("text", ValueError, "depend on the text"),
+        ("none", NotImplementedError, "mixes no candidates"),
+    ):
+        read = artifacts.load_artefact(tmp_path / name)
+        assert read.config["mixture"] is None
+        with pytest.raises(error, match=words):
+            read.weights()
+
+
+def test_prompt_tuning_is_written_and_read_alike(tmp_path):
+    table = {"table": jnp.asarray(RNG.normal(size=(3, P, H)), jnp.float32)}
+    write(tmp_path / "a", PromptTuning(P), table)
+    read = artifacts.load_artefact(tmp_path / "a")
+    assert read.method == PromptTuning(P)
+    np.testing.assert_array_equal(read.folded(), table["table"])
+
+
+def test_writing_again_replaces_the_whole_folder(tmp_path):
+    write(tmp_path / "a")
+    (tmp_path / "a" / "stray").write_text("")
+    write(tmp_path / "a", step=240)
+    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 240
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left behind"
+
+
+def test_a_write_that_fails_leaves_the_old_artefact(tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(TypeError, match="JSON"):
+        write(tmp_path / "a", metrics={"rte": object()})
+    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 120
+    write(tmp_path / "a", step=240)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "what was left is cleaned up"
+
+
+# --- Digests -------------------------------------------------------------------------------------
+
+
+def test_a_backbone_has_one_digest_in_either_precision():
+    rounded = jnp.asarray(EMBEDDING, jnp.bfloat16)
+    assert artifacts.embedding_digest(rounded) == DIGEST
+    assert artifacts.embedding_digest(rounded.astype(jnp.float32)) == DIGEST
+    assert artifacts.embedding_digest(jax.device_put(EMBEDDING)) == DIGEST
+    other = EMBEDDING.copy()
+    other[7, 2] += 0.1
+    assert artifacts.embedding_digest(other) != DIGEST
+    assert len(DIGEST) == 64
+
+
+def test_vocabularies_are_told_apart():
+    class SentencePiece:
+        vocab_size = 30
+
+        def __init__(self, model: bytes):
+            self.sp_model = model
+
+    class Bytes:
+        vocab_size = 259
+
+    digest = artifacts.vocabulary_digest
+    assert digest(None) is None
+    assert digest(SentencePiece(b"a")) == digest(SentencePiece(b"a"))
+    assert digest(SentencePiece(b"a")) != digest(SentencePiece(b"b"))
+    assert digest(Bytes()) not in (None, digest(SentencePiece(b"a")))
+
+
+def test_another_backbone_is_refused_with_both_digests(tmp_path):
+    read = artifacts.load_artefact(write(tmp_path / "a"))
+    artifacts.check_belongs(read, DIGEST, "v" * 64, P)
+    with pytest.raises(ValueError) as error:
+        artifacts.check_belongs(read, "0" * 64, "v" * 64, P)
+    assert DIGEST in str(error.value) and "0" * 64 in str(error.value)
+    assert str(tmp_path / "a") in str(error.value)
+
+
+def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
+    read = artifacts.load_artefact(write(tmp_path / "a"))
+    with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
+        artifacts.check_belongs(read, DIGEST, "w" * 64, P)
+    artifacts.check_belongs(read, DIGEST, None, P)
+    unknown = artifacts.load_artefact(write(tmp_path / "b", vocabulary_sha256=None))
+    artifacts.check_belongs(unknown, DIGEST, "w" * 64, P)
+
+
+def test_another_prompt_length_is_refused(tmp_path):
+    read = artifacts.load_artefact(write(tmp_path / "a"))
+    with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
+        artifacts.check_belongs(read, DIGEST, "v" * 64, P + 1)
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", [TENSORS, CONFIG, None])
+def test_no_artefact_where_one_was_expected(tmp_path, gone):
+    path = tmp_path / "a"
+    if gone:
+        write(path)
+        (path / gone).unlink()
+    with pytest.raises(FileNotFoundError, match=f"No prompt artefact at {path}.*{TENSORS}"):
+        artifacts.load_artefact(path)
+
+
+@pytest.mark.parametrize("name", [TENSORS, CONFIG])
+@pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
+def test_a_truncated_file_is_refused_by_name(tmp_path, name, keep):
+    path = write(tmp_path / "a")
+    content = (path / name).read_bytes()
+    kept = int(len(content) * keep) if isinstance(keep, float) else keep
+    (path / name).write_bytes(content[:kept].rstrip(b"}\n") if name == CONFIG else content[:kept])
+    with pytest.raises(ValueError, match=f"artefact at {path} cannot be read"):
+        artifacts.load_artefact(path)
+
+
+def edit(path, change) -> None:
+    config = json.loads((path / CONFIG).read_text())
+    change(config)
+    (path / CONFIG).write_text(json.dumps(config))
+
+
+def test_an_artefact_of_another_format_says_which_is_read(tmp_path):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.update(format=2))
+    with pytest.raises(ValueError, match="format 2; this version reads 1"):
+        artifacts.load_artefact(path)
+
+
+def test_prompts_that_were_changed_are_refused(tmp_path):
+    """Of the right names and shapes, and of another training or with one bit flipped."""
+    path, other = write(tmp_path / "a"), write(tmp_path / "b", params=CHANGED)
+    whole = (path / TENSORS).read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    for content in (bytes(flipped), (other / TENSORS).read_bytes()):
+        (path / TENSORS).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path / TENSORS} was changed .*sha256"):
+            artifacts.load_artefact(path)
+    (path / TENSORS).write_bytes(whole)
+    config = artifacts.load_artefact(path).config
+    assert config["prompts_sha256"] == hashlib.sha256(whole).hexdigest()
+
+
+def test_an_artefact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.pop("prompts_sha256"))
+    with caplog.at_level("WARNING", logger="absl"):
+        np.testing.assert_array_equal(
+            artifacts.load_artefact(path).params["shared"], PARAMS["shared"]
+        )
+    assert f"{path / CONFIG} has no prompts_sha256" in caplog.text
+
+
+def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared(tmp_path):
+    (tmp_path / ".a.new").mkdir()
+    (tmp_path / ".a.new" / TENSORS).write_text("half")
+    write(tmp_path / "a")
+    (tmp_path / ".a.old").mkdir()
+    write(tmp_path / "a", step=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 7
+
+
+def test_an_unknown_method_lists_the_known(tmp_path):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.update(method="mptt"))
+    with pytest.raises(ValueError, match="'mptt'.*'mpt'.*prompt_tuning"):
+        artifacts.load_artefact(path)
+
+
+@pytest.mark.parametrize("key", ["run_names", "shapes", "method_config", "embedding_sha256"])
+def test_a_config_that_lacks_something_is_refused_by_name(tmp_path, key):
+    path = write(tmp_path / "a")
+    edit(path, lambda config: config.pop(key))
+    with pytest.raises(ValueError, match=f"{path}.*{key}"):
+        artifacts.load_artefact(path)
+
+
+def test_tensors_missing_extra_and_misshaped_are_named(tmp_path):
+    path = write(tmp_path / "a")
+    tensors = load((path / TENSORS).read_bytes())
+    del tensors["factors/shared"]
+    tensors["factors/router"] = np.zeros(3, np.float32)
+    tensors["factors/task_left"] = tensors["factors/task_left"][:2]
+    (path / TENSORS).write_bytes(save(tensors))
+    with pytest.raises(ValueError) as error:
+        artifacts.load_artefact(path)
+    message = str(error.value)
+    assert "missing: ['shared']" in message and "not expected: ['router']" in message
+    assert "task_left: expected (3, 4, 2), found (2, 4, 2)" in message
+    assert str(path) in message

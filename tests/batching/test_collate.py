@@ -1,0 +1,124 @@
+"""Batches from NumPy, packing and cutting, beside the data pipeline and the model."""
+
+import numpy as np
+import pytest
+
+from mpt_jax.batching import bucketing, collate, packing
+from mpt_jax.batching.collate import Example
+from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.models.losses import Distillation, Objective
+from mpt_jax.training.trainer import gradients
+from tests.data.test_feature_converter import RUNS, examples, rows_of
+from tests.fixtures import tiny
+
+NAMES = RUNS.run_names
+
+
+def drawn(count: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    draw = lambda most: rng.integers(2, 30, rng.integers(1, most + 1)).tolist()  # noqa: E731
+    return [Example(draw(9), draw(4), int(rng.integers(3))) for _ in range(count)]
+
+
+def assert_same(found: dict, expected: list[dict]) -> None:
+    assert sorted(found) == sorted(expected[0])
+    for name, value in found.items():
+        assert value.dtype == np.int32
+        assert value.tolist() == [row[name] for row in expected], name
+
+
+@pytest.mark.parametrize("prompt_length", [0, 2])
+def test_unpacked_batches_are_those_of_the_converter(prompt_length):
+    made = drawn(7)
+    dataset = examples(*((NAMES[e.row], e.inputs, e.targets) for e in made))
+    expected = rows_of(
+        PromptFeatureConverter(prompt_length, RUNS)(dataset, {"inputs": 9, "targets": 4})
+    )
+    assert_same(collate.unpacked(made, prompt_length, 9, 4), expected)
+
+
+def test_a_text_longer_than_its_positions_is_refused():
+    with pytest.raises(ValueError, match="inputs of an example have 3 tokens, .* 2 positions"):
+        collate.unpacked([Example([4, 4, 1], [1])], 2, 2, 1)
+
+
+@pytest.mark.parametrize("example", [([4, 0, 1], [5]), ([4], [0]), ([4], []), ([], [5])])
+def test_what_cannot_be_packed(example):
+    with pytest.raises(ValueError, match="inputs and targets must hold tokens, and none with id 0"):
+        collate.packed([Example(*example)], 0, {"inputs": 8, "targets": 8})
+
+
+def test_best_fit_by_hand():
+    # 6 and 5 begin rows; 4 fills up that of 6; 3 and 2 go to that of 5.
+    lengths = np.array([[2, 1], [5, 1], [3, 1], [6, 1], [4, 1]])
+    assert packing.best_fit(lengths, (10, 3)) == [[0, 1, 2], [3, 4]]
+    assert packing.best_fit(lengths, (10, 2)) == [[0], [1, 2], [3, 4]]
+    # Targets bind as well: no row has room for two of these.
+    assert packing.best_fit(np.array([[2, 2], [2, 2]]), (10, 3)) == [[0], [1]]
+
+
+def test_best_fit_loses_nothing_and_overfills_nothing():
+    rng = np.random.default_rng(1)
+    lengths = np.stack([rng.integers(1, 40, 300), rng.integers(1, 9, 300)], axis=1)
+    rows = packing.best_fit(lengths, (64, 32))
+    assert sorted(index for row in rows for index in row) == list(range(300))
+    assert all((lengths[row].sum(axis=0) <= (64, 32)).all() for row in rows)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    ideal = lengths[:, 0].sum() / 64
+    assert ideal <= len(rows) < 1.1 * ideal + 1
+
+
+def test_an_example_longer_than_a_row():
+    with pytest.raises(ValueError, match="needs 9 encoder and 1 target positions, .* has 8 and 4"):
+        packing.best_fit(np.array([[3, 1], [9, 1]]), (8, 4))
+
+
+# --- The same numbers out ------------------------------------------------------------------------
+
+
+def sums_and_gradients(batch):
+    model = tiny.model(tiny.RUNS, objective=Objective(distillation=Distillation()))
+    state = tiny.state(model, tiny.params(model))
+    found, metrics = gradients(model, state.trainable, state.frozen, tiny.arrays(batch), None)
+    return found, {k: m for k, m in metrics.items() if not k.startswith("batch/")}
+
+
+@pytest.mark.parametrize("lengths", [(24, 8), (40, 16)])
+def test_packed_examples_give_the_gradients_of_unpacked_ones(lengths):
+    made = drawn(9, seed=3)
+    grads, metrics = sums_and_gradients(collate.unpacked(made, tiny.PROMPT, 9, 4))
+    row = {"inputs": lengths[0], "targets": lengths[1]}
+    packed = collate.packed(made, tiny.PROMPT, row)
+    assert len(packed["encoder_input_tokens"]) < len(made)
+    packed_grads, packed_metrics = sums_and_gradients(packed)
+    tiny.close(packed_grads, grads, 1e-5)
+    tiny.close(packed_metrics, metrics, 1e-5)
+
+
+def test_cut_batches_give_the_gradients_of_whole_ones():
+    made = [Example(e.inputs[:5], e.targets[:2], e.row) for e in drawn(6)]
+    whole = collate.unpacked(made, tiny.PROMPT, 20, 12)
+    buckets = bucketing.of_settings(
+        {"inputs": [3, 5, 8], "targets": [2]}, tiny.PROMPT, {"inputs": 20, "targets": 12}
+    )
+    cut = buckets.cut(whole)
+    assert cut["encoder_input_tokens"].shape == (6, tiny.PROMPT + 5)
+    assert cut["decoder_target_tokens"].shape == (6, 2)
+    assert buckets.cut(whole, targets=False)["decoder_target_tokens"].shape == (6, 12)
+    expected, found = sums_and_gradients(whole), sums_and_gradients(cut)
+    tiny.close(found[0], expected[0], 1e-6)
+    tiny.close(found[1], expected[1], 1e-6)
+
+
+def test_an_empty_batch_and_a_full_one_can_be_cut():
+    buckets = bucketing.of_settings({"inputs": [4]}, tiny.PROMPT, {"inputs": 9, "targets": 4})
+    nothing = {name: 0 * x for name, x in collate.unpacked(drawn(2), tiny.PROMPT, 9, 4).items()}
+    assert buckets.cut(nothing)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 4
+    full = collate.unpacked([Example([5] * 9, [1])], tiny.PROMPT, 9, 4)
+    assert buckets.cut(full)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 9
+
+
+def test_windows_are_sorted_and_complete():
+    lengths = np.array([5, 1, 4, 2, 9, 8, 7, 6, 3])
+    found = [rows.tolist() for rows in bucketing.sorted_batches(lengths, 2, window=2)]
+    assert found == [[1, 3], [2, 0], [7, 6], [5, 4], [8]]

@@ -1,0 +1,391 @@
+"""The benchmarks' parts: what they count, what they compare, and that they run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from benchmarks import (
+    contest,
+    figures,
+    fleet,
+    positions,
+    ragged,
+    ragged_batches,
+    ragged_mix,
+    scaling,
+    tune_crosspt,
+)
+from benchmarks.contestants import Ours, Peft, t5
+from mpt_jax.batching.collate import Batch, Example
+from mpt_jax.core.tree import flatten
+from mpt_jax.data import sampling
+from mpt_jax.experiments.paper import suites
+from mpt_jax.training import initialization
+
+ROOT = Path(__file__).resolve().parents[2]
+P = 5
+
+
+def examples(count: int = 12, seed: int = 1) -> list[Example]:
+    return ragged_mix.examples(ragged_mix.draw(count, seed), vocabulary=512)
+
+
+# --- The mix -------------------------------------------------------------------------------------
+
+
+def test_the_mix_has_the_papers_sizes_and_rates() -> None:
+    assert ragged_mix.CAP == sampling.T5_CAP
+    # Five epochs over these are the steps of gin/mpt_source.gin at its batch of 32.
+    total = sum(task.examples for task in ragged_mix.TASKS)
+    stage = (ROOT / "gin/mpt_source.gin").read_text()
+    assert f"{total:,} examples" in stage
+    assert f"TRAIN_STEPS = {5 * (total // 32)}" in stage
+    shares = dict(zip((t.name for t in ragged_mix.TASKS), ragged_mix.rates(), strict=True))
+    assert shares["mnli"] == shares["qqp"] == pytest.approx(262_144 / (2 * 262_144 + 395_545))
+
+
+def test_the_mix_draws_the_lengths_that_it_states() -> None:
+    mix = ragged_mix.draw(20_000, seed=3)
+    for k, task in enumerate(ragged_mix.TASKS[:4]):  # the limit hardly touches these
+        assert mix.inputs[mix.tasks == k].mean() == pytest.approx(task.mean, rel=0.03)
+    assert mix.inputs.max() == ragged_mix.TEXT_LIMIT
+    assert mix.targets.max() == ragged_mix.TARGET_LIMIT
+    found = ragged_mix.description(mix)["histogram"]
+    assert sum(found["all"]) == 20_000
+    by_task = [found[task.name] for task in ragged_mix.TASKS]
+    np.testing.assert_array_equal(np.sum(by_task, axis=0), found["all"])
+
+
+def test_two_draws_with_one_seed_are_one() -> None:
+    assert examples(seed=4) == examples(seed=4) != examples(seed=5)
+
+
+# --- Counting positions --------------------------------------------------------------------------
+
+
+def test_first_come_packing_makes_the_rows_that_seqio_makes() -> None:
+    mix = ragged_mix.draw(300, seed=2)
+    lengths, room = positions.needs(mix, 20), positions.capacity(20, 1.5)
+    data = tf.data.Dataset.from_generator(
+        lambda: (
+            {"inputs": np.ones(t, np.int32), "targets": np.ones(n, np.int32)} for t, n in lengths
+        ),
+        output_signature={n: tf.TensorSpec([None], tf.int32) for n in ("inputs", "targets")},
+    )
+    limits = dict(zip(("inputs", "targets"), room, strict=True))
+    rows = seqio.utils.trim_and_pack_dataset(data, limits, use_custom_ops=False)
+    assert positions.next_fit(lengths, room) == sum(1 for _ in rows)
+
+
+def test_positions_of_four_short_and_long_texts() -> None:
+    mix = ragged_mix.Mix(np.zeros(4, int), np.array([10, 90, 20, 100]), np.full(4, 2))
+    exact = lambda n: n  # noqa: E731
+    assert positions.in_batches(mix.inputs, positions.unsorted(4, 2), exact) == 2 * 90 + 2 * 100
+    order = iter([np.array([0, 2]), np.array([1, 3])])
+    assert positions.in_batches(mix.inputs, order, positions.to_multiple(32)) == 2 * 32 + 2 * 128
+    lengths = positions.needs(mix, 0)
+    # One open row: 10 + 90 fill it, 20 begins the next, and 100 does not fit there.
+    assert positions.next_fit(lengths, (110, 16)) == 3
+    assert positions.best_fit(lengths, (110, 16), window=4) == 2 + 0
+    assert positions.best_fit(lengths, (110, 16), window=2) == 1 + 2
+    # Targets close a row too.
+    assert positions.next_fit(lengths, (1000, 4)) == 2
+
+
+def test_no_kind_of_batch_computes_fewer_positions_than_there_are() -> None:
+    found = positions.count(ragged_mix.draw(256), 20)
+    ideal = found["ideal: no padding at all"]
+    assert min(found.values()) == ideal
+    assert found["padded to the limit"] == 276
+    text = positions.markdown({20: found})
+    assert "| ideal: no padding at all | " in text
+    assert text.count("\n") == len(found) + 1
+
+
+# --- Batches of several kinds --------------------------------------------------------------------
+
+
+def texts_in(batches: list[Batch]) -> list[tuple[int, ...]]:
+    """The text of every example in batches, by prompt: what follows slot P, up to what ends it."""
+    found = []
+    for batch in batches:
+        tokens, slots = batch["encoder_input_tokens"], batch["encoder_prompt_slots"]
+        for row in range(len(tokens)):
+            for start in np.flatnonzero(slots[row] == P) + 1:
+                end = start
+                while end < tokens.shape[1] and tokens[row, end] != 0:
+                    end += 1
+                found.append(tuple(tokens[row, start:end].tolist()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("kind", ragged_batches.KINDS)
+def test_every_kind_of_batch_holds_every_example_once(kind: str) -> None:
+    given = examples()
+    made = ragged_batches.KINDS[kind](given, P, 4)
+    assert texts_in(made) == sorted(tuple(example.inputs) for example in given)
+    assert sum(int(batch["decoder_loss_weights"].sum()) for batch in made) == sum(
+        len(example.targets) for example in given
+    )
+    if kind.startswith(("packed", "padded")):
+        assert len({batch["encoder_input_tokens"].shape for batch in made}) == 1
+
+
+def test_dynamic_padding_is_as_long_as_the_longest_text() -> None:
+    given = [Example(range(3, 3 + n), [4, 1]) for n in (7, 2, 9, 3)]
+    shapes = lambda made: [b["encoder_input_tokens"].shape for b in made]  # noqa: E731
+    assert shapes(ragged_batches.longest_unsorted(given, P, 2)) == [(2, P + 7), (2, P + 9)]
+    assert shapes(ragged_batches.longest_sorted(given, P, 2)) == [(2, P + 3), (2, P + 9)]
+    assert shapes(ragged_batches.bucketed(given, P, 2)) == [(2, P + 32)] * 2
+    assert ragged_batches.positions(ragged_batches.longest_unsorted(given, P, 2)) == 2 * (
+        7 + 9 + 2 * P
+    )
+
+
+def test_needed_arithmetic_is_four_operations_a_weight_and_twelve_a_pair() -> None:
+    config = t5("tiny")
+    model = Ours(config, P, 1).trainer.model
+    kernels = {
+        n: x.size for n, x in flatten(initialization.shapes(model)[0]).items() if "kernel" in n
+    }
+    crossing = "encoder_decoder_attention/key", "encoder_decoder_attention/value"
+    by_input = sum(
+        n
+        for name, n in kernels.items()
+        if "encoder/" in name[:8] or any(c in name for c in crossing)
+    )
+    by_target = sum(kernels.values()) - by_input + config.vocab_size * config.emb_dim
+    inputs, targets = P + 3, 2
+    pairs = 2 * inputs**2 + 2 * targets * (inputs + targets)
+    expected = 4 * (inputs * by_input + targets * by_target) + 12 * 32 * pairs
+    example = Example([3, 4, 1], [5, 1])
+    assert ragged_batches.needed_flops(config, [example], P) == expected
+    assert ragged_batches.needed_flops(config, [example] * 3, P) == 3 * expected
+
+
+# --- Contests ------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, time
+from benchmarks import contest
+name, log = sys.argv[1:]
+def run():
+    with open(log, "a") as file:
+        file.write(name)
+    time.sleep(0.05 if name == "a" else 0.0)
+contest.serve(lambda: contest.Work(run, lambda: 7.0), warm_ups=1)
+"""
+
+
+def test_contestants_take_turns_within_a_heat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waits.py").write_text(WORKER)
+    log = tmp_path / "log"
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    commands = {name: ["waits", name, str(log)] for name in "abc"}
+    found = contest.compare(commands, turns=3, together=2)
+    # Warm-ups of a heat, its turns, then the next heat.
+    assert log.read_text() == "ab" + "ab" * 3 + "c" + "c" * 3
+    assert found["a"]["median_seconds"] >= 0.05 > found["b"]["median_seconds"]
+    assert found["a"]["min_seconds"] <= found["a"]["median_seconds"] <= found["a"]["max_seconds"]
+    assert found["b"]["peak_mib"] == 7.0
+    assert len(found["c"]["all_seconds"]) == 3
+
+
+def test_a_contestant_that_dies_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dies.py").write_text("raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        contest.compare({"one": ["dies"]}, turns=1)
+
+
+def test_a_table_is_markdown(tmp_path: Path) -> None:
+    assert figures.table(["", "s"], [["one", 1.23456], ["two", 1234.5]]).splitlines() == [
+        "|  | s |",
+        "| --- | --- |",
+        "| one | 1.23 |",
+        "| two | 1,234 |",
+    ]
+    figures.write({"seconds": 1.5}, tmp_path / "a" / "b.json")
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"seconds": 1.5}
+
+
+# --- Steps ---------------------------------------------------------------------------------------
+
+
+def settings(**changes: object) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{"device": "cpu", "size": "tiny", "batches": 2, "contestants": None} | changes
+    )
+
+
+def test_a_turn_of_ours_trains() -> None:
+    args = settings()
+    work = ragged.work(args, "source", 4, ragged.Contestant("MPT-JAX", "packed_2x"))
+    work.run()
+    assert work.peak_mib() > 0
+
+
+def test_speedups_divide_ours_by_theirs() -> None:
+    found = {
+        name: {"examples_per_second": speed}
+        for name, speed in (("PEFT unsorted", 2.0), ("PEFT sorted", 4.0), ("MPT-JAX buckets", 6.0))
+    }
+    assert ragged.speedups(found) == {
+        "MPT-JAX buckets / PEFT unsorted": 3.0,
+        "MPT-JAX buckets / PEFT sorted": 1.5,
+    }
+
+
+def test_points_of_a_curve_survive_the_command_line() -> None:
+    for points in scaling.curves([1, 10], [0, 20]).values():
+        for point in points:
+            assert scaling.Point.of_name(point.name) == point
+    packed = scaling.batch(scaling.Point(tasks=1000, packed=True), 512)
+    assert len(np.unique(packed["encoder_task_ids"])) == scaling.B + 1  # and 0 for padding
+
+
+def ours_loss(side: Ours, batches: list[Batch]) -> float:
+    """The mean cross entropy of a target token over batches, at the first parameters."""
+    model, params = side.trainer.model, side.trainer.state.params
+    sums = [model.loss_sums(params, jax.tree.map(jax.numpy.asarray, b))[0] for b in batches]
+    tokens = sum(int(batch["decoder_loss_weights"].sum()) for batch in batches)
+    return float(sum(s["cross_entropy"].sum() for s in sums)) / tokens
+
+
+def copy_weights(ours: Ours, theirs: Peft) -> None:
+    """Gives PEFT's model the values of ours."""
+    from mpt_jax.convert import hf
+
+    config = ours.trainer.model.module.config
+    leaves = {n: np.array(x) for n, x in flatten(ours.trainer.state.params).items()}
+    state = {
+        name: leaves[n].T if n.endswith(("/kernel", "/rel_embedding")) else leaves[n]
+        for n, name in hf.name_table(config).items()
+    }
+    as_tensors = lambda tree: {n: theirs.torch.tensor(x) for n, x in tree.items()}  # noqa: E731
+    base = theirs.model.get_base_model()
+    missing, unexpected = base.load_state_dict(as_tensors(state), strict=False)
+    assert not unexpected
+    assert set(missing) <= {
+        f"{n}.weight" for n in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    }
+    prompt = {
+        "embedding.weight": leaves["prompt/shared"][0],
+        "prefix_task_cols": leaves["prompt/task_left"],
+        "prefix_task_rows": leaves["prompt/task_right"],
+    }
+    theirs.model.prompt_encoder["default"].load_state_dict(as_tensors(prompt))
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_contestants_have_one_loss(fused: bool) -> None:
+    given, config = examples(6), t5("tiny")
+    ours, theirs = Ours(config, P, len(ragged_mix.TASKS)), Peft(config, P, len(ragged_mix.TASKS))
+    rng = np.random.default_rng(0)
+    prompt = {
+        n: rng.normal(size=x.shape).astype(np.float32)
+        for n, x in ours.trainer.state.params["prompt"].items()
+    }
+    ours.trainer.state = ours.trainer.state.replace(trainable={"prompt": prompt})
+    copy_weights(ours, theirs)
+    if fused:
+        from benchmarks import fused_t5
+
+        fused_t5.fuse_attention(theirs.model.get_base_model())
+    (whole,) = ragged_batches.longest_unsorted(given, P, len(given))
+    theirs.step(whole)  # its loss is that of the parameters before the step
+    for kind in ragged_batches.KINDS:
+        made = ragged_batches.KINDS[kind](given, P, len(given))
+        assert ours_loss(ours, made) == pytest.approx(theirs.loss(), rel=1e-4), kind
+
+
+# --- Fleets --------------------------------------------------------------------------------------
+
+
+def test_a_fleet_has_that_many_runs_of_the_demos_targets() -> None:
+    assert [run.name for run in fleet.fleet_runs(1)] == ["toy_boolq_k32_s0"]
+    assert len({run.name for run in fleet.fleet_runs(64)}) == 64
+    with pytest.raises(ValueError, match="multiple of 4"):
+        fleet.fleet_runs(10)
+
+
+def test_single_runs_walk_through_the_targets(tmp_path: Path) -> None:
+    jobs = fleet.stages(tmp_path, "cold", 1, 200)
+    first, second = next(jobs), next(jobs)
+    assert (first.name, second.name) == ("cold_0", "cold_1")
+    assert first.runs != second.runs
+    assert len(first.runs) == 1
+    assert len(next(fleet.stages(tmp_path, "8", 8, 200)).runs) == 8
+
+
+def test_fleets_are_compared_with_as_many_single_runs() -> None:
+    row = lambda s, alone: {"median_seconds": s, "steps_alone_seconds": alone}  # noqa: E731
+    found = {"cold": row(10.0, 2.0), "warm": row(3.0, 1.0), "8": row(12.0, 6.0)}
+    one, eight = fleet.comparisons(found, [1, 8])
+    assert one["fleet/cold"] == 1.0
+    assert eight["cold"] == 80.0
+    assert eight["fleet/warm"] == 0.5
+    assert eight["warm_steps_alone"] == 8.0
+
+
+# --- Command lines -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        ("positions --examples 256", "positions"),
+        (
+            "ragged --size tiny --batch-sizes 4 --batches 2 --turns 1 --stages target "
+            "--contestants",
+            "results",
+        ),
+        ("scaling --size tiny --banks 2 --lengths 3 --turns 1", "curves"),
+        ("fleet --sizes 1 2 --steps 2 --turns 1", "comparisons"),
+    ],
+)
+def test_the_command_writes_its_figures(command: str, field: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    name, *arguments = command.split()
+    if name == "ragged":
+        arguments.append("MPT-JAX packed_1x")
+    given = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(out)]
+    child = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert "| --- |" in child.stdout
+    assert json.loads(out.read_text())[field]
+
+
+# --- Learning rates of ATTEMPT and CrossPT -------------------------------------------------------
+
+
+def test_learning_rates_are_chosen_on_tasks_and_draws_of_their_own() -> None:
+    tried = list(tune_crosspt.grid())
+    stages = [tune_crosspt.stage(arm, rates) for arm, rates in tried]
+    assert len({stage.name for stage in stages}) == len(stages)
+    tasks = {run.task for stage in stages for run in stage.runs}
+    assert not tasks & set(suites.TOY.tasks.values())
+    assert {run.seed for stage in stages for run in stage.runs} == {100, 101, 102}
+    for arm in {arm.name: arm for arm, _ in tried}.values():
+        assert suites.TOY.rates[arm.rate] in [rates for other, rates in tried if other is arm]
+    bound = dict(binding.split(" = ", 1) for binding in stages[-1].bindings)
+    # Two tasks of a seed are a group of CrossPT's; each has four rows in a step, as any other's.
+    assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2]", "8")
+    assert bound["infer_eval/utils.DatasetConfig.split"] == "'validation'"

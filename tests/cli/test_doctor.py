@@ -1,0 +1,296 @@
+"""`mpt-jax doctor` on machines with something wrong. Devices are asked of a stand-in for JAX."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from mpt_jax.cli import doctor
+from mpt_jax.runtime import compilation_cache
+from tests.fixtures import tfds_data
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLES = ("MPT_JAX_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_", "TFDS_", "GOOGLE_", "CLOUDSDK_")
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """One that can run a toy stage: a root, a home of its own, a device, no T5X."""
+    for name in [name for name in os.environ if name.startswith(VARIABLES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MPT_JAX_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "_DEVICES", 'print(\'["tpu", "TPU v5 lite", 4]\')')
+    monkeypatch.setattr(doctor, "MIN_FREE", 0)
+    monkeypatch.setattr(
+        sys, "path", [path for path in sys.path if not (Path(path) / "t5x").is_dir()]
+    )
+    return tmp_path
+
+
+def findings(capsys, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code, and what was found by name."""
+    code = doctor.main(["--json", "--timeout=60", *arguments])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] == (code == 0)
+    return code, {finding["name"]: finding for finding in found["findings"]}
+
+
+def only_wrong(capsys, *arguments: str) -> dict[str, str]:
+    """The one thing that is wrong."""
+    code, found = findings(capsys, *arguments)
+    (wrong,) = (finding for finding in found.values() if finding["problem"])
+    assert code == 1 and wrong["mend"]
+    return wrong
+
+
+def write_t5x(folder: Path, **files: str) -> Path:
+    """What looks like a whole T5X; `files` are the contents of some of its modules."""
+    contents = dict.fromkeys(("__init__", "train_state", "train", "eval", "infer"), "")
+    for name, text in (contents | files).items():
+        (folder / "t5x").mkdir(parents=True, exist_ok=True)
+        (folder / "t5x" / f"{name}.py").write_text(text)
+    return folder
+
+
+# --- A machine with nothing wrong ----------------------------------------------------------------
+
+
+def test_a_toy_stage_can_start(capsys, machine):
+    code, found = findings(capsys, "--suite=toy")
+    assert code == 0
+    assert found["devices"]["value"].startswith("4 x TPU v5 lite (tpu)")
+    assert found["processes"]["value"] == "one"
+    assert found["trainer"]["value"].startswith("mpt_jax ")
+    assert found["jax"]["value"] == jax.__version__
+    assert not list(machine.glob("root")), "looking must leave nothing"
+    assert doctor.main(["--suite=toy", "--timeout=60"]) == 0
+    assert capsys.readouterr().out.endswith("A stage of the toy suite can start.\n")
+
+
+def test_a_stage_of_the_paper_can_start(capsys, machine):
+    (backbone := machine / "root" / "backbones" / "t5-base").mkdir(parents=True)
+    for name in ("config.json", "spiece.model", "model.safetensors"):
+        (backbone / name).write_text("")
+    for source in doctor.SOURCES:
+        name, _, version = source.partition(":")
+        (folder := machine / "data" / name / version).mkdir(parents=True)
+        (folder / "dataset_info.json").write_text("{}")
+    assert findings(capsys, f"--tfds_data_dir={machine / 'data'}")[0] == 0
+
+
+def test_a_data_set_that_tfds_wrote_is_found(machine):
+    tfds_data.write(machine / "data", "glue/sst2:2.0.0")
+    found = {finding.name: finding for finding in doctor.check_data(str(machine / "data"))}
+    assert found["glue/sst2:2.0.0"].value == "here"
+    assert found["glue/mnli:2.0.0"].value == "absent"
+
+
+def test_the_sources_are_those_of_the_tasks():
+    import seqio
+
+    import mpt_jax.tasks.glue
+    import mpt_jax.tasks.mrqa
+    import mpt_jax.tasks.super_glue  # noqa: F401
+
+    names = ("mnli", "qqp", "qnli", "sst2", "squad", "record")
+    assert doctor.SOURCES == tuple(seqio.TaskRegistry.get(name).source.data for name in names)
+
+
+def test_the_cache_is_where_runs_keep_it(monkeypatch, machine):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (finding,) = doctor.check_cache()
+    updated = {}
+    monkeypatch.setattr(jax.config, "update", updated.__setitem__)
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None, raising=False)
+    compilation_cache.enable()
+    assert finding.value.startswith(updated["jax_compilation_cache_dir"])
+
+
+# --- The trainer ---------------------------------------------------------------------------------
+
+
+def test_an_unknown_trainer(capsys, monkeypatch):
+    monkeypatch.setenv("MPT_JAX_TRAINER", "mine")
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert "'mine'" in wrong["problem"] and wrong["mend"] == "unset MPT_JAX_TRAINER"
+
+
+def test_a_t5x_that_is_wanted_and_not_there(capsys, monkeypatch):
+    monkeypatch.setenv("MPT_JAX_TRAINER", "t5x")
+    assert "github.com/google-research/t5x" in only_wrong(capsys, "--suite=toy")["mend"]
+
+
+def test_a_whole_t5x(capsys, machine, monkeypatch):
+    monkeypatch.syspath_prepend(str(write_t5x(machine / "a", train="import json\nimport jax\n")))
+    code, found = findings(capsys, "--suite=toy")
+    assert code == 0 and found["trainer"]["value"] == f"T5X, from {machine / 'a' / 't5x'}"
+    monkeypatch.setenv("MPT_JAX_TRAINER", "own")
+    assert findings(capsys, "--suite=toy")[1]["trainer"]["value"].startswith("mpt_jax ")
+
+
+def test_a_t5x_without_what_it_needs(capsys, machine, monkeypatch):
+    """The script imports a module of T5X, which imports a sister package, which lacks another."""
+    files = {
+        "train": "from t5x import utils\n",
+        "utils": "try:\n  import absent_but_tried\nexcept ImportError: pass\nimport airio.core\n",
+        "infer": "def f():\n  import absent_in_a_function\n",
+        "eval": "if __name__ == '__main__':\n  import absent_fiddle\n",
+        "export": "import absent_and_unused\n",
+    }
+    (write_t5x(machine / "a", **files) / "airio").mkdir()
+    (machine / "a" / "airio" / "__init__.py").write_text("")
+    (machine / "a" / "airio" / "core.py").write_text("import os, absent_grain.python as grain\n")
+    monkeypatch.syspath_prepend(str(machine / "a"))
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert wrong["problem"].startswith("T5X needs absent_fiddle, absent_grain, which cannot be")
+    assert "tpu/requirements-t5x.txt" in wrong["mend"]
+
+
+def test_a_t5x_without_its_scripts(capsys, machine, monkeypatch):
+    folder = write_t5x(machine / "a")
+    (folder / "t5x" / "infer.py").unlink()
+    monkeypatch.syspath_prepend(str(folder))
+    assert only_wrong(capsys, "--suite=toy")["problem"] == "This T5X has no infer.py."
+
+
+def test_two_t5x(capsys, machine, monkeypatch):
+    for name in ("b", "a", "a"):  # one is on the path twice, which is one
+        monkeypatch.setattr(sys, "path", [str(write_t5x(machine / name)), *sys.path])
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert wrong["name"] == "other T5X" and wrong["value"] == str(machine / "b" / "t5x")
+
+
+# --- Folders and buckets -------------------------------------------------------------------------
+
+
+def test_a_root_that_cannot_be_written(capsys, machine, monkeypatch):
+    (machine / "file").write_text("")
+    monkeypatch.setenv("MPT_JAX_ROOT", str(machine / "file"))
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert wrong["name"] == "MPT_JAX_ROOT" and "cannot be written" in wrong["problem"]
+    assert "MPT_JAX_ROOT" in wrong["mend"]
+
+
+def test_what_may_not_be_looked_at_is_absent(machine, monkeypatch):
+    stat, closed = os.stat, machine / "closed"
+
+    def refusing(path, *args, **kwargs):
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert doctor.check_folder("MPT_JAX_ROOT", f"{closed}/a/b", "mend").name == "MPT_JAX_ROOT"
+    assert all(finding.problem for finding in doctor.check_backbone(f"{closed}/a"))
+    absent = [finding for finding in doctor.check_data(f"{closed}/a") if finding.value == "absent"]
+    assert len(absent) == len(doctor.SOURCES)
+
+
+def test_a_full_disk(machine, monkeypatch):
+    monkeypatch.setattr(doctor, "MIN_FREE", 2**80)
+    finding = doctor.check_folder("MPT_JAX_ROOT", str(machine), "mend")
+    assert (finding.problem, finding.mend) == ("It has less than 1 GiB free.", "mend")
+
+
+@pytest.mark.parametrize("credentials", [True, False])
+def test_a_bucket_that_cannot_be_written(credentials, capsys, machine, monkeypatch):
+    monkeypatch.setenv("MPT_JAX_ROOT", "gs://bucket/runs")
+    monkeypatch.setattr(doctor, "_WRITE", "import sys; sys.exit('no such bucket: ' + sys.argv[1])")
+    if credentials:
+        (folder := machine / "home" / ".config" / "gcloud").mkdir(parents=True)
+        (folder / "application_default_credentials.json").write_text("{}")
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert wrong["problem"] == "It cannot be written: no such bucket: gs://bucket/runs"
+    assert ("gcloud auth application-default login" in wrong["mend"]) != credentials
+
+
+def test_a_bucket_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(doctor, "_WRITE", "import time; time.sleep(600)")
+    _, finding = doctor.check_root("gs://b/x", doctor.Question(doctor._WRITE), seconds=0.5)
+    assert finding.problem == "It cannot be written: no answer within 0.5 s."
+
+
+def test_a_bucket_is_tried_with_a_file_that_does_not_stay(machine):
+    """A folder stands in for it: the same path library writes both."""
+    question = doctor.Question(doctor._WRITE, str(machine), "scratch")
+    *_, finding = doctor.check_root(str(machine), question, seconds=120.0)
+    assert finding.value == f"{machine}, written" and not finding.problem
+    assert not list(machine.glob("scratch"))
+
+
+# --- Data and backbone ---------------------------------------------------------------------------
+
+
+def test_absent_data_and_backbone_say_how_to_get_them(capsys, machine):
+    code, found = findings(capsys, f"--tfds_data_dir={machine / 'my data'}")
+    wrong = {name: finding for name, finding in found.items() if finding["problem"]}
+    assert code == 1 and set(wrong) == {*doctor.SOURCES, "backbone"}
+    command = shlex.split(wrong["squad/v1.1:3.0.0"]["mend"])
+    assert command == ["tfds", "build", "squad/v1.1:3.0.0", "--data_dir", f"{machine}/my data"]
+    backbone = f"{machine}/root/backbones/t5-base"
+    assert wrong["backbone"]["mend"].endswith(f"google-t5/t5-base --local-dir {backbone}")
+    assert wrong["backbone"]["problem"] == (
+        "There is no config.json, no spiece.model, no model.safetensors."
+    )
+    assert doctor.main([f"--tfds_data_dir={machine}", "--timeout=60"]) == 1
+    assert "7 things are wrong. Stages of gin/tiny.gin need no data" in capsys.readouterr().out
+
+
+def test_data_that_is_there_need_not_be_writable(machine, monkeypatch):
+    for source in doctor.SOURCES:
+        name, _, version = source.partition(":")
+        (folder := machine / name / version).mkdir(parents=True)
+        (folder / "dataset_info.json").write_text("{}")
+    monkeypatch.setattr(doctor, "MIN_FREE", 2**80)
+    assert not any(finding.problem for finding in doctor.check_data(str(machine)))
+    (machine / "squad" / "v1.1" / "3.0.0" / "dataset_info.json").unlink()
+    wrong = [finding.name for finding in doctor.check_data(str(machine)) if finding.problem]
+    assert wrong == ["TFDS_DATA_DIR", "squad/v1.1:3.0.0"]
+
+
+# --- Devices and processes -----------------------------------------------------------------------
+
+
+def test_a_device_that_does_not_answer_is_given_up_and_let_go(monkeypatch):
+    question = doctor.Question("import time; time.sleep(600)")
+    started = time.monotonic()
+    finding, _ = doctor.check_devices(question, seconds=0.5)
+    assert time.monotonic() - started < 10
+    assert "did not answer within 0.5 s" in finding.problem and "fuser" in finding.mend
+    assert question._child.returncode == -signal.SIGKILL
+
+
+def test_a_device_that_cannot_be_opened(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_DEVICES", "raise RuntimeError('TPU is in use')")
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert wrong["problem"] == "JAX finds none: RuntimeError: TPU is in use"
+
+
+def test_half_an_address_of_a_job(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    assert "joins others" in findings(capsys, "--suite=toy")[1]["processes"]["value"]
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert "belong together" in only_wrong(capsys, "--suite=toy")["problem"]
+
+
+@pytest.mark.slow
+def test_the_command_itself_asks_jax(tmp_path):
+    arguments = ("--suite=toy", "--json", "--timeout=120")
+    child = subprocess.run(
+        [sys.executable, "-c", "from mpt_jax.cli.main import main; main()", "doctor", *arguments],
+        cwd=ROOT, env=os.environ | {"MPT_JAX_ROOT": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    devices = [f for f in json.loads(child.stdout)["findings"] if f["name"] == "devices"]
+    assert devices[0]["value"].startswith("1 x cpu (cpu)")

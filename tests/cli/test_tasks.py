@@ -1,0 +1,228 @@
+"""`mpt-jax tasks`, and how the command line finds its commands."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import pytest
+import seqio
+from rich.console import Console
+
+from mpt_jax.cli import main, tasks
+from mpt_jax.tasks import few_shot, glue, splits, super_glue, toy, toy_vocabulary  # noqa: F401
+from mpt_jax.tasks import files as jsonl
+from tests.fixtures import tfds_data
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_run():
+    gin.clear_config()
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    tfds_data.write(tmp_path, "super_glue/cb:1.0.2")
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    yield tmp_path
+    seqio.set_tfds_data_dir_override(None)
+
+
+def cells(text: str) -> list[list[str]]:
+    """The columns of every line of a plain table."""
+    return [[cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines()]
+
+
+# --- list ------------------------------------------------------------------------------------
+
+
+def test_a_line_for_each_task(data_dir, capsys):
+    tasks.list_tasks({"some": ["cb", "boolq_digits", "toy_cb"], "none": []})
+    title, headers, *lines = cells(capsys.readouterr().out)
+    assert title == ["some"]
+    assert headers == ["task", "data set", "rows", "metrics", "here"]
+    assert lines[:3] == [
+        [
+            *("cb", "super_glue/cb:1.0.2", "train 250, validation 28, test 28"),
+            *("accuracy, mean_f1, invalid", "yes; train has 9, published 250"),
+        ],
+        [
+            *("boolq_digits", "super_glue/boolq:1.0.2"),
+            *("train 9,427, validation 1,635, test 1,635", "accuracy, invalid", "no"),
+        ],
+        [
+            *("toy_cb", "made by a function", "train 2,000, validation 200, test 200"),
+            *("accuracy, mean_f1, invalid", "yes"),
+        ],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"train": 9, "validation": 56}, "yes"),
+        # The task takes 5 of train, of 9 as of 10; which ones they are differs.
+        ({"train": 10, "validation": 56}, "yes; train has 9, published 10"),
+        (
+            {"train": 9, "validation": 1_056, "test": 2},
+            "yes; validation has 56, published 1,056; test has 0, published 2",
+        ),
+    ],
+)
+def test_a_split_on_disk_of_another_size_is_marked(sizes, expected, data_dir, monkeypatch, capsys):
+    source = splits.PartsSource("super_glue/cb:1.0.2", splits.carved(held_out=1, most=5), sizes)
+    monkeypatch.setattr(seqio.TaskRegistry.get("cb"), "_source", source)
+    tasks.list_tasks({"some": ["cb"]})
+    assert cells(capsys.readouterr().out)[2][-1] == expected
+
+
+def test_tasks_of_seqios_own_source(tmp_path, data_dir, capsys):
+    for name, version in (("lst_here", "1.0.2"), ("lst_gone", "9.9.9")):
+        source = seqio.TfdsDataSource(f"super_glue/cb:{version}")
+        seqio.TaskRegistry.add(name, source=source, output_features={}, preprocessors=[])
+    tasks.list_tasks({"mine": ["lst_here", "lst_gone"]})
+    _, _, here, gone, _ = cells(capsys.readouterr().out)
+    assert here == ["lst_here", "super_glue/cb:1.0.2", "train 9, validation 56", "none", "yes"]
+    assert gone == ["lst_gone", "super_glue/cb:9.9.9", "none", "no"]
+
+
+def test_tasks_of_the_users_files(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    files = {"train": tmp_path / "rows.jsonl"}
+    jsonl.register("lst_file", inputs="{a}", targets="{b}", **files)
+    tasks.list_tasks({"mine": ["lst_file"]})
+    line = cells(capsys.readouterr().out)[2]
+    assert line[0] == "lst_file" and str(tmp_path / "rows.jsonl") in line[1]
+    assert line[2] == "train 1" and line[4] == "yes"
+
+
+def test_on_a_terminal_it_is_a_table(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
+    monkeypatch.setattr(tasks, "Console", lambda: console)
+    tasks.list_tasks({"some": ["toy_cb"]})
+    text = console.file.getvalue()
+    assert "┃ task" in text and "│ toy_cb" in text and "train 2,000, validation 200" in text
+
+
+# --- show ------------------------------------------------------------------------------------
+
+
+def test_examples_with_their_lengths(capsys):
+    tasks.main(["show", "toy_boolq_k4_s0", "-n", "2"])
+    title, headers, *lines = cells(capsys.readouterr().out)
+    assert title == [
+        "toy_boolq_k4_s0, train; metrics, the first one selects: accuracy, mean_f1, invalid"
+    ]
+    assert headers == ["input tokens", "target tokens", "targets", "inputs"]
+    rows = [toy.rows("toy_boolq", "train")[i] for i in (1795, 732)]  # of the published draw
+    # The toy vocabulary has a piece for each word; EOS is one more.
+    expected = [[str(len(i.split()) + 1), str(len(t.split()) + 1), t, i] for i, t in rows]
+    assert lines[:2] == expected and len(lines) == 3
+
+
+def test_a_task_without_a_vocabulary_is_shown_without_lengths(data_dir, capsys):
+    tasks.main(["show", "cb", "-n", "1", "--split", "validation"])
+    _, headers, line, _ = cells(capsys.readouterr().out)
+    assert headers == ["targets", "inputs"]
+    target, text = line
+    place = int(text.rpartition(" ")[2])
+    assert text == f"cb premise: premise {place} hypothesis: hypothesis {place}"
+    assert target == ("entailment", "contradiction", "neutral")[place % 3]
+
+
+def test_a_vocabulary_may_be_given(data_dir, capsys):
+    tasks.main(["show", "cb", "-n", "1", "--vocabulary", "byt5"])
+    _, _, line, _ = cells(capsys.readouterr().out)
+    inputs, targets = line[3], line[2]
+    assert line[:2] == [str(len(inputs) + 1), str(len(targets) + 1)]  # bytes and EOS
+
+
+def test_a_data_folder_and_modules_of_the_users_own(data_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "lst_mine.py").write_text(
+        "import seqio\n"
+        "task = seqio.TaskRegistry.get('toy_cb')\n"
+        "seqio.TaskRegistry.add_provider('lst_mine_cb', task.replace(name='lst_mine_cb'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    seqio.set_tfds_data_dir_override(None)
+    tasks.main(["list", "--modules", "lst_mine", "--tfds_data_dir", str(data_dir)])
+    text = capsys.readouterr().out
+    assert text.startswith("lst_mine\n") or "\nlst_mine\n" in text
+    assert "lst_mine_cb" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "toy_bolq"], "Unknown task 'toy_bolq'. Did you mean 'toy_boolq'"),
+        (["show", "toy_boolq", "-n", "0"], "-n must be positive, got 0"),
+        (["show", "toy_boolq", "--split", "dev"], "has no 'dev' split; it has train"),
+        (["show", "boolq"], "tfds build super_glue/boolq:1.0.2"),
+        (["show", "toy_boolq_k9999_s0"], "has 2,000 rows"),
+        (["show", "toy_boolq", "--vocabulary", "no/such"], "There is no vocabulary at no/such"),
+        (["list", "--modules", "no_such"], "The task suite no_such cannot be imported"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(arguments, message, data_dir, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tasks.main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    # TensorFlow Datasets may warn of a folder that is not there, once in a process.
+    (ours,) = [x for x in captured.err.splitlines() if "file_utils.py" not in x]
+    assert message in ours and ours.startswith("mpt-jax tasks: ") and not captured.out
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from mpt_jax.cli.main import main; main()", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_all_suites_are_listed_and_a_module_of_this_folder(tmp_path):
+    (tmp_path / "my_tasks.py").write_text(
+        "import seqio\n"
+        "source = seqio.FunctionDataSource(lambda split, shuffle_files: None, ['train'])\n"
+        "seqio.TaskRegistry.add('mine', source=source, output_features={}, preprocessors=[])\n"
+    )
+    child = run("tasks", "list", "--modules", "my_tasks", cwd=tmp_path)
+    assert child.returncode == 0, child.stderr[-2000:]
+    tables = {block.split("\n")[0]: block for block in child.stdout.split("\n\n")}
+    for module, name in [
+        *[
+            ("mpt_jax.tasks.glue", "mnli"),
+            ("mpt_jax.tasks.super_glue", "wsc_digits"),
+            ("mpt_jax.tasks.mrqa", "newsqa"),
+        ],
+        *[
+            ("mpt_jax.tasks.mpt_others", "paws"),
+            ("mpt_jax.tasks.toy", "toy_d2t"),
+            ("my_tasks", "mine"),
+        ],
+    ]:
+        assert f"\n{name} " in tables[module]
+
+
+def test_help_needs_no_tensorflow(tmp_path):
+    script = "import sys; sys.modules['tensorflow'] = None; sys.argv = ['x', '--help']\n"
+    child = subprocess.run(
+        [sys.executable, "-c", script + "from mpt_jax.cli.main import main; main()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0
+    assert all(f"  {command}" in child.stdout for command in main.COMMANDS)

@@ -1,0 +1,551 @@
+"""Every shipped gin file parses and builds its model; mistakes say what they are.
+
+Full-size models are built from shapes alone. No file is read but the toy vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from mpt_jax.config import gin_utils, trainer_choice
+from mpt_jax.core.tree import flatten
+from mpt_jax.runtime import paths
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.gin"))
+STAGES = [name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text()]
+TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.gin")]
+# Files that change a toy run.
+AFTER_TINY = ["gin/runs/demo.gin"]
+PACKED, BY_LENGTH = "gin/runs/packed.gin", "gin/runs/by_length.gin"
+TEACHER_CACHE = "gin/runs/teacher_cache.gin"
+SCOPES = ("train", "train_eval", "infer_eval")
+METHODS = [name for name in FILES if name.startswith("gin/methods/")]
+PROMPTED = [
+    f"gin/methods/{name}.gin"
+    for name in (
+        *("mpt", "prompt_tuning", "pt_paper", "pt_strong", "shared_prompt"),
+        *("attempt", "crosspt"),
+    )
+]
+ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
+# Other source tasks; tests/tasks/test_mixtures.py.
+SOURCES = ["gin/runs/source_tasks_12.gin"]
+JOINT = "gin/runs/joint_targets.gin"
+# tests/experiments/test_fleet_gin.py.
+FLEETS = [name for name in FILES if name.startswith("gin/runs/fleet")]
+# A vocabulary that is there, in place of T5's, which is not shipped.
+VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
+
+
+@pytest.fixture(autouse=True)
+def own_trainer():
+    trainer_choice.install()
+    yield
+    gin.clear_config()
+
+
+def parse(files, bindings=(), entry="train"):
+    module = importlib.import_module(f"mpt_jax.{entry}")
+    with gin_utils.as_main(module):
+        gin_utils.parse(files, bindings, (str(ROOT),))
+
+
+def value(macro: str):
+    """A macro's value, with everything it refers to built."""
+    return gin.get_configurable(f"{macro}/gin.macro")()
+
+
+def shapes_of(model):
+    return jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))["params"]
+
+
+def abstract_params(model) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in flatten(shapes_of(model)).items()}
+
+
+def trained(model) -> int:
+    """How many numbers learn, by the model's own table of labels."""
+    shapes = shapes_of(model)
+    labels = flatten(model.label_tree(shapes))
+    leaves = flatten(shapes)
+    return sum(int(np.prod(leaves[name].shape)) for name in leaves if labels[name] != "frozen")
+
+
+def entry_of(name: str) -> str:
+    return {"gin/eval.gin": "eval", "gin/infer.gin": "infer"}.get(name, "train")
+
+
+def files_for(name: str) -> list[str]:
+    """Evaluation and inference name their method on the command line."""
+    return [name] if entry_of(name) == "train" else [name, "gin/methods/mpt.gin"]
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "gin/pretrain_tiny.gin"])
+def test_tiny_turns_any_stage_into_a_toy_run(name):
+    parse([*files_for(name), "gin/tiny.gin"], (), entry_of(name))
+    model = value("MODEL")
+    size = sum(int(np.prod(shape)) for shape in abstract_params(model).values())
+    assert size < 5e6
+    assert all(task.startswith("toy_") for task in model.runs.task_names)
+    assert Path(value("STAGE_DIR")).parent.name == "tiny"
+
+
+def test_pretraining_trains_the_whole_tiny_t5():
+    parse(["gin/pretrain_tiny.gin"])
+    model = value("MODEL")
+    sizes = [int(np.prod(shape)) for shape in abstract_params(model).values()]
+    assert trained(model) == sum(sizes) < 5e6
+    assert model.FEATURE_CONVERTER_CLS(pack=False).prompt_length == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_can_take_a_stages_place(name):
+    """On the toy suite, for speed; sizes are tested above."""
+    prompts = name in PROMPTED
+    stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
+    parse([stage, name, "gin/tiny.gin"])
+    model = value("MODEL")
+    assert trained(model) > 0
+    assert model.FEATURE_CONVERTER_CLS(pack=False).prompt_length == (20 if prompts else 0)
+    # The optimizer has a learning rate for every label that learns.
+    labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen", "clock"}
+    assert labels == set(model.optimizer_def.learning_rates)
+    # The rate of prompts would wreck a backbone.
+    assert (value("LEARNING_RATE") > 0.01) == prompts
+
+
+@pytest.mark.parametrize("name", AFTER_TINY)
+def test_a_toy_run_can_be_changed(name):
+    parse(["gin/mpt_source.gin", "gin/tiny.gin", name])
+    assert abstract_params(value("MODEL"))
+
+
+SOURCE, TARGET = "gin/mpt_source.gin", "gin/mpt_target.gin"
+
+
+ABLATED = [
+    ("no_distillation", SOURCE, 82_008),
+    ("no_decomposition", SOURCE, 76_800),
+    ("no_decomposition", TARGET, 76_800),
+    ("prompt_distance", SOURCE, 82_008),
+    ("no_stochastic_sampling", SOURCE, 82_008),
+    ("target_shared_only", TARGET, 76_800),
+    ("target_vectors_only", TARGET, 868),
+    ("size_small", TARGET, 51_812),
+    ("size_large", TARGET, 103_524),
+    ("backbone_v1_1_lm100k", TARGET, 77_668),
+    ("nearest_source", TARGET, 77_668),
+    ("adafactor", "gin/pt_target.gin", 76_800),
+    ("attempt_frozen_norm", "gin/attempt_target.gin", 230_400),
+    ("attempt_fixed_attention", "gin/attempt_target.gin", 76_800),
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "numbers"), ABLATED)
+def test_an_ablation_trains_what_it_says(name, stage, numbers):
+    parse([stage, f"gin/ablations/{name}.gin"], [VOCABULARY])
+    model = value("MODEL")
+    assert trained(model) == numbers
+    labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
+    assert labels == set(model.optimizer_def.learning_rates)
+    distillation = model.objective.distillation
+    assert (distillation is None) == (stage != SOURCE or name == "no_distillation")
+    if name == "prompt_distance":
+        assert (distillation.logits, distillation.hidden) == (False, False)
+        assert distillation.prompt_distance
+    sampler = type(value("SAMPLER")).__name__
+    default = "StochasticTasks" if stage == SOURCE else "EqualQuotas"
+    assert sampler == ("PerExample" if name == "no_stochastic_sampling" else default)
+
+
+def test_packing_changes_rows_and_not_what_is_drawn():
+    parse([SOURCE, "gin/tiny.gin", PACKED], ["PACK_WINDOW = 64"])
+    packs = {scope: gin.query_parameter(f"{scope}/DatasetConfig.pack") for scope in SCOPES}
+    assert packs == {"train": True, "train_eval": True, "infer_eval": False}
+    assert (value("PACKED_ROWS"), value("SAMPLER").batch_size) == (16, 48)
+    converter = value("MODEL").FEATURE_CONVERTER_CLS(pack=True)
+    lengths = converter.get_model_feature_lengths({"inputs": 48, "targets": 12})
+    assert lengths["encoder_segment_ids"] == 2 * (20 + 48)
+    assert lengths["decoder_target_tokens"] == 24
+    assert converter.pack_window == 64
+
+
+def test_lengths_are_cut_in_training():
+    parse([SOURCE, BY_LENGTH], [VOCABULARY])
+    assert gin.query_parameter("train/DatasetConfig.by_length") is True
+    settings = gin.query_parameter("train/DatasetConfig.length_buckets")
+    assert settings.scoped_selector == "LENGTH_BUCKETS/gin.macro"
+    limits = value("TASK_FEATURE_LENGTHS")
+    assert all(max(found) < limits[name] for name, found in value("LENGTH_BUCKETS").items())
+
+
+def test_teachers_targets_may_be_kept():
+    parse([SOURCE, TEACHER_CACHE], [VOCABULARY, "TEACHER_CACHE_BYTES = 3000"])
+    settings = gin.query_parameter("Trainer.teacher_cache").scoped_configurable_fn()
+    assert (settings.max_bytes, settings.dtype) == (3000, "bfloat16")
+
+
+def test_targets_may_share_a_prompt_and_the_samplers_of_sources():
+    parse([TARGET, JOINT], [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
+    assert type(value("SAMPLER")).__name__ == "StochasticTasks"
+    assert trained(value("MODEL")) == 76_800 + 3 * 868
+
+
+def test_no_ablation_is_left_untested():
+    assert {f"gin/ablations/{name}.gin" for name, *_ in ABLATED} == set(ABLATIONS)
+
+
+def test_no_file_is_left_untested():
+    """Every file is tested by itself, or included by one that is."""
+    included = {
+        found
+        for name in FILES
+        for found in re.findall(r"^include '(gin/[^']+)'", (ROOT / name).read_text(), re.M)
+    }
+    tested = {
+        *FLEETS,
+        *STAGES,
+        *METHODS,
+        *AFTER_TINY,
+        *ABLATIONS,
+        *SOURCES,
+        JOINT,
+        PACKED,
+        BY_LENGTH,
+        TEACHER_CACHE,
+        "gin/tiny.gin",
+    }
+    assert set(FILES) == tested | included
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_short_and_says_what_it_provides(name):
+    text = (ROOT / name).read_text()
+    assert "# Provides" in text.split("\n\n")[0] + text
+    assert len(text.splitlines()) <= 80
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("gin/mpt_source.gin", 82_008),
+        ("gin/mpt_target.gin", 77_668),
+        ("gin/pt_target.gin", 76_800),
+        ("gin/pt_source.gin", 6 * 76_800),
+        ("gin/attempt_target.gin", 231_936),
+        ("gin/crosspt_target.gin", 6 * 76_800 + 76_800 + 6 + 1),  # and the counter of steps
+        ("gin/full_finetuning.gin", 222_903_552),
+    ],
+)
+def test_trained_counts_at_full_scale(name, numbers):
+    parse([name], [VOCABULARY])
+    assert trained(value("MODEL")) == numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "rates", "batch_size", "steps"),
+    [
+        # 5 epochs over 1,151,093 examples of the six sources, 32 (teachers: 6 x 32) in a batch;
+        # 20 epochs over BoolQ's 9,427.
+        ("gin/pt_source.gin", {"task": 0.3}, 192, 5 * 1_151_093 // 192),
+        ("gin/mpt_source.gin", {"shared": 0.3, "task": 0.3}, 32, 5 * (1_151_093 // 32)),
+        ("gin/mpt_target.gin", {"shared": 0.3, "task": 0.4}, 32, 20 * 9_427 // 32 + 1),
+        ("gin/pt_target.gin", {"task": 0.3}, 32, 20 * 9_427 // 32 + 1),
+        ("gin/attempt_target.gin", {"task": 0.3, "router": 0.1}, 32, 20 * 9_427 // 32 + 1),
+        (
+            "gin/crosspt_target.gin",
+            {"source": 0.05, "private": 0.02, "router": 0.1},
+            32,
+            20 * 9_427 // 32 + 1,
+        ),
+    ],
+)
+def test_what_a_stage_trains_with_at_full_scale(name, rates, batch_size, steps):
+    parse([name], [VOCABULARY])
+    optimizer = value("MODEL").optimizer_def
+    assert {label: rate.peak for label, rate in optimizer.learning_rates.items()} == rates
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 1.0)
+    assert {rate.decay for rate in optimizer.learning_rates.values()} == {"linear"}
+    warmup = max(max(r.warmup_steps, r.warmup_fraction) for r in optimizer.learning_rates.values())
+    warmups = {"gin/mpt_source.gin": 0.1, "gin/mpt_target.gin": 0.1, "gin/crosspt_target.gin": 0.2}
+    assert warmup == warmups.get(name, 500)
+    assert (value("BATCH_SIZE"), value("TRAIN_STEPS"), value("PROMPT_LENGTH")) == (
+        batch_size,
+        steps,
+        100,
+    )
+    assert {rate.total_steps for rate in optimizer.learning_rates.values()} == {steps}
+
+
+def test_the_source_stage_distils_as_the_paper_says():
+    parse(["gin/mpt_source.gin"], [VOCABULARY])
+    model = value("MODEL")
+    found = model.objective.distillation
+    assert (found.weight, found.logits, found.hidden, found.temperature) == (0.9, True, True, 1.0)
+    assert model.optimizer_def.absent_tasks == "dense"
+    assert (model.runs.num_rows, model.runs.num_groups, model.prompt.rank) == (6, 1, 1)
+
+
+def test_paths_lie_under_one_root(monkeypatch):
+    monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/project")
+    parse(["gin/mpt_source.gin"])
+    assert value("MODEL_DIR") == "gs://bucket/project/mpt_source"
+    assert value("TEACHERS") == "gs://bucket/project/pt_source/artefact"
+    for macro in ("INITIAL_CHECKPOINT_PATH", "VOCABULARY"):
+        assert value(macro).startswith("gs://bucket/project/backbones/")
+
+
+@pytest.mark.parametrize("entry", ["train", "eval", "infer"])
+def test_a_missing_backbone_and_vocabulary_say_how_to_get_them(entry, monkeypatch, tmp_path):
+    monkeypatch.setenv(paths.ROOT_VARIABLE, str(tmp_path / "my root"))
+    parse(files_for({"train": STAGE}.get(entry, f"gin/{entry}.gin")), (), entry)
+    command = f"hf download google-t5/t5-base --local-dir '{tmp_path}/my root/backbones/t5-base'"
+    assert value("BACKBONE_COMMAND") == command
+    with pytest.raises(FileNotFoundError, match=f"To get one: {re.escape(command)}"):
+        value("MODEL")
+    monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/x")
+    assert "copy that folder to gs://bucket/x/backbones/t5-base" in value("BACKBONE_COMMAND")
+
+
+@pytest.mark.parametrize("entry", ["eval", "infer"])
+def test_saved_prompts_read_texts_as_long_as_training_did(entry):
+    parse([f"gin/{entry}.gin", "gin/methods/mpt.gin", "gin/tiny.gin"], (), entry)
+    assert gin.query_parameter("DatasetConfig.task_feature_lengths").scoped_selector == (
+        "TASK_FEATURE_LENGTHS/gin.macro"
+    )
+    assert value("TASK_FEATURE_LENGTHS") == {"inputs": 48, "targets": 12}
+
+
+def test_a_local_root_with_several_hosts_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ValueError, match="4 hosts"):
+        paths.under(base="runs", name="x")
+    assert paths.under(base="gs://b", name="x") == "gs://b/x"
+    assert paths.under(base="runs", name="x", shared_filesystem=True) == "runs/x"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "eval", "infer"])
+def test_t5x_run_files_resolve_without_t5x(name):
+    entry = {"pretrain": "train", "finetune": "train"}.get(name, name)
+    bindings = {
+        "MODEL": 0, "MODEL_DIR": 0, "MIXTURE_OR_TASK_NAME": 0, "TASK_FEATURE_LENGTHS": 0,
+        "TRAIN_STEPS": 0, "INITIAL_CHECKPOINT_PATH": 0, "CHECKPOINT_PATH": 0,
+        "EVAL_OUTPUT_DIR": 0, "INFER_OUTPUT_DIR": 0,
+    }  # fmt: skip
+    path = trainer_choice.FOLDER / "gin_data" / "t5x" / "configs" / "runs" / f"{name}.gin"
+    used = [macro for macro in bindings if f"%{macro}\n" in path.read_text()]
+    parse([f"t5x/configs/runs/{name}.gin"], [f"{macro} = 'x'" for macro in used], entry)
+    assert "MIXTURE_OR_TASK_NAME" in used and value("MIXTURE_OR_TASK_NAME") == "x"
+
+
+# --- Mistakes ------------------------------------------------------------------------------------
+
+STAGE = "gin/mpt_source.gin"
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("TRAIN_STEP = 3", "No gin file reads the macro TRAIN_STEP.*Did you mean TRAIN_STEPS"),
+        ("train.total_step = 3", "no parameter 'total_step'. Did you mean total_steps"),
+        ("Distilation.weight = 1.0", "No gin file imports 'Distilation'. Did you mean Distill"),
+        ("losses.Distillation.wait = 1.0", "no parameter 'wait'"),
+        ("NoSuchThing.seed = 1", "No gin file imports 'NoSuchThing'"),
+        ("trian/DatasetConfig.batch_size = 3", "in the scope 'trian'.*Did you mean train"),
+        ("t5_config.name = 't5_1_1_base", "Unable to parse value"),
+        ("TRAIN_STEPS = %gin.REQUIRED", "need a value: TRAIN_STEPS"),
+        ("TRAIN_STEPS = %STEPS_OF_TRAIN", "need a value: STEPS_OF_TRAIN"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(binding, message):
+    with pytest.raises(gin_utils.ConfigError, match=f"(?s){message}"):
+        parse([STAGE], [binding])
+
+
+def test_a_binding_that_nothing_reads_is_refused():
+    with pytest.raises(gin_utils.ConfigError, match="would have no effect"):
+        parse([STAGE, "gin/tiny.gin"], ["t5_config.name = 't5_1_1_base'"])
+
+
+def test_a_missing_file_names_the_close_one():
+    with pytest.raises(gin_utils.ConfigError, match="Did you mean gin/mpt_source.gin"):
+        parse(["gin/mpt_sorce.gin"])
+
+
+def test_a_missing_include_is_named(tmp_path):
+    (tmp_path / "x.gin").write_text("include 'gin/nothing.gin'\n")
+    with pytest.raises(gin_utils.ConfigError, match="gin/nothing.gin"):
+        parse([str(tmp_path / "x.gin")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("utils.DatasetConfg.seed = 1", "no 'DatasetConfg'. Did you mean DatasetConfig"),
+        ("trainer.Trainer.num_microbatches = 2", "'trainer' was not provided"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(line, message, tmp_path):
+    head = "from __gin__ import dynamic_registration\nfrom t5x import utils\n"
+    (tmp_path / "x.gin").write_text(head + line + "\n")
+    with pytest.raises(gin_utils.ConfigError, match=message) as caught:
+        parse([str(tmp_path / "x.gin")])
+    assert "line 3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "LERNING_RATE = 5.0",
+            "reads the macro LERNING_RATE.*line 3.*Did you mean .*LEARNING_RATE",
+        ),
+        ("here/TRAIN_STEPS = 5", "reads the macro here/TRAIN_STEPS"),
+    ],
+)
+def test_a_macro_that_a_users_file_sets_for_nothing(line, message, tmp_path):
+    (tmp_path / "inner.gin").write_text(f"# A user's.\nTRAIN_STEPS = 7\n{line}\n")
+    (tmp_path / "outer.gin").write_text(f"include '{tmp_path / 'inner.gin'}'\n")
+    with pytest.raises(gin_utils.ConfigError, match=message) as caught:
+        parse([STAGE, str(tmp_path / "outer.gin")])
+    assert str(tmp_path / "inner.gin") in str(caught.value)
+
+
+def test_a_users_file_may_serve_several_stages(tmp_path):
+    """It may set what another stage reads, and macros that it reads itself."""
+    (tmp_path / "suite.gin").write_text(
+        "MINE = 7\nTRAIN_STEPS = %MINE\nTASK_LEARNING_RATE = 0.1\nTARGET_TASKS = ['toy_cb']\n"
+    )
+    parse(["gin/pt_source.gin", "gin/tiny.gin", str(tmp_path / "suite.gin")])
+    assert value("TRAIN_STEPS") == 7
+
+
+def test_where_to_start_from_needs_an_artefact():
+    start = "START_FROM = 'mnli'"
+    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTEFACT too"):
+        parse(["gin/pt_target.gin"], [start])
+    parse(["gin/pt_target.gin"], [start, "INITIAL_ARTEFACT = 'x'"])
+    parse(["gin/mpt_target.gin"], [start])
+
+
+def test_files_of_another_entry_point_are_refused():
+    parse([STAGE])
+    with pytest.raises(gin_utils.ConfigError, match=r"configures evaluate\(\)"):
+        gin_utils.configured(importlib.import_module("mpt_jax.eval").evaluate)
+
+
+def test_arguments_are_rewritten_as_t5x_does():
+    found = gin_utils.rewrite_gin_args(["x", "--gin.A=1=2", "--gin_file=f", "--gin.s/N.p='v'"])
+    assert found == ["x", "--gin_bindings=A = 1=2", "--gin_file=f", "--gin_bindings=s/N.p = 'v'"]
+    with pytest.raises(gin_utils.ConfigError, match="no value"):
+        gin_utils.rewrite_gin_args(["--gin.A"])
+
+
+def command(*arguments: str, entry: str = "train") -> str:
+    """A command line that fails on a mistake of its author; returns what it says, in one line."""
+    child = subprocess.run(
+        [sys.executable, "-m", f"mpt_jax.{entry}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 2, child.stderr[-3000:]
+    assert "Traceback" not in child.stderr
+    return child.stderr.splitlines()[-1]
+
+
+def test_a_flag_without_a_value_is_one_line():
+    assert command("--gin.TRAIN_STEPS").endswith(
+        "--gin.TRAIN_STEPS has no value: write --gin.TRAIN_STEPS=<value>."
+    )
+
+
+def test_flags_win_over_gin():
+    files = [f"--gin_file=gin/{name}.gin" for name in ("infer", "methods/mpt", "tiny")]
+    said = command(*files, "--gin.infer.shard_id=1", "--shard_id=5", entry="infer")
+    assert "infer.shard_id must be in 0 .. 0, got 5" in said
+
+
+# In a process of its own: gin knows for ever what one configuration has registered.
+REFERENCES = """
+from mpt_jax.models import decoding
+from mpt_jax.config import gin_utils
+from mpt_jax.data import sampling
+from mpt_jax.config import trainer_choice
+from mpt_jax.prompts import init
+trainer_choice.install()
+import gin, mpt_jax.train as train
+bindings = [
+    "INIT_FACTORS = @init.signs",
+    "SAMPLER = @sampling.PerExample()",
+    "sampling.PerExample.batch_size = 4",
+    "sampling.PerExample.seed = 5",
+    "models.PromptedEncoderDecoder.decode_fn = @decoding.beam_search",
+    "decoding.beam_search.num_decodes = 3",
+    "train.total_steps = 9",
+]
+macro = lambda name: gin.get_configurable(name + "/gin.macro")()
+with gin_utils.as_main(train):
+    for again in (False, True):
+        gin_utils.parse(["gin/mpt_source.gin", "gin/tiny.gin"] if not again else ["again.gin"],
+                        () if again else bindings, (".", {folder!r}))
+        model = macro("MODEL")
+        assert model.prompt.init_factors.__wrapped__ is init.signs
+        assert macro("SAMPLER") == sampling.PerExample(4, 5)
+        assert model.decode_fn.__wrapped__ is decoding.beam_search
+        assert gin.query_parameter("beam_search.num_decodes") == 3
+        assert gin.query_parameter("train.total_steps") == 9
+        open({folder!r} + "/again.gin", "w").write(gin_utils.config_str())
+    try:
+        gin_utils.parse(["gin/mpt_source.gin"], ["INIT_FACTORS = @init.sings"])
+    except gin_utils.ConfigError as error:
+        assert "has no 'sings'. Did you mean signs" in str(error), error
+"""
+
+
+def test_the_command_line_sees_the_imports_of_the_files(tmp_path):
+    script = REFERENCES.format(folder=str(tmp_path))
+    child = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
+# --- config.gin ----------------------------------------------------------------------------------
+
+
+def test_config_gin_is_a_gin_file_that_says_the_same(tmp_path):
+    parse([STAGE, "gin/tiny.gin"], ["TRAIN_STEPS = 7"])
+    gin_utils.summarize_gin_config(str(tmp_path / "run"), None, 0)
+    written = (tmp_path / "run" / "config.gin").read_text()
+    assert "TRAIN_STEPS = 7" in written and "import __main__ as train_script" in written
+    parse([str(tmp_path / "run" / "config.gin")])
+    assert gin.config_str() == written
+
+
+def test_helpers_of_gin_files():
+    assert gin_utils.sum_fn(1, 2) == 3
+    assert gin_utils.bool_fn(0) is False
+    assert gin_utils.string_split_fn("a/b/c", "/") == ["a", "b", "c"]
+    assert gin_utils.string_split_fn("a/b/c", "/", 1, -1) == "b/c"
+
+
+def test_a_task_suites_error_is_one_line(tmp_path):
+    """It comes up inside SeqIO, after the model is built."""
+    bindings = ['--gin.TARGET_TASKS=["boolq"]', '--gin.TASK_MODULES=["mpt_jax.tasks.super_glue"]']
+    files = [f"--gin_file=gin/{name}.gin" for name in ("mpt_target", "tiny")]
+    folders = [f"--gin.ROOT='{tmp_path}'", f"--tfds_data_dir={tmp_path}"]
+    message = command(*files, *bindings, *folders)
+    assert "super_glue/boolq, version 1.0.2, is not in" in message and "tfds build" in message

@@ -1,0 +1,165 @@
+"""`mpt-jax convert` of backbones: every direction, what it says, and what it leaves behind."""
+
+import gc
+import json
+import re
+import weakref
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mpt_jax.convert import __main__ as command
+from mpt_jax.convert import backbones, load_backbone, load_hf, parity
+from mpt_jax.core.tree import flatten, unflatten
+from tests.fixtures import fake_gcs
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def hf_folder(folder: Path, version: str = "1_1") -> Path:
+    """The golden's model as transformers would save it."""
+    golden = dict(np.load(GOLDEN / f"t5_hf_{version}.npz"))
+    folder.mkdir()
+    (folder / "config.json").write_text(str(golden["config"]))
+    weights = {k.removeprefix("weight:"): v for k, v in golden.items() if k.startswith("weight:")}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def convert(*arguments: object) -> None:
+    command.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The sentence with which a conversion ends in exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        convert(*arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["1_0", "1_1", "umt5"])
+@pytest.mark.parametrize("middle", ["t5x", "orbax"])
+def test_there_and_back_is_the_same_file(version, middle, tmp_path, capsys, monkeypatch):
+    source = hf_folder(tmp_path / "hf", version)
+    monkeypatch.chdir(tmp_path)  # Orbax alone takes no relative paths
+    convert("hf", "t5x/checkpoint_7", "--to", middle)
+    said = capsys.readouterr().out
+    leaves = flatten(load_hf(source)[1])
+    numbers = sum(x.size for x in leaves.values())
+    assert f"{len(leaves)} leaves, {numbers:,} numbers: identical; logits of a fixed" in said
+    assert "differ by at most 0\n" in said and f"hf -> {middle}: t5x/checkpoint_7" in said
+    convert("t5x/checkpoint_7", "again")
+    said = capsys.readouterr().out
+    assert "Configuration read from the shapes; assumed: mlp_activations=" in said
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    for name, weight in after.items():
+        np.testing.assert_array_equal(weight, before[name], err_msg=name)
+    assert load_hf(tmp_path / "again")[0] == load_hf(source)[0]
+
+
+def test_bfloat16_is_rounded_once_and_the_logits_say_how_far(tmp_path, capsys):
+    source = hf_folder(tmp_path / "hf")
+    convert(source, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16")
+    said = capsys.readouterr().out
+    assert ": identical after rounding to bfloat16; logits" in said
+    found = re.search(r"differ by at most ([\d.e-]+)", said)
+    assert found and 1e-4 < float(found[1]) < 10
+    half, whole = flatten(load_hf(tmp_path / "half")[1]), flatten(load_hf(source)[1])
+    for name, leaf in whole.items():
+        np.testing.assert_array_equal(half[name], leaf.astype(jnp.bfloat16))
+    fields = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert fields["torch_dtype"] == "bfloat16"
+
+
+def test_what_was_rounded_is_not_held_while_it_is_written(tmp_path, monkeypatch):
+    """So that a large model is held in half precision, twice, and not in full beside."""
+    whole, held = [], []
+    reading, writing = backbones.read, backbones.write_hf
+
+    def read(*arguments):
+        config, params = reading(*arguments)
+        whole.extend(weakref.ref(leaf) for leaf in flatten(params).values())
+        return config, params
+
+    def write(*arguments):
+        gc.collect()
+        held.extend(ref() is not None for ref in whole)
+        writing(*arguments)
+
+    monkeypatch.setattr(backbones, "read", read)
+    monkeypatch.setattr(backbones, "write_hf", write)
+    source = hf_folder(tmp_path / "hf")
+    convert(source, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16", "--no-logits")
+    assert len(held) == 66 and not any(held)
+
+
+def test_a_configuration_by_file_or_name_is_checked(tmp_path, capsys):
+    source = hf_folder(tmp_path / "hf")
+    convert(source, tmp_path / "t5x", "--no-logits")
+    assert capsys.readouterr().out.splitlines()[0].endswith("numbers: identical")
+    checkpoint = tmp_path / "t5x" / "checkpoint_0"
+    convert(checkpoint, tmp_path / "again", "--config", source / "config.json", "--no-logits")
+    assert load_hf(tmp_path / "again")[0] == load_hf(source)[0]
+    said = refused(capsys, checkpoint, tmp_path / "other", "--config", "t5_1_1_base")
+    assert "read as t5_1_1_base, does not match the model" in said
+    assert "token_embedder/embedding: expected (32128, 768), found (32, 16)" in said
+    said = refused(capsys, checkpoint, tmp_path / "other", "--config", "t5_huge")
+    assert "No T5 is called 't5_huge'" in said and "t5_1_1_base" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "hf", "t5x"]
+
+
+def test_what_was_not_written_right_is_not_left_behind(tmp_path, capsys, monkeypatch):
+    source = hf_folder(tmp_path / "hf")
+    write = backbones.write_t5x
+
+    def write_wrongly(folder, params, step):
+        leaves = flatten(params)
+        leaves["encoder/encoder_norm/scale"] = leaves["encoder/encoder_norm/scale"] + 1
+        write(folder, unflatten(leaves), step)
+
+    monkeypatch.setattr(backbones, "write_t5x", write_wrongly)
+    assert "leaves differ" in refused(capsys, source, tmp_path / "t5x")
+    said = refused(capsys, source, tmp_path / "checkpoint_0")
+    assert "1 of 66 leaves differ: ['encoder/encoder_norm/scale']" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_wrong_calls_are_refused_in_a_sentence(tmp_path, capsys):
+    source = hf_folder(tmp_path / "hf")
+    target = tmp_path / "new"
+    for to in ("hf", "t5x", "orbax"):
+        assert "exists already" in refused(capsys, source, source, "--to", to)
+    assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors"]
+    assert "There is nothing at" in refused(capsys, tmp_path / "nowhere", target)
+    (tmp_path / "empty").mkdir()
+    assert "it holds []" in refused(capsys, tmp_path / "empty", target)
+    assert "cannot become 'npy'" in refused(capsys, source, target, "--to", "npy")
+    assert "--runs: that is for prompts" in refused(capsys, source, target, "--runs", "a")
+    (source / "model.safetensors").write_bytes(b"\0" * 20)
+    assert "truncated or damaged" in refused(capsys, source, target)
+    assert not target.exists()
+
+
+def test_a_bucket_is_read_and_written(tmp_path, monkeypatch, capsys):
+    hf_folder(tmp_path / "hf")
+    name = fake_gcs.mount(tmp_path, monkeypatch)
+    convert(f"{name}/hf", f"{name}/t5x/checkpoint_3", "--no-logits")
+    convert(f"{name}/t5x/checkpoint_3", f"{name}/again", "--no-logits")
+    assert "identical" in capsys.readouterr().out
+    before, after = load_backbone(f"{name}/hf"), load_backbone(f"{name}/again")
+    parity.identical(before, after, "the bucket's copy")
+
+
+def test_identical_means_every_bit():
+    tree = {"a": {"x": np.asarray([0.0, np.nan], np.float32)}, "b": np.ones(3, np.float32)}
+    assert parity.identical(tree, {**tree}, "it") == "2 leaves, 5 numbers"
+    for other in (np.asarray([-0.0, np.nan], np.float32), np.asarray([0.0, np.nan])):
+        with pytest.raises(ValueError, match=r"it does not .* 1 of 2 leaves differ: \['a/x'\]"):
+            parity.identical(tree, {**tree, "a": {"x": other}}, "it")
+    with pytest.raises(ValueError, match=r"1 missing: \['b'\]"):
+        parity.identical(tree, {"a": tree["a"]}, "it")

@@ -1,0 +1,43 @@
+"""Every command of docs/checkpoints.md works, in the order in which the page has them."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.convert import __main__ as command
+from mpt_jax.convert import verify
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_work(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    lines = re.findall(r"^    mpt-jax (.+)$", page, re.MULTILINE)
+    assert len(lines) > 12
+    (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        if name == "verify-weights":
+            if importlib.util.find_spec("transformers"):
+                with pytest.raises(SystemExit) as stopped:
+                    verify.main(arguments)
+                assert stopped.value.code == 0
+            continue
+        assert name == "convert"
+        command.main(arguments)
+        said = capsys.readouterr().out.splitlines()
+        assert re.match(r"\d+ leaves, [\d,]+ numbers: identical", said[-2]), line
+    # The page's claims about what comes back.
+    original = artifacts.load_artefact(ROOT / "mpt_jax/tasks/data/tiny_t5/mpt_source")
+    back = artifacts.load_artefact(tmp_path / "runs/out/from_peft")
+    assert back.runs == original.runs and back.method == original.method
+    for made in ("from_folded", "from_safetensors"):
+        found = artifacts.load_artefact(tmp_path / "runs/out" / made)
+        row = found.runs.row("toy_qqp")
+        assert (found.folded()[row] == original.folded()[original.runs.row("toy_qqp")]).all()

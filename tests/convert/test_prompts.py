@@ -1,0 +1,409 @@
+"""`mpt-jax convert` of prompts: PEFT, NumPy, T5X and safetensors, into artefacts and out of them.
+
+Those marked `parity` run PEFT's own model beside ours.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.backbones.t5 import Transformer
+from mpt_jax.convert import load_backbone, load_hf, save_t5x
+from mpt_jax.core.runs import Runs
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.prompts import get_method
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.crosspt.crosspt import CrossPT
+from mpt_jax.prompts.mpt import MPT
+from tests.convert.test_backbones import convert, hf_folder, refused
+from tests.fixtures.shared_data import shared
+
+P, H, R = 3, 16, 2  # H is the golden backbone's
+NAMES = ("alpha", "beta", "gamma")
+
+
+@pytest.fixture
+def backbone(tmp_path) -> Path:
+    return hf_folder(tmp_path / "backbone")
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides) -> Path:
+    """An artefact of three runs, of the backbone."""
+    runs = Runs(["one", "two", "two"], NAMES, groups)
+    made = MPT(P, rank=R) if method == "mpt" else get_method(method)(prompt_length=P)
+    params = {
+        "mpt": {
+            "shared": random(runs.num_groups, P, H, seed=1),
+            "task_left": random(3, P, R, seed=2),
+            "task_right": random(3, R, H, seed=3),
+        },
+        "prompt_tuning": {"table": random(3, P, H, seed=4)},
+        "shared_prompt": {"shared": random(runs.num_groups, P, H, seed=5)},
+    }[method]
+    embedding = load_backbone(backbone)["token_embedder"]["embedding"]
+    fields = {
+        "embedding_sha256": artifacts.embedding_digest(embedding),
+        "vocabulary_sha256": "v" * 64,
+        "backbone": "owner/tiny",
+        "step": 120,
+    }
+    return artifacts.save_artefact(path, made, params, runs, **{**fields, **overrides})
+
+
+def same_prompts(found: Path, expected: Path) -> None:
+    """Both artefacts hold the same parameters for the same runs of the same backbone."""
+    first, second = artifacts.load_artefact(found), artifacts.load_artefact(expected)
+    assert (first.method, first.runs) == (second.method, second.runs)
+    for name, value in second.params.items():
+        np.testing.assert_array_equal(first.params[name], value)
+    for field in ("embedding_sha256", "vocabulary_sha256", "backbone", "step"):
+        assert first.config[field] == second.config[field], field
+
+
+@pytest.mark.parametrize("method", ["mpt", "prompt_tuning"])
+def test_through_peft_and_back(method, backbone, tmp_path, capsys):
+    source = write(tmp_path / "artefact", backbone, method, groups="joint")
+    convert(source, tmp_path / "peft")
+    assert ": identical\nartefact -> peft" in capsys.readouterr().out
+    convert(tmp_path / "peft", tmp_path / "again", "--backbone", backbone, "--runs", *NAMES)
+    found = artifacts.load_artefact(tmp_path / "again")
+    for name, value in artifacts.load_artefact(source).params.items():
+        np.testing.assert_array_equal(found.params[name], value)
+    if method == "mpt":  # names and all from what was written beside the adapter
+        convert(tmp_path / "peft", tmp_path / "named", "--backbone", backbone)
+        same_prompts(tmp_path / "named", source)
+
+
+def test_the_adapter_is_as_peft_lays_it_out(backbone, tmp_path):
+    source = write(tmp_path / "artefact", backbone)
+    params = artifacts.load_artefact(source).params
+    convert(source, tmp_path / "factors", "--to", "peft")
+    config = json.loads((tmp_path / "factors" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "MULTITASK_PROMPT_TUNING"
+    assert config["num_transformer_submodules"] == 1  # PEFT would take two by itself
+    assert [config[f"num_{x}"] for x in ("virtual_tokens", "tasks", "ranks")] == [P, 3, R]
+    tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
+    assert set(tensors) == {"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}
+    np.testing.assert_array_equal(tensors["prompt_embeddings"], params["shared"][0])
+    np.testing.assert_array_equal(tensors["prefix_task_cols"], params["task_left"])
+    convert(source, tmp_path / "folded", "--to", "peft-folded")
+    for row, name in enumerate(NAMES):
+        config = json.loads((tmp_path / "folded" / name / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["base_model_name_or_path"]) == (
+            "PROMPT_TUNING",
+            "owner/tiny",
+        )
+        tensors = load_file(tmp_path / "folded" / name / "adapter_model.safetensors")
+        left, right = np.asarray(params["task_left"][row]), np.asarray(params["task_right"][row])
+        expected = np.asarray(params["shared"][0]) * (left @ right)
+        np.testing.assert_allclose(tensors.pop("prompt_embeddings"), expected, rtol=1e-5)
+        assert not tensors
+
+
+def test_groups_are_adapters_of_their_own(backbone, tmp_path):
+    source = write(tmp_path / "artefact", backbone, groups=[0, 1, 0])
+    params = artifacts.load_artefact(source).params
+    convert(source, tmp_path / "peft")
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["alpha+gamma", "beta"]
+    convert(tmp_path / "peft" / "alpha+gamma", tmp_path / "back", "--backbone", backbone)
+    back = artifacts.load_artefact(tmp_path / "back")
+    assert back.runs == Runs(["one", "two"], ["alpha", "gamma"])
+    np.testing.assert_array_equal(back.params["shared"], params["shared"][:1])
+    np.testing.assert_array_equal(back.params["task_left"], params["task_left"][jnp.array([0, 2])])
+
+
+@pytest.mark.parametrize("method", ["mpt", "prompt_tuning", "shared_prompt"])
+def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
+    source = write(tmp_path / "artefact", backbone, method)
+    folded = artifacts.load_artefact(source).folded()
+    convert(source, tmp_path / "npy", "--to", "npy")
+    convert(source, tmp_path / "st", "--to", "safetensors")
+    convert(source, tmp_path / "peft", "--to", "peft-folded")
+    file = tmp_path / "st" / "folded.safetensors"
+    convert(file, tmp_path / "from_st", "--backbone", backbone, "--runs", *sorted(NAMES))
+    convert(tmp_path / "peft", tmp_path / "from_peft", "--backbone", backbone)
+    for row, name in enumerate(NAMES):
+        array = np.load(tmp_path / "npy" / f"{name}.npy", allow_pickle=False)
+        np.testing.assert_array_equal(array, folded[row])
+        made = tmp_path / f"from_{name}"
+        convert(tmp_path / "npy" / f"{name}.npy", made, "--backbone", backbone, "--runs", name)
+        found = artifacts.load_artefact(made)
+        assert (found.method.name, found.runs.run_names) == ("prompt_tuning", (name,))
+        np.testing.assert_array_equal(found.params["table"][0], folded[row])
+    for made in ("from_st", "from_peft"):
+        found = artifacts.load_artefact(tmp_path / made)
+        assert found.runs.run_names == NAMES
+        np.testing.assert_array_equal(found.params["table"], folded)
+    assert found.runs.task_names == ("one", "two", "two"), "noted beside the adapters"
+    if method == "shared_prompt":
+        assert "peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+
+
+def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
+    """An artefact of a method that mixes prompts, of three runs in one group."""
+    params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None, "backbone": "tiny"}
+    return artifacts.save_artefact(path, method, params, Runs(NAMES), step=1, **known)
+
+
+@pytest.mark.parametrize("to", ["peft", "peft-folded", "npy", "safetensors"])
+def test_prompts_by_the_text_are_refused(to, tmp_path, capsys):
+    source = write_mixed(
+        tmp_path / "artefact", ATTEMPT(P, ["s", "t"], width=2), sources=(2, P, H), target=(3, P, H),
+        down=(1, H, 2), up=(1, 2, H), norm_scale=(1, H), norm_bias=(1, H),
+    )  # fmt: skip
+    said = refused(capsys, source, tmp_path / "x", "--to", to)
+    assert f"{source} is of 'attempt', whose prompts depend on the text" in said
+    assert "`mpt-jax predict`" in said and "peft-folded writes" not in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_prompts_of_several_lengths_are_files_of_their_own(tmp_path, capsys):
+    lengths = {"alpha": 1, "beta": 2, "gamma": 4}
+    method = CrossPT(P, ["s", "t"], compose_by="private_cat", private_length=lengths)
+    source = write_mixed(
+        tmp_path / "artefact", method, sources=(1, 2, P, H), private=(3, 4, H), router=(3, 2)
+    )
+    convert(source, tmp_path / "npy", "--to", "npy")
+    convert(source, tmp_path / "st", "--to", "safetensors")
+    written = load_file(tmp_path / "st" / "folded.safetensors")
+    private = artifacts.load_artefact(source).params["private"]
+    for row, (name, length) in enumerate(lengths.items()):
+        array = np.load(tmp_path / "npy" / f"{name}.npy", allow_pickle=False)
+        assert array.shape == (P + length, H)
+        np.testing.assert_array_equal(array[P:], private[row, :length])
+        np.testing.assert_array_equal(array, written[name])
+    assert "--to peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+
+
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
+def test_released_prompts_are_read(name, tmp_path):
+    """Prompts for T5 1.1 base that google-research/prompt-tuning published."""
+    file = shared(f"released_prompts/{name}.npy")
+    embedding = {"token_embedder": {"embedding": random(50, 768)}}
+    checkpoint = save_t5x(tmp_path, embedding)
+    convert(file, tmp_path / "made", "--backbone", checkpoint, "--runs", name)
+    found = artifacts.load_artefact(tmp_path / "made")
+    np.testing.assert_array_equal(found.folded(), np.load(file)[None])
+    assert found.config["embedding_sha256"] == artifacts.embedding_digest(
+        embedding["token_embedder"]["embedding"]
+    )
+
+
+def test_a_prompt_of_another_width_is_refused(backbone, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", random(5, 256))
+    options = ("--backbone", backbone, "--runs", "a")
+    said = refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
+    assert "width [256]" in said and "is 16 wide" in said
+    published = shared("prompt_tuning_test/prompt_5x256.npy")
+    assert "width [256]" in refused(capsys, published, tmp_path / "x", *options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_prompt_inside_a_t5x_checkpoint(backbone, tmp_path, capsys):
+    prompt = random(P, H)
+    tree = {"encoder": {"prompt": {"prompt": {"prompt": prompt}}}, "decoder": {"x": random(2)}}
+    source = save_t5x(tmp_path, tree)
+    options = ("--to", "artefact", "--backbone", backbone, "--runs", "a")
+    convert(source, tmp_path / "made", *options)
+    np.testing.assert_array_equal(artifacts.load_artefact(tmp_path / "made").folded(), prompt[None])
+    without = save_t5x(tmp_path, {"decoder": {"x": random(2)}}, step=1)
+    assert "holds 0 prompts" in refused(capsys, without, tmp_path / "x", *options)
+
+
+def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
+    source = write(tmp_path / "artefact", backbone)
+    convert(source, tmp_path / "peft")
+    folder, options = tmp_path / "peft", ("--backbone", backbone)
+    config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    whole, fields = load_file(tensors), json.loads(config.read_text())
+    capsys.readouterr()
+
+    def after(change: dict, state: dict | None = None) -> str:
+        config.write_text(json.dumps({**fields, **change}))
+        save_file(whole if state is None else state, tensors)
+        return refused(capsys, folder, tmp_path / "x", *options)
+
+    assert "is of peft_type 'LORA'" in after({"peft_type": "LORA"})
+    assert "task_type 'CAUSAL_LM'" in after({"task_type": "CAUSAL_LM"})
+    assert "before the decoder's input as well" in after({"num_transformer_submodules": None})
+    assert "does not say num_virtual_tokens" in after({"num_virtual_tokens": None})
+    without = {k: v for k, v in whole.items() if k != "prefix_task_cols"}
+    assert "1 missing: ['prefix_task_cols']" in after({}, without)
+    assert "not expected: ['lora_A']" in after({}, {**whole, "lora_A": random(2)})
+    assert "expected (3, 3, 4), found (3, 3, 2)" in after({"num_ranks": 4})
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    assert "truncated or damaged" in refused(capsys, folder, tmp_path / "x", *options)
+    config.write_text("[]")
+    assert "is no JSON object" in refused(capsys, folder, tmp_path / "x", *options)
+    config.write_text("{")
+    assert "is not JSON" in refused(capsys, folder, tmp_path / "x", *options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_pickled_arrays_and_adapters_are_not_unpickled(backbone, tmp_path, capsys, monkeypatch):
+    options = ("--backbone", backbone, "--runs", "a")
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    assert "no plain array" in refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
+    np.save(tmp_path / "b.npy", random(2, P, H))
+    said = refused(capsys, tmp_path / "b.npy", tmp_path / "x", *options)
+    assert "a prompt is [P, H] of floats, not float32(2, 3, 16)" in said
+    source = write(tmp_path / "artefact", backbone)
+    convert(source, tmp_path / "peft")
+    (tmp_path / "peft" / "adapter_model.safetensors").unlink()
+    (tmp_path / "peft" / "adapter_model.bin").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = refused(capsys, tmp_path / "peft", tmp_path / "x", *options[:2])
+    assert "Install torch" in said
+
+
+def test_names_and_backbones_must_fit(backbone, tmp_path, capsys):
+    source = write(tmp_path / "artefact", backbone)
+    convert(source, tmp_path / "peft")
+    folder, new = tmp_path / "peft", tmp_path / "x"
+    assert "give --backbone" in refused(capsys, folder, new)
+    said = refused(capsys, folder, new, "--backbone", backbone, "--runs", "a")
+    assert "holds 3 prompts and there are 1 names" in said
+    file = tmp_path / "a.npy"
+    np.save(file, random(P, H))
+    assert "give one for each" in refused(capsys, file, new, "--backbone", backbone)
+    said = refused(capsys, folder, source, "--backbone", backbone)
+    assert "exists already" in said
+    said = refused(capsys, source, folder)
+    assert "exists already" in said
+    other = hf_folder(tmp_path / "other", "umt5")
+    said = refused(capsys, folder, new, "--backbone", other)
+    assert said.count("sha256") == 1 and "belongs to a backbone" in said
+    convert(source, tmp_path / "folded", "--to", "peft-folded")
+    notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))
+    said = refused(capsys, tmp_path / "folded", new, "--backbone", backbone)
+    assert "adapters of several backbones" in said
+    assert "--dtype: that is for backbones" in refused(
+        capsys, folder, new, "--backbone", backbone, "--dtype", "float32"
+    )
+    assert not new.exists()
+
+
+# Live: PEFT's own model.
+
+
+def ours(backbone: Path, artefact: Path, rows: list[int], texts: dict) -> tuple:
+    """Our logits [B,L,V] and greedy tokens [B,L] of texts, each with the prompt of a row."""
+    config, params = load_hf(backbone)
+    read = artifacts.load_artefact(artefact)
+    model = PromptedEncoderDecoder(Transformer(config), read.method, read.runs)
+    size, length = texts["tokens"].shape
+    slots = np.tile(np.arange(1, P + 1 + length), (size, 1))
+    slots[:, P:] = 0
+    tokens = np.pad(texts["tokens"], ((0, 0), (P, 0)))
+    batch = {
+        "encoder_input_tokens": jnp.asarray(tokens, jnp.int32),
+        "encoder_prompt_slots": jnp.asarray(slots, jnp.int32),
+        "encoder_task_ids": jnp.tile(jnp.asarray(rows, jnp.int32)[:, None], (1, P + length)),
+        "decoder_input_tokens": jnp.asarray(texts["decoder_tokens"], jnp.int32),
+    }
+    tree = {**params, "prompt": read.params}
+    return model.forward(tree, batch).logits, model.predict_batch(tree, batch)
+
+
+def texts() -> dict[str, np.ndarray]:
+    """Three padded texts without the golden's end-of-sequence id, and targets shifted right."""
+    rng = np.random.default_rng(5)
+    mask = np.arange(9)[None] < np.asarray([9, 6, 2])[:, None]
+    labels = rng.integers(2, 32, (3, 6))
+    shifted = np.concatenate([np.zeros((3, 1), int), labels[:, :-1]], axis=1)
+    tokens = rng.integers(2, 32, mask.shape) * mask
+    return {"tokens": tokens, "mask": mask, "labels": labels, "decoder_tokens": shifted}
+
+
+def theirs(backbone: Path, adapter: Path, batch: dict, task_ids: list[int] | None) -> tuple:
+    """PEFT's logits and greedy tokens, by forward() and by generate()."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(backbone)
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    tensors = {name: torch.tensor(x).long() for name, x in batch.items()}
+    ids = {} if task_ids is None else {"task_ids": torch.tensor(task_ids)}
+    inputs = {"input_ids": tensors["tokens"], "attention_mask": tensors["mask"], **ids}
+    with torch.no_grad():
+        # Labels and not decoder_input_ids, which its multitask forward() does not pass on.
+        logits = model(**inputs, labels=tensors["labels"]).logits
+        # Its cache counts the encoder's layers, of which this backbone has fewer.
+        tokens = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, num_beams=1, use_cache=False
+        )
+    return logits.numpy(), np.pad(tokens[:, 1:].numpy(), ((0, 0), (0, 7 - tokens.shape[1])))
+
+
+@pytest.mark.parity
+def test_live_multitask_adapter_gives_our_logits_and_tokens(backbone, tmp_path):
+    artefact = write(tmp_path / "artefact", backbone)
+    convert(artefact, tmp_path / "peft")
+    rows, batch = [2, 0, 1], texts()
+    logits, tokens = theirs(backbone, tmp_path / "peft", batch, rows)
+    expected, greedy = ours(backbone, artefact, rows, batch)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    np.testing.assert_array_equal(tokens, greedy)
+    other, _ = ours(backbone, artefact, [0, 0, 0], batch)
+    assert np.abs(other - expected).max() > 0.1  # and the task matters
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("method", ["mpt", "prompt_tuning"])
+def test_live_folded_adapters_give_our_logits_and_tokens(method, backbone, tmp_path):
+    artefact = write(tmp_path / "artefact", backbone, method)
+    convert(artefact, tmp_path / "peft", "--to", "peft-folded")
+    batch = texts()
+    for row, name in enumerate(NAMES[:2]):
+        logits, tokens = theirs(backbone, tmp_path / "peft" / name, batch, None)
+        expected, greedy = ours(backbone, artefact, [row] * 3, batch)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        np.testing.assert_array_equal(tokens, greedy)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("copies", [1, None])  # None: PEFT's default, two for an encoder-decoder
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "MultitaskPromptTuningConfig"])
+def test_live_adapters_that_peft_saved_are_read(kind, copies, backbone, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    multitask = kind.startswith("Multitask")
+    more = {"num_tasks": 3, "num_ranks": R} if multitask else {}
+    config = getattr(peft, kind)(
+        task_type="SEQ_2_SEQ_LM",
+        num_virtual_tokens=P,
+        num_transformer_submodules=copies,
+        prompt_tuning_init="RANDOM",
+        **more,
+    )
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained(backbone)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for number, x in enumerate(model.prompt_encoder.parameters()):
+            x.copy_(torch.tensor(random(*x.shape, seed=number)))
+    model.save_pretrained(tmp_path / "peft")
+    names = NAMES if multitask else NAMES[:1]
+    options = ("--backbone", backbone, "--runs", *names)
+    if multitask and copies is None:
+        assert "decoder's input" in refused(capsys, tmp_path / "peft", tmp_path / "a", *options)
+        return
+    convert(tmp_path / "peft", tmp_path / "a", *options)
+    rows, batch = ([2, 0, 1] if multitask else [0, 0, 0]), texts()
+    logits, tokens = theirs(backbone, tmp_path / "peft", batch, rows if multitask else None)
+    expected, greedy = ours(backbone, tmp_path / "a", rows, batch)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    np.testing.assert_array_equal(tokens, greedy)

@@ -1,0 +1,72 @@
+"""Rows, runs and groups of a prompt bank."""
+
+import pytest
+
+from mpt_jax.core.runs import Runs, unknown_name
+
+
+def test_a_joint_bank_has_one_group_and_runs_named_for_their_tasks():
+    runs = Runs(["rte", "cb", "wic"])
+    assert runs.run_names == runs.task_names == ("rte", "cb", "wic")
+    assert (runs.num_rows, runs.num_groups) == (3, 1)
+    assert runs.group_of_row == (0, 0, 0)
+
+
+def test_independent_rows_are_a_group_each():
+    runs = Runs(["cb", "cb"], run_names=["cb_s1", "cb_s2"], groups="independent")
+    assert runs.group_of_row == (0, 1)
+    assert runs.task_names == ("cb", "cb")
+    assert runs.row("cb_s2") == 1
+
+
+def test_a_row_is_found_without_reading_all_names():
+    runs = Runs([f"run_{i}" for i in range(5000)])
+    shown, hashed = repr(runs), hash(runs)
+    assert [runs.row(name) for name in runs.run_names] == list(range(5000))
+    assert runs._rows is runs._rows, "the table is made once"
+    assert (repr(runs), hash(runs)) == (shown, hashed) and runs == Runs(list(runs.task_names))
+
+
+def test_groups_by_number():
+    runs = Runs(["a", "b", "c", "d"], groups=[1, 0, 1, 0])
+    assert (runs.num_groups, runs.group_of_row) == (2, (1, 0, 1, 0))
+
+
+def test_equal_banks_are_equal_and_hashable():
+    """Models are static arguments of compiled steps."""
+    assert Runs(["a", "b"]) == Runs(("a", "b"), groups=(0, 0))
+    assert hash(Runs(["a", "b"])) == hash(Runs(("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"task_names": []}, "must be a list of names"),
+        ({"task_names": "rte"}, "'rte'"),
+        ({"task_names": ["a", "b"], "run_names": ["a"]}, "2 task names but 1 run names"),
+        ({"task_names": ["cb", "cb"]}, r"repeated: \['cb'\]"),
+        ({"task_names": ["a", "b"], "groups": "apart"}, "'apart'"),
+        ({"task_names": ["a", "b"], "groups": [0]}, "each of the 2 rows"),
+        ({"task_names": ["a", "b"], "groups": [0, 2]}, r"without a gap, got \(0, 2\)"),
+        ({"task_names": ["a", "b"], "groups": [1, 2]}, "without a gap"),
+        ({"task_names": ["a", "b"], "groups": [-1, 0]}, "without a gap"),
+    ],
+)
+def test_a_bad_bank_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        Runs(**arguments)
+
+
+def test_an_unknown_run_is_an_error_that_lists_the_known_and_the_closest():
+    runs = Runs(["toy_boolq", "toy_rte", "toy_wic"])
+    with pytest.raises(ValueError) as error:
+        runs.row("toy_bolq")
+    message = str(error.value)
+    assert "Unknown run 'toy_bolq'" in message
+    assert "Did you mean 'toy_boolq'" in message
+    for name in runs.run_names:
+        assert name in message
+
+
+def test_the_message_for_an_unknown_name_without_any_known():
+    assert unknown_name("task", "x", []) == "Unknown task 'x'. Known: none."

@@ -1,0 +1,101 @@
+"""Path names, label tables, splitting and strict matching."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from mpt_jax.core import tree
+
+PARAMS = {
+    "encoder": {"layers_0": {"mlp": {"wi": {"kernel": 1, "bias": 2}}}, "norm": {"scale": 3}},
+    "prompt": {"shared": 4, "task_left": 5},
+}
+NAMES = {
+    "encoder/layers_0/mlp/wi/bias": 2,
+    "encoder/layers_0/mlp/wi/kernel": 1,
+    "encoder/norm/scale": 3,
+    "prompt/shared": 4,
+    "prompt/task_left": 5,
+}
+RULES = (
+    (r"encoder/.*/bias", "bias"),
+    (r"prompt/shared", "shared"),
+    (r"prompt/.*", "task"),
+    (r"encoder/.*", "frozen"),
+)
+
+
+def test_flatten_names_leaves_by_their_path_and_unflatten_undoes_it():
+    assert tree.flatten(PARAMS) == NAMES
+    assert tree.unflatten(tree.flatten(PARAMS)) == PARAMS
+
+
+def test_paths_through_lists_and_named_tuples():
+    state = optax.scale_by_adam().init({"a": jnp.zeros(2)})
+    assert sorted(tree.flatten((state, [7]))) == ["0/count", "0/mu/a", "0/nu/a", "1/0"]
+
+
+def test_unflatten_refuses_a_leaf_below_a_leaf():
+    with pytest.raises(ValueError, match=r"'a/b' lies below 'a'"):
+        tree.unflatten({"a": 1, "a/b": 2})
+
+
+def test_the_first_matching_rule_gives_the_label():
+    assert tree.flatten(tree.label_tree(PARAMS, RULES)) == {
+        "encoder/layers_0/mlp/wi/bias": "bias",
+        "encoder/layers_0/mlp/wi/kernel": "frozen",
+        "encoder/norm/scale": "frozen",
+        "prompt/shared": "shared",
+        "prompt/task_left": "task",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["encoder", "shared", "prompt/share", "rompt/shared"])
+def test_a_rule_must_match_the_whole_name(pattern):
+    with pytest.raises(ValueError, match="prompt/shared"):
+        tree.label_tree(PARAMS, [(pattern, "x"), ("encoder/.*|prompt/task_left", "y")])
+
+
+def test_every_unmatched_leaf_is_named_and_so_are_the_rules():
+    with pytest.raises(ValueError) as error:
+        tree.label_tree(PARAMS, RULES[:2])
+    for name in ("encoder/layers_0/mlp/wi/kernel", "encoder/norm/scale", "prompt/task_left"):
+        assert name in str(error.value)
+    assert "prompt/shared'" in str(error.value), "the rules tried are listed"
+    assert "bias'" not in str(error.value).split("rules tried")[0], "matched leaves are not"
+
+
+def test_split_takes_leaves_by_label_and_merge_puts_them_back():
+    kept, rest = tree.split(PARAMS, RULES, {"shared", "bias"})
+    assert kept == {
+        "encoder": {"layers_0": {"mlp": {"wi": {"bias": 2}}}},
+        "prompt": {"shared": 4},
+    }
+    assert rest == {
+        "encoder": {"layers_0": {"mlp": {"wi": {"kernel": 1}}}, "norm": {"scale": 3}},
+        "prompt": {"task_left": 5},
+    }
+    assert tree.merge(kept, rest) == PARAMS
+    assert tree.merge(rest, kept) == PARAMS
+
+
+def test_merge_refuses_a_leaf_that_both_trees_have():
+    with pytest.raises(ValueError, match=r"both trees: \['prompt/shared'\]"):
+        tree.merge({"prompt": {"shared": 1}}, {"prompt": {"shared": 2}, "a": 3})
+
+
+def test_equal_tables_match_in_any_order():
+    tree.match_exactly({"a": (2, 3), "b": ()}, {"b": (), "a": (2, 3)}, "x")
+
+
+def test_match_exactly_names_missing_extra_and_misshaped_leaves():
+    expected = {"same": (1,), "gone": (2,), "wider": (3, 4)}
+    found = {"same": (1,), "new": (2,), "wider": (3, 5)}
+    with pytest.raises(ValueError) as error:
+        tree.match_exactly(expected, found, "The file f")
+    message = str(error.value)
+    assert message.startswith("The file f does not match the model.")
+    assert "1 missing: ['gone']" in message
+    assert "1 not expected: ['new']" in message
+    assert "wider: expected (3, 4), found (3, 5)" in message
+    assert "same" not in message

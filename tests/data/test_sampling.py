@@ -1,0 +1,326 @@
+"""Draws against a NumPy re-derivation, quotas, passes and hosts."""
+
+import zlib
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from mpt_jax.data import feature_converter, sampling
+from mpt_jax.data.sampling import EqualQuotas, PerExample, StochasticTasks, TaskMixture
+
+WEIGHTS = np.array([0.285, 0.285, 0.113, 0.072, 0.094, 0.151])
+SIZES = {"smp_a": 5, "smp_b": 40, "smp_c": 13}
+
+
+# --- An independent derivation of the random bits: Philox 4x32-10, as published ---------------
+
+
+def philox(counter, key):
+    """Ten rounds of Philox on four 32-bit words (Salmon et al. 2011)."""
+    c, k = [int(x) for x in counter], [int(x) for x in key]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def random_words(seed, count):
+    """The first `count` 32-bit words that TensorFlow's stateless generator makes of a seed."""
+    first, second = (int(s) % 2**64 for s in seed)
+    words = [first % 2**32, first >> 32, second % 2**32, second >> 32]
+    # The seed itself is the counter of one scrambling call under a fixed key.
+    mixed = philox(words, [0x3EC8F720, 0x02461E29])
+    found = []
+    for block in range(-(-count // 4)):
+        found += philox([block, 0, mixed[2], mixed[3]], mixed[:2])
+    return found[:count]
+
+
+def uniforms(seed, step, count):
+    stream = zlib.crc32(b"mpt_jax.data.sampling") & 0x7FFFFFFF
+    words = random_words([(seed << 32) | stream, step], 2 * count)
+    # 52 bits of mantissa: 20 of the first word, all of the second.
+    bits = [((words[2 * i] & 0xFFFFF) << 32) | words[2 * i + 1] for i in range(count)]
+    return np.array(bits) / 2**52
+
+
+def test_random_numbers_are_those_of_the_reference():
+    for seed, step in [(0, 0), (7, 3), (2**31 - 1, 10**9)]:
+        found = EqualQuotas(8, seed)._uniform(tf.constant(step, tf.int64), 7)
+        np.testing.assert_array_equal(found, uniforms(seed, step, 7))
+
+
+def stochastic_reference(step, seed, batch, weights, kappa, replacement):
+    size = max(kappa, len(weights))
+    u = uniforms(seed, step, 2 + size)
+    k = 2 + int(u[0] * (kappa - 1))
+    quotas = np.full(k, batch // k)
+    if replacement:
+        cdf = np.cumsum(weights) / np.sum(weights)
+        tasks = np.array([np.sum(cdf[:-1] <= x) for x in u[2 : 2 + k]])
+        quotas[int(u[1] * k)] += batch % k
+    else:
+        gumbel = -np.log(-np.log(u[2 : 2 + len(weights)]))
+        tasks = np.argsort(-(np.log(weights) + gumbel))[:k]
+        quotas[: batch % k] += 1
+    return np.repeat(tasks, quotas)
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("kappa", [2, 4, 6])
+def test_stochastic_draws(kappa, replacement):
+    sampler = StochasticTasks(32, seed=11, kappa=kappa, replacement=replacement)
+    for step in range(40):
+        found = sampler.draw(tf.constant(step, tf.int64), WEIGHTS).numpy()
+        expected = stochastic_reference(step, 11, 32, WEIGHTS, kappa, replacement)
+        np.testing.assert_array_equal(found, expected)
+        distinct = len(set(found))
+        assert distinct <= kappa and (replacement or distinct >= 2)
+
+
+def test_number_of_tasks_is_uniform_and_weights_count():
+    sampler = StochasticTasks(30, seed=3)
+    draw = tf.function(lambda step: sampler.draw(step, WEIGHTS))
+    batches = [draw(tf.constant(step, tf.int64)).numpy() for step in range(2000)]
+    counts = np.bincount([len(set(batch)) for batch in batches], minlength=7)
+    # 400 expected each; five standard deviations of a binomial count are 89.
+    assert counts[:2].sum() == 0 and np.abs(counts[2:] - 400).max() < 89
+    share = np.bincount(np.concatenate(batches)) / 60000
+    assert (np.argsort(-share)[:2] < 2).all() and np.argmin(share) == 3
+
+
+def test_per_example_draws():
+    sampler = PerExample(1000, seed=5)
+    found = sampler.draw(tf.constant(9, tf.int64), WEIGHTS).numpy()
+    cdf = np.cumsum(WEIGHTS) / WEIGHTS.sum()
+    expected = [np.sum(cdf[:-1] <= x) for x in uniforms(5, 9, 1000)]
+    np.testing.assert_array_equal(found, expected)
+
+
+# --- Mixtures --------------------------------------------------------------------------------
+
+
+def register(name, size, splits=("train",)):
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.range(size).map(
+            lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.constant("t")}
+        ),
+        splits=splits,
+        num_input_examples={split: size for split in splits},
+    )
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=feature_converter.finish(name),
+        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks():
+    for name, size in SIZES.items():
+        register(name, size)
+
+
+def stream(sampler, count, hosts=1, host=0, names=tuple(SIZES), **arguments):
+    """The first `count` examples of a host, as (task, number of the example)."""
+    dataset = TaskMixture("m", names, sampler).get_dataset(
+        {"inputs": 8, "targets": 2},
+        shard_info=seqio.ShardInfo(index=host, num_shards=hosts),
+        **arguments,
+    )
+    name_of = {feature_converter.task_id(name): name for name in names}
+    return [
+        (name_of[row["task_ids"][0]], int(bytes((row["inputs"][:-1] - 3).tolist())))
+        for row in dataset.take(count).as_numpy_iterator()
+    ]
+
+
+SAMPLERS = [
+    StochasticTasks(12, seed=1, kappa=3),
+    StochasticTasks(12, seed=1, kappa=3, replacement=True),
+    PerExample(12, seed=1),
+    EqualQuotas(12, seed=1),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_hosts_share_out_the_global_batch(sampler):
+    steps, batch = 12, sampler.batch_size
+    alone = stream(sampler, steps * batch)
+    for hosts in (2, 4) if sampler is SAMPLERS[0] else (3,):
+        shares = [stream(sampler, steps * batch // hosts, hosts, h) for h in range(hosts)]
+        share = batch // hosts
+        for step in range(steps):
+            dealt = sum((s[step * share : (step + 1) * share] for s in shares), [])
+            assert sorted(dealt) == sorted(alone[step * batch : (step + 1) * batch])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_each_pass_is_a_permutation(sampler):
+    rows = stream(sampler, 600)
+    orders = set()
+    for name, size in SIZES.items():
+        numbers = [number for task, number in rows if task == name]
+        passes = [numbers[i : i + size] for i in range(0, len(numbers) - size + 1, size)]
+        assert len(passes) >= 2
+        for one in passes:
+            assert sorted(one) == list(range(size))
+        orders |= {tuple(one) for one in passes if size > 5}
+    assert len(orders) > 2  # and not the same permutation each time
+
+
+def test_the_permutation_is_that_of_the_reference():
+    found = [number for _, number in stream(EqualQuotas(1, seed=4), 26, names=("smp_c",))]
+    for number in range(2):
+        words = random_words([(4 << 32) | feature_converter.task_id("smp_c"), number], 26)
+        bits = np.array([words[2 * i] | words[2 * i + 1] << 32 for i in range(13)], np.uint64)
+        order = np.argsort(bits.astype(np.int64), kind="stable")
+        assert found[13 * number : 13 * (number + 1)] == order.tolist()
+
+
+def test_grouped_and_solo_runs_see_the_same_examples():
+    grouped = stream(EqualQuotas(12, seed=2), 240)
+    for name in SIZES:
+        solo = stream(EqualQuotas(4, seed=2), 80, names=(name,))
+        assert [row for row in grouped if row[0] == name] == solo
+    other_seed = stream(EqualQuotas(4, seed=3), 80, names=("smp_b",))
+    assert other_seed != stream(EqualQuotas(4, seed=2), 80, names=("smp_b",))
+
+
+def test_equal_quotas_every_step():
+    rows = stream(EqualQuotas(12, seed=2), 120)
+    for step in range(10):
+        names = [name for name, _ in rows[12 * step : 12 * (step + 1)]]
+        assert {name: names.count(name) for name in SIZES} == dict.fromkeys(SIZES, 4)
+
+
+def test_without_shuffling_examples_come_in_order():
+    rows = stream(EqualQuotas(3, seed=2), 18, names=("smp_a",), shuffle=False)
+    assert [number for _, number in rows] == [0, 1, 2, 3, 4] * 3 + [0, 1, 2]
+
+
+def test_weights_are_sizes_up_to_the_cap():
+    sampler = PerExample(4, seed=0)
+    sizes = np.array([5, 40, 13])
+    assert TaskMixture("m", tuple(SIZES), sampler, cap=20).weights(sizes).tolist() == [5, 20, 13]
+    rates = {"smp_a": 1.0, "smp_b": 2.0, "smp_c": 0.5}
+    assert TaskMixture("m", tuple(SIZES), sampler, rates).weights(sizes).tolist() == [1, 2, 0.5]
+
+
+def test_packed_blocks_count_examples():
+    from mpt_jax.core.runs import Runs
+
+    mixture = TaskMixture("m", tuple(SIZES), EqualQuotas(6, seed=0))
+    converter = feature_converter.PromptFeatureConverter(
+        2, Runs(list(SIZES)), True, pack_lengths={"inputs": 64, "targets": 32}, pack_window=6
+    )
+    dataset = seqio.get_dataset(mixture, {"inputs": 8, "targets": 2}, converter, num_epochs=None)
+    row = next(dataset.as_numpy_iterator())
+    starts = row["encoder_task_ids"][row["encoder_prompt_slots"] == 1]
+    # Blocks of six examples, two for each task, here in one row.
+    assert starts.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_finite_epochs_are_seqios():
+    mixture = TaskMixture("m", tuple(SIZES), EqualQuotas(6, seed=0))
+    dataset = mixture.get_dataset({"inputs": 8, "targets": 2}, num_epochs=1, shuffle=False)
+    assert 3 <= len(list(dataset)) <= sum(SIZES.values())
+
+
+# --- Errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PerExample(0, 1), "batch_size must be a positive multiple .* got 0 for 1"),
+        (lambda: PerExample(6, 1, num_hosts=4), "number of hosts, got 6 for 4"),
+        (lambda: PerExample(6, -1), r"seed must be in 0 .. 2\^31 - 1, got -1"),
+        (
+            lambda: TaskMixture("m", tuple(SIZES), StochasticTasks(6, 1, kappa=4)),
+            "kappa is 4 and the mixture has 3",
+        ),
+        (
+            lambda: TaskMixture("m", ["smp_a"], StochasticTasks(6, 1)),
+            "kappa is 1 and the mixture has 1. For one task use sampling.EqualQuotas",
+        ),
+        (
+            lambda: TaskMixture("m", tuple(SIZES), StochasticTasks(2, 1)),
+            "A batch of 2 cannot hold kappa = 3 tasks",
+        ),
+        (
+            lambda: TaskMixture("m", tuple(SIZES), EqualQuotas(8, 1)),
+            "multiple of the 3 runs, got 8; 6 would do",
+        ),
+        (
+            lambda: TaskMixture("m", tuple(SIZES), PerExample(8, 1), rates={"smp_a": 1.0}),
+            r"rates must name \['smp_a', 'smp_b', 'smp_c'\], got \['smp_a'\]",
+        ),
+        (
+            lambda: TaskMixture("m", ["smp_aa"], PerExample(8, 1)),
+            "Unknown task 'smp_aa'. Did you mean 'smp_a'",
+        ),
+        (
+            lambda: PerExample(8, 1)([tf.data.Dataset.range(2)] * 2, [1.0, 0.0]),
+            r"Mixing weights must be positive, got \[1.0, 0.0\]",
+        ),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_two_seeds():
+    mixture = TaskMixture("m", tuple(SIZES), PerExample(8, 1))
+    with pytest.raises(ValueError, match="DatasetConfig.seed is 2, but .* has the seed 1"):
+        mixture.get_dataset({"inputs": 8, "targets": 2}, seed=2)
+
+
+def test_missing_and_empty_splits():
+    mixture = TaskMixture("m", ["smp_a"], EqualQuotas(2, 1))
+    with pytest.raises(ValueError, match="Task 'smp_a' has no 'test' split; it has train."):
+        mixture.get_dataset({"inputs": 8, "targets": 2}, split="test")
+    register("smp_empty", 0)
+    mixture = TaskMixture("m", ["smp_empty"], EqualQuotas(2, 1))
+    with pytest.raises(ValueError, match="The 'train' split of task 'smp_empty' is empty"):
+        mixture.get_dataset({"inputs": 8, "targets": 2})
+
+
+def test_missing_data_says_what_and_where():
+    def gone(split, shuffle_files, seed=None):
+        raise FileNotFoundError("/no/such/folder")
+
+    seqio.TaskRegistry.add(
+        "smp_gone",
+        source=seqio.FunctionDataSource(gone, splits=("train",)),
+        preprocessors=feature_converter.finish("smp_gone"),
+        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+    )
+    mixture = TaskMixture("m", ["smp_gone"], EqualQuotas(2, 1))
+    message = "'train' split of task 'smp_gone' could not be read .* /no/such/folder.*tfds build"
+    with pytest.raises(ValueError, match=message):
+        mixture.get_dataset({"inputs": 8, "targets": 2})
+
+
+def test_overlong_examples_are_counted():
+    mixture = TaskMixture("m", ["smp_a", "smp_c"], EqualQuotas(2, 1))
+    mixture.get_dataset({"inputs": 2, "targets": 2})
+    assert mixture.overlong == {"smp_a": (0, 5), "smp_c": (3, 13)}  # 10, 11 and 12
+
+
+def test_registered_mixtures_are_idempotent():
+    first = sampling.task_mixture(list(SIZES), PerExample(8, 1))
+    assert sampling.task_mixture(list(SIZES), PerExample(8, 1)) == first
+    assert sampling.task_mixture(list(SIZES), PerExample(8, 2)) != first
+    named = sampling.task_mixture(list(SIZES), name="smp_named")
+    assert named == "smp_named" == sampling.task_mixture(list(SIZES), name="smp_named")
+    with pytest.raises(ValueError, match="A different mixture is registered as 'smp_named'"):
+        sampling.task_mixture(["smp_a"], name="smp_named")

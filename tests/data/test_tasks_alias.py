@@ -1,0 +1,54 @@
+"""`tasks` answers for `mpt_jax.tasks` where it is free, and a user's own `tasks.py` always wins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str, folder: Path) -> str:
+    """Standard output of a script that runs in a folder."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, '')\n{code}"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout.strip()
+
+
+SAME = """
+import mpt_jax.data
+import mpt_jax.tasks.splits as new
+import tasks.splits as old
+import tasks
+print(old is new, tasks.splits is new, new.__spec__.name)
+"""
+
+
+def test_tasks_is_the_package_itself_if_the_name_is_free(tmp_path):
+    assert run(SAME, tmp_path) == "True True mpt_jax.tasks.splits"
+
+
+@pytest.mark.parametrize("where", ["tasks.py", "tasks/__init__.py"])
+def test_a_users_own_tasks_wins_and_breaks_nothing(where, tmp_path):
+    path = tmp_path / where
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("MINE = True\n")
+    code = "import mpt_jax.data, tasks, mpt_jax.tasks.toy; print(tasks.MINE)"
+    assert run(code, tmp_path) == "True"
+    code = "import mpt_jax.data\ntry: import tasks.splits\nexcept ImportError as e: print(e.name)"
+    assert run(code, tmp_path) == "tasks.splits"
+
+
+def test_a_suite_that_was_never_there_is_missing_as_usual(tmp_path):
+    code = "import mpt_jax.data\ntry: import tasks.no\nexcept ImportError as e: print(e.name)"
+    assert run(code, tmp_path) == "tasks.no"

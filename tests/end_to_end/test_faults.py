@@ -1,0 +1,139 @@
+"""Whole runs of `train()` under faults: full and read-only disks, clocks that jump, two runs in
+one MODEL_DIR, readers of a live one. docs/reliability.md lists them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpt_jax import eval
+from mpt_jax.checkpointing import checkpoints, run_lock
+from mpt_jax.training import initialization
+from mpt_jax.training.partitioning import PjitPartitioner
+from tests import test_train
+from tests.test_train import STEPS, TASKS, assert_same_bits, build, dataset, prompts, run
+
+backbone = test_train.backbone  # the fixture
+
+
+@pytest.fixture(scope="module")
+def whole(backbone, tmp_path_factory) -> Path:
+    """A MODEL_DIR of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(backbone, folder)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    tried = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {tried.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """A file that takes all the room but some bytes."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)) == 4096:
+                pass
+        except OSError:
+            pass
+        file.truncate(max(0, filler.stat().st_size - leave))
+    return filler
+
+
+@pytest.mark.parametrize("leave", [0, 24_000], ids=["nothing", "some"])
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
+    backbone, whole, small_disk, leave
+):
+    model_dir = small_disk / "run"
+    run(backbone, model_dir, steps=4)
+    filler = fill(small_disk, leave)
+    with pytest.raises(OSError, match=f"{model_dir}.*No space left on device"):
+        run(backbone, model_dir)
+    filler.unlink()
+    assert (model_dir / "checkpoint_4").is_dir(), "the last save is whole"
+    run(backbone, model_dir)
+    assert_same_bits(prompts(whole), prompts(model_dir))
+
+
+def test_a_read_only_model_dir_is_said_before_anything_is_computed(backbone, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match=f"{small_disk}/run cannot be written.*Read-only"):
+        run(backbone, small_disk / "run")
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(backbone, whole, tmp_path, monkeypatch):
+    jumps = iter(range(2 * 10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
+    run(backbone, tmp_path, steps=4)
+    run(backbone, tmp_path)
+    assert_same_bits(prompts(whole), prompts(tmp_path))
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+def test_a_second_run_in_a_model_dir_is_refused_and_touches_nothing(backbone, tmp_path):
+    run(backbone, tmp_path, steps=2)
+    with run_lock.held(str(tmp_path), period=600.0):
+        before = listing(tmp_path)
+        with pytest.raises(run_lock.Occupied, match="being written by process"):
+            run(backbone, tmp_path)
+        assert listing(tmp_path) == before
+    run(backbone, tmp_path, steps=4)
+    assert not (tmp_path / run_lock.FILE).exists()
+
+
+def test_a_run_that_was_taken_over_ends_without_a_save(backbone, tmp_path, monkeypatch):
+    class Paused(test_train.Trainer):
+        def train(self, batch):
+            super().train(batch)
+            if self.step == 3:
+                record = json.loads((tmp_path / run_lock.FILE).read_text())
+                other = {**record, "token": "another's", "host": "another"}
+                (tmp_path / run_lock.FILE).write_text(json.dumps(other))
+                time.sleep(1)  # of which a short period of counts notices
+
+    monkeypatch.setattr(run_lock, "held", functools.partial(run_lock.held, period=0.1))
+    with pytest.raises(run_lock.Occupied, match="taken over by .*another"):
+        run(backbone, tmp_path, trainer_cls=Paused)
+    assert checkpoints.saved_steps(checkpoints.epath.Path(tmp_path)) == [2]
+    assert json.loads((tmp_path / run_lock.FILE).read_text())["token"] == "another's"
+
+
+def test_evaluating_a_live_model_dir_leaves_everything_as_it_is(backbone, tmp_path):
+    """Neither the files that the run is writing, nor its lock."""
+    model_dir, model = tmp_path / "run", build()
+    run(backbone, model_dir)
+    (model_dir / f"checkpoint_{STEPS + 2}.orbax-checkpoint-tmp").mkdir()
+    origins = initialization.Origins(backbone=backbone)
+    with run_lock.held(str(model_dir), period=600.0):
+        before = listing(model_dir)
+        scores = eval.evaluate(
+            model=model,
+            dataset_cfg=dataset(model.runs, split="validation", shuffle=False),
+            restore_checkpoint_cfg=checkpoints.RestoreCheckpointConfig(str(model_dir)),
+            partitioner=PjitPartitioner(),
+            output_dir=str(tmp_path / "eval"),
+            train_state_initializer_cls=lambda: types.SimpleNamespace(origins=origins),
+            summarize_config_fn=lambda *_: None,
+        )
+        assert listing(model_dir) == before
+    assert set(scores[STEPS]) == set(TASKS)

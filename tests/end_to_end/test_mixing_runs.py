@@ -1,0 +1,331 @@
+"""Runs of ATTEMPT and CrossPT on in-memory tasks: resuming, evaluating, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mpt_jax import eval
+from mpt_jax.artifacts import artifacts
+from mpt_jax.checkpointing import checkpoints
+from mpt_jax.core.runs import Runs
+from mpt_jax.data.sampling import EqualQuotas
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.base import plain_prompts
+from mpt_jax.prompts.crosspt.crosspt import CrossPT
+from mpt_jax.prompts.crosspt.routing import Annealing
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.training import initialization
+from mpt_jax.training.partitioning import PjitPartitioner
+from tests.fixtures import tiny
+from tests.test_train import (
+    BATCH,
+    STEPS,
+    TASKS,
+    P,
+    assert_same_bits,
+    build,
+    dataset,
+    prompts,
+    run,
+)
+
+SOURCES = ("first", "second", "third")
+ONE_APIECE = Runs(TASKS, groups="independent")
+
+
+@pytest.fixture(scope="module")
+def sources(backbone, tmp_path_factory):  # noqa: F811
+    """Artefacts of random source prompts: two of this backbone, one longer, one of another."""
+    folder = tmp_path_factory.mktemp("sources")
+    embedding = artifacts.embedding_digest(tree(backbone)["token_embedder"]["embedding"])
+
+    def save(name, seed, length=P, digest=embedding):
+        rng = np.random.default_rng(seed)
+        table = rng.normal(size=(len(SOURCES), length, tiny.WIDTH))
+        artifacts.save_artefact(
+            folder / name,
+            PromptTuning(length),
+            {"table": table},
+            Runs([f"{name}_{run}" if name != "one" else run for run in SOURCES]),
+            embedding_sha256=digest,
+            vocabulary_sha256=None,
+            backbone="tiny",
+            step=0,
+        )
+        return str(folder / name)
+
+    return {
+        "one": save("one", 0),
+        "longer": save("longer", 1, P + 1),
+        "foreign": save("foreign", 2, digest="0" * 64),
+    }
+
+
+def tree(backbone):  # noqa: F811
+    model = build(PromptTuning(P))
+    return initialization.fill(model, initialization.Origins(backbone), jax.random.key(0)).params
+
+
+def mixing(method, runs=ONE_APIECE, **settings):
+    """A model of one of the two methods."""
+    return build(method, runs, optimizer=tiny.optimizer(0.1), **settings)
+
+
+def attempt(**settings) -> ATTEMPT:
+    return ATTEMPT(P, SOURCES, **{"width": 4, "temperature": 4.0, **settings})
+
+
+def crosspt(**settings) -> CrossPT:
+    return CrossPT(P, SOURCES, **{"annealing": Annealing(steps=3), **settings})
+
+
+def train(backbone, folder, model, artefact=None, **settings):  # noqa: F811
+    origins = {"artefact": artefact} if artefact else {}
+    data = dataset(model.runs, EqualQuotas(BATCH, 1), **settings.pop("data", {}))
+    run(backbone, folder, model, origins=origins, data=data, **settings)
+
+
+def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:  # noqa: F811
+    """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artefact alone."""
+    origins = initialization.Origins(backbone, artefact=artefact and str(artefact))
+    cfg = checkpoints.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
+    (state,) = eval.states(model, origins, PjitPartitioner(), cfg)
+    return state.params["prompt"]
+
+
+# --- Resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", ["joint", "independent"])
+@pytest.mark.parametrize(
+    ("method", "from_artefact"),
+    [
+        pytest.param(attempt(), True, id="attempt"),
+        pytest.param(crosspt(share="learned"), True, id="crosspt"),
+        pytest.param(
+            crosspt(reparametrise=["sources", "private"]),
+            False,
+            id="crosspt through MLPs",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_resuming_equals_never_stopping(method, from_artefact, groups, backbone, sources, tmp_path):  # noqa: F811
+    """Also where prompts are drawn, at temperatures that a counter in the checkpoint knows."""
+    artefact = sources["one"] if from_artefact else None
+    for folder, stops in (("whole", [STEPS]), ("parts", [3, STEPS])):
+        for steps in stops:
+            model = mixing(method, Runs(TASKS, groups=groups))
+            train(backbone, tmp_path / folder, model, artefact, steps=steps)
+    whole = prompts(tmp_path / "whole")
+    assert_same_bits(whole, prompts(tmp_path / "parts"))
+    kept = {name for name in whole if not name.endswith(("_in", "_out"))}
+    assert set(whole) == kept and "clock" not in whole, "an artefact has no more than it needs"
+    model = mixing(method, Runs(TASKS, groups=groups))
+    if "clock" in (found := restored(backbone, model, tmp_path / "parts", artefact)):
+        np.testing.assert_array_equal(found["clock"], STEPS)
+
+
+# --- Evaluating ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def attempted(backbone, sources, tmp_path_factory):  # noqa: F811
+    """MODEL_DIR of a short run of ATTEMPT."""
+    folder = tmp_path_factory.mktemp("attempted")
+    train(backbone, folder, mixing(attempt()), sources["one"], steps=2)
+    return folder
+
+
+def test_a_checkpoint_and_the_artefact_are_the_same_prompts(backbone, attempted):  # noqa: F811
+    model = mixing(attempt(start_from="same"))
+    by_checkpoint = restored(backbone, model, attempted, attempted / "artefact")
+    by_artefact = restored(backbone, model, artefact=attempted / "artefact")
+    assert_same_bits(by_checkpoint, by_artefact)
+    assert "sources" in prompts(attempted), "the artefact holds what is frozen"
+
+
+def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artefact(backbone, sources, tmp_path):  # noqa: F811
+    method = crosspt(share="learned", top_k=2)
+    train(backbone, tmp_path, mixing(method), sources["one"], steps=6)
+    same = dataclasses.replace(method, start_from="same")
+    found = [
+        plain_prompts(same, restored(backbone, mixing(same), *where), ONE_APIECE)
+        for where in ((tmp_path,), ("", tmp_path / "artefact"))
+    ]
+    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], artifacts.load_artefact(tmp_path / "artefact").folded())
+
+
+def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="no artefact has them.*that its run left"):
+        restored(backbone, mixing(attempt()), attempted)
+    from_start = restored(backbone, mixing(attempt()), attempted, sources["one"])
+    assert_same_bits(from_start, prompts(attempted))
+    other = tmp_path / "other"
+    train(backbone, other, mixing(attempt()), renamed(sources["one"], tmp_path / "x"), steps=0)
+    with pytest.raises(ValueError, match="frozen_prompts_sha256: '[0-9a-f]+' there, '[0-9a-f]+'"):
+        restored(backbone, mixing(attempt(start_from="same")), attempted, other / "artefact")
+
+
+def renamed(path, to) -> str:
+    """The same names, other prompts."""
+    found = artifacts.load_artefact(path)
+    artifacts.save_artefact(
+        to,
+        found.method,
+        {"table": -found.params["table"]},
+        found.runs,
+        **{name: found.config[name] for name in ("embedding_sha256", "vocabulary_sha256")},
+        backbone="tiny",
+        step=0,
+    )
+    return str(to)
+
+
+# --- What cannot be ------------------------------------------------------------------------------
+
+
+def filled(backbone, method, artefact=None, runs=ONE_APIECE):  # noqa: F811
+    origins = initialization.Origins(backbone, artefact=artefact)
+    return initialization.fill(mixing(method, runs), origins, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (attempt(), None, "mixes frozen source prompts, and no artefact has them: set INITIAL"),
+        (attempt(), "longer", r"longer has prompts of 4 positions and this run's have 3"),
+        (crosspt(), "longer", r"longer has prompts of 4 positions and this run's have 3"),
+        (attempt(), "foreign", "foreign belongs to another backbone"),
+        (attempt(), ["one", "longer"], "P differs: 3 in .*one; 4 in .*longer"),
+        (crosspt(), ["one", "foreign"], "backbone .* differs: [0-9a-f]+ in .*one; 0+ in .*foreign"),
+        (attempt(), ["one", "one"], "both hold a prompt of 'first'; leave one of them out"),
+        (ATTEMPT(P, ["first", "forth"]), "one", "Unknown run 'forth'.* Known: first, second"),
+        (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
+        (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
+        (crosspt(reparametrise=["sources"]), "one", "leave them out of reparametrise"),
+        (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_started_from_says_why(method, given, message, backbone, sources):  # noqa: F811
+    if given is not None:
+        given = [sources[x] for x in given] if isinstance(given, list) else sources[given]
+    with pytest.raises(ValueError, match=message):
+        filled(backbone, method, given)
+
+
+def test_an_artefact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):  # noqa: F811
+    artefact = str(attempted / "artefact")
+    for method in (PromptTuning(P), CrossPT(P, TASKS), PromptTuning(P, start_from="same")):
+        with pytest.raises(ValueError, match="depend on the text they stand before"):
+            filled(backbone, method, artefact)
+    with pytest.raises(ValueError, match="depend on the text they stand before"):
+        artifacts.load_artefact(artefact).folded()
+    with pytest.raises(ValueError, match="ATTEMPT is .*'sub'.*this run's .*'dot'.* must agree"):
+        filled(backbone, attempt(attention="dot"), artefact)
+
+
+@pytest.mark.parametrize("method", [attempt(start_from="same"), crosspt(start_from="same")])
+def test_a_task_that_the_artefact_lacks(method, backbone, sources, tmp_path):  # noqa: F811
+    train(backbone, tmp_path, mixing(method_of_start(method)), sources["one"], steps=0)
+    with pytest.raises(ValueError, match="Unknown run 'run_d'.* Known: run_a, run_b, run_c"):
+        filled(backbone, method, str(tmp_path / "artefact"), Runs(["run_d"]))
+
+
+def method_of_start(method):
+    start = "first" if isinstance(method, ATTEMPT) else "average"
+    return dataclasses.replace(method, start_from=start)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 4}, "top_k is 4, and the router has 3 candidates: first, second, third"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"compose_by": "private_cat", "private_length": {}}, "private_length must be at least 1"),
+        ({"compose_by": "private_cat", "private_length": 0}, "private_length must be at least 1"),
+        ({"compose_by": "sums"}, "Unknown compose_by 'sums'. Did you mean"),
+        ({"compose_by": "cat", "share": 0.5}, "share = 0.5 would have no effect"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CrossPT(P, SOURCES, **settings)
+
+
+def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):  # noqa: F811
+    optimizer = dataclasses.replace(
+        tiny.optimizer(),
+        learning_rates={
+            label: dataclasses.replace(schedule, total_steps=[9, 5, 9])
+            for label, schedule in tiny.optimizer().learning_rates.items()
+        },
+    )
+    method = crosspt(annealing=Annealing(steps=6))
+    short = r"anneals over 6 steps, and a run has only 5: .*\(ANNEALING_STEPS\)"
+    with pytest.raises(ValueError, match=short):
+        train(backbone, tmp_path, build(method, ONE_APIECE, optimizer=optimizer))
+    with pytest.raises(ValueError, match=short):
+        train(str(tmp_path / "before anything is read"), tmp_path, mixing(method), steps=5)
+
+
+def test_room_for_all_pieces(backbone, tmp_path):  # noqa: F811
+    cat = crosspt(compose_by="cat")
+    with pytest.raises(ValueError, match="reserves 3 positions .* 'crosspt' has prompts of 9"):
+        train(backbone, tmp_path, mixing(cat))
+    model = mixing(cat, reserved=3 * P)
+    converter = model.FEATURE_CONVERTER_CLS(pack=True, pack_lengths={"inputs": 12, "targets": 3})
+    with pytest.raises(
+        ValueError, match=r"pack_lengths\['inputs'\] is 12, .* 13 .*prompt_length 9"
+    ):
+        converter.get_model_feature_lengths({"inputs": 4, "targets": 3})
+
+
+# --- Private prompts of several lengths ----------------------------------------------------------
+
+
+OWN = {"run_a": 1, "run_b": 4, "run_c": 2}
+
+
+def test_the_artefact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path):  # noqa: F811
+    """Under the settings of the whole fleet, and under its own alone."""
+    method = crosspt(compose_by="private_cat", private_length=OWN)
+    train(backbone, tmp_path, mixing(method, reserved=P + 4), steps=6)
+    whole = artifacts.load_artefact(tmp_path / "artefact").plain()
+    assert [len(prompt) for prompt in whole] == [P + OWN[run] for run in TASKS]
+    for row, run_name in enumerate(TASKS):
+        artefact = str(tmp_path / "artefacts" / run_name)
+        for lengths in (OWN, {run_name: OWN[run_name]}):
+            same = dataclasses.replace(method, private_length=lengths, start_from="same")
+            one = Runs([run_name])
+            found = filled(backbone, same, artefact, one).params["prompt"]
+            (plain,) = plain_prompts(same, found, one)
+            np.testing.assert_array_equal(plain, whole[row])
+    other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
+    with pytest.raises(ValueError, match="'run_a' has 3 positions .* of 'run_a', .* has 1: they"):
+        filled(backbone, other, str(tmp_path / "artefact"))
+    lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
+    with pytest.raises(ValueError, match="Unknown run in private_length 'run_c'"):
+        mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
+
+
+def test_weights_that_are_read_otherwise_are_not_gone_on_with(backbone, tmp_path):  # noqa: F811
+    train(backbone, tmp_path, mixing(crosspt()), steps=0)
+    other = crosspt(normalise="softmax", start_from="same")
+    with pytest.raises(ValueError, match="'normalise': 'sum'.*'normalise': 'softmax'.* must agree"):
+        filled(backbone, other, str(tmp_path / "artefact"))
+
+
+def test_what_a_run_trained_leaves_out_its_counter(backbone, sources, tmp_path):  # noqa: F811
+    train(backbone, tmp_path, mixing(crosspt()), sources["one"], steps=0)
+    record = json.loads((tmp_path / "run.jsonl").read_text())
+    numbers = len(TASKS) * (len(SOURCES) * P * 16 + P * 16 + len(SOURCES))
+    assert record["trainable_parameters"] == numbers
+    card = (tmp_path / "artefacts" / "run_a" / "README.md").read_text()
+    assert f"{numbers // len(TASKS)}" in card

@@ -1,0 +1,319 @@
+"""The evaluator, driven by functions whose every output is known."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.data import feature_converter, token_tables
+from mpt_jax.data.datasets import DatasetConfig
+from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.sampling import task_mixture
+from mpt_jax.evaluation.evaluator import InferenceEvaluator, labels_of, with_labels
+
+NAMES = ["evl_a", "evl_b", "evl_c"]
+CONVERTER = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(NAMES))
+YES, NO = [124, 104, 118, 1], [113, 114, 1, 0]  # Bytes + 3, then EOS; targets take 4.
+
+
+def accuracy(targets, predictions):
+    return {
+        "accuracy": 100
+        * float(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]))
+    }
+
+
+def mean_score(targets, scores):
+    return {"mean_score": float(np.mean(scores))}
+
+
+def register(name, targets, metric_fns, splits=("validation",), source=None, preprocessors=()):
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    rows = {"inputs": [f"{name} {i}" for i in range(len(targets))], "targets": list(targets)}
+    source = source or seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+            {k: tf.constant(v, tf.string) for k, v in rows.items()}
+        ),
+        splits=splits,
+    )
+    seqio.TaskRegistry.add(
+        name,
+        source=source,
+        preprocessors=[*preprocessors, *feature_converter.finish(name)],
+        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+        metric_fns=metric_fns,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks():
+    labelled = with_labels(accuracy, ["yes", "no"])
+    register("evl_a", ["yes", "no", "no", "yes", "no"], [labelled])
+    register("evl_b", ["a", "bc", "d"], [accuracy])
+    register("evl_c", ["no", "yes"], [with_labels(accuracy, ["no", "yes", "dont"]), mean_score])
+
+
+def config(name, **changes):
+    lengths = {"inputs": 10, "targets": 4}
+    arguments = dict(split="validation", batch_size=4, shuffle=False, seed=0, **changes)
+    return DatasetConfig(name, **{"task_feature_lengths": lengths, **arguments})
+
+
+class Model:
+    """Predicts the target except for rows whose input ends in an even digit."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def predict(self, batch):
+        self.batches += 1
+        assert batch["encoder_input_tokens"].shape == (4, 12)
+        tokens = batch["decoder_target_tokens"].copy()
+        tokens[self.digit(batch) % 2 == 0, 0] += 1
+        return tokens
+
+    def score(self, batch):
+        """Task index, and +10 for 'yes'; nothing for rows without a target."""
+        self.batches += 1
+        targets = batch["decoder_target_tokens"]
+        weights = batch["decoder_loss_weights"]
+        np.testing.assert_array_equal(weights, targets != 0)
+        np.testing.assert_array_equal(batch["decoder_input_tokens"][:, 1:], targets[:, :-1])
+        np.testing.assert_array_equal(
+            batch["decoder_task_ids"], weights * batch["encoder_task_ids"].max(1, keepdims=True)
+        )
+        return batch["encoder_task_ids"].max(1) + 10.0 * (targets[:, :4] == YES).all(1)
+
+    @staticmethod
+    def digit(batch):
+        # P = 2, then "evl_x ", then the digit.
+        return batch["encoder_input_tokens"][:, 8] - 3 - ord("0")
+
+
+def test_metrics_of_mixed_batches(tmp_path):
+    model = Model()
+    evaluator = InferenceEvaluator(config(task_mixture(NAMES)), CONVERTER, str(tmp_path))
+    assert evaluator.task_names == tuple(NAMES)
+    found = evaluator.evaluate(model.predict, model.score, step=7)
+    assert found == {
+        # Odd rows are right; ranking always says "yes".
+        "evl_a": {"accuracy": 40.0, "rank_accuracy": 40.0},
+        "evl_b": {"accuracy": pytest.approx(100 / 3)},
+        # Of the targets "no" and "yes"; log-probabilities 2 and 12.
+        "evl_c": {"accuracy": 50.0, "mean_score": 7.0, "rank_accuracy": 50.0},
+    }
+    assert list(found["evl_a"]) == ["accuracy", "rank_accuracy"]
+    # 10 examples in 3 batches, 2 to score in 1, and 7 with labels in 2 for each of 3 labels.
+    assert model.batches == 3 + 1 + 2 * 3
+    again = evaluator.evaluate(model.predict, model.score, step=8)
+    assert again == found
+
+
+def test_files_are_t5xs(tmp_path):
+    evaluator = InferenceEvaluator(config(task_mixture(NAMES)), CONVERTER, str(tmp_path))
+    evaluator.evaluate(Model().predict, Model().score, step=7)
+    evaluator.close()
+    (metrics,) = (tmp_path / "evl_a-metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics) == {"step": 7, "accuracy": 40.0, "rank_accuracy": 40.0}
+    lines = [json.loads(x) for x in (tmp_path / "evl_b-000007.jsonl").read_text().splitlines()]
+    assert [line["target"] for line in lines] == ["a", "bc", "d"]
+    assert [line["prediction"] for line in lines] == ["b", "bc", "e"]
+    assert [line["input"]["inputs_pretokenized"] for line in lines] == [f"evl_b {i}" for i in "012"]
+    assert list((tmp_path / "evl_c").glob("events*"))
+
+
+def test_without_output_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluator = InferenceEvaluator(config("evl_b"), CONVERTER, None)
+    assert evaluator.evaluate(Model().predict, Model().score, 0) == {
+        "evl_b": {"accuracy": pytest.approx(100 / 3)}
+    }
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_the_evaluator_class(tmp_path):
+    cls = functools.partial(seqio.Evaluator, logger_cls=(seqio.JSONLogger,), num_examples=2)
+    evaluator = InferenceEvaluator(config("evl_b"), CONVERTER, str(tmp_path), evaluator_cls=cls)
+    found = evaluator.evaluate(Model().predict, Model().score, 0)
+    assert found == {"evl_b": {"accuracy": 50.0}}
+    assert not list(tmp_path.glob("evl_b/events*"))
+
+
+@pytest.mark.parametrize("where", ["evaluator", "dataset_cfg"])
+def test_without_a_memory_cache_everything_is_read_again(where):
+    """T5X's EVALUATOR_USE_MEMORY_CACHE is the evaluator's."""
+    passes = []
+
+    def rows(split, shuffle_files, seed=None):
+        def read():
+            passes.append(split)
+            yield from ({"inputs": f"evl_n {i}", "targets": "a"} for i in range(3))
+
+        spec = tf.TensorSpec([], tf.string)
+        return tf.data.Dataset.from_generator(
+            read, output_signature={"inputs": spec, "targets": spec}
+        )
+
+    register("evl_n", [], [accuracy], source=seqio.FunctionDataSource(rows, ["validation"]))
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_n"]))
+
+    def reads_of_an_evaluation(in_evaluator, in_cfg):
+        cls = functools.partial(seqio.Evaluator, logger_cls=(), use_memory_cache=in_evaluator)
+        cfg = config("evl_n", use_memory_cache=in_cfg)
+        evaluator = InferenceEvaluator(cfg, converter, None, evaluator_cls=cls)
+        evaluator.evaluate(Model().predict, Model().score, 0)
+        before = len(passes)
+        evaluator.evaluate(Model().predict, Model().score, 1)
+        return len(passes) - before
+
+    assert reads_of_an_evaluation(True, True) == 0
+    assert reads_of_an_evaluation(where != "evaluator", where != "dataset_cfg") > 0
+
+
+def test_measured_lengths():
+    cfg = config(task_mixture(NAMES), task_feature_lengths=None)
+    evaluator = InferenceEvaluator(cfg, CONVERTER, None)
+    ((_, first), *_) = evaluator._read(("evl_a",))
+    # "evl_a 0" and EOS behind two prompt rows; "yes" and EOS.
+    assert first["encoder_input_tokens"].shape == (4, 10)
+    assert first["decoder_target_tokens"].tolist() == [YES, NO, NO, YES]
+
+
+def test_hosts_share_each_batch():
+    evaluators = [
+        InferenceEvaluator(config("evl_a"), CONVERTER, None, num_hosts=2, host_index=i)
+        for i in range(2)
+    ]
+    parts = [list(e._read(("evl_a",))) for e in evaluators]
+    digits = [[Model.digit(b).tolist() for _, b in part] for part in parts]
+    assert digits == [[[0, 1], [4, -51]], [[2, 3], [-51, -51]]]
+
+
+def test_rows_sorted_by_length_are_answered_in_their_own_order(tmp_path):
+    register("evl_r", [str(i) for i in range(40)], [accuracy])
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_r"]))
+    shapes, files = set(), []
+
+    def predict(batch):
+        shapes.add(batch["encoder_input_tokens"].shape)
+        tokens = batch["decoder_target_tokens"].copy()
+        odd = batch["encoder_input_tokens"].sum(axis=1) % 2 == 1
+        tokens[odd, 0] += 1
+        return tokens
+
+    for buckets in ({"inputs": []}, {"inputs": [8]}):
+        cfg = config("evl_r", length_buckets=buckets)
+        folder = tmp_path / str(len(files))
+        evaluator = InferenceEvaluator(cfg, converter, str(folder))
+        evaluator.evaluate(predict, Model().score, 0)
+        evaluator.close()
+        files.append((folder / "evl_r-000000.jsonl").read_text())
+    assert files[0] == files[1] and files[0].count("\n") == 40
+    assert shapes == {(4, 10), (4, 12)}, "ten texts have one digit, the others two"
+
+
+def test_labels():
+    task = seqio.TaskRegistry.get("evl_c")
+    assert labels_of(task) == ("no", "yes", "dont")
+    assert labels_of(seqio.TaskRegistry.get("evl_b")) == ()
+    assert labels_of(task.replace(name="evl_d")) == ("no", "yes", "dont")
+
+
+def test_a_target_that_is_no_label():
+    register("evl_a", ["yes", "maybe"], [with_labels(accuracy, ["yes", "no"])])
+    cfg = config("evl_a", task_feature_lengths={"inputs": 10, "targets": 6})
+    evaluator = InferenceEvaluator(cfg, CONVERTER, None)
+    predict = lambda batch: batch["decoder_target_tokens"]  # noqa: E731
+    score = lambda batch: np.zeros(4)  # noqa: E731
+    message = r"declares the labels \('yes', 'no'\), but an example has the target 'maybe'"
+    with pytest.raises(ValueError, match=message):
+        evaluator.evaluate(predict, score, 0)
+
+
+def aux_metric(targets, predictions, aux_values):
+    return {}
+
+
+@pytest.mark.parametrize(
+    "targets, metric_fns, changes, message",
+    [
+        ([], [accuracy], {}, "The 'validation' split is empty: evl_x"),
+        (["a"], [accuracy], {"split": "test"}, "'evl_x' has no 'test' split; it has validation"),
+        (["a"], [], {}, "No task of 'evl_x' has metrics"),
+        (["a"], [aux_metric], {}, "'evl_x' has a metric of auxiliary values"),
+        (["abcde"], [accuracy], {}, r"targets': 4} \(evl_x: 1 of 1 \(100.00%\)\). Raise the lim"),
+    ],
+)
+def test_clear_errors(targets, metric_fns, changes, message):
+    register("evl_x", targets, metric_fns)
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_x"]))
+    cfg = DatasetConfig(
+        "evl_x",
+        **{
+            **dict(task_feature_lengths={"inputs": 10, "targets": 4}, split="validation"),
+            **dict(batch_size=4, shuffle=False, seed=0),
+            **changes,
+        },
+    )
+    with pytest.raises(ValueError, match=message):
+        InferenceEvaluator(cfg, converter, None)
+
+
+def readers_of(name):
+    """What reads a task's validation split: the tables of training, and the evaluator."""
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs([name]))
+    lengths = {"inputs": 10, "targets": 4}
+    return (
+        lambda: token_tables.ExampleTable(token_tables.find_task(name), "validation", lengths, 0),
+        lambda: InferenceEvaluator(config(name), converter, None),
+    )
+
+
+def test_a_mistake_in_a_preprocessor_is_not_missing_data():
+    wrong = seqio.map_over_dataset(lambda example: {"inputs": example["question"]})
+    register("evl_x", ["a"], [accuracy], preprocessors=[wrong])
+    for read in readers_of("evl_x"):
+        with pytest.raises(KeyError, match="question"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("/no/such/folder"),
+        tf.errors.NotFoundError(None, None, "/no/such/folder"),
+        AssertionError("Dataset x: could not find data in /no/such/folder."),
+        tfds.core.registered.DatasetNotFoundError("/no/such/folder\nAvailable:\n- glue\n"),
+    ],
+)
+def test_missing_data_says_how_to_get_it(error):
+    def gone(split, shuffle_files, seed=None):
+        raise error
+
+    register("evl_x", [], [accuracy], source=seqio.FunctionDataSource(gone, ["validation"]))
+    for read in readers_of("evl_x"):
+        with pytest.raises(ValueError, match="could not be read.*/no/such/folder.*tfds build"):
+            read()
+
+
+def test_data_that_was_never_prepared():
+    """TFDS then has a source without splits."""
+    source = seqio.FunctionDataSource(lambda split, shuffle_files: None, [])
+    register("evl_x", [], [accuracy], source=source)
+    for read in readers_of("evl_x"):
+        with pytest.raises(ValueError, match="task 'evl_x' could not be read.*--tfds_data_dir"):
+            read()
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="Unknown task or mixture 'evl_bb'. Did you mean 'evl_b'"):
+        InferenceEvaluator(config("evl_bb"), CONVERTER, None)
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_a"]))
+    with pytest.raises(ValueError, match="Unknown run 'evl_b'. Did you mean 'evl_a'"):
+        InferenceEvaluator(config("evl_b"), converter, None)

@@ -1,0 +1,110 @@
+"""What a run tells: TensorBoard, lines of metrics, the progress line, the run record."""
+
+import json
+import re
+import subprocess
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+import mpt_jax
+from mpt_jax.evaluation import metric_writers
+
+
+def test_scalars_reach_tensorboard_and_the_lines(tmp_path):
+    writers = metric_writers.Writers(str(tmp_path))
+    writers.write("train", 5, {"loss": 0.5, "loss/rte": 0.25})
+    writers.write("train", 10, {"loss": 0.4})
+    writers.write("training_eval/rte", 10, {"loss": 0.75})
+    writers.write("train", 15, {})
+    writers.close()
+    lines = [
+        json.loads(line) for line in (tmp_path / metric_writers.METRICS).read_text().splitlines()
+    ]
+    assert lines == [
+        {"folder": "train", "step": 5, "loss": 0.5, "loss/rte": 0.25},
+        {"folder": "train", "step": 10, "loss": 0.4},
+        {"folder": "training_eval/rte", "step": 10, "loss": 0.75},
+    ]
+    for folder, expected in (("train", [(5, 0.5), (10, 0.4)]), ("training_eval/rte", [(10, 0.75)])):
+        events = EventAccumulator(str(tmp_path / folder))
+        events.Reload()
+        found = [
+            (event.step, round(float(tensor_util.make_ndarray(event.tensor_proto)), 6))
+            for event in events.Tensors("loss")
+        ]
+        assert found == expected
+
+
+def test_the_half_line_of_a_killed_run_is_cut_off(tmp_path):
+    path = tmp_path / metric_writers.METRICS
+    path.write_text('{"folder": "train", "step": 5}\n{"folder": "tra')
+    writers = metric_writers.Writers(str(tmp_path))
+    writers.write("train", 10, {"loss": 0.4})
+    writers.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [5, 10]
+    path.write_text("half")
+    writers = metric_writers.Writers(str(tmp_path))
+    writers.write("train", 5, {"loss": 0.4})
+    writers.close()
+    assert json.loads(path.read_text())["step"] == 5
+
+
+def test_the_plain_progress_line(monkeypatch, caplog):
+    clock = iter([100.0, 100.0, 104.0, 104.0, 105.0, 105.0])
+    monkeypatch.setattr(metric_writers.time, "monotonic", lambda: next(clock))
+    line = metric_writers.ProgressLine(total_steps=1000, first_step=0, batch_size=32)
+    line.restart_clock(0)
+    others = {"accuracy/rte": 0.9, "attention/mnli/rte": 0.3, "attention_entropy/rte": 1.1}
+    with caplog.at_level("INFO", logger="absl"):
+        speeds = line.update(40, {"loss": 0.5, "loss/rte": 0.25, **others})
+        line.update(50, {"loss": 0.5} | {f"loss/t{i}": 1.0 for i in range(10)})
+    line.close()
+    assert speeds == {"timing/seconds_per_step": 0.1, "timing/examples_per_second": 320.0}
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == (
+        "step 40/1000  ETA 0:01:36  loss 0.5000  100 ms/step  320 examples/s  rte 0.250"
+    )
+    assert second.endswith("t7 1.000 | and 2 more"), "two hundred tasks are not one line"
+
+
+def test_the_run_record_says_what_ran(tmp_path):
+    metric_writers.write_run_record(str(tmp_path), {"seed": 7, "trainable_parameters": 12})
+    metric_writers.write_run_record(str(tmp_path), {"seed": 8})
+    first, second = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
+    assert (first["seed"], second["seed"], first["trainable_parameters"]) == (7, 8, 12)
+    assert first["mpt_jax"] == mpt_jax.__version__
+    import jax
+
+    assert first["packages"]["jax"] == jax.__version__
+    assert first["devices"] == ["1 x cpu (cpu)"] and first["processes"] == 1
+    assert re.match(r"\d{4}-\d\d-\d\dT", first["started"])
+
+
+def test_the_git_revision_tells_changes(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(  # noqa: E731
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    package = tmp_path / "mpt_jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(metric_writers.mpt_jax, "__file__", str(package / "__init__.py"))
+    assert metric_writers.git_revision() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert metric_writers.git_revision() == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("changed = 1\n")
+    assert metric_writers.git_revision() == git("rev-parse", "HEAD") + "+changes"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.9, "0:00:59"), (3661.0, "1:01:01")])
+def test_clock(seconds, text):
+    assert metric_writers._clock(seconds) == text
+
+
+def test_counts_are_said_in_full():
+    said = metric_writers.describe_counts(77_668, 222_981_316, ["task", "shared"])
+    assert said == "77,668 of 222,981,316 parameters learn (0.035%; labels: shared, task)."

@@ -1,0 +1,43 @@
+"""Every line of docs/ablations.md is a command that parses and builds its model."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+
+import gin
+import pytest
+
+from mpt_jax.config import gin_utils, trainer_choice
+from tests.config.test_gin_utils import ROOT, VOCABULARY, value
+
+PAGE = (ROOT / "docs" / "ablations.md").read_text()
+
+
+def lines() -> list[tuple[str, str, str]]:
+    """(row, stage file, what is added) of every table."""
+    found = []
+    for section in PAGE.split("\n## ")[1:]:
+        stage = re.search(r"\(`(gin/[a-z_]+\.gin)`\)", section.splitlines()[0])
+        for line in re.findall(r"^\| (?!row|-)(.*) \|$", section, re.M):
+            name, *cells, _ = [cell.strip() for cell in line.split("|")]
+            own = stage[1] if stage else cells.pop(0).strip("`")
+            found.append((name, own, cells[0].strip("`")))
+    return found
+
+
+def test_every_table_was_read():
+    assert len(lines()) == 21 + 11 + 9 + 7 + 11 + 22
+
+
+@pytest.mark.parametrize(("name", "stage", "added"), lines(), ids=lambda x: str(x)[:40])
+def test_a_row_is_a_command(name, stage, added):
+    trainer_choice.install()
+    arguments = gin_utils.rewrite_gin_args(shlex.split(added))
+    files = [stage, *(x.partition("=")[2] for x in arguments if x.startswith("--gin_file="))]
+    bindings = [x.partition("=")[2] for x in arguments if x.startswith("--gin_bindings=")]
+    with gin_utils.as_main(importlib.import_module("mpt_jax.train")):
+        gin_utils.parse(files, [*bindings, VOCABULARY], (str(ROOT),))
+        assert value("MODEL").runs.num_rows
+    gin.clear_config()

@@ -1,0 +1,429 @@
+"""The report: its numbers by hand, what it leaves out, and a page that is whole by itself."""
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.cli import main
+from mpt_jax.core.runs import Runs
+from mpt_jax.experiments import results
+from mpt_jax.experiments.report import __main__ as command
+from mpt_jax.experiments.report import analysis, figures, run_reader, sections, tables
+from mpt_jax.experiments.results import Result
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+
+SOURCES = ("toy_sst2", "toy_squad")
+P, H = 2, 4
+
+
+def result(method, shots=32, folder="gone", start=None, length=20, size=900, **scores):
+    """A result with an accuracy of each seed on each toy task."""
+    number = len(next(iter(scores.values())))
+    found = {f"toy_{task}": {"accuracy": v, "f1": [0.0] * number} for task, v in scores.items()}
+    seeds, dirs = tuple(range(number)), (str(folder),)
+    return Result(method, shots, found, 2560.0, 12.4, dirs, seeds, length, size, start)
+
+
+def demo_result(name, rte, d2t, folder):
+    scores = {
+        "toy_rte": {"accuracy": rte, "f1": [0.0] * len(rte), "rank_accuracy": [v + 1 for v in rte]},
+        "toy_d2t": {"f1": [v + 5 for v in d2t], "exact_match": d2t},
+    }
+    return Result(name, 32, scores, 2560.0, 12.4, (str(folder),), tuple(range(len(rte))))
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_artefact(folder, method, params, runs, **metrics):
+    artifacts.save_artefact(
+        folder / "artefact", method, params, runs, metrics=metrics,
+        embedding_sha256="0", vocabulary_sha256=None, backbone="tiny", step=3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    """What the stages of a demo leave, as far as the report reads it."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(2, P, H))
+    factors = {
+        "shared": rng.normal(size=(1, P, H)),
+        "task_left": np.ones((2, P, 1)),
+        "task_right": np.ones((2, 1, H)),
+    }
+    scores = {"toy_sst2": {"accuracy": 91.25}, "toy_squad": {"f1": 85.0, "exact_match": 80.0}}
+    alone = Runs(SOURCES, groups="independent")
+    write_artefact(tmp_path / "pt_source", PromptTuning(P), {"table": table}, alone, scores=scores)
+    write_artefact(tmp_path / "mpt_source", MPT(P), factors, Runs(SOURCES), scores=scores)
+    record = {"mpt_jax": "0.1.0", "git_revision": "abc123", "packages": {"jax": "0.10.2"}}
+    record |= {"devices": ["8 x TPU v4 (tpu)"], "seed": 42, "started": "2026-01-01T00:00:00+0000"}
+    for folder in ("pt_source", "mpt_source", "a", "b", "c"):
+        lines = [{"folder": "train", "step": step, "loss": 1 / step} for step in (1, 2, 3)]
+        lines.append({"folder": "inference_eval/x", "step": 3, "eval/accuracy": 1.0})
+        write_lines(tmp_path / folder / "metrics.jsonl", lines)
+        write_lines(tmp_path / folder / "run.jsonl", [record])
+    return tmp_path
+
+
+@pytest.fixture
+def demo(root):
+    found = [
+        demo_result("PT", [50.0, 52.0, 54.0], [1.0, 2.0, 3.0], root / "a"),
+        demo_result("MPT", [60.0, 61.0, 62.0], [0.0, 2.0, 4.0], root / "b"),
+        demo_result("Full fine-tuning", [70.0], [9.0], root / "c"),
+    ]
+    results.save(root, found, {})
+    return found
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def test_the_demos_text_says_what_was_measured(root, demo):
+    text = tables.text(root, demo, {"toy_rte": 50.0, "toy_d2t": 0.5})
+    text, differences = text.split("MPT minus each, paired by task and seed")
+    rows = {line.split("  ")[0]: line for line in text.splitlines()}
+    # Mean and standard deviation (n - 1), F1 of free text, and their mean over tasks.
+    assert re.search(r"52\.0 ± 2\.0 +7\.0 ± 1\.0 +29\.5 +53\.0 +2,560 +12$", rows["PT"])
+    assert re.search(r"70\.0 +14\.0 +42\.0", rows["Full fine-tuning"])
+    assert re.search(r"50\.0 +0\.5", rows["always the most frequent"])
+    assert re.search(r"91\.2 +85\.0", rows["Teachers (PT)"])
+    # Six differences 10, 9, 8, -1, 0, 1: mean 4.5, t(5) = 2.5706, standard error 2.0616.
+    assert re.search(r"PT +\+4\.5 +-0\.8 \.\. \+9\.8 +6", differences)
+    assert "Full fine-tuning" not in differences, "one seed has nothing to pair with"
+
+
+def test_a_pages_tables_have_intervals_and_every_pair(demo):
+    heads, pt, *_ = tables.score_rows(demo, {})
+    row = dict(zip(heads, pt, strict=True))
+    # Means over the two tasks 28, 29.5 and 31: t(2) = 4.3027, standard error 0.8660.
+    assert (row["mean"], row["95% interval"], row["n"]) == ("29.5", "25.8 .. 33.2", "3")
+    (*_, full) = tables.difference_rows(demo)
+    assert full[0] == "Full fine-tuning" and full[3] == "2", "two tasks, the seed that both have"
+    (_, mpt, *_) = tables.difference_rows(demo, reference="PT")
+    assert mpt[:2] == ["MPT", "-4.5"]
+
+
+def test_a_task_that_one_method_lacks_is_in_no_mean():
+    rows = tables.score_rows([result("PT", rte=[50.0], cb=[10.0]), result("MPT", rte=[60.0])], {})
+    heads = rows[0]
+    assert [row[heads.index("mean")] for row in rows[1:]] == ["50.0", "60.0"]
+    assert rows[2][heads.index("cb (accuracy)")] == ""
+
+
+# --- Numbers -------------------------------------------------------------------------------------
+
+
+def test_examples_needed_are_linear_in_log_k():
+    scores = {4: 50.0, 16: 60.0, 64: 55.0}
+    assert analysis.examples_needed(scores, 55.0) == pytest.approx(8.0)
+    assert analysis.examples_needed(scores, 60.0) == pytest.approx(16.0)
+    assert analysis.examples_needed(scores, 40.0) == 4.0
+    assert analysis.examples_needed(scores, 60.1) is None
+    # Down and up again: the first time counts.
+    assert analysis.examples_needed({4: 50.0, 16: 40.0, 64: 60.0}, 55.0) == pytest.approx(
+        32 * 2**0.5
+    )
+
+
+def test_who_matches_whom():
+    found = [
+        *(result("PT", k, rte=[v]) for k, v in ((4, 50.0), (16, 60.0), (None, 99.0))),
+        *(result("MPT", k, rte=[v]) for k, v in ((4, 55.0), (16, 70.0), (None, 99.0))),
+    ]
+    rows = tables.matching_rows(analysis.arms(found), ("toy_rte",))
+    assert rows == [
+        ["", "to match", "k = 4", "k = 16"],
+        ["PT", "MPT", "8.0", "not reached"],
+        ["MPT", "PT", "≤ 4", f"{4 * 4 ** (5 / 15):.1f}"],
+    ]
+
+
+def test_gains_pair_seeds_of_a_task():
+    new = result("MPT", rte=[60.0, 61.0, 62.0], cb=[5.0, 5.0, 5.0])
+    old = dataclasses.replace(result("PT", rte=[54.0, 50.0, 52.0]), seeds=(2, 0, 7))
+    gain = analysis.gains(new, old)
+    assert list(gain) == ["toy_rte"]
+    # Seeds 0 and 2: 60 - 50 and 62 - 54.
+    assert (gain["toy_rte"].mean, gain["toy_rte"].n) == (9.0, 2)
+
+
+def test_gains_are_over_pt_from_nothing_of_the_same_kind():
+    pt = result("PT", rte=[50.0])
+    large = result("PT", rte=[70.0], size=5000)
+    long = result("PT, P=40", rte=[52.0], length=40)
+    spot = result("PT", rte=[60.0], start="toy_mnli")
+    every = [spot, large, long, pt, result("PT", 4, rte=[40.0])]
+    baseline = lambda like: analysis.from_nothing(every, like)  # noqa: E731
+    assert baseline(spot) is pt
+    assert baseline(result("MPT", rte=[1.0], size=5000)) is large
+    assert baseline(result("MPT, P=40", rte=[1.0], length=40)) is long
+    assert baseline(result("MPT, P=5", rte=[1.0], length=5)) is pt
+    full = dataclasses.replace(result("Full", rte=[1.0], length=0, size=0), parameters=900.0)
+    assert baseline(full) is pt, "all of the same backbone learns"
+    assert baseline(result("MPT", None, rte=[1.0])) is None
+
+
+def test_labels_tell_results_apart():
+    found = [
+        result("PT", rte=[1.0]),
+        result("PT", rte=[2.0], start="toy_mnli"),
+        result("PT", rte=[3.0], length=5),
+        result("MPT", rte=[4.0]),
+        result("MPT", rte=[4.0], size=2_000_000),
+        result("MPT", 4, rte=[4.0]),
+    ]
+    labels = ["PT, P=20", "PT from mnli, P=20", "PT, P=5", "MPT, 900", "MPT, 2 M"]
+    assert list(analysis.arms(found)) == labels
+    with pytest.raises(ValueError, match="two results of 'PT' at k = 32"):
+        analysis.arms([result("PT", rte=[1.0]), result("PT", rte=[1.0])])
+
+
+def test_curves_are_those_of_training(root):
+    (curve,) = run_reader.training(root / "a")
+    assert curve == {1: 1, 2: 1 / 2, 3: 1 / 3}
+
+
+def test_what_a_resumed_run_repeats_counts_once(tmp_path):
+    lines = [
+        {"folder": "train", "step": 1, "loss": 9.0, "loss/x": 1.0, "loss/y": 5.0},
+        {"folder": "train", "step": 2, "loss": 9.0, "loss/x": 2.0, "loss/y": 6.0},
+        {"folder": "train", "step": 2, "loss": 9.0, "loss/x": 3.0, "loss/y": 7.0},
+    ]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    assert run_reader.training(tmp_path) == [{1: 1.0, 2: 3.0}, {1: 5.0, 2: 7.0}]
+
+
+def test_curves_are_averaged_where_they_agree():
+    curves = [{1: 1.0, 2: 2.0, 4: 4.0}, {2: 4.0, 4: 8.0}, {1: 7.0}, {}]
+    assert analysis.mean_curves(curves) == {4: {2: 3.0, 4: 6.0}, 1: {1: 7.0}}
+
+
+def test_similarity_of_prompts():
+    x, y = np.eye(2).reshape(2, 1, 2)
+    names, found = analysis.cosines_by_task(np.stack([x, 3 * y, -x, y]), ["a", "a", "a", "b"])
+    assert names == ["a", "b"]
+    # Pairs of a: x with y, x with -x, y with -x. Of a and b: x, y and -x with y.
+    np.testing.assert_allclose(found, [[-1 / 3, 1 / 3], [1 / 3, 1]], atol=1e-12)
+
+
+def test_points_that_would_hide_each_other_are_set_apart():
+    found = analysis.set_apart({"a": 1000.0, "b": 1e6, "c": 1000.0})
+    assert found["b"] == pytest.approx(1e6)
+    assert math.log10(found["c"] / found["a"]) == pytest.approx(0.06)
+    assert found["a"] * found["c"] == pytest.approx(1e6)
+    many = list(analysis.set_apart({str(i): 1000.0 for i in range(11)}).values())
+    assert math.log10(max(many) / min(many)) == pytest.approx(0.15)
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """What a page holds: ids, addresses, headings by level, and texts of drawings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.addresses, self.tags, self.alts = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag == "svg":
+            assert ("aria-hidden" in given) != bool(given.get("aria-label")), given
+            self.alts += [given["aria-label"]] if given.get("role") == "img" else []
+
+
+def titles(text):
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
+def page_of(root, found, **options):
+    return sections.write(root, found, **options).read_text()
+
+
+def test_the_page_is_whole_by_itself(root, demo):
+    text = page_of(root, demo)
+    page = Reader(text)
+    assert page.addresses and all(address.startswith("#") for address in page.addresses)
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not re.search(r"@import|url\((?!#)", text)
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
+    assert "52.0 ± 2.0" in text and "abc123" in text and "8 x TPU v4 (tpu)" in text
+    assert "prefers-color-scheme" in text
+    assert text == page_of(root, demo), "the same results make the same page"
+
+
+def test_drawings_take_their_colours_from_the_page(root, demo):
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page_of(root, demo), re.DOTALL))
+    assert "var(--series-1)" in drawings and "currentColor" in drawings
+    for stand_in in (figures.INK, figures.LINES, "#000001", "#000002", "#000003"):
+        assert stand_in not in drawings
+    assert re.search(r"<text[^>]*>step</text>", drawings), "text is text"
+
+
+def test_a_method_has_one_colour_and_what_varies_it_another_dash():
+    found = [result(name, rte=[1.0]) for name in ("PT", "MPT", "PT, P=40")]
+    look = figures.styles(analysis.arms(found))
+    pt, mpt, long = look["PT"], look["MPT"], look["PT, P=40"]
+    assert pt.color == long.color != mpt.color
+    assert (pt.linestyle, pt.marker) != (long.linestyle, long.marker)
+    many = figures.styles(analysis.arms([result(f"m{i}", rte=[1.0]) for i in range(21)]))
+    assert len({(style.color, style.linestyle) for style in many.values()}) == 21
+
+
+def test_names_cannot_break_the_page(root):
+    text = page_of(root, [result('<b>"MPT"&', rte=[1.0, 2.0]), result("PT", rte=[1.0, 2.0])])
+    assert "<b>" not in text and "&lt;b&gt;" in text
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(drawing)
+
+
+def test_without_folders_the_page_says_what_is_not_there(tmp_path):
+    text = page_of(tmp_path, [result("PT", rte=[1.0, 2.0]), result("MPT", rte=[2.0, 4.0])])
+    assert titles(text) == [
+        "Scores",
+        "Score and trained parameters",
+        "Transfer gain",
+        "Where this is from",
+        "What is not shown",
+    ]
+    absent = text.split("What is not shown")[-1]
+    for words in (
+        "Loss, k = 32: PT; MPT",
+        "run.jsonl",
+        "1 of its 1 run folders",
+        "Examples needed",
+    ):
+        assert words in absent
+
+
+def test_source_stages_lie_below_a_demo_and_beside_a_table(root):
+    table = root / "table1"
+    (table / "mpt").mkdir(parents=True)
+    found = {"Teachers (PT)": "pt_source", "MPT, one shared prompt": "mpt_source"}
+    for folder in (root, table):
+        assert {name: path.name for name, path in run_reader.sources(folder).items()} == found
+    (table / "teachers").mkdir()
+    assert run_reader.sources(table) == {"Teachers (PT)": table / "teachers"}, (
+        "a table's own come first"
+    )
+
+
+def test_only_folders_below_or_beside_a_table_are_read(root, demo, tmp_path_factory):
+    assert run_reader.own(root, demo[0]) == [root / "a"]
+    table = root / "table3"
+    table.mkdir()
+    assert run_reader.own(table, demo[0]) == [root / "a"], "tables share runs"
+    assert not run_reader.own(tmp_path_factory.mktemp("elsewhere") / "b", demo[0])
+
+
+def test_scores_by_step_are_drawn_where_there_are_several(root, demo):
+    steps = {0: (10.0, 30.0), 50: (20.0, 40.0)}
+    for number, name in enumerate(("toy_rte_k32_s0", "toy_d2t_k32_s0")):
+        lines = [{"step": step, "accuracy": scores[number]} for step, scores in steps.items()]
+        write_lines(root / "a" / "inference_eval" / f"{name}-metrics.jsonl", lines)
+    alts = Reader(page_of(root, demo)).alts
+    assert "mean score by step, k = 32. At the last step: PT 30." in alts
+
+
+def test_prompts_of_targets_are_the_references(root, demo):
+    runs = Runs(("toy_rte", "toy_rte"), ("s0", "s1"), "independent")
+    table = np.stack([np.ones((P, H)), np.ones((P, H))])
+    write_artefact(root / "b", PromptTuning(P), {"table": table}, runs)
+    write_artefact(root / "a", PromptTuning(P), {"table": table}, runs)
+    alts = Reader(page_of(root, demo)).alts
+    assert "Cosine similarity of prompts, MPT, k = 32, 1 tasks." in alts
+
+
+def test_source_to_target_is_a_matrix_of_gains(tmp_path):
+    found = [
+        result("PT", rte=[50.0, 52.0], cb=[30.0, 30.0]),
+        result("PT from a source", start="toy_mnli", rte=[60.0, 60.0], cb=[20.0, 20.0]),
+        result("PT from a source", start="toy_qqp", rte=[55.0, 55.0], cb=[31.0, 31.0]),
+        result("MPT", rte=[1.0, 1.0], cb=[1.0, 1.0]),
+    ]
+    text = page_of(tmp_path, found)
+    alts = Reader(text).alts
+    assert "Gain by source and target, k = 32. Best source: rte mnli +9.0, cb qqp +1.0." in alts
+    drawing = text.split("Gain by source and target")[1].split("</svg>")[0]
+    cells = re.findall(r">([+-][\d.]+)<", drawing)
+    assert cells == ["+9.0", "-10.0", "+4.0", "+1.0"]
+
+
+def test_lengths_and_sizes_are_curves_of_a_method(tmp_path):
+    found = [
+        result("PT", rte=[50.0]),
+        result("PT, P=40", length=40, rte=[52.0]),
+        result("PT, P=5", length=5, rte=[45.0]),
+        result("MPT", rte=[60.0]),
+        result("MPT, T5-large", size=2000, rte=[70.0]),
+    ]
+    alts = Reader(page_of(tmp_path, found)).alts
+    assert "Mean score by prompt length, k = 32. PT 5: 45.0, 20: 50.0, 40: 52.0." in alts
+    assert any(
+        alt.startswith("Mean score by model parameters, k = 32.")
+        and alt.endswith("900: 60.0, 2,000: 70.0.")
+        for alt in alts
+    )
+    plain = page_of(tmp_path, found[:1])
+    assert "Prompt length and model size" not in titles(plain)
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def test_the_command_writes_where_it_is_told(root, demo, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    command.main([str(root), "--out", str(out), "--reference", "PT"])
+    assert capsys.readouterr().out.strip() == str(out)
+    assert "PT minus each, k = 32" in out.read_text()
+    assert "report" in main.COMMANDS
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "holds no results.json"),
+        ("[{", "damaged"),
+        ('[{"method": "PT"}]', "damaged or of another version"),
+        ("[]", "empty"),
+    ],
+)
+def test_results_that_cannot_be_read_are_named(content, words, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / results.FILE).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said and str(tmp_path) in said
+    assert said.count("\n") == 1 and not (tmp_path / sections.FILE).exists()
+
+
+def test_a_damaged_file_of_a_run_and_an_unknown_reference_are_named(root, demo, capsys):
+    with pytest.raises(SystemExit):
+        command.main([str(root), "--reference", "PTT"])
+    assert "No result is called 'PTT'; there are ['PT', 'MPT'," in capsys.readouterr().err
+    path = root / "b" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"folder": "tr')
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(root)])
+    assert stop.value.code == 2
+    assert f"Line 5 of {path} is damaged" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Sums of results, and results on disk."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mpt_jax.experiments import results
+from mpt_jax.experiments.results import Result
+
+
+def result(**scores: list[float]) -> Result:
+    seeds = tuple(range(len(next(iter(scores.values())))))
+    made = {task: {"accuracy": v, "f1": [0.0] * len(v)} for task, v in scores.items()}
+    return Result("PT", 4, made, 10.0, 1.5, (), seeds)
+
+
+def test_an_estimate_is_scipys():
+    values = [3.0, 5.0, 4.0, 8.0]
+    found = results.estimate(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    np.testing.assert_allclose(found[:4], (5.0, np.std(values, ddof=1), low, high))
+    assert found.n == 4
+    alone = results.estimate([2.0])
+    assert (alone.mean, alone.n) == (2.0, 1) and math.isnan(alone.low)
+    with pytest.raises(ValueError, match="nothing to sum up"):
+        results.estimate([])
+
+
+def test_pairs_are_of_one_task_and_seed():
+    new, old = result(a=[1.0, 2.0, 3.0], b=[5.0, 5.0, 5.0]), result(b=[1.0, 2.0], c=[0.0, 0.0])
+    old = dataclasses.replace(old, seeds=(2, 0))
+    assert results.paired(new, old) == [5.0 - 2.0, 5.0 - 1.0]
+    assert new.means() == [3.0, 3.5, 4.0] and new.means(["a"]) == [1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match="'PT' and 'PT' have no task and seed in common"):
+        results.paired(result(a=[1.0]), result(c=[1.0]))
+
+
+def test_a_folder_of_results_may_move(tmp_path):
+    """An absolute or relative path to it is no part of what is kept."""
+    root = tmp_path / "demo"
+    (root / "targets" / "pt").mkdir(parents=True)
+    first = dataclasses.replace(result(a=[1.0, 2.0]), model_dirs=(str(root / "targets" / "pt"),))
+    results.save(root, [first], {"toy_cb": 33.5})
+    assert results.load(root) == [first]
+    assert results.load_majority(root) == {"toy_cb": 33.5}
+    moved = root.rename(tmp_path / "demo.1")
+    (again,) = results.load(moved)
+    assert again.model_dirs == (str(moved / "targets" / "pt"),)
+    with pytest.raises(FileNotFoundError, match=r"holds no results.json"):
+        results.load(tmp_path)
+
+
+def test_seconds_are_those_of_training_steps(tmp_path):
+    lines = [
+        {"folder": "train", "step": 0, "timing/compilation_seconds": 9.0},
+        {"folder": "train", "step": 10, "timing/seconds_per_step": 0.5},
+        {"folder": "inference_eval/x", "step": 10, "accuracy": 1.0},
+        {"folder": "train", "step": 30, "timing/seconds_per_step": 0.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert results.training_seconds(tmp_path) == 10 * 0.5 + 20 * 0.25
+
+
+def test_the_last_evaluation_counts(tmp_path):
+    (tmp_path / "inference_eval").mkdir()
+    path = tmp_path / "inference_eval" / "a-metrics.jsonl"
+    path.write_text('{"step": 5, "accuracy": 1.0}\n{"step": 9, "accuracy": 2}\n')
+    assert results.read_scores(tmp_path, ["a"]) == {"a": {"accuracy": 2.0}}
+    with pytest.raises(FileNotFoundError, match="no evaluation of 'b'"):
+        results.read_scores(tmp_path, ["a", "b"])

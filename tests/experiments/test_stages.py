@@ -1,0 +1,177 @@
+"""Stages of SPoT and recipes of prompt tuning: what their gin files build, and toy runs of two
+steps that hand artefacts on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.config import gin_utils
+from mpt_jax.data import sampling
+from mpt_jax.prompts.spot import NearestSource
+from mpt_jax.runtime import paths
+from tests.config.test_gin_utils import VOCABULARY, parse, trained, value
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHERS = paths.shipped(name="tiny_t5/teachers")
+SOURCE = paths.shipped(name="tiny_t5/mpt_source")
+FEW = {"BATCH_SIZE": 14, "EVALUATOR_NUM_EXAMPLES": 4, "EVAL_STEPS": 1}
+
+
+# --- What the files build ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "period"),
+    # 20 epochs of BoolQ, each evaluated; 40,000 steps, every 1,000 evaluated.
+    [("pt_paper", 20 * 9_427 // 32 + 1, 9_427 // 32 + 1), ("pt_strong", 40_000, 1_000)],
+)
+def test_recipes_of_prompt_tuning(name, steps, period):
+    parse(["gin/pt_target.gin", f"gin/methods/{name}.gin"], [VOCABULARY])
+    optimizer = value("MODEL").optimizer_def
+    rate = optimizer.learning_rates["task"]
+    assert (rate.peak, rate.warmup_steps, rate.total_steps) == (0.3, 500, steps)
+    assert (optimizer.weight_decay, value("BATCH_SIZE")) == (1e-5, 32)
+    assert gin.query_parameter("train.eval_period").scoped_selector == "EVAL_PERIOD/gin.macro"
+    assert value("EVAL_PERIOD") == period
+
+
+def test_spot_chooses_by_similarity_unless_a_source_is_named():
+    given = ["SPOT_TOP_K = 3", "SPOT_SIMILARITY = 'row_pairs'"]
+    parse(["gin/spot_target.gin", "gin/tiny.gin"], given)
+    choice = value("MODEL").prompt.start_from
+    folder = value("ROOT")
+    assert choice == NearestSource(
+        f"{folder}/spot_source_embeddings/artefact",
+        f"{folder}/spot_embeddings/artefact",
+        top_k=3,
+        similarity="row_pairs",
+    )
+    assert value("INITIAL_ARTEFACT") == value("SOURCE_TEACHERS")
+    named = "START_FROM = 'toy_mnli'"
+    parse(["gin/spot_target.gin", "gin/tiny.gin"], [named])
+    assert value("MODEL").prompt.start_from == "toy_mnli"
+
+
+@pytest.mark.parametrize("name", ["gin/spot_embeddings.gin", "gin/spot_source_embeddings.gin"])
+def test_embeddings_are_of_a_step_and_do_not_depend_on_where_training_stops(name):
+    parse([name], [VOCABULARY])
+    model = value("MODEL")
+    rate = model.optimizer_def.learning_rates["task"]
+    for step in (500, 10_000, 10**6):
+        assert float(rate(jnp.asarray(step))) == pytest.approx(0.3)
+    assert gin.query_parameter("train.total_steps").scoped_selector == "EMBEDDING_STEPS/gin.macro"
+    assert value("EMBEDDING_STEPS") == 10_000
+    for evaluation in ("infer_eval_dataset_cfg", "train_eval_dataset_cfg"):
+        assert gin.query_parameter(f"train.{evaluation}") is None
+    assert gin.query_parameter("train.actions") == {}, "the last step is kept, not the best"
+    with pytest.raises(gin_utils.ConfigError, match="No gin file reads the macro TRAIN_STEPS"):
+        parse([name], ["TRAIN_STEPS = 5"])
+
+
+def test_one_prompt_for_a_mixture_has_no_teacher_and_draws_each_example_for_itself():
+    parse(["gin/spot_mixture.gin"], [VOCABULARY])
+    model = value("MODEL")
+    assert trained(model) == 76_800 and not model.has_teacher
+    assert value("SAMPLER") == sampling.PerExample(32, 42)
+
+
+# --- Toy runs ------------------------------------------------------------------------------------
+
+# In a process of its own, as from the command line: no shapes are checked there.
+SCRIPT = """
+import json, sys
+from mpt_jax.config import gin_utils
+for name, macros in json.loads(sys.argv[1]):
+    bindings = [f"{macro} = {value!r}" for macro, value in macros.items()]
+    gin_utils.run_stage([f"gin/{name}.gin", "gin/tiny.gin"], bindings)
+"""
+
+
+def run(root: Path, *stages: tuple[str, dict]) -> list[artifacts.Artefact]:
+    """Runs (gin file, macros) one after the other below a root; returns their artefacts."""
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(stages)],
+        cwd=ROOT, env=os.environ | {paths.ROOT_VARIABLE: str(root)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-4000:]
+    return [artifacts.load_artefact(folder(root, *stage)) for stage in stages]
+
+
+def folder(root: Path, name: str, macros: dict) -> str:
+    return str(root / "tiny" / macros.get("STAGE", name) / "artefact")
+
+
+@pytest.mark.slow
+def test_spot_from_task_embeddings_to_a_target(tmp_path):
+    targets = ["toy_boolq", "toy_rte"]
+    early = {"BATCH_SIZE": 12, "EMBEDDING_STEPS": 2}
+    spot = {**FEW, "TARGET_TASKS": targets, "SPOT_TOP_K": 2}
+    sources, embedded, start, end = run(
+        tmp_path,
+        ("spot_source_embeddings", early),
+        ("spot_embeddings", {**early, "TARGET_TASKS": targets}),
+        ("spot_target", {**spot, "TRAIN_STEPS": 0, "STAGE": "start"}),
+        ("spot_target", {**spot, "TRAIN_STEPS": 2}),
+    )
+    assert sources.config["step"] == embedded.config["step"] == 2
+    assert not sources.config["metrics"]["scores"], "an embedding is of a step, not of a score"
+    full = artifacts.load_artefact(TEACHERS)
+    assert full.runs.run_names == sources.runs.run_names
+    s, t = (artefact.folded().astype(np.float64).mean(1) for artefact in (sources, embedded))
+    for row, target in enumerate(targets):
+        similarities = s @ t[row] / np.linalg.norm(s, axis=1) / np.linalg.norm(t[row])
+        nearest = np.argsort(-similarities)[:2]
+        weights = similarities[nearest] / similarities[nearest].sum()
+        recorded = end.config["started_from"]["start_from"][target]
+        assert set(recorded) == {full.runs.run_names[source] for source in nearest}
+        expected = np.tensordot(weights, full.folded()[nearest], 1)
+        np.testing.assert_allclose(start.params["table"][row], expected, atol=1e-4)
+        assert np.any(end.params["table"][row] != start.params["table"][row])
+
+
+@pytest.mark.slow
+def test_spot_from_one_prompt_for_all_sources(tmp_path):
+    mixture = ("spot_mixture", {**FEW, "TRAIN_STEPS": 2})
+    started = {**FEW, "INITIAL_ARTEFACT": folder(tmp_path, *mixture), "TRAIN_STEPS": 0}
+    source, target = run(tmp_path, mixture, ("pt_target", started))
+    assert (source.method.name, source.runs.num_rows) == ("shared_prompt", 6)
+    np.testing.assert_allclose(target.params["table"], source.params["shared"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_seventh_source_joins_the_shipped_source_prompts(tmp_path):
+    """The commands of docs/methods.md, "Refresh"."""
+    shipped = artifacts.load_artefact(SOURCE)
+    teacher = ("pt_source", {**FEW, "SOURCE_TASKS": ["toy_rte"], "STAGE": "pt_rte"})
+    teacher[1]["TRAIN_STEPS"] = 2
+    refresh = {
+        **FEW,
+        "SOURCE_TASKS": [*shipped.runs.run_names, "toy_rte"],
+        "TEACHERS": [TEACHERS, folder(tmp_path, *teacher)],
+        "INITIAL_ARTEFACT": SOURCE,
+        "START_FROM": "same_or_average",
+    }
+    _, start, end = run(
+        tmp_path,
+        teacher,
+        ("mpt_source", {**refresh, "TRAIN_STEPS": 0, "STAGE": "start"}),
+        ("mpt_source", {**refresh, "TRAIN_STEPS": 2, "STAGE": "refreshed"}),
+    )
+    np.testing.assert_array_equal(start.params["shared"], shipped.params["shared"])
+    for factor in ("task_left", "task_right"):
+        old = np.asarray(shipped.params[factor])
+        np.testing.assert_array_equal(start.params[factor][:6], old)
+        np.testing.assert_allclose(start.params[factor][6], old.mean(0), atol=1e-6)
+    assert list(end.runs.run_names) == refresh["SOURCE_TASKS"]
+    assert all(np.any(end.params[name] != start.params[name]) for name in end.params)

@@ -1,0 +1,452 @@
+"""Plans count what compiled programs do; real TPU compilers are asked, on a machine without TPUs.
+
+Counts are compared with closed forms derived here from the shapes, and with the compiler's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import plan_table
+from mpt_jax.backbones.t5 import T5Config
+from mpt_jax.core.runs import Runs
+from mpt_jax.data.datasets import DatasetConfig
+from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.plan import __main__ as command_module
+from mpt_jax.plan import chips, format, hlo, steps
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.trainer import Trainer
+from tests.fixtures import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS_LIBTPU = "libtpu, the TPUs' compiler, is not installed (pip install 'mpt-jax[tpu]')"
+# Large enough that products outweigh the rest, small enough to compile in seconds.
+CONFIG = T5Config(
+    vocab_size=2048, emb_dim=512, num_heads=8, head_dim=64, mlp_dim=2048,
+    num_encoder_layers=2, num_decoder_layers=2, logits_via_embedding=True, dtype="bfloat16",
+)  # fmt: skip
+ROWS, PROMPT, TEXT, TARGET = 16, 64, 192, 16  # rows of a chip
+
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
+
+
+# --- Counting ------------------------------------------------------------------------------------
+
+
+def counted(function, *shapes) -> hlo.Cost:
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.cost(text_of(jax.jit(function).lower(*arrays)))
+
+
+def text_of(lowered) -> str:
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
+
+
+def chain(x, kernels):
+    for kernel in kernels:
+        x = jnp.tanh(x @ kernel)
+    return x
+
+
+def scanned(x, kernels):
+    return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+
+def test_a_loop_counts_times_its_trips():
+    kernels, x = (7, 96, 96), (64, 96)
+    apart = counted(lambda x, k: chain(x, [k[i] for i in range(7)]), x, kernels)
+    loop = counted(scanned, x, kernels)
+    assert apart.flops == loop.flops == 7 * 2 * 64 * 96 * 96
+    assert loop.unknown_loops == 0
+
+
+def test_of_an_array_that_is_sliced_the_slice_is_read():
+    loop = counted(scanned, (64, 96), (100, 96, 96))
+    floats = 100 * (96 * 96 + 3 * 64 * 96)  # a kernel, and x in and out of product and tanh
+    # Taken whole, the kernels alone would be 100 times as much.
+    assert 0.5 * 4 * floats < loop.hbm_bytes < 3 * 4 * floats
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
+    def until_small(x, kernel):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: jnp.tanh(x @ kernel), x)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 96), (96, 96))]
+    text = text_of(jax.jit(until_small).lower(*arrays))
+    once = hlo.cost(text)
+    assert once.flops == 2 * 64 * 96 * 96 and once.unknown_loops == 1
+    assert hlo.cost(text, unknown_trips=5).flops == 5 * once.flops
+
+
+@pytest.mark.devices(8)
+def test_communication_is_counted_by_kind():
+    mesh = jax.make_mesh((8,), ("data",))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
+    whole = jax.NamedSharding(mesh, jax.P())
+    found = hlo.cost(text_of(jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(x)))
+    assert found.collectives == {"all-reduce": (1, 32 * 4)}
+    found = hlo.cost(text_of(jax.jit(lambda x: x * 2, out_shardings=whole).lower(x)))
+    assert found.collectives == {"all-gather": (1, 64 * 32 * 4)}
+
+
+def test_of_a_collective_that_is_only_started_the_results_are_counted():
+    text = """
+ENTRY %main (p: f32[8,128], q: f32[64]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %permuted = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%p), source_target_pairs={{0,1}}
+  %summed = (f32[8,128]{1,0}, f32[64]{0}) all-reduce-start(%p, %q), to_apply=%add
+  %gathered = ((f32[8,128]{1,0}, f32[64]{0}), (f32[32,128]{1,0}, f32[256]{0})) \
+all-gather-start(%p, %q), dimensions={0}
+  ROOT %done = f32[8,128]{1,0} collective-permute-done(%permuted)
+}
+"""
+    assert hlo.cost(text).collectives == {
+        "collective-permute": (1, 4 * 8 * 128),
+        "all-reduce": (1, 4 * (8 * 128 + 64)),
+        "all-gather": (1, 4 * (32 * 128 + 256)),
+    }
+
+
+ASYNCHRONOUS = """
+%gathering (p: f32[8,128]) -> f32[32,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  ROOT %whole = f32[32,128]{1,0} all-gather(%p), dimensions={0}
+}
+
+%multiplying (a: f32[16,32], b: f32[32,64]) -> f32[16,64] {
+  %a = f32[16,32]{1,0} parameter(0)
+  %b = f32[32,64]{1,0} parameter(1)
+  ROOT %product = f32[16,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,128], y: f32[16,32], z: f32[32,64]) -> f32[32,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %y = f32[16,32]{1,0} parameter(1)
+  %z = f32[32,64]{1,0} parameter(2)
+  %s = ((f32[8,128]{1,0}), f32[32,128]{1,0}, u32[]) async-start(%x), calls=%gathering
+  %t = ((f32[16,32]{1,0}, f32[32,64]{1,0}), f32[16,64]{1,0}) async-start(%y, %z), calls=%multiplying
+  %u = ((f32[8,128]{1,0}), f32[32,128]{1,0}, u32[]) async-update(%s), calls=%gathering
+  %v = f32[16,64]{1,0} async-done(%t), calls=%multiplying
+  %w = (f32[16,64]{1,0}, u32[], token[]) send(%v, %token), channel_id=1
+  ROOT %done = f32[32,128]{1,0} async-done(%u), calls=%gathering
+}
+"""
+
+
+def test_what_is_wrapped_in_an_asynchronous_operation_counts_once():
+    found = hlo.cost(ASYNCHRONOUS)
+    assert found.collectives == {"all-gather": (1, 4 * 32 * 128), "send": (1, 4 * 16 * 64)}
+    assert found.flops == 2 * 16 * 32 * 64
+    gathered, multiplied = 4 * (8 * 128 + 32 * 128), 4 * (16 * 32 + 32 * 64 + 16 * 64)
+    sent = 2 * 4 * 16 * 64  # read, and the buffer it is in
+    assert found.accessed_bytes == pytest.approx(gathered + multiplied + sent, abs=8)
+
+
+# --- The steps, for TPUs -------------------------------------------------------------------------
+
+
+def job(config: T5Config, rows: int) -> steps.Job:
+    runs = Runs(["alpha"])
+    converter = functools.partial(PromptFeatureConverter, prompt_length=PROMPT, runs=runs)
+    rates = {"task": Schedule(0.3, decay="constant")}
+    model = tiny.model(
+        runs,
+        PromptTuning(prompt_length=PROMPT),
+        config,
+        optimizer_def=PromptOptimizer(learning_rates=rates),
+        feature_converter_cls=converter,
+    )
+    lengths = {"inputs": TEXT, "targets": TARGET}
+    cfg = DatasetConfig("alpha", lengths, "train", rows, shuffle=False, seed=0)
+    return steps.Job(model, cfg, cfg, Trainer, PjitPartitioner().logical_axis_rules)
+
+
+def closed_form_flops(c: T5Config) -> float:
+    """Of a training step of one chip: products, forward and back to the prompt."""
+    t, n, d, h, b = PROMPT + TEXT, c.num_heads, c.head_dim, c.emb_dim, ROWS
+    mlp = (len(c.mlp_activations) + 1) * h * c.mlp_dim
+    encoder = b * t * (4 * h * n * d + mlp)  # and as much back, to the input
+    encoder_scores = b * n * t * t * d  # two products forward; back five, the scores again
+    decoder = b * TARGET * (8 * h * n * d + mlp)  # no keys and values of the memory
+    memory_scores = b * n * TARGET * t * h
+    own_scores = b * n * TARGET * TARGET * d
+    head = b * TARGET * h * c.vocab_size
+    total = c.num_encoder_layers * (2 * encoder + 7 * encoder_scores)
+    total += c.num_decoder_layers * (2 * decoder + 7 * memory_scores + 6 * own_scores) + 2 * head
+    return 2.0 * total
+
+
+def closed_form_arguments(c: T5Config) -> float:
+    """Bytes of the backbone in bfloat16, the prompt with two moments, and the batch."""
+    attention = 4 * c.emb_dim * c.num_heads * c.head_dim
+    mlp = (len(c.mlp_activations) + 1) * c.emb_dim * c.mlp_dim
+    backbone = c.vocab_size * c.emb_dim + c.num_encoder_layers * (attention + mlp)
+    backbone += c.num_decoder_layers * (2 * attention + mlp)
+    return 2 * backbone + 3 * 4 * PROMPT * c.emb_dim + 4 * ROWS * (3 * (PROMPT + TEXT) + 4 * TARGET)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
+    found = {}
+    for scan in (False, True):
+        config = dataclasses.replace(CONFIG, scan_layers=scan)
+        (found[scan],) = steps.compile_steps(
+            job(config, 4 * ROWS), steps.Choice("v5e:2x2"), ["train"]
+        )
+    return found
+
+
+def test_operations_and_memory_are_those_of_the_closed_form(planned):
+    needs = planned[False]
+    assert needs.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
+    assert needs.arguments == pytest.approx(closed_form_arguments(CONFIG), rel=0.05)
+    assert needs.num_chips == 4 and needs.rows == ROWS and needs.fits
+
+
+def test_traffic_is_the_compilers_count_or_where_there_are_loops_ours(planned):
+    apart, loop = planned[False], planned[True]
+    assert apart.cost.loops == 0 and loop.cost.loops == 4  # encoder, decoder, and back
+    assert apart.accessed_bytes == apart.compiler["bytes accessed"]
+    assert loop.accessed_bytes == loop.cost.accessed_bytes > loop.compiler["bytes accessed"]
+    # Its rules are not known exactly.
+    assert apart.cost.accessed_bytes == pytest.approx(apart.accessed_bytes, rel=0.25)
+    # A loop stacks what the backward pass needs, and reads it from the stack.
+    assert apart.accessed_bytes < loop.accessed_bytes < 2 * apart.accessed_bytes
+    assert apart.cost.hbm_bytes < apart.accessed_bytes
+
+
+def test_layers_in_a_loop_cost_what_they_cost_apart(planned):
+    assert planned[True].cost.flops == pytest.approx(planned[False].cost.flops, rel=0.05)
+    assert planned[True].compiler["flops"] < 0.8 * planned[False].compiler["flops"]  # once
+
+
+def test_prompts_alone_cross_chips_and_attention_is_the_kernels(planned):
+    needs = planned[False]
+    # The gradient of the prompt, and a few sums for the log.
+    moved = sum(size for _, size in needs.cost.collectives.values())
+    assert set(needs.cost.collectives) == {"all-reduce"}
+    assert moved < 2 * 4 * PROMPT * CONFIG.emb_dim
+    assert sorted(needs.cost.kernels) == [
+        "memory_backward_kernel", "memory_forward_kernel", "self_backward_kernel",
+        "self_forward_kernel",
+    ]  # fmt: skip
+
+
+def test_another_chip_and_a_model_axis(libtpu):
+    choice = steps.Choice("v6e:2x2", model_axis=2)
+    train, evaluated, predict = steps.compile_steps(job(CONFIG, 4 * ROWS), choice)
+    assert train.rows == 2 * ROWS
+    # Twice the rows on half of the model each, all but the part that each does whole.
+    assert train.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
+    assert evaluated.cost.flops < train.cost.flops / 1.5
+    assert predict.cost.unknown_loops == 1
+    text = format.table([train, evaluated, predict])
+    assert "| v6e:2x2 | 2 x 2 |" in text and text.count("\n") == 4
+    assert "the smallest slice tried that fits is v6e:2x2" in format.verdicts([train])
+    written = json.loads(json.dumps(format.as_json([train])))
+    assert written[0]["compute_seconds"] == pytest.approx(train.cost.flops / 918e12)
+
+
+def test_a_step_that_is_too_large_is_reported(libtpu):
+    wide = dataclasses.replace(CONFIG, mlp_dim=1 << 21, num_encoder_layers=6)
+    (found,) = steps.compile_steps(job(wide, 4), steps.Choice("v5e:2x2"), ["train"])
+    assert not found.fits
+    text = format.table([found]) + format.verdicts([found])
+    assert "does not fit" in text and "none of the layouts tried fits" in text
+
+
+def test_a_batch_must_divide_over_the_slice(libtpu):
+    with pytest.raises(ValueError, match="batch of 6 rows .* over 4 copies"):
+        steps.compile_steps(job(CONFIG, 6), steps.Choice("v5e:2x2"), ["train"])
+
+
+def test_several_slices_are_those_of_gins_shapes(libtpu):
+    small = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
+    two = dataclasses.replace(
+        job(small, 4 * ROWS), ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)
+    )
+    (needs,) = steps.compile_steps(two, steps.Choice("v5e:2x2", 2, slices=two.slices), ["train"])
+    assert needs.num_chips == 8 and needs.rows == ROWS
+    assert "| 2 of v5e:2x2 | 4 x 2 |" in format.table([needs])
+    # Prompt-sized gradients alone cross slices; inside one there are the model's sums.
+    sends, crossing = needs.cost.collectives[hlo.ACROSS_SLICES]
+    inside = sum(b for kind, (_, b) in needs.cost.collectives.items() if kind != hlo.ACROSS_SLICES)
+    assert sends >= 1 and crossing < 4 * 4 * PROMPT * CONFIG.emb_dim < inside
+    assert needs.ici_seconds == pytest.approx(inside / 200e9)
+    with pytest.raises(ValueError, match=r"make 2 slices of 4 devices.* has 2, of \[8\]"):
+        steps.compile_steps(two, steps.Choice("v5e:2x4", 2, slices=2), ["train"])
+
+
+def test_names_of_slices():
+    assert chips.topologies("v5e:4x4") == ["v5e:4x4"]
+    assert chips.topologies("v6e")[:2] == ["v6e:2x2", "v6e:2x4"]
+    with pytest.raises(ValueError, match="No TPU is called 'v9'.*v5e"):
+        chips.topologies("v9:2x2")
+
+
+def test_published_figures_follow_from_the_counts_and_the_chips():
+    """Without compiling: a chip whose peaks were corrected corrects its rows."""
+    path = ROOT / "docs" / "benchmarks" / "plan.json"
+    found = json.loads(path.read_text())
+    kept = json.loads(path.read_text())
+    plan_table.derive(found)
+    assert found == kept, "run: python -m benchmarks.plan_table"
+    v6e = [row["needs"] for row in found.values() if row["topology"].startswith("v6e")]
+    for needs in v6e:  # 1,638 GB/s
+        assert needs["accessed_seconds"] == pytest.approx(needs["accessed_bytes"] / 1638e9)
+    assert len(v6e) == 3
+    rows = plan_table.ordered(found)
+    assert len(rows) == len(plan_table.ROWS)
+    assert plan_table.table(rows) in (ROOT / "docs" / "tpu.md").read_text()
+
+
+# --- What is compiled ----------------------------------------------------------------------------
+
+
+def asked(*topologies: str, **lists: list[str]) -> types.SimpleNamespace:
+    """The command's flags."""
+    flags = {"num_partitions": [], "num_microbatches": [], "steps": ["train", "predict"]}
+    return types.SimpleNamespace(topology=list(topologies), **(flags | lists))
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[steps.Choice]:
+    """In place of compiling: a step has 60 GiB of arguments, spread over the model axis, and a
+    gibibyte of temporaries for each of 64 rows of a copy."""
+    chosen = []
+
+    def compile_steps(job, choice, names):
+        chosen.append(choice)
+        copies = choice.slices * chips.count(choice.topology) // choice.model_axis
+        if 64 % copies:
+            raise ValueError(f"64 rows do not divide over {copies} copies")
+        arguments = 60 * chips.GIB // choice.model_axis
+        temporaries = 64 * chips.GIB // copies
+        return [
+            steps.Needs(
+                name, choice, copies * choice.model_axis, 64 / copies, arguments, temporaries,
+                arguments + temporaries, hlo.Cost(), {"flops": 0.0, "bytes accessed": 1.0}, 0.0,
+            )
+            for name in names
+        ]  # fmt: skip
+
+    monkeypatch.setattr(steps, "compile_steps", compile_steps)
+    return chosen
+
+
+def test_a_search_ends_at_the_smallest_slice_that_fits(compiled):
+    """Of v6e (32 GiB): 60 / 4 + 64 / copies GiB, of 1, 2 and 4 copies on slices of 4, 8 and 16."""
+    found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4"]))
+    assert [choice.topology for choice in compiled] == ["v6e:2x2", "v6e:2x4", "v6e:4x4"]
+    assert [each.fits for each in found] == [False] * 4 + [True] * 2
+    assert "the smallest slice tried that fits is v6e:4x4." in format.verdicts(found)
+
+
+def test_a_search_for_several_layouts_ends_where_all_fit(compiled):
+    found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4", "2"]))
+    # A model axis of 2 fits where 30 + 64 / copies is at most 32 GiB: on 32 copies, so 64 chips.
+    assert compiled[-1] == steps.Choice("v6e:8x8", 2) and len(compiled) == 2 * 5
+    assert "the smallest slice tried that fits is v6e:4x4." in format.verdicts(found)
+
+
+def test_a_search_without_end_shows_what_it_found(compiled):
+    found = command_module.plan(job(CONFIG, 64), asked("v5e"))
+    assert not any(each.fits for each in found)
+    assert "v5e: none of the layouts tried fits." in format.verdicts(found)
+    assert compiled[-1].topology == "v5e:8x16", "64 rows do not divide over 128"
+
+
+def test_a_search_over_several_slices_takes_those_of_their_size(compiled):
+    shapes = {"ici_mesh_shape": (1, 4, 4), "dcn_mesh_shape": (2, 1, 1)}
+    two = dataclasses.replace(job(CONFIG, 64), **shapes)
+    command_module.plan(two, asked("v6e"))
+    assert compiled == [steps.Choice("v6e:4x4", 4, None, 2)]
+    with pytest.raises(ValueError, match=r"is for slices of 6 chips; those of v6e have 4, 8, 16"):
+        odd = dataclasses.replace(two, ici_mesh_shape=(1, 3, 2))
+        command_module.plan(odd, asked("v6e"))
+    with pytest.raises(ValueError, match="--num_partitions=2 would have no effect: .*4, 4"):
+        command_module.plan(two, asked("v6e", num_partitions=["2"]))
+
+
+def test_shapes_of_a_mesh_are_read_from_gin_and_its_devices_are_not_asked_for():
+    names = ("ici_mesh_shape", "dcn_mesh_shape")
+    bindings = [
+        f"partitioning.PjitPartitioner.{name} = {shape}"
+        for name, shape in zip(names, ["(1, 4, 2)", "(4, 1, 1)"], strict=True)
+    ]
+    files = ["gin/mpt_source.gin", "gin/tiny.gin"]
+    shaped, plain = read_jobs((files, bindings), (files, []))
+    assert shaped == [[1, 4, 2], [4, 1, 1], 4]
+    assert plain == [None, None, 1]
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+READ = """
+import json, sys
+from mpt_jax.plan import __main__ as plan
+for files, bindings in json.loads(sys.argv[1]):
+    job = plan.read_job(files, bindings, [sys.argv[2]])
+    print(json.dumps([job.ici_mesh_shape, job.dcn_mesh_shape, job.slices]))
+"""
+
+
+def read_jobs(*given: tuple[list[str], list[str]]) -> list[list]:
+    """(ici_mesh_shape, dcn_mesh_shape, slices) of each (files, bindings), read in a process of its
+    own: gin keeps one `train` to a process."""
+    arguments = [sys.executable, "-c", READ, json.dumps(given), str(ROOT)]
+    child = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    given = [sys.executable, "-m", "mpt_jax.plan", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": ""}
+    return subprocess.run(
+        given, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600, check=False
+    )
+
+
+def test_the_command_reads_a_gin_file(libtpu, tmp_path):
+    found = command(
+        "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.BATCH_SIZE=48",
+        "--topology=v5e:2x2", "--steps=train", "--num_microbatches=1,2",
+        "--gin.partitioning.PjitPartitioner.num_partitions=2",
+        f"--json={tmp_path / 'plan.json'}",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("| v5e:2x2 | 2 x 2 |") == 2
+    assert "fastest layout tried" in found.stdout
+    one, two = json.loads((tmp_path / "plan.json").read_text())
+    assert one["cost"]["flops"] == pytest.approx(two["cost"]["flops"], rel=0.05)
+
+
+def test_the_command_says_what_is_missing():
+    found = command("--gin_file=gin/mpt_source.gin")
+    assert found.returncode == 2 and "Say for which TPU" in found.stderr
+    found = command("--gin_file=gin/mpt_sauce.gin", "--topology=v5e:2x2")
+    assert found.returncode == 2 and "gin/mpt_source.gin" in found.stderr

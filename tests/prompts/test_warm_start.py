@@ -1,0 +1,121 @@
+"""Tables of weights over the rows of a source artefact, and means by them."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.shared_prompt import SharedPrompt
+from mpt_jax.prompts.spot import NearestSource
+from mpt_jax.prompts.warm_start import mix, source_weights
+
+P, H, R = 4, 6, 2
+SOURCES = Runs(["mnli", "qqp", "sst2"])
+RNG = np.random.default_rng(0)
+TABLE = RNG.normal(size=(3, P, H)).astype(np.float32)
+FACTORS = {
+    "shared": RNG.normal(size=(1, P, H)).astype(np.float32),
+    "task_left": RNG.normal(size=(3, P, R)).astype(np.float32),
+    "task_right": RNG.normal(size=(3, R, H)).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("start_from", "names", "expected"),
+    [
+        ("average", ["x"], [[1, 1, 1]]),
+        ("qqp", ["x", "mnli"], [[0, 1, 0], [0, 1, 0]]),
+        ("same", ["sst2", "mnli"], [[0, 0, 1], [1, 0, 0]]),
+        ("same_or_average", ["x", "sst2"], [[1, 1, 1], [0, 0, 1]]),
+        ({"x": {"sst2": 0.2, "mnli": 0.6}, "y": {"qqp": 3}}, ["y", "x"], [[0, 3, 0], [0.6, 0, 0.2]])
+    ],
+)  # fmt: skip
+def test_every_way_to_say_it_is_a_table_of_weights(start_from, names, expected):
+    np.testing.assert_array_equal(source_weights(start_from, SOURCES, Runs(names)), expected)
+
+
+def test_means_are_weighted_and_one_row_alone_is_itself_to_the_bit():
+    weights = np.array([[0.6, 0, 0.2], [0, 0.3, 0], [1, 1, 1]])
+    mixed = mix(weights, TABLE)
+    wide = TABLE.astype(np.float64)
+    np.testing.assert_allclose(mixed[0], (3 * wide[0] + wide[2]) / 4, atol=1e-6)
+    assert np.asarray(mixed[1]).tobytes() == TABLE[1].tobytes()
+    np.testing.assert_allclose(mixed[2], wide.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("start_from", "message"),
+    [
+        ("mnil", "Unknown run 'mnil'.*'mnli'"),
+        ("same", "Unknown run 'rte'.*mnli, qqp, sst2"),
+        ("same_or_average", "None of the runs rte is in the artefact, which holds mnli, qqp, sst2"),
+        ({"cb": {"mnli": 1}}, "Unknown run in the table start_from 'rte'.*Known: cb"),
+        ({"rte": {"squad": 1}}, "Unknown run 'squad'"),
+        ({"rte": {"mnli": -1, "qqp": 2}}, "'rte' the weights .*must not be negative"),
+        ({"rte": {"mnli": 0}}, "more than zero"),
+        ({"rte": {}}, "more than zero"),
+        ({"rte": {"mnli": float("nan")}}, "must not be negative"),
+        (NearestSource("a", "b"), "only train_state.fill does"),
+    ],
+)
+def test_what_cannot_be_started_from(start_from, message):
+    for method, params in ((MPT(P, R), FACTORS), (PromptTuning(P), {"table": TABLE})):
+        started = type(method)(**method.config(), start_from=start_from)
+        with pytest.raises(ValueError, match=message):
+            started.transfer(params, method, SOURCES, Runs(["rte"]))
+
+
+# --- A row more ----------------------------------------------------------------------------------
+
+
+def test_an_added_task_starts_from_the_average_and_the_others_go_on_where_they_were(caplog):
+    runs = Runs(["sst2", "record", "mnli", "qqp"])
+    method = MPT(P, R, start_from="same_or_average")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        started = method.transfer(FACTORS, MPT(P, R), SOURCES, runs)
+    np.testing.assert_array_equal(started["shared"], FACTORS["shared"])
+    for name in ("task_left", "task_right"):
+        old = np.asarray(started[name])[[2, 3, 0]]
+        assert old.tobytes() == FACTORS[name].tobytes()
+        np.testing.assert_allclose(started[name][1], FACTORS[name].mean(0), atol=1e-6)
+    assert "record is new and starts from the average" in caplog.text
+    assert "sst2 keeps its own row" in caplog.text
+
+
+def test_an_added_task_needs_one_shared_prompt_to_be_added_to():
+    source = {**FACTORS, "shared": RNG.normal(size=(2, P, H)).astype(np.float32)}
+    method = MPT(P, R, start_from="same_or_average")
+    groups = Runs(SOURCES.run_names, groups=[0, 1, 0])
+    for names in (["mnli", "record"], ["mnli", "qqp"]):
+        with pytest.raises(ValueError, match="mnli.*would share one prompt.*2 groups"):
+            method.transfer(source, MPT(P, R), groups, Runs(names))
+    apart = Runs(["mnli", "qqp"], groups="independent")
+    started = method.transfer(source, MPT(P, R), groups, apart)
+    np.testing.assert_array_equal(started["shared"], source["shared"])
+
+
+def test_prompts_are_not_averaged_unless_weights_say_so():
+    method = PromptTuning(P, start_from="same_or_average")
+    with pytest.raises(ValueError, match="holds 3: mnli, qqp, sst2.*weights"):
+        method.transfer({"table": TABLE}, PromptTuning(P), SOURCES, Runs(["mnli", "record"]))
+    both = PromptTuning(P, start_from={"record": {"mnli": 1, "sst2": 3}})
+    table = both.transfer({"table": TABLE}, PromptTuning(P), SOURCES, Runs(["record"]))["table"]
+    np.testing.assert_allclose(table[0], TABLE[0] / 4 + TABLE[2] * 3 / 4, atol=1e-6)
+
+
+def test_one_prompt_trained_on_a_mixture_is_its_own_average():
+    shared = {"shared": TABLE[:1]}
+    started = PromptTuning(P).transfer(shared, SharedPrompt(P), SOURCES, Runs(["rte", "cb"]))
+    np.testing.assert_allclose(started["table"], TABLE[[0, 0]], rtol=1e-6)
+
+
+def test_factors_of_the_nearest_sources_are_mixed_and_the_shared_prompt_is_copied():
+    method = MPT(P, R, start_from={"rte": {"mnli": 0.75, "sst2": 0.25}})
+    started = method.transfer(FACTORS, MPT(P, R), SOURCES, Runs(["rte"]))
+    np.testing.assert_array_equal(started["shared"], FACTORS["shared"])
+    for name in ("task_left", "task_right"):
+        expected = 0.75 * FACTORS[name][0] + 0.25 * FACTORS[name][2]
+        np.testing.assert_allclose(started[name][0], expected, atol=1e-6)

@@ -1,0 +1,289 @@
+"""Exported folders: what they say in a process of their own, against the training model here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export as jax_export
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.runtime.paths import SHIPPED
+from mpt_jax.serving import export
+from mpt_jax.serving.export import __main__ as command
+from mpt_jax.serving.export.writing import Settings, write
+from mpt_jax.serving.prompt_bank import Bank
+from tests.fixtures import serving_fixtures
+
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = Settings(("cpu", "tpu", "cuda"), (8, 24), serving_fixtures.LIMITS.target_length)
+TEXTS = ("ok", "fine film", "a text of more tokens", "b", "cc")
+TARGETS = ("yes", "no", "perhaps", "?", "y")
+TASKS = ("alpha", "gamma", "beta", "beta", "alpha")
+# No library of ours, no Flax: JAX, NumPy and safetensors are enough.
+BLOCKED = (
+    "import sys\nfor name in ('flax', 'tensorflow', 'torch', 'orbax'): sys.modules[name] = None\n"
+)
+
+
+def make(folder, kind):
+    bank = Bank(
+        [serving_fixtures.of_kind(folder / "artefact", kind)],
+        folded=serving_fixtures.KINDS[kind][1],
+    )
+    write(folder / "exported", bank, serving_fixtures.backbone(), SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("export"), "factors")
+
+
+@pytest.fixture(scope="module", params=["factors", "folded"])
+def either(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("export"), request.param)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=() if kind in ("factors", "folded") else pytest.mark.slow)
+        for kind in serving_fixtures.KINDS
+    ],
+)
+def any_kind(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("export"), request.param)
+
+
+def run(script, cwd, *arguments):
+    """A script in a fresh process; returns what it prints, as JSON."""
+    child = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def ids(text):
+    return [*serving_fixtures.VOCABULARY.encode(text), 1]
+
+
+def test_a_fresh_process_says_what_the_training_model_says(any_kind):
+    script = BLOCKED + (
+        "import json\n"
+        "from mpt_jax.serving.export import load\n"
+        "found = load(sys.argv[1])\n"
+        "texts, targets, tasks = json.loads(sys.argv[2])\n"
+        "rows = [found.row(task) for task in tasks]\n"
+        "tokens, scores = found.predict(texts, rows)\n"
+        "scored = found.score(texts, targets, rows)\n"
+        "alone = found.score(texts[2:3], targets[2:3], rows[2:3])\n"
+        "print(json.dumps([x.tolist() for x in (tokens, scores, scored, alone)]))\n"
+    )
+    asked = [[ids(x) for x in TEXTS], [ids(x) for x in TARGETS], TASKS]
+    exported = any_kind / "exported"
+    tokens, scores, scored, alone = run(script, any_kind, exported, json.dumps(asked))
+    found = artifacts.load_artefact(any_kind / "artefact")
+    for i, (task, text, target) in enumerate(zip(TASKS, TEXTS, TARGETS, strict=True)):
+        prediction, score = serving_fixtures.expected(found, task, text)
+        assert serving_fixtures.VOCABULARY.decode(tokens[i]) == prediction
+        assert scores[i] == pytest.approx(score, rel=1e-4)
+        assert scored[i] == pytest.approx(
+            serving_fixtures.expected(found, task, text, target), rel=1e-4
+        )
+    assert alone == [pytest.approx(scored[2], rel=1e-4)]
+
+
+def test_the_code_of_its_own_readme_runs_without_this_library(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "exported/README.md").read_text(), re.S)
+    script = (
+        f"{BLOCKED}sys.modules['mpt_jax'] = None\n{code}\n"
+        "print(json.dumps([ids.tolist(), scores.tolist()]))"
+    )
+    tokens, scores = run(script, folder / "exported")
+    assert np.shape(tokens) == (2, serving_fixtures.LIMITS.target_length) and len(scores) == 2
+    loaded = export.load(folder / "exported")
+    again = loaded.predict([[5, 6, 1], [7, 1]], [0, 2])
+    np.testing.assert_array_equal(tokens, again[0])
+    np.testing.assert_allclose(scores, again[1], rtol=1e-5)
+
+
+def test_functions_are_for_all_platforms_and_hold_no_weights(folder):
+    exported = folder / "exported"
+    for path in exported.glob("*.jax"):
+        found = jax_export.deserialize(bytearray(path.read_bytes()))
+        assert found.platforms == ("cpu", "tpu", "cuda")
+        assert "tpu_custom_call" not in found.mlir_module(), "plain operations everywhere"
+        # Constants are T5's table of distances and the like; the smallest weight matrix that is
+        # used many times, the embedding, has more.
+        embedding = serving_fixtures.backbone().params["token_embedder"]["embedding"]
+        constants = re.findall(r"dense<\"0x([0-9A-F]+)\"", found.mlir_module())
+        assert all(len(constant) / 2 < embedding.nbytes / 4 for constant in constants)
+    assert sorted(path.name for path in exported.iterdir()) == [
+        *("README.md", "backbone.safetensors", "config.json", "predict_24.jax", "predict_8.jax"),
+        *("prompts.safetensors", "score_24.jax", "score_8.jax"),
+    ]
+
+
+@contextlib.contextmanager
+def uncached():
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, least)
+    jax.config.update(least, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(least, before)
+
+
+def test_the_tpus_compiler_takes_them(folder):
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    pytest.importorskip("libtpu")
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    on_chip = jax.sharding.SingleDeviceSharding(device)
+    found = jax_export.deserialize(bytearray((folder / "exported/predict_8.jax").read_bytes()))
+    rows = {"b": 4}
+    size = lambda n: n if isinstance(n, int) else rows[str(n)]  # noqa: E731
+    shapes = [
+        jax.ShapeDtypeStruct(tuple(map(size, x.shape)), x.dtype, sharding=on_chip)
+        for x in found.in_avals
+    ]
+    arguments, named = jax.tree.unflatten(found.in_tree, shapes)
+    with uncached():  # what was compiled for a chip that is not here cannot be read back
+        compiled = jax.jit(found.call).lower(*arguments, **named).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
+
+
+def test_prompts_may_be_exchanged(either, tmp_path):
+    other = serving_fixtures.artefact(tmp_path / "other", seed=5)
+    loaded = export.load(either / "exported")
+    arrays = Bank([other], folded=loaded.config["folded"]).arrays
+    loaded.prompts = {f"prompt/{name}": value for name, value in arrays["prompt"].items()} | {
+        "group_of_row": arrays["group_of_row"]
+    }
+    tokens, scores = loaded.predict([ids("ok")], [loaded.row("beta")])
+    prediction, score = serving_fixtures.expected(other, "beta", "ok")
+    assert serving_fixtures.VOCABULARY.decode(np.asarray(tokens)[0].tolist()) == prediction
+    assert float(scores[0]) == pytest.approx(score, rel=1e-4)
+
+
+def test_bfloat16_weights_stay_bfloat16(tmp_path):
+    backbone = serving_fixtures.backbone()
+    half = backbone._replace(
+        config=backbone.config.__class__(**{**vars(backbone.config), "dtype": "bfloat16"}),
+        params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), backbone.params),
+    )
+    bank = Bank([serving_fixtures.artefact(tmp_path / "artefact")])
+    write(tmp_path / "out", bank, half, Settings(("cpu",), (8,), 4))
+    loaded = export.load(tmp_path / "out")
+    assert {str(x.dtype) for x in loaded.backbone.values()} == {"bfloat16"}
+    assert np.isfinite(loaded.score([ids("ok")], [ids("yes")], [0])).all()
+
+
+# --- What is wrong -------------------------------------------------------------------------------
+
+
+def test_what_was_changed_or_is_missing_is_said(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "exported", copy)
+    weights = copy / "backbone.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="backbone.safetensors is not the file.*sha256"):
+        export.load(copy)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="--without-weights"):
+        export.load(copy)
+    loaded = export.load(copy, folder / "exported" / "backbone.safetensors")
+    with pytest.raises(ValueError, match="'delta'.*alpha, beta, gamma"):
+        loaded.row("delta")
+    with pytest.raises(ValueError, match="texts has 25 tokens; the limit is 24"):
+        loaded.predict([[3] * 25], [0])
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        export.load(tmp_path)
+
+
+@pytest.mark.parametrize("row", [-1, 3, 1000])
+def test_rows_of_no_task_are_refused(row, folder):
+    loaded = export.load(folder / "exported")  # of three tasks, in a bank with room for four
+    with pytest.raises(ValueError, match=f"no row {row}: the rows of the 3 tasks"):
+        loaded.predict([ids("ok"), ids("ok")], [2, row])
+    with pytest.raises(ValueError, match=f"no row {row}"):
+        loaded.score([ids("ok")], [ids("a")], [row])
+    readme = (folder / "exported" / "README.md").read_text()
+    assert "0 to 2" in readme and "a prompt of zeros" in readme
+
+
+def test_an_unknown_task_is_not_told_ten_thousand_names(folder):
+    loaded = export.load(folder / "exported")
+    loaded.names = [f"task_{i:05}" for i in range(10_000)]
+    with pytest.raises(ValueError, match="task_00019 and 9980 more") as error:
+        loaded.row("delta")
+    assert len(str(error.value)) < 400
+
+
+def test_the_bytes_that_are_checked_are_those_that_are_loaded(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "exported", copy)
+    whole = Path.read_bytes
+
+    def changed_afterwards(path):
+        found = whole(path)
+        path.write_bytes(found[:-4] + b"\xff\xff\xff\x7f")
+        return found
+
+    before = export.load(folder / "exported")
+    monkeypatch.setattr(Path, "read_bytes", changed_afterwards)
+    after = export.load(copy)
+    for mine, theirs in ((after.backbone, before.backbone), (after.prompts, before.prompts)):
+        jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
+def test_a_folder_that_exists_is_refused_before_any_work(folder, tmp_path, monkeypatch, capsys):
+    bank = Bank([serving_fixtures.artefact(tmp_path / "artefact")])
+    monkeypatch.setattr("mpt_jax.serving.export.writing.Functions", None)
+    with pytest.raises(FileExistsError, match="exported exists already"):
+        write(folder / "exported", bank, serving_fixtures.backbone(), SETTINGS)
+    monkeypatch.setattr(Bank, "load", None)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--prompts", "none", "--out", str(folder / "exported")])
+    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown platforms \['gpu'\]; known are cpu, tpu, cuda"):
+        Settings(("gpu",))
+    with pytest.raises(ValueError, match="positive lengths"):
+        Settings(input_lengths=())
+
+
+def test_the_command_writes_the_shipped_prompts(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--prompts", str(SHIPPED / "tiny_t5" / "mpt_source"), "--out", str(out)]
+    sizes = ["--input-lengths", "8", "--target-length", "4", "--platforms", "cpu"]
+    command.main([*arguments, *sizes, "--without-weights"])
+    said = capsys.readouterr().out
+    assert "predict and score for cpu, 6 tasks, inputs of 8 tokens" in said
+    assert not (out / "backbone.safetensors").exists() and (out / "vocabulary.model").exists()
+    assert "without the backbone's weights" in (out / "README.md").read_text()
+    with pytest.raises(SystemExit) as ended:
+        command.main([*arguments, *sizes])
+    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""`mpt-jax predict` as a command, with the tiny T5 that is shipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpt_jax.batching import tokenizers
+from mpt_jax.convert import load_backbone, save_t5x
+from mpt_jax.runtime import paths
+from mpt_jax.serving.predict import __main__ as command
+from mpt_jax.serving.predict import backbone
+from mpt_jax.serving.prompt_bank import Bank, Named
+from tests.fixtures import tiny
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCE = str(paths.SHIPPED / "tiny_t5" / "mpt_source")
+SHIPPED = str(paths.SHIPPED / "tiny_t5" / "checkpoint_10000")
+SIZES = ["--input-length", "16", "--target-length", "4", "--batch-size", "4"]
+REQUESTS = [
+    {"task": "toy_sst2", "inputs": "sst2 : a fine film"},
+    {"task": "toy_sst3", "inputs": "sst2 : a fine film"},
+    {"task": "toy_mnli", "id": "b", "inputs": "mnli : x", "choices": ["neutral", "entailment"]},
+]
+
+
+@pytest.fixture
+def run(tmp_path, capfdbinary):
+    """Runs the command in this process on some lines; returns exit code, answers and messages."""
+
+    def call(*arguments, lines=REQUESTS, prompts=(SOURCE,)):
+        path = tmp_path / "requests.jsonl"
+        encoded = [x if isinstance(x, str) else json.dumps(x) for x in lines]
+        path.write_text("".join(f"{line}\n" for line in encoded))
+        with pytest.raises(SystemExit) as ended:
+            command.main(["--prompts", *prompts, "--input", str(path), *SIZES, *arguments])
+        out, err = capfdbinary.readouterr()
+        answers = [json.loads(line) for line in out.decode().splitlines()]
+        return ended.value.code, answers, err.decode()
+
+    return call
+
+
+def test_answers_stand_where_their_requests_do(run):
+    code, answers, said = run()
+    assert code == 0
+    assert [answer["line"] for answer in answers] == [1, 2, 3]
+    assert answers[0]["prediction"] in ("positive", "negative")
+    assert "Unknown task 'toy_sst3'" in answers[1]["error"]
+    assert answers[2]["id"] == "b" and len(answers[2]["scores"]) == 2
+    assert "6 tasks" in said and "3 answered, 1 of them errors" in said
+
+
+def test_exit_codes_say_whether_lines_failed(run):
+    assert run("--strict")[0] == 1
+    assert run("--strict", lines=REQUESTS[:1])[0] == 0
+    assert run(lines=["nope", ""])[0] == 1
+    assert run(lines=[])[:2] == (0, [])
+
+
+def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
+    lines = [REQUESTS[0] | {"inputs": f"sst2 : film {i}"} for i in range(9)]
+    _, whole, _ = run(lines=lines)
+    monkeypatch.setattr(command, "WINDOW", 1)  # four lines at a time
+    path = tmp_path / "answers.jsonl"
+    answer = command.Server.answer
+    windows = []
+
+    def interrupted(server, requests):
+        windows.append([request.label["line"] for request in requests])
+        if len(windows) == 2:
+            raise KeyboardInterrupt
+        return answer(server, requests)
+
+    monkeypatch.setattr(command.Server, "answer", interrupted)
+    code, _, said = run("--output", str(path), lines=lines)
+    assert code == 130 and "the same command goes on" in said and not path.exists()
+    code, _, said = run("--output", str(path), lines=lines)
+    assert code == 0 and "going on after 4 lines" in said
+    assert windows == [[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [9]]
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [x["line"] for x in found] == list(range(1, 10))
+    for one, other in zip(found, whole, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert one["score"] == pytest.approx(other["score"], rel=1e-4)
+    code, _, said = run("--output", str(path), lines=lines)
+    assert code == 0 and "complete already" in said
+    code, _, said = run("--output", str(path), "--truncate", lines=lines)
+    assert code == 2 and "truncate: False there, True here" in said
+
+
+def test_exit_codes_count_the_lines_of_earlier_starts(run, tmp_path, monkeypatch):
+    good = REQUESTS[0]
+    monkeypatch.setattr(command, "WINDOW", 1)  # four lines at a time
+    for name, lines, usual in (("first", ["nope", *[good] * 4], 0), ("all", ["nope"] * 5, 1)):
+        answers, answer = ["--output", str(tmp_path / name)], command.Server.answer
+
+        def interrupted(server, requests, answer=answer):
+            if requests[0].label["line"] > 4:
+                raise OSError(28, "No space left on device")
+            return answer(server, requests)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(command.Server, "answer", interrupted)
+            code, _, said = run(*answers, lines=lines)
+            assert code == 2 and "No space left" in said and not (tmp_path / name).exists()
+        assert run(*answers, "--strict", lines=lines)[0] == 1, "the line of the first start failed"
+        assert run(*answers, "--strict", lines=lines)[0] == 1, "and does when all is complete"
+        assert run(*answers, lines=lines)[0] == usual
+
+
+def test_what_cannot_begin_says_why(run, tmp_path):
+    code, answers, said = run(prompts=(SOURCE, SOURCE))
+    assert (code, answers) == (2, []) and "'toy_sst2'" in said and "NAME=" in said
+    code, _, said = run(prompts=(str(tmp_path / "none"),))
+    assert code == 2 and "No prompt artefact at" in said
+    code, _, said = run("--batch-size", "0")
+    assert code == 2 and "batch_size is 0" in said
+
+
+# --- Backbone and vocabulary ---------------------------------------------------------------------
+
+
+def test_only_the_backbone_and_vocabulary_of_the_prompts_are_taken(tmp_path):
+    bank = Bank.load([Named(SOURCE)])
+    found = backbone.load(bank)
+    assert found.embedding_sha256 == bank.config["embedding_sha256"]
+    assert found.vocabulary_sha256 == bank.config["vocabulary_sha256"]
+    other = {k: v for k, v in tiny.params(tiny.model()).items() if k != "prompt"}
+    wrong = save_t5x(tmp_path, other, 0)
+    with pytest.raises(ValueError, match="belongs to another backbone.*sha256"):
+        backbone.load(bank, str(wrong))
+    with pytest.raises(ValueError, match="trained with another vocabulary"):
+        backbone.load(bank, vocabulary=paths.shipped(name="toy.model"))  # of 100 sentinels
+    with pytest.raises(FileNotFoundError, match="no vocabulary beside the backbone.*--vocabulary"):
+        backbone.load(bank, SHIPPED)
+    given = backbone.load(bank, SHIPPED, paths.shipped(name="toy.model"), extra_ids=16)
+    assert given.vocabulary_sha256 == found.vocabulary_sha256
+
+
+def test_a_vocabulary_beside_the_backbone_is_found(tmp_path):
+    folder = save_t5x(tmp_path, load_backbone(SHIPPED), 0)
+    model = tokenizers.load(paths.shipped(name="toy.model"), 16).sp_model
+    (folder / "spiece.model").write_bytes(model)  # its sentinels are pieces, as umT5's are
+    bank = Bank.load([Named(SOURCE)])
+    found = backbone.load(bank, str(folder), extra_ids=0)
+    assert found.vocabulary_sha256 == bank.config["vocabulary_sha256"]
+
+
+def test_prompts_of_another_backbone_need_theirs(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config |= {"embedding_sha256": "f" * 64, "backbone": "t5-base"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="'t5-base'.*f{64}.*--backbone"):
+        backbone.load(Bank.load([Named(str(tmp_path / "a"))]))
+
+
+# --- As a process --------------------------------------------------------------------------------
+
+
+def test_a_stream_is_answered_line_by_line_without_tensorflow():
+    """Each line is answered before the next is sent, and standard input stays open."""
+    blocked = "; ".join(
+        f"sys.modules[{name!r}] = None" for name in ("tensorflow", "seqio", "gin", "torch", "t5")
+    )
+    script = f"import sys; {blocked}; from mpt_jax.serving.predict.__main__ import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "--prompts", SOURCE, *SIZES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    ) as child:
+        assert child.stdin and child.stdout and child.stderr
+        for number, request in enumerate(REQUESTS, start=1):
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+            line = child.stdout.readline()
+            assert line, child.stderr.read().decode()[-2000:]
+            assert json.loads(line)["line"] == number
+        child.stdin.close()
+        assert child.wait(30) == 0, child.stderr.read().decode()[-2000:]
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    lines = "".join(json.dumps(REQUESTS[0]) + "\n" for _ in range(2))
+    child = subprocess.run(
+        f"{sys.executable} -m mpt_jax.serving.predict --prompts {SOURCE} {' '.join(SIZES)} "
+        "| head -n 0",
+        shell=True,
+        input=lines.encode(),
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert b"Traceback" not in child.stderr, child.stderr.decode()[-2000:]
+
+
+def shell(command_line: str, lines: list[str]) -> tuple[int, str]:
+    """Exit code and messages of a line for bash, whose $PREDICT is the command."""
+    predict = f"{sys.executable} -m mpt_jax.serving.predict --prompts {SOURCE} {' '.join(SIZES)}"
+    child = subprocess.run(
+        ["bash", "-c", command_line.replace("$PREDICT", predict)],
+        input="".join(f"{line}\n" for line in lines).encode(),
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    return child.returncode, child.stderr.decode()
+
+
+def test_messages_that_nobody_reads_do_not_stop_a_file(tmp_path):
+    """Standard error is a pipe whose reader is gone; the end waits for it to be."""
+    lines = [json.dumps(REQUESTS[0])] * 3
+    gone = f"($PREDICT --output {tmp_path}/out 2>&1 >/dev/null; echo $? >{tmp_path}/rc) | exec true"
+    shell(gone, lines)
+    assert (tmp_path / "rc").read_text() == "0\n"
+    assert len((tmp_path / "out").read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_exit_code_2_and_a_sentence():
+    code, said = shell("$PREDICT > /dev/full", [json.dumps(REQUESTS[0])])
+    assert code == 2
+    assert said.splitlines()[-1].endswith("No space left on device"), said

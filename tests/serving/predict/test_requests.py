@@ -1,0 +1,117 @@
+"""Lines of requests: what they mean, and what is said of those that mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from mpt_jax.batching import tokenizers
+from mpt_jax.runtime.paths import SHIPPED
+from mpt_jax.serving.predict.requests import Failure, Reader, Request
+from tests.fixtures import serving_fixtures
+
+GOOD = {"task": "beta", "inputs": "ab"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    return serving_fixtures.server(tmp_path_factory.mktemp("served") / "artefact")
+
+
+def read(server, line, mode="predict", truncate=False):
+    line = line if isinstance(line, bytes) else json.dumps(line).encode()
+    return server.reader(mode, truncate).read(line, 7)
+
+
+def test_a_request_is_its_ids(server):
+    assert read(server, GOOD) == Request({"line": 7}, 1, [100, 101, 1])
+    scored = read(server, {**GOOD, "targets": "c", "id": None}, "score")
+    assert scored == Request({"line": 7, "id": None}, 1, [100, 101, 1], ([102, 1],))
+    chosen = read(server, {**GOOD, "choices": ["c", "d"]})
+    assert chosen.targets == ([102, 1], [103, 1]) and chosen.choices == ("c", "d")
+    # A line of a data set may be asked for a generation as it is.
+    assert read(server, {**GOOD, "targets": "c"}).targets == ()
+
+
+def test_long_texts_are_an_error_or_cut_and_said_to_be(server):
+    limit = serving_fixtures.LIMITS.input_length
+    fits = read(server, {**GOOD, "inputs": "x" * (limit - 1)})
+    assert len(fits.inputs) == limit and not fits.truncated
+    longer = {**GOOD, "inputs": "x" * limit}
+    assert f"inputs has {limit + 1} tokens" in read(server, longer).error
+    cut = read(server, longer, truncate=True)
+    assert cut.inputs == fits.inputs and cut.truncated
+    long_choice = {**GOOD, "choices": ["x" * 40, "y"]}
+    assert "choices has 41 tokens" in read(server, long_choice).error
+    assert read(server, long_choice, truncate=True).truncated
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"", "the line is empty"),
+        (b"  \n", "the line is empty"),
+        (b"nope", "no JSON object"),
+        (b"\xff\xfe{", "no JSON object"),
+        (b"[" * 100_000, "no JSON object"),
+        (b"[1]", r"no JSON object \(found \[1\]\)"),
+        (b'{"task": "beta", "inputs": NaN}', "NaN is not JSON"),
+        (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is larger than a number"),
+        (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is larger"),
+        ({"inputs": "ab"}, "field task is missing"),
+        ({"task": "beta"}, "field inputs is missing"),
+        ({"task": "betta", "inputs": "ab"}, "'betta'. Did you mean 'beta'"),
+        ({"task": ["beta"], "inputs": "ab"}, r'task must be a text.*\["beta"\]'),
+        ({"task": "beta", "inputs": " "}, "inputs must be a text that is not empty"),
+        ({"task": "beta", "inputs": 3}, "inputs must be a text that is not empty, got 3"),
+        ({**GOOD, "choice": ["a"]}, "Unknown fields.*choice.*known are task, inputs, id"),
+        ({**GOOD, "choices": []}, "choices must be a list"),
+        ({**GOOD, "choices": "ab"}, "choices must be a list"),
+        ({**GOOD, "choices": ["a", ""]}, "choices must be a list"),
+        ({**GOOD, "choices": ["a", "a"]}, "different texts"),
+        ({**GOOD, "inputs": "\ud800"}, "half a character"),
+    ],
+)
+def test_what_is_wrong_with_a_line(line, message, server):
+    failure = read(server, line)
+    assert isinstance(failure, Failure)
+    assert failure.label["line"] == 7
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(failure.error)
+    assert len(failure.error) < 400
+
+
+@pytest.mark.parametrize("field", ["id", "task", "inputs", "choices", "other"])
+@pytest.mark.parametrize("deep", [50, *range(99, 103), *range(200, 1000, 100), 5000, 200_000])
+def test_however_deep_a_line_is_its_answer_can_be_written(deep, field, server):
+    """The parser gives up at a depth of its own, near which a writer may have room or not."""
+    nested = b"[" * deep + b"]" * deep
+    line = b'{"task": "beta", "inputs": "ab", "%s": %s}' % (field.encode(), nested)
+    found = read(server, line)
+    assert isinstance(found, Failure) == (deep >= 100 or field != "id")
+    assert json.loads(json.dumps(found.label))["line"] == 7
+
+
+@pytest.mark.parametrize("field", ["inputs", "targets"])
+def test_half_a_character_is_said_with_sentencepiece_too(field, server):
+    reader = dataclasses.replace(
+        server.reader("score"), vocabulary=tokenizers.load(str(SHIPPED / "toy.model"), 16)
+    )
+    line = json.dumps({**GOOD, "targets": "a", field: "\ud800 a"}).encode()
+    assert f"{field} is no text: half a character" in reader.read(line, 7).error
+
+
+def test_a_failure_keeps_its_id(server):
+    assert read(server, {"id": 3, "task": "beta"}).label == {"line": 7, "id": 3}
+
+
+def test_a_score_needs_something_to_score(server):
+    assert "needs targets, or choices" in read(server, GOOD, "score").error
+    assert "targets must be a text" in read(server, {**GOOD, "targets": ""}, "score").error
+
+
+def test_an_unknown_mode_is_refused(server):
+    with pytest.raises(ValueError, match="'guess'"):
+        Reader(server.bank, serving_fixtures.VOCABULARY, "guess", 9, 9)

@@ -1,0 +1,192 @@
+"""Answers in files: whole or resumable, never mixed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from mpt_jax.serving.predict.resumable_output import File, Refused
+
+LINES = [b"a\n", b"b\n", b"c\n", b"d\n", b"e"]
+ANSWERS = [{"line": i + 1, "prediction": chr(97 + i)} for i in range(5)]
+WHOLE = "".join(json.dumps(answer) + "\n" for answer in ANSWERS)
+MADE_FROM = {"mode": "predict", "sizes": (1, 2)}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(path, first, last, lines=LINES, made_from=MADE_FROM, finish=False):
+    """Answers requests from where the file stands; says where that was."""
+    output = File(path, made_from)
+    done = output.begin(iter(lines))
+    if done is None:
+        return None
+    assert done == first
+    for i in range(done, last):
+        output.write(lines[i : i + 1], ANSWERS[i : i + 1])
+    if finish:
+        output.finish()
+    else:
+        output.close()
+    return done
+
+
+def test_a_file_is_whole_when_it_has_its_name(tmp_path):
+    path = tmp_path / "deep" / "out.jsonl"
+    write(path, 0, 2)
+    assert names(path.parent) == ["out.jsonl.partial", "out.jsonl.partial_of"]
+    write(path, 2, 5, finish=True)
+    assert names(path.parent) == ["out.jsonl", "out.jsonl.COMPLETED"]
+    assert path.read_text() == WHOLE
+    assert write(path, 0, 5) is None, "it is not made again"
+    assert path.read_text() == WHOLE
+
+
+@pytest.mark.parametrize("tail", ["", "{", '{"line": 3}\n', '{"line": 3}\n{"li'])
+def test_what_was_written_after_the_last_record_is_written_again(tail, tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 2)
+    with (tmp_path / "out.jsonl.partial").open("a") as file:
+        file.write(tail)
+    write(path, 2, 5, finish=True)
+    assert path.read_text() == WHOLE
+
+
+def test_a_start_that_was_killed_before_its_last_step_is_finished(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 5, finish=True)
+    path.rename(tmp_path / "out.jsonl.partial")
+    assert write(path, 0, 5) is None
+    assert path.read_text() == WHOLE
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_other_requests_or_settings_are_refused(finish, tmp_path):
+    path, last = tmp_path / "out.jsonl", 5 if finish else 3
+    write(path, 0, last, finish=finish)
+    with pytest.raises(ValueError, match="mode: 'predict' there, 'score' here"):
+        write(path, last, 5, made_from={**MADE_FROM, "mode": "score"})
+    for others in ([b"a\n", b"x\n", *LINES[2:]], LINES[:2]):
+        with pytest.raises(ValueError, match=f"first {last} lines .* not those"):
+            write(path, last, 5, lines=others)
+
+
+def test_more_requests_than_a_whole_file_answers_are_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 5, finish=True)
+    with pytest.raises(ValueError, match="answers 5 requests, and there are more"):
+        write(path, 0, 5, lines=[*LINES, b"f"])
+
+
+def test_files_that_are_not_ours_or_not_whole_are_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match="no answer of this command"):
+        write(path, 0, 5)
+    assert path.read_text() == "precious"
+    other = tmp_path / "other.jsonl"
+    write(other, 0, 3)
+    partial = tmp_path / "other.jsonl.partial"
+    partial.write_text(partial.read_text()[:-5])
+    with pytest.raises(ValueError, match="a part of it is lost"):
+        write(other, 3, 5)
+    (tmp_path / "other.jsonl.partial_of").write_text("{")
+    with pytest.raises(ValueError, match="partial_of cannot be read"):
+        write(other, 3, 5)
+
+
+# --- What was lost, or is another run's ----------------------------------------------------------
+
+
+def test_a_second_run_on_a_file_is_refused_and_the_first_goes_on(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 2)
+    first, second = File(path, MADE_FROM), File(path, MADE_FROM)
+    assert first.begin(iter(LINES)) == 2
+    first.write(LINES[2:3], ANSWERS[2:3])
+    with pytest.raises(Refused, match="Another run is writing .*partial: wait for it"):
+        second.begin(iter(LINES))
+    first.write(LINES[3:], ANSWERS[3:])
+    first.finish()
+    assert path.read_text() == WHOLE
+    assert second.begin(iter(LINES)) is None, "its turn has come, and nothing is left"
+    assert path.read_text() == WHOLE
+
+
+def test_a_run_that_finishes_while_another_opens_its_file_is_not_undone(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    first, second = File(path, MADE_FROM), File(path, MADE_FROM)
+    first.begin(iter(LINES))
+    first.write(LINES, ANSWERS)
+    take = File._take
+
+    def taken(self):
+        first.finish()
+        take(self)
+
+    monkeypatch.setattr(File, "_take", taken)
+    assert second.begin(iter(LINES)) is None
+    assert path.read_text() == WHOLE
+    assert json.loads((tmp_path / "out.jsonl.COMPLETED").read_text())["lines"] == 5
+
+
+@pytest.mark.parametrize("change", ["gone", "shorter", "longer"])
+def test_a_whole_file_that_is_not_what_it_was_is_refused(change, tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 5, finish=True)
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_text(WHOLE[:-1] if change == "shorter" else WHOLE + "x")
+    found = "is gone" if change == "gone" else f"has {path.stat().st_size} bytes"
+    with pytest.raises(Refused, match=f"{found}.*COMPLETED tells of {len(WHOLE)} bytes.*remove"):
+        write(path, 0, 5)
+    assert path.exists() == (change != "gone")
+
+
+def test_answers_without_a_record_are_not_wiped(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, 0, 3)
+    (tmp_path / "out.jsonl.partial_of").unlink()
+    partial = tmp_path / "out.jsonl.partial"
+    kept = partial.read_bytes()
+    assert kept
+    with pytest.raises(Refused, match=f"has {len(kept)} bytes and no out.jsonl.partial_of"):
+        write(path, 0, 5)
+    assert partial.read_bytes() == kept
+    partial.write_bytes(b"")  # as a start leaves it that was killed before its first answer
+    write(path, 0, 5, finish=True)
+    assert path.read_text() == WHOLE
+
+
+def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recorded(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write(tmp_path / "out.jsonl", 0, 1)
+    new = "out.jsonl.partial_of.new"
+    assert synced == [new, "out.jsonl.partial", new]
+
+
+def test_failed_requests_of_earlier_starts_are_counted(tmp_path):
+    path = tmp_path / "out.jsonl"
+    output = File(path, MADE_FROM)
+    output.begin(iter(LINES))
+    output.write(LINES[:2], [{"line": 1, "error": "no"}, ANSWERS[1]])
+    output.close()
+    again = File(path, MADE_FROM)
+    again.begin(iter(LINES))
+    assert (again.lines, again.failed) == (2, 1)
+    again.write(LINES[2:], [*ANSWERS[2:4], {"line": 5, "error": "no"}])
+    again.finish()
+    whole = File(path, MADE_FROM)
+    assert whole.begin(iter(LINES)) is None
+    assert (whole.lines, whole.failed) == (5, 2)

@@ -1,0 +1,184 @@
+"""Answers against the training model, one example at a time; order, batches and recompiling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.runtime import malloc
+from mpt_jax.serving.predict.requests import Failure
+from mpt_jax.serving.predict.server import Limits, Server, buckets
+from mpt_jax.serving.prompt_bank import Bank
+from tests.fixtures import serving_fixtures, tiny
+
+TEXTS = ("a", "fine film", "of the year", "what a long text this", "ok", "b", "cc", "ddd", "eeeee")
+
+
+@pytest.fixture
+def server(tmp_path):
+    return serving_fixtures.server(tmp_path / "artefact")
+
+
+def ask(server, requests, **settings):
+    reader = server.reader(**settings)
+    lines = [json.dumps(request).encode() for request in requests]
+    return server.answer([reader.read(line, i) for i, line in enumerate(lines, start=1)])
+
+
+KINDS = [
+    kind if kind in ("factors", "attempt", "several lengths, folded")
+    else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in serving_fixtures.KINDS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_tasks_are_answered_in_order_as_one_by_one(kind, tmp_path):
+    server = serving_fixtures.server(tmp_path / "artefact", kind)
+    found = artifacts.load_artefact(tmp_path / "artefact")
+    tasks = [found.runs.run_names[i % 3] for i in range(len(TEXTS))]
+    requests = [{"task": t, "inputs": x} for t, x in zip(tasks, TEXTS, strict=True)]
+    answers = ask(server, requests)
+    assert [answer["line"] for answer in answers] == list(range(1, len(TEXTS) + 1))
+    for answer, task, text in zip(answers, tasks, TEXTS, strict=True):
+        prediction, score = serving_fixtures.expected(found, task, text)
+        assert answer["prediction"] == prediction
+        assert answer["score"] == pytest.approx(score, rel=1e-4)
+    assert len({round(answer["score"], 3) for answer in answers}) == len(TEXTS)
+    check_scores(server, found)
+
+
+def check_scores(server, found):
+    """Scores are log probabilities."""
+    triples = [("alpha", "fine film", "yes"), ("beta", "fine film", "no"), ("gamma", "a", "maybe")]
+    requests = [{"task": t, "inputs": x, "targets": y} for t, x, y in triples]
+    answers = ask(server, requests, mode="score")
+    for answer, (task, text, target) in zip(answers, triples, strict=True):
+        assert answer["score"] == pytest.approx(
+            serving_fixtures.expected(found, task, text, target), 1e-4
+        )
+
+
+def test_the_most_probable_choice_and_the_scores_of_all(server, tmp_path):
+    found = serving_fixtures.artefact(tmp_path / "artefact")
+    choices = ["yes", "no", "perhaps so", "?"]
+    for mode in ("predict", "score"):
+        requests = [{"task": t, "inputs": "x y", "choices": choices} for t in ("alpha", "gamma")]
+        for answer, task in zip(ask(server, requests, mode=mode), ("alpha", "gamma"), strict=True):
+            scores = [serving_fixtures.expected(found, task, "x y", choice) for choice in choices]
+            np.testing.assert_allclose(answer["scores"], scores, rtol=1e-4)
+            assert answer["prediction"] == choices[int(np.argmax(scores))]
+
+
+def test_the_score_of_a_prediction_is_that_of_its_ids_as_a_target(server):
+    tokens = jnp.asarray([[*serving_fixtures.VOCABULARY.encode("ok"), 1]] * 3)
+    rows, params = jnp.arange(3), serving_fixtures.backbone().params
+    ids, scores = jax.jit(server.functions.predict)(params, server.bank.arrays, tokens, rows)
+    again = jax.jit(server.functions.score)(params, server.bank.arrays, tokens, ids, rows)
+    np.testing.assert_allclose(scores, again, rtol=1e-4)
+
+
+def test_failures_keep_their_place(server):
+    requests = [
+        {"task": "alpha", "inputs": "a"},
+        {"task": "alpah", "inputs": "a", "id": "mine"},
+        {"task": "beta", "inputs": "a", "id": {"any": [1]}},
+    ]
+    first, second, third = ask(server, requests)
+    assert "prediction" in first and first["line"] == 1
+    assert second["id"] == "mine" and "Did you mean 'alpha'" in second["error"]
+    assert third["id"] == {"any": [1]} and "prediction" in third
+    assert server.answer([]) == []
+    assert server.answer([Failure({"line": 9}, "no")]) == [{"line": 9, "error": "no"}]
+
+
+def test_few_programs_are_compiled_and_once_more_when_a_bank_is_outgrown(server, tmp_path):
+    requests = [{"task": "alpha", "inputs": "x" * (1 + i % 22)} for i in range(33)]
+    ask(server, requests)
+    # Inputs of up to 16 and of up to 24 tokens, in batches of 1 and 4.
+    assert server._predict._cache_size() <= 4
+    before = server._predict._cache_size()
+    added = serving_fixtures.artefact(tmp_path / "more", ("delta",), seed=1)
+    with pytest.raises(ValueError, match="'delta'"):
+        server.bank.row("delta")
+    # A shared prompt of its own outgrows the one group that there was, once.
+    server.bank.add(added)
+    ask(server, requests)
+    grown = server._predict._cache_size()
+    assert before < grown <= 2 * before
+
+
+def test_a_row_that_fits_a_folded_bank_compiles_nothing(tmp_path):
+    bank = Bank([serving_fixtures.artefact(tmp_path / "artefact")], folded=True)
+    server = Server(bank, serving_fixtures.backbone(), serving_fixtures.LIMITS)
+    (before,) = ask(server, [{"task": "beta", "inputs": "ok"}])
+    programs = server._predict._cache_size()
+    added = serving_fixtures.artefact(tmp_path / "more", ("delta",), seed=1)
+    bank.add(added)  # the fourth row of four
+    (answer,) = ask(server, [{"task": "delta", "inputs": "ok"}])
+    prediction, score = serving_fixtures.expected(added, "delta", "ok")
+    assert (answer["prediction"], answer["score"]) == (prediction, pytest.approx(score, rel=1e-4))
+    assert ask(server, [{"task": "beta", "inputs": "ok"}]) == [before]
+    assert server._predict._cache_size() == programs == 1
+
+
+def test_plain_prompts_of_several_methods_and_lengths_are_served_side_by_side(tmp_path):
+    """MPT's of 3 positions, and CrossPT's of 6."""
+    first = serving_fixtures.artefact(tmp_path / "mpt", ("alpha", "beta"))
+    longer = serving_fixtures.SEVERAL_LENGTHS.private_length["beta"]
+    private = dataclasses.replace(serving_fixtures.SEVERAL_LENGTHS, private_length=longer)
+    second = serving_fixtures.artefact(tmp_path / "crosspt", ("gamma",), 1, private)
+    server = Server(
+        Bank([first, second], folded=True), serving_fixtures.backbone(), serving_fixtures.LIMITS
+    )
+    answers = ask(server, [{"task": t, "inputs": "ok"} for t in tiny.RUNS.run_names])
+    for found, task, answer in zip(
+        (first, first, second), tiny.RUNS.run_names, answers, strict=True
+    ):
+        prediction, score = serving_fixtures.expected(found, task, "ok")
+        assert answer["prediction"] == prediction
+        assert answer["score"] == pytest.approx(score, rel=1e-4)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
+    """A fleet leaves such artefacts, of each run."""
+    found = serving_fixtures.artefact(
+        tmp_path / "artefact", ("gamma",), method=serving_fixtures.SEVERAL_LENGTHS
+    )
+    assert found.prompt_length < found.method.prompt_length
+    server = Server(
+        Bank([found], folded=folded), serving_fixtures.backbone(), serving_fixtures.LIMITS
+    )
+    (answer,) = ask(server, [{"task": "gamma", "inputs": "ok"}])
+    # Of three rows, the training model's prompt of gamma is as long as ever.
+    wide = serving_fixtures.artefact(tmp_path / "wide", method=serving_fixtures.SEVERAL_LENGTHS)
+    for name in ("private", "router"):
+        wide.params[name] = wide.params[name].at[2].set(found.params[name][0])
+    wide.params["sources"] = found.params["sources"]
+    prediction, score = serving_fixtures.expected(wide, "gamma", "ok")
+    assert (answer["prediction"], answer["score"]) == (prediction, pytest.approx(score, rel=1e-4))
+
+
+def test_buckets_double_up_to_the_limit():
+    assert buckets(16, 100) == [16, 32, 64, 100]
+    assert buckets(1, 32, 4) == [1, 4, 16, 32]
+    assert buckets(16, 16) == buckets(32, 16) == [16]
+
+
+def test_a_server_keeps_the_memory_of_its_batches(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(malloc, "keep_freed", lambda: kept.append("freed memory"))
+    serving_fixtures.server(tmp_path / "artefact")
+    assert kept == ["freed memory"]
+
+
+def test_sizes_are_positive():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Limits(batch_size=0)

@@ -1,0 +1,382 @@
+"""A bank of many artefacts: the same prompts, the memory that was promised, and no recompiling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts import get_method, method_names
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.base import Given, InitContext, rows_of
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.serving import prompt_bank
+from mpt_jax.serving.prompt_bank import Bank, Named, compose
+from tests.fixtures import tiny
+
+P, H = 4, 6
+WITH_PROMPTS = [name for name in method_names() if name != "none"]
+
+
+def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params=None, **overrides):
+    """An artefact of random parameters, read back."""
+    method = method or MPT(P)
+    runs = Runs(names, groups=groups)
+    rng = np.random.default_rng([seed, *map(ord, "".join(names))])
+    context = InitContext(jnp.zeros((200, width)))
+    shapes = jax.eval_shape(lambda key: method.init(key, runs, context), jax.random.PRNGKey(0))
+    made = {}
+    for name, leaf in shapes.items():
+        # What belongs to no row is the same in all artefacts.
+        own = rng if f"prompt/{name}" in rows_of(method) else np.random.default_rng(0)
+        made[name] = own.normal(size=leaf.shape).astype(np.float32)
+    fields = {
+        "embedding_sha256": "e" * 64,
+        "vocabulary_sha256": "v" * 64,
+        "backbone": "tiny",
+        "step": 1,
+        **overrides,
+    }
+    artifacts.save_artefact(folder, method, made | (params or {}), runs, **fields)
+    return artifacts.load_artefact(folder)
+
+
+def composed(of: Bank, names) -> np.ndarray:
+    rows = jnp.asarray([of.row(name) for name in names])
+    return np.asarray(prompt_bank.compose(of.method, of.arrays, rows, text(len(rows))))
+
+
+def text(rows: int) -> jax.Array:
+    """What methods that read the text are given."""
+    return jnp.linspace(-1, 1, rows * H).reshape(rows, H)
+
+
+def groups_of(of: Bank) -> int:
+    return len(set(np.asarray(of.arrays[prompt_bank.GROUPS])[: len(of.names)].tolist()))
+
+
+def room_of(of: Bank) -> int:
+    return len(of.arrays[prompt_bank.GROUPS])
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+def test_rows_of_many_artefacts_are_composed_by_the_formula(tmp_path):
+    found = [
+        write(tmp_path / "a", ["rte", "cb", "wic"], groups=[0, 1, 0]),
+        write(tmp_path / "b", ["boolq"]),
+        write(tmp_path / "c", ["mrpc", "qqp"]),
+    ]
+    joined = Bank(found)
+    assert joined.names == ("rte", "cb", "wic", "boolq", "mrpc", "qqp")
+    assert groups_of(joined) == 4
+    for artefact in found:
+        shared, left, right = (
+            np.asarray(artefact.params[name]) for name in ("shared", "task_left", "task_right")
+        )
+        for row, name in enumerate(artefact.runs.run_names):
+            group = artefact.runs.group_of_row[row]
+            expected = shared[group] * (left[row] @ right[row])
+            np.testing.assert_allclose(composed(joined, [name])[0], expected, rtol=1e-6)
+    mixed = composed(joined, ["qqp", "cb", "qqp", "boolq"])
+    np.testing.assert_array_equal(mixed[0], mixed[2])
+    np.testing.assert_array_equal(mixed[1], composed(joined, ["cb"])[0])
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", WITH_PROMPTS)
+def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
+    method = tiny.method(name, P)
+    if folded and method.reads_text:
+        pytest.skip("its prompts depend on the text, so there is nothing to fold")
+    found = [
+        write(tmp_path / "a", ["x", "y"], method=method, groups="independent"),
+        write(tmp_path / "b", ["z"], method=method),
+    ]
+    joined = Bank(found, folded=folded)
+    rows, given = iter(text(3)), []
+    for artefact in found:
+        texts = jnp.stack([next(rows) for _ in range(artefact.runs.num_rows)])
+        every = jnp.arange(artefact.runs.num_rows)
+        params = jax.tree.map(jnp.asarray, artefact.params)
+        given.append(artefact.method.compose(params, artefact.runs, every, Given(texts)))
+    expected = np.concatenate(given)
+    np.testing.assert_allclose(composed(joined, ["x", "y", "z"]), expected, atol=1e-6)
+    assert joined.method == (PromptTuning(P) if folded else found[0].method)
+
+
+def test_several_methods_are_served_folded(tmp_path):
+    found = [
+        write(tmp_path / "a", ["x"]),
+        write(tmp_path / "b", ["y"], method=PromptTuning(P)),
+        write(tmp_path / "c", ["z"], method=MPT(P, rank=2)),
+    ]
+    with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*fold them"):
+        Bank(found)
+    joined = Bank(found, folded=True)
+    for artefact in found:
+        np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def test_a_task_of_t5_base_takes_868_numbers_and_the_memory_is_the_formula(tmp_path):
+    length, width, shared = 100, 768, {"shared": np.ones((1, 100, 768), np.float32)}
+    found = [
+        write(
+            tmp_path / name, [f"{name}{i}" for i in range(count)],
+            method=MPT(length), width=width, params=shared,
+        )
+        for name, count in (("a", 3), ("b", 6))
+    ]  # fmt: skip
+    joined = Bank(found)
+    assert room_of(joined) == 16 and groups_of(joined) == 1
+    own = length + width
+    assert own == 868
+    expected = 4 * (16 * (own + 1) + 1 * length * width)
+    assert joined.nbytes == expected
+    assert joined.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(joined.arrays))
+    folded = Bank(found, folded=True)
+    assert folded.nbytes == 4 * 16 * (length * width + 1)
+
+
+def test_the_figures_of_the_docs_are_those_of_the_formula():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    rows, own, shared = 16_384, 868, 100 * 768  # 10,000 tasks in the next power of two
+    for size, shown in (
+        (4 * (rows * (own + 1) + shared), "{:.1f} MiB"),
+        (4 * rows * (shared + 1) / 1024, "{:.1f} GiB"),
+        (4 * (rows + shared), "{:.1f} MiB"),
+    ):
+        assert shown.format(size / 2**20) in text
+    assert f"{own + shared:,} numbers" in text
+
+
+def test_groups_that_are_equal_are_kept_once(tmp_path):
+    shared = np.arange(P * H, dtype=np.float32).reshape(1, P, H)
+    other = shared.copy()
+    other[0, 1, 2] = np.nextafter(other[0, 1, 2], 9)
+    found = [
+        write(tmp_path / name, [name], params={"shared": value})
+        for name, value in (("a", shared), ("b", other), ("c", shared))
+    ]
+    joined = Bank(found)
+    assert groups_of(joined) == 2
+    for artefact in found:
+        np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
+
+
+# --- Growth --------------------------------------------------------------------------------------
+
+
+def test_a_task_that_is_added_below_the_capacity_compiles_nothing(tmp_path):
+    shared = {"shared": np.ones((1, P, H), np.float32)}
+    made = iter([write(tmp_path / f"{i}", [f"task{i}"], params=shared) for i in range(9)])
+    joined = Bank([next(made)])
+    compiled = jax.jit(lambda arrays, rows: prompt_bank.compose(joined.method, arrays, rows))
+    sizes, rows = [], jnp.zeros(3, jnp.int32)
+    for artefact in made:
+        before = joined.arrays
+        kept = np.asarray(compiled(before, rows))
+        joined.add(artefact)
+        last = jnp.full(3, joined.row(artefact.runs.run_names[0]), jnp.int32)
+        found = np.asarray(compiled(joined.arrays, last))
+        np.testing.assert_array_equal(found[0], artefact.folded()[0])
+        np.testing.assert_array_equal(np.asarray(compiled(before, rows)), kept)
+        sizes.append((room_of(joined), compiled._cache_size()))
+    assert sizes == [(2, 2), (4, 3), (4, 3), (8, 4), (8, 4), (8, 4), (8, 4), (16, 5)]
+
+
+def test_an_addition_that_fails_leaves_the_bank_as_it_was(tmp_path):
+    joined = Bank([write(tmp_path / "a", ["x", "y"])])
+    before, digest = composed(joined, ["x", "y"]), joined.digest()
+    for wrong, message in (
+        (write(tmp_path / "b", ["z", "x"]), "'x', in .*a and in .*b.*NAME="),
+        (write(tmp_path / "c", ["z"], embedding_sha256="f" * 64), "backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            joined.add(wrong)
+        assert joined.names == ("x", "y") and joined.digest() == digest
+        np.testing.assert_array_equal(composed(joined, ["x", "y"]), before)
+
+
+def test_a_digest_is_of_names_and_values(tmp_path):
+    a, b = write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["x"], seed=1)
+    c = write(tmp_path / "c", ["y"])
+    digests = [
+        Bank([a]).digest(),
+        Bank([b]).digest(),
+        Bank([a], ["y"]).digest(),
+        Bank([a, c]).digest(),
+        Bank([c, a]).digest(),
+    ]
+    assert len(set(digests)) == len(digests)
+    grown = Bank([a])
+    grown.add(c)
+    assert grown.digest() == Bank([a, c]).digest()
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def test_names_that_clash_are_an_error_unless_one_is_renamed(tmp_path):
+    a, b = write(tmp_path / "a", ["rte", "cb"]), write(tmp_path / "b", ["rte"], seed=1)
+    with pytest.raises(ValueError, match=f"'rte', in {tmp_path}/a and in {tmp_path}/b"):
+        Bank([a, b])
+    joined = Bank([a, b], ["", "rte_again"])
+    assert joined.names == ("rte", "cb", "rte_again")
+    np.testing.assert_array_equal(composed(joined, ["rte_again"]), b.folded())
+    assert Bank([a, b], ["first", ""]).names == ("first/rte", "first/cb", "rte")
+
+
+def test_folders_are_named_on_the_command_line(tmp_path):
+    assert Named.parse("runs/a") == Named("runs/a")
+    assert Named.parse("new=runs/a") == Named("runs/a", "new")
+    assert Named.parse("runs/lr=0.3/artefact") == Named("runs/lr=0.3/artefact")
+    (tmp_path / "lr=1").mkdir()
+    assert Named.parse(str(tmp_path / "lr=1")) == Named(str(tmp_path / "lr=1"))
+    with pytest.raises(ValueError, match="'=runs' is neither"):
+        Named.parse("=runs")
+
+
+def test_an_unknown_task_is_told_the_closest_and_not_all_of_ten_thousand(tmp_path):
+    joined = Bank([write(tmp_path / "a", [f"task_{i:03}" for i in range(50)])])
+    with pytest.raises(ValueError) as error:
+        joined.row("taks_017")
+    message = str(error.value)
+    assert "Unknown task 'taks_017'. Did you mean 'task_017'" in message
+    assert "and 30 more" in message and "task_040" not in message
+
+
+def test_an_unknown_task_of_a_large_bank_is_answered_at_once(tmp_path, monkeypatch):
+    names = [f"task_{i:04}" for i in range(prompt_bank.MOST_COMPARED + 1)]
+    joined = Bank([write(tmp_path / "a", names)])
+    monkeypatch.setattr(prompt_bank.difflib, "get_close_matches", None)  # 27 microseconds a name
+    with pytest.raises(ValueError, match=f"'taks_0017'. The bank has .* {len(names) - 20} more"):
+        joined.row("taks_0017")
+
+
+def test_an_unknown_name_is_not_repeated_whole(tmp_path):
+    joined = Bank([write(tmp_path / "a", ["rte"])])
+    with pytest.raises(ValueError) as error:
+        joined.row("x" * 100_000)
+    assert f"'{'x' * 77}...'" in str(error.value) and len(str(error.value)) < 200
+
+
+# --- Artefacts that do not belong together -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("backbone", {"embedding_sha256": "f" * 64}),
+        ("vocabulary", {"vocabulary_sha256": "w" * 64}),
+        ("prompt length", {"method": MPT(P + 1)}),
+        ("method", {"method": MPT(P, rank=2)}),
+    ],
+)
+def test_artefacts_that_disagree_are_named_with_their_values(what, other, tmp_path):
+    found = [
+        write(tmp_path / "a", ["x"]),
+        write(tmp_path / "b", ["y"]),
+        write(tmp_path / "c", ["z"], **other),
+    ]
+    with pytest.raises(ValueError, match=f"their {what}.*differs") as error:
+        Bank(found)
+    message = str(error.value)
+    assert f"in {tmp_path}/a, {tmp_path}/b; " in message and f"in {tmp_path}/c." in message
+    assert ("go together: fold them" in message) == (what in ("prompt length", "method"))
+    value = str(next(iter(other.values())))
+    assert (value if what in ("backbone", "vocabulary") else str(P)) in message
+
+
+def test_an_artefact_of_an_unknown_vocabulary_fits(tmp_path):
+    found = [
+        write(tmp_path / "a", ["x"], vocabulary_sha256=None),
+        write(tmp_path / "b", ["y"]),
+    ]
+    assert Bank(found).names == ("x", "y")
+
+
+def test_the_first_known_vocabulary_holds_for_all_that_are_added(tmp_path):
+    unknown = write(tmp_path / "a", ["x"], vocabulary_sha256=None)
+    joined, named = Bank([unknown]), write(tmp_path / "b", ["y"])
+    joined.add(named)
+    joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256=None))
+    with pytest.raises(ValueError, match="vocabulary.*differs.*v{64} in .*b; w{64} in .*d"):
+        joined.add(write(tmp_path / "d", ["q"], vocabulary_sha256="w" * 64))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        joined.check_belongs("e" * 64, "w" * 64)
+    assert joined.names == ("x", "y", "z")
+
+
+def test_the_vocabulary_that_requests_are_read_by_holds_for_all_that_are_added(tmp_path):
+    joined = Bank([write(tmp_path / "a", ["x"], vocabulary_sha256=None)])
+    joined.check_belongs("e" * 64, "w" * 64)
+    joined.check_belongs("e" * 64, None)
+    with pytest.raises(ValueError, match="b was trained with another vocabulary: sha256 v{64}"):
+        joined.add(write(tmp_path / "b", ["y"]))
+    assert joined.names == ("x",)
+    joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256="w" * 64))
+
+
+def test_no_artefacts_are_no_bank():
+    with pytest.raises(ValueError, match="at least one"):
+        Bank([])
+
+
+def attempt_artefact(task, sources, seed=0):
+    """An artefact of ATTEMPT for one task, with the given frozen sources [S, P, H]."""
+    method = ATTEMPT(P, [f"s{i}" for i in range(len(sources))])
+    rng = np.random.default_rng(seed)
+    shapes = {"target": (1, P, H), "down": (1, H, 100), "up": (1, 100, H)}
+    shapes |= {"norm_scale": (1, H), "norm_bias": (1, H)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    params["sources"] = sources
+    known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None}
+    return artifacts.Artefact(task, method, Runs([task]), params, known)
+
+
+def test_what_all_tasks_share_is_kept_once_and_must_be_the_same():
+    sources = np.random.default_rng(3).normal(size=(2, P, H)).astype(np.float32)
+    x, y = attempt_artefact("x", sources, 1), attempt_artefact("y", sources, 2)
+    bank = Bank([x, y])
+    np.testing.assert_array_equal(bank.arrays["prompt"]["sources"], sources)
+    pooled = jnp.asarray(np.random.default_rng(4).normal(size=(2, H)), jnp.float32)
+    found = compose(bank.method, bank.arrays, jnp.array([1, 0]), pooled)
+    for artefact, prompt, text in zip((y, x), found, pooled, strict=True):
+        alone = jax.tree.map(jnp.asarray, artefact.params)
+        given = Given(text[None])
+        expected = artefact.method.compose(alone, artefact.runs, jnp.array([0]), given)[0]
+        np.testing.assert_allclose(prompt, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="x and z differ in 'sources'"):
+        Bank([x, attempt_artefact("z", sources + 1)])
+    with pytest.raises(ValueError, match="depend on the text"):
+        Bank([x], folded=True)
+
+
+def test_plain_prompts_of_several_lengths_go_together(tmp_path):
+    long, short = write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["y"], method=MPT(P - 1))
+    bank = Bank([short, long], folded=True)
+    assert bank.lengths_differ and bank.method.prompt_length == P
+    np.testing.assert_array_equal(bank.arrays["prompt_lengths"][:2], [P - 1, P])
+    table = np.asarray(bank.arrays["prompt"]["table"])
+    np.testing.assert_allclose(table[0, : P - 1], short.folded()[0], atol=1e-6)
+    assert not table[0, P - 1 :].any()
+    uniform = Bank([long], folded=True)
+    with pytest.raises(ValueError, match=f"of {P - 1} positions, and the bank was made for {P}"):
+        uniform.add(short, "z")
+
+
+def test_folders_are_loaded_by_their_names(tmp_path):
+    write(tmp_path / "a", ["x"])
+    loaded = Bank.load([Named(str(tmp_path / "a"), "y")])
+    assert loaded.names == ("y",) and isinstance(loaded.method, get_method("mpt"))

@@ -1,0 +1,150 @@
+"""T5X's trainer stops on request. A few lines stand in for T5X's; tests/t5x has the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+from mpt_jax.runtime import preemption
+from mpt_jax.t5x_compat import preemptible
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Trainer:
+    """What of T5X's trainer is used, with T5X's loop: the state is a count, a batch a number.
+
+    Args:
+        actions: what happens when a batch of a number is trained on.
+    """
+
+    def __init__(self, actions=None):
+        self.train_state = types.SimpleNamespace(step=0)
+        self.actions, self.closed = actions or {}, 0
+        self._compiled_train_step = None
+
+    def compile_train(self, batch):
+        def step(state, batch):
+            self.actions.get(batch, lambda: None)()
+            return types.SimpleNamespace(step=state.step + 1), batch
+
+        self._compiled_train_step = step
+
+    def train(self, batch_iter, num_steps, start_step=None):
+        state, trained = self.train_state, []
+        for _ in range(num_steps):
+            state, batch = self._compiled_train_step(state, next(batch_iter))
+            trained.append(batch)
+        self.train_state = state
+        return trained
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def preempted(monkeypatch):
+    """T5X's exception, where T5X has it."""
+    module = types.ModuleType("t5x.trainer")
+    module.PreemptionError = type("PreemptionError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "t5x.trainer", module)
+    return module.PreemptionError
+
+
+def made(actions=None) -> Trainer:
+    trainer = preemptible.stoppable(Trainer)(actions=actions)
+    trainer.compile_train({})
+    return trainer
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_a_run_that_nobody_stops_is_t5x_s_own():
+    trainer, batches = made(), iter(range(10, 20))
+    assert trainer.train(batches, 3, start_step=0) == [10, 11, 12]
+    assert trainer.train(batches, 2, start_step=3) == [13, 14]
+    assert trainer.train_state.step == 5 and next(batches) == 15
+    trainer.close()
+    assert trainer.closed == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("during", "step"), [(10, 1), (12, 3), (14, 5)])
+def test_a_signal_ends_the_loop_after_the_step_with_its_state_and_no_batch_lost(
+    during, step, number, code, preempted
+):
+    trainer, batches = made({during: send(number)}), iter(range(10, 20))
+    with pytest.raises(preempted) as caught:
+        trainer.train(batches, 5, start_step=0)
+    assert isinstance(caught.value, SystemExit) and caught.value.code == code
+    assert trainer.train_state.step == step and trainer.closed == 1
+    assert next(batches) == 10 + step
+    trainer.close()
+
+
+def test_a_signal_between_two_loops_waits_for_one_more_step(preempted):
+    """The step before may have been saved already, and T5X cannot save a step twice."""
+    trainer, batches = made(), iter(range(10, 20))
+    trainer.train(batches, 3, start_step=0)
+    send(signal.SIGTERM)()
+    with pytest.raises(preempted):
+        trainer.train(batches, 3, start_step=3)
+    assert trainer.train_state.step == 4
+    trainer.close()
+
+
+def test_processes_are_asked_after_every_step_once(monkeypatch, preempted):
+    asked = []
+
+    def is_due(request, step):
+        asked.append(step)
+        return step == 7
+
+    monkeypatch.setattr(preemption.StopRequest, "is_due", is_due)
+    trainer, batches = made(), iter(range(10, 30))
+    trainer.train(batches, 3, start_step=0)
+    with pytest.raises(preempted):
+        trainer.train(batches, 6, start_step=3)
+    assert asked == [1, 2, 3, 4, 5, 6, 7] and trainer.train_state.step == 7
+    trainer.close()
+
+
+def test_the_exit_code_survives_gin_and_absl(tmp_path):
+    """As T5X does: the exception is caught, raised again, and passes through both."""
+    script = f"""
+        import os, signal, sys, types
+        sys.path.insert(0, {str(ROOT)!r})
+        from absl import app
+        import gin
+        from mpt_jax.t5x_compat import preemptible as t5x_trainer
+        from tests.t5x_compat.test_preemptible import Trainer
+        sys.modules["t5x.trainer"] = t5x = types.ModuleType("t5x.trainer")
+        class PreemptionError(Exception): pass
+        t5x.PreemptionError = PreemptionError
+        @gin.configurable
+        def train():
+            trainer = t5x_trainer.stoppable(Trainer)()
+            trainer.compile_train(dict())
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                trainer.train(iter(range(9)), 5, 0)
+            except PreemptionError as error:
+                print("saved", trainer.train_state.step, flush=True)
+                raise error
+        app.run(lambda argv: train())
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (child.returncode, child.stdout) == (75, "saved 1\n"), child.stderr
+    assert "Traceback" not in child.stderr

@@ -1,0 +1,85 @@
+"""What T5X's train state of ours does without a T5X; tests/t5x drives it with the real one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
+from mpt_jax.t5x_compat import train_state_adapter
+from mpt_jax.training import initialization
+from tests.fixtures import tiny
+
+APART = Runs(tiny.RUNS.task_names, groups="independent")
+
+
+@pytest.fixture(scope="module")
+def host() -> train_state_adapter.Host:
+    model = tiny.model(APART)
+    return train_state_adapter.Host(
+        model, initialization.Origins(scratch=True), model.optimizer_def, partitioner=None
+    )
+
+
+def first_state(host: train_state_adapter.Host) -> train_state_adapter.HostState:
+    params = tiny.params(host.model)
+    opt_state = host.optimizer.init(host.split(params)[0])
+    return train_state_adapter.HostState(jnp.zeros((), jnp.int32), params, opt_state, host)
+
+
+def gradients(state: train_state_adapter.HostState, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state.params)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_is_left_out_and_the_step_goes_on(host, bad):
+    step = jax.jit(lambda state, grads: state.apply_gradient(grads, None))
+    state = step(first_state(host), gradients(first_state(host)))
+    grads = gradients(state, 1)
+    grads["prompt"]["task_right"] = grads["prompt"]["task_right"].at[1, 0, 2].set(bad)
+    after = step(state, grads)
+    assert (int(state.step), int(after.step)) == (1, 2)
+    tiny.close(after.params, state.params, 0)
+    tiny.close(after.param_states, state.param_states, 0)
+    again = step(after, gradients(state, 1))
+    assert np.any(again.params["prompt"]["shared"] != after.params["prompt"]["shared"])
+    # The step left out counts for no schedule and no bias correction.
+    tiny.close(again.params, step(state, gradients(state, 1)).params, 0)
+
+
+def test_what_is_frozen_may_have_any_gradient(host):
+    state = first_state(host)
+    grads = gradients(state)
+    grads["encoder"] = jax.tree.map(lambda x: x * np.nan, grads["encoder"])
+    after = state.apply_gradient(grads, None)
+    tiny.close(after.params["encoder"], state.params["encoder"], 0)
+    assert np.any(after.params["prompt"]["shared"] != state.params["prompt"]["shared"])
+
+
+def test_the_artefact_of_a_save_stays_where_prompts_are_no_longer_finite(
+    host, tmp_path, monkeypatch, caplog
+):
+    state = first_state(host)
+    host._loaded = initialization.Loaded(state.params, "0" * 64, None)
+    monkeypatch.setattr(train_state_adapter, "_HOSTS", [host])
+    (hook,) = train_state_adapter.save_hooks(str(tmp_path))
+    good = {"target": {"prompt": state.params["prompt"]}, "state": {"step": 3}}
+    assert hook(good, "infos") == (good, "infos")
+    written = artifacts.load_artefact(tmp_path / "artefact")
+    assert written.config["step"] == 3
+    card = (tmp_path / "artefact" / "README.md").read_text()
+    assert "| step | 3 |" in card and "Nothing was measured" in card
+    trained = sum(leaf.size for leaf in flatten(state.params["prompt"]).values())
+    assert f"| numbers that were trained | {trained} |" in card
+    tiny.close(written.params, state.params["prompt"], 0)
+    prompt = dict(state.params["prompt"])
+    prompt["task_left"] = prompt["task_left"].at[0, 0, 0].set(np.nan)
+    with caplog.at_level("ERROR"):
+        hook({"target": {"prompt": prompt}, "state": {"step": 6}}, "infos")
+    assert "step 6 are not finite (task_left)" in caplog.text
+    kept = artifacts.load_artefact(tmp_path / "artefact")
+    assert kept.config["step"] == 3
+    assert all(np.isfinite(leaf).all() for leaf in flatten(kept.params).values())

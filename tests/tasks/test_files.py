@@ -1,0 +1,450 @@
+"""Tasks of files: what every format yields, what is refused and where, and that they train."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+import seqio
+from etils import epath
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.data import datasets
+from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.sampling import EqualQuotas, task_mixture
+from mpt_jax.evaluation import evaluator
+from mpt_jax.tasks import file_readers
+from mpt_jax.tasks import files as jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTION = {"inputs": "{q}", "targets": "{a}"}
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """Forgets the tasks of each test."""
+    before = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()
+    yield
+    for names, registry in zip(before, (seqio.TaskRegistry, seqio.MixtureRegistry), strict=True):
+        for name in registry.names() - names:
+            registry.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, *rows: object) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return name
+
+
+def read(name: str, inputs: str = "{q}", targets: str = "{a}", words: dict | None = None):
+    templates = file_readers.Template("inputs", inputs), file_readers.Template("targets", targets)
+    found = file_readers.read(epath.Path(name), *templates, words or {})
+    return list(zip(found.inputs, found.targets, strict=True))
+
+
+def examples(name: str, split: str) -> list[tuple[str, str]]:
+    source = seqio.TaskRegistry.get(name).source
+    rows = source.get_dataset(split).as_numpy_iterator()
+    return [(row["inputs"].decode(), row["targets"].decode()) for row in rows]
+
+
+# --- What is read ----------------------------------------------------------------------------
+
+ROWS = [
+    {"q": "is it red ?", "a": "yes", "n": 3},
+    {"q": "first line\nsecond | \"quoted\", naïve – 東京", "a": "no", "n": 4},
+    {"q": "a\ttab", "a": "no", "n": 5},
+]  # fmt: skip
+EXPECTED = [(f"q: {row['q']} n: {row['n']}", row["a"]) for row in ROWS]
+
+
+def as_csv(delimiter: str, end: str = "\n") -> str:
+    quoted = lambda text: '"' + str(text).replace('"', '""') + '"'  # noqa: E731
+    lines = [["q", "a", "n"], *([quoted(row[key]) for key in ("q", "a", "n")] for row in ROWS)]
+    return "".join(delimiter.join(line) + end for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("crlf.jsonl", "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+        ("mark.jsonl", "\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS)),
+        ("x.csv", as_csv(",")),
+        ("mark.CSV", "\ufeff" + as_csv(",", "\r\n") + "\n\n"),
+        ("x.tsv", as_csv("\t")),
+    ],
+)
+def test_every_text_format_yields_the_same(name, content):
+    Path(name).write_bytes(content.encode())
+    assert read(name, "q: {q} n: {n}") == EXPECTED
+
+
+def test_parquet_yields_the_same():
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), "x.parquet", row_group_size=2)
+    assert read("x.parquet", "q: {q} n: {n}") == EXPECTED
+
+
+def test_numbers_stay_as_they_are_written_and_booleans_are_json_s():
+    line = '{"q": [1], "a": 1.50, "big": 12345678901234567890123, "e": 1E5, "t": true, "f": false}'
+    write("x.jsonl", line)
+    (found,) = read("x.jsonl", "{big} {e} {t} {f}")
+    assert found == ("12345678901234567890123 1E5 true false", "1.50")
+
+
+def test_dots_lead_into_objects_unless_a_field_is_called_so():
+    write("x.jsonl", {"doc": {"title": {"en": "hat"}}, "a.b": "dotted", "a": {"b": "nested"}})
+    assert read("x.jsonl", "{doc.title.en} {{x}} {a.b}", "{a.b}") == [("hat {x} dotted", "dotted")]
+
+
+def test_white_space_around_a_text_is_removed():
+    write("x.jsonl", {"q": "  wide  inside ", "a": " yes\n"})
+    assert read("x.jsonl", words={"yes": "yes", "no": "no"}) == [("wide  inside", "yes")]
+
+
+# --- What is refused -------------------------------------------------------------------------
+
+LABELS = {"yes": "yes", "no": "no"}
+GOOD = '{"q": "x", "a": "yes"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nope", "line 2: not JSON: Expecting value, at character 1"),
+        ('{"q": "x", "a": "yes"', "line 2: not JSON: Expecting ',' delimiter, at character 22"),
+        ('["x", "yes"]', "line 2: not a JSON object but '[\"x\", \"yes\"]'"),
+        ("3", "line 2: not a JSON object but '3'"),
+        ('{"q": "x", "b": 1}', "line 2, field 'a': missing; the row has q, b"),
+        ('{"q": null, "a": "yes"}', "line 2, field 'q': missing: it is null"),
+        ('{"q": NaN, "a": "yes"}', "line 2, field 'q': missing: it is null"),
+        ('{"q": "x", "a": "  "}', "line 2, field 'a': empty"),
+        ('{"q": "", "a": "yes"}', "line 2, field 'q': empty"),
+        ('{"q": "x", "a": "maybe"}', "field 'a': 'maybe' is none of the labels 'yes', 'no'"),
+        ('{"q": ["x", "y"], "a": "yes"}', "line 2, field 'q': a list of 2"),
+        ('{"q": {"en": "x"}, "a": "yes"}', "line 2, field 'q': an object; .*: en"),
+        ('{"q": "\\ud83d", "a": "yes"}', "line 2, field 'q': holds half of a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(line, message):
+    write("x.jsonl", GOOD, line, GOOD)
+    with pytest.raises(ValueError, match=r"x\.jsonl: 1 of 3 rows cannot be used") as error:
+        read("x.jsonl", words=LABELS)
+    assert re.search(message.replace("[", r"\["), str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    ("name", "header"), [("x.jsonl", b""), ("x.csv", b"q,a\n"), ("x.tsv", b"q\ta\n")]
+)
+def test_bytes_that_are_not_utf8_are_named(name, header):
+    good, bad = b'{"q": "x", "a": "y"}\n', '{"q": "naïve", "a": "y"}\n'.encode("latin-1")
+    if header:
+        sep = header[1:2]
+        good, bad = b"x" + sep + b"y\n", "naïve".encode("latin-1") + sep + b"y\n"
+    Path(name).write_bytes(header + good + bad)
+    line = 3 if header else 2
+    with pytest.raises(ValueError, match=f"line {line}: not UTF-8: the byte 0xef; save"):
+        read(name)
+
+
+def test_all_bad_rows_are_counted_and_the_first_ten_are_shown():
+    write("x.jsonl", *[GOOD, "nope"] * 13)
+    with pytest.raises(ValueError, match=r"13 of 26 rows") as error:
+        read("x.jsonl")
+    shown = re.findall(r"line (\d+):", str(error.value))
+    assert [int(number) for number in shown] == list(range(2, 22, 2))
+    assert str(error.value).endswith("and 3 more")
+
+
+def test_lines_of_a_csv_file_are_those_of_the_file():
+    """A cell that spans lines and a blank line shift what follows, as in an editor."""
+    write("x.csv", "q,a", '"one\ntwo\nthree",yes', "", "x,maybe", '"p\nq",maybe', "x,yes,no", "x")
+    with pytest.raises(ValueError, match="4 of 5 rows") as error:
+        read("x.csv", words=LABELS)
+    found = re.findall(r"line (\d+)(?:, field 'a')?: (.*)", str(error.value))
+    assert [int(line) for line, _ in found] == [6, 7, 9, 10]
+    assert found[2][1] == "3 cells, where the header has 2"
+    assert found[3][1] == "1 cells, where the header has 2"
+
+
+def test_a_quotation_mark_that_is_never_closed_swallows_nothing():
+    write("x.csv", "q,a", "x,yes", '"x,yes', "x,yes")
+    with pytest.raises(ValueError, match="line 3: unexpected end of data; nothing after it"):
+        read("x.csv")
+
+
+def test_headers_are_checked():
+    write("x.csv", "q,a,a", "x,y,z")
+    with pytest.raises(ValueError, match="line 1: the header has several columns a"):
+        read("x.csv")
+    write("x.csv", "q;a", "x;y")
+    with pytest.raises(ValueError, match="line 2, field 'q': missing; the row has q;a"):
+        read("x.csv")
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.jsonl", ""), ("x.csv", "q,a\n"), ("x.tsv", "")])
+def test_an_empty_file_is_an_error(name, content):
+    Path(name).write_text(content)
+    with pytest.raises(ValueError, match=r"x\.\w+ is empty"):
+        read(name)
+
+
+def test_bad_parquet_rows_and_files_are_named():
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table(
+        {"q": ["x", "y", None], "a": [["w"], None, ["z"]], "f": [1.5, np.nan, 2.0]}
+    )
+    parquet.write_table(table, "x.parquet")
+    with pytest.raises(
+        ValueError, match="row 1, field 'a': a list of 1(.|\n)*row 2, field 'a': mi"
+    ):
+        read("x.parquet")
+    with pytest.raises(ValueError, match="1 of 3 rows(.|\n)*row 2, field 'f': missing"):
+        read("x.parquet", "{f}", "{f}")
+    Path("y.parquet").write_text("q,a")
+    with pytest.raises(ValueError, match="the file: not a whole Parquet file"):
+        read("y.parquet")
+
+
+# --- Registration ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"train": "absent.jsonl"}, FileNotFoundError, "no file absent.jsonl. Paths are relative"),
+        ({"train": "x.json"}, ValueError, r"extension '.json'; .jsonl, .csv, .tsv, .parquet can"),
+        ({"inputs": "question"}, ValueError, "inputs='question' names no field"),
+        ({"targets": "{a!r}"}, ValueError, "fields by name and nothing else"),
+        ({"targets": "{a:>5}"}, ValueError, "fields by name and nothing else"),
+        ({"targets": "{}"}, ValueError, "fields by name and nothing else"),
+        ({"targets": "{a"}, ValueError, "targets='{a' cannot be read .* twice"),
+        ({"train": None}, ValueError, "got neither"),
+        ({"data": "x.jsonl"}, ValueError, "got both"),
+        ({"seed": 1}, ValueError, "have no effect without data="),
+        ({"labels": "yes"}, ValueError, "must be several, got the text 'yes'"),
+        ({"labels": ["yes"]}, ValueError, "needs two labels or more"),
+        ({"labels": ["yes", "yes"]}, ValueError, "'yes' is given twice"),
+        ({"labels": {1: "yes", "1": "no"}}, ValueError, "'1' is given twice"),
+        ({"labels": ["yes", " no"]}, ValueError, "single spaces"),
+        ({"labels": {0: "no", None: "yes"}}, ValueError, "single spaces"),
+        ({"name": "a name"}, ValueError, "invalid characters"),
+    ],
+)
+def test_mistakes_that_cost_nothing_to_find_are_found_at_registration(given, error, message):
+    write("x.jsonl", GOOD)
+    write("x.json", GOOD)
+    arguments = {"name": "own_bad", "train": "x.jsonl", **QUESTION, **given}
+    with pytest.raises(error, match=message):
+        jsonl.register(arguments.pop("name"), **arguments)
+    assert "own_bad" not in seqio.TaskRegistry.names()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split": (0.8, 0.2)}, "three numbers"),
+        ({"split": (0.8, 0.1, 0.2)}, "sum to 1"),
+        ({"split": (1.1, 0.0, -0.1)}, "from 0"),
+        ({"seed": -1}, r"seed must be in 0 \.\."),
+    ],
+)
+def test_shares_and_seeds_are_checked(given, message):
+    write("x.jsonl", GOOD)
+    with pytest.raises(ValueError, match=message):
+        jsonl.register("own_bad", data="x.jsonl", **QUESTION, **given)
+
+
+def test_a_name_is_given_once():
+    write("x.jsonl", GOOD)
+    jsonl.register("own_one", train="x.jsonl", **QUESTION)
+    with pytest.raises(ValueError, match="'own_one' is registered already"):
+        jsonl.register("own_one", train="x.jsonl", **QUESTION)
+
+
+def test_parquet_without_pyarrow_names_the_extra(monkeypatch):
+    Path("x.parquet").write_text("")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find(name)
+    )
+    with pytest.raises(ValueError, match=r"pip install 'mpt-jax\[parquet\]'"):
+        jsonl.register("own_bad", train="x.parquet", **QUESTION)
+
+
+def test_all_files_are_read_at_first_use_so_a_bad_test_file_stops_training():
+    write("train.jsonl", GOOD)
+    write("test.jsonl", GOOD, "nope")
+    jsonl.register("own_late", train="train.jsonl", test="test.jsonl", **QUESTION)
+    source = seqio.TaskRegistry.get("own_late").source
+    assert source.splits == ("train", "test")
+    with pytest.raises(ValueError, match=r"test\.jsonl: 1 of 2 rows(.|\n)*line 2: not JSON"):
+        source.get_dataset("train")
+
+
+# --- Splits ----------------------------------------------------------------------------------
+
+
+def test_a_split_is_a_permutation_cut_in_three():
+    write("x.jsonl", *[{"q": f"question {i}", "a": str(i)} for i in range(10)])
+    jsonl.register("own_split", data="x.jsonl", **QUESTION)
+    found = {split: [int(a) for _, a in examples("own_split", split)] for split in jsonl.SPLITS}
+    # torch.manual_seed(42); torch.randperm(10) is 2 6 1 8 4 5 0 9 3 7.
+    assert found == {"train": [0, 1, 2, 4, 5, 6, 8, 9], "validation": [3], "test": [7]}
+    source = seqio.TaskRegistry.get("own_split").source
+    assert [source.num_input_examples(split) for split in source.splits] == [8, 1, 1]
+
+
+def test_a_split_depends_on_the_number_of_rows_and_the_seed_alone():
+    one = jsonl.divide([f"a {i}" for i in range(97)], (0.6, 0.2, 0.2), 1)
+    same = jsonl.divide([f"b {i}" for i in range(97)], (0.6, 0.2, 0.2), 1)
+    other = jsonl.divide([f"a {i}" for i in range(97)], (0.6, 0.2, 0.2), 2)
+    assert [part.tolist() for part in one] == [part.tolist() for part in same]
+    assert [part.tolist() for part in one] != [part.tolist() for part in other]
+    assert [len(part) for part in one] == [58, 20, 19]
+    assert sorted(np.concatenate(one).tolist()) == list(range(97))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_same_inputs_are_never_in_two_splits(seed):
+    inputs = [f"question {i % 60}" for i in range(200)]
+    parts = jsonl.divide(inputs, (0.5, 0.25, 0.25), seed)
+    kept = [{inputs[row] for row in part} for part in parts]
+    assert all(kept)
+    assert not (kept[0] & kept[1] or kept[0] & kept[2] or kept[1] & kept[2])
+    assert sorted(np.concatenate(parts).tolist()) == list(range(200))
+
+
+def test_a_share_of_nothing_is_no_split_and_a_share_too_small_an_error():
+    write("x.jsonl", *[{"q": f"question {i}", "a": "y"} for i in range(4)])
+    jsonl.register("own_two", data="x.jsonl", split=(0.5, 0.5, 0), **QUESTION)
+    assert seqio.TaskRegistry.get("own_two").source.splits == ("train", "validation")
+    assert len(examples("own_two", "train")) == len(examples("own_two", "validation")) == 2
+    jsonl.register("own_few", data="x.jsonl", **QUESTION)
+    with pytest.raises(ValueError, match=r"4 rows, and a share of 0.1 leaves none for \w+"):
+        examples("own_few", "train")
+
+
+def test_inputs_shared_with_train_are_counted_in_a_warning(caplog):
+    write("train.jsonl", *[{"q": f"question {i}", "a": "y"} for i in range(4)])
+    write("dev.jsonl", {"q": "new", "a": "y"})
+    write("test.jsonl", *[{"q": f"question {i}", "a": "n"} for i in (3, 9, 2)])
+    files = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+    jsonl.register("own_shared", **files, **QUESTION)
+    with caplog.at_level("WARNING", logger="absl"):
+        examples("own_shared", "train")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("own_shared: 2 of the 3 inputs of test occur in train too")
+
+
+# --- As a task -------------------------------------------------------------------------------
+
+
+def bind_bytes() -> None:
+    gin.clear_config()
+    gin.parse_config(
+        "from __gin__ import dynamic_registration\n"
+        "from mpt_jax.data import vocabularies\n"
+        "vocabularies.load.path = 'byt5'"
+    )
+
+
+def test_values_of_the_file_become_words_and_batches_hold_them():
+    bind_bytes()
+    write("x.csv", "q,a", "is it red ?,0", "is it blue ?,1")
+    jsonl.register("own_words", train="x.csv", labels={0: "no", 1: "yes"}, **QUESTION)
+    task = seqio.TaskRegistry.get("own_words")
+    assert evaluator.labels_of(task) == ("no", "yes")
+    assert [a for _, a in examples("own_words", "train")] == ["no", "yes"]
+    lengths = {"inputs": 20, "targets": 5}
+    cfg = datasets.DatasetConfig(
+        task_mixture(["own_words"], EqualQuotas(2, 3)), lengths, "train", 2, True, 3
+    )
+    converter = lambda pack: PromptFeatureConverter(2, Runs(["own_words"]), pack)  # noqa: E731
+    batch = next(iter(datasets.get_dataset(cfg, 0, 1, converter).as_numpy_iterator()))
+    vocabulary = task.output_features["targets"].vocabulary
+    said = {vocabulary.decode(row[row > 0].tolist()) for row in batch["decoder_target_tokens"]}
+    assert said == {"no", "yes"}
+
+
+def scores(name: str, targets: list[str], predictions: list[str]) -> dict[str, float]:
+    task = seqio.TaskRegistry.get(name)
+    post = lambda text, is_target: task.postprocess_fn(text, example={}, is_target=is_target)  # noqa: E731
+    golds = [post(text, True) for text in targets]
+    said = [post(text, False) for text in predictions]
+    found: dict[str, float] = {}
+    for metric in task.metric_fns:
+        found |= metric(golds, said)
+    return found
+
+
+def test_classification_is_scored_by_accuracy_macro_f1_and_what_is_no_label():
+    write("x.jsonl", GOOD)
+    jsonl.register("own_labels", train="x.jsonl", labels=("yes", "no"), **QUESTION)
+    found = scores("own_labels", ["yes", "yes", "no", "no"], ["yes", "no", "no", "perhaps"])
+    # F1 of yes: 2*1/(2+1); of no: 2*1/(2+2).
+    f1 = {"f1": 100 * (2 / 3 + 1 / 2) / 2, "f1_undefined": 0}
+    assert found == pytest.approx({"accuracy": 50, **f1, "invalid": 25})
+    assert next(iter(found)) == "accuracy"
+
+
+def test_free_text_is_scored_as_squad_is_unless_metrics_are_given():
+    write("x.jsonl", GOOD)
+    jsonl.register("own_text", train="x.jsonl", **QUESTION)
+    found = scores("own_text", ["the red hat", "a dog"], ["Red hat!", "a big dog"])
+    assert found == pytest.approx({"f1": 100 * (1 + 2 / 3) / 2, "exact_match": 50})
+
+    def same(targets, predictions):
+        return {"same": 100 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])}
+
+    jsonl.register("own_metric", train="x.jsonl", metrics=[same], **QUESTION)
+    assert scores("own_metric", ["a hat", "a dog"], ["hat", "a dog"]) == {"same": 50}
+    jsonl.register("own_both", train="x.jsonl", metrics=[same], labels=["yes", "no"], **QUESTION)
+    task = seqio.TaskRegistry.get("own_both")
+    assert evaluator.labels_of(task) == ("yes", "no")
+    assert scores("own_both", ["yes", "no"], ["yes", "yes"]) == {"same": 50}
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_trains_as_it_is_written(tmp_path):
+    """Its commands in an empty folder: only the installation is this environment's."""
+    section = (ROOT / "README.md").read_text().partition("## Your own data\n")[2]
+    module, shell = re.search(r"```python\n(.*?)```(.*?)\n## ", section, re.DOTALL).groups()
+    assert len(module.splitlines()) <= 10
+    (tmp_path / "my_tasks.py").write_text(module)
+    commands = re.findall(r"^    (.*)", shell, re.MULTILINE)
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    child = subprocess.run(
+        ["bash", "-ec", "\n".join(commands)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-4000:]
+    artefact = tmp_path / "runs" / "tiny" / "mpt_target" / "artefact"
+    config = json.loads((artefact / "config.json").read_text())
+    assert config["run_names"] == ["reviews"]
+    assert "accuracy" in config["metrics"]["scores"]["reviews"]
+    card = (artefact / "README.md").read_text()
+    assert "| `reviews` | reviews.csv | train |  | 19 |" in card
+    assert "| `reviews` | accuracy | " in card

@@ -1,0 +1,203 @@
+"""Runs of one job that fail or finish: they keep what they learnt, and nobody else notices."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.mpt import MPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.training import trainer
+from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.partitioning import PjitPartitioner
+from tests.fixtures import tiny
+
+NAMES = ["alpha", "beta", "gamma"]
+KEY = jax.random.PRNGKey(0)
+SMOOTH = tiny.config(mlp_activations=("gelu", "linear"))
+METHODS = {"mpt": MPT(tiny.PROMPT), "pt": PromptTuning(tiny.PROMPT)}
+BACKBONE = tiny.params(tiny.model(Runs(["any"]), METHODS["pt"], SMOOTH))
+ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def make(method, names=NAMES, peaks=0.1, totals=40, spoiled=None) -> trainer.Trainer:
+    """A trainer of independent runs; `spoiled` names one that starts from NaN."""
+    schedule = Schedule(peaks, totals)
+    optimizer = PromptOptimizer({"shared": schedule, "task": schedule}, clip_norm=None)
+    runs = Runs(names, groups="independent")
+    model = tiny.model(runs, method, SMOOTH, optimizer_def=optimizer)
+    params = {k: v for k, v in BACKBONE.items() if k != "prompt"}
+    prompt = dict(model.init_prompt(KEY, params["token_embedder"]["embedding"]))
+    if spoiled:
+        row = runs.row(spoiled)
+        prompt = {name: leaf.at[row].set(np.nan) for name, leaf in prompt.items()}
+    state = tiny.state(model, {**params, "prompt": prompt})
+    return trainer.Trainer(model, state, PjitPartitioner(), KEY)
+
+
+def learn(made: trainer.Trainer, steps: range, rows=(0, 0, 1, 1, 2, 2)) -> trainer.Trainer:
+    for seed in steps:
+        made.train(tiny.batch(list(rows), seed=seed))
+    return made
+
+
+def alone(method, row: int, steps: range, **settings) -> trainer.Trainer:
+    """The run of a row by itself, on its own examples of the same batches."""
+    made = make(method, [NAMES[row]], **settings)
+    for seed in steps:
+        batch = tiny.batch([0 if found == row else None for found in (0, 0, 1, 1, 2, 2)], seed=seed)
+        made.train(batch)
+    return made
+
+
+def rows_of(made: trainer.Trainer, row: int) -> dict[str, bytes]:
+    """Every bit of a run: its parameters, moments and step counts."""
+    rows = len(made.model.runs.run_names)
+    leaves = [*jax.tree.leaves(made.state.trainable), *jax.tree.leaves(made.state.opt_state)]
+    assert all(leaf.shape[0] == rows for leaf in leaves)
+    return {str(i): np.asarray(leaf)[row].tobytes() for i, leaf in enumerate(leaves)}
+
+
+def close_to_alone(made: trainer.Trainer, row: int, solo: trainer.Trainer) -> None:
+    for name, leaf in solo.state.trainable["prompt"].items():
+        found = np.asarray(made.state.trainable["prompt"][name])[row]
+        np.testing.assert_allclose(found, np.asarray(leaf)[0], atol=1e-5, err_msg=name)
+
+
+@ALL
+@pytest.mark.parametrize("bad", [0, 1])  # padding of every row names bank row 0 in the contract
+def test_a_run_that_fails_leaves_every_bit_of_the_others(method, bad, caplog):
+    healthy = learn(make(method), range(6))
+    made = make(method, spoiled=NAMES[bad])
+    before = rows_of(made, bad)
+    with caplog.at_level("ERROR", logger="absl"):
+        found = learn(made, range(3)).read_metrics()
+        learn(made, range(3, 6)).read_metrics()
+    others = [row for row in range(3) if row != bad]
+    assert all(rows_of(made, row) == rows_of(healthy, row) for row in others)
+    assert rows_of(made, bad) == before
+    assert made.failed.tolist() == [row == bad for row in range(3)]
+    assert made.ended[bad] == 0 and made.active.tolist() == [row != bad for row in range(3)]
+    assert f"{NAMES[bad]} failed: the loss or a gradient of step 0" in caplog.text
+    assert caplog.text.count("failed") == 1, "it is said once"
+    assert f"loss/{NAMES[bad]}" not in found and np.isfinite(found["loss"])
+    for row in others:
+        close_to_alone(made, row, alone(method, row, range(6)))
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_run_that_fails_is_left_out_of_evaluation_and_changes_no_others(bad):
+    """A batch of evaluation may mix runs; padding of every row names bank row 0 in the contract."""
+    made, healthy = make(METHODS["mpt"], spoiled=NAMES[bad]), make(METHODS["mpt"])
+    learn(made, range(1)).read_metrics()
+    learn(healthy, range(1)).read_metrics()
+    batches = [tiny.batch([0, 1, 2, None], seed=7)]
+    found, expected = made.evaluate(batches), healthy.evaluate(batches)
+    others = [name for name in NAMES if name != NAMES[bad]]
+    for name in others:
+        for metric in ("loss", "token_accuracy", "term/cross_entropy"):
+            assert found[f"{metric}/{name}"] == expected[f"{metric}/{name}"], (metric, name)
+    assert not [name for name in found if name.endswith(NAMES[bad])]
+    means = [found[name] for name in ("loss", "term/cross_entropy")]
+    assert np.isfinite(means).all()
+    assert found["batch/encoder_padding"] == expected["batch/encoder_padding"]
+
+
+def test_a_learning_rate_that_is_too_high_ends_its_own_run_alone():
+    method = METHODS["mpt"]
+    made = learn(make(method, peaks=[0.1, 1e38, 0.05]), range(5))
+    made.read_metrics()
+    assert made.failed.tolist() == [False, True, False] and 0 < made.ended[1] < 5
+    calm = learn(make(method, peaks=[0.1, 0.1, 0.05]), range(5))
+    for row, peak in ((0, 0.1), (2, 0.05)):
+        assert rows_of(made, row) == rows_of(calm, row)
+        close_to_alone(made, row, alone(method, row, range(5), peaks=peak))
+    for leaf in made.state.trainable["prompt"].values():
+        assert np.isfinite(leaf).all(), "the last values that were finite"
+
+
+def test_the_job_stops_when_all_have_failed():
+    made = learn(make(METHODS["pt"], peaks=[1e38, 1e38, 1e38]), range(2))
+    with pytest.raises(trainer.NonFiniteLoss, match="of step 1 is not finite; training stopped"):
+        learn(made, range(2, 4)).read_metrics()
+    first = make(METHODS["pt"], peaks=[1e38, 0.1, 1e38], spoiled="beta")
+    with pytest.raises(trainer.NonFiniteLoss, match="step 1 .* all other runs failed before"):
+        learn(first, range(4)).read_metrics()
+    assert int(first.state.step) == 1 and first.failed.tolist() == [False, True, False]
+
+
+@ALL
+def test_a_run_ends_with_its_schedule_and_keeps_every_bit(method):
+    made = learn(make(method, totals=[3, 40, 5]), range(3))
+    kept = rows_of(made, 0)
+    learn(made, range(3, 7)).read_metrics()
+    assert made.ended.tolist() == [3, -1, 5] and not made.failed.any()
+    assert rows_of(made, 0) == kept
+    for row, steps, total in ((0, 3, 3), (1, 7, 40), (2, 5, 5)):
+        close_to_alone(made, row, alone(method, row, range(steps), totals=total))
+
+
+def test_runs_that_ended_train_again_where_their_schedule_was_extended(caplog):
+    first = make(METHODS["pt"], totals=[2, 40, 2])
+    learn(first, range(3)).finish([False, True, False])
+
+    def resumed(totals) -> trainer.Trainer:
+        made = make(METHODS["pt"], totals=totals)
+        copied = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), first.state)
+        made = trainer.Trainer(made.model, copied, PjitPartitioner(), KEY)
+        made.resume(first.standing())
+        return made
+
+    same = resumed([2, 40, 2])
+    same.reopen([False, True, False], 9)
+    assert same.ended.tolist() == [2, 3, 2], (
+        "patience is over with one, the schedules of the others"
+    )
+    late = resumed([4, 40, 2])
+    with caplog.at_level("WARNING", logger="absl"):
+        late.reopen([False, True, False], 3)
+    assert late.ended.tolist() == [2, 3, 2] and "alpha ended early and could go on" in caplog.text
+    made = resumed([4, 40, 2])
+    with caplog.at_level("INFO", logger="absl"):
+        made.reopen([False, False, False], 9)
+    assert made.ended.tolist() == [-1, -1, 2]
+    assert "alpha, beta had ended; trained again from step 3" in caplog.text
+    before = [rows_of(made, row) for row in range(3)]
+    learn(made, range(3, 6)).read_metrics()
+    assert made.ended.tolist() == [5, -1, 2], "two more steps of its own"
+    assert [rows_of(made, row) == before[row] for row in range(3)] == [False, False, True]
+
+
+def test_a_run_that_is_finished_from_outside_keeps_every_bit():
+    made = learn(make(METHODS["mpt"]), range(2))
+    made.finish([False, True, False])
+    kept = rows_of(made, 1)
+    learn(made, range(2, 4))
+    made.finish([True, True, False])
+    assert made.ended.tolist() == [4, 2, -1] and made.active.tolist() == [False, False, True]
+    assert rows_of(made, 1) == kept
+    close_to_alone(made, 2, alone(METHODS["mpt"], 2, range(4)))
+    assert made._train_step._cache_size() == 1, "a step was compiled again"
+
+
+@ALL
+def test_rows_of_runs_that_have_ended_are_not_sent_and_change_no_number(method):
+    """Two of three runs end early; from then on steps are compiled for fewer rows."""
+    rows, found = [0] * 4 + [1] * 4 + [2] * 4, {}
+    for by_run in (False, True):
+        made = make(method, totals=[2, 40, 4], peaks=0.03)
+        made._places = trainer._places(made.model, made.partitioner, 1) if by_run else None
+        sizes, step = [], made._train_step
+        made._train_step = lambda state, batch, *rest, step=step, sizes=sizes: (
+            sizes.append(len(batch["encoder_task_ids"])) or step(state, batch, *rest)
+        )
+        for start in range(0, 8, 2):
+            learn(made, range(start, start + 2), rows).read_metrics()
+            made.give_up_places()
+        found[by_run] = (sizes, made.state.trainable)
+        assert step._cache_size() == len(set(sizes))
+    assert found[False][0] == [12] * 8
+    assert found[True][0] == [12] * 4 + [6] * 4  # two runs need 8 rows of 12, one needs 4 of 6
+    tiny.close(found[True][1], found[False][1], 1e-6)

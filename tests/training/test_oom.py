@@ -1,0 +1,85 @@
+"""A step that does not fit: the message has the sizes, and what each setting would make of them."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.training.oom import OutOfMemory, describe, explained, larger
+from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.trainer import Trainer
+from tests.fixtures import tiny
+
+
+def make(num_microbatches=2) -> Trainer:
+    runs = Runs(["alpha", "beta"], groups="independent")
+    optimizer = PromptOptimizer({"task": Schedule(0.1, 9)})
+    model = tiny.model(runs, PromptTuning(tiny.PROMPT), optimizer_def=optimizer)
+    state = tiny.state(model, tiny.params(model))
+    return Trainer(model, state, PjitPartitioner(), jax.random.PRNGKey(0), num_microbatches)
+
+
+def exhausted(*_):
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nat frame 7"
+    )
+
+
+def test_the_message_has_the_sizes_and_what_halves_them():
+    made, batch = make(), tiny.batch([0] * 4 + [1] * 4)
+    made._train_step = exhausted
+    with pytest.raises(OutOfMemory) as caught, explained(made, batch):
+        made.train(batch)
+    told = str(caught.value)
+    assert (
+        "(RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.)" in told and "frame" not in told
+    )
+    backbone = sum(leaf.nbytes for leaf in jax.tree.leaves(made.state.frozen))
+    assert f"{backbone / 1024:.1f} KiB of backbone" in told
+    # Two prompts with two moments each, and a count of steps and one of Adam's for each run.
+    learns = 3 * 2 * tiny.PROMPT * tiny.WIDTH * 4 + 2 * 2 * 4
+    assert f"{learns / 1024:.1f} KiB of what learns" in told
+    config, text = made.model.module.config, tiny.PROMPT + tiny.TEXT
+    layers = text * config.num_encoder_layers + tiny.TARGET * config.num_decoder_layers
+    inputs = 4 * layers * tiny.WIDTH * 4  # rows at a time, float32
+    assert f"of 4 rows at a time, of {text} encoder and {tiny.TARGET} decoder positions" in told
+    assert f"{inputs / 1024:.1f} KiB for the inputs of its layers" in told
+    assert f"num_microbatches = 4 takes 2 rows at a time ({inputs / 2048:.1f} KiB)" in told
+    split = f"({backbone / 2048:.1f} KiB each)"
+    assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in told
+    assert "remat = 'full'" in told and "BATCH_SIZE, halved, takes 4 rows" in told
+    assert "2 runs share this step" in told
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "has", "lacks"),
+    [
+        ([0, 1], 2, "1 rows at a time", ["num_microbatches", "BATCH_SIZE"]),
+        ([0], 1, "1 rows at a time", ["num_microbatches", "BATCH_SIZE", "two jobs", " 0 rows"]),
+        ([0, 0, 0, 1, 1, 1], 2, "num_microbatches = 6 takes 1 rows", ["num_microbatches = 4"]),
+    ],
+)
+def test_advice_that_cannot_be_followed_is_not_given(rows, parts, has, lacks):
+    told = describe(make(parts), tiny.batch(rows), "RESOURCE_EXHAUSTED")
+    assert has in told and not [word for word in lacks if word in told], told
+    assert "num_partitions" in told and "TASK_FEATURE_LENGTHS" in told
+
+
+def test_the_largest_batch_is_kept():
+    short, long = tiny.batch([0, 1], text=3), tiny.batch([0, 1], text=9)
+    assert larger({}, short) is short and larger(short, long) is larger(long, short) is long
+
+
+def test_other_errors_pass_as_they_are():
+    made = make()
+
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    made._train_step = broken
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        with explained(made, tiny.batch([0, 1])):
+            made.train(tiny.batch([0, 1]))

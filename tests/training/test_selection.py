@@ -1,0 +1,320 @@
+"""Each group's best step, patience, and what is kept of it."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
+from mpt_jax.models import encoder_decoder
+from mpt_jax.prompts import get_method
+from mpt_jax.training import selection
+from mpt_jax.training.selection import EarlyStoppingAction, SelectBest, TerminateOnNanAction
+from tests.fixtures import tiny
+
+RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 1])
+MODEL = tiny.model(RUNS)
+
+
+def state(step: int, value: float):
+    """A train state whose every number is `value`."""
+    shapes = {
+        "shared": (2, tiny.PROMPT, tiny.WIDTH),
+        "task_left": (3, tiny.PROMPT, 1),
+        "task_right": (3, 1, tiny.WIDTH),
+    }
+    prompt = {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
+    return types.SimpleNamespace(step=step, trainable={"prompt": prompt})
+
+
+def scores(first: float, second: float, third: float):
+    values = zip(RUNS.run_names, (first, second, third), strict=True)
+    return {run: {"accuracy": float(value), "f1": float(-value)} for run, value in values}
+
+
+def rows_of(select: SelectBest) -> dict[str, list[float]]:
+    """The value each kept row holds; fails where a row is of two minds."""
+    assert select.trainable is not None
+    found = {}
+    for name, leaf in select.trainable["prompt"].items():
+        assert all(np.ptp(row) == 0 for row in np.asarray(leaf))
+        found[name] = [float(np.ravel(row)[0]) for row in np.asarray(leaf)]
+    return found
+
+
+def test_every_group_keeps_its_own_best_step(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    assert select.best_step == [-1, -1] and all(map(math.isnan, select.best_group_scores()))
+    # The second group's score is the mean of its two runs.
+    for step, found in (
+        (10, (50, 40, 60)),
+        (20, (70, 80, 10)),
+        (30, (60, 70, 50)),
+        (40, (70, 1, 1)),
+    ):
+        assert not select.run(state(step, step), scores(*found))
+    assert select.best_step == [20, 30]
+    assert select.best_group_scores() == [70, 60]
+    assert rows_of(select) == {
+        "shared": [20, 30],
+        "task_left": [20, 30, 30],
+        "task_right": [20, 30, 30],
+    }
+    assert select.history[20] == [70, 45]
+
+
+def test_smaller_may_be_better_and_the_metric_is_named(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), metric="f1", mode="min")
+    for step, found in ((1, (1, 1, 1)), (2, (3, 0, 0)), (3, (2, 5, 5))):
+        select.run(state(step, step), scores(*found))
+    assert select.best_step == [2, 3], "f1 is minus the accuracy"
+    by_task = SelectBest(MODEL, str(tmp_path / "b"), metric={"rte": "accuracy", "cb": "f1"})
+    assert by_task.group_scores(scores(1, 2, 3)) == [1, (2 - 3) / 2]
+
+
+def test_the_best_survives_a_restart_and_a_repeated_evaluation_changes_nothing(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    select.run(state(20, 2), scores(60, 50, 50))
+    again = SelectBest(MODEL, str(tmp_path))
+    again.resume(20)
+    assert again.best_step == [20, 10] and again.history == select.history
+    assert again.scores == select.scores
+    assert rows_of(again) == rows_of(select)
+    # A run that was killed after step 20's evaluation and resumed from before it.
+    again.run(state(20, 2), scores(60, 50, 50))
+    assert again.best_step == [20, 10] and rows_of(again) == rows_of(select)
+    again.run(state(30, 3), scores(61, 1, 1))
+    assert again.best_step == [30, 10]
+    assert rows_of(again)["task_left"] == [3, 1, 1]
+
+
+def test_what_lies_after_the_step_resumed_from_is_forgotten(tmp_path, caplog):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    select.run(state(20, 2), scores(40, 50, 50))
+    again = SelectBest(MODEL, str(tmp_path))
+    again.resume(15)
+    assert again.best_step == [10, 10] and sorted(again.history) == [10]
+    select.run(state(30, 3), scores(90, 90, 90))
+    for step in (0, 25):  # a run from nothing, and one from before the parameters that are kept
+        again = SelectBest(MODEL, str(tmp_path))
+        with caplog.at_level("WARNING", logger="absl"):
+            again.resume(step)
+        assert again.best_step == [-1, -1] and not again.history and again.trainable is None
+    assert "selects anew" in caplog.text
+    again.run(state(26, 4), scores(1, 1, 1))
+    assert again.best_step == [26, 26] and rows_of(again)["task_left"] == [4, 4, 4]
+
+
+def test_the_best_of_other_runs_is_refused(tmp_path):
+    SelectBest(MODEL, str(tmp_path)).run(state(10, 1), scores(50, 60, 60))
+    other = SelectBest(tiny.model(Runs(["rte", "cb"])), str(tmp_path))
+    with pytest.raises(ValueError, match="'rte_s1'.* and these are .*'rte', 'cb'"):
+        other.resume(10)
+
+
+def test_the_scores_kept_are_those_of_each_groups_best_step(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 62))
+    select.run(state(20, 2), scores(70, 1, 2))
+    assert {run: found["accuracy"] for run, found in select.scores.items()} == {
+        "rte_s1": 70, "rte_s2": 60, "cb_s1": 62,
+    }  # fmt: skip
+
+
+def test_the_folder_is_replaced_file_by_file_and_holds_nothing_else(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    names = sorted(path.name for path in (tmp_path / selection.FOLDER).iterdir())
+    assert names == ["history.json", "trainable.safetensors"]
+
+
+def test_a_first_score_that_is_no_number_is_not_the_best_for_ever(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(math.nan, 50, 50))
+    select.run(state(20, 2), scores(10, math.nan, 50))
+    select.run(state(30, 3), scores(9, math.nan, math.nan))
+    assert select.best_step == [20, 10]
+    assert rows_of(select)["task_left"] == [2, 1, 1]
+
+
+def test_patience_counts_evaluations_without_any_group_improving(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=2)
+    found = [(50, 50, 50), (40, 40, 40), (40, 60, 60), (40, 40, 40), (50, 60, 60)]
+    stops = [select.run(state(step, step), scores(*f)) for step, f in enumerate(found)]
+    assert stops == [False, False, False, False, True]
+
+
+def test_patience_does_not_end_a_run_before_its_least_evaluations(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=1, min_evaluations=4)
+    stops = [select.run(state(step, step), scores(*[50 - step] * 3)) for step in range(5)]
+    assert stops == [False, False, False, True, True]
+
+
+def test_a_backbone_that_learns_is_kept_whole(tmp_path):
+    runs = Runs(["rte"])
+    model = tiny.model(runs, get_method("none")(), labels=encoder_decoder.FULL_FINETUNING)
+    select = SelectBest(model, str(tmp_path))
+    for step, score in ((1, 10.0), (2, 30.0), (3, 20.0)):
+        kernel = np.full((2, 3), step, np.float32)
+        learnt = {"encoder": {"layers_0": {"mlp": {"wi": {"kernel": kernel}}}}}
+        select.run(types.SimpleNamespace(step=step, trainable=learnt), {"rte": {"accuracy": score}})
+    assert select.best_step == [2]
+    again = SelectBest(model, str(tmp_path))
+    again.resume(3)
+    (leaf,) = flatten(again.trainable).values()
+    assert np.all(np.asarray(leaf) == 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "says"),
+    [
+        ({}, {"rte_s1": {"accuracy": 1.0}}, "needs a score of 'rte_s2'.*'rte_s1'"),
+        ({"metric": "acuracy"}, scores(1, 2, 3), "metric of rte_s1 'acuracy'.*'accuracy'"),
+    ],
+)
+def test_what_was_not_evaluated_is_an_error(tmp_path, settings, found, says):
+    with pytest.raises(ValueError, match=says):
+        SelectBest(MODEL, str(tmp_path), **settings).run(state(1, 1), found)
+
+
+@pytest.mark.parametrize(("settings", "says"), [({"mode": "most"}, "most"), ({"patience": 0}, "0")])
+def test_settings_out_of_range_are_errors(tmp_path, settings, says):
+    with pytest.raises(ValueError, match=says):
+        SelectBest(MODEL, str(tmp_path), **settings)
+
+
+# --- T5X's actions -------------------------------------------------------------------------------
+
+
+def test_early_stopping_waits_for_its_patience_and_no_longer():
+    action = EarlyStoppingAction(("rte", "accuracy"), "max", patience=2, atol=0.5)
+    values = [50, 60, 60.4, 61, 61, 40]
+    stops = [action.run(None, {"rte": {"accuracy": float(value)}}) for value in values]
+    assert stops == [False, False, False, False, False, True]
+    falling = EarlyStoppingAction(("rte", "loss"), "min", patience=1)
+    assert [falling.run(None, {"rte": {"loss": x}}) for x in (3.0, 2.0, 2.0)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best_for_ever():
+    action = EarlyStoppingAction(("rte", "loss"), "min", patience=2)
+    values = [math.nan, 2.0, 1.0, math.nan, 1.5]
+    stops = [action.run(None, {"rte": {"loss": value}}) for value in values]
+    assert stops == [False, False, False, False, True]
+
+
+def test_actions_that_watch_what_is_not_there_are_errors():
+    action = EarlyStoppingAction(("rtee", "accuracy"), "max")
+    with pytest.raises(ValueError, match="'rtee'.*'rte'"):
+        action.run(None, {"rte": {"accuracy": 1.0}})
+    with pytest.raises(ValueError, match="metric of rte 'f1'"):
+        EarlyStoppingAction(("rte", "f1"), "max").run(None, {"rte": {"accuracy": 1.0}})
+    with pytest.raises(ValueError, match="'up'"):
+        EarlyStoppingAction(("rte", "f1"), "up")
+    with pytest.raises(ValueError, match="metric of rte 'loss'"):
+        TerminateOnNanAction("rte").run(None, {"rte": {"accuracy": 1.0}})
+
+
+def test_terminating_on_numbers_that_are_none():
+    action = TerminateOnNanAction("rte", "loss")
+    values = (1.0, math.nan, math.inf)
+    assert [action.run(None, {"rte": {"loss": x}}) for x in values] == [False, True, True]
+
+
+# --- Groups that are over, have failed, or have ended ---------------------------------------------
+
+
+def test_every_group_has_its_own_patience(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
+    found = [(50, 50, 50), (40, 40, 40), (99, 30, 30), (99, 20, 20), (99, 99, 99)]
+    over, stops = [], []
+    for step, values in enumerate(found):
+        stops.append(select.run(state(step, step), scores(*values)))
+        over.append(select.over)
+    assert over == [[False] * 2, [True, False], [True, False], [True, True], [True, True]]
+    assert stops == [False, False, False, True, True]
+    assert select.best_step == [0, 0], "what a group does once it is over is not looked at"
+    again = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
+    again.resume(4)
+    assert again.over == [True, True] and again.history[2] == [None, 30]
+    with pytest.raises(ValueError, match="3 entries, but there are 2 groups"):
+        SelectBest(MODEL, str(tmp_path), patience=[1, 2, 3])
+
+
+def test_a_failed_group_keeps_its_best_and_an_ended_one_is_evaluated_once_more(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    standing = {"ended": np.array([-1, -1]), "failed": np.zeros(2, bool)}
+    select.run(types.SimpleNamespace(**vars(state(10, 1)), **standing), scores(50, 50, 50))
+    standing = {"ended": np.array([15, 17]), "failed": np.array([True, False])}
+    for step in (20, 20, 30):  # the evaluation of step 20 is made up for after a restart
+        values = scores(60, 60, 60) if step == 20 else scores(70, 70, 70)
+        select.run(types.SimpleNamespace(**vars(state(step, step)), **standing), values)
+    assert select.best_step == [10, 20] and select.best_group_scores() == [50, 60]
+    assert rows_of(select)["task_left"] == [1, 20, 20]
+    # A run that failed before it was ever evaluated need not be evaluated at all.
+    other = SelectBest(MODEL, str(tmp_path / "b"))
+    only = {run: found for run, found in scores(1, 2, 3).items() if run != "rte_s1"}
+    other.run(types.SimpleNamespace(**vars(state(20, 1)), **standing), only)
+    assert other.best_step == [-1, 20] and math.isnan(other.best_group_scores()[0])
+
+
+def test_only_groups_whose_best_lies_later_are_selected_anew(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=2)
+    select.run(state(10, 1), scores(50, 60, 60))
+    select.run(state(20, 2), scores(60, 50, 50))
+    again = SelectBest(MODEL, str(tmp_path), patience=2)
+    again.resume(15)
+    assert again.best_step == [-1, 10] and again.history == {10: [None, 60]}
+    again.run(state(20, 3), scores(1, 50, 50))
+    assert again.best_step == [20, 10] and rows_of(again)["task_left"] == [3, 1, 1]
+    assert again.over == [False, False]
+
+
+# --- The two files -------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_found_and_the_message_says_what_to_do(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    path = tmp_path / selection.FOLDER / selection.PARAMETERS
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    again = SelectBest(MODEL, str(tmp_path))
+    with pytest.raises(ValueError, match=r"trainable.safetensors was changed.*Remove .*best and"):
+        again.resume(10)
+    (tmp_path / selection.FOLDER / selection.HISTORY).write_text('{"run_names": [')
+    with pytest.raises(ValueError, match=r"best cannot be read .*Remove"):
+        SelectBest(MODEL, str(tmp_path)).resume(10)
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, written):
+    """The second selection is cut off after its first or second file: what is read belongs
+    together, and is of the step before or of the new one."""
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    replace, count = selection._replace, iter(range(9))
+
+    def until(path, content):
+        if next(count) >= written:
+            raise KeyboardInterrupt
+        replace(path, content)
+
+    monkeypatch.setattr(selection, "_replace", until)
+    with pytest.raises(KeyboardInterrupt):
+        select.run(state(20, 2), scores(60, 70, 70))
+    monkeypatch.setattr(selection, "_replace", replace)
+    again = SelectBest(MODEL, str(tmp_path))
+    again.resume(20)
+    step = 10 if written == 1 else 20
+    assert again.best_step == [step] * 2 and rows_of(again)["shared"] == [step / 10] * 2
+    again.run(state(20, 2), scores(60, 70, 70))
+    assert again.best_step == [20, 20] and rows_of(again)["shared"] == [2, 2]
