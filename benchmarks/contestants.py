@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import contest
 from mpt_jax.backbones.t5.config import T5Config, t5_config
+from mpt_jax.training.state import abstract_train_state, create_train_state
 
 RATE, CLIP = 0.3, 1.0
 SIZES = ("tiny", "small", "base", "large")
@@ -70,9 +71,9 @@ class Ours:
         from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
         from mpt_jax.prompts.mpt import MPT
         from mpt_jax.runtime import malloc
-        from mpt_jax.training import initialization
-        from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+        from mpt_jax.training.optimizers import PromptOptimizer
         from mpt_jax.training.partitioning import PjitPartitioner
+        from mpt_jax.training.schedules import Schedule
         from mpt_jax.training.teacher_cache import TeacherCache
         from mpt_jax.training.trainer import Trainer
 
@@ -87,7 +88,7 @@ class Ours:
             objective=losses.Objective(distillation=losses.Distillation() if distilled else None),
         )
         partitioner = PjitPartitioner()
-        state = initialization.create(model, random_params(model, partitioner), partitioner)
+        state = create_train_state(model, random_params(model, partitioner), partitioner)
         malloc.keep_freed()
         cache = TeacherCache(CACHE_BYTES) if cached else None
         self.trainer = Trainer(
@@ -126,7 +127,6 @@ def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
     """A whole parameter tree, NumPy arrays of sensible scales in the dtypes the state has. Drawing
     here takes a second where compiling the initial values of thousands of rows takes minutes."""
     from mpt_jax.core.tree import flatten, unflatten
-    from mpt_jax.training import initialization
 
     rng = np.random.default_rng(0)
 
@@ -136,7 +136,7 @@ def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
         values = rng.standard_normal(shape, np.float32)
         return values / np.float32(np.sqrt(shape[0])) if name.endswith("kernel") else values
 
-    expected = flatten(initialization.abstract(model, partitioner).params)
+    expected = flatten(abstract_train_state(model, partitioner).params)
     return unflatten({n: draw(n, x.shape).astype(x.dtype) for n, x in expected.items()})
 
 

@@ -23,6 +23,7 @@ from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.state import TrainState, create_train_state
 
 Scores = dict[str, dict[str, float]]
 
@@ -99,7 +100,7 @@ def states(
     origins: initialization.Origins,
     partitioner: PjitPartitioner,
     cfg: checkpoints.RestoreCheckpointConfig,
-) -> Iterator[initialization.TrainState]:
+) -> Iterator[TrainState]:
     """The states that a restore configuration names, oldest first.
 
     Raises:
@@ -113,7 +114,7 @@ def states(
             "INITIAL_ARTEFACT to a prompt artefact."
         )
     loaded = initialization.fill(model, origins, jax.random.PRNGKey(0))
-    state = initialization.create(model, loaded.params, partitioner)
+    state = create_train_state(model, loaded.params, partitioner)
     if not cfg.path:
         yield state
     ours = fingerprint.of_model(model, loaded)

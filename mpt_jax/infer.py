@@ -32,7 +32,7 @@ from mpt_jax.batching import bucketing
 from mpt_jax.checkpointing import checkpoints, fingerprint
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
-from mpt_jax.data import datasets, token_tables
+from mpt_jax.data import datasets, task_lookup, token_tables
 from mpt_jax.data.iterators import Share
 from mpt_jax.eval import states
 from mpt_jax.evaluation.periodic_eval import on_device
@@ -40,6 +40,7 @@ from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner, to_host
+from mpt_jax.training.state import TrainState
 
 MODES = ("predict", "score", "predict_with_aux")
 TEXT = "_pretokenized"
@@ -121,7 +122,7 @@ def infer(  # noqa: PLR0913 - T5X's arguments
     converter = dataset_cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
     datasets.check_runs(tasks, converter)
     for task in tasks:
-        token_tables.check_split(task, dataset_cfg.split)
+        task_lookup.check_split(task, dataset_cfg.split)
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
     malloc.keep_freed()
@@ -162,16 +163,14 @@ def _one_state(
     origins: initialization.Origins,
     partitioner: PjitPartitioner,
     cfg: checkpoints.RestoreCheckpointConfig,
-) -> initialization.TrainState:
+) -> TrainState:
     found = list(states(model, origins, partitioner, cfg))
     if len(found) != 1:
         raise ValueError(f"infer needs one checkpoint, and {cfg} names {len(found)}.")
     return found[0]
 
 
-def _made_from(
-    model: PromptedEncoderDecoder, state: initialization.TrainState, read: Any
-) -> dict[str, Any]:
+def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> dict[str, Any]:
     """What is read, and by which way of decoding. JSON values."""
     paths = [read] if isinstance(read, str) else read
     decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
@@ -212,7 +211,7 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
     that are cut."""
     overlong = {}
     for task in tasks:
-        with token_tables.reading(task, cfg.split):
+        with task_lookup.reading(task, cfg.split):
             overlong[task.name] = token_tables.count_examples(_dataset(cfg, task))
     datasets.check_counts(overlong, cfg, converter)
 

@@ -20,10 +20,10 @@ from etils import epath
 
 from mpt_jax import convert
 from mpt_jax.artifacts import model_card, provenance
-from mpt_jax.checkpointing import checkpoints, fingerprint, run_lock
+from mpt_jax.checkpointing import checkpoints, data_position, fingerprint, run_lock
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
-from mpt_jax.data import datasets, sampling, token_tables
+from mpt_jax.data import datasets, sampling, task_lookup
 from mpt_jax.evaluation import evaluator as evaluation
 from mpt_jax.evaluation import finalize, metric_writers
 from mpt_jax.evaluation.finalize import ARTEFACT as ARTEFACT  # noqa: PLC0414 - its readers look here
@@ -33,6 +33,13 @@ from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.runtime.preemption import end_without_peers, stop_requests
 from mpt_jax.training import initialization, oom, optimizers, selection
 from mpt_jax.training.partitioning import PjitPartitioner, to_host
+from mpt_jax.training.state import (
+    TrainState,
+    create_train_state,
+    num_params,
+    num_trainable_params,
+    trainable_labels,
+)
 from mpt_jax.training.trainer import NonFiniteLoss, Trainer
 
 TRAINED_BACKBONE = "backbone"
@@ -137,13 +144,13 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         origins = train_state_initializer_cls().origins
         loaded = initialization.fill(model, origins, jax.random.PRNGKey(seed))
         by_run = model.runs.num_groups > 1 and sampling.has_equal_shares(train_dataset_cfg)
-        state = initialization.create(model, loaded.params, partitioner, by_run)
+        state = create_train_state(model, loaded.params, partitioner, by_run)
         ours = fingerprint.of_run(model, loaded, train_dataset_cfg.batch_size, seed)
         loaded = dataclasses.replace(loaded, params={})  # the state holds them now
         malloc.keep_freed()
         save = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
         saved = checkpoints.Checkpoints(model_dir, save.keep)
-        position = checkpoints.DataPosition(batches if save.save_dataset else None)
+        position = data_position.DataPosition(batches if save.save_dataset else None)
         resumed = _resumed(state, saved, position, ours)
         trainer = trainer_cls(
             model=model,
@@ -154,9 +161,9 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
         )
         if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
             trainer.resume(resumed[1]["runs"])
-        total = initialization.count(state.params)
-        learning = initialization.count_learning(model, state.trainable)
-        labels = initialization.trainable_labels(model, state.params)
+        total = num_params(state.params)
+        learning = num_trainable_params(model, state.trainable)
+        labels = trainable_labels(model, state.params)
         logging.info("%s", metric_writers.describe_counts(learning, total, sorted(labels)))
 
         # --- Evaluation and reporting ------------------------------------------------------------
@@ -183,7 +190,7 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
             {"seed": seed, "first_step": trainer.step, "total_steps": total_steps, **ours}
             | {"parameters": total, "trainable_parameters": learning}
             | {"prompt_length": model.prompt.prompt_length}
-            | token_tables.few_shot_rows(train_dataset_cfg.provider()),
+            | task_lookup.few_shot_rows(train_dataset_cfg.provider()),
         )
 
         def save_checkpoint() -> None:
@@ -262,11 +269,11 @@ def train(  # noqa: PLR0913, PLR0915, C901 - T5X's arguments; read from top to b
 
 
 def _resumed(
-    state: initialization.TrainState,
+    state: TrainState,
     saved: checkpoints.Checkpoints,
-    position: checkpoints.DataPosition,
+    position: data_position.DataPosition,
     ours: fingerprint.Identity,
-) -> tuple[initialization.TrainState, dict[str, Any]] | None:
+) -> tuple[TrainState, dict[str, Any]] | None:
     """The state of this run's last checkpoint and what was saved beside it, with the data's
     position put there; None at the start of a run."""
     if (restored := saved.restore(state)) is None:
@@ -318,7 +325,7 @@ def card_facts(
         trained_on=getattr(provider, "overlong", {}),
         evaluated=evaluator.inference.num_examples if evaluator.inference else {},
         evaluated_split=infer_cfg.split if infer_cfg else "",
-        trained_numbers=initialization.count_learning(
+        trained_numbers=num_trainable_params(
             evaluator.trainer.model, evaluator.trainer.state.trainable
         ),
         git_revision=provenance.git_revision(),

@@ -18,7 +18,7 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.checkpointing import checkpoints, fingerprint
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import feature_converter
+from mpt_jax.data import feature_converter, preprocessors
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.sampling import task_mixture
 from mpt_jax.prompts.mpt import MPT
@@ -44,8 +44,8 @@ def register(name: str, offset: int) -> None:
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(examples, ("test",), {"test": size}),
-        preprocessors=feature_converter.finish(name),
-        output_features=feature_converter.output_features(VOCABULARY),
+        preprocessors=preprocessors.finish(name),
+        output_features=preprocessors.output_features(VOCABULARY),
         metric_fns=[accuracy],
     )
 

@@ -20,7 +20,7 @@ from mpt_jax.checkpointing import checkpoints
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
-from mpt_jax.data import feature_converter
+from mpt_jax.data import feature_converter, preprocessors
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.sampling import EqualQuotas, StochasticTasks, task_mixture
 from mpt_jax.evaluation import finalize
@@ -32,8 +32,9 @@ from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.train import train
 from mpt_jax.training import initialization
 from mpt_jax.training.oom import OutOfMemory
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.selection import SelectBest
 from mpt_jax.training.trainer import NonFiniteLoss, Trainer
 from tests.fixtures import tiny
@@ -61,8 +62,8 @@ def register(name: str, offset: int) -> None:
             splits=("train", "validation"),
             num_input_examples={"train": 10, "validation": 4},
         ),
-        preprocessors=feature_converter.finish(name),
-        output_features=feature_converter.output_features(VOCABULARY),
+        preprocessors=preprocessors.finish(name),
+        output_features=preprocessors.output_features(VOCABULARY),
         metric_fns=[accuracy],
     )
 

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,13 +29,12 @@ from mpt_jax.artifacts import model_card
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
-from mpt_jax.prompts.base import PromptMethod, fold, get_method, plain_prompts, plain_weights
-from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.base import PromptMethod, get_method
+from mpt_jax.prompts.materialize import fold, plain_prompts, plain_weights
 
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
-MOST_NAMED = 20  # names that an error lists, with the number of the others
 # What a reader needs of config.json; the rest is for people.
 FIELDS = (
     "method",
@@ -251,111 +250,3 @@ def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) 
             f"{CONFIG} has {expected}. Copy the artefact again, or let its run write it once more "
             "(the same command does)."
         )
-
-
-def check_belongs(
-    artefact: Artefact, embedding_sha256: str, vocabulary_sha256: str | None, prompt_length: int
-) -> None:
-    """Checks that an artefact was trained on this backbone, vocabulary and prompt length.
-
-    Raises:
-        ValueError: shows both values of what differs.
-    """
-    found = artefact.config["embedding_sha256"]
-    if found != embedding_sha256:
-        raise ValueError(
-            f"The prompt artefact {artefact.path} belongs to another backbone: its embedding has "
-            f"sha256 {found} ({artefact.config['backbone']}), this one's has {embedding_sha256}. "
-            "Prompts only work with the backbone they were trained on."
-        )
-    vocabulary = artefact.config["vocabulary_sha256"]
-    if None not in (vocabulary, vocabulary_sha256) and vocabulary != vocabulary_sha256:
-        raise ValueError(
-            f"The prompt artefact {artefact.path} was trained with another vocabulary: sha256 "
-            f"{vocabulary}, this run's is {vocabulary_sha256}."
-        )
-    if artefact.prompt_length != prompt_length:
-        raise ValueError(
-            f"The prompt artefact {artefact.path} has prompts of {artefact.prompt_length} "
-            f"positions and this run's have {prompt_length}; they must agree (PROMPT_LENGTH)."
-        )
-
-
-def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
-    """Checks that artefacts can be served, or started from, together.
-
-    Args:
-        found: at least one.
-        folded: whether their methods and lengths may differ.
-
-    Raises:
-        ValueError: names the artefacts by the value of what they disagree on.
-    """
-    facts = {
-        "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
-        "vocabulary (sha256)": lambda x: x.config["vocabulary_sha256"],
-    }
-    if not folded:
-        facts["prompt length"] = lambda x: x.prompt_length
-        facts["method"] = lambda x: f"{x.method.name} {json.dumps(x.method.config())}"
-    for what, value_of in facts.items():
-        folders: dict[Any, list[str]] = {}
-        for artefact in found:
-            value = value_of(artefact)
-            if value is not None:  # artefacts of a vocabulary that nobody recorded
-                folders.setdefault(value, []).append(artefact.path)
-        if len(folders) > 1:
-            values = "; ".join(f"{value} in {few(paths)}" for value, paths in folders.items())
-            may_differ = what in ("method", "prompt length")
-            hint = f" Plain prompts of several {what}s go together: fold them." * may_differ
-            raise ValueError(
-                f"These artefacts do not go together, their {what} differs: {values}.{hint}"
-            )
-
-
-def speaker(found: Sequence[Artefact]) -> Artefact:
-    """Of artefacts that agree, one whose `config` speaks for all: which knows its vocabulary, if
-    any does."""
-    known = [each for each in found if each.config["vocabulary_sha256"] is not None]
-    return (known or found)[0]
-
-
-def few(names: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
-def joined(found: Sequence[Artefact]) -> Artefact:
-    """Artefacts of one backbone and one length as one, of plain prompts: the rows of all. One alone
-    is returned as it is.
-
-    Raises:
-        ValueError: they disagree, or two rows have one name; names the artefacts.
-    """
-    if len(found) == 1:
-        return found[0]
-    check_agree(found, folded=True)
-    lengths: dict[int, list[str]] = {}
-    paths: dict[str, str] = {}
-    for artefact in found:
-        lengths.setdefault(artefact.prompt_length, []).append(artefact.path)
-        for run in artefact.runs.run_names:
-            if run in paths:
-                raise ValueError(
-                    f"{paths[run]} and {artefact.path} both hold a prompt of {run!r}; leave one "
-                    "of them out."
-                )
-            paths[run] = artefact.path
-    if len(lengths) > 1:
-        told = "; ".join(f"{length} in {few(where)}" for length, where in lengths.items())
-        raise ValueError(f"These artefacts cannot be started from together, P differs: {told}.")
-    runs = Runs(
-        [task for artefact in found for task in artefact.runs.task_names],
-        [run for artefact in found for run in artefact.runs.run_names],
-        "independent",
-    )
-    method = PromptTuning(found[0].prompt_length)
-    table = jnp.concatenate([artefact.folded() for artefact in found])
-    path = few([artefact.path for artefact in found])
-    return Artefact(path, method, runs, {"table": table}, speaker(found).config)

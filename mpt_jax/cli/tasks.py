@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpt_jax.data import token_tables, vocabularies
+from mpt_jax.data import task_lookup, vocabularies
 from mpt_jax.tasks.few_shot import text_rows
 from mpt_jax.tasks.splits import PartsSource
 
@@ -68,7 +68,7 @@ def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
     found = {}
     for module in modules:
         before = set(seqio.TaskRegistry.names())
-        token_tables.import_suites([module])
+        task_lookup.import_suites([module])
         found[module] = [name for name in seqio.TaskRegistry.names() if name not in before]
     return found
 
@@ -97,11 +97,11 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
     """
     if number < 1:
         raise ValueError(f"-n must be positive, got {number}.")
-    task = token_tables.find_task(name)
-    token_tables.check_split(task, split)
+    task = task_lookup.find_task(name)
+    task_lookup.check_split(task, split)
     counted = vocabularies.load(vocabulary) if vocabulary else _own_vocabulary(task)
     rows = []
-    with token_tables.reading(task, split):
+    with task_lookup.reading(task, split):
         stream = text_rows(task, task.source.get_dataset(split=split, shuffle=False))
         for row in stream.take(number).as_numpy_iterator():
             inputs, targets = (row[feature].decode() for feature in ("inputs", "targets"))
@@ -143,7 +143,7 @@ def _sizes(task: seqio.Task) -> dict[str, int | None]:
     try:
         return {split: task.source.num_input_examples(split) for split in task.source.splits}
     except Exception as error:
-        if not token_tables.means_missing(error):
+        if not task_lookup.means_missing(error):
             raise
         return {}
 

@@ -18,9 +18,9 @@ from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import token_tables
-from mpt_jax.data.feature_converter import TASK_IDS
+from mpt_jax.data import task_lookup, token_tables
 from mpt_jax.data.iterators import Batches, Share, TrainIterator
+from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares
 
 _WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
@@ -79,11 +79,11 @@ class DatasetConfig:
 
     def provider(self) -> Any:
         """Returns the SeqIO task or mixture; raises ValueError listing the known ones."""
-        token_tables.import_suites([self.module] if self.module else [])
+        task_lookup.import_suites([self.module] if self.module else [])
         name = self.mixture_or_task_name
         if not isinstance(name, str):
             return name
-        if name not in seqio.MixtureRegistry.names() and not token_tables.is_task(name):
+        if name not in seqio.MixtureRegistry.names() and not task_lookup.is_task(name):
             known = sorted(seqio.TaskRegistry.names() | seqio.MixtureRegistry.names())
             raise ValueError(unknown_name("task or mixture", name, known))
         return seqio.get_mixture_or_task(name)
@@ -221,7 +221,7 @@ def _check(cfg: DatasetConfig, provider: Any, converter: Any, hosts: int, endles
         )
     tasks = seqio.get_subtasks(provider)
     if isinstance(provider, seqio.Task):
-        token_tables.check_split(provider, cfg.split)
+        task_lookup.check_split(provider, cfg.split)
     elif not any(cfg.split in task.splits for task in tasks):
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
     check_runs(tasks, converter)

@@ -18,13 +18,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mpt_jax.data.token_tables import (
-    find_task,
-    import_suites,
-    joined_lookup,
-    read_table,
-    stream_key,
-)
+from mpt_jax.data.task_lookup import find_task, import_suites
+from mpt_jax.data.token_tables import joined_lookup, read_table, stream_key
 
 # T5's cap on the size that a task counts with in examples-proportional mixing.
 T5_CAP = 2**18

@@ -4,11 +4,8 @@ Small and middling data sets (all of GLUE and MRQA) fit in memory as tokens, 4 b
 then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save.
 """
 
-import contextlib
-import importlib
-import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,75 +13,13 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from mpt_jax.core.runs import data_name, unknown_name
-from mpt_jax.data.feature_converter import TASK_IDS, task_id
+from mpt_jax.core.runs import data_name
+from mpt_jax.data.preprocessors import TASK_IDS, task_id
+from mpt_jax.data.task_lookup import check_split, reading
 
 # Tables up to this size are kept as long as their task is registered.
 _KEEP_BYTES = 16 * 2**20
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-# See `name_tasks_with`.
-_NAMING: list[Callable[[str], bool]] = []
-# How TensorFlow tells that a tf.debugging.Assert with one message did not hold.
-_ASSERTION = re.compile(r"assertion failed: \[(.*?)\](?: \[|\n|$)", re.DOTALL)
-
-
-def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> None:
-    """Imports the modules that register tasks.
-
-    Raises:
-        ValueError: a module is not there.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module + ".").startswith(error.name + "."):
-                raise
-            named = f" ({', '.join(task_names)})" if task_names else ""
-            raise ValueError(
-                f"The task suite {module} cannot be imported (no module {error.name}), so its "
-                f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
-                "bind TASK_MODULES and the task names to your own."
-            ) from error
-
-
-def name_tasks_with(register_run: Callable[[str], bool]) -> None:
-    """Adds a naming scheme: what is asked for a task that SeqIO does not know.
-
-    Args:
-        register_run: name -> whether the scheme has a task of this name, which is then registered.
-            A name of the scheme that cannot be served is a ValueError.
-    """
-    _NAMING.append(register_run)
-
-
-def is_task(name: str) -> bool:
-    """Whether there is such a task, registered already or known to a naming scheme."""
-    return name in seqio.TaskRegistry.names() or any(register(name) for register in _NAMING)
-
-
-def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
-    """Which rows the few-shot runs among the tasks of `provider` see, for the run record.
-
-    Returns:
-        {'few_shot': {run: its training rows}}, and the same as 'few_shot_validation' of the runs
-        whose validation split is cut too; nothing where there are none.
-    """
-    found: dict[str, dict[str, list[int]]] = {}
-    for task in seqio.get_subtasks(provider):
-        rows_of = getattr(task.source, "few_shot_indices", None)
-        for key, split in (("few_shot", "train"), ("few_shot_validation", "validation")):
-            if rows_of is not None and (rows := rows_of(split)) is not None:
-                found.setdefault(key, {})[task.name] = rows
-    return found
-
-
-def find_task(name: str) -> seqio.Task:
-    """Returns a task; raises ValueError with the closest names where there is none."""
-    if not is_task(name):
-        raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
-    return seqio.TaskRegistry.get(name)
 
 
 class ExampleTable:
@@ -208,57 +143,6 @@ def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
     mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
     batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
     return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
-
-
-def check_split(task: seqio.Task, split: str) -> None:
-    """Raises ValueError where the task has no such split, or no data at all."""
-    with reading(task, split):
-        splits = task.source.splits
-        if not splits:  # as TFDS has it before anything is prepared
-            raise FileNotFoundError("nothing is prepared")
-    if split not in splits:
-        raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
-
-
-@contextlib.contextmanager
-def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
-    """Inside, what is raised where data is missing becomes a ValueError that says how to get it,
-    and a row that a preprocessor refuses (tf.debugging.Assert) one that says what it is.
-
-    Any other error is the task's own, such as a mistake in a preprocessor, and is left as it is.
-    """
-    kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
-    try:
-        yield
-    except tf.errors.InvalidArgumentError as error:
-        if not (refused := _ASSERTION.search(error.message)):
-            raise
-        raise ValueError(
-            f"The {split!r} split of {kind} {task_or_mixture.name!r} cannot be used: "
-            + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
-        ) from error
-    except Exception as error:
-        if not means_missing(error):
-            raise
-        source = getattr(task_or_mixture, "source", "its tasks' sources")
-        reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
-        how = (
-            " If the data is not on this machine, prepare it where there is a network (tfds build "
-            "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
-        )
-        raise ValueError(
-            f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
-            f"{source}: {type(error).__name__}: {reason}.{'' if 'tfds build' in reason else how}"
-        ) from error
-
-
-def means_missing(error: Exception) -> bool:
-    """Whether this was raised because data is not on this machine."""
-    if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
-        told = ("could not find data in", "cannot be loaded at version")
-        return any(text in str(error).lower() for text in told)
-    of_tfds = type(error).__module__.startswith("tensorflow_datasets.")
-    return of_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))
 
 
 def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:

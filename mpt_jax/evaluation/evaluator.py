@@ -23,7 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mpt_jax.batching.collate import Batch
-from mpt_jax.data import datasets, token_tables
+from mpt_jax.data import datasets, task_lookup, token_tables
 from mpt_jax.data.iterators import Batches, Share
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ class InferenceEvaluator:
             settings = {"logger_cls": ()}
         if not cfg.use_memory_cache:  # or else what is bound to the evaluator counts
             settings["use_memory_cache"] = False
-        with token_tables.reading(provider, cfg.split):
+        with task_lookup.reading(provider, cfg.split):
             self._evaluator: Any = evaluator_cls(
                 mixture_or_task_name=provider.name,
                 feature_converter=self._converter,
@@ -282,7 +282,7 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
     tasks = seqio.get_subtasks(provider)
     datasets.check_runs(tasks, converter)
     for task in tasks:
-        token_tables.check_split(task, cfg.split)
+        task_lookup.check_split(task, cfg.split)
         if task.predict_with_aux_metric_fns:
             raise ValueError(
                 f"Task {task.name!r} has a metric of auxiliary values, which are not computed."

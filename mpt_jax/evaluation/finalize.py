@@ -26,7 +26,8 @@ from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.evaluation.periodic_eval import Evaluation
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
-from mpt_jax.training.initialization import Loaded, count_learning
+from mpt_jax.training.initialization import Loaded
+from mpt_jax.training.state import num_trainable_params
 
 ARTEFACT, ARTEFACTS, FLEET = "artefact", "artefacts", "fleet.json"
 FINISHED, FAILED, TRAINED = "finished", "failed", "trained"
@@ -199,7 +200,7 @@ def _write(  # noqa: PLR0913 - what an artefact is made of
             data=of_runs(facts.data),
             trained_on=of_runs(facts.trained_on),
             evaluated=of_runs(facts.evaluated),
-            trained_numbers=count_learning(model, {"prompt": params}),
+            trained_numbers=num_trainable_params(model, {"prompt": params}),
         )
     artifacts.save_artefact(
         folder,

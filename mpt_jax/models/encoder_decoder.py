@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.core.tree import Rules, label_tree
@@ -204,7 +205,7 @@ class PromptedEncoderDecoder:
         key = dropout_rng if prompt_rng is None else prompt_rng
         key = None if key is None else jax.random.fold_in(key, 2)
         prompted = self._embed(params, batch, key, teacher)
-        mask = losses.encoder_mask(batch)
+        mask = encoder_mask(batch)
         encoded: Any = self.module.apply(
             {"params": backbone},
             prompted.embeddings,
@@ -430,7 +431,7 @@ class PromptedEncoderDecoder:
         cache [B, ...] after the encoder has run."""
         backbone = self._backbone(params)
         embeddings = self._embed(params, batch).embeddings
-        mask = losses.encoder_mask(batch)
+        mask = encoder_mask(batch)
         encoded = self.module.apply({"params": backbone}, embeddings, mask, method="encode")
 
         def run(tokens: Array, cache: Any) -> tuple[Array, Any]:

@@ -17,17 +17,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from mpt_jax.core.batch import TEACHER_FEATURES, encoder_positions
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
 
 Sums = dict[str, Float[Array, " G"]]
-
-# Features of a batch that stand in for the teachers' forward pass, with the side whose positions
-# are their axis 1.
-TEACHER_FEATURES = {
-    "teacher_logits": "decoder",
-    "teacher_encoded": "encoder",
-    "teacher_decoded": "decoder",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,17 +321,6 @@ def weights(
         else:
             found[term] = num_tokens
     return found
-
-
-def encoder_positions(batch: Batch, include_prompt: bool) -> Float[Array, "B T"]:
-    """1 at real encoder positions (text, and prompt slots if asked), else 0."""
-    return encoder_mask(batch, include_prompt).astype(jnp.float32)
-
-
-def encoder_mask(batch: Batch, include_prompt: bool = True) -> Bool[Array, "B T"]:
-    """Whether a position is text, or a prompt slot: what may be attended to."""
-    text = batch["encoder_input_tokens"] > 0
-    return text | (batch["encoder_prompt_slots"] > 0) if include_prompt else text
 
 
 def combine(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sums]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 
+from mpt_jax.core.batch import encoder_positions
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Int
 from mpt_jax.models import losses
@@ -86,7 +87,7 @@ def mixture_metrics(mixed: losses.Mixed, names: Sequence[str], num_rows: int) ->
 
 def batch_metrics(batch: Batch) -> StepMetrics:
     """The share of encoder and target positions that are padding, and examples per row."""
-    encoder = losses.encoder_positions(batch, include_prompt=True)
+    encoder = encoder_positions(batch, include_prompt=True)
     decoder = (batch["decoder_loss_weights"] > 0).astype(jnp.float32)
     # An example begins where its targets do: `decoder_input_tokens` holds 0 there.
     begins = decoder * (batch["decoder_input_tokens"] == 0)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
-from mpt_jax.models.losses import Mixed, encoder_mask
-from mpt_jax.prompts.base import Given, PromptMethod, ends_early, place, place_rows
+from mpt_jax.models.losses import Mixed
+from mpt_jax.prompts.base import Given, PromptMethod, ends_early
 
 
 class Prompted(NamedTuple):
@@ -142,3 +143,26 @@ def _present(mask: Bool[Array, "B T"], number: Int[Array, "B T"], count: int) ->
     """Whether there is an example, [B, E]."""
     found = jnp.zeros((mask.shape[0], count), bool)
     return found.at[jnp.arange(mask.shape[0])[:, None], number].max(mask, mode="drop")
+
+
+def place(prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+    """Writes prompts into the first P positions, which the feature converter reserved for them.
+
+    For unpacked batches only: there slot i+1 is position i of every example.
+    """
+    length = prompts.shape[1]
+    if embedded.shape[1] < length:
+        raise ValueError(
+            f"A prompt of {length} positions does not fit a row of {embedded.shape[1]}: the "
+            "feature converter must reserve prompt_length positions in front of the text."
+        )
+    if length == 0:
+        return embedded
+    return jnp.concatenate([prompts.astype(embedded.dtype), embedded[:, length:]], axis=1)
+
+
+def place_rows(
+    rows: Float[Array, "B T H"], embedded: Float[Array, "B T H"], slots: Int[Array, "B T"]
+) -> Float[Array, "B T H"]:
+    """Writes a prompt row into every position that is a prompt slot, wherever it lies."""
+    return jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)

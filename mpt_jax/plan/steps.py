@@ -17,8 +17,8 @@ from mpt_jax.data import datasets
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.plan import chips, hlo
 from mpt_jax.plan.chips import Chip
-from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.state import abstract_train_state
 from mpt_jax.training.trainer import Trainer
 
 STEPS = ("train", "eval", "predict")
@@ -204,7 +204,7 @@ def compile_steps(
     )
     copies = len(slice_) // choice.model_axis
     parts = {} if choice.num_microbatches is None else {"num_microbatches": choice.num_microbatches}
-    state = initialization.abstract(job.model, partitioner, job.rows_by_run)
+    state = abstract_train_state(job.model, partitioner, job.rows_by_run)
     trainer = job.trainer_cls(
         model=job.model,
         # The number of steps taken is asked for; all else is shapes.

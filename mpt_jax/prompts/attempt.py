@@ -20,9 +20,11 @@ import jax.numpy as jnp
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import prompt_attention
-from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, fold, register, take
+from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, register
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
+from mpt_jax.prompts.materialize import fold
 from mpt_jax.prompts.prompt_attention import TextAttention
+from mpt_jax.prompts.row_ops import take
 from mpt_jax.prompts.warm_start import (
     FIRST,
     StartFrom,

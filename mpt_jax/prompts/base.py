@@ -9,16 +9,12 @@ packing, cost nothing extra.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from mpt_jax.core.runs import Runs, data_name, unknown_name
 from mpt_jax.core.shapes import Array, Float, Int, Key, Params
@@ -48,22 +44,6 @@ class InitContext:
 
     embedding: Array
     vocabulary: Vocabulary | None = None
-
-
-@runtime_checkable
-class Grouped(Protocol):
-    """What composing a prompt reads of `Runs`; a bank whose rows the compiler does not know has
-    only this."""
-
-    @property
-    def group_of_row(self) -> Any:
-        """[K]."""
-        ...
-
-    @property
-    def num_groups(self) -> int:
-        """G."""
-        ...
 
 
 class Given(NamedTuple):
@@ -206,58 +186,6 @@ def ends_early(method: PromptMethod, runs: Runs) -> bool:
     return min(method.prompt_lengths(runs)) < method.prompt_length
 
 
-def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    """One plain prompt per bank row: what a server needs and nothing more.
-
-    Raises:
-        ValueError: prompts depend on the text, so that no row has one, or differ in length.
-    """
-    lengths = set(method.prompt_lengths(runs))
-    if len(lengths) > 1:
-        raise ValueError(
-            f"The prompts of {', '.join(runs.run_names)} have several lengths, {sorted(lengths)}, "
-            "and are no one array; take the artefact of one run."
-        )
-    return _every_prompt(method, params, runs)[:, : max(lengths)]
-
-
-def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.ndarray]:
-    """The plain prompt [P, H] of each bank row, each of its own length.
-
-    Raises:
-        ValueError: prompts depend on the text.
-    """
-    prompts = np.asarray(_every_prompt(method, params, runs))
-    lengths = method.prompt_lengths(runs)
-    return [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
-
-
-def plain_weights(method: PromptMethod, params: Params, runs: Runs) -> Float[np.ndarray, "K C"]:
-    """The weight of each candidate in the plain prompt of each bank row.
-
-    Raises:
-        NotImplementedError: the method mixes no candidates.
-        ValueError: prompts depend on the text.
-    """
-    params = _alone(method, params)
-    return np.asarray(method.mixture(params, runs, jnp.arange(runs.num_rows)))
-
-
-def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    return method.compose(_alone(method, params), runs, jnp.arange(runs.num_rows))
-
-
-def _alone(method: PromptMethod, params: Params) -> Params:
-    """The parameters, if they make prompts without a text."""
-    if method.reads_text:
-        raise ValueError(
-            f"The prompts of the method {method.name!r} depend on the text they stand before, so "
-            "there is no one prompt of a task to fold, or to start another method from."
-        )
-    # Whoever kept the best step of a run kept it as NumPy arrays.
-    return jax.tree.map(jnp.asarray, params)
-
-
 def name_key(key: Key, name: str) -> Key:
     """A key for a run's name: the same wherever the name stands in a bank, so that a run starts
     from the same values alone and among others, and whatever its learning rate is."""
@@ -267,54 +195,6 @@ def name_key(key: Key, name: str) -> Key:
 def name_number(name: str) -> int:
     """The 32 bits by which a run's name enters a key."""
     return zlib.crc32(data_name(name).encode())
-
-
-def group_leaders(runs: Runs) -> list[int]:
-    """The row each group is initialised by: its first."""
-    return [runs.group_of_row.index(group) for group in range(runs.num_groups)]
-
-
-# The mesh's axes that both examples and the rows of runs are split over, while a step is traced
-# whose examples lie on the shard of their run.
-_SPLIT_OVER: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
-
-
-@contextlib.contextmanager
-def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
-    """Inside, `take` reads rows of tables that are split over these axes of the mesh, for examples
-    that are split over them too and lie on the shard of their row."""
-    token = _SPLIT_OVER.set(axes)
-    try:
-        yield
-    finally:
-        _SPLIT_OVER.reset(token)
-
-
-def take(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
-    """`table[ids]`: the rows of some examples. Inside `rows_split_over` every shard looks into its
-    own rows, so nothing of the table, nor of its gradient, travels."""
-    axes = _SPLIT_OVER.get()
-    if not axes:
-        return table[ids]
-
-    def on_shard(rows: Array, ids: Array) -> Array:
-        return rows[ids - jax.lax.axis_index(axes) * rows.shape[0]]
-
-    split = jax.sharding.PartitionSpec(axes)
-    return jax.shard_map(on_shard, in_specs=(split, split), out_specs=split)(table, ids)
-
-
-def of_groups(table: Float[Array, "G ..."], runs: Grouped, task_ids: Int[Array, "..."]) -> Array:
-    """What the group of each example has; of one group alone without the examples' axes, so that
-    nothing is repeated."""
-    if runs.num_groups == 1:
-        return table[0]
-    return take(table, jnp.asarray(runs.group_of_row)[task_ids])
-
-
-def aligned(values: Array, axes: int) -> Array:
-    """Values with axes of size one in front, until they have as many as given."""
-    return values.reshape((1,) * (axes - values.ndim) + values.shape)
 
 
 def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:
@@ -333,26 +213,3 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
             f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one."
         )
     return list(range(source_runs.num_rows))
-
-
-def place(prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
-    """Writes prompts into the first P positions, which the feature converter reserved for them.
-
-    For unpacked batches only: there slot i+1 is position i of every example.
-    """
-    length = prompts.shape[1]
-    if embedded.shape[1] < length:
-        raise ValueError(
-            f"A prompt of {length} positions does not fit a row of {embedded.shape[1]}: the "
-            "feature converter must reserve prompt_length positions in front of the text."
-        )
-    if length == 0:
-        return embedded
-    return jnp.concatenate([prompts.astype(embedded.dtype), embedded[:, length:]], axis=1)
-
-
-def place_rows(
-    rows: Float[Array, "B T H"], embedded: Float[Array, "B T H"], slots: Int[Array, "B T"]
-) -> Float[Array, "B T H"]:
-    """Writes a prompt row into every position that is a prompt slot, wherever it lies."""
-    return jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)

@@ -13,15 +13,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import (
-    FLOAT32,
-    PLAIN,
-    PromptMethod,
-    group_leaders,
-    name_key,
-    register,
-    take,
-)
+from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, name_key, register
 from mpt_jax.prompts.init import (
     FactorInit,
     PromptInits,
@@ -29,6 +21,7 @@ from mpt_jax.prompts.init import (
     initial_prompts,
     ones_noise,
 )
+from mpt_jax.prompts.row_ops import group_leaders, take
 from mpt_jax.prompts.warm_start import StartFrom, mix, shared_groups, source_weights
 
 

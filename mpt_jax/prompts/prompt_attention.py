@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.shapes import Array, Float, Int, Key, Params
-from mpt_jax.prompts.base import FLOAT32, Grouped, aligned, of_groups
+from mpt_jax.prompts.base import FLOAT32
+from mpt_jax.prompts.row_ops import Grouped, aligned, of_groups
 
 EPSILON = 1e-5  # torch's, with which the released code normalises
 

@@ -10,8 +10,10 @@ import dataclasses
 
 import numpy as np
 
-from mpt_jax.prompts.base import PLAIN, PromptMethod, fold, register, take
+from mpt_jax.prompts.base import PLAIN, PromptMethod, register
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
+from mpt_jax.prompts.materialize import fold
+from mpt_jax.prompts.row_ops import take
 from mpt_jax.prompts.warm_start import StartFrom, mix, source_weights
 
 

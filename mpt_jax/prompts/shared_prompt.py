@@ -10,16 +10,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import (
-    PLAIN,
-    PromptMethod,
-    fold,
-    group_leaders,
-    register,
-    source_rows,
-    take,
-)
+from mpt_jax.prompts.base import PLAIN, PromptMethod, register, source_rows
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
+from mpt_jax.prompts.materialize import fold
+from mpt_jax.prompts.row_ops import group_leaders, take
 
 SHARED = "shared"
 

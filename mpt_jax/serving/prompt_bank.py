@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.artifacts import artifacts
-from mpt_jax.artifacts.artifacts import Artefact, few
+from mpt_jax.artifacts import artifacts, compatibility
+from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.compatibility import few
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Params
 from mpt_jax.core.tree import flatten, unflatten
@@ -126,7 +127,7 @@ class Bank:
             raise ValueError("A bank needs at least one prompt artefact.")
         self.folded = folded
         self._check(found)
-        self._reference = artifacts.speaker(found)
+        self._reference = compatibility.speaker(found)
         self._served_vocabulary: str | None = None  # that requests are read by
         own, longest = self._reference.method, max(each.prompt_length for each in found)
         self.method = PromptTuning(longest) if folded else own
@@ -155,7 +156,7 @@ class Bank:
         self._check([self._reference, artefact])
         known, length = artefact.config["vocabulary_sha256"], artefact.prompt_length
         embedding = artefact.config["embedding_sha256"]
-        artifacts.check_belongs(artefact, embedding, self._served_vocabulary, length)
+        compatibility.check_belongs(artefact, embedding, self._served_vocabulary, length)
         longest = self.method.prompt_length
         if length > longest or not self.lengths_differ and length < longest:
             raise ValueError(
@@ -184,7 +185,7 @@ class Bank:
             ValueError: shows both values of what differs.
         """
         length = self._reference.prompt_length
-        artifacts.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
+        compatibility.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
         self._served_vocabulary = vocabulary_sha256 or self._served_vocabulary
 
     @property
@@ -222,7 +223,7 @@ class Bank:
     # --- Rows ------------------------------------------------------------------------------------
 
     def _check(self, found: Sequence[Artefact]) -> None:
-        artifacts.check_agree(found, self.folded)
+        compatibility.check_agree(found, self.folded)
         if self.folded:
             return
         first, rows = flatten(found[0].params), rows_of(found[0].method)

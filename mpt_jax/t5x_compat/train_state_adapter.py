@@ -32,9 +32,10 @@ from mpt_jax.artifacts import artifacts, model_card, provenance
 from mpt_jax.config import trainer_choice
 from mpt_jax.core.shapes import Key, Params
 from mpt_jax.core.tree import flatten, match_exactly, merge, split, unflatten
-from mpt_jax.data import token_tables
+from mpt_jax.data import task_lookup
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.training import initialization
+from mpt_jax.training.state import num_trainable_params, param_shapes, trainable_labels
 
 NONE_IS_LEAF: dict[str, Any] = {"is_leaf": lambda x: x is None}
 
@@ -60,8 +61,8 @@ class Host:
         self.origins = origins
         self.optimizer = optimizer
         self.partitioner = partitioner
-        self.shapes, self.logical_axes = initialization.shapes(model)
-        self.labels = initialization.trainable_labels(model, self.shapes)
+        self.shapes, self.logical_axes = param_shapes(model)
+        self.labels = trainable_labels(model, self.shapes)
         self._loaded: initialization.Loaded | None = None
 
     def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -345,12 +346,10 @@ class ArtefactHook:
 def _card_facts(host: Host) -> model_card.Facts:
     """What the model card says beside the artefact's configuration. Scores are not known at a
     save: T5X evaluates after it."""
-    tasks = [
-        token_tables.find_task(n) for n in host.model.runs.run_names if token_tables.is_task(n)
-    ]
+    tasks = [task_lookup.find_task(n) for n in host.model.runs.run_names if task_lookup.is_task(n)]
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in tasks},
-        trained_numbers=initialization.count_learning(host.model, host.shapes),
+        trained_numbers=num_trainable_params(host.model, host.shapes),
         git_revision=provenance.git_revision(),
         packages=provenance.package_versions(),
     )

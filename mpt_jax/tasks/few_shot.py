@@ -35,7 +35,7 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax.core.runs import data_name
-from mpt_jax.data import feature_converter, token_tables
+from mpt_jax.data import preprocessors, task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import text_metrics
 from mpt_jax.tasks.splits import where
@@ -238,7 +238,7 @@ class FewShotSource(seqio.DataSource):
         stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
         number = {label.encode(): i for i, label in enumerate(labels)}
-        with token_tables.reading(self._task, split):
+        with task_lookup.reading(self._task, split):
             found = [number[target] for target in targets.as_numpy_iterator()]
         return np.array(found)[self._positions(split)]
 
@@ -270,7 +270,7 @@ def register_run(name: str) -> bool:
         ValueError: the task has fewer than k rows, or none of a class to draw by.
     """
     if (data := data_name(name)) != name:
-        if not token_tables.is_task(data):
+        if not task_lookup.is_task(data):
             return False
         task = seqio.TaskRegistry.get(data)
         _add(name, task, task.source)
@@ -278,7 +278,7 @@ def register_run(name: str) -> bool:
     asked = parse(name)
     if asked is None:
         return _register_repeat(name)
-    if not token_tables.is_task(asked.task):
+    if not task_lookup.is_task(asked.task):
         return False
     task = seqio.TaskRegistry.get(asked.task)
     if isinstance(task.source, FewShotSource):
@@ -298,7 +298,7 @@ def register_run(name: str) -> bool:
 
 def _register_repeat(name: str) -> bool:
     match = _REPEAT.fullmatch(name)
-    if match is None or not token_tables.is_task(match["task"]):
+    if match is None or not task_lookup.is_task(match["task"]):
         return False
     task = seqio.TaskRegistry.get(match["task"])
     if isinstance(task.source, FewShotSource):
@@ -311,10 +311,10 @@ def _add(name: str, task: seqio.Task, source: seqio.DataSource) -> None:
     changes: Mapping[str, Any] = {
         "name": name,
         "source": source,
-        "preprocessors": feature_converter.renamed(task.preprocessors, name),
+        "preprocessors": preprocessors.renamed(task.preprocessors, name),
         "metric_fns": [text_metrics.of_task(name, metric) for metric in task.metric_fns],
     }
     seqio.TaskRegistry.add_provider(name, task.replace(**changes))
 
 
-token_tables.name_tasks_with(register_run)
+task_lookup.name_tasks_with(register_run)

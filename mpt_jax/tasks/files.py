@@ -28,7 +28,7 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from mpt_jax.data import feature_converter
+from mpt_jax.data import preprocessors
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import splits, suite, text_metrics
 from mpt_jax.tasks.file_readers import Examples, Template, check_readable, read, scalar_text
@@ -96,7 +96,7 @@ def register(  # noqa: PLR0913 - one keyword for each thing that a task is made 
         name,
         source=source,
         output_features={},
-        preprocessors=feature_converter.finish(name),
+        preprocessors=preprocessors.finish(name),
         postprocess_fn=None if words or metrics else _only_answer,
         metric_fns=[
             text_metrics.of_task(name, metric)

@@ -15,7 +15,7 @@ from typing import Any
 import gin
 import seqio
 
-from mpt_jax.data import feature_converter, token_tables, vocabularies
+from mpt_jax.data import preprocessors, task_lookup, vocabularies
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import few_shot, text_metrics
 from mpt_jax.tasks.splits import Parts, PartsSource
@@ -93,7 +93,7 @@ class RunTask(seqio.Task):
                 f"Task {self.name!r} was tokenized with {self._first} in this process, and gin "
                 f"now binds {vocabulary}. Start a new process."
             )
-        return dict(sorted(feature_converter.output_features(self._first).items()))
+        return dict(sorted(preprocessors.output_features(self._first).items()))
 
     def replace(self, **changes: Any) -> RunTask:
         """Returns this task with `changes`, as SeqIO's does; its vocabulary is the run's too."""
@@ -184,7 +184,7 @@ def _add(
         name,
         source=row.source(row.data, row.parts, row.sizes, row.keys, row.reads),
         output_features={},
-        preprocessors=[template(row.name), *steps, *feature_converter.finish(name)],
+        preprocessors=[template(row.name), *steps, *preprocessors.finish(name)],
         postprocess_fn=row.postprocess,
         metric_fns=[text_metrics.of_task(name, metric) for metric in metrics],
     )
@@ -192,4 +192,4 @@ def _add(
     seqio.TaskRegistry.add_provider(name, task)
 
 
-token_tables.name_tasks_with(register_version)
+task_lookup.name_tasks_with(register_version)

@@ -20,7 +20,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mpt_jax.data import feature_converter, vocabularies
+from mpt_jax.data import preprocessors, vocabularies
+from mpt_jax.data.preprocessors import output_features
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import few_shot, text_metrics, toy_pretrain
 from mpt_jax.tasks.toy_tasks import SOURCE_TASKS, TARGET_TASKS, ToyTask
@@ -119,9 +120,7 @@ def _register(task: ToyTask) -> None:
         del shuffle_files, seed  # rows are fixed; batches are shuffled downstream
         return _dataset(rows(task.name, split))
 
-    _add(
-        task.name, dataset, SIZES[task.role], feature_converter.finish(task.name), metrics_of(task)
-    )
+    _add(task.name, dataset, SIZES[task.role], preprocessors.finish(task.name), metrics_of(task))
 
 
 def _register_variant(variant: Variant) -> None:
@@ -132,9 +131,7 @@ def _register_variant(variant: Variant) -> None:
         del shuffle_files, seed
         return _dataset([variant.told(*row) for row in rows(base.name, split)])
 
-    task = _add(
-        name, dataset, SIZES[base.role], feature_converter.finish(name), metrics_of(variant)
-    )
+    task = _add(name, dataset, SIZES[base.role], preprocessors.finish(name), metrics_of(variant))
     few_shot.draw_as(task, base.name)
 
 
@@ -146,7 +143,7 @@ def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: l
         name,
         source=source,
         preprocessors=preprocessors,
-        output_features=feature_converter.output_features(vocabulary()),
+        output_features=output_features(vocabulary()),
         metric_fns=[text_metrics.of_task(name, metric) for metric in metric_fns],
     )
 
@@ -191,7 +188,7 @@ def _prefixed(task: ToyTask) -> list[tuple[str, str]]:
 
 def _register_pretraining() -> None:
     """The pretraining text, and the source skills under their prefixes to watch it by."""
-    marked = [feature_converter.add_task_id("toy_pretrain"), feature_converter.end_and_limit]
+    marked = [preprocessors.add_task_id("toy_pretrain"), preprocessors.end_and_limit]
     _add("toy_pretrain", _pretrain_dataset, ("train", "validation"), marked, [])
     for task in SOURCE_TASKS:
         name = task.name.replace("toy_", "toy_pretrain_")
@@ -201,7 +198,7 @@ def _register_pretraining() -> None:
             return _dataset(_prefixed(task))
 
         sizes = {"validation": SIZES["source"]["validation"]}
-        _add(name, dataset, sizes, feature_converter.finish(name), metrics_of(task))
+        _add(name, dataset, sizes, preprocessors.finish(name), metrics_of(task))
     seqio.MixtureRegistry.add(
         "toy_pretrain_skills",
         [task.name.replace("toy_", "toy_pretrain_") for task in SOURCE_TASKS],

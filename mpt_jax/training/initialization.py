@@ -22,54 +22,26 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax import convert
-from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.shapes import Key, Params
-from mpt_jax.core.tree import flatten, match_exactly, merge, split, unflatten
+from mpt_jax.core.shapes import Key
+from mpt_jax.core.tree import flatten, match_exactly, unflatten
 from mpt_jax.models.encoder_decoder import BACKBONE, FROZEN, PromptedEncoderDecoder
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
 from mpt_jax.prompts.warm_start import StartFrom
-from mpt_jax.training.optimizers import CLOCK
-from mpt_jax.training.partitioning import PjitPartitioner, put_like, shardings_like
+from mpt_jax.training.state import _dtypes, param_shapes
 
 ADDED_BIAS = r"(token_embedder|encoder|decoder)/.*/bias"
 # Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5); more
 # rows than this without a token belong to another vocabulary.
 MOST_SPARE_ROWS = 255
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """What a step reads and writes.
-
-    Attributes:
-        step: how many steps were taken.
-        trainable: the parameters that learn, float32. Saved.
-        opt_state: the optimizer's state for them. Saved.
-        frozen: everything else, in the backbone's dtype. Loaded, never saved.
-        ended: int32 [G], the job's step at which a group left the training; -1 while it trains.
-            Not saved with the arrays: a checkpoint's meta has it as `Trainer.standing`.
-        failed: bool [G], whether it left because a number was not finite. Kept in the same way.
-    """
-
-    step: Any  # an array; a tree of shapes or shardings has those
-    trainable: dict[str, Any]
-    opt_state: Any
-    frozen: dict[str, Any]
-    ended: Any
-    failed: Any
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The whole parameter tree."""
-        return merge(self.trainable, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +117,6 @@ class Loaded:
         return {"artefact_sha256": self.artefact_sha256, "start_from": self.start_from}
 
 
-def shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
-    """The whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
-    variables = jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))
-    return flax.core.unfreeze(variables["params"]), variables["params_axes"]
-
-
 def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     """Every parameter, from its origin.
 
@@ -158,7 +124,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
         FileNotFoundError: a checkpoint or artefact is not there; says where and what makes it.
         ValueError: parameters missing, extra or of another shape; digests that differ.
     """
-    expected = {name: leaf.shape for name, leaf in flatten(shapes(model)[0]).items()}
+    expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
     backbone_key, prompt_key = jax.random.split(key)
     params = _backbone(model, origins, backbone_key, expected)
     embedding = params["token_embedder"]["embedding"]
@@ -166,7 +132,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     digest = artifacts.embedding_digest(embedding)
     vocabulary = artifacts.vocabulary_digest(model.input_vocabulary)
     artefact_digest = start_from = teacher_digest = None
-    check = lambda artefact: artifacts.check_belongs(  # noqa: E731
+    check = lambda artefact: compatibility.check_belongs(  # noqa: E731
         artefact, digest, vocabulary, model.prompt.start_length(artefact.method, artefact.runs)
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
@@ -191,82 +157,6 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     )
     cast = _cast(model, params)
     return Loaded(cast, digest, vocabulary, artefact_digest, start_from, teacher_digest)
-
-
-def create(
-    model: PromptedEncoderDecoder,
-    params: Params,
-    partitioner: PjitPartitioner,
-    rows_by_run: bool = False,
-) -> TrainState:
-    """The state of step 0, laid out over the mesh; for `rows_by_run` see `Trainer`."""
-    trainable, frozen = split(params, model.labels, trainable_labels(model, params))
-    if not flatten(trainable):
-        raise ValueError("Nothing learns: every parameter is labelled 'frozen'.")
-    shardings = _shardings(model, partitioner, params, shapes(model)[1], rows_by_run)
-    place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
-    trainable = place(trainable)
-    opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
-    everywhere = lambda x: jax.device_put(x, partitioner.replicated)  # noqa: E731
-    return TrainState(
-        step=everywhere(jnp.zeros((), jnp.int32)),
-        trainable=trainable,
-        opt_state=opt_state,
-        frozen=place(frozen),
-        ended=everywhere(jnp.full(model.runs.num_groups, -1, jnp.int32)),
-        failed=everywhere(jnp.zeros(model.runs.num_groups, bool)),
-    )
-
-
-def abstract(
-    model: PromptedEncoderDecoder, partitioner: PjitPartitioner, rows_by_run: bool = False
-) -> TrainState:
-    """The state that `create` makes, as shapes on a mesh whose devices need not be here."""
-    tree, axes = shapes(model)
-    dtypes = _dtypes(model, tree)
-    shardings = _shardings(model, partitioner, tree, axes, rows_by_run)
-    tree = unflatten(
-        {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in flatten(tree).items()}
-    )
-    trainable, frozen = split(tree, model.labels, trainable_labels(model, tree))
-    opt_state = jax.eval_shape(model.optimizer_def.init, trainable)
-    shape = jax.ShapeDtypeStruct
-    groups = (model.runs.num_groups,)
-    ended, failed = shape(groups, jnp.int32), shape(groups, jnp.bool_)
-    state = TrainState(shape((), jnp.int32), trainable, opt_state, frozen, ended, failed)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, state, shardings_like(state, shardings, partitioner.replicated))
-
-
-def _shardings(
-    model: PromptedEncoderDecoder,
-    partitioner: PjitPartitioner,
-    params: Params,
-    axes: Params,
-    rows_by_run: bool,
-) -> dict[str, Any]:
-    found = partitioner.shardings(params, axes)
-    return partitioner.by_runs(found, model.rows, model.runs) if rows_by_run else found
-
-
-def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
-    """Every label of the tree but 'frozen'."""
-    return set(flatten(model.label_tree(params)).values()) - {FROZEN}
-
-
-def count(params: Params) -> int:
-    """How many numbers a tree holds."""
-    return sum(int(np.prod(np.shape(leaf))) for leaf in flatten(params).values())
-
-
-def count_learning(model: PromptedEncoderDecoder, params: Params) -> int:
-    """How many numbers of a tree learn: what is frozen does not, nor what counts steps."""
-    labels = flatten(model.label_tree(params))
-    return sum(
-        int(np.prod(np.shape(leaf)))
-        for name, leaf in flatten(params).items()
-        if labels[name] not in (FROZEN, CLOCK)
-    )
 
 
 def _backbone(
@@ -309,7 +199,7 @@ def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> 
 def _initial_artefact(paths: str | Sequence[str], command: str) -> artifacts.Artefact:
     paths = [paths] if isinstance(paths, str) else paths
     try:
-        return artifacts.joined([artifacts.load_artefact(path) for path in paths])
+        return compatibility.joined([artifacts.load_artefact(path) for path in paths])
     except FileNotFoundError as error:
         how = f" Make it by: {command}." if command else ""
         raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
@@ -393,7 +283,7 @@ def _teachers(
             raise FileNotFoundError(
                 f"{error} It was to hold the teachers; make them by: {origins.teachers_command}."
             ) from error
-        artifacts.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
+        compatibility.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
         names = zip(artefact.runs.run_names, artefact.runs.task_names, strict=True)
         for (run, task), prompt in zip(names, artefact.folded(), strict=True):
             known.append(_Teacher(run, task, str(path), prompt))
@@ -442,10 +332,3 @@ def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, An
             for name, leaf in flatten(params).items()
         }
     )
-
-
-def _dtypes(model: PromptedEncoderDecoder, params: Params) -> dict[str, Any]:
-    """The dtype that each parameter trains or computes in, by name."""
-    labels, dtype = flatten(model.label_tree(params)), model.module.config.dtype
-    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
-    return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}

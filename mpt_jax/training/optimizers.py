@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,71 +24,13 @@ import numpy as np
 import optax
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.shapes import Array, Bool, Float, Int, Params
+from mpt_jax.core.shapes import Array, Bool, Params
 from mpt_jax.core.tree import Rules, flatten, label_tree, path_name
-
-# Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
-# Parameters not named (the backbone's own, say) have no rows.
-Rows = Mapping[str, str]
+from mpt_jax.training.row_transforms import Rows, _pick_rows, by_row, clip_by_group_norm, row_groups
+from mpt_jax.training.schedules import PerGroup, Schedule
 
 # The label of counters of steps: what has it is not learnt, and grows by one in every step.
 CLOCK = "clock"
-
-PerGroup = int | float | Sequence[int | float]
-DECAYS = ("linear", "cosine", "constant", "rsqrt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A learning rate over steps: linear warmup to `peak`, then a decay. All fields but `decay`
-    take one number, or one for each group.
-
-    Attributes:
-        peak: the highest learning rate.
-        total_steps: where a linear or cosine decay ends; needed for those.
-        warmup_steps: length of the warmup; its first step has learning rate zero.
-        warmup_fraction: the same as a fraction of total_steps; give one of the two.
-        decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
-            warmup (T5's pretraining), or `'constant'`.
-    """
-
-    peak: PerGroup
-    total_steps: PerGroup | None = None
-    warmup_steps: PerGroup = 0
-    warmup_fraction: PerGroup = 0.0
-    decay: str = "linear"
-
-    def __post_init__(self):
-        if self.decay not in DECAYS:
-            raise ValueError(f"decay must be one of {DECAYS}, got {self.decay!r}.")
-        needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
-        if needs_total and self.total_steps is None:
-            raise ValueError(
-                f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
-                "total_steps."
-            )
-        if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
-            raise ValueError("Give warmup_steps or warmup_fraction, not both.")
-
-    def __call__(
-        self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
-    ) -> Float[Array, "..."]:
-        """The learning rate of a step (counted from 0) in a group."""
-        pick = lambda value: _per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
-        step = jnp.asarray(step, jnp.float32)
-        total = pick(1.0 if self.total_steps is None else self.total_steps)
-        warmup = pick(self.warmup_steps) + jnp.round(pick(self.warmup_fraction) * total)
-        ramp = jnp.where(warmup > 0, jnp.minimum(1.0, step / jnp.maximum(warmup, 1.0)), 1.0)
-        left = jnp.clip((total - step) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-        decays = {
-            "linear": left,
-            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
-            "rsqrt": jnp.sqrt(
-                jnp.maximum(warmup, 1.0) / jnp.maximum(step, jnp.maximum(warmup, 1.0))
-            ),
-            "constant": jnp.ones_like(left),
-        }
-        return pick(self.peak) * ramp * decays[self.decay]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,123 +236,3 @@ def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:
         name: label if len(kinds[label]) == 1 else f"{label}_by_{rows.get(name, 'none')}"
         for name, label in labels.items()
     }
-
-
-def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
-    """The group of each row of a parameter; None where it has no rows.
-
-    Args:
-        name: the parameter's path (`prompt/shared`).
-        rows: what rows count; `PromptedEncoderDecoder.rows`.
-        runs: the bank's rows.
-
-    Raises:
-        ValueError: a parameter without rows, shared by all, in a job of several groups.
-    """
-    if rows.get(name) == "groups":
-        return tuple(range(runs.num_groups))
-    if rows.get(name) == "tasks":
-        return runs.group_of_row
-    if runs.num_groups > 1:
-        raise ValueError(
-            f"The parameter {name!r} has no rows of groups or tasks, so {runs.num_groups} "
-            "independent runs cannot train it in one job; run them one by one."
-        )
-    return None
-
-
-class RowState(NamedTuple):
-    """The inner state of every row, stacked, and how many steps each row has taken."""
-
-    inner: Any
-    steps: Int[Array, " n"]
-
-
-def by_row(
-    inner: optax.GradientTransformation,
-    schedule: Callable[..., Array],
-    groups: tuple[int, ...] | None,
-    hold: bool,
-) -> optax.GradientTransformation:
-    """Applies a transformation to each row as if it were alone, then the learning rate.
-
-    Args:
-        inner: what one row undergoes, before its learning rate.
-        schedule: (step [n], group [n]) -> learning rate [n].
-        groups: the group of each of n rows, or None for parameters without a row axis.
-        hold: leaves rows whose gradients are all exactly zero untouched.
-    """
-    if groups is None:
-        # The one row there is: nothing to stack, and it is in every batch.
-        return optax.chain(inner, optax.scale_by_learning_rate(schedule))
-    rows = np.asarray(groups)
-
-    def init(params: Params) -> RowState:
-        return RowState(jax.vmap(inner.init)(params), jnp.zeros(len(rows), jnp.int32))
-
-    def update(grads: Params, state: RowState, params: Params) -> tuple[Params, RowState]:
-        updates, moved = jax.vmap(inner.update)(grads, state.inner, params)
-        rates = -schedule(state.steps, jnp.asarray(rows))
-        updates = jax.tree.map(lambda u: _rows(rates, u) * u, updates)
-        new = RowState(moved, state.steps + 1)
-        if hold:
-            present = jnp.zeros(len(rows), bool)
-            for grad in jax.tree.leaves(grads):
-                present = present | jnp.any(grad != 0, axis=tuple(range(1, grad.ndim)))
-            new = jax.tree.map(lambda a, b: jnp.where(_rows(present, a), a, b), new, state)
-            updates = jax.tree.map(lambda u: jnp.where(_rows(present, u), u, 0.0), updates)
-        return updates, new
-
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
-    """The norm [G] of each group's gradient over all its parameters."""
-    squares = jnp.zeros(runs.num_groups, jnp.float32)
-    for name, grad in flatten(grads).items():
-        groups = row_groups(name, rows, runs)
-        square = jnp.square(grad.astype(jnp.float32))
-        if groups is None:
-            squares = squares.at[0].add(square.sum())
-        else:
-            squares = squares.at[np.asarray(groups)].add(square.sum(tuple(range(1, grad.ndim))))
-    return jnp.sqrt(squares)
-
-
-def clip_by_group_norm(
-    max_norm: PerGroup | None, rows: Rows, runs: Runs
-) -> optax.GradientTransformation:
-    """Scales a group's gradients down to a largest norm; groups never see each other's."""
-    if max_norm is None:
-        return optax.identity()
-
-    def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
-        norms = gradient_norms(grads, rows, runs)
-        limits = jnp.broadcast_to(_per_group(max_norm), norms.shape)
-        scales = jnp.where(norms > limits, limits / jnp.maximum(norms, 1e-30), 1.0)
-
-        def scale(path: tuple, grad: Array) -> Array:
-            groups = row_groups(path_name(path), rows, runs)
-            factor = scales[0] if groups is None else _rows(scales[np.asarray(groups)], grad)
-            return (grad * factor).astype(grad.dtype)
-
-        return jax.tree_util.tree_map_with_path(scale, grads), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)  # pyright: ignore
-
-
-def _per_group(value: PerGroup) -> Array:
-    return jnp.atleast_1d(jnp.asarray(value, jnp.float32))
-
-
-def _pick_rows(
-    stepped: Bool[Array, " G"], groups: tuple[int, ...] | None, new: Array, old: Array
-) -> Array:
-    """The rows of `new` whose group is stepped, those of `old` for the others."""
-    rows = stepped[0] if groups is None else _rows(stepped[np.asarray(groups)], new)
-    return jnp.where(rows, new, old)
-
-
-def _rows(values: Array, like: Array) -> Array:
-    """Values [n] shaped to multiply or select the rows of an array [n, ...]."""
-    return values.reshape(values.shape + (1,) * (like.ndim - 1))

@@ -25,9 +25,9 @@ from safetensors.numpy import load, save
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
-from mpt_jax.training.initialization import trainable_labels
-from mpt_jax.training.optimizers import row_groups
 from mpt_jax.training.partitioning import to_host
+from mpt_jax.training.row_transforms import row_groups
+from mpt_jax.training.state import trainable_labels
 
 Scores = Mapping[str, Mapping[str, float]]
 FOLDER, HISTORY, PARAMETERS = "best", "history.json", "trainable.safetensors"

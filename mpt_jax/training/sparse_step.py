@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Int, Params
 from mpt_jax.core.tree import flatten, unflatten
-from mpt_jax.models import losses, metrics
+from mpt_jax.models import metrics
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
-from mpt_jax.training.initialization import TrainState
+from mpt_jax.training.state import TrainState
 
 Step = Callable[[PromptedEncoderDecoder, TrainState, Batch], tuple[TrainState, metrics.StepMetrics]]
 TEACHER = "teacher/table"
@@ -68,7 +69,7 @@ def step_of_batch(
 def _rows_in(batch: Batch, num_rows: int, count: int) -> Int[Array, " n"]:
     """The bank rows that a batch names, rising; `num_rows`, which is none, where there are fewer
     than `count`."""
-    named = jnp.where(losses.encoder_mask(batch), batch["encoder_task_ids"], num_rows)
+    named = jnp.where(encoder_mask(batch), batch["encoder_task_ids"], num_rows)
     return jnp.unique(named, size=count, fill_value=num_rows)
 
 

@@ -30,12 +30,13 @@ from absl import logging
 
 from mpt_jax.batching import bucketing
 from mpt_jax.batching.collate import Batch
+from mpt_jax.core.batch import TEACHER_FEATURES
 from mpt_jax.core.shapes import Array, Params
 from mpt_jax.core.tree import flatten
 from mpt_jax.models import losses
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
-from mpt_jax.training.initialization import TrainState
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.state import TrainState
 
 DTYPES = ("bfloat16", "float32")
 Row = dict[str, np.ndarray]  # one example's features, without padding
@@ -252,7 +253,7 @@ class OpenCache:
             made = jax.device_get(self._teach(frozen, self._partitioner.shard_batch(given)))
             for place, (key, row) in enumerate(part):
                 found[key] = {
-                    name: x[place, : used[losses.TEACHER_FEATURES[name]][row]].copy()
+                    name: x[place, : used[TEACHER_FEATURES[name]][row]].copy()
                     for name, x in made.items()
                 }
         return found
@@ -329,7 +330,7 @@ def _padded(rows: Sequence[Row], batch: Mapping[str, np.ndarray]) -> dict[str, n
     """The features of all rows, as long as the batch's; zeros at padding."""
     found = {}
     for name, first in rows[0].items():
-        side = losses.TEACHER_FEATURES[name]
+        side = TEACHER_FEATURES[name]
         length = batch[f"{side}_input_tokens"].shape[1]
         found[name] = np.zeros((len(rows), length, *first.shape[1:]), first.dtype)
         for filled, row in zip(found[name], rows, strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.artifacts import CONFIG, TENSORS
 from mpt_jax.artifacts.model_card import NAME
 from mpt_jax.core.runs import Runs
@@ -177,9 +177,9 @@ def test_vocabularies_are_told_apart():
 
 def test_another_backbone_is_refused_with_both_digests(tmp_path):
     read = artifacts.load_artefact(write(tmp_path / "a"))
-    artifacts.check_belongs(read, DIGEST, "v" * 64, P)
+    compatibility.check_belongs(read, DIGEST, "v" * 64, P)
     with pytest.raises(ValueError) as error:
-        artifacts.check_belongs(read, "0" * 64, "v" * 64, P)
+        compatibility.check_belongs(read, "0" * 64, "v" * 64, P)
     assert DIGEST in str(error.value) and "0" * 64 in str(error.value)
     assert str(tmp_path / "a") in str(error.value)
 
@@ -187,16 +187,16 @@ def test_another_backbone_is_refused_with_both_digests(tmp_path):
 def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
     read = artifacts.load_artefact(write(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
-        artifacts.check_belongs(read, DIGEST, "w" * 64, P)
-    artifacts.check_belongs(read, DIGEST, None, P)
+        compatibility.check_belongs(read, DIGEST, "w" * 64, P)
+    compatibility.check_belongs(read, DIGEST, None, P)
     unknown = artifacts.load_artefact(write(tmp_path / "b", vocabulary_sha256=None))
-    artifacts.check_belongs(unknown, DIGEST, "w" * 64, P)
+    compatibility.check_belongs(unknown, DIGEST, "w" * 64, P)
 
 
 def test_another_prompt_length_is_refused(tmp_path):
     read = artifacts.load_artefact(write(tmp_path / "a"))
     with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
-        artifacts.check_belongs(read, DIGEST, "v" * 64, P + 1)
+        compatibility.check_belongs(read, DIGEST, "v" * 64, P + 1)
 
 
 # --- Damage --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from etils import epath
 from mpt_jax.artifacts import artifacts, model_card
 from mpt_jax.artifacts.model_card import TO_FILL, Data, Facts, Split
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import token_tables
+from mpt_jax.data import task_lookup
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.tasks import files, glue, splits, super_glue, toy  # noqa: F401 - registered
 from tests import test_train
@@ -314,7 +314,7 @@ HALVES = {
 )
 def test_runs_on_few_examples_and_repeats_name_the_data_of_their_task(run, name, expected):
     """Nothing is read: neither data set is here."""
-    assert model_card.data_of(token_tables.find_task(run)) == Data(name, expected)
+    assert model_card.data_of(task_lookup.find_task(run)) == Data(name, expected)
 
 
 def test_draws_of_the_users_files_name_the_files(tmp_path):
@@ -322,7 +322,7 @@ def test_draws_of_the_users_files_name_the_files(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
     files.register("mdc", inputs="{text}", targets="{label}", labels=("no", "yes"), train=path)
-    data = model_card.data_of(token_tables.find_task("mdc_k3_s0"))
+    data = model_card.data_of(task_lookup.find_task("mdc_k3_s0"))
     assert data == Data(str(path), {"train": Split("k = 3 rows of train, draw 0", 3)})
 
 

@@ -7,7 +7,7 @@ from mpt_jax.batching import bucketing, collate, packing
 from mpt_jax.batching.collate import Example
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.models.losses import Distillation, Objective
-from mpt_jax.training.trainer import gradients
+from mpt_jax.training.train_step import gradients
 from tests.data.test_feature_converter import RUNS, examples, rows_of
 from tests.fixtures import tiny
 

@@ -30,7 +30,7 @@ from mpt_jax.batching.collate import Batch, Example
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import sampling
 from mpt_jax.experiments.paper import suites
-from mpt_jax.training import initialization
+from mpt_jax.training.state import param_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 P = 5
@@ -155,9 +155,7 @@ def test_dynamic_padding_is_as_long_as_the_longest_text() -> None:
 def test_needed_arithmetic_is_four_operations_a_weight_and_twelve_a_pair() -> None:
     config = t5("tiny")
     model = Ours(config, P, 1).trainer.model
-    kernels = {
-        n: x.size for n, x in flatten(initialization.shapes(model)[0]).items() if "kernel" in n
-    }
+    kernels = {n: x.size for n, x in flatten(param_shapes(model)[0]).items() if "kernel" in n}
     crossing = "encoder_decoder_attention/key", "encoder_decoder_attention/value"
     by_input = sum(
         n

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from mpt_jax.checkpointing import checkpoints, checksums
+from mpt_jax.checkpointing import checkpoints, checksums, data_position
 from mpt_jax.checkpointing import corruption as damage_of_files
 from mpt_jax.checkpointing.checkpoints import Checkpoints, SaveCheckpointConfig
 from mpt_jax.core.runs import Runs
@@ -445,7 +445,7 @@ class Batches:
 
 def test_a_position_may_lie_behind_the_batches_taken():
     batches = Batches()
-    position = checkpoints.DataPosition(batches)
+    position = data_position.DataPosition(batches)
     early = position.at(2, taken=6)
     batches.taken = 6
     position.at(6, taken=6)
@@ -453,14 +453,14 @@ def test_a_position_may_lie_behind_the_batches_taken():
     late = position.at(8, taken=11)
     for saved, step in ((early, 2), (late, 8)):
         resumed = Batches()
-        again = checkpoints.DataPosition(resumed)
+        again = data_position.DataPosition(resumed)
         again.restore(saved, step)
         assert resumed.taken == step
         # A second failure, before anything was saved, counts from the same place.
         assert again.at(step + 1, taken=step + 4) == {**saved, "skip": saved["skip"] + 1}
-    assert checkpoints.DataPosition(None).at(3, 3) is None
+    assert data_position.DataPosition(None).at(3, 3) is None
     # As earlier versions saved it: a list with the position of each process.
-    listed = checkpoints.DataPosition(resumed)
+    listed = data_position.DataPosition(resumed)
     listed.restore({"packed": [late["packed"]], "skip": 0}, 6)
     assert resumed.taken == 6
     with pytest.raises(ValueError, match="data positions of 2 processes"):

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from mpt_jax.batching import bucketing
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import datasets, feature_converter
+from mpt_jax.data import datasets, preprocessors
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas, StochasticTasks, TaskMixture, task_mixture
@@ -32,8 +32,8 @@ def register(name, size):
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=feature_converter.finish(name),
-        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+        preprocessors=preprocessors.finish(name),
+        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
     )
 
 

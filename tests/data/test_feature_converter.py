@@ -8,7 +8,7 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import feature_converter
+from mpt_jax.data import feature_converter, preprocessors
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 
 RUNS = Runs(["ft_alpha", "ft_beta", "ft_gamma"])
@@ -17,7 +17,7 @@ LENGTHS = {"inputs": 4, "targets": 3}
 
 def examples(*rows, task_ids=None):
     """A dataset of task features from (run name, inputs, targets) rows."""
-    ids = task_ids or [feature_converter.task_id(name) for name, _, _ in rows]
+    ids = task_ids or [preprocessors.task_id(name) for name, _, _ in rows]
 
     def generate():
         for identity, (_, inputs, targets) in zip(ids, rows, strict=True):
@@ -117,7 +117,7 @@ def test_as_t5x_calls_it():
 
 
 def test_unknown_run_is_named():
-    feature_converter.task_id("ft_stranger")
+    preprocessors.task_id("ft_stranger")
     dataset = PromptFeatureConverter(1, RUNS)(examples(("ft_stranger", [7], [5])), LENGTHS)
     message = (
         "The task ft_stranger is not among the runs of this job, which are ft_alpha, ft_beta, "
@@ -191,18 +191,18 @@ def test_pack_lengths_must_hold_one_example():
 
 def test_colliding_names(monkeypatch):
     # "plumless" and "buckeroo" are a textbook CRC-32 collision.
-    feature_converter.task_id("plumless")
+    preprocessors.task_id("plumless")
     with pytest.raises(ValueError, match="'plumless' and 'buckeroo' have the same id"):
-        feature_converter.task_id("buckeroo")
+        preprocessors.task_id("buckeroo")
 
 
 def test_renamed_replaces_the_id_only():
-    before = feature_converter.finish("ft_alpha")
-    after = feature_converter.renamed(before, "ft_alpha_s1")
+    before = preprocessors.finish("ft_alpha")
+    after = preprocessors.renamed(before, "ft_alpha_s1")
     assert [a is b for a, b in zip(after, before, strict=True)] == [True, True, False, True]
-    assert after[2].id == feature_converter.task_id("ft_alpha_s1")
+    assert after[2].id == preprocessors.task_id("ft_alpha_s1")
     with pytest.raises(ValueError, match="None of the preprocessors given for the task 'x'"):
-        feature_converter.renamed([seqio.preprocessors.tokenize], "x")
+        preprocessors.renamed([seqio.preprocessors.tokenize], "x")
 
 
 def task(name, texts):
@@ -218,8 +218,8 @@ def task(name, texts):
     return seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=feature_converter.finish(name),
-        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+        preprocessors=preprocessors.finish(name),
+        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
     )
 
 
@@ -232,7 +232,7 @@ def test_finish_ends_limits_and_names():
     # A byte is its value + 3, and 1 is EOS.
     assert [row["inputs"].tolist() for row in found] == [[100, 101, 1], [100, 101, 102, 1]]
     assert [row["targets"].tolist() for row in found] == [[102, 1], [102, 1]]
-    identity = feature_converter.task_id("ft_alpha")
+    identity = preprocessors.task_id("ft_alpha")
     assert [row["task_ids"].tolist() for row in found] == [[identity], [~identity]]
 
 
@@ -249,7 +249,7 @@ def test_overlong_examples_raise_unless_truncation_is_asked_for():
 def test_without_limits_nothing_is_cut():
     (row,) = task("ft_beta", [("abcdef", "c")]).get_dataset(None, shuffle=False).as_numpy_iterator()
     assert row["inputs"].size == 7
-    assert row["task_ids"].tolist() == [feature_converter.task_id("ft_beta")]
+    assert row["task_ids"].tolist() == [preprocessors.task_id("ft_beta")]
 
 
 def test_a_task_that_limits_nothing_is_still_checked():

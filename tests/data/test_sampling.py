@@ -7,7 +7,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax.data import feature_converter, sampling
+from mpt_jax.data import feature_converter, preprocessors, sampling
 from mpt_jax.data.sampling import EqualQuotas, PerExample, StochasticTasks, TaskMixture
 
 WEIGHTS = np.array([0.285, 0.285, 0.113, 0.072, 0.094, 0.151])
@@ -117,8 +117,8 @@ def register(name, size, splits=("train",)):
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=feature_converter.finish(name),
-        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+        preprocessors=preprocessors.finish(name),
+        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
     )
 
 
@@ -135,7 +135,7 @@ def stream(sampler, count, hosts=1, host=0, names=tuple(SIZES), **arguments):
         shard_info=seqio.ShardInfo(index=host, num_shards=hosts),
         **arguments,
     )
-    name_of = {feature_converter.task_id(name): name for name in names}
+    name_of = {preprocessors.task_id(name): name for name in names}
     return [
         (name_of[row["task_ids"][0]], int(bytes((row["inputs"][:-1] - 3).tolist())))
         for row in dataset.take(count).as_numpy_iterator()
@@ -179,7 +179,7 @@ def test_each_pass_is_a_permutation(sampler):
 def test_the_permutation_is_that_of_the_reference():
     found = [number for _, number in stream(EqualQuotas(1, seed=4), 26, names=("smp_c",))]
     for number in range(2):
-        words = random_words([(4 << 32) | feature_converter.task_id("smp_c"), number], 26)
+        words = random_words([(4 << 32) | preprocessors.task_id("smp_c"), number], 26)
         bits = np.array([words[2 * i] | words[2 * i + 1] << 32 for i in range(13)], np.uint64)
         order = np.argsort(bits.astype(np.int64), kind="stable")
         assert found[13 * number : 13 * (number + 1)] == order.tolist()
@@ -301,8 +301,8 @@ def test_missing_data_says_what_and_where():
     seqio.TaskRegistry.add(
         "smp_gone",
         source=seqio.FunctionDataSource(gone, splits=("train",)),
-        preprocessors=feature_converter.finish("smp_gone"),
-        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+        preprocessors=preprocessors.finish("smp_gone"),
+        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
     )
     mixture = TaskMixture("m", ["smp_gone"], EqualQuotas(2, 1))
     message = "'train' split of task 'smp_gone' could not be read .* /no/such/folder.*tfds build"

@@ -15,9 +15,9 @@ from mpt_jax.checkpointing import checkpoints
 from mpt_jax.core.runs import Runs
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.prompts.attempt import ATTEMPT
-from mpt_jax.prompts.base import plain_prompts
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
+from mpt_jax.prompts.materialize import plain_prompts
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner

@@ -10,9 +10,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import feature_converter, token_tables
+from mpt_jax.data import task_lookup, token_tables
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.preprocessors import finish, output_features
 from mpt_jax.data.sampling import task_mixture
 from mpt_jax.evaluation.evaluator import InferenceEvaluator, labels_of, with_labels
 
@@ -45,8 +46,8 @@ def register(name, targets, metric_fns, splits=("validation",), source=None, pre
     seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=[*preprocessors, *feature_converter.finish(name)],
-        output_features=feature_converter.output_features(seqio.ByteVocabulary()),
+        preprocessors=[*preprocessors, *finish(name)],
+        output_features=output_features(seqio.ByteVocabulary()),
         metric_fns=metric_fns,
     )
 
@@ -270,7 +271,7 @@ def readers_of(name):
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs([name]))
     lengths = {"inputs": 10, "targets": 4}
     return (
-        lambda: token_tables.ExampleTable(token_tables.find_task(name), "validation", lengths, 0),
+        lambda: token_tables.ExampleTable(task_lookup.find_task(name), "validation", lengths, 0),
         lambda: InferenceEvaluator(config(name), converter, None),
     )
 

@@ -14,7 +14,8 @@ from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer
+from mpt_jax.training.schedules import Schedule
 from tests import test_train
 from tests.experiments.test_report import (
     H,

@@ -13,11 +13,11 @@ from mpt_jax.core.tree import flatten, label_tree, merge, split
 from mpt_jax.models import decoding, encoder_decoder, losses, metrics
 from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts import method_names
-from mpt_jax.prompts.base import fold
+from mpt_jax.prompts.materialize import fold
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.initialization import trainable_labels
 from mpt_jax.training.optimizers import CLOCK
+from mpt_jax.training.state import trainable_labels
 from tests.fixtures import tiny
 from tests.models.test_decoding import cut, slow_beam
 

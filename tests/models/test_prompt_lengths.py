@@ -14,7 +14,7 @@ from mpt_jax.data import datasets
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
-from mpt_jax.training import initialization
+from mpt_jax.training.state import param_shapes
 from tests import test_train
 from tests.batching.test_collate import assert_same, drawn
 from tests.data.test_feature_converter import RUNS, examples, rows_of
@@ -171,5 +171,5 @@ def test_training_data_has_each_runs_own_length():
         assert set(zip(rows[:, :-1][ends], slots[:, :-1][ends], strict=True)) == set(
             enumerate(lengths)
         )
-        found = initialization.shapes(model)[0]["prompt"]["private"].shape
+        found = param_shapes(model)[0]["prompt"]["private"].shape
         assert found == (3, 4, tiny.WIDTH)

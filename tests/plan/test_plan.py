@@ -26,8 +26,9 @@ from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.plan import __main__ as command_module
 from mpt_jax.plan import chips, format, hlo, steps
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.trainer import Trainer
 from tests.fixtures import tiny
 

@@ -11,13 +11,13 @@ from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, label_tree, merge, split
 from mpt_jax.models import losses
-from mpt_jax.prompts import base
+from mpt_jax.prompts import base, materialize
 from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.base import Given
 from mpt_jax.prompts.init import Uniform
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training import trainer
-from mpt_jax.training.initialization import count, shapes, trainable_labels
+from mpt_jax.training import train_step
+from mpt_jax.training.state import num_params, param_shapes, trainable_labels
 from tests.fixtures import reference_mixing as by_hand
 from tests.fixtures import tiny
 
@@ -133,7 +133,7 @@ def test_what_is_said_of_reading_texts_is_so(attention):
 def test_prompts_that_depend_on_the_text_have_no_plain_form():
     method, runs = make(), BANKS["joint"]
     with pytest.raises(ValueError, match="attempt"):
-        base.fold(method, random_params(method, runs), runs)
+        materialize.fold(method, random_params(method, runs), runs)
 
 
 @pytest.mark.parametrize("attention", ["sub", "linear", "token"])
@@ -256,10 +256,10 @@ def numbers(tasks: list[str], **overrides) -> tuple[int, int]:
     """How many numbers of a T5-base's prompts learn, and how many are stored and do not."""
     config = t5_config("t5_1_0_base", num_encoder_layers=1, num_decoder_layers=1)
     model = tiny.model(Runs(tasks), ATTEMPT(100, SIX), config, **overrides)
-    tree, _ = shapes(model)
+    tree, _ = param_shapes(model)
     learns, stays = split(tree, model.labels, trainable_labels(model, tree))
     assert set(learns) == {"prompt"}
-    return count(learns), count(stays["prompt"])
+    return num_params(learns), num_params(stays["prompt"])
 
 
 def test_one_task_trains_what_the_paper_calls_232_thousand():
@@ -501,7 +501,9 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
     found = jax.jit(alone.forward)(params, batch).prompts
     np.testing.assert_allclose(found, prompts[mine], 1e-6, 1e-6)
     learns, stays = split(params, alone.labels, trainable_labels(alone, params))
-    solo = jax.jit(lambda p, f, b: trainer.gradients(alone, p, f, b, None)[0])(learns, stays, batch)
+    solo = jax.jit(lambda p, f, b: train_step.gradients(alone, p, f, b, None)[0])(
+        learns, stays, batch
+    )
     expected = {leaf: grad[row : row + 1] for leaf, grad in grads["prompt"].items()}
     tiny.close(expected, solo["prompt"], 1e-6)
 

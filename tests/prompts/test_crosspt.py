@@ -18,7 +18,7 @@ from mpt_jax.prompts.base import Given
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.initialization import count, shapes, trainable_labels
+from mpt_jax.training.state import num_params, param_shapes, trainable_labels
 from tests.fixtures import reference_mixing as by_hand
 from tests.fixtures import tiny
 
@@ -375,11 +375,11 @@ def numbers(**settings) -> dict[str, int]:
     """How many numbers of each label learn, of a T5-base with eight targets and six sources."""
     config = t5_config("t5_1_0_base", num_encoder_layers=1, num_decoder_layers=1)
     model = tiny.model(Runs(GLUE), CrossPT(100, SIX, **settings), config)
-    tree, _ = shapes(model)
+    tree, _ = param_shapes(model)
     learns = split(tree, model.labels, trainable_labels(model, tree))[0]
     labels, found = flatten(label_tree(learns, model.labels)), flatten(learns)
     return {
-        label: count({name: leaf for name, leaf in found.items() if labels[name] == label})
+        label: num_params({name: leaf for name, leaf in found.items() if labels[name] == label})
         for label in set(labels.values())
     }
 

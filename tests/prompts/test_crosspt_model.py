@@ -14,10 +14,11 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, merge, split
 from mpt_jax.models import losses
 from mpt_jax.prompts.crosspt.routing import Annealing
-from mpt_jax.training import trainer
-from mpt_jax.training.initialization import trainable_labels
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training import train_step, trainer
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.schedules import Schedule
+from mpt_jax.training.state import trainable_labels
 from tests.fixtures import tiny
 from tests.prompts.test_crosspt import KEY, make
 
@@ -159,7 +160,7 @@ def test_a_step_draws_once_for_all_its_microbatches(name):
     batch = tiny.pick(mixed.unpacked(), [0, 1, 2, 3])
     found = [
         jax.jit(
-            lambda p, f, b, parts=parts: trainer.gradients(mixed.model, p, f, b, KEY, parts)[0]
+            lambda p, f, b, parts=parts: train_step.gradients(mixed.model, p, f, b, KEY, parts)[0]
         )(mixed.trainable, mixed.frozen, batch)
         for parts in (1, 2)
     ]

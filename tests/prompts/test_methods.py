@@ -11,12 +11,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import label_tree, split
+from mpt_jax.models import prompt_insertion
 from mpt_jax.models.losses import Distillation, Objective
-from mpt_jax.prompts import base, get_method, method_names, register
+from mpt_jax.prompts import base, get_method, materialize, method_names, register
 from mpt_jax.prompts.init import SampledVocabulary, signs
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.initialization import count, shapes, trainable_labels
+from mpt_jax.training.state import num_params, param_shapes, trainable_labels
 from tests.fixtures import tiny
 from tests.golden.make_peft_mpt import TASK_IDS, compose, numbers
 
@@ -119,7 +120,9 @@ def test_all_forms_are_the_definition(method, groups):
     runs = bank(groups)
     params = random_params(method, runs)
     expected = by_hand(params, runs)
-    np.testing.assert_allclose(base.fold(method, params, runs), expected, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(
+        materialize.fold(method, params, runs), expected, atol=1e-6, rtol=1e-6
+    )
     params = jax.tree.map(jnp.asarray, params)
     task_ids = np.array([3, 0, 0, 4, 1, 2])
     per_example = method.compose(params, runs, jnp.asarray(task_ids))
@@ -194,26 +197,26 @@ def test_placing_writes_the_reserved_positions_and_no_other():
     rng = np.random.default_rng(0)
     embedded = jnp.asarray(rng.normal(size=(2, 7, H)), jnp.float32)
     prompts = jnp.asarray(rng.normal(size=(2, P, H)), jnp.float32)
-    placed = np.asarray(base.place(prompts, embedded))
+    placed = np.asarray(prompt_insertion.place(prompts, embedded))
     np.testing.assert_array_equal(placed[:, :P], prompts)
     np.testing.assert_array_equal(placed[:, P:], embedded[:, P:])
     slots = np.array([[0, 1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 0, 1, 2]])
     rows = jnp.asarray(rng.normal(size=(2, 7, H)), jnp.float32)
-    placed = np.asarray(base.place_rows(rows, embedded, jnp.asarray(slots)))
+    placed = np.asarray(prompt_insertion.place_rows(rows, embedded, jnp.asarray(slots)))
     np.testing.assert_array_equal(placed[slots > 0], np.asarray(rows)[slots > 0])
     np.testing.assert_array_equal(placed[slots == 0], np.asarray(embedded)[slots == 0])
 
 
 def test_placing_keeps_the_dtype_of_the_backbone():
     embedded = jnp.zeros((1, 6, H), jnp.bfloat16)
-    assert base.place(jnp.ones((1, P, H)), embedded).dtype == jnp.bfloat16
+    assert prompt_insertion.place(jnp.ones((1, P, H)), embedded).dtype == jnp.bfloat16
     slots = jnp.ones((1, 6), jnp.int32)
-    assert base.place_rows(jnp.ones((1, 6, H)), embedded, slots).dtype == jnp.bfloat16
+    assert prompt_insertion.place_rows(jnp.ones((1, 6, H)), embedded, slots).dtype == jnp.bfloat16
 
 
 def test_a_prompt_longer_than_its_positions_is_an_error():
     with pytest.raises(ValueError, match="4 positions does not fit a row of 3"):
-        base.place(jnp.ones((1, P, H)), jnp.ones((1, 3, H)))
+        prompt_insertion.place(jnp.ones((1, P, H)), jnp.ones((1, 3, H)))
 
 
 # --- Numbers of trained parameters ---------------------------------------------------------------
@@ -226,8 +229,8 @@ def trained(size: str, prompt, runs: Runs, depth: int | None = 1, **overrides) -
     """Numbers trained of a T5 1.0, of its own depth if None."""
     layers = {} if depth is None else {"num_encoder_layers": depth, "num_decoder_layers": depth}
     model = tiny.model(runs, prompt, t5_config(f"t5_1_0_{size}", **layers), **overrides)
-    tree, _ = shapes(model)
-    return count(split(tree, model.labels, trainable_labels(model, tree))[0])
+    tree, _ = param_shapes(model)
+    return num_params(split(tree, model.labels, trainable_labels(model, tree))[0])
 
 
 @pytest.mark.parametrize("depth", [1, pytest.param(None, marks=pytest.mark.slow)])

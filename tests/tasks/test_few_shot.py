@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import seqio
 
-from mpt_jax.data import datasets, sampling, token_tables
+from mpt_jax.data import datasets, sampling, task_lookup, token_tables
 from mpt_jax.evaluation import evaluator, metric_writers
 from mpt_jax.tasks import few_shot, glue, mpt_others, mrqa, splits, super_glue, toy  # noqa: F401 - registered
 from mpt_jax.tasks import files as jsonl
@@ -48,7 +48,7 @@ def data_dir(folder):
 
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:
-    dataset = token_tables.find_task(name).get_dataset(LENGTHS, split, shuffle=False)
+    dataset = task_lookup.find_task(name).get_dataset(LENGTHS, split, shuffle=False)
     rows = list(dataset.as_numpy_iterator())
     assert {row["task_ids"].item() for row in rows} <= {token_tables.task_id(name)}
     columns = ("inputs_pretokenized", "targets_pretokenized")
@@ -94,10 +94,10 @@ def test_a_data_set_config_may_name_a_run():
 
 def test_an_unknown_task_is_still_an_unknown_task():
     with pytest.raises(ValueError, match=r"Unknown task 'bolq_k4_s0'.*Known: .*boolq"):
-        token_tables.find_task("bolq_k4_s0")
-    token_tables.find_task("boolq_k4_s0")
+        task_lookup.find_task("bolq_k4_s0")
+    task_lookup.find_task("boolq_k4_s0")
     with pytest.raises(ValueError, match="Unknown task 'boolq_k4_s0_k2_s0'"):
-        token_tables.find_task("boolq_k4_s0_k2_s0")  # nothing is drawn from a draw
+        task_lookup.find_task("boolq_k4_s0_k2_s0")  # nothing is drawn from a draw
 
 
 # --- Draws -----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_each_class_gives_k_rows():
 
 def test_versions_of_a_task_see_the_same_rows(data_dir):
     first, *rest = [
-        token_tables.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
+        task_lookup.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
         for name in ("cb", "cb_digits", "cb_unprefixed", "cb_synthetic")
     ]
     assert rest == [first] * 3
@@ -155,7 +155,7 @@ def test_versions_of_a_task_see_the_same_rows(data_dir):
 )
 def test_what_cannot_be_drawn_is_refused_before_anything_is_read(name, message):
     with pytest.raises(ValueError, match=message):
-        token_tables.find_task(name)
+        task_lookup.find_task(name)
 
 
 def test_a_data_set_that_is_smaller_here_is_told_by_its_own_size(data_dir):
@@ -198,11 +198,11 @@ def test_rows_of_a_carved_split_count_from_its_first_place(data_dir):
 def test_a_repeat_has_all_rows_under_a_name_of_its_own(data_dir):
     for split in ("train", "validation", "test"):
         assert texts("cb_s7", split) == texts("cb", split)
-    again, first = token_tables.find_task("cb_s7"), token_tables.find_task("cb")
+    again, first = task_lookup.find_task("cb_s7"), task_lookup.find_task("cb")
     assert evaluator.labels_of(again) == evaluator.labels_of(first)
     assert again.name == "cb_s7"
     with pytest.raises(ValueError, match="Unknown task 'nothing_s7'"):
-        token_tables.find_task("nothing_s7")
+        task_lookup.find_task("nothing_s7")
 
 
 def test_a_cut_validation_split_is_drawn_apart(data_dir):
@@ -218,7 +218,7 @@ def test_rows_of_each_class_are_of_it(data_dir):
     found = texts("cb_k2_per_class_s0", "train")
     assert [target for _, target in found] == [w for w in super_glue.ROWS[1].words for _ in "12"]
     assert len(set(found)) == 6
-    numbers = token_tables.find_task("cb_k2_per_class_s0").source.few_shot_indices("train")
+    numbers = task_lookup.find_task("cb_k2_per_class_s0").source.few_shot_indices("train")
     assert [f"premise {i} " in text for i, (text, _) in zip(numbers, found, strict=True)] == [
         True
     ] * 6
@@ -227,7 +227,7 @@ def test_rows_of_each_class_are_of_it(data_dir):
 def test_rows_with_lists_of_any_length_survive(data_dir):
     found = texts("squad_k3_s0", "train")
     assert [target for _, target in found] == ["the cat"] * 3
-    dataset = token_tables.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
+    dataset = task_lookup.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
     assert all(len(row["answers"]) == 2 for row in dataset.as_numpy_iterator())
 
 
@@ -252,7 +252,7 @@ def test_a_task_of_ones_own_files(tmp_path):
 def test_the_rows_are_in_the_run_record(tmp_path):
     runs = ["toy_rte_k4_s0", "toy_rte_k4_s1_dev", "toy_rte"]
     provider = seqio.get_mixture_or_task(sampling.task_mixture(runs))
-    metric_writers.write_run_record(str(tmp_path), token_tables.few_shot_rows(provider))
+    metric_writers.write_run_record(str(tmp_path), task_lookup.few_shot_rows(provider))
     (line,) = (tmp_path / "run.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["few_shot"] == {
@@ -262,4 +262,4 @@ def test_the_rows_are_in_the_run_record(tmp_path):
     assert record["few_shot_validation"] == {
         "toy_rte_k4_s1_dev": random.Random("toy_rte 4 1 validation").sample(range(200), 4)
     }
-    assert token_tables.few_shot_rows(seqio.get_mixture_or_task("toy_rte")) == {}
+    assert task_lookup.few_shot_rows(seqio.get_mixture_or_task("toy_rte")) == {}

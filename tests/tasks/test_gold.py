@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax.core import runs
-from mpt_jax.data import datasets, feature_converter, token_tables, vocabularies
+from mpt_jax.data import datasets, feature_converter, preprocessors, token_tables, vocabularies
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import templates, text_metrics
 
@@ -28,8 +28,8 @@ def registered(name: str, gold: list, template, metrics=()) -> seqio.Task:
     return seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(rows, ["train", "test"]),
-        preprocessors=[template(name), *feature_converter.finish(name)],
-        output_features=feature_converter.output_features(vocabularies.load("byt5")),
+        preprocessors=[template(name), *preprocessors.finish(name)],
+        output_features=preprocessors.output_features(vocabularies.load("byt5")),
         metric_fns=[text_metrics.of_task(name, metric) for metric in metrics],
     )
 

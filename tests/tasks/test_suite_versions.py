@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax.core import runs
-from mpt_jax.data import token_tables
+from mpt_jax.data import task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import suite
 from tests.fixtures import tfds_data
@@ -24,7 +24,7 @@ def made(name: str, row_name: str) -> Any:
     row, reads = tfds_data.DATA[ROWS[row_name].data][1](1), ROWS[row_name].reads
     row = {key: row[key] for key in reads or row}
     dataset = tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.constant, row))
-    steps = list(token_tables.find_task(name).preprocessors)
+    steps = list(task_lookup.find_task(name).preprocessors)
     for step in steps[: steps.index(seqio.preprocessors.tokenize)]:
         dataset = step(dataset)
     return next(iter(dataset.as_numpy_iterator()))
@@ -42,7 +42,7 @@ def test_without_its_prefix_a_row_is_otherwise_the_same(name):
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_synthetic_labels_are_made_of_the_words_alone(name):
-    task, words = token_tables.find_task(f"{name}_synthetic"), ROWS[name].words
+    task, words = task_lookup.find_task(f"{name}_synthetic"), ROWS[name].words
     labels = evaluator.labels_of(task)
     assert len(set(labels)) == len(words) and not set(labels) & set(words)
     assert [len(label) for label in labels] == [len(word) for word in words]
@@ -63,7 +63,7 @@ def test_nonsense():
 
 
 def test_a_version_may_be_repeated():
-    repeat = token_tables.find_task("rte_synthetic_s2")
+    repeat = task_lookup.find_task("rte_synthetic_s2")
     assert evaluator.labels_of(repeat) == ("ipveomnipv", "puv_ipveomnipv")
 
 
@@ -72,11 +72,11 @@ def test_a_version_may_be_repeated():
 )
 def test_what_is_no_version_is_unknown(name):
     with pytest.raises(ValueError, match=f"Unknown task '{name}'"):
-        token_tables.find_task(name)
+        task_lookup.find_task(name)
 
 
 @pytest.mark.parametrize("name", [*ROWS, *GENERATED])
 def test_every_task_may_lose_its_prefix(name):
     version = f"{name}_unprefixed"
-    assert token_tables.find_task(version).source.data == {**ROWS, **GENERATED}[name].data
+    assert task_lookup.find_task(version).source.data == {**ROWS, **GENERATED}[name].data
     assert runs.data_name(version) == version  # no setting of a fleet

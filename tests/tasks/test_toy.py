@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mpt_jax.data import feature_converter, token_tables
+from mpt_jax.data import preprocessors, task_lookup
 from mpt_jax.tasks import toy, toy_pretrain, toy_tasks, toy_vocabulary
 from mpt_jax.tasks import toy_world as world
 
@@ -220,7 +220,7 @@ def test_a_bag_of_words_does_not_solve_the_task(name):
 def test_few_shot_rows_do_not_change_between_releases():
     """Published scores are of these draws."""
     rows_of = {
-        name: token_tables.find_task(name).source.few_shot_indices("train")
+        name: task_lookup.find_task(name).source.few_shot_indices("train")
         for name in ("toy_boolq_k4_s0", "toy_boolq_k4_s1", "toy_rte_k4_s0")
     }
     assert rows_of["toy_boolq_k4_s0"] == [1795, 732, 938, 1560]
@@ -228,7 +228,7 @@ def test_few_shot_rows_do_not_change_between_releases():
 
 
 def test_few_shot_task_trains_on_its_draw_and_tests_on_the_whole():
-    task = token_tables.find_task("toy_wic_k5_s7")
+    task = task_lookup.find_task("toy_wic_k5_s7")
     lengths = {"inputs": 48, "targets": 12}
 
     def texts(split):
@@ -240,7 +240,7 @@ def test_few_shot_task_trains_on_its_draw_and_tests_on_the_whole():
     expected = [toy.rows("toy_wic", "train")[index] for index in drawn]
     assert [x["inputs_pretokenized"].decode() for x in train] == [text for text, _ in expected]
     assert [x["targets_pretokenized"].decode() for x in train] == [target for _, target in expected]
-    assert {x["task_ids"].item() for x in train} == {feature_converter.task_id("toy_wic_k5_s7")}
+    assert {x["task_ids"].item() for x in train} == {preprocessors.task_id("toy_wic_k5_s7")}
     assert len(texts("test")) == 200
     assert task.num_input_examples("train") == 5
 

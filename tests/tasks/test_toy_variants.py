@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from mpt_jax.core import runs
-from mpt_jax.data import feature_converter, token_tables
+from mpt_jax.data import preprocessors, task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import few_shot, toy, toy_pretrain, toy_vocabulary
 from mpt_jax.tasks import toy_world as world
@@ -22,7 +22,7 @@ each = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:
     """The rows of a split as text."""
-    task = token_tables.find_task(name)
+    task = task_lookup.find_task(name)
     rows = few_shot.text_rows(task, task.source.get_dataset(split=split, shuffle=False))
     return [(x["inputs"].decode(), x["targets"].decode()) for x in rows.as_numpy_iterator()]
 
@@ -64,7 +64,7 @@ def test_rows_do_not_change_between_releases():
 @each
 def test_few_shot_runs_draw_the_rows_of_the_tasks(variant):
     for run in ("k16_s0", "k4_s3_dev", "k8_per_class_s1"):
-        mine, theirs = (token_tables.find_task(f"{x.name}_{run}") for x in (variant, variant.base))
+        mine, theirs = (task_lookup.find_task(f"{x.name}_{run}") for x in (variant, variant.base))
         for split in ("train", "validation"):
             drawn = mine.source.few_shot_indices(split)
             assert drawn == theirs.source.few_shot_indices(split)
@@ -75,9 +75,9 @@ def test_few_shot_runs_draw_the_rows_of_the_tasks(variant):
 
 def test_few_shot_examples_are_the_runs_own():
     name = "toy_cb_numeric_k4_s0"
-    dataset = token_tables.find_task(name).get_dataset(LENGTHS, "train", shuffle=False)
+    dataset = task_lookup.find_task(name).get_dataset(LENGTHS, "train", shuffle=False)
     found, vocabulary = list(dataset.as_numpy_iterator()), toy.vocabulary()
-    assert {x["task_ids"].item() for x in found} == {feature_converter.task_id(name)}
+    assert {x["task_ids"].item() for x in found} == {preprocessors.task_id(name)}
     tokens = [(vocabulary.decode(x["inputs"]), vocabulary.decode(x["targets"])) for x in found]
     assert tokens == texts(name, "train") and len(tokens) == 4
 
@@ -87,14 +87,14 @@ def test_few_shot_examples_are_the_runs_own():
 
 @each
 def test_metrics_are_over_the_variants_own_labels(variant):
-    task = token_tables.find_task(variant.name)
+    task = task_lookup.find_task(variant.name)
     assert evaluator.labels_of(task) == variant.labels
     first, second, *_ = variant.labels
     found = {}
     for metric in task.metric_fns:
         found.update(metric([first, second], [first, "maybe"]))
     assert found["accuracy"] == found["invalid"] == 50.0
-    base = evaluator.labels_of(token_tables.find_task(variant.base.name))
+    base = evaluator.labels_of(task_lookup.find_task(variant.base.name))
     assert (base == variant.labels) == (variant.suffix == "prefixed")
 
 

@@ -15,9 +15,10 @@ from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training import initialization
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner, to_host
+from mpt_jax.training.schedules import Schedule
+from mpt_jax.training.state import create_train_state
 from mpt_jax.training.trainer import Trainer
 from tests.fixtures import tiny
 
@@ -35,7 +36,7 @@ def make(method, **mesh) -> Trainer:
     model = tiny.model(RUNS, method, CONFIG, optimizer_def=optimizer)
     partitioner = PjitPartitioner(**mesh)
     tree = jax.tree.map(jax.numpy.array, tiny.params(model))
-    state = initialization.create(model, tree, partitioner, rows_by_run=True)
+    state = create_train_state(model, tree, partitioner, rows_by_run=True)
     return Trainer(model, state, partitioner, jax.random.PRNGKey(0), 2, rows_by_run=True)
 
 
@@ -105,7 +106,7 @@ def sizes(text: str, kind: str) -> list[int]:
 def test_runs_that_do_not_divide_or_share_a_group_lie_on_all_devices():
     partitioner = PjitPartitioner()
     assert not partitioner.splits_runs(RUNS)  # one device
-    state = initialization.create(
+    state = create_train_state(
         model := tiny.model(RUNS, MPT(tiny.PROMPT)),
         jax.tree.map(jax.numpy.array, tiny.params(model)),
         partitioner,

@@ -10,8 +10,9 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training import trainer
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.schedules import Schedule
 from tests.fixtures import tiny
 
 NAMES = ["alpha", "beta", "gamma"]

@@ -22,6 +22,7 @@ from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.training import initialization
 from mpt_jax.training.initialization import Origins, fill
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.state import create_train_state, num_params
 from tests.fixtures import tiny
 
 KEY = jax.random.PRNGKey(0)
@@ -239,7 +240,7 @@ def test_what_is_loaded_lies_on_no_device_and_no_step_takes_it_away(backbone, tm
     leaves = flatten(loaded.params)
     assert {type(leaf) for leaf in leaves.values()} == {np.ndarray}
     before = {name: leaf.copy() for name, leaf in leaves.items()}
-    state = initialization.create(model, loaded.params, PjitPartitioner())
+    state = create_train_state(model, loaded.params, PjitPartitioner())
     halve = jax.jit(lambda tree: jax.tree.map(lambda x: x // 2, tree), donate_argnums=0)
     jax.block_until_ready(halve(state))
     for name, leaf in leaves.items():
@@ -434,16 +435,16 @@ def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
 def test_the_state_of_step_0_is_split_and_whole():
     model = tiny.model()
     params = tiny.params(model)
-    state = initialization.create(model, params, PjitPartitioner())
+    state = create_train_state(model, params, PjitPartitioner())
     assert int(state.step) == 0
     assert set(flatten(state.trainable)) == {f"prompt/{n}" for n in params["prompt"]}
     tiny.close(state.params, params, 0)
-    assert initialization.count(state.trainable) == 3 * 16 + 3 * (3 + 16)
+    assert num_params(state.trainable) == 3 * 16 + 3 * (3 + 16)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
-    assert sum(leaf.size for leaf in moments) == 2 * initialization.count(state.trainable)
+    assert sum(leaf.size for leaf in moments) == 2 * num_params(state.trainable)
 
 
 def test_a_model_in_which_nothing_learns_is_an_error():
     model = tiny.model(prompt=get_method("none")())
     with pytest.raises(ValueError, match="Nothing learns"):
-        initialization.create(model, tiny.params(model), PjitPartitioner())
+        create_train_state(model, tiny.params(model), PjitPartitioner())

@@ -8,8 +8,9 @@ import pytest
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.oom import OutOfMemory, describe, explained, larger
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.trainer import Trainer
 from tests.fixtures import tiny
 

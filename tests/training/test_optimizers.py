@@ -14,14 +14,9 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.prompts.base import rows_of
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.optimizers import (
-    PromptOptimizer,
-    Schedule,
-    adafactor,
-    clip_by_group_norm,
-    gradient_norms,
-    row_groups,
-)
+from mpt_jax.training.optimizers import PromptOptimizer, adafactor
+from mpt_jax.training.row_transforms import clip_by_group_norm, gradient_norms, row_groups
+from mpt_jax.training.schedules import Schedule
 
 LABELS = ((r"prompt/shared", "shared"), (r"prompt/.*", "task"), (r"backbone/.*", "backbone"))
 ROWS = {"prompt/shared": "groups", "prompt/task_left": "tasks", "prompt/task_right": "tasks"}

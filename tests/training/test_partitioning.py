@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.losses import Distillation, Objective
-from mpt_jax.training import initialization, trainer
+from mpt_jax.training import train_step, trainer
 from mpt_jax.training.partitioning import PjitPartitioner, put_like, standard_logical_axis_rules
+from mpt_jax.training.state import create_train_state, param_shapes
 from tests.fixtures import tiny
 
 GROUPED = Runs(tiny.RUNS.task_names, groups=[1, 0, 1])
@@ -20,7 +21,7 @@ GROUPED = Runs(tiny.RUNS.task_names, groups=[1, 0, 1])
 def specs_of(partitioner: PjitPartitioner) -> dict[str, tuple]:
     """Path name -> mesh axes of every parameter, trailing Nones left out."""
     model = tiny.model(objective=Objective(distillation=Distillation()))
-    params, axes = initialization.shapes(model)
+    params, axes = param_shapes(model)
     found = flatten(partitioner.shardings(params, axes), is_leaf=lambda x: hasattr(x, "spec"))
     assert set(found) == set(flatten(params)), "every parameter has a sharding"
     return {name: tuple(sharding.spec) for name, sharding in found.items()}
@@ -51,7 +52,7 @@ def test_additional_rules_come_first():
 
 def test_an_axis_without_rule_and_a_parameter_without_axes_are_named():
     model = tiny.model()
-    params, axes = initialization.shapes(model)
+    params, axes = param_shapes(model)
     rules = [rule for rule in standard_logical_axis_rules() if rule[0] != "rank"]
     with pytest.raises(ValueError, match=r"\['rank'\] of prompt/task_left"):
         PjitPartitioner(logical_axis_rules=rules).shardings(params, axes)
@@ -91,11 +92,11 @@ def test_a_step_is_the_same_on_one_device_and_on_meshes_of_four():
     batch = tiny.batch([0, 1, None, 2, 1, 0, 2, 0])
     state = tiny.state(model, params)
     alone = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), state)
-    step = jax.jit(functools.partial(trainer.train_step, model, 1))
+    step = jax.jit(functools.partial(train_step.train_step, model, 1))
     expected, _ = step(alone, tiny.arrays(batch), jax.random.PRNGKey(0))
     for partitions in (1, 2):
         partitioner = PjitPartitioner(partitions)
-        state = initialization.create(model, jax.tree.map(np.asarray, params), partitioner)
+        state = create_train_state(model, jax.tree.map(np.asarray, params), partitioner)
         made = trainer.Trainer(model, state, partitioner, jax.random.PRNGKey(0), 2)
         kernel = made.state.frozen["encoder"]["layers_0"]["mlp"]["wi"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (16, 24 // partitions)

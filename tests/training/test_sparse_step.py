@@ -11,7 +11,7 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training import sparse_step, trainer
+from mpt_jax.training import sparse_step, train_step
 from tests.fixtures import tiny
 
 RUNS = Runs([f"task_{i}" for i in range(12)])
@@ -28,7 +28,7 @@ def made(prompt, labels=(), **overrides):
 
 def steps(model, wrap, pack=None):
     """The state and the metrics of each step over the batches."""
-    step = lambda model, state, batch: trainer.train_step(model, 1, state, batch, KEY)  # noqa: E731
+    step = lambda model, state, batch: train_step.train_step(model, 1, state, batch, KEY)  # noqa: E731
     compiled = jax.jit(functools.partial(wrap, step, model))
     state, found = tiny.state(model, tiny.params(model)), []
     for number, rows in enumerate(BATCHES):
@@ -93,7 +93,7 @@ def test_no_gradient_is_as_large_as_the_bank():
         runs = Runs([f"task_{i}" for i in range(rows)])
         optimizer = tiny.optimizer(absent_tasks="hold")
         model = tiny.model(runs, optimizer_def=optimizer)
-        step = lambda model, state, batch: trainer.train_step(model, 1, state, batch, KEY)  # noqa: E731
+        step = lambda model, state, batch: train_step.train_step(model, 1, state, batch, KEY)  # noqa: E731
         state = tiny.state(model, tiny.params(model))
         compiled = jax.jit(functools.partial(wrap, step, model), donate_argnums=0)
         batch = tiny.arrays(tiny.batch([0, 1, 2]))

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5.config import t5_config
+from mpt_jax.core.batch import TEACHER_FEATURES
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, split
 from mpt_jax.models import encoder_decoder, losses
 from mpt_jax.models.losses import Distillation, Objective
-from mpt_jax.training import initialization, teacher_cache, trainer
+from mpt_jax.training import teacher_cache, train_step, trainer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.state import create_train_state
 from mpt_jax.training.teacher_cache import TeacherCache, needed_bytes
 from tests.fixtures import tiny
 
@@ -34,7 +36,7 @@ def model(distillation=None, **overrides):
 def started(found, settings=None, num_microbatches=None, partitioner=None) -> trainer.Trainer:
     partitioner = partitioner or PjitPartitioner()
     tree = jax.tree.map(jnp.array, tiny.params(found))
-    state = initialization.create(found, tree, partitioner)
+    state = create_train_state(found, tree, partitioner)
     return trainer.Trainer(found, state, partitioner, KEY, num_microbatches, teacher_cache=settings)
 
 
@@ -83,7 +85,7 @@ def gradients(name):
     # The decoder has one layer fewer than the encoder: give it the state 2 that is asked for.
     found = model(OBJECTIVES[name], config=tiny.config(num_decoder_layers=2))
     trainable, frozen = split(tiny.params(found), found.labels, {"shared", "task"})
-    step = jax.jit(functools.partial(trainer.gradients, found, num_microbatches=2))
+    step = jax.jit(functools.partial(train_step.gradients, found, num_microbatches=2))
     given: dict[str | None, dict[str, np.ndarray]] = {None: BATCH}
     for dtype in teacher_cache.DTYPES:
         given[dtype] = opened(found, TeacherCache(ROOM, dtype))[1](BATCH)
@@ -223,7 +225,7 @@ def test_teachers_do_not_run_for_rows_that_are_held(monkeypatch):
     assert rows == [4, 4] and len(cache) == 8
     mirrored = add(tiny.pick(BATCH, range(7, -1, -1)))
     assert rows == [4, 4]
-    for name in losses.TEACHER_FEATURES:
+    for name in TEACHER_FEATURES:
         np.testing.assert_array_equal(mirrored[name], first[name][::-1])
     other = tiny.batch([1, 1], seed=7)
     mixed = {name: np.concatenate([value[2:], other[name]]) for name, value in BATCH.items()}

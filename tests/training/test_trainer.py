@@ -14,9 +14,10 @@ from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts import get_method
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training import trainer
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
+from mpt_jax.training import train_step, trainer
+from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.schedules import Schedule
 from tests.fixtures import tiny
 
 KEY = jax.random.PRNGKey(0)
@@ -101,7 +102,7 @@ def test_a_step_makes_no_gradient_or_moment_of_the_backbones_size(labels):
     model = tiny.model(runs, method, ODD, labels=labels)
     state = tiny.state(model, tiny.params(model))
     batch = tiny.batch([0, 0], prompt_length=method.prompt_length)
-    step = functools.partial(trainer.train_step, model, 1)
+    step = functools.partial(train_step.train_step, model, 1)
     made = shapes_made_by(step, state, tiny.arrays(batch), KEY)
     kernels = {(22, 58), (58, 22), (22, 34), (34, 22)}
     moments = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
@@ -155,7 +156,7 @@ def test_the_number_of_microbatches_changes_rounding_only():
     trainable, frozen = split(tiny.params(model), model.labels, {"shared", "task"})
     found = {}
     for parts in (1, 2, 4):
-        step = functools.partial(trainer.gradients, model, num_microbatches=parts)
+        step = functools.partial(train_step.gradients, model, num_microbatches=parts)
         found[parts] = jax.jit(step)(trainable, frozen, BATCH, None)
     for parts in (2, 4):
         tiny.close(found[parts], found[1], 1e-6, f"{parts} parts: ")
@@ -165,7 +166,7 @@ def test_rows_that_do_not_divide_are_an_error():
     model = tiny.model(GROUPED)
     trainable, frozen = split(tiny.params(model), model.labels, {"shared", "task"})
     with pytest.raises(ValueError, match="8 rows does not divide into 3"):
-        trainer.gradients(model, trainable, frozen, tiny.arrays(BATCH), None, 3)
+        train_step.gradients(model, trainable, frozen, tiny.arrays(BATCH), None, 3)
 
 
 # --- Groups --------------------------------------------------------------------------------------
@@ -199,14 +200,14 @@ def test_runs_of_one_job_equal_their_solo_runs(method):
     params["prompt"] = dict(model.init_prompt(KEY, params["token_embedder"]["embedding"]))
     rng = np.random.default_rng(0)
     rows = [[row if rng.random() < 0.7 else None for row in (0, 1, 2)] * 2 for _ in range(50)]
-    step = jax.jit(functools.partial(trainer.train_step, model, 1))
+    step = jax.jit(functools.partial(train_step.train_step, model, 1))
     state = tiny.state(model, params)
     for seed, present in enumerate(rows):
         state, _ = step(state, tiny.batch(present, seed=seed), KEY)
     for row, name in enumerate(NAMES):
         alone = tiny.model(Runs([name]), method, SMOOTH, optimizer_def=grouped_optimizer([row]))
         prompt = alone.init_prompt(KEY, params["token_embedder"]["embedding"])
-        solo_step = jax.jit(functools.partial(trainer.train_step, alone, 1))
+        solo_step = jax.jit(functools.partial(train_step.train_step, alone, 1))
         solo = tiny.state(alone, {**params, "prompt": dict(prompt)})
         taken = 0
         for seed, present in enumerate(rows):
@@ -251,7 +252,7 @@ def test_an_infinite_loss_is_refused_though_its_gradient_is_finite():
     plain = tiny.model(GROUPED)
     model = Overflowing(plain.module, plain.prompt, GROUPED, tiny.optimizer())
     state = tiny.state(model, tiny.params(model))
-    new, _ = jax.jit(functools.partial(trainer.train_step, model, 1))(state, BATCH, KEY)
+    new, _ = jax.jit(functools.partial(train_step.train_step, model, 1))(state, BATCH, KEY)
     assert int(new.step) == 0
     assert bytes_of(new.trainable) == bytes_of(state.trainable)
 
@@ -261,7 +262,7 @@ def test_an_infinite_loss_is_refused_though_its_gradient_is_finite():
 
 def test_dropout_is_a_function_of_the_key_and_the_step():
     model = tiny.model(GROUPED, config=tiny.config(dropout_rate=0.2))
-    step = jax.jit(functools.partial(trainer.train_step, model, 1))
+    step = jax.jit(functools.partial(train_step.train_step, model, 1))
     state = tiny.state(model, tiny.params(model))
     first, again = step(state, BATCH, KEY)[0], step(state, BATCH, KEY)[0]
     assert bytes_of(first.trainable) == bytes_of(again.trainable)

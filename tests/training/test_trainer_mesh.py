@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mpt_jax.models.losses import Distillation, Objective
-from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner, standard_logical_axis_rules, to_host
+from mpt_jax.training.state import create_train_state
 from mpt_jax.training.trainer import Trainer
 from tests.fixtures import tiny
 
@@ -33,7 +33,7 @@ def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, T
         optimizer_def=tiny.optimizer(0.03),
     )
     tree = jax.tree.map(jax.numpy.array, tiny.params(model))
-    state = initialization.create(model, tree, partitioner)
+    state = create_train_state(model, tree, partitioner)
     trainer = Trainer(model, state, partitioner, jax.random.PRNGKey(0))
     found = []
     for seed in range(STEPS):

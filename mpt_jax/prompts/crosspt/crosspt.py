@@ -27,17 +27,7 @@ import jax.numpy as jnp
 
 from mpt_jax.core.runs import Runs, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
-from mpt_jax.prompts.base import (
-    PLAIN,
-    PromptMethod,
-    aligned,
-    fold,
-    group_leaders,
-    name_key,
-    of_groups,
-    register,
-    take,
-)
+from mpt_jax.prompts.base import PLAIN, PromptMethod, name_key, register
 from mpt_jax.prompts.crosspt.compositions import (
     ADD,
     COMPOSITIONS,
@@ -59,7 +49,9 @@ from mpt_jax.prompts.crosspt.routing import (
     of_rows,
 )
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
+from mpt_jax.prompts.materialize import fold
 from mpt_jax.prompts.prompt_attention import TextAttention
+from mpt_jax.prompts.row_ops import aligned, group_leaders, of_groups, take
 from mpt_jax.prompts.warm_start import StartFrom, mix, named_sources, shared_groups, source_weights
 
 

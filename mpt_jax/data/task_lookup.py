@@ -1,0 +1,130 @@
+"""Tasks by name: suites that register them, naming schemes, and errors that say what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from mpt_jax.core.runs import unknown_name
+
+# See `name_tasks_with`.
+_NAMING: list[Callable[[str], bool]] = []
+
+
+# How TensorFlow tells that a tf.debugging.Assert with one message did not hold.
+_ASSERTION = re.compile(r"assertion failed: \[(.*?)\](?: \[|\n|$)", re.DOTALL)
+
+
+def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> None:
+    """Imports the modules that register tasks.
+
+    Raises:
+        ValueError: a module is not there.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module + ".").startswith(error.name + "."):
+                raise
+            named = f" ({', '.join(task_names)})" if task_names else ""
+            raise ValueError(
+                f"The task suite {module} cannot be imported (no module {error.name}), so its "
+                f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
+                "bind TASK_MODULES and the task names to your own."
+            ) from error
+
+
+def name_tasks_with(register_run: Callable[[str], bool]) -> None:
+    """Adds a naming scheme: what is asked for a task that SeqIO does not know.
+
+    Args:
+        register_run: name -> whether the scheme has a task of this name, which is then registered.
+            A name of the scheme that cannot be served is a ValueError.
+    """
+    _NAMING.append(register_run)
+
+
+def is_task(name: str) -> bool:
+    """Whether there is such a task, registered already or known to a naming scheme."""
+    return name in seqio.TaskRegistry.names() or any(register(name) for register in _NAMING)
+
+
+def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
+    """Which rows the few-shot runs among the tasks of `provider` see, for the run record.
+
+    Returns:
+        {'few_shot': {run: its training rows}}, and the same as 'few_shot_validation' of the runs
+        whose validation split is cut too; nothing where there are none.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for task in seqio.get_subtasks(provider):
+        rows_of = getattr(task.source, "few_shot_indices", None)
+        for key, split in (("few_shot", "train"), ("few_shot_validation", "validation")):
+            if rows_of is not None and (rows := rows_of(split)) is not None:
+                found.setdefault(key, {})[task.name] = rows
+    return found
+
+
+def find_task(name: str) -> seqio.Task:
+    """Returns a task; raises ValueError with the closest names where there is none."""
+    if not is_task(name):
+        raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
+    return seqio.TaskRegistry.get(name)
+
+
+def check_split(task: seqio.Task, split: str) -> None:
+    """Raises ValueError where the task has no such split, or no data at all."""
+    with reading(task, split):
+        splits = task.source.splits
+        if not splits:  # as TFDS has it before anything is prepared
+            raise FileNotFoundError("nothing is prepared")
+    if split not in splits:
+        raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
+
+
+@contextlib.contextmanager
+def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
+    """Inside, what is raised where data is missing becomes a ValueError that says how to get it,
+    and a row that a preprocessor refuses (tf.debugging.Assert) one that says what it is.
+
+    Any other error is the task's own, such as a mistake in a preprocessor, and is left as it is.
+    """
+    kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if not (refused := _ASSERTION.search(error.message)):
+            raise
+        raise ValueError(
+            f"The {split!r} split of {kind} {task_or_mixture.name!r} cannot be used: "
+            + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
+        ) from error
+    except Exception as error:
+        if not means_missing(error):
+            raise
+        source = getattr(task_or_mixture, "source", "its tasks' sources")
+        reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
+        how = (
+            " If the data is not on this machine, prepare it where there is a network (tfds build "
+            "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
+        )
+        raise ValueError(
+            f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
+            f"{source}: {type(error).__name__}: {reason}.{'' if 'tfds build' in reason else how}"
+        ) from error
+
+
+def means_missing(error: Exception) -> bool:
+    """Whether this was raised because data is not on this machine."""
+    if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
+        told = ("could not find data in", "cannot be loaded at version")
+        return any(text in str(error).lower() for text in told)
+    of_tfds = type(error).__module__.startswith("tensorflow_datasets.")
+    return of_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))

@@ -1,0 +1,136 @@
+"""optax transformations that step every row of a parameter as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Bool, Float, Int, Params
+from mpt_jax.core.tree import flatten, path_name
+from mpt_jax.training.schedules import PerGroup, _per_group
+
+# Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
+# Parameters not named (the backbone's own, say) have no rows.
+Rows = Mapping[str, str]
+
+
+def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
+    """The group of each row of a parameter; None where it has no rows.
+
+    Args:
+        name: the parameter's path (`prompt/shared`).
+        rows: what rows count; `PromptedEncoderDecoder.rows`.
+        runs: the bank's rows.
+
+    Raises:
+        ValueError: a parameter without rows, shared by all, in a job of several groups.
+    """
+    if rows.get(name) == "groups":
+        return tuple(range(runs.num_groups))
+    if rows.get(name) == "tasks":
+        return runs.group_of_row
+    if runs.num_groups > 1:
+        raise ValueError(
+            f"The parameter {name!r} has no rows of groups or tasks, so {runs.num_groups} "
+            "independent runs cannot train it in one job; run them one by one."
+        )
+    return None
+
+
+class RowState(NamedTuple):
+    """The inner state of every row, stacked, and how many steps each row has taken."""
+
+    inner: Any
+    steps: Int[Array, " n"]
+
+
+def by_row(
+    inner: optax.GradientTransformation,
+    schedule: Callable[..., Array],
+    groups: tuple[int, ...] | None,
+    hold: bool,
+) -> optax.GradientTransformation:
+    """Applies a transformation to each row as if it were alone, then the learning rate.
+
+    Args:
+        inner: what one row undergoes, before its learning rate.
+        schedule: (step [n], group [n]) -> learning rate [n].
+        groups: the group of each of n rows, or None for parameters without a row axis.
+        hold: leaves rows whose gradients are all exactly zero untouched.
+    """
+    if groups is None:
+        # The one row there is: nothing to stack, and it is in every batch.
+        return optax.chain(inner, optax.scale_by_learning_rate(schedule))
+    rows = np.asarray(groups)
+
+    def init(params: Params) -> RowState:
+        return RowState(jax.vmap(inner.init)(params), jnp.zeros(len(rows), jnp.int32))
+
+    def update(grads: Params, state: RowState, params: Params) -> tuple[Params, RowState]:
+        updates, moved = jax.vmap(inner.update)(grads, state.inner, params)
+        rates = -schedule(state.steps, jnp.asarray(rows))
+        updates = jax.tree.map(lambda u: _rows(rates, u) * u, updates)
+        new = RowState(moved, state.steps + 1)
+        if hold:
+            present = jnp.zeros(len(rows), bool)
+            for grad in jax.tree.leaves(grads):
+                present = present | jnp.any(grad != 0, axis=tuple(range(1, grad.ndim)))
+            new = jax.tree.map(lambda a, b: jnp.where(_rows(present, a), a, b), new, state)
+            updates = jax.tree.map(lambda u: jnp.where(_rows(present, u), u, 0.0), updates)
+        return updates, new
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
+    """The norm [G] of each group's gradient over all its parameters."""
+    squares = jnp.zeros(runs.num_groups, jnp.float32)
+    for name, grad in flatten(grads).items():
+        groups = row_groups(name, rows, runs)
+        square = jnp.square(grad.astype(jnp.float32))
+        if groups is None:
+            squares = squares.at[0].add(square.sum())
+        else:
+            squares = squares.at[np.asarray(groups)].add(square.sum(tuple(range(1, grad.ndim))))
+    return jnp.sqrt(squares)
+
+
+def clip_by_group_norm(
+    max_norm: PerGroup | None, rows: Rows, runs: Runs
+) -> optax.GradientTransformation:
+    """Scales a group's gradients down to a largest norm; groups never see each other's."""
+    if max_norm is None:
+        return optax.identity()
+
+    def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+        norms = gradient_norms(grads, rows, runs)
+        limits = jnp.broadcast_to(_per_group(max_norm), norms.shape)
+        scales = jnp.where(norms > limits, limits / jnp.maximum(norms, 1e-30), 1.0)
+
+        def scale(path: tuple, grad: Array) -> Array:
+            groups = row_groups(path_name(path), rows, runs)
+            factor = scales[0] if groups is None else _rows(scales[np.asarray(groups)], grad)
+            return (grad * factor).astype(grad.dtype)
+
+        return jax.tree_util.tree_map_with_path(scale, grads), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)  # pyright: ignore
+
+
+def _pick_rows(
+    stepped: Bool[Array, " G"], groups: tuple[int, ...] | None, new: Array, old: Array
+) -> Array:
+    """The rows of `new` whose group is stepped, those of `old` for the others."""
+    rows = stepped[0] if groups is None else _rows(stepped[np.asarray(groups)], new)
+    return jnp.where(rows, new, old)
+
+
+def _rows(values: Array, like: Array) -> Array:
+    """Values [n] shaped to multiply or select the rows of an array [n, ...]."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))

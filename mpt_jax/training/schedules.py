@@ -1,0 +1,73 @@
+"""Learning-rate schedules, with one setting for all groups or one for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.core.shapes import Array, Float, Int
+
+PerGroup = int | float | Sequence[int | float]
+
+
+DECAYS = ("linear", "cosine", "constant", "rsqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate over steps: linear warmup to `peak`, then a decay. All fields but `decay`
+    take one number, or one for each group.
+
+    Attributes:
+        peak: the highest learning rate.
+        total_steps: where a linear or cosine decay ends; needed for those.
+        warmup_steps: length of the warmup; its first step has learning rate zero.
+        warmup_fraction: the same as a fraction of total_steps; give one of the two.
+        decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
+            warmup (T5's pretraining), or `'constant'`.
+    """
+
+    peak: PerGroup
+    total_steps: PerGroup | None = None
+    warmup_steps: PerGroup = 0
+    warmup_fraction: PerGroup = 0.0
+    decay: str = "linear"
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {DECAYS}, got {self.decay!r}.")
+        needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
+        if needs_total and self.total_steps is None:
+            raise ValueError(
+                f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
+                "total_steps."
+            )
+        if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
+            raise ValueError("Give warmup_steps or warmup_fraction, not both.")
+
+    def __call__(
+        self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
+    ) -> Float[Array, "..."]:
+        """The learning rate of a step (counted from 0) in a group."""
+        pick = lambda value: _per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
+        step = jnp.asarray(step, jnp.float32)
+        total = pick(1.0 if self.total_steps is None else self.total_steps)
+        warmup = pick(self.warmup_steps) + jnp.round(pick(self.warmup_fraction) * total)
+        ramp = jnp.where(warmup > 0, jnp.minimum(1.0, step / jnp.maximum(warmup, 1.0)), 1.0)
+        left = jnp.clip((total - step) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+        decays = {
+            "linear": left,
+            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * left),
+            "rsqrt": jnp.sqrt(
+                jnp.maximum(warmup, 1.0) / jnp.maximum(step, jnp.maximum(warmup, 1.0))
+            ),
+            "constant": jnp.ones_like(left),
+        }
+        return pick(self.peak) * ramp * decays[self.decay]
+
+
+def _per_group(value: PerGroup) -> Array:
+    return jnp.atleast_1d(jnp.asarray(value, jnp.float32))

@@ -1,0 +1,132 @@
+"""The train state: what a step reads and writes, made or as shapes, and its parameter counts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.core.shapes import Params
+from mpt_jax.core.tree import flatten, merge, split, unflatten
+from mpt_jax.models.encoder_decoder import BACKBONE, FROZEN, PromptedEncoderDecoder
+from mpt_jax.training.optimizers import CLOCK
+from mpt_jax.training.partitioning import PjitPartitioner, put_like, shardings_like
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a step reads and writes.
+
+    Attributes:
+        step: how many steps were taken.
+        trainable: the parameters that learn, float32. Saved.
+        opt_state: the optimizer's state for them. Saved.
+        frozen: everything else, in the backbone's dtype. Loaded, never saved.
+        ended: int32 [G], the job's step at which a group left the training; -1 while it trains.
+            Not saved with the arrays: a checkpoint's meta has it as `Trainer.standing`.
+        failed: bool [G], whether it left because a number was not finite. Kept in the same way.
+    """
+
+    step: Any  # an array; a tree of shapes or shardings has those
+    trainable: dict[str, Any]
+    opt_state: Any
+    frozen: dict[str, Any]
+    ended: Any
+    failed: Any
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The whole parameter tree."""
+        return merge(self.trainable, self.frozen)
+
+
+def param_shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
+    """The whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
+    variables = jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))
+    return flax.core.unfreeze(variables["params"]), variables["params_axes"]
+
+
+def create_train_state(
+    model: PromptedEncoderDecoder,
+    params: Params,
+    partitioner: PjitPartitioner,
+    rows_by_run: bool = False,
+) -> TrainState:
+    """The state of step 0, laid out over the mesh; for `rows_by_run` see `Trainer`."""
+    trainable, frozen = split(params, model.labels, trainable_labels(model, params))
+    if not flatten(trainable):
+        raise ValueError("Nothing learns: every parameter is labelled 'frozen'.")
+    shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
+    place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
+    trainable = place(trainable)
+    opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
+    everywhere = lambda x: jax.device_put(x, partitioner.replicated)  # noqa: E731
+    return TrainState(
+        step=everywhere(jnp.zeros((), jnp.int32)),
+        trainable=trainable,
+        opt_state=opt_state,
+        frozen=place(frozen),
+        ended=everywhere(jnp.full(model.runs.num_groups, -1, jnp.int32)),
+        failed=everywhere(jnp.zeros(model.runs.num_groups, bool)),
+    )
+
+
+def abstract_train_state(
+    model: PromptedEncoderDecoder, partitioner: PjitPartitioner, rows_by_run: bool = False
+) -> TrainState:
+    """The state that `create` makes, as shapes on a mesh whose devices need not be here."""
+    tree, axes = param_shapes(model)
+    dtypes = _dtypes(model, tree)
+    shardings = _shardings(model, partitioner, tree, axes, rows_by_run)
+    tree = unflatten(
+        {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in flatten(tree).items()}
+    )
+    trainable, frozen = split(tree, model.labels, trainable_labels(model, tree))
+    opt_state = jax.eval_shape(model.optimizer_def.init, trainable)
+    shape = jax.ShapeDtypeStruct
+    groups = (model.runs.num_groups,)
+    ended, failed = shape(groups, jnp.int32), shape(groups, jnp.bool_)
+    state = TrainState(shape((), jnp.int32), trainable, opt_state, frozen, ended, failed)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, state, shardings_like(state, shardings, partitioner.replicated))
+
+
+def _shardings(
+    model: PromptedEncoderDecoder,
+    partitioner: PjitPartitioner,
+    params: Params,
+    axes: Params,
+    rows_by_run: bool,
+) -> dict[str, Any]:
+    found = partitioner.shardings(params, axes)
+    return partitioner.by_runs(found, model.rows, model.runs) if rows_by_run else found
+
+
+def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
+    """Every label of the tree but 'frozen'."""
+    return set(flatten(model.label_tree(params)).values()) - {FROZEN}
+
+
+def num_params(params: Params) -> int:
+    """How many numbers a tree holds."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in flatten(params).values())
+
+
+def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
+    """How many numbers of a tree learn: what is frozen does not, nor what counts steps."""
+    labels = flatten(model.label_tree(params))
+    return sum(
+        int(np.prod(np.shape(leaf)))
+        for name, leaf in flatten(params).items()
+        if labels[name] not in (FROZEN, CLOCK)
+    )
+
+
+def _dtypes(model: PromptedEncoderDecoder, params: Params) -> dict[str, Any]:
+    """The dtype that each parameter trains or computes in, by name."""
+    labels, dtype = flatten(model.label_tree(params)), model.module.config.dtype
+    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
+    return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}

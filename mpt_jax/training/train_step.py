@@ -1,0 +1,156 @@
+"""Pure functions of one step: gradients, update and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.core.shapes import Array, Batch, Bool, Key, Params
+from mpt_jax.core.tree import flatten, merge
+from mpt_jax.models import losses, metrics
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.training.row_transforms import gradient_norms, row_groups
+from mpt_jax.training.state import TrainState
+
+
+def gradients(
+    model: PromptedEncoderDecoder,
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    dropout_rng: Key | None,
+    num_microbatches: int = 1,
+) -> tuple[Params, metrics.StepMetrics]:
+    """The gradient of the objective over a whole batch, and the step's metrics.
+
+    Args:
+        model: backbone, prompt and objective.
+        trainable: what is differentiated.
+        frozen: the other parameters.
+        batch: the whole batch; its rows must divide into the microbatches.
+        dropout_rng: None switches dropout off.
+        num_microbatches: into how many parts rows are cut, to save memory.
+    """
+    weights = model.loss_weights(batch)
+
+    def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
+        params = merge(trainable, frozen)
+        # Prompts that are drawn at random are those of the step, whatever part of it this is.
+        sums, found = model.loss_sums(params, part, rng, prompt_rng=dropout_rng)
+        return losses.combine(model.objective, sums, weights)[0], (sums, found)
+
+    differentiate = jax.grad(objective, has_aux=True)
+    if num_microbatches == 1:
+        grads, (sums, found) = differentiate(trainable, batch, dropout_rng)
+        return grads, {**found, **metrics.term_metrics(sums, weights)}
+
+    def body(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, part[1])
+        return jax.tree.map(jnp.add, total, differentiate(trainable, part[0], rng)), None
+
+    parts = jax.tree.map(lambda x: _interleave(x, num_microbatches), dict(batch))
+    first = jax.tree.map(lambda x: x[0], parts)
+    start = jax.eval_shape(differentiate, trainable, first, dropout_rng)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
+    (grads, (sums, found)), _ = jax.lax.scan(body, start, (parts, jnp.arange(num_microbatches)))
+    return grads, {**found, **metrics.term_metrics(sums, weights)}
+
+
+def train_step(
+    model: PromptedEncoderDecoder,
+    num_microbatches: int,
+    state: TrainState,
+    batch: Batch,
+    rng: Key,
+) -> tuple[TrainState, metrics.StepMetrics]:
+    """One step: gradients, clipping and update by group, metrics of the groups that took it.
+
+    Groups that have ended keep every bit of what they learnt.
+
+    Args:
+        model: what is trained.
+        num_microbatches: see `gradients`.
+        state: before the step.
+        batch: a global batch.
+        rng: the run's key; dropout and prompts drawn at random are functions of it and the step.
+    """
+    is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
+    dropout_rng = jax.random.fold_in(rng, state.step) if is_random else None
+    batch = _padding_of_its_row(batch)
+    grads, found = gradients(
+        model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches
+    )
+    norms = gradient_norms(grads, model.rows, model.runs)
+    found["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))
+    updates, opt_state = model.optimizer_def.update(grads, state.opt_state, state.trainable)
+    trainable = jax.tree.map(jnp.add, state.trainable, updates)
+    active = state.ended < 0
+    stepped = active & _finite(model, norms, found, trainable)
+    trainable, opt_state = model.optimizer_def.select(
+        stepped, (trainable, opt_state), (state.trainable, state.opt_state)
+    )
+    failing = active & ~stepped
+    failed = state.failed | failing
+    over = stepped & model.optimizer_def.is_over(opt_state, trainable)
+    ended = jnp.where(failing, state.step, jnp.where(over, state.step + 1, state.ended))
+    taken = ~failed.all()
+    new = state.replace(
+        step=jnp.where(taken, state.step + 1, state.step),
+        trainable=trainable,
+        opt_state=opt_state,
+        ended=jnp.where(taken, ended, state.ended),
+        failed=jnp.where(taken, failed, state.failed),
+    )
+    return new, metrics.of_groups(found, stepped, model.runs)
+
+
+def eval_step(
+    model: PromptedEncoderDecoder, params: Params, batch: Batch, failed: Bool[Array, " G"]
+) -> metrics.StepMetrics:
+    """The objective's terms and each run's loss over a batch, without dropout, of the groups that
+    have not failed."""
+    batch = _padding_of_its_row(batch)
+    sums, found = model.loss_sums(params, batch)
+    found |= metrics.term_metrics(sums, model.loss_weights(batch))
+    return metrics.of_groups(found, ~failed, model.runs)
+
+
+def _interleave(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...]; part i takes rows i, i + parts, ..., so that each part
+    is spread over all devices as the batch is."""
+    if x.shape[0] % parts:
+        raise ValueError(f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches.")
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _padding_of_its_row(batch: Batch) -> Batch:
+    """An unpacked batch whose padding names the run of its row, where the contract says 0.
+
+    Padding has no weight, but zero times NaN is NaN: a run that fails would take bank row 0 along.
+    """
+    if "encoder_segment_ids" in batch:
+        return batch
+    own = batch["encoder_task_ids"][:, :1]
+    names = ("encoder_task_ids", "decoder_task_ids")
+    return {**batch, **{name: jnp.broadcast_to(own, batch[name].shape) for name in names}}
+
+
+def _finite(
+    model: PromptedEncoderDecoder, norms: Array, found: metrics.StepMetrics, trainable: Params
+) -> Bool[Array, " G"]:
+    """Whether all numbers of each group's step are finite: losses, gradient, new parameters."""
+    finite = jnp.isfinite(norms)
+    for name, metric in found.items():
+        if name.startswith("term/"):
+            finite &= jnp.isfinite(metric.sum)
+    for name, leaf in flatten(trainable).items():
+        groups = row_groups(name, model.rows, model.runs)
+        if groups is None:
+            finite &= jnp.isfinite(leaf).all()
+        else:
+            bad = (~jnp.isfinite(leaf)).any(tuple(range(1, leaf.ndim))).astype(jnp.int32)
+            finite &= jax.ops.segment_max(bad, np.asarray(groups), model.runs.num_groups) == 0
+    return finite
