@@ -13,7 +13,7 @@ import optax
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Bool, Float, Int, Params
 from mpt_jax.core.tree import flatten, path_name
-from mpt_jax.training.schedules import PerGroup, _per_group
+from mpt_jax.training.schedules import PerGroup, per_group
 
 # Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
 # Parameters not named (the backbone's own, say) have no rows.
@@ -110,7 +110,7 @@ def clip_by_group_norm(
 
     def update(grads: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
         norms = gradient_norms(grads, rows, runs)
-        limits = jnp.broadcast_to(_per_group(max_norm), norms.shape)
+        limits = jnp.broadcast_to(per_group(max_norm), norms.shape)
         scales = jnp.where(norms > limits, limits / jnp.maximum(norms, 1e-30), 1.0)
 
         def scale(path: tuple, grad: Array) -> Array:

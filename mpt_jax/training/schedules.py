@@ -52,7 +52,7 @@ class Schedule:
         self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
     ) -> Float[Array, "..."]:
         """The learning rate of a step (counted from 0) in a group."""
-        pick = lambda value: _per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
+        pick = lambda value: per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
         step = jnp.asarray(step, jnp.float32)
         total = pick(1.0 if self.total_steps is None else self.total_steps)
         warmup = pick(self.warmup_steps) + jnp.round(pick(self.warmup_fraction) * total)
@@ -69,5 +69,5 @@ class Schedule:
         return pick(self.peak) * ramp * decays[self.decay]
 
 
-def _per_group(value: PerGroup) -> Array:
+def per_group(value: PerGroup) -> Array:
     return jnp.atleast_1d(jnp.asarray(value, jnp.float32))
