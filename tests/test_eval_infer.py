@@ -18,13 +18,13 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.checkpointing import checkpoints, fingerprint
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import feature_converter, preprocessors
+from mpt_jax.data import feature_converter
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.sampling import task_mixture
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
-from tests.fixtures import tiny
+from tests.fixtures import memory_tasks, tiny
 
 TASKS = ("judged_a", "judged_b")
 BANK = (*TASKS, "judged_empty")
@@ -35,18 +35,8 @@ VOCABULARY = seqio.ByteVocabulary()
 
 def register(name: str, offset: int) -> None:
     size = 0 if name == "judged_empty" else SIZE
-
-    def examples(split, shuffle_files, seed=None):
-        return tf.data.Dataset.range(size).map(
-            lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.strings.as_string(offset)}
-        )
-
-    seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(examples, ("test",), {"test": size}),
-        preprocessors=preprocessors.finish(name),
-        output_features=preprocessors.output_features(VOCABULARY),
-        metric_fns=[accuracy],
+    memory_tasks.register_numbers(
+        name, lambda i: tf.strings.as_string(offset), {"test": size}, [accuracy]
     )
 
 

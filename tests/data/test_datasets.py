@@ -9,10 +9,11 @@ import tensorflow as tf
 
 from mpt_jax.batching import bucketing
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import datasets, preprocessors
+from mpt_jax.data import datasets
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas, StochasticTasks, TaskMixture, task_mixture
+from tests.fixtures import memory_tasks
 
 SIZES = {"dat_a": 7, "dat_b": 30, "dat_c": 11}
 CONVERTER = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(list(SIZES)))
@@ -20,20 +21,8 @@ LENGTHS = {"inputs": 6, "targets": 4}
 
 
 def register(name, size):
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    source = seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.range(size).map(
-            lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.strings.as_string(i % 3)}
-        ),
-        splits=("train", "validation"),
-        num_input_examples={"train": size, "validation": size},
-    )
-    seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=preprocessors.finish(name),
-        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
+    memory_tasks.register_numbers(
+        name, lambda i: tf.strings.as_string(i % 3), {"train": size, "validation": size}
     )
 
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from mpt_jax.data import feature_converter, preprocessors, sampling
 from mpt_jax.data.sampling import EqualQuotas, PerExample, StochasticTasks, TaskMixture
+from tests.fixtures import memory_tasks
 
 WEIGHTS = np.array([0.285, 0.285, 0.113, 0.072, 0.094, 0.151])
 SIZES = {"smp_a": 5, "smp_b": 40, "smp_c": 13}
@@ -104,22 +105,8 @@ def test_per_example_draws():
 # --- Mixtures --------------------------------------------------------------------------------
 
 
-def register(name, size, splits=("train",)):
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    source = seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.range(size).map(
-            lambda i: {"inputs": tf.strings.as_string(i), "targets": tf.constant("t")}
-        ),
-        splits=splits,
-        num_input_examples={split: size for split in splits},
-    )
-    seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=preprocessors.finish(name),
-        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
-    )
+def register(name, size):
+    memory_tasks.register_numbers(name, lambda i: tf.constant("t"), {"train": size})
 
 
 @pytest.fixture(scope="module", autouse=True)

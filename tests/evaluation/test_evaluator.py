@@ -13,9 +13,9 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.data import task_lookup, token_tables
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
-from mpt_jax.data.preprocessors import finish, output_features
 from mpt_jax.data.sampling import task_mixture
 from mpt_jax.evaluation.evaluator import InferenceEvaluator, labels_of, with_labels
+from tests.fixtures import memory_tasks
 
 NAMES = ["evl_a", "evl_b", "evl_c"]
 CONVERTER = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(NAMES))
@@ -33,23 +33,11 @@ def mean_score(targets, scores):
     return {"mean_score": float(np.mean(scores))}
 
 
-def register(name, targets, metric_fns, splits=("validation",), source=None, preprocessors=()):
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    rows = {"inputs": [f"{name} {i}" for i in range(len(targets))], "targets": list(targets)}
-    source = source or seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
-            {k: tf.constant(v, tf.string) for k, v in rows.items()}
-        ),
-        splits=splits,
-    )
-    seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=[*preprocessors, *finish(name)],
-        output_features=output_features(seqio.ByteVocabulary()),
-        metric_fns=metric_fns,
-    )
+def register(name, targets, metric_fns, source=None, preprocessors=()):
+    """Registers a task of inputs "<name> 0", "<name> 1", ... and these targets."""
+    texts = [(f"{name} {i}", target) for i, target in enumerate(targets)]
+    source = source or memory_tasks.listed(texts, ["validation"])
+    memory_tasks.register(name, source, metric_fns, preprocessors)
 
 
 @pytest.fixture(scope="module", autouse=True)
