@@ -21,6 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Pytest imports it after this module, so the import hook below sees it.
+pytest_plugins = ["tests.fixtures.pytest_fixtures"]
+
 # Every annotated function of the library checks its shapes at run time, in tests only.
 jaxtyping.install_import_hook(["mpt_jax"], "beartype.beartype")
 

@@ -6,140 +6,38 @@ import dataclasses
 import json
 import os
 import signal
-import types
 
 import jax
 import numpy as np
 import pytest
-import seqio
-import tensorflow as tf
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.backbones.t5.network import Transformer
-from mpt_jax.checkpointing import checkpoints
-from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.tree import flatten
-from mpt_jax.data import feature_converter, preprocessors
-from mpt_jax.data.datasets import DatasetConfig
-from mpt_jax.data.sampling import EqualQuotas, StochasticTasks, task_mixture
+from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.evaluation import finalize
 from mpt_jax.models import encoder_decoder, losses
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.no_prompt import NoPrompt
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.spot import NearestSource
-from mpt_jax.train import train
 from mpt_jax.training import initialization
 from mpt_jax.training.oom import OutOfMemory
 from mpt_jax.training.optimizers import PromptOptimizer
-from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.selection import SelectBest
 from mpt_jax.training.trainer import NonFiniteLoss, Trainer
 from tests.fixtures import tiny
-
-TASKS = ("run_a", "run_b", "run_c")
-P, BATCH, STEPS = 3, 6, 8
-VOCABULARY = seqio.ByteVocabulary()
-CONFIG = tiny.config(vocab_size=384)
-
-
-def register(name: str, offset: int) -> None:
-    def examples(split, shuffle_files, seed=None):
-        numbers = tf.data.Dataset.range(10 if split == "train" else 4)
-        return numbers.map(
-            lambda i: {
-                "inputs": tf.strings.as_string(i),
-                "targets": tf.strings.as_string((i + offset) % 2),
-            }
-        )
-
-    seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(
-            examples,
-            splits=("train", "validation"),
-            num_input_examples={"train": 10, "validation": 4},
-        ),
-        preprocessors=preprocessors.finish(name),
-        output_features=preprocessors.output_features(VOCABULARY),
-        metric_fns=[accuracy],
-    )
-
-
-def register_all() -> None:
-    for offset, name in enumerate(TASKS):
-        if name not in seqio.TaskRegistry.names():
-            register(name, offset)
-
-
-def accuracy(targets, predictions):
-    return {"accuracy": 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}  # noqa: B905
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    register_all()
-    model = encoder_decoder.PromptedEncoderDecoder(
-        Transformer(CONFIG), PromptTuning(P), Runs(TASKS)
-    )
-    folder = tmp_path_factory.mktemp("backbone")
-    tree = {k: v for k, v in tiny.params(model).items() if k != "prompt"}
-    return str(save_t5x(folder, tree, step=0))
-
-
-def build(method=None, runs=None, rate=0.1, reserved=P, optimizer=None, **overrides):
-    runs = runs or Runs(TASKS)
-    labels = ("shared", "task", "backbone")
-    schedules = dict.fromkeys(labels, Schedule(rate, decay="constant"))
-    optimizer = optimizer or PromptOptimizer(schedules, absent_tasks="hold")
-    converter = lambda **kwargs: feature_converter.PromptFeatureConverter(  # noqa: E731
-        prompt_length=reserved, runs=runs, **kwargs
-    )
-    return encoder_decoder.PromptedEncoderDecoder(
-        Transformer(CONFIG),
-        method or MPT(P),
-        runs,
-        optimizer,
-        VOCABULARY,
-        VOCABULARY,
-        feature_converter_cls=converter,
-        **overrides,
-    )
-
-
-def dataset(runs, sampler=None, split="train", **overrides):
-    mixture = task_mixture(runs.run_names, sampler or StochasticTasks(BATCH, 1))
-    lengths = {"inputs": 4, "targets": 3}
-    arguments = dict(task_feature_lengths=lengths, split=split, batch_size=BATCH, shuffle=True)
-    return DatasetConfig(mixture, seed=1, **{**arguments, **overrides})
-
-
-def run(backbone, model_dir, model=None, steps=STEPS, origins=None, save=None, **overrides):
-    model = model or build()
-    made = initialization.Origins(**{"backbone": backbone, **(origins or {})})
-    return train(
-        model=model,
-        train_dataset_cfg=overrides.pop("data", None) or dataset(model.runs),
-        model_dir=str(model_dir),
-        total_steps=steps,
-        train_state_initializer_cls=lambda: types.SimpleNamespace(origins=made),
-        checkpoint_cfg=checkpoints.CheckpointConfig(save or checkpoints.SaveCheckpointConfig(2)),
-        partitioner=PjitPartitioner(),
-        eval_period=overrides.pop("eval_period", 4),
-        **overrides,
-    )
-
-
-def prompts(model_dir):
-    return flatten(artifacts.load_artefact(model_dir / "artefact").params)
-
-
-def assert_same_bits(first, second):
-    assert sorted(first) == sorted(second)
-    for name in first:
-        np.testing.assert_array_equal(np.asarray(first[name]), np.asarray(second[name]), name)
+from tests.fixtures.training_runs import (
+    BATCH,
+    STEPS,
+    TASKS,
+    P,
+    assert_same_bits,
+    build,
+    dataset,
+    prompts,
+    run,
+)
 
 
 def test_a_run_leaves_what_the_docs_say(backbone, tmp_path):

@@ -19,11 +19,8 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.data import task_lookup
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.tasks import files, glue, splits, super_glue, toy  # noqa: F401 - registered
-from tests import test_train
 from tests.artifacts.test_artifacts import write
-from tests.fixtures import tiny
-
-backbone = test_train.backbone  # a fixture
+from tests.fixtures import tiny, training_runs
 
 CONFIG = {
     "method": "mpt",
@@ -386,19 +383,19 @@ def test_every_method_has_a_card(tmp_path):
 
 
 def test_a_run_tells_what_it_trained_on_and_of_how_many_examples_its_scores_are(backbone, tmp_path):
-    model, evaluated = test_train.build(), test_train.dataset(Runs(test_train.TASKS))
+    model, evaluated = training_runs.build(), training_runs.dataset(Runs(training_runs.TASKS))
     evaluated = dataclasses.replace(evaluated, split="validation", shuffle=False)
-    test_train.run(backbone, tmp_path, model, steps=2, infer_eval_dataset_cfg=evaluated)
+    training_runs.run(backbone, tmp_path, model, steps=2, infer_eval_dataset_cfg=evaluated)
     card = (tmp_path / "artefact" / "README.md").read_text()
     found = cells(card)
     made = "made by a function, in memory"
-    for run in test_train.TASKS:
+    for run in training_runs.TASKS:
         assert [f"`{run}`", made, "train", "", "10"] in found
         assert f"* `{run}`: trained on 10 examples.\n" in card
         (score,) = [line for line in found if line[:2] == [f"`{run}`", "accuracy"]]
         assert score[3:] == ["4", "2"]
     assert "Of the validation split." in card and "flatter" not in card
-    trained = test_train.P * 16 + 3 * (test_train.P + 16)
+    trained = training_runs.P * 16 + 3 * (training_runs.P + 16)
     assert ["numbers that were trained", str(trained)] in found
     record = json.loads((tmp_path / "run.jsonl").read_text())
     assert ["git revision", f"`{record['git_revision']}`"] in found

@@ -8,23 +8,10 @@ from mpt_jax.batching.collate import Example
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.training.train_step import gradients
-from tests.data.test_feature_converter import RUNS, examples, rows_of
 from tests.fixtures import tiny
+from tests.fixtures.converter_examples import RUNS, assert_same, drawn, examples, rows_of
 
 NAMES = RUNS.run_names
-
-
-def drawn(count: int, seed: int = 0) -> list[Example]:
-    rng = np.random.default_rng(seed)
-    draw = lambda most: rng.integers(2, 30, rng.integers(1, most + 1)).tolist()  # noqa: E731
-    return [Example(draw(9), draw(4), int(rng.integers(3))) for _ in range(count)]
-
-
-def assert_same(found: dict, expected: list[dict]) -> None:
-    assert sorted(found) == sorted(expected[0])
-    for name, value in found.items():
-        assert value.dtype == np.int32
-        assert value.tolist() == [row[name] for row in expected], name
 
 
 @pytest.mark.parametrize("prompt_length", [0, 2])

@@ -2,38 +2,16 @@
 
 import functools
 
-import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax.core.runs import Runs
 from mpt_jax.data import feature_converter, preprocessors
 from mpt_jax.data.feature_converter import PromptFeatureConverter
+from tests.fixtures import memory_tasks
+from tests.fixtures.converter_examples import RUNS, examples, rows_of
 
-RUNS = Runs(["ft_alpha", "ft_beta", "ft_gamma"])
 LENGTHS = {"inputs": 4, "targets": 3}
-
-
-def examples(*rows, task_ids=None):
-    """A dataset of task features from (run name, inputs, targets) rows."""
-    ids = task_ids or [preprocessors.task_id(name) for name, _, _ in rows]
-
-    def generate():
-        for identity, (_, inputs, targets) in zip(ids, rows, strict=True):
-            yield {
-                "inputs": np.array(inputs, np.int32),
-                "targets": np.array(targets, np.int32),
-                "task_ids": np.array([identity], np.int32),
-            }
-
-    spec = {name: tf.TensorSpec([None], tf.int32) for name in ("inputs", "targets")}
-    spec["task_ids"] = tf.TensorSpec([1], tf.int32)
-    return tf.data.Dataset.from_generator(generate, output_signature=spec)
-
-
-def rows_of(dataset):
-    return [{k: v.tolist() for k, v in row.items()} for row in dataset.as_numpy_iterator()]
 
 
 def test_unpacked_contract():
@@ -207,20 +185,7 @@ def test_renamed_replaces_the_id_only():
 
 def task(name, texts):
     """A registered task over (inputs, targets) texts with a byte vocabulary."""
-    seqio.TaskRegistry.remove(name)
-    source = seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
-            {"inputs": [t[0] for t in texts], "targets": [t[1] for t in texts]}
-        ),
-        splits=("train",),
-        num_input_examples={"train": len(texts)},
-    )
-    return seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=preprocessors.finish(name),
-        output_features=preprocessors.output_features(seqio.ByteVocabulary()),
-    )
+    return memory_tasks.register(name, memory_tasks.listed(texts))
 
 
 def test_finish_ends_limits_and_names():

@@ -17,10 +17,16 @@ from mpt_jax import eval
 from mpt_jax.checkpointing import checkpoints, run_lock
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
-from tests import test_train
-from tests.test_train import STEPS, TASKS, assert_same_bits, build, dataset, prompts, run
-
-backbone = test_train.backbone  # the fixture
+from mpt_jax.training.trainer import Trainer
+from tests.fixtures.training_runs import (
+    STEPS,
+    TASKS,
+    assert_same_bits,
+    build,
+    dataset,
+    prompts,
+    run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,7 @@ def test_a_second_run_in_a_model_dir_is_refused_and_touches_nothing(backbone, tm
 
 
 def test_a_run_that_was_taken_over_ends_without_a_save(backbone, tmp_path, monkeypatch):
-    class Paused(test_train.Trainer):
+    class Paused(Trainer):
         def train(self, batch):
             super().train(batch)
             if self.step == 3:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import assert_same_bits, prompts
+from tests.fixtures.training_runs import assert_same_bits, prompts
 
 STEPS, KILLS = 100, 3
 STAGE = (

@@ -22,7 +22,7 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
 from tests.fixtures import tiny
-from tests.test_train import (
+from tests.fixtures.training_runs import (
     BATCH,
     STEPS,
     TASKS,
@@ -39,7 +39,7 @@ ONE_APIECE = Runs(TASKS, groups="independent")
 
 
 @pytest.fixture(scope="module")
-def sources(backbone, tmp_path_factory):  # noqa: F811
+def sources(backbone, tmp_path_factory):
     """Artefacts of random source prompts: two of this backbone, one longer, one of another."""
     folder = tmp_path_factory.mktemp("sources")
     embedding = artifacts.embedding_digest(tree(backbone)["token_embedder"]["embedding"])
@@ -66,7 +66,7 @@ def sources(backbone, tmp_path_factory):  # noqa: F811
     }
 
 
-def tree(backbone):  # noqa: F811
+def tree(backbone):
     model = build(PromptTuning(P))
     return initialization.fill(model, initialization.Origins(backbone), jax.random.key(0)).params
 
@@ -84,13 +84,13 @@ def crosspt(**settings) -> CrossPT:
     return CrossPT(P, SOURCES, **{"annealing": Annealing(steps=3), **settings})
 
 
-def train(backbone, folder, model, artefact=None, **settings):  # noqa: F811
+def train(backbone, folder, model, artefact=None, **settings):
     origins = {"artefact": artefact} if artefact else {}
     data = dataset(model.runs, EqualQuotas(BATCH, 1), **settings.pop("data", {}))
     run(backbone, folder, model, origins=origins, data=data, **settings)
 
 
-def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:  # noqa: F811
+def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:
     """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artefact alone."""
     origins = initialization.Origins(backbone, artefact=artefact and str(artefact))
     cfg = checkpoints.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
@@ -115,7 +115,7 @@ def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:  
         ),
     ],
 )
-def test_resuming_equals_never_stopping(method, from_artefact, groups, backbone, sources, tmp_path):  # noqa: F811
+def test_resuming_equals_never_stopping(method, from_artefact, groups, backbone, sources, tmp_path):
     """Also where prompts are drawn, at temperatures that a counter in the checkpoint knows."""
     artefact = sources["one"] if from_artefact else None
     for folder, stops in (("whole", [STEPS]), ("parts", [3, STEPS])):
@@ -135,14 +135,14 @@ def test_resuming_equals_never_stopping(method, from_artefact, groups, backbone,
 
 
 @pytest.fixture(scope="module")
-def attempted(backbone, sources, tmp_path_factory):  # noqa: F811
+def attempted(backbone, sources, tmp_path_factory):
     """MODEL_DIR of a short run of ATTEMPT."""
     folder = tmp_path_factory.mktemp("attempted")
     train(backbone, folder, mixing(attempt()), sources["one"], steps=2)
     return folder
 
 
-def test_a_checkpoint_and_the_artefact_are_the_same_prompts(backbone, attempted):  # noqa: F811
+def test_a_checkpoint_and_the_artefact_are_the_same_prompts(backbone, attempted):
     model = mixing(attempt(start_from="same"))
     by_checkpoint = restored(backbone, model, attempted, attempted / "artefact")
     by_artefact = restored(backbone, model, artefact=attempted / "artefact")
@@ -150,7 +150,7 @@ def test_a_checkpoint_and_the_artefact_are_the_same_prompts(backbone, attempted)
     assert "sources" in prompts(attempted), "the artefact holds what is frozen"
 
 
-def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artefact(backbone, sources, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artefact(backbone, sources, tmp_path):
     method = crosspt(share="learned", top_k=2)
     train(backbone, tmp_path, mixing(method), sources["one"], steps=6)
     same = dataclasses.replace(method, start_from="same")
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artefact(backbone, source
     np.testing.assert_array_equal(found[0], artifacts.load_artefact(tmp_path / "artefact").folded())
 
 
-def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_path):  # noqa: F811
+def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_path):
     with pytest.raises(ValueError, match="no artefact has them.*that its run left"):
         restored(backbone, mixing(attempt()), attempted)
     from_start = restored(backbone, mixing(attempt()), attempted, sources["one"])
@@ -191,7 +191,7 @@ def renamed(path, to) -> str:
 # --- What cannot be ------------------------------------------------------------------------------
 
 
-def filled(backbone, method, artefact=None, runs=ONE_APIECE):  # noqa: F811
+def filled(backbone, method, artefact=None, runs=ONE_APIECE):
     origins = initialization.Origins(backbone, artefact=artefact)
     return initialization.fill(mixing(method, runs), origins, jax.random.key(0))
 
@@ -213,14 +213,14 @@ def filled(backbone, method, artefact=None, runs=ONE_APIECE):  # noqa: F811
         (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_started_from_says_why(method, given, message, backbone, sources):  # noqa: F811
+def test_what_cannot_be_started_from_says_why(method, given, message, backbone, sources):
     if given is not None:
         given = [sources[x] for x in given] if isinstance(given, list) else sources[given]
     with pytest.raises(ValueError, match=message):
         filled(backbone, method, given)
 
 
-def test_an_artefact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):  # noqa: F811
+def test_an_artefact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):
     artefact = str(attempted / "artefact")
     for method in (PromptTuning(P), CrossPT(P, TASKS), PromptTuning(P, start_from="same")):
         with pytest.raises(ValueError, match="depend on the text they stand before"):
@@ -232,7 +232,7 @@ def test_an_artefact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):  #
 
 
 @pytest.mark.parametrize("method", [attempt(start_from="same"), crosspt(start_from="same")])
-def test_a_task_that_the_artefact_lacks(method, backbone, sources, tmp_path):  # noqa: F811
+def test_a_task_that_the_artefact_lacks(method, backbone, sources, tmp_path):
     train(backbone, tmp_path, mixing(method_of_start(method)), sources["one"], steps=0)
     with pytest.raises(ValueError, match="Unknown run 'run_d'.* Known: run_a, run_b, run_c"):
         filled(backbone, method, str(tmp_path / "artefact"), Runs(["run_d"]))
@@ -259,7 +259,7 @@ def test_settings_that_cannot_be(settings, message):
         CrossPT(P, SOURCES, **settings)
 
 
-def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):  # noqa: F811
+def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):
     optimizer = dataclasses.replace(
         tiny.optimizer(),
         learning_rates={
@@ -275,7 +275,7 @@ def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):  # noqa: F8
         train(str(tmp_path / "before anything is read"), tmp_path, mixing(method), steps=5)
 
 
-def test_room_for_all_pieces(backbone, tmp_path):  # noqa: F811
+def test_room_for_all_pieces(backbone, tmp_path):
     cat = crosspt(compose_by="cat")
     with pytest.raises(ValueError, match="reserves 3 positions .* 'crosspt' has prompts of 9"):
         train(backbone, tmp_path, mixing(cat))
@@ -293,7 +293,7 @@ def test_room_for_all_pieces(backbone, tmp_path):  # noqa: F811
 OWN = {"run_a": 1, "run_b": 4, "run_c": 2}
 
 
-def test_the_artefact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path):  # noqa: F811
+def test_the_artefact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path):
     """Under the settings of the whole fleet, and under its own alone."""
     method = crosspt(compose_by="private_cat", private_length=OWN)
     train(backbone, tmp_path, mixing(method, reserved=P + 4), steps=6)
@@ -315,14 +315,14 @@ def test_the_artefact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path
         mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
 
 
-def test_weights_that_are_read_otherwise_are_not_gone_on_with(backbone, tmp_path):  # noqa: F811
+def test_weights_that_are_read_otherwise_are_not_gone_on_with(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
     other = crosspt(normalise="softmax", start_from="same")
     with pytest.raises(ValueError, match="'normalise': 'sum'.*'normalise': 'softmax'.* must agree"):
         filled(backbone, other, str(tmp_path / "artefact"))
 
 
-def test_what_a_run_trained_leaves_out_its_counter(backbone, sources, tmp_path):  # noqa: F811
+def test_what_a_run_trained_leaves_out_its_counter(backbone, sources, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), sources["one"], steps=0)
     record = json.loads((tmp_path / "run.jsonl").read_text())
     numbers = len(TASKS) * (len(SOURCES) * P * 16 + P * 16 + len(SOURCES))

@@ -17,7 +17,7 @@ import pytest
 from mpt_jax.artifacts import artifacts
 from mpt_jax.runtime import paths
 from mpt_jax.serving import export
-from tests.test_train import assert_same_bits, prompts
+from tests.fixtures.training_runs import assert_same_bits, prompts
 
 pytestmark = pytest.mark.slow
 

@@ -1,16 +1,13 @@
 """The report: its numbers by hand, what it leaves out, and a page that is whole by itself."""
 
 import dataclasses
-import json
 import math
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from mpt_jax.artifacts import artifacts
 from mpt_jax.cli import main
 from mpt_jax.core.runs import Runs
 from mpt_jax.experiments import results
@@ -19,17 +16,18 @@ from mpt_jax.experiments.report import analysis, figures, run_reader, sections, 
 from mpt_jax.experiments.results import Result
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
+from tests.fixtures.report_folders import (
+    H,
+    P,
+    Reader,
+    page_of,
+    result,
+    titles,
+    write_artefact,
+    write_lines,
+)
 
 SOURCES = ("toy_sst2", "toy_squad")
-P, H = 2, 4
-
-
-def result(method, shots=32, folder="gone", start=None, length=20, size=900, **scores):
-    """A result with an accuracy of each seed on each toy task."""
-    number = len(next(iter(scores.values())))
-    found = {f"toy_{task}": {"accuracy": v, "f1": [0.0] * number} for task, v in scores.items()}
-    seeds, dirs = tuple(range(number)), (str(folder),)
-    return Result(method, shots, found, 2560.0, 12.4, dirs, seeds, length, size, start)
 
 
 def demo_result(name, rte, d2t, folder):
@@ -38,18 +36,6 @@ def demo_result(name, rte, d2t, folder):
         "toy_d2t": {"f1": [v + 5 for v in d2t], "exact_match": d2t},
     }
     return Result(name, 32, scores, 2560.0, 12.4, (str(folder),), tuple(range(len(rte))))
-
-
-def write_lines(path, lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_artefact(folder, method, params, runs, **metrics):
-    artifacts.save_artefact(
-        folder / "artefact", method, params, runs, metrics=metrics,
-        embedding_sha256="0", vocabulary_sha256=None, backbone="tiny", step=3,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -228,32 +214,6 @@ def test_points_that_would_hide_each_other_are_set_apart():
 
 
 # --- The page ------------------------------------------------------------------------------------
-
-
-class Reader(HTMLParser):
-    """What a page holds: ids, addresses, headings by level, and texts of drawings."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.addresses, self.tags, self.alts = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        self.tags.append(tag)
-        self.ids += [given["id"]] if "id" in given else []
-        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
-        if tag == "svg":
-            assert ("aria-hidden" in given) != bool(given.get("aria-label")), given
-            self.alts += [given["aria-label"]] if given.get("role") == "img" else []
-
-
-def titles(text):
-    return re.findall(r"<h2>(.*?)</h2>", text)
-
-
-def page_of(root, found, **options):
-    return sections.write(root, found, **options).read_text()
 
 
 def test_the_page_is_whole_by_itself(root, demo):

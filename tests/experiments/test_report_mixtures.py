@@ -16,8 +16,8 @@ from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.schedules import Schedule
-from tests import test_train
-from tests.experiments.test_report import (
+from tests.fixtures import training_runs
+from tests.fixtures.report_folders import (
     H,
     P,
     Reader,
@@ -27,8 +27,6 @@ from tests.experiments.test_report import (
     write_artefact,
     write_lines,
 )
-
-backbone = test_train.backbone  # a fixture
 
 SECTION = "What prompts are mixed from"
 SOURCES = ("toy_mnli", "toy_qqp")
@@ -230,22 +228,24 @@ def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attempt", "crosspt"])
 def test_what_a_run_writes_is_drawn(kind, backbone, tmp_path):
-    runs, names = Runs(test_train.TASKS), test_train.TASKS[:2]
+    runs, names = Runs(training_runs.TASKS), training_runs.TASKS[:2]
     sources, folder = tmp_path / "sources", tmp_path / "m"
-    test_train.run(backbone, sources, test_train.build(PromptTuning(test_train.P)), steps=1)
+    training_runs.run(
+        backbone, sources, training_runs.build(PromptTuning(training_runs.P)), steps=1
+    )
     method = {
-        "attempt": ATTEMPT(test_train.P, names, width=2),
-        "crosspt": CrossPT(test_train.P, names, annealing=Annealing(steps=2)),
+        "attempt": ATTEMPT(training_runs.P, names, width=2),
+        "crosspt": CrossPT(training_runs.P, names, annealing=Annealing(steps=2)),
     }[kind]
     labels = ("source", "private", "task", "router")
     rates = dict.fromkeys(labels, Schedule(0.1, decay="constant"))
-    model = test_train.build(method, runs, optimizer=PromptOptimizer(rates, absent_tasks="hold"))
+    model = training_runs.build(method, runs, optimizer=PromptOptimizer(rates, absent_tasks="hold"))
     origins = {"artefact": str(sources / "artefact")}
-    data = test_train.dataset(runs, EqualQuotas(test_train.BATCH, 1))
-    test_train.run(backbone, folder, model, steps=2, origins=origins, data=data)
+    data = training_runs.dataset(runs, EqualQuotas(training_runs.BATCH, 1))
+    training_runs.run(backbone, folder, model, steps=2, origins=origins, data=data)
     scores = {task: {"accuracy": [1.0]} for task in runs.task_names}
     found = type(result("M", rte=[1.0]))(
-        "M", 32, scores, 1.0, 1.0, (str(folder),), (0,), test_train.P, 900
+        "M", 32, scores, 1.0, 1.0, (str(folder),), (0,), training_runs.P, 900
     )
     text = section(page_of(tmp_path, [found]))
     weights, entropies = Reader(text).alts

@@ -15,10 +15,8 @@ from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.training.state import param_shapes
-from tests import test_train
-from tests.batching.test_collate import assert_same, drawn
-from tests.data.test_feature_converter import RUNS, examples, rows_of
-from tests.fixtures import tiny
+from tests.fixtures import tiny, training_runs
+from tests.fixtures.converter_examples import RUNS, assert_same, drawn, examples, rows_of
 
 OWN = (3, 7, 4)  # positions of each row's prompt
 LONGEST = max(OWN)
@@ -155,14 +153,14 @@ def test_cut_batches_have_the_same_losses(mixed):
 
 
 def test_training_data_has_each_runs_own_length():
-    test_train.register_all()
-    runs = Runs(test_train.TASKS)
+    training_runs.register_all()
+    runs = Runs(training_runs.TASKS)
     private = dict(zip(runs.run_names, (2, 1, 4), strict=True))
-    model = test_train.build(method(private), runs, reserved=6)
+    model = training_runs.build(method(private), runs, reserved=6)
     lengths = model.prompt.prompt_lengths(runs)
     assert lengths == (4, 3, 6)
     for changes in ({}, {"pack": True}):
-        config = test_train.dataset(runs, EqualQuotas(test_train.BATCH, 1), **changes)
+        config = training_runs.dataset(runs, EqualQuotas(training_runs.BATCH, 1), **changes)
         batch = next(datasets.train_iterator(config, model.FEATURE_CONVERTER_CLS))
         slots, rows = batch["encoder_prompt_slots"], batch["encoder_task_ids"]
         is_text = batch["encoder_input_tokens"] > 0
