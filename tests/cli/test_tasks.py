@@ -27,11 +27,9 @@ def no_run():
 
 
 @pytest.fixture
-def data_dir(tmp_path):
+def folder(tmp_path):
     tfds_data.write(tmp_path, "super_glue/cb:1.0.2")
-    seqio.set_tfds_data_dir_override(str(tmp_path))
-    yield tmp_path
-    seqio.set_tfds_data_dir_override(None)
+    return tmp_path
 
 
 def cells(text: str) -> list[list[str]]:

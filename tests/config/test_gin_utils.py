@@ -19,8 +19,21 @@ import pytest
 from mpt_jax.config import gin_utils, trainer_choice
 from mpt_jax.core.tree import flatten
 from mpt_jax.runtime import paths
+from tests.fixtures.gin_files import (
+    JOINT,
+    ROOT,
+    SOURCE,
+    TARGET,
+    VOCABULARY,
+    abstract_params,
+    parse,
+    shapes_of,
+    trained,
+    value,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("own_trainer")
+
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.gin"))
 STAGES = [name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text()]
 TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.gin")]
@@ -40,45 +53,8 @@ PROMPTED = [
 ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # Other source tasks; tests/tasks/test_mixtures.py.
 SOURCES = ["gin/runs/source_tasks_12.gin"]
-JOINT = "gin/runs/joint_targets.gin"
 # tests/experiments/test_fleet_gin.py.
 FLEETS = [name for name in FILES if name.startswith("gin/runs/fleet")]
-# A vocabulary that is there, in place of T5's, which is not shipped.
-VOCABULARY = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
-
-
-@pytest.fixture(autouse=True)
-def own_trainer():
-    trainer_choice.install()
-    yield
-    gin.clear_config()
-
-
-def parse(files, bindings=(), entry="train"):
-    module = importlib.import_module(f"mpt_jax.{entry}")
-    with gin_utils.as_main(module):
-        gin_utils.parse(files, bindings, (str(ROOT),))
-
-
-def value(macro: str):
-    """A macro's value, with everything it refers to built."""
-    return gin.get_configurable(f"{macro}/gin.macro")()
-
-
-def shapes_of(model):
-    return jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))["params"]
-
-
-def abstract_params(model) -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in flatten(shapes_of(model)).items()}
-
-
-def trained(model) -> int:
-    """How many numbers learn, by the model's own table of labels."""
-    shapes = shapes_of(model)
-    labels = flatten(model.label_tree(shapes))
-    leaves = flatten(shapes)
-    return sum(int(np.prod(leaves[name].shape)) for name in leaves if labels[name] != "frozen")
 
 
 def entry_of(name: str) -> str:
@@ -131,9 +107,6 @@ def test_a_method_can_take_a_stages_place(name):
 def test_a_toy_run_can_be_changed(name):
     parse(["gin/mpt_source.gin", "gin/tiny.gin", name])
     assert abstract_params(value("MODEL"))
-
-
-SOURCE, TARGET = "gin/mpt_source.gin", "gin/mpt_target.gin"
 
 
 ABLATED = [

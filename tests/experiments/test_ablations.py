@@ -10,7 +10,7 @@ import gin
 import pytest
 
 from mpt_jax.config import gin_utils, trainer_choice
-from tests.config.test_gin_utils import ROOT, VOCABULARY, value
+from tests.fixtures.gin_files import ROOT, VOCABULARY, value
 
 PAGE = (ROOT / "docs" / "ablations.md").read_text()
 

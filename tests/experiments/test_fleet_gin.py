@@ -10,7 +10,9 @@ import seqio
 
 from mpt_jax.data import datasets, sampling
 from mpt_jax.training import optimizers
-from tests.config.test_gin_utils import JOINT, TARGET, VOCABULARY, own_trainer, parse, value  # noqa: F401
+from tests.fixtures.gin_files import JOINT, TARGET, VOCABULARY, parse, value
+
+pytestmark = pytest.mark.usefixtures("own_trainer")
 
 FLEET, TASK_RATES, STARTS, INITS = (
     f"gin/runs/{name}.gin" for name in ("fleet", "fleet_task_rates", "fleet_starts", "fleet_inits")

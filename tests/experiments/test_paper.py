@@ -23,7 +23,7 @@ from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.tasks import toy
-from tests.config.test_gin_utils import ROOT, VOCABULARY, trained, value
+from tests.fixtures.gin_files import ROOT, VOCABULARY, trained, value
 
 ALL = list(tables.TABLES)
 ON_TOY = [name for name in ALL if name != "scaling"]  # there is one T5

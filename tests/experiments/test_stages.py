@@ -19,7 +19,7 @@ from mpt_jax.config import gin_utils
 from mpt_jax.data import sampling
 from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.runtime import paths
-from tests.config.test_gin_utils import VOCABULARY, parse, trained, value
+from tests.fixtures.gin_files import VOCABULARY, parse, trained, value
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHERS = paths.shipped(name="tiny_t5/teachers")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 
-import gin
 import numpy as np
 import pytest
 import seqio
@@ -17,19 +16,9 @@ from mpt_jax.tasks import files as jsonl
 from mpt_jax.tasks.few_shot import Draw
 from tests.fixtures import tfds_data
 
+pytestmark = pytest.mark.usefixtures("byte_vocabulary")
+
 LENGTHS = {"inputs": 200, "targets": 40}
-
-
-@pytest.fixture(autouse=True)
-def run():
-    gin.clear_config()
-    gin.parse_config(
-        "from __gin__ import dynamic_registration\n"
-        "from mpt_jax.data import vocabularies\n"
-        "vocabularies.load.path = 'byt5'"
-    )
-    yield
-    gin.clear_config()
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +27,6 @@ def folder(tmp_path_factory):
     for name in ("super_glue/cb:1.0.2", "glue/sst2:2.0.0", "squad/v1.1:3.0.0", "glue/stsb:2.0.0"):
         tfds_data.write(path, name)
     return path
-
-
-@pytest.fixture
-def data_dir(folder):
-    seqio.set_tfds_data_dir_override(str(folder))
-    yield folder
-    seqio.set_tfds_data_dir_override(None)
 
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gin
 import numpy as np
 import pytest
 import seqio
@@ -23,6 +22,7 @@ from mpt_jax.data.sampling import EqualQuotas, task_mixture
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import file_readers
 from mpt_jax.tasks import files as jsonl
+from tests.fixtures import gin_files
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = {"inputs": "{q}", "targets": "{a}"}
@@ -359,17 +359,8 @@ def test_inputs_shared_with_train_are_counted_in_a_warning(caplog):
 # --- As a task -------------------------------------------------------------------------------
 
 
-def bind_bytes() -> None:
-    gin.clear_config()
-    gin.parse_config(
-        "from __gin__ import dynamic_registration\n"
-        "from mpt_jax.data import vocabularies\n"
-        "vocabularies.load.path = 'byt5'"
-    )
-
-
 def test_values_of_the_file_become_words_and_batches_hold_them():
-    bind_bytes()
+    gin_files.bind_vocabulary("byt5")
     write("x.csv", "q,a", "is it red ?,0", "is it blue ?,1")
     jsonl.register("own_words", train="x.csv", labels={0: "no", 1: "yes"}, **QUESTION)
     task = seqio.TaskRegistry.get("own_words")

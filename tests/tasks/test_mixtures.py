@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import gin
 import pytest
 import seqio
 
-from mpt_jax import train
-from mpt_jax.config import gin_utils, trainer_choice
-from mpt_jax.tasks import extra_sources, glue, mixtures, mpt_others, mrqa, super_glue
+from mpt_jax.tasks import mixtures
+from tests.fixtures.gin_files import ROOT, VOCABULARY, bind_vocabulary, parse, value
+from tests.fixtures.suite_rows import ROWS
 
-ROOT = Path(__file__).resolve().parents[2]
-ROWS = {
-    row.name: row for m in (glue, super_glue, mrqa, mpt_others, extra_sources) for row in m.ROWS
-}
+pytestmark = pytest.mark.usefixtures("own_trainer")
+
 # docs/tasks.md and the paper: what five epochs go over. ReCoRD with a row for each answer.
 SIX, TWELVE, RECORD_ROWS = 1_151_093, 1_425_899, 138_854
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    gin.clear_config()
-
-
-def parse(files, bindings=()):
-    trainer_choice.install()
-    with gin_utils.as_main(train):
-        gin_utils.parse(files, bindings, (str(ROOT),))
-
-
-def value(macro):
-    return gin.get_configurable(f"{macro}/gin.macro")()
-
-
-def bind_vocabulary():
-    gin.parse_config(
-        "from __gin__ import dynamic_registration\n"
-        "from mpt_jax.data import vocabularies\n"
-        "vocabularies.load.path = 'byt5'"
-    )
 
 
 def train_size(name):
@@ -62,7 +35,7 @@ def test_the_targets_are_the_papers_21():
 
 @pytest.mark.parametrize("name", mixtures.MIXTURES)
 def test_rates_are_sizes_up_to_the_cap(name):
-    bind_vocabulary()
+    bind_vocabulary("byt5")
     mixture = seqio.get_mixture_or_task(name)
     expected = {task: min(2**18, train_size(task)) for task in mixtures.MIXTURES[name]}
     assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == expected
@@ -84,14 +57,14 @@ def test_one_source_may_be_left_out():
         names = [name for name in mixtures.MIXTURES if f"mpt_source_{count}_without_" in name]
         left_out = [set(whole) - set(mixtures.MIXTURES[name]) for name in names]
         assert sorted(left_out, key=min) == [{task} for task in sorted(whole)]
-    bind_vocabulary()
+    bind_vocabulary("byt5")
     mixture = seqio.get_mixture_or_task("mpt_source_6_without_mnli")
     # QQP, at most 2^18; QNLI, SST-2, SQuAD and ReCoRD without the 1,000 rows held out.
     assert mixture.total_rate == 262_144 + 103_743 + 66_349 + 86_599 + 99_730
 
 
 def test_rates_by_hand():
-    bind_vocabulary()
+    bind_vocabulary("byt5")
     mixture = seqio.get_mixture_or_task("mpt_source_12")
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
     assert rates["mnli"] == rates["qqp"] == 262_144
@@ -153,8 +126,7 @@ STAGES = {
 def test_twelve_sources_take_the_place_of_six(stage, monkeypatch):
     monkeypatch.setenv("MPT_JAX_ROOT", "root")
     name, bindings, batch_size, steps = STAGES[stage]
-    vocabulary = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
-    own = [f"STAGE = {name!r}", vocabulary, *bindings]
+    own = [f"STAGE = {name!r}", VOCABULARY, *bindings]
     parse([stage, "gin/runs/source_tasks_12.gin"], own)
     assert (value("BATCH_SIZE"), value("TRAIN_STEPS")) == (batch_size, steps)
     assert value("MODEL_DIR") == f"root/{name}"
@@ -180,12 +152,15 @@ def test_a_source_is_left_out_on_the_command_line():
     text = (ROOT / "docs" / "tasks.md").read_text()
     steps = 5 * ((SIX - train_size("squad")) // 32)
     assert f'--gin.SOURCE_TASKS="{left!r}" --gin.TRAIN_STEPS={steps}' in text
-    vocabulary = f"VOCABULARY = {str(ROOT / 'tasks' / 'data' / 'toy.model')!r}"
-    parse(["gin/mpt_source.gin"], [f"SOURCE_TASKS = {left!r}", vocabulary])
+    parse(["gin/mpt_source.gin"], [f"SOURCE_TASKS = {left!r}", VOCABULARY])
     assert value("MODEL").runs.task_names == tuple(left)
 
 
 def test_the_runs_import_every_suite():
     parse(["gin/mpt_source.gin"])
-    stems = {path.stem for path in (ROOT / "tasks").glob("*.py") if "ROWS = (" in path.read_text()}
-    assert set(value("TASK_MODULES")) == {f"tasks.{stem}" for stem in stems}
+    stems = {
+        path.stem
+        for path in (ROOT / "mpt_jax" / "tasks").glob("*.py")
+        if "ROWS = (" in path.read_text()
+    }
+    assert set(value("TASK_MODULES")) == {f"mpt_jax.tasks.{stem}" for stem in stems}

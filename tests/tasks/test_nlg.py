@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-import gin
 import numpy as np
 import pytest
 import seqio
@@ -30,17 +29,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def run(folder):
-    gin.parse_config(
-        "from __gin__ import dynamic_registration\n"
-        "from mpt_jax.data import vocabularies\n"
-        "vocabularies.load.path = 'byt5'"
-    )
+def run(byte_vocabulary, data_dir):
     task_mixture(TASKS, modules=["mpt_jax.tasks.nlg"])
-    seqio.set_tfds_data_dir_override(str(folder))
-    yield
-    seqio.set_tfds_data_dir_override(None)
-    gin.clear_config()
 
 
 def rows(name, split):

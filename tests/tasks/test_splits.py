@@ -94,13 +94,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def data_dir(folder):
-    seqio.set_tfds_data_dir_override(str(folder))
-    yield folder
-    seqio.set_tfds_data_dir_override(None)
-
-
 def source(data=CB, parts=None, sizes=None, keys=("idx",), **rest):
     sizes = sizes or {"train": 9, "validation": 56}
     return PartsSource(data, parts or splits.halved(), sizes, keys, **rest)

@@ -14,7 +14,7 @@ from mpt_jax.data import task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import suite
 from tests.fixtures import tfds_data
-from tests.tasks.test_suites import GENERATED, ROWS, TEXTS
+from tests.fixtures.suite_rows import GENERATED, ROWS, TEXTS
 
 CLASSIFICATION = [name for name, row in ROWS.items() if row.words]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from pathlib import Path
 
 import gin
 import numpy as np
@@ -22,85 +21,15 @@ from mpt_jax.data import datasets, token_tables, vocabularies
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import task_mixture
 from mpt_jax.evaluation.evaluator import InferenceEvaluator, labels_of
-from mpt_jax.tasks import extra_sources, glue, mpt_others, mrqa, nlg, splits, suite, super_glue
+from mpt_jax.tasks import glue, splits, suite
 from mpt_jax.training.selection import SelectBest
 from tests.fixtures import tfds_data, tiny
+from tests.fixtures.gin_files import ROOT, TOY_MODEL, bind_vocabulary
+from tests.fixtures.suite_rows import GENERATED, ROWS, TEXTS
 
-ROOT = Path(__file__).resolve().parents[2]
-SUITES = (glue, super_glue, mrqa, mpt_others, extra_sources)
-ROWS = {row.name: row for module in SUITES for row in module.ROWS}
-GENERATED = {row.name: row for row in nlg.ROWS}  # test_nlg.py reads them
+pytestmark = pytest.mark.usefixtures("byte_vocabulary")
+
 LENGTHS = {"inputs": 200, "targets": 40}  # bytes, here
-
-# What row 1 of the original file becomes, and its target in words and in digits.
-TEXTS = {
-    "mnli": ("mnli premise: premise 1 hypothesis: hypothesis 1", "neutral", "1"),
-    "qqp": ("qqp question1: question1 1 question2: question2 1", "duplicate", "1"),
-    "qnli": ("qnli question: question 1 sentence: sentence 1", "not_entailment", "1"),
-    "sst2": ("sst2 sentence: sentence 1", "positive", "1"),
-    "stsb": ("stsb sentence1: sentence1 1 sentence2: sentence2 1", "0.0", None),
-    "mrpc": ("mrpc sentence1: sentence1 1 sentence2: sentence2 1", "equivalent", "1"),
-    "rte": ("rte sentence1: sentence1 1 sentence2: sentence2 1", "not_entailment", "1"),
-    "cola": ("cola sentence: sentence 1", "acceptable", "1"),
-    "boolq": ("boolq question: question 1 passage: passage 1", "True", "1"),
-    "cb": ("cb premise: premise 1 hypothesis: hypothesis 1", "contradiction", "1"),
-    "wic": ("wic sentence1: sentence1 1 sentence2: sentence2 1 word: word 1", "True", "1"),
-    "wsc": ("wsc text: * Mark * told Pete 1 lies about # himself # .", "True", "1"),
-    "multirc": (
-        "multirc question: question 1 answer: answer 1 paragraph: paragraph 1",
-        "True",
-        "1",
-    ),
-    "record": (
-        "record query: @placeholder met in 1 entities: Ann, Bob, Cy "
-        "passage: Ann and Bob met Cy in 1. They left",
-        *("Bob", None),
-    ),
-    "squad": (
-        "squad question: Who sat 1 times ? context: It ( the cat ) sat 1 times .",
-        *("the cat", None),
-    ),
-    "nq": ("nq question: What sat 1 times ? context: [ DOC ] It sat 1 times .", "It", None),
-    "hotpotqa": (
-        "hotpotqa question: What sat 1 times ? context: [ DOC ] It sat 1 times .",
-        "It",
-        None,
-    ),
-    "searchqa": (
-        "searchqa question: What sat 1 times ? context: [ DOC ] It sat 1 times .",
-        "It",
-        None,
-    ),
-    "newsqa": ("newsqa question: What sat 1 times ? context: [ DOC ] It sat 1 times .", "It", None),
-    "winogrande": (
-        "winogrande sentence: sentence 1 option0: option1 1 option1: option2 1",
-        *("option1", "1"),
-    ),
-    "yelp": ("yelp sentence: text 1", "positive", "1"),
-    "scitail": ("scitail premise: premise 1 hypothesis: hypothesis 1", "neutral", "1"),
-    "paws": ("paws sentence1: sentence1 1 sentence2: sentence2 1", "paraphrase", "1"),
-    "agnews": ("agnews title: title 1 description: description 1", "Sports", "1"),
-    "commonsenseqa": (
-        "commonsenseqa question: question 1 choice1: choice A 1 choice2: choice B 1 "
-        "choice3: choice C 1 choice4: choice D 1 choice5: choice E 1",
-        *("choice2", "1"),
-    ),
-    "openbookqa": (
-        "openbookqa question: stem 1 choice1: A 1 choice2: B 1 choice3: C 1 choice4: D 1",
-        *("choice2", "1"),
-    ),
-    "arc_easy": (
-        "arc_easy question: question 1 choice1: text A 1 choice2: text B 1 choice3: text C 1",
-        *("choice2", "1"),
-    ),
-    "arc_challenge": (
-        "arc_challenge question: question 1 choice1: text A 1 choice2: text B 1 choice3: text C 1",
-        *("choice2", "1"),
-    ),
-    "anli_r1": ("anli_r1 premise: context 1 hypothesis: hypothesis 1", "neutral", "1"),
-    "anli_r2": ("anli_r2 premise: context 1 hypothesis: hypothesis 1", "neutral", "1"),
-    "anli_r3": ("anli_r3 premise: context 1 hypothesis: hypothesis 1", "neutral", "1"),
-}
 
 # Names that are ours where TFDS's are numbers or another word for the same.
 RENAMED = {
@@ -119,30 +48,6 @@ def folder(tmp_path_factory):
     for name in tfds_data.DATA:
         tfds_data.write(path, name)
     return path
-
-
-def bind_vocabulary(path: str) -> None:
-    gin.clear_config()
-    gin.parse_config(
-        "from __gin__ import dynamic_registration\n"
-        "from mpt_jax.data import vocabularies\n"
-        f"vocabularies.load.path = {path!r}"
-    )
-
-
-@pytest.fixture(autouse=True)
-def run():
-    """A run with ByT5's vocabulary, which needs no file and loses no letter."""
-    bind_vocabulary("byt5")
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture
-def data_dir(folder):
-    seqio.set_tfds_data_dir_override(str(folder))
-    yield folder
-    seqio.set_tfds_data_dir_override(None)
 
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:
@@ -388,6 +293,6 @@ def test_a_task_has_one_vocabulary_in_a_process(tmp_path):
     row = glue.ROWS[0]
     task = suite.RunTask("any", source=seqio.TaskRegistry.get(row.name).source, output_features={})
     assert set(task.output_features) == {"inputs", "targets", "task_ids"}
-    bind_vocabulary(str(ROOT / "tasks" / "data" / "toy.model"))
+    bind_vocabulary(TOY_MODEL)
     with pytest.raises(ValueError, match="Start a new process"):
         _ = task.output_features
