@@ -4,41 +4,16 @@ import gc
 import json
 import re
 import weakref
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from mpt_jax.convert import __main__ as command
 from mpt_jax.convert import backbones, load_backbone, load_hf, parity
 from mpt_jax.core.tree import flatten, unflatten
 from tests.fixtures import fake_gcs
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def hf_folder(folder: Path, version: str = "1_1") -> Path:
-    """The golden's model as transformers would save it."""
-    golden = dict(np.load(GOLDEN / f"t5_hf_{version}.npz"))
-    folder.mkdir()
-    (folder / "config.json").write_text(str(golden["config"]))
-    weights = {k.removeprefix("weight:"): v for k, v in golden.items() if k.startswith("weight:")}
-    save_file(weights, folder / "model.safetensors")
-    return folder
-
-
-def convert(*arguments: object) -> None:
-    command.main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments: object) -> str:
-    """The sentence with which a conversion ends in exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        convert(*arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
 
 
 @pytest.mark.parametrize("version", ["1_0", "1_1", "umt5"])

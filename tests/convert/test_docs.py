@@ -19,7 +19,7 @@ def test_the_commands_of_the_page_work(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     lines = re.findall(r"^    mpt-jax (.+)$", page, re.MULTILINE)
     assert len(lines) > 12
-    (tmp_path / "tasks").symlink_to(ROOT / "tasks")
+    (tmp_path / "mpt_jax").symlink_to(ROOT / "mpt_jax")
     monkeypatch.chdir(tmp_path)
     for line in lines:
         name, *arguments = shlex.split(line)

@@ -23,23 +23,14 @@ from mpt_jax.convert.hf import config_from_hf, config_to_hf
 from mpt_jax.core.tree import flatten
 from mpt_jax.models import decoding
 from tests.fixtures import fake_gcs
+from tests.fixtures.hf_checkpoints import GOLDEN, write_folder
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 VERSIONS = ("1_0", "1_1", "umt5")
 
 
 @pytest.fixture(params=VERSIONS)
 def golden(request) -> dict:
     return dict(np.load(GOLDEN / f"t5_hf_{request.param}.npz"))
-
-
-def write_folder(folder: Path, golden: dict) -> Path:
-    """The golden's model as `save_pretrained` would lay it out."""
-    folder.mkdir()
-    (folder / "config.json").write_text(str(golden["config"]))
-    weights = {k.removeprefix("weight:"): v for k, v in golden.items() if k.startswith("weight:")}
-    save_file(weights, folder / "model.safetensors")
-    return folder
 
 
 def greedy(config: T5Config, params: dict, tokens, mask, steps: int) -> np.ndarray:

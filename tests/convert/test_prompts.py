@@ -22,7 +22,7 @@ from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.mpt import MPT
-from tests.convert.test_backbones import convert, hf_folder, refused
+from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
 from tests.fixtures.shared_data import shared
 
 P, H, R = 3, 16, 2  # H is the golden backbone's

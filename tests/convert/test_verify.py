@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.convert import load_hf, save_t5x, verify
-from tests.convert.test_backbones import hf_folder
+from tests.fixtures.hf_checkpoints import hf_folder
 
 
 def exit_code(*arguments: object) -> int:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mpt_jax.models import decoding
+from tests.fixtures.reference_decoding import EOS, cut, slow_beam
 
-EOS, VOCABULARY, STATE = 1, 5, 6
+VOCABULARY, STATE = 5, 6
 
 
 class TinyModel:
@@ -55,16 +56,6 @@ class TinyModel:
 
 def starts(model: TinyModel) -> jax.Array:
     return jnp.zeros((model.batch,), jnp.int32)
-
-
-def cut(row) -> tuple[int, ...]:
-    """A decoded row up to and including its end, checking that zeros follow."""
-    row = [int(token) for token in row]
-    if EOS not in row:
-        return tuple(row)
-    end = row.index(EOS) + 1
-    assert not any(row[end:])
-    return tuple(row[:end])
 
 
 def slow_greedy(model: TinyModel, example: int, length: int) -> tuple[int, ...]:
@@ -182,28 +173,6 @@ def test_sampling_refuses_settings_out_of_range():
         decoding.temperature_sample(*arguments, max_length=2, top_p=0.0)
     with pytest.raises(ValueError, match="alpha"):
         decoding.beam_search(*arguments[:3], max_length=2, alpha=-1.0)
-
-
-def slow_beam(model: TinyModel, example: int, n: int, length: int, alpha: float):
-    """Beam search by sorted lists, without early stopping: [(tokens, score)], best first."""
-
-    def penalty(steps: int) -> float:
-        return ((5 + steps) / 6) ** alpha
-
-    opened: list = [((), 0.0)]
-    ended: list = []
-    for step in range(1, length + 1):
-        candidates = [
-            (prefix + (token,), score + gain)
-            for prefix, score in opened
-            for token, gain in enumerate(model.log_probabilities(example, prefix))
-        ]
-        candidates = sorted(candidates, key=lambda c: -c[1])[: 2 * n]
-        ended += [(t, s / penalty(step)) for t, s in candidates if t[-1] == EOS]
-        ended = sorted(ended, key=lambda c: -c[1])[:n]
-        opened = [c for c in candidates if c[0][-1] != EOS][:n]
-    opened = [(t, s / penalty(length)) for t, s in opened]
-    return (ended + opened)[:n]
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.6), (2, 0.0), (3, 0.6), (4, 1.0)])

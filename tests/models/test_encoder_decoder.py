@@ -19,7 +19,7 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.optimizers import CLOCK
 from mpt_jax.training.state import trainable_labels
 from tests.fixtures import tiny
-from tests.models.test_decoding import cut, slow_beam
+from tests.fixtures.reference_decoding import cut, slow_beam
 
 DISTILLED = Objective(z_loss=1e-2, distillation=Distillation(hidden_layers="all"))
 GROUPED = Runs(tiny.RUNS.task_names, groups=[1, 0, 1])

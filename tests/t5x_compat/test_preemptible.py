@@ -1,4 +1,4 @@
-"""T5X's trainer stops on request. A few lines stand in for T5X's; tests/t5x has the real one."""
+"""T5X's trainer stops on request. test_real_t5x.py has the real one."""
 
 from __future__ import annotations
 
@@ -14,39 +14,9 @@ import pytest
 
 from mpt_jax.runtime import preemption
 from mpt_jax.t5x_compat import preemptible
+from tests.fixtures.t5x_trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Trainer:
-    """What of T5X's trainer is used, with T5X's loop: the state is a count, a batch a number.
-
-    Args:
-        actions: what happens when a batch of a number is trained on.
-    """
-
-    def __init__(self, actions=None):
-        self.train_state = types.SimpleNamespace(step=0)
-        self.actions, self.closed = actions or {}, 0
-        self._compiled_train_step = None
-
-    def compile_train(self, batch):
-        def step(state, batch):
-            self.actions.get(batch, lambda: None)()
-            return types.SimpleNamespace(step=state.step + 1), batch
-
-        self._compiled_train_step = step
-
-    def train(self, batch_iter, num_steps, start_step=None):
-        state, trained = self.train_state, []
-        for _ in range(num_steps):
-            state, batch = self._compiled_train_step(state, next(batch_iter))
-            trained.append(batch)
-        self.train_state = state
-        return trained
-
-    def close(self):
-        self.closed += 1
 
 
 @pytest.fixture
@@ -126,7 +96,7 @@ def test_the_exit_code_survives_gin_and_absl(tmp_path):
         from absl import app
         import gin
         from mpt_jax.t5x_compat import preemptible as t5x_trainer
-        from tests.t5x_compat.test_preemptible import Trainer
+        from tests.fixtures.t5x_trainer import Trainer
         sys.modules["t5x.trainer"] = t5x = types.ModuleType("t5x.trainer")
         class PreemptionError(Exception): pass
         t5x.PreemptionError = PreemptionError

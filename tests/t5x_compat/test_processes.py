@@ -1,4 +1,4 @@
-"""What the environment says of a job's other processes; tests/t5x starts two under T5X."""
+"""What the environment says of a job's other processes; test_real_t5x.py starts two under T5X."""
 
 from __future__ import annotations
 

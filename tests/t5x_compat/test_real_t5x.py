@@ -44,7 +44,7 @@ NO_EVALUATION = (
     "--gin.train.infer_eval_dataset_cfg=None",
     "--gin.train.actions={}",  # T5X's artefact is the last step's, ours the best one's
 )
-SHIPPED = ROOT / "tasks" / "data" / "tiny_t5"
+SHIPPED = ROOT / "mpt_jax" / "tasks" / "data" / "tiny_t5"
 # From one artefact, where nothing is drawn at random; a loss for every step.
 SAME = (*STEPS, *NO_EVALUATION, "--gin.STATS_PERIOD=1")
 SAME_SOURCE = (

@@ -1,4 +1,4 @@
-"""What T5X's train state of ours does without a T5X; tests/t5x drives it with the real one."""
+"""What T5X's train state of ours does without a T5X; test_real_t5x.py has the real one."""
 
 import jax
 import jax.numpy as jnp
