@@ -11,7 +11,7 @@ from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, label_tree, merge, split
 from mpt_jax.models import losses
-from mpt_jax.prompts import base, materialize
+from mpt_jax.prompts import materialize
 from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.base import Given
 from mpt_jax.prompts.init import Uniform
@@ -20,16 +20,22 @@ from mpt_jax.training import train_step
 from mpt_jax.training.state import num_params, param_shapes, trainable_labels
 from tests.fixtures import reference_mixing as by_hand
 from tests.fixtures import tiny
+from tests.fixtures.prompt_methods import (
+    BANKS,
+    BY_GROUP,
+    CONTEXT,
+    KEY,
+    WIDTH,
+    H,
+    K,
+    P,
+    compose,
+    mixture,
+    random_params,
+    texts,
+)
 
-P, H, K, WIDTH = 4, 6, 5, 7
-KEY = jax.random.PRNGKey(0)
-CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
 SOURCES = ("mnli", "sst2", "qnli")
-BANKS = {
-    "joint": Runs([f"task{i}" for i in range(K)]),
-    "independent": Runs([f"task{i}" for i in range(K)], groups="independent"),
-    "groups": Runs([f"task{i}" for i in range(K)], groups=(1, 0, 1, 2, 0)),
-}
 ROUTER = {
     "sub": {"down", "up", "norm_scale", "norm_bias"},
     "token": {"down", "up", "norm_scale", "norm_bias"},
@@ -38,38 +44,12 @@ ROUTER = {
     "constant": set(),
 }
 VARIANTS = pytest.mark.parametrize("attention", ROUTER)
-# Groups of several rows and of one; the other two are special cases of them.
-BY_GROUP = pytest.mark.parametrize(
-    "bank",
-    [pytest.param(name, marks=[] if name == "groups" else pytest.mark.slow) for name in BANKS],
-)
 
 
 def make(attention: str = "sub", **overrides) -> ATTEMPT:
     """A method whose temperature is low enough for weights to differ."""
     settings = {"width": WIDTH, "temperature": 3.0, **overrides}
     return ATTEMPT(P, SOURCES, attention, **settings)
-
-
-def random_params(method: ATTEMPT, runs: Runs, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    made = method.init(KEY, runs, CONTEXT)
-    return {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in made.items()}
-
-
-def texts(ids: np.ndarray, seed: int = 1) -> np.ndarray:
-    """A pooled text [..., H] for each of some examples."""
-    return np.random.default_rng(seed).normal(size=(*ids.shape, H)).astype(np.float32)
-
-
-def compose(method, params, runs, ids, x) -> np.ndarray:
-    params, ids, x = jax.tree.map(jnp.asarray, (dict(params), ids, x))
-    return np.asarray(method.compose(params, runs, ids, Given(pooled=x)))
-
-
-def mixture(method, params, runs, ids, x) -> np.ndarray:
-    params, ids, x = jax.tree.map(jnp.asarray, (dict(params), ids, x))
-    return np.asarray(method.mixture(params, runs, ids, Given(pooled=x)))
 
 
 # --- The formula ---------------------------------------------------------------------------------

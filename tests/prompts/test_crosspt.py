@@ -13,7 +13,6 @@ import pytest
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, label_tree, split
-from mpt_jax.prompts import base
 from mpt_jax.prompts.base import Given
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
@@ -21,22 +20,24 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.state import num_params, param_shapes, trainable_labels
 from tests.fixtures import reference_mixing as by_hand
 from tests.fixtures import tiny
-
-LENGTH, H, K, WIDTH = 4, 6, 5, 7
-KEY = jax.random.PRNGKey(0)
-CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
-SOURCES = ("mnli", "sst2", "qnli", "qqp")
-NAMES = [f"task{i}" for i in range(K)]
-BANKS = {
-    "joint": Runs(NAMES),
-    "independent": Runs(NAMES, groups="independent"),
-    "groups": Runs(NAMES, groups=(1, 0, 1, 2, 0)),
-}
-# Groups of several rows and of one; the other two are special cases of them.
-BY_GROUP = pytest.mark.parametrize(
-    "bank",
-    [pytest.param(name, marks=[] if name == "groups" else pytest.mark.slow) for name in BANKS],
+from tests.fixtures.prompt_methods import (
+    BANKS,
+    BY_GROUP,
+    CONTEXT,
+    CROSSPT_SOURCES,
+    KEY,
+    NAMES,
+    WIDTH,
+    H,
+    K,
+    P,
+    compose,
+    crosspt,
+    mixture,
+    random_arrays,
+    texts,
 )
+
 ROUTERS = ("relaxed_bernoulli", "softmax", "sigmoid", "uniform", "attention")
 COMPOSITIONS = ("sum", "cat", "private_sum", "private_product", "private_cat", "private")
 BY_ROUTER = pytest.mark.parametrize("router", ROUTERS)
@@ -51,45 +52,14 @@ BY_COMPOSITION_AND_ROUTER = pytest.mark.parametrize(
 NET = {"down", "up", "norm_scale", "norm_bias"}
 
 
-def make(length: int = LENGTH, sources=SOURCES, **settings) -> CrossPT:
-    """A method; attention is narrow, and cold enough for weights to differ."""
-    if settings.get("router") == "attention":
-        settings = {"width": WIDTH, "temperature": 3.0, **settings}
-    return CrossPT(length, sources, **settings)
-
-
-def random_params(method: CrossPT, runs: Runs, seed: int = 0, clock: int = 0):
-    rng = np.random.default_rng(seed)
-    made = method.init(KEY, runs, CONTEXT)
-    params = {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in made.items()}
-    if "clock" in made:
-        params["clock"] = np.full_like(made["clock"], clock)
-    return jax.tree.map(jnp.asarray, params)
-
-
-def texts(ids: np.ndarray, seed: int = 1) -> np.ndarray:
-    """A pooled text [..., H] for each of some examples."""
-    return np.random.default_rng(seed).normal(size=(*ids.shape, H)).astype(np.float32)
-
-
-def compose(method, params, runs, ids, x=None, key=None) -> np.ndarray:
-    given = Given(pooled=None if x is None else jnp.asarray(x), key=key)
-    return np.asarray(method.compose(params, runs, jnp.asarray(ids), given))
-
-
-def mixture(method, params, runs, ids, x=None, key=None) -> np.ndarray:
-    given = Given(pooled=None if x is None else jnp.asarray(x), key=key)
-    return np.asarray(method.mixture(params, runs, jnp.asarray(ids), given))
-
-
 # --- Without a draw ------------------------------------------------------------------------------
 
 
 @BY_GROUP
 @BY_COMPOSITION_AND_ROUTER
 def test_prompts_and_weights_are_the_definition(compose_by, router, bank):
-    method, runs = make(compose_by=compose_by, router=router), BANKS[bank]
-    params = random_params(method, runs)
+    method, runs = crosspt(compose_by=compose_by, router=router), BANKS[bank]
+    params = random_arrays(method, runs)
     check(method, params, runs)
 
 
@@ -99,19 +69,19 @@ def test_prompts_and_weights_are_the_definition(compose_by, router, bank):
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "uniform"])
 @pytest.mark.parametrize("compose_by", ["cat", "private_sum"])
 def test_of_the_sources_the_k_best_are_kept(compose_by, router, k):
-    method, runs = make(compose_by=compose_by, router=router, top_k=k), BANKS["groups"]
-    params = random_params(method, runs)
+    method, runs = crosspt(compose_by=compose_by, router=router, top_k=k), BANKS["groups"]
+    params = random_arrays(method, runs)
     weights = check(method, params, runs)
     assert ((weights > 0).sum(-1) == k).all()
-    chosen = {tuple(np.flatnonzero(row)) for row in weights.reshape(-1, len(SOURCES))}
+    chosen = {tuple(np.flatnonzero(row)) for row in weights.reshape(-1, len(CROSSPT_SOURCES))}
     assert len(chosen) > 1, "not the same sources for all runs"
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("compose_by", ["sum", "cat", "private_product"])
 def test_the_released_codes_weights_at_inference_are_a_softmax(compose_by, top_k):
-    method = make(compose_by=compose_by, normalise="softmax", top_k=top_k)
-    params = random_params(method, BANKS["groups"])
+    method = crosspt(compose_by=compose_by, normalise="softmax", top_k=top_k)
+    params = random_arrays(method, BANKS["groups"])
     weights = check(method, params, BANKS["groups"])
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
@@ -119,8 +89,8 @@ def test_the_released_codes_weights_at_inference_are_a_softmax(compose_by, top_k
 @pytest.mark.parametrize("share", ["add", 0.0, 0.3, "learned"])
 @BY_ROUTER
 def test_the_private_prompt_has_its_share(router, share):
-    method, runs = make(router=router, share=share), BANKS["groups"]
-    params = random_params(method, runs)
+    method, runs = crosspt(router=router, share=share), BANKS["groups"]
+    params = random_arrays(method, runs)
     assert ("share" in params) == (share == "learned")
     check(method, params, runs)
 
@@ -133,8 +103,8 @@ def test_the_private_prompt_has_its_share(router, share):
     ("compose_by", "router"), [("private_sum", "relaxed_bernoulli"), ("private_cat", "attention")]
 )
 def test_reparametrised_prompts_are_what_their_layers_make_of_them(compose_by, router, names, bank):
-    method = make(compose_by=compose_by, router=router, reparametrise=names)
-    check(method, random_params(method, BANKS[bank]), BANKS[bank])
+    method = crosspt(compose_by=compose_by, router=router, reparametrise=names)
+    check(method, random_arrays(method, BANKS[bank]), BANKS[bank])
 
 
 def check(method, params, runs) -> np.ndarray:
@@ -149,7 +119,7 @@ def check(method, params, runs) -> np.ndarray:
         np.testing.assert_allclose(found, by_hand.reparametrised(params, "private")[ids], 1e-6)
         return np.zeros((2, 3, 0))
     weights = mixture(method, params, runs, ids, x)
-    assert method.candidates == SOURCES and weights.shape == (2, 3, len(SOURCES))
+    assert method.candidates == CROSSPT_SOURCES and weights.shape == (2, 3, len(CROSSPT_SOURCES))
     numbers = {name: np.asarray(value) for name, value in params.items()}
     for at in np.ndindex(ids.shape):
         group, row = runs.group_of_row[ids[at]], ids[at]
@@ -163,8 +133,8 @@ def check(method, params, runs) -> np.ndarray:
 
 def test_of_sources_that_are_as_good_the_first_are_kept():
     """All routers start from zeros, so this is what a run's first step sees."""
-    method, runs = make(top_k=2), BANKS["joint"]
-    params = random_params(method, runs) | {"router": jnp.zeros((K, 4))}
+    method, runs = crosspt(top_k=2), BANKS["joint"]
+    params = random_arrays(method, runs) | {"router": jnp.zeros((K, 4))}
     assert (mixture(method, params, runs, np.arange(K)) > 0).tolist() == [[1, 1, 0, 0]] * K
     params["router"] = jnp.tile(jnp.array([0.0, 1.0, 0.0, 0.0]), (K, 1))
     assert (mixture(method, params, runs, np.arange(K)) > 0).tolist() == [[1, 1, 0, 0]] * K
@@ -175,18 +145,18 @@ def test_of_sources_that_are_as_good_the_first_are_kept():
 @pytest.mark.parametrize(
     ("compose_by", "settings", "length"),
     [
-        ("sum", {}, LENGTH),
-        ("private", {}, LENGTH),
-        ("private_product", {}, LENGTH),
-        ("cat", {}, 4 * LENGTH),
-        ("cat", {"top_k": 3}, 3 * LENGTH),
-        ("private_cat", {}, 2 * LENGTH),
-        ("private_cat", {"private_length": 7}, LENGTH + 7),
+        ("sum", {}, P),
+        ("private", {}, P),
+        ("private_product", {}, P),
+        ("cat", {}, 4 * P),
+        ("cat", {"top_k": 3}, 3 * P),
+        ("private_cat", {}, 2 * P),
+        ("private_cat", {"private_length": 7}, P + 7),
     ],
 )
 def test_how_long_prompts_are(compose_by, settings, length):
-    method, runs = make(compose_by=compose_by, **settings), BANKS["groups"]
-    params = random_params(method, runs)
+    method, runs = crosspt(compose_by=compose_by, **settings), BANKS["groups"]
+    params = random_arrays(method, runs)
     assert method.prompt_length == length and method.prompt_lengths(runs) == (length,) * K
     assert compose(method, params, runs, np.arange(K)).shape == (K, length, H)
 
@@ -195,17 +165,17 @@ LENGTHS = {"task0": 2, "task1": 5, "task2": 1, "task3": 3, "task4": 5}
 
 
 def test_private_pieces_may_have_lengths_of_their_own():
-    method, runs = make(compose_by="private_cat", private_length=LENGTHS), BANKS["groups"]
-    params = random_params(method, runs)
+    method, runs = crosspt(compose_by="private_cat", private_length=LENGTHS), BANKS["groups"]
+    params = random_arrays(method, runs)
     assert params["private"].shape == (K, 5, H)
-    assert method.prompt_length == LENGTH + 5
-    assert method.prompt_lengths(runs) == tuple(LENGTH + LENGTHS[name] for name in NAMES)
+    assert method.prompt_length == P + 5
+    assert method.prompt_lengths(runs) == tuple(P + LENGTHS[name] for name in NAMES)
     found = compose(method, params, runs, np.arange(K))
-    assert found.shape == (K, LENGTH + 5, H)
+    assert found.shape == (K, P + 5, H)
     for row, own in enumerate(LENGTHS.values()):
         weights = by_hand.crosspt_weights(method, params, runs.group_of_row[row], row)
         expected = by_hand.crosspt(method, params, runs.group_of_row[row], row, weights, own)
-        np.testing.assert_allclose(found[row, : LENGTH + own], expected, 1e-5, 1e-5)
+        np.testing.assert_allclose(found[row, : P + own], expected, 1e-5, 1e-5)
     turned = Runs(NAMES[::-1])
     assert method.prompt_lengths(turned) == method.prompt_lengths(runs)[::-1], "by name"
 
@@ -213,12 +183,12 @@ def test_private_pieces_may_have_lengths_of_their_own():
 @BY_GROUP
 @BY_COMPOSITION_AND_ROUTER
 def test_the_parameters_are_those_that_act(compose_by, router, bank):
-    method, runs = make(compose_by=compose_by, router=router), BANKS[bank]
+    method, runs = crosspt(compose_by=compose_by, router=router), BANKS[bank]
     made = method.init(KEY, runs, CONTEXT)
-    private, groups = {"private": (K, LENGTH, H)}, runs.num_groups
+    private, groups = {"private": (K, P, H)}, runs.num_groups
     expected = {} if compose_by in ("sum", "cat") else dict(private)
     if compose_by != "private":
-        expected |= {"sources": (groups, 4, LENGTH, H)}
+        expected |= {"sources": (groups, 4, P, H)}
         if router == "attention":
             expected |= {"down": (groups, H, WIDTH), "up": (groups, WIDTH, H)}
             expected |= {"norm_scale": (groups, H), "norm_bias": (groups, H)}
@@ -246,7 +216,7 @@ def test_the_parameters_are_those_that_act(compose_by, router, bank):
     ids=str,
 )
 def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(settings):
-    method, fleet = make(**settings), BANKS["independent"]
+    method, fleet = crosspt(**settings), BANKS["independent"]
     together = method.init(KEY, fleet, CONTEXT)
     for row in (0, 3):
         alone = method.init(KEY, Runs([NAMES[row]]), CONTEXT)
@@ -260,13 +230,13 @@ def test_gradients_are_finite_differences_of_the_formula():
     """Central differences in float64 of the formula written by hand."""
     runs, ids = BANKS["groups"], np.array([3, 0, 2, 4])
     x = texts(ids)
-    along = np.random.default_rng(2).normal(size=(len(ids), LENGTH, H)).astype(np.float32)
+    along = np.random.default_rng(2).normal(size=(len(ids), P, H)).astype(np.float32)
     rng = np.random.default_rng(3)
     for router in ROUTERS:
         top_k = None if router == "uniform" else 3
-        method = make(router=router, share="learned", top_k=top_k)
+        method = crosspt(router=router, share="learned", top_k=top_k)
         given = Given(pooled=jnp.asarray(x) if router == "attention" else None)
-        params = random_params(method, runs)
+        params = random_arrays(method, runs)
 
         def ours(params, method=method, given=given):
             return (method.compose(params, runs, jnp.asarray(ids), given) * along).sum()
@@ -293,7 +263,7 @@ def test_gradients_are_finite_differences_of_the_formula():
 
 
 def test_the_defaults_are_the_released_codes():
-    method = CrossPT(10, SOURCES)
+    method = CrossPT(10, CROSSPT_SOURCES)
     assert (method.compose_by, method.router, method.share) == (
         "private_sum",
         "relaxed_bernoulli",
@@ -318,8 +288,8 @@ def test_the_defaults_are_the_released_codes():
 )
 @BY_GROUP
 def test_released_prompts_are_what_their_layers_made(settings, names, bank):
-    method, runs = make(reparametrise=names, **settings), BANKS[bank]
-    params = random_params(method, runs)
+    method, runs = crosspt(reparametrise=names, **settings), BANKS[bank]
+    params = random_arrays(method, runs)
     parts = ("kernel_in", "bias_in", "kernel_out", "bias_out")
     layers = {f"{name}_{part}" for name in names for part in parts}
     assert layers < set(params)
@@ -334,8 +304,8 @@ def test_released_prompts_are_what_their_layers_made(settings, names, bank):
 
 
 def test_a_method_without_layers_is_released_as_it_is():
-    method, runs = make(), BANKS["groups"]
-    params = random_params(method, runs)
+    method, runs = crosspt(), BANKS["groups"]
+    params = random_arrays(method, runs)
     released, kept = method.release(params)
     ids = np.arange(K)
     np.testing.assert_array_equal(
@@ -356,8 +326,8 @@ def test_a_method_without_layers_is_released_as_it_is():
     ids=str,
 )
 def test_what_is_recorded_builds_a_method_that_composes_the_same(settings):
-    method, runs = make(**settings), BANKS["groups"]
-    params, ids = random_params(method, runs), np.arange(K)
+    method, runs = crosspt(**settings), BANKS["groups"]
+    params, ids = random_arrays(method, runs), np.arange(K)
     again = CrossPT(**json.loads(json.dumps(method.config())))
     x = texts(ids) if method.router == "attention" else None
     np.testing.assert_array_equal(
@@ -402,7 +372,7 @@ def test_layers_of_a_reparametrised_prompt_are_1181184_numbers():
 # --- What it starts from -------------------------------------------------------------------------
 
 ARTEFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
-TABLE = np.random.default_rng(4).normal(size=(5, LENGTH, H)).astype(np.float32)
+TABLE = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
 
 
 def start(method, source, source_method, source_runs, runs):
@@ -412,8 +382,8 @@ def start(method, source, source_method, source_runs, runs):
 
 @BY_GROUP
 def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
-    method, runs = make(), BANKS[bank]
-    initial, started = start(method, {"table": TABLE}, PromptTuning(LENGTH), ARTEFACT, runs)
+    method, runs = crosspt(), BANKS[bank]
+    initial, started = start(method, {"table": TABLE}, PromptTuning(P), ARTEFACT, runs)
     assert {name: leaf.shape for name, leaf in started.items()} == {
         name: leaf.shape for name, leaf in initial.items()
     }
@@ -423,16 +393,16 @@ def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
 
 
 def test_a_source_that_the_artefact_lacks_is_an_error_that_lists_what_it_has():
-    method = make(sources=("mnli", "qnlo"))
+    method = crosspt(sources=("mnli", "qnlo"))
     with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
-        start(method, {"table": TABLE}, PromptTuning(LENGTH), ARTEFACT, BANKS["joint"])
+        start(method, {"table": TABLE}, PromptTuning(P), ARTEFACT, BANKS["joint"])
 
 
 def test_an_artefact_of_its_own_goes_on_row_by_row():
     before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
-    method = make(start_from="same", share="learned")
-    trained = random_params(method, before, clock=9)
-    _, started = start(method, trained, make(share="learned"), before, after)
+    method = crosspt(start_from="same", share="learned")
+    trained = random_arrays(method, before, clock=9)
+    _, started = start(method, trained, crosspt(share="learned"), before, after)
     np.testing.assert_array_equal(
         compose(method, started, after, np.arange(3)),
         compose(method, trained, before, np.array([4, 2, 1])),
@@ -478,10 +448,10 @@ def test_an_artefact_of_its_own_goes_on_row_by_row():
 )
 def test_settings_that_mean_nothing_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
-        CrossPT(**{"length": LENGTH, "sources": SOURCES, **settings})
+        CrossPT(**{"length": P, "sources": CROSSPT_SOURCES, **settings})
 
 
 def test_a_run_without_a_private_length_is_an_error():
-    method = make(compose_by="private_cat", private_length={"task0": 3, "task1": 2})
+    method = crosspt(compose_by="private_cat", private_length={"task0": 3, "task1": 2})
     with pytest.raises(ValueError, match="'task2'.*task0, task1"):
         method.prompt_lengths(BANKS["joint"])

@@ -20,7 +20,7 @@ from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.state import trainable_labels
 from tests.fixtures import tiny
-from tests.prompts.test_crosspt import KEY, make
+from tests.fixtures.prompt_methods import KEY, crosspt
 
 MIXES = {
     "drawn": {},
@@ -41,7 +41,7 @@ class Mixed:
     """A model of some bank with random parameters and texts of several tasks."""
 
     def __init__(self, settings, groups=(1, 0, 1), names=tiny.RUNS.task_names, params=None):
-        self.settings, self.method = settings, make(tiny.PROMPT, **settings)
+        self.settings, self.method = settings, crosspt(tiny.PROMPT, **settings)
         self.runs = Runs(names, groups=groups)
         self.model = tiny.model(self.runs, self.method)
         self.params = params or self._params()
@@ -173,7 +173,7 @@ def test_the_clock_is_a_step_on_after_each_step(groups):
     runs = Runs(tiny.RUNS.task_names, groups=groups)
     schedule = Schedule(0.3, 40, warmup_steps=5)
     rates = {label: schedule for label in ("source", "private", "router")}
-    method = make(tiny.PROMPT, annealing=Annealing(5.0, 0.001, 20))
+    method = crosspt(tiny.PROMPT, annealing=Annealing(5.0, 0.001, 20))
     model = tiny.model(
         runs, method, optimizer_def=PromptOptimizer(rates, weight_decay=0.1, clip_norm=0.1)
     )
@@ -192,7 +192,7 @@ def test_the_clock_is_a_step_on_after_each_step(groups):
 @pytest.mark.parametrize("router", ["attention", "uniform"])
 def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
     """Of what attends to the text, 'router' comes before 'private'."""
-    model = tiny.model(tiny.RUNS, make(tiny.PROMPT, router=router))
+    model = tiny.model(tiny.RUNS, crosspt(tiny.PROMPT, router=router))
     state = tiny.state(model, tiny.params(model))
     made = trainer.Trainer(model, state, PjitPartitioner(), KEY)
     for step in range(2):

@@ -11,7 +11,16 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.base import Given
 from mpt_jax.prompts.crosspt.routing import Annealing
 from tests.fixtures import reference_mixing as by_hand
-from tests.prompts.test_crosspt import BANKS, KEY, NAMES, K, compose, make, mixture, random_params
+from tests.fixtures.prompt_methods import (
+    BANKS,
+    KEY,
+    NAMES,
+    K,
+    compose,
+    crosspt,
+    mixture,
+    random_arrays,
+)
 
 COLD = Annealing(0.001, 0.001, 1)
 DRAWS = 4000
@@ -36,9 +45,9 @@ def draws(method, params, runs, row: int, count: int = DRAWS) -> np.ndarray:
 )
 def test_what_is_drawn_is_a_relaxed_bernoulli_of_the_clocks_temperature(clock, temperature):
     """Of two sources the weight of the first, against draws from the formula."""
-    method = make(sources=("a", "b"), compose_by="sum", annealing=Annealing(4.0, 0.5, 10))
+    method = crosspt(sources=("a", "b"), compose_by="sum", annealing=Annealing(4.0, 0.5, 10))
     runs = BANKS["groups"]
-    params = random_params(method, runs) | {"router": jnp.tile(jnp.array([1.5, -0.5]), (K, 1))}
+    params = random_arrays(method, runs) | {"router": jnp.tile(jnp.array([1.5, -0.5]), (K, 1))}
     params["clock"] = jnp.full_like(params["clock"], clock + 7).at[1].set(clock)
     found = draws(method, params, runs, row=0)[:, 0]  # a run of group 1
     uniform = np.random.default_rng(0).uniform(size=(DRAWS, 2))
@@ -64,8 +73,8 @@ def test_a_gap_tells_one_temperature_from_another():
 
 
 def test_an_undecided_router_weighs_all_alike_while_it_is_warm():
-    method = make(compose_by="sum", annealing=Annealing(50.0, 50.0, 1))
-    params = random_params(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
+    method = crosspt(compose_by="sum", annealing=Annealing(50.0, 50.0, 1))
+    params = random_arrays(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
     found = draws(method, params, BANKS["joint"], 2, 500)
     np.testing.assert_allclose(found, 0.25, atol=0.03)
     assert found.std(0).min() > 1e-3, "and it is drawn"
@@ -73,9 +82,9 @@ def test_an_undecided_router_weighs_all_alike_while_it_is_warm():
 
 def test_a_cold_router_takes_each_source_or_leaves_it():
     """As often as sigmoid(r) says, and independently of the others."""
-    method, runs = make(compose_by="sum", annealing=COLD), BANKS["joint"]
+    method, runs = crosspt(compose_by="sum", annealing=COLD), BANKS["joint"]
     logits = np.array([2.0, 0.0, -1.0, 0.5])
-    params = random_params(method, runs) | {"router": jnp.tile(jnp.asarray(logits, "f4"), (K, 1))}
+    params = random_arrays(method, runs) | {"router": jnp.tile(jnp.asarray(logits, "f4"), (K, 1))}
     found = draws(method, params, runs, row=3)
     taken = found > 0.05
     np.testing.assert_allclose(taken.mean(0), by_hand.sigmoid(logits), atol=0.03)
@@ -90,9 +99,9 @@ def test_a_cold_router_takes_each_source_or_leaves_it():
 @pytest.mark.parametrize("logit", [0.0, 1.2])
 def test_a_learned_share_is_a_relaxed_bernoulli_too(logit, temperature):
     """A share, unlike a weight, shows in the prompt: the uniform draw can be had from it."""
-    method = make(router="softmax", share="learned", annealing=Annealing(temperature, 0.1, 10))
+    method = crosspt(router="softmax", share="learned", annealing=Annealing(temperature, 0.1, 10))
     runs = BANKS["independent"]
-    params = random_params(method, runs) | {"share": jnp.full(K, logit)}
+    params = random_arrays(method, runs) | {"share": jnp.full(K, logit)}
     only = {name: jnp.zeros_like(params[name]) for name in ("sources", "private")}
     only["private"] = only["private"].at[1, 0, 0].set(1.0)
     ids = jnp.array([1])
@@ -105,9 +114,9 @@ def test_a_learned_share_is_a_relaxed_bernoulli_too(logit, temperature):
 
 
 def test_a_share_is_not_drawn_with_the_routers_numbers():
-    method = make(sources=("a", "b"), share="learned")
+    method = crosspt(sources=("a", "b"), share="learned")
     runs, ids = BANKS["joint"], jnp.array([0])
-    params = random_params(method, runs)
+    params = random_arrays(method, runs)
     params |= {name: jnp.zeros_like(params[name]) for name in ("sources", "router", "share")}
     params["private"] = jnp.ones_like(params["private"])
 
@@ -129,8 +138,8 @@ def test_a_share_is_not_drawn_with_the_routers_numbers():
 def test_while_training_the_released_code_takes_a_softmax_of_the_normalised_scores(top_k):
     """softmax(s / sum s + 1e-8), of the same draw that the other normalisation divides."""
     runs, ids, key = BANKS["groups"], np.arange(K), jax.random.PRNGKey(2)
-    plain, released = (make(normalise=by, top_k=top_k) for by in ("sum", "softmax"))
-    params = random_params(plain, runs)
+    plain, released = (crosspt(normalise=by, top_k=top_k) for by in ("sum", "softmax"))
+    params = random_arrays(plain, runs)
     normalised = mixture(plain, params, runs, ids, key=key)
     found = mixture(released, params, runs, ids, key=key)
     for row in range(K):
@@ -144,8 +153,8 @@ def test_while_training_the_released_code_takes_a_softmax_of_the_normalised_scor
 
 @pytest.mark.parametrize("compose_by", ["sum", "cat", "private_sum", "private_cat"])
 def test_prompts_while_training_are_the_sources_by_the_weights_drawn(compose_by):
-    method, runs = make(compose_by=compose_by, top_k=3), BANKS["groups"]
-    params, key = random_params(method, runs), jax.random.PRNGKey(8)
+    method, runs = crosspt(compose_by=compose_by, top_k=3), BANKS["groups"]
+    params, key = random_arrays(method, runs), jax.random.PRNGKey(8)
     weights = mixture(method, params, runs, np.arange(K), key=key)
     found = compose(method, params, runs, np.arange(K), key=key)
     for row in range(K):
@@ -156,9 +165,9 @@ def test_prompts_while_training_are_the_sources_by_the_weights_drawn(compose_by)
 
 def test_of_scores_that_are_drawn_alike_still_k_are_kept():
     """Cold draws are exactly 0 or 1 in float32, so most of them are ties."""
-    method = make(compose_by="cat", top_k=2, annealing=COLD)
+    method = crosspt(compose_by="cat", top_k=2, annealing=COLD)
     runs = BANKS["joint"]
-    params = random_params(method, runs)
+    params = random_arrays(method, runs)
     ones = params | {"router": jnp.full((K, 4), 30.0)}
     found = draws(method, ones, runs, 1, 200)
     np.testing.assert_allclose(np.sort(found, -1), [[0, 0, 0.5, 0.5]] * 200, atol=1e-6)
@@ -168,8 +177,8 @@ def test_of_scores_that_are_drawn_alike_still_k_are_kept():
 def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
     """A draw of one in four that is above a half; 1/4 each of 15/16. In float32 most of those are
     exactly 1, and which is the largest must be known before they are rounded."""
-    method = make(compose_by="sum", top_k=1, annealing=COLD)
-    params = random_params(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
+    method = crosspt(compose_by="sum", top_k=1, annealing=COLD)
+    params = random_arrays(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
     chosen = (draws(method, params, BANKS["joint"], row=1) > 0.5).mean(0)
     np.testing.assert_allclose(chosen, 15 / 64, atol=0.03)
 
@@ -178,8 +187,8 @@ def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
 @pytest.mark.parametrize("normalise", ["sum", "softmax"])
 def test_gradients_stay_finite_where_every_draw_is_cold(normalise, logit):
     """No source taken, or all of them: zero by zero, but for the 1e-8."""
-    method, runs = make(normalise=normalise, annealing=COLD), BANKS["joint"]
-    params = random_params(method, runs) | {"router": jnp.full((K, 4), logit)}
+    method, runs = crosspt(normalise=normalise, annealing=COLD), BANKS["joint"]
+    params = random_arrays(method, runs) | {"router": jnp.full((K, 4), logit)}
 
     def total(params):
         return (method.compose(params, runs, jnp.arange(K), Given(key=KEY)) ** 2).sum()
@@ -189,8 +198,8 @@ def test_gradients_stay_finite_where_every_draw_is_cold(normalise, logit):
 
 
 def test_the_same_key_draws_the_same_and_another_key_or_run_draws_other_values():
-    method, runs = make(), BANKS["joint"]
-    params = random_params(method, runs) | {"router": jnp.zeros((K, 4))}
+    method, runs = crosspt(), BANKS["joint"]
+    params = random_arrays(method, runs) | {"router": jnp.zeros((K, 4))}
     ids = np.array([2, 0, 2, 1])
     first = mixture(method, params, runs, ids, key=KEY)
     np.testing.assert_array_equal(mixture(method, params, runs, ids, key=KEY), first)
@@ -203,8 +212,8 @@ def test_the_same_key_draws_the_same_and_another_key_or_run_draws_other_values()
 
 
 def test_a_run_draws_the_same_alone_and_in_a_fleet_wherever_it_stands():
-    method, fleet = make(share="learned"), BANKS["independent"]
-    params = random_params(method, fleet)
+    method, fleet = crosspt(share="learned"), BANKS["independent"]
+    params = random_arrays(method, fleet)
     together = compose(method, params, fleet, np.arange(K), key=KEY)
     turned = {name: value[::-1] for name, value in params.items()}
     back = compose(method, turned, Runs(NAMES[::-1], groups="independent"), np.arange(K), key=KEY)
@@ -217,8 +226,8 @@ def test_a_run_draws_the_same_alone_and_in_a_fleet_wherever_it_stands():
 
 def test_runs_that_differ_in_a_setting_alone_draw_the_same():
     runs = Runs(["cb"] * 3, ["cb_s1", "cb_s1_lr0.3", "cb_s2"], "independent")
-    method = make()
-    params = random_params(method, runs) | {"router": jnp.zeros((3, 4))}
+    method = crosspt()
+    params = random_arrays(method, runs) | {"router": jnp.zeros((3, 4))}
     found = mixture(method, params, runs, np.arange(3), key=KEY)
     np.testing.assert_array_equal(found[0], found[1])
     assert np.abs(found[0] - found[2]).max() > 1e-3
@@ -226,12 +235,12 @@ def test_runs_that_differ_in_a_setting_alone_draw_the_same():
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "uniform"])
 def test_routers_that_draw_nothing_do_not_read_the_key(router):
-    method, runs = make(router=router), BANKS["groups"]
-    params = random_params(method, runs)
+    method, runs = crosspt(router=router), BANKS["groups"]
+    params = random_arrays(method, runs)
     found = [compose(method, params, runs, np.arange(K), key=key) for key in (None, KEY)]
     np.testing.assert_array_equal(*found)
 
 
 def test_the_schedule_of_a_method_is_as_long_as_its_annealing():
-    assert make(annealing=Annealing(2.0, 0.1, 77)).own_steps == 77
-    assert make(router="softmax").own_steps == 0
+    assert crosspt(annealing=Annealing(2.0, 0.1, 77)).own_steps == 77
+    assert crosspt(router="softmax").own_steps == 0

@@ -19,22 +19,15 @@ from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.state import num_params, param_shapes, trainable_labels
 from tests.fixtures import tiny
+from tests.fixtures.prompt_methods import CONTEXT, H, K, P, random_arrays, random_params
 from tests.golden.make_peft_mpt import TASK_IDS, compose, numbers
 
-P, H, K = 4, 6, 5
-CONTEXT = base.InitContext(jnp.asarray(np.random.default_rng(0).normal(size=(30, H)), jnp.float32))
 GROUPS = ("joint", "independent", (1, 0, 1, 2, 0))
 PROMPTED = [name for name in method_names() if name != "none"]
 
 
 def bank(groups="joint", count: int = K) -> Runs:
     return Runs([f"task{i}" for i in range(count)], groups=groups)
-
-
-def random_params(method, runs: Runs, seed: int = 0) -> dict[str, np.ndarray]:
-    made = method.init(jax.random.PRNGKey(0), runs, CONTEXT)
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in made.items()}
 
 
 def every_prompt(method, params, runs: Runs) -> np.ndarray:
@@ -148,7 +141,7 @@ def products(jaxpr) -> list:
 def test_prompts_and_their_gradients_are_composed_in_float32_on_every_device():
     """On a TPU a product is in bfloat16 unless it asks for more."""
     method, runs = MPT(P, rank=3), bank()
-    params = jax.tree.map(jnp.asarray, random_params(method, runs))
+    params = random_arrays(method, runs)
     use = lambda params: method.compose(params, runs, jnp.array([[0, 1]])).sum()  # noqa: E731
     found = products(jax.make_jaxpr(jax.value_and_grad(use))(params).jaxpr)
     assert len(found) == 3, "forward, and a gradient for each factor"
