@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,5 +75,4 @@ for name in {BLOCKED!r}:
 for name in {modules!r}:
     importlib.import_module(name)
 """
-    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
+    run_script(script)

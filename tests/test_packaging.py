@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,11 +55,4 @@ assert gin.query_parameter("%SOURCE_TASKS")[0] in seqio.TaskRegistry.names()
 vocabulary = pathlib.Path(str(paths.shipped(name="toy.model")))
 assert vocabulary.is_relative_to(site) and vocabulary.exists(), vocabulary
 """
-    child = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=elsewhere,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    run_script(script, cwd=elsewhere, PYTHONPATH=str(site))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -31,6 +29,7 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.data import sampling
 from mpt_jax.experiments.paper import suites
 from mpt_jax.training.state import param_shapes
+from tests.fixtures.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 P = 5
@@ -364,9 +363,7 @@ def test_the_command_writes_its_figures(command: str, field: str, tmp_path: Path
     name, *arguments = command.split()
     if name == "ragged":
         arguments.append("MPT-JAX packed_1x")
-    given = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--out", str(out)]
-    child = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
+    child = run_python("-m", f"benchmarks.{name}", *arguments, "--out", out)
     assert "| --- |" in child.stdout
     assert json.loads(out.read_text())[field]
 

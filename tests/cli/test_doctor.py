@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from mpt_jax.cli import doctor
 from mpt_jax.runtime import compilation_cache
 from tests.fixtures import tfds_data
+from tests.fixtures.processes import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("MPT_JAX_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_", "TFDS_", "GOOGLE_", "CLOUDSDK_")
@@ -287,10 +287,7 @@ def test_half_an_address_of_a_job(capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_command_itself_asks_jax(tmp_path):
     arguments = ("--suite=toy", "--json", "--timeout=120")
-    child = subprocess.run(
-        [sys.executable, "-c", "from mpt_jax.cli.main import main; main()", "doctor", *arguments],
-        cwd=ROOT, env=os.environ | {"MPT_JAX_ROOT": str(tmp_path), "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    variables = {"MPT_JAX_ROOT": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    child = run_command("doctor", *arguments, check=False, **variables)
     devices = [f for f in json.loads(child.stdout)["findings"] if f["name"] == "devices"]
     assert devices[0]["value"].startswith("1 x cpu (cpu)")

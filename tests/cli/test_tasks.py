@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import gin
 import pytest
@@ -17,8 +13,7 @@ from mpt_jax.cli import main, tasks
 from mpt_jax.tasks import few_shot, glue, splits, super_glue, toy, toy_vocabulary  # noqa: F401
 from mpt_jax.tasks import files as jsonl
 from tests.fixtures import tfds_data
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fixtures.processes import ROOT, run_command, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -180,24 +175,14 @@ def test_what_is_wrong_is_said_in_a_line(arguments, message, data_dir, capsys):
 # --- the command line ------------------------------------------------------------------------
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from mpt_jax.cli.main import main; main()", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_all_suites_are_listed_and_a_module_of_this_folder(tmp_path):
     (tmp_path / "my_tasks.py").write_text(
         "import seqio\n"
         "source = seqio.FunctionDataSource(lambda split, shuffle_files: None, ['train'])\n"
         "seqio.TaskRegistry.add('mine', source=source, output_features={}, preprocessors=[])\n"
     )
-    child = run("tasks", "list", "--modules", "my_tasks", cwd=tmp_path)
-    assert child.returncode == 0, child.stderr[-2000:]
+    listing = ("tasks", "list", "--modules", "my_tasks")
+    child = run_command(*listing, cwd=tmp_path, PYTHONPATH=str(ROOT))
     tables = {block.split("\n")[0]: block for block in child.stdout.split("\n\n")}
     for module, name in [
         *[
@@ -216,11 +201,5 @@ def test_all_suites_are_listed_and_a_module_of_this_folder(tmp_path):
 
 def test_help_needs_no_tensorflow(tmp_path):
     script = "import sys; sys.modules['tensorflow'] = None; sys.argv = ['x', '--help']\n"
-    child = subprocess.run(
-        [sys.executable, "-c", script + "from mpt_jax.cli.main import main; main()"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0
-    assert all(f"  {command}" in child.stdout for command in main.COMMANDS)
+    printed = run_script(script + "from mpt_jax.cli.main import main; main()")
+    assert all(f"  {command}" in printed for command in main.COMMANDS)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import gin
@@ -31,6 +29,7 @@ from tests.fixtures.gin_files import (
     trained,
     value,
 )
+from tests.fixtures.processes import run_python, run_script
 
 pytestmark = pytest.mark.usefixtures("own_trainer")
 
@@ -430,10 +429,7 @@ def test_arguments_are_rewritten_as_t5x_does():
 
 def command(*arguments: str, entry: str = "train") -> str:
     """A command line that fails on a mistake of its author; returns what it says, in one line."""
-    child = subprocess.run(
-        [sys.executable, "-m", f"mpt_jax.{entry}", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    child = run_python("-m", f"mpt_jax.{entry}", *arguments, check=False)
     assert child.returncode == 2, child.stderr[-3000:]
     assert "Traceback" not in child.stderr
     return child.stderr.splitlines()[-1]
@@ -490,10 +486,7 @@ with gin_utils.as_main(train):
 
 def test_the_command_line_sees_the_imports_of_the_files(tmp_path):
     script = REFERENCES.format(folder=str(tmp_path))
-    child = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    run_script(script)
 
 
 # --- config.gin ----------------------------------------------------------------------------------

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fixtures.processes import ROOT, run_script
 
 
 def run(code: str, folder: Path) -> str:
     """Standard output of a script that runs in a folder."""
-    child = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, '')\n{code}"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout.strip()
+    script = f"import sys; sys.path.insert(0, '')\n{code}"
+    return run_script(script, cwd=folder, PYTHONPATH=str(ROOT)).strip()
 
 
 SAME = """

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +14,7 @@ import pytest
 from mpt_jax.artifacts import artifacts
 from mpt_jax.runtime import paths
 from mpt_jax.serving import export
+from tests.fixtures.processes import run_python, run_script
 from tests.fixtures.training_runs import assert_same_bits, prompts
 
 pytestmark = pytest.mark.slow
@@ -66,13 +64,8 @@ for files, macros, entry, stop_after in json.loads(sys.argv[1]):
 
 def run(root: Path, *jobs: Job) -> list[Any]:
     """Runs one job after the other below a root; returns what each returns, says or exits with."""
-    child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(jobs)],
-        cwd=ROOT, env=os.environ | {paths.ROOT_VARIABLE: str(root)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-4000:]
-    return [json.loads(line) for line in child.stdout.splitlines()[-len(jobs) :]]
+    printed = run_script(SCRIPT, json.dumps(jobs), **{paths.ROOT_VARIABLE: str(root)})
+    return [json.loads(line) for line in printed.splitlines()[-len(jobs) :]]
 
 
 def finished(found: list[Any]) -> bool:
@@ -197,12 +190,10 @@ def test_the_commands_that_serve_take_their_artefacts(root, tmp_path):
         command = (
             f"-m mpt_jax.serving.predict --prompts {artefact} --input-length 16 --target-length 4"
         )
-        child = subprocess.run(
-            [sys.executable, *shlex.split(f"{command} --batch-size 2 {more}")],
-            input="".join(json.dumps(x) + "\n" for x in requests),
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert child.returncode == 0, child.stderr[-3000:]
+        child = run_python(
+            *shlex.split(f"{command} --batch-size 2 {more}"),
+            stdin="".join(json.dumps(x) + "\n" for x in requests),
+        )
         answers.append([json.loads(line) for line in child.stdout.splitlines()])
     for one, other in zip(*answers, strict=True):
         assert one["prediction"] == other["prediction"]
@@ -213,11 +204,7 @@ def test_the_commands_that_serve_take_their_artefacts(root, tmp_path):
         command = (
             f"-m mpt_jax.serving.export --prompts {prompts} --out {tmp_path / name} --platforms cpu"
         )
-        child = subprocess.run(
-            [sys.executable, *shlex.split(f"{command} --input-lengths 8 --target-length 4")],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert child.returncode == 0, child.stderr[-3000:]
+        run_python(*shlex.split(f"{command} --input-lengths 8 --target-length 4"))
         loaded = export.load(tmp_path / name)
         row = loaded.row("toy_rte")
         found.append([loaded.score([[5, 6, 1]], [[7, 1]], [row]), *loaded.predict([[9, 1]], [row])])

@@ -4,9 +4,6 @@ steps that hand artefacts on."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gin
@@ -20,6 +17,7 @@ from mpt_jax.data import sampling
 from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.runtime import paths
 from tests.fixtures.gin_files import VOCABULARY, parse, trained, value
+from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHERS = paths.shipped(name="tiny_t5/teachers")
@@ -99,12 +97,7 @@ for name, macros in json.loads(sys.argv[1]):
 
 def run(root: Path, *stages: tuple[str, dict]) -> list[artifacts.Artefact]:
     """Runs (gin file, macros) one after the other below a root; returns their artefacts."""
-    child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(stages)],
-        cwd=ROOT, env=os.environ | {paths.ROOT_VARIABLE: str(root)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-4000:]
+    run_script(SCRIPT, json.dumps(stages), **{paths.ROOT_VARIABLE: str(root)})
     return [artifacts.load_artefact(folder(root, *stage)) for stage in stages]
 
 

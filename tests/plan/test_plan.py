@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -31,6 +29,8 @@ from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.trainer import Trainer
 from tests.fixtures import tiny
+from tests.fixtures.planned_jobs import read_jobs
+from tests.fixtures.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_LIBTPU = "libtpu, the TPUs' compiler, is not installed (pip install 'mpt-jax[tpu]')"
@@ -406,30 +406,8 @@ def test_shapes_of_a_mesh_are_read_from_gin_and_its_devices_are_not_asked_for():
 # --- The command ---------------------------------------------------------------------------------
 
 
-READ = """
-import json, sys
-from mpt_jax.plan import __main__ as plan
-for files, bindings in json.loads(sys.argv[1]):
-    job = plan.read_job(files, bindings, [sys.argv[2]])
-    print(json.dumps([job.ici_mesh_shape, job.dcn_mesh_shape, job.slices]))
-"""
-
-
-def read_jobs(*given: tuple[list[str], list[str]]) -> list[list]:
-    """(ici_mesh_shape, dcn_mesh_shape, slices) of each (files, bindings), read in a process of its
-    own: gin keeps one `train` to a process."""
-    arguments = [sys.executable, "-c", READ, json.dumps(given), str(ROOT)]
-    child = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr[-3000:]
-    return [json.loads(line) for line in child.stdout.splitlines()]
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    given = [sys.executable, "-m", "mpt_jax.plan", *arguments]
-    environment = os.environ | {"JAX_PLATFORMS": ""}
-    return subprocess.run(
-        given, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600, check=False
-    )
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "mpt_jax.plan", *arguments, check=False, timeout=600, JAX_PLATFORMS="")
 
 
 def test_the_command_reads_a_gin_file(libtpu, tmp_path):

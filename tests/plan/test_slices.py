@@ -21,6 +21,7 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.training.partitioning import PjitPartitioner, standard_logical_axis_rules
+from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -212,15 +213,8 @@ for name in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4"):
 def ahead_of_time(script: str) -> str:
     """What a script prints that asks libtpu about chips which are not there."""
     pytest.importorskip("libtpu", reason="pip install jax[tpu]: its compiler needs no chip")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
-    child = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout
+    variables = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return run_script(script, timeout=300, JAX_PLATFORMS="cpu", **variables)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import types
@@ -14,6 +13,7 @@ import pytest
 
 from mpt_jax.runtime import preemption
 from mpt_jax.t5x_compat import preemptible
+from tests.fixtures.processes import run_python
 from tests.fixtures.t5x_trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +112,6 @@ def test_the_exit_code_survives_gin_and_absl(tmp_path):
                 raise error
         app.run(lambda argv: train())
     """
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    child = run_python("-c", textwrap.dedent(script), cwd=tmp_path, check=False)
     assert (child.returncode, child.stdout) == (75, "saved 1\n"), child.stderr
     assert "Traceback" not in child.stderr

@@ -6,14 +6,13 @@ import importlib.util
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from nltk.translate import nist_score
 
 from mpt_jax.tasks import generation_metrics as metrics
+from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "cider_d.json").read_text())
@@ -211,8 +210,7 @@ def test_libraries_are_imported_when_a_metric_is_called():
         "m.bleu([['a']], ['a'])\n"
         "assert libraries & set(sys.modules) == {'sacrebleu'}"
     )
-    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    run_script(script)
 
 
 @pytest.mark.parametrize("missing", metrics.LIBRARIES)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import gin
 import pytest
 import seqio
 
 from mpt_jax.tasks import mixtures
 from tests.fixtures.gin_files import ROOT, VOCABULARY, bind_vocabulary, parse, value
+from tests.fixtures.processes import run_script
 from tests.fixtures.suite_rows import ROWS
 
 pytestmark = pytest.mark.usefixtures("own_trainer")
@@ -93,8 +91,7 @@ vocabularies.load.path = 'byt5'
 assert len(mixture.tasks) == 8 and set(mixture.splits) == {"train", "validation", "test"}
 assert not hasattr(mixture, "no_such_thing")
 """
-    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
+    run_script(script)
 
 
 def test_the_gin_files_have_the_same_sources():

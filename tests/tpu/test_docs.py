@@ -11,7 +11,7 @@ from benchmarks import plan_table
 from mpt_jax.config import gin_utils
 from mpt_jax.plan import chips
 from tests.fixtures.fake_gcloud import ROOT, Clouds
-from tests.plan.test_plan import read_jobs
+from tests.fixtures.planned_jobs import read_jobs
 
 TEXT = (ROOT / "docs" / "tpu.md").read_text()
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -25,6 +22,7 @@ from mpt_jax.serving.export import __main__ as command
 from mpt_jax.serving.export.writing import Settings, write
 from mpt_jax.serving.prompt_bank import Bank
 from tests.fixtures import serving_fixtures
+from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = Settings(("cpu", "tpu", "cuda"), (8, 24), serving_fixtures.LIMITS.target_length)
@@ -69,16 +67,8 @@ def any_kind(request, tmp_path_factory):
 
 def run(script, cwd, *arguments):
     """A script in a fresh process; returns what it prints, as JSON."""
-    child = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout.splitlines()[-1])
+    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return json.loads(run_script(script, *arguments, cwd=cwd, **variables).splitlines()[-1])
 
 
 def ids(text):
