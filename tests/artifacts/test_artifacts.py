@@ -12,42 +12,19 @@ from safetensors.numpy import load, save
 from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.artifacts import CONFIG, TENSORS
 from mpt_jax.artifacts.model_card import NAME
-from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
+from tests.fixtures.saved_artifacts import DIGEST, EMBEDDING, PARAMS, RUNS, H, P, save_example
 
 FILES = (CONFIG, TENSORS, NAME)
-P, H = 4, 6
-RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 0])
-RNG = np.random.default_rng(0)
-PARAMS = {
-    "shared": RNG.normal(size=(2, P, H)).astype(np.float32),
-    "task_left": RNG.normal(size=(3, P, 2)).astype(np.float32),
-    "task_right": RNG.normal(size=(3, 2, H)).astype(np.float32),
-}
+RNG = np.random.default_rng(1)
 CHANGED = {**PARAMS, "shared": PARAMS["shared"] + 1e-3}
-EMBEDDING = RNG.normal(size=(30, H)).astype(np.float32)
-DIGEST = artifacts.embedding_digest(EMBEDDING)
-
-
-def write(path, method=None, params=None, runs=RUNS, **overrides):
-    fields = {
-        "embedding_sha256": DIGEST,
-        "vocabulary_sha256": "v" * 64,
-        "backbone": "tiny",
-        "step": 120,
-        "metrics": {"rte_s1": {"accuracy": 61.5}},
-        **overrides,
-    }
-    return artifacts.save_artefact(
-        path, method or MPT(P, rank=2), PARAMS if params is None else params, runs, **fields
-    )
 
 
 def test_what_is_written_comes_back(tmp_path):
-    assert write(tmp_path / "a") == tmp_path / "a"
+    assert save_example(tmp_path / "a") == tmp_path / "a"
     read = artifacts.load_artefact(tmp_path / "a")
     assert read.method == MPT(P, rank=2)
     assert read.runs == RUNS
@@ -67,8 +44,8 @@ def test_what_is_written_comes_back(tmp_path):
 
 def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
     expected = PARAMS["shared"][[0, 1, 0]] * (PARAMS["task_left"] @ PARAMS["task_right"])
-    write(tmp_path / "plain")
-    write(tmp_path / "both", include_folded=True)
+    save_example(tmp_path / "plain")
+    save_example(tmp_path / "both", include_folded=True)
     np.testing.assert_allclose(
         artifacts.load_artefact(tmp_path / "plain").folded(), expected, atol=1e-6, rtol=1e-6
     )
@@ -88,7 +65,7 @@ def crosspt(**settings):
 
 def test_what_is_mixed_is_recorded_by_run_and_candidate(tmp_path):
     method, params = crosspt()
-    write(tmp_path / "a", method, params)
+    save_example(tmp_path / "a", method, params)
     read = artifacts.load_artefact(tmp_path / "a")
     # Relaxed Bernoulli without draws: sigmoids, as shares of their sum.
     scores = 1 / (1 + np.exp(-params["router"]))
@@ -106,8 +83,8 @@ def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
     shapes = {"sources": (2, P, H), "target": (3, P, H), "down": (2, H, 2), "up": (2, 2, H)}
     shapes |= {"norm_scale": (2, H), "norm_bias": (2, H)}
     params = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
-    write(tmp_path / "text", ATTEMPT(P, ["mnli", "qqp"], width=2), params)
-    write(tmp_path / "none")
+    save_example(tmp_path / "text", ATTEMPT(P, ["mnli", "qqp"], width=2), params)
+    save_example(tmp_path / "none")
     for name, error, words in (
         ("text", ValueError, "depend on the text"),
         ("none", NotImplementedError, "mixes no candidates"),
@@ -120,27 +97,27 @@ def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
 
 def test_prompt_tuning_is_written_and_read_alike(tmp_path):
     table = {"table": jnp.asarray(RNG.normal(size=(3, P, H)), jnp.float32)}
-    write(tmp_path / "a", PromptTuning(P), table)
+    save_example(tmp_path / "a", PromptTuning(P), table)
     read = artifacts.load_artefact(tmp_path / "a")
     assert read.method == PromptTuning(P)
     np.testing.assert_array_equal(read.folded(), table["table"])
 
 
 def test_writing_again_replaces_the_whole_folder(tmp_path):
-    write(tmp_path / "a")
+    save_example(tmp_path / "a")
     (tmp_path / "a" / "stray").write_text("")
-    write(tmp_path / "a", step=240)
+    save_example(tmp_path / "a", step=240)
     assert artifacts.load_artefact(tmp_path / "a").config["step"] == 240
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left behind"
 
 
 def test_a_write_that_fails_leaves_the_old_artefact(tmp_path):
-    write(tmp_path / "a")
+    save_example(tmp_path / "a")
     with pytest.raises(TypeError, match="JSON"):
-        write(tmp_path / "a", metrics={"rte": object()})
+        save_example(tmp_path / "a", metrics={"rte": object()})
     assert artifacts.load_artefact(tmp_path / "a").config["step"] == 120
-    write(tmp_path / "a", step=240)
+    save_example(tmp_path / "a", step=240)
     assert [path.name for path in tmp_path.iterdir()] == ["a"], "what was left is cleaned up"
 
 
@@ -176,7 +153,7 @@ def test_vocabularies_are_told_apart():
 
 
 def test_another_backbone_is_refused_with_both_digests(tmp_path):
-    read = artifacts.load_artefact(write(tmp_path / "a"))
+    read = artifacts.load_artefact(save_example(tmp_path / "a"))
     compatibility.check_belongs(read, DIGEST, "v" * 64, P)
     with pytest.raises(ValueError) as error:
         compatibility.check_belongs(read, "0" * 64, "v" * 64, P)
@@ -185,16 +162,16 @@ def test_another_backbone_is_refused_with_both_digests(tmp_path):
 
 
 def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
-    read = artifacts.load_artefact(write(tmp_path / "a"))
+    read = artifacts.load_artefact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
         compatibility.check_belongs(read, DIGEST, "w" * 64, P)
     compatibility.check_belongs(read, DIGEST, None, P)
-    unknown = artifacts.load_artefact(write(tmp_path / "b", vocabulary_sha256=None))
+    unknown = artifacts.load_artefact(save_example(tmp_path / "b", vocabulary_sha256=None))
     compatibility.check_belongs(unknown, DIGEST, "w" * 64, P)
 
 
 def test_another_prompt_length_is_refused(tmp_path):
-    read = artifacts.load_artefact(write(tmp_path / "a"))
+    read = artifacts.load_artefact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
         compatibility.check_belongs(read, DIGEST, "v" * 64, P + 1)
 
@@ -206,7 +183,7 @@ def test_another_prompt_length_is_refused(tmp_path):
 def test_no_artefact_where_one_was_expected(tmp_path, gone):
     path = tmp_path / "a"
     if gone:
-        write(path)
+        save_example(path)
         (path / gone).unlink()
     with pytest.raises(FileNotFoundError, match=f"No prompt artefact at {path}.*{TENSORS}"):
         artifacts.load_artefact(path)
@@ -215,7 +192,7 @@ def test_no_artefact_where_one_was_expected(tmp_path, gone):
 @pytest.mark.parametrize("name", [TENSORS, CONFIG])
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
 def test_a_truncated_file_is_refused_by_name(tmp_path, name, keep):
-    path = write(tmp_path / "a")
+    path = save_example(tmp_path / "a")
     content = (path / name).read_bytes()
     kept = int(len(content) * keep) if isinstance(keep, float) else keep
     (path / name).write_bytes(content[:kept].rstrip(b"}\n") if name == CONFIG else content[:kept])
@@ -230,7 +207,7 @@ def edit(path, change) -> None:
 
 
 def test_an_artefact_of_another_format_says_which_is_read(tmp_path):
-    path = write(tmp_path / "a")
+    path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(format=2))
     with pytest.raises(ValueError, match="format 2; this version reads 1"):
         artifacts.load_artefact(path)
@@ -238,7 +215,7 @@ def test_an_artefact_of_another_format_says_which_is_read(tmp_path):
 
 def test_prompts_that_were_changed_are_refused(tmp_path):
     """Of the right names and shapes, and of another training or with one bit flipped."""
-    path, other = write(tmp_path / "a"), write(tmp_path / "b", params=CHANGED)
+    path, other = save_example(tmp_path / "a"), save_example(tmp_path / "b", params=CHANGED)
     whole = (path / TENSORS).read_bytes()
     flipped = bytearray(whole)
     flipped[-3] ^= 1
@@ -252,7 +229,7 @@ def test_prompts_that_were_changed_are_refused(tmp_path):
 
 
 def test_an_artefact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
-    path = write(tmp_path / "a")
+    path = save_example(tmp_path / "a")
     edit(path, lambda config: config.pop("prompts_sha256"))
     with caplog.at_level("WARNING", logger="absl"):
         np.testing.assert_array_equal(
@@ -264,15 +241,15 @@ def test_an_artefact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
 def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared(tmp_path):
     (tmp_path / ".a.new").mkdir()
     (tmp_path / ".a.new" / TENSORS).write_text("half")
-    write(tmp_path / "a")
+    save_example(tmp_path / "a")
     (tmp_path / ".a.old").mkdir()
-    write(tmp_path / "a", step=7)
+    save_example(tmp_path / "a", step=7)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert artifacts.load_artefact(tmp_path / "a").config["step"] == 7
 
 
 def test_an_unknown_method_lists_the_known(tmp_path):
-    path = write(tmp_path / "a")
+    path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(method="mptt"))
     with pytest.raises(ValueError, match="'mptt'.*'mpt'.*prompt_tuning"):
         artifacts.load_artefact(path)
@@ -280,14 +257,14 @@ def test_an_unknown_method_lists_the_known(tmp_path):
 
 @pytest.mark.parametrize("key", ["run_names", "shapes", "method_config", "embedding_sha256"])
 def test_a_config_that_lacks_something_is_refused_by_name(tmp_path, key):
-    path = write(tmp_path / "a")
+    path = save_example(tmp_path / "a")
     edit(path, lambda config: config.pop(key))
     with pytest.raises(ValueError, match=f"{path}.*{key}"):
         artifacts.load_artefact(path)
 
 
 def test_tensors_missing_extra_and_misshaped_are_named(tmp_path):
-    path = write(tmp_path / "a")
+    path = save_example(tmp_path / "a")
     tensors = load((path / TENSORS).read_bytes())
     del tensors["factors/shared"]
     tensors["factors/router"] = np.zeros(3, np.float32)

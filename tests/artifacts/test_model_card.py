@@ -19,8 +19,8 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.data import task_lookup
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.tasks import files, glue, splits, super_glue, toy  # noqa: F401 - registered
-from tests.artifacts.test_artifacts import write
 from tests.fixtures import tiny, training_runs
+from tests.fixtures.saved_artifacts import save, save_example
 
 CONFIG = {
     "method": "mpt",
@@ -328,7 +328,7 @@ def test_draws_of_the_users_files_name_the_files(tmp_path):
 
 def test_it_is_written_with_the_artefact_and_again_with_the_next(tmp_path):
     for step in (120, 240):
-        write(tmp_path / "a", step=step, facts=FACTS)
+        save_example(tmp_path / "a", step=step, facts=FACTS)
         card = (tmp_path / "a" / "README.md").read_bytes()
         config = json.loads((tmp_path / "a" / "config.json").read_text())
         assert card.decode() == model_card.text(config, FACTS)
@@ -349,18 +349,18 @@ def test_it_is_written_with_the_artefact_and_again_with_the_next(tmp_path):
     ids=["a word", "at the end", "line ends", "no seal", "bytes", "emptied"],
 )
 def test_a_card_that_was_edited_is_never_overwritten(tmp_path, caplog, edit):
-    write(tmp_path / "a")
+    save_example(tmp_path / "a")
     path = tmp_path / "a" / "README.md"
     edited = edit(path.read_bytes())
     assert edited != path.read_bytes()
     path.write_bytes(edited)
     with caplog.at_level("WARNING", logger="absl"):
-        write(tmp_path / "a", step=240)
+        save_example(tmp_path / "a", step=240)
     assert path.read_bytes() == edited
     assert artifacts.load_artefact(tmp_path / "a").config["step"] == 240
     assert "README.md was edited and stays as it is" in caplog.text and "step 240" in caplog.text
     path.unlink()
-    write(tmp_path / "a", step=360)
+    save_example(tmp_path / "a", step=360)
     assert ["step", "360"] in cells(path.read_text())
 
 
@@ -373,10 +373,7 @@ def test_the_same_facts_make_the_same_card(tmp_path):
 def test_every_method_has_a_card(tmp_path):
     model = tiny.model(Runs(["one"]), MPT(tiny.PROMPT))
     params = tiny.params(model)["prompt"]
-    artifacts.save_artefact(
-        tmp_path / "a", model.prompt, params, model.runs, embedding_sha256="e" * 64,
-        vocabulary_sha256=None, backbone="tiny", step=0,
-    )  # fmt: skip
+    save(tmp_path / "a", model.prompt, params, model.runs, vocabulary_sha256=None)
     found = cells((tmp_path / "a" / "README.md").read_text())
     assert not any(line[0] == "sha256 of the vocabulary" for line in found)
     assert ["tasks", "`one`"] in found

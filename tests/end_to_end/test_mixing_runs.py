@@ -22,6 +22,7 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
 from tests.fixtures import tiny
+from tests.fixtures.saved_artifacts import save
 from tests.fixtures.training_runs import (
     BATCH,
     STEPS,
@@ -44,25 +45,23 @@ def sources(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     embedding = artifacts.embedding_digest(tree(backbone)["token_embedder"]["embedding"])
 
-    def save(name, seed, length=P, digest=embedding):
+    def save_source(name, seed, length=P, digest=embedding):
         rng = np.random.default_rng(seed)
         table = rng.normal(size=(len(SOURCES), length, tiny.WIDTH))
-        artifacts.save_artefact(
+        save(
             folder / name,
             PromptTuning(length),
             {"table": table},
             Runs([f"{name}_{run}" if name != "one" else run for run in SOURCES]),
             embedding_sha256=digest,
             vocabulary_sha256=None,
-            backbone="tiny",
-            step=0,
         )
         return str(folder / name)
 
     return {
-        "one": save("one", 0),
-        "longer": save("longer", 1, P + 1),
-        "foreign": save("foreign", 2, digest="0" * 64),
+        "one": save_source("one", 0),
+        "longer": save_source("longer", 1, P + 1),
+        "foreign": save_source("foreign", 2, digest="0" * 64),
     }
 
 
@@ -176,14 +175,12 @@ def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_p
 def renamed(path, to) -> str:
     """The same names, other prompts."""
     found = artifacts.load_artefact(path)
-    artifacts.save_artefact(
+    save(
         to,
         found.method,
         {"table": -found.params["table"]},
         found.runs,
         **{name: found.config[name] for name in ("embedding_sha256", "vocabulary_sha256")},
-        backbone="tiny",
-        step=0,
     )
     return str(to)
 

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from mpt_jax.artifacts import artifacts
 from mpt_jax.core.runs import Runs
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.experiments.report import analysis
@@ -211,13 +210,9 @@ def test_prompts_that_cannot_be_compared_are_named_and_the_next_methods_are_show
 
 
 def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
-    write_artefact(tmp_path / "pt_source", *attempt(), scores={})
     method, params, runs = attempt()
-    artifacts.save_artefact(
-        tmp_path / "pt_source" / "artefact", method, params, runs, step=3, backbone="tiny",
-        embedding_sha256="0", vocabulary_sha256=None,
-        metrics={"scores": {task: {"accuracy": 1.0} for task in runs.task_names}},
-    )  # fmt: skip
+    scores = {task: {"accuracy": 1.0} for task in runs.task_names}
+    write_artefact(tmp_path / "pt_source", method, params, runs, scores=scores)
     text = page_of(tmp_path, [result("PT", rte=[1.0]), result("MPT", rte=[2.0])])
     assert "Similarity of prompts, Teachers (PT): those of" in text.split("What is not shown")[-1]
 

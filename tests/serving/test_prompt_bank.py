@@ -19,6 +19,7 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.serving import prompt_bank
 from mpt_jax.serving.prompt_bank import Bank, Named, compose
 from tests.fixtures import tiny
+from tests.fixtures.saved_artifacts import save
 
 P, H = 4, 6
 WITH_PROMPTS = [name for name in method_names() if name != "none"]
@@ -36,14 +37,7 @@ def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params
         # What belongs to no row is the same in all artefacts.
         own = rng if f"prompt/{name}" in rows_of(method) else np.random.default_rng(0)
         made[name] = own.normal(size=leaf.shape).astype(np.float32)
-    fields = {
-        "embedding_sha256": "e" * 64,
-        "vocabulary_sha256": "v" * 64,
-        "backbone": "tiny",
-        "step": 1,
-        **overrides,
-    }
-    artifacts.save_artefact(folder, method, made | (params or {}), runs, **fields)
+    save(folder, method, made | (params or {}), runs, **overrides)
     return artifacts.load_artefact(folder)
 
 

@@ -24,6 +24,7 @@ from mpt_jax.training.initialization import Origins, fill
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import create_train_state, num_params
 from tests.fixtures import tiny
+from tests.fixtures.saved_artifacts import save
 
 KEY = jax.random.PRNGKey(0)
 DISTILLED = Objective(distillation=Distillation())
@@ -63,15 +64,11 @@ def write(
     """An artefact of plain prompts, and the prompts."""
     rng = np.random.default_rng(len(names))
     table = rng.normal(size=(len(names), length, tiny.WIDTH)).astype(np.float32)
-    fields = {
+    digests = {
         "embedding_sha256": digest(backbone),
         "vocabulary_sha256": artifacts.vocabulary_digest(Vocabulary()),
-        "backbone": "tiny",
-        "step": 1,
-        **overrides,
     }
-    params = {"table": table}
-    artifacts.save_artefact(path, PromptTuning(length), params, runs or Runs(names), **fields)
+    save(path, PromptTuning(length), {"table": table}, runs or Runs(names), **digests | overrides)
     return str(path), table
 
 
