@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Absolute paths of somebody's machine; after a letter or slash it is part of a longer path or URL.
 MACHINE_PATH = re.compile(rb"(?<![\w./}])/(?:work|root|home|Users|opt|mnt)/[\w.-]+|file://")
+
+TEST_MODULE = re.compile(r"\btests(?:\.\w+)*(?:\.| import )test_\w+")
 
 
 def tracked_files() -> list[Path]:
@@ -41,3 +44,51 @@ def test_no_file_is_larger_than_the_tiny_backbone_may_be() -> None:
     limit = 12 * 2**20
     large = [str(p) for p in tracked_files() if p.is_file() and p.stat().st_size > limit]
     assert not large
+
+
+def imported_test_modules(path: Path) -> list[str]:
+    """The test modules that a file imports, also in the source of a child process."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value]
+        else:
+            continue
+        found += [hit for name in names for hit in TEST_MODULE.findall(name)]
+    return found
+
+
+def test_no_test_module_is_imported_by_another_file() -> None:
+    """Helpers of several modules belong in tests/fixtures (CONTRIBUTING.md)."""
+    found = {
+        str(path.relative_to(ROOT)): hits
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path != Path(__file__) and (hits := imported_test_modules(path))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from tests import test_train",
+        "from tests.test_train import run",
+        "import tests.config.test_gin_utils as gin_tests",
+        "SCRIPT = 'from tests.config import test_gin_utils'",
+        "def late():\n    from tests.config.test_gin_utils import parse",
+    ],
+)
+def test_an_import_of_a_test_module_is_found(code: str, tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(code)
+    assert len(imported_test_modules(tmp_path / "test_x.py")) == 1
+
+
+def test_no_fixture_is_imported_and_shadowed() -> None:
+    """A fixture of several modules needs no waiver in tests/fixtures/pytest_fixtures.py."""
+    waiver = re.compile(r"noqa:[^#\n]*" + "F811")
+    found = [str(p) for p in (ROOT / "tests").rglob("*.py") if waiver.search(p.read_text())]
+    assert not found
