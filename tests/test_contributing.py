@@ -11,8 +11,10 @@ CHECKS = """
 import jax, numpy as np
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.prompts import get_method
-from mpt_jax.training.optimizers import PromptOptimizer, Schedule
-from mpt_jax.prompts.base import InitContext, PromptMethod, fold, rows_of
+from mpt_jax.prompts.base import InitContext, PromptMethod, rows_of
+from mpt_jax.prompts.materialize import fold
+from mpt_jax.training.optimizers import PromptOptimizer
+from mpt_jax.training.schedules import Schedule
 from mpt_jax.core.runs import Runs
 
 runs = Runs(["my_sst2", "another"])

@@ -42,7 +42,7 @@ def random_words(seed, count):
 
 
 def uniforms(seed, step, count):
-    stream = zlib.crc32(b"mpt_jax.data.sampling") & 0x7FFFFFFF
+    stream = zlib.crc32(b"mpt_jax.sampling") & 0x7FFFFFFF
     words = random_words([(seed << 32) | stream, step], 2 * count)
     # 52 bits of mantissa: 20 of the first word, all of the second.
     bits = [((words[2 * i] & 0xFFFFF) << 32) | words[2 * i + 1] for i in range(count)]
