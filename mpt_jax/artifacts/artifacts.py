@@ -31,6 +31,7 @@ from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
 from mpt_jax.prompts.base import PromptMethod, get_method
 from mpt_jax.prompts.materialize import fold, plain_prompts, plain_weights
+from mpt_jax.runtime.files import replace_folder
 
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
@@ -169,21 +170,12 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         "mixture": _mixture(method, params, runs),
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
     }
-    new, old = path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
-    for stale in (new, old):  # of a run that was killed here
-        if stale.exists():
-            stale.rmtree()
-    new.mkdir(parents=True)
-    (new / TENSORS).write_bytes(prompts)
-    # Unsorted: of several metrics the first is the task's main one.
-    (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    card = model_card.for_folder(path, config, facts or model_card.Facts())
-    (new / model_card.NAME).write_bytes(card)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    if old.exists():
-        old.rmtree()
+    with replace_folder(path) as new:
+        (new / TENSORS).write_bytes(prompts)
+        # Unsorted: of several metrics the first is the task's main one.
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        card = model_card.for_folder(path, config, facts or model_card.Facts())
+        (new / model_card.NAME).write_bytes(card)
     return path
 
 

@@ -29,6 +29,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mpt_jax.runtime.files import write_atomic
+
 FILE = "running.json"
 PERIOD, PATIENCE = 10.0, 35.0  # seconds from count to count; how long a count is watched
 
@@ -177,9 +179,9 @@ class Lock:
         return content is not None and _parsed(content).get("token") == self._record["token"]
 
     def _write(self) -> None:
-        new = self._path.with_name(f".{FILE}.new")
-        new.write_text(json.dumps(self._record))
-        new.replace(self._path)
+        # Unsynced: a slow disk must not make a live run look dead, and after a power cut no run is
+        # alive, whatever the file says.
+        write_atomic(self._path, json.dumps(self._record), sync=False)
 
 
 def _agree(refusal: Exception | None) -> None:

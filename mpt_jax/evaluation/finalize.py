@@ -26,6 +26,7 @@ from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.evaluation.periodic_eval import Evaluation
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.runtime.files import write_atomic
 from mpt_jax.training.initialization import Loaded
 from mpt_jax.training.state import num_trainable_params
 
@@ -82,9 +83,7 @@ def report(model_dir: str, found: Sequence[Ending]) -> None:
     """Writes MODEL_DIR/fleet.json, and logs the runs that did not train until the job ended."""
     runs = [dataclasses.asdict(ending) for ending in found]
     path = epath.Path(model_dir) / FLEET
-    new = path.parent / f".{path.name}.new"
-    new.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
-    new.replace(path)
+    write_atomic(path, json.dumps({"runs": runs}, indent=1) + "\n")
     for ending in found:
         kept = "nothing" if ending.best_step is None else f"its step {ending.best_step}"
         if ending.state == FAILED:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mpt_jax
 from mpt_jax.artifacts.provenance import git_revision, package_versions
+from mpt_jax.runtime.files import write_atomic
 
 METRICS = "metrics.jsonl"
 
@@ -136,7 +137,7 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
     }
     path = epath.Path(model_dir) / "run.jsonl"
     before = path.read_text() if path.exists() else ""
-    _replace(path, before + json.dumps(record) + "\n")
+    write_atomic(path, before + json.dumps(record) + "\n")
 
 
 def _mend(path: epath.Path) -> None:
@@ -144,14 +145,7 @@ def _mend(path: epath.Path) -> None:
     content = path.read_text() if path.exists() else ""
     whole, newline, rest = content.rpartition("\n")
     if rest:
-        _replace(path, whole + newline)
-
-
-def _replace(path: epath.Path, content: str) -> None:
-    """Writes a file so that a reader, or a crash, meets the old content or the new."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(content)
-    new.replace(path)
+        write_atomic(path, whole + newline)
 
 
 def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from mpt_jax.core.runs import unknown_name
+from mpt_jax.runtime.files import write_atomic
 
 # What a table shows of each task, the first of these that the task declares: exact match of the
 # decoded label, a correlation, or an overlap for free text.
@@ -174,8 +175,8 @@ def save(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
     for result in results:
         dirs = [os.path.relpath(name, root) for name in result.model_dirs]
         lines.append({**dataclasses.asdict(result), "model_dirs": dirs})
-    (root / FILE).write_text(json.dumps(lines, indent=2) + "\n")
-    (root / MAJORITY_FILE).write_text(json.dumps(majority, indent=2) + "\n")
+    write_atomic(root / FILE, json.dumps(lines, indent=2) + "\n")
+    write_atomic(root / MAJORITY_FILE, json.dumps(majority, indent=2) + "\n")
 
 
 def load_majority(root: Path) -> dict[str, float]:

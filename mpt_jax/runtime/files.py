@@ -1,7 +1,8 @@
-"""Paths and files, here or in a bucket.
+"""Files and folders, local or in a storage bucket, that appear complete or not at all.
 
-Folders appear complete or not at all; in a bucket, where files cannot be renamed at once, under
-their name only when all is written.
+A local file or folder is written under a scratch name beside its target, synced, and renamed. A
+bucket publishes an object when its upload is complete, so files are written in place there. It has
+no folders to rename: objects are copied one by one, and a folder is complete when the call returns.
 """
 
 from __future__ import annotations
@@ -16,31 +17,110 @@ from typing import Any
 from etils import epath
 
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """A scratch folder beside `path` that takes its name when the block ends without an error.
+def write_atomic(path: str | os.PathLike[str], content: bytes | str, *, sync: bool = True) -> None:
+    """Writes a file so that a reader, or a crash, finds the old content or the new.
+
+    Args:
+        path: the file; its folder exists.
+        content: bytes, or text that is written as UTF-8.
+        sync: waits until the content is on disk. Otherwise a power cut may leave an empty file.
 
     Raises:
-        FileExistsError: `path` is there already, and is left alone.
+        OSError: the file cannot be written; the old content stays, and no scratch file.
+    """
+    target = epath.Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if not is_local(target):
+        target.write_bytes(data)
+        return
+    scratch = _scratch_name(target)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            if sync:  # before the rename, or a power cut may keep the name and lose the content
+                os.fsync(file.fileno())
+        os.replace(scratch, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """Yields a scratch folder, which becomes `path` when the block ends without an error.
+
+    Raises:
+        FileExistsError: `path` exists; it is not changed.
+        OSError: the folder cannot be written; nothing is left of it.
     """
     target = epath.Path(path)
     if target.exists():
         raise FileExistsError(f"{target} exists already and is not overwritten.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    scratch.mkdir()
+    with _filled(_scratch_name(target)) as scratch:
+        yield scratch
+        _sync(scratch)
+        scratch.rename(target)
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """Yields a scratch folder, which replaces `path` when the block ends without an error.
+
+    For one writer at a time: it cleans up after a writer that was killed. Between the two renames
+    of the swap a reader may find no folder, but never half of one.
+
+    Raises:
+        OSError: the folder cannot be written; the old one stays.
+    """
+    target = epath.Path(path)
+    new, old = (target.parent / f".{target.name}.{suffix}" for suffix in ("new", "old"))
+    if old.exists() and not target.exists():  # a writer was killed between the renames
+        old.rename(target)
+    for stale in (new, old):
+        if stale.exists():
+            stale.rmtree()
+    with _filled(new):
+        yield new
+        _sync(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+    if old.exists():
+        old.rmtree()
+
+
+def _scratch_name(target: epath.Path) -> epath.Path:
+    """A hidden name beside a target, new at every call, so that two writers never share one."""
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+@contextlib.contextmanager
+def _filled(scratch: epath.Path) -> Iterator[epath.Path]:
+    """Creates a folder, and removes it if the block fails."""
+    scratch.mkdir(parents=True)
     try:
         yield scratch
-        if is_local(target):
-            for folder, _, names in os.walk(scratch):
-                for name in names:
-                    with open(os.path.join(folder, name), "rb") as written:
-                        os.fsync(written.fileno())
-        scratch.rename(target)
     except BaseException:
         with contextlib.suppress(OSError):
             scratch.rmtree()
         raise
+
+
+def _sync(folder: epath.Path) -> None:
+    """Waits until the files of a local folder are on disk."""
+    if not is_local(folder):
+        return
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as written:
+                os.fsync(written.fileno())
 
 
 def is_local(path: epath.Path) -> bool:

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +24,7 @@ from safetensors.numpy import load, save
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.runtime.files import write_atomic
 from mpt_jax.training.partitioning import to_host
 from mpt_jax.training.row_transforms import row_groups
 from mpt_jax.training.state import trainable_labels
@@ -265,10 +265,10 @@ class SelectBest:
             self._digest = hashlib.sha256(parameters).hexdigest()
             if self._written is not None:
                 following = {**record, "trainable_sha256": self._digest}
-                _replace(history, json.dumps({**self._written, "next": following}).encode())
-            _replace(self._folder / PARAMETERS, parameters)
+                write_atomic(history, json.dumps({**self._written, "next": following}))
+            write_atomic(self._folder / PARAMETERS, parameters)
         self._written = {**record, "trainable_sha256": self._digest}
-        _replace(history, json.dumps(self._written).encode())
+        write_atomic(history, json.dumps(self._written))
 
     def _read(self) -> tuple[dict[str, Any], bytes]:
         """The record of what is kept, and the parameters.
@@ -299,13 +299,6 @@ class SelectBest:
             )
         self._written, self._digest = record, found
         return record, parameters
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash, meets the old content or the new."""
-    new = path.parent / f".{path.name}.{os.getpid()}.new"
-    new.write_bytes(content)
-    new.replace(path)
 
 
 def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any]:

@@ -301,17 +301,17 @@ def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, written):
     together, and is of the step before or of the new one."""
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
-    replace, count = selection._replace, iter(range(9))
+    write, count = selection.write_atomic, iter(range(9))
 
     def until(path, content):
         if next(count) >= written:
             raise KeyboardInterrupt
-        replace(path, content)
+        write(path, content)
 
-    monkeypatch.setattr(selection, "_replace", until)
+    monkeypatch.setattr(selection, "write_atomic", until)
     with pytest.raises(KeyboardInterrupt):
         select.run(state(20, 2), scores(60, 70, 70))
-    monkeypatch.setattr(selection, "_replace", replace)
+    monkeypatch.setattr(selection, "write_atomic", write)
     again = SelectBest(MODEL, str(tmp_path))
     again.resume(20)
     step = 10 if written == 1 else 20

@@ -32,6 +32,7 @@ from mpt_jax.experiments.paper.suites import Suite
 from mpt_jax.experiments.paper.tables import Cell, Table
 from mpt_jax.experiments.stages import Stage
 from mpt_jax.runtime import compilation_cache, paths
+from mpt_jax.runtime.files import write_atomic
 from mpt_jax.tasks import few_shot
 
 PLAN = "stages.json"
@@ -145,9 +146,7 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
             )
         known[stage.name] = what
     root.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(known, indent=1) + "\n")
-    new.replace(path)
+    write_atomic(path, json.dumps(known, indent=1) + "\n")
 
 
 def run(root: Path, cells: Sequence[Cell]) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpt_jax.checkpointing.fingerprint import describe_differing
+from mpt_jax.runtime.files import write_atomic
 from mpt_jax.serving.predict.progress import silence
 
 
@@ -228,12 +229,7 @@ class File:
             "bytes": self._bytes,
             "requests_sha256": self._digest.hexdigest(),
         }
-        new = self._record.with_name(f"{self._record.name}.new")
-        with new.open("w") as file:
-            file.write(json.dumps(record, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut might leave the new name and no content
-        new.replace(self._record)
+        write_atomic(self._record, json.dumps(record, indent=2) + "\n")
 
 
 Output = Stream | File
