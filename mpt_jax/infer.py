@@ -29,8 +29,9 @@ from jax.experimental import multihost_utils
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.batching import bucketing
-from mpt_jax.checkpointing import checkpoints, fingerprint
+from mpt_jax.checkpointing import checkpoints
 from mpt_jax.config import gin_utils
+from mpt_jax.core import comparison
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables
 from mpt_jax.data.iterators import Share
@@ -243,7 +244,7 @@ class _Output:
             label = self._beside("COMPLETED" if whole else "partial_of")
             found = json.loads((label.read_text() if label.exists() else "") or "{}")
             ours = json.loads(json.dumps(made_from))
-            if differing := fingerprint.describe_differing(ours, found, ours):
+            if differing := comparison.differences(found, ours):
                 raise ValueError(
                     f"{self.path} was made from something else ({differing}). Choose another "
                     f"INFER_OUTPUT_DIR, or remove {self.path}* to make it again."

@@ -181,9 +181,9 @@ def test_files_made_from_something_else_are_not_taken_for_the_answer(saved, tmp_
     texts = [Path(file).read_text() for file in files]
     longer = {"inputs": 5, "targets": 3}
     for message, settings in (
-        (r"step: 3 there, 0 here", {"path": "checkpoint_0"}),
+        (r"step: saved 3, current 0", {"path": "checkpoint_0"}),
         (
-            r"'inputs': 4.* there, .*'inputs': 5",
+            r"saved {'inputs': 4.*, current {'inputs': 5",
             {"dataset_cfg": config(task_feature_lengths=longer)},
         ),
     ):
@@ -194,11 +194,11 @@ def test_files_made_from_something_else_are_not_taken_for_the_answer(saved, tmp_
     # A part of a file counts as much, and so does a file that nothing is known of.
     Path(f"{files[0]}.COMPLETED").rename(f"{files[0]}.partial_of")
     Path(files[0]).rename(f"{files[0]}.partial")
-    with pytest.raises(ValueError, match="step: 3 there, 0 here"):
+    with pytest.raises(ValueError, match="step: saved 3, current 0"):
         again("checkpoint_0")
     Path(f"{files[0]}.partial_of").unlink()
     Path(f"{files[0]}.COMPLETED").write_text("")
-    with pytest.raises(ValueError, match="step: None there, 3 here"):
+    with pytest.raises(ValueError, match="step: saved nothing, current 3"):
         again()
 
 
@@ -266,10 +266,10 @@ def test_a_checkpoint_of_other_tasks_or_another_method_is_refused(saved):
     for model, difference in (
         (
             make_model(BANK[::-1]),
-            r"run_names: \['judged_a', .*\] there, \['judged_empty', .*\] here",
+            r"run_names: saved \['judged_a', .*\], current \['judged_empty', .*\]",
         ),
         (make_model(BANK[:2]), "run_names"),
-        (make_model(prompt_length=5), "method_config: .*3.* there, .*5.* here"),
+        (make_model(prompt_length=5), "method_config: saved .*3.*, current .*5"),
     ):
         with pytest.raises(ValueError, match=difference) as caught:
             one_state(saved, model)
@@ -289,7 +289,9 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
 def test_a_checkpoint_of_another_backbone_is_refused(saved, tmp_path):
     other = tiny.params(saved.model, seed=1)
     del other["prompt"]
-    with pytest.raises(ValueError, match="embedding_sha256: '[0-9a-f]+' there, '[0-9a-f]+' here"):
+    with pytest.raises(
+        ValueError, match="embedding_sha256: saved '[0-9a-f]+', current '[0-9a-f]+'"
+    ):
         one_state(saved, saved.model, backbone=str(save_t5x(tmp_path, other, 0)))
 
 

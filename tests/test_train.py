@@ -118,11 +118,13 @@ def test_nan_stops_with_the_last_good_state(backbone, tmp_path):
 
 def test_another_configuration_is_refused(backbone, tmp_path):
     run(backbone, tmp_path / "run", steps=2)
-    with pytest.raises(ValueError, match=r"another configuration .*random_seed: 0 there, 7 here"):
+    with pytest.raises(
+        ValueError, match=r"another configuration .*random_seed: saved 0, current 7"
+    ):
         run(backbone, tmp_path / "run", random_seed=7)
     with pytest.raises(ValueError, match="another configuration"):
         run(backbone, tmp_path / "run", model=build(MPT(P, rank=2)))
-    with pytest.raises(ValueError, match=r"objective: .*z_loss=0.0.* there, .*z_loss=0.1.* here"):
+    with pytest.raises(ValueError, match=r"objective: saved .*z_loss=0.0.*, current .*z_loss=0.1"):
         run(backbone, tmp_path / "run", model=build(objective=losses.Objective(z_loss=0.1)))
 
 
@@ -131,7 +133,7 @@ def test_another_artefact_to_start_from_is_another_configuration(backbone, tmp_p
     run(backbone, tmp_path / "two", steps=4)
     origins = [{"artefact": str(tmp_path / name / "artefact")} for name in ("one", "two")]
     run(backbone, tmp_path / "run", steps=2, origins=origins[0])
-    with pytest.raises(ValueError, match="artefact_sha256: .* there, .* here"):
+    with pytest.raises(ValueError, match="artefact_sha256: saved .*, current .*"):
         run(backbone, tmp_path / "run", steps=4, origins=origins[1])
 
 
@@ -223,7 +225,7 @@ def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
         started.params["table"][0], prompts(tmp_path / "sources")["table"][2]
     )
     assert started.config["started_from"]["start_from"] == {"run_c": {"run_c": 1.0}}
-    with pytest.raises(ValueError, match=r"start_from: .*'run_c': 1.0.* there, .* here"):
+    with pytest.raises(ValueError, match=r"start_from: saved .*'run_c': 1.0.*, current .*"):
         start(top_k=2)
 
 

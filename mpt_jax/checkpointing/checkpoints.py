@@ -26,7 +26,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpt_jax.checkpointing import checksums, corruption
-from mpt_jax.core.tree import flatten, match_exactly
+from mpt_jax.core.comparison import check_same
+from mpt_jax.core.tree import flatten
 from mpt_jax.runtime.files import absolute
 from mpt_jax.training.state import TrainState
 
@@ -157,7 +158,7 @@ class Checkpoints:
             The state and what `save` was given beside it, or None where nothing was saved.
 
         Raises:
-            ValueError: the checkpoint belongs to another configuration.
+            ValueError: the checkpoint was saved with another configuration.
             OSError: it could not be read, for another reason than damage; or all are damaged. In a
                 job of several processes all raise alike.
         """
@@ -282,17 +283,16 @@ def _check_configuration(state: TrainState, meta: dict[str, Any], path: epath.Pa
     """Compares the shapes that a checkpoint was saved with.
 
     Raises:
-        ValueError: it belongs to another configuration; names what differs.
+        ValueError: it was saved with another configuration; shows what differs.
     """
-    expected = {name: tuple(shape) for name, shape in _shapes(_saved(state)).items()}
-    found = {name: tuple(shape) for name, shape in meta["shapes"].items()}
-    try:
-        match_exactly(expected, found, f"{path}")
-    except ValueError as error:
-        raise ValueError(
-            f"{error} MODEL_DIR holds a run of another configuration: choose another MODEL_DIR, or "
-            "remove this one."
-        ) from error
+    saved, current = meta["shapes"], _shapes(_saved(state))
+    check_same(
+        saved,
+        current,
+        sorted({*saved, *current}),
+        what=f"{path}",
+        advice=f"Choose another MODEL_DIR, or remove {path.parent}.",
+    )
 
 
 def saved_steps(folder: epath.Path) -> list[int]:

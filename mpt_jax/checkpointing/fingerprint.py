@@ -7,12 +7,12 @@ silence. What a user may change half-way (learning rates, clipping) is compared 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import logging
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.core.comparison import check_same, differences
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
 from mpt_jax.training.initialization import Loaded
@@ -59,23 +59,20 @@ def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed:
 
 
 def check_resumes(ours: Identity, saved: Identity, model_dir: str) -> None:
-    """Refuses to go on with a run of another configuration, and logs what was changed.
+    """Checks that a run has the configuration it was saved with, and logs what may change.
 
     Raises:
         ValueError: both values of everything that differs.
     """
     strict = [name for name in _known(ours, saved) if name not in CHANGEABLE]
-    if differing := describe_differing(ours, saved, strict):
-        raise ValueError(
-            f"{model_dir} holds a run of another configuration ({differing}). Choose another "
-            "MODEL_DIR, or remove this one."
-        )
-    if changed := describe_differing(ours, saved, CHANGEABLE):
-        logging.warning("%s goes on with other settings than it had: %s.", model_dir, changed)
+    advice = f"Choose another MODEL_DIR, or remove {model_dir}."
+    check_same(saved, ours, strict, what=f"The run in {model_dir}", advice=advice)
+    if changed := differences(saved, ours, CHANGEABLE):
+        logging.warning("The run in %s resumes with changed settings: %s.", model_dir, changed)
 
 
 def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
-    """Refuses a checkpoint that this model would read as something else.
+    """Checks that this model reads a checkpoint as what it was saved as.
 
     Args:
         ours: of the model that reads, `of_model`.
@@ -85,28 +82,16 @@ def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
     Raises:
         ValueError: both values of everything that differs.
     """
-    if differing := describe_differing(ours, saved, _known(ours, saved)):
-        raise ValueError(
-            f"{path} was saved by another configuration ({differing}). Give the tasks in the "
-            "order, and the backbone and method, that it was trained with; its MODEL_DIR has "
-            "them in config.gin."
-        )
+    advice = (
+        "Give the tasks in the order, and the backbone and method, that it was trained with; its "
+        "MODEL_DIR has them in config.gin."
+    )
+    check_same(saved, ours, _known(ours, saved), what=f"{path}", advice=advice)
 
 
 def _known(ours: Identity, saved: Identity) -> list[str]:
     """What can be compared: earlier versions did not save a digest of prompts that do not learn."""
     return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
-
-
-def describe_differing(
-    ours: Mapping[str, Any], saved: Mapping[str, Any], names: Iterable[str]
-) -> str:
-    """Both values of every name under which two records differ; empty where none does."""
-    return "; ".join(
-        f"{name}: {saved.get(name)!r} there, {ours[name]!r} here"
-        for name in names
-        if saved.get(name) != ours[name]
-    )
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:

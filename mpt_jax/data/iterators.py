@@ -23,6 +23,7 @@ from absl import logging
 from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
+from mpt_jax.core.comparison import check_same
 
 _POSITION = "position.json"
 
@@ -112,22 +113,19 @@ class TrainIterator(Iterator[Batch]):
         """Goes to a position returned by `state`.
 
         Raises:
-            ValueError: `state` is no position, or one of another configuration.
+            ValueError: `state` is no position, or was saved with another configuration.
         """
         try:
             archive = zipfile.ZipFile(io.BytesIO(state))
             header = json.loads(archive.read(_POSITION))
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
             raise ValueError(f"Not a data position, or a damaged one: {error}") from error
-        theirs = header["identity"]
-        differing = {
-            key: (theirs.get(key), value)
-            for key, value in self._identity.items()
-            if theirs.get(key) != value
-        }
-        if differing:
-            text = "; ".join(f"{k}: saved {a!r}, now {b!r}" for k, (a, b) in differing.items())
-            raise ValueError(f"The data position belongs to another configuration: {text}.")
+        check_same(
+            header["identity"],
+            self._identity,
+            what="The data position",
+            advice="Restore the saved values, or choose another MODEL_DIR to start again.",
+        )
         with tempfile.TemporaryDirectory() as folder:
             for name in archive.namelist():
                 if name != _POSITION:

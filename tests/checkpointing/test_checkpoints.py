@@ -393,7 +393,7 @@ def test_a_model_dir_of_another_configuration_is_an_error(state, tmp_path, other
     with pytest.raises(ValueError) as error:
         read(tmp_path, tiny.state(other, tiny.params(other)))
     message = str(error.value)
-    assert "another configuration" in message and "choose another MODEL_DIR" in message
+    assert "another configuration" in message and "Choose another MODEL_DIR" in message
     assert str(tmp_path / "checkpoint_5") in message
     assert "prompt/" in message, "parameters that differ are named"
     assert (tmp_path / "checkpoint_5").is_dir(), "nothing is lost"

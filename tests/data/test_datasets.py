@@ -116,7 +116,7 @@ def test_a_mixtures_position_is_small():
 def test_positions_of_other_configurations_are_refused():
     state = datasets.train_iterator(config(mixture()), CONVERTER).state()
     other = datasets.train_iterator(config(mixture(batch_size=9), batch_size=9), CONVERTER)
-    with pytest.raises(ValueError, match=r"another configuration: sampler: saved 'Stochastic.*9"):
+    with pytest.raises(ValueError, match=r"another configuration \(sampler: saved 'Stochastic.*9"):
         other.restore(state)
     with pytest.raises(ValueError, match="Not a data position, or a damaged one"):
         other.restore(state[:100])

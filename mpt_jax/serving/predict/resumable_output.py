@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mpt_jax.checkpointing.fingerprint import describe_differing
+from mpt_jax.core.comparison import differences
 from mpt_jax.runtime.files import write_atomic
 from mpt_jax.serving.predict.progress import silence
 
@@ -206,7 +206,7 @@ class File:
                 f"{record} cannot be read ({error!r}). Remove {self.path}* to begin again."
             ) from error
         ours = json.loads(json.dumps(self._made_from))
-        if differing := describe_differing(ours, saved, ours):
+        if differing := differences(saved, ours):
             raise Refused(
                 f"{self.path} was made from something else ({differing}). Choose another file, or "
                 f"remove {self.path}* to make it again."

@@ -92,7 +92,7 @@ def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     code, _, said = run("--output", str(path), lines=lines)
     assert code == 0 and "complete already" in said
     code, _, said = run("--output", str(path), "--truncate", lines=lines)
-    assert code == 2 and "truncate: False there, True here" in said
+    assert code == 2 and "truncate: saved False, current True" in said
 
 
 def test_exit_codes_count_the_lines_of_earlier_starts(run, tmp_path, monkeypatch):

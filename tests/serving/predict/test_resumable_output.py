@@ -68,7 +68,7 @@ def test_a_start_that_was_killed_before_its_last_step_is_finished(tmp_path):
 def test_other_requests_or_settings_are_refused(finish, tmp_path):
     path, last = tmp_path / "out.jsonl", 5 if finish else 3
     write(path, 0, last, finish=finish)
-    with pytest.raises(ValueError, match="mode: 'predict' there, 'score' here"):
+    with pytest.raises(ValueError, match="mode: saved 'predict', current 'score'"):
         write(path, last, 5, made_from={**MADE_FROM, "mode": "score"})
     for others in ([b"a\n", b"x\n", *LINES[2:]], LINES[:2]):
         with pytest.raises(ValueError, match=f"first {last} lines .* not those"):
