@@ -28,7 +28,7 @@ from mpt_jax.training.state import TrainState, create_train_state
 Scores = dict[str, dict[str, float]]
 
 
-def evaluate(  # noqa: PLR0913 - T5X's arguments
+def evaluate(
     *,
     model: PromptedEncoderDecoder,
     dataset_cfg: datasets.DatasetConfig,

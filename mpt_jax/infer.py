@@ -47,7 +47,7 @@ MODES = ("predict", "score", "predict_with_aux")
 TEXT = "_pretokenized"
 
 
-def infer(  # noqa: PLR0913 - T5X's arguments
+def infer(
     *,
     model: PromptedEncoderDecoder,
     dataset_cfg: datasets.DatasetConfig,
@@ -110,20 +110,11 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         fallback_init_rng=fallback_init_rng is not None,
         use_orbax=not use_orbax,
     )
-    if mode not in MODES:
-        raise ValueError(f"infer.mode must be one of {MODES}, got {mode!r}.")
-    if checkpoint_period < 1:
-        raise ValueError(f"infer.checkpoint_period must be 1 or more, got {checkpoint_period}.")
-    if not 0 <= shard_id < num_shards:
-        raise ValueError(f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}.")
+    _check_settings(mode, checkpoint_period, shard_id, num_shards)
     compilation_cache.enable()
     if verify_matching_vocabs_fn is not None:
         verify_matching_vocabs_fn(dataset_cfg, model)
-    tasks = seqio.get_subtasks(dataset_cfg.provider())
-    converter = dataset_cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
-    datasets.check_runs(tasks, converter)
-    for task in tasks:
-        task_lookup.check_split(task, dataset_cfg.split)
+    tasks, converter = _tasks(dataset_cfg, model)
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
     malloc.keep_freed()
@@ -157,6 +148,27 @@ def infer(  # noqa: PLR0913 - T5X's arguments
         lines = (list(answer(rows, vocabulary=vocabulary)) for rows in windows)
         output.write(lines, checkpoint_period // window)
     return [str(output.path) for output in outputs]
+
+
+def _check_settings(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) -> None:
+    if mode not in MODES:
+        raise ValueError(f"infer.mode must be one of {MODES}, got {mode!r}.")
+    if checkpoint_period < 1:
+        raise ValueError(f"infer.checkpoint_period must be 1 or more, got {checkpoint_period}.")
+    if not 0 <= shard_id < num_shards:
+        raise ValueError(f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}.")
+
+
+def _tasks(
+    cfg: datasets.DatasetConfig, model: PromptedEncoderDecoder
+) -> tuple[list[seqio.Task], Any]:
+    """The tasks to read and their feature converter; raises ValueError if they do not match."""
+    tasks = list(seqio.get_subtasks(cfg.provider()))
+    converter = cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
+    datasets.check_runs(tasks, converter)
+    for task in tasks:
+        task_lookup.check_split(task, cfg.split)
+    return tasks, converter
 
 
 def _one_state(

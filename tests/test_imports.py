@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # In data-flow order: a module imports only its own package and those before it.
 CORE = """core runtime batching prompts backbones models artifacts convert training checkpointing
 serving""".split()
-BORDER = "data evaluation tasks config t5x_compat train eval infer plan experiments cli".split()
+BORDER = """data evaluation tasks config t5x_compat training_job train eval infer plan experiments
+cli""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
 

@@ -294,7 +294,7 @@ def test_a_converter_for_another_prompt_length_is_refused(backbone, tmp_path):
         run(backbone, tmp_path / "run", build(MPT(P + 1)))
 
 
-@pytest.mark.parametrize("where", ["train", "read_metrics"])
+@pytest.mark.parametrize("where", ["_dispatch", "_read_metrics"])
 def test_a_later_step_that_does_not_fit_is_explained_too(backbone, tmp_path, monkeypatch, where):
     """Batches have several lengths, so that the first need not be the largest; and a device may
     tell the host when it reads the metrics."""

@@ -70,6 +70,9 @@ class InferenceEvaluator:
         num_hosts: hosts that share each batch.
         host_index: this host; only host 0 writes.
 
+    Attributes:
+        split: which is evaluated.
+
     Raises:
         ValueError: an unknown task or run, a missing or empty split, over-long examples, a metric
             that cannot be computed, or no task with metrics.
@@ -86,6 +89,7 @@ class InferenceEvaluator:
         host_index: int = 0,
     ):
         provider = cfg.provider()
+        self.split = cfg.split
         self._converter = cfg.converter(feature_converter_cls, pack=False)
         _check(provider, cfg, self._converter)
         if evaluator_cls is None:

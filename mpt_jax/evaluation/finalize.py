@@ -1,10 +1,11 @@
-"""What the runs of a job leave to others when it ends: their prompts, and how each of them fared.
+"""Writes the final prompt artifacts and a per-run summary when a job ends.
 
     MODEL_DIR/artefact           all runs
-    MODEL_DIR/artefacts/<run>    each run by itself, where a job has several groups
+    MODEL_DIR/artefacts/<run>    each run separately, if a job has several groups
+    MODEL_DIR/backbone           the backbone, if it was trained
     MODEL_DIR/fleet.json         of every run: finished, failed or trained; step, best step, score
 
-A run that failed hands on its best step if it was evaluated before it failed, otherwise nothing.
+A failed run leaves its best step if it was evaluated before it failed, otherwise nothing.
 """
 
 from __future__ import annotations
@@ -13,24 +14,32 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+import seqio
 from absl import logging
 from etils import epath
 
-from mpt_jax.artifacts import artifacts, model_card
+from mpt_jax import convert
+from mpt_jax.artifacts import artifacts, model_card, provenance
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
-from mpt_jax.core.tree import flatten, unflatten
-from mpt_jax.evaluation.periodic_eval import Evaluation
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.core.tree import flatten, merge, unflatten
+from mpt_jax.data.datasets import DatasetConfig
+from mpt_jax.models.encoder_decoder import BACKBONE, PromptedEncoderDecoder
 from mpt_jax.runtime.files import write_atomic
 from mpt_jax.training.initialization import Loaded
+from mpt_jax.training.partitioning import to_host
+from mpt_jax.training.selection import SelectBest
 from mpt_jax.training.state import num_trainable_params
+from mpt_jax.training.trainer import Trainer
 
 ARTEFACT, ARTEFACTS, FLEET = "artefact", "artefacts", "fleet.json"
+TRAINED_BACKBONE = "backbone"
 FINISHED, FAILED, TRAINED = "finished", "failed", "trained"
 
 
@@ -56,19 +65,71 @@ class Ending:
     score: float | None
 
 
-def endings(evaluator: Evaluation, all_failed: bool = False) -> list[Ending]:
-    """How each run of a job fared.
+@dataclasses.dataclass(frozen=True)
+class EndedJob:
+    """A job that has taken its last step.
 
-    Args:
-        evaluator: of the job.
-        all_failed: whether the job stops because no run is left that has not failed. The last of
-            them fail by a step that is not taken, so the state does not say so.
+    Attributes:
+        trainer: holds the last state.
+        best: has the best parameters; None if the job selects no steps.
+        scores: of each run, from the last evaluation.
+        initial: what the job started from.
+        backbone: its name.
+        data_cfg: what it trained on.
+        evaluated: run -> number of examples that it was evaluated on.
+        evaluated_split: their split.
+        all_failed: whether the job stops because every run has failed. The last of them fail at a
+            step that is not taken, so the state does not record it.
     """
-    trainer, best = evaluator.trainer, evaluator.best
+
+    trainer: Trainer
+    best: SelectBest | None
+    scores: Mapping[str, Mapping[str, float]]
+    initial: Loaded
+    backbone: str
+    data_cfg: DatasetConfig
+    evaluated: Mapping[str, int]
+    evaluated_split: str
+    all_failed: bool = False
+
+    def best_params(self) -> dict[str, Any]:
+        """Every parameter: of each group's best step if steps are selected, else the last."""
+        if self.best is None:
+            return self.trainer.state.params
+        assert self.best.trainable is not None  # what `best` means
+        return merge(self.best.trainable, self.trainer.state.frozen)
+
+    def best_step(self) -> int:
+        """The step that `best_params` are from; with several groups, of the latest of them."""
+        return max(self.best.best_step) if self.best else self.trainer.step
+
+    def best_scores(self) -> Mapping[str, Mapping[str, float]]:
+        """Run -> metric -> value of `best_params`."""
+        return self.best.scores if self.best else self.scores
+
+
+def finalize_run(model_dir: str, job: EndedJob) -> None:
+    """Writes the prompt artifacts of a job, and its backbone if that was trained. If every run
+    failed, writes each group's best earlier step."""
+    params = to_host(job.best_params())  # all processes take part
+    if jax.process_index() != 0:
+        return
+    if "prompt" in params:
+        write_artefacts(model_dir, job, params["prompt"])
+    if any(re.fullmatch(BACKBONE, name) for name in flatten(job.trainer.state.trainable)):
+        backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
+        folder = epath.Path(model_dir) / TRAINED_BACKBONE
+        folder.rmtree(missing_ok=True)  # of an earlier end of this job
+        logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, job.best_step()))
+
+
+def endings(job: EndedJob) -> list[Ending]:
+    """How each run of a job fared."""
+    trainer, best = job.trainer, job.best
     runs, found, last = trainer.model.runs, [], int(trainer.state.step)
     scores = best.best_group_scores() if best else [math.nan] * runs.num_groups
     for run, task, group in zip(runs.run_names, runs.task_names, runs.group_of_row, strict=True):
-        failed, ended = all_failed or bool(trainer.failed[group]), int(trainer.ended[group])
+        failed, ended = job.all_failed or bool(trainer.failed[group]), int(trainer.ended[group])
         step = ended if ended >= 0 else last
         chosen = best.best_step[group] if best else -1
         if chosen < 0:
@@ -139,55 +200,56 @@ def take(
     return unflatten(leaves), taken, groups
 
 
-def write_artefacts(
-    model_dir: str,
-    evaluator: Evaluation,
-    prompt: Params,
-    loaded: Loaded,
-    backbone: str,
-    facts: model_card.Facts,
-    all_failed: bool = False,
-) -> None:
-    """Writes the artefacts of a job that has ended, and its report; for one process.
+def card_facts(job: EndedJob) -> model_card.Facts:
+    """What model cards say about a job beside its artifacts' configurations."""
+    trainer, provider = job.trainer, job.data_cfg.provider()
+    return model_card.Facts(
+        data={task.name: model_card.data_of(task) for task in seqio.get_subtasks(provider)},
+        trained_on=getattr(provider, "overlong", {}),
+        evaluated=job.evaluated,
+        evaluated_split=job.evaluated_split,
+        trained_numbers=num_trainable_params(trainer.model, trainer.state.trainable),
+        git_revision=provenance.git_revision(),
+        packages=provenance.package_versions(),
+    )
+
+
+def write_artefacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
+    """Writes the artifacts and the summary of a job; for one process.
 
     Args:
         model_dir: MODEL_DIR.
-        evaluator: knows the best step of every run.
+        job: which has ended.
         prompt: the method's parameters, of each run's best step.
-        loaded: what the job started from.
-        backbone: its name.
-        facts: what model cards say.
-        all_failed: see `endings`.
     """
-    found = endings(evaluator, all_failed)
+    facts = card_facts(job)
+    found = endings(job)
     report(model_dir, found)
     kept = [row for row, ending in enumerate(found) if ending.best_step is not None]
     folders = {ARTEFACT: kept} if kept else {}
-    if evaluator.trainer.model.runs.num_groups > 1:
+    if job.trainer.model.runs.num_groups > 1:
         folders |= {f"{ARTEFACTS}/{found[row].run}": [row] for row in kept}
     for folder, rows in folders.items():
         path, step = epath.Path(model_dir) / folder, max(found[row].best_step or 0 for row in rows)
-        _write(path, evaluator, prompt, loaded, backbone, facts, rows, step)
+        _write(path, job, prompt, facts, rows, step)
     if kept:
         logging.info("Prompt artefact: %s", epath.Path(model_dir) / ARTEFACT)
 
 
-def _write(  # noqa: PLR0913 - what an artefact is made of
+def _write(
     folder: epath.Path,
-    evaluator: Evaluation,
+    job: EndedJob,
     prompt: Params,
-    loaded: Loaded,
-    backbone: str,
     facts: model_card.Facts,
     rows: Sequence[int],
     step: int,
 ) -> None:
-    """One artefact. A job may have thousands, so that nothing here reads all runs of the job but
-    where they all are written."""
-    model, best = evaluator.trainer.model, evaluator.best
+    """Writes one artifact. A job may have thousands, so all runs of the job are read only for the
+    artifact that holds them all."""
+    model, best, initial = job.trainer.model, job.best, job.initial
     params, runs, groups = take(model, prompt, rows)
     of_runs = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731
-    metrics: dict[str, Any] = {"scores": of_runs(evaluator.best_scores())}
+    metrics: dict[str, Any] = {"scores": of_runs(job.best_scores())}
     if best is not None:
         metrics |= {
             "best_step": [best.best_step[group] for group in groups],
@@ -206,12 +268,12 @@ def _write(  # noqa: PLR0913 - what an artefact is made of
         model.prompt,
         params,
         runs,
-        embedding_sha256=loaded.embedding_sha256,
-        vocabulary_sha256=loaded.vocabulary_sha256,
-        backbone=backbone,
+        embedding_sha256=initial.embedding_sha256,
+        vocabulary_sha256=initial.vocabulary_sha256,
+        backbone=job.backbone,
         step=step,
         metrics=metrics,
-        started_from=loaded.started_from,
+        started_from=initial.started_from,
         include_folded=True,
         facts=facts,
     )

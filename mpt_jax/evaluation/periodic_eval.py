@@ -13,7 +13,6 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mpt_jax.core.shapes import Params
-from mpt_jax.core.tree import merge
 from mpt_jax.evaluation import evaluator, metric_writers
 from mpt_jax.training import selection
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -88,22 +87,6 @@ class Evaluation:
         """Tells the action that keeps the best parameters at which step the run goes on."""
         if self._selecting is not None:
             self._selecting.resume(self.trainer.step)
-
-    def best_params(self) -> dict[str, Any]:
-        """Every parameter: of each group's best step if the run selected any, else the last."""
-        state, best = self.trainer.state, self.best
-        if best is None:
-            return state.params
-        assert best.trainable is not None  # what `best` means
-        return merge(best.trainable, state.frozen)
-
-    def best_step(self) -> int:
-        """The step that `best_params` are from; with several groups, of the latest of them."""
-        return max(self.best.best_step) if self.best else self.trainer.step
-
-    def best_scores(self) -> dict[str, dict[str, float]]:
-        """Run -> metric -> value of `best_params`."""
-        return self.best.scores if self.best else self.scores
 
     def run(self) -> bool:
         """Evaluates the current state, and ends the training of groups that patience is at its end

@@ -18,9 +18,8 @@ from absl import logging
 
 from mpt_jax.config import gin_utils
 from mpt_jax.core.runs import Runs
-from mpt_jax.evaluation.finalize import all_ended
+from mpt_jax.evaluation.finalize import ARTEFACT, TRAINED_BACKBONE, all_ended
 from mpt_jax.experiments import results
-from mpt_jax.train import ARTEFACT, TRAINED_BACKBONE
 
 FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
 

@@ -10,19 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpt_jax.training.trainer import Trainer
-
 
 class OutOfMemory(RuntimeError):
     """A step did not fit; the message says what takes room and what makes it less."""
 
 
 @contextlib.contextmanager
-def explained(trainer: Trainer, batch: Mapping[str, Any]) -> Iterator[None]:
+def explained(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
     """Inside, an error that tells of memory becomes one that says what to change.
 
     Args:
-        trainer: whose steps are taken, or read.
+        trainer: the `Trainer` whose steps run; untyped because its module imports this one.
         batch: this process's rows, of the largest step so far.
 
     Raises:
@@ -36,11 +34,11 @@ def explained(trainer: Trainer, batch: Mapping[str, Any]) -> Iterator[None]:
         raise OutOfMemory(describe(trainer, batch, str(error).partition("\n")[0])) from error
 
 
-def describe(trainer: Trainer, batch: Mapping[str, Any], said: str) -> str:
+def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
     """What takes a device's memory, and what each setting that matters would make of it.
 
     Args:
-        trainer: whose step did not fit.
+        trainer: the `Trainer` whose step did not fit.
         batch: this process's rows.
         said: the error's first line.
     """

@@ -26,7 +26,7 @@ from mpt_jax.core.shapes import Array, Batch, Key
 from mpt_jax.models import metrics
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.prompts.row_ops import rows_split_over
-from mpt_jax.training import sparse_step
+from mpt_jax.training import oom, sparse_step
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.row_compaction import Places
 from mpt_jax.training.state import TrainState
@@ -133,9 +133,24 @@ class Trainer:
         self.ended, self.failed = np.asarray(state.ended), np.asarray(state.failed)
         # The groups whose rows are in batches.
         self._placed = np.ones(model.runs.num_groups, bool)
+        self._largest: Mapping[str, np.ndarray] = {}  # batch so far
 
     def train(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Dispatches one step; metrics gather on the device until `read_metrics`."""
+        """Dispatches one step; metrics gather on the device until `read_metrics`.
+
+        Raises:
+            OutOfMemory: the step does not fit a device.
+        """
+        self._largest = oom.larger(self._largest, batch)
+        with oom.explained(self, self._largest):
+            self._dispatch(batch)
+
+    def wait(self) -> None:
+        """Waits for the steps dispatched; raises as `train` does."""
+        with oom.explained(self, self._largest):
+            jax.block_until_ready(self.state.trainable)
+
+    def _dispatch(self, batch: Mapping[str, np.ndarray]) -> None:
         if self._places is not None:
             batch = self._places.pack(batch, self._placed)
         with self.partitioner.activate():
@@ -247,7 +262,12 @@ class Trainer:
         Raises:
             NonFiniteLoss: a step was not taken, because no group is left that has not failed;
                 `state` is the one before it.
+            OutOfMemory: a step did not fit a device, which may show only when its metrics are read.
         """
+        with oom.explained(self, self._largest):
+            return self._read_metrics()
+
+    def _read_metrics(self) -> dict[str, float]:
         if self._totals is None:
             return {}
         totals, self._totals = jax.device_get(self._totals), None

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mpt_jax.core.runs import unknown_name
+from mpt_jax.evaluation.finalize import ARTEFACT
 from mpt_jax.experiments.paper import suites, variants
 from mpt_jax.experiments.paper.suites import Length, Suite
 from mpt_jax.experiments.paper.variants import Arm, Source
 from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
 from mpt_jax.tasks import mixtures
-from mpt_jax.train import ARTEFACT
 
 Groups = Mapping[str, Sequence[str]]
 FIRST_SEED = 42  # of the gin files; seed s of a table is this plus s, where a stage has its own

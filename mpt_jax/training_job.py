@@ -1,0 +1,285 @@
+"""The parts of a training job: its set-up, and what the loop in train.py calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from mpt_jax.checkpointing import checkpoints, data_position, fingerprint
+from mpt_jax.data import datasets, sampling, task_lookup
+from mpt_jax.data.iterators import TrainIterator
+from mpt_jax.evaluation import evaluator as evaluation
+from mpt_jax.evaluation import finalize, metric_writers
+from mpt_jax.evaluation.periodic_eval import Evaluation
+from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.runtime import malloc
+from mpt_jax.runtime.preemption import end_without_peers
+from mpt_jax.training import initialization, selection
+from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.state import (
+    TrainState,
+    create_train_state,
+    num_params,
+    num_trainable_params,
+    trainable_labels,
+)
+from mpt_jax.training.trainer import NonFiniteLoss, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Data and state at the step where training starts.
+
+    Attributes:
+        model_dir: MODEL_DIR.
+        data_cfg: what the job trains on.
+        seed: of initial values and dropout.
+        batches: the training data.
+        trainer: holds the state.
+        initial: what the state was initialized from, without the parameters.
+        backbone: its name.
+        fingerprint: of the job, saved with every checkpoint.
+        saved: the job's checkpoints.
+        position: the position in the training data, saved with them.
+        resumed: whether the state is from a checkpoint.
+    """
+
+    model_dir: str
+    data_cfg: datasets.DatasetConfig
+    seed: int
+    batches: TrainIterator
+    trainer: Trainer
+    initial: initialization.Loaded
+    backbone: str
+    fingerprint: fingerprint.Identity
+    saved: checkpoints.Checkpoints
+    position: data_position.DataPosition
+    resumed: bool
+
+
+def restore_or_initialize(
+    model: PromptedEncoderDecoder,
+    data_cfg: datasets.DatasetConfig,
+    model_dir: str,
+    initializer_cls: Callable[..., Any],
+    save_cfg: checkpoints.SaveCheckpointConfig,
+    partitioner: PjitPartitioner,
+    trainer_cls: Callable[..., Trainer],
+    seed: int,
+) -> Start:
+    """Makes data, state and trainer. The state is the job's own last checkpoint, else its initial
+    artifact, else initial values."""
+    batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
+    origins = initializer_cls().origins
+    initial = initialization.fill(model, origins, jax.random.PRNGKey(seed))
+    by_run = model.runs.num_groups > 1 and sampling.has_equal_shares(data_cfg)
+    state = create_train_state(model, initial.params, partitioner, by_run)
+    ours = fingerprint.of_run(model, initial, data_cfg.batch_size, seed)
+    initial = dataclasses.replace(initial, params={})  # the state holds them now
+    malloc.keep_freed()
+    saved = checkpoints.Checkpoints(model_dir, save_cfg.keep)
+    position = data_position.DataPosition(batches if save_cfg.save_dataset else None)
+    resumed = _restore(state, saved, position, ours)
+    trainer = trainer_cls(
+        model=model,
+        state=state if resumed is None else resumed[0],
+        partitioner=partitioner,
+        rng=jax.random.PRNGKey(seed),
+        rows_by_run=by_run,
+    )
+    if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
+        trainer.resume(resumed[1]["runs"])
+    counts = num_trainable_params(model, state.trainable), num_params(state.params)
+    labels = sorted(trainable_labels(model, state.params))
+    logging.info("%s", metric_writers.describe_counts(*counts, labels))
+    return Start(
+        model_dir,
+        data_cfg,
+        seed,
+        batches,
+        trainer,
+        initial,
+        origins.name,
+        ours,
+        saved,
+        position,
+        resumed=resumed is not None,
+    )
+
+
+def _restore(
+    state: TrainState,
+    saved: checkpoints.Checkpoints,
+    position: data_position.DataPosition,
+    ours: fingerprint.Identity,
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Reads this job's last checkpoint and moves the data to its position; returns the state and
+    what was saved beside it, or None at the start of a job."""
+    if (restored := saved.restore(state)) is None:
+        return None
+    state, meta = restored
+    step = int(state.step)
+    fingerprint.check_resumes(ours, meta["identity"], str(saved.model_dir))
+    saved.set_aside_after(step)
+    position.restore(meta["data"], step)
+    logging.info("Resumed from %s.", saved.path(step))
+    return state, meta
+
+
+def make_evaluator(
+    trainer: Trainer,
+    model_dir: str,
+    loss_cfg: datasets.DatasetConfig | None,
+    infer_cfg: datasets.DatasetConfig | None,
+    num_batches: int,
+    evaluator_cls: Callable[..., Any] | None,
+    actions: Mapping[str, Sequence[selection.Action]] | None,
+) -> Evaluation:
+    """Makes what is measured between steps, at the step where training starts."""
+    writers = metric_writers.Writers(model_dir)
+    converter = trainer.model.FEATURE_CONVERTER_CLS
+    losses = loss_cfg and datasets.eval_batches(
+        loss_cfg, converter, num_batches=num_batches or None, **_hosts()
+    )
+    inference = infer_cfg and evaluation.InferenceEvaluator(
+        infer_cfg,
+        converter,
+        f"{model_dir}/inference_eval",
+        evaluator_cls=evaluator_cls,
+        **_hosts(),
+    )
+    evaluator = Evaluation(trainer, writers, losses, inference, actions or {})
+    evaluator.resume()
+    return evaluator
+
+
+def _hosts() -> dict[str, int]:
+    return {"num_hosts": jax.process_count(), "host_index": jax.process_index()}
+
+
+def write_records(
+    start: Start, total_steps: int, summarize_config_fn: Callable[..., None] | None
+) -> None:
+    """Writes config.gin and a line of run.jsonl, which say what is about to run."""
+    if summarize_config_fn is not None:
+        summarize_config_fn(start.model_dir, None, start.trainer.step)
+    trainer = start.trainer
+    model, state = trainer.model, trainer.state
+    facts = {"seed": start.seed, "first_step": trainer.step, "total_steps": total_steps}
+    facts |= {
+        **start.fingerprint,
+        "parameters": num_params(state.params),
+        "trainable_parameters": num_trainable_params(model, state.trainable),
+        "prompt_length": model.prompt.prompt_length,
+    }
+    few_shot = task_lookup.few_shot_rows(start.data_cfg.provider())
+    metric_writers.write_run_record(start.model_dir, facts | few_shot)
+
+
+def log_if_ended(start: Start, total_steps: int) -> None:
+    """Says so if there is nothing left to train."""
+    if start.resumed and start.trainer.step >= total_steps:
+        logging.info("%s has been trained to step %d already.", start.model_dir, start.trainer.step)
+    elif not start.trainer.active.any():
+        logging.info("All runs of %s have ended; nothing is left to train.", start.model_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A job in training: what its loop saves, reports and leaves.
+
+    Attributes:
+        start: data and state.
+        evaluator: what is measured between steps.
+        progress: the line on the terminal.
+        check_it_is_ours: raises if another job has taken MODEL_DIR.
+    """
+
+    start: Start
+    evaluator: Evaluation
+    progress: metric_writers.ProgressLine
+    check_it_is_ours: Callable[..., None]
+
+    @property
+    def trainer(self) -> Trainer:
+        """Holds the state."""
+        return self.start.trainer
+
+    def is_due(self, *periods: int | None) -> bool:
+        """Whether any period ends at this step; None and 0 never do."""
+        return any(period and self.trainer.step % period == 0 for period in periods)
+
+    def take_first_step(self, started: float) -> None:
+        """Takes a step, and reports how long compiling and starting took."""
+        batch = next(self.start.batches)
+        before = time.monotonic()
+        self.trainer.train(batch)
+        self.trainer.wait()
+        now = time.monotonic()
+        seconds = {
+            "timing/compilation_seconds": now - before,
+            "timing/start_to_first_step_seconds": now - started,
+        }
+        logging.info("First step after %.1f s.", now - started)
+        self.evaluator.writers.write("train", self.trainer.step, seconds)
+
+    def report(self) -> None:
+        """Writes the mean metrics since the last report."""
+        if found := self.trainer.read_metrics():
+            speeds = self.progress.update(self.trainer.step, found)
+            self.evaluator.writers.write("train", self.trainer.step, {**found, **speeds})
+
+    def save_checkpoint(self) -> None:
+        """Starts to save the state, the data's position and which runs have ended."""
+        self.check_it_is_ours(read=True)
+        trainer = self.trainer
+        data_at = self.start.position.at(int(trainer.state.step), trainer.step)
+        meta = {"identity": self.start.fingerprint, "data": data_at, "runs": trainer.standing()}
+        self.start.saved.save(trainer.state, meta)
+
+    def evaluate(self) -> bool:
+        """Evaluates, and leaves the runs that ended out of batches; True if training is to end."""
+        stop = self.evaluator.run()
+        self.trainer.give_up_places()
+        self.progress.restart_clock(self.trainer.step)
+        return stop
+
+    def finalize(self, all_failed: bool = False) -> None:
+        """Writes the artifacts."""
+        inference = self.evaluator.inference
+        ended = finalize.EndedJob(
+            self.trainer,
+            self.evaluator.best,
+            self.evaluator.scores,
+            self.start.initial,
+            self.start.backbone,
+            self.start.data_cfg,
+            evaluated=inference.num_examples if inference else {},
+            evaluated_split=inference.split if inference else "",
+            all_failed=all_failed,
+        )
+        finalize.finalize_run(self.start.model_dir, ended)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Saves the last good state if all runs have failed, and closes what was opened."""
+        try:
+            yield
+        except NonFiniteLoss:
+            self.save_checkpoint()
+            if self.trainer.model.runs.num_groups > 1:
+                self.finalize(all_failed=True)
+            raise
+        except jax.errors.JaxRuntimeError as error:
+            end_without_peers(error)
+            raise
+        finally:
+            self.progress.close()
+            self.evaluator.writers.close()
+            self.start.saved.close()  # last, because it raises if a save failed
