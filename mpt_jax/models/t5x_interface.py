@@ -1,0 +1,199 @@
+"""What T5X calls on a model by name: feature converter, losses, scoring and decoding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.core.batch import encoder_mask
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
+from mpt_jax.models import decoding, losses, metrics
+from mpt_jax.prompts.base import PromptMethod, ends_early
+
+
+class T5XInterface:
+    """A mixin of `PromptedEncoderDecoder`, which has the attributes below and the methods used
+    here. Our own trainer and `mpt_jax.eval` read the converter, score and decode through it.
+
+    Attributes:
+        whole_batch: rows of T5X's batch, set by its initializer; see `loss_fn`.
+    """
+
+    module: Transformer
+    prompt: PromptMethod
+    runs: Runs
+    objective: losses.Objective
+    output_vocabulary: Any
+    feature_converter_cls: Callable[..., Any] | None
+    decode_fn: Callable[..., Any]
+    whole_batch: int | None = None
+
+    @property
+    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
+        """What T5X, and our own trainer, build the feature converter from.
+
+        Calling it raises ValueError where the converter reserves another number of positions than
+        the method's prompts have: the rest would be read as padding, or text as prompt.
+        """
+        if self.feature_converter_cls is None:
+            raise ValueError(
+                "This model has no feature converter; bind PromptedEncoderDecoder."
+                "feature_converter_cls (gin/models/prompted_t5.gin does)."
+            )
+        return self._converter
+
+    def _converter(self, **settings: Any) -> Any:
+        assert self.feature_converter_cls is not None
+        if ends_early(self.prompt, self.runs):
+            settings = {"prompt_lengths": self.prompt.prompt_lengths(self.runs), **settings}
+        converter = self.feature_converter_cls(**settings)
+        reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length
+        if reserved is not None and reserved != length:
+            raise ValueError(
+                f"The feature converter reserves {reserved} positions for a prompt, and the "
+                f"method {self.prompt.name!r} has prompts of {length}: bind both to one macro "
+                "(PROMPT_LENGTH)."
+            )
+        return converter
+
+    # --- Loss ------------------------------------------------------------------------------------
+
+    def loss_fn(
+        self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
+    ) -> tuple[Array, Any]:
+        """T5X's training loss: the objective of one whole batch.
+
+        Gradients stop at frozen parameters, so the compiler removes what would lead to them.
+
+        Raises:
+            ValueError: the batch is a microbatch. T5X adds microbatches' gradients without
+                dividing, so their number would scale the gradient of a mean.
+        """
+        rows = batch["encoder_input_tokens"].shape[0]
+        if self.whole_batch is not None and rows != self.whole_batch:
+            raise ValueError(
+                f"T5X passes {rows} rows of a batch of {self.whole_batch}: with its trainer, "
+                "Trainer.num_microbatches must be None. `python -m mpt_jax.train` has exact "
+                "microbatches."
+            )
+        params = self.stop_frozen_gradients(params)
+        total, found = self._loss(params, batch, dropout_rng)
+        return total, found if flax_mutables is None else (found, flax_mutables)
+
+    def eval_fn(self, params: Params, batch: Batch, flax_mutables: Any = None) -> tuple[Array, Any]:
+        """T5X's evaluation loss: as `loss_fn`, without dropout."""
+        return self._loss(params, batch, None)
+
+    def _loss(
+        self, params: Params, batch: Batch, dropout_rng: Key | None
+    ) -> tuple[Array, dict[str, Any]]:
+        sums, found = self.loss_sums(params, batch, dropout_rng)
+        weights = self.loss_weights(batch)
+        total, _ = losses.combine(self.objective, sums, weights)
+        found = {**found, **metrics.term_metrics(sums, weights)}
+        return total, metrics.to_clu(found, self.runs)
+
+    # --- Inference -------------------------------------------------------------------------------
+
+    def score_batch(
+        self, params: Params, batch: Batch, return_intermediates: bool = False
+    ) -> Float[Array, " B"]:
+        """Log-probability of each example's target, summed over its tokens, in nats."""
+        if return_intermediates:
+            raise ValueError("score_batch has no intermediates to return; leave it False.")
+        if "encoder_segment_ids" in batch:
+            raise ValueError("A packed row has no score of its own; set pack = False for scoring.")
+        logits = self.forward(params, batch).logits
+        cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
+        return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
+
+    def predict_batch(
+        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
+    ) -> Int[Array, "B L"]:
+        """The best decoded ids of each example, 0 after the end-of-sequence id."""
+        return self.predict_batch_with_aux(params, batch, rng, num_decodes=num_decodes)[0]
+
+    def predict_batch_with_aux(
+        self,
+        params: Params,
+        batch: Batch,
+        rng: Key | None = None,
+        decoder_params: Mapping[str, Any] | None = None,
+        num_decodes: int | None = None,
+        return_all_decodes: bool = False,
+    ) -> tuple[Int[Array, "..."], dict[str, Array]]:
+        """Decodes as many tokens as the batch's targets have positions.
+
+        Args:
+            params: the whole parameter tree.
+            batch: the batch contract's features, unpacked; targets are not read.
+            rng: for a `decode_fn` that samples.
+            decoder_params: further arguments of `decode_fn`.
+            num_decodes: how many continuations of each example, for a `decode_fn` that can; None
+                leaves it to that function (its default, or what gin binds).
+            return_all_decodes: all of them, worst first as in T5X, rather than the best.
+
+        Returns:
+            Ids [B, L] and `{'scores': [B]}`; or [B, n, L] and [B, n].
+
+        Raises:
+            ValueError: a packed batch, or more decodes than `decode_fn` makes.
+        """
+        if "encoder_segment_ids" in batch:
+            raise ValueError("Packed batches cannot be decoded; set pack = False for inference.")
+        takes = inspect.signature(self.decode_fn).parameters
+        extra: dict[str, Any] = dict(decoder_params or {})
+        if num_decodes is not None and "num_decodes" in takes:
+            extra.setdefault("num_decodes", num_decodes)
+        elif num_decodes not in (None, 1):
+            raise ValueError(f"num_decodes={num_decodes}, but {self.decode_fn} returns only one.")
+        if "rng" in takes:
+            extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng
+        if "cache_batch_axis" in takes:
+            # Scanned layers keep one cache, with the layers on its first axis.
+            extra["cache_batch_axis"] = 1 if self.module.config.scan_layers else 0
+        length = batch["decoder_input_tokens"].shape[1]
+        step, cache = self._decoder(params, batch, length)
+        start = jnp.zeros(batch["encoder_input_tokens"].shape[0], jnp.int32)
+        eos_id = getattr(self.output_vocabulary, "eos_id", 1)
+        tokens, scores = self.decode_fn(
+            step, cache, start, max_length=length, eos_id=eos_id, **extra
+        )
+        if return_all_decodes:
+            return tokens[:, ::-1], {"scores": scores[:, ::-1]}
+        return tokens[:, 0], {"scores": scores[:, 0]}
+
+    def _decoder(
+        self, params: Params, batch: Batch, length: int
+    ) -> tuple[decoding.TokensToLogits, Any]:
+        """One step of the cached decoder, for any number of hypotheses of each example, and its
+        cache [B, ...] after the encoder has run."""
+        backbone = self._backbone(params)
+        embeddings = self._embed(params, batch).embeddings
+        mask = encoder_mask(batch)
+        encoded = self.module.apply({"params": backbone}, embeddings, mask, method="encode")
+
+        def run(tokens: Array, cache: Any) -> tuple[Array, Any]:
+            hypotheses = tokens.shape[0] // mask.shape[0]
+            memory, attended = decoding.repeat_for_decodes((encoded, mask), hypotheses)
+            logits, variables = self.module.apply(
+                {"params": backbone, **cache},
+                memory,
+                attended,
+                tokens,
+                decode=True,
+                max_decode_length=length,
+                mutable=["cache"],
+                method="decode",
+            )
+            return logits[:, -1], flax.core.unfreeze(variables)
+
+        empty = jnp.zeros((encoded.shape[0], 1), jnp.int32)
+        return run, run(empty, {})[1]
