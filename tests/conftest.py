@@ -6,20 +6,26 @@ XLA shows n virtual CPU devices; the others stay as fast as a single device is.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# Before jax is imported anywhere: these are read once.
+# Before jax is imported anywhere: these are read once, here and by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Tests compile much and compute little; the fixture `optimized` is for those that look at programs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import jaxtyping
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Pytest imports it after this module, so the import hook below sees it.
 pytest_plugins = ["tests.fixtures.pytest_fixtures"]
@@ -28,27 +34,96 @@ pytest_plugins = ["tests.fixtures.pytest_fixtures"]
 jaxtyping.install_import_hook(["mpt_jax"], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+# Of a marked test's module: whether all its tests of as many devices passed in one child.
+_passed: dict[tuple[Path, int], bool] = {}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test marked `devices(n)` in a child that has n devices; True says it was run."""
-    marker = pyfuncitem.get_closest_marker("devices")
-    if marker is None or jax.device_count() >= marker.args[0]:
+    """Runs a test marked `devices(n)` in a child that has n devices; True says it was run.
+
+    The selected tests of a module share a child, since most of its time is imports. If it fails,
+    each of them runs again by itself, to report its own failure.
+    """
+    count = devices_of(pyfuncitem)
+    if count is None or jax.device_count() >= count:
         return None
+    key = pyfuncitem.path, count
+    if key not in _passed:
+        beside = [item for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
+        names = [item.nodeid for item in beside if devices_of(item) == count]
+        _passed[key] = run_with_devices(count, pyfuncitem.config.rootpath, names).returncode == 0
+    if not _passed[key]:
+        child = run_with_devices(count, pyfuncitem.config.rootpath, [pyfuncitem.nodeid])
+        if child.returncode:
+            pytest.fail(child.stdout[-8000:] + child.stderr[-4000:], pytrace=False)
+    return True
+
+
+def devices_of(item: pytest.Item) -> int | None:
+    """The number of devices a test is marked to need."""
+    marker = item.get_closest_marker("devices")
+    return None if marker is None else marker.args[0]
+
+
+def run_with_devices(count: int, root: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs some tests in a process that sees a number of virtual CPU devices."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
-    child = subprocess.run(
-        [*command, pyfuncitem.nodeid],
-        cwd=pyfuncitem.config.rootpath,
+    return subprocess.run(
+        [*command, *names],
+        cwd=root,
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={marker.args[0]}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
         },
         capture_output=True,
         text=True,
     )
-    if child.returncode:
-        pytest.fail(child.stdout[-8000:] + child.stderr[-4000:], pytrace=False)
-    return True
+
+
+# --- Memory and time of the process that runs the tests -------------------------------------------
+
+CROWDED = 3 << 29  # bytes of resident memory from which a process clears up between modules
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Frees what a module has compiled, where the process holds much."""
+    if nextitem is not None and nextitem.path != item.path and resident() > CROWDED:
+        jax.clear_caches()
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
+
+
+def resident() -> int:
+    """Bytes of memory this process has now; 0 where the system does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def freed_memory_is_returned():
+    """Runs in this process would tell malloc to keep all memory for their next step."""
+    from mpt_jax.runtime import malloc  # after the import hook
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(malloc, "keep_freed", lambda: None)
+        yield
+
+
+@pytest.fixture
+def optimized():
+    """Programs are compiled as they are outside tests: for tests that count what they do or take.
+
+    A function that was compiled before keeps its program.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -61,9 +61,16 @@ def close(ours, theirs) -> None:
         )
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "fields", [{}, {"scan_layers": True, "remat": "full"}, {"relative_bias_per_layer": True}]
+    ("packed", "fields"),
+    [
+        (True, {}),
+        (False, {"scan_layers": True, "remat": "full"}),
+        (False, {"relative_bias_per_layer": True}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
+        pytest.param(True, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param(True, {"relative_bias_per_layer": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_and_plain_operations_agree(fields, packed):
     plain, kernels = make(False, **fields), make(True, **fields)
@@ -86,7 +93,7 @@ def test_kernels_and_plain_operations_agree(fields, packed):
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("model_axis", [1, 2, 4])
+@pytest.mark.parametrize("model_axis", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 def test_a_mesh_of_examples_and_heads_changes_no_number(model_axis):
     plain, kernels = make(False), make(True)
     x, mask, targets, _, _ = inputs(False)

@@ -1,5 +1,8 @@
 """Batches from NumPy, packing and cutting, beside the data pipeline and the model."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
@@ -63,14 +66,19 @@ def test_an_example_longer_than_a_row():
 # --- The same numbers out ------------------------------------------------------------------------
 
 
-def sums_and_gradients(batch):
+@functools.cache
+def compiled():
     model = tiny.model(tiny.RUNS, objective=Objective(distillation=Distillation()))
-    state = tiny.state(model, tiny.params(model))
-    found, metrics = gradients(model, state.trainable, state.frozen, tiny.arrays(batch), None)
+    return jax.jit(functools.partial(gradients, model)), tiny.state(model, tiny.params(model))
+
+
+def sums_and_gradients(batch):
+    differentiate, state = compiled()
+    found, metrics = differentiate(state.trainable, state.frozen, batch, None)
     return found, {k: m for k, m in metrics.items() if not k.startswith("batch/")}
 
 
-@pytest.mark.parametrize("lengths", [(24, 8), (40, 16)])
+@pytest.mark.parametrize("lengths", [(24, 8), pytest.param((40, 16), marks=pytest.mark.slow)])
 def test_packed_examples_give_the_gradients_of_unpacked_ones(lengths):
     made = drawn(9, seed=3)
     grads, metrics = sums_and_gradients(collate.unpacked(made, tiny.PROMPT, 9, 4))

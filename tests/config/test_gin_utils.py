@@ -20,6 +20,7 @@ from mpt_jax.runtime import paths
 from tests.fixtures.gin_files import (
     JOINT,
     ROOT,
+    SHALLOW,
     SOURCE,
     TARGET,
     VOCABULARY,
@@ -128,7 +129,7 @@ ABLATED = [
 
 @pytest.mark.parametrize(("name", "stage", "numbers"), ABLATED)
 def test_an_ablation_trains_what_it_says(name, stage, numbers):
-    parse([stage, f"gin/ablations/{name}.gin"], [VOCABULARY])
+    parse([stage, f"gin/ablations/{name}.gin"], [VOCABULARY, *SHALLOW])
     model = value("MODEL")
     assert trained(model) == numbers
     labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
@@ -171,7 +172,7 @@ def test_teachers_targets_may_be_kept():
 
 
 def test_targets_may_share_a_prompt_and_the_samplers_of_sources():
-    parse([TARGET, JOINT], [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
+    parse([TARGET, JOINT], [VOCABULARY, *SHALLOW, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
     assert type(value("SAMPLER")).__name__ == "StochasticTasks"
     assert trained(value("MODEL")) == 76_800 + 3 * 868
 
@@ -224,7 +225,7 @@ def test_a_file_is_short_and_says_what_it_provides(name):
     ],
 )
 def test_trained_counts_at_full_scale(name, numbers):
-    parse([name], [VOCABULARY])
+    parse([name], [VOCABULARY, *(SHALLOW if name != "gin/full_finetuning.gin" else [])])
     assert trained(value("MODEL")) == numbers
 
 
@@ -435,6 +436,7 @@ def command(*arguments: str, entry: str = "train") -> str:
     return child.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow  # what it says is tested above; that it is one line, below
 def test_a_flag_without_a_value_is_one_line():
     assert command("--gin.TRAIN_STEPS").endswith(
         "--gin.TRAIN_STEPS has no value: write --gin.TRAIN_STEPS=<value>."

@@ -16,8 +16,17 @@ from tests.fixtures import fake_gcs
 from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
 
 
-@pytest.mark.parametrize("version", ["1_0", "1_1", "umt5"])
-@pytest.mark.parametrize("middle", ["t5x", "orbax"])
+@pytest.mark.parametrize(
+    ("middle", "version"),
+    [
+        ("t5x", "1_0"),
+        ("orbax", "1_1"),
+        ("t5x", "umt5"),
+        pytest.param("orbax", "1_0", marks=pytest.mark.slow),
+        pytest.param("t5x", "1_1", marks=pytest.mark.slow),
+        pytest.param("orbax", "umt5", marks=pytest.mark.slow),
+    ],
+)
 def test_there_and_back_is_the_same_file(version, middle, tmp_path, capsys, monkeypatch):
     source = hf_folder(tmp_path / "hf", version)
     monkeypatch.chdir(tmp_path)  # Orbax alone takes no relative paths

@@ -86,6 +86,11 @@ PIPELINES = {
 }
 
 
+def some(*fast, of=tuple(PIPELINES)):
+    """Parameters: the names of pipelines, of which some are fast."""
+    return [pytest.param(x, marks=[] if x in fast else pytest.mark.slow) for x in of]
+
+
 @pytest.mark.parametrize(
     "name, step",
     [("mixture", 0), ("mixture", 1), ("mixture", 13), ("packed", 3), ("plain", 5), ("task", 2)]
@@ -137,7 +142,7 @@ def joined(iterators, count):
     return [{n: np.concatenate([part[n] for part in parts]) for n in parts[0]} for parts in steps]
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", some("packed", "plain", "by length"))
 def test_the_batch_of_a_step_is_the_same_on_any_number_of_hosts(name):
     found = shares(name, 3)
     (rows,) = {len(x) for x in take(found[0], 1)[0].values()}
@@ -148,7 +153,7 @@ def test_the_batch_of_a_step_is_the_same_on_any_number_of_hosts(name):
     assert_equal_batches(joined(found, 4), take(whole, 4))
 
 
-@pytest.mark.parametrize("name", ["mixture", "plain", "by length"])
+@pytest.mark.parametrize("name", some("by length", of=("mixture", "plain", "by length")))
 def test_a_position_is_good_for_any_number_of_hosts(name):
     coming = iter(joined(shares(name, 1), 6))
     hosts = shares(name, 3)

@@ -99,19 +99,25 @@ def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:
 
 # --- Resuming ------------------------------------------------------------------------------------
 
+FAST = ("attempt joint", "crosspt independent")
 
-@pytest.mark.parametrize("groups", ["joint", "independent"])
+
 @pytest.mark.parametrize(
-    ("method", "from_artefact"),
+    ("method", "from_artefact", "groups"),
     [
-        pytest.param(attempt(), True, id="attempt"),
-        pytest.param(crosspt(share="learned"), True, id="crosspt"),
         pytest.param(
-            crosspt(reparametrise=["sources", "private"]),
-            False,
-            id="crosspt through MLPs",
-            marks=pytest.mark.slow,
-        ),
+            method,
+            from_artefact,
+            groups,
+            id=f"{name}-{groups}",
+            marks=[] if f"{name} {groups}" in FAST else pytest.mark.slow,
+        )
+        for name, method, from_artefact in (
+            ("attempt", attempt(), True),
+            ("crosspt", crosspt(share="learned"), True),
+            ("crosspt through MLPs", crosspt(reparametrise=["sources", "private"]), False),
+        )
+        for groups in ("joint", "independent")
     ],
 )
 def test_resuming_equals_never_stopping(method, from_artefact, groups, backbone, sources, tmp_path):

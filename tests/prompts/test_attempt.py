@@ -160,8 +160,16 @@ def test_the_defaults_are_the_released_codes():
     assert method.attend_target and method.start_from == "first"
 
 
-@pytest.mark.parametrize("attend_target", [True, False])
-@VARIANTS
+@pytest.mark.parametrize(
+    ("attention", "attend_target"),
+    [
+        *((attention, True) for attention in ROUTER),
+        *(
+            pytest.param(attention, False, marks=[] if attention == "sub" else pytest.mark.slow)
+            for attention in ROUTER
+        ),
+    ],
+)
 def test_gradients_are_finite_differences_of_the_formula(attention, attend_target):
     """Central differences in float64 of the formula written by hand."""
     method, runs = make(attention, attend_target=attend_target), BANKS["groups"]
@@ -370,6 +378,13 @@ def apart(request) -> Mixed:
     return Mixed(request.param, groups="independent")
 
 
+def some(*fast: str):
+    """Runs a test of the fixture `mixed` for all variants, of which some are fast."""
+    marks = {name: [] if name in fast else [pytest.mark.slow] for name in ROUTER}
+    variants = [pytest.param(name, marks=marks[name]) for name in ROUTER]
+    return pytest.mark.parametrize("mixed", variants, indirect=True)
+
+
 def test_a_text_is_its_tokens_and_neither_padding_nor_the_prompts_positions(mixed):
     """Every prompt of a batch, from token ids and the embedding alone."""
     lengths = (mixed.batch["encoder_input_tokens"] > 0).sum(1)
@@ -391,6 +406,7 @@ def test_the_embedding_of_padding_is_not_read():
     assert np.abs(mixed.forward(loud, mixed.batch).prompts - before).max() > 1e-3, "and tokens are"
 
 
+@some("sub", "dot")
 def test_more_padding_changes_nothing(mixed):
     wider = {
         name: np.pad(value, ((0, 0), (0, 4 if name.startswith("encoder") else 0)))
@@ -405,6 +421,7 @@ def test_more_padding_changes_nothing(mixed):
     )
 
 
+@some("token", "constant")
 def test_rows_of_padding_have_no_text_and_change_nothing(mixed):
     padded = tiny.batch([2, None, 1, 0])
     (total, grads, _), (expected, expected_grads, _) = (
@@ -433,6 +450,7 @@ def test_what_learns_is_the_target_and_the_net(mixed):
     assert "sources" in mixed.frozen["prompt"]
 
 
+@some("sub", "token")
 def test_packed_equals_unpacked_of_every_variant(mixed):
     packed = tiny.pack(mixed.batch, [[1, 3], [0, 2]])
     total, grads, found = mixed.loss(packed)
@@ -441,6 +459,9 @@ def test_packed_equals_unpacked_of_every_variant(mixed):
     for name in expected_found:
         if name.startswith("attention"):
             tiny.close(values(found, name), values(expected_found, name), 1e-5)
+
+
+FAST = {("sub", 0), ("token", 2), ("linear", 0), ("dot", 2)}
 
 
 def values(found, name) -> dict[str, np.ndarray]:
@@ -464,7 +485,15 @@ def test_the_weights_of_candidates_are_told_for_each_run(mixed):
         np.testing.assert_allclose(told["attention_entropy"], entropies[rows == row].mean(), 1e-5)
 
 
-@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize(
+    ("apart", "row"),
+    [
+        pytest.param(name, row, marks=[] if (name, row) in FAST else pytest.mark.slow)
+        for name in ROUTER
+        for row in (0, 2)
+    ],
+    indirect=["apart"],
+)
 def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
     _, grads, _ = apart.loss(apart.batch)
     prompts = np.asarray(apart.forward(apart.params, apart.batch).prompts)
@@ -488,6 +517,7 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
     tiny.close(expected, solo["prompt"], 1e-6)
 
 
+@some("token", "linear", "constant")
 def test_an_artefact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.release(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)

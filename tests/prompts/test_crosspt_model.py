@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -91,9 +92,15 @@ class Mixed:
         return collate.packed(self.examples(), self.lengths, row)
 
 
+@functools.cache
+def mixed_of(name: str) -> Mixed:
+    """One for all tests, so that each of its programs is compiled once."""
+    return Mixed(MIXES[name])
+
+
 @pytest.fixture(scope="module", params=list(MIXES))
 def mixed(request) -> Mixed:
-    return Mixed(MIXES[request.param])
+    return mixed_of(request.param)
 
 
 @pytest.fixture(scope="module", params=list(MIXES))
@@ -101,10 +108,21 @@ def apart(request) -> Mixed:
     return Mixed(MIXES[request.param], groups="independent")
 
 
-KEYS = pytest.mark.parametrize("key", [None, KEY], ids=["deterministic", "training"])
+def some(*fast: str):
+    """Parameters of the fixture `mixed`: all mixes, of which some are fast."""
+    marks = {name: [] if name in fast else [pytest.mark.slow] for name in MIXES}
+    return [pytest.param(name, marks=marks[name]) for name in MIXES]
 
 
-@KEYS
+@pytest.mark.parametrize(
+    ("mixed", "key"),
+    [
+        *((name, None) for name in MIXES),
+        *(pytest.param(*mix.values, KEY, marks=mix.marks) for mix in some("drawn", "longer")),
+    ],
+    ids=[f"{name}-{key}" for key in ("deterministic", "training") for name in MIXES],
+    indirect=["mixed"],
+)
 def test_packed_equals_unpacked(mixed, key):
     packed = mixed.packed()
     assert len(packed["encoder_task_ids"]) < len(TEXTS)
@@ -119,7 +137,7 @@ def test_every_label_learns_and_the_clock_does_not(mixed):
 
 def test_a_text_follows_its_own_runs_prompt():
     """A run's short prompt in a bank of longer ones is what it is alone."""
-    mixed = Mixed(MIXES["longer"])
+    mixed = mixed_of("longer")
     batch = mixed.unpacked()
     for example, (row, size) in enumerate(TEXTS):
         length = tiny.PROMPT + (2, 4, 1)[row]
@@ -129,7 +147,16 @@ def test_a_text_follows_its_own_runs_prompt():
         assert words[length : length + size].all() and not words[length + size :].any()
 
 
-@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize(
+    ("apart", "row"),
+    [
+        # Each mix with one of the rows; the others are slow.
+        pytest.param(name, row, marks=[] if (number + row // 2) % 2 else pytest.mark.slow)
+        for number, name in enumerate(MIXES)
+        for row in (0, 2)
+    ],
+    indirect=["apart"],
+)
 def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
     fleet, run = apart, tiny.RUNS.task_names[row]
     batch, key = fleet.unpacked(), KEY if fleet.method.is_random else None
@@ -154,9 +181,9 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
     tiny.close(expected, alone.loss(mine, key)[1]["prompt"], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["drawn", "longer"])
+@pytest.mark.parametrize("name", ["drawn", pytest.param("longer", marks=pytest.mark.slow)])
 def test_a_step_draws_once_for_all_its_microbatches(name):
-    mixed = Mixed(MIXES[name])
+    mixed = mixed_of(name)
     batch = tiny.pick(mixed.unpacked(), [0, 1, 2, 3])
     found = [
         jax.jit(
@@ -167,7 +194,7 @@ def test_a_step_draws_once_for_all_its_microbatches(name):
     tiny.close(found[1], found[0], 1e-6)
 
 
-@pytest.mark.parametrize("groups", ["joint", "independent"])
+@pytest.mark.parametrize("groups", [pytest.param("joint", marks=pytest.mark.slow), "independent"])
 def test_the_clock_is_a_step_on_after_each_step(groups):
     """Whatever the learning rates, the decay and the clipping do to other parameters."""
     runs = Runs(tiny.RUNS.task_names, groups=groups)
@@ -189,7 +216,7 @@ def test_the_clock_is_a_step_on_after_each_step(groups):
     assert not np.array_equal(made.state.trainable["prompt"]["sources"], start["sources"])
 
 
-@pytest.mark.parametrize("router", ["attention", "uniform"])
+@pytest.mark.parametrize("router", ["attention", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
     """Of what attends to the text, 'router' comes before 'private'."""
     model = tiny.model(tiny.RUNS, crosspt(tiny.PROMPT, router=router))
@@ -200,6 +227,7 @@ def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
     assert made.read_metrics()["loss"] > 0 and int(made.state.step) == 2
 
 
+@pytest.mark.parametrize("mixed", some("drawn, learned share", "layers", "longer"), indirect=True)
 def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.release(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
@@ -211,6 +239,6 @@ def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
 
 def test_no_two_mixes_are_one():
     """What the tests above compare does differ: the settings act."""
-    made = [Mixed(settings) for settings in MIXES.values()]
+    made = [mixed_of(name) for name in MIXES]
     totals = [float(mixed.loss(mixed.unpacked())[0]) for mixed in made]
     assert all(abs(a - b) > 1e-4 for a, b in itertools.combinations(totals, 2))

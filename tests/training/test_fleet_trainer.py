@@ -20,7 +20,13 @@ KEY = jax.random.PRNGKey(0)
 SMOOTH = tiny.config(mlp_activations=("gelu", "linear"))
 METHODS = {"mpt": MPT(tiny.PROMPT), "pt": PromptTuning(tiny.PROMPT)}
 BACKBONE = tiny.params(tiny.model(Runs(["any"]), METHODS["pt"], SMOOTH))
-ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+ONE = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(METHODS["mpt"], id="mpt"),
+        pytest.param(METHODS["pt"], id="pt", marks=pytest.mark.slow),
+    ],
+)
 
 
 def make(method, names=NAMES, peaks=0.1, totals=40, spoiled=None) -> trainer.Trainer:
@@ -67,8 +73,16 @@ def close_to_alone(made: trainer.Trainer, row: int, solo: trainer.Trainer) -> No
         np.testing.assert_allclose(found, np.asarray(leaf)[0], atol=1e-5, err_msg=name)
 
 
-@ALL
-@pytest.mark.parametrize("bad", [0, 1])  # padding of every row names bank row 0 in the contract
+# Padding of every row names bank row 0 in the contract.
+@pytest.mark.parametrize(
+    ("method", "bad"),
+    [
+        pytest.param(METHODS["mpt"], 0, id="mpt-0"),
+        pytest.param(METHODS["pt"], 1, id="pt-1"),
+        pytest.param(METHODS["mpt"], 1, id="mpt-1", marks=pytest.mark.slow),
+        pytest.param(METHODS["pt"], 0, id="pt-0", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_fails_leaves_every_bit_of_the_others(method, bad, caplog):
     healthy = learn(make(method), range(6))
     made = make(method, spoiled=NAMES[bad])
@@ -88,7 +102,7 @@ def test_a_run_that_fails_leaves_every_bit_of_the_others(method, bad, caplog):
         close_to_alone(made, row, alone(method, row, range(6)))
 
 
-@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("bad", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_fails_is_left_out_of_evaluation_and_changes_no_others(bad):
     """A batch of evaluation may mix runs; padding of every row names bank row 0 in the contract."""
     made, healthy = make(METHODS["mpt"], spoiled=NAMES[bad]), make(METHODS["mpt"])
@@ -129,7 +143,7 @@ def test_the_job_stops_when_all_have_failed():
     assert int(first.state.step) == 1 and first.failed.tolist() == [False, True, False]
 
 
-@ALL
+@ONE
 def test_a_run_ends_with_its_schedule_and_keeps_every_bit(method):
     made = learn(make(method, totals=[3, 40, 5]), range(3))
     kept = rows_of(made, 0)
@@ -183,7 +197,7 @@ def test_a_run_that_is_finished_from_outside_keeps_every_bit():
     assert made._train_step._cache_size() == 1, "a step was compiled again"
 
 
-@ALL
+@ONE
 def test_rows_of_runs_that_have_ended_are_not_sent_and_change_no_number(method):
     """Two of three runs end early; from then on steps are compiled for fewer rows."""
     rows, found = [0] * 4 + [1] * 4 + [2] * 4, {}

@@ -52,7 +52,7 @@ FROZEN_LEFT = (("prompt/task_left", "frozen"),)
 @pytest.mark.parametrize(
     ("prompt", "pack", "labels"),
     [
-        (MPT(tiny.PROMPT, rank=2), None, FROZEN_LEFT),
+        pytest.param(MPT(tiny.PROMPT, rank=2), None, FROZEN_LEFT, marks=pytest.mark.slow),
         (MPT(tiny.PROMPT), None, ()),
         (PromptTuning(tiny.PROMPT), [[0, 2, 1]], ()),
     ],
@@ -86,13 +86,13 @@ def test_when_the_whole_bank_is_taken():
     assert sparse_step.most_rows(alone, batch) is None
 
 
-def test_no_gradient_is_as_large_as_the_bank():
+def test_no_gradient_is_as_large_as_the_bank(optimized):
     """Beside what is given and handed back, in place, a step needs no more of a larger bank."""
 
     def temporaries(rows, wrap):
         runs = Runs([f"task_{i}" for i in range(rows)])
         optimizer = tiny.optimizer(absent_tasks="hold")
-        model = tiny.model(runs, optimizer_def=optimizer)
+        model = tiny.model(runs, config=tiny.config(num_encoder_layers=1), optimizer_def=optimizer)
         step = lambda model, state, batch: train_step.train_step(model, 1, state, batch, KEY)  # noqa: E731
         state = tiny.state(model, tiny.params(model))
         compiled = jax.jit(functools.partial(wrap, step, model), donate_argnums=0)

@@ -155,11 +155,10 @@ def test_the_number_of_microbatches_changes_rounding_only():
     model = tiny.model(GROUPED, objective=Objective(distillation=Distillation(), z_loss=1e-2))
     trainable, frozen = split(tiny.params(model), model.labels, {"shared", "task"})
     found = {}
-    for parts in (1, 2, 4):
+    for parts in (1, 4):
         step = functools.partial(train_step.gradients, model, num_microbatches=parts)
         found[parts] = jax.jit(step)(trainable, frozen, BATCH, None)
-    for parts in (2, 4):
-        tiny.close(found[parts], found[1], 1e-6, f"{parts} parts: ")
+    tiny.close(found[4], found[1], 1e-6)
 
 
 def test_rows_that_do_not_divide_are_an_error():
@@ -190,7 +189,13 @@ def grouped_optimizer(groups: list[int]) -> PromptOptimizer:
     )
 
 
-@pytest.mark.parametrize("method", [MPT(tiny.PROMPT), PromptTuning(tiny.PROMPT)], ids=["mpt", "pt"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(MPT(tiny.PROMPT), id="mpt"),
+        pytest.param(PromptTuning(tiny.PROMPT), id="pt", marks=pytest.mark.slow),
+    ],
+)
 def test_runs_of_one_job_equal_their_solo_runs(method):
     """50 steps, float32: every group has its own learning rate, schedule and clipping norm, and
     is now and then absent from a batch."""
