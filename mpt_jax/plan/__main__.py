@@ -60,6 +60,7 @@ def train(**given: Any) -> Job:
 def main(argv: list[str]) -> None:
     """Compiles, counts and prints."""
     gin_utils.log_progress()
+    chips.share_libtpu()
     values = flags.FLAGS
     try:
         if len(argv) > 1:

@@ -63,6 +63,16 @@ def count(topology: str) -> int:
     return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
+def share_libtpu() -> None:
+    """Lets several processes of a machine load libtpu at once, in a process that only compiles.
+
+    By default libtpu locks a file, since a chip serves one process. It reads these variables when
+    it is loaded, which JAX does when it looks for devices.
+    """
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server knows chips not here
+
+
 def devices(topology: str, slices: int = 1) -> list[Any]:
     """The chips of a slice, or of several alike, to compile for.
 
@@ -77,9 +87,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
             "Compiling for TPUs needs their compiler, which runs on any machine: "
             "pip install 'mpt-jax[tpu]'."
         )
-    # No chip is touched: others may hold one, and there is no metadata server to ask for its kind.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    share_libtpu()
     try:
         several = {"num_slices": slices} if slices > 1 else {}
         found = known.get_topology_desc(platform="tpu", topology_name=topology, **several).devices

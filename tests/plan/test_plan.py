@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -40,6 +42,11 @@ CONFIG = T5Config(
     num_encoder_layers=2, num_decoder_layers=2, logits_via_embedding=True, dtype="bfloat16",
 )  # fmt: skip
 ROWS, PROMPT, TEXT, TARGET = 16, 64, 192, 16  # rows of a chip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_compiled_outside_tests(optimized):
+    """Plans are counts of optimized programs."""
 
 
 @pytest.fixture
@@ -209,25 +216,28 @@ def closed_form_arguments(c: T5Config) -> float:
 
 @pytest.fixture(scope="module")
 def planned():
+    """A function of whether layers are in a loop: what a training step needs, compiled once."""
     pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
-    found = {}
-    for scan in (False, True):
+
+    @functools.cache
+    def needs(scan: bool):
         config = dataclasses.replace(CONFIG, scan_layers=scan)
-        (found[scan],) = steps.compile_steps(
-            job(config, 4 * ROWS), steps.Choice("v5e:2x2"), ["train"]
-        )
-    return found
+        choice = steps.Choice("v5e:2x2")
+        return steps.compile_steps(job(config, 4 * ROWS), choice, ["train"])[0]
+
+    return needs
 
 
 def test_operations_and_memory_are_those_of_the_closed_form(planned):
-    needs = planned[False]
+    needs = planned(False)
     assert needs.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
     assert needs.arguments == pytest.approx(closed_form_arguments(CONFIG), rel=0.05)
     assert needs.num_chips == 4 and needs.rows == ROWS and needs.fits
 
 
+@pytest.mark.slow
 def test_traffic_is_the_compilers_count_or_where_there_are_loops_ours(planned):
-    apart, loop = planned[False], planned[True]
+    apart, loop = planned(False), planned(True)
     assert apart.cost.loops == 0 and loop.cost.loops == 4  # encoder, decoder, and back
     assert apart.accessed_bytes == apart.compiler["bytes accessed"]
     assert loop.accessed_bytes == loop.cost.accessed_bytes > loop.compiler["bytes accessed"]
@@ -238,13 +248,15 @@ def test_traffic_is_the_compilers_count_or_where_there_are_loops_ours(planned):
     assert apart.cost.hbm_bytes < apart.accessed_bytes
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_cost_what_they_cost_apart(planned):
-    assert planned[True].cost.flops == pytest.approx(planned[False].cost.flops, rel=0.05)
-    assert planned[True].compiler["flops"] < 0.8 * planned[False].compiler["flops"]  # once
+    apart, loop = planned(False), planned(True)
+    assert loop.cost.flops == pytest.approx(apart.cost.flops, rel=0.05)
+    assert loop.compiler["flops"] < 0.8 * apart.compiler["flops"]  # once
 
 
 def test_prompts_alone_cross_chips_and_attention_is_the_kernels(planned):
-    needs = planned[False]
+    needs = planned(False)
     # The gradient of the prompt, and a few sums for the log.
     moved = sum(size for _, size in needs.cost.collectives.values())
     assert set(needs.cost.collectives) == {"all-reduce"}
@@ -255,6 +267,7 @@ def test_prompts_alone_cross_chips_and_attention_is_the_kernels(planned):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_chip_and_a_model_axis(libtpu):
     choice = steps.Choice("v6e:2x2", model_axis=2)
     train, evaluated, predict = steps.compile_steps(job(CONFIG, 4 * ROWS), choice)
@@ -283,6 +296,7 @@ def test_a_batch_must_divide_over_the_slice(libtpu):
         steps.compile_steps(job(CONFIG, 6), steps.Choice("v5e:2x2"), ["train"])
 
 
+@pytest.mark.slow
 def test_several_slices_are_those_of_gins_shapes(libtpu):
     small = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
     two = dataclasses.replace(
@@ -407,7 +421,8 @@ def test_shapes_of_a_mesh_are_read_from_gin_and_its_devices_are_not_asked_for():
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "mpt_jax.plan", *arguments, check=False, timeout=600, JAX_PLATFORMS="")
+    settings = {"JAX_PLATFORMS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    return run_python("-m", "mpt_jax.plan", *arguments, check=False, timeout=600, **settings)
 
 
 def test_the_command_reads_a_gin_file(libtpu, tmp_path):
@@ -422,6 +437,29 @@ def test_the_command_reads_a_gin_file(libtpu, tmp_path):
     assert "fastest layout tried" in found.stdout
     one, two = json.loads((tmp_path / "plan.json").read_text())
     assert one["cost"]["flops"] == pytest.approx(two["cost"]["flops"], rel=0.05)
+
+
+LOAD = """
+import sys
+from mpt_jax.plan import chips
+print(len(chips.devices("v5e:2x2")), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_may_ask_libtpu_at_once(libtpu):
+    """Each waits for the other to have loaded it, so both have it loaded together."""
+    environment = {k: v for k, v in os.environ.items() if k != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD], cwd=ROOT, env=environment, text=True, **pipes
+        )
+        for _ in range(2)
+    ]
+    loaded = [child.stdout.readline() for child in children]
+    errors = [child.communicate("")[1] for child in children]
+    assert loaded == ["4\n", "4\n"], errors
 
 
 def test_the_command_says_what_is_missing():

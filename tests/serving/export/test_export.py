@@ -16,6 +16,7 @@ import pytest
 from jax import export as jax_export
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.plan import chips
 from mpt_jax.runtime.paths import SHIPPED
 from mpt_jax.serving import export
 from mpt_jax.serving.export import __main__ as command
@@ -144,9 +145,8 @@ def uncached():
 
 
 def test_the_tpus_compiler_takes_them(folder):
-    topologies = pytest.importorskip("jax.experimental.topologies")
     pytest.importorskip("libtpu")
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    device = chips.devices("v5e:2x2")[0]
     on_chip = jax.sharding.SingleDeviceSharding(device)
     found = jax_export.deserialize(bytearray((folder / "exported/predict_8.jax").read_bytes()))
     rows = {"b": 4}
