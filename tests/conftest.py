@@ -117,11 +117,11 @@ def freed_memory_is_returned():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def optimized():
-    """Programs are compiled as they are outside tests: for tests that count what they do or take.
+    """Programs of a module are compiled as they are outside tests, from this test on.
 
-    A function that was compiled before keeps its program.
+    For tests that count what programs do or take. One that was compiled before stays as it is.
     """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)

@@ -92,9 +92,11 @@ TOTALS = {
 }
 
 
+# Layers in a loop are traced once; those apart, which have the same parameters, one by one.
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TOTALS)
-def test_published_sizes_have_the_published_numbers_of_parameters(name):
-    shapes = parameter_shapes(t5_config(name))
+def test_published_sizes_have_the_published_numbers_of_parameters(name, scan_layers):
+    shapes = parameter_shapes(t5_config(name, scan_layers=scan_layers))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == TOTALS[name]
 
 

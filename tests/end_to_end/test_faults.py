@@ -63,7 +63,10 @@ def fill(folder: Path, leave: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("leave", [0, 24_000], ids=["nothing", "some"])
+@pytest.mark.parametrize(
+    "leave",
+    [pytest.param(0, id="nothing"), pytest.param(24_000, id="some", marks=pytest.mark.slow)],
+)
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
     backbone, whole, small_disk, leave
 ):

@@ -23,7 +23,7 @@ from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.tasks import toy
-from tests.fixtures.gin_files import ROOT, VOCABULARY, trained, value
+from tests.fixtures.gin_files import ROOT, SHALLOW, VOCABULARY, trained, value
 
 ALL = list(tables.TABLES)
 ON_TOY = [name for name in ALL if name != "scaling"]  # there is one T5
@@ -210,7 +210,7 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         bindings = [x.removeprefix("--gin.").replace("=", " = ", 1) for x in line if "--gin." in x]
         assert line[:3] == ["python", "-m", f"mpt_jax.{stage.entry}"]
         with gin_utils.as_main(importlib.import_module(f"mpt_jax.{stage.entry}")):
-            gin_utils.parse(files, [*bindings, VOCABULARY], (str(ROOT),))
+            gin_utils.parse(files, [*bindings, VOCABULARY, *SHALLOW], (str(ROOT),))
         if stage in cell.jobs:
             assert trained(value("MODEL")) == EXPECTED.get(name, 77_668)
         gin.clear_config()
