@@ -15,11 +15,16 @@ demo: $(VENV)/.installed
 demo-full: $(VENV)/.installed
 	$(BIN)/mpt-jax demo --full
 
+# One process per core. Whole modules go to a process (loadfile): their fixtures and programs are made
+# once, and memory is freed between them. worksteal splits modules and makes both twice; loadscope
+# does the same here, as there are few classes.
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.parity
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
