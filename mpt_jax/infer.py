@@ -3,20 +3,18 @@
 `infer` takes T5X's arguments and writes T5X's files, one line of JSON for each example:
 
     <output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>    {"inputs": {...}, "prediction": ...}
-    the same with .COMPLETED                                 the file is whole
-    the same with .partial                                   a run was stopped; it goes on from here
-    the same with .partial_of                                what the partial file is made from
+    the same with .partial                                   the lines of a run that was stopped
+    the same with .partial_of, or .COMPLETED                 what the lines are made from
 
-.COMPLETED and .partial_of hold what a file was made from, as JSON: a file that was made from
-anything else is neither continued nor taken for the answer.
+The same command resumes a partial file and keeps a complete one; a file that was made from
+anything else is an error (`runtime.resumable_output`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -31,7 +29,6 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.batching import bucketing
 from mpt_jax.checkpointing import checkpoints
 from mpt_jax.config import gin_utils
-from mpt_jax.core import comparison
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables
 from mpt_jax.data.iterators import Share
@@ -39,6 +36,7 @@ from mpt_jax.eval import states
 from mpt_jax.evaluation.periodic_eval import on_device
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache, malloc
+from mpt_jax.runtime.resumable_output import ResumableFile
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner, to_host
 from mpt_jax.training.state import TrainState
@@ -98,7 +96,8 @@ def infer(
 
     Raises:
         ValueError: a setting, task, split or length is not what it must be; an empty split; a
-            file that is there already was made from something else.
+            file that exists already was made from something else, or another run writes it.
+        OSError: a file cannot be written.
     """
     gin_utils.refuse_ineffective(
         "infer",
@@ -121,8 +120,13 @@ def infer(
     made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artefact)
     made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
     part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"
-    outputs = [_Output(epath.Path(output_dir) / f"{task.name}-{mode}.{part}") for task in tasks]
-    to_do = [task for task, out in zip(tasks, outputs, strict=True) if not out.holds(made_from)]
+    folder = epath.Path(output_dir)
+    outputs = [_output(folder / f"{task.name}-{mode}.{part}", made_from) for task in tasks]
+    to_do = [
+        task
+        for task, output in zip(tasks, outputs, strict=True)
+        if not _from_process_0(output.is_complete)
+    ]
     _check_lengths(dataset_cfg, to_do, converter)
     if shard_id == 0:
         summarize_config_fn(output_dir, None, 0)
@@ -138,15 +142,17 @@ def infer(
         mode=mode,
     )
     for task, output in zip(tasks, outputs, strict=True):
-        if task not in to_do:
+        done = _from_process_0(output.begin) if task in to_do else None
+        if done is None:
             logging.info("%s is complete already.", output.path)
             continue
+        if done:
+            logging.info("%s: resuming after %d examples.", output.path, done)
         vocabulary = task.output_features[output_vocab_feature_name].vocabulary
         pairs = _examples(dataset_cfg, task, converter).shard(num_shards, shard_id)
-        done = output.begin(made_from)
         windows = pairs.skip(done).batch(window * dataset_cfg.batch_size)
         lines = (list(answer(rows, vocabulary=vocabulary)) for rows in windows)
-        output.write(lines, checkpoint_period // window)
+        _write(output, lines, checkpoint_period // window)
     return [str(output.path) for output in outputs]
 
 
@@ -236,68 +242,51 @@ def _examples(cfg: datasets.DatasetConfig, task: seqio.Task, converter: Any) -> 
     return tf.data.Dataset.zip((texts, converter(dataset, cfg.task_feature_lengths)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """One task's file, and those beside it. Every process reads them; process 0 writes."""
+def _output(path: epath.Path, made_from: dict[str, Any]) -> ResumableFile:
+    # Unlocked if need be: the folder may be in a bucket, or on a file system without locks.
+    elsewhere = "another INFER_OUTPUT_DIR"
+    return ResumableFile(path, made_from, require_lock=False, elsewhere=elsewhere)
 
-    path: epath.Path
 
-    def _beside(self, suffix: str) -> epath.Path:
-        return self.path.with_name(f"{self.path.name}.{suffix}")
+def _from_process_0(read: Callable[[], int | None]) -> int | None:
+    """Returns in every process what a function returns in process 0, which alone reads and writes
+    the files: hosts that looked themselves could disagree.
 
-    def holds(self, made_from: Mapping[str, Any]) -> bool:
-        """Whether the file is whole.
+    Raises:
+        RuntimeError: the function failed, in the other processes; in process 0 its own error.
+    """
+    none, failed = -1, -2
+    value, error = failed, None
+    if jax.process_index() == 0:
+        try:
+            found = read()
+            value = none if found is None else int(found)
+        except Exception as caught:  # noqa: BLE001 - raised again, when the other processes know
+            error = caught
+    value = int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    if error is not None:
+        raise error
+    if value == failed:
+        raise RuntimeError("Process 0 could not read or write its output; its log says why.")
+    return None if value == none else value
 
-        Raises:
-            ValueError: it, or a part of it, was made from something else.
-        """
-        whole = self._beside("COMPLETED").exists()
-        if whole or self._beside("partial").exists():
-            label = self._beside("COMPLETED" if whole else "partial_of")
-            found = json.loads((label.read_text() if label.exists() else "") or "{}")
-            ours = json.loads(json.dumps(made_from))
-            if differing := comparison.differences(found, ours):
-                raise ValueError(
-                    f"{self.path} was made from something else ({differing}). Choose another "
-                    f"INFER_OUTPUT_DIR, or remove {self.path}* to make it again."
-                )
-        return whole
 
-    def begin(self, made_from: Mapping[str, Any]) -> int:
-        """Says what the file is made from; returns how many examples an earlier run finished, the
-        same on every host."""
-        count = 0
-        partial = self._beside("partial")
-        if jax.process_index() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if partial.exists():
-                whole = partial.read_text().rpartition("\n")[0]
-                count = len(whole.splitlines())
-                partial.write_text(whole + "\n" if whole else "")
-            self._beside("partial_of").write_text(json.dumps(made_from, indent=2) + "\n")
-        count = int(multihost_utils.broadcast_one_to_all(np.asarray(count)))
-        if count:
-            logging.info("%s: going on after %d examples.", self.path, count)
-        return count
-
-    def write(self, windows: Iterable[list[str]], period: int) -> None:
-        """Appends lines, those of `period` windows at a time, and completes the file."""
-        writes = jax.process_index() == 0
-        waiting: list[str] = []
+def _write(output: ResumableFile, windows: Iterable[list[str]], period: int) -> None:
+    """Appends lines, those of `period` windows at a time, and completes the file."""
+    writes = jax.process_index() == 0
+    waiting: list[str] = []
+    try:
         for number, lines in enumerate(windows, start=1):
-            waiting += lines
+            waiting += lines if writes else []
             if writes and number % period == 0:
-                self._append(waiting)
+                output.append(waiting)
                 waiting = []
         if writes:
-            self._append(waiting)
-            self._beside("partial").replace(self.path)
-            self._beside("partial_of").replace(self._beside("COMPLETED"))
-            logging.info("Wrote %s.", self.path)
-
-    def _append(self, lines: list[str]) -> None:
-        with self._beside("partial").open("a") as file:
-            file.writelines(line + "\n" for line in lines)
+            output.append(waiting)
+            output.finish()
+            logging.info("Wrote %s.", output.path)
+    finally:
+        output.close()
 
 
 def _lines(

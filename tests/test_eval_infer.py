@@ -163,8 +163,10 @@ def test_a_stopped_run_goes_on_where_it_was(saved, tmp_path):
     name = whole.rpartition("/")[2]
     # Three examples finished, of which the file must keep the text; the fourth was cut.
     kept = [json.dumps({"mark": i}) for i in range(3)]
-    (folder / f"{name}.partial_of").write_text(Path(f"{whole}.COMPLETED").read_text())
-    (folder / f"{name}.partial").write_text("\n".join(kept) + '\n{"inputs": {"inp')
+    text = "".join(f"{line}\n" for line in kept)
+    record = json.loads(Path(f"{whole}.COMPLETED").read_text()) | {"lines": 3, "bytes": len(text)}
+    (folder / f"{name}.partial_of").write_text(json.dumps(record))
+    (folder / f"{name}.partial").write_text(text + '{"inputs": {"inp')
     infer.infer(
         output_dir=str(folder), mode="score", **arguments(saved, dataset_cfg=config(TASKS[:1]))
     )

@@ -22,9 +22,10 @@ from typing import BinaryIO, NoReturn
 from absl import logging
 
 from mpt_jax.runtime import compilation_cache
+from mpt_jax.runtime.resumable_output import Refused
 from mpt_jax.serving.predict.progress import Progress, say
 from mpt_jax.serving.predict.requests import MODES, Failure
-from mpt_jax.serving.predict.resumable_output import File, Output, Refused, Stream
+from mpt_jax.serving.predict.resumable_output import File, Output, Stream
 from mpt_jax.serving.predict.server import Limits, Server
 from mpt_jax.serving.predict.windows import windows
 

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from mpt_jax.serving.predict.resumable_output import File, Refused
+from mpt_jax.runtime.resumable_output import Refused, ResumableFile
+from mpt_jax.serving.predict.resumable_output import File
 
 LINES = [b"a\n", b"b\n", b"c\n", b"d\n", b"e"]
 ANSWERS = [{"line": i + 1, "prediction": chr(97 + i)} for i in range(5)]
@@ -122,13 +123,13 @@ def test_a_run_that_finishes_while_another_opens_its_file_is_not_undone(tmp_path
     first, second = File(path, MADE_FROM), File(path, MADE_FROM)
     first.begin(iter(LINES))
     first.write(LINES, ANSWERS)
-    take = File._take
+    take = ResumableFile._take
 
     def taken(self):
         first.finish()
         take(self)
 
-    monkeypatch.setattr(File, "_take", taken)
+    monkeypatch.setattr(ResumableFile, "_take", taken)
     assert second.begin(iter(LINES)) is None
     assert path.read_text() == WHOLE
     assert json.loads((tmp_path / "out.jsonl.COMPLETED").read_text())["lines"] == 5
@@ -143,7 +144,7 @@ def test_a_whole_file_that_is_not_what_it_was_is_refused(change, tmp_path):
     else:
         path.write_text(WHOLE[:-1] if change == "shorter" else WHOLE + "x")
     found = "is gone" if change == "gone" else f"has {path.stat().st_size} bytes"
-    with pytest.raises(Refused, match=f"{found}.*COMPLETED tells of {len(WHOLE)} bytes.*remove"):
+    with pytest.raises(Refused, match=f"{found}.*COMPLETED records {len(WHOLE)} bytes.*remove"):
         write(path, 0, 5)
     assert path.exists() == (change != "gone")
 
