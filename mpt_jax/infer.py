@@ -27,15 +27,15 @@ from jax.experimental import multihost_utils
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.batching import bucketing
-from mpt_jax.checkpointing import checkpoints
+from mpt_jax.checkpointing import checkpoints, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables
 from mpt_jax.data.iterators import Share
-from mpt_jax.eval import states
 from mpt_jax.evaluation.periodic_eval import on_device
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache, malloc
+from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.runtime.resumable_output import ResumableFile
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner, to_host
@@ -99,7 +99,7 @@ def infer(
             file that exists already was made from something else, or another run writes it.
         OSError: a file cannot be written.
     """
-    gin_utils.refuse_ineffective(
+    refuse_ineffective(
         "infer",
         merge_chunked_results=not merge_chunked_results,
         checkpoint_ds_iter=not checkpoint_ds_iter,
@@ -183,7 +183,7 @@ def _one_state(
     partitioner: PjitPartitioner,
     cfg: checkpoints.RestoreCheckpointConfig,
 ) -> TrainState:
-    found = list(states(model, origins, partitioner, cfg))
+    found = list(restore_states.states(model, origins, partitioner, cfg))
     if len(found) != 1:
         raise ValueError(f"infer needs one checkpoint, and {cfg} names {len(found)}.")
     return found[0]

@@ -19,6 +19,7 @@ from mpt_jax.data import datasets
 from mpt_jax.evaluation import metric_writers
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache
+from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.runtime.preemption import stop_requests
 from mpt_jax.training import optimizers, selection
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -101,7 +102,7 @@ def train(
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
         Occupied: another run writes to MODEL_DIR.
     """
-    gin_utils.refuse_ineffective(
+    refuse_ineffective(
         "train",
         relative_steps=relative_steps,
         use_hardware_rng=use_hardware_rng,

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from mpt_jax import eval, infer
 from mpt_jax.artifacts import artifacts
-from mpt_jax.checkpointing import checkpoints, fingerprint
+from mpt_jax.checkpointing import checkpoints, fingerprint, restore_states
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import feature_converter
@@ -254,7 +254,7 @@ def test_modes_of_a_restore_configuration(saved):
     def steps(path, mode):
         cfg = checkpoints.RestoreCheckpointConfig(path, mode)
         made = initialization.Origins(**saved.origins)
-        found = eval.states(saved.model, made, PjitPartitioner(), cfg)
+        found = restore_states.states(saved.model, made, PjitPartitioner(), cfg)
         return [int(state.step) for state in found]
 
     run = str(saved.run)
@@ -266,7 +266,7 @@ def test_modes_of_a_restore_configuration(saved):
 def one_state(saved, model, **origins):
     made = initialization.Origins(**{**saved.origins, **origins})
     cfg = checkpoints.RestoreCheckpointConfig(str(saved.run), "latest")
-    return next(iter(eval.states(model, made, PjitPartitioner(), cfg)))
+    return next(iter(restore_states.states(model, made, PjitPartitioner(), cfg)))
 
 
 def test_a_checkpoint_of_other_tasks_or_another_method_is_refused(saved):
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
     cfg = checkpoints.RestoreCheckpointConfig(str(tmp_path / "run" / "checkpoint_3"), "specific")
     made = initialization.Origins(**saved.origins)
     with pytest.raises(OSError, match="checkpoint_3 cannot be read"):
-        list(eval.states(saved.model, made, PjitPartitioner(), cfg))
+        list(restore_states.states(saved.model, made, PjitPartitioner(), cfg))
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(saved, tmp_path):

@@ -164,16 +164,6 @@ def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str
     return run()
 
 
-def refuse_ineffective(name: str, **settings: Any) -> None:
-    """Raises ValueError for each T5X setting that was given and would have no effect here."""
-    for setting, value in settings.items():
-        if value:
-            raise ValueError(
-                f"{name}.{setting} would have no effect here; leave it at its default, or run "
-                "under T5X."
-            )
-
-
 # --- Command lines -------------------------------------------------------------------------------
 
 ENTRY_POINTS = {"train": "train", "eval": "evaluate", "infer": "infer"}

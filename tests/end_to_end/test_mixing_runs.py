@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from mpt_jax import eval
 from mpt_jax.artifacts import artifacts
-from mpt_jax.checkpointing import checkpoints
+from mpt_jax.checkpointing import checkpoints, restore_states
 from mpt_jax.core.runs import Runs
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -93,7 +92,7 @@ def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:
     """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artefact alone."""
     origins = initialization.Origins(backbone, artefact=artefact and str(artefact))
     cfg = checkpoints.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
-    (state,) = eval.states(model, origins, PjitPartitioner(), cfg)
+    (state,) = restore_states.states(model, origins, PjitPartitioner(), cfg)
     return state.params["prompt"]
 
 
