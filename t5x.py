@@ -6,4 +6,4 @@ first and steps aside for it. It holds no logic of its own, since installers may
 
 from mpt_jax.config import trainer_choice
 
-trainer_choice.become(__name__)
+trainer_choice.activate(__name__)

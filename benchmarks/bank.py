@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    malloc.keep_freed()
+    malloc.keep_freed_memory()
     found = measure(t5_config(args.model), args.sizes, args.repeats)
     rows = [
         (tasks, row["median_seconds"], row["ratio_to_the_first"], row["bytes"] / 2**20)

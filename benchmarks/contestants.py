@@ -89,7 +89,7 @@ class Ours:
         )
         partitioner = PjitPartitioner()
         state = create_train_state(model, random_params(model, partitioner), partitioner)
-        malloc.keep_freed()
+        malloc.keep_freed_memory()
         cache = TeacherCache(CACHE_BYTES) if cached else None
         self.trainer = Trainer(
             model, state, partitioner, jax.random.PRNGKey(0), teacher_cache=cache

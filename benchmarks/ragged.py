@@ -98,7 +98,7 @@ def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant)
     if who.library == "PEFT":
         device = "cuda" if on_gpu else "cpu"
         side = Peft(config, P, STAGES[stage], device, fused=on_gpu)
-        malloc.keep_freed()  # as ours does, and our trainer
+        malloc.keep_freed_memory()  # as ours does, and our trainer
     else:
         side = Ours(config, P, STAGES[stage], who.distilled)
 

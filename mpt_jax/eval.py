@@ -82,7 +82,7 @@ def evaluate(
     predict = on_device(model.predict_batch, partitioner)
     score = on_device(model.score_batch, partitioner)
     for state in restore_states.states(model, origins, partitioner, restore_checkpoint_cfg):
-        malloc.keep_freed()
+        malloc.keep_freed_memory()
         step = int(state.step)
         scores[step] = evaluator.evaluate(
             functools.partial(predict, state.params), functools.partial(score, state.params), step

@@ -31,7 +31,7 @@ from mpt_jax.checkpointing import checkpoints, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables
-from mpt_jax.data.iterators import Share
+from mpt_jax.data.iterators import HostShard
 from mpt_jax.evaluation.periodic_eval import on_device
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache, malloc
@@ -116,7 +116,7 @@ def infer(
     tasks, converter = _tasks(dataset_cfg, model)
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
-    malloc.keep_freed()
+    malloc.keep_freed_memory()
     made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artefact)
     made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
     part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"
@@ -230,7 +230,7 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
     that are cut."""
     overlong = {}
     for task in tasks:
-        with task_lookup.reading(task, cfg.split):
+        with task_lookup.explain_missing_data(task, cfg.split):
             overlong[task.name] = token_tables.count_examples(_dataset(cfg, task))
     datasets.check_counts(overlong, cfg, converter)
 
@@ -299,7 +299,7 @@ def _lines(
 ) -> Iterator[str]:
     """One line of JSON for each example of some batches of `rows`, in their order."""
     texts, features = jax.tree.map(lambda x: x.numpy(), window)
-    share = Share(rows, jax.process_count(), jax.process_index())
+    share = HostShard(rows, jax.process_count(), jax.process_index())
     answers: dict[int, dict[str, Any]] = {}
     for chosen, batch in bucketing.batches_of(features, rows, buckets, targets=False):
         outputs = function(share.of(batch))

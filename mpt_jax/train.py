@@ -117,7 +117,7 @@ def train(
     save_cfg = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
     stats_period = stats_period or eval_period
 
-    with run_lock.held(model_dir) as check_it_is_ours:
+    with run_lock.acquire(model_dir) as check_it_is_ours:
         if verify_matching_vocabs_fn is not None:
             verify_matching_vocabs_fn(train_dataset_cfg, model)
         start = restore_or_initialize(
@@ -141,7 +141,7 @@ def train(
             actions,
         )
         over = evaluator.best.over if evaluator.best else [False] * model.runs.num_groups
-        trainer.reopen(over, total_steps)
+        trainer.reactivate_extended(over, total_steps)
         write_records(start, total_steps, summarize_config_fn)
         progress = metric_writers.ProgressLine(
             total_steps, trainer.step, train_dataset_cfg.batch_size
@@ -164,7 +164,7 @@ def train(
                 if job.is_due(stats_period, save_cfg.period, eval_period):
                     job.report()
                 if job.is_due(stats_period, eval_period):
-                    trainer.give_up_places()  # at steps that do not depend on who stops it
+                    trainer.compact_batches()  # at steps that do not depend on who stops it
                 if job.is_due(save_cfg.period):
                     job.save_checkpoint()
                 if job.is_due(eval_period):
@@ -195,7 +195,7 @@ def _check_settings(
             "and first values come from train_state.Origins. Set it to None."
         )
     if total_steps:  # a stage without steps only writes what it starts from
-        optimizers.check_annealing(model.prompt.own_steps, total_steps)
+        optimizers.check_annealing(model.prompt.schedule_steps, total_steps)
 
 
 if __name__ == "__main__":

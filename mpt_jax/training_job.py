@@ -16,10 +16,10 @@ from mpt_jax.data import datasets, sampling, task_lookup
 from mpt_jax.data.iterators import TrainIterator
 from mpt_jax.evaluation import evaluator as evaluation
 from mpt_jax.evaluation import finalize, metric_writers
-from mpt_jax.evaluation.periodic_eval import Evaluation
+from mpt_jax.evaluation.periodic_eval import PeriodicEvaluator
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import malloc
-from mpt_jax.runtime.preemption import end_without_peers
+from mpt_jax.runtime.preemption import exit_if_peer_lost
 from mpt_jax.training import initialization, selection
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import (
@@ -55,9 +55,9 @@ class Start:
     seed: int
     batches: TrainIterator
     trainer: Trainer
-    initial: initialization.Loaded
+    initial: initialization.InitialParams
     backbone: str
-    fingerprint: fingerprint.Identity
+    fingerprint: fingerprint.Fingerprint
     saved: checkpoints.Checkpoints
     position: data_position.DataPosition
     resumed: bool
@@ -77,12 +77,12 @@ def restore_or_initialize(
     artifact, else initial values."""
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
-    initial = initialization.fill(model, origins, jax.random.PRNGKey(seed))
+    initial = initialization.initialize_params(model, origins, jax.random.PRNGKey(seed))
     by_run = model.runs.num_groups > 1 and sampling.has_equal_shares(data_cfg)
     state = create_train_state(model, initial.params, partitioner, by_run)
-    ours = fingerprint.of_run(model, initial, data_cfg.batch_size, seed)
+    ours = fingerprint.run_fingerprint(model, initial, data_cfg.batch_size, seed)
     initial = dataclasses.replace(initial, params={})  # the state holds them now
-    malloc.keep_freed()
+    malloc.keep_freed_memory()
     saved = checkpoints.Checkpoints(model_dir, save_cfg.keep)
     position = data_position.DataPosition(batches if save_cfg.save_dataset else None)
     resumed = _restore(state, saved, position, ours)
@@ -94,7 +94,7 @@ def restore_or_initialize(
         rows_by_run=by_run,
     )
     if resumed is not None and "runs" in resumed[1]:  # earlier versions saved none
-        trainer.resume(resumed[1]["runs"])
+        trainer.load_run_status(resumed[1]["runs"])
     counts = num_trainable_params(model, state.trainable), num_params(state.params)
     labels = sorted(trainable_labels(model, state.params))
     logging.info("%s", metric_writers.describe_counts(*counts, labels))
@@ -117,7 +117,7 @@ def _restore(
     state: TrainState,
     saved: checkpoints.Checkpoints,
     position: data_position.DataPosition,
-    ours: fingerprint.Identity,
+    ours: fingerprint.Fingerprint,
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """Reads this job's last checkpoint and moves the data to its position; returns the state and
     what was saved beside it, or None at the start of a job."""
@@ -125,7 +125,7 @@ def _restore(
         return None
     state, meta = restored
     step = int(state.step)
-    fingerprint.check_resumes(ours, meta["identity"], str(saved.model_dir))
+    fingerprint.check_can_resume(ours, meta["identity"], str(saved.model_dir))
     saved.set_aside_after(step)
     position.restore(meta["data"], step)
     logging.info("Resumed from %s.", saved.path(step))
@@ -140,7 +140,7 @@ def make_evaluator(
     num_batches: int,
     evaluator_cls: Callable[..., Any] | None,
     actions: Mapping[str, Sequence[selection.Action]] | None,
-) -> Evaluation:
+) -> PeriodicEvaluator:
     """Makes what is measured between steps, at the step where training starts."""
     writers = metric_writers.Writers(model_dir)
     converter = trainer.model.FEATURE_CONVERTER_CLS
@@ -154,7 +154,7 @@ def make_evaluator(
         evaluator_cls=evaluator_cls,
         **_hosts(),
     )
-    evaluator = Evaluation(trainer, writers, losses, inference, actions or {})
+    evaluator = PeriodicEvaluator(trainer, writers, losses, inference, actions or {})
     evaluator.resume()
     return evaluator
 
@@ -202,7 +202,7 @@ class Job:
     """
 
     start: Start
-    evaluator: Evaluation
+    evaluator: PeriodicEvaluator
     progress: metric_writers.ProgressLine
     check_it_is_ours: Callable[..., None]
 
@@ -240,13 +240,13 @@ class Job:
         self.check_it_is_ours(read=True)
         trainer = self.trainer
         data_at = self.start.position.at(int(trainer.state.step), trainer.step)
-        meta = {"identity": self.start.fingerprint, "data": data_at, "runs": trainer.standing()}
+        meta = {"identity": self.start.fingerprint, "data": data_at, "runs": trainer.run_status()}
         self.start.saved.save(trainer.state, meta)
 
     def evaluate(self) -> bool:
         """Evaluates, and leaves the runs that ended out of batches; True if training is to end."""
         stop = self.evaluator.run()
-        self.trainer.give_up_places()
+        self.trainer.compact_batches()
         self.progress.restart_clock(self.trainer.step)
         return stop
 
@@ -277,7 +277,7 @@ class Job:
                 self.finalize(all_failed=True)
             raise
         except jax.errors.JaxRuntimeError as error:
-            end_without_peers(error)
+            exit_if_peer_lost(error)
             raise
         finally:
             self.progress.close()

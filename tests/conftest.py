@@ -113,7 +113,7 @@ def freed_memory_is_returned():
     from mpt_jax.runtime import malloc  # after the import hook
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(malloc, "keep_freed", lambda: None)
+        patch.setattr(malloc, "keep_freed_memory", lambda: None)
         yield
 
 

@@ -70,8 +70,10 @@ def saved(tmp_path_factory):
     backbone = {name: tree for name, tree in params.items() if name != "prompt"}
     origins = {"backbone": str(save_t5x(folder, backbone, 0))}
     state = tiny.state(model, params)
-    loaded = initialization.fill(model, initialization.Origins(**origins), jax.random.PRNGKey(0))
-    meta = {"identity": fingerprint.of_model(model, loaded)}
+    loaded = initialization.initialize_params(
+        model, initialization.Origins(**origins), jax.random.PRNGKey(0)
+    )
+    meta = {"identity": fingerprint.model_fingerprint(model, loaded)}
     kept = checkpoints.Checkpoints(str(folder / "run"), keep=None)
     for step in (0, 3):
         kept.save(state.replace(step=jax.numpy.asarray(step, jax.numpy.int32)), meta)

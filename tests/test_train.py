@@ -208,7 +208,7 @@ def test_three_stages_hand_artefacts_on(backbone, tmp_path):
 
     without = build(runs=Runs(["run_a", "run_x"]), objective=student.objective)
     with pytest.raises(ValueError, match=r"No teacher for the tasks \['run_x'\]"):
-        initialization.fill(
+        initialization.initialize_params(
             without, initialization.Origins(backbone, **origins), tiny.jax.random.key(0)
         )
 
@@ -425,8 +425,8 @@ def test_a_fleet_whose_training_is_extended_trains_on(backbone, tmp_path):
 
 
 def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, monkeypatch):
-    too_high, read, sound = (1e38, 1e38, 1e38), [], finalize.endings
-    monkeypatch.setattr(finalize, "endings", lambda *args: read.append(1) or sound(*args))
+    too_high, read, sound = (1e38, 1e38, 1e38), [], finalize.outcomes
+    monkeypatch.setattr(finalize, "outcomes", lambda *args: read.append(1) or sound(*args))
     with pytest.raises(NonFiniteLoss):
         run_fleet(backbone, tmp_path / "none", peaks=too_high)
     assert set(endings(tmp_path / "none").values()) == {("failed", 1, None)}

@@ -30,7 +30,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
 from mpt_jax.prompts.base import PromptMethod, get_method
-from mpt_jax.prompts.materialize import fold, plain_prompts, plain_weights
+from mpt_jax.prompts.materialize import materialize, plain_prompts, plain_weights
 from mpt_jax.runtime.files import replace_folder
 
 TENSORS = "prompts.safetensors"
@@ -75,7 +75,7 @@ class Artefact:
 
     def folded(self) -> np.ndarray:
         """[K, P, H], one plain prompt per row; raises what `prompts.base.fold` does."""
-        return np.asarray(fold(self.method, self.params, self.runs))
+        return np.asarray(materialize(self.method, self.params, self.runs))
 
     def plain(self) -> list[np.ndarray]:
         """The plain prompt [P, H] of each row, of its own length; raises ValueError where prompts
@@ -146,7 +146,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         facts: what the model card says beside these.
     """
     path = epath.Path(path)
-    method, params = method.release(unflatten(flatten(params)))
+    method, params = method.for_inference(unflatten(flatten(params)))
     tensors = {f"factors/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
     if include_folded and not method.reads_text:
         plain = plain_prompts(method, params, runs)

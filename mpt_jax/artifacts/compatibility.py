@@ -15,7 +15,7 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 MOST_NAMED = 20  # names that an error lists, with the number of the others
 
 
-def check_belongs(
+def check_compatible(
     artefact: Artefact, embedding_sha256: str, vocabulary_sha256: str | None, prompt_length: int
 ) -> None:
     """Checks that an artefact was trained on this backbone, vocabulary and prompt length.
@@ -43,7 +43,7 @@ def check_belongs(
         )
 
 
-def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
+def check_mutually_compatible(found: Sequence[Artefact], folded: bool = False) -> None:
     """Checks that artefacts can be served, or started from, together.
 
     Args:
@@ -67,7 +67,9 @@ def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
             if value is not None:  # artefacts of a vocabulary that nobody recorded
                 folders.setdefault(value, []).append(artefact.path)
         if len(folders) > 1:
-            values = "; ".join(f"{value} in {few(paths)}" for value, paths in folders.items())
+            values = "; ".join(
+                f"{value} in {abbreviate(paths)}" for value, paths in folders.items()
+            )
             may_differ = what in ("method", "prompt length")
             hint = f" Plain prompts of several {what}s go together: fold them." * may_differ
             raise ValueError(
@@ -75,20 +77,20 @@ def check_agree(found: Sequence[Artefact], folded: bool = False) -> None:
             )
 
 
-def speaker(found: Sequence[Artefact]) -> Artefact:
+def representative(found: Sequence[Artefact]) -> Artefact:
     """Of artefacts that agree, one whose `config` speaks for all: which knows its vocabulary, if
     any does."""
     known = [each for each in found if each.config["vocabulary_sha256"] is not None]
     return (known or found)[0]
 
 
-def few(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """Some names, and how many more there are."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def joined(found: Sequence[Artefact]) -> Artefact:
+def merge(found: Sequence[Artefact]) -> Artefact:
     """Artefacts of one backbone and one length as one, of plain prompts: the rows of all. One alone
     is returned as it is.
 
@@ -97,7 +99,7 @@ def joined(found: Sequence[Artefact]) -> Artefact:
     """
     if len(found) == 1:
         return found[0]
-    check_agree(found, folded=True)
+    check_mutually_compatible(found, folded=True)
     lengths: dict[int, list[str]] = {}
     paths: dict[str, str] = {}
     for artefact in found:
@@ -110,7 +112,7 @@ def joined(found: Sequence[Artefact]) -> Artefact:
                 )
             paths[run] = artefact.path
     if len(lengths) > 1:
-        told = "; ".join(f"{length} in {few(where)}" for length, where in lengths.items())
+        told = "; ".join(f"{length} in {abbreviate(where)}" for length, where in lengths.items())
         raise ValueError(f"These artefacts cannot be started from together, P differs: {told}.")
     runs = Runs(
         [task for artefact in found for task in artefact.runs.task_names],
@@ -119,5 +121,5 @@ def joined(found: Sequence[Artefact]) -> Artefact:
     )
     method = PromptTuning(found[0].prompt_length)
     table = jnp.concatenate([artefact.folded() for artefact in found])
-    path = few([artefact.path for artefact in found])
-    return Artefact(path, method, runs, {"table": table}, speaker(found).config)
+    path = abbreviate([artefact.path for artefact in found])
+    return Artefact(path, method, runs, {"table": table}, representative(found).config)

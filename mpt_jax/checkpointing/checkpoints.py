@@ -167,9 +167,11 @@ class Checkpoints:
         for candidate in reversed(steps):
             path = self.path(candidate)
             try:
-                meta = corruption.together(functools.partial(self._read_meta, candidate), f"{path}")
+                meta = corruption.read_on_all_processes(
+                    functools.partial(self._read_meta, candidate), f"{path}"
+                )
                 _check_configuration(state, meta, path)
-                tree = corruption.together(
+                tree = corruption.read_on_all_processes(
                     functools.partial(self._read, candidate, "state", _restore_args(_saved(state))),
                     f"{path}",
                 )
@@ -177,7 +179,7 @@ class Checkpoints:
                     # Adding up is every process's work, and what one of them finds all must know.
                     sums = checksums.of_leaves(tree)
                     compare = functools.partial(checksums.check, sums, meta["checksums"])
-                    corruption.together(compare, f"{path}")
+                    corruption.read_on_all_processes(compare, f"{path}")
             except checksums.Damaged as error:
                 failures.append(f"{path} cannot be read ({error}).")
                 continue
@@ -199,7 +201,9 @@ class Checkpoints:
         """
         path = self.path(step)
         try:
-            return corruption.together(functools.partial(self._read_meta, step), f"{path}")
+            return corruption.read_on_all_processes(
+                functools.partial(self._read_meta, step), f"{path}"
+            )
         except checksums.Damaged as error:
             raise OSError(f"{path} cannot be read ({error}).") from error
 

@@ -31,16 +31,16 @@ _STATUS = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
 _OF_BYTES = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
 
-def proves_damage(error: BaseException) -> bool:
+def is_corruption(error: BaseException) -> bool:
     """Whether an error can only be of files that are damaged, or missing where a complete
     checkpoint has them."""
     chain = list(_chain(error))
-    if any(map(_of_the_way, chain)):
+    if any(map(_is_transport_error, chain)):
         return False
     return any(isinstance(each, _MISSING + _UNDECODABLE) for each in chain)
 
 
-def _of_the_way(error: BaseException) -> bool:
+def _is_transport_error(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, _MISSING)
     status = _STATUS.match(str(error))
@@ -60,7 +60,7 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def together(read: Callable[[], Value], what: str) -> Value:
+def read_on_all_processes(read: Callable[[], Value], what: str) -> Value:
     """What a function that reads gives, where it gives something in every process of the job.
 
     Args:
@@ -75,7 +75,7 @@ def together(read: Callable[[], Value], what: str) -> Value:
     try:
         found = read()
     except Exception as caught:  # noqa: BLE001 - whatever a damaged file or a store may raise
-        error, mine = caught, _DAMAGED if proves_damage(caught) else _UNREAD
+        error, mine = caught, _DAMAGED if is_corruption(caught) else _UNREAD
     worst = _worst(mine)
     if worst == _FINE:
         return found  # pyright: ignore[reportReturnType] - `read` returned it

@@ -15,16 +15,16 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.core.comparison import check_same, differences
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
-from mpt_jax.training.initialization import Loaded
+from mpt_jax.training.initialization import InitialParams
 
 # What may change between two starts of one run.
-CHANGEABLE = ("optimizer",)
+MAY_CHANGE = ("optimizer",)
 FROZEN_PROMPTS = "frozen_prompts_sha256"
 
-Identity = dict[str, Any]
+Fingerprint = dict[str, Any]
 
 
-def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
+def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> Fingerprint:
     """What predictions depend on beside the values of a checkpoint. JSON values."""
     found = {
         "method": model.prompt.name,
@@ -44,9 +44,11 @@ def of_model(model: PromptedEncoderDecoder, loaded: Loaded) -> Identity:
     return found | ({FROZEN_PROMPTS: artifacts.digest(frozen)} if frozen else {})
 
 
-def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed: int) -> Identity:
+def run_fingerprint(
+    model: PromptedEncoderDecoder, loaded: InitialParams, batch_size: int, seed: int
+) -> Fingerprint:
     """What a training run and its resumption must have in common, and its optimizer."""
-    return of_model(model, loaded) | {
+    return model_fingerprint(model, loaded) | {
         "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
         "objective": repr(model.objective),
         "teacher_sha256": loaded.teacher_sha256,
@@ -58,20 +60,20 @@ def of_run(model: PromptedEncoderDecoder, loaded: Loaded, batch_size: int, seed:
     }
 
 
-def check_resumes(ours: Identity, saved: Identity, model_dir: str) -> None:
+def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> None:
     """Checks that a run has the configuration it was saved with, and logs what may change.
 
     Raises:
         ValueError: both values of everything that differs.
     """
-    strict = [name for name in _known(ours, saved) if name not in CHANGEABLE]
+    strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
     advice = f"Choose another MODEL_DIR, or remove {model_dir}."
     check_same(saved, ours, strict, what=f"The run in {model_dir}", advice=advice)
-    if changed := differences(saved, ours, CHANGEABLE):
+    if changed := differences(saved, ours, MAY_CHANGE):
         logging.warning("The run in %s resumes with changed settings: %s.", model_dir, changed)
 
 
-def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
+def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
     """Checks that this model reads a checkpoint as what it was saved as.
 
     Args:
@@ -89,7 +91,7 @@ def check_reads(ours: Identity, saved: Identity, path: Any) -> None:
     check_same(saved, ours, _known(ours, saved), what=f"{path}", advice=advice)
 
 
-def _known(ours: Identity, saved: Identity) -> list[str]:
+def _known(ours: Fingerprint, saved: Fingerprint) -> list[str]:
     """What can be compared: earlier versions did not save a digest of prompts that do not learn."""
     return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
 
@@ -99,7 +101,7 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
     found = {
         field.name: getattr(optimizer, field.name)
         for field in dataclasses.fields(optimizer)
-        if field.name not in ("labels", "runs", "rows", "own_steps", "learning_rates")
+        if field.name not in ("labels", "runs", "rows", "schedule_steps", "learning_rates")
     }
     rates = {
         f"{label}.{field.name}": getattr(schedule, field.name)

@@ -33,16 +33,16 @@ def states(
             "There is nothing to evaluate: set CHECKPOINT_PATH to a checkpoint of a run, or "
             "INITIAL_ARTEFACT to a prompt artefact."
         )
-    loaded = initialization.fill(model, origins, jax.random.PRNGKey(0))
+    loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
     state = create_train_state(model, loaded.params, partitioner)
     if not cfg.path:
         yield state
-    ours = fingerprint.of_model(model, loaded)
+    ours = fingerprint.model_fingerprint(model, loaded)
     for folder, step in _wanted(cfg):
         saved = checkpoints.Checkpoints(folder, read_only=True)
         path = saved.path(step)
         # First, because shapes may differ for no other reason than these.
-        fingerprint.check_reads(ours, saved.meta(step)["identity"], path)
+        fingerprint.check_can_restore(ours, saved.meta(step)["identity"], path)
         found = saved.restore(state, step)
         assert found is not None
         logging.info("Read %s.", path)

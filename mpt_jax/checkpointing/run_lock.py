@@ -35,12 +35,12 @@ FILE = "running.json"
 PERIOD, PATIENCE = 10.0, 35.0  # seconds from count to count; how long a count is watched
 
 
-class Occupied(RuntimeError):
+class ModelDirInUse(RuntimeError):
     """Another run writes to this MODEL_DIR."""
 
 
 @contextlib.contextmanager
-def held(
+def acquire(
     model_dir: str, *, period: float = PERIOD, patience: float = PATIENCE
 ) -> Iterator[Callable[..., None]]:
     """Keeps other runs out of MODEL_DIR while the block runs; creates the folder.
@@ -70,7 +70,7 @@ def held(
         yield lock.check if lock is not None else lambda read=False: None
     finally:
         if lock is not None:
-            lock.release()
+            lock.for_inference()
 
 
 def check_writable(model_dir: str) -> None:
@@ -123,12 +123,12 @@ class Lock:
             except Exception as error:  # noqa: BLE001 - as in `_keep`
                 logging.warning("%s could not be read: %s", self._path, error)
         if self._taken_by is not None:
-            raise Occupied(
+            raise ModelDirInUse(
                 f"{self._path.parent} was taken over by {self._taken_by}, so this run ends without "
                 "a save. It must have stood still, or could not write, for a while."
             )
 
-    def release(self) -> None:
+    def for_inference(self) -> None:
         """Lets others in."""
         self._ended.set()
         self._thread.join()
@@ -151,7 +151,7 @@ class Lock:
             )
             alive = _changes(self._path, content, patience)
         if alive:
-            raise Occupied(
+            raise ModelDirInUse(
                 f"{self._path.parent} is being written by {_who(record)}. Wait until that run has "
                 "ended, stop it, or choose another MODEL_DIR."
             )
@@ -192,7 +192,7 @@ def _agree(refusal: Exception | None) -> None:
     if refusal is not None:
         raise refusal
     if any(refused):
-        raise Occupied(f"Process {refused.index(True)} could not begin; its log says why.")
+        raise ModelDirInUse(f"Process {refused.index(True)} could not begin; its log says why.")
 
 
 def _changes(path: epath.Path, content: str, patience: float) -> bool:

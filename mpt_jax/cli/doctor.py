@@ -79,7 +79,7 @@ class Finding:
     mend: str = ""
 
 
-class Question:
+class Probe:
     """A Python script that answers in a process of its own, and is ended where it does not.
 
     Args:
@@ -119,7 +119,7 @@ class Question:
 def check_trainer() -> Iterator[Finding]:
     """Which trainer `python -m t5x.train` is, from where, and whether it can be imported."""
     try:
-        choice = trainer_choice.wanted()
+        choice = trainer_choice.requested_trainer()
     except ValueError as error:
         yield Finding("trainer", "", str(error), f"unset {trainer_choice.VARIABLE}")
         return
@@ -211,7 +211,7 @@ def check_versions() -> Iterator[Finding]:
                 yield Finding(name, "not installed", f"{name} is needed.", mend)
 
 
-def check_devices(question: Question, seconds: float) -> Iterator[Finding]:
+def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
     """What JAX computes on, and which processes a job started here would have."""
     answer, error = question.answer(seconds)
     if answer:
@@ -229,7 +229,7 @@ def check_devices(question: Question, seconds: float) -> Iterator[Finding]:
             "sudo fuser -v /dev/accel* /dev/vfio/* shows who holds it; --timeout gives more time",
         )
     try:
-        arguments = distributed.wanted(os.environ)
+        arguments = distributed.distributed_args(os.environ)
     except ValueError as wrong:
         yield Finding(
             "processes", "", str(wrong), f"unset {distributed.VARIABLE} {distributed.INDEX}"
@@ -261,7 +261,7 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
     return Finding(name, state)
 
 
-def check_root(root: str, writing: Question | None, seconds: float) -> Iterator[Finding]:
+def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Finding]:
     """MPT_JAX_ROOT: a folder, or a bucket with credentials for it."""
     mend = f"set {paths.ROOT_VARIABLE} to a folder or a bucket that can be written"
     if writing is None:
@@ -347,7 +347,7 @@ def check_backbone(root: str) -> Iterator[Finding]:
 # --- The report ----------------------------------------------------------------------------------
 
 
-def examine(suite: str, data_dir: str, seconds: float) -> list[Finding]:
+def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
     """Looks at everything.
 
     Args:
@@ -356,9 +356,9 @@ def examine(suite: str, data_dir: str, seconds: float) -> list[Finding]:
         seconds: how long a device or a bucket may take to answer.
     """
     root = paths.root()
-    devices = Question(_DEVICES)  # these two work while the rest is looked at
+    devices = Probe(_DEVICES)  # these two work while the rest is looked at
     scratch = f".mpt_jax_doctor_{os.getpid()}"
-    writing = Question(_WRITE, root, scratch) if "://" in root else None
+    writing = Probe(_WRITE, root, scratch) if "://" in root else None
     found = [*check_trainer(), *check_versions(), *check_root(root, writing, seconds)]
     found += check_cache()
     if suite == "paper":
@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tfds_data_dir", default=default, help="of TensorFlow Datasets")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds for devices (10)")
     args = parser.parse_args(argv)
-    found = examine(args.suite, args.tfds_data_dir, args.timeout)
+    found = run_checks(args.suite, args.tfds_data_dir, args.timeout)
     wrong = any(finding.problem for finding in found)
     if args.json:
         findings = [dataclasses.asdict(finding) for finding in found]

@@ -101,7 +101,7 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
     task_lookup.check_split(task, split)
     counted = vocabularies.load(vocabulary) if vocabulary else _own_vocabulary(task)
     rows = []
-    with task_lookup.reading(task, split):
+    with task_lookup.explain_missing_data(task, split):
         stream = text_rows(task, task.source.get_dataset(split=split, shuffle=False))
         for row in stream.take(number).as_numpy_iterator():
             inputs, targets = (row[feature].decode() for feature in ("inputs", "targets"))
@@ -143,7 +143,7 @@ def _sizes(task: seqio.Task) -> dict[str, int | None]:
     try:
         return {split: task.source.num_input_examples(split) for split in task.source.splits}
     except Exception as error:
-        if not task_lookup.means_missing(error):
+        if not task_lookup.is_missing_data(error):
             raise
         return {}
 

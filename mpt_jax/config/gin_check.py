@@ -23,6 +23,12 @@ from gin import config_parser
 
 # Macros that say how another one is used, and so have no effect where that one is None.
 REFINES = {"START_FROM": "INITIAL_ARTEFACT"}
+# Names that earlier versions had, and what replaces them.
+RENAMED = {
+    "WHOLE_BATCH": "GLOBAL_BATCH_SIZE",
+    "whole_batch": "global_batch_size",
+    "length_of": "prompt_length_of",
+}
 
 
 class UnreadBinding(ValueError):
@@ -301,6 +307,8 @@ def _paths(scopes: Any) -> set[str]:
 
 
 def _suggest(name: str, known: Any) -> str:
+    if (new := RENAMED.get(name)) is not None:
+        return f" It is called {new} now."
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -327,6 +335,8 @@ def explain(error: Exception) -> str | None:
         name = match.group(1)
         known = {found.name for found in gin_config._INVERSE_REGISTRY.values()}
         return f"No gin file imports {name!r}.{_suggest(name, known)}{_location(text)}"
+    if match := re.match(r"cannot import name '(\w+)' from 'mpt_jax'", text):
+        return f"{text.partition(' (')[0]}.{_moved(match.group(1))}{_location(text)}"
     if text.startswith("Unable to open file"):
         return f"A gin file includes one that does not exist. {text}"
     if re.match(r"'\w+' was not provided by an import statement", text):
@@ -334,6 +344,15 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
         return f"Unable to parse value: {error.args[0]}. Is a quote or a bracket left open?"
     return text if isinstance(error, UnreadBinding | UnboundMacro | SyntaxError) else None
+
+
+def _moved(name: str) -> str:
+    """The import line of a module that used to be directly in mpt_jax."""
+    folder = Path(__file__).parents[1]
+    found = sorted(folder.rglob(f"{name}.py"))
+    lines = [".".join(path.relative_to(folder.parent).parent.parts) for path in found]
+    hints = [f"from {package} import {name}" for package in lines]
+    return f" Write {' or '.join(map(repr, hints))}." if hints else " CHANGELOG.md lists the moves."
 
 
 def _location(text: str) -> str:

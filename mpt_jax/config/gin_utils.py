@@ -155,7 +155,7 @@ def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str
     Returns:
         What the entry function returns.
     """
-    trainer_choice.install()
+    trainer_choice.install_fallback()
     module = importlib.import_module(f"mpt_jax.{entry}")
     function = getattr(module, ENTRY_POINTS[entry])
     with as_main(module):
@@ -176,7 +176,7 @@ def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> No
         function: the entry point.
         overriding: flags that are arguments of `function`, and win over gin where they are given.
     """
-    trainer_choice.install()
+    trainer_choice.install_fallback()
     define_flags()
     jax.config.config_with_absl()
     app.run(lambda argv: _main(argv, function, overriding), flags_parser=_parse_flags)
@@ -300,7 +300,7 @@ def _start_processes() -> None:
         "initialization_timeout": values.initialization_timeout,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    around = distributed.wanted(os.environ)
+    around = distributed.distributed_args(os.environ)
     if not (given or values.multiprocess_gpu or around is not None):
         return
     given = {**(around or {}), **given}

@@ -33,7 +33,7 @@ INSTALL = (
 )
 
 
-def wanted() -> str | None:
+def requested_trainer() -> str | None:
     """The trainer that the environment asks for, if any.
 
     Raises:
@@ -68,18 +68,18 @@ def all_real() -> Iterator[ModuleSpec]:
                 yield spec
 
 
-def become(name: str) -> None:
+def activate(name: str) -> None:
     """Puts the chosen module into `sys.modules` under `name`; what `t5x.py` calls on import.
 
     Raises:
         ImportError: a real T5X is wanted by the environment, and there is none.
     """
-    choice = wanted()
+    choice = requested_trainer()
     real = find_real() if choice != "own" else None
     if real is None and choice == "t5x":
         raise ImportError(f"{VARIABLE}=t5x, but no T5X can be imported. {INSTALL}", name=name)
     if real is None:
-        install()
+        install_fallback()
         return
     if sys.argv[:1] == ["-m"]:  # python -m t5x.train, not an import
         announce(f"T5X from {real.origin}, found by mpt_jax {mpt_jax.__version__}")
@@ -120,7 +120,7 @@ def announce_own() -> None:
     announce(f"mpt_jax {mpt_jax.__version__} (T5X is not used)")
 
 
-def install() -> types.ModuleType:
+def install_fallback() -> types.ModuleType:
     """Makes the fallback answer to `t5x`, whatever is installed; returns it.
 
     Raises:

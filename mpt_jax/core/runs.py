@@ -130,7 +130,7 @@ def data_name(run_name: str) -> str:
     return found["data"]
 
 
-def whole_batch(runs: Runs, examples: int) -> int:
+def global_batch_size(runs: Runs, examples: int) -> int:
     """Examples in a step of a job whose groups have `examples` each, as many as each has alone."""
     return runs.num_groups * examples
 

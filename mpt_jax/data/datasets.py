@@ -19,7 +19,7 @@ from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables
-from mpt_jax.data.iterators import Batches, Share, TrainIterator
+from mpt_jax.data.iterators import EvalBatches, HostShard, TrainIterator
 from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares
 
@@ -293,7 +293,7 @@ def train_iterator(
     Raises:
         ValueError: as `get_dataset`; the hosts do not divide the batch.
     """
-    share = Share(cfg.batch_size, num_hosts, host_index)
+    share = HostShard(cfg.batch_size, num_hosts, host_index)
     dataset = get_dataset(cfg, 0, 1, feature_converter_cls)
     options = tf.data.Options()
     options.deterministic = True
@@ -343,7 +343,7 @@ def eval_batches(
     tasks = seqio.get_subtasks(provider)
     converter = cfg.converter(feature_converter_cls, cfg.pack)
     check_runs(tasks, converter)
-    share = Share(cfg.batch_size, num_hosts, host_index)
+    share = HostShard(cfg.batch_size, num_hosts, host_index)
     made: dict[str, Callable[[], Iterable[Batch]]] = {}
     for task in tasks:
         if cfg.split not in task.splits and not isinstance(provider, seqio.Task):
@@ -351,7 +351,7 @@ def eval_batches(
             continue
         dataset = _converted(cfg, task, converter, num_batches)
         buckets = cfg.buckets(converter)
-        made[task.name] = Batches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
+        made[task.name] = EvalBatches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
     if not made:
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
     if provider.name not in made and len(made) > 1:

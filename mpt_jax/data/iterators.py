@@ -29,7 +29,7 @@ _POSITION = "position.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class HostShard:
     """Which rows of a batch of `batch_size` belong to this host."""
 
     batch_size: int
@@ -67,7 +67,7 @@ class TrainIterator(Iterator[Batch]):
     def __init__(
         self,
         dataset: tf.data.Dataset,
-        share: Share,
+        share: HostShard,
         identity: Mapping[str, Any],
         buckets: LengthBuckets | None = None,
     ):
@@ -135,7 +135,7 @@ class TrainIterator(Iterator[Batch]):
         self._taken = header["batches_taken"]
 
 
-class Batches:
+class EvalBatches:
     """Batches of rows that can be gone through any number of times.
 
     Args:
@@ -149,7 +149,7 @@ class Batches:
     def __init__(
         self,
         dataset: tf.data.Dataset,
-        share: Share,
+        share: HostShard,
         keep: bool,
         buckets: LengthBuckets | None = None,
         cut_targets: bool = True,

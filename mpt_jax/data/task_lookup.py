@@ -41,7 +41,7 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
             ) from error
 
 
-def name_tasks_with(register_run: Callable[[str], bool]) -> None:
+def register_task_resolver(register_run: Callable[[str], bool]) -> None:
     """Adds a naming scheme: what is asked for a task that SeqIO does not know.
 
     Args:
@@ -81,7 +81,7 @@ def find_task(name: str) -> seqio.Task:
 
 def check_split(task: seqio.Task, split: str) -> None:
     """Raises ValueError where the task has no such split, or no data at all."""
-    with reading(task, split):
+    with explain_missing_data(task, split):
         splits = task.source.splits
         if not splits:  # as TFDS has it before anything is prepared
             raise FileNotFoundError("nothing is prepared")
@@ -90,7 +90,7 @@ def check_split(task: seqio.Task, split: str) -> None:
 
 
 @contextlib.contextmanager
-def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
+def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
     """Inside, what is raised where data is missing becomes a ValueError that says how to get it,
     and a row that a preprocessor refuses (tf.debugging.Assert) one that says what it is.
 
@@ -107,7 +107,7 @@ def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
             + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
         ) from error
     except Exception as error:
-        if not means_missing(error):
+        if not is_missing_data(error):
             raise
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
@@ -121,7 +121,7 @@ def reading(task_or_mixture: Any, split: str) -> Iterator[None]:
         ) from error
 
 
-def means_missing(error: Exception) -> bool:
+def is_missing_data(error: Exception) -> bool:
     """Whether this was raised because data is not on this machine."""
     if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
         told = ("could not find data in", "cannot be loaded at version")

@@ -15,7 +15,7 @@ from absl import logging
 
 from mpt_jax.core.runs import data_name
 from mpt_jax.data.preprocessors import TASK_IDS, task_id
-from mpt_jax.data.task_lookup import check_split, reading
+from mpt_jax.data.task_lookup import check_split, explain_missing_data
 
 # Tables up to this size are kept as long as their task is registered.
 _KEEP_BYTES = 16 * 2**20
@@ -55,7 +55,7 @@ class ExampleTable:
     ):
         check_split(task, split)
         self.name, self.split = task.name, split
-        with reading(task, split):
+        with explain_missing_data(task, split):
             dataset = task.get_dataset(
                 sequence_length=sequence_length,
                 split=split,

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from mpt_jax.batching.collate import Batch
 from mpt_jax.data import datasets, task_lookup, token_tables
-from mpt_jax.data.iterators import Batches, Share
+from mpt_jax.data.iterators import EvalBatches, HostShard
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
 SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ class InferenceEvaluator:
             settings = {"logger_cls": ()}
         if not cfg.use_memory_cache:  # or else what is bound to the evaluator counts
             settings["use_memory_cache"] = False
-        with task_lookup.reading(provider, cfg.split):
+        with task_lookup.explain_missing_data(provider, cfg.split):
             self._evaluator: Any = evaluator_cls(
                 mixture_or_task_name=provider.name,
                 feature_converter=self._converter,
@@ -116,11 +116,11 @@ class InferenceEvaluator:
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
         )
         self._sizes = self._count(cfg)
-        self._share = Share(cfg.batch_size, num_hosts, host_index)
+        self._share = HostShard(cfg.batch_size, num_hosts, host_index)
         datasets = self._evaluator.cached_task_datasets.values()
         self._keep = all(isinstance(dataset, _IN_MEMORY) for dataset in datasets)
         self._buckets = cfg.buckets(self._converter, self._limits())
-        self._batches: dict[tuple[str, ...], Batches] = {}
+        self._batches: dict[tuple[str, ...], EvalBatches] = {}
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -198,7 +198,7 @@ class InferenceEvaluator:
         if names not in self._batches:
             datasets = [self._evaluator.cached_model_datasets[name] for name in names]
             joined = functools.reduce(lambda a, b: a.concatenate(b), datasets)
-            self._batches[names] = Batches(
+            self._batches[names] = EvalBatches(
                 joined.map(lambda _, example: example),
                 self._share,
                 keep=self._keep,

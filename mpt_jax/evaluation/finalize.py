@@ -32,7 +32,7 @@ from mpt_jax.core.tree import flatten, merge, unflatten
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.models.encoder_decoder import BACKBONE, PromptedEncoderDecoder
 from mpt_jax.runtime.files import write_atomic
-from mpt_jax.training.initialization import Loaded
+from mpt_jax.training.initialization import InitialParams
 from mpt_jax.training.partitioning import to_host
 from mpt_jax.training.selection import SelectBest
 from mpt_jax.training.state import num_trainable_params
@@ -44,7 +44,7 @@ FINISHED, FAILED, TRAINED = "finished", "failed", "trained"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ending:
+class RunOutcome:
     """How one run fared.
 
     Attributes:
@@ -85,7 +85,7 @@ class EndedJob:
     trainer: Trainer
     best: SelectBest | None
     scores: Mapping[str, Mapping[str, float]]
-    initial: Loaded
+    initial: InitialParams
     backbone: str
     data_cfg: DatasetConfig
     evaluated: Mapping[str, int]
@@ -123,7 +123,7 @@ def finalize_run(model_dir: str, job: EndedJob) -> None:
         logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, job.best_step()))
 
 
-def endings(job: EndedJob) -> list[Ending]:
+def outcomes(job: EndedJob) -> list[RunOutcome]:
     """How each run of a job fared."""
     trainer, best = job.trainer, job.best
     runs, found, last = trainer.model.runs, [], int(trainer.state.step)
@@ -136,11 +136,11 @@ def endings(job: EndedJob) -> list[Ending]:
             chosen = None if failed else step
         score = None if math.isnan(scores[group]) else scores[group]
         state = FAILED if failed else FINISHED if ended >= 0 else TRAINED
-        found.append(Ending(run, task, state, step, chosen, score))
+        found.append(RunOutcome(run, task, state, step, chosen, score))
     return found
 
 
-def report(model_dir: str, found: Sequence[Ending]) -> None:
+def report(model_dir: str, found: Sequence[RunOutcome]) -> None:
     """Writes MODEL_DIR/fleet.json, and logs the runs that did not train until the job ended."""
     runs = [dataclasses.asdict(ending) for ending in found]
     path = epath.Path(model_dir) / FLEET
@@ -223,7 +223,7 @@ def write_artefacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
         prompt: the method's parameters, of each run's best step.
     """
     facts = card_facts(job)
-    found = endings(job)
+    found = outcomes(job)
     report(model_dir, found)
     kept = [row for row, ending in enumerate(found) if ending.best_step is not None]
     folders = {ARTEFACT: kept} if kept else {}

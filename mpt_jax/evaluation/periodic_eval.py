@@ -36,7 +36,7 @@ def on_device(
 
 
 @dataclasses.dataclass
-class Evaluation:
+class PeriodicEvaluator:
     """Everything that is measured between steps.
 
     Attributes:
@@ -112,7 +112,7 @@ class Evaluation:
                 )
             stop |= self._act("INFER_EVAL", self.scores)
         if self._selecting is not None:
-            self.trainer.finish(self._selecting.over)
+            self.trainer.stop_groups(self._selecting.over)
         return stop or not self.trainer.active.any()
 
     def _act(self, mode: str, scores: selection.Scores) -> bool:

@@ -1,8 +1,8 @@
 """A backbone, a prompt method and an objective: what a trainer drives.
 
 This file has parameters, forward pass and loss terms; t5x_interface.py has what T5X calls by name:
-its losses, scoring and decoding. Our own trainer calls `loss_sums` and `loss_weights` instead, and
-divides once per step. Parameters are one nested dict,
+its losses, scoring and decoding. Our own trainer calls `loss_sums` and `loss_normalizers` instead,
+and divides once per step. Parameters are one nested dict,
 
     {token_embedder, encoder, decoder}   the backbone, T5X's names
     prompt                               the method's parameters
@@ -28,7 +28,7 @@ from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules, label_tree
 from mpt_jax.models import decoding, losses, metrics, prompt_insertion
 from mpt_jax.models.t5x_interface import T5XInterface
-from mpt_jax.prompts.base import InitContext, PromptMethod, ends_early, rows_of
+from mpt_jax.prompts.base import InitContext, PromptMethod, has_variable_lengths, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
 FROZEN = "frozen"
@@ -83,7 +83,7 @@ class PromptedEncoderDecoder(T5XInterface):
                 "teachers are prompts, so a student must be one too. Leave distillation unset, or "
                 "choose a prompt method."
             )
-        if self.has_teacher and ends_early(prompt, runs):
+        if self.has_teacher and has_variable_lengths(prompt, runs):
             raise ValueError(
                 f"Objective.distillation is set, and prompts have {prompt.prompt_lengths(runs)} "
                 f"positions: a student has as many as its teacher, here {prompt.prompt_length}. "
@@ -97,9 +97,9 @@ class PromptedEncoderDecoder(T5XInterface):
         )
         self.feature_converter_cls = feature_converter_cls
         self.decode_fn = decode_fn
-        self.rows = rows_of(prompt)
+        self.rows = row_axes(prompt)
         self.optimizer_def = optimizer_def and optimizer_def.bind(
-            self.labels, runs, self.rows, prompt.own_steps
+            self.labels, runs, self.rows, prompt.schedule_steps
         )
 
     # --- Parameters ------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class PromptedEncoderDecoder(T5XInterface):
         prompt_rng: Key | None = None,
         teacher: bool = False,
         hidden: bool = False,
-    ) -> losses.Outputs:
+    ) -> losses.ModelOutputs:
         """Teacher-forced logits and, on request, the hidden states the objective compares.
 
         Args:
@@ -205,7 +205,7 @@ class PromptedEncoderDecoder(T5XInterface):
             method="decode",
         )
         logits, decoder_hidden = decoded if hidden else (decoded, ())
-        return losses.Outputs(
+        return losses.ModelOutputs(
             logits,
             self._choose(encoder_hidden),
             self._choose(decoder_hidden),
@@ -215,13 +215,13 @@ class PromptedEncoderDecoder(T5XInterface):
 
     def _embed(
         self, params: Params, batch: Batch, key: Key | None = None, teacher: bool = False
-    ) -> prompt_insertion.Prompted:
+    ) -> prompt_insertion.PromptedEmbeddings:
         """Token embeddings with every example's prompt in its reserved positions."""
         backbone = {"params": self._backbone(params)}
         embedded: Any = self.module.apply(backbone, batch["encoder_input_tokens"], method="embed")
         prompt = params.get("teacher" if teacher else "prompt", {})
         method = PromptTuning(self.prompt.prompt_length) if teacher else self.prompt
-        return prompt_insertion.write(method, prompt, self.runs, batch, embedded, key)
+        return prompt_insertion.insert_prompts(method, prompt, self.runs, batch, embedded, key)
 
     def _backbone(self, params: Params) -> Params:
         return {name: params[name] for name in params if name not in ("prompt", "teacher")}
@@ -241,10 +241,10 @@ class PromptedEncoderDecoder(T5XInterface):
 
     # --- Loss ------------------------------------------------------------------------------------
 
-    def groups(self, batch: Batch) -> losses.Groups:
+    def groups(self, batch: Batch) -> losses.GroupIds:
         """The group of every position of a batch."""
         table = jnp.asarray(self.runs.group_of_row, jnp.int32)
-        return losses.Groups(
+        return losses.GroupIds(
             self.runs.num_groups,
             table[batch["encoder_task_ids"]],
             table[batch["decoder_task_ids"]],
@@ -264,11 +264,11 @@ class PromptedEncoderDecoder(T5XInterface):
         distil = self.objective.distillation
         hidden = distil is not None and distil.hidden
         student = self.forward(params, batch, dropout_rng, prompt_rng=prompt_rng, hidden=hidden)
-        teacher = losses.teacher_of(batch)
+        teacher = losses.teacher_outputs_from_batch(batch)
         if distil is not None and teacher is None:
             frozen = jax.tree.map(jax.lax.stop_gradient, params)
             teacher = self.forward(frozen, batch, None, teacher=True, hidden=hidden)
-        sums = losses.sums(self.objective, batch, self.groups(batch), student, teacher)
+        sums = losses.term_sums(self.objective, batch, self.groups(batch), student, teacher)
         found = metrics.task_metrics(
             batch, student.logits, batch["decoder_task_ids"], self.runs.num_rows
         )
@@ -277,10 +277,10 @@ class PromptedEncoderDecoder(T5XInterface):
             found |= metrics.mixture_metrics(student.mixed, names, rows)
         return sums, {**found, **metrics.batch_metrics(batch)}
 
-    def loss_weights(self, batch: Batch) -> losses.Sums:
+    def loss_normalizers(self, batch: Batch) -> losses.Sums:
         """The weight [G] of every loss term: a function of the batch alone."""
         width, states = self.module.config.emb_dim, self.states_compared
-        return losses.weights(self.objective, batch, self.groups(batch), width, states)
+        return losses.normalizers(self.objective, batch, self.groups(batch), width, states)
 
     @property
     def states_compared(self) -> tuple[int, int]:

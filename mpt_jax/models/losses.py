@@ -108,7 +108,7 @@ class Objective:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
 
-    def term_weights(self) -> dict[str, float]:
+    def coefficients(self) -> dict[str, float]:
         """The factor of each term in the total."""
         weights = {"cross_entropy": 1.0}
         if self.z_loss:
@@ -125,7 +125,7 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
+class GroupIds:
     """Which group each position of a batch belongs to.
 
     Attributes:
@@ -141,7 +141,7 @@ class Groups:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixed:
+class MixtureWeights:
     """What the prompts of a batch were mixed from.
 
     Attributes:
@@ -150,14 +150,14 @@ class Mixed:
         present: [B, E] whether there is one.
     """
 
-    weights: Float[Array, "B E C"]
+    normalizers: Float[Array, "B E C"]
     task_ids: Int[Array, "B E"]
     present: Bool[Array, "B E"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Outputs:
+class ModelOutputs:
     """What a forward pass gives the losses.
 
     Attributes:
@@ -173,10 +173,10 @@ class Outputs:
     encoder_hidden: tuple[Array, ...] = ()
     decoder_hidden: tuple[Array, ...] = ()
     prompts: Float[Array, "B _ H"] | None = None
-    mixed: Mixed | None = None
+    mixed: MixtureWeights | None = None
 
 
-def teacher_features(distillation: Distillation, teacher: Outputs) -> dict[str, Array]:
+def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[str, Array]:
     """What the logits and the hidden terms read of teachers, as features of a batch.
 
     Returns:
@@ -194,12 +194,12 @@ def teacher_features(distillation: Distillation, teacher: Outputs) -> dict[str, 
     return found
 
 
-def teacher_of(batch: Batch) -> Outputs | None:
+def teacher_outputs_from_batch(batch: Batch) -> ModelOutputs | None:
     """The teachers' outputs that a batch holds as `teacher_features`; None where it holds none."""
     if not TEACHER_FEATURES.keys() & batch.keys():
         return None
     states = lambda x: () if x is None else tuple(x[:, :, i] for i in range(x.shape[2]))  # noqa: E731
-    return Outputs(
+    return ModelOutputs(
         batch.get("teacher_logits", jnp.zeros((0, 0, 0))),
         states(batch.get("teacher_encoded")),
         states(batch.get("teacher_decoded")),
@@ -243,8 +243,12 @@ def kl_divergence(
     return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
 
 
-def sums(
-    objective: Objective, batch: Batch, groups: Groups, student: Outputs, teacher: Outputs | None
+def term_sums(
+    objective: Objective,
+    batch: Batch,
+    groups: GroupIds,
+    student: ModelOutputs,
+    teacher: ModelOutputs | None,
 ) -> Sums:
     """The sum [G] of every term of the objective over a batch."""
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
@@ -280,8 +284,8 @@ def sums(
     return found
 
 
-def weights(
-    objective: Objective, batch: Batch, groups: Groups, width: int, num_layers: tuple[int, int]
+def normalizers(
+    objective: Objective, batch: Batch, groups: GroupIds, width: int, num_layers: tuple[int, int]
 ) -> Sums:
     """The weight [G] of every term, a function of the batch alone.
 
@@ -297,7 +301,7 @@ def weights(
     num_tokens = group_sum(tokens, groups.decoder, groups.num_groups)
     examples = group_sum((slots == 1).astype(jnp.float32), groups.encoder, groups.num_groups)
     found: Sums = {}
-    for term in objective.term_weights():
+    for term in objective.coefficients():
         if term == "hidden_encoder" or term == "hidden_decoder":
             assert objective.distillation is not None
             encoder = term == "hidden_encoder"
@@ -323,7 +327,7 @@ def weights(
     return found
 
 
-def combine(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sums]:
+def total_loss(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sums]:
     """Divides once, weighs, adds.
 
     Returns:
@@ -334,12 +338,12 @@ def combine(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sum
         name: jnp.where(weights[name] > 0, sums[name] / jnp.maximum(weights[name], 1e-30), 0.0)
         for name in sums
     }
-    factors: Mapping[str, float] = objective.term_weights()
+    factors: Mapping[str, float] = objective.coefficients()
     total = sum((factors[name] * means[name].sum() for name in means), jnp.float32(0))
     return total, means
 
 
-def _constant(outputs: Outputs) -> Outputs:
+def _constant(outputs: ModelOutputs) -> ModelOutputs:
     return jax.tree.map(jax.lax.stop_gradient, outputs)
 
 

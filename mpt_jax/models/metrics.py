@@ -64,7 +64,9 @@ def task_metrics(
     }
 
 
-def mixture_metrics(mixed: losses.Mixed, names: Sequence[str], num_rows: int) -> StepMetrics:
+def mixture_metrics(
+    mixed: losses.MixtureWeights, names: Sequence[str], num_rows: int
+) -> StepMetrics:
     """The mean weight of each candidate in the prompts of each bank row, `attention/<candidate>`,
     and the entropy of the weights in nats, `attention_entropy`.
 
@@ -109,7 +111,7 @@ def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
     return {name: first[name] + second[name] for name in first}
 
 
-def of_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> StepMetrics:
+def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> StepMetrics:
     """Metrics without those of groups that are not kept: they have no weight."""
     rows = kept[np.asarray(runs.group_of_row)]
 

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
-from mpt_jax.models.losses import Mixed
-from mpt_jax.prompts.base import Given, PromptMethod, ends_early
+from mpt_jax.models.losses import MixtureWeights
+from mpt_jax.prompts.base import PromptContext, PromptMethod, has_variable_lengths
 
 
-class Prompted(NamedTuple):
+class PromptedEmbeddings(NamedTuple):
     """What the encoder reads.
 
     Attributes:
@@ -30,10 +30,10 @@ class Prompted(NamedTuple):
 
     embeddings: Float[Array, "B T H"]
     prompts: Float[Array, "B _ H"] | None = None
-    mixed: Mixed | None = None
+    mixed: MixtureWeights | None = None
 
 
-class Examples(NamedTuple):
+class ExampleIndex(NamedTuple):
     """Which examples lie in the rows of a batch: up to E in each.
 
     Attributes:
@@ -45,7 +45,7 @@ class Examples(NamedTuple):
     task_ids: Int[Array, "B E"]
 
     @classmethod
-    def of(cls, batch: Batch, shortest: int) -> Examples:
+    def of(cls, batch: Batch, shortest: int) -> ExampleIndex:
         """Those of a batch.
 
         Args:
@@ -63,14 +63,14 @@ class Examples(NamedTuple):
         return cls(number, found)
 
 
-def write(
+def insert_prompts(
     method: PromptMethod,
     params: Params,
     runs: Runs,
     batch: Batch,
     embedded: Float[Array, "B T H"],
     key: Key | None = None,
-) -> Prompted:
+) -> PromptedEmbeddings:
     """Writes every example's prompt into the positions that the batch reserves for it.
 
     Args:
@@ -82,27 +82,29 @@ def write(
         key: of a training step; see `Given`.
     """
     if method.prompt_length == 0:
-        return Prompted(embedded)
-    found = Examples.of(batch, min(method.prompt_lengths(runs)))
+        return PromptedEmbeddings(embedded)
+    found = ExampleIndex.of(batch, min(method.prompt_lengths(runs)))
     count = found.task_ids.shape[1]
     mask, slots = encoder_mask(batch), batch["encoder_prompt_slots"]
     pooled = None
     if method.reads_text:
-        pooled = pool(embedded, mask & (slots == 0), found.number, count)
+        pooled = max_pool_text(embedded, mask & (slots == 0), found.number, count)
     packed = "encoder_segment_ids" in batch
     # Unpacked batches drop the axis of examples: fleets look rows up along the batch's alone.
     task_ids = found.task_ids if packed else found.task_ids[:, 0]
-    given = Given(pooled if packed or pooled is None else pooled[:, 0], key)
+    given = PromptContext(pooled if packed or pooled is None else pooled[:, 0], key)
     prompts = method.compose(params, runs, task_ids, given)
     mixed = None
     if method.candidates:
         weights = method.mixture(params, runs, task_ids, given)
         weights = jax.lax.stop_gradient(weights if packed else weights[:, None])
-        mixed = Mixed(weights, found.task_ids, _present(mask, found.number, count))
-    if packed or ends_early(method, runs):
+        mixed = MixtureWeights(weights, found.task_ids, _present(mask, found.number, count))
+    if packed or has_variable_lengths(method, runs):
         rows = rows_at(prompts if packed else prompts[:, None], found.number, slots)
-        return Prompted(place_rows(rows, embedded, slots), rows if packed else prompts, mixed)
-    return Prompted(place(prompts, embedded), prompts, mixed)
+        return PromptedEmbeddings(
+            place_rows(rows, embedded, slots), rows if packed else prompts, mixed
+        )
+    return PromptedEmbeddings(place(prompts, embedded), prompts, mixed)
 
 
 def rows_at(
@@ -115,7 +117,7 @@ def rows_at(
     return jnp.take_along_axis(flat, index[..., None], axis=1)
 
 
-def pool(
+def max_pool_text(
     embedded: Float[Array, "B T H"],
     is_text: Bool[Array, "B T"],
     number: Int[Array, "B T"],

@@ -15,7 +15,7 @@ from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.models import decoding, losses, metrics
-from mpt_jax.prompts.base import PromptMethod, ends_early
+from mpt_jax.prompts.base import PromptMethod, has_variable_lengths
 
 
 class T5XInterface:
@@ -23,7 +23,7 @@ class T5XInterface:
     here. Our own trainer and `mpt_jax.eval` read the converter, score and decode through it.
 
     Attributes:
-        whole_batch: rows of T5X's batch, set by its initializer; see `loss_fn`.
+        expected_rows: rows of T5X's batch, set by its initializer; see `loss_fn`.
     """
 
     module: Transformer
@@ -33,7 +33,7 @@ class T5XInterface:
     output_vocabulary: Any
     feature_converter_cls: Callable[..., Any] | None
     decode_fn: Callable[..., Any]
-    whole_batch: int | None = None
+    expected_rows: int | None = None
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
@@ -51,7 +51,7 @@ class T5XInterface:
 
     def _converter(self, **settings: Any) -> Any:
         assert self.feature_converter_cls is not None
-        if ends_early(self.prompt, self.runs):
+        if has_variable_lengths(self.prompt, self.runs):
             settings = {"prompt_lengths": self.prompt.prompt_lengths(self.runs), **settings}
         converter = self.feature_converter_cls(**settings)
         reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length
@@ -77,9 +77,9 @@ class T5XInterface:
                 dividing, so their number would scale the gradient of a mean.
         """
         rows = batch["encoder_input_tokens"].shape[0]
-        if self.whole_batch is not None and rows != self.whole_batch:
+        if self.expected_rows is not None and rows != self.expected_rows:
             raise ValueError(
-                f"T5X passes {rows} rows of a batch of {self.whole_batch}: with its trainer, "
+                f"T5X passes {rows} rows of a batch of {self.expected_rows}: with its trainer, "
                 "Trainer.num_microbatches must be None. `python -m mpt_jax.train` has exact "
                 "microbatches."
             )
@@ -95,8 +95,8 @@ class T5XInterface:
         self, params: Params, batch: Batch, dropout_rng: Key | None
     ) -> tuple[Array, dict[str, Any]]:
         sums, found = self.loss_sums(params, batch, dropout_rng)
-        weights = self.loss_weights(batch)
-        total, _ = losses.combine(self.objective, sums, weights)
+        weights = self.loss_normalizers(batch)
+        total, _ = losses.total_loss(self.objective, sums, weights)
         found = {**found, **metrics.term_metrics(sums, weights)}
         return total, metrics.to_clu(found, self.runs)
 

@@ -24,7 +24,7 @@ from mpt_jax import train as train_module
 from mpt_jax.config import gin_utils, trainer_choice
 from mpt_jax.data import sampling
 from mpt_jax.plan import chips, format, steps
-from mpt_jax.plan.steps import Choice, DoesNotFit, Job, Needs
+from mpt_jax.plan.steps import DoesNotFit, Job, MeshLayout, StepCost
 from mpt_jax.runtime import paths
 from mpt_jax.training.partitioning import PjitPartitioner
 
@@ -134,16 +134,16 @@ def _topologies(job: Job, name: str) -> list[str]:
     )
 
 
-def plan(job: Job, values: Any) -> list[Needs | DoesNotFit]:
+def plan(job: Job, values: Any) -> list[StepCost | DoesNotFit]:
     """Every layout that the flags ask for."""
     parts = [int(n) for n in values.num_microbatches] or [None]
     layouts = list(itertools.product(_model_axes(job, values.num_partitions), parts))
-    found: list[Needs | DoesNotFit] = []
+    found: list[StepCost | DoesNotFit] = []
     for name in values.topology:
         for topology in _topologies(job, name):
             mine = []
             for model_axis, number in layouts:
-                choice = Choice(topology, model_axis, number, job.slices)
+                choice = MeshLayout(topology, model_axis, number, job.slices)
                 logging.info("Compiling for %s.", choice)
                 try:
                     mine += steps.compile_steps(job, choice, values.steps)
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a plan needs no device, also where there are some
     # A gin file's own mesh is made before the slice is known, of devices that do not exist.
     jax.config.update("jax_num_cpu_devices", MOST_PARTITIONS)
-    trainer_choice.install()
+    trainer_choice.install_fallback()
     gin_utils.define_flags()
     app.run(
         main, flags_parser=lambda argv: app.parse_flags_with_usage(gin_utils.rewrite_gin_args(argv))

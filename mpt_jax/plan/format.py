@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpt_jax.plan.hlo import Cost
-from mpt_jax.plan.steps import Choice, DoesNotFit, Needs
+from mpt_jax.plan.steps import DoesNotFit, MeshLayout, StepCost
 
 NOTE = (
     "The TPU compiler's estimates, per chip and step; nothing was run. accessed: every read and "
@@ -22,14 +22,14 @@ _HEAD = (
 )  # fmt: skip
 
 
-def table(found: Sequence[Needs | DoesNotFit]) -> str:
+def table(found: Sequence[StepCost | DoesNotFit]) -> str:
     """A Markdown table, a step on each line."""
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
     lines += ["| " + " | ".join(_row(each)) + " |" for each in found]
     return "\n".join(lines)
 
 
-def _row(each: Needs | DoesNotFit) -> list[str]:
+def _row(each: StepCost | DoesNotFit) -> list[str]:
     choice = each.choice
     mesh = f"{each.num_chips // choice.model_axis} x {choice.model_axis}"
     parts = "" if choice.num_microbatches is None else str(choice.num_microbatches)
@@ -60,7 +60,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def details(found: Sequence[Needs | DoesNotFit]) -> str:
+def details(found: Sequence[StepCost | DoesNotFit]) -> str:
     """Communication by kind, kernels, loops of unknown length."""
     lines = []
     for each in found:
@@ -80,7 +80,7 @@ def details(found: Sequence[Needs | DoesNotFit]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(found: Sequence[Needs | DoesNotFit]) -> str:
+def verdicts(found: Sequence[StepCost | DoesNotFit]) -> str:
     """The smallest slice that fits, and the layout with the lowest estimate on each slice."""
     lines = []
     layouts = {each.choice for each in found}
@@ -93,9 +93,9 @@ def verdicts(found: Sequence[Needs | DoesNotFit]) -> str:
             continue
         least = min(mine, key=lambda choice: sizes[choice])
         lines.append(f"{chip}: the smallest slice tried that fits is {least.name}.")
-    by_slice: dict[str, list[Needs]] = {}
+    by_slice: dict[str, list[StepCost]] = {}
     for each in found:
-        if isinstance(each, Needs) and each.step == "train" and each.choice in fitting:
+        if isinstance(each, StepCost) and each.step == "train" and each.choice in fitting:
             by_slice.setdefault(each.choice.name, []).append(each)
     for topology, several in by_slice.items():
         if len(several) > 1:
@@ -108,21 +108,21 @@ def verdicts(found: Sequence[Needs | DoesNotFit]) -> str:
     return "\n".join(lines)
 
 
-def as_json(found: Sequence[Needs | DoesNotFit]) -> list[dict[str, Any]]:
+def as_json(found: Sequence[StepCost | DoesNotFit]) -> list[dict[str, Any]]:
     """Every figure, bytes and seconds unrounded."""
     return [dataclasses.asdict(each) | derived(each) for each in found]
 
 
-def from_json(record: Mapping[str, Any]) -> Needs:
+def from_json(record: Mapping[str, Any]) -> StepCost:
     """What `as_json` made a record of; what was derived is derived anew."""
-    given = {field.name: record[field.name] for field in dataclasses.fields(Needs)}
+    given = {field.name: record[field.name] for field in dataclasses.fields(StepCost)}
     cost = dict(given["cost"])
     for name in ("collectives", "kernels"):  # JSON has no tuples
         cost[name] = {kind: tuple(numbers) for kind, numbers in cost[name].items()}
-    return Needs(**given | {"choice": Choice(**given["choice"]), "cost": Cost(**cost)})
+    return StepCost(**given | {"choice": MeshLayout(**given["choice"]), "cost": Cost(**cost)})
 
 
-def derived(each: Needs | DoesNotFit) -> dict[str, Any]:
+def derived(each: StepCost | DoesNotFit) -> dict[str, Any]:
     """What follows from the counts and the chip's peaks (`chips.CHIPS`)."""
     names = (
         "fits", "accessed_bytes", "compute_seconds", "accessed_seconds", "hbm_seconds",

@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class MeshLayout:
     """How to lay a job out.
 
     Attributes:
@@ -95,7 +95,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class StepCost:
     """What one step needs on each chip.
 
     Attributes:
@@ -110,7 +110,7 @@ class Needs:
     """
 
     step: str
-    choice: Choice
+    choice: MeshLayout
     num_chips: int
     rows: float
     arguments: int
@@ -179,7 +179,7 @@ class DoesNotFit:
     """A step that the compiler refused for lack of memory, and what it said."""
 
     step: str
-    choice: Choice
+    choice: MeshLayout
     num_chips: int
     message: str
 
@@ -187,8 +187,8 @@ class DoesNotFit:
 
 
 def compile_steps(
-    job: Job, choice: Choice, steps: Sequence[str] = STEPS
-) -> list[Needs | DoesNotFit]:
+    job: Job, choice: MeshLayout, steps: Sequence[str] = STEPS
+) -> list[StepCost | DoesNotFit]:
     """Compiles the steps of a job for a slice.
 
     Raises:
@@ -214,7 +214,7 @@ def compile_steps(
         rows_by_run=job.rows_by_run,
         **parts,
     )
-    found: list[Needs | DoesNotFit] = []
+    found: list[StepCost | DoesNotFit] = []
     for step in steps:
         cfg = job.infer if step == "predict" else job.train
         if cfg is None:
@@ -250,8 +250,8 @@ def _not_kept() -> Iterator[None]:
 
 
 def _compile(
-    step: str, choice: Choice, num_chips: int, rows: float, lowered: Any, longest: int
-) -> Needs | DoesNotFit:
+    step: str, choice: MeshLayout, num_chips: int, rows: float, lowered: Any, longest: int
+) -> StepCost | DoesNotFit:
     before = time.monotonic()
     try:
         with _not_kept():
@@ -270,7 +270,7 @@ def _compile(
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return Needs(
+    return StepCost(
         step=step,
         choice=choice,
         num_chips=num_chips,

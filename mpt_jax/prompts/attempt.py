@@ -20,18 +20,18 @@ import jax.numpy as jnp
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import prompt_attention
-from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, register
+from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, register
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.materialize import fold
+from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_attention import TextAttention
-from mpt_jax.prompts.row_ops import take
+from mpt_jax.prompts.row_ops import gather_rows
 from mpt_jax.prompts.warm_start import (
     FIRST,
     StartFrom,
-    mix,
     named_sources,
     shared_groups,
     source_weights,
+    weighted_mean,
 )
 
 TARGET = "target"
@@ -111,9 +111,9 @@ class ATTEMPT(PromptMethod):
         attention = self._attention().init(key, runs.num_groups, width)
         return {"sources": sources, "target": target, **attention}
 
-    def compose(self, params, runs, task_ids, given=PLAIN):
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
         weights = self._weights(params, runs, task_ids, given)
-        own, count = take(params["target"], task_ids), len(self.sources)
+        own, count = gather_rows(params["target"], task_ids), len(self.sources)
         every = jnp.broadcast_to(weights, (*weights.shape[:-1], self.prompt_length))
         mixed = jnp.einsum(
             "...sp,sph->...ph", every[..., :count, :], params["sources"], precision=FLOAT32
@@ -122,7 +122,7 @@ class ATTEMPT(PromptMethod):
             own = own + weights[..., count, :, None] * own
         return own + mixed
 
-    def mixture(self, params, runs, task_ids, given=PLAIN):
+    def mixture(self, params, runs, task_ids, given=NO_CONTEXT):
         """Of attention by row, the mean over rows."""
         return self._weights(params, runs, task_ids, given).mean(-1)
 
@@ -138,16 +138,16 @@ class ATTEMPT(PromptMethod):
     def _candidate_prompts(self, params, task_ids):
         yield params["sources"]
         if self.attend_target:
-            yield take(params["target"], task_ids)[..., None, :, :]
+            yield gather_rows(params["target"], task_ids)[..., None, :, :]
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """From any method's prompts, which become the sources; or from ATTEMPT's own artefact."""
         if source_method.name == self.name:
             return self._resumed(source, source_method, source_runs, runs)
-        folded = fold(source_method, source, source_runs)
+        folded = materialize(source_method, source, source_runs)
         sources = folded[jnp.asarray([source_runs.row(name) for name in self.sources])]
         start = self.sources[0] if self.start_from == FIRST else self.start_from
-        target = mix(source_weights(start, source_runs, runs), folded)
+        target = weighted_mean(source_weights(start, source_runs, runs), folded)
         return {**initial(), "sources": sources, "target": target}
 
     def _resumed(self, source, source_method, source_runs, runs):
@@ -164,7 +164,7 @@ class ATTEMPT(PromptMethod):
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
         shared = {name: source[name][groups] for name in source if name in prompt_attention.AXES}
-        target = mix(weights, source["target"])
+        target = weighted_mean(weights, source["target"])
         return {"sources": source["sources"], "target": target, **shared}
 
     def config(self):

@@ -46,7 +46,7 @@ class InitContext:
     vocabulary: Vocabulary | None = None
 
 
-class Given(NamedTuple):
+class PromptContext(NamedTuple):
     """What a prompt is composed for, beside its task.
 
     Attributes:
@@ -60,7 +60,7 @@ class Given(NamedTuple):
     key: Key | None = None
 
 
-PLAIN = Given()
+NO_CONTEXT = PromptContext()
 
 
 @runtime_checkable
@@ -76,8 +76,8 @@ class PromptMethod(Protocol):
         reads_text: whether a prompt depends on the text it stands before.
         is_random: whether training composes prompts at random.
         needs_artefact: whether prompts cannot start without an initial artefact.
-        knows_runs: whether prompts depend on runs' names, beside rows and groups.
-        own_steps: training steps that a schedule of the method's own takes; 0 without one.
+        depends_on_run_names: whether prompts depend on runs' names, beside rows and groups.
+        schedule_steps: training steps that a schedule of the method's own takes; 0 without one.
         candidates: names of the C prompts that each prompt is mixed from, if it is.
     """
 
@@ -88,8 +88,8 @@ class PromptMethod(Protocol):
     reads_text: bool = False
     is_random: bool = False
     needs_artefact: bool = False
-    knows_runs: bool = False
-    own_steps: int = 0
+    depends_on_run_names: bool = False
+    schedule_steps: int = 0
     candidates: tuple[str, ...] = ()
 
     def init(self, key: Key, runs: Runs, context: InitContext) -> dict[str, Array]:
@@ -97,7 +97,11 @@ class PromptMethod(Protocol):
         ...
 
     def compose(
-        self, params: Params, runs: Runs, task_ids: Int[Array, "..."], given: Given = PLAIN
+        self,
+        params: Params,
+        runs: Runs,
+        task_ids: Int[Array, "..."],
+        given: PromptContext = NO_CONTEXT,
     ) -> Array:
         """The prompts [..., P, H] of the given bank rows [...]."""
         ...
@@ -125,18 +129,22 @@ class PromptMethod(Protocol):
         behind them is not read."""
         return (self.prompt_length,) * runs.num_rows
 
-    def start_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
+    def source_prompt_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
         """The P of an artefact that prompts can start from."""
         del source_method, source_runs
         return self.prompt_length
 
     def mixture(
-        self, params: Params, runs: Runs, task_ids: Int[Array, "..."], given: Given = PLAIN
+        self,
+        params: Params,
+        runs: Runs,
+        task_ids: Int[Array, "..."],
+        given: PromptContext = NO_CONTEXT,
     ) -> Array:
         """The weight [..., C] of each candidate in the prompts that `compose` makes."""
         raise NotImplementedError(f"{self.name!r} mixes no candidates.")
 
-    def release(self, params: Params) -> tuple[PromptMethod, Params]:
+    def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
         """The method and the parameters that an artefact keeps: without what only training needs,
         and the same prompts."""
         return self, params
@@ -169,19 +177,19 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
 
 
-def rows_of(method: PromptMethod) -> dict[str, str]:
+def row_axes(method: PromptMethod) -> dict[str, str]:
     """What the rows of each parameter count, `'groups'` or `'tasks'`, by path name (`prompt/...`);
     parameters without rows are left out."""
     first = {f"prompt/{name}": axes[0] for name, axes in method.axes.items() if axes}
     return {name: axis for name, axis in first.items() if axis in ("groups", "tasks")}
 
 
-def length_of(method: PromptMethod) -> int:
+def prompt_length_of(method: PromptMethod) -> int:
     """P of a method, for gin."""
     return method.prompt_length
 
 
-def ends_early(method: PromptMethod, runs: Runs) -> bool:
+def has_variable_lengths(method: PromptMethod, runs: Runs) -> bool:
     """Whether the prompts of some rows take fewer than P positions."""
     return min(method.prompt_lengths(runs)) < method.prompt_length
 
@@ -189,10 +197,10 @@ def ends_early(method: PromptMethod, runs: Runs) -> bool:
 def name_key(key: Key, name: str) -> Key:
     """A key for a run's name: the same wherever the name stands in a bank, so that a run starts
     from the same values alone and among others, and whatever its learning rate is."""
-    return jax.random.fold_in(key, name_number(name))
+    return jax.random.fold_in(key, name_hash(name))
 
 
-def name_number(name: str) -> int:
+def name_hash(name: str) -> int:
     """The 32 bits by which a run's name enters a key."""
     return zlib.crc32(data_name(name).encode())
 

@@ -11,7 +11,7 @@ from mpt_jax.core.shapes import Array, Float, Params
 from mpt_jax.prompts.base import PromptMethod
 
 
-def fold(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
+def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
     """One plain prompt per bank row: what a server needs and nothing more.
 
     Raises:

@@ -13,7 +13,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import FLOAT32, PLAIN, PromptMethod, name_key, register
+from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, name_key, register
 from mpt_jax.prompts.init import (
     FactorInit,
     PromptInits,
@@ -21,8 +21,8 @@ from mpt_jax.prompts.init import (
     initial_prompts,
     ones_noise,
 )
-from mpt_jax.prompts.row_ops import group_leaders, take
-from mpt_jax.prompts.warm_start import StartFrom, mix, shared_groups, source_weights
+from mpt_jax.prompts.row_ops import first_row_of_groups, gather_rows
+from mpt_jax.prompts.warm_start import StartFrom, shared_groups, source_weights, weighted_mean
 
 
 @register
@@ -64,7 +64,7 @@ class MPT(PromptMethod):
     def init(self, key, runs, context):
         width = context.embedding.shape[1]
         shared = initial_prompts(
-            self.init_prompt, key, runs, group_leaders(runs), self.prompt_length, context
+            self.init_prompt, key, runs, first_row_of_groups(runs), self.prompt_length, context
         )
         factors = [
             self.init_factors(name_key(key, run), self.prompt_length, width, self.rank)
@@ -76,13 +76,16 @@ class MPT(PromptMethod):
             "task_right": jnp.stack([right for _, right in factors]),
         }
 
-    def compose(self, params, runs, task_ids, given=PLAIN):
-        left, right = take(params["task_left"], task_ids), take(params["task_right"], task_ids)
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
+        left, right = (
+            gather_rows(params["task_left"], task_ids),
+            gather_rows(params["task_right"], task_ids),
+        )
         # Rank one is a broadcast product; a matrix product of inner size one would not be faster.
         update = left * right if self.rank == 1 else jnp.matmul(left, right, precision=FLOAT32)
         if runs.num_groups == 1:
             return jnp.broadcast_to(params["shared"][0], update.shape) * update
-        return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids]) * update
+        return gather_rows(params["shared"], jnp.asarray(runs.group_of_row)[task_ids]) * update
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         if source_method.name != self.name:
@@ -94,8 +97,8 @@ class MPT(PromptMethod):
         groups = shared_groups(weights, source_runs, runs)
         return {
             "shared": jnp.asarray(source["shared"])[jnp.asarray(groups)],
-            "task_left": mix(weights, source["task_left"]),
-            "task_right": mix(weights, source["task_right"]),
+            "task_left": weighted_mean(weights, source["task_left"]),
+            "task_right": weighted_mean(weights, source["task_right"]),
         }
 
     def config(self):

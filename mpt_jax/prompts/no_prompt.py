@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import PLAIN, PromptMethod, register
+from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, register
 
 
 @register
@@ -22,7 +22,7 @@ class NoPrompt(PromptMethod):
     def init(self, key, runs, context):
         return {}
 
-    def compose(self, params, runs, task_ids, given=PLAIN):
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
         return jnp.zeros((*task_ids.shape, 0, 0), jnp.float32)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.shapes import Array, Float, Int, Key, Params
 from mpt_jax.prompts.base import FLOAT32
-from mpt_jax.prompts.row_ops import Grouped, aligned, of_groups
+from mpt_jax.prompts.row_ops import Grouped, expand_leading_dims, gather_group_params
 
 EPSILON = 1e-5  # torch's, with which the released code normalises
 
@@ -139,7 +139,11 @@ class TextAttention:
             return jnp.zeros((*task_ids.shape, prompts.shape[-3], 1))
         if pooled is None:
             raise ValueError(f"Attention {self.kind!r} reads the text, and there is none.")
-        own = {name: of_groups(params[name], runs, task_ids) for name in params if name in AXES}
+        own = {
+            name: gather_group_params(params[name], runs, task_ids)
+            for name in params
+            if name in AXES
+        }
         query = kind.query(own, pooled)
         keys = prompts if kind.by_row else prompts.max(-2, keepdims=True)
         found = jnp.einsum("...cph,...h->...cp", keys, query, precision=FLOAT32)
@@ -153,5 +157,7 @@ def _product(x: Array, kernel: Array) -> Array:
 def _normalised(params: Params, x: Array) -> Array:
     centred = x - x.mean(-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
-    scale, bias = (aligned(params[f"norm_{part}"], x.ndim) for part in ("scale", "bias"))
+    scale, bias = (
+        expand_leading_dims(params[f"norm_{part}"], x.ndim) for part in ("scale", "bias")
+    )
     return scaled * scale + bias

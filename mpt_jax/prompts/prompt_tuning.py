@@ -10,11 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from mpt_jax.prompts.base import PLAIN, PromptMethod, register
+from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, register
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.materialize import fold
-from mpt_jax.prompts.row_ops import take
-from mpt_jax.prompts.warm_start import StartFrom, mix, source_weights
+from mpt_jax.prompts.materialize import materialize
+from mpt_jax.prompts.row_ops import gather_rows
+from mpt_jax.prompts.warm_start import StartFrom, source_weights, weighted_mean
 
 
 @register
@@ -43,16 +43,16 @@ class PromptTuning(PromptMethod):
         table = initial_prompts(self.init_prompt, key, runs, rows, self.prompt_length, context)
         return {"table": table}
 
-    def compose(self, params, runs, task_ids, given=PLAIN):
-        return take(params["table"], task_ids)
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
+        return gather_rows(params["table"], task_ids)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Any method's artefact will do: its folded prompts are the start."""
-        folded = np.asarray(fold(source_method, source, source_runs))
+        folded = np.asarray(materialize(source_method, source, source_runs))
         weights = source_weights(self.start_from, source_runs, runs)
         if isinstance(self.start_from, str):
             _refuse_mixing(weights, folded, source_runs)
-        return {"table": mix(weights, folded)}
+        return {"table": weighted_mean(weights, folded)}
 
     def config(self):
         return {"prompt_length": self.prompt_length}

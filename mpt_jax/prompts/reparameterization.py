@@ -47,7 +47,7 @@ def apply(params: Params, name: str) -> Array:
     return out + bias_out[..., None, :]
 
 
-def dropped(params: Params, name: str) -> dict[str, Array]:
+def without_mlp(params: Params, name: str) -> dict[str, Array]:
     """The parameters without the MLPs of `name`, whose prompts are what those made of them."""
     kept = {key: params[key] for key in params if key not in axes(name, ())}
     return {**kept, name: apply(jax.tree.map(jnp.asarray, dict(params)), name)}

@@ -30,7 +30,7 @@ class Grouped(Protocol):
         ...
 
 
-def group_leaders(runs: Runs) -> list[int]:
+def first_row_of_groups(runs: Runs) -> list[int]:
     """The row each group is initialised by: its first."""
     return [runs.group_of_row.index(group) for group in range(runs.num_groups)]
 
@@ -51,7 +51,7 @@ def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
         _SPLIT_OVER.reset(token)
 
 
-def take(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
+def gather_rows(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
     """`table[ids]`: the rows of some examples. Inside `rows_split_over` every shard looks into its
     own rows, so nothing of the table, nor of its gradient, travels."""
     axes = _SPLIT_OVER.get()
@@ -65,14 +65,16 @@ def take(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
     return jax.shard_map(on_shard, in_specs=(split, split), out_specs=split)(table, ids)
 
 
-def of_groups(table: Float[Array, "G ..."], runs: Grouped, task_ids: Int[Array, "..."]) -> Array:
+def gather_group_params(
+    table: Float[Array, "G ..."], runs: Grouped, task_ids: Int[Array, "..."]
+) -> Array:
     """What the group of each example has; of one group alone without the examples' axes, so that
     nothing is repeated."""
     if runs.num_groups == 1:
         return table[0]
-    return take(table, jnp.asarray(runs.group_of_row)[task_ids])
+    return gather_rows(table, jnp.asarray(runs.group_of_row)[task_ids])
 
 
-def aligned(values: Array, axes: int) -> Array:
+def expand_leading_dims(values: Array, axes: int) -> Array:
     """Values with axes of size one in front, until they have as many as given."""
     return values.reshape((1,) * (axes - values.ndim) + values.shape)

@@ -10,10 +10,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mpt_jax.prompts.base import PLAIN, PromptMethod, register, source_rows
+from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, register, source_rows
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.materialize import fold
-from mpt_jax.prompts.row_ops import group_leaders, take
+from mpt_jax.prompts.materialize import materialize
+from mpt_jax.prompts.row_ops import first_row_of_groups, gather_rows
 
 SHARED = "shared"
 
@@ -40,20 +40,20 @@ class SharedPrompt(PromptMethod):
     axes = {"shared": ("groups", "prompt", "embed")}
 
     def init(self, key, runs, context):
-        leaders = group_leaders(runs)
+        leaders = first_row_of_groups(runs)
         shared = initial_prompts(self.init_prompt, key, runs, leaders, self.prompt_length, context)
         return {"shared": shared}
 
-    def compose(self, params, runs, task_ids, given=PLAIN):
-        return take(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
+        return gather_rows(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Any method's artefact will do, but for `'shared'` it must have a shared matrix."""
         if self.start_from == SHARED:
             return {"shared": self._repeat(_shared(source, source_method), runs)}
-        folded = fold(source_method, source, source_runs)
+        folded = materialize(source_method, source, source_runs)
         if self.start_from == "same":
-            names = [runs.run_names[row] for row in group_leaders(runs)]
+            names = [runs.run_names[row] for row in first_row_of_groups(runs)]
             return {"shared": folded[jnp.asarray([source_runs.row(name) for name in names])]}
         rows = jnp.asarray(source_rows(source_runs, self.start_from))
         return {"shared": self._repeat(folded[rows].mean(0), runs)}

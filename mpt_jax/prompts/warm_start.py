@@ -81,7 +81,7 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def mix(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
+def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
     """Weighted means [K, ...] of rows [S, ...] by weights [K, S]; what starts from one row alone is
     exactly that row."""
     values = np.asarray(rows, np.float32)

@@ -23,7 +23,7 @@ VARIABLE = "MPT_JAX_DISTRIBUTED"
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
-def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
+def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """The arguments of `jax.distributed.initialize` that an environment asks for; None for a job
     of one process.
 
@@ -52,7 +52,7 @@ def wanted(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return {**given, "coordinator_address": address} if address else given
 
 
-def join(environment: Mapping[str, str] = os.environ) -> None:
+def initialize(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the job's other processes if the environment names any; once per process.
 
     Raises:
@@ -61,7 +61,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     """
     import jax  # here, so that `wanted` can be asked without it
 
-    arguments = wanted(environment)
+    arguments = distributed_args(environment)
     if arguments is None or jax.distributed.is_initialized():
         return
     jax.distributed.initialize(**arguments)

@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed, if steps run on the CPU; does nothing elsewhere.
 
     Called once weights are where steps read them: among the holes that loading leaves in the heap,

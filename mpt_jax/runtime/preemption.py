@@ -80,20 +80,20 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def tells_of_peers(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether an error of JAX's runtime says that another process of the job is lost."""
     said = str(error)
     return not said.startswith(_OURS) and _PEERS.search(said) is not None
 
 
-def end_without_peers(error: Exception) -> None:
+def exit_if_peer_lost(error: Exception) -> None:
     """Ends this process with the code for "start me again" where it has lost another one of its
     job; returns where the error is one that would come again, which its caller raises.
 
     An orderly exit would wait for the dead. JAX's own watch ends a process whose peers are silent
     (`--heartbeat_timeout`), which is what happens where no computation fails, but all wait.
     """
-    if jax.process_count() == 1 or not tells_of_peers(error):
+    if jax.process_count() == 1 or not is_peer_failure(error):
         return
     logging.error(
         "A computation across the %d processes of this job failed (%s). Most likely one of them "

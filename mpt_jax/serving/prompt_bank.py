@@ -30,11 +30,11 @@ import numpy as np
 
 from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.artifacts import Artefact
-from mpt_jax.artifacts.compatibility import few
+from mpt_jax.artifacts.compatibility import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Params
 from mpt_jax.core.tree import flatten, unflatten
-from mpt_jax.prompts.base import Given, PromptMethod, rows_of
+from mpt_jax.prompts.base import PromptContext, PromptMethod, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
 GROUPS = "group_of_row"
@@ -94,11 +94,11 @@ def compose(
         rows: which.
         pooled: of the texts they stand before, for a method that reads them.
     """
-    leaves, axes = flatten(arrays), rows_of(method)
+    leaves, axes = flatten(arrays), row_axes(method)
     by_group = [leaf for name, leaf in leaves.items() if axes.get(name) == "groups"]
     # Composing asks for nothing else of `Runs`.
     known: Any = Rows(arrays[GROUPS], len(by_group[0]) if by_group else 1)
-    return method.compose(arrays[PROMPT], known, rows, Given(pooled))
+    return method.compose(arrays[PROMPT], known, rows, PromptContext(pooled))
 
 
 class Bank:
@@ -127,13 +127,13 @@ class Bank:
             raise ValueError("A bank needs at least one prompt artefact.")
         self.folded = folded
         self._check(found)
-        self._reference = compatibility.speaker(found)
+        self._reference = compatibility.representative(found)
         self._served_vocabulary: str | None = None  # that requests are read by
         own, longest = self._reference.method, max(each.prompt_length for each in found)
         self.method = PromptTuning(longest) if folded else own
         lengths = [n for each in found for n in each.method.prompt_lengths(each.runs)]
         self.lengths_differ = min(lengths) < self.method.prompt_length
-        self._axes = rows_of(self.method) | {GROUPS: "tasks", LENGTHS: "tasks"}
+        self._axes = row_axes(self.method) | {GROUPS: "tasks", LENGTHS: "tasks"}
         self._folders: dict[str, str] = {}  # name -> folder, in the order of rows
         self._rows: dict[str, int] = {}
         self._groups: dict[bytes, int] = {}  # digest of a group's values -> group
@@ -156,7 +156,7 @@ class Bank:
         self._check([self._reference, artefact])
         known, length = artefact.config["vocabulary_sha256"], artefact.prompt_length
         embedding = artefact.config["embedding_sha256"]
-        compatibility.check_belongs(artefact, embedding, self._served_vocabulary, length)
+        compatibility.check_compatible(artefact, embedding, self._served_vocabulary, length)
         longest = self.method.prompt_length
         if length > longest or not self.lengths_differ and length < longest:
             raise ValueError(
@@ -185,7 +185,7 @@ class Bank:
             ValueError: shows both values of what differs.
         """
         length = self._reference.prompt_length
-        compatibility.check_belongs(self._reference, embedding_sha256, vocabulary_sha256, length)
+        compatibility.check_compatible(self._reference, embedding_sha256, vocabulary_sha256, length)
         self._served_vocabulary = vocabulary_sha256 or self._served_vocabulary
 
     @property
@@ -223,10 +223,10 @@ class Bank:
     # --- Rows ------------------------------------------------------------------------------------
 
     def _check(self, found: Sequence[Artefact]) -> None:
-        compatibility.check_agree(found, self.folded)
+        compatibility.check_mutually_compatible(found, self.folded)
         if self.folded:
             return
-        first, rows = flatten(found[0].params), rows_of(found[0].method)
+        first, rows = flatten(found[0].params), row_axes(found[0].method)
         for name in (name for name in first if f"{PROMPT}/{name}" not in rows):
             for artefact in found[1:]:
                 if not np.array_equal(first[name], flatten(artefact.params)[name]):
@@ -329,7 +329,7 @@ def _unknown(name: str, known: tuple[str, ...]) -> str:
     shown = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 3]}..."
     close = _close(shown, known) if len(known) <= MOST_COMPARED else []
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"Unknown task {shown!r}.{hint} The bank has {few(known)}."
+    return f"Unknown task {shown!r}.{hint} The bank has {abbreviate(known)}."
 
 
 @functools.lru_cache(maxsize=1024)

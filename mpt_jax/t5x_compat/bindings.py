@@ -63,7 +63,7 @@ if trainer_choice.is_real(sys.modules.get("t5x")):
     TrainStateInitializer = train_state_adapter.TrainStateInitializer
     save_hooks = train_state_adapter.save_hooks
     stoppable = preemptible.stoppable
-    distributed.join()
+    distributed.initialize()
 else:
     TrainStateInitializer = OwnInitializer
     save_hooks = own_save_hooks

@@ -63,16 +63,16 @@ class Host:
         self.partitioner = partitioner
         self.shapes, self.logical_axes = param_shapes(model)
         self.labels = trainable_labels(model, self.shapes)
-        self._loaded: initialization.Loaded | None = None
+        self._loaded: initialization.InitialParams | None = None
 
     def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what learns, what is frozen) of a whole parameter tree."""
         return split(params, self.model.labels, self.labels)
 
-    def load(self, key: Key) -> initialization.Loaded:
+    def load(self, key: Key) -> initialization.InitialParams:
         """Every parameter from its origin; read once per process."""
         if self._loaded is None:
-            self._loaded = initialization.fill(self.model, self.origins, key)
+            self._loaded = initialization.initialize_params(self.model, self.origins, key)
         return self._loaded
 
     @functools.cached_property
@@ -238,7 +238,7 @@ class TrainStateInitializer:
         origins: initialization.Origins,
     ):
         model: PromptedEncoderDecoder = init_fn.__self__  # pyright: ignore
-        if trainer_choice.wanted() == "own":
+        if trainer_choice.requested_trainer() == "own":
             raise ValueError(
                 f"{trainer_choice.VARIABLE}=own, but T5X is running this job: Python found it "
                 "before the fallback. `python -m mpt_jax.train` always runs this library's trainer."
@@ -246,7 +246,7 @@ class TrainStateInitializer:
         logging.info("Trainer: T5X, on mpt_jax's model and train state.")
         self._host = Host(model, origins, optimizer_def, partitioner)
         if optimizer_def is not None:
-            model.whole_batch = input_shapes["encoder_input_tokens"][0]
+            model.expected_rows = input_shapes["encoder_input_tokens"][0]
         self._partitioner = partitioner
         self.global_train_state_shape = jax.eval_shape(
             functools.partial(_state, self._host), self._host.shapes

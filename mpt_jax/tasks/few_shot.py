@@ -238,7 +238,7 @@ class FewShotSource(seqio.DataSource):
         stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
         number = {label.encode(): i for i, label in enumerate(labels)}
-        with task_lookup.reading(self._task, split):
+        with task_lookup.explain_missing_data(self._task, split):
             found = [number[target] for target in targets.as_numpy_iterator()]
         return np.array(found)[self._positions(split)]
 
@@ -317,4 +317,4 @@ def _add(name: str, task: seqio.Task, source: seqio.DataSource) -> None:
     seqio.TaskRegistry.add_provider(name, task.replace(**changes))
 
 
-task_lookup.name_tasks_with(register_run)
+task_lookup.register_task_resolver(register_run)

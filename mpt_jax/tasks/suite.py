@@ -151,13 +151,13 @@ def register_version(name: str) -> bool:
     if row and version == "unprefixed":
         _add(row, "_unprefixed", tuple(row.words), [without_prefix(row.name)])
     elif row and row.words and version == "synthetic":
-        _add(row, "_synthetic", tuple(map(nonsense, row.words)))
+        _add(row, "_synthetic", tuple(map(synthetic_word, row.words)))
     else:
         return False
     return True
 
 
-def nonsense(word: str) -> str:
+def synthetic_word(word: str) -> str:
     """A made-up word in place of one that means something: `entailment` becomes `ipveomnipv`.
 
     Letters are replaced one by one, so different words stay different; whatever is no letter stays.
@@ -192,4 +192,4 @@ def _add(
     seqio.TaskRegistry.add_provider(name, task)
 
 
-task_lookup.name_tasks_with(register_version)
+task_lookup.register_task_resolver(register_version)

@@ -103,7 +103,7 @@ def lookup_game(rng: random.Random) -> tuple[str, str]:
 def quiz_game(rng: random.Random) -> tuple[str, str]:
     """Several questions about one passage."""
     fact = world.a_fact(rng, _SPLIT)
-    facts = [fact, *world.around(rng, _SPLIT, fact, 2)]
+    facts = [fact, *world.distractors(rng, _SPLIT, fact, 2)]
     asked = rng.sample(facts, 2)
     questions = " ".join(world.ask(rng, known) for known in asked)
     return f"quiz : {questions} | {world.passage(rng, facts)}", " ".join(f.value for f in asked)
@@ -134,7 +134,7 @@ Text = tuple[list[str], list[str]]
 def _told_twice(rng: random.Random) -> Text:
     """Facts and, after them, some of the facts again, in the same or in other words."""
     fact = world.a_fact(rng, _SPLIT)
-    facts = [fact, *world.around(rng, _SPLIT, fact, rng.randint(0, 2))]
+    facts = [fact, *world.distractors(rng, _SPLIT, fact, rng.randint(0, 2))]
     told = [world.restate(rng, known) for known in facts]
     again = rng.sample(told, min(len(told), rng.randint(1, 2)))
     return [first for first, _ in told], [rng.choice(both) for both in again]

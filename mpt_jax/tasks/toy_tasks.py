@@ -108,7 +108,7 @@ def opinion(rng: random.Random, split: str, praise: bool) -> str:
     words = PRAISE if praise != turned else BLAME
     while True:
         noun, adjective = rng.randrange(len(REVIEWED)), rng.randrange(len(words))
-        if world.dealt(noun + 3 * adjective) == split:
+        if world.assign_split(noun + 3 * adjective) == split:
             form = rng.choice(_REVERSED_REVIEWS if turned else _REVIEWS)
             return form.format(n=REVIEWED[noun], a=words[adjective], p=rng.choice(world.PEOPLE))
 
@@ -140,7 +140,7 @@ def _open_pair_split(one: Fact, two: Fact) -> str:
         world.PEOPLE.index(fact.subject) + 3 * world.RELATIONS.index(fact.relation)
         for fact in (one, two)
     ]
-    return world.dealt(places[0] + 2 * places[1])
+    return world.assign_split(places[0] + 2 * places[1])
 
 
 def qqp(rng: random.Random, split: str) -> tuple[str, str]:
@@ -161,7 +161,7 @@ def qqp(rng: random.Random, split: str) -> tuple[str, str]:
 
 def squad(rng: random.Random, split: str) -> tuple[str, str]:
     fact = world.a_fact(rng, split)
-    facts = [fact, *world.around(rng, split, fact, rng.randint(1, 2))]
+    facts = [fact, *world.distractors(rng, split, fact, rng.randint(1, 2))]
     return f"{world.ask(rng, fact)} | {world.passage(rng, facts)}", fact.value
 
 
@@ -276,7 +276,7 @@ def use_in_context(rng: random.Random, split: str, word: str, sense: int) -> str
     """A sentence that uses `word` in one of its two senses."""
     while True:
         person, use = rng.randrange(len(world.PEOPLE)), rng.randrange(4)
-        if world.dealt(person + 2 * use + sense) == split:
+        if world.assign_split(person + 2 * use + sense) == split:
             return SENSES[word][sense][use].format(s=world.PEOPLE[person])
 
 
@@ -305,13 +305,13 @@ def rule_triples(split: str) -> list[tuple[str, str, str]]:
     Memberships (thing, kind) and laws (kind, trait) are dealt to the splits. What follows from
     those of validation and test, a (thing, trait), never follows from what training has.
     """
-    held_out = {(2 * place) % 8 for place in range(8) if world.dealt(place) != "train"}
+    held_out = {(2 * place) % 8 for place in range(8) if world.assign_split(place) != "train"}
     return [
         (thing, kind, trait)
         for i, thing in enumerate(world.GOODS)
         for j, kind in enumerate(KINDS)
         for k, trait in enumerate(TRAITS)
-        if world.dealt(i + j) == split == world.dealt(k - j)
+        if world.assign_split(i + j) == split == world.assign_split(k - j)
         and (split != "train" or (i + k) % 8 not in held_out)
     ]
 

@@ -143,7 +143,7 @@ _VALUE_INDEX = {
 }
 
 
-def dealt(place: int) -> str:
+def assign_split(place: int) -> str:
     """The split of what stands at this place of an enumeration: six of eight are for training."""
     return {6: "validation", 7: "test"}.get(place % 8, "train")
 
@@ -162,7 +162,7 @@ def split_of(fact: Fact) -> str:
 
     A person has equally many possible values of a relation in validation and in test.
     """
-    return dealt(
+    return assign_split(
         _PERSON_INDEX[fact.subject]
         + 3 * _ORDER[fact.relation]
         + _VALUE_INDEX[fact.relation.kind][fact.value]
@@ -246,7 +246,7 @@ def check(rng: random.Random, fact: Fact) -> str:
     return rng.choice(fact.relation.checks).format(s=fact.subject, o=fact.value)
 
 
-def around(rng: random.Random, split: str, fact: Fact, count: int = 2) -> list[Fact]:
+def distractors(rng: random.Random, split: str, fact: Fact, count: int = 2) -> list[Fact]:
     """Facts that share words with `fact` and do not answer for it.
 
     The first has the same relation and another subject, the second the same subject and another

@@ -90,7 +90,7 @@ class Origins:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class InitialParams:
     """Every parameter with its first value, and digests of where they come from.
 
     Attributes:
@@ -117,7 +117,7 @@ class Loaded:
         return {"artefact_sha256": self.artefact_sha256, "start_from": self.start_from}
 
 
-def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
+def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> InitialParams:
     """Every parameter, from its origin.
 
     Raises:
@@ -132,8 +132,11 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
     digest = artifacts.embedding_digest(embedding)
     vocabulary = artifacts.vocabulary_digest(model.input_vocabulary)
     artefact_digest = start_from = teacher_digest = None
-    check = lambda artefact: compatibility.check_belongs(  # noqa: E731
-        artefact, digest, vocabulary, model.prompt.start_length(artefact.method, artefact.runs)
+    check = lambda artefact: compatibility.check_compatible(  # noqa: E731
+        artefact,
+        digest,
+        vocabulary,
+        model.prompt.source_prompt_length(artefact.method, artefact.runs),
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
     if origins.artefact:
@@ -156,7 +159,7 @@ def fill(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> Loaded:
         expected, {name: leaf.shape for name, leaf in flatten(params).items()}, "The filled tree"
     )
     cast = _cast(model, params)
-    return Loaded(cast, digest, vocabulary, artefact_digest, start_from, teacher_digest)
+    return InitialParams(cast, digest, vocabulary, artefact_digest, start_from, teacher_digest)
 
 
 def _backbone(
@@ -199,7 +202,7 @@ def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> 
 def _initial_artefact(paths: str | Sequence[str], command: str) -> artifacts.Artefact:
     paths = [paths] if isinstance(paths, str) else paths
     try:
-        return compatibility.joined([artifacts.load_artefact(path) for path in paths])
+        return compatibility.merge([artifacts.load_artefact(path) for path in paths])
     except FileNotFoundError as error:
         how = f" Make it by: {command}." if command else ""
         raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
@@ -283,7 +286,7 @@ def _teachers(
             raise FileNotFoundError(
                 f"{error} It was to hold the teachers; make them by: {origins.teachers_command}."
             ) from error
-        compatibility.check_belongs(artefact, digest, vocabulary, model.prompt.prompt_length)
+        compatibility.check_compatible(artefact, digest, vocabulary, model.prompt.prompt_length)
         names = zip(artefact.runs.run_names, artefact.runs.task_names, strict=True)
         for (run, task), prompt in zip(names, artefact.folded(), strict=True):
             known.append(_Teacher(run, task, str(path), prompt))

@@ -16,7 +16,7 @@ class OutOfMemory(RuntimeError):
 
 
 @contextlib.contextmanager
-def explained(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
+def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
     """Inside, an error that tells of memory becomes one that says what to change.
 
     Args:
@@ -98,7 +98,7 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
     return lines
 
 
-def larger(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
+def larger_batch(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch with more positions; batches are cut to a few lengths. An empty one has none."""
     return first if _positions(first) > _positions(second) else second
 

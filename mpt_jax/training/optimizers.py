@@ -30,7 +30,7 @@ from mpt_jax.training.row_transforms import Rows, _pick_rows, by_row, clip_by_gr
 from mpt_jax.training.schedules import PerGroup, Schedule
 
 # The label of counters of steps: what has it is not learnt, and grows by one in every step.
-CLOCK = "clock"
+STEP_COUNTER = "clock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PromptOptimizer:
     labels: Rules | None = None
     runs: Runs | None = None
     rows: Rows | None = None
-    own_steps: int = 0
+    schedule_steps: int = 0
 
     def __post_init__(self):
         if self.absent_tasks not in ("dense", "hold"):
@@ -73,7 +73,9 @@ class PromptOptimizer:
                 f"{self.rule}; leave one of the two out."
             )
 
-    def bind(self, labels: Rules, runs: Runs, rows: Rows, own_steps: int = 0) -> PromptOptimizer:
+    def bind(
+        self, labels: Rules, runs: Runs, rows: Rows, schedule_steps: int = 0
+    ) -> PromptOptimizer:
         """This optimizer, told which parameter has which label and rows, which row which group, and
         how many steps a schedule of the method's own takes.
 
@@ -87,7 +89,7 @@ class PromptOptimizer:
                     "give one number or one for each group."
                 )
         return dataclasses.replace(
-            self, labels=tuple(labels), runs=runs, rows=dict(rows), own_steps=own_steps
+            self, labels=tuple(labels), runs=runs, rows=dict(rows), schedule_steps=schedule_steps
         )
 
     def init(self, trainable: Params) -> Any:
@@ -102,8 +104,10 @@ class PromptOptimizer:
                 rates.
         """
         ends = [schedule.total_steps for schedule in self.learning_rates.values()]
-        shortest = min((np.min(end) for end in ends if end is not None), default=self.own_steps)
-        check_annealing(self.own_steps, int(shortest))
+        shortest = min(
+            (np.min(end) for end in ends if end is not None), default=self.schedule_steps
+        )
+        check_annealing(self.schedule_steps, int(shortest))
         return self._transformation(trainable).update(grads, state, trainable)
 
     def select(
@@ -182,7 +186,7 @@ class PromptOptimizer:
                 "This optimizer is not bound to a model; call bind(labels, runs, rows)."
             )
         labels = flatten(label_tree(trainable, self.labels))
-        missing = sorted(set(labels.values()) - set(self.learning_rates) - {CLOCK})
+        missing = sorted(set(labels.values()) - set(self.learning_rates) - {STEP_COUNTER})
         if missing:
             raise ValueError(
                 f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
@@ -202,19 +206,19 @@ class PromptOptimizer:
     def _rule(
         self, inner: optax.GradientTransformation, label: str, groups: tuple[int, ...] | None
     ) -> optax.GradientTransformation:
-        if label == CLOCK:
+        if label == STEP_COUNTER:
             tick = optax.stateless(lambda grads, _: jax.tree.map(jnp.ones_like, grads))
             return by_row(tick, lambda steps, _: jnp.full(steps.shape, -1.0), groups, hold=False)
         return by_row(inner, self.learning_rates[label], groups, self.absent_tasks == "hold")
 
 
-def check_annealing(own_steps: int, total_steps: int) -> None:
+def check_annealing(schedule_steps: int, total_steps: int) -> None:
     """Raises ValueError where a schedule of the method's own would not end within a run."""
-    if own_steps > total_steps:
+    if schedule_steps > total_steps:
         raise ValueError(
-            f"The prompt method anneals over {own_steps} steps, and a run has only {total_steps}: "
-            "it would end while draws are still warm. Shorten the annealing (ANNEALING_STEPS), or "
-            "train longer (TRAIN_STEPS)."
+            f"The prompt method anneals over {schedule_steps} steps, and a run has only "
+            f"{total_steps}: it would end while draws are still warm. Shorten the annealing "
+            "(ANNEALING_STEPS), or train longer (TRAIN_STEPS)."
         )
 
 

@@ -21,7 +21,7 @@ from mpt_jax.core.runs import Runs
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class RowCompactor:
     """The blocks of a batch that lie on this process's devices.
 
     Attributes:

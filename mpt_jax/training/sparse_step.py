@@ -34,7 +34,7 @@ def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
     absent rows are not held, runs are independent, prompts depend on runs' names, or the batch may
     name half of the bank."""
     optimizer, runs, prompt = model.optimizer_def, model.runs, model.prompt
-    if optimizer.absent_tasks != "hold" or runs.num_groups > 1 or prompt.knows_runs:
+    if optimizer.absent_tasks != "hold" or runs.num_groups > 1 or prompt.depends_on_run_names:
         return None
     count, positions = batch["encoder_input_tokens"].shape
     if "encoder_segment_ids" in batch:  # an example takes its prompt's positions at least

@@ -13,7 +13,7 @@ import numpy as np
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, merge, split, unflatten
 from mpt_jax.models.encoder_decoder import BACKBONE, FROZEN, PromptedEncoderDecoder
-from mpt_jax.training.optimizers import CLOCK
+from mpt_jax.training.optimizers import STEP_COUNTER
 from mpt_jax.training.partitioning import PjitPartitioner, put_like, shardings_like
 
 
@@ -26,7 +26,7 @@ class TrainState(flax.struct.PyTreeNode):
         opt_state: the optimizer's state for them. Saved.
         frozen: everything else, in the backbone's dtype. Loaded, never saved.
         ended: int32 [G], the job's step at which a group left the training; -1 while it trains.
-            Not saved with the arrays: a checkpoint's meta has it as `Trainer.standing`.
+            Not saved with the arrays: a checkpoint's meta has it as `Trainer.run_status`.
         failed: bool [G], whether it left because a number was not finite. Kept in the same way.
     """
 
@@ -121,7 +121,7 @@ def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
     return sum(
         int(np.prod(np.shape(leaf)))
         for name, leaf in flatten(params).items()
-        if labels[name] not in (FROZEN, CLOCK)
+        if labels[name] not in (FROZEN, STEP_COUNTER)
     )
 
 

@@ -34,13 +34,13 @@ def gradients(
         dropout_rng: None switches dropout off.
         num_microbatches: into how many parts rows are cut, to save memory.
     """
-    weights = model.loss_weights(batch)
+    weights = model.loss_normalizers(batch)
 
     def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
         params = merge(trainable, frozen)
         # Prompts that are drawn at random are those of the step, whatever part of it this is.
         sums, found = model.loss_sums(params, part, rng, prompt_rng=dropout_rng)
-        return losses.combine(model.objective, sums, weights)[0], (sums, found)
+        return losses.total_loss(model.objective, sums, weights)[0], (sums, found)
 
     differentiate = jax.grad(objective, has_aux=True)
     if num_microbatches == 1:
@@ -104,7 +104,7 @@ def train_step(
         ended=jnp.where(taken, ended, state.ended),
         failed=jnp.where(taken, failed, state.failed),
     )
-    return new, metrics.of_groups(found, stepped, model.runs)
+    return new, metrics.mask_groups(found, stepped, model.runs)
 
 
 def eval_step(
@@ -114,8 +114,8 @@ def eval_step(
     have not failed."""
     batch = _padding_of_its_row(batch)
     sums, found = model.loss_sums(params, batch)
-    found |= metrics.term_metrics(sums, model.loss_weights(batch))
-    return metrics.of_groups(found, ~failed, model.runs)
+    found |= metrics.term_metrics(sums, model.loss_normalizers(batch))
+    return metrics.mask_groups(found, ~failed, model.runs)
 
 
 def _interleave(x: Array, parts: int) -> Array:

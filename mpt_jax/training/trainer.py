@@ -28,7 +28,7 @@ from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.prompts.row_ops import rows_split_over
 from mpt_jax.training import oom, sparse_step
 from mpt_jax.training.partitioning import PjitPartitioner
-from mpt_jax.training.row_compaction import Places
+from mpt_jax.training.row_compaction import RowCompactor
 from mpt_jax.training.state import TrainState
 from mpt_jax.training.teacher_cache import TeacherCache
 from mpt_jax.training.train_step import eval_step, train_step
@@ -73,10 +73,10 @@ def _step_of_number(
 
 def _places(
     model: PromptedEncoderDecoder, partitioner: PjitPartitioner, num_microbatches: int
-) -> Places:
+) -> RowCompactor:
     shards = math.prod(partitioner.mesh.devices.shape[:-1])
     local = shards // jax.process_count()
-    return Places(model.runs, shards, local * jax.process_index(), local, num_microbatches)
+    return RowCompactor(model.runs, shards, local * jax.process_index(), local, num_microbatches)
 
 
 class Trainer:
@@ -91,7 +91,7 @@ class Trainer:
         learning_rate_fn: only logged, as `learning_rate`; the optimizer's own schedules act.
         rows_by_run: whether every batch holds the runs one after the other, each with as many
             rows (`sampling.EqualQuotas`, not packed). Rows of runs that have ended are then left
-            out of batches, from the next `give_up_places` on; and of a state made with the same
+            out of batches, from the next `compact_batches` on; and of a state made with the same
             argument each shard of the mesh holds its own runs.
         teacher_cache: keeps what teachers say of examples that come again; None computes it anew
             in every step.
@@ -132,7 +132,7 @@ class Trainer:
         self.step = int(state.step)
         self.ended, self.failed = np.asarray(state.ended), np.asarray(state.failed)
         # The groups whose rows are in batches.
-        self._placed = np.ones(model.runs.num_groups, bool)
+        self._groups_in_batch = np.ones(model.runs.num_groups, bool)
         self._largest: Mapping[str, np.ndarray] = {}  # batch so far
 
     def train(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -141,18 +141,18 @@ class Trainer:
         Raises:
             OutOfMemory: the step does not fit a device.
         """
-        self._largest = oom.larger(self._largest, batch)
-        with oom.explained(self, self._largest):
+        self._largest = oom.larger_batch(self._largest, batch)
+        with oom.explain_oom(self, self._largest):
             self._dispatch(batch)
 
     def wait(self) -> None:
         """Waits for the steps dispatched; raises as `train` does."""
-        with oom.explained(self, self._largest):
+        with oom.explain_oom(self, self._largest):
             jax.block_until_ready(self.state.trainable)
 
     def _dispatch(self, batch: Mapping[str, np.ndarray]) -> None:
         if self._places is not None:
-            batch = self._places.pack(batch, self._placed)
+            batch = self._places.pack(batch, self._groups_in_batch)
         with self.partitioner.activate():
             if self._teachers is not None:
                 batch = self._teachers.add(self.state.frozen, batch)
@@ -167,51 +167,55 @@ class Trainer:
         `read_metrics`. Bool."""
         return self.ended < 0
 
-    def finish(self, over: Sequence[bool]) -> None:
+    def stop_groups(self, over: Sequence[bool]) -> None:
         """Ends the training of some groups [G], which have not failed; they keep what they learnt.
         Those that have ended stay as they are."""
-        self._read_standing()
+        self._read_run_status()
         ended = np.where(np.asarray(over) & (self.ended < 0), self.step, self.ended)
         if (ended != self.ended).any():
             self.ended = ended.astype(np.int32)
             placed = jax.device_put(self.ended, self.state.ended.sharding)
             self.state = self.state.replace(ended=placed)
 
-    def give_up_places(self) -> None:
+    def compact_batches(self) -> None:
         """Leaves the rows of groups that have ended, as far as is known, out of batches from now
         on. Which rows are in a batch changes rounding, and with dropout the masks that are drawn,
         so whoever resumes exactly must call this at the same steps."""
-        if self._places is None or (self._placed == self.active).all() or not self.active.any():
+        if (
+            self._places is None
+            or (self._groups_in_batch == self.active).all()
+            or not self.active.any()
+        ):
             return
-        self._placed = self.active
+        self._groups_in_batch = self.active
         logging.info(
             "%d of %d runs train from step %d on; batches hold their rows alone.",
-            sum(self._placed[group] for group in self.model.runs.group_of_row),
+            sum(self._groups_in_batch[group] for group in self.model.runs.group_of_row),
             self.model.runs.num_rows,
             self.step,
         )
 
-    def standing(self) -> dict[str, Any]:
+    def run_status(self) -> dict[str, Any]:
         """Which groups have ended, as far as has been read: what a checkpoint keeps beside the
         state. JSON values."""
         return {
             "ended": self.ended.tolist(),
             "failed": self.failed.tolist(),
-            "placed": self._placed.tolist(),
+            "placed": self._groups_in_batch.tolist(),
         }
 
-    def resume(self, standing: Mapping[str, Any]) -> None:
+    def load_run_status(self, standing: Mapping[str, Any]) -> None:
         """Takes up what `standing` said at the step of the state."""
         state = self.state
         self.ended = np.asarray(standing["ended"], np.int32)
         self.failed = np.asarray(standing["failed"], bool)
-        self._placed = np.asarray(standing["placed"], bool)
+        self._groups_in_batch = np.asarray(standing["placed"], bool)
         self.state = state.replace(
             ended=jax.device_put(self.ended, state.ended.sharding),
             failed=jax.device_put(self.failed, state.failed.sharding),
         )
 
-    def reopen(self, out_of_patience: Sequence[bool], total_steps: int) -> None:
+    def reactivate_extended(self, out_of_patience: Sequence[bool], total_steps: int) -> None:
         """Lets groups train again that ended without failing and would not end now, because their
         schedule or their patience was extended. They go on from their own last step, with examples
         of the job's step. The log names them; where the job has no step left, as a warning.
@@ -239,8 +243,8 @@ class Trainer:
         elif runs:
             told = ", ".join(runs)
             logging.info("%s had ended; trained again from step %d on.", told, self.step)
-            self.ended, self._placed = self.ended.copy(), self._placed.copy()
-            self.ended[reopened], self._placed[reopened] = -1, True
+            self.ended, self._groups_in_batch = self.ended.copy(), self._groups_in_batch.copy()
+            self.ended[reopened], self._groups_in_batch[reopened] = -1, True
             self.state = self.state.replace(ended=jax.device_put(self.ended, everywhere))
 
     def lower(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,14 +268,14 @@ class Trainer:
                 `state` is the one before it.
             OutOfMemory: a step did not fit a device, which may show only when its metrics are read.
         """
-        with oom.explained(self, self._largest):
+        with oom.explain_oom(self, self._largest):
             return self._read_metrics()
 
     def _read_metrics(self) -> dict[str, float]:
         if self._totals is None:
             return {}
         totals, self._totals = jax.device_get(self._totals), None
-        self._read_standing()
+        self._read_run_status()
         found = metrics.scalars(totals, self.model.runs)
         rates = self.model.optimizer_def.current_learning_rates(self.step)
         found |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
@@ -281,7 +285,7 @@ class Trainer:
             found["learning_rate"] = float(self.learning_rate_fn(jnp.asarray(self.step)))
         return found
 
-    def _read_standing(self) -> None:
+    def _read_run_status(self) -> None:
         """Waits for the steps dispatched; reads which groups have ended, and logs new failures."""
         state = self.state
         taken, ended, failed = jax.device_get((state.step, state.ended, state.failed))

@@ -154,9 +154,9 @@ def test_vocabularies_are_told_apart():
 
 def test_another_backbone_is_refused_with_both_digests(tmp_path):
     read = artifacts.load_artefact(save_example(tmp_path / "a"))
-    compatibility.check_belongs(read, DIGEST, "v" * 64, P)
+    compatibility.check_compatible(read, DIGEST, "v" * 64, P)
     with pytest.raises(ValueError) as error:
-        compatibility.check_belongs(read, "0" * 64, "v" * 64, P)
+        compatibility.check_compatible(read, "0" * 64, "v" * 64, P)
     assert DIGEST in str(error.value) and "0" * 64 in str(error.value)
     assert str(tmp_path / "a") in str(error.value)
 
@@ -164,16 +164,16 @@ def test_another_backbone_is_refused_with_both_digests(tmp_path):
 def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
     read = artifacts.load_artefact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
-        compatibility.check_belongs(read, DIGEST, "w" * 64, P)
-    compatibility.check_belongs(read, DIGEST, None, P)
+        compatibility.check_compatible(read, DIGEST, "w" * 64, P)
+    compatibility.check_compatible(read, DIGEST, None, P)
     unknown = artifacts.load_artefact(save_example(tmp_path / "b", vocabulary_sha256=None))
-    compatibility.check_belongs(unknown, DIGEST, "w" * 64, P)
+    compatibility.check_compatible(unknown, DIGEST, "w" * 64, P)
 
 
 def test_another_prompt_length_is_refused(tmp_path):
     read = artifacts.load_artefact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
-        compatibility.check_belongs(read, DIGEST, "v" * 64, P + 1)
+        compatibility.check_compatible(read, DIGEST, "v" * 64, P + 1)
 
 
 # --- Damage --------------------------------------------------------------------------------------

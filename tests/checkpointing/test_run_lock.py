@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpt_jax.checkpointing import run_lock
-from mpt_jax.checkpointing.run_lock import Occupied, held
+from mpt_jax.checkpointing.run_lock import ModelDirInUse, acquire
 
 QUICK = {"period": 0.05, "patience": 0.6}
 HOLDER = """
@@ -55,7 +55,7 @@ def as_of_another_host(model_dir: Path, **changes) -> None:
 def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
     with holder(tmp_path) as child:
         before = time.monotonic()
-        with pytest.raises(Occupied) as refusal, held(str(tmp_path)):
+        with pytest.raises(ModelDirInUse) as refusal, acquire(str(tmp_path)):
             pass
         assert time.monotonic() - before < 5, "on one machine nothing is waited for"
     message = str(refusal.value)
@@ -63,36 +63,36 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
     assert f"process {child.pid} on host {os.uname().nodename}, since {since}" in message
     assert "choose another MODEL_DIR" in message and str(tmp_path) in message
     assert record_of(tmp_path)["pid"] == child.pid, "nobody tidied up"
-    with held(str(tmp_path)):
+    with acquire(str(tmp_path)):
         assert record_of(tmp_path)["pid"] == os.getpid()
     assert not list(tmp_path.iterdir()), "a run that ends leaves nothing"
 
 
 def test_a_process_id_that_was_given_again_is_no_run(tmp_path):
-    with held(str(tmp_path)):
+    with acquire(str(tmp_path)):
         record = record_of(tmp_path)
     left = record | {"process_start": record["process_start"] - 1, "token": "other"}
     (tmp_path / run_lock.FILE).write_text(json.dumps(left))
-    with held(str(tmp_path)):
+    with acquire(str(tmp_path)):
         assert record_of(tmp_path)["token"] != "other"
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "{}"])
 def test_a_record_that_says_nothing_is_watched_as_an_unknown_runs(tmp_path, content):
     (tmp_path / run_lock.FILE).write_text(content)
-    with held(str(tmp_path), **QUICK):
+    with acquire(str(tmp_path), **QUICK):
         assert record_of(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_run_of_another_host_is_alive_while_it_counts(tmp_path):
-    with held(str(tmp_path), **QUICK):
+    with acquire(str(tmp_path), **QUICK):
         record = record_of(tmp_path)
         # The same run as another host sees it: the file changes, and no process can be asked.
         elsewhere = pytest.MonkeyPatch()
         elsewhere.setattr(run_lock, "_machine", lambda: "another host")
         with (
-            pytest.raises(Occupied, match=f"process {record['pid']}"),
-            held(str(tmp_path), **QUICK),
+            pytest.raises(ModelDirInUse, match=f"process {record['pid']}"),
+            acquire(str(tmp_path), **QUICK),
         ):
             pass
         elsewhere.undo()
@@ -102,7 +102,7 @@ def test_a_run_of_another_host_is_alive_while_it_counts(tmp_path):
 def test_a_run_of_another_host_has_ended_when_its_count_stands_still(tmp_path):
     as_of_another_host(tmp_path)
     before = time.monotonic()
-    with held(str(tmp_path), **QUICK):
+    with acquire(str(tmp_path), **QUICK):
         assert time.monotonic() - before >= QUICK["patience"]
         assert record_of(tmp_path)["pid"] == os.getpid()
 
@@ -113,19 +113,19 @@ def test_no_clock_decides(tmp_path, monkeypatch):
     jumps = iter(range(10**9, 0, -86400))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
     as_of_another_host(tmp_path, since="2099-01-01 00:00:00 +0000")
-    with held(str(tmp_path), **QUICK) as check:
+    with acquire(str(tmp_path), **QUICK) as check:
         monkeypatch.setattr(run_lock, "_machine", lambda: "another host")
-        with pytest.raises(Occupied), held(str(tmp_path), **QUICK):
+        with pytest.raises(ModelDirInUse), acquire(str(tmp_path), **QUICK):
             pass
         check()
 
 
 def test_a_run_that_was_taken_over_ends_and_leaves_the_others_mark(tmp_path):
-    with held(str(tmp_path), **QUICK) as check:
+    with acquire(str(tmp_path), **QUICK) as check:
         check()
         as_of_another_host(tmp_path)
         deadline = time.monotonic() + 10
-        with pytest.raises(Occupied, match="taken over by process .* on host elsewhere"):
+        with pytest.raises(ModelDirInUse, match="taken over by process .* on host elsewhere"):
             while time.monotonic() < deadline:
                 check()
                 time.sleep(0.01)
@@ -133,10 +133,10 @@ def test_a_run_that_was_taken_over_ends_and_leaves_the_others_mark(tmp_path):
 
 
 def test_a_run_that_stood_still_reads_the_mark_before_it_saves(tmp_path):
-    with held(str(tmp_path), period=3600.0) as check:  # no count comes in between
+    with acquire(str(tmp_path), period=3600.0) as check:  # no count comes in between
         as_of_another_host(tmp_path)
         check()
-        with pytest.raises(Occupied, match="taken over by"):
+        with pytest.raises(ModelDirInUse, match="taken over by"):
             check(read=True)
 
 
@@ -144,15 +144,15 @@ def test_a_mark_that_cannot_be_removed_does_not_hide_what_ended_the_run(tmp_path
     def unreachable(path):
         raise OfABucket(path)
 
-    with pytest.raises(KeyError), held(str(tmp_path)):
+    with pytest.raises(KeyError), acquire(str(tmp_path)):
         monkeypatch.setattr(run_lock, "_read", unreachable)
         raise KeyError
 
 
 def test_an_error_inside_lets_others_in(tmp_path):
-    with pytest.raises(KeyError), held(str(tmp_path)):
+    with pytest.raises(KeyError), acquire(str(tmp_path)):
         raise KeyError
-    with held(str(tmp_path)):
+    with acquire(str(tmp_path)):
         pass
 
 
@@ -162,7 +162,7 @@ class OfABucket(Exception):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OfABucket("try again")])
 def test_a_count_that_cannot_be_written_is_said_and_tried_again(error, tmp_path, monkeypatch):
-    with held(str(tmp_path), **QUICK) as check:
+    with acquire(str(tmp_path), **QUICK) as check:
         write = run_lock.Lock._write
 
         def full(self):
@@ -182,6 +182,6 @@ def test_an_unwritable_model_dir_is_an_error_before_anything_is_computed(tmp_pat
     blocked.write_text("")
     with (
         pytest.raises(OSError, match=f"MODEL_DIR {blocked}/model cannot be written"),
-        held(str(blocked / "model")),
+        acquire(str(blocked / "model")),
     ):
         pass

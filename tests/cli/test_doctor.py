@@ -217,13 +217,13 @@ def test_a_bucket_that_cannot_be_written(credentials, capsys, machine, monkeypat
 
 def test_a_bucket_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "_WRITE", "import time; time.sleep(600)")
-    _, finding = doctor.check_root("gs://b/x", doctor.Question(doctor._WRITE), seconds=0.5)
+    _, finding = doctor.check_root("gs://b/x", doctor.Probe(doctor._WRITE), seconds=0.5)
     assert finding.problem == "It cannot be written: no answer within 0.5 s."
 
 
 def test_a_bucket_is_tried_with_a_file_that_does_not_stay(machine):
     """A folder stands in for it: the same path library writes both."""
-    question = doctor.Question(doctor._WRITE, str(machine), "scratch")
+    question = doctor.Probe(doctor._WRITE, str(machine), "scratch")
     *_, finding = doctor.check_root(str(machine), question, seconds=120.0)
     assert finding.value == f"{machine}, written" and not finding.problem
     assert not list(machine.glob("scratch"))
@@ -263,7 +263,7 @@ def test_data_that_is_there_need_not_be_writable(machine, monkeypatch):
 
 
 def test_a_device_that_does_not_answer_is_given_up_and_let_go(monkeypatch):
-    question = doctor.Question("import time; time.sleep(600)")
+    question = doctor.Probe("import time; time.sleep(600)")
     started = time.monotonic()
     finding, _ = doctor.check_devices(question, seconds=0.5)
     assert time.monotonic() - started < 10

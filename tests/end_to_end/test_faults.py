@@ -101,9 +101,9 @@ def listing(folder: Path) -> dict[str, int]:
 
 def test_a_second_run_in_a_model_dir_is_refused_and_touches_nothing(backbone, tmp_path):
     run(backbone, tmp_path, steps=2)
-    with run_lock.held(str(tmp_path), period=600.0):
+    with run_lock.acquire(str(tmp_path), period=600.0):
         before = listing(tmp_path)
-        with pytest.raises(run_lock.Occupied, match="being written by process"):
+        with pytest.raises(run_lock.ModelDirInUse, match="being written by process"):
             run(backbone, tmp_path)
         assert listing(tmp_path) == before
     run(backbone, tmp_path, steps=4)
@@ -120,8 +120,8 @@ def test_a_run_that_was_taken_over_ends_without_a_save(backbone, tmp_path, monke
                 (tmp_path / run_lock.FILE).write_text(json.dumps(other))
                 time.sleep(1)  # of which a short period of counts notices
 
-    monkeypatch.setattr(run_lock, "held", functools.partial(run_lock.held, period=0.1))
-    with pytest.raises(run_lock.Occupied, match="taken over by .*another"):
+    monkeypatch.setattr(run_lock, "acquire", functools.partial(run_lock.acquire, period=0.1))
+    with pytest.raises(run_lock.ModelDirInUse, match="taken over by .*another"):
         run(backbone, tmp_path, trainer_cls=Paused)
     assert checkpoints.saved_steps(checkpoints.epath.Path(tmp_path)) == [2]
     assert json.loads((tmp_path / run_lock.FILE).read_text())["token"] == "another's"
@@ -133,7 +133,7 @@ def test_evaluating_a_live_model_dir_leaves_everything_as_it_is(backbone, tmp_pa
     run(backbone, model_dir)
     (model_dir / f"checkpoint_{STEPS + 2}.orbax-checkpoint-tmp").mkdir()
     origins = initialization.Origins(backbone=backbone)
-    with run_lock.held(str(model_dir), period=600.0):
+    with run_lock.acquire(str(model_dir), period=600.0):
         before = listing(model_dir)
         scores = eval.evaluate(
             model=model,

@@ -66,7 +66,9 @@ def sources(backbone, tmp_path_factory):
 
 def tree(backbone):
     model = build(PromptTuning(P))
-    return initialization.fill(model, initialization.Origins(backbone), jax.random.key(0)).params
+    return initialization.initialize_params(
+        model, initialization.Origins(backbone), jax.random.key(0)
+    ).params
 
 
 def mixing(method, runs=ONE_APIECE, **settings):
@@ -195,7 +197,7 @@ def renamed(path, to) -> str:
 
 def filled(backbone, method, artefact=None, runs=ONE_APIECE):
     origins = initialization.Origins(backbone, artefact=artefact)
-    return initialization.fill(mixing(method, runs), origins, jax.random.key(0))
+    return initialization.initialize_params(mixing(method, runs), origins, jax.random.key(0))
 
 
 @pytest.mark.parametrize(

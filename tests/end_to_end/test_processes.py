@@ -219,7 +219,7 @@ def ends_with(error: Exception, monkeypatch) -> int | None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(os, "_exit", end)
     try:
-        preemption.end_without_peers(error)
+        preemption.exit_if_peer_lost(error)
     except Ended as ended:
         return ended.args[0]
     return None
@@ -268,7 +268,7 @@ def test_an_error_of_the_compiler_is_an_ordinary_error(monkeypatch):
 def test_a_job_of_one_process_has_no_peers(monkeypatch):
     error = jax.errors.JaxRuntimeError("UNAVAILABLE: heartbeat")
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
-    preemption.end_without_peers(error)
+    preemption.exit_if_peer_lost(error)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_every_table_was_read():
 
 @pytest.mark.parametrize(("name", "stage", "added"), lines(), ids=lambda x: str(x)[:40])
 def test_a_row_is_a_command(name, stage, added):
-    trainer_choice.install()
+    trainer_choice.install_fallback()
     arguments = gin_utils.rewrite_gin_args(shlex.split(added))
     files = [stage, *(x.partition("=")[2] for x in arguments if x.startswith("--gin_file="))]
     bindings = [x.partition("=")[2] for x in arguments if x.startswith("--gin_bindings=")]

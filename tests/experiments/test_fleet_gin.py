@@ -66,12 +66,12 @@ def test_prompt_tuning_has_fleets_too(stage):
 def test_several_targets_are_independent_unless_they_are_joined():
     targets = [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"]
     parse([TARGET], targets)
-    assert value("MODEL").runs.num_groups == 3 and value("WHOLE_BATCH") == 3 * 32
+    assert value("MODEL").runs.num_groups == 3 and value("GLOBAL_BATCH_SIZE") == 3 * 32
     parse([TARGET, JOINT], targets)
-    assert value("MODEL").runs.num_groups == 1 and value("WHOLE_BATCH") == 32
+    assert value("MODEL").runs.num_groups == 1 and value("GLOBAL_BATCH_SIZE") == 32
     assert value("SAMPLER").batch_size == 32
     parse(["gin/full_finetuning.gin"], targets)  # one backbone that learns all tasks together
-    assert value("MODEL").runs.num_groups == 1 and value("WHOLE_BATCH") == 32
+    assert value("MODEL").runs.num_groups == 1 and value("GLOBAL_BATCH_SIZE") == 32
 
 
 def test_runs_that_differ_in_settings_read_the_same_examples_in_the_same_order():

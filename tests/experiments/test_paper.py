@@ -197,7 +197,7 @@ EXPECTED = {  # trained numbers of a target stage with one run, T5-base
 
 @pytest.mark.parametrize("name", [*EXPECTED, "MPT", "decomposition only", "MPT, 12 sources"])
 def test_every_stage_of_an_arm_is_a_command_that_parses(name):
-    trainer_choice.install()
+    trainer_choice.install_fallback()
     arm = variants.find(name)
     table = dataclasses.replace(
         tables.find("table3"), arms=(arm,), shots=(16,), seeds=1, groups={"": ("BoolQ",)}

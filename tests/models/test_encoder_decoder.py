@@ -13,10 +13,10 @@ from mpt_jax.core.tree import flatten, label_tree, merge, split
 from mpt_jax.models import decoding, encoder_decoder, losses, metrics
 from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts import method_names
-from mpt_jax.prompts.materialize import fold
+from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.optimizers import CLOCK
+from mpt_jax.training.optimizers import STEP_COUNTER
 from mpt_jax.training.state import trainable_labels
 from tests.fixtures import tiny
 from tests.fixtures.reference_decoding import cut, slow_beam
@@ -43,8 +43,8 @@ class Case:
 
     def _total(self, trainable, frozen, batch):
         sums, found = self.model.loss_sums(merge(trainable, frozen), batch)
-        weights = self.model.loss_weights(batch)
-        total, _ = losses.combine(self.model.objective, sums, weights)
+        weights = self.model.loss_normalizers(batch)
+        total, _ = losses.total_loss(self.model.objective, sums, weights)
         return total, (sums, weights, found)
 
     def loss(self, batch, **frozen):
@@ -79,7 +79,7 @@ def test_only_what_a_method_labels_learns(case):
     expected = {
         f"prompt/{name}" for name, label in labels.items() if label != encoder_decoder.FROZEN
     }
-    counted = {f"prompt/{name}" for name, label in labels.items() if label == CLOCK}
+    counted = {f"prompt/{name}" for name, label in labels.items() if label == STEP_COUNTER}
     if not expected:
         expected = {name for name in flatten(case.params) if name.endswith("norm/scale")}
     assert set(flatten(case.trainable)) == expected
@@ -197,7 +197,7 @@ def test_mpt_of_factors_whose_product_is_one_is_prompt_tuning(mpt):
 
 
 def test_a_student_with_its_teachers_prompts_has_nothing_to_learn_from_them(mpt):
-    folded = fold(mpt.model.prompt, mpt.params["prompt"], APART)
+    folded = materialize(mpt.model.prompt, mpt.params["prompt"], APART)
     (sums, _, _), _ = mpt.loss(mpt.batch, teacher={"table": folded})
     for term in ("kl", "hidden_encoder", "hidden_decoder"):
         np.testing.assert_allclose(sums[term], 0, atol=1e-5)
@@ -259,9 +259,9 @@ def test_rows_of_padding_change_nothing(mpt):
 
 def test_the_weights_of_a_batch_need_no_forward_pass_and_add_up_over_its_parts(mpt):
     batch = tiny.batch([2, None, 1, 0])
-    whole = mpt.model.loss_weights(tiny.arrays(batch))
+    whole = mpt.model.loss_normalizers(tiny.arrays(batch))
     parts = [
-        mpt.model.loss_weights(tiny.arrays(tiny.pick(batch, rows))) for rows in ([0, 1], [2, 3])
+        mpt.model.loss_normalizers(tiny.arrays(tiny.pick(batch, rows))) for rows in ([0, 1], [2, 3])
     ]
     tiny.close(jax.tree.map(jnp.add, *parts), whole, 1e-6)
     order = [3, 2, 0]  # the batch row of each task
@@ -309,7 +309,7 @@ def test_the_hidden_states_compared_are_the_ones_chosen(mpt):
         for state, index in zip(chosen, indices, strict=True):
             np.testing.assert_array_equal(state, found["all"][index])
     # Embeddings come first: prompts at the slots.
-    prompts = fold(mpt.model.prompt, mpt.params["prompt"], APART)
+    prompts = materialize(mpt.model.prompt, mpt.params["prompt"], APART)
     first = mpt.batch["encoder_task_ids"][:, 0]
     np.testing.assert_allclose(found["all"][0][:, : tiny.PROMPT], prompts[first], atol=1e-6)
 
@@ -328,7 +328,7 @@ def test_t5xs_loss_has_our_gradients_and_none_where_parameters_are_frozen(mpt):
     differentiate = jax.jit(jax.value_and_grad(mpt.model.loss_fn, has_aux=True))
     (total, found), grads = differentiate(mpt.params, mpt.batch, None)
     (sums, weights, _), expected = mpt.loss(mpt.batch)
-    ours, _ = losses.combine(mpt.model.objective, sums, weights)
+    ours, _ = losses.total_loss(mpt.model.objective, sums, weights)
     np.testing.assert_allclose(total, ours, rtol=1e-6)
     tiny.close(grads["prompt"], expected["prompt"], 1e-6)
     for name, grad in flatten(grads).items():
@@ -421,6 +421,6 @@ def test_without_a_prompt_there_is_nothing_to_distil(mpt):
 
 def test_t5x_microbatches_are_refused(mpt):
     model = tiny.model(APART, MPT(tiny.PROMPT))
-    model.whole_batch = 8
+    model.expected_rows = 8
     with pytest.raises(ValueError, match="4 rows of a batch of 8.*num_microbatches"):
         model.loss_fn(mpt.params, tiny.arrays(mpt.batch), None)

@@ -20,13 +20,13 @@ ONE = Runs(["alpha", "beta", "gamma"])
 BATCH = tiny.batch([0, 1, None, 2, 1, 0], seed=1)
 
 
-def outputs(seed: int, layers: tuple[int, int] = (1, 1)) -> losses.Outputs:
+def outputs(seed: int, layers: tuple[int, int] = (1, 1)) -> losses.ModelOutputs:
     """A forward pass of random numbers; hidden states also at positions that do not count."""
     rng = np.random.default_rng(seed)
     size, text = BATCH["encoder_input_tokens"].shape
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     length = BATCH["decoder_input_tokens"].shape[1]
-    return losses.Outputs(
+    return losses.ModelOutputs(
         3 * draw(size, length, V),
         tuple(draw(size, text, H) for _ in range(layers[0])),
         tuple(draw(size, length, H) for _ in range(layers[1])),
@@ -110,10 +110,10 @@ class Oracle:
         return sum(self.factors[t] * (self.sums[t] / self.weights[t]).sum() for t in self.sums)
 
 
-def groups_of(runs: Runs, batch=BATCH) -> losses.Groups:
+def groups_of(runs: Runs, batch=BATCH) -> losses.GroupIds:
     table = jnp.asarray(runs.group_of_row)
     sides = (table[batch[f"{side}_task_ids"]] for side in ("encoder", "decoder"))
-    return losses.Groups(runs.num_groups, *sides)
+    return losses.GroupIds(runs.num_groups, *sides)
 
 
 def check(objective: Objective, runs: Runs, layers: tuple[int, int] = (1, 1)) -> None:
@@ -121,13 +121,13 @@ def check(objective: Objective, runs: Runs, layers: tuple[int, int] = (1, 1)) ->
     oracle = Oracle(objective, runs, student, teacher)
     batch = tiny.arrays(BATCH)
     groups = groups_of(runs)
-    sums = losses.sums(objective, batch, groups, student, teacher)
-    weights = losses.weights(objective, batch, groups, H, layers)
+    sums = losses.term_sums(objective, batch, groups, student, teacher)
+    weights = losses.normalizers(objective, batch, groups, H, layers)
     assert sorted(sums) == sorted(weights) == sorted(oracle.sums)
     for term in oracle.sums:
         np.testing.assert_allclose(sums[term], oracle.sums[term], rtol=1e-5, err_msg=term)
         np.testing.assert_allclose(weights[term], oracle.weights[term], rtol=1e-6, err_msg=term)
-    total, means = losses.combine(objective, sums, weights)
+    total, means = losses.total_loss(objective, sums, weights)
     np.testing.assert_allclose(total, oracle.total(), rtol=1e-5)
     for term, mean in means.items():
         np.testing.assert_allclose(mean, oracle.sums[term] / oracle.weights[term], rtol=1e-5)
@@ -168,13 +168,13 @@ def test_the_defaults_are_those_of_the_methods():
     assert (distil.weight, distil.temperature, distil.t2_scale) == (0.9, 1.0, False)
     assert (distil.hidden_layers, distil.include_prompt_positions) == ("last", True)
     assert (distil.reduce, distil.prompt_distance) == ("mean", False)
-    assert Objective(distillation=distil).term_weights() == {
+    assert Objective(distillation=distil).coefficients() == {
         "cross_entropy": 1.0,
         "kl": 0.9,
         "hidden_encoder": 0.9,
         "hidden_decoder": 0.9,
     }
-    assert Objective().term_weights() == {"cross_entropy": 1.0}
+    assert Objective().coefficients() == {"cross_entropy": 1.0}
 
 
 def test_a_perfect_prediction_costs_nothing_with_and_without_smoothing():
@@ -208,9 +208,9 @@ def test_a_group_without_examples_adds_nothing_and_no_nan():
     take = functools.partial(jax.tree.map, lambda x: x[np.array(keep)])
     student, teacher = take(outputs(0)), take(outputs(1))
     groups = groups_of(RUNS, batch)
-    sums = losses.sums(objective, batch, groups, student, teacher)
-    total, means = losses.combine(
-        objective, sums, losses.weights(objective, batch, groups, H, (1, 1))
+    sums = losses.term_sums(objective, batch, groups, student, teacher)
+    total, means = losses.total_loss(
+        objective, sums, losses.normalizers(objective, batch, groups, H, (1, 1))
     )
     assert np.isfinite(total)
     assert all(mean[1] == 0 and mean[0] > 0 for mean in means.values())
@@ -264,12 +264,12 @@ def test_gradients_of_the_whole_objective_agree_with_differences(name):
     params = tiny.params(model)
     batch = tiny.arrays(BATCH)
     trainable, frozen = split(params, model.labels, {"shared", "task"})
-    weights = model.loss_weights(batch)
+    weights = model.loss_normalizers(batch)
 
     @jax.jit
     def loss(trainable):
         sums, _ = model.loss_sums(merge(trainable, frozen), batch)
-        return losses.combine(model.objective, sums, weights)[0]
+        return losses.total_loss(model.objective, sums, weights)[0]
 
     grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(trainable))
     rng = np.random.default_rng(0)

@@ -222,7 +222,7 @@ def planned():
     @functools.cache
     def needs(scan: bool):
         config = dataclasses.replace(CONFIG, scan_layers=scan)
-        choice = steps.Choice("v5e:2x2")
+        choice = steps.MeshLayout("v5e:2x2")
         return steps.compile_steps(job(config, 4 * ROWS), choice, ["train"])[0]
 
     return needs
@@ -269,7 +269,7 @@ def test_prompts_alone_cross_chips_and_attention_is_the_kernels(planned):
 
 @pytest.mark.slow
 def test_another_chip_and_a_model_axis(libtpu):
-    choice = steps.Choice("v6e:2x2", model_axis=2)
+    choice = steps.MeshLayout("v6e:2x2", model_axis=2)
     train, evaluated, predict = steps.compile_steps(job(CONFIG, 4 * ROWS), choice)
     assert train.rows == 2 * ROWS
     # Twice the rows on half of the model each, all but the part that each does whole.
@@ -285,7 +285,7 @@ def test_another_chip_and_a_model_axis(libtpu):
 
 def test_a_step_that_is_too_large_is_reported(libtpu):
     wide = dataclasses.replace(CONFIG, mlp_dim=1 << 21, num_encoder_layers=6)
-    (found,) = steps.compile_steps(job(wide, 4), steps.Choice("v5e:2x2"), ["train"])
+    (found,) = steps.compile_steps(job(wide, 4), steps.MeshLayout("v5e:2x2"), ["train"])
     assert not found.fits
     text = format.table([found]) + format.verdicts([found])
     assert "does not fit" in text and "none of the layouts tried fits" in text
@@ -293,7 +293,7 @@ def test_a_step_that_is_too_large_is_reported(libtpu):
 
 def test_a_batch_must_divide_over_the_slice(libtpu):
     with pytest.raises(ValueError, match="batch of 6 rows .* over 4 copies"):
-        steps.compile_steps(job(CONFIG, 6), steps.Choice("v5e:2x2"), ["train"])
+        steps.compile_steps(job(CONFIG, 6), steps.MeshLayout("v5e:2x2"), ["train"])
 
 
 @pytest.mark.slow
@@ -302,7 +302,9 @@ def test_several_slices_are_those_of_gins_shapes(libtpu):
     two = dataclasses.replace(
         job(small, 4 * ROWS), ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)
     )
-    (needs,) = steps.compile_steps(two, steps.Choice("v5e:2x2", 2, slices=two.slices), ["train"])
+    (needs,) = steps.compile_steps(
+        two, steps.MeshLayout("v5e:2x2", 2, slices=two.slices), ["train"]
+    )
     assert needs.num_chips == 8 and needs.rows == ROWS
     assert "| 2 of v5e:2x2 | 4 x 2 |" in format.table([needs])
     # Prompt-sized gradients alone cross slices; inside one there are the model's sums.
@@ -311,7 +313,7 @@ def test_several_slices_are_those_of_gins_shapes(libtpu):
     assert sends >= 1 and crossing < 4 * 4 * PROMPT * CONFIG.emb_dim < inside
     assert needs.ici_seconds == pytest.approx(inside / 200e9)
     with pytest.raises(ValueError, match=r"make 2 slices of 4 devices.* has 2, of \[8\]"):
-        steps.compile_steps(two, steps.Choice("v5e:2x4", 2, slices=2), ["train"])
+        steps.compile_steps(two, steps.MeshLayout("v5e:2x4", 2, slices=2), ["train"])
 
 
 def test_names_of_slices():
@@ -347,7 +349,7 @@ def asked(*topologies: str, **lists: list[str]) -> types.SimpleNamespace:
 
 
 @pytest.fixture
-def compiled(monkeypatch) -> list[steps.Choice]:
+def compiled(monkeypatch) -> list[steps.MeshLayout]:
     """In place of compiling: a step has 60 GiB of arguments, spread over the model axis, and a
     gibibyte of temporaries for each of 64 rows of a copy."""
     chosen = []
@@ -360,7 +362,7 @@ def compiled(monkeypatch) -> list[steps.Choice]:
         arguments = 60 * chips.GIB // choice.model_axis
         temporaries = 64 * chips.GIB // copies
         return [
-            steps.Needs(
+            steps.StepCost(
                 name, choice, copies * choice.model_axis, 64 / copies, arguments, temporaries,
                 arguments + temporaries, hlo.Cost(), {"flops": 0.0, "bytes accessed": 1.0}, 0.0,
             )
@@ -382,7 +384,7 @@ def test_a_search_ends_at_the_smallest_slice_that_fits(compiled):
 def test_a_search_for_several_layouts_ends_where_all_fit(compiled):
     found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4", "2"]))
     # A model axis of 2 fits where 30 + 64 / copies is at most 32 GiB: on 32 copies, so 64 chips.
-    assert compiled[-1] == steps.Choice("v6e:8x8", 2) and len(compiled) == 2 * 5
+    assert compiled[-1] == steps.MeshLayout("v6e:8x8", 2) and len(compiled) == 2 * 5
     assert "the smallest slice tried that fits is v6e:4x4." in format.verdicts(found)
 
 
@@ -397,7 +399,7 @@ def test_a_search_over_several_slices_takes_those_of_their_size(compiled):
     shapes = {"ici_mesh_shape": (1, 4, 4), "dcn_mesh_shape": (2, 1, 1)}
     two = dataclasses.replace(job(CONFIG, 64), **shapes)
     command_module.plan(two, asked("v6e"))
-    assert compiled == [steps.Choice("v6e:4x4", 4, None, 2)]
+    assert compiled == [steps.MeshLayout("v6e:4x4", 4, None, 2)]
     with pytest.raises(ValueError, match=r"is for slices of 6 chips; those of v6e have 4, 8, 16"):
         odd = dataclasses.replace(two, ici_mesh_shape=(1, 3, 2))
         command_module.plan(odd, asked("v6e"))

@@ -13,7 +13,7 @@ from mpt_jax.core.tree import flatten, label_tree, merge, split
 from mpt_jax.models import losses
 from mpt_jax.prompts import materialize
 from mpt_jax.prompts.attempt import ATTEMPT
-from mpt_jax.prompts.base import Given
+from mpt_jax.prompts.base import PromptContext
 from mpt_jax.prompts.init import Uniform
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training import train_step
@@ -106,14 +106,14 @@ def test_what_is_said_of_reading_texts_is_so(attention):
     params, ids = random_params(method, runs), np.array([1, 1])
     prompts = compose(method, params, runs, ids, texts(ids))
     assert method.reads_text == bool(np.any(prompts[0] != prompts[1]))
-    assert not method.is_random and method.own_steps == 0
+    assert not method.is_random and method.schedule_steps == 0
     assert method.prompt_lengths(runs) == (P,) * K
 
 
 def test_prompts_that_depend_on_the_text_have_no_plain_form():
     method, runs = make(), BANKS["joint"]
     with pytest.raises(ValueError, match="attempt"):
-        materialize.fold(method, random_params(method, runs), runs)
+        materialize.materialize(method, random_params(method, runs), runs)
 
 
 @pytest.mark.parametrize("attention", ["sub", "linear", "token"])
@@ -178,7 +178,9 @@ def test_gradients_are_finite_differences_of_the_formula(attention, attend_targe
     along = np.random.default_rng(2).normal(size=(len(ids), P, H)).astype(np.float32)
 
     def ours(params):
-        return (method.compose(params, runs, jnp.asarray(ids), Given(jnp.asarray(x))) * along).sum()
+        return (
+            method.compose(params, runs, jnp.asarray(ids), PromptContext(jnp.asarray(x))) * along
+        ).sum()
 
     def theirs(params) -> float:
         prompts = [
@@ -347,8 +349,8 @@ class Mixed:
 
     def _total(self, trainable, frozen, batch):
         sums, found = self.model.loss_sums(merge(trainable, frozen), batch)
-        weights = self.model.loss_weights(batch)
-        return losses.combine(self.model.objective, sums, weights)[0], (sums, found)
+        weights = self.model.loss_normalizers(batch)
+        return losses.total_loss(self.model.objective, sums, weights)[0], (sums, found)
 
     def loss(self, batch):
         """(loss, gradients of what learns, metrics)."""
@@ -519,7 +521,7 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
 
 @some("token", "linear", "constant")
 def test_an_artefact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
-    method, params = mixed.method.release(mixed.params["prompt"])
+    method, params = mixed.method.for_inference(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
     assert read.method.candidates == mixed.method.candidates
     again = tiny.model(read.runs, read.method)

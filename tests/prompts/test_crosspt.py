@@ -13,7 +13,7 @@ import pytest
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, label_tree, split
-from mpt_jax.prompts.base import Given
+from mpt_jax.prompts.base import PromptContext
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.prompt_tuning import PromptTuning
@@ -235,7 +235,7 @@ def test_gradients_are_finite_differences_of_the_formula():
     for router in ROUTERS:
         top_k = None if router == "uniform" else 3
         method = crosspt(router=router, share="learned", top_k=top_k)
-        given = Given(pooled=jnp.asarray(x) if router == "attention" else None)
+        given = PromptContext(pooled=jnp.asarray(x) if router == "attention" else None)
         params = random_arrays(method, runs)
 
         def ours(params, method=method, given=given):
@@ -294,7 +294,7 @@ def test_released_prompts_are_what_their_layers_made(settings, names, bank):
     layers = {f"{name}_{part}" for name in names for part in parts}
     assert layers < set(params)
     assert params[f"{names[0]}_kernel_in"].shape == (*params[names[0]].shape[:-2], H, H)
-    released, kept = method.release(params)
+    released, kept = method.for_inference(params)
     assert not layers & set(kept) and released.reparametrise == ()
     ids = np.arange(K)
     x = texts(ids) if method.router == "attention" else None
@@ -306,7 +306,7 @@ def test_released_prompts_are_what_their_layers_made(settings, names, bank):
 def test_a_method_without_layers_is_released_as_it_is():
     method, runs = crosspt(), BANKS["groups"]
     params = random_arrays(method, runs)
-    released, kept = method.release(params)
+    released, kept = method.for_inference(params)
     ids = np.arange(K)
     np.testing.assert_array_equal(
         compose(released, kept, runs, ids), compose(method, params, runs, ids)

@@ -66,8 +66,8 @@ class Mixed:
 
     def _total(self, trainable, frozen, batch, key):
         sums, _ = self.model.loss_sums(merge(trainable, frozen), batch, key)
-        weights = self.model.loss_weights(batch)
-        return losses.combine(self.model.objective, sums, weights)[0]
+        weights = self.model.loss_normalizers(batch)
+        return losses.total_loss(self.model.objective, sums, weights)[0]
 
     def loss(self, batch, key=None):
         """(loss, gradients of what learns)."""
@@ -229,7 +229,7 @@ def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
 
 @pytest.mark.parametrize("mixed", some("drawn, learned share", "layers", "longer"), indirect=True)
 def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
-    method, params = mixed.method.release(mixed.params["prompt"])
+    method, params = mixed.method.for_inference(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
     again = tiny.model(read.runs, read.method)
     found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.unpacked()).logits

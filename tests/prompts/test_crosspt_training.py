@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.prompts.base import Given
+from mpt_jax.prompts.base import PromptContext
 from mpt_jax.prompts.crosspt.routing import Annealing
 from tests.fixtures import reference_mixing as by_hand
 from tests.fixtures.prompt_methods import (
@@ -33,7 +33,7 @@ def draws(method, params, runs, row: int, count: int = DRAWS) -> np.ndarray:
     @jax.jit
     @jax.vmap
     def weights(key):
-        return method.mixture(params, runs, ids, Given(key=key))[0]
+        return method.mixture(params, runs, ids, PromptContext(key=key))[0]
 
     return np.asarray(weights(jax.random.split(jax.random.PRNGKey(3), count)))
 
@@ -106,7 +106,9 @@ def test_a_learned_share_is_a_relaxed_bernoulli_too(logit, temperature):
     only["private"] = only["private"].at[1, 0, 0].set(1.0)
     ids = jnp.array([1])
     share = jax.jit(
-        jax.vmap(lambda key: method.compose(params | only, runs, ids, Given(key=key))[0, 0, 0])
+        jax.vmap(
+            lambda key: method.compose(params | only, runs, ids, PromptContext(key=key))[0, 0, 0]
+        )
     )(jax.random.split(jax.random.PRNGKey(5), DRAWS))
     share = np.clip(np.asarray(share, np.float64), 1e-7, 1 - 1e-7)  # rounded to 1 now and then
     uniform = by_hand.sigmoid(temperature * np.log(share / (1 - share)) - logit)
@@ -123,7 +125,7 @@ def test_a_share_is_not_drawn_with_the_routers_numbers():
     @jax.jit
     @jax.vmap
     def both(key):
-        given = Given(key=key)
+        given = PromptContext(key=key)
         return (
             method.compose(params, runs, ids, given)[0, 0, 0],
             method.mixture(params, runs, ids, given)[0],
@@ -191,7 +193,7 @@ def test_gradients_stay_finite_where_every_draw_is_cold(normalise, logit):
     params = random_arrays(method, runs) | {"router": jnp.full((K, 4), logit)}
 
     def total(params):
-        return (method.compose(params, runs, jnp.arange(K), Given(key=KEY)) ** 2).sum()
+        return (method.compose(params, runs, jnp.arange(K), PromptContext(key=KEY)) ** 2).sum()
 
     found, grads = jax.value_and_grad(total)(params)
     assert np.isfinite(found) and all(np.isfinite(grad).all() for grad in grads.values())
@@ -242,5 +244,5 @@ def test_routers_that_draw_nothing_do_not_read_the_key(router):
 
 
 def test_the_schedule_of_a_method_is_as_long_as_its_annealing():
-    assert crosspt(annealing=Annealing(2.0, 0.1, 77)).own_steps == 77
-    assert crosspt(router="softmax").own_steps == 0
+    assert crosspt(annealing=Annealing(2.0, 0.1, 77)).schedule_steps == 77
+    assert crosspt(router="softmax").schedule_steps == 0

@@ -33,7 +33,7 @@ def bank(groups="joint", count: int = K) -> Runs:
 def every_prompt(method, params, runs: Runs) -> np.ndarray:
     """[K, P, H]; before a text that is the same for all, for methods that read it."""
     params = jax.tree.map(jnp.asarray, params)
-    given = base.Given(jnp.ones((runs.num_rows, H)))
+    given = base.PromptContext(jnp.ones((runs.num_rows, H)))
     return np.asarray(method.compose(params, runs, jnp.arange(runs.num_rows), given))
 
 
@@ -114,7 +114,7 @@ def test_all_forms_are_the_definition(method, groups):
     params = random_params(method, runs)
     expected = by_hand(params, runs)
     np.testing.assert_allclose(
-        materialize.fold(method, params, runs), expected, atol=1e-6, rtol=1e-6
+        materialize.materialize(method, params, runs), expected, atol=1e-6, rtol=1e-6
     )
     params = jax.tree.map(jnp.asarray, params)
     task_ids = np.array([3, 0, 0, 4, 1, 2])

@@ -42,8 +42,8 @@ def test_mpt_starts_from_the_shared_prompt_and_the_averages_of_the_factors(rank,
     for row in range(2):
         equal(started["task_left"][row], np.asarray(source["task_left"]).mean(0))
         equal(started["task_right"][row], np.asarray(source["task_right"]).mean(0))
-    folded = np.asarray(materialize.fold(MPT(P, rank=rank), started, runs))
-    of_products = np.asarray(materialize.fold(MPT(P, rank=rank), source, SOURCES)).mean(0)
+    folded = np.asarray(materialize.materialize(MPT(P, rank=rank), started, runs))
+    of_products = np.asarray(materialize.materialize(MPT(P, rank=rank), source, SOURCES)).mean(0)
     assert np.abs(folded[0] - of_products).max() > 0.1, "not the average of the products"
 
 
@@ -51,9 +51,9 @@ def test_mpt_starts_from_the_factors_of_one_source():
     source = trained()
     method = MPT(P, rank=2, start_from="qqp")
     started = method.transfer(source, MPT(P, rank=2), SOURCES, TARGETS)
-    folded = materialize.fold(MPT(P, rank=2), source, SOURCES)
+    folded = materialize.materialize(MPT(P, rank=2), source, SOURCES)
     for row in range(2):
-        equal(materialize.fold(method, started, TARGETS)[row], folded[1])
+        equal(materialize.materialize(method, started, TARGETS)[row], folded[1])
 
 
 def test_mpt_goes_on_with_each_row_of_its_own_name():
@@ -62,8 +62,8 @@ def test_mpt_goes_on_with_each_row_of_its_own_name():
     fewer = Runs(["c", "a"])
     method = MPT(P, rank=2, start_from="same")
     started = method.transfer(source, MPT(P, rank=2), runs, fewer)
-    folded = materialize.fold(MPT(P, rank=2), source, runs)
-    found = materialize.fold(method, started, fewer)
+    folded = materialize.materialize(MPT(P, rank=2), source, runs)
+    found = materialize.materialize(method, started, fewer)
     equal(found[0], folded[2])
     equal(found[1], folded[0])
 

@@ -10,7 +10,7 @@ from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.shared_prompt import SharedPrompt
 from mpt_jax.prompts.spot import NearestSource
-from mpt_jax.prompts.warm_start import mix, source_weights
+from mpt_jax.prompts.warm_start import source_weights, weighted_mean
 
 P, H, R = 4, 6, 2
 SOURCES = Runs(["mnli", "qqp", "sst2"])
@@ -39,7 +39,7 @@ def test_every_way_to_say_it_is_a_table_of_weights(start_from, names, expected):
 
 def test_means_are_weighted_and_one_row_alone_is_itself_to_the_bit():
     weights = np.array([[0.6, 0, 0.2], [0, 0.3, 0], [1, 1, 1]])
-    mixed = mix(weights, TABLE)
+    mixed = weighted_mean(weights, TABLE)
     wide = TABLE.astype(np.float64)
     np.testing.assert_allclose(mixed[0], (3 * wide[0] + wide[2]) / 4, atol=1e-6)
     assert np.asarray(mixed[1]).tobytes() == TABLE[1].tobytes()

@@ -13,7 +13,7 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import get_method, method_names
 from mpt_jax.prompts.attempt import ATTEMPT
-from mpt_jax.prompts.base import Given, InitContext, rows_of
+from mpt_jax.prompts.base import InitContext, PromptContext, row_axes
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.serving import prompt_bank
@@ -35,7 +35,7 @@ def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params
     made = {}
     for name, leaf in shapes.items():
         # What belongs to no row is the same in all artefacts.
-        own = rng if f"prompt/{name}" in rows_of(method) else np.random.default_rng(0)
+        own = rng if f"prompt/{name}" in row_axes(method) else np.random.default_rng(0)
         made[name] = own.normal(size=leaf.shape).astype(np.float32)
     save(folder, method, made | (params or {}), runs, **overrides)
     return artifacts.load_artefact(folder)
@@ -100,7 +100,7 @@ def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
         texts = jnp.stack([next(rows) for _ in range(artefact.runs.num_rows)])
         every = jnp.arange(artefact.runs.num_rows)
         params = jax.tree.map(jnp.asarray, artefact.params)
-        given.append(artefact.method.compose(params, artefact.runs, every, Given(texts)))
+        given.append(artefact.method.compose(params, artefact.runs, every, PromptContext(texts)))
     expected = np.concatenate(given)
     np.testing.assert_allclose(composed(joined, ["x", "y", "z"]), expected, atol=1e-6)
     assert joined.method == (PromptTuning(P) if folded else found[0].method)
@@ -348,7 +348,7 @@ def test_what_all_tasks_share_is_kept_once_and_must_be_the_same():
     found = compose(bank.method, bank.arrays, jnp.array([1, 0]), pooled)
     for artefact, prompt, text in zip((y, x), found, pooled, strict=True):
         alone = jax.tree.map(jnp.asarray, artefact.params)
-        given = Given(text[None])
+        given = PromptContext(text[None])
         expected = artefact.method.compose(alone, artefact.runs, jnp.array([0]), given)[0]
         np.testing.assert_allclose(prompt, expected, atol=1e-5)
     with pytest.raises(ValueError, match="x and z differ in 'sources'"):

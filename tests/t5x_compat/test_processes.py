@@ -29,7 +29,7 @@ EXPLICIT = {"coordinator_address": "host:1234", "num_processes": 2, "process_id"
     ],
 )
 def test_what_is_joined(environment, expected):
-    assert distributed.wanted(environment) == expected
+    assert distributed.distributed_args(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_what_is_joined(environment, expected):
 )
 def test_half_an_address_is_refused(environment, message):
     with pytest.raises(ValueError, match=message):
-        distributed.wanted(environment)
+        distributed.distributed_args(environment)
 
 
 def test_a_job_is_joined_once(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
-    distributed.join({})
-    distributed.join({**ADDRESS, **PLACE})
+    distributed.initialize({})
+    distributed.initialize({**ADDRESS, **PLACE})
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    distributed.join({**ADDRESS, **PLACE})
+    distributed.initialize({**ADDRESS, **PLACE})
     assert calls == [EXPLICIT]

@@ -63,7 +63,7 @@ def test_the_artefact_of_a_save_stays_where_prompts_are_no_longer_finite(
     host, tmp_path, monkeypatch, caplog
 ):
     state = first_state(host)
-    host._loaded = initialization.Loaded(state.params, "0" * 64, None)
+    host._loaded = initialization.InitialParams(state.params, "0" * 64, None)
     monkeypatch.setattr(train_state_adapter, "_HOSTS", [host])
     (hook,) = train_state_adapter.save_hooks(str(tmp_path))
     good = {"target": {"prompt": state.params["prompt"]}, "state": {"step": 3}}

@@ -56,10 +56,10 @@ def test_synthetic_labels_are_made_of_the_words_alone(name):
 
 
 def test_nonsense():
-    assert suite.nonsense("entailment") == "ipveomnipv"
-    assert suite.nonsense("not_duplicate") == "puv_faqmodevi"
-    assert (suite.nonsense("True"), suite.nonsense("choice1")) == ("Vsai", "djuodi1")
-    assert suite.nonsense("Sci/Tech zu") == "Tdo/Vidj ba"
+    assert suite.synthetic_word("entailment") == "ipveomnipv"
+    assert suite.synthetic_word("not_duplicate") == "puv_faqmodevi"
+    assert (suite.synthetic_word("True"), suite.synthetic_word("choice1")) == ("Vsai", "djuodi1")
+    assert suite.synthetic_word("Sci/Tech zu") == "Tdo/Vidj ba"
 
 
 def test_a_version_may_be_repeated():

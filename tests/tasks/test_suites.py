@@ -263,7 +263,7 @@ def test_what_is_undefined_is_marked_wherever_scores_are_written(evaluated, writ
     ],
 )
 def test_the_stages_find_their_tasks(data_dir, name, tasks):
-    trainer_choice.install()
+    trainer_choice.install_fallback()
     with gin_utils.as_main(train):
         gin_utils.parse([name], ["VOCABULARY = 'byt5'"], (str(ROOT),))
 

@@ -44,7 +44,7 @@ def train(made: Trainer) -> dict[str, np.ndarray]:
     for seed in range(6):
         made.train(tiny.batch(ROWS, seed=seed))
         made.read_metrics()
-        made.give_up_places()
+        made.compact_batches()
     assert made.ended[:4].tolist() == [3, 3, -1, 1] and made.failed.sum() == 1
     return flatten(to_host(made.state.trainable))
 

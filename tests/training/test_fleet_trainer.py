@@ -210,7 +210,7 @@ def test_rows_of_runs_that_have_ended_are_not_sent_and_change_no_number(method):
         )
         for start in range(0, 8, 2):
             learn(made, range(start, start + 2), rows).read_metrics()
-            made.give_up_places()
+            made.compact_batches()
         found[by_run] = (sizes, made.state.trainable)
         assert step._cache_size() == len(set(sizes))
     assert found[False][0] == [12] * 8

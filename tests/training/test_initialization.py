@@ -20,7 +20,7 @@ from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.spot import NearestSource
 from mpt_jax.training import initialization
-from mpt_jax.training.initialization import Origins, fill
+from mpt_jax.training.initialization import Origins, initialize_params
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import create_train_state, num_params
 from tests.fixtures import tiny
@@ -82,7 +82,7 @@ def vocabulary_model(**overrides) -> encoder_decoder.PromptedEncoderDecoder:
 
 
 def test_the_backbone_comes_from_its_checkpoint_and_the_prompt_from_its_embedding(backbone):
-    loaded = fill(vocabulary_model(), Origins(backbone["path"]), KEY)
+    loaded = initialize_params(vocabulary_model(), Origins(backbone["path"]), KEY)
     leaves = flatten(loaded.params)
     prompt = {name for name in leaves if name.startswith("prompt/")}
     assert set(leaves) - prompt == set(backbone["leaves"])
@@ -92,9 +92,9 @@ def test_the_backbone_comes_from_its_checkpoint_and_the_prompt_from_its_embeddin
     assert all(row.tobytes() in rows for row in np.asarray(leaves["prompt/shared"][0]))
     assert loaded.embedding_sha256 == digest(backbone)
     assert loaded.vocabulary_sha256 == artifacts.vocabulary_digest(Vocabulary())
-    again = fill(vocabulary_model(), Origins(backbone["path"]), KEY)
+    again = initialize_params(vocabulary_model(), Origins(backbone["path"]), KEY)
     tiny.close(again.params, loaded.params, 0)
-    other = fill(vocabulary_model(), Origins(backbone["path"]), jax.random.PRNGKey(1))
+    other = initialize_params(vocabulary_model(), Origins(backbone["path"]), jax.random.PRNGKey(1))
     assert not np.array_equal(other.params["prompt"]["task_left"], leaves["prompt/task_left"])
 
 
@@ -102,7 +102,7 @@ def test_teachers_come_by_task_from_one_or_several_artefacts(backbone, tmp_path)
     first, table = write(tmp_path / "a", backbone, ["gamma", "other", "alpha"])
     second, more = write(tmp_path / "b", backbone, ["beta"])
     model = vocabulary_model(objective=DISTILLED)
-    loaded = fill(model, Origins(backbone["path"], [first, second]), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], [first, second]), KEY)
     teachers = loaded.params["teacher"]["table"]
     np.testing.assert_array_equal(teachers, np.stack([table[2], more[0], table[0]]))
 
@@ -111,7 +111,7 @@ def test_teachers_of_runs_are_found_by_their_task(backbone, tmp_path):
     runs = Runs(["alpha", "beta", "gamma"], ["alpha_s1", "beta_s1", "gamma_s1"])
     path, table = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
     model = vocabulary_model(objective=DISTILLED)
-    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
     np.testing.assert_array_equal(loaded.params["teacher"]["table"], table)
 
 
@@ -119,11 +119,11 @@ def test_a_teacher_of_the_runs_own_name_goes_before_others_of_its_task(backbone,
     runs = Runs(["alpha", "alpha", "beta", "gamma"], ["alpha_s1", "alpha", "beta_s1", "gamma_s1"])
     path, table = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
     model = vocabulary_model(objective=DISTILLED)
-    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
     np.testing.assert_array_equal(loaded.params["teacher"]["table"], table[1:])
     seeds = Runs(["alpha", "alpha"], ["alpha_s1", "alpha"])
     model = vocabulary_model(objective=DISTILLED, runs=seeds)
-    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
     np.testing.assert_array_equal(loaded.params["teacher"]["table"], table[:2])
 
 
@@ -132,18 +132,18 @@ def test_several_teachers_of_one_task_are_named(backbone, tmp_path):
     first, _ = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
     model = vocabulary_model(objective=DISTILLED, runs=Runs(["alpha"]))
     with pytest.raises(ValueError, match=f"'alpha_s1 in {first}', 'alpha_s2 in {first}'"):
-        fill(model, Origins(backbone["path"], first), KEY)
+        initialize_params(model, Origins(backbone["path"], first), KEY)
     second, _ = write(tmp_path / "b", backbone, ["alpha_s2"], runs=Runs(["alpha"], ["alpha_s2"]))
     model = vocabulary_model(objective=DISTILLED, runs=Runs(["alpha"], ["alpha_s2"]))
     with pytest.raises(ValueError, match=f"'alpha_s2 in {first}', 'alpha_s2 in {second}'"):
-        fill(model, Origins(backbone["path"], [first, second]), KEY)
+        initialize_params(model, Origins(backbone["path"], [first, second]), KEY)
 
 
 def test_prompts_start_from_an_artefact_through_their_method(backbone, tmp_path):
     path, table = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
-    loaded = fill(model, Origins(backbone["path"], artefact=path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], artefact=path), KEY)
     np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[1:])
 
 
@@ -161,7 +161,7 @@ def test_prompts_start_from_the_nearest_source(backbone, tmp_path):
     """`write` draws the same numbers for as many names, so the target's early prompt, row 1 of
     three, is the early prompt of mnli."""
     model, origins, table = spot(backbone, tmp_path, ["x", "alpha", "y"])
-    loaded = fill(model, origins, KEY)
+    loaded = initialize_params(model, origins, KEY)
     np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[:1])
     assert loaded.started_from == {
         "artefact_sha256": artifacts.digest({"table": table}),
@@ -173,25 +173,25 @@ def test_a_start_by_name_is_recorded_too(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
-    loaded = fill(model, Origins(backbone["path"], artefact=path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], artefact=path), KEY)
     assert loaded.started_from is not None and loaded.started_from["start_from"] == "qqp"
-    assert fill(model, Origins(backbone["path"]), KEY).started_from is None
+    assert initialize_params(model, Origins(backbone["path"]), KEY).started_from is None
 
 
 def test_embeddings_of_another_backbone_are_refused(backbone, tmp_path):
     other = {"embedding_sha256": "0" * 64}
     model, origins, _ = spot(backbone, tmp_path, other=other)
     with pytest.raises(ValueError, match=f"{tmp_path / 'target'} belongs to another backbone"):
-        fill(model, origins, KEY)
+        initialize_params(model, origins, KEY)
 
 
 def test_embeddings_that_lack_a_target_and_more_sources_than_there_are(backbone, tmp_path):
     model, origins, _ = spot(backbone, tmp_path / "a", ["beta", "gamma"])
     with pytest.raises(ValueError, match="no embedding of 'alpha'; it has beta, gamma"):
-        fill(model, origins, KEY)
+        initialize_params(model, origins, KEY)
     model, origins, _ = spot(backbone, tmp_path / "b", top_k=4)
     with pytest.raises(ValueError, match="top_k is 4, and the initial artefact holds 3"):
-        fill(model, origins, KEY)
+        initialize_params(model, origins, KEY)
 
 
 @pytest.mark.parametrize(
@@ -201,20 +201,20 @@ def test_missing_embeddings_name_the_stage_that_makes_them(backbone, tmp_path, a
     model, origins, _ = spot(backbone, tmp_path)
     shutil.rmtree(tmp_path / absent)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / absent}.*gin/{stage}.gin"):
-        fill(model, origins, KEY)
+        initialize_params(model, origins, KEY)
 
 
 def test_a_choice_needs_an_artefact_to_choose_from(backbone, tmp_path):
     model, _, _ = spot(backbone, tmp_path)
     with pytest.raises(ValueError, match="there is none: set INITIAL_ARTEFACT"):
-        fill(model, Origins(backbone["path"]), KEY)
+        initialize_params(model, Origins(backbone["path"]), KEY)
 
 
 def test_full_fine_tuning_starts_from_the_pretrained_weights_in_float32(backbone):
     config = tiny.config(dtype="bfloat16")
     method = get_method("none")()
     tuned = tiny.model(Runs(["a"]), method, config, labels=encoder_decoder.FULL_FINETUNING)
-    loaded = fill(tuned, Origins(backbone["path"]), KEY)
+    loaded = initialize_params(tuned, Origins(backbone["path"]), KEY)
     for name, leaf in flatten(loaded.params).items():
         assert leaf.dtype == jnp.float32
         np.testing.assert_array_equal(leaf, backbone["leaves"][name], err_msg=name)
@@ -223,7 +223,7 @@ def test_full_fine_tuning_starts_from_the_pretrained_weights_in_float32(backbone
 def test_what_is_frozen_has_the_dtype_it_computes_in_and_prompts_are_float32(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["alpha", "beta", "gamma"])
     model = vocabulary_model(config=tiny.config(dtype="bfloat16"), objective=DISTILLED)
-    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
     for name, leaf in flatten(loaded.params).items():
         prompt = name.startswith(("prompt/", "teacher/"))
         assert leaf.dtype == (jnp.float32 if prompt else jnp.bfloat16), name
@@ -233,7 +233,7 @@ def test_what_is_frozen_has_the_dtype_it_computes_in_and_prompts_are_float32(bac
 def test_what_is_loaded_lies_on_no_device_and_no_step_takes_it_away(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["alpha", "beta", "gamma"])
     model = vocabulary_model(config=tiny.config(dtype="bfloat16"), objective=DISTILLED)
-    loaded = fill(model, Origins(backbone["path"], path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
     leaves = flatten(loaded.params)
     assert {type(leaf) for leaf in leaves.values()} == {np.ndarray}
     before = {name: leaf.copy() for name, leaf in leaves.items()}
@@ -253,7 +253,7 @@ def test_scanned_layers_load_the_same_checkpoint_and_give_the_same_answers(backb
         config = tiny.config(scan_layers=scan_layers)
         greedy = vocabulary_model(config=config)
         beams = vocabulary_model(config=config, decode_fn=decoding.beam_search)
-        params = fill(greedy, Origins(path), KEY).params
+        params = initialize_params(greedy, Origins(path), KEY).params
         assert is_stacked(params) == scan_layers
         every = functools.partial(beams.predict_batch_with_aux, return_all_decodes=True)
         run = jax.jit(lambda *x, g=greedy, e=every: (g.forward(*x), g.predict_batch(*x), e(*x)))
@@ -269,7 +269,7 @@ def test_scanned_layers_load_the_same_checkpoint_and_give_the_same_answers(backb
 def test_bitfit_starts_its_biases_from_zero_where_layers_are_scanned(backbone):
     config = tiny.config(biases=True, scan_layers=True)
     model = tiny.model(Runs(["a"]), get_method("none")(), config, labels=encoder_decoder.BITFIT)
-    leaves = flatten(fill(model, Origins(backbone["path"]), KEY).params)
+    leaves = flatten(initialize_params(model, Origins(backbone["path"]), KEY).params)
     assert leaves["encoder/encoder/mlp/wi/bias"].shape == (24, 2)  # layers on axis 1
     assert not any(np.any(leaf) for name, leaf in leaves.items() if name.endswith("/bias"))
 
@@ -278,7 +278,7 @@ def test_bitfit_starts_its_biases_from_zero_and_the_rest_from_the_checkpoint(bac
     config = tiny.config(biases=True)
     method = get_method("none")()
     model = tiny.model(Runs(["a"]), method, config, labels=encoder_decoder.BITFIT)
-    leaves = flatten(fill(model, Origins(backbone["path"]), KEY).params)
+    leaves = flatten(initialize_params(model, Origins(backbone["path"]), KEY).params)
     biases = set(leaves) - set(backbone["leaves"])
     assert biases and all(name.endswith("/bias") for name in biases)
     assert not any(np.any(leaves[name]) for name in biases)
@@ -293,7 +293,7 @@ def test_random_weights_only_where_they_are_asked_for(backbone):
         Origins(backbone["path"], scratch=True)
     method = get_method("none")()
     model = tiny.model(Runs(["a"]), method, labels=encoder_decoder.FULL_FINETUNING)
-    leaves = flatten(fill(model, Origins(scratch=True), KEY).params)
+    leaves = flatten(initialize_params(model, Origins(scratch=True), KEY).params)
     assert {name: leaf.shape for name, leaf in leaves.items()} == {
         name: leaf.shape for name, leaf in backbone["leaves"].items()
     }
@@ -307,19 +307,21 @@ def test_random_weights_only_where_they_are_asked_for(backbone):
 def test_a_missing_backbone_names_the_place_and_the_command(tmp_path):
     origins = Origins(str(tmp_path / "none"), backbone_command="make backbone")
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'}.*make backbone"):
-        fill(tiny.model(), origins, KEY)
+        initialize_params(tiny.model(), origins, KEY)
 
 
 def test_a_backbone_of_another_shape_is_named_leaf_by_leaf(backbone):
     wider = tiny.model(config=tiny.config(mlp_dim=25, num_decoder_layers=2))
     with pytest.raises(ValueError) as error:
-        fill(wider, Origins(backbone["path"]), KEY)
+        initialize_params(wider, Origins(backbone["path"]), KEY)
     message = str(error.value)
     assert backbone["path"] in message
     assert "encoder/layers_0/mlp/wi/kernel: expected (16, 25), found (16, 24)" in message
     assert "decoder/layers_1/mlp/wi/kernel" in message.split("of another shape")[0]
     with pytest.raises(ValueError, match=r"not expected: \['encoder/layers_1/"):
-        fill(tiny.model(config=tiny.config(num_encoder_layers=1)), Origins(backbone["path"]), KEY)
+        initialize_params(
+            tiny.model(config=tiny.config(num_encoder_layers=1)), Origins(backbone["path"]), KEY
+        )
 
 
 def test_biases_are_not_excused_where_the_model_has_none(backbone, tmp_path):
@@ -327,14 +329,14 @@ def test_biases_are_not_excused_where_the_model_has_none(backbone, tmp_path):
     extra["encoder/layers_0/mlp/wi/bias"] = np.zeros(24, np.float32)
     path = convert.save_t5x(tmp_path, unflatten(extra))
     with pytest.raises(ValueError, match=r"1 not expected: \['encoder/layers_0/mlp/wi/bias'\]"):
-        fill(tiny.model(), Origins(str(path)), KEY)
+        initialize_params(tiny.model(), Origins(str(path)), KEY)
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(backbone):
     for side in ("input_vocabulary", "output_vocabulary"):
         model = vocabulary_model(**{side: Vocabulary(tiny.VOCABULARY + 1)})
         with pytest.raises(ValueError, match="41 ids and the backbone embeds only 40"):
-            fill(model, Origins(backbone["path"]), KEY)
+            initialize_params(model, Origins(backbone["path"]), KEY)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,7 @@ def test_artefacts_of_something_else_are_refused_with_both_values(backbone, tmp_
     }[what]
     theirs = "prompts of 2" if what == "length" else "0" * 64
     with pytest.raises(ValueError) as error:
-        fill(model, Origins(backbone["path"], **{role: path}), KEY)
+        initialize_params(model, Origins(backbone["path"], **{role: path}), KEY)
     assert ours in str(error.value) and theirs in str(error.value) and path in str(error.value)
 
 
@@ -385,25 +387,27 @@ def test_a_task_without_teacher_is_named_beside_the_known(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["alpha", "delta"])
     model = vocabulary_model(objective=DISTILLED)
     with pytest.raises(ValueError, match=r"tasks \['beta', 'gamma'\].*\['alpha', 'delta'\]"):
-        fill(model, Origins(backbone["path"], path), KEY)
+        initialize_params(model, Origins(backbone["path"], path), KEY)
 
 
 def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
     model = vocabulary_model(objective=DISTILLED)
     with pytest.raises(ValueError, match="names no artefact.*make teachers"):
-        fill(model, Origins(backbone["path"], teachers_command="make teachers"), KEY)
+        initialize_params(model, Origins(backbone["path"], teachers_command="make teachers"), KEY)
     absent = str(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=f"{absent}.*make teachers"):
-        fill(model, Origins(backbone["path"], absent, teachers_command="make teachers"), KEY)
+        initialize_params(
+            model, Origins(backbone["path"], absent, teachers_command="make teachers"), KEY
+        )
 
 
 def test_a_missing_initial_artefact_names_the_command_that_makes_it(backbone, tmp_path):
     absent = str(tmp_path / "absent")
     origins = Origins(backbone["path"], artefact=absent, artefact_command="make source")
     with pytest.raises(FileNotFoundError, match=f"{absent}.*Make it by: make source"):
-        fill(vocabulary_model(), origins, KEY)
+        initialize_params(vocabulary_model(), origins, KEY)
     with pytest.raises(FileNotFoundError, match="was to start from it.$"):
-        fill(vocabulary_model(), Origins(backbone["path"], artefact=absent), KEY)
+        initialize_params(vocabulary_model(), Origins(backbone["path"], artefact=absent), KEY)
 
 
 def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
@@ -423,7 +427,7 @@ def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
         step=1,
     )
     with pytest.raises(ValueError, match=r"task_left: expected \(3, 3, 1\), found \(3, 3, 2\)"):
-        fill(vocabulary_model(), Origins(backbone["path"], artefact=str(path)), KEY)
+        initialize_params(vocabulary_model(), Origins(backbone["path"], artefact=str(path)), KEY)
 
 
 # --- The state -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.training.oom import OutOfMemory, describe, explained, larger
+from mpt_jax.training.oom import OutOfMemory, describe, explain_oom, larger_batch
 from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.schedules import Schedule
@@ -32,7 +32,7 @@ def exhausted(*_):
 def test_the_message_has_the_sizes_and_what_halves_them():
     made, batch = make(), tiny.batch([0] * 4 + [1] * 4)
     made._train_step = exhausted
-    with pytest.raises(OutOfMemory) as caught, explained(made, batch):
+    with pytest.raises(OutOfMemory) as caught, explain_oom(made, batch):
         made.train(batch)
     told = str(caught.value)
     assert (
@@ -71,7 +71,10 @@ def test_advice_that_cannot_be_followed_is_not_given(rows, parts, has, lacks):
 
 def test_the_largest_batch_is_kept():
     short, long = tiny.batch([0, 1], text=3), tiny.batch([0, 1], text=9)
-    assert larger({}, short) is short and larger(short, long) is larger(long, short) is long
+    assert (
+        larger_batch({}, short) is short
+        and larger_batch(short, long) is larger_batch(long, short) is long
+    )
 
 
 def test_other_errors_pass_as_they_are():
@@ -82,5 +85,5 @@ def test_other_errors_pass_as_they_are():
 
     made._train_step = broken
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        with explained(made, tiny.batch([0, 1])):
+        with explain_oom(made, tiny.batch([0, 1])):
             made.train(tiny.batch([0, 1]))

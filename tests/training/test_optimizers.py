@@ -11,7 +11,7 @@ import pytest
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
-from mpt_jax.prompts.base import rows_of
+from mpt_jax.prompts.base import row_axes
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.optimizers import PromptOptimizer, adafactor
@@ -197,13 +197,13 @@ def test_adamw_by_rows_is_adamw_of_each_row_alone(absent, clip, table):
 
 
 def test_what_rows_count_is_read_off_a_methods_axes():
-    assert rows_of(MPT(P)) == ROWS
-    assert rows_of(PromptTuning(P)) == {"prompt/table": "tasks"}
+    assert row_axes(MPT(P)) == ROWS
+    assert row_axes(PromptTuning(P)) == {"prompt/table": "tasks"}
 
     class Odd(PromptTuning):
         axes = {"scale": ("tasks",), "bias": ("embed",), "number": ()}
 
-    assert rows_of(Odd(P)) == {"prompt/scale": "tasks"}
+    assert row_axes(Odd(P)) == {"prompt/scale": "tasks"}
     assert row_groups("prompt/shared", ROWS, RUNS) == (0, 1, 2)
     assert row_groups("prompt/task_left", ROWS, RUNS) == (0, 1, 0, 2)
     assert row_groups("encoder/bias", ROWS, Runs(["a", "b"])) is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.training.row_compaction import Places
+from mpt_jax.training.row_compaction import RowCompactor
 from tests.fixtures import tiny
 
 RUNS = Runs(["a", "b", "c", "d"], groups="independent")
@@ -18,15 +18,15 @@ def whole(rows_each: int) -> dict[str, np.ndarray]:
 
 def test_what_is_left_is_in_order_and_the_rest_is_empty():
     batch = whole(4)
-    packed = Places(RUNS).pack(batch, [True, False, False, True])
+    packed = RowCompactor(RUNS).pack(batch, [True, False, False, True])
     for name, value in packed.items():
         np.testing.assert_array_equal(value, batch[name][[0, 1, 2, 3, 12, 13, 14, 15]], name)
-    packed = Places(RUNS).pack(batch, [False, False, True, False])
+    packed = RowCompactor(RUNS).pack(batch, [False, False, True, False])
     assert len(packed["encoder_input_tokens"]) == 4
     # Three runs of four need all sixteen rows; one of three fills half of eight.
-    three = Places(RUNS).pack(batch, [True, True, False, True])
+    three = RowCompactor(RUNS).pack(batch, [True, True, False, True])
     np.testing.assert_array_equal(three["encoder_input_tokens"], batch["encoder_input_tokens"])
-    one = Places(RUNS, num_microbatches=8).pack(batch, [False, False, True, False])
+    one = RowCompactor(RUNS, num_microbatches=8).pack(batch, [False, False, True, False])
     assert len(one["encoder_input_tokens"]) == 8
     for name, value in one.items():
         np.testing.assert_array_equal(value[:4], batch[name][8:12], name)
@@ -36,20 +36,20 @@ def test_what_is_left_is_in_order_and_the_rest_is_empty():
 
 
 def test_capacities_are_few_and_divide():
-    assert Places(RUNS).capacities(48) == [48, 24, 12, 6, 3]
-    assert Places(RUNS, shards=4, num_microbatches=2).capacities(64) == [16, 8, 4, 2]
-    assert Places(RUNS, shards=8).capacities(24) == [3]
+    assert RowCompactor(RUNS).capacities(48) == [48, 24, 12, 6, 3]
+    assert RowCompactor(RUNS, shards=4, num_microbatches=2).capacities(64) == [16, 8, 4, 2]
+    assert RowCompactor(RUNS, shards=8).capacities(24) == [3]
 
 
 def test_rows_stay_on_their_shard_and_every_process_makes_its_own():
     batch, active = whole(8), [True, False, False, True]
     found = []
     for process in range(2):
-        places = Places(RUNS, shards=4, first_shard=2 * process, local_shards=2)
+        places = RowCompactor(RUNS, shards=4, first_shard=2 * process, local_shards=2)
         mine = {name: value[16 * process : 16 * (process + 1)] for name, value in batch.items()}
         found.append(places.pack(mine, [active[0], True, False, False])["encoder_task_ids"][:, 0])
     np.testing.assert_array_equal(np.concatenate(found), np.repeat([0, 1, 2, 3], 8))
-    two = Places(RUNS, shards=2, local_shards=2)  # a and b on one shard, c and d on the other
+    two = RowCompactor(RUNS, shards=2, local_shards=2)  # a and b on one shard, c and d on the other
     halved = two.pack(batch, active)
     np.testing.assert_array_equal(halved["encoder_task_ids"][:, 0], np.repeat([0, 3], 8))
     alone = two.pack(batch, [True, False, False, False])
@@ -60,6 +60,6 @@ def test_rows_stay_on_their_shard_and_every_process_makes_its_own():
 def test_rows_in_another_order_are_an_error():
     batch = tiny.batch([0, 1, 2, 3, 0, 1, 2, 3])
     with pytest.raises(ValueError, match="in the order of run_names"):
-        Places(RUNS).pack(batch, [True, False, True, True])
+        RowCompactor(RUNS).pack(batch, [True, False, True, True])
     with pytest.raises(ValueError, match="6 rows does not divide into 4 equal shares"):
-        Places(RUNS).pack(tiny.batch([0] * 6), [True, False, True, True])
+        RowCompactor(RUNS).pack(tiny.batch([0] * 6), [True, False, True, True])

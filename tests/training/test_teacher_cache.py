@@ -124,7 +124,7 @@ def test_logits_are_rounded_where_it_matters_least():
     """T5's logits lie far from zero together; a likely token is near the largest."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(2, 3, 50)) * 5 - 40).astype(np.float32)
-    teacher = losses.Outputs(jnp.asarray(logits))
+    teacher = losses.ModelOutputs(jnp.asarray(logits))
     made = losses.teacher_features(Distillation(hidden=False), teacher)["teacher_logits"]
     kept = np.asarray(made.astype(jnp.bfloat16), np.float64)
     exact = logits - logits.max(-1, keepdims=True).astype(np.float64)

@@ -44,8 +44,8 @@ class Attention(nn.Module):
         cfg = self.config
         if segments is not None and self._by_kernels():
             if bias is not None and fused.self_attention_fits(x.shape[1]):
-                return self._out(self._of_itself(x, bias, segments))
-            if bias is None and self._reads_memory_as_it_is(x, memory):
+                return self._out(self._self_attention(x, bias, segments))
+            if bias is None and self._uses_encoder_output_directly(x, memory):
                 return self._out(self._over_memory(x, memory, segments))
         query = self._heads("query", self._query_init)(x)
         compute = functools.partial(self._keys_and_values, memory)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             and cfg.num_heads % fused.shards_of_heads() == 0
         )
 
-    def _reads_memory_as_it_is(self, x: jax.Array, memory: jax.Array) -> bool:
+    def _uses_encoder_output_directly(self, x: jax.Array, memory: jax.Array) -> bool:
         """Whether targets are short enough for `_over_memory`: up to here it is fewer operations,
         forward and back, than keys and values are; and there must be room for it."""
         cfg = self.config
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         }
         return [layers.Kernel(shape, axes, cfg, init, name=name)() for name, init in inits.items()]
 
-    def _of_itself(
+    def _self_attention(
         self,
         x: Float[Array, "B T H"],
         bias: Float[Array, "1 N T T"],
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         query, key, value = map(by_head, (x @ to_query, *others))
         onto = jnp.einsum("bqnd,hnd->bnqh", query, key)
         onto = onto.reshape(x.shape[0], -1, cfg.emb_dim)
-        attend = lambda *arrays: fused.over_memory(*arrays, not fused.on_tpu())  # noqa: E731
+        attend = lambda *arrays: fused.cross_attention(*arrays, not fused.on_tpu())  # noqa: E731
         # Axis 1 is heads, and inside each the positions of the queries.
         queries, whole = ("batch", "heads", None), ("batch", "length", None)
         axes = (queries, whole, (queries[:2], whole[:2]))

@@ -9,7 +9,7 @@ are read where one product of all projections leaves them.
 Two kernels, each with its backward pass, which computes the probabilities again:
 
     self_attention    queries, keys and values in one array, head by head, with a bias
-    over_memory       queries over a memory that is its own keys and values (see `attention.py`)
+    cross_attention       queries over a memory that is its own keys and values (see `attention.py`)
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def self_attention_fits(length: int) -> bool:
 
 
 def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bool:
-    """Whether `over_memory` has room in VMEM, in its backward pass.
+    """Whether `cross_attention` has room in VMEM, in its backward pass.
 
     Args:
         queries: of an example, of all heads that lie on one device.
@@ -247,7 +247,7 @@ def reference_over_memory(
     memory: Float[Array, "B T H"],
     segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
 ) -> Float[Array, "B Q H"]:
-    """What `over_memory` computes, by plain operations."""
+    """What `cross_attention` computes, by plain operations."""
     scores = jnp.einsum("bqh,bkh->bqk", query, memory, preferred_element_type=jnp.float32)
     mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     probabilities = masked_softmax(scores[:, None], None, mask, query.dtype)[:, 0]
@@ -255,7 +255,7 @@ def reference_over_memory(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def over_memory(
+def cross_attention(
     query: Float[Array, "B Q H"],
     memory: Float[Array, "B T H"],
     segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
@@ -308,7 +308,7 @@ def _memory_backward_rule(interpret, kept, slope) -> Any:
     return (*found, None)
 
 
-over_memory.defvjp(_memory_forward_rule, _memory_backward_rule)
+cross_attention.defvjp(_memory_forward_rule, _memory_backward_rule)
 
 
 # --- What the kernels share ----------------------------------------------------------------------

@@ -112,7 +112,7 @@ def weighted_sum(weights: Float[Array, "... S"], sources: Float[Array, "... S l 
     return jnp.einsum("...s,...slh->...lh", weights, sources, precision=FLOAT32)
 
 
-def in_a_row(
+def concat_sources(
     sources: Float[Array, "... S l H"],
     weights: Float[Array, "... S"],
     places: Int[Array, "... k"],

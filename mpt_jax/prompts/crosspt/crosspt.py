@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from mpt_jax.core.runs import Runs, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
-from mpt_jax.prompts.base import PLAIN, PromptMethod, name_key, register
+from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
 from mpt_jax.prompts.crosspt.compositions import (
     ADD,
     COMPOSITIONS,
@@ -37,7 +37,7 @@ from mpt_jax.prompts.crosspt.compositions import (
     check_counts,
     check_effects,
     check_private,
-    in_a_row,
+    concat_sources,
     weighted_sum,
 )
 from mpt_jax.prompts.crosspt.routing import (
@@ -49,10 +49,21 @@ from mpt_jax.prompts.crosspt.routing import (
     of_rows,
 )
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.materialize import fold
+from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_attention import TextAttention
-from mpt_jax.prompts.row_ops import aligned, group_leaders, of_groups, take
-from mpt_jax.prompts.warm_start import StartFrom, mix, named_sources, shared_groups, source_weights
+from mpt_jax.prompts.row_ops import (
+    expand_leading_dims,
+    first_row_of_groups,
+    gather_group_params,
+    gather_rows,
+)
+from mpt_jax.prompts.warm_start import (
+    StartFrom,
+    named_sources,
+    shared_groups,
+    source_weights,
+    weighted_mean,
+)
 
 
 @register
@@ -153,7 +164,7 @@ class CrossPT(PromptMethod):
                 raise ValueError(unknown_name("run in private_length", run, list(own)))
         return tuple(self.length + own[run] for run in runs.run_names)
 
-    def start_length(self, source_method, source_runs):
+    def source_prompt_length(self, source_method, source_runs):
         if source_method.name != self.name:
             return self.length
         # Of its own kind: `transfer` compares the lengths of each run.
@@ -166,7 +177,7 @@ class CrossPT(PromptMethod):
         return routed or self.share == LEARNED
 
     @property
-    def knows_runs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def depends_on_run_names(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether a run's name matters: to draws, and to lengths of its own."""
         return self.is_random or isinstance(self.private_length, Mapping)
 
@@ -176,7 +187,7 @@ class CrossPT(PromptMethod):
         return self._kind.has_sources and ROUTERS[self.router].reads_text
 
     @property
-    def own_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Steps over which the temperature of draws falls."""
         assert isinstance(self.annealing, Annealing)
         return self.annealing.steps if self.is_random else 0
@@ -209,7 +220,7 @@ class CrossPT(PromptMethod):
             found["sources"] = jnp.stack(
                 [
                     self._first_sources(name_key(key, runs.run_names[row]), context)
-                    for row in group_leaders(runs)
+                    for row in first_row_of_groups(runs)
                 ]
             )
             if ROUTERS[self.router].has_logits:
@@ -253,7 +264,7 @@ class CrossPT(PromptMethod):
                 f"compose_by = {self.compose_by!r} has no source prompts that could start from an "
                 "artefact; set INITIAL_ARTEFACT to None."
             )
-        folded = fold(source_method, source, source_runs)
+        folded = materialize(source_method, source, source_runs)
         sources = folded[jnp.asarray([source_runs.row(name) for name in self.sources])]
         return {**initial(), "sources": jnp.stack([sources] * runs.num_groups)}
 
@@ -268,7 +279,7 @@ class CrossPT(PromptMethod):
         found = initial()
         for name in source:
             shared = self.axes[name][0] == "groups"
-            found[name] = source[name][groups] if shared else mix(weights, source[name])
+            found[name] = source[name][groups] if shared else weighted_mean(weights, source[name])
         if self._kind.longer:
             check_private(self, runs, source_method, source_runs, weights)
             # Z is the longest of its method's; nobody reads behind a prompt's own end.
@@ -277,31 +288,35 @@ class CrossPT(PromptMethod):
             found["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
         return found
 
-    def release(self, params):
+    def for_inference(self, params):
         """Without the clock, and with what MLPs make of prompts in their place."""
         kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
         for name in self.reparametrise:
-            kept = reparameterization.dropped(kept, name)
+            kept = reparameterization.without_mlp(kept, name)
         return dataclasses.replace(self, reparametrise=(), annealing=Annealing()), kept
 
     # --- Composition -----------------------------------------------------------------------------
 
-    def compose(self, params, runs, task_ids, given=PLAIN):
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
         if isinstance(runs, Runs) and not self.reads_text and runs.num_rows < task_ids.size:
             # Fewer prompts than examples, and the sources of none are gathered twice.
-            return take(self._compose(params, runs, jnp.arange(runs.num_rows), given), task_ids)
+            return gather_rows(
+                self._compose(params, runs, jnp.arange(runs.num_rows), given), task_ids
+            )
         return self._compose(params, runs, task_ids, given)
 
     def _compose(self, params, runs, task_ids, given) -> Any:
         soft = private = None
         if self._kind.has_sources:
-            sources = of_groups(reparameterization.apply(params, "sources"), runs, task_ids)
+            sources = gather_group_params(
+                reparameterization.apply(params, "sources"), runs, task_ids
+            )
             weights, places = self._weights(params, runs, task_ids, given)
             if self._kind.is_cat:
-                return in_a_row(sources, weights, places)
+                return concat_sources(sources, weights, places)
             soft = weighted_sum(weights, sources)
         if self._kind.has_private:
-            private = take(reparameterization.apply(params, "private"), task_ids)
+            private = gather_rows(reparameterization.apply(params, "private"), task_ids)
         return self._combined(params, runs, task_ids, given, soft, private)
 
     def _combined(self, params, runs, task_ids, given, soft, private):
@@ -314,14 +329,14 @@ class CrossPT(PromptMethod):
         if self.share == ADD:
             return soft + private
         if isinstance(self.share, str):
-            logits = take(params["share"], task_ids)[..., None]
+            logits = gather_rows(params["share"], task_ids)[..., None]
             drawn, temperature = self._drawn(logits, params, runs, task_ids, given, "share")
             part: Any = jax.nn.sigmoid(drawn / temperature)[..., None]
         else:
             part = self.share
         return (1 - part) * soft + part * private
 
-    def mixture(self, params, runs, task_ids, given=PLAIN):
+    def mixture(self, params, runs, task_ids, given=NO_CONTEXT):
         return self._weights(params, runs, task_ids, given)[0]
 
     def _weights(self, params, runs, task_ids, given):
@@ -341,11 +356,13 @@ class CrossPT(PromptMethod):
 
     def _logits(self, params, runs, task_ids, given):
         if ROUTERS[self.router].reads_text:
-            sources = of_groups(reparameterization.apply(params, "sources"), runs, task_ids)
+            sources = gather_group_params(
+                reparameterization.apply(params, "sources"), runs, task_ids
+            )
             found = self._attention().scores(params, runs, task_ids, given.pooled, sources)
             return found[..., 0]
         if "router" in params:
-            return take(params["router"], task_ids)
+            return gather_rows(params["router"], task_ids)
         return jnp.zeros((*task_ids.shape, len(self.sources)))
 
     def _drawn(self, logits, params, runs, task_ids, given, name):
@@ -354,8 +371,8 @@ class CrossPT(PromptMethod):
         if given.key is None:
             return logits, 1.0
         assert isinstance(self.annealing, Annealing)
-        clock = jax.lax.stop_gradient(of_groups(params["clock"], runs, task_ids))
-        temperature = aligned(self.annealing(clock)[..., None], logits.ndim)
+        clock = jax.lax.stop_gradient(gather_group_params(params["clock"], runs, task_ids))
+        temperature = expand_leading_dims(self.annealing(clock)[..., None], logits.ndim)
         key = jax.random.fold_in(given.key, ("router", "share").index(name))
         return logits + of_rows(noise(key, runs, logits.shape[-1]), task_ids), temperature
 

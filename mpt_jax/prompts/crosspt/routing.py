@@ -24,7 +24,7 @@ import numpy as np
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Key
-from mpt_jax.prompts.base import name_number
+from mpt_jax.prompts.base import name_hash
 
 SMALL = 1e-8  # what the released code adds
 
@@ -122,7 +122,7 @@ def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Arra
 
 def noise(key: Key, runs: Runs, count: int) -> Float[Array, "K n"]:
     """logit(u), u uniform, of every run: by its name, so the same alone and in any company."""
-    names = np.array([name_number(name) for name in runs.run_names], np.uint32)
+    names = np.array([name_hash(name) for name in runs.run_names], np.uint32)
     keys = jax.vmap(lambda name: jax.random.fold_in(key, name))(names)
     return jax.vmap(lambda one: jax.random.logistic(one, (count,)))(keys)
 

@@ -85,7 +85,9 @@ class Functions:
             embedded: Any = Transformer(self.config).apply(
                 {"params": backbone}, tokens, method="embed"
             )
-            pooled = prompt_insertion.pool(embedded, tokens > 0, jnp.zeros_like(tokens), 1)[:, 0]
+            pooled = prompt_insertion.max_pool_text(
+                embedded, tokens > 0, jnp.zeros_like(tokens), 1
+            )[:, 0]
         table = prompt_bank.compose(self.method, arrays, rows, pooled)
         return {**backbone, "prompt": {"table": table}}
 

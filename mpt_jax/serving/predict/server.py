@@ -75,7 +75,7 @@ class Server:
         )
         self._predict = jax.jit(self.functions.predict)
         self._score = jax.jit(self.functions.score)
-        malloc.keep_freed()  # the weights are in place
+        malloc.keep_freed_memory()  # the weights are in place
 
     @classmethod
     def load(

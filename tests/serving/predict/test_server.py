@@ -174,7 +174,7 @@ def test_buckets_double_up_to_the_limit():
 
 def test_a_server_keeps_the_memory_of_its_batches(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(malloc, "keep_freed", lambda: kept.append("freed memory"))
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: kept.append("freed memory"))
     serving_fixtures.server(tmp_path / "artefact")
     assert kept == ["freed memory"]
 
