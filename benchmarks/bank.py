@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import contest, figures
-from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.backbones.t5 import T5Config, Transformer, t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.mpt import MPT
@@ -39,7 +39,7 @@ class NoEnd:
     eos_id = -1
 
 
-def artefact(config: T5Config, tasks: int) -> Artefact:
+def artifact(config: T5Config, tasks: int) -> Artifact:
     """Factors of many tasks on one shared prompt, at random and in memory."""
     rng = np.random.default_rng(0)
     width = config.emb_dim
@@ -50,7 +50,7 @@ def artefact(config: T5Config, tasks: int) -> Artefact:
     }
     said = {"embedding_sha256": "random", "vocabulary_sha256": None}
     runs = Runs([f"task_{number}" for number in range(tasks)])
-    return Artefact("memory", MPT(P), runs, params, said)
+    return Artifact("memory", MPT(P), runs, params, said)
 
 
 def weights(config: T5Config) -> Any:
@@ -62,7 +62,7 @@ def weights(config: T5Config) -> Any:
 
 def batches(config: T5Config, backbone: Any, tasks: int) -> tuple[Bank, Callable[[], None]]:
     """A bank, and a function that decodes one batch of its tasks."""
-    bank = Bank([artefact(config, tasks)])
+    bank = Bank([artifact(config, tasks)])
     predict = jax.jit(Functions(config, bank.method, L, NoEnd()).predict)
     rng = np.random.default_rng(tasks)
 

@@ -182,8 +182,8 @@ class Peft:
             ),
         )
         self.model = model.to(device).train()
-        self.learnt = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.learnt, lr=RATE, weight_decay=1e-5)
+        self.learned = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learned, lr=RATE, weight_decay=1e-5)
         if fused:
             from benchmarks import fused_t5
 
@@ -196,7 +196,7 @@ class Peft:
         self.optimizer.zero_grad()
         self._last = self.model(**self.inputs(batch)).loss
         self._last.backward()
-        self.torch.nn.utils.clip_grad_norm_(self.learnt, CLIP)
+        self.torch.nn.utils.clip_grad_norm_(self.learned, CLIP)
         self.optimizer.step()
 
     def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:

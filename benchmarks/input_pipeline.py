@@ -30,7 +30,7 @@ def measure(batches: int, batch_size: int = 48) -> dict[str, float]:
     mixture = sampling.task_mixture(names, sampling.StochasticTasks(batch_size, seed=0))
     cfg = datasets.DatasetConfig(mixture, LENGTHS, "train", batch_size, shuffle=True, seed=0)
     found = {}
-    for attempt in ("first", "again"):  # the second finds the tasks tokenised
+    for attempt in ("first", "again"):  # the second finds the tasks tokenized
         before, cpu = time.monotonic(), time.process_time()
         iterator = datasets.train_iterator(cfg, converter)
         next(iterator)

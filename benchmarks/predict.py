@@ -71,7 +71,7 @@ def ours(folder: Path) -> contest.Work:
     """The function that `mpt-jax predict` compiles."""
     import jax
 
-    from mpt_jax.artifacts.artifacts import Artefact
+    from mpt_jax.artifacts.artifacts import Artifact
     from mpt_jax.convert import load_hf
     from mpt_jax.core.runs import Runs
     from mpt_jax.prompts.mpt import MPT
@@ -88,7 +88,7 @@ def ours(folder: Path) -> contest.Work:
     prompts["task_right"] = factors["right"]
     said = {"embedding_sha256": "random", "vocabulary_sha256": None}
     runs = Runs([f"task_{k}" for k in range(K)])
-    bank = Bank([Artefact("memory", MPT(P), runs, prompts, said)])
+    bank = Bank([Artifact("memory", MPT(P), runs, prompts, said)])
     predict = jax.jit(Functions(config, bank.method, L, NoEnd()).predict)
     params = jax.device_put(params)
     malloc.keep_freed_memory()

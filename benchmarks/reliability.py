@@ -262,7 +262,7 @@ def from_the_last_save(starts: list[int], saved: list[int]) -> bool:
 
 def same_prompts(one: Path, other: Path) -> bool:
     """Whether two stages handed on the same bits."""
-    first, second = (flatten(artifacts.load_artefact(p / "artefact").params) for p in (one, other))
+    first, second = (flatten(artifacts.load_artifact(p / "artifact").params) for p in (one, other))
     same = [np.asarray(first[k]).tobytes() == np.asarray(second[k]).tobytes() for k in first]
     return first.keys() == second.keys() and all(same)
 
@@ -313,7 +313,7 @@ def main() -> None:
     arguments = parser.parse_args()
     root: Path = arguments.root
     for stage in STAGES:
-        if not (folder(root / "whole", stage) / "artefact").is_dir():
+        if not (folder(root / "whole", stage) / "artifact").is_dir():
             run_whole(root / "whole", stage)
     record = root / "killed" / "kills.jsonl"
     lines = record.read_text().splitlines() if record.exists() else []
@@ -321,7 +321,7 @@ def main() -> None:
     for number, stage in enumerate(STAGES):
         before = sum(kill.stage in list(STAGES)[:number] for kill in kills)
         quota = round((arguments.kills - before) / (len(STAGES) - number))
-        if not (folder(root / "killed", stage) / "artefact").is_dir():
+        if not (folder(root / "killed", stage) / "artifact").is_dir():
             run_killed(root / "killed", stage, quota, kills, arguments.seed)
     figures.report(summary(root, kills), arguments.out)
 

@@ -1,7 +1,7 @@
 """Evaluation of saved prompts: `python -m mpt_jax.eval --gin_file=gin/eval.gin ...`.
 
 `evaluate` takes T5X's arguments, so one gin file serves both. What is evaluated is a checkpoint of
-a training run, or, where no checkpoint is named, the prompt artefact that the origins name.
+a training run, or, where no checkpoint is named, the prompt artifact that the origins name.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def evaluate(
     Args:
         model: as it was trained.
         dataset_cfg: what to evaluate on.
-        restore_checkpoint_cfg: which checkpoint(s); an empty path takes the origins' artefact.
+        restore_checkpoint_cfg: which checkpoint(s); an empty path takes the origins' artifact.
         partitioner: the mesh.
         output_dir: where metrics and predictions go, in its folder `inference_eval`.
         train_state_initializer_cls: called without arguments; its `origins` name the backbone.

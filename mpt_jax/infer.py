@@ -74,7 +74,7 @@ def infer(
     Args:
         model: as it was trained.
         dataset_cfg: which examples; its lengths must be given.
-        restore_checkpoint_cfg: one checkpoint; an empty path takes the origins' artefact.
+        restore_checkpoint_cfg: one checkpoint; an empty path takes the origins' artifact.
         partitioner: the mesh.
         output_dir: where files go.
         train_state_initializer_cls: called without arguments; its `origins` name the backbone.
@@ -117,7 +117,7 @@ def infer(
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
     malloc.keep_freed_memory()
-    made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artefact)
+    made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artifact)
     made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
     part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"
     folder = epath.Path(output_dir)

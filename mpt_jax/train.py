@@ -100,7 +100,7 @@ def train(
         NonFiniteLoss: the losses of all runs were not finite; the last good state is saved.
         OutOfMemory: a training step does not fit a device.
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
-        Occupied: another run writes to MODEL_DIR.
+        ModelDirInUse: another run writes to MODEL_DIR.
     """
     refuse_ineffective(
         "train",

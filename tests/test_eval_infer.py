@@ -224,11 +224,11 @@ def test_shards_make_up_the_whole(saved, tmp_path):
     assert sorted(parts, key=key) == sorted(read(whole), key=key)
 
 
-def test_an_artefact_is_evaluated_without_a_checkpoint(saved, tmp_path):
+def test_an_artifact_is_evaluated_without_a_checkpoint(saved, tmp_path):
     """Its prompts are the checkpoint's, so its predictions are too."""
     embedding = saved.params["token_embedder"]["embedding"]
-    path = artifacts.save_artefact(
-        tmp_path / "artefact",
+    path = artifacts.save_artifact(
+        tmp_path / "artifact",
         saved.model.prompt,
         saved.params["prompt"],
         saved.model.runs,
@@ -246,9 +246,9 @@ def test_an_artefact_is_evaluated_without_a_checkpoint(saved, tmp_path):
         feature_converter_cls=saved.model.FEATURE_CONVERTER_CLS,
     )
     by_checkpoint = infer.infer(output_dir=str(tmp_path / "a"), mode="score", **arguments(saved))
-    settings = arguments(saved, "", origins={"artefact": str(path)}, model=model)
-    by_artefact = infer.infer(output_dir=str(tmp_path / "b"), mode="score", **settings)
-    for first, second in zip(by_checkpoint, by_artefact, strict=True):
+    settings = arguments(saved, "", origins={"artifact": str(path)}, model=model)
+    by_artifact = infer.infer(output_dir=str(tmp_path / "b"), mode="score", **settings)
+    for first, second in zip(by_checkpoint, by_artifact, strict=True):
         assert read(first) == read(second)
 
 

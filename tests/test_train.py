@@ -50,7 +50,7 @@ def whole(backbone, tmp_path_factory):
 
 def test_a_run_leaves_what_the_docs_say(whole):
     found = {path.name for path in whole.iterdir()}
-    assert {"artefact", "run.jsonl", "metrics.jsonl", "train", "training_eval"} <= found
+    assert {"artifact", "run.jsonl", "metrics.jsonl", "train", "training_eval"} <= found
     assert "checkpoint_8" in found
     record = json.loads((whole / "run.jsonl").read_text())
     assert record["trainable_parameters"] == P * 16 + 3 * (P + 16)
@@ -137,12 +137,12 @@ def test_another_configuration_is_refused(backbone, tmp_path):
         run(backbone, tmp_path / "run", model=build(objective=losses.Objective(z_loss=0.1)))
 
 
-def test_another_artefact_to_start_from_is_another_configuration(backbone, tmp_path):
+def test_another_artifact_to_start_from_is_another_configuration(backbone, tmp_path):
     run(backbone, tmp_path / "one", steps=2)
     run(backbone, tmp_path / "two", steps=4)
-    origins = [{"artefact": str(tmp_path / name / "artefact")} for name in ("one", "two")]
+    origins = [{"artifact": str(tmp_path / name / "artifact")} for name in ("one", "two")]
     run(backbone, tmp_path / "run", steps=2, origins=origins[0])
-    with pytest.raises(ValueError, match="artefact_sha256: saved .*, current .*"):
+    with pytest.raises(ValueError, match="artifact_sha256: saved .*, current .*"):
         run(backbone, tmp_path / "run", steps=4, origins=origins[1])
 
 
@@ -185,21 +185,21 @@ def test_settings_without_effect_are_errors(backbone, tmp_path):
             run(backbone, tmp_path / "run", **setting)
 
 
-def test_three_stages_hand_artefacts_on(backbone, tmp_path):
-    """Teachers in one job, the distilled source stage, and a new task from its artefact."""
+def test_three_stages_hand_artifacts_on(backbone, tmp_path):
+    """Teachers in one job, the distilled source stage, and a new task from its artifact."""
     independent = Runs(TASKS, groups="independent")
     teachers = build(PromptTuning(P), independent)
     run(backbone, tmp_path / "pt", teachers, data=dataset(independent, EqualQuotas(BATCH, 1)))
     student = build(objective=losses.Objective(distillation=losses.Distillation()))
-    origins = {"teachers": str(tmp_path / "pt" / "artefact")}
+    origins = {"teachers": str(tmp_path / "pt" / "artifact")}
     run(backbone, tmp_path / "source", student, origins=origins)
     lines = (tmp_path / "source" / "metrics.jsonl").read_text().splitlines()
     terms = set(json.loads(lines[-1]))
     assert {"term/kl", "term/hidden_encoder", "term/hidden_decoder"} <= terms
 
     one = Runs(["run_b"])
-    artefact = str(tmp_path / "source" / "artefact")
-    run(backbone, tmp_path / "target", build(runs=one), 0, {"artefact": artefact},
+    artifact = str(tmp_path / "source" / "artifact")
+    run(backbone, tmp_path / "target", build(runs=one), 0, {"artifact": artifact},
         data=dataset(one, EqualQuotas(BATCH, 1)))  # fmt: skip
     source, target = prompts(tmp_path / "source"), prompts(tmp_path / "target")
     np.testing.assert_array_equal(target["shared"], source["shared"])
@@ -220,14 +220,14 @@ def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
     for name, steps in (("early", 2), ("sources", 4)):
         run(backbone, tmp_path / name, build(PromptTuning(P), independent), steps, data=data)
     one = Runs(["run_c"])
-    early = str(tmp_path / "early" / "artefact")
+    early = str(tmp_path / "early" / "artifact")
 
     def start(**settings):
         method = PromptTuning(P, start_from=NearestSource(early, early, **settings))
-        origins = {"artefact": str(tmp_path / "sources" / "artefact")}
+        origins = {"artifact": str(tmp_path / "sources" / "artifact")}
         run(backbone, tmp_path / "target", build(method, one), 0, origins,
             data=dataset(one, EqualQuotas(BATCH, 1)))  # fmt: skip
-        return artifacts.load_artefact(tmp_path / "target" / "artefact")
+        return artifacts.load_artifact(tmp_path / "target" / "artifact")
 
     started = start()
     np.testing.assert_array_equal(
@@ -240,18 +240,18 @@ def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
 
 @pytest.mark.slow
 def test_a_source_task_is_added_to_a_trained_source_stage(backbone, tmp_path):
-    """Its teacher lies in an artefact of its own; the other tasks go on from where they were."""
+    """Its teacher lies in an artifact of its own; the other tasks go on from where they were."""
     for name, tasks in (("first", TASKS[:2]), ("second", TASKS[2:])):
         runs = Runs(tasks, groups="independent")
         data = dataset(runs, EqualQuotas(BATCH, 1))
         run(backbone, tmp_path / name, build(PromptTuning(P), runs), 2, data=data)
-    teachers = [str(tmp_path / name / "artefact") for name in ("first", "second")]
+    teachers = [str(tmp_path / name / "artifact") for name in ("first", "second")]
     objective = losses.Objective(distillation=losses.Distillation())
     two = build(runs=Runs(TASKS[:2]), objective=objective)
     run(backbone, tmp_path / "source", two, 2, {"teachers": teachers[:1]})
 
     method = MPT(P, start_from="same_or_average")
-    origins = {"teachers": teachers, "artefact": str(tmp_path / "source" / "artefact")}
+    origins = {"teachers": teachers, "artifact": str(tmp_path / "source" / "artifact")}
     three = lambda: build(method, objective=objective)  # noqa: E731
     run(backbone, tmp_path / "refreshed", three(), 0, origins)
     old, new = prompts(tmp_path / "source"), prompts(tmp_path / "refreshed")
@@ -293,7 +293,7 @@ def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
     )
     assert set(scores) == set(TASKS)
     assert sorted(best.history) == [4, 8]
-    config = artifacts.load_artefact(tmp_path / "run" / "artefact").config
+    config = artifacts.load_artifact(tmp_path / "run" / "artifact").config
     assert config["metrics"]["best_step"] == best.best_step
     assert config["metrics"]["scores"] == best.scores and config["step"] == max(best.best_step)
     assert (tmp_path / "run" / "inference_eval").is_dir()
@@ -384,15 +384,15 @@ def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone
     assert endings(tmp_path / "whole") == endings(tmp_path / "parts") == {
         "run_a": ("finished", 4, 4), "run_b": ("failed", 1, None), "run_c": ("finished", 8, 8),
     }  # fmt: skip
-    # A run that failed and was never selected leaves nothing; each of the others its own artefact.
-    assert {path.name for path in (tmp_path / "whole" / "artefacts").iterdir()} == {
+    # A run that failed and was never selected leaves nothing; each of the others its own artifact.
+    assert {path.name for path in (tmp_path / "whole" / "artifacts").iterdir()} == {
         "run_a",
         "run_c",
     }
-    joint = artifacts.load_artefact(tmp_path / "whole" / "artefact")
+    joint = artifacts.load_artifact(tmp_path / "whole" / "artifact")
     assert joint.runs.run_names == ("run_a", "run_c") and joint.runs.num_groups == 2
     for row, name in enumerate(joint.runs.run_names):
-        own = artifacts.load_artefact(tmp_path / "whole" / "artefacts" / name)
+        own = artifacts.load_artifact(tmp_path / "whole" / "artifacts" / name)
         assert own.runs == Runs([name]) and own.config["step"] == (4, 8)[row]
         np.testing.assert_array_equal(own.folded()[0], joint.folded()[row])
     # The run that ended early equals the run alone, of as many steps.
@@ -401,12 +401,12 @@ def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone
     optimizer = PromptOptimizer(dict.fromkeys(("shared", "task", "backbone"), schedule))
     cfg = dataset(alone, EqualQuotas(BATCH // 3, 1), batch_size=BATCH // 3)
     run(backbone, tmp_path / "alone", build(runs=alone, optimizer=optimizer), 4, data=cfg)
-    solo = artifacts.load_artefact(tmp_path / "alone" / "artefact").folded()
+    solo = artifacts.load_artifact(tmp_path / "alone" / "artifact").folded()
     np.testing.assert_allclose(joint.folded()[:1], solo, 1e-5, 1e-5)
-    # An artefact of one run is a start for others.
+    # An artifact of one run is a start for others.
     again = run_fleet(backbone, tmp_path / "whole", scored=True)  # trains no further
     assert set(again) == set(TASKS)
-    start = {"artefact": str(tmp_path / "whole" / "artefacts" / "run_a")}
+    start = {"artifact": str(tmp_path / "whole" / "artifacts" / "run_a")}
     run(backbone, tmp_path / "next", build(), 2, start)
 
 
@@ -430,7 +430,7 @@ def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, mo
     with pytest.raises(NonFiniteLoss):
         run_fleet(backbone, tmp_path / "none", peaks=too_high)
     assert set(endings(tmp_path / "none").values()) == {("failed", 1, None)}
-    assert not (tmp_path / "none" / "artefact").exists()
+    assert not (tmp_path / "none" / "artifact").exists()
     folder = tmp_path / "some"
     run_fleet(backbone, folder, 2, patience=9)
     first = prompts(folder)
@@ -438,10 +438,10 @@ def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, mo
         run_fleet(backbone, folder, patience=9, peaks=too_high)
     assert set(endings(folder).values()) == {("failed", 3, 2)} and not finalize.all_ended(folder)
     assert_same_bits(prompts(folder), first)
-    assert artifacts.load_artefact(folder / "artefacts" / "run_b").config["step"] == 2
-    assert len(read) == 3, "once for each job, however many artefacts it leaves"
-    # The card of a run tells what it learnt itself.
-    for name, runs in (("artefact", 3), ("artefacts/run_b", 1)):
+    assert artifacts.load_artifact(folder / "artifacts" / "run_b").config["step"] == 2
+    assert len(read) == 3, "once for each job, however many artifacts it leaves"
+    # The card of a run tells what it learned itself.
+    for name, runs in (("artifact", 3), ("artifacts/run_b", 1)):
         card = (folder / name / "README.md").read_text()
         count = sum(leaf.size for leaf in first.values()) // 3 * runs
         assert f"| numbers that were trained | {count:,} |" in card
@@ -453,6 +453,6 @@ def test_patience_ends_each_run_and_then_the_job(backbone, tmp_path):
         "run_a": ("finished", 6, 2), "run_b": ("finished", 4, 2), "run_c": ("finished", 4, 2),
     }  # fmt: skip
     assert (tmp_path / "run" / "checkpoint_6").is_dir(), "nobody was left to train to step 8"
-    config = artifacts.load_artefact(tmp_path / "run" / "artefacts" / "run_b").config
+    config = artifacts.load_artifact(tmp_path / "run" / "artifacts" / "run_b").config
     assert config["metrics"]["best_step"] == [2] and config["metrics"]["best_score"] == [0]
     assert list(config["metrics"]["scores"]) == ["run_b"]

@@ -77,10 +77,10 @@ PYTHONUNBUFFERED=1 "$python" -m "$@" >>"$log" 2>&1 &
 child=$!
 echo "$child" >pid
 tail -c "+$((before + 1))" -f --pid="$child" "$log" &
-trap 'signalled=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
-signalled=yes code=0
-while [[ -n $signalled ]]; do # a signal ends the wait, not the run
-  signalled='' ended=0
+trap 'signaled=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
+signaled=yes code=0
+while [[ -n $signaled ]]; do # a signal ends the wait, not the run
+  signaled='' ended=0
   wait "$child" || ended=$?
   ((ended == 127)) || code=$ended # 127: it had been waited for
 done

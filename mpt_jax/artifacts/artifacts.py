@@ -1,9 +1,9 @@
-"""Prompt artefacts: what one stage hands the next, and what users deploy.
+"""Prompt artifacts: what one stage hands the next, and what users deploy.
 
 A folder of three files. `prompts.safetensors` holds the method's parameters under `factors/` and,
 on request, the folded prompt of each row under `folded/`. `config.json` says what they belong to:
 the method, the runs, the backbone (digest of its embedding) and the vocabulary, and the digest of
-`prompts.safetensors`. Whoever reads an artefact checks the digests and refuses another backbone's,
+`prompts.safetensors`. Whoever reads an artifact checks the digests and refuses another backbone's,
 or prompts that are not those that were written. `README.md` is its model card.
 """
 
@@ -26,6 +26,7 @@ from safetensors.numpy import load, save
 
 import mpt_jax
 from mpt_jax.artifacts import model_card
+from mpt_jax.core.old_names import current_keys, existing_folder
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
@@ -51,8 +52,8 @@ FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Artefact:
-    """A read artefact.
+class Artifact:
+    """A read artifact.
 
     Attributes:
         path: where it was read.
@@ -114,7 +115,7 @@ def digest(leaves: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-def save_artefact(  # noqa: PLR0913 - each is one field of config.json
+def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     path: str | os.PathLike[str],
     method: PromptMethod,
     params: Params,
@@ -129,7 +130,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
 ) -> epath.Path:
-    """Writes an artefact; a reader sees the old folder or the new one, never half of it.
+    """Writes an artifact; a reader sees the old folder or the new one, never half of it.
 
     Args:
         path: the folder.
@@ -141,7 +142,7 @@ def save_artefact(  # noqa: PLR0913 - each is one field of config.json
         backbone: a name or path for people to read.
         step: the training step the parameters are from.
         metrics: what was measured of them, JSON values.
-        started_from: digest of the artefact they started from, and which of its rows.
+        started_from: digest of the artifact they started from, and which of its rows.
         include_folded: also writes each row's plain prompt, where it has one.
         facts: what the model card says beside these.
     """
@@ -188,32 +189,32 @@ def _mixture(method: PromptMethod, params: Params, runs: Runs) -> dict[str, Any]
     return {run: dict(zip(method.candidates, row, strict=True)) for run, row in pairs}
 
 
-def load_artefact(path: str | os.PathLike[str]) -> Artefact:
-    """Reads an artefact.
+def load_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Reads an artifact.
 
     Raises:
-        FileNotFoundError: no artefact there.
+        FileNotFoundError: no artifact there.
         ValueError: unreadable, damaged, of a newer format, or not what its own config says.
     """
-    path = epath.Path(path)
+    path = existing_folder(path)
     if not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise FileNotFoundError(
-            f"No prompt artefact at {path}: a folder with {CONFIG} and {TENSORS} was expected. A "
-            "training run writes one to MODEL_DIR/artefact."
+            f"No prompt artifact at {path}: a folder with {CONFIG} and {TENSORS} was expected. A "
+            "training run writes one to MODEL_DIR/artifact."
         )
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = current_keys(json.loads((path / CONFIG).read_text()))
         prompts = (path / TENSORS).read_bytes()
         tensors = load(prompts)
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"The prompt artefact at {path} cannot be read: {error}.") from error
+        raise ValueError(f"The prompt artifact at {path} cannot be read: {error}.") from error
     if config.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has artefact format {config.get('format')!r}; this version reads {FORMAT}."
+            f"{path} has artifact format {config.get('format')!r}; this version reads {FORMAT}."
         )
     missing = [field for field in FIELDS if field not in config]
     if missing:
-        raise ValueError(f"{path / CONFIG} lacks {missing}, so it is not a whole artefact.")
+        raise ValueError(f"{path / CONFIG} lacks {missing}, so it is not a whole artifact.")
     prefix = "factors/"
     leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     match_exactly(
@@ -225,7 +226,7 @@ def load_artefact(path: str | os.PathLike[str]) -> Artefact:
     method = get_method(config["method"])(**config["method_config"])
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     params = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
-    return Artefact(str(path), method, runs, params, config)
+    return Artifact(str(path), method, runs, params, config)
 
 
 def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) -> None:
@@ -239,6 +240,6 @@ def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) 
     elif (found := hashlib.sha256(prompts).hexdigest()) != expected:
         raise ValueError(
             f"{path / TENSORS} was changed after it was written: its sha256 is {found}, and "
-            f"{CONFIG} has {expected}. Copy the artefact again, or let its run write it once more "
+            f"{CONFIG} has {expected}. Copy the artifact again, or let its run write it once more "
             "(the same command does)."
         )

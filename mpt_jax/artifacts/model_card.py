@@ -1,7 +1,7 @@
-"""The model card of a prompt artefact: its README.md, in Markdown with front matter that Hugging
+"""The model card of a prompt artifact: its README.md, in Markdown with front matter that Hugging
 Face's hub reads.
 
-A card is made of the artefact's config.json and of what the run knows beside it (`Facts`), and of
+A card is made of the artifact's config.json and of what the run knows beside it (`Facts`), and of
 nothing else. What no run can know is left to the author, with the words of `TO_FILL`.
 
 The last line holds a digest of those above. A card whose digest does not match was edited, and no
@@ -27,8 +27,8 @@ from mpt_jax.prompts.base import get_method
 NAME = "README.md"
 TO_FILL = "to be filled in by the author"
 AUTHORS = {
-    "Licence": "under which terms these prompts may be used. They hold nothing of the backbone, "
-    "but work only with it, and its licence and those of the data may bind them.",
+    "License": "under which terms these prompts may be used. They hold nothing of the backbone, "
+    "but work only with it, and its license and those of the data may bind them.",
     "Intended use": "who may use these prompts for what, and what they are not for.",
     "Known limits and biases": "where they fail, what the data leaves out, and whom errors hurt.",
 }
@@ -73,7 +73,7 @@ class Facts:
         trained_on: run -> (examples that were cut to the limit on lengths, examples).
         evaluated: run -> examples that its metrics are of.
         evaluated_split: which split they are from.
-        trained_numbers: numbers that learnt, also outside the artefact.
+        trained_numbers: numbers that learned, also outside the artifact.
         git_revision: of the code.
         packages: name -> version.
     """
@@ -110,7 +110,7 @@ def data_of(task: Any) -> Data:
 
 
 def for_folder(folder: epath.Path, config: Mapping[str, Any], facts: Facts) -> bytes:
-    """The card that an artefact's folder is to hold: the one there if its author edited it, else a
+    """The card that an artifact's folder is to hold: the one there if its author edited it, else a
     new one. The log says which was kept."""
     path = folder / NAME
     if path.exists() and not is_generated(before := path.read_bytes()):
@@ -130,7 +130,7 @@ def is_generated(card: bytes) -> bool:
 
 
 def text(config: Mapping[str, Any], facts: Facts) -> str:
-    """The card of an artefact.
+    """The card of an artifact.
 
     Args:
         config: what its config.json says.
@@ -170,13 +170,13 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
     groups = len(set(config["groups"]))
     settings = sorted(config["method_config"].items())
     method = {key.replace("_", " "): _plain(v) for key, v in settings}
-    started = (config.get("started_from") or {}).get("artefact_sha256")
+    started = (config.get("started_from") or {}).get("artifact_sha256")
     rows = {
         "method": f"`{config['method']}`",
         **method,
         "tasks": ", ".join(f"`{task}`" for task in dict.fromkeys(config["task_names"])),
         "groups that share nothing": groups if groups > 1 else None,
-        "numbers in this artefact": f"{numbers:,}",
+        "numbers in this artifact": f"{numbers:,}",
         "numbers that were trained": _thousands(facts.trained_numbers),
         "step": config["step"],
         "backbone": f"`{config['backbone']}`",
@@ -197,7 +197,7 @@ def _how_to_read(config: Mapping[str, Any]) -> str:
     """What becomes a prompt, and by which call: not every method has one array for all runs."""
     method = get_method(config["method"])(**config["method_config"])
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
-    read = "mpt_jax.artifacts.artifacts.load_artefact(FOLDER)"
+    read = "mpt_jax.artifacts.artifacts.load_artifact(FOLDER)"
     if method.reads_text:
         return (
             f"`{read}` gives the method and its parameters, of which `method.compose` makes the "

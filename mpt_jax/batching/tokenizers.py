@@ -1,8 +1,8 @@
 """Text into ids and back with SeqIO's vocabularies, but without SeqIO or TensorFlow.
 
 A server has to know the ids that training saw and nothing else of a data pipeline. These classes
-have SeqIO's names and give its ids and its digests (`artefacts.vocabulary_digest`), so that an
-artefact can tell whether it gets the vocabulary that it was trained with.
+have SeqIO's names and give its ids and its digests (`artifacts.vocabulary_digest`), so that an
+artifact can tell whether it gets the vocabulary that it was trained with.
 """
 
 from __future__ import annotations

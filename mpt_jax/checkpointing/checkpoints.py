@@ -45,7 +45,7 @@ class SaveCheckpointConfig:
         save_dataset: whether the data position is saved with the state. Without it a resumed run
             starts its data again, so a resume would not be exact.
         dtype: T5X's; what learns is float32, and saved as it is.
-        state_transformation_fns: T5X's; this trainer writes MODEL_DIR/artefact by itself.
+        state_transformation_fns: T5X's; this trainer writes MODEL_DIR/artifact by itself.
     """
 
     period: int | None = None

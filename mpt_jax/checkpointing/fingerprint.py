@@ -13,6 +13,7 @@ from absl import logging
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.core.comparison import check_same, differences
+from mpt_jax.core.old_names import current_keys
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
 from mpt_jax.training.initialization import InitialParams
@@ -52,7 +53,7 @@ def run_fingerprint(
         "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
         "objective": repr(model.objective),
         "teacher_sha256": loaded.teacher_sha256,
-        "artefact_sha256": loaded.artefact_sha256,
+        "artifact_sha256": loaded.artifact_sha256,
         "start_from": loaded.start_from,
         "batch_size": batch_size,
         "random_seed": seed,
@@ -66,6 +67,7 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
     Raises:
         ValueError: both values of everything that differs.
     """
+    saved = current_keys(saved)
     strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
     advice = f"Choose another MODEL_DIR, or remove {model_dir}."
     check_same(saved, ours, strict, what=f"The run in {model_dir}", advice=advice)
@@ -84,6 +86,7 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
     Raises:
         ValueError: both values of everything that differs.
     """
+    saved = current_keys(saved)
     advice = (
         "Give the tasks in the order, and the backbone and method, that it was trained with; its "
         "MODEL_DIR has them in config.gin."

@@ -26,12 +26,12 @@ def states(
     Raises:
         FileNotFoundError: no such checkpoint; lists those there are.
         ValueError: a checkpoint of other tasks, another backbone or another method, with both
-            values of what differs; neither checkpoint nor artefact named.
+            values of what differs; neither checkpoint nor artifact named.
     """
-    if not cfg.path and not origins.artefact:
+    if not cfg.path and not origins.artifact:
         raise ValueError(
             "There is nothing to evaluate: set CHECKPOINT_PATH to a checkpoint of a run, or "
-            "INITIAL_ARTEFACT to a prompt artefact."
+            "INITIAL_ARTIFACT to a prompt artifact."
         )
     loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
     state = create_train_state(model, loaded.params, partitioner)

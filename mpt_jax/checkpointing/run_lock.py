@@ -55,7 +55,7 @@ def acquire(
         after this one stood still for longer than its patience.
 
     Raises:
-        Occupied: another run is alive there.
+        ModelDirInUse: another run is alive there.
         OSError: MODEL_DIR cannot be created or written.
     """
     lock, refusal = None, None

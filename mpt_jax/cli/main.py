@@ -8,7 +8,7 @@ import sys
 
 COMMANDS = {
     "train": "train a stage: --gin_file=gin/mpt_source.gin ...",
-    "eval": "score a checkpoint or an artefact: --gin_file=gin/eval.gin ...",
+    "eval": "score a checkpoint or an artifact: --gin_file=gin/eval.gin ...",
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
     "predict": "answer requests that name a task each: --prompts DIR... --input file.jsonl",
     "export": "predict and score as files that JAX alone runs: --prompts DIR... --out FOLDER",

@@ -22,12 +22,20 @@ from gin import config as gin_config
 from gin import config_parser
 
 # Macros that say how another one is used, and so have no effect where that one is None.
-REFINES = {"START_FROM": "INITIAL_ARTEFACT"}
+REFINES = {"START_FROM": "INITIAL_ARTIFACT"}
 # Names that earlier versions had, and what replaces them.
 RENAMED = {
     "WHOLE_BATCH": "GLOBAL_BATCH_SIZE",
     "whole_batch": "global_batch_size",
     "length_of": "prompt_length_of",
+    "INITIAL_ARTEFACT": "INITIAL_ARTIFACT",
+    "SOURCE_ARTEFACT": "SOURCE_ARTIFACT",
+    "NORMALISE": "NORMALIZE",
+    "REPARAMETRISE": "REPARAMETERIZE",
+    "artefact": "artifact",
+    "artefact_command": "artifact_command",
+    "normalise": "normalize",
+    "reparametrise": "reparameterize",
 }
 
 

@@ -2,8 +2,8 @@
 
     mpt-jax convert runs/backbones/t5-base runs/backbones/t5x --to t5x
     mpt-jax convert gs://bucket/t5_1_1_base/checkpoint_1000000 t5_1_1_base --config t5_1_1_base
-    mpt-jax convert runs/mpt_source/artefact adapter --to peft
-    mpt-jax convert adapter artefact --backbone runs/backbones/t5-base
+    mpt-jax convert runs/mpt_source/artifact adapter --to peft
+    mpt-jax convert adapter artifact --backbone runs/backbones/t5-base
 
 The last line says how what was written compares with what was read; what does not compare is not
 left behind. What is wrong is said in a sentence, with exit code 2.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     source, target = epath.Path(args.source), epath.Path(args.target)
     try:
-        found = detect.recognise(source)
+        found = detect.recognize(source)
         to = args.to or detect.USUAL_TARGET[found]
         if found in detect.BACKBONES and to in detect.BACKBONES:
             _refuse(args, ("backbone", "runs"), "prompts")
@@ -36,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 dtype=args.dtype,
                 logits=not args.no_logits,
             )
-        elif to == detect.ARTEFACT:
+        elif to == detect.ARTIFACT:
             _refuse(args, ("config", "dtype", "no_logits"), "backbones")
             if not args.backbone:
                 raise ValueError(
-                    "An artefact records what backbone its prompts belong to: give --backbone, a "
+                    "An artifact records what backbone its prompts belong to: give --backbone, a "
                     "Hugging Face folder or a T5X checkpoint."
                 )
             backbone = epath.Path(args.backbone)
-            made = prompts.to_artefact(source, target, backbone=backbone, run_names=args.runs)
-        elif found == detect.ARTEFACT and to in detect.PROMPTS:
+            made = prompts.to_artifact(source, target, backbone=backbone, run_names=args.runs)
+        elif found == detect.ARTIFACT and to in detect.PROMPTS:
             _refuse(args, ("config", "dtype", "no_logits", "backbone", "runs"), "another direction")
-            made = prompts.from_artefact(source, target, to)
+            made = prompts.from_artifact(source, target, to)
         else:
             raise ValueError(
                 f"{source} is of format {found!r} and cannot become {to!r}. Backbones go between "
-                f"{', '.join(detect.BACKBONES)}; prompts into {detect.ARTEFACT}, and from there "
+                f"{', '.join(detect.BACKBONES)}; prompts into {detect.ARTIFACT}, and from there "
                 f"into {', '.join(detect.PROMPTS[1:])}."
             )
     except (ValueError, OSError) as error:
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to",
         choices=(*detect.BACKBONES, *detect.PROMPTS),
-        help="default: hf and t5x into each other, an artefact into peft, prompts into an artefact",
+        help="default: hf and t5x into each other, an artifact into peft, prompts into an artifact",
     )
     of_backbones = parser.add_argument_group("backbones")
     of_backbones.add_argument(

@@ -36,7 +36,7 @@ def read(
     Raises:
         FileNotFoundError, ValueError: unreadable, or the parameters are not of that configuration.
     """
-    if config is None and detect.recognise(source) == detect.HF:
+    if config is None and detect.recognize(source) == detect.HF:
         return load_hf(source)
     params = load_backbone(source)
     if config is not None:

@@ -7,24 +7,24 @@ from etils import epath
 from mpt_jax.convert import peft
 
 HF, T5X, ORBAX = "hf", "t5x", "orbax"
-ARTEFACT, PEFT, PEFT_FOLDED = "artefact", "peft", "peft-folded"
+ARTIFACT, PEFT, PEFT_FOLDED = "artifact", "peft", "peft-folded"
 NPY, SAFETENSORS = "npy", "safetensors"
 BACKBONES = (HF, T5X, ORBAX)
-PROMPTS = (ARTEFACT, PEFT, PEFT_FOLDED, NPY, SAFETENSORS)
+PROMPTS = (ARTIFACT, PEFT, PEFT_FOLDED, NPY, SAFETENSORS)
 # Where --to is not given.
 USUAL_TARGET = {
     HF: T5X,
     T5X: HF,
-    ARTEFACT: PEFT,
-    PEFT: ARTEFACT,
-    NPY: ARTEFACT,
-    SAFETENSORS: ARTEFACT,
+    ARTIFACT: PEFT,
+    PEFT: ARTIFACT,
+    NPY: ARTIFACT,
+    SAFETENSORS: ARTIFACT,
 }
 
 _NUMPY_MAGIC = b"\x93NUMPY"
 
 
-def recognise(path: epath.Path) -> str:
+def recognize(path: epath.Path) -> str:
     """The format of what lies at a path; T5X's own and Orbax are one here, `t5x`.
 
     Raises:
@@ -36,7 +36,7 @@ def recognise(path: epath.Path) -> str:
         return _of_file(path)
     names = {child.name for child in path.iterdir()}
     if {"config.json", "prompts.safetensors"} <= names:
-        return ARTEFACT
+        return ARTIFACT
     if peft.CONFIG in names:
         return PEFT
     if "config.json" in names:
@@ -48,7 +48,7 @@ def recognise(path: epath.Path) -> str:
     steps = sorted(name for name in names if name.startswith("checkpoint_"))
     inside = f" Name one of the checkpoints inside it: {steps}." if steps else ""
     raise FileNotFoundError(
-        f"{path} is no Hugging Face folder, T5X checkpoint, prompt artefact or PEFT adapter; it "
+        f"{path} is no Hugging Face folder, T5X checkpoint, prompt artifact or PEFT adapter; it "
         f"holds {sorted(names)[:8]}.{inside}"
     )
 

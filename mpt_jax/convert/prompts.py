@@ -1,4 +1,4 @@
-"""Prompts of other programs into artefacts, and artefacts into theirs.
+"""Prompts of other programs into artifacts, and artifacts into theirs.
 
 In: PEFT's adapters, NumPy arrays [P,H] and T5X checkpoints of google-research/prompt-tuning, plain
 safetensors. Out: PEFT's adapters with MPT's factors or with one plain prompt per run, NumPy arrays,
@@ -28,7 +28,7 @@ from mpt_jax.runtime.files import new_folder
 FOLDED = "folded.safetensors"
 # Where google-research/prompt-tuning keeps a prompt in T5X's tree.
 _T5X_PROMPT = re.compile(r"encoder/(.*/)?prompt/prompt")
-# What config.json of an artefact says that is kept beside an adapter.
+# What config.json of an artifact says that is kept beside an adapter.
 _NOTED = ("method", "backbone", "embedding_sha256", "vocabulary_sha256", "step")
 
 Say = Callable[[str], None]
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 # --- In ------------------------------------------------------------------------------------------
 
 
-def to_artefact(
+def to_artifact(
     source: epath.Path,
     target: epath.Path,
     *,
@@ -45,13 +45,13 @@ def to_artefact(
     run_names: Sequence[str] = (),
     say: Say = print,
 ) -> epath.Path:
-    """Makes a prompt artefact of another program's prompts.
+    """Makes a prompt artifact of another program's prompts.
 
     Args:
         source: an adapter of PEFT, or a folder of adapters; a `.npy` file; a T5X checkpoint; a
             safetensors file with one [P,H] for each run.
-        target: the artefact, to be made.
-        backbone: what the prompts were trained with; an artefact records its embedding's digest.
+        target: the artifact, to be made.
+        backbone: what the prompts were trained with; an artifact records its embedding's digest.
         run_names: of the rows; by default those that the source itself has.
         say: takes the parity line.
 
@@ -73,7 +73,7 @@ def to_artefact(
     embedding = load_backbone(backbone)["token_embedder"]["embedding"]
     digest = _check_backbone(source, found, embedding, backbone)
     with new_folder(target) as made:
-        artifacts.save_artefact(
+        artifacts.save_artifact(
             made,
             found.method,
             found.params,
@@ -83,17 +83,17 @@ def to_artefact(
             backbone=found.notes.get("backbone", str(backbone)),
             step=found.notes.get("step", 0),
         )
-        say(_same(found.params, artifacts.load_artefact(made).params, target))
+        say(_same(found.params, artifacts.load_artifact(made).params, target))
     return target
 
 
 def read_prompts(source: epath.Path) -> peft.Adapter:
-    """The prompts of a source as parameters of MPT or prompt tuning; see `to_artefact`.
+    """The prompts of a source as parameters of MPT or prompt tuning; see `to_artifact`.
 
     Raises:
         FileNotFoundError, ValueError: unreadable, or not prompts.
     """
-    kind = detect.recognise(source)
+    kind = detect.recognize(source)
     if kind not in _READERS:
         raise ValueError(f"{source} is of format {kind!r} and holds no prompts of other programs.")
     return _READERS[kind](source)
@@ -108,7 +108,7 @@ def _read_peft(source: epath.Path) -> peft.Adapter:
     shapes = {adapter.params["table"].shape for adapter in found if "table" in adapter.params}
     if any(table is None for table in tables) or len(shapes) != 1:
         raise ValueError(
-            f"{source} holds {len(folders)} adapters that cannot be rows of one artefact: they "
+            f"{source} holds {len(folders)} adapters that cannot be rows of one artifact: they "
             f"must all be {peft.SINGLE}, of one length and width. Convert them one by one."
         )
     bank = np.concatenate([table for table in tables if table is not None])
@@ -122,7 +122,7 @@ def _common_notes(
     if len({note["embedding_sha256"] for note in notes if "embedding_sha256" in note}) > 1:
         raise ValueError(
             f"{source} holds adapters of several backbones (embedding_sha256 in their "
-            f"{peft.NOTES} differs): they cannot be rows of one artefact. Convert them one by one."
+            f"{peft.NOTES} differs): they cannot be rows of one artifact. Convert them one by one."
         )
     merged = {name: value for note in reversed(notes) for name, value in note.items()}
     names = [folder.name for folder in folders]
@@ -203,11 +203,11 @@ def _check_backbone(
 # --- Out -----------------------------------------------------------------------------------------
 
 
-def from_artefact(source: epath.Path, target: epath.Path, to: str, say: Say = print) -> epath.Path:
-    """Writes an artefact's prompts for other programs.
+def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = print) -> epath.Path:
+    """Writes an artifact's prompts for other programs.
 
     Args:
-        source: the artefact.
+        source: the artifact.
         target: a folder to be made. With `'peft'` it is MPT's adapter, task id k for row k (where
             rows fall into several groups: a folder with an adapter for each group); otherwise
             it holds a folder or a file for each run, or `folded.safetensors`.
@@ -220,19 +220,19 @@ def from_artefact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
         ValueError: the method has no prompts, or makes them by the text, or PEFT has no form for
             them.
     """
-    artefact = artifacts.load_artefact(source)
-    if not artefact.method.prompt_length:
-        raise ValueError(f"{source} is of {artefact.method.name!r}, which has no prompt.")
-    if artefact.method.reads_text:
+    artifact = artifacts.load_artifact(source)
+    if not artifact.method.prompt_length:
+        raise ValueError(f"{source} is of {artifact.method.name!r}, which has no prompt.")
+    if artifact.method.reads_text:
         raise ValueError(
-            f"{source} is of {artefact.method.name!r}, whose prompts depend on the text they stand "
+            f"{source} is of {artifact.method.name!r}, whose prompts depend on the text they stand "
             "before: no run has one prompt, and other programs have no form for what makes it. "
-            "`mpt-jax predict` and `mpt-jax export` take the artefact as it is."
+            "`mpt-jax predict` and `mpt-jax export` take the artifact as it is."
         )
-    if unfit := [name for name in artefact.runs.run_names if "/" in name]:
+    if unfit := [name for name in artifact.runs.run_names if "/" in name]:
         raise ValueError(f"{source}: files are named by runs, and {unfit} cannot name one.")
     with new_folder(target) as made:
-        expected, found = _WRITERS[to](artefact, made)
+        expected, found = _WRITERS[to](artifact, made)
         say(_same(expected, found, target))
     return target
 
@@ -241,19 +241,19 @@ def from_artefact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
 Both = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _write_peft(artefact: artifacts.Artefact, made: epath.Path) -> Both:
-    form = _FORMS.get(artefact.method.name)
+def _write_peft(artifact: artifacts.Artifact, made: epath.Path) -> Both:
+    form = _FORMS.get(artifact.method.name)
     if form is None:
         raise ValueError(
-            f"PEFT has no form for the parameters of {artefact.method.name!r}; --to "
+            f"PEFT has no form for the parameters of {artifact.method.name!r}; --to "
             f"{detect.PEFT_FOLDED} writes the prompts that they make."
         )
-    return form(artefact, made)
+    return form(artifact, made)
 
 
-def _write_factors(artefact: artifacts.Artefact, made: epath.Path) -> Both:
+def _write_factors(artifact: artifacts.Artifact, made: epath.Path) -> Both:
     """MPT: one adapter, or one for each group in a folder named by its runs."""
-    runs, params = artefact.runs, {k: np.asarray(v) for k, v in artefact.params.items()}
+    runs, params = artifact.runs, {k: np.asarray(v) for k, v in artifact.params.items()}
     expected, found = {}, {}
     for group in range(runs.num_groups):
         rows = [row for row, of in enumerate(runs.group_of_row) if of == group]
@@ -262,25 +262,25 @@ def _write_factors(artefact: artifacts.Artefact, made: epath.Path) -> Both:
         own |= {part: params[part][rows] for part in ("task_left", "task_right")}
         folder = made / name if name else made
         folder.mkdir(exist_ok=True)
-        peft.write_factors(folder, own, artefact.config["backbone"], _notes(artefact, rows))
+        peft.write_factors(folder, own, artifact.config["backbone"], _notes(artifact, rows))
         expected[name or "adapter"] = own
         found[name or "adapter"] = peft.load_adapter(folder).params
     return expected, found
 
 
-def _write_folded(artefact: artifacts.Artefact, made: epath.Path) -> Both:
+def _write_folded(artifact: artifacts.Artifact, made: epath.Path) -> Both:
     """An adapter for each run."""
     expected, found = {}, {}
-    for row, (name, prompt) in enumerate(_folded(artefact).items()):
+    for row, (name, prompt) in enumerate(_folded(artifact).items()):
         (made / name).mkdir()
-        notes = _notes(artefact, [row])
-        peft.write_prompt(made / name, prompt, artefact.config["backbone"], notes)
+        notes = _notes(artifact, [row])
+        peft.write_prompt(made / name, prompt, artifact.config["backbone"], notes)
         expected[name], found[name] = prompt, peft.load_adapter(made / name).params["table"][0]
     return expected, found
 
 
-def _write_npy(artefact: artifacts.Artefact, made: epath.Path) -> Both:
-    expected, found = _folded(artefact), {}
+def _write_npy(artifact: artifacts.Artifact, made: epath.Path) -> Both:
+    expected, found = _folded(artifact), {}
     for name, prompt in expected.items():
         buffer = io.BytesIO()
         np.save(buffer, prompt, allow_pickle=False)
@@ -289,14 +289,14 @@ def _write_npy(artefact: artifacts.Artefact, made: epath.Path) -> Both:
     return expected, found
 
 
-def _write_safetensors(artefact: artifacts.Artefact, made: epath.Path) -> Both:
-    expected = _folded(artefact)
+def _write_safetensors(artifact: artifacts.Artifact, made: epath.Path) -> Both:
+    expected = _folded(artifact)
     (made / FOLDED).write_bytes(save(expected))
     return expected, read_file(made / FOLDED)
 
 
 _FORMS = {"mpt": _write_factors, "prompt_tuning": _write_folded}
-_WRITERS: dict[str, Callable[[artifacts.Artefact, epath.Path], Both]] = {
+_WRITERS: dict[str, Callable[[artifacts.Artifact, epath.Path], Both]] = {
     detect.PEFT: _write_peft,
     detect.PEFT_FOLDED: _write_folded,
     detect.NPY: _write_npy,
@@ -304,18 +304,18 @@ _WRITERS: dict[str, Callable[[artifacts.Artefact, epath.Path], Both]] = {
 }
 
 
-def _folded(artefact: artifacts.Artefact) -> dict[str, np.ndarray]:
+def _folded(artifact: artifacts.Artifact) -> dict[str, np.ndarray]:
     """The plain prompt [P, H] of every run."""
-    prompts = [np.ascontiguousarray(prompt, np.float32) for prompt in artefact.plain()]
-    return dict(zip(artefact.runs.run_names, prompts, strict=True))
+    prompts = [np.ascontiguousarray(prompt, np.float32) for prompt in artifact.plain()]
+    return dict(zip(artifact.runs.run_names, prompts, strict=True))
 
 
-def _notes(artefact: artifacts.Artefact, rows: Sequence[int]) -> dict[str, Any]:
-    """What an adapter's `mpt_jax.json` says, for some rows of the artefact."""
+def _notes(artifact: artifacts.Artifact, rows: Sequence[int]) -> dict[str, Any]:
+    """What an adapter's `mpt_jax.json` says, for some rows of the artifact."""
     return {
-        "task_names": [artefact.runs.task_names[row] for row in rows],
-        "run_names": [artefact.runs.run_names[row] for row in rows],
-        **{field: artefact.config.get(field) for field in _NOTED},
+        "task_names": [artifact.runs.task_names[row] for row in rows],
+        "run_names": [artifact.runs.run_names[row] for row in rows],
+        **{field: artifact.config.get(field) for field in _NOTED},
     }
 
 

@@ -1,6 +1,6 @@
 """Which row of the prompt bank is which.
 
-A bank has K rows. A row is a *run*: one task, learnt once. Usually each task has one run and the
+A bank has K rows. A row is a *run*: one task, learned once. Usually each task has one run and the
 two names agree; a job that adapts one task with three seeds has three runs of it. Rows fall into
 G groups, and groups never see each other: each has its own shared parameters, learning rate,
 clipping and best step. A source stage is one group; independent adaptations are a group each.
@@ -119,7 +119,7 @@ def data_name(run_name: str) -> str:
 
     Runs that differ in a learning rate or in what they start from, and say so at the end of their
     names, `_lr0.3`, `_tlr0.4`, `_from_mnli` and `_init_text` in this order, are alike in all of
-    these. (Of one initialiser or another the random key is the same.) What a run starts from may be
+    these. (Of one initializer or another the random key is the same.) What a run starts from may be
     called with settings itself.
 
     A task whose own name has such an end, `qa_from_text`, is read in the same way: it keeps its

@@ -2,7 +2,7 @@
 
 A parameter tree is a nested mapping with string keys. Its leaves are addressed by one name,
 their path joined by slashes (`encoder/layers_0/mlp/wi/kernel`), in label tables, checkpoints,
-artefacts and errors alike.
+artifacts and errors alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The examples of registered tasks, read and tokenised once.
+"""The examples of registered tasks, read and tokenized once.
 
 Small and middling data sets (all of GLUE and MRQA) fit in memory as tokens, 4 bytes each, and
 then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save.
@@ -23,7 +23,7 @@ _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionar
 
 
 class ExampleTable:
-    """The examples of one split of one task, tokenised once: flat values and offsets per feature.
+    """The examples of one split of one task, tokenized once: flat values and offsets per feature.
 
     Args:
         task, split: what to read.

@@ -44,11 +44,11 @@ def with_labels(metric_fn: Callable[..., Any], labels: Sequence[str]) -> Callabl
     """
 
     @functools.wraps(metric_fn)
-    def labelled(*args, **kwargs):
+    def labeled(*args, **kwargs):
         return metric_fn(*args, **kwargs)
 
-    labelled.labels = tuple(labels)  # type: ignore[attr-defined]
-    return labelled
+    labeled.labels = tuple(labels)  # type: ignore[attr-defined]
+    return labeled
 
 
 def labels_of(task: seqio.Task) -> tuple[str, ...]:

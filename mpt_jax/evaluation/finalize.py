@@ -1,7 +1,7 @@
 """Writes the final prompt artifacts and a per-run summary when a job ends.
 
-    MODEL_DIR/artefact           all runs
-    MODEL_DIR/artefacts/<run>    each run separately, if a job has several groups
+    MODEL_DIR/artifact           all runs
+    MODEL_DIR/artifacts/<run>    each run separately, if a job has several groups
     MODEL_DIR/backbone           the backbone, if it was trained
     MODEL_DIR/fleet.json         of every run: finished, failed or trained; step, best step, score
 
@@ -38,7 +38,7 @@ from mpt_jax.training.selection import SelectBest
 from mpt_jax.training.state import num_trainable_params
 from mpt_jax.training.trainer import Trainer
 
-ARTEFACT, ARTEFACTS, FLEET = "artefact", "artefacts", "fleet.json"
+ARTIFACT, ARTIFACTS, FLEET = "artifact", "artifacts", "fleet.json"
 TRAINED_BACKBONE = "backbone"
 FINISHED, FAILED, TRAINED = "finished", "failed", "trained"
 
@@ -53,7 +53,7 @@ class RunOutcome:
             patience ended; `'trained'` where it trained until the job ended.
         step: the job's step when it left the training; of a job that was never extended, how many
             steps it took.
-        best_step: the step that its artefact is from; None where it hands on nothing.
+        best_step: the step that its artifact is from; None where it hands on nothing.
         score: at that step; None where steps are not selected.
     """
 
@@ -115,7 +115,7 @@ def finalize_run(model_dir: str, job: EndedJob) -> None:
     if jax.process_index() != 0:
         return
     if "prompt" in params:
-        write_artefacts(model_dir, job, params["prompt"])
+        write_artifacts(model_dir, job, params["prompt"])
     if any(re.fullmatch(BACKBONE, name) for name in flatten(job.trainer.state.trainable)):
         backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
         folder = epath.Path(model_dir) / TRAINED_BACKBONE
@@ -214,7 +214,7 @@ def card_facts(job: EndedJob) -> model_card.Facts:
     )
 
 
-def write_artefacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
+def write_artifacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
     """Writes the artifacts and the summary of a job; for one process.
 
     Args:
@@ -226,14 +226,14 @@ def write_artefacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
     found = outcomes(job)
     report(model_dir, found)
     kept = [row for row, ending in enumerate(found) if ending.best_step is not None]
-    folders = {ARTEFACT: kept} if kept else {}
+    folders = {ARTIFACT: kept} if kept else {}
     if job.trainer.model.runs.num_groups > 1:
-        folders |= {f"{ARTEFACTS}/{found[row].run}": [row] for row in kept}
+        folders |= {f"{ARTIFACTS}/{found[row].run}": [row] for row in kept}
     for folder, rows in folders.items():
         path, step = epath.Path(model_dir) / folder, max(found[row].best_step or 0 for row in rows)
         _write(path, job, prompt, facts, rows, step)
     if kept:
-        logging.info("Prompt artefact: %s", epath.Path(model_dir) / ARTEFACT)
+        logging.info("Prompt artifact: %s", epath.Path(model_dir) / ARTIFACT)
 
 
 def _write(
@@ -263,7 +263,7 @@ def _write(
             evaluated=of_runs(facts.evaluated),
             trained_numbers=num_trainable_params(model, {"prompt": params}),
         )
-    artifacts.save_artefact(
+    artifacts.save_artifact(
         folder,
         model.prompt,
         params,

@@ -80,7 +80,7 @@ class Method:
 def methods(root: Path) -> tuple[Method, ...]:
     """The methods compared; `root` holds the source stages. Their learning rates were chosen on
     other tasks (docs/protocol.md)."""
-    start = (f"INITIAL_ARTEFACT = '{root}/pt_source/artefact'", f"START_FROM = '{START_TASK}'")
+    start = (f"INITIAL_ARTIFACT = '{root}/pt_source/artifact'", f"START_FROM = '{START_TASK}'")
     tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
         Method("PT", tuned, 0.3),
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.monotonic() - started
     shares = majority_shares(targets)
     print(f"\n{tables.text(root, found, shares)}\n")
-    print(f"Everything took {seconds:.0f} s. Artefacts and predictions: {root}")
+    print(f"Everything took {seconds:.0f} s. Artifacts and predictions: {root}")
     print(f"Report: {sections.write(root, found, majority=shares)}")
     results.save(root, found, shares)
 

@@ -45,9 +45,9 @@ class Fleet:
             (fleet.gin).
         learning_rates: peaks (fleet.gin).
         task_learning_rates: those of MPT's factors (fleet_task_rates.gin).
-        starts: rows of INITIAL_ARTEFACT that runs start from: `'average'`, or the name of one
+        starts: rows of INITIAL_ARTIFACT that runs start from: `'average'`, or the name of one
             (fleet_starts.gin).
-        inits: name -> initialiser of prompts that start from none (fleet_inits.gin).
+        inits: name -> initializer of prompts that start from none (fleet_inits.gin).
 
     Raises:
         ValueError: an empty list, a value that stands twice, numbers out of range.
@@ -136,13 +136,13 @@ def start_from(fleet: Fleet) -> str | dict[str, str] | None:
 
 
 def inits(fleet: Fleet) -> PromptInits:
-    """What a prompt method's `init_prompt` is to be: run -> initialiser, or one for all.
+    """What a prompt method's `init_prompt` is to be: run -> initializer, or one for all.
 
     Raises:
         ValueError: the fleet has none.
     """
     if not fleet.inits:
-        raise ValueError("Fleet.inits names no initialisers; set INITS, or leave the file out.")
+        raise ValueError("Fleet.inits names no initializers; set INITS, or leave the file out.")
     made = {member.name: fleet.inits[member.init or ""] for member in fleet.members}
     return made if len(fleet.inits) > 1 else next(iter(made.values()))
 

@@ -38,7 +38,7 @@ class Result:
         prompt_length: P; 0 without a prompt.
         backbone_parameters: numbers of the model that do not learn.
         start: the source task that its prompts started from, if it was one.
-        backbone: what its artefacts call the model; '' where it left none.
+        backbone: what its artifacts call the model; '' where it left none.
     """
 
     method: str

@@ -17,15 +17,16 @@ from typing import NamedTuple
 from absl import logging
 
 from mpt_jax.config import gin_utils
+from mpt_jax.core.old_names import existing_folder
 from mpt_jax.core.runs import Runs
-from mpt_jax.evaluation.finalize import ARTEFACT, TRAINED_BACKBONE, all_ended
+from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE, all_ended
 from mpt_jax.experiments import results
 
 FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
 
 
 class Run(NamedTuple):
-    """One adaptation: a target task learnt from one draw of its examples."""
+    """One adaptation: a target task learned from one draw of its examples."""
 
     task: str
     seed: int
@@ -83,7 +84,9 @@ class Stage:
                 (folder / "inference_eval" / f"{run.name}-metrics.jsonl").exists()
                 for run in self.runs
             )
-        handed_on = any((folder / name).is_dir() for name in (ARTEFACT, TRAINED_BACKBONE))
+        handed_on = any(
+            existing_folder(folder / name).is_dir() for name in (ARTIFACT, TRAINED_BACKBONE)
+        )
         trained = self.steps is None or (folder / f"checkpoint_{self.steps}").is_dir()
         return handed_on and (trained or all_ended(folder))
 
@@ -152,8 +155,8 @@ def collect(
         raise ValueError(f"The tasks of {method!r} have different seeds: {sorted(seeds)}.")
     order = seeds.pop()
     record = results.read_record(root / jobs[0].name)
-    config = root / jobs[0].name / ARTEFACT / "config.json"
-    learnt = record["trainable_parameters"]
+    config = existing_folder(root / jobs[0].name / ARTIFACT) / "config.json"
+    learned = record["trainable_parameters"]
     return results.Result(
         method=method,
         shots=shots,
@@ -161,12 +164,12 @@ def collect(
             task: {name: [by_seed[s][name] for s in order] for name in by_seed[order[0]]}
             for task, by_seed in found.items()
         },
-        parameters=learnt / len(jobs[0].runs),
+        parameters=learned / len(jobs[0].runs),
         seconds=sum(results.training_seconds(root / job.name) for job in jobs),
         model_dirs=tuple(str(root / job.name) for job in jobs),
         seeds=order,
         prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
-        backbone_parameters=record["parameters"] - learnt,
+        backbone_parameters=record["parameters"] - learned,
         start=start,
         backbone=json.loads(config.read_text())["backbone"] if config.exists() else "",
     )

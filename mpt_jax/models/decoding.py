@@ -269,9 +269,9 @@ def _extend(
         _take_beams(beams.open_tokens, parent), last[:, :, None], beams.step, axis=2
     )
     ends = (last == eos_id) & (scores > NOTHING / 2)
-    penalised = scores / _length_penalty(beams.step + 1, alpha)
+    penalized = scores / _length_penalty(beams.step + 1, alpha)
     ended_scores, order = jax.lax.top_k(
-        jnp.concatenate([beams.ended_scores, jnp.where(ends, penalised, NOTHING)], axis=1), n
+        jnp.concatenate([beams.ended_scores, jnp.where(ends, penalized, NOTHING)], axis=1), n
     )
     ended_tokens = _take_beams(jnp.concatenate([beams.ended_tokens, tokens], axis=1), order)
     open_scores, order = jax.lax.top_k(jnp.where(ends, NOTHING, scores), n)

@@ -92,7 +92,7 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """What is minimized.
 
     Attributes:
         label_smoothing: mass moved from the target to the other ids, in [0, 1).

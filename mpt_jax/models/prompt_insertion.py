@@ -24,7 +24,7 @@ class PromptedEmbeddings(NamedTuple):
 
     Attributes:
         embeddings: [B, T, H] token embeddings, and prompts where they belong.
-        prompts: see `losses.Outputs`; None without a prompt.
+        prompts: see `losses.ModelOutputs`; None without a prompt.
         mixed: of a method with candidates.
     """
 
@@ -79,7 +79,7 @@ def insert_prompts(
         runs: the bank's rows.
         batch: the batch contract's features.
         embedded: embeddings of the batch's tokens.
-        key: of a training step; see `Given`.
+        key: of a training step; see `PromptContext`.
     """
     if method.prompt_length == 0:
         return PromptedEmbeddings(embedded)

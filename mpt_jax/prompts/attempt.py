@@ -47,16 +47,16 @@ class ATTEMPT(PromptMethod):
 
     Attributes:
         prompt_length: P.
-        sources: names of the S source prompts, rows of the initial artefact.
+        sources: names of the S source prompts, rows of the initial artifact.
         attention: `'sub'` (the paper's), `'linear'`, `'dot'`, `'token'` or `'constant'`.
         width: of the attention's bottleneck; 100 in the paper.
         temperature: T. The paper's scripts have 2087 for T5-base (H times e), the code's default
             is 2000.
         attend_target: whether a task's own prompt is among its candidates.
         init_prompt: initial value of each row's own prompt.
-        start_from: with an initial artefact, the source whose prompt each row's own starts from:
+        start_from: with an initial artifact, the source whose prompt each row's own starts from:
             `'first'` of `sources` (the paper), a name, a table of weights or a choice by
-            similarity. An artefact of ATTEMPT's own: `'same'`, `'average'` and so on, as for MPT.
+            similarity. An artifact of ATTEMPT's own: `'same'`, `'average'` and so on, as for MPT.
 
     Raises:
         ValueError: no sources, one that stands twice, or what `TextAttention` refuses.
@@ -72,7 +72,7 @@ class ATTEMPT(PromptMethod):
     start_from: StartFrom = FIRST
 
     name = "attempt"
-    needs_artefact = True
+    needs_artifact = True
     labels = ((r"sources", "frozen"), (r"target", "task"), *prompt_attention.LABELS)
     axes = {
         "sources": ("sources", "prompt", "embed"),
@@ -141,7 +141,7 @@ class ATTEMPT(PromptMethod):
             yield gather_rows(params["target"], task_ids)[..., None, :, :]
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """From any method's prompts, which become the sources; or from ATTEMPT's own artefact."""
+        """From any method's prompts, which become the sources; or from ATTEMPT's own artifact."""
         if source_method.name == self.name:
             return self._resumed(source, source_method, source_runs, runs)
         folded = materialize(source_method, source, source_runs)
@@ -153,12 +153,12 @@ class ATTEMPT(PromptMethod):
     def _resumed(self, source, source_method, source_runs, runs):
         if source_method.config() != self.config():
             raise ValueError(
-                f"The artefact's ATTEMPT is {source_method.config()}, and this run's "
+                f"The artifact's ATTEMPT is {source_method.config()}, and this run's "
                 f"{self.config()}: they must agree."
             )
         if self.start_from == FIRST:
             raise ValueError(
-                "start_from = 'first' is of source prompts, and this artefact holds tasks of "
+                "start_from = 'first' is of source prompts, and this artifact holds tasks of "
                 "ATTEMPT's own: set START_FROM to 'same', 'average' or one of them."
             )
         weights = source_weights(self.start_from, source_runs, runs)

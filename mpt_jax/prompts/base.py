@@ -1,7 +1,7 @@
 """What a prompt method is, the registry of methods, and how a prompt meets the text.
 
 A method owns its parameters: their shapes, initial values, labels, how a prompt is composed from
-them, and how a new task starts from a trained artefact. It never sees tokens or the backbone; of a
+them, and how a new task starts from a trained artifact. It never sees tokens or the backbone; of a
 text it may ask for one pooled vector. A prompt is not concatenated to the text: it is written into
 positions that the batch reserves for it (`encoder_prompt_slots`), so mixing tasks in a batch, and
 packing, cost nothing extra.
@@ -39,7 +39,7 @@ class InitContext:
 
     Attributes:
         embedding: [V, H] the backbone's token embeddings.
-        vocabulary: turns words into ids; only the text and class-label initialisers need it.
+        vocabulary: turns words into ids; only the text and class-label initializers need it.
     """
 
     embedding: Array
@@ -68,14 +68,14 @@ class PromptMethod(Protocol):
     """A prompt method. Configuration lives in the object, parameters in a tree of float32.
 
     Attributes:
-        name: the name in the registry and in artefacts.
+        name: the name in the registry and in artifacts.
         prompt_length: P, in positions; of prompts of several lengths the longest.
         labels: (path below `prompt/`, label) rules that cover every parameter of the method.
         axes: parameter name -> logical axis names. They say how a parameter is sharded, and the
             first one what its rows are: `'groups'`, `'tasks'`, or anything else for none.
         reads_text: whether a prompt depends on the text it stands before.
         is_random: whether training composes prompts at random.
-        needs_artefact: whether prompts cannot start without an initial artefact.
+        needs_artifact: whether prompts cannot start without an initial artifact.
         depends_on_run_names: whether prompts depend on runs' names, beside rows and groups.
         schedule_steps: training steps that a schedule of the method's own takes; 0 without one.
         candidates: names of the C prompts that each prompt is mixed from, if it is.
@@ -87,7 +87,7 @@ class PromptMethod(Protocol):
     axes: dict[str, tuple[str, ...]]
     reads_text: bool = False
     is_random: bool = False
-    needs_artefact: bool = False
+    needs_artifact: bool = False
     depends_on_run_names: bool = False
     schedule_steps: int = 0
     candidates: tuple[str, ...] = ()
@@ -114,12 +114,12 @@ class PromptMethod(Protocol):
         runs: Runs,
         initial: Callable[[], dict[str, Array]] = dict,
     ) -> dict[str, Array]:
-        """Parameters for `runs`, started from a trained artefact of `source_runs`; `initial` makes
-        those of `init`, for what an artefact cannot give."""
+        """Parameters for `runs`, started from a trained artifact of `source_runs`; `initial` makes
+        those of `init`, for what an artifact cannot give."""
         ...
 
     def config(self) -> dict[str, Any]:
-        """What an artefact must record to build the method again, JSON values only."""
+        """What an artifact must record to build the method again, JSON values only."""
         ...
 
     # --- What few methods do otherwise -----------------------------------------------------------
@@ -130,7 +130,7 @@ class PromptMethod(Protocol):
         return (self.prompt_length,) * runs.num_rows
 
     def source_prompt_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
-        """The P of an artefact that prompts can start from."""
+        """The P of an artifact that prompts can start from."""
         del source_method, source_runs
         return self.prompt_length
 
@@ -145,7 +145,7 @@ class PromptMethod(Protocol):
         raise NotImplementedError(f"{self.name!r} mixes no candidates.")
 
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
-        """The method and the parameters that an artefact keeps: without what only training needs,
+        """The method and the parameters that an artifact keeps: without what only training needs,
         and the same prompts."""
         return self, params
 
@@ -206,10 +206,10 @@ def name_hash(name: str) -> int:
 
 
 def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:
-    """Bank rows of a source artefact that a new task starts from.
+    """Bank rows of a source artifact that a new task starts from.
 
     Args:
-        source_runs: the rows of the artefact.
+        source_runs: the rows of the artifact.
         start_from: `'average'` for all rows, else the name of one run.
         named_only: refuses `'average'` over several rows (a method that cannot average).
     """
@@ -217,7 +217,7 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
         return [source_runs.row(start_from)]
     if named_only and source_runs.num_rows > 1:
         raise ValueError(
-            "This method starts from one source prompt, and the artefact holds "
+            "This method starts from one source prompt, and the artifact holds "
             f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one."
         )
     return list(range(source_runs.num_rows))

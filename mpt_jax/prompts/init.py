@@ -1,6 +1,6 @@
 """Initial values of prompts and of the low-rank factors.
 
-A prompt initialiser is a callable object `(key, task_name, P, context) -> [P, H]` float32, and
+A prompt initializer is a callable object `(key, task_name, P, context) -> [P, H]` float32, and
 knows nothing of methods. Sources: Lester et al. 2021 (arXiv 2104.08691) for the modes; the MPT
 paper (arXiv 2303.02861) for sampled vocabulary as the default. It leaves the factors' initial
 values at "random"; ours start every product near one, so that a fresh P* is not scaled away.
@@ -140,12 +140,12 @@ def initial_prompts(
     """The initial prompts of some rows of a bank.
 
     Args:
-        init: an initialiser for all, or one for each run.
+        init: an initializer for all, or one for each run.
         key: of the job.
         runs: the bank's rows.
         rows: which.
         prompt_length: P.
-        context: what initialisers may look at.
+        context: what initializers may look at.
 
     Raises:
         ValueError: there is none for a run.
@@ -155,7 +155,7 @@ def initial_prompts(
         run, chosen = runs.run_names[row], init
         if isinstance(chosen, Mapping):
             if run not in chosen:
-                raise ValueError(unknown_name("run among initialisers", run, list(chosen)))
+                raise ValueError(unknown_name("run among initializers", run, list(chosen)))
             chosen = chosen[run]
         made.append(chosen(name_key(key, run), runs.task_names[row], prompt_length, context))
     return jnp.stack(made)

@@ -21,7 +21,7 @@ def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array
     if len(lengths) > 1:
         raise ValueError(
             f"The prompts of {', '.join(runs.run_names)} have several lengths, {sorted(lengths)}, "
-            "and are no one array; take the artefact of one run."
+            "and are no one array; take the artifact of one run."
         )
     return _every_prompt(method, params, runs)[:, : max(lengths)]
 

@@ -37,7 +37,7 @@ class MPT(PromptMethod):
         rank: R.
         init_prompt: initial value of P*; of a group, by its first run.
         init_factors: initial value of a task's factors.
-        start_from: with an initial artefact, `'average'` of its tasks' factors (the paper), the
+        start_from: with an initial artifact, `'average'` of its tasks' factors (the paper), the
             name of the one run to take them from, `'same'` (each row its namesake's),
             `'same_or_average'` (the average for rows that are new), a table of weights by run,
             or a choice by similarity. P* is always copied.
@@ -90,7 +90,7 @@ class MPT(PromptMethod):
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         if source_method.name != self.name:
             raise ValueError(
-                f"MPT starts from an MPT artefact, and this one holds {source_method.name!r}: it "
+                f"MPT starts from an MPT artifact, and this one holds {source_method.name!r}: it "
                 "has no factors. Run the source stage first (gin/mpt_source.gin)."
             )
         weights = source_weights(self.start_from, source_runs, runs)

@@ -26,7 +26,7 @@ class NoPrompt(PromptMethod):
         return jnp.zeros((*task_ids.shape, 0, 0), jnp.float32)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        raise ValueError("The method 'none' has no prompt that could start from an artefact.")
+        raise ValueError("The method 'none' has no prompt that could start from an artifact.")
 
     def config(self):
         return {}

@@ -27,7 +27,7 @@ from mpt_jax.core.shapes import Array, Float, Int, Key, Params
 from mpt_jax.prompts.base import FLOAT32
 from mpt_jax.prompts.row_ops import Grouped, expand_leading_dims, gather_group_params
 
-EPSILON = 1e-5  # torch's, with which the released code normalises
+EPSILON = 1e-5  # torch's, with which the released code normalizes
 
 
 class _Kind(NamedTuple):
@@ -40,12 +40,12 @@ class _Kind(NamedTuple):
 
 
 def _linear(params: Params, x: Array) -> Array:
-    return _normalised(params, _product(x, params["linear"]))
+    return _normalized(params, _product(x, params["linear"]))
 
 
 def _through_few(params: Params, x: Array) -> Array:
     hidden = jax.nn.silu(_product(x, params["down"]))
-    return _normalised(params, _product(hidden, params["up"]))
+    return _normalized(params, _product(hidden, params["up"]))
 
 
 _BOTTLENECK = {
@@ -154,9 +154,9 @@ def _product(x: Array, kernel: Array) -> Array:
     return jnp.einsum("...i,...io->...o", x, kernel, precision=FLOAT32)
 
 
-def _normalised(params: Params, x: Array) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPSILON)
+def _normalized(params: Params, x: Array) -> Array:
+    centered = x - x.mean(-1, keepdims=True)
+    scaled = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + EPSILON)
     scale, bias = (
         expand_leading_dims(params[f"norm_{part}"], x.ndim) for part in ("scale", "bias")
     )

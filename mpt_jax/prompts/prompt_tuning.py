@@ -25,8 +25,8 @@ class PromptTuning(PromptMethod):
     Attributes:
         prompt_length: P.
         init_prompt: initial value of each row's prompt.
-        start_from: with an initial artefact, the run whose prompt every row starts from, `'same'`
-            (each row takes the artefact's row of its own name), a table of weights by run, or
+        start_from: with an initial artifact, the run whose prompt every row starts from, `'same'`
+            (each row takes the artifact's row of its own name), a table of weights by run, or
             a choice by similarity. Prompts are mixed only where weights say so.
     """
 
@@ -47,7 +47,7 @@ class PromptTuning(PromptMethod):
         return gather_rows(params["table"], task_ids)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Any method's artefact will do: its folded prompts are the start."""
+        """Any method's artifact will do: its folded prompts are the start."""
         folded = np.asarray(materialize(source_method, source, source_runs))
         weights = source_weights(self.start_from, source_runs, runs)
         if isinstance(self.start_from, str):
@@ -65,7 +65,7 @@ def _refuse_mixing(weights, folded, source_runs):
         chosen = folded[row > 0]
         if (chosen != chosen[0]).any():
             raise ValueError(
-                "Prompt tuning starts from one source prompt, and the artefact holds "
+                "Prompt tuning starts from one source prompt, and the artifact holds "
                 f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to "
                 "one, or to the weights to mix them by."
             )

@@ -1,7 +1,7 @@
 """Prompts that learn through an MLP of their own: `relu(E W_in + b_in) W_out + b_out`.
 
 The MLP is there for training alone: what it makes of the embedded prompt E takes E's place in an
-artefact. It adds 2 (H H + H) numbers to each prompt, 1,181,184 at H = 768.
+artifact. It adds 2 (H H + H) numbers to each prompt, 1,181,184 at H = 768.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Grouped(Protocol):
 
 
 def first_row_of_groups(runs: Runs) -> list[int]:
-    """The row each group is initialised by: its first."""
+    """The row each group is initialized by: its first."""
     return [runs.group_of_row.index(group) for group in range(runs.num_groups)]
 
 

@@ -26,9 +26,9 @@ class SharedPrompt(PromptMethod):
     Attributes:
         prompt_length: P.
         init_prompt: initial value of each group's prompt.
-        start_from: with an initial artefact, `'average'` of its rows' prompts, the name of one run,
+        start_from: with an initial artifact, `'average'` of its rows' prompts, the name of one run,
             `'same'` (each group from the prompt of its first run's namesake), or `'shared'`: the
-            matrix that the artefact's tasks share, which for MPT is P* without any factors.
+            matrix that the artifact's tasks share, which for MPT is P* without any factors.
     """
 
     prompt_length: int
@@ -48,7 +48,7 @@ class SharedPrompt(PromptMethod):
         return gather_rows(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Any method's artefact will do, but for `'shared'` it must have a shared matrix."""
+        """Any method's artifact will do, but for `'shared'` it must have a shared matrix."""
         if self.start_from == SHARED:
             return {"shared": self._repeat(_shared(source, source_method), runs)}
         folded = materialize(source_method, source, source_runs)
@@ -66,12 +66,12 @@ class SharedPrompt(PromptMethod):
 
 
 def _shared(source, source_method):
-    """The one shared matrix [P, H] of an artefact."""
+    """The one shared matrix [P, H] of an artifact."""
     shared = source.get("shared")
     if shared is None or len(shared) != 1:
         found = "none" if shared is None else len(shared)
         raise ValueError(
-            f"start_from = 'shared' takes the one matrix that an artefact's tasks share, and this "
-            f"artefact of {source_method.name!r} has {found}. Name one of its runs instead."
+            f"start_from = 'shared' takes the one matrix that an artifact's tasks share, and this "
+            f"artifact of {source_method.name!r} has {found}. Name one of its runs instead."
         )
     return jnp.asarray(shared[0])

@@ -30,10 +30,10 @@ DECIMALS = 6
 
 
 class Embeddings(NamedTuple):
-    """Task embeddings, as an artefact holds them.
+    """Task embeddings, as an artifact holds them.
 
     Attributes:
-        path: of the artefact, for messages.
+        path: of the artifact, for messages.
         runs: its rows.
         prompts: [K, P, H], its folded prompts.
     """
@@ -73,13 +73,13 @@ class Embeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NearestSource:
-    """A `start_from` that chooses for each run among the prompts of the initial artefact.
+    """A `start_from` that chooses for each run among the prompts of the initial artifact.
 
-    It names artefacts and reads none: `train_state.fill` does, which can tell another backbone's.
+    It names artifacts and reads none: `train_state.fill` does, which can tell another backbone's.
 
     Attributes:
-        source_embeddings: artefact with an early prompt of every source.
-        target_embeddings: artefact with an early prompt of every run (or of its task).
+        source_embeddings: artifact with an early prompt of every source.
+        target_embeddings: artifact with an early prompt of every run (or of its task).
         top_k: how many sources to mix.
         similarity: `'mean_pooled'` or `'row_pairs'`.
     """
@@ -105,7 +105,7 @@ class NearestSource:
         Args:
             sources: read from `source_embeddings`.
             targets: read from `target_embeddings`.
-            source_runs: the rows of the initial artefact.
+            source_runs: the rows of the initial artifact.
             runs: the rows that start.
 
         Raises:
@@ -114,7 +114,7 @@ class NearestSource:
         """
         if self.top_k > source_runs.num_rows:
             raise ValueError(
-                f"top_k is {self.top_k}, and the initial artefact holds {source_runs.num_rows} "
+                f"top_k is {self.top_k}, and the initial artifact holds {source_runs.num_rows} "
                 f"sources: {', '.join(source_runs.run_names)}."
             )
         found = cosines(targets.of(runs), sources.of(source_runs), self.similarity)

@@ -1,4 +1,4 @@
-"""Which rows of a source artefact every run starts from, and the mean of them.
+"""Which rows of a source artifact every run starts from, and the mean of them.
 
 All ways to say it come down to a table of weights [K, S], K runs from S rows:
 
@@ -31,11 +31,11 @@ StartFrom = str | SourceTable | NearestSource
 
 
 def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.ndarray:
-    """How much of each row of a source artefact every run starts from.
+    """How much of each row of a source artifact every run starts from.
 
     Args:
         start_from: see `StartFrom`.
-        source_runs: the S rows of the artefact.
+        source_runs: the S rows of the artifact.
         runs: the K rows of the bank.
 
     Returns:
@@ -95,12 +95,12 @@ def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
 
 
 def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[int]:
-    """The group [G] of the source artefact whose shared values each group takes: that of all the
+    """The group [G] of the source artifact whose shared values each group takes: that of all the
     rows which it starts from.
 
     Args:
         weights: [K, S], as `source_weights` gives them.
-        source_runs: the S rows of the artefact.
+        source_runs: the S rows of the artifact.
         runs: the K rows of the bank.
 
     Raises:
@@ -114,8 +114,8 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
         if len(found) > 1:
             raise ValueError(
                 f"{', '.join(runs.run_names[row] for row in rows)} would share one prompt, but "
-                "start from rows that were learnt with the different shared prompts of "
-                f"{len(found)} groups of the artefact "
+                "start from rows that were learned with the different shared prompts of "
+                f"{len(found)} groups of the artifact "
                 f"({', '.join(source_runs.run_names[s] for s in sources)}). Start them from rows "
                 "of one group (start_from), or make them independent (GROUPS)."
             )
@@ -143,7 +143,7 @@ def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
 def _report_new(runs: Runs, known: list[bool], source_runs: Runs) -> None:
     if not any(known):
         raise ValueError(
-            f"None of the runs {', '.join(runs.run_names)} is in the artefact, which holds "
+            f"None of the runs {', '.join(runs.run_names)} is in the artifact, which holds "
             f"{', '.join(source_runs.run_names)}: 'same_or_average' keeps rows of a name. For new "
             "tasks alone set start_from to 'average'."
         )

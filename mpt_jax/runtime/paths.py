@@ -2,7 +2,7 @@
 
     $MPT_JAX_ROOT, else ./runs
         backbones/<name>/...        pretrained weights and vocabularies
-        <stage>/                    MODEL_DIR of a stage; <stage>/artefact is what it hands on
+        <stage>/                    MODEL_DIR of a stage; <stage>/artifact is what it hands on
 
 Gin files build every path from it (`paths.under`), so one variable moves a whole project.
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 import jax
 from absl import logging
 from etils import epath
+
+from mpt_jax.core.old_names import existing_folder
 
 ROOT_VARIABLE = "MPT_JAX_ROOT"
 SHIPPED = Path(__file__).parents[1] / "tasks" / "data"
@@ -74,6 +76,7 @@ def own_or_shipped(*, own: str, name: str) -> str:
 
     Says in the log when it is the shipped one.
     """
+    own = os.fspath(existing_folder(own))  # a stage of an earlier version may have left it
     if epath.Path(own).exists() or not (SHIPPED / name).exists():
         return own
     logging.info("There is no %s yet; using the one shipped, %s.", own, SHIPPED / name)

@@ -28,7 +28,7 @@ _OURS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
 # And what those say that tell of another process: the status alone of the distributed service and
 # of TPUs' networks; Gloo, which CPUs use, reports lost connections as INTERNAL.
 _PEERS = re.compile(
-    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|heartbeat|coordination service|"
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELED)\b|heartbeat|coordination service|"
     r"distributed service|another task died|preempted|connection (reset|closed|refused|timed out)|"
     r"socket closed|broken pipe|connectfullmesh|gloo.*(timed out|timeout)",
     re.IGNORECASE | re.DOTALL,

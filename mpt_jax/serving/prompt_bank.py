@@ -1,4 +1,4 @@
-"""A bank of prompts of any number of tasks, from many artefacts, as arguments of one program.
+"""A bank of prompts of any number of tasks, from many artifacts, as arguments of one program.
 
 Training bakes its rows into what it compiles: there are few of them, and they never change. A
 server has many, and new ones arrive. So a bank keeps arrays that a compiled function takes as
@@ -10,8 +10,8 @@ depend on how many others there are. K tasks in G groups take
 
 with n numbers of a task's own (MPT of rank R: R (P + H), which is 868 for P = 100, H = 768, R = 1),
 m of a group's (MPT: P H), and the number of its group. Groups whose values are the same, bit for
-bit, are kept once, as where many artefacts were trained on one frozen P*. What belongs to neither
-(ATTEMPT's frozen sources) must be the same in all artefacts, and is kept once.
+bit, are kept once, as where many artifacts were trained on one frozen P*. What belongs to neither
+(ATTEMPT's frozen sources) must be the same in all artifacts, and is kept once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax.artifacts import artifacts, compatibility
-from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.artifacts.compatibility import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Params
@@ -58,10 +58,10 @@ class Rows(NamedTuple):
 
 
 class Named(NamedTuple):
-    """An artefact's folder, and what its rows are to be called.
+    """An artifact's folder, and what its rows are to be called.
 
     Attributes:
-        folder: of the artefact.
+        folder: of the artifact.
         name: '' for the rows' own names; else the name of its only row, or what goes before the
             names of several, `name/row`.
     """
@@ -105,10 +105,10 @@ class Bank:
     """Prompts of many tasks, by name.
 
     Args:
-        found: artefacts of one backbone, vocabulary, and unless folded prompt length and method.
+        found: artifacts of one backbone, vocabulary, and unless folded prompt length and method.
         names: what the rows of each are called, as in `Named`; default their own names.
         folded: keeps plain prompts [P, H] in place of the method's factors: more memory, and
-            artefacts of several methods side by side.
+            artifacts of several methods side by side.
 
     Attributes:
         method: the prompt method; of a folded bank prompt tuning.
@@ -117,14 +117,14 @@ class Bank:
             has their lengths.
 
     Raises:
-        ValueError: no artefacts; artefacts that disagree; two rows of one name.
+        ValueError: no artifacts; artifacts that disagree; two rows of one name.
     """
 
     def __init__(
-        self, found: Sequence[Artefact], names: Sequence[str] | None = None, folded: bool = False
+        self, found: Sequence[Artifact], names: Sequence[str] | None = None, folded: bool = False
     ):
         if not found:
-            raise ValueError("A bank needs at least one prompt artefact.")
+            raise ValueError("A bank needs at least one prompt artifact.")
         self.folded = folded
         self._check(found)
         self._reference = compatibility.representative(found)
@@ -142,30 +142,30 @@ class Bank:
 
     @classmethod
     def load(cls, sources: Iterable[Named], folded: bool = False) -> Bank:
-        """A bank of the artefacts in some folders; raises what `load_artefact` and `Bank` do."""
+        """A bank of the artifacts in some folders; raises what `load_artifact` and `Bank` do."""
         sources = list(sources)
-        found = [artifacts.load_artefact(source.folder) for source in sources]
+        found = [artifacts.load_artifact(source.folder) for source in sources]
         return cls(found, [source.name for source in sources], folded)
 
-    def add(self, artefact: Artefact, name: str = "") -> None:
-        """Adds the rows of an artefact, which may be called otherwise (see `Named`).
+    def add(self, artifact: Artifact, name: str = "") -> None:
+        """Adds the rows of an artifact, which may be called otherwise (see `Named`).
 
         Raises:
-            ValueError: the artefact disagrees with the bank's, or a name is taken.
+            ValueError: the artifact disagrees with the bank's, or a name is taken.
         """
-        self._check([self._reference, artefact])
-        known, length = artefact.config["vocabulary_sha256"], artefact.prompt_length
-        embedding = artefact.config["embedding_sha256"]
-        compatibility.check_compatible(artefact, embedding, self._served_vocabulary, length)
+        self._check([self._reference, artifact])
+        known, length = artifact.config["vocabulary_sha256"], artifact.prompt_length
+        embedding = artifact.config["embedding_sha256"]
+        compatibility.check_compatible(artifact, embedding, self._served_vocabulary, length)
         longest = self.method.prompt_length
         if length > longest or not self.lengths_differ and length < longest:
             raise ValueError(
-                f"{artefact.path} has prompts of {length} positions, and the bank was made for "
+                f"{artifact.path} has prompts of {length} positions, and the bank was made for "
                 f"{longest}; load it together with the others."
             )
-        self._append([(artefact, name)])
+        self._append([(artifact, name)])
         if self._reference.config["vocabulary_sha256"] is None and known is not None:
-            self._reference = artefact  # the first that knows its vocabulary; others must agree
+            self._reference = artifact  # the first that knows its vocabulary; others must agree
 
     def row(self, name: str) -> int:
         """The row of a task.
@@ -178,7 +178,7 @@ class Bank:
         return self._rows[name]
 
     def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
-        """Checks that the bank's artefacts were trained on this backbone and vocabulary, and
+        """Checks that the bank's artifacts were trained on this backbone and vocabulary, and
         remembers the vocabulary for those that are added later.
 
         Raises:
@@ -190,7 +190,7 @@ class Bank:
 
     @property
     def config(self) -> dict[str, Any]:
-        """`config.json` of one of the artefacts, for what all of them agree on."""
+        """`config.json` of one of the artifacts, for what all of them agree on."""
         return self._reference.config
 
     @property
@@ -222,30 +222,30 @@ class Bank:
 
     # --- Rows ------------------------------------------------------------------------------------
 
-    def _check(self, found: Sequence[Artefact]) -> None:
+    def _check(self, found: Sequence[Artifact]) -> None:
         compatibility.check_mutually_compatible(found, self.folded)
         if self.folded:
             return
         first, rows = flatten(found[0].params), row_axes(found[0].method)
         for name in (name for name in first if f"{PROMPT}/{name}" not in rows):
-            for artefact in found[1:]:
-                if not np.array_equal(first[name], flatten(artefact.params)[name]):
+            for artifact in found[1:]:
+                if not np.array_equal(first[name], flatten(artifact.params)[name]):
                     raise ValueError(
-                        f"{found[0].path} and {artefact.path} differ in {name!r}, which all tasks "
-                        f"of a bank of {artefact.method.name!r} share: they were not trained with "
+                        f"{found[0].path} and {artifact.path} differ in {name!r}, which all tasks "
+                        f"of a bank of {artifact.method.name!r} share: they were not trained with "
                         "the same source prompts, and need a bank each."
                     )
 
-    def _append(self, found: Sequence[tuple[Artefact, str]]) -> None:
+    def _append(self, found: Sequence[tuple[Artifact, str]]) -> None:
         """Joins all parts first, then writes; so an error leaves the bank as it was."""
         folders, groups = dict(self._folders), dict(self._groups)
         blocks: dict[str, list[np.ndarray]] = {}
-        for artefact, name in found:
-            for row in _called(artefact.runs, name):
+        for artifact, name in found:
+            for row in _called(artifact.runs, name):
                 if row in folders:
-                    raise ValueError(_taken(row, folders[row], artefact.path))
-                folders[row] = artefact.path
-            for leaf, values in self._blocks(artefact, groups).items():
+                    raise ValueError(_taken(row, folders[row], artifact.path))
+                folders[row] = artifact.path
+            for leaf, values in self._blocks(artifact, groups).items():
                 blocks.setdefault(leaf, []).append(values)
         first = {"tasks": len(self._folders), "groups": len(self._groups)}
         for leaf, parts in blocks.items():
@@ -256,13 +256,13 @@ class Bank:
         self._folders, self._groups = folders, groups
         self._rows = {name: row for row, name in enumerate(folders)}
 
-    def _blocks(self, artefact: Artefact, groups: dict[bytes, int]) -> dict[str, np.ndarray]:
-        """What an artefact adds to every leaf; enters its groups."""
-        params = {"table": self._table(artefact)} if self.folded else artefact.params
+    def _blocks(self, artifact: Artifact, groups: dict[bytes, int]) -> dict[str, np.ndarray]:
+        """What an artifact adds to every leaf; enters its groups."""
+        params = {"table": self._table(artifact)} if self.folded else artifact.params
         leaves = {f"{PROMPT}/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
         shared = [leaf for name, leaf in sorted(leaves.items()) if self._axes.get(name) == "groups"]
         numbers, new = [], []
-        for group in range(artefact.runs.num_groups):
+        for group in range(artifact.runs.num_groups):
             values = b"".join(leaf[group].tobytes() for leaf in shared)
             digest = hashlib.sha256(values).digest()
             if digest not in groups:
@@ -273,16 +273,16 @@ class Bank:
             name: leaf[new] if self._axes.get(name) == "groups" else leaf
             for name, leaf in leaves.items()
         }
-        rows = [numbers[group] for group in artefact.runs.group_of_row]
+        rows = [numbers[group] for group in artifact.runs.group_of_row]
         blocks[GROUPS] = np.asarray(rows, np.int32)
         if self.lengths_differ:
-            lengths = artefact.method.prompt_lengths(artefact.runs)
+            lengths = artifact.method.prompt_lengths(artifact.runs)
             blocks[LENGTHS] = np.asarray(lengths, np.int32)
         return blocks
 
-    def _table(self, artefact: Artefact) -> np.ndarray:
-        """[K, P, H] of an artefact's plain prompts, zeros behind shorter ones."""
-        plain = artefact.plain()
+    def _table(self, artifact: Artifact) -> np.ndarray:
+        """[K, P, H] of an artifact's plain prompts, zeros behind shorter ones."""
+        plain = artifact.plain()
         table = np.zeros((len(plain), self.method.prompt_length, plain[0].shape[1]), np.float32)
         for row, prompt in enumerate(plain):
             table[row, : len(prompt)] = prompt

@@ -3,7 +3,7 @@
     TrainStateInitializer   T5X's is `train_state_adapter`'s, which makes T5X's train
                             state. Ours makes its own state, and needs from gin only to be told the
                             origins.
-    save_hooks              T5X writes MODEL_DIR/artefact at its saves; ours does so itself.
+    save_hooks              T5X writes MODEL_DIR/artifact at its saves; ours does so itself.
     stoppable               T5X's trainer is made to stop on request; ours does so itself.
 
 A gin file imports this module before it builds anything, so under T5X the job's other processes
@@ -49,7 +49,7 @@ class OwnInitializer:
 
 
 def own_save_hooks(model_dir: str) -> list[Any]:
-    """None: our trainer writes MODEL_DIR/artefact itself."""
+    """None: our trainer writes MODEL_DIR/artifact itself."""
     return []
 
 

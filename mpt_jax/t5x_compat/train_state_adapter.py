@@ -289,7 +289,7 @@ def _match(expected: Any, found: Mapping[str, Any], what: str) -> None:
     )
 
 
-# --- Prompt artefacts ----------------------------------------------------------------------------
+# --- Prompt artifacts ----------------------------------------------------------------------------
 
 # The host of the run in this process. T5X builds its initializer and calls its save hooks without
 # showing one to the other.
@@ -297,10 +297,10 @@ _HOSTS: list[Host] = []
 
 
 @dataclasses.dataclass(frozen=True)
-class ArtefactHook:
-    """Writes MODEL_DIR/artefact at every save of T5X; changes nothing of what is saved.
+class ArtifactHook:
+    """Writes MODEL_DIR/artifact at every save of T5X; changes nothing of what is saved.
 
-    Prompts that are not finite are not written: the artefact of an earlier save stays.
+    Prompts that are not finite are not written: the artifact of an earlier save stays.
     """
 
     model_dir: str
@@ -313,7 +313,7 @@ class ArtefactHook:
         return state_dict, parameter_infos
 
     def _write(self, prompt: Params, step: int) -> None:
-        path = os.path.join(self.model_dir, "artefact")
+        path = os.path.join(self.model_dir, "artifact")
         host = _HOSTS[-1]
         loaded = host.load(jax.random.PRNGKey(0))
         # What of a prompt does not learn is no part of the state.
@@ -329,7 +329,7 @@ class ArtefactHook:
                 path,
             )
             return
-        artifacts.save_artefact(
+        artifacts.save_artifact(
             path,
             host.model.prompt,
             unflatten(values),
@@ -344,7 +344,7 @@ class ArtefactHook:
 
 
 def _card_facts(host: Host) -> model_card.Facts:
-    """What the model card says beside the artefact's configuration. Scores are not known at a
+    """What the model card says beside the artifact's configuration. Scores are not known at a
     save: T5X evaluates after it."""
     tasks = [task_lookup.find_task(n) for n in host.model.runs.run_names if task_lookup.is_task(n)]
     return model_card.Facts(
@@ -355,6 +355,6 @@ def _card_facts(host: Host) -> model_card.Facts:
     )
 
 
-def save_hooks(model_dir: str) -> list[ArtefactHook]:
+def save_hooks(model_dir: str) -> list[ArtifactHook]:
     """For `SaveCheckpointConfig.state_transformation_fns`."""
-    return [ArtefactHook(model_dir)]
+    return [ArtifactHook(model_dir)]

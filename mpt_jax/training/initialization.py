@@ -1,16 +1,16 @@
 """The state of a run, and where every parameter's first value comes from.
 
 Two tables, independent of each other. The *label* of a parameter says whether it learns (and so
-whether it is differentiated, optimised and saved). Its *origin* says where its value comes from:
+whether it is differentiated, optimized and saved). Its *origin* says where its value comes from:
 
     origin      which parameters                     filled from
     backbone    token_embedder, encoder, decoder     Origins.backbone, a checkpoint
-    teacher     teacher/table                        Origins.teachers, prompt artefacts
-    artefact    prompt/*, if Origins.artefact is set that artefact, transferred by the method
+    teacher     teacher/table                        Origins.teachers, prompt artifacts
+    artifact    prompt/*, if Origins.artifact is set that artifact, transferred by the method
     init        prompt/*, and biases T5 lacks        the method's or module's initial values
 
 Restore order of a run: 1. its own last checkpoint (which holds only what learns), 2. the initial
-artefact, 3. initial values. The backbone has no third way unless gin says `scratch = True`:
+artifact, 3. initial values. The backbone has no third way unless gin says `scratch = True`:
 nothing ever falls back silently to random weights.
 """
 
@@ -50,24 +50,24 @@ class Origins:
 
     Attributes:
         backbone: a T5X checkpoint, an Orbax one, or a Hugging Face folder.
-        teachers: artefact folder(s) that hold a prompt for every task of a distilled run.
-        artefact: the artefact that prompts start from, or several, whose plain prompts are then
+        teachers: artifact folder(s) that hold a prompt for every task of a distilled run.
+        artifact: the artifact that prompts start from, or several, whose plain prompts are then
             taken together; None starts them from initial values.
         scratch: starts the backbone from random values (pretraining); excludes `backbone`.
-        backbone_name: what artefacts call the backbone; default its path.
+        backbone_name: what artifacts call the backbone; default its path.
         backbone_command: how to make the backbone, said where it is missing.
         teachers_command: the same for the teachers.
-        artefact_command: the same for the initial artefact; empty where there is no one command.
+        artifact_command: the same for the initial artifact; empty where there is no one command.
     """
 
     backbone: str | None = None
     teachers: str | Sequence[str] = ()
-    artefact: str | Sequence[str] | None = None
+    artifact: str | Sequence[str] | None = None
     scratch: bool = False
     backbone_name: str | None = None
     backbone_command: str = "see README.md, 'Backbones'"
     teachers_command: str = "python -m mpt_jax.train --gin_file=gin/pt_source.gin"
-    artefact_command: str = ""
+    artifact_command: str = ""
 
     def __post_init__(self):
         teachers = (self.teachers,) if isinstance(self.teachers, str) else tuple(self.teachers)
@@ -85,7 +85,7 @@ class Origins:
 
     @property
     def name(self) -> str:
-        """What artefacts call the backbone."""
+        """What artifacts call the backbone."""
         return self.backbone_name or self.backbone or "scratch"
 
 
@@ -96,8 +96,8 @@ class InitialParams:
     Attributes:
         params: the whole tree, NumPy arrays in the dtype they train or compute in. They lie on no
             device, so a model that only fits where it is sharded can be placed from here.
-        embedding_sha256, vocabulary_sha256: what artefacts are checked by.
-        artefact_sha256: of the parameters in the initial artefact, if there is one.
+        embedding_sha256, vocabulary_sha256: what artifacts are checked by.
+        artifact_sha256: of the parameters in the initial artifact, if there is one.
         start_from: how its rows were used; of a choice by similarity, what was chosen.
         teacher_sha256: of the teachers' table [K, P, H], if there is one.
     """
@@ -105,23 +105,23 @@ class InitialParams:
     params: dict[str, Any]
     embedding_sha256: str
     vocabulary_sha256: str | None
-    artefact_sha256: str | None = None
+    artifact_sha256: str | None = None
     start_from: StartFrom | None = None
     teacher_sha256: str | None = None
 
     @property
     def started_from(self) -> dict[str, Any] | None:
-        """What an artefact records of the one its prompts started from."""
-        if self.artefact_sha256 is None:
+        """What an artifact records of the one its prompts started from."""
+        if self.artifact_sha256 is None:
             return None
-        return {"artefact_sha256": self.artefact_sha256, "start_from": self.start_from}
+        return {"artifact_sha256": self.artifact_sha256, "start_from": self.start_from}
 
 
 def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> InitialParams:
     """Every parameter, from its origin.
 
     Raises:
-        FileNotFoundError: a checkpoint or artefact is not there; says where and what makes it.
+        FileNotFoundError: a checkpoint or artifact is not there; says where and what makes it.
         ValueError: parameters missing, extra or of another shape; digests that differ.
     """
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
@@ -131,21 +131,21 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     _check_vocabulary(model, embedding.shape[0])
     digest = artifacts.embedding_digest(embedding)
     vocabulary = artifacts.vocabulary_digest(model.input_vocabulary)
-    artefact_digest = start_from = teacher_digest = None
-    check = lambda artefact: compatibility.check_compatible(  # noqa: E731
-        artefact,
+    artifact_digest = start_from = teacher_digest = None
+    check = lambda artifact: compatibility.check_compatible(  # noqa: E731
+        artifact,
         digest,
         vocabulary,
-        model.prompt.source_prompt_length(artefact.method, artefact.runs),
+        model.prompt.source_prompt_length(artifact.method, artifact.runs),
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
-    if origins.artefact:
-        artefact = _initial_artefact(origins.artefact, origins.artefact_command)
-        check(artefact)
-        artefact_digest = artifacts.digest(flatten(artefact.params))
-        method = _with_sources_chosen(model.prompt, artefact.runs, model.runs, check)
+    if origins.artifact:
+        artifact = _initial_artifact(origins.artifact, origins.artifact_command)
+        check(artifact)
+        artifact_digest = artifacts.digest(flatten(artifact.params))
+        method = _with_sources_chosen(model.prompt, artifact.runs, model.runs, check)
         start_from = getattr(method, "start_from", None)
-        source = artefact.params, artefact.method, artefact.runs
+        source = artifact.params, artifact.method, artifact.runs
         prompt = method.transfer(*source, model.runs, initial)
     else:
         _refuse_to_start_from_nothing(model.prompt)
@@ -159,7 +159,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
         expected, {name: leaf.shape for name, leaf in flatten(params).items()}, "The filled tree"
     )
     cast = _cast(model, params)
-    return InitialParams(cast, digest, vocabulary, artefact_digest, start_from, teacher_digest)
+    return InitialParams(cast, digest, vocabulary, artifact_digest, start_from, teacher_digest)
 
 
 def _backbone(
@@ -199,10 +199,10 @@ def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> 
     return found
 
 
-def _initial_artefact(paths: str | Sequence[str], command: str) -> artifacts.Artefact:
+def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Artifact:
     paths = [paths] if isinstance(paths, str) else paths
     try:
-        return compatibility.merge([artifacts.load_artefact(path) for path in paths])
+        return compatibility.merge([artifacts.load_artifact(path) for path in paths])
     except FileNotFoundError as error:
         how = f" Make it by: {command}." if command else ""
         raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
@@ -212,7 +212,7 @@ def _with_sources_chosen(
     method: PromptMethod,
     source_runs: Runs,
     runs: Runs,
-    check: Callable[[artifacts.Artefact], None],
+    check: Callable[[artifacts.Artifact], None],
 ) -> PromptMethod:
     """The method; where it starts by similarity, with the weights that come of it."""
     choice = getattr(method, "start_from", None)
@@ -224,30 +224,30 @@ def _with_sources_chosen(
         (choice.target_embeddings, "gin/spot_embeddings.gin"),
     ):
         try:
-            artefact = artifacts.load_artefact(path)
+            artifact = artifacts.load_artifact(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error} It was to hold task embeddings; make them by: python -m t5x.train "
                 f"--gin_file={stage}."
             ) from error
-        check(artefact)
-        read.append(Embeddings(path, artefact.runs, artefact.folded()))
+        check(artifact)
+        read.append(Embeddings(path, artifact.runs, artifact.folded()))
     table = choice.choose(read[0], read[1], source_runs, runs)
     return dataclasses.replace(method, start_from=table)  # pyright: ignore[reportArgumentType]
 
 
 def _refuse_to_start_from_nothing(method: PromptMethod) -> None:
-    if method.needs_artefact:
+    if method.needs_artifact:
         raise ValueError(
-            f"The method {method.name!r} mixes frozen source prompts, and no artefact has them: "
-            "set INITIAL_ARTEFACT to that of gin/pt_source.gin, or to one or several others. To "
-            "evaluate a checkpoint, to the artefact that its run left; or to the one it started "
+            f"The method {method.name!r} mixes frozen source prompts, and no artifact has them: "
+            "set INITIAL_ARTIFACT to that of gin/pt_source.gin, or to one or several others. To "
+            "evaluate a checkpoint, to the artifact that its run left; or to the one it started "
             "from, with the START_FROM it had."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(
-            "start_from chooses among the prompts of an initial artefact, and there is none: set "
-            "INITIAL_ARTEFACT, or take gin/pt_target.gin to start from initial values."
+            "start_from chooses among the prompts of an initial artifact, and there is none: set "
+            "INITIAL_ARTIFACT, or take gin/pt_target.gin to start from initial values."
         )
 
 
@@ -275,20 +275,20 @@ def _teachers(
     """The teacher of every bank row, [K, P, H]."""
     if not origins.teachers:
         raise ValueError(
-            "The objective distils from teachers, but Origins.teachers names no artefact. They "
+            "The objective distils from teachers, but Origins.teachers names no artifact. They "
             f"are made by: {origins.teachers_command}."
         )
     known: list[_Teacher] = []
     for path in origins.teachers:
         try:
-            artefact = artifacts.load_artefact(path)
+            artifact = artifacts.load_artifact(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error} It was to hold the teachers; make them by: {origins.teachers_command}."
             ) from error
-        compatibility.check_compatible(artefact, digest, vocabulary, model.prompt.prompt_length)
-        names = zip(artefact.runs.run_names, artefact.runs.task_names, strict=True)
-        for (run, task), prompt in zip(names, artefact.folded(), strict=True):
+        compatibility.check_compatible(artifact, digest, vocabulary, model.prompt.prompt_length)
+        names = zip(artifact.runs.run_names, artifact.runs.task_names, strict=True)
+        for (run, task), prompt in zip(names, artifact.folded(), strict=True):
             known.append(_Teacher(run, task, str(path), prompt))
     return np.stack([teacher.prompt for teacher in _choose(model.runs, known)])
 
@@ -318,7 +318,7 @@ def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
         named = {run: [f"{each.run} in {each.path}" for each in several[run]] for run in several}
         raise ValueError(
             f"Several teachers for one run: {named}. Give the student's run the name of the one "
-            "it shall follow (RUN_NAMES), or name artefacts with one run of each task."
+            "it shall follow (RUN_NAMES), or name artifacts with one run of each task."
         )
     return [teachers[0] for teachers in found.values()]
 

@@ -52,11 +52,12 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
     layers = encoder * config.num_encoder_layers + decoder * config.num_decoder_layers
     row = layers * config.emb_dim * np.dtype(config.dtype).itemsize
     at_a_time = max(rows // parts, 1)
-    backbone, learnt = _bytes(trainer.state.frozen), _bytes(trainer.state.trainable)
+    backbone, learned = _bytes(trainer.state.frozen), _bytes(trainer.state.trainable)
     moments = _bytes(trainer.state.opt_state)
     lines = [
         f"A training step does not fit the memory of a device ({said}). Each device holds "
-        f"{_size(backbone)} of backbone, {_size(learnt + moments)} of what learns and its moments, "
+        f"{_size(backbone)} of backbone, {_size(learned + moments)} of trainable parameters and "
+        "their moments, "
         f"and what a step makes of {at_a_time} rows at a time, of {encoder} encoder and "
         f"{decoder} decoder positions each: {_size(at_a_time * row)} for the inputs of its layers "
         "alone, several times that in all. In the order to try:",
@@ -87,9 +88,9 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
     if rows >= 2 and all_rows >= 2 * groups:
         lines.append(
             f"BATCH_SIZE, halved, takes {rows // 2} rows in a step of each device; that changes "
-            "what is learnt."
+            "what is learned."
         )
-    lines.append("A lower limit in TASK_FEATURE_LENGTHS changes what is learnt of longer texts.")
+    lines.append("A lower limit in TASK_FEATURE_LENGTHS changes what is learned of longer texts.")
     if groups > 1 and rows >= 2:
         lines.append(
             f"{groups} runs share this step: two jobs of half as many take {rows // 2} rows each, "

@@ -29,7 +29,7 @@ from mpt_jax.core.tree import Rules, flatten, label_tree, path_name
 from mpt_jax.training.row_transforms import Rows, _pick_rows, by_row, clip_by_group_norm, row_groups
 from mpt_jax.training.schedules import PerGroup, Schedule
 
-# The label of counters of steps: what has it is not learnt, and grows by one in every step.
+# The label of counters of steps: what has it is not learned, and grows by one in every step.
 STEP_COUNTER = "clock"
 
 

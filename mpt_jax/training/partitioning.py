@@ -205,7 +205,7 @@ class PjitPartitioner:
 
 
 def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
-    """Devices [rows, num_partitions]: rows process by process, each in neighbours of one process.
+    """Devices [rows, num_partitions]: rows process by process, each in neighbors of one process.
 
     Raises:
         ValueError: num_partitions does not divide the devices, or those of a process.

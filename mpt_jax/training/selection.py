@@ -1,7 +1,7 @@
 """Which step of a run is its best, and when to stop: actions after an evaluation.
 
 Each group of a job has its own best step, and its own patience. Its parameters at that step are
-kept in MODEL_DIR/best and become the artefact at the end. Everything is keyed by step, so repeating
+kept in MODEL_DIR/best and become the artifact at the end. Everything is keyed by step, so repeating
 an evaluation after a resume changes nothing, and what was seen after the step that a run resumes
 from is forgotten.
 """

@@ -58,7 +58,7 @@ def create_train_state(
     """The state of step 0, laid out over the mesh; for `rows_by_run` see `Trainer`."""
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
     if not flatten(trainable):
-        raise ValueError("Nothing learns: every parameter is labelled 'frozen'.")
+        raise ValueError("Nothing learns: every parameter is labeled 'frozen'.")
     shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
     place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
     trainable = place(trainable)

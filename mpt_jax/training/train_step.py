@@ -68,7 +68,7 @@ def train_step(
 ) -> tuple[TrainState, metrics.StepMetrics]:
     """One step: gradients, clipping and update by group, metrics of the groups that took it.
 
-    Groups that have ended keep every bit of what they learnt.
+    Groups that have ended keep every bit of what they learned.
 
     Args:
         model: what is trained.

@@ -168,7 +168,7 @@ class Trainer:
         return self.ended < 0
 
     def stop_groups(self, over: Sequence[bool]) -> None:
-        """Ends the training of some groups [G], which have not failed; they keep what they learnt.
+        """Ends the training of some groups [G], which have not failed; they keep what they learned.
         Those that have ended stay as they are."""
         self._read_run_status()
         ended = np.where(np.asarray(over) & (self.ended < 0), self.step, self.ended)
@@ -292,7 +292,7 @@ class Trainer:
         runs = self.model.runs
         for group in np.flatnonzero(failed & ~self.failed).tolist():
             logging.error(
-                "%s failed: the loss or a gradient of step %d is not finite. What was learnt by "
+                "%s failed: the loss or a gradient of step %d is not finite. What was learned by "
                 "then is kept; the others go on. Its learning rate may be too high.",
                 ", ".join(runs.names_of_group(group)),
                 ended[group],

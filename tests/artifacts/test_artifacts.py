@@ -1,4 +1,4 @@
-"""Prompt artefacts: round trips, and refusal of whatever does not belong."""
+"""Prompt artifacts: round trips, and refusal of whatever does not belong."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ CHANGED = {**PARAMS, "shared": PARAMS["shared"] + 1e-3}
 
 def test_what_is_written_comes_back(tmp_path):
     assert save_example(tmp_path / "a") == tmp_path / "a"
-    read = artifacts.load_artefact(tmp_path / "a")
+    read = artifacts.load_artifact(tmp_path / "a")
     assert read.method == MPT(P, rank=2)
     assert read.runs == RUNS
     assert sorted(read.params) == sorted(PARAMS)
@@ -47,7 +47,7 @@ def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
     save_example(tmp_path / "plain")
     save_example(tmp_path / "both", include_folded=True)
     np.testing.assert_allclose(
-        artifacts.load_artefact(tmp_path / "plain").folded(), expected, atol=1e-6, rtol=1e-6
+        artifacts.load_artifact(tmp_path / "plain").folded(), expected, atol=1e-6, rtol=1e-6
     )
     tensors = load((tmp_path / "both" / TENSORS).read_bytes())
     folded = {name for name in tensors if name.startswith("folded/")}
@@ -66,7 +66,7 @@ def crosspt(**settings):
 def test_what_is_mixed_is_recorded_by_run_and_candidate(tmp_path):
     method, params = crosspt()
     save_example(tmp_path / "a", method, params)
-    read = artifacts.load_artefact(tmp_path / "a")
+    read = artifacts.load_artifact(tmp_path / "a")
     # Relaxed Bernoulli without draws: sigmoids, as shares of their sum.
     scores = 1 / (1 + np.exp(-params["router"]))
     expected = scores / scores.sum(-1, keepdims=True)
@@ -89,7 +89,7 @@ def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
         ("text", ValueError, "depend on the text"),
         ("none", NotImplementedError, "mixes no candidates"),
     ):
-        read = artifacts.load_artefact(tmp_path / name)
+        read = artifacts.load_artifact(tmp_path / name)
         assert read.config["mixture"] is None
         with pytest.raises(error, match=words):
             read.weights()
@@ -98,7 +98,7 @@ def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
 def test_prompt_tuning_is_written_and_read_alike(tmp_path):
     table = {"table": jnp.asarray(RNG.normal(size=(3, P, H)), jnp.float32)}
     save_example(tmp_path / "a", PromptTuning(P), table)
-    read = artifacts.load_artefact(tmp_path / "a")
+    read = artifacts.load_artifact(tmp_path / "a")
     assert read.method == PromptTuning(P)
     np.testing.assert_array_equal(read.folded(), table["table"])
 
@@ -107,16 +107,16 @@ def test_writing_again_replaces_the_whole_folder(tmp_path):
     save_example(tmp_path / "a")
     (tmp_path / "a" / "stray").write_text("")
     save_example(tmp_path / "a", step=240)
-    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 240
+    assert artifacts.load_artifact(tmp_path / "a").config["step"] == 240
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
     assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left behind"
 
 
-def test_a_write_that_fails_leaves_the_old_artefact(tmp_path):
+def test_a_write_that_fails_leaves_the_old_artifact(tmp_path):
     save_example(tmp_path / "a")
     with pytest.raises(TypeError, match="JSON"):
         save_example(tmp_path / "a", metrics={"rte": object()})
-    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 120
+    assert artifacts.load_artifact(tmp_path / "a").config["step"] == 120
     save_example(tmp_path / "a", step=240)
     assert [path.name for path in tmp_path.iterdir()] == ["a"], "what was left is cleaned up"
 
@@ -153,7 +153,7 @@ def test_vocabularies_are_told_apart():
 
 
 def test_another_backbone_is_refused_with_both_digests(tmp_path):
-    read = artifacts.load_artefact(save_example(tmp_path / "a"))
+    read = artifacts.load_artifact(save_example(tmp_path / "a"))
     compatibility.check_compatible(read, DIGEST, "v" * 64, P)
     with pytest.raises(ValueError) as error:
         compatibility.check_compatible(read, "0" * 64, "v" * 64, P)
@@ -162,16 +162,16 @@ def test_another_backbone_is_refused_with_both_digests(tmp_path):
 
 
 def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
-    read = artifacts.load_artefact(save_example(tmp_path / "a"))
+    read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
         compatibility.check_compatible(read, DIGEST, "w" * 64, P)
     compatibility.check_compatible(read, DIGEST, None, P)
-    unknown = artifacts.load_artefact(save_example(tmp_path / "b", vocabulary_sha256=None))
+    unknown = artifacts.load_artifact(save_example(tmp_path / "b", vocabulary_sha256=None))
     compatibility.check_compatible(unknown, DIGEST, "w" * 64, P)
 
 
 def test_another_prompt_length_is_refused(tmp_path):
-    read = artifacts.load_artefact(save_example(tmp_path / "a"))
+    read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
         compatibility.check_compatible(read, DIGEST, "v" * 64, P + 1)
 
@@ -180,13 +180,13 @@ def test_another_prompt_length_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("gone", [TENSORS, CONFIG, None])
-def test_no_artefact_where_one_was_expected(tmp_path, gone):
+def test_no_artifact_where_one_was_expected(tmp_path, gone):
     path = tmp_path / "a"
     if gone:
         save_example(path)
         (path / gone).unlink()
-    with pytest.raises(FileNotFoundError, match=f"No prompt artefact at {path}.*{TENSORS}"):
-        artifacts.load_artefact(path)
+    with pytest.raises(FileNotFoundError, match=f"No prompt artifact at {path}.*{TENSORS}"):
+        artifacts.load_artifact(path)
 
 
 @pytest.mark.parametrize("name", [TENSORS, CONFIG])
@@ -196,8 +196,8 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, name, keep):
     content = (path / name).read_bytes()
     kept = int(len(content) * keep) if isinstance(keep, float) else keep
     (path / name).write_bytes(content[:kept].rstrip(b"}\n") if name == CONFIG else content[:kept])
-    with pytest.raises(ValueError, match=f"artefact at {path} cannot be read"):
-        artifacts.load_artefact(path)
+    with pytest.raises(ValueError, match=f"artifact at {path} cannot be read"):
+        artifacts.load_artifact(path)
 
 
 def edit(path, change) -> None:
@@ -206,11 +206,11 @@ def edit(path, change) -> None:
     (path / CONFIG).write_text(json.dumps(config))
 
 
-def test_an_artefact_of_another_format_says_which_is_read(tmp_path):
+def test_an_artifact_of_another_format_says_which_is_read(tmp_path):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(format=2))
     with pytest.raises(ValueError, match="format 2; this version reads 1"):
-        artifacts.load_artefact(path)
+        artifacts.load_artifact(path)
 
 
 def test_prompts_that_were_changed_are_refused(tmp_path):
@@ -222,18 +222,18 @@ def test_prompts_that_were_changed_are_refused(tmp_path):
     for content in (bytes(flipped), (other / TENSORS).read_bytes()):
         (path / TENSORS).write_bytes(content)
         with pytest.raises(ValueError, match=f"{path / TENSORS} was changed .*sha256"):
-            artifacts.load_artefact(path)
+            artifacts.load_artifact(path)
     (path / TENSORS).write_bytes(whole)
-    config = artifacts.load_artefact(path).config
+    config = artifacts.load_artifact(path).config
     assert config["prompts_sha256"] == hashlib.sha256(whole).hexdigest()
 
 
-def test_an_artefact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
+def test_an_artifact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.pop("prompts_sha256"))
     with caplog.at_level("WARNING", logger="absl"):
         np.testing.assert_array_equal(
-            artifacts.load_artefact(path).params["shared"], PARAMS["shared"]
+            artifacts.load_artifact(path).params["shared"], PARAMS["shared"]
         )
     assert f"{path / CONFIG} has no prompts_sha256" in caplog.text
 
@@ -245,14 +245,14 @@ def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared(tmp_path):
     (tmp_path / ".a.old").mkdir()
     save_example(tmp_path / "a", step=7)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 7
+    assert artifacts.load_artifact(tmp_path / "a").config["step"] == 7
 
 
 def test_an_unknown_method_lists_the_known(tmp_path):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(method="mptt"))
     with pytest.raises(ValueError, match="'mptt'.*'mpt'.*prompt_tuning"):
-        artifacts.load_artefact(path)
+        artifacts.load_artifact(path)
 
 
 @pytest.mark.parametrize("key", ["run_names", "shapes", "method_config", "embedding_sha256"])
@@ -260,7 +260,7 @@ def test_a_config_that_lacks_something_is_refused_by_name(tmp_path, key):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.pop(key))
     with pytest.raises(ValueError, match=f"{path}.*{key}"):
-        artifacts.load_artefact(path)
+        artifacts.load_artifact(path)
 
 
 def test_tensors_missing_extra_and_misshaped_are_named(tmp_path):
@@ -271,7 +271,7 @@ def test_tensors_missing_extra_and_misshaped_are_named(tmp_path):
     tensors["factors/task_left"] = tensors["factors/task_left"][:2]
     (path / TENSORS).write_bytes(save(tensors))
     with pytest.raises(ValueError) as error:
-        artifacts.load_artefact(path)
+        artifacts.load_artifact(path)
     message = str(error.value)
     assert "missing: ['shared']" in message and "not expected: ['router']" in message
     assert "task_left: expected (3, 4, 2), found (2, 4, 2)" in message

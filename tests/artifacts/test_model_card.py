@@ -96,7 +96,7 @@ def test_a_path_is_no_base_model(name):
     assert ["backbone", f"`{name}`"] in cells(card)
 
 
-def test_it_says_what_the_artefact_is():
+def test_it_says_what_the_artifact_is():
     found = cells(model_card.text(CONFIG, FACTS))
     for line in (
         ["method", "`mpt`"],
@@ -104,7 +104,7 @@ def test_it_says_what_the_artefact_is():
         ["rank", "2"],
         ["tasks", "`rte`, `cb`"],
         ["groups that share nothing", "2"],
-        ["numbers in this artefact", "108"],  # 2*4*6 + 3*4*2 + 3*2*6
+        ["numbers in this artifact", "108"],  # 2*4*6 + 3*4*2 + 3*2*6
         ["numbers that were trained", "1,108"],
         ["step", "120"],
         ["sha256 of its embedding, as bfloat16", f"`{'e' * 64}`"],
@@ -152,7 +152,7 @@ def test_data_is_named_with_its_splits():
 def test_what_no_run_knows_is_left_to_the_author():
     card = model_card.text(CONFIG, Facts())
     sections = dict(re.findall(r"^## (.*)\n\n(.*)", card, re.MULTILINE))
-    for title in ("Licence", "Intended use", "Known limits and biases"):
+    for title in ("License", "Intended use", "Known limits and biases"):
         assert sections[title].startswith(f"**[{TO_FILL}]**")
     assert f"# license: {TO_FILL}\n" in card
 
@@ -219,7 +219,7 @@ def test_router_weights_are_a_table_of_runs_by_sources():
 )
 def test_it_says_how_its_prompts_are_read(changes, call, words):
     card = model_card.text({**CONFIG, **changes}, FACTS).replace("\n", " ")
-    assert f"load_artefact(FOLDER){call.removeprefix('(FOLDER)')} gives" in card and words in card
+    assert f"load_artifact(FOLDER){call.removeprefix('(FOLDER)')} gives" in card and words in card
     assert (".folded()" in card) == (call == ".folded()`")
 
 
@@ -323,10 +323,10 @@ def test_draws_of_the_users_files_name_the_files(tmp_path):
     assert data == Data(str(path), {"train": Split("k = 3 rows of train, draw 0", 3)})
 
 
-# --- In the artefact's folder ----------------------------------------------------------------
+# --- In the artifact's folder ----------------------------------------------------------------
 
 
-def test_it_is_written_with_the_artefact_and_again_with_the_next(tmp_path):
+def test_it_is_written_with_the_artifact_and_again_with_the_next(tmp_path):
     for step in (120, 240):
         save_example(tmp_path / "a", step=step, facts=FACTS)
         card = (tmp_path / "a" / "README.md").read_bytes()
@@ -357,7 +357,7 @@ def test_a_card_that_was_edited_is_never_overwritten(tmp_path, caplog, edit):
     with caplog.at_level("WARNING", logger="absl"):
         save_example(tmp_path / "a", step=240)
     assert path.read_bytes() == edited
-    assert artifacts.load_artefact(tmp_path / "a").config["step"] == 240
+    assert artifacts.load_artifact(tmp_path / "a").config["step"] == 240
     assert "README.md was edited and stays as it is" in caplog.text and "step 240" in caplog.text
     path.unlink()
     save_example(tmp_path / "a", step=360)
@@ -367,7 +367,7 @@ def test_a_card_that_was_edited_is_never_overwritten(tmp_path, caplog, edit):
 def test_the_same_facts_make_the_same_card(tmp_path):
     folder = epath.Path(tmp_path)
     assert model_card.for_folder(folder, CONFIG, FACTS) == model_card.text(CONFIG, FACTS).encode()
-    assert not list(tmp_path.iterdir()), "it is the artefact's writer that writes it"
+    assert not list(tmp_path.iterdir()), "it is the artifact's writer that writes it"
 
 
 def test_every_method_has_a_card(tmp_path):
@@ -383,7 +383,7 @@ def test_a_run_tells_what_it_trained_on_and_of_how_many_examples_its_scores_are(
     model, evaluated = training_runs.build(), training_runs.dataset(Runs(training_runs.TASKS))
     evaluated = dataclasses.replace(evaluated, split="validation", shuffle=False)
     training_runs.run(backbone, tmp_path, model, steps=2, infer_eval_dataset_cfg=evaluated)
-    card = (tmp_path / "artefact" / "README.md").read_text()
+    card = (tmp_path / "artifact" / "README.md").read_text()
     found = cells(card)
     made = "made by a function, in memory"
     for run in training_runs.TASKS:

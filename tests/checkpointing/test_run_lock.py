@@ -20,7 +20,7 @@ QUICK = {"period": 0.05, "patience": 0.6}
 HOLDER = """
 import sys, time
 from mpt_jax.checkpointing import run_lock as lock
-with lock.held(sys.argv[1]):
+with lock.acquire(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """

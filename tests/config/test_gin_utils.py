@@ -277,7 +277,7 @@ def test_paths_lie_under_one_root(monkeypatch):
     monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/project")
     parse(["gin/mpt_source.gin"])
     assert value("MODEL_DIR") == "gs://bucket/project/mpt_source"
-    assert value("TEACHERS") == "gs://bucket/project/pt_source/artefact"
+    assert value("TEACHERS") == "gs://bucket/project/pt_source/artifact"
     for macro in ("INITIAL_CHECKPOINT_PATH", "VOCABULARY"):
         assert value(macro).startswith("gs://bucket/project/backbones/")
 
@@ -407,11 +407,11 @@ def test_a_users_file_may_serve_several_stages(tmp_path):
     assert value("TRAIN_STEPS") == 7
 
 
-def test_where_to_start_from_needs_an_artefact():
+def test_where_to_start_from_needs_an_artifact():
     start = "START_FROM = 'mnli'"
-    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTEFACT too"):
+    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTIFACT too"):
         parse(["gin/pt_target.gin"], [start])
-    parse(["gin/pt_target.gin"], [start, "INITIAL_ARTEFACT = 'x'"])
+    parse(["gin/pt_target.gin"], [start, "INITIAL_ARTIFACT = 'x'"])
     parse(["gin/mpt_target.gin"], [start])
 
 
@@ -456,7 +456,7 @@ from mpt_jax.config import gin_utils
 from mpt_jax.data import sampling
 from mpt_jax.config import trainer_choice
 from mpt_jax.prompts import init
-trainer_choice.install()
+trainer_choice.install_fallback()
 import gin, mpt_jax.train as train
 bindings = [
     "INIT_FACTORS = @init.signs",

@@ -131,12 +131,12 @@ def test_a_real_t5x_finds_our_gin_files_from_anywhere(real, tmp_path):
 
 
 def test_our_entry_points_always_choose_the_fallback(real, tmp_path):
-    code = f"from mpt_jax.config import trainer_choice; trainer_choice.install(); {WHO}"
+    code = f"from mpt_jax.config import trainer_choice; trainer_choice.install_fallback(); {WHO}"
     assert answer(code, ROOT, real, cwd=tmp_path) == "own"
 
 
 def test_both_trainers_in_one_process_are_refused(real, tmp_path):
-    code = "import t5x; from mpt_jax.config import trainer_choice; trainer_choice.install()"
+    code = "import t5x; from mpt_jax.config import trainer_choice as c; c.install_fallback()"
     child = run(code, ROOT, real, cwd=tmp_path)
     assert child.returncode and "cannot hold both trainers" in child.stderr
 

@@ -34,10 +34,10 @@ def test_the_commands_of_the_page_work(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out.splitlines()
         assert re.match(r"\d+ leaves, [\d,]+ numbers: identical", said[-2]), line
     # The page's claims about what comes back.
-    original = artifacts.load_artefact(ROOT / "mpt_jax/tasks/data/tiny_t5/mpt_source")
-    back = artifacts.load_artefact(tmp_path / "runs/out/from_peft")
+    original = artifacts.load_artifact(ROOT / "mpt_jax/tasks/data/tiny_t5/mpt_source")
+    back = artifacts.load_artifact(tmp_path / "runs/out/from_peft")
     assert back.runs == original.runs and back.method == original.method
     for made in ("from_folded", "from_safetensors"):
-        found = artifacts.load_artefact(tmp_path / "runs/out" / made)
+        found = artifacts.load_artifact(tmp_path / "runs/out" / made)
         row = found.runs.row("toy_qqp")
         assert (found.folded()[row] == original.folded()[original.runs.row("toy_qqp")]).all()

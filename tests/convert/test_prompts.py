@@ -1,4 +1,4 @@
-"""`mpt-jax convert` of prompts: PEFT, NumPy, T5X and safetensors, into artefacts and out of them.
+"""`mpt-jax convert` of prompts: PEFT, NumPy, T5X and safetensors, into artifacts and out of them.
 
 Those marked `parity` run PEFT's own model beside ours.
 """
@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides) -> Path:
-    """An artefact of three runs, of the backbone."""
+    """An artifact of three runs, of the backbone."""
     runs = Runs(["one", "two", "two"], NAMES, groups)
     made = MPT(P, rank=R) if method == "mpt" else get_method(method)(prompt_length=P)
     params = {
@@ -62,8 +62,8 @@ def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides)
 
 
 def same_prompts(found: Path, expected: Path) -> None:
-    """Both artefacts hold the same parameters for the same runs of the same backbone."""
-    first, second = artifacts.load_artefact(found), artifacts.load_artefact(expected)
+    """Both artifacts hold the same parameters for the same runs of the same backbone."""
+    first, second = artifacts.load_artifact(found), artifacts.load_artifact(expected)
     assert (first.method, first.runs) == (second.method, second.runs)
     for name, value in second.params.items():
         np.testing.assert_array_equal(first.params[name], value)
@@ -73,12 +73,12 @@ def same_prompts(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("method", ["mpt", "prompt_tuning"])
 def test_through_peft_and_back(method, backbone, tmp_path, capsys):
-    source = write(tmp_path / "artefact", backbone, method, groups="joint")
+    source = write(tmp_path / "artifact", backbone, method, groups="joint")
     convert(source, tmp_path / "peft")
-    assert ": identical\nartefact -> peft" in capsys.readouterr().out
+    assert ": identical\nartifact -> peft" in capsys.readouterr().out
     convert(tmp_path / "peft", tmp_path / "again", "--backbone", backbone, "--runs", *NAMES)
-    found = artifacts.load_artefact(tmp_path / "again")
-    for name, value in artifacts.load_artefact(source).params.items():
+    found = artifacts.load_artifact(tmp_path / "again")
+    for name, value in artifacts.load_artifact(source).params.items():
         np.testing.assert_array_equal(found.params[name], value)
     if method == "mpt":  # names and all from what was written beside the adapter
         convert(tmp_path / "peft", tmp_path / "named", "--backbone", backbone)
@@ -86,8 +86,8 @@ def test_through_peft_and_back(method, backbone, tmp_path, capsys):
 
 
 def test_the_adapter_is_as_peft_lays_it_out(backbone, tmp_path):
-    source = write(tmp_path / "artefact", backbone)
-    params = artifacts.load_artefact(source).params
+    source = write(tmp_path / "artifact", backbone)
+    params = artifacts.load_artifact(source).params
     convert(source, tmp_path / "factors", "--to", "peft")
     config = json.loads((tmp_path / "factors" / "adapter_config.json").read_text())
     assert config["peft_type"] == "MULTITASK_PROMPT_TUNING"
@@ -112,12 +112,12 @@ def test_the_adapter_is_as_peft_lays_it_out(backbone, tmp_path):
 
 
 def test_groups_are_adapters_of_their_own(backbone, tmp_path):
-    source = write(tmp_path / "artefact", backbone, groups=[0, 1, 0])
-    params = artifacts.load_artefact(source).params
+    source = write(tmp_path / "artifact", backbone, groups=[0, 1, 0])
+    params = artifacts.load_artifact(source).params
     convert(source, tmp_path / "peft")
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["alpha+gamma", "beta"]
     convert(tmp_path / "peft" / "alpha+gamma", tmp_path / "back", "--backbone", backbone)
-    back = artifacts.load_artefact(tmp_path / "back")
+    back = artifacts.load_artifact(tmp_path / "back")
     assert back.runs == Runs(["one", "two"], ["alpha", "gamma"])
     np.testing.assert_array_equal(back.params["shared"], params["shared"][:1])
     np.testing.assert_array_equal(back.params["task_left"], params["task_left"][jnp.array([0, 2])])
@@ -125,8 +125,8 @@ def test_groups_are_adapters_of_their_own(backbone, tmp_path):
 
 @pytest.mark.parametrize("method", ["mpt", "prompt_tuning", "shared_prompt"])
 def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
-    source = write(tmp_path / "artefact", backbone, method)
-    folded = artifacts.load_artefact(source).folded()
+    source = write(tmp_path / "artifact", backbone, method)
+    folded = artifacts.load_artifact(source).folded()
     convert(source, tmp_path / "npy", "--to", "npy")
     convert(source, tmp_path / "st", "--to", "safetensors")
     convert(source, tmp_path / "peft", "--to", "peft-folded")
@@ -138,11 +138,11 @@ def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
         np.testing.assert_array_equal(array, folded[row])
         made = tmp_path / f"from_{name}"
         convert(tmp_path / "npy" / f"{name}.npy", made, "--backbone", backbone, "--runs", name)
-        found = artifacts.load_artefact(made)
+        found = artifacts.load_artifact(made)
         assert (found.method.name, found.runs.run_names) == ("prompt_tuning", (name,))
         np.testing.assert_array_equal(found.params["table"][0], folded[row])
     for made in ("from_st", "from_peft"):
-        found = artifacts.load_artefact(tmp_path / made)
+        found = artifacts.load_artifact(tmp_path / made)
         assert found.runs.run_names == NAMES
         np.testing.assert_array_equal(found.params["table"], folded)
     assert found.runs.task_names == ("one", "two", "two"), "noted beside the adapters"
@@ -151,16 +151,16 @@ def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
 
 
 def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
-    """An artefact of a method that mixes prompts, of three runs in one group."""
+    """An artifact of a method that mixes prompts, of three runs in one group."""
     params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None, "backbone": "tiny"}
-    return artifacts.save_artefact(path, method, params, Runs(NAMES), step=1, **known)
+    return artifacts.save_artifact(path, method, params, Runs(NAMES), step=1, **known)
 
 
 @pytest.mark.parametrize("to", ["peft", "peft-folded", "npy", "safetensors"])
 def test_prompts_by_the_text_are_refused(to, tmp_path, capsys):
     source = write_mixed(
-        tmp_path / "artefact", ATTEMPT(P, ["s", "t"], width=2), sources=(2, P, H), target=(3, P, H),
+        tmp_path / "artifact", ATTEMPT(P, ["s", "t"], width=2), sources=(2, P, H), target=(3, P, H),
         down=(1, H, 2), up=(1, 2, H), norm_scale=(1, H), norm_bias=(1, H),
     )  # fmt: skip
     said = refused(capsys, source, tmp_path / "x", "--to", to)
@@ -173,12 +173,12 @@ def test_prompts_of_several_lengths_are_files_of_their_own(tmp_path, capsys):
     lengths = {"alpha": 1, "beta": 2, "gamma": 4}
     method = CrossPT(P, ["s", "t"], compose_by="private_cat", private_length=lengths)
     source = write_mixed(
-        tmp_path / "artefact", method, sources=(1, 2, P, H), private=(3, 4, H), router=(3, 2)
+        tmp_path / "artifact", method, sources=(1, 2, P, H), private=(3, 4, H), router=(3, 2)
     )
     convert(source, tmp_path / "npy", "--to", "npy")
     convert(source, tmp_path / "st", "--to", "safetensors")
     written = load_file(tmp_path / "st" / "folded.safetensors")
-    private = artifacts.load_artefact(source).params["private"]
+    private = artifacts.load_artifact(source).params["private"]
     for row, (name, length) in enumerate(lengths.items()):
         array = np.load(tmp_path / "npy" / f"{name}.npy", allow_pickle=False)
         assert array.shape == (P + length, H)
@@ -194,7 +194,7 @@ def test_released_prompts_are_read(name, tmp_path):
     embedding = {"token_embedder": {"embedding": random(50, 768)}}
     checkpoint = save_t5x(tmp_path, embedding)
     convert(file, tmp_path / "made", "--backbone", checkpoint, "--runs", name)
-    found = artifacts.load_artefact(tmp_path / "made")
+    found = artifacts.load_artifact(tmp_path / "made")
     np.testing.assert_array_equal(found.folded(), np.load(file)[None])
     assert found.config["embedding_sha256"] == artifacts.embedding_digest(
         embedding["token_embedder"]["embedding"]
@@ -215,15 +215,15 @@ def test_a_prompt_inside_a_t5x_checkpoint(backbone, tmp_path, capsys):
     prompt = random(P, H)
     tree = {"encoder": {"prompt": {"prompt": {"prompt": prompt}}}, "decoder": {"x": random(2)}}
     source = save_t5x(tmp_path, tree)
-    options = ("--to", "artefact", "--backbone", backbone, "--runs", "a")
+    options = ("--to", "artifact", "--backbone", backbone, "--runs", "a")
     convert(source, tmp_path / "made", *options)
-    np.testing.assert_array_equal(artifacts.load_artefact(tmp_path / "made").folded(), prompt[None])
+    np.testing.assert_array_equal(artifacts.load_artifact(tmp_path / "made").folded(), prompt[None])
     without = save_t5x(tmp_path, {"decoder": {"x": random(2)}}, step=1)
     assert "holds 0 prompts" in refused(capsys, without, tmp_path / "x", *options)
 
 
 def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
-    source = write(tmp_path / "artefact", backbone)
+    source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     folder, options = tmp_path / "peft", ("--backbone", backbone)
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -259,7 +259,7 @@ def test_pickled_arrays_and_adapters_are_not_unpickled(backbone, tmp_path, capsy
     np.save(tmp_path / "b.npy", random(2, P, H))
     said = refused(capsys, tmp_path / "b.npy", tmp_path / "x", *options)
     assert "a prompt is [P, H] of floats, not float32(2, 3, 16)" in said
-    source = write(tmp_path / "artefact", backbone)
+    source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
     (tmp_path / "peft" / "adapter_model.bin").write_bytes(b"")
@@ -269,7 +269,7 @@ def test_pickled_arrays_and_adapters_are_not_unpickled(backbone, tmp_path, capsy
 
 
 def test_names_and_backbones_must_fit(backbone, tmp_path, capsys):
-    source = write(tmp_path / "artefact", backbone)
+    source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     folder, new = tmp_path / "peft", tmp_path / "x"
     assert "give --backbone" in refused(capsys, folder, new)
@@ -299,10 +299,10 @@ def test_names_and_backbones_must_fit(backbone, tmp_path, capsys):
 # Live: PEFT's own model.
 
 
-def ours(backbone: Path, artefact: Path, rows: list[int], texts: dict) -> tuple:
+def ours(backbone: Path, artifact: Path, rows: list[int], texts: dict) -> tuple:
     """Our logits [B,L,V] and greedy tokens [B,L] of texts, each with the prompt of a row."""
     config, params = load_hf(backbone)
-    read = artifacts.load_artefact(artefact)
+    read = artifacts.load_artifact(artifact)
     model = PromptedEncoderDecoder(Transformer(config), read.method, read.runs)
     size, length = texts["tokens"].shape
     slots = np.tile(np.arange(1, P + 1 + length), (size, 1))
@@ -350,26 +350,26 @@ def theirs(backbone: Path, adapter: Path, batch: dict, task_ids: list[int] | Non
 
 @pytest.mark.parity
 def test_live_multitask_adapter_gives_our_logits_and_tokens(backbone, tmp_path):
-    artefact = write(tmp_path / "artefact", backbone)
-    convert(artefact, tmp_path / "peft")
+    artifact = write(tmp_path / "artifact", backbone)
+    convert(artifact, tmp_path / "peft")
     rows, batch = [2, 0, 1], texts()
     logits, tokens = theirs(backbone, tmp_path / "peft", batch, rows)
-    expected, greedy = ours(backbone, artefact, rows, batch)
+    expected, greedy = ours(backbone, artifact, rows, batch)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     np.testing.assert_array_equal(tokens, greedy)
-    other, _ = ours(backbone, artefact, [0, 0, 0], batch)
+    other, _ = ours(backbone, artifact, [0, 0, 0], batch)
     assert np.abs(other - expected).max() > 0.1  # and the task matters
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("method", ["mpt", "prompt_tuning"])
 def test_live_folded_adapters_give_our_logits_and_tokens(method, backbone, tmp_path):
-    artefact = write(tmp_path / "artefact", backbone, method)
-    convert(artefact, tmp_path / "peft", "--to", "peft-folded")
+    artifact = write(tmp_path / "artifact", backbone, method)
+    convert(artifact, tmp_path / "peft", "--to", "peft-folded")
     batch = texts()
     for row, name in enumerate(NAMES[:2]):
         logits, tokens = theirs(backbone, tmp_path / "peft" / name, batch, None)
-        expected, greedy = ours(backbone, artefact, [row] * 3, batch)
+        expected, greedy = ours(backbone, artifact, [row] * 3, batch)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
         np.testing.assert_array_equal(tokens, greedy)
 

@@ -40,7 +40,7 @@ ONE_APIECE = Runs(TASKS, groups="independent")
 
 @pytest.fixture(scope="module")
 def sources(backbone, tmp_path_factory):
-    """Artefacts of random source prompts: two of this backbone, one longer, one of another."""
+    """Artifacts of random source prompts: two of this backbone, one longer, one of another."""
     folder = tmp_path_factory.mktemp("sources")
     embedding = artifacts.embedding_digest(tree(backbone)["token_embedder"]["embedding"])
 
@@ -84,15 +84,15 @@ def crosspt(**settings) -> CrossPT:
     return CrossPT(P, SOURCES, **{"annealing": Annealing(steps=3), **settings})
 
 
-def train(backbone, folder, model, artefact=None, **settings):
-    origins = {"artefact": artefact} if artefact else {}
+def train(backbone, folder, model, artifact=None, **settings):
+    origins = {"artifact": artifact} if artifact else {}
     data = dataset(model.runs, EqualQuotas(BATCH, 1), **settings.pop("data", {}))
     run(backbone, folder, model, origins=origins, data=data, **settings)
 
 
-def restored(backbone, model, path="", artefact=None) -> dict[str, jax.Array]:
-    """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artefact alone."""
-    origins = initialization.Origins(backbone, artefact=artefact and str(artefact))
+def restored(backbone, model, path="", artifact=None) -> dict[str, jax.Array]:
+    """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artifact alone."""
+    origins = initialization.Origins(backbone, artifact=artifact and str(artifact))
     cfg = checkpoints.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
     (state,) = restore_states.states(model, origins, PjitPartitioner(), cfg)
     return state.params["prompt"]
@@ -104,36 +104,36 @@ FAST = ("attempt joint", "crosspt independent")
 
 
 @pytest.mark.parametrize(
-    ("method", "from_artefact", "groups"),
+    ("method", "from_artifact", "groups"),
     [
         pytest.param(
             method,
-            from_artefact,
+            from_artifact,
             groups,
             id=f"{name}-{groups}",
             marks=[] if f"{name} {groups}" in FAST else pytest.mark.slow,
         )
-        for name, method, from_artefact in (
+        for name, method, from_artifact in (
             ("attempt", attempt(), True),
             ("crosspt", crosspt(share="learned"), True),
-            ("crosspt through MLPs", crosspt(reparametrise=["sources", "private"]), False),
+            ("crosspt through MLPs", crosspt(reparameterize=["sources", "private"]), False),
         )
         for groups in ("joint", "independent")
     ],
 )
-def test_resuming_equals_never_stopping(method, from_artefact, groups, backbone, sources, tmp_path):
+def test_resuming_equals_never_stopping(method, from_artifact, groups, backbone, sources, tmp_path):
     """Also where prompts are drawn, at temperatures that a counter in the checkpoint knows."""
-    artefact = sources["one"] if from_artefact else None
+    artifact = sources["one"] if from_artifact else None
     for folder, stops in (("whole", [STEPS]), ("parts", [3, STEPS])):
         for steps in stops:
             model = mixing(method, Runs(TASKS, groups=groups))
-            train(backbone, tmp_path / folder, model, artefact, steps=steps)
+            train(backbone, tmp_path / folder, model, artifact, steps=steps)
     whole = prompts(tmp_path / "whole")
     assert_same_bits(whole, prompts(tmp_path / "parts"))
     kept = {name for name in whole if not name.endswith(("_in", "_out"))}
-    assert set(whole) == kept and "clock" not in whole, "an artefact has no more than it needs"
+    assert set(whole) == kept and "clock" not in whole, "an artifact has no more than it needs"
     model = mixing(method, Runs(TASKS, groups=groups))
-    if "clock" in (found := restored(backbone, model, tmp_path / "parts", artefact)):
+    if "clock" in (found := restored(backbone, model, tmp_path / "parts", artifact)):
         np.testing.assert_array_equal(found["clock"], STEPS)
 
 
@@ -148,40 +148,40 @@ def attempted(backbone, sources, tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_and_the_artefact_are_the_same_prompts(backbone, attempted):
+def test_a_checkpoint_and_the_artifact_are_the_same_prompts(backbone, attempted):
     model = mixing(attempt(start_from="same"))
-    by_checkpoint = restored(backbone, model, attempted, attempted / "artefact")
-    by_artefact = restored(backbone, model, artefact=attempted / "artefact")
-    assert_same_bits(by_checkpoint, by_artefact)
-    assert "sources" in prompts(attempted), "the artefact holds what is frozen"
+    by_checkpoint = restored(backbone, model, attempted, attempted / "artifact")
+    by_artifact = restored(backbone, model, artifact=attempted / "artifact")
+    assert_same_bits(by_checkpoint, by_artifact)
+    assert "sources" in prompts(attempted), "the artifact holds what is frozen"
 
 
-def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artefact(backbone, sources, tmp_path):
+def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artifact(backbone, sources, tmp_path):
     method = crosspt(share="learned", top_k=2)
     train(backbone, tmp_path, mixing(method), sources["one"], steps=6)
     same = dataclasses.replace(method, start_from="same")
     found = [
         plain_prompts(same, restored(backbone, mixing(same), *where), ONE_APIECE)
-        for where in ((tmp_path,), ("", tmp_path / "artefact"))
+        for where in ((tmp_path,), ("", tmp_path / "artifact"))
     ]
     np.testing.assert_array_equal(*found)
-    np.testing.assert_array_equal(found[0], artifacts.load_artefact(tmp_path / "artefact").folded())
+    np.testing.assert_array_equal(found[0], artifacts.load_artifact(tmp_path / "artifact").folded())
 
 
 def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_path):
-    with pytest.raises(ValueError, match="no artefact has them.*that its run left"):
+    with pytest.raises(ValueError, match="no artifact has them.*that its run left"):
         restored(backbone, mixing(attempt()), attempted)
     from_start = restored(backbone, mixing(attempt()), attempted, sources["one"])
     assert_same_bits(from_start, prompts(attempted))
     other = tmp_path / "other"
     train(backbone, other, mixing(attempt()), renamed(sources["one"], tmp_path / "x"), steps=0)
     with pytest.raises(ValueError, match="frozen_prompts_sha256: '[0-9a-f]+' there, '[0-9a-f]+'"):
-        restored(backbone, mixing(attempt(start_from="same")), attempted, other / "artefact")
+        restored(backbone, mixing(attempt(start_from="same")), attempted, other / "artifact")
 
 
 def renamed(path, to) -> str:
     """The same names, other prompts."""
-    found = artifacts.load_artefact(path)
+    found = artifacts.load_artifact(path)
     save(
         to,
         found.method,
@@ -195,15 +195,15 @@ def renamed(path, to) -> str:
 # --- What cannot be ------------------------------------------------------------------------------
 
 
-def filled(backbone, method, artefact=None, runs=ONE_APIECE):
-    origins = initialization.Origins(backbone, artefact=artefact)
+def filled(backbone, method, artifact=None, runs=ONE_APIECE):
+    origins = initialization.Origins(backbone, artifact=artifact)
     return initialization.initialize_params(mixing(method, runs), origins, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        (attempt(), None, "mixes frozen source prompts, and no artefact has them: set INITIAL"),
+        (attempt(), None, "mixes frozen source prompts, and no artifact has them: set INITIAL"),
         (attempt(), "longer", r"longer has prompts of 4 positions and this run's have 3"),
         (crosspt(), "longer", r"longer has prompts of 4 positions and this run's have 3"),
         (attempt(), "foreign", "foreign belongs to another backbone"),
@@ -213,7 +213,7 @@ def filled(backbone, method, artefact=None, runs=ONE_APIECE):
         (ATTEMPT(P, ["first", "forth"]), "one", "Unknown run 'forth'.* Known: first, second"),
         (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
         (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
-        (crosspt(reparametrise=["sources"]), "one", "leave them out of reparametrise"),
+        (crosspt(reparameterize=["sources"]), "one", "leave them out of reparameterize"),
         (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
     ],
 )  # fmt: skip
@@ -224,22 +224,22 @@ def test_what_cannot_be_started_from_says_why(method, given, message, backbone, 
         filled(backbone, method, given)
 
 
-def test_an_artefact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):
-    artefact = str(attempted / "artefact")
+def test_an_artifact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):
+    artifact = str(attempted / "artifact")
     for method in (PromptTuning(P), CrossPT(P, TASKS), PromptTuning(P, start_from="same")):
         with pytest.raises(ValueError, match="depend on the text they stand before"):
-            filled(backbone, method, artefact)
+            filled(backbone, method, artifact)
     with pytest.raises(ValueError, match="depend on the text they stand before"):
-        artifacts.load_artefact(artefact).folded()
+        artifacts.load_artifact(artifact).folded()
     with pytest.raises(ValueError, match="ATTEMPT is .*'sub'.*this run's .*'dot'.* must agree"):
-        filled(backbone, attempt(attention="dot"), artefact)
+        filled(backbone, attempt(attention="dot"), artifact)
 
 
 @pytest.mark.parametrize("method", [attempt(start_from="same"), crosspt(start_from="same")])
-def test_a_task_that_the_artefact_lacks(method, backbone, sources, tmp_path):
+def test_a_task_that_the_artifact_lacks(method, backbone, sources, tmp_path):
     train(backbone, tmp_path, mixing(method_of_start(method)), sources["one"], steps=0)
     with pytest.raises(ValueError, match="Unknown run 'run_d'.* Known: run_a, run_b, run_c"):
-        filled(backbone, method, str(tmp_path / "artefact"), Runs(["run_d"]))
+        filled(backbone, method, str(tmp_path / "artifact"), Runs(["run_d"]))
 
 
 def method_of_start(method):
@@ -297,23 +297,23 @@ def test_room_for_all_pieces(backbone, tmp_path):
 OWN = {"run_a": 1, "run_b": 4, "run_c": 2}
 
 
-def test_the_artefact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path):
+def test_the_artifact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path):
     """Under the settings of the whole fleet, and under its own alone."""
     method = crosspt(compose_by="private_cat", private_length=OWN)
     train(backbone, tmp_path, mixing(method, reserved=P + 4), steps=6)
-    whole = artifacts.load_artefact(tmp_path / "artefact").plain()
+    whole = artifacts.load_artifact(tmp_path / "artifact").plain()
     assert [len(prompt) for prompt in whole] == [P + OWN[run] for run in TASKS]
     for row, run_name in enumerate(TASKS):
-        artefact = str(tmp_path / "artefacts" / run_name)
+        artifact = str(tmp_path / "artifacts" / run_name)
         for lengths in (OWN, {run_name: OWN[run_name]}):
             same = dataclasses.replace(method, private_length=lengths, start_from="same")
             one = Runs([run_name])
-            found = filled(backbone, same, artefact, one).params["prompt"]
+            found = filled(backbone, same, artifact, one).params["prompt"]
             (plain,) = plain_prompts(same, found, one)
             np.testing.assert_array_equal(plain, whole[row])
     other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
     with pytest.raises(ValueError, match="'run_a' has 3 positions .* of 'run_a', .* has 1: they"):
-        filled(backbone, other, str(tmp_path / "artefact"))
+        filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
     with pytest.raises(ValueError, match="Unknown run in private_length 'run_c'"):
         mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
@@ -321,9 +321,9 @@ def test_the_artefact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path
 
 def test_weights_that_are_read_otherwise_are_not_gone_on_with(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
-    other = crosspt(normalise="softmax", start_from="same")
-    with pytest.raises(ValueError, match="'normalise': 'sum'.*'normalise': 'softmax'.* must agree"):
-        filled(backbone, other, str(tmp_path / "artefact"))
+    other = crosspt(normalize="softmax", start_from="same")
+    with pytest.raises(ValueError, match="'normalize': 'sum'.*'normalize': 'softmax'.* must agree"):
+        filled(backbone, other, str(tmp_path / "artifact"))
 
 
 def test_what_a_run_trained_leaves_out_its_counter(backbone, sources, tmp_path):
@@ -331,5 +331,5 @@ def test_what_a_run_trained_leaves_out_its_counter(backbone, sources, tmp_path):
     record = json.loads((tmp_path / "run.jsonl").read_text())
     numbers = len(TASKS) * (len(SOURCES) * P * 16 + P * 16 + len(SOURCES))
     assert record["trainable_parameters"] == numbers
-    card = (tmp_path / "artefacts" / "run_a" / "README.md").read_text()
+    card = (tmp_path / "artifacts" / "run_a" / "README.md").read_text()
     assert f"{numbers // len(TASKS)}" in card

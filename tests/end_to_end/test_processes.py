@@ -103,8 +103,8 @@ def assert_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Of the core alone, with distillation."""
     finish([*start_core(tmp_path / "one", 6, 1), *start_core(tmp_path / "two", 6, 2)])
-    learnt = [dict(np.load(tmp_path / name / "learnt_6.npz")) for name in ("one", "two")]
-    assert_close(learnt[1], learnt[0])
+    learned = [dict(np.load(tmp_path / name / "learned_6.npz")) for name in ("one", "two")]
+    assert_close(learned[1], learned[0])
 
 
 @pytest.mark.slow
@@ -113,16 +113,16 @@ def test_a_job_goes_on_in_any_number_of_processes(tmp_path):
     finish(start_core(tmp_path / "one", 12, 1))
     for steps, count in ((3, 1), (6, 2), (9, 4), (12, 1)):
         finish(start_core(tmp_path / "turns", steps, count))
-    learnt = [dict(np.load(tmp_path / name / "learnt_12.npz")) for name in ("one", "turns")]
-    assert_close(learnt[1], learnt[0])
+    learned = [dict(np.load(tmp_path / name / "learned_12.npz")) for name in ("one", "turns")]
+    assert_close(learned[1], learned[0])
 
 
 def model_dir(root: Path) -> Path:
     return root / "tiny" / "mpt_source"
 
 
-def learnt(root: Path) -> dict[str, np.ndarray]:
-    params = artifacts.load_artefact(model_dir(root) / "artefact").params
+def learned(root: Path) -> dict[str, np.ndarray]:
+    params = artifacts.load_artifact(model_dir(root) / "artifact").params
     return {name: np.asarray(value) for name, value in flatten(params).items()}
 
 
@@ -148,7 +148,7 @@ def test_the_command_line_in_several_processes(tmp_path, alone, turns):
             assert f"Process {index} of {count}." in log
             assert ("Resumed from" in log) == (step > 2 and len(turns) > 1)
     one, found = model_dir(alone), model_dir(tmp_path / "turns")
-    assert_close(learnt(tmp_path / "turns"), learnt(alone))
+    assert_close(learned(tmp_path / "turns"), learned(alone))
     for task in ("toy_sst2", "toy_mnli"):
         last, expected = (
             lines(path / "inference_eval" / f"{task}-metrics.jsonl")[-1] for path in (found, one)
@@ -234,7 +234,7 @@ def ends_with(error: Exception, monkeypatch) -> int | None:
         "DEADLINE_EXCEEDED: Barrier timed out. Barrier_id: PjRT_Client_Connect.",
         "UNAVAILABLE: Task /job:jax_worker/replica:0/task:37 heartbeat timeout.",
         "INTERNAL: the coordination service found a fatal error",
-        "ABORTED: all-reduce was cancelled",
+        "ABORTED: all-reduce was canceled",
     ],
 )
 def test_a_lost_process_ends_the_others_to_be_started_again(said, monkeypatch):

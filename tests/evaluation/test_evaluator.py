@@ -42,8 +42,8 @@ def register(name, targets, metric_fns, source=None, preprocessors=()):
 
 @pytest.fixture(scope="module", autouse=True)
 def tasks():
-    labelled = with_labels(accuracy, ["yes", "no"])
-    register("evl_a", ["yes", "no", "no", "yes", "no"], [labelled])
+    labeled = with_labels(accuracy, ["yes", "no"])
+    register("evl_a", ["yes", "no", "no", "yes", "no"], [labeled])
     register("evl_b", ["a", "bc", "d"], [accuracy])
     register("evl_c", ["no", "yes"], [with_labels(accuracy, ["no", "yes", "dont"]), mean_score])
 

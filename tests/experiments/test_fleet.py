@@ -58,7 +58,7 @@ def test_names_that_meet_are_an_error():
 
 @pytest.mark.parametrize("task", ["qa_from_text", "nli_init_a"])
 def test_a_task_whose_name_reads_as_settings_is_refused(task):
-    """Its runs would be drawn, ordered and initialised as those of another name."""
+    """Its runs would be drawn, ordered and initialized as those of another name."""
     for fields in ({"tasks": [task], "shots": [4]}, {"tasks": ["rte", task], "seeds": [0, 1]}):
         with pytest.raises(ValueError, match=f"'{task}_.*reads as '(qa|nli)' with settings"):
             _ = Fleet(**fields).members

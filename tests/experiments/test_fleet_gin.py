@@ -104,7 +104,7 @@ def test_first_values_depend_on_the_seed_and_not_on_the_learning_rate():
     assert len({prompt.tobytes() for prompt in table}) == 8
 
 
-def test_runs_may_differ_in_their_initialiser():
+def test_runs_may_differ_in_their_initializer():
     both = "INITS = {'vocabulary': @init.SampledVocabulary(), 'random': @init.Uniform()}"
     few = ["TARGET_TASKS = ['toy_rte']", "SEEDS = [0, 1]"]
     parse(["gin/pt_target.gin", "gin/tiny.gin", FLEET, INITS], [*few, both])

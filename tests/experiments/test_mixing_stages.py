@@ -86,8 +86,8 @@ def reading(entry: str, label: str, method: str, **macros: Any) -> Job:
     return Job(files, {**SHOWN, **macros, "STAGE": label}, entry)
 
 
-def load(root: Path, label: str) -> artifacts.Artefact:
-    return artifacts.load_artefact(root / "tiny" / label / "artefact")
+def load(root: Path, label: str) -> artifacts.Artifact:
+    return artifacts.load_artifact(root / "tiny" / label / "artifact")
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def test_a_run_that_draws_goes_on_as_if_it_had_never_stopped(root):
     assert np.any(whole["router"] != 0) and np.any(whole["router"][0] != whole["router"][1])
 
 
-def test_sources_stay_as_their_artefact_has_them_and_prompts_do_not(root):
-    teachers, found = artifacts.load_artefact(TEACHERS), load(root, "attempt")
+def test_sources_stay_as_their_artifact_has_them_and_prompts_do_not(root):
+    teachers, found = artifacts.load_artifact(TEACHERS), load(root, "attempt")
     names = list(found.method.sources)
     assert names == list(teachers.runs.run_names)
     np.testing.assert_array_equal(found.params["sources"], teachers.folded())
@@ -143,16 +143,16 @@ def test_weights_of_candidates_are_logged(root):
 @pytest.mark.parametrize(
     ("method", "groups"), [("attempt", "independent"), ("crosspt", "joint")]
 )  # fmt: skip
-def test_a_checkpoint_and_its_artefact_predict_alike(method, groups, root):
+def test_a_checkpoint_and_its_artifact_predict_alike(method, groups, root):
     folder = root / "tiny" / method
-    artefact = {"INITIAL_ARTEFACT": str(folder / "artefact"), "GROUPS": groups}
+    artifact = {"INITIAL_ARTIFACT": str(folder / "artifact"), "GROUPS": groups}
     if method == "crosspt":
-        artefact |= ANNEALED
-    checkpoint = {**artefact, "CHECKPOINT_PATH": str(folder / "checkpoint_6")}
+        artifact |= ANNEALED
+    checkpoint = {**artifact, "CHECKPOINT_PATH": str(folder / "checkpoint_6")}
     jobs = [
         reading(entry, f"{entry}_{method}_{label}", method, **macros)
         for entry in ("eval", "infer")
-        for label, macros in (("artefact", artefact), ("checkpoint", checkpoint))
+        for label, macros in (("artifact", artifact), ("checkpoint", checkpoint))
     ]
     first, second, *files = run(root, *jobs)
     assert list(first) == ["0"] and list(second) == ["6"]
@@ -169,26 +169,26 @@ def test_what_evaluation_cannot_read(root):
     said = run(
         root,
         reading("eval", "none", "attempt", **known),
-        reading("eval", "start", "attempt", **known, INITIAL_ARTEFACT=TEACHERS),
-        reading("eval", "lacking", "attempt", **known, INITIAL_ARTEFACT=TEACHERS, **others),
+        reading("eval", "start", "attempt", **known, INITIAL_ARTIFACT=TEACHERS),
+        reading("eval", "lacking", "attempt", **known, INITIAL_ARTIFACT=TEACHERS, **others),
         stage("crosspt", "long", ANNEALING_STEPS=5),
-        stage("attempt", "bare", INITIAL_ARTEFACT=None),
+        stage("attempt", "bare", INITIAL_ARTIFACT=None),
     )
-    assert "no artefact has them" in said[0] and "that its run left" in said[0]
+    assert "no artifact has them" in said[0] and "that its run left" in said[0]
     assert "Unknown run 'toy_boolq'" in said[1]
     assert "Unknown run 'toy_rte'" in said[2]
     assert "anneals over 5 steps, and a run has only 4" in said[3] and "ANNEALING_STEPS" in said[3]
-    assert "set INITIAL_ARTEFACT" in said[4]
+    assert "set INITIAL_ARTIFACT" in said[4]
 
 
-def test_the_commands_that_serve_take_their_artefacts(root, tmp_path):
+def test_the_commands_that_serve_take_their_artifacts(root, tmp_path):
     """`mpt-jax predict` on CrossPT's, `mpt-jax export` of ATTEMPT's loaded back."""
-    artefact = root / "tiny" / "crosspt" / "artefact"
+    artifact = root / "tiny" / "crosspt" / "artifact"
     requests = [{"task": task, "inputs": f"{task} : a b"} for task in TARGETS]
     answers = []
     for more in ("", "--folded"):
         command = (
-            f"-m mpt_jax.serving.predict --prompts {artefact} --input-length 16 --target-length 4"
+            f"-m mpt_jax.serving.predict --prompts {artifact} --input-length 16 --target-length 4"
         )
         child = run_python(
             *shlex.split(f"{command} --batch-size 2 {more}"),
@@ -200,7 +200,7 @@ def test_the_commands_that_serve_take_their_artefacts(root, tmp_path):
         assert one["score"] == pytest.approx(other["score"], rel=1e-4)
     found = []
     for name in ("one", "two"):
-        prompts = root / "tiny" / "attempt" / ("artefact" if name == "one" else "artefacts/toy_rte")
+        prompts = root / "tiny" / "attempt" / ("artifact" if name == "one" else "artifacts/toy_rte")
         command = (
             f"-m mpt_jax.serving.export --prompts {prompts} --out {tmp_path / name} --platforms cpu"
         )
@@ -227,7 +227,7 @@ def test_packed_rows_joint_groups_and_fleets(tmp_path):
         stage("attempt", "joint", GROUPS="joint"),
         stage("attempt", "attempt_fleet", "runs/fleet", **fleet),
         stage("crosspt", "crosspt_fleet", "runs/fleet", **fleet, **ANNEALED),
-        stage("crosspt", "own", GROUPS="independent", REPARAMETRISE=["private"], **ANNEALED),
+        stage("crosspt", "own", GROUPS="independent", REPARAMETERIZE=["private"], **ANNEALED),
     )
     assert finished(found)
     assert load(tmp_path, "joint").params["down"].shape[0] == 1
@@ -238,8 +238,8 @@ def test_packed_rows_joint_groups_and_fleets(tmp_path):
     for method, learns in (("attempt", "target"), ("crosspt", "private")):
         folder = tmp_path / "tiny" / f"{method}_fleet"
         whole = load(tmp_path, f"{method}_fleet")
-        assert sorted(path.name for path in (folder / "artefacts").iterdir()) == sorted(names)
+        assert sorted(path.name for path in (folder / "artifacts").iterdir()) == sorted(names)
         assert len({np.asarray(x).tobytes() for x in whole.params[learns]}) == 4
         for row, name in enumerate(whole.runs.run_names):
-            one = artifacts.load_artefact(folder / "artefacts" / name)
+            one = artifacts.load_artifact(folder / "artifacts" / name)
             np.testing.assert_array_equal(one.params[learns][0], whole.params[learns][row])

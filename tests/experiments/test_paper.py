@@ -78,7 +78,7 @@ def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
     names = json.loads(bound["RUN_NAMES"])
     assert names == [f"{t}_k32_s{s}" for t in ("boolq", "cb", "scitail") for s in range(10)]
     assert json.loads(bound["TARGET_TASKS"]) == [name.partition("_")[0] for name in names]
-    assert bound["INITIAL_ARTEFACT"] == json.dumps(f"{ROOT}/no such folder/mpt_source/artefact")
+    assert bound["INITIAL_ARTIFACT"] == json.dumps(f"{ROOT}/no such folder/mpt_source/artifact")
     assert bound["BATCH_SIZE"] == "16" and "LEARNING_RATE" not in bound
     assert given(cells[1].jobs[0])["START_FROM"] == '"mnli"'
     # The same chances of selection, and no warmup longer than a tenth.
@@ -146,7 +146,7 @@ def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
     assert seeds == [str(42 + seed) for seed in range(10)]
     for seed, job in enumerate(both.jobs):
         assert {run.seed for run in job.runs} == {seed} and job.name.endswith(f"s{seed}_own_source")
-        assert f"mpt_source_s{seed}/artefact" in given(job)["INITIAL_ARTEFACT"]
+        assert f"mpt_source_s{seed}/artifact" in given(job)["INITIAL_ARTIFACT"]
     no_teachers = next(cell for cell in cells if cell.arm.name == "neither")
     assert not any("teachers" in stage.name for stage in no_teachers.sources)
     assert not any(name.startswith("TEACHERS") for name in given(no_teachers.sources[0]))
@@ -264,7 +264,7 @@ def test_factors_of_crosspt_differ_in_what_their_names_say():
             for name, value in bound.items()
             if plain.get(name) != value and name != "MODEL_DIR"
         }
-    start = {"INITIAL_ARTEFACT": "None"}
+    start = {"INITIAL_ARTIFACT": "None"}
     assert own["private only"] == start | {"COMPOSE_BY": '"private"'}
     assert own["sources from vocabulary"] == start
     assert own["2 sources"] == {"SOURCES": '["toy_mnli", "toy_qqp"]'}
@@ -322,9 +322,9 @@ def test_no_source_task_is_a_target_on_the_toy_suite():
     for name in ON_TOY:
         table, _ = planned(name)
         assert set(table.tasks) <= set(suites.TOY.tasks)
-    learnt = set(suites.TOY.tasks.values())
-    assert learnt < {task.name for task in toy.TARGET_TASKS}
-    assert not learnt & {"toy_wic", "toy_paws"}, "they chose the learning rates"
+    learned = set(suites.TOY.tasks.values())
+    assert learned < {task.name for task in toy.TARGET_TASKS}
+    assert not learned & {"toy_wic", "toy_paws"}, "they chose the learning rates"
 
 
 def test_what_is_unknown_is_listed():
@@ -349,7 +349,7 @@ def world(tmp_path, monkeypatch):
     def run(stage, root):
         ran.append(stage.name)
         folder = root / stage.name
-        (folder / "artefact").mkdir(parents=True)
+        (folder / "artifact").mkdir(parents=True)
         if stage.steps is not None:
             (folder / f"checkpoint_{stage.steps}").mkdir()
         record = {"trainable_parameters": 100, "parameters": 1000}
@@ -453,9 +453,9 @@ def test_a_folder_of_other_settings_is_refused(world, capsys):
 def test_done_means_trained_to_the_end(tmp_path):
     stage = Stage("a", (), runs=(Run("x", 0, "x_s0"),), steps=30)
     assert not stage.is_done(tmp_path)
-    (tmp_path / "a" / "artefact").mkdir(parents=True)
+    (tmp_path / "a" / "artifact").mkdir(parents=True)
     (tmp_path / "a" / "checkpoint_20").mkdir()
-    assert not stage.is_done(tmp_path), "T5X writes artefacts on its way"
+    assert not stage.is_done(tmp_path), "T5X writes artifacts on its way"
     (tmp_path / "a" / "checkpoint_30").mkdir()
     assert stage.is_done(tmp_path)
     scored = dataclasses.replace(stage, entry="eval")
@@ -574,9 +574,9 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
     ("name", "rows"),
     [("table3", ("PT", "SPoT", "MPT")), ("crosspt", ("ATTEMPT", "CrossPT", "2 sources"))],
 )
-def test_a_table_whose_test_scores_come_from_artefacts(name, rows, tmp_path, monkeypatch, capsys):
+def test_a_table_whose_test_scores_come_from_artifacts(name, rows, tmp_path, monkeypatch, capsys):
     """The path of the paper's own suite, on the toy suite's tasks: it selects by validation and
-    scores the artefact in a stage of its own."""
+    scores the artifact in a stage of its own."""
     toy_suite = dataclasses.replace(
         suites.TOY,
         files=("gin/tiny.gin",),

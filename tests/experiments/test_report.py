@@ -23,7 +23,7 @@ from tests.fixtures.report_folders import (
     page_of,
     result,
     titles,
-    write_artefact,
+    write_artifact,
     write_lines,
 )
 
@@ -50,8 +50,8 @@ def root(tmp_path):
     }
     scores = {"toy_sst2": {"accuracy": 91.25}, "toy_squad": {"f1": 85.0, "exact_match": 80.0}}
     alone = Runs(SOURCES, groups="independent")
-    write_artefact(tmp_path / "pt_source", PromptTuning(P), {"table": table}, alone, scores=scores)
-    write_artefact(tmp_path / "mpt_source", MPT(P), factors, Runs(SOURCES), scores=scores)
+    write_artifact(tmp_path / "pt_source", PromptTuning(P), {"table": table}, alone, scores=scores)
+    write_artifact(tmp_path / "mpt_source", MPT(P), factors, Runs(SOURCES), scores=scores)
     record = {"mpt_jax": "0.1.0", "git_revision": "abc123", "packages": {"jax": "0.10.2"}}
     record |= {"devices": ["8 x TPU v4 (tpu)"], "seed": 42, "started": "2026-01-01T00:00:00+0000"}
     for folder in ("pt_source", "mpt_source", "a", "b", "c"):
@@ -231,7 +231,7 @@ def test_the_page_is_whole_by_itself(root, demo):
     assert text == page_of(root, demo), "the same results make the same page"
 
 
-def test_drawings_take_their_colours_from_the_page(root, demo):
+def test_drawings_take_their_colors_from_the_page(root, demo):
     drawings = "".join(re.findall(r"<svg.*?</svg>", page_of(root, demo), re.DOTALL))
     assert "var(--series-1)" in drawings and "currentColor" in drawings
     for stand_in in (figures.INK, figures.LINES, "#000001", "#000002", "#000003"):
@@ -239,7 +239,7 @@ def test_drawings_take_their_colours_from_the_page(root, demo):
     assert re.search(r"<text[^>]*>step</text>", drawings), "text is text"
 
 
-def test_a_method_has_one_colour_and_what_varies_it_another_dash():
+def test_a_method_has_one_color_and_what_varies_it_another_dash():
     found = [result(name, rte=[1.0]) for name in ("PT", "MPT", "PT, P=40")]
     look = figures.styles(analysis.arms(found))
     pt, mpt, long = look["PT"], look["MPT"], look["PT, P=40"]
@@ -307,8 +307,8 @@ def test_scores_by_step_are_drawn_where_there_are_several(root, demo):
 def test_prompts_of_targets_are_the_references(root, demo):
     runs = Runs(("toy_rte", "toy_rte"), ("s0", "s1"), "independent")
     table = np.stack([np.ones((P, H)), np.ones((P, H))])
-    write_artefact(root / "b", PromptTuning(P), {"table": table}, runs)
-    write_artefact(root / "a", PromptTuning(P), {"table": table}, runs)
+    write_artifact(root / "b", PromptTuning(P), {"table": table}, runs)
+    write_artifact(root / "a", PromptTuning(P), {"table": table}, runs)
     alts = Reader(page_of(root, demo)).alts
     assert "Cosine similarity of prompts, MPT, k = 32, 1 tasks." in alts
 

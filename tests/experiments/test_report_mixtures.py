@@ -23,7 +23,7 @@ from tests.fixtures.report_folders import (
     page_of,
     result,
     titles,
-    write_artefact,
+    write_artifact,
     write_lines,
 )
 
@@ -73,8 +73,8 @@ def two(root, folder):
 # --- Weights -------------------------------------------------------------------------------------
 
 
-def test_weights_of_an_artefact_are_those_that_are_served(tmp_path):
-    write_artefact(tmp_path / "m", *crosspt(0.75, 0.45, 0.2))
+def test_weights_of_an_artifact_are_those_that_are_served(tmp_path):
+    write_artifact(tmp_path / "m", *crosspt(0.75, 0.45, 0.2))
     text = section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
     (drawing,) = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     h = [entropy(w, 1 - w) for w in (0.75, 0.45, 0.2)]
@@ -92,8 +92,8 @@ def test_weights_of_an_artefact_are_those_that_are_served(tmp_path):
     assert "they are served" in text and "depend on the text" not in text
 
 
-def test_entropy_is_a_number_beside_the_colours(tmp_path):
-    write_artefact(tmp_path / "m", *crosspt(0.75, 0.45, 0.2))
+def test_entropy_is_a_number_beside_the_colors(tmp_path):
+    write_artifact(tmp_path / "m", *crosspt(0.75, 0.45, 0.2))
     text = section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
     patches = re.findall(r'<g id="[^"]*patch_\d+">\s*<path[^>]*style="fill: (#\w+)', text)
     assert len(patches) == 4, "two tasks by two candidates"
@@ -102,7 +102,7 @@ def test_entropy_is_a_number_beside_the_colours(tmp_path):
 
 def test_runs_in_several_folders_are_runs_of_one_task(tmp_path):
     for folder, weight in (("s0", 0.75), ("s1", 0.45)):
-        write_artefact(tmp_path / folder, *crosspt(weight, runs=Runs(["toy_rte"])))
+        write_artifact(tmp_path / folder, *crosspt(weight, runs=Runs(["toy_rte"])))
     mixed = result("Mixed", rte=[2.0, 2.0])
     dirs = (str(tmp_path / "s0"), str(tmp_path / "s1"))
     mixed = type(mixed)(**{**vars(mixed), "model_dirs": dirs})
@@ -112,12 +112,12 @@ def test_runs_in_several_folders_are_runs_of_one_task(tmp_path):
 
 def test_one_run_of_each_task_needs_no_table(tmp_path):
     runs = Runs(["toy_rte", "toy_cb"], groups="independent")
-    write_artefact(tmp_path / "m", *crosspt(0.75, 0.2, runs=runs))
+    write_artifact(tmp_path / "m", *crosspt(0.75, 0.2, runs=runs))
     assert "<table>" not in section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
 
 
 def test_attention_is_that_of_each_runs_last_training_texts(tmp_path):
-    write_artefact(tmp_path / "m", *attempt())
+    write_artifact(tmp_path / "m", *attempt())
     names = (*SOURCES, "target")
 
     def line(step, folder="train", **runs):
@@ -149,7 +149,7 @@ def test_attention_is_that_of_each_runs_last_training_texts(tmp_path):
 def test_constant_attention_reads_no_text_and_is_served(tmp_path):
     rng = np.random.default_rng(0)
     params = {"sources": rng.normal(size=(2, P, H)), "target": rng.normal(size=(3, P, H))}
-    write_artefact(tmp_path / "m", ATTEMPT(P, SOURCES, attention="constant"), params, RUNS)
+    write_artifact(tmp_path / "m", ATTEMPT(P, SOURCES, attention="constant"), params, RUNS)
     text = section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
     assert numbers(text)[:4] == [0.33, 0.33, 0.33, 1.1]
 
@@ -160,7 +160,7 @@ def test_weights_that_add_up_to_anything_have_the_entropy_of_their_shares():
 
 
 def test_other_methods_have_no_such_section(tmp_path):
-    write_artefact(tmp_path / "m", PromptTuning(P), {"table": np.ones((3, P, H))}, RUNS)
+    write_artifact(tmp_path / "m", PromptTuning(P), {"table": np.ones((3, P, H))}, RUNS)
     text = page_of(tmp_path, two(tmp_path, tmp_path / "m"))
     assert SECTION not in titles(text) and "Weights of candidates" not in text
 
@@ -169,7 +169,7 @@ def test_other_methods_have_no_such_section(tmp_path):
 
 
 def test_without_metrics_attention_is_said_to_be_absent(tmp_path):
-    write_artefact(tmp_path / "m", *attempt())
+    write_artifact(tmp_path / "m", *attempt())
     text = page_of(tmp_path, two(tmp_path, tmp_path / "m"))
     assert SECTION not in titles(text)
     absent = text.split("What is not shown")[-1]
@@ -194,8 +194,8 @@ def test_without_metrics_attention_is_said_to_be_absent(tmp_path):
 def test_prompts_that_cannot_be_compared_are_named_and_the_next_methods_are_shown(
     tmp_path, made, words
 ):
-    write_artefact(tmp_path / "mpt", *made)
-    write_artefact(tmp_path / "pt", PromptTuning(P), {"table": np.ones((3, P, H))}, RUNS)
+    write_artifact(tmp_path / "mpt", *made)
+    write_artifact(tmp_path / "pt", PromptTuning(P), {"table": np.ones((3, P, H))}, RUNS)
     found = [
         result("PT", rte=[1.0], cb=[1.0], folder=tmp_path / "pt"),
         result("MPT", rte=[1.0], cb=[1.0], folder=tmp_path / "mpt"),
@@ -206,13 +206,13 @@ def test_prompts_that_cannot_be_compared_are_named_and_the_next_methods_are_show
         Reader(text).alts
     )
     alone = page_of(tmp_path, found[1:]).split("What is not shown")[-1]
-    assert "no run that is here has an artefact whose prompts can be compared" in alone
+    assert "no run that is here has an artifact whose prompts can be compared" in alone
 
 
 def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
     method, params, runs = attempt()
     scores = {task: {"accuracy": 1.0} for task in runs.task_names}
-    write_artefact(tmp_path / "pt_source", method, params, runs, scores=scores)
+    write_artifact(tmp_path / "pt_source", method, params, runs, scores=scores)
     text = page_of(tmp_path, [result("PT", rte=[1.0]), result("MPT", rte=[2.0])])
     assert "Similarity of prompts, Teachers (PT): those of" in text.split("What is not shown")[-1]
 
@@ -235,7 +235,7 @@ def test_what_a_run_writes_is_drawn(kind, backbone, tmp_path):
     labels = ("source", "private", "task", "router")
     rates = dict.fromkeys(labels, Schedule(0.1, decay="constant"))
     model = training_runs.build(method, runs, optimizer=PromptOptimizer(rates, absent_tasks="hold"))
-    origins = {"artefact": str(sources / "artefact")}
+    origins = {"artifact": str(sources / "artifact")}
     data = training_runs.dataset(runs, EqualQuotas(training_runs.BATCH, 1))
     training_runs.run(backbone, folder, model, steps=2, origins=origins, data=data)
     scores = {task: {"accuracy": [1.0]} for task in runs.task_names}

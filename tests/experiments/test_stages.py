@@ -1,5 +1,5 @@
 """Stages of SPoT and recipes of prompt tuning: what their gin files build, and toy runs of two
-steps that hand artefacts on."""
+steps that hand artifacts on."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_spot_chooses_by_similarity_unless_a_source_is_named():
     choice = value("MODEL").prompt.start_from
     folder = value("ROOT")
     assert choice == NearestSource(
-        f"{folder}/spot_source_embeddings/artefact",
-        f"{folder}/spot_embeddings/artefact",
+        f"{folder}/spot_source_embeddings/artifact",
+        f"{folder}/spot_embeddings/artifact",
         top_k=3,
         similarity="row_pairs",
     )
-    assert value("INITIAL_ARTEFACT") == value("SOURCE_TEACHERS")
+    assert value("INITIAL_ARTIFACT") == value("SOURCE_TEACHERS")
     named = "START_FROM = 'toy_mnli'"
     parse(["gin/spot_target.gin", "gin/tiny.gin"], [named])
     assert value("MODEL").prompt.start_from == "toy_mnli"
@@ -95,14 +95,14 @@ for name, macros in json.loads(sys.argv[1]):
 """
 
 
-def run(root: Path, *stages: tuple[str, dict]) -> list[artifacts.Artefact]:
-    """Runs (gin file, macros) one after the other below a root; returns their artefacts."""
+def run(root: Path, *stages: tuple[str, dict]) -> list[artifacts.Artifact]:
+    """Runs (gin file, macros) one after the other below a root; returns their artifacts."""
     run_script(SCRIPT, json.dumps(stages), **{paths.ROOT_VARIABLE: str(root)})
-    return [artifacts.load_artefact(folder(root, *stage)) for stage in stages]
+    return [artifacts.load_artifact(folder(root, *stage)) for stage in stages]
 
 
 def folder(root: Path, name: str, macros: dict) -> str:
-    return str(root / "tiny" / macros.get("STAGE", name) / "artefact")
+    return str(root / "tiny" / macros.get("STAGE", name) / "artifact")
 
 
 @pytest.mark.slow
@@ -119,9 +119,9 @@ def test_spot_from_task_embeddings_to_a_target(tmp_path):
     )
     assert sources.config["step"] == embedded.config["step"] == 2
     assert not sources.config["metrics"]["scores"], "an embedding is of a step, not of a score"
-    full = artifacts.load_artefact(TEACHERS)
+    full = artifacts.load_artifact(TEACHERS)
     assert full.runs.run_names == sources.runs.run_names
-    s, t = (artefact.folded().astype(np.float64).mean(1) for artefact in (sources, embedded))
+    s, t = (artifact.folded().astype(np.float64).mean(1) for artifact in (sources, embedded))
     for row, target in enumerate(targets):
         similarities = s @ t[row] / np.linalg.norm(s, axis=1) / np.linalg.norm(t[row])
         nearest = np.argsort(-similarities)[:2]
@@ -136,7 +136,7 @@ def test_spot_from_task_embeddings_to_a_target(tmp_path):
 @pytest.mark.slow
 def test_spot_from_one_prompt_for_all_sources(tmp_path):
     mixture = ("spot_mixture", {**FEW, "TRAIN_STEPS": 2})
-    started = {**FEW, "INITIAL_ARTEFACT": folder(tmp_path, *mixture), "TRAIN_STEPS": 0}
+    started = {**FEW, "INITIAL_ARTIFACT": folder(tmp_path, *mixture), "TRAIN_STEPS": 0}
     source, target = run(tmp_path, mixture, ("pt_target", started))
     assert (source.method.name, source.runs.num_rows) == ("shared_prompt", 6)
     np.testing.assert_allclose(target.params["table"], source.params["shared"], rtol=1e-6)
@@ -145,14 +145,14 @@ def test_spot_from_one_prompt_for_all_sources(tmp_path):
 @pytest.mark.slow
 def test_a_seventh_source_joins_the_shipped_source_prompts(tmp_path):
     """The commands of docs/methods.md, "Refresh"."""
-    shipped = artifacts.load_artefact(SOURCE)
+    shipped = artifacts.load_artifact(SOURCE)
     teacher = ("pt_source", {**FEW, "SOURCE_TASKS": ["toy_rte"], "STAGE": "pt_rte"})
     teacher[1]["TRAIN_STEPS"] = 2
     refresh = {
         **FEW,
         "SOURCE_TASKS": [*shipped.runs.run_names, "toy_rte"],
         "TEACHERS": [TEACHERS, folder(tmp_path, *teacher)],
-        "INITIAL_ARTEFACT": SOURCE,
+        "INITIAL_ARTIFACT": SOURCE,
         "START_FROM": "same_or_average",
     }
     _, start, end = run(

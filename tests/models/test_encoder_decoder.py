@@ -167,10 +167,10 @@ def test_score_batch_is_the_log_probability_of_the_targets(case):
         np.testing.assert_allclose(found[i], expected, rtol=1e-5)
 
 
-def test_an_artefact_gives_the_same_logits(case, tmp_path):
+def test_an_artifact_gives_the_same_logits(case, tmp_path):
     prompt = case.params.get("prompt", {})
     model = case.model
-    read = tiny.read_back(tmp_path / "artefact", model.prompt, prompt, model.runs)
+    read = tiny.read_back(tmp_path / "artifact", model.prompt, prompt, model.runs)
     assert read.method.name == case.model.prompt.name
     again = {**case.params, **({"prompt": read.params} if prompt else {})}
     np.testing.assert_array_equal(
@@ -274,7 +274,7 @@ def test_the_weights_of_a_batch_need_no_forward_pass_and_add_up_over_its_parts(m
     np.testing.assert_array_equal(whole["hidden_decoder"], tokens * 2 * tiny.WIDTH)
 
 
-def test_the_loss_that_is_logged_is_plain_and_the_terms_are_what_is_optimised(mpt):
+def test_the_loss_that_is_logged_is_plain_and_the_terms_are_what_is_optimized(mpt):
     """`losses.token_losses` itself is checked in float64 by test_losses.py."""
     plain, smoothed = (
         tiny.model(APART, objective=Objective(label_smoothing=smoothing))

@@ -146,8 +146,8 @@ def start(root: Path, *more: str, devices: int = 1) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def learnt(root: Path) -> dict[str, np.ndarray]:
-    params = artifacts.load_artefact(root / "tiny" / "mpt_source" / "artefact").params
+def learned(root: Path) -> dict[str, np.ndarray]:
+    params = artifacts.load_artifact(root / "tiny" / "mpt_source" / "artifact").params
     return {name: np.asarray(value) for name, value in flatten(params).items()}
 
 
@@ -162,7 +162,7 @@ def test_two_slices_learn_what_one_device_learns(tmp_path):
     for child in alone + two:
         log = child.communicate(timeout=600)[1]
         assert child.returncode == 0, log[-4000:]
-    one, both = learnt(tmp_path / "one"), learnt(tmp_path / "two")
+    one, both = learned(tmp_path / "one"), learned(tmp_path / "two")
     assert sorted(one) == sorted(both)
     for name, value in one.items():
         # Sums over rows and over the split weights are taken in another order.

@@ -134,7 +134,7 @@ def test_a_temperature_divides_what_is_compared(attention):
 
 
 @pytest.mark.parametrize("attention", ["sub", "linear"])
-def test_a_faint_signal_is_normalised_with_torchs_epsilon(attention):
+def test_a_faint_signal_is_normalized_with_torchs_epsilon(attention):
     """Where features hardly vary, as at the start, 1e-5 is what they are divided by."""
     method, runs, ids = make(attention), BANKS["joint"], np.arange(K)
     params = random_params(method, runs)
@@ -219,7 +219,7 @@ def test_settings_that_mean_nothing_are_errors(settings, message):
         ATTEMPT(**{"prompt_length": P, "sources": SOURCES, **settings})
 
 
-def test_targets_of_different_runs_start_from_their_own_initialisers():
+def test_targets_of_different_runs_start_from_their_own_initializers():
     method = ATTEMPT(P, SOURCES, init_prompt=Uniform(0.5))
     made = method.init(KEY, BANKS["joint"], CONTEXT)["target"]
     assert len({row.tobytes() for row in np.asarray(made)}) == K and np.abs(made).max() <= 0.5
@@ -269,7 +269,7 @@ def test_with_its_layer_norm_frozen_it_trains_what_the_released_code_does():
 
 # --- What it starts from -------------------------------------------------------------------------
 
-ARTEFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
+ARTIFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
 
 
 def start(method, source, source_method, source_runs, runs):
@@ -282,29 +282,29 @@ def start(method, source, source_method, source_runs, runs):
 def test_sources_come_by_name_in_the_order_asked_and_the_target_starts_as_the_first(bank):
     table = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
     method = make()
-    initial, started = start(method, {"table": table}, PromptTuning(P), ARTEFACT, BANKS[bank])
+    initial, started = start(method, {"table": table}, PromptTuning(P), ARTIFACT, BANKS[bank])
     np.testing.assert_array_equal(started["sources"], table[[1, 3, 4]])
     for row in range(K):
         np.testing.assert_array_equal(started["target"][row], table[1])
     assert set(started) == set(initial)
     for name in ROUTER["sub"]:
-        np.testing.assert_array_equal(started[name], initial[name], "an artefact has no net")
+        np.testing.assert_array_equal(started[name], initial[name], "an artifact has no net")
 
 
 def test_a_target_starts_from_the_source_it_is_told_to():
     table = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
     method = make(start_from="rte")
-    _, started = start(method, {"table": table}, PromptTuning(P), ARTEFACT, BANKS["independent"])
+    _, started = start(method, {"table": table}, PromptTuning(P), ARTIFACT, BANKS["independent"])
     np.testing.assert_array_equal(started["target"], np.stack([table[2]] * K))
 
 
-def test_a_source_that_the_artefact_lacks_is_an_error_that_lists_what_it_has():
+def test_a_source_that_the_artifact_lacks_is_an_error_that_lists_what_it_has():
     method = ATTEMPT(P, ("mnli", "qnlo"))
     with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
-        start(method, {"table": np.zeros((5, P, H))}, PromptTuning(P), ARTEFACT, BANKS["joint"])
+        start(method, {"table": np.zeros((5, P, H))}, PromptTuning(P), ARTIFACT, BANKS["joint"])
 
 
-def test_an_artefact_of_its_own_goes_on_row_by_row():
+def test_an_artifact_of_its_own_goes_on_row_by_row():
     before, after = BANKS["independent"], Runs(["task3", "task0"], groups="independent")
     method = make(start_from="same")
     trained = random_params(method, before)
@@ -316,7 +316,7 @@ def test_an_artefact_of_its_own_goes_on_row_by_row():
     )
 
 
-def test_groups_of_an_artefact_of_its_own_go_on_together():
+def test_groups_of_an_artifact_of_its_own_go_on_together():
     before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
     method = make(start_from="same")
     trained = random_params(method, before)
@@ -520,9 +520,9 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
 
 
 @some("token", "linear", "constant")
-def test_an_artefact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
+def test_an_artifact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.for_inference(mixed.params["prompt"])
-    read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
+    read = tiny.read_back(tmp_path / "artifact", method, params, mixed.runs)
     assert read.method.candidates == mixed.method.candidates
     again = tiny.model(read.runs, read.method)
     found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.batch).logits

@@ -80,7 +80,7 @@ def test_of_the_sources_the_k_best_are_kept(compose_by, router, k):
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("compose_by", ["sum", "cat", "private_product"])
 def test_the_released_codes_weights_at_inference_are_a_softmax(compose_by, top_k):
-    method = crosspt(compose_by=compose_by, normalise="softmax", top_k=top_k)
+    method = crosspt(compose_by=compose_by, normalize="softmax", top_k=top_k)
     params = random_arrays(method, BANKS["groups"])
     weights = check(method, params, BANKS["groups"])
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
@@ -102,8 +102,10 @@ def test_the_private_prompt_has_its_share(router, share):
 @pytest.mark.parametrize(
     ("compose_by", "router"), [("private_sum", "relaxed_bernoulli"), ("private_cat", "attention")]
 )
-def test_reparametrised_prompts_are_what_their_layers_make_of_them(compose_by, router, names, bank):
-    method = crosspt(compose_by=compose_by, router=router, reparametrise=names)
+def test_reparameterized_prompts_are_what_their_layers_make_of_them(
+    compose_by, router, names, bank
+):
+    method = crosspt(compose_by=compose_by, router=router, reparameterize=names)
     check(method, random_arrays(method, BANKS[bank]), BANKS[bank])
 
 
@@ -116,7 +118,7 @@ def check(method, params, runs) -> np.ndarray:
     assert found.shape == (2, 3, method.prompt_length, H)
     if method.compose_by == "private":
         assert method.candidates == ()
-        np.testing.assert_allclose(found, by_hand.reparametrised(params, "private")[ids], 1e-6)
+        np.testing.assert_allclose(found, by_hand.reparameterized(params, "private")[ids], 1e-6)
         return np.zeros((2, 3, 0))
     weights = mixture(method, params, runs, ids, x)
     assert method.candidates == CROSSPT_SOURCES and weights.shape == (2, 3, len(CROSSPT_SOURCES))
@@ -211,7 +213,7 @@ def test_the_parameters_are_those_that_act(compose_by, router, bank):
     [
         {},
         {"router": "attention", "compose_by": "private_cat", "private_length": 3},
-        {"share": "learned", "reparametrise": ("sources", "private")},
+        {"share": "learned", "reparameterize": ("sources", "private")},
     ],
     ids=str,
 )
@@ -270,10 +272,10 @@ def test_the_defaults_are_the_released_codes():
         "add",
     )
     assert method.annealing == Annealing(5.0, 0.001, 250)
-    assert method.top_k is None and method.reparametrise == ()
+    assert method.top_k is None and method.reparameterize == ()
 
 
-# --- What an artefact keeps ----------------------------------------------------------------------
+# --- What an artifact keeps ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,14 +290,14 @@ def test_the_defaults_are_the_released_codes():
 )
 @BY_GROUP
 def test_released_prompts_are_what_their_layers_made(settings, names, bank):
-    method, runs = crosspt(reparametrise=names, **settings), BANKS[bank]
+    method, runs = crosspt(reparameterize=names, **settings), BANKS[bank]
     params = random_arrays(method, runs)
     parts = ("kernel_in", "bias_in", "kernel_out", "bias_out")
     layers = {f"{name}_{part}" for name in names for part in parts}
     assert layers < set(params)
     assert params[f"{names[0]}_kernel_in"].shape == (*params[names[0]].shape[:-2], H, H)
     released, kept = method.for_inference(params)
-    assert not layers & set(kept) and released.reparametrise == ()
+    assert not layers & set(kept) and released.reparameterize == ()
     ids = np.arange(K)
     x = texts(ids) if method.router == "attention" else None
     np.testing.assert_allclose(
@@ -318,8 +320,8 @@ def test_a_method_without_layers_is_released_as_it_is():
     [
         {"compose_by": "private_cat", "private_length": LENGTHS},
         {"compose_by": "cat", "router": "attention", "top_k": 2},
-        {"share": "learned", "normalise": "softmax"},
-        {"share": 0.25, "reparametrise": ("sources", "private")},
+        {"share": "learned", "normalize": "softmax"},
+        {"share": 0.25, "reparameterize": ("sources", "private")},
         {"router": "uniform", "compose_by": "private_product"},
         {"compose_by": "private"},
     ],
@@ -363,15 +365,15 @@ def test_the_prompts_of_six_sources_and_eight_targets_and_a_router():
     assert found["clock"] == 1
 
 
-def test_layers_of_a_reparametrised_prompt_are_1181184_numbers():
-    found = numbers(reparametrise=("sources",))
+def test_layers_of_a_reparameterized_prompt_are_1181184_numbers():
+    found = numbers(reparameterize=("sources",))
     assert found["source"] == 6 * (76_800 + 1_181_184)
     assert found["private"] == 8 * 76_800
 
 
 # --- What it starts from -------------------------------------------------------------------------
 
-ARTEFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
+ARTIFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
 TABLE = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
 
 
@@ -383,7 +385,7 @@ def start(method, source, source_method, source_runs, runs):
 @BY_GROUP
 def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
     method, runs = crosspt(), BANKS[bank]
-    initial, started = start(method, {"table": TABLE}, PromptTuning(P), ARTEFACT, runs)
+    initial, started = start(method, {"table": TABLE}, PromptTuning(P), ARTIFACT, runs)
     assert {name: leaf.shape for name, leaf in started.items()} == {
         name: leaf.shape for name, leaf in initial.items()
     }
@@ -392,13 +394,13 @@ def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
     assert not np.any(started["router"]) and not np.any(started["clock"])
 
 
-def test_a_source_that_the_artefact_lacks_is_an_error_that_lists_what_it_has():
+def test_a_source_that_the_artifact_lacks_is_an_error_that_lists_what_it_has():
     method = crosspt(sources=("mnli", "qnlo"))
     with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
-        start(method, {"table": TABLE}, PromptTuning(P), ARTEFACT, BANKS["joint"])
+        start(method, {"table": TABLE}, PromptTuning(P), ARTIFACT, BANKS["joint"])
 
 
-def test_an_artefact_of_its_own_goes_on_row_by_row():
+def test_an_artifact_of_its_own_goes_on_row_by_row():
     before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
     method = crosspt(start_from="same", share="learned")
     trained = random_arrays(method, before, clock=9)
@@ -417,9 +419,9 @@ def test_an_artefact_of_its_own_goes_on_row_by_row():
     [
         ({"compose_by": "wavg"}, "'wavg'.*private_sum"),
         ({"router": "rb"}, "'rb'.*relaxed_bernoulli"),
-        ({"normalise": "max"}, "'max'"),
+        ({"normalize": "max"}, "'max'"),
         ({"share": "half"}, "'half'"),
-        ({"reparametrise": ("target",)}, "'target'"),
+        ({"reparameterize": ("target",)}, "'target'"),
         ({"top_k": 5}, "5"),
         ({"top_k": 2, "router": "uniform"}, "top_k = 2 would have no effect.*'uniform'"),
         ({"top_k": 0}, "0"),
@@ -440,9 +442,9 @@ def test_an_artefact_of_its_own_goes_on_row_by_row():
         ),
         ({"private_length": LENGTHS}, "private_length"),
         ({"compose_by": "private", "router": "softmax"}, "'softmax'"),
-        ({"router": "sigmoid", "normalise": "softmax"}, "normalise"),
+        ({"router": "sigmoid", "normalize": "softmax"}, "normalize"),
         ({"compose_by": "private_cat", "private_length": 0}, "0"),
-        ({"compose_by": "cat", "reparametrise": ("private",)}, "private"),
+        ({"compose_by": "cat", "reparameterize": ("private",)}, "private"),
     ],
     ids=str,
 )

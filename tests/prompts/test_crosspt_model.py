@@ -1,4 +1,4 @@
-"""CrossPT through the model: packing, fleets, the clock, artefacts."""
+"""CrossPT through the model: packing, fleets, the clock, artifacts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.fixtures.prompt_methods import KEY, crosspt
 
 MIXES = {
     "drawn": {},
-    "drawn, learned share": {"share": "learned", "top_k": 2, "normalise": "softmax"},
+    "drawn, learned share": {"share": "learned", "top_k": 2, "normalize": "softmax"},
     "pieces": {"compose_by": "cat", "top_k": 2, "router": "sigmoid"},
     "by text": {"router": "attention", "compose_by": "private_product"},
-    "layers": {"reparametrise": ("sources", "private"), "router": "softmax"},
+    "layers": {"reparameterize": ("sources", "private"), "router": "softmax"},
     "longer": {
         "compose_by": "private_cat",
         "private_length": {"alpha": 2, "beta": 4, "gamma": 1},
@@ -228,9 +228,9 @@ def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
 
 
 @pytest.mark.parametrize("mixed", some("drawn, learned share", "layers", "longer"), indirect=True)
-def test_an_artefact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
+def test_an_artifact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
     method, params = mixed.method.for_inference(mixed.params["prompt"])
-    read = tiny.read_back(tmp_path / "artefact", method, params, mixed.runs)
+    read = tiny.read_back(tmp_path / "artifact", method, params, mixed.runs)
     again = tiny.model(read.runs, read.method)
     found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.unpacked()).logits
     before = mixed.forward(mixed.params, mixed.unpacked()).logits

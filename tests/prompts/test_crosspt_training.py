@@ -137,20 +137,20 @@ def test_a_share_is_not_drawn_with_the_routers_numbers():
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_while_training_the_released_code_takes_a_softmax_of_the_normalised_scores(top_k):
-    """softmax(s / sum s + 1e-8), of the same draw that the other normalisation divides."""
+def test_while_training_the_released_code_takes_a_softmax_of_the_normalized_scores(top_k):
+    """softmax(s / sum s + 1e-8), of the same draw that the other normalization divides."""
     runs, ids, key = BANKS["groups"], np.arange(K), jax.random.PRNGKey(2)
-    plain, released = (crosspt(normalise=by, top_k=top_k) for by in ("sum", "softmax"))
+    plain, released = (crosspt(normalize=by, top_k=top_k) for by in ("sum", "softmax"))
     params = random_arrays(plain, runs)
-    normalised = mixture(plain, params, runs, ids, key=key)
+    normalized = mixture(plain, params, runs, ids, key=key)
     found = mixture(released, params, runs, ids, key=key)
     for row in range(K):
-        chosen = np.flatnonzero(normalised[row])
+        chosen = np.flatnonzero(normalized[row])
         assert len(chosen) == (top_k or 4)
         expected = np.zeros(4)
-        expected[chosen] = by_hand.softmax(normalised[row, chosen] + 1e-8)
+        expected[chosen] = by_hand.softmax(normalized[row, chosen] + 1e-8)
         np.testing.assert_allclose(found[row], expected, 1e-5, 1e-6)
-    np.testing.assert_allclose(normalised.sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(normalized.sum(-1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("compose_by", ["sum", "cat", "private_sum", "private_cat"])
@@ -186,10 +186,10 @@ def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
 
 
 @pytest.mark.parametrize("logit", [-60.0, 60.0])
-@pytest.mark.parametrize("normalise", ["sum", "softmax"])
-def test_gradients_stay_finite_where_every_draw_is_cold(normalise, logit):
+@pytest.mark.parametrize("normalize", ["sum", "softmax"])
+def test_gradients_stay_finite_where_every_draw_is_cold(normalize, logit):
     """No source taken, or all of them: zero by zero, but for the 1e-8."""
-    method, runs = crosspt(normalise=normalise, annealing=COLD), BANKS["joint"]
+    method, runs = crosspt(normalize=normalize, annealing=COLD), BANKS["joint"]
     params = random_arrays(method, runs) | {"router": jnp.full((K, 4), logit)}
 
     def total(params):

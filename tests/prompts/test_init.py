@@ -119,8 +119,8 @@ def test_from_array_reads_a_file_of_the_right_shape_and_never_unpickles(tmp_path
 def test_factors_have_their_distributions(rank):
     shape = {"prompt_length": 300, "width": 200, "rank": rank}
 
-    def factors(initialise):
-        left, right = map(np.asarray, initialise(KEY, *shape.values()))
+    def factors(initialize):
+        left, right = map(np.asarray, initialize(KEY, *shape.values()))
         assert (left.shape, right.shape) == ((300, rank), (rank, 200))
         assert left.dtype == right.dtype == np.float32
         return left, right
@@ -143,7 +143,7 @@ def test_factors_have_their_distributions(rank):
 
 
 def test_factors_of_two_keys_differ():
-    for initialise in (init.ones_noise, init.normal002, init.signs):
-        first = initialise(jax.random.PRNGKey(0), 5, 6, 2)
-        second = initialise(jax.random.PRNGKey(1), 5, 6, 2)
+    for initialize in (init.ones_noise, init.normal002, init.signs):
+        first = initialize(jax.random.PRNGKey(0), 5, 6, 2)
+        second = initialize(jax.random.PRNGKey(1), 5, 6, 2)
         assert not np.array_equal(first[0], second[0]) and not np.array_equal(first[1], second[1])

@@ -103,7 +103,7 @@ def test_what_is_chosen_is_logged(caplog):
 
 
 def test_rows_are_found_by_name_wherever_they_stand():
-    """The artefact of sources, that of their embeddings and the bank need not agree in order."""
+    """The artifact of sources, that of their embeddings and the bank need not agree in order."""
     shuffled = Runs(["cola", "sst2", "mnli", "qqp"])
     sources = Embeddings("s", shuffled, along(10, 20, 30, 40))
     targets = Embeddings("t", Runs(["cb", "rte"]), along(21, 39))

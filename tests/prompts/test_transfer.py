@@ -1,4 +1,4 @@
-"""How a new task starts from a trained artefact."""
+"""How a new task starts from a trained artifact."""
 
 import jax
 import numpy as np

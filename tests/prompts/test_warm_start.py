@@ -1,4 +1,4 @@
-"""Tables of weights over the rows of a source artefact, and means by them."""
+"""Tables of weights over the rows of a source artifact, and means by them."""
 
 import logging
 
@@ -51,7 +51,7 @@ def test_means_are_weighted_and_one_row_alone_is_itself_to_the_bit():
     [
         ("mnil", "Unknown run 'mnil'.*'mnli'"),
         ("same", "Unknown run 'rte'.*mnli, qqp, sst2"),
-        ("same_or_average", "None of the runs rte is in the artefact, which holds mnli, qqp, sst2"),
+        ("same_or_average", "None of the runs rte is in the artifact, which holds mnli, qqp, sst2"),
         ({"cb": {"mnli": 1}}, "Unknown run in the table start_from 'rte'.*Known: cb"),
         ({"rte": {"squad": 1}}, "Unknown run 'squad'"),
         ({"rte": {"mnli": -1, "qqp": 2}}, "'rte' the weights .*must not be negative"),

@@ -99,18 +99,18 @@ def test_every_bucket_is_asked_for_once(answering):
     assert asked == ["gs://b-1/mpt_jax_probe", "gs://b.2/mpt_jax_probe"]
 
 
-def test_an_artefact_goes_through_a_bucket(tmp_path, monkeypatch):
-    folder = f"{fake_gcs.mount(tmp_path, monkeypatch)}/stage/artefact"
+def test_an_artifact_goes_through_a_bucket(tmp_path, monkeypatch):
+    folder = f"{fake_gcs.mount(tmp_path, monkeypatch)}/stage/artifact"
     params = {"table": np.arange(12, dtype=np.float32).reshape(1, 3, 4)}
     for _ in range(2):  # the second takes the first one's place
-        artifacts.save_artefact(
+        artifacts.save_artifact(
             folder, PromptTuning(3), params, Runs(["rte"]),
             embedding_sha256="e", vocabulary_sha256="v", backbone="t5", step=1,
         )  # fmt: skip
-    read = artifacts.load_artefact(folder)
+    read = artifacts.load_artifact(folder)
     np.testing.assert_array_equal(read.params["table"], params["table"])
-    assert (tmp_path / "stage" / "artefact" / "prompts.safetensors").exists()
-    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["artefact"]
+    assert (tmp_path / "stage" / "artifact" / "prompts.safetensors").exists()
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["artifact"]
 
 
 def test_a_task_of_a_file_in_a_bucket(tmp_path, monkeypatch):

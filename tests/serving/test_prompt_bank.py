@@ -1,4 +1,4 @@
-"""A bank of many artefacts: the same prompts, the memory that was promised, and no recompiling."""
+"""A bank of many artifacts: the same prompts, the memory that was promised, and no recompiling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WITH_PROMPTS = [name for name in method_names() if name != "none"]
 
 
 def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params=None, **overrides):
-    """An artefact of random parameters, read back."""
+    """An artifact of random parameters, read back."""
     method = method or MPT(P)
     runs = Runs(names, groups=groups)
     rng = np.random.default_rng([seed, *map(ord, "".join(names))])
@@ -34,11 +34,11 @@ def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params
     shapes = jax.eval_shape(lambda key: method.init(key, runs, context), jax.random.PRNGKey(0))
     made = {}
     for name, leaf in shapes.items():
-        # What belongs to no row is the same in all artefacts.
+        # What belongs to no row is the same in all artifacts.
         own = rng if f"prompt/{name}" in row_axes(method) else np.random.default_rng(0)
         made[name] = own.normal(size=leaf.shape).astype(np.float32)
     save(folder, method, made | (params or {}), runs, **overrides)
-    return artifacts.load_artefact(folder)
+    return artifacts.load_artifact(folder)
 
 
 def composed(of: Bank, names) -> np.ndarray:
@@ -62,7 +62,7 @@ def room_of(of: Bank) -> int:
 # --- Values --------------------------------------------------------------------------------------
 
 
-def test_rows_of_many_artefacts_are_composed_by_the_formula(tmp_path):
+def test_rows_of_many_artifacts_are_composed_by_the_formula(tmp_path):
     found = [
         write(tmp_path / "a", ["rte", "cb", "wic"], groups=[0, 1, 0]),
         write(tmp_path / "b", ["boolq"]),
@@ -71,12 +71,12 @@ def test_rows_of_many_artefacts_are_composed_by_the_formula(tmp_path):
     joined = Bank(found)
     assert joined.names == ("rte", "cb", "wic", "boolq", "mrpc", "qqp")
     assert groups_of(joined) == 4
-    for artefact in found:
+    for artifact in found:
         shared, left, right = (
-            np.asarray(artefact.params[name]) for name in ("shared", "task_left", "task_right")
+            np.asarray(artifact.params[name]) for name in ("shared", "task_left", "task_right")
         )
-        for row, name in enumerate(artefact.runs.run_names):
-            group = artefact.runs.group_of_row[row]
+        for row, name in enumerate(artifact.runs.run_names):
+            group = artifact.runs.group_of_row[row]
             expected = shared[group] * (left[row] @ right[row])
             np.testing.assert_allclose(composed(joined, [name])[0], expected, rtol=1e-6)
     mixed = composed(joined, ["qqp", "cb", "qqp", "boolq"])
@@ -96,11 +96,11 @@ def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
     ]
     joined = Bank(found, folded=folded)
     rows, given = iter(text(3)), []
-    for artefact in found:
-        texts = jnp.stack([next(rows) for _ in range(artefact.runs.num_rows)])
-        every = jnp.arange(artefact.runs.num_rows)
-        params = jax.tree.map(jnp.asarray, artefact.params)
-        given.append(artefact.method.compose(params, artefact.runs, every, PromptContext(texts)))
+    for artifact in found:
+        texts = jnp.stack([next(rows) for _ in range(artifact.runs.num_rows)])
+        every = jnp.arange(artifact.runs.num_rows)
+        params = jax.tree.map(jnp.asarray, artifact.params)
+        given.append(artifact.method.compose(params, artifact.runs, every, PromptContext(texts)))
     expected = np.concatenate(given)
     np.testing.assert_allclose(composed(joined, ["x", "y", "z"]), expected, atol=1e-6)
     assert joined.method == (PromptTuning(P) if folded else found[0].method)
@@ -115,8 +115,8 @@ def test_several_methods_are_served_folded(tmp_path):
     with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*fold them"):
         Bank(found)
     joined = Bank(found, folded=True)
-    for artefact in found:
-        np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
+    for artifact in found:
+        np.testing.assert_array_equal(composed(joined, artifact.runs.run_names), artifact.folded())
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def test_groups_that_are_equal_are_kept_once(tmp_path):
     ]
     joined = Bank(found)
     assert groups_of(joined) == 2
-    for artefact in found:
-        np.testing.assert_array_equal(composed(joined, artefact.runs.run_names), artefact.folded())
+    for artifact in found:
+        np.testing.assert_array_equal(composed(joined, artifact.runs.run_names), artifact.folded())
 
 
 # --- Growth --------------------------------------------------------------------------------------
@@ -177,13 +177,13 @@ def test_a_task_that_is_added_below_the_capacity_compiles_nothing(tmp_path):
     joined = Bank([next(made)])
     compiled = jax.jit(lambda arrays, rows: prompt_bank.compose(joined.method, arrays, rows))
     sizes, rows = [], jnp.zeros(3, jnp.int32)
-    for artefact in made:
+    for artifact in made:
         before = joined.arrays
         kept = np.asarray(compiled(before, rows))
-        joined.add(artefact)
-        last = jnp.full(3, joined.row(artefact.runs.run_names[0]), jnp.int32)
+        joined.add(artifact)
+        last = jnp.full(3, joined.row(artifact.runs.run_names[0]), jnp.int32)
         found = np.asarray(compiled(joined.arrays, last))
-        np.testing.assert_array_equal(found[0], artefact.folded()[0])
+        np.testing.assert_array_equal(found[0], artifact.folded()[0])
         np.testing.assert_array_equal(np.asarray(compiled(before, rows)), kept)
         sizes.append((room_of(joined), compiled._cache_size()))
     assert sizes == [(2, 2), (4, 3), (4, 3), (8, 4), (8, 4), (8, 4), (8, 4), (16, 5)]
@@ -234,7 +234,7 @@ def test_names_that_clash_are_an_error_unless_one_is_renamed(tmp_path):
 def test_folders_are_named_on_the_command_line(tmp_path):
     assert Named.parse("runs/a") == Named("runs/a")
     assert Named.parse("new=runs/a") == Named("runs/a", "new")
-    assert Named.parse("runs/lr=0.3/artefact") == Named("runs/lr=0.3/artefact")
+    assert Named.parse("runs/lr=0.3/artifact") == Named("runs/lr=0.3/artifact")
     (tmp_path / "lr=1").mkdir()
     assert Named.parse(str(tmp_path / "lr=1")) == Named(str(tmp_path / "lr=1"))
     with pytest.raises(ValueError, match="'=runs' is neither"):
@@ -265,7 +265,7 @@ def test_an_unknown_name_is_not_repeated_whole(tmp_path):
     assert f"'{'x' * 77}...'" in str(error.value) and len(str(error.value)) < 200
 
 
-# --- Artefacts that do not belong together -------------------------------------------------------
+# --- Artifacts that do not belong together -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_an_unknown_name_is_not_repeated_whole(tmp_path):
         ("method", {"method": MPT(P, rank=2)}),
     ],
 )
-def test_artefacts_that_disagree_are_named_with_their_values(what, other, tmp_path):
+def test_artifacts_that_disagree_are_named_with_their_values(what, other, tmp_path):
     found = [
         write(tmp_path / "a", ["x"]),
         write(tmp_path / "b", ["y"]),
@@ -292,7 +292,7 @@ def test_artefacts_that_disagree_are_named_with_their_values(what, other, tmp_pa
     assert (value if what in ("backbone", "vocabulary") else str(P)) in message
 
 
-def test_an_artefact_of_an_unknown_vocabulary_fits(tmp_path):
+def test_an_artifact_of_an_unknown_vocabulary_fits(tmp_path):
     found = [
         write(tmp_path / "a", ["x"], vocabulary_sha256=None),
         write(tmp_path / "b", ["y"]),
@@ -322,13 +322,13 @@ def test_the_vocabulary_that_requests_are_read_by_holds_for_all_that_are_added(t
     joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256="w" * 64))
 
 
-def test_no_artefacts_are_no_bank():
+def test_no_artifacts_are_no_bank():
     with pytest.raises(ValueError, match="at least one"):
         Bank([])
 
 
-def attempt_artefact(task, sources, seed=0):
-    """An artefact of ATTEMPT for one task, with the given frozen sources [S, P, H]."""
+def attempt_artifact(task, sources, seed=0):
+    """An artifact of ATTEMPT for one task, with the given frozen sources [S, P, H]."""
     method = ATTEMPT(P, [f"s{i}" for i in range(len(sources))])
     rng = np.random.default_rng(seed)
     shapes = {"target": (1, P, H), "down": (1, H, 100), "up": (1, 100, H)}
@@ -336,23 +336,23 @@ def attempt_artefact(task, sources, seed=0):
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     params["sources"] = sources
     known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None}
-    return artifacts.Artefact(task, method, Runs([task]), params, known)
+    return artifacts.Artifact(task, method, Runs([task]), params, known)
 
 
 def test_what_all_tasks_share_is_kept_once_and_must_be_the_same():
     sources = np.random.default_rng(3).normal(size=(2, P, H)).astype(np.float32)
-    x, y = attempt_artefact("x", sources, 1), attempt_artefact("y", sources, 2)
+    x, y = attempt_artifact("x", sources, 1), attempt_artifact("y", sources, 2)
     bank = Bank([x, y])
     np.testing.assert_array_equal(bank.arrays["prompt"]["sources"], sources)
     pooled = jnp.asarray(np.random.default_rng(4).normal(size=(2, H)), jnp.float32)
     found = compose(bank.method, bank.arrays, jnp.array([1, 0]), pooled)
-    for artefact, prompt, text in zip((y, x), found, pooled, strict=True):
-        alone = jax.tree.map(jnp.asarray, artefact.params)
+    for artifact, prompt, text in zip((y, x), found, pooled, strict=True):
+        alone = jax.tree.map(jnp.asarray, artifact.params)
         given = PromptContext(text[None])
-        expected = artefact.method.compose(alone, artefact.runs, jnp.array([0]), given)[0]
+        expected = artifact.method.compose(alone, artifact.runs, jnp.array([0]), given)[0]
         np.testing.assert_allclose(prompt, expected, atol=1e-5)
     with pytest.raises(ValueError, match="x and z differ in 'sources'"):
-        Bank([x, attempt_artefact("z", sources + 1)])
+        Bank([x, attempt_artifact("z", sources + 1)])
     with pytest.raises(ValueError, match="depend on the text"):
         Bank([x], folded=True)
 

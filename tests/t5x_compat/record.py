@@ -25,7 +25,7 @@ OBJECTS = {
     "initializer": train_state_adapter.TrainStateInitializer,
     "feature converter": feature_converter.PromptFeatureConverter,
     "action": selection.SelectBest,
-    "save hook": train_state_adapter.ArtefactHook,
+    "save hook": train_state_adapter.ArtifactHook,
 }
 touched: dict[str, set[str]] = {name: set() for name in OBJECTS}
 

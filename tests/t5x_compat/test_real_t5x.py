@@ -42,14 +42,14 @@ QUICK = ("--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.EVAL_STEPS=1")
 NO_EVALUATION = (
     "--gin.train.train_eval_dataset_cfg=None",
     "--gin.train.infer_eval_dataset_cfg=None",
-    "--gin.train.actions={}",  # T5X's artefact is the last step's, ours the best one's
+    "--gin.train.actions={}",  # T5X's artifact is the last step's, ours the best one's
 )
 SHIPPED = ROOT / "mpt_jax" / "tasks" / "data" / "tiny_t5"
-# From one artefact, where nothing is drawn at random; a loss for every step.
+# From one artifact, where nothing is drawn at random; a loss for every step.
 SAME = (*STEPS, *NO_EVALUATION, "--gin.STATS_PERIOD=1")
 SAME_SOURCE = (
     *SAME,
-    f"--gin.INITIAL_ARTEFACT='{SHIPPED / 'mpt_source'}'",
+    f"--gin.INITIAL_ARTIFACT='{SHIPPED / 'mpt_source'}'",
     "--gin.START_FROM='same'",
     "--gin.LEARNING_RATE=0.03",  # at ten times that, two processes' rounding grows to 0.01
 )
@@ -118,7 +118,7 @@ def size(folder: Path) -> int:
 
 
 def prompts(model_dir: Path) -> dict[str, np.ndarray]:
-    params = artifacts.load_artefact(model_dir / "artefact").params
+    params = artifacts.load_artifact(model_dir / "artifact").params
     return {name: np.asarray(value) for name, value in params.items()}
 
 
@@ -180,14 +180,14 @@ def by_either(root: Path, name: str, *arguments: str, kind: str = "same") -> dic
 @pytest.fixture(scope="module")
 def same_source(root) -> dict[str, Path]:
     """The MODEL_DIRs of one source stage, with distillation, by either trainer."""
-    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'"
+    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artifact'}'"
     return by_either(root, "mpt_source", *SAME_SOURCE, teachers)
 
 
 @pytest.fixture(scope="module")
 def packed_source(root) -> dict[str, Path]:
     """The same stage with several examples to a row."""
-    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'"
+    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artifact'}'"
     packed = ("--gin_file=gin/runs/packed.gin", "--gin.PACKED_ROWS=6", "--gin.PACK_WINDOW=32")
     return by_either(root, "mpt_source", *SAME_SOURCE, *packed, teachers, kind="packed")
 
@@ -195,13 +195,13 @@ def packed_source(root) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def same_target(root) -> dict[str, Path]:
     """The MODEL_DIRs of one target stage by either trainer."""
-    source = f"--gin.INITIAL_ARTEFACT='{root / 'mpt_source' / 'artefact'}'"
+    source = f"--gin.INITIAL_ARTIFACT='{root / 'mpt_source' / 'artifact'}'"
     return by_either(root, "mpt_target", *SAME, source)
 
 
 # As gin/tiny.gin builds them; nothing is drawn, and learning rates are a tenth, for the reason of
 # SAME_SOURCE.
-TEACHERS = artifacts.load_artefact(SHIPPED / "teachers")
+TEACHERS = artifacts.load_artifact(SHIPPED / "teachers")
 MIXED = {
     "attempt_target": (
         ATTEMPT(20, TEACHERS.runs.run_names, temperature=348.0),
@@ -219,8 +219,8 @@ MIXED = {
 }
 
 
-def started(folder: Path, method: PromptMethod) -> artifacts.Artefact:
-    """An artefact of the teachers as sources and of random values else: the two trainers would draw
+def started(folder: Path, method: PromptMethod) -> artifacts.Artifact:
+    """An artifact of the teachers as sources and of random values else: the two trainers would draw
     other ones."""
     (checkpoint,) = SHIPPED.glob("checkpoint_*")
     embedding = np.asarray(convert.load_t5x(checkpoint)["token_embedder"]["embedding"], np.float32)
@@ -230,8 +230,8 @@ def started(folder: Path, method: PromptMethod) -> artifacts.Artefact:
     digests = {
         f"{name}_sha256": TEACHERS.config[f"{name}_sha256"] for name in ("embedding", "vocabulary")
     }
-    artifacts.save_artefact(folder, method, params, runs, **digests, backbone="tiny_t5", step=0)
-    return artifacts.load_artefact(folder)
+    artifacts.save_artifact(folder, method, params, runs, **digests, backbone="tiny_t5", step=0)
+    return artifacts.load_artifact(folder)
 
 
 @pytest.fixture(scope="module")
@@ -258,11 +258,11 @@ def read(root) -> Path:
     }
     run("eval", *files["eval"], root=root.parent)
     for trainer in ("t5x", "own"):
-        # Our trainer reads the artefact, T5X its own checkpoint: the same prompts.
+        # Our trainer reads the artifact, T5X its own checkpoint: the same prompts.
         more = [f"--gin.INFER_OUTPUT_DIR='{root / f'infer_{trainer}'}'"]
         if trainer == "own":
-            artefact = root / "mpt_source" / "artefact"
-            more += ["--gin.CHECKPOINT_PATH=''", f"--gin.INITIAL_ARTEFACT='{artefact}'"]
+            artifact = root / "mpt_source" / "artifact"
+            more += ["--gin.CHECKPOINT_PATH=''", f"--gin.INITIAL_ARTIFACT='{artifact}'"]
         run("infer", *files["infer"], *more, root=root.parent, trainer=trainer)
     return root
 
@@ -272,8 +272,8 @@ def test_a_checkpoint_is_smaller_than_a_twentieth_of_the_backbone(root):
     assert 0 < size(root / "mpt_source" / "checkpoint_20") < size(backbone) / 20
 
 
-def test_teachers_travel_as_an_artefact(root):
-    teachers = artifacts.load_artefact(root / "pt_source" / "artefact")
+def test_teachers_travel_as_an_artifact(root):
+    teachers = artifacts.load_artifact(root / "pt_source" / "artifact")
     assert teachers.method.name == "prompt_tuning" and teachers.runs.num_rows == 6
     assert teachers.runs.num_groups == 6
     assert teachers.config["step"] == 20
@@ -289,7 +289,7 @@ def test_training_writes_what_t5x_writes(root):
 
 def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(root):
     """Bit for bit, on one CPU device."""
-    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'"
+    teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artifact'}'"
     model_dir = f"--gin.MODEL_DIR='{root / 'whole'}'"
     arguments = stage("mpt_source", *STEPS, *NO_EVALUATION, teachers, model_dir)
     run("train", *arguments, root=root.parent)
@@ -306,10 +306,10 @@ def test_both_trainers_have_the_same_losses_and_learn_the_same_prompts(stage, re
     per_row = list(ours["batch/examples_per_row"].values())
     assert per_row == pytest.approx(list(theirs["batch/examples_per_row"].values()))
     assert min(per_row) > 1 if stage == "packed_source" else set(per_row) == {1.0}
-    started = artifacts.load_artefact(SHIPPED / "mpt_source").params
-    learnt = same_prompts(folders)
+    started = artifacts.load_artifact(SHIPPED / "mpt_source").params
+    learned = same_prompts(folders)
     if stage != "same_target":
-        for name, value in learnt.items():
+        for name, value in learned.items():
             assert np.abs(value - np.asarray(started[name])).max() > 1e-3, f"{name} did not move"
 
 
@@ -328,26 +328,26 @@ def same_metrics(theirs: dict, ours: dict) -> set[str]:
 
 
 def same_prompts(folders: dict[str, Path]) -> dict[str, np.ndarray]:
-    """Compares the artefacts of both trainers; returns that of ours."""
-    learnt, theirs = prompts(folders["own"]), prompts(folders["t5x"])
-    assert set(theirs) == set(learnt)
+    """Compares the artifacts of both trainers; returns that of ours."""
+    learned, theirs = prompts(folders["own"]), prompts(folders["t5x"])
+    assert set(theirs) == set(learned)
     for name, value in theirs.items():
-        np.testing.assert_allclose(value, learnt[name], rtol=0, atol=1e-5, err_msg=name)
-    return learnt
+        np.testing.assert_allclose(value, learned[name], rtol=0, atol=1e-5, err_msg=name)
+    return learned
 
 
 @pytest.mark.parametrize("stage", MIXED)
 def test_both_trainers_mix_source_prompts_alike(stage, bare):
     method, rates = MIXED[stage]
     first = started(bare / f"{stage}_start", method)
-    origin = (f"--gin.INITIAL_ARTEFACT='{first.path}'", "--gin.START_FROM='same'")
+    origin = (f"--gin.INITIAL_ARTIFACT='{first.path}'", "--gin.START_FROM='same'")
     folders = by_either(bare, stage, *SAME, *rates, *origin)
     names = same_metrics(*(logged(folders[trainer], trainer) for trainer in ("t5x", "own")))
     assert any(name.startswith("attention/toy_sst2") for name in names)
-    for name, learnt in same_prompts(folders).items():
-        moved = np.abs(learnt - np.asarray(first.params[name])).max()
+    for name, learned in same_prompts(folders).items():
+        moved = np.abs(learned - np.asarray(first.params[name])).max()
         if stage == "attempt_target" and name == "sources":
-            assert moved == 0, "T5X's artefact has them too, or the two would not be the same"
+            assert moved == 0, "T5X's artifact has them too, or the two would not be the same"
         else:
             assert moved > 1e-3, f"{name} did not move"
 
@@ -392,7 +392,7 @@ def test_two_processes_stop_at_one_step_and_learn_what_one_learns(root, same_sou
         "mpt_source",
         *SAME_SOURCE,
         "--gin.STATS_PERIOD=20",
-        f"--gin.TEACHERS='{root / 'pt_source' / 'artefact'}'",
+        f"--gin.TEACHERS='{root / 'pt_source' / 'artifact'}'",
         f"--gin.MODEL_DIR='{model_dir}'",
         "--gin.paths.under.shared_filesystem=True",
     )
@@ -412,10 +412,10 @@ def test_two_processes_stop_at_one_step_and_learn_what_one_learns(root, same_sou
     assert 1 <= stopped < 20 and (model_dir / f"checkpoint_{stopped}").is_dir()
     for log in [child.finish() for child in both()]:
         assert f"Starting main loop over steps {stopped}-20" in log
-    learnt = prompts(same_source["own"])
+    learned = prompts(same_source["own"])
     for name, value in prompts(model_dir).items():
         # Sums over the batch are taken in another order; when written, 2.6e-5 apart at most.
-        np.testing.assert_allclose(value, learnt[name], rtol=0, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(value, learned[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 def test_t5x_touches_what_it_is_known_to_touch(root, same_target, read):

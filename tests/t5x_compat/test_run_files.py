@@ -96,8 +96,8 @@ def test_a_users_finetuning_evaluation_and_inference(tmp_path):
     model_dir = tmp_path / "model"
     scores = gin_utils.run_stage([finetune], [f"MODEL_DIR = '{model_dir}'"])
     assert set(scores) == {"toy_boolq"}
-    artefact = artifacts.load_artefact(model_dir / "artefact")
-    assert artefact.config["step"] == 4 and artefact.method.prompt_length == 4
+    artifact = artifacts.load_artifact(model_dir / "artifact")
+    assert artifact.config["step"] == 4 and artifact.method.prompt_length == 4
     assert (model_dir / "checkpoint_4").is_dir() and (model_dir / "config.gin").is_file()
     lines = (model_dir / "inference_eval" / "toy_boolq-metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4]

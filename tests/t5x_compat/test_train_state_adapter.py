@@ -59,7 +59,7 @@ def test_what_is_frozen_may_have_any_gradient(host):
     assert np.any(after.params["prompt"]["shared"] != state.params["prompt"]["shared"])
 
 
-def test_the_artefact_of_a_save_stays_where_prompts_are_no_longer_finite(
+def test_the_artifact_of_a_save_stays_where_prompts_are_no_longer_finite(
     host, tmp_path, monkeypatch, caplog
 ):
     state = first_state(host)
@@ -68,9 +68,9 @@ def test_the_artefact_of_a_save_stays_where_prompts_are_no_longer_finite(
     (hook,) = train_state_adapter.save_hooks(str(tmp_path))
     good = {"target": {"prompt": state.params["prompt"]}, "state": {"step": 3}}
     assert hook(good, "infos") == (good, "infos")
-    written = artifacts.load_artefact(tmp_path / "artefact")
+    written = artifacts.load_artifact(tmp_path / "artifact")
     assert written.config["step"] == 3
-    card = (tmp_path / "artefact" / "README.md").read_text()
+    card = (tmp_path / "artifact" / "README.md").read_text()
     assert "| step | 3 |" in card and "Nothing was measured" in card
     trained = sum(leaf.size for leaf in flatten(state.params["prompt"]).values())
     assert f"| numbers that were trained | {trained} |" in card
@@ -80,6 +80,6 @@ def test_the_artefact_of_a_save_stays_where_prompts_are_no_longer_finite(
     with caplog.at_level("ERROR"):
         hook({"target": {"prompt": prompt}, "state": {"step": 6}}, "infos")
     assert "step 6 are not finite (task_left)" in caplog.text
-    kept = artifacts.load_artefact(tmp_path / "artefact")
+    kept = artifacts.load_artifact(tmp_path / "artifact")
     assert kept.config["step"] == 3
     assert all(np.isfinite(leaf).all() for leaf in flatten(kept.params).values())

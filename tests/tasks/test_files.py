@@ -432,10 +432,10 @@ def test_the_example_of_the_readme_trains_as_it_is_written(tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-4000:]
-    artefact = tmp_path / "runs" / "tiny" / "mpt_target" / "artefact"
-    config = json.loads((artefact / "config.json").read_text())
+    artifact = tmp_path / "runs" / "tiny" / "mpt_target" / "artifact"
+    config = json.loads((artifact / "config.json").read_text())
     assert config["run_names"] == ["reviews"]
     assert "accuracy" in config["metrics"]["scores"]["reviews"]
-    card = (artefact / "README.md").read_text()
+    card = (artifact / "README.md").read_text()
     assert "| `reviews` | reviews.csv | train |  | 19 |" in card
     assert "| `reviews` | accuracy | " in card

@@ -131,7 +131,7 @@ def test_twelve_sources_take_the_place_of_six(stage, monkeypatch):
     assert runs.task_names == tuple(mixtures.MIXTURES["mpt_source_12"])
     assert runs.num_groups == (12 if stage == "gin/pt_source.gin" else 1)
     if stage == "gin/mpt_source.gin":
-        assert value("TEACHERS") == "root/pt_source_12/artefact"
+        assert value("TEACHERS") == "root/pt_source_12/artifact"
     value("SAMPLER").check(12)
 
 

@@ -1,4 +1,4 @@
-"""Runs of one job that fail or finish: they keep what they learnt, and nobody else notices."""
+"""Runs of one job that fail or finish: they keep what they learned, and nobody else notices."""
 
 from __future__ import annotations
 

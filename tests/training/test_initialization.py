@@ -61,7 +61,7 @@ def digest(backbone) -> str:
 def write(
     path, backbone, names, length=tiny.PROMPT, runs=None, **overrides
 ) -> tuple[str, np.ndarray]:
-    """An artefact of plain prompts, and the prompts."""
+    """An artifact of plain prompts, and the prompts."""
     rng = np.random.default_rng(len(names))
     table = rng.normal(size=(len(names), length, tiny.WIDTH)).astype(np.float32)
     digests = {
@@ -98,7 +98,7 @@ def test_the_backbone_comes_from_its_checkpoint_and_the_prompt_from_its_embeddin
     assert not np.array_equal(other.params["prompt"]["task_left"], leaves["prompt/task_left"])
 
 
-def test_teachers_come_by_task_from_one_or_several_artefacts(backbone, tmp_path):
+def test_teachers_come_by_task_from_one_or_several_artifacts(backbone, tmp_path):
     first, table = write(tmp_path / "a", backbone, ["gamma", "other", "alpha"])
     second, more = write(tmp_path / "b", backbone, ["beta"])
     model = vocabulary_model(objective=DISTILLED)
@@ -139,11 +139,11 @@ def test_several_teachers_of_one_task_are_named(backbone, tmp_path):
         initialize_params(model, Origins(backbone["path"], [first, second]), KEY)
 
 
-def test_prompts_start_from_an_artefact_through_their_method(backbone, tmp_path):
+def test_prompts_start_from_an_artifact_through_their_method(backbone, tmp_path):
     path, table = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
-    loaded = initialize_params(model, Origins(backbone["path"], artefact=path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], artifact=path), KEY)
     np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[1:])
 
 
@@ -154,7 +154,7 @@ def spot(backbone, tmp_path, targets=("alpha",), other: dict | None = None, **se
     target, _ = write(tmp_path / "target", backbone, list(targets), **(other or {}))
     method = PromptTuning(tiny.PROMPT, start_from=NearestSource(early, target, **settings))
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
-    return model, Origins(backbone["path"], artefact=sources), table
+    return model, Origins(backbone["path"], artifact=sources), table
 
 
 def test_prompts_start_from_the_nearest_source(backbone, tmp_path):
@@ -164,7 +164,7 @@ def test_prompts_start_from_the_nearest_source(backbone, tmp_path):
     loaded = initialize_params(model, origins, KEY)
     np.testing.assert_array_equal(loaded.params["prompt"]["table"], table[:1])
     assert loaded.started_from == {
-        "artefact_sha256": artifacts.digest({"table": table}),
+        "artifact_sha256": artifacts.digest({"table": table}),
         "start_from": {"alpha": {"mnli": 1.0}},
     }
 
@@ -173,7 +173,7 @@ def test_a_start_by_name_is_recorded_too(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
-    loaded = initialize_params(model, Origins(backbone["path"], artefact=path), KEY)
+    loaded = initialize_params(model, Origins(backbone["path"], artifact=path), KEY)
     assert loaded.started_from is not None and loaded.started_from["start_from"] == "qqp"
     assert initialize_params(model, Origins(backbone["path"]), KEY).started_from is None
 
@@ -190,7 +190,7 @@ def test_embeddings_that_lack_a_target_and_more_sources_than_there_are(backbone,
     with pytest.raises(ValueError, match="no embedding of 'alpha'; it has beta, gamma"):
         initialize_params(model, origins, KEY)
     model, origins, _ = spot(backbone, tmp_path / "b", top_k=4)
-    with pytest.raises(ValueError, match="top_k is 4, and the initial artefact holds 3"):
+    with pytest.raises(ValueError, match="top_k is 4, and the initial artifact holds 3"):
         initialize_params(model, origins, KEY)
 
 
@@ -204,9 +204,9 @@ def test_missing_embeddings_name_the_stage_that_makes_them(backbone, tmp_path, a
         initialize_params(model, origins, KEY)
 
 
-def test_a_choice_needs_an_artefact_to_choose_from(backbone, tmp_path):
+def test_a_choice_needs_an_artifact_to_choose_from(backbone, tmp_path):
     model, _, _ = spot(backbone, tmp_path)
-    with pytest.raises(ValueError, match="there is none: set INITIAL_ARTEFACT"):
+    with pytest.raises(ValueError, match="there is none: set INITIAL_ARTIFACT"):
         initialize_params(model, Origins(backbone["path"]), KEY)
 
 
@@ -360,9 +360,9 @@ def test_a_vocabulary_far_smaller_than_the_embedding_is_refused(ids, rows):
         initialization._check_vocabulary(model, rows)
 
 
-@pytest.mark.parametrize("role", ["artefact", "teachers"])
+@pytest.mark.parametrize("role", ["artifact", "teachers"])
 @pytest.mark.parametrize("what", ["backbone", "vocabulary", "length"])
-def test_artefacts_of_something_else_are_refused_with_both_values(backbone, tmp_path, role, what):
+def test_artifacts_of_something_else_are_refused_with_both_values(backbone, tmp_path, role, what):
     """For teachers the last case is the mismatch of the student's and the teachers' length."""
     other = {"backbone": "embedding_sha256", "vocabulary": "vocabulary_sha256"}.get(what)
     length = 2 if what == "length" else tiny.PROMPT
@@ -392,7 +392,7 @@ def test_a_task_without_teacher_is_named_beside_the_known(backbone, tmp_path):
 
 def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
     model = vocabulary_model(objective=DISTILLED)
-    with pytest.raises(ValueError, match="names no artefact.*make teachers"):
+    with pytest.raises(ValueError, match="names no artifact.*make teachers"):
         initialize_params(model, Origins(backbone["path"], teachers_command="make teachers"), KEY)
     absent = str(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=f"{absent}.*make teachers"):
@@ -401,22 +401,22 @@ def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
         )
 
 
-def test_a_missing_initial_artefact_names_the_command_that_makes_it(backbone, tmp_path):
+def test_a_missing_initial_artifact_names_the_command_that_makes_it(backbone, tmp_path):
     absent = str(tmp_path / "absent")
-    origins = Origins(backbone["path"], artefact=absent, artefact_command="make source")
+    origins = Origins(backbone["path"], artifact=absent, artifact_command="make source")
     with pytest.raises(FileNotFoundError, match=f"{absent}.*Make it by: make source"):
         initialize_params(vocabulary_model(), origins, KEY)
     with pytest.raises(FileNotFoundError, match="was to start from it.$"):
-        initialize_params(vocabulary_model(), Origins(backbone["path"], artefact=absent), KEY)
+        initialize_params(vocabulary_model(), Origins(backbone["path"], artifact=absent), KEY)
 
 
-def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
+def test_an_artifact_of_another_rank_is_refused(backbone, tmp_path):
     params = {
         "shared": np.ones((1, tiny.PROMPT, tiny.WIDTH), np.float32),
         "task_left": np.ones((1, tiny.PROMPT, 2), np.float32),
         "task_right": np.ones((1, 2, tiny.WIDTH), np.float32),
     }
-    path = artifacts.save_artefact(
+    path = artifacts.save_artifact(
         tmp_path / "a",
         MPT(tiny.PROMPT, rank=2),
         params,
@@ -427,7 +427,7 @@ def test_an_artefact_of_another_rank_is_refused(backbone, tmp_path):
         step=1,
     )
     with pytest.raises(ValueError, match=r"task_left: expected \(3, 3, 1\), found \(3, 3, 2\)"):
-        initialize_params(vocabulary_model(), Origins(backbone["path"], artefact=str(path)), KEY)
+        initialize_params(vocabulary_model(), Origins(backbone["path"], artifact=str(path)), KEY)
 
 
 # --- The state -----------------------------------------------------------------------------------

@@ -160,8 +160,10 @@ def test_a_backbone_that_learns_is_kept_whole(tmp_path):
     select = SelectBest(model, str(tmp_path))
     for step, score in ((1, 10.0), (2, 30.0), (3, 20.0)):
         kernel = np.full((2, 3), step, np.float32)
-        learnt = {"encoder": {"layers_0": {"mlp": {"wi": {"kernel": kernel}}}}}
-        select.run(types.SimpleNamespace(step=step, trainable=learnt), {"rte": {"accuracy": score}})
+        learned = {"encoder": {"layers_0": {"mlp": {"wi": {"kernel": kernel}}}}}
+        select.run(
+            types.SimpleNamespace(step=step, trainable=learned), {"rte": {"accuracy": score}}
+        )
     assert select.best_step == [2]
     again = SelectBest(model, str(tmp_path))
     again.resume(3)

@@ -25,7 +25,7 @@ MESHES = {
 
 
 def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, Trainer]:
-    """MPT distilled from teachers: metrics of each step and an evaluation, and what was learnt."""
+    """MPT distilled from teachers: metrics of each step and an evaluation, and what was learned."""
     config = tiny.config(num_heads=8)  # of all axes that are split, eight divides the lengths
     model = tiny.model(
         config=config,
@@ -52,7 +52,7 @@ def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, T
     ids=["two dims", "all"],
 )
 def test_a_mesh_gives_the_losses_of_one_device(names):
-    expected, learnt, _ = train(PjitPartitioner(devices=jax.devices()[:1]))
+    expected, learned, _ = train(PjitPartitioner(devices=jax.devices()[:1]))
     assert {"term/kl", "term/hidden_encoder", "term/hidden_decoder"} <= set(expected[0])
     for name in names:
         found, params, trainer = train(PjitPartitioner(**MESHES[name]))
@@ -62,7 +62,7 @@ def test_a_mesh_gives_the_losses_of_one_device(names):
                 scale = max(1.0, abs(value))
                 off = abs(other[metric] - value) / scale
                 assert off <= TOLERANCE, f"{name}, step {step}, {metric}: {other[metric]} {value}"
-        tiny.close(params, learnt, TOLERANCE, f"{name}: ")
+        tiny.close(params, learned, TOLERANCE, f"{name}: ")
         if name != "data 8":
             weights = trainer.state.frozen["encoder"]["layers_0"]["mlp"]["wi"]["kernel"]
             assert weights.addressable_shards[0].data.size < weights.size, "the model is split"

@@ -38,7 +38,7 @@ class T5Config:
         relative_attention_max_distance: distance from which on all positions share a bucket.
         relative_bias_per_layer: whether every layer has a relative position table of its own
             (umT5, T5X's scalable T5) instead of one for the whole stack (T5).
-        biases: adds a zero-initialised bias to every projection and layer norm, which T5 lacks,
+        biases: adds a zero-initialized bias to every projection and layer norm, which T5 lacks,
             so that BitFit has something to train.
         remat: what the backward pass recomputes: `none`, `minimal` (all but products with
             weights) or `full` (whole layers). On CPU it saves memory only together with

@@ -1,8 +1,8 @@
 """The parts of a T5 layer but for attention: projections, norm, relative positions, feed-forward.
 
-Parameter names, shapes, logical axes and initialisation are T5X's; arithmetic is T5's
+Parameter names, shapes, logical axes and initialization are T5X's; arithmetic is T5's
 (Raffel et al. 2020): no biases, no mean in the layer norm, no 1/sqrt(D) in the scores (it is in
-the initialisation of the queries), one relative position table per stack (in umT5: per layer).
+the initialization of the queries), one relative position table per stack (in umT5: per layer).
 """
 
 from __future__ import annotations

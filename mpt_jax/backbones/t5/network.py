@@ -25,7 +25,7 @@ Hidden = tuple[jax.Array, ...]
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each normalised before and added to its input.
+    """Self-attention and feed-forward, each normalized before and added to its input.
 
     Returns its output, and once more what a scan over layers shall collect.
     """
@@ -125,7 +125,7 @@ def run_layers(
         the last layer's output, and what the layers collected, in order.
     """
     count = getattr(config, f"num_{stack}_layers")
-    layer = rematerialised(layer, config)
+    layer = rematerialized(layer, config)
     if not config.scan_layers:
         outputs = []
         for i in range(count):
@@ -147,7 +147,7 @@ def run_layers(
     return x, () if collected is None else tuple(collected[i] for i in range(count))
 
 
-def rematerialised(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
+def rematerialized(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
     """The layer, with the part of its activations that the backward pass recomputes."""
     if config.remat == "none":
         return layer

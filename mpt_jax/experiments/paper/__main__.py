@@ -24,6 +24,7 @@ import seqio
 from absl import logging
 
 from mpt_jax.config import gin_utils
+from mpt_jax.core.old_names import current_text
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results, stages
@@ -136,7 +137,7 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
         ValueError: a stage's folder was planned with other gin files or bindings.
     """
     path = root / PLAN
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(current_text(path.read_text())) if path.exists() else {}
     for stage in unique(cells):
         what = [list(stage.files), list(stage.bindings), stage.steps]
         if (root / stage.name).exists() and known.get(stage.name, what) != what:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.evaluation.finalize import ARTEFACT
+from mpt_jax.evaluation.finalize import ARTIFACT
 from mpt_jax.experiments.paper import suites, variants
 from mpt_jax.experiments.paper.suites import Length, Suite
 from mpt_jax.experiments.paper.variants import Arm, Source
@@ -131,11 +131,11 @@ def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -
         if arm.source is not None:
             chain = list(_chain(arm.source, suite, root, seeds[0] if own_source else None))
             sources |= {stage.name: stage for stage in chain}
-            start = _artefact(root, chain[-1])
+            start = _artifact(root, chain[-1])
         for runs, length in _jobs(table, suite, arm, shots, seeds):
             bindings = [*_bound(arm, suite, shots, runs, length), *length.bindings()]
             if start is not None:
-                bindings.append(f"INITIAL_ARTEFACT = {start}")
+                bindings.append(f"INITIAL_ARTIFACT = {start}")
             files = (*arm.files, *suite.files)
             name = _name(arm, shots, runs, own_source)
             if shots is None and table.full:
@@ -160,7 +160,7 @@ def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterat
     if source.teachers is not None:
         *_, teachers = chain = list(_chain(source.teachers, suite, root, None))
         yield from chain
-        bindings.append(f"TEACHERS = {_artefact(root, teachers)}")
+        bindings.append(f"TEACHERS = {_artifact(root, teachers)}")
     name = source.name
     if seed is not None:
         bindings.append(f"RANDOM_SEED = {FIRST_SEED + seed}")
@@ -237,13 +237,13 @@ def _name(arm: Arm, shots: int | None, runs: Sequence[Run], own_source: bool) ->
 
 
 def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Stage:
-    """Scores a job's artefact, which holds the best step of each run, on the test split."""
+    """Scores a job's artifact, which holds the best step of each run, on the test split."""
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
         *_settings(arm, suite),
         *length.reading(),
-        f"INITIAL_ARTEFACT = {_artefact(root, job)}",
+        f"INITIAL_ARTIFACT = {_artifact(root, job)}",
         'utils.DatasetConfig.split = "test"',
     )
     sized = (variants.ablation(f"size_{arm.size}"),) if arm.size != "base" else ()
@@ -251,9 +251,9 @@ def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Sta
     return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
 
 
-def _artefact(root: Path, stage: Stage) -> str:
+def _artifact(root: Path, stage: Stage) -> str:
     """What a stage hands on, as gin reads it."""
-    return quoted(str(root / stage.name / ARTEFACT))
+    return quoted(str(root / stage.name / ARTIFACT))
 
 
 # --- The tables ----------------------------------------------------------------------------------

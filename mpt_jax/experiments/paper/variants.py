@@ -24,7 +24,7 @@ MPT, PROMPT_TUNING, SHARED, ATTEMPT, CROSSPT = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source stage, whose artefact others start from.
+    """A source stage, whose artifact others start from.
 
     Attributes:
         name: its folder.
@@ -60,11 +60,11 @@ class Arm:
         name: in tables.
         files: gin files of the target stage, the stage file first.
         method: gin file of the prompt method, for evaluation.
-        source: whose artefact it starts from.
+        source: whose artifact it starts from.
         bindings: what else the target stage binds.
         rate: under which name a suite keeps its learning rate, if it has one of its own.
         start: the paper's name of the source task that prompts start from, if it is one.
-        together: whether all tasks of a group are learnt by one run with one shared prompt.
+        together: whether all tasks of a group are learned by one run with one shared prompt.
         steps: of the target stage with all examples at the paper's scale, if its length is not the
             suite's: task -> steps, `''` for all others.
         size: of the T5, if it is not base (gin/ablations/size_*.gin).
@@ -219,7 +219,7 @@ ATTEMPT_ARM = Arm(
 
 def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Arm:
     """CrossPT, all tasks of a seed together."""
-    start = () if source else ("INITIAL_ARTEFACT = None",)
+    start = () if source else ("INITIAL_ARTIFACT = None",)
     given = {"rate": "crosspt", "joint": True} | rest
     return Arm(name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **given)
 

@@ -1,6 +1,6 @@
-"""Drawings as SVG for the inside of a page: its text is text, and its colours are the page's.
+"""Drawings as SVG for the inside of a page: its text is text, and its colors are the page's.
 
-Matplotlib knows no CSS variables, so a figure is drawn in stand-in colours, which are exchanged
+Matplotlib knows no CSS variables, so a figure is drawn in stand-in colors, which are exchanged
 afterwards: ink becomes `currentColor`, series i `var(--series-i)`. One drawing serves light and
 dark pages. A point of Matplotlib is a pixel of the page.
 """
@@ -25,7 +25,7 @@ from matplotlib.patches import Rectangle
 from mpt_jax.experiments.report import analysis
 
 INK, LINES, SERIES = "#0a0b0c", "#0d0e0f", "#00000{}"
-COLOURS = 7  # of the page's palette; black stands for none of them
+COLORS = 7  # of the page's palette; black stands for none of them
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 SETTINGS: dict[Any, Any] = {
@@ -55,16 +55,16 @@ class Style(NamedTuple):
 
 
 def styles(results: analysis.Arms) -> dict[str, Style]:
-    """Label -> style: a colour for each method, markers and dashes for what varies it."""
+    """Label -> style: a color for each method, markers and dashes for what varies it."""
     families: dict[str, list[str]] = {}
     for label, arm in results.items():
         families.setdefault(analysis.family(next(iter(arm.values())).method), []).append(label)
     found = {}
     for i, labels in enumerate(families.values()):
-        turn, colour = divmod(i, COLOURS)
+        turn, color = divmod(i, COLORS)
         for j, label in enumerate(labels):
             marker = MARKERS[(i + j) % len(MARKERS)]
-            found[label] = Style(SERIES.format(colour + 1), marker, DASHES[(turn + j) % 4])
+            found[label] = Style(SERIES.format(color + 1), marker, DASHES[(turn + j) % 4])
     return found
 
 
@@ -155,15 +155,15 @@ def heat_map(
     form: str,
     beside: int = 0,
 ) -> str:
-    """A matrix as coloured cells with their numbers; NaN is an empty cell.
+    """A matrix as colored cells with their numbers; NaN is an empty cell.
 
     Args:
         panel: its words.
         rows, columns: names.
         values: of the cells.
-        scale: the value with the strongest colour; its negative has the other.
+        scale: the value with the strongest color; its negative has the other.
         form: of the numbers.
-        beside: how many columns at the end are another quantity: numbers without colour.
+        beside: how many columns at the end are another quantity: numbers without color.
     """
 
     def draw(axes: Axes) -> None:
@@ -173,9 +173,9 @@ def heat_map(
                 continue
             shade = INK
             if j < len(columns) - beside:
-                colour = DIVERGING(0.5 + 0.5 * np.clip(value / scale, -1, 1))
-                axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=colour))
-                light = np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5
+                color = DIVERGING(0.5 + 0.5 * np.clip(value / scale, -1, 1))
+                axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=color))
+                light = np.dot(color[:3], (0.299, 0.587, 0.114)) > 0.5
                 shade = "#101010" if light else "#fefefe"
             number = float(format(value, form)) + 0.0  # not a negative zero
             axes.text(
@@ -218,7 +218,7 @@ def _log_axis(axes: Axes, axis: str, values: np.ndarray) -> None:
 
 
 def _svg(width: int, height: int, draw: Callable[[Axes], None], panel: Panel | None) -> str:
-    """Draws in so many pixels, and exchanges the colours; without a panel it is decoration."""
+    """Draws in so many pixels, and exchanges the colors; without a panel it is decoration."""
     content = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((width / 72, height / 72), layout="constrained")

@@ -1,6 +1,6 @@
 """Sections of methods that mix prompts from candidates: the weight of each, and their entropy.
 
-Where a task has one prompt, its weights are those of the artefact, which are served. Where prompts
+Where a task has one prompt, its weights are those of the artifact, which are served. Where prompts
 depend on the text there are none but of texts: the means over those of training, as last written
 to metrics.jsonl.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.experiments.report import analysis, figures, page, run_reader, run_sections, tables
 from mpt_jax.experiments.report.analysis import examples, short
 from mpt_jax.experiments.report.context import Content
@@ -23,7 +23,7 @@ from mpt_jax.models.metrics import MIXTURE
 
 ENTROPY, NATS = f"{MIXTURE}_entropy", "entropy, nats"
 SERVED = (
-    "Weight of each candidate in the prompts of a task, as its artefact has them and they are "
+    "Weight of each candidate in the prompts of a task, as its artifact has them and they are "
     "served; mean over the runs (seeds) of the task. Beside them the entropy of a run's weights."
 )
 SEEN = (
@@ -105,12 +105,12 @@ def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
     candidates: dict[str, None] = {}
     reads_text = False
     for path in paths:
-        artefact = run_reader.artefact(path)
-        if artefact is None or not artefact.method.candidates:
+        artifact = run_reader.artifact(path)
+        if artifact is None or not artifact.method.candidates:
             continue
-        candidates |= dict.fromkeys(artefact.method.candidates)
-        reads_text |= artefact.method.reads_text
-        for mixture in _seen(path, artefact) if artefact.method.reads_text else _served(artefact):
+        candidates |= dict.fromkeys(artifact.method.candidates)
+        reads_text |= artifact.method.reads_text
+        for mixture in _seen(path, artifact) if artifact.method.reads_text else _served(artifact):
             by_task[mixture.task].append(mixture)
     if candidates and not by_task:
         content.absent.append(
@@ -128,20 +128,20 @@ def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
     return Map(title, reads_text, [*candidates, NATS], values)
 
 
-def _served(artefact: Artefact) -> list[Mixture]:
-    found, names = artefact.weights().astype(np.float64), artefact.method.candidates
-    rows = zip(artefact.runs.task_names, found.tolist(), analysis.entropy(found), strict=True)
+def _served(artifact: Artifact) -> list[Mixture]:
+    found, names = artifact.weights().astype(np.float64), artifact.method.candidates
+    rows = zip(artifact.runs.task_names, found.tolist(), analysis.entropy(found), strict=True)
     return [
         Mixture(task, dict(zip(names, row, strict=True)), float(entropy))
         for task, row, entropy in rows
     ]
 
 
-def _seen(path: Path, artefact: Artefact) -> list[Mixture]:
+def _seen(path: Path, artifact: Artifact) -> list[Mixture]:
     """Of the runs of a folder that its metrics tell of."""
     logged, found = run_reader.last(path), []
-    for task, run in zip(artefact.runs.task_names, artefact.runs.run_names, strict=True):
-        keys = {name: f"{MIXTURE}/{name}/{run}" for name in artefact.method.candidates}
+    for task, run in zip(artifact.runs.task_names, artifact.runs.run_names, strict=True):
+        keys = {name: f"{MIXTURE}/{name}/{run}" for name in artifact.method.candidates}
         if all(key in logged for key in (*keys.values(), f"{ENTROPY}/{run}")):
             own = {name: logged[key] for name, key in keys.items()}
             found.append(Mixture(task, own, logged[f"{ENTROPY}/{run}"]))

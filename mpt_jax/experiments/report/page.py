@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from mpt_jax.experiments.report.tables import Rows
 
-# The series' colours after Okabe and Ito, darker or lighter where a background asks for it: at
+# The series' colors after Okabe and Ito, darker or lighter where a background asks for it: at
 # least 3:1 on both.
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --soft: #595959; --line: #d4d4d4;

@@ -1,7 +1,7 @@
 """What lies in the folders of runs, as far as the report reads it.
 
 A folder may lack any of its files: a run under T5X writes no metrics.jsonl, full fine-tuning no
-artefact, and a results.json that was copied has no folders beside it. What is absent is empty here.
+artifact, and a results.json that was copied has no folders beside it. What is absent is empty here.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.artifacts import Artifact
+from mpt_jax.core.old_names import existing_folder
 from mpt_jax.experiments.results import Result, main_metric
 
-METRICS, RECORD, ARTEFACT = "metrics.jsonl", "run.jsonl", "artefact"
+METRICS, RECORD, ARTIFACT = "metrics.jsonl", "run.jsonl", "artifact"
 # The source stages: of the demo below its root, of the paper's tables beside them. Where a table
 # trains a source stage for each seed, the first is shown.
 TEACHERS = ("pt_source", "teachers")
@@ -79,14 +80,14 @@ def scores(model_dir: Path) -> list[Curve]:
     return found
 
 
-def artefact(model_dir: Path) -> Artefact | None:
-    """What a run handed on; None if it has no prompt artefact.
+def artifact(model_dir: Path) -> Artifact | None:
+    """What a run handed on; None if it has no prompt artifact.
 
     Raises:
         ValueError: there is one and it is damaged.
     """
-    path = model_dir / ARTEFACT
-    return artifacts.load_artefact(path) if path.is_dir() else None
+    path = existing_folder(model_dir / ARTIFACT)
+    return artifacts.load_artifact(path) if path.is_dir() else None
 
 
 def records(model_dir: Path) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.experiments.report import analysis, figures, page, run_reader, tables
 from mpt_jax.experiments.report.analysis import examples, short
 from mpt_jax.experiments.report.context import Content, Drawn
@@ -108,14 +108,14 @@ def source_prompts(content: Content) -> list[str]:
     if not found:
         content.absent.append(
             f"Similarity of source prompts: neither {content.root} nor the folder it lies in has a "
-            "source stage with an artefact."
+            "source stage with an artifact."
         )
         return []
     panels = []
-    for name, artefact in found.items():
-        prompts = _plain(content, name, [artefact])
+    for name, artifact in found.items():
+        prompts = _plain(content, name, [artifact])
         if prompts is not None:
-            panels.append(_similarity(name, prompts, artefact.runs.task_names))
+            panels.append(_similarity(name, prompts, artifact.runs.task_names))
     caption = "Cosine similarity of flattened prompts, source tasks."
     return [page.figure(panels, caption, {})] if panels else []
 
@@ -129,12 +129,12 @@ def target_prompts(content: Content) -> list[str]:
         arm = content.arms.get(label, {})
         for shots in [k for k in (*reversed(few), None) if k in arm]:
             result = arm[shots]
-            found = [run_reader.artefact(path) for path in content.folders(result)]
-            kept: list[Artefact] = [artefact for artefact in found if artefact is not None]
+            found = [run_reader.artifact(path) for path in content.folders(result)]
+            kept: list[Artifact] = [artifact for artifact in found if artifact is not None]
             title = f"{label}, {examples(shots)}"
             prompts = _plain(content, title, kept) if kept else None
             if prompts is not None:
-                tasks = [task for artefact in kept for task in artefact.runs.task_names]
+                tasks = [task for artifact in kept for task in artifact.runs.task_names]
                 caption = (
                     "Cosine similarity of flattened prompts, target tasks: mean over pairs of "
                     "runs; on the diagonal pairs of one task with different seeds (1 where it has "
@@ -142,21 +142,21 @@ def target_prompts(content: Content) -> list[str]:
                 )
                 return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
     content.absent.append(
-        "Similarity of target prompts: no run that is here has an artefact whose prompts can be "
+        "Similarity of target prompts: no run that is here has an artifact whose prompts can be "
         "compared."
     )
     return []
 
 
-def _plain(content: Content, title: str, found: Iterable[Artefact]) -> np.ndarray | None:
-    """The plain prompts [K, P, H] of artefacts; None, with a word on it, if they are no array."""
-    if texts := [artefact for artefact in found if artefact.method.reads_text]:
+def _plain(content: Content, title: str, found: Iterable[Artifact]) -> np.ndarray | None:
+    """The plain prompts [K, P, H] of artifacts; None, with a word on it, if they are no array."""
+    if texts := [artifact for artifact in found if artifact.method.reads_text]:
         content.absent.append(
             f"Similarity of prompts, {title}: those of {texts[0].method.name!r} depend on the "
             "text, so no task has one that could be compared."
         )
         return None
-    prompts = [prompt for artefact in found for prompt in artefact.plain()]
+    prompts = [prompt for artifact in found for prompt in artifact.plain()]
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
         content.absent.append(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpt_jax.artifacts.artifacts import Artefact
+from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.experiments.report import analysis, run_reader
 from mpt_jax.experiments.report.analysis import Arms, short
 from mpt_jax.experiments.results import RANKED, Estimate, Result, estimate, main_metric, paired
@@ -36,18 +36,18 @@ def text(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
     return "\n\n".join(f"{title}\n{as_text(rows)}" for title, rows in parts)
 
 
-def trained(root: Path) -> dict[str, Artefact]:
-    """Name -> artefact of the source stages that are there."""
-    found = {name: run_reader.artefact(path) for name, path in run_reader.sources(root).items()}
-    return {name: artefact for name, artefact in found.items() if artefact is not None}
+def trained(root: Path) -> dict[str, Artifact]:
+    """Name -> artifact of the source stages that are there."""
+    found = {name: run_reader.artifact(path) for name, path in run_reader.sources(root).items()}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-def source_rows(sources: Mapping[str, Artefact]) -> Rows:
+def source_rows(sources: Mapping[str, Artifact]) -> Rows:
     """How well source stages do on the tasks they were trained on."""
-    tasks = dict.fromkeys(t for artefact in sources.values() for t in artefact.runs.task_names)
+    tasks = dict.fromkeys(t for artifact in sources.values() for t in artifact.runs.task_names)
     rows = [["", *(short(task) for task in tasks)]]
-    for name, artefact in sources.items():
-        found = artefact.config["metrics"].get("scores", {})
+    for name, artifact in sources.items():
+        found = artifact.config["metrics"].get("scores", {})
         rows.append([name])
         for task in tasks:
             score = found[task][main_metric(found[task])] if task in found else None

@@ -58,8 +58,8 @@ def check_counts(method: Any) -> None:
     lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
     if not lengths or any(length is not None and length < 1 for length in lengths):
         raise ValueError(f"private_length must be at least 1, got {method.private_length}.")
-    if unknown := sorted(set(method.reparametrise) - {"sources", "private"}):
-        raise ValueError(f"reparametrise may name 'sources' and 'private', and not {unknown}.")
+    if unknown := sorted(set(method.reparameterize) - {"sources", "private"}):
+        raise ValueError(f"reparameterize may name 'sources' and 'private', and not {unknown}.")
 
 
 def check_effects(method: Any) -> None:
@@ -68,12 +68,12 @@ def check_effects(method: Any) -> None:
     ineffective = {
         "share": method.share != ADD and method.compose_by != "private_sum",
         "private_length": method.private_length is not None and not kind.longer,
-        "normalise": method.normalise != "sum" and not router.is_random,
+        "normalize": method.normalize != "sum" and not router.is_random,
         "top_k": method.top_k is not None and (not kind.has_sources or method.router == "uniform"),
         "router": method.router != DEFAULT_ROUTER and not kind.has_sources,
-        "reparametrise": "private" in method.reparametrise
+        "reparameterize": "private" in method.reparameterize
         and not kind.has_private
-        or "sources" in method.reparametrise
+        or "sources" in method.reparameterize
         and not kind.has_sources,
     }
     for name, is_so in ineffective.items():
@@ -91,7 +91,7 @@ def check_private(
 
     Args:
         method, runs: that start.
-        source_method, source_runs: of the artefact.
+        source_method, source_runs: of the artifact.
         weights: [K, S], as `starts.source_weights` gives them.
     """
     theirs, ours = source_method.prompt_lengths(source_runs), method.prompt_lengths(runs)

@@ -1,7 +1,7 @@
 """CrossPT (arXiv 2509.14253): prompts mixed from shared sources that go on learning, with a private
 prompt for each task.
 
-    soft_k = sum_j w_kj S_j                      w_k from a learnt router (`routing`)
+    soft_k = sum_j w_kj S_j                      w_k from a learned router (`routing`)
 
     compose_by        P_k                        its length
     sum               soft_k                     l
@@ -41,7 +41,7 @@ from mpt_jax.prompts.crosspt.compositions import (
     weighted_sum,
 )
 from mpt_jax.prompts.crosspt.routing import (
-    NORMALISE,
+    NORMALIZE,
     ROUTERS,
     Annealing,
     keep_largest,
@@ -76,21 +76,21 @@ class CrossPT(PromptMethod):
 
     Attributes:
         length: l, of a source prompt.
-        sources: names of the S sources: rows of the initial artefact, or any names from scratch.
+        sources: names of the S sources: rows of the initial artifact, or any names from scratch.
         compose_by: see the module.
         router: see `routing`.
-        normalise: of the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
+        normalize: of the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
         top_k: how many sources a prompt is mixed from, those of the largest scores; None for all.
         share: of `'private_sum'`: `'add'` for soft + Z, a number g for (1 - g) soft + g Z, or
             `'learned'` for a g of each task's own.
         private_length: Z of `'private_cat'`, for all or run -> its own; None for l.
         annealing: of the temperature of draws.
         width, temperature: of the router `'attention'` (`text_attention`, `'sub'`).
-        reparametrise: `'sources'`, `'private'` or both learn through an MLP of their own, which
-            artefacts leave out.
-        init_sources: initial values of sources, where there is no artefact.
+        reparameterize: `'sources'`, `'private'` or both learn through an MLP of their own, which
+            artifacts leave out.
+        init_sources: initial values of sources, where there is no artifact.
         init_prompt: initial values of private prompts.
-        start_from: of an artefact of CrossPT's own: `'same'`, `'average'` and so on, as for MPT.
+        start_from: of an artifact of CrossPT's own: `'same'`, `'average'` and so on, as for MPT.
 
     Raises:
         ValueError: an unknown name, a number out of its range, a setting without effect.
@@ -100,14 +100,14 @@ class CrossPT(PromptMethod):
     sources: Sequence[str]
     compose_by: str = "private_sum"
     router: str = DEFAULT_ROUTER
-    normalise: str = "sum"
+    normalize: str = "sum"
     top_k: int | None = None
     share: str | int | float = ADD
     private_length: int | Mapping[str, int] | None = None
     annealing: Annealing | Mapping[str, Any] = Annealing()
     width: int = 100
     temperature: float = 2000.0
-    reparametrise: Sequence[str] = ()
+    reparameterize: Sequence[str] = ()
     init_sources: PromptInits = SampledVocabulary()
     init_prompt: PromptInits = SampledVocabulary()
     start_from: StartFrom = "average"
@@ -133,12 +133,12 @@ class CrossPT(PromptMethod):
 
     def __post_init__(self):
         object.__setattr__(self, "sources", named_sources(self.sources))
-        if isinstance(self.annealing, Mapping):  # of an artefact
+        if isinstance(self.annealing, Mapping):  # of an artifact
             object.__setattr__(self, "annealing", Annealing(**self.annealing))
         for what, value, known in (
             ("compose_by", self.compose_by, COMPOSITIONS),
             ("router", self.router, ROUTERS),
-            ("normalise", self.normalise, NORMALISE),
+            ("normalize", self.normalize, NORMALIZE),
         ):
             if value not in known:
                 raise ValueError(unknown_name(what, value, list(known)))
@@ -234,7 +234,7 @@ class CrossPT(PromptMethod):
             found["share"] = jnp.zeros(runs.num_rows)
         if self.is_random:
             found["clock"] = jnp.zeros(runs.num_groups)
-        for name in self.reparametrise:
+        for name in self.reparameterize:
             found |= reparameterization.init(key, name, found[name])
         return found
 
@@ -244,13 +244,13 @@ class CrossPT(PromptMethod):
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """From any method's prompts, which become every group's sources; or from CrossPT's own
-        artefact."""
+        artifact."""
         resumed = source_method.name == self.name
         started = {"sources", "private"} if resumed else {"sources"}
-        if scrambled := sorted(started & set(self.reparametrise)):
+        if scrambled := sorted(started & set(self.reparameterize)):
             raise ValueError(
-                f"{' and '.join(scrambled)} start from an artefact, and cannot learn through MLPs "
-                "whose first values are random: leave them out of reparametrise."
+                f"{' and '.join(scrambled)} start from an artifact, and cannot learn through MLPs "
+                "whose first values are random: leave them out of reparameterize."
             )
         if resumed:
             return self._resumed(source, source_method, source_runs, runs, initial)
@@ -262,7 +262,7 @@ class CrossPT(PromptMethod):
         if not self._kind.has_sources:
             raise ValueError(
                 f"compose_by = {self.compose_by!r} has no source prompts that could start from an "
-                "artefact; set INITIAL_ARTEFACT to None."
+                "artifact; set INITIAL_ARTIFACT to None."
             )
         folded = materialize(source_method, source, source_runs)
         sources = folded[jnp.asarray([source_runs.row(name) for name in self.sources])]
@@ -272,7 +272,7 @@ class CrossPT(PromptMethod):
         ours, theirs = self._lasting(), source_method._lasting()
         if ours != theirs:
             raise ValueError(
-                f"The artefact's CrossPT is {theirs}, and this run's {ours}: they must agree."
+                f"The artifact's CrossPT is {theirs}, and this run's {ours}: they must agree."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
@@ -291,9 +291,9 @@ class CrossPT(PromptMethod):
     def for_inference(self, params):
         """Without the clock, and with what MLPs make of prompts in their place."""
         kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
-        for name in self.reparametrise:
+        for name in self.reparameterize:
             kept = reparameterization.without_mlp(kept, name)
-        return dataclasses.replace(self, reparametrise=(), annealing=Annealing()), kept
+        return dataclasses.replace(self, reparameterize=(), annealing=Annealing()), kept
 
     # --- Composition -----------------------------------------------------------------------------
 
@@ -349,10 +349,10 @@ class CrossPT(PromptMethod):
         # Draws at a low temperature are all but 0 or 1; what they come from still tells them apart.
         kept, places = keep_largest(drawn, self.top_k)
         scores = router.scores(drawn / temperature)
-        if not router.normalised:
+        if not router.normalized:
             return jnp.where(kept, scores, 0.0), places
-        normalise = NORMALISE[self.normalise if router.is_random else "sum"]
-        return normalise(scores, logits, kept, given.key is not None), places
+        normalize = NORMALIZE[self.normalize if router.is_random else "sum"]
+        return normalize(scores, logits, kept, given.key is not None), places
 
     def _logits(self, params, runs, task_ids, given):
         if ROUTERS[self.router].reads_text:
@@ -384,7 +384,7 @@ class CrossPT(PromptMethod):
             **self._lasting(),
             "private_length": dict(own) if isinstance(own, Mapping) else own,
             "annealing": dataclasses.asdict(self.annealing),  # pyright: ignore[reportArgumentType]
-            "reparametrise": list(self.reparametrise),
+            "reparameterize": list(self.reparameterize),
         }
 
     def _lasting(self) -> dict[str, Any]:
@@ -394,7 +394,7 @@ class CrossPT(PromptMethod):
             "sources": list(self.sources),
             "compose_by": self.compose_by,
             "router": self.router,
-            "normalise": self.normalise,
+            "normalize": self.normalize,
             "top_k": self.top_k,
             "share": self.share,
             "width": self.width,

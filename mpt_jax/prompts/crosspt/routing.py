@@ -3,7 +3,7 @@
 A score s_j in [0, 1] for each of S candidates, of which the k largest are kept, then weights:
 
     router              score in training                          at inference     weights
-    relaxed_bernoulli   sigmoid((r_j + logit(u_j)) / temperature)  sigmoid(r_j)     see Normalise
+    relaxed_bernoulli   sigmoid((r_j + logit(u_j)) / temperature)  sigmoid(r_j)     see Normalize
     softmax             softmax(r)_j                               the same         s / sum(s)
     sigmoid             sigmoid(r_j)                               the same         s
     uniform             1 / S                                      the same         s / sum(s)
@@ -61,14 +61,14 @@ class Router:
 
     Attributes:
         scores: of logits; of a draw, with its noise and divided by its temperature.
-        normalised: whether weights are divided by their sum.
+        normalized: whether weights are divided by their sum.
         is_random: whether training draws.
         has_logits: whether it learns S logits for each task.
         reads_text: whether scores come from text attention.
     """
 
     scores: Callable[[Array], Array]
-    normalised: bool = True
+    normalized: bool = True
     is_random: bool = False
     has_logits: bool = True
     reads_text: bool = False
@@ -77,7 +77,7 @@ class Router:
 ROUTERS = {
     "relaxed_bernoulli": Router(jax.nn.sigmoid, is_random=True),
     "softmax": Router(jax.nn.softmax),
-    "sigmoid": Router(jax.nn.sigmoid, normalised=False),
+    "sigmoid": Router(jax.nn.sigmoid, normalized=False),
     "uniform": Router(
         lambda logits: jnp.full(logits.shape, 1 / logits.shape[-1]), has_logits=False
     ),
@@ -106,7 +106,7 @@ def by_softmax(scores: Array, logits: Array, kept: Array, in_training: bool) -> 
 
 
 # What follows scores of the relaxed Bernoulli.
-NORMALISE = {"sum": by_sum, "softmax": by_softmax}
+NORMALIZE = {"sum": by_sum, "softmax": by_softmax}
 
 
 def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Array, Array]:

@@ -1,6 +1,6 @@
 """`mpt-jax export`: predict and score of a bank of prompts, as files that JAX alone runs.
 
-    mpt-jax export --prompts runs/*/artefact --backbone runs/backbones/t5-base --out exported
+    mpt-jax export --prompts runs/*/artifact --backbone runs/backbones/t5-base --out exported
     mpt-jax export --prompts DIR --folded --platforms cpu,cuda --input-lengths 64 256 --out exported
 
 The folder's README.md says how to call them; docs/serving.md has more. Exit code 2 where what was

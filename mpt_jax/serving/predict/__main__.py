@@ -1,6 +1,6 @@
 """`mpt-jax predict`: answers to requests that name a task each, one line of JSON for each line.
 
-    mpt-jax predict --prompts runs/*/artefact --backbone runs/backbones/t5-base \
+    mpt-jax predict --prompts runs/*/artifact --backbone runs/backbones/t5-base \
         --input requests.jsonl --output answers.jsonl
     echo '{"task": "toy_sst2", "inputs": "sst2 : a fine film"}' | mpt-jax predict --prompts DIR
 
@@ -167,12 +167,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="prompt artefacts; NAME=DIR calls its row NAME, or several rows NAME/row",
+        help="prompt artifacts; NAME=DIR calls its row NAME, or several rows NAME/row",
     )
     parser.add_argument(
         "--folded",
         action="store_true",
-        help="plain prompts in place of factors, so that artefacts of several methods go together",
+        help="plain prompts in place of factors, so that artifacts of several methods go together",
     )
     parser.add_argument(
         "--backbone", help="a Hugging Face folder or T5X checkpoint; default: the shipped tiny T5"

@@ -32,7 +32,7 @@ class Backbone(NamedTuple):
         config: its shape.
         params: its parameters, in the dtype it computes in, on the device.
         vocabulary: of inputs and targets.
-        embedding_sha256, vocabulary_sha256: what artefacts are checked by.
+        embedding_sha256, vocabulary_sha256: what artifacts are checked by.
     """
 
     config: T5Config

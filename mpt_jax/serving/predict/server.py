@@ -86,7 +86,7 @@ class Server:
         limits: Limits = Limits(),
         **backbone: Any,
     ) -> Server:
-        """A server of artefacts.
+        """A server of artifacts.
 
         Args:
             prompts: folders, or NAME=FOLDER.

@@ -38,7 +38,7 @@ BLOCKED = (
 
 def make(folder, kind):
     bank = Bank(
-        [serving_fixtures.of_kind(folder / "artefact", kind)],
+        [serving_fixtures.of_kind(folder / "artifact", kind)],
         folded=serving_fixtures.KINDS[kind][1],
     )
     write(folder / "exported", bank, serving_fixtures.backbone(), SETTINGS)
@@ -91,7 +91,7 @@ def test_a_fresh_process_says_what_the_training_model_says(any_kind):
     asked = [[ids(x) for x in TEXTS], [ids(x) for x in TARGETS], TASKS]
     exported = any_kind / "exported"
     tokens, scores, scored, alone = run(script, any_kind, exported, json.dumps(asked))
-    found = artifacts.load_artefact(any_kind / "artefact")
+    found = artifacts.load_artifact(any_kind / "artifact")
     for i, (task, text, target) in enumerate(zip(TASKS, TEXTS, TARGETS, strict=True)):
         prediction, score = serving_fixtures.expected(found, task, text)
         assert serving_fixtures.VOCABULARY.decode(tokens[i]) == prediction
@@ -162,7 +162,7 @@ def test_the_tpus_compiler_takes_them(folder):
 
 
 def test_prompts_may_be_exchanged(either, tmp_path):
-    other = serving_fixtures.artefact(tmp_path / "other", seed=5)
+    other = serving_fixtures.artifact(tmp_path / "other", seed=5)
     loaded = export.load(either / "exported")
     arrays = Bank([other], folded=loaded.config["folded"]).arrays
     loaded.prompts = {f"prompt/{name}": value for name, value in arrays["prompt"].items()} | {
@@ -180,7 +180,7 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
         config=backbone.config.__class__(**{**vars(backbone.config), "dtype": "bfloat16"}),
         params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), backbone.params),
     )
-    bank = Bank([serving_fixtures.artefact(tmp_path / "artefact")])
+    bank = Bank([serving_fixtures.artifact(tmp_path / "artifact")])
     write(tmp_path / "out", bank, half, Settings(("cpu",), (8,), 4))
     loaded = export.load(tmp_path / "out")
     assert {str(x.dtype) for x in loaded.backbone.values()} == {"bfloat16"}
@@ -248,7 +248,7 @@ def test_the_bytes_that_are_checked_are_those_that_are_loaded(folder, tmp_path, 
 
 
 def test_a_folder_that_exists_is_refused_before_any_work(folder, tmp_path, monkeypatch, capsys):
-    bank = Bank([serving_fixtures.artefact(tmp_path / "artefact")])
+    bank = Bank([serving_fixtures.artifact(tmp_path / "artifact")])
     monkeypatch.setattr("mpt_jax.serving.export.writing.Functions", None)
     with pytest.raises(FileExistsError, match="exported exists already"):
         write(folder / "exported", bank, serving_fixtures.backbone(), SETTINGS)

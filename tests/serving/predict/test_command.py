@@ -119,7 +119,7 @@ def test_what_cannot_begin_says_why(run, tmp_path):
     code, answers, said = run(prompts=(SOURCE, SOURCE))
     assert (code, answers) == (2, []) and "'toy_sst2'" in said and "NAME=" in said
     code, _, said = run(prompts=(str(tmp_path / "none"),))
-    assert code == 2 and "No prompt artefact at" in said
+    assert code == 2 and "No prompt artifact at" in said
     code, _, said = run("--batch-size", "0")
     assert code == 2 and "batch_size is 0" in said
 

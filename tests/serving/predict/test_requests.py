@@ -17,7 +17,7 @@ GOOD = {"task": "beta", "inputs": "ab"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    return serving_fixtures.server(tmp_path_factory.mktemp("served") / "artefact")
+    return serving_fixtures.server(tmp_path_factory.mktemp("served") / "artifact")
 
 
 def read(server, line, mode="predict", truncate=False):

@@ -22,7 +22,7 @@ TEXTS = ("a", "fine film", "of the year", "what a long text this", "ok", "b", "c
 
 @pytest.fixture
 def server(tmp_path):
-    return serving_fixtures.server(tmp_path / "artefact")
+    return serving_fixtures.server(tmp_path / "artifact")
 
 
 def ask(server, requests, **settings):
@@ -40,8 +40,8 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_tasks_are_answered_in_order_as_one_by_one(kind, tmp_path):
-    server = serving_fixtures.server(tmp_path / "artefact", kind)
-    found = artifacts.load_artefact(tmp_path / "artefact")
+    server = serving_fixtures.server(tmp_path / "artifact", kind)
+    found = artifacts.load_artifact(tmp_path / "artifact")
     tasks = [found.runs.run_names[i % 3] for i in range(len(TEXTS))]
     requests = [{"task": t, "inputs": x} for t, x in zip(tasks, TEXTS, strict=True)]
     answers = ask(server, requests)
@@ -66,7 +66,7 @@ def check_scores(server, found):
 
 
 def test_the_most_probable_choice_and_the_scores_of_all(server, tmp_path):
-    found = serving_fixtures.artefact(tmp_path / "artefact")
+    found = serving_fixtures.artifact(tmp_path / "artifact")
     choices = ["yes", "no", "perhaps so", "?"]
     for mode in ("predict", "score"):
         requests = [{"task": t, "inputs": "x y", "choices": choices} for t in ("alpha", "gamma")]
@@ -104,7 +104,7 @@ def test_few_programs_are_compiled_and_once_more_when_a_bank_is_outgrown(server,
     # Inputs of up to 16 and of up to 24 tokens, in batches of 1 and 4.
     assert server._predict._cache_size() <= 4
     before = server._predict._cache_size()
-    added = serving_fixtures.artefact(tmp_path / "more", ("delta",), seed=1)
+    added = serving_fixtures.artifact(tmp_path / "more", ("delta",), seed=1)
     with pytest.raises(ValueError, match="'delta'"):
         server.bank.row("delta")
     # A shared prompt of its own outgrows the one group that there was, once.
@@ -115,11 +115,11 @@ def test_few_programs_are_compiled_and_once_more_when_a_bank_is_outgrown(server,
 
 
 def test_a_row_that_fits_a_folded_bank_compiles_nothing(tmp_path):
-    bank = Bank([serving_fixtures.artefact(tmp_path / "artefact")], folded=True)
+    bank = Bank([serving_fixtures.artifact(tmp_path / "artifact")], folded=True)
     server = Server(bank, serving_fixtures.backbone(), serving_fixtures.LIMITS)
     (before,) = ask(server, [{"task": "beta", "inputs": "ok"}])
     programs = server._predict._cache_size()
-    added = serving_fixtures.artefact(tmp_path / "more", ("delta",), seed=1)
+    added = serving_fixtures.artifact(tmp_path / "more", ("delta",), seed=1)
     bank.add(added)  # the fourth row of four
     (answer,) = ask(server, [{"task": "delta", "inputs": "ok"}])
     prediction, score = serving_fixtures.expected(added, "delta", "ok")
@@ -130,10 +130,10 @@ def test_a_row_that_fits_a_folded_bank_compiles_nothing(tmp_path):
 
 def test_plain_prompts_of_several_methods_and_lengths_are_served_side_by_side(tmp_path):
     """MPT's of 3 positions, and CrossPT's of 6."""
-    first = serving_fixtures.artefact(tmp_path / "mpt", ("alpha", "beta"))
+    first = serving_fixtures.artifact(tmp_path / "mpt", ("alpha", "beta"))
     longer = serving_fixtures.SEVERAL_LENGTHS.private_length["beta"]
     private = dataclasses.replace(serving_fixtures.SEVERAL_LENGTHS, private_length=longer)
-    second = serving_fixtures.artefact(tmp_path / "crosspt", ("gamma",), 1, private)
+    second = serving_fixtures.artifact(tmp_path / "crosspt", ("gamma",), 1, private)
     server = Server(
         Bank([first, second], folded=True), serving_fixtures.backbone(), serving_fixtures.LIMITS
     )
@@ -148,9 +148,9 @@ def test_plain_prompts_of_several_methods_and_lengths_are_served_side_by_side(tm
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
-    """A fleet leaves such artefacts, of each run."""
-    found = serving_fixtures.artefact(
-        tmp_path / "artefact", ("gamma",), method=serving_fixtures.SEVERAL_LENGTHS
+    """A fleet leaves such artifacts, of each run."""
+    found = serving_fixtures.artifact(
+        tmp_path / "artifact", ("gamma",), method=serving_fixtures.SEVERAL_LENGTHS
     )
     assert found.prompt_length < found.method.prompt_length
     server = Server(
@@ -158,7 +158,7 @@ def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
     )
     (answer,) = ask(server, [{"task": "gamma", "inputs": "ok"}])
     # Of three rows, the training model's prompt of gamma is as long as ever.
-    wide = serving_fixtures.artefact(tmp_path / "wide", method=serving_fixtures.SEVERAL_LENGTHS)
+    wide = serving_fixtures.artifact(tmp_path / "wide", method=serving_fixtures.SEVERAL_LENGTHS)
     for name in ("private", "router"):
         wide.params[name] = wide.params[name].at[2].set(found.params[name][0])
     wide.params["sources"] = found.params["sources"]
@@ -175,7 +175,7 @@ def test_buckets_double_up_to_the_limit():
 def test_a_server_keeps_the_memory_of_its_batches(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: kept.append("freed memory"))
-    serving_fixtures.server(tmp_path / "artefact")
+    serving_fixtures.server(tmp_path / "artifact")
     assert kept == ["freed memory"]
 
 

@@ -1,0 +1,51 @@
+"""What version 0.1 wrote is read under today's names: keys, words and folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.core import old_names
+
+BEFORE = Path(__file__).resolve().parents[1] / "golden" / "before_packages"
+
+
+def test_keys_are_mapped_at_any_depth_and_values_are_kept():
+    old = {"started_from": {"artefact_sha256": "x"}, "list": [{"normalise": "artefact_sha256"}]}
+    new = {"started_from": {"artifact_sha256": "x"}, "list": [{"normalize": "artefact_sha256"}]}
+    assert old_names.current_keys(old) == new
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('INITIAL_ARTEFACT = "r/pt/artefact"', 'INITIAL_ARTIFACT = "r/pt/artifact"'),
+        ('["tasks.others", "tasks.toy"]', '["mpt_jax.tasks.mpt_others", "mpt_jax.tasks.toy"]'),
+        ('["my.tasks.toy", "tasks.toys"]', '["my.tasks.toy", "tasks.toys"]'),
+    ],
+)
+def test_words_are_mapped_and_longer_ones_are_kept(old, new):
+    assert old_names.current_text(old) == new
+
+
+@pytest.mark.parametrize("name", ["artifact", "artifacts/rte_s0"])
+def test_folder_is_found_under_its_old_name_unless_the_new_one_exists(name, tmp_path):
+    old = tmp_path / name.replace("artifact", "artefact")
+    old.mkdir(parents=True)
+    assert old_names.existing_folder(tmp_path / name) == old
+    (tmp_path / name).mkdir(parents=True)
+    assert old_names.existing_folder(tmp_path / name) == tmp_path / name
+
+
+def test_an_artifact_of_before_the_packages_loads_under_the_new_name(tmp_path):
+    shutil.copytree(BEFORE / "mpt_target", tmp_path / "run")
+    found = artifacts.load_artifact(tmp_path / "run" / "artifact")
+    saved = json.loads((tmp_path / "run" / "artefact" / "config.json").read_text())
+    assert (
+        found.config["started_from"]["artifact_sha256"]
+        == (saved["started_from"]["artefact_sha256"])
+    )
