@@ -104,7 +104,7 @@ def _length_of(prompt_length: PromptLength, row: int) -> int:
 def _empty(rows: int, encoder: int, decoder: int) -> Batch:
     names = {
         "encoder": ("input_tokens", "prompt_slots", "task_ids"),
-        "decoder": ("input_tokens", "target_tokens", "loss_normalizers", "task_ids"),
+        "decoder": ("input_tokens", "target_tokens", "loss_weights", "task_ids"),
     }
     length = {"encoder": encoder, "decoder": decoder}
     return {

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from mpt_jax.tasks.splits import carved, halved, own
 from mpt_jax.tasks.suite import Row, register
-from mpt_jax.tasks.templates import labeled, multiple_choice
+from mpt_jax.tasks.templates import labelled, multiple_choice
 
 
 def _words(options: int) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def _anli(number: int, train: int, test: int) -> Row:
         f"anli/r{number}:0.1.0",
         parts=carved(),
         sizes={"train": train, "validation": test},
-        template=partial(labeled, {"premise": "context", "hypothesis": "hypothesis"}),
+        template=partial(labelled, {"premise": "context", "hypothesis": "hypothesis"}),
         words=("entailment", "neutral", "contradiction"),
     )
 
@@ -56,7 +56,7 @@ ROWS = (
         "ag_news_subset:1.0.0",
         parts=carved("train", "test"),
         sizes={"train": 120_000, "test": 7_600},
-        template=partial(labeled, {"title": "title", "description": "description"}),
+        template=partial(labelled, {"title": "title", "description": "description"}),
         words=("World", "Sports", "Business", "Sci/Tech"),
     ),
     # CommonsenseQA's questions, with explanations that are not read.

@@ -54,7 +54,7 @@ class Draw:
     """What a run name asks for.
 
     Attributes:
-        task: the task that is learned.
+        task: the task that is learnt.
         k: rows, in total or of each label.
         seed: which draw.
         per_class: whether k counts rows of each label.
@@ -150,7 +150,7 @@ class FewShotSource(seqio.DataSource):
     source has to order them (`splits`); rows of each class need one over the labels.
 
     Args:
-        task: the task that is learned, whose source says how many rows a split has:
+        task: the task that is learnt, whose source says how many rows a split has:
             `num_rows(split)` or, as SeqIO's, `num_input_examples(split)`.
         draw: which rows; `draw.task` seeds it.
 

@@ -5,11 +5,11 @@ from functools import partial
 from mpt_jax.tasks import text_metrics
 from mpt_jax.tasks.splits import carved, halved, own
 from mpt_jax.tasks.suite import Row, register
-from mpt_jax.tasks.templates import labeled, similarity
+from mpt_jax.tasks.templates import labelled, similarity
 
 
 def _glue(name: str, fields: dict[str, str], **row) -> Row:
-    template = partial(labeled, fields)
+    template = partial(labelled, fields)
     return Row(name, f"glue/{name}:2.0.0", keys=["idx"], **{"template": template, **row})
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from mpt_jax.tasks.splits import carved, halved, own
 from mpt_jax.tasks.suite import Row, register
-from mpt_jax.tasks.templates import labeled
+from mpt_jax.tasks.templates import labelled
 
 ROWS = (
     Row(
@@ -13,7 +13,7 @@ ROWS = (
         parts=carved("train_xl"),
         sizes={"train_xl": 40_398, "validation": 1_267},
         template=partial(
-            labeled, {"sentence": "sentence", "option0": "option1", "option1": "option2"}
+            labelled, {"sentence": "sentence", "option0": "option1", "option1": "option2"}
         ),
         words=("option0", "option1"),
     ),
@@ -22,7 +22,7 @@ ROWS = (
         "yelp_polarity_reviews:0.2.0",
         parts=carved("train", "test", most=100_000),
         sizes={"train": 560_000, "test": 38_000},
-        template=partial(labeled, {"sentence": "text"}),
+        template=partial(labelled, {"sentence": "text"}),
         words=("negative", "positive"),
     ),
     Row(
@@ -30,7 +30,7 @@ ROWS = (
         "sci_tail:1.0.0",
         parts=halved(),
         sizes={"train": 23_097, "validation": 1_304},
-        template=partial(labeled, {"premise": "premise", "hypothesis": "hypothesis"}),
+        template=partial(labelled, {"premise": "premise", "hypothesis": "hypothesis"}),
         words=("entailment", "neutral"),
     ),
     Row(
@@ -38,7 +38,7 @@ ROWS = (
         "paws_wiki/labeled_final_tokenized:1.1.0",
         parts=own(),
         sizes={"train": 49_401, "validation": 8_000, "test": 8_000},
-        template=partial(labeled, {"sentence1": "sentence1", "sentence2": "sentence2"}),
+        template=partial(labelled, {"sentence1": "sentence1", "sentence2": "sentence2"}),
         words=("different_meaning", "paraphrase"),
     ),
 )

@@ -5,7 +5,7 @@ from functools import partial
 from mpt_jax.tasks import text_metrics
 from mpt_jax.tasks.splits import carved, halved
 from mpt_jax.tasks.suite import Row, register
-from mpt_jax.tasks.templates import cloze, coreference, labeled, without_markup
+from mpt_jax.tasks.templates import cloze, coreference, labelled, without_markup
 
 _TRUTH = ("False", "True")
 
@@ -18,13 +18,13 @@ def _super_glue(name: str, config: str = "", **row) -> Row:
 ROWS = (
     _super_glue(
         "boolq",
-        template=partial(labeled, {"question": "question", "passage": "passage"}),
+        template=partial(labelled, {"question": "question", "passage": "passage"}),
         words=_TRUTH,
         sizes={"train": 9_427, "validation": 3_270},
     ),
     _super_glue(
         "cb",
-        template=partial(labeled, {"premise": "premise", "hypothesis": "hypothesis"}),
+        template=partial(labelled, {"premise": "premise", "hypothesis": "hypothesis"}),
         words=("entailment", "contradiction", "neutral"),
         sizes={"train": 250, "validation": 56},
         metrics=[text_metrics.macro_f1],
@@ -32,7 +32,7 @@ ROWS = (
     _super_glue(
         "wic",
         template=partial(
-            labeled, {"sentence1": "sentence1", "sentence2": "sentence2", "word": "word"}
+            labelled, {"sentence1": "sentence1", "sentence2": "sentence2", "word": "word"}
         ),
         words=_TRUTH,
         sizes={"train": 5_428, "validation": 638},
@@ -47,7 +47,7 @@ ROWS = (
     _super_glue(
         "multirc",
         template=partial(
-            labeled,
+            labelled,
             {"question": "question", "answer": "answer", "paragraph": "paragraph"},
             clean=without_markup,
         ),

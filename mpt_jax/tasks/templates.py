@@ -35,7 +35,7 @@ def spaced(text: tf.Tensor) -> tf.Tensor:
     return tf.strings.strip(tf.strings.regex_replace(apart, r"\s+", " "))
 
 
-def labeled(
+def labelled(
     fields: Mapping[str, str], labels: Sequence[str], clean: Text = as_it_is
 ) -> Callable[[str], Preprocessor]:
     """Templates of classification.
@@ -85,7 +85,7 @@ def coreference(labels: Sequence[str]) -> Callable[[str], Preprocessor]:
         return {"text": _mark(text, row["span2_text"], second, "#"), "label": row["label"]}
 
     def preprocess(prefix: str) -> Preprocessor:
-        classify = labeled({"text": "text"}, labels)(prefix)
+        classify = labelled({"text": "text"}, labels)(prefix)
         return lambda dataset: classify(_mapped(marked)(dataset))
 
     return preprocess

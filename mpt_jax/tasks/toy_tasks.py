@@ -31,7 +31,7 @@ class ToyTask:
 # --- scenes that several tasks share ---------------------------------------------------------
 
 
-def _neighbor(rng: random.Random, split: str, fact: Fact, value: str) -> Fact:
+def _neighbour(rng: random.Random, split: str, fact: Fact, value: str) -> Fact:
     """Another person who has `value` for the fact's relation."""
     while True:
         subject = world.other(rng, world.PEOPLE, fact.subject)
@@ -54,13 +54,13 @@ def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, lis
     claim = world.a_fact(rng, split)
     taken = (claim.value,)
     if verdict == "neutral":
-        return claim, [_neighbor(rng, split, claim, claim.value), _aside(rng, split, claim)]
+        return claim, [_neighbour(rng, split, claim, claim.value), _aside(rng, split, claim)]
     if verdict == "entailment":
         known = claim
         rival = world.a_fact(rng, split, claim.relation, None, (claim.subject,), taken)
     else:
         known = world.a_fact(rng, split, claim.relation, claim.subject, not_values=taken)
-        rival = _neighbor(rng, split, claim, claim.value)
+        rival = _neighbour(rng, split, claim, claim.value)
     if rng.random() < 0.3:
         rival = _aside(rng, split, claim)
     return claim, [known, rival]
@@ -71,7 +71,7 @@ def _vary(rng: random.Random, split: str, fact: Fact, parts: str) -> Fact:
     while True:
         part = rng.choice(parts)
         if part == "s":
-            return _neighbor(rng, split, fact, fact.value)
+            return _neighbour(rng, split, fact, fact.value)
         if part == "o":
             values = (fact.value,)
             return world.a_fact(rng, split, fact.relation, fact.subject, not_values=values)

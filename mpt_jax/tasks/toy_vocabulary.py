@@ -38,7 +38,7 @@ def _sentences(per_task: int = 1500) -> list[str]:
 
 
 def train_vocabulary() -> bytes:
-    """The serialized SentencePiece model: pad 0, eos 1, unk 2, then words, then letters."""
+    """The serialised SentencePiece model: pad 0, eos 1, unk 2, then words, then letters."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as proto
 

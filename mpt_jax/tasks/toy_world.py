@@ -2,10 +2,10 @@
 
 Everything here is a pure function of a `random.Random`; there are no files. A *fact* is a triple
 (subject, relation, value), and each relation is functional: a person has one home, one job, one
-favorite food. Several sentences state the same fact, which is what makes paraphrase possible.
+favourite food. Several sentences state the same fact, which is what makes paraphrase possible.
 
 Splits share words but not facts: `split_of` deals every possible triple to train, validation or
-test, and a scene of one split only ever states facts of that split. So nothing that was learned
+test, and a scene of one split only ever states facts of that split. So nothing that was learnt
 about who lives where can answer a held-out example; it has to be read.
 """
 
@@ -86,8 +86,8 @@ RELATIONS = (
     Relation(
         "taste",
         "food",
-        ("{s} likes {o}", "{s} is fond of {o}", "{o} is the favorite food of {s}"),
-        ("what does {s} like ?", "what is the favorite food of {s} ?"),
+        ("{s} likes {o}", "{s} is fond of {o}", "{o} is the favourite food of {s}"),
+        ("what does {s} like ?", "what is the favourite food of {s} ?"),
         ("does {s} like {o} ?", "is {s} fond of {o} ?"),
     ),
     Relation(

@@ -1,45 +1,38 @@
-"""Which step of a run is its best, and when to stop: actions after an evaluation.
+"""Selection of each run's best step, and early stopping: actions after an evaluation.
 
-Each group of a job has its own best step, and its own patience. Its parameters at that step are
-kept in MODEL_DIR/best and become the artifact at the end. Everything is keyed by step, so repeating
-an evaluation after a resume changes nothing, and what was seen after the step that a run resumes
-from is forgotten.
+Each group of a job has its own best step and its own patience. best_steps.py keeps the parameters
+of that step in MODEL_DIR/best; they become the artifact at the end. Everything is keyed by step, so
+repeating an evaluation after a resume changes nothing, and evaluations after the step that a job
+resumes from are forgotten.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
-from safetensors.numpy import load, save
 
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
-from mpt_jax.runtime.files import write_atomic
+from mpt_jax.training.actions import (
+    Action,
+    EarlyStoppingAction,
+    Scores,
+    TerminateOnNanAction,
+)
+from mpt_jax.training.best_steps import BestSteps
 from mpt_jax.training.partitioning import to_host
 from mpt_jax.training.row_transforms import row_groups
 from mpt_jax.training.state import trainable_labels
 
-Scores = Mapping[str, Mapping[str, float]]
-FOLDER, HISTORY, PARAMETERS = "best", "history.json", "trainable.safetensors"
-
-
-@runtime_checkable
-class Action(Protocol):
-    """What may happen after an evaluation. T5X's protocol."""
-
-    def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Looks at the scores of each run; True ends training."""
-        ...
+# Gin files name all actions by this module.
+__all__ = ["Action", "EarlyStoppingAction", "Scores", "SelectBest", "TerminateOnNanAction"]
 
 
 @dataclasses.dataclass
@@ -78,10 +71,8 @@ class SelectBest:
                 f"SelectBest.patience has {len(self.patience)} entries, but there are {groups} "  # pyright: ignore
                 "groups; give one number or one for each group."
             )
-        self._folder = epath.Path(self.model_dir) / FOLDER
+        self._kept = BestSteps(self.model_dir)
         self._resumed = False
-        self._written: dict[str, Any] | None = None  # the last record
-        self._digest = ""  # of the parameters kept
         # Step -> score of each group; None where it was not looked at.
         self.history: dict[int, list[float | None]] = {}
         self.best_step = [-1] * self.model.runs.num_groups
@@ -95,20 +86,20 @@ class SelectBest:
             ValueError: the folder belongs to other runs, or is damaged.
         """
         self._resumed = True
-        if step == 0 or not (self._folder / HISTORY).exists():
+        if step == 0 or not self._kept.exists():
             return
-        record, parameters = self._read()
+        record, trainable = self._kept.read()
         if record["run_names"] != list(self.model.runs.run_names):
             raise ValueError(
-                f"{self._folder} keeps the best of the runs {record['run_names']}, and these are "
-                f"{list(self.model.runs.run_names)}. Choose another MODEL_DIR."
+                f"{self._kept.folder} keeps the best of the runs {record['run_names']}, and these "
+                f"are {list(self.model.runs.run_names)}. Choose another MODEL_DIR."
             )
         lost = [best > step for best in record["best_step"]]
         if any(lost):
             # The parameters of an earlier best step were overwritten by these.
             logging.warning(
                 "%s keeps parameters of step %d; the run goes on from step %d and selects anew.",
-                self._folder,
+                self._kept.folder,
                 max(record["best_step"]),
                 step,
             )
@@ -127,7 +118,7 @@ class SelectBest:
             run for group in np.flatnonzero(lost).tolist() for run in runs.names_of_group(group)
         }
         self.scores = {run: found for run, found in record["scores"].items() if run not in gone}
-        self.trainable = unflatten(load(parameters))
+        self.trainable = trainable
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
         """Records an evaluation; True once the patience with every group is over."""
@@ -153,7 +144,13 @@ class SelectBest:
                 if improved[group]
             }
         if jax.process_index() == 0:
-            self._write(params_changed=any(improved))
+            record = {
+                "run_names": list(self.model.runs.run_names),
+                "best_step": self.best_step,
+                "scores": self.scores,
+                "history": self.history,
+            }
+            self._kept.write(record, self.trainable if any(improved) else None)
         return all(self.over)
 
     def group_scores(
@@ -247,59 +244,6 @@ class SelectBest:
             leaves[name] = np.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, old[name])
         return unflatten(leaves)
 
-    def _write(self, params_changed: bool) -> None:
-        """Two files that change together: the history first says what follows, beside what was, so
-        that whichever parameters a reader meets, it meets their record too."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        history = self._folder / HISTORY
-        record = {
-            "run_names": list(self.model.runs.run_names),
-            "best_step": self.best_step,
-            "scores": self.scores,
-            "history": self.history,
-        }
-        if params_changed:
-            assert self.trainable is not None
-            leaves = {k: np.ascontiguousarray(v) for k, v in flatten(self.trainable).items()}
-            parameters = save(leaves)
-            self._digest = hashlib.sha256(parameters).hexdigest()
-            if self._written is not None:
-                following = {**record, "trainable_sha256": self._digest}
-                write_atomic(history, json.dumps({**self._written, "next": following}))
-            write_atomic(self._folder / PARAMETERS, parameters)
-        self._written = {**record, "trainable_sha256": self._digest}
-        write_atomic(history, json.dumps(self._written))
-
-    def _read(self) -> tuple[dict[str, Any], bytes]:
-        """The record of what is kept, and the parameters.
-
-        Raises:
-            ValueError: they are not those that were written.
-        """
-        path = self._folder / PARAMETERS
-        advice = (
-            f"Remove {self._folder} and start again: the run goes on from its checkpoint and "
-            "selects its best step among the evaluations that follow. Or copy the folder back from "
-            "where it is whole."
-        )
-        try:
-            record = json.loads((self._folder / HISTORY).read_text())
-            parameters = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self._folder} cannot be read ({error}). {advice}") from error
-        found = hashlib.sha256(parameters).hexdigest()
-        expected = record.get("trainable_sha256", found)  # earlier versions wrote none
-        following = record.pop("next", None)
-        if found != expected and following and following["trainable_sha256"] == found:
-            record = following  # the run was killed between the two files
-        elif found != expected:
-            raise ValueError(
-                f"{path} was changed after it was written: its sha256 is {found}, and {HISTORY} "
-                f"has {expected}. {advice}"
-            )
-        self._written, self._digest = record, found
-        return record, parameters
-
 
 def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any]:
     """What learns, in our train state or T5X's."""
@@ -307,68 +251,3 @@ def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any
         return train_state.trainable
     params = train_state.params
     return split(params, model.labels, trainable_labels(model, params))[0]
-
-
-# --- T5X's own actions ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class EarlyStoppingAction:
-    """Stops when one metric of one task has not improved for a while. Fields are T5X's.
-
-    Attributes:
-        metric: (task name, metric name).
-        mode: `'max'` or `'min'`.
-        patience: how many evaluations in a row without improvement.
-        atol: a change within it is no improvement.
-        rtol: the same, relative to the best.
-    """
-
-    metric: tuple[str, str]
-    mode: str
-    patience: int = 3
-    atol: float = 0.0
-    rtol: float = 0.0
-
-    def __post_init__(self):
-        if self.mode not in ("max", "min"):
-            raise ValueError(f"EarlyStoppingAction.mode must be 'max' or 'min', got {self.mode!r}.")
-        self._best: float | None = None
-        self._waited = 0
-
-    def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """True once patience is over."""
-        task, metric = self.metric
-        if task not in metrics_by_task:
-            raise ValueError(unknown_name("evaluated task", task, list(metrics_by_task)))
-        if metric not in metrics_by_task[task]:
-            raise ValueError(unknown_name(f"metric of {task}", metric, list(metrics_by_task[task])))
-        value = float(metrics_by_task[task][metric])
-        if math.isnan(value):  # is no improvement, and nothing to improve upon
-            self._waited += 1
-            return self._waited >= self.patience
-        gain = math.inf if self._best is None else value - self._best
-        gain = gain if self.mode == "max" or self._best is None else -gain
-        if gain > self.atol + self.rtol * abs(self._best or 0.0):
-            self._best, self._waited = value, 0
-        else:
-            self._waited += 1
-        return self._waited >= self.patience
-
-
-@dataclasses.dataclass
-class TerminateOnNanAction:
-    """Stops when a metric of a task is not a number. Fields are T5X's; our trainer checks every
-    training step by itself."""
-
-    task: str
-    metric: str = "loss"
-
-    def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """True on NaN or infinity."""
-        if self.task not in metrics_by_task:
-            raise ValueError(unknown_name("evaluated task", self.task, list(metrics_by_task)))
-        found = metrics_by_task[self.task]
-        if self.metric not in found:
-            raise ValueError(unknown_name(f"metric of {self.task}", self.metric, list(found)))
-        return not math.isfinite(found[self.metric])

@@ -70,7 +70,7 @@ def test_a_batch_is_numpy_in_the_contract():
         },
         **{
             f"decoder_{n}": ((6, 4), np.int32)
-            for n in ("input_tokens", "target_tokens", "loss_normalizers", "task_ids")
+            for n in ("input_tokens", "target_tokens", "loss_weights", "task_ids")
         },
     }
     assert all(type(x) is np.ndarray for x in batch.values())

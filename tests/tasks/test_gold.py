@@ -16,7 +16,7 @@ from mpt_jax.tasks import templates, text_metrics
 
 LENGTHS = {"inputs": 60, "targets": 20}
 WORDS = ("False", "True")
-LABELED = templates.labeled({"sentence": "sentence"}, WORDS)
+LABELLED = templates.labelled({"sentence": "sentence"}, WORDS)
 SCORED = templates.similarity({"sentence": "sentence"})
 
 
@@ -37,8 +37,8 @@ def registered(name: str, gold: list, template, metrics=()) -> seqio.Task:
 @pytest.mark.parametrize(
     ("name", "gold", "template", "message"),
     [
-        ("gld_minus", [0, 1, -1], LABELED, r"gld_minus: a row has the label -1, .*0 .. 1 \(Fal"),
-        ("gld_two", [0, 2], LABELED, r"gld_two: a row has the label 2, which is not in 0 .. 1"),
+        ("gld_minus", [0, 1, -1], LABELLED, r"gld_minus: a row has the label -1, .*0 .. 1 \(Fal"),
+        ("gld_two", [0, 2], LABELLED, r"gld_two: a row has the label 2, which is not in 0 .. 1"),
         ("gld_score", np.float32([1, -1]), SCORED, "gld_score: a row has the score -1.*0 .. 5"),
         ("gld_nan", np.float32([1, np.nan]), SCORED, "gld_nan: a row has the score nan"),
     ],
@@ -52,12 +52,12 @@ def test_training_stops_at_it(name, gold, template, message):
 
 
 def test_gold_in_range_is_read():
-    table = token_tables.ExampleTable(registered("gld_fine", [1, 0], LABELED), "train", LENGTHS, 0)
+    table = token_tables.ExampleTable(registered("gld_fine", [1, 0], LABELLED), "train", LENGTHS, 0)
     assert table.num_examples == 2
 
 
 def test_evaluation_stops_at_it():
-    registered("gld_test", [1, -1], LABELED, [text_metrics.accuracy])
+    registered("gld_test", [1, -1], LABELLED, [text_metrics.accuracy])
     cfg = datasets.DatasetConfig("gld_test", LENGTHS, "test", 2, False, 0)
     converter = functools.partial(
         feature_converter.PromptFeatureConverter, prompt_length=2, runs=runs.Runs(["gld_test"])

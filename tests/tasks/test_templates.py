@@ -36,7 +36,7 @@ def strings(*values: str) -> Any:
 
 
 PAIR = {"premise": "premise", "hypothesis": "hypothesis"}
-NLI = templates.labeled(PAIR, ("entailment", "neutral"))("mnli")
+NLI = templates.labelled(PAIR, ("entailment", "neutral"))("mnli")
 
 
 def test_labels_and_fields():
@@ -58,7 +58,7 @@ def test_long_texts_are_whole():
     assert made["inputs"] == f"mnli premise: {text} hypothesis: end"
 
 
-def test_an_unlabeled_row_is_an_error():
+def test_an_unlabelled_row_is_an_error():
     with pytest.raises(tf.errors.InvalidArgumentError, match="-1"):
         applied(NLI, {"premise": "x", "hypothesis": "y", "label": -1})
 
@@ -66,7 +66,7 @@ def test_an_unlabeled_row_is_an_error():
 def test_a_marker_may_differ_from_its_feature():
     fields = {"sentence": "sentence", "option0": "option1", "option1": "option2"}
     row = {"sentence": "_ ran.", "option1": "Ann", "option2": "Bob", "label": 1}
-    (made,) = applied(templates.labeled(fields, ("option0", "option1"))("winogrande"), row)
+    (made,) = applied(templates.labelled(fields, ("option0", "option1"))("winogrande"), row)
     assert made == {
         "inputs": "winogrande sentence: _ ran. option0: Ann option1: Bob",
         "targets": "option1",
@@ -86,7 +86,7 @@ def test_similarity_is_rounded_to_fifths(score, target):
 
 def test_markup_is_removed_and_other_brackets_stay():
     fields = {"question": "question", "paragraph": "paragraph"}
-    template = templates.labeled(fields, ("no", "yes"), clean=templates.without_markup)
+    template = templates.labelled(fields, ("no", "yes"), clean=templates.without_markup)
     row = {
         "question": "Is 1 < 2 > 0?",
         "paragraph": "<b>Sent 1: </b>One.<br><b>Sent 2: </b>Two.<br/>",

@@ -10,7 +10,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.models import encoder_decoder
 from mpt_jax.prompts import get_method
-from mpt_jax.training import selection
+from mpt_jax.training import best_steps
 from mpt_jax.training.selection import EarlyStoppingAction, SelectBest, TerminateOnNanAction
 from tests.fixtures import tiny
 
@@ -128,7 +128,7 @@ def test_the_scores_kept_are_those_of_each_groups_best_step(tmp_path):
 def test_the_folder_is_replaced_file_by_file_and_holds_nothing_else(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
-    names = sorted(path.name for path in (tmp_path / selection.FOLDER).iterdir())
+    names = sorted(path.name for path in (tmp_path / best_steps.FOLDER).iterdir())
     assert names == ["history.json", "trainable.safetensors"]
 
 
@@ -285,14 +285,14 @@ def test_only_groups_whose_best_lies_later_are_selected_anew(tmp_path):
 def test_a_flipped_bit_is_found_and_the_message_says_what_to_do(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
-    path = tmp_path / selection.FOLDER / selection.PARAMETERS
+    path = tmp_path / best_steps.FOLDER / best_steps.PARAMETERS
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(bytes(content))
     again = SelectBest(MODEL, str(tmp_path))
     with pytest.raises(ValueError, match=r"trainable.safetensors was changed.*Remove .*best and"):
         again.resume(10)
-    (tmp_path / selection.FOLDER / selection.HISTORY).write_text('{"run_names": [')
+    (tmp_path / best_steps.FOLDER / best_steps.HISTORY).write_text('{"run_names": [')
     with pytest.raises(ValueError, match=r"best cannot be read .*Remove"):
         SelectBest(MODEL, str(tmp_path)).resume(10)
 
@@ -303,17 +303,17 @@ def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, written):
     together, and is of the step before or of the new one."""
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
-    write, count = selection.write_atomic, iter(range(9))
+    replace, count = best_steps._replace, iter(range(9))
 
     def until(path, content):
         if next(count) >= written:
             raise KeyboardInterrupt
-        write(path, content)
+        replace(path, content)
 
-    monkeypatch.setattr(selection, "write_atomic", until)
+    monkeypatch.setattr(best_steps, "_replace", until)
     with pytest.raises(KeyboardInterrupt):
         select.run(state(20, 2), scores(60, 70, 70))
-    monkeypatch.setattr(selection, "write_atomic", write)
+    monkeypatch.setattr(best_steps, "_replace", replace)
     again = SelectBest(MODEL, str(tmp_path))
     again.resume(20)
     step = 10 if written == 1 else 20
