@@ -150,7 +150,7 @@ class MixtureWeights:
         present: [B, E] whether there is one.
     """
 
-    normalizers: Float[Array, "B E C"]
+    weights: Float[Array, "B E C"]
     task_ids: Int[Array, "B E"]
     present: Bool[Array, "B E"]
 
