@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import subprocess
 from pathlib import Path
@@ -92,3 +93,20 @@ def test_no_fixture_is_imported_and_shadowed() -> None:
     waiver = re.compile(r"noqa:[^#\n]*" + "F811")
     found = [str(p) for p in (ROOT / "tests").rglob("*.py") if waiver.search(p.read_text())]
     assert not found
+
+
+def test_every_recorded_property_still_has_its_test():
+    """tests/record/properties.tsv maps the tests of before the packages to those of today."""
+    with (ROOT / "tests" / "record" / "properties.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows) > 1000
+    defined: dict[str, set[str]] = {}
+    missing = []
+    for node in (node for row in rows for node in row["new"].split()):
+        path, _, name = node.partition("::")
+        if path not in defined:
+            tree = ast.parse((ROOT / path).read_text()) if (ROOT / path).is_file() else ast.Module()
+            defined[path] = {item.name for item in tree.body if isinstance(item, ast.FunctionDef)}
+        if name not in defined[path]:
+            missing.append(node)
+    assert not missing

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 # Names of the Python API that batches.py uses -> where they lie.
 API = {
-    "install": "mpt_jax.config.trainer_choice:install",
+    "install": "mpt_jax.config.trainer_choice:install_fallback",
     "as_main": "mpt_jax.config.gin_utils:as_main",
     "parse": "mpt_jax.config.gin_utils:parse",
     "train_iterator": "mpt_jax.data.datasets:train_iterator",
@@ -20,7 +20,23 @@ COMMANDS = {
     "t5x.train": ["-m", "t5x.train"],
 }
 # Macros and parameters that are bound here -> their names now.
-BINDINGS: dict[str, str] = {}
+BINDINGS: dict[str, str] = {"INITIAL_ARTEFACT": "INITIAL_ARTIFACT"}
 # Whole words of the record (letters, digits, _) -> what they are now: folders and files, keys,
 # metrics, leaves, gin names, words of model cards.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "artefact": "artifact",
+    "artefacts": "artifacts",
+    "Artefact": "Artifact",
+    "artefact_command": "artifact_command",
+    "artefact_sha256": "artifact_sha256",
+    "INITIAL_ARTEFACT": "INITIAL_ARTIFACT",
+    "SOURCE_ARTEFACT": "SOURCE_ARTIFACT",
+    "NORMALISE": "NORMALIZE",
+    "REPARAMETRISE": "REPARAMETERIZE",
+    "normalise": "normalize",
+    "reparametrise": "reparameterize",
+    "WHOLE_BATCH": "GLOBAL_BATCH_SIZE",
+    "whole_batch": "global_batch_size",
+    "length_of": "prompt_length_of",
+    "learnt": "learned",
+}
