@@ -175,7 +175,9 @@ def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_p
     assert_same_bits(from_start, prompts(attempted))
     other = tmp_path / "other"
     train(backbone, other, mixing(attempt()), renamed(sources["one"], tmp_path / "x"), steps=0)
-    with pytest.raises(ValueError, match="frozen_prompts_sha256: '[0-9a-f]+' there, '[0-9a-f]+'"):
+    with pytest.raises(
+        ValueError, match="frozen_prompts_sha256: saved '[0-9a-f]+', current '[0-9a-f]+'"
+    ):
         restored(backbone, mixing(attempt(start_from="same")), attempted, other / "artifact")
 
 
