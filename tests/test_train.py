@@ -153,6 +153,7 @@ def test_another_learning_rate_may_go_on_and_is_logged(backbone, tmp_path, caplo
     assert "'shared.peak': 0.1" in caplog.text and "'shared.peak': 0.05" in caplog.text
 
 
+@pytest.mark.slow  # that of prompts is started again among the runs that end apart
 def test_a_finished_run_may_be_started_again(backbone, tmp_path):
     """Also one that leaves a backbone, which it makes again."""
     model = lambda: build(NoPrompt(), reserved=0, labels=encoder_decoder.FULL_FINETUNING)  # noqa: E731

@@ -108,6 +108,9 @@ def apart(request) -> Mixed:
     return Mixed(MIXES[request.param], groups="independent")
 
 
+FAST = {("drawn", 0), ("by text", 2), ("longer", 2)}
+
+
 def some(*fast: str):
     """Parameters of the fixture `mixed`: all mixes, of which some are fast."""
     marks = {name: [] if name in fast else [pytest.mark.slow] for name in MIXES}
@@ -117,10 +120,13 @@ def some(*fast: str):
 @pytest.mark.parametrize(
     ("mixed", "key"),
     [
-        *((name, None) for name in MIXES),
-        *(pytest.param(*mix.values, KEY, marks=mix.marks) for mix in some("drawn", "longer")),
+        pytest.param(*mix.values, key, marks=mix.marks, id=f"{mix.values[0]}-{name}")
+        for name, key, mixes in (
+            ("deterministic", None, some("pieces", "by text", "longer")),
+            ("training", KEY, some("drawn", "drawn, learned share")),
+        )
+        for mix in mixes
     ],
-    ids=[f"{name}-{key}" for key in ("deterministic", "training") for name in MIXES],
     indirect=["mixed"],
 )
 def test_packed_equals_unpacked(mixed, key):
@@ -150,9 +156,9 @@ def test_a_text_follows_its_own_runs_prompt():
 @pytest.mark.parametrize(
     ("apart", "row"),
     [
-        # Each mix with one of the rows; the others are slow.
-        pytest.param(name, row, marks=[] if (number + row // 2) % 2 else pytest.mark.slow)
-        for number, name in enumerate(MIXES)
+        # What each composes is the formula's, in test_crosspt.py.
+        pytest.param(name, row, marks=[] if (name, row) in FAST else pytest.mark.slow)
+        for name in MIXES
         for row in (0, 2)
     ],
     indirect=["apart"],

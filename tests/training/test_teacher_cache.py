@@ -200,8 +200,9 @@ def test_rows_of_absent_tasks_may_be_held():
     assert made[1].read_metrics()["teacher_cache/hit_rate"] == pytest.approx(3 / 9)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("num_partitions", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_partitions", [1, 4])
 def test_a_mesh_learns_what_one_device_does(num_partitions):
     found = lambda: model(config=tiny.config(num_heads=8))  # noqa: E731
     meshes = [PjitPartitioner(devices=jax.devices()[:1]), PjitPartitioner(num_partitions)]

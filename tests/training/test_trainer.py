@@ -122,7 +122,10 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("table", TABLES)
+# A model of the method 'none' trains layer norms in test_encoder_decoder.py.
+@pytest.mark.parametrize(
+    "table", ["full", "bitfit", pytest.param("layer norms", marks=pytest.mark.slow)]
+)
 def test_a_label_table_trains_exactly_what_it_labels(table):
     labels, fields, chosen = TABLES[table]
     runs = Runs(["alpha"])
