@@ -217,7 +217,7 @@ class Job:
 
     def take_first_step(self, started: float) -> None:
         """Takes a step, and reports how long compiling and starting took."""
-        batch = next(self.start.batches)
+        batch, step = next(self.start.batches), self.trainer.step
         before = time.monotonic()
         self.trainer.train(batch)
         self.trainer.wait()
@@ -227,7 +227,7 @@ class Job:
             "timing/start_to_first_step_seconds": now - started,
         }
         logging.info("First step after %.1f s.", now - started)
-        self.evaluator.writers.write("train", self.trainer.step, seconds)
+        self.evaluator.writers.write("train", step, seconds)
 
     def report(self) -> None:
         """Writes the mean metrics since the last report."""

@@ -39,4 +39,6 @@ RENAMED: dict[str, str] = {
     "whole_batch": "global_batch_size",
     "length_of": "prompt_length_of",
     "learnt": "learned",
+    "Licence": "License",
+    "licence": "license",
 }
