@@ -11,8 +11,8 @@ CHECKS = """
 import jax, numpy as np
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.prompts import get_method
-from mpt_jax.prompts.base import InitContext, PromptMethod, rows_of
-from mpt_jax.prompts.materialize import fold
+from mpt_jax.prompts.base import InitContext, PromptMethod, row_axes
+from mpt_jax.prompts.materialize import materialize
 from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.schedules import Schedule
 from mpt_jax.core.runs import Runs
@@ -23,7 +23,7 @@ assert isinstance(method, PromptMethod)
 context = InitContext(jax.random.normal(jax.random.PRNGKey(0), (5000, 4)))
 params = method.init(jax.random.PRNGKey(1), runs, context)
 params["scale"] = params["scale"] * 2
-folded = fold(method, params, runs)
+folded = materialize(method, params, runs)
 np.testing.assert_allclose(folded, 2 * params["table"], atol=1e-6)
 moved = method.transfer(params, method, Runs(["my_sst2"]), Runs(["new"]))
 assert moved["table"].shape == (1, 3, 4)
@@ -32,7 +32,7 @@ labels = (("prompt/table", "task"), ("prompt/scale", "scale"))
 rates = {"task": Schedule(0.1, decay="constant"), "scale": Schedule(0.2, decay="constant")}
 apart = Runs(runs.task_names, groups="independent")
 optimizer = PromptOptimizer(rates, weight_decay=0.0, absent_tasks="hold")
-optimizer = optimizer.bind(labels, apart, rows_of(method))
+optimizer = optimizer.bind(labels, apart, row_axes(method))
 grads = {"table": np.zeros((2, 3, 4)), "scale": np.array([0.0, -0.5])}
 tree = {"prompt": params}
 updates, _ = optimizer.update({"prompt": grads}, optimizer.init(tree), tree)

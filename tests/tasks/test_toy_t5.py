@@ -104,7 +104,7 @@ def _tiny_gin_config():
     """The T5Config that gin/tiny.gin binds."""
     from mpt_jax.config import gin_utils
 
-    gin_folder = pathlib.Path(gin_utils.__file__).parents[1]
+    gin_folder = pathlib.Path(gin_utils.__file__).parents[2]
     text = (gin_folder / "gin" / "tiny.gin").read_text()
     block = text.partition("config.T5Config:\n")[2].splitlines()
     lines = [line.split("=") for line in block if line.startswith("  ") and "%" not in line]

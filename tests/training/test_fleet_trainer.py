@@ -156,27 +156,27 @@ def test_a_run_ends_with_its_schedule_and_keeps_every_bit(method):
 
 def test_runs_that_ended_train_again_where_their_schedule_was_extended(caplog):
     first = make(METHODS["pt"], totals=[2, 40, 2])
-    learn(first, range(3)).finish([False, True, False])
+    learn(first, range(3)).stop_groups([False, True, False])
 
     def resumed(totals) -> trainer.Trainer:
         made = make(METHODS["pt"], totals=totals)
         copied = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), first.state)
         made = trainer.Trainer(made.model, copied, PjitPartitioner(), KEY)
-        made.resume(first.standing())
+        made.load_run_status(first.run_status())
         return made
 
     same = resumed([2, 40, 2])
-    same.reopen([False, True, False], 9)
+    same.reactivate_extended([False, True, False], 9)
     assert same.ended.tolist() == [2, 3, 2], (
         "patience is over with one, the schedules of the others"
     )
     late = resumed([4, 40, 2])
     with caplog.at_level("WARNING", logger="absl"):
-        late.reopen([False, True, False], 3)
+        late.reactivate_extended([False, True, False], 3)
     assert late.ended.tolist() == [2, 3, 2] and "alpha ended early and could go on" in caplog.text
     made = resumed([4, 40, 2])
     with caplog.at_level("INFO", logger="absl"):
-        made.reopen([False, False, False], 9)
+        made.reactivate_extended([False, False, False], 9)
     assert made.ended.tolist() == [-1, -1, 2]
     assert "alpha, beta had ended; trained again from step 3" in caplog.text
     before = [rows_of(made, row) for row in range(3)]
@@ -187,10 +187,10 @@ def test_runs_that_ended_train_again_where_their_schedule_was_extended(caplog):
 
 def test_a_run_that_is_finished_from_outside_keeps_every_bit():
     made = learn(make(METHODS["mpt"]), range(2))
-    made.finish([False, True, False])
+    made.stop_groups([False, True, False])
     kept = rows_of(made, 1)
     learn(made, range(2, 4))
-    made.finish([True, True, False])
+    made.stop_groups([True, True, False])
     assert made.ended.tolist() == [4, 2, -1] and made.active.tolist() == [False, False, True]
     assert rows_of(made, 1) == kept
     close_to_alone(made, 2, alone(METHODS["mpt"], 2, range(4)))

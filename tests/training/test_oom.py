@@ -42,7 +42,7 @@ def test_the_message_has_the_sizes_and_what_halves_them():
     assert f"{backbone / 1024:.1f} KiB of backbone" in told
     # Two prompts with two moments each, and a count of steps and one of Adam's for each run.
     learns = 3 * 2 * tiny.PROMPT * tiny.WIDTH * 4 + 2 * 2 * 4
-    assert f"{learns / 1024:.1f} KiB of what learns" in told
+    assert f"{learns / 1024:.1f} KiB of trainable parameters" in told
     config, text = made.model.module.config, tiny.PROMPT + tiny.TEXT
     layers = text * config.num_encoder_layers + tiny.TARGET * config.num_decoder_layers
     inputs = 4 * layers * tiny.WIDTH * 4  # rows at a time, float32
