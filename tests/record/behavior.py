@@ -158,12 +158,13 @@ def resume_fixture(name: str, files: str, bindings: dict[str, Any]) -> Callable[
     return entry
 
 
-def read_shipped(command: str) -> Callable[[Place], str]:
-    """An entry that evaluates the shipped source prompts."""
+def read_shipped(command: str, **bindings: Any) -> Callable[[Place], str]:
+    """An entry that evaluates the shipped source prompts, or writes what they say."""
     given = {
         "TASK_NAMES": "%SOURCE_TASKS",
         "EVAL_TASKS": ["toy_qqp", "toy_squad"],
         "INITIAL_ARTEFACT": str(SHIPPED / "mpt_source"),
+        **bindings,
     }
     return lambda place: place.stage(command, f"{command} methods/mpt tiny", **given) or ""
 
@@ -238,7 +239,7 @@ ENTRIES: dict[str, Callable[[Place], str]] = {
     "resume_fixture": resume_fixture("mpt_target", "mpt_target tiny", TARGET),
     "resume_fixture_fleet": resume_fixture("fleet", "mpt_target tiny runs/fleet", FLEET),
     "load_fixture": predict(FIXTURES / "mpt_target" / "artefact"),
-    "eval": read_shipped("eval"),
+    "eval": read_shipped("eval", seqio__Evaluator__num_examples=40),
     "infer": read_shipped("infer"),
     "predict": predict(SHIPPED / "mpt_source"),
     "export": export,
