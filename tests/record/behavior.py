@@ -6,8 +6,9 @@
 Every entry is a few steps on the toy suite, in processes of their own in a temporary folder. Of
 arrays the record has bytes (sha256), dtype, shape, mean and root mean square; of texts their
 content. `check` says "bits equal", or "bits differ, values within 1e-4" (another processor rounds
-differently), or what differs, and then exits with 1. --t5x puts clones of T5X, airio and jestimator
-on PYTHONPATH; without them the entry `t5x` is skipped where T5X is not installed.
+differently; TOLERANCES has exceptions), or what differs, and then exits with 1. --t5x puts clones
+of T5X, airio and jestimator on PYTHONPATH; without them the entry `t5x` is skipped where T5X is not
+installed.
 
 Where the product moves or renames something, names.py follows; the record stays as it was written.
 """
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from left_behind import BITS, REPOSITORY, compare, describe, read_files  # noqa: E402
+from left_behind import REPOSITORY, compare, describe, read_files  # noqa: E402
 from names import BINDINGS, COMMANDS  # noqa: E402 - beside this script, however it is started
 
 RECORD = Path(__file__).with_name("behavior.json")
@@ -246,6 +247,9 @@ ENTRIES: dict[str, Callable[[Place], str]] = {
     "convert": convert,
     "t5x": t5x,
 }
+# Between two sets of instructions, gradients of ATTEMPT's router at its initial values differ by
+# 1.5e-4 of their norm already.
+TOLERANCES = {"attempt_target": 1e-3}
 # Resuming ends where a run that never stopped ends: the last of each pair against the first.
 SAME_END = [
     ("mpt_target", "resume"),
@@ -314,13 +318,14 @@ def main() -> None:
                 record[name], said, differences = found[name], "written", []
                 RECORD.write_text(lines_of_files(record))
             else:
-                said, differences = compare(record.get(name, {}), found[name])
+                within = TOLERANCES.get(name, 1e-4)
+                said, differences = compare(record.get(name, {}), found[name], within)
             seconds = time.monotonic() - started
             print(f"{name:20} {said:36} {describe(found[name]):28} {seconds:4.0f} s", flush=True)
             print("".join(f"    {line}\n" for line in differences[:20]), end="", flush=True)
             wrong[name] = len(differences)
     ends = compare_ends(found)
-    print("\n".join(ends) or f"Resumed runs end as those that never stopped: {BITS}.")
+    print("".join(f"{line}\n" for line in ends), end="")
     if ends or sum(wrong.values()):
         sys.exit(1)
 

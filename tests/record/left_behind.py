@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -18,8 +19,7 @@ from names import RENAMED
 os.environ["JAX_PLATFORMS"] = "cpu"  # arrays are only read here
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BITS, VALUES = "bits equal", "bits differ, values within 1e-4"
-TOLERANCE = 1e-4
+BITS = "bits equal"
 
 # Not of what a program computes: when, where, by which command and versions, how fast. The last
 # line of a card is a digest of such lines too; a checkpoint's seal, one of the position below.
@@ -215,7 +215,20 @@ def renamed(value: Any) -> Any:
     return value
 
 
-def compare(saved: dict[str, Any], found: dict[str, Any]) -> tuple[str, list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """What counts as close.
+
+    Attributes:
+        relative: of numbers, and of the mean and size of arrays on the scale of their size.
+        digests: whether digests may differ.
+    """
+
+    relative: float
+    digests: bool
+
+
+def compare(saved: dict[str, Any], found: dict[str, Any], relative: float) -> tuple[str, list[str]]:
     """Compares an entry with the record; returns which comparison held, and what differs."""
     saved = renamed(saved)
     wrong = [f"{name} is gone" for name in sorted(saved.keys() - found.keys())]
@@ -225,15 +238,21 @@ def compare(saved: dict[str, Any], found: dict[str, Any]) -> tuple[str, list[str
     both = sorted(saved.keys() & found.keys())
     # Digests of what was learnt may differ where what was learnt does, and nowhere else.
     digests = any(saved[x].get("leaves") != found[x].get("leaves") for x in both)
+    tolerance = Tolerance(relative, digests)
     exact = True
     for name in both:
-        for close, what in _differences(saved[name], found[name], name, digests):
+        for close, what in _differences(saved[name], found[name], name, tolerance):
             exact = False
             wrong += [] if close else [what]
-    return (f"{len(wrong)} DIFFERENCES" if wrong else BITS if exact else VALUES), wrong
+    if wrong:
+        return f"{len(wrong)} DIFFERENCES", wrong
+    within = f"{relative:.0e}".replace("e-0", "e-")
+    return BITS if exact else f"bits differ, values within {within}", wrong
 
 
-def _differences(saved: Any, found: Any, where: str, digests: bool) -> Iterator[tuple[bool, str]]:
+def _differences(
+    saved: Any, found: Any, where: str, tolerance: Tolerance
+) -> Iterator[tuple[bool, str]]:
     """(whether it is close, what and where) for all that is not equal."""
     if saved == found:
         return
@@ -244,45 +263,46 @@ def _differences(saved: Any, found: Any, where: str, digests: bool) -> Iterator[
                 yield False, f"{where}: {name} is {'new' if name in found else 'gone'}"
             for name in sorted(saved.keys() & found.keys()):
                 # Those of the backbone and the vocabulary are of files that nobody changes.
-                may = digests and name not in ("embedding_sha256", "vocabulary_sha256")
+                may = tolerance.digests and name not in ("embedding_sha256", "vocabulary_sha256")
+                inner = dataclasses.replace(tolerance, digests=may)
                 if name == "checksums" and may and saved[name].keys() == found[name].keys():
                     yield True, f"{where}: {name}"
                 else:
-                    yield from _differences(saved[name], found[name], f"{where}: {name}", may)
+                    yield from _differences(saved[name], found[name], f"{where}: {name}", inner)
             return
-        close = _close(saved, found)
+        close = _close(saved, found, tolerance.relative)
     elif isinstance(saved, list) and isinstance(found, list) and len(saved) == len(found):
         for i, pair in enumerate(zip(saved, found, strict=True)):
-            yield from _differences(*pair, f"{where}[{i}]", digests)
+            yield from _differences(*pair, f"{where}[{i}]", tolerance)
         return
     elif isinstance(saved, float) and isinstance(found, (float, int)):
-        close = math.isclose(saved, found, rel_tol=TOLERANCE, abs_tol=1e-6)
+        close = math.isclose(saved, found, rel_tol=tolerance.relative, abs_tol=1e-6)
     elif isinstance(saved, str) and isinstance(found, str):
-        close = _same_words(saved, found, digests)
+        close = _same_words(saved, found, tolerance)
     yield close, f"{where}: {str(saved)[:300]!r} is {str(found)[:300]!r}"
 
 
-def _close(saved: dict[str, Any], found: dict[str, Any]) -> bool:
+def _close(saved: dict[str, Any], found: dict[str, Any], relative: float) -> bool:
     """Whether two arrays of floats agree by their means, on the scale of their size, and sizes."""
     same = all(saved[name] == found[name] for name in ("dtype", "shape"))
     floats = "float" in saved["dtype"]
-    near = [abs(saved[x] - found[x]) <= TOLERANCE * saved["rms"] for x in ("mean", "rms")]
+    near = [abs(saved[x] - found[x]) <= relative * saved["rms"] for x in ("mean", "rms")]
     return same and floats and all(near)
 
 
 _NUMBER = re.compile(r"(-?\d+\.\d+(?:e[-+]?\d+)?)")
 
 
-def _same_words(saved: str, found: str, digests: bool) -> bool:
+def _same_words(saved: str, found: str, tolerance: Tolerance) -> bool:
     """Whether two texts differ by little in fractions, and perhaps in digests, alone."""
-    if digests:
+    if tolerance.digests:
         saved, found = (re.sub(r"\b[0-9a-f]{64}\b", "<sha256>", text) for text in (saved, found))
     pairs = itertools.zip_longest(_NUMBER.split(saved), _NUMBER.split(found))
     return all(
         a == b
         or (
             bool(a and b and _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b))
-            and math.isclose(float(a), float(b), rel_tol=TOLERANCE, abs_tol=1e-6)
+            and math.isclose(float(a), float(b), rel_tol=tolerance.relative, abs_tol=1e-6)
         )
         for a, b in pairs
     )
