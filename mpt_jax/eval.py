@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from mpt_jax.checkpointing import checkpoints, restore_states
+from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.data import datasets
 from mpt_jax.evaluation import evaluator as evaluation
@@ -30,7 +30,7 @@ def evaluate(
     *,
     model: PromptedEncoderDecoder,
     dataset_cfg: datasets.DatasetConfig,
-    restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig,
+    restore_checkpoint_cfg: checkpoint_config.RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
     output_dir: str,
     train_state_initializer_cls: Callable[..., Any],

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.batching import bucketing
-from mpt_jax.checkpointing import checkpoints, restore_states
+from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables
@@ -49,7 +49,7 @@ def infer(
     *,
     model: PromptedEncoderDecoder,
     dataset_cfg: datasets.DatasetConfig,
-    restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig,
+    restore_checkpoint_cfg: checkpoint_config.RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
     output_dir: str,
     train_state_initializer_cls: Callable[..., Any],
@@ -181,7 +181,7 @@ def _one_state(
     model: PromptedEncoderDecoder,
     origins: initialization.Origins,
     partitioner: PjitPartitioner,
-    cfg: checkpoints.RestoreCheckpointConfig,
+    cfg: checkpoint_config.RestoreCheckpointConfig,
 ) -> TrainState:
     found = list(restore_states.states(model, origins, partitioner, cfg))
     if len(found) != 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import logging
 
-from mpt_jax.checkpointing import checkpoints, run_lock
+from mpt_jax.checkpointing import checkpoint_config, run_lock
 from mpt_jax.config import gin_utils
 from mpt_jax.data import datasets
 from mpt_jax.evaluation import metric_writers
@@ -40,7 +40,7 @@ def train(
     model_dir: str,
     total_steps: int,
     train_state_initializer_cls: Callable[..., Any],
-    checkpoint_cfg: checkpoints.CheckpointConfig,
+    checkpoint_cfg: checkpoint_config.CheckpointConfig,
     partitioner: PjitPartitioner,
     trainer_cls: Callable[..., Trainer] = Trainer,
     train_eval_dataset_cfg: datasets.DatasetConfig | None = None,
@@ -114,7 +114,7 @@ def train(
     _check_settings(model, checkpoint_cfg, total_steps)
     compilation_cache.enable()
     seed, started = random_seed or 0, time.monotonic()
-    save_cfg = checkpoint_cfg.save or checkpoints.SaveCheckpointConfig()
+    save_cfg = checkpoint_cfg.save or checkpoint_config.SaveCheckpointConfig()
     stats_period = stats_period or eval_period
 
     with run_lock.acquire(model_dir) as check_it_is_ours:
@@ -187,7 +187,7 @@ def train(
 
 
 def _check_settings(
-    model: PromptedEncoderDecoder, cfg: checkpoints.CheckpointConfig, total_steps: int
+    model: PromptedEncoderDecoder, cfg: checkpoint_config.CheckpointConfig, total_steps: int
 ) -> None:
     if cfg.restore is not None:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from mpt_jax.checkpointing import checkpoints, data_position, fingerprint
+from mpt_jax.checkpointing import checkpoint_config, checkpoints, data_position, fingerprint
 from mpt_jax.data import datasets, sampling, task_lookup
 from mpt_jax.data.iterators import TrainIterator
 from mpt_jax.evaluation import evaluator as evaluation
@@ -68,7 +68,7 @@ def restore_or_initialize(
     data_cfg: datasets.DatasetConfig,
     model_dir: str,
     initializer_cls: Callable[..., Any],
-    save_cfg: checkpoints.SaveCheckpointConfig,
+    save_cfg: checkpoint_config.SaveCheckpointConfig,
     partitioner: PjitPartitioner,
     trainer_cls: Callable[..., Trainer],
     seed: int,

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from mpt_jax import eval, infer
 from mpt_jax.artifacts import artifacts
-from mpt_jax.checkpointing import checkpoints, fingerprint, restore_states
+from mpt_jax.checkpointing import checkpoint_config, checkpoints, fingerprint, restore_states
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import feature_converter
@@ -94,7 +94,7 @@ def arguments(saved, path="checkpoint_3", mode="specific", origins=None, **overr
     return {
         "model": saved.model,
         "dataset_cfg": config(),
-        "restore_checkpoint_cfg": checkpoints.RestoreCheckpointConfig(
+        "restore_checkpoint_cfg": checkpoint_config.RestoreCheckpointConfig(
             path and str(saved.run / path), mode
         ),
         "partitioner": PjitPartitioner(),
@@ -254,7 +254,7 @@ def test_an_artifact_is_evaluated_without_a_checkpoint(saved, tmp_path):
 
 def test_modes_of_a_restore_configuration(saved):
     def steps(path, mode):
-        cfg = checkpoints.RestoreCheckpointConfig(path, mode)
+        cfg = checkpoint_config.RestoreCheckpointConfig(path, mode)
         made = initialization.Origins(**saved.origins)
         found = restore_states.states(saved.model, made, PjitPartitioner(), cfg)
         return [int(state.step) for state in found]
@@ -267,7 +267,7 @@ def test_modes_of_a_restore_configuration(saved):
 
 def one_state(saved, model, **origins):
     made = initialization.Origins(**{**saved.origins, **origins})
-    cfg = checkpoints.RestoreCheckpointConfig(str(saved.run), "latest")
+    cfg = checkpoint_config.RestoreCheckpointConfig(str(saved.run), "latest")
     return next(iter(restore_states.states(model, made, PjitPartitioner(), cfg)))
 
 
@@ -290,7 +290,9 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
     """T5X's, say, or a damaged one."""
     shutil.copytree(saved.run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint_3" / "meta")
-    cfg = checkpoints.RestoreCheckpointConfig(str(tmp_path / "run" / "checkpoint_3"), "specific")
+    cfg = checkpoint_config.RestoreCheckpointConfig(
+        str(tmp_path / "run" / "checkpoint_3"), "specific"
+    )
     made = initialization.Origins(**saved.origins)
     with pytest.raises(OSError, match="checkpoint_3 cannot be read"):
         list(restore_states.states(saved.model, made, PjitPartitioner(), cfg))

@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from mpt_jax.checkpointing import checkpoints, fingerprint
+from mpt_jax.checkpointing import checkpoint_config, checkpoints, fingerprint
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -19,7 +19,7 @@ def states(
     model: PromptedEncoderDecoder,
     origins: initialization.Origins,
     partitioner: PjitPartitioner,
-    cfg: checkpoints.RestoreCheckpointConfig,
+    cfg: checkpoint_config.RestoreCheckpointConfig,
 ) -> Iterator[TrainState]:
     """The states that a restore configuration names, oldest first.
 
@@ -49,7 +49,7 @@ def states(
         yield found[0]
 
 
-def _wanted(cfg: checkpoints.RestoreCheckpointConfig) -> list[tuple[str, int]]:
+def _wanted(cfg: checkpoint_config.RestoreCheckpointConfig) -> list[tuple[str, int]]:
     """(MODEL_DIR, step) of every checkpoint that a configuration names."""
     paths: Sequence[str] = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path)
     wanted = []

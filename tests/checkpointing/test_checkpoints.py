@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from absl import logging
 
-from mpt_jax.checkpointing import checkpoints, checksums, data_position
+from mpt_jax.checkpointing import checkpoint_config, checksums, data_position
 from mpt_jax.checkpointing import corruption as damage_of_files
-from mpt_jax.checkpointing.checkpoints import Checkpoints, SaveCheckpointConfig
+from mpt_jax.checkpointing.checkpoint_config import SaveCheckpointConfig
+from mpt_jax.checkpointing.checkpoints import Checkpoints
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.prompts.mpt import MPT
@@ -408,7 +409,7 @@ def test_settings_without_effect_are_errors():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         SaveCheckpointConfig(period=0)
     with pytest.raises(ValueError, match="got 'best'"):
-        checkpoints.RestoreCheckpointConfig(mode="best")
+        checkpoint_config.RestoreCheckpointConfig(mode="best")
 
 
 def test_a_save_that_fails_says_which_checkpoint_is_whole(state, tmp_path, monkeypatch):

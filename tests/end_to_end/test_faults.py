@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpt_jax import eval
-from mpt_jax.checkpointing import checkpoints, run_lock
+from mpt_jax.checkpointing import checkpoint_config, checkpoints, run_lock
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
@@ -138,7 +138,7 @@ def test_evaluating_a_live_model_dir_leaves_everything_as_it_is(backbone, tmp_pa
         scores = eval.evaluate(
             model=model,
             dataset_cfg=dataset(model.runs, split="validation", shuffle=False),
-            restore_checkpoint_cfg=checkpoints.RestoreCheckpointConfig(str(model_dir)),
+            restore_checkpoint_cfg=checkpoint_config.RestoreCheckpointConfig(str(model_dir)),
             partitioner=PjitPartitioner(),
             output_dir=str(tmp_path / "eval"),
             train_state_initializer_cls=lambda: types.SimpleNamespace(origins=origins),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.checkpointing import checkpoints, restore_states
+from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.core.runs import Runs
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -93,7 +93,7 @@ def train(backbone, folder, model, artifact=None, **settings):
 def restored(backbone, model, path="", artifact=None) -> dict[str, jax.Array]:
     """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artifact alone."""
     origins = initialization.Origins(backbone, artifact=artifact and str(artifact))
-    cfg = checkpoints.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
+    cfg = checkpoint_config.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
     (state,) = restore_states.states(model, origins, PjitPartitioner(), cfg)
     return state.params["prompt"]
 

@@ -1,6 +1,6 @@
 """T5X's `t5x.utils`."""
 
-from mpt_jax.checkpointing.checkpoints import (
+from mpt_jax.checkpointing.checkpoint_config import (
     CheckpointConfig,
     RestoreCheckpointConfig,
     SaveCheckpointConfig,

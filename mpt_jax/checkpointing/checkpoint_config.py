@@ -1,0 +1,77 @@
+"""T5X's configuration of checkpoints: when to save, how many to keep, which to read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass
+class SaveCheckpointConfig:
+    """When to save and how much to keep. Field names are T5X's.
+
+    Attributes:
+        period: steps between saves; None saves only at the end.
+        keep: how many of the latest checkpoints stay; None keeps all.
+        save_dataset: whether the data position is saved with the state. Without it a resumed run
+            starts its data again, so a resume would not be exact.
+        dtype: T5X's; what learns is float32, and saved as it is.
+        state_transformation_fns: T5X's; this trainer writes MODEL_DIR/artifact by itself.
+    """
+
+    period: int | None = None
+    keep: int | None = 1
+    save_dataset: bool = True
+    dtype: str | None = None
+    state_transformation_fns: Sequence[Any] = ()
+
+    def __post_init__(self):
+        if self.period is not None and self.period < 1:
+            raise ValueError(f"SaveCheckpointConfig.period must be at least 1, got {self.period}.")
+        _only_float32("SaveCheckpointConfig", self.dtype)
+        if self.state_transformation_fns:
+            raise ValueError(
+                "SaveCheckpointConfig.state_transformation_fns would have no effect with this "
+                "trainer; leave it empty."
+            )
+
+
+@dataclasses.dataclass
+class RestoreCheckpointConfig:
+    """Which checkpoint to read. Field names are T5X's.
+
+    Attributes:
+        path: a MODEL_DIR, or one checkpoint in it.
+        mode: `'latest'` of a MODEL_DIR, `'all'` of them, or `'specific'`: path(s) of checkpoints.
+        dtype: T5X's; what learns is float32.
+    """
+
+    path: str | Sequence[str] = ""
+    mode: str = "latest"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        _only_float32("RestoreCheckpointConfig", self.dtype)
+        if self.mode not in ("latest", "all", "specific"):
+            raise ValueError(
+                f"RestoreCheckpointConfig.mode must be 'latest', 'all' or 'specific', got "
+                f"{self.mode!r}."
+            )
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """Saving and restoring of a training run. A run resumes from its own MODEL_DIR by itself;
+    first values come from the initializer's origins, so `restore` stays None here."""
+
+    save: SaveCheckpointConfig | None = None
+    restore: RestoreCheckpointConfig | None = None
+
+
+def _only_float32(config: str, dtype: str | None) -> None:
+    if dtype not in (None, "float32"):
+        raise ValueError(
+            f"{config}.dtype={dtype!r} would have no effect: prompts and optimizer state are "
+            "float32 on disk and in memory. Set it to None."
+        )
