@@ -1,0 +1,107 @@
+"""Configuration of the loss: the objective, and distillation from teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How the student follows its teachers (MPT paper, section 3.2). Unstated there: temperature,
+    layers, reduction, all fields here.
+
+    Attributes:
+        weight: lambda.
+        logits: the KL(teacher || student) of output distributions.
+        hidden: the squared distance of hidden states, encoder and decoder.
+        prompt_distance: the paper's ablation, the squared distance of the prompts themselves;
+            meant to stand alone, with `logits` and `hidden` off.
+        temperature: divides both logits; for `logits`.
+        t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); for `logits`, and
+            not in the paper.
+        hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
+            into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
+        include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
+        reduce: of `hidden` and `prompt_distance`: `'mean'` over positions and features, or `'sum'`
+            over them (a mean over examples). The KL is a mean over target tokens in both.
+
+    Raises:
+        ValueError: a value out of its range, or a setting of a term that is off.
+    """
+
+    weight: float = 0.9
+    logits: bool = True
+    hidden: bool = True
+    prompt_distance: bool = False
+    temperature: float = 1.0
+    t2_scale: bool = False
+    hidden_layers: str | Sequence[int] = "last"
+    include_prompt_positions: bool = True
+    reduce: str = "mean"
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if self.reduce not in ("mean", "sum"):
+            raise ValueError(f"reduce must be 'mean' or 'sum', got {self.reduce!r}.")
+        if isinstance(self.hidden_layers, str) and self.hidden_layers not in ("last", "all"):
+            raise ValueError(
+                f"hidden_layers must be 'last', 'all' or a list of indices, got "
+                f"{self.hidden_layers!r}."
+            )
+        if not (self.logits or self.hidden or self.prompt_distance):
+            raise ValueError(
+                "Distillation with logits, hidden and prompt_distance all off does nothing; leave "
+                "Objective.distillation unset instead."
+            )
+        self._refuse_ineffective(("temperature", "t2_scale"), "logits")
+        self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
+        self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
+
+    def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
+        """Raises for settings that are not their defaults while every term they act on is off."""
+        if any(getattr(self, term) for term in terms):
+            return
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in settings and value != field.default:
+                raise ValueError(
+                    f"Distillation.{field.name}={value!r} would have no effect with "
+                    f"{' and '.join(f'{term}=False' for term in terms)}: leave it at "
+                    f"{field.default!r}, or switch {' or '.join(terms)} on."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimized.
+
+    Attributes:
+        label_smoothing: mass moved from the target to the other ids, in [0, 1).
+        z_loss: weight of the squared log-partition (T5 pretraining: 1e-4).
+        distillation: None trains on the targets alone; otherwise the model holds teachers.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    distillation: Distillation | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+
+    def coefficients(self) -> dict[str, float]:
+        """The factor of each term in the total."""
+        weights = {"cross_entropy": 1.0}
+        if self.z_loss:
+            weights["z_loss"] = self.z_loss
+        if (distil := self.distillation) is not None:
+            if distil.logits:
+                scale = distil.temperature**2 if distil.t2_scale else 1.0
+                weights["kl"] = distil.weight * scale
+            if distil.hidden:
+                weights["hidden_encoder"] = weights["hidden_decoder"] = distil.weight
+            if distil.prompt_distance:
+                weights["prompt_distance"] = distil.weight
+        return weights
