@@ -18,7 +18,7 @@ from mpt_jax.data import sampling
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results, stages
 from mpt_jax.experiments.paper import __main__ as command
-from mpt_jax.experiments.paper import format, published, suites, tables, variants
+from mpt_jax.experiments.paper import chains, format, published, suites, tables, variants
 from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage
 from mpt_jax.runtime import compilation_cache
@@ -33,7 +33,7 @@ GROUPS["SuperGLUE"] = suites.SUPER_GLUE
 
 def planned(name: str, suite=suites.TOY, root=ROOT / "no such folder", **changes):
     table = dataclasses.replace(tables.find(name).on(suite), **changes)
-    return table, tables.cells(table, suite, root)
+    return table, chains.cells(table, suite, root)
 
 
 def given(stage: Stage) -> dict[str, str]:
@@ -203,7 +203,7 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         tables.find("table3"), arms=(arm,), shots=(16,), seeds=1, groups={"": ("BoolQ",)}
     )
     suites.PAPER.register()
-    (cell,) = tables.cells(table, suites.PAPER, ROOT)
+    (cell,) = chains.cells(table, suites.PAPER, ROOT)
     for stage in cell.stages:
         line = shlex.split(stage.command(ROOT))
         files = [x.partition("=")[2] for x in line if x.startswith("--gin_file=")]

@@ -1,8 +1,9 @@
 """The MPT paper's tables: their runs, on its own data or on the toy suite, and ours beside theirs.
 
-arms.py         the methods and ablations, as chains of stages
+variants.py     the methods and ablations
 suites.py       which tasks stand for the paper's, how long they train
-tables.py       which arms, tasks, examples and seeds make a table
+tables.py       which variants, tasks, examples and seeds make a table
+chains.py       the chains of stages behind a table
 published.py    the paper's figures (published.toml)
-show.py         a table of what was run, beside them
+format.py       a table of what was run, beside them
 """

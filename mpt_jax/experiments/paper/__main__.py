@@ -28,9 +28,10 @@ from mpt_jax.core.old_names import current_text
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results, stages
-from mpt_jax.experiments.paper import format, published, suites, tables
+from mpt_jax.experiments.paper import chains, format, published, suites, tables
+from mpt_jax.experiments.paper.chains import Cell
 from mpt_jax.experiments.paper.suites import Suite
-from mpt_jax.experiments.paper.tables import Cell, Table
+from mpt_jax.experiments.paper.tables import Table
 from mpt_jax.experiments.stages import Stage
 from mpt_jax.runtime import compilation_cache, paths
 from mpt_jax.runtime.files import write_atomic
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (found_arm,) = chosen(whole, [args.against]).arms
             whole = dataclasses.replace(whole, reference=found_arm.name)
         table = chosen(whole, args.arms)
-        planned = tables.cells(table, suite, root)
+        planned = chains.cells(table, suite, root)
         if args.print:
             check_plan(root, planned)
             print("\n".join(stage.command(root) for stage in pending(planned, root)))
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.collect:
             run(root, planned)
         # A report shows all that was run, also where only some rows were asked for now.
-        found = collect(root, tables.cells(whole, suite, root), suite)
+        found = collect(root, chains.cells(whole, suite, root), suite)
         (root / table.name).mkdir(parents=True, exist_ok=True)
         shares = majority_shares(whole, suite)
         known = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}

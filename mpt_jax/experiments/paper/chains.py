@@ -1,0 +1,181 @@
+"""The chains of stages behind a table: teachers, source stages, training jobs and their tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mpt_jax.evaluation.finalize import ARTIFACT
+from mpt_jax.experiments.paper import variants
+from mpt_jax.experiments.paper.suites import Length, Suite
+from mpt_jax.experiments.paper.tables import Table
+from mpt_jax.experiments.paper.variants import Arm, Source
+from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
+from mpt_jax.tasks import mixtures
+
+FIRST_SEED = 42  # of the gin files; a stage with its own seed s binds this plus s
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One arm at one number of examples.
+
+    Attributes:
+        arm, shots: which.
+        sources: the source stages it needs, in order.
+        jobs: its training stages.
+        tests: the stages that score them; () where the jobs do.
+    """
+
+    arm: Arm
+    shots: int | None
+    sources: tuple[Stage, ...]
+    jobs: tuple[Stage, ...]
+    tests: tuple[Stage, ...]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them, in the order to run."""
+        return (*self.sources, *self.jobs, *self.tests)
+
+
+def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
+    """Every cell of a table that `Table.on` has fitted to a suite; `root` is where stages lie."""
+    suite.register()
+    return [_cell(table, suite, root, arm, shots) for shots in table.shots for arm in table.arms]
+
+
+def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -> Cell:
+    sources: dict[str, Stage] = {}
+    jobs, tests = [], []
+    own_source = table.source_per_seed and arm.source is not None and arm.start is None
+    each = [[seed] for seed in range(table.seeds)]
+    for seeds in each if own_source or arm.together else [sum(each, [])]:
+        start = None
+        if arm.source is not None:
+            chain = list(_chain(arm.source, suite, root, seeds[0] if own_source else None))
+            sources |= {stage.name: stage for stage in chain}
+            start = _artifact(root, chain[-1])
+        for runs, length in _jobs(table, suite, arm, shots, seeds):
+            bindings = [*_bound(arm, suite, shots, runs, length), *length.bindings()]
+            if start is not None:
+                bindings.append(f"INITIAL_ARTIFACT = {start}")
+            files = (*arm.files, *suite.files)
+            name = _name(arm, shots, runs, own_source)
+            if shots is None and table.full:
+                name += f"_{length.steps}x{length.rows}"
+            jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
+            if suite.tested_apart:
+                tests.append(_test(jobs[-1], suite, arm, length, root))
+    return Cell(arm, shots, tuple(sources.values()), tuple(jobs), tuple(tests))
+
+
+def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
+    """A source stage after the teachers it needs; teachers serve all seeds."""
+    bindings = list(source.bindings)
+    steps, batch = source.length
+    if suite.source_steps is not None:
+        steps = suite.source_steps
+    else:
+        bindings.append(f"BATCH_SIZE = {batch}")
+    if suite.suffix:
+        names = mixtures.SOURCE_6 + (mixtures.EXTRA_SOURCES if source.tasks == 12 else ())
+        bindings.append(f"SOURCE_TASKS = {quoted([suite.named(name) for name in names])}")
+    if source.teachers is not None:
+        *_, teachers = chain = list(_chain(source.teachers, suite, root, None))
+        yield from chain
+        bindings.append(f"TEACHERS = {_artifact(root, teachers)}")
+    name = source.name
+    if seed is not None:
+        bindings.append(f"RANDOM_SEED = {FIRST_SEED + seed}")
+        name += f"_s{seed}"
+    yield Stage(name, (*source.files, *suite.files), tuple(bindings), steps=steps)
+
+
+def _jobs(
+    table: Table, suite: Suite, arm: Arm, shots: int | None, seeds: Sequence[int]
+) -> Iterator[tuple[tuple[Run, ...], Length]]:
+    """The runs that train together: those of one length; for `together`, those of one group, which
+    sees as many examples in all as its tasks do alone; for `joint`, all, each as long as the
+    longest, and those of one seed after another."""
+    given = table.full if shots is None else None
+    if arm.together or arm.joint:
+        for names in table.groups.values():
+            tasks = [f"{suite.tasks[name]}{arm.version}" for name in names]
+            lengths = [given or suite.length(suite.tasks[name], arm, shots) for name in names]
+            steps = [length.steps for length in lengths]
+            joint = lengths[0]._replace(
+                steps=sum(steps) if arm.together else max(steps),
+                inputs=max((x.inputs for x in lengths if x.inputs), default=None),
+                period=max((x.period for x in lengths if x.period), default=None),
+            )
+            runs = target_runs(tasks, seeds, shots)
+            if arm.together:
+                yield _repeats(runs), joint
+            else:
+                yield tuple(sorted(runs, key=lambda run: run.seed)), joint
+        return
+    by_length: dict[Length, list[str]] = {}
+    for name in table.tasks:
+        task = suite.tasks[name]
+        length = given or suite.length(task, arm, shots)
+        by_length.setdefault(length, []).append(f"{task}{arm.version}")
+    for length, tasks in by_length.items():
+        yield target_runs(tasks, seeds, shots), length
+
+
+def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Runs under the names of repeats, also where one seed would go by the task's own name."""
+    named = [run.name if run.name != run.task else f"{run.task}_s{run.seed}" for run in runs]
+    return tuple(run._replace(name=name) for run, name in zip(runs, named, strict=True))
+
+
+def _bound(
+    arm: Arm, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
+) -> list[str]:
+    """What a training job binds for its runs and its arm."""
+    rows = length.rows if not arm.together else length.rows / len(runs)
+    groups = "joint" if arm.together else [run.seed for run in runs] if arm.joint else "independent"
+    bindings = target_bindings(runs, rows, groups)
+    if arm.together:
+        bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
+    if arm.start is not None:
+        bindings.append(f"START_FROM = {quoted(suite.sources[arm.start])}")
+    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *_settings(arm, suite)]
+
+
+def _settings(arm: Arm, suite: Suite) -> list[str]:
+    """What sets an arm apart, of a stage that trains and of one that evaluates."""
+    if arm.sources is None:
+        return list(arm.bindings)
+    return [*arm.bindings, f"SOURCES = {quoted(list(suite.sources.values())[: arm.sources])}"]
+
+
+def _name(arm: Arm, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
+    """A job's folder. It says all that tells jobs of an arm apart, so that tables share them."""
+    tasks = "-".join(dict.fromkeys(run.task for run in runs))
+    seeds = sorted({run.seed for run in runs})
+    span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
+    own = "_own_source" if own_source else ""
+    return f"{arm.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}{own}"
+
+
+def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Stage:
+    """Scores a job's artifact, which holds the best step of each run, on the test split."""
+    kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
+    bindings = (
+        *kept,
+        *_settings(arm, suite),
+        *length.reading(),
+        f"INITIAL_ARTIFACT = {_artifact(root, job)}",
+        'utils.DatasetConfig.split = "test"',
+    )
+    sized = (variants.ablation(f"size_{arm.size}"),) if arm.size != "base" else ()
+    files = ("gin/eval.gin", arm.method, *sized, *suite.test_files)
+    return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
+
+
+def _artifact(root: Path, stage: Stage) -> str:
+    """What a stage hands on, as gin reads it."""
+    return quoted(str(root / stage.name / ARTIFACT))
