@@ -12,16 +12,12 @@ of its own, which has `--timeout` seconds. TensorFlow is not imported.
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mpt_jax
+from mpt_jax.cli.probe import Probe, missing_packages
 from mpt_jax.config import trainer_choice
 from mpt_jax.runtime import compilation_cache, distributed, paths
 
@@ -45,7 +42,6 @@ BACKBONE = ("backbones/t5-base", "google-t5/t5-base")  # of gin/runs/paths.gin
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow-datasets")
 ACCELERATOR_PACKAGES = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-SISTERS = ("airio", "jestimator")  # installed from git beside T5X, with needs of their own
 MIN_FREE = 2**30  # bytes; a backbone of T5's base size with its cache takes about as much
 
 _DEVICES = """
@@ -77,40 +73,6 @@ class Finding:
     value: str
     problem: str = ""
     mend: str = ""
-
-
-class Probe:
-    """A Python script that answers in a process of its own, and is ended where it does not.
-
-    Args:
-        script: what to run.
-        arguments: its `sys.argv[1:]`.
-    """
-
-    def __init__(self, script: str, *arguments: str):
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def answer(self, seconds: float) -> tuple[str, str]:
-        """(what it printed, why it failed); one of them is empty, both after a timeout."""
-        try:
-            output, errors = self._child.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self._give_up()
-            return "", ""
-        if self._child.returncode == 0:
-            return output.strip().splitlines()[-1] if output.strip() else "done", ""
-        return "", (errors.strip().splitlines() or ["no message"])[-1]
-
-    def _give_up(self) -> None:
-        self._child.kill()
-        for pipe in (self._child.stdout, self._child.stderr):
-            assert pipe is not None
-            pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(1)  # a process inside a driver may not die at once, or never
 
 
 # --- The trainer ---------------------------------------------------------------------------------
@@ -148,7 +110,7 @@ def _incomplete(folder: Path) -> tuple[str, str]:
     ]
     if lost:
         return f"This T5X has no {', '.join(lost)}.", trainer_choice.INSTALL
-    missing = sorted(_missing_packages(folder))
+    missing = sorted(missing_packages(folder))
     if missing:
         return (
             f"T5X needs {', '.join(missing)}, which cannot be imported.",
@@ -156,44 +118,6 @@ def _incomplete(folder: Path) -> tuple[str, str]:
             f"{trainer_choice.VARIABLE}=own to do without",
         )
     return "", ""
-
-
-def _missing_packages(t5x: Path) -> set[str]:
-    """Packages that T5X's scripts need and that are not installed, found without importing any:
-    the files that they import from T5X and its sister packages are read one after another."""
-    folders: dict[str, Path] = {"t5x": t5x}
-    waiting = [f"t5x.{name}" for name in trainer_choice.SCRIPTS]
-    seen, missing = set(waiting), set()
-    while waiting:
-        package, *inside = waiting.pop().split(".")
-        if package not in folders:
-            spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
-            if spec is None and package not in sys.stdlib_module_names:
-                missing.add(package)
-            if spec is None or package not in SISTERS or not spec.submodule_search_locations:
-                continue
-            folders[package] = Path(spec.submodule_search_locations[0])
-        stem = folders[package].joinpath(*inside)
-        for path in (stem.with_suffix(".py"), stem / "__init__.py"):
-            new = set(_imported(path)) - seen if path.is_file() else set()
-            seen |= new
-            waiting += new
-    return missing
-
-
-def _imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports when it is run: not those of its functions, and none that it
-    only tries."""
-    body = ast.parse(path.read_text()).body
-    for node in list(body):
-        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-            body += node.body
-    for node in body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield str(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 # --- Packages and devices ------------------------------------------------------------------------
