@@ -19,7 +19,7 @@ from absl import logging
 
 from benchmarks.tune_demo import SEEDS, SHOTS, TARGETS, VALIDATION
 from mpt_jax.experiments.paper import suites, variants
-from mpt_jax.experiments.paper.variants import Arm
+from mpt_jax.experiments.paper.variants import Variant
 from mpt_jax.experiments.stages import Stage, collect, target_bindings, target_runs
 from mpt_jax.runtime import compilation_cache, paths
 
@@ -30,33 +30,33 @@ SOURCE_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 RATIO = (0.4, 1.0, 2.0)  # private prompts, sources, router
 
 
-def grid() -> Iterator[tuple[Arm, tuple[float, ...]]]:
-    """Every arm with its rates: own prompt and attention; private prompts, sources and router."""
+def grid() -> Iterator[tuple[Variant, tuple[float, ...]]]:
+    """Every variant with its rates: own prompt and attention; private prompts, sources, router."""
     for rate in ATTEMPT_RATES:
         for attention in ATTENTION_RATES:
             yield variants.ATTEMPT_ARM, (rate, attention)
     for source in SOURCE_RATES:
-        yield variants.CROSSPT_ARM, tuple(round(share * source, 6) for share in RATIO)
+        yield variants.CROSSPT_VARIANT, tuple(round(share * source, 6) for share in RATIO)
 
 
-def stage(arm: Arm, rates: tuple[float, ...]) -> Stage:
-    """All runs (task x seed) of one arm at one setting."""
-    suite = dataclasses.replace(suites.TOY, rates={arm.rate: rates})
-    length = suite.length(TARGETS[0], arm, SHOTS)
+def stage(variant: Variant, rates: tuple[float, ...]) -> Stage:
+    """All runs (task x seed) of one variant at one setting."""
+    suite = dataclasses.replace(suites.TOY, rates={variant.rate: rates})
+    length = suite.length(TARGETS[0], variant, SHOTS)
     runs = target_runs(TARGETS, SEEDS, SHOTS)
     groups = "independent"
-    if arm.joint:
+    if variant.joint:
         runs = tuple(sorted(runs, key=lambda run: run.seed))
         groups = [SEEDS.index(run.seed) for run in runs]
-    start = [f'START_FROM = "{suite.sources[arm.start]}"'] if arm.start else []
+    start = [f'START_FROM = "{suite.sources[variant.start]}"'] if variant.start else []
     bindings = [
         *target_bindings(runs, length.rows, groups),
-        *suite.rate_bindings(arm, SHOTS, length.steps),
+        *suite.rate_bindings(variant, SHOTS, length.steps),
         *start,
         VALIDATION,
     ]
-    name = f"{arm.folder}/" + "_".join(map(str, rates))
-    return Stage(name, (*arm.files, *suite.files), tuple(bindings), runs, length.steps)
+    name = f"{variant.folder}/" + "_".join(map(str, rates))
+    return Stage(name, (*variant.files, *suite.files), tuple(bindings), runs, length.steps)
 
 
 def main() -> None:
@@ -64,20 +64,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tunes ATTEMPT and CrossPT on the toy suite.")
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
     parser.add_argument("--out", type=Path, help="a JSONL file for the figures")
-    parser.add_argument("--arms", nargs="*", help="names of arms; default all")
+    parser.add_argument("--variants", nargs="*", help="names of variants; default all")
     args = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
     compilation_cache.enable()
     lines = []
-    for arm, rates in grid():
-        if args.arms and arm.name not in args.arms:
+    for variant, rates in grid():
+        if args.variants and variant.name not in args.variants:
             continue
-        job = stage(arm, rates)
+        job = stage(variant, rates)
         if not job.is_done(args.root):
             job.run(args.root)
-        result = collect(args.root, arm.name, SHOTS, [job])
+        result = collect(args.root, variant.name, SHOTS, [job])
         line = {
-            "arm": arm.name,
+            "arm": variant.name,
             "rates": rates,
             "mean": round(float(np.mean(result.means())), 2),
             "scores": {task: found["accuracy"] for task, found in result.scores.items()},

@@ -26,7 +26,7 @@ SEEDS = (100, 101, 102)
 SHOTS = 32
 PROMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-# Arms of the ablations whose learning rate may be another than MPT's (docs/results-toy.md).
+# Variants of the ablations whose learning rate may be another than MPT's (docs/results-toy.md).
 ABLATIONS = (
     demo.Method(
         "MPT, shared prompt only",

@@ -30,7 +30,7 @@ from mpt_jax.batching import bucketing
 from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
-from mpt_jax.data import datasets, task_lookup, token_tables
+from mpt_jax.data import datasets, task_lookup, token_tables, validation
 from mpt_jax.data.iterators import HostShard
 from mpt_jax.evaluation.periodic_eval import on_device
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
@@ -171,7 +171,7 @@ def _tasks(
     """The tasks to read and their feature converter; raises ValueError if they do not match."""
     tasks = list(seqio.get_subtasks(cfg.provider()))
     converter = cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
-    datasets.check_runs(tasks, converter)
+    validation.check_runs(tasks, converter)
     for task in tasks:
         task_lookup.check_split(task, cfg.split)
     return tasks, converter
@@ -232,7 +232,7 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
     for task in tasks:
         with task_lookup.explain_missing_data(task, cfg.split):
             overlong[task.name] = token_tables.count_examples(_dataset(cfg, task))
-    datasets.check_counts(overlong, cfg, converter)
+    validation.check_counts(overlong, cfg, converter)
 
 
 def _examples(cfg: datasets.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:

@@ -84,7 +84,7 @@ class Artifact:
         return plain_prompts(self.method, self.params, self.runs)
 
     def weights(self) -> np.ndarray:
-        """[K, C], of each candidate in each plain prompt; raises what `plain_weights` does."""
+        """[K, J], of each candidate in each plain prompt; raises what `plain_weights` does."""
         return plain_weights(self.method, self.params, self.runs)
 
 

@@ -51,10 +51,11 @@ class LengthBuckets:
             batch: an unpacked batch of full length.
             targets: whether to cut targets as well; decoding may need all of their positions.
         """
-        encoder = _smallest(self.encoder, encoder_lengths(batch))
+        encoder = smallest(self.encoder, encoder_lengths(batch).max(initial=0))
         decoder = self.decoder[-1]
         if targets:
-            decoder = _smallest(self.decoder, used(batch["decoder_target_tokens"] != 0))
+            needed = used(batch["decoder_target_tokens"] != 0).max(initial=0)
+            decoder = smallest(self.decoder, needed)
         to = {"encoder": encoder, "decoder": decoder}
         return {name: value[:, : to[name.split("_")[0]]] for name, value in batch.items()}
 
@@ -153,5 +154,6 @@ def used(real: np.ndarray) -> np.ndarray:
     return np.where(real.any(axis=1), real.shape[1] - real[:, ::-1].argmax(axis=1), 0)
 
 
-def _smallest(lengths: Sequence[int], used: np.ndarray) -> int:
-    return next(length for length in lengths if length >= used.max(initial=0))
+def smallest(sizes: Sequence[int], needed: int) -> int:
+    """The first of increasing sizes that is at least `needed`."""
+    return next(size for size in sizes if size >= needed)

@@ -1,7 +1,9 @@
 """Batches of the contract from examples that are at hand, in NumPy.
 
-`features` makes the same batches inside a data pipeline. This is for those who have token ids
-already: a server that answers requests, a benchmark, a program without SeqIO.
+For callers that have token ids as lists: the feature converter (packed rows), benchmarks, programs
+without SeqIO. Two other functions build unpacked rows, because theirs run inside a graph:
+`data.feature_converter.PromptFeatureConverter._place` (TensorFlow, one example at a time) and
+`serving.predict.compiled.Functions._batch` (JAX). Tests compare all three.
 """
 
 from __future__ import annotations

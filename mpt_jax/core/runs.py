@@ -13,7 +13,10 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
 
 # What a run's name says of settings that neither its data nor its initial values depend on.
 _SETTINGS = re.compile(
@@ -104,9 +107,7 @@ class Runs:
         Raises:
             ValueError: no such run; lists the known ones, the closest first.
         """
-        if run_name not in self._rows:
-            raise ValueError(unknown_name("run", run_name, self.run_names))
-        return self._rows[run_name]
+        return look_up("run", run_name, self._rows)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
@@ -133,6 +134,17 @@ def data_name(run_name: str) -> str:
 def global_batch_size(runs: Runs, examples: int) -> int:
     """Examples in a step of a job whose groups have `examples` each, as many as each has alone."""
     return runs.num_groups * examples
+
+
+def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
+    """`known[name]`.
+
+    Raises:
+        ValueError: there is none; lists the known names, the closest first.
+    """
+    if name not in known:
+        raise ValueError(unknown_name(what, name, list(known)))
+    return known[name]
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:

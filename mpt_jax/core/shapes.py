@@ -5,7 +5,10 @@
        (prompt slots included)     K  rows of the prompt bank  G  groups (independent runs)
     R  rank of a task's factors    N  attention heads          D  width of one head
     F  feed-forward width          S  source prompts           C  classes
+    E  examples of a packed row    J  candidate prompts that one prompt is mixed from
+    Q  query positions             M  positions attended to    Z  rows of a private prompt
 
+A lower-case word (`"B text"`) is a size that has no name outside its function.
 Annotations are jaxtyping's (`Float[Array, "B T H"]`). They are checked at run time only under
 pytest, by an import hook, so production code pays nothing for them.
 """

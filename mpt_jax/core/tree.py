@@ -52,6 +52,17 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def by_suffix(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value under the longest suffix of a path name, cut at slashes, that `values` has.
+
+    Optimizer states hold trees like the parameters below names of their own
+    (`0/mu/prompt/shared`): this finds what belongs to `prompt/shared`.
+    """
+    parts = name.split("/")
+    suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((values[suffix] for suffix in suffixes if suffix in values), default)
+
+
 def label_tree(tree: Any, rules: Rules) -> Any:
     """A tree of the same structure whose leaves are labels from the first rule that matches.
 

@@ -1,7 +1,6 @@
-"""From a `DatasetConfig` to batches: NumPy dictionaries in the contract of `features`.
+"""From a `DatasetConfig` to batches: NumPy dictionaries in the batch contract.
 
-`DatasetConfig` and `get_dataset` are T5X's by name
-and meaning.
+`DatasetConfig` and `get_dataset` have T5X's names and meaning.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import task_lookup, token_tables
+from mpt_jax.data import task_lookup, token_tables, validation
 from mpt_jax.data.iterators import EvalBatches, HostShard, TrainIterator
 from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares
@@ -138,7 +137,7 @@ def get_dataset(
         raise ValueError("continue_from_last_checkpoint must be False; see TrainIterator.restore.")
     provider = cfg.provider()
     converter = cfg.converter(feature_converter_cls, cfg.pack)
-    _check(cfg, provider, converter, num_shards, endless=num_epochs is None)
+    validation.check_config(cfg, provider, converter, num_shards, endless=num_epochs is None)
     rows = cfg.batch_size // num_shards
     dataset = provider.get_dataset(
         dict(cfg.task_feature_lengths or {}),
@@ -155,7 +154,7 @@ def get_dataset(
     dataset = converter(dataset, dict(cfg.task_feature_lengths or {}))
     dataset = dataset.batch(rows, drop_remainder=True)
     if isinstance(provider, TaskMixture):
-        check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
+        validation.check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
     return dataset
 
 
@@ -193,86 +192,6 @@ def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int)
     texts = dataset.map(lambda example: {name: example[name] for name in names})
     windows = texts.ragged_batch(window * batch_size, drop_remainder=True).enumerate()
     return windows.map(tf.autograph.experimental.do_not_convert(sort)).unbatch()
-
-
-def _check(cfg: DatasetConfig, provider: Any, converter: Any, hosts: int, endless: bool) -> None:
-    """Raises ValueError for what would fail, or be wrong, later and less clearly."""
-    if cfg.batch_size % hosts:
-        raise ValueError(
-            f"DatasetConfig.batch_size {cfg.batch_size} must be a multiple of the {hosts} hosts."
-        )
-    if cfg.task_feature_lengths is None:
-        raise ValueError("DatasetConfig.task_feature_lengths must be given for training.")
-    if endless and cfg.seed is None:
-        raise ValueError("DatasetConfig.seed must be given for training; there is no default.")
-    if endless and isinstance(provider, TaskMixture):
-        sampler = provider.sampler
-        if sampler.batch_size != cfg.batch_size and not cfg.pack:
-            raise ValueError(
-                f"DatasetConfig.batch_size is {cfg.batch_size}, but the sampler's is "
-                f"{sampler.batch_size}. Bind both to one macro."
-            )
-    runs = getattr(converter, "runs", None)
-    if endless and cfg.pack and runs is not None and runs.num_groups > 1:
-        raise ValueError(
-            f"Packing deals {runs.num_groups} independent runs uneven shares of a step, and each "
-            "should learn as it would alone. Set pack = False (DatasetConfig.by_length keeps "
-            "shares even), or GROUPS = 'joint'."
-        )
-    tasks = seqio.get_subtasks(provider)
-    if isinstance(provider, seqio.Task):
-        task_lookup.check_split(provider, cfg.split)
-    elif not any(cfg.split in task.splits for task in tasks):
-        raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
-    check_runs(tasks, converter)
-
-
-def check_runs(tasks: Iterable[Any], converter: Any) -> None:
-    """Raises ValueError for a task that is not among the converter's runs."""
-    # Converters other than ours (plain T5 fine-tuning under T5X's gin) know no runs.
-    runs = getattr(converter, "runs", None)
-    if runs is not None:
-        for task in tasks:
-            runs.row(task.name)
-
-
-def check_lengths(
-    overlong: Mapping[str, tuple[int, int]],
-    converter: Any,
-    task_feature_lengths: Mapping[str, int] | None,
-) -> None:
-    """Raises ValueError for over-long examples unless the converter truncates them.
-
-    Args:
-        overlong: {task: (examples that were cut, examples)}.
-        converter: its `on_overlong` says what follows.
-        task_feature_lengths: the limits, for the message.
-    """
-    cut = {name: counts for name, counts in overlong.items() if counts[0]}
-    if not cut or getattr(converter, "on_overlong", "truncate") == "truncate":
-        return
-    counts = ", ".join(f"{n}: {c} of {total} ({c / total:.2%})" for n, (c, total) in cut.items())
-    raise ValueError(
-        f"Some examples are longer than task_feature_lengths {dict(task_feature_lengths or {})} "
-        f"({counts}). Raise the limits, or bind PromptFeatureConverter.on_overlong = 'truncate'."
-    )
-
-
-def check_counts(
-    overlong: Mapping[str, tuple[int, int]], cfg: DatasetConfig, converter: Any
-) -> None:
-    """Raises ValueError for an empty split, or as `check_lengths` does; logs what is cut.
-
-    Args:
-        overlong: {task: (examples that were cut, examples)}.
-        cfg: what was read.
-        converter: see `check_lengths`.
-    """
-    empty = [name for name, (_, size) in overlong.items() if not size]
-    if empty:
-        raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
-    token_tables.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
-    check_lengths(overlong, converter, cfg.task_feature_lengths)
 
 
 def train_iterator(
@@ -342,7 +261,7 @@ def eval_batches(
     provider = cfg.provider()
     tasks = seqio.get_subtasks(provider)
     converter = cfg.converter(feature_converter_cls, cfg.pack)
-    check_runs(tasks, converter)
+    validation.check_runs(tasks, converter)
     share = HostShard(cfg.batch_size, num_hosts, host_index)
     made: dict[str, Callable[[], Iterable[Batch]]] = {}
     for task in tasks:
@@ -375,5 +294,5 @@ def _converted(
         limit=-1 if num_batches is None else num_batches * cfg.batch_size,
     )
     counts = {task.name: (table.num_overlong, table.num_examples)}
-    check_lengths(counts, converter, cfg.task_feature_lengths)
+    validation.check_lengths(counts, converter, cfg.task_feature_lengths)
     return converter(token_tables.dataset_of([table]), cfg.task_feature_lengths)

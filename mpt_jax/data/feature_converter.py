@@ -237,7 +237,10 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         return tf.strings.join([name, known])
 
     def _place(self, example, row: tf.Tensor, positions: Mapping[str, int]):
-        """One example to a row: the prompt in front, then the text, then padding."""
+        """One example to a row, in the graph: the prompt in front, then the text, then padding.
+
+        `batching.collate.unpacked` does the same for lists, `predict.compiled` on the device.
+        """
         prompt = tf.constant(self.prompt_lengths)[row]
         targets = _pad(example["targets"], positions["targets"])
         tokens = tf.concat([tf.zeros([prompt], tf.int32), example["inputs"]], axis=0)

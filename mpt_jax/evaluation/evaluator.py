@@ -23,7 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mpt_jax.batching.collate import Batch
-from mpt_jax.data import datasets, task_lookup, token_tables
+from mpt_jax.data import datasets, task_lookup, token_tables, validation
 from mpt_jax.data.iterators import EvalBatches, HostShard
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
@@ -189,7 +189,7 @@ class InferenceEvaluator:
         """Returns each task's number of examples, having checked their lengths."""
         found = self._evaluator.cached_task_datasets
         overlong = {name: token_tables.count_examples(dataset) for name, dataset in found.items()}
-        datasets.check_counts(overlong, cfg, self._converter)
+        validation.check_counts(overlong, cfg, self._converter)
         return {name: size for name, (_, size) in overlong.items()}
 
     def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:
@@ -284,7 +284,7 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
             "name. Use sampling.task_mixture."
         )
     tasks = seqio.get_subtasks(provider)
-    datasets.check_runs(tasks, converter)
+    validation.check_runs(tasks, converter)
     for task in tasks:
         task_lookup.check_split(task, cfg.split)
         if task.predict_with_aux_metric_fns:

@@ -10,7 +10,6 @@ one process. What is compared, and how, was written down beforehand in docs/prot
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import itertools
 import os
@@ -32,7 +31,7 @@ SOURCES = ("toy_sst2", "toy_mnli", "toy_qnli", "toy_qqp", "toy_squad", "toy_reco
 TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
 ALL_TARGETS = (*TARGETS, "toy_wic", "toy_scitail", "toy_paws", "toy_d2t")
 SEEDS = (0, 1, 2)
-# The source prompt that PT starts from in the arm "PT from a source prompt": fixed, as in the
+# The source prompt that PT starts from in the variant "PT from a source prompt": fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
 SOURCE_STEPS, SOURCE_RATE = 300, 0.3
@@ -179,11 +178,8 @@ def adapt(
 
 def majority_shares(tasks: Sequence[str]) -> dict[str, float]:
     """Percent of each task's test rows that have the most frequent target."""
-    shares = {}
-    for task in tasks:
-        counts = collections.Counter(target for _, target in toy.rows(task, "test"))
-        shares[task] = 100 * counts.most_common(1)[0][1] / counts.total()
-    return shares
+    targets = {task: [target for _, target in toy.rows(task, "test")] for task in tasks}
+    return {task: results.majority_share(targets[task]) for task in tasks}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -108,6 +109,12 @@ def paired(new: Result, old: Result) -> list[float]:
     if not found:
         raise ValueError(f"{new.method!r} and {old.method!r} have no task and seed in common.")
     return found
+
+
+def majority_share(targets: Iterable[Any]) -> float:
+    """Percent of the targets that are the most frequent one."""
+    counts = collections.Counter(targets)
+    return 100 * max(counts.values()) / counts.total()
 
 
 def by_metric(result: Result, metric: str) -> Result:

@@ -28,7 +28,7 @@ from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules, label_tree
 from mpt_jax.models import decoding, losses, metrics, prompt_insertion
 from mpt_jax.models.t5x_interface import T5XInterface
-from mpt_jax.prompts.base import InitContext, PromptMethod, has_variable_lengths, row_axes
+from mpt_jax.prompts.base import InitContext, PromptMethod, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
 FROZEN = "frozen"
@@ -83,7 +83,7 @@ class PromptedEncoderDecoder(T5XInterface):
                 "teachers are prompts, so a student must be one too. Leave distillation unset, or "
                 "choose a prompt method."
             )
-        if self.has_teacher and has_variable_lengths(prompt, runs):
+        if self.has_teacher and prompt.has_variable_lengths(runs):
             raise ValueError(
                 f"Objective.distillation is set, and prompts have {prompt.prompt_lengths(runs)} "
                 f"positions: a student has as many as its teacher, here {prompt.prompt_length}. "

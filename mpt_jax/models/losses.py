@@ -45,12 +45,12 @@ class MixtureWeights:
     """What the prompts of a batch were mixed from.
 
     Attributes:
-        weights: [B, E, C] of each candidate, E examples to a row.
+        weights: [B, E, J] of each candidate, E examples to a row.
         task_ids: [B, E] the bank row of each example.
         present: [B, E] whether there is one.
     """
 
-    weights: Float[Array, "B E C"]
+    weights: Float[Array, "B E J"]
     task_ids: Int[Array, "B E"]
     present: Bool[Array, "B E"]
 
@@ -82,8 +82,8 @@ def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[
     Returns:
         `teacher_logits` [B, L, V], less the largest of each position: no softmax sees that, and
         what is likely, and matters, then loses little in a shorter dtype. `teacher_encoded`
-        [B, T, C, H] and `teacher_decoded` [B, L, C, H], the C chosen states of each stack. None of
-        a term that is off.
+        [B, T, states, H] and `teacher_decoded` [B, L, states, H], the chosen states of each stack.
+        None of a term that is off.
     """
     found: dict[str, Array] = {}
     if distillation.logits:

@@ -72,7 +72,7 @@ def mixture_metrics(
 
     Args:
         mixed: of a batch.
-        names: of the C candidates.
+        names: of the J candidates.
         num_rows: K.
     """
     present = mixed.present.astype(jnp.float32)

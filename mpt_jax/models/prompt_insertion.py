@@ -16,7 +16,7 @@ from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
 from mpt_jax.models.losses import MixtureWeights
-from mpt_jax.prompts.base import PromptContext, PromptMethod, has_variable_lengths
+from mpt_jax.prompts.base import PromptContext, PromptMethod
 
 
 class PromptedEmbeddings(NamedTuple):
@@ -99,7 +99,7 @@ def insert_prompts(
         weights = method.mixture(params, runs, task_ids, given)
         weights = jax.lax.stop_gradient(weights if packed else weights[:, None])
         mixed = MixtureWeights(weights, found.task_ids, _present(mask, found.number, count))
-    if packed or has_variable_lengths(method, runs):
+    if packed or method.has_variable_lengths(runs):
         rows = rows_at(prompts if packed else prompts[:, None], found.number, slots)
         return PromptedEmbeddings(
             place_rows(rows, embedded, slots), rows if packed else prompts, mixed

@@ -15,7 +15,7 @@ from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.models import decoding, losses, metrics
-from mpt_jax.prompts.base import PromptMethod, has_variable_lengths
+from mpt_jax.prompts.base import PromptMethod
 
 
 class T5XInterface:
@@ -51,7 +51,7 @@ class T5XInterface:
 
     def _converter(self, **settings: Any) -> Any:
         assert self.feature_converter_cls is not None
-        if has_variable_lengths(self.prompt, self.runs):
+        if self.prompt.has_variable_lengths(self.runs):
             settings = {"prompt_lengths": self.prompt.prompt_lengths(self.runs), **settings}
         converter = self.feature_converter_cls(**settings)
         reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length

@@ -127,7 +127,7 @@ class ATTEMPT(PromptMethod):
         return self._weights(params, runs, task_ids, given).mean(-1)
 
     def _weights(self, params, runs, task_ids, given):
-        """[..., C, 1], or by row [..., C, P]."""
+        """[..., J, 1], or by row [..., J, P]."""
         attention = self._attention()
         scores = [
             attention.scores(params, runs, task_ids, given.pooled, prompts)

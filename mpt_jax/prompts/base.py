@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from mpt_jax.core.runs import Runs, data_name, unknown_name
+from mpt_jax.core.runs import Runs, data_name, look_up
 from mpt_jax.core.shapes import Array, Float, Int, Key, Params
 from mpt_jax.core.tree import Rules
 
@@ -78,7 +78,7 @@ class PromptMethod(Protocol):
         needs_artifact: whether prompts cannot start without an initial artifact.
         depends_on_run_names: whether prompts depend on runs' names, beside rows and groups.
         schedule_steps: training steps that a schedule of the method's own takes; 0 without one.
-        candidates: names of the C prompts that each prompt is mixed from, if it is.
+        candidates: names of the J prompts that each prompt is mixed from, if it is.
     """
 
     name: str
@@ -129,6 +129,10 @@ class PromptMethod(Protocol):
         behind them is not read."""
         return (self.prompt_length,) * runs.num_rows
 
+    def has_variable_lengths(self, runs: Runs) -> bool:
+        """Whether the prompts of some rows take fewer than P positions."""
+        return min(self.prompt_lengths(runs)) < self.prompt_length
+
     def source_prompt_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
         """The P of an artifact that prompts can start from."""
         del source_method, source_runs
@@ -141,7 +145,7 @@ class PromptMethod(Protocol):
         task_ids: Int[Array, "..."],
         given: PromptContext = NO_CONTEXT,
     ) -> Array:
-        """The weight [..., C] of each candidate in the prompts that `compose` makes."""
+        """The weight [..., J] of each candidate in the prompts that `compose` makes."""
         raise NotImplementedError(f"{self.name!r} mixes no candidates.")
 
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
@@ -167,9 +171,7 @@ def get_method(name: str) -> Callable[..., PromptMethod]:
     Raises:
         ValueError: no such method; lists the known ones.
     """
-    if name not in _METHODS:
-        raise ValueError(unknown_name("prompt method", name, method_names()))
-    return _METHODS[name]
+    return look_up("prompt method", name, _METHODS)
 
 
 def method_names() -> tuple[str, ...]:
@@ -187,11 +189,6 @@ def row_axes(method: PromptMethod) -> dict[str, str]:
 def prompt_length_of(method: PromptMethod) -> int:
     """P of a method, for gin."""
     return method.prompt_length
-
-
-def has_variable_lengths(method: PromptMethod, runs: Runs) -> bool:
-    """Whether the prompts of some rows take fewer than P positions."""
-    return min(method.prompt_lengths(runs)) < method.prompt_length
 
 
 def name_key(key: Key, name: str) -> Key:

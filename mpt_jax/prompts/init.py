@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.core.runs import Runs, unknown_name
+from mpt_jax.core.runs import Runs, look_up
 from mpt_jax.core.shapes import Array, Float, Key
 from mpt_jax.prompts.base import InitContext, name_key
 
@@ -84,9 +84,7 @@ class ClassLabels:
     def __call__(self, key, task_name, prompt_length, context):
         labels = self.labels
         if isinstance(labels, Mapping):
-            if task_name not in labels:
-                raise ValueError(unknown_name("task with class labels", task_name, list(labels)))
-            labels = labels[task_name]
+            labels = look_up("task with class labels", task_name, labels)
         words = [_ids(label, context) for label in labels]
         rows = [context.embedding[ids].astype(jnp.float32).mean(0) for ids in words]
         return _fill(rows, "labels", self.rest(key, task_name, prompt_length, context))
@@ -154,9 +152,7 @@ def initial_prompts(
     for row in rows:
         run, chosen = runs.run_names[row], init
         if isinstance(chosen, Mapping):
-            if run not in chosen:
-                raise ValueError(unknown_name("run among initializers", run, list(chosen)))
-            chosen = chosen[run]
+            chosen = look_up("run among initializers", run, chosen)
         made.append(chosen(name_key(key, run), runs.task_names[row], prompt_length, context))
     return jnp.stack(made)
 

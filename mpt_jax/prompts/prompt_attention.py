@@ -122,17 +122,17 @@ class TextAttention:
         runs: Grouped,
         task_ids: Int[Array, "..."],
         pooled: Float[Array, "... H"] | None,
-        prompts: Float[Array, "*#examples C P H"],
-    ) -> Float[Array, "... C _"]:
+        prompts: Float[Array, "*#examples J P H"],
+    ) -> Float[Array, "... J _"]:
         """What the softmax over candidates is taken of: one score for all rows of a prompt,
-        [..., C, 1], or one for each, [..., C, P].
+        [..., J, 1], or one for each, [..., J, P].
 
         Args:
             params: see `init`.
             runs: the bank's rows.
             task_ids: of each example.
             pooled: x of each example; None for a kind that does not read it.
-            prompts: C candidates, of each example or of all.
+            prompts: J candidates, of each example or of all.
         """
         kind = KINDS[self.kind]
         if kind.query is None:
@@ -146,7 +146,7 @@ class TextAttention:
         }
         query = kind.query(own, pooled)
         keys = prompts if kind.by_row else prompts.max(-2, keepdims=True)
-        found = jnp.einsum("...cph,...h->...cp", keys, query, precision=FLOAT32)
+        found = jnp.einsum("...jph,...h->...jp", keys, query, precision=FLOAT32)
         return found / self.temperature if kind.maps else found
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.runs import Runs, unknown_name
+from mpt_jax.core.runs import Runs, look_up
 from mpt_jax.core.shapes import Array
 from mpt_jax.prompts.base import source_rows
 from mpt_jax.prompts.spot import NearestSource, SourceTable
@@ -124,9 +124,8 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
 
 
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
-    if run not in table:
-        raise ValueError(unknown_name("run in the table start_from", run, list(table)))
-    weights, chosen = np.zeros(source_runs.num_rows), table[run]
+    chosen = look_up("run in the table start_from", run, table)
+    weights = np.zeros(source_runs.num_rows)
     if isinstance(chosen, str):
         weights[source_rows(source_runs, chosen)] = 1
         return weights

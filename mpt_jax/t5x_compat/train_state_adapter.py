@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpt_jax.artifacts import artifacts, model_card, provenance
 from mpt_jax.config import trainer_choice
 from mpt_jax.core.shapes import Key, Params
-from mpt_jax.core.tree import flatten, match_exactly, merge, split, unflatten
+from mpt_jax.core.tree import by_suffix, flatten, match_exactly, merge, split, unflatten
 from mpt_jax.data import task_lookup
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.training import initialization
@@ -98,13 +98,7 @@ class Host:
     def opt_axis_names(self, opt_state: Any) -> Any:
         """Logical axes of the optimizer state: a moment's are its parameter's."""
 
-        def find(name: str) -> PartitionSpec:
-            parts = name.split("/")
-            tails = ("/".join(parts[i:]) for i in range(len(parts)))
-            names = next((self.axes[tail] for tail in tails if tail in self.axes), ())
-            return PartitionSpec(*names)
-
-        axes = [find(name) for name in flatten(opt_state)]
+        axes = [PartitionSpec(*by_suffix(self.axes, name, ())) for name in flatten(opt_state)]
         return jax.tree.unflatten(jax.tree.structure(opt_state), axes)
 
 

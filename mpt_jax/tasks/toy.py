@@ -149,7 +149,7 @@ def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: l
 
 
 def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk `number` of the pretraining text as ids, zero padded: inputs [C,T], targets [C,L]."""
+    """Chunk `number` of the pretraining text as zero-padded ids: inputs [n, T], targets [n, L]."""
     rng, ids = random.Random(f"pretrain {number}"), word_ids()
     arrays = [np.zeros((PRETRAIN_CHUNK, n), np.int32) for n in toy_pretrain.LENGTHS.values()]
     for row in range(PRETRAIN_CHUNK):

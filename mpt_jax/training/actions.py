@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from mpt_jax.core.runs import unknown_name
+from mpt_jax.core.runs import look_up
 
 Scores = Mapping[str, Mapping[str, float]]
 
@@ -48,11 +48,8 @@ class EarlyStoppingAction:
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
         """True once patience is over."""
         task, metric = self.metric
-        if task not in metrics_by_task:
-            raise ValueError(unknown_name("evaluated task", task, list(metrics_by_task)))
-        if metric not in metrics_by_task[task]:
-            raise ValueError(unknown_name(f"metric of {task}", metric, list(metrics_by_task[task])))
-        value = float(metrics_by_task[task][metric])
+        metrics = look_up("evaluated task", task, metrics_by_task)
+        value = float(look_up(f"metric of {task}", metric, metrics))
         if math.isnan(value):  # is no improvement, and nothing to improve upon
             self._waited += 1
             return self._waited >= self.patience
@@ -75,9 +72,5 @@ class TerminateOnNanAction:
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
         """True on NaN or infinity."""
-        if self.task not in metrics_by_task:
-            raise ValueError(unknown_name("evaluated task", self.task, list(metrics_by_task)))
-        found = metrics_by_task[self.task]
-        if self.metric not in found:
-            raise ValueError(unknown_name(f"metric of {self.task}", self.metric, list(found)))
-        return not math.isfinite(found[self.metric])
+        metrics = look_up("evaluated task", self.task, metrics_by_task)
+        return not math.isfinite(look_up(f"metric of {self.task}", self.metric, metrics))

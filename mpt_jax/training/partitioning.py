@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
-from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.core.tree import by_suffix, flatten, unflatten
 
 AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
@@ -301,10 +301,5 @@ def put_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding
 def shardings_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
     """Where `put_like` places each leaf of a tree."""
     by_name = flatten(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
-
-    def find(name: str) -> NamedSharding:
-        parts = name.split("/")
-        tails = ("/".join(parts[i:]) for i in range(len(parts)))
-        return next((by_name[tail] for tail in tails if tail in by_name), replicated)
-
-    return jax.tree.unflatten(jax.tree.structure(state), [find(name) for name in flatten(state)])
+    leaves = [by_suffix(by_name, name, replicated) for name in flatten(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)

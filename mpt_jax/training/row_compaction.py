@@ -1,10 +1,10 @@
 """Which rows of a batch are sent to the devices: those of runs that still train.
 
 In a job of independent runs each of K runs has an equal, contiguous share of every batch of B rows
-(`sampling.EqualQuotas`), and the batch lies in D equal blocks, one on each shard of the mesh's data
+(`sampling.EqualQuotas`), and the batch lies in equal blocks, one on each shard of the mesh's data
 axis. Rows of runs that have ended are left out; what is left moves to the front of its block, and
-all blocks are filled up to one capacity, a halving of B / D. So a step costs what the runs that
-train cost, to a factor of two, and is compiled again at most log2(B / D) times.
+all blocks are filled up to one capacity, a halving of their size. So a step costs what the runs
+that train cost, to a factor of two, and is compiled again once for each halving.
 
 Rows never change their block: where prompts are sharded by runs, every example stays on the shard
 of its prompt.
@@ -26,7 +26,7 @@ class RowCompactor:
 
     Attributes:
         runs: the K rows of the bank, in the order of their shares.
-        shards: D, blocks of a batch over all processes.
+        shards: blocks of a batch over all processes.
         first_shard: the first of this process's blocks.
         local_shards: how many this process has, one after the other.
         num_microbatches: must divide every capacity.
@@ -39,7 +39,7 @@ class RowCompactor:
     num_microbatches: int = 1
 
     def owners(self, batch_size: int) -> np.ndarray:
-        """The bank row of every row of a batch, [D, B / D].
+        """The bank row of every row of a batch, [shards, B / shards].
 
         Raises:
             ValueError: B does not divide by the runs, or by the blocks.
@@ -53,7 +53,7 @@ class RowCompactor:
         return np.repeat(np.arange(rows), batch_size // rows).reshape(self.shards, -1)
 
     def capacities(self, batch_size: int) -> list[int]:
-        """The rows that a block may have, from B / D down."""
+        """The rows that a block may have, from B / shards down."""
         found = [batch_size // self.shards]
         while found[-1] % (2 * self.num_microbatches) == 0:
             found.append(found[-1] // 2)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.runs import unknown_name
+from mpt_jax.core.runs import look_up
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.training.actions import (
@@ -177,9 +177,8 @@ class SelectBest:
                 name = name[runs.task_names[row]]
             if name is None:
                 name = next(iter(found))
-            if name not in found:
-                raise ValueError(unknown_name(f"metric of {run}", name, list(found)))
-            totals[runs.group_of_row[row]].append(float(found[name]))
+            score = float(look_up(f"metric of {run}", name, found))
+            totals[runs.group_of_row[row]].append(score)
         return [sum(scores) / len(scores) if scores else None for scores in totals]
 
     def best_group_scores(self) -> list[float]:

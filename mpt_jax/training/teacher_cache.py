@@ -120,8 +120,8 @@ def _unsuited(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: boo
 
 
 def position_bytes(model: PromptedEncoderDecoder, dtype: str) -> dict[str, int]:
-    """What one used position of each side takes, `encoder` and `decoder`: C H numbers of the chosen
-    states, and for a target position V logits as well; nothing for a term that is off."""
+    """What one used position of each side takes, `encoder` and `decoder`: H numbers of each of the
+    chosen states, and for a target position V logits as well; nothing for a term that is off."""
     config, distil = model.module.config, model.objective.distillation
     assert distil is not None
     encoder, decoder = (n * config.emb_dim if distil.hidden else 0 for n in model.states_compared)

@@ -373,13 +373,15 @@ def test_the_command_writes_its_figures(command: str, field: str, tmp_path: Path
 
 def test_learning_rates_are_chosen_on_tasks_and_draws_of_their_own() -> None:
     tried = list(tune_crosspt.grid())
-    stages = [tune_crosspt.stage(arm, rates) for arm, rates in tried]
+    stages = [tune_crosspt.stage(variant, rates) for variant, rates in tried]
     assert len({stage.name for stage in stages}) == len(stages)
     tasks = {run.task for stage in stages for run in stage.runs}
     assert not tasks & set(suites.TOY.tasks.values())
     assert {run.seed for stage in stages for run in stage.runs} == {100, 101, 102}
-    for arm in {arm.name: arm for arm, _ in tried}.values():
-        assert suites.TOY.rates[arm.rate] in [rates for other, rates in tried if other is arm]
+    for variant in {variant.name: variant for variant, _ in tried}.values():
+        assert suites.TOY.rates[variant.rate] in [
+            rates for other, rates in tried if other is variant
+        ]
     bound = dict(binding.split(" = ", 1) for binding in stages[-1].bindings)
     # Two tasks of a seed are a group of CrossPT's; each has four rows in a step, as any other's.
     assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2]", "8")

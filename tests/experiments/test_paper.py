@@ -32,7 +32,7 @@ GROUPS["SuperGLUE"] = suites.SUPER_GLUE
 
 
 def planned(name: str, suite=suites.TOY, root=ROOT / "no such folder", **changes):
-    table = dataclasses.replace(tables.find(name).on(suite), **changes)
+    table = dataclasses.replace(tables.get_table(name).on(suite), **changes)
     return table, chains.cells(table, suite, root)
 
 
@@ -59,7 +59,7 @@ def test_published_averages_are_those_of_their_tasks(name):
 
 def test_published_rows_belong_to_arms_that_are_there():
     named = {row.of for name in ALL for row in published.rows(name)} - {None}
-    assert named <= set(variants.ARMS)
+    assert named <= set(variants.VARIANTS)
     assert published.majority()["WSC"] == pytest.approx(100 * 35 / 52, abs=0.05)
 
 
@@ -68,8 +68,8 @@ def test_published_rows_belong_to_arms_that_are_there():
 
 def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
     table, cells = planned("table3", suites.PAPER)
-    assert [(cell.arm.name, cell.shots) for cell in cells] == [
-        (arm, k) for k in (4, 16, 32) for arm in ("PT", "SPoT", "MPT")
+    assert [(cell.variant.name, cell.shots) for cell in cells] == [
+        (variant, k) for k in (4, 16, 32) for variant in ("PT", "SPoT", "MPT")
     ]
     mpt = cells[-1]
     job = "mpt/k32/boolq-cb-scitail_s0-9"
@@ -138,7 +138,7 @@ def test_every_source_stage_takes_five_epochs_of_batches_that_its_sampler_accept
 def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
     table, cells = planned("ablations")
     assert (table.seeds, table.shots) == (10, (32,))
-    both = next(cell for cell in cells if cell.arm.name == "MPT")
+    both = next(cell for cell in cells if cell.variant.name == "MPT")
     assert [stage.name for stage in both.sources] == ["teachers"] + [
         f"mpt_source_s{seed}" for seed in range(10)
     ]
@@ -147,7 +147,7 @@ def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
     for seed, job in enumerate(both.jobs):
         assert {run.seed for run in job.runs} == {seed} and job.name.endswith(f"s{seed}_own_source")
         assert f"mpt_source_s{seed}/artifact" in given(job)["INITIAL_ARTIFACT"]
-    no_teachers = next(cell for cell in cells if cell.arm.name == "neither")
+    no_teachers = next(cell for cell in cells if cell.variant.name == "neither")
     assert not any("teachers" in stage.name for stage in no_teachers.sources)
     assert not any(name.startswith("TEACHERS") for name in given(no_teachers.sources[0]))
 
@@ -198,9 +198,13 @@ EXPECTED = {  # trained numbers of a target stage with one run, T5-base
 @pytest.mark.parametrize("name", [*EXPECTED, "MPT", "decomposition only", "MPT, 12 sources"])
 def test_every_stage_of_an_arm_is_a_command_that_parses(name):
     trainer_choice.install_fallback()
-    arm = variants.find(name)
+    variant = variants.get_variant(name)
     table = dataclasses.replace(
-        tables.find("table3"), arms=(arm,), shots=(16,), seeds=1, groups={"": ("BoolQ",)}
+        tables.get_table("table3"),
+        variants=(variant,),
+        shots=(16,),
+        seeds=1,
+        groups={"": ("BoolQ",)},
     )
     suites.PAPER.register()
     (cell,) = chains.cells(table, suites.PAPER, ROOT)
@@ -219,7 +223,7 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
 def test_tasks_of_a_seed_learn_together_where_the_method_shares_sources():
     table, cells = planned("crosspt")
     assert (table.shots, table.seeds) == ((4, 16, 32, None), 10)
-    few = {cell.arm.name: cell for cell in cells if cell.shots == 32}
+    few = {cell.variant.name: cell for cell in cells if cell.shots == 32}
     assert list(few) == ["PT", "SPoT", "ATTEMPT", "MPT", "CrossPT"]
     (job,), (alone,) = few["CrossPT"].jobs, few["PT"].jobs
     bound, others = given(job), given(alone)
@@ -245,10 +249,10 @@ def test_tasks_of_a_seed_learn_together_where_the_method_shares_sources():
 def test_a_group_trains_as_long_as_the_longest_of_its_tasks():
     steps = {"toy_boolq": 30, "toy_cb": 50, "toy_rte": 20, "toy_mrpc": 20}
     suite = dataclasses.replace(
-        suites.TOY, length=lambda task, arm, shots: suites.Length(steps[task], 4)
+        suites.TOY, length=lambda task, variant, shots: suites.Length(steps[task], 4)
     )
     _, cells = planned("crosspt", suite, shots=(16,))
-    jobs = {cell.arm.name: [(job.steps, len(job.runs)) for job in cell.jobs] for cell in cells}
+    jobs = {cell.variant.name: [(job.steps, len(job.runs)) for job in cell.jobs] for cell in cells}
     assert jobs["CrossPT"] == [(50, 40)]
     assert jobs["ATTEMPT"] == [(30, 10), (50, 10), (20, 20)]
 
@@ -259,7 +263,7 @@ def test_factors_of_crosspt_differ_in_what_their_names_say():
     own = {}
     for cell in arms_:
         bound = given(cell.jobs[0])
-        own[cell.arm.name] = {
+        own[cell.variant.name] = {
             name: value
             for name, value in bound.items()
             if plain.get(name) != value and name != "MODEL_DIR"
@@ -291,8 +295,8 @@ def test_versions_of_tasks_train_on_the_same_draws():
         names = json.loads(given(base.jobs[0])["RUN_NAMES"])
         for cell in others:
             changed = json.loads(given(cell.jobs[0])["RUN_NAMES"])
-            assert [name.replace(cell.arm.version, "") for name in changed] == names
-        assert {cell.arm.version for cell in others} == versions
+            assert [name.replace(cell.variant.version, "") for name in changed] == names
+        assert {cell.variant.version for cell in others} == versions
 
 
 def test_every_source_is_tried_on_every_target():
@@ -305,7 +309,7 @@ def test_every_source_is_tried_on_every_target():
 def test_labels_may_be_digits_in_all_stages():
     suite = suites.PAPER.with_digits()
     table, cells = planned("table1", suite)
-    spot = next(cell for cell in cells if cell.arm.name == "SPoT")
+    spot = next(cell for cell in cells if cell.variant.name == "SPoT")
     assert json.loads(given(spot.jobs[0])["START_FROM"]) == "mnli_digits"
     named = json.loads(given(spot.sources[0])["SOURCE_TASKS"])
     assert named == [f"{t}_digits" for t in ("mnli", "qqp", "qnli", "sst2")] + ["squad", "record"]
@@ -329,13 +333,13 @@ def test_no_source_task_is_a_target_on_the_toy_suite():
 
 def test_what_is_unknown_is_listed():
     with pytest.raises(ValueError, match=r"Unknown table 'tabel1'. Did you mean 'table1'"):
-        tables.find("tabel1")
-    with pytest.raises(ValueError, match="Unknown arm 'MTP'"):
-        variants.find("MTP")
+        tables.get_table("tabel1")
+    with pytest.raises(ValueError, match="Unknown variant 'MTP'"):
+        variants.get_variant("MTP")
     with pytest.raises(ValueError, match="toy suite has no counterpart of any task of x"):
         tables.Table("x", "", (variants.PT,), {"MRQA": suites.MRQA}).on(suites.TOY)
     with pytest.raises(ValueError, match="toy suite has one T5 only, so it has no scaling"):
-        tables.find("scaling").on(suites.TOY)
+        tables.get_table("scaling").on(suites.TOY)
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -401,14 +405,14 @@ def test_another_row_is_subtracted_from_and_another_metric_shown(world, capsys):
     arguments = ["crosspt_labels", "--suite", "toy", "--seeds", "2", "--root", str(root)]
     command.main(arguments)
     text = capsys.readouterr().out
-    assert "CrossPT minus each arm" in text and "not run" not in text
+    assert "CrossPT minus each variant" in text and "not run" not in text
     found = {result.method: set(result.scores) for result in results.load(root / "crosspt_labels")}
     assert set(found) == {"CrossPT", "with prefix", "numbers for labels", "unrelated labels"}
     # Versions share columns.
     assert list(found.values()) == [{"toy_boolq", "toy_cb", "toy_rte", "toy_mrpc"}] * 4
     command.main([*arguments, "--collect", "--against", "with prefix", "--metric", "invalid"])
     text = capsys.readouterr().out
-    assert "with prefix minus each arm" in text and re.search(r"CrossPT +0\.0", text)
+    assert "with prefix minus each variant" in text and re.search(r"CrossPT +0\.0", text)
     for wrong in (["--against", "prefix"], ["--metric", "acuracy"]):
         with pytest.raises(SystemExit):
             command.main([*arguments, "--collect", *wrong])
@@ -420,16 +424,16 @@ def test_another_row_is_subtracted_from_and_another_metric_shown(world, capsys):
 def test_some_arms_alone(world, capsys):
     root, ran = world
     arguments = ["ablations", "--suite", "toy", "--seeds", "2", "--root", str(root)]
-    command.main([*arguments, "--arms", "rank 2"])
+    command.main([*arguments, "--variants", "rank 2"])
     sources = ["teachers", "mpt_source_rank_2_s0", "mpt_source_rank_2_s1"]
     jobs = [f"rank_2/k32/toy_boolq-toy_cb-toy_rte-toy_mrpc-toy_scitail_s{s}" for s in (0, 1)]
     assert ran == [*sources, *(f"{job}_own_source" for job in jobs)]
-    command.main([*arguments, "--arms", "MPT"])
+    command.main([*arguments, "--variants", "MPT"])
     kept = {result.method for result in results.load(root / "ablations")}
     assert kept == {"rank 2", "MPT"}, "what ran before stays in the table's results"
     with pytest.raises(SystemExit):
-        command.main([*arguments, "--arms", "rank 3"])
-    assert "Unknown arm of ablations 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
+        command.main([*arguments, "--variants", "rank 3"])
+    assert "Unknown variant of ablations 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
 
 
 def test_a_folder_of_other_settings_is_refused(world, capsys):
@@ -481,7 +485,7 @@ def result(name: str, values: dict[str, list[float]], shots=None, **rest) -> Res
 
 
 def test_ours_stand_beside_the_papers(monkeypatch):
-    table = tables.find("table1").on(suites.PAPER)
+    table = tables.get_table("table1").on(suites.PAPER)
     ours = {task: [70.0, 72.0, 74.0] for task in suites.PAPER.tasks.values()}
     ours["wsc"] = [67.3, 67.3, 67.3]
     made = result("MPT", ours, backbone="runs/backbones/t5-base")
@@ -508,7 +512,7 @@ def test_ours_stand_beside_the_papers(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "transfer"])
 def test_every_published_row_is_shown_with_a_figure(name):
-    table = tables.find(name).on(suites.PAPER)
+    table = tables.get_table(name).on(suites.PAPER)
     text = format.text(table, suites.PAPER, {}, {})
     for row in published.rows(name):
         found = [x for x in text.splitlines() if x.startswith(f"{row.name} ({row.source})")]
@@ -529,7 +533,7 @@ def test_the_main_metric_is_the_one_the_paper_prints():
 
 
 def test_generated_text_has_a_column_for_each_metric():
-    table = tables.find("table5").on(suites.PAPER)
+    table = tables.get_table("table5").on(suites.PAPER)
     scores = {
         "e2e": dict.fromkeys(("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"), [3.0]),
         "webnlg": dict.fromkeys(("bleu", "meteor_exact_stem", "ter"), [4.0]),
@@ -547,7 +551,7 @@ def test_generated_text_has_a_column_for_each_metric():
 
 
 def test_on_the_toy_suite_only_signs_are_set_beside():
-    table = tables.find("ablations").on(suites.TOY)
+    table = tables.get_table("ablations").on(suites.TOY)
     base = {suites.TOY.tasks[name]: [60.0, 61.0, 63.0, 62.0] for name in table.columns}
     moved = lambda by: {task: [v - b for v, b in zip(base[task], by, strict=True)] for task in base}  # noqa: E731
     found = {
@@ -558,8 +562,8 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
     }
     text = format.text(table, suites.TOY, found, {})
     verdicts = {
-        arm: re.search(rf"^{arm} .*\] +4 +(\S+) +(.*)$", text, re.M).groups()
-        for arm in ("neither", "decomposition only", "distillation only")
+        variant: re.search(rf"^{variant} .*\] +4 +(\S+) +(.*)$", text, re.M).groups()
+        for variant in ("neither", "decomposition only", "distillation only")
     }
     assert verdicts == {
         "neither": ("+", "the same"),
@@ -581,13 +585,13 @@ def test_a_table_whose_test_scores_come_from_artifacts(name, rows, tmp_path, mon
         suites.TOY,
         files=("gin/tiny.gin",),
         source_steps=2,
-        length=lambda task, arm, shots: suites.Length(4, 4, period=2),
+        length=lambda task, variant, shots: suites.Length(4, 4, period=2),
         tested_apart=True,
     )
     monkeypatch.setitem(suites.SUITES, "toy", toy_suite)
     table = dataclasses.replace(
-        tables.find(name),
-        arms=tuple(variants.find(row) for row in rows),
+        tables.get_table(name),
+        variants=tuple(variants.get_variant(row) for row in rows),
         shots=(4,),
         groups={"mean": ("BoolQ", "CB")},
         reference=None,
@@ -600,7 +604,7 @@ def test_a_table_whose_test_scores_come_from_artifacts(name, rows, tmp_path, mon
     assert "not run" not in text and "tiny_t5" in text
     found = {result.method: result for result in results.load(tmp_path / name)}
     assert set(found) == set(rows)
-    last = variants.find(rows[-1])
+    last = variants.get_variant(rows[-1])
     job = tmp_path / f"{last.folder}/k4/toy_boolq-toy_cb_s0-1"
     scores = results.read_scores(job / "test", ["toy_cb_k4_s1"])
     assert found[last.name].scores["toy_cb"]["accuracy"][1] == scores["toy_cb_k4_s1"]["accuracy"]

@@ -128,7 +128,7 @@ def test_who_matches_whom():
         *(result("PT", k, rte=[v]) for k, v in ((4, 50.0), (16, 60.0), (None, 99.0))),
         *(result("MPT", k, rte=[v]) for k, v in ((4, 55.0), (16, 70.0), (None, 99.0))),
     ]
-    rows = tables.matching_rows(analysis.arms(found), ("toy_rte",))
+    rows = tables.matching_rows(analysis.by_label(found), ("toy_rte",))
     assert rows == [
         ["", "to match", "k = 4", "k = 16"],
         ["PT", "MPT", "8.0", "not reached"],
@@ -171,9 +171,9 @@ def test_labels_tell_results_apart():
         result("MPT", 4, rte=[4.0]),
     ]
     labels = ["PT, P=20", "PT from mnli, P=20", "PT, P=5", "MPT, 900", "MPT, 2 M"]
-    assert list(analysis.arms(found)) == labels
+    assert list(analysis.by_label(found)) == labels
     with pytest.raises(ValueError, match="two results of 'PT' at k = 32"):
-        analysis.arms([result("PT", rte=[1.0]), result("PT", rte=[1.0])])
+        analysis.by_label([result("PT", rte=[1.0]), result("PT", rte=[1.0])])
 
 
 def test_curves_are_those_of_training(root):
@@ -241,11 +241,11 @@ def test_drawings_take_their_colors_from_the_page(root, demo):
 
 def test_a_method_has_one_color_and_what_varies_it_another_dash():
     found = [result(name, rte=[1.0]) for name in ("PT", "MPT", "PT, P=40")]
-    look = figures.styles(analysis.arms(found))
+    look = figures.styles(analysis.by_label(found))
     pt, mpt, long = look["PT"], look["MPT"], look["PT, P=40"]
     assert pt.color == long.color != mpt.color
     assert (pt.linestyle, pt.marker) != (long.linestyle, long.marker)
-    many = figures.styles(analysis.arms([result(f"m{i}", rte=[1.0]) for i in range(21)]))
+    many = figures.styles(analysis.by_label([result(f"m{i}", rte=[1.0]) for i in range(21)]))
     assert len({(style.color, style.linestyle) for style in many.values()}) == 21
 
 

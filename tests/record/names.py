@@ -21,6 +21,11 @@ COMMANDS = {
 }
 # Macros and parameters that are bound here -> their names now.
 BINDINGS: dict[str, str] = {"INITIAL_ARTEFACT": "INITIAL_ARTIFACT"}
+# Parts of texts -> what they are now, before words are.
+PHRASES: dict[str, str] = {
+    "mpt_jax.artefacts.load_artefact": "mpt_jax.artifacts.artifacts.load_artifact",
+    "'tasks.": "'mpt_jax.tasks.",
+}
 # Whole words of the record (letters, digits, _) -> what they are now: folders and files, keys,
 # metrics, leaves, gin names, words of model cards.
 RENAMED: dict[str, str] = {

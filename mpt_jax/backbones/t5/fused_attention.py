@@ -147,7 +147,7 @@ def shards_of_heads() -> int:
 
 
 def reference_self_attention(
-    joined: Float[Array, "B T J"],
+    joined: Float[Array, "B T joined"],
     bias: Float[Array, "N T T"],
     segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     heads: Heads,
@@ -163,7 +163,7 @@ def reference_self_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def self_attention(
-    joined: Float[Array, "B T J"],
+    joined: Float[Array, "B T joined"],
     bias: Float[Array, "N T T"],
     segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     heads: Heads,
@@ -320,7 +320,7 @@ def _columns(heads: Heads, part: int, n: int) -> tuple[Any, ...]:
 
 
 def _probabilities(q, k, bias, allowed):
-    """Of one head: [Q,D], [K,D] -> [Q,K] float32."""
+    """Of one head: [Q,D], [M,D] -> [Q,M] float32."""
     scores = _product(q, k, 1, 1)
     if bias is not None:
         scores = scores + bias

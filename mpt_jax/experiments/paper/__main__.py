@@ -12,7 +12,6 @@ Stages lie below the root, each a MODEL_DIR; a stage that is done is not run aga
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import json
 import os
@@ -25,7 +24,7 @@ from absl import logging
 
 from mpt_jax.config import gin_utils
 from mpt_jax.core.old_names import current_text
-from mpt_jax.core.runs import unknown_name
+from mpt_jax.core.runs import look_up
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results, stages
 from mpt_jax.experiments.paper import chains, format, published, suites, tables
@@ -46,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         suite = suites.SUITES[args.suite]
         suite = suite.with_digits() if args.labels == "digits" else suite
-        whole = tables.find(args.table).on(suite)
+        whole = tables.get_table(args.table).on(suite)
         if args.seeds is not None:
             whole = dataclasses.replace(whole, seeds=args.seeds)
         root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
         if args.against is not None:
-            (found_arm,) = chosen(whole, [args.against]).arms
-            whole = dataclasses.replace(whole, reference=found_arm.name)
-        table = chosen(whole, args.arms)
+            (reference,) = chosen(whole, [args.against]).variants
+            whole = dataclasses.replace(whole, reference=reference.name)
+        table = chosen(whole, args.variants)
         planned = chains.cells(table, suite, root)
         if args.print:
             check_plan(root, planned)
@@ -90,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what a model says: T5's own words (%(default)s), or digits as in the paper",
     )
     parser.add_argument("--seeds", type=_positive, help="how many draws, if not the table's number")
-    parser.add_argument("--arms", nargs="+", help="only these rows, by name")
-    parser.add_argument("--against", metavar="ARM", help="the row that others are subtracted from")
+    parser.add_argument("--variants", "--arms", nargs="+", help="only these rows, by name")
+    parser.add_argument("--against", metavar="VARIANT", help="the row others are subtracted from")
     parser.add_argument("--metric", help="what is shown, if not each task's main metric")
     parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
     what = parser.add_mutually_exclusive_group()
@@ -107,18 +106,16 @@ def _positive(text: str) -> int:
 
 
 def chosen(table: Table, names: Sequence[str] | None) -> Table:
-    """The table with some of its arms; all for None.
+    """The table with some of its variants; all for None.
 
     Raises:
-        ValueError: no such arm in this table.
+        ValueError: no such variant in this table.
     """
     if names is None:
         return table
-    known = {arm.name: arm for arm in table.arms}
-    for name in names:
-        if name not in known:
-            raise ValueError(unknown_name(f"arm of {table.name}", name, list(known)))
-    return dataclasses.replace(table, arms=tuple(known[name] for name in names))
+    known = {variant.name: variant for variant in table.variants}
+    variants = tuple(look_up(f"variant of {table.name}", name, known) for name in names)
+    return dataclasses.replace(table, variants=variants)
 
 
 def unique(cells: Sequence[Cell]) -> list[Stage]:
@@ -169,12 +166,12 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
     found = {}
     for cell in cells:
         if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
-            start = cell.arm.start and suite.sources[cell.arm.start]
-            result = stages.collect(root, cell.arm.name, cell.shots, cell.jobs, cell.tests, start)
-            # Versions of a task stand in its column.
-            version = cell.arm.version
+            variant = cell.variant
+            start = variant.start and suite.sources[variant.start]
+            result = stages.collect(root, variant.name, cell.shots, cell.jobs, cell.tests, start)
+            version = variant.version  # versions of a task share its column
             scores = {task.removesuffix(version): result.scores[task] for task in result.scores}
-            found[cell.arm.name, cell.shots] = dataclasses.replace(result, scores=scores)
+            found[variant.name, cell.shots] = dataclasses.replace(result, scores=scores)
     return found
 
 
@@ -191,8 +188,7 @@ def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
             targets = [row["targets"] for row in rows.as_numpy_iterator()]
         except FileNotFoundError:  # not on this machine
             continue
-        counts = collections.Counter(targets)
-        shares[name] = 100 * max(counts.values()) / counts.total()
+        shares[name] = results.majority_share(targets)
     return shares
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mpt_jax.evaluation.finalize import ARTIFACT
 from mpt_jax.experiments.paper import variants
 from mpt_jax.experiments.paper.suites import Length, Suite
 from mpt_jax.experiments.paper.tables import Table
-from mpt_jax.experiments.paper.variants import Arm, Source
+from mpt_jax.experiments.paper.variants import Source, Variant
 from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
 from mpt_jax.tasks import mixtures
 
@@ -19,16 +20,16 @@ FIRST_SEED = 42  # of the gin files; a stage with its own seed s binds this plus
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One arm at one number of examples.
+    """One variant at one number of examples.
 
     Attributes:
-        arm, shots: which.
+        variant, shots: which.
         sources: the source stages it needs, in order.
         jobs: its training stages.
         tests: the stages that score them; () where the jobs do.
     """
 
-    arm: Arm
+    variant: Variant
     shots: int | None
     sources: tuple[Stage, ...]
     jobs: tuple[Stage, ...]
@@ -43,32 +44,33 @@ class Cell:
 def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
     """Every cell of a table that `Table.on` has fitted to a suite; `root` is where stages lie."""
     suite.register()
-    return [_cell(table, suite, root, arm, shots) for shots in table.shots for arm in table.arms]
+    chosen = itertools.product(table.shots, table.variants)
+    return [_cell(table, suite, root, variant, shots) for shots, variant in chosen]
 
 
-def _cell(table: Table, suite: Suite, root: Path, arm: Arm, shots: int | None) -> Cell:
+def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int | None) -> Cell:
     sources: dict[str, Stage] = {}
     jobs, tests = [], []
-    own_source = table.source_per_seed and arm.source is not None and arm.start is None
+    own_source = table.source_per_seed and variant.source is not None and variant.start is None
     each = [[seed] for seed in range(table.seeds)]
-    for seeds in each if own_source or arm.together else [sum(each, [])]:
+    for seeds in each if own_source or variant.together else [sum(each, [])]:
         start = None
-        if arm.source is not None:
-            chain = list(_chain(arm.source, suite, root, seeds[0] if own_source else None))
+        if variant.source is not None:
+            chain = list(_chain(variant.source, suite, root, seeds[0] if own_source else None))
             sources |= {stage.name: stage for stage in chain}
             start = _artifact(root, chain[-1])
-        for runs, length in _jobs(table, suite, arm, shots, seeds):
-            bindings = [*_bound(arm, suite, shots, runs, length), *length.bindings()]
+        for runs, length in _jobs(table, suite, variant, shots, seeds):
+            bindings = [*_bound(variant, suite, shots, runs, length), *length.bindings()]
             if start is not None:
                 bindings.append(f"INITIAL_ARTIFACT = {start}")
-            files = (*arm.files, *suite.files)
-            name = _name(arm, shots, runs, own_source)
+            files = (*variant.files, *suite.files)
+            name = _name(variant, shots, runs, own_source)
             if shots is None and table.full:
                 name += f"_{length.steps}x{length.rows}"
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
             if suite.tested_apart:
-                tests.append(_test(jobs[-1], suite, arm, length, root))
-    return Cell(arm, shots, tuple(sources.values()), tuple(jobs), tuple(tests))
+                tests.append(_test(jobs[-1], suite, variant, length, root))
+    return Cell(variant, shots, tuple(sources.values()), tuple(jobs), tuple(tests))
 
 
 def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
@@ -94,24 +96,24 @@ def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterat
 
 
 def _jobs(
-    table: Table, suite: Suite, arm: Arm, shots: int | None, seeds: Sequence[int]
+    table: Table, suite: Suite, variant: Variant, shots: int | None, seeds: Sequence[int]
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
     """The runs that train together: those of one length; for `together`, those of one group, which
     sees as many examples in all as its tasks do alone; for `joint`, all, each as long as the
     longest, and those of one seed after another."""
     given = table.full if shots is None else None
-    if arm.together or arm.joint:
+    if variant.together or variant.joint:
         for names in table.groups.values():
-            tasks = [f"{suite.tasks[name]}{arm.version}" for name in names]
-            lengths = [given or suite.length(suite.tasks[name], arm, shots) for name in names]
+            tasks = [f"{suite.tasks[name]}{variant.version}" for name in names]
+            lengths = [given or suite.length(suite.tasks[name], variant, shots) for name in names]
             steps = [length.steps for length in lengths]
             joint = lengths[0]._replace(
-                steps=sum(steps) if arm.together else max(steps),
+                steps=sum(steps) if variant.together else max(steps),
                 inputs=max((x.inputs for x in lengths if x.inputs), default=None),
                 period=max((x.period for x in lengths if x.period), default=None),
             )
             runs = target_runs(tasks, seeds, shots)
-            if arm.together:
+            if variant.together:
                 yield _repeats(runs), joint
             else:
                 yield tuple(sorted(runs, key=lambda run: run.seed)), joint
@@ -119,8 +121,8 @@ def _jobs(
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
         task = suite.tasks[name]
-        length = given or suite.length(task, arm, shots)
-        by_length.setdefault(length, []).append(f"{task}{arm.version}")
+        length = given or suite.length(task, variant, shots)
+        by_length.setdefault(length, []).append(f"{task}{variant.version}")
     for length, tasks in by_length.items():
         yield target_runs(tasks, seeds, shots), length
 
@@ -132,47 +134,55 @@ def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def _bound(
-    arm: Arm, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
+    variant: Variant, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
 ) -> list[str]:
-    """What a training job binds for its runs and its arm."""
-    rows = length.rows if not arm.together else length.rows / len(runs)
-    groups = "joint" if arm.together else [run.seed for run in runs] if arm.joint else "independent"
+    """What a training job binds for its runs and its variant."""
+    rows = length.rows if not variant.together else length.rows / len(runs)
+    apart = [run.seed for run in runs] if variant.joint else "independent"
+    groups = "joint" if variant.together else apart
     bindings = target_bindings(runs, rows, groups)
-    if arm.together:
+    if variant.together:
         bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
-    if arm.start is not None:
-        bindings.append(f"START_FROM = {quoted(suite.sources[arm.start])}")
-    return [*bindings, *suite.rate_bindings(arm, shots, length.steps), *_settings(arm, suite)]
+    if variant.start is not None:
+        bindings.append(f"START_FROM = {quoted(suite.sources[variant.start])}")
+    return [
+        *bindings,
+        *suite.rate_bindings(variant, shots, length.steps),
+        *_settings(variant, suite),
+    ]
 
 
-def _settings(arm: Arm, suite: Suite) -> list[str]:
-    """What sets an arm apart, of a stage that trains and of one that evaluates."""
-    if arm.sources is None:
-        return list(arm.bindings)
-    return [*arm.bindings, f"SOURCES = {quoted(list(suite.sources.values())[: arm.sources])}"]
+def _settings(variant: Variant, suite: Suite) -> list[str]:
+    """What sets a variant apart, of a stage that trains and of one that evaluates."""
+    if variant.sources is None:
+        return list(variant.bindings)
+    return [
+        *variant.bindings,
+        f"SOURCES = {quoted(list(suite.sources.values())[: variant.sources])}",
+    ]
 
 
-def _name(arm: Arm, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
-    """A job's folder. It says all that tells jobs of an arm apart, so that tables share them."""
+def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
+    """A job's folder. It says all that tells jobs of a variant apart, so that tables share them."""
     tasks = "-".join(dict.fromkeys(run.task for run in runs))
     seeds = sorted({run.seed for run in runs})
     span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
     own = "_own_source" if own_source else ""
-    return f"{arm.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}{own}"
+    return f"{variant.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}{own}"
 
 
-def _test(job: Stage, suite: Suite, arm: Arm, length: Length, root: Path) -> Stage:
+def _test(job: Stage, suite: Suite, variant: Variant, length: Length, root: Path) -> Stage:
     """Scores a job's artifact, which holds the best step of each run, on the test split."""
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
-        *_settings(arm, suite),
+        *_settings(variant, suite),
         *length.reading(),
         f"INITIAL_ARTIFACT = {_artifact(root, job)}",
         'utils.DatasetConfig.split = "test"',
     )
-    sized = (variants.ablation(f"size_{arm.size}"),) if arm.size != "base" else ()
-    files = ("gin/eval.gin", arm.method, *sized, *suite.test_files)
+    sized = (variants.ablation(f"size_{variant.size}"),) if variant.size != "base" else ()
+    files = ("gin/eval.gin", variant.method, *sized, *suite.test_files)
     return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
 
 

@@ -13,7 +13,7 @@ from mpt_jax.experiments.paper.tables import Table
 from mpt_jax.experiments.report.tables import as_text
 from mpt_jax.experiments.results import Result
 
-Found = Mapping[tuple[str, int | None], Result]  # (arm, shots) -> result
+Found = Mapping[tuple[str, int | None], Result]  # (variant, shots) -> result
 NOT_RUN = "not run"
 LEGEND = (
     "mean ± standard deviation over n seeds; [..]: 95% interval of the average, over seeds; "
@@ -49,7 +49,9 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
         parts.append("Ours say words for labels; the paper's digits are --labels digits.")
     if suite.name == suites.TOY.name:
         differences = sign_rows(table, suite, found)
-        parts.append(f"\n{reference(table)} minus each arm, paired by seed\n{as_text(differences)}")
+        parts.append(
+            f"\n{reference(table)} minus each variant, paired by seed\n{as_text(differences)}"
+        )
     else:
         parts.append(PAPER_LEGEND)
     return "\n".join(parts)
@@ -58,17 +60,17 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
 def score_rows(
     table: Table, suite: Suite, found: Found, shots: int | None, shares: Mapping[str, float]
 ) -> Rows:
-    """Ours, and on the paper's suite each published row after the arm of ours it belongs to."""
+    """Ours, and on the paper's suite each published row after the variant of ours it belongs to."""
     heads = ["", *table.columns, *table.averages, "95% interval", "n"]
     lines = [heads]
     theirs = [] if suite.name == suites.TOY.name else published.rows(table.name)
     known = published.majority()
     lines += [_published(table, row, shots, known) for row in theirs if row.of is None]
-    for arm in table.arms:
-        result = found.get((arm.name, shots))
-        name = f"{arm.name} (ours)" if theirs else arm.name
+    for variant in table.variants:
+        result = found.get((variant.name, shots))
+        name = f"{variant.name} (ours)" if theirs else variant.name
         lines.append([name, *_ours(table, suite, result, shares)])
-        lines += [_published(table, row, shots, known) for row in theirs if row.of == arm.name]
+        lines += [_published(table, row, shots, known) for row in theirs if row.of == variant.name]
     return lines
 
 
@@ -109,28 +111,28 @@ def _published(
 
 
 def reference(table: Table) -> str:
-    """The arm that the others are subtracted from: the table's own, MPT, or the first."""
-    names = [arm.name for arm in table.arms]
+    """The variant that the others are subtracted from: the table's own, MPT, or the first."""
+    names = [variant.name for variant in table.variants]
     return table.reference or ("MPT" if "MPT" in names else names[0])
 
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
-    """The reference minus each other arm: ours with its interval, and the sign of the paper's."""
+    """The reference minus each other variant: ours, its interval, and the sign of the paper's."""
     lines = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
     for shots in table.shots:
         ours = found.get((reference(table), shots))
-        for arm in table.arms:
-            result = found.get((arm.name, shots))
+        for variant in table.variants:
+            result = found.get((variant.name, shots))
             if ours is None or result is None or result is ours:
                 continue
             for group, names in table.groups.items():
-                theirs = _published_difference(table, arm.name, shots, group)
+                theirs = _published_difference(table, variant.name, shots, group)
                 tasks = [suite.tasks[name] for name in names]
                 difference = results.estimate(
                     np.subtract(ours.means(tasks), result.means(tasks)).tolist()
                 )
                 lines.append(
-                    [arm.name, _examples(shots), group, f"{difference.mean:+.1f}"]
+                    [variant.name, _examples(shots), group, f"{difference.mean:+.1f}"]
                     + [f"[{difference.low:+.1f}, {difference.high:+.1f}]", str(difference.n)]
                     + _verdict(difference, theirs)
                 )
@@ -147,12 +149,14 @@ def _verdict(ours: results.Estimate, theirs: float | None) -> list[str]:
     return [sign, "the same" if np.sign(ours.mean) == np.sign(theirs) else "the opposite"]
 
 
-def _published_difference(table: Table, arm: str, shots: int | None, group: str) -> float | None:
-    """The paper's reference minus an arm: over the same tasks, else of the average that it prints
-    for them, else of the only figure it has."""
+def _published_difference(
+    table: Table, variant: str, shots: int | None, group: str
+) -> float | None:
+    """The paper's reference minus a variant: over the same tasks, else of the average that it
+    prints for them, else of the only figure it has."""
     found = {row.of: row.values for row in published.rows(table.name) if row.of}
     values = []
-    for name in (reference(table), arm):
+    for name in (reference(table), variant):
         by_shots = found.get(name, {})
         figures = by_shots.get(shots, by_shots.get(None, {}))
         same = [figures[task] for task in table.groups[group] if task in figures]

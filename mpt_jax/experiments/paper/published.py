@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
         name: as the paper has it, with its trained parameters.
-        of: the arm of ours that it is set beside; None for methods that are not here.
+        of: the variant of ours that it is set beside; None for methods that are not here.
         source: 'paper'; '† X' where the paper, as we remember it, took it from X; or another note.
         values: shots (None for all) -> task or average -> figure.
         stds: of `values`, where they are printed; for all examples.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import seqio
 
 from mpt_jax.experiments.paper import variants
-from mpt_jax.experiments.paper.variants import Arm
+from mpt_jax.experiments.paper.variants import Variant
 
 DIGITS = "_digits"  # as mpt_jax/tasks/suite.py calls the versions
 SOURCES = ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
@@ -63,8 +63,8 @@ class Suite:
         files: gin files that come after a training stage's own.
         test_files: the same of a stage that evaluates.
         source_steps: of a source stage; None for the paper's (`Source.length`).
-        length: (our task's name, arm, shots) -> how long a run trains.
-        rates: name of a rate (`Arm.rate`) -> learning rate, or the several of a method that has
+        length: (our task's name, variant, shots) -> how long a run trains.
+        rates: name of a rate (`Variant.rate`) -> learning rate, or the several of a method that has
             them (ATTEMPT: own prompt, attention; CrossPT: private, sources, router); {} for those
             of the gin files.
         suffix: of the versions of its tasks, `''` for those with words for labels.
@@ -79,7 +79,7 @@ class Suite:
     files: tuple[str, ...]
     test_files: tuple[str, ...]
     source_steps: int | None
-    length: Callable[[str, Arm, int | None], Length]
+    length: Callable[[str, Variant, int | None], Length]
     rates: Mapping[str, float | tuple[float, ...]]
     tested_apart: bool
     suffix: str = ""
@@ -108,15 +108,15 @@ class Suite:
         for module in self.modules:
             importlib.import_module(module)
 
-    def rate_bindings(self, arm: Arm, shots: int | None, steps: int) -> list[str]:
-        """What an arm binds for this suite's learning rate, and the warmup where gin files have one
+    def rate_bindings(self, variant: Variant, shots: int | None, steps: int) -> list[str]:
+        """What a variant binds for this suite's learning rate, and the warmup if gin files have one
         that is meant for all examples."""
         if not self.rates:
-            counted = _FEW_STEPS.get(arm.method)
+            counted = _FEW_STEPS.get(variant.method)
             return [] if shots is None or counted is None else counted(steps)
-        rate = self.rates[arm.rate]
+        rate = self.rates[variant.rate]
         peaks = rate if isinstance(rate, tuple) else (rate,)
-        return [f"LEARNING_RATE = {peaks[0]}", *_REST_OF_RATE[arm.method](peaks, steps)]
+        return [f"LEARNING_RATE = {peaks[0]}", *_REST_OF_RATE[variant.method](peaks, steps)]
 
 
 def _warmup(steps: int) -> list[str]:
@@ -172,15 +172,15 @@ _INPUTS, _LONG_INPUTS = 256, {"multirc": 348}
 _FEW = Length(steps=1_000, rows=16, period=100)
 
 
-def _paper_length(task: str, arm: Arm, shots: int | None) -> Length:
+def _paper_length(task: str, variant: Variant, shots: int | None) -> Length:
     inputs = 512 if task in _MRQA_TASKS else _LONG_INPUTS.get(task.removesuffix(DIGITS), _INPUTS)
     if shots is not None:
         return _FEW._replace(rows=min(_FEW.rows, shots), inputs=inputs)
     examples = seqio.TaskRegistry.get(task).num_input_examples("train")
     assert examples is not None  # the suites' sources know their published sizes
-    batch = variants.BATCHES[arm.size]
-    if arm.steps is not None:
-        return Length(arm.steps.get(task, arm.steps[""]), batch, 1_000, inputs)
+    batch = variants.BATCHES[variant.size]
+    if variant.steps is not None:
+        return Length(variant.steps.get(task, variant.steps[""]), batch, 1_000, inputs)
     epochs = 5 if task in _MRQA_TASKS else 10 if examples > _LARGE else 20
     steps = math.ceil(epochs * examples / batch)
     return Length(steps, batch, math.ceil(steps / epochs), inputs)
@@ -229,7 +229,7 @@ TOY = Suite(
     files=("gin/tiny.gin", "gin/runs/demo.gin"),
     test_files=("gin/tiny.gin",),
     source_steps=300,
-    length=lambda task, arm, shots: _TOY_ALL if shots is None else _TOY_FEW,
+    length=lambda task, variant, shots: _TOY_ALL if shots is None else _TOY_FEW,
     rates={
         "pt": 0.3,
         "spot": 0.01,

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpt_jax.core.runs import unknown_name
+from mpt_jax.core.runs import look_up
 from mpt_jax.experiments.paper import suites, variants
 from mpt_jax.experiments.paper.suites import Length, Suite
-from mpt_jax.experiments.paper.variants import Arm
+from mpt_jax.experiments.paper.variants import Variant
 
 Groups = Mapping[str, Sequence[str]]
 
@@ -21,13 +21,13 @@ class Table:
     Attributes:
         name: of the command, and of its figures in published.toml.
         title: for people.
-        arms: its rows.
+        variants: its rows.
         groups: name of an average -> the tasks that it is over, by the paper's names.
         metrics: task -> what is shown of it, each in a column of its own and without averages;
             otherwise its main metric.
         shots: numbers of training examples; None for all.
         seeds: how many draws.
-        reference: the arm that others are subtracted from; None for MPT, or the first where MPT is
+        reference: the variant that others are subtracted from; None for MPT, or the first if MPT is
             none of them.
         full: how long a run trains on all examples, if not as long as the suite has it.
         source_per_seed: trains a source stage for each seed, so that what is compared between
@@ -37,7 +37,7 @@ class Table:
 
     name: str
     title: str
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     groups: Groups
     shots: tuple[int | None, ...] = (None,)
     seeds: int = 3
@@ -65,7 +65,7 @@ class Table:
             raise ValueError(
                 f"The {suite.name} suite has no counterpart of any task of {self.name}."
             )
-        if not table.arms:
+        if not table.variants:
             raise ValueError(f"The {suite.name} suite has one T5 only, so it has no {self.name}.")
         return dataclasses.replace(table, groups=groups)
 
@@ -92,12 +92,12 @@ _FEW = (4, 16, 32)
 # On the toy suite every target task but the two that chose learning rates.
 _TOY_TARGETS = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC", "SciTail")}
 _TOY_ABLATION = {"groups": _TOY_TARGETS, "shots": (32,), "seeds": 10, "source_per_seed": True}
-_METHODS = (variants.PT, variants.SPOT, variants.MPT_ARM)
+_METHODS = (variants.PT, variants.SPOT, variants.MPT_VARIANT)
 _ONE_PASS = {"shots": (*_FEW, None), "full": Length(steps=500, rows=4)}  # over 2,000 examples
 _FOUR = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}
 
 
-def _crosspt(name: str, title: str, rows: tuple[Arm, ...], **rest: Any) -> Table:
+def _crosspt(name: str, title: str, rows: tuple[Variant, ...], **rest: Any) -> Table:
     """A table of tasks that learn together: GLUE's, or the four of the demo."""
     rest = {"shots": (32,)} | rest
     toy = {"groups": _FOUR} | dict(rest.pop("toy", {}))
@@ -114,18 +114,18 @@ TABLES = {
                 variants.PT,
                 variants.PT_STRONG,
                 variants.SPOT,
-                variants.MPT_ARM,
+                variants.MPT_VARIANT,
                 variants.MPT_TOGETHER,
             ),
             _BOTH,
-            toy={"arms": (*_METHODS, variants.MPT_TOGETHER)},
+            toy={"variants": (*_METHODS, variants.MPT_TOGETHER)},
         ),
         Table(
             "table2",
             "MRQA and others, all training examples",
-            (variants.PT, variants.PT_STRONG, variants.SPOT, variants.MPT_ARM, variants.MPT_12),
+            (variants.PT, variants.PT_STRONG, variants.SPOT, variants.MPT_VARIANT, variants.MPT_12),
             {"MRQA": suites.MRQA, "Others": suites.OTHERS},
-            toy={"arms": _METHODS},
+            toy={"variants": _METHODS},
         ),
         Table(
             "table3",
@@ -138,7 +138,7 @@ TABLES = {
         Table(
             "table4",
             "GLUE and SuperGLUE, few training examples",
-            (variants.PT, variants.MPT_ARM),
+            (variants.PT, variants.MPT_VARIANT),
             _BOTH,
             shots=_FEW,
             seeds=10,
@@ -153,7 +153,7 @@ TABLES = {
                 "WebNLG": ("bleu", "meteor_exact_stem", "ter"),
             },
             toy={
-                "arms": (variants.PT, variants.MPT_ARM),
+                "variants": (variants.PT, variants.MPT_VARIANT),
                 "metrics": {"E2E": ("f1", "exact_match")},
             },
         ),
@@ -161,7 +161,7 @@ TABLES = {
             "ablations",
             "What the parts do",
             (
-                *(*variants.COMPONENTS, variants.MPT_ARM),
+                *(*variants.COMPONENTS, variants.MPT_VARIANT),
                 *(*variants.LOSSES, *variants.SAMPLING, *variants.TARGETS, *variants.RANKS),
             ),
             {"SuperGLUE": suites.SUPER_GLUE},
@@ -172,11 +172,11 @@ TABLES = {
             "Sizes of T5",
             (
                 variants.PT,
-                variants.MPT_ARM,
-                *(arm for pair in variants.SIZES.values() for arm in pair),
+                variants.MPT_VARIANT,
+                *(variant for pair in variants.SIZES.values() for variant in pair),
             ),
             {"mean": ("WiC", "MultiRC", "BoolQ")},
-            toy={"arms": ()},
+            toy={"variants": ()},
         ),
         Table(
             "transfer",
@@ -193,8 +193,8 @@ TABLES = {
                 variants.PT,
                 variants.SPOT,
                 variants.ATTEMPT_ARM,
-                variants.MPT_ARM,
-                variants.CROSSPT_ARM,
+                variants.MPT_VARIANT,
+                variants.CROSSPT_VARIANT,
             ),
             shots=_FEW,
             reference="CrossPT",
@@ -203,20 +203,20 @@ TABLES = {
         _crosspt(
             "crosspt_factors",
             "What the parts of CrossPT do",
-            (variants.CROSSPT_ARM, *variants.CROSSPT_FACTORS),
+            (variants.CROSSPT_VARIANT, *variants.CROSSPT_FACTORS),
         ),
         _crosspt(
             "crosspt_starts",
             "Where CrossPT's sources start, by the number of examples",
-            (variants.CROSSPT_ARM, *variants.CROSSPT_STARTS),
+            (variants.CROSSPT_VARIANT, *variants.CROSSPT_STARTS),
             shots=_FEW,
             toy=_ONE_PASS,
         ),
         _crosspt(
             "crosspt_labels",
             "CrossPT with and without a prefix, and with other labels",
-            (variants.CROSSPT_ARM, *variants.CROSSPT_LABELS),
-            toy={"arms": (variants.CROSSPT_ARM, *variants.CROSSPT_TOY_LABELS)},
+            (variants.CROSSPT_VARIANT, *variants.CROSSPT_LABELS),
+            toy={"variants": (variants.CROSSPT_VARIANT, *variants.CROSSPT_TOY_LABELS)},
         ),
         Table(
             "length",
@@ -224,25 +224,23 @@ TABLES = {
             (
                 variants.PT,
                 *(a for p in (200, 300, 400) for a in variants.LENGTHS[p]),
-                variants.MPT_ARM,
+                variants.MPT_VARIANT,
             ),
             {"SuperGLUE": suites.SUPER_GLUE},
             toy={
                 **_TOY_ABLATION,
-                "arms": (variants.PT, variants.MPT_ARM)
-                + tuple(arm for length in (5, 10, 40) for arm in variants.LENGTHS[length]),
+                "variants": (variants.PT, variants.MPT_VARIANT)
+                + tuple(variant for length in (5, 10, 40) for variant in variants.LENGTHS[length]),
             },
         ),
     )
 }
 
 
-def find(name: str) -> Table:
+def get_table(name: str) -> Table:
     """The table of a name.
 
     Raises:
         ValueError: there is none; lists the known ones.
     """
-    if name not in TABLES:
-        raise ValueError(unknown_name("table", name, list(TABLES)))
-    return TABLES[name]
+    return look_up("table", name, TABLES)

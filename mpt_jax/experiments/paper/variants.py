@@ -1,6 +1,6 @@
 """Methods and ablations as chains of stages: teachers, a source stage, a target stage.
 
-Names of arms are those of tables; `published.toml` refers to them.
+Names of variants are those of tables; `published.toml` refers to them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from mpt_jax.core.runs import unknown_name
+from mpt_jax.core.runs import look_up
 
 # Examples in the mixtures of six and of twelve sources; the paper's batch by size of T5.
 MIXTURES = {6: 1_151_093, 12: 1_425_899}
@@ -53,7 +53,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class Variant:
     """One row of a table.
 
     Attributes:
@@ -112,57 +112,57 @@ def _source(name: str, *files: str, bindings: Sequence[str] = (), distilled: boo
     return Source(f"mpt_source_{name}", (*MPT_SOURCE.files, *files), tuple(bindings), teachers)
 
 
-def _mpt(name: str, *files: str, source: Source = MPT_SOURCE, **rest) -> Arm:
-    return Arm(name, (TARGET, *files), rest.pop("method", MPT), source, **rest)
+def _mpt(name: str, *files: str, source: Source = MPT_SOURCE, **rest) -> Variant:
+    return Variant(name, (TARGET, *files), rest.pop("method", MPT), source, **rest)
 
 
-def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Arm:
+def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Variant:
     return _mpt(name, file, source=source, method=SHARED, rate="shared")
 
 
-def _of_length(length: int) -> tuple[Arm, Arm]:
+def _of_length(length: int) -> tuple[Variant, Variant]:
     """PT and MPT with prompts of another length, teachers included."""
     bound = (f"PROMPT_LENGTH = {length}",)
     teachers = Source(f"teachers_p{length}", TEACHERS.files, bound)
     source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bound, teachers)
     return (
-        Arm(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt"),
+        Variant(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt"),
         _mpt(f"MPT, P={length}", source=source, bindings=bound),
     )
 
 
-def _of_size(size: str) -> tuple[Arm, Arm]:
+def _of_size(size: str) -> tuple[Variant, Variant]:
     """PT and MPT on another T5."""
     file = ablation(f"size_{size}")
     teachers = Source(f"teachers_{size}", (*TEACHERS.files, file), size=size)
     source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), (), teachers, size=size)
     return (
-        Arm(f"PT, T5-{size}", (*PT.files, file), PROMPT_TUNING, rate="pt", size=size),
+        Variant(f"PT, T5-{size}", (*PT.files, file), PROMPT_TUNING, rate="pt", size=size),
         _mpt(f"MPT, T5-{size}", file, source=source, size=size),
     )
 
 
-def _of_rank(rank: int) -> Arm:
+def _of_rank(rank: int) -> Variant:
     bound = (f"RANK = {rank}",)
     source = _source(f"rank_{rank}", bindings=bound)
     return _mpt(f"rank {rank}", source=source, bindings=bound)
 
 
-PT = Arm("PT", (PT_TARGET, "gin/methods/pt_paper.gin"), PROMPT_TUNING, rate="pt")
-PT_STRONG = Arm(
+PT = Variant("PT", (PT_TARGET, "gin/methods/pt_paper.gin"), PROMPT_TUNING, rate="pt")
+PT_STRONG = Variant(
     "PT, strong recipe",
     (PT_TARGET, "gin/methods/pt_strong.gin"),
     PROMPT_TUNING,
     rate="pt",
     steps={"": 40_000} | dict.fromkeys(("nq", "hotpotqa", "searchqa", "newsqa"), 300_000),
 )
-SPOT = Arm("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
+SPOT = Variant("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
 # Prompt tuning from each source task's prompt; names are the paper's.
 FROM_SOURCES = tuple(
     dataclasses.replace(SPOT, name=f"PT from {source}", start=source)
     for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
 )
-MPT_ARM = _mpt("MPT")
+MPT_VARIANT = _mpt("MPT")
 MPT_TOGETHER = _mpt("MPT, tasks together", "gin/runs/joint_targets.gin", together=True)
 MPT_12 = _mpt(
     "MPT, 12 sources",
@@ -212,24 +212,24 @@ SIZES = {size: _of_size(size) for size in ("small", "large")}
 LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
 
 # Its own prompts start where SPoT's do.
-ATTEMPT_ARM = Arm(
+ATTEMPT_ARM = Variant(
     "ATTEMPT", ("gin/attempt_target.gin",), ATTEMPT, TEACHERS, rate="attempt", start="MNLI"
 )
 
 
-def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Arm:
+def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Variant:
     """CrossPT, all tasks of a seed together."""
     start = () if source else ("INITIAL_ARTIFACT = None",)
     given = {"rate": "crosspt", "joint": True} | rest
-    return Arm(name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **given)
+    return Variant(name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **given)
 
 
-def _of_sources(count: int) -> Arm:
+def _of_sources(count: int) -> Variant:
     """The first sources of a fixed order."""
     return _crosspt(f"{count} source{'s' if count > 1 else ''}", sources=count)
 
 
-CROSSPT_ARM = _crosspt("CrossPT")
+CROSSPT_VARIANT = _crosspt("CrossPT")
 # Where sources start; from the teachers, if not said otherwise.
 CROSSPT_STARTS = (
     _crosspt("sources from vocabulary", source=None),
@@ -277,23 +277,21 @@ CROSSPT_TOY_LABELS = (
     _crosspt("unrelated labels", version="_synthetic"),
 )
 
-ARMS = {
-    arm.name: arm
-    for arm in (
-        *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_ARM, MPT_TOGETHER, MPT_12),
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_VARIANT, MPT_TOGETHER, MPT_12),
         *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
-        *(arm for pair in (*LENGTHS.values(), *SIZES.values()) for arm in pair),
-        *(ATTEMPT_ARM, CROSSPT_ARM, *CROSSPT_FACTORS, *CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
+        *(variant for pair in (*LENGTHS.values(), *SIZES.values()) for variant in pair),
+        *(ATTEMPT_ARM, CROSSPT_VARIANT, *CROSSPT_FACTORS, *CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
     )
 }
 
 
-def find(name: str) -> Arm:
-    """The arm of a name.
+def get_variant(name: str) -> Variant:
+    """The variant of a name.
 
     Raises:
         ValueError: there is none; lists the known ones.
     """
-    if name not in ARMS:
-        raise ValueError(unknown_name("arm", name, list(ARMS)))
-    return ARMS[name]
+    return look_up("variant", name, VARIANTS)

@@ -15,7 +15,7 @@ from mpt_jax.experiments.report.run_reader import Curve
 from mpt_jax.experiments.results import Estimate, Result, estimate, paired
 
 BASELINE = "PT"  # what gains are over: prompt tuning that starts from nothing
-Arms = Mapping[str, Mapping[int | None, Result]]  # label -> shots -> result
+ByLabel = Mapping[str, Mapping[int | None, Result]]  # label -> shots -> result
 
 
 def short(task: str) -> str:
@@ -40,7 +40,7 @@ def number(value: int | float) -> str:
     return f"{value / 1e6:.3g} M" if value < 1e9 else f"{value / 1e9:.3g} B"
 
 
-def arms(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
+def by_label(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
     """Label -> shots -> result. A label is the method's name, and whatever else is needed to tell
     its results at one number of examples apart.
 
@@ -127,9 +127,11 @@ def examples_needed(scores: Mapping[int, float], level: float) -> float | None:
     return None
 
 
-def by_shots(arm: Mapping[int | None, Result], tasks: Sequence[str]) -> dict[int, float]:
+def by_shots(results: Mapping[int | None, Result], tasks: Sequence[str]) -> dict[int, float]:
     """Number of examples -> mean score over tasks and seeds; all examples are no number."""
-    return {k: float(np.mean(result.means(tasks))) for k, result in arm.items() if k is not None}
+    return {
+        k: float(np.mean(result.means(tasks))) for k, result in results.items() if k is not None
+    }
 
 
 def set_apart(
@@ -223,8 +225,8 @@ def cosines_by_task(
     return names, found
 
 
-def entropy(weights: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
-    """Of each row's weights as shares of their sum, in nats: 0 where one has all, ln C where all
+def entropy(weights: Float[np.ndarray, "K J"]) -> Float[np.ndarray, " K"]:
+    """Of each row's weights as shares of their sum, in nats: 0 where one has all, ln J where all
     have the same."""
     shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1)

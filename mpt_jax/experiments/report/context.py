@@ -32,7 +32,7 @@ class Content:
         results: what was run.
         reference: the method that the others are subtracted from.
         majority: task -> percent of its rows that have the most frequent target, if known.
-        arms: the results by label and number of examples.
+        by_label: the results by label and number of examples.
         tasks: those that all results have.
         styles: of every label.
         absent: gathers what there is nothing to show of.
@@ -42,19 +42,22 @@ class Content:
     results: Sequence[Result]
     reference: str
     majority: Mapping[str, float]
-    arms: analysis.Arms
+    by_label: analysis.ByLabel
     tasks: tuple[str, ...]
     styles: Mapping[str, Style]
     absent: list[str] = dataclasses.field(default_factory=list)
 
     def label(self, result: Result) -> str:
         """What a result is called."""
-        return next(label for label, arm in self.arms.items() if result in arm.values())
+        return next(label for label, cells in self.by_label.items() if result in cells.values())
 
     def by_shots(self) -> Iterator[tuple[int | None, dict[str, Result]]]:
         """Each number of examples, with its results by label."""
         for shots in analysis.shots_of(self.results):
-            yield shots, {k: arm[shots] for k, arm in self.arms.items() if shots in arm}
+            yield (
+                shots,
+                {k: cells[shots] for k, cells in self.by_label.items() if shots in cells},
+            )
 
     def mean(self, result: Result) -> Estimate:
         """Of the mean over the common tasks, over seeds."""
@@ -89,14 +92,14 @@ def content(
     """
     if not results:
         raise ValueError(f"The results of {root} are an empty list, so there is nothing to report.")
-    arms = analysis.arms(results)
-    if reference not in arms and reference != tables.REFERENCE:
-        raise ValueError(f"No result is called {reference!r}; there are {list(arms)}.")
+    by_label = analysis.by_label(results)
+    if reference not in by_label and reference != tables.REFERENCE:
+        raise ValueError(f"No result is called {reference!r}; there are {list(by_label)}.")
     tasks = analysis.common_tasks(results)
-    return Content(root, results, reference, majority, arms, tasks, figures.styles(arms))
+    return Content(root, results, reference, majority, by_label, tasks, figures.styles(by_label))
 
 
-def with_interval(style: Style, points: Iterable[tuple[int | float, Estimate]]) -> Line:
+def interval_line(style: Style, points: Iterable[tuple[int | float, Estimate]]) -> Line:
     """A series of means with their intervals."""
     at, found = zip(*points, strict=True)
     means = [estimate.mean for estimate in found]

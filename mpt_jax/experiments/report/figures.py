@@ -54,11 +54,11 @@ class Style(NamedTuple):
     linestyle: str | tuple
 
 
-def styles(results: analysis.Arms) -> dict[str, Style]:
+def styles(results: analysis.ByLabel) -> dict[str, Style]:
     """Label -> style: a color for each method, markers and dashes for what varies it."""
     families: dict[str, list[str]] = {}
-    for label, arm in results.items():
-        families.setdefault(analysis.family(next(iter(arm.values())).method), []).append(label)
+    for label, cells in results.items():
+        families.setdefault(analysis.family(next(iter(cells.values())).method), []).append(label)
     found = {}
     for i, labels in enumerate(families.values()):
         turn, color = divmod(i, COLORS)

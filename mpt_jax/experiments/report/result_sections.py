@@ -8,7 +8,7 @@ import numpy as np
 
 from mpt_jax.experiments.report import analysis, figures, page, tables
 from mpt_jax.experiments.report.analysis import BASELINE, examples, short
-from mpt_jax.experiments.report.context import INTERVALS, Content, Drawn, with_interval
+from mpt_jax.experiments.report.context import INTERVALS, Content, Drawn, interval_line
 from mpt_jax.experiments.report.figures import Panel
 from mpt_jax.experiments.results import Estimate, Result
 
@@ -26,7 +26,7 @@ def scores(content: Content) -> list[str]:
             "describes these tasks, not tasks at large."
         )
     ]
-    if content.reference not in content.arms:
+    if content.reference not in content.by_label:
         content.absent.append(
             f"Paired differences: no method is called {content.reference!r}; name another with "
             "--reference."
@@ -54,7 +54,7 @@ def parameters(content: Content) -> list[str]:
         series, words = [], []
         for label, at in shown.items():
             mean = content.mean(results[label])
-            series.append(with_interval(content.styles[label], [(at, mean)]))
+            series.append(interval_line(content.styles[label], [(at, mean)]))
             words.append(f"{label}: {trained[label]:,.0f} parameters, {mean.mean:.1f}")
         title = examples(shots)
         alt = f"Mean score and trained parameters of a task, {title}. {'; '.join(words)}."
@@ -111,7 +111,7 @@ def _gain_panel(
     series = []
     for label, gain in found.items():
         points = [(row, gain[task]) for row, task in enumerate(tasks) if task in gain]
-        line = with_interval(content.styles[label], points)
+        line = interval_line(content.styles[label], points)
         series.append(line._replace(x=line.y, y=line.x))
     title = examples(shots)
     alt = f"Gain over {BASELINE}, {title}, of {', '.join(found)}; its numbers are in a table."
@@ -125,14 +125,14 @@ def examples_needed(content: Content) -> list[str]:
     """Scores over numbers of examples, and how many one method needs to match another."""
     curves = {
         label: [(k, content.mean(result)) for k, result in sorted(few.items())]
-        for label, arm in content.arms.items()
-        if len(few := {k: result for k, result in arm.items() if k is not None}) > 1
+        for label, cells in content.by_label.items()
+        if len(few := {k: result for k, result in cells.items() if k is not None}) > 1
     }
     if not curves:
         content.absent.append("Examples needed: no method was run at two numbers of examples.")
         return []
     ticks = sorted({k for points in curves.values() for k, _ in points})
-    series = [with_interval(content.styles[label], points) for label, points in curves.items()]
+    series = [interval_line(content.styles[label], points) for label, points in curves.items()]
     ends = ", ".join(f"{k} {points[-1][1].mean:.1f}" for k, points in curves.items())
     alt = f"Mean score by number of training examples. At the most: {ends}."
     panel = Panel("", "training examples of a task", MEAN, alt, x_ticks=ticks, log="x")
@@ -147,7 +147,7 @@ def examples_needed(content: Content) -> list[str]:
                 "other has with k: linear in log k between the numbers that were run. ≤ marks the "
                 "smallest of them, below which nothing is known; runs on all examples are left out."
             ),
-            page.table(tables.matching_rows(content.arms, content.tasks), name),
+            page.table(tables.matching_rows(content.by_label, content.tasks), name),
         ]
     return blocks
 
@@ -220,8 +220,8 @@ def _over(
             # What varies shares the style of the method's first result.
             kin = next(
                 label
-                for label, arm in content.arms.items()
-                for result in arm.values()
+                for label, cells in content.by_label.items()
+                for result in cells.values()
                 if (analysis.family(result.method), result.start) == (method, start)
             )
             looks[name] = content.styles[kin]
@@ -234,7 +234,7 @@ def _over(
             ]
             alt = f"Mean score by {what}, {title}. {'; '.join(words)}."
             ticks = sorted({at for points in series.values() for at, _ in points})
-            shown = [with_interval(looks[name], points) for name, points in series.items()]
+            shown = [interval_line(looks[name], points) for name, points in series.items()]
             panel = Panel(title, what, MEAN, alt, ticks, log="x")
             drawn.append(Drawn(figures.lines(panel, shown), list(series)))
     if not drawn:

@@ -125,10 +125,10 @@ def target_prompts(content: Content) -> list[str]:
     here and can be compared, at the largest number of examples, which has several seeds where all
     of them has one."""
     few = [k for k in analysis.shots_of(content.results) if k is not None]
-    for label in dict.fromkeys([content.reference, *content.arms]):
-        arm = content.arms.get(label, {})
-        for shots in [k for k in (*reversed(few), None) if k in arm]:
-            result = arm[shots]
+    for label in dict.fromkeys([content.reference, *content.by_label]):
+        cells = content.by_label.get(label, {})
+        for shots in [k for k in (*reversed(few), None) if k in cells]:
+            result = cells[shots]
             found = [run_reader.artifact(path) for path in content.folders(result)]
             kept: list[Artifact] = [artifact for artifact in found if artifact is not None]
             title = f"{label}, {examples(shots)}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.experiments.report import analysis, run_reader
-from mpt_jax.experiments.report.analysis import Arms, short
+from mpt_jax.experiments.report.analysis import ByLabel, short
 from mpt_jax.experiments.results import RANKED, Estimate, Result, estimate, main_metric, paired
 
 REFERENCE = "MPT"
@@ -74,8 +74,8 @@ def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: b
         known = all(task in majority for task in tasks)
         mean = f"{np.mean([majority[task] for task in tasks]):.1f}" if known else ""
         rows.append(["always the most frequent", *guesses, mean, *[""] * len(more), "", "0", ""])
-    for label, arm in analysis.arms(results).items():
-        (result,) = arm.values()
+    for label, cells in analysis.by_label(results).items():
+        (result,) = cells.values()
         ranked = [np.mean(result.scores[t][RANKED]) for t in tasks if RANKED in result.scores[t]]
         mean = np.mean([np.mean(result.values(task)) for task in tasks])
         average = estimate(result.means(tasks))
@@ -93,7 +93,9 @@ def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Ro
     """A method minus each other over pairs of (task, seed), with a 95% t-interval; only the heads
     where the reference is not among them, or no other shares a task and seed with it."""
     rows = [["", "mean difference", "95% interval", "pairs"]]
-    by_label = {label: next(iter(arm.values())) for label, arm in analysis.arms(results).items()}
+    by_label = {
+        label: next(iter(cells.values())) for label, cells in analysis.by_label(results).items()
+    }
     new = by_label.pop(reference, None)
     if new is None:
         return rows
@@ -115,9 +117,9 @@ def gain_rows(gains: Mapping[str, Mapping[str, Estimate]]) -> Rows:
     return rows
 
 
-def matching_rows(arms: Arms, tasks: Sequence[str]) -> Rows:
+def matching_rows(by_label: ByLabel, tasks: Sequence[str]) -> Rows:
     """How many examples each method needs to reach what another reaches with k."""
-    curves = {label: analysis.by_shots(arm, tasks) for label, arm in arms.items()}
+    curves = {label: analysis.by_shots(cells, tasks) for label, cells in by_label.items()}
     curves = {label: curve for label, curve in curves.items() if len(curve) > 1}
     numbers = sorted({k for curve in curves.values() for k in curve})
     rows = [["", "to match", *(f"k = {k}" for k in numbers)]]

@@ -40,7 +40,7 @@ class Functions:
     lengths_differ: bool = False
 
     def predict(
-        self, backbone: Params, arrays: Params, tokens: Int[Array, "B S"], rows: Int[Array, " B"]
+        self, backbone: Params, arrays: Params, tokens: Int[Array, "B text"], rows: Int[Array, " B"]
     ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
         """Greedy continuations, 0 after the end of sequence, and their log probabilities in nats.
 
@@ -60,7 +60,7 @@ class Functions:
         self,
         backbone: Params,
         arrays: Params,
-        tokens: Int[Array, "B S"],
+        tokens: Int[Array, "B text"],
         targets: Int[Array, "B L"],
         rows: Int[Array, " B"],
     ) -> Float[Array, " B"]:
@@ -72,7 +72,7 @@ class Functions:
         """A model whose bank is one batch: row i is the prompt of example i, composed already."""
         return PromptedEncoderDecoder(
             Transformer(self.config),
-            _Composed(self.method.prompt_length, at_front=not self.lengths_differ),
+            _Composed(self.method.prompt_length, lengths_differ=self.lengths_differ),
             Runs(["served"]),
             output_vocabulary=self.vocabulary,
         )
@@ -94,7 +94,11 @@ class Functions:
     def _batch(
         self, arrays: Params, tokens: Array, targets: Array, rows: Array
     ) -> dict[str, Array]:
-        """The batch contract: the prompt's reserved positions, then text, then padding."""
+        """The batch contract for texts that arrive as arrays, made inside the compiled program.
+
+        Its twins are `batching.collate.unpacked` (NumPy) and `PromptFeatureConverter._place`
+        (TensorFlow). This one must trace: rows and prompt lengths are known on the device only.
+        """
         longest, (batch, text) = self.method.prompt_length, tokens.shape
         number = jnp.arange(batch, dtype=jnp.int32)[:, None]
         position = jnp.arange(longest + text, dtype=jnp.int32)
@@ -119,11 +123,9 @@ class Functions:
 
 @dataclasses.dataclass(frozen=True)
 class _Composed(PromptTuning):
-    """Prompts that are composed already, of one length or of several."""
+    """Prompts that are composed already: their rows are a batch's, and so are their lengths."""
 
-    at_front: bool = True
+    lengths_differ: bool = False
 
-    def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
-        if self.at_front:
-            return super().prompt_lengths(runs)
-        return 1, self.prompt_length  # and all between: only the batch knows
+    def has_variable_lengths(self, runs: Runs) -> bool:
+        return self.lengths_differ

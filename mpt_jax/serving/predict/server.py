@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mpt_jax.batching.bucketing import smallest
 from mpt_jax.runtime import malloc
 from mpt_jax.serving.predict import backbone as backbones
 from mpt_jax.serving.predict.compiled import Functions
@@ -169,25 +170,21 @@ class Server:
         return rows
 
     def _size(self, batch: Sequence[_Job]) -> int:
-        return _smallest(buckets(1, self.limits.batch_size, FEWER_ROWS), len(batch))
+        return smallest(buckets(1, self.limits.batch_size, FEWER_ROWS), len(batch))
 
 
-def buckets(smallest: int, limit: int, factor: int = 2) -> list[int]:
-    """The sizes that are compiled: `smallest` times powers of `factor` below the limit, and it."""
+def buckets(first: int, limit: int, factor: int = 2) -> list[int]:
+    """The sizes that are compiled: `first` times powers of `factor` below the limit, and it."""
     sizes = []
-    while smallest < limit:
-        sizes.append(smallest)
-        smallest *= factor
+    while first < limit:
+        sizes.append(first)
+        first *= factor
     return [*sizes, limit]
-
-
-def _smallest(sizes: Sequence[int], needed: int) -> int:
-    return next(size for size in sizes if size >= needed)
 
 
 def _padded(texts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int) -> np.ndarray:
     """[rows, the smallest length that fits] of token ids, 0 behind them."""
-    found = np.zeros((rows, _smallest(lengths, max(map(len, texts)))), np.int32)
+    found = np.zeros((rows, smallest(lengths, max(map(len, texts)))), np.int32)
     for row, ids in enumerate(texts):
         found[row, : len(ids)] = ids
     return found

@@ -1,0 +1,97 @@
+"""Checks of a `DatasetConfig` against its tasks and its feature converter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import seqio
+
+from mpt_jax.data import task_lookup, token_tables
+from mpt_jax.data.sampling import TaskMixture
+
+
+def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: bool) -> None:
+    """Raises ValueError for settings that would fail later with a less clear message.
+
+    Args:
+        cfg: the `DatasetConfig`.
+        provider: its task or mixture.
+        converter: its feature converter.
+        hosts: that share each batch.
+        endless: whether this is for training.
+    """
+    if cfg.batch_size % hosts:
+        raise ValueError(
+            f"DatasetConfig.batch_size {cfg.batch_size} must be a multiple of the {hosts} hosts."
+        )
+    if cfg.task_feature_lengths is None:
+        raise ValueError("DatasetConfig.task_feature_lengths must be given for training.")
+    if endless and cfg.seed is None:
+        raise ValueError("DatasetConfig.seed must be given for training; there is no default.")
+    if endless and isinstance(provider, TaskMixture):
+        sampler = provider.sampler
+        if sampler.batch_size != cfg.batch_size and not cfg.pack:
+            raise ValueError(
+                f"DatasetConfig.batch_size is {cfg.batch_size}, but the sampler's is "
+                f"{sampler.batch_size}. Bind both to one macro."
+            )
+    runs = getattr(converter, "runs", None)
+    if endless and cfg.pack and runs is not None and runs.num_groups > 1:
+        raise ValueError(
+            f"Packing deals {runs.num_groups} independent runs uneven shares of a step, and each "
+            "should learn as it would alone. Set pack = False (DatasetConfig.by_length keeps "
+            "shares even), or GROUPS = 'joint'."
+        )
+    tasks = seqio.get_subtasks(provider)
+    if isinstance(provider, seqio.Task):
+        task_lookup.check_split(provider, cfg.split)
+    elif not any(cfg.split in task.splits for task in tasks):
+        raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
+    check_runs(tasks, converter)
+
+
+def check_runs(tasks: Iterable[Any], converter: Any) -> None:
+    """Raises ValueError for a task that is not among the converter's runs."""
+    # Converters other than ours (plain T5 fine-tuning under T5X's gin) know no runs.
+    runs = getattr(converter, "runs", None)
+    if runs is not None:
+        for task in tasks:
+            runs.row(task.name)
+
+
+def check_lengths(
+    overlong: Mapping[str, tuple[int, int]],
+    converter: Any,
+    task_feature_lengths: Mapping[str, int] | None,
+) -> None:
+    """Raises ValueError for over-long examples unless the converter truncates them.
+
+    Args:
+        overlong: {task: (examples that were cut, examples)}.
+        converter: its `on_overlong` says what follows.
+        task_feature_lengths: the limits, for the message.
+    """
+    cut = {name: counts for name, counts in overlong.items() if counts[0]}
+    if not cut or getattr(converter, "on_overlong", "truncate") == "truncate":
+        return
+    counts = ", ".join(f"{n}: {c} of {total} ({c / total:.2%})" for n, (c, total) in cut.items())
+    raise ValueError(
+        f"Some examples are longer than task_feature_lengths {dict(task_feature_lengths or {})} "
+        f"({counts}). Raise the limits, or bind PromptFeatureConverter.on_overlong = 'truncate'."
+    )
+
+
+def check_counts(overlong: Mapping[str, tuple[int, int]], cfg: Any, converter: Any) -> None:
+    """Raises ValueError for an empty split, or as `check_lengths` does; logs what is cut.
+
+    Args:
+        overlong: {task: (examples that were cut, examples)}.
+        cfg: the `DatasetConfig` that was read.
+        converter: see `check_lengths`.
+    """
+    empty = [name for name, (_, size) in overlong.items() if not size]
+    if empty:
+        raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
+    token_tables.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
+    check_lengths(overlong, converter, cfg.task_feature_lengths)
