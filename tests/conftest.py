@@ -7,11 +7,13 @@ XLA shows n virtual CPU devices; the others stay as fast as a single device is.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
-import subprocess
-import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
 
 # Before jax is imported anywhere: these are read once, here and by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,8 +26,19 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import jaxlib
 import jaxtyping
 import pytest
+from jaxtyping import _import_hook as import_hook
+
+from tests.fixtures.processes import run_python
+
+# The CPU compiler's fusion emitters double the time that a program takes to compile. XLA reads its
+# flags when it makes the first device, and ends a process that sets one it does not know.
+if jaxlib.__version__.startswith("0.10."):
+    os.environ["XLA_FLAGS"] = " ".join(
+        ["--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
+    )
 
 # Pytest imports it after this module, so the import hook below sees it.
 pytest_plugins = ["tests.fixtures.pytest_fixtures"]
@@ -35,6 +48,20 @@ pytest_plugins = ["tests.fixtures.pytest_fixtures"]
 LIBRARY = Path(__file__).resolve().parents[1] / "mpt_jax"
 CHECKED = sorted(path.stem for path in LIBRARY.iterdir() if path.stem[0] != "_")
 CHECKED.remove("tasks")
+
+
+# The hook reads and writes bytecode under a name of its own. By itself it does so for all that is
+# imported while a module of ours runs, so that every process would compile TensorFlow anew.
+def _get_code(self, fullname):
+    with patch(
+        "importlib._bootstrap_external.cache_from_source",
+        functools.partial(import_hook._optimized_cache_from_source, self._typechecker.get_hash()),
+    ):
+        return SourceFileLoader.get_code(self, fullname)
+
+
+import_hook._JaxtypingLoader.get_code = _get_code
+import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
 jaxtyping.install_import_hook([f"mpt_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -72,19 +99,11 @@ def devices_of(item: pytest.Item) -> int | None:
     return None if marker is None else marker.args[0]
 
 
-def run_with_devices(count: int, root: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
+def run_with_devices(count: int, root: Path, names: list[str]) -> CompletedProcess[str]:
     """Runs some tests in a process that sees a number of virtual CPU devices."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*command, *names],
-        cwd=root,
-        env={
-            **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-        },
-        capture_output=True,
-        text=True,
-    )
+    command = ["-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return run_python(*command, *names, cwd=root, check=False, XLA_FLAGS=flags, PYTEST_ADDOPTS="")
 
 
 # --- Memory and time of the process that runs the tests -------------------------------------------

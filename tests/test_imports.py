@@ -76,4 +76,4 @@ for name in {BLOCKED!r}:
 for name in {modules!r}:
     importlib.import_module(name)
 """
-    run_script(script)
+    run_script(script, fresh=True)

@@ -55,4 +55,4 @@ assert gin.query_parameter("%SOURCE_TASKS")[0] in seqio.TaskRegistry.names()
 vocabulary = pathlib.Path(str(paths.shipped(name="toy.model")))
 assert vocabulary.is_relative_to(site) and vocabulary.exists(), vocabulary
 """
-    run_script(script, cwd=elsewhere, PYTHONPATH=str(site))
+    run_script(script, cwd=elsewhere, fresh=True, PYTHONPATH=str(site))

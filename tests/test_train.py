@@ -68,13 +68,12 @@ def test_resuming_equals_never_stopping(backbone, whole, tmp_path):
     assert_same_bits(prompts(whole), prompts(tmp_path / "parts"))
 
 
+@pytest.mark.slow  # positions of such data are restored in tests/data/test_datasets.py
 @pytest.mark.parametrize(
     "changes",
     [
         {"pack": True, "batch_size": 2},
-        pytest.param(
-            {"by_length": True, "length_buckets": {"inputs": [2]}}, marks=pytest.mark.slow
-        ),
+        {"by_length": True, "length_buckets": {"inputs": [2]}},
     ],
 )
 def test_resuming_is_exact_without_padding_too(backbone, tmp_path, changes):

@@ -51,11 +51,11 @@ class LengthBuckets:
             batch: an unpacked batch of full length.
             targets: whether to cut targets as well; decoding may need all of their positions.
         """
-        encoder = smallest(self.encoder, encoder_lengths(batch).max(initial=0))
+        encoder = smallest(self.encoder, int(encoder_lengths(batch).max(initial=0)))
         decoder = self.decoder[-1]
         if targets:
             needed = used(batch["decoder_target_tokens"] != 0).max(initial=0)
-            decoder = smallest(self.decoder, needed)
+            decoder = smallest(self.decoder, int(needed))
         to = {"encoder": encoder, "decoder": decoder}
         return {name: value[:, : to[name.split("_")[0]]] for name, value in batch.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -43,6 +44,7 @@ class TrainState(flax.struct.PyTreeNode):
         return merge(self.trainable, self.frozen)
 
 
+@functools.lru_cache(maxsize=4)  # traces the whole network; a job asks twice
 def param_shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
     """The whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
     variables = jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))

@@ -1,6 +1,6 @@
 """Who answers to `t5x`: a real T5X wherever one can be imported, else the fallback.
 
-Each case is a fresh interpreter, since a process decides once. A folder with T5X's telling files
+Each case is a process of its own, since a process decides once. A folder with T5X's telling files
 stands in for T5X.
 """
 
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from mpt_jax.config import trainer_choice
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fixtures.processes import ROOT, run_python
 
 WHO = "import t5x; print('own' if getattr(t5x, '__embedded__', False) else t5x.MARK)"
 # What an editable install does that brings its own finder.
@@ -45,12 +43,8 @@ def real(tmp_path: Path) -> Path:
 
 
 def run(code: str, *path: Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPT_JAX"))}
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, path))} | variables
+    return run_python("-c", textwrap.dedent(code), cwd=cwd, check=False, **variables)
 
 
 def answer(code: str, *path: Path, cwd: Path, **variables: str) -> str:
@@ -151,15 +145,12 @@ def test_scripts_are_found_by_python_m(script, tmp_path):
 def test_the_first_line_says_which_trainer_runs(real, tmp_path):
     """Before any import that is slow or noisy."""
     (real / "t5x" / "train.py").write_text("import sys; print('trains', file=sys.stderr)\n")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPT_JAX"))}
     lines = {}
     for trainer in ("own", "t5x"):
-        child = subprocess.run(
-            [sys.executable, "-m", "t5x.train", "--gin_file=no_such_file.gin"],
-            cwd=tmp_path,
-            env=environment
-            | {"PYTHONPATH": f"{ROOT}{os.pathsep}{real}", "MPT_JAX_TRAINER": trainer},
-            capture_output=True, text=True, check=False,
+        path = os.pathsep.join(map(str, (ROOT, real)))
+        child = run_python(
+            *("-m", "t5x.train", "--gin_file=no_such_file.gin"),
+            cwd=tmp_path, check=False, fresh=True, PYTHONPATH=path, MPT_JAX_TRAINER=trainer,
         )  # fmt: skip
         lines[trainer] = child.stderr.splitlines()
     assert lines["own"][0].startswith("Trainer: mpt_jax") and "T5X is not used" in lines["own"][0]

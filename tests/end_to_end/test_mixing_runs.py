@@ -100,7 +100,7 @@ def restored(backbone, model, path="", artifact=None) -> dict[str, jax.Array]:
 
 # --- Resuming ------------------------------------------------------------------------------------
 
-FAST = ("attempt joint", "crosspt independent")
+FAST = ("crosspt independent",)
 
 
 @pytest.mark.parametrize(

@@ -427,6 +427,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "mpt_jax.plan", *arguments, check=False, timeout=600, **settings)
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_gin_file(libtpu, tmp_path):
     found = command(
         "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.BATCH_SIZE=48",

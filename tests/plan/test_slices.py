@@ -136,9 +136,9 @@ SLICES = (
 
 
 def start(root: Path, *more: str, devices: int = 1) -> subprocess.Popen:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {
-        "MPT_JAX_ROOT": str(root), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "MPT_JAX_ROOT": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
     }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "mpt_jax.train", *STAGE, *more],

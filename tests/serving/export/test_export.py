@@ -69,7 +69,8 @@ def any_kind(request, tmp_path_factory):
 def run(script, cwd, *arguments):
     """A script in a fresh process; returns what it prints, as JSON."""
     variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return json.loads(run_script(script, *arguments, cwd=cwd, **variables).splitlines()[-1])
+    printed = run_script(script, *arguments, cwd=cwd, fresh=True, **variables)
+    return json.loads(printed.splitlines()[-1])
 
 
 def ids(text):
