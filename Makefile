@@ -18,7 +18,8 @@ demo-full: $(VENV)/.installed
 # One process per core. Whole modules go to a process (loadfile): their fixtures and programs are made
 # once, and memory is freed between them. worksteal splits modules and makes both twice; loadscope
 # does the same here, as there are few classes.
-PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile \
+  --no-loadscope-reorder
 
 test: $(VENV)/.dev
 	$(PYTEST)

@@ -264,6 +264,7 @@ def test_a_source_task_is_added_to_a_trained_source_stage(backbone, tmp_path):
     assert all(np.any(trained[name] != new[name]) for name in new)
 
 
+@pytest.mark.slow  # steps: tests/training/test_trainer.py; their data: tests/data/test_datasets.py
 def test_a_grouped_job_equals_solo_runs(backbone, tmp_path):
     together = Runs(TASKS[:2], groups="independent")
     run(backbone, tmp_path / "both", build(runs=together),

@@ -70,7 +70,7 @@ def close(ours, theirs) -> None:
     [
         (True, {}),
         (False, {"scan_layers": True, "remat": "full"}),
-        (False, {"relative_bias_per_layer": True}),
+        pytest.param(False, {"relative_bias_per_layer": True}, marks=pytest.mark.slow),
         pytest.param(False, {}, marks=pytest.mark.slow),
         pytest.param(True, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),
         pytest.param(True, {"relative_bias_per_layer": True}, marks=pytest.mark.slow),

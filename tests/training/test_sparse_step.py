@@ -54,7 +54,7 @@ FROZEN_LEFT = (("prompt/task_left", "frozen"),)
     [
         pytest.param(MPT(tiny.PROMPT, rank=2), None, FROZEN_LEFT, marks=pytest.mark.slow),
         (MPT(tiny.PROMPT), None, ()),
-        (PromptTuning(tiny.PROMPT), [[0, 2, 1]], ()),
+        pytest.param(PromptTuning(tiny.PROMPT), [[0, 2, 1]], (), marks=pytest.mark.slow),
     ],
 )
 def test_the_same_numbers(prompt, pack, labels):
