@@ -1,1 +1,1 @@
-"""Shapes, parameter trees and the index of the prompt bank. Imports JAX alone."""
+"""Shapes, parameter trees, runs and the batch contract. Imports no other package of MPT-JAX."""

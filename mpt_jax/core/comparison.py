@@ -11,21 +11,22 @@ MOST_SHOWN = 20
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], names: Collection[str] | None = None
 ) -> str:
-    """Returns both values of every name whose values differ; empty if none do.
+    """Describes every name whose values differ, with both values; empty if none do.
 
     Args:
-        saved: what an earlier start recorded.
-        current: the same of this one. JSON values in both, so that equal ones compare equal.
-        names: which to compare, in this order; by default those of `current`, since records of
-            other versions may hold more.
+        saved: the configuration that an earlier start recorded.
+        current: the configuration of this start. Both hold JSON values, so that equal values
+            compare equal.
+        names: the names to compare, in this order; by default those of `current`, since records
+            of other versions may hold more.
     """
     names = current if names is None else names
-    found = [name for name in names if saved.get(name) != current.get(name)]
+    differing = [name for name in names if saved.get(name) != current.get(name)]
     shown = [
         f"{name}: saved {_shown(saved, name)}, current {_shown(current, name)}"
-        for name in found[:MOST_SHOWN]
+        for name in differing[:MOST_SHOWN]
     ]
-    more = len(found) - len(shown)
+    more = len(differing) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
@@ -41,14 +42,14 @@ def check_same(
 
     Args:
         saved, current, names: see `differences`.
-        what: was saved, for the message.
+        what: what was saved, for the message.
         advice: what the user can do, for the message; one or more sentences.
 
     Raises:
-        ValueError: a value differs; shows all that do.
+        ValueError: values differ; the message shows them.
     """
-    if found := differences(saved, current, names):
-        raise ValueError(f"{what} was saved with another configuration ({found}). {advice}")
+    if changes := differences(saved, current, names):
+        raise ValueError(f"{what} was saved with another configuration ({changes}). {advice}")
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

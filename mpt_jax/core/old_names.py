@@ -1,6 +1,7 @@
-"""Names in files that version 0.1 wrote before its modules became packages, mapped to today's.
+"""Map from old names to current ones, to read files of early versions.
 
-Checkpoints, artifacts and plans of that version are read as they are. Nothing writes these names.
+Version 0.1 wrote the old names into checkpoints, artifacts and plans before its modules became
+packages. Those files are read unchanged. Nothing writes the old names.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from typing import Any
 
 from etils import epath
 
-# Folders that stages leave.
+# Output folders of stages.
 FOLDERS = {"artefact": "artifact", "artefacts": "artifacts"}
-# Keys of configurations: of fingerprints, artifacts and prompt methods.
+# Keys in the configurations of fingerprints, artifacts and prompt methods.
 KEYS = {
     "artefact_sha256": "artifact_sha256",
     "normalise": "normalize",
     "reparametrise": "reparameterize",
 }
-# Words in the bindings of planned stages.
+# Words in the gin bindings of planned stages.
 WORDS = {
     **FOLDERS,
     "INITIAL_ARTEFACT": "INITIAL_ARTIFACT",
@@ -38,21 +39,21 @@ _WORD = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, WORDS))})(?!\w)")
 
 
 def current_keys(value: Any) -> Any:
-    """A JSON value with the keys that they have today, at any depth."""
+    """Replaces old keys of a JSON value by current ones, at any depth."""
     if isinstance(value, dict):
         return {KEYS.get(key, key): current_keys(inner) for key, inner in value.items()}
     return [current_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def current_text(text: str) -> str:
-    """A text with the words that they are today."""
+    """Replaces old words of a text by current ones."""
     return _WORD.sub(lambda match: WORDS[match[1]], text)
 
 
 def existing_folder(path: str | os.PathLike[str]) -> epath.Path:
-    """The path itself, or the same under its old name if only that exists."""
+    """Returns the path, or the same path under its old name if only that exists."""
     new = epath.Path(path)
-    names = {today: before for before, today in FOLDERS.items()}
-    parts = [names.get(part, part) for part in new.parts[-2:]]
+    old_names = {new_name: old_name for old_name, new_name in FOLDERS.items()}
+    parts = [old_names.get(part, part) for part in new.parts[-2:]]
     old = new.parent.parent.joinpath(*parts) if len(new.parts) > 2 else epath.Path(*parts)
     return old if not new.exists() and old.exists() else new

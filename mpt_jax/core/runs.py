@@ -1,9 +1,9 @@
-"""Which row of the prompt bank is which.
+"""Runs: the rows of the prompt bank, and their groups.
 
-A bank has K rows. A row is a *run*: one task, learned once. Usually each task has one run and the
-two names agree; a job that adapts one task with three seeds has three runs of it. Rows fall into
-G groups, and groups never see each other: each has its own shared parameters, learning rate,
-clipping and best step. A source stage is one group; independent adaptations are a group each.
+A bank has K rows. Each row is a *run*: one task, trained once. Usually each task has one run and
+the two names agree; a job that adapts one task with three seeds has three runs of it. The rows
+form G groups. Groups never affect each other: each has its own shared parameters, learning rate,
+clipping and best step. A source stage is one group; independent adaptations are one group each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeVar
 
 _Value = TypeVar("_Value")
 
-# What a run's name says of settings that neither its data nor its initial values depend on.
+# A run name: `data`, then settings that affect neither its examples nor its random key.
 _SETTINGS = re.compile(
     r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_[\w.:]+?)?(_init_[\w.:]+)?",
     re.ASCII,
@@ -33,14 +33,15 @@ class Runs:
     """The rows of a prompt bank.
 
     Attributes:
-        task_names: K names, the task that each row answers.
-        run_names: K distinct names, the SeqIO task whose examples train the row. Default: the
+        task_names: K names: the task of each row.
+        run_names: K distinct names: the SeqIO task whose examples train each row. Default: the
             task names.
-        groups: `'joint'` (all rows in one group), `'independent'` (a group for each row), or K
-            group numbers, 0 .. G-1 without a gap.
+        groups: `'joint'` (all rows in one group), `'independent'` (one group per row), or K
+            group numbers, 0 .. G-1 without gaps.
 
     Raises:
-        ValueError: no rows, a repeated run name, tables of different lengths, a gap in groups.
+        ValueError: no rows, a repeated run name, lists of different lengths, or a gap in the
+            group numbers.
     """
 
     task_names: Sequence[str]
@@ -54,13 +55,14 @@ class Runs:
             raise ValueError(f"task_names must be a list of names, got {self.task_names!r}.")
         if len(runs) != len(tasks):
             raise ValueError(
-                f"{len(tasks)} task names but {len(runs)} run names; each row needs one of each."
+                f"Got {len(tasks)} task names but {len(runs)} run names. Give every row one of "
+                "each."
             )
         repeated = sorted(name for name, count in collections.Counter(runs).items() if count > 1)
         if repeated:
             raise ValueError(
-                f"Run names must be distinct; repeated: {repeated}. Give several runs of one task "
-                "their own run_names."
+                f"Run names must be distinct; repeated: {repeated}. Give each run of a task its "
+                "own name in run_names."
             )
         if isinstance(self.groups, str):
             if self.groups not in (JOINT, INDEPENDENT):
@@ -82,65 +84,68 @@ class Runs:
 
     @property
     def num_rows(self) -> int:
-        """K."""
+        """Number of rows, K."""
         return len(self.task_names)
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """Number of groups, G."""
         return max(self.group_of_row) + 1
 
     @property
     def group_of_row(self) -> tuple[int, ...]:
-        """K group numbers."""
+        """Group number of each row."""
         assert not isinstance(self.groups, str)
         return tuple(self.groups)
 
     def names_of_group(self, group: int) -> tuple[str, ...]:
-        """The runs of a group."""
+        """Returns the names of a group's runs."""
         rows = zip(self.run_names, self.group_of_row, strict=True)
-        return tuple(name for name, of in rows if of == group)
+        return tuple(name for name, row_group in rows if row_group == group)
 
     def row(self, run_name: str) -> int:
-        """The bank row of a run.
+        """Returns the bank row of a run.
 
         Raises:
-            ValueError: no such run; lists the known ones, the closest first.
+            ValueError: no such run; lists the closest names, then all.
         """
         return look_up("run", run_name, self._rows)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
-        """Run -> its row."""
+        """Run name -> bank row."""
         return {name: row for row, name in enumerate(self.run_names)}
 
 
 def data_name(run_name: str) -> str:
-    """The name that a run's examples, their order and its initial values depend on.
+    """Returns the name that determines a run's examples, their order and its initial values.
 
-    Runs that differ in a learning rate or in what they start from, and say so at the end of their
-    names, `_lr0.3`, `_tlr0.4`, `_from_mnli` and `_init_text` in this order, are alike in all of
-    these. (Of one initializer or another the random key is the same.) What a run starts from may be
-    called with settings itself.
+    Run names may end in settings: `_lr0.3`, `_tlr0.4`, `_from_mnli` and `_init_text`, in this
+    order. Runs that differ only in these settings (a learning rate, or what they start from) have
+    the same examples, order and random key; the key does not depend on the initializer. The name
+    after `_from_` may contain settings itself.
 
-    A task whose own name has such an end, `qa_from_text`, is read in the same way: it keeps its
-    examples, and their order and its random key are those of `qa`. Fleets refuse it.
+    A task whose own name ends like this, such as `qa_from_text`, is treated the same way: it keeps
+    its examples, but their order and its random key are those of `qa`. Fleets reject such a name.
     """
-    found = _SETTINGS.fullmatch(run_name)
-    assert found is not None  # of any text but the empty one
-    return found["data"]
+    match = _SETTINGS.fullmatch(run_name)
+    assert match is not None  # any non-empty name matches
+    return match["data"]
 
 
 def global_batch_size(runs: Runs, examples: int) -> int:
-    """Examples in a step of a job whose groups have `examples` each, as many as each has alone."""
+    """Returns the examples per step of a job with `examples` per group.
+
+    `examples` is the batch size of a group that is trained in a job by itself.
+    """
     return runs.num_groups * examples
 
 
 def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
-    """`known[name]`.
+    """Returns `known[name]`.
 
     Raises:
-        ValueError: there is none; lists the known names, the closest first.
+        ValueError: the name is unknown; lists the closest known names, then all.
     """
     if name not in known:
         raise ValueError(unknown_name(what, name, list(known)))
@@ -148,7 +153,7 @@ def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """The message for an unknown name: the closest known ones, then all of them."""
+    """Returns the message for an unknown name: the closest known names, then all."""
     close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known)) or 'none'}."

@@ -1,4 +1,4 @@
-"""The shape alphabet. One letter means one thing in every annotation, docstring and error.
+"""Shape letters and array types. A letter has one meaning in every annotation and docstring.
 
     B  batch                       P  prompt length            H  model width
     T  encoder positions           L  decoder positions        V  vocabulary rows
@@ -8,9 +8,9 @@
     E  examples of a packed row    J  candidate prompts that one prompt is mixed from
     Q  query positions             M  positions attended to    Z  rows of a private prompt
 
-A lower-case word (`"B text"`) is a size that has no name outside its function.
+A lower-case word (`"B text"`) is a size used only within one function.
 Annotations are jaxtyping's (`Float[Array, "B T H"]`). They are checked at run time only under
-pytest, by an import hook, so production code pays nothing for them.
+pytest, by an import hook, so they cost nothing in production.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ __all__ = ["Array", "Batch", "Bool", "Float", "Int", "Key", "Params", "UInt32"]
 
 # A nested dict of arrays with string keys: the parameter tree, or any part of it.
 Params = Mapping[str, Any]
-# One batch of the contract in docs/architecture.md: feature name -> array.
+# One batch, as specified in docs/architecture.md: feature name -> array.
 Batch = Mapping[str, jax.Array]
 Key = PRNGKeyArray | UInt32[Array, "2"]

@@ -1,8 +1,7 @@
-"""Parameter trees by name: path names, ordered label tables, splitting, strict matching.
+"""Parameter trees by path name: ordered label tables, splitting, strict matching.
 
-A parameter tree is a nested mapping with string keys. Its leaves are addressed by one name,
-their path joined by slashes (`encoder/layers_0/mlp/wi/kernel`), in label tables, checkpoints,
-artifacts and errors alike.
+A parameter tree is a nested mapping with string keys. A leaf's name is its path joined by slashes
+(`encoder/layers_0/mlp/wi/kernel`). Label tables, checkpoints, artifacts and errors all use it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Rules = Sequence[tuple[str, str]]
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """`a/b/c` for a key path as `jax.tree_util` reports it."""
+    """Returns `a/b/c` for a key path of `jax.tree_util`."""
     parts = []
     for key in path:
         for attribute in ("key", "name", "idx"):
@@ -33,13 +32,13 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by path name, in the tree's order."""
+    """Returns the leaves of a tree by path name, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict from leaves by path name; the inverse of `flatten` for nested dicts."""
+    """Builds a nested dict from leaves by path name; the inverse of `flatten` for nested dicts."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
@@ -47,16 +46,16 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{name!r} lies below {parent!r}, which is itself a leaf.")
+                raise ValueError(f"{name!r} is below {parent!r}, which is itself a leaf.")
         node[last] = leaf
     return tree
 
 
 def by_suffix(values: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value under the longest suffix of a path name, cut at slashes, that `values` has.
+    """Returns the value under the longest suffix of a path name, cut at slashes, in `values`.
 
-    Optimizer states hold trees like the parameters below names of their own
-    (`0/mu/prompt/shared`): this finds what belongs to `prompt/shared`.
+    Optimizer states hold trees shaped like the parameters under a prefix (`0/mu/prompt/shared`).
+    This finds the entry for `prompt/shared`.
     """
     parts = name.split("/")
     suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
@@ -64,10 +63,10 @@ def by_suffix(values: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def label_tree(tree: Any, rules: Rules) -> Any:
-    """A tree of the same structure whose leaves are labels from the first rule that matches.
+    """Returns a tree of the same structure with each leaf's label, from the first matching rule.
 
     Raises:
-        ValueError: a leaf matches no rule; the message lists every such leaf.
+        ValueError: some leaves match no rule; the message lists them.
     """
     compiled = [(re.compile(pattern), label) for pattern, label in rules]
 
@@ -76,8 +75,8 @@ def label_tree(tree: Any, rules: Rules) -> Any:
         return next((label for pattern, label in compiled if pattern.fullmatch(name)), None)
 
     labels = jax.tree_util.tree_map_with_path(label, tree)
-    found = flatten(labels, is_leaf=lambda x: x is None)
-    unmatched = [name for name, label in found.items() if label is None]
+    label_of_name = flatten(labels, is_leaf=lambda x: x is None)
+    unmatched = [name for name, label in label_of_name.items() if label is None]
     if unmatched:
         raise ValueError(
             f"No rule labels these parameters: {unmatched}. The rules tried, in order: "
@@ -87,7 +86,7 @@ def label_tree(tree: Any, rules: Rules) -> Any:
 
 
 def split(tree: Any, rules: Rules, keep: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The leaves whose label is in `keep`, and the rest, as two nested dicts."""
+    """Splits a tree into leaves whose label is in `keep` and the rest, as two nested dicts."""
     labels = flatten(label_tree(tree, rules))
     kept, rest = {}, {}
     for name, leaf in flatten(tree).items():
@@ -96,7 +95,7 @@ def split(tree: Any, rules: Rules, keep: Collection[str]) -> tuple[dict[str, Any
 
 
 def merge(first: Params, second: Params) -> dict[str, Any]:
-    """The union of two nested dicts with disjoint leaves; the inverse of `split`."""
+    """Merges two nested dicts with disjoint leaves; the inverse of `split`."""
     leaves = flatten(first)
     others = flatten(second)
     both = sorted(set(leaves) & set(others))
@@ -108,10 +107,10 @@ def merge(first: Params, second: Params) -> dict[str, Any]:
 def match_exactly(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str
 ) -> None:
-    """Checks that two tables of (name -> shape) are the same.
+    """Checks that two tables (name -> shape) are equal.
 
     Raises:
-        ValueError: names what is missing, what is extra, and which shapes differ.
+        ValueError: they differ; lists missing names, extra names and differing shapes.
     """
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
