@@ -1,4 +1,4 @@
-"""Checks of arguments that exist for T5X's sake."""
+"""Check of arguments that only T5X supports."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 
 def refuse_ineffective(name: str, **settings: Any) -> None:
-    """Checks that no T5X setting was given that would have no effect here.
+    """Checks that no T5X setting was set that has no effect without T5X.
 
     Args:
-        name: of the function that takes them.
-        **settings: setting -> whether it was given; any true value.
+        name: the function that takes the settings.
+        **settings: setting -> a true value if it was set.
 
     Raises:
-        ValueError: one was.
+        ValueError: a setting was set.
     """
     for setting, value in settings.items():
         if value:
             raise ValueError(
-                f"{name}.{setting} would have no effect here; leave it at its default, or run "
+                f"{name}.{setting} would have no effect here. Leave it at its default, or run "
                 "under T5X."
             )

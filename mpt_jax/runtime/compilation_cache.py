@@ -12,17 +12,17 @@ from pathlib import Path
 import jax
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-MIN_SECONDS = 0.5  # what compiles faster is not kept
+MIN_SECONDS = 0.5  # programs that compile faster are not cached
 
 
 def enable() -> None:
-    """Switches the cache on, unless the user has decided otherwise."""
+    """Enables the cache, unless the user has configured it."""
     if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir:
         return
     folder = Path.home() / ".cache" / "mpt_jax" / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a read-only home is no reason not to train
+        return  # with a read-only home, train without a cache
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)

@@ -1,14 +1,14 @@
-"""Joining the other processes of a job, by what the environment says of it.
+"""Distributed start: joins the other processes of a job, configured by environment variables.
 
-    MPT_JAX_DISTRIBUTED=1         join: JAX finds the others itself (Cloud TPU, GKE, Slurm, MPI)
-    MPT_JAX_DISTRIBUTED=0         never
-    unset                         join where one of these names others:
+    MPT_JAX_DISTRIBUTED=1         join; JAX finds the others itself (Cloud TPU, GKE, Slurm, MPI)
+    MPT_JAX_DISTRIBUTED=0         never join
+    unset                         join if one of these names other processes:
         JAX_COORDINATOR_ADDRESS   host:port of process 0, with JAX_NUM_PROCESSES and JAX_PROCESS_ID
         TPU_WORKER_HOSTNAMES      the hosts of a TPU slice, as GKE and TPU containers set it
         MEGASCALE_NUM_SLICES      more than one slice
 
-It must be done before anything touches a device. A plain TPU VM of several hosts sets none of
-these: its launch script sets MPT_JAX_DISTRIBUTED=1.
+Joining must happen before anything uses a device. A TPU VM with several hosts sets none of these
+variables by default, so its launch script sets MPT_JAX_DISTRIBUTED=1.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 
 
 def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The arguments of `jax.distributed.initialize` that an environment asks for; None for a job
-    of one process.
+    """Returns the arguments for `jax.distributed.initialize`, or None for a single process.
 
     Raises:
-        ValueError: a variable has no value it may have, or is there without the others.
+        ValueError: a variable has an invalid value, or is set without the others it needs.
     """
     choice = environment.get(VARIABLE) or None
     if choice not in (None, "0", "1"):
@@ -38,34 +37,34 @@ def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     slices = _number(environment, "MEGASCALE_NUM_SLICES") or 1
     if choice == "0" or not (choice or address or len(hosts) > 1 or slices > 1):
         return None
-    found = {
+    numbers = {
         "num_processes": _number(environment, COUNT),
         "process_id": _number(environment, INDEX),
     }
-    given = {name: value for name, value in found.items() if value is not None}
-    if given and (len(given) == 1 or not address):
+    arguments = {name: number for name, number in numbers.items() if number is not None}
+    if arguments and (len(arguments) == 1 or not address):
         raise ValueError(
-            f"{ADDRESS}, {COUNT} and {INDEX} belong together, got {address!r}, "
-            f"{environment.get(COUNT)!r} and {environment.get(INDEX)!r}: set all three, or the "
-            "first alone where JAX can find the others itself."
+            f"{ADDRESS}, {COUNT} and {INDEX} must be set together, got {address!r}, "
+            f"{environment.get(COUNT)!r} and {environment.get(INDEX)!r}. Set all three, or only "
+            f"{ADDRESS} if JAX can find the other two itself."
         )
-    return {**given, "coordinator_address": address} if address else given
+    return {**arguments, "coordinator_address": address} if address else arguments
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the job's other processes if the environment names any; once per process.
+    """Joins the job's other processes if the environment names any; at most once per process.
 
     Raises:
-        ValueError: see `wanted`.
-        RuntimeError: JAX's own: a device was touched before, or the others do not answer.
+        ValueError: see `distributed_args`.
+        RuntimeError: from JAX: a device was used before, or the other processes do not answer.
     """
-    import jax  # here, so that `wanted` can be asked without it
+    import jax  # here, so that `distributed_args` works without JAX
 
     arguments = distributed_args(environment)
     if arguments is None or jax.distributed.is_initialized():
         return
     jax.distributed.initialize(**arguments)
-    logging.info("Process %d of %d.", jax.process_index(), jax.process_count())
+    logging.info("Joined as process %d of %d.", jax.process_index(), jax.process_count())
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

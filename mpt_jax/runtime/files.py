@@ -1,8 +1,9 @@
-"""Files and folders, local or in a storage bucket, that appear complete or not at all.
+"""Atomic writes of files and folders, local or in a storage bucket.
 
 A local file or folder is written under a scratch name beside its target, synced, and renamed. A
-bucket publishes an object when its upload is complete, so files are written in place there. It has
-no folders to rename: objects are copied one by one, and a folder is complete when the call returns.
+bucket publishes an object when its upload is complete, so its files are written in place. A bucket
+has no folders to rename: objects are copied one by one, and a folder is complete when the call
+returns.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from etils import epath
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str, *, sync: bool = True) -> None:
-    """Writes a file so that a reader, or a crash, finds the old content or the new.
+    """Writes a file so that it holds either the old or the new content, even after a crash.
 
     Args:
-        path: the file; its folder exists.
+        path: the file; its folder must exist.
         content: bytes, or text that is written as UTF-8.
-        sync: waits until the content is on disk. Otherwise a power cut may leave an empty file.
+        sync: whether to wait until the content is on disk. Otherwise a power loss may leave an
+            empty file.
 
     Raises:
-        OSError: the file cannot be written; the old content stays, and no scratch file.
+        OSError: the file cannot be written; the old content stays and the scratch file is removed.
     """
     target = epath.Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -38,7 +40,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str, *, sync: bo
         with open(scratch, "wb") as file:
             file.write(data)
             file.flush()
-            if sync:  # before the rename, or a power cut may keep the name and lose the content
+            if sync:  # before the rename, or a power loss may keep the name and lose the content
                 os.fsync(file.fileno())
         os.replace(scratch, target)
     except BaseException:
@@ -49,15 +51,15 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str, *, sync: bo
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """Yields a scratch folder, which becomes `path` when the block ends without an error.
+    """Yields a scratch folder that becomes `path` when the block ends without an error.
 
     Raises:
         FileExistsError: `path` exists; it is not changed.
-        OSError: the folder cannot be written; nothing is left of it.
+        OSError: the folder cannot be written; the scratch folder is removed.
     """
     target = epath.Path(path)
     if target.exists():
-        raise FileExistsError(f"{target} exists already and is not overwritten.")
+        raise FileExistsError(f"{target} exists already. Remove it, or choose another folder.")
     with _filled(_scratch_name(target)) as scratch:
         yield scratch
         _sync(scratch)
@@ -66,10 +68,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """Yields a scratch folder, which replaces `path` when the block ends without an error.
+    """Yields a scratch folder that replaces `path` when the block ends without an error.
 
-    For one writer at a time: it cleans up after a writer that was killed. Between the two renames
-    of the swap a reader may find no folder, but never half of one.
+    Only one writer may run at a time, because each cleans up after one that was killed. Between
+    the two renames of the swap a reader may find no folder, but never a partial one.
 
     Raises:
         OSError: the folder cannot be written; the old one stays.
@@ -97,13 +99,13 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 
 def _scratch_name(target: epath.Path) -> epath.Path:
-    """A hidden name beside a target, new at every call, so that two writers never share one."""
+    """Returns a hidden name beside a target, new at every call: two writers never share one."""
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
 
 
 @contextlib.contextmanager
 def _filled(scratch: epath.Path) -> Iterator[epath.Path]:
-    """Creates a folder, and removes it if the block fails."""
+    """Creates a folder; removes it if the block fails."""
     scratch.mkdir(parents=True)
     try:
         yield scratch
@@ -124,26 +126,26 @@ def _sync(folder: epath.Path) -> None:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether a path is on this machine's file system, and not in a bucket."""
+    """Whether a path is on this machine's file system rather than in a bucket."""
     return "://" not in os.fspath(path)
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """The path from the root, which Orbax and TensorStore insist on; in a bucket it is one."""
+    """Returns the absolute path, which Orbax and TensorStore require; bucket paths already are."""
     return epath.Path(os.path.abspath(path)) if is_local(path) else path
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Reads the JSON object in a file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or no object.
+        ValueError: the content is not JSON, or not an object.
     """
     try:
-        found = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object.")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return value

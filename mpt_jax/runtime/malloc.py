@@ -1,9 +1,9 @@
-"""Keeping freed memory on CPU machines.
+"""glibc malloc settings that keep freed memory in the process, for CPU machines.
 
-XLA's CPU backend asks malloc for all temporaries of a step in one block and frees it afterwards.
-glibc gives so large a block back to the kernel at once, which must hand out and zero the same pages
-again in the next step: on two cores a third of the time of a small model's step. Told not to, it
-keeps the block. GPUs and TPUs have allocators of their own and are not concerned.
+XLA's CPU backend allocates all temporaries of a step as one block with malloc and frees it after
+the step. By default glibc returns such a large block to the kernel at once, and the kernel must map
+and zero the same pages again in the next step. On two cores that took a third of the time of a
+small model's step. GPUs and TPUs use other allocators and are not affected.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, if steps run on the CPU; does nothing elsewhere.
+    """Tells glibc to keep freed memory if steps run on the CPU; does nothing on other platforms.
 
-    Called once weights are where steps read them: among the holes that loading leaves in the heap,
-    blocks of a step found no place, and a process grew by one of them now and then (by up to the
-    half in four runs of one benchmark, by nothing in three called afterwards).
+    Call this once the weights are where steps read them. If it is called earlier, a step's block
+    may not fit into the holes that loading leaves in the heap, and the process grows by a block now
+    and then. In one benchmark four runs with an early call grew by up to a half, and three with a
+    late call did not grow.
     """
     if sys.platform != "linux" or jax.default_backend() != "cpu":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        # Blocks come from the one growing heap, and the heap never shrinks.
+        # All blocks come from the main heap, and the heap never shrinks.
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
         mallopt(_M_ARENA_MAX, 1)

@@ -1,8 +1,8 @@
-"""One ROOT under which every run finds its inputs and leaves its outputs.
+"""Default paths: one ROOT holds the inputs and outputs of every run.
 
     $MPT_JAX_ROOT, else ./runs
         backbones/<name>/...        pretrained weights and vocabularies
-        <stage>/                    MODEL_DIR of a stage; <stage>/artifact is what it hands on
+        <stage>/                    MODEL_DIR of a stage; its artifact is in <stage>/artifact
 
 Gin files build every path from it (`paths.under`), so one variable moves a whole project.
 """
@@ -24,60 +24,62 @@ SHIPPED = Path(__file__).parents[1] / "tasks" / "data"
 
 
 def root() -> str:
-    """The folder or bucket that all default paths lie under."""
+    """Returns the folder or bucket that contains all default paths."""
     return os.environ.get(ROOT_VARIABLE) or os.path.join(os.curdir, "runs")
 
 
 def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
-    """`base/name`.
+    """Returns `base/name`.
 
     Args:
         base: a local folder, or a remote prefix such as `gs://bucket/project`.
         name: a path below it.
-        shared_filesystem: says that every host sees the same files under a local `base`.
+        shared_filesystem: whether every host sees the same files under a local `base`.
 
     Raises:
-        ValueError: several hosts would each use a folder of their own.
+        ValueError: an argument is empty, or each of several hosts would use a separate folder.
     """
     if not base or not name:
-        raise ValueError(f"Cannot build a path from base {base!r} and name {name!r}.")
+        raise ValueError(
+            f"Cannot build a path from base {base!r} and name {name!r}. Give both a value."
+        )
     local = "://" not in base
     if local and not shared_filesystem and jax.process_count() > 1:
         raise ValueError(
-            f"ROOT is {base!r}, a local folder, and this job has {jax.process_count()} hosts: each "
-            f"would read and write its own. Set {ROOT_VARIABLE} (or --gin.ROOT) to a bucket, or "
-            "bind paths.under.shared_filesystem = True where all hosts mount the same folder."
+            f"ROOT is {base!r}, a local folder, but this job has {jax.process_count()} hosts and "
+            f"each would use its own folder. Set {ROOT_VARIABLE} (or --gin.ROOT) to a bucket, or "
+            "bind paths.under.shared_filesystem = True if all hosts mount the same folder."
         )
     return os.path.join(base, name)
 
 
 def download_command(*, repository: str, folder: str) -> str:
-    """How to get a model of the Hugging Face hub into a folder, for messages."""
+    """Returns the command that downloads a Hugging Face model into a folder, for messages."""
     if "://" not in folder:
         return f"hf download {repository} --local-dir {shlex.quote(folder)}"
-    here = repository.rpartition("/")[2]
-    return f"hf download {repository} --local-dir {here}, and copy that folder to {folder}"
+    name = repository.rpartition("/")[2]
+    return f"hf download {repository} --local-dir {name}, and copy that folder to {folder}"
 
 
 def shipped(*, name: str) -> str:
-    """A file or folder that travels with the toy suite, in a clone or an installed wheel.
+    """Returns a file or folder shipped with the toy suite, in a clone or an installed wheel.
 
     Raises:
-        FileNotFoundError: no such file is shipped; lists what is.
+        FileNotFoundError: no such file is shipped; lists those that are.
     """
     if not (SHIPPED / name).exists():
-        found = sorted(path.name for path in SHIPPED.glob("*"))
-        raise FileNotFoundError(f"Nothing called {name!r} is shipped in {SHIPPED}; it has {found}.")
+        names = sorted(path.name for path in SHIPPED.glob("*"))
+        raise FileNotFoundError(f"No file {name!r} is shipped in {SHIPPED}. Choose one of {names}.")
     return str(SHIPPED / name)
 
 
 def own_or_shipped(*, own: str, name: str) -> str:
-    """What an earlier stage left at `own`; before that stage has run, what is shipped as `name`.
+    """Returns `own`, an earlier stage's output, or the shipped `name` if that stage has not run.
 
-    Says in the log when it is the shipped one.
+    Logs a line if it returns the shipped one.
     """
-    own = os.fspath(existing_folder(own))  # a stage of an earlier version may have left it
+    own = os.fspath(existing_folder(own))  # earlier versions used another name
     if epath.Path(own).exists() or not (SHIPPED / name).exists():
         return own
-    logging.info("There is no %s yet; using the one shipped, %s.", own, SHIPPED / name)
+    logging.info("%s does not exist yet; using the shipped %s.", own, SHIPPED / name)
     return str(SHIPPED / name)

@@ -1,7 +1,8 @@
-"""Stopping on request: SIGTERM (a preempted machine) and Ctrl-C save first, then exit.
+"""Graceful stop: on SIGTERM (a preempted machine) or Ctrl-C, a run saves and then exits.
 
-A scheduler can tell the two from failures by the exit code and start the same command again: it
-resumes from the save. So it is with a process whose peers have died, which cannot save any more.
+The exit code distinguishes a stop from a failure, so a scheduler can start the same command again,
+which resumes from the save. A process whose peers have died can no longer save, but exits with the
+same code as after SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from jax.experimental import multihost_utils
 RETRY_EXIT_CODE = 75
 INTERRUPT_EXIT_CODE = 130
 
-# What JAX's errors begin with where the program, its compiler or the memory is at fault: the same
-# command would end in the same way.
-_OURS = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
-# And what those say that tell of another process: the status alone of the distributed service and
-# of TPUs' networks; Gloo, which CPUs use, reports lost connections as INTERNAL.
-_PEERS = re.compile(
+# Prefixes of JAX errors caused by the program, its compiler or its memory: the same command would
+# fail again.
+_OWN_FAILURE = ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED")
+# Matches JAX errors caused by another process. The status is enough for the distributed service and
+# TPU networks. Gloo, which CPUs use, reports lost connections as INTERNAL.
+_PEER_FAILURE = re.compile(
     r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELED)\b|heartbeat|coordination service|"
     r"distributed service|another task died|preempted|connection (reset|closed|refused|timed out)|"
     r"socket closed|broken pipe|connectfullmesh|gloo.*(timed out|timeout)",
@@ -36,18 +37,18 @@ _PEERS = re.compile(
 
 
 class StopRequest:
-    """Whether somebody asked this run to stop."""
+    """A request to stop this run, with the signal that made it."""
 
     def __init__(self):
         self.signal: int | None = None
 
     @property
     def exit_code(self) -> int:
-        """What the process should exit with."""
+        """Exit code for the process."""
         return INTERRUPT_EXIT_CODE if self.signal == signal.SIGINT else RETRY_EXIT_CODE
 
     def is_due(self, step: int) -> bool:
-        """Whether all processes should stop after this step; they agree on the step."""
+        """Whether all processes should stop after this step; all get the same answer."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = self.signal or signal.SIGTERM
         return self.signal is not None
@@ -62,17 +63,17 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Listens for SIGTERM and SIGINT while the block runs.
 
-    With several processes JAX's own notifier has SIGTERM, and all processes hear of it at one
-    step; Ctrl-C, which reaches one of them, ends that one at once. Outside the main thread
-    signals cannot be caught, and only that notifier is heard.
+    With several processes, JAX's own notifier handles SIGTERM and reports it to all processes at
+    the same step; Ctrl-C ends only the process that it reaches, without a save. Outside the main
+    thread signals cannot be caught, so only that notifier works.
     """
     request = StopRequest()
     in_main_thread = threading.current_thread() is threading.main_thread()
     if jax.process_count() > 1 or not in_main_thread:
         yield request
         return
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, request._receive) for number in wanted}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, request._receive) for number in signals}
     try:
         yield request
     finally:
@@ -81,24 +82,24 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether an error of JAX's runtime says that another process of the job is lost."""
-    said = str(error)
-    return not said.startswith(_OURS) and _PEERS.search(said) is not None
+    """Whether an error of JAX's runtime means that another process of the job was lost."""
+    message = str(error)
+    return not message.startswith(_OWN_FAILURE) and _PEER_FAILURE.search(message) is not None
 
 
 def exit_if_peer_lost(error: Exception) -> None:
-    """Ends this process with the code for "start me again" where it has lost another one of its
-    job; returns where the error is one that would come again, which its caller raises.
+    """Exits with RETRY_EXIT_CODE if the error means that another process of the job was lost.
 
-    An orderly exit would wait for the dead. JAX's own watch ends a process whose peers are silent
-    (`--heartbeat_timeout`), which is what happens where no computation fails, but all wait.
+    Returns if not, so that the caller can raise the error. An orderly exit would wait for the lost
+    process. If no computation fails because all processes wait, JAX's own watchdog ends a process
+    whose peers are silent (`--heartbeat_timeout`).
     """
     if jax.process_count() == 1 or not is_peer_failure(error):
         return
     logging.error(
         "A computation across the %d processes of this job failed (%s). Most likely one of them "
-        "has ended: its log says why. The same command, started on all of them again, goes on from "
-        "the last checkpoint.",
+        "has ended; see its log. Start the same command on all of them again to resume from the "
+        "last checkpoint.",
         jax.process_count(),
         re.sub(r"(Error dispatching computation: )+", "", str(error).partition("\n")[0]),
     )

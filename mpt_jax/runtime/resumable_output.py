@@ -1,20 +1,21 @@
-"""A file of lines that is written in parts, and resumed after a stop.
+"""Text file that is written in parts and resumed after an interruption.
 
     FILE               all lines, once the file is complete
     FILE.COMPLETED     its record, as JSON
     FILE.partial       the lines so far
     FILE.partial_of    their record
 
-A record holds what the lines are made from, the number of lines and bytes, and what the caller
-adds. Lines are on disk before the record counts them, so a later start cuts the partial file to
-its record, half-written lines included, and resumes there. Lines that are made from something else
-are never added.
+A record holds what the lines were made from, the number of lines and bytes, and fields of the
+caller. Lines are on disk before the record counts them. A later start truncates the partial file to
+the recorded size, which removes half-written lines, and resumes from there. Lines that were made
+from other inputs are never mixed.
 
 A local partial file is locked while it is written; the system releases the lock when the process
 ends. A bucket has neither locks nor appends: every part uploads the partial file again, and two
-runs that write the same file overwrite each other, so give each its own folder.
+runs that write the same file overwrite each other, so give each run its own folder.
 
-One process writes a file. In a job of several, one calls `begin` and tells the others its result.
+Only one process writes a file. In a job of several processes, one calls `begin` and sends the
+result to the others.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from mpt_jax.runtime.files import is_local, write_atomic
 
 
 class Refused(ValueError):
-    """A file that cannot be resumed as asked; nothing was written."""
+    """The file cannot be resumed as requested; nothing was written."""
 
 
 class ResumableFile:
-    """Lines to a file, resumed.
+    """A file of lines that can be resumed.
 
     Args:
-        path: the complete file; the others are beside it.
-        made_from: what the lines depend on, JSON values.
-        notes: further fields of the record, with their values before the first line.
-        require_lock: whether a file that cannot be locked is an error. Otherwise a warning, since
-            some network file systems and all buckets have no locks.
+        path: the complete file; the others are written beside it.
+        made_from: what the lines depend on, as JSON values.
+        notes: further fields of the record, with their initial values.
+        require_lock: whether a file that cannot be locked is an error. Otherwise it is a warning,
+            since some network file systems and all buckets have no locks.
         elsewhere: what the user can choose instead of this file, for messages.
 
     Attributes:
-        lines: lines written, those of earlier starts included.
-        notes: the further fields now.
+        lines: number of lines written, including those of earlier starts.
+        notes: the current values of the further fields.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class ResumableFile:
         self._file: BinaryIO | None = None
 
     def is_complete(self) -> bool:
-        """Returns whether nothing is left to do. Writes nothing and takes no lock.
+        """Whether the file is complete. Writes nothing and takes no lock.
 
         Raises:
-            Refused: as `begin`, except for another run that writes the file.
+            Refused: as `begin`, except if another run is writing the file.
         """
         self._check_name()
         complete = self._completed.exists()
@@ -88,18 +89,18 @@ class ResumableFile:
         return complete and self.path.exists()
 
     def begin(self, check: Callable[[bool], None] | None = None) -> int | None:
-        """Locks the partial file and brings it to its record.
+        """Locks the partial file and truncates it to its recorded size.
 
         Args:
-            check: called before anything is changed, if there are lines; whether they are all
-                lines is its argument. It may raise.
+            check: called before anything is changed, if lines exist. Its argument is whether the
+                file is complete. It may raise.
 
         Returns:
             The number of lines; None if the file is complete.
 
         Raises:
-            Refused: the file was made from something else, or not by this command; a part of it
-                is lost; or another run is writing it.
+            Refused: the file was made from other inputs, or not by this command; part of it is
+                missing; or another run is writing it.
         """
         try:
             return self._begin(check)
@@ -116,7 +117,7 @@ class ResumableFile:
         if self._read(complete) and check is not None:
             check(complete)
         if complete:
-            # A start that was killed before its last step left the lines under the other name.
+            # A run that was killed before its last rename left the lines in the partial file.
             if self._check_size() == self._partial:
                 self._partial.replace(self.path)
             self.close()
@@ -125,14 +126,14 @@ class ResumableFile:
         return self.lines
 
     def append(self, lines: Sequence[str], notes: Mapping[str, Any] | None = None) -> None:
-        """Writes lines, and then counts them in the record.
+        """Appends lines, then counts them in the record.
 
         Args:
-            lines: without their line ends.
+            lines: lines without line ends.
             notes: new values of the record's further fields.
 
         Raises:
-            OSError: they cannot be written; the next start cuts off what was.
+            OSError: the lines cannot be written; the next start removes those that were.
         """
         content = "".join(f"{line}\n" for line in lines).encode()
         if self._file is not None:
@@ -148,34 +149,34 @@ class ResumableFile:
         self._write_record()
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames the complete file and its record to their final names."""
         self._record.replace(self._completed)
         self._partial.replace(self.path)
         self.close()  # last, since it releases the lock
 
     def close(self) -> None:
-        """Releases the partial file."""
+        """Closes the partial file and releases its lock."""
         if self._file is not None:
             self._file.close()
 
     def _check_name(self) -> None:
         if self.path.exists() and not self._completed.exists():
             raise Refused(
-                f"{self.path} exists, and is no answer of this command; choose {self._elsewhere}."
+                f"{self.path} exists and was not written by this command. Choose {self._elsewhere}."
             )
 
     def _take(self) -> None:
-        """Opens the partial file, and keeps other runs from writing it."""
+        """Opens and locks the partial file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not is_local(self.path):
-            self._cannot_lock("a bucket has no locks")
+            self._cannot_lock("buckets have no locks")
             return
         self._file = open(self._partial, "ab")  # noqa: SIM115 - held until `close`
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(
-                f"Another run is writing {self._partial}: wait for it, or choose {self._elsewhere}."
+                f"Another run is writing {self._partial}. Wait for it, or choose {self._elsewhere}."
             ) from error
         except OSError as error:  # some network file systems have no locks
             self._cannot_lock(f"{error.strerror}")
@@ -183,11 +184,11 @@ class ResumableFile:
     def _cannot_lock(self, why: str) -> None:
         message = f"{self._partial} cannot be locked against other runs ({why})"
         if self._require_lock:
-            raise Refused(f"{message}: choose a file on another file system.")
-        logging.warning("%s: make sure that no other run writes it.", message)
+            raise Refused(f"{message}. Choose a file on another file system.")
+        logging.warning("%s. Make sure that no other run writes it.", message)
 
     def _read(self, complete: bool) -> bool:
-        """Reads the record; returns whether it counts any lines, or all."""
+        """Reads the record; returns whether it counts any lines or the file is complete."""
         self.lines = self._bytes = 0
         record = self._completed if complete else self._record
         if not record.exists():
@@ -197,13 +198,13 @@ class ResumableFile:
             saved, self.lines, self._bytes, notes = self._parsed(text, complete)
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(
-                f"{record} cannot be read ({error!r}). Remove {self.path}* to begin again."
+                f"{record} cannot be read ({error!r}). Remove {self.path}* to start again."
             ) from error
         if not (complete or self.lines):
-            return False  # nothing that could be mixed
-        if found := differences(saved, self._made_from):
+            return False  # no lines that new ones could be mixed with
+        if changes := differences(saved, self._made_from):
             raise Refused(
-                f"{self.path} was made from something else ({found}). Choose {self._elsewhere}, or "
+                f"{self.path} was made from other inputs ({changes}). Choose {self._elsewhere}, or "
                 f"remove {self.path}* to make it again."
             )
         self.notes = notes
@@ -212,53 +213,53 @@ class ResumableFile:
     def _parsed(
         self, text: str, complete: bool
     ) -> tuple[Mapping[str, Any], int, int, dict[str, Any]]:
-        """What a record says: made from what, lines, bytes, notes."""
-        found = json.loads(text or "{}")  # T5X leaves an empty .COMPLETED
-        if not isinstance(found, dict):
-            raise TypeError("no JSON object")
-        notes = {name: found[name] for name in self.notes}
-        if "made_from" in found:
-            return dict(found["made_from"]), int(found["lines"]), int(found["bytes"]), notes
-        # Records of earlier versions had no counts: the lines themselves are counted.
+        """Returns the fields of a record: made_from, lines, bytes, notes."""
+        record = json.loads(text or "{}")  # T5X leaves an empty .COMPLETED
+        if not isinstance(record, dict):
+            raise TypeError("not a JSON object")
+        notes = {name: record[name] for name in self.notes}
+        if "made_from" in record:
+            return dict(record["made_from"]), int(record["lines"]), int(record["bytes"]), notes
+        # Records of earlier versions have no counts, so the lines are counted here.
         content = b""
         if (path := self.path if complete else self._partial).exists():
             content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        return found, content.count(b"\n"), whole, notes
+        return record, content.count(b"\n"), whole, notes
 
     def _check_size(self) -> epath.Path:
-        """Returns where the lines of a complete file are.
+        """Returns the path that holds the lines of a complete file.
 
         Raises:
-            Refused: they are not as long as the record says.
+            Refused: its size differs from the recorded one.
         """
         unnamed = not self.path.exists() and self._partial.exists()
         file = self._partial if unnamed else self.path
         size = _size(file)
         if not file.exists() or size != self._bytes:
-            found = f"has {size} bytes" if file.exists() else "is gone"
+            state = f"has {size} bytes" if file.exists() else "is missing"
             raise Refused(
-                f"{file} {found}, and {self._completed} records {self._bytes} bytes. Put the file "
-                f"back as it was, or remove {self.path}* to make it again."
+                f"{file} {state}, but {self._completed} records {self._bytes} bytes. Restore the "
+                f"file, or remove {self.path}* to make it again."
             )
         return file
 
     def _check_record(self) -> None:
-        """Raises Refused if the partial file has lines that its record does not explain."""
+        """Raises Refused if the partial file has no record, or is shorter than recorded."""
         size = _size(self._partial)
         if size and not self._record.exists():
             raise Refused(
-                f"{self._partial} has {size} bytes and no {self._record.name} beside it, so "
-                f"nothing says what they answer. Remove {self._partial} to begin again."
+                f"{self._partial} has {size} bytes and no {self._record.name} beside it, so the "
+                f"inputs of its lines are unknown. Remove {self._partial} to start again."
             )
         if size < self._bytes:
             raise Refused(
-                f"{self._partial} has {size} bytes, and its record says {self._bytes}: a part "
-                f"of it is lost. Remove {self.path}.* to begin again."
+                f"{self._partial} has {size} bytes, but its record says {self._bytes}: part of it "
+                f"is missing. Remove {self.path}.* to start again."
             )
 
     def _resume(self) -> None:
-        """Cuts the partial file to its record; begins both if there is none."""
+        """Truncates the partial file to its recorded size; creates both if there are none."""
         self._check_record()
         self._write_record()
         if self._file is not None:

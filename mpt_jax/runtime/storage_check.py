@@ -1,8 +1,8 @@
-"""Whether buckets can be used is found out before a run begins, and within a minute for each.
+"""Check before a run starts that each storage bucket can be used, within a minute per bucket.
 
-Paths like `gs://bucket/folder` are read and written through etils, Orbax and TensorStore. Left to
-themselves these try again for many minutes where there is no network, and report missing
-credentials from deep inside; so each bucket is asked for once, here.
+Paths like `gs://bucket/folder` are read and written through etils, Orbax and TensorStore. Without
+a network these retry for many minutes, and they report missing credentials in long tracebacks. So
+each bucket is queried once here.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ from etils import epath
 
 SECONDS = 60.0
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]*")
-_MEND = (
-    "Log in with `gcloud auth application-default login`; on a TPU VM or in GKE give the machine's "
-    "service account the role Storage Object Admin on the bucket; "
-    "`gcloud storage ls {bucket}` shows whether it can be seen."
+_ADVICE = (
+    "Log in with `gcloud auth application-default login`. On a TPU VM or in GKE, give the "
+    "machine's service account the role Storage Object Admin on the bucket. "
+    "`gcloud storage ls {bucket}` shows whether you have access."
 )
 
 
 def named(text: str) -> list[str]:
-    """The buckets a text mentions, `gs://bucket`, each once."""
+    """Returns the buckets (`gs://bucket`) that a text mentions, without duplicates."""
     return sorted(set(_BUCKET.findall(text)))
 
 
 def check(buckets: Iterable[str], seconds: float = SECONDS) -> None:
-    """Asks whether buckets are there.
+    """Checks that buckets exist and can be read.
 
     Args:
-        buckets: `gs://bucket`, each.
-        seconds: how long to wait for an answer.
+        buckets: names like `gs://bucket`.
+        seconds: how long to wait for each bucket.
 
     Raises:
-        OSError: one is not there, may not be read, or does not answer.
+        OSError: a bucket does not exist, cannot be read, or does not answer.
     """
     for bucket in buckets:
         answers: list[str | None] = []
-        # A daemon, because TensorFlow's own attempts cannot be ended.
-        asking = threading.Thread(
-            target=lambda bucket, said: said.append(_problem(bucket)),
+        # A daemon thread, because TensorFlow's retries cannot be stopped.
+        query = threading.Thread(
+            target=lambda bucket, answers: answers.append(_problem(bucket)),
             args=(bucket, answers),
             daemon=True,
         )
-        asking.start()
-        asking.join(seconds)
+        query.start()
+        query.join(seconds)
         problem = answers[0] if answers else f"no answer within {seconds:g} s"
         if problem is not None:
-            raise OSError(f"{bucket} cannot be used: {problem}. {_MEND.format(bucket=bucket)}")
+            raise OSError(f"{bucket} cannot be used: {problem}. {_ADVICE.format(bucket=bucket)}")
 
 
 def _problem(bucket: str) -> str | None:
-    """What is wrong with a bucket, if anything."""
+    """Returns what is wrong with a bucket, or None."""
     try:
-        if epath.Path(bucket, "mpt_jax_probe").exists():  # an object, which most roles may ask for
+        if epath.Path(bucket, "mpt_jax_probe").exists():  # most roles may query an object
             return None
-    except Exception as error:  # noqa: BLE001 - TensorFlow's and gcsfs's have no common type
+    except Exception as error:  # noqa: BLE001 - TensorFlow and gcsfs share no error type
         return _first_line(error)
     try:
         if epath.Path(bucket).exists():
             return None
-    except Exception:  # noqa: BLE001 - objects may be seen, the bucket's own record need not be
+    except Exception:  # noqa: BLE001 - some roles may query objects but not the bucket
         return None
-    return f"there is no such bucket; `gcloud storage buckets create {bucket}` makes it"
+    return f"it does not exist; create it with `gcloud storage buckets create {bucket}`"
 
 
 def _first_line(error: Exception) -> str:

@@ -281,7 +281,7 @@ def test_half_an_address_of_a_job(capsys, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     assert "joins others" in findings(capsys, "--suite=toy")[1]["processes"]["value"]
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    assert "belong together" in only_wrong(capsys, "--suite=toy")["problem"]
+    assert "must be set together" in only_wrong(capsys, "--suite=toy")["problem"]
 
 
 @pytest.mark.slow

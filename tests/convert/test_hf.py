@@ -213,7 +213,7 @@ def test_bad_folders_are_refused_with_a_reason(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pickled.*Install torch, or .* safe_serialization=True"):
         load_hf(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="config.json is no JSON object"):
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
         load_hf(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):

@@ -246,7 +246,7 @@ def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
     tensors.write_bytes(tensors.read_bytes()[:-8])
     assert "truncated or damaged" in refused(capsys, folder, tmp_path / "x", *options)
     config.write_text("[]")
-    assert "is no JSON object" in refused(capsys, folder, tmp_path / "x", *options)
+    assert "is not a JSON object" in refused(capsys, folder, tmp_path / "x", *options)
     config.write_text("{")
     assert "is not JSON" in refused(capsys, folder, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()

@@ -98,7 +98,7 @@ def test_unexplained_files_are_refused(path, tmp_path):
             call()
     (tmp_path / "out").write_text("precious")
     for call in (output(path).is_complete, output(path).begin):
-        with pytest.raises(Refused, match="no answer of this command; choose another file"):
+        with pytest.raises(Refused, match="not written by this command. Choose another file"):
             call()
     (tmp_path / "out.COMPLETED").write_text("")  # as T5X leaves it
     with pytest.raises(Refused, match="mode: saved nothing, current 'predict'"):
@@ -116,12 +116,12 @@ def test_a_file_that_cannot_be_locked(tmp_path, monkeypatch, caplog):
         file = output(tmp_path / "out")
         file.begin()
     file.close()
-    assert "make sure that no other run writes it" in caplog.text
+    assert "Make sure that no other run writes it" in caplog.text
 
 
 def test_a_bucket_cannot_be_locked(tmp_path, monkeypatch):
     bucket = fake_gcs.mount(tmp_path, monkeypatch)
-    with pytest.raises(Refused, match="a bucket has no locks"):
+    with pytest.raises(Refused, match="buckets have no locks"):
         ResumableFile(f"{bucket}/out", MADE_FROM).begin()
 
 

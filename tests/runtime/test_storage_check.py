@@ -57,7 +57,7 @@ def test_who_may_see_objects_need_not_see_the_buckets_own_record(answering):
 
 def test_no_such_bucket(answering):
     answering(False, False)
-    with pytest.raises(OSError, match="gs://b cannot be used: there is no such bucket") as error:
+    with pytest.raises(OSError, match="gs://b cannot be used: it does not exist") as error:
         storage_check.check(["gs://b"])
     assert "gcloud storage buckets create gs://b" in str(error.value)
 

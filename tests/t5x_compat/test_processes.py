@@ -36,8 +36,8 @@ def test_what_is_joined(environment, expected):
     ("environment", "message"),
     [
         ({"MPT_JAX_DISTRIBUTED": "yes"}, "MPT_JAX_DISTRIBUTED must be '0', '1' or unset.*'yes'"),
-        ({"MPT_JAX_DISTRIBUTED": "1", **PLACE}, "belong together, got None, '2' and '1'"),
-        ({**ADDRESS, "JAX_PROCESS_ID": "0"}, "belong together, got 'host:1234', None and '0'"),
+        ({"MPT_JAX_DISTRIBUTED": "1", **PLACE}, "must be set together, got None, '2' and '1'"),
+        ({**ADDRESS, "JAX_PROCESS_ID": "0"}, "must be set together, got 'host:1234', None and '0'"),
         ({**ADDRESS, **PLACE, "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be a whole .*'one'"),
     ],
 )

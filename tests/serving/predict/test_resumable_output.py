@@ -86,14 +86,14 @@ def test_more_requests_than_a_whole_file_answers_are_refused(tmp_path):
 def test_files_that_are_not_ours_or_not_whole_are_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
-    with pytest.raises(ValueError, match="no answer of this command"):
+    with pytest.raises(ValueError, match="not written by this command"):
         write(path, 0, 5)
     assert path.read_text() == "precious"
     other = tmp_path / "other.jsonl"
     write(other, 0, 3)
     partial = tmp_path / "other.jsonl.partial"
     partial.write_text(partial.read_text()[:-5])
-    with pytest.raises(ValueError, match="a part of it is lost"):
+    with pytest.raises(ValueError, match="part of it is missing"):
         write(other, 3, 5)
     (tmp_path / "other.jsonl.partial_of").write_text("{")
     with pytest.raises(ValueError, match="partial_of cannot be read"):
@@ -109,7 +109,7 @@ def test_a_second_run_on_a_file_is_refused_and_the_first_goes_on(tmp_path):
     first, second = File(path, MADE_FROM), File(path, MADE_FROM)
     assert first.begin(iter(LINES)) == 2
     first.write(LINES[2:3], ANSWERS[2:3])
-    with pytest.raises(Refused, match="Another run is writing .*partial: wait for it"):
+    with pytest.raises(Refused, match="Another run is writing .*partial. Wait for it"):
         second.begin(iter(LINES))
     first.write(LINES[3:], ANSWERS[3:])
     first.finish()
@@ -143,7 +143,7 @@ def test_a_whole_file_that_is_not_what_it_was_is_refused(change, tmp_path):
         path.unlink()
     else:
         path.write_text(WHOLE[:-1] if change == "shorter" else WHOLE + "x")
-    found = "is gone" if change == "gone" else f"has {path.stat().st_size} bytes"
+    found = "is missing" if change == "gone" else f"has {path.stat().st_size} bytes"
     with pytest.raises(Refused, match=f"{found}.*COMPLETED records {len(WHOLE)} bytes.*remove"):
         write(path, 0, 5)
     assert path.exists() == (change != "gone")
