@@ -1,7 +1,7 @@
-"""Batches of the contract from examples that are at hand, in NumPy.
+"""Collation of token ids into batches, in NumPy.
 
 For callers that have token ids as lists: the feature converter (packed rows), benchmarks, programs
-without SeqIO. Two other functions build unpacked rows, because theirs run inside a graph:
+without SeqIO. Two other functions build unpacked rows, because they run inside a graph:
 `data.feature_converter.PromptFeatureConverter._place` (TensorFlow, one example at a time) and
 `serving.predict.compiled.Functions._batch` (JAX). Tests compare all three.
 """
@@ -24,8 +24,8 @@ class Example(NamedTuple):
 
     Attributes:
         inputs: token ids, end-of-sequence id included.
-        targets: token ids, end-of-sequence id included; empty where nothing is known.
-        row: of the prompt bank.
+        targets: token ids, end-of-sequence id included; empty if unknown.
+        row: row of the prompt bank.
     """
 
     inputs: Sequence[int] | np.ndarray
@@ -36,12 +36,12 @@ class Example(NamedTuple):
 def unpacked(
     examples: Sequence[Example], prompt_length: PromptLength, text_length: int, target_length: int
 ) -> Batch:
-    """One example to a row [B]: the prompt's positions in front, then the text, then padding.
+    """Builds a batch with one example per row: prompt slots, then the text, then padding.
 
     Args:
-        examples: B of them.
-        prompt_length: P, or that of each bank row.
-        text_length: T less the longest P.
+        examples: B examples.
+        prompt_length: P, or the length of each bank row's prompt.
+        text_length: T minus the longest P.
         target_length: L.
 
     Raises:
@@ -51,7 +51,7 @@ def unpacked(
     for number, example in enumerate(examples):
         _check(example, text_length, target_length)
         _write(batch, number, example, _length_of(prompt_length, int(example.row)), (0, 0))
-    # As SeqIO has it: the last target too is an input, at a position that has no weight.
+    # As in SeqIO, the last target is also an input, at a position that has no loss weight.
     batch["decoder_input_tokens"][:, 1:] = batch["decoder_target_tokens"][:, :-1]
     return batch
 
@@ -59,18 +59,19 @@ def unpacked(
 def packed(
     examples: Sequence[Example], prompt_length: PromptLength, lengths: Mapping[str, int]
 ) -> Batch:
-    """Several examples to a row, each with a prompt of its own; as few rows as `packing.best_fit`
-    finds.
+    """Builds a batch with several examples per row, each with its own prompt.
+
+    Uses as few rows as `packing.best_fit` finds.
 
     Args:
         examples: at least one.
-        prompt_length: P, positions that every example takes in front of its text, or those of each
-            bank row.
-        lengths: positions of a row, `inputs` (prompts included) and `targets`.
+        prompt_length: P, the positions in front of every example's text, or the length of each
+            bank row's prompt.
+        lengths: positions of a row: `inputs` (prompts included) and `targets`.
 
     Raises:
-        ValueError: an example is longer than a row, has no target, or nothing to encode; or id 0,
-            which is padding, is in a text.
+        ValueError: an example is longer than a row, has no targets or nothing to encode, or
+            contains id 0, which is padding.
     """
     shape = lengths["inputs"], lengths["targets"]
     reserved = [_length_of(prompt_length, int(example.row)) for example in examples]
@@ -81,7 +82,8 @@ def packed(
     for example, need in zip(examples, needed, strict=True):
         if 0 in need or 0 in example.inputs or 0 in example.targets:
             raise ValueError(
-                f"Cannot pack {example}: inputs and targets must hold tokens, and none with id 0."
+                f"Cannot pack {example}. Inputs and targets must hold tokens, but not id 0, which "
+                "is padding."
             )
     rows = packing.best_fit(np.array(needed), shape)
     batch = _empty(len(rows), *shape)
@@ -89,13 +91,14 @@ def packed(
         for name in ("segment_ids", "positions"):
             batch[f"{side}_{name}"] = np.zeros((len(rows), length), np.int32)
     for number, members in enumerate(rows):
-        at = (0, 0)
+        starts = (0, 0)
         for segment, index in enumerate(members, start=1):
-            _write(batch, number, examples[index], reserved[index], at)
-            for side, first, count in zip(("encoder", "decoder"), at, needed[index], strict=True):
+            _write(batch, number, examples[index], reserved[index], starts)
+            sides = zip(("encoder", "decoder"), starts, needed[index], strict=True)
+            for side, first, count in sides:
                 batch[f"{side}_segment_ids"][number, first : first + count] = segment
                 batch[f"{side}_positions"][number, first : first + count] = np.arange(count)
-            at = (at[0] + needed[index][0], at[1] + needed[index][1])
+            starts = (starts[0] + needed[index][0], starts[1] + needed[index][1])
     return batch
 
 
@@ -111,8 +114,8 @@ def _empty(rows: int, encoder: int, decoder: int) -> Batch:
     length = {"encoder": encoder, "decoder": decoder}
     return {
         f"{side}_{name}": np.zeros((rows, length[side]), np.int32)
-        for side, found in names.items()
-        for name in found
+        for side, features in names.items()
+        for name in features
     }
 
 
@@ -121,21 +124,21 @@ def _check(example: Example, text_length: int, target_length: int) -> None:
     for name, limit in limits.items():
         if len(getattr(example, name)) > limit:
             raise ValueError(
-                f"The {name} of an example have {len(getattr(example, name))} tokens, and there "
-                f"are {limit} positions for them."
+                f"The {name} of an example have {len(getattr(example, name))} tokens, but only "
+                f"{limit} positions. Shorten them, or raise the limit."
             )
 
 
 def _write(
-    batch: Batch, number: int, example: Example, prompt_length: int, at: tuple[int, int]
+    batch: Batch, number: int, example: Example, prompt_length: int, starts: tuple[int, int]
 ) -> None:
-    """Writes an example into a row, from encoder and decoder positions `at` on."""
-    first, text = at[0], at[0] + prompt_length
+    """Writes an example into a row, starting at the encoder and decoder positions `starts`."""
+    first, text = starts[0], starts[0] + prompt_length
     end = text + len(example.inputs)
     batch["encoder_prompt_slots"][number, first:text] = np.arange(1, prompt_length + 1)
     batch["encoder_input_tokens"][number, text:end] = example.inputs
     batch["encoder_task_ids"][number, first:end] = example.row
-    first, end = at[1], at[1] + len(example.targets)
+    first, end = starts[1], starts[1] + len(example.targets)
     if first < end:
         batch["decoder_target_tokens"][number, first:end] = example.targets
         batch["decoder_input_tokens"][number, first + 1 : end] = example.targets[:-1]

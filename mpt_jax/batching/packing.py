@@ -1,8 +1,7 @@
-"""Which examples share a row.
+"""Best-fit packing: which examples of a window share a row.
 
-Packing is a choice of rows and nothing else: best fit, the longest example first, over a window
-of examples that are at hand. First-come packing, as SeqIO does it, keeps one row open and closes
-it at the first example that does not fit (docs/performance.md compares them).
+The longest examples are placed first. SeqIO packs in order of arrival instead: it keeps one row
+open and closes it at the first example that does not fit (docs/performance.md compares them).
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import numpy as np
 
 
 def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
-    """Puts examples into as few rows as best fit finds.
+    """Assigns examples to as few rows as best fit finds.
 
-    The longest goes first, into the row that it leaves the least room in. Rows come in the order
-    of their first examples, and so do the examples of a row: a window keeps its order as far as
-    packing lets it.
+    Examples are placed longest first, each into the row that it leaves the least room in. Rows are
+    ordered by their first example, and the examples of a row by index, so a window keeps its order
+    as far as packing allows.
 
     Args:
         lengths: [N, 2] encoder positions (prompt included) and target positions of each example.
@@ -32,19 +31,19 @@ def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
     if (lengths > room).any():
         worst = lengths[(lengths > room).any(axis=1)][0].tolist()
         raise ValueError(
-            f"An example needs {worst[0]} encoder and {worst[1]} target positions, and a packed "
+            f"An example needs {worst[0]} encoder and {worst[1]} target positions, but a packed "
             f"row has {capacity[0]} and {capacity[1]}. Raise pack_lengths."
         )
-    # A row may be needed for every example; those not begun yet have all their room.
+    # Each example may need its own row. Rows that are still empty have all their room.
     left = np.tile(room, (len(lengths), 1))
     rows: list[list[int]] = []
     for index in np.argsort(-lengths[:, 0], kind="stable").tolist():
         need = lengths[index]
         fits = (left[: len(rows)] >= need).all(axis=1)
-        chosen = int(np.where(fits, left[: len(rows), 0], np.inf).argmin()) if fits.any() else -1
-        if chosen < 0:
-            chosen = len(rows)
+        best = int(np.where(fits, left[: len(rows), 0], np.inf).argmin()) if fits.any() else -1
+        if best < 0:
+            best = len(rows)
             rows.append([])
-        rows[chosen].append(index)
-        left[chosen] -= need
+        rows[best].append(index)
+        left[best] -= need
     return sorted(sorted(row) for row in rows)

@@ -1,8 +1,8 @@
-"""Text into ids and back with SeqIO's vocabularies, but without SeqIO or TensorFlow.
+"""SeqIO's vocabularies without SeqIO or TensorFlow: text to token ids and back.
 
-A server has to know the ids that training saw and nothing else of a data pipeline. These classes
-have SeqIO's names and give its ids and its digests (`artifacts.vocabulary_digest`), so that an
-artifact can tell whether it gets the vocabulary that it was trained with.
+A server needs the token ids of training, but no other part of the data pipeline. These classes
+have SeqIO's names and produce its ids and digests (`artifacts.vocabulary_digest`), so a vocabulary
+can be checked against the one that an artifact was trained with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-# Of Hugging Face's folders, and of ours (`mpt-jax export`).
+# File names in Hugging Face's folders and in exports (`mpt-jax export`).
 SENTENCEPIECE_NAMES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "vocabulary.model")
 BYT5 = "byt5"
 T5_EXTRA_IDS = 100
@@ -24,12 +24,12 @@ EOS = 1
 
 
 class SentencePieceVocabulary:
-    """A SentencePiece model with sentinels after its pieces, the first of them with the last id.
+    """A SentencePiece model with sentinels after its pieces; the first sentinel has the last id.
 
     Attributes:
-        sp_model: the model with its sentinels, serialized.
-        vocab_size: ids, sentinels included.
-        eos_id: of the piece that ends a text.
+        sp_model: the serialized model with its sentinels.
+        vocab_size: number of ids, sentinels included.
+        eos_id: end-of-sequence id.
     """
 
     def __init__(self, model: bytes, extra_ids: int = 0):
@@ -47,18 +47,18 @@ class SentencePieceVocabulary:
         return self._processor.EncodeAsIds(s)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids up to the first end of sequence; foreign ids are unknown pieces."""
+        """Text of ids up to the first end of sequence; ids out of range become unknown pieces."""
         unknown = self._processor.unk_id()
         known = [unknown if i >= self.vocab_size else int(i) for i in _until(ids, self.eos_id)]
         return self._processor.DecodeIds(known)
 
 
 class ByteVocabulary:
-    """ByT5's bytes: a byte's id is its value plus three. Sentinels, if any, come after them.
+    """ByT5's vocabulary: a byte's id is its value plus three; sentinels, if any, follow the bytes.
 
     Attributes:
-        vocab_size: ids, sentinels included.
-        eos_id: of what ends a text.
+        vocab_size: number of ids, sentinels included.
+        eos_id: end-of-sequence id.
     """
 
     first_byte = 3
@@ -72,9 +72,9 @@ class ByteVocabulary:
         return [byte + self.first_byte for byte in s.encode()]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids up to the first end of sequence; ids that are no byte's are left out."""
-        found = (i - self.first_byte for i in _until(ids, self.eos_id))
-        return bytes(i for i in found if 0 <= i < 256).decode(errors="ignore")
+        """Text of ids up to the first end of sequence; ids that are not bytes are skipped."""
+        values = (i - self.first_byte for i in _until(ids, self.eos_id))
+        return bytes(value for value in values if 0 <= value < 256).decode(errors="ignore")
 
 
 Tokenizer = SentencePieceVocabulary | ByteVocabulary
@@ -82,26 +82,26 @@ Tokenizer = SentencePieceVocabulary | ByteVocabulary
 
 @functools.cache
 def load(path: str, extra_ids: int | None = None) -> Tokenizer:
-    """The vocabulary at `path`; the arguments are those of `vocabularies.load`.
+    """Loads the vocabulary at `path`; arguments as for `vocabularies.load`.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or no SentencePiece model in it.
+        FileNotFoundError: `path` does not exist, or has no SentencePiece model in it.
         ValueError: the file is not a SentencePiece model.
     """
     if path == BYT5:
         return ByteVocabulary(extra_ids or 0)
-    model = model_file(path)
-    found = processor(model)
+    file = model_file(path)
+    model = processor(file)
     if extra_ids is None:
-        extra_ids = usual_extra_ids(found)
-    return SentencePieceVocabulary(model.read_bytes(), extra_ids)
+        extra_ids = usual_extra_ids(model)
+    return SentencePieceVocabulary(file.read_bytes(), extra_ids)
 
 
 def model_file(path: str | os.PathLike[str]) -> epath.Path:
-    """The SentencePiece model at a path, which may be the folder it lies in.
+    """Returns the SentencePiece model file at a path, which may be the folder that holds it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -111,27 +111,27 @@ def model_file(path: str | os.PathLike[str]) -> epath.Path:
         )
     if not path.is_dir():
         return path
-    found = sorted(child.name for child in path.iterdir())
+    children = sorted(child.name for child in path.iterdir())
     for name in SENTENCEPIECE_NAMES:
-        if name in found:
+        if name in children:
             return path / name
     only_json = (
-        " It has tokenizer.json, which SeqIO cannot read: download spiece.model from the same "
+        " It has tokenizer.json, which SeqIO cannot read. Download spiece.model from the same "
         "model's page."
-        if "tokenizer.json" in found
+        if "tokenizer.json" in children
         else ""
     )
     raise FileNotFoundError(
         f"The folder {path} holds none of {', '.join(SENTENCEPIECE_NAMES)}.{only_json} "
-        f"Found: {', '.join(found) or 'nothing'}."
+        f"Found: {', '.join(children) or 'nothing'}."
     )
 
 
 def processor(path: epath.Path) -> Any:
-    """SentencePiece's processor of a model file.
+    """Returns SentencePiece's processor of a model file.
 
     Raises:
-        ValueError: it is not a SentencePiece model.
+        ValueError: the file is not a SentencePiece model.
     """
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
@@ -140,8 +140,11 @@ def processor(path: epath.Path) -> Any:
 
 
 def usual_extra_ids(model: Any) -> int:
-    """T5's sentinels, or none where the model's pieces hold them already, as umT5's do, and with a
-    space before them those that were written with their sentinels."""
+    """Returns the number of sentinels to add: T5's, or 0 if the model's pieces include them.
+
+    umT5's pieces include them. So do models that were written with their sentinels, with a space
+    before each.
+    """
     spelled = ("<extra_id_0>", "▁<extra_id_0>")
     holds_them = any(model.PieceToId(piece) != model.unk_id() for piece in spelled)
     return 0 if holds_them else T5_EXTRA_IDS

@@ -236,7 +236,7 @@ def test_a_grouped_run_meets_its_examples_in_the_batches_it_would_meet_them_in_a
             r"length_buckets\['inputs'\] must increase and stay below .* 6 tokens",
         ),
         ({"targets": [3, 2]}, r"length_buckets\['targets'\] must increase"),
-        ({"outputs": [3]}, r"length_buckets are of inputs and targets, got \['outputs'\]"),
+        ({"outputs": [3]}, r"length_buckets has unknown names \['outputs'\]"),
     ],
 )
 def test_bad_length_buckets(buckets, message):
