@@ -1,1 +1,1 @@
-"""Saving and restoring a run, with checksums, fingerprint and lock."""
+"""Saving and restoring of a run, with checksums, configuration fingerprint and run lock."""

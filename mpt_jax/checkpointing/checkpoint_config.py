@@ -1,4 +1,4 @@
-"""T5X's configuration of checkpoints: when to save, how many to keep, which to read."""
+"""T5X's checkpoint configuration: when to save, how many to keep, which to read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class SaveCheckpointConfig:
 
     Attributes:
         period: steps between saves; None saves only at the end.
-        keep: how many of the latest checkpoints stay; None keeps all.
-        save_dataset: whether the data position is saved with the state. Without it a resumed run
-            starts its data again, so a resume would not be exact.
-        dtype: T5X's; what learns is float32, and saved as it is.
-        state_transformation_fns: T5X's; this trainer writes MODEL_DIR/artifact by itself.
+        keep: number of latest checkpoints to keep; None keeps all.
+        save_dataset: whether the data position is saved with the state. Without it, a resumed run
+            starts its data again, so resuming is not exact.
+        dtype: T5X's; trainable parameters are float32, and are saved as float32.
+        state_transformation_fns: T5X's; this trainer always writes MODEL_DIR/artifact.
     """
 
     period: int | None = None
@@ -43,8 +43,8 @@ class RestoreCheckpointConfig:
 
     Attributes:
         path: a MODEL_DIR, or one checkpoint in it.
-        mode: `'latest'` of a MODEL_DIR, `'all'` of them, or `'specific'`: path(s) of checkpoints.
-        dtype: T5X's; what learns is float32.
+        mode: `'latest'` or `'all'` checkpoints of a MODEL_DIR, or `'specific'` checkpoint path(s).
+        dtype: T5X's; trainable parameters are float32.
     """
 
     path: str | Sequence[str] = ""
@@ -62,8 +62,11 @@ class RestoreCheckpointConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """Saving and restoring of a training run. A run resumes from its own MODEL_DIR by itself;
-    first values come from the initializer's origins, so `restore` stays None here."""
+    """Saving and restoring of a training run.
+
+    A run always resumes from its own MODEL_DIR, and initial values come from the initializer's
+    origins, so `restore` stays None here.
+    """
 
     save: SaveCheckpointConfig | None = None
     restore: RestoreCheckpointConfig | None = None

@@ -1,12 +1,13 @@
-"""Checkpoints of what learns: a thin layer over Orbax, prompt-sized, asynchronous, atomic.
+"""Checkpoints of the trainable state: a thin layer over Orbax, asynchronous and atomic.
 
     MODEL_DIR/checkpoint_N/state    trainable parameters, optimizer state, step
-    MODEL_DIR/checkpoint_N/meta     names, shapes and checksums, digests, the data's position
+    MODEL_DIR/checkpoint_N/meta     names, shapes and checksums, digests, the data position
 
-The backbone is not in them. A checkpoint that is damaged, or does not hold what was saved, is moved
-aside and the one before it is used, with an error in the log that names both. One that cannot be
-read for another reason (a store that does not answer, say) is left alone, and that raises. So does
-one of another configuration, which is readable but does not match: the user's to resolve.
+The backbone is not included, so a checkpoint is prompt-sized. A checkpoint that is corrupt, or does
+not hold what was saved, is renamed and the previous one is used; an error in the log names both. A
+checkpoint that cannot be read for another reason (for example, storage does not answer) is kept,
+and an error is raised. A checkpoint of another configuration also raises an error, which the user
+has to resolve.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mpt_jax.runtime.files import absolute
 from mpt_jax.training.state import TrainState
 
 PREFIX = "checkpoint"
-NAME = re.compile(rf"{PREFIX}_(\d+)")  # of a complete one
+NAME = re.compile(rf"{PREFIX}_(\d+)")  # the folder of a complete checkpoint
 
 
 class Checkpoints:
@@ -39,8 +40,8 @@ class Checkpoints:
 
     Args:
         model_dir: the folder; created unless `read_only`.
-        keep: how many stay.
-        read_only: never writes, and never cleans up behind a run that may be alive.
+        keep: number of checkpoints to keep; None keeps all.
+        read_only: whether to write nothing, not even to clean up after a run that may be alive.
     """
 
     def __init__(self, model_dir: str, keep: int | None = 1, read_only: bool = False):
@@ -62,15 +63,15 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps saved, oldest first."""
+        """The saved steps, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts an asynchronous save; a step that is saved already is left as it is.
+        """Starts an asynchronous save; does nothing if the step is saved already.
 
         Args:
-            state: the state; only what learns is written.
-            meta: JSON values that come back with it.
+            state: the state; its frozen parameters are not written.
+            meta: JSON values that `restore` returns with the state.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -88,16 +89,16 @@ class Checkpoints:
         """Reads a checkpoint into a state of the same structure.
 
         Args:
-            state: gives structure, shapes and shardings, and the frozen parameters.
-            step: which; None takes the latest that can be read.
+            state: provides structure, shapes and shardings, and the frozen parameters.
+            step: the step to read; None takes the latest that can be read.
 
         Returns:
-            The state and what `save` was given beside it, or None where nothing was saved.
+            The state and the `meta` saved with it, or None if nothing was saved.
 
         Raises:
             ValueError: the checkpoint was saved with another configuration.
-            OSError: it could not be read, for another reason than damage; or all are damaged. In a
-                job of several processes all raise alike.
+            OSError: it could not be read for a reason other than corruption, or all are corrupt.
+                In a job of several processes, all of them raise it.
         """
         steps = self.steps if step is None else [step]
         failures = []
@@ -113,7 +114,7 @@ class Checkpoints:
                     f"{path}",
                 )
                 if "checksums" in meta:  # earlier versions saved none
-                    # Adding up is every process's work, and what one of them finds all must know.
+                    # Every process computes the sums, and all must know if one finds a mismatch.
                     sums = checksums.of_leaves(tree)
                     compare = functools.partial(checksums.check, sums, meta["checksums"])
                     corruption.read_on_all_processes(compare, f"{path}")
@@ -121,20 +122,20 @@ class Checkpoints:
                 failures.append(f"{path} cannot be read ({error}).")
                 continue
             for failure in failures:
-                logging.error("%s Going on from %s instead.", failure, path)
+                logging.error("%s Resuming from %s instead.", failure, path)
             return _replaced(state, tree), meta
         if failures:
             raise OSError(
-                " ".join(failures) + f" No other checkpoint is left in {self.model_dir}; remove "
-                "it to start again."
+                " ".join(failures) + f" No other checkpoint is left in {self.model_dir}. Remove "
+                "that folder to start again."
             )
         return None
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state; all processes call it together.
+        """Returns the `meta` saved with a state; all processes must call it together.
 
         Raises:
-            OSError: it cannot be read; in a job of several processes in all of them.
+            OSError: it cannot be read; raised in all processes of a job.
         """
         path = self.path(step)
         try:
@@ -145,86 +146,85 @@ class Checkpoints:
             raise OSError(f"{path} cannot be read ({error}).") from error
 
     def set_aside_after(self, step: int) -> None:
-        """Renames checkpoints later than a step, which could not be read, out of the way.
+        """Renames the checkpoints after a step, which could not be read.
 
         Raises:
-            OSError: that failed; in all processes.
+            OSError: they could not be renamed; raised in all processes.
         """
-        unreadable = [found for found in self.steps if found > step]
+        unreadable = [saved for saved in self.steps if saved > step]
         if not unreadable:
             return
         error = None
         try:
             self._set_aside(unreadable if jax.process_index() == 0 else [])
         except OSError as caught:
-            error = caught  # after the others, who wait
+            error = caught  # raised below, since the other processes wait at the barrier
         multihost_utils.sync_global_devices("unreadable checkpoints are out of the way")
         self._manager.reload()
-        if left := [str(self.path(found)) for found in self.steps if found > step]:
+        if left := [str(self.path(saved)) for saved in self.steps if saved > step]:
+            cause = corruption.reason(error) if error else "see the log of process 0"
             raise OSError(
-                f"{', '.join(left)} cannot be read, and could not be moved aside "
-                f"({corruption.reason(error) if error else 'the first process says why'}). "
+                f"Unreadable checkpoints could not be renamed: {', '.join(left)} ({cause}). "
                 "Remove them."
             ) from error
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         for path in map(self.path, steps):
-            aside = path.parent / f"unreadable_{path.name}"
-            if aside.exists():
-                aside.rmtree()
-            path.rename(aside)
-            logging.error("Moved the unreadable checkpoint %s to %s.", path, aside)
+            target = path.parent / f"unreadable_{path.name}"
+            if target.exists():
+                target.rmtree()
+            path.rename(target)
+            logging.error("Renamed the unreadable checkpoint %s to %s.", path, target)
 
     def path(self, step: int) -> epath.Path:
-        """Where the checkpoint of a step lies."""
+        """Returns the folder of a step's checkpoint."""
         return self.model_dir / f"{PREFIX}_{step}"
 
     def wait(self) -> None:
-        """Waits for a save under way.
+        """Waits until a save in progress has finished.
 
         Raises:
-            OSError: it failed.
+            OSError: the save failed.
         """
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases; raises as `wait` does."""
+        """Waits for a save in progress and closes Orbax's manager; raises as `wait` does."""
         with self._writing():
             self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A save runs beside training, so that what goes wrong in it comes up at a later call."""
+        """Translates errors of a save. It runs beside training, so they surface at a later call."""
         try:
             yield
         except Exception as error:
-            there = [self.path(step).name for step in saved_steps(self.model_dir)]
-            last = there[-1] if there else "none"
+            complete = [self.path(step).name for step in saved_steps(self.model_dir)]
+            last = complete[-1] if complete else "none"
             raise OSError(
                 f"A checkpoint in {self.model_dir} could not be written "
                 f"({corruption.reason(error)}). The last complete one is: {last}. "
-                "Once there is room to write, the same command goes on from it."
+                "Make room to write, then run the same command to resume from it."
             ) from error
 
     def _read(self, step: int, item: str, args: Any) -> Any:
-        # Past the manager, which would wait for the other processes, also for one that could not
-        # read.
+        # Bypasses the manager, which would wait for the other processes, even for one that failed.
         return self._handlers[item].restore(absolute(self.path(step)) / item, args=args)
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._read(step, "meta", ocp.args.JsonRestore())
         checksums.check_seal(meta)
         if "shapes" not in meta:
-            raise checksums.Damaged("The record of the checkpoint names no shapes")
+            raise checksums.Damaged("The metadata of the checkpoint has no shapes")
         return meta
 
 
 def _check_configuration(state: TrainState, meta: dict[str, Any], path: epath.Path) -> None:
-    """Compares the shapes that a checkpoint was saved with.
+    """Compares the shapes of a checkpoint with the current ones.
 
     Raises:
-        ValueError: it was saved with another configuration; shows what differs.
+        ValueError: it was saved with another configuration; shows the differences.
     """
     saved, current = meta["shapes"], _shapes(_saved(state))
     check_same(
@@ -237,9 +237,9 @@ def _check_configuration(state: TrainState, meta: dict[str, Any], path: epath.Pa
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder, oldest first; none where there is none."""
+    """Returns the steps of the complete checkpoints in a folder, oldest first."""
     children = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(named[1]) for path in children if (named := NAME.fullmatch(path.name)))
+    return sorted(int(match[1]) for path in children if (match := NAME.fullmatch(path.name)))
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

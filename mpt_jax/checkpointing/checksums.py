@@ -1,8 +1,8 @@
-"""Checksums of what a checkpoint holds, so that a flipped bit is an error and not another prompt.
+"""Checksums of a checkpoint's contents, so that a flipped bit raises an error.
 
-Array stores check the structure of their files, not every byte of the values. A leaf's checksum is
-a sum of integers, which is the same in any order: each device adds up its own part of a leaf that
-is spread over a mesh, and another mesh finds the same number.
+Array stores check the structure of their files, but not every byte of the values. A leaf's checksum
+is a sum of integers, which does not depend on their order: each device sums its own shard of a
+leaf, and every mesh gives the same number.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ SEAL = "sha256"
 
 
 class Damaged(ValueError):
-    """What was read is not what was saved."""
+    """The data that were read differ from those that were saved."""
 
 
 def of_leaves(tree: Any) -> dict[str, int]:
-    """Path -> checksum of every array of a tree; all processes call it together.
+    """Returns path -> checksum for every array of a tree; all processes must call it together.
 
-    The checksum is sum of bits_i (2 i + 1) modulo 2^32, over the elements i in row-major order. Its
-    odd weights find any change of one element, and all but one in 2^32 of other changes.
+    The checksum is the sum of bits_i (2 i + 1) modulo 2^32 over the elements i in row-major order.
+    Its odd weights detect any change of one element, and all but one in 2^32 of other changes.
     """
-    return {name: int(found) for name, found in _checksums(flatten(tree)).items()}
+    return {name: int(checksum) for name, checksum in _checksums(flatten(tree)).items()}
 
 
 def check(found: dict[str, int], expected: dict[str, int]) -> None:
-    """Compares a tree's checksums with those it was saved with; each process does so by itself.
+    """Compares a tree's checksums with those it was saved with, in this process only.
 
     Raises:
-        Damaged: names the leaves that differ.
+        Damaged: some leaves differ; names them.
     """
     if differing := [name for name in found if found[name] != expected.get(name)]:
-        raise Damaged(f"The values of {', '.join(differing)} are not those that were saved")
+        raise Damaged(f"The values of {', '.join(differing)} differ from those that were saved")
 
 
 @jax.jit
@@ -61,22 +61,22 @@ def _checksum(leaf: Array) -> Array:
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON values with a digest of them beside."""
+    """Returns a record of JSON values with its digest added."""
     return {**record, SEAL: _digest(record)}
 
 
 def check_seal(record: dict[str, Any]) -> None:
-    """Compares JSON values with the digest beside them, where there is one.
+    """Compares a record with its digest, if it has one.
 
     Raises:
-        Damaged: they differ.
+        Damaged: they do not match.
     """
     rest = {name: value for name, value in record.items() if name != SEAL}
     if record.get(SEAL) not in (None, _digest(rest)):
-        raise Damaged("The record of the checkpoint is not the one that was saved")
+        raise Damaged("The metadata of the checkpoint differs from what was saved")
 
 
 def _digest(record: dict[str, Any]) -> str:
-    # As a reader finds them: tuples are lists, and keys are text.
+    # As they will be read back: tuples become lists, and keys become strings.
     values = json.loads(json.dumps(record))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""What an error while reading says: that the files are damaged, or that they could not be read now.
+"""Classification of read errors: corrupt files, or files that cannot be read at the moment.
 
-Only damage is a reason to go on from an older checkpoint. A file system that does not answer, a
-role that may not read, a network that is down pass by, and the checkpoint is as good as before.
-Processes of a job that read together also judge together: what one of them cannot read, none can.
+Only corruption is a reason to resume from an older checkpoint. An unresponsive file system, missing
+permissions or a network outage are temporary, and the checkpoint is as good as before. Processes of
+a job that read together also decide together: if one cannot read a checkpoint, none uses it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from mpt_jax.checkpointing.checksums import Damaged
 
 Value = TypeVar("Value")
 
-_FINE, _DAMAGED, _UNREAD = range(3)  # the worst that any process met counts
-# A file that a complete checkpoint should have is not there, or is something else.
+_FINE, _DAMAGED, _UNREAD = range(3)  # the highest of any process counts
+# A file of a complete checkpoint is missing, or a folder is in its place (or the other way round).
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-# What decoders of JSON, msgpack and trees raise of bytes that are not those that were written.
+# What decoders of JSON, msgpack and trees raise for corrupt bytes.
 _UNDECODABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
-# TensorStore's errors, whatever went wrong, are ValueErrors that begin with a status. These are of
-# the bytes; all others are of the way to them, and UNKNOWN may be anything.
+# TensorStore raises a ValueError that begins with a status, whatever went wrong. These statuses
+# concern the bytes. All others concern access to them, and UNKNOWN may be anything.
 _STATUS = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
 _OF_BYTES = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
 
 def is_corruption(error: BaseException) -> bool:
-    """Whether an error can only be of files that are damaged, or missing where a complete
-    checkpoint has them."""
+    """Whether only corrupt files, or missing files of a complete checkpoint, explain an error."""
     chain = list(_chain(error))
     if any(map(_is_transport_error, chain)):
         return False
-    return any(isinstance(each, _MISSING + _UNDECODABLE) for each in chain)
+    return any(isinstance(cause, _MISSING + _UNDECODABLE) for cause in chain)
 
 
 def _is_transport_error(error: BaseException) -> bool:
@@ -48,49 +47,49 @@ def _is_transport_error(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it was raised from."""
+    """Yields an error and those it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line; a store's own message goes on with a page of settings."""
+    """Describes an error in one line; messages of array stores may append a page of settings."""
     text = textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
     return f"{type(error).__name__}: {text}"
 
 
 def read_on_all_processes(read: Callable[[], Value], what: str) -> Value:
-    """What a function that reads gives, where it gives something in every process of the job.
+    """Returns the result of `read`, if it succeeds in every process of the job.
 
     Args:
-        read: must not wait for other processes.
-        what: is read, for the message.
+        read: a function that does not wait for other processes.
+        what: what is read, for the message.
 
     Raises:
-        Damaged: of all processes that could not read it, each found damage; raised in all.
-        OSError: one could not read it for another reason; raised in all.
+        Damaged: every process that could not read found corruption; raised in all processes.
+        OSError: a process could not read for another reason; raised in all processes.
     """
-    found, error, mine = None, None, _FINE
+    value, error, status = None, None, _FINE
     try:
-        found = read()
+        value = read()
     except Exception as caught:  # noqa: BLE001 - whatever a damaged file or a store may raise
-        error, mine = caught, _DAMAGED if is_corruption(caught) else _UNREAD
-    worst = _worst(mine)
+        error, status = caught, _DAMAGED if is_corruption(caught) else _UNREAD
+    worst = _worst(status)
     if worst == _FINE:
-        return found  # pyright: ignore[reportReturnType] - `read` returned it
-    said = "another process of this job says why" if error is None else reason(error)
+        return value  # pyright: ignore[reportReturnType] - `read` returned it
+    cause = "another process of this job failed; see its log" if error is None else reason(error)
     if worst == _DAMAGED:
-        raise Damaged(said) from error
+        raise Damaged(cause) from error
     raise OSError(
-        f"{what} could not be read now ({said}). That does not say that it is damaged, so it stays "
-        "where it is, and no older one is taken. Once it can be read, the same command goes on "
-        "from it; to give it up, rename it, and the one before it is used."
+        f"{what} could not be read now ({cause}). It may still be intact, so it was kept and no "
+        "older one was used. Run the same command once it can be read, or rename it to fall back "
+        "to the previous checkpoint."
     ) from error
 
 
-def _worst(mine: int) -> int:
-    """The highest of the processes' numbers; all of them call it."""
+def _worst(status: int) -> int:
+    """Returns the highest status of all processes; all must call it together."""
     if jax.process_count() == 1:
-        return mine
-    return int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+        return status
+    return int(np.max(multihost_utils.process_allgather(np.int32(status))))

@@ -1,4 +1,4 @@
-"""The position in the training data, saved with a checkpoint."""
+"""Position in the training data, saved with a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class DataPosition:
-    """Where the training data stands at a saved step; the same for every process.
+    """The position in the training data at a saved step; the same for every process.
 
-    A run that meets a loss that is not finite saves the last good state, and by then later batches
-    have been taken; so a position is what the data said at some step, and batches to skip since.
+    After a loss that is not finite, a run saves the last good state, but has already taken later
+    batches. So a position is the data's own state at some step, and a number of batches to skip.
 
     Args:
         batches: the training data; None keeps no position.
@@ -21,11 +21,11 @@ class DataPosition:
         self._step, self._packed = 0, None
 
     def at(self, step: int, taken: int) -> dict[str, Any] | None:
-        """The position of a state as JSON values.
+        """Returns the position that belongs to a state, as JSON values.
 
         Args:
-            step: of the state.
-            taken: how many batches have been taken.
+            step: step of the state.
+            taken: number of batches taken so far.
         """
         if self._batches is None:
             return None
@@ -35,10 +35,14 @@ class DataPosition:
         return {"packed": self._packed, "skip": step - self._step}
 
     def restore(self, saved: dict[str, Any] | None, step: int) -> None:
-        """Brings the data to where it stood at a saved step.
+        """Moves the data to a saved position.
+
+        Args:
+            saved: what `at` returned; None leaves the data at its start.
+            step: step of the checkpoint.
 
         Raises:
-            ValueError: it is of other data, or damaged.
+            ValueError: the position was saved with other data, or is corrupt.
         """
         if self._batches is None or saved is None:
             return
@@ -50,10 +54,10 @@ class DataPosition:
 
 
 def _unpack(packed: str | list[str]) -> bytes:
-    """The bytes of a saved position. Earlier versions kept a list, with one for each process."""
+    """Returns the bytes of a saved position. Earlier versions saved a list, one per process."""
     if isinstance(packed, list) and len(packed) != 1:
         raise ValueError(
-            f"The checkpoint holds data positions of {len(packed)} processes; in the version that "
-            "saved it each had its own. Finish that run with that version."
+            f"The checkpoint holds {len(packed)} data positions, one per process, because an older "
+            "version saved it. Finish the run with that version."
         )
     return base64.b64decode(packed if isinstance(packed, str) else packed[0])

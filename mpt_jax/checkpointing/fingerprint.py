@@ -1,7 +1,7 @@
-"""What makes a run this run: saved with every checkpoint, and compared before one is used.
+"""Configuration fingerprint, saved with every checkpoint and verified on restore.
 
-Shapes alone would let a checkpoint of other tasks, another backbone or another loss pass in
-silence. What a user may change half-way (learning rates, clipping) is compared too, and logged.
+Shapes cannot detect a checkpoint of other tasks, another backbone or another loss. Settings that a
+user may change between starts (learning rates, clipping) are also compared; changes are logged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
 from mpt_jax.training.initialization import InitialParams
 
-# What may change between two starts of one run.
+# Entries that may change between two starts of a run.
 MAY_CHANGE = ("optimizer",)
 FROZEN_PROMPTS = "frozen_prompts_sha256"
 
@@ -26,8 +26,8 @@ Fingerprint = dict[str, Any]
 
 
 def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> Fingerprint:
-    """What predictions depend on beside the values of a checkpoint. JSON values."""
-    found = {
+    """Returns what predictions depend on besides the values of a checkpoint. JSON values."""
+    entries = {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
         "run_names": list(model.runs.run_names),
@@ -41,14 +41,14 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
         for name, leaf in flatten(loaded.params).items()
         if name.startswith("prompt/") and labels[name] == FROZEN
     }
-    # Prompts that do not learn are in no checkpoint.
-    return found | ({FROZEN_PROMPTS: artifacts.digest(frozen)} if frozen else {})
+    # Checkpoints do not contain frozen prompts.
+    return entries | ({FROZEN_PROMPTS: artifacts.digest(frozen)} if frozen else {})
 
 
 def run_fingerprint(
     model: PromptedEncoderDecoder, loaded: InitialParams, batch_size: int, seed: int
 ) -> Fingerprint:
-    """What a training run and its resumption must have in common, and its optimizer."""
+    """Returns what must be the same when a run is resumed, and the optimizer's settings."""
     return model_fingerprint(model, loaded) | {
         "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
         "objective": repr(model.objective),
@@ -62,10 +62,10 @@ def run_fingerprint(
 
 
 def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> None:
-    """Checks that a run has the configuration it was saved with, and logs what may change.
+    """Checks that a run has the configuration it was saved with; logs changes that are allowed.
 
     Raises:
-        ValueError: both values of everything that differs.
+        ValueError: the configurations differ; shows both values of each difference.
     """
     saved = current_keys(saved)
     strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
@@ -76,32 +76,32 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
 
 
 def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
-    """Checks that this model reads a checkpoint as what it was saved as.
+    """Checks that a checkpoint was saved by a run of the same model.
 
     Args:
-        ours: of the model that reads, `of_model`.
-        saved: of the run that saved.
-        path: where it was saved.
+        ours: fingerprint of the model that reads the checkpoint, from `model_fingerprint`.
+        saved: fingerprint of the run that saved it.
+        path: the checkpoint, for the message.
 
     Raises:
-        ValueError: both values of everything that differs.
+        ValueError: the models differ; shows both values of each difference.
     """
     saved = current_keys(saved)
     advice = (
-        "Give the tasks in the order, and the backbone and method, that it was trained with; its "
-        "MODEL_DIR has them in config.gin."
+        "Use the tasks (in the same order), backbone and method that it was trained with; "
+        "config.gin in its MODEL_DIR lists them."
     )
     check_same(saved, ours, _known(ours, saved), what=f"{path}", advice=advice)
 
 
 def _known(ours: Fingerprint, saved: Fingerprint) -> list[str]:
-    """What can be compared: earlier versions did not save a digest of prompts that do not learn."""
+    """Returns the entries to compare: earlier versions did not save a digest of frozen prompts."""
     return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:
-    """The optimizer's settings without the length of training, which may always be extended."""
-    found = {
+    """Returns the optimizer's settings except the training length, which may always be extended."""
+    settings = {
         field.name: getattr(optimizer, field.name)
         for field in dataclasses.fields(optimizer)
         if field.name not in ("labels", "runs", "rows", "schedule_steps", "learning_rates")
@@ -115,5 +115,5 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
     }
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in (found | rates).items()
+        for name, value in (settings | rates).items()
     }

@@ -1,4 +1,4 @@
-"""Train states that a restore configuration names, for evaluation and inference."""
+"""Train states of a restore configuration, for evaluation and inference."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def states(
     partitioner: PjitPartitioner,
     cfg: checkpoint_config.RestoreCheckpointConfig,
 ) -> Iterator[TrainState]:
-    """The states that a restore configuration names, oldest first.
+    """Yields the states that a restore configuration names, oldest first.
 
     Raises:
-        FileNotFoundError: no such checkpoint; lists those there are.
-        ValueError: a checkpoint of other tasks, another backbone or another method, with both
-            values of what differs; neither checkpoint nor artifact named.
+        FileNotFoundError: no such checkpoint; lists the existing ones.
+        ValueError: a checkpoint has other tasks, another backbone or another method; shows both
+            values of each difference. Or neither a checkpoint nor an artifact is named.
     """
     if not cfg.path and not origins.artifact:
         raise ValueError(
-            "There is nothing to evaluate: set CHECKPOINT_PATH to a checkpoint of a run, or "
+            "There is nothing to evaluate. Set CHECKPOINT_PATH to a checkpoint of a run, or "
             "INITIAL_ARTIFACT to a prompt artifact."
         )
     loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
@@ -41,33 +41,34 @@ def states(
     for folder, step in _wanted(cfg):
         saved = checkpoints.Checkpoints(folder, read_only=True)
         path = saved.path(step)
-        # First, because shapes may differ for no other reason than these.
+        # Checked first, because differing shapes are only a consequence of these.
         fingerprint.check_can_restore(ours, saved.meta(step)["identity"], path)
-        found = saved.restore(state, step)
-        assert found is not None
+        restored = saved.restore(state, step)
+        assert restored is not None
         logging.info("Read %s.", path)
-        yield found[0]
+        yield restored[0]
 
 
 def _wanted(cfg: checkpoint_config.RestoreCheckpointConfig) -> list[tuple[str, int]]:
-    """(MODEL_DIR, step) of every checkpoint that a configuration names."""
+    """Returns (MODEL_DIR, step) of every checkpoint that a configuration names."""
     paths: Sequence[str] = [cfg.path] if isinstance(cfg.path, str) else list(cfg.path)
     wanted = []
     for path in paths if cfg.path else ():
         folder = epath.Path(path)
-        named = checkpoints.NAME.fullmatch(folder.name)
-        folder = folder.parent if named else folder
+        match = checkpoints.NAME.fullmatch(folder.name)
+        folder = folder.parent if match else folder
         steps = checkpoints.saved_steps(folder)
-        if named and cfg.mode == "specific":
-            chosen = [int(named[1])]
+        if match and cfg.mode == "specific":
+            selected = [int(match[1])]
         else:
-            chosen = steps if cfg.mode == "all" else steps[-1:]
-        if not chosen or not set(chosen) <= set(steps) or bool(named) != (cfg.mode == "specific"):
-            there = ", ".join(str(folder / f"{checkpoints.PREFIX}_{step}") for step in steps)
+            selected = steps if cfg.mode == "all" else steps[-1:]
+        is_specific = cfg.mode == "specific"
+        if not selected or not set(selected) <= set(steps) or bool(match) != is_specific:
+            existing = ", ".join(str(folder / f"{checkpoints.PREFIX}_{step}") for step in steps)
             raise FileNotFoundError(
-                f"No checkpoint of a run at {path} (mode {cfg.mode!r}: 'specific' names a "
-                f"{checkpoints.PREFIX}_<step>, the others a MODEL_DIR). There are: "
-                f"{there or 'none'}."
+                f"No checkpoint of a run at {path} for mode {cfg.mode!r}. Mode 'specific' takes a "
+                f"{checkpoints.PREFIX}_<step>, the other modes a MODEL_DIR. Existing checkpoints: "
+                f"{existing or 'none'}."
             )
-        wanted += [(str(folder), step) for step in chosen]
+        wanted += [(str(folder), step) for step in selected]
     return wanted

@@ -1,13 +1,13 @@
-"""One run at a time in a MODEL_DIR.
+"""Run lock: one run at a time writes to a MODEL_DIR.
 
-    MODEL_DIR/running.json     whose it is (host, process, since when), and a count
+    MODEL_DIR/running.json     the run that writes (host, process, start time), and a count
 
-The run that writes to a MODEL_DIR raises the count every few seconds. On its own machine the
-process table tells whether it is alive. From elsewhere (another host, a bucket) the count is
-watched, and a run whose count stands still has ended. No clock is compared with another one, so
-it does not matter whether one jumps or two differ.
+The run that writes to a MODEL_DIR increments the count every few seconds. On the same machine, the
+process table shows whether that run is alive. From elsewhere (another host, a bucket) the count is
+watched: a run whose count does not change has ended. Clocks are never compared, so it does not
+matter if one jumps or two differ.
 
-Whoever only reads (evaluation, inference, reports) takes no lock and asks for none.
+Readers (evaluation, inference, reports) neither take the lock nor check it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from jax.experimental import multihost_utils
 from mpt_jax.runtime.files import write_atomic
 
 FILE = "running.json"
-PERIOD, PATIENCE = 10.0, 35.0  # seconds from count to count; how long a count is watched
+PERIOD, PATIENCE = 10.0, 35.0  # seconds between increments; seconds that a count is watched
 
 
 class ModelDirInUse(RuntimeError):
-    """Another run writes to this MODEL_DIR."""
+    """Another run is writing to this MODEL_DIR."""
 
 
 @contextlib.contextmanager
@@ -47,15 +47,15 @@ def acquire(
 
     Args:
         model_dir: MODEL_DIR.
-        period: seconds from count to count.
+        period: seconds between increments of the count.
         patience: seconds for which the count of an unknown run is watched; several periods.
 
     Yields:
-        `Lock.check`: raises Occupied where another run has taken MODEL_DIR meanwhile, as it may
-        after this one stood still for longer than its patience.
+        `Lock.check`, which raises ModelDirInUse if another run has taken MODEL_DIR. That can
+        happen if this run was suspended for longer than `patience`.
 
     Raises:
-        ModelDirInUse: another run is alive there.
+        ModelDirInUse: another run is writing to MODEL_DIR.
         OSError: MODEL_DIR cannot be created or written.
     """
     lock, refusal = None, None
@@ -63,7 +63,7 @@ def acquire(
         check_writable(model_dir)
         if jax.process_index() == 0:
             lock = Lock(model_dir, period, patience)
-    except Exception as error:  # noqa: BLE001 - raised again, when the other processes know
+    except Exception as error:  # noqa: BLE001 - raised in all processes by `_agree`
         refusal = error
     _agree(refusal)
     try:
@@ -77,7 +77,7 @@ def check_writable(model_dir: str) -> None:
     """Creates MODEL_DIR and tries to write to it.
 
     Raises:
-        OSError: that is not possible.
+        OSError: MODEL_DIR cannot be created or written.
     """
     path = epath.Path(model_dir)
     try:
@@ -85,12 +85,12 @@ def check_writable(model_dir: str) -> None:
         probe = path / f".write_probe_{jax.process_index()}"
         probe.write_text("is there room?")
         probe.unlink()
-    except Exception as error:  # TensorFlow's for buckets are no OSError
+    except Exception as error:  # TensorFlow's errors for buckets are not OSErrors
         raise OSError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
 
 
 class Lock:
-    """The mark of a run on its MODEL_DIR, in process 0. Arguments and errors are `held`'s."""
+    """A run's lock on its MODEL_DIR, held by process 0. Arguments and errors as for `acquire`."""
 
     def __init__(self, model_dir: str, period: float = PERIOD, patience: float = PATIENCE):
         self._path = epath.Path(model_dir) / FILE
@@ -111,11 +111,11 @@ class Lock:
         self._thread.start()
 
     def check(self, read: bool = False) -> None:
-        """Raises Occupied where another run has taken MODEL_DIR.
+        """Raises ModelDirInUse if another run has taken MODEL_DIR.
 
         Args:
-            read: asks the file itself, and not what it said at the last count: for a process that
-                may have stood still since.
+            read: whether to read the file now, instead of using what the last increment found.
+                For a process that may have been suspended since.
         """
         if read:
             try:
@@ -125,17 +125,17 @@ class Lock:
         if self._taken_by is not None:
             raise ModelDirInUse(
                 f"{self._path.parent} was taken over by {self._taken_by}, so this run ends without "
-                "a save. It must have stood still, or could not write, for a while."
+                "a save. It was probably suspended, or unable to write, for a while."
             )
 
     def for_inference(self) -> None:
-        """Lets others in."""
+        """Releases the lock."""
         self._ended.set()
         self._thread.join()
         try:
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
-        # What ended the run is what its user must see; a mark that stays is found out to be old.
+        # Must not hide the error that ended the run; the next run recognizes a stale file.
         except Exception as error:  # noqa: BLE001
             logging.warning("%s could not be removed: %s", self._path, error)
 
@@ -147,7 +147,10 @@ class Lock:
             alive = _start_of(record["pid"]) == record["process_start"]
         else:
             logging.info(
-                "%s names %s. Watching it for up to %.0f s.", self._path, _who(record), patience
+                "%s names %s. Watching its count for up to %.0f s.",
+                self._path,
+                _who(record),
+                patience,
             )
             alive = _changes(self._path, content, patience)
         if alive:
@@ -155,7 +158,7 @@ class Lock:
                 f"{self._path.parent} is being written by {_who(record)}. Wait until that run has "
                 "ended, stop it, or choose another MODEL_DIR."
             )
-        logging.info("%s is left of %s, which has ended.", self._path, _who(record))
+        logging.info("%s is left over from %s, which has ended.", self._path, _who(record))
 
     def _keep(self, period: float) -> None:
         while not self._ended.wait(period):
@@ -165,38 +168,38 @@ class Lock:
                     return
                 self._record["count"] += 1
                 self._write()
-            # A full disk, a bucket out of reach (no OSError, from TensorFlow): saving will tell.
+            # A full disk or unreachable bucket (TensorFlow's is not an OSError): saving will raise.
             except Exception as error:  # noqa: BLE001
                 logging.warning("%s could not be written: %s", self._path, error)
 
     def _look(self) -> None:
         if not self._is_ours():
             content = _read(self._path)
-            self._taken_by = _who(_parsed(content)) if content else "somebody unknown"
+            self._taken_by = _who(_parsed(content)) if content else "an unknown run"
 
     def _is_ours(self) -> bool:
         content = _read(self._path)
         return content is not None and _parsed(content).get("token") == self._record["token"]
 
     def _write(self) -> None:
-        # Unsynced: a slow disk must not make a live run look dead, and after a power cut no run is
-        # alive, whatever the file says.
+        # Not synced: a slow disk must not make a live run look dead, and after a power loss no run
+        # is alive, whatever the file contains.
         write_atomic(self._path, json.dumps(self._record), sync=False)
 
 
 def _agree(refusal: Exception | None) -> None:
-    """Raises in every process where one of them has met an error."""
+    """Raises in every process if any of them has met an error."""
     refused = [refusal is not None]
     if jax.process_count() > 1:
         refused = np.ravel(multihost_utils.process_allgather(np.asarray(refused[0]))).tolist()
     if refusal is not None:
         raise refusal
     if any(refused):
-        raise ModelDirInUse(f"Process {refused.index(True)} could not begin; its log says why.")
+        raise ModelDirInUse(f"Process {refused.index(True)} could not start. See its log.")
 
 
 def _changes(path: epath.Path, content: str, patience: float) -> bool:
-    """Whether the file says something else within `patience` seconds; one that goes is no run."""
+    """Whether the file changes within `patience` seconds; if it is removed, its run has ended."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         time.sleep(min(1.0, patience / 10))
@@ -213,7 +216,7 @@ def _read(path: epath.Path) -> str | None:
 
 
 def _parsed(content: str) -> dict[str, Any]:
-    """The record; empty where it cannot be understood, which makes it an unknown run's."""
+    """Returns the record, or an empty one (an unknown run's) if it cannot be parsed."""
     try:
         return dict(json.loads(content))
     except (ValueError, TypeError):
@@ -221,29 +224,32 @@ def _parsed(content: str) -> dict[str, Any]:
 
 
 def _who(record: dict[str, Any]) -> str:
-    named = {name: record.get(name, "unknown") for name in ("pid", "host", "since")}
-    return "process {pid} on host {host}, since {since}".format(**named)
+    fields = {name: record.get(name, "unknown") for name in ("pid", "host", "since")}
+    return "process {pid} on host {host}, since {since}".format(**fields)
 
 
 def _machine() -> str:
-    """Where process ids mean the same: a host since its last boot, or a container of it."""
+    """Returns the scope of process ids: a host since its last boot, or a container on it."""
     parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # Linux tells more than the name
+    with contextlib.suppress(OSError):  # only Linux has these files
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process started, in ticks since boot, so that a number that was given again is told
-    from its first bearer; None where it has ended. Without Linux's table, 0 for any process."""
+    """Returns when a process started, in ticks since boot, or None if it has ended.
+
+    The start time distinguishes processes that reuse an id. Without Linux's process table, returns
+    0 for any running process.
+    """
     try:
         if not Path("/proc/self/stat").exists():
             os.kill(pid, 0)
             return 0
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except PermissionError:
-        return 0  # somebody else's, and alive
+        return 0  # another user's process, and alive
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in "ZX" else int(fields[18])

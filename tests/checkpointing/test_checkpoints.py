@@ -180,7 +180,7 @@ def test_whatever_file_of_the_newest_is_truncated_the_state_is_whole(state, tmp_
             fallen += 1
             message = errors_in(loud)
             assert f"{path}/checkpoint_9 cannot be read" in message, name
-            assert f"Going on from {path}/checkpoint_5" in message, name
+            assert f"Resuming from {path}/checkpoint_5" in message, name
     assert fallen >= 2, f"of {names} some are needed"
 
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_moved_aside_is_said(state, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "_set_aside", refuse)
     saved = Checkpoints(str(tmp_path), None)
-    with pytest.raises(OSError, match="checkpoint_9 cannot be read.*Permission denied"):
+    with pytest.raises(OSError, match="could not be renamed: .*checkpoint_9.*Permission denied"):
         saved.set_aside_after(5)
     saved.close()
 
@@ -346,7 +346,7 @@ def test_values_that_another_process_alone_finds_wrong_are_wrong_here_too(
     found, _ = read(tmp_path, state)
     assert int(found.step) == 5, "both go on from the same checkpoint"
     assert other.asked == [FINE] * 6
-    assert "another process of this job says why" in errors_in(loud)
+    assert "another process of this job failed; see its log" in errors_in(loud)
 
 
 def test_values_that_are_wrong_here_alone_are_told_to_the_others(state, tmp_path, monkeypatch):
@@ -464,7 +464,7 @@ def test_a_position_may_lie_behind_the_batches_taken():
     listed = data_position.DataPosition(resumed)
     listed.restore({"packed": [late["packed"]], "skip": 0}, 6)
     assert resumed.taken == 6
-    with pytest.raises(ValueError, match="data positions of 2 processes"):
+    with pytest.raises(ValueError, match="2 data positions, one per process"):
         listed.restore({"packed": [late["packed"]] * 2, "skip": 0}, 6)
 
 

@@ -43,7 +43,7 @@ def test_every_flipped_bit_is_found():
         for bit in range(32):
             words = leaf.copy().view(np.uint32)
             words.flat[element] ^= np.uint32(1 << bit)
-            with pytest.raises(Damaged, match="The values of x are not"):
+            with pytest.raises(Damaged, match="The values of x differ"):
                 checksums.check(checksums.of_leaves({"x": words.view(np.float32)}), saved)
     checksums.check(checksums.of_leaves({"x": leaf}), saved)
 
@@ -63,5 +63,5 @@ def test_a_record_says_whether_it_is_whole():
     checksums.check_seal(saved)
     checksums.check_seal({"saved": "before there were seals"})
     for change in ({"taken": [1, 3]}, {"added": 1}, {"sha256": "0"}):
-        with pytest.raises(Damaged, match="record of the checkpoint"):
+        with pytest.raises(Damaged, match="metadata of the checkpoint"):
             checksums.check_seal({**saved, **change})

@@ -36,7 +36,7 @@ def test_paths_through_lists_and_named_tuples():
 
 
 def test_unflatten_refuses_a_leaf_below_a_leaf():
-    with pytest.raises(ValueError, match=r"'a/b' lies below 'a'"):
+    with pytest.raises(ValueError, match=r"'a/b' is below 'a'"):
         tree.unflatten({"a": 1, "a/b": 2})
 
 
