@@ -1,7 +1,7 @@
 """Evaluation of saved prompts: `python -m mpt_jax.eval --gin_file=gin/eval.gin ...`.
 
-`evaluate` takes T5X's arguments, so one gin file serves both. What is evaluated is a checkpoint of
-a training run, or, where no checkpoint is named, the prompt artifact that the origins name.
+`evaluate` takes T5X's arguments, so one gin file serves both. It evaluates a checkpoint of a
+training run or, if no checkpoint is named, the prompt artifact of the origins.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def evaluate(
     """Decodes and scores every task of a mixture.
 
     Args:
-        model: as it was trained.
-        dataset_cfg: what to evaluate on.
-        restore_checkpoint_cfg: which checkpoint(s); an empty path takes the origins' artifact.
+        model: the model, configured as it was trained.
+        dataset_cfg: the data to evaluate on.
+        restore_checkpoint_cfg: the checkpoint(s); an empty path uses the origins' artifact.
         partitioner: the mesh.
-        output_dir: where metrics and predictions go, in its folder `inference_eval`.
+        output_dir: metrics and predictions are written to its subfolder `inference_eval`.
         train_state_initializer_cls: called without arguments; its `origins` name the backbone.
         inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
         summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
-        training_evaluator_cls: T5X's; not offered.
-        train_eval_get_dataset_fn: T5X's; not offered.
-        fallback_init_rng: T5X's; not offered, nothing falls back to random values.
+        training_evaluator_cls: T5X's; not supported.
+        train_eval_get_dataset_fn: T5X's; not supported.
+        fallback_init_rng: T5X's; not supported, since nothing falls back to random values.
         use_orbax: T5X's; always True.
 
     Returns:

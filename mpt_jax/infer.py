@@ -1,13 +1,13 @@
-"""Predictions and scores as files: `python -m mpt_jax.infer --gin_file=gin/infer.gin ...`.
+"""Inference to files: `python -m mpt_jax.infer --gin_file=gin/infer.gin ...`.
 
 `infer` takes T5X's arguments and writes T5X's files, one line of JSON for each example:
 
     <output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>    {"inputs": {...}, "prediction": ...}
     the same with .partial                                   the lines of a run that was stopped
-    the same with .partial_of, or .COMPLETED                 what the lines are made from
+    the same with .partial_of, or .COMPLETED                 what the lines were made from
 
-The same command resumes a partial file and keeps a complete one; a file that was made from
-anything else is an error (`runtime.resumable_output`).
+The same command resumes a partial file and keeps a complete one. A file that was made from other
+inputs is an error (`runtime.resumable_output`).
 """
 
 from __future__ import annotations
@@ -69,34 +69,33 @@ def infer(
     fallback_init_rng: int | None = None,
     use_orbax: bool = True,
 ) -> list[str]:
-    """Writes what the model says to every example of every task of a mixture.
+    """Writes predictions or scores for every example of every task of a mixture.
 
     Args:
-        model: as it was trained.
-        dataset_cfg: which examples; its lengths must be given.
-        restore_checkpoint_cfg: one checkpoint; an empty path takes the origins' artifact.
+        model: the model, configured as it was trained.
+        dataset_cfg: the examples; its lengths must be set.
+        restore_checkpoint_cfg: one checkpoint; an empty path uses the origins' artifact.
         partitioner: the mesh.
-        output_dir: where files go.
+        output_dir: the folder that files are written to.
         train_state_initializer_cls: called without arguments; its `origins` name the backbone.
         mode: `'predict'` decodes, `'score'` gives the targets' log-probability in nats,
-            `'predict_with_aux'` decodes and adds the score of what was decoded.
-        checkpoint_period: batches, at most, after which a stopped run does not have to start
-            again.
-        shard_id: which of `num_shards` parts of every task this run is for.
-        num_shards: parts that separate runs work on.
+            `'predict_with_aux'` decodes and adds the score of the decoded text.
+        checkpoint_period: maximum number of batches that a stopped run has to repeat.
+        shard_id: the part of every task, of `num_shards`, that this run processes.
+        num_shards: number of parts, each for a separate run.
         output_vocab_feature_name: the feature whose vocabulary decodes predictions.
-        file_extension: of the files.
+        file_extension: extension of the files.
         summarize_config_fn: called as `(model_dir, writer, step)` for shard 0; writes config.gin.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
         merge_chunked_results, checkpoint_ds_iter, write_fn, merge_fn, keep_aux_as_numpy,
             fallback_init_rng, use_orbax: T5X's; only their defaults are accepted.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        ValueError: a setting, task, split or length is not what it must be; an empty split; a
-            file that exists already was made from something else, or another run writes it.
+        ValueError: a setting, task, split or length is invalid; a split is empty; an existing
+            file was made from other inputs, or another run is writing it.
         OSError: a file cannot be written.
     """
     refuse_ineffective(
@@ -132,7 +131,7 @@ def infer(
         summarize_config_fn(output_dir, None, 0)
     functions = {"score": model.score_batch, "predict": model.predict_batch}
     compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
-    # Rows of like length go through the model together, so some batches are read at a time.
+    # Rows of similar length are batched together, so several batches are read at a time.
     window = min(bucketing.WINDOW, checkpoint_period)
     answer = functools.partial(
         _lines,
@@ -183,14 +182,17 @@ def _one_state(
     partitioner: PjitPartitioner,
     cfg: checkpoint_config.RestoreCheckpointConfig,
 ) -> TrainState:
-    found = list(restore_states.states(model, origins, partitioner, cfg))
-    if len(found) != 1:
-        raise ValueError(f"infer needs one checkpoint, and {cfg} names {len(found)}.")
-    return found[0]
+    states = list(restore_states.states(model, origins, partitioner, cfg))
+    if len(states) != 1:
+        raise ValueError(
+            f"infer needs one checkpoint, but {cfg} names {len(states)}. Set CHECKPOINT_PATH to "
+            "one of them."
+        )
+    return states[0]
 
 
 def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> dict[str, Any]:
-    """What is read, and by which way of decoding. JSON values."""
+    """Returns the parameters and the decoding function that lines are made from. JSON values."""
     paths = [read] if isinstance(read, str) else read
     decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
     return {
@@ -202,9 +204,9 @@ def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> d
 
 
 def _asked(cfg: datasets.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
-    """Which examples are read and what is said of them. JSON values."""
+    """Returns the examples and the outputs that lines are made from. JSON values."""
     if cfg.task_feature_lengths is None:
-        raise ValueError("DatasetConfig.task_feature_lengths must be given for infer.")
+        raise ValueError("infer needs DatasetConfig.task_feature_lengths, got None.")
     return {
         "mode": mode,
         "split": cfg.split,
@@ -226,8 +228,8 @@ def _dataset(cfg: datasets.DatasetConfig, task: seqio.Task) -> tf.data.Dataset:
 
 
 def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], converter: Any) -> None:
-    """Raises ValueError for an empty split, or over-long examples that may not be cut; logs those
-    that are cut."""
+    """Raises ValueError for an empty split, or overlong examples that may not be truncated; logs
+    those that are truncated."""
     overlong = {}
     for task in tasks:
         with task_lookup.explain_missing_data(task, cfg.split):
@@ -236,43 +238,44 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
 
 
 def _examples(cfg: datasets.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
-    """Pairs (texts, model features) of every example, in the task's own order."""
+    """Returns pairs (texts, model features) of all examples, in the task's order."""
     dataset = _dataset(cfg, task)
     texts = dataset.map(lambda x: {name: x[name] for name in x if name.endswith(TEXT)})
     return tf.data.Dataset.zip((texts, converter(dataset, cfg.task_feature_lengths)))
 
 
 def _output(path: epath.Path, made_from: dict[str, Any]) -> ResumableFile:
-    # Unlocked if need be: the folder may be in a bucket, or on a file system without locks.
+    # A lock is optional: the folder may be in a bucket, or on a file system without locks.
     elsewhere = "another INFER_OUTPUT_DIR"
     return ResumableFile(path, made_from, require_lock=False, elsewhere=elsewhere)
 
 
 def _from_process_0(read: Callable[[], int | None]) -> int | None:
-    """Returns in every process what a function returns in process 0, which alone reads and writes
-    the files: hosts that looked themselves could disagree.
+    """Calls a function in process 0 and returns its result in every process.
+
+    Only process 0 reads and writes the files, since hosts that read them separately could disagree.
 
     Raises:
-        RuntimeError: the function failed, in the other processes; in process 0 its own error.
+        RuntimeError: in the other processes, if the function failed; process 0 raises its error.
     """
     none, failed = -1, -2
     value, error = failed, None
     if jax.process_index() == 0:
         try:
-            found = read()
-            value = none if found is None else int(found)
-        except Exception as caught:  # noqa: BLE001 - raised again, when the other processes know
+            result = read()
+            value = none if result is None else int(result)
+        except Exception as caught:  # noqa: BLE001 - raised below, once the other processes know
             error = caught
     value = int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
     if error is not None:
         raise error
     if value == failed:
-        raise RuntimeError("Process 0 could not read or write its output; its log says why.")
+        raise RuntimeError("Process 0 could not read or write its output. See its log.")
     return None if value == none else value
 
 
 def _write(output: ResumableFile, windows: Iterable[list[str]], period: int) -> None:
-    """Appends lines, those of `period` windows at a time, and completes the file."""
+    """Appends the lines of `period` windows at a time, then completes the file."""
     writes = jax.process_index() == 0
     waiting: list[str] = []
     try:
@@ -297,14 +300,14 @@ def _lines(
     mode: str,
     vocabulary: Any,
 ) -> Iterator[str]:
-    """One line of JSON for each example of some batches of `rows`, in their order."""
+    """Yields one line of JSON per example of a window, in order, from batches of `rows`."""
     texts, features = jax.tree.map(lambda x: x.numpy(), window)
-    share = HostShard(rows, jax.process_count(), jax.process_index())
+    shard = HostShard(rows, jax.process_count(), jax.process_index())
     answers: dict[int, dict[str, Any]] = {}
-    for chosen, batch in bucketing.batches_of(features, rows, buckets, targets=False):
-        outputs = function(share.of(batch))
-        for row, number in enumerate(chosen.tolist()):
-            answers[number] = _answer(outputs, row, mode, vocabulary)
+    for indices, batch in bucketing.batches_of(features, rows, buckets, targets=False):
+        outputs = function(shard.of(batch))
+        for row, index in enumerate(indices.tolist()):
+            answers[index] = _answer(outputs, row, mode, vocabulary)
     for number in range(len(answers)):
         inputs = {name: value[number].decode() for name, value in texts.items()}
         yield json.dumps({"inputs": inputs} | answers[number])
@@ -314,12 +317,12 @@ def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any
     if mode == "score":
         return {"score": float(outputs[row])}
     tokens, aux = outputs if mode == "predict_with_aux" else (outputs, {})
-    found: dict[str, Any] = {"prediction": vocabulary.decode(tokens[row].tolist())}
+    answer: dict[str, Any] = {"prediction": vocabulary.decode(tokens[row].tolist())}
     if mode == "predict_with_aux":
-        found["aux"] = {name: value[row].tolist() for name, value in aux.items()}
-    return found
+        answer["aux"] = {name: value[row].tolist() for name, value in aux.items()}
+    return answer
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("shard_id", None, "Which part this run is for; wins over infer.shard_id.")
+    flags.DEFINE_integer("shard_id", None, "The part of this run; overrides infer.shard_id.")
     gin_utils.run_main(infer, overriding=("shard_id",))

@@ -1,7 +1,7 @@
 """Training: `python -m mpt_jax.train --gin_file=gin/mpt_source.gin`.
 
-`train` takes T5X's arguments, so one gin file serves both trainers. It sets a job up, runs the loop
-and writes the artifacts; training_job.py has the parts.
+`train` takes T5X's arguments, so one gin file serves both trainers. It sets up a job, runs the loop
+and writes the artifacts. The parts are in training_job.py.
 """
 
 from __future__ import annotations
@@ -62,45 +62,45 @@ def train(
     get_dataset_fn: Callable[..., Any] | None = None,
     train_eval_get_dataset_fn: Callable[..., Any] | None = None,
 ) -> selection.Scores:
-    """Trains a model; resumes by itself where MODEL_DIR holds a checkpoint of this run.
+    """Trains a model; resumes if MODEL_DIR holds a checkpoint of this run.
 
     Args:
-        model: what to train.
+        model: the model to train.
         train_dataset_cfg: training data; `batch_size` is the global batch.
-        model_dir: MODEL_DIR, where everything the run makes lies.
+        model_dir: MODEL_DIR, which the run writes all its files to.
         total_steps: the step to train to.
-        train_state_initializer_cls: called without arguments; its `origins` say where first
+        train_state_initializer_cls: called without arguments; its `origins` define where initial
             values come from.
         checkpoint_cfg: when to save.
         partitioner: the mesh.
         trainer_cls: `Trainer`, with its gin fields bound.
         train_eval_dataset_cfg: data whose loss is evaluated.
-        infer_eval_dataset_cfg: data that is decoded and scored, each run by itself.
+        infer_eval_dataset_cfg: data that is decoded and scored, separately for each run.
         eval_steps: batches of a training evaluation; 0 takes all.
         eval_period: steps between evaluations.
         stats_period: steps between metrics; default `eval_period`.
-        random_seed: of initial values and dropout; None is 0.
+        random_seed: seed of initial values and dropout; None is 0.
         summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
         inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
-        actions: what may follow an evaluation, by `'TRAIN_EVAL'`, `'INFER_EVAL'` or `'TRAIN'`.
-        run_eval_before_training: evaluates step 0 too.
-        relative_steps: T5X's; not offered.
-        use_hardware_rng: T5X's; not offered.
+        actions: actions after an evaluation, by `'TRAIN_EVAL'`, `'INFER_EVAL'` or `'TRAIN'`.
+        run_eval_before_training: whether to evaluate step 0 as well.
+        relative_steps: T5X's; not supported.
+        use_hardware_rng: T5X's; not supported.
         use_orbax: T5X's; always True.
-        concurrent_metrics: T5X's; here metrics are always written concurrently.
-        gc_period: T5X's; not offered.
+        concurrent_metrics: T5X's; this trainer always writes metrics concurrently.
+        gc_period: T5X's; not supported.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
-        get_dataset_fn: T5X's; not offered.
-        train_eval_get_dataset_fn: T5X's; not offered.
+        get_dataset_fn: T5X's; not supported.
+        train_eval_get_dataset_fn: T5X's; not supported.
 
     Returns:
         The last scores of each run.
 
     Raises:
         NonFiniteLoss: the losses of all runs were not finite; the last good state is saved.
-        OutOfMemory: a training step does not fit a device.
+        OutOfMemory: a training step does not fit on a device.
         SystemExit: SIGTERM or Ctrl-C; the state is saved.
-        ModelDirInUse: another run writes to MODEL_DIR.
+        ModelDirInUse: another run is writing to MODEL_DIR.
     """
     refuse_ineffective(
         "train",
@@ -150,8 +150,8 @@ def train(
         job = Job(start, evaluator, progress, check_it_is_ours)
         stop = False
         with stop_requests() as request, job.closing():
-            # A run that was killed after a save and before the evaluation of that step makes up
-            # for it; one that had stopped early finds out here that it had.
+            # A run that was killed between a save and the evaluation of that step evaluates it
+            # now. A run that had stopped early detects that here.
             if run_eval_before_training if trainer.step == 0 else job.is_due(eval_period):
                 stop = job.evaluate()
             stop = stop or not trainer.active.any()
@@ -159,12 +159,12 @@ def train(
                 job.take_first_step(started)
             progress.restart_clock(trainer.step)
             while trainer.step < total_steps and not stop:
-                # The order matters: metrics first, because they tell whether the state is good;
-                # then the save, so that nothing an evaluation may raise loses a step.
+                # The order matters: metrics first, because they show whether the state is good;
+                # then the save, so that an error of the evaluation does not lose steps.
                 if job.is_due(stats_period, save_cfg.period, eval_period):
                     job.report()
                 if job.is_due(stats_period, eval_period):
-                    trainer.compact_batches()  # at steps that do not depend on who stops it
+                    trainer.compact_batches()  # at steps that do not depend on interruptions
                 if job.is_due(save_cfg.period):
                     job.save_checkpoint()
                 if job.is_due(eval_period):
@@ -178,8 +178,8 @@ def train(
             if request.signal is None and evaluator.last_step != trainer.step:
                 evaluator.run()
         if request.signal is not None:
-            # A scheduler can tell by the code that the run may be started again.
-            logging.info("Stopped by signal %d; the same command resumes here.", request.signal)
+            # The exit code tells a scheduler that the run can be started again.
+            logging.info("Stopped by signal %d. The same command resumes the run.", request.signal)
             sys.exit(request.exit_code)
 
         job.finalize()
@@ -192,9 +192,9 @@ def _check_settings(
     if cfg.restore is not None:
         raise ValueError(
             "CheckpointConfig.restore would have no effect: a run resumes from its own MODEL_DIR, "
-            "and first values come from train_state.Origins. Set it to None."
+            "and initial values come from train_state.Origins. Set it to None."
         )
-    if total_steps:  # a stage without steps only writes what it starts from
+    if total_steps:  # a stage without steps only writes its initial values
         optimizers.check_annealing(model.prompt.schedule_steps, total_steps)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a training job: its set-up, and what the loop in train.py calls."""
+"""Parts of a training job: its setup, and the actions of the loop in train.py."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Start:
 
     Attributes:
         model_dir: MODEL_DIR.
-        data_cfg: what the job trains on.
-        seed: of initial values and dropout.
+        data_cfg: configuration of the training data.
+        seed: seed of initial values and dropout.
         batches: the training data.
-        trainer: holds the state.
+        trainer: the trainer, which holds the state.
         initial: what the state was initialized from, without the parameters.
-        backbone: its name.
-        fingerprint: of the job, saved with every checkpoint.
+        backbone: name of the backbone.
+        fingerprint: fingerprint of the job, saved with every checkpoint.
         saved: the job's checkpoints.
-        position: the position in the training data, saved with them.
-        resumed: whether the state is from a checkpoint.
+        position: position in the training data, saved with every checkpoint.
+        resumed: whether the state was restored from a checkpoint.
     """
 
     model_dir: str
@@ -73,8 +73,11 @@ def restore_or_initialize(
     trainer_cls: Callable[..., Trainer],
     seed: int,
 ) -> Start:
-    """Makes data, state and trainer. The state is the job's own last checkpoint, else its initial
-    artifact, else initial values."""
+    """Builds data, state and trainer.
+
+    The state comes from the job's last checkpoint, else from its initial artifact, else from
+    initial values.
+    """
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
     initial = initialization.initialize_params(model, origins, jax.random.PRNGKey(seed))
@@ -119,8 +122,10 @@ def _restore(
     position: data_position.DataPosition,
     ours: fingerprint.Fingerprint,
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Reads this job's last checkpoint and moves the data to its position; returns the state and
-    what was saved beside it, or None at the start of a job."""
+    """Restores this job's last checkpoint and moves the data to its position.
+
+    Returns the state and the metadata saved with it, or None if the job has no checkpoint.
+    """
     if (restored := saved.restore(state)) is None:
         return None
     state, meta = restored
@@ -141,7 +146,7 @@ def make_evaluator(
     evaluator_cls: Callable[..., Any] | None,
     actions: Mapping[str, Sequence[selection.Action]] | None,
 ) -> PeriodicEvaluator:
-    """Makes what is measured between steps, at the step where training starts."""
+    """Builds the evaluator that runs between steps, resumed at the step where training starts."""
     writers = metric_writers.Writers(model_dir)
     converter = trainer.model.FEATURE_CONVERTER_CLS
     losses = loss_cfg and datasets.eval_batches(
@@ -166,7 +171,7 @@ def _hosts() -> dict[str, int]:
 def write_records(
     start: Start, total_steps: int, summarize_config_fn: Callable[..., None] | None
 ) -> None:
-    """Writes config.gin and a line of run.jsonl, which say what is about to run."""
+    """Writes config.gin and a line of run.jsonl, which describe this start."""
     if summarize_config_fn is not None:
         summarize_config_fn(start.model_dir, None, start.trainer.step)
     trainer = start.trainer
@@ -183,21 +188,21 @@ def write_records(
 
 
 def log_if_ended(start: Start, total_steps: int) -> None:
-    """Says so if there is nothing left to train."""
+    """Logs a line if nothing is left to train."""
     if start.resumed and start.trainer.step >= total_steps:
-        logging.info("%s has been trained to step %d already.", start.model_dir, start.trainer.step)
+        logging.info("%s is already trained to step %d.", start.model_dir, start.trainer.step)
     elif not start.trainer.active.any():
         logging.info("All runs of %s have ended; nothing is left to train.", start.model_dir)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job in training: what its loop saves, reports and leaves.
+    """A job in training: its saves, reports, evaluations and final artifacts.
 
     Attributes:
         start: data and state.
-        evaluator: what is measured between steps.
-        progress: the line on the terminal.
+        evaluator: evaluates between steps.
+        progress: the progress line on the terminal.
         check_it_is_ours: raises if another job has taken MODEL_DIR.
     """
 
@@ -208,7 +213,7 @@ class Job:
 
     @property
     def trainer(self) -> Trainer:
-        """Holds the state."""
+        """The trainer, which holds the state."""
         return self.start.trainer
 
     def is_due(self, *periods: int | None) -> bool:
@@ -216,7 +221,7 @@ class Job:
         return any(period and self.trainer.step % period == 0 for period in periods)
 
     def take_first_step(self, started: float) -> None:
-        """Takes a step, and reports how long compiling and starting took."""
+        """Takes the first step, and reports how long compilation and startup took."""
         batch, step = next(self.start.batches), self.trainer.step
         before = time.monotonic()
         self.trainer.train(batch)
@@ -231,27 +236,27 @@ class Job:
 
     def report(self) -> None:
         """Writes the mean metrics since the last report."""
-        if found := self.trainer.read_metrics():
-            speeds = self.progress.update(self.trainer.step, found)
-            self.evaluator.writers.write("train", self.trainer.step, {**found, **speeds})
+        if metrics := self.trainer.read_metrics():
+            speeds = self.progress.update(self.trainer.step, metrics)
+            self.evaluator.writers.write("train", self.trainer.step, {**metrics, **speeds})
 
     def save_checkpoint(self) -> None:
-        """Starts to save the state, the data's position and which runs have ended."""
+        """Starts saving the state, the data position and the status of the runs."""
         self.check_it_is_ours(read=True)
         trainer = self.trainer
-        data_at = self.start.position.at(int(trainer.state.step), trainer.step)
-        meta = {"identity": self.start.fingerprint, "data": data_at, "runs": trainer.run_status()}
+        position = self.start.position.at(int(trainer.state.step), trainer.step)
+        meta = {"identity": self.start.fingerprint, "data": position, "runs": trainer.run_status()}
         self.start.saved.save(trainer.state, meta)
 
     def evaluate(self) -> bool:
-        """Evaluates, and leaves the runs that ended out of batches; True if training is to end."""
+        """Evaluates, and leaves finished runs out of batches; returns whether to stop training."""
         stop = self.evaluator.run()
         self.trainer.compact_batches()
         self.progress.restart_clock(self.trainer.step)
         return stop
 
     def finalize(self, all_failed: bool = False) -> None:
-        """Writes the artifacts."""
+        """Writes the final artifacts."""
         inference = self.evaluator.inference
         ended = finalize.EndedJob(
             self.trainer,
@@ -268,7 +273,11 @@ class Job:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Saves the last good state if all runs have failed, and closes what was opened."""
+        """Closes writers and checkpoints at the end of the block.
+
+        If all runs have failed, first saves the last good state. If another process was lost,
+        exits.
+        """
         try:
             yield
         except NonFiniteLoss:
