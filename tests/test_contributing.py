@@ -48,7 +48,7 @@ assert VOCABULARY.decode(row["decoder_target_tokens"].tolist()).startswith("posi
 """
 
 
-def test_the_examples_run() -> None:
+def test_contributing_examples_run() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2

@@ -128,7 +128,7 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def test_metrics_are_those_of_the_decoded_examples(saved, tmp_path):
+def test_evaluate_metrics_match_decoded_examples(saved, tmp_path):
     scores = eval.evaluate(output_dir=str(tmp_path), **arguments(saved))
     assert list(scores) == [3]
     for name in TASKS:
@@ -139,7 +139,7 @@ def test_metrics_are_those_of_the_decoded_examples(saved, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["predict", "score", "predict_with_aux"])
-def test_files_hold_what_the_model_says(mode, saved, tmp_path):
+def test_infer_files_hold_model_outputs(mode, saved, tmp_path):
     files = infer.infer(output_dir=str(tmp_path), mode=mode, **arguments(saved))
     assert [
         f"{name}-{mode}.jsonl-00000-of-00001" in f for name, f in zip(TASKS, files, strict=True)
@@ -158,7 +158,7 @@ def test_files_hold_what_the_model_says(mode, saved, tmp_path):
         assert (tmp_path / f"{path}.COMPLETED").exists()
 
 
-def test_a_stopped_run_goes_on_where_it_was(saved, tmp_path):
+def test_infer_stopped_run_resumes_after_written_lines(saved, tmp_path):
     whole = infer.infer(output_dir=str(tmp_path / "a"), mode="score", **arguments(saved))[0]
     folder = tmp_path / "b"
     folder.mkdir()
@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_where_it_was(saved, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [name, f"{name}.COMPLETED"]
 
 
-def test_files_made_from_something_else_are_not_taken_for_the_answer(saved, tmp_path):
+def test_infer_file_made_from_other_inputs_error(saved, tmp_path):
     configs = []
     again = lambda path="checkpoint_3", **overrides: infer.infer(  # noqa: E731
         output_dir=str(tmp_path),
@@ -212,7 +212,7 @@ def test_files_made_from_something_else_are_not_taken_for_the_answer(saved, tmp_
         again()
 
 
-def test_shards_make_up_the_whole(saved, tmp_path):
+def test_infer_shards_together_equal_whole(saved, tmp_path):
     settings = arguments(saved, dataset_cfg=config(TASKS[:1]))
     (whole,) = infer.infer(output_dir=str(tmp_path), **settings)
     parts = []
@@ -224,7 +224,7 @@ def test_shards_make_up_the_whole(saved, tmp_path):
     assert sorted(parts, key=key) == sorted(read(whole), key=key)
 
 
-def test_an_artifact_is_evaluated_without_a_checkpoint(saved, tmp_path):
+def test_infer_artifact_same_scores_as_checkpoint(saved, tmp_path):
     """Its prompts are the checkpoint's, so its predictions are too."""
     embedding = saved.params["token_embedder"]["embedding"]
     path = artifacts.save_artifact(
@@ -252,7 +252,7 @@ def test_an_artifact_is_evaluated_without_a_checkpoint(saved, tmp_path):
         assert read(first) == read(second)
 
 
-def test_modes_of_a_restore_configuration(saved):
+def test_restore_states_each_mode_yields_its_steps(saved):
     def steps(path, mode):
         cfg = checkpoint_config.RestoreCheckpointConfig(path, mode)
         made = initialization.Origins(**saved.origins)
@@ -271,7 +271,7 @@ def one_state(saved, model, **origins):
     return next(iter(restore_states.states(model, made, PjitPartitioner(), cfg)))
 
 
-def test_a_checkpoint_of_other_tasks_or_another_method_is_refused(saved):
+def test_restore_states_other_tasks_or_method_error(saved):
     """Also where the shapes agree; and whoever reads is not told to remove anything."""
     for model, difference in (
         (
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_other_tasks_or_another_method_is_refused(saved):
         assert "checkpoint_3" in str(caught.value) and "remove" not in str(caught.value)
 
 
-def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
+def test_restore_states_checkpoint_without_meta_error(saved, tmp_path):
     """T5X's, say, or a damaged one."""
     shutil.copytree(saved.run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint_3" / "meta")
@@ -298,7 +298,7 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(saved, tmp_path):
         list(restore_states.states(saved.model, made, PjitPartitioner(), cfg))
 
 
-def test_a_checkpoint_of_another_backbone_is_refused(saved, tmp_path):
+def test_restore_states_other_backbone_error(saved, tmp_path):
     other = tiny.params(saved.model, seed=1)
     del other["prompt"]
     with pytest.raises(
@@ -319,7 +319,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(saved, tmp_path):
     ],
 )
 @pytest.mark.parametrize("entry", [eval.evaluate, infer.infer])
-def test_examples_that_are_not_what_they_must_be(entry, settings, message, saved, tmp_path):
+def test_evaluate_and_infer_invalid_data_error(entry, settings, message, saved, tmp_path):
     with pytest.raises(ValueError, match=message):
         entry(output_dir=str(tmp_path), **arguments(saved, dataset_cfg=config(**settings)))
 
@@ -328,14 +328,14 @@ def test_examples_that_are_not_what_they_must_be(entry, settings, message, saved
     ("path", "mode"),
     [("checkpoint_7", "specific"), ("", "specific"), ("nothing", "latest"), ("nothing", "all")],
 )
-def test_a_missing_checkpoint_lists_those_there_are(path, mode, saved, tmp_path):
+def test_evaluate_missing_checkpoint_error_lists_existing(path, mode, saved, tmp_path):
     settings = arguments(saved, path or ".", mode)
     with pytest.raises(FileNotFoundError, match="No checkpoint of a run at") as caught:
         eval.evaluate(output_dir=str(tmp_path), **settings)
     assert ("checkpoint_3" in str(caught.value)) == (path != "nothing")
 
 
-def test_nothing_to_evaluate_is_an_error(saved, tmp_path):
+def test_evaluate_without_checkpoint_or_artifact_error(saved, tmp_path):
     with pytest.raises(ValueError, match="CHECKPOINT_PATH"):
         eval.evaluate(output_dir=str(tmp_path), **arguments(saved, ""))
 
@@ -350,7 +350,7 @@ def test_nothing_to_evaluate_is_an_error(saved, tmp_path):
         ("infer", {"shard_id": 2, "num_shards": 2}, "infer.shard_id must be in 0 .. 1"),
     ],
 )
-def test_settings_without_effect_are_errors(function, settings, message, saved, tmp_path):
+def test_evaluate_and_infer_invalid_settings_error(function, settings, message, saved, tmp_path):
     call = {"evaluate": eval.evaluate, "infer": infer.infer}[function]
     with pytest.raises(ValueError, match=message):
         call(output_dir=str(tmp_path), **arguments(saved), **settings)

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_gin_file_and_no_other_top_level_folder(wheel: Path) -> None:
+def test_wheel_contains_all_gin_files_and_expected_folders_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f"mpt_jax/configs/{p.relative_to(ROOT)}" for p in (ROOT / "gin").rglob("*.gin")}
     assert expected
@@ -34,7 +34,7 @@ def test_the_wheel_holds_every_gin_file_and_no_other_top_level_folder(wheel: Pat
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_finds_gin_files_and_tasks_from_anywhere(
+def test_wheel_installed_finds_gin_files_and_tasks_from_any_folder(
     wheel: Path, tmp_path: Path
 ) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"

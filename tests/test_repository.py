@@ -25,7 +25,7 @@ def tracked_files() -> list[Path]:
     return [ROOT / name for name in listing.stdout.decode().split("\0") if name]
 
 
-def test_no_file_mentions_a_machine_path() -> None:
+def test_tracked_files_contain_no_machine_path() -> None:
     found = {}
     for path in tracked_files():
         content = path.read_bytes() if path.is_file() else b""
@@ -36,12 +36,12 @@ def test_no_file_mentions_a_machine_path() -> None:
     assert not found
 
 
-def test_gin_folders_are_not_python_packages() -> None:
+def test_gin_folders_contain_no_python_files() -> None:
     """With an __init__.py, `import gin` in the clone would find gin/ instead of gin-config."""
     assert not list((ROOT / "gin").rglob("*.py"))
 
 
-def test_no_file_is_larger_than_the_tiny_backbone_may_be() -> None:
+def test_tracked_files_within_size_limit() -> None:
     limit = 12 * 2**20
     large = [str(p) for p in tracked_files() if p.is_file() and p.stat().st_size > limit]
     assert not large
@@ -63,7 +63,7 @@ def imported_test_modules(path: Path) -> list[str]:
     return found
 
 
-def test_no_test_module_is_imported_by_another_file() -> None:
+def test_test_modules_never_imported_by_other_files() -> None:
     """Helpers of several modules belong in tests/fixtures (CONTRIBUTING.md)."""
     found = {
         str(path.relative_to(ROOT)): hits
@@ -83,19 +83,19 @@ def test_no_test_module_is_imported_by_another_file() -> None:
         "def late():\n    from tests.config.test_gin_utils import parse",
     ],
 )
-def test_an_import_of_a_test_module_is_found(code: str, tmp_path: Path) -> None:
+def test_imported_test_modules_any_import_form_detected(code: str, tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(code)
     assert len(imported_test_modules(tmp_path / "test_x.py")) == 1
 
 
-def test_no_fixture_is_imported_and_shadowed() -> None:
+def test_pytest_fixtures_never_imported_and_shadowed() -> None:
     """A fixture of several modules needs no waiver in tests/fixtures/pytest_fixtures.py."""
     waiver = re.compile(r"noqa:[^#\n]*" + "F811")
     found = [str(p) for p in (ROOT / "tests").rglob("*.py") if waiver.search(p.read_text())]
     assert not found
 
 
-def test_every_recorded_property_still_has_its_test():
+def test_recorded_properties_all_have_their_test():
     """tests/record/properties.tsv maps the tests of before the packages to those of today."""
     with (ROOT / "tests" / "record" / "properties.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))

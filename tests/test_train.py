@@ -48,7 +48,7 @@ def whole(backbone, tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_what_the_docs_say(whole):
+def test_train_finished_run_writes_documented_files(whole):
     found = {path.name for path in whole.iterdir()}
     assert {"artifact", "run.jsonl", "metrics.jsonl", "train", "training_eval"} <= found
     assert "checkpoint_8" in found
@@ -62,7 +62,7 @@ def test_a_run_leaves_what_the_docs_say(whole):
     assert {f"training_eval/{task}" for task in TASKS} <= evaluated
 
 
-def test_resuming_equals_never_stopping(backbone, whole, tmp_path):
+def test_train_resumed_same_bits_as_uninterrupted(backbone, whole, tmp_path):
     run(backbone, tmp_path / "parts", steps=4)
     run(backbone, tmp_path / "parts", steps=STEPS)
     assert_same_bits(prompts(whole), prompts(tmp_path / "parts"))
@@ -76,7 +76,7 @@ def test_resuming_equals_never_stopping(backbone, whole, tmp_path):
         {"by_length": True, "length_buckets": {"inputs": [2]}},
     ],
 )
-def test_resuming_is_exact_without_padding_too(backbone, tmp_path, changes):
+def test_train_resumed_packed_or_by_length_same_bits(backbone, tmp_path, changes):
     given = {"data": dataset(Runs(TASKS), **changes), "stats_period": 1}
     run(backbone, tmp_path / "whole", **given)
     run(backbone, tmp_path / "parts", steps=3, **given)
@@ -91,7 +91,7 @@ def test_resuming_is_exact_without_padding_too(backbone, tmp_path, changes):
     assert padding == pytest.approx([4 / 14 if "pack" in changes else 0.0] * STEPS)
 
 
-def test_sigterm_saves_and_exits_for_a_retry(backbone, whole, tmp_path):
+def test_train_sigterm_saves_and_exits_for_retry(backbone, whole, tmp_path):
     class Terminated(Trainer):
         def train(self, batch):
             super().train(batch)
@@ -108,7 +108,7 @@ def test_sigterm_saves_and_exits_for_a_retry(backbone, whole, tmp_path):
     assert_same_bits(prompts(whole), prompts(tmp_path / "stopped"))
 
 
-def test_nan_stops_with_the_last_good_state(backbone, whole, tmp_path):
+def test_train_nan_loss_saves_last_good_state(backbone, whole, tmp_path):
     class Poisoned(Trainer):
         def train(self, batch):
             if self.step == 5:
@@ -124,7 +124,7 @@ def test_nan_stops_with_the_last_good_state(backbone, whole, tmp_path):
     assert_same_bits(prompts(whole), prompts(tmp_path / "nan"))
 
 
-def test_another_configuration_is_refused(backbone, tmp_path):
+def test_train_model_dir_of_other_configuration_error(backbone, tmp_path):
     run(backbone, tmp_path / "run", steps=2)
     with pytest.raises(
         ValueError, match=r"another configuration .*random_seed: saved 0, current 7"
@@ -136,7 +136,7 @@ def test_another_configuration_is_refused(backbone, tmp_path):
         run(backbone, tmp_path / "run", model=build(objective=losses.Objective(z_loss=0.1)))
 
 
-def test_another_artifact_to_start_from_is_another_configuration(backbone, tmp_path):
+def test_train_resumed_with_other_artifact_error(backbone, tmp_path):
     run(backbone, tmp_path / "one", steps=2)
     run(backbone, tmp_path / "two", steps=4)
     origins = [{"artifact": str(tmp_path / name / "artifact")} for name in ("one", "two")]
@@ -145,7 +145,7 @@ def test_another_artifact_to_start_from_is_another_configuration(backbone, tmp_p
         run(backbone, tmp_path / "run", steps=4, origins=origins[1])
 
 
-def test_another_learning_rate_may_go_on_and_is_logged(backbone, tmp_path, caplog):
+def test_train_resumed_with_other_learning_rate_logged(backbone, tmp_path, caplog):
     run(backbone, tmp_path / "run", steps=2)
     with caplog.at_level("WARNING", logger="absl"):
         run(backbone, tmp_path / "run", steps=4, model=build(rate=0.05))
@@ -153,7 +153,7 @@ def test_another_learning_rate_may_go_on_and_is_logged(backbone, tmp_path, caplo
 
 
 @pytest.mark.slow  # that of prompts is started again among the runs that end apart
-def test_a_finished_run_may_be_started_again(backbone, tmp_path):
+def test_train_finished_run_started_again_same_backbone(backbone, tmp_path):
     """Also one that leaves a backbone, which it makes again."""
     model = lambda: build(NoPrompt(), reserved=0, labels=encoder_decoder.FULL_FINETUNING)  # noqa: E731
     run(backbone, tmp_path / "run", model(), steps=2)
@@ -163,7 +163,7 @@ def test_a_finished_run_may_be_started_again(backbone, tmp_path):
     assert (made / "checkpoint").read_bytes() == first
 
 
-def test_missing_inputs_say_what_makes_them(backbone, tmp_path):
+def test_train_missing_inputs_error_names_command(backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="No backbone at .*absent.*make it so"):
         run(str(tmp_path / "absent"), tmp_path / "a", origins={"backbone_command": "make it so"})
     distilled = build(objective=losses.Objective(distillation=losses.Distillation()))
@@ -173,19 +173,19 @@ def test_missing_inputs_say_what_makes_them(backbone, tmp_path):
         run(None, tmp_path / "c")
 
 
-def test_an_unwritable_model_dir_is_named(backbone, tmp_path):
+def test_train_unwritable_model_dir_error(backbone, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="MODEL_DIR .* cannot be written"):
         run(backbone, tmp_path / "file" / "run")
 
 
-def test_settings_without_effect_are_errors(backbone, tmp_path):
+def test_train_ineffective_settings_error(backbone, tmp_path):
     for setting in ({"use_hardware_rng": True}, {"gc_period": 5}, {"relative_steps": 3}):
         with pytest.raises(ValueError, match="would have no effect"):
             run(backbone, tmp_path / "run", **setting)
 
 
-def test_three_stages_hand_artifacts_on(backbone, tmp_path):
+def test_train_three_stages_start_from_artifacts(backbone, tmp_path):
     """Teachers in one job, the distilled source stage, and a new task from its artifact."""
     independent = Runs(TASKS, groups="independent")
     teachers = build(PromptTuning(P), independent)
@@ -213,7 +213,7 @@ def test_three_stages_hand_artifacts_on(backbone, tmp_path):
         )
 
 
-def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
+def test_train_spot_starts_from_nearest_source_and_records_it(backbone, tmp_path):
     """run_c's own early prompt is among the sources' here, so it is the nearest."""
     independent = Runs(TASKS, groups="independent")
     data = dataset(independent, EqualQuotas(BATCH, 1))
@@ -239,7 +239,7 @@ def test_spot_starts_from_the_nearest_source_and_records_it(backbone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_source_task_is_added_to_a_trained_source_stage(backbone, tmp_path):
+def test_train_source_stage_with_added_task_keeps_other_tasks(backbone, tmp_path):
     """Its teacher lies in an artifact of its own; the other tasks go on from where they were."""
     for name, tasks in (("first", TASKS[:2]), ("second", TASKS[2:])):
         runs = Runs(tasks, groups="independent")
@@ -265,7 +265,7 @@ def test_a_source_task_is_added_to_a_trained_source_stage(backbone, tmp_path):
 
 
 @pytest.mark.slow  # steps: tests/training/test_trainer.py; their data: tests/data/test_datasets.py
-def test_a_grouped_job_equals_solo_runs(backbone, tmp_path):
+def test_train_independent_groups_equal_solo_runs(backbone, tmp_path):
     together = Runs(TASKS[:2], groups="independent")
     run(backbone, tmp_path / "both", build(runs=together),
         data=dataset(together, EqualQuotas(BATCH, 1)))  # fmt: skip
@@ -279,7 +279,7 @@ def test_a_grouped_job_equals_solo_runs(backbone, tmp_path):
             np.testing.assert_allclose(grouped[leaf][row], solo[leaf][0], 1e-5, 1e-5, leaf)
 
 
-def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
+def test_train_select_best_keeps_best_step_per_group(backbone, tmp_path):
     model = build(runs=Runs(TASKS, groups="independent"))
     best = SelectBest(model, str(tmp_path / "run"), "accuracy")
     scores = run(
@@ -300,13 +300,13 @@ def test_inference_evaluation_selects_each_groups_best(backbone, tmp_path):
     assert (tmp_path / "run" / "inference_eval").is_dir()
 
 
-def test_a_converter_for_another_prompt_length_is_refused(backbone, tmp_path):
+def test_train_converter_with_other_prompt_length_error(backbone, tmp_path):
     with pytest.raises(ValueError, match="reserves 3 positions .* 'mpt' has prompts of 4"):
         run(backbone, tmp_path / "run", build(MPT(P + 1)))
 
 
 @pytest.mark.parametrize("where", ["_dispatch", "_read_metrics"])
-def test_a_later_step_that_does_not_fit_is_explained_too(backbone, tmp_path, monkeypatch, where):
+def test_train_later_step_out_of_memory_explained(backbone, tmp_path, monkeypatch, where):
     """Batches have several lengths, so that the first need not be the largest; and a device may
     tell the host when it reads the metrics."""
     sound = getattr(Trainer, where)
@@ -321,7 +321,7 @@ def test_a_later_step_that_does_not_fit_is_explained_too(backbone, tmp_path, mon
         run(backbone, tmp_path)
 
 
-def test_joint_jobs_do_not_take_batches_apart(backbone, tmp_path):
+def test_train_joint_job_rows_not_split_by_run(backbone, tmp_path):
     """Their one group ends as a whole, so places are of no use, and any order of rows will do."""
     joint, made = Runs(TASKS), []
 
@@ -377,7 +377,7 @@ def endings(folder):
     return {each["run"]: (each["state"], each["step"], each["best_step"]) for each in found}
 
 
-def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone, tmp_path):
+def test_train_fleet_runs_end_separately_resumed_same_bits(backbone, tmp_path):
     for folder, stops in (("whole", [STEPS]), ("parts", [6, STEPS])):
         for steps in stops:
             run_fleet(backbone, tmp_path / folder, steps, peaks=(0.03, 1e38, 0.03))
@@ -411,7 +411,7 @@ def test_runs_end_apart_and_a_resumed_job_equals_one_that_never_stopped(backbone
     run(backbone, tmp_path / "next", build(), 2, start)
 
 
-def test_a_fleet_whose_training_is_extended_trains_on(backbone, tmp_path):
+def test_train_fleet_extended_resumes_finished_runs(backbone, tmp_path):
     """Every run had ended, each with its own schedule, so nothing had been left to train."""
     run_fleet(backbone, tmp_path / "run", 4, totals=(2, 4, 4))
     first = prompts(tmp_path / "run")
@@ -425,7 +425,7 @@ def test_a_fleet_whose_training_is_extended_trains_on(backbone, tmp_path):
         assert changed == [True, True, False], name
 
 
-def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, monkeypatch):
+def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monkeypatch):
     too_high, read, sound = (1e38, 1e38, 1e38), [], finalize.outcomes
     monkeypatch.setattr(finalize, "outcomes", lambda *args: read.append(1) or sound(*args))
     with pytest.raises(NonFiniteLoss):
@@ -448,7 +448,7 @@ def test_runs_that_have_all_failed_leave_their_best_steps(backbone, tmp_path, mo
         assert f"| numbers that were trained | {count:,} |" in card
 
 
-def test_patience_ends_each_run_and_then_the_job(backbone, tmp_path):
+def test_train_fleet_patience_ends_runs_then_job(backbone, tmp_path):
     run_fleet(backbone, tmp_path / "run", patience=[2, 1, 1], totals=(9, 9, 9))
     assert endings(tmp_path / "run") == {
         "run_a": ("finished", 6, 2), "run_b": ("finished", 4, 2), "run_c": ("finished", 4, 2),

@@ -18,7 +18,7 @@ NAMES = RUNS.run_names
 
 
 @pytest.mark.parametrize("prompt_length", [0, 2])
-def test_unpacked_batches_are_those_of_the_converter(prompt_length):
+def test_unpacked_same_examples_equals_converter(prompt_length):
     made = drawn(7)
     dataset = examples(*((NAMES[e.row], e.inputs, e.targets) for e in made))
     expected = rows_of(
@@ -27,18 +27,18 @@ def test_unpacked_batches_are_those_of_the_converter(prompt_length):
     assert_same(collate.unpacked(made, prompt_length, 9, 4), expected)
 
 
-def test_a_text_longer_than_its_positions_is_refused():
+def test_unpacked_text_too_long_error():
     with pytest.raises(ValueError, match="inputs of an example have 3 tokens, .* 2 positions"):
         collate.unpacked([Example([4, 4, 1], [1])], 2, 2, 1)
 
 
 @pytest.mark.parametrize("example", [([4, 0, 1], [5]), ([4], [0]), ([4], []), ([], [5])])
-def test_what_cannot_be_packed(example):
+def test_packed_empty_text_or_id_zero_error(example):
     with pytest.raises(ValueError, match="must hold tokens, but not id 0"):
         collate.packed([Example(*example)], 0, {"inputs": 8, "targets": 8})
 
 
-def test_best_fit_by_hand():
+def test_best_fit_small_cases_match_hand_solution():
     # 6 and 5 begin rows; 4 fills up that of 6; 3 and 2 go to that of 5.
     lengths = np.array([[2, 1], [5, 1], [3, 1], [6, 1], [4, 1]])
     assert packing.best_fit(lengths, (10, 3)) == [[0, 1, 2], [3, 4]]
@@ -47,7 +47,7 @@ def test_best_fit_by_hand():
     assert packing.best_fit(np.array([[2, 2], [2, 2]]), (10, 3)) == [[0], [1]]
 
 
-def test_best_fit_loses_nothing_and_overfills_nothing():
+def test_best_fit_random_lengths_complete_and_within_capacity():
     rng = np.random.default_rng(1)
     lengths = np.stack([rng.integers(1, 40, 300), rng.integers(1, 9, 300)], axis=1)
     rows = packing.best_fit(lengths, (64, 32))
@@ -58,7 +58,7 @@ def test_best_fit_loses_nothing_and_overfills_nothing():
     assert ideal <= len(rows) < 1.1 * ideal + 1
 
 
-def test_an_example_longer_than_a_row():
+def test_best_fit_example_longer_than_row_error():
     with pytest.raises(ValueError, match="needs 9 encoder and 1 target positions, .* has 8 and 4"):
         packing.best_fit(np.array([[3, 1], [9, 1]]), (8, 4))
 
@@ -79,7 +79,7 @@ def sums_and_gradients(batch):
 
 
 @pytest.mark.parametrize("lengths", [(24, 8), pytest.param((40, 16), marks=pytest.mark.slow)])
-def test_packed_examples_give_the_gradients_of_unpacked_ones(lengths):
+def test_packed_batch_same_gradients_as_unpacked(lengths):
     made = drawn(9, seed=3)
     grads, metrics = sums_and_gradients(collate.unpacked(made, tiny.PROMPT, 9, 4))
     row = {"inputs": lengths[0], "targets": lengths[1]}
@@ -90,7 +90,7 @@ def test_packed_examples_give_the_gradients_of_unpacked_ones(lengths):
     tiny.close(packed_metrics, metrics, 1e-5)
 
 
-def test_cut_batches_give_the_gradients_of_whole_ones():
+def test_length_buckets_trimmed_batch_same_gradients_as_full():
     made = [Example(e.inputs[:5], e.targets[:2], e.row) for e in drawn(6)]
     whole = collate.unpacked(made, tiny.PROMPT, 20, 12)
     buckets = bucketing.of_settings(
@@ -105,7 +105,7 @@ def test_cut_batches_give_the_gradients_of_whole_ones():
     tiny.close(found[1], expected[1], 1e-6)
 
 
-def test_an_empty_batch_and_a_full_one_can_be_cut():
+def test_length_buckets_cut_empty_and_full_batch_bucket_lengths():
     buckets = bucketing.of_settings({"inputs": [4]}, tiny.PROMPT, {"inputs": 9, "targets": 4})
     nothing = {name: 0 * x for name, x in collate.unpacked(drawn(2), tiny.PROMPT, 9, 4).items()}
     assert buckets.cut(nothing)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 4
@@ -113,7 +113,7 @@ def test_an_empty_batch_and_a_full_one_can_be_cut():
     assert buckets.cut(full)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 9
 
 
-def test_windows_are_sorted_and_complete():
+def test_sorted_batches_windows_sorted_and_complete():
     lengths = np.array([5, 1, 4, 2, 9, 8, 7, 6, 3])
     found = [rows.tolist() for rows in bucketing.sorted_batches(lengths, 2, window=2)]
     assert found == [[1, 3], [2, 0], [7, 6], [5, 4], [8]]

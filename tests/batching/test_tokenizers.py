@@ -17,7 +17,7 @@ def paths() -> list[tuple[str, int | None]]:
 
 
 @pytest.mark.parametrize(("path", "extra_ids"), paths())
-def test_ids_texts_and_digests_are_seqios(path, extra_ids):
+def test_tokenizers_ids_texts_and_digests_equal_seqio(path, extra_ids):
     ours, theirs = tokenizers.load(path, extra_ids), vocabularies.load(path, extra_ids)
     assert ours.vocab_size == theirs.vocab_size
     assert ours.eos_id == theirs.eos_id
@@ -31,7 +31,7 @@ def test_ids_texts_and_digests_are_seqios(path, extra_ids):
     assert ours.decode(beyond) == theirs.decode(beyond)
 
 
-def test_t5s_own_model_has_its_sentinels_and_its_digest():
+def test_tokenizers_t5_model_has_sentinels_and_seqio_digest():
     path = str(shared("t5_vocab/sentencepiece.model"))
     ours = tokenizers.load(path)
     assert ours.vocab_size == 32100
@@ -41,7 +41,7 @@ def test_t5s_own_model_has_its_sentinels_and_its_digest():
 
 
 @pytest.mark.parametrize("load", [tokenizers.load, vocabularies.load])
-def test_a_model_that_was_written_with_its_sentinels_gets_no_others(load, tmp_path):
+def test_load_model_saved_with_sentinels_adds_none(load, tmp_path):
     whole = tokenizers.load(TOY, 16)
     (tmp_path / "vocabulary.model").write_bytes(whole.sp_model)  # as `mpt-jax export` writes it
     again = load(str(tmp_path))
@@ -50,7 +50,7 @@ def test_a_model_that_was_written_with_its_sentinels_gets_no_others(load, tmp_pa
     assert list(again.encode("<extra_id_3> a")) == whole.encode("<extra_id_3> a")
 
 
-def test_what_is_no_vocabulary_is_said(tmp_path):
+def test_load_missing_or_invalid_model_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere"):
         tokenizers.load(str(tmp_path / "nowhere"))
     (tmp_path / "spiece.model").write_bytes(b"not a model")

@@ -102,7 +102,7 @@ def loud(caplog):
 # --- Round trips ---------------------------------------------------------------------------------
 
 
-def test_what_learns_comes_back_bit_for_bit_with_what_was_said_beside_it(state, tmp_path):
+def test_checkpoints_restore_returns_exact_state_and_meta(state, tmp_path):
     write(tmp_path, state, [5, 9])
     found, meta = read(tmp_path, state)
     same(found, at(state, 9))
@@ -112,11 +112,11 @@ def test_what_learns_comes_back_bit_for_bit_with_what_was_said_beside_it(state, 
     assert meta["position"] == "after 5"
 
 
-def test_an_empty_folder_restores_nothing(state, tmp_path):
+def test_checkpoints_restore_empty_folder_returns_none(state, tmp_path):
     assert read(tmp_path, state) is None
 
 
-def test_the_latest_are_kept_and_a_saved_step_is_not_saved_again(state, tmp_path):
+def test_checkpoints_save_keeps_latest_and_skips_saved_step(state, tmp_path):
     write(tmp_path, state, [1, 2, 3, 3, 4], keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_3", "checkpoint_4"]
     made = Checkpoints(str(tmp_path), None)
@@ -126,7 +126,7 @@ def test_the_latest_are_kept_and_a_saved_step_is_not_saved_again(state, tmp_path
     same(read(tmp_path, state)[0], at(state, 4))
 
 
-def test_a_checkpoint_holds_what_learns_and_no_backbone(tmp_path):
+def test_checkpoint_size_excludes_backbone(tmp_path):
     """Of a backbone wide enough that files' own overhead does not count."""
     config = tiny.config(vocab_size=2000, emb_dim=64, mlp_dim=512)
     model = tiny.model(Runs(["a"]), PromptTuning(tiny.PROMPT), config)
@@ -141,7 +141,7 @@ def test_a_checkpoint_holds_what_learns_and_no_backbone(tmp_path):
     assert not any("embedder" in name or "encoder" in name for name in names)
 
 
-def test_reading_never_writes(state, tmp_path):
+def test_checkpoints_read_only_restore_writes_nothing(state, tmp_path):
     write(tmp_path, state, [1, 2])
     stray = tmp_path / "checkpoint_3.orbax-checkpoint-tmp"
     stray.mkdir()
@@ -160,7 +160,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
 
 
-def test_whatever_file_of_the_newest_is_truncated_the_state_is_whole(state, tmp_path, loud):
+def test_checkpoints_restore_any_file_truncated_returns_intact_state(state, tmp_path, loud):
     """Either the file is not needed, or the checkpoint before it is taken and both are named."""
     write(tmp_path / "whole", state, [5, 9])
     names = files_of(tmp_path / "whole" / "checkpoint_9")
@@ -185,7 +185,7 @@ def test_whatever_file_of_the_newest_is_truncated_the_state_is_whole(state, tmp_
 
 
 @pytest.mark.parametrize("gone", ["state", "meta"])
-def test_half_a_checkpoint_is_passed_over(state, tmp_path, loud, gone):
+def test_checkpoints_restore_item_missing_uses_previous(state, tmp_path, loud, gone):
     write(tmp_path, state, [5, 9])
     shutil.rmtree(tmp_path / "checkpoint_9" / gone)
     same(read(tmp_path, state)[0], at(state, 5))
@@ -204,7 +204,7 @@ def test_half_a_checkpoint_is_passed_over(state, tmp_path, loud, gone):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("item", ["meta", "state"])
-def test_what_cannot_be_read_now_is_neither_passed_over_nor_moved(
+def test_checkpoints_restore_transient_read_error_keeps_checkpoint(
     state, tmp_path, monkeypatch, item, error
 ):
     write(tmp_path, state, [5, 9])
@@ -224,7 +224,7 @@ def test_what_cannot_be_read_now_is_neither_passed_over_nor_moved(
     same(read(tmp_path, state)[0], at(state, 9))
 
 
-def test_a_file_that_the_store_cannot_open_is_no_damage(state, tmp_path):
+def test_checkpoints_restore_file_cannot_open_not_corruption(state, tmp_path):
     """TensorStore's own error: too many symbolic links, as another system error would be."""
     write(tmp_path, state, [5, 9])
     manifest = tmp_path / "checkpoint_9" / "state" / "manifest.ocdbt"
@@ -238,7 +238,7 @@ def test_a_file_that_the_store_cannot_open_is_no_damage(state, tmp_path):
     same(read(tmp_path, state)[0], at(state, 9))
 
 
-def test_what_cannot_be_moved_aside_is_said(state, tmp_path, monkeypatch):
+def test_checkpoints_set_aside_after_rename_fails_error(state, tmp_path, monkeypatch):
     write(tmp_path, state, [5, 9])
 
     def refuse(self, steps):
@@ -257,7 +257,7 @@ def damage(folder: Path) -> None:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def test_no_readable_checkpoint_is_an_error_that_names_them(state, tmp_path):
+def test_checkpoints_restore_all_corrupt_error_names_them(state, tmp_path):
     write(tmp_path, state, [5, 9])
     damage(tmp_path / "checkpoint_5")
     damage(tmp_path / "checkpoint_9")
@@ -266,7 +266,7 @@ def test_no_readable_checkpoint_is_an_error_that_names_them(state, tmp_path):
     assert str(tmp_path) in str(e.value)
 
 
-def test_training_on_moves_the_unreadable_aside_and_saves_in_its_place(state, tmp_path, loud):
+def test_checkpoints_set_aside_after_renames_and_step_saved_again(state, tmp_path, loud):
     write(tmp_path, state, [5, 9])
     damage(tmp_path / "checkpoint_9")
     made = Checkpoints(str(tmp_path), None)
@@ -283,7 +283,7 @@ def test_training_on_moves_the_unreadable_aside_and_saves_in_its_place(state, tm
     assert "unreadable_checkpoint_9" in errors_in(loud)
 
 
-def test_whatever_bit_is_flipped_the_state_is_whole(tmp_path):
+def test_checkpoints_restore_any_bit_flipped_returns_intact_state(tmp_path):
     """Of leaves so large that the store keeps them in blocks, of which it checks nothing."""
     model = tiny.model(Runs(["a"]), PromptTuning(200), tiny.config(vocab_size=300, emb_dim=128))
     state = tiny.state(model, tiny.params(model))
@@ -305,7 +305,7 @@ def test_whatever_bit_is_flipped_the_state_is_whole(tmp_path):
     assert steps[-6:] == [5] * 6, "a bit of the values was flipped"
 
 
-def test_values_that_are_not_those_saved_are_said_to_be(tmp_path, state, loud):
+def test_checkpoints_restore_changed_values_logs_leaves(tmp_path, state, loud):
     write(tmp_path, state, [5, 9])
     saved = Checkpoints(str(tmp_path))
     read_whole = saved._read
@@ -338,7 +338,7 @@ class Elsewhere:
 FINE, DAMAGED, UNREAD = range(3)
 
 
-def test_values_that_another_process_alone_finds_wrong_are_wrong_here_too(
+def test_checkpoints_restore_other_process_finds_corruption_skipped(
     state, tmp_path, monkeypatch, loud
 ):
     write(tmp_path, state, [5, 9])
@@ -349,7 +349,7 @@ def test_values_that_another_process_alone_finds_wrong_are_wrong_here_too(
     assert "another process of this job failed; see its log" in errors_in(loud)
 
 
-def test_values_that_are_wrong_here_alone_are_told_to_the_others(state, tmp_path, monkeypatch):
+def test_checkpoints_restore_this_process_finds_corruption_reported(state, tmp_path, monkeypatch):
     write(tmp_path, state, [5, 9])
     check, other = checksums.check, Elsewhere(monkeypatch)
 
@@ -364,7 +364,7 @@ def test_values_that_are_wrong_here_alone_are_told_to_the_others(state, tmp_path
 @pytest.mark.parametrize(
     ("met", "message"), [(DAMAGED, "cannot be read"), (UNREAD, "could not be read now")]
 )
-def test_a_record_that_another_process_cannot_read_is_an_error_here_too(
+def test_checkpoints_meta_other_process_cannot_read_error(
     met, message, state, tmp_path, monkeypatch
 ):
     write(tmp_path, state, [5])
@@ -389,7 +389,7 @@ def test_a_record_that_another_process_cannot_read_is_an_error_here_too(
     ],
     ids=["method", "rank", "tasks", "length"],
 )
-def test_a_model_dir_of_another_configuration_is_an_error(state, tmp_path, other):
+def test_checkpoints_restore_other_configuration_error(state, tmp_path, other):
     write(tmp_path, state, [5])
     with pytest.raises(ValueError) as error:
         read(tmp_path, tiny.state(other, tiny.params(other)))
@@ -403,7 +403,7 @@ def test_a_model_dir_of_another_configuration_is_an_error(state, tmp_path, other
 # --- Settings and positions ----------------------------------------------------------------------
 
 
-def test_settings_without_effect_are_errors():
+def test_checkpoint_config_ineffective_settings_error():
     with pytest.raises(ValueError, match="dtype='bfloat16' would have no effect"):
         SaveCheckpointConfig(dtype="bfloat16")
     with pytest.raises(ValueError, match="at least 1, got 0"):
@@ -412,7 +412,7 @@ def test_settings_without_effect_are_errors():
         checkpoint_config.RestoreCheckpointConfig(mode="best")
 
 
-def test_a_save_that_fails_says_which_checkpoint_is_whole(state, tmp_path, monkeypatch):
+def test_checkpoints_save_fails_error_names_last_complete(state, tmp_path, monkeypatch):
     saved = Checkpoints(str(tmp_path))
     saved.save(at(state, 3), {})
     saved.wait()
@@ -444,7 +444,7 @@ class Batches:
         self.taken = int(position)
 
 
-def test_a_position_may_lie_behind_the_batches_taken():
+def test_data_position_behind_taken_batches_restores_step():
     batches = Batches()
     position = data_position.DataPosition(batches)
     early = position.at(2, taken=6)
@@ -468,7 +468,7 @@ def test_a_position_may_lie_behind_the_batches_taken():
         listed.restore({"packed": [late["packed"]] * 2, "skip": 0}, 6)
 
 
-def test_every_leaf_that_is_saved_differs(state):
+def test_state_fixture_saved_leaves_all_differ(state):
     """So that no test above can pass with leaves swapped."""
     arrays = [leaf for leaf in flatten(state.opt_state).values() if leaf.ndim > 1]
     arrays += list(flatten(state.trainable).values())

@@ -27,7 +27,7 @@ def by_hand(leaf: np.ndarray) -> int:
     return sum(int(word) * (2 * i + 1) for i, word in enumerate(words)) % 2**32
 
 
-def test_a_checksum_is_the_sum_it_says():
+def test_checksums_of_leaves_match_documented_formula():
     assert checksums.of_leaves(TREE) == {
         "prompt/shared": by_hand(TREE["prompt"]["shared"]),
         "half": by_hand(TREE["half"]),
@@ -36,7 +36,7 @@ def test_a_checksum_is_the_sum_it_says():
     }
 
 
-def test_every_flipped_bit_is_found():
+def test_checksums_check_any_flipped_bit_error():
     leaf = TREE["prompt"]["shared"]
     saved = checksums.of_leaves({"x": leaf})
     for element in range(leaf.size):
@@ -49,7 +49,7 @@ def test_every_flipped_bit_is_found():
 
 
 @pytest.mark.devices(4)
-def test_a_leaf_spread_over_devices_has_the_checksum_of_the_whole():
+def test_checksums_sharded_leaf_same_as_whole():
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
     leaf = np.random.default_rng(0).normal(size=(8, 6, 4)).astype(np.float32)
     for spec in (PartitionSpec("data", "model"), PartitionSpec(None, None, ("data", "model"))):
@@ -57,7 +57,7 @@ def test_a_leaf_spread_over_devices_has_the_checksum_of_the_whole():
         assert checksums.of_leaves({"x": spread}) == {"x": by_hand(leaf)}
 
 
-def test_a_record_says_whether_it_is_whole():
+def test_checksums_check_seal_changed_record_error():
     record = {"taken": (1, 2), "rate": 0.1 + 0.2, "by_step": {3: None}, "name": "ü"}
     saved = json.loads(json.dumps(checksums.sealed(record)))
     checksums.check_seal(saved)

@@ -52,7 +52,7 @@ def as_of_another_host(model_dir: Path, **changes) -> None:
     (model_dir / run_lock.FILE).write_text(json.dumps(record | changes))
 
 
-def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
+def test_run_lock_held_by_live_process_refused_until_killed(tmp_path):
     with holder(tmp_path) as child:
         before = time.monotonic()
         with pytest.raises(ModelDirInUse) as refusal, acquire(str(tmp_path)):
@@ -68,7 +68,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path):
     assert not list(tmp_path.iterdir()), "a run that ends leaves nothing"
 
 
-def test_a_process_id_that_was_given_again_is_no_run(tmp_path):
+def test_run_lock_reused_process_id_acquired(tmp_path):
     with acquire(str(tmp_path)):
         record = record_of(tmp_path)
     left = record | {"process_start": record["process_start"] - 1, "token": "other"}
@@ -78,13 +78,13 @@ def test_a_process_id_that_was_given_again_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "{}"])
-def test_a_record_that_says_nothing_is_watched_as_an_unknown_runs(tmp_path, content):
+def test_run_lock_unreadable_record_acquired_after_watching(tmp_path, content):
     (tmp_path / run_lock.FILE).write_text(content)
     with acquire(str(tmp_path), **QUICK):
         assert record_of(tmp_path)["pid"] == os.getpid()
 
 
-def test_a_run_of_another_host_is_alive_while_it_counts(tmp_path):
+def test_run_lock_count_of_other_host_increases_refused(tmp_path):
     with acquire(str(tmp_path), **QUICK):
         record = record_of(tmp_path)
         # The same run as another host sees it: the file changes, and no process can be asked.
@@ -99,7 +99,7 @@ def test_a_run_of_another_host_is_alive_while_it_counts(tmp_path):
     assert not (tmp_path / run_lock.FILE).exists()
 
 
-def test_a_run_of_another_host_has_ended_when_its_count_stands_still(tmp_path):
+def test_run_lock_count_of_other_host_unchanged_acquired(tmp_path):
     as_of_another_host(tmp_path)
     before = time.monotonic()
     with acquire(str(tmp_path), **QUICK):
@@ -107,7 +107,7 @@ def test_a_run_of_another_host_has_ended_when_its_count_stands_still(tmp_path):
         assert record_of(tmp_path)["pid"] == os.getpid()
 
 
-def test_no_clock_decides(tmp_path, monkeypatch):
+def test_run_lock_clock_jumps_no_effect(tmp_path, monkeypatch):
     """An hour back, a day ahead: the file of a run that has ended is still one, and a live run's
     still alive."""
     jumps = iter(range(10**9, 0, -86400))
@@ -120,7 +120,7 @@ def test_no_clock_decides(tmp_path, monkeypatch):
         check()
 
 
-def test_a_run_that_was_taken_over_ends_and_leaves_the_others_mark(tmp_path):
+def test_run_lock_taken_over_check_raises_and_keeps_new_owner(tmp_path):
     with acquire(str(tmp_path), **QUICK) as check:
         check()
         as_of_another_host(tmp_path)
@@ -132,7 +132,7 @@ def test_a_run_that_was_taken_over_ends_and_leaves_the_others_mark(tmp_path):
     assert record_of(tmp_path)["token"] == "other"
 
 
-def test_a_run_that_stood_still_reads_the_mark_before_it_saves(tmp_path):
+def test_run_lock_check_with_read_detects_takeover(tmp_path):
     with acquire(str(tmp_path), period=3600.0) as check:  # no count comes in between
         as_of_another_host(tmp_path)
         check()
@@ -140,7 +140,7 @@ def test_a_run_that_stood_still_reads_the_mark_before_it_saves(tmp_path):
             check(read=True)
 
 
-def test_a_mark_that_cannot_be_removed_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+def test_run_lock_release_fails_original_error_raised(tmp_path, monkeypatch):
     def unreachable(path):
         raise OfABucket(path)
 
@@ -149,7 +149,7 @@ def test_a_mark_that_cannot_be_removed_does_not_hide_what_ended_the_run(tmp_path
         raise KeyError
 
 
-def test_an_error_inside_lets_others_in(tmp_path):
+def test_run_lock_error_in_block_released(tmp_path):
     with pytest.raises(KeyError), acquire(str(tmp_path)):
         raise KeyError
     with acquire(str(tmp_path)):
@@ -161,7 +161,7 @@ class OfABucket(Exception):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OfABucket("try again")])
-def test_a_count_that_cannot_be_written_is_said_and_tried_again(error, tmp_path, monkeypatch):
+def test_run_lock_count_cannot_be_written_retried(error, tmp_path, monkeypatch):
     with acquire(str(tmp_path), **QUICK) as check:
         write = run_lock.Lock._write
 
@@ -177,7 +177,7 @@ def test_a_count_that_cannot_be_written_is_said_and_tried_again(error, tmp_path,
         assert record_of(tmp_path)["count"] > stood
 
 
-def test_an_unwritable_model_dir_is_an_error_before_anything_is_computed(tmp_path):
+def test_run_lock_unwritable_model_dir_error(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with (

@@ -14,7 +14,7 @@ from mpt_jax.core import old_names
 BEFORE = Path(__file__).resolve().parents[1] / "golden" / "before_packages"
 
 
-def test_keys_are_mapped_at_any_depth_and_values_are_kept():
+def test_current_keys_nested_value_renames_keys_only():
     old = {"started_from": {"artefact_sha256": "x"}, "list": [{"normalise": "artefact_sha256"}]}
     new = {"started_from": {"artifact_sha256": "x"}, "list": [{"normalize": "artefact_sha256"}]}
     assert old_names.current_keys(old) == new
@@ -28,12 +28,12 @@ def test_keys_are_mapped_at_any_depth_and_values_are_kept():
         ('["my.tasks.toy", "tasks.toys"]', '["my.tasks.toy", "tasks.toys"]'),
     ],
 )
-def test_words_are_mapped_and_longer_ones_are_kept(old, new):
+def test_current_text_whole_words_only_renamed(old, new):
     assert old_names.current_text(old) == new
 
 
 @pytest.mark.parametrize("name", ["artifact", "artifacts/rte_s0"])
-def test_folder_is_found_under_its_old_name_unless_the_new_one_exists(name, tmp_path):
+def test_existing_folder_without_new_name_returns_old_name(name, tmp_path):
     old = tmp_path / name.replace("artifact", "artefact")
     old.mkdir(parents=True)
     assert old_names.existing_folder(tmp_path / name) == old
@@ -41,7 +41,7 @@ def test_folder_is_found_under_its_old_name_unless_the_new_one_exists(name, tmp_
     assert old_names.existing_folder(tmp_path / name) == tmp_path / name
 
 
-def test_an_artifact_of_before_the_packages_loads_under_the_new_name(tmp_path):
+def test_load_artifact_folder_with_old_name_loads(tmp_path):
     shutil.copytree(BEFORE / "mpt_target", tmp_path / "run")
     found = artifacts.load_artifact(tmp_path / "run" / "artifact")
     saved = json.loads((tmp_path / "run" / "artefact" / "config.json").read_text())

@@ -5,21 +5,21 @@ import pytest
 from mpt_jax.core.runs import Runs, unknown_name
 
 
-def test_a_joint_bank_has_one_group_and_runs_named_for_their_tasks():
+def test_runs_joint_one_group_and_task_names():
     runs = Runs(["rte", "cb", "wic"])
     assert runs.run_names == runs.task_names == ("rte", "cb", "wic")
     assert (runs.num_rows, runs.num_groups) == (3, 1)
     assert runs.group_of_row == (0, 0, 0)
 
 
-def test_independent_rows_are_a_group_each():
+def test_runs_independent_one_group_per_row():
     runs = Runs(["cb", "cb"], run_names=["cb_s1", "cb_s2"], groups="independent")
     assert runs.group_of_row == (0, 1)
     assert runs.task_names == ("cb", "cb")
     assert runs.row("cb_s2") == 1
 
 
-def test_a_row_is_found_without_reading_all_names():
+def test_runs_row_many_runs_uses_cached_table():
     runs = Runs([f"run_{i}" for i in range(5000)])
     shown, hashed = repr(runs), hash(runs)
     assert [runs.row(name) for name in runs.run_names] == list(range(5000))
@@ -27,12 +27,12 @@ def test_a_row_is_found_without_reading_all_names():
     assert (repr(runs), hash(runs)) == (shown, hashed) and runs == Runs(list(runs.task_names))
 
 
-def test_groups_by_number():
+def test_runs_groups_by_number_counted():
     runs = Runs(["a", "b", "c", "d"], groups=[1, 0, 1, 0])
     assert (runs.num_groups, runs.group_of_row) == (2, (1, 0, 1, 0))
 
 
-def test_equal_banks_are_equal_and_hashable():
+def test_runs_same_arguments_equal_and_hashable():
     """Models are static arguments of compiled steps."""
     assert Runs(["a", "b"]) == Runs(("a", "b"), groups=(0, 0))
     assert hash(Runs(["a", "b"])) == hash(Runs(("a", "b")))
@@ -52,12 +52,12 @@ def test_equal_banks_are_equal_and_hashable():
         ({"task_names": ["a", "b"], "groups": [-1, 0]}, "without a gap"),
     ],
 )
-def test_a_bad_bank_is_refused(arguments, says):
+def test_runs_invalid_arguments_error(arguments, says):
     with pytest.raises(ValueError, match=says):
         Runs(**arguments)
 
 
-def test_an_unknown_run_is_an_error_that_lists_the_known_and_the_closest():
+def test_runs_row_unknown_name_error_lists_closest_and_known():
     runs = Runs(["toy_boolq", "toy_rte", "toy_wic"])
     with pytest.raises(ValueError) as error:
         runs.row("toy_bolq")
@@ -68,5 +68,5 @@ def test_an_unknown_run_is_an_error_that_lists_the_known_and_the_closest():
         assert name in message
 
 
-def test_the_message_for_an_unknown_name_without_any_known():
+def test_unknown_name_nothing_known_says_none():
     assert unknown_name("task", "x", []) == "Unknown task 'x'. Known: none."

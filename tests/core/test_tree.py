@@ -25,22 +25,22 @@ RULES = (
 )
 
 
-def test_flatten_names_leaves_by_their_path_and_unflatten_undoes_it():
+def test_flatten_nested_dict_path_names_and_unflatten_inverts():
     assert tree.flatten(PARAMS) == NAMES
     assert tree.unflatten(tree.flatten(PARAMS)) == PARAMS
 
 
-def test_paths_through_lists_and_named_tuples():
+def test_flatten_lists_and_named_tuples_path_names():
     state = optax.scale_by_adam().init({"a": jnp.zeros(2)})
     assert sorted(tree.flatten((state, [7]))) == ["0/count", "0/mu/a", "0/nu/a", "1/0"]
 
 
-def test_unflatten_refuses_a_leaf_below_a_leaf():
+def test_unflatten_leaf_below_leaf_error():
     with pytest.raises(ValueError, match=r"'a/b' is below 'a'"):
         tree.unflatten({"a": 1, "a/b": 2})
 
 
-def test_the_first_matching_rule_gives_the_label():
+def test_label_tree_several_matching_rules_first_wins():
     assert tree.flatten(tree.label_tree(PARAMS, RULES)) == {
         "encoder/layers_0/mlp/wi/bias": "bias",
         "encoder/layers_0/mlp/wi/kernel": "frozen",
@@ -51,12 +51,12 @@ def test_the_first_matching_rule_gives_the_label():
 
 
 @pytest.mark.parametrize("pattern", ["encoder", "shared", "prompt/share", "rompt/shared"])
-def test_a_rule_must_match_the_whole_name(pattern):
+def test_label_tree_partial_match_error(pattern):
     with pytest.raises(ValueError, match="prompt/shared"):
         tree.label_tree(PARAMS, [(pattern, "x"), ("encoder/.*|prompt/task_left", "y")])
 
 
-def test_every_unmatched_leaf_is_named_and_so_are_the_rules():
+def test_label_tree_unmatched_leaves_error_lists_leaves_and_rules():
     with pytest.raises(ValueError) as error:
         tree.label_tree(PARAMS, RULES[:2])
     for name in ("encoder/layers_0/mlp/wi/kernel", "encoder/norm/scale", "prompt/task_left"):
@@ -65,7 +65,7 @@ def test_every_unmatched_leaf_is_named_and_so_are_the_rules():
     assert "bias'" not in str(error.value).split("rules tried")[0], "matched leaves are not"
 
 
-def test_split_takes_leaves_by_label_and_merge_puts_them_back():
+def test_split_by_label_and_merge_inverts():
     kept, rest = tree.split(PARAMS, RULES, {"shared", "bias"})
     assert kept == {
         "encoder": {"layers_0": {"mlp": {"wi": {"bias": 2}}}},
@@ -79,16 +79,16 @@ def test_split_takes_leaves_by_label_and_merge_puts_them_back():
     assert tree.merge(rest, kept) == PARAMS
 
 
-def test_merge_refuses_a_leaf_that_both_trees_have():
+def test_merge_leaf_in_both_trees_error():
     with pytest.raises(ValueError, match=r"both trees: \['prompt/shared'\]"):
         tree.merge({"prompt": {"shared": 1}}, {"prompt": {"shared": 2}, "a": 3})
 
 
-def test_equal_tables_match_in_any_order():
+def test_match_exactly_other_order_passes():
     tree.match_exactly({"a": (2, 3), "b": ()}, {"b": (), "a": (2, 3)}, "x")
 
 
-def test_match_exactly_names_missing_extra_and_misshaped_leaves():
+def test_match_exactly_mismatch_error_lists_each_problem():
     expected = {"same": (1,), "gone": (2,), "wider": (3, 4)}
     found = {"same": (1,), "new": (2,), "wider": (3, 5)}
     with pytest.raises(ValueError) as error:

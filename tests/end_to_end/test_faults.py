@@ -67,9 +67,7 @@ def fill(folder: Path, leave: int) -> Path:
     "leave",
     [pytest.param(0, id="nothing"), pytest.param(24_000, id="some", marks=pytest.mark.slow)],
 )
-def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
-    backbone, whole, small_disk, leave
-):
+def test_train_full_disk_error_and_resumes_with_room(backbone, whole, small_disk, leave):
     model_dir = small_disk / "run"
     run(backbone, model_dir, steps=4)
     filler = fill(small_disk, leave)
@@ -81,13 +79,13 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
     assert_same_bits(prompts(whole), prompts(model_dir))
 
 
-def test_a_read_only_model_dir_is_said_before_anything_is_computed(backbone, small_disk):
+def test_train_read_only_model_dir_error(backbone, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=f"{small_disk}/run cannot be written.*Read-only"):
         run(backbone, small_disk / "run")
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(backbone, whole, tmp_path, monkeypatch):
+def test_train_clock_goes_backwards_same_prompts(backbone, whole, tmp_path, monkeypatch):
     jumps = iter(range(2 * 10**9, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
     run(backbone, tmp_path, steps=4)
@@ -99,7 +97,7 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
 
 
-def test_a_second_run_in_a_model_dir_is_refused_and_touches_nothing(backbone, tmp_path):
+def test_train_model_dir_in_use_refused_and_unchanged(backbone, tmp_path):
     run(backbone, tmp_path, steps=2)
     with run_lock.acquire(str(tmp_path), period=600.0):
         before = listing(tmp_path)
@@ -110,7 +108,7 @@ def test_a_second_run_in_a_model_dir_is_refused_and_touches_nothing(backbone, tm
     assert not (tmp_path / run_lock.FILE).exists()
 
 
-def test_a_run_that_was_taken_over_ends_without_a_save(backbone, tmp_path, monkeypatch):
+def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkeypatch):
     class Paused(Trainer):
         def train(self, batch):
             super().train(batch)
@@ -127,7 +125,7 @@ def test_a_run_that_was_taken_over_ends_without_a_save(backbone, tmp_path, monke
     assert json.loads((tmp_path / run_lock.FILE).read_text())["token"] == "another's"
 
 
-def test_evaluating_a_live_model_dir_leaves_everything_as_it_is(backbone, tmp_path):
+def test_evaluate_model_dir_of_running_job_unchanged(backbone, tmp_path):
     """Neither the files that the run is writing, nor its lock."""
     model_dir, model = tmp_path / "run", build()
     run(backbone, model_dir)

@@ -33,7 +33,7 @@ def model_dir(root: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
+def test_train_killed_repeatedly_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait() == 0
     kills, rng = 0, random.Random(0)

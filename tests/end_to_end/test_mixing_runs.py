@@ -121,7 +121,9 @@ FAST = ("crosspt independent",)
         for groups in ("joint", "independent")
     ],
 )
-def test_resuming_equals_never_stopping(method, from_artifact, groups, backbone, sources, tmp_path):
+def test_mixing_run_resumed_same_bits_as_uninterrupted(
+    method, from_artifact, groups, backbone, sources, tmp_path
+):
     """Also where prompts are drawn, at temperatures that a counter in the checkpoint knows."""
     artifact = sources["one"] if from_artifact else None
     for folder, stops in (("whole", [STEPS]), ("parts", [3, STEPS])):
@@ -148,7 +150,7 @@ def attempted(backbone, sources, tmp_path_factory):
     return folder
 
 
-def test_a_checkpoint_and_the_artifact_are_the_same_prompts(backbone, attempted):
+def test_attempt_checkpoint_and_artifact_same_prompts(backbone, attempted):
     model = mixing(attempt(start_from="same"))
     by_checkpoint = restored(backbone, model, attempted, attempted / "artifact")
     by_artifact = restored(backbone, model, artifact=attempted / "artifact")
@@ -156,7 +158,7 @@ def test_a_checkpoint_and_the_artifact_are_the_same_prompts(backbone, attempted)
     assert "sources" in prompts(attempted), "the artifact holds what is frozen"
 
 
-def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artifact(backbone, sources, tmp_path):
+def test_crosspt_sampled_prompts_checkpoint_equals_artifact(backbone, sources, tmp_path):
     method = crosspt(share="learned", top_k=2)
     train(backbone, tmp_path, mixing(method), sources["one"], steps=6)
     same = dataclasses.replace(method, start_from="same")
@@ -168,7 +170,9 @@ def test_a_checkpoint_of_prompts_that_are_drawn_is_its_artifact(backbone, source
     np.testing.assert_array_equal(found[0], artifacts.load_artifact(tmp_path / "artifact").folded())
 
 
-def test_frozen_sources_are_in_no_checkpoint(backbone, sources, attempted, tmp_path):
+def test_attempt_checkpoint_needs_artifact_for_frozen_sources(
+    backbone, sources, attempted, tmp_path
+):
     with pytest.raises(ValueError, match="no artifact has them.*that its run left"):
         restored(backbone, mixing(attempt()), attempted)
     from_start = restored(backbone, mixing(attempt()), attempted, sources["one"])
@@ -219,14 +223,14 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
         (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_started_from_says_why(method, given, message, backbone, sources):
+def test_mixing_run_incompatible_start_error_says_why(method, given, message, backbone, sources):
     if given is not None:
         given = [sources[x] for x in given] if isinstance(given, list) else sources[given]
     with pytest.raises(ValueError, match=message):
         filled(backbone, method, given)
 
 
-def test_an_artifact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):
+def test_attempt_artifact_as_plain_prompt_error(backbone, attempted):
     artifact = str(attempted / "artifact")
     for method in (PromptTuning(P), CrossPT(P, TASKS), PromptTuning(P, start_from="same")):
         with pytest.raises(ValueError, match="depend on the text they stand before"):
@@ -238,7 +242,7 @@ def test_an_artifact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):
 
 
 @pytest.mark.parametrize("method", [attempt(start_from="same"), crosspt(start_from="same")])
-def test_a_task_that_the_artifact_lacks(method, backbone, sources, tmp_path):
+def test_mixing_run_task_missing_in_artifact_error(method, backbone, sources, tmp_path):
     train(backbone, tmp_path, mixing(method_of_start(method)), sources["one"], steps=0)
     with pytest.raises(ValueError, match="Unknown run 'run_d'.* Known: run_a, run_b, run_c"):
         filled(backbone, method, str(tmp_path / "artifact"), Runs(["run_d"]))
@@ -260,12 +264,12 @@ def method_of_start(method):
         ({"compose_by": "cat", "share": 0.5}, "share = 0.5 would have no effect"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_crosspt_invalid_settings_error(settings, message):
     with pytest.raises(ValueError, match=message):
         CrossPT(P, SOURCES, **settings)
 
 
-def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):
+def test_crosspt_annealing_longer_than_shortest_run_error(backbone, tmp_path):
     optimizer = dataclasses.replace(
         tiny.optimizer(),
         learning_rates={
@@ -281,7 +285,7 @@ def test_annealing_ends_within_the_shortest_run(backbone, tmp_path):
         train(str(tmp_path / "before anything is read"), tmp_path, mixing(method), steps=5)
 
 
-def test_room_for_all_pieces(backbone, tmp_path):
+def test_crosspt_too_few_prompt_positions_error(backbone, tmp_path):
     cat = crosspt(compose_by="cat")
     with pytest.raises(ValueError, match="reserves 3 positions .* 'crosspt' has prompts of 9"):
         train(backbone, tmp_path, mixing(cat))
@@ -299,7 +303,7 @@ def test_room_for_all_pieces(backbone, tmp_path):
 OWN = {"run_a": 1, "run_b": 4, "run_c": 2}
 
 
-def test_the_artifact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path):
+def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path):
     """Under the settings of the whole fleet, and under its own alone."""
     method = crosspt(compose_by="private_cat", private_length=OWN)
     train(backbone, tmp_path, mixing(method, reserved=P + 4), steps=6)
@@ -321,14 +325,14 @@ def test_the_artifact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path
         mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
 
 
-def test_weights_that_are_read_otherwise_are_not_gone_on_with(backbone, tmp_path):
+def test_crosspt_other_normalization_of_artifact_error(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
     other = crosspt(normalize="softmax", start_from="same")
     with pytest.raises(ValueError, match="'normalize': 'sum'.*'normalize': 'softmax'.* must agree"):
         filled(backbone, other, str(tmp_path / "artifact"))
 
 
-def test_what_a_run_trained_leaves_out_its_counter(backbone, sources, tmp_path):
+def test_crosspt_trainable_parameters_exclude_step_counter(backbone, sources, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), sources["one"], steps=0)
     record = json.loads((tmp_path / "run.jsonl").read_text())
     numbers = len(TASKS) * (len(SOURCES) * P * 16 + P * 16 + len(SOURCES))

@@ -100,7 +100,7 @@ def assert_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 # --- The same steps ------------------------------------------------------------------------------
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def test_job_two_processes_same_steps_as_one(tmp_path):
     """Of the core alone, with distillation."""
     finish([*start_core(tmp_path / "one", 6, 1), *start_core(tmp_path / "two", 6, 2)])
     learned = [dict(np.load(tmp_path / name / "learned_6.npz")) for name in ("one", "two")]
@@ -108,7 +108,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_goes_on_in_any_number_of_processes(tmp_path):
+def test_job_resumed_with_other_process_counts_same_result(tmp_path):
     """Of the core alone: one, two, four and one again, from each other's checkpoints."""
     finish(start_core(tmp_path / "one", 12, 1))
     for steps, count in ((3, 1), (6, 2), (9, 4), (12, 1)):
@@ -140,12 +140,12 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turns", [((LAST, 2),), ((2, 1), (4, 2), (6, 4), (LAST, 1))], ids=str)
-def test_the_command_line_in_several_processes(tmp_path, alone, turns):
+def test_train_command_several_processes_same_results(tmp_path, alone, turns):
     """Data, training, decoding and scoring, as users start them; each turn is (step, processes)."""
     for step, count in turns:
         logs = finish(start(tmp_path / "turns", count, EXACT, f"--gin.train.total_steps={step}"))
         for index, log in enumerate(logs if count > 1 else ()):
-            assert f"Process {index} of {count}." in log
+            assert f"process {index} of {count}." in log
             assert ("Resumed from" in log) == (step > 2 and len(turns) > 1)
     one, found = model_dir(alone), model_dir(tmp_path / "turns")
     assert_close(learned(tmp_path / "turns"), learned(alone))
@@ -169,13 +169,13 @@ def test_the_command_line_in_several_processes(tmp_path, alone, turns):
 
 
 @pytest.mark.slow
-def test_a_local_root_is_refused_by_every_process(tmp_path):
+def test_train_command_unshared_local_root_refused_by_all(tmp_path):
     unshared = "--gin.paths.under.shared_filesystem=False"
     for log in finish(start(tmp_path, 2, EXACT, unshared), code=2):
         assert "shared_filesystem" in log
 
 
-def test_what_one_process_cannot_read_none_goes_on_from(tmp_path):
+def test_checkpoints_one_process_cannot_read_none_resumes(tmp_path):
     """Nor do the others wait for it."""
     model = tiny.model()
     state = tiny.state(model, tiny.params(model))
@@ -237,7 +237,7 @@ def ends_with(error: Exception, monkeypatch) -> int | None:
         "ABORTED: all-reduce was canceled",
     ],
 )
-def test_a_lost_process_ends_the_others_to_be_started_again(said, monkeypatch):
+def test_exit_if_peer_lost_peer_error_exits_for_retry(said, monkeypatch):
     assert ends_with(jax.errors.JaxRuntimeError(said), monkeypatch) == 75
 
 
@@ -253,11 +253,11 @@ def test_a_lost_process_ends_the_others_to_be_started_again(said, monkeypatch):
         "FAILED_PRECONDITION: Buffer has been deleted or donated.",
     ],
 )
-def test_what_would_fail_again_is_an_ordinary_error(said, monkeypatch):
+def test_exit_if_peer_lost_own_error_returns(said, monkeypatch):
     assert ends_with(jax.errors.JaxRuntimeError(said), monkeypatch) is None
 
 
-def test_an_error_of_the_compiler_is_an_ordinary_error(monkeypatch):
+def test_exit_if_peer_lost_compiler_error_returns(monkeypatch):
     """The compiler's own words."""
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         lowered = jax.jit(jnp.sin).lower(1.0)
@@ -265,7 +265,7 @@ def test_an_error_of_the_compiler_is_an_ordinary_error(monkeypatch):
     assert ends_with(caught.value, monkeypatch) is None
 
 
-def test_a_job_of_one_process_has_no_peers(monkeypatch):
+def test_exit_if_peer_lost_single_process_returns(monkeypatch):
     error = jax.errors.JaxRuntimeError("UNAVAILABLE: heartbeat")
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
     preemption.exit_if_peer_lost(error)
@@ -277,7 +277,7 @@ def test_a_job_of_one_process_has_no_peers(monkeypatch):
     [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)],
     ids=["one is killed", "the first is killed", "one stands still"],
 )
-def test_the_others_end_soon_and_say_what_to_do(tmp_path, victim, number):
+def test_job_one_process_lost_others_exit_and_resume(tmp_path, victim, number):
     children = start(tmp_path, 2, LONG, f"--heartbeat_timeout={HEARTBEAT}")
     survivor = children[1 - victim]
     try:

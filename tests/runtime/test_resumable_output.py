@@ -30,7 +30,7 @@ def path(request, tmp_path, monkeypatch) -> str:
     return f"{tmp_path if local else fake_gcs.mount(tmp_path, monkeypatch)}/out"
 
 
-def test_lines_after_the_record_are_cut(path, tmp_path):
+def test_resumable_file_lines_after_record_truncated(path, tmp_path):
     first = output(path)
     assert first.begin() == 0
     first.append(["a", "b"])
@@ -51,7 +51,7 @@ def test_lines_after_the_record_are_cut(path, tmp_path):
     assert whole.is_complete() and whole.begin() is None and contents(tmp_path) == found
 
 
-def test_a_file_without_lines_may_be_made_from_something_else(path, tmp_path):
+def test_resumable_file_without_lines_other_inputs_accepted(path, tmp_path):
     first = output(path)
     first.begin()
     first.close()
@@ -65,7 +65,7 @@ def test_a_file_without_lines_may_be_made_from_something_else(path, tmp_path):
             call()
 
 
-def test_a_record_without_counts_is_resumed_after_the_last_whole_line(path, tmp_path):
+def test_resumable_file_record_without_counts_resumes_at_last_line(path, tmp_path):
     """As `infer` wrote it in earlier versions."""
     (tmp_path / "out.partial").write_text("a\nb\nhalf")
     (tmp_path / "out.partial_of").write_text(json.dumps(MADE_FROM))
@@ -80,7 +80,7 @@ def test_a_record_without_counts_is_resumed_after_the_last_whole_line(path, tmp_
     assert output(path).is_complete() and output(path).begin() is None
 
 
-def test_a_killed_last_step_is_finished(path, tmp_path):
+def test_resumable_file_killed_in_finish_completed_on_restart(path, tmp_path):
     first = output(path)
     first.begin()
     first.append(["a"])
@@ -91,7 +91,7 @@ def test_a_killed_last_step_is_finished(path, tmp_path):
     assert again.begin() is None and (tmp_path / "out").read_text() == "a\n"
 
 
-def test_unexplained_files_are_refused(path, tmp_path):
+def test_resumable_file_without_record_refused(path, tmp_path):
     (tmp_path / "out.partial").write_text("a\n")
     for call in (output(path).is_complete, output(path).begin):
         with pytest.raises(Refused, match="has 2 bytes and no out.partial_of"):
@@ -105,7 +105,7 @@ def test_unexplained_files_are_refused(path, tmp_path):
         output(path).is_complete()
 
 
-def test_a_file_that_cannot_be_locked(tmp_path, monkeypatch, caplog):
+def test_resumable_file_lock_unavailable_error_or_warning(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -119,13 +119,13 @@ def test_a_file_that_cannot_be_locked(tmp_path, monkeypatch, caplog):
     assert "Make sure that no other run writes it" in caplog.text
 
 
-def test_a_bucket_cannot_be_locked(tmp_path, monkeypatch):
+def test_resumable_file_in_bucket_lock_required_refused(tmp_path, monkeypatch):
     bucket = fake_gcs.mount(tmp_path, monkeypatch)
     with pytest.raises(Refused, match="buckets have no locks"):
         ResumableFile(f"{bucket}/out", MADE_FROM).begin()
 
 
-def test_lines_are_on_disk_before_the_record_counts_them(tmp_path, monkeypatch):
+def test_resumable_file_append_syncs_lines_before_record(tmp_path, monkeypatch):
     file, fsync = output(tmp_path / "out"), os.fsync
     file.begin()
 
@@ -141,7 +141,7 @@ def test_lines_are_on_disk_before_the_record_counts_them(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out.partial_of").read_text())["lines"] == 1
 
 
-def test_a_full_disk_is_resumed_before_the_lines_that_did_not_fit(tmp_path, monkeypatch):
+def test_resumable_file_full_disk_resumes_before_failed_lines(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

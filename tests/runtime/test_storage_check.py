@@ -46,16 +46,16 @@ def denied(text: str) -> Exception:
     return tf.errors.PermissionDeniedError(None, None, text)
 
 
-def test_a_bucket_that_is_there(tmp_path, monkeypatch):
+def test_storage_check_existing_bucket_passes(tmp_path, monkeypatch):
     storage_check.check([fake_gcs.mount(tmp_path, monkeypatch)])
 
 
-def test_who_may_see_objects_need_not_see_the_buckets_own_record(answering):
+def test_storage_check_access_to_objects_only_passes(answering):
     answering(False, denied("403: storage.buckets.get"))
     storage_check.check(["gs://b"])
 
 
-def test_no_such_bucket(answering):
+def test_storage_check_missing_bucket_error(answering):
     answering(False, False)
     with pytest.raises(OSError, match="gs://b cannot be used: it does not exist") as error:
         storage_check.check(["gs://b"])
@@ -69,7 +69,7 @@ def test_no_such_bucket(answering):
         tf.errors.FailedPreconditionError(None, None, "Could not resolve hostname"),
     ],
 )
-def test_what_a_library_says_is_passed_on_with_what_to_do(answering, raised):
+def test_storage_check_library_error_shown_with_advice(answering, raised):
     answering(raised)
     with pytest.raises(OSError) as error:
         storage_check.check(["gs://b"])
@@ -79,7 +79,7 @@ def test_what_a_library_says_is_passed_on_with_what_to_do(answering, raised):
     assert "when reading" not in said
 
 
-def test_a_network_that_does_not_answer_is_not_waited_for(monkeypatch):
+def test_storage_check_no_answer_times_out(monkeypatch):
     class Silent:
         def exists(self, path):
             time.sleep(5)
@@ -91,7 +91,7 @@ def test_a_network_that_does_not_answer_is_not_waited_for(monkeypatch):
     assert time.monotonic() - started < 4
 
 
-def test_every_bucket_is_asked_for_once(answering):
+def test_storage_check_repeated_bucket_queried_once(answering):
     found = storage_check.named("""A = 'gs://b-1/x'\nB = ["gs://b.2", 'gs://b-1/y', 'x/gs']""")
     assert found == ["gs://b-1", "gs://b.2"]
     asked = answering(True).asked
@@ -99,7 +99,7 @@ def test_every_bucket_is_asked_for_once(answering):
     assert asked == ["gs://b-1/mpt_jax_probe", "gs://b.2/mpt_jax_probe"]
 
 
-def test_an_artifact_goes_through_a_bucket(tmp_path, monkeypatch):
+def test_artifact_in_bucket_saved_and_loaded(tmp_path, monkeypatch):
     folder = f"{fake_gcs.mount(tmp_path, monkeypatch)}/stage/artifact"
     params = {"table": np.arange(12, dtype=np.float32).reshape(1, 3, 4)}
     for _ in range(2):  # the second takes the first one's place
@@ -113,7 +113,7 @@ def test_an_artifact_goes_through_a_bucket(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "stage").iterdir()] == ["artifact"]
 
 
-def test_a_task_of_a_file_in_a_bucket(tmp_path, monkeypatch):
+def test_file_readers_file_in_bucket_read(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "two"}\n')
     file = epath.Path(fake_gcs.mount(tmp_path, monkeypatch), "rows.jsonl")
     templates = file_readers.Template("inputs", "{q}"), file_readers.Template("targets", "{a}")
@@ -121,7 +121,7 @@ def test_a_task_of_a_file_in_a_bucket(tmp_path, monkeypatch):
     assert (list(found.inputs), list(found.targets)) == (["one"], ["two"])
 
 
-def test_a_run_s_files_go_through_a_bucket(tmp_path, monkeypatch):
+def test_run_record_in_bucket_written(tmp_path, monkeypatch):
     model_dir = f"{fake_gcs.mount(tmp_path, monkeypatch)}/stage"
     epath.Path(model_dir).mkdir()
     metric_writers.write_run_record(model_dir, {"seed": 1})
