@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md run as they stand."""
+"""The examples of CONTRIBUTING.md run as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from tests.fixtures.processes import ROOT, run_script
 
-# In a process of its own: a method or a task registered here would be everybody's.
+# Runs in a separate process, because methods and tasks are registered globally.
 CHECKS = """
 import jax, numpy as np
 from mpt_jax.data.feature_converter import PromptFeatureConverter

@@ -1,4 +1,4 @@
-"""Evaluation and inference of saved prompts, against decoding and scoring one example at a time."""
+"""Evaluation and inference of saved prompts, compared with decoding one example at a time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_model(names=BANK, prompt_length=tiny.PROMPT):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model, its parameters, and a MODEL_DIR with steps 0 and 3 of them."""
+    """A model, its parameters, and a MODEL_DIR with checkpoints of steps 0 and 3."""
     for offset, name in enumerate(BANK):
         register(name, offset)
     model = make_model()
@@ -105,7 +105,7 @@ def arguments(saved, path="checkpoint_3", mode="specific", origins=None, **overr
 
 
 def one_by_one(saved, name):
-    """(text, target, prediction, score) of every example, each in a batch of its own."""
+    """(text, target, prediction, score) of every example, one example per batch."""
     if name not in saved.answers:
         saved.answers[name] = list(answered_one_by_one(saved, name))
     return saved.answers[name]
@@ -163,7 +163,7 @@ def test_infer_stopped_run_resumes_after_written_lines(saved, tmp_path):
     folder = tmp_path / "b"
     folder.mkdir()
     name = whole.rpartition("/")[2]
-    # Three examples finished, of which the file must keep the text; the fourth was cut.
+    # Three examples are finished, whose lines must be kept; the fourth line is incomplete.
     kept = [json.dumps({"mark": i}) for i in range(3)]
     text = "".join(f"{line}\n" for line in kept)
     record = json.loads(Path(f"{whole}.COMPLETED").read_text()) | {"lines": 3, "bytes": len(text)}
@@ -201,7 +201,7 @@ def test_infer_file_made_from_other_inputs_error(saved, tmp_path):
             again(**settings)
     assert configs == ["checkpoint_3"]
     assert again() == files and texts == [Path(file).read_text() for file in files]
-    # A part of a file counts as much, and so does a file that nothing is known of.
+    # The same holds for a partial file, and for a file with an empty record.
     Path(f"{files[0]}.COMPLETED").rename(f"{files[0]}.partial_of")
     Path(files[0]).rename(f"{files[0]}.partial")
     with pytest.raises(ValueError, match="step: saved 3, current 0"):
@@ -225,7 +225,7 @@ def test_infer_shards_together_equal_whole(saved, tmp_path):
 
 
 def test_infer_artifact_same_scores_as_checkpoint(saved, tmp_path):
-    """Its prompts are the checkpoint's, so its predictions are too."""
+    """Its prompts equal the checkpoint's, so its predictions do as well."""
     embedding = saved.params["token_embedder"]["embedding"]
     path = artifacts.save_artifact(
         tmp_path / "artifact",
@@ -272,7 +272,7 @@ def one_state(saved, model, **origins):
 
 
 def test_restore_states_other_tasks_or_method_error(saved):
-    """Also where the shapes agree; and whoever reads is not told to remove anything."""
+    """Even if the shapes agree. The message must not advise a reader to remove anything."""
     for model, difference in (
         (
             make_model(BANK[::-1]),
@@ -287,7 +287,7 @@ def test_restore_states_other_tasks_or_method_error(saved):
 
 
 def test_restore_states_checkpoint_without_meta_error(saved, tmp_path):
-    """T5X's, say, or a damaged one."""
+    """For example T5X's, or a corrupt one."""
     shutil.copytree(saved.run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint_3" / "meta")
     cfg = checkpoint_config.RestoreCheckpointConfig(

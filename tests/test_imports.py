@@ -1,4 +1,4 @@
-"""The layout holds: modules import upwards only, and the core needs JAX alone."""
+"""Package layout: modules import only packages above theirs, and the core needs no TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FILES = sorted((ROOT / "mpt_jax").rglob("*.py"))
 
 
 def place_of(path: Path) -> str:
-    """The name in the layout that a file belongs to: its top folder's, or its own."""
+    """The layout name of a file: its top folder, or the file itself."""
     return path.relative_to(ROOT / "mpt_jax").parts[0].removesuffix(".py")
 
 
 def imported_places(path: Path) -> list[tuple[str, int]]:
-    """Names of the layout that a file imports anywhere, also inside functions, with the line."""
+    """Layout names that a file imports, also inside functions, with their lines."""
     package = ["mpt_jax", *path.relative_to(ROOT / "mpt_jax").parts[:-1]]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):

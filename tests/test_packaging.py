@@ -1,4 +1,4 @@
-"""The wheel, installed away from the clone, holds what the commands need."""
+"""The wheel, installed outside the clone, contains what the commands need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must not be in the repository, whatever the code does."""
+"""Repository hygiene: paths, file sizes, imports between tests, recorded properties."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Absolute paths of somebody's machine; after a letter or slash it is part of a longer path or URL.
+# Absolute paths of a machine. After a letter or slash, a match is part of a longer path or URL.
 MACHINE_PATH = re.compile(rb"(?<![\w./}])/(?:work|root|home|Users|opt|mnt)/[\w.-]+|file://")
 
 TEST_MODULE = re.compile(r"\btests(?:\.\w+)*(?:\.| import )test_\w+")
@@ -48,7 +48,7 @@ def test_tracked_files_within_size_limit() -> None:
 
 
 def imported_test_modules(path: Path) -> list[str]:
-    """The test modules that a file imports, also in the source of a child process."""
+    """The test modules that a file imports, including in scripts for child processes."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -96,7 +96,7 @@ def test_pytest_fixtures_never_imported_and_shadowed() -> None:
 
 
 def test_recorded_properties_all_have_their_test():
-    """tests/record/properties.tsv maps the tests of before the packages to those of today."""
+    """tests/record/properties.tsv maps old tests, from before the packages, to current ones."""
     with (ROOT / "tests" / "record" / "properties.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert len(rows) > 1000

@@ -1,4 +1,4 @@
-"""Whole runs of `train()` on in-memory tasks: resuming, stopping, refusing, and what is left."""
+"""Whole runs of `train()` on in-memory tasks: resuming, stopping, errors and output files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_train_resumed_packed_or_by_length_same_bits(backbone, tmp_path, changes
     steps = [line for line in lines if line["folder"] == "train" and "loss" in line]
     per_row = {line["batch/examples_per_row"] for line in steps}
     assert per_row == {2.0} if "pack" in changes else {1.0}
-    # A row takes 3 prompt positions and 2 of text of the 7 (14 packed) that there are.
+    # An example takes 3 prompt positions and 2 of text, out of 7 (14 if packed).
     padding = [line["batch/encoder_padding"] for line in steps]
     assert padding == pytest.approx([4 / 14 if "pack" in changes else 0.0] * STEPS)
 
@@ -119,7 +119,7 @@ def test_train_nan_loss_saves_last_good_state(backbone, whole, tmp_path):
     with pytest.raises(NonFiniteLoss, match="step 5 is not finite"):
         run(backbone, tmp_path / "nan", trainer_cls=Poisoned)
     assert (tmp_path / "nan" / "checkpoint_5").is_dir()
-    # Batches after the fifth had been taken; going on starts from the one that failed.
+    # Batches after the fifth had been taken; the resumed run starts with the one that failed.
     run(backbone, tmp_path / "nan")
     assert_same_bits(prompts(whole), prompts(tmp_path / "nan"))
 
@@ -152,9 +152,9 @@ def test_train_resumed_with_other_learning_rate_logged(backbone, tmp_path, caplo
     assert "'shared.peak': 0.1" in caplog.text and "'shared.peak': 0.05" in caplog.text
 
 
-@pytest.mark.slow  # that of prompts is started again among the runs that end apart
+@pytest.mark.slow  # the fleet test below starts a finished run of prompts again
 def test_train_finished_run_started_again_same_backbone(backbone, tmp_path):
-    """Also one that leaves a backbone, which it makes again."""
+    """The run trains a backbone, which is written again."""
     model = lambda: build(NoPrompt(), reserved=0, labels=encoder_decoder.FULL_FINETUNING)  # noqa: E731
     run(backbone, tmp_path / "run", model(), steps=2)
     (made,) = (tmp_path / "run" / "backbone").iterdir()
@@ -214,7 +214,7 @@ def test_train_three_stages_start_from_artifacts(backbone, tmp_path):
 
 
 def test_train_spot_starts_from_nearest_source_and_records_it(backbone, tmp_path):
-    """run_c's own early prompt is among the sources' here, so it is the nearest."""
+    """The sources include run_c's own early prompt, so that is the nearest."""
     independent = Runs(TASKS, groups="independent")
     data = dataset(independent, EqualQuotas(BATCH, 1))
     for name, steps in (("early", 2), ("sources", 4)):
@@ -240,7 +240,7 @@ def test_train_spot_starts_from_nearest_source_and_records_it(backbone, tmp_path
 
 @pytest.mark.slow
 def test_train_source_stage_with_added_task_keeps_other_tasks(backbone, tmp_path):
-    """Its teacher lies in an artifact of its own; the other tasks go on from where they were."""
+    """Its teacher is in a separate artifact; the other tasks start from their trained factors."""
     for name, tasks in (("first", TASKS[:2]), ("second", TASKS[2:])):
         runs = Runs(tasks, groups="independent")
         data = dataset(runs, EqualQuotas(BATCH, 1))
@@ -307,8 +307,8 @@ def test_train_converter_with_other_prompt_length_error(backbone, tmp_path):
 
 @pytest.mark.parametrize("where", ["_dispatch", "_read_metrics"])
 def test_train_later_step_out_of_memory_explained(backbone, tmp_path, monkeypatch, where):
-    """Batches have several lengths, so that the first need not be the largest; and a device may
-    tell the host when it reads the metrics."""
+    """Batches have several lengths, so the first need not be the largest. A device may report the
+    error only when the host reads the metrics."""
     sound = getattr(Trainer, where)
 
     def exhausted(trainer, *args):
@@ -322,7 +322,7 @@ def test_train_later_step_out_of_memory_explained(backbone, tmp_path, monkeypatc
 
 
 def test_train_joint_job_rows_not_split_by_run(backbone, tmp_path):
-    """Their one group ends as a whole, so places are of no use, and any order of rows will do."""
+    """The single group ends as a whole, so rows need no fixed positions and may be in any order."""
     joint, made = Runs(TASKS), []
 
     class Seen(Trainer):
@@ -336,7 +336,7 @@ def test_train_joint_job_rows_not_split_by_run(backbone, tmp_path):
     assert made == [False]
 
 
-# --- Runs of one job that end apart ---------------------------------------------------------------
+# --- Fleets: runs of one job that end separately --------------------------------------------------
 
 FLEET = Runs(TASKS, groups="independent")
 
@@ -348,7 +348,7 @@ def fleet(totals=(4, 8, 8), peaks=(0.03, 0.03, 0.03)):
 
 
 def run_fleet(backbone, folder, steps=STEPS, patience=None, scored=False, **settings):
-    """Validation scores of the runs are made up: they fall from the first evaluation on."""
+    """Trains a fleet with invented validation scores, which fall after the first evaluation."""
     model = fleet(**settings)
     found = iter(range(99))
 
@@ -385,7 +385,7 @@ def test_train_fleet_runs_end_separately_resumed_same_bits(backbone, tmp_path):
     assert endings(tmp_path / "whole") == endings(tmp_path / "parts") == {
         "run_a": ("finished", 4, 4), "run_b": ("failed", 1, None), "run_c": ("finished", 8, 8),
     }  # fmt: skip
-    # A run that failed and was never selected leaves nothing; each of the others its own artifact.
+    # A failed run that was never selected leaves no artifact; each other run leaves its own.
     assert {path.name for path in (tmp_path / "whole" / "artifacts").iterdir()} == {
         "run_a",
         "run_c",
@@ -396,7 +396,7 @@ def test_train_fleet_runs_end_separately_resumed_same_bits(backbone, tmp_path):
         own = artifacts.load_artifact(tmp_path / "whole" / "artifacts" / name)
         assert own.runs == Runs([name]) and own.config["step"] == (4, 8)[row]
         np.testing.assert_array_equal(own.folded()[0], joint.folded()[row])
-    # The run that ended early equals the run alone, of as many steps.
+    # The run that ended early equals a solo run of as many steps.
     alone = Runs(["run_a"], groups="independent")
     schedule = Schedule(0.03, 4, decay="linear")
     optimizer = PromptOptimizer(dict.fromkeys(("shared", "task", "backbone"), schedule))
@@ -404,7 +404,7 @@ def test_train_fleet_runs_end_separately_resumed_same_bits(backbone, tmp_path):
     run(backbone, tmp_path / "alone", build(runs=alone, optimizer=optimizer), 4, data=cfg)
     solo = artifacts.load_artifact(tmp_path / "alone" / "artifact").folded()
     np.testing.assert_allclose(joint.folded()[:1], solo, 1e-5, 1e-5)
-    # An artifact of one run is a start for others.
+    # Other runs can start from the artifact of one run.
     again = run_fleet(backbone, tmp_path / "whole", scored=True)  # trains no further
     assert set(again) == set(TASKS)
     start = {"artifact": str(tmp_path / "whole" / "artifacts" / "run_a")}
@@ -412,7 +412,7 @@ def test_train_fleet_runs_end_separately_resumed_same_bits(backbone, tmp_path):
 
 
 def test_train_fleet_extended_resumes_finished_runs(backbone, tmp_path):
-    """Every run had ended, each with its own schedule, so nothing had been left to train."""
+    """All runs had ended, each with its own schedule, so nothing was left to train."""
     run_fleet(backbone, tmp_path / "run", 4, totals=(2, 4, 4))
     first = prompts(tmp_path / "run")
     run_fleet(backbone, tmp_path / "run", 8, totals=(4, 8, 4))
@@ -440,8 +440,8 @@ def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monk
     assert set(endings(folder).values()) == {("failed", 3, 2)} and not finalize.all_ended(folder)
     assert_same_bits(prompts(folder), first)
     assert artifacts.load_artifact(folder / "artifacts" / "run_b").config["step"] == 2
-    assert len(read) == 3, "once for each job, however many artifacts it leaves"
-    # The card of a run tells what it learned itself.
+    assert len(read) == 3, "once for each job, however many artifacts it writes"
+    # The card of a run counts only its own trained parameters.
     for name, runs in (("artifact", 3), ("artifacts/run_b", 1)):
         card = (folder / name / "README.md").read_text()
         count = sum(leaf.size for leaf in first.values()) // 3 * runs
@@ -453,7 +453,7 @@ def test_train_fleet_patience_ends_runs_then_job(backbone, tmp_path):
     assert endings(tmp_path / "run") == {
         "run_a": ("finished", 6, 2), "run_b": ("finished", 4, 2), "run_c": ("finished", 4, 2),
     }  # fmt: skip
-    assert (tmp_path / "run" / "checkpoint_6").is_dir(), "nobody was left to train to step 8"
+    assert (tmp_path / "run" / "checkpoint_6").is_dir(), "no run was left to train to step 8"
     config = artifacts.load_artifact(tmp_path / "run" / "artifacts" / "run_b").config
     assert config["metrics"]["best_step"] == [2] and config["metrics"]["best_score"] == [0]
     assert list(config["metrics"]["scores"]) == ["run_b"]

@@ -1,4 +1,4 @@
-"""Batches from NumPy, packing and cutting, beside the data pipeline and the model."""
+"""Collation, packing and length buckets, compared with the data pipeline and the model."""
 
 import functools
 
@@ -39,11 +39,11 @@ def test_packed_empty_text_or_id_zero_error(example):
 
 
 def test_best_fit_small_cases_match_hand_solution():
-    # 6 and 5 begin rows; 4 fills up that of 6; 3 and 2 go to that of 5.
+    # 6 and 5 open rows; 4 fills the row of 6; 3 and 2 go into the row of 5.
     lengths = np.array([[2, 1], [5, 1], [3, 1], [6, 1], [4, 1]])
     assert packing.best_fit(lengths, (10, 3)) == [[0, 1, 2], [3, 4]]
     assert packing.best_fit(lengths, (10, 2)) == [[0], [1, 2], [3, 4]]
-    # Targets bind as well: no row has room for two of these.
+    # Targets are limits as well: no row has room for two of these.
     assert packing.best_fit(np.array([[2, 2], [2, 2]]), (10, 3)) == [[0], [1]]
 
 
@@ -63,7 +63,7 @@ def test_best_fit_example_longer_than_row_error():
         packing.best_fit(np.array([[3, 1], [9, 1]]), (8, 4))
 
 
-# --- The same numbers out ------------------------------------------------------------------------
+# --- Same sums and gradients ---------------------------------------------------------------------
 
 
 @functools.cache

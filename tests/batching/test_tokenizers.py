@@ -1,4 +1,4 @@
-"""The vocabularies of a server, against SeqIO's."""
+"""Tokenizers without SeqIO, compared with SeqIO's vocabularies."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints: prompt-sized, whole again after a restart, and loud where they are damaged."""
+"""Checkpoints: round trips, size, corruption, transient read errors, and data positions."""
 
 import logging as standard_logging
 import shutil
@@ -23,7 +23,7 @@ from tests.fixtures import tiny
 
 @pytest.fixture(scope="module")
 def state():
-    """Every saved number differs from every other."""
+    """A state in which all saved values differ from each other."""
     model = tiny.model()
     made = tiny.state(model, tiny.params(model))
     rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def state():
 
 
 def at(state, step: int):
-    """The state after `step` steps: everything that is saved has moved."""
+    """The state after `step` steps: every saved value has changed."""
     move = lambda leaf: leaf + jnp.asarray(step, leaf.dtype)  # noqa: E731
     return state.replace(
         step=jnp.asarray(step, jnp.int32),
@@ -50,7 +50,7 @@ def at(state, step: int):
 
 
 def zeroed(state):
-    """The same structure and frozen parameters, and nothing of what was saved."""
+    """The same structure and frozen parameters, but none of the saved values."""
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
     return state.replace(
         step=jnp.zeros((), jnp.int32),
@@ -92,7 +92,7 @@ def errors_in(caplog) -> str:
 
 @pytest.fixture
 def loud(caplog):
-    """absl's log, where pytest can see it."""
+    """absl's log, captured by pytest."""
     logger = logging.get_absl_logger()
     logger.addHandler(caplog.handler)
     yield caplog
@@ -127,7 +127,7 @@ def test_checkpoints_save_keeps_latest_and_skips_saved_step(state, tmp_path):
 
 
 def test_checkpoint_size_excludes_backbone(tmp_path):
-    """Of a backbone wide enough that files' own overhead does not count."""
+    """The backbone is large enough that file overhead does not matter."""
     config = tiny.config(vocab_size=2000, emb_dim=64, mlp_dim=512)
     model = tiny.model(Runs(["a"]), PromptTuning(tiny.PROMPT), config)
     state = tiny.state(model, tiny.params(model))
@@ -153,7 +153,7 @@ def test_checkpoints_read_only_restore_writes_nothing(state, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-# --- Damage --------------------------------------------------------------------------------------
+# --- Corruption ----------------------------------------------------------------------------------
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -161,7 +161,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def test_checkpoints_restore_any_file_truncated_returns_intact_state(state, tmp_path, loud):
-    """Either the file is not needed, or the checkpoint before it is taken and both are named."""
+    """Either the file is not needed, or the previous checkpoint is used and both are logged."""
     write(tmp_path / "whole", state, [5, 9])
     names = files_of(tmp_path / "whole" / "checkpoint_9")
     fallen = 0
@@ -181,7 +181,7 @@ def test_checkpoints_restore_any_file_truncated_returns_intact_state(state, tmp_
             message = errors_in(loud)
             assert f"{path}/checkpoint_9 cannot be read" in message, name
             assert f"Resuming from {path}/checkpoint_5" in message, name
-    assert fallen >= 2, f"of {names} some are needed"
+    assert fallen >= 2, f"some of {names} are needed"
 
 
 @pytest.mark.parametrize("gone", ["state", "meta"])
@@ -225,7 +225,7 @@ def test_checkpoints_restore_transient_read_error_keeps_checkpoint(
 
 
 def test_checkpoints_restore_file_cannot_open_not_corruption(state, tmp_path):
-    """TensorStore's own error: too many symbolic links, as another system error would be."""
+    """TensorStore's error for too many symbolic links, which stands for any system error."""
     write(tmp_path, state, [5, 9])
     manifest = tmp_path / "checkpoint_9" / "state" / "manifest.ocdbt"
     content = manifest.read_bytes()
@@ -284,7 +284,7 @@ def test_checkpoints_set_aside_after_renames_and_step_saved_again(state, tmp_pat
 
 
 def test_checkpoints_restore_any_bit_flipped_returns_intact_state(tmp_path):
-    """Of leaves so large that the store keeps them in blocks, of which it checks nothing."""
+    """The leaves are so large that the array store keeps them in blocks without checksums."""
     model = tiny.model(Runs(["a"]), PromptTuning(200), tiny.config(vocab_size=300, emb_dim=128))
     state = tiny.state(model, tiny.params(model))
     write(tmp_path / "whole", state, [5, 9])
@@ -324,7 +324,7 @@ def test_checkpoints_restore_changed_values_logs_leaves(tmp_path, state, loud):
 
 
 class Elsewhere:
-    """Another process of the job: what it meets at each of the moments where all of them agree."""
+    """Another process of the job: its statuses at the points where all processes agree."""
 
     def __init__(self, monkeypatch, *met: int):
         self.asked, self._met = [], iter(met)
@@ -342,9 +342,9 @@ def test_checkpoints_restore_other_process_finds_corruption_skipped(
     state, tmp_path, monkeypatch, loud
 ):
     write(tmp_path, state, [5, 9])
-    other = Elsewhere(monkeypatch, FINE, FINE, DAMAGED)  # its record, its arrays, their sums
+    other = Elsewhere(monkeypatch, FINE, FINE, DAMAGED)  # metadata, arrays, checksums
     found, _ = read(tmp_path, state)
-    assert int(found.step) == 5, "both go on from the same checkpoint"
+    assert int(found.step) == 5, "both resume from the same checkpoint"
     assert other.asked == [FINE] * 6
     assert "another process of this job failed; see its log" in errors_in(loud)
 
@@ -429,7 +429,7 @@ def test_checkpoints_save_fails_error_names_last_complete(state, tmp_path, monke
 
 
 class Batches:
-    """Counts; its position is the count."""
+    """Training data whose position is the number of batches taken."""
 
     def __init__(self):
         self.taken = 0
@@ -457,7 +457,7 @@ def test_data_position_behind_taken_batches_restores_step():
         again = data_position.DataPosition(resumed)
         again.restore(saved, step)
         assert resumed.taken == step
-        # A second failure, before anything was saved, counts from the same place.
+        # A second failure, before anything was saved, counts from the same position.
         assert again.at(step + 1, taken=step + 4) == {**saved, "skip": saved["skip"] + 1}
     assert data_position.DataPosition(None).at(3, 3) is None
     # As earlier versions saved it: a list with the position of each process.
@@ -469,7 +469,7 @@ def test_data_position_behind_taken_batches_restores_step():
 
 
 def test_state_fixture_saved_leaves_all_differ(state):
-    """So that no test above can pass with leaves swapped."""
+    """Otherwise a test above could pass with swapped leaves."""
     arrays = [leaf for leaf in flatten(state.opt_state).values() if leaf.ndim > 1]
     arrays += list(flatten(state.trainable).values())
     values = np.concatenate([np.ravel(leaf) for leaf in arrays])

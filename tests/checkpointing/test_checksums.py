@@ -1,4 +1,4 @@
-"""Checksums find every flipped bit, and are the same however a leaf lies on the devices."""
+"""Checksums detect every flipped bit, and do not depend on how a leaf is sharded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TREE = {
 
 
 def by_hand(leaf: np.ndarray) -> int:
-    """The formula of the docstring, in Python's integers."""
+    """The formula of the docstring, in Python integers."""
     words = np.frombuffer(np.ascontiguousarray(leaf).tobytes(), f"u{leaf.dtype.itemsize}")
     return sum(int(word) * (2 * i + 1) for i, word in enumerate(words)) % 2**32
 

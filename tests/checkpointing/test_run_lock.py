@@ -1,4 +1,4 @@
-"""One run at a time in a MODEL_DIR: refused while another lives, let in when it has ended."""
+"""Run lock: a run is refused while another one is alive, and admitted when that has ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with lock.acquire(sys.argv[1]):
 
 @contextlib.contextmanager
 def holder(model_dir: Path) -> Iterator[subprocess.Popen]:
-    """Another process of this machine, which holds MODEL_DIR; killed at the end."""
+    """A process on this machine that holds the lock of MODEL_DIR; killed at the end."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(model_dir)],
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
@@ -57,12 +57,12 @@ def test_run_lock_held_by_live_process_refused_until_killed(tmp_path):
         before = time.monotonic()
         with pytest.raises(ModelDirInUse) as refusal, acquire(str(tmp_path)):
             pass
-        assert time.monotonic() - before < 5, "on one machine nothing is waited for"
+        assert time.monotonic() - before < 5, "on the same machine there is no waiting"
     message = str(refusal.value)
     since = record_of(tmp_path)["since"]
     assert f"process {child.pid} on host {os.uname().nodename}, since {since}" in message
     assert "choose another MODEL_DIR" in message and str(tmp_path) in message
-    assert record_of(tmp_path)["pid"] == child.pid, "nobody tidied up"
+    assert record_of(tmp_path)["pid"] == child.pid, "a killed run leaves its lock file"
     with acquire(str(tmp_path)):
         assert record_of(tmp_path)["pid"] == os.getpid()
     assert not list(tmp_path.iterdir()), "a run that ends leaves nothing"
@@ -108,8 +108,7 @@ def test_run_lock_count_of_other_host_unchanged_acquired(tmp_path):
 
 
 def test_run_lock_clock_jumps_no_effect(tmp_path, monkeypatch):
-    """An hour back, a day ahead: the file of a run that has ended is still one, and a live run's
-    still alive."""
+    """Whatever the clock shows, a run that has ended is not alive, and a live run is."""
     jumps = iter(range(10**9, 0, -86400))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
     as_of_another_host(tmp_path, since="2099-01-01 00:00:00 +0000")
@@ -133,7 +132,7 @@ def test_run_lock_taken_over_check_raises_and_keeps_new_owner(tmp_path):
 
 
 def test_run_lock_check_with_read_detects_takeover(tmp_path):
-    with acquire(str(tmp_path), period=3600.0) as check:  # no count comes in between
+    with acquire(str(tmp_path), period=3600.0) as check:  # no increment in between
         as_of_another_host(tmp_path)
         check()
         with pytest.raises(ModelDirInUse, match="taken over by"):
@@ -157,7 +156,7 @@ def test_run_lock_error_in_block_released(tmp_path):
 
 
 class OfABucket(Exception):
-    """As TensorFlow's errors are: no OSError."""
+    """Like TensorFlow's errors for buckets, not an OSError."""
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OfABucket("try again")])

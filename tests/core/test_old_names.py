@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is read under today's names: keys, words and folders."""
+"""Old names of version 0.1 mapped to current ones: keys, words and folders."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_runs_row_many_runs_uses_cached_table():
     runs = Runs([f"run_{i}" for i in range(5000)])
     shown, hashed = repr(runs), hash(runs)
     assert [runs.row(name) for name in runs.run_names] == list(range(5000))
-    assert runs._rows is runs._rows, "the table is made once"
+    assert runs._rows is runs._rows, "the table is built once"
     assert (repr(runs), hash(runs)) == (shown, hashed) and runs == Runs(list(runs.task_names))
 
 

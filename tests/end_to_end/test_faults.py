@@ -1,5 +1,5 @@
-"""Whole runs of `train()` under faults: full and read-only disks, clocks that jump, two runs in
-one MODEL_DIR, readers of a live one. docs/reliability.md lists them."""
+"""Whole runs of `train()` under faults: full and read-only disks, clock jumps, two runs in one
+MODEL_DIR, readers of a running job. docs/reliability.md lists them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.fixtures.training_runs import (
 
 @pytest.fixture(scope="module")
 def whole(backbone, tmp_path_factory) -> Path:
-    """A MODEL_DIR of a run that nothing happened to."""
+    """MODEL_DIR of a run without faults."""
     folder = tmp_path_factory.mktemp("whole")
     run(backbone, folder)
     return folder
@@ -51,7 +51,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: int) -> Path:
-    """A file that takes all the room but some bytes."""
+    """A file that fills the disk except for some bytes."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -116,7 +116,7 @@ def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkey
                 record = json.loads((tmp_path / run_lock.FILE).read_text())
                 other = {**record, "token": "another's", "host": "another"}
                 (tmp_path / run_lock.FILE).write_text(json.dumps(other))
-                time.sleep(1)  # of which a short period of counts notices
+                time.sleep(1)  # long enough for several increments of the count
 
     monkeypatch.setattr(run_lock, "acquire", functools.partial(run_lock.acquire, period=0.1))
     with pytest.raises(run_lock.ModelDirInUse, match="taken over by .*another"):
@@ -126,7 +126,7 @@ def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkey
 
 
 def test_evaluate_model_dir_of_running_job_unchanged(backbone, tmp_path):
-    """Neither the files that the run is writing, nor its lock."""
+    """Neither the files that the run is writing nor its lock change."""
     model_dir, model = tmp_path / "run", build()
     run(backbone, model_dir)
     (model_dir / f"checkpoint_{STEPS + 2}.orbax-checkpoint-tmp").mkdir()

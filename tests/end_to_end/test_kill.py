@@ -1,4 +1,4 @@
-"""A run that is killed, again and again, ends with the very prompts of one that was left alone."""
+"""A run that is killed repeatedly ends with the same prompts, bit for bit, as one that is not."""
 
 from __future__ import annotations
 

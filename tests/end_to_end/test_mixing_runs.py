@@ -1,4 +1,4 @@
-"""Runs of ATTEMPT and CrossPT on in-memory tasks: resuming, evaluating, and what is refused."""
+"""Runs of ATTEMPT and CrossPT on in-memory tasks: resuming, evaluating, and errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def tree(backbone):
 
 
 def mixing(method, runs=ONE_APIECE, **settings):
-    """A model of one of the two methods."""
+    """A model with one of the two methods."""
     return build(method, runs, optimizer=tiny.optimizer(0.1), **settings)
 
 
@@ -91,7 +91,7 @@ def train(backbone, folder, model, artifact=None, **settings):
 
 
 def restored(backbone, model, path="", artifact=None) -> dict[str, jax.Array]:
-    """The prompt parameters that evaluation reads, of a MODEL_DIR or of an artifact alone."""
+    """The prompt parameters that evaluation reads, from a MODEL_DIR or only an artifact."""
     origins = initialization.Origins(backbone, artifact=artifact and str(artifact))
     cfg = checkpoint_config.RestoreCheckpointConfig(str(path), "latest" if path else "specific")
     (state,) = restore_states.states(model, origins, PjitPartitioner(), cfg)
@@ -124,7 +124,7 @@ FAST = ("crosspt independent",)
 def test_mixing_run_resumed_same_bits_as_uninterrupted(
     method, from_artifact, groups, backbone, sources, tmp_path
 ):
-    """Also where prompts are drawn, at temperatures that a counter in the checkpoint knows."""
+    """This includes sampled prompts, whose temperature depends on a counter in the checkpoint."""
     artifact = sources["one"] if from_artifact else None
     for folder, stops in (("whole", [STEPS]), ("parts", [3, STEPS])):
         for steps in stops:
@@ -198,7 +198,7 @@ def renamed(path, to) -> str:
     return str(to)
 
 
-# --- What cannot be ------------------------------------------------------------------------------
+# --- Errors --------------------------------------------------------------------------------------
 
 
 def filled(backbone, method, artifact=None, runs=ONE_APIECE):
@@ -304,7 +304,7 @@ OWN = {"run_a": 1, "run_b": 4, "run_c": 2}
 
 
 def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path):
-    """Under the settings of the whole fleet, and under its own alone."""
+    """With the settings of the whole fleet, and with only the run's own."""
     method = crosspt(compose_by="private_cat", private_length=OWN)
     train(backbone, tmp_path, mixing(method, reserved=P + 4), steps=6)
     whole = artifacts.load_artifact(tmp_path / "artifact").plain()

@@ -1,5 +1,5 @@
-"""Jobs of several processes on one machine: the same steps as in one process, on any number of
-them in turn, and what happens to the others when one of them dies."""
+"""Jobs of several processes on one machine: the same steps as in one process, resuming with other
+process counts, and what happens when one process dies."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ EXACT = (*STAGE, f"--gin.TRAIN_STEPS={LAST}", "--gin.SAVE_PERIOD=2", f"--gin.EVA
 LONG = (*STAGE, "--gin.TRAIN_STEPS=100000", "--gin.SAVE_PERIOD=10", "--gin.EVAL_PERIOD=100000")
 SHARED = "--gin.paths.under.shared_filesystem=True"
 HEARTBEAT = 10
-# Rows are added up process by process, which rounds otherwise than in one process: 2.4e-7 at most
-# after twelve steps at this learning rate, of values up to 2.
+# Sums over rows are rounded differently with several processes: by at most 2.4e-7 after twelve
+# steps at this learning rate, for values up to 2.
 TOLERANCE = 1e-6
 
 
@@ -64,7 +64,7 @@ def launch(
 
 
 def start_core(folder: Path, steps: int, count: int) -> list[subprocess.Popen]:
-    """`tests.fixtures.distributed_job` in so many processes."""
+    """Starts `tests.fixtures.distributed_job` in `count` processes."""
     folder.mkdir(exist_ok=True)
     job = ("tests.fixtures.distributed_job", str(folder), str(steps))
     if count == 1:
@@ -74,7 +74,7 @@ def start_core(folder: Path, steps: int, count: int) -> list[subprocess.Popen]:
 
 
 def start(root: Path, count: int, stage: tuple[str, ...], *more: str) -> list[subprocess.Popen]:
-    """A stage's command line in so many processes."""
+    """Starts a stage's command line in `count` processes."""
     job, environment = ("mpt_jax.train", SHARED, *stage, *more), {"MPT_JAX_ROOT": str(root)}
     if count == 1:
         return [launch(job, **environment)]
@@ -101,7 +101,7 @@ def assert_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 
 
 def test_job_two_processes_same_steps_as_one(tmp_path):
-    """Of the core alone, with distillation."""
+    """Tests only the core packages, with distillation."""
     finish([*start_core(tmp_path / "one", 6, 1), *start_core(tmp_path / "two", 6, 2)])
     learned = [dict(np.load(tmp_path / name / "learned_6.npz")) for name in ("one", "two")]
     assert_close(learned[1], learned[0])
@@ -109,7 +109,7 @@ def test_job_two_processes_same_steps_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_job_resumed_with_other_process_counts_same_result(tmp_path):
-    """Of the core alone: one, two, four and one again, from each other's checkpoints."""
+    """Tests only the core packages: one, two, four and one processes, each resuming the last."""
     finish(start_core(tmp_path / "one", 12, 1))
     for steps, count in ((3, 1), (6, 2), (9, 4), (12, 1)):
         finish(start_core(tmp_path / "turns", steps, count))
@@ -132,7 +132,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """What one process leaves."""
+    """ROOT of a run in one process."""
     root = tmp_path_factory.mktemp("alone")
     finish(start(root, 1, EXACT))
     return root
@@ -158,7 +158,7 @@ def test_train_command_several_processes_same_results(tmp_path, alone, turns):
             lines(path / "inference_eval" / f"{task}-{LAST:06}.jsonl") for path in (found, one)
         )
         assert predicted == decoded and len(decoded) == 8
-    # One process writes for all.
+    # Only one process writes.
     assert [line["processes"] for line in lines(found / "run.jsonl")] == [c for _, c in turns]
     written = [
         (line["folder"], line["step"])
@@ -176,7 +176,7 @@ def test_train_command_unshared_local_root_refused_by_all(tmp_path):
 
 
 def test_checkpoints_one_process_cannot_read_none_resumes(tmp_path):
-    """Nor do the others wait for it."""
+    """The other process does not wait for it either."""
     model = tiny.model()
     state = tiny.state(model, tiny.params(model))
     saved = Checkpoints(str(tmp_path), None)
@@ -208,7 +208,7 @@ GLOO = "INTERNAL: Error dispatching computation: Gloo all-reduce failed: [gloo/t
 
 
 def ends_with(error: Exception, monkeypatch) -> int | None:
-    """The code with which a process of two ends at once; None where its caller goes on."""
+    """The exit code of one of two processes, or None if the call returns."""
 
     class Ended(Exception):
         pass
@@ -258,7 +258,7 @@ def test_exit_if_peer_lost_own_error_returns(said, monkeypatch):
 
 
 def test_exit_if_peer_lost_compiler_error_returns(monkeypatch):
-    """The compiler's own words."""
+    """The error comes from the compiler itself."""
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         lowered = jax.jit(jnp.sin).lower(1.0)
         lowered.compile(compiler_options={"xla_no_such_flag": 1})
@@ -298,7 +298,7 @@ def test_job_one_process_lost_others_exit_and_resume(tmp_path, victim, number):
     assert survivor.returncode in (75, -signal.SIGABRT), log[-4000:]
     assert "A computation across the 2 processes" in log or "another task died" in log
     assert f"ends within {HEARTBEAT} s (--heartbeat_timeout)" in log
-    # The same command goes on, alone as well.
+    # The same command resumes, also in a single process.
     saved = saved_steps(epath.Path(model_dir(tmp_path)))[-1]
     (log,) = finish(start(tmp_path, 1, LONG, f"--gin.train.total_steps={saved + 2}"))
     assert f"checkpoint_{saved}." in log

@@ -1,4 +1,4 @@
-"""Files and folders appear complete or not at all: order of writes, failures, buckets."""
+"""Atomic writes of files and folders: order of syncs and renames, failures, buckets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of lines, resumed: also in a bucket, without locks, and after an earlier version."""
+"""Resumable files: locally and in a bucket, without locks, and from earlier versions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_resumable_file_without_lines_other_inputs_accepted(path, tmp_path):
 
 
 def test_resumable_file_record_without_counts_resumes_at_last_line(path, tmp_path):
-    """As `infer` wrote it in earlier versions."""
+    """Earlier versions of `infer` wrote such records."""
     (tmp_path / "out.partial").write_text("a\nb\nhalf")
     (tmp_path / "out.partial_of").write_text(json.dumps(MADE_FROM))
     with pytest.raises(Refused, match="step: saved 3, current 4"):
@@ -87,7 +87,7 @@ def test_resumable_file_killed_in_finish_completed_on_restart(path, tmp_path):
     first.finish()
     (tmp_path / "out").rename(tmp_path / "out.partial")
     again = output(path)
-    assert not again.is_complete(), "it has another name"
+    assert not again.is_complete(), "the lines are still in the partial file"
     assert again.begin() is None and (tmp_path / "out").read_text() == "a\n"
 
 

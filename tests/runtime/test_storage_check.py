@@ -1,4 +1,4 @@
-"""Buckets that are not there, may not be read or do not answer, in TensorFlow's own errors."""
+"""Buckets that do not exist, cannot be read or do not answer, with TensorFlow's errors."""
 
 import json
 import time
@@ -102,7 +102,7 @@ def test_storage_check_repeated_bucket_queried_once(answering):
 def test_artifact_in_bucket_saved_and_loaded(tmp_path, monkeypatch):
     folder = f"{fake_gcs.mount(tmp_path, monkeypatch)}/stage/artifact"
     params = {"table": np.arange(12, dtype=np.float32).reshape(1, 3, 4)}
-    for _ in range(2):  # the second takes the first one's place
+    for _ in range(2):  # the second replaces the first
         artifacts.save_artifact(
             folder, PromptTuning(3), params, Runs(["rte"]),
             embedding_sha256="e", vocabulary_sha256="v", backbone="t5", step=1,
