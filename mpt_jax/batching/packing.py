@@ -12,9 +12,9 @@ import numpy as np
 def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
     """Assigns examples to as few rows as best fit finds.
 
-    Examples are placed longest first, each into the row that it leaves the least room in. Rows are
-    ordered by their first example, and the examples of a row by index, so a window keeps its order
-    as far as packing allows.
+    Examples are placed longest first, each into the fitting row with the least encoder positions
+    left. Rows are ordered by their first example, and the examples of a row by index, so a window
+    keeps its order as far as packing allows.
 
     Args:
         lengths: [N, 2] encoder positions (prompt included) and target positions of each example.

@@ -146,7 +146,7 @@ class Checkpoints:
             raise OSError(f"{path} cannot be read ({error}).") from error
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints after a step, which could not be read.
+        """Renames the checkpoints later than a step, because they could not be read.
 
         Raises:
             OSError: they could not be renamed; raised in all processes.

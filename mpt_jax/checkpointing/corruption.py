@@ -20,7 +20,7 @@ from mpt_jax.checkpointing.checksums import Damaged
 
 Value = TypeVar("Value")
 
-_FINE, _DAMAGED, _UNREAD = range(3)  # the highest of any process counts
+_FINE, _DAMAGED, _UNREAD = range(3)  # the highest status of all processes counts
 # A file of a complete checkpoint is missing, or a folder is in its place (or the other way round).
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # What decoders of JSON, msgpack and trees raise for corrupt bytes.
@@ -32,7 +32,7 @@ _OF_BYTES = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAIL
 
 
 def is_corruption(error: BaseException) -> bool:
-    """Whether only corrupt files, or missing files of a complete checkpoint, explain an error."""
+    """Whether an error can only come from files that are corrupt, or missing in a checkpoint."""
     chain = list(_chain(error))
     if any(map(_is_transport_error, chain)):
         return False

@@ -21,6 +21,6 @@ def encoder_positions(batch: Batch, include_prompt: bool) -> Float[Array, "B T"]
 
 
 def encoder_mask(batch: Batch, include_prompt: bool = True) -> Bool[Array, "B T"]:
-    """Whether a position is text or, if `include_prompt`, a prompt slot."""
+    """Whether each position is text or, if `include_prompt`, a prompt slot."""
     text = batch["encoder_input_tokens"] > 0
     return text | (batch["encoder_prompt_slots"] > 0) if include_prompt else text

@@ -37,7 +37,7 @@ _PEER_FAILURE = re.compile(
 
 
 class StopRequest:
-    """A request to stop this run, with the signal that made it."""
+    """Whether this run was asked to stop, and by which signal."""
 
     def __init__(self):
         self.signal: int | None = None

@@ -5,10 +5,10 @@
     FILE.partial       the lines so far
     FILE.partial_of    their record
 
-A record holds what the lines were made from, the number of lines and bytes, and fields of the
-caller. Lines are on disk before the record counts them. A later start truncates the partial file to
-the recorded size, which removes half-written lines, and resumes from there. Lines that were made
-from other inputs are never mixed.
+A record holds what the lines were made from, the number of lines and bytes, and fields that the
+caller adds. Lines are on disk before the record counts them. A later start truncates the partial
+file to the recorded size, which removes half-written lines, and resumes from there. Lines made from
+different inputs are never mixed.
 
 A local partial file is locked while it is written; the system releases the lock when the process
 ends. A bucket has neither locks nor appends: every part uploads the partial file again, and two
@@ -245,7 +245,7 @@ class ResumableFile:
         return file
 
     def _check_record(self) -> None:
-        """Raises Refused if the partial file has no record, or is shorter than recorded."""
+        """Raises Refused if the partial file has no record, or fewer bytes than recorded."""
         size = _size(self._partial)
         if size and not self._record.exists():
             raise Refused(
