@@ -215,7 +215,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
         (ATTEMPT(P, ["first", "forth"]), "one", "Unknown run 'forth'.* Known: first, second"),
         (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
         (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
-        (crosspt(reparameterize=["sources"]), "one", "leave them out of reparameterize"),
+        (crosspt(reparameterize=["sources"]), "one", "Remove them from reparameterize"),
         (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
     ],
 )  # fmt: skip
@@ -229,11 +229,11 @@ def test_what_cannot_be_started_from_says_why(method, given, message, backbone, 
 def test_an_artifact_of_attempt_is_nobodys_plain_prompt(backbone, attempted):
     artifact = str(attempted / "artifact")
     for method in (PromptTuning(P), CrossPT(P, TASKS), PromptTuning(P, start_from="same")):
-        with pytest.raises(ValueError, match="depend on the text they stand before"):
+        with pytest.raises(ValueError, match="depend on the text that follows them"):
             filled(backbone, method, artifact)
-    with pytest.raises(ValueError, match="depend on the text they stand before"):
+    with pytest.raises(ValueError, match="depend on the text that follows them"):
         artifacts.load_artifact(artifact).folded()
-    with pytest.raises(ValueError, match="ATTEMPT is .*'sub'.*this run's .*'dot'.* must agree"):
+    with pytest.raises(ValueError, match="ATTEMPT settings are .*'sub'.*this run has .*'dot'"):
         filled(backbone, attempt(attention="dot"), artifact)
 
 
@@ -252,7 +252,7 @@ def method_of_start(method):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 4}, "top_k is 4, and the router has 3 candidates: first, second, third"),
+        ({"top_k": 4}, "top_k is 4, but the router has 3 candidates: first, second, third"),
         ({"top_k": 0}, "top_k is 0"),
         ({"compose_by": "private_cat", "private_length": {}}, "private_length must be at least 1"),
         ({"compose_by": "private_cat", "private_length": 0}, "private_length must be at least 1"),
@@ -314,7 +314,7 @@ def test_the_artifact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path
             (plain,) = plain_prompts(same, found, one)
             np.testing.assert_array_equal(plain, whole[row])
     other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
-    with pytest.raises(ValueError, match="'run_a' has 3 positions .* of 'run_a', .* has 1: they"):
+    with pytest.raises(ValueError, match="'run_a' has 3 positions.* artifact's 'run_a', .* has 1"):
         filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
     with pytest.raises(ValueError, match="Unknown run in private_length 'run_c'"):
@@ -324,7 +324,8 @@ def test_the_artifact_of_each_run_goes_on_with_its_own_length(backbone, tmp_path
 def test_weights_that_are_read_otherwise_are_not_gone_on_with(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
     other = crosspt(normalize="softmax", start_from="same")
-    with pytest.raises(ValueError, match="'normalize': 'sum'.*'normalize': 'softmax'.* must agree"):
+    words = "'normalize': 'sum'.*this run has .*'normalize': 'softmax'"
+    with pytest.raises(ValueError, match=words):
         filled(backbone, other, str(tmp_path / "artifact"))
 
 
