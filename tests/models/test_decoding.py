@@ -167,7 +167,7 @@ def test_truncation_keeps_the_nucleus(k, p):
 def test_sampling_refuses_settings_out_of_range():
     model = TinyModel(batch=1)
     arguments = (model.tokens_to_logits, model.cache(), starts(model), jax.random.key(0))
-    with pytest.raises(ValueError, match="use greedy"):
+    with pytest.raises(ValueError, match="Use greedy"):
         decoding.temperature_sample(*arguments, max_length=2, temperature=0.0)
     with pytest.raises(ValueError, match="top_p"):
         decoding.temperature_sample(*arguments, max_length=2, top_p=0.0)
