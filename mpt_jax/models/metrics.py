@@ -169,7 +169,7 @@ def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
 
 
 def _group_labels(runs: Runs) -> tuple[str, ...]:
-    """Returns each group's only run, or `group_<number>`; linear, as groups can be thousands."""
+    """Returns a label of each group, its only run or `group_<number>`, in linear time."""
     first: dict[int, str] = {}
     for name, group in zip(runs.run_names, runs.group_of_row, strict=True):
         first.setdefault(group, name)
