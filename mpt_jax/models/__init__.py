@@ -1,1 +1,1 @@
-"""What a trainer drives: backbone, prompt method and losses together, and decoding."""
+"""The trained model: backbone, prompt method, losses and decoding."""

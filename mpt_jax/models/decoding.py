@@ -1,15 +1,14 @@
-"""Decoding over a cached decoder: greedy, sampling with temperature, beam search.
+"""Decoding with a cached decoder: greedy, sampling with temperature, beam search.
 
-Every function drives `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)` from a
-cache of B rows, which it repeats itself where it keeps n hypotheses of an example, and returns
-`(tokens [B,n,L], scores [B,n])`, best first: tokens up to and including the end of sequence, then
-zeros; scores are sums of natural log probabilities. Shapes are static; the loop stops once every
-row has ended. So n is an argument of these functions alone, and whoever binds it there, in gin
-say, is obeyed.
+Every function calls `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)`. It takes
+a cache of B rows and repeats it if it keeps n hypotheses per example, so only these functions need
+n, and a gin binding on them is enough. It returns `(tokens [B,n,L], scores [B,n])`, best first:
+tokens up to and including the end of sequence, then zeros; scores are sums of natural log
+probabilities. Shapes are static; the loop stops once every row has ended.
 
-Which leaves of a cache belong to a hypothesis is told by their name: `cached_*` leaves do, and
-move when beams are reordered; all others (the position, the encoder's keys and values) are equal
-for the hypotheses of one example and stay.
+Leaves of a cache named `cached_*` are per hypothesis, and are reordered together with the beams.
+All others (the position, the encoder's keys and values) are equal for the hypotheses of an example
+and are not reordered.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ Cache = Any
 TokensToLogits = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
 Decoded = tuple[Int[Array, "B n L"], Float[Array, "B n"]]
 
-# The score of a hypothesis that does not exist; finite, so that sums of it stay comparable.
+# Score of a hypothesis that does not exist; finite, so that sums with it stay comparable.
 NOTHING = -1e7
 
 
 def repeat_for_decodes(tree: Any, num_decodes: int, batch_axis: int = 0) -> Any:
     """Repeats every array of a tree n times along the batch, `[B,...] -> [B*n,...]`.
 
-    Arrays without that axis (a cache's position) stay. Scanned layers put the batch of their
-    cache on axis 1.
+    Arrays without that axis (a cache's position) are unchanged. Caches of scanned layers have the
+    batch on axis 1.
     """
 
     def repeat(x: jax.Array) -> jax.Array:
@@ -52,20 +51,20 @@ def greedy(
     max_length: int,
     eos_id: int = 1,
 ) -> Decoded:
-    """The most probable token at every position, n = 1.
+    """Decodes the most probable token at every position, n = 1.
 
     Args:
         tokens_to_logits: one step of the decoder.
         cache: the decoder's empty cache.
-        start: the token every row begins with (0 for T5), which is not returned.
-        max_length: positions L to decode at most.
+        start: the first input token of every row (0 for T5), which is not returned.
+        max_length: L, the maximum number of positions to decode.
         eos_id: the token that ends a row.
     """
 
     def most_probable(logits: jax.Array, _: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1)
 
-    tokens, scores = _one_by_one(tokens_to_logits, cache, start, most_probable, max_length, eos_id)
+    tokens, scores = _decode_rows(tokens_to_logits, cache, start, most_probable, max_length, eos_id)
     return tokens[:, None], scores[:, None]
 
 
@@ -85,30 +84,34 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
 ) -> Decoded:
     """Samples n sequences per example, sorted by their score.
 
-    A score is the log probability under the model itself, whatever the temperature and the
-    truncation, so samples drawn with different settings can be compared.
+    A score is the log probability under the model, without temperature and truncation, so samples
+    drawn with different settings can be compared.
 
     Args:
         tokens_to_logits: one step of the decoder, over B*n rows.
         cache: the decoder's empty cache, B rows.
-        start: the token every example begins with, which is not returned.
+        start: the first input token of every example, which is not returned.
         rng: random key.
-        max_length: positions L to decode at most.
+        max_length: L, the maximum number of positions to decode.
         eos_id: the token that ends a row.
         num_decodes: samples n per example.
-        temperature: logits are divided by it; above 0 (use `greedy` for 0).
-        top_k: draws among the k most probable tokens; 0 means all.
-        top_p: draws among the most probable tokens that together reach this probability
+        temperature: divides the logits; above 0 (use `greedy` for 0).
+        top_k: draws from the k most probable tokens; 0 means all.
+        top_p: draws from the most probable tokens that together reach this probability
             (Holtzman et al. 2020); 1 means all.
         cache_batch_axis: axis of the batch in the cache's leaves.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of range.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: must be above 0; use greedy for its limit.")
+        raise ValueError(
+            f"temperature must be above 0, got {temperature}. Use greedy in place of temperature 0."
+        )
     if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"top_k={top_k}, top_p={top_p}: need top_k >= 0 and 0 < top_p <= 1.")
+        raise ValueError(
+            f"top_k must be at least 0 and top_p in (0, 1], got top_k={top_k}, top_p={top_p}."
+        )
 
     def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
         logits = keep_most_probable(logits / temperature, top_k, top_p)
@@ -116,7 +119,7 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
 
     cache = repeat_for_decodes(cache, num_decodes, cache_batch_axis)
     rows = jnp.repeat(start, num_decodes)
-    tokens, scores = _one_by_one(tokens_to_logits, cache, rows, draw, max_length, eos_id)
+    tokens, scores = _decode_rows(tokens_to_logits, cache, rows, draw, max_length, eos_id)
     tokens = tokens.reshape(start.shape[0], num_decodes, max_length)
     return _best_first(tokens, scores.reshape(start.shape[0], num_decodes))
 
@@ -124,9 +127,9 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
 def keep_most_probable(
     logits: Float[Array, "B V"], top_k: int = 0, top_p: float = 1.0
 ) -> Float[Array, "B V"]:
-    """Sets the logits outside the k first, or outside the nucleus of mass p, to minus infinity.
+    """Sets logits outside the k largest, or outside the nucleus of mass p, to minus infinity.
 
-    Where both are given the nucleus is taken of what `top_k` has left. Ties at the edge are kept.
+    With both, the nucleus is taken of the logits that `top_k` keeps. Ties at the edge are kept.
     """
     if top_k:
         edge = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -134,14 +137,14 @@ def keep_most_probable(
     if top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered)
-        # A token belongs to the nucleus if those before it have not reached the mass yet.
+        # A token is in the nucleus if the tokens before it have less than the mass.
         inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
         edge = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < edge, -jnp.inf, logits)
     return logits
 
 
-def _one_by_one(
+def _decode_rows(
     tokens_to_logits: TokensToLogits,
     cache: Cache,
     start: jax.Array,
@@ -149,7 +152,7 @@ def _one_by_one(
     max_length: int,
     eos_id: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Decodes rows independently of each other: tokens `[rows,L]` and scores `[rows]`."""
+    """Decodes each row independently and returns tokens `[rows,L]` and scores `[rows]`."""
     rows = start.shape[0]
 
     def running(state: tuple) -> jax.Array:
@@ -160,12 +163,12 @@ def _one_by_one(
         step, last, tokens, scores, ended, cache = state
         logits, cache = tokens_to_logits(last[:, None], cache)
         logits = logits.astype(jnp.float32)
-        chosen = choose(logits, step).astype(tokens.dtype)
-        gained = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=-1)[:, 0]
-        chosen = jnp.where(ended, 0, chosen)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], step, axis=1)
-        scores = scores + jnp.where(ended, 0.0, gained)
-        return step + 1, chosen, tokens, scores, ended | (chosen == eos_id), cache
+        token = choose(logits, step).astype(tokens.dtype)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        token = jnp.where(ended, 0, token)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
+        scores = scores + jnp.where(ended, 0.0, log_prob)
+        return step + 1, token, tokens, scores, ended | (token == eos_id), cache
 
     state = (
         jnp.zeros((), jnp.int32),
@@ -180,7 +183,7 @@ def _one_by_one(
 
 
 class _Beams(NamedTuple):
-    """Beam search between two steps; n open and n ended hypotheses per example, best first."""
+    """State of a beam search: n open and n ended hypotheses per example, best first."""
 
     step: jax.Array
     last: jax.Array  # [B,n] newest token of the open hypotheses
@@ -202,29 +205,29 @@ def beam_search(
     alpha: float = 0.6,
     cache_batch_axis: int = 0,
 ) -> Decoded:
-    """The n best sequences that a beam of width n finds.
+    """Returns the n best sequences found by a beam of width n.
 
-    Hypotheses are ranked by log probability over `((5 + length) / 6)^alpha` (Wu et al. 2016,
-    section 7), and so are the scores returned. Ended ones come first; where fewer than n ended
-    within `max_length`, the best open ones follow.
+    A score is the log probability divided by `((5 + length) / 6)^alpha` (Wu et al. 2016,
+    section 7). Ended hypotheses come first; if fewer than n ended within `max_length`, the best
+    open ones follow.
 
     Args:
         tokens_to_logits: one step of the decoder, over B*n rows.
         cache: the decoder's empty cache, B rows.
-        start: the token every example begins with, which is not returned.
-        max_length: positions L to decode at most.
+        start: the first input token of every example, which is not returned.
+        max_length: L, the maximum number of positions to decode.
         eos_id: the token that ends a row.
         num_decodes: width n of the beam.
-        alpha: strength of the length penalty; 0 ranks by log probability alone.
+        alpha: strength of the length penalty; 0 ranks by log probability only.
         cache_batch_axis: axis of the batch in the cache's leaves.
 
     Raises:
         ValueError: a negative alpha, for which stopping early would be wrong.
     """
     if alpha < 0:
-        raise ValueError(f"alpha={alpha}: must not be negative.")
+        raise ValueError(f"alpha must not be negative, got {alpha}.")
     batch, n = start.shape[0], num_decodes
-    first = jnp.where(jnp.arange(n) == 0, 0.0, NOTHING)  # n equal beginnings would stay equal
+    first = jnp.where(jnp.arange(n) == 0, 0.0, NOTHING)  # n equal hypotheses would stay equal
     beams = _Beams(
         step=jnp.zeros((), jnp.int32),
         last=jnp.broadcast_to(start.astype(jnp.int32)[:, None], (batch, n)),
@@ -236,15 +239,15 @@ def beam_search(
     )
 
     def running(beams: _Beams) -> jax.Array:
-        # Scores are negative, so the longest end of the best open hypothesis bounds all others.
+        # Log probabilities are negative, so no open hypothesis can end with a score above this.
         bound = beams.open_scores[:, 0] / _length_penalty(max_length, alpha)
         settled = jnp.all(beams.ended_scores[:, -1] >= bound)
         return (beams.step < max_length) & ~settled
 
     def advance(beams: _Beams) -> _Beams:
         logits, cache = tokens_to_logits(beams.last.reshape(-1, 1), beams.cache)
-        gained = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, n, -1)
-        return _extend(beams, gained, cache, eos_id, alpha, cache_batch_axis)
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, n, -1)
+        return _extend(beams, log_probs, cache, eos_id, alpha, cache_batch_axis)
 
     beams = jax.lax.while_loop(running, advance, beams)
     has_ended = beams.ended_scores > NOTHING / 2
@@ -257,14 +260,14 @@ def beam_search(
 
 
 def _extend(
-    beams: _Beams, gained: jax.Array, cache: Cache, eos_id: int, alpha: float, batch_axis: int
+    beams: _Beams, log_probs: jax.Array, cache: Cache, eos_id: int, alpha: float, batch_axis: int
 ) -> _Beams:
     """Extends every open hypothesis by every token and keeps the best n open and n ended."""
-    batch, n, vocabulary = gained.shape
-    scores = (beams.open_scores[:, :, None] + gained).reshape(batch, n * vocabulary)
+    batch, n, vocabulary = log_probs.shape
+    scores = (beams.open_scores[:, :, None] + log_probs).reshape(batch, n * vocabulary)
     # At most n of the best 2n can end here, so at least n remain open.
-    scores, chosen = jax.lax.top_k(scores, 2 * n)
-    parent, last = chosen // vocabulary, chosen % vocabulary
+    scores, index = jax.lax.top_k(scores, 2 * n)
+    parent, last = index // vocabulary, index % vocabulary
     tokens = jax.lax.dynamic_update_slice_in_dim(
         _take_beams(beams.open_tokens, parent), last[:, :, None], beams.step, axis=2
     )
@@ -291,19 +294,19 @@ def _length_penalty(length: jax.Array | int, alpha: float) -> jax.Array:
 
 
 def _take_beams(x: jax.Array, beams: jax.Array) -> jax.Array:
-    """`x[b, beams[b, i]]` for `x [B,m,...]` and `beams [B,n]`."""
+    """Returns `x[b, beams[b, i]]` for `x [B,m,...]` and `beams [B,n]`."""
     index = beams.reshape(beams.shape + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
 
 
 def _reorder_cache(cache: Cache, parents: Int[Array, "B n"], batch_axis: int) -> Cache:
-    """Moves the rows of the leaves that belong to a hypothesis to its continuations."""
+    """Copies the per-hypothesis rows of a cache from each parent to its continuations."""
     batch, n = parents.shape
     rows = (jnp.arange(batch)[:, None] * n + parents).reshape(-1)
 
     def reorder(path: tuple, leaf: jax.Array) -> jax.Array:
-        own = path_name(path).rpartition("/")[2].startswith("cached_")
-        return jnp.take(leaf, rows, axis=batch_axis) if own else leaf
+        is_per_hypothesis = path_name(path).rpartition("/")[2].startswith("cached_")
+        return jnp.take(leaf, rows, axis=batch_axis) if is_per_hypothesis else leaf
 
     return jax.tree_util.tree_map_with_path(reorder, cache)
 

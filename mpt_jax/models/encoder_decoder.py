@@ -1,14 +1,14 @@
-"""A backbone, a prompt method and an objective: what a trainer drives.
+"""The model a trainer runs: a backbone, a prompt method and an objective.
 
-This file has parameters, forward pass and loss terms; t5x_interface.py has what T5X calls by name:
-its losses, scoring and decoding. Our own trainer calls `loss_sums` and `loss_normalizers` instead,
-and divides once per step. Parameters are one nested dict,
+This file holds parameters, forward pass and loss terms. t5x_interface.py holds the methods that
+T5X calls by name: losses, scoring and decoding. Our own trainer instead calls `loss_sums` and
+`loss_normalizers`, and divides once per step. Parameters are one nested dict,
 
-    {token_embedder, encoder, decoder}   the backbone, T5X's names
+    {token_embedder, encoder, decoder}   the backbone, with T5X's names
     prompt                               the method's parameters
-    teacher                              frozen prompts [K, P, H] to distil from, if any
+    teacher                              frozen prompts [K, P, H] to distill from, if any
 
-and one ordered table of labels says what learns.
+and one ordered table of labels says which of them are trainable.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 
 FROZEN = "frozen"
 BACKBONE = r"(token_embedder|encoder|decoder)/.*"
-# Label tables for what else may learn, beside or instead of a prompt. First match wins, so these
-# go in front of the rule that freezes the backbone.
+# Label tables that make backbone parameters trainable, with or without a prompt. The first match
+# wins, so these rules precede the one that freezes the backbone.
 PROMPT_ONLY: Rules = ()
 FULL_FINETUNING: Rules = ((BACKBONE, "backbone"),)
 LAYER_NORMS: Rules = ((r"(encoder|decoder)/(.*/)?\w*norm/scale", "backbone"),)
@@ -45,17 +45,17 @@ class PromptedEncoderDecoder(T5XInterface):
     """An encoder-decoder that reads `[prompt ; input]`.
 
     Args:
-        module: the backbone; it takes embeddings and masks and never hears of prompts.
+        module: the backbone; it takes embeddings and masks, and has no notion of prompts.
         prompt: the prompt method.
         runs: the bank's rows.
-        optimizer_def: a `PromptOptimizer`; it learns the label table, the runs and what the rows
-            of parameters count from here.
-        input_vocabulary: of `encoder_input_tokens`; SeqIO's.
-        output_vocabulary: of the targets; SeqIO's. Its `eos_id` ends decoding.
-        objective: the loss; default token cross entropy alone.
-        labels: rules that go in front of the method's own and of "the backbone is frozen".
-        feature_converter_cls: turns SeqIO examples into the batch contract; given by gin.
-        decode_fn: one of `mpt_jax.models.decoding`'s.
+        optimizer_def: a `PromptOptimizer`; the model passes it the label table, the runs and the
+            row axes of the parameters.
+        input_vocabulary: SeqIO vocabulary of `encoder_input_tokens`.
+        output_vocabulary: SeqIO vocabulary of the targets. Its `eos_id` ends decoding.
+        objective: the loss; token cross entropy by default.
+        labels: rules that precede the method's rules and the rule that freezes the backbone.
+        feature_converter_cls: turns SeqIO examples into the batch contract; bound by gin.
+        decode_fn: a decoding function of `mpt_jax.models.decoding`.
     """
 
     def __init__(  # noqa: PLR0913 - gin binds each of them
@@ -79,15 +79,14 @@ class PromptedEncoderDecoder(T5XInterface):
         self.objective = objective or losses.Objective()
         if self.has_teacher and not prompt.prompt_length:
             raise ValueError(
-                f"Objective.distillation is set and the method {prompt.name!r} has no prompt: "
-                "teachers are prompts, so a student must be one too. Leave distillation unset, or "
-                "choose a prompt method."
+                f"Objective.distillation is set, but the method {prompt.name!r} has no prompt to "
+                "train with it. Leave distillation unset, or choose a prompt method."
             )
         if self.has_teacher and prompt.has_variable_lengths(runs):
             raise ValueError(
-                f"Objective.distillation is set, and prompts have {prompt.prompt_lengths(runs)} "
-                f"positions: a student has as many as its teacher, here {prompt.prompt_length}. "
-                "Give all runs one private_length, or leave distillation unset."
+                f"Objective.distillation is set, but prompts have {prompt.prompt_lengths(runs)} "
+                f"positions and teachers have {prompt.prompt_length}. Give all runs the same "
+                "private_length, or leave distillation unset."
             )
         self.labels = (
             *labels,
@@ -110,11 +109,11 @@ class PromptedEncoderDecoder(T5XInterface):
         return self.objective.distillation is not None
 
     def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
-        """The method's initial parameters, given the backbone's own embeddings."""
+        """Returns the method's initial parameters, given the backbone's embeddings."""
         return self.prompt.init(key, self.runs, InitContext(embedding, self.input_vocabulary))
 
     def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Random backbone parameters and their logical axes, T5X's tree."""
+        """Returns random backbone parameters and their logical axes, as T5X's trees."""
         tokens = jnp.ones((1, 2), jnp.int32)
         variables = flax.core.unfreeze(
             self.module.init(key, tokens, jnp.ones((1, 2), bool), tokens)
@@ -127,14 +126,15 @@ class PromptedEncoderDecoder(T5XInterface):
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         input_types: Mapping[str, Any] | None = None,
     ) -> Params:
-        """The whole parameter tree and its logical axes, at random: for shapes, and for scratch.
+        """Returns the whole parameter tree, randomly initialized, and its logical axes.
 
-        Parameters do not depend on the batch, so the two input arguments, T5X's, are not read.
+        They give shapes, and values for training from scratch. Parameters do not depend on the
+        batch, so the two input arguments, which T5X passes, are ignored.
         """
         backbone_key, prompt_key = jax.random.split(rng)
         params, axes = self.init_backbone(backbone_key)
         embedding = params["token_embedder"]["embedding"]
-        # A method without parameters has no branch at all.
+        # A method without parameters has no `prompt` branch.
         if prompt := self.init_prompt(prompt_key, embedding):
             params["prompt"] = prompt
             axes["prompt"] = {f"{name}_axes": _axes(self.prompt.axes[name]) for name in prompt}
@@ -145,11 +145,11 @@ class PromptedEncoderDecoder(T5XInterface):
         return flax.core.freeze({"params": params, "params_axes": axes})
 
     def label_tree(self, params: Params) -> Any:
-        """The label of every parameter."""
+        """Returns the label of every parameter."""
         return label_tree(params, self.labels)
 
     def stop_frozen_gradients(self, params: Params) -> Params:
-        """The same values; no gradient reaches a frozen one."""
+        """Returns the same values with gradients stopped at frozen parameters."""
         stop = lambda x, label: jax.lax.stop_gradient(x) if label == FROZEN else x  # noqa: E731
         return jax.tree.map(stop, params, self.label_tree(params))
 
@@ -165,14 +165,14 @@ class PromptedEncoderDecoder(T5XInterface):
         teacher: bool = False,
         hidden: bool = False,
     ) -> losses.ModelOutputs:
-        """Teacher-forced logits and, on request, the hidden states the objective compares.
+        """Returns teacher-forced logits and, on request, the hidden states to compare.
 
         Args:
             params: the whole parameter tree.
             batch: the batch contract's features.
             dropout_rng: None switches dropout off.
-            prompt_rng: of prompts that are composed at random; default `dropout_rng`.
-            teacher: reads the teachers' prompts in place of the student's.
+            prompt_rng: random key of prompts that are composed at random; default `dropout_rng`.
+            teacher: whether to use the teachers' prompts in place of the student's.
             hidden: whether to return hidden states.
         """
         backbone = self._backbone(params)
@@ -207,8 +207,8 @@ class PromptedEncoderDecoder(T5XInterface):
         logits, decoder_hidden = decoded if hidden else (decoded, ())
         return losses.ModelOutputs(
             logits,
-            self._choose(encoder_hidden),
-            self._choose(decoder_hidden),
+            self._select_layers(encoder_hidden),
+            self._select_layers(decoder_hidden),
             prompted.prompts,
             prompted.mixed,
         )
@@ -216,7 +216,7 @@ class PromptedEncoderDecoder(T5XInterface):
     def _embed(
         self, params: Params, batch: Batch, key: Key | None = None, teacher: bool = False
     ) -> prompt_insertion.PromptedEmbeddings:
-        """Token embeddings with every example's prompt in its reserved positions."""
+        """Returns token embeddings with every example's prompt in its reserved positions."""
         backbone = {"params": self._backbone(params)}
         embedded: Any = self.module.apply(backbone, batch["encoder_input_tokens"], method="embed")
         prompt = params.get("teacher" if teacher else "prompt", {})
@@ -226,23 +226,24 @@ class PromptedEncoderDecoder(T5XInterface):
     def _backbone(self, params: Params) -> Params:
         return {name: params[name] for name in params if name not in ("prompt", "teacher")}
 
-    def _choose(self, hidden: tuple[Array, ...]) -> tuple[Array, ...]:
-        distil = self.objective.distillation
-        if not hidden or distil is None or distil.hidden_layers == "all":
+    def _select_layers(self, hidden: tuple[Array, ...]) -> tuple[Array, ...]:
+        distillation = self.objective.distillation
+        if not hidden or distillation is None or distillation.hidden_layers == "all":
             return hidden
-        chosen = (-1,) if distil.hidden_layers == "last" else tuple(distil.hidden_layers)
+        is_last = distillation.hidden_layers == "last"
+        layers = (-1,) if is_last else tuple(distillation.hidden_layers)
         try:
-            return tuple(hidden[int(layer)] for layer in chosen)
+            return tuple(hidden[int(layer)] for layer in layers)
         except IndexError:
             raise ValueError(
-                f"hidden_layers {chosen} reach outside the {len(hidden)} states of a stack "
-                "(embeddings, each layer, output)."
+                f"hidden_layers {layers} reach outside the {len(hidden)} states of a stack "
+                f"(embeddings, each layer, output). Use indices from 0 to {len(hidden) - 1}."
             ) from None
 
     # --- Loss ------------------------------------------------------------------------------------
 
     def groups(self, batch: Batch) -> losses.GroupIds:
-        """The group of every position of a batch."""
+        """Returns the group of every position of a batch."""
         table = jnp.asarray(self.runs.group_of_row, jnp.int32)
         return losses.GroupIds(
             self.runs.num_groups,
@@ -257,38 +258,38 @@ class PromptedEncoderDecoder(T5XInterface):
         dropout_rng: Key | None = None,
         prompt_rng: Key | None = None,
     ) -> tuple[losses.Sums, metrics.StepMetrics]:
-        """The sum [G] of every loss term, and the metrics of each run.
+        """Returns the sum [G] of every loss term, and the metrics of each run.
 
-        Teachers run unless the batch holds what they say (`losses.teacher_features`).
+        Runs the teachers unless the batch holds their outputs (`losses.teacher_features`).
         """
-        distil = self.objective.distillation
-        hidden = distil is not None and distil.hidden
+        distillation = self.objective.distillation
+        hidden = distillation is not None and distillation.hidden
         student = self.forward(params, batch, dropout_rng, prompt_rng=prompt_rng, hidden=hidden)
         teacher = losses.teacher_outputs_from_batch(batch)
-        if distil is not None and teacher is None:
+        if distillation is not None and teacher is None:
             frozen = jax.tree.map(jax.lax.stop_gradient, params)
             teacher = self.forward(frozen, batch, None, teacher=True, hidden=hidden)
         sums = losses.term_sums(self.objective, batch, self.groups(batch), student, teacher)
-        found = metrics.task_metrics(
+        step_metrics = metrics.task_metrics(
             batch, student.logits, batch["decoder_task_ids"], self.runs.num_rows
         )
         if student.mixed is not None:
             names, rows = self.prompt.candidates, self.runs.num_rows
-            found |= metrics.mixture_metrics(student.mixed, names, rows)
-        return sums, {**found, **metrics.batch_metrics(batch)}
+            step_metrics |= metrics.mixture_metrics(student.mixed, names, rows)
+        return sums, {**step_metrics, **metrics.batch_metrics(batch)}
 
     def loss_normalizers(self, batch: Batch) -> losses.Sums:
-        """The weight [G] of every loss term: a function of the batch alone."""
+        """Returns the normalizer [G] of every loss term, which depends only on the batch."""
         width, states = self.module.config.emb_dim, self.states_compared
         return losses.normalizers(self.objective, batch, self.groups(batch), width, states)
 
     @property
     def states_compared(self) -> tuple[int, int]:
-        """How many encoder and decoder states the hidden term compares."""
-        config, distil = self.module.config, self.objective.distillation
-        if distil is None or distil.hidden_layers == "all":
+        """Number of encoder and decoder states that the hidden term compares."""
+        config, distillation = self.module.config, self.objective.distillation
+        if distillation is None or distillation.hidden_layers == "all":
             return config.num_encoder_layers + 1, config.num_decoder_layers + 1
-        count = 1 if distil.hidden_layers == "last" else len(distil.hidden_layers)
+        count = 1 if distillation.hidden_layers == "last" else len(distillation.hidden_layers)
         return count, count
 
 
@@ -297,5 +298,5 @@ def _axes(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:
 
 
 def _fold(rngs: Mapping[str, Key], index: int) -> dict[str, Key]:
-    """Separate dropout keys for the encoder and the decoder."""
+    """Returns dropout keys that differ by `index`, for the encoder and the decoder."""
     return {name: jax.random.fold_in(key, index) for name, key in rngs.items()}

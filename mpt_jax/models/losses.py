@@ -1,12 +1,12 @@
-"""Loss terms. Each is a (sum [G], weight [G]) pair, one entry for each group (independent run).
+"""Loss terms. Each is a (sum [G], normalizer [G]) pair with one entry per group.
 
-Sums and weights are accumulated apart over microbatches and hosts and divided once, so a mean is
-never taken of means. Weights depend on the batch alone, never on parameters: `weights` computes
-them without a forward pass. The total is
+Sums and normalizers are accumulated separately over microbatches and hosts and divided once, so
+means are never averaged. Normalizers depend only on the batch, never on parameters: `normalizers`
+computes them without a forward pass. The total is
 
     sum over groups g of  CE_g + z_g + lambda (KL_g + hidden_g)        MPT paper, equation (5)
 
-Groups share no parameters, so adding them changes no gradient of any of them.
+Groups share no parameters, so summing over groups changes no group's gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Sums = dict[str, Float[Array, " G"]]
 
 @dataclasses.dataclass(frozen=True)
 class GroupIds:
-    """Which group each position of a batch belongs to.
+    """The group of each position of a batch.
 
     Attributes:
         num_groups: G.
@@ -42,12 +42,12 @@ class GroupIds:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MixtureWeights:
-    """What the prompts of a batch were mixed from.
+    """Weights of the candidates that the prompts of a batch are mixed from.
 
     Attributes:
-        weights: [B, E, J] of each candidate, E examples to a row.
-        task_ids: [B, E] the bank row of each example.
-        present: [B, E] whether there is one.
+        weights: [B, E, J] weight of each candidate, with E examples per row.
+        task_ids: [B, E] bank row of each example.
+        present: [B, E] whether the example exists.
     """
 
     weights: Float[Array, "B E J"]
@@ -58,15 +58,15 @@ class MixtureWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelOutputs:
-    """What a forward pass gives the losses.
+    """Outputs of a forward pass that the losses read.
 
     Attributes:
-        logits: [B, L, V] float32; empty where they are of teachers and no term reads them.
-        encoder_hidden: the chosen encoder states, each [B, T, H]; empty when not distilled.
-        decoder_hidden: the chosen decoder states, each [B, L, H].
-        prompts: the composed prompts [B, P, H]; of a packed batch the prompt's row at each
-            position [B, T, H], anything where there is none.
-        mixed: of a method that mixes candidates, what it mixed each prompt from.
+        logits: [B, L, V] float32; empty for teachers if no term reads their logits.
+        encoder_hidden: selected encoder states, each [B, T, H]; empty unless they are distilled.
+        decoder_hidden: selected decoder states, each [B, L, H].
+        prompts: the composed prompts [B, P, H]; in a packed batch the prompt row at each position
+            [B, T, H], arbitrary at other positions.
+        mixed: mixture weights, for a method that mixes candidates.
     """
 
     logits: Float[Array, "B L V"]
@@ -77,25 +77,25 @@ class ModelOutputs:
 
 
 def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[str, Array]:
-    """What the logits and the hidden terms read of teachers, as features of a batch.
+    """Returns the teacher outputs that the logits and hidden terms read, as batch features.
 
     Returns:
-        `teacher_logits` [B, L, V], less the largest of each position: no softmax sees that, and
-        what is likely, and matters, then loses little in a shorter dtype. `teacher_encoded`
-        [B, T, states, H] and `teacher_decoded` [B, L, states, H], the chosen states of each stack.
-        None of a term that is off.
+        `teacher_logits` [B, L, V], minus the maximum at each position: the softmax is the same, and
+        likely tokens lose little precision in a shorter dtype. `teacher_encoded` [B, T, states, H]
+        and `teacher_decoded` [B, L, states, H], the selected states of each stack. A term that is
+        off has no features.
     """
-    found: dict[str, Array] = {}
+    features: dict[str, Array] = {}
     if distillation.logits:
-        found["teacher_logits"] = teacher.logits - teacher.logits.max(-1, keepdims=True)
+        features["teacher_logits"] = teacher.logits - teacher.logits.max(-1, keepdims=True)
     if distillation.hidden:
-        found["teacher_encoded"] = jnp.stack(teacher.encoder_hidden, axis=2)
-        found["teacher_decoded"] = jnp.stack(teacher.decoder_hidden, axis=2)
-    return found
+        features["teacher_encoded"] = jnp.stack(teacher.encoder_hidden, axis=2)
+        features["teacher_decoded"] = jnp.stack(teacher.decoder_hidden, axis=2)
+    return features
 
 
 def teacher_outputs_from_batch(batch: Batch) -> ModelOutputs | None:
-    """The teachers' outputs that a batch holds as `teacher_features`; None where it holds none."""
+    """Returns the teacher outputs that a batch holds as `teacher_features`, or None without any."""
     if not TEACHER_FEATURES.keys() & batch.keys():
         return None
     states = lambda x: () if x is None else tuple(x[:, :, i] for i in range(x.shape[2]))  # noqa: E731
@@ -116,10 +116,10 @@ def group_sum(values: Array, groups: Int[Array, "..."], num_groups: int) -> Floa
 def token_losses(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], label_smoothing: float = 0.0
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Cross entropy and squared log-partition of each target token, float32.
+    """Returns the cross entropy and squared log-partition of each target token, float32.
 
-    With label smoothing the target keeps 1 - s and the other V - 1 ids share s; the entropy of
-    that distribution is subtracted, so a perfect prediction costs zero, as in T5X.
+    With label smoothing s, the target keeps a mass of 1 - s and the other V - 1 ids share s. The
+    entropy of this distribution is subtracted, so a perfect prediction costs zero, as in T5X.
     """
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -137,7 +137,7 @@ def token_losses(
 def kl_divergence(
     teacher_logits: Float[Array, "B L V"], student_logits: Float[Array, "B L V"], temperature: float
 ) -> Float[Array, "B L"]:
-    """KL(teacher || student) of each position over the whole vocabulary, in nats, float32."""
+    """Returns KL(teacher || student) at each position over the vocabulary, in nats, float32."""
     teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
@@ -150,63 +150,67 @@ def term_sums(
     student: ModelOutputs,
     teacher: ModelOutputs | None,
 ) -> Sums:
-    """The sum [G] of every term of the objective over a batch."""
+    """Returns the sum [G] of every term of the objective over a batch."""
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
     losses, z_losses = token_losses(
         student.logits, batch["decoder_target_tokens"], objective.label_smoothing
     )
     by_token = lambda x: group_sum(x * weights, groups.decoder, groups.num_groups)  # noqa: E731
-    found = {"cross_entropy": by_token(losses)}
+    sums = {"cross_entropy": by_token(losses)}
     if objective.z_loss:
-        found["z_loss"] = by_token(z_losses)
-    distil = objective.distillation
-    if distil is None:
-        return found
+        sums["z_loss"] = by_token(z_losses)
+    distillation = objective.distillation
+    if distillation is None:
+        return sums
     if teacher is None:
-        raise ValueError("An objective with distillation needs the teachers' outputs.")
-    teacher = _constant(teacher)
-    if distil.logits:
-        found["kl"] = by_token(kl_divergence(teacher.logits, student.logits, distil.temperature))
-    if distil.hidden:
+        raise ValueError(
+            "The objective has distillation, but no teacher outputs were passed. Pass `teacher`, "
+            "or leave Objective.distillation unset."
+        )
+    teacher = _stop_gradients(teacher)
+    if distillation.logits:
+        divergence = kl_divergence(teacher.logits, student.logits, distillation.temperature)
+        sums["kl"] = by_token(divergence)
+    if distillation.hidden:
         encoder = _squared_distance(teacher.encoder_hidden, student.encoder_hidden)
-        positions = encoder_positions(batch, distil.include_prompt_positions)
-        found["hidden_encoder"] = group_sum(encoder * positions, groups.encoder, groups.num_groups)
-        found["hidden_decoder"] = by_token(
+        positions = encoder_positions(batch, distillation.include_prompt_positions)
+        sums["hidden_encoder"] = group_sum(encoder * positions, groups.encoder, groups.num_groups)
+        sums["hidden_decoder"] = by_token(
             _squared_distance(teacher.decoder_hidden, student.decoder_hidden)
         )
-    if distil.prompt_distance:
+    if distillation.prompt_distance:
         assert student.prompts is not None and teacher.prompts is not None
         distance = jnp.square(teacher.prompts - student.prompts).sum(-1)
-        reach = distance.shape[1]  # the prompts of an unpacked batch are its first positions
-        slots = (batch["encoder_prompt_slots"][:, :reach] > 0).astype(jnp.float32)
-        where = groups.encoder[:, :reach]
-        found["prompt_distance"] = group_sum(distance * slots, where, groups.num_groups)
-    return found
+        length = distance.shape[1]  # in an unpacked batch, prompts are the first positions
+        slots = (batch["encoder_prompt_slots"][:, :length] > 0).astype(jnp.float32)
+        slot_groups = groups.encoder[:, :length]
+        sums["prompt_distance"] = group_sum(distance * slots, slot_groups, groups.num_groups)
+    return sums
 
 
 def normalizers(
     objective: Objective, batch: Batch, groups: GroupIds, width: int, num_layers: tuple[int, int]
 ) -> Sums:
-    """The weight [G] of every term, a function of the batch alone.
+    """Returns the normalizer [G] of every term, which depends only on the batch.
 
     Args:
-        objective: which terms there are.
+        objective: defines the terms.
         batch: the batch contract's features.
         groups: the group of every position.
         width: H.
-        num_layers: how many encoder and decoder states the hidden term compares.
+        num_layers: number of encoder and decoder states that the hidden term compares.
     """
     tokens = batch["decoder_loss_weights"].astype(jnp.float32)
     slots = batch["encoder_prompt_slots"]
     num_tokens = group_sum(tokens, groups.decoder, groups.num_groups)
     examples = group_sum((slots == 1).astype(jnp.float32), groups.encoder, groups.num_groups)
-    found: Sums = {}
+    denominators: Sums = {}
     for term in objective.coefficients():
         if term == "hidden_encoder" or term == "hidden_decoder":
             assert objective.distillation is not None
             encoder = term == "hidden_encoder"
             if objective.distillation.reduce == "sum":
-                found[term] = examples * num_layers[0 if encoder else 1]
+                denominators[term] = examples * num_layers[0 if encoder else 1]
                 continue
             count = num_tokens
             if encoder:
@@ -214,41 +218,42 @@ def normalizers(
                     batch, objective.distillation.include_prompt_positions
                 )
                 count = group_sum(positions, groups.encoder, groups.num_groups)
-            found[term] = count * width * num_layers[0 if encoder else 1]
+            denominators[term] = count * width * num_layers[0 if encoder else 1]
         elif term == "prompt_distance":
             assert objective.distillation is not None
             if objective.distillation.reduce == "sum":
-                found[term] = examples
+                denominators[term] = examples
                 continue
             positions = (slots > 0).astype(jnp.float32)
-            found[term] = group_sum(positions, groups.encoder, groups.num_groups) * width
+            slots_of_group = group_sum(positions, groups.encoder, groups.num_groups)
+            denominators[term] = slots_of_group * width
         else:
-            found[term] = num_tokens
-    return found
+            denominators[term] = num_tokens
+    return denominators
 
 
 def total_loss(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sums]:
-    """Divides once, weighs, adds.
+    """Returns the total loss: the sum of each term's mean times its coefficient.
 
     Returns:
-        The total over terms and groups, and each term's mean [G], unweighted. A group that a
-        batch does not contain contributes zero.
+        The total over terms and groups, and each term's mean [G] without its coefficient. A group
+        without examples in the batch contributes zero.
     """
     means = {
         name: jnp.where(weights[name] > 0, sums[name] / jnp.maximum(weights[name], 1e-30), 0.0)
         for name in sums
     }
-    factors: Mapping[str, float] = objective.coefficients()
-    total = sum((factors[name] * means[name].sum() for name in means), jnp.float32(0))
+    coefficients: Mapping[str, float] = objective.coefficients()
+    total = sum((coefficients[name] * means[name].sum() for name in means), jnp.float32(0))
     return total, means
 
 
-def _constant(outputs: ModelOutputs) -> ModelOutputs:
+def _stop_gradients(outputs: ModelOutputs) -> ModelOutputs:
     return jax.tree.map(jax.lax.stop_gradient, outputs)
 
 
 def _squared_distance(first: tuple[Array, ...], second: tuple[Array, ...]) -> Array:
-    """Squared distance over features, added over layers: [B, T]."""
+    """Returns the squared distance over features, added over layers: [B, T]."""
     return sum(
         jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).sum(-1)
         for a, b in zip(first, second, strict=True)

@@ -1,7 +1,7 @@
-"""Mergeable step metrics: named (sum, weight) pairs, one entry per bank row or per group.
+"""Mergeable step metrics: named (sum, weight) pairs with one entry per bank row or per group.
 
-A step returns arrays; they are added over microbatches and steps and divided when they are
-written. Under T5X the same pairs leave as clu metrics.
+A step returns arrays. They are added over microbatches and steps, and divided when they are
+written. Under T5X the same pairs are returned as clu metrics.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mpt_jax.models import losses
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A mean to be: `sum / weight`, elementwise over rows [K] or groups [G].
+    """A mean before division: `sum / weight`, elementwise over rows [K] or groups [G].
 
-    Its fields are arrays, JAX's or NumPy's, or what stands for arrays while JAX traces.
+    Its fields are JAX or NumPy arrays, or tracers.
     """
 
     sum: Any
@@ -39,18 +39,18 @@ class Metric:
 
 StepMetrics = dict[str, Metric]
 
-# Metrics of these names have one entry per group; all others have one per bank row.
+# Name prefixes of metrics with one entry per group; most others have one per bank row.
 BY_GROUP = ("term/", "gradient_norm")
-# How full the batch is, which is a matter of no run: one entry.
+# Name prefix of metrics of a whole batch, which have one entry.
 OF_BATCH = "batch/"
-# Weights of the candidates that prompts are mixed from.
+# Name prefix of the weights of the candidates that prompts are mixed from.
 MIXTURE = "attention"
 
 
 def task_metrics(
     batch: Batch, logits: Array, task_ids: Int[Array, "B L"], num_rows: int
 ) -> StepMetrics:
-    """Cross entropy (nats per token) and token accuracy of each bank row, without gradient."""
+    """Returns each bank row's cross entropy (nats per token) and accuracy, without gradient."""
     logits = jax.lax.stop_gradient(logits)
     targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
     weights = weights.astype(jnp.float32)
@@ -67,52 +67,53 @@ def task_metrics(
 def mixture_metrics(
     mixed: losses.MixtureWeights, names: Sequence[str], num_rows: int
 ) -> StepMetrics:
-    """The mean weight of each candidate in the prompts of each bank row, `attention/<candidate>`,
-    and the entropy of the weights in nats, `attention_entropy`.
+    """Returns the mean weight of each candidate in the prompts of each bank row.
+
+    The names are `attention/<candidate>`, and `attention_entropy` for the weights' entropy in nats.
 
     Args:
-        mixed: of a batch.
-        names: of the J candidates.
+        mixed: mixture weights of a batch.
+        names: names of the J candidates.
         num_rows: K.
     """
     present = mixed.present.astype(jnp.float32)
     by_row = lambda x: losses.group_sum(x * present, mixed.task_ids, num_rows)  # noqa: E731
     examples = by_row(jnp.ones_like(present))
-    found = {
+    means = {
         f"{MIXTURE}/{name}": Metric(by_row(mixed.weights[..., number]), examples)
         for number, name in enumerate(names)
     }
     shares = mixed.weights / jnp.maximum(mixed.weights.sum(-1, keepdims=True), 1e-30)
     entropy = -(shares * jnp.log(jnp.maximum(shares, 1e-30))).sum(-1)
-    return {**found, f"{MIXTURE}_entropy": Metric(by_row(entropy), examples)}
+    return {**means, f"{MIXTURE}_entropy": Metric(by_row(entropy), examples)}
 
 
 def batch_metrics(batch: Batch) -> StepMetrics:
-    """The share of encoder and target positions that are padding, and examples per row."""
+    """Returns the padding shares of encoder and target positions, and the examples per row."""
     encoder = encoder_positions(batch, include_prompt=True)
     decoder = (batch["decoder_loss_weights"] > 0).astype(jnp.float32)
-    # An example begins where its targets do: `decoder_input_tokens` holds 0 there.
+    # `decoder_input_tokens` is 0 at the first target of an example.
     begins = decoder * (batch["decoder_input_tokens"] == 0)
-    one = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
+    entry = lambda x: jnp.asarray(x, jnp.float32)[None]  # noqa: E731
     return {
-        f"{OF_BATCH}encoder_padding": Metric(one((1 - encoder).sum()), one(encoder.size)),
-        f"{OF_BATCH}decoder_padding": Metric(one((1 - decoder).sum()), one(decoder.size)),
-        f"{OF_BATCH}examples_per_row": Metric(one(begins.sum()), one(len(encoder))),
+        f"{OF_BATCH}encoder_padding": Metric(entry((1 - encoder).sum()), entry(encoder.size)),
+        f"{OF_BATCH}decoder_padding": Metric(entry((1 - decoder).sum()), entry(decoder.size)),
+        f"{OF_BATCH}examples_per_row": Metric(entry(begins.sum()), entry(len(encoder))),
     }
 
 
 def term_metrics(sums: losses.Sums, weights: losses.Sums) -> StepMetrics:
-    """Each loss term by group, under `term/`."""
+    """Returns each loss term by group, under `term/`."""
     return {f"term/{name}": Metric(sums[name], weights[name]) for name in sums}
 
 
 def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
-    """Adds two steps' metrics."""
+    """Adds the metrics of two steps."""
     return {name: first[name] + second[name] for name in first}
 
 
 def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> StepMetrics:
-    """Metrics without those of groups that are not kept: they have no weight."""
+    """Sets the sums and weights of groups that are not kept to zero."""
     rows = kept[np.asarray(runs.group_of_row)]
 
     def keep(name: str, metric: Metric) -> Metric:
@@ -125,34 +126,34 @@ def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> St
 
 
 def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
-    """What is written: the mean over everything, and one entry for each run (or group).
+    """Returns the values to write: the overall mean, and one entry per run or group.
 
-    `loss` and `token_accuracy` get an entry per run, `loss/<run>`; loss terms and gradient norms
-    get one per group where there are several; what tells how full batches are has none. Entries
+    `loss` and `token_accuracy` have an entry per run, `loss/<run>`. Loss terms and gradient norms
+    have one per group if there are several. Metrics of a whole batch have only the mean. Entries
     without weight are left out.
     """
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for name, metric in metrics.items():
         total, weight = np.asarray(metric.sum), np.asarray(metric.weight)
         if weight.sum() <= 0:
             continue
-        found[name] = float(total.sum() / weight.sum())
+        means[name] = float(total.sum() / weight.sum())
         labels = _labels(name, len(total), runs)
         for label, value, count in zip(labels, total, weight, strict=bool(labels)):
             if count > 0:
-                found[f"{name}/{label}"] = float(value / count)
-    return found
+                means[f"{name}/{label}"] = float(value / count)
+    return means
 
 
 def to_clu(metrics: StepMetrics, runs: Runs) -> dict[str, clu_metrics.Metric]:
-    """The same entries as clu metrics, which merge across steps and hosts."""
-    found: dict[str, clu_metrics.Metric] = {}
+    """Returns the same entries as clu metrics, which merge across steps and hosts."""
+    averages: dict[str, clu_metrics.Metric] = {}
     for name, metric in metrics.items():
-        found[name] = _average(metric.sum.sum(), metric.weight.sum())
+        averages[name] = _average(metric.sum.sum(), metric.weight.sum())
         labels = _labels(name, metric.sum.shape[0], runs)
         for index, label in enumerate(labels):
-            found[f"{name}/{label}"] = _average(metric.sum[index], metric.weight[index])
-    return found
+            averages[f"{name}/{label}"] = _average(metric.sum[index], metric.weight[index])
+    return averages
 
 
 def _average(total: Array, count: Array) -> clu_metrics.Metric:
@@ -168,7 +169,7 @@ def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
 
 
 def _group_labels(runs: Runs) -> tuple[str, ...]:
-    """A group's only run, or `group_<number>`, of each group. Banks have thousands of them."""
+    """Returns a label of each group, its only run or `group_<number>`, in linear time."""
     first: dict[int, str] = {}
     for name, group in zip(runs.run_names, runs.group_of_row, strict=True):
         first.setdefault(group, name)

@@ -8,26 +8,27 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """How the student follows its teachers (MPT paper, section 3.2). Unstated there: temperature,
-    layers, reduction, all fields here.
+    """Distillation of the student from its teachers (MPT paper, section 3.2).
+
+    The paper does not state temperature, layers and reduction, so they are fields.
 
     Attributes:
         weight: lambda.
-        logits: the KL(teacher || student) of output distributions.
-        hidden: the squared distance of hidden states, encoder and decoder.
-        prompt_distance: the paper's ablation, the squared distance of the prompts themselves;
-            meant to stand alone, with `logits` and `hidden` off.
+        logits: whether to use KL(teacher || student) of the output distributions.
+        hidden: whether to use the squared distance of encoder and decoder hidden states.
+        prompt_distance: whether to use the squared distance of the prompts, as in the paper's
+            ablation; intended for use with `logits` and `hidden` off.
         temperature: divides both logits; for `logits`.
         t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); for `logits`, and
             not in the paper.
         hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
             into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
         include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
-        reduce: of `hidden` and `prompt_distance`: `'mean'` over positions and features, or `'sum'`
-            over them (a mean over examples). The KL is a mean over target tokens in both.
+        reduce: for `hidden` and `prompt_distance`: `'mean'` over positions and features, or
+            `'sum'` over them (a mean over examples). The KL is always a mean over target tokens.
 
     Raises:
-        ValueError: a value out of its range, or a setting of a term that is off.
+        ValueError: a value out of range, or a setting of a term that is off.
     """
 
     weight: float = 0.9
@@ -52,7 +53,7 @@ class Distillation:
             )
         if not (self.logits or self.hidden or self.prompt_distance):
             raise ValueError(
-                "Distillation with logits, hidden and prompt_distance all off does nothing; leave "
+                "Distillation with logits, hidden and prompt_distance all off does nothing. Leave "
                 "Objective.distillation unset instead."
             )
         self._refuse_ineffective(("temperature", "t2_scale"), "logits")
@@ -60,7 +61,7 @@ class Distillation:
         self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
 
     def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
-        """Raises for settings that are not their defaults while every term they act on is off."""
+        """Raises for settings with non-default values if every term that they affect is off."""
         if any(getattr(self, term) for term in terms):
             return
         for field in dataclasses.fields(self):
@@ -68,19 +69,19 @@ class Distillation:
             if field.name in settings and value != field.default:
                 raise ValueError(
                     f"Distillation.{field.name}={value!r} would have no effect with "
-                    f"{' and '.join(f'{term}=False' for term in terms)}: leave it at "
+                    f"{' and '.join(f'{term}=False' for term in terms)}. Leave it at "
                     f"{field.default!r}, or switch {' or '.join(terms)} on."
                 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimized.
+    """The loss to minimize.
 
     Attributes:
         label_smoothing: mass moved from the target to the other ids, in [0, 1).
-        z_loss: weight of the squared log-partition (T5 pretraining: 1e-4).
-        distillation: None trains on the targets alone; otherwise the model holds teachers.
+        z_loss: coefficient of the squared log-partition (T5 pretraining: 1e-4).
+        distillation: None trains on the targets only; otherwise the model holds teachers.
     """
 
     label_smoothing: float = 0.0
@@ -92,16 +93,17 @@ class Objective:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
 
     def coefficients(self) -> dict[str, float]:
-        """The factor of each term in the total."""
-        weights = {"cross_entropy": 1.0}
+        """Returns the coefficient of each term in the total."""
+        coefficients = {"cross_entropy": 1.0}
         if self.z_loss:
-            weights["z_loss"] = self.z_loss
-        if (distil := self.distillation) is not None:
-            if distil.logits:
-                scale = distil.temperature**2 if distil.t2_scale else 1.0
-                weights["kl"] = distil.weight * scale
-            if distil.hidden:
-                weights["hidden_encoder"] = weights["hidden_decoder"] = distil.weight
-            if distil.prompt_distance:
-                weights["prompt_distance"] = distil.weight
-        return weights
+            coefficients["z_loss"] = self.z_loss
+        if (distillation := self.distillation) is not None:
+            weight = distillation.weight
+            if distillation.logits:
+                scale = distillation.temperature**2 if distillation.t2_scale else 1.0
+                coefficients["kl"] = weight * scale
+            if distillation.hidden:
+                coefficients["hidden_encoder"] = coefficients["hidden_decoder"] = weight
+            if distillation.prompt_distance:
+                coefficients["prompt_distance"] = weight
+        return coefficients

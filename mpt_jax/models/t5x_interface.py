@@ -1,4 +1,4 @@
-"""What T5X calls on a model by name: feature converter, losses, scoring and decoding."""
+"""Model methods that T5X calls by name: feature converter, losses, scoring and decoding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 class T5XInterface:
-    """A mixin of `PromptedEncoderDecoder`, which has the attributes below and the methods used
-    here. Our own trainer and `mpt_jax.eval` read the converter, score and decode through it.
+    """A mixin of `PromptedEncoderDecoder`, which defines the attributes and methods used here.
+
+    Our own trainer and `mpt_jax.eval` also use its converter, scoring and decoding.
 
     Attributes:
-        expected_rows: rows of T5X's batch, set by its initializer; see `loss_fn`.
+        expected_rows: rows of T5X's batch, set by the T5X adapter; see `loss_fn`.
     """
 
     module: Transformer
@@ -37,15 +38,15 @@ class T5XInterface:
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
-        """What T5X, and our own trainer, build the feature converter from.
+        """The function from which T5X and our own trainer build the feature converter.
 
-        Calling it raises ValueError where the converter reserves another number of positions than
-        the method's prompts have: the rest would be read as padding, or text as prompt.
+        It raises ValueError if the converter does not reserve the method's prompt length: prompt
+        rows would be read as padding, or text as prompt.
         """
         if self.feature_converter_cls is None:
             raise ValueError(
-                "This model has no feature converter; bind PromptedEncoderDecoder."
-                "feature_converter_cls (gin/models/prompted_t5.gin does)."
+                "This model has no feature converter. Bind PromptedEncoderDecoder."
+                "feature_converter_cls, as gin/models/prompted_t5.gin does."
             )
         return self._converter
 
@@ -57,8 +58,8 @@ class T5XInterface:
         reserved, length = getattr(converter, "prompt_length", None), self.prompt.prompt_length
         if reserved is not None and reserved != length:
             raise ValueError(
-                f"The feature converter reserves {reserved} positions for a prompt, and the "
-                f"method {self.prompt.name!r} has prompts of {length}: bind both to one macro "
+                f"The feature converter reserves {reserved} positions for a prompt, but the "
+                f"method {self.prompt.name!r} has prompts of {length}. Bind both to one macro "
                 "(PROMPT_LENGTH)."
             )
         return converter
@@ -68,48 +69,50 @@ class T5XInterface:
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
     ) -> tuple[Array, Any]:
-        """T5X's training loss: the objective of one whole batch.
+        """Computes T5X's training loss: the objective of one whole batch.
 
-        Gradients stop at frozen parameters, so the compiler removes what would lead to them.
+        Gradients stop at frozen parameters, so the compiler removes their computation.
 
         Raises:
-            ValueError: the batch is a microbatch. T5X adds microbatches' gradients without
-                dividing, so their number would scale the gradient of a mean.
+            ValueError: the batch is a microbatch. T5X adds the gradients of microbatches without
+                dividing, so the gradient of a mean would grow with their number.
         """
         rows = batch["encoder_input_tokens"].shape[0]
         if self.expected_rows is not None and rows != self.expected_rows:
             raise ValueError(
-                f"T5X passes {rows} rows of a batch of {self.expected_rows}: with its trainer, "
-                "Trainer.num_microbatches must be None. `python -m mpt_jax.train` has exact "
-                "microbatches."
+                f"T5X passed {rows} rows of a batch of {self.expected_rows}, but its microbatches "
+                "are not supported. Set Trainer.num_microbatches = None, or run `python -m "
+                "mpt_jax.train`, which has exact microbatches."
             )
         params = self.stop_frozen_gradients(params)
-        total, found = self._loss(params, batch, dropout_rng)
-        return total, found if flax_mutables is None else (found, flax_mutables)
+        total, step_metrics = self._loss(params, batch, dropout_rng)
+        return total, step_metrics if flax_mutables is None else (step_metrics, flax_mutables)
 
     def eval_fn(self, params: Params, batch: Batch, flax_mutables: Any = None) -> tuple[Array, Any]:
-        """T5X's evaluation loss: as `loss_fn`, without dropout."""
+        """Computes T5X's evaluation loss: like `loss_fn`, without dropout."""
         return self._loss(params, batch, None)
 
     def _loss(
         self, params: Params, batch: Batch, dropout_rng: Key | None
     ) -> tuple[Array, dict[str, Any]]:
-        sums, found = self.loss_sums(params, batch, dropout_rng)
-        weights = self.loss_normalizers(batch)
-        total, _ = losses.total_loss(self.objective, sums, weights)
-        found = {**found, **metrics.term_metrics(sums, weights)}
-        return total, metrics.to_clu(found, self.runs)
+        sums, step_metrics = self.loss_sums(params, batch, dropout_rng)
+        normalizers = self.loss_normalizers(batch)
+        total, _ = losses.total_loss(self.objective, sums, normalizers)
+        step_metrics = {**step_metrics, **metrics.term_metrics(sums, normalizers)}
+        return total, metrics.to_clu(step_metrics, self.runs)
 
     # --- Inference -------------------------------------------------------------------------------
 
     def score_batch(
         self, params: Params, batch: Batch, return_intermediates: bool = False
     ) -> Float[Array, " B"]:
-        """Log-probability of each example's target, summed over its tokens, in nats."""
+        """Returns the log probability of each example's target, summed over tokens, in nats."""
         if return_intermediates:
-            raise ValueError("score_batch has no intermediates to return; leave it False.")
+            raise ValueError(
+                "score_batch has no intermediates to return. Leave return_intermediates at False."
+            )
         if "encoder_segment_ids" in batch:
-            raise ValueError("A packed row has no score of its own; set pack = False for scoring.")
+            raise ValueError("Packed batches cannot be scored. Set pack = False for scoring.")
         logits = self.forward(params, batch).logits
         cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
         return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
@@ -117,7 +120,7 @@ class T5XInterface:
     def predict_batch(
         self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
     ) -> Int[Array, "B L"]:
-        """The best decoded ids of each example, 0 after the end-of-sequence id."""
+        """Returns the best decoded ids of each example, 0 after the end-of-sequence id."""
         return self.predict_batch_with_aux(params, batch, rng, num_decodes=num_decodes)[0]
 
     def predict_batch_with_aux(
@@ -134,30 +137,33 @@ class T5XInterface:
         Args:
             params: the whole parameter tree.
             batch: the batch contract's features, unpacked; targets are not read.
-            rng: for a `decode_fn` that samples.
+            rng: random key, for a `decode_fn` that samples.
             decoder_params: further arguments of `decode_fn`.
-            num_decodes: how many continuations of each example, for a `decode_fn` that can; None
-                leaves it to that function (its default, or what gin binds).
-            return_all_decodes: all of them, worst first as in T5X, rather than the best.
+            num_decodes: number of continuations per example, for a `decode_fn` that supports it;
+                None uses that function's default or gin binding.
+            return_all_decodes: returns all continuations, worst first as in T5X, not only the best.
 
         Returns:
             Ids [B, L] and `{'scores': [B]}`; or [B, n, L] and [B, n].
 
         Raises:
-            ValueError: a packed batch, or more decodes than `decode_fn` makes.
+            ValueError: the batch is packed, or `decode_fn` cannot return `num_decodes`.
         """
         if "encoder_segment_ids" in batch:
-            raise ValueError("Packed batches cannot be decoded; set pack = False for inference.")
-        takes = inspect.signature(self.decode_fn).parameters
+            raise ValueError("Packed batches cannot be decoded. Set pack = False for inference.")
+        parameters = inspect.signature(self.decode_fn).parameters
         extra: dict[str, Any] = dict(decoder_params or {})
-        if num_decodes is not None and "num_decodes" in takes:
+        if num_decodes is not None and "num_decodes" in parameters:
             extra.setdefault("num_decodes", num_decodes)
         elif num_decodes not in (None, 1):
-            raise ValueError(f"num_decodes={num_decodes}, but {self.decode_fn} returns only one.")
-        if "rng" in takes:
+            raise ValueError(
+                f"num_decodes={num_decodes}, but {self.decode_fn} returns only one. Bind a "
+                "decode_fn that takes num_decodes."
+            )
+        if "rng" in parameters:
             extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng
-        if "cache_batch_axis" in takes:
-            # Scanned layers keep one cache, with the layers on its first axis.
+        if "cache_batch_axis" in parameters:
+            # Scanned layers share one cache, with the layers on its first axis.
             extra["cache_batch_axis"] = 1 if self.module.config.scan_layers else 0
         length = batch["decoder_input_tokens"].shape[1]
         step, cache = self._decoder(params, batch, length)
@@ -173,8 +179,10 @@ class T5XInterface:
     def _decoder(
         self, params: Params, batch: Batch, length: int
     ) -> tuple[decoding.TokensToLogits, Any]:
-        """One step of the cached decoder, for any number of hypotheses of each example, and its
-        cache [B, ...] after the encoder has run."""
+        """Runs the encoder, and returns the cached decoder's step function and cache [B, ...].
+
+        The step function accepts any number of hypotheses per example.
+        """
         backbone = self._backbone(params)
         embeddings = self._embed(params, batch).embeddings
         mask = encoder_mask(batch)

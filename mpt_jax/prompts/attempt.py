@@ -1,13 +1,13 @@
-"""ATTEMPT (Asai et al. 2022, arXiv 2205.11961): prompts mixed from frozen ones, by the text.
+"""ATTEMPT (Asai et al. 2022, arXiv 2205.11961): frozen prompts mixed by attention to the text.
 
-    P(x) = P_t + sum_j a_j(x) P_j        j over the source prompts, and the target's own
+    P(x) = P_t + sum_j a_j(x) P_j        j over the source prompts and the target's own prompt
 
-The source prompts are trained before (gin/pt_source.gin) and frozen. A task learns its own prompt
-P_t, and a group of tasks an attention `a` over the candidates (`text_attention`), which sees the
-text. So no task has one prompt that a server could keep alone; it keeps all of this.
+The source prompts are trained first (gin/pt_source.gin) and then frozen. Each task trains its own
+prompt P_t. Each group of tasks trains an attention `a` over the candidates (`prompt_attention`),
+which reads the text. A task therefore has no fixed prompt, and a server needs all parameters.
 
-Against the released code: padding has no part in the text's vector, the scale and bias of the
-LayerNorm learn, and the attention's learning rate applies (its label is `router`).
+Differences from the released code: padding is left out of the text vector, the LayerNorm's scale
+and bias are trained, and the attention's learning rate takes effect (its label is `router`).
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ TARGET = "target"
 class ATTEMPT(PromptMethod):
     """`P(x) = target[k] + sum_j a_j(x) candidate_j`.
 
-    Parameters: `sources` [S, P, H], frozen, the same for all tasks; `target` [K, P, H]; and the
-    attention's, one for each group.
+    Parameters: `sources` [S, P, H], frozen and shared by all tasks; `target` [K, P, H]; and the
+    attention's parameters, one set per group.
 
     Attributes:
         prompt_length: P.
-        sources: names of the S source prompts, rows of the initial artifact.
+        sources: names of the S source prompts, which are rows of the initial artifact.
         attention: `'sub'` (the paper's), `'linear'`, `'dot'`, `'token'` or `'constant'`.
-        width: of the attention's bottleneck; 100 in the paper.
-        temperature: T. The paper's scripts have 2087 for T5-base (H times e), the code's default
+        width: bottleneck width of the attention; 100 in the paper.
+        temperature: T. The paper's scripts use 2087 for T5-base (H times e); the code's default
             is 2000.
-        attend_target: whether a task's own prompt is among its candidates.
+        attend_target: whether a task's own prompt is one of its candidates.
         init_prompt: initial value of each row's own prompt.
-        start_from: with an initial artifact, the source whose prompt each row's own starts from:
-            `'first'` of `sources` (the paper), a name, a table of weights or a choice by
-            similarity. An artifact of ATTEMPT's own: `'same'`, `'average'` and so on, as for MPT.
+        start_from: with an initial artifact, the source prompt that each row's own prompt starts
+            from: `'first'` of `sources` (the paper), a name, a table of weights or a choice by
+            similarity. With an ATTEMPT artifact: `'same'`, `'average'` and so on, as for MPT.
 
     Raises:
-        ValueError: no sources, one that stands twice, or what `TextAttention` refuses.
+        ValueError: no sources, a repeated source, or settings that `TextAttention` rejects.
     """
 
     prompt_length: int
@@ -94,7 +94,7 @@ class ATTEMPT(PromptMethod):
 
     @property
     def candidates(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The sources, and the task's own prompt."""
+        """The sources and, with `attend_target`, the task's own prompt."""
         return (*self.sources, TARGET) if self.attend_target else tuple(self.sources)
 
     def init(self, key, runs, context):
@@ -114,20 +114,20 @@ class ATTEMPT(PromptMethod):
     def compose(self, params, runs, task_ids, given=NO_CONTEXT):
         weights = self._weights(params, runs, task_ids, given)
         own, count = gather_rows(params["target"], task_ids), len(self.sources)
-        every = jnp.broadcast_to(weights, (*weights.shape[:-1], self.prompt_length))
+        by_row = jnp.broadcast_to(weights, (*weights.shape[:-1], self.prompt_length))
         mixed = jnp.einsum(
-            "...sp,sph->...ph", every[..., :count, :], params["sources"], precision=FLOAT32
+            "...sp,sph->...ph", by_row[..., :count, :], params["sources"], precision=FLOAT32
         )
         if self.attend_target:
             own = own + weights[..., count, :, None] * own
         return own + mixed
 
     def mixture(self, params, runs, task_ids, given=NO_CONTEXT):
-        """Of attention by row, the mean over rows."""
+        """Returns the candidates' weights; attention by row is averaged over the rows."""
         return self._weights(params, runs, task_ids, given).mean(-1)
 
     def _weights(self, params, runs, task_ids, given):
-        """[..., J, 1], or by row [..., J, P]."""
+        """Returns weights [..., J, 1], or [..., J, P] if the attention is by row."""
         attention = self._attention()
         scores = [
             attention.scores(params, runs, task_ids, given.pooled, prompts)
@@ -141,25 +141,25 @@ class ATTEMPT(PromptMethod):
             yield gather_rows(params["target"], task_ids)[..., None, :, :]
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """From any method's prompts, which become the sources; or from ATTEMPT's own artifact."""
+        """Starts from any method's prompts, which become the sources, or an ATTEMPT artifact."""
         if source_method.name == self.name:
-            return self._resumed(source, source_method, source_runs, runs)
-        folded = materialize(source_method, source, source_runs)
-        sources = folded[jnp.asarray([source_runs.row(name) for name in self.sources])]
+            return self._transfer_own(source, source_method, source_runs, runs)
+        prompts = materialize(source_method, source, source_runs)
+        sources = prompts[jnp.asarray([source_runs.row(name) for name in self.sources])]
         start = self.sources[0] if self.start_from == FIRST else self.start_from
-        target = weighted_mean(source_weights(start, source_runs, runs), folded)
+        target = weighted_mean(source_weights(start, source_runs, runs), prompts)
         return {**initial(), "sources": sources, "target": target}
 
-    def _resumed(self, source, source_method, source_runs, runs):
+    def _transfer_own(self, source, source_method, source_runs, runs):
         if source_method.config() != self.config():
             raise ValueError(
-                f"The artifact's ATTEMPT is {source_method.config()}, and this run's "
-                f"{self.config()}: they must agree."
+                f"The artifact's ATTEMPT settings are {source_method.config()}, but this run has "
+                f"{self.config()}. Bind the artifact's settings."
             )
         if self.start_from == FIRST:
             raise ValueError(
-                "start_from = 'first' is of source prompts, and this artifact holds tasks of "
-                "ATTEMPT's own: set START_FROM to 'same', 'average' or one of them."
+                "start_from = 'first' selects a source prompt, but this artifact holds ATTEMPT "
+                "tasks. Set START_FROM to 'same', 'average' or the name of one of its runs."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))

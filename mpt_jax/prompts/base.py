@@ -1,10 +1,10 @@
-"""What a prompt method is, the registry of methods, and how a prompt meets the text.
+"""Protocol and registry of prompt methods.
 
-A method owns its parameters: their shapes, initial values, labels, how a prompt is composed from
-them, and how a new task starts from a trained artifact. It never sees tokens or the backbone; of a
-text it may ask for one pooled vector. A prompt is not concatenated to the text: it is written into
-positions that the batch reserves for it (`encoder_prompt_slots`), so mixing tasks in a batch, and
-packing, cost nothing extra.
+A method owns its parameters: their shapes, initial values and labels, how a prompt is composed
+from them, and how a new task starts from a trained artifact. It never sees tokens or the backbone;
+it may ask for one pooled vector of the text. A prompt is not concatenated to the text: it is
+written into positions that the batch reserves for it (`encoder_prompt_slots`), so mixing tasks in
+a batch and packing cost nothing extra.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mpt_jax.core.runs import Runs, data_name, look_up
 from mpt_jax.core.shapes import Array, Float, Int, Key, Params
 from mpt_jax.core.tree import Rules
 
-# Prompts are composed in float32; by default a TPU would multiply in bfloat16.
+# Prompts are composed in float32; a TPU multiplies in bfloat16 by default.
 FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """The part of a SeqIO vocabulary that initial values need."""
+    """The part of a SeqIO vocabulary that initializers need."""
 
     def encode(self, s: str) -> Sequence[int]:
-        """Token ids of a text, without an end-of-sequence id."""
+        """Returns the token ids of a text, without an end-of-sequence id."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class InitContext:
-    """What initial values may look at.
+    """Inputs of initializers.
 
     Attributes:
         embedding: [V, H] the backbone's token embeddings.
@@ -47,13 +47,13 @@ class InitContext:
 
 
 class PromptContext(NamedTuple):
-    """What a prompt is composed for, beside its task.
+    """What a prompt is composed from, besides its task and the parameters.
 
     Attributes:
-        pooled: [..., H] the largest value of each feature over the embeddings of the input's
-            tokens, without padding and prompt; for methods with `reads_text`.
-        key: of the training step, for methods with `is_random`; None composes the prompt that is
-            evaluated and served.
+        pooled: [..., H] maximum of each feature over the embeddings of the input's tokens, without
+            padding and prompt; for methods with `reads_text`.
+        key: random key of the training step, for methods with `is_random`; None composes the
+            prompt used for evaluation and serving.
     """
 
     pooled: Float[Array, "... H"] | None = None
@@ -65,20 +65,20 @@ NO_CONTEXT = PromptContext()
 
 @runtime_checkable
 class PromptMethod(Protocol):
-    """A prompt method. Configuration lives in the object, parameters in a tree of float32.
+    """A prompt method. The object holds the configuration; parameters are a tree of float32.
 
     Attributes:
         name: the name in the registry and in artifacts.
-        prompt_length: P, in positions; of prompts of several lengths the longest.
+        prompt_length: P, in positions; the longest if prompts differ in length.
         labels: (path below `prompt/`, label) rules that cover every parameter of the method.
-        axes: parameter name -> logical axis names. They say how a parameter is sharded, and the
-            first one what its rows are: `'groups'`, `'tasks'`, or anything else for none.
-        reads_text: whether a prompt depends on the text it stands before.
+        axes: parameter name -> logical axis names. They determine the sharding. The first axis
+            says what the rows are: `'groups'` or `'tasks'`; other names mean no such rows.
+        reads_text: whether a prompt depends on the text that follows it.
         is_random: whether training composes prompts at random.
-        needs_artifact: whether prompts cannot start without an initial artifact.
-        depends_on_run_names: whether prompts depend on runs' names, beside rows and groups.
-        schedule_steps: training steps that a schedule of the method's own takes; 0 without one.
-        candidates: names of the J prompts that each prompt is mixed from, if it is.
+        needs_artifact: whether training requires an initial artifact.
+        depends_on_run_names: whether prompts depend on run names, not only on rows and groups.
+        schedule_steps: length of the method's schedule in training steps; 0 without a schedule.
+        candidates: names of the J prompts that each prompt is mixed from; empty without mixing.
     """
 
     name: str
@@ -93,7 +93,7 @@ class PromptMethod(Protocol):
     candidates: tuple[str, ...] = ()
 
     def init(self, key: Key, runs: Runs, context: InitContext) -> dict[str, Array]:
-        """Initial parameters. A run's values depend on the key and its name, not on its row."""
+        """Returns initial parameters; a run's depend on the key and its name, not on its row."""
         ...
 
     def compose(
@@ -103,7 +103,7 @@ class PromptMethod(Protocol):
         task_ids: Int[Array, "..."],
         given: PromptContext = NO_CONTEXT,
     ) -> Array:
-        """The prompts [..., P, H] of the given bank rows [...]."""
+        """Returns the prompts [..., P, H] of the bank rows `task_ids` [...]."""
         ...
 
     def transfer(
@@ -114,27 +114,31 @@ class PromptMethod(Protocol):
         runs: Runs,
         initial: Callable[[], dict[str, Array]] = dict,
     ) -> dict[str, Array]:
-        """Parameters for `runs`, started from a trained artifact of `source_runs`; `initial` makes
-        those of `init`, for what an artifact cannot give."""
+        """Returns parameters for `runs`, started from a trained artifact of `source_runs`.
+
+        `initial` returns those of `init`, for parameters that an artifact cannot provide.
+        """
         ...
 
     def config(self) -> dict[str, Any]:
-        """What an artifact must record to build the method again, JSON values only."""
+        """Returns the settings an artifact records to rebuild the method, as JSON values."""
         ...
 
-    # --- What few methods do otherwise -----------------------------------------------------------
+    # --- Defaults that few methods override ------------------------------------------------------
 
     def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
-        """The positions [K] that the prompt of each row takes, at most P; what `compose` gives
-        behind them is not read."""
+        """Returns the length [K] of each row's prompt, at most P.
+
+        Rows of `compose` beyond that length are not read.
+        """
         return (self.prompt_length,) * runs.num_rows
 
     def has_variable_lengths(self, runs: Runs) -> bool:
-        """Whether the prompts of some rows take fewer than P positions."""
+        """Whether the prompts of some bank rows are shorter than P."""
         return min(self.prompt_lengths(runs)) < self.prompt_length
 
     def source_prompt_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
-        """The P of an artifact that prompts can start from."""
+        """Returns the prompt length that an artifact must have to start from it."""
         del source_method, source_runs
         return self.prompt_length
 
@@ -145,12 +149,16 @@ class PromptMethod(Protocol):
         task_ids: Int[Array, "..."],
         given: PromptContext = NO_CONTEXT,
     ) -> Array:
-        """The weight [..., J] of each candidate in the prompts that `compose` makes."""
-        raise NotImplementedError(f"{self.name!r} mixes no candidates.")
+        """Returns the weight [..., J] of each candidate in the prompts that `compose` returns."""
+        raise NotImplementedError(
+            f"The method {self.name!r} mixes no candidates, so it has no mixture weights."
+        )
 
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
-        """The method and the parameters that an artifact keeps: without what only training needs,
-        and the same prompts."""
+        """Returns the method and parameters for an artifact.
+
+        They compose the same prompts, without parameters that only training needs.
+        """
         return self, params
 
 
@@ -158,7 +166,7 @@ _METHODS: dict[str, Callable[..., PromptMethod]] = {}
 
 
 def register(cls: Any) -> Any:
-    """Class decorator: makes a method known under its `name`."""
+    """Registers a method under its `name`; a class decorator."""
     if cls.name in _METHODS:
         raise ValueError(f"A prompt method named {cls.name!r} is already registered.")
     _METHODS[cls.name] = cls
@@ -166,55 +174,61 @@ def register(cls: Any) -> Any:
 
 
 def get_method(name: str) -> Callable[..., PromptMethod]:
-    """The class of a registered method.
+    """Returns the class of a registered method.
 
     Raises:
-        ValueError: no such method; lists the known ones.
+        ValueError: an unknown method; the message lists the known ones.
     """
     return look_up("prompt method", name, _METHODS)
 
 
 def method_names() -> tuple[str, ...]:
-    """Every registered method, sorted."""
+    """Returns the names of all registered methods, sorted."""
     return tuple(sorted(_METHODS))
 
 
 def row_axes(method: PromptMethod) -> dict[str, str]:
-    """What the rows of each parameter count, `'groups'` or `'tasks'`, by path name (`prompt/...`);
-    parameters without rows are left out."""
+    """Returns what the rows of each parameter are, `'groups'` or `'tasks'`.
+
+    Keys are path names (`prompt/...`). Parameters without such rows are left out.
+    """
     first = {f"prompt/{name}": axes[0] for name, axes in method.axes.items() if axes}
     return {name: axis for name, axis in first.items() if axis in ("groups", "tasks")}
 
 
 def prompt_length_of(method: PromptMethod) -> int:
-    """P of a method, for gin."""
+    """Returns P of a method; gin files call it."""
     return method.prompt_length
 
 
 def name_key(key: Key, name: str) -> Key:
-    """A key for a run's name: the same wherever the name stands in a bank, so that a run starts
-    from the same values alone and among others, and whatever its learning rate is."""
+    """Returns a random key for a run's name.
+
+    It does not depend on the run's row, its neighbors or its learning rate, so a run has the same
+    initial values in a job of one run and in a fleet.
+    """
     return jax.random.fold_in(key, name_hash(name))
 
 
 def name_hash(name: str) -> int:
-    """The 32 bits by which a run's name enters a key."""
+    """Returns the 32-bit hash of a run's name that is folded into random keys."""
     return zlib.crc32(data_name(name).encode())
 
 
 def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:
-    """Bank rows of a source artifact that a new task starts from.
+    """Returns the rows of a source artifact that a new task starts from.
 
     Args:
         source_runs: the rows of the artifact.
-        start_from: `'average'` for all rows, else the name of one run.
-        named_only: refuses `'average'` over several rows (a method that cannot average).
+        start_from: `'average'` for all rows, otherwise the name of one run.
+        named_only: rejects `'average'` over several rows, for methods that cannot average.
     """
     if start_from != "average":
         return [source_runs.row(start_from)]
     if named_only and source_runs.num_rows > 1:
         raise ValueError(
-            "This method starts from one source prompt, and the artifact holds "
-            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one."
+            "This method starts from one source prompt, but the artifact holds "
+            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one "
+            "of these names."
         )
     return list(range(source_runs.num_rows))

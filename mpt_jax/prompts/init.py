@@ -1,9 +1,9 @@
-"""Initial values of prompts and of the low-rank factors.
+"""Initializers of prompts and of low-rank factors.
 
-A prompt initializer is a callable object `(key, task_name, P, context) -> [P, H]` float32, and
-knows nothing of methods. Sources: Lester et al. 2021 (arXiv 2104.08691) for the modes; the MPT
-paper (arXiv 2303.02861) for sampled vocabulary as the default. It leaves the factors' initial
-values at "random"; ours start every product near one, so that a fresh P* is not scaled away.
+A prompt initializer is a callable object `(key, task_name, P, context) -> [P, H]` float32. It does
+not depend on the prompt method. Sources: Lester et al. 2021 (arXiv 2104.08691) for the modes; the
+MPT paper (arXiv 2303.02861) for sampled vocabulary as the default. The paper calls the factors'
+initial values only "random"; ours start every product near one, so that a new P* keeps its scale.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class PromptInit(Protocol):
     ) -> Float[Array, "P H"]: ...
 
 
-# One for all runs, or run -> its own.
+# One initializer for all runs, or a mapping run name -> initializer.
 PromptInits = PromptInit | Mapping[str, PromptInit]
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Uniform in [-scale, scale]; 0.5 is the random start of the released ATTEMPT code."""
+    """Uniform in [-scale, scale]; the released ATTEMPT code uses 0.5."""
 
     scale: float = 0.5
 
@@ -48,7 +48,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of ids drawn without replacement among the first `population` (most frequent).
+    """Embeddings of ids drawn without replacement from the first `population` (most frequent).
 
     Raises:
         ValueError: fewer ids than prompt rows.
@@ -60,7 +60,7 @@ class SampledVocabulary:
         population = min(self.population, context.embedding.shape[0])
         if population < prompt_length:
             raise ValueError(
-                f"Cannot draw {prompt_length} distinct ids out of {population}: shorten the "
+                f"Cannot draw {prompt_length} distinct ids from {population}. Shorten the "
                 "prompt, or raise SampledVocabulary.population."
             )
         ids = jax.random.choice(key, population, (prompt_length,), replace=False)
@@ -69,10 +69,11 @@ class SampledVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """One row for each label, the mean of its tokens' embeddings; the rest sampled vocabulary.
+    """One row per label: the mean of its tokens' embeddings. `rest` fills the other rows.
 
     Attributes:
-        labels: task name -> its label words, or one list for every task.
+        labels: task name -> its label words, or one list for all tasks.
+        rest: initializer of the other rows.
 
     Raises:
         ValueError: no labels for a task, or more labels than prompt rows.
@@ -92,7 +93,7 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One row for each token of a text; the rest sampled vocabulary.
+    """One row per token of a text. `rest` fills the other rows.
 
     Raises:
         ValueError: more tokens than prompt rows.
@@ -111,7 +112,7 @@ class FromArray:
     """A [P, H] array from a .npy file (never unpickled).
 
     Raises:
-        ValueError: another shape than [P, H].
+        ValueError: the array's shape is not [P, H].
     """
 
     path: str
@@ -121,8 +122,8 @@ class FromArray:
         expected = (prompt_length, context.embedding.shape[1])
         if array.shape != expected:
             raise ValueError(
-                f"{self.path} holds {array.shape}, but this model's prompts are {expected} "
-                "(prompt length, model width)."
+                f"{self.path} holds an array of shape {array.shape}, but this model's prompts "
+                f"have shape {expected} (prompt length, model width). Save one of that shape."
             )
         return jnp.asarray(array, jnp.float32)
 
@@ -135,42 +136,47 @@ def initial_prompts(
     prompt_length: int,
     context: InitContext,
 ) -> Float[Array, "rows P H"]:
-    """The initial prompts of some rows of a bank.
+    """Returns the initial prompts of some bank rows.
 
     Args:
-        init: an initializer for all, or one for each run.
-        key: of the job.
+        init: one initializer for all runs, or one for each run.
+        key: random key of the job.
         runs: the bank's rows.
-        rows: which.
+        rows: the bank rows to initialize.
         prompt_length: P.
-        context: what initializers may look at.
+        context: inputs of initializers.
 
     Raises:
-        ValueError: there is none for a run.
+        ValueError: a run has no initializer.
     """
-    made = []
+    prompts = []
     for row in rows:
-        run, chosen = runs.run_names[row], init
-        if isinstance(chosen, Mapping):
-            chosen = look_up("run among initializers", run, chosen)
-        made.append(chosen(name_key(key, run), runs.task_names[row], prompt_length, context))
-    return jnp.stack(made)
+        run, initializer = runs.run_names[row], init
+        if isinstance(initializer, Mapping):
+            initializer = look_up("run among initializers", run, initializer)
+        prompts.append(
+            initializer(name_key(key, run), runs.task_names[row], prompt_length, context)
+        )
+    return jnp.stack(prompts)
 
 
 def _ids(text: str, context: InitContext) -> np.ndarray:
     if context.vocabulary is None:
-        raise ValueError(f"Starting from the text {text!r} needs the model's vocabulary.")
+        raise ValueError(
+            f"Initializing a prompt from the text {text!r} needs a vocabulary. Set the model's "
+            "input_vocabulary."
+        )
     ids = np.asarray(context.vocabulary.encode(text), np.int32)
     if not ids.size:
-        raise ValueError(f"The vocabulary encodes {text!r} as no tokens at all.")
+        raise ValueError(f"The vocabulary encodes {text!r} as zero tokens. Use another text.")
     return ids
 
 
 def _fill(rows: list[Array], what: str, rest: Array) -> Array:
     if len(rows) > rest.shape[0]:
         raise ValueError(
-            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows: lengthen the "
-            "prompt or shorten the list."
+            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows. Use a longer "
+            f"prompt or fewer {what}."
         )
     return rest.at[: len(rows)].set(jnp.stack(rows))
 
@@ -188,13 +194,13 @@ class FactorInit(Protocol):
 
 
 def ones_noise(key, prompt_length, width, rank):
-    """Products near one: ones plus N(0, 0.02) on both sides, so that tasks and ranks differ."""
+    """Ones plus N(0, 0.02): products are near one, and the noise sets tasks and ranks apart."""
     left, right = normal002(key, prompt_length, width, rank)
     return (1.0 + left) / rank, 1.0 + right
 
 
 def normal002(key, prompt_length, width, rank):
-    """N(0, 0.02) on both sides, as PEFT starts: at rank one the product is about 4e-4."""
+    """N(0, 0.02) on both sides, as in PEFT; at rank one, products are about 4e-4."""
     key_left, key_right = jax.random.split(key)
     return (
         0.02 * jax.random.normal(key_left, (prompt_length, rank)),
@@ -203,7 +209,7 @@ def normal002(key, prompt_length, width, rank):
 
 
 def signs(key, prompt_length, width, rank):
-    """Random signs; the left side is divided by sqrt(R) so that products have unit variance."""
+    """Random signs. The left factor is divided by sqrt(R), so that products have variance one."""
     key_left, key_right = jax.random.split(key)
     return (
         jax.random.rademacher(key_left, (prompt_length, rank), jnp.float32) / rank**0.5,

@@ -1,4 +1,4 @@
-"""Materializes a method's plain prompts: one array [P, H] for each bank row."""
+"""Plain prompts of a method: one array [P, H] per bank row."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    """One plain prompt per bank row: what a server needs and nothing more.
+    """Returns one plain prompt per bank row, which is all that a server needs.
 
     Raises:
-        ValueError: prompts depend on the text, so that no row has one, or differ in length.
+        ValueError: prompts depend on the text, or differ in length.
     """
     lengths = set(method.prompt_lengths(runs))
     if len(lengths) > 1:
         raise ValueError(
             f"The prompts of {', '.join(runs.run_names)} have several lengths, {sorted(lengths)}, "
-            "and are no one array; take the artifact of one run."
+            "so they do not fit one array. Use the artifact of a single run."
         )
     return _every_prompt(method, params, runs)[:, : max(lengths)]
 
 
 def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.ndarray]:
-    """The plain prompt [P, H] of each bank row, each of its own length.
+    """Returns the plain prompt [P, H] of each bank row, each cut to its length.
 
     Raises:
         ValueError: prompts depend on the text.
@@ -38,26 +38,27 @@ def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.n
 
 
 def plain_weights(method: PromptMethod, params: Params, runs: Runs) -> Float[np.ndarray, "K C"]:
-    """The weight of each candidate in the plain prompt of each bank row.
+    """Returns the weight of each candidate in the plain prompt of each bank row.
 
     Raises:
         NotImplementedError: the method mixes no candidates.
         ValueError: prompts depend on the text.
     """
-    params = _alone(method, params)
+    params = _without_text(method, params)
     return np.asarray(method.mixture(params, runs, jnp.arange(runs.num_rows)))
 
 
 def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    return method.compose(_alone(method, params), runs, jnp.arange(runs.num_rows))
+    return method.compose(_without_text(method, params), runs, jnp.arange(runs.num_rows))
 
 
-def _alone(method: PromptMethod, params: Params) -> Params:
-    """The parameters, if they make prompts without a text."""
+def _without_text(method: PromptMethod, params: Params) -> Params:
+    """Returns the parameters as JAX arrays, if prompts do not depend on the text."""
     if method.reads_text:
         raise ValueError(
-            f"The prompts of the method {method.name!r} depend on the text they stand before, so "
-            "there is no one prompt of a task to fold, or to start another method from."
+            f"Prompts of the method {method.name!r} depend on the text that follows them, so a "
+            "task has no single prompt to materialize or to start another method from. Use the "
+            f"artifact with {method.name!r} itself."
         )
-    # Whoever kept the best step of a run kept it as NumPy arrays.
+    # The parameters of a run's best step are stored as NumPy arrays.
     return jax.tree.map(jnp.asarray, params)

@@ -2,9 +2,9 @@
 
     P_k = P* o (U_k V_k)                                   paper equation (2), rank R = 1
 
-`P* [P, H]` is shared by the tasks of a group, `U_k [P, R]` and `V_k [R, H]` belong to task k. The
-product is elementwise (`o`). A new task starts from P* and from the averages of the source
-tasks' factors: mean(U) and mean(V), not the mean of the products, as in the paper.
+`P* [P, H]` is shared by the tasks of a group; `U_k [P, R]` and `V_k [R, H]` are specific to task
+k. The product is elementwise (`o`). As in the paper, a new task starts from P* and the averages of
+the source tasks' factors: mean(U) and mean(V), not the mean of the products.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class MPT(PromptMethod):
     Attributes:
         prompt_length: P.
         rank: R.
-        init_prompt: initial value of P*; of a group, by its first run.
+        init_prompt: initial value of P*; a group uses the one of its first run.
         init_factors: initial value of a task's factors.
         start_from: with an initial artifact, `'average'` of its tasks' factors (the paper), the
-            name of the one run to take them from, `'same'` (each row its namesake's),
-            `'same_or_average'` (the average for rows that are new), a table of weights by run,
-            or a choice by similarity. P* is always copied.
+            name of one run, `'same'` (the run of the same name), `'same_or_average'` (the average
+            for new runs), a table of weights by run, or a choice by similarity. P* is always
+            copied.
     """
 
     prompt_length: int
@@ -81,7 +81,7 @@ class MPT(PromptMethod):
             gather_rows(params["task_left"], task_ids),
             gather_rows(params["task_right"], task_ids),
         )
-        # Rank one is a broadcast product; a matrix product of inner size one would not be faster.
+        # For rank one, a matrix product is not faster than this broadcast product.
         update = left * right if self.rank == 1 else jnp.matmul(left, right, precision=FLOAT32)
         if runs.num_groups == 1:
             return jnp.broadcast_to(params["shared"][0], update.shape) * update
@@ -90,8 +90,9 @@ class MPT(PromptMethod):
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         if source_method.name != self.name:
             raise ValueError(
-                f"MPT starts from an MPT artifact, and this one holds {source_method.name!r}: it "
-                "has no factors. Run the source stage first (gin/mpt_source.gin)."
+                "MPT starts from an MPT artifact, but this artifact holds "
+                f"{source_method.name!r}, which has no factors. Run the source stage first "
+                "(gin/mpt_source.gin)."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = shared_groups(weights, source_runs, runs)

@@ -1,4 +1,4 @@
-"""No prompt at all: for pretraining and full fine-tuning, where something else learns."""
+"""Method without a prompt, for pretraining and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class NoPrompt(PromptMethod):
         return jnp.zeros((*task_ids.shape, 0, 0), jnp.float32)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        raise ValueError("The method 'none' has no prompt that could start from an artifact.")
+        raise ValueError(
+            "The method 'none' has no prompt that could start from an artifact. Set "
+            "INITIAL_ARTIFACT to None."
+        )
 
     def config(self):
         return {}

@@ -1,7 +1,7 @@
-"""Attention of a text over prompts, as ATTEMPT has it (Asai et al. 2022, arXiv 2205.11961).
+"""Attention of a text over prompts, as in ATTEMPT (Asai et al. 2022, arXiv 2205.11961).
 
-The text is one vector x, the largest value of each feature over its tokens' embeddings; a prompt
-P_j is one vector p_j, the largest value of each feature over its rows. A score of prompt j is
+The text is pooled to one vector x, the maximum of each feature over its tokens' embeddings. A
+prompt P_j is pooled to one vector p_j, the maximum over its rows. The score of prompt j is
 
     dot         p_j . x
     linear      p_j . LN(x W) / T
@@ -9,8 +9,8 @@ P_j is one vector p_j, the largest value of each feature over its rows. A score 
     token       P_j[i] . LN(silu(x W_down) W_up) / T      for every row i of the prompt
     constant    0
 
-and weights are the softmax of the scores over j. The linear maps have no biases, LayerNorm has
-scale and bias.
+and weights are the softmax of the scores over j. The linear maps have no bias; LayerNorm has a
+scale and a bias.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ from mpt_jax.core.shapes import Array, Float, Int, Key, Params
 from mpt_jax.prompts.base import FLOAT32
 from mpt_jax.prompts.row_ops import Grouped, expand_leading_dims, gather_group_params
 
-EPSILON = 1e-5  # torch's, with which the released code normalizes
+EPSILON = 1e-5  # of torch's LayerNorm, which the released code uses
 
 
 class _Kind(NamedTuple):
-    """What a kind of attention has: the shape of each linear map, from the widths (H, width); and
-    how it reads the text, if it does."""
+    """A kind of attention.
+
+    Attributes:
+        maps: linear map -> its shape, given the widths (H, width).
+        query: computes the query from the text vector; None if the text is not read.
+        by_row: whether each row of a prompt has its own score.
+    """
 
     maps: dict[str, Callable[[int, int], tuple[int, int]]]
     query: Callable[[Params, Array], Array] | None = None
     by_row: bool = False
 
 
-def _linear(params: Params, x: Array) -> Array:
+def _linear_query(params: Params, x: Array) -> Array:
     return _normalized(params, _product(x, params["linear"]))
 
 
-def _through_few(params: Params, x: Array) -> Array:
+def _bottleneck_query(params: Params, x: Array) -> Array:
     hidden = jax.nn.silu(_product(x, params["down"]))
     return _normalized(params, _product(hidden, params["up"]))
 
@@ -55,11 +60,11 @@ _BOTTLENECK = {
 KINDS = {
     "constant": _Kind({}),
     "dot": _Kind({}, lambda params, x: x),
-    "linear": _Kind({"linear": lambda width, inner: (width, width)}, _linear),
-    "sub": _Kind(_BOTTLENECK, _through_few),
-    "token": _Kind(_BOTTLENECK, _through_few, by_row=True),
+    "linear": _Kind({"linear": lambda width, inner: (width, width)}, _linear_query),
+    "sub": _Kind(_BOTTLENECK, _bottleneck_query),
+    "token": _Kind(_BOTTLENECK, _bottleneck_query, by_row=True),
 }
-# Every parameter's label; rows count groups: a group's tasks share one attention.
+# Labels of all parameters. Rows are groups: the tasks of a group share one attention.
 LABELS = ((r"(linear|down|up|norm_scale|norm_bias)", "router"),)
 AXES = {
     "linear": ("groups", "embed", "rank"),
@@ -72,15 +77,15 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class TextAttention:
-    """Weights of prompts by the text that they stand before.
+    """Attention over prompts, given the text that follows them.
 
     Attributes:
-        kind: see the module.
-        width: of the bottleneck of `'sub'` and `'token'`.
-        temperature: T; `'dot'` and `'constant'` have none.
+        kind: see the module docstring.
+        width: bottleneck width of `'sub'` and `'token'`.
+        temperature: T; not used by `'dot'` and `'constant'`.
 
     Raises:
-        ValueError: an unknown kind, or numbers that are not positive.
+        ValueError: an unknown kind, or a width or temperature that is not positive.
     """
 
     kind: str = "sub"
@@ -98,23 +103,25 @@ class TextAttention:
 
     @property
     def reads_text(self) -> bool:
-        """Whether weights depend on the text at all."""
+        """Whether weights depend on the text."""
         return KINDS[self.kind].query is not None
 
     def init(self, key: Key, groups: int, width: int) -> dict[str, Array]:
-        """Initial values: maps uniform in +-1/sqrt(inputs), as torch has them, alike in all groups,
-        so that a run starts from the same alone and among others."""
-        made, maps = {}, KINDS[self.kind].maps
+        """Returns initial parameters: linear maps uniform in +-1/sqrt(inputs), as in torch.
+
+        They are equal in all groups, so a run has the same initial values alone and in a fleet.
+        """
+        params, maps = {}, KINDS[self.kind].maps
         for number, (name, shape_of) in enumerate(sorted(maps.items())):
             shape = shape_of(width, self.width)
             limit = shape[0] ** -0.5
-            draw = jax.random.fold_in(key, number)
-            one = jax.random.uniform(draw, shape, minval=-limit, maxval=limit)
-            made[name] = jnp.repeat(one[None], groups, axis=0)
+            map_key = jax.random.fold_in(key, number)
+            kernel = jax.random.uniform(map_key, shape, minval=-limit, maxval=limit)
+            params[name] = jnp.repeat(kernel[None], groups, axis=0)
         if maps:
-            made["norm_scale"] = jnp.ones((groups, width))
-            made["norm_bias"] = jnp.zeros((groups, width))
-        return made
+            params["norm_scale"] = jnp.ones((groups, width))
+            params["norm_bias"] = jnp.zeros((groups, width))
+        return params
 
     def scores(
         self,
@@ -124,30 +131,34 @@ class TextAttention:
         pooled: Float[Array, "... H"] | None,
         prompts: Float[Array, "*#examples J P H"],
     ) -> Float[Array, "... J _"]:
-        """What the softmax over candidates is taken of: one score for all rows of a prompt,
-        [..., J, 1], or one for each, [..., J, P].
+        """Returns the scores that the softmax over candidates is taken of.
+
+        There is one score per prompt, [..., J, 1], or one per prompt row, [..., J, P].
 
         Args:
             params: see `init`.
             runs: the bank's rows.
-            task_ids: of each example.
-            pooled: x of each example; None for a kind that does not read it.
-            prompts: J candidates, of each example or of all.
+            task_ids: the bank row of each example.
+            pooled: x of each example; None for a kind that does not read the text.
+            prompts: J candidates, for each example or shared by all.
         """
         kind = KINDS[self.kind]
         if kind.query is None:
             return jnp.zeros((*task_ids.shape, prompts.shape[-3], 1))
         if pooled is None:
-            raise ValueError(f"Attention {self.kind!r} reads the text, and there is none.")
-        own = {
+            raise ValueError(
+                f"Attention {self.kind!r} reads the text, but no text vector was passed. Compose "
+                "prompts with PromptContext.pooled."
+            )
+        group_params = {
             name: gather_group_params(params[name], runs, task_ids)
             for name in params
             if name in AXES
         }
-        query = kind.query(own, pooled)
+        query = kind.query(group_params, pooled)
         keys = prompts if kind.by_row else prompts.max(-2, keepdims=True)
-        found = jnp.einsum("...jph,...h->...jp", keys, query, precision=FLOAT32)
-        return found / self.temperature if kind.maps else found
+        scores = jnp.einsum("...jph,...h->...jp", keys, query, precision=FLOAT32)
+        return scores / self.temperature if kind.maps else scores
 
 
 def _product(x: Array, kernel: Array) -> Array:

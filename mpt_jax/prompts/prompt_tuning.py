@@ -1,7 +1,7 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): one free matrix [P, H] for each task.
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): one trainable matrix [P, H] per task.
 
 Started from source prompts it is SPoT (Vu et al. 2022, arXiv 2110.07904; `spot.py` chooses them).
-Each run is its own group of parameters, whatever the groups of the bank; tasks share nothing.
+Runs share no parameters, whatever the groups of the bank.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class PromptTuning(PromptMethod):
         prompt_length: P.
         init_prompt: initial value of each row's prompt.
         start_from: with an initial artifact, the run whose prompt every row starts from, `'same'`
-            (each row takes the artifact's row of its own name), a table of weights by run, or
-            a choice by similarity. Prompts are mixed only where weights say so.
+            (the run of the same name), a table of weights by run, or a choice by similarity.
+            Prompts are mixed only if a table or a similarity gives weights.
     """
 
     prompt_length: int
@@ -47,25 +47,27 @@ class PromptTuning(PromptMethod):
         return gather_rows(params["table"], task_ids)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Any method's artifact will do: its folded prompts are the start."""
-        folded = np.asarray(materialize(source_method, source, source_runs))
+        """Starts from the plain prompts of any method's artifact."""
+        prompts = np.asarray(materialize(source_method, source, source_runs))
         weights = source_weights(self.start_from, source_runs, runs)
         if isinstance(self.start_from, str):
-            _refuse_mixing(weights, folded, source_runs)
-        return {"table": weighted_mean(weights, folded)}
+            _refuse_mixing(weights, prompts, source_runs)
+        return {"table": weighted_mean(weights, prompts)}
 
     def config(self):
         return {"prompt_length": self.prompt_length}
 
 
-def _refuse_mixing(weights, folded, source_runs):
-    """Raises where a row would start from several prompts that differ (those of a prompt that tasks
-    share do not)."""
+def _refuse_mixing(weights, prompts, source_runs):
+    """Raises if a row would start from several different prompts.
+
+    Rows of one shared prompt are equal, so they pass.
+    """
     for row in weights:
-        chosen = folded[row > 0]
+        chosen = prompts[row > 0]
         if (chosen != chosen[0]).any():
             raise ValueError(
-                "Prompt tuning starts from one source prompt, and the artifact holds "
+                "Prompt tuning starts from one source prompt, but the artifact holds "
                 f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to "
-                "one, or to the weights to mix them by."
+                "one of these names, or to a table of weights."
             )

@@ -1,7 +1,7 @@
-"""Prompts that learn through an MLP of their own: `relu(E W_in + b_in) W_out + b_out`.
+"""Prompts trained through an MLP: `relu(E W_in + b_in) W_out + b_out`.
 
-The MLP is there for training alone: what it makes of the embedded prompt E takes E's place in an
-artifact. It adds 2 (H H + H) numbers to each prompt, 1,181,184 at H = 768.
+The MLP is used only in training: an artifact holds its output in place of the prompt E. It adds
+2 (H H + H) parameters per prompt, 1,181,184 at H = 768.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ PATTERN = "|".join(f"_{part}" for part in PARTS)
 
 
 def axes(name: str, of_prompt: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Logical axes of the MLPs of the prompts `name`, which have the axes `of_prompt` before those
-    of length and width."""
+    """Returns the logical axes of the MLPs of the prompts `name`.
+
+    `of_prompt` holds the prompts' own axes, without length and width.
+    """
     kernel, bias = (*of_prompt, "embed", "rank"), (*of_prompt, "embed")
     return {f"{name}_{part}": kernel if part.startswith("kernel") else bias for part in PARTS}
 
 
 def init(key: Key, name: str, prompts: Array) -> dict[str, Array]:
-    """First values of the MLPs of prompts [..., l, H]: uniform in +-1/sqrt(H), as torch's linear
-    layers have them, alike for all prompts."""
-    width, many = prompts.shape[-1], prompts.shape[:-2]
-    made = {}
+    """Returns initial parameters of the MLPs of prompts [..., l, H].
+
+    They are uniform in +-1/sqrt(H), as in torch's linear layers, and equal for all prompts.
+    """
+    width, leading = prompts.shape[-1], prompts.shape[:-2]
+    params = {}
     for number, part in enumerate(PARTS):
         shape = (width, width) if part.startswith("kernel") else (width,)
-        draw = jax.random.fold_in(key, number)
-        one = jax.random.uniform(draw, shape, minval=-(width**-0.5), maxval=width**-0.5)
-        made[f"{name}_{part}"] = jnp.broadcast_to(one, (*many, *shape))
-    return made
+        part_key = jax.random.fold_in(key, number)
+        values = jax.random.uniform(part_key, shape, minval=-(width**-0.5), maxval=width**-0.5)
+        params[f"{name}_{part}"] = jnp.broadcast_to(values, (*leading, *shape))
+    return params
 
 
 def apply(params: Params, name: str) -> Array:
-    """The prompts `name` [..., l, H]: as they are, or through their MLPs where they have any."""
+    """Returns the prompts `name` [..., l, H], passed through their MLPs if there are any."""
     prompts = params[name]
     if f"{name}_{PARTS[0]}" not in params:
         return prompts
@@ -48,6 +52,6 @@ def apply(params: Params, name: str) -> Array:
 
 
 def without_mlp(params: Params, name: str) -> dict[str, Array]:
-    """The parameters without the MLPs of `name`, whose prompts are what those made of them."""
+    """Returns the parameters with the prompts `name` replaced by the output of their MLPs."""
     kept = {key: params[key] for key in params if key not in axes(name, ())}
     return {**kept, name: apply(jax.tree.map(jnp.asarray, dict(params)), name)}

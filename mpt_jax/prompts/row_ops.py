@@ -1,4 +1,4 @@
-"""Row operations: reads the rows of parameter tables for the examples of a batch."""
+"""Lookups of parameter rows for the examples of a batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from mpt_jax.core.shapes import Array, Float, Int
 
 @runtime_checkable
 class Grouped(Protocol):
-    """What composing a prompt reads of `Runs`; a bank whose rows the compiler does not know has
-    only this."""
+    """The part of `Runs` that composing a prompt reads.
+
+    A bank whose rows are unknown at compile time provides only this part.
+    """
 
     @property
     def group_of_row(self) -> Any:
-        """[K]."""
+        """Group numbers [K]."""
         ...
 
     @property
@@ -31,19 +33,21 @@ class Grouped(Protocol):
 
 
 def first_row_of_groups(runs: Runs) -> list[int]:
-    """The row each group is initialized by: its first."""
+    """Returns the first row of each group, which determines the group's initial values."""
     return [runs.group_of_row.index(group) for group in range(runs.num_groups)]
 
 
-# The mesh's axes that both examples and the rows of runs are split over, while a step is traced
-# whose examples lie on the shard of their run.
+# Mesh axes that split both the examples and the rows of runs. Set while a step is traced in which
+# every example is on the shard of its run.
 _SPLIT_OVER: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
 
 
 @contextlib.contextmanager
 def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
-    """Inside, `take` reads rows of tables that are split over these axes of the mesh, for examples
-    that are split over them too and lie on the shard of their row."""
+    """Context in which `gather_rows` reads tables that are split over these mesh axes.
+
+    Examples must be split over the same axes, each on the shard of its row.
+    """
     token = _SPLIT_OVER.set(axes)
     try:
         yield
@@ -52,8 +56,11 @@ def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
 
 
 def gather_rows(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
-    """`table[ids]`: the rows of some examples. Inside `rows_split_over` every shard looks into its
-    own rows, so nothing of the table, nor of its gradient, travels."""
+    """Returns `table[ids]`, the rows of some examples.
+
+    Inside `rows_split_over` every shard reads only its own rows, so neither the table nor its
+    gradient is communicated.
+    """
     axes = _SPLIT_OVER.get()
     if not axes:
         return table[ids]
@@ -68,13 +75,15 @@ def gather_rows(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Arra
 def gather_group_params(
     table: Float[Array, "G ..."], runs: Grouped, task_ids: Int[Array, "..."]
 ) -> Array:
-    """What the group of each example has; of one group alone without the examples' axes, so that
-    nothing is repeated."""
+    """Returns the parameters of each example's group.
+
+    With a single group the result has no example axes, so nothing is repeated.
+    """
     if runs.num_groups == 1:
         return table[0]
     return gather_rows(table, jnp.asarray(runs.group_of_row)[task_ids])
 
 
 def expand_leading_dims(values: Array, axes: int) -> Array:
-    """Values with axes of size one in front, until they have as many as given."""
+    """Prepends axes of size one to `values`, up to `axes` axes."""
     return values.reshape((1,) * (axes - values.ndim) + values.shape)

@@ -1,6 +1,6 @@
-"""One prompt for all tasks of a group, [G, P, H], with nothing of a task's own.
+"""One prompt per group of tasks, [G, P, H], without task-specific parameters.
 
-Trained on a mixture it is SPoT's generic source prompt (Vu et al. 2022, arXiv 2110.07904); in the
+Trained on a mixture, it is SPoT's generic source prompt (Vu et al. 2022, arXiv 2110.07904). In the
 MPT paper's ablation (arXiv 2303.02861) it is the student without decomposition.
 """
 
@@ -27,8 +27,8 @@ class SharedPrompt(PromptMethod):
         prompt_length: P.
         init_prompt: initial value of each group's prompt.
         start_from: with an initial artifact, `'average'` of its rows' prompts, the name of one run,
-            `'same'` (each group from the prompt of its first run's namesake), or `'shared'`: the
-            matrix that the artifact's tasks share, which for MPT is P* without any factors.
+            `'same'` (for each group, the run with the name of its first run), or `'shared'`: the
+            matrix shared by the artifact's tasks, which for MPT is P* without factors.
     """
 
     prompt_length: int
@@ -48,15 +48,15 @@ class SharedPrompt(PromptMethod):
         return gather_rows(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Any method's artifact will do, but for `'shared'` it must have a shared matrix."""
+        """Starts from any method's artifact; `'shared'` requires one with a shared matrix."""
         if self.start_from == SHARED:
             return {"shared": self._repeat(_shared(source, source_method), runs)}
-        folded = materialize(source_method, source, source_runs)
+        prompts = materialize(source_method, source, source_runs)
         if self.start_from == "same":
             names = [runs.run_names[row] for row in first_row_of_groups(runs)]
-            return {"shared": folded[jnp.asarray([source_runs.row(name) for name in names])]}
+            return {"shared": prompts[jnp.asarray([source_runs.row(name) for name in names])]}
         rows = jnp.asarray(source_rows(source_runs, self.start_from))
-        return {"shared": self._repeat(folded[rows].mean(0), runs)}
+        return {"shared": self._repeat(prompts[rows].mean(0), runs)}
 
     def _repeat(self, prompt, runs):
         return jnp.repeat(prompt[None], runs.num_groups, axis=0)
@@ -66,12 +66,12 @@ class SharedPrompt(PromptMethod):
 
 
 def _shared(source, source_method):
-    """The one shared matrix [P, H] of an artifact."""
+    """Returns the only shared matrix [P, H] of an artifact."""
     shared = source.get("shared")
     if shared is None or len(shared) != 1:
-        found = "none" if shared is None else len(shared)
+        count = "none" if shared is None else len(shared)
         raise ValueError(
-            f"start_from = 'shared' takes the one matrix that an artifact's tasks share, and this "
-            f"artifact of {source_method.name!r} has {found}. Name one of its runs instead."
+            f"start_from = 'shared' needs an artifact with one shared matrix, but this artifact "
+            f"of {source_method.name!r} has {count}. Set start_from to one of its runs."
         )
     return jnp.asarray(shared[0])

@@ -1,15 +1,15 @@
-"""Which rows of a source artifact every run starts from, and the mean of them.
+"""Rows of a source artifact that each run starts from, and their weighted mean.
 
-All ways to say it come down to a table of weights [K, S], K runs from S rows:
+Every setting is converted to a table of weights [K, S], K runs from S rows:
 
-    'average'           all rows alike
-    a run's name        that row
-    'same'              each run its namesake
-    'same_or_average'   its namesake, or all rows alike where it has none
+    'average'           all rows, equally weighted
+    a run's name        the row of that run
+    'same'              the row with the run's own name
+    'same_or_average'   the row with the run's own name; without one, all rows equally weighted
     a table             run -> {source run: weight}, or run -> 'average' or one source run
-    NearestSource       the table that task embeddings give (`spot`)
+    NearestSource       the table computed from task embeddings (`spot`)
 
-What is averaged is the method's to say: MPT averages factors, prompt tuning whole prompts.
+The method decides what is averaged: MPT averages factors, prompt tuning whole prompts.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mpt_jax.core.shapes import Array
 from mpt_jax.prompts.base import source_rows
 from mpt_jax.prompts.spot import NearestSource, SourceTable
 
-FIRST = "first"  # of the sources of a method that names them
+FIRST = "first"  # the first of a method's `sources`
 
 StartFrom = str | SourceTable | NearestSource
 
 
 def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.ndarray:
-    """How much of each row of a source artifact every run starts from.
+    """Returns the weight of each row of a source artifact in the initial value of each run.
 
     Args:
         start_from: see `StartFrom`.
@@ -39,42 +39,42 @@ def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.n
         runs: the K rows of the bank.
 
     Returns:
-        [K, S], not negative, no row all zero; `mix` divides each row by its sum.
+        [K, S], not negative, no row all zero; `weighted_mean` divides each row by its sum.
 
     Raises:
-        ValueError: a name or a run that is not there; weights that are negative or all zero;
-            `'same_or_average'` where no run has a namesake.
+        ValueError: an unknown name or run; weights that are negative or all zero;
+            `'same_or_average'` if no run has a row of its name.
     """
     if isinstance(start_from, Mapping):
         return np.stack([_table_row(start_from, source_runs, run) for run in runs.run_names])
     if isinstance(start_from, NearestSource):
         raise ValueError(
-            f"{start_from} reads task embeddings, and only train_state.fill does that: give the "
-            "table of weights that comes of it."
+            f"{start_from} names task embeddings that have not been read. Pass the table of "
+            "weights that NearestSource.choose returns."
         )
-    one = np.eye(source_runs.num_rows)
-    every = np.ones(source_runs.num_rows)
+    one_hot = np.eye(source_runs.num_rows)
+    equal = np.ones(source_runs.num_rows)
     if start_from == "same":
-        return np.stack([one[source_runs.row(run)] for run in runs.run_names])
+        return np.stack([one_hot[source_runs.row(run)] for run in runs.run_names])
     if start_from == "same_or_average":
         known = [run in source_runs.run_names for run in runs.run_names]
         _report_new(runs, known, source_runs)
         return np.stack(
             [
-                one[source_runs.row(run)] if is_known else every
+                one_hot[source_runs.row(run)] if is_known else equal
                 for run, is_known in zip(runs.run_names, known, strict=True)
             ]
         )
-    chosen = np.zeros(source_runs.num_rows)
-    chosen[source_rows(source_runs, start_from)] = 1
-    return np.stack([chosen] * runs.num_rows)
+    weights = np.zeros(source_runs.num_rows)
+    weights[source_rows(source_runs, start_from)] = 1
+    return np.stack([weights] * runs.num_rows)
 
 
 def named_sources(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of source prompts, as a tuple.
+    """Returns the names of source prompts as a tuple.
 
     Raises:
-        ValueError: none, one text in place of a list, or a name that stands twice.
+        ValueError: no names, a string instead of a list, or a repeated name.
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise ValueError(f"sources must be a list of different names, got {names!r}.")
@@ -82,59 +82,61 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
-    """Weighted means [K, ...] of rows [S, ...] by weights [K, S]; what starts from one row alone is
-    exactly that row."""
+    """Returns means [K, ...] of rows [S, ...] with weights [K, S].
+
+    A mean of a single row equals that row exactly.
+    """
     values = np.asarray(rows, np.float32)
-    made = []
+    means = []
     for row in np.asarray(weights, np.float32):
         chosen = np.flatnonzero(row)
-        relative = row[chosen] / row.max()  # ones where rows count alike, so that one is itself
-        each = relative.reshape(-1, *[1] * (values.ndim - 1)) * values[chosen]
-        made.append(each.sum(0) * (1 / relative.sum()))
-    return jnp.asarray(np.stack(made))
+        relative = row[chosen] / row.max()  # 1 for equal weights, so a single row stays exact
+        weighted = relative.reshape(-1, *[1] * (values.ndim - 1)) * values[chosen]
+        means.append(weighted.sum(0) * (1 / relative.sum()))
+    return jnp.asarray(np.stack(means))
 
 
 def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[int]:
-    """The group [G] of the source artifact whose shared values each group takes: that of all the
-    rows which it starts from.
+    """Returns, for each group [G], the group of the source artifact that all its rows start from.
+
+    A group takes its shared parameters from that group.
 
     Args:
-        weights: [K, S], as `source_weights` gives them.
+        weights: [K, S], from `source_weights`.
         source_runs: the S rows of the artifact.
         runs: the K rows of the bank.
 
     Raises:
-        ValueError: the rows that a group starts from belong to several groups.
+        ValueError: the rows that a group starts from are in several groups.
     """
-    chosen = []
+    groups = []
     for group in range(runs.num_groups):
-        rows = [row for row, of in enumerate(runs.group_of_row) if of == group]
+        rows = [row for row, number in enumerate(runs.group_of_row) if number == group]
         sources = [s for s in range(source_runs.num_rows) if weights[rows, s].any()]
-        found = sorted({source_runs.group_of_row[s] for s in sources})
-        if len(found) > 1:
+        source_groups = sorted({source_runs.group_of_row[s] for s in sources})
+        if len(source_groups) > 1:
             raise ValueError(
-                f"{', '.join(runs.run_names[row] for row in rows)} would share one prompt, but "
-                "start from rows that were learned with the different shared prompts of "
-                f"{len(found)} groups of the artifact "
-                f"({', '.join(source_runs.run_names[s] for s in sources)}). Start them from rows "
-                "of one group (start_from), or make them independent (GROUPS)."
+                f"{', '.join(runs.run_names[row] for row in rows)} share one prompt, but start "
+                f"from runs of {len(source_groups)} groups of the artifact, which have different "
+                f"shared prompts: {', '.join(source_runs.run_names[s] for s in sources)}. Start "
+                "from runs of one group (START_FROM), or set GROUPS = 'independent'."
             )
-        chosen += found
-    return chosen
+        groups += source_groups
+    return groups
 
 
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
-    chosen = look_up("run in the table start_from", run, table)
+    entry = look_up("run in the table start_from", run, table)
     weights = np.zeros(source_runs.num_rows)
-    if isinstance(chosen, str):
-        weights[source_rows(source_runs, chosen)] = 1
+    if isinstance(entry, str):
+        weights[source_rows(source_runs, entry)] = 1
         return weights
-    for source, weight in chosen.items():
+    for source, weight in entry.items():
         weights[source_runs.row(source)] = weight
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ValueError(
-            f"start_from gives {run!r} the weights {dict(chosen)}: they must not be negative, "
-            "and one of them must be more than zero."
+            f"start_from gives {run!r} the weights {dict(entry)}. Weights must be finite and not "
+            "negative, and at least one must be positive."
         )
     return weights
 
@@ -143,8 +145,8 @@ def _report_new(runs: Runs, known: list[bool], source_runs: Runs) -> None:
     if not any(known):
         raise ValueError(
             f"None of the runs {', '.join(runs.run_names)} is in the artifact, which holds "
-            f"{', '.join(source_runs.run_names)}: 'same_or_average' keeps rows of a name. For new "
-            "tasks alone set start_from to 'average'."
+            f"{', '.join(source_runs.run_names)}, so 'same_or_average' has no row to keep. If all "
+            "tasks are new, set start_from to 'average'."
         )
     for run, is_known in zip(runs.run_names, known, strict=True):
         logging.info(

@@ -219,7 +219,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
         (ATTEMPT(P, ["first", "forth"]), "one", "Unknown run 'forth'.* Known: first, second"),
         (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
         (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
-        (crosspt(reparameterize=["sources"]), "one", "leave them out of reparameterize"),
+        (crosspt(reparameterize=["sources"]), "one", "Remove them from reparameterize"),
         (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
     ],
 )  # fmt: skip
@@ -233,11 +233,11 @@ def test_mixing_run_incompatible_start_error_says_why(method, given, message, ba
 def test_attempt_artifact_as_plain_prompt_error(backbone, attempted):
     artifact = str(attempted / "artifact")
     for method in (PromptTuning(P), CrossPT(P, TASKS), PromptTuning(P, start_from="same")):
-        with pytest.raises(ValueError, match="depend on the text they stand before"):
+        with pytest.raises(ValueError, match="depend on the text that follows them"):
             filled(backbone, method, artifact)
-    with pytest.raises(ValueError, match="depend on the text they stand before"):
+    with pytest.raises(ValueError, match="depend on the text that follows them"):
         artifacts.load_artifact(artifact).folded()
-    with pytest.raises(ValueError, match="ATTEMPT is .*'sub'.*this run's .*'dot'.* must agree"):
+    with pytest.raises(ValueError, match="ATTEMPT settings are .*'sub'.*this run has .*'dot'"):
         filled(backbone, attempt(attention="dot"), artifact)
 
 
@@ -256,7 +256,7 @@ def method_of_start(method):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 4}, "top_k is 4, and the router has 3 candidates: first, second, third"),
+        ({"top_k": 4}, "top_k is 4, but the router has 3 candidates: first, second, third"),
         ({"top_k": 0}, "top_k is 0"),
         ({"compose_by": "private_cat", "private_length": {}}, "private_length must be at least 1"),
         ({"compose_by": "private_cat", "private_length": 0}, "private_length must be at least 1"),
@@ -318,7 +318,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
             (plain,) = plain_prompts(same, found, one)
             np.testing.assert_array_equal(plain, whole[row])
     other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
-    with pytest.raises(ValueError, match="'run_a' has 3 positions .* of 'run_a', .* has 1: they"):
+    with pytest.raises(ValueError, match="'run_a' has 3 positions.* artifact's 'run_a', .* has 1"):
         filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
     with pytest.raises(ValueError, match="Unknown run in private_length 'run_c'"):
@@ -328,7 +328,8 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
 def test_crosspt_other_normalization_of_artifact_error(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
     other = crosspt(normalize="softmax", start_from="same")
-    with pytest.raises(ValueError, match="'normalize': 'sum'.*'normalize': 'softmax'.* must agree"):
+    words = "'normalize': 'sum'.*this run has .*'normalize': 'softmax'"
+    with pytest.raises(ValueError, match=words):
         filled(backbone, other, str(tmp_path / "artifact"))
 
 

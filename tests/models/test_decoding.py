@@ -1,4 +1,4 @@
-"""Every decoder against a slow one: a small recurrent language model, unrolled in float64."""
+"""Tests of every decoder against a slow float64 reference on a small recurrent model."""
 
 import itertools
 
@@ -14,7 +14,7 @@ VOCABULARY, STATE = 5, 6
 
 
 class TinyModel:
-    """`state' = tanh(A state + E[token])`, `logits = 3 W state' + example's own bias`."""
+    """`state' = tanh(A state + E[token])`, `logits = 3 W state' + bias of the example`."""
 
     def __init__(self, batch: int, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -41,7 +41,7 @@ class TinyModel:
         return logits, {**cache, "cached_state": state, "cache_index": index}
 
     def log_probabilities(self, example: int, prefix: tuple[int, ...]) -> np.ndarray:
-        """Of the token that follows `0, *prefix`."""
+        """Returns the log probabilities of the token that follows `0, *prefix`."""
         state = np.zeros(STATE)
         for token in (0, *prefix):
             state = np.tanh(state @ self.recurrence + self.embedding[token])
@@ -66,7 +66,7 @@ def slow_greedy(model: TinyModel, example: int, length: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_greedy_takes_the_most_probable_token_and_stops_at_the_end(seed):
+def test_greedy_takes_most_probable_tokens_until_eos(seed):
     model = TinyModel(batch=6, seed=seed)
     tokens, scores = decoding.greedy(
         model.tokens_to_logits, model.cache(), starts(model), max_length=7, eos_id=EOS
@@ -78,7 +78,7 @@ def test_greedy_takes_the_most_probable_token_and_stops_at_the_end(seed):
         np.testing.assert_allclose(scores[example, 0], model.score(example, expected), atol=1e-4)
 
 
-def test_greedy_runs_no_step_after_all_rows_have_ended():
+def test_greedy_all_rows_ended_stops():
     def ends_at_once(tokens, cache):
         logits = jax.nn.one_hot(jnp.full(tokens.shape[0], EOS), VOCABULARY)
         return logits, jax.tree.map(lambda count: count + 1, cache)
@@ -94,7 +94,7 @@ def test_greedy_runs_no_step_after_all_rows_have_ended():
     assert len(steps) == 1
 
 
-def test_sampling_one_most_probable_token_is_greedy():
+def test_temperature_sample_single_candidate_equals_greedy():
     model = TinyModel(batch=5)
     arguments = (model.tokens_to_logits, model.cache(), starts(model))
     expected, _ = decoding.greedy(*arguments, max_length=6)
@@ -104,7 +104,7 @@ def test_sampling_one_most_probable_token_is_greedy():
         np.testing.assert_array_equal(tokens, expected)
 
 
-def test_samples_are_sorted_by_their_probability_under_the_model():
+def test_temperature_sample_sorts_by_model_log_probability():
     model = TinyModel(batch=3)
     tokens, scores = decoding.temperature_sample(
         model.tokens_to_logits,
@@ -125,7 +125,7 @@ def test_samples_are_sorted_by_their_probability_under_the_model():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_samples_follow_the_tempered_distribution(temperature):
+def test_temperature_sample_follows_tempered_distribution(temperature):
     model, n = TinyModel(batch=1), 20_000
     tokens, _ = decoding.temperature_sample(
         model.tokens_to_logits,
@@ -157,17 +157,17 @@ def slow_nucleus(logits: np.ndarray, k: int, p: float) -> set[int]:
 
 
 @pytest.mark.parametrize(("k", "p"), [(0, 1.0), (1, 1.0), (3, 1.0), (99, 1.0), (0, 0.5), (4, 0.8)])
-def test_truncation_keeps_the_nucleus(k, p):
+def test_keep_most_probable_keeps_nucleus(k, p):
     logits = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32) * 2
     kept = np.isfinite(decoding.keep_most_probable(jnp.asarray(logits), k, p))
     for row in range(8):
         assert set(np.flatnonzero(kept[row])) == slow_nucleus(logits[row], k, p)
 
 
-def test_sampling_refuses_settings_out_of_range():
+def test_decoding_settings_out_of_range_raise():
     model = TinyModel(batch=1)
     arguments = (model.tokens_to_logits, model.cache(), starts(model), jax.random.key(0))
-    with pytest.raises(ValueError, match="use greedy"):
+    with pytest.raises(ValueError, match="Use greedy"):
         decoding.temperature_sample(*arguments, max_length=2, temperature=0.0)
     with pytest.raises(ValueError, match="top_p"):
         decoding.temperature_sample(*arguments, max_length=2, top_p=0.0)
@@ -176,7 +176,7 @@ def test_sampling_refuses_settings_out_of_range():
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.6), (2, 0.0), (3, 0.6), (4, 1.0)])
-def test_beam_search_equals_a_slow_one(n, alpha):
+def test_beam_search_equals_slow_reference(n, alpha):
     model = TinyModel(batch=4, seed=n)
     tokens, scores = decoding.beam_search(
         model.tokens_to_logits,
@@ -193,7 +193,7 @@ def test_beam_search_equals_a_slow_one(n, alpha):
         np.testing.assert_allclose(scores[example], [score for _, score in expected], atol=1e-4)
 
 
-def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_sequences():
+def test_beam_search_exhaustive_width_finds_best_sequence():
     model, length, n = TinyModel(batch=2, seed=9), 3, VOCABULARY**2
     tokens, scores = decoding.beam_search(
         model.tokens_to_logits,
@@ -216,7 +216,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_sequences():
 
 
 @pytest.mark.parametrize("decode", ["beam_search", "temperature_sample"])
-def test_a_scanned_cache_is_repeated_and_reordered_on_its_own_axis(decode):
+def test_decoding_scanned_cache_uses_its_batch_axis(decode):
     model, n = TinyModel(batch=3, seed=5), 3
     inner = ("cached_state", "memory_bias")
 

@@ -1,4 +1,4 @@
-"""The model: one contract for every registered method, batches, labels, inference."""
+"""Tests of the model with every registered method: batches, labels, loss, inference."""
 
 import functools
 
@@ -48,7 +48,7 @@ class Case:
         return total, (sums, weights, found)
 
     def loss(self, batch, **frozen):
-        """Sums, weights, metrics of each run, and gradients of what learns."""
+        """Returns (sums, normalizers, metrics) and the gradients of trainable parameters."""
         (_, found), grads = self._loss(self.trainable, {**self.frozen, **frozen}, batch)
         return found, grads
 
@@ -56,7 +56,7 @@ class Case:
 @pytest.fixture(scope="module", params=method_names())
 def case(request) -> Case:
     method = tiny.method(request.param)
-    # Something must learn where there is no prompt.
+    # Without a prompt, something else must be trainable.
     labels = () if method.labels else encoder_decoder.LAYER_NORMS
     objective = DISTILLED if method.prompt_length else Objective(label_smoothing=0.1)
     return Case(
@@ -74,7 +74,7 @@ def mpt() -> Case:
 # --- The contract of every method ----------------------------------------------------------------
 
 
-def test_only_what_a_method_labels_learns(case):
+def test_gradients_only_for_trainable_labels(case):
     labels = flatten(label_tree(case.params.get("prompt", {}), case.model.prompt.labels))
     expected = {
         f"prompt/{name}" for name, label in labels.items() if label != encoder_decoder.FROZEN
@@ -90,7 +90,7 @@ def test_only_what_a_method_labels_learns(case):
         assert has_one == (name not in counted), f"{name} has a gradient: {has_one}"
 
 
-def test_packed_equals_unpacked(case):
+def test_packed_batch_equals_unpacked(case):
     (sums, weights, found), grads = case.loss(case.batch)
     packed = tiny.pack(case.batch, [[1, 3], [0, 2]])
     (packed_sums, packed_weights, packed_found), packed_grads = case.loss(packed)
@@ -101,12 +101,12 @@ def test_packed_equals_unpacked(case):
 
 
 def of_runs(found):
-    """The metrics that do not tell how examples lie in rows."""
+    """Returns the metrics that do not depend on how examples are placed in rows."""
     return {name: metric for name, metric in found.items() if not name.startswith("batch/")}
 
 
 @pytest.mark.parametrize("reduce", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
-def test_packed_prompts_are_as_far_from_their_teachers(reduce):
+def test_prompt_distance_packed_equals_unpacked(reduce):
     alone = Distillation(logits=False, hidden=False, prompt_distance=True, reduce=reduce)
     case = Case(tiny.model(APART, objective=Objective(distillation=alone)))
     (sums, weights, _), grads = case.loss(case.batch)
@@ -117,7 +117,7 @@ def test_packed_prompts_are_as_far_from_their_teachers(reduce):
     tiny.close(packed_grads, grads, 1e-5)
 
 
-def test_how_full_a_batch_is():
+def test_batch_metrics_count_padding_and_examples():
     batch = tiny.batch([2, 0, None], seed=1)
     found = metrics.batch_metrics(tiny.arrays(batch))
     text = np.count_nonzero(batch["encoder_input_tokens"])
@@ -134,7 +134,7 @@ def test_how_full_a_batch_is():
     assert (packed.sum, packed.weight) == (2, 1)
 
 
-def test_teacher_forced_argmax_equals_cached_greedy_decoding(case):
+def test_predict_batch_equals_teacher_forced_argmax(case):
     tokens, found = case.predict(case.params, case.batch)
     tokens = np.asarray(tokens)
     assert tokens.shape == case.batch["decoder_target_tokens"].shape
@@ -149,13 +149,13 @@ def test_teacher_forced_argmax_equals_cached_greedy_decoding(case):
     np.testing.assert_allclose(found["scores"], np.where(ended, 0, chosen).sum(1), atol=1e-4)
 
 
-def test_targets_are_not_read_when_decoding(case):
+def test_predict_batch_ignores_targets(case):
     garbled = {**case.batch, "decoder_input_tokens": case.batch["decoder_input_tokens"] * 0 + 7}
     found = case.predict(case.params, garbled)[0]
     np.testing.assert_array_equal(found, case.predict(case.params, case.batch)[0])
 
 
-def test_score_batch_is_the_log_probability_of_the_targets(case):
+def test_score_batch_is_log_probability_of_targets(case):
     found = case.score(case.params, case.batch)
     logits = np.asarray(case.forward(case.params, case.batch).logits, np.float64)
     for i, weights in enumerate(case.batch["decoder_loss_weights"]):
@@ -167,7 +167,7 @@ def test_score_batch_is_the_log_probability_of_the_targets(case):
         np.testing.assert_allclose(found[i], expected, rtol=1e-5)
 
 
-def test_an_artifact_gives_the_same_logits(case, tmp_path):
+def test_artifact_round_trip_same_logits(case, tmp_path):
     prompt = case.params.get("prompt", {})
     model = case.model
     read = tiny.read_back(tmp_path / "artifact", model.prompt, prompt, model.runs)
@@ -181,7 +181,7 @@ def test_an_artifact_gives_the_same_logits(case, tmp_path):
 # --- Prompts -------------------------------------------------------------------------------------
 
 
-def test_mpt_of_factors_whose_product_is_one_is_prompt_tuning(mpt):
+def test_mpt_unit_factors_equal_prompt_tuning(mpt):
     prompt = mpt.params["prompt"]
     ones = {name: jnp.ones_like(prompt[name]) for name in ("task_left", "task_right")}
     table = prompt["shared"][np.asarray(APART.group_of_row)]
@@ -196,15 +196,17 @@ def test_mpt_of_factors_whose_product_is_one_is_prompt_tuning(mpt):
     )
 
 
-def test_a_student_with_its_teachers_prompts_has_nothing_to_learn_from_them(mpt):
+def test_distillation_student_with_teacher_prompts_zero_loss(mpt):
     folded = materialize(mpt.model.prompt, mpt.params["prompt"], APART)
     (sums, _, _), _ = mpt.loss(mpt.batch, teacher={"table": folded})
     for term in ("kl", "hidden_encoder", "hidden_decoder"):
         np.testing.assert_allclose(sums[term], 0, atol=1e-5)
-        assert np.all(np.asarray(mpt.loss(mpt.batch)[0][0][term]) > 1e-2), "and others do"
+        assert np.all(np.asarray(mpt.loss(mpt.batch)[0][0][term]) > 1e-2), (
+            "other prompts have a positive loss"
+        )
 
 
-def test_the_prompt_of_an_example_is_its_own_tasks(mpt):
+def test_forward_uses_prompt_of_each_examples_task(mpt):
     swap = np.array([1, 0, 2], np.int32)
     other = {k: swap[v] if k.endswith("task_ids") else v for k, v in mpt.batch.items()}
     prompt = {name: leaf[swap] for name, leaf in mpt.params["prompt"].items()}
@@ -219,7 +221,7 @@ def test_the_prompt_of_an_example_is_its_own_tasks(mpt):
 # --- Batches -------------------------------------------------------------------------------------
 
 
-def test_a_mixed_batch_equals_one_task_at_a_time(mpt):
+def test_loss_mixed_batch_equals_sum_over_tasks(mpt):
     rows = [2, 0, 1, 0]
     (sums, weights, _), grads = mpt.loss(tiny.batch(rows))
     singles = [
@@ -229,14 +231,14 @@ def test_a_mixed_batch_equals_one_task_at_a_time(mpt):
     tiny.close(add(*(single[0][0] for single in singles)), sums, 1e-5)
     tiny.close(add(*(single[0][1] for single in singles)), weights, 1e-6)
     tiny.close(add(*(single[1] for single in singles)), grads, 1e-6)
-    # What 'hold' relies on: gradients of absent rows are zero, not merely small.
+    # ABSENT_TASKS = 'hold' relies on gradients of absent rows being exactly zero.
     for task, (_, alone) in enumerate(singles):
         for leaf in alone["prompt"].values():
             assert not np.delete(np.asarray(leaf), task, axis=0).any()
             assert np.asarray(leaf[task]).any()
 
 
-def test_padding_is_never_read(mpt):
+def test_loss_padding_contents_ignored(mpt):
     batch = tiny.batch([2, None, 1, 0])
     found, grads = mpt.loss(batch)
     rng = np.random.default_rng(5)
@@ -249,7 +251,7 @@ def test_padding_is_never_read(mpt):
     tiny.close(mpt.loss(garbage), (found, grads), 1e-6)
 
 
-def test_rows_of_padding_change_nothing(mpt):
+def test_loss_padding_rows_ignored(mpt):
     padded = tiny.batch([2, None, 1, 0])
     (*found, metrics_found), grads = mpt.loss(padded)
     (*expected, metrics_expected), grads_expected = mpt.loss(tiny.pick(padded, [0, 2, 3]))
@@ -257,7 +259,7 @@ def test_rows_of_padding_change_nothing(mpt):
     tiny.close(of_runs(metrics_found), of_runs(metrics_expected), 1e-6)
 
 
-def test_the_weights_of_a_batch_need_no_forward_pass_and_add_up_over_its_parts(mpt):
+def test_loss_normalizers_add_up_over_parts_of_batch(mpt):
     batch = tiny.batch([2, None, 1, 0])
     whole = mpt.model.loss_normalizers(tiny.arrays(batch))
     parts = [
@@ -274,7 +276,7 @@ def test_the_weights_of_a_batch_need_no_forward_pass_and_add_up_over_its_parts(m
     np.testing.assert_array_equal(whole["hidden_decoder"], tokens * 2 * tiny.WIDTH)
 
 
-def test_the_loss_that_is_logged_is_plain_and_the_terms_are_what_is_optimized(mpt):
+def test_loss_metric_excludes_label_smoothing(mpt):
     """`losses.token_losses` itself is checked in float64 by test_losses.py."""
     plain, smoothed = (
         tiny.model(APART, objective=Objective(label_smoothing=smoothing))
@@ -290,7 +292,7 @@ def test_the_loss_that_is_logged_is_plain_and_the_terms_are_what_is_optimized(mp
 # --- Hidden states and the teacher ---------------------------------------------------------------
 
 
-def test_the_hidden_states_compared_are_the_ones_chosen(mpt):
+def test_hidden_layers_selects_states_to_compare(mpt):
     choices = {"last": (-1,), "all": (0, 1, 2), (0, -1): (0, -1), (1,): (1,)}
 
     @jax.jit
@@ -314,7 +316,7 @@ def test_the_hidden_states_compared_are_the_ones_chosen(mpt):
     np.testing.assert_allclose(found["all"][0][:, : tiny.PROMPT], prompts[first], atol=1e-6)
 
 
-def test_layers_that_do_not_exist_are_an_error(mpt):
+def test_hidden_layers_out_of_range_raises(mpt):
     objective = Objective(distillation=Distillation(hidden_layers=(2,)))
     model = tiny.model(APART, objective=objective)
     with pytest.raises(ValueError, match=r"\(2,\) reach outside the 2 states"):
@@ -324,7 +326,7 @@ def test_layers_that_do_not_exist_are_an_error(mpt):
 # --- T5X's loss ----------------------------------------------------------------------------------
 
 
-def test_t5xs_loss_has_our_gradients_and_none_where_parameters_are_frozen(mpt):
+def test_t5x_loss_fn_same_gradients_and_zero_for_frozen(mpt):
     differentiate = jax.jit(jax.value_and_grad(mpt.model.loss_fn, has_aux=True))
     (total, found), grads = differentiate(mpt.params, mpt.batch, None)
     (sums, weights, _), expected = mpt.loss(mpt.batch)
@@ -341,14 +343,14 @@ def test_t5xs_loss_has_our_gradients_and_none_where_parameters_are_frozen(mpt):
 # --- Errors --------------------------------------------------------------------------------------
 
 
-def test_packed_batches_are_neither_decoded_nor_scored(mpt):
+def test_predict_and_score_packed_batch_raise(mpt):
     packed = tiny.arrays(tiny.pack(mpt.batch, [[0, 1]]))
     for use in (mpt.model.predict_batch, mpt.model.score_batch):
         with pytest.raises(ValueError, match="pack = False"):
             use(mpt.params, packed)
 
 
-def test_more_decodes_than_greedy_makes_are_an_error_and_sampling_makes_them(mpt):
+def test_num_decodes_greedy_raises_sampling_returns_them(mpt):
     with pytest.raises(ValueError, match="num_decodes=2"):
         mpt.model.predict_batch(mpt.params, tiny.arrays(mpt.batch), num_decodes=2)
     sampler = tiny.model(APART, decode_fn=decoding.temperature_sample)
@@ -357,19 +359,19 @@ def test_more_decodes_than_greedy_makes_are_an_error_and_sampling_makes_them(mpt
     )
     tokens, found = jax.jit(sample)(mpt.params, mpt.batch, jax.random.PRNGKey(1))
     assert tokens.shape == (4, 3, tiny.TARGET)
-    assert np.all(np.diff(found["scores"], axis=1) >= 0), "worst first, as T5X"
+    assert np.all(np.diff(found["scores"], axis=1) >= 0), "worst first, as in T5X"
 
 
 @pytest.fixture(scope="module")
 def undecided() -> Case:
-    """A model of quieter embeddings: it is less sure that a token repeats itself."""
+    """A model with smaller embeddings, so that its predictions are less certain."""
     case = Case(tiny.model(APART))
     case.params["token_embedder"]["embedding"] *= 0.3
     return case
 
 
 class Prefixes:
-    """What the slow beam search asks of a language model, answered by teacher-forced passes."""
+    """The language model interface of the slow beam search, by teacher-forced passes."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -388,7 +390,7 @@ class Prefixes:
     [(None, None, 4), (None, 2, 2), (3, 2, 3)],
     ids=["the function's default", "bound by gin", "asked for by the caller"],
 )
-def test_a_beam_is_as_wide_as_the_decode_function_is_told(undecided, given, bound, width, request):
+def test_num_decodes_sets_beam_width(undecided, given, bound, width, request):
     request.addfinalizer(gin.clear_config)
     search = gin.external_configurable(
         decoding.beam_search, f"beam_of_{width}", module="test_models"
@@ -406,20 +408,20 @@ def test_a_beam_is_as_wide_as_the_decode_function_is_told(undecided, given, boun
         assert [cut(row) for row in tokens[example]] == [tokens for tokens, _ in expected]
         np.testing.assert_allclose(found["scores"][example], [s for _, s in expected], atol=1e-4)
     greedy = np.asarray(undecided.predict(*arguments)[0])
-    assert np.any(greedy != tokens[:, -1]), "and it finds what greedy does not"
+    assert np.any(greedy != tokens[:, -1]), "beam search differs from greedy"
 
 
-def test_a_model_without_feature_converter_says_where_it_is_bound(mpt):
+def test_feature_converter_missing_raises_with_binding(mpt):
     with pytest.raises(ValueError, match="feature_converter_cls"):
         mpt.model.FEATURE_CONVERTER_CLS  # noqa: B018
 
 
-def test_without_a_prompt_there_is_nothing_to_distil(mpt):
+def test_distillation_without_prompt_raises(mpt):
     with pytest.raises(ValueError, match="the method 'none' has no prompt"):
         tiny.model(prompt=tiny.method("none"), objective=DISTILLED)
 
 
-def test_t5x_microbatches_are_refused(mpt):
+def test_t5x_loss_fn_microbatch_raises(mpt):
     model = tiny.model(APART, MPT(tiny.PROMPT))
     model.expected_rows = 8
     with pytest.raises(ValueError, match="4 rows of a batch of 8.*num_microbatches"):

@@ -1,4 +1,4 @@
-"""The objective, re-derived position by position in float64, and its gradient by differences."""
+"""Tests of the objective against a float64 reference, and of its gradient by differences."""
 
 import functools
 
@@ -21,7 +21,7 @@ BATCH = tiny.batch([0, 1, None, 2, 1, 0], seed=1)
 
 
 def outputs(seed: int, layers: tuple[int, int] = (1, 1)) -> losses.ModelOutputs:
-    """A forward pass of random numbers; hidden states also at positions that do not count."""
+    """Random model outputs, with hidden states also at masked positions."""
     rng = np.random.default_rng(seed)
     size, text = BATCH["encoder_input_tokens"].shape
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
@@ -40,7 +40,7 @@ def log_softmax(logits) -> np.ndarray:
 
 
 class Oracle:
-    """Every term's sum and weight of each group, one position after the other."""
+    """Every term's sum and normalizer by group, computed position by position."""
 
     def __init__(self, objective: Objective, runs: Runs, student, teacher=None, batch=BATCH):
         self.objective, self.distil = objective, objective.distillation
@@ -154,16 +154,16 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("runs", [ONE, RUNS], ids=["one group", "two groups"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_term_is_what_its_definition_says(name, runs):
+def test_loss_terms_match_definition(name, runs):
     check(OBJECTIVES[name], runs)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
-def test_several_layers_are_averaged(reduce):
+def test_hidden_terms_several_layers_averaged(reduce):
     check(Objective(distillation=Distillation(hidden_layers="all", reduce=reduce)), RUNS, (3, 2))
 
 
-def test_the_defaults_are_those_of_the_methods():
+def test_objective_defaults_match_documented_values():
     distil = Distillation()
     assert (distil.weight, distil.temperature, distil.t2_scale) == (0.9, 1.0, False)
     assert (distil.hidden_layers, distil.include_prompt_positions) == ("last", True)
@@ -177,7 +177,7 @@ def test_the_defaults_are_those_of_the_methods():
     assert Objective().coefficients() == {"cross_entropy": 1.0}
 
 
-def test_a_perfect_prediction_costs_nothing_with_and_without_smoothing():
+def test_token_losses_perfect_prediction_is_zero():
     targets = jnp.array([[3, 0]])
     sure = 60.0 * jax.nn.one_hot(targets, 5)
     np.testing.assert_allclose(losses.token_losses(sure, targets)[0], 0, atol=1e-5)
@@ -185,7 +185,7 @@ def test_a_perfect_prediction_costs_nothing_with_and_without_smoothing():
     np.testing.assert_allclose(losses.token_losses(share, targets, 0.1)[0], 0, atol=1e-5)
 
 
-def test_kl_is_zero_for_equals_and_looks_from_the_teacher():
+def test_kl_divergence_zero_for_equal_logits_and_from_teacher():
     student, teacher = jnp.array([[[0.0, 0.0]]]), jnp.array([[[2.0, 0.0]]])
     assert losses.kl_divergence(teacher, teacher, 1.0).item() == 0
     p = 1 / (1 + np.exp(-2.0))
@@ -193,7 +193,7 @@ def test_kl_is_zero_for_equals_and_looks_from_the_teacher():
     np.testing.assert_allclose(losses.kl_divergence(teacher, student, 1.0), forward, rtol=1e-5)
 
 
-def test_low_precision_logits_are_lifted_to_float32():
+def test_token_losses_bfloat16_logits_computed_in_float32():
     logits, targets = outputs(0).logits, jnp.asarray(BATCH["decoder_target_tokens"])
     low = logits.astype(jnp.bfloat16)
     found, log_z = losses.token_losses(low, targets)
@@ -201,7 +201,7 @@ def test_low_precision_logits_are_lifted_to_float32():
     np.testing.assert_array_equal(found, losses.token_losses(low.astype(jnp.float32), targets)[0])
 
 
-def test_a_group_without_examples_adds_nothing_and_no_nan():
+def test_total_loss_group_without_examples_is_zero_and_finite():
     objective = Objective(distillation=Distillation())
     keep = [i for i in range(6) if BATCH["encoder_task_ids"][i, 0] != 1]
     batch = tiny.arrays(tiny.pick(BATCH, keep))
@@ -217,7 +217,7 @@ def test_a_group_without_examples_adds_nothing_and_no_nan():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"reduce": "max"}, "'max'"),
@@ -231,13 +231,13 @@ def test_a_group_without_examples_adds_nothing_and_no_nan():
         ({"hidden": False, "reduce": "sum"}, "'sum' .* hidden=False and prompt_distance=False"),
     ],
 )
-def test_settings_without_sense_or_effect_are_refused(arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_distillation_invalid_or_ineffective_settings_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
         Distillation(**arguments)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
-def test_label_smoothing_is_a_share(smoothing):
+def test_label_smoothing_out_of_range_raises(smoothing):
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         Objective(label_smoothing=smoothing)
 
@@ -259,7 +259,7 @@ GRADIENT_OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", GRADIENT_OBJECTIVES)
-def test_gradients_of_the_whole_objective_agree_with_differences(name):
+def test_objective_gradients_match_finite_differences(name):
     model = tiny.model(RUNS, MPT(tiny.PROMPT, rank=2), SMOOTH, objective=GRADIENT_OBJECTIVES[name])
     params = tiny.params(model)
     batch = tiny.arrays(BATCH)

@@ -1,4 +1,4 @@
-"""Step metrics: counted token by token, merged by sums, named by run and by group."""
+"""Tests of step metrics: counts by token, merging, and names by run and group."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from tests.fixtures import tiny
 RUNS = Runs(["rte", "rte", "cb"], ["rte_s1", "rte_s2", "cb_s1"], groups=[0, 1, 1])
 
 
-def test_loss_and_accuracy_of_each_run_are_counted_token_by_token():
+def test_task_metrics_count_loss_and_accuracy_by_token():
     batch = tiny.batch([0, 2, None, 0, 2])
     logits = 2 * np.random.default_rng(0).normal(size=(5, tiny.TARGET, tiny.VOCABULARY))
     hits = batch["decoder_target_tokens"][:, 0]
@@ -44,7 +44,7 @@ def metric(total, weight) -> Metric:
     return Metric(jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32))
 
 
-def test_merged_metrics_are_means_of_everything_not_of_means():
+def test_merged_metrics_give_mean_over_all_tokens():
     first = {"loss": metric([10, 0, 1], [2, 0, 1])}
     second = {"loss": metric([2, 0, 9], [6, 0, 1])}
     found = metrics.scalars(metrics.merge(first, second), RUNS)
@@ -55,7 +55,7 @@ def test_merged_metrics_are_means_of_everything_not_of_means():
     }, "a run without examples has no entry"
 
 
-def test_terms_and_norms_are_named_by_group_and_only_where_there_are_several():
+def test_scalars_several_groups_name_terms_by_group():
     step = {"term/kl": metric([1, 4], [1, 2]), "gradient_norm": metric([3, 5], [1, 1])}
     found = metrics.scalars(step, RUNS)
     assert found["term/kl"] == pytest.approx(5 / 3)
@@ -65,7 +65,7 @@ def test_terms_and_norms_are_named_by_group_and_only_where_there_are_several():
     assert one == {"term/kl": 1.5}
 
 
-def test_labels_of_ten_thousand_groups_are_made_in_one_pass(monkeypatch):
+def test_scalars_ten_thousand_groups_labels_in_one_pass(monkeypatch):
     count = 10_000
     runs = Runs([f"run_{i}" for i in range(count)], groups="independent")
     read, table = [], runs.group_of_row
@@ -73,14 +73,14 @@ def test_labels_of_ten_thousand_groups_are_made_in_one_pass(monkeypatch):
     norms = {"gradient_norm": Metric(np.arange(count), np.ones(count))}
     found = metrics.scalars(norms, runs)
     assert found["gradient_norm/run_9999"] == 9999 and len(found) == count + 1
-    assert len(read) < 10, "the table of groups is read again for each of them"
+    assert len(read) < 10, "group_of_row must not be read once per group"
 
 
-def test_a_step_without_examples_has_no_metrics():
+def test_scalars_step_without_examples_is_empty():
     assert metrics.scalars({"loss": metric([0, 0, 0], [0, 0, 0])}, RUNS) == {}
 
 
-def test_clu_metrics_say_the_same():
+def test_to_clu_matches_scalars():
     steps = [
         {"loss": metric([10, 3, 1], [2, 1, 1]), "term/kl": metric([1, 4], [1, 2])},
         {"loss": metric([2, 3, 9], [6, 1, 1]), "term/kl": metric([2, 2], [1, 1])},

@@ -1,4 +1,4 @@
-"""Prompts of several lengths in one batch: what the converter writes, and what the model reads."""
+"""Tests of prompts of several lengths in one batch, in the converter and in the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpt_jax.training.state import param_shapes
 from tests.fixtures import tiny, training_runs
 from tests.fixtures.converter_examples import RUNS, assert_same, drawn, examples, rows_of
 
-OWN = (3, 7, 4)  # positions of each row's prompt
+OWN = (3, 7, 4)  # length of each row's prompt
 LONGEST = max(OWN)
 PRIVATE = dict(zip(RUNS.run_names, (1, 5, 2), strict=True))
 MADE = drawn(7, seed=5)
@@ -47,14 +47,14 @@ def mixed():
 
 @pytest.fixture(scope="module")
 def alone(mixed):
-    """Logits of each example, in a batch of its own."""
+    """Logits of each example in a batch of one."""
     return [logits_alone(mixed[1], example) for example in MADE]
 
 
-# --- What the converter writes -------------------------------------------------------------------
+# --- Feature converter ---------------------------------------------------------------------------
 
 
-def test_text_follows_its_own_prompt():
+def test_feature_converter_text_follows_prompt_of_own_length():
     found = rows_of(
         converter()(
             examples(("ft_gamma", [7, 8, 1], [5, 1]), ("ft_alpha", [9, 1], [1])),
@@ -68,7 +68,7 @@ def test_text_follows_its_own_prompt():
     assert found[1]["encoder_prompt_slots"] == [1, 2, 3] + [0] * 7
 
 
-def test_batches_are_those_of_the_converter():
+def test_collate_variable_lengths_matches_feature_converter():
     lengths, row = {"inputs": TEXT, "targets": TARGETS}, {"inputs": 34, "targets": 12}
     assert_same(
         collate.unpacked(MADE, OWN, TEXT, TARGETS), rows_of(converter()(dataset(), lengths))
@@ -77,27 +77,29 @@ def test_batches_are_those_of_the_converter():
     found = collate.packed(MADE, OWN, row)
     assert_same(found, rows_of(packed(dataset(), lengths)))
     used = sum(OWN[e.row] + len(e.inputs) for e in MADE)
-    assert (found["encoder_segment_ids"] > 0).sum() == used, "no position for prompts of others"
+    assert (found["encoder_segment_ids"] > 0).sum() == used, (
+        "no slots beyond the example's own prompt"
+    )
 
 
 @pytest.mark.parametrize("lengths", [(3, 7), (3, 8, 4)])
-def test_lengths_that_do_not_fit_the_rows(lengths):
+def test_feature_converter_invalid_prompt_lengths_raise(lengths):
     with pytest.raises(ValueError, match="each of the 3 rows at most prompt_length = 7 positions"):
         PromptFeatureConverter(LONGEST, RUNS, prompt_lengths=lengths)
 
 
-# --- What the model reads ------------------------------------------------------------------------
+# --- Model ---------------------------------------------------------------------------------------
 
 
 @functools.cache
 def program_alone(name: str):
-    """A model that knows one run alone, whose prompt has just its length; and its forward pass."""
+    """Returns a model of a single run with exactly its prompt length, and its forward pass."""
     alone = tiny.model(Runs([name]), method(PRIVATE[name]))
     return alone, jax.jit(alone.forward)
 
 
 def logits_alone(params, example) -> np.ndarray:
-    """Of one example, by a model and a converter that know its run alone."""
+    """Returns the logits of one example from a model and converter of its run only."""
     name = RUNS.run_names[example.row]
     alone, forward = program_alone(name)
     prompt = {
@@ -114,7 +116,7 @@ def logits_alone(params, example) -> np.ndarray:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_in_a_mixed_batch_each_example_has_the_logits_it_has_alone(packed, mixed, alone):
+def test_forward_variable_lengths_logits_equal_alone(packed, mixed, alone):
     model, params = mixed
     if packed:
         batch = collate.packed(MADE, OWN, {"inputs": 34, "targets": 12})
@@ -140,7 +142,7 @@ def test_in_a_mixed_batch_each_example_has_the_logits_it_has_alone(packed, mixed
     assert unseen == [None] * len(MADE)
 
 
-def test_cut_batches_have_the_same_losses(mixed):
+def test_length_buckets_trimmed_batches_same_loss(mixed):
     model, params = mixed
     limits = {"inputs": TEXT, "targets": TARGETS}
     buckets = bucketing.of_settings({"inputs": [1, 4], "targets": [2]}, LONGEST, limits)
@@ -155,10 +157,10 @@ def test_cut_batches_have_the_same_losses(mixed):
         assert length == min(n for n in buckets.encoder if n >= used)
         cut_to.add(length)
         np.testing.assert_allclose(loss(params, cut)[0], loss(params, whole)[0], rtol=1e-5)
-    assert len(cut_to) > 1, "short prompts leave room for longer texts in a bucket"
+    assert len(cut_to) > 1, "examples with different prompt lengths use different buckets"
 
 
-def test_training_data_has_each_runs_own_length():
+def test_train_iterator_variable_lengths_reserves_each_length():
     training_runs.register_all()
     runs = Runs(training_runs.TASKS)
     private = dict(zip(runs.run_names, (2, 1, 4), strict=True))
@@ -171,7 +173,9 @@ def test_training_data_has_each_runs_own_length():
         slots, rows = batch["encoder_prompt_slots"], batch["encoder_task_ids"]
         is_text = batch["encoder_input_tokens"] > 0
         ends = slots[:, :-1] > slots[:, 1:]
-        assert (is_text[:, 1:] == (is_text[:, 1:] | ends)).all(), "text follows directly"
+        assert (is_text[:, 1:] == (is_text[:, 1:] | ends)).all(), (
+            "the text follows the prompt directly"
+        )
         assert set(zip(rows[:, :-1][ends], slots[:, :-1][ends], strict=True)) == set(
             enumerate(lengths)
         )

@@ -1,4 +1,4 @@
-"""ATTEMPT: what it mixes, what learns, what it starts from, and what it reads of a text."""
+"""Tests of ATTEMPT: composition, trainable parameters, transfer, and pooling of the text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make(attention: str = "sub", **overrides) -> ATTEMPT:
 
 @BY_GROUP
 @VARIANTS
-def test_the_parameters_of_every_variant(attention, bank):
+def test_attempt_init_every_variant_shapes_and_labels(attention, bank):
     method, runs = make(attention), BANKS[bank]
     made = method.init(KEY, runs, CONTEXT)
     groups = runs.num_groups
@@ -81,7 +81,7 @@ def test_the_parameters_of_every_variant(attention, bank):
 @BY_GROUP
 @pytest.mark.parametrize("attend_target", [True, False])
 @VARIANTS
-def test_prompts_and_weights_are_the_definition(attention, attend_target, bank):
+def test_attempt_prompts_and_weights_match_definition(attention, attend_target, bank):
     method, runs = make(attention, attend_target=attend_target), BANKS[bank]
     params = random_params(method, runs)
     ids = np.array([[3, 0, 0], [4, 1, 2]])
@@ -94,14 +94,16 @@ def test_prompts_and_weights_are_the_definition(attention, attend_target, bank):
         group = runs.group_of_row[ids[at]]
         by_row, expected = by_hand.attempt(method, params, group, ids[at], x[at].astype(np.float64))
         np.testing.assert_allclose(found[at], expected, 1e-5, 1e-5)
-        # Where every prompt row has weights of its own, it is their mean that is told.
+        # With weights per prompt row, `mixture` returns their mean.
         np.testing.assert_allclose(weights[at], by_row.mean(0), 1e-5, 1e-5)
     different = np.abs(weights[0, 1] - weights[0, 2]).max()
-    assert (different == 0) if attention == "constant" else (different > 1e-3), "one row, two texts"
+    assert (different == 0) if attention == "constant" else (different > 1e-3), (
+        "one bank row, two texts"
+    )
 
 
 @VARIANTS
-def test_what_is_said_of_reading_texts_is_so(attention):
+def test_reads_text_flag_matches_behavior(attention):
     method, runs = make(attention), BANKS["joint"]
     params, ids = random_params(method, runs), np.array([1, 1])
     prompts = compose(method, params, runs, ids, texts(ids))
@@ -110,21 +112,21 @@ def test_what_is_said_of_reading_texts_is_so(attention):
     assert method.prompt_lengths(runs) == (P,) * K
 
 
-def test_prompts_that_depend_on_the_text_have_no_plain_form():
+def test_materialize_text_dependent_prompts_raises():
     method, runs = make(), BANKS["joint"]
     with pytest.raises(ValueError, match="attempt"):
         materialize.materialize(method, random_params(method, runs), runs)
 
 
 @pytest.mark.parametrize("attention", ["sub", "linear", "token"])
-def test_a_temperature_divides_what_is_compared(attention):
+def test_attention_temperature_divides_scores(attention):
     runs, ids = BANKS["joint"], np.arange(K)
     cold, hot = make(attention, temperature=0.05), make(attention, temperature=1e6)
     params = random_params(cold, runs)
     even = mixture(hot, params, runs, ids, texts(ids))
     np.testing.assert_allclose(even, 1 / (len(SOURCES) + 1), atol=1e-4)
     if attention == "token":
-        return  # its weights are told as the mean over prompt rows, each with a choice of its own
+        return  # `mixture` averages its weights over prompt rows, which choose separately
     sharp = mixture(cold, params, runs, ids, texts(ids))
     assert sharp.max(-1).min() > 0.6
     warm = mixture(make(attention, temperature=1.5), params, runs, ids, texts(ids))
@@ -134,8 +136,8 @@ def test_a_temperature_divides_what_is_compared(attention):
 
 
 @pytest.mark.parametrize("attention", ["sub", "linear"])
-def test_a_faint_signal_is_normalized_with_torchs_epsilon(attention):
-    """Where features hardly vary, as at the start, 1e-5 is what they are divided by."""
+def test_attention_layer_norm_small_input_uses_torch_epsilon(attention):
+    """If features hardly vary, as at the start, the epsilon 1e-5 dominates the normalization."""
     method, runs, ids = make(attention), BANKS["joint"], np.arange(K)
     params = random_params(method, runs)
     last = "up" if attention == "sub" else "linear"
@@ -147,14 +149,14 @@ def test_a_faint_signal_is_normalized_with_torchs_epsilon(attention):
         np.testing.assert_allclose(weights[row], expected[0], 1e-5, 1e-5)
 
 
-def test_no_temperature_divides_a_dot_product():
+def test_attention_dot_ignores_temperature():
     runs, ids = BANKS["joint"], np.arange(K)
     params = random_params(make("dot"), runs)
     found = [mixture(make("dot", temperature=t), params, runs, ids, texts(ids)) for t in (1.0, 9.0)]
     np.testing.assert_array_equal(*found)
 
 
-def test_the_defaults_are_the_released_codes():
+def test_attempt_defaults_match_released_code():
     method = ATTEMPT(100, SOURCES)
     assert (method.attention, method.width, method.temperature) == ("sub", 100, 2000.0)
     assert method.attend_target and method.start_from == "first"
@@ -170,7 +172,7 @@ def test_the_defaults_are_the_released_codes():
         ),
     ],
 )
-def test_gradients_are_finite_differences_of_the_formula(attention, attend_target):
+def test_attempt_gradients_match_finite_differences(attention, attend_target):
     """Central differences in float64 of the formula written by hand."""
     method, runs = make(attention, attend_target=attend_target), BANKS["groups"]
     params, ids = random_params(method, runs), np.array([3, 0, 2, 4])
@@ -214,19 +216,19 @@ def test_gradients_are_finite_differences_of_the_formula(attention, attend_targe
         ({"sources": ("mnli", "sst2", "mnli")}, "mnli"),
     ],
 )
-def test_settings_that_mean_nothing_are_errors(settings, message):
+def test_attempt_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         ATTEMPT(**{"prompt_length": P, "sources": SOURCES, **settings})
 
 
-def test_targets_of_different_runs_start_from_their_own_initializers():
+def test_attempt_init_targets_differ_by_run():
     method = ATTEMPT(P, SOURCES, init_prompt=Uniform(0.5))
     made = method.init(KEY, BANKS["joint"], CONTEXT)["target"]
     assert len({row.tobytes() for row in np.asarray(made)}) == K and np.abs(made).max() <= 0.5
 
 
 @VARIANTS
-def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(attention):
+def test_attempt_init_alone_and_in_fleet_same_values(attention):
     method, fleet = make(attention), BANKS["independent"]
     together = method.init(KEY, fleet, CONTEXT)
     for row in (0, 3):
@@ -236,14 +238,14 @@ def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(attention
             np.testing.assert_array_equal(leaf[0], together[name][row], err_msg=name)
 
 
-# --- Numbers of parameters -----------------------------------------------------------------------
+# --- Parameter counts ----------------------------------------------------------------------------
 
 SIX = ("mnli", "sst2", "qnli", "qqp", "squad", "record")
 GLUE = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"]
 
 
 def numbers(tasks: list[str], **overrides) -> tuple[int, int]:
-    """How many numbers of a T5-base's prompts learn, and how many are stored and do not."""
+    """Returns the trainable and the frozen parameter counts of the prompts of a T5-base."""
     config = t5_config("t5_1_0_base", num_encoder_layers=1, num_decoder_layers=1)
     model = tiny.model(Runs(tasks), ATTEMPT(100, SIX), config, **overrides)
     tree, _ = param_shapes(model)
@@ -252,34 +254,34 @@ def numbers(tasks: list[str], **overrides) -> tuple[int, int]:
     return num_params(learns), num_params(stays["prompt"])
 
 
-def test_one_task_trains_what_the_paper_calls_232_thousand():
+def test_attempt_one_task_trains_231936_parameters():
     prompt, net, norm = 100 * 768, 2 * 768 * 100, 2 * 768
     assert numbers(["rte"]) == (prompt + net + norm, 6 * prompt) == (231_936, 460_800)
 
 
-def test_eight_tasks_jointly_train_96192_parameters_a_task():
+def test_attempt_eight_joint_tasks_train_96192_parameters_each():
     found, frozen = numbers(GLUE)
     assert (found, found / 8, frozen) == (769_536, 96_192, 460_800)
 
 
-def test_with_its_layer_norm_frozen_it_trains_what_the_released_code_does():
+def test_attempt_frozen_layer_norm_trains_230400_parameters():
     frozen = ((r"prompt/norm_(scale|bias)", "frozen"),)
     assert numbers(["rte"], labels=frozen)[0] == 230_400
 
 
-# --- What it starts from -------------------------------------------------------------------------
+# --- Transfer ------------------------------------------------------------------------------------
 
 ARTIFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
 
 
 def start(method, source, source_method, source_runs, runs):
-    """(the method's own first values, those after a transfer)."""
+    """Returns the initial parameters, and the parameters after a transfer."""
     initial = method.init(KEY, runs, CONTEXT)
     return initial, method.transfer(source, source_method, source_runs, runs, lambda: initial)
 
 
 @BY_GROUP
-def test_sources_come_by_name_in_the_order_asked_and_the_target_starts_as_the_first(bank):
+def test_attempt_transfer_sources_by_name_targets_from_first(bank):
     table = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
     method = make()
     initial, started = start(method, {"table": table}, PromptTuning(P), ARTIFACT, BANKS[bank])
@@ -288,23 +290,25 @@ def test_sources_come_by_name_in_the_order_asked_and_the_target_starts_as_the_fi
         np.testing.assert_array_equal(started["target"][row], table[1])
     assert set(started) == set(initial)
     for name in ROUTER["sub"]:
-        np.testing.assert_array_equal(started[name], initial[name], "an artifact has no net")
+        np.testing.assert_array_equal(
+            started[name], initial[name], "the artifact has no attention parameters"
+        )
 
 
-def test_a_target_starts_from_the_source_it_is_told_to():
+def test_attempt_transfer_named_start_from_sets_targets():
     table = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
     method = make(start_from="rte")
     _, started = start(method, {"table": table}, PromptTuning(P), ARTIFACT, BANKS["independent"])
     np.testing.assert_array_equal(started["target"], np.stack([table[2]] * K))
 
 
-def test_a_source_that_the_artifact_lacks_is_an_error_that_lists_what_it_has():
+def test_attempt_transfer_unknown_source_raises_with_known_names():
     method = ATTEMPT(P, ("mnli", "qnlo"))
     with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
         start(method, {"table": np.zeros((5, P, H))}, PromptTuning(P), ARTIFACT, BANKS["joint"])
 
 
-def test_an_artifact_of_its_own_goes_on_row_by_row():
+def test_attempt_transfer_own_artifact_keeps_rows_by_name():
     before, after = BANKS["independent"], Runs(["task3", "task0"], groups="independent")
     method = make(start_from="same")
     trained = random_params(method, before)
@@ -316,7 +320,7 @@ def test_an_artifact_of_its_own_goes_on_row_by_row():
     )
 
 
-def test_groups_of_an_artifact_of_its_own_go_on_together():
+def test_attempt_transfer_own_artifact_keeps_groups():
     before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
     method = make(start_from="same")
     trained = random_params(method, before)
@@ -353,17 +357,17 @@ class Mixed:
         return losses.total_loss(self.model.objective, sums, weights)[0], (sums, found)
 
     def loss(self, batch):
-        """(loss, gradients of what learns, metrics)."""
+        """Returns the loss, the gradients of trainable parameters, and metrics."""
         (total, (_, found)), grads = self.losses(self.trainable, self.frozen, batch)
         return total, grads, found
 
     def pooled(self, example: int) -> np.ndarray:
-        """[H] of an example's text, from the tokens and the embedding."""
+        """Returns an example's pooled text [H], from the tokens and the embedding."""
         embedding = np.asarray(self.params["token_embedder"]["embedding"])
         return by_hand.pooled(embedding, self.batch["encoder_input_tokens"][example])
 
     def expected(self, example: int) -> tuple[np.ndarray, np.ndarray]:
-        """(weights, prompt) of an example by hand."""
+        """Returns the weights and the prompt of an example, from the reference formula."""
         row = int(self.batch["encoder_task_ids"][example, 0])
         params = {name: np.asarray(leaf) for name, leaf in self.params["prompt"].items()}
         group = self.runs.group_of_row[row]
@@ -381,14 +385,14 @@ def apart(request) -> Mixed:
 
 
 def some(*fast: str):
-    """Runs a test of the fixture `mixed` for all variants, of which some are fast."""
+    """Parametrizes the fixture `mixed` with all variants; those not in `fast` are slow."""
     marks = {name: [] if name in fast else [pytest.mark.slow] for name in ROUTER}
     variants = [pytest.param(name, marks=marks[name]) for name in ROUTER]
     return pytest.mark.parametrize("mixed", variants, indirect=True)
 
 
-def test_a_text_is_its_tokens_and_neither_padding_nor_the_prompts_positions(mixed):
-    """Every prompt of a batch, from token ids and the embedding alone."""
+def test_attempt_prompts_pool_only_text_tokens(mixed):
+    """Recomputes every prompt of a batch from token ids and the embedding."""
     lengths = (mixed.batch["encoder_input_tokens"] > 0).sum(1)
     assert len(set(lengths)) > 1 and lengths.min() < tiny.TEXT, "some texts are padded"
     found = np.asarray(mixed.forward(mixed.params, mixed.batch).prompts)
@@ -396,20 +400,22 @@ def test_a_text_is_its_tokens_and_neither_padding_nor_the_prompts_positions(mixe
         np.testing.assert_allclose(found[example], mixed.expected(example)[1], 1e-5, 1e-5)
 
 
-def test_the_embedding_of_padding_is_not_read():
-    """It is written over at the prompt's positions and masked behind the text; a maximum over it
-    would be found out here."""
+def test_attempt_padding_embedding_not_read():
+    """Its embedding is overwritten at prompt slots and masked after the text.
+
+    A maximum over padding would change the prompts.
+    """
     mixed = Mixed()
     before = mixed.forward(mixed.params, mixed.batch).prompts
     embedding = mixed.params["token_embedder"]["embedding"].at[0].set(50.0)
     loud = {**mixed.params, "token_embedder": {"embedding": embedding}}
     np.testing.assert_array_equal(mixed.forward(loud, mixed.batch).prompts, before)
     loud["token_embedder"] = {"embedding": embedding.at[2:].add(1.0)}
-    assert np.abs(mixed.forward(loud, mixed.batch).prompts - before).max() > 1e-3, "and tokens are"
+    assert np.abs(mixed.forward(loud, mixed.batch).prompts - before).max() > 1e-3, "tokens are read"
 
 
 @some("sub", "dot")
-def test_more_padding_changes_nothing(mixed):
+def test_attempt_more_padding_same_loss_and_logits(mixed):
     wider = {
         name: np.pad(value, ((0, 0), (0, 4 if name.startswith("encoder") else 0)))
         for name, value in mixed.batch.items()
@@ -424,7 +430,7 @@ def test_more_padding_changes_nothing(mixed):
 
 
 @some("token", "constant")
-def test_rows_of_padding_have_no_text_and_change_nothing(mixed):
+def test_attempt_padding_rows_same_loss_and_gradients(mixed):
     padded = tiny.batch([2, None, 1, 0])
     (total, grads, _), (expected, expected_grads, _) = (
         mixed.loss(batch) for batch in (padded, tiny.pick(padded, [0, 2, 3]))
@@ -432,8 +438,8 @@ def test_rows_of_padding_have_no_text_and_change_nothing(mixed):
     tiny.close((total, grads), (expected, expected_grads), 1e-6)
 
 
-def test_what_a_text_is_does_not_depend_on_prompts():
-    """With other targets, which are no candidates here, the same is added to them."""
+def test_attempt_pooled_text_independent_of_prompts():
+    """Targets are no candidates here, so the mixed part does not depend on them."""
     mixed = Mixed(attend_target=False)
     first = mixed.batch["encoder_task_ids"][:, 0]
     target = mixed.params["prompt"]["target"]
@@ -443,17 +449,17 @@ def test_what_a_text_is_does_not_depend_on_prompts():
     np.testing.assert_allclose(again, added, 1e-5, 1e-5)
 
 
-def test_what_learns_is_the_target_and_the_net(mixed):
+def test_attempt_gradients_only_for_target_and_attention(mixed):
     _, grads, _ = mixed.loss(mixed.batch)
     found = flatten(grads)
     assert set(found) == {f"prompt/{name}" for name in {"target"} | ROUTER[mixed.method.attention]}
     for name, grad in found.items():
-        assert np.abs(grad).max() > 0, f"{name} is trained and has no gradient"
+        assert np.abs(grad).max() > 0, f"{name} is trainable but has no gradient"
     assert "sources" in mixed.frozen["prompt"]
 
 
 @some("sub", "token")
-def test_packed_equals_unpacked_of_every_variant(mixed):
+def test_attempt_packed_equals_unpacked(mixed):
     packed = tiny.pack(mixed.batch, [[1, 3], [0, 2]])
     total, grads, found = mixed.loss(packed)
     expected, expected_grads, expected_found = mixed.loss(mixed.batch)
@@ -463,7 +469,7 @@ def test_packed_equals_unpacked_of_every_variant(mixed):
             tiny.close(values(found, name), values(expected_found, name), 1e-5)
 
 
-FAST = {("sub", 0), ("dot", 2)}  # what each composes is the formula's, above
+FAST = {("sub", 0), ("dot", 2)}  # the composed prompts are checked against the formula above
 
 
 def values(found, name) -> dict[str, np.ndarray]:
@@ -471,7 +477,7 @@ def values(found, name) -> dict[str, np.ndarray]:
     return {"sum": np.asarray(metric.sum), "weight": np.asarray(metric.weight)}
 
 
-def test_the_weights_of_candidates_are_told_for_each_run(mixed):
+def test_attempt_metrics_weights_and_entropy_by_run(mixed):
     _, _, found = mixed.loss(mixed.batch)
     rows = mixed.batch["encoder_task_ids"][:, 0]
     weights = np.stack([mixed.expected(example)[0].mean(0) for example in range(4)])
@@ -496,7 +502,7 @@ def test_the_weights_of_candidates_are_told_for_each_run(mixed):
     ],
     indirect=["apart"],
 )
-def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
+def test_attempt_fleet_matches_each_run_alone(apart, row):
     _, grads, _ = apart.loss(apart.batch)
     prompts = np.asarray(apart.forward(apart.params, apart.batch).prompts)
     alone = tiny.model(Runs([tiny.RUNS.task_names[row]]), apart.method)
@@ -520,7 +526,7 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
 
 
 @some("token", "linear", "constant")
-def test_an_artifact_of_every_variant_gives_the_same_logits(mixed, tmp_path):
+def test_attempt_artifact_same_logits(mixed, tmp_path):
     method, params = mixed.method.for_inference(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artifact", method, params, mixed.runs)
     assert read.method.candidates == mixed.method.candidates

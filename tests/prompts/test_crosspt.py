@@ -1,4 +1,4 @@
-"""CrossPT: what it composes, what it draws while it trains, what it keeps, and what it refuses."""
+"""Tests of CrossPT: composition, parameters, artifacts, transfer and invalid settings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.fixtures.prompt_methods import (
 ROUTERS = ("relaxed_bernoulli", "softmax", "sigmoid", "uniform", "attention")
 COMPOSITIONS = ("sum", "cat", "private_sum", "private_product", "private_cat", "private")
 BY_ROUTER = pytest.mark.parametrize("router", ROUTERS)
-# A private prompt alone has no use for a router, so none may be chosen for it.
+# compose_by = 'private' has no router, so choosing one is an error.
 BY_COMPOSITION_AND_ROUTER = pytest.mark.parametrize(
     ("compose_by", "router"),
     [
@@ -57,7 +57,7 @@ NET = {"down", "up", "norm_scale", "norm_bias"}
 
 @BY_GROUP
 @BY_COMPOSITION_AND_ROUTER
-def test_prompts_and_weights_are_the_definition(compose_by, router, bank):
+def test_crosspt_prompts_and_weights_match_definition(compose_by, router, bank):
     method, runs = crosspt(compose_by=compose_by, router=router), BANKS[bank]
     params = random_arrays(method, runs)
     check(method, params, runs)
@@ -68,18 +68,18 @@ def test_prompts_and_weights_are_the_definition(compose_by, router, bank):
 )
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "uniform"])
 @pytest.mark.parametrize("compose_by", ["cat", "private_sum"])
-def test_of_the_sources_the_k_best_are_kept(compose_by, router, k):
+def test_crosspt_top_k_keeps_k_best_sources(compose_by, router, k):
     method, runs = crosspt(compose_by=compose_by, router=router, top_k=k), BANKS["groups"]
     params = random_arrays(method, runs)
     weights = check(method, params, runs)
     assert ((weights > 0).sum(-1) == k).all()
     chosen = {tuple(np.flatnonzero(row)) for row in weights.reshape(-1, len(CROSSPT_SOURCES))}
-    assert len(chosen) > 1, "not the same sources for all runs"
+    assert len(chosen) > 1, "runs keep different sources"
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("compose_by", ["sum", "cat", "private_product"])
-def test_the_released_codes_weights_at_inference_are_a_softmax(compose_by, top_k):
+def test_crosspt_softmax_normalize_inference_matches_definition(compose_by, top_k):
     method = crosspt(compose_by=compose_by, normalize="softmax", top_k=top_k)
     params = random_arrays(method, BANKS["groups"])
     weights = check(method, params, BANKS["groups"])
@@ -88,7 +88,7 @@ def test_the_released_codes_weights_at_inference_are_a_softmax(compose_by, top_k
 
 @pytest.mark.parametrize("share", ["add", 0.0, 0.3, "learned"])
 @BY_ROUTER
-def test_the_private_prompt_has_its_share(router, share):
+def test_crosspt_share_weighs_private_prompt(router, share):
     method, runs = crosspt(router=router, share=share), BANKS["groups"]
     params = random_arrays(method, runs)
     assert ("share" in params) == (share == "learned")
@@ -102,16 +102,16 @@ def test_the_private_prompt_has_its_share(router, share):
 @pytest.mark.parametrize(
     ("compose_by", "router"), [("private_sum", "relaxed_bernoulli"), ("private_cat", "attention")]
 )
-def test_reparameterized_prompts_are_what_their_layers_make_of_them(
-    compose_by, router, names, bank
-):
+def test_crosspt_reparameterized_prompts_match_mlp_output(compose_by, router, names, bank):
     method = crosspt(compose_by=compose_by, router=router, reparameterize=names)
     check(method, random_arrays(method, BANKS[bank]), BANKS[bank])
 
 
 def check(method, params, runs) -> np.ndarray:
-    """Compares a method with the formulas written by hand, for examples of several rows; the
-    weights found."""
+    """Compares a method with the reference formulas for examples of several bank rows.
+
+    Returns the weights.
+    """
     ids = np.array([[3, 0, 0], [4, 1, 2]])
     x = texts(ids) if method.router == "attention" else None
     found = compose(method, params, runs, ids, x)
@@ -133,8 +133,8 @@ def check(method, params, runs) -> np.ndarray:
     return weights
 
 
-def test_of_sources_that_are_as_good_the_first_are_kept():
-    """All routers start from zeros, so this is what a run's first step sees."""
+def test_crosspt_top_k_ties_keep_first_sources():
+    """All routers start at zero, so every run's first step has these ties."""
     method, runs = crosspt(top_k=2), BANKS["joint"]
     params = random_arrays(method, runs) | {"router": jnp.zeros((K, 4))}
     assert (mixture(method, params, runs, np.arange(K)) > 0).tolist() == [[1, 1, 0, 0]] * K
@@ -156,7 +156,7 @@ def test_of_sources_that_are_as_good_the_first_are_kept():
         ("private_cat", {"private_length": 7}, P + 7),
     ],
 )
-def test_how_long_prompts_are(compose_by, settings, length):
+def test_crosspt_prompt_length_by_composition(compose_by, settings, length):
     method, runs = crosspt(compose_by=compose_by, **settings), BANKS["groups"]
     params = random_arrays(method, runs)
     assert method.prompt_length == length and method.prompt_lengths(runs) == (length,) * K
@@ -166,7 +166,7 @@ def test_how_long_prompts_are(compose_by, settings, length):
 LENGTHS = {"task0": 2, "task1": 5, "task2": 1, "task3": 3, "task4": 5}
 
 
-def test_private_pieces_may_have_lengths_of_their_own():
+def test_crosspt_private_length_by_run_sets_prompt_lengths():
     method, runs = crosspt(compose_by="private_cat", private_length=LENGTHS), BANKS["groups"]
     params = random_arrays(method, runs)
     assert params["private"].shape == (K, 5, H)
@@ -184,7 +184,7 @@ def test_private_pieces_may_have_lengths_of_their_own():
 
 @BY_GROUP
 @BY_COMPOSITION_AND_ROUTER
-def test_the_parameters_are_those_that_act(compose_by, router, bank):
+def test_crosspt_init_has_only_used_parameters(compose_by, router, bank):
     method, runs = crosspt(compose_by=compose_by, router=router), BANKS[bank]
     made = method.init(KEY, runs, CONTEXT)
     private, groups = {"private": (K, P, H)}, runs.num_groups
@@ -196,7 +196,7 @@ def test_the_parameters_are_those_that_act(compose_by, router, bank):
             expected |= {"norm_scale": (groups, H), "norm_bias": (groups, H)}
         elif router != "uniform":
             expected |= {"router": (K, 4)}
-            assert not np.any(made["router"]), "sources count alike at the start"
+            assert not np.any(made["router"]), "sources have equal weights at the start"
         if router == "relaxed_bernoulli":
             expected |= {"clock": (groups,)}
             assert not np.any(made["clock"])
@@ -217,7 +217,7 @@ def test_the_parameters_are_those_that_act(compose_by, router, bank):
     ],
     ids=str,
 )
-def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(settings):
+def test_crosspt_init_alone_and_in_fleet_same_values(settings):
     method, fleet = crosspt(**settings), BANKS["independent"]
     together = method.init(KEY, fleet, CONTEXT)
     for row in (0, 3):
@@ -225,10 +225,12 @@ def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(settings)
         for name, leaf in alone.items():
             np.testing.assert_array_equal(leaf[0], together[name][row], err_msg=name)
     for name in {"sources", "private"} & set(together):
-        assert not np.array_equal(together[name][0], together[name][1]), "and differ by run"
+        assert not np.array_equal(together[name][0], together[name][1]), (
+            "initial values differ by run"
+        )
 
 
-def test_gradients_are_finite_differences_of_the_formula():
+def test_crosspt_gradients_match_finite_differences():
     """Central differences in float64 of the formula written by hand."""
     runs, ids = BANKS["groups"], np.array([3, 0, 2, 4])
     x = texts(ids)
@@ -264,7 +266,7 @@ def test_gradients_are_finite_differences_of_the_formula():
                 np.testing.assert_allclose(found, slope, 2e-4, 2e-4, err_msg=f"{router} {name}")
 
 
-def test_the_defaults_are_the_released_codes():
+def test_crosspt_defaults_match_released_code():
     method = CrossPT(10, CROSSPT_SOURCES)
     assert (method.compose_by, method.router, method.share) == (
         "private_sum",
@@ -275,7 +277,7 @@ def test_the_defaults_are_the_released_codes():
     assert method.top_k is None and method.reparameterize == ()
 
 
-# --- What an artifact keeps ----------------------------------------------------------------------
+# --- Inference parameters ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def test_the_defaults_are_the_released_codes():
     ids=str,
 )
 @BY_GROUP
-def test_released_prompts_are_what_their_layers_made(settings, names, bank):
+def test_crosspt_for_inference_replaces_mlps_with_output(settings, names, bank):
     method, runs = crosspt(reparameterize=names, **settings), BANKS[bank]
     params = random_arrays(method, runs)
     parts = ("kernel_in", "bias_in", "kernel_out", "bias_out")
@@ -305,7 +307,7 @@ def test_released_prompts_are_what_their_layers_made(settings, names, bank):
     )
 
 
-def test_a_method_without_layers_is_released_as_it_is():
+def test_crosspt_for_inference_without_mlps_same_prompts():
     method, runs = crosspt(), BANKS["groups"]
     params = random_arrays(method, runs)
     released, kept = method.for_inference(params)
@@ -327,7 +329,7 @@ def test_a_method_without_layers_is_released_as_it_is():
     ],
     ids=str,
 )
-def test_what_is_recorded_builds_a_method_that_composes_the_same(settings):
+def test_crosspt_config_round_trip_composes_same_prompts(settings):
     method, runs = crosspt(**settings), BANKS["groups"]
     params, ids = random_arrays(method, runs), np.arange(K)
     again = CrossPT(**json.loads(json.dumps(method.config())))
@@ -337,14 +339,14 @@ def test_what_is_recorded_builds_a_method_that_composes_the_same(settings):
     )
 
 
-# --- Numbers of parameters -----------------------------------------------------------------------
+# --- Parameter counts ----------------------------------------------------------------------------
 
 SIX = ("mnli", "sst2", "qnli", "qqp", "squad", "record")
 GLUE = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"]
 
 
 def numbers(**settings) -> dict[str, int]:
-    """How many numbers of each label learn, of a T5-base with eight targets and six sources."""
+    """Returns trainable parameters by label, of a T5-base with eight targets and six sources."""
     config = t5_config("t5_1_0_base", num_encoder_layers=1, num_decoder_layers=1)
     model = tiny.model(Runs(GLUE), CrossPT(100, SIX, **settings), config)
     tree, _ = param_shapes(model)
@@ -356,22 +358,24 @@ def numbers(**settings) -> dict[str, int]:
     }
 
 
-def test_the_prompts_of_six_sources_and_eight_targets_and_a_router():
-    """The released router is [15, 15], a row and a column for each source, each target and one
-    more: 225 numbers, of which the targets' weights of sources act. Only those are stored here."""
+def test_crosspt_six_sources_eight_targets_parameter_counts():
+    """The released router is [15, 15]: a row and a column per source, per target and one more.
+
+    Of its 225 parameters only the targets' weights of sources are used; we store only those.
+    """
     found = numbers()
     assert found["source"] + found["private"] == (6 + 8) * 76_800
     assert found["router"] == 8 * 6
     assert found["clock"] == 1
 
 
-def test_layers_of_a_reparameterized_prompt_are_1181184_numbers():
+def test_reparameterization_adds_1181184_parameters_per_prompt():
     found = numbers(reparameterize=("sources",))
     assert found["source"] == 6 * (76_800 + 1_181_184)
     assert found["private"] == 8 * 76_800
 
 
-# --- What it starts from -------------------------------------------------------------------------
+# --- Transfer ------------------------------------------------------------------------------------
 
 ARTIFACT = Runs(["qqp", "mnli", "rte", "sst2", "qnli"])
 TABLE = np.random.default_rng(4).normal(size=(5, P, H)).astype(np.float32)
@@ -383,7 +387,7 @@ def start(method, source, source_method, source_runs, runs):
 
 
 @BY_GROUP
-def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
+def test_crosspt_transfer_sources_by_name_in_every_group(bank):
     method, runs = crosspt(), BANKS[bank]
     initial, started = start(method, {"table": TABLE}, PromptTuning(P), ARTIFACT, runs)
     assert {name: leaf.shape for name, leaf in started.items()} == {
@@ -394,13 +398,13 @@ def test_sources_come_by_name_in_the_order_asked_to_every_group(bank):
     assert not np.any(started["router"]) and not np.any(started["clock"])
 
 
-def test_a_source_that_the_artifact_lacks_is_an_error_that_lists_what_it_has():
+def test_crosspt_transfer_unknown_source_raises_with_known_names():
     method = crosspt(sources=("mnli", "qnlo"))
     with pytest.raises(ValueError, match="'qnlo'.*'qnli'.*mnli, qnli, qqp, rte, sst2"):
         start(method, {"table": TABLE}, PromptTuning(P), ARTIFACT, BANKS["joint"])
 
 
-def test_an_artifact_of_its_own_goes_on_row_by_row():
+def test_crosspt_transfer_own_artifact_keeps_rows_by_name():
     before, after = BANKS["groups"], Runs(["task4", "task2", "task1"], groups=(1, 0, 1))
     method = crosspt(start_from="same", share="learned")
     trained = random_arrays(method, before, clock=9)
@@ -411,7 +415,7 @@ def test_an_artifact_of_its_own_goes_on_row_by_row():
     )
 
 
-# --- Settings that mean nothing ------------------------------------------------------------------
+# --- Invalid settings ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -448,12 +452,12 @@ def test_an_artifact_of_its_own_goes_on_row_by_row():
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_errors(settings, message):
+def test_crosspt_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         CrossPT(**{"length": P, "sources": CROSSPT_SOURCES, **settings})
 
 
-def test_a_run_without_a_private_length_is_an_error():
+def test_crosspt_private_length_missing_run_raises():
     method = crosspt(compose_by="private_cat", private_length={"task0": 3, "task1": 2})
     with pytest.raises(ValueError, match="'task2'.*task0, task1"):
         method.prompt_lengths(BANKS["joint"])

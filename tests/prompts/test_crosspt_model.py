@@ -1,4 +1,4 @@
-"""CrossPT through the model: packing, fleets, the clock, artifacts."""
+"""Tests of CrossPT in the model: packing, fleets, the clock, artifacts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Mixed:
     def _params(self):
         params = tiny.params(self.model)
         prompt = {
-            # A layer of a prompt is as wide as the backbone; keep what it makes of the same scale.
+            # An MLP is as wide as the backbone; scale it so that its output keeps the scale.
             name: leaf / tiny.WIDTH**0.5 if "kernel" in name else leaf
             for name, leaf in params["prompt"].items()
         }
@@ -70,11 +70,11 @@ class Mixed:
         return losses.total_loss(self.model.objective, sums, weights)[0]
 
     def loss(self, batch, key=None):
-        """(loss, gradients of what learns)."""
+        """Returns the loss and the gradients of trainable parameters."""
         return self.losses(self.trainable, self.frozen, batch, key)
 
     def examples(self, rows=None) -> list[collate.Example]:
-        """Those of `TEXTS`; or those of one row, as the only one of a bank."""
+        """Returns the examples of `TEXTS`, or those of one row as row 0 of its own bank."""
         rng = np.random.default_rng(0)
         made = []
         for row, size in TEXTS:
@@ -94,7 +94,7 @@ class Mixed:
 
 @functools.cache
 def mixed_of(name: str) -> Mixed:
-    """One for all tests, so that each of its programs is compiled once."""
+    """Caches models over tests, so that each program is compiled once."""
     return Mixed(MIXES[name])
 
 
@@ -112,7 +112,7 @@ FAST = {("drawn", 0), ("by text", 2), ("longer", 2)}
 
 
 def some(*fast: str):
-    """Parameters of the fixture `mixed`: all mixes, of which some are fast."""
+    """Returns parameters of the fixture `mixed`: all mixes; those not in `fast` are slow."""
     marks = {name: [] if name in fast else [pytest.mark.slow] for name in MIXES}
     return [pytest.param(name, marks=marks[name]) for name in MIXES]
 
@@ -129,20 +129,20 @@ def some(*fast: str):
     ],
     indirect=["mixed"],
 )
-def test_packed_equals_unpacked(mixed, key):
+def test_crosspt_packed_equals_unpacked(mixed, key):
     packed = mixed.packed()
     assert len(packed["encoder_task_ids"]) < len(TEXTS)
     tiny.close(mixed.loss(packed, key), mixed.loss(mixed.unpacked(), key), 1e-5)
 
 
-def test_every_label_learns_and_the_clock_does_not(mixed):
+def test_crosspt_gradients_nonzero_except_clock(mixed):
     _, grads = mixed.loss(mixed.unpacked())
     for name, grad in flatten(grads).items():
         assert (np.abs(grad).max() > 0) == (name != "prompt/clock"), name
 
 
-def test_a_text_follows_its_own_runs_prompt():
-    """A run's short prompt in a bank of longer ones is what it is alone."""
+def test_crosspt_text_follows_prompt_of_its_run():
+    """A run's short prompt in a bank of longer ones takes only its own length."""
     mixed = mixed_of("longer")
     batch = mixed.unpacked()
     for example, (row, size) in enumerate(TEXTS):
@@ -156,14 +156,14 @@ def test_a_text_follows_its_own_runs_prompt():
 @pytest.mark.parametrize(
     ("apart", "row"),
     [
-        # What each composes is the formula's, in test_crosspt.py.
+        # test_crosspt.py checks the composed prompts against the formula.
         pytest.param(name, row, marks=[] if (name, row) in FAST else pytest.mark.slow)
         for name in MIXES
         for row in (0, 2)
     ],
     indirect=["apart"],
 )
-def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
+def test_crosspt_fleet_matches_each_run_alone(apart, row):
     fleet, run = apart, tiny.RUNS.task_names[row]
     batch, key = fleet.unpacked(), KEY if fleet.method.is_random else None
     settings = dict(fleet.settings)
@@ -182,13 +182,13 @@ def test_a_fleet_composes_and_learns_what_each_run_does_alone(apart, row):
     grads = fleet.loss(batch, key)[1]["prompt"]
     expected = {leaf: grad[row : row + 1] for leaf, grad in grads.items()}
     if own:
-        assert not np.any(expected["private"][:, own:]), "rows that longer runs have"
+        assert not np.any(expected["private"][:, own:]), "rows beyond the run's own length"
         expected["private"] = expected["private"][:, :own]
     tiny.close(expected, alone.loss(mine, key)[1]["prompt"], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["drawn", pytest.param("longer", marks=pytest.mark.slow)])
-def test_a_step_draws_once_for_all_its_microbatches(name):
+def test_crosspt_microbatches_share_draws_of_step(name):
     mixed = mixed_of(name)
     batch = tiny.pick(mixed.unpacked(), [0, 1, 2, 3])
     found = [
@@ -201,8 +201,8 @@ def test_a_step_draws_once_for_all_its_microbatches(name):
 
 
 @pytest.mark.parametrize("groups", [pytest.param("joint", marks=pytest.mark.slow), "independent"])
-def test_the_clock_is_a_step_on_after_each_step(groups):
-    """Whatever the learning rates, the decay and the clipping do to other parameters."""
+def test_crosspt_clock_counts_steps(groups):
+    """Learning rates, weight decay and clipping do not affect the clock."""
     runs = Runs(tiny.RUNS.task_names, groups=groups)
     schedule = Schedule(0.3, 40, warmup_steps=5)
     rates = {label: schedule for label in ("source", "private", "router")}
@@ -223,8 +223,8 @@ def test_the_clock_is_a_step_on_after_each_step(groups):
 
 
 @pytest.mark.parametrize("router", ["attention", pytest.param("uniform", marks=pytest.mark.slow)])
-def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
-    """Of what attends to the text, 'router' comes before 'private'."""
+def test_trainer_labels_sorted_unlike_parameters_trains(router):
+    """With attention to the text, the label 'router' comes before 'private'."""
     model = tiny.model(tiny.RUNS, crosspt(tiny.PROMPT, router=router))
     state = tiny.state(model, tiny.params(model))
     made = trainer.Trainer(model, state, PjitPartitioner(), KEY)
@@ -234,7 +234,7 @@ def test_steps_go_on_where_labels_are_sorted_otherwise_than_parameters(router):
 
 
 @pytest.mark.parametrize("mixed", some("drawn, learned share", "layers", "longer"), indirect=True)
-def test_an_artifact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
+def test_crosspt_artifact_same_logits(mixed, tmp_path):
     method, params = mixed.method.for_inference(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artifact", method, params, mixed.runs)
     again = tiny.model(read.runs, read.method)
@@ -243,8 +243,8 @@ def test_an_artifact_of_every_mix_gives_the_same_logits(mixed, tmp_path):
     np.testing.assert_allclose(found, before, 1e-5, 1e-5)
 
 
-def test_no_two_mixes_are_one():
-    """What the tests above compare does differ: the settings act."""
+def test_crosspt_mixes_have_different_losses():
+    """The settings that the tests above compare have an effect."""
     made = [mixed_of(name) for name in MIXES]
     totals = [float(mixed.loss(mixed.unpacked())[0]) for mixed in made]
     assert all(abs(a - b) > 1e-4 for a, b in itertools.combinations(totals, 2))

@@ -1,4 +1,4 @@
-"""CrossPT while it trains: what it draws, how warm, and that a run's draws are its own."""
+"""Tests of CrossPT in training: random draws, their temperature, and independence of runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DRAWS = 4000
 
 
 def draws(method, params, runs, row: int, count: int = DRAWS) -> np.ndarray:
-    """[count, S] the weights of a run in as many steps."""
+    """Returns the weights [count, S] of a run in `count` steps."""
     ids = jnp.array([row])
 
     @jax.jit
@@ -40,11 +40,11 @@ def draws(method, params, runs, row: int, count: int = DRAWS) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("clock", "temperature"),
-    # From 4 to 0.5 in ten steps: a straight line, and its last value from then on.
+    # From 4 to 0.5 in ten steps: linear, then constant.
     [(0, 4.0), (5, 2.25), (8, 1.2), (10, 0.5), (1000, 0.5)],
 )
-def test_what_is_drawn_is_a_relaxed_bernoulli_of_the_clocks_temperature(clock, temperature):
-    """Of two sources the weight of the first, against draws from the formula."""
+def test_relaxed_bernoulli_draws_follow_clock_temperature(clock, temperature):
+    """Compares the weight of the first of two sources with draws from the formula."""
     method = crosspt(sources=("a", "b"), compose_by="sum", annealing=Annealing(4.0, 0.5, 10))
     runs = BANKS["groups"]
     params = random_arrays(method, runs) | {"router": jnp.tile(jnp.array([1.5, -0.5]), (K, 1))}
@@ -56,14 +56,16 @@ def test_what_is_drawn_is_a_relaxed_bernoulli_of_the_clocks_temperature(clock, t
 
 
 def largest_gap(found: np.ndarray, expected: np.ndarray) -> float:
-    """Between the distribution functions of two samples; of alike ones of 4000 it is above 0.05
-    once in 10,000 pairs."""
+    """Returns the largest distance between the distribution functions of two samples.
+
+    For samples of 4000 from one distribution it exceeds 0.05 once in 10,000 pairs.
+    """
     at = np.sort(np.concatenate([found, expected]))
     below = [np.searchsorted(np.sort(x), at, side="right") / len(x) for x in (found, expected)]
     return float(np.abs(below[0] - below[1]).max())
 
 
-def test_a_gap_tells_one_temperature_from_another():
+def test_largest_gap_different_temperatures_above_threshold():
     uniform = np.random.default_rng(0).uniform(size=(2, DRAWS, 2))
     made = []
     for temperature, u in zip((2.25, 1.6), uniform, strict=True):
@@ -72,16 +74,16 @@ def test_a_gap_tells_one_temperature_from_another():
     assert largest_gap(*made) > 0.05
 
 
-def test_an_undecided_router_weighs_all_alike_while_it_is_warm():
+def test_router_zero_logits_high_temperature_equal_weights():
     method = crosspt(compose_by="sum", annealing=Annealing(50.0, 50.0, 1))
     params = random_arrays(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
     found = draws(method, params, BANKS["joint"], 2, 500)
     np.testing.assert_allclose(found, 0.25, atol=0.03)
-    assert found.std(0).min() > 1e-3, "and it is drawn"
+    assert found.std(0).min() > 1e-3, "weights are random"
 
 
-def test_a_cold_router_takes_each_source_or_leaves_it():
-    """As often as sigmoid(r) says, and independently of the others."""
+def test_router_low_temperature_takes_or_drops_each_source():
+    """Each source is taken with probability sigmoid(r), independently of the others."""
     method, runs = crosspt(compose_by="sum", annealing=COLD), BANKS["joint"]
     logits = np.array([2.0, 0.0, -1.0, 0.5])
     params = random_arrays(method, runs) | {"router": jnp.tile(jnp.asarray(logits, "f4"), (K, 1))}
@@ -90,15 +92,15 @@ def test_a_cold_router_takes_each_source_or_leaves_it():
     np.testing.assert_allclose(taken.mean(0), by_hand.sigmoid(logits), atol=0.03)
     count = taken.sum(1, keepdims=True)
     alike = np.isclose(found, taken / np.maximum(count, 1), atol=1e-3).all(1)
-    assert alike.mean() > 0.97, "those taken count alike; few draws fall in between"
+    assert alike.mean() > 0.97, "sources taken have equal weights, except in few draws"
     independent = np.prod([by_hand.sigmoid(logits[0]), by_hand.sigmoid(logits[1])])
     np.testing.assert_allclose((taken[:, 0] & taken[:, 1]).mean(), independent, atol=0.03)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 3.0])
 @pytest.mark.parametrize("logit", [0.0, 1.2])
-def test_a_learned_share_is_a_relaxed_bernoulli_too(logit, temperature):
-    """A share, unlike a weight, shows in the prompt: the uniform draw can be had from it."""
+def test_learned_share_draws_are_relaxed_bernoulli(logit, temperature):
+    """The prompt reveals the share, so the uniform draw can be recovered from it."""
     method = crosspt(router="softmax", share="learned", annealing=Annealing(temperature, 0.1, 10))
     runs = BANKS["independent"]
     params = random_arrays(method, runs) | {"share": jnp.full(K, logit)}
@@ -115,7 +117,7 @@ def test_a_learned_share_is_a_relaxed_bernoulli_too(logit, temperature):
     assert largest_gap(uniform, np.linspace(0, 1, DRAWS)) < 0.05
 
 
-def test_a_share_is_not_drawn_with_the_routers_numbers():
+def test_learned_share_draws_independent_of_router():
     method = crosspt(sources=("a", "b"), share="learned")
     runs, ids = BANKS["joint"], jnp.array([0])
     params = random_arrays(method, runs)
@@ -137,8 +139,8 @@ def test_a_share_is_not_drawn_with_the_routers_numbers():
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_while_training_the_released_code_takes_a_softmax_of_the_normalized_scores(top_k):
-    """softmax(s / sum s + 1e-8), of the same draw that the other normalization divides."""
+def test_softmax_normalize_training_softmax_of_normalized_scores(top_k):
+    """softmax(s / sum s + 1e-8), of the draw that the other normalization divides by its sum."""
     runs, ids, key = BANKS["groups"], np.arange(K), jax.random.PRNGKey(2)
     plain, released = (crosspt(normalize=by, top_k=top_k) for by in ("sum", "softmax"))
     params = random_arrays(plain, runs)
@@ -154,7 +156,7 @@ def test_while_training_the_released_code_takes_a_softmax_of_the_normalized_scor
 
 
 @pytest.mark.parametrize("compose_by", ["sum", "cat", "private_sum", "private_cat"])
-def test_prompts_while_training_are_the_sources_by_the_weights_drawn(compose_by):
+def test_crosspt_training_prompts_use_drawn_weights(compose_by):
     method, runs = crosspt(compose_by=compose_by, top_k=3), BANKS["groups"]
     params, key = random_arrays(method, runs), jax.random.PRNGKey(8)
     weights = mixture(method, params, runs, np.arange(K), key=key)
@@ -165,8 +167,8 @@ def test_prompts_while_training_are_the_sources_by_the_weights_drawn(compose_by)
         np.testing.assert_allclose(found[row], expected, 1e-5, 1e-5)
 
 
-def test_of_scores_that_are_drawn_alike_still_k_are_kept():
-    """Cold draws are exactly 0 or 1 in float32, so most of them are ties."""
+def test_top_k_low_temperature_ties_keep_k_sources():
+    """Low-temperature draws are exactly 0 or 1 in float32, so most of them are ties."""
     method = crosspt(compose_by="cat", top_k=2, annealing=COLD)
     runs = BANKS["joint"]
     params = random_arrays(method, runs)
@@ -176,9 +178,11 @@ def test_of_scores_that_are_drawn_alike_still_k_are_kept():
     assert np.isfinite(compose(method, params, runs, np.arange(K), key=KEY)).all()
 
 
-def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
-    """A draw of one in four that is above a half; 1/4 each of 15/16. In float32 most of those are
-    exactly 1, and which is the largest must be known before they are rounded."""
+def test_top_k_low_temperature_equal_logits_chosen_evenly():
+    """Each of four sources is chosen with a score above 1/2 in 1/4 of 15/16 of the draws.
+
+    In float32 most of these scores round to 1, so sources must be ranked before the rounding.
+    """
     method = crosspt(compose_by="sum", top_k=1, annealing=COLD)
     params = random_arrays(method, BANKS["joint"]) | {"router": jnp.zeros((K, 4))}
     chosen = (draws(method, params, BANKS["joint"], row=1) > 0.5).mean(0)
@@ -187,8 +191,8 @@ def test_cold_draws_choose_evenly_among_sources_that_are_as_good():
 
 @pytest.mark.parametrize("logit", [-60.0, 60.0])
 @pytest.mark.parametrize("normalize", ["sum", "softmax"])
-def test_gradients_stay_finite_where_every_draw_is_cold(normalize, logit):
-    """No source taken, or all of them: zero by zero, but for the 1e-8."""
+def test_crosspt_gradients_low_temperature_finite(normalize, logit):
+    """No source is taken, or all are: 0 / 0 without the 1e-8."""
     method, runs = crosspt(normalize=normalize, annealing=COLD), BANKS["joint"]
     params = random_arrays(method, runs) | {"router": jnp.full((K, 4), logit)}
 
@@ -199,7 +203,7 @@ def test_gradients_stay_finite_where_every_draw_is_cold(normalize, logit):
     assert np.isfinite(found) and all(np.isfinite(grad).all() for grad in grads.values())
 
 
-def test_the_same_key_draws_the_same_and_another_key_or_run_draws_other_values():
+def test_draws_depend_on_key_and_run():
     method, runs = crosspt(), BANKS["joint"]
     params = random_arrays(method, runs) | {"router": jnp.zeros((K, 4))}
     ids = np.array([2, 0, 2, 1])
@@ -213,7 +217,7 @@ def test_the_same_key_draws_the_same_and_another_key_or_run_draws_other_values()
     np.testing.assert_allclose(without, 0.25, atol=1e-6)
 
 
-def test_a_run_draws_the_same_alone_and_in_a_fleet_wherever_it_stands():
+def test_draws_alone_and_in_fleet_same():
     method, fleet = crosspt(share="learned"), BANKS["independent"]
     params = random_arrays(method, fleet)
     together = compose(method, params, fleet, np.arange(K), key=KEY)
@@ -226,7 +230,7 @@ def test_a_run_draws_the_same_alone_and_in_a_fleet_wherever_it_stands():
         np.testing.assert_allclose(alone[0], together[row], 1e-6, 1e-6)
 
 
-def test_runs_that_differ_in_a_setting_alone_draw_the_same():
+def test_draws_run_names_differing_in_settings_same():
     runs = Runs(["cb"] * 3, ["cb_s1", "cb_s1_lr0.3", "cb_s2"], "independent")
     method = crosspt()
     params = random_arrays(method, runs) | {"router": jnp.zeros((3, 4))}
@@ -236,13 +240,13 @@ def test_runs_that_differ_in_a_setting_alone_draw_the_same():
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "uniform"])
-def test_routers_that_draw_nothing_do_not_read_the_key(router):
+def test_deterministic_routers_ignore_key(router):
     method, runs = crosspt(router=router), BANKS["groups"]
     params = random_arrays(method, runs)
     found = [compose(method, params, runs, np.arange(K), key=key) for key in (None, KEY)]
     np.testing.assert_array_equal(*found)
 
 
-def test_the_schedule_of_a_method_is_as_long_as_its_annealing():
+def test_schedule_steps_equal_annealing_steps():
     assert crosspt(annealing=Annealing(2.0, 0.1, 77)).schedule_steps == 77
     assert crosspt(router="softmax").schedule_steps == 0

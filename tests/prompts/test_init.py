@@ -1,4 +1,4 @@
-"""Initial values: each mode against its definition, on embeddings whose rows say which they are."""
+"""Tests of initializers against their definitions, on embeddings whose rows encode their ids."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from mpt_jax.prompts import init
 from mpt_jax.prompts.base import InitContext
 
 V, H, P = 50, 4, 8
-# Row i is i + 0.001 * column, so a row of a prompt tells which id it was copied from.
+# Row i is i + 0.001 * column, so a prompt row shows which id it was copied from.
 EMBEDDING = np.arange(V)[:, None] + 0.001 * np.arange(H)[None]
 WORDS = {"yes": [7], "no": [9], "not entailment": [11, 12, 16], "": []}
 KEY = jax.random.PRNGKey(3)
@@ -26,13 +26,13 @@ CONTEXT = InitContext(jnp.asarray(EMBEDDING, jnp.float32), Words())
 
 
 def ids_of(prompt) -> list[int]:
-    """The ids a prompt's rows were copied from; fails where a row is no row of the embedding."""
+    """Returns the ids that prompt rows were copied from; fails if one is not an embedding row."""
     ids = np.asarray(prompt)[:, 0].round().astype(int)
     np.testing.assert_allclose(prompt, EMBEDDING[ids], atol=1e-5)
     return ids.tolist()
 
 
-def test_sampled_vocabulary_copies_distinct_rows_of_the_most_frequent_ids():
+def test_sampled_vocabulary_copies_distinct_frequent_rows():
     prompt = init.SampledVocabulary(population=P)(KEY, "t", P, CONTEXT)
     assert sorted(ids_of(prompt)) == list(range(P)), "without replacement, all P are drawn"
     drawn = ids_of(init.SampledVocabulary()(KEY, "t", P, CONTEXT))
@@ -40,19 +40,19 @@ def test_sampled_vocabulary_copies_distinct_rows_of_the_most_frequent_ids():
     assert max(drawn) >= P, "the default population is wider than the prompt"
 
 
-def test_sampled_vocabulary_draws_from_all_of_its_population_and_nothing_else():
+def test_sampled_vocabulary_draws_from_whole_population_only():
     draw = jax.jit(lambda key: init.SampledVocabulary(20)(key, "t", P, CONTEXT))
     prompts = [draw(jax.random.PRNGKey(seed)) for seed in range(60)]
     assert {i for prompt in prompts for i in ids_of(prompt)} == set(range(20))
     assert init.SampledVocabulary().population == 5000
 
 
-def test_sampled_vocabulary_of_too_few_ids_is_an_error():
-    with pytest.raises(ValueError, match="8 distinct ids out of 5"):
+def test_sampled_vocabulary_too_few_ids_raises():
+    with pytest.raises(ValueError, match="8 distinct ids from 5"):
         init.SampledVocabulary(population=5)(KEY, "t", P, CONTEXT)
 
 
-def test_a_bfloat16_backbone_gives_a_float32_prompt():
+def test_sampled_vocabulary_bfloat16_backbone_float32_prompt():
     context = InitContext(CONTEXT.embedding.astype(jnp.bfloat16))
     assert init.SampledVocabulary()(KEY, "t", P, context).dtype == jnp.float32
 
@@ -64,7 +64,7 @@ def test_uniform_fills_its_interval():
     assert abs(prompt.mean()) < 0.03
 
 
-def test_class_labels_are_means_of_their_tokens_and_the_rest_is_sampled():
+def test_class_labels_average_tokens_and_sample_rest():
     mode = init.ClassLabels({"nli": ["yes", "not entailment"], "other": ["no"]})
     prompt = np.asarray(mode(KEY, "nli", P, CONTEXT))
     np.testing.assert_allclose(prompt[0], EMBEDDING[7], atol=1e-5)
@@ -77,19 +77,19 @@ def test_class_labels_are_means_of_their_tokens_and_the_rest_is_sampled():
 
 
 @pytest.mark.parametrize(
-    ("labels", "task", "says"),
+    ("labels", "task", "message"),
     [
         ({"nli": ["yes"]}, "nlu", "'nlu'.*Did you mean 'nli'"),
         (["yes", "no"] * 5, "t", "10 labels do not fit a prompt of 8"),
-        ([""], "t", "no tokens"),
+        ([""], "t", "zero tokens"),
     ],
 )
-def test_class_labels_that_cannot_be_used_are_errors(labels, task, says):
-    with pytest.raises(ValueError, match=says):
+def test_class_labels_invalid_labels_raise(labels, task, message):
+    with pytest.raises(ValueError, match=message):
         init.ClassLabels(labels)(KEY, task, P, CONTEXT)
 
 
-def test_text_copies_the_rows_of_its_tokens_in_order():
+def test_text_init_copies_token_rows_in_order():
     prompt = init.Text("not entailment")(KEY, "t", P, CONTEXT)
     assert ids_of(prompt)[:3] == [11, 12, 16]
     with pytest.raises(ValueError, match="3 tokens do not fit a prompt of 2"):
@@ -97,18 +97,18 @@ def test_text_copies_the_rows_of_its_tokens_in_order():
 
 
 @pytest.mark.parametrize("mode", [init.Text("yes"), init.ClassLabels(["yes"])])
-def test_words_need_a_vocabulary(mode):
-    with pytest.raises(ValueError, match="'yes' needs the model's vocabulary"):
+def test_word_initializers_without_vocabulary_raise(mode):
+    with pytest.raises(ValueError, match="'yes' needs a vocabulary"):
         mode(KEY, "t", P, InitContext(CONTEXT.embedding))
 
 
-def test_from_array_reads_a_file_of_the_right_shape_and_never_unpickles(tmp_path):
+def test_from_array_checks_shape_and_never_unpickles(tmp_path):
     values = np.random.default_rng(0).normal(size=(P, H))
     np.save(tmp_path / "prompt.npy", values)
     prompt = init.FromArray(str(tmp_path / "prompt.npy"))(KEY, "t", P, CONTEXT)
     assert prompt.dtype == jnp.float32
     np.testing.assert_allclose(prompt, values, atol=1e-7)
-    with pytest.raises(ValueError, match=r"holds \(8, 4\).*are \(9, 4\)"):
+    with pytest.raises(ValueError, match=r"shape \(8, 4\).*shape \(9, 4\)"):
         init.FromArray(str(tmp_path / "prompt.npy"))(KEY, "t", P + 1, CONTEXT)
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
@@ -116,7 +116,7 @@ def test_from_array_reads_a_file_of_the_right_shape_and_never_unpickles(tmp_path
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_factors_have_their_distributions(rank):
+def test_factor_initializers_have_documented_distributions(rank):
     shape = {"prompt_length": 300, "width": 200, "rank": rank}
 
     def factors(initialize):
@@ -132,8 +132,8 @@ def test_factors_have_their_distributions(rank):
 
     left, right = factors(init.ones_noise)
     product = left @ right
-    assert abs(product.mean() - 1) < 0.01, "a fresh P* keeps its scale"
-    assert 0 < product.std() < 0.04, "and yet no two entries are alike"
+    assert abs(product.mean() - 1) < 0.01, "a new P* keeps its scale"
+    assert 0 < product.std() < 0.04, "entries of the product differ"
     assert 0.018 < right.std() < 0.022 and abs(right.mean() - 1) < 0.005
 
     left, right = factors(init.signs)
@@ -142,7 +142,7 @@ def test_factors_have_their_distributions(rank):
     assert abs(np.square(left @ right).mean() - 1) < 0.1
 
 
-def test_factors_of_two_keys_differ():
+def test_factor_initializers_different_keys_differ():
     for initialize in (init.ones_noise, init.normal002, init.signs):
         first = initialize(jax.random.PRNGKey(0), 5, 6, 2)
         second = initialize(jax.random.PRNGKey(1), 5, 6, 2)

@@ -1,4 +1,4 @@
-"""Every registered method: what it composes, in all forms, and how many numbers it trains."""
+"""Tests of every registered method: composition, initialization and parameter counts."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def bank(groups="joint", count: int = K) -> Runs:
 
 
 def every_prompt(method, params, runs: Runs) -> np.ndarray:
-    """[K, P, H]; before a text that is the same for all, for methods that read it."""
+    """Returns all prompts [K, P, H]; methods that read the text get the same text for all."""
     params = jax.tree.map(jnp.asarray, params)
     given = base.PromptContext(jnp.ones((runs.num_rows, H)))
     return np.asarray(method.compose(params, runs, jnp.arange(runs.num_rows), given))
@@ -40,7 +40,7 @@ def every_prompt(method, params, runs: Runs) -> np.ndarray:
 # --- The protocol --------------------------------------------------------------------------------
 
 
-def test_the_registry_knows_its_methods_and_lists_them():
+def test_method_registry_lists_methods_and_rejects_duplicates():
     assert set(method_names()) >= {"mpt", "none", "prompt_tuning"}
     with pytest.raises(ValueError, match=r"'mtp'.*Did you mean 'mpt'.*Known: .*prompt_tuning"):
         get_method("mtp")
@@ -50,7 +50,7 @@ def test_the_registry_knows_its_methods_and_lists_them():
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("name", method_names())
-def test_parameters_have_a_label_an_axis_name_for_each_axis_and_float32(name, groups):
+def test_method_init_parameters_have_labels_axes_and_float32(name, groups):
     method, runs = tiny.method(name, P), bank(groups)
     assert isinstance(method, base.PromptMethod)
     params = method.init(jax.random.PRNGKey(0), runs, CONTEXT)
@@ -65,7 +65,7 @@ def test_parameters_have_a_label_an_axis_name_for_each_axis_and_float32(name, gr
 
 
 @pytest.mark.parametrize("name", PROMPTED)
-def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(name):
+def test_method_init_alone_and_in_fleet_same_prompts(name):
     method, key = tiny.method(name, P), jax.random.PRNGKey(7)
     names = [f"task{i}" for i in range(K)]
     together = Runs(names, groups="independent")
@@ -77,10 +77,12 @@ def test_the_first_values_of_a_run_do_not_depend_on_its_row_or_company(name):
         alone = Runs([names[row]])
         solo = every_prompt(method, method.init(key, alone, CONTEXT), alone)
         np.testing.assert_array_equal(solo[0], folded[row])
-    assert len({prompt.tobytes() for prompt in folded}) == K, "no two runs start alike"
+    assert len({prompt.tobytes() for prompt in folded}) == K, (
+        "all runs have different initial prompts"
+    )
 
 
-def test_two_runs_of_one_task_start_apart():
+def test_prompt_tuning_init_two_runs_of_task_differ():
     runs = Runs(["cb", "cb"], ["cb_s1", "cb_s2"], "independent")
     params = PromptTuning(P).init(jax.random.PRNGKey(0), runs, CONTEXT)
     assert not np.array_equal(params["table"][0], params["table"][1])
@@ -90,7 +92,7 @@ def test_two_runs_of_one_task_start_apart():
 
 
 def by_hand(params, runs: Runs) -> np.ndarray:
-    """[K, P, H] in float64, entry by entry of the definition."""
+    """Returns the prompts [K, P, H] by definition, entry by entry in float64."""
     wide = {name: value.astype(np.float64) for name, value in params.items()}
     if "table" in wide:
         return wide["table"]
@@ -109,7 +111,7 @@ def by_hand(params, runs: Runs) -> np.ndarray:
 @pytest.mark.parametrize(
     "method", [MPT(P), MPT(P, rank=3), PromptTuning(P)], ids=["mpt", "mpt_rank3", "prompt_tuning"]
 )
-def test_all_forms_are_the_definition(method, groups):
+def test_compose_and_materialize_match_definition(method, groups):
     runs = bank(groups)
     params = random_params(method, runs)
     expected = by_hand(params, runs)
@@ -125,7 +127,7 @@ def test_all_forms_are_the_definition(method, groups):
 
 
 def products(jaxpr) -> list:
-    """Every matrix product of a traced program, inner programs included."""
+    """Returns every matrix product of a traced program, including inner programs."""
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -138,8 +140,8 @@ def products(jaxpr) -> list:
     return found
 
 
-def test_prompts_and_their_gradients_are_composed_in_float32_on_every_device():
-    """On a TPU a product is in bfloat16 unless it asks for more."""
+def test_mpt_compose_and_gradients_use_highest_precision():
+    """On a TPU, products use bfloat16 unless a higher precision is requested."""
     method, runs = MPT(P, rank=3), bank()
     params = random_arrays(method, runs)
     use = lambda params: method.compose(params, runs, jnp.array([[0, 1]])).sum()  # noqa: E731
@@ -151,7 +153,7 @@ def test_prompts_and_their_gradients_are_composed_in_float32_on_every_device():
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_mpt_composes_what_peft_composes(rank):
+def test_mpt_compose_matches_peft_golden(rank):
     golden = np.load(Path(__file__).parents[1] / "golden" / "peft_mpt.npz")
     given = {name: golden[f"rank{rank}/{name}"] for name in ("shared", "left", "right")}
     np.testing.assert_allclose(
@@ -161,7 +163,7 @@ def test_mpt_composes_what_peft_composes(rank):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_mpt_composes_what_the_installed_peft_composes(rank):
+def test_mpt_compose_matches_installed_peft(rank):
     given = numbers(rank)
     expected = compose(**given, task_ids=TASK_IDS)
     np.testing.assert_allclose(compose_ours(given, rank), expected, atol=1e-6, rtol=1e-6)
@@ -178,7 +180,7 @@ def compose_ours(given: dict[str, np.ndarray], rank: int) -> jax.Array:
     return method.compose(jax.tree.map(jnp.asarray, params), runs, jnp.asarray(TASK_IDS))
 
 
-def test_a_rank_below_one_is_an_error():
+def test_mpt_rank_below_one_raises():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         MPT(P, rank=0)
 
@@ -186,7 +188,7 @@ def test_a_rank_below_one_is_an_error():
 # --- Placement -----------------------------------------------------------------------------------
 
 
-def test_placing_writes_the_reserved_positions_and_no_other():
+def test_place_writes_only_reserved_positions():
     rng = np.random.default_rng(0)
     embedded = jnp.asarray(rng.normal(size=(2, 7, H)), jnp.float32)
     prompts = jnp.asarray(rng.normal(size=(2, P, H)), jnp.float32)
@@ -200,26 +202,26 @@ def test_placing_writes_the_reserved_positions_and_no_other():
     np.testing.assert_array_equal(placed[slots == 0], np.asarray(embedded)[slots == 0])
 
 
-def test_placing_keeps_the_dtype_of_the_backbone():
+def test_place_keeps_backbone_dtype():
     embedded = jnp.zeros((1, 6, H), jnp.bfloat16)
     assert prompt_insertion.place(jnp.ones((1, P, H)), embedded).dtype == jnp.bfloat16
     slots = jnp.ones((1, 6), jnp.int32)
     assert prompt_insertion.place_rows(jnp.ones((1, 6, H)), embedded, slots).dtype == jnp.bfloat16
 
 
-def test_a_prompt_longer_than_its_positions_is_an_error():
+def test_place_prompt_longer_than_row_raises():
     with pytest.raises(ValueError, match="4 positions does not fit a row of 3"):
         prompt_insertion.place(jnp.ones((1, P, H)), jnp.ones((1, 3, H)))
 
 
-# --- Numbers of trained parameters ---------------------------------------------------------------
+# --- Trainable parameter counts ------------------------------------------------------------------
 
 SOURCES = ["mnli", "qqp", "qnli", "sst2", "squad", "record"]
 GLUE = ["mnli", "qqp", "qnli", "sst2", "stsb", "mrpc", "rte", "cola"]
 
 
 def trained(size: str, prompt, runs: Runs, depth: int | None = 1, **overrides) -> int:
-    """Numbers trained of a T5 1.0, of its own depth if None."""
+    """Returns the trainable parameter count of a T5 1.0; depth None is the size's own depth."""
     layers = {} if depth is None else {"num_encoder_layers": depth, "num_decoder_layers": depth}
     model = tiny.model(runs, prompt, t5_config(f"t5_1_0_{size}", **layers), **overrides)
     tree, _ = param_shapes(model)
@@ -238,26 +240,26 @@ def trained(size: str, prompt, runs: Runs, depth: int | None = 1, **overrides) -
         ("base", PromptTuning(100), ["rte"], 76_800),
     ],
 )
-def test_trained_parameters_are_those_of_the_paper(size, prompt, tasks, expected, depth):
+def test_trainable_parameter_counts_match_paper(size, prompt, tasks, expected, depth):
     assert trained(size, prompt, Runs(tasks), depth) == expected
 
 
-def test_glue_as_one_group_trains_10468_parameters_a_task():
+def test_mpt_glue_as_one_group_trains_10468_parameters_per_task():
     assert trained("base", MPT(100), Runs(GLUE)) / len(GLUE) == 10_468
 
 
-def test_teachers_are_not_trained():
+def test_trainable_parameter_count_excludes_teachers():
     objective = Objective(distillation=Distillation())
     assert trained("base", MPT(100), Runs(SOURCES), objective=objective) == 82_008
 
 
-def test_independent_runs_train_a_shared_prompt_each_and_ranks_widen_the_factors():
+def test_mpt_independent_runs_and_rank_parameter_counts():
     runs = Runs(GLUE[:3], groups="independent")
     assert trained("small", MPT(100), runs) == 3 * 51_812
     assert trained("small", MPT(100, rank=4), Runs(["rte"])) == 100 * 512 + 4 * (100 + 512)
 
 
-def test_the_defaults_are_the_papers():
+def test_mpt_defaults_match_paper():
     assert MPT(100).rank == 1
     assert isinstance(MPT(100).init_prompt, SampledVocabulary)
     assert MPT(100).start_from == "average"

@@ -1,4 +1,4 @@
-"""One prompt for all tasks: what it starts from."""
+"""Tests of the shared prompt's transfer."""
 
 import numpy as np
 import pytest
@@ -28,19 +28,19 @@ PRODUCTS = FACTORS["shared"] * FACTORS["task_left"] * FACTORS["task_right"]
         ("b", PRODUCTS[1]),
     ],
 )
-def test_every_group_starts_from_what_was_asked_for(start_from, expected):
+def test_shared_prompt_transfer_start_from_sets_every_group(start_from, expected):
     made = SharedPrompt(P, start_from=start_from).transfer(FACTORS, MPT(P), SOURCES, NEW)
     np.testing.assert_allclose(made["shared"], np.stack([expected, expected]), rtol=1e-6)
 
 
-def test_an_artifact_of_its_own_comes_back_as_it_is():
+def test_shared_prompt_transfer_own_artifact_unchanged():
     runs = Runs(["a", "b", "c"], groups=(0, 1, 0))
     own = {"shared": RNG.normal(size=(2, P, H)).astype(np.float32)}
     method = SharedPrompt(P, start_from="same")
     np.testing.assert_array_equal(method.transfer(own, method, runs, runs)["shared"], own["shared"])
 
 
-def test_a_shared_matrix_is_asked_of_an_artifact_that_has_none_or_several():
+def test_shared_prompt_transfer_without_one_shared_matrix_raises():
     method = SharedPrompt(P, start_from="shared")
     with pytest.raises(ValueError, match="'prompt_tuning' has none"):
         method.transfer({"table": np.ones((3, P, H))}, PromptTuning(P), SOURCES, NEW)

@@ -1,4 +1,4 @@
-"""Sources chosen by similarity: against the definitions, pair by pair."""
+"""Tests of source selection by similarity, against the definitions pair by pair."""
 
 import logging
 
@@ -34,16 +34,16 @@ def rule(**settings) -> NearestSource:
 
 
 @pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
-def test_similarities_are_those_of_the_definition(similarity):
+def test_cosines_match_definition(similarity):
     targets, sources = embeddings(TARGETS, 0).prompts, embeddings(SOURCES, 1).prompts
     expected = [[by_hand(t, s, similarity) for s in sources] for t in targets]
     np.testing.assert_allclose(cosines(targets, sources, similarity), expected, atol=1e-12)
-    # Lengths of whole prompts do not count.
+    # The norm of a whole prompt has no effect.
     np.testing.assert_allclose(cosines(3 * targets, sources / 7, similarity), expected, atol=1e-6)
 
 
-def test_the_two_similarities_need_not_agree():
-    """A long row outweighs others in a mean, and counts as any other in pairs."""
+def test_cosines_mean_pooled_and_row_pairs_can_disagree():
+    """A long row dominates the mean, but counts like any other row in pairs."""
     target = np.array([[[1, 0], [1, 0]]], np.float32)
     sources = np.array([[[9, 0], [0, 1]], [[1, 0.5], [1, 0.5]]], np.float32)
     pooled, pairs = (cosines(target, sources, name)[0] for name in ("mean_pooled", "row_pairs"))
@@ -53,7 +53,7 @@ def test_the_two_similarities_need_not_agree():
 
 @pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
 @pytest.mark.parametrize("seed", range(4))
-def test_weights_of_the_nearest_are_in_proportion_to_their_similarity(similarity, seed):
+def test_nearest_source_weights_proportional_to_similarity(similarity, seed):
     sources, targets = embeddings(SOURCES, seed), embeddings(TARGETS, seed + 9)
     nearest = rule(similarity=similarity).choose(sources, targets, SOURCES, TARGETS)
     for t, run in enumerate(TARGETS.run_names):
@@ -72,13 +72,13 @@ def test_weights_of_the_nearest_are_in_proportion_to_their_similarity(similarity
 
 
 def along(*angles: float) -> np.ndarray:
-    """A prompt of two equal rows in each direction (degrees), [K, 2, 2]."""
+    """Returns one prompt of two equal rows per direction in degrees, [K, 2, 2]."""
     radians = np.deg2rad(angles)
     rows = np.stack([np.cos(radians), np.sin(radians)], -1)
     return np.repeat(rows[:, None], 2, axis=1).astype(np.float32)
 
 
-def test_dissimilar_sources_have_no_weight():
+def test_nearest_source_negative_similarity_has_no_weight():
     sources = Embeddings("s", SOURCES, along(60, 0, 120))
     target = Embeddings("t", Runs(["rte"]), along(0))
     table = rule(top_k=3).choose(sources, target, SOURCES, Runs(["rte"]))
@@ -86,15 +86,17 @@ def test_dissimilar_sources_have_no_weight():
     assert list(table["rte"]) == ["qqp", "mnli"]
 
 
-def test_where_every_source_is_dissimilar_one_is_taken_and_several_are_not():
+def test_nearest_source_all_dissimilar_raises_unless_top_1():
     sources = Embeddings("s", SOURCES, along(170, 100, 180))
     target = Embeddings("t", Runs(["rte"]), along(0))
     assert rule().choose(sources, target, SOURCES, Runs(["rte"])) == {"rte": {"qqp": 1.0}}
-    with pytest.raises(ValueError, match="No source is similar to 'rte'.*'mnli': -0.98"):
+    with pytest.raises(
+        ValueError, match="No source has a positive similarity to 'rte'.*'mnli': -0.98"
+    ):
         rule(top_k=2).choose(sources, target, SOURCES, Runs(["rte"]))
 
 
-def test_what_is_chosen_is_logged(caplog):
+def test_nearest_source_choice_is_logged(caplog):
     sources = Embeddings("s", SOURCES, along(60, 0, 120))
     target = Embeddings("t", Runs(["rte"]), along(0))
     with caplog.at_level(logging.INFO, logger="absl"):
@@ -102,8 +104,8 @@ def test_what_is_chosen_is_logged(caplog):
     assert "rte starts from {'qqp': 1.0}; similarities: {'mnli': 0.5, 'qqp': 1.0" in caplog.text
 
 
-def test_rows_are_found_by_name_wherever_they_stand():
-    """The artifact of sources, that of their embeddings and the bank need not agree in order."""
+def test_nearest_source_finds_rows_by_name():
+    """The sources, their embeddings and the bank may have different orders."""
     shuffled = Runs(["cola", "sst2", "mnli", "qqp"])
     sources = Embeddings("s", shuffled, along(10, 20, 30, 40))
     targets = Embeddings("t", Runs(["cb", "rte"]), along(21, 39))
@@ -111,7 +113,7 @@ def test_rows_are_found_by_name_wherever_they_stand():
     assert table == {"rte": {"qqp": 1.0}, "cb": {"sst2": 1.0}}
 
 
-def test_a_run_without_an_embedding_of_its_own_has_that_of_its_task():
+def test_embeddings_run_without_own_row_uses_row_of_task():
     few = Runs(["rte", "rte"], ["rte_k4", "rte_k16"], "independent")
     targets = Embeddings("t", Runs(["rte"]), along(30))
     table = rule().choose(Embeddings("s", SOURCES, along(0, 31, 90)), targets, SOURCES, few)
@@ -120,7 +122,7 @@ def test_a_run_without_an_embedding_of_its_own_has_that_of_its_task():
         embeddings(few, 0).of(Runs(["rte"]))
 
 
-def test_a_run_without_any_embedding_is_named_beside_those_there_are():
+def test_embeddings_unknown_run_raises_with_known_names():
     sources, targets = embeddings(SOURCES, 0), embeddings(TARGETS, 1, "the/targets")
     with pytest.raises(ValueError, match=r"the/targets has no embedding of 'wic'; it has rte, cb"):
         rule().choose(sources, targets, SOURCES, Runs(["wic"]))
@@ -128,12 +130,12 @@ def test_a_run_without_any_embedding_is_named_beside_those_there_are():
         rule().choose(sources, targets, Runs(["mnli", "squad"]), TARGETS)
 
 
-def test_more_sources_than_there_are():
+def test_nearest_source_top_k_above_sources_raises():
     with pytest.raises(ValueError, match="top_k is 4, .* holds 3 sources: mnli, qqp, sst2"):
         rule(top_k=4).choose(embeddings(SOURCES, 0), embeddings(TARGETS, 1), SOURCES, TARGETS)
 
 
-def test_settings_out_of_range():
+def test_nearest_source_invalid_settings_raise():
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         rule(top_k=0)
     with pytest.raises(ValueError, match="'mean_pool'.*Did you mean 'mean_pooled'"):
@@ -142,7 +144,7 @@ def test_settings_out_of_range():
 
 @pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
 @pytest.mark.parametrize("value", [0.0, np.nan])
-def test_an_embedding_without_a_direction(similarity, value):
+def test_cosines_zero_or_nan_embedding_raises(similarity, value):
     prompts = np.full((1, P, H), value, np.float32)
-    with pytest.raises(ValueError, match="zero or not a number"):
+    with pytest.raises(ValueError, match="zero or NaN"):
         cosines(prompts, embeddings(SOURCES, 0).prompts, similarity)

@@ -1,4 +1,4 @@
-"""How a new task starts from a trained artifact."""
+"""Tests of transfer from a trained artifact to new tasks."""
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def equal(found, expected):
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("groups", ["joint", "independent"])
-def test_mpt_starts_from_the_shared_prompt_and_the_averages_of_the_factors(rank, groups):
+def test_mpt_transfer_copies_shared_and_averages_factors(rank, groups):
     source = trained(rank)
     runs = Runs(["rte", "cb"], groups=groups)
     started = MPT(P, rank=rank).transfer(source, MPT(P, rank=rank), SOURCES, runs)
@@ -47,7 +47,7 @@ def test_mpt_starts_from_the_shared_prompt_and_the_averages_of_the_factors(rank,
     assert np.abs(folded[0] - of_products).max() > 0.1, "not the average of the products"
 
 
-def test_mpt_starts_from_the_factors_of_one_source():
+def test_mpt_transfer_named_source_copies_its_factors():
     source = trained()
     method = MPT(P, rank=2, start_from="qqp")
     started = method.transfer(source, MPT(P, rank=2), SOURCES, TARGETS)
@@ -56,7 +56,7 @@ def test_mpt_starts_from_the_factors_of_one_source():
         equal(materialize.materialize(method, started, TARGETS)[row], folded[1])
 
 
-def test_mpt_goes_on_with_each_row_of_its_own_name():
+def test_mpt_transfer_same_keeps_rows_by_name():
     runs = Runs(["a", "b", "c"], groups=[0, 1, 0])
     source = trained(runs=runs)
     fewer = Runs(["c", "a"])
@@ -68,26 +68,26 @@ def test_mpt_goes_on_with_each_row_of_its_own_name():
     equal(found[1], folded[0])
 
 
-def test_rows_of_different_shared_prompts_cannot_go_on_as_one_group():
+def test_mpt_transfer_rows_of_two_groups_into_one_raises():
     runs = Runs(["a", "b"], groups="independent")
     method = MPT(P, rank=2, start_from="same")
     with pytest.raises(ValueError, match="b.*group"):
         method.transfer(trained(runs=runs), MPT(P, rank=2), runs, Runs(["a", "b"]))
 
 
-def test_factors_of_different_shared_prompts_are_not_averaged():
+def test_mpt_transfer_average_over_groups_raises():
     runs = Runs(["a", "b", "c"], groups=[0, 1, 0])
     with pytest.raises(ValueError, match="2 groups"):
         MPT(P).transfer(trained(1, runs), MPT(P), runs, TARGETS)
 
 
-def test_mpt_takes_nothing_but_mpt():
+def test_mpt_transfer_other_method_raises():
     with pytest.raises(ValueError, match=r"'prompt_tuning'.*gin/mpt_source\.gin"):
         MPT(P).transfer({}, PromptTuning(P), SOURCES, TARGETS)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_prompt_tuning_starts_from_the_folded_prompt_of_one_source(rank):
+def test_prompt_tuning_transfer_starts_from_materialized_prompt(rank):
     source = trained(rank)
     method = PromptTuning(P, start_from="sst2")
     table = method.transfer(source, MPT(P, rank=rank), SOURCES, TARGETS)["table"]
@@ -99,7 +99,7 @@ def test_prompt_tuning_starts_from_the_folded_prompt_of_one_source(rank):
         equal(table[row], expected)
 
 
-def test_prompt_tuning_starts_from_prompt_tuning():
+def test_prompt_tuning_transfer_own_artifact_copies_rows():
     source = {"table": jax.random.normal(jax.random.PRNGKey(0), (3, P, H))}
     method = PromptTuning(P, start_from="qqp")
     table = method.transfer(source, PromptTuning(P), SOURCES, TARGETS)["table"]
@@ -109,7 +109,7 @@ def test_prompt_tuning_starts_from_prompt_tuning():
     np.testing.assert_array_equal(table, source["table"][np.array([2, 0])])
 
 
-def test_prompt_tuning_needs_to_be_told_which_source_unless_there_is_one():
+def test_prompt_tuning_transfer_several_sources_unnamed_raises():
     source = {"table": jax.random.normal(jax.random.PRNGKey(0), (3, P, H))}
     with pytest.raises(ValueError, match="holds 3: mnli, qqp, sst2"):
         PromptTuning(P).transfer(source, PromptTuning(P), SOURCES, TARGETS)
@@ -121,11 +121,11 @@ def test_prompt_tuning_needs_to_be_told_which_source_unless_there_is_one():
 @pytest.mark.parametrize(
     "method", [MPT(P, rank=2, start_from="qqq"), PromptTuning(P, start_from="qqq")]
 )
-def test_an_unknown_source_is_an_error_that_lists_the_known(method):
+def test_transfer_unknown_source_raises_with_known_names(method):
     with pytest.raises(ValueError, match="Unknown run 'qqq'.*'qqp'.*mnli"):
         method.transfer(trained(), MPT(P, rank=2), SOURCES, TARGETS)
 
 
-def test_no_prompt_starts_from_nothing():
+def test_no_prompt_transfer_raises():
     with pytest.raises(ValueError, match="no prompt"):
         get_method("none")().transfer({}, MPT(P), SOURCES, TARGETS)

@@ -1,4 +1,4 @@
-"""Tables of weights over the rows of a source artifact, and means by them."""
+"""Tests of weight tables over the rows of a source artifact, and of weighted means."""
 
 import logging
 
@@ -33,11 +33,11 @@ FACTORS = {
         ({"x": {"sst2": 0.2, "mnli": 0.6}, "y": {"qqp": 3}}, ["y", "x"], [[0, 3, 0], [0.6, 0, 0.2]])
     ],
 )  # fmt: skip
-def test_every_way_to_say_it_is_a_table_of_weights(start_from, names, expected):
+def test_source_weights_every_setting_gives_weight_table(start_from, names, expected):
     np.testing.assert_array_equal(source_weights(start_from, SOURCES, Runs(names)), expected)
 
 
-def test_means_are_weighted_and_one_row_alone_is_itself_to_the_bit():
+def test_weighted_mean_single_row_is_bit_exact():
     weights = np.array([[0.6, 0, 0.2], [0, 0.3, 0], [1, 1, 1]])
     mixed = weighted_mean(weights, TABLE)
     wide = TABLE.astype(np.float64)
@@ -54,24 +54,24 @@ def test_means_are_weighted_and_one_row_alone_is_itself_to_the_bit():
         ("same_or_average", "None of the runs rte is in the artifact, which holds mnli, qqp, sst2"),
         ({"cb": {"mnli": 1}}, "Unknown run in the table start_from 'rte'.*Known: cb"),
         ({"rte": {"squad": 1}}, "Unknown run 'squad'"),
-        ({"rte": {"mnli": -1, "qqp": 2}}, "'rte' the weights .*must not be negative"),
-        ({"rte": {"mnli": 0}}, "more than zero"),
-        ({"rte": {}}, "more than zero"),
-        ({"rte": {"mnli": float("nan")}}, "must not be negative"),
-        (NearestSource("a", "b"), "only train_state.fill does"),
+        ({"rte": {"mnli": -1, "qqp": 2}}, "'rte' the weights .*not negative"),
+        ({"rte": {"mnli": 0}}, "at least one must be positive"),
+        ({"rte": {}}, "at least one must be positive"),
+        ({"rte": {"mnli": float("nan")}}, "must be finite and not negative"),
+        (NearestSource("a", "b"), "have not been read"),
     ],
 )
-def test_what_cannot_be_started_from(start_from, message):
+def test_transfer_invalid_start_from_raises(start_from, message):
     for method, params in ((MPT(P, R), FACTORS), (PromptTuning(P), {"table": TABLE})):
         started = type(method)(**method.config(), start_from=start_from)
         with pytest.raises(ValueError, match=message):
             started.transfer(params, method, SOURCES, Runs(["rte"]))
 
 
-# --- A row more ----------------------------------------------------------------------------------
+# --- Added tasks ---------------------------------------------------------------------------------
 
 
-def test_an_added_task_starts_from_the_average_and_the_others_go_on_where_they_were(caplog):
+def test_mpt_transfer_added_task_gets_average_others_keep_rows(caplog):
     runs = Runs(["sst2", "record", "mnli", "qqp"])
     method = MPT(P, R, start_from="same_or_average")
     with caplog.at_level(logging.INFO, logger="absl"):
@@ -85,19 +85,19 @@ def test_an_added_task_starts_from_the_average_and_the_others_go_on_where_they_w
     assert "sst2 keeps its own row" in caplog.text
 
 
-def test_an_added_task_needs_one_shared_prompt_to_be_added_to():
+def test_mpt_transfer_added_task_with_several_groups_raises():
     source = {**FACTORS, "shared": RNG.normal(size=(2, P, H)).astype(np.float32)}
     method = MPT(P, R, start_from="same_or_average")
     groups = Runs(SOURCES.run_names, groups=[0, 1, 0])
     for names in (["mnli", "record"], ["mnli", "qqp"]):
-        with pytest.raises(ValueError, match="mnli.*would share one prompt.*2 groups"):
+        with pytest.raises(ValueError, match="mnli.*share one prompt.*2 groups"):
             method.transfer(source, MPT(P, R), groups, Runs(names))
     apart = Runs(["mnli", "qqp"], groups="independent")
     started = method.transfer(source, MPT(P, R), groups, apart)
     np.testing.assert_array_equal(started["shared"], source["shared"])
 
 
-def test_prompts_are_not_averaged_unless_weights_say_so():
+def test_prompt_tuning_transfer_mixes_only_by_weights():
     method = PromptTuning(P, start_from="same_or_average")
     with pytest.raises(ValueError, match="holds 3: mnli, qqp, sst2.*weights"):
         method.transfer({"table": TABLE}, PromptTuning(P), SOURCES, Runs(["mnli", "record"]))
@@ -106,13 +106,13 @@ def test_prompts_are_not_averaged_unless_weights_say_so():
     np.testing.assert_allclose(table[0], TABLE[0] / 4 + TABLE[2] * 3 / 4, atol=1e-6)
 
 
-def test_one_prompt_trained_on_a_mixture_is_its_own_average():
+def test_prompt_tuning_transfer_shared_prompt_copies_it():
     shared = {"shared": TABLE[:1]}
     started = PromptTuning(P).transfer(shared, SharedPrompt(P), SOURCES, Runs(["rte", "cb"]))
     np.testing.assert_allclose(started["table"], TABLE[[0, 0]], rtol=1e-6)
 
 
-def test_factors_of_the_nearest_sources_are_mixed_and_the_shared_prompt_is_copied():
+def test_mpt_transfer_weight_table_mixes_factors_copies_shared():
     method = MPT(P, R, start_from={"rte": {"mnli": 0.75, "sst2": 0.25}})
     started = method.transfer(FACTORS, MPT(P, R), SOURCES, Runs(["rte"]))
     np.testing.assert_array_equal(started["shared"], FACTORS["shared"])

@@ -1,4 +1,4 @@
-"""The ways in which CrossPT composes a prompt, and which of its settings go together."""
+"""Compositions of CrossPT prompts, and checks of the method's settings."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DEFAULT_ROUTER = "relaxed_bernoulli"
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """What a way to compose is made of."""
+    """The parts of a composed prompt and how they are joined."""
 
     has_sources: bool = True
     has_private: bool = True
-    is_cat: bool = False  # of sources
-    longer: bool = False  # by the private prompt
+    is_cat: bool = False  # concatenates the sources
+    longer: bool = False  # appends the private prompt
 
 
 COMPOSITIONS = {
@@ -39,31 +39,33 @@ COMPOSITIONS = {
 
 
 def check_counts(method: Any) -> None:
-    """Refuses numbers out of their range, and names that are none."""
+    """Raises for numbers out of range and for unknown names."""
     if method.length < 1:
         raise ValueError(f"length must be at least 1, got {method.length}.")
     if method.top_k is not None and not 1 <= method.top_k <= len(method.sources):
         raise ValueError(
-            f"top_k is {method.top_k}, and the router has {len(method.sources)} candidates: "
-            f"{', '.join(method.sources)}."
+            f"top_k is {method.top_k}, but the router has {len(method.sources)} candidates: "
+            f"{', '.join(method.sources)}. Set top_k between 1 and {len(method.sources)}."
         )
     share = method.share
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     if share not in (ADD, LEARNED) and not (is_number and 0 <= share < 1):
         raise ValueError(
-            f"share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. For the "
-            "private prompt alone: compose_by = 'private'."
+            f"share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. To use only "
+            "the private prompt, set compose_by = 'private'."
         )
     lengths = method.private_length
     lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
     if not lengths or any(length is not None and length < 1 for length in lengths):
         raise ValueError(f"private_length must be at least 1, got {method.private_length}.")
     if unknown := sorted(set(method.reparameterize) - {"sources", "private"}):
-        raise ValueError(f"reparameterize may name 'sources' and 'private', and not {unknown}.")
+        raise ValueError(
+            f"Unknown names in reparameterize: {unknown}. It accepts 'sources' and 'private'."
+        )
 
 
 def check_effects(method: Any) -> None:
-    """Refuses settings that would do nothing."""
+    """Raises for settings that would have no effect."""
     kind, router = COMPOSITIONS[method.compose_by], ROUTERS[method.router]
     ineffective = {
         "share": method.share != ADD and method.compose_by != "private_sum",
@@ -76,37 +78,41 @@ def check_effects(method: Any) -> None:
         or "sources" in method.reparameterize
         and not kind.has_sources,
     }
-    for name, is_so in ineffective.items():
-        if is_so:
+    for name, is_ineffective in ineffective.items():
+        if is_ineffective:
             raise ValueError(
                 f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
-                f"= {method.compose_by!r} and router = {method.router!r}; leave it out."
+                f"= {method.compose_by!r} and router = {method.router!r}. Leave it unset."
             )
 
 
 def check_private(
     method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
 ) -> None:
-    """Refuses private prompts that start from those of another length.
+    """Raises if a private prompt would start from one of another length.
 
     Args:
-        method, runs: that start.
-        source_method, source_runs: of the artifact.
-        weights: [K, S], as `starts.source_weights` gives them.
+        method, runs: the method and runs to start.
+        source_method, source_runs: the method and runs of the artifact.
+        weights: [K, S], from `warm_start.source_weights`.
     """
-    theirs, ours = source_method.prompt_lengths(source_runs), method.prompt_lengths(runs)
+    lengths = method.prompt_lengths(runs)
+    source_lengths = source_method.prompt_lengths(source_runs)
     for row, run in enumerate(runs.run_names):
         for source in np.flatnonzero(weights[row]).tolist():
-            if theirs[source] != ours[row]:
+            if source_lengths[source] != lengths[row]:
                 raise ValueError(
-                    f"The private prompt of {run!r} has {ours[row] - method.length} positions "
-                    f"(PRIVATE_LENGTH), and that of {source_runs.run_names[source]!r}, which it "
-                    f"starts from, has {theirs[source] - method.length}: they must agree."
+                    f"The private prompt of {run!r} has {lengths[row] - method.length} positions, "
+                    f"but the artifact's {source_runs.run_names[source]!r}, which it starts from, "
+                    f"has {source_lengths[source] - method.length}. Use the same PRIVATE_LENGTH."
                 )
 
 
 def weighted_sum(weights: Float[Array, "... S"], sources: Float[Array, "... S l H"]) -> Array:
-    """sum_j w_j S_j, [..., l, H], of sources [S, l, H] that all share, or of each example's own."""
+    """Returns sum_j w_j S_j, [..., l, H].
+
+    Sources are [S, l, H], shared by all examples, or [..., S, l, H].
+    """
     if sources.ndim == 3:
         return jnp.einsum("...s,slh->...lh", weights, sources, precision=FLOAT32)
     return jnp.einsum("...s,...slh->...lh", weights, sources, precision=FLOAT32)
@@ -117,7 +123,7 @@ def concat_sources(
     weights: Float[Array, "... S"],
     places: Int[Array, "... k"],
 ) -> Float[Array, "... _ H"]:
-    """The weighted sources w_j S_j at some places, one after another: [..., k l, H]."""
+    """Concatenates the weighted sources w_j S_j at the indices `places`: [..., k l, H]."""
     if sources.ndim == 3:
         chosen = sources[places]
     else:

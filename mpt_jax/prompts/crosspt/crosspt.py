@@ -1,19 +1,18 @@
-"""CrossPT (arXiv 2509.14253): prompts mixed from shared sources that go on learning, with a private
-prompt for each task.
+"""CrossPT (arXiv 2509.14253): prompts mixed from shared trainable sources and private prompts.
 
-    soft_k = sum_j w_kj S_j                      w_k from a learned router (`routing`)
+    soft_k = sum_j w_kj S_j                      w_k from a trained router (`routing`)
 
     compose_by        P_k                        its length
     sum               soft_k                     l
-    cat               w_kj S_j, one by one       l times their number
+    cat               w_kj S_j, concatenated     l times the number of sources kept
     private_sum       soft_k + Z_k (see share)   l
     private_product   soft_k o Z_k               l
-    private_cat       soft_k, then Z_k           l + Z_k's own
+    private_cat       soft_k, then Z_k           l + the length of Z_k
     private           Z_k                        l
 
-The sources belong to a group of tasks. With GROUPS = 'joint' all targets share one set (the
-multi-task forms, MSUM and MCAT); with 'independent' each has its own (SSUM and SCAT). Inference is
-deterministic, so unless the router reads the text, a task's prompt folds into one matrix.
+A group of tasks shares its sources. With GROUPS = 'joint' all targets share one set (the
+multi-task forms, MSUM and MCAT); with 'independent' each target has its own (SSUM and SCAT).
+Inference is deterministic, so unless the router reads the text, a task has one plain prompt.
 """
 
 from __future__ import annotations
@@ -69,31 +68,31 @@ from mpt_jax.prompts.warm_start import (
 @register
 @dataclasses.dataclass(frozen=True)
 class CrossPT(PromptMethod):
-    """Prompts composed from shared sources and a private prompt, see the module.
+    """Prompts composed from shared sources and a private prompt; see the module docstring.
 
-    Parameters: `sources` [G, S, l, H], `private` [K, Z, H], `router` [K, S], `share` [K], and of
-    the relaxed Bernoulli `clock` [G], which counts steps; each where it is used.
+    Parameters: `sources` [G, S, l, H], `private` [K, Z, H], `router` [K, S], `share` [K], and for
+    random draws `clock` [G], which counts steps. Unused ones do not exist.
 
     Attributes:
-        length: l, of a source prompt.
+        length: l, the length of a source prompt.
         sources: names of the S sources: rows of the initial artifact, or any names from scratch.
-        compose_by: see the module.
+        compose_by: see the module docstring.
         router: see `routing`.
-        normalize: of the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
-        top_k: how many sources a prompt is mixed from, those of the largest scores; None for all.
-        share: of `'private_sum'`: `'add'` for soft + Z, a number g for (1 - g) soft + g Z, or
-            `'learned'` for a g of each task's own.
-        private_length: Z of `'private_cat'`, for all or run -> its own; None for l.
-        annealing: of the temperature of draws.
-        width, temperature: of the router `'attention'` (`text_attention`, `'sub'`).
-        reparameterize: `'sources'`, `'private'` or both learn through an MLP of their own, which
-            artifacts leave out.
-        init_sources: initial values of sources, where there is no artifact.
+        normalize: for the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
+        top_k: how many sources with the largest scores a prompt is mixed from; None for all.
+        share: for `'private_sum'`: `'add'` for soft + Z, a number g for (1 - g) soft + g Z, or
+            `'learned'` for one trained g per task.
+        private_length: Z for `'private_cat'`, one for all or run -> length; None for l.
+        annealing: temperature schedule of the draws.
+        width, temperature: settings of the router `'attention'` (`prompt_attention`, `'sub'`).
+        reparameterize: `'sources'`, `'private'` or both, to train through an MLP, which artifacts
+            leave out.
+        init_sources: initial values of sources without an artifact.
         init_prompt: initial values of private prompts.
-        start_from: of an artifact of CrossPT's own: `'same'`, `'average'` and so on, as for MPT.
+        start_from: with a CrossPT artifact: `'same'`, `'average'` and so on, as for MPT.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, a setting without effect.
+        ValueError: an unknown name, a number out of range, a setting without effect.
     """
 
     length: int
@@ -133,7 +132,7 @@ class CrossPT(PromptMethod):
 
     def __post_init__(self):
         object.__setattr__(self, "sources", named_sources(self.sources))
-        if isinstance(self.annealing, Mapping):  # of an artifact
+        if isinstance(self.annealing, Mapping):  # from an artifact's config
             object.__setattr__(self, "annealing", Annealing(**self.annealing))
         for what, value, known in (
             ("compose_by", self.compose_by, COMPOSITIONS),
@@ -146,11 +145,11 @@ class CrossPT(PromptMethod):
         check_counts(self)
         check_effects(self)
 
-    # --- What it is ------------------------------------------------------------------------------
+    # --- Properties ------------------------------------------------------------------------------
 
     @property
     def prompt_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """P, of all pieces together."""
+        """P, the length of the whole prompt."""
         if self._kind.is_cat:
             return self.length * (self.top_k or len(self.sources))
         return self.length + (self._longest_private if self._kind.longer else 0)
@@ -158,43 +157,43 @@ class CrossPT(PromptMethod):
     def prompt_lengths(self, runs):
         if not isinstance(self.private_length, Mapping):
             return super().prompt_lengths(runs)
-        own = self.private_length
+        private = self.private_length
         for run in runs.run_names:
-            if run not in own:
-                raise ValueError(unknown_name("run in private_length", run, list(own)))
-        return tuple(self.length + own[run] for run in runs.run_names)
+            if run not in private:
+                raise ValueError(unknown_name("run in private_length", run, list(private)))
+        return tuple(self.length + private[run] for run in runs.run_names)
 
     def source_prompt_length(self, source_method, source_runs):
         if source_method.name != self.name:
             return self.length
-        # Of its own kind: `transfer` compares the lengths of each run.
+        # For a CrossPT artifact, `transfer` compares the length of each run.
         return max(source_method.prompt_lengths(source_runs))
 
     @property
     def is_random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether training draws weights or shares."""
+        """Whether training draws weights or shares at random."""
         routed = self._kind.has_sources and ROUTERS[self.router].is_random
         return routed or self.share == LEARNED
 
     @property
     def depends_on_run_names(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether a run's name matters: to draws, and to lengths of its own."""
+        """Whether run names matter: for random draws, or for private lengths by run."""
         return self.is_random or isinstance(self.private_length, Mapping)
 
     @property
     def reads_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the router does."""
+        """Whether the router reads the text."""
         return self._kind.has_sources and ROUTERS[self.router].reads_text
 
     @property
     def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Steps over which the temperature of draws falls."""
+        """Steps over which the temperature of draws is annealed; 0 without draws."""
         assert isinstance(self.annealing, Annealing)
         return self.annealing.steps if self.is_random else 0
 
     @property
     def candidates(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The sources, where they are used."""
+        """The sources, if the composition uses them."""
         return tuple(self.sources) if self._kind.has_sources else ()
 
     @property
@@ -205,8 +204,8 @@ class CrossPT(PromptMethod):
     def _longest_private(self) -> int:
         if self.private_length is None:
             return self.length
-        own = self.private_length
-        return max(own.values()) if isinstance(own, Mapping) else own
+        lengths = self.private_length
+        return max(lengths.values()) if isinstance(lengths, Mapping) else lengths
 
     def _attention(self) -> TextAttention:
         return TextAttention("sub", self.width, self.temperature)
@@ -215,81 +214,83 @@ class CrossPT(PromptMethod):
 
     def init(self, key, runs, context):
         rows, width = range(runs.num_rows), context.embedding.shape[1]
-        found, kind = {}, self._kind
+        params, kind = {}, self._kind
         if kind.has_sources:
-            found["sources"] = jnp.stack(
+            params["sources"] = jnp.stack(
                 [
-                    self._first_sources(name_key(key, runs.run_names[row]), context)
+                    self._initial_sources(name_key(key, runs.run_names[row]), context)
                     for row in first_row_of_groups(runs)
                 ]
             )
             if ROUTERS[self.router].has_logits:
-                found["router"] = jnp.zeros((runs.num_rows, len(self.sources)))
+                params["router"] = jnp.zeros((runs.num_rows, len(self.sources)))
             if ROUTERS[self.router].reads_text:
-                found |= self._attention().init(key, runs.num_groups, width)
+                params |= self._attention().init(key, runs.num_groups, width)
         if kind.has_private:
             length = self._longest_private if kind.longer else self.length
-            found["private"] = initial_prompts(self.init_prompt, key, runs, rows, length, context)
+            params["private"] = initial_prompts(self.init_prompt, key, runs, rows, length, context)
         if self.share == LEARNED:
-            found["share"] = jnp.zeros(runs.num_rows)
+            params["share"] = jnp.zeros(runs.num_rows)
         if self.is_random:
-            found["clock"] = jnp.zeros(runs.num_groups)
+            params["clock"] = jnp.zeros(runs.num_groups)
         for name in self.reparameterize:
-            found |= reparameterization.init(key, name, found[name])
-        return found
+            params |= reparameterization.init(key, name, params[name])
+        return params
 
-    def _first_sources(self, key, context):
+    def _initial_sources(self, key, context):
         rows, runs = range(len(self.sources)), Runs(self.sources)
         return initial_prompts(self.init_sources, key, runs, rows, self.length, context)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """From any method's prompts, which become every group's sources; or from CrossPT's own
-        artifact."""
-        resumed = source_method.name == self.name
-        started = {"sources", "private"} if resumed else {"sources"}
-        if scrambled := sorted(started & set(self.reparameterize)):
+        """Starts from any method's prompts, which become every group's sources, or from a CrossPT
+        artifact.
+        """
+        is_own = source_method.name == self.name
+        started = {"sources", "private"} if is_own else {"sources"}
+        if conflicting := sorted(started & set(self.reparameterize)):
             raise ValueError(
-                f"{' and '.join(scrambled)} start from an artifact, and cannot learn through MLPs "
-                "whose first values are random: leave them out of reparameterize."
+                f"{' and '.join(conflicting)} start from an artifact and cannot be trained through "
+                "randomly initialized MLPs. Remove them from reparameterize."
             )
-        if resumed:
-            return self._resumed(source, source_method, source_runs, runs, initial)
+        if is_own:
+            return self._transfer_own(source, source_method, source_runs, runs, initial)
         if self.start_from not in ("average", "same"):
             raise ValueError(
-                f"START_FROM = {self.start_from!r} would have no effect: from plain prompts every "
-                "group gets those that SOURCES names. Leave it at 'average'."
+                f"START_FROM = {self.start_from!r} would have no effect: every group starts from "
+                "the plain prompts named in SOURCES. Leave it at 'average'."
             )
         if not self._kind.has_sources:
             raise ValueError(
                 f"compose_by = {self.compose_by!r} has no source prompts that could start from an "
-                "artifact; set INITIAL_ARTIFACT to None."
+                "artifact. Set INITIAL_ARTIFACT to None."
             )
-        folded = materialize(source_method, source, source_runs)
-        sources = folded[jnp.asarray([source_runs.row(name) for name in self.sources])]
+        prompts = materialize(source_method, source, source_runs)
+        sources = prompts[jnp.asarray([source_runs.row(name) for name in self.sources])]
         return {**initial(), "sources": jnp.stack([sources] * runs.num_groups)}
 
-    def _resumed(self, source, source_method, source_runs, runs, initial):
-        ours, theirs = self._lasting(), source_method._lasting()
-        if ours != theirs:
+    def _transfer_own(self, source, source_method, source_runs, runs, initial):
+        settings, source_settings = self._transfer_settings(), source_method._transfer_settings()
+        if settings != source_settings:
             raise ValueError(
-                f"The artifact's CrossPT is {theirs}, and this run's {ours}: they must agree."
+                f"The artifact's CrossPT settings are {source_settings}, but this run has "
+                f"{settings}. Bind the artifact's settings."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
-        found = initial()
+        params = initial()
         for name in source:
             shared = self.axes[name][0] == "groups"
-            found[name] = source[name][groups] if shared else weighted_mean(weights, source[name])
+            params[name] = source[name][groups] if shared else weighted_mean(weights, source[name])
         if self._kind.longer:
             check_private(self, runs, source_method, source_runs, weights)
-            # Z is the longest of its method's; nobody reads behind a prompt's own end.
-            private = found["private"][:, : self._longest_private]
+            # Arrays are as long as the longest private prompt; rows past a prompt's end are unread.
+            private = params["private"][:, : self._longest_private]
             rest = self._longest_private - private.shape[1]
-            found["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
-        return found
+            params["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
+        return params
 
     def for_inference(self, params):
-        """Without the clock, and with what MLPs make of prompts in their place."""
+        """Drops the clock, and replaces reparameterized prompts by the output of their MLPs."""
         kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
         for name in self.reparameterize:
             kept = reparameterization.without_mlp(kept, name)
@@ -299,7 +300,7 @@ class CrossPT(PromptMethod):
 
     def compose(self, params, runs, task_ids, given=NO_CONTEXT):
         if isinstance(runs, Runs) and not self.reads_text and runs.num_rows < task_ids.size:
-            # Fewer prompts than examples, and the sources of none are gathered twice.
+            # With fewer prompts than examples, each prompt is composed once and then gathered.
             return gather_rows(
                 self._compose(params, runs, jnp.arange(runs.num_rows), given), task_ids
             )
@@ -311,9 +312,9 @@ class CrossPT(PromptMethod):
             sources = gather_group_params(
                 reparameterization.apply(params, "sources"), runs, task_ids
             )
-            weights, places = self._weights(params, runs, task_ids, given)
+            weights, indices = self._weights(params, runs, task_ids, given)
             if self._kind.is_cat:
-                return concat_sources(sources, weights, places)
+                return concat_sources(sources, weights, indices)
             soft = weighted_sum(weights, sources)
         if self._kind.has_private:
             private = gather_rows(reparameterization.apply(params, "private"), task_ids)
@@ -340,34 +341,35 @@ class CrossPT(PromptMethod):
         return self._weights(params, runs, task_ids, given)[0]
 
     def _weights(self, params, runs, task_ids, given):
-        """The weight [..., S] of each source, 0 where it has no part; and the places of those that
-        have one, [..., k]."""
+        """Returns each source's weight [..., S], 0 if not kept, and the indices kept [..., k]."""
         router, logits = ROUTERS[self.router], self._logits(params, runs, task_ids, given)
         drawn, temperature = logits, 1.0
         if router.is_random:
             drawn, temperature = self._drawn(logits, params, runs, task_ids, given, "router")
-        # Draws at a low temperature are all but 0 or 1; what they come from still tells them apart.
-        kept, places = keep_largest(drawn, self.top_k)
+        # Ranks noisy logits rather than scores, which saturate at 0 and 1 at a low temperature.
+        kept, indices = keep_largest(drawn, self.top_k)
         scores = router.scores(drawn / temperature)
         if not router.normalized:
-            return jnp.where(kept, scores, 0.0), places
+            return jnp.where(kept, scores, 0.0), indices
         normalize = NORMALIZE[self.normalize if router.is_random else "sum"]
-        return normalize(scores, logits, kept, given.key is not None), places
+        return normalize(scores, logits, kept, given.key is not None), indices
 
     def _logits(self, params, runs, task_ids, given):
         if ROUTERS[self.router].reads_text:
             sources = gather_group_params(
                 reparameterization.apply(params, "sources"), runs, task_ids
             )
-            found = self._attention().scores(params, runs, task_ids, given.pooled, sources)
-            return found[..., 0]
+            scores = self._attention().scores(params, runs, task_ids, given.pooled, sources)
+            return scores[..., 0]
         if "router" in params:
             return gather_rows(params["router"], task_ids)
         return jnp.zeros((*task_ids.shape, len(self.sources)))
 
     def _drawn(self, logits, params, runs, task_ids, given, name):
-        """Logits [..., n] with the noise of the step, and the temperature of its draws; without a
-        step as they are."""
+        """Returns logits [..., n] with the step's noise, and the temperature of its draws.
+
+        Without a step key, logits are unchanged and the temperature is 1.
+        """
         if given.key is None:
             return logits, 1.0
         assert isinstance(self.annealing, Annealing)
@@ -379,16 +381,16 @@ class CrossPT(PromptMethod):
     # --- Records ---------------------------------------------------------------------------------
 
     def config(self):
-        own = self.private_length
+        lengths = self.private_length
         return {
-            **self._lasting(),
-            "private_length": dict(own) if isinstance(own, Mapping) else own,
+            **self._transfer_settings(),
+            "private_length": dict(lengths) if isinstance(lengths, Mapping) else lengths,
             "annealing": dataclasses.asdict(self.annealing),  # pyright: ignore[reportArgumentType]
             "reparameterize": list(self.reparameterize),
         }
 
-    def _lasting(self) -> dict[str, Any]:
-        """What two CrossPTs must have in common for one to go on with the other's parameters."""
+    def _transfer_settings(self) -> dict[str, Any]:
+        """Returns the settings that must agree to start from another CrossPT's parameters."""
         return {
             "length": self.length,
             "sources": list(self.sources),

@@ -1,16 +1,16 @@
-"""How CrossPT's router turns its logits into weights of source prompts.
+"""CrossPT's routers, which turn logits into weights of source prompts.
 
-A score s_j in [0, 1] for each of S candidates, of which the k largest are kept, then weights:
+Each of S candidates gets a score s_j in [0, 1]. The k largest are kept and turned into weights:
 
     router              score in training                          at inference     weights
-    relaxed_bernoulli   sigmoid((r_j + logit(u_j)) / temperature)  sigmoid(r_j)     see Normalize
+    relaxed_bernoulli   sigmoid((r_j + logit(u_j)) / temperature)  sigmoid(r_j)     see NORMALIZE
     softmax             softmax(r)_j                               the same         s / sum(s)
     sigmoid             sigmoid(r_j)                               the same         s
     uniform             1 / S                                      the same         s / sum(s)
     attention           softmax of text attention                  the same         s / sum(s)
 
-with u uniform in (0, 1), drawn once for each run and step (Maddison et al. 2017, Jang et al. 2017:
-the relaxed Bernoulli distribution).
+with u uniform in (0, 1), drawn once per run and step. This is the relaxed Bernoulli distribution
+(Maddison et al. 2017, Jang et al. 2017).
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Key
 from mpt_jax.prompts.base import name_hash
 
-SMALL = 1e-8  # what the released code adds
+SMALL = 1e-8  # added by the released code
 
 
 @dataclasses.dataclass(frozen=True)
 class Annealing:
-    """A temperature that falls in a straight line from `start` to `end` over `steps` steps, and
-    stays there. Defaults are the released code's (5 to 0.001, 0.02 a step).
+    """Temperature that falls linearly from `start` to `end` over `steps` steps, then stays there.
+
+    The defaults are the released code's (5 to 0.001, 0.02 a step).
 
     Raises:
-        ValueError: numbers that are not positive, or an end above the start.
+        ValueError: `end` is not positive or above `start`, or `steps` is negative.
     """
 
     start: float = 5.0
@@ -45,14 +46,14 @@ class Annealing:
     def __post_init__(self):
         if not self.start >= self.end > 0 or self.steps < 0:
             raise ValueError(
-                f"Annealing needs start >= end > 0 and steps >= 0, got {self.start}, {self.end} "
-                f"and {self.steps}."
+                f"Annealing needs start >= end > 0 and steps >= 0, got start = {self.start}, end = "
+                f"{self.end} and steps = {self.steps}."
             )
 
     def __call__(self, step: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The temperature of a step, counted from 0."""
+        """Returns the temperature of a step, counted from 0."""
         done = jnp.clip(step / max(self.steps, 1), 0.0, 1.0) if self.steps else jnp.ones_like(step)
-        return self.start * (1 - done) + self.end * done  # never below the end, in any precision
+        return self.start * (1 - done) + self.end * done  # never below `end`, in any precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Router:
     """A kind of router.
 
     Attributes:
-        scores: of logits; of a draw, with its noise and divided by its temperature.
-        normalized: whether weights are divided by their sum.
-        is_random: whether training draws.
-        has_logits: whether it learns S logits for each task.
-        reads_text: whether scores come from text attention.
+        scores: computes scores from logits; for draws, from noisy logits over the temperature.
+        normalized: whether weights are normalized.
+        is_random: whether training draws scores at random.
+        has_logits: whether each task has S trainable logits.
+        reads_text: whether scores come from attention to the text.
     """
 
     scores: Callable[[Array], Array]
@@ -86,10 +87,10 @@ ROUTERS = {
 
 
 def by_sum(scores: Array, logits: Array, kept: Array, in_training: bool) -> Array:
-    """`s / (sum(s) + 1e-8)`, in training and at inference.
+    """Returns `s / (sum(s) + 1e-8)`, in training and at inference.
 
-    A cold draw takes each source whole with the probability that inference weighs it by, or none at
-    all: of S undecided sources in 2^-S of the steps.
+    At a low temperature a draw either takes a source or leaves it out; the probability that it
+    takes it is the score at inference. S undecided sources are all left out in 2^-S of the steps.
     """
     del logits, in_training
     scores = jnp.where(kept, scores, 0.0)
@@ -97,36 +98,44 @@ def by_sum(scores: Array, logits: Array, kept: Array, in_training: bool) -> Arra
 
 
 def by_softmax(scores: Array, logits: Array, kept: Array, in_training: bool) -> Array:
-    """The released code: in training the softmax of `s / sum(s) + 1e-8`, at inference that of the
-    logits. So training never weighs one source e times another or more, and inference may."""
+    """Normalizes like the released code.
+
+    In training it returns the softmax of `s / sum(s) + 1e-8`, at inference the softmax of the
+    logits. So two weights differ by a factor of at most e in training, without bound at inference.
+    """
     if in_training:
         total = jnp.where(kept, scores, 0.0).sum(-1, keepdims=True)
         logits = scores / jnp.maximum(total, SMALL) + SMALL
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), -1)
 
 
-# What follows scores of the relaxed Bernoulli.
+# Normalizations of the relaxed Bernoulli's scores.
 NORMALIZE = {"sum": by_sum, "softmax": by_softmax}
 
 
 def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Array, Array]:
-    """Which of the values are among the `count` largest (of equal ones the first), and their
-    places, rising, [..., count]."""
+    """Returns a mask of the `count` largest values, and their indices, ascending, [..., count].
+
+    Of equal values the first are kept.
+    """
     if count is None or count == values.shape[-1]:
-        every = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
-        return jnp.ones(values.shape, bool), every
-    places = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(values), count)[1], -1)
-    kept = jax.nn.one_hot(places, values.shape[-1], dtype=jnp.int32).sum(-2) > 0
-    return kept, places
+        indices = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
+        return jnp.ones(values.shape, bool), indices
+    indices = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(values), count)[1], -1)
+    kept = jax.nn.one_hot(indices, values.shape[-1], dtype=jnp.int32).sum(-2) > 0
+    return kept, indices
 
 
 def noise(key: Key, runs: Runs, count: int) -> Float[Array, "K n"]:
-    """logit(u), u uniform, of every run: by its name, so the same alone and in any company."""
+    """Returns logit(u), u uniform, for every run.
+
+    The draw depends on the run's name, not its row, so it is the same alone and in a fleet.
+    """
     names = np.array([name_hash(name) for name in runs.run_names], np.uint32)
     keys = jax.vmap(lambda name: jax.random.fold_in(key, name))(names)
-    return jax.vmap(lambda one: jax.random.logistic(one, (count,)))(keys)
+    return jax.vmap(lambda run_key: jax.random.logistic(run_key, (count,)))(keys)
 
 
 def of_rows(table: Float[Array, "K n"], task_ids: Int[Array, "..."]) -> Float[Array, "... n"]:
-    """Rows of a small table, without gradient."""
+    """Returns rows of a small table, without gradient."""
     return jax.lax.stop_gradient(table[task_ids])
