@@ -173,12 +173,12 @@ def test_runs_that_ended_train_again_where_their_schedule_was_extended(caplog):
     late = resumed([4, 40, 2])
     with caplog.at_level("WARNING", logger="absl"):
         late.reactivate_extended([False, True, False], 3)
-    assert late.ended.tolist() == [2, 3, 2] and "alpha ended early and could go on" in caplog.text
+    assert late.ended.tolist() == [2, 3, 2] and "alpha ended early and could resume" in caplog.text
     made = resumed([4, 40, 2])
     with caplog.at_level("INFO", logger="absl"):
         made.reactivate_extended([False, False, False], 9)
     assert made.ended.tolist() == [-1, -1, 2]
-    assert "alpha, beta had ended; trained again from step 3" in caplog.text
+    assert "alpha, beta had ended; training resumes from step 3" in caplog.text
     before = [rows_of(made, row) for row in range(3)]
     learn(made, range(3, 6)).read_metrics()
     assert made.ended.tolist() == [5, -1, 2], "two more steps of its own"
@@ -203,7 +203,9 @@ def test_rows_of_runs_that_have_ended_are_not_sent_and_change_no_number(method):
     rows, found = [0] * 4 + [1] * 4 + [2] * 4, {}
     for by_run in (False, True):
         made = make(method, totals=[2, 40, 4], peaks=0.03)
-        made._places = trainer._places(made.model, made.partitioner, 1) if by_run else None
+        made._compactor = (
+            trainer._make_compactor(made.model, made.partitioner, 1) if by_run else None
+        )
         sizes, step = [], made._train_step
         made._train_step = lambda state, batch, *rest, step=step, sizes=sizes: (
             sizes.append(len(batch["encoder_task_ids"])) or step(state, batch, *rest)

@@ -206,7 +206,7 @@ def test_missing_embeddings_name_the_stage_that_makes_them(backbone, tmp_path, a
 
 def test_a_choice_needs_an_artifact_to_choose_from(backbone, tmp_path):
     model, _, _ = spot(backbone, tmp_path)
-    with pytest.raises(ValueError, match="there is none: set INITIAL_ARTIFACT"):
+    with pytest.raises(ValueError, match="none is set. Set INITIAL_ARTIFACT"):
         initialize_params(model, Origins(backbone["path"]), KEY)
 
 
@@ -289,7 +289,7 @@ def test_bitfit_starts_its_biases_from_zero_and_the_rest_from_the_checkpoint(bac
 def test_random_weights_only_where_they_are_asked_for(backbone):
     with pytest.raises(ValueError, match="Origins.scratch = True"):
         Origins()
-    with pytest.raises(ValueError, match="set one of the two"):
+    with pytest.raises(ValueError, match="Set only one of the two"):
         Origins(backbone["path"], scratch=True)
     method = get_method("none")()
     model = tiny.model(Runs(["a"]), method, labels=encoder_decoder.FULL_FINETUNING)
@@ -335,7 +335,7 @@ def test_biases_are_not_excused_where_the_model_has_none(backbone, tmp_path):
 def test_a_vocabulary_larger_than_the_embedding_is_refused(backbone):
     for side in ("input_vocabulary", "output_vocabulary"):
         model = vocabulary_model(**{side: Vocabulary(tiny.VOCABULARY + 1)})
-        with pytest.raises(ValueError, match="41 ids and the backbone embeds only 40"):
+        with pytest.raises(ValueError, match="41 ids, but the backbone embeds only 40"):
             initialize_params(model, Origins(backbone["path"]), KEY)
 
 
@@ -404,9 +404,9 @@ def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
 def test_a_missing_initial_artifact_names_the_command_that_makes_it(backbone, tmp_path):
     absent = str(tmp_path / "absent")
     origins = Origins(backbone["path"], artifact=absent, artifact_command="make source")
-    with pytest.raises(FileNotFoundError, match=f"{absent}.*Make it by: make source"):
+    with pytest.raises(FileNotFoundError, match=f"{absent}.*To make it, run: make source"):
         initialize_params(vocabulary_model(), origins, KEY)
-    with pytest.raises(FileNotFoundError, match="was to start from it.$"):
+    with pytest.raises(FileNotFoundError, match="This run starts from it.$"):
         initialize_params(vocabulary_model(), Origins(backbone["path"], artifact=absent), KEY)
 
 
@@ -447,5 +447,5 @@ def test_the_state_of_step_0_is_split_and_whole():
 
 def test_a_model_in_which_nothing_learns_is_an_error():
     model = tiny.model(prompt=get_method("none")())
-    with pytest.raises(ValueError, match="Nothing learns"):
+    with pytest.raises(ValueError, match="No parameter is trainable"):
         create_train_state(model, tiny.params(model), PjitPartitioner())

@@ -47,11 +47,11 @@ def test_the_message_has_the_sizes_and_what_halves_them():
     layers = text * config.num_encoder_layers + tiny.TARGET * config.num_decoder_layers
     inputs = 4 * layers * tiny.WIDTH * 4  # rows at a time, float32
     assert f"of 4 rows at a time, of {text} encoder and {tiny.TARGET} decoder positions" in told
-    assert f"{inputs / 1024:.1f} KiB for the inputs of its layers" in told
-    assert f"num_microbatches = 4 takes 2 rows at a time ({inputs / 2048:.1f} KiB)" in told
+    assert f"{inputs / 1024:.1f} KiB for the layer inputs" in told
+    assert f"num_microbatches = 4 processes 2 rows at a time ({inputs / 2048:.1f} KiB)" in told
     split = f"({backbone / 2048:.1f} KiB each)"
     assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in told
-    assert "remat = 'full'" in told and "BATCH_SIZE, halved, takes 4 rows" in told
+    assert "remat = 'full'" in told and "Halving BATCH_SIZE leaves 4 rows" in told
     assert "2 runs share this step" in told
 
 
@@ -59,8 +59,8 @@ def test_the_message_has_the_sizes_and_what_halves_them():
     ("rows", "parts", "has", "lacks"),
     [
         ([0, 1], 2, "1 rows at a time", ["num_microbatches", "BATCH_SIZE"]),
-        ([0], 1, "1 rows at a time", ["num_microbatches", "BATCH_SIZE", "two jobs", " 0 rows"]),
-        ([0, 0, 0, 1, 1, 1], 2, "num_microbatches = 6 takes 1 rows", ["num_microbatches = 4"]),
+        ([0], 1, "1 rows at a time", ["num_microbatches", "BATCH_SIZE", "Two jobs", " 0 rows"]),
+        ([0, 0, 0, 1, 1, 1], 2, "num_microbatches = 6 processes 1 rows", ["num_microbatches = 4"]),
     ],
 )
 def test_advice_that_cannot_be_followed_is_not_given(rows, parts, has, lacks):

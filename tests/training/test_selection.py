@@ -104,7 +104,7 @@ def test_what_lies_after_the_step_resumed_from_is_forgotten(tmp_path, caplog):
         with caplog.at_level("WARNING", logger="absl"):
             again.resume(step)
         assert again.best_step == [-1, -1] and not again.history and again.trainable is None
-    assert "selects anew" in caplog.text
+    assert "Selection starts over" in caplog.text
     again.run(state(26, 4), scores(1, 1, 1))
     assert again.best_step == [26, 26] and rows_of(again)["task_left"] == [4, 4, 4]
 
@@ -112,7 +112,7 @@ def test_what_lies_after_the_step_resumed_from_is_forgotten(tmp_path, caplog):
 def test_the_best_of_other_runs_is_refused(tmp_path):
     SelectBest(MODEL, str(tmp_path)).run(state(10, 1), scores(50, 60, 60))
     other = SelectBest(tiny.model(Runs(["rte", "cb"])), str(tmp_path))
-    with pytest.raises(ValueError, match="'rte_s1'.* and these are .*'rte', 'cb'"):
+    with pytest.raises(ValueError, match="'rte_s1'.*, but this job has the runs .*'rte', 'cb'"):
         other.resume(10)
 
 

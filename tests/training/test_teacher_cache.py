@@ -372,7 +372,7 @@ def test_packed_rows_are_refused():
             lambda: model(Distillation(logits=False, hidden=False, prompt_distance=True)),
             "prompt_distance compares prompts",
         ),
-        (lambda: model(labels=encoder_decoder.LAYER_NORMS), "norm/scale learns"),
+        (lambda: model(labels=encoder_decoder.LAYER_NORMS), "norm/scale is trainable"),
     ],
 )
 def test_what_there_is_nothing_to_cache_of_is_refused(found, message):
