@@ -220,7 +220,10 @@ def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
     counts = collections.Counter(device.process_index for device in devices)
     local = len(devices) // len(counts)
     if set(counts.values()) != {local}:
-        raise ValueError(f"The processes have different numbers of devices: {dict(counts)}.")
+        raise ValueError(
+            f"The processes have different numbers of devices: {dict(counts)}. Give each process "
+            "the same number."
+        )
     if local % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} would spread one model over several processes of "
