@@ -167,7 +167,7 @@ def test_train_missing_inputs_error_names_command(backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="No backbone at .*absent.*make it so"):
         run(str(tmp_path / "absent"), tmp_path / "a", origins={"backbone_command": "make it so"})
     distilled = build(objective=losses.Objective(distillation=losses.Distillation()))
-    with pytest.raises(FileNotFoundError, match="teachers; make them by: .*pt_source"):
+    with pytest.raises(FileNotFoundError, match="teachers. To make them, run: .*pt_source"):
         run(backbone, tmp_path / "b", distilled, origins={"teachers": str(tmp_path / "absent")})
     with pytest.raises(ValueError, match="no pretrained backbone"):
         run(None, tmp_path / "c")
@@ -317,7 +317,7 @@ def test_train_later_step_out_of_memory_explained(backbone, tmp_path, monkeypatc
         return sound(trainer, *args)
 
     monkeypatch.setattr(Trainer, where, exhausted)
-    with pytest.raises(OutOfMemory, match="A training step does not fit the memory of a device"):
+    with pytest.raises(OutOfMemory, match="A training step does not fit in device memory"):
         run(backbone, tmp_path)
 
 

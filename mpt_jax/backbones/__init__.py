@@ -1,1 +1,1 @@
-"""Backbones: frozen networks that take embeddings and masks and never hear of prompts."""
+"""Backbones: frozen networks that take embeddings and masks and know nothing of prompts."""

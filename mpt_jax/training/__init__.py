@@ -1,1 +1,1 @@
-"""State, optimizer, step, trainer, mesh and teacher cache."""
+"""Train state, optimizer, steps, trainer, mesh and teacher cache."""

@@ -1,4 +1,4 @@
-"""T5X's protocol of actions after an evaluation, and T5X's own actions."""
+"""T5X's protocol for actions after an evaluation, and its two built-in actions."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @runtime_checkable
 class Action(Protocol):
-    """What may happen after an evaluation. T5X's protocol."""
+    """An action that runs after each evaluation, as in T5X."""
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Looks at the scores of each run; True ends training."""
+        """Reads the scores of each run. Returns True to stop training."""
         ...
 
 
 @dataclasses.dataclass
 class EarlyStoppingAction:
-    """Stops when one metric of one task has not improved for a while. Fields are T5X's.
+    """Stops when a metric of a task has stopped improving. The fields are T5X's.
 
     Attributes:
         metric: (task name, metric name).
         mode: `'max'` or `'min'`.
-        patience: how many evaluations in a row without improvement.
-        atol: a change within it is no improvement.
-        rtol: the same, relative to the best.
+        patience: number of consecutive evaluations without improvement before training stops.
+        atol: absolute gain that an improvement must exceed.
+        rtol: the same as a fraction of the best value; added to `atol`.
     """
 
     metric: tuple[str, str]
@@ -46,11 +46,11 @@ class EarlyStoppingAction:
         self._waited = 0
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """True once patience is over."""
+        """Returns True once patience has run out."""
         task, metric = self.metric
         metrics = look_up("evaluated task", task, metrics_by_task)
         value = float(look_up(f"metric of {task}", metric, metrics))
-        if math.isnan(value):  # is no improvement, and nothing to improve upon
+        if math.isnan(value):  # never an improvement, never the best
             self._waited += 1
             return self._waited >= self.patience
         gain = math.inf if self._best is None else value - self._best
@@ -64,13 +64,13 @@ class EarlyStoppingAction:
 
 @dataclasses.dataclass
 class TerminateOnNanAction:
-    """Stops when a metric of a task is not a number. Fields are T5X's; our trainer checks every
-    training step by itself."""
+    """Stops when a metric of a task is not finite. The fields are T5X's. Our trainer checks every
+    training step in any case."""
 
     task: str
     metric: str = "loss"
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """True on NaN or infinity."""
+        """Returns True if the metric is NaN or infinite."""
         metrics = look_up("evaluated task", self.task, metrics_by_task)
         return not math.isfinite(look_up(f"metric of {self.task}", self.metric, metrics))

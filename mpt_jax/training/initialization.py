@@ -1,17 +1,17 @@
-"""The state of a run, and where every parameter's first value comes from.
+"""Initial parameters of a run, each from its origin.
 
-Two tables, independent of each other. The *label* of a parameter says whether it learns (and so
-whether it is differentiated, optimized and saved). Its *origin* says where its value comes from:
+Two independent tables describe a parameter. Its *label* says whether it is trainable (and so
+differentiated, optimized and saved). Its *origin* says where its initial value comes from:
 
-    origin      which parameters                     filled from
+    origin      which parameters                     source
     backbone    token_embedder, encoder, decoder     Origins.backbone, a checkpoint
     teacher     teacher/table                        Origins.teachers, prompt artifacts
     artifact    prompt/*, if Origins.artifact is set that artifact, transferred by the method
     init        prompt/*, and biases T5 lacks        the method's or module's initial values
 
-Restore order of a run: 1. its own last checkpoint (which holds only what learns), 2. the initial
-artifact, 3. initial values. The backbone has no third way unless gin says `scratch = True`:
-nothing ever falls back silently to random weights.
+Restore order of a run: 1. its last checkpoint (which holds only trainable parameters), 2. the
+initial artifact, 3. initial values. The backbone takes random initial values only if gin says
+`scratch = True`: nothing ever falls back silently to random weights.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from mpt_jax.prompts.warm_start import StartFrom
 from mpt_jax.training.state import _dtypes, param_shapes
 
 ADDED_BIAS = r"(token_embedder|encoder|decoder)/.*/bias"
-# Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5); more
-# rows than this without a token belong to another vocabulary.
+# Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5). If more
+# rows than this have no token, the vocabulary is another backbone's.
 MOST_SPARE_ROWS = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class Origins:
-    """Where first values come from.
+    """Where initial values come from.
 
     Attributes:
-        backbone: a T5X checkpoint, an Orbax one, or a Hugging Face folder.
+        backbone: a T5X checkpoint, an Orbax checkpoint, or a Hugging Face folder.
         teachers: artifact folder(s) that hold a prompt for every task of a distilled run.
-        artifact: the artifact that prompts start from, or several, whose plain prompts are then
-            taken together; None starts them from initial values.
-        scratch: starts the backbone from random values (pretraining); excludes `backbone`.
-        backbone_name: what artifacts call the backbone; default its path.
-        backbone_command: how to make the backbone, said where it is missing.
+        artifact: the artifact that prompts start from, or several to merge by their plain
+            prompts; None starts prompts from the method's initial values.
+        scratch: initializes the backbone randomly (pretraining); excludes `backbone`.
+        backbone_name: the backbone's name in artifacts; default its path.
+        backbone_command: how to get the backbone, for the error if it is missing.
         teachers_command: the same for the teachers.
-        artifact_command: the same for the initial artifact; empty where there is no one command.
+        artifact_command: the same for the initial artifact; empty if no single command makes it.
     """
 
     backbone: str | None = None
@@ -74,32 +74,33 @@ class Origins:
         object.__setattr__(self, "teachers", teachers)
         if self.scratch and self.backbone:
             raise ValueError(
-                f"Origins.scratch = True starts from random weights, but backbone is "
-                f"{self.backbone!r}: set one of the two."
+                f"Origins.scratch = True starts from random weights, but Origins.backbone is "
+                f"{self.backbone!r}. Set only one of the two."
             )
         if not self.scratch and not self.backbone:
             raise ValueError(
-                "Origins.backbone is not set, so there is no pretrained backbone to load. To "
-                "train one from random weights, say so: Origins.scratch = True."
+                "Origins.backbone is not set, so there is no pretrained backbone to load. Set it, "
+                "or set Origins.scratch = True to train a backbone from random weights."
             )
 
     @property
     def name(self) -> str:
-        """What artifacts call the backbone."""
+        """The backbone's name in artifacts."""
         return self.backbone_name or self.backbone or "scratch"
 
 
 @dataclasses.dataclass(frozen=True)
 class InitialParams:
-    """Every parameter with its first value, and digests of where they come from.
+    """All initial parameters, with digests of their sources.
 
     Attributes:
-        params: the whole tree, NumPy arrays in the dtype they train or compute in. They lie on no
-            device, so a model that only fits where it is sharded can be placed from here.
-        embedding_sha256, vocabulary_sha256: what artifacts are checked by.
-        artifact_sha256: of the parameters in the initial artifact, if there is one.
-        start_from: how its rows were used; of a choice by similarity, what was chosen.
-        teacher_sha256: of the teachers' table [K, P, H], if there is one.
+        params: the whole tree as NumPy arrays, in the dtype they are trained or computed in. They
+            are on no device, so a model that fits only when sharded can be placed from here.
+        embedding_sha256, vocabulary_sha256: digests that artifacts are checked against.
+        artifact_sha256: digest of the parameters in the initial artifact, if there is one.
+        start_from: how the initial artifact's rows were used, with the weights of each source if
+            they were chosen by similarity.
+        teacher_sha256: digest of the teachers' table [K, P, H], if there is one.
     """
 
     params: dict[str, Any]
@@ -111,18 +112,19 @@ class InitialParams:
 
     @property
     def started_from(self) -> dict[str, Any] | None:
-        """What an artifact records of the one its prompts started from."""
+        """What an artifact records about its initial artifact."""
         if self.artifact_sha256 is None:
             return None
         return {"artifact_sha256": self.artifact_sha256, "start_from": self.start_from}
 
 
 def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> InitialParams:
-    """Every parameter, from its origin.
+    """Initializes every parameter from its origin.
 
     Raises:
-        FileNotFoundError: a checkpoint or artifact is not there; says where and what makes it.
-        ValueError: parameters missing, extra or of another shape; digests that differ.
+        FileNotFoundError: a checkpoint or artifact is missing; the message says where it was
+            expected and what makes it.
+        ValueError: parameters are missing, extra or of another shape, or digests differ.
     """
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
     backbone_key, prompt_key = jax.random.split(key)
@@ -143,12 +145,12 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
         artifact = _initial_artifact(origins.artifact, origins.artifact_command)
         check(artifact)
         artifact_digest = artifacts.digest(flatten(artifact.params))
-        method = _with_sources_chosen(model.prompt, artifact.runs, model.runs, check)
+        method = _resolve_nearest_sources(model.prompt, artifact.runs, model.runs, check)
         start_from = getattr(method, "start_from", None)
         source = artifact.params, artifact.method, artifact.runs
         prompt = method.transfer(*source, model.runs, initial)
     else:
-        _refuse_to_start_from_nothing(model.prompt)
+        _require_initial_artifact(model.prompt)
         prompt = initial()
     if prompt:
         params["prompt"] = prompt
@@ -156,7 +158,9 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
         params["teacher"] = {"table": _teachers(model, origins, digest, vocabulary)}
         teacher_digest = artifacts.digest(params["teacher"])
     match_exactly(
-        expected, {name: leaf.shape for name, leaf in flatten(params).items()}, "The filled tree"
+        expected,
+        {name: leaf.shape for name, leaf in flatten(params).items()},
+        "The initialized tree",
     )
     cast = _cast(model, params)
     return InitialParams(cast, digest, vocabulary, artifact_digest, start_from, teacher_digest)
@@ -174,29 +178,29 @@ def _backbone(
         raise FileNotFoundError(
             f"No backbone at {origins.backbone} ({error}). To get one: {origins.backbone_command}."
         ) from error
-    # Checkpoints are read unscanned, whatever they were written from.
-    found = flatten(stack_layers(tree) if model.module.config.scan_layers else tree)
-    wanted = {name: shape for name, shape in expected.items() if re.fullmatch(BACKBONE, name)}
-    # BitFit's biases are none of T5's: they start from the module's own zeros.
-    biases = {name for name in wanted if re.fullmatch(ADDED_BIAS, name) and name not in found}
+    # Checkpoints are read with one subtree per layer, however they were written.
+    leaves = flatten(stack_layers(tree) if model.module.config.scan_layers else tree)
+    shapes = {name: shape for name, shape in expected.items() if re.fullmatch(BACKBONE, name)}
+    # T5 checkpoints have no biases; those that BitFit adds start from zero.
+    biases = {name for name in shapes if re.fullmatch(ADDED_BIAS, name) and name not in leaves}
     match_exactly(
-        {name: shape for name, shape in wanted.items() if name not in biases},
-        {name: leaf.shape for name, leaf in found.items()},
+        {name: shape for name, shape in shapes.items() if name not in biases},
+        {name: leaf.shape for name, leaf in leaves.items()},
         f"The backbone checkpoint {origins.backbone}",
     )
-    return unflatten(found | {name: np.zeros(wanted[name], np.float32) for name in biases})
+    return unflatten(leaves | {name: np.zeros(shapes[name], np.float32) for name in biases})
 
 
 def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> dict[str, Any]:
-    """The method's initial values. Those that never learn are in no checkpoint, so they are the
-    same for every key: whoever resumes or evaluates finds them again."""
-    found = model.init_prompt(key, embedding)
-    labels = flatten(model.label_tree({"prompt": found}))
-    frozen = [name for name in found if labels[f"prompt/{name}"] == FROZEN]
+    """Returns the method's initial values. Frozen values are in no checkpoint, so they do not
+    depend on the key: a resume or an evaluation computes the same ones."""
+    params = model.init_prompt(key, embedding)
+    labels = flatten(model.label_tree({"prompt": params}))
+    frozen = [name for name in params if labels[f"prompt/{name}"] == FROZEN]
     if frozen:
         fixed = model.init_prompt(jax.random.PRNGKey(0), embedding)
-        found |= {name: fixed[name] for name in frozen}
-    return found
+        params |= {name: fixed[name] for name in frozen}
+    return params
 
 
 def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Artifact:
@@ -204,21 +208,21 @@ def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Art
     try:
         return compatibility.merge([artifacts.load_artifact(path) for path in paths])
     except FileNotFoundError as error:
-        how = f" Make it by: {command}." if command else ""
-        raise FileNotFoundError(f"{error} This run was to start from it.{how}") from error
+        advice = f" To make it, run: {command}." if command else ""
+        raise FileNotFoundError(f"{error} This run starts from it.{advice}") from error
 
 
-def _with_sources_chosen(
+def _resolve_nearest_sources(
     method: PromptMethod,
     source_runs: Runs,
     runs: Runs,
     check: Callable[[artifacts.Artifact], None],
 ) -> PromptMethod:
-    """The method; where it starts by similarity, with the weights that come of it."""
+    """Returns the method, with a choice by similarity replaced by the weights it results in."""
     choice = getattr(method, "start_from", None)
     if not isinstance(choice, NearestSource):
         return method
-    read: list[Embeddings] = []
+    embeddings: list[Embeddings] = []
     for path, stage in (
         (choice.source_embeddings, "gin/spot_source_embeddings.gin"),
         (choice.target_embeddings, "gin/spot_embeddings.gin"),
@@ -227,27 +231,27 @@ def _with_sources_chosen(
             artifact = artifacts.load_artifact(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error} It was to hold task embeddings; make them by: python -m t5x.train "
+                f"{error} It should hold task embeddings. To make them, run: python -m t5x.train "
                 f"--gin_file={stage}."
             ) from error
         check(artifact)
-        read.append(Embeddings(path, artifact.runs, artifact.folded()))
-    table = choice.choose(read[0], read[1], source_runs, runs)
+        embeddings.append(Embeddings(path, artifact.runs, artifact.folded()))
+    table = choice.choose(embeddings[0], embeddings[1], source_runs, runs)
     return dataclasses.replace(method, start_from=table)  # pyright: ignore[reportArgumentType]
 
 
-def _refuse_to_start_from_nothing(method: PromptMethod) -> None:
+def _require_initial_artifact(method: PromptMethod) -> None:
     if method.needs_artifact:
         raise ValueError(
-            f"The method {method.name!r} mixes frozen source prompts, and no artifact has them: "
-            "set INITIAL_ARTIFACT to that of gin/pt_source.gin, or to one or several others. To "
-            "evaluate a checkpoint, to the artifact that its run left; or to the one it started "
-            "from, with the START_FROM it had."
+            f"The method {method.name!r} mixes frozen source prompts, but no artifact provides "
+            "them. Set INITIAL_ARTIFACT to the artifact of gin/pt_source.gin, or to one or several "
+            "others. To evaluate a checkpoint, set it to the artifact that its run wrote, or to "
+            "the one that the run started from, with the same START_FROM."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(
-            "start_from chooses among the prompts of an initial artifact, and there is none: set "
-            "INITIAL_ARTIFACT, or take gin/pt_target.gin to start from initial values."
+            "start_from chooses among the prompts of an initial artifact, but none is set. Set "
+            "INITIAL_ARTIFACT, or use gin/pt_target.gin to start from initial values."
         )
 
 
@@ -258,13 +262,13 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
         size = vocabulary.vocab_size
         if size > rows:
             raise ValueError(
-                f"The vocabulary has {size} ids and the backbone embeds only {rows}: this is not "
-                "the vocabulary the backbone was trained with."
+                f"The vocabulary has {size} ids, but the backbone embeds only {rows}. Set "
+                "VOCABULARY to the vocabulary that the backbone was trained with."
             )
         if rows - size > MOST_SPARE_ROWS:
             raise ValueError(
-                f"The vocabulary has only {size} ids and the backbone embeds {rows}: this is "
-                "another backbone's vocabulary (VOCABULARY), or it lacks the backbone's sentinels "
+                f"The vocabulary has only {size} ids, but the backbone embeds {rows}. Either "
+                "VOCABULARY is another backbone's vocabulary, or it lacks the backbone's sentinels "
                 "(bind vocabularies.load.extra_ids)."
             )
 
@@ -272,11 +276,11 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
 def _teachers(
     model: PromptedEncoderDecoder, origins: Origins, digest: str, vocabulary: str | None
 ) -> np.ndarray:
-    """The teacher of every bank row, [K, P, H]."""
+    """Returns the teacher of every bank row, [K, P, H]."""
     if not origins.teachers:
         raise ValueError(
-            "The objective distils from teachers, but Origins.teachers names no artifact. They "
-            f"are made by: {origins.teachers_command}."
+            "The objective distills from teachers, but Origins.teachers names no artifact. To "
+            f"make one, run: {origins.teachers_command}."
         )
     known: list[_Teacher] = []
     for path in origins.teachers:
@@ -284,7 +288,8 @@ def _teachers(
             artifact = artifacts.load_artifact(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error} It was to hold the teachers; make them by: {origins.teachers_command}."
+                f"{error} It should hold the teachers. To make them, run: "
+                f"{origins.teachers_command}."
             ) from error
         compatibility.check_compatible(artifact, digest, vocabulary, model.prompt.prompt_length)
         names = zip(artifact.runs.run_names, artifact.runs.task_names, strict=True)
@@ -301,32 +306,33 @@ class _Teacher(NamedTuple):
 
 
 def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
-    """A teacher for every row: the one of its run's name, else the only one of its task."""
-    found: dict[str, list[_Teacher]] = {}
+    """Returns a teacher for every row: the one with the run's name, else the only one of its
+    task."""
+    candidates: dict[str, list[_Teacher]] = {}
     for run, task in zip(runs.run_names, runs.task_names, strict=True):
         namesakes = [teacher for teacher in known if teacher.run == run]
-        found[run] = namesakes or [teacher for teacher in known if teacher.task == task]
+        candidates[run] = namesakes or [teacher for teacher in known if teacher.task == task]
     tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
-    if without := [tasks[run] for run, teachers in found.items() if not teachers]:
+    if missing := [tasks[run] for run, teachers in candidates.items() if not teachers]:
         raise ValueError(
-            f"No teacher for the tasks {without}; {sorted({each.path for each in known})} hold "
-            f"teachers for {sorted({each.task for each in known})}. Train them with "
-            "gin/pt_source.gin, or leave those tasks out."
+            f"No teacher for the tasks {missing}: {sorted({t.path for t in known})} hold teachers "
+            f"for {sorted({t.task for t in known})}. Train the missing teachers with "
+            "gin/pt_source.gin, or remove those tasks."
         )
-    several = {run: teachers for run, teachers in found.items() if len(teachers) > 1}
+    several = {run: teachers for run, teachers in candidates.items() if len(teachers) > 1}
     if several:
-        named = {run: [f"{each.run} in {each.path}" for each in several[run]] for run in several}
+        names = {run: [f"{t.run} in {t.path}" for t in several[run]] for run in several}
         raise ValueError(
-            f"Several teachers for one run: {named}. Give the student's run the name of the one "
-            "it shall follow (RUN_NAMES), or name artifacts with one run of each task."
+            f"Several teachers for one run: {names}. Give the student's run the name of its "
+            "teacher (RUN_NAMES), or use artifacts with one run of each task (Origins.teachers)."
         )
-    return [teachers[0] for teachers in found.values()]
+    return [teachers[0] for teachers in candidates.values()]
 
 
 def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, Any]:
-    """What learns, and every prompt, in float32; the rest in the dtype it computes in.
+    """Casts trainable parameters and prompts to float32, and the rest to its compute dtype.
 
-    By NumPy, leaf by leaf: on a device the whole model would lie on the first one.
+    Uses NumPy, leaf by leaf: JAX would put the whole model on the first device.
     """
     dtypes = _dtypes(model, params)
     return unflatten(

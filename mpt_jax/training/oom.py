@@ -1,4 +1,4 @@
-"""What to change when a step does not fit a device's memory, with the sizes that are known."""
+"""Out-of-memory errors that give the sizes and the settings that reduce them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 
 class OutOfMemory(RuntimeError):
-    """A step did not fit; the message says what takes room and what makes it less."""
+    """A step did not fit in device memory. The message says what takes it and how to reduce it."""
 
 
 @contextlib.contextmanager
 def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, an error that tells of memory becomes one that says what to change.
+    """Turns an out-of-memory error in its context into one that says what to change.
 
     Args:
         trainer: the `Trainer` whose steps run; untyped because its module imports this one.
-        batch: this process's rows, of the largest step so far.
+        batch: this process's rows of the largest batch so far.
 
     Raises:
         OutOfMemory: the device, or the compiler for it, ran out of memory.
@@ -35,12 +35,12 @@ def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
-    """What takes a device's memory, and what each setting that matters would make of it.
+    """Lists what takes a device's memory, and how each relevant setting would change it.
 
     Args:
         trainer: the `Trainer` whose step did not fit.
         batch: this process's rows.
-        said: the error's first line.
+        said: the first line of the error.
     """
     config, mesh = trainer.model.module.config, trainer.partitioner.mesh
     shards, model_axis = math.prod(mesh.devices.shape[:-1]), mesh.devices.shape[-1]
@@ -52,55 +52,56 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
     layers = encoder * config.num_encoder_layers + decoder * config.num_decoder_layers
     row = layers * config.emb_dim * np.dtype(config.dtype).itemsize
     at_a_time = max(rows // parts, 1)
-    backbone, learned = _bytes(trainer.state.frozen), _bytes(trainer.state.trainable)
+    backbone, trainable = _bytes(trainer.state.frozen), _bytes(trainer.state.trainable)
     moments = _bytes(trainer.state.opt_state)
     lines = [
-        f"A training step does not fit the memory of a device ({said}). Each device holds "
-        f"{_size(backbone)} of backbone, {_size(learned + moments)} of trainable parameters and "
-        "their moments, "
-        f"and what a step makes of {at_a_time} rows at a time, of {encoder} encoder and "
-        f"{decoder} decoder positions each: {_size(at_a_time * row)} for the inputs of its layers "
-        "alone, several times that in all. In the order to try:",
+        f"A training step does not fit in device memory ({said}). Each device holds "
+        f"{_size(backbone)} of backbone, {_size(trainable + moments)} of trainable parameters and "
+        f"their moments, and the activations of {at_a_time} rows at a time, of {encoder} encoder "
+        f"and {decoder} decoder positions each: {_size(at_a_time * row)} for the layer inputs, "
+        "several times that in total. Try, in this order:",
     ]
-    # Parts are of one size, so at most half as many rows at a time may take more than twice them.
+    # All microbatches have one size, so halving it may take more than twice as many of them.
     more = next((count for count in range(2 * parts, rows + 1) if rows % count == 0), None)
     if more is not None:
         lines.append(
-            f"trainer.Trainer.num_microbatches = {more} takes {rows // more} rows at a time "
-            f"({_size(rows // more * row)}), with the same numbers to rounding."
+            f"trainer.Trainer.num_microbatches = {more} processes {rows // more} rows at a time "
+            f"({_size(rows // more * row)}). Results are the same up to rounding."
         )
     if getattr(config, "remat", "full") != "full":
         lines.append(
-            "config.t5_config.remat = 'full' keeps little more than those inputs, for about a "
-            "third more work."
+            "config.t5_config.remat = 'full' stores little more than the layer inputs, for about "
+            "a third more compute."
         )
     lines.append(
         f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis} splits the backbone over "
-        f"twice as many devices ({_size(backbone / 2)} each), where there are as many."
+        f"twice as many devices ({_size(backbone / 2)} each), if that many are available."
     )
     lines += _smaller_steps(rows, rows * shards, trainer.model.runs.num_groups)
-    return "\n  * ".join(lines) + "\n`mpt-jax plan` compiles a step for TPUs that are not here."
+    return "\n  * ".join(lines) + "\n`mpt-jax plan` compiles a step for TPUs that are not attached."
 
 
 def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
-    """What makes a step of `rows` on each device smaller, of groups that keep an example each."""
+    """Lists ways to reduce `rows`, the rows of a step on each device, with an example per group."""
     lines = []
     if rows >= 2 and all_rows >= 2 * groups:
         lines.append(
-            f"BATCH_SIZE, halved, takes {rows // 2} rows in a step of each device; that changes "
-            "what is learned."
+            f"Halving BATCH_SIZE leaves {rows // 2} rows per device and step, but changes the "
+            "training."
         )
-    lines.append("A lower limit in TASK_FEATURE_LENGTHS changes what is learned of longer texts.")
+    lines.append(
+        "A lower limit in TASK_FEATURE_LENGTHS shortens rows, but changes training on longer texts."
+    )
     if groups > 1 and rows >= 2:
         lines.append(
-            f"{groups} runs share this step: two jobs of half as many take {rows // 2} rows each, "
-            "and learn the same."
+            f"{groups} runs share this step. Two jobs of half as many runs have {rows // 2} rows "
+            "per device each and train the same prompts."
         )
     return lines
 
 
 def larger_batch(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The batch with more positions; batches are cut to a few lengths. An empty one has none."""
+    """Returns the batch with more positions; batches are trimmed to one of a few lengths."""
     return first if _positions(first) > _positions(second) else second
 
 
@@ -110,7 +111,7 @@ def _positions(batch: Mapping[str, Any]) -> int:
 
 
 def _bytes(tree: Any) -> int:
-    """What a tree takes on one device."""
+    """Returns the bytes that a tree takes on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

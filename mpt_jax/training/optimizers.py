@@ -1,14 +1,14 @@
-"""One optimizer for every label: AdamW (or another) by rows, a learning rate by label and group.
+"""Row-wise optimizer: AdamW or another rule, with a learning rate per label and group.
 
 Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K], as the
-method's `axes` say. Every row is stepped as if it were alone, with its own moments, step count,
-learning rate and (by group) clipping norm, which is what makes one job of G runs equal to G jobs.
-A label stands for a learning rate and says nothing about rows. Only trainable parameters ever get
-here; frozen ones have no gradient, no moments and no update.
+method's `axes` say. Every row is stepped as if it were the only one, with its own moments, step
+count, learning rate and (by group) clipping norm. This makes one job of G runs equal to G jobs.
+A label selects a learning rate and says nothing about rows. The optimizer sees only trainable
+parameters; frozen ones have no gradient, no moments and no update.
 
-A task whose examples are not in a batch is `absent`: the gradients of its rows are exactly zero.
-`absent_tasks='dense'` lets moments and decay act on it all the same, as torch's optimizers do;
-`'hold'` leaves its values, moments and step count as they are until it comes back.
+A task without examples in a batch is `absent`: the gradients of its rows are exactly zero.
+`absent_tasks='dense'` still applies moments and decay to its rows, as torch's optimizers do;
+`'hold'` keeps their values, moments and step counts until the task is in a batch again.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from mpt_jax.core.tree import Rules, flatten, label_tree, path_name
 from mpt_jax.training.row_transforms import Rows, _pick_rows, by_row, clip_by_group_norm, row_groups
 from mpt_jax.training.schedules import PerGroup, Schedule
 
-# The label of counters of steps: what has it is not learned, and grows by one in every step.
+# Label for step counters: not trained; incremented once per step.
 STEP_COUNTER = "clock"
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptOptimizer:
-    """AdamW, or another rule, for whatever a label table lets learn.
+    """AdamW, or another rule, for the parameters that a label table makes trainable.
 
     Attributes:
-        learning_rates: label -> schedule; one for every label that learns (not for `CLOCK`).
-        weight_decay: AdamW's decoupled decay, a factor of the learning rate.
-        clip_norm: the largest gradient norm of a group over all its parameters (one number or one
-            for each group); None for no clipping.
+        learning_rates: label -> schedule, for every trainable label except `STEP_COUNTER`.
+        weight_decay: AdamW's decoupled decay, multiplied by the learning rate.
+        clip_norm: the largest gradient norm of a group over all its parameters, one number or one
+            per group; None disables clipping.
         absent_tasks: `'dense'` or `'hold'`, see above.
-        b1, b2, eps: Adam's.
-        rule: makes what a row's gradient undergoes before decay and learning rate, in Adam's place;
-            `adafactor`, or any of optax's without arguments.
+        b1, b2, eps: Adam's hyperparameters.
+        rule: returns the transformation of a row's gradient before decay and learning rate, to
+            replace Adam's: `adafactor`, or any optax function that needs no arguments.
     """
 
     learning_rates: Mapping[str, Schedule]
@@ -56,7 +56,7 @@ class PromptOptimizer:
     b2: float = 0.999
     eps: float = 1e-8
     rule: Callable[[], optax.GradientTransformation] | None = None
-    # Filled by `bind`, from the model.
+    # Set by `bind`, from the model.
     labels: Rules | None = None
     runs: Runs | None = None
     rows: Rows | None = None
@@ -70,38 +70,37 @@ class PromptOptimizer:
         if self.rule is not None and changed:
             raise ValueError(
                 f"PromptOptimizer.{changed[0]} is Adam's and would have no effect with rule = "
-                f"{self.rule}; leave one of the two out."
+                f"{self.rule}. Set only one of the two."
             )
 
     def bind(
         self, labels: Rules, runs: Runs, rows: Rows, schedule_steps: int = 0
     ) -> PromptOptimizer:
-        """This optimizer, told which parameter has which label and rows, which row which group, and
-        how many steps a schedule of the method's own takes.
+        """Returns this optimizer bound to a model: the label and rows of each parameter, the
+        group of each row, and the steps of the method's own schedule.
 
         Raises:
-            ValueError: a setting by group has another number of entries than there are groups.
+            ValueError: a setting by group does not have one entry per group.
         """
         for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
             if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
                 raise ValueError(
-                    f"{name} has {len(value)} entries, but there are {runs.num_groups} groups; "  # pyright: ignore
-                    "give one number or one for each group."
+                    f"{name} has {len(value)} entries, but there are {runs.num_groups} groups. "  # pyright: ignore
+                    "Give one number, or one per group."
                 )
         return dataclasses.replace(
             self, labels=tuple(labels), runs=runs, rows=dict(rows), schedule_steps=schedule_steps
         )
 
     def init(self, trainable: Params) -> Any:
-        """The optimizer state of the trainable parameters."""
+        """Returns the optimizer state of the trainable parameters."""
         return self._transformation(trainable).init(trainable)
 
     def update(self, grads: Params, state: Any, trainable: Params) -> tuple[Any, Any]:
-        """Updates to add to the trainable parameters, and the next state.
+        """Returns the updates to add to the trainable parameters, and the next state.
 
         Raises:
-            ValueError: a schedule of the method's own would not end within those of the learning
-                rates.
+            ValueError: the method's own schedule is longer than those of the learning rates.
         """
         ends = [schedule.total_steps for schedule in self.learning_rates.values()]
         shortest = min(
@@ -113,11 +112,11 @@ class PromptOptimizer:
     def select(
         self, stepped: Bool[Array, " G"], new: tuple[Params, Any], old: tuple[Params, Any]
     ) -> tuple[Params, Any]:
-        """Parameters and optimizer state, `new` for the groups that are `stepped` and exactly `old`
-        for the others.
+        """Returns parameters and optimizer state: `new` for groups that took the step, exactly
+        `old` for the others.
 
         Args:
-            stepped: which groups.
+            stepped: whether each group took the step.
             new, old: (trainable parameters, optimizer state) after a step and before it.
         """
         assert self.runs is not None and self.rows is not None  # bound, or there is no state
@@ -128,22 +127,22 @@ class PromptOptimizer:
             return _pick_rows(stepped, row_groups(path_name(path), rows, runs), new, old)
 
         clip, parts = new[1]
-        before = old[1][1].inner_states  # by name: what has been compiled comes back sorted
+        before = old[1][1].inner_states  # by name: compiled functions return dicts sorted
         inner = {
             part: jax.tree.map(
-                functools.partial(_pick_rows, stepped, groups[part]), found, before[part]
+                functools.partial(_pick_rows, stepped, groups[part]), state, before[part]
             )
-            for part, found in parts.inner_states.items()
+            for part, state in parts.inner_states.items()
         }
         trainable = jax.tree_util.tree_map_with_path(of_parameter, new[0], old[0])
         return trainable, (clip, parts._replace(inner_states=inner))
 
     def is_over(self, state: Any, trainable: Params) -> Bool[Array, " G"]:
-        """Whether the schedules of each group have ended: only where `total_steps` is given by
-        group, and by the longest of its labels. Steps count as the rows of the group took them.
+        """Whether the schedules of all labels have ended, for each group. False unless
+        `total_steps` is given by group. Counts the steps that the group's rows have taken.
 
         Args:
-            state: the optimizer's, after a step.
+            state: the optimizer state after a step.
             trainable: the parameters.
         """
         count = self.runs.num_groups if self.runs else 1
@@ -159,7 +158,7 @@ class PromptOptimizer:
         return taken >= limits
 
     def current_learning_rates(self, step: int) -> dict[str, float]:
-        """Each label's learning rate at a step (mean over groups), for logs."""
+        """Returns each label's learning rate at a step, averaged over groups, for logs."""
         groups = jnp.arange(self.runs.num_groups if self.runs else 1)
         return {
             label: float(jnp.mean(schedule(jnp.full(groups.shape, step), groups)))
@@ -167,7 +166,7 @@ class PromptOptimizer:
         }
 
     def _groups_of_parts(self, trainable: Params) -> dict[str, tuple[int, ...] | None]:
-        """The group of each row of the parameters that are stepped together, by part."""
+        """Returns the group of each row for every part (parameters that are stepped together)."""
         assert self.labels is not None and self.runs is not None and self.rows is not None
         parts = _parts(flatten(label_tree(trainable, self.labels)), self.rows)
         return {part: row_groups(name, self.rows, self.runs) for name, part in parts.items()}
@@ -183,14 +182,14 @@ class PromptOptimizer:
     def _transformation(self, trainable: Params) -> optax.GradientTransformation:
         if self.labels is None or self.runs is None or self.rows is None:
             raise ValueError(
-                "This optimizer is not bound to a model; call bind(labels, runs, rows)."
+                "This optimizer is not bound to a model. Call bind(labels, runs, rows) first."
             )
         labels = flatten(label_tree(trainable, self.labels))
         missing = sorted(set(labels.values()) - set(self.learning_rates) - {STEP_COUNTER})
         if missing:
             raise ValueError(
-                f"No learning rate for the labels {missing}; PromptOptimizer.learning_rates has "
-                f"{sorted(self.learning_rates)}."
+                f"No learning rate for the labels {missing}: PromptOptimizer.learning_rates has "
+                f"{sorted(self.learning_rates)}. Add a schedule for each of them."
             )
         rule = self.rule() if self.rule else optax.scale_by_adam(self.b1, self.b2, self.eps)
         inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))
@@ -213,18 +212,18 @@ class PromptOptimizer:
 
 
 def check_annealing(schedule_steps: int, total_steps: int) -> None:
-    """Raises ValueError where a schedule of the method's own would not end within a run."""
+    """Raises ValueError if the method's own schedule would not end within a run."""
     if schedule_steps > total_steps:
         raise ValueError(
-            f"The prompt method anneals over {schedule_steps} steps, and a run has only "
-            f"{total_steps}: it would end while draws are still warm. Shorten the annealing "
+            f"The prompt method anneals over {schedule_steps} steps, but a run has only "
+            f"{total_steps}, so it would end before annealing does. Shorten the annealing "
             "(ANNEALING_STEPS), or train longer (TRAIN_STEPS)."
         )
 
 
 def adafactor() -> optax.GradientTransformation:
-    """Adafactor as prompt tuning has it (Lester et al. 2021): second moments of every entry,
-    unfactored, decay 0.8, no scaling by a parameter's size, updates clipped at RMS 1."""
+    """Adafactor as used for prompt tuning (Lester et al. 2021): unfactored second moments, decay
+    0.8, no scaling by parameter size, updates clipped at RMS 1."""
     return optax.chain(
         optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
         optax.clip_by_block_rms(1.0),
@@ -232,7 +231,7 @@ def adafactor() -> optax.GradientTransformation:
 
 
 def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:
-    """Which parameters are stepped together: those of one label, and of one kind of rows."""
+    """Returns the part of each parameter. A part is stepped together: one label, one row kind."""
     kinds: dict[str, set[str | None]] = {}
     for name, label in labels.items():
         kinds.setdefault(label, set()).add(rows.get(name))

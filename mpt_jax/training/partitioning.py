@@ -1,8 +1,8 @@
-"""Mesh, logical-axis rules and shardings. The names are T5X's; the engine is `jax.jit`.
+"""Mesh, logical-axis rules and shardings, with T5X's names, for `jax.jit`.
 
-Every parameter and activation carries logical axis names ('embed', 'mlp', 'heads', 'batch', ...).
-One ordered table of rules maps them to the axes of the mesh, `data` and `model`; over several
-slices there may be a third in front, `replica`.
+Every parameter and activation has logical axis names ('embed', 'mlp', 'heads', 'batch', ...).
+One ordered table of rules maps them to the axes of the mesh, `data` and `model`. With several
+slices there may be a third axis in front, `replica`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mpt_jax.core.tree import by_suffix, flatten, unflatten
 
 AxisRules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
-# Axes of prompts and their factors: a few hundred numbers a task, so every device holds them all
-# (but see `PjitPartitioner.by_runs`).
+# Axes of prompts and their factors: a few hundred numbers per task, so every device holds all of
+# them (except with `PjitPartitioner.by_runs`).
 PROMPT_AXES = ("groups", "tasks", "sources", "prompt", "rank")
 PROMPT_RULES: AxisRules = tuple((axis, None) for axis in PROMPT_AXES)
 
@@ -37,15 +37,15 @@ def standard_logical_axis_rules(
     parameter_partitioning_dims: int = 1,
     additional_rules: AxisRules | None = None,
 ) -> AxisRules:
-    """T5X's standard rules, plus those of the prompts.
+    """Returns T5X's standard rules and the prompts' rules.
 
     Args:
-        activation_partitioning_dims: 2 also splits activations' width over `model`.
-        parameter_partitioning_dims: 2 also splits parameters' width over `data`.
-        additional_rules: rules for further axes, tried first.
+        activation_partitioning_dims: 2 also splits the width of activations over `model`.
+        parameter_partitioning_dims: 2 also splits the width of parameters over `data`.
+        additional_rules: rules for other axes, tried first.
 
     Raises:
-        ValueError: dims other than 1 or 2.
+        ValueError: a number of dims is not 1 or 2.
     """
     dims = (activation_partitioning_dims, parameter_partitioning_dims)
     if any(dim not in (1, 2) for dim in dims):
@@ -65,24 +65,24 @@ def standard_logical_axis_rules(
 
 @dataclasses.dataclass
 class PjitPartitioner:
-    """A mesh over all devices, and shardings from logical axes.
+    """A mesh over all devices, and shardings derived from logical axes.
 
     The mesh is (data, model) = (devices / num_partitions, num_partitions). With `ici_mesh_shape`
     and `dcn_mesh_shape` it is (replica, data, model), their product axis by axis, as in T5X: the
-    first lies inside a slice of chips, the second across slices; the batch is split over replica
-    and data. Slices are those of TPUs; elsewhere each process is one.
+    first shape is inside a slice of chips, the second across slices. The batch is split over
+    replica and data. On TPUs a slice is a TPU slice; elsewhere each process counts as one.
 
-    A model lies inside one process, and rows of the batch go process by process, because each
-    process reads rows of its own.
+    A model never spans processes, and rows of the batch are ordered by process, because each
+    process reads its own rows.
 
     Attributes:
         num_partitions: devices on the model axis; it must divide the devices of a process.
-        logical_axis_rules: default `standard_logical_axis_rules()`. With a replica axis `batch`
-            means replica and data wherever the rules say data.
+        logical_axis_rules: default `standard_logical_axis_rules()`. With a replica axis, a
+            rule from `batch` to data becomes one to replica and data.
         ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices;
             both or neither.
-        model_parallel_submesh, params_on_devices, backend: T5X's; only their defaults are accepted.
-        devices: default all of this run; or those of a topology, to compile ahead of time.
+        model_parallel_submesh, params_on_devices, backend: T5X's; only the defaults are accepted.
+        devices: default all devices of this run; or a topology's, to compile ahead of time.
 
     Raises:
         ValueError: sizes that do not fit the devices, or a setting that would have no effect.
@@ -98,8 +98,8 @@ class PjitPartitioner:
     devices: Sequence[Any] | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self):
-        refused = {"model_parallel_submesh": None, "params_on_devices": True, "backend": None}
-        for name, default in refused.items():
+        unsupported = {"model_parallel_submesh": None, "params_on_devices": True, "backend": None}
+        for name, default in unsupported.items():
             if getattr(self, name) != default:
                 raise ValueError(
                     f"PjitPartitioner.{name}={getattr(self, name)!r} would have no effect: the "
@@ -125,36 +125,36 @@ class PjitPartitioner:
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
-        """Makes the mesh and the rules known to constraints inside traced functions."""
+        """Makes the mesh and the rules available to constraints inside traced functions."""
         rules = nn_partitioning.axis_rules(tuple(self.logical_axis_rules))
         with jax.set_mesh(self.mesh), rules:
             yield
 
     @property
     def replicated(self) -> NamedSharding:
-        """On every device whole."""
+        """The sharding with a full copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def batch(self) -> NamedSharding:
-        """Rows split over every axis but the model's."""
+        """The sharding with rows split over every mesh axis except the model axis."""
         return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[:-1]))
 
     def shardings(self, params: Params, axes: Params) -> dict[str, Any]:
-        """The sharding of every parameter.
+        """Returns the sharding of every parameter.
 
         Args:
             params: the parameters (or their shapes).
             axes: their logical axes, `<name>_axes` beside each name as flax keeps them.
 
         Raises:
-            ValueError: a parameter without axes, or an axis without a rule.
+            ValueError: a parameter has no axes, or an axis has no rule.
         """
         named = {
             name.removesuffix("_axes"): tuple(leaf.names)
             for name, leaf in flatten(axes, is_leaf=_is_axes).items()
         }
-        found = {}
+        shardings = {}
         for name in flatten(params):
             if name not in named:
                 raise ValueError(f"Parameter {name} has no logical axes.")
@@ -162,42 +162,42 @@ class PjitPartitioner:
             unknown = [axis for axis in named[name] if axis not in known]
             if unknown:
                 raise ValueError(
-                    f"No rule for the logical axes {unknown} of {name}; add them to "
+                    f"No rule for the logical axes {unknown} of {name}. Add one for each to "
                     "standard_logical_axis_rules.additional_rules."
                 )
             spec = nn_partitioning.logical_to_mesh_axes(named[name], tuple(self.logical_axis_rules))
-            found[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
-        return unflatten(found)
+            shardings[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
+        return unflatten(shardings)
 
     def by_runs(self, params: Mapping[str, Any], rows: Mapping[str, str], runs: Runs) -> Any:
-        """Shardings of parameters, with the rows of runs split as a batch is.
+        """Returns shardings of parameters, with the rows of runs split as a batch is.
 
-        Each run of a job of independent runs has an equal, contiguous share of a batch, so its
-        examples then lie where its parameters do. Where the runs do not divide over the shards, or
-        share groups, all shards hold all of them.
+        In a job of independent runs, each run has an equal, contiguous share of a batch, so its
+        examples are then on the shard of its parameters. If the runs do not divide over the
+        shards, or share groups, every shard holds all of them.
 
         Args:
             params: a sharding for every parameter.
-            rows: what the rows of those that have any count (`prompts.base.rows_of`).
+            rows: what the rows of parameters count, for those with rows (`prompts.base.row_axes`).
             runs: the bank's rows.
         """
         axes = self.mesh.axis_names[:-1]
         if not self.splits_runs(runs):
             return params
-        found = flatten(params, is_leaf=lambda x: isinstance(x, NamedSharding))
-        for name in rows.keys() & found.keys():
-            rest = [axis if axis == "model" else None for axis in found[name].spec[1:]]
-            found[name] = NamedSharding(self.mesh, PartitionSpec(axes, *rest))
-        return unflatten(found)
+        shardings = flatten(params, is_leaf=lambda x: isinstance(x, NamedSharding))
+        for name in rows.keys() & shardings.keys():
+            rest = [axis if axis == "model" else None for axis in shardings[name].spec[1:]]
+            shardings[name] = NamedSharding(self.mesh, PartitionSpec(axes, *rest))
+        return unflatten(shardings)
 
     def splits_runs(self, runs: Runs) -> bool:
-        """Whether `by_runs` splits these."""
+        """Whether `by_runs` splits the rows of these runs."""
         shards = math.prod(self.mesh.devices.shape[:-1])
-        alone = runs.group_of_row == tuple(range(runs.num_rows))
-        return shards > 1 and runs.num_rows > 1 and alone and runs.num_rows % shards == 0
+        independent = runs.group_of_row == tuple(range(runs.num_rows))
+        return shards > 1 and runs.num_rows > 1 and independent and runs.num_rows % shards == 0
 
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a global batch, as global arrays."""
+        """Puts this process's rows of a global batch on the mesh, as global arrays."""
         return {
             name: jax.make_array_from_process_local_data(self.batch, np.asarray(value))
             for name, value in batch.items()
@@ -205,24 +205,29 @@ class PjitPartitioner:
 
 
 def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
-    """Devices [rows, num_partitions]: rows process by process, each in neighbors of one process.
+    """Returns devices [rows, num_partitions] in the order of processes.
+
+    The devices of a row are neighbors in one process.
 
     Raises:
-        ValueError: num_partitions does not divide the devices, or those of a process.
+        ValueError: num_partitions does not divide the devices of the run, or of a process.
     """
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} does not divide the {len(devices)} devices "
-            "of this run; the mesh is (devices / num_partitions, num_partitions)."
+            "of this run. Give a divisor: the mesh is (devices / num_partitions, num_partitions)."
         )
     counts = collections.Counter(device.process_index for device in devices)
     local = len(devices) // len(counts)
     if set(counts.values()) != {local}:
-        raise ValueError(f"The processes have different numbers of devices: {dict(counts)}.")
+        raise ValueError(
+            f"The processes have different numbers of devices: {dict(counts)}. Give each process "
+            "the same number."
+        )
     if local % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} would spread one model over several processes of "
-            f"{local} devices each, and each process reads data of its own: give a divisor of "
+            f"{local} devices each, but each process reads its own data. Give a divisor of "
             f"{local}, or run under T5X."
         )
     return mesh_utils.create_hybrid_device_mesh(
@@ -236,49 +241,51 @@ def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
 def _hybrid_shape(
     ici: Sequence[int] | None, dcn: Sequence[int] | None, devices: Sequence[Any]
 ) -> tuple[int, int, int]:
-    """The sizes of (replica, data, model) over several slices.
+    """Returns the sizes of (replica, data, model) over several slices.
 
     Raises:
         ValueError: the shapes do not fit each other, the slices or their devices.
     """
-    said = f"ici_mesh_shape={ici} with dcn_mesh_shape={dcn}"
+    shapes = f"ici_mesh_shape={ici} with dcn_mesh_shape={dcn}"
     if ici is None or dcn is None or len(ici) != 3 or len(dcn) != 3 or min(*ici, *dcn) < 1:
         raise ValueError(
-            f"{said}: both must be given, as three sizes of (replica, data, model), the first "
-            "inside a slice, the second across slices."
+            f"{shapes} is not a mesh: both must be given, as three sizes of (replica, data, "
+            "model). The first shape is inside a slice, the second across slices."
         )
     slices = collections.Counter(_slice_of(device) for device in devices)
     if math.prod(dcn) != len(slices) or {math.prod(ici)} != set(slices.values()):
         raise ValueError(
-            f"{said} make {math.prod(dcn)} slices of {math.prod(ici)} devices; this run has "
-            f"{len(slices)}, of {sorted(set(slices.values()))} devices."
+            f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this run "
+            f"has {len(slices)} slices of {sorted(set(slices.values()))} devices."
         )
     if dcn[-1] != 1:
         raise ValueError(
-            f"{said} would spread one model over {dcn[-1]} slices, whose network is slow: put the "
-            "slices on replica or data."
+            f"{shapes} would spread one model over {dcn[-1]} slices, and the network between them "
+            "is slow. Put the slices on replica or data."
         )
     if dcn[1] > 1 and ici[0] > 1:
         raise ValueError(
-            f"{said} would deal the rows of the batch out to slices in turns, and each process "
-            "reads rows that are next to each other: put the slices on replica, "
+            f"{shapes} would alternate the rows of the batch between slices, but each process "
+            "reads contiguous rows. Put the slices on replica: "
             f"dcn_mesh_shape=({math.prod(dcn)}, 1, 1)."
         )
     ordered = [_slice_of(device) for device in sorted(devices, key=lambda d: d.process_index)]
     if ordered != sorted(ordered):
-        raise ValueError("The processes are not numbered slice by slice.")
+        raise ValueError(
+            "The processes are not numbered slice by slice. Number them in the order of slices."
+        )
     return (ici[0] * dcn[0], ici[1] * dcn[1], ici[2])
 
 
 def _slice_of(device: Any) -> int:
-    """The slice a TPU belongs to (a single slice may leave it unsaid); else the process."""
+    """Returns the slice of a TPU (0 if it does not report one); otherwise the process."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", None) or 0
     return device.process_index
 
 
 def to_host(tree: Params) -> dict[str, Any]:
-    """Every leaf whole, as a NumPy array, from wherever it lies on the mesh."""
+    """Gathers every leaf from the mesh as a whole NumPy array."""
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -293,13 +300,13 @@ def _is_axes(leaf: Any) -> bool:
 
 
 def put_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
-    """Places any tree that has parameters inside (an optimizer state, say): a leaf whose path
-    ends in a parameter's name lies as that parameter does, everything else on every device."""
+    """Places a tree that contains parameters (an optimizer state, for example) on the mesh. A leaf
+    whose path ends in a parameter's name is sharded like it; all others are replicated."""
     return jax.tree.map(jax.device_put, state, shardings_like(state, shardings, replicated))
 
 
 def shardings_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
-    """Where `put_like` places each leaf of a tree."""
+    """Returns the sharding that `put_like` gives each leaf of a tree."""
     by_name = flatten(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
     leaves = [by_suffix(by_name, name, replicated) for name in flatten(state)]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)

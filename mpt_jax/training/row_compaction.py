@@ -1,13 +1,13 @@
-"""Which rows of a batch are sent to the devices: those of runs that still train.
+"""Batch compaction: only rows of active runs are sent to the devices.
 
 In a job of independent runs each of K runs has an equal, contiguous share of every batch of B rows
-(`sampling.EqualQuotas`), and the batch lies in equal blocks, one on each shard of the mesh's data
-axis. Rows of runs that have ended are left out; what is left moves to the front of its block, and
-all blocks are filled up to one capacity, a halving of their size. So a step costs what the runs
-that train cost, to a factor of two, and is compiled again once for each halving.
+(`sampling.EqualQuotas`). The batch consists of equal blocks, one on each shard of the mesh's data
+axis. Rows of finished runs are left out. The other rows move to the front of their block, and all
+blocks are padded to one capacity: the block size, halved zero or more times. So a step costs what
+its active runs cost, within a factor of two, and is recompiled once per halving.
 
-Rows never change their block: where prompts are sharded by runs, every example stays on the shard
-of its prompt.
+Rows never change their block: if prompts are sharded by runs, every example stays on the shard of
+its prompt.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mpt_jax.core.runs import Runs
 
 @dataclasses.dataclass(frozen=True)
 class RowCompactor:
-    """The blocks of a batch that lie on this process's devices.
+    """Leaves the rows of finished runs out of this process's blocks of a batch.
 
     Attributes:
         runs: the K rows of the bank, in the order of their shares.
-        shards: blocks of a batch over all processes.
-        first_shard: the first of this process's blocks.
-        local_shards: how many this process has, one after the other.
-        num_microbatches: must divide every capacity.
+        shards: number of blocks of a batch, over all processes.
+        first_shard: index of this process's first block.
+        local_shards: number of this process's blocks, which are consecutive.
+        num_microbatches: divides every capacity.
     """
 
     runs: Runs
@@ -39,64 +39,64 @@ class RowCompactor:
     num_microbatches: int = 1
 
     def owners(self, batch_size: int) -> np.ndarray:
-        """The bank row of every row of a batch, [shards, B / shards].
+        """Returns the bank row of every row of a batch, [shards, B / shards].
 
         Raises:
-            ValueError: B does not divide by the runs, or by the blocks.
+            ValueError: B is not a multiple of the runs, or of the blocks.
         """
         rows = self.runs.num_rows
         if batch_size % rows or batch_size % self.shards:
             raise ValueError(
-                f"A batch of {batch_size} rows does not divide into {rows} equal shares and over "
-                f"{self.shards} shards."
+                f"A batch of {batch_size} rows does not divide into {rows} equal shares of runs "
+                f"and over {self.shards} shards. Use a batch size that is a multiple of both."
             )
         return np.repeat(np.arange(rows), batch_size // rows).reshape(self.shards, -1)
 
     def capacities(self, batch_size: int) -> list[int]:
-        """The rows that a block may have, from B / shards down."""
-        found = [batch_size // self.shards]
-        while found[-1] % (2 * self.num_microbatches) == 0:
-            found.append(found[-1] // 2)
-        return found
+        """Returns the possible numbers of rows of a block, from B / shards down."""
+        sizes = [batch_size // self.shards]
+        while sizes[-1] % (2 * self.num_microbatches) == 0:
+            sizes.append(sizes[-1] // 2)
+        return sizes
 
     def pack(
         self, batch: Mapping[str, np.ndarray], active: Sequence[bool] | np.ndarray
     ) -> dict[str, np.ndarray]:
-        """This process's rows without those of groups that are not active.
+        """Returns this process's rows without those of inactive groups.
 
-        What fills a block up has no tokens, and names a run of the block that trains: whatever the
-        values of the others are, nothing reads them. Where none of a block trains, it names the
-        block's first, whose values are read without weight and reach no other run.
+        Padding rows have no tokens and name an active run of their block, so nothing reads the
+        values of inactive runs. If a block has no active run, they name its first run, whose
+        values are read with weight zero and do not affect any other run.
 
         Args:
-            batch: all of this process's rows, unpacked.
-            active: which groups [G] train; the same on all processes.
+            batch: all of this process's rows, not packed.
+            active: whether each group [G] is active; the same on all processes.
 
         Raises:
-            ValueError: a row is of another run than its place says.
+            ValueError: the run of a row is not the one its position implies.
         """
         rows = len(batch["encoder_task_ids"])
         whole = rows * self.shards // self.local_shards
         owners = self.owners(whole)
-        mine = slice(self.first_shard, self.first_shard + self.local_shards)
-        found = batch["encoder_task_ids"][:, 0]
-        if (found != owners[mine].ravel()).any():
+        own_blocks = slice(self.first_shard, self.first_shard + self.local_shards)
+        task_ids = batch["encoder_task_ids"][:, 0]
+        if (task_ids != owners[own_blocks].ravel()).any():
             raise ValueError(
-                "Rows of a batch are not in the order of run_names, so those of runs that have "
-                "ended cannot be told by their place; give sampling.EqualQuotas the runs in the "
-                "order of run_names."
+                "Rows of a batch are not in the order of run_names, so rows of finished runs "
+                "cannot be identified by position. Give sampling.EqualQuotas the runs in the order "
+                "of run_names."
             )
-        trains = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
-        needed = trains.sum(axis=1).max()
+        is_active = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
+        needed = is_active.sum(axis=1).max()
         capacity = min(size for size in self.capacities(whole) if size >= needed)
         if capacity == owners.shape[1]:
             return dict(batch)
         blocks = [
-            _filled(owners[shard], trains[shard], (shard - self.first_shard), capacity)
-            for shard in range(mine.start, mine.stop)
+            _compacted(owners[shard], is_active[shard], (shard - self.first_shard), capacity)
+            for shard in range(own_blocks.start, own_blocks.stop)
         ]
-        chosen, empty, names = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-        packed = {name: value[chosen] for name, value in batch.items()}
+        indices, empty, names = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        packed = {name: value[indices] for name, value in batch.items()}
         for name, value in packed.items():
             value[empty] = names[empty, None] if name in _TASK_IDS else 0
         return packed
@@ -105,12 +105,13 @@ class RowCompactor:
 _TASK_IDS = ("encoder_task_ids", "decoder_task_ids")
 
 
-def _filled(
-    owners: np.ndarray, trains: np.ndarray, block: int, capacity: int
+def _compacted(
+    owners: np.ndarray, is_active: np.ndarray, block: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each of a block's places: which of the process's rows, whether none, and whose."""
-    kept = np.flatnonzero(trains)
+    """Returns, for each row of a compacted block: its index among the process's rows, whether it
+    is padding, and its bank row."""
+    kept = np.flatnonzero(is_active)
     missing = capacity - len(kept)
-    places = np.concatenate([kept, np.full(missing, kept[0] if len(kept) else 0)])
+    indices = np.concatenate([kept, np.full(missing, kept[0] if len(kept) else 0)])
     empty = np.arange(capacity) >= len(kept)
-    return block * len(owners) + places, empty, owners[places]
+    return block * len(owners) + indices, empty, owners[indices]

@@ -1,4 +1,4 @@
-"""optax transformations that step every row of a parameter as if it were alone."""
+"""optax transformations that step every row of a parameter as if it were the only one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mpt_jax.core.shapes import Array, Bool, Float, Int, Params
 from mpt_jax.core.tree import flatten, path_name
 from mpt_jax.training.schedules import PerGroup, per_group
 
-# Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.rows_of`).
-# Parameters not named (the backbone's own, say) have no rows.
+# Path name -> what a parameter's rows count, 'groups' or 'tasks' (`prompts.base.row_axes`).
+# Parameters without an entry (the backbone's, for example) have no rows.
 Rows = Mapping[str, str]
 
 
 def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
-    """The group of each row of a parameter; None where it has no rows.
+    """Returns the group of each row of a parameter, or None if it has no rows.
 
     Args:
         name: the parameter's path (`prompt/shared`).
-        rows: what rows count; `PromptedEncoderDecoder.rows`.
+        rows: what rows count; see `PromptedEncoderDecoder.rows`.
         runs: the bank's rows.
 
     Raises:
-        ValueError: a parameter without rows, shared by all, in a job of several groups.
+        ValueError: the parameter has no rows, but the job has several groups.
     """
     if rows.get(name) == "groups":
         return tuple(range(runs.num_groups))
@@ -37,14 +37,14 @@ def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
         return runs.group_of_row
     if runs.num_groups > 1:
         raise ValueError(
-            f"The parameter {name!r} has no rows of groups or tasks, so {runs.num_groups} "
-            "independent runs cannot train it in one job; run them one by one."
+            f"The parameter {name!r} is shared by all runs, so {runs.num_groups} independent runs "
+            "cannot train it in one job. Run them in separate jobs."
         )
     return None
 
 
 class RowState(NamedTuple):
-    """The inner state of every row, stacked, and how many steps each row has taken."""
+    """The stacked inner states of all rows, and the number of steps each row has taken."""
 
     inner: Any
     steps: Int[Array, " n"]
@@ -56,16 +56,16 @@ def by_row(
     groups: tuple[int, ...] | None,
     hold: bool,
 ) -> optax.GradientTransformation:
-    """Applies a transformation to each row as if it were alone, then the learning rate.
+    """Applies a transformation and a learning rate to each row as if it were the only one.
 
     Args:
-        inner: what one row undergoes, before its learning rate.
+        inner: the transformation of one row, before its learning rate.
         schedule: (step [n], group [n]) -> learning rate [n].
         groups: the group of each of n rows, or None for parameters without a row axis.
-        hold: leaves rows whose gradients are all exactly zero untouched.
+        hold: leaves rows unchanged if all their gradients are exactly zero.
     """
     if groups is None:
-        # The one row there is: nothing to stack, and it is in every batch.
+        # Like a single row that is in every batch: nothing to stack or to hold.
         return optax.chain(inner, optax.scale_by_learning_rate(schedule))
     rows = np.asarray(groups)
 
@@ -89,7 +89,7 @@ def by_row(
 
 
 def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
-    """The norm [G] of each group's gradient over all its parameters."""
+    """Returns the norm [G] of each group's gradient over all its parameters."""
     squares = jnp.zeros(runs.num_groups, jnp.float32)
     for name, grad in flatten(grads).items():
         groups = row_groups(name, rows, runs)
@@ -104,7 +104,7 @@ def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
 def clip_by_group_norm(
     max_norm: PerGroup | None, rows: Rows, runs: Runs
 ) -> optax.GradientTransformation:
-    """Scales a group's gradients down to a largest norm; groups never see each other's."""
+    """Scales each group's gradient down to a maximum norm, independently of other groups."""
     if max_norm is None:
         return optax.identity()
 
@@ -126,11 +126,11 @@ def clip_by_group_norm(
 def _pick_rows(
     stepped: Bool[Array, " G"], groups: tuple[int, ...] | None, new: Array, old: Array
 ) -> Array:
-    """The rows of `new` whose group is stepped, those of `old` for the others."""
+    """Returns the rows of `new` for groups that took the step, and those of `old` for others."""
     rows = stepped[0] if groups is None else _rows(stepped[np.asarray(groups)], new)
     return jnp.where(rows, new, old)
 
 
 def _rows(values: Array, like: Array) -> Array:
-    """Values [n] shaped to multiply or select the rows of an array [n, ...]."""
+    """Reshapes values [n] so that they broadcast over the rows of an array [n, ...]."""
     return values.reshape(values.shape + (1,) * (like.ndim - 1))

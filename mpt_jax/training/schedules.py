@@ -1,4 +1,4 @@
-"""Learning-rate schedules, with one setting for all groups or one for each."""
+"""Learning-rate schedules, with one setting for all groups or one per group."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DECAYS = ("linear", "cosine", "constant", "rsqrt")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate over steps: linear warmup to `peak`, then a decay. All fields but `decay`
-    take one number, or one for each group.
+    """Learning rate by step: linear warmup to `peak`, then a decay. All fields except `decay`
+    take one number, or one per group.
 
     Attributes:
         peak: the highest learning rate.
-        total_steps: where a linear or cosine decay ends; needed for those.
-        warmup_steps: length of the warmup; its first step has learning rate zero.
-        warmup_fraction: the same as a fraction of total_steps; give one of the two.
+        total_steps: step at which a linear or cosine decay ends; required for those.
+        warmup_steps: length of the warmup, whose first step has learning rate zero.
+        warmup_fraction: the same as a fraction of total_steps; excludes `warmup_steps`.
         decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
             warmup (T5's pretraining), or `'constant'`.
     """
@@ -43,15 +43,18 @@ class Schedule:
         if needs_total and self.total_steps is None:
             raise ValueError(
                 f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
-                "total_steps."
+                "total_steps. Set Schedule.total_steps."
             )
         if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
-            raise ValueError("Give warmup_steps or warmup_fraction, not both.")
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
+                "exclude each other. Set only one of the two."
+            )
 
     def __call__(
         self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
     ) -> Float[Array, "..."]:
-        """The learning rate of a step (counted from 0) in a group."""
+        """Returns the learning rate of a step (counted from 0) in a group."""
         pick = lambda value: per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
         step = jnp.asarray(step, jnp.float32)
         total = pick(1.0 if self.total_steps is None else self.total_steps)
@@ -70,4 +73,5 @@ class Schedule:
 
 
 def per_group(value: PerGroup) -> Array:
+    """Returns a setting as a float32 array: [1] for all groups, or [G]."""
     return jnp.atleast_1d(jnp.asarray(value, jnp.float32))

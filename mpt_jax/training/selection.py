@@ -1,9 +1,9 @@
-"""Selection of each run's best step, and early stopping: actions after an evaluation.
+"""Selection of each run's best step, and early stopping, as an action after an evaluation.
 
-Each group of a job has its own best step and its own patience. best_steps.py keeps the parameters
+Each group of a job has its own best step and its own patience. best_steps.py stores the parameters
 of that step in MODEL_DIR/best; they become the artifact at the end. Everything is keyed by step, so
-repeating an evaluation after a resume changes nothing, and evaluations after the step that a job
-resumes from are forgotten.
+repeating an evaluation after a resume changes nothing. Evaluations after the step that a job
+resumes from are discarded.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ from mpt_jax.training.partitioning import to_host
 from mpt_jax.training.row_transforms import row_groups
 from mpt_jax.training.state import trainable_labels
 
-# Gin files name all actions by this module.
+# Gin files import all actions from this module.
 __all__ = ["Action", "EarlyStoppingAction", "Scores", "SelectBest", "TerminateOnNanAction"]
 
 
 @dataclasses.dataclass
 class SelectBest:
-    """Keeps each group's best parameters, and says which groups improve no more.
+    """Keeps each group's best parameters, and reports groups that have stopped improving.
 
-    A group's score is the mean of its runs' metric. The earlier of two equal steps is the best. A
-    group that is over, has failed, or was evaluated after its last step is looked at no more.
+    A group's score is the mean of its runs' metric. Of two equal scores the earlier step is the
+    best. A group is not scored after it has run out of patience, has failed, or has been evaluated
+    at the end of its training.
 
     Attributes:
         model: the model being trained.
-        model_dir: MODEL_DIR; the best parameters lie in its folder `best`.
-        metric: the name of the metric, or task name -> metric; None takes the first metric of
+        model_dir: MODEL_DIR; the best parameters are in its folder `best`.
+        metric: the name of the metric, or task name -> metric; None uses the first metric of
             each task.
         mode: `'max'` or `'min'`.
-        patience: a group is over after this many evaluations without an improvement of its own;
-            one number, or one for each group. None: never.
-        min_evaluations: not before this many evaluations of it.
+        patience: number of evaluations without improvement after which a group stops; one number,
+            or one per group. None: groups never stop.
+        min_evaluations: number of evaluations before which a group does not stop.
     """
 
     model: PromptedEncoderDecoder
@@ -69,21 +70,21 @@ class SelectBest:
         if np.ndim(self.patience or 1) and len(self.patience) != groups:  # pyright: ignore
             raise ValueError(
                 f"SelectBest.patience has {len(self.patience)} entries, but there are {groups} "  # pyright: ignore
-                "groups; give one number or one for each group."
+                "groups. Give one number, or one per group."
             )
         self._kept = BestSteps(self.model_dir)
         self._resumed = False
-        # Step -> score of each group; None where it was not looked at.
+        # Step -> score of each group; None if it was not scored.
         self.history: dict[int, list[float | None]] = {}
         self.best_step = [-1] * self.model.runs.num_groups
         self.scores: dict[str, dict[str, float]] = {}  # of each run, at its group's best step
         self.trainable: dict[str, Any] | None = None
 
     def resume(self, step: int) -> None:
-        """Reads what was kept up to a step; called once, before the first evaluation.
+        """Reads the record up to a step. Called once, before the first evaluation.
 
         Raises:
-            ValueError: the folder belongs to other runs, or is damaged.
+            ValueError: the folder is of other runs, or is corrupt.
         """
         self._resumed = True
         if step == 0 or not self._kept.exists():
@@ -91,14 +92,16 @@ class SelectBest:
         record, trainable = self._kept.read()
         if record["run_names"] != list(self.model.runs.run_names):
             raise ValueError(
-                f"{self._kept.folder} keeps the best of the runs {record['run_names']}, and these "
-                f"are {list(self.model.runs.run_names)}. Choose another MODEL_DIR."
+                f"{self._kept.folder} has the best steps of the runs {record['run_names']}, but "
+                f"this job has the runs {list(self.model.runs.run_names)}. Choose another "
+                "MODEL_DIR."
             )
         lost = [best > step for best in record["best_step"]]
         if any(lost):
-            # The parameters of an earlier best step were overwritten by these.
+            # These parameters have overwritten those of any earlier best step.
             logging.warning(
-                "%s keeps parameters of step %d; the run goes on from step %d and selects anew.",
+                "%s has parameters of step %d, but the run resumes from step %d. Selection starts "
+                "over.",
                 self._kept.folder,
                 max(record["best_step"]),
                 step,
@@ -106,25 +109,27 @@ class SelectBest:
         if all(lost):
             return
         self.history = {
-            int(found): [None if gone else s for gone, s in zip(lost, scores, strict=True)]
-            for found, scores in record["history"].items()
-            if int(found) <= step
+            int(at_step): [None if is_lost else s for is_lost, s in zip(lost, scores, strict=True)]
+            for at_step, scores in record["history"].items()
+            if int(at_step) <= step
         }
         self.best_step = [
-            -1 if gone else best for gone, best in zip(lost, record["best_step"], strict=True)
+            -1 if is_lost else best for is_lost, best in zip(lost, record["best_step"], strict=True)
         ]
         runs = self.model.runs
-        gone = {
+        lost_runs = {
             run for group in np.flatnonzero(lost).tolist() for run in runs.names_of_group(group)
         }
-        self.scores = {run: found for run, found in record["scores"].items() if run not in gone}
+        self.scores = {
+            run: metrics for run, metrics in record["scores"].items() if run not in lost_runs
+        }
         self.trainable = trainable
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Records an evaluation; True once the patience with every group is over."""
+        """Records an evaluation. Returns True once every group has run out of patience."""
         step = int(train_state.step)
         if not self._resumed:
-            self.resume(step)  # under T5X, which does not call it
+            self.resume(step)  # T5X does not call `resume`
         scores = self.group_scores(metrics_by_task, self._closed(train_state, step))
         self.history[step] = scores
         improved = [
@@ -156,10 +161,10 @@ class SelectBest:
     def group_scores(
         self, metrics_by_task: Scores, closed: Sequence[bool] = ()
     ) -> list[float | None]:
-        """Each group's score [G]; None for groups that are `closed`, whose scores are not read.
+        """Returns each group's score [G]; None for `closed` groups, whose scores are not read.
 
         Raises:
-            ValueError: a run was not evaluated, or has no such metric.
+            ValueError: a run was not evaluated, or does not have the metric.
         """
         runs = self.model.runs
         totals: list[list[float]] = [[] for _ in range(runs.num_groups)]
@@ -169,53 +174,53 @@ class SelectBest:
             if run not in metrics_by_task:
                 raise ValueError(
                     f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
-                    "were evaluated; evaluate every run (infer_eval) or leave SelectBest out."
+                    "were evaluated. Evaluate every run (infer_eval), or remove SelectBest."
                 )
-            found = metrics_by_task[run]
+            metrics = metrics_by_task[run]
             name = self.metric
             if isinstance(name, Mapping):
                 name = name[runs.task_names[row]]
             if name is None:
-                name = next(iter(found))
-            score = float(look_up(f"metric of {run}", name, found))
+                name = next(iter(metrics))
+            score = float(look_up(f"metric of {run}", name, metrics))
             totals[runs.group_of_row[row]].append(score)
         return [sum(scores) / len(scores) if scores else None for scores in totals]
 
     def best_group_scores(self) -> list[float]:
-        """Each group's best score [G]; NaN where it was not evaluated."""
+        """Returns each group's best score [G]; NaN if it was not evaluated."""
         return [self.best_score(group) for group in range(len(self.best_step))]
 
     def best_score(self, group: int) -> float:
-        """A group's best score; NaN where it was not evaluated."""
+        """Returns a group's best score; NaN if it was not evaluated."""
         step = self.best_step[group]
         score = self.history[step][group] if step >= 0 else None
         return math.nan if score is None else score
 
     @property
     def over(self) -> list[bool]:
-        """The groups [G] with which patience is at its end."""
+        """Whether each group [G] has run out of patience."""
         return self._over()
 
     def _over(self, before: int | float = math.inf) -> list[bool]:
-        """The same, by the evaluations of earlier steps alone."""
+        """Like `over`, from only the evaluations of earlier steps."""
         if self.patience is None:
             return [False] * len(self.best_step)
-        found = []
+        over = []
         patience = np.broadcast_to(self.patience, len(self.best_step)).tolist()
         for group, best in enumerate(self.best_step):
             seen = self._seen(group, before)
             waited = len([step for step in seen if step > best])
-            found.append(len(seen) >= self.min_evaluations and waited >= patience[group])
-        return found
+            over.append(len(seen) >= self.min_evaluations and waited >= patience[group])
+        return over
 
     def _seen(self, group: int, before: int | float = math.inf) -> list[int]:
-        """The steps at which a group was evaluated."""
-        found = self.history.items()
-        return [step for step, scores in found if scores[group] is not None and step < before]
+        """Returns the steps before `before` at which a group was scored."""
+        history = self.history.items()
+        return [step for step, scores in history if scores[group] is not None and step < before]
 
     def _closed(self, train_state: Any, step: int) -> list[bool]:
-        """Which groups an evaluation at a step has nothing to say about."""
-        over = self._over(before=step)  # one that is repeated counts as the first time
+        """Whether an evaluation at a step ignores each group [G]."""
+        over = self._over(before=step)  # so repeating an evaluation changes nothing
         ended = np.asarray(getattr(train_state, "ended", [-1] * len(over)))
         failed = np.asarray(getattr(train_state, "failed", [False] * len(over)))
         after = [
@@ -225,27 +230,27 @@ class SelectBest:
         return [bool(any(reasons)) for reasons in zip(over, failed, after, strict=True)]
 
     def _better(self, new: float, old: float | None) -> bool:
-        assert old is not None  # of the step that was the best so far
+        assert old is not None  # the best step has a score
         if math.isnan(old):
             return not math.isnan(new)
         return new > old if self.mode == "max" else new < old
 
     def _take(self, trainable: dict[str, Any], improved: list[bool]) -> dict[str, Any]:
-        """The rows of improved groups from `trainable`, all others from the best so far."""
+        """Takes the rows of improved groups from `trainable`, and others from the best so far."""
         if self.trainable is None or all(improved):
             return trainable
         old = flatten(self.trainable)
         leaves = {}
         for name, leaf in flatten(trainable).items():
             groups = row_groups(name, self.model.rows, self.model.runs)
-            assert groups is not None  # one group alone is either improved or not
+            assert groups is not None  # a single group returned above
             rows = np.asarray(improved)[np.asarray(groups)]
             leaves[name] = np.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, old[name])
         return unflatten(leaves)
 
 
 def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any]:
-    """What learns, in our train state or T5X's."""
+    """Returns the trainable parameters, from our train state or T5X's."""
     if hasattr(train_state, "trainable"):
         return train_state.trainable
     params = train_state.params

@@ -1,4 +1,4 @@
-"""The train state: what a step reads and writes, made or as shapes, and its parameter counts."""
+"""Train state, concrete or as shapes, and parameter counts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mpt_jax.training.partitioning import PjitPartitioner, put_like, shardings_l
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a step reads and writes.
+    """The state that a step reads and writes.
 
     Attributes:
-        step: how many steps were taken.
-        trainable: the parameters that learn, float32. Saved.
-        opt_state: the optimizer's state for them. Saved.
-        frozen: everything else, in the backbone's dtype. Loaded, never saved.
-        ended: int32 [G], the job's step at which a group left the training; -1 while it trains.
-            Not saved with the arrays: a checkpoint's meta has it as `Trainer.run_status`.
-        failed: bool [G], whether it left because a number was not finite. Kept in the same way.
+        step: number of steps taken.
+        trainable: the trainable parameters, float32. Saved.
+        opt_state: the optimizer state of the trainable parameters. Saved.
+        frozen: all other parameters, the backbone's in its dtype. Loaded, never saved.
+        ended: int32 [G], the job's step at which a group stopped training; -1 while it trains.
+            Not saved with the arrays: a checkpoint's meta has it, from `Trainer.run_status`.
+        failed: bool [G], whether a group stopped because a value was not finite. Saved likewise.
     """
 
-    step: Any  # an array; a tree of shapes or shardings has those
+    step: Any  # an array, or its shape or sharding
     trainable: dict[str, Any]
     opt_state: Any
     frozen: dict[str, Any]
@@ -44,9 +44,9 @@ class TrainState(flax.struct.PyTreeNode):
         return merge(self.trainable, self.frozen)
 
 
-@functools.lru_cache(maxsize=4)  # traces the whole network; a job asks twice
+@functools.lru_cache(maxsize=4)  # traces the whole network; a job calls it twice
 def param_shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
-    """The whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
+    """Returns the whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
     variables = jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))
     return flax.core.unfreeze(variables["params"]), variables["params_axes"]
 
@@ -57,29 +57,32 @@ def create_train_state(
     partitioner: PjitPartitioner,
     rows_by_run: bool = False,
 ) -> TrainState:
-    """The state of step 0, laid out over the mesh; for `rows_by_run` see `Trainer`."""
+    """Returns the state of step 0, sharded over the mesh. For `rows_by_run` see `Trainer`."""
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
     if not flatten(trainable):
-        raise ValueError("Nothing learns: every parameter is labeled 'frozen'.")
+        raise ValueError(
+            "No parameter is trainable: every one is labeled 'frozen'. Use a label table that "
+            "gives at least one parameter another label."
+        )
     shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
-    place = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
-    trainable = place(trainable)
-    opt_state = place(jax.jit(model.optimizer_def.init)(trainable))
-    everywhere = lambda x: jax.device_put(x, partitioner.replicated)  # noqa: E731
+    put = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
+    trainable = put(trainable)
+    opt_state = put(jax.jit(model.optimizer_def.init)(trainable))
+    replicate = lambda x: jax.device_put(x, partitioner.replicated)  # noqa: E731
     return TrainState(
-        step=everywhere(jnp.zeros((), jnp.int32)),
+        step=replicate(jnp.zeros((), jnp.int32)),
         trainable=trainable,
         opt_state=opt_state,
-        frozen=place(frozen),
-        ended=everywhere(jnp.full(model.runs.num_groups, -1, jnp.int32)),
-        failed=everywhere(jnp.zeros(model.runs.num_groups, bool)),
+        frozen=put(frozen),
+        ended=replicate(jnp.full(model.runs.num_groups, -1, jnp.int32)),
+        failed=replicate(jnp.zeros(model.runs.num_groups, bool)),
     )
 
 
 def abstract_train_state(
     model: PromptedEncoderDecoder, partitioner: PjitPartitioner, rows_by_run: bool = False
 ) -> TrainState:
-    """The state that `create` makes, as shapes on a mesh whose devices need not be here."""
+    """Returns the shapes of `create_train_state` on a mesh whose devices need not be attached."""
     tree, axes = param_shapes(model)
     dtypes = _dtypes(model, tree)
     shardings = _shardings(model, partitioner, tree, axes, rows_by_run)
@@ -92,8 +95,8 @@ def abstract_train_state(
     groups = (model.runs.num_groups,)
     ended, failed = shape(groups, jnp.int32), shape(groups, jnp.bool_)
     state = TrainState(shape((), jnp.int32), trainable, opt_state, frozen, ended, failed)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, state, shardings_like(state, shardings, partitioner.replicated))
+    shaped = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(shaped, state, shardings_like(state, shardings, partitioner.replicated))
 
 
 def _shardings(
@@ -103,22 +106,22 @@ def _shardings(
     axes: Params,
     rows_by_run: bool,
 ) -> dict[str, Any]:
-    found = partitioner.shardings(params, axes)
-    return partitioner.by_runs(found, model.rows, model.runs) if rows_by_run else found
+    shardings = partitioner.shardings(params, axes)
+    return partitioner.by_runs(shardings, model.rows, model.runs) if rows_by_run else shardings
 
 
 def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
-    """Every label of the tree but 'frozen'."""
+    """Returns every label of the tree except 'frozen'."""
     return set(flatten(model.label_tree(params)).values()) - {FROZEN}
 
 
 def num_params(params: Params) -> int:
-    """How many numbers a tree holds."""
+    """Returns the number of parameters in a tree."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in flatten(params).values())
 
 
 def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
-    """How many numbers of a tree learn: what is frozen does not, nor what counts steps."""
+    """Returns the number of trainable parameters, without frozen ones and step counters."""
     labels = flatten(model.label_tree(params))
     return sum(
         int(np.prod(np.shape(leaf)))
@@ -128,7 +131,7 @@ def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
 
 
 def _dtypes(model: PromptedEncoderDecoder, params: Params) -> dict[str, Any]:
-    """The dtype that each parameter trains or computes in, by name."""
+    """Returns the dtype that each parameter is trained or computed in, by name."""
     labels, dtype = flatten(model.label_tree(params)), model.module.config.dtype
     keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
     return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}

@@ -24,28 +24,28 @@ def gradients(
     dropout_rng: Key | None,
     num_microbatches: int = 1,
 ) -> tuple[Params, metrics.StepMetrics]:
-    """The gradient of the objective over a whole batch, and the step's metrics.
+    """Returns the gradient of the objective over a whole batch, and the step's metrics.
 
     Args:
         model: backbone, prompt and objective.
-        trainable: what is differentiated.
-        frozen: the other parameters.
+        trainable: the parameters to differentiate.
+        frozen: all other parameters.
         batch: the whole batch; its rows must divide into the microbatches.
-        dropout_rng: None switches dropout off.
-        num_microbatches: into how many parts rows are cut, to save memory.
+        dropout_rng: None disables dropout.
+        num_microbatches: number of parts the rows are split into, to save memory.
     """
-    weights = model.loss_normalizers(batch)
+    normalizers = model.loss_normalizers(batch)
 
     def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
         params = merge(trainable, frozen)
-        # Prompts that are drawn at random are those of the step, whatever part of it this is.
-        sums, found = model.loss_sums(params, part, rng, prompt_rng=dropout_rng)
-        return losses.total_loss(model.objective, sums, weights)[0], (sums, found)
+        # All microbatches of a step use the same randomly drawn prompts.
+        sums, step_metrics = model.loss_sums(params, part, rng, prompt_rng=dropout_rng)
+        return losses.total_loss(model.objective, sums, normalizers)[0], (sums, step_metrics)
 
     differentiate = jax.grad(objective, has_aux=True)
     if num_microbatches == 1:
-        grads, (sums, found) = differentiate(trainable, batch, dropout_rng)
-        return grads, {**found, **metrics.term_metrics(sums, weights)}
+        grads, (sums, step_metrics) = differentiate(trainable, batch, dropout_rng)
+        return grads, {**step_metrics, **metrics.term_metrics(sums, normalizers)}
 
     def body(total: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, part[1])
@@ -55,8 +55,9 @@ def gradients(
     first = jax.tree.map(lambda x: x[0], parts)
     start = jax.eval_shape(differentiate, trainable, first, dropout_rng)
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
-    (grads, (sums, found)), _ = jax.lax.scan(body, start, (parts, jnp.arange(num_microbatches)))
-    return grads, {**found, **metrics.term_metrics(sums, weights)}
+    inputs = (parts, jnp.arange(num_microbatches))
+    (grads, (sums, step_metrics)), _ = jax.lax.scan(body, start, inputs)
+    return grads, {**step_metrics, **metrics.term_metrics(sums, normalizers)}
 
 
 def train_step(
@@ -66,29 +67,29 @@ def train_step(
     batch: Batch,
     rng: Key,
 ) -> tuple[TrainState, metrics.StepMetrics]:
-    """One step: gradients, clipping and update by group, metrics of the groups that took it.
+    """Takes one step: gradients, clipping and update by group, metrics of groups that took it.
 
-    Groups that have ended keep every bit of what they learned.
+    The parameters of groups that have ended do not change by a bit.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         num_microbatches: see `gradients`.
-        state: before the step.
+        state: the state before the step.
         batch: a global batch.
         rng: the run's key; dropout and prompts drawn at random are functions of it and the step.
     """
     is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
     dropout_rng = jax.random.fold_in(rng, state.step) if is_random else None
-    batch = _padding_of_its_row(batch)
-    grads, found = gradients(
+    batch = _fill_padding_ids(batch)
+    grads, step_metrics = gradients(
         model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches
     )
     norms = gradient_norms(grads, model.rows, model.runs)
-    found["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))
+    step_metrics["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))
     updates, opt_state = model.optimizer_def.update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
     active = state.ended < 0
-    stepped = active & _finite(model, norms, found, trainable)
+    stepped = active & _finite(model, norms, step_metrics, trainable)
     trainable, opt_state = model.optimizer_def.select(
         stepped, (trainable, opt_state), (state.trainable, state.opt_state)
     )
@@ -104,46 +105,52 @@ def train_step(
         ended=jnp.where(taken, ended, state.ended),
         failed=jnp.where(taken, failed, state.failed),
     )
-    return new, metrics.mask_groups(found, stepped, model.runs)
+    return new, metrics.mask_groups(step_metrics, stepped, model.runs)
 
 
 def eval_step(
     model: PromptedEncoderDecoder, params: Params, batch: Batch, failed: Bool[Array, " G"]
 ) -> metrics.StepMetrics:
-    """The objective's terms and each run's loss over a batch, without dropout, of the groups that
-    have not failed."""
-    batch = _padding_of_its_row(batch)
-    sums, found = model.loss_sums(params, batch)
-    found |= metrics.term_metrics(sums, model.loss_normalizers(batch))
-    return metrics.mask_groups(found, ~failed, model.runs)
+    """Returns the objective's terms and each run's loss over a batch, without dropout, for the
+    groups that have not failed."""
+    batch = _fill_padding_ids(batch)
+    sums, step_metrics = model.loss_sums(params, batch)
+    step_metrics |= metrics.term_metrics(sums, model.loss_normalizers(batch))
+    return metrics.mask_groups(step_metrics, ~failed, model.runs)
 
 
 def _interleave(x: Array, parts: int) -> Array:
-    """[B, ...] -> [parts, B / parts, ...]; part i takes rows i, i + parts, ..., so that each part
+    """Splits [B, ...] into [parts, B / parts, ...]. Part i has rows i, i + parts, ..., so each part
     is spread over all devices as the batch is."""
     if x.shape[0] % parts:
-        raise ValueError(f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches.")
+        raise ValueError(
+            f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches. Set "
+            "num_microbatches to a divisor of the batch size."
+        )
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _padding_of_its_row(batch: Batch) -> Batch:
-    """An unpacked batch whose padding names the run of its row, where the contract says 0.
+def _fill_padding_ids(batch: Batch) -> Batch:
+    """Replaces the task id 0 at the padding of an unpacked batch by the id of its row.
 
-    Padding has no weight, but zero times NaN is NaN: a run that fails would take bank row 0 along.
+    Padding has no weight, but zero times NaN is NaN: a run that fails would make bank row 0 fail.
     """
     if "encoder_segment_ids" in batch:
         return batch
-    own = batch["encoder_task_ids"][:, :1]
+    row_ids = batch["encoder_task_ids"][:, :1]
     names = ("encoder_task_ids", "decoder_task_ids")
-    return {**batch, **{name: jnp.broadcast_to(own, batch[name].shape) for name in names}}
+    return {**batch, **{name: jnp.broadcast_to(row_ids, batch[name].shape) for name in names}}
 
 
 def _finite(
-    model: PromptedEncoderDecoder, norms: Array, found: metrics.StepMetrics, trainable: Params
+    model: PromptedEncoderDecoder,
+    norms: Array,
+    step_metrics: metrics.StepMetrics,
+    trainable: Params,
 ) -> Bool[Array, " G"]:
-    """Whether all numbers of each group's step are finite: losses, gradient, new parameters."""
+    """Whether each group's losses, gradient and new parameters are all finite."""
     finite = jnp.isfinite(norms)
-    for name, metric in found.items():
+    for name, metric in step_metrics.items():
         if name.startswith("term/"):
             finite &= jnp.isfinite(metric.sum)
     for name, leaf in flatten(trainable).items():

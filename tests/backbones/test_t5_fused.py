@@ -1,4 +1,4 @@
-"""Attention by kernels gives the numbers of attention by plain operations, gradients included.
+"""Fused attention against attention by plain operations, including gradients.
 
 The kernels run interpreted here; `tests/plan/test_plan.py` compiles them for TPUs.
 """
@@ -76,19 +76,19 @@ def close(ours, theirs) -> None:
         pytest.param(True, {"relative_bias_per_layer": True}, marks=pytest.mark.slow),
     ],
 )
-def test_kernels_and_plain_operations_agree(fields, packed):
+def test_fused_attention_matches_plain_operations(fields, packed):
     plain, kernels = make(False, **fields), make(True, **fields)
     x, mask, targets, _, _ = inputs(packed)
     params = jax.jit(plain.init)(jax.random.key(0), x, mask, targets)["params"]
     same = jax.jit(kernels.init)(jax.random.key(0), x, mask, targets)["params"]
     jax.tree.map(np.testing.assert_array_equal, same, params)
-    # Gradients of the input are what prompts learn from; those of weights, relative positions
-    # among them, are full fine-tuning's.
+    # Prompts are trained by gradients of the input. Full fine-tuning needs those of the weights,
+    # including relative positions.
     expected = gradients(plain, (1, 2))(params, x, packed)
     found = gradients(kernels, (1, 2))(params, x, packed)
     close(found[0], expected[0])
     close({"x": found[1]}, {"x": expected[1]})
-    # Nothing but the input learns: the backward pass is the kernel's own.
+    # If only the input is trainable, the backward pass is the kernel's own.
     only = gradients(kernels, 2)(params, x, packed)
     close({"x": only}, {"x": expected[1]})
 
@@ -98,7 +98,7 @@ def test_kernels_and_plain_operations_agree(fields, packed):
     "model_axis",
     [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
 )
-def test_a_mesh_of_examples_and_heads_changes_no_number(model_axis):
+def test_fused_attention_on_mesh_matches_plain_operations(model_axis):
     plain, kernels = make(False), make(True)
     x, mask, targets, _, _ = inputs(False)
     params = jax.jit(plain.init)(jax.random.key(0), x, mask, targets)["params"]
@@ -113,7 +113,7 @@ def test_a_mesh_of_examples_and_heads_changes_no_number(model_axis):
     close({"x": found[1]}, {"x": expected[1]})
 
 
-def test_the_cache_dropout_and_biases_stay_with_plain_operations():
+def test_fused_attention_not_used_with_dropout_or_biases():
     x, mask, targets, _, _ = inputs(False)
     for fields, more in (({"dropout_rate": 0.1}, {"deterministic": False}), ({"biases": True}, {})):
         model = make(True, **fields)
@@ -133,7 +133,7 @@ def kernels_of(targets: int) -> set[str]:
     return set(re.findall(r"_?(\w+)_forward_kernel", text))
 
 
-def test_long_rows_and_long_targets_stay_with_plain_operations():
+def test_fused_attention_not_used_for_long_rows_or_targets():
     assert fused.self_attention_fits(1024)
     assert not fused.self_attention_fits(1025)
     assert fused.over_memory_fits(12 * 16, 356, 768, 2)  # T5-base
@@ -144,7 +144,7 @@ def test_long_rows_and_long_targets_stay_with_plain_operations():
 
 
 @pytest.mark.parametrize(("number", "width", "length"), [(12, 64, 356), (8, 64, 228), (3, 8, 5)])
-def test_heads_come_out_of_a_joint_projection_as_they_went_in(number, width, length):
+def test_heads_join_and_part_round_trip(number, width, length):
     heads = fused.Heads.of(number, width, length)
     assert number % heads.in_block == 0
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Single layers against plain loops."""
+"""Single layers against plain loops and textbook formulas."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ def slow_bucket(distance: int, bidirectional: bool, buckets: int, farthest: int)
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20)])
-def test_distances_fall_into_the_paper_s_buckets(bidirectional, buckets, farthest):
+def test_distance_buckets_match_t5_paper(bidirectional, buckets, farthest):
     found = layers.distance_buckets(200, bidirectional, buckets, farthest)
     expected = [slow_bucket(d, bidirectional, buckets, farthest) for d in range(-199, 200)]
     np.testing.assert_array_equal(found, expected)
@@ -41,7 +41,7 @@ def test_distances_fall_into_the_paper_s_buckets(bidirectional, buckets, farthes
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 4), (1, 6), (3, 7), (5, 2)])
-def test_toeplitz_puts_equal_values_on_diagonals(rows, columns):
+def test_toeplitz_repeats_values_along_diagonals(rows, columns):
     values = np.random.default_rng(0).normal(size=(2, rows + columns - 1)).astype(np.float32)
     found = layers.toeplitz(jnp.asarray(values), rows)
     expected = [[values[:, k - q + rows - 1] for k in range(columns)] for q in range(rows)]
@@ -49,7 +49,7 @@ def test_toeplitz_puts_equal_values_on_diagonals(rows, columns):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_relative_bias_looks_up_every_pair(bidirectional):
+def test_relative_position_bias_matches_table_lookup(bidirectional):
     config = T5Config(vocab_size=4, num_heads=3)
     module = layers.RelativePositionBias(config, bidirectional)
     variables = module.init(jax.random.key(0), 9, 9)
@@ -64,7 +64,7 @@ def test_relative_bias_looks_up_every_pair(bidirectional):
     np.testing.assert_array_equal(late, whole[:, :, 5:7])
 
 
-def test_layer_norm_divides_by_the_root_mean_square():
+def test_layer_norm_divides_by_root_mean_square():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)) * 7, jnp.float32)
     scale = jnp.linspace(0.5, 2, 8)
     found = layers.LayerNorm(T5Config(vocab_size=4)).apply({"params": {"scale": scale}}, x)
@@ -74,7 +74,7 @@ def test_layer_norm_divides_by_the_root_mean_square():
     np.testing.assert_allclose(found, expected * np.asarray(scale), rtol=1e-5)
 
 
-def test_attention_equals_a_loop_over_heads():
+def test_attention_matches_loop_over_heads():
     config = T5Config(vocab_size=4, emb_dim=6, num_heads=3, head_dim=2)
     rng = np.random.default_rng(0)
     x, memory = (jnp.asarray(rng.normal(size=(2, n, 6)), jnp.float32) for n in (4, 5))
@@ -107,11 +107,11 @@ def slow_softmax(scores, bias, mask):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_softmax_and_its_backward_pass_are_the_textbook_s(with_bias):
+def test_masked_softmax_value_and_gradient_match_textbook(with_bias):
     rng = np.random.default_rng(0)
     scores, weights = (jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.float32) for _ in range(2))
     bias = jnp.asarray(rng.normal(size=(1, 3, 4, 5)), jnp.float32) if with_bias else None
-    mask = jnp.asarray(rng.random((2, 1, 1, 5)) < 0.7).at[0].set(False)  # a row of padding alone
+    mask = jnp.asarray(rng.random((2, 1, 1, 5)) < 0.7).at[0].set(False)  # a row of only padding
 
     def run(softmax, scores, bias):
         return jnp.sum(weights * softmax(scores, bias, mask))
@@ -127,7 +127,7 @@ def test_softmax_and_its_backward_pass_are_the_textbook_s(with_bias):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_norm_s_backward_pass_is_the_textbook_s(dtype):
+def test_rms_norm_gradient_matches_textbook(dtype):
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=(2, 3, 8)), dtype) for _ in range(2))
     scale = jnp.linspace(0.5, 2, 8)

@@ -1,4 +1,4 @@
-"""Activations follow T5X's logical axes over a mesh of data and model, and nothing changes."""
+"""Activations on a mesh follow T5X's logical axes, with the same results."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ RULES = (
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_a_mesh_changes_no_number(scan_layers):
+def test_transformer_on_mesh_matches_one_device(scan_layers):
     config = T5Config(
         vocab_size=32,
         emb_dim=16,
@@ -76,7 +76,7 @@ def test_a_mesh_changes_no_number(scan_layers):
         lowered = jax.jit(step).lower(placed, *data)
         compiled = lowered.compile()
         found = compiled(placed, *data)
-    # Each device has 2 of 4 examples and 2 of 4 heads, because the network says so.
+    # Each device has 2 of 4 examples and 2 of 4 heads, from the network's constraints.
     assert "sharding_constraint" in lowered.as_text()
     assert "2,2,6,4" in compiled.as_text() or "2,6,2,4" in compiled.as_text()
     for name, leaf in flatten(expected).items():

@@ -50,7 +50,7 @@ def batch(seed: int = 0, lengths=(11, 7, 1), targets: int = 5):
 
 
 @pytest.mark.parametrize("version", ["t5_1_0", "t5_1_1"])
-def test_the_tree_is_t5x_s_in_names_shapes_and_logical_axes(version):
+def test_transformer_tree_matches_t5x_names_shapes_and_axes(version):
     fields = GOLDEN[version]["config"]
     config = T5Config(**{**fields, "mlp_activations": tuple(fields["mlp_activations"])})
     tokens = jnp.ones((1, 2), jnp.int32)
@@ -92,15 +92,15 @@ TOTALS = {
 }
 
 
-# Layers in a loop are traced once; those apart, which have the same parameters, one by one.
+# Scanned layers are traced once; separate layers, with the same parameters, one by one.
 @pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TOTALS)
-def test_published_sizes_have_the_published_numbers_of_parameters(name, scan_layers):
+def test_t5_config_published_sizes_have_published_param_counts(name, scan_layers):
     shapes = parameter_shapes(t5_config(name, scan_layers=scan_layers))
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == TOTALS[name]
 
 
-def test_configurations_refuse_what_t5_cannot_do():
+def test_t5_config_unsupported_values_error():
     with pytest.raises(ValueError, match="overflow"):
         tiny(dtype="float16")
     with pytest.raises(ValueError, match="float64"):
@@ -114,7 +114,7 @@ def test_configurations_refuse_what_t5_cannot_do():
 
 
 @pytest.mark.parametrize("version", [T5_1_0, T5_1_1])
-def test_padding_changes_nothing(version):
+def test_transformer_padding_does_not_change_logits(version):
     config = tiny(**version)
     params, (tokens, mask, decoder) = random_params(config), batch()
     together = apply(config, params, tokens, mask, decoder)
@@ -124,7 +124,7 @@ def test_padding_changes_nothing(version):
         np.testing.assert_allclose(together[one], alone, atol=2e-5)
 
 
-def test_embeddings_are_as_good_as_tokens():
+def test_encode_embeddings_match_tokens():
     config = tiny()
     params, (tokens, mask, decoder) = random_params(config), batch()
     embedded = apply(config, params, tokens, method="embed")
@@ -136,8 +136,8 @@ def test_embeddings_are_as_good_as_tokens():
     )
 
 
-def test_packed_rows_equal_their_examples():
-    """Two examples in one row see themselves only; logits and input gradients agree to 2e-5."""
+def test_transformer_packed_rows_match_separate_examples():
+    """Two examples in one row do not attend to each other; logits and gradients agree to 2e-5."""
     config = tiny()
     params, model = random_params(config), Transformer(config)
     rng = np.random.default_rng(1)
@@ -173,7 +173,7 @@ def test_packed_rows_equal_their_examples():
 
 
 @pytest.mark.parametrize("version", [T5_1_0, T5_1_1])
-def test_cached_steps_give_the_logits_of_the_whole_sequence(version):
+def test_decode_cached_steps_match_whole_sequence(version):
     config = tiny(**version)
     params, (tokens, mask, decoder) = random_params(config), batch(targets=6)
     encoded = apply(config, params, tokens, mask, method="encode")
@@ -202,7 +202,7 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(version):
     assert cache["cache"]["decoder"]["cache_index"] == 6
 
 
-def test_decoding_refuses_packed_rows_and_an_unknown_length():
+def test_decode_packed_rows_or_missing_length_error():
     config = tiny()
     params, (_, mask, decoder) = random_params(config), batch()
     data = (params, jnp.zeros((3, 11, 16)), mask, decoder)
@@ -214,7 +214,7 @@ def test_decoding_refuses_packed_rows_and_an_unknown_length():
         apply(config, *data, **settings)
 
 
-def test_hidden_states_begin_with_the_embeddings_and_end_with_the_output():
+def test_hidden_states_start_at_embeddings_and_end_at_output():
     config = tiny(num_encoder_layers=3)
     params, (tokens, mask, decoder) = random_params(config), batch()
     encoded, hidden = apply(config, params, tokens, mask, return_hidden=True, method="encode")
@@ -230,7 +230,7 @@ def test_hidden_states_begin_with_the_embeddings_and_end_with_the_output():
     np.testing.assert_allclose(np.asarray(hidden[-1]) @ kernel, logits, atol=1e-5)
 
 
-def test_dropout_acts_in_training_only_and_follows_its_key():
+def test_dropout_only_in_training_and_depends_on_key():
     config = tiny(dropout_rate=0.3)
     params, data = random_params(config), batch()
 
@@ -246,7 +246,7 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
     assert not np.allclose(call(0, False), call(0, True))
 
 
-def test_biases_are_added_everywhere_and_change_nothing_while_zero():
+def test_biases_zero_values_do_not_change_logits():
     config = tiny(biases=True)
     plain, biased = flatten(random_params(tiny())), flatten(random_params(config))
     added = set(biased) - set(plain)
@@ -263,18 +263,18 @@ def test_biases_are_added_everywhere_and_change_nothing_while_zero():
     )
 
 
-def test_every_bias_but_the_keys_is_trained():
+def test_biases_all_except_keys_have_gradients():
     config = tiny(biases=True)
     params, data = random_params(config), batch()
     loss = lambda params: Transformer(config).apply({"params": params}, *data).var()  # noqa: E731
     slopes = flatten(jax.jit(jax.grad(loss))(params))
     biases = [name for name in slopes if name.endswith("/bias")]
     idle = {name for name in biases if not np.any(np.abs(slopes[name]) > 1e-6)}
-    # A bias of the keys moves all scores of a query alike, and the softmax does not see it.
+    # A key bias shifts all scores of a query equally, so softmax does not depend on it.
     assert idle == {name for name in biases if "/key/" in name}
 
 
-def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
+def test_bfloat16_model_returns_float32_logits():
     config = tiny(dtype="bfloat16")
     params, data = random_params(config), batch()
     assert apply(config, params, *data[:2], method="encode").dtype == jnp.bfloat16
@@ -287,7 +287,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     assert np.std(apply(config, halved, *data) - exact) / np.std(exact) < 0.1
 
 
-def test_initial_weights_have_t5x_s_scale():
+def test_initial_weights_match_t5x_scale():
     config = tiny(emb_dim=64, num_heads=8, head_dim=16, mlp_dim=96, vocab_size=500)
     tokens = jnp.ones((1, 2), jnp.int32)
     init = jax.jit(lambda key: Transformer(config).init(key, tokens, tokens > 0, tokens)["params"])

@@ -1,4 +1,4 @@
-"""Stacked layers and recomputation: the same numbers in another order of work."""
+"""Stacked layers and recomputation give the same results as separate layers."""
 
 import functools
 
@@ -31,7 +31,7 @@ def batch() -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens, jnp.arange(9)[None] < jnp.asarray([[9], [5]]), tokens[:, :4]
 
 
-def test_stacking_is_loss_free():
+def test_stack_layers_round_trip_is_exact():
     params = random_params()
     stacked = stack_layers(params)
     assert is_stacked(stacked) and not is_stacked(params)
@@ -46,7 +46,7 @@ def test_stacking_is_loss_free():
         np.testing.assert_array_equal(back[name], leaf)
 
 
-def test_a_tree_that_lacks_a_layer_is_not_stacked():
+def test_stack_layers_missing_layer_error():
     params = random_params()
     params = {**params, "encoder": {**params["encoder"]}}
     del params["encoder"]["layers_0"]
@@ -54,7 +54,7 @@ def test_a_tree_that_lacks_a_layer_is_not_stacked():
         stack_layers(params)
 
 
-def test_scanned_parameters_have_t5x_s_shapes_and_axes():
+def test_scanned_params_match_t5x_shapes_and_axes():
     config = tiny(scan_layers=True)
     stacked = flatten(stack_layers(random_params()))
     assert parameter_shapes(config) == {name: leaf.shape for name, leaf in stacked.items()}
@@ -105,7 +105,7 @@ def outputs_and_slopes(**fields):
         pytest.param("full", False, marks=pytest.mark.slow),
     ],
 )
-def test_outputs_and_gradients_agree(remat, scan_layers):
+def test_scan_and_remat_outputs_and_gradients_match(remat, scan_layers):
     expected = outputs_and_slopes()
     found = outputs_and_slopes(remat=remat, scan_layers=scan_layers)
     for name, leaf in flatten(expected).items():
@@ -113,7 +113,7 @@ def test_outputs_and_gradients_agree(remat, scan_layers):
         np.testing.assert_allclose(flatten(found)[name], leaf, atol=tolerance, err_msg=name)
 
 
-def test_scanned_layers_decode_with_a_cache():
+def test_scanned_layers_cached_decoding_matches_whole_sequence():
     config, (tokens, mask, decoder) = tiny(scan_layers=True), batch()
     variables = {"params": jax.tree.map(jnp.asarray, stack_layers(random_params()))}
     model = Transformer(config)
@@ -134,7 +134,7 @@ def test_scanned_layers_decode_with_a_cache():
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-5)
 
 
-def test_recomputing_saves_memory_between_the_passes():
+def test_remat_reduces_stored_residuals():
     """Residuals of the backward pass, counted in the traced program: full < minimal < none."""
 
     def residuals(remat: str) -> int:

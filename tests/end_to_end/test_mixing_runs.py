@@ -173,7 +173,7 @@ def test_crosspt_sampled_prompts_checkpoint_equals_artifact(backbone, sources, t
 def test_attempt_checkpoint_needs_artifact_for_frozen_sources(
     backbone, sources, attempted, tmp_path
 ):
-    with pytest.raises(ValueError, match="no artifact has them.*that its run left"):
+    with pytest.raises(ValueError, match="no artifact provides them.*that its run wrote"):
         restored(backbone, mixing(attempt()), attempted)
     from_start = restored(backbone, mixing(attempt()), attempted, sources["one"])
     assert_same_bits(from_start, prompts(attempted))
@@ -209,7 +209,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        (attempt(), None, "mixes frozen source prompts, and no artifact has them: set INITIAL"),
+        (attempt(), None, r"mixes frozen .*, but no artifact provides them\. Set INITIAL"),
         (attempt(), "longer", r"longer has prompts of 4 positions and this run's have 3"),
         (crosspt(), "longer", r"longer has prompts of 4 positions and this run's have 3"),
         (attempt(), "foreign", "foreign belongs to another backbone"),
@@ -278,7 +278,7 @@ def test_crosspt_annealing_longer_than_shortest_run_error(backbone, tmp_path):
         },
     )
     method = crosspt(annealing=Annealing(steps=6))
-    short = r"anneals over 6 steps, and a run has only 5: .*\(ANNEALING_STEPS\)"
+    short = r"anneals over 6 steps, but a run has only 5, .*\(ANNEALING_STEPS\)"
     with pytest.raises(ValueError, match=short):
         train(backbone, tmp_path, build(method, ONE_APIECE, optimizer=optimizer))
     with pytest.raises(ValueError, match=short):

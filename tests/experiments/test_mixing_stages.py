@@ -174,11 +174,11 @@ def test_what_evaluation_cannot_read(root):
         stage("crosspt", "long", ANNEALING_STEPS=5),
         stage("attempt", "bare", INITIAL_ARTIFACT=None),
     )
-    assert "no artifact has them" in said[0] and "that its run left" in said[0]
+    assert "no artifact provides them" in said[0] and "that its run wrote" in said[0]
     assert "Unknown run 'toy_boolq'" in said[1]
     assert "Unknown run 'toy_rte'" in said[2]
-    assert "anneals over 5 steps, and a run has only 4" in said[3] and "ANNEALING_STEPS" in said[3]
-    assert "set INITIAL_ARTIFACT" in said[4]
+    assert "anneals over 5 steps, but a run has only 4" in said[3] and "ANNEALING_STEPS" in said[3]
+    assert "Set INITIAL_ARTIFACT" in said[4]
 
 
 def test_the_commands_that_serve_take_their_artifacts(root, tmp_path):

@@ -96,10 +96,10 @@ def test_without_shapes_all_slices_are_one_data_axis():
         ((1, 4, 1), None, "both must be given"),
         ((4, 1), (2, 1), "both must be given, as three sizes"),
         ((1, 4, 0), (2, 1, 1), "three sizes"),
-        ((1, 2, 1), (2, 1, 1), r"make 2 slices of 2 devices; this run has 2, of \[4\]"),
-        ((1, 4, 1), (4, 1, 1), r"make 4 slices of 4 devices; this run has 2, of \[4\]"),
-        ((1, 2, 2), (1, 1, 2), "one model over 2 slices, whose network is slow"),
-        ((2, 2, 1), (1, 2, 1), r"in turns.*dcn_mesh_shape=\(2, 1, 1\)"),
+        ((1, 2, 1), (2, 1, 1), r"needs 2 slices of 2 devices, but this run has 2 slices of \[4\]"),
+        ((1, 4, 1), (4, 1, 1), r"needs 4 slices of 4 devices, but this run has 2 slices of \[4\]"),
+        ((1, 2, 2), (1, 1, 2), "one model over 2 slices, and the network between them is slow"),
+        ((2, 2, 1), (1, 2, 1), r"alternate the rows.*dcn_mesh_shape=\(2, 1, 1\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_with_the_numbers(ici, dcn, message):

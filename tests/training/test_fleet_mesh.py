@@ -1,4 +1,4 @@
-"""Runs split over the devices of a mesh take the steps that they take on one device."""
+"""Fleets: runs split over the devices of a mesh train as they do on one device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def train(made: Trainer) -> dict[str, np.ndarray]:
 
 # A low temperature: gradients near zero differ by rounding, and Adam divides by their size.
 ATTEMPTED = ATTEMPT(tiny.PROMPT, tiny.SOURCES, width=4, temperature=4.0)
-# Drawn by the names of runs, so alike wherever a run lies; the shortest run takes three steps.
+# Draws depend on run names, so not on the device of a run; the shortest run takes three steps.
 CROSSED = CrossPT(tiny.PROMPT, tiny.SOURCES, share="learned", annealing=Annealing(steps=3))
 MESHES = {"8 x 1": {}, "4 x 2": {"num_partitions": 2}}
 
@@ -67,21 +67,21 @@ MESHES = {"8 x 1": {}, "4 x 2": {"num_partitions": 2}}
         pytest.param(CROSSED, "8 x 1", id="crosspt, 8 x 1", marks=pytest.mark.slow),
     ],
 )
-def test_runs_split_over_devices_equal_those_on_one(method, mesh):
+def test_fleet_runs_split_over_devices_match_one_device(method, mesh):
     alone = train(make(method, devices=jax.devices()[:1]))
     made = make(method, **MESHES[mesh])
     shards = made.partitioner.mesh.shape["data"]
     batch = made.partitioner.shard_batch(tiny.batch(ROWS))
     text = made.lower(batch)["train"].compile().as_text()
-    # Parameters, moments and so gradients lie split by runs, and no table of all travels.
+    # Parameters, moments and so gradients are split by runs, and no device gathers a whole table.
     leaves = jax.tree.leaves((made.state.trainable, made.state.opt_state))
     tables = [leaf for leaf in leaves if leaf.ndim > 1]
     prompt = made.state.trainable["prompt"]
     assert len(tables) >= 3 * sum(leaf.ndim > 1 for leaf in prompt.values())
     for leaf in tables:
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 16 // shards
-    smallest = tiny.PROMPT * 16  # numbers of all runs in the smallest table
-    assert sizes(text, "all-reduce"), "the search finds what there is"
+    smallest = tiny.PROMPT * 16  # elements of all runs in the smallest table
+    assert sizes(text, "all-reduce"), "the search should find a collective"
     assert max([0, *sizes(text, "all-gather")]) < smallest
     assert max([0, *sizes(text, "all-to-all"), *sizes(text, "collective-permute")]) < smallest
     if mesh == "8 x 1":  # a model axis adds up activations too
@@ -94,7 +94,7 @@ def test_runs_split_over_devices_equal_those_on_one(method, mesh):
 
 
 def sizes(text: str, kind: str) -> list[int]:
-    """How many numbers each result of a collective has."""
+    """Returns the number of elements in each result of a collective."""
     found = []
     for line in text.splitlines():
         if match := re.search(rf"= (.*?) {kind}(-start)?\(", line):
@@ -103,7 +103,7 @@ def sizes(text: str, kind: str) -> list[int]:
     return found
 
 
-def test_runs_that_do_not_divide_or_share_a_group_lie_on_all_devices():
+def test_create_train_state_one_device_does_not_split_runs():
     partitioner = PjitPartitioner()
     assert not partitioner.splits_runs(RUNS)  # one device
     state = create_train_state(
@@ -117,7 +117,7 @@ def test_runs_that_do_not_divide_or_share_a_group_lie_on_all_devices():
 
 
 @pytest.mark.devices(8)
-def test_only_runs_that_divide_are_split():
+def test_splits_runs_only_independent_divisible_runs():
     partitioner = PjitPartitioner()
     assert partitioner.splits_runs(RUNS)
     assert not partitioner.splits_runs(Runs(RUNS.task_names[:12], groups="independent"))

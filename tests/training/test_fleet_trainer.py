@@ -1,4 +1,4 @@
-"""Runs of one job that fail or finish: they keep what they learned, and nobody else notices."""
+"""Runs of one job that fail or finish: they keep their parameters, and others are unaffected."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def learn(made: trainer.Trainer, steps: range, rows=(0, 0, 1, 1, 2, 2)) -> train
 
 
 def alone(method, row: int, steps: range, **settings) -> trainer.Trainer:
-    """The run of a row by itself, on its own examples of the same batches."""
+    """A trainer of one row's run, on its own examples of the same batches."""
     made = make(method, [NAMES[row]], **settings)
     for seed in steps:
         batch = tiny.batch([0 if found == row else None for found in (0, 0, 1, 1, 2, 2)], seed=seed)
@@ -73,7 +73,7 @@ def close_to_alone(made: trainer.Trainer, row: int, solo: trainer.Trainer) -> No
         np.testing.assert_allclose(found, np.asarray(leaf)[0], atol=1e-5, err_msg=name)
 
 
-# Padding of every row names bank row 0 in the contract.
+# By contract, padding of every row names bank row 0.
 @pytest.mark.parametrize(
     ("method", "bad"),
     [
@@ -83,7 +83,7 @@ def close_to_alone(made: trainer.Trainer, row: int, solo: trainer.Trainer) -> No
         pytest.param(METHODS["pt"], 0, id="pt-0", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_fails_leaves_every_bit_of_the_others(method, bad, caplog):
+def test_trainer_failed_run_leaves_other_runs_bit_identical(method, bad, caplog):
     healthy = learn(make(method), range(6))
     made = make(method, spoiled=NAMES[bad])
     before = rows_of(made, bad)
@@ -96,15 +96,15 @@ def test_a_run_that_fails_leaves_every_bit_of_the_others(method, bad, caplog):
     assert made.failed.tolist() == [row == bad for row in range(3)]
     assert made.ended[bad] == 0 and made.active.tolist() == [row != bad for row in range(3)]
     assert f"{NAMES[bad]} failed: the loss or a gradient of step 0" in caplog.text
-    assert caplog.text.count("failed") == 1, "it is said once"
+    assert caplog.text.count("failed") == 1, "the failure should be logged once"
     assert f"loss/{NAMES[bad]}" not in found and np.isfinite(found["loss"])
     for row in others:
         close_to_alone(made, row, alone(method, row, range(6)))
 
 
 @pytest.mark.parametrize("bad", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_that_fails_is_left_out_of_evaluation_and_changes_no_others(bad):
-    """A batch of evaluation may mix runs; padding of every row names bank row 0 in the contract."""
+def test_evaluate_failed_run_excluded_and_other_scores_unchanged(bad):
+    """An evaluation batch may mix runs. By contract, padding of every row names bank row 0."""
     made, healthy = make(METHODS["mpt"], spoiled=NAMES[bad]), make(METHODS["mpt"])
     learn(made, range(1)).read_metrics()
     learn(healthy, range(1)).read_metrics()
@@ -120,7 +120,7 @@ def test_a_run_that_fails_is_left_out_of_evaluation_and_changes_no_others(bad):
     assert found["batch/encoder_padding"] == expected["batch/encoder_padding"]
 
 
-def test_a_learning_rate_that_is_too_high_ends_its_own_run_alone():
+def test_trainer_too_high_learning_rate_fails_only_that_run():
     method = METHODS["mpt"]
     made = learn(make(method, peaks=[0.1, 1e38, 0.05]), range(5))
     made.read_metrics()
@@ -130,10 +130,10 @@ def test_a_learning_rate_that_is_too_high_ends_its_own_run_alone():
         assert rows_of(made, row) == rows_of(calm, row)
         close_to_alone(made, row, alone(method, row, range(5), peaks=peak))
     for leaf in made.state.trainable["prompt"].values():
-        assert np.isfinite(leaf).all(), "the last values that were finite"
+        assert np.isfinite(leaf).all(), "parameters should be the last finite ones"
 
 
-def test_the_job_stops_when_all_have_failed():
+def test_trainer_all_runs_failed_raises_non_finite_loss():
     made = learn(make(METHODS["pt"], peaks=[1e38, 1e38, 1e38]), range(2))
     with pytest.raises(trainer.NonFiniteLoss, match="of step 1 is not finite; training stopped"):
         learn(made, range(2, 4)).read_metrics()
@@ -144,7 +144,7 @@ def test_the_job_stops_when_all_have_failed():
 
 
 @ONE
-def test_a_run_ends_with_its_schedule_and_keeps_every_bit(method):
+def test_trainer_run_past_its_schedule_stays_bit_identical(method):
     made = learn(make(method, totals=[3, 40, 5]), range(3))
     kept = rows_of(made, 0)
     learn(made, range(3, 7)).read_metrics()
@@ -154,7 +154,7 @@ def test_a_run_ends_with_its_schedule_and_keeps_every_bit(method):
         close_to_alone(made, row, alone(method, row, range(steps), totals=total))
 
 
-def test_runs_that_ended_train_again_where_their_schedule_was_extended(caplog):
+def test_reactivate_extended_longer_schedule_resumes_training(caplog):
     first = make(METHODS["pt"], totals=[2, 40, 2])
     learn(first, range(3)).stop_groups([False, True, False])
 
@@ -168,24 +168,24 @@ def test_runs_that_ended_train_again_where_their_schedule_was_extended(caplog):
     same = resumed([2, 40, 2])
     same.reactivate_extended([False, True, False], 9)
     assert same.ended.tolist() == [2, 3, 2], (
-        "patience is over with one, the schedules of the others"
+        "one group is out of patience, the schedules of the others have ended"
     )
     late = resumed([4, 40, 2])
     with caplog.at_level("WARNING", logger="absl"):
         late.reactivate_extended([False, True, False], 3)
-    assert late.ended.tolist() == [2, 3, 2] and "alpha ended early and could go on" in caplog.text
+    assert late.ended.tolist() == [2, 3, 2] and "alpha ended early and could resume" in caplog.text
     made = resumed([4, 40, 2])
     with caplog.at_level("INFO", logger="absl"):
         made.reactivate_extended([False, False, False], 9)
     assert made.ended.tolist() == [-1, -1, 2]
-    assert "alpha, beta had ended; trained again from step 3" in caplog.text
+    assert "alpha, beta had ended; training resumes from step 3" in caplog.text
     before = [rows_of(made, row) for row in range(3)]
     learn(made, range(3, 6)).read_metrics()
-    assert made.ended.tolist() == [5, -1, 2], "two more steps of its own"
+    assert made.ended.tolist() == [5, -1, 2], "two more of the run's own steps"
     assert [rows_of(made, row) == before[row] for row in range(3)] == [False, False, True]
 
 
-def test_a_run_that_is_finished_from_outside_keeps_every_bit():
+def test_stop_groups_stopped_run_stays_bit_identical():
     made = learn(make(METHODS["mpt"]), range(2))
     made.stop_groups([False, True, False])
     kept = rows_of(made, 1)
@@ -198,12 +198,14 @@ def test_a_run_that_is_finished_from_outside_keeps_every_bit():
 
 
 @ONE
-def test_rows_of_runs_that_have_ended_are_not_sent_and_change_no_number(method):
-    """Two of three runs end early; from then on steps are compiled for fewer rows."""
+def test_compact_batches_finished_runs_dropped_with_same_results(method):
+    """Two of three runs end early. Later steps are compiled for fewer rows."""
     rows, found = [0] * 4 + [1] * 4 + [2] * 4, {}
     for by_run in (False, True):
         made = make(method, totals=[2, 40, 4], peaks=0.03)
-        made._places = trainer._places(made.model, made.partitioner, 1) if by_run else None
+        made._compactor = (
+            trainer._make_compactor(made.model, made.partitioner, 1) if by_run else None
+        )
         sizes, step = [], made._train_step
         made._train_step = lambda state, batch, *rest, step=step, sizes=sizes: (
             sizes.append(len(batch["encoder_task_ids"])) or step(state, batch, *rest)

@@ -45,7 +45,7 @@ class Vocabulary:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> dict:
-    """A checkpoint of random weights, and the weights."""
+    """A checkpoint of random weights, with the weights."""
     tree = tiny.params(
         tiny.model(prompt=get_method("none")(), labels=encoder_decoder.FULL_FINETUNING)
     )
@@ -61,7 +61,7 @@ def digest(backbone) -> str:
 def write(
     path, backbone, names, length=tiny.PROMPT, runs=None, **overrides
 ) -> tuple[str, np.ndarray]:
-    """An artifact of plain prompts, and the prompts."""
+    """Writes an artifact of plain prompts; returns its path and the prompts."""
     rng = np.random.default_rng(len(names))
     table = rng.normal(size=(len(names), length, tiny.WIDTH)).astype(np.float32)
     digests = {
@@ -81,7 +81,7 @@ def vocabulary_model(**overrides) -> encoder_decoder.PromptedEncoderDecoder:
 # --- Values by origin ----------------------------------------------------------------------------
 
 
-def test_the_backbone_comes_from_its_checkpoint_and_the_prompt_from_its_embedding(backbone):
+def test_initialize_params_backbone_from_checkpoint_prompt_from_embedding(backbone):
     loaded = initialize_params(vocabulary_model(), Origins(backbone["path"]), KEY)
     leaves = flatten(loaded.params)
     prompt = {name for name in leaves if name.startswith("prompt/")}
@@ -98,7 +98,7 @@ def test_the_backbone_comes_from_its_checkpoint_and_the_prompt_from_its_embeddin
     assert not np.array_equal(other.params["prompt"]["task_left"], leaves["prompt/task_left"])
 
 
-def test_teachers_come_by_task_from_one_or_several_artifacts(backbone, tmp_path):
+def test_teachers_several_artifacts_matched_by_task(backbone, tmp_path):
     first, table = write(tmp_path / "a", backbone, ["gamma", "other", "alpha"])
     second, more = write(tmp_path / "b", backbone, ["beta"])
     model = vocabulary_model(objective=DISTILLED)
@@ -107,7 +107,7 @@ def test_teachers_come_by_task_from_one_or_several_artifacts(backbone, tmp_path)
     np.testing.assert_array_equal(teachers, np.stack([table[2], more[0], table[0]]))
 
 
-def test_teachers_of_runs_are_found_by_their_task(backbone, tmp_path):
+def test_teachers_named_runs_matched_by_task(backbone, tmp_path):
     runs = Runs(["alpha", "beta", "gamma"], ["alpha_s1", "beta_s1", "gamma_s1"])
     path, table = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
     model = vocabulary_model(objective=DISTILLED)
@@ -115,7 +115,7 @@ def test_teachers_of_runs_are_found_by_their_task(backbone, tmp_path):
     np.testing.assert_array_equal(loaded.params["teacher"]["table"], table)
 
 
-def test_a_teacher_of_the_runs_own_name_goes_before_others_of_its_task(backbone, tmp_path):
+def test_teachers_same_run_name_preferred_over_same_task(backbone, tmp_path):
     runs = Runs(["alpha", "alpha", "beta", "gamma"], ["alpha_s1", "alpha", "beta_s1", "gamma_s1"])
     path, table = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
     model = vocabulary_model(objective=DISTILLED)
@@ -127,7 +127,7 @@ def test_a_teacher_of_the_runs_own_name_goes_before_others_of_its_task(backbone,
     np.testing.assert_array_equal(loaded.params["teacher"]["table"], table[:2])
 
 
-def test_several_teachers_of_one_task_are_named(backbone, tmp_path):
+def test_teachers_several_candidates_error_lists_them(backbone, tmp_path):
     runs = Runs(["alpha", "alpha"], ["alpha_s1", "alpha_s2"])
     first, _ = write(tmp_path / "a", backbone, list(runs.run_names), runs=runs)
     model = vocabulary_model(objective=DISTILLED, runs=Runs(["alpha"]))
@@ -139,7 +139,7 @@ def test_several_teachers_of_one_task_are_named(backbone, tmp_path):
         initialize_params(model, Origins(backbone["path"], [first, second]), KEY)
 
 
-def test_prompts_start_from_an_artifact_through_their_method(backbone, tmp_path):
+def test_initial_artifact_prompts_transferred_by_method(backbone, tmp_path):
     path, table = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
@@ -157,8 +157,8 @@ def spot(backbone, tmp_path, targets=("alpha",), other: dict | None = None, **se
     return model, Origins(backbone["path"], artifact=sources), table
 
 
-def test_prompts_start_from_the_nearest_source(backbone, tmp_path):
-    """`write` draws the same numbers for as many names, so the target's early prompt, row 1 of
+def test_nearest_source_prompts_start_from_most_similar(backbone, tmp_path):
+    """`write` draws the same values for equally many names, so the target's early prompt, row 1 of
     three, is the early prompt of mnli."""
     model, origins, table = spot(backbone, tmp_path, ["x", "alpha", "y"])
     loaded = initialize_params(model, origins, KEY)
@@ -169,7 +169,7 @@ def test_prompts_start_from_the_nearest_source(backbone, tmp_path):
     }
 
 
-def test_a_start_by_name_is_recorded_too(backbone, tmp_path):
+def test_started_from_named_source_is_recorded(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["mnli", "qqp"])
     method = PromptTuning(tiny.PROMPT, start_from="qqp")
     model = vocabulary_model(prompt=method, runs=Runs(["alpha"]))
@@ -178,14 +178,14 @@ def test_a_start_by_name_is_recorded_too(backbone, tmp_path):
     assert initialize_params(model, Origins(backbone["path"]), KEY).started_from is None
 
 
-def test_embeddings_of_another_backbone_are_refused(backbone, tmp_path):
+def test_nearest_source_embeddings_of_other_backbone_error(backbone, tmp_path):
     other = {"embedding_sha256": "0" * 64}
     model, origins, _ = spot(backbone, tmp_path, other=other)
     with pytest.raises(ValueError, match=f"{tmp_path / 'target'} belongs to another backbone"):
         initialize_params(model, origins, KEY)
 
 
-def test_embeddings_that_lack_a_target_and_more_sources_than_there_are(backbone, tmp_path):
+def test_nearest_source_missing_target_or_too_many_sources_error(backbone, tmp_path):
     model, origins, _ = spot(backbone, tmp_path / "a", ["beta", "gamma"])
     with pytest.raises(ValueError, match="no embedding of 'alpha'; it has beta, gamma"):
         initialize_params(model, origins, KEY)
@@ -197,20 +197,20 @@ def test_embeddings_that_lack_a_target_and_more_sources_than_there_are(backbone,
 @pytest.mark.parametrize(
     ("absent", "stage"), [("early", "spot_source_embeddings"), ("target", "spot_embeddings")]
 )
-def test_missing_embeddings_name_the_stage_that_makes_them(backbone, tmp_path, absent, stage):
+def test_nearest_source_missing_embeddings_error_names_stage(backbone, tmp_path, absent, stage):
     model, origins, _ = spot(backbone, tmp_path)
     shutil.rmtree(tmp_path / absent)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / absent}.*gin/{stage}.gin"):
         initialize_params(model, origins, KEY)
 
 
-def test_a_choice_needs_an_artifact_to_choose_from(backbone, tmp_path):
+def test_nearest_source_without_initial_artifact_error(backbone, tmp_path):
     model, _, _ = spot(backbone, tmp_path)
-    with pytest.raises(ValueError, match="there is none: set INITIAL_ARTIFACT"):
+    with pytest.raises(ValueError, match="none is set. Set INITIAL_ARTIFACT"):
         initialize_params(model, Origins(backbone["path"]), KEY)
 
 
-def test_full_fine_tuning_starts_from_the_pretrained_weights_in_float32(backbone):
+def test_full_finetuning_starts_from_pretrained_float32_weights(backbone):
     config = tiny.config(dtype="bfloat16")
     method = get_method("none")()
     tuned = tiny.model(Runs(["a"]), method, config, labels=encoder_decoder.FULL_FINETUNING)
@@ -220,17 +220,17 @@ def test_full_fine_tuning_starts_from_the_pretrained_weights_in_float32(backbone
         np.testing.assert_array_equal(leaf, backbone["leaves"][name], err_msg=name)
 
 
-def test_what_is_frozen_has_the_dtype_it_computes_in_and_prompts_are_float32(backbone, tmp_path):
+def test_initialize_params_frozen_in_compute_dtype_prompts_in_float32(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["alpha", "beta", "gamma"])
     model = vocabulary_model(config=tiny.config(dtype="bfloat16"), objective=DISTILLED)
     loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
     for name, leaf in flatten(loaded.params).items():
         prompt = name.startswith(("prompt/", "teacher/"))
         assert leaf.dtype == (jnp.float32 if prompt else jnp.bfloat16), name
-    assert loaded.embedding_sha256 == digest(backbone), "one digest in either precision"
+    assert loaded.embedding_sha256 == digest(backbone), "the digest should not depend on precision"
 
 
-def test_what_is_loaded_lies_on_no_device_and_no_step_takes_it_away(backbone, tmp_path):
+def test_initial_params_host_arrays_survive_donated_steps(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["alpha", "beta", "gamma"])
     model = vocabulary_model(config=tiny.config(dtype="bfloat16"), objective=DISTILLED)
     loaded = initialize_params(model, Origins(backbone["path"], path), KEY)
@@ -244,8 +244,8 @@ def test_what_is_loaded_lies_on_no_device_and_no_step_takes_it_away(backbone, tm
         np.testing.assert_array_equal(leaf, before[name], err_msg=name)
 
 
-def test_scanned_layers_load_the_same_checkpoint_and_give_the_same_answers(backbone, tmp_path):
-    # Quieter embeddings, with which a beam finds other answers than greedy decoding.
+def test_scanned_layers_same_checkpoint_same_predictions(backbone, tmp_path):
+    # With smaller embeddings, beam search and greedy decoding give different answers.
     quiet = {k: v * (0.3 if "embed" in k else 1) for k, v in backbone["leaves"].items()}
     path = str(convert.save_t5x(tmp_path, unflatten(quiet)))
     batch, found = tiny.batch([2, 0, 1, 0]), {}
@@ -266,7 +266,7 @@ def test_scanned_layers_load_the_same_checkpoint_and_give_the_same_answers(backb
     assert np.any(tokens[:, -1] != greedy)
 
 
-def test_bitfit_starts_its_biases_from_zero_where_layers_are_scanned(backbone):
+def test_bitfit_scanned_layers_biases_start_at_zero(backbone):
     config = tiny.config(biases=True, scan_layers=True)
     model = tiny.model(Runs(["a"]), get_method("none")(), config, labels=encoder_decoder.BITFIT)
     leaves = flatten(initialize_params(model, Origins(backbone["path"]), KEY).params)
@@ -274,7 +274,7 @@ def test_bitfit_starts_its_biases_from_zero_where_layers_are_scanned(backbone):
     assert not any(np.any(leaf) for name, leaf in leaves.items() if name.endswith("/bias"))
 
 
-def test_bitfit_starts_its_biases_from_zero_and_the_rest_from_the_checkpoint(backbone):
+def test_bitfit_biases_start_at_zero_rest_from_checkpoint(backbone):
     config = tiny.config(biases=True)
     method = get_method("none")()
     model = tiny.model(Runs(["a"]), method, config, labels=encoder_decoder.BITFIT)
@@ -286,10 +286,10 @@ def test_bitfit_starts_its_biases_from_zero_and_the_rest_from_the_checkpoint(bac
         np.testing.assert_array_equal(leaves[name], value)
 
 
-def test_random_weights_only_where_they_are_asked_for(backbone):
+def test_origins_random_weights_require_scratch(backbone):
     with pytest.raises(ValueError, match="Origins.scratch = True"):
         Origins()
-    with pytest.raises(ValueError, match="set one of the two"):
+    with pytest.raises(ValueError, match="Set only one of the two"):
         Origins(backbone["path"], scratch=True)
     method = get_method("none")()
     model = tiny.model(Runs(["a"]), method, labels=encoder_decoder.FULL_FINETUNING)
@@ -301,16 +301,16 @@ def test_random_weights_only_where_they_are_asked_for(backbone):
     assert not np.array_equal(embedding, backbone["leaves"]["token_embedder/embedding"])
 
 
-# --- What is wrong -------------------------------------------------------------------------------
+# --- Errors --------------------------------------------------------------------------------------
 
 
-def test_a_missing_backbone_names_the_place_and_the_command(tmp_path):
+def test_missing_backbone_error_names_path_and_command(tmp_path):
     origins = Origins(str(tmp_path / "none"), backbone_command="make backbone")
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'}.*make backbone"):
         initialize_params(tiny.model(), origins, KEY)
 
 
-def test_a_backbone_of_another_shape_is_named_leaf_by_leaf(backbone):
+def test_backbone_shape_mismatch_error_names_each_parameter(backbone):
     wider = tiny.model(config=tiny.config(mlp_dim=25, num_decoder_layers=2))
     with pytest.raises(ValueError) as error:
         initialize_params(wider, Origins(backbone["path"]), KEY)
@@ -324,7 +324,7 @@ def test_a_backbone_of_another_shape_is_named_leaf_by_leaf(backbone):
         )
 
 
-def test_biases_are_not_excused_where_the_model_has_none(backbone, tmp_path):
+def test_backbone_unexpected_biases_error(backbone, tmp_path):
     extra = dict(backbone["leaves"])
     extra["encoder/layers_0/mlp/wi/bias"] = np.zeros(24, np.float32)
     path = convert.save_t5x(tmp_path, unflatten(extra))
@@ -332,10 +332,10 @@ def test_biases_are_not_excused_where_the_model_has_none(backbone, tmp_path):
         initialize_params(tiny.model(), Origins(str(path)), KEY)
 
 
-def test_a_vocabulary_larger_than_the_embedding_is_refused(backbone):
+def test_vocabulary_larger_than_embedding_error(backbone):
     for side in ("input_vocabulary", "output_vocabulary"):
         model = vocabulary_model(**{side: Vocabulary(tiny.VOCABULARY + 1)})
-        with pytest.raises(ValueError, match="41 ids and the backbone embeds only 40"):
+        with pytest.raises(ValueError, match="41 ids, but the backbone embeds only 40"):
             initialize_params(model, Origins(backbone["path"]), KEY)
 
 
@@ -344,7 +344,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(backbone):
     [(32_100, 32_128), (32_000, 32_128), (250_100, 250_112), (259, 384), (384, 384), (405, 512)],
     ids=["T5", "T5 without sentinels", "mT5", "ByT5", "ByT5 with sentinels", "toy"],
 )
-def test_a_vocabulary_may_leave_the_rows_of_padding_unused(ids, rows):
+def test_vocabulary_unused_padding_rows_accepted(ids, rows):
     model = vocabulary_model(input_vocabulary=Vocabulary(ids), output_vocabulary=Vocabulary(ids))
     initialization._check_vocabulary(model, rows)
 
@@ -354,7 +354,7 @@ def test_a_vocabulary_may_leave_the_rows_of_padding_unused(ids, rows):
     [(405, 32_128), (32_100, 250_112), (259, 32_128), (768, 1024)],
     ids=["toy on T5", "T5 on mT5", "ByT5 on T5", "256 spare rows"],
 )
-def test_a_vocabulary_far_smaller_than_the_embedding_is_refused(ids, rows):
+def test_vocabulary_far_smaller_than_embedding_error(ids, rows):
     model = vocabulary_model(output_vocabulary=Vocabulary(ids), input_vocabulary=Vocabulary(rows))
     with pytest.raises(ValueError, match=f"only {ids} ids.*embeds {rows}.*load.extra_ids"):
         initialization._check_vocabulary(model, rows)
@@ -362,8 +362,8 @@ def test_a_vocabulary_far_smaller_than_the_embedding_is_refused(ids, rows):
 
 @pytest.mark.parametrize("role", ["artifact", "teachers"])
 @pytest.mark.parametrize("what", ["backbone", "vocabulary", "length"])
-def test_artifacts_of_something_else_are_refused_with_both_values(backbone, tmp_path, role, what):
-    """For teachers the last case is the mismatch of the student's and the teachers' length."""
+def test_artifacts_incompatible_error_shows_both_values(backbone, tmp_path, role, what):
+    """For teachers, the last case is a prompt length other than the student's."""
     other = {"backbone": "embedding_sha256", "vocabulary": "vocabulary_sha256"}.get(what)
     length = 2 if what == "length" else tiny.PROMPT
     names = ["alpha", "beta", "gamma"]
@@ -383,14 +383,14 @@ def test_artifacts_of_something_else_are_refused_with_both_values(backbone, tmp_
     assert ours in str(error.value) and theirs in str(error.value) and path in str(error.value)
 
 
-def test_a_task_without_teacher_is_named_beside_the_known(backbone, tmp_path):
+def test_teachers_missing_task_error_lists_known_tasks(backbone, tmp_path):
     path, _ = write(tmp_path / "a", backbone, ["alpha", "delta"])
     model = vocabulary_model(objective=DISTILLED)
     with pytest.raises(ValueError, match=r"tasks \['beta', 'gamma'\].*\['alpha', 'delta'\]"):
         initialize_params(model, Origins(backbone["path"], path), KEY)
 
 
-def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
+def test_missing_teachers_error_names_command(backbone, tmp_path):
     model = vocabulary_model(objective=DISTILLED)
     with pytest.raises(ValueError, match="names no artifact.*make teachers"):
         initialize_params(model, Origins(backbone["path"], teachers_command="make teachers"), KEY)
@@ -401,16 +401,16 @@ def test_missing_teachers_name_the_command_that_makes_them(backbone, tmp_path):
         )
 
 
-def test_a_missing_initial_artifact_names_the_command_that_makes_it(backbone, tmp_path):
+def test_missing_initial_artifact_error_names_command(backbone, tmp_path):
     absent = str(tmp_path / "absent")
     origins = Origins(backbone["path"], artifact=absent, artifact_command="make source")
-    with pytest.raises(FileNotFoundError, match=f"{absent}.*Make it by: make source"):
+    with pytest.raises(FileNotFoundError, match=f"{absent}.*To make it, run: make source"):
         initialize_params(vocabulary_model(), origins, KEY)
-    with pytest.raises(FileNotFoundError, match="was to start from it.$"):
+    with pytest.raises(FileNotFoundError, match="This run starts from it.$"):
         initialize_params(vocabulary_model(), Origins(backbone["path"], artifact=absent), KEY)
 
 
-def test_an_artifact_of_another_rank_is_refused(backbone, tmp_path):
+def test_initial_artifact_of_other_rank_error(backbone, tmp_path):
     params = {
         "shared": np.ones((1, tiny.PROMPT, tiny.WIDTH), np.float32),
         "task_left": np.ones((1, tiny.PROMPT, 2), np.float32),
@@ -433,7 +433,7 @@ def test_an_artifact_of_another_rank_is_refused(backbone, tmp_path):
 # --- The state -----------------------------------------------------------------------------------
 
 
-def test_the_state_of_step_0_is_split_and_whole():
+def test_create_train_state_splits_trainable_and_frozen():
     model = tiny.model()
     params = tiny.params(model)
     state = create_train_state(model, params, PjitPartitioner())
@@ -445,7 +445,7 @@ def test_the_state_of_step_0_is_split_and_whole():
     assert sum(leaf.size for leaf in moments) == 2 * num_params(state.trainable)
 
 
-def test_a_model_in_which_nothing_learns_is_an_error():
+def test_create_train_state_nothing_trainable_error():
     model = tiny.model(prompt=get_method("none")())
-    with pytest.raises(ValueError, match="Nothing learns"):
+    with pytest.raises(ValueError, match="No parameter is trainable"):
         create_train_state(model, tiny.params(model), PjitPartitioner())

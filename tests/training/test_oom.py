@@ -1,4 +1,4 @@
-"""A step that does not fit: the message has the sizes, and what each setting would make of them."""
+"""Out-of-memory errors: sizes and the settings that reduce them."""
 
 from __future__ import annotations
 
@@ -29,47 +29,48 @@ def exhausted(*_):
     )
 
 
-def test_the_message_has_the_sizes_and_what_halves_them():
+def test_oom_message_lists_sizes_and_settings():
     made, batch = make(), tiny.batch([0] * 4 + [1] * 4)
     made._train_step = exhausted
     with pytest.raises(OutOfMemory) as caught, explain_oom(made, batch):
         made.train(batch)
-    told = str(caught.value)
+    message = str(caught.value)
     assert (
-        "(RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.)" in told and "frame" not in told
+        "(RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.)" in message
+        and "frame" not in message
     )
     backbone = sum(leaf.nbytes for leaf in jax.tree.leaves(made.state.frozen))
-    assert f"{backbone / 1024:.1f} KiB of backbone" in told
-    # Two prompts with two moments each, and a count of steps and one of Adam's for each run.
-    learns = 3 * 2 * tiny.PROMPT * tiny.WIDTH * 4 + 2 * 2 * 4
-    assert f"{learns / 1024:.1f} KiB of trainable parameters" in told
+    assert f"{backbone / 1024:.1f} KiB of backbone" in message
+    # Two prompts with two moments each, and per run a step count and one of Adam's.
+    trainable = 3 * 2 * tiny.PROMPT * tiny.WIDTH * 4 + 2 * 2 * 4
+    assert f"{trainable / 1024:.1f} KiB of trainable parameters" in message
     config, text = made.model.module.config, tiny.PROMPT + tiny.TEXT
     layers = text * config.num_encoder_layers + tiny.TARGET * config.num_decoder_layers
     inputs = 4 * layers * tiny.WIDTH * 4  # rows at a time, float32
-    assert f"of 4 rows at a time, of {text} encoder and {tiny.TARGET} decoder positions" in told
-    assert f"{inputs / 1024:.1f} KiB for the inputs of its layers" in told
-    assert f"num_microbatches = 4 takes 2 rows at a time ({inputs / 2048:.1f} KiB)" in told
+    assert f"of 4 rows at a time, of {text} encoder and {tiny.TARGET} decoder positions" in message
+    assert f"{inputs / 1024:.1f} KiB for the layer inputs" in message
+    assert f"num_microbatches = 4 processes 2 rows at a time ({inputs / 2048:.1f} KiB)" in message
     split = f"({backbone / 2048:.1f} KiB each)"
-    assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in told
-    assert "remat = 'full'" in told and "BATCH_SIZE, halved, takes 4 rows" in told
-    assert "2 runs share this step" in told
+    assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in message
+    assert "remat = 'full'" in message and "Halving BATCH_SIZE leaves 4 rows" in message
+    assert "2 runs share this step" in message
 
 
 @pytest.mark.parametrize(
     ("rows", "parts", "has", "lacks"),
     [
         ([0, 1], 2, "1 rows at a time", ["num_microbatches", "BATCH_SIZE"]),
-        ([0], 1, "1 rows at a time", ["num_microbatches", "BATCH_SIZE", "two jobs", " 0 rows"]),
-        ([0, 0, 0, 1, 1, 1], 2, "num_microbatches = 6 takes 1 rows", ["num_microbatches = 4"]),
+        ([0], 1, "1 rows at a time", ["num_microbatches", "BATCH_SIZE", "Two jobs", " 0 rows"]),
+        ([0, 0, 0, 1, 1, 1], 2, "num_microbatches = 6 processes 1 rows", ["num_microbatches = 4"]),
     ],
 )
-def test_advice_that_cannot_be_followed_is_not_given(rows, parts, has, lacks):
-    told = describe(make(parts), tiny.batch(rows), "RESOURCE_EXHAUSTED")
-    assert has in told and not [word for word in lacks if word in told], told
-    assert "num_partitions" in told and "TASK_FEATURE_LENGTHS" in told
+def test_oom_message_omits_inapplicable_advice(rows, parts, has, lacks):
+    message = describe(make(parts), tiny.batch(rows), "RESOURCE_EXHAUSTED")
+    assert has in message and not [word for word in lacks if word in message], message
+    assert "num_partitions" in message and "TASK_FEATURE_LENGTHS" in message
 
 
-def test_the_largest_batch_is_kept():
+def test_larger_batch_returns_batch_with_more_positions():
     short, long = tiny.batch([0, 1], text=3), tiny.batch([0, 1], text=9)
     assert (
         larger_batch({}, short) is short
@@ -77,7 +78,7 @@ def test_the_largest_batch_is_kept():
     )
 
 
-def test_other_errors_pass_as_they_are():
+def test_explain_oom_other_errors_unchanged():
     made = make()
 
     def broken(*_):

@@ -1,4 +1,4 @@
-"""AdamW by rows against an AdamW written row after row in NumPy; schedules; clipping by group."""
+"""Optimizer by rows against a NumPy AdamW of separate rows; schedules; clipping by group."""
 
 import math
 import re
@@ -23,7 +23,7 @@ ROWS = {"prompt/shared": "groups", "prompt/task_left": "tasks", "prompt/task_rig
 P, H, R = 3, 4, 2
 RUNS = Runs(["a", "b", "c", "d"], groups=[0, 1, 0, 2])
 STEPS = 12
-DECAY = 0.1  # large, so that its action on absent rows shows
+DECAY = 0.1  # large, so that its effect on absent rows is visible
 # Optax's bias correction 1 - b2^t, in float32, is off by 1.3e-5 relative in the first steps; a
 # dozen steps of length 0.4 add that up.
 ATOL = 5e-5
@@ -40,7 +40,7 @@ def random_tree(seed: int, runs: Runs = RUNS) -> dict:
 
 
 def gradients(present: list[set[int]], runs: Runs = RUNS) -> list[dict]:
-    """One random gradient a step, zero at rows of absent tasks and groups."""
+    """Returns one random gradient per step, zero at rows of absent tasks and groups."""
     made = []
     for step, rows in enumerate(present):
         grads = random_tree(100 + step, runs)["prompt"]
@@ -55,7 +55,7 @@ def gradients(present: list[set[int]], runs: Runs = RUNS) -> list[dict]:
     return made
 
 
-# Task 1 comes late and once, task 3 never, task 2 now and then.
+# Task 1 is present late and rarely, task 3 never, task 2 sometimes.
 PRESENT = [{0}, {0, 2}, {0}, {1, 2}] * 2 + [{0}, {2}, {0, 2}, {0}]
 
 
@@ -100,7 +100,7 @@ class NumpyAdamW:
 
 
 def run(optimizer: PromptOptimizer, tree: dict, grads: list[dict]) -> tuple[dict, object]:
-    """The parameters after one step for each gradient, and the last state."""
+    """Returns the parameters after one step per gradient, and the last state."""
     state = optimizer.init(jax.tree.map(jnp.asarray, tree))
 
     @jax.jit
@@ -118,7 +118,7 @@ def constant(peak) -> Schedule:
     return Schedule(peak, decay="constant")
 
 
-# A label is a learning rate: whatever the table, rows are stepped as the method's axes say.
+# A label only selects a learning rate: rows follow the method's axes with every table.
 TABLES = {
     "the methods'": LABELS,
     "one for each": tuple(
@@ -155,7 +155,7 @@ PAIRS = {
         for table in TABLES
     ],
 )
-def test_adamw_by_rows_is_adamw_of_each_row_alone(absent, clip, table):
+def test_prompt_optimizer_adamw_by_rows_matches_separate_rows(absent, clip, table):
     def linear(step, group):
         ramp = min(1.0, step / 3)
         return [0.4, 0.1, 0.2][group] * ramp * min(1.0, (20 - step) / (20 - 3))
@@ -196,7 +196,7 @@ def test_adamw_by_rows_is_adamw_of_each_row_alone(absent, clip, table):
             np.testing.assert_allclose(moments[key], expected[name], atol=1e-6, err_msg=key)
 
 
-def test_what_rows_count_is_read_off_a_methods_axes():
+def test_row_axes_derived_from_method_axes():
     assert row_axes(MPT(P)) == ROWS
     assert row_axes(PromptTuning(P)) == {"prompt/table": "tasks"}
 
@@ -209,7 +209,7 @@ def test_what_rows_count_is_read_off_a_methods_axes():
     assert row_groups("encoder/bias", ROWS, Runs(["a", "b"])) is None
 
 
-def test_dense_decays_a_task_that_never_comes_and_hold_leaves_it():
+def test_absent_tasks_dense_decays_and_hold_keeps_absent_rows():
     tree, grads = random_tree(0), gradients(PRESENT)
     found = {}
     for absent in ("dense", "hold"):
@@ -227,7 +227,7 @@ def test_dense_decays_a_task_that_never_comes_and_hold_leaves_it():
 
 
 @pytest.mark.parity
-def test_dense_is_torchs_adamw():
+def test_absent_tasks_dense_matches_torch_adamw():
     import torch
 
     tree, grads = random_tree(0), gradients(PRESENT)
@@ -253,7 +253,7 @@ def test_dense_is_torchs_adamw():
 # --- Clipping ------------------------------------------------------------------------------------
 
 
-def test_groups_are_clipped_each_by_its_own_norm():
+def test_clip_by_group_norm_scales_each_group_by_its_own_norm():
     grads = random_tree(1)
     leaves = {name: leaf.astype(np.float64) for name, leaf in grads["prompt"].items()}
     expected = []
@@ -273,7 +273,7 @@ def test_groups_are_clipped_each_by_its_own_norm():
             np.testing.assert_allclose(value, factor * leaves[name][row], rtol=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_stays_with_its_group():
+def test_clip_by_group_norm_nan_gradient_stays_in_its_group():
     grads = random_tree(1)
     grads["prompt"]["task_left"][1] = np.nan
     grads = jax.tree.map(jnp.asarray, grads)
@@ -299,20 +299,20 @@ def expected_rate(decay: str, step: float, peak: float, warmup: float, total: fl
 
 @pytest.mark.parametrize("warmup", [0, 10])
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant", "rsqrt"])
-def test_schedules_over_steps(decay, warmup):
+def test_schedule_decays_match_formula(decay, warmup):
     schedule = Schedule(0.3, 100, warmup, decay=decay)
     steps = np.array([0, 1, 5, 9, 10, 11, 50, 99, 100, 130])
     expected = [expected_rate(decay, step, 0.3, warmup, 100) for step in steps]
     np.testing.assert_allclose(schedule(jnp.asarray(steps)), expected, atol=1e-6)
 
 
-def test_a_warmup_in_fractions_of_the_run():
+def test_schedule_warmup_fraction_matches_warmup_steps():
     by_steps, by_fraction = Schedule(0.3, 200, 20), Schedule(0.3, 200, warmup_fraction=0.1)
     steps = jnp.arange(0, 210, 7)
     np.testing.assert_allclose(by_fraction(steps), by_steps(steps), atol=1e-7)
 
 
-def test_every_group_may_have_its_own_numbers():
+def test_schedule_values_per_group_match_formula():
     schedule = Schedule([0.1, 0.2, 0.3], [50, 100, 150], [0, 10, 20])
     steps, groups = jnp.array([30, 30, 30, 5]), jnp.array([0, 1, 2, 1])
     expected = [
@@ -330,10 +330,10 @@ def test_every_group_may_have_its_own_numbers():
         ({"decay": "exponential"}, "'exponential'"),
         ({"decay": "linear"}, "needs total_steps"),
         ({"decay": "constant", "warmup_fraction": 0.1}, "needs total_steps"),
-        ({"total_steps": 9, "warmup_steps": 1, "warmup_fraction": 0.1}, "not both"),
+        ({"total_steps": 9, "warmup_steps": 1, "warmup_fraction": 0.1}, "exclude each other"),
     ],
 )
-def test_incomplete_schedules_are_errors(arguments, says):
+def test_schedule_invalid_arguments_error(arguments, says):
     with pytest.raises(ValueError, match=says):
         Schedule(0.3, **arguments)
 
@@ -341,19 +341,19 @@ def test_incomplete_schedules_are_errors(arguments, says):
 # --- Errors --------------------------------------------------------------------------------------
 
 
-def test_a_label_without_a_learning_rate_is_named():
+def test_prompt_optimizer_label_without_learning_rate_error():
     optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS, RUNS, ROWS)
     with pytest.raises(ValueError, match=r"labels \['task'\].*has \['shared'\]"):
         optimizer.init(random_tree(0))
 
 
-def test_a_parameter_without_a_label_is_named():
+def test_prompt_optimizer_parameter_without_label_error():
     optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS[:1], RUNS, ROWS)
     with pytest.raises(ValueError, match="prompt/task_left"):
         optimizer.init(random_tree(0))
 
 
-def test_settings_by_group_must_have_an_entry_for_each_group():
+def test_prompt_optimizer_wrong_number_of_group_settings_error():
     rates = {"shared": constant([0.1, 0.2]), "task": constant(0.3)}
     with pytest.raises(ValueError, match=r"'shared'\]\.peak has 2 entries.*3 groups"):
         PromptOptimizer(rates).bind(LABELS, RUNS, ROWS)
@@ -361,22 +361,22 @@ def test_settings_by_group_must_have_an_entry_for_each_group():
         PromptOptimizer({}, clip_norm=[1.0] * 4).bind(LABELS, RUNS, ROWS)
 
 
-def test_what_all_runs_share_cannot_train_in_a_job_of_several_groups():
+def test_prompt_optimizer_parameter_shared_by_groups_error():
     rates = {label: constant(0.1) for label in ("shared", "task", "backbone")}
     optimizer = PromptOptimizer(rates).bind(LABELS, RUNS, ROWS)
     tree = jax.tree.map(jnp.asarray, {**random_tree(0), "backbone": {"w": np.ones(3)}})
-    with pytest.raises(ValueError, match="'backbone/w' has no rows.*so 3 independent"):
+    with pytest.raises(ValueError, match="'backbone/w' is shared.*so 3 independent"):
         optimizer.init(tree)
 
 
-def test_an_unbound_optimizer_and_an_unknown_policy_are_errors():
+def test_prompt_optimizer_unbound_or_unknown_policy_error():
     with pytest.raises(ValueError, match="bind"):
         PromptOptimizer({"shared": constant(0.1)}).init(random_tree(0))
     with pytest.raises(ValueError, match="'dense' or 'hold', got 'skip'"):
         PromptOptimizer({}, absent_tasks="skip")
 
 
-def test_adafactor_by_rows_is_optaxs_of_each_row_alone():
+def test_adafactor_by_rows_matches_optax_on_separate_rows():
     tree, grads = random_tree(0), gradients([{0, 1, 2, 3}] * 4)
     rate = 0.3
     optimizer = PromptOptimizer(
@@ -399,12 +399,12 @@ def test_adafactor_by_rows_is_optaxs_of_each_row_alone():
             np.testing.assert_allclose(found[name][row], value, rtol=1e-5, atol=1e-6)
 
 
-def test_adams_numbers_are_refused_beside_another_rule():
+def test_prompt_optimizer_adam_settings_with_other_rule_error():
     with pytest.raises(ValueError, match="b1 is Adam's and would have no effect"):
         PromptOptimizer({}, rule=adafactor, b1=0.5)
 
 
-def test_the_defaults_are_those_of_the_methods():
+def test_prompt_optimizer_defaults():
     optimizer = PromptOptimizer({})
     assert (optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 1.0)
     assert optimizer.absent_tasks == "dense"

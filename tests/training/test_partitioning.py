@@ -1,4 +1,4 @@
-"""Meshes, logical axes, and steps that do not depend on how many devices share them."""
+"""Meshes, logical axes, and steps that do not depend on the number of devices."""
 
 import functools
 
@@ -19,15 +19,15 @@ GROUPED = Runs(tiny.RUNS.task_names, groups=[1, 0, 1])
 
 
 def specs_of(partitioner: PjitPartitioner) -> dict[str, tuple]:
-    """Path name -> mesh axes of every parameter, trailing Nones left out."""
+    """Returns path name -> mesh axes of every parameter, without trailing Nones."""
     model = tiny.model(objective=Objective(distillation=Distillation()))
     params, axes = param_shapes(model)
     found = flatten(partitioner.shardings(params, axes), is_leaf=lambda x: hasattr(x, "spec"))
-    assert set(found) == set(flatten(params)), "every parameter has a sharding"
+    assert set(found) == set(flatten(params)), "every parameter should have a sharding"
     return {name: tuple(sharding.spec) for name, sharding in found.items()}
 
 
-def test_weights_are_split_over_the_model_axis_and_prompts_are_everywhere():
+def test_partitioner_splits_weights_and_replicates_prompts():
     specs = specs_of(PjitPartitioner())
     assert specs["encoder/layers_0/mlp/wi/kernel"] == (None, "model")
     assert specs["encoder/layers_0/mlp/wo/kernel"] == ("model", None)
@@ -38,19 +38,19 @@ def test_weights_are_split_over_the_model_axis_and_prompts_are_everywhere():
             assert set(spec) <= {None}, name
 
 
-def test_two_dimensional_parameter_rules_also_split_the_width():
+def test_standard_rules_two_parameter_dims_split_width():
     rules = standard_logical_axis_rules(parameter_partitioning_dims=2)
     specs = specs_of(PjitPartitioner(logical_axis_rules=rules))
     assert specs["encoder/layers_0/mlp/wi/kernel"] == ("data", "model")
 
 
-def test_additional_rules_come_first():
+def test_standard_rules_additional_rules_take_precedence():
     rules = standard_logical_axis_rules(additional_rules=(("mlp", None),))
     specs = specs_of(PjitPartitioner(logical_axis_rules=rules))
     assert set(specs["encoder/layers_0/mlp/wi/kernel"]) <= {None}
 
 
-def test_an_axis_without_rule_and_a_parameter_without_axes_are_named():
+def test_partitioner_missing_rule_or_axes_error_names_parameter():
     model = tiny.model()
     params, axes = param_shapes(model)
     rules = [rule for rule in standard_logical_axis_rules() if rule[0] != "rank"]
@@ -63,18 +63,18 @@ def test_an_axis_without_rule_and_a_parameter_without_axes_are_named():
 @pytest.mark.parametrize(
     "dims", [{"activation_partitioning_dims": 3}, {"parameter_partitioning_dims": 0}]
 )
-def test_partitioning_dims_out_of_range(dims):
+def test_standard_rules_dims_out_of_range_error(dims):
     with pytest.raises(ValueError, match="1 or 2"):
         standard_logical_axis_rules(**dims)
 
 
 @pytest.mark.parametrize("partitions", [0, 3])
-def test_partitions_must_divide_the_devices(partitions):
+def test_partitioner_indivisible_devices_error(partitions):
     with pytest.raises(ValueError, match=f"num_partitions={partitions} does not divide the 1 "):
         PjitPartitioner(partitions)
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_put_like_moments_sharded_like_parameters():
     partitioner = PjitPartitioner()
     shardings = {"a": {"w": partitioner.batch}, "b": partitioner.replicated}
     state = {"mu": {"a": {"w": np.ones(2)}, "b": np.ones(2)}, "count": np.zeros(())}
@@ -85,7 +85,7 @@ def test_moments_lie_where_their_parameters_do():
 
 @pytest.mark.slow
 @pytest.mark.devices(4)
-def test_a_step_is_the_same_on_one_device_and_on_meshes_of_four():
+def test_train_step_four_device_meshes_match_one_device():
     assert jax.device_count() == 4
     model = tiny.model(GROUPED, objective=Objective(distillation=Distillation()))
     params = tiny.params(model)

@@ -1,4 +1,4 @@
-"""Rows of runs that have ended leave the batch; the others keep their order and their shard."""
+"""Rows of finished runs are left out of a batch; others keep their order and shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def whole(rows_each: int) -> dict[str, np.ndarray]:
     return tiny.batch(np.repeat(np.arange(4), rows_each).tolist(), seed=3)
 
 
-def test_what_is_left_is_in_order_and_the_rest_is_empty():
+def test_row_compactor_pack_keeps_order_and_pads_with_empty_rows():
     batch = whole(4)
     packed = RowCompactor(RUNS).pack(batch, [True, False, False, True])
     for name, value in packed.items():
@@ -35,20 +35,21 @@ def test_what_is_left_is_in_order_and_the_rest_is_empty():
     assert (one["encoder_task_ids"][4:] == 2).all() and (one["decoder_task_ids"][4:] == 2).all()
 
 
-def test_capacities_are_few_and_divide():
+def test_row_compactor_capacities_halve_and_divide():
     assert RowCompactor(RUNS).capacities(48) == [48, 24, 12, 6, 3]
     assert RowCompactor(RUNS, shards=4, num_microbatches=2).capacities(64) == [16, 8, 4, 2]
     assert RowCompactor(RUNS, shards=8).capacities(24) == [3]
 
 
-def test_rows_stay_on_their_shard_and_every_process_makes_its_own():
+def test_row_compactor_several_shards_keep_rows_on_their_shard():
     batch, active = whole(8), [True, False, False, True]
-    found = []
+    task_ids = []
     for process in range(2):
-        places = RowCompactor(RUNS, shards=4, first_shard=2 * process, local_shards=2)
+        compactor = RowCompactor(RUNS, shards=4, first_shard=2 * process, local_shards=2)
         mine = {name: value[16 * process : 16 * (process + 1)] for name, value in batch.items()}
-        found.append(places.pack(mine, [active[0], True, False, False])["encoder_task_ids"][:, 0])
-    np.testing.assert_array_equal(np.concatenate(found), np.repeat([0, 1, 2, 3], 8))
+        packed = compactor.pack(mine, [active[0], True, False, False])
+        task_ids.append(packed["encoder_task_ids"][:, 0])
+    np.testing.assert_array_equal(np.concatenate(task_ids), np.repeat([0, 1, 2, 3], 8))
     two = RowCompactor(RUNS, shards=2, local_shards=2)  # a and b on one shard, c and d on the other
     halved = two.pack(batch, active)
     np.testing.assert_array_equal(halved["encoder_task_ids"][:, 0], np.repeat([0, 3], 8))
@@ -57,7 +58,7 @@ def test_rows_stay_on_their_shard_and_every_process_makes_its_own():
     assert not alone["decoder_loss_weights"][8:].any()
 
 
-def test_rows_in_another_order_are_an_error():
+def test_row_compactor_rows_out_of_order_error():
     batch = tiny.batch([0, 1, 2, 3, 0, 1, 2, 3])
     with pytest.raises(ValueError, match="in the order of run_names"):
         RowCompactor(RUNS).pack(batch, [True, False, True, True])

@@ -1,4 +1,4 @@
-"""Each group's best step, patience, and what is kept of it."""
+"""Each group's best step, its patience, and the files that store it."""
 
 import math
 import types
@@ -19,7 +19,7 @@ MODEL = tiny.model(RUNS)
 
 
 def state(step: int, value: float):
-    """A train state whose every number is `value`."""
+    """A train state in which every parameter is `value`."""
     shapes = {
         "shared": (2, tiny.PROMPT, tiny.WIDTH),
         "task_left": (3, tiny.PROMPT, 1),
@@ -35,7 +35,7 @@ def scores(first: float, second: float, third: float):
 
 
 def rows_of(select: SelectBest) -> dict[str, list[float]]:
-    """The value each kept row holds; fails where a row is of two minds."""
+    """Returns the value of each stored row; fails if a row has several values."""
     assert select.trainable is not None
     found = {}
     for name, leaf in select.trainable["prompt"].items():
@@ -44,7 +44,7 @@ def rows_of(select: SelectBest) -> dict[str, list[float]]:
     return found
 
 
-def test_every_group_keeps_its_own_best_step(tmp_path):
+def test_select_best_each_group_keeps_its_own_best_step(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     assert select.best_step == [-1, -1] and all(map(math.isnan, select.best_group_scores()))
     # The second group's score is the mean of its two runs.
@@ -65,7 +65,7 @@ def test_every_group_keeps_its_own_best_step(tmp_path):
     assert select.history[20] == [70, 45]
 
 
-def test_smaller_may_be_better_and_the_metric_is_named(tmp_path):
+def test_select_best_min_mode_and_named_metric(tmp_path):
     select = SelectBest(MODEL, str(tmp_path), metric="f1", mode="min")
     for step, found in ((1, (1, 1, 1)), (2, (3, 0, 0)), (3, (2, 5, 5))):
         select.run(state(step, step), scores(*found))
@@ -74,7 +74,7 @@ def test_smaller_may_be_better_and_the_metric_is_named(tmp_path):
     assert by_task.group_scores(scores(1, 2, 3)) == [1, (2 - 3) / 2]
 
 
-def test_the_best_survives_a_restart_and_a_repeated_evaluation_changes_nothing(tmp_path):
+def test_select_best_resume_and_repeated_evaluation_change_nothing(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
     select.run(state(20, 2), scores(60, 50, 50))
@@ -91,7 +91,7 @@ def test_the_best_survives_a_restart_and_a_repeated_evaluation_changes_nothing(t
     assert rows_of(again)["task_left"] == [3, 1, 1]
 
 
-def test_what_lies_after_the_step_resumed_from_is_forgotten(tmp_path, caplog):
+def test_select_best_resume_discards_later_evaluations(tmp_path, caplog):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
     select.run(state(20, 2), scores(40, 50, 50))
@@ -99,24 +99,24 @@ def test_what_lies_after_the_step_resumed_from_is_forgotten(tmp_path, caplog):
     again.resume(15)
     assert again.best_step == [10, 10] and sorted(again.history) == [10]
     select.run(state(30, 3), scores(90, 90, 90))
-    for step in (0, 25):  # a run from nothing, and one from before the parameters that are kept
+    for step in (0, 25):  # a new run, and one that resumes from before the stored parameters
         again = SelectBest(MODEL, str(tmp_path))
         with caplog.at_level("WARNING", logger="absl"):
             again.resume(step)
         assert again.best_step == [-1, -1] and not again.history and again.trainable is None
-    assert "selects anew" in caplog.text
+    assert "Selection starts over" in caplog.text
     again.run(state(26, 4), scores(1, 1, 1))
     assert again.best_step == [26, 26] and rows_of(again)["task_left"] == [4, 4, 4]
 
 
-def test_the_best_of_other_runs_is_refused(tmp_path):
+def test_select_best_resume_with_other_runs_error(tmp_path):
     SelectBest(MODEL, str(tmp_path)).run(state(10, 1), scores(50, 60, 60))
     other = SelectBest(tiny.model(Runs(["rte", "cb"])), str(tmp_path))
-    with pytest.raises(ValueError, match="'rte_s1'.* and these are .*'rte', 'cb'"):
+    with pytest.raises(ValueError, match="'rte_s1'.*, but this job has the runs .*'rte', 'cb'"):
         other.resume(10)
 
 
-def test_the_scores_kept_are_those_of_each_groups_best_step(tmp_path):
+def test_select_best_scores_come_from_best_steps(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 62))
     select.run(state(20, 2), scores(70, 1, 2))
@@ -125,14 +125,14 @@ def test_the_scores_kept_are_those_of_each_groups_best_step(tmp_path):
     }  # fmt: skip
 
 
-def test_the_folder_is_replaced_file_by_file_and_holds_nothing_else(tmp_path):
+def test_select_best_folder_has_only_two_files(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
     names = sorted(path.name for path in (tmp_path / best_steps.FOLDER).iterdir())
     assert names == ["history.json", "trainable.safetensors"]
 
 
-def test_a_first_score_that_is_no_number_is_not_the_best_for_ever(tmp_path):
+def test_select_best_first_score_nan_is_replaced(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(math.nan, 50, 50))
     select.run(state(20, 2), scores(10, math.nan, 50))
@@ -141,20 +141,20 @@ def test_a_first_score_that_is_no_number_is_not_the_best_for_ever(tmp_path):
     assert rows_of(select)["task_left"] == [2, 1, 1]
 
 
-def test_patience_counts_evaluations_without_any_group_improving(tmp_path):
+def test_select_best_patience_counts_evaluations_without_improvement(tmp_path):
     select = SelectBest(MODEL, str(tmp_path), patience=2)
     found = [(50, 50, 50), (40, 40, 40), (40, 60, 60), (40, 40, 40), (50, 60, 60)]
     stops = [select.run(state(step, step), scores(*f)) for step, f in enumerate(found)]
     assert stops == [False, False, False, False, True]
 
 
-def test_patience_does_not_end_a_run_before_its_least_evaluations(tmp_path):
+def test_select_best_min_evaluations_delays_stopping(tmp_path):
     select = SelectBest(MODEL, str(tmp_path), patience=1, min_evaluations=4)
     stops = [select.run(state(step, step), scores(*[50 - step] * 3)) for step in range(5)]
     assert stops == [False, False, False, True, True]
 
 
-def test_a_backbone_that_learns_is_kept_whole(tmp_path):
+def test_select_best_trainable_backbone_is_kept_whole(tmp_path):
     runs = Runs(["rte"])
     model = tiny.model(runs, get_method("none")(), labels=encoder_decoder.FULL_FINETUNING)
     select = SelectBest(model, str(tmp_path))
@@ -178,13 +178,13 @@ def test_a_backbone_that_learns_is_kept_whole(tmp_path):
         ({"metric": "acuracy"}, scores(1, 2, 3), "metric of rte_s1 'acuracy'.*'accuracy'"),
     ],
 )
-def test_what_was_not_evaluated_is_an_error(tmp_path, settings, found, says):
+def test_select_best_missing_score_error(tmp_path, settings, found, says):
     with pytest.raises(ValueError, match=says):
         SelectBest(MODEL, str(tmp_path), **settings).run(state(1, 1), found)
 
 
 @pytest.mark.parametrize(("settings", "says"), [({"mode": "most"}, "most"), ({"patience": 0}, "0")])
-def test_settings_out_of_range_are_errors(tmp_path, settings, says):
+def test_select_best_settings_out_of_range_error(tmp_path, settings, says):
     with pytest.raises(ValueError, match=says):
         SelectBest(MODEL, str(tmp_path), **settings)
 
@@ -192,7 +192,7 @@ def test_settings_out_of_range_are_errors(tmp_path, settings, says):
 # --- T5X's actions -------------------------------------------------------------------------------
 
 
-def test_early_stopping_waits_for_its_patience_and_no_longer():
+def test_early_stopping_stops_exactly_after_patience():
     action = EarlyStoppingAction(("rte", "accuracy"), "max", patience=2, atol=0.5)
     values = [50, 60, 60.4, 61, 61, 40]
     stops = [action.run(None, {"rte": {"accuracy": float(value)}}) for value in values]
@@ -205,14 +205,14 @@ def test_early_stopping_waits_for_its_patience_and_no_longer():
     ]
 
 
-def test_a_loss_that_is_no_number_is_not_the_best_for_ever():
+def test_early_stopping_first_loss_nan_is_replaced():
     action = EarlyStoppingAction(("rte", "loss"), "min", patience=2)
     values = [math.nan, 2.0, 1.0, math.nan, 1.5]
     stops = [action.run(None, {"rte": {"loss": value}}) for value in values]
     assert stops == [False, False, False, False, True]
 
 
-def test_actions_that_watch_what_is_not_there_are_errors():
+def test_actions_unknown_task_metric_or_mode_error():
     action = EarlyStoppingAction(("rtee", "accuracy"), "max")
     with pytest.raises(ValueError, match="'rtee'.*'rte'"):
         action.run(None, {"rte": {"accuracy": 1.0}})
@@ -224,16 +224,16 @@ def test_actions_that_watch_what_is_not_there_are_errors():
         TerminateOnNanAction("rte").run(None, {"rte": {"accuracy": 1.0}})
 
 
-def test_terminating_on_numbers_that_are_none():
+def test_terminate_on_nan_stops_on_nan_or_infinity():
     action = TerminateOnNanAction("rte", "loss")
     values = (1.0, math.nan, math.inf)
     assert [action.run(None, {"rte": {"loss": x}}) for x in values] == [False, True, True]
 
 
-# --- Groups that are over, have failed, or have ended ---------------------------------------------
+# --- Groups out of patience, failed or ended ------------------------------------------------------
 
 
-def test_every_group_has_its_own_patience(tmp_path):
+def test_select_best_patience_per_group(tmp_path):
     select = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
     found = [(50, 50, 50), (40, 40, 40), (99, 30, 30), (99, 20, 20), (99, 99, 99)]
     over, stops = [], []
@@ -242,7 +242,7 @@ def test_every_group_has_its_own_patience(tmp_path):
         over.append(select.over)
     assert over == [[False] * 2, [True, False], [True, False], [True, True], [True, True]]
     assert stops == [False, False, False, True, True]
-    assert select.best_step == [0, 0], "what a group does once it is over is not looked at"
+    assert select.best_step == [0, 0], "a group out of patience should not be scored"
     again = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
     again.resume(4)
     assert again.over == [True, True] and again.history[2] == [None, 30]
@@ -250,24 +250,24 @@ def test_every_group_has_its_own_patience(tmp_path):
         SelectBest(MODEL, str(tmp_path), patience=[1, 2, 3])
 
 
-def test_a_failed_group_keeps_its_best_and_an_ended_one_is_evaluated_once_more(tmp_path):
+def test_select_best_failed_group_ignored_ended_group_scored_once(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     standing = {"ended": np.array([-1, -1]), "failed": np.zeros(2, bool)}
     select.run(types.SimpleNamespace(**vars(state(10, 1)), **standing), scores(50, 50, 50))
     standing = {"ended": np.array([15, 17]), "failed": np.array([True, False])}
-    for step in (20, 20, 30):  # the evaluation of step 20 is made up for after a restart
+    for step in (20, 20, 30):  # the evaluation of step 20 is repeated after a restart
         values = scores(60, 60, 60) if step == 20 else scores(70, 70, 70)
         select.run(types.SimpleNamespace(**vars(state(step, step)), **standing), values)
     assert select.best_step == [10, 20] and select.best_group_scores() == [50, 60]
     assert rows_of(select)["task_left"] == [1, 20, 20]
-    # A run that failed before it was ever evaluated need not be evaluated at all.
+    # A run that failed before its first evaluation needs no score.
     other = SelectBest(MODEL, str(tmp_path / "b"))
     only = {run: found for run, found in scores(1, 2, 3).items() if run != "rte_s1"}
     other.run(types.SimpleNamespace(**vars(state(20, 1)), **standing), only)
     assert other.best_step == [-1, 20] and math.isnan(other.best_group_scores()[0])
 
 
-def test_only_groups_whose_best_lies_later_are_selected_anew(tmp_path):
+def test_select_best_resume_resets_only_groups_with_later_best(tmp_path):
     select = SelectBest(MODEL, str(tmp_path), patience=2)
     select.run(state(10, 1), scores(50, 60, 60))
     select.run(state(20, 2), scores(60, 50, 50))
@@ -282,7 +282,7 @@ def test_only_groups_whose_best_lies_later_are_selected_anew(tmp_path):
 # --- The two files -------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_is_found_and_the_message_says_what_to_do(tmp_path):
+def test_best_steps_corrupt_file_error_gives_advice(tmp_path):
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
     path = tmp_path / best_steps.FOLDER / best_steps.PARAMETERS
@@ -298,9 +298,9 @@ def test_a_flipped_bit_is_found_and_the_message_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("written", [1, 2])
-def test_a_kill_between_the_files_loses_nothing(tmp_path, monkeypatch, written):
-    """The second selection is cut off after its first or second file: what is read belongs
-    together, and is of the step before or of the new one."""
+def test_best_steps_kill_between_writes_loses_nothing(tmp_path, monkeypatch, written):
+    """The second selection is killed after its first or second write. The files still match, and
+    hold the previous step or the new one."""
     select = SelectBest(MODEL, str(tmp_path))
     select.run(state(10, 1), scores(50, 60, 60))
     replace, count = best_steps._replace, iter(range(9))

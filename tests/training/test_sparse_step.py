@@ -1,4 +1,4 @@
-"""A step on the rows of a batch beside the step on the whole bank."""
+"""A step on only the bank rows of a batch, against a step on the whole bank."""
 
 import functools
 
@@ -15,7 +15,7 @@ from mpt_jax.training import sparse_step, train_step
 from tests.fixtures import tiny
 
 RUNS = Runs([f"task_{i}" for i in range(12)])
-# Rows repeat, some come back after a while, one batch has padding, and the last row is there.
+# Rows repeat, some return later, one batch has padding, and the last row is included.
 BATCHES = [[3, 3, 7], [7, 1, 11], [3, None, 0], [1, 11, 11]]
 
 
@@ -27,7 +27,7 @@ def made(prompt, labels=(), **overrides):
 
 
 def steps(model, wrap, pack=None):
-    """The state and the metrics of each step over the batches."""
+    """Returns the last state, and the metrics of each step over the batches."""
     step = lambda model, state, batch: train_step.train_step(model, 1, state, batch, KEY)  # noqa: E731
     compiled = jax.jit(functools.partial(wrap, step, model))
     state, found = tiny.state(model, tiny.params(model)), []
@@ -57,7 +57,7 @@ FROZEN_LEFT = (("prompt/task_left", "frozen"),)
         pytest.param(PromptTuning(tiny.PROMPT), [[0, 2, 1]], (), marks=pytest.mark.slow),
     ],
 )
-def test_the_same_numbers(prompt, pack, labels):
+def test_step_of_batch_matches_step_on_whole_bank(prompt, pack, labels):
     model = made(prompt, labels)
     whole, expected = steps(model, on_the_whole_bank, pack)
     small, found = steps(model, sparse_step.step_of_batch, pack)
@@ -72,7 +72,7 @@ def test_the_same_numbers(prompt, pack, labels):
             np.testing.assert_array_equal(leaf[np.array(absent)], start[name][np.array(absent)])
 
 
-def test_when_the_whole_bank_is_taken():
+def test_most_rows_none_when_whole_bank_is_needed():
     batch = tiny.arrays(tiny.batch([0, 1, 2]))
     assert sparse_step.most_rows(made(MPT(tiny.PROMPT)), batch) == 3
     assert sparse_step.most_rows(made(MPT(tiny.PROMPT), absent_tasks="dense"), batch) is None
@@ -86,8 +86,8 @@ def test_when_the_whole_bank_is_taken():
     assert sparse_step.most_rows(alone, batch) is None
 
 
-def test_no_gradient_is_as_large_as_the_bank(optimized):
-    """Beside what is given and handed back, in place, a step needs no more of a larger bank."""
+def test_step_of_batch_memory_independent_of_bank_size(optimized):
+    """Apart from inputs and outputs, updated in place, a larger bank needs no more memory."""
 
     def temporaries(rows, wrap):
         runs = Runs([f"task_{i}" for i in range(rows)])

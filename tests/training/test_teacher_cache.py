@@ -1,4 +1,4 @@
-"""Cached targets of teachers beside teachers that run in every step."""
+"""Cached teacher outputs against teachers that run in every step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def started(found, settings=None, num_microbatches=None, partitioner=None) -> tr
 
 
 def opened(found, settings, num_microbatches=1):
-    """An empty cache and what it is given beside batches."""
+    """Returns an empty cache, and a function that adds its outputs to a batch."""
     state = tiny.state(found, tiny.params(found))
     partitioner = PjitPartitioner()
     cache = settings.open(found, state, partitioner, num_microbatches)
@@ -54,7 +54,7 @@ def opened(found, settings, num_microbatches=1):
 
 
 def calls(cache, monkeypatch) -> list[int]:
-    """The rows of every forward pass of teachers from now on."""
+    """Records the number of rows of every teacher forward pass from now on."""
     rows, teach = [], cache._teach
 
     def counted(frozen, batch):
@@ -81,8 +81,8 @@ OBJECTIVES = {
 
 @functools.cache
 def gradients(name):
-    """Gradients and metrics without a cache, and by the storage dtype of one."""
-    # The decoder has one layer fewer than the encoder: give it the state 2 that is asked for.
+    """Returns gradients and metrics without a cache, and for each storage dtype."""
+    # The decoder has one layer fewer than the encoder; add one, so that it has state 2.
     found = model(OBJECTIVES[name], config=tiny.config(num_decoder_layers=2))
     trainable, frozen = split(tiny.params(found), found.labels, {"shared", "task"})
     step = jax.jit(functools.partial(train_step.gradients, found, num_microbatches=2))
@@ -99,7 +99,7 @@ BY_OBJECTIVE = pytest.mark.parametrize(
 
 
 @BY_OBJECTIVE
-def test_loss_and_gradients_are_those_of_teachers_that_run(name):
+def test_teacher_cache_float32_gradients_match_running_teachers(name):
     expected, found = gradients(name)[None], gradients(name)["float32"]
     tiny.close(found[0], expected[0], 1e-6, "gradients: ")
     tiny.close(
@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_those_of_teachers_that_run(name):
 
 
 @BY_OBJECTIVE
-def test_bfloat16_changes_terms_and_gradients_by_less_than_a_hundredth(name):
+def test_teacher_cache_bfloat16_changes_gradients_by_under_one_percent(name):
     expected, found = gradients(name)[None], gradients(name)["bfloat16"]
     for term, metric in expected[1].items():
         np.testing.assert_allclose(found[1][term].sum, metric.sum, rtol=1e-2, err_msg=term)
@@ -120,8 +120,8 @@ def test_bfloat16_changes_terms_and_gradients_by_less_than_a_hundredth(name):
         assert 0 < difference < 1e-2 * np.linalg.norm(gradient), leaf
 
 
-def test_logits_are_rounded_where_it_matters_least():
-    """T5's logits lie far from zero together; a likely token is near the largest."""
+def test_teacher_features_bfloat16_logits_precise_near_largest():
+    """T5's logits are all far from zero; those of likely tokens are near the largest."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(2, 3, 50)) * 5 - 40).astype(np.float32)
     teacher = losses.ModelOutputs(jnp.asarray(logits))
@@ -135,7 +135,7 @@ def test_logits_are_rounded_where_it_matters_least():
     assert 20 * np.abs(p - q).max() < np.abs(p - worse).max()
 
 
-def test_states_of_a_bfloat16_backbone_keep_every_bit():
+def test_teacher_cache_bfloat16_backbone_states_exact():
     found = model(Distillation(logits=False), config=tiny.config(dtype="bfloat16"))
     kept = [opened(found, TeacherCache(ROOM, dtype))[1](BATCH) for dtype in teacher_cache.DTYPES]
     for name in ("teacher_encoded", "teacher_decoded"):
@@ -155,7 +155,7 @@ def epochs(count=3, rows=12) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-def test_a_run_that_starts_again_with_an_empty_cache_learns_the_same_bits(dtype):
+def test_teacher_cache_resume_with_empty_cache_bit_identical(dtype):
     whole = started(model(), TeacherCache(ROOM, dtype))
     for number, batch in enumerate(epochs()):
         if number == 5:
@@ -177,7 +177,7 @@ def test_a_run_that_starts_again_with_an_empty_cache_learns_the_same_bits(dtype)
         assert full == (settings.max_bytes == ROOM)
 
 
-def test_training_is_that_without_a_cache():
+def test_teacher_cache_training_matches_no_cache():
     made = [started(model(), cache, 2) for cache in (None, TeacherCache(ROOM, "float32"))]
     for batch in epochs():
         for each in made:
@@ -189,7 +189,7 @@ def test_training_is_that_without_a_cache():
     tiny.close({name: found[1][name] for name in found[0]}, found[0], 1e-5)
 
 
-def test_rows_of_absent_tasks_may_be_held():
+def test_teacher_cache_held_absent_rows_match_no_cache():
     runs = Runs([f"task_{row}" for row in range(12)])
     held = lambda: model(runs=runs, optimizer_def=tiny.optimizer(absent_tasks="hold"))  # noqa: E731
     made = [started(held(), cache) for cache in (None, TeacherCache(ROOM, "float32"))]
@@ -203,7 +203,7 @@ def test_rows_of_absent_tasks_may_be_held():
 @pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("num_partitions", [1, 4])
-def test_a_mesh_learns_what_one_device_does(num_partitions):
+def test_teacher_cache_mesh_matches_one_device(num_partitions):
     found = lambda: model(config=tiny.config(num_heads=8))  # noqa: E731
     meshes = [PjitPartitioner(devices=jax.devices()[:1]), PjitPartitioner(num_partitions)]
     # Two microbatches of four rows: on eight shards a forward pass of teachers has eight.
@@ -216,10 +216,10 @@ def test_a_mesh_learns_what_one_device_does(num_partitions):
     )
 
 
-# --- The work ------------------------------------------------------------------------------------
+# --- Compute -------------------------------------------------------------------------------------
 
 
-def test_teachers_do_not_run_for_rows_that_are_held(monkeypatch):
+def test_teacher_cache_stored_rows_do_not_run_teachers(monkeypatch):
     cache, add = opened(model(), TeacherCache(ROOM, "float32"), num_microbatches=2)
     rows = calls(cache, monkeypatch)
     first = add(BATCH)
@@ -234,7 +234,7 @@ def test_teachers_do_not_run_for_rows_that_are_held(monkeypatch):
     assert rows == [4, 4, 4] and len(cache) == 10
 
 
-def test_a_row_that_a_batch_holds_twice_is_computed_once(monkeypatch):
+def test_teacher_cache_repeated_row_computed_once(monkeypatch):
     cache, add = opened(model(), TeacherCache(ROOM))
     rows = calls(cache, monkeypatch)
     found = add(tiny.pick(BATCH, [0, 3, 0, 0]))
@@ -242,7 +242,7 @@ def test_a_row_that_a_batch_holds_twice_is_computed_once(monkeypatch):
     np.testing.assert_array_equal(found["teacher_logits"][0], found["teacher_logits"][3])
 
 
-def test_the_step_has_no_third_forward_pass():
+def test_teacher_cache_step_has_no_third_forward_pass():
     def operations(made):
         return made.lower(BATCH)["train"].cost_analysis()["flops"]
 
@@ -254,7 +254,7 @@ def test_the_step_has_no_third_forward_pass():
     assert cached < 1.1 * without
 
 
-def test_a_row_is_another_one_with_another_teacher_text_target_or_length():
+def test_teacher_cache_key_covers_teacher_text_target_and_length():
     cache, add = opened(model(), TeacherCache(ROOM))
     one = tiny.batch([0], seed=3)
     add(one)
@@ -291,7 +291,7 @@ def positions(batch) -> tuple[int, int]:
         for column, dtype in enumerate(teacher_cache.DTYPES)
     ],
 )
-def test_the_bytes_that_are_held_are_those_computed(name, dtype):
+def test_needed_bytes_matches_held_bytes(name, dtype):
     found = model(OBJECTIVES[name], config=tiny.config(num_decoder_layers=2))
     cache, add = opened(found, TeacherCache(ROOM, dtype))
     add(BATCH)
@@ -301,8 +301,8 @@ def test_the_bytes_that_are_held_are_those_computed(name, dtype):
     assert needed_bytes(found, dtype, 8, encoder / 8, decoder / 8) == held
 
 
-def test_memory_grows_by_what_is_held():
-    """As Python's allocator counts, with rows large enough for bookkeeping not to matter."""
+def test_teacher_cache_memory_growth_matches_held_bytes():
+    """As counted by Python's allocator, with rows so large that bookkeeping does not matter."""
     found = model(config=tiny.config(vocab_size=20_000))
     cache, add = opened(found, TeacherCache(ROOM))
     add(BATCH)
@@ -316,15 +316,15 @@ def test_memory_grows_by_what_is_held():
     assert grown == pytest.approx(cache.held_bytes - before, rel=0.05)
 
 
-def test_what_the_paper_mixture_would_take():
-    """docs/performance.md, by hand: (T + L) H + L V numbers of two bytes."""
+def test_needed_bytes_paper_mixture():
+    """As in docs/performance.md: (T + L) H + L V values of two bytes."""
     base = model(config=t5_config("t5_1_0_base"))
     one = needed_bytes(base, "bfloat16", 1, 191, 4)
     assert one == 2 * ((191 + 4) * 768 + 4 * 32_128) == 556_544
     assert needed_bytes(base, "bfloat16", 1_151_093, 191, 4) == pytest.approx(0.64e12, rel=0.01)
 
 
-def test_nothing_is_added_beyond_the_budget(caplog):
+def test_teacher_cache_full_adds_no_more_examples(caplog):
     found = model()
     each = needed_bytes(found, "float32", 1, tiny.PROMPT + tiny.TEXT, tiny.TARGET)
     cache, add = opened(found, TeacherCache(3 * each, "float32"))
@@ -335,12 +335,14 @@ def test_nothing_is_added_beyond_the_budget(caplog):
             for name, value in plain(batch).items():
                 np.testing.assert_array_equal(add(batch)[name], value)
     assert 3 <= len(cache) <= 5 and 2 * each < cache.held_bytes <= 3 * each
-    told = [record.getMessage() for record in caplog.records if "cache is full" in record.message]
-    assert len(told) == 1 and f"holds {len(cache)} examples" in told[0]
+    messages = [
+        record.getMessage() for record in caplog.records if "cache is full" in record.message
+    ]
+    assert len(messages) == 1 and f"holds {len(cache)} examples" in messages[0]
     assert any("an example of the first batch takes" in record.message for record in caplog.records)
 
 
-def test_metrics_say_what_is_held_and_how_many_rows_were():
+def test_teacher_cache_metrics_report_size_and_hit_rate():
     cache, add = opened(model(), TeacherCache(ROOM))
     assert cache.metrics() == {"teacher_cache/examples": 0, "teacher_cache/gigabytes": 0}
     add(BATCH)
@@ -352,10 +354,10 @@ def test_metrics_say_what_is_held_and_how_many_rows_were():
     assert cache.metrics()["teacher_cache/hit_rate"] == 1.0
 
 
-# --- Where it cannot be used ---------------------------------------------------------------------
+# --- Errors --------------------------------------------------------------------------------------
 
 
-def test_packed_rows_are_refused():
+def test_teacher_cache_packed_rows_error():
     made = started(model(), TeacherCache(ROOM))
     packed = tiny.pack(BATCH, [[0, 1], [3, 4, 5]])
     with pytest.raises(ValueError, match="cannot hold packed rows"):
@@ -372,15 +374,15 @@ def test_packed_rows_are_refused():
             lambda: model(Distillation(logits=False, hidden=False, prompt_distance=True)),
             "prompt_distance compares prompts",
         ),
-        (lambda: model(labels=encoder_decoder.LAYER_NORMS), "norm/scale learns"),
+        (lambda: model(labels=encoder_decoder.LAYER_NORMS), "norm/scale is trainable"),
     ],
 )
-def test_what_there_is_nothing_to_cache_of_is_refused(found, message):
+def test_teacher_cache_unsuitable_objective_error(found, message):
     with pytest.raises(ValueError, match=message):
         started(found(), TeacherCache(ROOM))
 
 
-def test_independent_runs_are_refused():
+def test_teacher_cache_independent_runs_error():
     found = model(runs=Runs(["alpha", "beta"], groups="independent"))
     state = tiny.state(found, tiny.params(found))
     with pytest.raises(ValueError, match="independent runs"):
@@ -394,7 +396,7 @@ def test_independent_runs_are_refused():
         )
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_teacher_cache_several_processes_error(monkeypatch):
     found = model()
     state, partitioner = tiny.state(found, tiny.params(found)), PjitPartitioner()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -405,6 +407,6 @@ def test_several_processes_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"), [((0,), "holds nothing"), ((ROOM, "float16"), "dtype must be one of")]
 )
-def test_settings_out_of_range_are_refused(settings, message):
+def test_teacher_cache_settings_out_of_range_error(settings, message):
     with pytest.raises(ValueError, match=message):
         TeacherCache(*settings)

@@ -1,4 +1,4 @@
-"""The training step: what moves, what does not, microbatches, groups, and numbers that fail."""
+"""The train step: trainable and frozen parameters, microbatches, groups, non-finite values."""
 
 import functools
 
@@ -34,12 +34,12 @@ def bytes_of(tree) -> dict[str, bytes]:
     return {name: np.asarray(leaf).tobytes() for name, leaf in flatten(tree).items()}
 
 
-# --- What learns ---------------------------------------------------------------------------------
+# --- Trainable parameters ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def distilled() -> trainer.Trainer:
-    """Three steps taken."""
+    """A trainer after three steps."""
     objective = Objective(distillation=Distillation())
     made = make_trainer(tiny.model(GROUPED, objective=objective))
     made.before = {part: bytes_of(getattr(made.state, part)) for part in ("trainable", "frozen")}
@@ -48,7 +48,7 @@ def distilled() -> trainer.Trainer:
     return made
 
 
-def test_the_prompt_moves_and_the_backbone_and_teachers_keep_every_byte(distilled):
+def test_trainer_prompt_changes_and_frozen_params_stay_identical(distilled):
     assert bytes_of(distilled.state.frozen) == distilled.before["frozen"]
     names = set(distilled.before["frozen"])
     assert {"teacher/table", "token_embedder/embedding", "encoder/encoder_norm/scale"} <= names
@@ -58,7 +58,7 @@ def test_the_prompt_moves_and_the_backbone_and_teachers_keep_every_byte(distille
     assert int(distilled.state.step) == distilled.step == 3
 
 
-def test_metrics_are_read_once_and_name_every_run_and_term(distilled):
+def test_read_metrics_returns_every_run_and_term_once(distilled):
     found = distilled.read_metrics()
     assert distilled.read_metrics() == {}
     expected = {"loss", "token_accuracy", "gradient_norm", "learning_rate/shared"}
@@ -73,7 +73,7 @@ def test_metrics_are_read_once_and_name_every_run_and_term(distilled):
 
 
 def shapes_made_by(function, *arguments) -> set[tuple[int, ...]]:
-    """Shapes of everything a traced function computes, inner functions included."""
+    """Returns the shapes of everything a traced function computes, including inner functions."""
     found: set[tuple[int, ...]] = set()
 
     def walk(jaxpr) -> None:
@@ -90,12 +90,12 @@ def shapes_made_by(function, *arguments) -> set[tuple[int, ...]]:
     return found
 
 
-# Widths that no product of the batch's sizes could have by chance.
+# Widths that no product of the batch's sizes can equal by chance.
 ODD = tiny.config(vocab_size=61, emb_dim=22, mlp_dim=58, head_dim=17)
 
 
 @pytest.mark.parametrize("labels", [encoder_decoder.PROMPT_ONLY, encoder_decoder.FULL_FINETUNING])
-def test_a_step_makes_no_gradient_or_moment_of_the_backbones_size(labels):
+def test_train_step_frozen_backbone_has_no_gradient_or_moment(labels):
     full = labels == encoder_decoder.FULL_FINETUNING
     method = get_method("none")() if full else MPT(tiny.PROMPT)
     runs = Runs(["alpha"])
@@ -107,7 +107,7 @@ def test_a_step_makes_no_gradient_or_moment_of_the_backbones_size(labels):
     kernels = {(22, 58), (58, 22), (22, 34), (34, 22)}
     moments = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     if full:
-        # The control: where the backbone learns, the same search finds its gradients.
+        # Control: if the backbone is trainable, the same search finds its gradients.
         assert kernels <= made and kernels <= moments
     else:
         assert not kernels & made
@@ -126,14 +126,14 @@ TABLES = {
 @pytest.mark.parametrize(
     "table", ["full", "bitfit", pytest.param("layer norms", marks=pytest.mark.slow)]
 )
-def test_a_label_table_trains_exactly_what_it_labels(table):
+def test_label_table_trains_exactly_its_parameters(table):
     labels, fields, chosen = TABLES[table]
     runs = Runs(["alpha"])
     model = tiny.model(runs, get_method("none")(), tiny.config(**fields), labels=labels)
     made = make_trainer(model)
     before = bytes_of(made.state.params)
     expected = {name for name in before if chosen(name)}
-    assert expected, "there is something of the kind"
+    assert expected, "the model should have such parameters"
     assert set(flatten(made.state.trainable)) == expected
     for seed in range(2):
         made.train(tiny.batch([0, 0, 0, 0], seed=seed, prompt_length=0))
@@ -143,7 +143,7 @@ def test_a_label_table_trains_exactly_what_it_labels(table):
     assert {name for name in before if after[name] != before[name]} == expected
 
 
-def test_a_prompt_and_layer_norms_may_learn_together():
+def test_layer_norm_labels_train_prompt_and_layer_norms():
     model = tiny.model(Runs(["alpha"]), MPT(tiny.PROMPT), labels=encoder_decoder.LAYER_NORMS)
     trainable, _ = split(tiny.params(model), model.labels, {"shared", "task", "backbone"})
     names = set(flatten(trainable))
@@ -154,7 +154,7 @@ def test_a_prompt_and_layer_norms_may_learn_together():
 # --- Microbatches --------------------------------------------------------------------------------
 
 
-def test_the_number_of_microbatches_changes_rounding_only():
+def test_gradients_number_of_microbatches_changes_only_rounding():
     model = tiny.model(GROUPED, objective=Objective(distillation=Distillation(), z_loss=1e-2))
     trainable, frozen = split(tiny.params(model), model.labels, {"shared", "task"})
     found = {}
@@ -164,7 +164,7 @@ def test_the_number_of_microbatches_changes_rounding_only():
     tiny.close(found[4], found[1], 1e-6)
 
 
-def test_rows_that_do_not_divide_are_an_error():
+def test_gradients_indivisible_batch_error():
     model = tiny.model(GROUPED)
     trainable, frozen = split(tiny.params(model), model.labels, {"shared", "task"})
     with pytest.raises(ValueError, match="8 rows does not divide into 3"):
@@ -175,8 +175,8 @@ def test_rows_that_do_not_divide_are_an_error():
 
 NAMES = ["alpha", "beta", "gamma"]
 PEAKS, TOTALS, WARMUPS, CLIPS = [0.1, 0.03, 0.06], [60, 40, 80], [5, 0, 12], [0.2, 5.0, 1.0]
-# Smooth activations and moderate rates: at rates of 0.4 the difference of one bit, which another
-# order of addition makes, grows past 1e-5 within 50 steps of this tiny random problem.
+# Smooth activations and moderate rates: at rates of 0.4 the one-bit difference that comes from
+# another order of addition grows past 1e-5 within 50 steps of this tiny random problem.
 SMOOTH = tiny.config(mlp_activations=("gelu", "linear"))
 
 
@@ -199,9 +199,9 @@ def grouped_optimizer(groups: list[int]) -> PromptOptimizer:
         pytest.param(PromptTuning(tiny.PROMPT), id="pt", marks=pytest.mark.slow),
     ],
 )
-def test_runs_of_one_job_equal_their_solo_runs(method):
+def test_independent_runs_in_one_job_match_solo_runs(method):
     """50 steps, float32: every group has its own learning rate, schedule and clipping norm, and
-    is now and then absent from a batch."""
+    is sometimes absent from a batch."""
     together = Runs(NAMES, groups="independent")
     model = tiny.model(together, method, SMOOTH, optimizer_def=grouped_optimizer([0, 1, 2]))
     params = tiny.params(model)
@@ -227,13 +227,15 @@ def test_runs_of_one_job_equal_their_solo_runs(method):
         for leaf, value in solo.trainable["prompt"].items():
             grouped = np.asarray(state.trainable["prompt"][leaf][row])
             np.testing.assert_allclose(grouped, value[0], atol=1e-5, err_msg=f"{name} {leaf}")
-            assert np.abs(grouped - np.asarray(prompt[leaf][0])).max() > 0.1, "it did train"
+            assert np.abs(grouped - np.asarray(prompt[leaf][0])).max() > 0.1, (
+                "the prompt should have changed"
+            )
 
 
-# --- Numbers that are not finite -----------------------------------------------------------------
+# --- Non-finite values ---------------------------------------------------------------------------
 
 
-def test_a_bad_batch_leaves_the_state_as_it_was_and_raises():
+def test_trainer_nan_batch_raises_and_keeps_state():
     made = make_trainer(tiny.model(GROUPED))
     good = [tiny.batch([0, 1, 2, 2], seed=seed) for seed in range(4)]
     made.train(good[0])
@@ -242,7 +244,7 @@ def test_a_bad_batch_leaves_the_state_as_it_was_and_raises():
     before = {part: bytes_of(getattr(made.state, part)) for part in parts}
     bad = {**good[1], "decoder_loss_weights": good[1]["decoder_loss_weights"] * np.float32("nan")}
     made.train(bad)
-    # Steps that were dispatched before anybody looked must not go on without the one refused.
+    # Steps dispatched before the failure is read must not continue without the failed one.
     made.train(good[2])
     made.train(good[3])
     with pytest.raises(trainer.NonFiniteLoss, match="step 1 is not finite"):
@@ -251,7 +253,7 @@ def test_a_bad_batch_leaves_the_state_as_it_was_and_raises():
     assert {part: bytes_of(getattr(made.state, part)) for part in parts} == before
 
 
-def test_an_infinite_loss_is_refused_though_its_gradient_is_finite():
+def test_train_step_infinite_loss_with_finite_gradient_not_taken():
     class Overflowing(encoder_decoder.PromptedEncoderDecoder):
         def loss_sums(self, *args, **settings):
             sums, found = super().loss_sums(*args, **settings)
@@ -265,10 +267,10 @@ def test_an_infinite_loss_is_refused_though_its_gradient_is_finite():
     assert bytes_of(new.trainable) == bytes_of(state.trainable)
 
 
-# --- Dropout, evaluation -------------------------------------------------------------------------
+# --- Dropout and evaluation ----------------------------------------------------------------------
 
 
-def test_dropout_is_a_function_of_the_key_and_the_step():
+def test_train_step_dropout_depends_on_key_and_step():
     model = tiny.model(GROUPED, config=tiny.config(dropout_rate=0.2))
     step = jax.jit(functools.partial(train_step.train_step, model, 1))
     state = tiny.state(model, tiny.params(model))
@@ -279,7 +281,7 @@ def test_dropout_is_a_function_of_the_key_and_the_step():
         assert bytes_of(other.trainable) != bytes_of(first.trainable)
 
 
-def test_evaluation_is_the_mean_over_all_batches_and_leaves_the_state(distilled):
+def test_evaluate_returns_mean_over_batches_and_keeps_state(distilled):
     before = bytes_of(distilled.state.params)
     batches = [tiny.batch([0, 1, 2, 2], seed=9), tiny.batch([2, None, None, 1], seed=10)]
     found = distilled.evaluate(batches)

@@ -1,4 +1,4 @@
-"""The trainer on meshes of eight devices takes the steps that it takes on one."""
+"""The trainer on meshes of eight devices against the trainer on one device."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MESHES = {
 
 
 def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, Trainer]:
-    """MPT distilled from teachers: metrics of each step and an evaluation, and what was learned."""
-    config = tiny.config(num_heads=8)  # of all axes that are split, eight divides the lengths
+    """Trains MPT with teachers; returns metrics of steps and an evaluation, parameters, trainer."""
+    config = tiny.config(num_heads=8)  # eight divides the length of every axis that is split
     model = tiny.model(
         config=config,
         objective=Objective(distillation=Distillation()),
@@ -51,7 +51,7 @@ def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, T
     [["data 2, model 4"], pytest.param(list(MESHES), marks=pytest.mark.slow)],
     ids=["two dims", "all"],
 )
-def test_a_mesh_gives_the_losses_of_one_device(names):
+def test_trainer_meshes_match_losses_of_one_device(names):
     expected, learned, _ = train(PjitPartitioner(devices=jax.devices()[:1]))
     assert {"term/kl", "term/hidden_encoder", "term/hidden_decoder"} <= set(expected[0])
     for name in names:
@@ -65,4 +65,6 @@ def test_a_mesh_gives_the_losses_of_one_device(names):
         tiny.close(params, learned, TOLERANCE, f"{name}: ")
         if name != "data 8":
             weights = trainer.state.frozen["encoder"]["layers_0"]["mlp"]["wi"]["kernel"]
-            assert weights.addressable_shards[0].data.size < weights.size, "the model is split"
+            assert weights.addressable_shards[0].data.size < weights.size, (
+                "the model should be split"
+            )

@@ -1,4 +1,4 @@
-"""Attention: by plain operations anywhere, by kernels on TPUs, from a cache when decoding."""
+"""Multi-head attention: plain operations, TPU kernels, and a cache for decoding."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mpt_jax.core.shapes import Array, Bool, Float, Int
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries over a memory, which may be the queries themselves.
+    """Multi-head attention of queries over a memory, which may be the queries' own sequence.
 
-    With `cache` the keys and values are kept in the `cache` collection: `self` writes the new
-    positions into `[B,N,M,D]` (M positions in all) at `cache_index`; `cross` computes those of
+    With `cache` the keys and values are stored in the `cache` collection: `self` writes the new
+    positions into `[B,N,M,D]` (M positions in total) at `cache_index`; `cross` computes those of
     the memory once. The call that creates the cache attends without it. `cached_*` leaves differ
-    between hypotheses of one example and `memory_*` leaves do not (see `decoding.py`).
+    between hypotheses of one example; `memory_*` leaves do not (see `decoding.py`).
     """
 
     config: T5Config
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         segments: tuple[Int[Array, "B Q"], Int[Array, "B K"]] | None = None,
     ) -> Float[Array, "B Q H"]:
         cfg = self.config
-        if segments is not None and self._by_kernels():
+        if segments is not None and self._uses_kernels():
             if bias is not None and fused.self_attention_fits(x.shape[1]):
                 return self._out(self._self_attention(x, bias, segments))
             if bias is None and self._uses_encoder_output_directly(x, memory):
@@ -70,18 +70,18 @@ class Attention(nn.Module):
 
     @property
     def _query_init(self) -> layers.Initializer:
-        """T5 has no 1/sqrt(D) in its scores; it is in here."""
+        """T5's scores have no factor 1/sqrt(D); the initialization of queries includes it."""
         scale = self.config.head_dim**-0.5
         return lambda *args: layers.normal_fan_in(*args) * scale
 
     # --- On a TPU --------------------------------------------------------------------------------
 
-    def _by_kernels(self) -> bool:
-        """Whether `fused_attention` may do it: on TPUs, unless the configuration says otherwise."""
+    def _uses_kernels(self) -> bool:
+        """Whether `fused_attention` can be used: on TPUs, unless the configuration overrides it."""
         cfg = self.config
-        wanted = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
+        enabled = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
         return (
-            wanted
+            enabled
             and self.cache == "none"
             and not cfg.biases
             and not (cfg.dropout_rate > 0 and not self.deterministic)
@@ -89,17 +89,17 @@ class Attention(nn.Module):
         )
 
     def _uses_encoder_output_directly(self, x: jax.Array, memory: jax.Array) -> bool:
-        """Whether targets are short enough for `_over_memory`: up to here it is fewer operations,
-        forward and back, than keys and values are; and there must be room for it."""
+        """Whether targets are short enough that `_over_memory` takes fewer operations, forward and
+        backward, than keys and values do, and it fits in VMEM."""
         cfg = self.config
         queries = cfg.num_heads // fused.shards_of_heads() * x.shape[1]
-        room = fused.over_memory_fits(
+        fits = fused.over_memory_fits(
             queries, memory.shape[1], cfg.emb_dim, jnp.dtype(cfg.dtype).itemsize
         )
-        return 2 * x.shape[1] <= cfg.head_dim and room
+        return 2 * x.shape[1] <= cfg.head_dim and fits
 
     def _kernels(self) -> list[Float[Array, "H ND"]]:
-        """The weights of queries, keys and values."""
+        """Returns the weights of queries, keys and values."""
         cfg = self.config
         shape, axes = (cfg.emb_dim, cfg.num_heads * cfg.head_dim), ("embed", "joined_kv")
         inits = {
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         bias: Float[Array, "1 N T T"],
         segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     ) -> Float[Array, "B T ND"]:
-        """One product for all three projections, read by the kernel as it is."""
+        """Self-attention from one product of all three projections, read by the kernel as is."""
         cfg = self.config
         heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
         joined = layers.constrain(x @ heads.join(self._kernels()), "batch", "length", "joined_kv")
@@ -132,8 +132,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "B Q ND"]:
         """Attention without keys and values: `q (e Wk)' = (q Wk') e'` and `p (e Wv) = (p e) Wv`.
 
-        Where targets are short, projecting the queries of all heads onto the memory is cheaper
-        than projecting every position of the memory, and nothing of the memory's size is made.
+        If targets are short, projecting the queries of all heads onto the memory is cheaper than
+        projecting every position of the memory, and creates no array of the memory's size.
         """
         cfg = self.config
         by_head = lambda a: a.reshape(*a.shape[:-1], cfg.num_heads, cfg.head_dim)  # noqa: E731
@@ -142,18 +142,18 @@ class Attention(nn.Module):
         onto = jnp.einsum("bqnd,hnd->bnqh", query, key)
         onto = onto.reshape(x.shape[0], -1, cfg.emb_dim)
         attend = lambda *arrays: fused.cross_attention(*arrays, not fused.on_tpu())  # noqa: E731
-        # Axis 1 is heads, and inside each the positions of the queries.
+        # Axis 1 has the heads, and within each head the query positions.
         queries, whole = ("batch", "heads", None), ("batch", "length", None)
         axes = (queries, whole, (queries[:2], whole[:2]))
-        mine = (jnp.tile(segments[0], (1, cfg.num_heads)), segments[1])
-        found = fused.over_mesh(attend, (onto, memory, mine), axes, queries)
-        found = found.reshape(x.shape[0], cfg.num_heads, x.shape[1], cfg.emb_dim)
-        return jnp.einsum("bnqh,hnd->bqnd", found, value).reshape(*x.shape[:2], -1)
+        head_segments = (jnp.tile(segments[0], (1, cfg.num_heads)), segments[1])
+        context = fused.over_mesh(attend, (onto, memory, head_segments), axes, queries)
+        context = context.reshape(x.shape[0], cfg.num_heads, x.shape[1], cfg.emb_dim)
+        return jnp.einsum("bnqh,hnd->bqnd", context, value).reshape(*x.shape[:2], -1)
 
     # --- Everywhere ------------------------------------------------------------------------------
 
     def _heads(self, name: str, init: layers.Initializer) -> Callable[[jax.Array], jax.Array]:
-        """A projection `[B,T,H] -> [B,N,T,D]`: one 2-D product, then the heads moved out."""
+        """Returns a projection `[B,T,H] -> [B,N,T,D]`: one 2-D product, split into heads."""
         cfg = self.config
         width = cfg.num_heads * cfg.head_dim
         project = layers.Dense(width, ("embed", "joined_kv"), cfg, init, name=name)
@@ -191,7 +191,7 @@ class Attention(nn.Module):
             shape = (batch, heads, cache_length, width)
             buffer = self.variable("cache", name, jnp.zeros, shape, x.dtype)
             if not creating:
-                assert cache_index is not None, "the decoder counts wherever it caches"
+                assert cache_index is not None, "the decoder passes cache_index whenever it caches"
                 buffer.value = jax.lax.dynamic_update_slice_in_dim(
                     buffer.value, x, cache_index, axis=2
                 )

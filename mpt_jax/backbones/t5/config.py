@@ -1,4 +1,4 @@
-"""The shape of a T5 and the named sizes that were published."""
+"""T5 hyperparameters, and the sizes of the published models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ REMAT_POLICIES = ("none", "minimal", "full")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Hyperparameters of one T5; the field names are T5X's.
+    """Hyperparameters of a T5 model; the field names are T5X's.
 
     Attributes:
-        vocab_size: rows V of the embedding, padding rows included.
-        dtype: of activations, `float32` or `bfloat16` (a name will do). Softmax, layer norms'
+        vocab_size: rows V of the embedding, including padding rows.
+        dtype: of activations, `float32` or `bfloat16`, as a dtype or its name. Softmax, layer-norm
             statistics and logits are float32 in both.
         emb_dim: model width H.
         num_heads: attention heads N.
@@ -25,26 +25,26 @@ class T5Config:
         num_decoder_layers: layers of the decoder.
         head_dim: width D of one head; N*D need not be H.
         mlp_dim: feed-forward width F.
-        mlp_activations: one name per input projection, their outputs are multiplied:
+        mlp_activations: one name per input projection, whose outputs are multiplied:
             `('relu',)` is T5 1.0, `('gelu', 'linear')` is T5 1.1.
-        dropout_rate: applied only where a call says `deterministic=False`.
+        dropout_rate: applied only in calls with `deterministic=False`.
         logits_via_embedding: whether the embedding is the output projection, scaled by H^-0.5
             (T5 1.0), or the decoder has its own (T5 1.1).
         float32_attention_logits: whether query-key products leave the matrix unit in float32
             rather than in `dtype`.
-        fused_attention: whether attention is a kernel that keeps scores on the chip (see
-            `fused_attention.py`); None: on TPUs. On anything else it runs interpreted, for tests.
+        fused_attention: whether to use attention kernels that keep scores on the chip (see
+            `fused_attention.py`). None: only on TPUs. Elsewhere they run interpreted, for tests.
         relative_attention_num_buckets: rows of the relative position table.
-        relative_attention_max_distance: distance from which on all positions share a bucket.
-        relative_bias_per_layer: whether every layer has a relative position table of its own
-            (umT5, T5X's scalable T5) instead of one for the whole stack (T5).
+        relative_attention_max_distance: distance from which all positions share a bucket.
+        relative_bias_per_layer: whether every layer has its own relative position table (umT5,
+            T5X's scalable T5) instead of one for the whole stack (T5).
         biases: adds a zero-initialized bias to every projection and layer norm, which T5 lacks,
-            so that BitFit has something to train.
-        remat: what the backward pass recomputes: `none`, `minimal` (all but products with
+            so that BitFit has parameters to train.
+        remat: what the backward pass recomputes: `none`, `minimal` (all except products with
             weights) or `full` (whole layers). On CPU it saves memory only together with
-            `scan_layers`: there XLA merges what is recomputed with what was computed.
-        scan_layers: runs the layers as one loop over stacked weights (see `scan.py`), which
-            compiles in a time that does not grow with depth.
+            `scan_layers`: otherwise XLA merges the recomputation with the original one.
+        scan_layers: runs the layers as one loop over stacked weights (see `scanned_params.py`), so
+            that compile time does not grow with depth.
     """
 
     vocab_size: int
@@ -71,22 +71,26 @@ class T5Config:
         dtype = jnp.dtype(self.dtype)
         if dtype == jnp.float16:
             raise ValueError(
-                "T5Config.dtype=float16: T5's activations overflow float16. Use bfloat16 "
-                "or float32."
+                "T5Config.dtype=float16 is not supported, because T5's activations overflow "
+                "float16. Use 'bfloat16' or 'float32'."
             )
         if dtype not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
-            raise ValueError(f"T5Config.dtype={self.dtype!r}: use 'float32' or 'bfloat16'.")
+            raise ValueError(
+                f"T5Config.dtype={self.dtype!r} is not supported. Use 'float32' or 'bfloat16'."
+            )
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         for name in self.mlp_activations:
             if name not in ACTIVATIONS:
                 raise ValueError(
-                    f"T5Config.mlp_activations holds {name!r}; known: {list(ACTIVATIONS)}."
+                    f"T5Config.mlp_activations has the unknown {name!r}. Use {list(ACTIVATIONS)}."
                 )
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"T5Config.remat={self.remat!r}; known: {list(REMAT_POLICIES)}.")
+            raise ValueError(
+                f"T5Config.remat must be one of {list(REMAT_POLICIES)}, got {self.remat!r}."
+            )
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"T5Config.dropout_rate={self.dropout_rate}: must be in [0, 1).")
+            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.")
 
 
 # Size -> (H, N, encoder layers, decoder layers, D, F), as published with each model.
@@ -124,14 +128,14 @@ NAMES = tuple(f"{family}_{size}" for family, (sizes, _) in _FAMILIES.items() for
 
 
 def t5_config(name: str, **overrides: Any) -> T5Config:
-    """The configuration of a published model, e.g. `t5_config('t5_1_1_base', dtype='bfloat16')`.
+    """Returns a published model's configuration, e.g. `t5_config('t5_1_1_base', dtype='bfloat16')`.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
     family, _, size = name.lower().rpartition("_")
     if name.lower() not in NAMES:
-        raise ValueError(f"No T5 is called {name!r}. Known: {list(NAMES)}.")
+        raise ValueError(f"Unknown T5 model {name!r}. Use one of {list(NAMES)}.")
     sizes, fields = _FAMILIES[family]
     emb_dim, num_heads, encoder_layers, decoder_layers, head_dim, mlp_dim = sizes[size]
     shape = {

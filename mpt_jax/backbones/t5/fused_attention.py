@@ -1,15 +1,15 @@
-"""Attention whose scores never leave the chip's own memory: kernels for TPUs (ours).
+"""Custom attention kernels for TPUs, which keep the scores in on-chip memory.
 
-T5 adds a bias to every pair of positions, so the flash attention of other models does not fit.
-A T5 row is short, though: the scores of one head of one example, `[T,T]` float32, lie in VMEM
-whole, beside the bias, which stays there while the kernel walks over the examples. So nothing
-of the size of the scores is written to memory or read from it, forward or backward, and heads
-are read where one product of all projections leaves them.
+T5 adds a bias to every pair of positions, so the flash attention of other models does not apply.
+But rows of T5 are short: the scores of one head of one example, `[T,T]` float32, fit in VMEM as a
+whole, beside the bias, which stays there while the kernel loops over the examples. So no array of
+the size of the scores is written to main memory or read from it, forward or backward. Heads are
+read from the output of one product for all projections.
 
-Two kernels, each with its backward pass, which computes the probabilities again:
+Two kernels, each with a backward pass that recomputes the probabilities:
 
-    self_attention    queries, keys and values in one array, head by head, with a bias
-    cross_attention       queries over a memory that is its own keys and values (see `attention.py`)
+    self_attention     queries, keys and values in one array, head by head, with a bias
+    cross_attention    queries over a memory that serves as keys and values (see `attention.py`)
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from jax.experimental.pallas import tpu as pltpu
 from mpt_jax.backbones.t5.low_memory_ops import MASKED, masked_softmax
 from mpt_jax.core.shapes import Array, Float, Int
 
-LANES = 128  # a block's last axis is a multiple of this, or whole
-# Scores of a head up to this size (float32, 4 MiB: 1024 x 1024); the backward pass has four such.
+LANES = 128  # a block's last axis is a multiple of this, or the whole axis
+# Most scores of a head (float32, 4 MiB: 1024 x 1024); the backward pass has four such arrays.
 MOST_SCORES = 1 << 20
 MOST_BIAS_BYTES = 8 << 20
 VMEM_LIMIT_BYTES = 64 << 20
-# v5e, v5p and v6e have at least twice the limit. v4 has 16 MiB; others were not compiled for.
+# v5e, v5p and v6e have at least twice the limit. v4 has 16 MiB. Others have not been tried.
 WITH_LARGE_VMEM = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
 
 class Heads(NamedTuple):
-    """How the columns of a joint projection of queries, keys and values are ordered: block by
-    block of heads; in a block all queries, all keys, all values.
+    """Order of the columns in a joint projection of queries, keys and values: by blocks of heads,
+    and in each block all queries, all keys, all values.
 
     Attributes:
-        number: N.
-        width: D.
-        in_block: heads of a block.
+        number: N, the number of heads.
+        width: D, the width of a head.
+        in_block: heads per block.
     """
 
     number: int
@@ -53,18 +53,18 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, number: int, width: int, length: int) -> Heads:
-        """Blocks as large as the bias of rows of `length` leaves room for."""
+        """Returns blocks as large as the bias of rows of `length` allows."""
         whole = [n for n in range(1, number + 1) if number % n == 0 and n * width % LANES == 0]
         fitting = [n for n in whole if n * length * length * 4 <= MOST_BIAS_BYTES]
         return cls(number, width, max(fitting) if fitting else min(whole, default=number))
 
     def join(self, kernels: list[jax.Array]) -> jax.Array:
-        """[H,ND] of queries, keys and values -> [H,3ND]."""
+        """Joins the weights [H,ND] of queries, keys and values into [H,3ND]."""
         blocks = [x.reshape(x.shape[0], -1, self.in_block * self.width) for x in kernels]
         return jnp.stack(blocks, axis=2).reshape(kernels[0].shape[0], -1)
 
     def part(self, joined: jax.Array) -> list[jax.Array]:
-        """[B,T,3ND] -> queries, keys and values, each [B,N,T,D]."""
+        """Splits [B,T,3ND] into queries, keys and values, each [B,N,T,D]."""
         batch, length, _ = joined.shape
         x = joined.reshape(batch, length, -1, 3, self.in_block, self.width)
         x = x.transpose(3, 0, 2, 4, 1, 5).reshape(3, batch, self.number, length, self.width)
@@ -72,35 +72,35 @@ class Heads(NamedTuple):
 
 
 def self_attention_fits(length: int) -> bool:
-    """Whether `self_attention` takes rows of this length."""
+    """Whether `self_attention` supports rows of this length."""
     return length * length <= MOST_SCORES
 
 
 def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bool:
-    """Whether `cross_attention` has room in VMEM, in its backward pass.
+    """Whether the backward pass of `cross_attention` fits in VMEM.
 
     Args:
-        queries: of an example, of all heads that lie on one device.
-        length: T, of the memory.
-        width: H.
-        itemsize: bytes of a number.
+        queries: number of queries of an example, over all heads on one device.
+        length: T, the length of the memory.
+        width: H, the model width.
+        itemsize: bytes per number.
     """
-    scores = 4 * 4 * queries * length  # probabilities, slopes, and what leads to them, float32
-    sums = 4 * (queries + 2 * length) * width  # products in float32 before they are rounded
+    scores = 4 * 4 * queries * length  # probabilities, gradients and intermediates, float32
+    sums = 4 * (queries + 2 * length) * width  # products in float32 before rounding
     blocks = 2 * itemsize * (3 * queries + 2 * length) * width  # one in use, one being copied
     return scores + sums + blocks <= 3 * VMEM_LIMIT_BYTES // 4
 
 
 def on_tpu() -> bool:
-    """Whether what is being traced is for TPUs that the kernels are made for; none need be here.
+    """Whether the traced program is for TPUs that the kernels support, attached or not.
 
-    Where nobody names a mesh (T5X does not, in the way that JAX has since), it is only known how to
-    run the kernels on one device.
+    Without a mesh (T5X does not set one in JAX's current way), the kernels can only run on one
+    device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        alone = jax.default_backend() == "tpu" and jax.device_count() == 1
-        return alone and jax.devices()[0].device_kind in WITH_LARGE_VMEM
+        single_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
+        return single_tpu and jax.devices()[0].device_kind in WITH_LARGE_VMEM
     return device.device_kind in WITH_LARGE_VMEM
 
 
@@ -113,10 +113,10 @@ def over_mesh(
     """Runs `function` on each device's own rows and heads.
 
     Args:
-        function: of local arrays.
+        function: a function of local arrays.
         arrays: its arguments.
-        axes: the logical axes of each, in a tree like `arrays`.
-        out: those of the result.
+        axes: the logical axes of each argument, in a tree like `arrays`.
+        out: the logical axes of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -128,13 +128,13 @@ def over_mesh(
         mesh=mesh,
         in_specs=specs,
         out_specs=partitioning.logical_to_mesh_axes(out),
-        check_vma=False,  # which axes an array varies over is not tracked through a kernel
+        check_vma=False,  # varying axes are not tracked through a kernel
     )
     return run(*arrays)
 
 
 def shards_of_heads() -> int:
-    """Over how many devices the heads of one example lie."""
+    """Returns the number of devices that the heads of one example are split over."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
@@ -143,7 +143,7 @@ def shards_of_heads() -> int:
     return math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
 
 
-# --- Queries, keys and values of the same positions ----------------------------------------------
+# --- Self-attention ------------------------------------------------------------------------------
 
 
 def reference_self_attention(
@@ -152,7 +152,7 @@ def reference_self_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     heads: Heads,
 ) -> Float[Array, "B T ND"]:
-    """What `self_attention` computes, by plain operations."""
+    """Reference for `self_attention`, in plain operations."""
     query, key, value = heads.part(joined)
     scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32)
     mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
@@ -169,19 +169,19 @@ def self_attention(
     heads: Heads,
     interpret: bool = False,
 ) -> Float[Array, "B T ND"]:
-    """Attention of every position over those of its own segment.
+    """Attention of every position over the positions of its own segment.
 
     Args:
         joined: `x @ heads.join(kernels)`; J = 3ND.
-        bias: added to the scores; the same for all examples. Where it learns, the backward pass
-            is that of `reference_self_attention`.
-        segments: which segment each query is in, from 1; and each key, 0 where none may look.
-        heads: how `joined` is ordered.
+        bias: added to the scores; the same for all examples. If it is trainable, the backward
+            pass is that of `reference_self_attention`.
+        segments: the segment of each query, from 1, and of each key, 0 if it is masked.
+        heads: the order of the columns of `joined`.
         interpret: runs the kernel without a TPU, slowly; for tests.
 
     Returns:
-        the heads' results side by side. A query without any key to look at gets the mean of all
-        values, as from a softmax over equal scores.
+        the results of all heads side by side. A query without any allowed key gets the mean of
+        all values, as from a softmax over equal scores.
     """
     return _self_forward(joined, bias, segments, heads, interpret)
 
@@ -190,7 +190,7 @@ def _self_forward(joined, bias, segments, heads, interpret):
     batch, length, _ = joined.shape
     out = jax.ShapeDtypeStruct((batch, length, heads.number * heads.width), joined.dtype)
     kernel = functools.partial(_self_forward_kernel, heads=heads)
-    return _walk(kernel, [joined], bias, segments, out, heads, 2 * heads.width, interpret)
+    return _run_blocks(kernel, [joined], bias, segments, out, heads, 2 * heads.width, interpret)
 
 
 def _self_forward_kernel(joined, query_segments, key_segments, bias, out, *, heads):
@@ -206,14 +206,14 @@ def _self_backward_kernel(joined, slope, query_segments, key_segments, bias, out
     for n in range(heads.in_block):
         q, k, v = (joined[_columns(heads, part, n)] for part in range(3))
         p = _probabilities(q, k, bias[n], allowed)
-        mine = slope[_columns(heads, 0, n)]
-        d_s = _slope_of_scores(p, _product(mine, v, 1, 1)).astype(q.dtype)
-        found = (
+        d_out = slope[_columns(heads, 0, n)]
+        d_s = _slope_of_scores(p, _product(d_out, v, 1, 1)).astype(q.dtype)
+        grads = (
             _product(d_s, k, 1, 0),
             _product(d_s, q, 0, 0),
-            _product(p.astype(v.dtype), mine, 0, 0),
+            _product(p.astype(v.dtype), d_out, 0, 0),
         )
-        for part, x in enumerate(found):
+        for part, x in enumerate(grads):
             out[_columns(heads, part, n)] = x.astype(out.dtype)
 
 
@@ -224,22 +224,24 @@ def _self_forward_rule(joined, bias, segments, heads, interpret):
 
 
 def _self_backward_rule(heads, interpret, kept, slope) -> Any:
-    joined, bias, segments, bias_learns = kept
-    if bias_learns:
+    joined, bias, segments, bias_is_trainable = kept
+    if bias_is_trainable:
         _, pull = jax.vjp(
             lambda x, b: reference_self_attention(x, b, segments, heads), joined, bias
         )
         return (*pull(slope), None)
     out = jax.ShapeDtypeStruct(joined.shape, joined.dtype)
     kernel = functools.partial(_self_backward_kernel, heads=heads)
-    found = _walk(kernel, [joined, slope], bias, segments, out, heads, 5 * heads.width, interpret)
-    return found, None, None
+    grad = _run_blocks(
+        kernel, [joined, slope], bias, segments, out, heads, 5 * heads.width, interpret
+    )
+    return grad, None, None
 
 
 self_attention.defvjp(_self_forward_rule, _self_backward_rule, symbolic_zeros=True)
 
 
-# --- A memory that is its own keys and values ----------------------------------------------------
+# --- Cross-attention: the memory serves as keys and values ---------------------------------------
 
 
 def reference_over_memory(
@@ -247,7 +249,7 @@ def reference_over_memory(
     memory: Float[Array, "B T H"],
     segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
 ) -> Float[Array, "B Q H"]:
-    """What `cross_attention` computes, by plain operations."""
+    """Reference for `cross_attention`, in plain operations."""
     scores = jnp.einsum("bqh,bkh->bqk", query, memory, preferred_element_type=jnp.float32)
     mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     probabilities = masked_softmax(scores[:, None], None, mask, query.dtype)[:, 0]
@@ -265,7 +267,7 @@ def cross_attention(
 
     Args:
         query: all queries of all heads of an example.
-        memory: what they look at, keys and values in one.
+        memory: what they attend to, keys and values in one.
         segments: as in `self_attention`.
         interpret: as in `self_attention`.
     """
@@ -275,7 +277,7 @@ def cross_attention(
 def _memory_forward(query, memory, segments, interpret):
     out = jax.ShapeDtypeStruct(query.shape, query.dtype)
     inner = 2 * query.shape[-1]
-    return _walk(
+    return _run_blocks(
         _memory_forward_kernel, [query, memory], None, segments, out, None, inner, interpret
     )
 
@@ -304,23 +306,25 @@ def _memory_backward_rule(interpret, kept, slope) -> Any:
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, memory)]
     inner = 5 * query.shape[-1]
     arrays = [query, memory, slope]
-    found = _walk(_memory_backward_kernel, arrays, None, segments, outs, None, inner, interpret)
-    return (*found, None)
+    grads = _run_blocks(
+        _memory_backward_kernel, arrays, None, segments, outs, None, inner, interpret
+    )
+    return (*grads, None)
 
 
 cross_attention.defvjp(_memory_forward_rule, _memory_backward_rule)
 
 
-# --- What the kernels share ----------------------------------------------------------------------
+# --- Shared by the kernels -----------------------------------------------------------------------
 
 
 def _columns(heads: Heads, part: int, n: int) -> tuple[Any, ...]:
-    """Where head `n` of a block lies among the block's queries (0), keys (1) or values (2)."""
+    """Returns the index of head `n` in a block's queries (0), keys (1) or values (2)."""
     return 0, slice(None), pl.ds((part * heads.in_block + n) * heads.width, heads.width)
 
 
 def _probabilities(q, k, bias, allowed):
-    """Of one head: [Q,D], [M,D] -> [Q,M] float32."""
+    """Returns the attention probabilities of one head: [Q,D], [M,D] -> [Q,M] float32."""
     scores = _product(q, k, 1, 1)
     if bias is not None:
         scores = scores + bias
@@ -338,17 +342,17 @@ def _product(a, b, axis_a, axis_b):
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _walk(kernel, arrays, bias, segments, outputs, heads, inner, interpret) -> Any:
-    """Calls a kernel on blocks of heads and, inside, on examples.
+def _run_blocks(kernel, arrays, bias, segments, outputs, heads, inner, interpret) -> Any:
+    """Calls a kernel for each block of heads and, in the inner loop, for each example.
 
     Args:
-        kernel: takes a block of each array, of the two segments, of the bias, of the outputs.
+        kernel: takes a block of each array, the two segments, the bias and the outputs.
         arrays: `[B, rows, columns]`.
         bias: [N,T,T] or None.
-        segments: of queries and keys.
+        segments: the segments of queries and of keys.
         outputs: the shape or shapes of the results.
-        heads: None where one block is all.
-        inner: how many multiply-adds a pair of positions costs in a head.
+        heads: the order of the columns, or None if there is only one block.
+        inner: multiply-adds that a pair of positions costs in a head.
         interpret: see `self_attention`.
     """
     (batch, queries), keys = segments[0].shape, segments[1].shape[1]
@@ -357,15 +361,15 @@ def _walk(kernel, arrays, bias, segments, outputs, heads, inner, interpret) -> A
     row = lambda x: pl.BlockSpec(  # noqa: E731
         (1, x.shape[1], x.shape[2] // blocks), lambda h, b: (b, 0, h)
     )
-    given = [*arrays, segments[0][:, :, None], segments[1][:, None, :]]
+    inputs = [*arrays, segments[0][:, :, None], segments[1][:, None, :]]
     specs = [row(x) for x in arrays]
     specs.append(pl.BlockSpec((1, queries, 1), lambda h, b: (b, 0, 0)))
     specs.append(pl.BlockSpec((1, 1, keys), lambda h, b: (b, 0, 0)))
     if bias is not None:
-        given.append(bias)
+        inputs.append(bias)
         specs.append(pl.BlockSpec((in_block, queries, keys), lambda h, b: (h, 0, 0)))
     pairs = batch * queries * keys * number
-    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((given, outputs)))
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs)))
     return pl.pallas_call(
         kernel,
         grid=(blocks, batch),
@@ -380,4 +384,4 @@ def _walk(kernel, arrays, bias, segments, outputs, heads, inner, interpret) -> A
         ),
         interpret=interpret,
         name=getattr(kernel, "func", kernel).__name__.strip("_"),
-    )(*given)
+    )(*inputs)

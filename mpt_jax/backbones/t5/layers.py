@@ -1,6 +1,6 @@
-"""The parts of a T5 layer but for attention: projections, norm, relative positions, feed-forward.
+"""Parts of a T5 layer except attention: projections, norm, relative positions, feed-forward.
 
-Parameter names, shapes, logical axes and initialization are T5X's; arithmetic is T5's
+Parameter names, shapes, logical axes and initialization are T5X's. The arithmetic is T5's
 (Raffel et al. 2020): no biases, no mean in the layer norm, no 1/sqrt(D) in the scores (it is in
 the initialization of the queries), one relative position table per stack (in umT5: per layer).
 """
@@ -28,17 +28,17 @@ _truncated_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_n
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Tells the partitioner an activation's logical axes; nothing happens without a mesh."""
+    """Tells the partitioner an activation's logical axes. Does nothing without a mesh."""
     return with_sharding_constraint(x, axes)
 
 
 def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector with as many axes as `x`, whose last axis it lies along."""
+    """Expands a vector to the number of axes of `x`, along the last axis."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 class Dense(nn.Module):
-    """`x W`, with a bias only where the configuration asks for biases."""
+    """`x W`, plus a bias if the configuration has biases."""
 
     features: int
     axes: tuple[str, str]
@@ -59,7 +59,7 @@ class Dense(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel of a `Dense` alone, in the dtype it computes in."""
+    """Only the kernel of a `Dense`, in its compute dtype."""
 
     shape: tuple[int, int]
     axes: tuple[str, str]
@@ -74,12 +74,12 @@ class Kernel(nn.Module):
 def _kernel(
     init: Initializer, shape: tuple[int, int], axes: tuple[str, str], dtype: jnp.dtype
 ) -> jax.Array:
-    """A projection's weights, a parameter of the module that asks; in the dtype it computes in."""
+    """Returns the weights of a projection, a parameter of the calling module, in `dtype`."""
     return jnp.asarray(param_with_axes("kernel", init, shape, jnp.float32, axes=axes), dtype)
 
 
 class LayerNorm(nn.Module):
-    """`x / rms(x) * scale`; the mean square is taken in float32."""
+    """`x / rms(x) * scale`; the mean square is computed in float32."""
 
     config: T5Config
     epsilon: float = 1e-6
@@ -99,7 +99,7 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """The token table, read by row on the way in and (T5 1.0) multiplied on the way out."""
+    """The token table: read by row for inputs and, in T5 1.0, multiplied for logits."""
 
     config: T5Config
 
@@ -114,13 +114,13 @@ class Embed(nn.Module):
         return constrain(x, "batch", "length", "embed")
 
     def attend(self, x: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
-        """Scores of every row of the table, float32, scaled by H^-0.5."""
+        """Returns the scores of every row of the table, float32, scaled by H^-0.5."""
         scores = float32_product("blh,vh->blv", x, jnp.asarray(self.embedding))
         return scores / math.sqrt(self.config.emb_dim)
 
 
 def float32_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A product accumulated and returned in float32, without a float32 copy of a bfloat16 `W`."""
+    """Computes a product in float32, without a float32 copy of a bfloat16 `kernel`."""
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     return jnp.einsum(
         spec, x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
@@ -128,7 +128,7 @@ def float32_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class OutputProjection(nn.Module):
-    """T5 1.1's own projection onto the vocabulary, float32."""
+    """T5 1.1's separate projection onto the vocabulary, float32."""
 
     config: T5Config
 
@@ -144,10 +144,10 @@ class OutputProjection(nn.Module):
 def distance_buckets(
     length: int, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """The table row for every distance key - query in [-(length-1), length-1], in that order.
+    """Returns the table row of each distance key - query in [-(length-1), length-1], in order.
 
     Half of the rows are for single distances, the rest cover logarithmically growing ranges up
-    to `max_distance` (Raffel et al. 2020, section 2.1). In a decoder no key lies ahead.
+    to `max_distance` (Raffel et al. 2020, section 2.1). In a decoder no key comes after its query.
     """
     distance = np.arange(1 - length, length)
     rows = np.zeros_like(distance)
@@ -158,7 +158,7 @@ def distance_buckets(
     else:
         behind = np.maximum(-distance, 0)
     exact = num_buckets // 2
-    # The epsilon keeps log(0) out; float32 as in the original, which decides ties at the edges.
+    # The epsilon avoids log(0). float32, as in the original, decides ties at bucket edges.
     ratio = behind.astype(np.float32) / exact + np.finfo(np.float32).eps
     growth = np.log(ratio) / np.log(max_distance / exact)
     far = np.minimum(exact + (growth * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
@@ -166,7 +166,7 @@ def distance_buckets(
 
 
 def toeplitz(values: Float[Array, "N W"], rows: int) -> Float[Array, "N rows cols"]:
-    """`out[n, q, k] = values[n, k - q + rows - 1]`, by tiling and skewing instead of a gather."""
+    """`out[n, q, k] = values[n, k - q + rows - 1]`, by tiling and skewing, without a gather."""
     heads, width = values.shape
     padded = jnp.pad(values, ((0, 0), (0, 1)))
     flat = jnp.broadcast_to(padded[:, None], (heads, rows, width + 1)).reshape(heads, -1)
@@ -175,7 +175,7 @@ def toeplitz(values: Float[Array, "N W"], rows: int) -> Float[Array, "N rows col
 
 
 class RelativePositionBias(nn.Module):
-    """The scores' additive term that depends on key position - query position alone."""
+    """The additive term of scores that depends only on key position - query position."""
 
     config: T5Config
     bidirectional: bool
@@ -184,7 +184,7 @@ class RelativePositionBias(nn.Module):
     def __call__(
         self, queries: int, keys: int, first_query: Int[Array, ""] | int = 0
     ) -> Float[Array, "1 N Q K"]:
-        """Queries at `first_query, first_query + 1, ...`, keys at `0 .. keys - 1`."""
+        """Returns the term for queries from `first_query` on and keys at `0 .. keys - 1`."""
         cfg = self.config
         table = param_with_axes(
             "rel_embedding",
@@ -207,7 +207,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout with one draw shared along the length, as T5 has it everywhere."""
+    """Dropout with one mask shared along the length, as in T5."""
 
     config: T5Config
     deterministic: bool
@@ -219,7 +219,7 @@ class Dropout(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Feed-forward block; with two activations it is gated (Shazeer 2020)."""
+    """Feed-forward block, gated if there are two activations (Shazeer 2020)."""
 
     config: T5Config
     deterministic: bool
@@ -231,7 +231,7 @@ class Mlp(nn.Module):
         if len(names) == 1:
             names, activate = ["wi"], _activated
         else:
-            # A gate needs its inputs again in the backward pass, so nothing else is kept.
+            # The backward pass of a gate needs its inputs in any case, so only they are stored.
             activate = jax.checkpoint(_activated, static_argnums=0)
         inner = [Dense(cfg.mlp_dim, ("embed", "mlp"), cfg, name=name)(x) for name in names]
         hidden = activate(cfg.mlp_activations, *inner)
@@ -241,7 +241,7 @@ class Mlp(nn.Module):
 
 
 def _activated(names: tuple[str, ...], *inner: jax.Array) -> jax.Array:
-    """The product of the activations, one for each input projection."""
+    """Returns the product of the activations, one per input projection."""
     activated = (_ACTIVATIONS[name](x) for name, x in zip(names, inner, strict=True))
     return functools.reduce(operator.mul, activated)
 

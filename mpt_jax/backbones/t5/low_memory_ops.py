@@ -1,9 +1,9 @@
-"""Layer norm and attention's softmax with backward passes that keep as little as they can.
+"""Layer norm and attention softmax with backward passes that store as little as possible.
 
-What automatic differentiation keeps for these two is most of a T5's activations: two arrays of
+What automatic differentiation stores for these two is most of a T5's activations: two arrays of
 the size of the scores per attention, two of the size of the residual stream per norm. The
-backward passes below are the same formulas, written in the outputs (softmax) and inputs (norm)
-that are alive anyway. Both are for reverse mode only.
+backward passes below use the same formulas, written in terms of outputs (softmax) and inputs
+(norm) that are stored in any case. Both support reverse mode only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from mpt_jax.core.shapes import Array, Bool, Float
 
-# Added to the score of a pair that may not attend; finite, so that a row without any
-# allowed pair (padding in a packed batch) stays free of NaN.
+# Added to the score of a masked pair. It is finite, so that a row without any allowed pair
+# (padding in a packed batch) has no NaN.
 MASKED = -1e10
 
 
@@ -29,7 +29,7 @@ def masked_softmax(
 ) -> Float[Array, "B N Q K"]:
     """`softmax(scores + bias)` over the keys that the mask allows; float32 in, `dtype` out.
 
-    Keeps the probabilities, in `dtype`, which the product with the values keeps as well.
+    Stores the probabilities, in `dtype`, which the product with the values stores as well.
     """
     probabilities: jax.Array = _softmax(scores, bias, mask, dtype)
     return probabilities
@@ -53,7 +53,7 @@ def _softmax_backward(dtype, kept, slope):
     probabilities, slope = probabilities.astype(jnp.float32), slope.astype(jnp.float32)
     mean = jnp.sum(probabilities * slope, axis=-1, keepdims=True)
     slope = probabilities * (slope - mean)
-    # A stack has one bias for the whole batch. The sum is not computed where nobody asks for it.
+    # A stack has one bias for the whole batch. The sum is not computed if it is not used.
     return slope, None if unbiased else jnp.sum(slope, axis=0, keepdims=True), None
 
 
@@ -63,7 +63,7 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 def rms_norm(
     x: Float[Array, "*rows H"], scale: Float[Array, "H"], epsilon: float, dtype: jnp.dtype
 ) -> Float[Array, "*rows H"]:
-    """`x / rms(x) * scale`; statistics in float32, result in `dtype`. Keeps `x` and the rms."""
+    """`x / rms(x) * scale`; statistics in float32, result in `dtype`. Stores `x` and 1 / rms."""
     y: jax.Array = _norm(x, scale, epsilon, dtype)
     return y
 
@@ -93,5 +93,5 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 
 def _along_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector with as many axes as `x`, whose last axis it lies along."""
+    """Expands a vector to the number of axes of `x`, along the last axis."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))

@@ -1,7 +1,7 @@
-"""The encoder-decoder: embeddings and masks in, logits and hidden states out.
+"""T5 encoder-decoder: embeddings and masks in, logits and hidden states out.
 
-The network never hears of prompts. A caller that wants some embeds the tokens itself (`embed`),
-writes its rows in, and passes embeddings with a mask to `encode`.
+The network knows nothing of prompts. A caller that uses them embeds the tokens itself (`embed`),
+inserts the prompt rows, and passes embeddings with a mask to `encode`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Hidden = tuple[jax.Array, ...]
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each normalized before and added to its input.
+    """Self-attention and feed-forward, each with a norm in front and a residual connection.
 
-    Returns its output, and once more what a scan over layers shall collect.
+    Returns its output, and the output again if a scan over layers should collect it, else None.
     """
 
     config: T5Config
@@ -58,9 +58,9 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention over the encoder's output, feed-forward.
+    """Causal self-attention, cross-attention over the encoder output, feed-forward.
 
-    Returns like `EncoderLayer`. With a `cache_length` it uses the cache.
+    Returns the same as `EncoderLayer`. Uses the cache if `cache_length` is given.
     """
 
     config: T5Config
@@ -110,14 +110,14 @@ def run_layers(
     x: Float[Array, "B T H"],
     *others: Any,
 ) -> tuple[Float[Array, "B T H"], Hidden]:
-    """Runs the layers of one stack, inside the stack's compact method.
+    """Runs the layers of one stack. Call it inside the stack's compact method.
 
     Args:
-        layer: the class of a layer; called with `x` and `others`, it returns `(x, collected)`.
-        fields: what its constructor takes.
-        config: says how many layers there are, whether to scan them and what to recompute.
-        stack: names the scanned subtree, as T5X does.
-        initializing: whether weights are being made.
+        layer: the layer class; called with `x` and `others`, a layer returns `(x, collected)`.
+        fields: constructor arguments of the layer.
+        config: number of layers, whether to scan them, and what to recompute.
+        stack: name of the scanned subtree, as in T5X.
+        initializing: whether weights are being initialized.
         x: input of the first layer.
         others: further inputs, the same for all layers.
 
@@ -132,7 +132,7 @@ def run_layers(
             x, collected = layer(**fields, name=f"layers_{i}")(x, *others)
             outputs.append(collected)
         return x, tuple(kept for kept in outputs if kept is not None)
-    # Weights are made with the layers on axis 1 and only read afterwards.
+    # Weights are initialized with the layers on axis 1 and only read afterwards.
     axis = LAYER_AXIS if initializing else ScanIn(LAYER_AXIS)
     broadcast: Any = (nn.broadcast,) * len(others)
     scanned = scan_with_axes(
@@ -148,7 +148,7 @@ def run_layers(
 
 
 def rematerialized(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
-    """The layer, with the part of its activations that the backward pass recomputes."""
+    """Returns the layer, set to recompute part of its activations in the backward pass."""
     if config.remat == "none":
         return layer
     policy = None
@@ -159,7 +159,7 @@ def rematerialized(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """The stack of encoder layers and the norm after it."""
+    """The stack of encoder layers and the final norm."""
 
     config: T5Config
 
@@ -177,26 +177,26 @@ class Encoder(nn.Module):
         if not cfg.relative_bias_per_layer:
             relative = layers.RelativePositionBias(cfg, bidirectional=True, name="relpos_bias")
             bias = relative(length, length)
-        mine = (segment_ids, segment_ids)
-        others = (bias, pair_mask(mask, *mine), pair_segments(mask, *mine, length))
+        ids = (segment_ids, segment_ids)
+        others = (bias, pair_mask(mask, *ids), pair_segments(mask, *ids, length))
         embedded = layers.Dropout(cfg, deterministic)(x.astype(cfg.dtype))
         fields = {"config": cfg, "deterministic": deterministic, "collect": collect}
         x, inner = run_layers(
             EncoderLayer, fields, cfg, "encoder", self.is_initializing(), embedded, *others
         )
         x = layers.LayerNorm(cfg, name="encoder_norm")(x)
-        # Alone among T5's dropouts this one draws for every position.
+        # Unlike T5's other dropouts, this one has its own mask at every position.
         x = nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
         return x, (embedded, *inner[:-1], x)
 
 
 class Decoder(nn.Module):
-    """The stack of decoder layers, the norm after it, and the logits."""
+    """The stack of decoder layers, the final norm, and the logits."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(  # noqa: PLR0913 -- called by Transformer alone
+    def __call__(  # noqa: PLR0913 -- called only by Transformer
         self,
         y: Float[Array, "B L H"],
         encoded: Float[Array, "B T H"],
@@ -231,8 +231,8 @@ class Decoder(nn.Module):
     def _causal(
         self, length: int, segment_ids: jax.Array | None, cache_length: int | None
     ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-        """Relative positions and causality, for a whole sequence or for a step with a cache; None
-        for the former where layers have their own."""
+        """Returns the relative position bias, the causal mask and the cache index, for a whole
+        sequence or for a step with a cache. The bias is None if every layer has its own."""
         cfg = self.config
         index, keys = None, length
         if cache_length is not None:
@@ -256,7 +256,7 @@ def pair_mask(
     query_segments: Int[Array, "B Q"] | None,
     key_segments: Int[Array, "B K"] | None,
 ) -> Bool[Array, "B 1 Q K"] | Bool[Array, "B 1 1 K"]:
-    """Which keys a query may see: those of the mask, in its own segment where rows are packed."""
+    """Whether a query may attend to a key: by the mask and, in packed rows, by segment."""
     mask = key_mask[:, None, :]
     if query_segments is not None and key_segments is not None:
         mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
@@ -269,16 +269,16 @@ def pair_segments(
     key_segments: Int[Array, "B K"] | None,
     queries: int,
 ) -> tuple[Int[Array, "B Q"], Int[Array, "B K"]]:
-    """What `pair_mask` says, as a number for every query and every key: a query sees the keys
-    that have its own."""
+    """Returns `pair_mask` as a number for every query and every key: a query may attend to the
+    keys with its own number."""
     if query_segments is None or key_segments is None:
         return jnp.ones((key_mask.shape[0], queries), jnp.int32), key_mask.astype(jnp.int32)
-    # Padding is segment 0, and no key of it is seen. A query of it has no key to see.
+    # Padding is segment 0. Its keys are masked, and its queries have no key to attend to.
     return query_segments, jnp.where(key_mask, key_segments, -1)
 
 
 class Transformer(nn.Module):
-    """T5. Parameters lie in `params` as T5X has them, their logical axes in `params_axes`."""
+    """T5. `params` has the parameters in T5X's layout, `params_axes` their logical axes."""
 
     config: T5Config
 
@@ -288,7 +288,7 @@ class Transformer(nn.Module):
         self.decoder = Decoder(self.config)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
-        """The rows of the token table."""
+        """Returns the embeddings of tokens, rows of the token table."""
         return self.token_embedder(tokens)
 
     def encode(
@@ -300,15 +300,15 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         return_hidden: bool = False,
     ) -> Float[Array, "B T H"] | tuple[Float[Array, "B T H"], Hidden]:
-        """Runs the encoder over tokens, or over embeddings where the caller has made them.
+        """Runs the encoder over tokens, or over embeddings that the caller computed.
 
         Args:
             inputs: token ids `[B,T]` or embeddings `[B,T,H]`.
             mask: the positions that are attended to.
-            segment_ids: which example a position belongs to, where rows are packed.
+            segment_ids: the example that each position belongs to, if rows are packed.
             deterministic: False draws dropout from the `dropout` random stream.
             return_hidden: also returns the hidden states: the embeddings, the output of every
-                layer but the last, and the final output; one more than there are layers.
+                layer except the last, and the final output; one more than the number of layers.
 
         Returns:
             encoded `[B,T,H]`, or `(encoded, hidden)`.
@@ -317,7 +317,7 @@ class Transformer(nn.Module):
         encoded, hidden = self.encoder(x, mask, segment_ids, deterministic, return_hidden)
         return (encoded, hidden) if return_hidden else encoded
 
-    def decode(  # noqa: PLR0913 -- T5X's arguments, all but three by keyword
+    def decode(  # noqa: PLR0913 -- T5X's arguments, all except three by keyword
         self,
         encoded: Float[Array, "B T H"],
         encoder_mask: Bool[Array, "B T"],
@@ -332,32 +332,34 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B L V"] | tuple[Float[Array, "B L V"], Hidden]:
         """Runs the decoder over whole sequences, or step by step with a cache.
 
-        With `decode=True` and `cache` mutable, the call that finds no cache creates one for
-        `max_decode_length` positions and computes the keys and values of `encoded`; what it
-        returns is the uncached result and its tokens are not remembered. Every further call
-        appends its tokens and returns their logits.
+        With `decode=True` and `cache` mutable, a call without a cache creates one for
+        `max_decode_length` positions and computes the keys and values of `encoded`. It returns
+        the uncached result and does not store its tokens. Every further call appends its tokens
+        and returns their logits.
 
         Args:
-            encoded: what `encode` returned.
+            encoded: the result of `encode`.
             encoder_mask: the mask given to `encode`.
             decoder_input_tokens: targets shifted right; a step's new tokens when decoding.
-            encoder_segment_ids: with `decoder_segment_ids`, where rows are packed.
-            decoder_segment_ids: as above; a target sees the inputs of its own segment only.
+            encoder_segment_ids: given with `decoder_segment_ids`, if rows are packed.
+            decoder_segment_ids: as above; a target attends only to inputs of its own segment.
             deterministic: False draws dropout from the `dropout` random stream.
             decode: whether to use the cache.
-            max_decode_length: positions the cache holds; needed in every call that decodes.
+            max_decode_length: positions of the cache; required in every call that decodes.
             return_hidden: also returns the hidden states, counted as in `encode`.
 
         Returns:
             logits `[B,L,V]` in float32, or `(logits, hidden)`.
 
         Raises:
-            ValueError: decoding packed rows, or without `max_decode_length`.
+            ValueError: rows to decode are packed, or `max_decode_length` is missing.
         """
         if decode and max_decode_length is None:
-            raise ValueError("decode=True needs max_decode_length, the positions of the cache.")
+            raise ValueError(
+                "decode=True needs max_decode_length. Give the positions of the cache."
+            )
         if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
-            raise ValueError("Packed rows (segment ids) cannot be decoded; pass pack=False.")
+            raise ValueError("Packed rows (segment ids) cannot be decoded. Pass pack=False.")
         tied = self.token_embedder.attend if self.config.logits_via_embedding else None
         logits, hidden = self.decoder(
             self.embed(decoder_input_tokens),
@@ -382,7 +384,7 @@ class Transformer(nn.Module):
         decoder_segment_ids: Int[Array, "B L"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B L V"]:
-        """Logits of the targets given the inputs; see `encode` and `decode`."""
+        """Returns the logits of the targets given the inputs. See `encode` and `decode`."""
         encoded: Any = self.encode(
             encoder_inputs, encoder_mask, encoder_segment_ids, deterministic=deterministic
         )
@@ -398,7 +400,7 @@ class Transformer(nn.Module):
 
 
 def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Path name -> shape of every parameter, without making any."""
+    """Returns path name -> shape for every parameter, without creating any."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, mask, tokens)

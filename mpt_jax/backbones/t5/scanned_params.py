@@ -1,9 +1,9 @@
-"""Stacked layers, for one loop over them: T5X's scanned tree and the way there and back.
+"""Conversion between parameters by layer and T5X's scanned tree, with stacked layers.
 
 `encoder/layers_<i>/<name>` of all i become one `encoder/encoder/<name>` with the layers on axis
-1 (and the same for the decoder), as in T5X's scalable T5. That one has a relative position table
-in every layer. Where they are all equal they are T5's one table per stack, repeated; where they
-differ, every layer has its own (`T5Config.relative_bias_per_layer`, umT5).
+1 (and the same for the decoder), as in T5X's scalable T5. That tree has a relative position table
+in every layer. If all are equal, they are T5's one table per stack, repeated; if they differ,
+every layer has its own (`T5Config.relative_bias_per_layer`, umT5).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_stacked(params: Mapping[str, Any]) -> bool:
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that `scan_layers=True` runs on; `unstack_layers` gives every bit back."""
+    """Returns the tree for `scan_layers=True`. `unstack_layers` is the exact inverse."""
     stacked: dict[str, Any] = {}
     layers: dict[str, dict[int, Any]] = {}
     for name, leaf in flatten(params).items():
@@ -41,14 +41,16 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     for name, leaves in layers.items():
         missing = sorted(set(range(max(leaves) + 1)) - set(leaves))
         if missing:
-            raise ValueError(f"Layers {missing} lack the parameter that others have: {name}.")
+            raise ValueError(
+                f"Layers {missing} lack the parameter {name}, which other layers have."
+            )
         ordered = [leaves[i] for i in range(len(leaves))]
         stacked[name] = _numpy_of(ordered[0]).stack(ordered, axis=LAYER_AXIS)
     return unflatten(stacked)
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with one subtree per layer; the inverse of `stack_layers`.
+    """Returns the tree with one subtree per layer; the inverse of `stack_layers`.
 
     Relative position tables that are equal in all layers become one for the stack.
     """
@@ -68,5 +70,5 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numpy_of(x: Any) -> Any:
-    """`jax.numpy` for device arrays and tracers, NumPy for arrays from a file."""
+    """Returns `jax.numpy` for device arrays and tracers, NumPy for arrays from a file."""
     return np if isinstance(x, np.ndarray) else jax.numpy
