@@ -172,7 +172,7 @@ def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_n
 
 def test_another_prompt_length_is_refused(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
-    with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
+    with pytest.raises(ValueError, match="prompts of 4 positions, but this run needs 5"):
         compatibility.check_compatible(read, DIGEST, "v" * 64, P + 1)
 
 

@@ -358,7 +358,7 @@ def test_a_card_that_was_edited_is_never_overwritten(tmp_path, caplog, edit):
         save_example(tmp_path / "a", step=240)
     assert path.read_bytes() == edited
     assert artifacts.load_artifact(tmp_path / "a").config["step"] == 240
-    assert "README.md was edited and stays as it is" in caplog.text and "step 240" in caplog.text
+    assert "README.md was edited, so it was kept" in caplog.text and "step 240" in caplog.text
     path.unlink()
     save_example(tmp_path / "a", step=360)
     assert ["step", "360"] in cells(path.read_text())

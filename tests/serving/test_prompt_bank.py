@@ -112,7 +112,7 @@ def test_several_methods_are_served_folded(tmp_path):
         write(tmp_path / "b", ["y"], method=PromptTuning(P)),
         write(tmp_path / "c", ["z"], method=MPT(P, rank=2)),
     ]
-    with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*fold them"):
+    with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*--folded"):
         Bank(found)
     joined = Bank(found, folded=True)
     for artifact in found:
@@ -287,7 +287,7 @@ def test_artifacts_that_disagree_are_named_with_their_values(what, other, tmp_pa
         Bank(found)
     message = str(error.value)
     assert f"in {tmp_path}/a, {tmp_path}/b; " in message and f"in {tmp_path}/c." in message
-    assert ("go together: fold them" in message) == (what in ("prompt length", "method"))
+    assert ("Use --folded" in message) == (what in ("prompt length", "method"))
     value = str(next(iter(other.values())))
     assert (value if what in ("backbone", "vocabulary") else str(P)) in message
 

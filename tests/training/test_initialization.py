@@ -181,7 +181,7 @@ def test_a_start_by_name_is_recorded_too(backbone, tmp_path):
 def test_embeddings_of_another_backbone_are_refused(backbone, tmp_path):
     other = {"embedding_sha256": "0" * 64}
     model, origins, _ = spot(backbone, tmp_path, other=other)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'target'} belongs to another backbone"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'target'} was trained on another backbone"):
         initialize_params(model, origins, KEY)
 
 

@@ -134,7 +134,7 @@ def test_only_the_backbone_and_vocabulary_of_the_prompts_are_taken(tmp_path):
     assert found.vocabulary_sha256 == bank.config["vocabulary_sha256"]
     other = {k: v for k, v in tiny.params(tiny.model()).items() if k != "prompt"}
     wrong = save_t5x(tmp_path, other, 0)
-    with pytest.raises(ValueError, match="belongs to another backbone.*sha256"):
+    with pytest.raises(ValueError, match="trained on another backbone.*sha256"):
         backbone.load(bank, str(wrong))
     with pytest.raises(ValueError, match="trained with another vocabulary"):
         backbone.load(bank, vocabulary=paths.shipped(name="toy.model"))  # of 100 sentinels
