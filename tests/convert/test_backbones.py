@@ -93,7 +93,7 @@ def test_a_configuration_by_file_or_name_is_checked(tmp_path, capsys):
     assert "read as t5_1_1_base, does not match the model" in said
     assert "token_embedder/embedding: expected (32128, 768), found (32, 16)" in said
     said = refused(capsys, checkpoint, tmp_path / "other", "--config", "t5_huge")
-    assert "No T5 is called 't5_huge'" in said and "t5_1_1_base" in said
+    assert "Unknown T5 configuration 't5_huge'" in said and "t5_1_1_base" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "hf", "t5x"]
 
 
@@ -119,11 +119,13 @@ def test_wrong_calls_are_refused_in_a_sentence(tmp_path, capsys):
     for to in ("hf", "t5x", "orbax"):
         assert "exists already" in refused(capsys, source, source, "--to", to)
     assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors"]
-    assert "There is nothing at" in refused(capsys, tmp_path / "nowhere", target)
+    assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", target)
     (tmp_path / "empty").mkdir()
     assert "it holds []" in refused(capsys, tmp_path / "empty", target)
-    assert "cannot become 'npy'" in refused(capsys, source, target, "--to", "npy")
-    assert "--runs: that is for prompts" in refused(capsys, source, target, "--runs", "a")
+    assert "cannot be converted to 'npy'" in refused(capsys, source, target, "--to", "npy")
+    assert "does not use --runs. Only conversions into an artifact do" in refused(
+        capsys, source, target, "--runs", "a"
+    )
     (source / "model.safetensors").write_bytes(b"\0" * 20)
     assert "truncated or damaged" in refused(capsys, source, target)
     assert not target.exists()

@@ -267,7 +267,7 @@ def test_model_types_and_what_they_leave_out():
     newer = {**sizes, "tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert not config_from_hf(newer).logits_via_embedding
     del newer["d_ff"]
-    with pytest.raises(ValueError, match=r"does not say \['d_ff'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['d_ff'\]"):
         config_from_hf(newer)
 
 

@@ -147,7 +147,7 @@ def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
         np.testing.assert_array_equal(found.params["table"], folded)
     assert found.runs.task_names == ("one", "two", "two"), "noted beside the adapters"
     if method == "shared_prompt":
-        assert "peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+        assert "--to peft-folded" in refused(capsys, source, tmp_path / "x", "--to", "peft")
 
 
 def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
@@ -164,8 +164,8 @@ def test_prompts_by_the_text_are_refused(to, tmp_path, capsys):
         down=(1, H, 2), up=(1, 2, H), norm_scale=(1, H), norm_bias=(1, H),
     )  # fmt: skip
     said = refused(capsys, source, tmp_path / "x", "--to", to)
-    assert f"{source} is of 'attempt', whose prompts depend on the text" in said
-    assert "`mpt-jax predict`" in said and "peft-folded writes" not in said
+    assert f"{source} has the method 'attempt', whose prompts depend on the text" in said
+    assert "`mpt-jax predict`" in said and "peft-folded" not in said
     assert not (tmp_path / "x").exists()
 
 
@@ -184,7 +184,7 @@ def test_prompts_of_several_lengths_are_files_of_their_own(tmp_path, capsys):
         assert array.shape == (P + length, H)
         np.testing.assert_array_equal(array[P:], private[row, :length])
         np.testing.assert_array_equal(array, written[name])
-    assert "--to peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+    assert "--to peft-folded" in refused(capsys, source, tmp_path / "x", "--to", "peft")
 
 
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
@@ -205,7 +205,7 @@ def test_a_prompt_of_another_width_is_refused(backbone, tmp_path, capsys):
     np.save(tmp_path / "a.npy", random(5, 256))
     options = ("--backbone", backbone, "--runs", "a")
     said = refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
-    assert "width [256]" in said and "is 16 wide" in said
+    assert "width [256]" in said and "has width 16" in said
     published = shared("prompt_tuning_test/prompt_5x256.npy")
     assert "width [256]" in refused(capsys, published, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
@@ -235,10 +235,12 @@ def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
         save_file(whole if state is None else state, tensors)
         return refused(capsys, folder, tmp_path / "x", *options)
 
-    assert "is of peft_type 'LORA'" in after({"peft_type": "LORA"})
+    assert "has peft_type 'LORA'" in after({"peft_type": "LORA"})
     assert "task_type 'CAUSAL_LM'" in after({"task_type": "CAUSAL_LM"})
-    assert "before the decoder's input as well" in after({"num_transformer_submodules": None})
-    assert "does not say num_virtual_tokens" in after({"num_virtual_tokens": None})
+    assert "a second prompt before the decoder's input" in after(
+        {"num_transformer_submodules": None}
+    )
+    assert "has no integer num_virtual_tokens" in after({"num_virtual_tokens": None})
     without = {k: v for k, v in whole.items() if k != "prefix_task_cols"}
     assert "1 missing: ['prefix_task_cols']" in after({}, without)
     assert "not expected: ['lora_A']" in after({}, {**whole, "lora_A": random(2)})
@@ -255,10 +257,10 @@ def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
 def test_pickled_arrays_and_adapters_are_not_unpickled(backbone, tmp_path, capsys, monkeypatch):
     options = ("--backbone", backbone, "--runs", "a")
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    assert "no plain array" in refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
+    assert "not a plain array" in refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
     np.save(tmp_path / "b.npy", random(2, P, H))
     said = refused(capsys, tmp_path / "b.npy", tmp_path / "x", *options)
-    assert "a prompt is [P, H] of floats, not float32(2, 3, 16)" in said
+    assert "expected floats [P, H], got float32(2, 3, 16)" in said
     source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
@@ -272,25 +274,25 @@ def test_names_and_backbones_must_fit(backbone, tmp_path, capsys):
     source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     folder, new = tmp_path / "peft", tmp_path / "x"
-    assert "give --backbone" in refused(capsys, folder, new)
+    assert "--backbone is missing" in refused(capsys, folder, new)
     said = refused(capsys, folder, new, "--backbone", backbone, "--runs", "a")
-    assert "holds 3 prompts and there are 1 names" in said
+    assert "holds 3 prompts, and the number of run names is 1" in said
     file = tmp_path / "a.npy"
     np.save(file, random(P, H))
-    assert "give one for each" in refused(capsys, file, new, "--backbone", backbone)
+    assert "Give one name per prompt" in refused(capsys, file, new, "--backbone", backbone)
     said = refused(capsys, folder, source, "--backbone", backbone)
     assert "exists already" in said
     said = refused(capsys, source, folder)
     assert "exists already" in said
     other = hf_folder(tmp_path / "other", "umt5")
     said = refused(capsys, folder, new, "--backbone", other)
-    assert said.count("sha256") == 1 and "belongs to a backbone" in said
+    assert said.count("sha256") == 1 and "were trained with another backbone" in said
     convert(source, tmp_path / "folded", "--to", "peft-folded")
     notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
     notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))
     said = refused(capsys, tmp_path / "folded", new, "--backbone", backbone)
     assert "adapters of several backbones" in said
-    assert "--dtype: that is for backbones" in refused(
+    assert "does not use --dtype. Only conversions of backbones do" in refused(
         capsys, folder, new, "--backbone", backbone, "--dtype", "float32"
     )
     assert not new.exists()

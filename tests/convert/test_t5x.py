@@ -251,7 +251,9 @@ def test_shapes_tell_the_configuration(fields, name):
     del tree["encoder/layers_1/pre_mlp_layer_norm/scale"]
     with pytest.raises(ValueError, match=r"missing: \['encoder/layers_1/pre_mlp_layer_norm/scale'"):
         config_of_tree(unflatten(tree))
-    with pytest.raises(ValueError, match="not the tree of a T5.*'token_embedder/embedding'"):
+    with pytest.raises(
+        ValueError, match="not have the parameters of a T5.*'token_embedder/embedding'"
+    ):
         config_of_tree({"bert": np.zeros(3)})
 
 
@@ -268,5 +270,5 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         with pytest.raises(ValueError, match="truncated"):
             load_backbone(tmp_path / "checkpoint_3")
     file.write_bytes(json.dumps({"optimizer": 1}).encode())
-    with pytest.raises(ValueError, match="no checkpoint of T5X"):
+    with pytest.raises(ValueError, match="not a T5X checkpoint"):
         load_backbone(tmp_path / "checkpoint_3")
