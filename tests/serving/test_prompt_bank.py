@@ -366,7 +366,7 @@ def test_plain_prompts_of_several_lengths_go_together(tmp_path):
     np.testing.assert_allclose(table[0, : P - 1], short.folded()[0], atol=1e-6)
     assert not table[0, P - 1 :].any()
     uniform = Bank([long], folded=True)
-    with pytest.raises(ValueError, match=f"of {P - 1} positions, and the bank was made for {P}"):
+    with pytest.raises(ValueError, match=f"of {P - 1} positions, but the bank was built for {P}"):
         uniform.add(short, "z")
 
 

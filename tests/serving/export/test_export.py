@@ -215,7 +215,7 @@ def test_what_was_changed_or_is_missing_is_said(folder, tmp_path):
 @pytest.mark.parametrize("row", [-1, 3, 1000])
 def test_rows_of_no_task_are_refused(row, folder):
     loaded = export.load(folder / "exported")  # of three tasks, in a bank with room for four
-    with pytest.raises(ValueError, match=f"no row {row}: the rows of the 3 tasks"):
+    with pytest.raises(ValueError, match=f"no row {row}: the 3 tasks have rows 0 to 2"):
         loaded.predict([ids("ok"), ids("ok")], [2, row])
     with pytest.raises(ValueError, match=f"no row {row}"):
         loaded.score([ids("ok")], [ids("a")], [row])
@@ -260,7 +260,9 @@ def test_a_folder_that_exists_is_refused_before_any_work(folder, tmp_path, monke
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown platforms \['gpu'\]; known are cpu, tpu, cuda"):
+    with pytest.raises(
+        ValueError, match=r"Unknown platforms \['gpu'\]. Choose from cpu, tpu, cuda"
+    ):
         Settings(("gpu",))
     with pytest.raises(ValueError, match="positive lengths"):
         Settings(input_lengths=())

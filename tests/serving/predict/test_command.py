@@ -80,9 +80,9 @@ def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command.Server, "answer", interrupted)
     code, _, said = run("--output", str(path), lines=lines)
-    assert code == 130 and "the same command goes on" in said and not path.exists()
+    assert code == 130 and "the same command resumes" in said and not path.exists()
     code, _, said = run("--output", str(path), lines=lines)
-    assert code == 0 and "going on after 4 lines" in said
+    assert code == 0 and "resuming after 4 answered lines" in said
     assert windows == [[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [9]]
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [x["line"] for x in found] == list(range(1, 10))
@@ -138,7 +138,7 @@ def test_only_the_backbone_and_vocabulary_of_the_prompts_are_taken(tmp_path):
         backbone.load(bank, str(wrong))
     with pytest.raises(ValueError, match="trained with another vocabulary"):
         backbone.load(bank, vocabulary=paths.shipped(name="toy.model"))  # of 100 sentinels
-    with pytest.raises(FileNotFoundError, match="no vocabulary beside the backbone.*--vocabulary"):
+    with pytest.raises(FileNotFoundError, match="has no vocabulary beside it.*--vocabulary"):
         backbone.load(bank, SHIPPED)
     given = backbone.load(bank, SHIPPED, paths.shipped(name="toy.model"), extra_ids=16)
     assert given.vocabulary_sha256 == found.vocabulary_sha256

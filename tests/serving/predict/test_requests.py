@@ -53,24 +53,24 @@ def test_long_texts_are_an_error_or_cut_and_said_to_be(server):
     [
         (b"", "the line is empty"),
         (b"  \n", "the line is empty"),
-        (b"nope", "no JSON object"),
-        (b"\xff\xfe{", "no JSON object"),
-        (b"[" * 100_000, "no JSON object"),
-        (b"[1]", r"no JSON object \(found \[1\]\)"),
+        (b"nope", "not a JSON object"),
+        (b"\xff\xfe{", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
+        (b"[1]", r"not a JSON object \(got \[1\]\)"),
         (b'{"task": "beta", "inputs": NaN}', "NaN is not JSON"),
-        (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is larger than a number"),
-        (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is larger"),
+        (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is too large for a float"),
+        (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is too large"),
         ({"inputs": "ab"}, "field task is missing"),
         ({"task": "beta"}, "field inputs is missing"),
         ({"task": "betta", "inputs": "ab"}, "'betta'. Did you mean 'beta'"),
-        ({"task": ["beta"], "inputs": "ab"}, r'task must be a text.*\["beta"\]'),
-        ({"task": "beta", "inputs": " "}, "inputs must be a text that is not empty"),
-        ({"task": "beta", "inputs": 3}, "inputs must be a text that is not empty, got 3"),
-        ({**GOOD, "choice": ["a"]}, "Unknown fields.*choice.*known are task, inputs, id"),
+        ({"task": ["beta"], "inputs": "ab"}, r'task must be a non-empty string.*\["beta"\]'),
+        ({"task": "beta", "inputs": " "}, "inputs must be a non-empty string"),
+        ({"task": "beta", "inputs": 3}, "inputs must be a non-empty string, got 3"),
+        ({**GOOD, "choice": ["a"]}, "Unknown fields.*choice.*Known fields: task, inputs, id"),
         ({**GOOD, "choices": []}, "choices must be a list"),
         ({**GOOD, "choices": "ab"}, "choices must be a list"),
         ({**GOOD, "choices": ["a", ""]}, "choices must be a list"),
-        ({**GOOD, "choices": ["a", "a"]}, "different texts"),
+        ({**GOOD, "choices": ["a", "a"]}, "different, non-empty strings"),
         ({**GOOD, "inputs": "\ud800"}, "half a character"),
     ],
 )
@@ -100,7 +100,7 @@ def test_half_a_character_is_said_with_sentencepiece_too(field, server):
         server.reader("score"), vocabulary=tokenizers.load(str(SHIPPED / "toy.model"), 16)
     )
     line = json.dumps({**GOOD, "targets": "a", field: "\ud800 a"}).encode()
-    assert f"{field} is no text: half a character" in reader.read(line, 7).error
+    assert f"{field} is not valid text: half a character" in reader.read(line, 7).error
 
 
 def test_a_failure_keeps_its_id(server):
@@ -108,8 +108,10 @@ def test_a_failure_keeps_its_id(server):
 
 
 def test_a_score_needs_something_to_score(server):
-    assert "needs targets, or choices" in read(server, GOOD, "score").error
-    assert "targets must be a text" in read(server, {**GOOD, "targets": ""}, "score").error
+    assert "needs targets or choices" in read(server, GOOD, "score").error
+    assert (
+        "targets must be a non-empty string" in read(server, {**GOOD, "targets": ""}, "score").error
+    )
 
 
 def test_an_unknown_mode_is_refused(server):

@@ -79,7 +79,7 @@ def test_other_requests_or_settings_are_refused(finish, tmp_path):
 def test_more_requests_than_a_whole_file_answers_are_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 5, finish=True)
-    with pytest.raises(ValueError, match="answers 5 requests, and there are more"):
+    with pytest.raises(ValueError, match="complete with 5 requests, but the input now has more"):
         write(path, 0, 5, lines=[*LINES, b"f"])
 
 
