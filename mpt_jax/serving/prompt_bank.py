@@ -223,16 +223,16 @@ class Bank:
 
     # --- Rows ------------------------------------------------------------------------------------
 
-    def _check(self, together: Sequence[Artifact]) -> None:
-        compatibility.check_mutually_compatible(together, self.folded)
+    def _check(self, candidates: Sequence[Artifact]) -> None:
+        compatibility.check_mutually_compatible(candidates, self.folded)
         if self.folded:
             return
-        first, rows = flatten(together[0].params), row_axes(together[0].method)
+        first, rows = flatten(candidates[0].params), row_axes(candidates[0].method)
         for name in (name for name in first if f"{PROMPT}/{name}" not in rows):
-            for artifact in together[1:]:
+            for artifact in candidates[1:]:
                 if not np.array_equal(first[name], flatten(artifact.params)[name]):
                     raise ValueError(
-                        f"{together[0].path} and {artifact.path} differ in {name!r}, which all "
+                        f"{candidates[0].path} and {artifact.path} differ in {name!r}, which all "
                         f"tasks of a bank of {artifact.method.name!r} share: they were trained "
                         "with different source prompts. Serve them separately."
                     )
