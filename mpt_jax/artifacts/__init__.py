@@ -1,1 +1,1 @@
-"""Prompt artifacts, their model cards and where they come from."""
+"""Prompt artifacts, with their compatibility checks, model cards and provenance."""

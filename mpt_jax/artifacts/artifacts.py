@@ -1,10 +1,10 @@
-"""Prompt artifacts: what one stage hands the next, and what users deploy.
+"""Prompt artifacts: the output of a stage, read by the next stage or served to users.
 
-A folder of three files. `prompts.safetensors` holds the method's parameters under `factors/` and,
-on request, the folded prompt of each row under `folded/`. `config.json` says what they belong to:
-the method, the runs, the backbone (digest of its embedding) and the vocabulary, and the digest of
-`prompts.safetensors`. Whoever reads an artifact checks the digests and refuses another backbone's,
-or prompts that are not those that were written. `README.md` is its model card.
+An artifact is a folder of three files. `prompts.safetensors` holds the method's parameters under
+`factors/` and, on request, the plain prompt of each row under `folded/`. `config.json` records the
+method, the runs, the vocabulary, the backbone (a digest of its embedding) and the digest of
+`prompts.safetensors`. Readers check the digests, and reject artifacts of another backbone and
+prompts that were changed after they were written. `README.md` is the model card.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mpt_jax.runtime.files import replace_folder
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
-# What a reader needs of config.json; the rest is for people.
+# The fields of config.json that a reader needs; most others are for people.
 FIELDS = (
     "method",
     "method_config",
@@ -53,14 +53,14 @@ FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A read artifact.
+    """An artifact in memory.
 
     Attributes:
-        path: where it was read.
+        path: the folder it was read from.
         method: the prompt method, rebuilt from its configuration.
         runs: the bank's rows.
         params: the method's parameters, nested.
-        config: everything `config.json` says.
+        config: the contents of `config.json`.
     """
 
     path: str
@@ -71,33 +71,33 @@ class Artifact:
 
     @property
     def prompt_length(self) -> int:
-        """P, of the longest of its prompts."""
+        """P, the length of the longest prompt."""
         return max(self.method.prompt_lengths(self.runs))
 
     def folded(self) -> np.ndarray:
-        """[K, P, H], one plain prompt per row; raises what `prompts.base.fold` does."""
+        """The plain prompt of each row, [K, P, H]; raises as `materialize` does."""
         return np.asarray(materialize(self.method, self.params, self.runs))
 
     def plain(self) -> list[np.ndarray]:
-        """The plain prompt [P, H] of each row, of its own length; raises ValueError where prompts
+        """The plain prompt of each row, [P, H] with P of that row; raises ValueError if prompts
         depend on the text."""
         return plain_prompts(self.method, self.params, self.runs)
 
     def weights(self) -> np.ndarray:
-        """[K, J], of each candidate in each plain prompt; raises what `plain_weights` does."""
+        """The weight of each candidate in each plain prompt, [K, J]; raises as `plain_weights`."""
         return plain_weights(self.method, self.params, self.runs)
 
 
 def embedding_digest(embedding: Any) -> str:
     """sha256 of a token embedding [V, H] rounded to bfloat16, so that a backbone has one digest in
-    whichever precision it is loaded."""
+    float32 and bfloat16."""
     rounded = np.asarray(jnp.asarray(embedding, jnp.bfloat16)).view(np.uint16)
     return hashlib.sha256(np.ascontiguousarray(rounded).tobytes()).hexdigest()
 
 
 def vocabulary_digest(vocabulary: Any) -> str | None:
-    """sha256 of a SentencePiece model; for other vocabularies their class and size; None if
-    there is none."""
+    """sha256 of a SentencePiece model, or of the class name and size of another vocabulary; None if
+    there is no vocabulary."""
     if vocabulary is None:
         return None
     model = getattr(vocabulary, "sp_model", None)
@@ -107,12 +107,12 @@ def vocabulary_digest(vocabulary: Any) -> str | None:
 
 
 def digest(leaves: Mapping[str, Any]) -> str:
-    """sha256 of named arrays, as float32 whatever they are kept in."""
-    found = hashlib.sha256()
+    """sha256 of named arrays, converted to float32."""
+    hasher = hashlib.sha256()
     for name in sorted(leaves):
         value = np.ascontiguousarray(leaves[name], np.float32)
-        found.update(f"{name} {value.shape} ".encode() + value.tobytes())
-    return found.hexdigest()
+        hasher.update(f"{name} {value.shape} ".encode() + value.tobytes())
+    return hasher.hexdigest()
 
 
 def save_artifact(  # noqa: PLR0913 - each is one field of config.json
@@ -130,21 +130,22 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
 ) -> epath.Path:
-    """Writes an artifact; a reader sees the old folder or the new one, never half of it.
+    """Writes an artifact; a reader sees the old folder or the new one, never a part of it.
 
     Args:
-        path: the folder.
+        path: the artifact's folder.
         method: the prompt method.
         params: its parameters.
         runs: the bank's rows.
         embedding_sha256: the backbone's `embedding_digest`.
         vocabulary_sha256: the `vocabulary_digest`.
         backbone: a name or path for people to read.
-        step: the training step the parameters are from.
-        metrics: what was measured of them, JSON values.
-        started_from: digest of the artifact they started from, and which of its rows.
-        include_folded: also writes each row's plain prompt, where it has one.
-        facts: what the model card says beside these.
+        step: the training step of the parameters.
+        metrics: metrics of the parameters, JSON values.
+        started_from: digest of the artifact that training started from, and the rows it used.
+        include_folded: whether to write each row's plain prompt, if prompts do not depend on the
+            text.
+        facts: further contents of the model card.
     """
     path = epath.Path(path)
     method, params = method.for_inference(unflatten(flatten(params)))
@@ -173,7 +174,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     }
     with replace_folder(path) as new:
         (new / TENSORS).write_bytes(prompts)
-        # Unsorted: of several metrics the first is the task's main one.
+        # Keys stay unsorted: the first of several metrics is the task's main one.
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         card = model_card.for_folder(path, config, facts or model_card.Facts())
         (new / model_card.NAME).write_bytes(card)
@@ -181,7 +182,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
 
 
 def _mixture(method: PromptMethod, params: Params, runs: Runs) -> dict[str, Any] | None:
-    """Run -> candidate -> its weight, for people; None where nothing is mixed, or by the text."""
+    """Run -> candidate -> weight, for people; None if nothing is mixed, or weights depend on the
+    text."""
     if not method.candidates or method.reads_text:
         return None
     weights = plain_weights(method, params, runs).tolist()
@@ -193,8 +195,9 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Reads an artifact.
 
     Raises:
-        FileNotFoundError: no artifact there.
-        ValueError: unreadable, damaged, of a newer format, or not what its own config says.
+        FileNotFoundError: `path` holds no artifact.
+        ValueError: the artifact cannot be read, is damaged or incomplete, has another format, or
+            does not match its own config.
     """
     path = existing_folder(path)
     if not (path / CONFIG).exists() or not (path / TENSORS).exists():
@@ -214,7 +217,9 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         )
     missing = [field for field in FIELDS if field not in config]
     if missing:
-        raise ValueError(f"{path / CONFIG} lacks {missing}, so it is not a whole artifact.")
+        raise ValueError(
+            f"{path / CONFIG} is incomplete: it lacks {missing}. Copy the artifact again."
+        )
     prefix = "factors/"
     leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     match_exactly(
@@ -230,16 +235,16 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
 
 
 def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) -> None:
-    """Raises ValueError for prompts that are not those config.json was written with."""
+    """Raises ValueError if the prompts do not have the digest that config.json records."""
     if (expected := config.get("prompts_sha256")) is None:
         logging.warning(
-            "%s has no prompts_sha256, as earlier versions wrote it: whether its prompts are whole "
-            "cannot be checked.",
+            "%s has no prompts_sha256, since an earlier version wrote it. Its prompts cannot be "
+            "checked for damage.",
             path / CONFIG,
         )
-    elif (found := hashlib.sha256(prompts).hexdigest()) != expected:
+    elif (actual := hashlib.sha256(prompts).hexdigest()) != expected:
         raise ValueError(
-            f"{path / TENSORS} was changed after it was written: its sha256 is {found}, and "
-            f"{CONFIG} has {expected}. Copy the artifact again, or let its run write it once more "
-            "(the same command does)."
+            f"{path / TENSORS} was changed after it was written: its sha256 is {actual}, but "
+            f"{CONFIG} records {expected}. Copy the artifact again, or write it again by repeating "
+            "the command of its run."
         )

@@ -1,4 +1,4 @@
-"""Whether artifacts fit a backbone, a vocabulary and each other, and several as one."""
+"""Compatibility checks of artifacts with a backbone, a vocabulary and each other; merging."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
-MOST_NAMED = 20  # names that an error lists, with the number of the others
+MOST_NAMED = 20  # names that an error lists; it only counts the others
 
 
 def check_compatible(
@@ -21,37 +21,40 @@ def check_compatible(
     """Checks that an artifact was trained on this backbone, vocabulary and prompt length.
 
     Raises:
-        ValueError: shows both values of what differs.
+        ValueError: one of them differs; shows both values.
     """
-    found = artifact.config["embedding_sha256"]
-    if found != embedding_sha256:
+    expected = artifact.config["embedding_sha256"]
+    if expected != embedding_sha256:
         raise ValueError(
-            f"The prompt artifact {artifact.path} belongs to another backbone: its embedding has "
-            f"sha256 {found} ({artifact.config['backbone']}), this one's has {embedding_sha256}. "
-            "Prompts only work with the backbone they were trained on."
+            f"The prompt artifact {artifact.path} was trained on another backbone, "
+            f"{artifact.config['backbone']}: its embedding has sha256 {expected}, but the loaded "
+            f"backbone's embedding has sha256 {embedding_sha256}. Load the backbone that the "
+            "prompts were trained on."
         )
     vocabulary = artifact.config["vocabulary_sha256"]
     if None not in (vocabulary, vocabulary_sha256) and vocabulary != vocabulary_sha256:
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained with another vocabulary: sha256 "
-            f"{vocabulary}, this run's is {vocabulary_sha256}."
+            f"{vocabulary}, but the loaded vocabulary has sha256 {vocabulary_sha256}. Load the "
+            "vocabulary that the prompts were trained with."
         )
     if artifact.prompt_length != prompt_length:
         raise ValueError(
             f"The prompt artifact {artifact.path} has prompts of {artifact.prompt_length} "
-            f"positions and this run's have {prompt_length}; they must agree (PROMPT_LENGTH)."
+            f"positions, but this run needs {prompt_length}. Prompt lengths must agree "
+            "(PROMPT_LENGTH)."
         )
 
 
 def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -> None:
-    """Checks that artifacts can be served, or started from, together.
+    """Checks that artifacts can be served together, or that training can start from all of them.
 
     Args:
-        found: at least one.
-        folded: whether their methods and lengths may differ.
+        found: at least one artifact.
+        folded: whether their methods and prompt lengths may differ.
 
     Raises:
-        ValueError: names the artifacts by the value of what they disagree on.
+        ValueError: they disagree; lists the artifacts by value.
     """
     facts = {
         "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
@@ -64,38 +67,37 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
         folders: dict[Any, list[str]] = {}
         for artifact in found:
             value = value_of(artifact)
-            if value is not None:  # artifacts of a vocabulary that nobody recorded
+            if value is not None:  # no vocabulary was recorded
                 folders.setdefault(value, []).append(artifact.path)
         if len(folders) > 1:
             values = "; ".join(
                 f"{value} in {abbreviate(paths)}" for value, paths in folders.items()
             )
             may_differ = what in ("method", "prompt length")
-            hint = f" Plain prompts of several {what}s go together: fold them." * may_differ
+            hint = f" Use --folded to combine several {what}s as plain prompts." * may_differ
             raise ValueError(
-                f"These artifacts do not go together, their {what} differs: {values}.{hint}"
+                f"These artifacts cannot be combined, since their {what} differs: {values}.{hint}"
             )
 
 
 def representative(found: Sequence[Artifact]) -> Artifact:
-    """Of artifacts that agree, one whose `config` speaks for all: which knows its vocabulary, if
-    any does."""
-    known = [each for each in found if each.config["vocabulary_sha256"] is not None]
-    return (known or found)[0]
+    """Returns a representative artifact, preferring one that records a vocabulary."""
+    with_vocabulary = [x for x in found if x.config["vocabulary_sha256"] is not None]
+    return (with_vocabulary or found)[0]
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 
 
 def merge(found: Sequence[Artifact]) -> Artifact:
-    """Artifacts of one backbone and one length as one, of plain prompts: the rows of all. One alone
-    is returned as it is.
+    """Merges artifacts of one backbone and prompt length into one of plain prompts, with all rows.
+    A single artifact is returned unchanged.
 
     Raises:
-        ValueError: they disagree, or two rows have one name; names the artifacts.
+        ValueError: they disagree, or two rows have the same name; names the artifacts.
     """
     if len(found) == 1:
         return found[0]
@@ -107,13 +109,16 @@ def merge(found: Sequence[Artifact]) -> Artifact:
         for run in artifact.runs.run_names:
             if run in paths:
                 raise ValueError(
-                    f"{paths[run]} and {artifact.path} both hold a prompt of {run!r}; leave one "
-                    "of them out."
+                    f"{paths[run]} and {artifact.path} both hold a prompt of {run!r}. Leave one "
+                    "artifact out."
                 )
             paths[run] = artifact.path
     if len(lengths) > 1:
-        told = "; ".join(f"{length} in {abbreviate(where)}" for length, where in lengths.items())
-        raise ValueError(f"These artifacts cannot be started from together, P differs: {told}.")
+        values = "; ".join(f"{n} in {abbreviate(folders)}" for n, folders in lengths.items())
+        raise ValueError(
+            "Training cannot start from these artifacts together, since their prompt length "
+            f"differs: {values}."
+        )
     runs = Runs(
         [task for artifact in found for task in artifact.runs.task_names],
         [run for artifact in found for run in artifact.runs.run_names],

@@ -1,11 +1,11 @@
-"""The model card of a prompt artifact: its README.md, in Markdown with front matter that Hugging
-Face's hub reads.
+"""The model card of a prompt artifact: its README.md, in Markdown with front matter for the Hugging
+Face Hub.
 
-A card is made of the artifact's config.json and of what the run knows beside it (`Facts`), and of
-nothing else. What no run can know is left to the author, with the words of `TO_FILL`.
+A card is made only from the artifact's config.json and from what else the run knows (`Facts`).
+Sections that no run can write are left to the author and marked with `TO_FILL`.
 
-The last line holds a digest of those above. A card whose digest does not match was edited, and no
-run overwrites it (`for_folder`).
+The last line holds a digest of the lines above it. A card whose digest does not match was edited,
+and no run overwrites it (`for_folder`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AUTHORS = {
     "Intended use": "who may use these prompts for what, and what they are not for.",
     "Known limits and biases": "where they fail, what the data leaves out, and whom errors hurt.",
 }
-# Hub identifiers have one slash; what has none or several is a name or a path.
+# Hub identifiers have exactly one slash; other backbones are plain names or paths.
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SEAL = "<!-- Written by mpt_jax, which keeps an edited card as it is. sha256 of the lines above: "
 _SEALED = re.compile(rb"(.*\n)" + re.escape(_SEAL.encode()) + rb"([0-9a-f]{64}) -->\n", re.DOTALL)
@@ -43,8 +43,8 @@ class Split:
     """A split of a task's data.
 
     Attributes:
-        rows_of: which rows of the data set; '' where its name says all.
-        rows: how many, as published or as counted; None where it is not known.
+        rows_of: which rows of the data set; '' if the split's name is enough.
+        rows: their number, as published or as counted; None if unknown.
     """
 
     rows_of: str = ""
@@ -56,8 +56,8 @@ class Data:
     """Where a task's examples come from.
 
     Attributes:
-        source: the data set with its version, or files.
-        splits: by name.
+        source: the data set with its version, or the files.
+        splits: name -> split.
     """
 
     source: str
@@ -66,16 +66,16 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a run knows beside config.json; everything may be left out.
+    """What a run knows beyond config.json; every field is optional.
 
     Attributes:
-        data: of each run.
-        trained_on: run -> (examples that were cut to the limit on lengths, examples).
-        evaluated: run -> examples that its metrics are of.
-        evaluated_split: which split they are from.
-        trained_numbers: numbers that learned, also outside the artifact.
-        git_revision: of the code.
-        packages: name -> version.
+        data: run -> its data.
+        trained_on: run -> (number of examples cut to the length limits, number of examples).
+        evaluated: run -> number of examples behind its metrics.
+        evaluated_split: the split of those examples.
+        trained_numbers: number of trained parameters, including those outside the artifact.
+        git_revision: the code's revision.
+        packages: package -> version.
     """
 
     data: Mapping[str, Data] = dataclasses.field(default_factory=dict)
@@ -88,12 +88,12 @@ class Facts:
 
 
 def data_of(task: Any) -> Data:
-    """What a SeqIO task says of its data.
+    """Describes the data of a SeqIO task.
 
     Args:
-        task: its `source` may have `data`, the name of a data set, and `parts`, {split: part}
-            where a part has `split`, `start` and `stop` (`mpt_jax.tasks.splits.PartsSource`); or
-            `source`, another source, and `draw`, which of its rows are seen
+        task: its `source` may have `data`, the name of a data set, and `parts`, {split: part},
+            each part with `split`, `start` and `stop` (`mpt_jax.tasks.splits.PartsSource`). Or it
+            has `source`, another source, and `draw`, the selection of its rows
             (`mpt_jax.tasks.few_shot`).
     """
     source, draw = task.source, getattr(task.source, "draw", None)
@@ -106,17 +106,17 @@ def data_of(task: Any) -> Data:
     rows = {split: _rows_of(parts[split]) if split in parts else "" for split in named}
     if draw:
         rows |= {split: _drawn(draw, split, rows[split]) for split in draw.splits}
-    return Data(name, {split: Split(of, _count(source, split)) for split, of in rows.items()})
+    return Data(name, {split: Split(which, _count(source, split)) for split, which in rows.items()})
 
 
 def for_folder(folder: epath.Path, config: Mapping[str, Any], facts: Facts) -> bytes:
-    """The card that an artifact's folder is to hold: the one there if its author edited it, else a
-    new one. The log says which was kept."""
+    """Returns the card for an artifact's folder: the existing card if its author edited it, else a
+    new one. Logs a warning if it keeps an edited card."""
     path = folder / NAME
     if path.exists() and not is_generated(before := path.read_bytes()):
         logging.warning(
-            "%s was edited and stays as it is; what it says may be older than step %d. Delete it "
-            "to have a new one written.",
+            "%s was edited, so it was kept and may be older than step %d. Delete it to get a new "
+            "one.",
             *(path, config["step"]),
         )
         return before
@@ -124,17 +124,17 @@ def for_folder(folder: epath.Path, config: Mapping[str, Any], facts: Facts) -> b
 
 
 def is_generated(card: bytes) -> bool:
-    """Whether a card is as a run wrote it."""
-    found = _SEALED.fullmatch(card)
-    return found is not None and hashlib.sha256(found[1]).hexdigest() == found[2].decode()
+    """Whether a card is unchanged since a run wrote it."""
+    match = _SEALED.fullmatch(card)
+    return match is not None and hashlib.sha256(match[1]).hexdigest() == match[2].decode()
 
 
 def text(config: Mapping[str, Any], facts: Facts) -> str:
-    """The card of an artifact.
+    """Returns the card of an artifact, in Markdown.
 
     Args:
-        config: what its config.json says.
-        facts: what else is known.
+        config: the contents of its config.json.
+        facts: what else the run knows.
     """
     sections = [
         _front_matter(config),
@@ -150,7 +150,7 @@ def text(config: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _front_matter(config: Mapping[str, Any]) -> str:
-    # JSON is YAML, so json.dumps quotes whatever needs it.
+    # JSON is valid YAML, so json.dumps quotes whatever needs quotes.
     backbone = config["backbone"]
     base = f"base_model: {json.dumps(backbone)}"
     if not _HUB_NAME.fullmatch(backbone):
@@ -165,7 +165,7 @@ def _front_matter(config: Mapping[str, Any]) -> str:
 
 def _summary(config: Mapping[str, Any], facts: Facts) -> str:
     runs = list(config["run_names"])
-    of = f"`{runs[0]}`" if len(runs) == 1 else f"{len(runs)} runs"
+    subject = f"`{runs[0]}`" if len(runs) == 1 else f"{len(runs)} runs"
     numbers = sum(math.prod(shape) for shape in config["shapes"].values())
     groups = len(set(config["groups"]))
     settings = sorted(config["method_config"].items())
@@ -186,7 +186,7 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
     }
     known = [(name, value) for name, value in rows.items() if value is not None]
     return (
-        f"# Soft prompts for {of}\n\n"
+        f"# Soft prompts for {subject}\n\n"
         "Soft prompts of a T5, in the format of MPT-JAX. They work with the backbone and the "
         f"vocabulary whose digests are below, and with no other:\n{_how_to_read(config)}\n\n"
         + _table(("", ""), known)
@@ -194,7 +194,7 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _how_to_read(config: Mapping[str, Any]) -> str:
-    """What becomes a prompt, and by which call: not every method has one array for all runs."""
+    """How to read the prompts: not every method has one array for all runs."""
     method = get_method(config["method"])(**config["method_config"])
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     read = "mpt_jax.artifacts.artifacts.load_artifact(FOLDER)"
@@ -213,13 +213,13 @@ def _how_to_read(config: Mapping[str, Any]) -> str:
 
 
 def _mixture(config: Mapping[str, Any]) -> str:
-    """What each run's prompt is mixed from, if it is one mixture."""
-    found: Mapping[str, Mapping[str, float]] = config.get("mixture") or {}
-    if not found:
+    """The mixture weights of each run's prompt, if the artifact records them."""
+    mixture: Mapping[str, Mapping[str, float]] = config.get("mixture") or {}
+    if not mixture:
         return ""
-    candidates = list(next(iter(found.values())))
+    candidates = list(next(iter(mixture.values())))
     rows = [
-        (f"`{run}`", *(f"{weights[c]:.3f}" for c in candidates)) for run, weights in found.items()
+        (f"`{run}`", *(f"{weights[c]:.3f}" for c in candidates)) for run, weights in mixture.items()
     ]
     return (
         "## What prompts are mixed from\n\nThe weight of each source prompt in the prompt of each "
@@ -259,15 +259,17 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
             rows.append((f"`{run}`", metric, value, _thousands(count) or "unknown", step))
     if not rows:
         return "## Results\n\nNothing was measured when this was written."
-    of = f"Of the {facts.evaluated_split} split. " if facts.evaluated_split else ""
+    note = f"Of the {facts.evaluated_split} split. " if facts.evaluated_split else ""
     if best:
-        of += "The step was selected by these scores, so they flatter; test the prompts on others."
+        note += (
+            "The step was selected by these scores, so they flatter; test the prompts on others."
+        )
     table = _table(("run", "metric", "value", "n (examples)", "step"), rows)
-    return "\n\n".join(["## Results", *([of.strip()] if of else []), table])
+    return "\n\n".join(["## Results", *([note.strip()] if note else []), table])
 
 
 def _marked(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Metrics by name, each with its value; the marks of what is undefined beside their metric."""
+    """Metrics with their values, sorted by name; undefined ones are marked beside their value."""
     marks = {f"{metric}_undefined" for metric in scores} & scores.keys()
     rows = []
     for metric in sorted(scores.keys() - marks):
@@ -291,15 +293,15 @@ def _rows_of(part: Any) -> str:
 
 
 def _drawn(draw: Any, split: str, rows_of: str) -> str:
-    """Which rows of a split a few-shot run sees, where those of the whole split are `rows_of`."""
-    of = " of each label" if draw.per_class else ""
+    """Describes the rows of a split that a few-shot run sees; `rows_of` is the whole split."""
+    per_label = " of each label" if draw.per_class else ""
     which = f" ({rows_of})" if rows_of not in ("", split) else ""
-    return f"k = {draw.k} rows{of} of {split}{which}, draw {draw.seed}"
+    return f"k = {draw.k} rows{per_label} of {split}{which}, draw {draw.seed}"
 
 
 def _count(source: Any, split: str) -> int | None:
-    found = source.num_input_examples(split)
-    return None if found is None else int(found)
+    count = source.num_input_examples(split)
+    return None if count is None else int(count)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The configuration of a T5 read from its parameters, for checkpoints that come without one."""
+"""The configuration of a T5, inferred from its parameters, for checkpoints without one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import numpy as np
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
 
-# What shapes do not show is taken to be as in every published T5, and has to be said to the user.
+# Shapes do not show this value. It is assumed to be that of every published T5, and the user is
+# informed.
 ASSUMED = "relative_attention_max_distance=128"
 _TABLE_NAME = "relpos_bias/rel_embedding"
 _TABLE = re.compile(rf"(encoder|decoder)/(layers_0/)?{_TABLE_NAME}")
 
 
 def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T5Config:
-    """The shape of the T5 that an unscanned tree belongs to.
+    """Infers the configuration of a T5 from its unscanned tree.
 
-    The number of heads is that of the relative position tables' rows. Activations are those of
-    T5 1.0 (`relu`) where the feed-forward has one input projection, and of T5 1.1 (gated `gelu`)
-    where it has two; shapes cannot tell them from others.
+    The number of heads is the number of rows of the relative position tables. Activations are
+    assumed: T5 1.0's (`relu`) if the feed-forward has one input projection, and T5 1.1's (gated
+    `gelu`) if it has two. Shapes do not show them.
 
     Raises:
-        ValueError: not the tree of a T5; names what is missing or left over.
+        ValueError: not the tree of a T5; names the parameters that are missing or unexpected.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     wanted = ("token_embedder/embedding", "encoder/layers_0/attention/query/kernel")
@@ -35,7 +36,7 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
     missing = [name for name in (*wanted, inner) if name not in shapes]
     if missing or not tables:
         raise ValueError(
-            f"{what} is not the tree of a T5: it lacks "
+            f"{what} does not have the parameters of a T5: it lacks "
             f"{missing or 'a relative position table'}. It holds {sorted(shapes)[:5]} ..."
         )
     heads, buckets = shapes[tables[0]]
@@ -58,31 +59,32 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
 
 
 def with_tables(params: Mapping[str, Any], in_every_layer: bool) -> dict[str, Any]:
-    """The tree with a relative position table in every layer, or with one for a stack.
+    """Returns the tree with one relative position table per layer, or with one per stack.
 
-    Both are the same model where a stack's tables are equal, and a scanned tree does not say which
-    one it was then: a stack of one layer never does. Tables that differ stay where they are.
+    Both are the same model if the tables of a stack are equal, as they always are in a stack of one
+    layer. A scanned tree does not show which of the two it was. Tables that differ are kept as they
+    are.
     """
     leaves = dict(flatten(params))
     for stack in ("encoder", "decoder"):
-        one = f"{stack}/{_TABLE_NAME}"
-        each = [f"{stack}/layers_{i}/{_TABLE_NAME}" for i in range(_layers(leaves, stack))]
-        if in_every_layer and one in leaves:
-            leaves |= dict.fromkeys(each, leaves.pop(one))
-        elif not in_every_layer and each and set(each) <= set(leaves):
-            tables = [leaves[name] for name in each]
+        shared = f"{stack}/{_TABLE_NAME}"
+        by_layer = [f"{stack}/layers_{i}/{_TABLE_NAME}" for i in range(_layers(leaves, stack))]
+        if in_every_layer and shared in leaves:
+            leaves |= dict.fromkeys(by_layer, leaves.pop(shared))
+        elif not in_every_layer and by_layer and set(by_layer) <= set(leaves):
+            tables = [leaves[name] for name in by_layer]
             if all(np.array_equal(table, tables[0]) for table in tables):
-                leaves[one] = tables[0]
-                leaves = {name: x for name, x in leaves.items() if name not in each}
+                leaves[shared] = tables[0]
+                leaves = {name: x for name, x in leaves.items() if name not in by_layer}
     return unflatten(leaves)
 
 
 def with_even_tables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with tables in every layer of both stacks where one of them has such."""
+    """Returns the tree with tables in every layer of both stacks if either stack has them."""
     per_layer = any(_TABLE.fullmatch(name) and "layers_0" in name for name in flatten(params))
     return with_tables(params, in_every_layer=True) if per_layer else dict(params)
 
 
 def _layers(shapes: Mapping[str, Any], stack: str) -> int:
-    found = (re.match(rf"{stack}/layers_(\d+)/", name) for name in shapes)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    matches = (re.match(rf"{stack}/layers_(\d+)/", name) for name in shapes)
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)

@@ -1,4 +1,4 @@
-"""A backbone from one format into another, read back and compared before it takes its name."""
+"""Conversion of a backbone to another format, read back and compared before it appears."""
 
 from __future__ import annotations
 
@@ -25,45 +25,49 @@ _STEP = re.compile(r"checkpoint_\d+")
 def read(
     source: epath.Path, config: str | None, say: Callable[[str], None] = print
 ) -> tuple[T5Config, dict[str, Any]]:
-    """A backbone and its configuration.
+    """Reads a backbone and its configuration.
 
     Args:
         source: a Hugging Face folder or a T5X checkpoint.
-        config: the name of a configuration, or a Hugging Face `config.json`; where there is none
-            the folder's own, or for T5X what the shapes tell.
-        say: is told what of the configuration was not read but assumed.
+        config: the name of a configuration, or a Hugging Face `config.json`. None reads the
+            folder's own, or infers a T5X checkpoint's from its shapes.
+        say: called with a line on the settings that had to be assumed.
 
     Raises:
-        FileNotFoundError, ValueError: unreadable, or the parameters are not of that configuration.
+        FileNotFoundError, ValueError: it cannot be read, or the parameters do not match the
+            configuration.
     """
     if config is None and detect.recognize(source) == detect.HF:
         return load_hf(source)
     params = load_backbone(source)
     if config is not None:
-        chosen = named_config(config)
-        params = architecture.with_tables(params, chosen.relative_bias_per_layer)
+        requested = named_config(config)
+        params = architecture.with_tables(params, requested.relative_bias_per_layer)
         shapes = {name: np.shape(x) for name, x in flatten(params).items()}
-        match_exactly(parameter_shapes(chosen), shapes, f"{source}, read as {config},")
-        return chosen, params
-    found = architecture.config_of_tree(params, str(source))
+        match_exactly(parameter_shapes(requested), shapes, f"{source}, read as {config},")
+        return requested, params
+    inferred = architecture.config_of_tree(params, str(source))
     say(
-        f"Configuration read from the shapes; assumed: mlp_activations={found.mlp_activations}, "
+        f"Configuration read from the shapes; assumed: mlp_activations={inferred.mlp_activations}, "
         f"{architecture.ASSUMED}. If the model has others, give --config."
     )
-    return found, params
+    return inferred, params
 
 
 def named_config(config: str) -> T5Config:
-    """The configuration of a published name or of a `config.json`.
+    """Returns the configuration with a published name, or of a `config.json`.
 
     Raises:
-        ValueError, FileNotFoundError: neither.
+        ValueError: an unknown name, or a file that does not describe a T5.
+        FileNotFoundError: the file does not exist.
     """
     if config.lower() in NAMES:
         return t5_config(config)
     if config.endswith(".json"):
         return read_config(config)
-    raise ValueError(f"No T5 is called {config!r}, and it is no config.json. Known: {list(NAMES)}.")
+    raise ValueError(
+        f"Unknown T5 configuration {config!r}. Give a config.json or one of {list(NAMES)}."
+    )
 
 
 def convert(
@@ -76,45 +80,45 @@ def convert(
     logits: bool = True,
     say: Callable[[str], None] = print,
 ) -> epath.Path:
-    """Writes a backbone in another format; the target appears when it has been read back and every
-    leaf was found identical, or not at all.
+    """Converts a backbone to another format. The target appears only if it was read back and every
+    leaf is identical.
 
     Args:
         source: see `read`.
-        target: a folder to be made. T5X's checkpoints are named `checkpoint_<step>`; under another
-            name the folder gets a `checkpoint_0`.
+        target: the folder to create. T5X checkpoints are named `checkpoint_<step>`; a folder with
+            another name gets a `checkpoint_0` inside.
         to: `'hf'`, `'t5x'` or `'orbax'`.
         config: see `read`.
         dtype: `'float32'` or `'bfloat16'`; None keeps each leaf's.
-        logits: whether to run both on a fixed batch as well.
-        say: takes the lines for the user; the last is the parity line.
+        logits: whether to also compare the logits of both on a fixed batch.
+        say: called with each line for the user; the last is the parity line.
 
     Returns:
-        the checkpoint that was made.
+        the path of the new checkpoint.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already and is not overwritten.")
+        raise FileExistsError(f"{target} exists already. Remove it, or choose another target.")
     named = to == detect.HF or _STEP.fullmatch(target.name)
     inside = "" if named else "checkpoint_0"
     shape, params = read(source, config, say)
     before = parity.forward(shape, params)["logits"] if logits else None
     if dtype is not None:
-        params = _cast(params, dtype)  # from here on the whole numbers are not held
-    with new_folder(target) as made:
-        folder = made / inside
+        params = _cast(params, dtype)  # frees the parameters of full precision
+    with new_folder(target) as scratch:
+        folder = scratch / inside
         folder.mkdir(exist_ok=True)
         if to == detect.HF:
             write_hf(folder, shape, params)
-            back = load_hf(folder)[1]
+            restored = load_hf(folder)[1]
         else:
             step = int((inside or target.name).removeprefix("checkpoint_"))
             {detect.T5X: write_t5x, detect.ORBAX: write_orbax}[to](folder, params, step)
-            back = load_t5x(folder)
-        line = parity.identical(params, back, str(target)) + ": identical"
+            restored = load_t5x(folder)
+        line = parity.identical(params, restored, str(target)) + ": identical"
         if dtype is not None:
             line += f" after rounding to {dtype}"
         if before is not None:
-            after = parity.forward(shape, back)["logits"]
+            after = parity.forward(shape, restored)["logits"]
             difference = parity.largest_difference(before, after)
             line += f"; logits of a fixed batch differ by at most {difference:.3g}"
     say(line)

@@ -1,4 +1,4 @@
-"""Which format a path holds, told by what lies there and never by its name."""
+"""Format detection, from the content of a path and never from its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ARTIFACT, PEFT, PEFT_FOLDED = "artifact", "peft", "peft-folded"
 NPY, SAFETENSORS = "npy", "safetensors"
 BACKBONES = (HF, T5X, ORBAX)
 PROMPTS = (ARTIFACT, PEFT, PEFT_FOLDED, NPY, SAFETENSORS)
-# Where --to is not given.
+# The default of --to.
 USUAL_TARGET = {
     HF: T5X,
     T5X: HF,
@@ -25,13 +25,13 @@ _NUMPY_MAGIC = b"\x93NUMPY"
 
 
 def recognize(path: epath.Path) -> str:
-    """The format of what lies at a path; T5X's own and Orbax are one here, `t5x`.
+    """Returns the format of a path's content. T5X's own format and Orbax are both `t5x`.
 
     Raises:
-        FileNotFoundError: nothing there, or nothing that is known.
+        FileNotFoundError: the path does not exist or has no known format.
     """
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {path}.")
+        raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_dir():
         return _of_file(path)
     names = {child.name for child in path.iterdir()}
@@ -46,9 +46,9 @@ def recognize(path: epath.Path) -> str:
     if adapters(path):
         return PEFT
     steps = sorted(name for name in names if name.startswith("checkpoint_"))
-    inside = f" Name one of the checkpoints inside it: {steps}." if steps else ""
+    inside = f" Give one of the checkpoints inside it: {steps}." if steps else ""
     raise FileNotFoundError(
-        f"{path} is no Hugging Face folder, T5X checkpoint, prompt artifact or PEFT adapter; it "
+        f"{path} is not a Hugging Face folder, T5X checkpoint, prompt artifact or PEFT adapter; it "
         f"holds {sorted(names)[:8]}.{inside}"
     )
 
@@ -58,12 +58,12 @@ def _of_file(path: epath.Path) -> str:
         start = file.read(9)
     if start.startswith(_NUMPY_MAGIC):
         return NPY
-    # Safetensors: eight bytes of length, then JSON. Msgpack starts with a map.
+    # Safetensors starts with a length of eight bytes, then JSON; msgpack starts with a map.
     return SAFETENSORS if start[8:] == b"{" else T5X
 
 
 def adapters(path: epath.Path) -> list[epath.Path]:
-    """The PEFT adapter at a path, or all those in a folder of adapters, by name; [] for none."""
+    """The PEFT adapter at a path, or all adapters in a folder, sorted by name; [] if none."""
     if (path / peft.CONFIG).exists():
         return [path]
     return sorted(child for child in path.iterdir() if (child / peft.CONFIG).exists())

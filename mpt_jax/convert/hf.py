@@ -1,7 +1,7 @@
-"""Hugging Face folders of T5, mT5 and umT5: `config.json` and weights, both ways.
+"""Reader and writer of Hugging Face folders of T5, mT5 and umT5: `config.json` and weights.
 
-One table pairs the names; kernels are transposed (torch's `Linear` keeps `[out, in]`), and so is
-the relative position table (`[buckets, heads]` there), everything else is as it is.
+One table maps the names. Kernels are transposed (torch's `Linear` keeps `[out, in]`), and so is the
+relative position table (`[buckets, heads]` in Hugging Face). Everything else stays the same.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mpt_jax.runtime.files import new_folder, read_json
 CONFIG = "config.json"
 
 _SELF_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
-# feed_forward_proj there -> mlp_activations here. `gated-gelu` is the tanh form in both.
+# feed_forward_proj -> our mlp_activations. `gated-gelu` is the tanh form in both libraries.
 _ACTIVATIONS = {
     "relu": ("relu",),
     "gated-gelu": ("gelu", "linear"),
     "gated-relu": ("relu", "linear"),
     "gated-silu": ("silu", "linear"),
 }
-# model_type -> (class, feed_forward_proj, tie_word_embeddings); the latter two where config.json
-# leaves them out.
+# model_type -> (class, feed_forward_proj, tie_word_embeddings). The latter two are the defaults if
+# config.json leaves them out.
 _MODEL_TYPES = {
     "t5": ("T5ForConditionalGeneration", "relu", True),
     "mt5": ("MT5ForConditionalGeneration", "gated-gelu", False),
     "umt5": ("UMT5ForConditionalGeneration", "gated-gelu", True),
 }
 _MT5_VOCABULARY = 250112
-# config.json's name -> T5Config's, of what has no default.
+# config.json's name -> T5Config's, of the fields without a default.
 _SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "emb_dim",
@@ -47,34 +47,34 @@ _SIZES = {
     "d_ff": "mlp_dim",
 }
 _EMBEDDING = "shared.weight"
-# Files may hold these beside it.
+# Copies of the embedding that files may also hold.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
-# The first T5 checkpoints carry this table, and no version of the model reads it.
+# The first T5 checkpoints hold this table, and no version of the model reads it.
 _UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def name_table(config: T5Config) -> dict[str, str]:
-    """Our path name -> the name in Hugging Face's state dict, for every parameter."""
+    """Our parameter path -> its name in Hugging Face's state dict, for every parameter."""
     table = {"token_embedder/embedding": _EMBEDDING}
     if not config.logits_via_embedding:
         table["decoder/logits_dense/kernel"] = _HEAD
     stacks = (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers))
     for stack, layers in stacks:
         for i in range(layers if config.relative_bias_per_layer else 1):
-            ours = f"{stack}/layers_{i}" if config.relative_bias_per_layer else stack
-            theirs = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
-            table[f"{ours}/relpos_bias/rel_embedding"] = theirs
+            prefix = f"{stack}/layers_{i}" if config.relative_bias_per_layer else stack
+            hf_name = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+            table[f"{prefix}/relpos_bias/rel_embedding"] = hf_name
         table[f"{stack}/{stack}_norm/scale"] = f"{stack}.final_layer_norm.weight"
         parts = _layer_table(stack, gated=len(config.mlp_activations) > 1)
         for i in range(layers):
-            for ours, theirs in parts.items():
-                table[f"{stack}/layers_{i}/{ours}"] = f"{stack}.block.{i}.layer.{theirs}.weight"
+            for path, hf_name in parts.items():
+                table[f"{stack}/layers_{i}/{path}"] = f"{stack}.block.{i}.layer.{hf_name}.weight"
     return table
 
 
 def _layer_table(stack: str, gated: bool) -> dict[str, str]:
-    """One layer's names here -> there, where a layer is a list of two or three blocks."""
+    """Our names -> Hugging Face's in one layer, which is a list of two or three blocks there."""
     if stack == "encoder":
         blocks = [("attention", "pre_attention_layer_norm", "SelfAttention")]
     else:
@@ -83,10 +83,10 @@ def _layer_table(stack: str, gated: bool) -> dict[str, str]:
             ("encoder_decoder_attention", "pre_cross_attention_layer_norm", "EncDecAttention"),
         ]
     table = {}
-    for position, (ours, norm, theirs) in enumerate(blocks):
+    for position, (module, norm, hf_module) in enumerate(blocks):
         table[f"{norm}/scale"] = f"{position}.layer_norm"
         for projection, letter in _SELF_ATTENTION.items():
-            table[f"{ours}/{projection}/kernel"] = f"{position}.{theirs}.{letter}"
+            table[f"{module}/{projection}/kernel"] = f"{position}.{hf_module}.{letter}"
     last = len(blocks)
     table["pre_mlp_layer_norm/scale"] = f"{last}.layer_norm"
     for name in (*(("wi_0", "wi_1") if gated else ("wi",)), "wo"):
@@ -99,32 +99,34 @@ def _transposed(name: str) -> bool:
 
 
 def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
-    """The shape that a Hugging Face `config.json` describes.
+    """Returns the configuration that a Hugging Face `config.json` describes.
 
     Raises:
-        ValueError: another architecture, or a T5 that differs from ours in arithmetic.
+        ValueError: another architecture, or a T5 whose arithmetic differs from ours.
     """
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"{what} describes a model of type {model_type!r}; only {list(_MODEL_TYPES)} "
-            "(T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5) have this architecture."
+            f"{what} describes a model of type {model_type!r}. Supported types: "
+            f"{list(_MODEL_TYPES)} (T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5)."
         )
     if absent := [name for name in _SIZES if name not in fields]:
-        raise ValueError(f"{what} does not say {absent}, so the model's shape is not known.")
+        raise ValueError(f"{what} lacks {absent}, so the model's shape is unknown.")
     _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
     activation = fields.get("feed_forward_proj", usual_activation)
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"{what}: feed_forward_proj={activation!r} is not supported; "
-            f"known: {list(_ACTIVATIONS)}."
+            f"{what} has feed_forward_proj={activation!r}, which is not supported. "
+            f"Supported values: {list(_ACTIVATIONS)}."
         )
     if fields.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        raise ValueError(f"{what}: layer_norm_epsilon={fields['layer_norm_epsilon']}, not 1e-6.")
-    # From version 5 on transformers says it by the first, and the second is always true.
+        raise ValueError(
+            f"{what} has layer_norm_epsilon={fields['layer_norm_epsilon']}; only 1e-6 is supported."
+        )
+    # Since version 5, transformers records it in the first field, and the second is always true.
     tied = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", usually_tied))
     return T5Config(
-        **{ours: fields[theirs] for theirs, ours in _SIZES.items()},
+        **{name: fields[hf_name] for hf_name, name in _SIZES.items()},
         num_decoder_layers=fields.get("num_decoder_layers") or fields["num_layers"],
         mlp_activations=_ACTIVATIONS[activation],
         logits_via_embedding=tied,
@@ -135,26 +137,26 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
-    """The fields of `config.json`; the inverse of `config_from_hf`.
+    """Returns the fields of `config.json`; the inverse of `config_from_hf`.
 
     `model_type` is `umt5` with a relative position table in every layer, `mt5` with mT5's
-    vocabulary and an output projection, else `t5`; the latter two are one architecture.
+    vocabulary and an output projection, else `t5`. The latter two are the same architecture.
 
     Raises:
-        ValueError: an architecture that has no name there.
+        ValueError: Hugging Face's T5 does not have these activations.
     """
-    activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    activations = {value: hf_name for hf_name, value in _ACTIVATIONS.items()}
     if config.mlp_activations not in activations:
         raise ValueError(
-            f"mlp_activations={config.mlp_activations} has no name in Hugging Face's T5; "
-            f"known: {list(activations)}."
+            f"Hugging Face's T5 does not support mlp_activations={config.mlp_activations}. "
+            f"Supported values: {list(activations)}."
         )
     mt5 = config.vocab_size == _MT5_VOCABULARY and not config.logits_via_embedding
     model_type = "umt5" if config.relative_bias_per_layer else "mt5" if mt5 else "t5"
     return {
         "architectures": [_MODEL_TYPES[model_type][0]],
         "model_type": model_type,
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        **{hf_name: getattr(config, name) for hf_name, name in _SIZES.items()},
         "num_decoder_layers": config.num_decoder_layers,
         "feed_forward_proj": activations[config.mlp_activations],
         "tie_word_embeddings": config.logits_via_embedding,
@@ -170,15 +172,17 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
 
 
 def read_config(path: str | os.PathLike[str]) -> T5Config:
-    """The shape of the model that a `config.json` describes.
+    """Reads the configuration of a T5 from a `config.json`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not a T5 as `config_from_hf` knows it.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not JSON, or not a T5 that `config_from_hf` supports.
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"There is no {path}; is it a Hugging Face folder?")
+        raise FileNotFoundError(
+            f"{path} does not exist. A Hugging Face folder has a {CONFIG} and weights."
+        )
     return config_from_hf(read_json(path), str(path))
 
 
@@ -186,21 +190,22 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     """Reads a T5 from a Hugging Face folder.
 
     Returns:
-        its configuration, and its parameters as NumPy arrays in the dtype of the file (float16
-        becomes float32, in which T5 does not overflow).
+        its configuration, and its parameters as NumPy arrays in the dtype of the file, except that
+        float16 becomes float32, in which T5 does not overflow.
 
     Raises:
-        FileNotFoundError: no `config.json` or no weights.
-        ValueError: truncated or missing shards, missing or misshaped parameters, another
-            architecture; pickled weights without torch, or with more in them than tensors.
+        FileNotFoundError: the folder has no `config.json` or no weights.
+        ValueError: another architecture; shards are truncated or missing; parameters are missing
+            or have another shape; or weights are pickled, and hold more than tensors or torch is
+            not installed.
     """
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
-    found = _without_copies(read_tensors(folder), config, folder)
-    ours = {theirs: name for name, theirs in name_table(config).items()}
+    tensors = _without_copies(read_tensors(folder), config, folder)
+    path_of = {hf_name: path for path, hf_name in name_table(config).items()}
     params = {}
-    for theirs, x in found.items():
-        name = ours.get(theirs, theirs)
+    for hf_name, x in tensors.items():
+        name = path_of.get(hf_name, hf_name)
         x = x.T if _transposed(name) else x
         params[name] = x.astype(np.float32) if x.dtype == np.float16 else x
     shapes = {name: x.shape for name, x in params.items()}
@@ -209,14 +214,14 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
 
 
 def _without_copies(
-    found: Mapping[str, np.ndarray], config: T5Config, folder: epath.Path
+    tensors: Mapping[str, np.ndarray], config: T5Config, folder: epath.Path
 ) -> dict[str, np.ndarray]:
-    """The tensors without what the model does not read: copies of the embedding.
+    """Drops tensors that the model does not read, such as copies of the embedding.
 
     Raises:
-        ValueError: what should be a copy is none.
+        ValueError: a copy differs from the embedding.
     """
-    kept = {name: x for name, x in found.items() if name != _UNREAD}
+    kept = {name: x for name, x in tensors.items() if name != _UNREAD}
     copies = [name for name in _COPIES if name in kept]
     if _EMBEDDING not in kept and copies:
         kept[_EMBEDDING] = kept[copies[0]]
@@ -226,9 +231,9 @@ def _without_copies(
         copy = kept.pop(name)
         if not np.array_equal(copy, kept.get(_EMBEDDING, copy)):
             raise ValueError(
-                f"{folder}: {name} differs from {_EMBEDDING}, though {CONFIG} describes a model "
-                "in which both are one. If the model has an output projection of its own, "
-                f"{CONFIG} should say tie_word_embeddings: false."
+                f"{folder}: {name} differs from {_EMBEDDING}, but {CONFIG} describes a model "
+                "that shares them. If the model has a separate output projection, set "
+                f"tie_word_embeddings to false in {CONFIG}."
             )
     return kept
 
@@ -242,17 +247,17 @@ def save_hf(
     """Writes a T5 as a Hugging Face folder that transformers loads.
 
     Args:
-        folder: to be made; it appears complete or not at all.
-        config: without `biases`, which their T5 lacks.
+        folder: the folder to create; it appears complete or not at all.
+        config: without `biases`, which Hugging Face's T5 lacks.
         params: the unscanned tree.
-        max_shard_bytes: weights that need more are written as several files and their index.
+        max_shard_bytes: larger weights are written as several files and their index.
 
     Raises:
-        FileExistsError: the folder is there already.
-        ValueError: parameters that do not match the configuration or have no name there.
+        FileExistsError: the folder exists already.
+        ValueError: parameters do not match the configuration, or Hugging Face's T5 lacks them.
     """
-    with new_folder(folder) as made:
-        write_hf(made, config, params, max_shard_bytes)
+    with new_folder(folder) as scratch:
+        write_hf(scratch, config, params, max_shard_bytes)
     return epath.Path(folder)
 
 
@@ -262,15 +267,17 @@ def write_hf(
     params: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """`save_hf` into an empty folder that is there."""
+    """Writes what `save_hf` writes into an existing, empty folder."""
     if config.biases:
-        raise ValueError("Hugging Face's T5 has no biases; a config with biases=True cannot go.")
+        raise ValueError(
+            "Hugging Face's T5 has no biases, so a model with biases=True cannot be written."
+        )
     leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
     expected = parameter_shapes(config)
     match_exactly(expected, {name: x.shape for name, x in leaves.items()}, "The tree to save")
     tensors = {
-        theirs: leaves[name].T if _transposed(name) else leaves[name]
-        for name, theirs in name_table(config).items()
+        hf_name: leaves[name].T if _transposed(name) else leaves[name]
+        for name, hf_name in name_table(config).items()
     }
     dtypes = {str(x.dtype) for x in tensors.values()}
     fields = config_to_hf(config) | ({"torch_dtype": dtypes.pop()} if len(dtypes) == 1 else {})

@@ -1,4 +1,4 @@
-"""What proves a conversion: every leaf read back bit for bit, and the logits of a fixed batch."""
+"""Checks of a conversion: bitwise comparison of every leaf, and logits on a fixed batch."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ import numpy as np
 from mpt_jax.backbones.t5 import T5Config, Transformer
 from mpt_jax.core.tree import flatten, match_exactly
 
-# Rows of these lengths in a batch 40 wide: padded, and beyond the distances T5 tells apart singly.
+# Lengths of the rows in a batch of width 40. It has padding, and distances so large that T5 puts
+# several into one bucket.
 LENGTHS = (40, 23, 4)
 TARGETS = 8
 SEED = 0
 
 
 def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> str:
-    """Compares two trees bit for bit.
+    """Checks that two trees are equal bit for bit.
 
     Returns:
-        `52 leaves, 2,801,152 numbers`.
+        a summary such as `52 leaves, 2,801,152 numbers`.
 
     Raises:
-        ValueError: leaves missing, left over, or of another shape, dtype or value; names them all.
+        ValueError: leaves are missing, unexpected, or differ in shape, dtype or value; names all.
     """
-    wanted, there = flatten(expected), flatten(found)
+    wanted, actual = flatten(expected), flatten(found)
     match_exactly(
         {name: np.shape(x) for name, x in wanted.items()},
-        {name: np.shape(x) for name, x in there.items()},
+        {name: np.shape(x) for name, x in actual.items()},
         what,
     )
-    differing = [name for name, x in wanted.items() if _bits(x) != _bits(there[name])]
+    differing = [name for name, x in wanted.items() if _bits(x) != _bits(actual[name])]
     if differing:
         raise ValueError(
-            f"{what} does not hold what was converted: {len(differing)} of {len(wanted)} leaves "
+            f"{what} does not match what was converted: {len(differing)} of {len(wanted)} leaves "
             f"differ: {differing}."
         )
     return f"{len(wanted)} leaves, {sum(np.size(x) for x in wanted.values()):,} numbers"
@@ -47,8 +48,8 @@ def _bits(x: Any) -> tuple[str, bytes]:
 
 
 def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
-    """A padded batch that is the same for everybody: `tokens` int32 [3,40] with `mask` bool, and
-    `decoder_tokens` int32 [3,8]."""
+    """A padded batch that depends only on the vocabulary's size: `tokens` int32 [3,40] with `mask`
+    bool, and `decoder_tokens` int32 [3,8]."""
     rng = np.random.default_rng(SEED)
     first = min(2, config.vocab_size - 1)  # after padding and the end of sequence
     mask = np.arange(max(LENGTHS))[None] < np.asarray(LENGTHS)[:, None]
@@ -59,10 +60,10 @@ def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
 
 
 def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our network on the fixed batch, in float32 whatever the parameters' dtype.
+    """Runs our network on the fixed batch, in float32 for any dtype of the parameters.
 
     Returns:
-        `encoder` and `decoder`, hidden states [layers + 1, 3, positions, H] counted as in
+        `encoder` and `decoder`, hidden states [layers + 1, 3, positions, H] indexed as in
         `Transformer.encode`, and `logits` [3,8,V].
     """
     model = Transformer(config)
@@ -70,7 +71,7 @@ def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray
 
     @jax.jit
     def run(params: Any, tokens: Any, mask: Any, decoder_tokens: Any) -> dict[str, jax.Array]:
-        # Cast inside, so that a half-precision model is not held twice.
+        # Cast inside jit, so that a half-precision model is not held twice.
         variables = {"params": jax.tree.map(lambda x: x.astype(jnp.float32), params)}
         encoded, encoder = _pair(model.apply(variables, tokens, mask, method="encode", **hidden))
         decode = (variables, encoded, mask, decoder_tokens)
@@ -84,10 +85,10 @@ def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray
 
 
 def _pair(output: Any) -> tuple[Any, Any]:
-    """What a method of the network returns with `return_hidden`."""
+    """The output and hidden states that the network returns with `return_hidden`."""
     return output
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """The largest absolute difference; NaN where either is not a number."""
+    """The largest absolute difference; NaN if either has a NaN."""
     return float(np.max(np.abs(first - second), initial=0.0))

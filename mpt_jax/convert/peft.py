@@ -1,14 +1,14 @@
-"""PEFT's prompt adapters: `adapter_config.json` and one file of tensors, both ways.
+"""Reader and writer of PEFT's prompt adapters: `adapter_config.json` and one file of tensors.
 
     MULTITASK_PROMPT_TUNING   prompt_embeddings [P,H], prefix_task_cols [K,P,R],
                               prefix_task_rows [K,R,H]: P*, U and V of MPT
     PROMPT_TUNING             prompt_embeddings [P,H]
 
-For an encoder-decoder PEFT by default keeps 2P rows (`num_transformer_submodules` 2). Ours stand
-before the encoder's input alone, and are written with 1. Of a PROMPT_TUNING adapter PEFT never
-reads the second half, and it is left out; a MULTITASK one is trained with that half before the
-decoder's input and generates without it, so it is refused. PEFT has no task names, only ids; names
-are written beside the adapter.
+For an encoder-decoder, PEFT keeps 2P rows by default (`num_transformer_submodules` 2). Our prompts
+are only before the encoder's input, so they are written with 1. PEFT never reads the second half of
+a PROMPT_TUNING adapter, and it is dropped here. A MULTITASK adapter is trained with the second half
+before the decoder's input but generates without it, so it is rejected. PEFT has task ids and no
+task names; names are written to a file beside the adapter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mpt_jax.runtime.files import read_json
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-NOTES = "mpt_jax.json"  # ours: what PEFT has no place for
+NOTES = "mpt_jax.json"  # our own file, for what PEFT's files cannot hold
 
 SINGLE, MULTITASK = "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"
 _TASK_TYPE = "SEQ_2_SEQ_LM"
@@ -40,12 +40,12 @@ _TASK_TYPE = "SEQ_2_SEQ_LM"
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What a folder holds.
+    """An adapter in memory.
 
     Attributes:
         method: MPT or prompt tuning, with the length (and rank) of the adapter.
-        params: the method's parameters, of one group; as many rows as PEFT has tasks.
-        notes: what we wrote beside it; empty for adapters that PEFT made.
+        params: the method's parameters, in one group, with one row per task of the adapter.
+        notes: the contents of `mpt_jax.json`; empty for adapters that PEFT wrote.
     """
 
     method: PromptMethod
@@ -54,7 +54,7 @@ class Adapter:
 
     @property
     def rows(self) -> int:
-        """K."""
+        """K, the number of tasks."""
         return len(self.params["task_left" if "task_left" in self.params else "table"])
 
 
@@ -62,30 +62,30 @@ def load_adapter(folder: epath.Path) -> Adapter:
     """Reads an adapter.
 
     Raises:
-        FileNotFoundError: no adapter, or no tensors.
-        ValueError: of another method or kind of model, with prompts for the decoder, or with
-            tensors that are missing, left over or of another shape.
+        FileNotFoundError: `folder` holds no adapter, or no tensors.
+        ValueError: the adapter has another method or kind of model, prompts for the decoder, or
+            tensors that are missing, unexpected or of another shape.
     """
     if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}, so it is no PEFT adapter.")
+        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG}.")
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     if kind not in (SINGLE, MULTITASK):
         raise ValueError(
-            f"{folder / CONFIG} is of peft_type {kind!r}; only {SINGLE} and {MULTITASK} are "
-            "prompts as ours are."
+            f"{folder / CONFIG} has peft_type {kind!r}. Only {SINGLE} and {MULTITASK} adapters "
+            "can be converted."
         )
     if config.get("task_type") not in (None, _TASK_TYPE):
         raise ValueError(
-            f"{folder / CONFIG} has task_type {config['task_type']!r}: prompts of another kind of "
-            f"model than an encoder-decoder ({_TASK_TYPE})."
+            f"{folder / CONFIG} has task_type {config['task_type']!r}. Only adapters of "
+            f"encoder-decoder models ({_TASK_TYPE}) can be converted."
         )
     copies = config.get("num_transformer_submodules") or 2  # PEFT's default here
     if kind == MULTITASK and copies != 1:
         raise ValueError(
-            f"{folder} was trained with prompts before the decoder's input as well "
-            f"(num_transformer_submodules {copies}; PEFT's default is 2); ours stand before the "
-            "encoder's alone. Train it with num_transformer_submodules=1."
+            f"{folder} was trained with a second prompt before the decoder's input "
+            f"(num_transformer_submodules={copies}; PEFT's default is 2), which MPT-JAX does not "
+            "support. Train the adapter with num_transformer_submodules=1."
         )
     tensors = _tensors(folder)
     _check_shapes(folder, config, tensors, copies)
@@ -101,25 +101,25 @@ def load_adapter(folder: epath.Path) -> Adapter:
 def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     for name in (TENSORS, PICKLED):
         if (folder / name).exists():
-            found = read_file(folder / name)
-            return {name: np.asarray(x, np.float32) for name, x in found.items()}
-    raise FileNotFoundError(f"{folder} holds neither {TENSORS} nor {PICKLED}.")
+            tensors = read_file(folder / name)
+            return {leaf: np.asarray(x, np.float32) for leaf, x in tensors.items()}
+    raise FileNotFoundError(f"{folder} has no tensors: neither {TENSORS} nor {PICKLED} exists.")
 
 
 def _check_shapes(
     folder: epath.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: int
 ) -> None:
     if not isinstance(config.get("num_virtual_tokens"), int):
-        raise ValueError(f"{folder / CONFIG} does not say num_virtual_tokens.")
-    found = {name: x.shape for name, x in tensors.items()}
+        raise ValueError(f"{folder / CONFIG} has no integer num_virtual_tokens.")
+    shapes = {name: x.shape for name, x in tensors.items()}
     rows = copies * config["num_virtual_tokens"]
-    width = config.get("token_dim") or found.get("prompt_embeddings", (0, 0))[-1]
+    width = config.get("token_dim") or shapes.get("prompt_embeddings", (0, 0))[-1]
     expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": (rows, width)}
     if config["peft_type"] == MULTITASK:
         tasks, rank = config.get("num_tasks", 1), config.get("num_ranks", 1)
         expected["prefix_task_cols"] = (tasks, rows, rank)
         expected["prefix_task_rows"] = (tasks, rank, width)
-    match_exactly(expected, found, f"The adapter {folder}")
+    match_exactly(expected, shapes, f"The adapter {folder}")
 
 
 def write_prompt(
@@ -128,10 +128,10 @@ def write_prompt(
     """Writes a prompt [P, H] as a PROMPT_TUNING adapter into an empty folder.
 
     Args:
-        folder: exists.
-        prompt: of one task.
-        backbone: what `base_model_name_or_path` shall say.
-        notes: what `mpt_jax.json` shall say.
+        folder: the existing folder.
+        prompt: the prompt of one task.
+        backbone: the value of `base_model_name_or_path`.
+        notes: the contents of `mpt_jax.json`.
     """
     fields = {"peft_type": SINGLE, "prompt_tuning_init": "RANDOM"}
     _write(folder, fields, {"prompt_embeddings": prompt}, backbone, notes)
@@ -140,8 +140,8 @@ def write_prompt(
 def write_factors(
     folder: epath.Path, params: Mapping[str, np.ndarray], backbone: str, notes: Mapping[str, Any]
 ) -> None:
-    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter; task id k there
-    is row k. Arguments as in `write_prompt`."""
+    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter, with row k as
+    PEFT's task id k. Other arguments as in `write_prompt`."""
     left = params["task_left"]
     fields = {
         "peft_type": MULTITASK,

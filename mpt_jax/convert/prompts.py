@@ -1,8 +1,8 @@
-"""Prompts of other programs into artifacts, and artifacts into theirs.
+"""Conversion of prompts from other programs to artifacts, and from artifacts to other programs.
 
-In: PEFT's adapters, NumPy arrays [P,H] and T5X checkpoints of google-research/prompt-tuning, plain
-safetensors. Out: PEFT's adapters with MPT's factors or with one plain prompt per run, NumPy arrays,
-plain safetensors. What was written is read back and compared before it takes its name.
+Read: PEFT's adapters, NumPy arrays [P,H] and T5X checkpoints of google-research/prompt-tuning,
+plain safetensors. Written: PEFT's adapters with MPT's factors or with one plain prompt per run,
+NumPy arrays, plain safetensors. All output is read back and compared before it appears.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mpt_jax.runtime.files import new_folder
 FOLDED = "folded.safetensors"
 # Where google-research/prompt-tuning keeps a prompt in T5X's tree.
 _T5X_PROMPT = re.compile(r"encoder/(.*/)?prompt/prompt")
-# What config.json of an artifact says that is kept beside an adapter.
+# Fields of an artifact's config.json that are also written beside an adapter.
 _NOTED = ("method", "backbone", "embedding_sha256", "vocabulary_sha256", "step")
 
 Say = Callable[[str], None]
 
 
-# --- In ------------------------------------------------------------------------------------------
+# --- To artifacts --------------------------------------------------------------------------------
 
 
 def to_artifact(
@@ -45,84 +45,87 @@ def to_artifact(
     run_names: Sequence[str] = (),
     say: Say = print,
 ) -> epath.Path:
-    """Makes a prompt artifact of another program's prompts.
+    """Converts another program's prompts to a prompt artifact.
 
     Args:
-        source: an adapter of PEFT, or a folder of adapters; a `.npy` file; a T5X checkpoint; a
+        source: a PEFT adapter, or a folder of adapters; a `.npy` file; a T5X checkpoint; a
             safetensors file with one [P,H] for each run.
-        target: the artifact, to be made.
-        backbone: what the prompts were trained with; an artifact records its embedding's digest.
-        run_names: of the rows; by default those that the source itself has.
-        say: takes the parity line.
+        target: the artifact to create.
+        backbone: the backbone of the prompts; the artifact records its embedding's digest.
+        run_names: names of the rows; by default those recorded in the source.
+        say: called with the parity line.
 
     Raises:
-        FileExistsError: the target is there already.
-        ValueError: another width than the backbone's, another backbone than the source names, or
-            no names.
+        FileExistsError: the target exists already.
+        ValueError: the prompts have another width than the backbone, the source records another
+            backbone, or names are missing.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already and is not overwritten.")
-    found = read_prompts(source)
-    names = tuple(run_names) or tuple(found.notes.get("run_names", ()))
-    if len(names) != found.rows:
+        raise FileExistsError(f"{target} exists already. Remove it, or choose another target.")
+    adapter = read_prompts(source)
+    names = tuple(run_names) or tuple(adapter.notes.get("run_names", ()))
+    if len(names) != adapter.rows:
         raise ValueError(
-            f"{source} holds {found.rows} prompts and there are {len(names)} names for them: give "
-            "one for each (--runs NAME ...), in their order."
+            f"{source} holds {adapter.rows} prompts, and the number of run names is {len(names)}. "
+            "Give one name per prompt, in their order: --runs NAME ..."
         )
-    tasks = names if run_names else found.notes.get("task_names", names)
+    tasks = names if run_names else adapter.notes.get("task_names", names)
     embedding = load_backbone(backbone)["token_embedder"]["embedding"]
-    digest = _check_backbone(source, found, embedding, backbone)
-    with new_folder(target) as made:
+    digest = _check_backbone(source, adapter, embedding, backbone)
+    with new_folder(target) as scratch:
         artifacts.save_artifact(
-            made,
-            found.method,
-            found.params,
+            scratch,
+            adapter.method,
+            adapter.params,
             Runs(tasks, names),
             embedding_sha256=digest,
-            vocabulary_sha256=found.notes.get("vocabulary_sha256"),
-            backbone=found.notes.get("backbone", str(backbone)),
-            step=found.notes.get("step", 0),
+            vocabulary_sha256=adapter.notes.get("vocabulary_sha256"),
+            backbone=adapter.notes.get("backbone", str(backbone)),
+            step=adapter.notes.get("step", 0),
         )
-        say(_same(found.params, artifacts.load_artifact(made).params, target))
+        say(_parity_line(adapter.params, artifacts.load_artifact(scratch).params, target))
     return target
 
 
 def read_prompts(source: epath.Path) -> peft.Adapter:
-    """The prompts of a source as parameters of MPT or prompt tuning; see `to_artifact`.
+    """Reads the prompts of a source as parameters of MPT or prompt tuning; see `to_artifact`.
 
     Raises:
-        FileNotFoundError, ValueError: unreadable, or not prompts.
+        FileNotFoundError, ValueError: the source cannot be read, or holds no prompts.
     """
     kind = detect.recognize(source)
     if kind not in _READERS:
-        raise ValueError(f"{source} is of format {kind!r} and holds no prompts of other programs.")
+        raise ValueError(
+            f"{source} has format {kind!r}, which holds no prompts of other programs. Supported "
+            f"formats: {', '.join(_READERS)}."
+        )
     return _READERS[kind](source)
 
 
 def _read_peft(source: epath.Path) -> peft.Adapter:
     folders = detect.adapters(source)
-    found = [peft.load_adapter(folder) for folder in folders]
-    if len(found) == 1:
-        return found[0]
-    tables = [adapter.params.get("table") for adapter in found]
-    shapes = {adapter.params["table"].shape for adapter in found if "table" in adapter.params}
+    adapters = [peft.load_adapter(folder) for folder in folders]
+    if len(adapters) == 1:
+        return adapters[0]
+    tables = [adapter.params.get("table") for adapter in adapters]
+    shapes = {adapter.params["table"].shape for adapter in adapters if "table" in adapter.params}
     if any(table is None for table in tables) or len(shapes) != 1:
         raise ValueError(
-            f"{source} holds {len(folders)} adapters that cannot be rows of one artifact: they "
-            f"must all be {peft.SINGLE}, of one length and width. Convert them one by one."
+            f"{source} holds {len(folders)} adapters that cannot be rows of one artifact: not all "
+            f"are {peft.SINGLE} with the same length and width. Convert them one by one."
         )
     bank = np.concatenate([table for table in tables if table is not None])
-    return _plain(bank, _common_notes(source, folders, [adapter.notes for adapter in found]))
+    return _plain(bank, _common_notes(source, folders, [adapter.notes for adapter in adapters]))
 
 
 def _common_notes(
     source: epath.Path, folders: Sequence[epath.Path], notes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What is noted beside one-prompt adapters, for all as rows of one bank."""
+    """Merges the notes of adapters with one prompt each, which become the rows of one bank."""
     if len({note["embedding_sha256"] for note in notes if "embedding_sha256" in note}) > 1:
         raise ValueError(
             f"{source} holds adapters of several backbones (embedding_sha256 in their "
-            f"{peft.NOTES} differs): they cannot be rows of one artifact. Convert them one by one."
+            f"{peft.NOTES} differs), which cannot be rows of one artifact. Convert them one by one."
         )
     merged = {name: value for note in reversed(notes) for name, value in note.items()}
     names = [folder.name for folder in folders]
@@ -136,7 +139,7 @@ def _read_npy(source: epath.Path) -> peft.Adapter:
         array = np.load(io.BytesIO(source.read_bytes()), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(
-            f"{source} is truncated, damaged, or no plain array of numbers: {error}"
+            f"{source} is truncated, damaged, or not a plain array of numbers: {error}"
         ) from error
     return _plain(_prompt(array, str(source))[None], {})
 
@@ -155,7 +158,7 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
     prompts = [name for name in leaves if _T5X_PROMPT.fullmatch(name)]
     if len(prompts) != 1:
         raise ValueError(
-            f"{source} holds {len(prompts)} prompts {prompts or ''}, and one was expected at "
+            f"{source} holds {len(prompts)} prompts {prompts or ''}. Exactly one is expected, at "
             "encoder/prompt/prompt/prompt, where google-research/prompt-tuning keeps it."
         )
     return _plain(_prompt(leaves[prompts[0]], f"{source}, {prompts[0]}")[None], {})
@@ -163,7 +166,9 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
 
 def _prompt(array: np.ndarray, what: str) -> np.ndarray:
     if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{what}: a prompt is [P, H] of floats, not {array.dtype}{array.shape}.")
+        raise ValueError(
+            f"{what} is not a prompt: expected floats [P, H], got {array.dtype}{array.shape}."
+        )
     return np.asarray(array, np.float32)
 
 
@@ -181,26 +186,27 @@ _READERS: dict[str, Callable[[epath.Path], peft.Adapter]] = {
 
 
 def _check_backbone(
-    source: epath.Path, found: peft.Adapter, embedding: np.ndarray, backbone: epath.Path
+    source: epath.Path, adapter: peft.Adapter, embedding: np.ndarray, backbone: epath.Path
 ) -> str:
-    """The digest of the backbone, if the prompts can belong to it."""
-    widths = {x.shape[-1] for name, x in found.params.items() if name != "task_left"}
+    """Returns the backbone's digest if the prompts are compatible with it."""
+    widths = {x.shape[-1] for name, x in adapter.params.items() if name != "task_left"}
     if widths != {embedding.shape[1]}:
         raise ValueError(
-            f"{source} holds prompts of width {sorted(widths)}, and {backbone} is "
-            f"{embedding.shape[1]} wide: they were trained with another model."
+            f"{source} holds prompts of width {sorted(widths)}, but {backbone} has width "
+            f"{embedding.shape[1]}. Give the backbone that the prompts were trained with."
         )
     digest = artifacts.embedding_digest(embedding)
-    noted = found.notes.get("embedding_sha256", digest)
+    noted = adapter.notes.get("embedding_sha256", digest)
     if noted != digest:
         raise ValueError(
-            f"{source} belongs to a backbone whose embedding has sha256 {noted}, and that of "
-            f"{backbone} has {digest}. Prompts only work with the backbone they were trained on."
+            f"The prompts of {source} were trained with another backbone: its embedding has sha256 "
+            f"{noted}, but the embedding of {backbone} has {digest}. Give the backbone that the "
+            "prompts were trained with."
         )
     return digest
 
 
-# --- Out -----------------------------------------------------------------------------------------
+# --- From artifacts ------------------------------------------------------------------------------
 
 
 def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = print) -> epath.Path:
@@ -208,94 +214,97 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
 
     Args:
         source: the artifact.
-        target: a folder to be made. With `'peft'` it is MPT's adapter, task id k for row k (where
-            rows fall into several groups: a folder with an adapter for each group); otherwise
-            it holds a folder or a file for each run, or `folded.safetensors`.
+        target: the folder to create. With `'peft'` it is MPT's adapter, with row k as task id k; if
+            rows fall into several groups, it holds an adapter for each group. Otherwise it holds a
+            folder or a file for each run, or `folded.safetensors`.
         to: `'peft'` (MPT's factors; a plain prompt for prompt tuning), `'peft-folded'`, `'npy'` or
             `'safetensors'`.
-        say: takes the parity line.
+        say: called with the parity line.
 
     Raises:
-        FileExistsError: the target is there already.
-        ValueError: the method has no prompts, or makes them by the text, or PEFT has no form for
-            them.
+        FileExistsError: the target exists already.
+        ValueError: the method has no prompts, its prompts depend on the text, or PEFT has no
+            format for them.
     """
     artifact = artifacts.load_artifact(source)
     if not artifact.method.prompt_length:
-        raise ValueError(f"{source} is of {artifact.method.name!r}, which has no prompt.")
+        raise ValueError(f"{source} has no prompts: its method is {artifact.method.name!r}.")
     if artifact.method.reads_text:
         raise ValueError(
-            f"{source} is of {artifact.method.name!r}, whose prompts depend on the text they stand "
-            "before: no run has one prompt, and other programs have no form for what makes it. "
-            "`mpt-jax predict` and `mpt-jax export` take the artifact as it is."
+            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the text, "
+            "so no run has one prompt, and other programs have no format for the method. Use the "
+            "artifact itself with `mpt-jax predict` or `mpt-jax export`."
         )
     if unfit := [name for name in artifact.runs.run_names if "/" in name]:
-        raise ValueError(f"{source}: files are named by runs, and {unfit} cannot name one.")
-    with new_folder(target) as made:
-        expected, found = _WRITERS[to](artifact, made)
-        say(_same(expected, found, target))
+        raise ValueError(
+            f"{source} has runs that cannot be used as file names, since they contain '/': {unfit}."
+        )
+    with new_folder(target) as scratch:
+        expected, restored = _WRITERS[to](artifact, scratch)
+        say(_parity_line(expected, restored, target))
     return target
 
 
-# What was to be written and what was read back, by name.
+# The expected arrays and those that were read back, by name.
 Both = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _write_peft(artifact: artifacts.Artifact, made: epath.Path) -> Both:
-    form = _FORMS.get(artifact.method.name)
-    if form is None:
+def _write_peft(artifact: artifacts.Artifact, target: epath.Path) -> Both:
+    writer = _PEFT_WRITERS.get(artifact.method.name)
+    if writer is None:
         raise ValueError(
-            f"PEFT has no form for the parameters of {artifact.method.name!r}; --to "
-            f"{detect.PEFT_FOLDED} writes the prompts that they make."
+            f"PEFT has no format for the parameters of the method {artifact.method.name!r}. Use "
+            f"--to {detect.PEFT_FOLDED} to write plain prompts."
         )
-    return form(artifact, made)
+    return writer(artifact, target)
 
 
-def _write_factors(artifact: artifacts.Artifact, made: epath.Path) -> Both:
-    """MPT: one adapter, or one for each group in a folder named by its runs."""
+def _write_factors(artifact: artifacts.Artifact, target: epath.Path) -> Both:
+    """Writes MPT's factors as one adapter, or as one per group in folders named after its runs."""
     runs, params = artifact.runs, {k: np.asarray(v) for k, v in artifact.params.items()}
-    expected, found = {}, {}
+    expected, restored = {}, {}
     for group in range(runs.num_groups):
-        rows = [row for row, of in enumerate(runs.group_of_row) if of == group]
+        rows = [row for row, row_group in enumerate(runs.group_of_row) if row_group == group]
         name = "+".join(runs.run_names[row] for row in rows) if runs.num_groups > 1 else ""
-        own = {"shared": params["shared"][[group]]}
-        own |= {part: params[part][rows] for part in ("task_left", "task_right")}
-        folder = made / name if name else made
+        factors = {"shared": params["shared"][[group]]}
+        factors |= {part: params[part][rows] for part in ("task_left", "task_right")}
+        folder = target / name if name else target
         folder.mkdir(exist_ok=True)
-        peft.write_factors(folder, own, artifact.config["backbone"], _notes(artifact, rows))
-        expected[name or "adapter"] = own
-        found[name or "adapter"] = peft.load_adapter(folder).params
-    return expected, found
+        peft.write_factors(folder, factors, artifact.config["backbone"], _notes(artifact, rows))
+        expected[name or "adapter"] = factors
+        restored[name or "adapter"] = peft.load_adapter(folder).params
+    return expected, restored
 
 
-def _write_folded(artifact: artifacts.Artifact, made: epath.Path) -> Both:
-    """An adapter for each run."""
-    expected, found = {}, {}
+def _write_folded(artifact: artifacts.Artifact, target: epath.Path) -> Both:
+    """Writes an adapter for each run."""
+    expected, restored = {}, {}
     for row, (name, prompt) in enumerate(_folded(artifact).items()):
-        (made / name).mkdir()
+        folder = target / name
+        folder.mkdir()
         notes = _notes(artifact, [row])
-        peft.write_prompt(made / name, prompt, artifact.config["backbone"], notes)
-        expected[name], found[name] = prompt, peft.load_adapter(made / name).params["table"][0]
-    return expected, found
+        peft.write_prompt(folder, prompt, artifact.config["backbone"], notes)
+        expected[name], restored[name] = prompt, peft.load_adapter(folder).params["table"][0]
+    return expected, restored
 
 
-def _write_npy(artifact: artifacts.Artifact, made: epath.Path) -> Both:
-    expected, found = _folded(artifact), {}
+def _write_npy(artifact: artifacts.Artifact, target: epath.Path) -> Both:
+    expected, restored = _folded(artifact), {}
     for name, prompt in expected.items():
         buffer = io.BytesIO()
         np.save(buffer, prompt, allow_pickle=False)
-        (made / f"{name}.npy").write_bytes(buffer.getvalue())
-        found[name] = _read_npy(made / f"{name}.npy").params["table"][0]
-    return expected, found
+        (target / f"{name}.npy").write_bytes(buffer.getvalue())
+        restored[name] = _read_npy(target / f"{name}.npy").params["table"][0]
+    return expected, restored
 
 
-def _write_safetensors(artifact: artifacts.Artifact, made: epath.Path) -> Both:
+def _write_safetensors(artifact: artifacts.Artifact, target: epath.Path) -> Both:
     expected = _folded(artifact)
-    (made / FOLDED).write_bytes(save(expected))
-    return expected, read_file(made / FOLDED)
+    (target / FOLDED).write_bytes(save(expected))
+    return expected, read_file(target / FOLDED)
 
 
-_FORMS = {"mpt": _write_factors, "prompt_tuning": _write_folded}
+_PEFT_WRITERS = {"mpt": _write_factors, "prompt_tuning": _write_folded}
 _WRITERS: dict[str, Callable[[artifacts.Artifact, epath.Path], Both]] = {
     detect.PEFT: _write_peft,
     detect.PEFT_FOLDED: _write_folded,
@@ -311,7 +320,7 @@ def _folded(artifact: artifacts.Artifact) -> dict[str, np.ndarray]:
 
 
 def _notes(artifact: artifacts.Artifact, rows: Sequence[int]) -> dict[str, Any]:
-    """What an adapter's `mpt_jax.json` says, for some rows of the artifact."""
+    """The contents of an adapter's `mpt_jax.json`, for some rows of the artifact."""
     return {
         "task_names": [artifact.runs.task_names[row] for row in rows],
         "run_names": [artifact.runs.run_names[row] for row in rows],
@@ -319,5 +328,7 @@ def _notes(artifact: artifacts.Artifact, rows: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _same(expected: Mapping[str, Any], found: Mapping[str, Any], target: epath.Path) -> str:
-    return f"{parity.identical(expected, found, str(target))}: identical"
+def _parity_line(
+    expected: Mapping[str, Any], restored: Mapping[str, Any], target: epath.Path
+) -> str:
+    return f"{parity.identical(expected, restored, str(target))}: identical"

@@ -1,7 +1,9 @@
-"""T5X's checkpoints: its own format (msgpack, large leaves as zarr folders) and Orbax.
+"""Reader and writer of T5X's checkpoints: its own format (msgpack, with large leaves as zarr
+folders) and Orbax.
 
-Only the model's parameters (`target`) are read. Scanned trees come back unscanned; relative
-position tables that are equal in all layers of a stack (in one layer they always are) as one.
+Only the model's parameters (`target`) are read. Scanned trees are returned unscanned. Relative
+position tables that are equal in all layers of a stack, as always in a single layer, are returned
+as one.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
         the unscanned tree, NumPy arrays in the dtype of the file.
 
     Raises:
-        FileNotFoundError: nothing there, or no checkpoint.
-        ValueError: truncated, or parts of it missing.
+        FileNotFoundError: `path` does not exist or is not a checkpoint.
+        ValueError: the checkpoint is truncated, or parts of it are missing.
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+        raise FileNotFoundError(f"No T5X checkpoint at {path}: it does not exist.")
     if not path.is_dir():
         params = _load_msgpack(path)
     elif (path / FILE).exists():
@@ -55,14 +57,14 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     elif (path / "_METADATA").exists():
         params = _load_orbax(path)
     else:
-        raise FileNotFoundError(f"{path} is no checkpoint of T5X.{_suggestion(path)}")
+        raise FileNotFoundError(f"{path} is not a T5X checkpoint.{_suggestion(path)}")
     return with_even_tables(unstack_layers(params)) if is_stacked(params) else params
 
 
 def _suggestion(path: epath.Path) -> str:
-    """Where somebody named the folder around the checkpoints, the checkpoints."""
+    """Names the checkpoints inside a folder, in case the user gave their parent."""
     names = sorted(child.name for child in path.iterdir() if child.name.startswith("checkpoint_"))
-    return f" Name one of the checkpoints inside it: {names}." if names else " It holds none."
+    return f" Give one of the checkpoints inside it: {names}." if names else " It holds none."
 
 
 def _load_msgpack(file: epath.Path) -> dict[str, Any]:
@@ -71,13 +73,13 @@ def _load_msgpack(file: epath.Path) -> dict[str, Any]:
         target = contents["optimizer"]["target"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file} is truncated, damaged, or no checkpoint of T5X: {error}"
+            f"{file} is truncated, damaged, or not a T5X checkpoint: {error}"
         ) from error
     return _read_arrays(target, file.parent)
 
 
 def _read_arrays(node: Any, folder: epath.Path) -> Any:
-    """Replaces the descriptions of arrays that lie beside the msgpack file by the arrays."""
+    """Replaces references to arrays stored beside the msgpack file with the arrays."""
     if isinstance(node, Mapping):
         if "driver" in node and "kvstore" in node:
             return _read_zarr(folder / node["kvstore"]["path"].rstrip("/"))
@@ -86,7 +88,7 @@ def _read_arrays(node: Any, folder: epath.Path) -> Any:
 
 
 def _read_zarr(folder: epath.Path) -> np.ndarray:
-    """One zarr array; absent chunks are errors, where zarr itself reads them as zeros."""
+    """Reads a zarr array. Missing chunks are errors, although zarr itself reads them as zeros."""
     if not (folder / ".zarray").exists():
         raise ValueError(f"The checkpoint is incomplete: {folder} is missing.")
     store: Any = os.fspath(folder) + "/"
@@ -97,17 +99,17 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
         array = ts.open(spec, read=True).result()
         sizes: Any = array.chunk_layout.read_chunk.shape
         counts = [math.ceil(n / c) for n, c in zip(array.shape, sizes, strict=True)]
-        there = {child.name for child in folder.iterdir()}
+        present = {child.name for child in folder.iterdir()}
         chunks = {".".join(map(str, i)) for i in itertools.product(*map(range, counts))} or {"0"}
-        if chunks - there:
-            raise ValueError(f"chunks {sorted(chunks - there)[:3]} are missing")
+        if missing := chunks - present:
+            raise ValueError(f"chunks {sorted(missing)[:3]} are missing")
         return np.asarray(array.read().result())
     except ValueError as error:
         raise ValueError(f"The checkpoint's array {folder} is incomplete: {error}") from error
 
 
 def _load_orbax(folder: epath.Path) -> dict[str, Any]:
-    """The `target` part of an Orbax checkpoint; the optimizer's state is not read."""
+    """Reads the `target` of an Orbax checkpoint, without the optimizer's state."""
     folder = absolute(folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
@@ -118,39 +120,39 @@ def _load_orbax(folder: epath.Path) -> dict[str, Any]:
             return checkpointer.restore(folder, args=restore)["target"]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{folder} is truncated, damaged, or no checkpoint of T5X: {error}"
+                f"{folder} is truncated, damaged, or not a T5X checkpoint: {error}"
             ) from error
 
 
 def save_t5x(path: str | os.PathLike[str], params: Mapping[str, Any], step: int = 0) -> epath.Path:
-    """Writes parameters as T5X's own format does, in one msgpack file without optimizer state.
+    """Writes parameters in T5X's own format, as one msgpack file without optimizer state.
 
     Args:
-        path: the folder in which `checkpoint_<step>` is made; it appears complete or not at all.
-        params: the tree as the model has it.
-        step: the training step that the checkpoint is named for.
+        path: the parent of `checkpoint_<step>`, which appears complete or not at all.
+        params: the model's tree.
+        step: the training step in the checkpoint's name.
 
     Returns:
         the folder `checkpoint_<step>`.
 
     Raises:
-        FileExistsError: there is such a checkpoint already.
+        FileExistsError: the checkpoint exists already.
     """
     folder = epath.Path(path) / f"{FILE}_{step}"
-    with new_folder(folder) as made:
-        write_t5x(made, params, step)
+    with new_folder(folder) as scratch:
+        write_t5x(scratch, params, step)
     return folder
 
 
 def write_t5x(folder: epath.Path, params: Mapping[str, Any], step: int) -> None:
-    """`save_t5x` into an empty folder that is there."""
+    """Writes what `save_t5x` writes into an existing, empty folder."""
     contents = {"version": FORMAT_VERSION, "optimizer": _state(params, step)}
     (folder / FILE).write_bytes(flax.serialization.msgpack_serialize(contents))
 
 
 def write_orbax(folder: epath.Path, params: Mapping[str, Any], step: int) -> None:
-    """Writes parameters into an empty folder as T5X does with Orbax: item `state`, without an
-    optimizer's state."""
+    """Writes parameters into an existing, empty folder as T5X does with Orbax: as item `state`,
+    without optimizer state."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(
             absolute(folder) / "state", args=ocp.args.PyTreeSave(_state(params, step))
@@ -158,7 +160,7 @@ def write_orbax(folder: epath.Path, params: Mapping[str, Any], step: int) -> Non
 
 
 def _state(params: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What T5X calls a train state."""
+    """The tree of T5X's train state."""
     target = unflatten({name: np.asarray(x) for name, x in flatten(params).items()})
     state = {"step": np.asarray(step, np.int32), "param_states": {}}
     return {"target": target, "state": state}

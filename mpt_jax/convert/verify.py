@@ -1,10 +1,10 @@
-"""`mpt-jax verify-weights FOLDER`: our network beside transformers' on the same weights.
+"""`mpt-jax verify-weights FOLDER`: compares our network with transformers' on the same weights.
 
     mpt-jax verify-weights runs/backbones/t5-base
     mpt-jax verify-weights runs/backbones/t5x/checkpoint_0 --config t5_1_1_base
 
-Both run in float32 on a fixed padded batch. Exit code 0 where no number of the hidden states or
-logits differs by more than 1e-4, 1 where one does, 2 where the comparison cannot be made.
+Both run in float32 on a fixed padded batch. Exit code 0 if no hidden state or logit differs by more
+than 1e-4, 1 if one does, 2 if the comparison cannot be made.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TOLERANCE = 1e-4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compares, prints the differences, and exits with what they mean."""
+    """Compares both networks, prints the differences, and exits with the code for the result."""
     parser = argparse.ArgumentParser(
         prog="mpt-jax verify-weights",
-        description="Our network beside transformers' (torch) on the same weights, in float32.",
+        description="Compares our network with transformers' on the same weights, in float32.",
     )
     parser.add_argument("folder", help="a Hugging Face folder or a T5X checkpoint")
     parser.add_argument(
-        "--config", help="a name such as t5_1_1_base, or a config.json, where there is none"
+        "--config", help="a name such as t5_1_1_base, or a config.json, if the folder has none"
     )
     args = parser.parse_args(argv)
     try:
@@ -44,45 +44,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(2, f"mpt-jax verify-weights: {error}\n")
     for name, difference in differences.items():
         print(f"{name:8} differs by at most {difference:.3g}")
-    # Not `<`: what is not a number has not passed.
+    # NaN is not <= the tolerance, so it fails.
     passed = all(difference <= TOLERANCE for difference in differences.values())
     print(f"{'PASS' if passed else 'FAIL'}: the tolerance is {TOLERANCE:g}")
     sys.exit(0 if passed else 1)
 
 
 def compare(folder: epath.Path, config: str | None) -> dict[str, float]:
-    """The largest absolute difference of the encoder's hidden states, the decoder's, and logits.
+    """Returns the largest absolute differences of the encoder's hidden states, the decoder's hidden
+    states, and the logits.
 
     Raises:
-        ValueError: torch or transformers is absent; or the weights cannot be read.
-        FileNotFoundError: no weights.
+        ValueError: torch or transformers is not installed, or the weights cannot be read.
+        FileNotFoundError: there are no weights.
     """
     torch, transformers = _oracle()
     shape, params = backbones.read(folder, config)
-    ours = parity.forward(shape, params)
+    outputs = parity.forward(shape, params)
     with tempfile.TemporaryDirectory() as scratch:
-        # Theirs is always read from a folder that lies here: the one given, where it is theirs.
-        theirs = os.fspath(folder)
-        if config is not None or not os.path.exists(os.path.join(theirs, "config.json")):
-            theirs = os.fspath(save_hf(os.path.join(scratch, "hf"), shape, params))
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(theirs, dtype=torch.float32)
-        found = _outputs(torch, model.eval(), shape)
-    return {name: parity.largest_difference(x, found[name]) for name, x in ours.items()}
+        # transformers reads a local Hugging Face folder: the given one, or one that is saved here.
+        hf_folder = os.fspath(folder)
+        if config is not None or not os.path.exists(os.path.join(hf_folder, "config.json")):
+            hf_folder = os.fspath(save_hf(os.path.join(scratch, "hf"), shape, params))
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(hf_folder, dtype=torch.float32)
+        reference = _outputs(torch, model.eval(), shape)
+    return {name: parity.largest_difference(x, reference[name]) for name, x in outputs.items()}
 
 
 def _oracle() -> tuple[Any, Any]:
-    """torch and transformers."""
+    """The modules torch and transformers."""
     try:
         return importlib.import_module("torch"), importlib.import_module("transformers")
     except ImportError as error:
         raise ValueError(
-            f"{error.name or 'torch'} is not installed, and the comparison is with transformers' "
-            "model: pip install 'mpt-jax[parity]'."
+            f"{error.name or 'torch'} is not installed, and the comparison needs it. Run "
+            "pip install 'mpt-jax[parity]'."
         ) from error
 
 
 def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:
-    """What `parity.forward` returns, of transformers' model."""
+    """The outputs of transformers' model, in the form that `parity.forward` returns."""
     batch = {name: torch.tensor(x) for name, x in parity.fixed_batch(shape).items()}
     with torch.no_grad():
         result = model(

@@ -1,17 +1,17 @@
-"""A bank of prompts of any number of tasks, from many artifacts, as arguments of one program.
+"""The prompt bank of a server: prompts from many artifacts, as arguments of one program.
 
-Training bakes its rows into what it compiles: there are few of them, and they never change. A
-server has many, and new ones arrive. So a bank keeps arrays that a compiled function takes as
-arguments, allocated to powers of two: a task that is added changes their values and not their
-shapes, until there is no room left. A batch gathers the rows that it names, so its cost does not
-depend on how many others there are. K tasks in G groups take
+Training compiles its rows into the program, since they are few and never change. A server has many,
+and new ones arrive. So a bank keeps arrays that a compiled function takes as arguments, allocated
+to powers of two: adding a task changes their values but not their shapes, until the arrays are
+full. A batch gathers only the rows it names, so its cost does not depend on the number of other
+rows. K tasks in G groups take
 
-    4 (K' (n + 1) + G' m) bytes        K', G': the next powers of two from K and G on
+    4 (K' (n + 1) + G' m) bytes        K', G': the smallest powers of two that hold K and G
 
-with n numbers of a task's own (MPT of rank R: R (P + H), which is 868 for P = 100, H = 768, R = 1),
-m of a group's (MPT: P H), and the number of its group. Groups whose values are the same, bit for
-bit, are kept once, as where many artifacts were trained on one frozen P*. What belongs to neither
-(ATTEMPT's frozen sources) must be the same in all artifacts, and is kept once.
+with n parameters per task (MPT of rank R: R (P + H), which is 868 for P = 100, H = 768, R = 1), m
+per group (MPT: P H), and one group number per task. Groups whose values are equal bit for bit are
+stored once, for example if many artifacts were trained on one frozen P*. Parameters of neither
+tasks nor groups (ATTEMPT's frozen sources) must be the same in all artifacts, and are stored once.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 GROUPS = "group_of_row"
 LENGTHS = "prompt_lengths"
 PROMPT = "prompt"
-# Characters of a name that an error repeats; the size of a bank up to which it looks for names like
-# that one, which takes time.
+# Characters of a name that an error shows; the largest bank that is searched for similar names,
+# since the search is slow.
 MOST_SHOWN, MOST_COMPARED = 80, 1000
 
 
 class Rows(NamedTuple):
-    """What a method reads of `Runs` to compose prompts, where rows are not known to the compiler.
+    """The fields of `Runs` that composing prompts reads, with rows unknown at compile time.
 
     Attributes:
-        group_of_row: [K'] the group of every row.
+        group_of_row: [K'], the group of every row.
         num_groups: G'.
     """
 
@@ -58,12 +58,12 @@ class Rows(NamedTuple):
 
 
 class Named(NamedTuple):
-    """An artifact's folder, and what its rows are to be called.
+    """An artifact's folder, and the names of its rows in a bank.
 
     Attributes:
-        folder: of the artifact.
-        name: '' for the rows' own names; else the name of its only row, or what goes before the
-            names of several, `name/row`.
+        folder: the artifact's folder.
+        name: '' keeps the artifact's run names. Otherwise the name of its only row, or the prefix
+            of several, `name/row`.
     """
 
     folder: str
@@ -71,7 +71,7 @@ class Named(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Named:
-        """`FOLDER`, or `NAME=FOLDER`."""
+        """Parses `FOLDER` or `NAME=FOLDER`."""
         name, equals, folder = text.partition("=")
         if not equals or "/" in name or os.path.exists(text):
             return cls(text)
@@ -86,17 +86,17 @@ def compose(
     rows: Int[Array, " B"],
     pooled: Float[Array, "B H"] | None = None,
 ) -> Float[Array, "B P H"]:
-    """The prompts of some rows of a bank; for use in a compiled function.
+    """Composes the prompts of some rows of a bank; for use in a compiled function.
 
     Args:
-        method: the bank's.
-        arrays: the bank's.
-        rows: which.
-        pooled: of the texts they stand before, for a method that reads them.
+        method: the bank's method.
+        arrays: the bank's arrays.
+        rows: the rows to compose.
+        pooled: max-pooled text embeddings, for a method that reads the text.
     """
     leaves, axes = flatten(arrays), row_axes(method)
     by_group = [leaf for name, leaf in leaves.items() if axes.get(name) == "groups"]
-    # Composing asks for nothing else of `Runs`.
+    # Composing reads nothing else of `Runs`.
     known: Any = Rows(arrays[GROUPS], len(by_group[0]) if by_group else 1)
     return method.compose(arrays[PROMPT], known, rows, PromptContext(pooled))
 
@@ -105,19 +105,20 @@ class Bank:
     """Prompts of many tasks, by name.
 
     Args:
-        found: artifacts of one backbone, vocabulary, and unless folded prompt length and method.
-        names: what the rows of each are called, as in `Named`; default their own names.
-        folded: keeps plain prompts [P, H] in place of the method's factors: more memory, and
-            artifacts of several methods side by side.
+        found: artifacts of one backbone and vocabulary and, unless folded, of one prompt length and
+            method.
+        names: the name of each artifact, as in `Named`; by default rows keep their run names.
+        folded: whether to keep plain prompts [P, H] instead of the method's factors. They take more
+            memory, and allow artifacts of several methods.
 
     Attributes:
-        method: the prompt method; of a folded bank prompt tuning.
-        folded: as given.
-        lengths_differ: whether prompts of some rows are shorter than the method's; `arrays` then
-            has their lengths.
+        method: the prompt method; prompt tuning if the bank is folded.
+        folded: whether the bank keeps plain prompts.
+        lengths_differ: whether some rows have shorter prompts than the method; `arrays` then has
+            their lengths.
 
     Raises:
-        ValueError: no artifacts; artifacts that disagree; two rows of one name.
+        ValueError: no artifacts; artifacts that disagree; two rows with the same name.
     """
 
     def __init__(
@@ -128,10 +129,10 @@ class Bank:
         self.folded = folded
         self._check(found)
         self._reference = compatibility.representative(found)
-        self._served_vocabulary: str | None = None  # that requests are read by
-        own, longest = self._reference.method, max(each.prompt_length for each in found)
+        self._served_vocabulary: str | None = None  # the vocabulary of requests
+        own, longest = self._reference.method, max(x.prompt_length for x in found)
         self.method = PromptTuning(longest) if folded else own
-        lengths = [n for each in found for n in each.method.prompt_lengths(each.runs)]
+        lengths = [n for x in found for n in x.method.prompt_lengths(x.runs)]
         self.lengths_differ = min(lengths) < self.method.prompt_length
         self._axes = row_axes(self.method) | {GROUPS: "tasks", LENGTHS: "tasks"}
         self._folders: dict[str, str] = {}  # name -> folder, in the order of rows
@@ -142,16 +143,16 @@ class Bank:
 
     @classmethod
     def load(cls, sources: Iterable[Named], folded: bool = False) -> Bank:
-        """A bank of the artifacts in some folders; raises what `load_artifact` and `Bank` do."""
+        """Loads a bank from artifact folders; raises as `load_artifact` and `Bank`."""
         sources = list(sources)
-        found = [artifacts.load_artifact(source.folder) for source in sources]
-        return cls(found, [source.name for source in sources], folded)
+        loaded = [artifacts.load_artifact(source.folder) for source in sources]
+        return cls(loaded, [source.name for source in sources], folded)
 
     def add(self, artifact: Artifact, name: str = "") -> None:
-        """Adds the rows of an artifact, which may be called otherwise (see `Named`).
+        """Adds the rows of an artifact, under `name` if it is not '' (see `Named`).
 
         Raises:
-            ValueError: the artifact disagrees with the bank's, or a name is taken.
+            ValueError: the artifact disagrees with the bank, or a name is taken.
         """
         self._check([self._reference, artifact])
         known, length = artifact.config["vocabulary_sha256"], artifact.prompt_length
@@ -160,29 +161,29 @@ class Bank:
         longest = self.method.prompt_length
         if length > longest or not self.lengths_differ and length < longest:
             raise ValueError(
-                f"{artifact.path} has prompts of {length} positions, and the bank was made for "
-                f"{longest}; load it together with the others."
+                f"{artifact.path} has prompts of {length} positions, but the bank was built for "
+                f"{longest}. Load it together with the bank's other artifacts."
             )
         self._append([(artifact, name)])
         if self._reference.config["vocabulary_sha256"] is None and known is not None:
-            self._reference = artifact  # the first that knows its vocabulary; others must agree
+            self._reference = artifact  # the first that records a vocabulary; later ones must agree
 
     def row(self, name: str) -> int:
         """The row of a task.
 
         Raises:
-            ValueError: there is no such task; names the closest.
+            ValueError: the task is unknown; names similar ones.
         """
         if name not in self._rows:
             raise ValueError(_unknown(name, self.names))
         return self._rows[name]
 
     def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
-        """Checks that the bank's artifacts were trained on this backbone and vocabulary, and
-        remembers the vocabulary for those that are added later.
+        """Checks that the bank's artifacts were trained on this backbone and vocabulary. Remembers
+        the vocabulary to check artifacts that are added later.
 
         Raises:
-            ValueError: shows both values of what differs.
+            ValueError: one of them differs; shows both values.
         """
         length = self._reference.prompt_length
         compatibility.check_compatible(self._reference, embedding_sha256, vocabulary_sha256, length)
@@ -190,24 +191,24 @@ class Bank:
 
     @property
     def config(self) -> dict[str, Any]:
-        """`config.json` of one of the artifacts, for what all of them agree on."""
+        """The `config.json` of one artifact, for the fields on which all agree."""
         return self._reference.config
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """{'prompt': the method's parameters, 'group_of_row': [K'], and where they differ
-        'prompt_lengths': [K']}, on the device. What was taken from here stays as it is when the
-        bank grows."""
+        """{'prompt': the method's parameters, 'group_of_row': [K'], and if lengths differ
+        'prompt_lengths': [K']}, on the device. Arrays returned earlier do not change when the bank
+        grows."""
         return unflatten(self._leaves)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all rows, in their order."""
+        """The names of all rows, in their order."""
         return tuple(self._rows)
 
     @property
     def nbytes(self) -> int:
-        """What the arrays occupy."""
+        """Size of the arrays in bytes."""
         return sum(leaf.nbytes for leaf in self._leaves.values())
 
     def digest(self) -> str:
@@ -222,26 +223,26 @@ class Bank:
 
     # --- Rows ------------------------------------------------------------------------------------
 
-    def _check(self, found: Sequence[Artifact]) -> None:
-        compatibility.check_mutually_compatible(found, self.folded)
+    def _check(self, candidates: Sequence[Artifact]) -> None:
+        compatibility.check_mutually_compatible(candidates, self.folded)
         if self.folded:
             return
-        first, rows = flatten(found[0].params), row_axes(found[0].method)
+        first, rows = flatten(candidates[0].params), row_axes(candidates[0].method)
         for name in (name for name in first if f"{PROMPT}/{name}" not in rows):
-            for artifact in found[1:]:
+            for artifact in candidates[1:]:
                 if not np.array_equal(first[name], flatten(artifact.params)[name]):
                     raise ValueError(
-                        f"{found[0].path} and {artifact.path} differ in {name!r}, which all tasks "
-                        f"of a bank of {artifact.method.name!r} share: they were not trained with "
-                        "the same source prompts, and need a bank each."
+                        f"{candidates[0].path} and {artifact.path} differ in {name!r}, which all "
+                        f"tasks of a bank of {artifact.method.name!r} share: they were trained "
+                        "with different source prompts. Serve them separately."
                     )
 
-    def _append(self, found: Sequence[tuple[Artifact, str]]) -> None:
-        """Joins all parts first, then writes; so an error leaves the bank as it was."""
+    def _append(self, additions: Sequence[tuple[Artifact, str]]) -> None:
+        """Concatenates all parts before it writes, so an error leaves the bank unchanged."""
         folders, groups = dict(self._folders), dict(self._groups)
         blocks: dict[str, list[np.ndarray]] = {}
-        for artifact, name in found:
-            for row in _called(artifact.runs, name):
+        for artifact, name in additions:
+            for row in _row_names(artifact.runs, name):
                 if row in folders:
                     raise ValueError(_taken(row, folders[row], artifact.path))
                 folders[row] = artifact.path
@@ -257,7 +258,7 @@ class Bank:
         self._rows = {name: row for row, name in enumerate(folders)}
 
     def _blocks(self, artifact: Artifact, groups: dict[bytes, int]) -> dict[str, np.ndarray]:
-        """What an artifact adds to every leaf; enters its groups."""
+        """The block that an artifact adds to every leaf; adds its new groups to `groups`."""
         params = {"table": self._table(artifact)} if self.folded else artifact.params
         leaves = {f"{PROMPT}/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
         shared = [leaf for name, leaf in sorted(leaves.items()) if self._axes.get(name) == "groups"]
@@ -281,7 +282,7 @@ class Bank:
         return blocks
 
     def _table(self, artifact: Artifact) -> np.ndarray:
-        """[K, P, H] of an artifact's plain prompts, zeros behind shorter ones."""
+        """An artifact's plain prompts [K, P, H], shorter ones padded with zeros."""
         plain = artifact.plain()
         table = np.zeros((len(plain), self.method.prompt_length, plain[0].shape[1]), np.float32)
         for row, prompt in enumerate(plain):
@@ -301,14 +302,14 @@ class Bank:
             self._leaves[name] = _written(leaf, block, first)
 
 
-def _called(runs: Runs, name: str) -> list[str]:
+def _row_names(runs: Runs, name: str) -> list[str]:
     if not name:
         return list(runs.run_names)
     return [name] if runs.num_rows == 1 else [f"{name}/{run}" for run in runs.run_names]
 
 
 def _capacity(needed: int) -> int:
-    """The next power of two."""
+    """The smallest power of two that is at least `needed`."""
     return 1 << max(needed - 1, 0).bit_length()
 
 
@@ -320,8 +321,8 @@ def _written(leaf: Array, block: Array, first: Array) -> Array:
 def _taken(name: str, first: str, second: str) -> str:
     where = f"twice in {first}" if first == second else f"in {first} and in {second}"
     return (
-        f"Two rows of the bank would be called {name!r}, {where}. Give one folder another name: "
-        f"NAME={second}."
+        f"Two rows of the bank would have the name {name!r}, {where}. Give one folder another "
+        f"name: NAME={second}."
     )
 
 

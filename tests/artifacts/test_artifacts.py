@@ -1,4 +1,4 @@
-"""Prompt artifacts: round trips, and refusal of whatever does not belong."""
+"""Prompt artifacts: round trips, digests, and errors for damaged or incompatible ones."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(1)
 CHANGED = {**PARAMS, "shared": PARAMS["shared"] + 1e-3}
 
 
-def test_what_is_written_comes_back(tmp_path):
+def test_save_artifact_loads_equal(tmp_path):
     assert save_example(tmp_path / "a") == tmp_path / "a"
     read = artifacts.load_artifact(tmp_path / "a")
     assert read.method == MPT(P, rank=2)
@@ -42,7 +42,7 @@ def test_what_is_written_comes_back(tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
 
 
-def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
+def test_save_artifact_include_folded_writes_plain_prompts(tmp_path):
     expected = PARAMS["shared"][[0, 1, 0]] * (PARAMS["task_left"] @ PARAMS["task_right"])
     save_example(tmp_path / "plain")
     save_example(tmp_path / "both", include_folded=True)
@@ -57,13 +57,13 @@ def test_the_folded_form_is_the_product_and_is_written_on_request(tmp_path):
 
 
 def crosspt(**settings):
-    """CrossPT of two sources and its parameters, with clock as in training."""
+    """CrossPT with two sources, and its parameters, with the step counter as in training."""
     method = CrossPT(P, ["mnli", "qqp"], **settings)
     shapes = {"sources": (2, 2, P, H), "private": (3, P, H), "router": (3, 2), "clock": (2,)}
     return method, {name: RNG.normal(size=shape) for name, shape in shapes.items()}
 
 
-def test_what_is_mixed_is_recorded_by_run_and_candidate(tmp_path):
+def test_save_artifact_mixing_method_records_weights(tmp_path):
     method, params = crosspt()
     save_example(tmp_path / "a", method, params)
     read = artifacts.load_artifact(tmp_path / "a")
@@ -79,7 +79,7 @@ def test_what_is_mixed_is_recorded_by_run_and_candidate(tmp_path):
     assert f"| `cb_s1` | {expected[2, 0]:.3f} | {expected[2, 1]:.3f} |" in card
 
 
-def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
+def test_save_artifact_no_fixed_mixture_records_none(tmp_path):
     shapes = {"sources": (2, P, H), "target": (3, P, H), "down": (2, H, 2), "up": (2, 2, H)}
     shapes |= {"norm_scale": (2, H), "norm_bias": (2, H)}
     params = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
@@ -95,7 +95,7 @@ def test_nothing_is_recorded_where_nothing_is_mixed_or_by_the_text(tmp_path):
             read.weights()
 
 
-def test_prompt_tuning_is_written_and_read_alike(tmp_path):
+def test_save_artifact_prompt_tuning_loads_equal(tmp_path):
     table = {"table": jnp.asarray(RNG.normal(size=(3, P, H)), jnp.float32)}
     save_example(tmp_path / "a", PromptTuning(P), table)
     read = artifacts.load_artifact(tmp_path / "a")
@@ -103,28 +103,30 @@ def test_prompt_tuning_is_written_and_read_alike(tmp_path):
     np.testing.assert_array_equal(read.folded(), table["table"])
 
 
-def test_writing_again_replaces_the_whole_folder(tmp_path):
+def test_save_artifact_existing_folder_is_replaced(tmp_path):
     save_example(tmp_path / "a")
     (tmp_path / "a" / "stray").write_text("")
     save_example(tmp_path / "a", step=240)
     assert artifacts.load_artifact(tmp_path / "a").config["step"] == 240
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FILES)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "no scratch folder remains"
 
 
-def test_a_write_that_fails_leaves_the_old_artifact(tmp_path):
+def test_save_artifact_failed_write_keeps_old_artifact(tmp_path):
     save_example(tmp_path / "a")
     with pytest.raises(TypeError, match="JSON"):
         save_example(tmp_path / "a", metrics={"rte": object()})
     assert artifacts.load_artifact(tmp_path / "a").config["step"] == 120
     save_example(tmp_path / "a", step=240)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"], "what was left is cleaned up"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], (
+        "the failed write's scratch folder is removed"
+    )
 
 
 # --- Digests -------------------------------------------------------------------------------------
 
 
-def test_a_backbone_has_one_digest_in_either_precision():
+def test_embedding_digest_bfloat16_and_float32_are_equal():
     rounded = jnp.asarray(EMBEDDING, jnp.bfloat16)
     assert artifacts.embedding_digest(rounded) == DIGEST
     assert artifacts.embedding_digest(rounded.astype(jnp.float32)) == DIGEST
@@ -135,7 +137,7 @@ def test_a_backbone_has_one_digest_in_either_precision():
     assert len(DIGEST) == 64
 
 
-def test_vocabularies_are_told_apart():
+def test_vocabulary_digest_differs_by_vocabulary():
     class SentencePiece:
         vocab_size = 30
 
@@ -152,7 +154,7 @@ def test_vocabularies_are_told_apart():
     assert digest(Bytes()) not in (None, digest(SentencePiece(b"a")))
 
 
-def test_another_backbone_is_refused_with_both_digests(tmp_path):
+def test_check_compatible_other_backbone_shows_both_digests(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
     compatibility.check_compatible(read, DIGEST, "v" * 64, P)
     with pytest.raises(ValueError) as error:
@@ -161,7 +163,7 @@ def test_another_backbone_is_refused_with_both_digests(tmp_path):
     assert str(tmp_path / "a") in str(error.value)
 
 
-def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_not(tmp_path):
+def test_check_compatible_other_vocabulary_fails_unknown_passes(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
         compatibility.check_compatible(read, DIGEST, "w" * 64, P)
@@ -170,9 +172,9 @@ def test_another_vocabulary_is_refused_with_both_digests_and_an_unknown_one_is_n
     compatibility.check_compatible(unknown, DIGEST, "w" * 64, P)
 
 
-def test_another_prompt_length_is_refused(tmp_path):
+def test_check_compatible_other_prompt_length_fails(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
-    with pytest.raises(ValueError, match="prompts of 4 positions and this run's have 5"):
+    with pytest.raises(ValueError, match="prompts of 4 positions, but this run needs 5"):
         compatibility.check_compatible(read, DIGEST, "v" * 64, P + 1)
 
 
@@ -180,7 +182,7 @@ def test_another_prompt_length_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("gone", [TENSORS, CONFIG, None])
-def test_no_artifact_where_one_was_expected(tmp_path, gone):
+def test_load_artifact_missing_file_names_folder(tmp_path, gone):
     path = tmp_path / "a"
     if gone:
         save_example(path)
@@ -191,7 +193,7 @@ def test_no_artifact_where_one_was_expected(tmp_path, gone):
 
 @pytest.mark.parametrize("name", [TENSORS, CONFIG])
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
-def test_a_truncated_file_is_refused_by_name(tmp_path, name, keep):
+def test_load_artifact_truncated_file_fails(tmp_path, name, keep):
     path = save_example(tmp_path / "a")
     content = (path / name).read_bytes()
     kept = int(len(content) * keep) if isinstance(keep, float) else keep
@@ -206,15 +208,15 @@ def edit(path, change) -> None:
     (path / CONFIG).write_text(json.dumps(config))
 
 
-def test_an_artifact_of_another_format_says_which_is_read(tmp_path):
+def test_load_artifact_other_format_shows_both_formats(tmp_path):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(format=2))
     with pytest.raises(ValueError, match="format 2; this version reads 1"):
         artifacts.load_artifact(path)
 
 
-def test_prompts_that_were_changed_are_refused(tmp_path):
-    """Of the right names and shapes, and of another training or with one bit flipped."""
+def test_load_artifact_changed_prompts_fail(tmp_path):
+    """Names and shapes are right, but one bit is flipped or the values are another run's."""
     path, other = save_example(tmp_path / "a"), save_example(tmp_path / "b", params=CHANGED)
     whole = (path / TENSORS).read_bytes()
     flipped = bytearray(whole)
@@ -228,7 +230,7 @@ def test_prompts_that_were_changed_are_refused(tmp_path):
     assert config["prompts_sha256"] == hashlib.sha256(whole).hexdigest()
 
 
-def test_an_artifact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
+def test_load_artifact_without_digest_warns(tmp_path, caplog):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.pop("prompts_sha256"))
     with caplog.at_level("WARNING", logger="absl"):
@@ -238,7 +240,7 @@ def test_an_artifact_without_a_digest_is_read_with_a_warning(tmp_path, caplog):
     assert f"{path / CONFIG} has no prompts_sha256" in caplog.text
 
 
-def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared(tmp_path):
+def test_save_artifact_after_killed_write_removes_scratch_folders(tmp_path):
     (tmp_path / ".a.new").mkdir()
     (tmp_path / ".a.new" / TENSORS).write_text("half")
     save_example(tmp_path / "a")
@@ -248,7 +250,7 @@ def test_what_a_run_left_that_was_killed_while_it_wrote_is_cleared(tmp_path):
     assert artifacts.load_artifact(tmp_path / "a").config["step"] == 7
 
 
-def test_an_unknown_method_lists_the_known(tmp_path):
+def test_load_artifact_unknown_method_lists_known_methods(tmp_path):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(method="mptt"))
     with pytest.raises(ValueError, match="'mptt'.*'mpt'.*prompt_tuning"):
@@ -256,14 +258,14 @@ def test_an_unknown_method_lists_the_known(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["run_names", "shapes", "method_config", "embedding_sha256"])
-def test_a_config_that_lacks_something_is_refused_by_name(tmp_path, key):
+def test_load_artifact_incomplete_config_names_missing_field(tmp_path, key):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.pop(key))
     with pytest.raises(ValueError, match=f"{path}.*{key}"):
         artifacts.load_artifact(path)
 
 
-def test_tensors_missing_extra_and_misshaped_are_named(tmp_path):
+def test_load_artifact_wrong_tensors_are_named(tmp_path):
     path = save_example(tmp_path / "a")
     tensors = load((path / TENSORS).read_bytes())
     del tensors["factors/shared"]

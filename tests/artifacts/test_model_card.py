@@ -1,4 +1,4 @@
-"""Model cards: what they say, that the hub can read them, and that an author's words stay."""
+"""Model cards: their contents, the hub's front matter, and edited cards that are kept."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def front_matter(card: str) -> dict:
     return yaml.safe_load(matter)
 
 
-def test_the_front_matter_is_what_the_hub_reads():
+def test_model_card_front_matter_has_hub_fields():
     card = model_card.text(CONFIG, FACTS)
     assert front_matter(card) == {
         "base_model": "google-t5/t5-base",
@@ -79,7 +79,7 @@ def test_the_front_matter_is_what_the_hub_reads():
 
 
 @pytest.mark.parity
-def test_the_hub_s_own_reader_agrees():
+def test_model_card_hub_reader_parses_front_matter():
     from huggingface_hub import ModelCard  # a requirement of transformers
 
     read = ModelCard(model_card.text(CONFIG, FACTS))
@@ -88,15 +88,15 @@ def test_the_hub_s_own_reader_agrees():
 
 
 @pytest.mark.parametrize("name", ["./runs/backbones/t5-base", "tiny_t5", "gs://b/t5", "a/b/c"])
-def test_a_path_is_no_base_model(name):
-    """The hub refuses what is not one of its names; the author has to know it."""
+def test_model_card_backbone_path_is_not_base_model(name):
+    """The hub rejects names that are not its own, so the author has to fill in the name."""
     card = model_card.text({**CONFIG, "backbone": name}, FACTS)
     assert "base_model" not in front_matter(card)
     assert f"# base_model: {TO_FILL}" in card
     assert ["backbone", f"`{name}`"] in cells(card)
 
 
-def test_it_says_what_the_artifact_is():
+def test_model_card_lists_artifact_facts():
     found = cells(model_card.text(CONFIG, FACTS))
     for line in (
         ["method", "`mpt`"],
@@ -118,7 +118,7 @@ def test_it_says_what_the_artifact_is():
     assert not unknown & {line[0] for line in found}
 
 
-def test_scores_come_with_the_number_of_examples_and_the_step_of_their_group():
+def test_model_card_scores_have_example_count_and_step():
     card = model_card.text(CONFIG, FACTS)
     found = cells(card)
     assert ["`rte_s1`", "accuracy", "61.5", "138", "120"] in found
@@ -131,7 +131,7 @@ def test_scores_come_with_the_number_of_examples_and_the_step_of_their_group():
     assert "Nothing was measured" in model_card.text({**CONFIG, "metrics": {}}, FACTS)
 
 
-def test_a_metric_that_is_undefined_is_marked():
+def test_model_card_undefined_metric_is_marked():
     found = {"f1": 0.0, "f1_undefined": 0.0, "matthews": 0.0, "matthews_undefined": 1.0}
     metrics = {**CONFIG["metrics"], "scores": {"rte_s1": found}}
     card = cells(model_card.text({**CONFIG, "metrics": metrics}, FACTS))
@@ -139,7 +139,7 @@ def test_a_metric_that_is_undefined_is_marked():
     assert shown == [["f1", "0"], ["matthews", "0 (undefined)"]]
 
 
-def test_data_is_named_with_its_splits():
+def test_model_card_lists_data_and_splits():
     card = model_card.text(CONFIG, FACTS)
     found = cells(card)
     assert ["`rte_s1`", "glue/rte:2.0.0", "train", "train", "2,490"] in found
@@ -149,7 +149,7 @@ def test_data_is_named_with_its_splits():
     assert "* `cb_s1`: trained on 250 examples.\n" in card
 
 
-def test_what_no_run_knows_is_left_to_the_author():
+def test_model_card_unknown_sections_are_left_to_author():
     card = model_card.text(CONFIG, Facts())
     sections = dict(re.findall(r"^## (.*)\n\n(.*)", card, re.MULTILINE))
     for title in ("License", "Intended use", "Known limits and biases"):
@@ -157,7 +157,7 @@ def test_what_no_run_knows_is_left_to_the_author():
     assert f"# license: {TO_FILL}\n" in card
 
 
-def test_a_name_cannot_break_a_table():
+def test_model_card_run_name_with_pipe_is_escaped():
     card = model_card.text({**CONFIG, "run_names": ["a|b\nc", "d", "e"]}, FACTS)
     assert "| `a\\|b c` | unknown |" in card
 
@@ -174,7 +174,7 @@ CROSSPT = {
 }
 
 
-def test_router_weights_are_a_table_of_runs_by_sources():
+def test_model_card_mixture_is_table_of_runs_by_sources():
     card = model_card.text(CROSSPT, FACTS)
     found = cells(card.split("## What prompts are mixed from")[1].split("\n## ")[0])
     assert found == [
@@ -215,9 +215,9 @@ def test_router_weights_are_a_table_of_runs_by_sources():
             "Prompts depend on the text",
         ),
     ],
-    ids=["mpt", "crosspt", "lengths of their own", "by the text"],
+    ids=["mpt", "crosspt", "several lengths", "by the text"],
 )
-def test_it_says_how_its_prompts_are_read(changes, call, words):
+def test_model_card_shows_call_that_reads_prompts(changes, call, words):
     card = model_card.text({**CONFIG, **changes}, FACTS).replace("\n", " ")
     assert f"load_artifact(FOLDER){call.removeprefix('(FOLDER)')} gives" in card and words in card
     assert (".folded()" in card) == (call == ".folded()`")
@@ -226,7 +226,7 @@ def test_it_says_how_its_prompts_are_read(changes, call, words):
 # --- Where data comes from -------------------------------------------------------------------
 
 
-def test_the_paper_s_splits_are_told_by_their_places():
+def test_data_of_split_parts_shows_index_ranges():
     sizes = {"train": 2490, "validation": 277}
     task = types.SimpleNamespace(
         source=splits.PartsSource("glue/rte:2.0.0", splits.halved(), sizes)
@@ -241,7 +241,7 @@ def test_the_paper_s_splits_are_told_by_their_places():
     )
 
 
-def test_tasks_in_memory_say_so():
+def test_data_of_function_source_says_in_memory():
     def rows(split, shuffle_files=False, seed=None):
         del split, shuffle_files, seed
         return tf.data.Dataset.range(3)
@@ -309,12 +309,12 @@ HALVES = {
         ),
     ],
 )
-def test_runs_on_few_examples_and_repeats_name_the_data_of_their_task(run, name, expected):
-    """Nothing is read: neither data set is here."""
+def test_data_of_few_shot_and_repeated_runs_names_task_data(run, name, expected):
+    """Reads no data: neither data set is on this machine."""
     assert model_card.data_of(task_lookup.find_task(run)) == Data(name, expected)
 
 
-def test_draws_of_the_users_files_name_the_files(tmp_path):
+def test_data_of_few_shot_file_task_names_file(tmp_path):
     lines = [json.dumps({"text": f"text {i}", "label": ("no", "yes")[i % 2]}) for i in range(6)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
@@ -326,7 +326,7 @@ def test_draws_of_the_users_files_name_the_files(tmp_path):
 # --- In the artifact's folder ----------------------------------------------------------------
 
 
-def test_it_is_written_with_the_artifact_and_again_with_the_next(tmp_path):
+def test_save_artifact_writes_new_model_card_each_time(tmp_path):
     for step in (120, 240):
         save_example(tmp_path / "a", step=step, facts=FACTS)
         card = (tmp_path / "a" / "README.md").read_bytes()
@@ -348,7 +348,7 @@ def test_it_is_written_with_the_artifact_and_again_with_the_next(tmp_path):
     ],
     ids=["a word", "at the end", "line ends", "no seal", "bytes", "emptied"],
 )
-def test_a_card_that_was_edited_is_never_overwritten(tmp_path, caplog, edit):
+def test_save_artifact_edited_model_card_is_kept(tmp_path, caplog, edit):
     save_example(tmp_path / "a")
     path = tmp_path / "a" / "README.md"
     edited = edit(path.read_bytes())
@@ -358,19 +358,19 @@ def test_a_card_that_was_edited_is_never_overwritten(tmp_path, caplog, edit):
         save_example(tmp_path / "a", step=240)
     assert path.read_bytes() == edited
     assert artifacts.load_artifact(tmp_path / "a").config["step"] == 240
-    assert "README.md was edited and stays as it is" in caplog.text and "step 240" in caplog.text
+    assert "README.md was edited, so it was kept" in caplog.text and "step 240" in caplog.text
     path.unlink()
     save_example(tmp_path / "a", step=360)
     assert ["step", "360"] in cells(path.read_text())
 
 
-def test_the_same_facts_make_the_same_card(tmp_path):
+def test_for_folder_same_facts_return_same_card(tmp_path):
     folder = epath.Path(tmp_path)
     assert model_card.for_folder(folder, CONFIG, FACTS) == model_card.text(CONFIG, FACTS).encode()
-    assert not list(tmp_path.iterdir()), "it is the artifact's writer that writes it"
+    assert not list(tmp_path.iterdir()), "for_folder writes nothing itself"
 
 
-def test_every_method_has_a_card(tmp_path):
+def test_save_artifact_any_method_writes_model_card(tmp_path):
     model = tiny.model(Runs(["one"]), MPT(tiny.PROMPT))
     params = tiny.params(model)["prompt"]
     save(tmp_path / "a", model.prompt, params, model.runs, vocabulary_sha256=None)
@@ -379,7 +379,7 @@ def test_every_method_has_a_card(tmp_path):
     assert ["tasks", "`one`"] in found
 
 
-def test_a_run_tells_what_it_trained_on_and_of_how_many_examples_its_scores_are(backbone, tmp_path):
+def test_trained_run_model_card_has_data_and_example_counts(backbone, tmp_path):
     model, evaluated = training_runs.build(), training_runs.dataset(Runs(training_runs.TASKS))
     evaluated = dataclasses.replace(evaluated, split="validation", shuffle=False)
     training_runs.run(backbone, tmp_path, model, steps=2, infer_eval_dataset_cfg=evaluated)

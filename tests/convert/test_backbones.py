@@ -1,4 +1,4 @@
-"""`mpt-jax convert` of backbones: every direction, what it says, and what it leaves behind."""
+"""`mpt-jax convert` of backbones: every direction, messages, and no files left after errors."""
 
 import gc
 import json
@@ -27,9 +27,9 @@ from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
         pytest.param("orbax", "umt5", marks=pytest.mark.slow),
     ],
 )
-def test_there_and_back_is_the_same_file(version, middle, tmp_path, capsys, monkeypatch):
+def test_convert_backbone_and_back_restores_weights(version, middle, tmp_path, capsys, monkeypatch):
     source = hf_folder(tmp_path / "hf", version)
-    monkeypatch.chdir(tmp_path)  # Orbax alone takes no relative paths
+    monkeypatch.chdir(tmp_path)  # Orbax itself takes no relative paths
     convert("hf", "t5x/checkpoint_7", "--to", middle)
     said = capsys.readouterr().out
     leaves = flatten(load_hf(source)[1])
@@ -46,7 +46,7 @@ def test_there_and_back_is_the_same_file(version, middle, tmp_path, capsys, monk
     assert load_hf(tmp_path / "again")[0] == load_hf(source)[0]
 
 
-def test_bfloat16_is_rounded_once_and_the_logits_say_how_far(tmp_path, capsys):
+def test_convert_backbone_to_bfloat16_reports_logit_difference(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf")
     convert(source, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16")
     said = capsys.readouterr().out
@@ -60,8 +60,8 @@ def test_bfloat16_is_rounded_once_and_the_logits_say_how_far(tmp_path, capsys):
     assert fields["torch_dtype"] == "bfloat16"
 
 
-def test_what_was_rounded_is_not_held_while_it_is_written(tmp_path, monkeypatch):
-    """So that a large model is held in half precision, twice, and not in full beside."""
+def test_convert_backbone_to_bfloat16_frees_full_precision(tmp_path, monkeypatch):
+    """A large model is held in half precision, twice, without the full-precision copy."""
     whole, held = [], []
     reading, writing = backbones.read, backbones.write_hf
 
@@ -82,7 +82,7 @@ def test_what_was_rounded_is_not_held_while_it_is_written(tmp_path, monkeypatch)
     assert len(held) == 66 and not any(held)
 
 
-def test_a_configuration_by_file_or_name_is_checked(tmp_path, capsys):
+def test_convert_backbone_given_config_is_checked(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf")
     convert(source, tmp_path / "t5x", "--no-logits")
     assert capsys.readouterr().out.splitlines()[0].endswith("numbers: identical")
@@ -93,11 +93,11 @@ def test_a_configuration_by_file_or_name_is_checked(tmp_path, capsys):
     assert "read as t5_1_1_base, does not match the model" in said
     assert "token_embedder/embedding: expected (32128, 768), found (32, 16)" in said
     said = refused(capsys, checkpoint, tmp_path / "other", "--config", "t5_huge")
-    assert "No T5 is called 't5_huge'" in said and "t5_1_1_base" in said
+    assert "Unknown T5 configuration 't5_huge'" in said and "t5_1_1_base" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "hf", "t5x"]
 
 
-def test_what_was_not_written_right_is_not_left_behind(tmp_path, capsys, monkeypatch):
+def test_convert_backbone_wrong_write_leaves_nothing(tmp_path, capsys, monkeypatch):
     source = hf_folder(tmp_path / "hf")
     write = backbones.write_t5x
 
@@ -113,23 +113,25 @@ def test_what_was_not_written_right_is_not_left_behind(tmp_path, capsys, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_wrong_calls_are_refused_in_a_sentence(tmp_path, capsys):
+def test_convert_backbone_invalid_arguments_exit_with_2(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf")
     target = tmp_path / "new"
     for to in ("hf", "t5x", "orbax"):
         assert "exists already" in refused(capsys, source, source, "--to", to)
     assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors"]
-    assert "There is nothing at" in refused(capsys, tmp_path / "nowhere", target)
+    assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", target)
     (tmp_path / "empty").mkdir()
     assert "it holds []" in refused(capsys, tmp_path / "empty", target)
-    assert "cannot become 'npy'" in refused(capsys, source, target, "--to", "npy")
-    assert "--runs: that is for prompts" in refused(capsys, source, target, "--runs", "a")
+    assert "cannot be converted to 'npy'" in refused(capsys, source, target, "--to", "npy")
+    assert "does not use --runs. Only conversions into an artifact do" in refused(
+        capsys, source, target, "--runs", "a"
+    )
     (source / "model.safetensors").write_bytes(b"\0" * 20)
     assert "truncated or damaged" in refused(capsys, source, target)
     assert not target.exists()
 
 
-def test_a_bucket_is_read_and_written(tmp_path, monkeypatch, capsys):
+def test_convert_backbone_in_storage_bucket(tmp_path, monkeypatch, capsys):
     hf_folder(tmp_path / "hf")
     name = fake_gcs.mount(tmp_path, monkeypatch)
     convert(f"{name}/hf", f"{name}/t5x/checkpoint_3", "--no-logits")
@@ -139,7 +141,7 @@ def test_a_bucket_is_read_and_written(tmp_path, monkeypatch, capsys):
     parity.identical(before, after, "the bucket's copy")
 
 
-def test_identical_means_every_bit():
+def test_identical_compares_every_bit():
     tree = {"a": {"x": np.asarray([0.0, np.nan], np.float32)}, "b": np.ones(3, np.float32)}
     assert parity.identical(tree, {**tree}, "it") == "2 leaves, 5 numbers"
     for other in (np.asarray([-0.0, np.nan], np.float32), np.asarray([0.0, np.nan])):

@@ -1,4 +1,4 @@
-"""Every command of docs/checkpoints.md works, in the order in which the page has them."""
+"""The commands of docs/checkpoints.md work, in the order of the page."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_work(tmp_path, monkeypatch, capsys):
+def test_checkpoints_docs_commands_work(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     lines = re.findall(r"^    mpt-jax (.+)$", page, re.MULTILINE)
     assert len(lines) > 12
@@ -33,7 +33,7 @@ def test_the_commands_of_the_page_work(tmp_path, monkeypatch, capsys):
         command.main(arguments)
         said = capsys.readouterr().out.splitlines()
         assert re.match(r"\d+ leaves, [\d,]+ numbers: identical", said[-2]), line
-    # The page's claims about what comes back.
+    # The page's claims about the restored artifacts.
     original = artifacts.load_artifact(ROOT / "mpt_jax/tasks/data/tiny_t5/mpt_source")
     back = artifacts.load_artifact(tmp_path / "runs/out/from_peft")
     assert back.runs == original.runs and back.method == original.method

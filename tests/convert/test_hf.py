@@ -1,7 +1,7 @@
-"""Hugging Face folders: the same outputs as their T5 (1e-4), both ways, clear refusals.
+"""Hugging Face folders: outputs equal to Hugging Face's T5 (1e-4), both directions, and errors.
 
-Default tests read goldens that `tests/golden/make_t5_hf.py` made; those marked `parity` run
-Hugging Face's model beside ours.
+Default tests read golden files from `tests/golden/make_t5_hf.py`; tests marked `parity` compare
+with Hugging Face's own model.
 """
 
 import dataclasses
@@ -88,26 +88,26 @@ def arrays(golden: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
-def test_logits_and_hidden_states_are_hugging_face_s(golden, tmp_path):
+def test_load_hf_logits_and_hidden_states_match_hugging_face(golden, tmp_path):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     found = outputs(config, params, *arrays(golden))
     for name in ("logits", "encoder_hidden", "decoder_hidden"):
         np.testing.assert_allclose(found[name], golden[name], atol=1e-4, err_msg=name)
 
 
-def test_cached_greedy_is_hugging_face_s_token_by_token(golden, tmp_path):
+def test_load_hf_greedy_decoding_matches_hugging_face(golden, tmp_path):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     tokens, mask, _ = arrays(golden)
     found = greedy(config, params, tokens, mask, golden["greedy"].shape[1])
     np.testing.assert_array_equal(found, golden["greedy"])
-    # And it is what teacher forcing on its own output would have chosen.
+    # Teacher forcing on this output selects the same tokens.
     forced = np.concatenate([np.zeros((3, 1), np.int32), found[:, :-1]], axis=1)
     best = np.argmax(outputs(config, params, tokens, mask, jnp.asarray(forced))["logits"], axis=-1)
     ended = np.cumsum(found == 1, axis=1) - (found == 1) > 0
     np.testing.assert_array_equal(np.where(ended, 0, best), found)
 
 
-def test_tables_of_every_layer_work_in_a_scan(tmp_path):
+def test_load_hf_per_layer_tables_work_in_scan(tmp_path):
     golden = dict(np.load(GOLDEN / "t5_hf_umt5.npz"))
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     config, params = dataclasses.replace(config, scan_layers=True), stack_layers(params)
@@ -121,12 +121,12 @@ def test_tables_of_every_layer_work_in_a_scan(tmp_path):
     np.testing.assert_array_equal(tokens, golden["greedy"])
 
 
-def test_saving_gives_every_weight_back(golden, tmp_path):
+def test_save_hf_restores_every_weight(golden, tmp_path):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     save_hf(tmp_path / "again", config, params)
     expected = load_file(tmp_path / "hf" / "model.safetensors")
     found = load_file(tmp_path / "again" / "model.safetensors")
-    # Copies of the embedding are not written: Hugging Face ties them itself.
+    # Copies of the embedding are not written, since Hugging Face ties them.
     assert set(expected) - set(found) <= {
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
@@ -140,7 +140,7 @@ def test_saving_gives_every_weight_back(golden, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "hf"]  # no scratch left
 
 
-def test_a_bucket_is_written_and_read(golden, tmp_path, monkeypatch):
+def test_save_hf_to_storage_bucket_loads_equal(golden, tmp_path, monkeypatch):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     name = fake_gcs.mount(tmp_path, monkeypatch)
@@ -156,7 +156,7 @@ def test_a_bucket_is_written_and_read(golden, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[leaf], np.asarray(value), err_msg=leaf)
 
 
-def test_shards_and_dtypes(golden, tmp_path):
+def test_load_backbone_float16_shards_become_float32(golden, tmp_path):
     folder = write_folder(tmp_path / "hf", golden)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -175,7 +175,7 @@ def test_shards_and_dtypes(golden, tmp_path):
         load_hf(folder)
 
 
-def test_bfloat16_survives_both_ways(golden, tmp_path):
+def test_save_hf_bfloat16_loads_equal(golden, tmp_path):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     halved = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     save_hf(tmp_path / "half", config, halved)
@@ -185,7 +185,7 @@ def test_bfloat16_survives_both_ways(golden, tmp_path):
         np.testing.assert_array_equal(found[name], leaf)
 
 
-def test_bad_folders_are_refused_with_a_reason(tmp_path, monkeypatch):
+def test_load_hf_invalid_folder_fails_with_reason(tmp_path, monkeypatch):
     golden = dict(np.load(GOLDEN / "t5_hf_1_1.npz"))
     folder = write_folder(tmp_path / "hf", golden)
     weights, file = load_file(folder / "model.safetensors"), folder / "model.safetensors"
@@ -220,7 +220,7 @@ def test_bad_folders_are_refused_with_a_reason(tmp_path, monkeypatch):
         load_hf(folder)
 
 
-def test_large_models_are_written_in_shards(golden, tmp_path):
+def test_save_hf_large_model_writes_shards(golden, tmp_path):
     config, params = load_hf(write_folder(tmp_path / "hf", golden))
     save_hf(tmp_path / "one", config, params)
     whole = load_file(tmp_path / "one" / "model.safetensors")
@@ -245,8 +245,8 @@ def test_large_models_are_written_in_shards(golden, tmp_path):
         load_hf(tmp_path / "many")
 
 
-def test_model_types_and_what_they_leave_out():
-    """transformers writes no field that has its class's default."""
+def test_config_from_hf_fills_defaults_of_model_type():
+    """transformers omits fields that have their class's default."""
     sizes = config_to_hf(t5_config("mt5_small"))
     assert (sizes["model_type"], sizes["architectures"]) == ("mt5", ["MT5ForConditionalGeneration"])
     assert config_to_hf(t5_config("byt5_small"))["model_type"] == "t5"
@@ -263,15 +263,15 @@ def test_model_types_and_what_they_leave_out():
     ):
         found = config_from_hf({**sizes, "model_type": model_type})
         assert (found.mlp_activations, found.logits_via_embedding) == expected
-    # From version 5 on everything is called tied, and another field says what that meant.
+    # Since version 5, every model is tied, and another field records whether it really is.
     newer = {**sizes, "tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert not config_from_hf(newer).logits_via_embedding
     del newer["d_ff"]
-    with pytest.raises(ValueError, match=r"does not say \['d_ff'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['d_ff'\]"):
         config_from_hf(newer)
 
 
-def test_a_copy_of_the_embedding_must_be_one(tmp_path):
+def test_load_hf_embedding_copy_must_equal_embedding(tmp_path):
     folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_0.npz")))
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -281,7 +281,7 @@ def test_a_copy_of_the_embedding_must_be_one(tmp_path):
     save_file({**weights, "lm_head.weight": table + 1}, file)
     with pytest.raises(ValueError, match="lm_head.weight differs from shared.weight"):
         load_hf(folder)
-    # Some checkpoints name the embedding by its copy alone.
+    # Some checkpoints hold only a copy of the embedding.
     del weights["shared.weight"], weights["encoder.embed_tokens.weight"]
     save_file({**weights, "decoder.embed_tokens.weight": table}, file)
     for name, leaf in flatten(load_hf(folder)[1]).items():
@@ -296,30 +296,30 @@ def test_a_copy_of_the_embedding_must_be_one(tmp_path):
         ({"layer_norm_epsilon": 1e-5}, "1e-05"),
     ],
 )
-def test_other_architectures_are_refused(change, reason):
+def test_config_from_hf_other_architecture_fails(change, reason):
     fields = config_to_hf(t5_config("t5_1_1_small"))
     with pytest.raises(ValueError, match=reason):
         config_from_hf({**fields, **change})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_published_shape_survives_config_json(name):
+def test_config_to_hf_published_t5_restores_config(name):
     config = t5_config(name)
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
-def test_biases_have_no_place_there(tmp_path):
+def test_save_hf_with_biases_fails(tmp_path):
     with pytest.raises(ValueError, match="biases"):
         save_hf(tmp_path / "out", T5Config(vocab_size=8, biases=True), {})
 
 
-# Live: Hugging Face's own model, saved and loaded by its own code.
+# Comparison with Hugging Face's own model, saved and loaded by its own code.
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_live_parity_from_and_to_hugging_face(version, padded, tmp_path):
+def test_hugging_face_model_both_directions_match_outputs(version, padded, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     make = _golden_script()
@@ -345,7 +345,7 @@ def test_live_parity_from_and_to_hugging_face(version, padded, tmp_path):
 
 
 class _Touch:
-    """Unpickled, it would make a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -355,7 +355,7 @@ class _Touch:
 
 
 @pytest.mark.parity
-def test_pickled_weights_are_read_by_torch_without_running_what_they_hold(tmp_path):
+def test_load_hf_pickled_weights_run_no_code(tmp_path):
     torch = pytest.importorskip("torch")
     golden = dict(np.load(GOLDEN / "t5_hf_1_1.npz"))
     folder = write_folder(tmp_path / "hf", golden)
@@ -394,7 +394,7 @@ def test_pickled_weights_are_read_by_torch_without_running_what_they_hold(tmp_pa
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
-def test_live_counts_of_published_sizes(name):
+def test_config_to_hf_published_t5_matches_parameter_count(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = t5_config(name)

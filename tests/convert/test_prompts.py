@@ -1,6 +1,6 @@
-"""`mpt-jax convert` of prompts: PEFT, NumPy, T5X and safetensors, into artifacts and out of them.
+"""`mpt-jax convert` of prompts: PEFT, NumPy, T5X and safetensors, to and from artifacts.
 
-Those marked `parity` run PEFT's own model beside ours.
+Tests marked `parity` compare with PEFT's own model.
 """
 
 import json
@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides) -> Path:
-    """An artifact of three runs, of the backbone."""
+    """Writes an artifact of three runs for the backbone."""
     runs = Runs(["one", "two", "two"], NAMES, groups)
     made = MPT(P, rank=R) if method == "mpt" else get_method(method)(prompt_length=P)
     params = {
@@ -72,7 +72,7 @@ def same_prompts(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["mpt", "prompt_tuning"])
-def test_through_peft_and_back(method, backbone, tmp_path, capsys):
+def test_convert_to_peft_and_back_restores_artifact(method, backbone, tmp_path, capsys):
     source = write(tmp_path / "artifact", backbone, method, groups="joint")
     convert(source, tmp_path / "peft")
     assert ": identical\nartifact -> peft" in capsys.readouterr().out
@@ -80,18 +80,18 @@ def test_through_peft_and_back(method, backbone, tmp_path, capsys):
     found = artifacts.load_artifact(tmp_path / "again")
     for name, value in artifacts.load_artifact(source).params.items():
         np.testing.assert_array_equal(found.params[name], value)
-    if method == "mpt":  # names and all from what was written beside the adapter
+    if method == "mpt":  # names come from the file beside the adapter
         convert(tmp_path / "peft", tmp_path / "named", "--backbone", backbone)
         same_prompts(tmp_path / "named", source)
 
 
-def test_the_adapter_is_as_peft_lays_it_out(backbone, tmp_path):
+def test_convert_to_peft_writes_peft_layout(backbone, tmp_path):
     source = write(tmp_path / "artifact", backbone)
     params = artifacts.load_artifact(source).params
     convert(source, tmp_path / "factors", "--to", "peft")
     config = json.loads((tmp_path / "factors" / "adapter_config.json").read_text())
     assert config["peft_type"] == "MULTITASK_PROMPT_TUNING"
-    assert config["num_transformer_submodules"] == 1  # PEFT would take two by itself
+    assert config["num_transformer_submodules"] == 1  # PEFT's default is two
     assert [config[f"num_{x}"] for x in ("virtual_tokens", "tasks", "ranks")] == [P, 3, R]
     tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
     assert set(tensors) == {"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}
@@ -111,7 +111,7 @@ def test_the_adapter_is_as_peft_lays_it_out(backbone, tmp_path):
         assert not tensors
 
 
-def test_groups_are_adapters_of_their_own(backbone, tmp_path):
+def test_convert_to_peft_several_groups_write_one_adapter_each(backbone, tmp_path):
     source = write(tmp_path / "artifact", backbone, groups=[0, 1, 0])
     params = artifacts.load_artifact(source).params
     convert(source, tmp_path / "peft")
@@ -124,7 +124,7 @@ def test_groups_are_adapters_of_their_own(backbone, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["mpt", "prompt_tuning", "shared_prompt"])
-def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
+def test_convert_plain_prompts_and_back_restores_prompts(method, backbone, tmp_path, capsys):
     source = write(tmp_path / "artifact", backbone, method)
     folded = artifacts.load_artifact(source).folded()
     convert(source, tmp_path / "npy", "--to", "npy")
@@ -147,29 +147,29 @@ def test_plain_prompts_out_and_in(method, backbone, tmp_path, capsys):
         np.testing.assert_array_equal(found.params["table"], folded)
     assert found.runs.task_names == ("one", "two", "two"), "noted beside the adapters"
     if method == "shared_prompt":
-        assert "peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+        assert "--to peft-folded" in refused(capsys, source, tmp_path / "x", "--to", "peft")
 
 
 def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
-    """An artifact of a method that mixes prompts, of three runs in one group."""
+    """Writes an artifact of a method that mixes prompts, with three runs in one group."""
     params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None, "backbone": "tiny"}
     return artifacts.save_artifact(path, method, params, Runs(NAMES), step=1, **known)
 
 
 @pytest.mark.parametrize("to", ["peft", "peft-folded", "npy", "safetensors"])
-def test_prompts_by_the_text_are_refused(to, tmp_path, capsys):
+def test_convert_text_dependent_prompts_fail(to, tmp_path, capsys):
     source = write_mixed(
         tmp_path / "artifact", ATTEMPT(P, ["s", "t"], width=2), sources=(2, P, H), target=(3, P, H),
         down=(1, H, 2), up=(1, 2, H), norm_scale=(1, H), norm_bias=(1, H),
     )  # fmt: skip
     said = refused(capsys, source, tmp_path / "x", "--to", to)
-    assert f"{source} is of 'attempt', whose prompts depend on the text" in said
-    assert "`mpt-jax predict`" in said and "peft-folded writes" not in said
+    assert f"{source} has the method 'attempt', whose prompts depend on the text" in said
+    assert "`mpt-jax predict`" in said and "peft-folded" not in said
     assert not (tmp_path / "x").exists()
 
 
-def test_prompts_of_several_lengths_are_files_of_their_own(tmp_path, capsys):
+def test_convert_prompts_of_several_lengths_write_one_file_each(tmp_path, capsys):
     lengths = {"alpha": 1, "beta": 2, "gamma": 4}
     method = CrossPT(P, ["s", "t"], compose_by="private_cat", private_length=lengths)
     source = write_mixed(
@@ -184,12 +184,12 @@ def test_prompts_of_several_lengths_are_files_of_their_own(tmp_path, capsys):
         assert array.shape == (P + length, H)
         np.testing.assert_array_equal(array[P:], private[row, :length])
         np.testing.assert_array_equal(array, written[name])
-    assert "--to peft-folded writes" in refused(capsys, source, tmp_path / "x", "--to", "peft")
+    assert "--to peft-folded" in refused(capsys, source, tmp_path / "x", "--to", "peft")
 
 
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "rte"])
-def test_released_prompts_are_read(name, tmp_path):
-    """Prompts for T5 1.1 base that google-research/prompt-tuning published."""
+def test_convert_released_npy_prompts_to_artifact(name, tmp_path):
+    """Prompts for T5 1.1 base, published by google-research/prompt-tuning."""
     file = shared(f"released_prompts/{name}.npy")
     embedding = {"token_embedder": {"embedding": random(50, 768)}}
     checkpoint = save_t5x(tmp_path, embedding)
@@ -201,17 +201,17 @@ def test_released_prompts_are_read(name, tmp_path):
     )
 
 
-def test_a_prompt_of_another_width_is_refused(backbone, tmp_path, capsys):
+def test_convert_prompt_of_other_width_fails(backbone, tmp_path, capsys):
     np.save(tmp_path / "a.npy", random(5, 256))
     options = ("--backbone", backbone, "--runs", "a")
     said = refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
-    assert "width [256]" in said and "is 16 wide" in said
+    assert "width [256]" in said and "has width 16" in said
     published = shared("prompt_tuning_test/prompt_5x256.npy")
     assert "width [256]" in refused(capsys, published, tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_prompt_inside_a_t5x_checkpoint(backbone, tmp_path, capsys):
+def test_convert_prompt_in_t5x_checkpoint_to_artifact(backbone, tmp_path, capsys):
     prompt = random(P, H)
     tree = {"encoder": {"prompt": {"prompt": {"prompt": prompt}}}, "decoder": {"x": random(2)}}
     source = save_t5x(tmp_path, tree)
@@ -222,7 +222,7 @@ def test_a_prompt_inside_a_t5x_checkpoint(backbone, tmp_path, capsys):
     assert "holds 0 prompts" in refused(capsys, without, tmp_path / "x", *options)
 
 
-def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
+def test_convert_invalid_peft_adapter_fails(backbone, tmp_path, capsys):
     source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     folder, options = tmp_path / "peft", ("--backbone", backbone)
@@ -235,10 +235,12 @@ def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
         save_file(whole if state is None else state, tensors)
         return refused(capsys, folder, tmp_path / "x", *options)
 
-    assert "is of peft_type 'LORA'" in after({"peft_type": "LORA"})
+    assert "has peft_type 'LORA'" in after({"peft_type": "LORA"})
     assert "task_type 'CAUSAL_LM'" in after({"task_type": "CAUSAL_LM"})
-    assert "before the decoder's input as well" in after({"num_transformer_submodules": None})
-    assert "does not say num_virtual_tokens" in after({"num_virtual_tokens": None})
+    assert "a second prompt before the decoder's input" in after(
+        {"num_transformer_submodules": None}
+    )
+    assert "has no integer num_virtual_tokens" in after({"num_virtual_tokens": None})
     without = {k: v for k, v in whole.items() if k != "prefix_task_cols"}
     assert "1 missing: ['prefix_task_cols']" in after({}, without)
     assert "not expected: ['lora_A']" in after({}, {**whole, "lora_A": random(2)})
@@ -252,13 +254,13 @@ def test_adapters_that_do_not_fit_are_refused(backbone, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_pickled_arrays_and_adapters_are_not_unpickled(backbone, tmp_path, capsys, monkeypatch):
+def test_convert_pickled_prompts_are_not_unpickled(backbone, tmp_path, capsys, monkeypatch):
     options = ("--backbone", backbone, "--runs", "a")
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    assert "no plain array" in refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
+    assert "not a plain array" in refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
     np.save(tmp_path / "b.npy", random(2, P, H))
     said = refused(capsys, tmp_path / "b.npy", tmp_path / "x", *options)
-    assert "a prompt is [P, H] of floats, not float32(2, 3, 16)" in said
+    assert "expected floats [P, H], got float32(2, 3, 16)" in said
     source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
@@ -268,35 +270,35 @@ def test_pickled_arrays_and_adapters_are_not_unpickled(backbone, tmp_path, capsy
     assert "Install torch" in said
 
 
-def test_names_and_backbones_must_fit(backbone, tmp_path, capsys):
+def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
     folder, new = tmp_path / "peft", tmp_path / "x"
-    assert "give --backbone" in refused(capsys, folder, new)
+    assert "--backbone is missing" in refused(capsys, folder, new)
     said = refused(capsys, folder, new, "--backbone", backbone, "--runs", "a")
-    assert "holds 3 prompts and there are 1 names" in said
+    assert "holds 3 prompts, and the number of run names is 1" in said
     file = tmp_path / "a.npy"
     np.save(file, random(P, H))
-    assert "give one for each" in refused(capsys, file, new, "--backbone", backbone)
+    assert "Give one name per prompt" in refused(capsys, file, new, "--backbone", backbone)
     said = refused(capsys, folder, source, "--backbone", backbone)
     assert "exists already" in said
     said = refused(capsys, source, folder)
     assert "exists already" in said
     other = hf_folder(tmp_path / "other", "umt5")
     said = refused(capsys, folder, new, "--backbone", other)
-    assert said.count("sha256") == 1 and "belongs to a backbone" in said
+    assert said.count("sha256") == 1 and "were trained with another backbone" in said
     convert(source, tmp_path / "folded", "--to", "peft-folded")
     notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
     notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))
     said = refused(capsys, tmp_path / "folded", new, "--backbone", backbone)
     assert "adapters of several backbones" in said
-    assert "--dtype: that is for backbones" in refused(
+    assert "does not use --dtype. Only conversions of backbones do" in refused(
         capsys, folder, new, "--backbone", backbone, "--dtype", "float32"
     )
     assert not new.exists()
 
 
-# Live: PEFT's own model.
+# Comparison with PEFT's own model.
 
 
 def ours(backbone: Path, artifact: Path, rows: list[int], texts: dict) -> tuple:
@@ -349,7 +351,7 @@ def theirs(backbone: Path, adapter: Path, batch: dict, task_ids: list[int] | Non
 
 
 @pytest.mark.parity
-def test_live_multitask_adapter_gives_our_logits_and_tokens(backbone, tmp_path):
+def test_peft_multitask_adapter_matches_our_logits_and_tokens(backbone, tmp_path):
     artifact = write(tmp_path / "artifact", backbone)
     convert(artifact, tmp_path / "peft")
     rows, batch = [2, 0, 1], texts()
@@ -363,7 +365,7 @@ def test_live_multitask_adapter_gives_our_logits_and_tokens(backbone, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("method", ["mpt", "prompt_tuning"])
-def test_live_folded_adapters_give_our_logits_and_tokens(method, backbone, tmp_path):
+def test_peft_folded_adapters_match_our_logits_and_tokens(method, backbone, tmp_path):
     artifact = write(tmp_path / "artifact", backbone, method)
     convert(artifact, tmp_path / "peft", "--to", "peft-folded")
     batch = texts()
@@ -377,7 +379,9 @@ def test_live_folded_adapters_give_our_logits_and_tokens(method, backbone, tmp_p
 @pytest.mark.parity
 @pytest.mark.parametrize("copies", [1, None])  # None: PEFT's default, two for an encoder-decoder
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "MultitaskPromptTuningConfig"])
-def test_live_adapters_that_peft_saved_are_read(kind, copies, backbone, tmp_path, capsys):
+def test_convert_adapter_saved_by_peft_matches_its_outputs(
+    kind, copies, backbone, tmp_path, capsys
+):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""T5X's checkpoints: real files of T5X, our own, Orbax's, and damaged ones."""
+"""T5X checkpoints: real files of T5X, our own, Orbax's, and damaged ones."""
 
 import dataclasses
 import gzip
@@ -46,7 +46,7 @@ def assert_same(found: dict, expected: dict) -> None:
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
 
 
-def test_reads_a_real_checkpoint_in_one_file():
+def test_load_backbone_t5x_msgpack_matches_file():
     folder = shared("t5x_tiny_legacy/checkpoint_0")
     leaves = flatten(load_backbone(folder))
     config = T5Config(32128, emb_dim=8, num_heads=4, head_dim=3, mlp_dim=16, **GATED)
@@ -57,7 +57,7 @@ def test_reads_a_real_checkpoint_in_one_file():
     assert_same(load_t5x(folder / "checkpoint"), unflatten(leaves))
 
 
-def test_reads_a_real_checkpoint_with_zarr_leaves():
+def test_load_backbone_t5x_zarr_matches_file():
     folder = shared("t5x_tiny_zarr/checkpoint_3")
     leaves = flatten(load_backbone(folder))
     config = T5Config(
@@ -70,7 +70,7 @@ def test_reads_a_real_checkpoint_with_zarr_leaves():
         **GATED,
     )
     assert {name: x.shape for name, x in leaves.items()} == parameter_shapes(config)
-    # One array put together by hand from its gzipped chunks of 4096 columns.
+    # One array assembled by hand from its gzipped chunks of 4096 columns.
     array = folder / "target.decoder.logits_dense.kernel"
     chunks = [
         np.frombuffer(gzip.decompress((array / f"0.{i}").read_bytes()), "<f4").reshape(4, 4096)
@@ -80,7 +80,7 @@ def test_reads_a_real_checkpoint_with_zarr_leaves():
     np.testing.assert_array_equal(leaves["decoder/logits_dense/kernel"], expected)
 
 
-def test_incomplete_zarr_leaves_are_errors_and_not_zeros(tmp_path):
+def test_load_t5x_incomplete_zarr_fails(tmp_path):
     folder = tmp_path / "checkpoint_3"
     shutil.copytree(shared("t5x_tiny_zarr/checkpoint_3"), folder)
     for path in [folder, *folder.rglob("*")]:
@@ -98,7 +98,7 @@ def test_incomplete_zarr_leaves_are_errors_and_not_zeros(tmp_path):
         load_t5x(folder)
 
 
-def test_a_saved_checkpoint_comes_back_bit_for_bit(tmp_path):
+def test_save_t5x_loads_bitwise_equal(tmp_path):
     params = some_params()
     params["decoder"]["logits_dense"]["kernel"] = jnp.asarray(
         params["decoder"]["logits_dense"]["kernel"], jnp.bfloat16
@@ -113,20 +113,20 @@ def test_a_saved_checkpoint_comes_back_bit_for_bit(tmp_path):
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["checkpoint_12"]
 
 
-def test_a_save_that_fails_leaves_nothing(tmp_path):
+def test_save_t5x_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="not supported"):
         save_t5x(tmp_path, {"a": np.array([object()])}, step=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def save_orbax(folder: Path, params: dict) -> None:
-    """As T5X lays out an Orbax checkpoint: item `state` with target, step and moments."""
+    """Writes an Orbax checkpoint as T5X does: item `state` with target, step and moments."""
     state = {"target": params, "state": {"step": np.int32(7), "param_states": {"m": np.ones(3)}}}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(state))
 
 
-def test_reads_the_target_of_an_orbax_checkpoint(tmp_path):
+def test_load_backbone_orbax_returns_target(tmp_path):
     params, folder = some_params(), tmp_path / "checkpoint_7"
     save_orbax(folder, params)
     assert_same(load_backbone(folder), params)
@@ -137,7 +137,7 @@ def test_reads_the_target_of_an_orbax_checkpoint(tmp_path):
         load_backbone(folder)
 
 
-def test_scanned_checkpoints_come_back_unscanned(tmp_path):
+def test_load_t5x_scanned_checkpoint_returns_unscanned(tmp_path):
     params = some_params()
     assert_same(load_t5x(save_t5x(tmp_path, stack_layers(params), step=0)), params)
     # As T5X writes them: the relative position table repeated in every layer.
@@ -146,7 +146,7 @@ def test_scanned_checkpoints_come_back_unscanned(tmp_path):
         table = scanned.pop(f"{stack}/relpos_bias/rel_embedding")
         scanned[f"{stack}/{stack}/relpos_bias/rel_embedding"] = np.stack([table, table], axis=1)
     assert_same(load_t5x(save_t5x(tmp_path, unflatten(scanned), step=1)), params)
-    # Where they differ, each layer has its own, as in umT5.
+    # If they differ, each layer has its own table, as in umT5.
     scanned["encoder/encoder/relpos_bias/rel_embedding"][0, 1] += 1
     found = flatten(load_t5x(save_t5x(tmp_path, unflatten(scanned), step=2)))
     table = flatten(params)["encoder/relpos_bias/rel_embedding"].copy()
@@ -158,7 +158,7 @@ def test_scanned_checkpoints_come_back_unscanned(tmp_path):
 
 @pytest.mark.parametrize("layers", [(1, 1), (1, 2), (2, 1)], ids=str)
 @pytest.mark.parametrize("scanned", [False, True])
-def test_tables_of_one_layer_are_those_of_a_stack_or_of_every_layer(layers, scanned, tmp_path):
+def test_read_single_layer_tables_fit_stack_or_layers(layers, scanned, tmp_path):
     """umT5 with a stack of one layer: scanned, its axis of layers has size 1."""
     encoder, decoder = layers
     config = dataclasses.replace(
@@ -175,12 +175,12 @@ def test_tables_of_one_layer_are_those_of_a_stack_or_of_every_layer(layers, scan
         table = flatten(tree)["encoder/encoder/relpos_bias/rel_embedding"]
         assert table.shape == (config.num_heads, encoder, 32)
     folder = save_t5x(tmp_path, tree, step=0)
-    # With the model's configuration it is the model's tree, in every form.
+    # With the model's configuration, the tree is the model's in every form.
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     chosen, found = read(epath.Path(folder), str(tmp_path / "config.json"), lambda line: None)
     assert chosen == config
     assert_same(found, params)
-    # Without it the shapes are read: where all tables are alone, as T5, which is the same model.
+    # Without it, shapes decide: single tables in both stacks are read as T5, the same model.
     assumed, found = read(epath.Path(folder), None, lambda line: None)
     ambiguous = scanned and layers == (1, 1)
     assert assumed == dataclasses.replace(config, relative_bias_per_layer=not ambiguous)
@@ -194,7 +194,7 @@ def test_tables_of_one_layer_are_those_of_a_stack_or_of_every_layer(layers, scan
     np.testing.assert_array_equal(*logits)
 
 
-def test_tables_that_differ_are_not_made_one():
+def test_with_tables_different_tables_stay_per_layer():
     config = dataclasses.replace(CONFIG, relative_bias_per_layer=True)
     params = unflatten(
         {name: np.arange(np.prod(s)).reshape(s) for name, s in parameter_shapes(config).items()}
@@ -209,7 +209,7 @@ def test_tables_that_differ_are_not_made_one():
 
 
 def write_zarr_folders(folder: Path, params: dict) -> None:
-    """As T5X writes large checkpoints: every leaf a zarr folder, described in the msgpack file."""
+    """Writes a large checkpoint as T5X does: a zarr folder per leaf, listed in the msgpack file."""
     target = {}
     for name, leaf in flatten(params).items():
         where = f"target.{name.replace('/', '.')}"
@@ -224,7 +224,7 @@ def write_zarr_folders(folder: Path, params: dict) -> None:
 
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("form", ["msgpack", "zarr", "orbax"])
-def test_every_format_is_read_scanned_or_not(form, scanned, tmp_path):
+def test_load_backbone_every_t5x_format_scanned_or_not(form, scanned, tmp_path):
     params, folder = some_params(), tmp_path / "checkpoint_4"
     written = stack_layers(params) if scanned else params
     folder.mkdir()
@@ -243,7 +243,7 @@ def test_every_format_is_read_scanned_or_not(form, scanned, tmp_path):
         ({"mlp_activations": ("gelu", "linear"), "relative_bias_per_layer": True}, "umT5"),
     ],
 )
-def test_shapes_tell_the_configuration(fields, name):
+def test_config_of_tree_infers_config_from_shapes(fields, name):
     config = T5Config(30, "float32", 10, 3, 2, 4, 5, 14, relative_attention_num_buckets=8, **fields)
     shapes = parameter_shapes(config)
     tree = {leaf: np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
@@ -251,11 +251,13 @@ def test_shapes_tell_the_configuration(fields, name):
     del tree["encoder/layers_1/pre_mlp_layer_norm/scale"]
     with pytest.raises(ValueError, match=r"missing: \['encoder/layers_1/pre_mlp_layer_norm/scale'"):
         config_of_tree(unflatten(tree))
-    with pytest.raises(ValueError, match="not the tree of a T5.*'token_embedder/embedding'"):
+    with pytest.raises(
+        ValueError, match="not have the parameters of a T5.*'token_embedder/embedding'"
+    ):
         config_of_tree({"bert": np.zeros(3)})
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
+def test_load_backbone_invalid_path_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_backbone(tmp_path / "nowhere")
     save_t5x(tmp_path, some_params(), step=3)
@@ -268,5 +270,5 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         with pytest.raises(ValueError, match="truncated"):
             load_backbone(tmp_path / "checkpoint_3")
     file.write_bytes(json.dumps({"optimizer": 1}).encode())
-    with pytest.raises(ValueError, match="no checkpoint of T5X"):
+    with pytest.raises(ValueError, match="not a T5X checkpoint"):
         load_backbone(tmp_path / "checkpoint_3")

@@ -1,4 +1,4 @@
-"""What we write, the real T5X restores: both formats, through its own checkpoint manager."""
+"""The real T5X restores our checkpoints in both formats, with its own checkpoint manager."""
 
 import sys
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("write", [write_t5x, write_orbax])
-def test_t5x_restores_what_is_written(write, tmp_path):
+def test_write_t5x_checkpoint_is_restored_by_t5x(write, tmp_path):
     from t5x import checkpoints, partitioning, train_state
 
     assert getattr(sys.modules["t5x"], "__embedded__", False) is False

@@ -1,4 +1,4 @@
-"""`mpt-jax verify-weights`: it passes on the same weights, fails on others, and needs torch."""
+"""`mpt-jax verify-weights`: passes with equal weights, fails with others, and needs torch."""
 
 import sys
 
@@ -17,14 +17,14 @@ def exit_code(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize("absent", ["torch", "transformers"])
-def test_without_the_oracle_it_says_so(absent, tmp_path, monkeypatch, capsys):
+def test_verify_weights_missing_package_exits_with_2(absent, tmp_path, monkeypatch, capsys):
     for name in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, name, None if name == absent else sys)
     assert exit_code(hf_folder(tmp_path / "hf")) == 2
     assert f"{absent} is not installed" in capsys.readouterr().err
 
 
-def test_a_difference_is_a_failure_and_so_is_no_number(tmp_path, monkeypatch, capsys):
+def test_verify_weights_difference_or_nan_exits_with_1(tmp_path, monkeypatch, capsys):
     for found, expected in ((9e-5, 0), (1.1e-4, 1), (float("nan"), 1)):
         monkeypatch.setattr(verify, "compare", lambda *_, f=found: {"logits": f})
         assert exit_code(tmp_path) == expected
@@ -33,7 +33,7 @@ def test_a_difference_is_a_failure_and_so_is_no_number(tmp_path, monkeypatch, ca
 
 @pytest.mark.parity
 @pytest.mark.parametrize("version", ["1_0", "1_1", "umt5"])
-def test_live_every_kind_passes(version, tmp_path, capsys):
+def test_verify_weights_every_t5_version_passes(version, tmp_path, capsys):
     pytest.importorskip("transformers")
     folder = hf_folder(tmp_path / "hf", version)
     assert exit_code(folder) == 0
@@ -44,7 +44,7 @@ def test_live_every_kind_passes(version, tmp_path, capsys):
 
 
 @pytest.mark.parity
-def test_live_another_arithmetic_fails(tmp_path, monkeypatch, capsys):
+def test_verify_weights_other_arithmetic_fails(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     folder = hf_folder(tmp_path / "hf")
     read = verify.backbones.read

@@ -1,4 +1,4 @@
-"""A bank of many artifacts: the same prompts, the memory that was promised, and no recompiling."""
+"""Prompt bank of many artifacts: equal prompts, documented memory, and no recompilation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WITH_PROMPTS = [name for name in method_names() if name != "none"]
 
 
 def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params=None, **overrides):
-    """An artifact of random parameters, read back."""
+    """Writes an artifact with random parameters, and loads it."""
     method = method or MPT(P)
     runs = Runs(names, groups=groups)
     rng = np.random.default_rng([seed, *map(ord, "".join(names))])
@@ -34,7 +34,7 @@ def write(folder, names, *, groups="joint", seed=0, method=None, width=H, params
     shapes = jax.eval_shape(lambda key: method.init(key, runs, context), jax.random.PRNGKey(0))
     made = {}
     for name, leaf in shapes.items():
-        # What belongs to no row is the same in all artifacts.
+        # Parameters without rows are the same in all artifacts.
         own = rng if f"prompt/{name}" in row_axes(method) else np.random.default_rng(0)
         made[name] = own.normal(size=leaf.shape).astype(np.float32)
     save(folder, method, made | (params or {}), runs, **overrides)
@@ -47,7 +47,7 @@ def composed(of: Bank, names) -> np.ndarray:
 
 
 def text(rows: int) -> jax.Array:
-    """What methods that read the text are given."""
+    """Pooled texts, for methods that read the text."""
     return jnp.linspace(-1, 1, rows * H).reshape(rows, H)
 
 
@@ -62,7 +62,7 @@ def room_of(of: Bank) -> int:
 # --- Values --------------------------------------------------------------------------------------
 
 
-def test_rows_of_many_artifacts_are_composed_by_the_formula(tmp_path):
+def test_bank_rows_of_many_artifacts_match_formula(tmp_path):
     found = [
         write(tmp_path / "a", ["rte", "cb", "wic"], groups=[0, 1, 0]),
         write(tmp_path / "b", ["boolq"]),
@@ -86,10 +86,10 @@ def test_rows_of_many_artifacts_are_composed_by_the_formula(tmp_path):
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("name", WITH_PROMPTS)
-def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
+def test_bank_every_method_matches_its_prompts(name, folded, tmp_path):
     method = tiny.method(name, P)
     if folded and method.reads_text:
-        pytest.skip("its prompts depend on the text, so there is nothing to fold")
+        pytest.skip("its prompts depend on the text, so no row has a plain prompt")
     found = [
         write(tmp_path / "a", ["x", "y"], method=method, groups="independent"),
         write(tmp_path / "b", ["z"], method=method),
@@ -106,13 +106,13 @@ def test_every_method_is_served_as_it_folds(name, folded, tmp_path):
     assert joined.method == (PromptTuning(P) if folded else found[0].method)
 
 
-def test_several_methods_are_served_folded(tmp_path):
+def test_bank_several_methods_need_folded(tmp_path):
     found = [
         write(tmp_path / "a", ["x"]),
         write(tmp_path / "b", ["y"], method=PromptTuning(P)),
         write(tmp_path / "c", ["z"], method=MPT(P, rank=2)),
     ]
-    with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*fold them"):
+    with pytest.raises(ValueError, match="method differs: .*mpt.*a; prompt_tuning.*b.*--folded"):
         Bank(found)
     joined = Bank(found, folded=True)
     for artifact in found:
@@ -122,7 +122,7 @@ def test_several_methods_are_served_folded(tmp_path):
 # --- Memory --------------------------------------------------------------------------------------
 
 
-def test_a_task_of_t5_base_takes_868_numbers_and_the_memory_is_the_formula(tmp_path):
+def test_bank_nbytes_matches_formula(tmp_path):
     length, width, shared = 100, 768, {"shared": np.ones((1, 100, 768), np.float32)}
     found = [
         write(
@@ -142,7 +142,7 @@ def test_a_task_of_t5_base_takes_868_numbers_and_the_memory_is_the_formula(tmp_p
     assert folded.nbytes == 4 * 16 * (length * width + 1)
 
 
-def test_the_figures_of_the_docs_are_those_of_the_formula():
+def test_bank_memory_in_docs_matches_formula():
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     rows, own, shared = 16_384, 868, 100 * 768  # 10,000 tasks in the next power of two
     for size, shown in (
@@ -154,7 +154,7 @@ def test_the_figures_of_the_docs_are_those_of_the_formula():
     assert f"{own + shared:,} numbers" in text
 
 
-def test_groups_that_are_equal_are_kept_once(tmp_path):
+def test_bank_equal_groups_are_stored_once(tmp_path):
     shared = np.arange(P * H, dtype=np.float32).reshape(1, P, H)
     other = shared.copy()
     other[0, 1, 2] = np.nextafter(other[0, 1, 2], 9)
@@ -171,7 +171,7 @@ def test_groups_that_are_equal_are_kept_once(tmp_path):
 # --- Growth --------------------------------------------------------------------------------------
 
 
-def test_a_task_that_is_added_below_the_capacity_compiles_nothing(tmp_path):
+def test_bank_add_below_capacity_compiles_nothing(tmp_path):
     shared = {"shared": np.ones((1, P, H), np.float32)}
     made = iter([write(tmp_path / f"{i}", [f"task{i}"], params=shared) for i in range(9)])
     joined = Bank([next(made)])
@@ -189,7 +189,7 @@ def test_a_task_that_is_added_below_the_capacity_compiles_nothing(tmp_path):
     assert sizes == [(2, 2), (4, 3), (4, 3), (8, 4), (8, 4), (8, 4), (8, 4), (16, 5)]
 
 
-def test_an_addition_that_fails_leaves_the_bank_as_it_was(tmp_path):
+def test_bank_failed_add_leaves_bank_unchanged(tmp_path):
     joined = Bank([write(tmp_path / "a", ["x", "y"])])
     before, digest = composed(joined, ["x", "y"]), joined.digest()
     for wrong, message in (
@@ -202,7 +202,7 @@ def test_an_addition_that_fails_leaves_the_bank_as_it_was(tmp_path):
         np.testing.assert_array_equal(composed(joined, ["x", "y"]), before)
 
 
-def test_a_digest_is_of_names_and_values(tmp_path):
+def test_bank_digest_covers_names_and_values(tmp_path):
     a, b = write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["x"], seed=1)
     c = write(tmp_path / "c", ["y"])
     digests = [
@@ -221,7 +221,7 @@ def test_a_digest_is_of_names_and_values(tmp_path):
 # --- Names ---------------------------------------------------------------------------------------
 
 
-def test_names_that_clash_are_an_error_unless_one_is_renamed(tmp_path):
+def test_bank_duplicate_names_fail_unless_renamed(tmp_path):
     a, b = write(tmp_path / "a", ["rte", "cb"]), write(tmp_path / "b", ["rte"], seed=1)
     with pytest.raises(ValueError, match=f"'rte', in {tmp_path}/a and in {tmp_path}/b"):
         Bank([a, b])
@@ -231,7 +231,7 @@ def test_names_that_clash_are_an_error_unless_one_is_renamed(tmp_path):
     assert Bank([a, b], ["first", ""]).names == ("first/rte", "first/cb", "rte")
 
 
-def test_folders_are_named_on_the_command_line(tmp_path):
+def test_named_parse_accepts_folder_or_name_and_folder(tmp_path):
     assert Named.parse("runs/a") == Named("runs/a")
     assert Named.parse("new=runs/a") == Named("runs/a", "new")
     assert Named.parse("runs/lr=0.3/artifact") == Named("runs/lr=0.3/artifact")
@@ -241,7 +241,7 @@ def test_folders_are_named_on_the_command_line(tmp_path):
         Named.parse("=runs")
 
 
-def test_an_unknown_task_is_told_the_closest_and_not_all_of_ten_thousand(tmp_path):
+def test_bank_unknown_task_suggests_closest_names(tmp_path):
     joined = Bank([write(tmp_path / "a", [f"task_{i:03}" for i in range(50)])])
     with pytest.raises(ValueError) as error:
         joined.row("taks_017")
@@ -250,7 +250,7 @@ def test_an_unknown_task_is_told_the_closest_and_not_all_of_ten_thousand(tmp_pat
     assert "and 30 more" in message and "task_040" not in message
 
 
-def test_an_unknown_task_of_a_large_bank_is_answered_at_once(tmp_path, monkeypatch):
+def test_large_bank_unknown_task_skips_search(tmp_path, monkeypatch):
     names = [f"task_{i:04}" for i in range(prompt_bank.MOST_COMPARED + 1)]
     joined = Bank([write(tmp_path / "a", names)])
     monkeypatch.setattr(prompt_bank.difflib, "get_close_matches", None)  # 27 microseconds a name
@@ -258,14 +258,14 @@ def test_an_unknown_task_of_a_large_bank_is_answered_at_once(tmp_path, monkeypat
         joined.row("taks_0017")
 
 
-def test_an_unknown_name_is_not_repeated_whole(tmp_path):
+def test_bank_long_unknown_name_is_shortened(tmp_path):
     joined = Bank([write(tmp_path / "a", ["rte"])])
     with pytest.raises(ValueError) as error:
         joined.row("x" * 100_000)
     assert f"'{'x' * 77}...'" in str(error.value) and len(str(error.value)) < 200
 
 
-# --- Artifacts that do not belong together -------------------------------------------------------
+# --- Incompatible artifacts ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_an_unknown_name_is_not_repeated_whole(tmp_path):
         ("method", {"method": MPT(P, rank=2)}),
     ],
 )
-def test_artifacts_that_disagree_are_named_with_their_values(what, other, tmp_path):
+def test_bank_incompatible_artifacts_are_named_by_value(what, other, tmp_path):
     found = [
         write(tmp_path / "a", ["x"]),
         write(tmp_path / "b", ["y"]),
@@ -287,12 +287,12 @@ def test_artifacts_that_disagree_are_named_with_their_values(what, other, tmp_pa
         Bank(found)
     message = str(error.value)
     assert f"in {tmp_path}/a, {tmp_path}/b; " in message and f"in {tmp_path}/c." in message
-    assert ("go together: fold them" in message) == (what in ("prompt length", "method"))
+    assert ("Use --folded" in message) == (what in ("prompt length", "method"))
     value = str(next(iter(other.values())))
     assert (value if what in ("backbone", "vocabulary") else str(P)) in message
 
 
-def test_an_artifact_of_an_unknown_vocabulary_fits(tmp_path):
+def test_bank_unknown_vocabulary_is_compatible(tmp_path):
     found = [
         write(tmp_path / "a", ["x"], vocabulary_sha256=None),
         write(tmp_path / "b", ["y"]),
@@ -300,7 +300,7 @@ def test_an_artifact_of_an_unknown_vocabulary_fits(tmp_path):
     assert Bank(found).names == ("x", "y")
 
 
-def test_the_first_known_vocabulary_holds_for_all_that_are_added(tmp_path):
+def test_bank_first_known_vocabulary_binds_later_artifacts(tmp_path):
     unknown = write(tmp_path / "a", ["x"], vocabulary_sha256=None)
     joined, named = Bank([unknown]), write(tmp_path / "b", ["y"])
     joined.add(named)
@@ -312,7 +312,7 @@ def test_the_first_known_vocabulary_holds_for_all_that_are_added(tmp_path):
     assert joined.names == ("x", "y", "z")
 
 
-def test_the_vocabulary_that_requests_are_read_by_holds_for_all_that_are_added(tmp_path):
+def test_bank_served_vocabulary_binds_later_artifacts(tmp_path):
     joined = Bank([write(tmp_path / "a", ["x"], vocabulary_sha256=None)])
     joined.check_belongs("e" * 64, "w" * 64)
     joined.check_belongs("e" * 64, None)
@@ -322,7 +322,7 @@ def test_the_vocabulary_that_requests_are_read_by_holds_for_all_that_are_added(t
     joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256="w" * 64))
 
 
-def test_no_artifacts_are_no_bank():
+def test_bank_without_artifacts_fails():
     with pytest.raises(ValueError, match="at least one"):
         Bank([])
 
@@ -339,7 +339,7 @@ def attempt_artifact(task, sources, seed=0):
     return artifacts.Artifact(task, method, Runs([task]), params, known)
 
 
-def test_what_all_tasks_share_is_kept_once_and_must_be_the_same():
+def test_bank_shared_parameters_must_be_equal():
     sources = np.random.default_rng(3).normal(size=(2, P, H)).astype(np.float32)
     x, y = attempt_artifact("x", sources, 1), attempt_artifact("y", sources, 2)
     bank = Bank([x, y])
@@ -357,7 +357,7 @@ def test_what_all_tasks_share_is_kept_once_and_must_be_the_same():
         Bank([x], folded=True)
 
 
-def test_plain_prompts_of_several_lengths_go_together(tmp_path):
+def test_folded_bank_holds_several_prompt_lengths(tmp_path):
     long, short = write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["y"], method=MPT(P - 1))
     bank = Bank([short, long], folded=True)
     assert bank.lengths_differ and bank.method.prompt_length == P
@@ -366,11 +366,11 @@ def test_plain_prompts_of_several_lengths_go_together(tmp_path):
     np.testing.assert_allclose(table[0, : P - 1], short.folded()[0], atol=1e-6)
     assert not table[0, P - 1 :].any()
     uniform = Bank([long], folded=True)
-    with pytest.raises(ValueError, match=f"of {P - 1} positions, and the bank was made for {P}"):
+    with pytest.raises(ValueError, match=f"of {P - 1} positions, but the bank was built for {P}"):
         uniform.add(short, "z")
 
 
-def test_folders_are_loaded_by_their_names(tmp_path):
+def test_bank_load_uses_given_names(tmp_path):
     write(tmp_path / "a", ["x"])
     loaded = Bank.load([Named(str(tmp_path / "a"), "y")])
     assert loaded.names == ("y",) and isinstance(loaded.method, get_method("mpt"))

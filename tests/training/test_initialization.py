@@ -181,7 +181,7 @@ def test_started_from_named_source_is_recorded(backbone, tmp_path):
 def test_nearest_source_embeddings_of_other_backbone_error(backbone, tmp_path):
     other = {"embedding_sha256": "0" * 64}
     model, origins, _ = spot(backbone, tmp_path, other=other)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'target'} belongs to another backbone"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'target'} was trained on another backbone"):
         initialize_params(model, origins, KEY)
 
 

@@ -1,7 +1,7 @@
-"""`mpt-jax export`: predict and score as files that JAX alone runs, and their way back.
+"""`mpt-jax export`: predict and score as files that run with JAX only, and a loader for them.
 
-writing    functions lowered for several platforms, weights beside them as arguments
-loading    what calls them; imports nothing of this library, nor Flax
+writing    functions lowered for several platforms, with weights as arguments
+loading    loads and calls the functions; imports neither the rest of this library nor Flax
 """
 
 from mpt_jax.serving.export.loading import Exported, load

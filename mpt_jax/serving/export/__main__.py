@@ -1,10 +1,10 @@
-"""`mpt-jax export`: predict and score of a bank of prompts, as files that JAX alone runs.
+"""`mpt-jax export`: writes predict and score for a prompt bank, as files that run with JAX only.
 
     mpt-jax export --prompts runs/*/artifact --backbone runs/backbones/t5-base --out exported
     mpt-jax export --prompts DIR --folded --platforms cpu,cuda --input-lengths 64 256 --out exported
 
-The folder's README.md says how to call them; docs/serving.md has more. Exit code 2 where what was
-asked for cannot be exported.
+The folder's README.md explains how to call them; docs/serving.md has more. Exit code 2 if the
+export fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpt_jax.serving.prompt_bank import Bank, Named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the folder and says what it holds."""
+    """Writes the folder and prints its contents."""
     parser = make_parser()
     args = parser.parse_args(argv)
     compilation_cache.enable()
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         check_new(Path(args.out))
         bank = Bank.load([Named.parse(text) for text in args.prompts], args.folded)
-        found = backbone.load(
+        loaded = backbone.load(
             bank,
             args.backbone,
             args.vocabulary,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=args.dtype,
             say=lambda text: print(f"mpt-jax export: {text}", file=sys.stderr),
         )
-        config = write(Path(args.out), bank, found, settings)
+        config = write(Path(args.out), bank, loaded, settings)
     except (ValueError, OSError) as error:
         parser.exit(2, f"mpt-jax export: {error}\n")
     print(
@@ -57,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Returns the command's argument parser."""
     usual = Settings()
     parser = argparse.ArgumentParser(
         prog="mpt-jax export",
-        description="Predict and score of a bank of prompts, as files that JAX alone runs.",
-        epilog="@FILE in place of arguments reads them from a file, one a line.",
+        description="Writes predict and score for a prompt bank, as files that run with JAX only.",
+        epilog="@FILE reads arguments from a file, one per line.",
         fromfile_prefix_chars="@",
     )
     add_model_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="to be made")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to create")
     parser.add_argument(
         "--platforms", default=",".join(usual.platforms), help="default: %(default)s"
     )
@@ -76,13 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(usual.input_lengths),
         metavar="N",
-        help="tokens of an input, functions for each; default: %(default)s",
+        help="input lengths in tokens, with functions for each; default: %(default)s",
     )
     parser.add_argument(
         "--target-length", type=int, default=usual.target_length, help="default: %(default)s"
     )
     parser.add_argument(
-        "--without-weights", action="store_true", help="leave the backbone's weights out"
+        "--without-weights", action="store_true", help="do not write the backbone's weights"
     )
     return parser
 

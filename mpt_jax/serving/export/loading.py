@@ -1,4 +1,4 @@
-"""An exported folder as functions. Needs JAX, NumPy and safetensors, and nothing else."""
+"""Loader of exported folders. Needs only JAX, NumPy and safetensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONFIG = "config.json"
 BACKBONE = "backbone.safetensors"
 PROMPTS = "prompts.safetensors"
 FORMAT = 1
-MOST_NAMED = 20  # names that an error lists
-# Of all that is written; safetensors' own reading of bytes, other than of files, has no bfloat16.
+MOST_NAMED = 20  # names that an error lists; it only counts the others
+# The dtypes that are written. safetensors' reader of bytes, unlike that of files, has no bfloat16.
 DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "I32": np.int32}
 
 
@@ -28,17 +28,17 @@ class Exported:
     """An exported model.
 
     Args:
-        folder: as `mpt-jax export` wrote it.
-        backbone: a backbone.safetensors, where the folder was written without one.
+        folder: a folder that `mpt-jax export` wrote.
+        backbone: a backbone.safetensors, if the folder was written without one.
 
     Attributes:
-        config: config.json.
-        names: of tasks, in the order of their rows.
-        backbone, prompts: arrays by name, the first two arguments of every function. Prompts of
-            the same shapes may be put in their place.
+        config: the contents of config.json.
+        names: task names, in the order of their rows.
+        backbone, prompts: arrays by name, the first two arguments of every function. `prompts` may
+            be replaced by prompts of the same shapes.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, is of another format, or was changed.
+        FileNotFoundError, ValueError: a file is missing, has another format, or was changed.
     """
 
     def __init__(
@@ -46,11 +46,14 @@ class Exported:
     ):
         self.folder = Path(folder)
         if not (self.folder / CONFIG).exists():
-            raise FileNotFoundError(f"{folder} has no {CONFIG}: `mpt-jax export` writes one.")
+            raise FileNotFoundError(
+                f"{folder} has no {CONFIG}. Create the folder with `mpt-jax export`."
+            )
         self.config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text())
         if self.config.get("format") != FORMAT:
             raise ValueError(
-                f"{folder} has export format {self.config.get('format')!r}; this reads {FORMAT}."
+                f"{folder} has export format {self.config.get('format')!r}; this version reads "
+                f"{FORMAT}."
             )
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
@@ -62,7 +65,7 @@ class Exported:
         }
 
     def row(self, name: str) -> int:
-        """The row of a task; raises ValueError where there is none."""
+        """The row of a task; raises ValueError if the task is unknown."""
         if name not in self.names:
             others = len(self.names) - MOST_NAMED
             more = f" and {others} more" if others > 0 else ""
@@ -76,10 +79,10 @@ class Exported:
 
         Args:
             texts: B lists of token ids, each with its end-of-sequence id.
-            rows: B rows.
+            rows: B rows, one for each text.
 
         Raises:
-            ValueError: there is no such row, or a text is too long.
+            ValueError: a row does not exist, or a text is too long.
         """
         return self._call("predict", texts, rows)
 
@@ -89,20 +92,20 @@ class Exported:
         targets: Sequence[Sequence[int]],
         rows: Sequence[int],
     ) -> Any:
-        """Log probability [B] of a target for each text, in nats; raises as `predict` does."""
+        """Log probability [B] of one target per text, in nats; raises as `predict` does."""
         length = self.config["target_length"]
         return self._call("score", texts, rows, _padded(targets, length, "targets"))
 
     def _call(
         self, name: str, texts: Sequence[Sequence[int]], rows: Sequence[int], *others: np.ndarray
     ) -> Any:
-        # The function would take a row of zeros for any other.
-        if wrong := [row for row in rows if not 0 <= row < len(self.names)]:
+        # The function does not check rows: others are prompts of zeros, or another task's.
+        if unknown := [row for row in rows if not 0 <= row < len(self.names)]:
             raise ValueError(
-                f"There is no row {wrong[0]}: the rows of the {len(self.names)} tasks count from 0 "
-                "on, in the order of `names`."
+                f"There is no row {unknown[0]}: the {len(self.names)} tasks have rows 0 to "
+                f"{len(self.names) - 1}, in the order of `names`."
             )
-        lengths = sorted(length for of, length in self._functions if of == name)
+        lengths = sorted(length for function, length in self._functions if function == name)
         longest = max(map(len, texts))
         length = next((n for n in lengths if n >= longest), lengths[-1])
         tokens = _padded(texts, length, "texts")
@@ -115,8 +118,8 @@ class Exported:
     def _arrays(self, path: Path, name: str) -> Mapping[str, jax.Array]:
         if not path.exists():
             raise FileNotFoundError(
-                f"There is no {path}. Where a folder was written --without-weights, give another "
-                "export's backbone.safetensors."
+                f"{path} does not exist. If the folder was written with --without-weights, give "
+                "another export's backbone.safetensors."
             )
         return {
             leaf: jnp.asarray(np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]))
@@ -124,27 +127,27 @@ class Exported:
         }
 
     def _checked(self, path: Path, name: str) -> bytes:
-        found = path.read_bytes()
-        digest, expected = hashlib.sha256(found).hexdigest(), self.config["files_sha256"][name]
+        content = path.read_bytes()
+        digest, expected = hashlib.sha256(content).hexdigest(), self.config["files_sha256"][name]
         if digest != expected:
             raise ValueError(
-                f"{path} is not the file that this export belongs to: its sha256 is {digest}, "
-                f"and {CONFIG} has {expected}."
+                f"{path} is not the file that was exported: its sha256 is {digest}, but {CONFIG} "
+                f"records {expected}. Copy the file again."
             )
-        return found
+        return content
 
 
 def load(
     folder: str | os.PathLike[str], backbone: str | os.PathLike[str] | None = None
 ) -> Exported:
-    """An exported model; see `Exported`."""
+    """Loads an exported model; see `Exported`."""
     return Exported(folder, backbone)
 
 
 def _padded(texts: Sequence[Sequence[int]], length: int, what: str) -> np.ndarray:
     if (longest := max(map(len, texts))) > length:
         raise ValueError(f"The longest of the {what} has {longest} tokens; the limit is {length}.")
-    found = np.zeros((len(texts), length), np.int32)
+    tokens = np.zeros((len(texts), length), np.int32)
     for row, ids in enumerate(texts):
-        found[row, : len(ids)] = ids
-    return found
+        tokens[row, : len(ids)] = ids
+    return tokens

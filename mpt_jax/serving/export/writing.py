@@ -1,9 +1,9 @@
-"""Predict and score, lowered by `jax.export` for several platforms at once.
+"""Export of predict and score, lowered by `jax.export` for several platforms at once.
 
-Weights and prompts are arguments, not constants: the functions are small, and prompts of the same
-shapes can be exchanged. The number of rows is symbolic; the number of tokens is not, since T5's
-table of relative positions is laid out for a length when it is traced. Attention is by plain
-operations on every platform: the TPU's kernels are chosen by the chip, which is not known here.
+Weights and prompts are arguments, not constants, so the functions are small and prompts of the same
+shapes can be exchanged. The number of rows is symbolic. The number of tokens is not, since T5's
+relative position table is built for one length when it is traced. Attention uses plain operations
+on every platform, since the TPU kernels depend on the chip, which is unknown at export.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ export of the same backbone.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is exported.
+    """What to export.
 
     Attributes:
-        platforms: that the functions run on.
-        input_lengths: tokens of an input, a function for each.
-        target_length: tokens that are decoded, or scored.
-        weights: whether the backbone's are written too.
+        platforms: the platforms that the functions run on.
+        input_lengths: input lengths in tokens, with a function for each.
+        target_length: number of tokens to decode or score.
+        weights: whether to write the backbone's weights.
     """
 
     platforms: Sequence[str] = ("cpu", "tpu", "cuda")
@@ -56,37 +56,37 @@ class Settings:
 
     def __post_init__(self):
         if unknown := [name for name in self.platforms if name not in PLATFORMS]:
-            raise ValueError(f"Unknown platforms {unknown}; known are {', '.join(PLATFORMS)}.")
+            raise ValueError(f"Unknown platforms {unknown}. Choose from {', '.join(PLATFORMS)}.")
         lengths = [*self.input_lengths, self.target_length]
         if not self.platforms or not self.input_lengths or min(lengths) < 1:
-            raise ValueError(f"Platforms and positive lengths must be given, got {self}.")
+            raise ValueError(f"An export needs platforms and positive lengths, got {self}.")
 
 
 def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> dict[str, Any]:
     """Writes an exported folder, which appears complete or not at all.
 
     Args:
-        folder: to be made.
-        bank: the prompts, as factors or folded.
-        backbone: what they belong to.
+        folder: the folder to create.
+        bank: the prompts, as factors or plain.
+        backbone: the backbone of the prompts.
         settings: what to write.
 
     Returns:
-        its config.json.
+        the contents of its config.json.
 
     Raises:
-        FileExistsError: the folder is there.
+        FileExistsError: the folder exists already.
     """
     check_new(folder)
     config = dataclasses.replace(backbone.config, fused_attention=False)
     length, vocabulary = settings.target_length, backbone.vocabulary
-    made = Functions(config, bank.method, length, vocabulary, bank.lengths_differ)
+    model = Functions(config, bank.method, length, vocabulary, bank.lengths_differ)
     arguments = {"backbone": _flat(backbone.params), "prompts": _flat(bank.arrays)}
     files: dict[str, bytes] = {PROMPTS: save(arguments["prompts"])}
     weights = save(arguments["backbone"])
     functions: dict[str, dict[str, str]] = {"predict": {}, "score": {}}
     for length in sorted(set(settings.input_lengths)):
-        for name, lowered in _lowered(made, arguments, length, settings).items():
+        for name, lowered in _lowered(model, arguments, length, settings).items():
             functions[name][str(length)] = f"{name}_{length}.jax"
             files[functions[name][str(length)]] = bytes(lowered.serialize())
     if model := getattr(backbone.vocabulary, "sp_model", None):
@@ -118,9 +118,9 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
 
 
 def check_new(folder: Path) -> None:
-    """Raises FileExistsError where a folder is there, before any work is done for it."""
+    """Raises FileExistsError if a folder exists; to be called before any work is done."""
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already and is not overwritten.")
+        raise FileExistsError(f"{folder} exists already. Remove it, or choose another folder.")
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
@@ -128,15 +128,15 @@ def _flat(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _lowered(
-    made: Functions, arguments: dict[str, Any], length: int, settings: Settings
+    model: Functions, arguments: dict[str, Any], length: int, settings: Settings
 ) -> dict[str, export.Exported]:
-    """Both functions of texts of a length and any number of rows."""
+    """Both functions, for texts of one length and any number of rows."""
 
     def predict(backbone, prompts, tokens, rows):
-        return made.predict(unflatten(backbone), unflatten(prompts), tokens, rows)
+        return model.predict(unflatten(backbone), unflatten(prompts), tokens, rows)
 
     def score(backbone, prompts, tokens, targets, rows):
-        return made.score(unflatten(backbone), unflatten(prompts), tokens, targets, rows)
+        return model.score(unflatten(backbone), unflatten(prompts), tokens, targets, rows)
 
     (batch,) = export.symbolic_shape("b", constraints=["b >= 1"])
     ids = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32)  # noqa: E731
@@ -150,7 +150,7 @@ def _lowered(
 
 
 def readme(config: dict[str, Any], weights: bool) -> str:
-    """How to call what a folder holds."""
+    """Returns the README of an exported folder, which explains how to call the functions."""
     tasks, eos, targets = len(config["names"]), config["eos_id"], config["target_length"]
     lengths = [int(length) for length in config["functions"]["predict"]]
     form = "plain prompts" if config["folded"] else f"factors of the method `{config['method']}`"

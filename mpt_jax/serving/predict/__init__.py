@@ -1,12 +1,12 @@
-"""`mpt-jax predict`: answers to requests that name a task each, from a bank of prompts.
+"""`mpt-jax predict`: answers requests from a prompt bank; each request names its task.
 
-functions   what is compiled: predictions and scores of token ids
-backbone    the backbone and vocabulary that a bank belongs to
-requests    lines of JSON into token ids, or into what is wrong with them
-server      batches of like length; answers in the order of requests
-stream      lines as they arrive, a window at a time
-output      where answers go; a file goes on where an earlier start left off
-progress    how far it is
+compiled           the compiled functions: predictions and scores of token ids
+backbone           the backbone and vocabulary of a bank
+requests           lines of JSON to token ids, or to an error
+server             batches of similar length; answers in the order of requests
+windows            lines as they arrive, in windows
+resumable_output   output of answers; a file is resumed if an earlier start was interrupted
+progress           progress bar or log lines
 """
 
 from mpt_jax.serving.predict.server import Server

@@ -1,13 +1,13 @@
-"""`mpt-jax predict`: answers to requests that name a task each, one line of JSON for each line.
+"""`mpt-jax predict`: answers requests that each name a task, with one line of JSON per line.
 
     mpt-jax predict --prompts runs/*/artifact --backbone runs/backbones/t5-base \
         --input requests.jsonl --output answers.jsonl
     echo '{"task": "toy_sst2", "inputs": "sst2 : a fine film"}' | mpt-jax predict --prompts DIR
 
-docs/serving.md has the lines of requests and answers. A line that cannot be answered gets one that
-says why, and the stream goes on. Exit code 0, or 1 where every line failed (with --strict, where
-any did), 2 where it cannot begin or go on, 130 after Ctrl-C; with --output the same command then
-goes on.
+docs/serving.md describes requests and answers. A line that cannot be answered gets an error as its
+answer, and the stream continues. Exit code 0, or 1 if every line failed (with --strict, if any
+did), 2 if the command cannot start or continue, 130 after Ctrl-C. With --output, the same command
+then resumes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from mpt_jax.serving.predict.resumable_output import File, Output, Stream
 from mpt_jax.serving.predict.server import Limits, Server
 from mpt_jax.serving.predict.windows import windows
 
-WINDOW = 8  # batches that are read ahead, to be sorted by length
+WINDOW = 8  # batches that are read ahead and sorted by length
 CANNOT, INTERRUPTED = 2, 130  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answers all requests and exits with what became of them."""
+    """Answers all requests, and exits with a code for the result."""
     parser = make_parser()
     args = parser.parse_args(argv)
     compilation_cache.enable()
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _opened(args.input) as stream:
             output = answer(server, stream, args)
     except KeyboardInterrupt:
-        _stop(INTERRUPTED, "stopped" + "; the same command goes on" * bool(args.output))
+        _stop(INTERRUPTED, "stopped" + "; the same command resumes" * bool(args.output))
     except (Refused, OSError) as error:
         if isinstance(error, BrokenPipeError) and not args.output:
-            sys.exit(0)  # whoever read the answers has enough
+            sys.exit(0)  # the reader of the answers closed the pipe
         _stop(CANNOT, str(error))
     lost = output.failed if args.strict else output.failed == output.lines > 0
     sys.exit(1 if lost else 0)
@@ -61,7 +61,7 @@ def _stop(code: int, why: str) -> NoReturn:
 
 
 def load(args: argparse.Namespace) -> Server:
-    """The server that the arguments describe."""
+    """Loads the server that the arguments describe."""
     server = Server.load(
         args.prompts,
         folded=args.folded,
@@ -79,7 +79,7 @@ def load(args: argparse.Namespace) -> Server:
 
 
 def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output:
-    """Answers every line of a stream; returns where they went, which has counted them."""
+    """Answers every line of a stream; returns the output, which has counted them."""
     reader = server.reader(args.mode, args.truncate)
     lines: Iterator[bytes] = iter(stream)
     output = _output(server, args)
@@ -122,34 +122,34 @@ def _output(server: Server, args: argparse.Namespace) -> Output:
 
 
 def _opened(path: str) -> BinaryIO:
-    # A reader of its own: the thread that reads ahead must not hold sys.stdin's lock at the end.
+    # Not sys.stdin: the thread that reads ahead must not hold its lock at exit.
     return open(0 if path == "-" else path, "rb", closefd=path != "-")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Returns the command's argument parser."""
     parser = argparse.ArgumentParser(
         prog="mpt-jax predict",
-        description="Answers requests that name a task each, one line of JSON for each line.",
-        epilog="@FILE in place of arguments reads them from a file, one a line.",
+        description="Answers requests that each name a task, with one line of JSON per line.",
+        epilog="@FILE reads arguments from a file, one per line.",
         fromfile_prefix_chars="@",
     )
     add_model_arguments(parser)
     parser.add_argument("--input", default="-", help="JSON lines; default: standard input")
     parser.add_argument(
-        "--output", help="a file, resumed where it is not complete; default: standard output"
+        "--output", help="a file, resumed if it is incomplete; default: standard output"
     )
     parser.add_argument("--mode", choices=MODES, default="predict", help="default: %(default)s")
     parser.add_argument(
-        "--truncate", action="store_true", help="cut longer texts; default: an error"
+        "--truncate", action="store_true", help="truncate longer texts; default: an error"
     )
-    parser.add_argument("--strict", action="store_true", help="exit code 1 where any line failed")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any line failed")
     sizes = parser.add_argument_group("sizes")
     usual = Limits()
     for name, what in (
-        ("input_length", "tokens of an input at most"),
-        ("target_length", "tokens to decode or to score at most"),
-        ("batch_size", "rows of a batch at most"),
+        ("input_length", "maximum number of tokens of an input"),
+        ("target_length", "maximum number of tokens to decode or score"),
+        ("batch_size", "maximum number of rows of a batch"),
     ):
         sizes.add_argument(
             f"--{name.replace('_', '-')}",
@@ -161,18 +161,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What says which prompts, backbone and vocabulary."""
+    """Adds the arguments for prompts, backbone and vocabulary."""
     parser.add_argument(
         "--prompts",
         nargs="+",
         required=True,
         metavar="DIR",
-        help="prompt artifacts; NAME=DIR calls its row NAME, or several rows NAME/row",
+        help="prompt artifacts; NAME=DIR renames its row to NAME, or several rows to NAME/row",
     )
     parser.add_argument(
         "--folded",
         action="store_true",
-        help="plain prompts in place of factors, so that artifacts of several methods go together",
+        help="keep plain prompts, not factors; this allows artifacts of several methods",
     )
     parser.add_argument(
         "--backbone", help="a Hugging Face folder or T5X checkpoint; default: the shipped tiny T5"
@@ -182,10 +182,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a SentencePiece model, a folder with one, or byt5; default: beside the backbone",
     )
     parser.add_argument(
-        "--extra-ids", type=int, help="sentinels of the vocabulary; default: T5's 100"
+        "--extra-ids", type=int, help="number of sentinels of the vocabulary; default: T5's 100"
     )
     parser.add_argument(
-        "--config", help="a name such as t5_1_1_base, or a config.json, where there is none"
+        "--config", help="a name such as t5_1_1_base, or a config.json, if the backbone has none"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"

@@ -1,4 +1,4 @@
-"""The backbone and the vocabulary that a bank of prompts was trained with, found and checked."""
+"""The backbone and vocabulary of a prompt bank, loaded and compared by digest."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SHIPPED = ("tiny_t5/checkpoint_10000", "toy.model", 16)
 
 
 class Backbone(NamedTuple):
-    """What a bank's prompts are written for.
+    """A backbone and its vocabulary.
 
     Attributes:
-        config: its shape.
+        config: the backbone's configuration.
         params: its parameters, in the dtype it computes in, on the device.
-        vocabulary: of inputs and targets.
-        embedding_sha256, vocabulary_sha256: what artifacts are checked by.
+        vocabulary: the vocabulary of inputs and targets.
+        embedding_sha256, vocabulary_sha256: digests that artifacts are compared with.
     """
 
     config: T5Config
@@ -52,33 +52,33 @@ def load(  # noqa: PLR0913 - each is an option of the command
     dtype: str = "float32",
     say: Callable[[str], None] = logging.info,
 ) -> Backbone:
-    """The backbone of a bank; nothing else is taken for it.
+    """Loads the backbone of a bank. Fails with any other backbone or vocabulary.
 
     Args:
-        bank: says by digests what is wanted.
-        path: a Hugging Face folder or a T5X checkpoint; None takes the tiny T5 that is shipped.
-        vocabulary: a SentencePiece model, a folder with one, or 'byt5'; None takes the one in the
-            backbone's folder, or for the shipped T5 its own.
-        extra_ids: sentinels of the vocabulary (see `tokenizers.load`).
-        config: a name such as t5_1_1_base, or a config.json, where shapes do not tell.
-        dtype: that the backbone computes in, `'float32'` or `'bfloat16'`.
-        say: is told what of the configuration was not read but assumed.
+        bank: the prompts, whose artifacts record the digests of both.
+        path: a Hugging Face folder or a T5X checkpoint; None loads the shipped tiny T5.
+        vocabulary: a SentencePiece model, a folder with one, or 'byt5'; None loads the one in the
+            backbone's folder, or the shipped one for the shipped T5.
+        extra_ids: number of sentinels of the vocabulary (see `tokenizers.load`).
+        config: a name such as t5_1_1_base, or a config.json, if shapes are not enough.
+        dtype: the dtype that the backbone computes in, `'float32'` or `'bfloat16'`.
+        say: called with a line on the settings that had to be assumed.
 
     Raises:
-        FileNotFoundError: there is no backbone or vocabulary.
-        ValueError: it is not the one that the prompts were trained with; shows both digests.
+        FileNotFoundError: there is no backbone or no vocabulary.
+        ValueError: the prompts were trained with another one; shows both digests.
     """
     shipped = path is None
     path = paths.shipped(name=SHIPPED[0]) if path is None else path
-    # Of the shipped one there is nothing to say.
+    # There is nothing to report about the shipped T5.
     shape, params = backbones.read(epath.Path(path), config, (lambda _: None) if shipped else say)
     embedding = params["token_embedder"]["embedding"]
     digest = artifacts.embedding_digest(embedding)
     if shipped and digest != bank.config["embedding_sha256"]:
         raise ValueError(
-            f"These prompts belong to the backbone {bank.config['backbone']!r} (sha256 of its "
-            f"embedding {bank.config['embedding_sha256']}), not to the tiny T5 that is shipped: "
-            "give it by --backbone, a Hugging Face folder or a T5X checkpoint."
+            f"These prompts were trained with the backbone {bank.config['backbone']!r} (sha256 of "
+            f"its embedding {bank.config['embedding_sha256']}), not with the shipped tiny T5. Set "
+            "--backbone to its Hugging Face folder or T5X checkpoint."
         )
     bank.check_belongs(digest, None)
     tokenizer = _vocabulary(vocabulary, path, shipped, extra_ids)
@@ -86,8 +86,9 @@ def load(  # noqa: PLR0913 - each is an option of the command
     bank.check_belongs(digest, vocabulary_sha256)
     if tokenizer.vocab_size > len(embedding):
         raise ValueError(
-            f"The vocabulary has {tokenizer.vocab_size} ids and the backbone embeds only "
-            f"{len(embedding)}: this is not the vocabulary the backbone was trained with."
+            f"The vocabulary has {tokenizer.vocab_size} ids, but the backbone embeds only "
+            f"{len(embedding)}. Give the vocabulary that the backbone was trained with "
+            "(--vocabulary)."
         )
     shape = dataclasses.replace(shape, dtype=dtype)
     cast = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), params)
@@ -105,6 +106,6 @@ def _vocabulary(
         return tokenizers.load(backbone, extra_ids)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
-            f"There is no vocabulary beside the backbone {backbone} ({error}). Give one by "
-            "--vocabulary: a SentencePiece model, a folder with one, or byt5."
+            f"The backbone {backbone} has no vocabulary beside it ({error}). Set --vocabulary to a "
+            "SentencePiece model, a folder with one, or byt5."
         ) from error

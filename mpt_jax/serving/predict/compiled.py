@@ -1,7 +1,7 @@
-"""What a server compiles: pure functions of weights, a bank and token ids.
+"""The functions that a server compiles: pure functions of weights, a bank and token ids.
 
-Weights, prompts and the rows that a batch asks for are all arguments, so one program serves any
-tasks of a bank, and the same functions are what `mpt-jax export` writes to a file.
+Weights, prompts and the rows of a batch are arguments, so one program serves all tasks of a bank.
+`mpt-jax export` writes the same functions to files.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Functions:
     """Predictions and scores of texts that are token ids, padded with 0.
 
     Attributes:
-        config: the backbone's.
-        method: the bank's.
-        target_length: L, tokens that `predict` decodes at most.
+        config: the backbone's configuration.
+        method: the bank's method.
+        target_length: L, the maximum number of tokens that `predict` decodes.
         vocabulary: its `eos_id` ends decoding.
-        lengths_differ: the bank's.
+        lengths_differ: whether the bank's prompts differ in length.
     """
 
     config: T5Config
@@ -46,15 +46,15 @@ class Functions:
 
         Args:
             backbone: the backbone's parameters.
-            arrays: the bank's.
-            tokens: of the texts, each with its end-of-sequence id.
-            rows: of the bank, one for each text.
+            arrays: the bank's arrays.
+            tokens: token ids of the texts, each with its end-of-sequence id.
+            rows: the bank row of each text.
         """
         targets = jnp.zeros((tokens.shape[0], self.target_length), jnp.int32)
         params = self._params(backbone, arrays, tokens, rows)
         batch = self._batch(arrays, tokens, targets, rows)
-        decoded, found = self._model().predict_batch_with_aux(params, batch)
-        return decoded, found["scores"]
+        decoded, aux = self._model().predict_batch_with_aux(params, batch)
+        return decoded, aux["scores"]
 
     def score(
         self,
@@ -64,12 +64,12 @@ class Functions:
         targets: Int[Array, "B L"],
         rows: Int[Array, " B"],
     ) -> Float[Array, " B"]:
-        """Log probability of a target for each text, in nats; else as `predict`."""
+        """Log probability of one target per text, in nats; other arguments as in `predict`."""
         params = self._params(backbone, arrays, tokens, rows)
         return self._model().score_batch(params, self._batch(arrays, tokens, targets, rows))
 
     def _model(self) -> PromptedEncoderDecoder:
-        """A model whose bank is one batch: row i is the prompt of example i, composed already."""
+        """A model whose bank is one batch: row i is the composed prompt of example i."""
         return PromptedEncoderDecoder(
             Transformer(self.config),
             _Composed(self.method.prompt_length, lengths_differ=self.lengths_differ),
@@ -94,10 +94,11 @@ class Functions:
     def _batch(
         self, arrays: Params, tokens: Array, targets: Array, rows: Array
     ) -> dict[str, Array]:
-        """The batch contract for texts that arrive as arrays, made inside the compiled program.
+        """The batch contract for texts that arrive as arrays, built inside the compiled program.
 
-        Its twins are `batching.collate.unpacked` (NumPy) and `PromptFeatureConverter._place`
-        (TensorFlow). This one must trace: rows and prompt lengths are known on the device only.
+        `batching.collate.unpacked` (NumPy) and `PromptFeatureConverter._place` (TensorFlow) build
+        the same. This function must be traceable: rows and prompt lengths are known only on the
+        device.
         """
         longest, (batch, text) = self.method.prompt_length, tokens.shape
         number = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -106,7 +107,7 @@ class Functions:
         padded = jnp.pad(tokens, ((0, 0), (longest, 0)))
         length = jnp.full((batch, 1), longest, jnp.int32)
         if self.lengths_differ:
-            # The text follows its own prompt, wherever that ends.
+            # Each text directly follows its prompt.
             length = arrays[prompt_bank.LENGTHS][rows][:, None]
             shift = (position + longest - length) % (longest + text)
             padded = jnp.take_along_axis(padded, shift, axis=1)
@@ -123,7 +124,7 @@ class Functions:
 
 @dataclasses.dataclass(frozen=True)
 class _Composed(PromptTuning):
-    """Prompts that are composed already: their rows are a batch's, and so are their lengths."""
+    """Prompts that are already composed: one row per example of a batch, with its length."""
 
     lengths_differ: bool = False
 

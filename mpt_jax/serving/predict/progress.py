@@ -1,4 +1,4 @@
-"""How far a stream of answers is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a stream of answers: a bar on a terminal, otherwise a line every 30 s."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ class Progress:
     """Counts answers and shows them on standard error.
 
     Args:
-        total: bytes of the input, or None where they are not known.
-        terminal: whether standard error is one.
+        total: size of the input in bytes; None if unknown.
+        terminal: whether standard error is a terminal.
 
     Attributes:
-        answered: lines that were answered, failures among them.
-        failed: lines that were not understood.
+        answered: number of answered lines, including failures.
+        failed: number of invalid lines.
     """
 
     def __init__(self, total: int | None, terminal: bool):
         self.answered = self.failed = 0
         self._total, self._bytes = total, 0
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._bar: Any = None
         if terminal:
             self._bar, self._task = _bar(total)
             self._bar.start()
 
     def skipped(self, lines: int, size: int) -> None:
-        """Some lines were answered by an earlier start."""
+        """Records lines that an earlier start answered."""
         self._bytes = size
         if lines:
-            say(f"going on after {lines} lines that are answered")
+            say(f"resuming after {lines} answered lines")
 
     def add(self, lines: int, failed: int, size: int) -> None:
-        """Some more lines were answered.
+        """Counts further answered lines.
 
         Args:
-            lines: how many.
-            failed: how many of them were not understood.
-            size: their bytes.
+            lines: number of lines.
+            failed: number of invalid ones among them.
+            size: their size in bytes.
         """
         self.answered += lines
         self.failed += failed
         self._bytes += size
         if self._bar is not None:
             self._bar.update(self._task, completed=self._bytes, description=str(self))
-        elif time.monotonic() - self._said >= PERIOD:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._last_line >= PERIOD:
+            self._last_line = time.monotonic()
             part = f" ({self._bytes / self._total:.0%})" if self._total else ""
             say(f"{self}{part}")
 
@@ -60,13 +60,13 @@ class Progress:
         return f"{self.answered} answered, {self.failed} of them errors, {rate:.1f} a second"
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def say(text: str) -> None:
-    """A line on standard error; where nobody reads it any more, nothing."""
+    """Prints a line on standard error; prints nothing if its reader is gone."""
     if sys.stderr is None:
         return
     try:
@@ -76,13 +76,13 @@ def say(text: str) -> None:
 
 
 def silence(stream: TextIO | BinaryIO) -> None:
-    """What a stream still holds, and all that it is given, goes nowhere: else Python writes it when
-    it ends, fails again, and exits with a code of its own."""
+    """Discards what a stream has buffered and all later output. Otherwise Python would write it at
+    exit, fail again, and change the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bar(total: int | None) -> tuple[Any, Any]:
-    from rich.console import Console  # only where there is a terminal: it takes time to import
+    from rich.console import Console  # slow to import, and needed only on a terminal
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 

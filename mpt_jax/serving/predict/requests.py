@@ -1,10 +1,10 @@
-"""Lines of JSON into token ids, or into what is wrong with them.
+"""Requests: lines of JSON, parsed to token ids or to an error.
 
     {"task": NAME, "inputs": TEXT}                            a generation
-    {"task": NAME, "inputs": TEXT, "choices": [TEXT, ...]}    the most probable of them
-    {"task": NAME, "inputs": TEXT, "targets": TEXT}           its score, in mode 'score'
+    {"task": NAME, "inputs": TEXT, "choices": [TEXT, ...]}    the most probable choice
+    {"task": NAME, "inputs": TEXT, "targets": TEXT}           the target's score, in mode 'score'
 
-Any of them may have an "id", which may be anything and comes back with the answer.
+Any request may have an "id" of any JSON type. The answer repeats it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mpt_jax.serving.prompt_bank import Bank
 
 MODES = ("predict", "score")
 FIELDS = ("task", "inputs", "id", "targets", "choices")
-MOST_SHOWN = 80  # characters of what is wrong
-DEEPEST = 100  # objects in objects; far more than that and Python could not write them out again
+MOST_SHOWN = 80  # characters of a value that an error shows
+DEEPEST = 100  # levels of nested objects; Python cannot serialize far deeper ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Request:
     """A request that can be answered.
 
     Attributes:
-        label: {'line': its number from 1 on}, and 'id' where it has one; begins the answer.
-        row: of the bank.
-        inputs: token ids, end-of-sequence id included.
-        targets: token ids of each text to be scored; none for a generation.
-        choices: the texts, where the answer is one of them.
-        truncated: whether a text was cut.
+        label: {'line': its number, from 1}, and its 'id' if it has one; the answer's first fields.
+        row: the bank row.
+        inputs: token ids, including the end-of-sequence id.
+        targets: token ids of each text to score; empty for a generation.
+        choices: the texts to choose from, if the request has choices.
+        truncated: whether a text was truncated.
     """
 
     label: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Failure:
 
     Attributes:
         label: as in `Request`.
-        error: what is wrong with it.
+        error: the error message.
     """
 
     label: Mapping[str, Any]
@@ -60,15 +60,15 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """What lines are read by.
+    """Parser of requests.
 
     Attributes:
-        bank: knows the tasks.
-        vocabulary: of inputs and targets.
+        bank: the bank with the tasks.
+        vocabulary: the vocabulary of inputs and targets.
         mode: `'predict'` or `'score'`.
-        input_length: tokens of an input at most, the end-of-sequence id included.
-        target_length: the same of a target.
-        truncate: cuts longer texts, in place of an error.
+        input_length: maximum number of tokens of an input, including the end-of-sequence id.
+        target_length: the same for a target.
+        truncate: whether to truncate longer texts; otherwise they are errors.
     """
 
     bank: Bank
@@ -83,50 +83,52 @@ class Reader:
             raise ValueError(f"The mode must be one of {MODES}, got {self.mode!r}.")
 
     def read(self, line: bytes, number: int) -> Request | Failure:
-        """The request of line `number`, counted from 1; never raises for what is in it."""
+        """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
         label: dict[str, Any] = {"line": number}
         try:
-            found = _object(line)
+            fields = _object(line)
         except (ValueError, RecursionError) as error:
-            return Failure(label, f"This is no JSON object ({_short(str(error))}).")
-        label |= {"id": found["id"]} if "id" in found else {}
+            return Failure(label, f"The line is not a JSON object ({_short(str(error))}).")
+        label |= {"id": fields["id"]} if "id" in fields else {}
         try:
-            return self._request(found, label)
+            return self._request(fields, label)
         except ValueError as error:
             return Failure(label, str(error))
 
-    def _request(self, found: Mapping[str, Any], label: Mapping[str, Any]) -> Request:
-        if unknown := sorted(set(found) - set(FIELDS)):
+    def _request(self, fields: Mapping[str, Any], label: Mapping[str, Any]) -> Request:
+        if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
-                f"Unknown fields {_short(unknown)}; known are {', '.join(FIELDS)}. What is to come "
-                "back with the answer goes into id."
+                f"Unknown fields {_short(unknown)}. Known fields: {', '.join(FIELDS)}. Use id for "
+                "what the answer should repeat."
             )
-        row = self.bank.row(_text(found, "task"))
-        inputs, cut = self._ids(_text(found, "inputs"), "inputs", self.input_length)
-        if "choices" in found:
-            choices = _choices(found)
+        row = self.bank.row(_text(fields, "task"))
+        inputs, cut = self._ids(_text(fields, "inputs"), "inputs", self.input_length)
+        if "choices" in fields:
+            choices = _choices(fields)
             pairs = [self._ids(text, "choices", self.target_length) for text in choices]
             targets = tuple(ids for ids, _ in pairs)
             return Request(label, row, inputs, targets, choices, cut or any(c for _, c in pairs))
         if self.mode == "predict":
             return Request(label, row, inputs, truncated=cut)
-        if "targets" not in found:
-            raise ValueError("A score needs targets, or choices; there are neither.")
-        target, also = self._ids(_text(found, "targets"), "targets", self.target_length)
-        return Request(label, row, inputs, (target,), truncated=cut or also)
+        if "targets" not in fields:
+            raise ValueError("A score needs targets or choices, and the request has neither.")
+        target, target_cut = self._ids(_text(fields, "targets"), "targets", self.target_length)
+        return Request(label, row, inputs, (target,), truncated=cut or target_cut)
 
     def _ids(self, text: str, field: str, limit: int) -> tuple[list[int], bool]:
-        """Token ids with their end of sequence, and whether they were cut to the limit."""
+        """Token ids with the end-of-sequence id, and whether they were truncated to the limit."""
         try:
-            text.encode()  # SentencePiece itself raises something else
+            text.encode()  # SentencePiece raises another error
         except UnicodeEncodeError as error:
-            raise ValueError(f"{field} is no text: half a character ({error.reason}).") from error
+            raise ValueError(
+                f"{field} is not valid text: half a character ({error.reason})."
+            ) from error
         ids = self.vocabulary.encode(text)
         cut = len(ids) + 1 > limit
         if cut and not self.truncate:
             raise ValueError(
-                f"{field} has {len(ids) + 1} tokens, end of sequence included, and the limit is "
-                f"{limit}. Raise it, or let longer texts be cut (--truncate)."
+                f"{field} has {len(ids) + 1} tokens, including the end of sequence, and the limit "
+                f"is {limit}. Raise the limit, or truncate longer texts with --truncate."
             )
         return [*ids[: limit - 1], self.vocabulary.eos_id], cut
 
@@ -134,52 +136,52 @@ class Reader:
 def _object(line: bytes) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("the line is empty")
-    found = json.loads(line, parse_constant=_refuse, parse_float=_finite)
-    _check_depth(found)
-    if not isinstance(found, dict):
-        raise ValueError(f"found {_short(found)}")
-    return found
+    value = json.loads(line, parse_constant=_reject_constant, parse_float=_finite)
+    _check_depth(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"got {_short(value)}")
+    return value
 
 
-def _refuse(constant: str) -> Any:
+def _reject_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
 def _finite(number: str) -> float:
-    """A number that can be written out again: 1e999 is JSON, and what Python reads it as is not."""
+    """Parses a finite number: 1e999 is JSON, but the infinity that Python reads is not."""
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{_short(number)} is larger than a number can be")
+        raise ValueError(f"{_short(number)} is too large for a float")
     return value
 
 
 def _check_depth(value: Any) -> None:
-    """Level by level, since what is to be refused may be too deep for a function of itself."""
+    """Raises ValueError for deep nesting; goes level by level, since recursion may overflow."""
     level = [value]
     for _ in range(DEEPEST):
         within = [list(x.values()) if isinstance(x, dict) else x for x in level]
         level = [child for x in within if isinstance(x, list) for child in x]
         if not level:
             return
-    raise ValueError(f"lists and objects in it lie more than {DEEPEST} deep in each other")
+    raise ValueError(f"its lists and objects are nested more than {DEEPEST} deep")
 
 
-def _text(found: Mapping[str, Any], field: str) -> str:
-    if field not in found:
+def _text(fields: Mapping[str, Any], field: str) -> str:
+    if field not in fields:
         raise ValueError(f"The field {field} is missing.")
-    value = found[field]
+    value = fields[field]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} must be a text that is not empty, got {_short(value)}.")
+        raise ValueError(f"{field} must be a non-empty string, got {_short(value)}.")
     return value
 
 
-def _choices(found: Mapping[str, Any]) -> tuple[str, ...]:
-    value = found["choices"]
+def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    value = fields["choices"]
     texts = value if isinstance(value, list) else []
     whole = texts and all(isinstance(text, str) and text.strip() for text in texts)
     if not whole or len(set(texts)) < len(texts):
         raise ValueError(
-            f"choices must be a list of different texts, none of them empty, got {_short(value)}."
+            f"choices must be a list of different, non-empty strings, got {_short(value)}."
         )
     return tuple(texts)
 

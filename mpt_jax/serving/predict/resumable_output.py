@@ -1,7 +1,8 @@
-"""Where answers go: standard output, or a file that a later start resumes.
+"""Output of answers: standard output, or a file that a later start resumes.
 
-A file's record has a digest of the requests that are answered. A later start reads as many, and
-compares their digest, so answers are never mixed with those of other requests, prompts or settings.
+A file's record has a digest of the answered requests. A later start reads the same number of
+requests and compares their digest, so a file never mixes answers to different requests, or from
+different prompts or settings.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from mpt_jax.serving.predict.progress import silence
 
 
 class Stream:
-    """Answers to a stream, at once.
+    """Output of answers to a stream, without delay.
 
     Attributes:
-        lines: requests that were answered.
-        failed: those of them that could not be, whose answer is an error.
+        lines: number of answered requests.
+        failed: number of those whose answer is an error.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -29,7 +30,7 @@ class Stream:
         self._stream = stream
 
     def begin(self, lines: Iterator[bytes]) -> int | None:
-        """0: no requests are answered already."""
+        """Returns 0: no requests have been answered."""
         return 0
 
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
@@ -44,18 +45,18 @@ class Stream:
         self.failed += _failed(answers)
 
     def finish(self) -> None:
-        """Nothing: a stream ends when its process does."""
+        """Does nothing: a stream ends with its process."""
 
     def close(self) -> None:
-        """Nothing: the caller owns the stream."""
+        """Does nothing: the caller owns the stream."""
 
 
 class File:
-    """Answers to a file, resumed.
+    """Output of answers to a file, resumed if it is incomplete.
 
     Args:
-        path: the file; others are beside it (`runtime.resumable_output`).
-        made_from: what answers depend on beside the requests; JSON values.
+        path: the file; its record is beside it (`runtime.resumable_output`).
+        made_from: what answers depend on besides the requests; JSON values.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any]):
@@ -65,22 +66,22 @@ class File:
 
     @property
     def lines(self) -> int:
-        """Requests that were answered, by earlier starts or this one."""
+        """Number of answered requests, including those of earlier starts."""
         return self._output.lines
 
     @property
     def failed(self) -> int:
-        """Those of them whose answer is an error."""
+        """Number of answered requests whose answer is an error."""
         return self._output.notes["failed"]
 
     def begin(self, lines: Iterator[bytes]) -> int | None:
-        """Takes the requests that are answered already off `lines`.
+        """Consumes from `lines` the requests that are already answered.
 
         Returns:
             their number; None if the file is complete.
 
         Raises:
-            Refused: as `ResumableFile.begin`, and for a file that answers other requests.
+            Refused: as in `ResumableFile.begin`, or the file answers other requests.
         """
         return self._output.begin(lambda complete: self._skip(lines, complete))
 
@@ -91,11 +92,11 @@ class File:
         if self._digest.hexdigest() != self._output.notes["requests_sha256"]:
             raise Refused(
                 f"{path} answers other requests: the first {self.lines} lines of the input "
-                f"are not those it was begun with. Choose another file, or remove {path}*."
+                f"are not those that it answered. Choose another file, or remove {path}*."
             )
         if complete and next(lines, None) is not None:
             raise Refused(
-                f"{path} answers {self.lines} requests, and there are more by now. "
+                f"{path} is complete with {self.lines} requests, but the input now has more. "
                 f"Choose another file, or remove {path}* to answer all of them again."
             )
 
@@ -110,7 +111,7 @@ class File:
         self._output.append([json.dumps(answer) for answer in answers], notes)
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames the file to its final name."""
         self._output.finish()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers: requests of any tasks, sorted by length into batches, answered in their order."""
+"""A server of requests for any tasks: sorted by length into batches, answered in order."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mpt_jax.serving.prompt_bank import Bank, Named
 Answer = dict[str, Any]
 # Programs are compiled for these numbers of tokens, doubled up to the limit.
 SHORTEST_INPUT, SHORTEST_TARGET = 16, 8
-# And for these numbers of rows, times four up to the batch size: one request does not wait for
-# the work of a whole batch, and few programs are made.
+# The numbers of rows grow by this factor up to the batch size: one request does not wait for the
+# work of a whole batch, and few programs are compiled.
 FEWER_ROWS = 4
 
 
 class _Job(NamedTuple):
-    """A row of a batch: the request it is for, and which of its targets."""
+    """A row of a batch: indices of its request and target, and its tokens."""
 
     request: int
     target: int
@@ -36,12 +36,12 @@ class _Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Sizes, which decide how much a request may ask and how many programs are compiled.
+    """Sizes that limit a request and decide how many programs are compiled.
 
     Attributes:
-        input_length: tokens of an input, the end of sequence included.
-        target_length: tokens that are decoded, or scored.
-        batch_size: rows of a batch at most.
+        input_length: maximum number of tokens of an input, including the end of sequence.
+        target_length: maximum number of tokens to decode or score.
+        batch_size: maximum number of rows of a batch.
     """
 
     input_length: int = 512
@@ -52,16 +52,16 @@ class Limits:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
                 raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)}, and must be 1 or more."
+                    f"{field.name} is {getattr(self, field.name)}, but must be at least 1."
                 )
 
 
 class Server:
-    """A backbone with a bank of prompts, compiled for few lengths.
+    """A backbone with a bank of prompts, compiled for a few lengths.
 
     Args:
-        bank: the prompts; rows may be added to it while the server runs.
-        backbone: what they belong to (`backbone.load`).
+        bank: the prompts; rows may be added while the server runs.
+        backbone: the backbone of the prompts (`backbone.load`).
         limits: sizes.
     """
 
@@ -76,7 +76,7 @@ class Server:
         )
         self._predict = jax.jit(self.functions.predict)
         self._score = jax.jit(self.functions.score)
-        malloc.keep_freed_memory()  # the weights are in place
+        malloc.keep_freed_memory()  # after the weights were loaded
 
     @classmethod
     def load(
@@ -87,19 +87,19 @@ class Server:
         limits: Limits = Limits(),
         **backbone: Any,
     ) -> Server:
-        """A server of artifacts.
+        """Loads a server from artifacts.
 
         Args:
-            prompts: folders, or NAME=FOLDER.
+            prompts: artifact folders, or NAME=FOLDER.
             folded: see `Bank`.
             limits: sizes.
-            **backbone: what `backbone.load` takes beside the bank.
+            **backbone: the arguments of `backbone.load` except the bank.
         """
         bank = Bank.load([Named.parse(text) for text in prompts], folded)
         return cls(bank, backbones.load(bank, **backbone), limits)
 
     def reader(self, mode: str = "predict", truncate: bool = False) -> Reader:
-        """Reads the lines of requests for this server."""
+        """Returns a parser of requests to this server."""
         limits = self.limits
         return Reader(
             *(self.bank, self.backbone.vocabulary, mode),
@@ -107,20 +107,20 @@ class Server:
         )
 
     def answer(self, requests: Sequence[Request | Failure]) -> list[Answer]:
-        """One answer for each request, in their order."""
+        """Returns one answer for each request, in their order."""
         jobs: list[_Job] = []
         for index, request in enumerate(requests):
             if isinstance(request, Request):
-                of = enumerate(request.targets or ([],))
-                jobs += [_Job(index, i, request.inputs, ids, request.row) for i, ids in of]
-        found = dict(self._run([job for job in jobs if not job.targets], self._predictions))
-        found |= dict(self._run([job for job in jobs if job.targets], self._scores))
+                targets = enumerate(request.targets or ([],))
+                jobs += [_Job(index, i, request.inputs, ids, request.row) for i, ids in targets]
+        outputs = dict(self._run([job for job in jobs if not job.targets], self._predictions))
+        outputs |= dict(self._run([job for job in jobs if job.targets], self._scores))
         answers = []
         for index, request in enumerate(requests):
             if isinstance(request, Failure):
                 answers.append({**request.label, "error": request.error})
                 continue
-            results = [found[index, i] for i in range(max(len(request.targets), 1))]
+            results = [outputs[index, i] for i in range(max(len(request.targets), 1))]
             cut = {"truncated": True} if request.truncated else {}
             answers.append({**request.label, **_answer(request, results), **cut})
         return answers
@@ -130,8 +130,8 @@ class Server:
     def _run(
         self, jobs: Sequence[_Job], function: Callable[[Sequence[_Job]], Any]
     ) -> Iterable[tuple[tuple[int, int], Any]]:
-        """((request, target), result) of every job. All batches are started before the first is
-        waited for, so that the device does not wait for the host."""
+        """Yields ((request, target), result) of every job. Starts all batches before it waits for
+        the first, so that the device does not wait for the host."""
         ordered = sorted(jobs, key=lambda job: (len(job.inputs), len(job.targets)))
         size = self.limits.batch_size
         batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
@@ -174,7 +174,7 @@ class Server:
 
 
 def buckets(first: int, limit: int, factor: int = 2) -> list[int]:
-    """The sizes that are compiled: `first` times powers of `factor` below the limit, and it."""
+    """The sizes to compile for: `first` times powers of `factor` below the limit, and the limit."""
     sizes = []
     while first < limit:
         sizes.append(first)
@@ -183,11 +183,11 @@ def buckets(first: int, limit: int, factor: int = 2) -> list[int]:
 
 
 def _padded(texts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int) -> np.ndarray:
-    """[rows, the smallest length that fits] of token ids, 0 behind them."""
-    found = np.zeros((rows, smallest(lengths, max(map(len, texts)))), np.int32)
+    """Token ids [rows, smallest length that fits], padded with 0."""
+    tokens = np.zeros((rows, smallest(lengths, max(map(len, texts)))), np.int32)
     for row, ids in enumerate(texts):
-        found[row, : len(ids)] = ids
-    return found
+        tokens[row, : len(ids)] = ids
+    return tokens
 
 
 def _answer(request: Request, results: Sequence[Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Lines as they arrive: as many as are waiting or come within 20 ms, up to a window."""
+"""Windows of input lines: those that are waiting or arrive within 20 ms, up to a limit."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-# Seconds after the first line of a window in which further ones may come.
+# Seconds that a window stays open after its first line.
 PATIENCE = 0.02
 
 
 def windows(lines: Iterable[bytes], size: int, patience: float = PATIENCE) -> Iterator[list[bytes]]:
-    """Lists of 1 to `size` lines, in order.
+    """Yields lists of 1 to `size` lines, in order.
 
-    A thread reads ahead, so a window is whole where lines come faster than they are answered (from
-    a file, say), and one line where somebody types them. Of lines that come steadily but slowly a
-    window has those of its first moments: its first line waits no longer than that.
+    A thread reads ahead. Windows are full if lines arrive faster than they are answered (from a
+    file, say), and hold one line if somebody types them. If lines arrive steadily but slowly, a
+    window closes `patience` seconds after its first line, so that line waits no longer.
 
     Args:
-        lines: may block between lines.
-        size: lines of a window at most; up to two windows are read ahead.
+        lines: the input; may block between lines.
+        size: maximum number of lines in a window; up to two windows are read ahead.
         patience: seconds that the first line of a window waits for others.
 
     Raises:
-        OSError: whatever reading raised, after the lines before it.
+        OSError: any error of reading, after the lines before it were yielded.
     """
     waiting: queue.Queue[bytes | BaseException | None] = queue.Queue(2 * size)
 
@@ -33,24 +33,24 @@ def windows(lines: Iterable[bytes], size: int, patience: float = PATIENCE) -> It
         try:
             for line in lines:
                 waiting.put(line)
-        except Exception as error:  # raised again where the lines are taken
+        except Exception as error:  # raised again in the consumer's thread
             end = error
         waiting.put(end)
 
     threading.Thread(target=read, daemon=True).start()
-    while isinstance(found := waiting.get(), bytes):
-        window, last = [found], False
+    while isinstance(item := waiting.get(), bytes):
+        window, last = [item], False
         until = time.monotonic() + patience
         while len(window) < size and not last:
             try:
-                found = waiting.get(timeout=max(0.0, until - time.monotonic()))
+                item = waiting.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
-            last = not isinstance(found, bytes)
-            if isinstance(found, bytes):
-                window.append(found)
+            last = not isinstance(item, bytes)
+            if isinstance(item, bytes):
+                window.append(item)
         yield window
         if last:
             break
-    if isinstance(found, BaseException):
-        raise found
+    if isinstance(item, BaseException):
+        raise item

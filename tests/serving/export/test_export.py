@@ -1,4 +1,4 @@
-"""Exported folders: what they say in a process of their own, against the training model here."""
+"""Exported folders: outputs in a fresh process compared with the training model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = Settings(("cpu", "tpu", "cuda"), (8, 24), serving_fixtures.LIMITS.tar
 TEXTS = ("ok", "fine film", "a text of more tokens", "b", "cc")
 TARGETS = ("yes", "no", "perhaps", "?", "y")
 TASKS = ("alpha", "gamma", "beta", "beta", "alpha")
-# No library of ours, no Flax: JAX, NumPy and safetensors are enough.
+# JAX, NumPy and safetensors are enough; Flax is not needed.
 BLOCKED = (
     "import sys\nfor name in ('flax', 'tensorflow', 'torch', 'orbax'): sys.modules[name] = None\n"
 )
@@ -67,7 +67,7 @@ def any_kind(request, tmp_path_factory):
 
 
 def run(script, cwd, *arguments):
-    """A script in a fresh process; returns what it prints, as JSON."""
+    """Runs a script in a fresh process; returns its last printed line, parsed as JSON."""
     variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     printed = run_script(script, *arguments, cwd=cwd, fresh=True, **variables)
     return json.loads(printed.splitlines()[-1])
@@ -77,7 +77,7 @@ def ids(text):
     return [*serving_fixtures.VOCABULARY.encode(text), 1]
 
 
-def test_a_fresh_process_says_what_the_training_model_says(any_kind):
+def test_export_in_fresh_process_matches_training_model(any_kind):
     script = BLOCKED + (
         "import json\n"
         "from mpt_jax.serving.export import load\n"
@@ -103,7 +103,7 @@ def test_a_fresh_process_says_what_the_training_model_says(any_kind):
     assert alone == [pytest.approx(scored[2], rel=1e-4)]
 
 
-def test_the_code_of_its_own_readme_runs_without_this_library(folder):
+def test_export_readme_code_runs_without_this_library(folder):
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "exported/README.md").read_text(), re.S)
     script = (
         f"{BLOCKED}sys.modules['mpt_jax'] = None\n{code}\n"
@@ -117,14 +117,14 @@ def test_the_code_of_its_own_readme_runs_without_this_library(folder):
     np.testing.assert_allclose(scores, again[1], rtol=1e-5)
 
 
-def test_functions_are_for_all_platforms_and_hold_no_weights(folder):
+def test_export_functions_have_all_platforms_and_no_weights(folder):
     exported = folder / "exported"
     for path in exported.glob("*.jax"):
         found = jax_export.deserialize(bytearray(path.read_bytes()))
         assert found.platforms == ("cpu", "tpu", "cuda")
         assert "tpu_custom_call" not in found.mlir_module(), "plain operations everywhere"
-        # Constants are T5's table of distances and the like; the smallest weight matrix that is
-        # used many times, the embedding, has more.
+        # Constants are small tables such as T5's relative positions. The embedding, the smallest
+        # weight matrix that is used many times, is larger.
         embedding = serving_fixtures.backbone().params["token_embedder"]["embedding"]
         constants = re.findall(r"dense<\"0x([0-9A-F]+)\"", found.mlir_module())
         assert all(len(constant) / 2 < embedding.nbytes / 4 for constant in constants)
@@ -145,7 +145,7 @@ def uncached():
         jax.config.update(least, before)
 
 
-def test_the_tpus_compiler_takes_them(folder):
+def test_export_functions_compile_for_tpu(folder):
     pytest.importorskip("libtpu")
     device = chips.devices("v5e:2x2")[0]
     on_chip = jax.sharding.SingleDeviceSharding(device)
@@ -157,12 +157,12 @@ def test_the_tpus_compiler_takes_them(folder):
         for x in found.in_avals
     ]
     arguments, named = jax.tree.unflatten(found.in_tree, shapes)
-    with uncached():  # what was compiled for a chip that is not here cannot be read back
+    with uncached():  # programs compiled for an absent chip cannot be read from the cache
         compiled = jax.jit(found.call).lower(*arguments, **named).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > 0
 
 
-def test_prompts_may_be_exchanged(either, tmp_path):
+def test_export_exchanged_prompts_match_training_model(either, tmp_path):
     other = serving_fixtures.artifact(tmp_path / "other", seed=5)
     loaded = export.load(either / "exported")
     arrays = Bank([other], folded=loaded.config["folded"]).arrays
@@ -175,7 +175,7 @@ def test_prompts_may_be_exchanged(either, tmp_path):
     assert float(scores[0]) == pytest.approx(score, rel=1e-4)
 
 
-def test_bfloat16_weights_stay_bfloat16(tmp_path):
+def test_export_bfloat16_weights_stay_bfloat16(tmp_path):
     backbone = serving_fixtures.backbone()
     half = backbone._replace(
         config=backbone.config.__class__(**{**vars(backbone.config), "dtype": "bfloat16"}),
@@ -188,10 +188,10 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
     assert np.isfinite(loaded.score([ids("ok")], [ids("yes")], [0])).all()
 
 
-# --- What is wrong -------------------------------------------------------------------------------
+# --- Errors --------------------------------------------------------------------------------------
 
 
-def test_what_was_changed_or_is_missing_is_said(folder, tmp_path):
+def test_export_changed_or_missing_file_fails(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder / "exported", copy)
     weights = copy / "backbone.safetensors"
@@ -213,9 +213,9 @@ def test_what_was_changed_or_is_missing_is_said(folder, tmp_path):
 
 
 @pytest.mark.parametrize("row", [-1, 3, 1000])
-def test_rows_of_no_task_are_refused(row, folder):
+def test_export_unknown_row_fails(row, folder):
     loaded = export.load(folder / "exported")  # of three tasks, in a bank with room for four
-    with pytest.raises(ValueError, match=f"no row {row}: the rows of the 3 tasks"):
+    with pytest.raises(ValueError, match=f"no row {row}: the 3 tasks have rows 0 to 2"):
         loaded.predict([ids("ok"), ids("ok")], [2, row])
     with pytest.raises(ValueError, match=f"no row {row}"):
         loaded.score([ids("ok")], [ids("a")], [row])
@@ -223,7 +223,7 @@ def test_rows_of_no_task_are_refused(row, folder):
     assert "0 to 2" in readme and "a prompt of zeros" in readme
 
 
-def test_an_unknown_task_is_not_told_ten_thousand_names(folder):
+def test_export_unknown_task_lists_few_names(folder):
     loaded = export.load(folder / "exported")
     loaded.names = [f"task_{i:05}" for i in range(10_000)]
     with pytest.raises(ValueError, match="task_00019 and 9980 more") as error:
@@ -231,7 +231,7 @@ def test_an_unknown_task_is_not_told_ten_thousand_names(folder):
     assert len(str(error.value)) < 400
 
 
-def test_the_bytes_that_are_checked_are_those_that_are_loaded(folder, tmp_path, monkeypatch):
+def test_export_checked_bytes_are_loaded_bytes(folder, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(folder / "exported", copy)
     whole = Path.read_bytes
@@ -248,7 +248,7 @@ def test_the_bytes_that_are_checked_are_those_that_are_loaded(folder, tmp_path, 
         jax.tree.map(np.testing.assert_array_equal, mine, theirs)
 
 
-def test_a_folder_that_exists_is_refused_before_any_work(folder, tmp_path, monkeypatch, capsys):
+def test_export_existing_folder_fails_before_work(folder, tmp_path, monkeypatch, capsys):
     bank = Bank([serving_fixtures.artifact(tmp_path / "artifact")])
     monkeypatch.setattr("mpt_jax.serving.export.writing.Functions", None)
     with pytest.raises(FileExistsError, match="exported exists already"):
@@ -259,14 +259,16 @@ def test_a_folder_that_exists_is_refused_before_any_work(folder, tmp_path, monke
     assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
-def test_settings_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown platforms \['gpu'\]; known are cpu, tpu, cuda"):
+def test_export_settings_invalid_values_fail(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"Unknown platforms \['gpu'\]. Choose from cpu, tpu, cuda"
+    ):
         Settings(("gpu",))
     with pytest.raises(ValueError, match="positive lengths"):
         Settings(input_lengths=())
 
 
-def test_the_command_writes_the_shipped_prompts(tmp_path, capsys):
+def test_export_command_writes_shipped_prompts(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--prompts", str(SHIPPED / "tiny_t5" / "mpt_source"), "--out", str(out)]
     sizes = ["--input-lengths", "8", "--target-length", "4", "--platforms", "cpu"]

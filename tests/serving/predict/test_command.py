@@ -1,4 +1,4 @@
-"""`mpt-jax predict` as a command, with the tiny T5 that is shipped."""
+"""`mpt-jax predict` as a command, with the shipped tiny T5."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(tmp_path, capfdbinary):
     return call
 
 
-def test_answers_stand_where_their_requests_do(run):
+def test_predict_command_answers_in_request_order(run):
     code, answers, said = run()
     assert code == 0
     assert [answer["line"] for answer in answers] == [1, 2, 3]
@@ -57,14 +57,14 @@ def test_answers_stand_where_their_requests_do(run):
     assert "6 tasks" in said and "3 answered, 1 of them errors" in said
 
 
-def test_exit_codes_say_whether_lines_failed(run):
+def test_predict_command_exit_code_shows_failed_lines(run):
     assert run("--strict")[0] == 1
     assert run("--strict", lines=REQUESTS[:1])[0] == 0
     assert run(lines=["nope", ""])[0] == 1
     assert run(lines=[])[:2] == (0, [])
 
 
-def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
+def test_predict_command_interrupted_output_resumes(run, tmp_path, monkeypatch):
     lines = [REQUESTS[0] | {"inputs": f"sst2 : film {i}"} for i in range(9)]
     _, whole, _ = run(lines=lines)
     monkeypatch.setattr(command, "WINDOW", 1)  # four lines at a time
@@ -80,9 +80,9 @@ def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command.Server, "answer", interrupted)
     code, _, said = run("--output", str(path), lines=lines)
-    assert code == 130 and "the same command goes on" in said and not path.exists()
+    assert code == 130 and "the same command resumes" in said and not path.exists()
     code, _, said = run("--output", str(path), lines=lines)
-    assert code == 0 and "going on after 4 lines" in said
+    assert code == 0 and "resuming after 4 answered lines" in said
     assert windows == [[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [9]]
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [x["line"] for x in found] == list(range(1, 10))
@@ -95,7 +95,7 @@ def test_a_file_goes_on_where_it_was_interrupted(run, tmp_path, monkeypatch):
     assert code == 2 and "truncate: saved False, current True" in said
 
 
-def test_exit_codes_count_the_lines_of_earlier_starts(run, tmp_path, monkeypatch):
+def test_predict_command_exit_code_counts_earlier_starts(run, tmp_path, monkeypatch):
     good = REQUESTS[0]
     monkeypatch.setattr(command, "WINDOW", 1)  # four lines at a time
     for name, lines, usual in (("first", ["nope", *[good] * 4], 0), ("all", ["nope"] * 5, 1)):
@@ -111,11 +111,13 @@ def test_exit_codes_count_the_lines_of_earlier_starts(run, tmp_path, monkeypatch
             code, _, said = run(*answers, lines=lines)
             assert code == 2 and "No space left" in said and not (tmp_path / name).exists()
         assert run(*answers, "--strict", lines=lines)[0] == 1, "the line of the first start failed"
-        assert run(*answers, "--strict", lines=lines)[0] == 1, "and does when all is complete"
+        assert run(*answers, "--strict", lines=lines)[0] == 1, (
+            "and counts when the file is complete"
+        )
         assert run(*answers, lines=lines)[0] == usual
 
 
-def test_what_cannot_begin_says_why(run, tmp_path):
+def test_predict_command_invalid_arguments_exit_with_2(run, tmp_path):
     code, answers, said = run(prompts=(SOURCE, SOURCE))
     assert (code, answers) == (2, []) and "'toy_sst2'" in said and "NAME=" in said
     code, _, said = run(prompts=(str(tmp_path / "none"),))
@@ -127,24 +129,24 @@ def test_what_cannot_begin_says_why(run, tmp_path):
 # --- Backbone and vocabulary ---------------------------------------------------------------------
 
 
-def test_only_the_backbone_and_vocabulary_of_the_prompts_are_taken(tmp_path):
+def test_backbone_load_other_backbone_or_vocabulary_fails(tmp_path):
     bank = Bank.load([Named(SOURCE)])
     found = backbone.load(bank)
     assert found.embedding_sha256 == bank.config["embedding_sha256"]
     assert found.vocabulary_sha256 == bank.config["vocabulary_sha256"]
     other = {k: v for k, v in tiny.params(tiny.model()).items() if k != "prompt"}
     wrong = save_t5x(tmp_path, other, 0)
-    with pytest.raises(ValueError, match="belongs to another backbone.*sha256"):
+    with pytest.raises(ValueError, match="trained on another backbone.*sha256"):
         backbone.load(bank, str(wrong))
     with pytest.raises(ValueError, match="trained with another vocabulary"):
         backbone.load(bank, vocabulary=paths.shipped(name="toy.model"))  # of 100 sentinels
-    with pytest.raises(FileNotFoundError, match="no vocabulary beside the backbone.*--vocabulary"):
+    with pytest.raises(FileNotFoundError, match="has no vocabulary beside it.*--vocabulary"):
         backbone.load(bank, SHIPPED)
     given = backbone.load(bank, SHIPPED, paths.shipped(name="toy.model"), extra_ids=16)
     assert given.vocabulary_sha256 == found.vocabulary_sha256
 
 
-def test_a_vocabulary_beside_the_backbone_is_found(tmp_path):
+def test_backbone_load_vocabulary_beside_backbone_is_used(tmp_path):
     folder = save_t5x(tmp_path, load_backbone(SHIPPED), 0)
     model = tokenizers.load(paths.shipped(name="toy.model"), 16).sp_model
     (folder / "spiece.model").write_bytes(model)  # its sentinels are pieces, as umT5's are
@@ -153,7 +155,7 @@ def test_a_vocabulary_beside_the_backbone_is_found(tmp_path):
     assert found.vocabulary_sha256 == bank.config["vocabulary_sha256"]
 
 
-def test_prompts_of_another_backbone_need_theirs(tmp_path):
+def test_backbone_load_without_path_other_backbone_fails(tmp_path):
     shutil.copytree(SOURCE, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     config |= {"embedding_sha256": "f" * 64, "backbone": "t5-base"}
@@ -165,7 +167,7 @@ def test_prompts_of_another_backbone_need_theirs(tmp_path):
 # --- As a process --------------------------------------------------------------------------------
 
 
-def test_a_stream_is_answered_line_by_line_without_tensorflow():
+def test_predict_command_streams_without_tensorflow():
     """Each line is answered before the next is sent, and standard input stays open."""
     blocked = "; ".join(
         f"sys.modules[{name!r}] = None" for name in ("tensorflow", "seqio", "gin", "torch", "t5")
@@ -190,7 +192,7 @@ def test_a_stream_is_answered_line_by_line_without_tensorflow():
         assert child.wait(30) == 0, child.stderr.read().decode()[-2000:]
 
 
-def test_a_reader_that_has_enough_is_no_error():
+def test_predict_command_closed_stdout_is_no_error():
     lines = "".join(json.dumps(REQUESTS[0]) + "\n" for _ in range(2))
     child = subprocess.run(
         f"{sys.executable} -m mpt_jax.serving.predict --prompts {SOURCE} {' '.join(SIZES)} "
@@ -206,7 +208,7 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def shell(command_line: str, lines: list[str]) -> tuple[int, str]:
-    """Exit code and messages of a line for bash, whose $PREDICT is the command."""
+    """Runs a line in bash, with the command as $PREDICT; returns its exit code and messages."""
     predict = f"{sys.executable} -m mpt_jax.serving.predict --prompts {SOURCE} {' '.join(SIZES)}"
     child = subprocess.run(
         ["bash", "-c", command_line.replace("$PREDICT", predict)],
@@ -219,8 +221,8 @@ def shell(command_line: str, lines: list[str]) -> tuple[int, str]:
     return child.returncode, child.stderr.decode()
 
 
-def test_messages_that_nobody_reads_do_not_stop_a_file(tmp_path):
-    """Standard error is a pipe whose reader is gone; the end waits for it to be."""
+def test_predict_command_closed_stderr_finishes_output(tmp_path):
+    """Standard error is a pipe whose reader has exited."""
     lines = [json.dumps(REQUESTS[0])] * 3
     gone = f"($PREDICT --output {tmp_path}/out 2>&1 >/dev/null; echo $? >{tmp_path}/rc) | exec true"
     shell(gone, lines)
@@ -229,7 +231,7 @@ def test_messages_that_nobody_reads_do_not_stop_a_file(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_full_disk_is_exit_code_2_and_a_sentence():
+def test_predict_command_full_disk_exits_with_2():
     code, said = shell("$PREDICT > /dev/full", [json.dumps(REQUESTS[0])])
     assert code == 2
     assert said.splitlines()[-1].endswith("No space left on device"), said

@@ -1,4 +1,4 @@
-"""Lines of requests: what they mean, and what is said of those that mean nothing."""
+"""Lines of requests: token ids of valid lines, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def read(server, line, mode="predict", truncate=False):
     return server.reader(mode, truncate).read(line, 7)
 
 
-def test_a_request_is_its_ids(server):
+def test_reader_valid_line_returns_token_ids(server):
     assert read(server, GOOD) == Request({"line": 7}, 1, [100, 101, 1])
     scored = read(server, {**GOOD, "targets": "c", "id": None}, "score")
     assert scored == Request({"line": 7, "id": None}, 1, [100, 101, 1], ([102, 1],))
     chosen = read(server, {**GOOD, "choices": ["c", "d"]})
     assert chosen.targets == ([102, 1], [103, 1]) and chosen.choices == ("c", "d")
-    # A line of a data set may be asked for a generation as it is.
+    # A line of a data set, with targets, can be sent for generation unchanged.
     assert read(server, {**GOOD, "targets": "c"}).targets == ()
 
 
-def test_long_texts_are_an_error_or_cut_and_said_to_be(server):
+def test_reader_long_text_fails_or_is_truncated(server):
     limit = serving_fixtures.LIMITS.input_length
     fits = read(server, {**GOOD, "inputs": "x" * (limit - 1)})
     assert len(fits.inputs) == limit and not fits.truncated
@@ -53,28 +53,28 @@ def test_long_texts_are_an_error_or_cut_and_said_to_be(server):
     [
         (b"", "the line is empty"),
         (b"  \n", "the line is empty"),
-        (b"nope", "no JSON object"),
-        (b"\xff\xfe{", "no JSON object"),
-        (b"[" * 100_000, "no JSON object"),
-        (b"[1]", r"no JSON object \(found \[1\]\)"),
+        (b"nope", "not a JSON object"),
+        (b"\xff\xfe{", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
+        (b"[1]", r"not a JSON object \(got \[1\]\)"),
         (b'{"task": "beta", "inputs": NaN}', "NaN is not JSON"),
-        (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is larger than a number"),
-        (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is larger"),
+        (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is too large for a float"),
+        (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is too large"),
         ({"inputs": "ab"}, "field task is missing"),
         ({"task": "beta"}, "field inputs is missing"),
         ({"task": "betta", "inputs": "ab"}, "'betta'. Did you mean 'beta'"),
-        ({"task": ["beta"], "inputs": "ab"}, r'task must be a text.*\["beta"\]'),
-        ({"task": "beta", "inputs": " "}, "inputs must be a text that is not empty"),
-        ({"task": "beta", "inputs": 3}, "inputs must be a text that is not empty, got 3"),
-        ({**GOOD, "choice": ["a"]}, "Unknown fields.*choice.*known are task, inputs, id"),
+        ({"task": ["beta"], "inputs": "ab"}, r'task must be a non-empty string.*\["beta"\]'),
+        ({"task": "beta", "inputs": " "}, "inputs must be a non-empty string"),
+        ({"task": "beta", "inputs": 3}, "inputs must be a non-empty string, got 3"),
+        ({**GOOD, "choice": ["a"]}, "Unknown fields.*choice.*Known fields: task, inputs, id"),
         ({**GOOD, "choices": []}, "choices must be a list"),
         ({**GOOD, "choices": "ab"}, "choices must be a list"),
         ({**GOOD, "choices": ["a", ""]}, "choices must be a list"),
-        ({**GOOD, "choices": ["a", "a"]}, "different texts"),
+        ({**GOOD, "choices": ["a", "a"]}, "different, non-empty strings"),
         ({**GOOD, "inputs": "\ud800"}, "half a character"),
     ],
 )
-def test_what_is_wrong_with_a_line(line, message, server):
+def test_reader_invalid_line_returns_failure(line, message, server):
     failure = read(server, line)
     assert isinstance(failure, Failure)
     assert failure.label["line"] == 7
@@ -85,8 +85,8 @@ def test_what_is_wrong_with_a_line(line, message, server):
 
 @pytest.mark.parametrize("field", ["id", "task", "inputs", "choices", "other"])
 @pytest.mark.parametrize("deep", [50, *range(99, 103), *range(200, 1000, 100), 5000, 200_000])
-def test_however_deep_a_line_is_its_answer_can_be_written(deep, field, server):
-    """The parser gives up at a depth of its own, near which a writer may have room or not."""
+def test_reader_deeply_nested_line_can_be_answered(deep, field, server):
+    """The parser fails at its own depth limit, which may differ from the serializer's."""
     nested = b"[" * deep + b"]" * deep
     line = b'{"task": "beta", "inputs": "ab", "%s": %s}' % (field.encode(), nested)
     found = read(server, line)
@@ -95,23 +95,25 @@ def test_however_deep_a_line_is_its_answer_can_be_written(deep, field, server):
 
 
 @pytest.mark.parametrize("field", ["inputs", "targets"])
-def test_half_a_character_is_said_with_sentencepiece_too(field, server):
+def test_reader_half_a_character_fails_with_sentencepiece(field, server):
     reader = dataclasses.replace(
         server.reader("score"), vocabulary=tokenizers.load(str(SHIPPED / "toy.model"), 16)
     )
     line = json.dumps({**GOOD, "targets": "a", field: "\ud800 a"}).encode()
-    assert f"{field} is no text: half a character" in reader.read(line, 7).error
+    assert f"{field} is not valid text: half a character" in reader.read(line, 7).error
 
 
-def test_a_failure_keeps_its_id(server):
+def test_reader_failure_keeps_id(server):
     assert read(server, {"id": 3, "task": "beta"}).label == {"line": 7, "id": 3}
 
 
-def test_a_score_needs_something_to_score(server):
-    assert "needs targets, or choices" in read(server, GOOD, "score").error
-    assert "targets must be a text" in read(server, {**GOOD, "targets": ""}, "score").error
+def test_reader_score_without_targets_fails(server):
+    assert "needs targets or choices" in read(server, GOOD, "score").error
+    assert (
+        "targets must be a non-empty string" in read(server, {**GOOD, "targets": ""}, "score").error
+    )
 
 
-def test_an_unknown_mode_is_refused(server):
+def test_reader_unknown_mode_fails(server):
     with pytest.raises(ValueError, match="'guess'"):
         Reader(server.bank, serving_fixtures.VOCABULARY, "guess", 9, 9)

@@ -21,7 +21,7 @@ def names(folder):
 
 
 def write(path, first, last, lines=LINES, made_from=MADE_FROM, finish=False):
-    """Answers requests from where the file stands; says where that was."""
+    """Answers requests from the file's current position; returns that position."""
     output = File(path, made_from)
     done = output.begin(iter(lines))
     if done is None:
@@ -36,19 +36,19 @@ def write(path, first, last, lines=LINES, made_from=MADE_FROM, finish=False):
     return done
 
 
-def test_a_file_is_whole_when_it_has_its_name(tmp_path):
+def test_file_gets_final_name_when_complete(tmp_path):
     path = tmp_path / "deep" / "out.jsonl"
     write(path, 0, 2)
     assert names(path.parent) == ["out.jsonl.partial", "out.jsonl.partial_of"]
     write(path, 2, 5, finish=True)
     assert names(path.parent) == ["out.jsonl", "out.jsonl.COMPLETED"]
     assert path.read_text() == WHOLE
-    assert write(path, 0, 5) is None, "it is not made again"
+    assert write(path, 0, 5) is None, "it is complete"
     assert path.read_text() == WHOLE
 
 
 @pytest.mark.parametrize("tail", ["", "{", '{"line": 3}\n', '{"line": 3}\n{"li'])
-def test_what_was_written_after_the_last_record_is_written_again(tail, tmp_path):
+def test_file_answers_after_last_record_are_rewritten(tail, tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 2)
     with (tmp_path / "out.jsonl.partial").open("a") as file:
@@ -57,7 +57,7 @@ def test_what_was_written_after_the_last_record_is_written_again(tail, tmp_path)
     assert path.read_text() == WHOLE
 
 
-def test_a_start_that_was_killed_before_its_last_step_is_finished(tmp_path):
+def test_file_killed_before_rename_is_finished(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 5, finish=True)
     path.rename(tmp_path / "out.jsonl.partial")
@@ -66,7 +66,7 @@ def test_a_start_that_was_killed_before_its_last_step_is_finished(tmp_path):
 
 
 @pytest.mark.parametrize("finish", [False, True])
-def test_other_requests_or_settings_are_refused(finish, tmp_path):
+def test_file_other_requests_or_settings_fail(finish, tmp_path):
     path, last = tmp_path / "out.jsonl", 5 if finish else 3
     write(path, 0, last, finish=finish)
     with pytest.raises(ValueError, match="mode: saved 'predict', current 'score'"):
@@ -76,14 +76,14 @@ def test_other_requests_or_settings_are_refused(finish, tmp_path):
             write(path, last, 5, lines=others)
 
 
-def test_more_requests_than_a_whole_file_answers_are_refused(tmp_path):
+def test_complete_file_more_requests_fail(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 5, finish=True)
-    with pytest.raises(ValueError, match="answers 5 requests, and there are more"):
+    with pytest.raises(ValueError, match="complete with 5 requests, but the input now has more"):
         write(path, 0, 5, lines=[*LINES, b"f"])
 
 
-def test_files_that_are_not_ours_or_not_whole_are_refused(tmp_path):
+def test_file_foreign_or_damaged_fails(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
     with pytest.raises(ValueError, match="not written by this command"):
@@ -100,10 +100,10 @@ def test_files_that_are_not_ours_or_not_whole_are_refused(tmp_path):
         write(other, 3, 5)
 
 
-# --- What was lost, or is another run's ----------------------------------------------------------
+# --- Lost files, and files of another run --------------------------------------------------------
 
 
-def test_a_second_run_on_a_file_is_refused_and_the_first_goes_on(tmp_path):
+def test_file_second_run_fails_first_continues(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 2)
     first, second = File(path, MADE_FROM), File(path, MADE_FROM)
@@ -114,11 +114,11 @@ def test_a_second_run_on_a_file_is_refused_and_the_first_goes_on(tmp_path):
     first.write(LINES[3:], ANSWERS[3:])
     first.finish()
     assert path.read_text() == WHOLE
-    assert second.begin(iter(LINES)) is None, "its turn has come, and nothing is left"
+    assert second.begin(iter(LINES)) is None, "the lock is free, and the file is complete"
     assert path.read_text() == WHOLE
 
 
-def test_a_run_that_finishes_while_another_opens_its_file_is_not_undone(tmp_path, monkeypatch):
+def test_file_finished_during_begin_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
     first, second = File(path, MADE_FROM), File(path, MADE_FROM)
     first.begin(iter(LINES))
@@ -136,7 +136,7 @@ def test_a_run_that_finishes_while_another_opens_its_file_is_not_undone(tmp_path
 
 
 @pytest.mark.parametrize("change", ["gone", "shorter", "longer"])
-def test_a_whole_file_that_is_not_what_it_was_is_refused(change, tmp_path):
+def test_complete_file_changed_size_fails(change, tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 5, finish=True)
     if change == "gone":
@@ -149,7 +149,7 @@ def test_a_whole_file_that_is_not_what_it_was_is_refused(change, tmp_path):
     assert path.exists() == (change != "gone")
 
 
-def test_answers_without_a_record_are_not_wiped(tmp_path):
+def test_file_answers_without_record_are_kept(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, 0, 3)
     (tmp_path / "out.jsonl.partial_of").unlink()
@@ -159,12 +159,12 @@ def test_answers_without_a_record_are_not_wiped(tmp_path):
     with pytest.raises(Refused, match=f"has {len(kept)} bytes and no out.jsonl.partial_of"):
         write(path, 0, 5)
     assert partial.read_bytes() == kept
-    partial.write_bytes(b"")  # as a start leaves it that was killed before its first answer
+    partial.write_bytes(b"")  # left by a start that was killed before its first answer
     write(path, 0, 5, finish=True)
     assert path.read_text() == WHOLE
 
 
-def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_file_record_is_synced_before_rename(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
 
     def recorded(descriptor):
@@ -177,7 +177,7 @@ def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert synced == ["record", "out.jsonl.partial", "record"]
 
 
-def test_failed_requests_of_earlier_starts_are_counted(tmp_path):
+def test_file_counts_failed_requests_of_earlier_starts(tmp_path):
     path = tmp_path / "out.jsonl"
     output = File(path, MADE_FROM)
     output.begin(iter(LINES))

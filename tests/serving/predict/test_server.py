@@ -1,4 +1,4 @@
-"""Answers against the training model, one example at a time; order, batches and recompiling."""
+"""Server answers compared with the training model; order, batches and recompilation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mixed_tasks_are_answered_in_order_as_one_by_one(kind, tmp_path):
+def test_server_mixed_tasks_match_single_examples(kind, tmp_path):
     server = serving_fixtures.server(tmp_path / "artifact", kind)
     found = artifacts.load_artifact(tmp_path / "artifact")
     tasks = [found.runs.run_names[i % 3] for i in range(len(TEXTS))]
@@ -65,7 +65,7 @@ def check_scores(server, found):
         )
 
 
-def test_the_most_probable_choice_and_the_scores_of_all(server, tmp_path):
+def test_server_choices_return_best_choice_and_all_scores(server, tmp_path):
     found = serving_fixtures.artifact(tmp_path / "artifact")
     choices = ["yes", "no", "perhaps so", "?"]
     for mode in ("predict", "score"):
@@ -76,7 +76,7 @@ def test_the_most_probable_choice_and_the_scores_of_all(server, tmp_path):
             assert answer["prediction"] == choices[int(np.argmax(scores))]
 
 
-def test_the_score_of_a_prediction_is_that_of_its_ids_as_a_target(server):
+def test_functions_predict_score_equals_score_of_its_ids(server):
     tokens = jnp.asarray([[*serving_fixtures.VOCABULARY.encode("ok"), 1]] * 3)
     rows, params = jnp.arange(3), serving_fixtures.backbone().params
     ids, scores = jax.jit(server.functions.predict)(params, server.bank.arrays, tokens, rows)
@@ -84,7 +84,7 @@ def test_the_score_of_a_prediction_is_that_of_its_ids_as_a_target(server):
     np.testing.assert_allclose(scores, again, rtol=1e-4)
 
 
-def test_failures_keep_their_place(server):
+def test_server_failures_keep_request_order(server):
     requests = [
         {"task": "alpha", "inputs": "a"},
         {"task": "alpah", "inputs": "a", "id": "mine"},
@@ -98,7 +98,7 @@ def test_failures_keep_their_place(server):
     assert server.answer([Failure({"line": 9}, "no")]) == [{"line": 9, "error": "no"}]
 
 
-def test_few_programs_are_compiled_and_once_more_when_a_bank_is_outgrown(server, tmp_path):
+def test_server_grown_bank_recompiles_once(server, tmp_path):
     requests = [{"task": "alpha", "inputs": "x" * (1 + i % 22)} for i in range(33)]
     ask(server, requests)
     # Inputs of up to 16 and of up to 24 tokens, in batches of 1 and 4.
@@ -107,14 +107,14 @@ def test_few_programs_are_compiled_and_once_more_when_a_bank_is_outgrown(server,
     added = serving_fixtures.artifact(tmp_path / "more", ("delta",), seed=1)
     with pytest.raises(ValueError, match="'delta'"):
         server.bank.row("delta")
-    # A shared prompt of its own outgrows the one group that there was, once.
+    # The artifact's own shared prompt exceeds the capacity of one group, once.
     server.bank.add(added)
     ask(server, requests)
     grown = server._predict._cache_size()
     assert before < grown <= 2 * before
 
 
-def test_a_row_that_fits_a_folded_bank_compiles_nothing(tmp_path):
+def test_server_row_within_folded_capacity_compiles_nothing(tmp_path):
     bank = Bank([serving_fixtures.artifact(tmp_path / "artifact")], folded=True)
     server = Server(bank, serving_fixtures.backbone(), serving_fixtures.LIMITS)
     (before,) = ask(server, [{"task": "beta", "inputs": "ok"}])
@@ -128,8 +128,8 @@ def test_a_row_that_fits_a_folded_bank_compiles_nothing(tmp_path):
     assert server._predict._cache_size() == programs == 1
 
 
-def test_plain_prompts_of_several_methods_and_lengths_are_served_side_by_side(tmp_path):
-    """MPT's of 3 positions, and CrossPT's of 6."""
+def test_server_folded_methods_and_lengths_match_training_model(tmp_path):
+    """MPT's prompts have 3 positions, and CrossPT's have 6."""
     first = serving_fixtures.artifact(tmp_path / "mpt", ("alpha", "beta"))
     longer = serving_fixtures.SEVERAL_LENGTHS.private_length["beta"]
     private = dataclasses.replace(serving_fixtures.SEVERAL_LENGTHS, private_length=longer)
@@ -147,8 +147,8 @@ def test_plain_prompts_of_several_methods_and_lengths_are_served_side_by_side(tm
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
-    """A fleet leaves such artifacts, of each run."""
+def test_server_single_shorter_prompt_matches_training_model(folded, tmp_path):
+    """A fleet writes such an artifact for each run."""
     found = serving_fixtures.artifact(
         tmp_path / "artifact", ("gamma",), method=serving_fixtures.SEVERAL_LENGTHS
     )
@@ -157,7 +157,7 @@ def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
         Bank([found], folded=folded), serving_fixtures.backbone(), serving_fixtures.LIMITS
     )
     (answer,) = ask(server, [{"task": "gamma", "inputs": "ok"}])
-    # Of three rows, the training model's prompt of gamma is as long as ever.
+    # In the artifact of all three rows, gamma's prompt has the same length.
     wide = serving_fixtures.artifact(tmp_path / "wide", method=serving_fixtures.SEVERAL_LENGTHS)
     for name in ("private", "router"):
         wide.params[name] = wide.params[name].at[2].set(found.params[name][0])
@@ -166,19 +166,19 @@ def test_a_prompt_shorter_than_its_methods_is_served_alone(folded, tmp_path):
     assert (answer["prediction"], answer["score"]) == (prediction, pytest.approx(score, rel=1e-4))
 
 
-def test_buckets_double_up_to_the_limit():
+def test_buckets_double_up_to_limit():
     assert buckets(16, 100) == [16, 32, 64, 100]
     assert buckets(1, 32, 4) == [1, 4, 16, 32]
     assert buckets(16, 16) == buckets(32, 16) == [16]
 
 
-def test_a_server_keeps_the_memory_of_its_batches(tmp_path, monkeypatch):
+def test_server_keeps_freed_memory(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: kept.append("freed memory"))
     serving_fixtures.server(tmp_path / "artifact")
     assert kept == ["freed memory"]
 
 
-def test_sizes_are_positive():
+def test_limits_zero_size_fails():
     with pytest.raises(ValueError, match="batch_size is 0"):
         Limits(batch_size=0)

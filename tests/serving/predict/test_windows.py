@@ -1,4 +1,4 @@
-"""Windows of lines: whole where lines are there, at once where they are not."""
+"""Windows of lines: full if lines are waiting, and yielded at once if they are not."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from mpt_jax.serving.predict.windows import windows
 
 
-def test_lines_that_are_there_come_in_whole_windows():
+def test_windows_waiting_lines_fill_windows():
     lines = [b"%d\n" % i for i in range(10)]
     assert list(windows(lines, 4, patience=5.0)) == [lines[:4], lines[4:8], lines[8:]]
     assert list(windows([], 4)) == []
 
 
-def test_a_line_is_not_kept_until_the_next_one_comes():
+def test_windows_typed_line_is_yielded_at_once():
     asked = [threading.Event() for _ in range(3)]
 
     def typed():
@@ -33,7 +33,7 @@ def test_a_line_is_not_kept_until_the_next_one_comes():
     assert found == [b"0", b"1", b"2"]
 
 
-def test_lines_that_come_steadily_do_not_keep_the_first_waiting():
+def test_windows_steady_lines_do_not_delay_first_line():
     def steady():
         for i in range(20):
             yield b"%d" % i
@@ -46,15 +46,15 @@ def test_lines_that_come_steadily_do_not_keep_the_first_waiting():
     ]
 
 
-def test_lines_that_wait_are_taken_however_late_it_is():
+def test_windows_zero_patience_takes_waiting_lines():
     lines = [b"%d" % i for i in range(10)]
     found = windows(lines, 5, patience=0.0)
     assert next(found)
-    time.sleep(0.2)  # as an answer takes; the thread reads on
+    time.sleep(0.2)  # as long as an answer takes; the thread keeps reading
     assert len(next(found)) == 5
 
 
-def test_an_error_of_reading_comes_after_the_lines_before_it():
+def test_windows_read_error_comes_after_earlier_lines():
     def broken():
         yield b"a"
         raise OSError("the disk is gone")
