@@ -123,7 +123,7 @@ def test_positions_of_other_configurations_are_refused():
     other = datasets.train_iterator(config(mixture(batch_size=9), batch_size=9), CONVERTER)
     with pytest.raises(ValueError, match=r"another configuration \(sampler: saved 'Stochastic.*9"):
         other.restore(state)
-    with pytest.raises(ValueError, match="Not a data position, or a damaged one"):
+    with pytest.raises(ValueError, match="The data position is corrupt or not a position"):
         other.restore(state[:100])
 
 
@@ -253,7 +253,7 @@ def test_packed_rows_have_one_length():
 
 def test_independent_runs_are_not_packed_for_training():
     apart = functools.partial(CONVERTER, runs=Runs(list(SIZES), groups="independent"))
-    with pytest.raises(ValueError, match="deals 3 independent runs uneven shares"):
+    with pytest.raises(ValueError, match="gives 3 independent runs uneven shares"):
         datasets.train_iterator(config(mixture(), pack=True), apart)
     cfg = config("dat_b", pack=True, split="validation", shuffle=False)
     assert list(datasets.eval_batches(cfg, apart)["dat_b"]()), "a loss does not depend on shares"
@@ -306,12 +306,12 @@ def test_eval_batches_can_be_limited_and_shared():
     "cfg, message",
     [
         (lambda: config("dat_bb"), r"Unknown task or mixture 'dat_bb'. Did you mean 'dat_b'"),
-        (lambda: config("dat_a", seed=None), "seed must be given for training"),
+        (lambda: config("dat_a", seed=None), "seed is None, but training needs a seed"),
         (lambda: config("dat_a", split="test"), "'dat_a' has no 'test' split; it has train, valid"),
         (lambda: config("dat_plain", split="test"), "No task of mixture 'dat_plain' has a 'test'"),
         (lambda: config(mixture(), batch_size=9), "batch_size is 9, but the sampler's is 6"),
         (lambda: config("dat_a", batch_size=0), "batch_size must be positive, got 0"),
-        (lambda: config("dat_a", task_feature_lengths=None), "task_feature_lengths must be given"),
+        (lambda: config("dat_a", task_feature_lengths=None), "task_feature_lengths is None, but"),
         (
             lambda: config("dat_a", module="tasks.no_such_suite"),
             r"The task suite tasks.no_such_suite cannot be imported \(no module tasks",
@@ -344,7 +344,7 @@ def test_empty_split():
     with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
         name = task_mixture(["dat_empty"], EqualQuotas(6, 3))
         datasets.train_iterator(config(name), converter)
-    with pytest.raises(ValueError, match="not one whole batch"):
+    with pytest.raises(ValueError, match="does not fill one batch"):
         next(datasets.train_iterator(config("dat_empty"), converter))
     with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
         datasets.eval_batches(config("dat_empty"), converter)

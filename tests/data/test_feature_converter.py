@@ -98,14 +98,13 @@ def test_unknown_run_is_named():
     preprocessors.task_id("ft_stranger")
     dataset = PromptFeatureConverter(1, RUNS)(examples(("ft_stranger", [7], [5])), LENGTHS)
     message = (
-        "The task ft_stranger is not among the runs of this job, which are ft_alpha, ft_beta, "
-        "ft_gamma."
+        "The task ft_stranger is not a run of this job. Its runs are ft_alpha, ft_beta, ft_gamma."
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         rows_of(dataset)
     dataset = PromptFeatureConverter(1, RUNS)(examples(("", [7], [5]), task_ids=[1234567]), LENGTHS)
     with pytest.raises(
-        tf.errors.InvalidArgumentError, match="unregistered id 1234567 is not among"
+        tf.errors.InvalidArgumentError, match="unregistered id 1234567 is not a run"
     ):
         rows_of(dataset)
 
@@ -147,9 +146,9 @@ def test_empty_input_packs_behind_a_prompt():
     [
         ({"prompt_length": -1}, "prompt_length must be 0 or more, got -1"),
         ({"on_overlong": "cut"}, r"on_overlong must be one of \('error', 'truncate'\), got 'cut'"),
-        ({"pack_lengths": {"inputs": 9}}, r"must give inputs and targets, got \['inputs'\]"),
+        ({"pack_lengths": {"inputs": 9}}, r"the keys inputs and targets, got \['inputs'\]"),
         ({"pack_window": 0}, "pack_window must be 1 or more, got 0"),
-        ({"use_custom_packing_ops": True}, "use_custom_packing_ops would have no effect"),
+        ({"use_custom_packing_ops": True}, "use_custom_packing_ops = True would have no effect"),
     ],
 )
 def test_bad_settings(arguments, message):

@@ -249,7 +249,7 @@ def test_finite_epochs_are_seqios():
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), EqualQuotas(8, 1)),
-            "multiple of the 3 runs, got 8; 6 would do",
+            "multiple of the 3 runs, got 8. Use 6, for example",
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), PerExample(8, 1), rates={"smp_a": 1.0}),

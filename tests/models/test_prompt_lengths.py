@@ -82,7 +82,7 @@ def test_batches_are_those_of_the_converter():
 
 @pytest.mark.parametrize("lengths", [(3, 7), (3, 8, 4)])
 def test_lengths_that_do_not_fit_the_rows(lengths):
-    with pytest.raises(ValueError, match="each of the 3 rows at most prompt_length = 7 positions"):
+    with pytest.raises(ValueError, match="3 bank rows, at most prompt_length = 7, got"):
         PromptFeatureConverter(LONGEST, RUNS, prompt_lengths=lengths)
 
 
