@@ -107,4 +107,4 @@ def test_clock(seconds, text):
 
 def test_counts_are_said_in_full():
     said = metric_writers.describe_counts(77_668, 222_981_316, ["task", "shared"])
-    assert said == "77,668 of 222,981,316 parameters learn (0.035%; labels: shared, task)."
+    assert said == "Trainable parameters: 77,668 of 222,981,316 (0.035%; labels: shared, task)."
