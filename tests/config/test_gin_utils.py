@@ -409,7 +409,7 @@ def test_a_users_file_may_serve_several_stages(tmp_path):
 
 def test_where_to_start_from_needs_an_artifact():
     start = "START_FROM = 'mnli'"
-    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTIFACT too"):
+    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTIFACT, or remove START_FROM"):
         parse(["gin/pt_target.gin"], [start])
     parse(["gin/pt_target.gin"], [start, "INITIAL_ARTIFACT = 'x'"])
     parse(["gin/mpt_target.gin"], [start])
@@ -439,7 +439,7 @@ def command(*arguments: str, entry: str = "train") -> str:
 @pytest.mark.slow  # what it says is tested above; that it is one line, below
 def test_a_flag_without_a_value_is_one_line():
     assert command("--gin.TRAIN_STEPS").endswith(
-        "--gin.TRAIN_STEPS has no value: write --gin.TRAIN_STEPS=<value>."
+        "--gin.TRAIN_STEPS has no value. Write --gin.TRAIN_STEPS=<value>."
     )
 
 
