@@ -241,7 +241,7 @@ def test_absent_data_and_backbone_say_how_to_get_them(capsys, machine):
     backbone = f"{machine}/root/backbones/t5-base"
     assert wrong["backbone"]["mend"].endswith(f"google-t5/t5-base --local-dir {backbone}")
     assert wrong["backbone"]["problem"] == (
-        "There is no config.json, no spiece.model, no model.safetensors."
+        "The folder has no config.json, no spiece.model, no model.safetensors."
     )
     assert doctor.main([f"--tfds_data_dir={machine}", "--timeout=60"]) == 1
     assert "7 things are wrong. Stages of gin/tiny.gin need no data" in capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_a_device_that_does_not_answer_is_given_up_and_let_go(monkeypatch):
 def test_a_device_that_cannot_be_opened(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_DEVICES", "raise RuntimeError('TPU is in use')")
     wrong = only_wrong(capsys, "--suite=toy")
-    assert wrong["problem"] == "JAX finds none: RuntimeError: TPU is in use"
+    assert wrong["problem"] == "JAX finds no device: RuntimeError: TPU is in use"
 
 
 def test_half_an_address_of_a_job(capsys, monkeypatch):
