@@ -312,7 +312,7 @@ def _start_processes() -> None:
         )
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=values.heartbeat_timeout)
     logging.info(
-        "Process %d of %d. If another process dies, this process exits within %d s "
+        "Process %d of %d. If another process dies, this process ends within %d s "
         "(--heartbeat_timeout). The same command on all hosts then resumes from the last "
         "checkpoint.",
         jax.process_index(),

@@ -178,7 +178,7 @@ def test_renamed_replaces_the_id_only():
     after = preprocessors.renamed(before, "ft_alpha_s1")
     assert [a is b for a, b in zip(after, before, strict=True)] == [True, True, False, True]
     assert after[2].id == preprocessors.task_id("ft_alpha_s1")
-    with pytest.raises(ValueError, match="None of the preprocessors given for the task 'x'"):
+    with pytest.raises(ValueError, match="None of the preprocessors of the task 'x'"):
         preprocessors.renamed([seqio.preprocessors.tokenize], "x")
 
 
