@@ -168,8 +168,8 @@ class TaskMixture(seqio.Mixture):
     """Mixture whose training stream is drawn by a `Sampler`.
 
     Each task is preprocessed once and its tokens are kept in memory (4 bytes each), so use a plain
-    `seqio.Mixture` for tasks with random preprocessors (span corruption). SeqIO serves a finite
-    number of epochs, as in evaluation, like those of any mixture.
+    `seqio.Mixture` for tasks with random preprocessors (span corruption). A finite number of
+    epochs, as in evaluation, is read by SeqIO like any mixture.
 
     Args:
         name: name of the mixture.

@@ -8,7 +8,8 @@
 
 This module adds two things. Batches mix tasks, so many small tasks cost as much as one large one,
 and each example goes through the model once. A task whose metric declares labels is also scored by
-rank classification: the label with the highest log-probability is the answer.
+rank classification: the label with the highest log-probability is the answer, whatever decoding
+returns.
 """
 
 import functools
@@ -256,8 +257,8 @@ class InferenceEvaluator:
         for name in names:
             feature = self._tasks[name].output_features["targets"]
             eos = [feature.vocabulary.eos_id] * feature.add_eos
-            labels = labels_of(self._tasks[name])
-            label_ids[name] = [feature.vocabulary.encode(label) + eos for label in labels]
+            texts = labels_of(self._tasks[name])
+            label_ids[name] = [feature.vocabulary.encode(text) + eos for text in texts]
         most = max(len(labels) for labels in label_ids.values())
         longest = max(len(ids) for labels in label_ids.values() for ids in labels)
         table = np.zeros([runs.num_rows, most, longest], np.int32)

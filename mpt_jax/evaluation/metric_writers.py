@@ -1,6 +1,6 @@
 """Metric writers, progress line and run record.
 
-Only process 0 writes. Only entry points may import this, because clu's writers import TensorFlow.
+Only process 0 writes. Import this for training and evaluation only: clu's writers need TensorFlow.
 """
 
 from __future__ import annotations
