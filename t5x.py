@@ -1,7 +1,7 @@
-"""`import t5x` where Google's T5X is not installed: see mpt_jax/t5x_compat/fallback.
+"""Entry of `import t5x` if Google's T5X is not installed: see mpt_jax/t5x_compat/fallback.
 
-This file is found before, or instead of, a real T5X on some import paths, so it looks for one
-first and steps aside for it. It holds no logic of its own, since installers may copy it.
+On some import paths Python finds this file before a real T5X, so it looks for one first and loads
+it instead. It has no further logic, since installers may copy it.
 """
 
 from mpt_jax.config import trainer_choice

@@ -1,12 +1,12 @@
-"""`mpt-jax doctor`: what a stage would find on this machine, what is wrong, and what mends it.
+"""`mpt-jax doctor`: checks whether a stage can start on this machine, and suggests fixes.
 
-    mpt-jax doctor                  what the stages of the paper need: data, backbone, devices
-    mpt-jax doctor --suite toy      what gin/tiny.gin needs: neither data nor backbone
-    mpt-jax doctor --json           the same, for a launch script
+    mpt-jax doctor                  checks for the paper's stages: data, backbone, devices
+    mpt-jax doctor --suite toy      checks for gin/tiny.gin, which needs no data and no backbone
+    mpt-jax doctor --json           prints JSON, for launch scripts
 
 Exit code 0 if a stage can start, 1 if something is wrong, 2 for a mistake on the command line. It
-neither hangs nor keeps a device: whatever may wait for a device or a network is asked in a process
-of its own, which has `--timeout` seconds. TensorFlow is not imported.
+does not hang or hold a device: whatever may wait for a device or a network runs in a child
+process, which is killed after `--timeout` seconds. TensorFlow is not imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mpt_jax.cli.probe import Probe, missing_packages
 from mpt_jax.config import trainer_choice
 from mpt_jax.runtime import compilation_cache, distributed, paths
 
-# The sources of gin/runs/tasks.gin as TFDS names them; those of `tasks`, read without TensorFlow.
+# TFDS names of the source tasks of gin/runs/tasks.gin. A copy, because `tasks` needs TensorFlow.
 SOURCES = (
     "glue/mnli:2.0.0",
     "glue/qqp:2.0.0",
@@ -38,16 +38,16 @@ SOURCES = (
     "squad/v1.1:3.0.0",
     "super_glue/record:1.0.2",
 )
-BACKBONE = ("backbones/t5-base", "google-t5/t5-base")  # of gin/runs/paths.gin
+BACKBONE = ("backbones/t5-base", "google-t5/t5-base")  # as in gin/runs/paths.gin
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tensorflow-datasets")
 ACCELERATOR_PACKAGES = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-MIN_FREE = 2**30  # bytes; a backbone of T5's base size with its cache takes about as much
+MIN_FREE = 2**30  # bytes; about the size of a T5-base backbone with its cache
 
 _DEVICES = """
 import json, jax
-found = jax.local_devices()
-print(json.dumps([found[0].platform, found[0].device_kind, len(found)]))
+devices = jax.local_devices()
+print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices)]))
 """
 _WRITE = """
 import sys
@@ -63,10 +63,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         value: what was found.
-        problem: what is wrong with it, if anything.
-        mend: the command, or the setting, that mends it.
+        problem: what is wrong, if anything.
+        mend: the command or setting that fixes it.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Finding:
 
 
 def check_trainer() -> Iterator[Finding]:
-    """Which trainer `python -m t5x.train` is, from where, and whether it can be imported."""
+    """Checks which trainer `python -m t5x.train` runs, and whether it can be imported."""
     try:
         choice = trainer_choice.requested_trainer()
     except ValueError as error:
@@ -98,24 +98,23 @@ def check_trainer() -> Iterator[Finding]:
         yield Finding(
             "other T5X",
             ", ".join(map(str, folders[1:])),
-            f"There are {len(folders)} T5X on Python's path; the order of the path decides.",
-            "take the others off PYTHONPATH, or `pip uninstall t5x`",
+            f"Python's path has {len(folders)} T5X, and the first one is used.",
+            "remove the others from PYTHONPATH, or `pip uninstall t5x`",
         )
 
 
 def _incomplete(folder: Path) -> tuple[str, str]:
-    """What a T5X lacks and how to get it; ('', '') where it is whole."""
-    lost = [
-        f"{name}.py" for name in trainer_choice.SCRIPTS if not (folder / f"{name}.py").is_file()
-    ]
-    if lost:
-        return f"This T5X has no {', '.join(lost)}.", trainer_choice.INSTALL
+    """Returns what a T5X lacks and how to get it; ('', '') if it is complete."""
+    scripts = [f"{name}.py" for name in trainer_choice.SCRIPTS]
+    absent = [script for script in scripts if not (folder / script).is_file()]
+    if absent:
+        return f"This T5X has no {', '.join(absent)}.", trainer_choice.INSTALL
     missing = sorted(missing_packages(folder))
     if missing:
         return (
             f"T5X needs {', '.join(missing)}, which cannot be imported.",
             "pip install --no-deps -r tpu/requirements-t5x.txt, or "
-            f"{trainer_choice.VARIABLE}=own to do without",
+            f"set {trainer_choice.VARIABLE}=own to run without T5X",
         )
     return "", ""
 
@@ -124,7 +123,7 @@ def _incomplete(folder: Path) -> tuple[str, str]:
 
 
 def check_versions() -> Iterator[Finding]:
-    """What is installed."""
+    """Checks which packages are installed."""
     yield Finding("python", f"{platform.python_version()}, {sys.executable}")
     for name in (*PACKAGES, *ACCELERATOR_PACKAGES, "t5x"):
         try:
@@ -132,25 +131,25 @@ def check_versions() -> Iterator[Finding]:
         except metadata.PackageNotFoundError:
             if name in PACKAGES:
                 mend = f"{shlex.quote(sys.executable)} -m pip install {name}"
-                yield Finding(name, "not installed", f"{name} is needed.", mend)
+                yield Finding(name, "not installed", f"{name} is required.", mend)
 
 
 def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
-    """What JAX computes on, and which processes a job started here would have."""
+    """Checks which devices JAX finds, and which processes a job started here would have."""
     answer, error = question.answer(seconds)
     if answer:
         platform_name, kind, number = json.loads(answer)
-        yield Finding("devices", f"{number} x {kind} ({platform_name}), of this machine")
+        yield Finding("devices", f"{number} x {kind} ({platform_name}), on this machine")
     elif error:
-        mend = "JAX_PLATFORMS=cpu to do without, or install JAX for this accelerator: pip install"
-        yield Finding("devices", "none", f"JAX finds none: {error}", f"{mend} -U 'jax[tpu]'")
+        mend = "set JAX_PLATFORMS=cpu, or install JAX for this accelerator: pip install"
+        yield Finding("devices", "none", f"JAX finds no device: {error}", f"{mend} -U 'jax[tpu]'")
     else:
         yield Finding(
             "devices",
             "no answer",
-            f"JAX did not answer within {seconds:g} s. Another process may hold the TPU, or hosts "
-            "of this slice wait for each other: then run this on all of them at once.",
-            "sudo fuser -v /dev/accel* /dev/vfio/* shows who holds it; --timeout gives more time",
+            f"JAX did not answer within {seconds:g} s. Another process may hold the TPU, or the "
+            "hosts of this slice wait for each other. Then run this on all hosts at once.",
+            "sudo fuser -v /dev/accel* /dev/vfio/* shows the holder; --timeout sets the limit",
         )
     try:
         arguments = distributed.distributed_args(os.environ)
@@ -159,26 +158,27 @@ def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
             "processes", "", str(wrong), f"unset {distributed.VARIABLE} {distributed.INDEX}"
         )
         return
-    told = "found by JAX" if not arguments else ", ".join(f"{k} {v}" for k, v in arguments.items())
-    yield Finding("processes", "one" if arguments is None else f"joins others: {told}")
+    listed = ", ".join(f"{name} {value}" for name, value in (arguments or {}).items())
+    others = f"joins others: {listed or 'found by JAX'}"
+    yield Finding("processes", "one" if arguments is None else others)
 
 
 # --- Folders -------------------------------------------------------------------------------------
 
 
 def check_folder(name: str, folder: str, mend: str) -> Finding:
-    """A folder of this machine: whether it is there, can be written, and has room."""
+    """Checks whether a local folder exists, can be written, and has free space."""
     path = Path(folder).expanduser().absolute()
-    there = path
-    while not os.path.exists(there):  # False, too, where it may not be looked at
-        there = there.parent
-    state = str(path) if there == path else f"{path}, to be made"
+    existing = path
+    while not os.path.exists(existing):  # also False without permission to look
+        existing = existing.parent
+    state = str(path) if existing == path else f"{path}, will be created"
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".mpt_jax_doctor_"):
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".mpt_jax_doctor_"):
             pass
     except OSError as error:
         return Finding(name, state, f"It cannot be written: {error.strerror}.", mend)
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     state += f", {free / 2**30:.1f} GiB free"
     if free < MIN_FREE:
         return Finding(name, state, "It has less than 1 GiB free.", mend)
@@ -186,24 +186,24 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
 
 
 def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Finding]:
-    """MPT_JAX_ROOT: a folder, or a bucket with credentials for it."""
-    mend = f"set {paths.ROOT_VARIABLE} to a folder or a bucket that can be written"
+    """Checks MPT_JAX_ROOT: a folder, or a storage bucket and its credentials."""
+    mend = f"set {paths.ROOT_VARIABLE} to a writable folder or storage bucket"
     if writing is None:
         yield check_folder(paths.ROOT_VARIABLE, root, mend)
         return
     credentials = _credentials()
-    yield Finding("credentials", credentials or "no file; a machine of the cloud has its own")
+    yield Finding("credentials", credentials or "no file; a cloud machine does not need one")
     answer, error = writing.answer(seconds)
     if answer:
         yield Finding(paths.ROOT_VARIABLE, f"{root}, written")
         return
-    why = error or f"no answer within {seconds:g} s."
+    reason = error or f"no answer within {seconds:g} s."
     login = "gcloud auth application-default login" if not credentials else mend
-    yield Finding(paths.ROOT_VARIABLE, root, f"It cannot be written: {why}", login)
+    yield Finding(paths.ROOT_VARIABLE, root, f"It cannot be written: {reason}", login)
 
 
 def _credentials() -> str:
-    """The file that Google's libraries would read credentials from; '' where there is none."""
+    """Returns the file from which Google's libraries would read credentials; '' if none exists."""
     folder = os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud"
     default = Path(folder) / "application_default_credentials.json"
     path = Path(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or default)
@@ -211,25 +211,25 @@ def _credentials() -> str:
 
 
 def check_cache() -> Iterator[Finding]:
-    """Where compiled programs are kept."""
+    """Checks the folder of the compilation cache."""
     folder = os.environ.get(compilation_cache.VARIABLE)
     if folder == "":
         yield Finding("compilation cache", f"off, {compilation_cache.VARIABLE} is empty")
     elif folder and "://" in folder:
         yield Finding("compilation cache", folder)
     else:
-        mend = f"set {compilation_cache.VARIABLE} to another folder, or to nothing"
-        where = folder or str(Path.home() / ".cache" / "mpt_jax" / "compiled")
-        yield check_folder("compilation cache", where, mend)
+        mend = f"set {compilation_cache.VARIABLE} to another folder, or to '' for no cache"
+        path = folder or str(Path.home() / ".cache" / "mpt_jax" / "compiled")
+        yield check_folder("compilation cache", path, mend)
 
 
 # --- What the paper's stages read ----------------------------------------------------------------
 
 
 def check_data(folder: str) -> Iterator[Finding]:
-    """The folder of TensorFlow Datasets, and the six source data sets in it."""
+    """Checks the folder of TensorFlow Datasets, and the six source data sets in it."""
     if "://" in folder:
-        yield Finding("TFDS_DATA_DIR", f"{folder}; what a bucket holds is not looked at")
+        yield Finding("TFDS_DATA_DIR", f"{folder}; contents of a bucket are not checked")
         return
     folder = str(Path(folder).expanduser())
     absent = []
@@ -237,11 +237,9 @@ def check_data(folder: str) -> Iterator[Finding]:
         name, _, version = source.partition(":")
         if not os.path.isfile(os.path.join(folder, name, version, "dataset_info.json")):
             absent.append(source)
-    found = check_folder(
-        "TFDS_DATA_DIR", folder, "set it to a folder with room that can be written"
-    )
-    # Data that is there is only read.
-    yield found if absent else dataclasses.replace(found, problem="", mend="")
+    finding = check_folder("TFDS_DATA_DIR", folder, "set it to a writable folder with free space")
+    # Data that exists is only read.
+    yield finding if absent else dataclasses.replace(finding, problem="", mend="")
     for source in SOURCES:
         if source in absent:
             command = f"tfds build {source} --data_dir {shlex.quote(folder)}"
@@ -251,47 +249,47 @@ def check_data(folder: str) -> Iterator[Finding]:
 
 
 def check_backbone(root: str) -> Iterator[Finding]:
-    """The pretrained T5 and its vocabulary, where the stage files look for them."""
+    """Checks the pretrained T5 and its vocabulary, in the folder that stage files read."""
     name, repository = BACKBONE
     folder = os.path.join(root, name)
     if "://" in root:
-        yield Finding("backbone", f"{folder}; what a bucket holds is not looked at")
+        yield Finding("backbone", f"{folder}; contents of a bucket are not checked")
         return
     is_here = lambda name: os.path.isfile(os.path.join(folder, name))  # noqa: E731
-    lost = [name for name in ("config.json", "spiece.model") if not is_here(name)]
+    absent = [name for name in ("config.json", "spiece.model") if not is_here(name)]
     if not any(map(is_here, WEIGHTS)):
-        lost.append(WEIGHTS[0])
+        absent.append(WEIGHTS[0])
     mend = "pip install huggingface_hub && " + paths.download_command(
         repository=repository, folder=folder
     )
-    problem = f"There is no {', no '.join(lost)}." if lost else ""
-    yield Finding("backbone", folder, problem, mend if lost else "")
+    problem = f"The folder has no {', no '.join(absent)}." if absent else ""
+    yield Finding("backbone", folder, problem, mend if absent else "")
 
 
 # --- The report ----------------------------------------------------------------------------------
 
 
 def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
-    """Looks at everything.
+    """Runs all checks.
 
     Args:
-        suite: `'paper'` or `'toy'`, whose stages are to start.
-        data_dir: of TensorFlow Datasets.
-        seconds: how long a device or a bucket may take to answer.
+        suite: `'paper'` or `'toy'`, the suite of the stages to start.
+        data_dir: folder of TensorFlow Datasets.
+        seconds: time limit for an answer of a device or a bucket.
     """
     root = paths.root()
-    devices = Probe(_DEVICES)  # these two work while the rest is looked at
+    devices = Probe(_DEVICES)  # both probes run during the other checks
     scratch = f".mpt_jax_doctor_{os.getpid()}"
     writing = Probe(_WRITE, root, scratch) if "://" in root else None
-    found = [*check_trainer(), *check_versions(), *check_root(root, writing, seconds)]
-    found += check_cache()
+    findings = [*check_trainer(), *check_versions(), *check_root(root, writing, seconds)]
+    findings += check_cache()
     if suite == "paper":
-        found += [*check_data(data_dir), *check_backbone(root)]
-    return [*found, *check_devices(devices, seconds)]
+        findings += [*check_data(data_dir), *check_backbone(root)]
+    return [*findings, *check_devices(devices, seconds)]
 
 
 def report(found: Sequence[Finding], suite: str) -> str:
-    """The findings as text, then what is wrong and what mends it."""
+    """Returns the findings as text, then the problems and their fixes."""
     width = max(len(finding.name) for finding in found)
     lines = [f"{'!!' if f.problem else '  '} {f.name:{width}}  {f.value}" for f in found]
     wrong = [finding for finding in found if finding.problem]
@@ -306,20 +304,22 @@ def report(found: Sequence[Finding], suite: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="mpt-jax doctor", description="What is wrong here?")
-    parser.add_argument("--suite", choices=("paper", "toy"), default="paper", help="whose stages")
+    parser = argparse.ArgumentParser(
+        prog="mpt-jax doctor", description="Checks whether a stage can start on this machine."
+    )
+    parser.add_argument("--suite", choices=("paper", "toy"), default="paper", help="suite to start")
     parser.add_argument("--json", action="store_true", help="print JSON")
     default = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-    parser.add_argument("--tfds_data_dir", default=default, help="of TensorFlow Datasets")
+    parser.add_argument("--tfds_data_dir", default=default, help="folder of TensorFlow Datasets")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds for devices (10)")
     args = parser.parse_args(argv)
-    found = run_checks(args.suite, args.tfds_data_dir, args.timeout)
-    wrong = any(finding.problem for finding in found)
+    findings = run_checks(args.suite, args.tfds_data_dir, args.timeout)
+    wrong = any(finding.problem for finding in findings)
     if args.json:
-        findings = [dataclasses.asdict(finding) for finding in found]
-        print(json.dumps({"ok": not wrong, "suite": args.suite, "findings": findings}, indent=1))
+        records = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"ok": not wrong, "suite": args.suite, "findings": records}, indent=1))
     else:
-        print(report(found, args.suite))
+        print(report(findings, args.suite))
     return int(wrong)
 
 

@@ -10,20 +10,20 @@ COMMANDS = {
     "train": "train a stage: --gin_file=gin/mpt_source.gin ...",
     "eval": "score a checkpoint or an artifact: --gin_file=gin/eval.gin ...",
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
-    "predict": "answer requests that name a task each: --prompts DIR... --input file.jsonl",
-    "export": "predict and score as files that JAX alone runs: --prompts DIR... --out FOLDER",
-    "tasks": "list; show NAME -n 3: the tasks there are, and their text",
-    "demo": "teachers, source stage and new tasks on the toy suite; --full for all of it",
-    "paper": "runs a table of the MPT paper, on its tasks or the toy suite",
-    "doctor": "what is wrong with this machine, and what mends it; --suite toy, --json",
-    "plan": "what a stage needs on TPUs that are not here: --gin_file=... --topology=v5e:4x4",
-    "report": "one HTML page of what a demo or a table left: DIR",
-    "convert": "SOURCE TARGET: backbones and prompts between Hugging Face, T5X, PEFT and NumPy",
-    "verify-weights": "FOLDER: our network beside transformers' on the same weights",
+    "predict": "answer requests that each name a task: --prompts DIR... --input file.jsonl",
+    "export": "save predict and score as files that need only JAX: --prompts DIR... --out FOLDER",
+    "tasks": "list all tasks, or show NAME -n 3: their text as the model reads it",
+    "demo": "train teachers, source stage and new tasks of the toy suite; --full for all of it",
+    "paper": "run a table of the MPT paper, on its tasks or the toy suite",
+    "doctor": "check whether a stage can start on this machine: --suite toy, --json",
+    "plan": "compile a stage for TPUs without having any: --gin_file=... --topology=v5e:4x4",
+    "report": "write an HTML page of the results of a demo or a table: DIR",
+    "convert": "convert backbones and prompts (Hugging Face, T5X, PEFT, NumPy): SOURCE TARGET",
+    "verify-weights": "compare this network with transformers' on the same weights: FOLDER",
 }
 
 
-# Where a command's module lies, below mpt_jax; the others are at its top.
+# Modules of commands, below mpt_jax; the other commands are modules of mpt_jax itself.
 MODULES = {
     "predict": "serving.predict",
     "export": "serving.export",
@@ -37,10 +37,10 @@ MODULES = {
 
 
 def main() -> None:
-    """Runs a command; everything after its name is that module's own."""
+    """Runs a command, which parses all arguments after its name."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in COMMANDS:
-        lines = [f"  {name:16}{what}" for name, what in COMMANDS.items()]
+        lines = [f"  {name:16}{help_text}" for name, help_text in COMMANDS.items()]
         usage = "\n".join(["usage: mpt-jax <command> [arguments]", *lines])
         if arguments and arguments[0] in ("-h", "--help"):
             print(usage)
@@ -49,5 +49,5 @@ def main() -> None:
         sys.exit(unknown + usage)
     sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]
     module = MODULES.get(arguments[0], arguments[0])
-    sys.path.insert(0, os.getcwd())  # as `python -m` does, for task suites that lie there
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, for task suites in this folder
     runpy.run_module(f"mpt_jax.{module}", run_name="__main__", alter_sys=True)

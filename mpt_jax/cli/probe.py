@@ -1,4 +1,4 @@
-"""Probes of a machine that can neither hang `mpt-jax doctor` nor import anything into it."""
+"""Probes of a machine that neither hang `mpt-jax doctor` nor import anything into its process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from mpt_jax.config import trainer_choice
 
-SISTERS = ("airio", "jestimator")  # installed from git beside T5X, with further requirements
+SISTERS = ("airio", "jestimator")  # installed from git along with T5X, with more requirements
 
 
 class Probe:
-    """A Python script that answers from a child process, which is killed after a timeout.
+    """A Python script in a child process, which is killed after a timeout.
 
     Args:
-        script: what to run.
+        script: the source to run.
         arguments: its `sys.argv[1:]`.
     """
 
@@ -30,7 +30,7 @@ class Probe:
         )  # fmt: skip
 
     def answer(self, seconds: float) -> tuple[str, str]:
-        """(what it printed, why it failed); one of them is empty, both after a timeout."""
+        """Returns (last line printed, error); one of them is empty, both after a timeout."""
         try:
             output, errors = self._child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -46,12 +46,12 @@ class Probe:
             assert pipe is not None
             pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(1)  # a process inside a driver may not die at once, or never
+            self._child.wait(1)  # a process inside a driver may die late, or never
 
 
 def missing_packages(t5x: Path) -> set[str]:
-    """Packages that T5X's scripts need and that are not installed. Nothing is imported: the files
-    that the scripts import from T5X and its sister packages are parsed one after another."""
+    """Returns packages that T5X's scripts need and that are not installed. Nothing is imported:
+    the files that the scripts import from T5X and its sister packages are parsed one by one."""
     folders: dict[str, Path] = {"t5x": t5x}
     waiting = [f"t5x.{name}" for name in trainer_choice.SCRIPTS]
     seen, missing = set(waiting), set()
@@ -73,7 +73,7 @@ def missing_packages(t5x: Path) -> set[str]:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports when it runs, except inside functions and `try`."""
+    """Yields the modules that a file imports when it runs, except inside functions and `try`."""
     body = ast.parse(path.read_text()).body
     for node in list(body):
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):

@@ -1,9 +1,9 @@
-"""`mpt-jax tasks`: which tasks there are, and what the model reads of one.
+"""`mpt-jax tasks`: lists the tasks, and shows examples of a task as the model reads them.
 
     mpt-jax tasks list
     mpt-jax tasks show boolq_k16_s3 -n 3 --vocabulary runs/backbones/t5-base
 
-A table on a terminal, plain columns otherwise. No gin file is read; what is wrong is said in a
+Prints a table on a terminal, plain columns otherwise. Reads no gin file. Reports a mistake in one
 sentence, with exit code 2.
 """
 
@@ -23,30 +23,30 @@ from mpt_jax.data import task_lookup, vocabularies
 from mpt_jax.tasks.few_shot import text_rows
 from mpt_jax.tasks.splits import PartsSource
 
-# The suites of this repository, in the order in which they are listed.
+# The suites of this repository, in the order of the list.
 SUITES = ("glue", "super_glue", "mrqa", "mpt_others", "extra_sources", "nlg", "toy")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `list` or `show`."""
-    parser = argparse.ArgumentParser(prog="mpt-jax tasks", description="The tasks there are.")
+    parser = argparse.ArgumentParser(prog="mpt-jax tasks", description="Lists or shows tasks.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="all tasks, suite by suite")
     showing = commands.add_parser("show", help="examples of one task, as the model reads them")
     showing.add_argument("name", help="a task, or a few-shot run such as boolq_k16_s3")
     showing.add_argument("-n", type=int, default=3, help="how many examples (3)")
-    showing.add_argument("--split", default="train", help="of which split (train)")
+    showing.add_argument("--split", default="train", help="which split (train)")
     showing.add_argument("--vocabulary", help="a SentencePiece model or folder, to count tokens")
     for command in (listing, showing):
-        command.add_argument("--modules", nargs="+", default=[], help="your own that have tasks")
+        command.add_argument("--modules", nargs="+", default=[], help="your modules with tasks")
         command.add_argument("--tfds_data_dir", help="where TensorFlow Datasets keeps its data")
     args = parser.parse_args(argv)
     if args.tfds_data_dir:
         seqio.set_tfds_data_dir_override(args.tfds_data_dir)
     try:
-        found = tasks_by_module([*shipped(), *args.modules])
+        tasks = tasks_by_module([*shipped(), *args.modules])
         if args.command == "list":
-            list_tasks(found)
+            list_tasks(tasks)
         else:
             show_task(args.name, args.n, args.split, args.vocabulary)
     except (ValueError, OSError) as error:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def shipped() -> list[str]:
-    """The modules of this repository that register tasks."""
+    """Returns the modules of this repository that register tasks."""
     names = [f"mpt_jax.tasks.{suite}" for suite in SUITES]
     return [name for name in names if importlib.util.find_spec(name) is not None]
 
@@ -63,14 +63,14 @@ def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
     """Imports modules; returns {module: the tasks that it registered}.
 
     Raises:
-        ValueError: there is no such module.
+        ValueError: a module does not exist.
     """
-    found = {}
+    tasks = {}
     for module in modules:
         before = set(seqio.TaskRegistry.names())
         task_lookup.import_suites([module])
-        found[module] = [name for name in seqio.TaskRegistry.names() if name not in before]
-    return found
+        tasks[module] = [name for name in seqio.TaskRegistry.names() if name not in before]
+    return tasks
 
 
 def list_tasks(found: Mapping[str, Sequence[str]]) -> None:
@@ -85,15 +85,16 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
     """Prints the first examples of a split as text, with their lengths in tokens, EOS included.
 
     Args:
-        name: of a task or a few-shot run.
-        number: how many examples.
-        split: which split.
-        vocabulary: see `vocabularies.load`; by default the task's own. Tasks of the paper have
-            that of the run, and are shown without lengths where none is given.
+        name: name of a task or a few-shot run.
+        number: number of examples.
+        split: the split of the examples.
+        vocabulary: see `vocabularies.load`; by default the task's vocabulary. Tasks of the paper
+            use the run's, and are shown without lengths by default.
 
     Raises:
-        ValueError: no such task or split; its data cannot be read; `number` is not positive.
-        FileNotFoundError: there is no vocabulary.
+        ValueError: the task or split does not exist, its data cannot be read, or `number` is not
+            positive.
+        FileNotFoundError: the vocabulary does not exist.
     """
     if number < 1:
         raise ValueError(f"-n must be positive, got {number}.")
@@ -116,7 +117,8 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
 
 
 def _described(task: seqio.Task) -> tuple[str, ...]:
-    """Name, data set, sizes by split, metrics, whether the data is here and of the right size."""
+    """Returns a task's name, data set, sizes by split, metrics, and whether the data is here and of
+    the published size."""
     source, sizes = task.source, _sizes(task)
     if isinstance(source, seqio.FunctionDataSource):
         data, here = "made by a function", True
@@ -131,15 +133,15 @@ def _described(task: seqio.Task) -> tuple[str, ...]:
 
 
 def _other_sizes(source: seqio.DataSource) -> str:
-    """What marks a data set on disk whose splits have not the published numbers of rows, or ''."""
+    """Returns a note on splits on disk that differ from the published numbers of rows, or ''."""
     if not isinstance(source, PartsSource):
         return ""
-    found = source.other_sizes().items()
-    return "".join(f"; {split} has {n:,}, published {size:,}" for split, (n, size) in found)
+    sizes = source.other_sizes().items()
+    return "".join(f"; {split} has {n:,}, published {size:,}" for split, (n, size) in sizes)
 
 
 def _sizes(task: seqio.Task) -> dict[str, int | None]:
-    """Rows of each split as the source declares them; {} where it would need absent data."""
+    """Returns the number of rows of each split as declared; {} if that needs absent data."""
     try:
         return {split: task.source.num_input_examples(split) for split in task.source.splits}
     except Exception as error:
@@ -153,7 +155,7 @@ def _metrics(task: seqio.Task) -> str:
 
 
 def _own_vocabulary(task: seqio.Task) -> seqio.Vocabulary | None:
-    """The task's vocabulary; None for tasks that take the run's, which only a gin file binds."""
+    """Returns the task's vocabulary; None for tasks that use the run's, which gin files bind."""
     try:
         return task.output_features["inputs"].vocabulary
     except ValueError:
@@ -165,7 +167,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; otherwise a line for each row, in columns two spaces apart."""
+    """Prints a table on a terminal; otherwise one line per row, in columns two spaces apart."""
     console = Console()
     if console.is_terminal:
         table = Table(title=Text(title), title_justify="left")
@@ -184,5 +186,5 @@ def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every data set that is not here
+    logging.set_verbosity(logging.ERROR)  # TFDS warns about every absent data set
     main()

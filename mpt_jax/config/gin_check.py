@@ -1,8 +1,8 @@
-"""Mistakes in a gin configuration, found before anything runs and worded for their author.
+"""Checks of a gin configuration before anything runs, with errors for its author.
 
-Gin binds whatever it can resolve. What it cannot tell is found here: a macro that nothing reads,
-a parameter of something nothing refers to, a misspelt name and what it was probably meant to be.
-This module alone looks into gin's tables, which are not public.
+Gin binds whatever it can resolve. This module finds what gin does not: a macro that nothing reads,
+a parameter of a function that nothing refers to, and the closest known name to a misspelled one.
+No other module reads gin's tables, which are not public.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 from gin import config as gin_config
 from gin import config_parser
 
-# Macros that say how another one is used, and so have no effect where that one is None.
+# Macros that say how another macro is used, so they have no effect if that macro is None.
 REFINES = {"START_FROM": "INITIAL_ARTIFACT"}
-# Names that earlier versions had, and what replaces them.
+# Names of earlier versions, and their replacements.
 RENAMED = {
     "WHOLE_BATCH": "GLOBAL_BATCH_SIZE",
     "whole_batch": "global_batch_size",
@@ -44,11 +44,11 @@ class UnreadBinding(ValueError):
 
 
 class UnboundMacro(ValueError):
-    """A value that a file needs and nobody gave."""
+    """A macro that a gin file reads and nothing sets."""
 
 
 def set_search_paths(folders: Sequence[str]) -> None:
-    """Where gin looks for files, in place of what an earlier run in this process set."""
+    """Sets the folders that gin searches, replacing those of an earlier run in this process."""
     gin_config._LOCATION_PREFIXES[:] = list(folders)
 
 
@@ -56,8 +56,8 @@ def set_search_paths(folders: Sequence[str]) -> None:
 
 
 class _CommandLine(gin_config.ParseContext):
-    """Resolves a name as gin does outside any file, by what is registered; and where nothing is,
-    as a file would that has the imports of all files parsed before it."""
+    """Resolves a name among what is registered, as gin does outside files. If that fails, resolves
+    it like a file with the imports of all files parsed before."""
 
     def __init__(self):
         super().__init__()
@@ -70,20 +70,20 @@ class _CommandLine(gin_config.ParseContext):
             bound.setdefault(statement.bound_name(), set()).add(module)
             self.process_import(statement)
         for name, modules in bound.items():
-            if len(modules) > 1:  # two files mean two modules by it
+            if len(modules) > 1:  # files disagree on its module
                 del self._symbol_table[name]
 
     def get_configurable(self, selector):
-        """The function or class of a name, or None."""
-        found = gin_config._REGISTRY.get_match(selector)
-        if found is None and selector.partition(".")[0] in self._symbol_table:
-            found = super().get_configurable(selector)
-        return found
+        """Returns the function or class of a name, or None."""
+        configurable = gin_config._REGISTRY.get_match(selector)
+        if configurable is None and selector.partition(".")[0] in self._symbol_table:
+            configurable = super().get_configurable(selector)
+        return configurable
 
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Inside, names are resolved with the imports of the files parsed so far."""
+    """A context in which names are resolved with the imports of the files parsed so far."""
     gin_config._PARSE_CONTEXTS.append(_CommandLine())
     try:
         yield
@@ -92,15 +92,15 @@ def command_line() -> Iterator[None]:
 
 
 def bind(bindings: Sequence[str]) -> None:
-    """Binds what the command line says, each binding parsed by itself.
+    """Applies the bindings of the command line, each parsed separately.
 
     Raises:
-        SyntaxError: one is no binding.
+        SyntaxError: one of them is not a binding.
     """
     for binding in bindings:
         for statement in config_parser.ConfigParser(binding, gin_config.ParserDelegate()):
             if not isinstance(statement, config_parser.BindingStatement):
-                raise SyntaxError(f"{binding!r} is no binding of the form NAME = value.")
+                raise SyntaxError(f"{binding!r} is not a binding of the form NAME = value.")
             key = (statement.scope, statement.selector, statement.arg_name)
             if not statement.arg_name:
                 key = (_macro_name(statement), "gin.macro", "value")
@@ -115,10 +115,10 @@ def _macro_name(statement: config_parser.BindingStatement) -> str:
 
 
 def check_macros() -> None:
-    """Every macro that is referred to has a value.
+    """Checks that every macro that is referred to has a value.
 
     Raises:
-        UnboundMacro: names all that have none.
+        UnboundMacro: names all macros without a value.
     """
     bound = _bound_macros()
     missing = sorted(
@@ -133,16 +133,16 @@ def check_macros() -> None:
 
 
 def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
-    """Every binding of the command line is read by something that runs.
+    """Checks that something that runs reads every binding of the command line.
 
-    Files may set more than one stage needs; a command line that does is a mistake.
+    A gin file may set more than its stage needs; a command line may not.
 
     Args:
         bindings: `NAME = value` or `scope/name.parameter = value`.
         entries: names of the functions that a run starts from.
 
     Raises:
-        UnreadBinding: nothing reads one of them.
+        UnreadBinding: nothing reads one of the bindings.
     """
     macros = _referred_macros()
     reached = _reachable(entries)
@@ -160,13 +160,13 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
         if complete not in reached:
             raise UnreadBinding(
                 f"Nothing in this configuration refers to {selector}, so {key} would have no "
-                "effect."
+                "effect. Remove it, or correct the name."
             )
         scopes = reached[complete]
-        if scope and not any(scope in found for found in scopes):
+        if scope and not any(scope in names for names in scopes):
             raise UnreadBinding(
                 f"Nothing refers to {selector} in the scope {scope!r}, so {key} would have no "
-                f"effect.{_suggest(scope, {part for found in scopes for part in found})}"
+                f"effect.{_suggest(scope, {name for names in scopes for name in names})}"
             )
 
 
@@ -174,22 +174,22 @@ def _check_refines(name: str) -> None:
     other = REFINES.get(name)
     if other is not None and _bound_macros().get(other, "") is None:
         raise UnreadBinding(
-            f"{name} says how to use {other}, and {other} is None here, so setting {name} would "
-            f"have no effect. Set {other} too, or leave {name} out."
+            f"{name} says how to use {other}, but {other} is None, so setting {name} would have no "
+            f"effect. Set {other}, or remove {name}."
         )
 
 
 def check_files(
     parsed: Sequence[gin_config.ParsedConfigFileIncludesAndImports], shipped: Sequence[Path]
 ) -> None:
-    """Every macro that a user's file sets is one that something reads.
+    """Checks that something reads every macro that a user's file sets.
 
-    A file may serve several stages, so a macro counts as read where any file of this library
-    reads or sets it, parsed or not.
+    A file may serve several stages, so a macro counts as read if any file of this library reads or
+    sets it, parsed or not.
 
     Args:
-        parsed: what parsing the files returned, in order.
-        shipped: folders of the gin files that travel with this library.
+        parsed: the results of parsing the files, in order.
+        shipped: folders of the gin files of this library.
 
     Raises:
         UnreadBinding: names the macro, its file and line, and the closest known macros.
@@ -197,7 +197,7 @@ def check_files(
     folders = [folder.resolve() for folder in shipped]
     users = [
         path
-        for path in map(_found, _file_names(parsed))
+        for path in map(_find_file, _file_names(parsed))
         if path and not any(path.resolve().is_relative_to(folder) for folder in folders)
     ]
     if not users:
@@ -223,29 +223,29 @@ def _file_names(
         yield from _file_names(file.includes)
 
 
-def _found(name: str) -> Path | None:
-    """The file that gin read under a name: that of the first search path that has it. None where
-    it came out of a package, as gin can also read."""
+def _find_file(name: str) -> Path | None:
+    """Returns the file that gin read for a name, from the first search path that has it. None if
+    gin read it from a package."""
     paths = [Path(os.path.join(prefix, name)) for prefix in gin_config._LOCATION_PREFIXES]
     return next((path for path in paths if path.is_file()), None)
 
 
 class _Names(config_parser.ParserDelegate):
-    """Notes the macros that are read, and resolves nothing."""
+    """Records the macros that are read, and resolves nothing."""
 
     def __init__(self):
         self.read: set[str] = set()
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
-        """Of no interest here."""
+        """Ignores references other than macros."""
 
     def macro(self, macro_name):
-        """Notes the name."""
+        """Records the name."""
         self.read.add(macro_name)
 
 
 def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
-    """The macros that a file sets, with the lines, and those that it reads."""
+    """Returns the macros that a file sets, with their lines, and the macros that it reads."""
     names = _Names()
     with path.open() as file:
         assigned = {
@@ -257,7 +257,7 @@ def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
 
 
 def is_bound(function: Callable[..., Any]) -> bool:
-    """Whether the parsed files bind anything of a function."""
+    """Whether the parsed files bind any parameter of a function."""
     selectors = {selector for _, selector in gin_config._CONFIG}
     return any(gin_config._REGISTRY[selector].wrapped is function for selector in selectors)
 
@@ -272,7 +272,7 @@ def _bound_macros() -> dict[str, Any]:
 
 def _referred_macros() -> set[str]:
     references = gin_config.iterate_references(gin_config._CONFIG)
-    return {"/".join(found.scopes) for found in references if _selector(found) == "gin.macro"}
+    return {"/".join(ref.scopes) for ref in references if _selector(ref) == "gin.macro"}
 
 
 def _selector(reference: gin_config.ConfigurableReference) -> str:
@@ -285,7 +285,7 @@ def _is_required(value: Any) -> bool:
 
 
 def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
-    """Complete selector -> the scopes it may be called in, from the entry functions on."""
+    """Returns {complete selector: scopes it may be called in}, starting at the entry functions."""
     config = gin_config._CONFIG
     reached: dict[str, list[set[str]]] = {}
     pending: list[tuple[str, frozenset[str]]] = [
@@ -301,14 +301,14 @@ def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
         for (scope, name), values in config.items():
             if name != selector or (scope and scope not in _paths(scopes)):
                 continue
-            for found in gin_config.iterate_references(values):
-                inner = frozenset(_paths(found.scopes)) if found.scopes else scopes
-                pending.append((_selector(found), inner))
+            for reference in gin_config.iterate_references(values):
+                inner = frozenset(_paths(reference.scopes)) if reference.scopes else scopes
+                pending.append((_selector(reference), inner))
     return reached
 
 
 def _paths(scopes: Any) -> set[str]:
-    """The scope names that a call in nested scopes reads: each prefix of the path."""
+    """Returns the scope names that a call in nested scopes reads: each prefix of the path."""
     if isinstance(scopes, frozenset):
         return set(scopes)
     return {"/".join(scopes[:end]) for end in range(1, len(scopes) + 1)}
@@ -316,7 +316,7 @@ def _paths(scopes: Any) -> set[str]:
 
 def _suggest(name: str, known: Any) -> str:
     if (new := RENAMED.get(name)) is not None:
-        return f" It is called {new} now."
+        return f" It is now called {new}."
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -325,7 +325,7 @@ def _suggest(name: str, known: Any) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Gin's message with the closest known names, or None for an error that is not about gin."""
+    """Returns gin's message with the closest known names, or None if the error is not gin's."""
     text = str(error)
     if match := re.match(r"Couldn't resolve selector (\S+); <module '([\w.]+)'", text):
         selector, module = match.groups()
@@ -341,12 +341,12 @@ def explain(error: Exception) -> str | None:
         )
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match.group(1)
-        known = {found.name for found in gin_config._INVERSE_REGISTRY.values()}
+        known = {entry.name for entry in gin_config._INVERSE_REGISTRY.values()}
         return f"No gin file imports {name!r}.{_suggest(name, known)}{_location(text)}"
     if match := re.match(r"cannot import name '(\w+)' from 'mpt_jax'", text):
         return f"{text.partition(' (')[0]}.{_moved(match.group(1))}{_location(text)}"
     if text.startswith("Unable to open file"):
-        return f"A gin file includes one that does not exist. {text}"
+        return f"A gin file includes a file that does not exist. {text}"
     if re.match(r"'\w+' was not provided by an import statement", text):
         return f"{text} Add the import to that gin file."
     if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
@@ -355,17 +355,17 @@ def explain(error: Exception) -> str | None:
 
 
 def _moved(name: str) -> str:
-    """The import line of a module that used to be directly in mpt_jax."""
+    """Returns a hint with the import line of a module that used to be directly in mpt_jax."""
     folder = Path(__file__).parents[1]
-    found = sorted(folder.rglob(f"{name}.py"))
-    lines = [".".join(path.relative_to(folder.parent).parent.parts) for path in found]
-    hints = [f"from {package} import {name}" for package in lines]
+    files = sorted(folder.rglob(f"{name}.py"))
+    packages = [".".join(path.relative_to(folder.parent).parent.parts) for path in files]
+    hints = [f"from {package} import {name}" for package in packages]
     return f" Write {' or '.join(map(repr, hints))}." if hints else " CHANGELOG.md lists the moves."
 
 
 def _location(text: str) -> str:
-    where = re.search(r"\n  In (.*?) line (\d+)\n\s*(.*)", text)
-    return f" ({where[1].rstrip(',')} line {where[2]}: {where[3].strip()})" if where else ""
+    match = re.search(r"\n  In (.*?) line (\d+)\n\s*(.*)", text)
+    return f" ({match[1].rstrip(',')} line {match[2]}: {match[3].strip()})" if match else ""
 
 
 def _parameters(selector: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Gin files and command lines: where files are found, what a mistake in one says, entry points.
+"""Gin files and command lines: search paths, parsing, error messages and entry points.
 
     python -m mpt_jax.train --gin_file=gin/mpt_source.gin --gin_file=gin/tiny.gin --gin.BATCH_SIZE=8
 
@@ -10,8 +10,8 @@ Bindings on the command line see the imports of the gin files before them:
     --gin.INIT_FACTORS=@init.signs
     --gin.SAMPLER='@sampling.PerExample()'
 
-So it is with this trainer. T5X's own parses the command line without any import, and there a name
-that no file refers to yet is unknown: put such a binding in a gin file that imports the module.
+T5X's trainer parses the command line without any import, so a name that no file refers to yet is
+unknown to it: put such a binding in a gin file that imports the module.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
 
 
 class ConfigError(ValueError):
-    """A mistake in gin files or on the command line, worded for whoever wrote them."""
+    """A mistake in gin files or on the command line, with a message for their author."""
 
 
 # --- Parsing -------------------------------------------------------------------------------------
 
 
 def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
-    """Where gin files are looked for, in order: the flag's paths, ROOT, this library's own files,
-    and T5X's run files."""
+    """Returns the folders in which gin files are searched, in order: the flag's paths, ROOT, this
+    library's files, and T5X's run files."""
     return [*first, paths.root(), *map(str, _shipped())]
 
 
 def _shipped() -> list[Path]:
-    """The folders that hold this library's `gin/` and its copies of T5X's run files."""
+    """Returns the folders of this library's `gin/` and of its copies of T5X's run files."""
     return [trainer_choice.gin_folder(), trainer_choice.FOLDER / "gin_data"]
 
 
@@ -65,22 +65,24 @@ def parse(
     bindings: Sequence[str] = (),
     gin_search_paths: Sequence[str] = (os.curdir,),
 ) -> None:
-    """Replaces the gin configuration by that of files, then bindings; later ones win.
+    """Replaces the gin configuration with that of files, then bindings; later ones win.
 
-    Bindings may name whatever lies in a module that one of the files imports. T5X's own parser
-    cannot do that (see above).
+    Bindings may name anything in a module that one of the files imports. T5X's parser cannot do
+    that (see above).
 
     Raises:
         ConfigError: a missing file, an unknown name, or a binding on the command line or a macro
-            in a user's file that nothing reads. Names the closest known ones.
+            in a user's file that nothing reads. The message has the closest known names.
     """
     gin.clear_config()
-    found = search_paths(gin_search_paths)
-    gin_check.set_search_paths(found)
+    folders = search_paths(gin_search_paths)
+    gin_check.set_search_paths(folders)
     if not gin_files:
-        raise ConfigError("No gin file given: pass --gin_file=gin/mpt_source.gin, for example.")
+        raise ConfigError(
+            "No gin file was given. Pass one, for example --gin_file=gin/mpt_source.gin."
+        )
     for name in gin_files:
-        _check_exists(name, found)
+        _check_exists(name, folders)
     try:
         parsed = [gin.parse_config_file(name) for name in gin_files]
         with gin_check.command_line():
@@ -124,18 +126,18 @@ def as_main(module: types.ModuleType) -> Iterator[None]:
         sys.modules["__main__"] = previous
 
 
-def configured(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
-    """An entry point with its arguments from the parsed files, except those given here."""
+def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., Any]:
+    """Returns an entry point with its arguments from the parsed files, except the overrides."""
     if not gin_check.is_bound(function):
         raise ConfigError(
-            f"No gin file configures {function.__name__}(): a stage file has a block "
+            f"No gin file configures {function.__name__}(). Add a file with a block "
             f"`{function.__name__}_script.{function.__name__}:`."
         )
     bound = gin.get_configurable(function)
 
     def call() -> Any:
         try:
-            return bound(**given)
+            return bound(**overrides)
         except Exception as error:
             if (message := gin_check.explain(error)) is None:
                 raise
@@ -145,7 +147,7 @@ def configured(function: Callable[..., Any], **given: Any) -> Callable[..., Any]
 
 
 def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str = "train") -> Any:
-    """Runs one stage in this process exactly as its command line would; may be called again.
+    """Runs one stage in this process exactly as its command line would; may be called repeatedly.
 
     Args:
         gin_files: as `--gin_file`, in order.
@@ -153,7 +155,7 @@ def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str
         entry: `'train'`, `'eval'` or `'infer'`.
 
     Returns:
-        What the entry function returns.
+        The return value of the entry function.
     """
     trainer_choice.install_fallback()
     module = importlib.import_module(f"mpt_jax.{entry}")
@@ -170,11 +172,11 @@ ENTRY_POINTS = {"train": "train", "eval": "evaluate", "infer": "infer"}
 
 
 def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> None:
-    """The whole of `python -m mpt_jax.<entry>`: flags, processes, gin, then the function.
+    """Runs `python -m mpt_jax.<entry>`: flags, processes, gin, then the function.
 
     Args:
         function: the entry point.
-        overriding: flags that are arguments of `function`, and win over gin where they are given.
+        overriding: flags that are arguments of `function`; they override gin if they are set.
     """
     trainer_choice.install_fallback()
     define_flags()
@@ -192,32 +194,32 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def define_flags() -> None:
-    """T5X's flags, and one of ours: heartbeat_timeout."""
-    flags.DEFINE_multi_string("gin_file", [], "A gin file; repeat it, later files win.")
+    """Defines T5X's flags, and heartbeat_timeout."""
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated, later files win.")
     flags.DEFINE_multi_string("gin_bindings", [], "One binding; --gin.NAME=VALUE is the same.")
-    flags.DEFINE_list("gin_search_paths", [os.curdir], "Folders to look for gin files in first.")
+    flags.DEFINE_list("gin_search_paths", [os.curdir], "Folders to search first for gin files.")
     flags.DEFINE_string("tfds_data_dir", None, "Where TensorFlow Datasets keeps its data.")
     flags.DEFINE_list("seqio_additional_cache_dirs", [], "Folders with cached SeqIO tasks.")
     flags.DEFINE_boolean("multiprocess_gpu", False, "Start JAX's multi-process runtime.")
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
     flags.DEFINE_integer("process_count", None, "Number of processes of the job.")
-    flags.DEFINE_integer("process_index", None, "Which of them this is.")
-    flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for the others.")
-    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process is dead.")
+    flags.DEFINE_integer("process_index", None, "Index of this process.")
+    flags.DEFINE_integer("initialization_timeout", None, "Seconds to wait for other processes.")
+    flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds until a silent process counts as dead.")
 
 
 def rewrite_gin_args(argv: Sequence[str]) -> list[str]:
-    """`--gin.NAME=VALUE` as `--gin_bindings=NAME = VALUE`, as T5X does.
+    """Rewrites `--gin.NAME=VALUE` to `--gin_bindings=NAME = VALUE`, as T5X does.
 
     Raises:
-        ConfigError: no `=`.
+        ConfigError: a flag has no `=`.
     """
     rewritten = []
     for argument in argv:
         if argument.startswith("--gin."):
             name, equals, value = argument.removeprefix("--gin.").partition("=")
             if not equals:
-                raise ConfigError(f"{argument} has no value: write --gin.{name}=<value>.")
+                raise ConfigError(f"{argument} has no value. Write --gin.{name}=<value>.")
             argument = f"--gin_bindings={name} = {value}"
         rewritten.append(argument)
     return rewritten
@@ -234,32 +236,32 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
         values = flags.FLAGS
         parse(values.gin_file, values.gin_bindings, values.gin_search_paths)
         storage_check.check(storage_check.named(f"{gin.config_str()} {paths.root()}"))
-        given = {name: values[name].value for name in overriding}
-        given = {name: value for name, value in given.items() if value is not None}
-        run = configured(function, **given)
+        overrides = {name: values[name].value for name in overriding}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        run = configured(function, **overrides)
         run()
     except Exception as error:
         if not _is_for_the_user(error):
             raise
-        logging.debug("Where it was raised:", exc_info=True)  # shown with --verbosity=1
+        logging.debug("Traceback of the error:", exc_info=True)  # shown with --verbosity=1
         _exit_with(error)
     jax.effects_barrier()
 
 
 def _exit_with(error: Exception) -> NoReturn:
-    """Ends the process with the message of an error that is for the user."""
+    """Logs the message of an error for the user, and exits."""
     logging.error("%s", message(error))
     sys.exit(2)
 
 
 def message(error: Exception) -> str:
-    """What an error says, without the call that gin adds to it."""
+    """Returns an error's message, without the call that gin adds to it."""
     return str(error).partition("\n  In call to configurable")[0]
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether this library raised an error itself: its message says all, a traceback nothing
-    more. Whatever other code raises below us is a defect, and shown whole."""
+    """Whether this library raised the error itself, so that its message suffices. An error raised
+    by other code is a defect, and is shown with its traceback."""
     if not isinstance(error, (ValueError, OSError, RuntimeError)):
         return False
     frames = traceback.extract_tb(error.__traceback__)
@@ -267,14 +269,14 @@ def _is_for_the_user(error: Exception) -> bool:
 
 
 def log_progress() -> None:
-    """Shows this library's messages on standard error, and other libraries' warnings."""
+    """Logs this library's messages and other libraries' warnings to standard error."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours)
 
 
-# Warnings of others about what is as it should be: lengths are the configuration's, so that no
-# split compiles anew or is cut differently; tables in memory are shuffled whole.
+# Warnings of other libraries about intended behavior: lengths come from the configuration, so that
+# no split compiles again or is truncated differently, and tables in memory are shuffled as a whole.
 _EXPECTED = (
     "Given sequence lengths are longer than necessary",
     "Using an uncached FunctionDataset",
@@ -282,8 +284,8 @@ _EXPECTED = (
 
 
 def _is_ours(record: stdlib_logging.LogRecord) -> bool:
-    """Keeps this library's messages and others' warnings. Gin logs every folder it does not find
-    a file in as an error."""
+    """Whether a log record is this library's, or a warning of another. Drops the errors that gin
+    logs for every folder in which it does not find a file."""
     expected = str(record.msg).startswith(_EXPECTED)
     if Path(record.pathname).name == "resource_reader.py" or expected:
         return False
@@ -291,25 +293,28 @@ def _is_ours(record: stdlib_logging.LogRecord) -> bool:
 
 
 def _start_processes() -> None:
-    """Joins the job's other processes, before anything touches a device."""
+    """Connects to the job's other processes, before anything uses a device."""
     values = flags.FLAGS
-    given = {
+    arguments = {
         "coordinator_address": values.coordinator_address,
         "num_processes": values.process_count,
         "process_id": values.process_index,
         "initialization_timeout": values.initialization_timeout,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    around = distributed.distributed_args(os.environ)
-    if not (given or values.multiprocess_gpu or around is not None):
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    from_environment = distributed.distributed_args(os.environ)
+    if not (arguments or values.multiprocess_gpu or from_environment is not None):
         return
-    given = {**(around or {}), **given}
-    if "num_processes" in given and "coordinator_address" not in given:
-        raise ConfigError("--process_count without --coordinator_address: name process 0's host.")
-    jax.distributed.initialize(**given, heartbeat_timeout_seconds=values.heartbeat_timeout)
+    arguments = {**(from_environment or {}), **arguments}
+    if "num_processes" in arguments and "coordinator_address" not in arguments:
+        raise ConfigError(
+            "--process_count needs --coordinator_address. Pass the host:port of process 0."
+        )
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=values.heartbeat_timeout)
     logging.info(
-        "Process %d of %d. Should another die, this one ends within %d s (--heartbeat_timeout); "
-        "the same command on all of them then goes on from the last checkpoint.",
+        "Process %d of %d. If another process dies, this process ends within %d s "
+        "(--heartbeat_timeout). The same command on all hosts then resumes from the last "
+        "checkpoint.",
         jax.process_index(),
         jax.process_count(),
         values.heartbeat_timeout,
@@ -333,7 +338,7 @@ def _data_flags() -> None:
 
 
 def config_str() -> str:
-    """The parsed configuration as a gin file."""
+    """Returns the parsed configuration as a gin file."""
     return gin.config_str()
 
 
@@ -353,18 +358,18 @@ def summarize_gin_config(
 
 
 def sum_fn(var1: Any, var2: Any) -> Any:
-    """`var1 + var2`, for gin files."""
+    """Returns `var1 + var2`, for gin files."""
     return var1 + var2
 
 
 def bool_fn(var1: Any) -> bool:
-    """`bool(var1)`, for gin files."""
+    """Returns `bool(var1)`, for gin files."""
     return bool(var1)
 
 
 def string_split_fn(
     text: str, separator: str, maxsplit: int = -1, index: int | None = None
 ) -> list[str] | str:
-    """The parts of a text, or one of them, for gin files."""
+    """Returns the parts of a text, or one of them, for gin files."""
     parts = text.split(separator, maxsplit)
     return parts if index is None else parts[index]

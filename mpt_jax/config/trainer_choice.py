@@ -1,8 +1,8 @@
-"""Which module answers to the name `t5x` in this process: a real T5X, or the fallback.
+"""Choice of the module that `import t5x` finds in this process: a real T5X or the fallback.
 
     MPT_JAX_TRAINER=t5x   a real T5X, or an error
-    MPT_JAX_TRAINER=own   the fallback, even where a real T5X is installed
-    unset                 a real T5X where there is one
+    MPT_JAX_TRAINER=own   the fallback, even if a real T5X is installed
+    unset                 a real T5X if one is installed, else the fallback
 
 The choice is made once. `python -m mpt_jax.train` always chooses the fallback.
 """
@@ -24,7 +24,7 @@ import mpt_jax
 VARIABLE = "MPT_JAX_TRAINER"
 _ANNOUNCED: list[str] = []
 FOLDER = Path(__file__).parents[1] / "t5x_compat" / "fallback"
-# What `import t5x.<name>` can find here; the scripts are for `python -m`.
+# The fallback's modules, for `import t5x.<name>`, and its scripts, for `python -m`.
 OFFERED = ("gin_utils", "partitioning", "trainer", "utils")
 SCRIPTS = ("eval", "infer", "train")
 INSTALL = (
@@ -34,10 +34,10 @@ INSTALL = (
 
 
 def requested_trainer() -> str | None:
-    """The trainer that the environment asks for, if any.
+    """Returns the trainer that the environment requests, if any.
 
     Raises:
-        ValueError: an unknown value.
+        ValueError: the value is unknown.
     """
     value = os.environ.get(VARIABLE) or None
     if value not in (None, "t5x", "own"):
@@ -46,16 +46,16 @@ def requested_trainer() -> str | None:
 
 
 def find_real() -> ModuleSpec | None:
-    """The spec of an installed T5X, if there is one: the first of `all_real`."""
+    """Returns the spec of an installed T5X, if any: the first of `all_real`."""
     return next(all_real(), None)
 
 
 def all_real() -> Iterator[ModuleSpec]:
-    """The specs of all T5X that can be imported, in the order in which Python would find them.
+    """Yields the specs of all T5X that can be imported, in Python's search order.
 
-    Every entry of `sys.path` is asked on its own, because the first one may be ours; then every
-    other finder, since editable installs bring theirs. A package called t5x that is not T5X
-    (a folder of runs, say) has no `__init__.py` or no `train_state.py`.
+    Every entry of `sys.path` is searched separately, because the first match may be this library's
+    t5x.py. Then every other finder is asked, since editable installs add finders. A package called
+    t5x that is not T5X (a folder of runs, say) has no `__init__.py` or no `train_state.py`.
     """
     path_finder = importlib.machinery.PathFinder
     candidates = [path_finder.find_spec("t5x", [entry]) for entry in sys.path]
@@ -69,10 +69,10 @@ def all_real() -> Iterator[ModuleSpec]:
 
 
 def activate(name: str) -> None:
-    """Puts the chosen module into `sys.modules` under `name`; what `t5x.py` calls on import.
+    """Puts the chosen module into `sys.modules` under `name`; `t5x.py` calls this on import.
 
     Raises:
-        ImportError: a real T5X is wanted by the environment, and there is none.
+        ImportError: the environment requests a real T5X, and none is installed.
     """
     choice = requested_trainer()
     real = find_real() if choice != "own" else None
@@ -91,24 +91,24 @@ def activate(name: str) -> None:
 
 
 def gin_folder() -> Path:
-    """The folder that `gin/mpt_source.gin` is found from: of the clone, or inside the wheel."""
+    """Returns the folder that holds this library's `gin/`: the clone, or inside the wheel."""
     package = Path(mpt_jax.__file__).parent
     installed = package / "configs"
     return installed if (installed / "gin").is_dir() else package.parent
 
 
 def _show_gin_files() -> None:
-    """Lets T5X find this library's gin files from anywhere: it searches the working directory and
-    a clone of its own."""
-    import gin  # only where a T5X runs, which needs it as well
+    """Lets T5X find this library's gin files from any folder. By default it searches only the
+    working directory and its own clone."""
+    import gin  # imported only if T5X runs, which needs it as well
 
     gin.add_config_file_search_path(str(gin_folder()))
 
 
 def announce(trainer: str) -> None:
-    """Says which trainer runs, as the first line of a run's log and once.
+    """Prints which trainer runs, once, as the first line of a run's log.
 
-    Straight to stderr: loggers come up with the heavy imports, and those have lines of their own.
+    Writes to stderr directly, because the imports that set up logging already log lines.
     """
     if not _ANNOUNCED:
         _ANNOUNCED.append(trainer)
@@ -116,12 +116,12 @@ def announce(trainer: str) -> None:
 
 
 def announce_own() -> None:
-    """Says that this library's trainer runs."""
+    """Prints that this library's trainer runs."""
     announce(f"mpt_jax {mpt_jax.__version__} (T5X is not used)")
 
 
 def install_fallback() -> types.ModuleType:
-    """Makes the fallback answer to `t5x`, whatever is installed; returns it.
+    """Installs the fallback as the module `t5x`, even if a real T5X is installed; returns it.
 
     Raises:
         ImportError: a real T5X is already loaded in this process, so both would be mixed.
@@ -130,12 +130,12 @@ def install_fallback() -> types.ModuleType:
     if is_real(loaded):
         raise ImportError(
             f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, and one process "
-            "cannot hold both trainers: start a new one."
+            "cannot hold both trainers. Start a new process."
         )
     if getattr(loaded, "__embedded__", False):
         assert loaded is not None
         return loaded
-    module = types.ModuleType("t5x", "T5X's names, answered by mpt_jax.t5x_compat.fallback.")
+    module = types.ModuleType("t5x", "T5X's names, provided by mpt_jax.t5x_compat.fallback.")
     module.__file__ = str(FOLDER / "__init__.py")
     module.__path__ = [str(FOLDER)]
     module.__spec__ = ModuleSpec("t5x", None, origin=module.__file__, is_package=True)
@@ -153,14 +153,14 @@ def is_real(module: types.ModuleType | None) -> bool:
 
 
 class _NotOffered:
-    """Answers last for `t5x.<name>`: an error that says what to do, where Python's would not."""
+    """Last finder for `t5x.<name>`, which raises an error that says how to install T5X."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Raises for every submodule of the fallback that has not been found."""
+        """Raises ModuleNotFoundError for every module that the fallback does not have."""
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
             return None
         raise ModuleNotFoundError(
-            f"{name} is part of T5X, which is not installed; {', '.join(OFFERED)} and "
+            f"{name} is part of T5X, which is not installed. Only {', '.join(OFFERED)} and "
             f"`python -m t5x.{{{','.join(SCRIPTS)}}}` work without it. {INSTALL}",
             name=name.partition(".")[0],
         )

@@ -1,4 +1,4 @@
-"""From a `DatasetConfig` to batches: NumPy dictionaries in the batch contract.
+"""Datasets and batches of a `DatasetConfig`: NumPy dictionaries in the batch contract.
 
 `DatasetConfig` and `get_dataset` have T5X's names and meaning.
 """
@@ -27,29 +27,30 @@ _WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 
 @dataclasses.dataclass
 class DatasetConfig:
-    """Which examples, how long, how many at once. Fields are T5X's.
+    """What to read, up to which lengths, and how many rows at once. Fields are T5X's.
 
     Attributes:
         mixture_or_task_name: a registered name, or a SeqIO task or mixture.
-        task_feature_lengths: limits on `inputs` and `targets` in tokens, EOS included and prompt
-            positions not. None (inference evaluation only): the longest that occur.
-        split: of every task.
+        task_feature_lengths: limits on `inputs` and `targets` in tokens, including EOS but not
+            prompt positions. None (inference evaluation only): the longest lengths that occur.
+        split: the split to read of every task.
         batch_size: rows per step over all hosts.
-        shuffle: whether each pass is in another order.
-        seed: of shuffling and sampling; required for training.
-        use_cached: read SeqIO's offline cache.
-        pack: several examples to a row.
-        use_custom_packing_ops: SeqIO's, for packing.
+        shuffle: whether each pass has a different order.
+        seed: seed of shuffling and sampling; required for training.
+        use_cached: whether to read SeqIO's offline cache.
+        pack: whether to pack several examples into a row.
+        use_custom_packing_ops: SeqIO's packing option.
         module: imported first; it registers the tasks.
-        use_memory_cache: keep evaluation batches in memory between evaluations.
-        trim_output_features: SeqIO's own trimming; `features.end_and_limit` has cut before it.
+        use_memory_cache: whether to keep evaluation batches in memory between evaluations.
+        trim_output_features: SeqIO's own trimming; `preprocessors.end_and_limit` truncates
+            before it.
         length_buckets: {'inputs': [...], 'targets': [...]} token limits below those of
-            `task_feature_lengths`: each unpacked batch is cut to the smallest that hold it, which
-            changes no number but for rounding (and, with dropout, which masks are drawn). {} for
-            one length; None for lengths of our choice (`bucketing.automatic`). Ours, T5X has
-            no such field.
-        by_length: sorts the examples of some training batches at a time by length, so that more
-            is cut off; this changes which examples meet in a batch. Ours as well.
+            `task_feature_lengths`. Each unpacked batch is trimmed to the smallest that hold it,
+            which changes results only by rounding (and, with dropout, the masks drawn). {} for
+            one length; None for default lengths (`bucketing.automatic`). Not a field of T5X.
+        by_length: whether to sort the examples of a few training batches at a time by length, so
+            that more padding is trimmed. This changes which examples share a batch. Not a field
+            of T5X.
     """
 
     mixture_or_task_name: Any
@@ -72,12 +73,13 @@ class DatasetConfig:
             raise ValueError(f"DatasetConfig.batch_size must be positive, got {self.batch_size}.")
         if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
-                "DatasetConfig.length_buckets and by_length have no effect with pack = True, whose "
-                "rows have one length. Choose (docs/performance.md says which serves when)."
+                "DatasetConfig.length_buckets and by_length have no effect with pack = True, "
+                "because packed rows have one length. Set pack = False, or remove the others "
+                "(docs/performance.md compares them)."
             )
 
     def provider(self) -> Any:
-        """Returns the SeqIO task or mixture; raises ValueError listing the known ones."""
+        """Returns the SeqIO task or mixture. Raises ValueError if the name is unknown."""
         task_lookup.import_suites([self.module] if self.module else [])
         name = self.mixture_or_task_name
         if not isinstance(name, str):
@@ -96,11 +98,11 @@ class DatasetConfig:
     def buckets(
         self, converter: Any, limits: Mapping[str, int] | None = None
     ) -> LengthBuckets | None:
-        """Returns the lengths that unpacked batches are cut to; None for one length.
+        """Returns the lengths that unpacked batches are trimmed to; None for one length.
 
         Args:
             converter: the feature converter.
-            limits: what was found where `task_feature_lengths` is None.
+            limits: the limits to use if `task_feature_lengths` is None.
         """
         limits = self.task_feature_lengths or limits
         prompt_length = getattr(converter, "prompt_length", None)
@@ -119,22 +121,25 @@ def get_dataset(
     num_epochs: int | None = None,
     continue_from_last_checkpoint: bool = False,
 ) -> tf.data.Dataset:
-    """Returns one host's share of the batches, as T5X's function of this name does.
+    """Returns one host's shard of the batches, like T5X's `get_dataset`.
 
     Args:
         cfg: what to read.
-        shard_id: this host.
-        num_shards: hosts.
+        shard_id: index of this host.
+        num_shards: number of hosts.
         feature_converter_cls: called with `pack` and, when packing, `use_custom_packing_ops`.
-        num_epochs: None for ever.
-        continue_from_last_checkpoint: T5X's; must be False, since positions are restored by
-            `TrainIterator.restore`.
+        num_epochs: number of passes; None for an endless dataset.
+        continue_from_last_checkpoint: T5X's argument; must be False, since
+            `TrainIterator.restore` restores positions.
 
     Raises:
-        ValueError: a task, run, split, seed, batch size or length is not what it must be.
+        ValueError: a task, run, split, seed, batch size or length is invalid.
     """
     if continue_from_last_checkpoint:
-        raise ValueError("continue_from_last_checkpoint must be False; see TrainIterator.restore.")
+        raise ValueError(
+            "continue_from_last_checkpoint must be False. Restore the data position with "
+            "TrainIterator.restore."
+        )
     provider = cfg.provider()
     converter = cfg.converter(feature_converter_cls, cfg.pack)
     validation.check_config(cfg, provider, converter, num_shards, endless=num_epochs is None)
@@ -159,18 +164,18 @@ def get_dataset(
 
 
 def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int) -> tf.data.Dataset:
-    """Sorts the examples of `bucketing.WINDOW` batches at a time by the length of their
-    inputs, and shuffles the batches that result.
+    """Sorts the examples of `bucketing.WINDOW` batches at a time by input length, and shuffles the
+    resulting batches.
 
-    Tasks with an equal share of each batch keep it: the examples of each are sorted among
-    themselves. So a run of a grouped job meets its examples in the batches that it would meet
-    them in alone.
+    Tasks with an equal share of each batch keep it, because each task's examples are sorted
+    separately. So a run of a grouped job sees the same examples per batch as in a solo job.
 
     Args:
         dataset: endless task features (inputs, targets, task_ids).
         batch_size: B.
-        shares: tasks that have B / shares examples of every batch each, in the same order; or 1.
-        seed: of the shuffling.
+        shares: number of tasks with B / shares examples each of every batch, always in the same
+            order; or 1.
+        seed: seed of the shuffling.
     """
     window, share = bucketing.WINDOW, batch_size // shares
 
@@ -178,15 +183,15 @@ def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int)
         x = tf.transpose(tf.reshape(x, [window, shares, share]), [1, 0, 2])
         return tf.reshape(x, [shares, window * share])
 
-    def sort(number: tf.Tensor, found: Mapping[str, tf.RaggedTensor]):
-        lengths = found["inputs"].row_lengths()  # type: ignore[union-attr]
+    def sort(number: tf.Tensor, features: Mapping[str, tf.RaggedTensor]):
+        lengths = features["inputs"].row_lengths()  # type: ignore[union-attr]
         by_share = tf.argsort(to_shares(lengths), stable=True)
         order = tf.gather(to_shares(tf.range(window * batch_size)), by_share, batch_dims=1)
         order = tf.transpose(tf.reshape(order, [shares, window, share]), [1, 0, 2])
         key = token_tables.stream_key(seed, _WINDOWS, number)
         shuffled = tf.argsort(tf.random.stateless_uniform([window], key, alg="philox"))
         order = tf.reshape(tf.gather(order, shuffled), [-1])
-        return {name: tf.gather(value, order) for name, value in found.items()}
+        return {name: tf.gather(value, order) for name, value in features.items()}
 
     names = ("inputs", "targets", TASK_IDS)
     texts = dataset.map(lambda example: {name: example[name] for name in names})
@@ -201,23 +206,23 @@ def train_iterator(
     num_hosts: int = 1,
     host_index: int = 0,
 ) -> TrainIterator:
-    """Returns this host's rows of endless training batches.
+    """Returns an endless iterator over this host's rows of the training batches.
 
     Args:
         cfg: what to read.
         feature_converter_cls: as for `get_dataset`.
-        num_hosts: hosts that share each batch.
-        host_index: this host.
+        num_hosts: number of hosts that share each batch.
+        host_index: index of this host.
 
     Raises:
-        ValueError: as `get_dataset`; the hosts do not divide the batch.
+        ValueError: as `get_dataset`, or `batch_size` is not a multiple of `num_hosts`.
     """
     share = HostShard(cfg.batch_size, num_hosts, host_index)
     dataset = get_dataset(cfg, 0, 1, feature_converter_cls)
     options = tf.data.Options()
     options.deterministic = True
-    # Models here take milliseconds to seconds a step: a few batches ahead suffice, and each one
-    # more is saved with the position.
+    # Steps take milliseconds to seconds, so two prefetched batches suffice. Prefetched batches are
+    # saved with the data position.
     dataset = dataset.prefetch(2).with_options(options)
     provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
     sampler = getattr(provider, "sampler", None)
@@ -242,47 +247,47 @@ def eval_batches(
     num_hosts: int = 1,
     host_index: int = 0,
 ) -> dict[str, Callable[[], Iterable[Batch]]]:
-    """Returns the batches for the loss on held-out examples: of each task, and of all together.
+    """Returns the held-out batches for the evaluation loss, of each task and of all tasks.
 
-    Every example counts once. The last batch is filled up with rows of zeros, which have no
-    weight; all hosts see as many batches.
+    Every example counts once. The last batch is padded with rows of zeros, which have zero
+    weight. All hosts get the same number of batches.
 
     Args:
-        cfg: what to read; tasks without the split are left out, and named in the log.
+        cfg: what to read; tasks without the split are skipped with a warning.
         feature_converter_cls: as for `get_dataset`.
-        num_batches: at most so many of each task; None for all.
-        num_hosts: hosts that share each batch.
-        host_index: this host.
+        num_batches: maximum number of batches per task; None for all.
+        num_hosts: number of hosts that share each batch.
+        host_index: index of this host.
 
     Returns:
-        {task name: function that starts over and yields this host's batches}; of several tasks
-        also {mixture name: all their batches}.
+        {task name: function that returns this host's batches from the start}. For several tasks
+        also {mixture name: the same for the batches of all tasks}.
     """
     provider = cfg.provider()
     tasks = seqio.get_subtasks(provider)
     converter = cfg.converter(feature_converter_cls, cfg.pack)
     validation.check_runs(tasks, converter)
     share = HostShard(cfg.batch_size, num_hosts, host_index)
-    made: dict[str, Callable[[], Iterable[Batch]]] = {}
+    batches: dict[str, Callable[[], Iterable[Batch]]] = {}
     for task in tasks:
         if cfg.split not in task.splits and not isinstance(provider, seqio.Task):
-            logging.warning("Task %s has no %r split: no loss on it.", task.name, cfg.split)
+            logging.warning("Skipped task %s, which has no %r split.", task.name, cfg.split)
             continue
         dataset = _converted(cfg, task, converter, num_batches)
         buckets = cfg.buckets(converter)
-        made[task.name] = EvalBatches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
-    if not made:
+        batches[task.name] = EvalBatches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
+    if not batches:
         raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
-    if provider.name not in made and len(made) > 1:
-        parts = list(made.values())
-        made[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)
-    return made
+    if provider.name not in batches and len(batches) > 1:
+        parts = list(batches.values())
+        batches[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)
+    return batches
 
 
 def _converted(
     cfg: DatasetConfig, task: seqio.Task, converter: Any, num_batches: int | None
 ) -> tf.data.Dataset:
-    """The converted examples of one task, as many as `num_batches` may hold."""
+    """Returns the converted examples of one task, at most `num_batches` full batches."""
     table = token_tables.read_table(
         task,
         cfg.split,

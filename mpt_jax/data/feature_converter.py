@@ -1,7 +1,7 @@
-"""The batch contract as a SeqIO feature converter, and the preprocessors that feed it.
+"""SeqIO feature converter that produces the batch contract.
 
-A prompt is not concatenated to an input: it is written into reserved positions. The converter
-gives every example P such positions and says of every encoder position what it is:
+A prompt is not concatenated to an input. It is written into reserved positions, P in every
+example, and the features say what every position holds:
 
     encoder_input_tokens   int32 [B, T]  token id; 0 at prompt slots and padding
     encoder_prompt_slots   int32 [B, T]  i + 1 where the position is row i of the prompt, else 0
@@ -11,15 +11,14 @@ gives every example P such positions and says of every encoder position what it 
     decoder_loss_weights   int32 [B, L]  1 at every target token, else 0
     decoder_task_ids       int32 [B, L]  row of the prompt bank at every target token, else 0
 
-and, only when packed, `encoder_segment_ids`, `encoder_positions` [B, T] and
-`decoder_segment_ids`, `decoder_positions` [B, L]: which example (from 1; 0 is padding), and
-which position inside it. T = P + the limit on the text unless packed.
+Packed batches also have `encoder_segment_ids`, `encoder_positions` [B, T] and
+`decoder_segment_ids`, `decoder_positions` [B, L]: the number of the example (from 1; 0 is
+padding) and the position inside it. Unpacked, T = P + the limit on the text.
 
-A task tells the converter its name through the feature `task_ids` [1]: the CRC-32 of the name
-(31 bits), which the converter maps to the row of `Runs.run_names`. The sign carries one more
-fact: `~id` instead of `id` says that a text of this example was longer than its limit, so that
-the policy on such examples can be a property of the converter, which gin builds, and not of the
-registered task, which gin cannot reach.
+The feature `task_ids` [1] identifies the task: the CRC-32 of its name (31 bits), which the
+converter maps to a row of `Runs.run_names`. `~id` instead of `id` marks an example with a text
+longer than its limit. So the policy for such examples is a setting of the converter, which gin
+builds, and not of the registered task, which gin cannot configure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,23 +39,23 @@ class PromptFeatureConverter(seqio.FeatureConverter):
 
     Serves as T5X's `FEATURE_CONVERTER_CLS` with its first two arguments bound by gin or
     `functools.partial`. `task_feature_lengths` lists `inputs` and `targets` and counts text only;
-    `task_ids` may be left out.
+    `task_ids` may be omitted.
 
     Args:
-        prompt_length: P, positions reserved in front of each text; 0 for methods without one. The
-            model gives it.
-        runs: the rows of the prompt bank; an example's row is that of its task's name.
-        pack: several examples to a row, each with its own prompt positions.
-        use_custom_packing_ops: SeqIO's option; must be False, since packing is ours.
+        prompt_length: P, positions reserved in front of each text; 0 for methods without a prompt.
+            The model supplies it.
+        runs: rows of the prompt bank, looked up by the name of an example's task.
+        pack: whether to pack several examples into a row, each with its own prompt positions.
+        use_custom_packing_ops: SeqIO's option; must be False, since this library does the packing.
         pack_lengths: encoder (`inputs`, prompt positions included) and decoder (`targets`)
             positions of a packed row; by default twice those of one example of full length.
-        pack_window: examples that are packed at a time (`packing.best_fit`). More of them leave
-            fewer positions empty, and go farther from the order of the stream.
-        on_overlong: 'error' or 'truncate' for examples that `end_and_limit` has cut.
-        prompt_lengths: the positions of each bank row's prompt, where they differ: at most P.
+        pack_window: number of examples packed at a time (`packing.best_fit`). A larger window
+            leaves less padding and changes the order of the stream more.
+        on_overlong: 'error' or 'truncate', for examples that `end_and_limit` truncated.
+        prompt_lengths: prompt positions of each bank row, if they differ; at most P.
 
     Raises:
-        ValueError: a setting is out of its range or would have no effect.
+        ValueError: a setting is out of range or would have no effect.
     """
 
     TASK_FEATURES = {
@@ -100,12 +99,12 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             raise ValueError(f"on_overlong must be one of {OVERLONG_POLICIES}, got {on_overlong!r}")
         if pack_lengths is not None and set(pack_lengths) != {"inputs", "targets"}:
             raise ValueError(
-                f"pack_lengths must give inputs and targets, got {sorted(pack_lengths)}."
+                f"pack_lengths must have the keys inputs and targets, got {sorted(pack_lengths)}."
             )
         if use_custom_packing_ops:
             raise ValueError(
-                "use_custom_packing_ops would have no effect: packing is ours "
-                "(mpt_jax/batching/packing.py). Leave it False."
+                "use_custom_packing_ops = True would have no effect, because "
+                "mpt_jax/batching/packing.py does the packing. Leave it False."
             )
         if pack_window < 1:
             raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
@@ -113,13 +112,13 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             len(prompt_lengths) != runs.num_rows or max(prompt_lengths) > prompt_length
         ):
             raise ValueError(
-                f"prompt_lengths must give each of the {runs.num_rows} rows at most "
-                f"prompt_length = {prompt_length} positions, got {tuple(prompt_lengths)}."
+                f"prompt_lengths must have one value for each of the {runs.num_rows} bank rows, at "
+                f"most prompt_length = {prompt_length}, got {tuple(prompt_lengths)}."
             )
         for name in runs.run_names:
             task_id(name)
-        # Lengths are checked below, in the one map that converts: SeqIO's own checks are two more,
-        # and cost more than the conversion.
+        # `_row` checks lengths inside the map that converts. SeqIO's own checks would add two more
+        # maps, which cost more than the conversion.
         super().__init__(pack=pack, apply_length_check=False)
         self.prompt_length = prompt_length
         self.prompt_lengths = tuple(prompt_lengths or (prompt_length,) * runs.num_rows)
@@ -131,21 +130,21 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-        """Converts `ds`; see the class. Raises ValueError where the task has no `task_ids`."""
-        found = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
-        if TASK_IDS not in found:
+        """Converts `ds`; see the class. Raises ValueError if the task has no `task_ids`."""
+        features = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
+        if TASK_IDS not in features:
             raise ValueError(
-                f"The dataset has no feature {TASK_IDS!r} (it has {found}), so "
-                "its examples have no prompt. End the task's preprocessors with "
-                "feature_converter.finish(name) and give it feature_converter.output_features(...) "
-                "(from mpt_jax.data import feature_converter)."
+                f"The dataset has no feature {TASK_IDS!r} (it has {features}), so its examples "
+                "have no prompt. End the task's preprocessors with preprocessors.finish(name) and "
+                "use preprocessors.output_features(...) as its output features "
+                "(from mpt_jax.data import preprocessors)."
             )
         return super().__call__(ds, {**task_feature_lengths, TASK_IDS: 1})
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Returns the length of each model feature: T or L, by its first word."""
+        """Returns the length of each model feature: T for the encoder's, L for the decoder's."""
         positions = self._positions(task_feature_lengths)
         names = [*self.MODEL_FEATURES, *(self.PACKING_FEATURE_DTYPES if self.pack else ())]
         side = {"encoder": "inputs", "decoder": "targets"}
@@ -157,8 +156,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             "inputs": self.prompt_length + task_feature_lengths["inputs"],
             "targets": task_feature_lengths["targets"],
         }
-        # T5X turns packing off for evaluation with the same bindings, so pack_lengths is then
-        # without effect by design.
+        # T5X turns packing off for evaluation but keeps the bindings, so pack_lengths has no
+        # effect then.
         if not self.pack:
             return one_example
         if self.pack_lengths is None:
@@ -169,7 +168,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
                     f"pack_lengths[{name!r}] is {self.pack_lengths[name]}, but one example may "
                     f"need {needed} positions (prompt_length {self.prompt_length}, "
                     f"task_feature_lengths {dict(task_feature_lengths)}). Raise it to at least "
-                    "that, or lower the others."
+                    f"{needed}, or lower the other two."
                 )
         return self.pack_lengths
 
@@ -193,12 +192,13 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             return map_dataset(ds, unpacked)
         windows = map_dataset(ds, checked).ragged_batch(self.pack_window)
         lengths = self.get_model_feature_lengths(task_feature_lengths)
-        # One window at a time: what is packed ahead is saved with the data's position.
+        # One window at a time, because windows packed ahead are saved with the data position.
         pack = tf.autograph.experimental.do_not_convert(self._packed)
         return windows.map(lambda window: pack(window, positions, lengths)).unbatch()
 
     def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
-        """Returns the example's row (scalar), or raises for a stranger or an over-long example."""
+        """Returns the example's bank row (scalar); raises for an unknown task or an over-long
+        example."""
         identity = example[TASK_IDS][0]
         was_cut = identity < 0
         identity = tf.where(was_cut, tf.bitwise.invert(identity), identity)
@@ -207,7 +207,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         too_long = [tf.size(example[name]) > limit for name, limit in limits.items()]
         if self.on_overlong == "error":
             too_long.append(was_cut)
-        # No quotes in what the graph raises: TensorFlow prints them escaped.
+        # No quotes in messages that the graph raises, because TensorFlow escapes them.
         limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
         message = (
             f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
@@ -225,8 +225,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             return tf.identity(row)
 
     def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
-        """Returns the error text for an id that is no run's, with its name where it is known."""
-        known = f" is not among the runs of this job, which are {', '.join(self.runs.run_names)}."
+        """Returns the error text for an id without a run, with the task's name if it is known."""
+        known = f" is not a run of this job. Its runs are {', '.join(self.runs.run_names)}."
         ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
         matches = tf.equal(ids, identity)
         name = tf.where(
@@ -237,16 +237,17 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         return tf.strings.join([name, known])
 
     def _place(self, example, row: tf.Tensor, positions: Mapping[str, int]):
-        """One example to a row, in the graph: the prompt in front, then the text, then padding.
+        """Converts one example to a row, in the graph: prompt slots, then the text, then padding.
 
-        `batching.collate.unpacked` does the same for lists, `predict.compiled` on the device.
+        `batching.collate.unpacked` does the same for lists, `serving.predict.compiled` on the
+        device.
         """
         prompt = tf.constant(self.prompt_lengths)[row]
         targets = _pad(example["targets"], positions["targets"])
         tokens = tf.concat([tf.zeros([prompt], tf.int32), example["inputs"]], axis=0)
         tokens = _pad(tokens, positions["inputs"])
         slots = _pad(tf.range(1, prompt + 1), positions["inputs"])
-        # Where prompts have one length, models place them at the front without looking.
+        # If all prompts have one length, models insert them at the front without reading slots.
         is_target = tf.cast(targets != 0, tf.int32)
         return {
             "encoder_input_tokens": tokens,
@@ -259,7 +260,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         }
 
     def _packable(self, example, row: tf.Tensor) -> list[tf.Tensor]:
-        """Checks that every position of an example tells that it is one."""
+        """Returns checks that no position of an example would be taken for padding."""
         checks, run = [], tf.constant(self.runs.run_names)[row]
         for name, may_be_empty in (("inputs", self.prompt_length > 0), ("targets", False)):
             text, tokens = f"Cannot pack an example of {{}} whose {name} ", example[name]
@@ -271,25 +272,25 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def _packed(
         self, window, positions: Mapping[str, int], lengths: Mapping[str, int]
     ) -> dict[str, tf.Tensor]:
-        """The rows that a window of examples takes."""
+        """Packs a window of examples into rows."""
 
         def pack(inputs, input_splits, targets, target_splits, rows):
             texts = np.split(inputs, input_splits[1:-1]), np.split(targets, target_splits[1:-1])
-            examples = [collate.Example(*found) for found in zip(*texts, rows, strict=True)]
-            made = collate.packed(examples, self.prompt_lengths, positions)
-            return [made[name] for name in lengths]
+            examples = [collate.Example(*fields) for fields in zip(*texts, rows, strict=True)]
+            batch = collate.packed(examples, self.prompt_lengths, positions)
+            return [batch[name] for name in lengths]
 
         inputs, targets = window["inputs"], window["targets"]
-        # Stateless, or else a data position could not be saved.
-        made = tf.numpy_function(
+        # Stateless, because tf.data cannot save the position of a stateful function.
+        features = tf.numpy_function(
             pack,
             [inputs.values, inputs.row_splits, targets.values, targets.row_splits, window["row"]],
             [tf.int32] * len(lengths),
             stateful=False,
         )
-        for rows, length in zip(made, lengths.values(), strict=True):
+        for rows, length in zip(features, lengths.values(), strict=True):
             rows.set_shape([None, length])
-        return dict(zip(lengths, made, strict=True))
+        return dict(zip(lengths, features, strict=True))
 
 
 def _pad(tokens: tf.Tensor, length: int) -> tf.Tensor:
@@ -304,7 +305,7 @@ def _named(template: str, name: tf.Tensor):
 
 
 def _assert(condition: tf.Tensor, message):
-    """Raises `message()` (a string tensor) unless `condition`; the text is built only then."""
+    """Raises `message()` (a string tensor) unless `condition`; builds the text only if needed."""
     return tf.cond(
         condition,
         lambda: tf.constant(True),

@@ -1,7 +1,7 @@
-"""Batches as they are handed out: this host's rows, cut to their lengths.
+"""Iterators over batches: this host's rows, trimmed to length buckets.
 
-The position of training batches can be taken at any step and set again, exactly: what tf.data has
-prefetched but not handed out is part of it.
+The position in the training batches can be saved and restored exactly at any step. It includes
+the batches that tf.data has prefetched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POSITION = "position.json"
 
 @dataclasses.dataclass(frozen=True)
 class HostShard:
-    """Which rows of a batch of `batch_size` belong to this host."""
+    """This host's shard of a batch of `batch_size` rows."""
 
     batch_size: int
     num_hosts: int
@@ -44,24 +44,23 @@ class HostShard:
             )
 
     def of(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Fills the batch up with rows of zeros and returns this host's rows."""
+        """Pads the batch with rows of zeros and returns this host's rows."""
         rows = self.batch_size // self.num_hosts
         first = rows * self.host_index
         return {name: fill(x, self.batch_size)[first : first + rows] for name, x in batch.items()}
 
 
 class TrainIterator(Iterator[Batch]):
-    """This host's rows of the training batches, with a position that can be saved.
+    """Iterator over this host's rows of the training batches, with a position that can be saved.
 
-    Every host makes whole batches and keeps its own rows of them. So the batch of a step does not
-    depend on the number of hosts, and a position that was saved by one number of hosts is good
-    for any other.
+    Every host builds whole batches and keeps its own rows of them. So the batch of a step does not
+    depend on the number of hosts, and a position can be restored with any number of hosts.
 
     Args:
         dataset: whole batches.
-        share: which rows of them are this host's.
-        identity: JSON values that a position must agree on with the iterator it is restored to.
-        buckets: the lengths that batches are cut to, if any.
+        share: this host's shard of them.
+        identity: JSON values that must be the same when a position is restored.
+        buckets: the lengths that batches are trimmed to, if any.
     """
 
     def __init__(
@@ -86,8 +85,8 @@ class TrainIterator(Iterator[Batch]):
             if self._taken:
                 raise
             raise ValueError(
-                f"There is not one whole batch in {self._identity}: the split is empty, or holds "
-                "fewer examples than a batch."
+                f"The dataset does not fill one batch: {self._identity}. Lower "
+                "DatasetConfig.batch_size, or choose another split."
             ) from None
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(plain_message(error)) from error
@@ -96,7 +95,7 @@ class TrainIterator(Iterator[Batch]):
         return self._share.of(self._buckets.cut(rows) if self._buckets else rows)
 
     def state(self) -> bytes:
-        """Returns the position: restoring it continues with the batch that would come next."""
+        """Returns the position; restoring it continues with the next batch."""
         content = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content, "w") as archive:
             self._checkpoint.write(os.path.join(folder, "position"))
@@ -105,26 +104,26 @@ class TrainIterator(Iterator[Batch]):
             for name in sorted(os.listdir(folder)):
                 archive.write(os.path.join(folder, name), name)
         if not self._reported:
-            logging.info("The data position takes %.1f KB.", len(content.getvalue()) / 1000)
+            logging.info("Size of the data position: %.1f KB.", len(content.getvalue()) / 1000)
             self._reported = True
         return content.getvalue()
 
     def restore(self, state: bytes) -> None:
-        """Goes to a position returned by `state`.
+        """Restores a position returned by `state`.
 
         Raises:
-            ValueError: `state` is no position, or was saved with another configuration.
+            ValueError: `state` is not a position, or was saved with another configuration.
         """
         try:
             archive = zipfile.ZipFile(io.BytesIO(state))
             header = json.loads(archive.read(_POSITION))
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise ValueError(f"Not a data position, or a damaged one: {error}") from error
+            raise ValueError(f"The data position is corrupt or not a position: {error}") from error
         check_same(
             header["identity"],
             self._identity,
             what="The data position",
-            advice="Restore the saved values, or choose another MODEL_DIR to start again.",
+            advice="Bind the saved values again, or start over in another MODEL_DIR.",
         )
         with tempfile.TemporaryDirectory() as folder:
             for name in archive.namelist():
@@ -136,13 +135,14 @@ class TrainIterator(Iterator[Batch]):
 
 
 class EvalBatches:
-    """Batches of rows that can be gone through any number of times.
+    """Batches that can be iterated over any number of times.
 
     Args:
         dataset: rows, not batched.
-        share: the size of a batch, and which of its rows are this host's.
-        keep: whether to keep them in memory.
-        buckets: the lengths that batches are cut to; None for one length and the rows' own order.
+        share: the batch size and this host's shard.
+        keep: whether to keep the batches in memory.
+        buckets: the lengths that batches are trimmed to; None for one length and the original
+            order of the rows.
         cut_targets: see `LengthBuckets.cut`.
     """
 
@@ -161,11 +161,11 @@ class EvalBatches:
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
 
     def __call__(self) -> Iterable[Batch]:
-        """The batches."""
+        """Returns the batches."""
         return (batch for _, batch in self.numbered())
 
     def numbered(self) -> Iterable[tuple[np.ndarray, Batch]]:
-        """Each batch, and the numbers of the rows that it is of (of all hosts)."""
+        """Returns pairs of the indices of a batch's rows (of all hosts) and the batch."""
         if not self._keep:
             return self._read()
         if self._kept is None:
@@ -179,8 +179,8 @@ class EvalBatches:
             batches = bucketing.batches_of(
                 rows, self._share.batch_size, self._buckets, self._cut_targets
             )
-            for chosen, batch in batches:
-                yield first + chosen, self._share.of(batch)
+            for indices, batch in batches:
+                yield first + indices, self._share.of(batch)
             first += len(rows["decoder_target_tokens"])
 
 
@@ -191,6 +191,6 @@ def fill(array: np.ndarray, rows: int) -> np.ndarray:
 
 
 def plain_message(error: tf.errors.InvalidArgumentError) -> str:
-    """Returns what an assertion of ours in the graph says, without what TensorFlow puts around."""
-    found = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
-    return found.group(1) if found else str(error)
+    """Returns the message of a failed assertion in the graph, without TensorFlow's text around."""
+    match = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
+    return match.group(1) if match else str(error)

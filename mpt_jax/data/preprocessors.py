@@ -1,4 +1,4 @@
-"""Preprocessors that end every task: the run's identity, end-of-sequence id and length limits."""
+"""Final preprocessors of every task: the task id, end-of-sequence tokens and length limits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import tensorflow as tf
 TASK_IDS = "task_ids"
 
 
-# Names seen by `task_id`, so that a collision is caught where the second name is registered and
-# an id that no run claims can be given its name back in an error.
+# Names seen by `task_id`: detects collisions on registration, and gives unknown ids a name in
+# errors.
 _NAME_OF_ID: dict[int, str] = {}
 
 
 def task_id(name: str) -> int:
-    """Returns the 31-bit id that examples of the task `name` carry, and remembers the name.
+    """Returns the 31-bit id of the task `name` in its examples, and remembers the name.
 
     Raises:
         ValueError: another name with the same id was registered before.
@@ -28,7 +28,7 @@ def task_id(name: str) -> int:
     if holder != name:
         raise ValueError(
             f"The task names {holder!r} and {name!r} have the same id ({identity}), so their "
-            "examples could not be told apart. Rename one of them."
+            "examples cannot be distinguished. Rename one of the tasks."
         )
     return identity
 
@@ -45,23 +45,23 @@ class AddTaskId:
 
 
 def add_task_id(name: str) -> AddTaskId:
-    """Returns the preprocessor that names the examples of the task `name`."""
+    """Returns the preprocessor that adds the id of the task `name` to its examples."""
     return AddTaskId(name)
 
 
 def renamed(preprocessors: Sequence, name: str) -> list:
     """Returns `preprocessors` with the task id replaced by that of `name`.
 
-    A task derived from another (a few-shot subset, a seed) inherits its preprocessors, and with
-    them its id: without this its examples would read the other task's prompt.
+    A task derived from another (a few-shot subset, a seed) inherits its preprocessors and the id
+    they write. Without the new id, its examples would use the prompt of the original task.
 
     Raises:
         ValueError: no preprocessor writes a task id.
     """
     if not any(isinstance(p, AddTaskId) for p in preprocessors):
         raise ValueError(
-            f"None of the preprocessors given for the task {name!r} writes `task_ids`. "
-            "End its list with mpt_jax.data.feature_converter.finish(name)."
+            f"None of the preprocessors of the task {name!r} writes `task_ids`. "
+            "End its list with mpt_jax.data.preprocessors.finish(name)."
         )
     return [AddTaskId(name) if isinstance(p, AddTaskId) else p for p in preprocessors]
 
@@ -78,10 +78,10 @@ def output_features(vocabulary: Any, targets_vocabulary: Any | None = None) -> d
 
 
 def finish(name: str) -> list:
-    """Returns the last preprocessors of the task `name`: text in, the converter's features out.
+    """Returns the last preprocessors of the task `name`, from text to the converter's features.
 
-    In order: tokenize `inputs` and `targets`, the point where SeqIO may cache, the task id, the
-    end-of-sequence token and the limit on lengths.
+    In order: tokenization of `inputs` and `targets`, SeqIO's cache placeholder, the task id, and
+    end-of-sequence tokens with the length limits.
     """
     return [
         seqio.preprocessors.tokenize,
@@ -96,11 +96,11 @@ def end_and_limit(
     output_features: Mapping[str, Any],
     sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-    """Ends each text with EOS where its feature asks for it, and marks the over-long examples.
+    """Appends EOS to each text if its feature asks for it, and marks over-long examples.
 
-    A text longer than `sequence_length` (tokens, EOS included) is cut so that it still ends with
-    EOS, and the example's task id becomes `~id`; whether that is an error is for
-    `PromptFeatureConverter(on_overlong=...)` to say.
+    A text longer than `sequence_length` (tokens, EOS included) is truncated so that it still ends
+    with EOS, and the example's task id becomes `~id`. `PromptFeatureConverter.on_overlong` decides
+    whether that is an error.
     """
     limits = dict(sequence_length or {})
     texts = [name for name in output_features if name != TASK_IDS]

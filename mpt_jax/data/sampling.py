@@ -1,12 +1,12 @@
-"""Which task each example of a batch comes from, and which example it is.
+"""Samplers of the tasks in a batch, and the mixture that streams the tasks' examples.
 
-A sampler draws, for every step, the task of each of the batch's B examples. Draws are stateless
-in (seed, step) and made for the global batch, so all hosts agree on them; the examples are then
-dealt to the hosts in turn. A sampler is a SeqIO `sample_fn`, but over whole streams: SeqIO gives
-a `sample_fn` neither the batch nor the hosts, and shuffles across the end of a pass, so that an
-example could come twice within one. `TaskMixture` therefore makes the streams itself: an endless
-stream of each task's examples, pass after pass, each pass a permutation that depends on nothing
-but (seed, run name, pass). Grouped or solo, on one host or many, a run sees the same examples.
+A sampler draws the task of each of the B examples of a step's batch. Draws are stateless in
+(seed, step) and made for the global batch, so all hosts agree on them. The examples are then
+dealt to the hosts in turn. A sampler is a SeqIO `sample_fn`, but for whole streams: SeqIO gives a
+`sample_fn` neither the batch nor the hosts, and shuffles across the end of a pass, so an example
+could occur twice in one pass. `TaskMixture` therefore builds an endless stream of each task's
+examples, in which every pass is a permutation that depends only on (seed, run name, pass). A run
+sees the same examples in a grouped or a solo job, on one host or many.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ import tensorflow as tf
 from mpt_jax.data.task_lookup import find_task, import_suites
 from mpt_jax.data.token_tables import joined_lookup, read_table, stream_key
 
-# T5's cap on the size that a task counts with in examples-proportional mixing.
+# T5's cap on the size of a task in examples-proportional mixing.
 T5_CAP = 2**18
 _DRAWS = zlib.crc32(b"mpt_jax.sampling") & 0x7FFFFFFF
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What all samplers share; `draw` is theirs.
+    """Base class of samplers, which implement `draw`.
 
     Attributes:
-        batch_size: B, examples per step over all hosts. Packed rows do not count here.
-        seed: of all draws, 0 .. 2^31 - 1.
-        num_hosts: hosts that the batch is dealt to; it must divide `batch_size`.
-        host_index: this host.
+        batch_size: B, examples (not packed rows) per step over all hosts.
+        seed: seed of all draws, 0 .. 2^31 - 1.
+        num_hosts: number of hosts that the batch is dealt to; must divide `batch_size`.
+        host_index: index of this host.
     """
 
     batch_size: int
@@ -52,22 +52,22 @@ class Sampler:
             raise ValueError(f"seed must be in 0 .. 2^31 - 1, got {self.seed}.")
 
     def check(self, num_tasks: int) -> None:
-        """Raises ValueError where this sampler cannot serve `num_tasks` tasks."""
+        """Raises ValueError if this sampler does not support `num_tasks` tasks."""
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         """Returns the task [B] of each example of the global batch at `step`.
 
         Args:
             step: scalar int64.
-            weights: mixing weights [K], positive, of any sum.
+            weights: mixing weights [K], positive, with any sum.
         """
         raise NotImplementedError
 
     def __call__(
         self, datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
     ) -> tf.data.Dataset:
-        """Interleaves endless, unsharded `datasets`, and returns this host's share of them."""
-        del seed  # Ours is required, and the same on all hosts; SeqIO's may be neither.
+        """Interleaves endless, unsharded `datasets`, and returns this host's shard."""
+        del seed  # The sampler's is always set and equal on all hosts; SeqIO's may be neither.
         weights = np.asarray(rates, np.float64)
         if not (weights > 0).all():
             raise ValueError(f"Mixing weights must be positive, got {weights.tolist()}.")
@@ -88,14 +88,14 @@ class Sampler:
 class StochasticTasks(Sampler):
     """Stochastic task sampling (arXiv 2303.02861, section 3.2): k tasks make up a batch.
 
-    k is uniform in [2, kappa]; k tasks are drawn without replacement by mixing weight (Gumbel
-    top-k); each gives B // k examples, and the first B mod k drawn give one more. The paper does
-    not say how a batch is divided; the division is ours.
+    k is uniform in [2, kappa]. k tasks are drawn without replacement by mixing weight (Gumbel
+    top-k). Each supplies B // k examples, and the first B mod k drawn supply one more. The paper
+    does not say how a batch is divided; this division is this library's choice.
 
     Attributes:
-        kappa: the most tasks in one batch; None for all.
-        replacement: draw with replacement instead, and take the whole remainder from one of the
-            drawn tasks at random, as the authors' released loader does; a batch may then hold a
+        kappa: the maximum number of tasks in one batch; None for all.
+        replacement: whether to draw with replacement, and take the whole remainder from one of the
+            drawn tasks at random, like the authors' released loader. A batch may then hold a
             single task.
     """
 
@@ -106,18 +106,21 @@ class StochasticTasks(Sampler):
         kappa = self._kappa(num_tasks)
         if not 2 <= kappa <= num_tasks:
             raise ValueError(
-                f"Stochastic task sampling takes 2 .. kappa tasks per batch, but kappa is {kappa} "
-                f"and the mixture has {num_tasks}. For one task use sampling.EqualQuotas."
+                f"Stochastic task sampling needs kappa from 2 to the number of tasks, but kappa is "
+                f"{kappa} and the mixture has {num_tasks}. For one task use sampling.EqualQuotas."
             )
         if self.batch_size < kappa:
-            raise ValueError(f"A batch of {self.batch_size} cannot hold kappa = {kappa} tasks.")
+            raise ValueError(
+                f"A batch of {self.batch_size} cannot hold kappa = {kappa} tasks. Raise batch_size "
+                "or lower kappa."
+            )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         kappa = self._kappa(len(weights))
         uniform = self._uniform(step, 2 + max(kappa, len(weights)))
         count = 2 + tf.cast(uniform[0] * (kappa - 1), tf.int32)
         batch_size = tf.constant(self.batch_size)
-        each, rest = batch_size // count, tf.math.floormod(batch_size, count)
+        quota, rest = batch_size // count, tf.math.floormod(batch_size, count)
         if self.replacement:
             tasks = _categorical(weights, uniform[2 : 2 + kappa])[:count]
             lucky = tf.cast(uniform[1] * tf.cast(count, tf.float64), tf.int32)
@@ -126,7 +129,7 @@ class StochasticTasks(Sampler):
             scores = np.log(weights) - tf.math.log(-tf.math.log(uniform[2 : 2 + len(weights)]))
             tasks = tf.argsort(scores, direction="DESCENDING")[:count]
             extra = tf.cast(tf.range(count) < rest, tf.int32)
-        return tf.cast(tf.repeat(tasks, each + extra), tf.int64)
+        return tf.cast(tf.repeat(tasks, quota + extra), tf.int64)
 
     def _kappa(self, num_tasks: int) -> int:
         return num_tasks if self.kappa is None else self.kappa
@@ -134,7 +137,7 @@ class StochasticTasks(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class PerExample(Sampler):
-    """Each example's task is drawn for itself, by mixing weight: the fixed-mixture ablation."""
+    """Draws each example's task independently by mixing weight: the fixed-mixture ablation."""
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         tasks = _categorical(weights, self._uniform(step, self.batch_size))
@@ -143,17 +146,17 @@ class PerExample(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class EqualQuotas(Sampler):
-    """Every task gives B / K examples to every batch, whatever its weight: for grouped jobs.
+    """Takes B / K examples of every task in every batch, whatever its weight; for grouped jobs.
 
-    Each run of the group then sees, step by step, what it would see alone with a batch of B / K.
+    Each run then sees the same examples at each step as in a solo job with a batch of B / K.
     """
 
     def check(self, num_tasks: int) -> None:
         if self.batch_size % num_tasks:
             raise ValueError(
                 f"Equal quotas need a batch_size that is a multiple of the {num_tasks} runs, got "
-                f"{self.batch_size}; {self.batch_size // num_tasks * num_tasks or num_tasks} "
-                "would do."
+                f"{self.batch_size}. Use {self.batch_size // num_tasks * num_tasks or num_tasks}, "
+                "for example."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -162,14 +165,14 @@ class EqualQuotas(Sampler):
 
 
 class TaskMixture(seqio.Mixture):
-    """A mixture whose training stream is a `Sampler`'s.
+    """Mixture whose training stream is drawn by a `Sampler`.
 
-    Each task is preprocessed once and its tokens are kept in memory (4 bytes each), so tasks with
-    random preprocessors (span corruption) belong in a plain `seqio.Mixture`. A finite number of
-    epochs, as evaluation asks for, is served by SeqIO as for any mixture.
+    Each task is preprocessed once and its tokens are kept in memory (4 bytes each), so use a plain
+    `seqio.Mixture` for tasks with random preprocessors (span corruption). A finite number of
+    epochs, as in evaluation, is read by SeqIO like any mixture.
 
     Args:
-        name: of the mixture.
+        name: name of the mixture.
         task_names: registered SeqIO tasks.
         sampler: draws the tasks of each batch.
         rates: mixing weight of each task; by default its number of examples, at most `cap`.
@@ -209,10 +212,10 @@ class TaskMixture(seqio.Mixture):
     ) -> tf.data.Dataset:
         """Returns this host's endless stream of examples.
 
-        `overlong` then holds, for each task, how many of its examples were cut, and of how many.
+        Sets `overlong` to {task: (truncated examples, all examples)}.
 
         Raises:
-            ValueError: a task lacks the split, its data, or any example; two seeds.
+            ValueError: a task has no such split, data or example, or `seed` is not the sampler's.
         """
         arguments: dict[str, Any] = dict(
             sequence_length=sequence_length,
@@ -232,7 +235,7 @@ class TaskMixture(seqio.Mixture):
         if seed is not None and seed != self.sampler.seed:
             raise ValueError(
                 f"DatasetConfig.seed is {seed}, but the sampler of {self.name!r} has the seed "
-                f"{self.sampler.seed}. Bind both to one macro (T5X replaces None by the clock)."
+                f"{self.sampler.seed}. Bind both to one macro (T5X replaces None with the time)."
             )
         tables = [
             read_table(find_task(name), split, seed=self.sampler.seed, **arguments)
@@ -260,15 +263,14 @@ class TaskMixture(seqio.Mixture):
 
 
 def equal_shares(provider: Any) -> int | None:
-    """How many tasks have an equal share of every batch each, one after the other; None where
-    shares vary."""
+    """Returns the number of tasks if each has an equal, contiguous share of every batch, else
+    None."""
     sampler = getattr(provider, "sampler", None)
     return len(provider.task_names) if isinstance(sampler, EqualQuotas) else None
 
 
 def has_equal_shares(cfg: Any) -> bool:
-    """Whether every batch of a `DatasetConfig` holds its tasks one after the other, each with as
-    many rows."""
+    """Whether every batch of a `DatasetConfig` holds equally many, contiguous rows of each task."""
     return equal_shares(cfg.provider()) is not None and not cfg.pack
 
 
@@ -282,15 +284,15 @@ def task_mixture(
 ) -> str:
     """Registers a mixture of tasks and returns its name, for `DatasetConfig` in gin.
 
-    Without a sampler (for evaluation) it is a plain mixture with equal rates. Gin may evaluate
-    this any number of times: the default name is made from the arguments.
+    Without a sampler (for evaluation) it is a plain mixture with equal rates. Gin may call this
+    any number of times, because the default name is derived from the arguments.
 
     Args:
         task_names, sampler, name, rates, cap: see `TaskMixture`.
         modules: imported first; they register the tasks.
 
     Raises:
-        ValueError: no such module; an unknown task; `name` is taken by a different mixture.
+        ValueError: a module or task is unknown, or a different mixture has this name.
     """
     import_suites(modules, task_names)
     content = repr((tuple(task_names), sampler, rates and sorted(rates.items()), cap))
@@ -298,7 +300,7 @@ def task_mixture(
     if name in seqio.MixtureRegistry.names():
         if getattr(seqio.MixtureRegistry.get(name), "content", None) == content:
             return name
-        raise ValueError(f"A different mixture is registered as {name!r}; give this another name.")
+        raise ValueError(f"A different mixture is registered as {name!r}. Choose another name.")
     if sampler is None:
         tasks = [find_task(task) for task in task_names]
         mixture = seqio.Mixture(name, tasks, default_rate=1.0)

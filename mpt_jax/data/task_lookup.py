@@ -1,4 +1,4 @@
-"""Tasks by name: suites that register them, naming schemes, and errors that say what is missing."""
+"""Lookup of tasks by name: suites, naming schemes, and errors for missing tasks and data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import tensorflow as tf
 
 from mpt_jax.core.runs import unknown_name
 
-# See `name_tasks_with`.
+# See `register_task_resolver`.
 _NAMING: list[Callable[[str], bool]] = []
 
 
-# How TensorFlow tells that a tf.debugging.Assert with one message did not hold.
+# TensorFlow's error text when a tf.debugging.Assert with one message fails.
 _ASSERTION = re.compile(r"assertion failed: \[(.*?)\](?: \[|\n|$)", re.DOTALL)
 
 
@@ -25,7 +25,7 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
     """Imports the modules that register tasks.
 
     Raises:
-        ValueError: a module is not there.
+        ValueError: a module does not exist.
     """
     for module in modules:
         try:
@@ -37,82 +37,82 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
             raise ValueError(
                 f"The task suite {module} cannot be imported (no module {error.name}), so its "
                 f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
-                "bind TASK_MODULES and the task names to your own."
+                "bind TASK_MODULES and the task names to your own modules and tasks."
             ) from error
 
 
 def register_task_resolver(register_run: Callable[[str], bool]) -> None:
-    """Adds a naming scheme: what is asked for a task that SeqIO does not know.
+    """Adds a naming scheme, which is called for a task that SeqIO does not know.
 
     Args:
-        register_run: name -> whether the scheme has a task of this name, which is then registered.
-            A name of the scheme that cannot be served is a ValueError.
+        register_run: name -> whether the scheme has a task of this name, which it then registers.
+            Raises ValueError for a name of the scheme that it cannot register.
     """
     _NAMING.append(register_run)
 
 
 def is_task(name: str) -> bool:
-    """Whether there is such a task, registered already or known to a naming scheme."""
+    """Whether a task is registered, or known to a naming scheme, which then registers it."""
     return name in seqio.TaskRegistry.names() or any(register(name) for register in _NAMING)
 
 
 def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
-    """Which rows the few-shot runs among the tasks of `provider` see, for the run record.
+    """Returns the rows that the few-shot runs of `provider` use, for the run record.
 
     Returns:
-        {'few_shot': {run: its training rows}}, and the same as 'few_shot_validation' of the runs
-        whose validation split is cut too; nothing where there are none.
+        {'few_shot': {run: its training rows}}, and 'few_shot_validation' likewise for the runs
+        whose validation split is a subset; {} if no run is few-shot.
     """
-    found: dict[str, dict[str, list[int]]] = {}
+    rows_by_split: dict[str, dict[str, list[int]]] = {}
     for task in seqio.get_subtasks(provider):
         rows_of = getattr(task.source, "few_shot_indices", None)
         for key, split in (("few_shot", "train"), ("few_shot_validation", "validation")):
             if rows_of is not None and (rows := rows_of(split)) is not None:
-                found.setdefault(key, {})[task.name] = rows
-    return found
+                rows_by_split.setdefault(key, {})[task.name] = rows
+    return rows_by_split
 
 
 def find_task(name: str) -> seqio.Task:
-    """Returns a task; raises ValueError with the closest names where there is none."""
+    """Returns a task; raises ValueError with the closest names if it is unknown."""
     if not is_task(name):
         raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
     return seqio.TaskRegistry.get(name)
 
 
 def check_split(task: seqio.Task, split: str) -> None:
-    """Raises ValueError where the task has no such split, or no data at all."""
+    """Raises ValueError if the task has no such split, or no data at all."""
     with explain_missing_data(task, split):
         splits = task.source.splits
-        if not splits:  # as TFDS has it before anything is prepared
-            raise FileNotFoundError("nothing is prepared")
+        if not splits:  # TFDS has no splits before the data is prepared
+            raise FileNotFoundError("no data is prepared")
     if split not in splits:
         raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
 
 
 @contextlib.contextmanager
 def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
-    """Inside, what is raised where data is missing becomes a ValueError that says how to get it,
-    and a row that a preprocessor refuses (tf.debugging.Assert) one that says what it is.
+    """Turns errors from missing data into a ValueError that says how to get it, and failed
+    assertions of preprocessors (tf.debugging.Assert) into a ValueError with their message.
 
-    Any other error is the task's own, such as a mistake in a preprocessor, and is left as it is.
+    Any other error, such as a bug in a preprocessor, is left unchanged.
     """
     kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        if not (refused := _ASSERTION.search(error.message)):
+        if not (assertion := _ASSERTION.search(error.message)):
             raise
         raise ValueError(
             f"The {split!r} split of {kind} {task_or_mixture.name!r} cannot be used: "
-            + refused.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
+            + assertion.group(1).replace("\\'", "'")  # TensorFlow escapes quotes
         ) from error
     except Exception as error:
         if not is_missing_data(error):
             raise
         source = getattr(task_or_mixture, "source", "its tasks' sources")
-        reason = str(error).partition("\n")[0].rstrip(".")  # TFDS goes on with all data sets
+        reason = str(error).partition("\n")[0].rstrip(".")  # TFDS lists all data sets after it
         how = (
-            " If the data is not on this machine, prepare it where there is a network (tfds build "
+            " If the data is not on this machine, prepare it on one with a network (tfds build "
             "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
         )
         raise ValueError(
@@ -122,9 +122,9 @@ def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
 
 
 def is_missing_data(error: Exception) -> bool:
-    """Whether this was raised because data is not on this machine."""
-    if isinstance(error, AssertionError):  # TFDS's, where there are no files or no such version
-        told = ("could not find data in", "cannot be loaded at version")
-        return any(text in str(error).lower() for text in told)
-    of_tfds = type(error).__module__.startswith("tensorflow_datasets.")
-    return of_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))
+    """Whether an error was raised because data is not on this machine."""
+    if isinstance(error, AssertionError):  # TFDS's, if there are no files or no such version
+        messages = ("could not find data in", "cannot be loaded at version")
+        return any(text in str(error).lower() for text in messages)
+    is_from_tfds = type(error).__module__.startswith("tensorflow_datasets.")
+    return is_from_tfds or isinstance(error, (OSError, tf.errors.NotFoundError))

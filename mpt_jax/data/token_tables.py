@@ -1,7 +1,7 @@
-"""The examples of registered tasks, read and tokenized once.
+"""In-memory tables of the tokenized examples of registered tasks.
 
-Small and middling data sets (all of GLUE and MRQA) fit in memory as tokens, 4 bytes each, and
-then an example costs a lookup: no file, no tokenizer, no shuffle buffer to save.
+Small and medium data sets (all of GLUE and MRQA) fit in memory as tokens of 4 bytes. An example
+then costs a lookup: no file, no tokenizer, no shuffle buffer to save.
 """
 
 import weakref
@@ -23,23 +23,23 @@ _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionar
 
 
 class ExampleTable:
-    """The examples of one split of one task, tokenized once: flat values and offsets per feature.
+    """Tokenized examples of one split of one task, as flat values and offsets per feature.
 
     Args:
         task, split: what to read.
         sequence_length, seed, use_cached, trim_output_features, shuffle: see
             `seqio.Task.get_dataset`.
-        limit: read at most so many examples; -1 for all.
+        limit: maximum number of examples to read; -1 for all.
 
     Raises:
-        ValueError: there is no such split, its data cannot be read, or it is empty.
+        ValueError: the split does not exist, cannot be read, or is empty.
 
     Attributes:
-        name, split: of what this is the table.
+        name, split: name of the task, and the split.
         values: {feature: int32 [total tokens]}.
         offsets: {feature: int64 [num_examples + 1]}.
         num_examples: examples in the split, after preprocessing.
-        num_overlong: those longer than a limit (see `features.end_and_limit`).
+        num_overlong: examples longer than a limit (see `preprocessors.end_and_limit`).
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class ExampleTable:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the tokens take."""
+        """Size of the tokens in memory, in bytes."""
         return sum(values.nbytes for values in self.values.values())
 
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
-        """Returns the endless stream of this task's example indices, pass after pass. Runs that
-        differ in settings alone have one order (`runs.data_name`)."""
+        """Returns an endless stream of this task's example indices, pass after pass. Runs that
+        differ only in settings have the same order (`runs.data_name`)."""
         if not shuffle:
             return tf.data.Dataset.range(self.num_examples).repeat()
 
@@ -104,10 +104,10 @@ class ExampleTable:
 def read_table(
     task: seqio.Task, split: str, sequence_length: Mapping[str, int] | None, **settings: Any
 ) -> ExampleTable:
-    """Returns the `ExampleTable` of these arguments, read before in this process if it is small.
+    """Returns the `ExampleTable` of these arguments. Small tables are cached in this process.
 
-    A job of several stages asks for the same tasks again and again, and tokenising thousands of
-    examples takes seconds.
+    A process that runs several stages reads the same tasks repeatedly, and tokenizing thousands
+    of examples takes seconds.
     """
     key = (split, repr(sorted((sequence_length or {}).items())), repr(sorted(settings.items())))
     kept = _KEPT.setdefault(task, {})
@@ -124,7 +124,7 @@ def report_lengths(
     split: str,
     sequence_length: Mapping[str, int] | None,
 ) -> None:
-    """Logs the tasks that have over-long examples: {task: (examples that were cut, examples)}."""
+    """Logs the tasks with over-long examples, given {task: (truncated examples, all examples)}."""
     for name, (cut, total) in overlong.items():
         if cut:
             logging.warning(
@@ -139,7 +139,7 @@ def report_lengths(
 
 
 def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
-    """(examples that were cut, examples) of a task's data set; reads all of it."""
+    """Returns (truncated examples, all examples) of a task's dataset; reads all of it."""
     mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
     batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
     return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
@@ -156,7 +156,7 @@ def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:
     dataset = dataset.map(
         tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
     )
-    # A thousand examples at a time: per-element Python would cost more than the tokenizer.
+    # A thousand examples at a time, because Python per example would cost more than the tokenizer.
     batches = list(dataset.ragged_batch(1024))
     values, offsets = {}, {}
     for name in features if batches else ():
@@ -175,7 +175,7 @@ def _all_of_one_length(tensor: tf.Tensor) -> Any:
 
 
 def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns a lookup of an example by its index in all the tables, one after the other."""
+    """Returns a function that looks up an example by its index in the concatenated tables."""
     values, offsets = {}, {}
     for name in tables[0].values:
         starts = np.cumsum([0] + [len(t.values[name]) for t in tables])
@@ -199,5 +199,5 @@ def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
 
 
 def stream_key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:
-    """Returns the key of draw `number` of a stream: no two streams or numbers share one."""
+    """Returns the random key of draw `number` of a stream; no two streams or numbers share it."""
     return tf.stack([tf.constant((seed << 32) | stream, tf.int64), tf.cast(number, tf.int64)])

@@ -18,17 +18,22 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
         cfg: the `DatasetConfig`.
         provider: its task or mixture.
         converter: its feature converter.
-        hosts: that share each batch.
-        endless: whether this is for training.
+        hosts: number of hosts that share each batch.
+        endless: whether the dataset is for training.
     """
     if cfg.batch_size % hosts:
         raise ValueError(
             f"DatasetConfig.batch_size {cfg.batch_size} must be a multiple of the {hosts} hosts."
         )
     if cfg.task_feature_lengths is None:
-        raise ValueError("DatasetConfig.task_feature_lengths must be given for training.")
+        raise ValueError(
+            "DatasetConfig.task_feature_lengths is None, but training needs limits. Bind it to the "
+            "limits of inputs and targets."
+        )
     if endless and cfg.seed is None:
-        raise ValueError("DatasetConfig.seed must be given for training; there is no default.")
+        raise ValueError(
+            "DatasetConfig.seed is None, but training needs a seed. Bind DatasetConfig.seed."
+        )
     if endless and isinstance(provider, TaskMixture):
         sampler = provider.sampler
         if sampler.batch_size != cfg.batch_size and not cfg.pack:
@@ -39,8 +44,8 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
     runs = getattr(converter, "runs", None)
     if endless and cfg.pack and runs is not None and runs.num_groups > 1:
         raise ValueError(
-            f"Packing deals {runs.num_groups} independent runs uneven shares of a step, and each "
-            "should learn as it would alone. Set pack = False (DatasetConfig.by_length keeps "
+            f"Packing gives {runs.num_groups} independent runs uneven shares of a step, so a run "
+            "would not train as in a solo job. Set pack = False (DatasetConfig.by_length keeps "
             "shares even), or GROUPS = 'joint'."
         )
     tasks = seqio.get_subtasks(provider)
@@ -52,8 +57,8 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
 
 
 def check_runs(tasks: Iterable[Any], converter: Any) -> None:
-    """Raises ValueError for a task that is not among the converter's runs."""
-    # Converters other than ours (plain T5 fine-tuning under T5X's gin) know no runs.
+    """Raises ValueError for a task that is not one of the converter's runs."""
+    # Other converters (plain T5 fine-tuning with T5X's gin files) have no runs.
     runs = getattr(converter, "runs", None)
     if runs is not None:
         for task in tasks:
@@ -68,8 +73,8 @@ def check_lengths(
     """Raises ValueError for over-long examples unless the converter truncates them.
 
     Args:
-        overlong: {task: (examples that were cut, examples)}.
-        converter: its `on_overlong` says what follows.
+        overlong: {task: (truncated examples, all examples)}.
+        converter: its `on_overlong` decides.
         task_feature_lengths: the limits, for the message.
     """
     cut = {name: counts for name, counts in overlong.items() if counts[0]}
@@ -83,10 +88,10 @@ def check_lengths(
 
 
 def check_counts(overlong: Mapping[str, tuple[int, int]], cfg: Any, converter: Any) -> None:
-    """Raises ValueError for an empty split, or as `check_lengths` does; logs what is cut.
+    """Raises ValueError for an empty split, or as `check_lengths`; logs truncated examples.
 
     Args:
-        overlong: {task: (examples that were cut, examples)}.
+        overlong: {task: (truncated examples, all examples)}.
         cfg: the `DatasetConfig` that was read.
         converter: see `check_lengths`.
     """

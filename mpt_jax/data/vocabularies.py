@@ -1,5 +1,4 @@
-"""SeqIO's vocabularies from files, local or in a bucket of the user's; T5's own bucket is never
-needed."""
+"""SeqIO vocabularies from files, local or in the user's storage bucket; never from T5's bucket."""
 
 import functools
 
@@ -23,14 +22,14 @@ def load(path: str, extra_ids: int | None = None, command: str = "") -> Vocabula
     """Returns the vocabulary at `path`.
 
     Args:
-        path: a SentencePiece model; a folder that holds one, such as a Hugging Face T5's; or
-            'byt5' for ByT5's bytes, which need no file.
-        extra_ids: sentinels after the pieces. Default: T5's 100, or none where the model already
-            holds them (umT5) or counts bytes.
-        command: how to get the vocabulary, said where it is missing.
+        path: a SentencePiece model; a folder with one, such as a T5 from Hugging Face; or 'byt5'
+            for ByT5's bytes, which need no file.
+        extra_ids: number of sentinels after the pieces. Default: T5's 100, or none if the model
+            already has them (umT5) or `path` is 'byt5'.
+        command: how to get the vocabulary, for the error if it is missing.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or no SentencePiece model in it.
+        FileNotFoundError: `path` does not exist, or holds no SentencePiece model.
         ValueError: the file is not a SentencePiece model.
     """
     if path == BYT5:
@@ -40,7 +39,7 @@ def load(path: str, extra_ids: int | None = None, command: str = "") -> Vocabula
     except FileNotFoundError as error:
         how = f" To get one: {command}." if command else ""
         raise FileNotFoundError(f"{error}{how}") from error
-    found = processor(model)
+    sentencepiece = processor(model)
     if extra_ids is None:
-        extra_ids = usual_extra_ids(found)
+        extra_ids = usual_extra_ids(sentencepiece)
     return seqio.SentencePieceVocabulary(str(model), extra_ids=extra_ids)

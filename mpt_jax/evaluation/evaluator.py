@@ -6,9 +6,10 @@
     <output_dir>/<task>-metrics.jsonl       one line for each evaluation
     <output_dir>/<task>-<step>.jsonl        inputs, target and prediction of every example
 
-What is ours: batches mix tasks, so that many small tasks cost as much as one large one, and each
-example goes through the model once; and a task whose metric names its labels is also ranked: the
-label with the highest log-probability counts as the answer, whatever decoding says.
+This module adds two things. Batches mix tasks, so many small tasks cost as much as one large one,
+and each example goes through the model once. A task whose metric declares labels is also scored by
+rank classification: the label with the highest log-probability is the answer, whatever decoding
+returns.
 """
 
 import functools
@@ -30,7 +31,7 @@ PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defin
 SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
 LOGGERS = (seqio.PyLoggingLogger, seqio.TensorBoardLogger, seqio.JSONLogger)
 
-# What seqio.Evaluator does with its `use_memory_cache` shows in the data sets alone.
+# Only the type of seqio.Evaluator's datasets shows whether it caches them in memory.
 _IN_MEMORY = type(tf.data.Dataset.range(0).cache())
 
 BatchFn = Callable[[Batch], Any]
@@ -63,15 +64,15 @@ class InferenceEvaluator:
     """Decodes and scores every example of a task or mixture.
 
     Args:
-        cfg: what to read; `batch_size` rows go through the model at a time, over all hosts.
+        cfg: what to read; the model evaluates `batch_size` rows at a time, over all hosts.
         feature_converter_cls: called with `pack=False`.
         output_dir: MODEL_DIR/inference_eval, or None to write nothing.
         evaluator_cls: `seqio.Evaluator` with settings bound, such as `logger_cls`.
-        num_hosts: hosts that share each batch.
-        host_index: this host; only host 0 writes.
+        num_hosts: number of hosts that share each batch.
+        host_index: index of this host; only host 0 writes.
 
     Attributes:
-        split: which is evaluated.
+        split: the evaluated split.
 
     Raises:
         ValueError: an unknown task or run, a missing or empty split, over-long examples, a metric
@@ -97,7 +98,7 @@ class InferenceEvaluator:
         settings: dict[str, Any] = {"log_dir": output_dir}
         if output_dir is None or host_index:
             settings = {"logger_cls": ()}
-        if not cfg.use_memory_cache:  # or else what is bound to the evaluator counts
+        if not cfg.use_memory_cache:  # otherwise the evaluator's own setting applies
             settings["use_memory_cache"] = False
         with task_lookup.explain_missing_data(provider, cfg.split):
             self._evaluator: Any = evaluator_cls(
@@ -111,7 +112,7 @@ class InferenceEvaluator:
             )
         self._tasks: dict[str, Any] = {task.name: task for task in self._evaluator.eval_tasks}
         self._extra: dict[str, dict[str, float]] = {}
-        # SeqIO computes metrics and writes them in one go; ours join on the way to the writers.
+        # SeqIO computes and writes metrics in one call, so its loggers add the rank accuracies.
         self._evaluator._loggers = tuple(
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
         )
@@ -124,16 +125,16 @@ class InferenceEvaluator:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks that are evaluated."""
+        """Names of the evaluated tasks."""
         return tuple(self._tasks)
 
     @property
     def num_examples(self) -> dict[str, int]:
-        """How many examples of each task are evaluated."""
+        """Number of evaluated examples of each task."""
         return dict(self._sizes)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._evaluator.close()
 
     def evaluate(
@@ -144,10 +145,10 @@ class InferenceEvaluator:
         Args:
             predict_fn: batch of this host -> ids [B, L] of all hosts, 0 after EOS.
             score_fn: batch of this host -> log-probability of each target [B], in nats.
-            step: of the parameters.
+            step: step of the parameters.
 
         Returns:
-            {task: {metric: value}}; a task's own metrics come first.
+            {task: {metric: value}}, with the task's own metrics first.
         """
         outputs = {
             kind: self._run(function, self._needing(kind))
@@ -157,13 +158,13 @@ class InferenceEvaluator:
         self._extra.update(self._rank(score_fn))
         name_of = {id(d): name for name, d in self._evaluator.cached_model_datasets.items()}
 
-        def found(kind, dataset):
+        def outputs_of(kind, dataset):
             return list(enumerate(outputs[kind][name_of[id(dataset)]]))
 
         future, _ = self._evaluator.evaluate(
             compute_metrics=True,
             step=step,
-            model_fns={kind: functools.partial(found, kind) for kind in outputs},
+            model_fns={kind: functools.partial(outputs_of, kind) for kind in outputs},
         )
         return {
             name: {**_scalars(metrics), **self._extra.get(name, {})}
@@ -171,7 +172,7 @@ class InferenceEvaluator:
         }
 
     def _limits(self) -> dict[str, int]:
-        """The longest inputs and targets that examples were made for."""
+        """Returns the limits on inputs and targets that the examples were converted with."""
         spec = next(iter(self._evaluator.cached_model_datasets.values())).element_spec[1]
         positions = spec["encoder_input_tokens"].shape[0]
         prompt_length = getattr(self._converter, "prompt_length", 0)
@@ -186,15 +187,15 @@ class InferenceEvaluator:
         )
 
     def _count(self, cfg: datasets.DatasetConfig) -> dict[str, int]:
-        """Returns each task's number of examples, having checked their lengths."""
-        found = self._evaluator.cached_task_datasets
-        overlong = {name: token_tables.count_examples(dataset) for name, dataset in found.items()}
+        """Checks the examples' lengths and returns each task's number of examples."""
+        cached = self._evaluator.cached_task_datasets
+        overlong = {name: token_tables.count_examples(dataset) for name, dataset in cached.items()}
         validation.check_counts(overlong, cfg, self._converter)
         return {name: size for name, (_, size) in overlong.items()}
 
     def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:
-        """The examples of some tasks in batches of this host, with their numbers when one task is
-        counted after the other."""
+        """Returns this host's batches of the tasks' examples, each with its rows' indices in the
+        concatenated tasks."""
         if names not in self._batches:
             datasets = [self._evaluator.cached_model_datasets[name] for name in names]
             joined = functools.reduce(lambda a, b: a.concatenate(b), datasets)
@@ -212,17 +213,17 @@ class InferenceEvaluator:
         if not names:
             return {}
         bounds = np.cumsum([self._sizes[name] for name in names])
-        found: np.ndarray | None = None
-        for numbers, batch in self._read(names):
-            rows = np.asarray(function(batch))[: len(numbers)]  # the rest fills up the batch
-            if found is None:
-                found = np.zeros((bounds[-1], *rows.shape[1:]), rows.dtype)
-            found[numbers] = rows
-        assert found is not None  # an empty split is refused
-        return dict(zip(names, np.split(found, bounds[:-1]), strict=True))
+        outputs: np.ndarray | None = None
+        for indices, batch in self._read(names):
+            rows = np.asarray(function(batch))[: len(indices)]  # the rest is padding
+            if outputs is None:
+                outputs = np.zeros((bounds[-1], *rows.shape[1:]), rows.dtype)
+            outputs[indices] = rows
+        assert outputs is not None  # `_count` rejects empty splits
+        return dict(zip(names, np.split(outputs, bounds[:-1]), strict=True))
 
     def _rank(self, score_fn: BatchFn) -> dict[str, dict[str, float]]:
-        """Returns {task: {'rank_accuracy': percent}} of the tasks that declare labels."""
+        """Returns {task: {'rank_accuracy': percent}} for the tasks that declare labels."""
         names = tuple(name for name, task in self._tasks.items() if labels_of(task))
         if not names:
             return {}
@@ -248,19 +249,20 @@ class InferenceEvaluator:
         return {name: {"rank_accuracy": 100 * float(right[name].mean())} for name in names}
 
     def _label_table(self, names: tuple[str, ...]) -> np.ndarray:
-        """Returns the tokens of every label, [K, labels, L], by bank row; 0 where there is none.
+        """Returns the tokens of every label, [K, labels, L], by bank row; 0 is padding.
 
-        L is what the longest label needs, which may be less or more than the targets' positions.
+        L is the length of the longest label, which may be less or more than the targets'.
         """
-        runs, found = self._converter.runs, {}
+        runs, label_ids = self._converter.runs, {}
         for name in names:
             feature = self._tasks[name].output_features["targets"]
             eos = [feature.vocabulary.eos_id] * feature.add_eos
-            found[name] = [feature.vocabulary.encode(x) + eos for x in labels_of(self._tasks[name])]
-        most = max(len(labels) for labels in found.values())
-        longest = max(len(ids) for labels in found.values() for ids in labels)
+            texts = labels_of(self._tasks[name])
+            label_ids[name] = [feature.vocabulary.encode(text) + eos for text in texts]
+        most = max(len(labels) for labels in label_ids.values())
+        longest = max(len(ids) for labels in label_ids.values() for ids in labels)
         table = np.zeros([runs.num_rows, most, longest], np.int32)
-        for name, labels in found.items():
+        for name, labels in label_ids.items():
             for column, ids in enumerate(labels):
                 table[runs.row(name), column, : len(ids)] = ids
         return table
@@ -271,17 +273,17 @@ class InferenceEvaluator:
         target = vocabulary.decode(batch["decoder_target_tokens"][index].tolist())
         return (
             f"Task {name!r} declares the labels {labels_of(self._tasks[name])}, but an example "
-            f"has the target {target!r}."
+            f"has the target {target!r}. Correct the labels or the targets."
         )
 
 
 def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
-    """Raises ValueError for what SeqIO would skip with a line in the log, or fail on unclearly."""
+    """Raises ValueError for what SeqIO would skip with a log line, or fail on unclearly."""
     registered = provider.name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
     if not registered:
         raise ValueError(
-            f"{provider.name!r} is not registered with SeqIO, and its evaluator finds tasks by "
-            "name. Use sampling.task_mixture."
+            f"{provider.name!r} is not registered with SeqIO, whose evaluator finds tasks by name. "
+            "Register it with sampling.task_mixture."
         )
     tasks = seqio.get_subtasks(provider)
     validation.check_runs(tasks, converter)
@@ -289,23 +291,27 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
         task_lookup.check_split(task, cfg.split)
         if task.predict_with_aux_metric_fns:
             raise ValueError(
-                f"Task {task.name!r} has a metric of auxiliary values, which are not computed."
+                f"Task {task.name!r} has a metric of auxiliary values, which are not computed. "
+                "Remove that metric from the task."
             )
         if not task.metric_objs:
-            logging.warning("Task %s has no metrics and is not evaluated.", task.name)
+            logging.warning("Skipped task %s, which has no metrics.", task.name)
     if not any(task.metric_objs for task in tasks):
-        raise ValueError(f"No task of {provider.name!r} has metrics, so there is nothing to do.")
+        raise ValueError(
+            f"No task of {provider.name!r} has metrics, so nothing can be evaluated. Register its "
+            "tasks with metric_fns."
+        )
 
 
 class _Joining:
-    """A SeqIO logger that also passes on the metrics that are ours."""
+    """A SeqIO logger that adds extra metrics to those of SeqIO."""
 
     def __init__(self, logger: Any, extra: Mapping[str, Mapping[str, float]]):
         self._logger, self._extra = logger, extra
 
     def __call__(self, *, task_name: str, metrics: Mapping[str, Any], **rest: Any) -> None:
-        ours = {k: seqio.metrics.Scalar(v) for k, v in self._extra.get(task_name, {}).items()}  # type: ignore[attr-defined]
-        self._logger(task_name=task_name, metrics={**metrics, **ours}, **rest)
+        extra = {k: seqio.metrics.Scalar(v) for k, v in self._extra.get(task_name, {}).items()}  # type: ignore[attr-defined]
+        self._logger(task_name=task_name, metrics={**metrics, **extra}, **rest)
 
 
 def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
@@ -326,14 +332,14 @@ def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
 
 
 def _gather(rows: Any) -> np.ndarray:
-    """Returns the rows of all hosts, in order, given this host's."""
+    """Gathers the rows of all hosts, in order."""
     if jax.process_count() == 1:
         return np.asarray(rows)
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics that are numbers."""
+    """Returns the metrics that are single numbers."""
     values = {name: np.asarray(getattr(value, "value", value)) for name, value in metrics.items()}
     return {
         name: float(value)

@@ -3,9 +3,10 @@
     MODEL_DIR/artifact           all runs
     MODEL_DIR/artifacts/<run>    each run separately, if a job has several groups
     MODEL_DIR/backbone           the backbone, if it was trained
-    MODEL_DIR/fleet.json         of every run: finished, failed or trained; step, best step, score
+    MODEL_DIR/fleet.json         each run's state (finished, failed or trained), steps and score
 
-A failed run leaves its best step if it was evaluated before it failed, otherwise nothing.
+The artifact of a failed run has its best step. A run without an evaluation before its failure has
+no artifact.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ FINISHED, FAILED, TRAINED = "finished", "failed", "trained"
 
 @dataclasses.dataclass(frozen=True)
 class RunOutcome:
-    """How one run fared.
+    """Outcome of one run.
 
     Attributes:
-        run, task: its names.
-        state: `'failed'` where a number was not finite; `'finished'` where its schedule or its
-            patience ended; `'trained'` where it trained until the job ended.
-        step: the job's step when it left the training; of a job that was never extended, how many
-            steps it took.
-        best_step: the step that its artifact is from; None where it hands on nothing.
-        score: at that step; None where steps are not selected.
+        run, task: names of the run and its task.
+        state: `'failed'` if a value was not finite; `'finished'` if its schedule or patience
+            ended; `'trained'` if it was trained until the job ended.
+        step: the job's step when the run stopped training. In a job that was never extended, the
+            number of steps the run took.
+        best_step: the step of its artifact; None if it has no artifact.
+        score: score at that step; None if steps are not selected.
     """
 
     run: str
@@ -72,14 +73,14 @@ class EndedJob:
     Attributes:
         trainer: holds the last state.
         best: has the best parameters; None if the job selects no steps.
-        scores: of each run, from the last evaluation.
-        initial: what the job started from.
-        backbone: its name.
-        data_cfg: what it trained on.
-        evaluated: run -> number of examples that it was evaluated on.
-        evaluated_split: their split.
-        all_failed: whether the job stops because every run has failed. The last of them fail at a
-            step that is not taken, so the state does not record it.
+        scores: metrics of each run, from the last evaluation.
+        initial: the job's initial parameters.
+        backbone: name of the backbone.
+        data_cfg: the training data.
+        evaluated: run -> number of examples it was evaluated on.
+        evaluated_split: split of those examples.
+        all_failed: whether the job stops because every run has failed. The step at which the last
+            runs fail is not taken, so the state does not record their failure.
     """
 
     trainer: Trainer
@@ -93,23 +94,23 @@ class EndedJob:
     all_failed: bool = False
 
     def best_params(self) -> dict[str, Any]:
-        """Every parameter: of each group's best step if steps are selected, else the last."""
+        """Returns all parameters: each group's best step if steps are selected, else the last."""
         if self.best is None:
             return self.trainer.state.params
-        assert self.best.trainable is not None  # what `best` means
+        assert self.best.trainable is not None  # `best` is None otherwise
         return merge(self.best.trainable, self.trainer.state.frozen)
 
     def best_step(self) -> int:
-        """The step that `best_params` are from; with several groups, of the latest of them."""
+        """Returns the step of `best_params`; with several groups, the latest."""
         return max(self.best.best_step) if self.best else self.trainer.step
 
     def best_scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Run -> metric -> value of `best_params`."""
+        """Returns {run: {metric: value}} for `best_params`."""
         return self.best.scores if self.best else self.scores
 
 
 def finalize_run(model_dir: str, job: EndedJob) -> None:
-    """Writes the prompt artifacts of a job, and its backbone if that was trained. If every run
+    """Writes the prompt artifacts of a job, and its backbone if it was trained. If every run
     failed, writes each group's best earlier step."""
     params = to_host(job.best_params())  # all processes take part
     if jax.process_index() != 0:
@@ -119,50 +120,52 @@ def finalize_run(model_dir: str, job: EndedJob) -> None:
     if any(re.fullmatch(BACKBONE, name) for name in flatten(job.trainer.state.trainable)):
         backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
         folder = epath.Path(model_dir) / TRAINED_BACKBONE
-        folder.rmtree(missing_ok=True)  # of an earlier end of this job
-        logging.info("Trained backbone: %s", convert.save_t5x(folder, backbone, job.best_step()))
+        folder.rmtree(missing_ok=True)  # from an earlier end of this job
+        saved = convert.save_t5x(folder, backbone, job.best_step())
+        logging.info("Saved the trained backbone to %s.", saved)
 
 
 def outcomes(job: EndedJob) -> list[RunOutcome]:
-    """How each run of a job fared."""
+    """Returns the outcome of each run of a job."""
     trainer, best = job.trainer, job.best
-    runs, found, last = trainer.model.runs, [], int(trainer.state.step)
+    runs, results, last = trainer.model.runs, [], int(trainer.state.step)
     scores = best.best_group_scores() if best else [math.nan] * runs.num_groups
     for run, task, group in zip(runs.run_names, runs.task_names, runs.group_of_row, strict=True):
         failed, ended = job.all_failed or bool(trainer.failed[group]), int(trainer.ended[group])
         step = ended if ended >= 0 else last
-        chosen = best.best_step[group] if best else -1
-        if chosen < 0:
-            chosen = None if failed else step
+        best_step = best.best_step[group] if best else -1
+        if best_step < 0:
+            best_step = None if failed else step
         score = None if math.isnan(scores[group]) else scores[group]
         state = FAILED if failed else FINISHED if ended >= 0 else TRAINED
-        found.append(RunOutcome(run, task, state, step, chosen, score))
-    return found
+        results.append(RunOutcome(run, task, state, step, best_step, score))
+    return results
 
 
 def report(model_dir: str, found: Sequence[RunOutcome]) -> None:
-    """Writes MODEL_DIR/fleet.json, and logs the runs that did not train until the job ended."""
-    runs = [dataclasses.asdict(ending) for ending in found]
+    """Writes MODEL_DIR/fleet.json, and logs the runs that stopped training before the job ended."""
+    runs = [dataclasses.asdict(outcome) for outcome in found]
     path = epath.Path(model_dir) / FLEET
     write_atomic(path, json.dumps({"runs": runs}, indent=1) + "\n")
-    for ending in found:
-        kept = "nothing" if ending.best_step is None else f"its step {ending.best_step}"
-        if ending.state == FAILED:
-            logging.error("%s failed at step %d; it leaves %s.", ending.run, ending.step, kept)
-        elif ending.state == FINISHED and len(found) > 1:
-            logging.info("%s finished at step %d; it leaves %s.", ending.run, ending.step, kept)
+    for outcome in found:
+        run, step, best_step = outcome.run, outcome.step, outcome.best_step
+        kept = "no artifact" if best_step is None else f"the artifact of step {best_step}"
+        if outcome.state == FAILED:
+            logging.error("Run %s failed at step %d and has %s.", run, step, kept)
+        elif outcome.state == FINISHED and len(found) > 1:
+            logging.info("Run %s finished at step %d and has %s.", run, step, kept)
     if len(found) > 1:
         counts = {
-            state: sum(ending.state == state for ending in found)
+            state: sum(outcome.state == state for outcome in found)
             for state in (TRAINED, FINISHED, FAILED)
         }
-        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        logging.info("%d runs: %s (%s).", len(found), told, path)
+        summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        logging.info("%d runs: %s (%s).", len(found), summary, path)
 
 
 def all_ended(model_dir: str | os.PathLike[str]) -> bool:
-    """Whether a job has ended because none of its runs would learn any more. One whose runs have
-    all failed has ended in an error."""
+    """Whether a job ended because all of its runs stopped training. False if all runs failed, since
+    such a job ends with an error."""
     path = epath.Path(model_dir) / FLEET
     if not path.exists():
         return False
@@ -173,21 +176,21 @@ def all_ended(model_dir: str | os.PathLike[str]) -> bool:
 def take(
     model: PromptedEncoderDecoder, prompt: Params, rows: Sequence[int]
 ) -> tuple[dict[str, Any], Runs, list[int]]:
-    """Some runs of a job by themselves.
+    """Extracts the parameters of some runs of a job.
 
     Args:
-        model: whose prompts.
+        model: the job's model.
         prompt: the method's parameters.
-        rows: which rows of the bank.
+        rows: the bank rows of the runs.
 
     Returns:
-        Their parameters, a table of them, and the groups of the job that they come from.
+        The parameters of the runs, their `Runs`, and the job's groups that they are in.
     """
     runs = model.runs
     groups = sorted({runs.group_of_row[row] for row in rows})
-    chosen = {"tasks": list(rows), "groups": groups}
+    indices = {"tasks": list(rows), "groups": groups}
     leaves = {
-        name: np.asarray(leaf)[chosen[model.rows[f"prompt/{name}"]]]
+        name: np.asarray(leaf)[indices[model.rows[f"prompt/{name}"]]]
         if f"prompt/{name}" in model.rows
         else leaf
         for name, leaf in flatten(prompt).items()
@@ -201,7 +204,7 @@ def take(
 
 
 def card_facts(job: EndedJob) -> model_card.Facts:
-    """What model cards say about a job beside its artifacts' configurations."""
+    """Returns the facts that model cards state in addition to the artifacts' configurations."""
     trainer, provider = job.trainer, job.data_cfg.provider()
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in seqio.get_subtasks(provider)},
@@ -215,23 +218,23 @@ def card_facts(job: EndedJob) -> model_card.Facts:
 
 
 def write_artifacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
-    """Writes the artifacts and the summary of a job; for one process.
+    """Writes the artifacts and the summary of a job; called in one process only.
 
     Args:
         model_dir: MODEL_DIR.
-        job: which has ended.
-        prompt: the method's parameters, of each run's best step.
+        job: the ended job.
+        prompt: the method's parameters, at each run's best step.
     """
     facts = card_facts(job)
-    found = outcomes(job)
-    report(model_dir, found)
-    kept = [row for row, ending in enumerate(found) if ending.best_step is not None]
+    results = outcomes(job)
+    report(model_dir, results)
+    kept = [row for row, outcome in enumerate(results) if outcome.best_step is not None]
     folders = {ARTIFACT: kept} if kept else {}
     if job.trainer.model.runs.num_groups > 1:
-        folders |= {f"{ARTIFACTS}/{found[row].run}": [row] for row in kept}
+        folders |= {f"{ARTIFACTS}/{results[row].run}": [row] for row in kept}
     for folder, rows in folders.items():
-        path, step = epath.Path(model_dir) / folder, max(found[row].best_step or 0 for row in rows)
-        _write(path, job, prompt, facts, rows, step)
+        step = max(results[row].best_step or 0 for row in rows)
+        _write(epath.Path(model_dir) / folder, job, prompt, facts, rows, step)
     if kept:
         logging.info("Prompt artifact: %s", epath.Path(model_dir) / ARTIFACT)
 
@@ -244,12 +247,12 @@ def _write(
     rows: Sequence[int],
     step: int,
 ) -> None:
-    """Writes one artifact. A job may have thousands, so all runs of the job are read only for the
-    artifact that holds them all."""
+    """Writes one artifact. A job may have thousands, so only the artifact of all runs reads the
+    facts of all runs."""
     model, best, initial = job.trainer.model, job.best, job.initial
     params, runs, groups = take(model, prompt, rows)
-    of_runs = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731
-    metrics: dict[str, Any] = {"scores": of_runs(job.best_scores())}
+    select = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731
+    metrics: dict[str, Any] = {"scores": select(job.best_scores())}
     if best is not None:
         metrics |= {
             "best_step": [best.best_step[group] for group in groups],
@@ -258,9 +261,9 @@ def _write(
     if len(rows) < model.runs.num_rows:
         facts = dataclasses.replace(
             facts,
-            data=of_runs(facts.data),
-            trained_on=of_runs(facts.trained_on),
-            evaluated=of_runs(facts.evaluated),
+            data=select(facts.data),
+            trained_on=select(facts.trained_on),
+            evaluated=select(facts.evaluated),
             trained_numbers=num_trainable_params(model, {"prompt": params}),
         )
     artifacts.save_artifact(

@@ -1,6 +1,6 @@
-"""What a run tells: TensorBoard, a progress line, and a record of what ran.
+"""Metric writers, progress line and run record.
 
-Only process 0 writes. Imported by entry points alone: clu's metric writers pull in TensorFlow.
+Only process 0 writes. Import this for training and evaluation only: clu's writers need TensorFlow.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ METRICS = "metrics.jsonl"
 
 
 class Writers:
-    """TensorBoard files below MODEL_DIR, one folder for each kind of metric, as in T5X, and the
-    same scalars as lines of MODEL_DIR/metrics.jsonl."""
+    """Writers of TensorBoard files below MODEL_DIR, in one folder for each kind of metric as in
+    T5X, and of the same scalars as lines of MODEL_DIR/metrics.jsonl."""
 
     def __init__(self, model_dir: str):
         self._model_dir = epath.Path(model_dir)
@@ -58,7 +58,7 @@ class Writers:
 
 
 class ProgressLine:
-    """Where a run stands: a live bar on a terminal, plain log lines otherwise."""
+    """Progress of a run: a live bar on a terminal, log lines otherwise."""
 
     def __init__(self, total_steps: int, first_step: int, batch_size: int):
         self._total, self._batch = total_steps, batch_size
@@ -74,15 +74,15 @@ class ProgressLine:
             self._bar.start()
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out what is not training (compilation, evaluation, saving)."""
+        """Restarts timing, to exclude what is not training (compilation, evaluation, saving)."""
         self._mark = (step, time.monotonic())
 
     def update(self, step: int, found: Mapping[str, float]) -> dict[str, float]:
-        """Shows a step; returns the speeds since the last update for the metric writers."""
+        """Shows a step; returns the speeds since the last update, for the metric writers."""
         last, since = self._mark
         seconds = max(time.monotonic() - since, 1e-9)
         steps = max(step - last, 1)
-        # A packed row holds several examples, and one that fills up a batch holds none.
+        # A packed row holds several examples, and a padding row holds none.
         examples = steps * self._batch * found.get("batch/examples_per_row", 1.0)
         speeds = {
             "timing/seconds_per_step": seconds / steps,
@@ -108,17 +108,17 @@ class ProgressLine:
         return speeds
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
-    """Appends what ran to MODEL_DIR/run.jsonl: one line for each start of the run.
+    """Appends a line to MODEL_DIR/run.jsonl, which has one line for each start of the run.
 
     Args:
         model_dir: MODEL_DIR.
-        facts: what the caller knows (seeds, counts, digests), JSON values.
+        facts: JSON values from the caller (seeds, counts, digests).
     """
     if jax.process_index() != 0:
         return
@@ -141,7 +141,7 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
 
 
 def _mend(path: epath.Path) -> None:
-    """Cuts off the half line that a run may have left that was killed while it wrote."""
+    """Removes the incomplete last line that a killed run may have left."""
     content = path.read_text() if path.exists() else ""
     whole, newline, rest = content.rpartition("\n")
     if rest:
@@ -149,9 +149,9 @@ def _mend(path: epath.Path) -> None:
 
 
 def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:
-    """The line at the start of a run that says how much learns."""
+    """Returns the log line at the start of a run with the number of trainable parameters."""
     return (
-        f"{trainable:,} of {total:,} parameters learn ({trainable / total:.3%}; labels: "
+        f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%}; labels: "
         f"{', '.join(sorted(labels))})."
     )
 

@@ -1,4 +1,4 @@
-"""What is measured between training steps, and the compiled functions that measure it."""
+"""Periodic evaluation between training steps, and its compiled functions."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ EVAL_MODES = ("TRAIN_EVAL", "INFER_EVAL")
 def on_device(
     function: Callable[..., Any], partitioner: PjitPartitioner
 ) -> Callable[[Params, Mapping[str, np.ndarray]], Any]:
-    """A compiled `function(params, batch)` of this host's rows; NumPy arrays of all hosts' rows."""
+    """Compiles `function(params, batch)`: takes this host's rows, returns all hosts' as NumPy."""
     compiled = jax.jit(function)
 
     def run(params: Params, batch: Mapping[str, np.ndarray]) -> Any:
         with partitioner.activate():
-            found = compiled(params, partitioner.shard_batch(batch))
-        return multihost_utils.process_allgather(found, tiled=True)
+            outputs = compiled(params, partitioner.shard_batch(batch))
+        return multihost_utils.process_allgather(outputs, tiled=True)
 
     return run
 
 
 @dataclasses.dataclass
 class PeriodicEvaluator:
-    """Everything that is measured between steps.
+    """Evaluates losses and metrics between training steps.
 
     Attributes:
-        trainer: whose state is measured.
-        writers: where scalars go.
-        losses: task or mixture -> its batches; None for no training evaluation.
-        inference: decodes and scores; None for none.
-        actions: what may follow, by mode.
-        scores: of each run, from the last evaluation.
+        trainer: the trainer whose state is evaluated.
+        writers: writers of the scalars.
+        losses: task or mixture -> its batches; None to compute no losses.
+        inference: decodes and scores; None to compute no metrics.
+        actions: actions to run after an evaluation, by mode.
+        scores: metrics of each run, from the last evaluation.
         last_step: the step of the last evaluation.
     """
 
@@ -61,43 +61,44 @@ class PeriodicEvaluator:
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
         if unknown:
             raise ValueError(
-                f"actions are keyed by {EVAL_MODES}, got {unknown}. (T5X's TRAIN is not offered.)"
+                f"actions must be keyed by {EVAL_MODES}, got {unknown}. (T5X's TRAIN is not "
+                "supported.)"
             )
         for mode, data in zip(EVAL_MODES, (self.losses, self.inference), strict=True):
             if self.actions.get(mode) and not data:
                 raise ValueError(
-                    f"The actions {self.actions[mode]} would never run: nothing is evaluated for "
-                    f"{mode}. Give its data set, or leave the actions out."
+                    f"The actions {self.actions[mode]} would never run, because {mode} has no "
+                    "dataset. Bind its dataset, or remove the actions."
                 )
         self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
         self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
 
     @property
     def _selecting(self) -> selection.SelectBest | None:
-        found = (a for many in self.actions.values() for a in many)
-        return next((a for a in found if isinstance(a, selection.SelectBest)), None)
+        actions = (action for of_mode in self.actions.values() for action in of_mode)
+        return next((a for a in actions if isinstance(a, selection.SelectBest)), None)
 
     @property
     def best(self) -> selection.SelectBest | None:
-        """The action that keeps the best parameters, once it keeps any."""
-        found = self._selecting
-        return None if found is None or found.trainable is None else found
+        """The action that keeps the best parameters; None until it has kept any."""
+        action = self._selecting
+        return None if action is None or action.trainable is None else action
 
     def resume(self) -> None:
-        """Tells the action that keeps the best parameters at which step the run goes on."""
+        """Resumes the action that keeps the best parameters, at the trainer's step."""
         if self._selecting is not None:
             self._selecting.resume(self.trainer.step)
 
     def run(self) -> bool:
-        """Evaluates the current state, and ends the training of groups that patience is at its end
-        with; True if an action wants all training to end, or no group is left that trains."""
+        """Evaluates the current state, and stops groups that have run out of patience. Returns
+        True if an action stops all training, or no group is active."""
         self.last_step = step = self.trainer.step
         stop = False
         if self.losses:
-            found = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
-            for name, scalars in found.items():
+            losses = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
+            for name, scalars in losses.items():
                 self.writers.write(f"training_eval/{name}", step, scalars)
-            stop |= self._act("TRAIN_EVAL", found)
+            stop |= self._act("TRAIN_EVAL", losses)
         if self.inference:
             params = self.trainer.state.params
             predict = functools.partial(self._predict, params)

@@ -1,13 +1,14 @@
-"""What stage files bind that is one thing under T5X and another with our trainer.
+"""Names that stage files bind, with one implementation for T5X and one for this library's trainer.
 
-    TrainStateInitializer   T5X's is `train_state_adapter`'s, which makes T5X's train
-                            state. Ours makes its own state, and needs from gin only to be told the
-                            origins.
-    save_hooks              T5X writes MODEL_DIR/artifact at its saves; ours does so itself.
-    stoppable               T5X's trainer is made to stop on request; ours does so itself.
+    TrainStateInitializer   T5X: builds T5X's train state (`train_state_adapter`). Own trainer:
+                            only holds the origins, since the trainer builds its state itself.
+    save_hooks              T5X: write MODEL_DIR/artifact at every save. Own trainer: none, since
+                            it writes the artifact itself.
+    stoppable               T5X: makes the trainer stop on request. Own trainer: does nothing,
+                            since it handles requests itself.
 
-A gin file imports this module before it builds anything, so under T5X the job's other processes
-are joined here: T5X itself joins none on TPUs.
+A gin file imports this module before it builds anything, so under T5X the job's processes connect
+to each other here: T5X does not do it on TPUs.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from mpt_jax.training.initialization import Origins
 
 
 class OwnInitializer:
-    """What our trainer reads origins from. Built with T5X's arguments, so that either trainer can
-    be given the name `TrainStateInitializer`.
+    """Holder of the origins for this library's trainer. It takes T5X's arguments, so that gin
+    files can bind `TrainStateInitializer` for either trainer.
 
     Args:
-        optimizer_def: not read; the model has it.
-        init_fn: not read.
-        input_shapes: not read.
-        partitioner: not read.
-        input_types: not read.
-        origins: where first values come from.
+        optimizer_def: ignored; the model has the optimizer.
+        init_fn: ignored.
+        input_shapes: ignored.
+        partitioner: ignored.
+        input_types: ignored.
+        origins: origins of the initial parameters.
     """
 
     def __init__(
@@ -49,16 +50,16 @@ class OwnInitializer:
 
 
 def own_save_hooks(model_dir: str) -> list[Any]:
-    """None: our trainer writes MODEL_DIR/artifact itself."""
+    """Returns no hooks: this library's trainer writes MODEL_DIR/artifact itself."""
     return []
 
 
 def own_stoppable(trainer_cls: Callable[..., Any]) -> Callable[..., Any]:
-    """The trainer as it is: our loop listens itself."""
+    """Returns the trainer unchanged: this library's loop handles stop requests itself."""
     return trainer_cls
 
 
-# Decided when a gin file imports this module; by then the name `t5x` is taken.
+# Decided when a gin file imports this module; by then `t5x` is loaded.
 if trainer_choice.is_real(sys.modules.get("t5x")):
     TrainStateInitializer = train_state_adapter.TrainStateInitializer
     save_hooks = train_state_adapter.save_hooks

@@ -1,7 +1,7 @@
-"""T5X's learning rates by factors: `'constant * linear_warmup * rsqrt_decay'`.
+"""T5X's learning-rate schedules as products of factors: `'constant * linear_warmup'`.
 
 T5X's run files bind one to `Trainer.learning_rate_fn`. With this library's optimizer that function
-is only logged, under either trainer; what acts are the schedules of `PromptOptimizer`.
+is only logged, under either trainer; the schedules of `PromptOptimizer` apply.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def create_learning_rate_scheduler(  # noqa: PLR0913 - T5X's arguments
     step_offset: int = 0,
     min_learning_rate: float = 1e-8,
 ) -> Callable[[Array | int], Array]:
-    """The product of named factors, as a function of the step.
+    """Returns the product of named factors, as a function of the step.
 
     Args:
-        factors: names joined by `*`: constant, linear_warmup, linear_decay (rises and falls by
-            itself, so it stands alone), rsqrt_decay, rsqrt_normalized_decay, decay_every,
-            cosine_decay.
+        factors: names joined by `*`: constant, linear_warmup, linear_decay (includes the constant
+            and the warmup, so it is the only factor), rsqrt_decay, rsqrt_normalized_decay,
+            decay_every, cosine_decay.
         base_learning_rate: the constant.
-        warmup_steps: steps of the warmup, and where decays begin.
+        warmup_steps: number of warmup steps, after which decays begin.
         decay_factor: slope of linear_decay; multiplier of decay_every.
         steps_per_decay: steps between multiplications of decay_every.
         steps_per_cycle: period of cosine_decay.

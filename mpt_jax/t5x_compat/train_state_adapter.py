@@ -1,9 +1,9 @@
-"""Real T5X as the trainer: a train state and an initializer of ours behind T5X's protocols.
+"""Train state and initializer for the real T5X, behind T5X's protocols.
 
-T5X trains `params` as one tree. Here that tree holds the frozen backbone too, but only what
-learns has gradients, moments and a place in `state_dict()`, so a T5X checkpoint is prompt-sized;
-the rest is read from its origin at every start, resumed or not. Nothing here subclasses T5X, and
-nothing imports it: T5X finds what it calls by name.
+T5X trains `params` as one tree. Here that tree includes the frozen backbone, but only trainable
+parameters have gradients and moments and are in `state_dict()`, so a T5X checkpoint is
+prompt-sized. The rest is read from its origin at every start, resumed or not. Nothing here
+subclasses or imports T5X: T5X calls these objects by name.
 
     train_script.train.train_state_initializer_cls = @initializer.TrainStateInitializer
 """
@@ -41,13 +41,13 @@ NONE_IS_LEAF: dict[str, Any] = {"is_leaf": lambda x: x is None}
 
 
 class Host:
-    """What is the same for every state of a run; T5X carries it along as a static field.
+    """Constants of all states of a run; a static field of each state.
 
     Args:
         model: the model that T5X trains.
-        origins: where first values come from.
+        origins: origins of the initial parameters.
         optimizer: None for evaluation and inference.
-        partitioner: T5X's.
+        partitioner: T5X's partitioner.
     """
 
     def __init__(
@@ -66,52 +66,52 @@ class Host:
         self._loaded: initialization.InitialParams | None = None
 
     def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what learns, what is frozen) of a whole parameter tree."""
+        """Splits a whole parameter tree into (trainable, frozen)."""
         return split(params, self.model.labels, self.labels)
 
     def load(self, key: Key) -> initialization.InitialParams:
-        """Every parameter from its origin; read once per process."""
+        """Returns every parameter from its origin; read once per process."""
         if self._loaded is None:
             self._loaded = initialization.initialize_params(self.model, self.origins, key)
         return self._loaded
 
     @functools.cached_property
     def axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Logical axes by parameter name. Prompts lie whole on every device, so theirs are None:
-        T5X's rules need not know them."""
+        """Logical axes by parameter name. Prompts are replicated on every device, so their axes
+        are None and T5X's rules do not need them."""
         is_axes = lambda x: isinstance(x, nn_partitioning.AxisMetadata)  # noqa: E731
         named = flatten(unfreeze(dict(self.logical_axes)), is_leaf=is_axes)
-        found = {}
+        axes = {}
         for name, leaf in flatten(self.shapes).items():
             names = tuple(named[f"{name}_axes"].names)
             if name.startswith(("prompt/", "teacher/")):
                 names = (None,) * len(leaf.shape)
-            found[name] = names
-        return found
+            axes[name] = names
+        return axes
 
     def place(self, name: str, value: Any) -> jax.Array:
-        """A parameter on T5X's mesh."""
+        """Puts a parameter on T5X's mesh."""
         spec = logical_to_mesh_axes(self.axes[name], self.partitioner.logical_axis_rules)
         sharding = NamedSharding(self.partitioner.mesh, PartitionSpec(*(spec or ())))
         return jax.device_put(value, sharding)
 
     def opt_axis_names(self, opt_state: Any) -> Any:
-        """Logical axes of the optimizer state: a moment's are its parameter's."""
+        """Returns the logical axes of the optimizer state: a moment has its parameter's axes."""
 
         axes = [PartitionSpec(*by_suffix(self.axes, name, ())) for name in flatten(opt_state)]
         return jax.tree.unflatten(jax.tree.structure(opt_state), axes)
 
 
 class HostState(flax.struct.PyTreeNode):
-    """T5X's TrainState protocol over a whole parameter tree of which little is saved.
+    """T5X's TrainState protocol for a whole parameter tree, of which only a part is saved.
 
     Attributes:
-        step: how many steps were taken.
+        step: number of steps taken.
         params: the whole tree.
-        param_states: the optimizer's state for what learns; None without an optimizer.
+        param_states: the optimizer's state for trainable parameters; None without an optimizer.
         host: see `Host`.
-        whole: lets `state_dict()` and `restore_state()` cover frozen parameters too; T5X's
-            partitioner maps axes through those two, and here they must all be mapped.
+        whole: whether `state_dict()` and `restore_state()` include frozen parameters. T5X's
+            partitioner maps axes through these two methods, and must map all of them.
     """
 
     step: Any
@@ -122,11 +122,11 @@ class HostState(flax.struct.PyTreeNode):
 
     @property
     def flax_mutables(self) -> dict[str, Any]:
-        """No mutable collections."""
+        """Empty: there are no mutable collections."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: what learns, the optimizer's state and the step."""
+        """Returns what a checkpoint holds: trainable parameters, optimizer state and step."""
         target = self.params if self.whole else self.host.split(self.params)[0]
         state = {"step": self.step}
         if self.param_states is not None:
@@ -135,10 +135,10 @@ class HostState(flax.struct.PyTreeNode):
         return {"target": target, "state": state}
 
     def restore_state(self, state_dict: Mapping[str, Any]) -> HostState:
-        """The state that `state_dict` describes, with frozen parameters from their origin.
+        """Returns the state that `state_dict` describes, with frozen parameters from their origin.
 
         Raises:
-            ValueError: parameters or optimizer leaves missing, extra or of another shape.
+            ValueError: parameters or optimizer leaves are missing, extra or of another shape.
         """
         target = traverse_util.flatten_dict(dict(state_dict["target"]), sep="/")
         trainable, frozen = self.host.split(self.params)
@@ -149,10 +149,10 @@ class HostState(flax.struct.PyTreeNode):
             params = merge(params, self._frozen(frozen))
         param_states = self.param_states
         if param_states is not None:
-            found = traverse_util.flatten_dict(dict(state_dict["state"]["param_states"]), sep="/")
+            saved = traverse_util.flatten_dict(dict(state_dict["state"]["param_states"]), sep="/")
             names = list(flatten(param_states, **NONE_IS_LEAF))
-            _match(param_states, found, "The checkpoint's optimizer state")
-            leaves = [found[name] for name in names]
+            _match(param_states, saved, "The checkpoint's optimizer state")
+            leaves = [saved[name] for name in names]
             treedef = jax.tree.structure(param_states, **NONE_IS_LEAF)
             param_states = jax.tree.unflatten(treedef, leaves)
         return self.replace(
@@ -160,24 +160,23 @@ class HostState(flax.struct.PyTreeNode):
         )
 
     def _frozen(self, frozen: Params) -> dict[str, Any]:
-        """The frozen parameters: as they are, or loaded where there are only shapes."""
+        """Returns the frozen parameters: unchanged, or loaded if there are only shapes."""
         leaves = flatten(frozen)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
             return unflatten(leaves)
-        # The key could only reach a prompt, and what learns comes from the checkpoint.
+        # The key affects only prompts, whose trainable parameters come from the checkpoint.
         loaded = flatten(self.host.load(jax.random.PRNGKey(0)).params)
         return unflatten({name: self.host.place(name, loaded[name]) for name in leaves})
 
     def apply_gradient(
         self, grads: Params, learning_rate: Any, flax_mutables: Any = None
     ) -> HostState:
-        """One optimizer step. The learning rate is the optimizer's own, by label and group;
-        T5X's is only what it logs.
+        """Takes one optimizer step. The optimizer has its own learning rates, by label and group;
+        T5X only logs `learning_rate`.
 
-        An update that would leave anything that is not finite is not made: parameters and moments
-        stay as they were, as with our own trainer. Only the step goes on, because T5X counts its
-        steps itself: one that stood still would put later checkpoints and the data beside each
-        other by one step. The NaN is in the `loss` that T5X logs.
+        If a result is not finite, parameters and moments keep their values, as with this library's
+        trainer. Only the step increases, because T5X counts steps itself: otherwise later
+        checkpoints would be one step off from the data. T5X logs the NaN as `loss`.
         """
         trainable, frozen = self.host.split(self.params)
         updates, param_states = self.host.optimizer.update(
@@ -192,7 +191,7 @@ class HostState(flax.struct.PyTreeNode):
         )
 
     def as_logical_axes(self) -> HostState:
-        """The same state with logical axis names in place of arrays."""
+        """Returns the same state with logical axis names instead of arrays."""
         states = self.param_states
         return self.replace(
             step=PartitionSpec(),
@@ -201,24 +200,24 @@ class HostState(flax.struct.PyTreeNode):
         )
 
     def replace_params(self, params: Params) -> HostState:
-        """T5X's."""
+        """Returns the state with other parameters."""
         return self.replace(params=params)
 
     def replace_step(self, step: Any) -> HostState:
-        """T5X's."""
+        """Returns the state at another step."""
         return self.replace(step=step)
 
 
 class TrainStateInitializer:
-    """What T5X makes a train state with; its constructor's arguments, and ours.
+    """Builder of T5X's train state; takes the arguments of T5X's class, and `origins`.
 
     Args:
-        optimizer_def: the model's, or None for evaluation and inference.
+        optimizer_def: the model's optimizer, or None for evaluation and inference.
         init_fn: the model's `get_initial_variables`, a bound method.
-        input_shapes: of a global batch.
-        partitioner: T5X's.
-        input_types: not read, parameters do not depend on the batch.
-        origins: where first values come from.
+        input_shapes: shapes of a global batch.
+        partitioner: T5X's partitioner.
+        input_types: ignored, since parameters do not depend on the batch.
+        origins: origins of the initial parameters.
     """
 
     def __init__(
@@ -234,10 +233,11 @@ class TrainStateInitializer:
         model: PromptedEncoderDecoder = init_fn.__self__  # pyright: ignore
         if trainer_choice.requested_trainer() == "own":
             raise ValueError(
-                f"{trainer_choice.VARIABLE}=own, but T5X is running this job: Python found it "
-                "before the fallback. `python -m mpt_jax.train` always runs this library's trainer."
+                f"{trainer_choice.VARIABLE}=own, but T5X runs this job, because Python found it "
+                "before the fallback. Run `python -m mpt_jax.train`, which always uses this "
+                "library's trainer."
             )
-        logging.info("Trainer: T5X, on mpt_jax's model and train state.")
+        logging.info("Trainer: T5X, with mpt_jax's model and train state.")
         self._host = Host(model, origins, optimizer_def, partitioner)
         if optimizer_def is not None:
             model.expected_rows = input_shapes["encoder_input_tokens"][0]
@@ -250,7 +250,7 @@ class TrainStateInitializer:
         _HOSTS[:] = [self._host]
 
     def from_scratch(self, init_rng: Key) -> HostState:
-        """Step 0: every parameter from its origin."""
+        """Returns the state at step 0, with every parameter from its origin."""
         params = unflatten(
             {
                 name: self._host.place(name, value)
@@ -267,40 +267,39 @@ class TrainStateInitializer:
 
 
 def _state(host: Host, params: Params) -> HostState:
-    """The state of step 0 around given parameters."""
+    """Returns the state at step 0 with the given parameters."""
     states = None if host.optimizer is None else host.optimizer.init(host.split(params)[0])
     return HostState(jnp.zeros((), jnp.int32), unflatten(flatten(params)), states, host)
 
 
-def _match(expected: Any, found: Mapping[str, Any], what: str) -> None:
-    """Names agree, and shapes where both sides are arrays (they may be axis names)."""
+def _match(expected: Any, saved: Mapping[str, Any], what: str) -> None:
+    """Checks that names agree, and shapes if both sides are arrays (they may be axis names)."""
     wanted = flatten(expected, **NONE_IS_LEAF)
     shape = lambda leaf, other: getattr(leaf, "shape", ()) if hasattr(other, "shape") else ()  # noqa: E731
     match_exactly(
-        {name: shape(leaf, found.get(name)) for name, leaf in wanted.items()},
-        {name: shape(leaf, wanted.get(name)) for name, leaf in found.items()},
+        {name: shape(leaf, saved.get(name)) for name, leaf in wanted.items()},
+        {name: shape(leaf, wanted.get(name)) for name, leaf in saved.items()},
         what,
     )
 
 
 # --- Prompt artifacts ----------------------------------------------------------------------------
 
-# The host of the run in this process. T5X builds its initializer and calls its save hooks without
-# showing one to the other.
+# The host of the run in this process. T5X's initializer and its save hooks do not share objects.
 _HOSTS: list[Host] = []
 
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactHook:
-    """Writes MODEL_DIR/artifact at every save of T5X; changes nothing of what is saved.
+    """Writes MODEL_DIR/artifact at every save of T5X, and leaves the saved state unchanged.
 
-    Prompts that are not finite are not written: the artifact of an earlier save stays.
+    Prompts that are not finite are not written; the artifact of an earlier save is kept.
     """
 
     model_dir: str
 
     def __call__(self, state_dict: Params, parameter_infos: Any) -> tuple[Params, Any]:
-        """T5X's save-time transformation: (state, infos) in and out."""
+        """Writes the artifact; a save-time transformation of T5X, which returns its arguments."""
         prompt = state_dict["target"].get("prompt")
         if prompt is not None and jax.process_index() == 0:
             self._write(prompt, int(state_dict["state"]["step"]))
@@ -310,13 +309,13 @@ class ArtifactHook:
         path = os.path.join(self.model_dir, "artifact")
         host = _HOSTS[-1]
         loaded = host.load(jax.random.PRNGKey(0))
-        # What of a prompt does not learn is no part of the state.
+        # The state does not include the frozen parameters of a prompt.
         values = flatten(loaded.params["prompt"]) | flatten(prompt)
         values = {name: np.asarray(leaf) for name, leaf in values.items()}
         broken = [name for name, value in values.items() if not np.isfinite(value).all()]
         if broken:
             logging.error(
-                "The prompts of step %d are not finite (%s), so %s is left as it is. Lower the "
+                "The prompts of step %d are not finite (%s), so %s was not updated. Lower the "
                 "learning rate.",
                 step,
                 ", ".join(broken),
@@ -338,8 +337,8 @@ class ArtifactHook:
 
 
 def _card_facts(host: Host) -> model_card.Facts:
-    """What the model card says beside the artifact's configuration. Scores are not known at a
-    save: T5X evaluates after it."""
+    """Returns the facts that the model card states in addition to the artifact's configuration.
+    It has no scores, because T5X evaluates after a save."""
     tasks = [task_lookup.find_task(n) for n in host.model.runs.run_names if task_lookup.is_task(n)]
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in tasks},
@@ -350,5 +349,5 @@ def _card_facts(host: Host) -> model_card.Facts:
 
 
 def save_hooks(model_dir: str) -> list[ArtifactHook]:
-    """For `SaveCheckpointConfig.state_transformation_fns`."""
+    """Returns the hooks for `SaveCheckpointConfig.state_transformation_fns`."""
     return [ArtifactHook(model_dir)]

@@ -1,4 +1,4 @@
-"""`mpt-jax doctor` on machines with something wrong. Devices are asked of a stand-in for JAX."""
+"""`mpt-jax doctor` on machines with problems. A stand-in for JAX reports the devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VARIABLES = ("MPT_JAX_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_", "TFDS_", "GOOG
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """One that can run a toy stage: a root, a home of its own, a device, no T5X."""
+    """A machine that can run a toy stage: a root, a separate home, a device, no T5X."""
     for name in [name for name in os.environ if name.startswith(VARIABLES)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -39,7 +39,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def findings(capsys, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
-    """The exit code, and what was found by name."""
+    """Returns the exit code, and the findings by name."""
     code = doctor.main(["--json", "--timeout=60", *arguments])
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] == (code == 0)
@@ -47,7 +47,7 @@ def findings(capsys, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
 
 
 def only_wrong(capsys, *arguments: str) -> dict[str, str]:
-    """The one thing that is wrong."""
+    """Returns the only finding with a problem."""
     code, found = findings(capsys, *arguments)
     (wrong,) = (finding for finding in found.values() if finding["problem"])
     assert code == 1 and wrong["mend"]
@@ -55,7 +55,7 @@ def only_wrong(capsys, *arguments: str) -> dict[str, str]:
 
 
 def write_t5x(folder: Path, **files: str) -> Path:
-    """What looks like a whole T5X; `files` are the contents of some of its modules."""
+    """Writes what looks like a complete T5X; `files` are the contents of some of its modules."""
     contents = dict.fromkeys(("__init__", "train_state", "train", "eval", "infer"), "")
     for name, text in (contents | files).items():
         (folder / "t5x").mkdir(parents=True, exist_ok=True)
@@ -66,19 +66,19 @@ def write_t5x(folder: Path, **files: str) -> Path:
 # --- A machine with nothing wrong ----------------------------------------------------------------
 
 
-def test_a_toy_stage_can_start(capsys, machine):
+def test_doctor_toy_suite_passes(capsys, machine):
     code, found = findings(capsys, "--suite=toy")
     assert code == 0
     assert found["devices"]["value"].startswith("4 x TPU v5 lite (tpu)")
     assert found["processes"]["value"] == "one"
     assert found["trainer"]["value"].startswith("mpt_jax ")
     assert found["jax"]["value"] == jax.__version__
-    assert not list(machine.glob("root")), "looking must leave nothing"
+    assert not list(machine.glob("root")), "checks leave no files"
     assert doctor.main(["--suite=toy", "--timeout=60"]) == 0
     assert capsys.readouterr().out.endswith("A stage of the toy suite can start.\n")
 
 
-def test_a_stage_of_the_paper_can_start(capsys, machine):
+def test_doctor_paper_suite_passes(capsys, machine):
     (backbone := machine / "root" / "backbones" / "t5-base").mkdir(parents=True)
     for name in ("config.json", "spiece.model", "model.safetensors"):
         (backbone / name).write_text("")
@@ -89,14 +89,14 @@ def test_a_stage_of_the_paper_can_start(capsys, machine):
     assert findings(capsys, f"--tfds_data_dir={machine / 'data'}")[0] == 0
 
 
-def test_a_data_set_that_tfds_wrote_is_found(machine):
+def test_check_data_tfds_folder_is_found(machine):
     tfds_data.write(machine / "data", "glue/sst2:2.0.0")
     found = {finding.name: finding for finding in doctor.check_data(str(machine / "data"))}
     assert found["glue/sst2:2.0.0"].value == "here"
     assert found["glue/mnli:2.0.0"].value == "absent"
 
 
-def test_the_sources_are_those_of_the_tasks():
+def test_doctor_sources_match_registered_tasks():
     import seqio
 
     import mpt_jax.tasks.glue
@@ -107,7 +107,7 @@ def test_the_sources_are_those_of_the_tasks():
     assert doctor.SOURCES == tuple(seqio.TaskRegistry.get(name).source.data for name in names)
 
 
-def test_the_cache_is_where_runs_keep_it(monkeypatch, machine):
+def test_check_cache_folder_matches_that_of_runs(monkeypatch, machine):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (finding,) = doctor.check_cache()
     updated = {}
@@ -120,18 +120,18 @@ def test_the_cache_is_where_runs_keep_it(monkeypatch, machine):
 # --- The trainer ---------------------------------------------------------------------------------
 
 
-def test_an_unknown_trainer(capsys, monkeypatch):
+def test_doctor_unknown_trainer_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("MPT_JAX_TRAINER", "mine")
     wrong = only_wrong(capsys, "--suite=toy")
     assert "'mine'" in wrong["problem"] and wrong["mend"] == "unset MPT_JAX_TRAINER"
 
 
-def test_a_t5x_that_is_wanted_and_not_there(capsys, monkeypatch):
+def test_doctor_requested_t5x_missing_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("MPT_JAX_TRAINER", "t5x")
     assert "github.com/google-research/t5x" in only_wrong(capsys, "--suite=toy")["mend"]
 
 
-def test_a_whole_t5x(capsys, machine, monkeypatch):
+def test_doctor_complete_t5x_is_the_trainer(capsys, machine, monkeypatch):
     monkeypatch.syspath_prepend(str(write_t5x(machine / "a", train="import json\nimport jax\n")))
     code, found = findings(capsys, "--suite=toy")
     assert code == 0 and found["trainer"]["value"] == f"T5X, from {machine / 'a' / 't5x'}"
@@ -139,8 +139,8 @@ def test_a_whole_t5x(capsys, machine, monkeypatch):
     assert findings(capsys, "--suite=toy")[1]["trainer"]["value"].startswith("mpt_jax ")
 
 
-def test_a_t5x_without_what_it_needs(capsys, machine, monkeypatch):
-    """The script imports a module of T5X, which imports a sister package, which lacks another."""
+def test_doctor_t5x_missing_packages_are_reported(capsys, machine, monkeypatch):
+    """The script imports a T5X module, which imports a sister package with a missing dependency."""
     files = {
         "train": "from t5x import utils\n",
         "utils": "try:\n  import absent_but_tried\nexcept ImportError: pass\nimport airio.core\n",
@@ -157,15 +157,15 @@ def test_a_t5x_without_what_it_needs(capsys, machine, monkeypatch):
     assert "tpu/requirements-t5x.txt" in wrong["mend"]
 
 
-def test_a_t5x_without_its_scripts(capsys, machine, monkeypatch):
+def test_doctor_t5x_missing_scripts_are_reported(capsys, machine, monkeypatch):
     folder = write_t5x(machine / "a")
     (folder / "t5x" / "infer.py").unlink()
     monkeypatch.syspath_prepend(str(folder))
     assert only_wrong(capsys, "--suite=toy")["problem"] == "This T5X has no infer.py."
 
 
-def test_two_t5x(capsys, machine, monkeypatch):
-    for name in ("b", "a", "a"):  # one is on the path twice, which is one
+def test_doctor_two_t5x_are_reported(capsys, machine, monkeypatch):
+    for name in ("b", "a", "a"):  # one is on the path twice and counts once
         monkeypatch.setattr(sys, "path", [str(write_t5x(machine / name)), *sys.path])
     wrong = only_wrong(capsys, "--suite=toy")
     assert wrong["name"] == "other T5X" and wrong["value"] == str(machine / "b" / "t5x")
@@ -174,7 +174,7 @@ def test_two_t5x(capsys, machine, monkeypatch):
 # --- Folders and buckets -------------------------------------------------------------------------
 
 
-def test_a_root_that_cannot_be_written(capsys, machine, monkeypatch):
+def test_doctor_unwritable_root_is_reported(capsys, machine, monkeypatch):
     (machine / "file").write_text("")
     monkeypatch.setenv("MPT_JAX_ROOT", str(machine / "file"))
     wrong = only_wrong(capsys, "--suite=toy")
@@ -182,7 +182,7 @@ def test_a_root_that_cannot_be_written(capsys, machine, monkeypatch):
     assert "MPT_JAX_ROOT" in wrong["mend"]
 
 
-def test_what_may_not_be_looked_at_is_absent(machine, monkeypatch):
+def test_doctor_unreadable_folders_count_as_absent(machine, monkeypatch):
     stat, closed = os.stat, machine / "closed"
 
     def refusing(path, *args, **kwargs):
@@ -197,14 +197,14 @@ def test_what_may_not_be_looked_at_is_absent(machine, monkeypatch):
     assert len(absent) == len(doctor.SOURCES)
 
 
-def test_a_full_disk(machine, monkeypatch):
+def test_check_folder_full_disk_is_reported(machine, monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE", 2**80)
     finding = doctor.check_folder("MPT_JAX_ROOT", str(machine), "mend")
     assert (finding.problem, finding.mend) == ("It has less than 1 GiB free.", "mend")
 
 
 @pytest.mark.parametrize("credentials", [True, False])
-def test_a_bucket_that_cannot_be_written(credentials, capsys, machine, monkeypatch):
+def test_doctor_unwritable_bucket_is_reported(credentials, capsys, machine, monkeypatch):
     monkeypatch.setenv("MPT_JAX_ROOT", "gs://bucket/runs")
     monkeypatch.setattr(doctor, "_WRITE", "import sys; sys.exit('no such bucket: ' + sys.argv[1])")
     if credentials:
@@ -215,14 +215,14 @@ def test_a_bucket_that_cannot_be_written(credentials, capsys, machine, monkeypat
     assert ("gcloud auth application-default login" in wrong["mend"]) != credentials
 
 
-def test_a_bucket_that_does_not_answer_is_given_up(monkeypatch):
+def test_check_root_silent_bucket_times_out(monkeypatch):
     monkeypatch.setattr(doctor, "_WRITE", "import time; time.sleep(600)")
     _, finding = doctor.check_root("gs://b/x", doctor.Probe(doctor._WRITE), seconds=0.5)
     assert finding.problem == "It cannot be written: no answer within 0.5 s."
 
 
-def test_a_bucket_is_tried_with_a_file_that_does_not_stay(machine):
-    """A folder stands in for it: the same path library writes both."""
+def test_check_root_bucket_probe_leaves_no_file(machine):
+    """A folder stands in for the bucket: the same path library writes both."""
     question = doctor.Probe(doctor._WRITE, str(machine), "scratch")
     *_, finding = doctor.check_root(str(machine), question, seconds=120.0)
     assert finding.value == f"{machine}, written" and not finding.problem
@@ -232,7 +232,7 @@ def test_a_bucket_is_tried_with_a_file_that_does_not_stay(machine):
 # --- Data and backbone ---------------------------------------------------------------------------
 
 
-def test_absent_data_and_backbone_say_how_to_get_them(capsys, machine):
+def test_doctor_absent_data_and_backbone_give_commands(capsys, machine):
     code, found = findings(capsys, f"--tfds_data_dir={machine / 'my data'}")
     wrong = {name: finding for name, finding in found.items() if finding["problem"]}
     assert code == 1 and set(wrong) == {*doctor.SOURCES, "backbone"}
@@ -241,13 +241,13 @@ def test_absent_data_and_backbone_say_how_to_get_them(capsys, machine):
     backbone = f"{machine}/root/backbones/t5-base"
     assert wrong["backbone"]["mend"].endswith(f"google-t5/t5-base --local-dir {backbone}")
     assert wrong["backbone"]["problem"] == (
-        "There is no config.json, no spiece.model, no model.safetensors."
+        "The folder has no config.json, no spiece.model, no model.safetensors."
     )
     assert doctor.main([f"--tfds_data_dir={machine}", "--timeout=60"]) == 1
     assert "7 things are wrong. Stages of gin/tiny.gin need no data" in capsys.readouterr().out
 
 
-def test_data_that_is_there_need_not_be_writable(machine, monkeypatch):
+def test_check_data_complete_data_may_be_read_only(machine, monkeypatch):
     for source in doctor.SOURCES:
         name, _, version = source.partition(":")
         (folder := machine / name / version).mkdir(parents=True)
@@ -262,7 +262,7 @@ def test_data_that_is_there_need_not_be_writable(machine, monkeypatch):
 # --- Devices and processes -----------------------------------------------------------------------
 
 
-def test_a_device_that_does_not_answer_is_given_up_and_let_go(monkeypatch):
+def test_check_devices_silent_device_times_out_and_is_killed(monkeypatch):
     question = doctor.Probe("import time; time.sleep(600)")
     started = time.monotonic()
     finding, _ = doctor.check_devices(question, seconds=0.5)
@@ -271,13 +271,13 @@ def test_a_device_that_does_not_answer_is_given_up_and_let_go(monkeypatch):
     assert question._child.returncode == -signal.SIGKILL
 
 
-def test_a_device_that_cannot_be_opened(capsys, monkeypatch):
+def test_doctor_unusable_device_is_reported(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_DEVICES", "raise RuntimeError('TPU is in use')")
     wrong = only_wrong(capsys, "--suite=toy")
-    assert wrong["problem"] == "JAX finds none: RuntimeError: TPU is in use"
+    assert wrong["problem"] == "JAX finds no device: RuntimeError: TPU is in use"
 
 
-def test_half_an_address_of_a_job(capsys, monkeypatch):
+def test_doctor_incomplete_job_address_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     assert "joins others" in findings(capsys, "--suite=toy")[1]["processes"]["value"]
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
@@ -285,7 +285,7 @@ def test_half_an_address_of_a_job(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_itself_asks_jax(tmp_path):
+def test_doctor_command_lists_jax_devices(tmp_path):
     arguments = ("--suite=toy", "--json", "--timeout=120")
     variables = {"MPT_JAX_ROOT": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     child = run_command("doctor", *arguments, check=False, **variables)

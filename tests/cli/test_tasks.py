@@ -1,4 +1,4 @@
-"""`mpt-jax tasks`, and how the command line finds its commands."""
+"""`mpt-jax tasks`, and the `mpt-jax` command's help."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cells(text: str) -> list[list[str]]:
 # --- list ------------------------------------------------------------------------------------
 
 
-def test_a_line_for_each_task(data_dir, capsys):
+def test_tasks_list_prints_one_line_per_task(data_dir, capsys):
     tasks.list_tasks({"some": ["cb", "boolq_digits", "toy_cb"], "none": []})
     title, headers, *lines = cells(capsys.readouterr().out)
     assert title == ["some"]
@@ -68,14 +68,14 @@ def test_a_line_for_each_task(data_dir, capsys):
         ),
     ],
 )
-def test_a_split_on_disk_of_another_size_is_marked(sizes, expected, data_dir, monkeypatch, capsys):
+def test_tasks_list_marks_unpublished_split_sizes(sizes, expected, data_dir, monkeypatch, capsys):
     source = splits.PartsSource("super_glue/cb:1.0.2", splits.carved(held_out=1, most=5), sizes)
     monkeypatch.setattr(seqio.TaskRegistry.get("cb"), "_source", source)
     tasks.list_tasks({"some": ["cb"]})
     assert cells(capsys.readouterr().out)[2][-1] == expected
 
 
-def test_tasks_of_seqios_own_source(tmp_path, data_dir, capsys):
+def test_tasks_list_seqio_sources_are_described(tmp_path, data_dir, capsys):
     for name, version in (("lst_here", "1.0.2"), ("lst_gone", "9.9.9")):
         source = seqio.TfdsDataSource(f"super_glue/cb:{version}")
         seqio.TaskRegistry.add(name, source=source, output_features={}, preprocessors=[])
@@ -85,7 +85,7 @@ def test_tasks_of_seqios_own_source(tmp_path, data_dir, capsys):
     assert gone == ["lst_gone", "super_glue/cb:9.9.9", "none", "no"]
 
 
-def test_tasks_of_the_users_files(tmp_path, capsys):
+def test_tasks_list_user_files_are_described(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n')
     files = {"train": tmp_path / "rows.jsonl"}
     jsonl.register("lst_file", inputs="{a}", targets="{b}", **files)
@@ -95,7 +95,7 @@ def test_tasks_of_the_users_files(tmp_path, capsys):
     assert line[2] == "train 1" and line[4] == "yes"
 
 
-def test_on_a_terminal_it_is_a_table(monkeypatch):
+def test_tasks_list_on_terminal_prints_table(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
     monkeypatch.setattr(tasks, "Console", lambda: console)
     tasks.list_tasks({"some": ["toy_cb"]})
@@ -106,7 +106,7 @@ def test_on_a_terminal_it_is_a_table(monkeypatch):
 # --- show ------------------------------------------------------------------------------------
 
 
-def test_examples_with_their_lengths(capsys):
+def test_tasks_show_prints_examples_with_lengths(capsys):
     tasks.main(["show", "toy_boolq_k4_s0", "-n", "2"])
     title, headers, *lines = cells(capsys.readouterr().out)
     assert title == [
@@ -119,7 +119,7 @@ def test_examples_with_their_lengths(capsys):
     assert lines[:2] == expected and len(lines) == 3
 
 
-def test_a_task_without_a_vocabulary_is_shown_without_lengths(data_dir, capsys):
+def test_tasks_show_without_vocabulary_omits_lengths(data_dir, capsys):
     tasks.main(["show", "cb", "-n", "1", "--split", "validation"])
     _, headers, line, _ = cells(capsys.readouterr().out)
     assert headers == ["targets", "inputs"]
@@ -129,14 +129,14 @@ def test_a_task_without_a_vocabulary_is_shown_without_lengths(data_dir, capsys):
     assert target == ("entailment", "contradiction", "neutral")[place % 3]
 
 
-def test_a_vocabulary_may_be_given(data_dir, capsys):
+def test_tasks_show_given_vocabulary_counts_tokens(data_dir, capsys):
     tasks.main(["show", "cb", "-n", "1", "--vocabulary", "byt5"])
     _, _, line, _ = cells(capsys.readouterr().out)
     inputs, targets = line[3], line[2]
     assert line[:2] == [str(len(inputs) + 1), str(len(targets) + 1)]  # bytes and EOS
 
 
-def test_a_data_folder_and_modules_of_the_users_own(data_dir, tmp_path, monkeypatch, capsys):
+def test_tasks_list_user_modules_and_data_folder(data_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "lst_mine.py").write_text(
         "import seqio\n"
         "task = seqio.TaskRegistry.get('toy_cb')\n"
@@ -162,20 +162,20 @@ def test_a_data_folder_and_modules_of_the_users_own(data_dir, tmp_path, monkeypa
         (["list", "--modules", "no_such"], "The task suite no_such cannot be imported"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(arguments, message, data_dir, capsys):
+def test_tasks_invalid_arguments_print_one_line(arguments, message, data_dir, capsys):
     with pytest.raises(SystemExit) as stopped:
         tasks.main(arguments)
     assert stopped.value.code == 2
     captured = capsys.readouterr()
-    # TensorFlow Datasets may warn of a folder that is not there, once in a process.
-    (ours,) = [x for x in captured.err.splitlines() if "file_utils.py" not in x]
-    assert message in ours and ours.startswith("mpt-jax tasks: ") and not captured.out
+    # TensorFlow Datasets may warn about a missing folder, once per process.
+    (line,) = [x for x in captured.err.splitlines() if "file_utils.py" not in x]
+    assert message in line and line.startswith("mpt-jax tasks: ") and not captured.out
 
 
 # --- the command line ------------------------------------------------------------------------
 
 
-def test_all_suites_are_listed_and_a_module_of_this_folder(tmp_path):
+def test_tasks_list_shows_all_suites_and_local_module(tmp_path):
     (tmp_path / "my_tasks.py").write_text(
         "import seqio\n"
         "source = seqio.FunctionDataSource(lambda split, shuffle_files: None, ['train'])\n"
@@ -199,7 +199,7 @@ def test_all_suites_are_listed_and_a_module_of_this_folder(tmp_path):
         assert f"\n{name} " in tables[module]
 
 
-def test_help_needs_no_tensorflow(tmp_path):
+def test_help_without_tensorflow_lists_commands(tmp_path):
     script = "import sys; sys.modules['tensorflow'] = None; sys.argv = ['x', '--help']\n"
     printed = run_script(script + "from mpt_jax.cli.main import main; main()")
     assert all(f"  {command}" in printed for command in main.COMMANDS)

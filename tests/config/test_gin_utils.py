@@ -1,6 +1,6 @@
-"""Every shipped gin file parses and builds its model; mistakes say what they are.
+"""Shipped gin files parse and build their models; errors name the mistake.
 
-Full-size models are built from shapes alone. No file is read but the toy vocabulary.
+Full-size models are built as shapes only. No file is read except the toy vocabulary.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def files_for(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "gin/pretrain_tiny.gin"])
-def test_tiny_turns_any_stage_into_a_toy_run(name):
+def test_tiny_gin_any_stage_becomes_toy_run(name):
     parse([*files_for(name), "gin/tiny.gin"], (), entry_of(name))
     model = value("MODEL")
     size = sum(int(np.prod(shape)) for shape in abstract_params(model).values())
@@ -79,7 +79,7 @@ def test_tiny_turns_any_stage_into_a_toy_run(name):
     assert Path(value("STAGE_DIR")).parent.name == "tiny"
 
 
-def test_pretraining_trains_the_whole_tiny_t5():
+def test_pretrain_tiny_gin_trains_all_parameters():
     parse(["gin/pretrain_tiny.gin"])
     model = value("MODEL")
     sizes = [int(np.prod(shape)) for shape in abstract_params(model).values()]
@@ -88,7 +88,7 @@ def test_pretraining_trains_the_whole_tiny_t5():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_can_take_a_stages_place(name):
+def test_method_gin_replaces_method_of_stage(name):
     """On the toy suite, for speed; sizes are tested above."""
     prompts = name in PROMPTED
     stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
@@ -96,15 +96,15 @@ def test_a_method_can_take_a_stages_place(name):
     model = value("MODEL")
     assert trained(model) > 0
     assert model.FEATURE_CONVERTER_CLS(pack=False).prompt_length == (20 if prompts else 0)
-    # The optimizer has a learning rate for every label that learns.
+    # The optimizer has a learning rate for every trainable label.
     labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen", "clock"}
     assert labels == set(model.optimizer_def.learning_rates)
-    # The rate of prompts would wreck a backbone.
+    # A learning rate for prompts would be too high for a backbone.
     assert (value("LEARNING_RATE") > 0.01) == prompts
 
 
 @pytest.mark.parametrize("name", AFTER_TINY)
-def test_a_toy_run_can_be_changed(name):
+def test_demo_gin_after_tiny_builds_model(name):
     parse(["gin/mpt_source.gin", "gin/tiny.gin", name])
     assert abstract_params(value("MODEL"))
 
@@ -128,7 +128,7 @@ ABLATED = [
 
 
 @pytest.mark.parametrize(("name", "stage", "numbers"), ABLATED)
-def test_an_ablation_trains_what_it_says(name, stage, numbers):
+def test_ablation_gin_trains_expected_parameters(name, stage, numbers):
     parse([stage, f"gin/ablations/{name}.gin"], [VOCABULARY, *SHALLOW])
     model = value("MODEL")
     assert trained(model) == numbers
@@ -144,7 +144,7 @@ def test_an_ablation_trains_what_it_says(name, stage, numbers):
     assert sampler == ("PerExample" if name == "no_stochastic_sampling" else default)
 
 
-def test_packing_changes_rows_and_not_what_is_drawn():
+def test_packed_gin_changes_rows_not_sampler():
     parse([SOURCE, "gin/tiny.gin", PACKED], ["PACK_WINDOW = 64"])
     packs = {scope: gin.query_parameter(f"{scope}/DatasetConfig.pack") for scope in SCOPES}
     assert packs == {"train": True, "train_eval": True, "infer_eval": False}
@@ -156,7 +156,7 @@ def test_packing_changes_rows_and_not_what_is_drawn():
     assert converter.pack_window == 64
 
 
-def test_lengths_are_cut_in_training():
+def test_by_length_gin_sorts_and_trims_training_batches():
     parse([SOURCE, BY_LENGTH], [VOCABULARY])
     assert gin.query_parameter("train/DatasetConfig.by_length") is True
     settings = gin.query_parameter("train/DatasetConfig.length_buckets")
@@ -165,24 +165,24 @@ def test_lengths_are_cut_in_training():
     assert all(max(found) < limits[name] for name, found in value("LENGTH_BUCKETS").items())
 
 
-def test_teachers_targets_may_be_kept():
+def test_teacher_cache_gin_sets_cache():
     parse([SOURCE, TEACHER_CACHE], [VOCABULARY, "TEACHER_CACHE_BYTES = 3000"])
     settings = gin.query_parameter("Trainer.teacher_cache").scoped_configurable_fn()
     assert (settings.max_bytes, settings.dtype) == (3000, "bfloat16")
 
 
-def test_targets_may_share_a_prompt_and_the_samplers_of_sources():
+def test_joint_gin_targets_share_prompt_and_sampler():
     parse([TARGET, JOINT], [VOCABULARY, *SHALLOW, "TARGET_TASKS = ['boolq', 'wic', 'cb']"])
     assert type(value("SAMPLER")).__name__ == "StochasticTasks"
     assert trained(value("MODEL")) == 76_800 + 3 * 868
 
 
-def test_no_ablation_is_left_untested():
+def test_ablation_gin_files_are_all_tested():
     assert {f"gin/ablations/{name}.gin" for name, *_ in ABLATED} == set(ABLATIONS)
 
 
-def test_no_file_is_left_untested():
-    """Every file is tested by itself, or included by one that is."""
+def test_gin_files_are_all_tested():
+    """Every file is tested directly, or included by a file that is."""
     included = {
         found
         for name in FILES
@@ -205,7 +205,7 @@ def test_no_file_is_left_untested():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_short_and_says_what_it_provides(name):
+def test_gin_file_is_short_and_documented(name):
     text = (ROOT / name).read_text()
     assert "# Provides" in text.split("\n\n")[0] + text
     assert len(text.splitlines()) <= 80
@@ -224,7 +224,7 @@ def test_a_file_is_short_and_says_what_it_provides(name):
         ("gin/full_finetuning.gin", 222_903_552),
     ],
 )
-def test_trained_counts_at_full_scale(name, numbers):
+def test_stage_gin_full_scale_has_expected_trainable_counts(name, numbers):
     parse([name], [VOCABULARY, *(SHALLOW if name != "gin/full_finetuning.gin" else [])])
     assert trained(value("MODEL")) == numbers
 
@@ -247,7 +247,7 @@ def test_trained_counts_at_full_scale(name, numbers):
         ),
     ],
 )
-def test_what_a_stage_trains_with_at_full_scale(name, rates, batch_size, steps):
+def test_stage_gin_full_scale_has_expected_hyperparameters(name, rates, batch_size, steps):
     parse([name], [VOCABULARY])
     optimizer = value("MODEL").optimizer_def
     assert {label: rate.peak for label, rate in optimizer.learning_rates.items()} == rates
@@ -264,7 +264,7 @@ def test_what_a_stage_trains_with_at_full_scale(name, rates, batch_size, steps):
     assert {rate.total_steps for rate in optimizer.learning_rates.values()} == {steps}
 
 
-def test_the_source_stage_distils_as_the_paper_says():
+def test_source_stage_distillation_matches_paper():
     parse(["gin/mpt_source.gin"], [VOCABULARY])
     model = value("MODEL")
     found = model.objective.distillation
@@ -273,7 +273,7 @@ def test_the_source_stage_distils_as_the_paper_says():
     assert (model.runs.num_rows, model.runs.num_groups, model.prompt.rank) == (6, 1, 1)
 
 
-def test_paths_lie_under_one_root(monkeypatch):
+def test_paths_gin_all_under_root(monkeypatch):
     monkeypatch.setenv(paths.ROOT_VARIABLE, "gs://bucket/project")
     parse(["gin/mpt_source.gin"])
     assert value("MODEL_DIR") == "gs://bucket/project/mpt_source"
@@ -283,7 +283,7 @@ def test_paths_lie_under_one_root(monkeypatch):
 
 
 @pytest.mark.parametrize("entry", ["train", "eval", "infer"])
-def test_a_missing_backbone_and_vocabulary_say_how_to_get_them(entry, monkeypatch, tmp_path):
+def test_missing_vocabulary_error_gives_download_command(entry, monkeypatch, tmp_path):
     monkeypatch.setenv(paths.ROOT_VARIABLE, str(tmp_path / "my root"))
     parse(files_for({"train": STAGE}.get(entry, f"gin/{entry}.gin")), (), entry)
     command = f"hf download google-t5/t5-base --local-dir '{tmp_path}/my root/backbones/t5-base'"
@@ -295,7 +295,7 @@ def test_a_missing_backbone_and_vocabulary_say_how_to_get_them(entry, monkeypatc
 
 
 @pytest.mark.parametrize("entry", ["eval", "infer"])
-def test_saved_prompts_read_texts_as_long_as_training_did(entry):
+def test_eval_and_infer_gin_use_training_text_lengths(entry):
     parse([f"gin/{entry}.gin", "gin/methods/mpt.gin", "gin/tiny.gin"], (), entry)
     assert gin.query_parameter("DatasetConfig.task_feature_lengths").scoped_selector == (
         "TASK_FEATURE_LENGTHS/gin.macro"
@@ -303,7 +303,7 @@ def test_saved_prompts_read_texts_as_long_as_training_did(entry):
     assert value("TASK_FEATURE_LENGTHS") == {"inputs": 48, "targets": 12}
 
 
-def test_a_local_root_with_several_hosts_is_refused(monkeypatch):
+def test_paths_under_local_root_with_several_hosts_raises(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(ValueError, match="4 hosts"):
         paths.under(base="runs", name="x")
@@ -312,7 +312,7 @@ def test_a_local_root_with_several_hosts_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "eval", "infer"])
-def test_t5x_run_files_resolve_without_t5x(name):
+def test_t5x_run_files_without_t5x_parse(name):
     entry = {"pretrain": "train", "finetune": "train"}.get(name, name)
     bindings = {
         "MODEL": 0, "MODEL_DIR": 0, "MIXTURE_OR_TASK_NAME": 0, "TASK_FEATURE_LENGTHS": 0,
@@ -344,22 +344,22 @@ STAGE = "gin/mpt_source.gin"
         ("TRAIN_STEPS = %STEPS_OF_TRAIN", "need a value: STEPS_OF_TRAIN"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_named(binding, message):
+def test_parse_invalid_binding_error_names_it(binding, message):
     with pytest.raises(gin_utils.ConfigError, match=f"(?s){message}"):
         parse([STAGE], [binding])
 
 
-def test_a_binding_that_nothing_reads_is_refused():
+def test_parse_unused_binding_raises():
     with pytest.raises(gin_utils.ConfigError, match="would have no effect"):
         parse([STAGE, "gin/tiny.gin"], ["t5_config.name = 't5_1_1_base'"])
 
 
-def test_a_missing_file_names_the_close_one():
+def test_parse_missing_file_suggests_closest():
     with pytest.raises(gin_utils.ConfigError, match="Did you mean gin/mpt_source.gin"):
         parse(["gin/mpt_sorce.gin"])
 
 
-def test_a_missing_include_is_named(tmp_path):
+def test_parse_missing_include_names_it(tmp_path):
     (tmp_path / "x.gin").write_text("include 'gin/nothing.gin'\n")
     with pytest.raises(gin_utils.ConfigError, match="gin/nothing.gin"):
         parse([str(tmp_path / "x.gin")])
@@ -372,7 +372,7 @@ def test_a_missing_include_is_named(tmp_path):
         ("trainer.Trainer.num_microbatches = 2", "'trainer' was not provided"),
     ],
 )
-def test_a_mistake_in_a_file_is_named_with_its_line(line, message, tmp_path):
+def test_parse_mistake_in_file_names_line(line, message, tmp_path):
     head = "from __gin__ import dynamic_registration\nfrom t5x import utils\n"
     (tmp_path / "x.gin").write_text(head + line + "\n")
     with pytest.raises(gin_utils.ConfigError, match=message) as caught:
@@ -390,7 +390,7 @@ def test_a_mistake_in_a_file_is_named_with_its_line(line, message, tmp_path):
         ("here/TRAIN_STEPS = 5", "reads the macro here/TRAIN_STEPS"),
     ],
 )
-def test_a_macro_that_a_users_file_sets_for_nothing(line, message, tmp_path):
+def test_parse_unused_macro_in_user_file_raises(line, message, tmp_path):
     (tmp_path / "inner.gin").write_text(f"# A user's.\nTRAIN_STEPS = 7\n{line}\n")
     (tmp_path / "outer.gin").write_text(f"include '{tmp_path / 'inner.gin'}'\n")
     with pytest.raises(gin_utils.ConfigError, match=message) as caught:
@@ -398,8 +398,8 @@ def test_a_macro_that_a_users_file_sets_for_nothing(line, message, tmp_path):
     assert str(tmp_path / "inner.gin") in str(caught.value)
 
 
-def test_a_users_file_may_serve_several_stages(tmp_path):
-    """It may set what another stage reads, and macros that it reads itself."""
+def test_parse_user_file_for_several_stages_works(tmp_path):
+    """A file may set macros that another stage reads, or that the file itself reads."""
     (tmp_path / "suite.gin").write_text(
         "MINE = 7\nTRAIN_STEPS = %MINE\nTASK_LEARNING_RATE = 0.1\nTARGET_TASKS = ['toy_cb']\n"
     )
@@ -407,21 +407,21 @@ def test_a_users_file_may_serve_several_stages(tmp_path):
     assert value("TRAIN_STEPS") == 7
 
 
-def test_where_to_start_from_needs_an_artifact():
+def test_start_from_without_initial_artifact_raises():
     start = "START_FROM = 'mnli'"
-    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTIFACT too"):
+    with pytest.raises(gin_utils.ConfigError, match="Set INITIAL_ARTIFACT, or remove START_FROM"):
         parse(["gin/pt_target.gin"], [start])
     parse(["gin/pt_target.gin"], [start, "INITIAL_ARTIFACT = 'x'"])
     parse(["gin/mpt_target.gin"], [start])
 
 
-def test_files_of_another_entry_point_are_refused():
+def test_configured_files_of_other_entry_point_raise():
     parse([STAGE])
     with pytest.raises(gin_utils.ConfigError, match=r"configures evaluate\(\)"):
         gin_utils.configured(importlib.import_module("mpt_jax.eval").evaluate)
 
 
-def test_arguments_are_rewritten_as_t5x_does():
+def test_rewrite_gin_args_matches_t5x():
     found = gin_utils.rewrite_gin_args(["x", "--gin.A=1=2", "--gin_file=f", "--gin.s/N.p='v'"])
     assert found == ["x", "--gin_bindings=A = 1=2", "--gin_file=f", "--gin_bindings=s/N.p = 'v'"]
     with pytest.raises(gin_utils.ConfigError, match="no value"):
@@ -429,27 +429,27 @@ def test_arguments_are_rewritten_as_t5x_does():
 
 
 def command(*arguments: str, entry: str = "train") -> str:
-    """A command line that fails on a mistake of its author; returns what it says, in one line."""
+    """Runs a command line with a mistake of its author; returns the last line of its log."""
     child = run_python("-m", f"mpt_jax.{entry}", *arguments, check=False)
     assert child.returncode == 2, child.stderr[-3000:]
     assert "Traceback" not in child.stderr
     return child.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow  # what it says is tested above; that it is one line, below
-def test_a_flag_without_a_value_is_one_line():
+@pytest.mark.slow  # the message is tested above; that it is one line, below
+def test_command_flag_without_value_prints_one_line():
     assert command("--gin.TRAIN_STEPS").endswith(
-        "--gin.TRAIN_STEPS has no value: write --gin.TRAIN_STEPS=<value>."
+        "--gin.TRAIN_STEPS has no value. Write --gin.TRAIN_STEPS=<value>."
     )
 
 
-def test_flags_win_over_gin():
+def test_command_flags_override_gin():
     files = [f"--gin_file=gin/{name}.gin" for name in ("infer", "methods/mpt", "tiny")]
-    said = command(*files, "--gin.infer.shard_id=1", "--shard_id=5", entry="infer")
-    assert "infer.shard_id must be in 0 .. 0, got 5" in said
+    message = command(*files, "--gin.infer.shard_id=1", "--shard_id=5", entry="infer")
+    assert "infer.shard_id must be in 0 .. 0, got 5" in message
 
 
-# In a process of its own: gin knows for ever what one configuration has registered.
+# Runs in a separate process, because gin keeps what a configuration has registered.
 REFERENCES = """
 from mpt_jax.models import decoding
 from mpt_jax.config import gin_utils
@@ -486,7 +486,7 @@ with gin_utils.as_main(train):
 """
 
 
-def test_the_command_line_sees_the_imports_of_the_files(tmp_path):
+def test_parse_bindings_see_imports_of_files(tmp_path):
     script = REFERENCES.format(folder=str(tmp_path))
     run_script(script)
 
@@ -494,7 +494,7 @@ def test_the_command_line_sees_the_imports_of_the_files(tmp_path):
 # --- config.gin ----------------------------------------------------------------------------------
 
 
-def test_config_gin_is_a_gin_file_that_says_the_same(tmp_path):
+def test_config_gin_parses_to_same_configuration(tmp_path):
     parse([STAGE, "gin/tiny.gin"], ["TRAIN_STEPS = 7"])
     gin_utils.summarize_gin_config(str(tmp_path / "run"), None, 0)
     written = (tmp_path / "run" / "config.gin").read_text()
@@ -503,15 +503,15 @@ def test_config_gin_is_a_gin_file_that_says_the_same(tmp_path):
     assert gin.config_str() == written
 
 
-def test_helpers_of_gin_files():
+def test_gin_helper_functions_return_expected_values():
     assert gin_utils.sum_fn(1, 2) == 3
     assert gin_utils.bool_fn(0) is False
     assert gin_utils.string_split_fn("a/b/c", "/") == ["a", "b", "c"]
     assert gin_utils.string_split_fn("a/b/c", "/", 1, -1) == "b/c"
 
 
-def test_a_task_suites_error_is_one_line(tmp_path):
-    """It comes up inside SeqIO, after the model is built."""
+def test_command_missing_data_prints_one_line(tmp_path):
+    """The error is raised inside SeqIO, after the model is built."""
     bindings = ['--gin.TARGET_TASKS=["boolq"]', '--gin.TASK_MODULES=["mpt_jax.tasks.super_glue"]']
     files = [f"--gin_file=gin/{name}.gin" for name in ("mpt_target", "tiny")]
     folders = [f"--gin.ROOT='{tmp_path}'", f"--tfds_data_dir={tmp_path}"]

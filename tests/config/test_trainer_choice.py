@@ -1,7 +1,7 @@
-"""Who answers to `t5x`: a real T5X wherever one can be imported, else the fallback.
+"""Choice of the module `t5x`: a real T5X if one can be imported, else the fallback.
 
-Each case is a process of its own, since a process decides once. A folder with T5X's telling files
-stands in for T5X.
+Each case runs in a separate process, since a process decides once. A folder with the files that
+identify T5X stands in for T5X.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpt_jax.config import trainer_choice
 from tests.fixtures.processes import ROOT, run_python
 
 WHO = "import t5x; print('own' if getattr(t5x, '__embedded__', False) else t5x.MARK)"
-# What an editable install does that brings its own finder.
+# An editable install that adds a finder.
 FINDER = """
 import importlib.util, sys
 class Finder:
@@ -54,31 +54,31 @@ def answer(code: str, *path: Path, cwd: Path, **variables: str) -> str:
 
 
 @pytest.mark.skipif(trainer_choice.find_real() is not None, reason="a real T5X is installed here")
-def test_the_fallback_answers_where_there_is_no_t5x(tmp_path):
+def test_import_t5x_without_t5x_finds_fallback(tmp_path):
     assert answer(WHO, ROOT, cwd=tmp_path) == "own"
 
 
-def test_a_real_t5x_wins_before_and_behind_the_fallback(real, tmp_path):
+def test_import_t5x_any_path_order_finds_real_t5x(real, tmp_path):
     assert answer(WHO, real, ROOT, cwd=tmp_path) == "real"
     assert answer(WHO, ROOT, real, cwd=tmp_path) == "real"
 
 
-def test_a_real_t5x_in_the_working_directory_wins(real):
+def test_import_t5x_in_working_directory_finds_real_t5x(real):
     assert answer(WHO, ROOT, cwd=real) == "real"
 
 
-def test_a_real_t5x_behind_an_editable_finder_wins(real, tmp_path):
+def test_import_t5x_editable_install_finds_real_t5x(real, tmp_path):
     code = FINDER.format(folder=str(real / "t5x")) + WHO
     assert answer(code, ROOT, cwd=tmp_path) == "real"
 
 
-def test_submodules_come_from_the_real_t5x(real, tmp_path):
+def test_import_t5x_submodules_come_from_real_t5x(real, tmp_path):
     code = "from t5x import models; import t5x.train_state; print(models.MARK)"
     assert answer(code, ROOT, real, cwd=tmp_path) == "real models"
 
 
 @pytest.mark.parametrize("files", [(), ("__init__.py",)])
-def test_a_folder_that_is_not_t5x_does_not_count(files, real, tmp_path):
+def test_import_t5x_other_folder_named_t5x_is_skipped(files, real, tmp_path):
     other = tmp_path / "other" / "t5x"
     other.mkdir(parents=True)
     for name in files:
@@ -86,14 +86,14 @@ def test_a_folder_that_is_not_t5x_does_not_count(files, real, tmp_path):
     assert answer(WHO, ROOT, other.parent, real, cwd=tmp_path) == "real"
 
 
-def test_the_environment_decides(real, tmp_path):
+def test_trainer_variable_selects_trainer(real, tmp_path):
     assert answer(WHO, ROOT, real, cwd=tmp_path, MPT_JAX_TRAINER="own") == "own"
     assert answer(WHO, ROOT, real, cwd=tmp_path, MPT_JAX_TRAINER="t5x") == "real"
     child = run(WHO, ROOT, real, cwd=tmp_path, MPT_JAX_TRAINER="mine")
     assert "'mine'" in child.stderr and "MPT_JAX_TRAINER" in child.stderr
 
 
-def test_asking_for_a_t5x_that_is_not_there_says_where_to_get_one(tmp_path):
+def test_trainer_variable_t5x_missing_says_where_to_get_it(tmp_path):
     code = f"""
         import sys
         from mpt_jax.config import trainer_choice
@@ -107,14 +107,14 @@ def test_asking_for_a_t5x_that_is_not_there_says_where_to_get_one(tmp_path):
 @pytest.mark.parametrize(
     "statement", ["from t5x import models", "import t5x.models", "import t5x.contrib.moe"]
 )
-def test_what_is_not_offered_says_what_to_install(statement, tmp_path):
+def test_fallback_unknown_submodule_says_what_to_install(statement, tmp_path):
     child = run(statement, ROOT, cwd=tmp_path, MPT_JAX_TRAINER="own")
     assert child.returncode
     assert "part of T5X, which is not installed" in child.stderr
     assert "github.com/google-research/t5x" in child.stderr
 
 
-def test_a_real_t5x_finds_our_gin_files_from_anywhere(real, tmp_path):
+def test_real_t5x_finds_shipped_gin_files_from_any_folder(real, tmp_path):
     (real / "t5x" / "train.py").write_text(
         "import gin\n"
         "gin.parse_config_file('gin/runs/tasks.gin')\n"
@@ -124,26 +124,26 @@ def test_a_real_t5x_finds_our_gin_files_from_anywhere(real, tmp_path):
     assert answer(code, ROOT, real, cwd=tmp_path) == "['boolq']"
 
 
-def test_our_entry_points_always_choose_the_fallback(real, tmp_path):
+def test_install_fallback_overrides_real_t5x(real, tmp_path):
     code = f"from mpt_jax.config import trainer_choice; trainer_choice.install_fallback(); {WHO}"
     assert answer(code, ROOT, real, cwd=tmp_path) == "own"
 
 
-def test_both_trainers_in_one_process_are_refused(real, tmp_path):
+def test_install_fallback_after_real_t5x_raises(real, tmp_path):
     code = "import t5x; from mpt_jax.config import trainer_choice as c; c.install_fallback()"
     child = run(code, ROOT, real, cwd=tmp_path)
     assert child.returncode and "cannot hold both trainers" in child.stderr
 
 
 @pytest.mark.parametrize("script", ["train", "eval", "infer"])
-def test_scripts_are_found_by_python_m(script, tmp_path):
+def test_fallback_scripts_are_found_by_python_m(script, tmp_path):
     code = f"import importlib.util; print(importlib.util.find_spec('t5x.{script}').origin)"
     found = answer(code, ROOT, cwd=tmp_path, MPT_JAX_TRAINER="own")
     assert found == str(ROOT / "mpt_jax" / "t5x_compat" / "fallback" / f"{script}.py")
 
 
-def test_the_first_line_says_which_trainer_runs(real, tmp_path):
-    """Before any import that is slow or noisy."""
+def test_train_command_first_line_names_trainer(real, tmp_path):
+    """The line comes before any slow or noisy import."""
     (real / "t5x" / "train.py").write_text("import sys; print('trains', file=sys.stderr)\n")
     lines = {}
     for trainer in ("own", "t5x"):
@@ -158,8 +158,8 @@ def test_the_first_line_says_which_trainer_runs(real, tmp_path):
     assert lines["t5x"][0].startswith("Trainer: T5X from") and lines["t5x"][-1] == "trains"
 
 
-def test_the_fallback_is_marked_and_is_no_installed_package(tmp_path):
-    """What other libraries probe for says that there is no T5X."""
+def test_fallback_is_marked_and_not_an_installed_package(tmp_path):
+    """Other libraries' checks for an installed T5X find none."""
     code = """
         import importlib.metadata
         import t5x

@@ -62,7 +62,7 @@ def assert_equal_batches(found, expected):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_a_batch_is_numpy_in_the_contract():
+def test_train_iterator_batch_is_numpy_in_batch_contract():
     (batch,) = take(datasets.train_iterator(config(mixture()), CONVERTER), 1)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         **{
@@ -96,7 +96,7 @@ def some(*fast, of=tuple(PIPELINES)):
     [("mixture", 0), ("mixture", 1), ("mixture", 13), ("packed", 3), ("plain", 5), ("task", 2)]
     + [("by length", 4), ("by length", 17)],
 )
-def test_resume_is_exact_from_any_step(name, step):
+def test_train_iterator_restored_at_any_step_same_batches(name, step):
     changes = dict(PIPELINES[name])
     provider = changes.pop("provider")
     make = lambda: datasets.train_iterator(config(provider(), **changes), CONVERTER)  # noqa: E731
@@ -107,28 +107,28 @@ def test_resume_is_exact_from_any_step(name, step):
     second = make()
     second.restore(state)
     assert_equal_batches(take(second, 12), expected)
-    # A position can also be set on an iterator that has moved on.
+    # A position can also be restored by an iterator that has advanced.
     first.restore(state)
     assert_equal_batches(take(first, 3), expected[:3])
 
 
-def test_a_mixtures_position_is_small():
+def test_train_iterator_mixture_position_is_small():
     iterator = datasets.train_iterator(config(mixture()), CONVERTER)
     take(iterator, 5)
     assert len(iterator.state()) < 50_000
 
 
-def test_positions_of_other_configurations_are_refused():
+def test_train_iterator_restore_other_configuration_raises():
     state = datasets.train_iterator(config(mixture()), CONVERTER).state()
     other = datasets.train_iterator(config(mixture(batch_size=9), batch_size=9), CONVERTER)
     with pytest.raises(ValueError, match=r"another configuration \(sampler: saved 'Stochastic.*9"):
         other.restore(state)
-    with pytest.raises(ValueError, match="Not a data position, or a damaged one"):
+    with pytest.raises(ValueError, match="The data position is corrupt or not a position"):
         other.restore(state[:100])
 
 
 def shares(name, hosts):
-    """The iterators of all hosts of one of the pipelines."""
+    """Returns the iterators of all hosts for one of the pipelines."""
     changes = dict(PIPELINES[name])
     cfg = config(changes.pop("provider")(), **changes)
     return [
@@ -143,10 +143,10 @@ def joined(iterators, count):
 
 
 @pytest.mark.parametrize("name", some("packed", "plain", "by length"))
-def test_the_batch_of_a_step_is_the_same_on_any_number_of_hosts(name):
+def test_train_iterator_any_number_of_hosts_same_batches(name):
     found = shares(name, 3)
     (rows,) = {len(x) for x in take(found[0], 1)[0].values()}
-    assert rows == 2, "each host has its own rows alone"
+    assert rows == 2, "each host has only its own rows"
     joined(found[1:], 1)
     (whole,) = shares(name, 1)
     take(whole, 1)
@@ -154,11 +154,11 @@ def test_the_batch_of_a_step_is_the_same_on_any_number_of_hosts(name):
 
 
 @pytest.mark.parametrize("name", some("by length", of=("mixture", "plain", "by length")))
-def test_a_position_is_good_for_any_number_of_hosts(name):
+def test_train_iterator_position_restores_on_any_number_of_hosts(name):
     coming = iter(joined(shares(name, 1), 4))
     hosts = shares(name, 3)
     assert_equal_batches(joined(hosts, 2), [next(coming), next(coming)])
-    for number in (2, 1):  # each goes on from what the last host of another number saved
+    for number in (2, 1):  # resumes from a position that another number of hosts saved
         position = hosts[-1].state()
         hosts = shares(name, number)
         for iterator in hosts:
@@ -172,7 +172,7 @@ def texts(batch):
     return list(zip(batch["encoder_task_ids"][:, 0].tolist(), map(tuple, tokens), strict=True))
 
 
-def test_a_window_holds_the_same_examples_sorted_by_length():
+def test_by_length_window_has_same_examples_sorted():
     count = bucketing.WINDOW
     plain = take(datasets.train_iterator(config(mixture()), CONVERTER), 2 * count)
     cut = take(datasets.train_iterator(config(**buckets_of(mixture())), CONVERTER), 2 * count)
@@ -180,7 +180,7 @@ def test_a_window_holds_the_same_examples_sorted_by_length():
         expected = [text for batch in plain[first : first + count] for text in texts(batch)]
         found = [text for batch in cut[first : first + count] for text in texts(batch)]
         assert sorted(found) == sorted(expected) and found != expected
-    # Ten of a hundred numbers have one digit: lengths of a batch are alike.
+    # Ten of a hundred numbers have one digit, so a batch has texts of similar length.
     widths = [batch["encoder_input_tokens"].shape[1] for batch in cut]
     assert set(widths) == {4, 8}
     lengths = [[len(text) for _, text in texts(batch)] for batch in cut]
@@ -194,7 +194,7 @@ def buckets_of(provider, **changes):
     return dict(provider=provider, by_length=True, length_buckets=buckets, **changes)
 
 
-def test_a_batch_is_cut_and_nothing_else():
+def test_length_buckets_trim_only_padding():
     whole = take(datasets.train_iterator(config(mixture(), length_buckets={}), CONVERTER), 20)
     cfg = config(mixture(), length_buckets={"inputs": [2], "targets": [2]})
     cut = take(datasets.train_iterator(cfg, CONVERTER), 20)
@@ -207,7 +207,7 @@ def test_a_batch_is_cut_and_nothing_else():
             assert not value[:, width:].any() or name == "decoder_input_tokens"
 
 
-def test_lengths_of_our_choice():
+def test_automatic_buckets_match_table():
     assert bucketing.automatic({"inputs": 256, "targets": 128}) == {
         "inputs": [64, 128, 192],
         "targets": [8, 16, 32, 64],
@@ -215,7 +215,7 @@ def test_lengths_of_our_choice():
     assert bucketing.automatic({"inputs": 127, "targets": 15}) == {}
 
 
-def test_a_grouped_run_meets_its_examples_in_the_batches_it_would_meet_them_in_alone():
+def test_by_length_grouped_run_same_batches_as_solo():
     names = tuple(SIZES)
     together = TaskMixture("dat_quotas", names, EqualQuotas(6, 3))
     grouped = take(datasets.train_iterator(config(**buckets_of(together)), CONVERTER), 20)
@@ -239,27 +239,27 @@ def test_a_grouped_run_meets_its_examples_in_the_batches_it_would_meet_them_in_a
         ({"outputs": [3]}, r"length_buckets has unknown names \['outputs'\]"),
     ],
 )
-def test_bad_length_buckets(buckets, message):
+def test_length_buckets_invalid_raise(buckets, message):
     with pytest.raises(ValueError, match=message):
         datasets.train_iterator(config(mixture(), length_buckets=buckets), CONVERTER)
 
 
-def test_packed_rows_have_one_length():
+def test_dataset_config_packing_with_buckets_raises():
     with pytest.raises(
         ValueError, match="length_buckets and by_length have no effect with pack = True"
     ):
         config(mixture(), pack=True, by_length=True)
 
 
-def test_independent_runs_are_not_packed_for_training():
+def test_train_iterator_packed_independent_runs_raise():
     apart = functools.partial(CONVERTER, runs=Runs(list(SIZES), groups="independent"))
-    with pytest.raises(ValueError, match="deals 3 independent runs uneven shares"):
+    with pytest.raises(ValueError, match="gives 3 independent runs uneven shares"):
         datasets.train_iterator(config(mixture(), pack=True), apart)
     cfg = config("dat_b", pack=True, split="validation", shuffle=False)
     assert list(datasets.eval_batches(cfg, apart)["dat_b"]()), "a loss does not depend on shares"
 
 
-def test_eval_batches_by_length_hold_every_example_once():
+def test_eval_batches_length_buckets_every_example_once():
     arguments = dict(split="validation", shuffle=False, batch_size=4)
     cfg = config("dat_b", length_buckets={"inputs": [2]}, **arguments)
     batches = list(datasets.eval_batches(cfg, CONVERTER)["dat_b"]())
@@ -269,7 +269,7 @@ def test_eval_batches_by_length_hold_every_example_once():
     assert [batch["encoder_input_tokens"].shape[1] for batch in batches] == [4] * 2 + [8] * 6
 
 
-def test_eval_batches_hold_every_example_once():
+def test_eval_batches_mixture_every_example_once():
     made = datasets.eval_batches(
         config("dat_plain", split="validation", shuffle=False, batch_size=4), CONVERTER
     )
@@ -284,7 +284,7 @@ def test_eval_batches_hold_every_example_once():
     assert_equal_batches(list(made["dat_a"]()), batches)
 
 
-def test_eval_batches_can_be_limited_and_shared():
+def test_eval_batches_limited_and_sharded_equal_whole():
     cfg = config("dat_b", split="validation", shuffle=False, batch_size=4)
     whole = list(datasets.eval_batches(cfg, CONVERTER, num_batches=2)["dat_b"]())
     assert len(whole) == 2
@@ -306,12 +306,12 @@ def test_eval_batches_can_be_limited_and_shared():
     "cfg, message",
     [
         (lambda: config("dat_bb"), r"Unknown task or mixture 'dat_bb'. Did you mean 'dat_b'"),
-        (lambda: config("dat_a", seed=None), "seed must be given for training"),
+        (lambda: config("dat_a", seed=None), "seed is None, but training needs a seed"),
         (lambda: config("dat_a", split="test"), "'dat_a' has no 'test' split; it has train, valid"),
         (lambda: config("dat_plain", split="test"), "No task of mixture 'dat_plain' has a 'test'"),
         (lambda: config(mixture(), batch_size=9), "batch_size is 9, but the sampler's is 6"),
         (lambda: config("dat_a", batch_size=0), "batch_size must be positive, got 0"),
-        (lambda: config("dat_a", task_feature_lengths=None), "task_feature_lengths must be given"),
+        (lambda: config("dat_a", task_feature_lengths=None), "task_feature_lengths is None, but"),
         (
             lambda: config("dat_a", module="tasks.no_such_suite"),
             r"The task suite tasks.no_such_suite cannot be imported \(no module tasks",
@@ -322,35 +322,35 @@ def test_eval_batches_can_be_limited_and_shared():
         ),
     ],
 )
-def test_clear_errors(cfg, message):
+def test_train_iterator_invalid_config_raises(cfg, message):
     with pytest.raises(ValueError, match=message):
         datasets.train_iterator(cfg(), CONVERTER)
 
 
-def test_batches_are_divided_evenly():
+def test_train_iterator_indivisible_batch_raises():
     with pytest.raises(ValueError, match="batch_size 6 must be a multiple of the 4 hosts"):
         datasets.train_iterator(config("dat_a"), CONVERTER, num_hosts=4)
 
 
-def test_unknown_run_is_an_error_before_the_first_batch():
+def test_train_iterator_unknown_run_raises_before_first_batch():
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["dat_a"]))
     with pytest.raises(ValueError, match="Unknown run 'dat_b'. Did you mean 'dat_a'"):
         datasets.train_iterator(config("dat_b"), converter)
 
 
-def test_empty_split():
+def test_datasets_empty_split_raises():
     register("dat_empty", 0)
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["dat_empty"]))
     with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
         name = task_mixture(["dat_empty"], EqualQuotas(6, 3))
         datasets.train_iterator(config(name), converter)
-    with pytest.raises(ValueError, match="not one whole batch"):
+    with pytest.raises(ValueError, match="does not fill one batch"):
         next(datasets.train_iterator(config("dat_empty"), converter))
     with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
         datasets.eval_batches(config("dat_empty"), converter)
 
 
-def test_what_the_graph_raises_is_readable():
+def test_train_iterator_graph_error_is_readable():
     cfg = config("dat_b", task_feature_lengths={"inputs": 2, "targets": 4}, shuffle=False)
     iterator = datasets.train_iterator(cfg, CONVERTER)
     with pytest.raises(ValueError, match=r"^An example of dat_b is longer than task_feature_leng"):

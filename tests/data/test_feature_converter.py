@@ -14,7 +14,7 @@ from tests.fixtures.converter_examples import RUNS, examples, rows_of
 LENGTHS = {"inputs": 4, "targets": 3}
 
 
-def test_unpacked_contract():
+def test_feature_converter_unpacked_rows_match_contract():
     dataset = examples(("ft_gamma", [7, 8, 1], [5, 1]), ("ft_alpha", [9, 4, 3, 1], [6, 2, 1]))
     first, second = rows_of(PromptFeatureConverter(2, RUNS)(dataset, LENGTHS))
     assert first == {
@@ -31,7 +31,7 @@ def test_unpacked_contract():
     assert second["decoder_input_tokens"] == [0, 6, 2]
 
 
-def test_no_prompt_reserves_nothing():
+def test_feature_converter_no_prompt_reserves_no_slots():
     dataset = examples(("ft_beta", [7, 1], [5, 1]))
     (row,) = rows_of(PromptFeatureConverter(0, RUNS)(dataset, LENGTHS))
     assert row["encoder_input_tokens"] == [7, 1, 0, 0]
@@ -39,7 +39,7 @@ def test_no_prompt_reserves_nothing():
     assert row["encoder_task_ids"] == [1, 1, 0, 0]
 
 
-def test_packed_contract():
+def test_feature_converter_packed_rows_match_contract():
     dataset = examples(
         ("ft_beta", [7, 1], [5, 1]), ("ft_gamma", [9, 4, 1], [1]), ("ft_alpha", [8], [6, 1])
     )
@@ -65,7 +65,7 @@ def test_packed_contract():
     assert second["decoder_segment_ids"] == [1, 1, 0, 0]
 
 
-def test_packed_without_prompt():
+def test_feature_converter_packed_without_prompt_has_no_slots():
     dataset = examples(("ft_beta", [7, 1], [5]), ("ft_gamma", [9, 1], [6]))
     (row,) = rows_of(PromptFeatureConverter(0, RUNS, pack=True)(dataset, LENGTHS))
     assert row["encoder_input_tokens"] == [7, 1, 9, 1, 0, 0, 0, 0]  # twice LENGTHS
@@ -73,7 +73,7 @@ def test_packed_without_prompt():
     assert row["encoder_task_ids"] == [1, 1, 2, 2, 0, 0, 0, 0]
 
 
-def test_model_feature_lengths_agree_with_what_comes_out():
+def test_model_feature_lengths_packed_match_output_shapes():
     converter = PromptFeatureConverter(
         2, RUNS, pack=True, pack_lengths={"inputs": 12, "targets": 5}
     )
@@ -86,7 +86,7 @@ def test_model_feature_lengths_agree_with_what_comes_out():
     }
 
 
-def test_as_t5x_calls_it():
+def test_feature_converter_called_like_t5x_works():
     cls = functools.partial(PromptFeatureConverter, prompt_length=1, runs=RUNS)
     assert not cls(pack=False).pack
     assert cls(pack=True, use_custom_packing_ops=False).pack
@@ -94,23 +94,22 @@ def test_as_t5x_calls_it():
     assert rows_of(cls(pack=False)(examples(("ft_beta", [7], [5])), lengths))
 
 
-def test_unknown_run_is_named():
+def test_feature_converter_unknown_run_names_it():
     preprocessors.task_id("ft_stranger")
     dataset = PromptFeatureConverter(1, RUNS)(examples(("ft_stranger", [7], [5])), LENGTHS)
     message = (
-        "The task ft_stranger is not among the runs of this job, which are ft_alpha, ft_beta, "
-        "ft_gamma."
+        "The task ft_stranger is not a run of this job. Its runs are ft_alpha, ft_beta, ft_gamma."
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         rows_of(dataset)
     dataset = PromptFeatureConverter(1, RUNS)(examples(("", [7], [5]), task_ids=[1234567]), LENGTHS)
     with pytest.raises(
-        tf.errors.InvalidArgumentError, match="unregistered id 1234567 is not among"
+        tf.errors.InvalidArgumentError, match="unregistered id 1234567 is not a run"
     ):
         rows_of(dataset)
 
 
-def test_dataset_without_task_ids():
+def test_feature_converter_dataset_without_task_ids_raises():
     dataset = examples(("ft_beta", [7], [5])).map(
         lambda x: {k: x[k] for k in ("inputs", "targets")}
     )
@@ -129,13 +128,13 @@ def test_dataset_without_task_ids():
         ([], [5], 0, "Cannot pack an example of ft_beta whose inputs are empty."),
     ],
 )
-def test_what_cannot_be_packed(inputs, targets, prompt, message):
+def test_feature_converter_unpackable_example_raises(inputs, targets, prompt, message):
     dataset = examples(("ft_beta", inputs, targets))
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         rows_of(PromptFeatureConverter(prompt, RUNS, pack=True)(dataset, LENGTHS))
 
 
-def test_empty_input_packs_behind_a_prompt():
+def test_feature_converter_empty_input_with_prompt_packs():
     dataset = examples(("ft_beta", [], [5]), ("ft_gamma", [7], [6]))
     (row,) = rows_of(PromptFeatureConverter(2, RUNS, pack=True)(dataset, LENGTHS))
     assert row["encoder_prompt_slots"] == [1, 2, 1, 2] + [0] * 8
@@ -147,17 +146,17 @@ def test_empty_input_packs_behind_a_prompt():
     [
         ({"prompt_length": -1}, "prompt_length must be 0 or more, got -1"),
         ({"on_overlong": "cut"}, r"on_overlong must be one of \('error', 'truncate'\), got 'cut'"),
-        ({"pack_lengths": {"inputs": 9}}, r"must give inputs and targets, got \['inputs'\]"),
+        ({"pack_lengths": {"inputs": 9}}, r"the keys inputs and targets, got \['inputs'\]"),
         ({"pack_window": 0}, "pack_window must be 1 or more, got 0"),
-        ({"use_custom_packing_ops": True}, "use_custom_packing_ops would have no effect"),
+        ({"use_custom_packing_ops": True}, "use_custom_packing_ops = True would have no effect"),
     ],
 )
-def test_bad_settings(arguments, message):
+def test_feature_converter_invalid_settings_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         PromptFeatureConverter(**{"prompt_length": 2, "runs": RUNS, "pack": True, **arguments})
 
 
-def test_pack_lengths_must_hold_one_example():
+def test_pack_lengths_shorter_than_one_example_raise():
     converter = PromptFeatureConverter(
         20, RUNS, pack=True, pack_lengths={"inputs": 16, "targets": 8}
     )
@@ -167,19 +166,19 @@ def test_pack_lengths_must_hold_one_example():
         converter.get_model_feature_lengths(LENGTHS)
 
 
-def test_colliding_names(monkeypatch):
+def test_task_id_colliding_names_raise(monkeypatch):
     # "plumless" and "buckeroo" are a textbook CRC-32 collision.
     preprocessors.task_id("plumless")
     with pytest.raises(ValueError, match="'plumless' and 'buckeroo' have the same id"):
         preprocessors.task_id("buckeroo")
 
 
-def test_renamed_replaces_the_id_only():
+def test_renamed_preprocessors_replace_only_the_task_id():
     before = preprocessors.finish("ft_alpha")
     after = preprocessors.renamed(before, "ft_alpha_s1")
     assert [a is b for a, b in zip(after, before, strict=True)] == [True, True, False, True]
     assert after[2].id == preprocessors.task_id("ft_alpha_s1")
-    with pytest.raises(ValueError, match="None of the preprocessors given for the task 'x'"):
+    with pytest.raises(ValueError, match="None of the preprocessors of the task 'x'"):
         preprocessors.renamed([seqio.preprocessors.tokenize], "x")
 
 
@@ -188,7 +187,7 @@ def task(name, texts):
     return memory_tasks.register(name, memory_tasks.listed(texts))
 
 
-def test_finish_ends_limits_and_names():
+def test_finish_adds_eos_limits_and_task_id():
     found = list(
         task("ft_alpha", [("ab", "c"), ("abcd", "c")])
         .get_dataset({"inputs": 4, "targets": 3}, shuffle=False)
@@ -201,7 +200,7 @@ def test_finish_ends_limits_and_names():
     assert [row["task_ids"].tolist() for row in found] == [[identity], [~identity]]
 
 
-def test_overlong_examples_raise_unless_truncation_is_asked_for():
+def test_on_overlong_error_raises_truncate_converts():
     dataset = task("ft_beta", [("abcd", "c")]).get_dataset(LENGTHS, shuffle=False)
     message = r"ft_beta is longer than task_feature_lengths allows \(inputs: 4, targets: 3\)"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
@@ -211,13 +210,13 @@ def test_overlong_examples_raise_unless_truncation_is_asked_for():
     assert row["encoder_task_ids"] == [1] * 5
 
 
-def test_without_limits_nothing_is_cut():
+def test_end_and_limit_without_limits_keeps_text():
     (row,) = task("ft_beta", [("abcdef", "c")]).get_dataset(None, shuffle=False).as_numpy_iterator()
     assert row["inputs"].size == 7
     assert row["task_ids"].tolist() == [preprocessors.task_id("ft_beta")]
 
 
-def test_a_task_that_limits_nothing_is_still_checked():
+def test_on_overlong_task_without_limits_raises():
     dataset = examples(("ft_beta", [7] * 5, [5]))
     for policy in feature_converter.OVERLONG_POLICIES:
         converter = PromptFeatureConverter(1, RUNS, on_overlong=policy)

@@ -49,7 +49,7 @@ def uniforms(seed, step, count):
     return np.array(bits) / 2**52
 
 
-def test_random_numbers_are_those_of_the_reference():
+def test_sampler_uniform_draws_match_philox_reference():
     for seed, step in [(0, 0), (7, 3), (2**31 - 1, 10**9)]:
         found = EqualQuotas(8, seed)._uniform(tf.constant(step, tf.int64), 7)
         np.testing.assert_array_equal(found, uniforms(seed, step, 7))
@@ -73,7 +73,7 @@ def stochastic_reference(step, seed, batch, weights, kappa, replacement):
 
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("kappa", [2, 4, 6])
-def test_stochastic_draws(kappa, replacement):
+def test_stochastic_tasks_draws_match_reference(kappa, replacement):
     sampler = StochasticTasks(32, seed=11, kappa=kappa, replacement=replacement)
     for step in range(40):
         found = sampler.draw(tf.constant(step, tf.int64), WEIGHTS).numpy()
@@ -83,7 +83,7 @@ def test_stochastic_draws(kappa, replacement):
         assert distinct <= kappa and (replacement or distinct >= 2)
 
 
-def test_number_of_tasks_is_uniform_and_weights_count():
+def test_stochastic_tasks_task_count_uniform_shares_by_weight():
     sampler = StochasticTasks(30, seed=3)
     draw = tf.function(lambda step: sampler.draw(step, WEIGHTS))
     batches = [draw(tf.constant(step, tf.int64)).numpy() for step in range(2000)]
@@ -94,7 +94,7 @@ def test_number_of_tasks_is_uniform_and_weights_count():
     assert (np.argsort(-share)[:2] < 2).all() and np.argmin(share) == 3
 
 
-def test_per_example_draws():
+def test_per_example_draws_match_reference():
     sampler = PerExample(1000, seed=5)
     found = sampler.draw(tf.constant(9, tf.int64), WEIGHTS).numpy()
     cdf = np.cumsum(WEIGHTS) / WEIGHTS.sum()
@@ -135,7 +135,7 @@ SAMPLERS = [
     PerExample(12, seed=1),
     EqualQuotas(12, seed=1),
 ]
-# With replacement, the same code deals out what was drawn.
+# With replacement, the same code distributes the draws.
 MOST = [
     pytest.param(each, marks=pytest.mark.slow) if number in (1, 2) else each
     for number, each in enumerate(SAMPLERS)
@@ -143,7 +143,7 @@ MOST = [
 
 
 @pytest.mark.parametrize("sampler", MOST, ids=lambda s: type(s).__name__)
-def test_hosts_share_out_the_global_batch(sampler):
+def test_sampler_host_shards_make_up_global_batch(sampler):
     steps, batch = 6, sampler.batch_size
     alone = stream(sampler, steps * batch)
     for hosts in (2, 4) if sampler is SAMPLERS[0] else (3,):
@@ -155,7 +155,7 @@ def test_hosts_share_out_the_global_batch(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
-def test_each_pass_is_a_permutation(sampler):
+def test_task_mixture_each_pass_is_a_permutation(sampler):
     rows = stream(sampler, 600)
     orders = set()
     for name, size in SIZES.items():
@@ -168,7 +168,7 @@ def test_each_pass_is_a_permutation(sampler):
     assert len(orders) > 2  # and not the same permutation each time
 
 
-def test_the_permutation_is_that_of_the_reference():
+def test_task_mixture_permutation_matches_reference():
     found = [number for _, number in stream(EqualQuotas(1, seed=4), 26, names=("smp_c",))]
     for number in range(2):
         words = random_words([(4 << 32) | preprocessors.task_id("smp_c"), number], 26)
@@ -177,7 +177,7 @@ def test_the_permutation_is_that_of_the_reference():
         assert found[13 * number : 13 * (number + 1)] == order.tolist()
 
 
-def test_grouped_and_solo_runs_see_the_same_examples():
+def test_equal_quotas_grouped_run_same_examples_as_solo():
     grouped = stream(EqualQuotas(12, seed=2), 240)
     for name in SIZES:
         solo = stream(EqualQuotas(4, seed=2), 80, names=(name,))
@@ -186,19 +186,19 @@ def test_grouped_and_solo_runs_see_the_same_examples():
     assert other_seed != stream(EqualQuotas(4, seed=2), 80, names=("smp_b",))
 
 
-def test_equal_quotas_every_step():
+def test_equal_quotas_every_step_has_equal_counts():
     rows = stream(EqualQuotas(12, seed=2), 120)
     for step in range(10):
         names = [name for name, _ in rows[12 * step : 12 * (step + 1)]]
         assert {name: names.count(name) for name in SIZES} == dict.fromkeys(SIZES, 4)
 
 
-def test_without_shuffling_examples_come_in_order():
+def test_task_mixture_without_shuffling_keeps_order():
     rows = stream(EqualQuotas(3, seed=2), 18, names=("smp_a",), shuffle=False)
     assert [number for _, number in rows] == [0, 1, 2, 3, 4] * 3 + [0, 1, 2]
 
 
-def test_weights_are_sizes_up_to_the_cap():
+def test_task_mixture_weights_are_capped_sizes_or_rates():
     sampler = PerExample(4, seed=0)
     sizes = np.array([5, 40, 13])
     assert TaskMixture("m", tuple(SIZES), sampler, cap=20).weights(sizes).tolist() == [5, 20, 13]
@@ -206,7 +206,7 @@ def test_weights_are_sizes_up_to_the_cap():
     assert TaskMixture("m", tuple(SIZES), sampler, rates).weights(sizes).tolist() == [1, 2, 0.5]
 
 
-def test_packed_blocks_count_examples():
+def test_sampler_packed_batch_size_counts_examples():
     from mpt_jax.core.runs import Runs
 
     mixture = TaskMixture("m", tuple(SIZES), EqualQuotas(6, seed=0))
@@ -220,7 +220,7 @@ def test_packed_blocks_count_examples():
     assert starts.tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_finite_epochs_are_seqios():
+def test_task_mixture_finite_epochs_use_seqio():
     mixture = TaskMixture("m", tuple(SIZES), EqualQuotas(6, seed=0))
     dataset = mixture.get_dataset({"inputs": 8, "targets": 2}, num_epochs=1, shuffle=False)
     assert 3 <= len(list(dataset)) <= sum(SIZES.values())
@@ -249,7 +249,7 @@ def test_finite_epochs_are_seqios():
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), EqualQuotas(8, 1)),
-            "multiple of the 3 runs, got 8; 6 would do",
+            "multiple of the 3 runs, got 8. Use 6, for example",
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), PerExample(8, 1), rates={"smp_a": 1.0}),
@@ -265,18 +265,18 @@ def test_finite_epochs_are_seqios():
         ),
     ],
 )
-def test_bad_settings(make, message):
+def test_sampling_invalid_settings_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_two_seeds():
+def test_task_mixture_seed_mismatch_raises():
     mixture = TaskMixture("m", tuple(SIZES), PerExample(8, 1))
     with pytest.raises(ValueError, match="DatasetConfig.seed is 2, but .* has the seed 1"):
         mixture.get_dataset({"inputs": 8, "targets": 2}, seed=2)
 
 
-def test_missing_and_empty_splits():
+def test_task_mixture_missing_or_empty_split_raises():
     mixture = TaskMixture("m", ["smp_a"], EqualQuotas(2, 1))
     with pytest.raises(ValueError, match="Task 'smp_a' has no 'test' split; it has train."):
         mixture.get_dataset({"inputs": 8, "targets": 2}, split="test")
@@ -286,7 +286,7 @@ def test_missing_and_empty_splits():
         mixture.get_dataset({"inputs": 8, "targets": 2})
 
 
-def test_missing_data_says_what_and_where():
+def test_task_mixture_missing_data_error_names_source():
     def gone(split, shuffle_files, seed=None):
         raise FileNotFoundError("/no/such/folder")
 
@@ -302,13 +302,13 @@ def test_missing_data_says_what_and_where():
         mixture.get_dataset({"inputs": 8, "targets": 2})
 
 
-def test_overlong_examples_are_counted():
+def test_task_mixture_counts_overlong_examples():
     mixture = TaskMixture("m", ["smp_a", "smp_c"], EqualQuotas(2, 1))
     mixture.get_dataset({"inputs": 2, "targets": 2})
     assert mixture.overlong == {"smp_a": (0, 5), "smp_c": (3, 13)}  # 10, 11 and 12
 
 
-def test_registered_mixtures_are_idempotent():
+def test_task_mixture_registration_is_idempotent():
     first = sampling.task_mixture(list(SIZES), PerExample(8, 1))
     assert sampling.task_mixture(list(SIZES), PerExample(8, 1)) == first
     assert sampling.task_mixture(list(SIZES), PerExample(8, 2)) != first

@@ -1,4 +1,4 @@
-"""`tasks` answers for `mpt_jax.tasks` where it is free, and a user's own `tasks.py` always wins."""
+"""Import alias `tasks` for `mpt_jax.tasks`; a user's `tasks.py` always wins."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ print(old is new, tasks.splits is new, new.__spec__.name)
 """
 
 
-def test_tasks_is_the_package_itself_if_the_name_is_free(tmp_path):
+def test_tasks_alias_free_name_imports_same_modules(tmp_path):
     assert run(SAME, tmp_path) == "True True mpt_jax.tasks.splits"
 
 
 @pytest.mark.parametrize("where", ["tasks.py", "tasks/__init__.py"])
-def test_a_users_own_tasks_wins_and_breaks_nothing(where, tmp_path):
+def test_tasks_alias_user_tasks_module_wins(where, tmp_path):
     path = tmp_path / where
     path.parent.mkdir(exist_ok=True)
     path.write_text("MINE = True\n")
@@ -39,6 +39,6 @@ def test_a_users_own_tasks_wins_and_breaks_nothing(where, tmp_path):
     assert run(code, tmp_path) == "tasks.splits"
 
 
-def test_a_suite_that_was_never_there_is_missing_as_usual(tmp_path):
+def test_tasks_alias_unknown_suite_raises_import_error(tmp_path):
     code = "import mpt_jax.data\ntry: import tasks.no\nexcept ImportError as e: print(e.name)"
     assert run(code, tmp_path) == "tasks.no"

@@ -15,7 +15,7 @@ def model():
     return shared("sentencepiece_test/sentencepiece.model")
 
 
-def test_from_a_file_and_from_folders(model, tmp_path):
+def test_load_vocabulary_file_and_folders_same_ids(model, tmp_path):
     direct = vocabularies.load(str(model), extra_ids=0)
     assert direct.vocab_size == 26
     for name in vocabularies.SENTENCEPIECE_NAMES:
@@ -26,7 +26,7 @@ def test_from_a_file_and_from_folders(model, tmp_path):
         assert found.encode("this is a test") == direct.encode("this is a test")
 
 
-def test_from_a_bucket(model, tmp_path, monkeypatch):
+def test_load_vocabulary_from_storage_bucket_same_ids(model, tmp_path, monkeypatch):
     (tmp_path / "t5").mkdir()
     shutil.copy(model, tmp_path / "t5" / "spiece.model")
     name = fake_gcs.mount(tmp_path, monkeypatch)
@@ -39,7 +39,7 @@ def test_from_a_bucket(model, tmp_path, monkeypatch):
         vocabularies.load(f"{name}/t6")
 
 
-def test_t5s_vocabulary_has_its_sentinels():
+def test_load_vocabulary_t5_has_sentinels_and_known_ids():
     path = str(shared("t5_vocab/sentencepiece.model"))
     vocabulary = vocabularies.load(path)
     assert vocabulary.vocab_size == 32100
@@ -47,11 +47,11 @@ def test_t5s_vocabulary_has_its_sentinels():
     assert vocabulary.encode("translate English to German: ") == [13959, 1566, 12, 2968, 10]
 
 
-def test_bytes_need_no_file():
+def test_load_vocabulary_byt5_needs_no_file():
     assert vocabularies.load("byt5").encode("ab") == [100, 101]
 
 
-def test_missing_files(tmp_path):
+def test_load_vocabulary_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere. Give a SentencePiece"):
         vocabularies.load(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere. .* To get one: make it."):
@@ -63,7 +63,7 @@ def test_missing_files(tmp_path):
         vocabularies.load(str(tmp_path))
 
 
-def test_a_file_that_is_no_model(tmp_path):
+def test_load_vocabulary_invalid_model_raises(tmp_path):
     path = tmp_path / "spiece.model"
     path.write_bytes(b"not a model")
     with pytest.raises(ValueError, match="spiece.model is not a SentencePiece model"):

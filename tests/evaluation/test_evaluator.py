@@ -85,7 +85,7 @@ class Model:
         return batch["encoder_input_tokens"][:, 8] - 3 - ord("0")
 
 
-def test_metrics_of_mixed_batches(tmp_path):
+def test_evaluator_mixed_batches_metrics_match_by_hand(tmp_path):
     model = Model()
     evaluator = InferenceEvaluator(config(task_mixture(NAMES)), CONVERTER, str(tmp_path))
     assert evaluator.task_names == tuple(NAMES)
@@ -104,7 +104,7 @@ def test_metrics_of_mixed_batches(tmp_path):
     assert again == found
 
 
-def test_files_are_t5xs(tmp_path):
+def test_evaluator_files_match_t5x_layout(tmp_path):
     evaluator = InferenceEvaluator(config(task_mixture(NAMES)), CONVERTER, str(tmp_path))
     evaluator.evaluate(Model().predict, Model().score, step=7)
     evaluator.close()
@@ -117,7 +117,7 @@ def test_files_are_t5xs(tmp_path):
     assert list((tmp_path / "evl_c").glob("events*"))
 
 
-def test_without_output_nothing_is_written(tmp_path, monkeypatch):
+def test_evaluator_without_output_dir_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluator = InferenceEvaluator(config("evl_b"), CONVERTER, None)
     assert evaluator.evaluate(Model().predict, Model().score, 0) == {
@@ -126,7 +126,7 @@ def test_without_output_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_the_evaluator_class(tmp_path):
+def test_evaluator_class_settings_apply(tmp_path):
     cls = functools.partial(seqio.Evaluator, logger_cls=(seqio.JSONLogger,), num_examples=2)
     evaluator = InferenceEvaluator(config("evl_b"), CONVERTER, str(tmp_path), evaluator_cls=cls)
     found = evaluator.evaluate(Model().predict, Model().score, 0)
@@ -135,7 +135,7 @@ def test_settings_of_the_evaluator_class(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["evaluator", "dataset_cfg"])
-def test_without_a_memory_cache_everything_is_read_again(where):
+def test_evaluator_without_memory_cache_rereads_data(where):
     """T5X's EVALUATOR_USE_MEMORY_CACHE is the evaluator's."""
     passes = []
 
@@ -165,7 +165,7 @@ def test_without_a_memory_cache_everything_is_read_again(where):
     assert reads_of_an_evaluation(where != "evaluator", where != "dataset_cfg") > 0
 
 
-def test_measured_lengths():
+def test_evaluator_without_limits_measures_lengths():
     cfg = config(task_mixture(NAMES), task_feature_lengths=None)
     evaluator = InferenceEvaluator(cfg, CONVERTER, None)
     ((_, first), *_) = evaluator._read(("evl_a",))
@@ -174,7 +174,7 @@ def test_measured_lengths():
     assert first["decoder_target_tokens"].tolist() == [YES, NO, NO, YES]
 
 
-def test_hosts_share_each_batch():
+def test_evaluator_two_hosts_share_each_batch():
     evaluators = [
         InferenceEvaluator(config("evl_a"), CONVERTER, None, num_hosts=2, host_index=i)
         for i in range(2)
@@ -184,7 +184,7 @@ def test_hosts_share_each_batch():
     assert digits == [[[0, 1], [4, -51]], [[2, 3], [-51, -51]]]
 
 
-def test_rows_sorted_by_length_are_answered_in_their_own_order(tmp_path):
+def test_evaluator_length_buckets_keep_row_order(tmp_path):
     register("evl_r", [str(i) for i in range(40)], [accuracy])
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_r"]))
     shapes, files = set(), []
@@ -207,14 +207,14 @@ def test_rows_sorted_by_length_are_answered_in_their_own_order(tmp_path):
     assert shapes == {(4, 10), (4, 12)}, "ten texts have one digit, the others two"
 
 
-def test_labels():
+def test_labels_of_task_returns_declared_labels():
     task = seqio.TaskRegistry.get("evl_c")
     assert labels_of(task) == ("no", "yes", "dont")
     assert labels_of(seqio.TaskRegistry.get("evl_b")) == ()
     assert labels_of(task.replace(name="evl_d")) == ("no", "yes", "dont")
 
 
-def test_a_target_that_is_no_label():
+def test_evaluator_target_outside_labels_raises():
     register("evl_a", ["yes", "maybe"], [with_labels(accuracy, ["yes", "no"])])
     cfg = config("evl_a", task_feature_lengths={"inputs": 10, "targets": 6})
     evaluator = InferenceEvaluator(cfg, CONVERTER, None)
@@ -239,7 +239,7 @@ def aux_metric(targets, predictions, aux_values):
         (["abcde"], [accuracy], {}, r"targets': 4} \(evl_x: 1 of 1 \(100.00%\)\). Raise the lim"),
     ],
 )
-def test_clear_errors(targets, metric_fns, changes, message):
+def test_evaluator_invalid_task_raises(targets, metric_fns, changes, message):
     register("evl_x", targets, metric_fns)
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_x"]))
     cfg = DatasetConfig(
@@ -255,7 +255,7 @@ def test_clear_errors(targets, metric_fns, changes, message):
 
 
 def readers_of(name):
-    """What reads a task's validation split: the tables of training, and the evaluator."""
+    """Returns readers of a task's validation split: the table of training, and the evaluator."""
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs([name]))
     lengths = {"inputs": 10, "targets": 4}
     return (
@@ -264,7 +264,7 @@ def readers_of(name):
     )
 
 
-def test_a_mistake_in_a_preprocessor_is_not_missing_data():
+def test_eval_data_preprocessor_bug_raises_its_own_error():
     wrong = seqio.map_over_dataset(lambda example: {"inputs": example["question"]})
     register("evl_x", ["a"], [accuracy], preprocessors=[wrong])
     for read in readers_of("evl_x"):
@@ -281,7 +281,7 @@ def test_a_mistake_in_a_preprocessor_is_not_missing_data():
         tfds.core.registered.DatasetNotFoundError("/no/such/folder\nAvailable:\n- glue\n"),
     ],
 )
-def test_missing_data_says_how_to_get_it(error):
+def test_eval_data_missing_error_says_how_to_get_it(error):
     def gone(split, shuffle_files, seed=None):
         raise error
 
@@ -291,8 +291,8 @@ def test_missing_data_says_how_to_get_it(error):
             read()
 
 
-def test_data_that_was_never_prepared():
-    """TFDS then has a source without splits."""
+def test_eval_data_unprepared_raises():
+    """TFDS sources have no splits before the data is prepared."""
     source = seqio.FunctionDataSource(lambda split, shuffle_files: None, [])
     register("evl_x", [], [accuracy], source=source)
     for read in readers_of("evl_x"):
@@ -300,7 +300,7 @@ def test_data_that_was_never_prepared():
             read()
 
 
-def test_unknown_names():
+def test_evaluator_unknown_names_raise_with_suggestion():
     with pytest.raises(ValueError, match="Unknown task or mixture 'evl_bb'. Did you mean 'evl_b'"):
         InferenceEvaluator(config("evl_bb"), CONVERTER, None)
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_a"]))

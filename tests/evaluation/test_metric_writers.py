@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, lines of metrics, the progress line, the run record."""
+"""Metric writers (TensorBoard and metrics.jsonl), progress line and run record."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import mpt_jax
 from mpt_jax.evaluation import metric_writers
 
 
-def test_scalars_reach_tensorboard_and_the_lines(tmp_path):
+def test_writers_write_scalars_to_tensorboard_and_jsonl(tmp_path):
     writers = metric_writers.Writers(str(tmp_path))
     writers.write("train", 5, {"loss": 0.5, "loss/rte": 0.25})
     writers.write("train", 10, {"loss": 0.4})
@@ -37,7 +37,7 @@ def test_scalars_reach_tensorboard_and_the_lines(tmp_path):
         assert found == expected
 
 
-def test_the_half_line_of_a_killed_run_is_cut_off(tmp_path):
+def test_writers_incomplete_last_line_is_removed(tmp_path):
     path = tmp_path / metric_writers.METRICS
     path.write_text('{"folder": "train", "step": 5}\n{"folder": "tra')
     writers = metric_writers.Writers(str(tmp_path))
@@ -51,7 +51,7 @@ def test_the_half_line_of_a_killed_run_is_cut_off(tmp_path):
     assert json.loads(path.read_text())["step"] == 5
 
 
-def test_the_plain_progress_line(monkeypatch, caplog):
+def test_progress_line_without_terminal_logs_text(monkeypatch, caplog):
     clock = iter([100.0, 100.0, 104.0, 104.0, 105.0, 105.0])
     monkeypatch.setattr(metric_writers.time, "monotonic", lambda: next(clock))
     line = metric_writers.ProgressLine(total_steps=1000, first_step=0, batch_size=32)
@@ -66,10 +66,10 @@ def test_the_plain_progress_line(monkeypatch, caplog):
     assert first == (
         "step 40/1000  ETA 0:01:36  loss 0.5000  100 ms/step  320 examples/s  rte 0.250"
     )
-    assert second.endswith("t7 1.000 | and 2 more"), "two hundred tasks are not one line"
+    assert second.endswith("t7 1.000 | and 2 more"), "a line shows at most eight tasks"
 
 
-def test_the_run_record_says_what_ran(tmp_path):
+def test_run_record_has_one_line_per_start(tmp_path):
     metric_writers.write_run_record(str(tmp_path), {"seed": 7, "trainable_parameters": 12})
     metric_writers.write_run_record(str(tmp_path), {"seed": 8})
     first, second = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
@@ -82,7 +82,7 @@ def test_the_run_record_says_what_ran(tmp_path):
     assert re.match(r"\d{4}-\d\d-\d\dT", first["started"])
 
 
-def test_the_git_revision_tells_changes(tmp_path, monkeypatch):
+def test_git_revision_marks_uncommitted_changes(tmp_path, monkeypatch):
     git = lambda *words: subprocess.run(  # noqa: E731
         ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
         cwd=tmp_path, check=True, capture_output=True, text=True,
@@ -101,10 +101,10 @@ def test_the_git_revision_tells_changes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(59.9, "0:00:59"), (3661.0, "1:01:01")])
-def test_clock(seconds, text):
+def test_clock_formats_hours_minutes_seconds(seconds, text):
     assert metric_writers._clock(seconds) == text
 
 
-def test_counts_are_said_in_full():
-    said = metric_writers.describe_counts(77_668, 222_981_316, ["task", "shared"])
-    assert said == "77,668 of 222,981,316 parameters learn (0.035%; labels: shared, task)."
+def test_describe_counts_prints_full_numbers():
+    text = metric_writers.describe_counts(77_668, 222_981_316, ["task", "shared"])
+    assert text == "Trainable parameters: 77,668 of 222,981,316 (0.035%; labels: shared, task)."

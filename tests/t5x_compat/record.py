@@ -1,7 +1,7 @@
-"""Notes every member that T5X touches on this library's objects, while T5X runs.
+"""Recorder of every member that T5X uses on this library's objects, while T5X runs.
 
-`--gin_file=tests/t5x_compat/record.gin` imports this module in a run that is otherwise the user's.
-What is read, set or called from T5X's own files is written as JSON to the file that RECORD names.
+`--gin_file=tests/t5x_compat/record.gin` imports this module in an otherwise normal run. Members
+that T5X's files read, set or call are written as JSON to the file that RECORD names.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ touched: dict[str, set[str]] = {name: set() for name in OBJECTS}
 
 
 def from_t5x() -> bool:
-    """Whether T5X's code is what called the function that asks."""
+    """Whether T5X's code called the function that calls this."""
     return sys._getframe(2).f_code.co_filename.startswith(T5X)
 
 
 def spy(kind: str, cls: type) -> None:
-    """Notes what T5X reads, sets and calls on instances of a class."""
+    """Records what T5X reads, sets and calls on instances of a class."""
     read, write, call = cls.__getattribute__, cls.__setattr__, cls.__dict__.get("__call__")
 
     def noted_read(self: Any, name: str) -> Any:
-        value = read(self, name)  # what is not there was not touched
+        value = read(self, name)  # absent attributes are not recorded
         if from_t5x():
             touched[kind].add(name)
         return value
@@ -62,7 +62,7 @@ def spy(kind: str, cls: type) -> None:
 
 
 def spy_on_arguments(kind: str, cls: type, ours: tuple[str, ...]) -> None:
-    """Notes the names of a constructor's arguments, but for those that our gin files bind."""
+    """Records a constructor's argument names, except those that this library's gin files bind."""
     make = cls.__init__
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ def spy_on_arguments(kind: str, cls: type, ours: tuple[str, ...]) -> None:
 
 
 def write() -> None:
-    """Writes what was touched."""
+    """Writes the recorded members."""
     found = {kind: sorted(names) for kind, names in touched.items()}
     Path(os.environ["RECORD"]).write_text(json.dumps(found, indent=1))
 

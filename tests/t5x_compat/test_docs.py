@@ -1,4 +1,4 @@
-"""docs/t5x.md and tpu/requirements-t5x.txt say what is so."""
+"""Claims of docs/t5x.md and tpu/requirements-t5x.txt."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def pins() -> dict[str, str]:
     return {match[1].lower(): match[3] for match in found if match}
 
 
-def test_every_line_is_one_version_and_git_ones_are_whole_revisions():
+def test_t5x_requirements_pin_exact_versions_and_revisions():
     lines = (ROOT / "tpu" / "requirements-t5x.txt").read_text().splitlines()
     assert len(pins()) == sum(line[0] != "#" for line in lines) > 3
     for name in ("t5x", "airio", "jestimator"):
         assert re.fullmatch(r"://github\.com/[\w/-]+@[0-9a-f]{40}", pins()[name]), name
 
 
-def test_no_package_of_mpt_jax_is_pinned_again():
+def test_t5x_requirements_exclude_own_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ours = {re.split(r"[\[<>=; ]", line)[0].lower() for line in project["dependencies"]}
     assert not ours & set(pins())
     assert {"jax", "flax", "seqio"} <= ours
 
 
-def test_the_table_of_what_t5x_touches_is_the_recorded_one():
-    """tests/t5x_compat asserts the recorded one against T5X itself."""
+def test_t5x_docs_table_matches_recorded_members():
+    """test_real_t5x.py compares the recorded table with T5X itself."""
     recorded = json.loads((ROOT / "tests" / "t5x_compat" / "touched.json").read_text())
     cells = {}
     for line in (

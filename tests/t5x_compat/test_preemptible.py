@@ -1,4 +1,4 @@
-"""T5X's trainer stops on request. test_real_t5x.py has the real one."""
+"""Stop requests with a stand-in for T5X's trainer; test_real_t5x.py tests the real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def preempted(monkeypatch):
-    """T5X's exception, where T5X has it."""
+    """T5X's exception, in the module where T5X defines it."""
     module = types.ModuleType("t5x.trainer")
     module.PreemptionError = type("PreemptionError", (Exception,), {})
     monkeypatch.setitem(sys.modules, "t5x.trainer", module)
@@ -38,7 +38,7 @@ def send(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def test_a_run_that_nobody_stops_is_t5x_s_own():
+def test_stoppable_without_signal_trains_like_t5x():
     trainer, batches = made(), iter(range(10, 20))
     assert trainer.train(batches, 3, start_step=0) == [10, 11, 12]
     assert trainer.train(batches, 2, start_step=3) == [13, 14]
@@ -49,7 +49,7 @@ def test_a_run_that_nobody_stops_is_t5x_s_own():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(("during", "step"), [(10, 1), (12, 3), (14, 5)])
-def test_a_signal_ends_the_loop_after_the_step_with_its_state_and_no_batch_lost(
+def test_stoppable_signal_stops_after_step_without_losing_a_batch(
     during, step, number, code, preempted
 ):
     trainer, batches = made({during: send(number)}), iter(range(10, 20))
@@ -61,7 +61,7 @@ def test_a_signal_ends_the_loop_after_the_step_with_its_state_and_no_batch_lost(
     trainer.close()
 
 
-def test_a_signal_between_two_loops_waits_for_one_more_step(preempted):
+def test_stoppable_signal_between_loops_stops_after_next_step(preempted):
     """The step before may have been saved already, and T5X cannot save a step twice."""
     trainer, batches = made(), iter(range(10, 20))
     trainer.train(batches, 3, start_step=0)
@@ -72,7 +72,7 @@ def test_a_signal_between_two_loops_waits_for_one_more_step(preempted):
     trainer.close()
 
 
-def test_processes_are_asked_after_every_step_once(monkeypatch, preempted):
+def test_stoppable_checks_for_stop_once_per_step(monkeypatch, preempted):
     asked = []
 
     def is_due(request, step):
@@ -88,8 +88,8 @@ def test_processes_are_asked_after_every_step_once(monkeypatch, preempted):
     trainer.close()
 
 
-def test_the_exit_code_survives_gin_and_absl(tmp_path):
-    """As T5X does: the exception is caught, raised again, and passes through both."""
+def test_stoppable_exit_code_survives_gin_and_absl(tmp_path):
+    """Like T5X, catches the exception and raises it again, through gin and absl."""
     script = f"""
         import os, signal, sys, types
         sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""What the environment says of a job's other processes; test_real_t5x.py starts two under T5X."""
+"""A job's other processes from the environment; test_real_t5x.py starts two under T5X."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPLICIT = {"coordinator_address": "host:1234", "num_processes": 2, "process_id"
         ({**ADDRESS, **PLACE}, EXPLICIT),
     ],
 )
-def test_what_is_joined(environment, expected):
+def test_distributed_args_environment_gives_expected(environment, expected):
     assert distributed.distributed_args(environment) == expected
 
 
@@ -41,12 +41,12 @@ def test_what_is_joined(environment, expected):
         ({**ADDRESS, **PLACE, "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be a whole .*'one'"),
     ],
 )
-def test_half_an_address_is_refused(environment, message):
+def test_distributed_args_incomplete_address_raises(environment, message):
     with pytest.raises(ValueError, match=message):
         distributed.distributed_args(environment)
 
 
-def test_a_job_is_joined_once(monkeypatch):
+def test_distributed_initialize_connects_once(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
     distributed.initialize({})

@@ -1,4 +1,4 @@
-"""The shipped gin files under the real T5X, driven as a user drives it: by command lines.
+"""The shipped gin files under the real T5X, run from the command line as users do.
 
 T5X is on no package registry. To run these tests, install it (tpu/requirements-t5x.txt), or put a
 clone on PYTHONPATH:
@@ -45,7 +45,7 @@ NO_EVALUATION = (
     "--gin.train.actions={}",  # T5X's artifact is the last step's, ours the best one's
 )
 SHIPPED = ROOT / "mpt_jax" / "tasks" / "data" / "tiny_t5"
-# From one artifact, where nothing is drawn at random; a loss for every step.
+# Starts from one artifact, so nothing is drawn at random; logs the loss of every step.
 SAME = (*STEPS, *NO_EVALUATION, "--gin.STATS_PERIOD=1")
 SAME_SOURCE = (
     *SAME,
@@ -56,7 +56,7 @@ SAME_SOURCE = (
 
 
 class Job(subprocess.Popen):
-    """A process whose log goes to a file: nobody reads a pipe while it runs, and T5X fills one."""
+    """A process that logs to a file, because T5X would fill a pipe that is not read."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self._log = tempfile.TemporaryFile("w+")
@@ -65,7 +65,7 @@ class Job(subprocess.Popen):
         )
 
     def finish(self, code: int = 0) -> str:
-        """Waits for its end; returns its log."""
+        """Waits for the process to end; returns its log."""
         found = self.wait()
         with self._log:
             self._log.seek(0)
@@ -75,7 +75,7 @@ class Job(subprocess.Popen):
 
 
 def start(script: str, *arguments: str, root: Path, trainer: str = "t5x", **variables: str) -> Job:
-    """One command line, begun; under T5X it notes what T5X touches in ROOT/records."""
+    """Starts one command line. Under T5X, records the members that T5X uses in ROOT/records."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)]),
         "MPT_JAX_ROOT": str(root),
@@ -93,7 +93,7 @@ def start(script: str, *arguments: str, root: Path, trainer: str = "t5x", **vari
 
 
 def run(script: str, *arguments: str, root: Path, trainer: str = "t5x") -> str:
-    """One command line; returns its log."""
+    """Runs one command line; returns its log."""
     return start(script, *arguments, root=root, trainer=trainer).finish()
 
 
@@ -157,7 +157,7 @@ def root(tmp_path_factory) -> Path:
     """A ROOT whose two source stages have been trained by T5X, 20 steps each."""
     root = tmp_path_factory.mktemp("root")
     run("train", *stage("pt_source", *STEPS), root=root)
-    # In two goes, so that the second resumes.
+    # Stopped once, so that the second command resumes.
     child = start("train", *stage("mpt_source", *STEPS, "--gin.STATS_PERIOD=20"), root=root)
     (log,) = stop([child], root / "tiny" / "mpt_source")
     stopped = int(re.findall(r"stopping after step (\d+)", log)[0])
@@ -170,11 +170,11 @@ def root(tmp_path_factory) -> Path:
 
 def by_either(root: Path, name: str, *arguments: str, kind: str = "same") -> dict[str, Path]:
     """The MODEL_DIRs of one stage trained by each of the two trainers."""
-    made = {trainer: root / f"{kind}_{name}_{trainer}" for trainer in ("t5x", "own")}
-    for trainer, model_dir in made.items():
-        given = stage(name, *arguments, f"--gin.MODEL_DIR='{model_dir}'")
-        run("train", *given, root=root.parent, trainer=trainer)
-    return made
+    model_dirs = {trainer: root / f"{kind}_{name}_{trainer}" for trainer in ("t5x", "own")}
+    for trainer, model_dir in model_dirs.items():
+        command = stage(name, *arguments, f"--gin.MODEL_DIR='{model_dir}'")
+        run("train", *command, root=root.parent, trainer=trainer)
+    return model_dirs
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def same_source(root) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def packed_source(root) -> dict[str, Path]:
-    """The same stage with several examples to a row."""
+    """The same stage with several examples per row."""
     teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artifact'}'"
     packed = ("--gin_file=gin/runs/packed.gin", "--gin.PACKED_ROWS=6", "--gin.PACK_WINDOW=32")
     return by_either(root, "mpt_source", *SAME_SOURCE, *packed, teachers, kind="packed")
@@ -220,8 +220,8 @@ MIXED = {
 
 
 def started(folder: Path, method: PromptMethod) -> artifacts.Artifact:
-    """An artifact of the teachers as sources and of random values else: the two trainers would draw
-    other ones."""
+    """An artifact with the teachers as sources and otherwise random values, since the two trainers
+    would draw different ones."""
     (checkpoint,) = SHIPPED.glob("checkpoint_*")
     embedding = np.asarray(convert.load_t5x(checkpoint)["token_embedder"]["embedding"], np.float32)
     runs = Runs(["toy_boolq"])
@@ -258,7 +258,7 @@ def read(root) -> Path:
     }
     run("eval", *files["eval"], root=root.parent)
     for trainer in ("t5x", "own"):
-        # Our trainer reads the artifact, T5X its own checkpoint: the same prompts.
+        # This library's trainer reads the artifact, and T5X its checkpoint, with equal prompts.
         more = [f"--gin.INFER_OUTPUT_DIR='{root / f'infer_{trainer}'}'"]
         if trainer == "own":
             artifact = root / "mpt_source" / "artifact"
@@ -267,19 +267,19 @@ def read(root) -> Path:
     return root
 
 
-def test_a_checkpoint_is_smaller_than_a_twentieth_of_the_backbone(root):
+def test_t5x_checkpoint_is_below_a_twentieth_of_backbone(root):
     (backbone,) = SHIPPED.glob("checkpoint_*")
     assert 0 < size(root / "mpt_source" / "checkpoint_20") < size(backbone) / 20
 
 
-def test_teachers_travel_as_an_artifact(root):
+def test_t5x_teachers_are_saved_as_artifact(root):
     teachers = artifacts.load_artifact(root / "pt_source" / "artifact")
     assert teachers.method.name == "prompt_tuning" and teachers.runs.num_rows == 6
     assert teachers.runs.num_groups == 6
     assert teachers.config["step"] == 20
 
 
-def test_training_writes_what_t5x_writes(root):
+def test_t5x_training_writes_expected_files(root):
     folder = root / "mpt_source"
     assert (folder / "config.gin").is_file() and (folder / "model-info.txt").is_file()
     assert "encoder" not in (folder / "model-info.txt").read_text()
@@ -287,7 +287,7 @@ def test_training_writes_what_t5x_writes(root):
     assert [json.loads(line)["step"] for line in lines] == [20]
 
 
-def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(root):
+def test_t5x_resumed_run_equals_uninterrupted_run(root):
     """Bit for bit, on one CPU device."""
     teachers = f"--gin.TEACHERS='{root / 'pt_source' / 'artifact'}'"
     model_dir = f"--gin.MODEL_DIR='{root / 'whole'}'"
@@ -299,7 +299,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(root):
 
 
 @pytest.mark.parametrize("stage", ["same_source", "packed_source", "same_target"])
-def test_both_trainers_have_the_same_losses_and_learn_the_same_prompts(stage, request):
+def test_both_trainers_same_losses_and_prompts(stage, request):
     folders = request.getfixturevalue(stage)
     theirs, ours = (logged(folders[trainer], trainer) for trainer in ("t5x", "own"))
     assert ("term/kl" in same_metrics(theirs, ours)) == (stage != "same_target")
@@ -314,7 +314,7 @@ def test_both_trainers_have_the_same_losses_and_learn_the_same_prompts(stage, re
 
 
 def same_metrics(theirs: dict, ours: dict) -> set[str]:
-    """Compares what was logged in 20 steps; returns the names."""
+    """Compares the metrics logged in 20 steps; returns their names."""
     terms = {
         name for name in ours if name.startswith(("loss", "term/", "token_accuracy", "attention"))
     }
@@ -328,7 +328,7 @@ def same_metrics(theirs: dict, ours: dict) -> set[str]:
 
 
 def same_prompts(folders: dict[str, Path]) -> dict[str, np.ndarray]:
-    """Compares the artifacts of both trainers; returns that of ours."""
+    """Compares the artifacts of both trainers; returns that of this library's trainer."""
     learned, theirs = prompts(folders["own"]), prompts(folders["t5x"])
     assert set(theirs) == set(learned)
     for name, value in theirs.items():
@@ -337,7 +337,7 @@ def same_prompts(folders: dict[str, Path]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("stage", MIXED)
-def test_both_trainers_mix_source_prompts_alike(stage, bare):
+def test_both_trainers_mixing_methods_same_prompts(stage, bare):
     method, rates = MIXED[stage]
     first = started(bare / f"{stage}_start", method)
     origin = (f"--gin.INITIAL_ARTIFACT='{first.path}'", "--gin.START_FROM='same'")
@@ -352,8 +352,8 @@ def test_both_trainers_mix_source_prompts_alike(stage, bare):
             assert moved > 1e-3, f"{name} did not move"
 
 
-def test_t5x_draws_by_the_step_and_resumes(bare):
-    """The temperature falls with a counter that T5X's checkpoints have, beside the prompts."""
+def test_t5x_resumed_run_with_draws_equals_uninterrupted_run(bare):
+    """The temperature falls with a step counter, which T5X's checkpoints contain."""
     drawn = ("--gin.ANNEALING_STEPS=10", "--gin.TARGET_TASKS=['toy_boolq','toy_rte']")
     given = stage("crosspt_target", *STEPS, *NO_EVALUATION, *drawn)
     whole, parts = (f"--gin.MODEL_DIR='{bare / name}'" for name in ("whole", "parts"))
@@ -372,12 +372,12 @@ def test_t5x_draws_by_the_step_and_resumes(bare):
         np.testing.assert_array_equal(once[name], twice[name], err_msg=name)
 
 
-def test_evaluation(read):
+def test_t5x_eval_writes_metrics_of_checkpoint(read):
     metrics = read / "eval" / "inference_eval" / "toy_qqp-metrics.jsonl"
     assert json.loads(metrics.read_text())["step"] == 20
 
 
-def test_both_trainers_write_the_same_predictions(read):
+def test_both_trainers_same_predictions(read):
     texts = {}
     for trainer in ("t5x", "own"):
         (written,) = (read / f"infer_{trainer}").glob("toy_qqp-predict.jsonl-00000-of-00001")
@@ -385,8 +385,8 @@ def test_both_trainers_write_the_same_predictions(read):
     assert len(texts["t5x"]) == 200 and texts["t5x"] == texts["own"]
 
 
-def test_two_processes_stop_at_one_step_and_learn_what_one_learns(root, same_source):
-    """The environment names the processes; T5X itself would train twice, each alone."""
+def test_t5x_two_processes_stop_together_and_match_one(root, same_source):
+    """The environment names the processes; T5X alone would run two separate jobs."""
     model_dir = root / "two"
     arguments = stage(
         "mpt_source",
@@ -414,13 +414,13 @@ def test_two_processes_stop_at_one_step_and_learn_what_one_learns(root, same_sou
         assert f"Starting main loop over steps {stopped}-20" in log
     learned = prompts(same_source["own"])
     for name, value in prompts(model_dir).items():
-        # Sums over the batch are taken in another order; when written, 2.6e-5 apart at most.
+        # Sums over the batch have another order; the measured difference was at most 2.6e-5.
         np.testing.assert_allclose(value, learned[name], rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_t5x_touches_what_it_is_known_to_touch(root, same_target, read):
-    """Another T5X may touch more, or no longer call something: then look at what changed, see that
-    train_state_adapter answers it, and write the new list (docs/t5x.md shows it as well)."""
+def test_t5x_touches_only_recorded_members(root, same_target, read):
+    """Another T5X may use more or fewer members. Then check that train_state_adapter supports them,
+    and update the list here and in docs/t5x.md."""
     known = json.loads((Path(__file__).parent / "touched.json").read_text())
     found: dict[str, dict[str, set[str]]] = {}
     for path in sorted((root.parent / "records").iterdir()):

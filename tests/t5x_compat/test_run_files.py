@@ -1,4 +1,4 @@
-"""T5X's own run files without T5X: a user's gin that includes them trains, evaluates and infers."""
+"""T5X's run files without T5X: a user's gin file that includes them trains, evaluates, infers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mpt_jax.artifacts import artifacts
 from mpt_jax.config import gin_utils
 
-# What a user writes beside T5X's finetune.gin, eval.gin and infer.gin: which model, whose values.
+# What a user adds to T5X's finetune.gin, eval.gin and infer.gin: the model and its settings.
 COMMON = """
 from __gin__ import dynamic_registration
 import __main__ as script
@@ -64,8 +64,8 @@ EVAL_STEPS = 1
 EVAL_PERIOD = 4
 EVALUATOR_NUM_EXAMPLES = 8
 """
-# What must be said otherwise than in T5X's finetune.gin, and what happens where it is not. The
-# rest holds as it stands there, packed rows among it.
+# Settings that must differ from T5X's finetune.gin, and the errors if they do not. All others,
+# such as packed rows, work unchanged.
 REFUSED = {
     "utils.CheckpointConfig.restore = None": "CheckpointConfig.restore would have no effect",
     "USE_CACHED_TASKS = False": "task cache directories",  # SeqIO's own words
@@ -91,7 +91,7 @@ def common(run: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_users_finetuning_evaluation_and_inference(tmp_path):
+def test_t5x_run_files_without_t5x_train_eval_infer(tmp_path):
     finetune = write(tmp_path, "my_finetune", common("finetune"), FINETUNE, *REFUSED)
     model_dir = tmp_path / "model"
     scores = gin_utils.run_stage([finetune], [f"MODEL_DIR = '{model_dir}'"])
@@ -123,7 +123,7 @@ def test_a_users_finetuning_evaluation_and_inference(tmp_path):
 
 
 @pytest.mark.parametrize("left_out", REFUSED)
-def test_a_setting_of_t5x_s_that_cannot_hold_is_named(left_out, tmp_path):
+def test_t5x_run_files_unsupported_setting_is_named(left_out, tmp_path):
     kept = [setting for setting in REFUSED if setting != left_out]
     finetune = write(tmp_path, "my_finetune", common("finetune"), FINETUNE, *kept)
     with pytest.raises((ValueError, AssertionError), match=REFUSED[left_out]):

@@ -1,4 +1,4 @@
-"""T5X's learning-rate factors against values worked out by hand."""
+"""T5X's learning-rate factors against values computed by hand."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("factors", "arguments", "step", "value"), CASES)
-def test_factors(factors, arguments, step, value):
+def test_learning_rate_scheduler_factors_match_by_hand(factors, arguments, step, value):
     found = create_learning_rate_scheduler(factors, **arguments)(step)
     np.testing.assert_allclose(found, value, rtol=1e-6)
 
 
-def test_an_unknown_factor_names_the_close_one():
+def test_learning_rate_scheduler_unknown_factor_suggests_closest():
     with pytest.raises(ValueError, match="linear_warmup"):
         create_learning_rate_scheduler("linear_warmpu")

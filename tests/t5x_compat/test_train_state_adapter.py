@@ -1,4 +1,4 @@
-"""What T5X's train state of ours does without a T5X; test_real_t5x.py has the real one."""
+"""The train state for T5X, tested without T5X; test_real_t5x.py tests it with T5X."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def gradients(state: train_state_adapter.HostState, seed: int = 0) -> dict:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_update_that_is_not_finite_is_left_out_and_the_step_goes_on(host, bad):
+def test_host_state_non_finite_update_only_counts_step(host, bad):
     step = jax.jit(lambda state, grads: state.apply_gradient(grads, None))
     state = step(first_state(host), gradients(first_state(host)))
     grads = gradients(state, 1)
@@ -46,11 +46,11 @@ def test_an_update_that_is_not_finite_is_left_out_and_the_step_goes_on(host, bad
     tiny.close(after.param_states, state.param_states, 0)
     again = step(after, gradients(state, 1))
     assert np.any(again.params["prompt"]["shared"] != after.params["prompt"]["shared"])
-    # The step left out counts for no schedule and no bias correction.
+    # The skipped update does not count in schedules or bias correction.
     tiny.close(again.params, step(state, gradients(state, 1)).params, 0)
 
 
-def test_what_is_frozen_may_have_any_gradient(host):
+def test_host_state_ignores_gradients_of_frozen_parameters(host):
     state = first_state(host)
     grads = gradients(state)
     grads["encoder"] = jax.tree.map(lambda x: x * np.nan, grads["encoder"])
@@ -59,7 +59,7 @@ def test_what_is_frozen_may_have_any_gradient(host):
     assert np.any(after.params["prompt"]["shared"] != state.params["prompt"]["shared"])
 
 
-def test_the_artifact_of_a_save_stays_where_prompts_are_no_longer_finite(
+def test_artifact_hook_non_finite_prompts_keep_earlier_artifact(
     host, tmp_path, monkeypatch, caplog
 ):
     state = first_state(host)

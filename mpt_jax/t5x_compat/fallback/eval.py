@@ -1,4 +1,4 @@
-"""`python -m t5x.eval` without T5X: `python -m mpt_jax.eval`."""
+"""Fallback for `python -m t5x.eval`, which runs `python -m mpt_jax.eval`."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""`python -m t5x.infer` without T5X: `python -m mpt_jax.infer`."""
+"""Fallback for `python -m t5x.infer`, which runs `python -m mpt_jax.infer`."""
 
 import runpy
 

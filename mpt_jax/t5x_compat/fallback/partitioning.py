@@ -1,4 +1,4 @@
-"""T5X's `t5x.partitioning`."""
+"""Fallback for `t5x.partitioning`."""
 
 from mpt_jax.training.partitioning import PjitPartitioner, standard_logical_axis_rules
 

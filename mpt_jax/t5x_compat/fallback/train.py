@@ -1,4 +1,4 @@
-"""`python -m t5x.train` without T5X: `python -m mpt_jax.train`."""
+"""Fallback for `python -m t5x.train`, which runs `python -m mpt_jax.train`."""
 
 import runpy
 

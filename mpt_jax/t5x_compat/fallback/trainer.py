@@ -1,4 +1,4 @@
-"""T5X's `t5x.trainer`."""
+"""Fallback for `t5x.trainer`."""
 
 from mpt_jax.training.trainer import Trainer
 

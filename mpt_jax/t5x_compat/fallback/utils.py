@@ -1,4 +1,4 @@
-"""T5X's `t5x.utils`."""
+"""Fallback for `t5x.utils`."""
 
 from mpt_jax.checkpointing.checkpoint_config import (
     CheckpointConfig,
