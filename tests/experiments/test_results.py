@@ -26,7 +26,7 @@ def test_an_estimate_is_scipys():
     assert found.n == 4
     alone = results.estimate([2.0])
     assert (alone.mean, alone.n) == (2.0, 1) and math.isnan(alone.low)
-    with pytest.raises(ValueError, match="nothing to sum up"):
+    with pytest.raises(ValueError, match="mean of an empty list"):
         results.estimate([])
 
 
