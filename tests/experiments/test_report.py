@@ -262,7 +262,7 @@ def test_without_folders_the_page_says_what_is_not_there(tmp_path):
         "Scores",
         "Score and trained parameters",
         "Transfer gain",
-        "Where this is from",
+        "Provenance",
         "What is not shown",
     ]
     absent = text.split("What is not shown")[-1]
@@ -363,7 +363,7 @@ def test_the_command_writes_where_it_is_told(root, demo, tmp_path, capsys):
     [
         (None, "holds no results.json"),
         ("[{", "damaged"),
-        ('[{"method": "PT"}]', "damaged or of another version"),
+        ('[{"method": "PT"}]', "damaged or was written by another version"),
         ("[]", "empty"),
     ],
 )
@@ -380,7 +380,10 @@ def test_results_that_cannot_be_read_are_named(content, words, tmp_path, capsys)
 def test_a_damaged_file_of_a_run_and_an_unknown_reference_are_named(root, demo, capsys):
     with pytest.raises(SystemExit):
         command.main([str(root), "--reference", "PTT"])
-    assert "No result is called 'PTT'; there are ['PT', 'MPT'," in capsys.readouterr().err
+    assert (
+        "No method is called 'PTT'. Choose --reference from ['PT', 'MPT',"
+        in capsys.readouterr().err
+    )
     path = root / "b" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"folder": "tr')
     with pytest.raises(SystemExit) as stop:

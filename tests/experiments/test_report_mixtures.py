@@ -89,7 +89,7 @@ def test_weights_of_an_artifact_are_those_that_are_served(tmp_path):
     cells = {task: re.findall("<td>(.*?)</td>", row) for task, row in rows}
     assert cells["rte"][:2] == ["0.60 ± 0.21", "0.40 ± 0.21"] and cells["rte"][-1] == "2"
     assert cells["cb"][:2] == ["0.20", "0.80"] and cells["cb"][-1] == "1"
-    assert "they are served" in text and "depend on the text" not in text
+    assert "in its artifact and served" in text and "depend on the text" not in text
 
 
 def test_entropy_is_a_number_beside_the_colors(tmp_path):
@@ -139,7 +139,7 @@ def test_attention_is_that_of_each_runs_last_training_texts(tmp_path):
     # rte_s1 ended first: its last line counts. (0.5 + 0.2) / 2, and so on.
     assert numbers(text)[:8] == [0.35, 0.5, 0.15, 0.9, 0.1, 0.1, 0.8, 0.6]
     assert alts[0].startswith("Weights of candidates, Mixed, k = 32. Largest: rte qqp 0.50, cb ta")
-    assert "They depend on the text" in text and "they are served" not in text
+    assert "They depend on the text" in text and "in its artifact and served" not in text
     assert alts[1:] == [
         "entropy, nats by step, k = 32, 5 steps. At the last step: Mixed 0.8.",
         "entropy, nats by step, k = 32, 10 steps. At the last step: Mixed 0.8.",
@@ -179,14 +179,14 @@ def test_without_metrics_attention_is_said_to_be_absent(tmp_path):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (attempt(), "MPT, k = 32: those of &#x27;attempt&#x27; depend on the text"),
+        (attempt(), "MPT, k = 32: prompts of &#x27;attempt&#x27; depend on the text"),
         (
             crosspt(
                 *(0.5, 0.5, 0.5),
                 compose_by="private_cat",
                 private_length={"rte_s0": 1, "rte_s1": 1, "cb_s0": 2},
             ),
-            f"MPT, k = 32: they have {P + 1}, {P + 2} positions",
+            f"MPT, k = 32: prompts have {P + 1}, {P + 2} positions",
         ),
     ],
     ids=["by the text", "of several lengths"],
@@ -206,7 +206,7 @@ def test_prompts_that_cannot_be_compared_are_named_and_the_next_methods_are_show
         Reader(text).alts
     )
     alone = page_of(tmp_path, found[1:]).split("What is not shown")[-1]
-    assert "no run that is here has an artifact whose prompts can be compared" in alone
+    assert "no available run has an artifact whose prompts can be compared" in alone
 
 
 def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
@@ -214,7 +214,7 @@ def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
     scores = {task: {"accuracy": 1.0} for task in runs.task_names}
     write_artifact(tmp_path / "pt_source", method, params, runs, scores=scores)
     text = page_of(tmp_path, [result("PT", rte=[1.0]), result("MPT", rte=[2.0])])
-    assert "Similarity of prompts, Teachers (PT): those of" in text.split("What is not shown")[-1]
+    assert "Similarity of prompts, Teachers (PT): prompts of" in text.split("What is not shown")[-1]
 
 
 # --- A run ---------------------------------------------------------------------------------------

@@ -102,8 +102,8 @@ def _jobs(
     """Yields the runs of each job, with its length.
 
     By default a job has the runs of one length. For `together` it has the tasks of one group, and
-    as many steps and examples as separate runs of these tasks in total. For `joint` it has all tasks of a
-    group, sorted by seed, for as many steps as the longest task.
+    as many steps and examples as separate runs of these tasks in total. For `joint` it has all
+    tasks of a group, sorted by seed, for as many steps as the longest task.
     """
     fixed = table.full if shots is None else None
     if variant.together or variant.joint:
