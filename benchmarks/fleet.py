@@ -47,8 +47,8 @@ def fleet_runs(number: int) -> tuple[Run, ...]:
     tasks = demo.TARGETS[:number]
     if number % len(tasks):
         raise ValueError(
-            f"A fleet of {number} runs cannot have equally many draws of {len(tasks)} tasks. Choose a "
-            f"multiple of {len(demo.TARGETS)}, or fewer than {len(demo.TARGETS)} runs."
+            f"A fleet of {number} runs cannot have equally many draws of {len(tasks)} tasks. "
+            f"Choose a multiple of {len(demo.TARGETS)}, or fewer than {len(demo.TARGETS)} runs."
         )
     return target_runs(tasks, range(number // len(tasks)), SHOTS)
 
