@@ -161,14 +161,14 @@ class _Program:
             return cost
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            cost.collectives[kind] = (1, _left(instruction))
+            cost.collectives[kind] = (1, _result_bytes(instruction))
         if 'custom_call_target="tpu_custom_call"' in instruction.text:
             flops, moved = _estimate(instruction)
             cost.flops += flops
             cost.kernels[re.sub(r"[.\d]+$", "", instruction.name)] = (1, flops, moved)
         elif instruction.op == "custom-call":
             return cost  # compiler markers: allocations, views of adjacent arrays
-        for array in self._moved(instruction, by_name):
+        for array in self._accessed_arrays(instruction, by_name):
             cost.accessed_bytes += array.bytes
             cost.hbm_bytes += array.bytes * array.in_hbm
         return cost
@@ -197,7 +197,9 @@ class _Program:
                 for inner in self.computations[called]:
                     yield from self._inside(inner)
 
-    def _moved(self, instruction: Instruction, by_name: dict[str, Instruction]) -> Iterator[Array]:
+    def _accessed_arrays(
+        self, instruction: Instruction, by_name: dict[str, Instruction]
+    ) -> Iterator[Array]:
         """Yields the arrays that an operation reads and writes. If an array is only sliced, this is
         the slice; if it is updated in place, the update."""
         if instruction.op.endswith("-start"):
@@ -215,12 +217,12 @@ class _Program:
         yield from in_place or instruction.arrays
         for position, name in enumerate(instruction.operands):
             whole = by_name[name].arrays if name in by_name else ()
-            yield from _read(inner, position, whole) if inner else whole
+            yield from _operand_reads(inner, position, whole) if inner else whole
 
     def _flops(self, instruction: Instruction) -> float:
         if instruction.op not in ("convolution", "dot"):
             return 0.0
-        shapes = {x.name: x.arrays for x in self._home[instruction.name]}
+        shapes = {x.name: x.arrays for x in self._computation_of[instruction.name]}
         lhs, rhs = (shapes[name][0].shape for name in instruction.operands[:2])
         if instruction.op == "dot":
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
@@ -229,7 +231,7 @@ class _Program:
         return _convolution_flops(lhs, rhs, instruction.arrays[0].shape, instruction.text)
 
     @functools.cached_property
-    def _home(self) -> dict[str, list[Instruction]]:
+    def _computation_of(self) -> dict[str, list[Instruction]]:
         """Name of an instruction -> instructions of its computation."""
         return {
             instruction.name: body for body in self.computations.values() for instruction in body
@@ -258,7 +260,7 @@ def _size(arrays: tuple[Array, ...]) -> int:
     return sum(array.bytes for array in arrays)
 
 
-def _left(instruction: Instruction) -> int:
+def _result_bytes(instruction: Instruction) -> int:
     """Returns the bytes of a collective's results on this chip, or the bytes that a send takes from
     it. A start operation lists its inputs first, then the results and scalar contexts. Only the
     start of an all-reduce lists just the results."""
@@ -269,7 +271,9 @@ def _left(instruction: Instruction) -> int:
     return _size(arrays[len(arrays) // 2 :])
 
 
-def _read(inner: list[Instruction], position: int, whole: tuple[Array, ...]) -> Iterator[Array]:
+def _operand_reads(
+    inner: list[Instruction], position: int, whole: tuple[Array, ...]
+) -> Iterator[Array]:
     """Yields the parts of an operand that a fusion reads."""
     parameter = next(
         (x for x in inner if x.op == "parameter" and x.text.startswith(f"{position})")), None
@@ -310,7 +314,7 @@ def _convolution_flops(
     left, right, result = labels.groups()
     total = 2.0 * out[result.index("b")] * out[result.index("f")] * rhs[right.index("i")]
     for axis in sorted(set(left) - set("bf")):
-        total *= _meetings(
+        total *= _count_meetings(
             lhs[left.index(axis)],
             rhs[right.index(axis)],
             out[result.index(axis)],
@@ -322,7 +326,7 @@ def _convolution_flops(
     return total
 
 
-def _meetings(
+def _count_meetings(
     source: int, size: int, out: int, *, stride: int, dilate: int, spread: int, low: int
 ) -> int:
     """Counts the (output, window) positions of an axis that fall on an element of the source."""

@@ -240,7 +240,7 @@ def compile_steps(
 
 
 @contextlib.contextmanager
-def _not_kept() -> Iterator[None]:
+def _without_compilation_cache() -> Iterator[None]:
     """Disables writing to the compilation cache. A machine without these chips cannot use the
     compiled programs, and fails to read them back."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -256,7 +256,7 @@ def _compile(
 ) -> StepCost | DoesNotFit:
     started = time.monotonic()
     try:
-        with _not_kept():
+        with _without_compilation_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
