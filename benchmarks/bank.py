@@ -1,12 +1,12 @@
-"""Predict time by the number of tasks in the bank, side by side in one process.
+"""Prediction time by the number of tasks in the prompt bank, measured in one process.
 
     python -m benchmarks.bank [--repeats 7] [--out docs/benchmarks/bank.json]
 
-T5-small shape, random weights, float32; B = 16, 100 prompt and 64 text positions, 16 tokens
-decoded, none of them an end of sequence. Every batch asks for tasks drawn from the whole bank,
-other ones each time. Banks take turns, a batch at a time, so that whatever else the machine does
-hits all of them. Memory is that of the bank's arrays, beside what the formula of docs/serving.md
-gives. The goal is 1.05 times the time of one task.
+T5-small shape, random weights, float32; B = 16, 100 prompt and 64 text positions, 16 decoded
+tokens without an end of sequence. The tasks of every batch are drawn anew from the whole bank.
+Banks take turns, one batch at a time, so that other load on the machine affects all of them.
+Memory is the size of the bank's arrays, next to the value by the formula of docs/serving.md. The
+goal is at most 1.05 times the time of one task.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SIZES = (1, 10, 100, 1_000, 10_000)
 
 
 class NoEnd:
-    """A vocabulary whose texts never end, so that every batch decodes as long."""
+    """A vocabulary without end of sequence, so that every batch decodes the same length."""
 
     eos_id = -1
 
 
 def artifact(config: T5Config, tasks: int) -> Artifact:
-    """Factors of many tasks on one shared prompt, at random and in memory."""
+    """Returns an in-memory artifact with random factors of many tasks on one shared prompt."""
     rng = np.random.default_rng(0)
     width = config.emb_dim
     params = {
@@ -54,14 +54,14 @@ def artifact(config: T5Config, tasks: int) -> Artifact:
 
 
 def weights(config: T5Config) -> Any:
-    """A backbone at random."""
+    """Returns a random backbone."""
     tokens = np.ones((1, 2), np.int32)
     made = jax.jit(Transformer(config).init)(jax.random.PRNGKey(0), tokens, tokens > 0, tokens)
     return made["params"]
 
 
 def batches(config: T5Config, backbone: Any, tasks: int) -> tuple[Bank, Callable[[], None]]:
-    """A bank, and a function that decodes one batch of its tasks."""
+    """Returns a bank, and a function that decodes one batch of its tasks."""
     bank = Bank([artifact(config, tasks)])
     predict = jax.jit(Functions(config, bank.method, L, NoEnd()).predict)
     rng = np.random.default_rng(tasks)
@@ -75,11 +75,11 @@ def batches(config: T5Config, backbone: Any, tasks: int) -> tuple[Bank, Callable
 
 
 def measure(config: T5Config, sizes: Sequence[int], repeats: int) -> dict[str, dict[str, Any]]:
-    """Seconds a batch and bytes of every size of bank."""
+    """Measures seconds per batch and bytes for every size of bank."""
     backbone = weights(config)
     made = {tasks: batches(config, backbone, tasks) for tasks in sizes}
     for _, run in made.values():
-        for _ in range(2):  # compiling, and whatever else happens only once
+        for _ in range(2):  # compilation and other one-time work
             run()
     seconds: dict[int, list[float]] = {tasks: [] for tasks in sizes}
     for _ in range(repeats):
@@ -103,7 +103,7 @@ def measure(config: T5Config, sizes: Sequence[int], repeats: int) -> dict[str, d
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--model", default="t5_1_0_small", help="default: %(default)s")

@@ -1,8 +1,8 @@
-"""Contestants in processes of their own, which take turns.
+"""Benchmark contestants in separate processes that take turns.
 
-Whatever else the machine does then hits all of them, and none has another's memory or threads. A
-contestant prepares, warms up, and then does its work once for every line on its standard input.
-Memory is the peak resident set of the whole process, or what the contestant says instead.
+Turns spread other load on the machine over all contestants, and separate processes share neither
+memory nor threads. A contestant prepares, warms up, and then does its work once for every line on
+standard input. Memory is the peak resident set of the process, or the contestant's own figure.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 
 def peak_mib() -> float:
-    """Peak resident set of this process."""
+    """Returns the peak resident set of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Work(NamedTuple):
-    """What a contestant does in a turn.
+    """Work of a contestant in a turn.
 
     Attributes:
-        run: one turn; it returns when all is computed.
-        peak_mib: the memory it has needed so far.
+        run: runs one turn; returns when everything is computed.
+        peak_mib: returns the peak memory so far, in MiB.
     """
 
     run: Callable[[], Any]
@@ -35,11 +35,11 @@ class Work(NamedTuple):
 
 
 def serve(prepare: Callable[[], Work], warm_ups: int = 1) -> None:
-    """A contestant: a turn for every line on standard input, answered with its seconds.
+    """Runs a contestant: one turn for every line on standard input, answered with its seconds.
 
     Args:
-        prepare: makes the model and the batches.
-        warm_ups: turns before the first that counts; they compile.
+        prepare: builds the model and the batches.
+        warm_ups: turns before the first measured one; they compile.
     """
     before, start = peak_mib(), time.perf_counter()
     work = prepare()
@@ -58,13 +58,13 @@ def serve(prepare: Callable[[], Work], warm_ups: int = 1) -> None:
 def compare(
     commands: Mapping[str, Sequence[str]], turns: int, together: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Every contestant's seconds a turn and its peak memory.
+    """Measures every contestant's seconds per turn and peak memory.
 
     Args:
-        commands: name -> what follows `python -m`; the command must end in `serve`.
-        turns: of each contestant.
-        together: how many may be in memory at once, which then take turns among themselves;
-            None for all.
+        commands: name -> arguments of `python -m`; the command must call `serve`.
+        turns: number of turns of each contestant.
+        together: number of contestants in memory at once, which take turns with each other; None
+            for all.
 
     Raises:
         RuntimeError: a contestant ended early.
@@ -89,7 +89,7 @@ def _heat(commands: Mapping[str, Sequence[str]], turns: int) -> dict[str, dict[s
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            found[name] = _answer(workers[name])  # one prepares at a time
+            found[name] = _answer(workers[name])  # contestants prepare one after another
         for _ in range(turns):
             for name, worker in workers.items():
                 worker.stdin.write("turn\n")  # type: ignore[union-attr]  # a pipe
@@ -99,7 +99,7 @@ def _heat(commands: Mapping[str, Sequence[str]], turns: int) -> dict[str, dict[s
                 found[name]["peak_mib"] = answer["peak_mib"]
     finally:
         for worker in workers.values():
-            worker.communicate()  # ends its input, and with it the worker
+            worker.communicate()  # closes standard input, which ends the worker
     return {
         name: {**found[name], **summary(seconds[name]), "all_seconds": seconds[name]}
         for name in commands
@@ -107,7 +107,7 @@ def _heat(commands: Mapping[str, Sequence[str]], turns: int) -> dict[str, dict[s
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """The median and the ends of some measurements."""
+    """Returns the median, minimum and maximum of measurements."""
     return {
         "median_seconds": statistics.median(seconds),
         "min_seconds": min(seconds),
@@ -119,4 +119,6 @@ def _answer(worker: subprocess.Popen) -> dict[str, Any]:
     while line := worker.stdout.readline():  # type: ignore[union-attr]
         if line.startswith("{"):
             return json.loads(line)
-    raise RuntimeError(f"{worker.args} ended without an answer (exit code {worker.wait()}).")
+    raise RuntimeError(
+        f"{worker.args} ended without an answer (exit code {worker.wait()}). See its output above."
+    )

@@ -1,7 +1,7 @@
-"""One training step of MPT: ours, and PEFT's on transformers' T5.
+"""Training steps of MPT to compare: ours, and PEFT's on transformers' T5.
 
-Both take the same batches of the contract, train the prompt alone by AdamW with the same learning
-rate and clipping, and have no dropout. Weights are random: no figure here depends on them.
+Both take the same batches, train only the prompt by AdamW with the same learning rate and clipping,
+and have no dropout. Weights are random, because no figure depends on them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mpt_jax.training.state import abstract_train_state, create_train_state
 RATE, CLIP = 0.3, 1.0
 SIZES = ("tiny", "small", "base", "large")
 CACHE_BYTES = 10**9  # more than a few batches need
-IGNORED = -100  # torch's label of a position without loss
+IGNORED = -100  # torch's label for positions without loss
 
 
 def t5(size: str, dtype: str = "float32") -> T5Config:
-    """The shape of T5 1.0 in a size; `tiny` is for tests."""
+    """Returns the shape of T5 1.0 in a size; `tiny` is for tests."""
     if size == "tiny":
         return T5Config(
             vocab_size=512,
@@ -46,12 +46,12 @@ class Ours:
     """The trainer's own compiled step.
 
     Args:
-        config: the backbone; its dtype is that of activations.
+        config: the backbone; its dtype is the dtype of activations.
         prompt_length: P.
         num_tasks: K, rows of the bank, in one group.
-        distilled: whether the loss has the teachers' terms (logits and hidden states).
-        absent_tasks: what a step does to tasks that are not in the batch, `'dense'` or `'hold'`.
-        cached: whether what teachers say is kept, so that they run for new examples alone.
+        distilled: whether the loss has distillation terms (logits and hidden states).
+        absent_tasks: update of tasks that are not in the batch, `'dense'` or `'hold'`.
+        cached: whether teacher outputs are cached, so that teachers run only for new examples.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Ours:
         jax.block_until_ready(self.trainer.state.trainable)
 
     def loss(self) -> float:
-        """The mean cross entropy of the steps since this was last asked.
+        """Returns the mean cross entropy of the steps since the last call.
 
         Raises:
-            NonFiniteLoss: a step was not taken.
+            NonFiniteLoss: a step was skipped.
         """
         return self.trainer.read_metrics()["term/cross_entropy"]
 
     def peak_mib(self) -> float:
-        """Peak memory: of the process, or of the accelerator."""
+        """Returns the peak memory of the process or of the accelerator, in MiB."""
         import jax
 
         device = jax.devices()[0]
@@ -124,8 +124,8 @@ class Ours:
 
 
 def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
-    """A whole parameter tree, NumPy arrays of sensible scales in the dtypes the state has. Drawing
-    here takes a second where compiling the initial values of thousands of rows takes minutes."""
+    """Returns a whole parameter tree of NumPy arrays with sensible scales and the state's dtypes.
+    Drawing takes a second here; compiling the initial values of thousands of rows takes minutes."""
     from mpt_jax.core.tree import flatten, unflatten
 
     rng = np.random.default_rng(0)
@@ -144,15 +144,15 @@ def random_params(model: Any, partitioner: Any) -> dict[str, Any]:
 
 
 class Peft:
-    """PEFT's MultitaskPromptTuning with prompts in the encoder alone, as ours are.
+    """PEFT's MultitaskPromptTuning, with prompts only in the encoder as in ours.
 
     Args:
-        config: the backbone; its dtype is that of the weights, prompts are float32.
+        config: the backbone; its dtype is the dtype of the weights. Prompts are float32.
         prompt_length: P.
         num_tasks: K.
-        device: torch's name.
-        fused: attention by torch's fused kernel, and the whole model compiled; transformers' T5
-            has neither by itself.
+        device: torch's name of the device.
+        fused: whether to use torch's fused attention and compile the model; transformers' T5 does
+            neither by default.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Peft:
         device: str = "cpu",
         fused: bool = False,
     ):
-        # transformers would import TensorFlow beside torch, and need memory for it.
+        # Otherwise transformers also imports TensorFlow, which needs memory.
         os.environ["USE_TF"] = "0"
         import torch
         from peft import MultitaskPromptTuningConfig, TaskType, get_peft_model
@@ -200,7 +200,7 @@ class Peft:
         self.optimizer.step()
 
     def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """What the model is called with, of a batch of the contract with prompts in front."""
+        """Converts an unpacked batch to the arguments of PEFT's model."""
         slots = batch["encoder_prompt_slots"][0]
         text = batch["encoder_input_tokens"][:, int((slots > 0).sum()) :]
         labels = np.where(batch["decoder_loss_weights"], batch["decoder_target_tokens"], IGNORED)
@@ -221,28 +221,28 @@ class Peft:
             self.torch.cuda.synchronize()
 
     def loss(self) -> float:
-        """The cross entropy of the last step.
+        """Returns the cross entropy of the last step.
 
         Raises:
             FloatingPointError: it is not finite.
         """
         found = float(self._last.detach())
         if not np.isfinite(found):
-            raise FloatingPointError(f"PEFT's loss is {found}.")
+            raise FloatingPointError(f"PEFT's loss is {found}, which is not finite.")
         return found
 
     def peak_mib(self) -> float:
-        """Peak memory: of the process, or of the accelerator."""
+        """Returns the peak memory of the process or of the accelerator, in MiB."""
         if self.device == "cpu":
             return contest.peak_mib()
         return self.torch.cuda.max_memory_allocated() / 2**20
 
 
 def hugging_face(config: T5Config) -> Any:
-    """The same shape as transformers' configuration."""
+    """Returns the same shape as a transformers configuration."""
     from transformers import T5Config as TheirConfig
 
     from mpt_jax.convert import hf
 
-    # The cache serves decoding; without it a step is a little cheaper.
+    # The cache is only for decoding; without it a step is slightly cheaper.
     return TheirConfig(**hf.config_to_hf(config), use_cache=False)

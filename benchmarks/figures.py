@@ -1,4 +1,4 @@
-"""What every benchmark does with its figures."""
+"""Output of benchmark figures: JSON, Markdown tables, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Instructions on bfloat16, as Linux names them.
+# Linux's names of bfloat16 instructions.
 BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def report(found: Mapping[str, Any], out: Path | None) -> None:
-    """Prints figures as JSON and, where `out` names a file, writes them to it."""
+    """Prints figures as JSON, and writes them to `out` if given."""
     text = json.dumps(found, indent=2)
     print(text)
     write(found, out)
 
 
 def write(found: Mapping[str, Any], out: Path | None) -> None:
-    """Writes figures as JSON to `out`, where it names a file."""
+    """Writes figures as JSON to `out`, if given."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; numbers in three digits."""
+    """Returns a Markdown table; floats have three digits."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
 
@@ -40,8 +40,8 @@ def _shown(cell: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of this machine: its processor, cores, and which instructions on
-    bfloat16 it has."""
+    """Returns the facts about this machine that matter for figures: processor, cores, and bfloat16
+    instructions."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}

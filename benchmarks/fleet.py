@@ -1,14 +1,14 @@
-"""A fleet of few-shot adaptations in one job, against as many jobs of one.
+"""Run time of a fleet of few-shot adaptations, compared with as many single-run jobs.
 
     python -m benchmarks.fleet --out docs/benchmarks/fleet.json
 
-MPT's target stage on the toy suite as the demo has it (gin/runs/demo.gin): every run learns 32
-examples for 200 steps of 4, and is not evaluated. A fleet is one such command with n runs in
-independent groups, so it takes the same steps on the same examples. Its rivals: n processes one
-after another ("cold", whose compiled step comes from JAX's cache on disk, the first one's apart),
-and n stages one after another in one process that has run one before ("warm", the step compiled as
-well). Those are measured a run at a time and multiplied by n. A fleet is a process of its own that
-finds no compiled step. All take turns; figures are wall seconds from start to end, medians.
+MPT's target stage on the toy suite as in the demo (gin/runs/demo.gin): every run trains on 32
+examples for 200 steps of 4 examples, and is not evaluated. A fleet is one such command with n runs
+in independent groups, so it takes the same steps on the same examples. It is compared with n
+processes one after another ("cold"; all but the first load the compiled step from JAX's cache on
+disk), and with n stages one after another in a process that has run one before ("warm"; the step is
+already compiled). These are measured one run at a time and multiplied by n. A fleet has a separate
+process without a compiled step. All take turns. Figures are median wall seconds from start to end.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ COLD, WARM = "cold", "warm"
 
 
 def fleet_runs(number: int) -> tuple[Run, ...]:
-    """The runs of a fleet: the demo's four targets, or the first of them, and as many draws
-    as it takes.
+    """Returns the runs of a fleet: the demo's four targets, or the first of them, with as many
+    draws as needed.
 
     Raises:
-        ValueError: `number` is above four and no multiple of it.
+        ValueError: `number` is greater than four and not a multiple of four.
     """
     tasks = demo.TARGETS[:number]
     if number % len(tasks):
         raise ValueError(
-            f"A fleet of {number} is not so many draws of {len(tasks)} tasks; give a multiple of "
-            f"{len(demo.TARGETS)}, or less than that."
+            f"A fleet of {number} runs cannot have equally many draws of {len(tasks)} tasks. "
+            f"Choose a multiple of {len(demo.TARGETS)}, or fewer than {len(demo.TARGETS)} runs."
         )
     return target_runs(tasks, range(number // len(tasks)), SHOTS)
 
 
 def stage(root: Path, name: str, runs: Sequence[Run], steps: int) -> Stage:
-    """The command of a job that adapts these runs and does nothing else."""
+    """Returns a stage that only trains these runs."""
     bindings = (
-        f"ROOT = {quoted(str(root))}",  # holds no source stage, so the shipped one is the start
+        f"ROOT = {quoted(str(root))}",  # has no source stage, so runs start from the shipped one
         *target_bindings(runs, ROWS),
         "train_script.train.infer_eval_dataset_cfg = None",
     )
@@ -64,7 +64,7 @@ def stage(root: Path, name: str, runs: Sequence[Run], steps: int) -> Stage:
 
 
 def stages(root: Path, name: str, number: int, steps: int) -> Iterator[Stage]:
-    """One stage after another under new names: `number` runs each; single ones walk through the
+    """Yields stages with new names and `number` runs each. Single runs cycle through the
     targets."""
     singles = itertools.cycle(fleet_runs(len(demo.TARGETS)))
     for turn in itertools.count():
@@ -73,11 +73,10 @@ def stages(root: Path, name: str, number: int, steps: int) -> Iterator[Stage]:
 
 
 def as_command(job: Stage, root: Path, cache: str) -> None:
-    """Runs a stage's command line, with its compiled steps kept in the folder `cache` ("" keeps
-    none).
+    """Runs a stage's command line, with the folder `cache` as compilation cache ("" for none).
 
     Raises:
-        RuntimeError: it failed; has the end of what it said.
+        RuntimeError: the command failed; the error has the end of its output.
     """
     command = [sys.executable, *shlex.split(job.command(root))[1:]]
     kept = {
@@ -90,12 +89,12 @@ def as_command(job: Stage, root: Path, cache: str) -> None:
 
 
 def work(name: str, root: Path, steps: int) -> contest.Work:
-    """A contestant's turn: the next of its stages, to the end."""
+    """Returns a contestant's turn: its next stage, to the end."""
     number = 1 if name in (COLD, WARM) else int(name)
     jobs = stages(root, name, number, steps)
     run: Callable[[], Any]
     if name == WARM:
-        gin_utils.log_progress()  # says what a command line says
+        gin_utils.log_progress()  # logs like a command line
         run = lambda: next(jobs).run(root)  # noqa: E731
     else:
         cache = str(root / "compiled") if name == COLD else ""
@@ -104,28 +103,28 @@ def work(name: str, root: Path, steps: int) -> contest.Work:
 
 
 def measure(root: Path, sizes: Sequence[int], steps: int, turns: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every contestant, and of its training steps alone."""
+    """Measures the seconds of every contestant, and of its training steps."""
     names = [COLD, WARM, *(str(size) for size in sizes if size > 1)]
     given = ["benchmarks.fleet", "--root", str(root), "--steps", str(steps)]
     found = contest.compare({name: [*given, "--serve", name] for name in names}, turns)
     for name, row in found.items():
-        # The first of the single ones compiled.
+        # The first single run compiled its step.
         folders = [
             root / f"{name}_{turn}" for turn in range(warm_ups(name), warm_ups(name) + turns)
         ]
         seconds = [results.training_seconds(folder) for folder in folders]
         row["steps_alone_seconds"] = statistics.median(seconds)
-        del row["peak_mib"], row["before_mib"]  # of the process that starts others
+        del row["peak_mib"], row["before_mib"]  # memory of the process that starts the commands
     return found
 
 
 def warm_ups(name: str) -> int:
-    """Turns of a contestant that do not count: single runs find a compiled step."""
+    """Returns the unmeasured turns of a contestant. Single runs need one to compile the step."""
     return 1 if name in (COLD, WARM) else 0
 
 
 def comparisons(found: dict[str, dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, float]]:
-    """Each fleet beside as many single runs, all in seconds."""
+    """Returns the seconds of each fleet and of as many single runs."""
     cold, warm = found[COLD], found[WARM]
     lines = []
     for size in sizes:
@@ -145,7 +144,7 @@ def comparisons(found: dict[str, dict[str, Any]], sizes: Sequence[int]) -> list[
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,7 +1,7 @@
-"""Fused attention for transformers' T5, which has none: the best that PEFT's side can have.
+"""Fused attention for transformers' T5, which has none, so that PEFT is compared at its best.
 
 Relative position biases and the mask become the additive mask of torch's
-`scaled_dot_product_attention`. For training only: no cache, no head masks, no dropout.
+`scaled_dot_product_attention`. Only for training: no cache, no head masks, no dropout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def fuse_attention(model: Any) -> None:
             module.forward = types.MethodType(_attend, module)
 
 
-def _attend(  # noqa: PLR0913 - the arguments of the method that it stands in for
+def _attend(  # noqa: PLR0913 - the arguments of the method that it replaces
     self: Any,
     hidden_states: Any,
     mask: Any = None,
@@ -33,7 +33,9 @@ def _attend(  # noqa: PLR0913 - the arguments of the method that it stands in fo
     import torch
 
     if use_cache or output_attentions or past_key_values is not None:
-        raise ValueError("Fused attention is for training: no cache, no attention weights.")
+        raise ValueError(
+            "Fused attention has no cache and no attention weights. Use it only for training."
+        )
     source = hidden_states if key_value_states is None else key_value_states
     split = lambda x: x.unflatten(-1, (self.n_heads, self.key_value_proj_dim)).transpose(1, 2)  # noqa: E731
     queries, keys, values = (
@@ -52,7 +54,7 @@ def _attend(  # noqa: PLR0913 - the arguments of the method that it stands in fo
             position_bias = queries.new_zeros((1, self.n_heads, *shape))
         if mask is not None:
             position_bias = position_bias + mask[..., : shape[1]]
-    # T5's weights contain the division by the square root of a head's width.
+    # T5's weights include the division by the square root of the head width.
     attended = torch.nn.functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=position_bias.to(queries.dtype), scale=1.0
     )

@@ -1,9 +1,9 @@
-"""How fast batches come, how long the first takes, and how large their position is.
+"""Throughput and start-up time of the input pipeline, and the size of its saved position.
 
     python -m benchmarks.input_pipeline [--batches 300] [--out docs/benchmarks/input_pipeline.json]
 
 The six toy source tasks under stochastic task sampling, B = 48, 20 prompt and 48 text positions.
-CPU seconds are those of the whole process, so that a busy machine does not count.
+CPU seconds are those of the whole process, so other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LENGTHS = {"inputs": 48, "targets": 12}
 
 
 def measure(batches: int, batch_size: int = 48) -> dict[str, float]:
-    """Seconds, rates and bytes of one pipeline; see the names."""
+    """Measures seconds, rates and bytes of one pipeline, by name."""
     from mpt_jax.tasks import toy
 
     names = [task.name for task in toy.SOURCE_TASKS]
@@ -30,7 +30,7 @@ def measure(batches: int, batch_size: int = 48) -> dict[str, float]:
     mixture = sampling.task_mixture(names, sampling.StochasticTasks(batch_size, seed=0))
     cfg = datasets.DatasetConfig(mixture, LENGTHS, "train", batch_size, shuffle=True, seed=0)
     found = {}
-    for attempt in ("first", "again"):  # the second finds the tasks tokenized
+    for attempt in ("first", "again"):  # tasks are already tokenized in the second
         before, cpu = time.monotonic(), time.process_time()
         iterator = datasets.train_iterator(cfg, converter)
         next(iterator)
@@ -52,7 +52,7 @@ def measure(batches: int, batch_size: int = 48) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the figures and, on request, writes them."""
+    """Prints the figures, and writes them to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=300)
     parser.add_argument("--out", type=Path)

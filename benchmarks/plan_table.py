@@ -1,10 +1,10 @@
-"""The table of docs/tpu.md: steps of sizes of T5 on slices of TPUs, compiled ahead of time.
+"""Table of docs/tpu.md: steps of several sizes of T5 on TPU slices, compiled ahead of time.
 
     python -m benchmarks.plan_table [--out docs/benchmarks/plan.json] [--only t5_1_0_base]
 
-Every row is one `mpt-jax plan` command, which is printed. Rows that the file holds already are not
-compiled again; what follows from their counts and the chips' peaks is computed anew. Nothing is
-run: the figures are the TPU compiler's.
+Every row is one `mpt-jax plan` command, which is printed. Rows that are already in the file are not
+compiled again, but figures derived from their counts and the chips' peaks are updated. Nothing is
+run: the figures come from the TPU compiler.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGET, SOURCE = "gin/mpt_target.gin", "gin/mpt_source.gin"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A plan: what is trained, on what, how many examples a step on each copy of the model."""
+    """A plan: model, slice, and examples in a step for each copy of the model."""
 
     t5: str
     topology: str
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def batch(self) -> int:
-        """Examples of a step on the whole slice."""
+        """Examples in a step on the whole slice."""
         chips = 1
         for size in self.topology.partition(":")[2].split("x"):
             chips *= int(size)
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def command(self) -> list[str]:
-        """Its plan."""
+        """Arguments of `python -m` for the plan."""
         return [
             "mpt_jax.plan",
             f"--gin_file={self.stage}",
@@ -79,10 +79,10 @@ ROWS = (
 
 
 def main() -> None:
-    """Makes the rows that are missing, and prints the table."""
+    """Compiles missing rows, and prints the table."""
     parser = argparse.ArgumentParser(description="Compiles the table of docs/tpu.md.")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/plan.json"))
-    parser.add_argument("--only", help="rows of this T5")
+    parser.add_argument("--only", help="compile only rows of this T5")
     arguments = parser.parse_args()
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for row in ROWS:
@@ -105,26 +105,26 @@ def main() -> None:
 
 
 def ordered(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are there, in the table's order."""
+    """Returns the existing rows in the table's order."""
     names = [shlex.join(row.command) for row in ROWS]
     return [found[name] for name in names if name in found]
 
 
 def derive(found: dict[str, Any]) -> None:
-    """Computes what follows from the counts of every row, in place."""
+    """Updates the derived figures of every row in place."""
     for row in found.values():
         if "cost" in row["needs"]:
             row["needs"] |= format.derived(format.from_json(row["needs"]))
 
 
 def write(found: dict[str, Any], out: Path) -> None:
-    """As JSON."""
+    """Writes the rows as JSON."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Returns the table in Markdown."""
     head = (
         "T5", "slice", "data x model", "examples a copy", "step", "arguments", "temporaries",
         "peak", "TFLOP", "accessed", "HBM alone", "ms compute", "ms memory", "of ideal",

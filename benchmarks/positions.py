@@ -1,11 +1,12 @@
-"""Encoder positions computed for an example, by how examples are put into batches.
+"""Computed encoder positions per example, by method of batching.
 
     python -m benchmarks.positions [--examples 8192] [--out docs/benchmarks/positions.json]
 
-The ragged mix of benchmarks/ragged_mix.py, whose lengths are assumed, at three prompt lengths. A
-position is one of the T that a row of a batch has, prompt and padding included: all but attention
-costs by it. A window is how many examples are at hand at once. Packed rows have 32 target positions
-for every 256 + P encoder positions, enough for targets not to decide. Counted, not timed.
+The ragged mix of benchmarks/ragged_mix.py, with assumed lengths, at three prompt lengths. A
+position is one of the T positions of a batch row, including prompt and padding. All costs except
+attention are proportional to positions. A window is the number of examples to choose from. Packed
+rows have 32 target positions for every 256 + P encoder positions, so targets do not limit packing.
+Positions are counted, not timed.
 """
 
 from __future__ import annotations
@@ -29,45 +30,45 @@ ROW_TARGETS = 32  # in a row of 1x
 
 
 def capacity(prompt_length: int, times: float) -> tuple[int, int]:
-    """Encoder and target positions of a packed row."""
+    """Returns encoder and target positions of a packed row."""
     return int(times * (TEXT_LIMIT + prompt_length)), int(times * ROW_TARGETS)
 
 
 def needs(mix: Mix, prompt_length: int) -> np.ndarray:
-    """[N, 2] encoder positions, prompt included, and target positions of each example."""
+    """Returns [N, 2] encoder positions (with prompt) and target positions of each example."""
     return np.stack([mix.inputs + prompt_length, mix.targets], axis=1)
 
 
 def in_batches(
     lengths: np.ndarray, batches: Iterator[np.ndarray], round_up: Callable[[int], int]
 ) -> int:
-    """Positions of unpacked batches as long as their longest example.
+    """Counts positions of unpacked batches that are as long as their longest example.
 
     Args:
-        lengths: [N] of texts.
-        batches: the examples of each.
-        round_up: the longest text's tokens -> those of the batch's rows.
+        lengths: [N] lengths of texts.
+        batches: indices of the examples of each batch.
+        round_up: length of the longest text -> length of the batch.
     """
     return sum(len(batch) * round_up(int(lengths[batch].max())) for batch in batches)
 
 
 def unsorted(count: int, batch_size: int = BATCH) -> Iterator[np.ndarray]:
-    """The examples of each batch in the order they come."""
+    """Yields indices of each batch in arrival order."""
     return (np.arange(at, min(at + batch_size, count)) for at in range(0, count, batch_size))
 
 
 def to_multiple(multiple: int) -> Callable[[int], int]:
-    """Rounds up to a multiple, but never beyond the limit on texts."""
+    """Returns a function that rounds up to a multiple, at most to the limit of texts."""
     return lambda length: min(TEXT_LIMIT, -(-length // multiple) * multiple)
 
 
 def next_fit(lengths: np.ndarray, room: tuple[int, int]) -> int:
-    """Rows that SeqIO's packing makes: one is open, and closed by the first example that does not
-    fit.
+    """Counts rows of SeqIO's packing. One row is open at a time, and the first example that does
+    not fit closes it.
 
     Args:
         lengths: [N, 2], see `needs`.
-        room: positions of a row.
+        room: encoder and target positions of a row.
     """
     rows, left = 0, np.zeros(2, int)
     for need in lengths:
@@ -78,13 +79,13 @@ def next_fit(lengths: np.ndarray, room: tuple[int, int]) -> int:
 
 
 def best_fit(lengths: np.ndarray, room: tuple[int, int], window: int) -> int:
-    """Rows that ours makes, a window at a time."""
+    """Counts rows of our packing, one window at a time."""
     parts = (lengths[at : at + window] for at in range(0, len(lengths), window))
     return sum(len(packing.best_fit(part, room)) for part in parts)
 
 
 def count(mix: Mix, prompt_length: int) -> dict[str, float]:
-    """Positions an example of every method."""
+    """Returns positions per example for every method of batching."""
     number = len(mix.inputs)
     exact = lambda length: length  # noqa: E731
     order = list(bucketing.sorted_batches(mix.inputs, BATCH))
@@ -111,7 +112,7 @@ def count(mix: Mix, prompt_length: int) -> dict[str, float]:
 
 
 def markdown(found: dict[int, dict[str, float]]) -> str:
-    """The table: positions an example, and times the ideal."""
+    """Returns a table of positions per example, and ratios to the ideal."""
     header = ["", *(f"P = {length}" for length in found)]
     ideal = {length: min(by_method.values()) for length, by_method in found.items()}
     rows: list[Sequence[object]] = [
@@ -122,7 +123,7 @@ def markdown(found: dict[int, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--examples", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,17 +1,17 @@
-"""Greedy decoding against transformers' and PEFT's generate(), side by side in one run.
+"""Greedy decoding compared with generate() of transformers and PEFT, in one run.
 
     python -m benchmarks.predict [--repeats 7] [--out docs/benchmarks/predict.json]
 
-T5-small shape, one set of random weights and of prompts for all, float32; B = 16, 100 prompt and
-64 text positions, 16 tokens decoded, no end of sequence. Each contestant lives in a process of its
-own with all cores; they take turns, a batch at a time.
+T5-small shape, the same random weights and prompts for all, float32; B = 16, 100 prompt and 64 text
+positions, 16 decoded tokens, no end of sequence. Each contestant has a separate process with all
+cores. They take turns, one batch at a time.
 
     mpt_jax        six tasks in every batch, from a bank of MPT's factors
-    peft           the same by MultitaskPromptTuning and its generate()
-    transformers   the same prompts, composed beforehand, by inputs_embeds and generate()
+    peft           the same tasks with MultitaskPromptTuning and its generate()
+    transformers   the same prompts, materialized in advance, with inputs_embeds and generate()
 
-What each decodes must be the same, id by id, or there are no figures; weights are scaled so that it
-depends on the text. PEFT and transformers need the `parity` extra.
+All contestants must decode the same ids, otherwise the benchmark fails. Weights are scaled so that
+the ids depend on the text. PEFT and transformers need the `parity` extra.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mpt_jax.runtime import malloc
 B, P, TEXT, L, K = 16, 100, 64, 16, 6
 CONTESTANTS = ("mpt_jax", "peft", "transformers")
 INPUTS = "inputs.npz"
-# What random embeddings and queries are multiplied by. Sharper attention than this turns rounding
-# into other ids: at 16 two rows of 16 differed.
+# Factors for random embeddings and queries. With sharper attention, rounding changes ids: at 16,
+# two of 16 rows differed.
 SMALL, SHARP = 0.05, 6.0
 
 
 def prepare(folder: Path, model: str) -> None:
-    """Writes a T5 with random weights, prompts and texts, the same for everyone."""
+    """Writes a T5 with random weights, prompts and texts for all contestants."""
     import jax
 
     from mpt_jax.backbones.t5 import Transformer, t5_config
@@ -48,8 +48,8 @@ def prepare(folder: Path, model: str) -> None:
     config = t5_config(model)
     tokens = np.ones((1, 2), np.int32)
     made = jax.jit(Transformer(config).init)(jax.random.PRNGKey(0), tokens, tokens > 0, tokens)
-    # At random a T5 repeats the token it has just read, whose embedding outweighs all layers, and
-    # attends to everything alike.
+    # A random T5 repeats the last token, whose embedding dominates all layers, and its attention is
+    # uniform.
     scales = {"embedding": SMALL, "query": SHARP}
     leaves = {
         name: leaf * math.prod(x for part, x in scales.items() if part in name.split("/"))
@@ -68,7 +68,7 @@ def prepare(folder: Path, model: str) -> None:
 
 
 def ours(folder: Path) -> contest.Work:
-    """The function that `mpt-jax predict` compiles."""
+    """Returns a turn of the function that `mpt-jax predict` compiles."""
     import jax
 
     from mpt_jax.artifacts.artifacts import Artifact
@@ -100,7 +100,7 @@ def ours(folder: Path) -> contest.Work:
 
 
 def theirs(folder: Path, peft: bool) -> contest.Work:
-    """generate() of a T5 with PEFT's MPT, or with prompts put in front of its embeddings."""
+    """Returns a turn of generate(), with PEFT's MPT or with prompts prepended to the embeddings."""
     import torch
     from transformers import T5ForConditionalGeneration
 
@@ -117,7 +117,7 @@ def theirs(folder: Path, peft: bool) -> contest.Work:
         prompts = prompts[given["tasks"].long()]
         embedded = torch.cat([prompts, model.get_input_embeddings()(text)], 1).detach()
         inputs = {"inputs_embeds": embedded, "attention_mask": torch.ones(embedded.shape[:2])}
-    malloc.keep_freed_memory()  # what helps ours
+    malloc.keep_freed_memory()  # as for ours
 
     def run() -> np.ndarray:
         with torch.inference_mode():
@@ -146,7 +146,7 @@ def _with_peft(model: Any, given: dict[str, Any]) -> Any:
 
 
 def serve(name: str, folder: Path) -> None:
-    """A contestant; leaves what it decodes in the folder."""
+    """Runs a contestant, and saves the ids it decodes in the folder."""
 
     def prepared() -> contest.Work:
         work = ours(folder) if name == "mpt_jax" else theirs(folder, peft=name == "peft")
@@ -157,7 +157,7 @@ def serve(name: str, folder: Path) -> None:
 
 
 def check_equal(folder: Path) -> int:
-    """How many different ids were decoded.
+    """Returns the number of distinct decoded ids.
 
     Raises:
         ValueError: contestants decoded different ids.
@@ -166,14 +166,16 @@ def check_equal(folder: Path) -> int:
     first = decoded[CONTESTANTS[0]]
     for name, ids in decoded.items():
         if ids.shape != first.shape:
-            raise ValueError(f"{name} decodes {ids.shape} ids, {CONTESTANTS[0]} {first.shape}.")
+            raise ValueError(
+                f"{name} decoded ids of shape {ids.shape}, but {CONTESTANTS[0]} of {first.shape}."
+            )
         if rows := np.flatnonzero((ids != first).any(1)).tolist():
-            raise ValueError(f"{name} decodes other ids than {CONTESTANTS[0]} in rows {rows}.")
+            raise ValueError(f"{name} and {CONTESTANTS[0]} decoded different ids in rows {rows}.")
     return len(np.unique(first))
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--model", default="t5_1_0_small", help="default: %(default)s")
@@ -190,7 +192,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        # In a process of its own: a child's peak begins with what its parent has needed.
+        # In a separate process, because a child's peak memory starts at its parent's.
         child = [sys.executable, "-m", "benchmarks.predict", "--prepare", "--folder", scratch]
         subprocess.run([*child, "--model", args.model], check=True)
         commands = {

@@ -1,4 +1,4 @@
-"""MPT's step on ragged texts against PEFT's: positions, seconds, examples a second and memory.
+"""MPT's training step on ragged texts against PEFT's: positions, time, throughput and memory.
 
     python -m benchmarks.ragged --out docs/benchmarks/ragged_small.json
     python -m benchmarks.ragged --size base --batch-sizes 8 --batches 6 --stages source \
@@ -6,14 +6,14 @@
     python -m benchmarks.ragged --device gpu --size large --batch-sizes 8 16 32 64 \
         --peak-tflops 989 --out docs/benchmarks/ragged_gpu.json
 
-T5 shapes with random weights, P = 100, texts of at most 256 tokens whose lengths are those of
+T5 shapes with random weights, P = 100, texts of at most 256 tokens with the lengths of
 benchmarks/ragged_mix.py (assumed; the record has the histogram). PEFT pads each batch to its
-longest text, in the order examples come and sorted by length. Ours sorts and cuts to buckets, or
-packs by best fit into rows of once or twice the limits. A turn is the same list of examples for
-everyone, in batches of --batch-sizes examples (packed: on average); contestants take turns. A
-source step has six tasks in its batches, a target step one. Everything is float32 except where a
-name says bfloat16; on a GPU all is bfloat16, PEFT's model compiled and its attention fused
-(benchmarks/fused_t5.py). No figure of a GPU has been measured yet. PEFT needs the `parity` extra.
+longest text, with examples in arrival order and sorted by length. Ours sorts and trims to length
+buckets, or packs by best fit into rows of once or twice the limits. All contestants have the same
+list of examples in a turn, in batches of --batch-sizes examples (packed: on average), and take
+turns. A source step has six tasks in its batches, a target step one. Everything is float32 unless
+a name says bfloat16. On a GPU everything is bfloat16, PEFT's model is compiled and its attention
+fused (benchmarks/fused_t5.py). No GPU figure has been measured yet. PEFT needs the `parity` extra.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ P = 100
 
 
 class Contestant(NamedTuple):
-    """Who computes, on which kind of batches (`ragged_batches.KINDS`), in which precision."""
+    """A library, a kind of batches (`ragged_batches.KINDS`) and a precision."""
 
     library: str
     kind: str
@@ -42,13 +42,13 @@ class Contestant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In tables."""
+        """Name in tables."""
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         teachers = ", distilled" if self.distilled else ""
         return f"{self.library}{dtype} {self.kind}{teachers}"
 
 
-# Those whose figures are divided by each other come first: they are in memory together.
+# Contestants that are compared by ratio come first, so that they are in memory together.
 MAIN = (
     Contestant("PEFT", "unsorted"),
     Contestant("PEFT", "sorted"),
@@ -73,8 +73,8 @@ STAGES = {"source": len(ragged_mix.TASKS), "target": 1}  # rows of the bank
 
 
 def entered(args: argparse.Namespace, stage: str) -> list[Contestant]:
-    """Who takes part. Target steps have no teachers; and what the precision and the kinds of
-    packing cost was seen in the source stage, whose steps are the same but for the bank."""
+    """Returns the contestants. Target steps have no teachers. Precisions and kinds of packing are
+    measured only in the source stage, whose steps are the same except for the bank."""
     if args.contestants:
         return [ALL[name] for name in args.contestants]
     if args.device == "gpu":
@@ -83,13 +83,13 @@ def entered(args: argparse.Namespace, stage: str) -> list[Contestant]:
 
 
 def examples(args: argparse.Namespace, stage: str, batch_size: int) -> list[Example]:
-    """The list of a turn."""
+    """Returns the examples of a turn."""
     mix = ragged_mix.draw(args.batches * batch_size)
     return ragged_mix.examples(mix, t5(args.size).vocab_size, one_task=stage == "target")
 
 
 def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant) -> contest.Work:
-    """A contestant's turn: a step for each of its batches."""
+    """Returns a contestant's turn: a step for each of its batches."""
     config = t5(args.size, who.dtype)
     list_of_turn = examples(args, stage, batch_size)
     batches = ragged_batches.KINDS[who.kind](list_of_turn, P, batch_size)
@@ -98,7 +98,7 @@ def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant)
     if who.library == "PEFT":
         device = "cuda" if on_gpu else "cpu"
         side = Peft(config, P, STAGES[stage], device, fused=on_gpu)
-        malloc.keep_freed_memory()  # as ours does, and our trainer
+        malloc.keep_freed_memory()  # as our trainer does
     else:
         side = Ours(config, P, STAGES[stage], who.distilled)
 
@@ -106,13 +106,13 @@ def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant)
         for batch in batches:
             side.step(batch)
         side.wait()
-        side.loss()  # raises where training has gone wrong
+        side.loss()  # raises if training diverged
 
     return contest.Work(run, side.peak_mib)
 
 
 def measure(args: argparse.Namespace, stage: str, batch_size: int) -> dict[str, dict[str, Any]]:
-    """The figures of every contestant in one stage, by name."""
+    """Measures every contestant in one stage; returns figures by name."""
     whos = entered(args, stage)
     given = ["benchmarks.ragged", "--device", args.device, "--size", args.size]
     given += ["--batches", str(args.batches), "--stages", stage, "--batch-sizes", str(batch_size)]
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace, stage: str, batch_size: int) -> dict[str, 
 
 
 def speedups(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Examples a second of each of ours over each of PEFT's."""
+    """Returns ratios of examples per second, each of ours over each of PEFT's."""
     speed = {name: row["examples_per_second"] for name, row in found.items()}
     return {
         f"{ours} / {theirs}": speed[ours] / speed[theirs]
@@ -158,7 +158,7 @@ COLUMNS = {
 
 
 def markdown(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
-    """The contestants, then how many times faster ours are."""
+    """Returns a table of the contestants, then one of our speedups."""
     columns = {
         title: field
         for title, field in COLUMNS.items()
@@ -175,33 +175,33 @@ def markdown(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages compared."""
+    """Returns the versions of the compared packages."""
     return {
         name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers", "peft")
     }
 
 
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16])
-    parser.add_argument("--batches", type=int, default=6, help="of a turn")
+    parser.add_argument("--batches", type=int, default=6, help="batches in a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--contestants", nargs="+", choices=ALL, metavar="NAME")
     parser.add_argument("--together", type=int, default=4, help="contestants in memory at once")
-    parser.add_argument("--peak-tflops", type=float, help="of the device in this precision")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device in this precision")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=ALL, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prints tables, and writes the figures where asked."""
+    """Prints tables, and writes the figures to --out if given."""
     args = parsed()
-    # Several processes share a GPU, so none may take all of its memory.
+    # Several processes share a GPU, so no process may reserve all of its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["JAX_PLATFORMS"] = "cuda" if args.device == "gpu" else "cpu"
     if args.serve:

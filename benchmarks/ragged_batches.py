@@ -1,4 +1,4 @@
-"""The same ragged examples in batches of several kinds, and what their arithmetic must cost."""
+"""Different kinds of batches of the same ragged examples, and the FLOPs that they need."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.batching import bucketing
 from mpt_jax.batching.collate import Batch, Example, packed, unpacked
 
-MULTIPLE = 32  # text lengths of the buckets
+MULTIPLE = 32  # text lengths of buckets are multiples of this
 
 
 def longest_unsorted(examples: Sequence[Example], prompt_length: int, size: int) -> list[Batch]:
-    """Batches of `size` in the order examples come, each as long as its longest text: dynamic
-    padding."""
+    """Dynamic padding: batches of `size` in arrival order, each as long as its longest text."""
     parts = (examples[at : at + size] for at in range(0, len(examples), size))
     return [_as_long_as_the_longest(part, prompt_length) for part in parts]
 
 
 def longest_sorted(examples: Sequence[Example], prompt_length: int, size: int) -> list[Batch]:
-    """The same after sorting by length, as transformers' `group_by_length` does within 50 batches
-    (or with fewer, within all there are)."""
+    """Dynamic padding after sorting by length within 50 batches (or all, if fewer), like
+    transformers' `group_by_length`."""
     order = bucketing.sorted_batches(_lengths(examples), size, window=50)
     return [_as_long_as_the_longest([examples[i] for i in part], prompt_length) for part in order]
 
 
 def bucketed(examples: Sequence[Example], prompt_length: int, size: int) -> list[Batch]:
-    """Ours: sorted within 16 batches, and cut to multiples of 32 tokens."""
+    """Ours: sorted within 16 batches, and trimmed to multiples of 32 tokens."""
     limits = {"inputs": TEXT_LIMIT, "targets": TARGET_LIMIT}
     lengths = {"inputs": range(MULTIPLE, TEXT_LIMIT, MULTIPLE)}
     buckets = bucketing.of_settings(lengths, prompt_length, limits)
@@ -45,9 +44,9 @@ def padded(examples: Sequence[Example], prompt_length: int, size: int) -> list[B
 
 
 def packed_rows(times: float) -> Callable[[Sequence[Example], int, int], list[Batch]]:
-    """Ours: rows of `times` the limits, packed by best fit over all examples, as many rows to a
-    batch as hold `size` examples on average. The last batch is filled up with empty rows, so that
-    all have one shape."""
+    """Ours: rows of `times` the limits, packed by best fit over all examples. A batch has as many
+    rows as hold `size` examples on average. The last batch is padded with empty rows, so that all
+    batches have the same shape."""
 
     def make(examples: Sequence[Example], prompt_length: int, size: int) -> list[Batch]:
         lengths = {
@@ -76,14 +75,14 @@ KINDS: dict[str, Callable[[Sequence[Example], int, int], list[Batch]]] = {
 
 
 def positions(batches: Sequence[Batch]) -> int:
-    """Encoder positions computed: B x T of every batch."""
+    """Returns the number of computed encoder positions, B x T summed over batches."""
     return sum(batch["encoder_input_tokens"].size for batch in batches)
 
 
 def needed_flops(config: T5Config, examples: Sequence[Example], prompt_length: int) -> float:
-    """What a training step must compute for these examples, without any padding: 4 operations for
-    every weight and token (2 forward, 2 for the gradient of what comes in; frozen weights need
-    none), and 12 for every pair of positions, layer and column of attention."""
+    """Returns the operations that a training step needs for these examples without padding: 4 for
+    every weight and token (2 forward, 2 for the gradient of the input; frozen weights have no
+    gradient), and 12 for every pair of positions, layer and column of attention."""
     width, heads = config.emb_dim, config.num_heads * config.head_dim
     feed_forward = width * config.mlp_dim * (len(config.mlp_activations) + 1)
     attention = 4 * width * heads

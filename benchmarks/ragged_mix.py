@@ -1,10 +1,11 @@
-"""Examples as ragged as the paper's source stage: lengths of GLUE, SQuAD and ReCoRD, random ids.
+"""Synthetic examples with the text lengths of the paper's source tasks, and random token ids.
 
-Tasks are drawn by the paper's rates: in proportion to their training examples, at most 2^18 each.
-Token counts of the real texts are not here. *Assumed* instead: inputs are log-normal with the means
-below and end at 256, targets are the numbers of tokens below. The means are what is known of these
-data sets' words (about 32, 24, 38, 10, 130 and 210, template apart) times 1.3 tokens a word of
-T5's vocabulary, and 8 tokens of template for each text of the input; the spreads are ours.
+Tasks are drawn at the paper's rates: in proportion to their training examples, at most 2^18 each.
+Token counts of the real texts are not available here, so they are *assumed*: inputs are log-normal
+with the means below and truncated at 256, targets have the numbers of tokens below. The means are
+the known mean words of these data sets (about 32, 24, 38, 10, 130 and 210, without template), times
+1.3 tokens per word in T5's vocabulary, plus 8 template tokens for each text of the input. The
+spreads are our choice.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class SourceTask(NamedTuple):
     Attributes:
         name: the data set.
         examples: training examples, as in tasks/.
-        mean: assumed mean of the input's tokens, before the limit.
-        spread: assumed standard deviation of their logarithm.
-        targets: assumed tokens of a target, all equally frequent, end of sequence included.
+        mean: assumed mean of input tokens, before truncation.
+        spread: assumed standard deviation of the logarithm of input tokens.
+        targets: assumed numbers of target tokens, all equally frequent, including end of sequence.
     """
 
     name: str
@@ -50,18 +51,18 @@ TASKS = (
 
 
 def rates() -> np.ndarray:
-    """The share [K] of each task."""
+    """Returns the share [K] of each task."""
     sizes = np.array([min(task.examples, CAP) for task in TASKS], np.float64)
     return sizes / sizes.sum()
 
 
 class Mix(NamedTuple):
-    """N examples' measures.
+    """Lengths of N examples.
 
     Attributes:
-        tasks: [N] indices of `TASKS`.
-        inputs: [N] tokens of the text.
-        targets: [N] tokens of the target.
+        tasks: [N] indices into `TASKS`.
+        inputs: [N] numbers of input tokens.
+        targets: [N] numbers of target tokens.
     """
 
     tasks: np.ndarray
@@ -70,7 +71,7 @@ class Mix(NamedTuple):
 
 
 def draw(count: int, seed: int = 0) -> Mix:
-    """Lengths of `count` examples, in the order they come."""
+    """Draws the lengths of `count` examples, in arrival order."""
     rng = np.random.default_rng(seed)
     tasks = rng.choice(len(TASKS), count, p=rates())
     spread = np.array([task.spread for task in TASKS])[tasks]
@@ -82,13 +83,13 @@ def draw(count: int, seed: int = 0) -> Mix:
 
 
 def examples(mix: Mix, vocabulary: int, one_task: bool = False, seed: int = 0) -> list[Example]:
-    """Random ids of these lengths, each text with its end of sequence.
+    """Returns examples of these lengths with random ids, each text with an end of sequence.
 
     Args:
         mix: the lengths.
         vocabulary: V.
-        one_task: all of bank row 0, as a target stage has them, instead of each of its task.
-        seed: of the ids.
+        one_task: gives all examples bank row 0, as in a target stage, instead of their task's row.
+        seed: seed of the ids.
     """
     rng = np.random.default_rng(seed)
     ids = lambda n: [*rng.integers(FIRST_ID, vocabulary, n - 1).tolist(), EOS]  # noqa: E731
@@ -99,7 +100,7 @@ def examples(mix: Mix, vocabulary: int, one_task: bool = False, seed: int = 0) -
 
 
 def description(mix: Mix) -> dict[str, Any]:
-    """The assumptions, and the histogram that came of them, for the record."""
+    """Returns the assumptions and the resulting histogram, for the record."""
     return {
         "assumed": {task.name: task._asdict() for task in TASKS},
         "shares": {task.name: float(r) for task, r in zip(TASKS, rates(), strict=True)},

@@ -1,16 +1,16 @@
-"""Three stages that are killed again and again, beside three that are left alone.
+"""Comparison of three stages that are killed repeatedly with the same stages without kills.
 
     python -m benchmarks.reliability [--kills 50] [--root FOLDER] \\
       [--out docs/benchmarks/reliability.json]
 
-Teachers, source and target stage of the toy suite, one after another, each from what the killed one
-before it handed on. Each is killed (SIGKILL) at random moments, about a third of them while it
-starts (before its first new save), a third between saves and a third while a save is being written;
-then the same command goes on. At the end the prompts are compared, bit by bit, with those of stages
-that nothing happened to.
+Teachers, source and target stage of the toy suite run one after another, each from the artifact of
+the killed stage before it. Each is killed (SIGKILL) at random moments: about a third of them during
+the start (before its first new save), a third between saves, and a third while a save is being
+written. Then the same command resumes it. At the end the prompts are compared, bit by bit, with
+those of undisturbed stages.
 
-Every kill is a line of ROOT/kills.jsonl. The script may itself be stopped at any time: the same
-command goes on with the kills that are missing.
+Every kill is a line of ROOT/kills.jsonl. The script itself may be stopped at any time. The same
+command continues with the missing kills.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from mpt_jax.checkpointing.run_lock import FILE as LOCK
 from mpt_jax.core.tree import flatten
 
 SOURCES = {"SOURCE_TASKS": "['toy_sst2', 'toy_mnli']"}
-STAGES = {"pt_source": SOURCES, "mpt_source": SOURCES, "mpt_target": {}}  # and their own settings
+# Stage -> its own settings.
+STAGES = {"pt_source": SOURCES, "mpt_source": SOURCES, "mpt_target": {}}
 STEPS, SAVE_PERIOD = 1000, 20
 SETTINGS = {
     "BATCH_SIZE": 8,
@@ -46,9 +47,9 @@ SETTINGS = {
     "EVAL_PERIOD": 100,
     "EVAL_STEPS": 1,
     "EVALUATOR_NUM_EXAMPLES": 8,
-    "STATS_PERIOD": 1,  # the last step before a kill is in the metrics
+    "STATS_PERIOD": 1,  # so that metrics contain the last step before a kill
 }
-# When a run is killed: before its first new save, with no save under way, or within a save.
+# Moments of a kill: before the first new save, between saves, or during a save.
 MOMENTS = ("start", "between", "save")
 POLL_SECONDS = 0.005
 SAVING = "checkpoint_*.orbax-checkpoint-tmp*"
@@ -59,11 +60,11 @@ class Kill:
     """One kill.
 
     Attributes:
-        stage: which stage.
-        aim: the moment that was waited for, of `MOMENTS`.
-        moment: the one it was; a run may be faster than its killer.
-        step: the last step whose metrics it wrote; before the first, what it went on from.
-        saved: the last complete checkpoint; the run goes on from there.
+        stage: the stage.
+        aim: the intended moment, of `MOMENTS`.
+        moment: the actual moment; the run may have been faster than the kill.
+        step: the last step in the metrics of this start, or the step it resumed from.
+        saved: step of the last complete checkpoint, from which the run resumes.
         saving: whether a save was left unfinished.
     """
 
@@ -76,13 +77,13 @@ class Kill:
 
     @property
     def lost(self) -> int:
-        """Steps taken again: at most a period, and what was taken while a save was written."""
+        """Repeated steps: at most a save period, plus steps taken while a save was written."""
         return max(0, self.step - self.saved)
 
 
 @contextlib.contextmanager
 def started(root: Path, stage: str) -> Iterator[subprocess.Popen]:
-    """A stage as its command line starts it, below a root; its log is appended to a file there."""
+    """Starts a stage's command line below a root. Its log is appended to a file in the root."""
     given = [f"--gin.{name}={value}" for name, value in (SETTINGS | STAGES[stage]).items()]
     command = [sys.executable, "-m", "mpt_jax.train", f"--gin_file=gin/{stage}.gin"]
     environment = os.environ | {"MPT_JAX_ROOT": str(root)}
@@ -100,18 +101,18 @@ def started(root: Path, stage: str) -> Iterator[subprocess.Popen]:
 
 
 def folder(root: Path, stage: str) -> Path:
-    """A stage's MODEL_DIR."""
+    """Returns a stage's MODEL_DIR."""
     return root / "tiny" / stage
 
 
 def complete(model_dir: Path) -> set[int]:
-    """Steps of the complete checkpoints."""
+    """Returns the steps of the complete checkpoints."""
     names = (path.name.removeprefix("checkpoint_") for path in model_dir.glob("checkpoint_*"))
     return {int(name) for name in names if name.isdigit()}
 
 
 def last_step(model_dir: Path) -> int:
-    """The last training step whose metrics are written; 0 before the first."""
+    """Returns the last training step in the metrics; 0 if there is none."""
     path = model_dir / "metrics.jsonl"
     whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
     steps = [line["step"] for line in map(json.loads, whole) if line["folder"] == "train"]
@@ -119,7 +120,7 @@ def last_step(model_dir: Path) -> int:
 
 
 def stamp(model_dir: Path) -> tuple[int, int] | None:
-    """Differs when the metrics were written to."""
+    """Returns a value that changes when the metrics file changes."""
     path = model_dir / "metrics.jsonl"
     found = path.stat() if path.exists() else None
     return None if found is None else (found.st_size, found.st_mtime_ns)
@@ -127,19 +128,19 @@ def stamp(model_dir: Path) -> tuple[int, int] | None:
 
 @dataclasses.dataclass
 class Watch:
-    """What a start does in its MODEL_DIR: made just before it, then asked again and again.
+    """Monitor of a MODEL_DIR during one start. Create it just before the start.
 
     Attributes:
-        new: the complete checkpoints that it made; it removes the oldest itself.
-        saving: whether it is writing one.
-        start: seconds until the first of them was seen to be written; None before.
+        new: steps of new complete checkpoints, including those the run has removed since.
+        saving: whether a checkpoint is being written.
+        start: seconds until the first save was seen; None before.
     """
 
     model_dir: Path
 
     def __post_init__(self):
         self._before = complete(self.model_dir)
-        self._left = set(self.model_dir.glob(SAVING))  # of the kill before
+        self._left = set(self.model_dir.glob(SAVING))  # left by the previous kill
         self._metrics = stamp(self.model_dir)
         self.new: set[int] = set()
         self.saving = False
@@ -147,7 +148,7 @@ class Watch:
         self._began = time.monotonic()
 
     def look(self) -> Watch:
-        """Brings it up to date."""
+        """Updates the state, and returns the monitor."""
         self.saving = bool(set(self.model_dir.glob(SAVING)) - self._left)
         self.new |= complete(self.model_dir) - self._before
         if self.start is None and self.moment != "start":
@@ -156,12 +157,12 @@ class Watch:
 
     @property
     def last_step(self) -> int | None:
-        """The last step whose metrics it wrote; None before the first."""
+        """The last step in the metrics of this start; None before the first."""
         return None if stamp(self.model_dir) == self._metrics else last_step(self.model_dir)
 
     @property
     def moment(self) -> str:
-        """Of `MOMENTS`, as of the last look; the first save is not the start any more."""
+        """One of `MOMENTS`, at the last look. During the first save it is already 'save'."""
         return "save" if self.saving else "between" if self.new else "start"
 
 
@@ -171,6 +172,10 @@ def wait_for(
     """Waits for the moment of a kill, or until the run has ended.
 
     Args:
+        child: process of the run.
+        watch: monitor of its MODEL_DIR.
+        aim: the moment to wait for, of `MOMENTS`.
+        rng: random numbers for the exact time.
         start: seconds that the fastest start took until its first save.
     """
     began, after = time.monotonic(), rng.uniform(0, start)
@@ -190,21 +195,21 @@ def wait_for(
 
 
 def next_aim(kills: list[Kill], rng: random.Random) -> str:
-    """The moment that was hit least often so far."""
+    """Returns the moment that was hit least often so far."""
     hit = [kill.moment for kill in kills]
     return min(rng.sample(MOMENTS, len(MOMENTS)), key=hit.count)
 
 
 def start_seconds(root: Path, stage: str) -> Path:
-    """Where `run_whole` writes how long the start took, until the first save."""
+    """Returns the file of the seconds until the first save, which `run_whole` writes."""
     return root / f"{stage}.start_seconds"
 
 
 def run_whole(root: Path, stage: str) -> None:
-    """Runs a stage that nothing happens to.
+    """Runs a stage without kills.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the stage failed.
     """
     watch = Watch(folder(root, stage))
     with started(root, stage) as child:
@@ -212,14 +217,14 @@ def run_whole(root: Path, stage: str) -> None:
             time.sleep(POLL_SECONDS)
         start_seconds(root, stage).write_text(f"{watch.start or 0:.1f}\n")
         if code := child.wait():
-            raise RuntimeError(f"{stage} ended with code {code}; see its log in {root}.")
+            raise RuntimeError(f"{stage} ended with code {code}. See {root / stage}.log.")
 
 
 def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int) -> None:
     """Runs a stage to its end, killing it until it has its quota of kills.
 
     Raises:
-        RuntimeError: the stage failed by itself.
+        RuntimeError: the stage failed for another reason.
     """
     model_dir, rng = folder(root, stage), random.Random(f"{seed} {stage} {len(kills)}")
     start = float(start_seconds(root.parent / "whole", stage).read_text())
@@ -235,7 +240,7 @@ def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int)
         if code == 0:
             return
         if code != -signal.SIGKILL:
-            raise RuntimeError(f"{stage} ended with code {code}; see {root / stage}.log.")
+            raise RuntimeError(f"{stage} ended with code {code}. See {root / stage}.log.")
         saved = max(complete(model_dir), default=0)
         unfinished = any(model_dir.glob(SAVING))
         step = watch.last_step
@@ -248,33 +253,33 @@ def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int)
 
 
 def resumed_from(model_dir: Path) -> list[int]:
-    """The first step of every start that got so far as to say it."""
+    """Returns the first step of every start that recorded it."""
     lines = (model_dir / "run.jsonl").read_text().splitlines()
     return [json.loads(line)["first_step"] for line in lines]
 
 
 def from_the_last_save(starts: list[int], saved: list[int]) -> bool:
-    """Whether every start went on from what was saved last, and the last start of all, which was
-    not killed, from the last. One that was killed very early does not say where it began."""
+    """Whether every start resumed from the last save before it. Starts that were killed very early
+    recorded no first step. The final start was not killed, and must resume from the last save."""
     expected = iter([0, *saved])
     return all(start in expected for start in starts) and starts[-1] == [0, *saved][-1]
 
 
 def same_prompts(one: Path, other: Path) -> bool:
-    """Whether two stages handed on the same bits."""
+    """Whether two stages wrote bitwise equal prompts."""
     first, second = (flatten(artifacts.load_artifact(p / "artifact").params) for p in (one, other))
     same = [np.asarray(first[k]).tobytes() == np.asarray(second[k]).tobytes() for k in first]
     return first.keys() == second.keys() and all(same)
 
 
 def left_over(model_dir: Path) -> list[str]:
-    """What a finished run should not leave: unfinished saves, hidden files, its lock."""
+    """Returns files that no finished run should leave: unfinished saves, hidden files, its lock."""
     found = [str(path.relative_to(model_dir)) for path in model_dir.rglob("*")]
     return [name for name in found if "tmp" in name or "/." in f"/{name}" or name == LOCK]
 
 
 def summary(root: Path, kills: list[Kill]) -> dict[str, object]:
-    """The figures; see the names."""
+    """Returns the figures by name."""
     stages = {}
     for stage in STAGES:
         model_dir = folder(root / "killed", stage)
@@ -304,8 +309,8 @@ def summary(root: Path, kills: list[Kill]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Prints the figures and, on request, writes them."""
-    parser = argparse.ArgumentParser(description="Stages that are killed again and again.")
+    """Prints the figures, and writes them to --out if given."""
+    parser = argparse.ArgumentParser(description="Kills and resumes stages repeatedly.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=Path("runs") / "reliability")

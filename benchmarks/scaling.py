@@ -1,14 +1,14 @@
-"""MPT's step against the number of tasks, the length of the prompt, packing and distillation.
+"""Cost of MPT's step by number of tasks, prompt length, packing and distillation.
 
     python -m benchmarks.scaling --out docs/benchmarks/scaling.json
 
-T5-small shape, random weights, float32; everywhere a step on the same 8 ragged texts
-(benchmarks/ragged_mix.py, whose lengths are assumed), which belong to tasks drawn from all K.
-Unpacked rows are as long as the limits, 256 + P; packed ones twice that, as few as hold all texts.
-The steps of one curve take turns. With P = 0 nothing learns, so that the compiler drops the
-backward pass: what remains is the frozen model's forward pass. Moments of every row of the bank are
-updated in every step (PromptOptimizer.absent_tasks = 'dense', the default), which grows with K;
-with 'hold' those of absent tasks are left alone.
+T5-small shape, random weights, float32. Every step has the same 8 ragged texts
+(benchmarks/ragged_mix.py, with assumed lengths), with tasks drawn from all K. Unpacked rows are as
+long as the limits, 256 + P. Packed rows are twice as long, and as few as can hold all texts. The
+steps of one curve take turns. With P = 0 nothing is trainable, so the compiler drops the backward
+pass and only the frozen model's forward pass remains. By default (PromptOptimizer.absent_tasks =
+'dense') every step updates the moments of all bank rows, so its cost grows with K. With 'hold' the
+moments of absent tasks stay unchanged.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from mpt_jax.batching import collate
 B = 8
 BANKS = (1, 10, 100, 1_000, 10_000)
 PROMPT_LENGTHS = (0, 20, 100, 200, 400)
-K, P = 6, 100  # where they do not vary
+K, P = 6, 100  # in curves where they do not vary
 
 
 class Point(NamedTuple):
-    """One step.
+    """Settings of a step.
 
     Attributes:
         tasks: K.
         prompt_length: P.
         packed: whether several texts share a row.
-        distilled: whether the loss has the teachers' terms.
-        held: whether tasks that are not in the batch are left alone.
-        cached: whether what teachers say is kept: of all examples, after the warm-up.
+        distilled: whether the loss has distillation terms.
+        held: whether tasks that are not in the batch stay unchanged.
+        cached: whether teacher outputs are cached; after the warm-up, for all examples.
     """
 
     tasks: int = K
@@ -52,18 +52,18 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """On the command line."""
+        """Name on the command line."""
         return ",".join(str(int(value)) for value in self)
 
     @classmethod
     def of_name(cls, name: str) -> Point:
-        """The inverse of `name`."""
+        """Parses a `name`."""
         tasks, prompt_length, *switches = map(int, name.split(","))
         return cls(tasks, prompt_length, *map(bool, switches))
 
 
 def curves(banks: list[int], lengths: list[int]) -> dict[str, list[Point]]:
-    """What is compared with each other."""
+    """Returns the curves: title -> points to compare."""
     found = {"tasks, unpacked, absent ones held": [Point(tasks=k, held=True) for k in banks]}
     for packed in (False, True):
         how = "packed" if packed else "unpacked"
@@ -75,7 +75,7 @@ def curves(banks: list[int], lengths: list[int]) -> dict[str, list[Point]]:
 
 
 def batch(point: Point, vocabulary: int) -> collate.Batch:
-    """The step's texts."""
+    """Returns the batch of a step."""
     drawn = np.random.default_rng(0).integers(point.tasks, size=B)
     examples = [
         example._replace(row=int(row))
@@ -90,7 +90,7 @@ def batch(point: Point, vocabulary: int) -> collate.Batch:
 
 
 def work(point: Point, size: str) -> contest.Work:
-    """A turn: one step."""
+    """Returns a turn: one step."""
     config = t5(size)
     absent = "hold" if point.held else "dense"
     side = Ours(config, point.prompt_length, point.tasks, point.distilled, absent, point.cached)
@@ -104,7 +104,7 @@ def work(point: Point, size: str) -> contest.Work:
 
 
 def measure(points: list[Point], size: str, turns: int) -> list[dict[str, Any]]:
-    """The figures of a curve."""
+    """Measures the points of a curve."""
     given = ["benchmarks.scaling", "--size", size]
     commands = {point.name: [*given, "--serve", point.name] for point in points}
     found = contest.compare(commands, turns)
@@ -116,7 +116,7 @@ def measure(points: list[Point], size: str, turns: int) -> list[dict[str, Any]]:
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
-    """One curve."""
+    """Returns a table of one curve."""
     columns = {
         "K": "tasks",
         "P": "prompt_length",
@@ -134,7 +134,7 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Prints a table for each curve, and writes the figures where asked."""
+    """Prints a table for each curve, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--banks", nargs="+", type=int, default=list(BANKS))

@@ -1,15 +1,15 @@
-"""How long commands take from the start of their process until they have done something.
+"""Start-up time of commands, from the start of the process to the first result.
 
     python -m benchmarks.start_up [--repeats 5] [--out docs/benchmarks/start_up.json]
 
     help       `mpt-jax --help`, until it ends
-    predict    one request to the shipped tiny T5 and its prompts, until its answer
+    predict    one request to the shipped tiny T5 and its prompts, until the answer
     train      the MPT source stage on the toy suite with the tiny T5 and distillation, until the
-               end of its first step
+               end of the first step
 
-The latter two with an empty compilation cache (cold) and with one that an earlier process filled
-(warm), one command line a time, in turns. Figures are wall seconds, medians; Python's own byte
-code and the file system's cache are as they are on a machine that has run the command before.
+predict and train run with an empty compilation cache (cold) and with one that an earlier process
+filled (warm). Commands run one at a time, in turns. Figures are median wall seconds. Python's byte
+code and the file system cache are as on a machine that has run the command before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REQUEST = b'{"task": "toy_sst2", "inputs": "sst2 : a fine film"}\n'
 
 
 def seconds_of_help() -> float:
-    """Wall seconds of `mpt-jax --help`."""
+    """Returns the wall seconds of `mpt-jax --help`."""
     before = time.monotonic()
     call = "from mpt_jax.cli.main import main; main()"
     subprocess.run([sys.executable, "-c", call, "--help"], check=True, stdout=subprocess.DEVNULL)
@@ -41,10 +41,10 @@ def seconds_of_help() -> float:
 
 
 def seconds_to_first_answer(cache: str) -> float:
-    """Wall seconds of one start of `mpt-jax predict` with the compilation cache in a folder.
+    """Returns the wall seconds of `mpt-jax predict` to its first answer, with this cache folder.
 
     Raises:
-        RuntimeError: it ended without an answer.
+        RuntimeError: the command ended without an answer.
     """
     prompts = paths.shipped(name="tiny_t5/mpt_source")
     command = [sys.executable, "-m", "mpt_jax.serving.predict", "--prompts", prompts]
@@ -63,12 +63,12 @@ def seconds_to_first_answer(cache: str) -> float:
         found = time.monotonic() - before
         child.stdin.close()
     if b"prediction" not in answer:
-        raise RuntimeError(f"No prediction: {answer!r}.")
+        raise RuntimeError(f"`mpt-jax predict` answered {answer!r} instead of a prediction.")
     return found
 
 
 def seconds_to_first_step(cache: str) -> float:
-    """Wall seconds of one start of training with the compilation cache in a folder.
+    """Returns the wall seconds of training to its first step, with this cache folder.
 
     Raises:
         RuntimeError: the run ended before its first step.
@@ -99,7 +99,7 @@ def _environment(cache: str) -> dict[str, str]:
 
 
 def measure(commands: Sequence[str], repeats: int) -> dict[str, list[float]]:
-    """All seconds of every command, by its name and the state of its cache."""
+    """Returns all seconds of every command, by name and state of the cache."""
     found: dict[str, list[float]] = {"help": []}
     with tempfile.TemporaryDirectory() as filled:
         for name in commands:
@@ -114,7 +114,7 @@ def measure(commands: Sequence[str], repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Prints the figures and, on request, writes them."""
+    """Prints the figures, and writes them to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--commands", nargs="+", choices=list(MEASURES), default=list(MEASURES))

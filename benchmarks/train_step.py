@@ -1,13 +1,13 @@
-"""One MPT training step against PEFT's: seconds and peak memory, side by side in one run.
+"""Seconds and peak memory of an MPT training step, compared with PEFT's in one run.
 
     python -m benchmarks.train_step [--repeats 7] [--out docs/benchmarks/train_step.json]
 
 T5-small shape, random weights, float32, CPU; B = 16, 100 prompt and 128 text positions, targets of
-8, six tasks in every batch. Each contestant lives in a process of its own with all cores; they take
-turns, one step at a time, so that whatever else the machine does hits all of them. PEFT needs the
-`parity` extra. Figures are medians; memory is the peak resident set of the whole process after the
-last step, and of the same process before its model was built. Our trainer tells malloc to keep
-freed memory (mpt_jax/runtime/malloc.py); PEFT runs as it comes, and once more with the same help.
+8 tokens, six tasks in every batch. Each contestant has a separate process with all cores. They take
+turns, one step at a time, so that other load on the machine affects all of them. PEFT needs the
+`parity` extra. Figures are medians. Memory is the peak resident set of the process after the last
+step, and before its model was built. Our trainer makes malloc keep freed memory
+(mpt_jax/runtime/malloc.py); PEFT runs with default settings, and once more with this setting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTESTANTS = ("peft", "peft_keeping_memory", "mpt_jax", "mpt_jax_distilled")
 
 
 def batch() -> collate.Batch:
-    """The same texts [B, TEXT] and targets [B, L] for everyone, no padding."""
+    """Returns the texts [B, TEXT] and targets [B, L] for all contestants, without padding."""
     rng = np.random.default_rng(0)
     text, targets = rng.integers(3, 32000, (B, TEXT)), rng.integers(3, 32000, (B, L))
     rows = [collate.Example(text[i].tolist(), targets[i].tolist(), i % K) for i in range(B)]
@@ -37,7 +37,7 @@ def batch() -> collate.Batch:
 
 
 def work(name: str) -> contest.Work:
-    """A contestant's turn: one step."""
+    """Returns a contestant's turn: one step."""
     config = t5("small")
     if name == "peft_keeping_memory":
         malloc.keep_freed_memory()
@@ -52,7 +52,7 @@ def work(name: str) -> contest.Work:
 
 
 def compare(repeats: int) -> dict[str, dict[str, float]]:
-    """Every contestant's median step and peak memory, steps taken in turns."""
+    """Measures every contestant's median step time and peak memory, in turns."""
     command = ["benchmarks.train_step", "--serve"]
     found = contest.compare({name: [*command, name] for name in CONTESTANTS}, repeats)
     kept = ("before_mib", "peak_mib", "median_seconds", "min_seconds", "max_seconds")
@@ -60,14 +60,14 @@ def compare(repeats: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Prints a table, and writes the figures where asked."""
+    """Prints a table, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        # Two steps to compile, and for whatever else happens only once.
+        # Two steps for compilation and other one-time work.
         contest.serve(lambda: work(args.serve), warm_ups=2)
         return
     found = compare(args.repeats)

@@ -1,9 +1,9 @@
-"""Chooses the learning rates of ATTEMPT and CrossPT on the toy suite (docs/protocol.md).
+"""Search for the learning rates of ATTEMPT and CrossPT on the toy suite (docs/protocol.md).
 
     python -m benchmarks.tune_crosspt [--root runs/tune] [--out docs/benchmarks/tune_crosspt.jsonl]
 
-As tune_demo chose the others': two target tasks and draws of examples that are kept for it, k = 32,
-the validation split. It uses the shipped teachers.
+As in tune_demo: two target tasks and draws of examples that are reserved for this, k = 32, and the
+validation split. It uses the shipped teachers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mpt_jax.runtime import compilation_cache, paths
 
 ATTEMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ATTENTION_RATES = (0.001, 0.01, 0.1, 1.0)
-# Of CrossPT's sources; private prompts and router follow in the released code's ratio.
+# Rates of CrossPT's sources. Private prompts and router follow the released code's ratio.
 SOURCE_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 RATIO = (0.4, 1.0, 2.0)  # private prompts, sources, router
 
 
 def grid() -> Iterator[tuple[Variant, tuple[float, ...]]]:
-    """Every variant with its rates: own prompt and attention; private prompts, sources, router."""
+    """Yields each variant with its rates: (prompt, attention) or (private, sources, router)."""
     for rate in ATTEMPT_RATES:
         for attention in ATTENTION_RATES:
             yield variants.ATTEMPT_ARM, (rate, attention)
@@ -40,7 +40,7 @@ def grid() -> Iterator[tuple[Variant, tuple[float, ...]]]:
 
 
 def stage(variant: Variant, rates: tuple[float, ...]) -> Stage:
-    """All runs (task x seed) of one variant at one setting."""
+    """Returns a stage with all runs (task x seed) of one variant at one setting."""
     suite = dataclasses.replace(suites.TOY, rates={variant.rate: rates})
     length = suite.length(TARGETS[0], variant, SHOTS)
     runs = target_runs(TARGETS, SEEDS, SHOTS)
@@ -60,7 +60,7 @@ def stage(variant: Variant, rates: tuple[float, ...]) -> Stage:
 
 
 def main() -> None:
-    """Prints the mean validation score at each setting, and writes them to a file."""
+    """Prints the mean validation score at each setting, and writes them to --out."""
     parser = argparse.ArgumentParser(description="Tunes ATTEMPT and CrossPT on the toy suite.")
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
     parser.add_argument("--out", type=Path, help="a JSONL file for the figures")

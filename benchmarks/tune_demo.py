@@ -1,11 +1,11 @@
-"""Chooses the demo's learning rates, on data the demo never reports (docs/protocol.md).
+"""Search for the demo's learning rates, on data that the demo never reports (docs/protocol.md).
 
     python -m benchmarks.tune_demo [--root runs/tune] [--out docs/benchmarks/tune_demo.jsonl]
 
-Two target tasks that are kept for this, training draws of seeds that are kept for this, and the
-validation split. Every prompt method gets the same grid; full fine-tuning gets its own, three
-orders of magnitude lower. The source stages must be in --root (the demo's own will do: a copy of
-its pt_source and mpt_source folders).
+It uses two target tasks and draws of training examples that are reserved for this, and the
+validation split. Every prompt method gets the same grid. Full fine-tuning gets a grid three orders
+of magnitude lower. The source stages must be in --root (for example, copies of the demo's pt_source
+and mpt_source folders).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEEDS = (100, 101, 102)
 SHOTS = 32
 PROMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-# Variants of the ablations whose learning rate may be another than MPT's (docs/results-toy.md).
+# Ablation variants whose best learning rate may differ from MPT's (docs/results-toy.md).
 ABLATIONS = (
     demo.Method(
         "MPT, shared prompt only",
@@ -45,7 +45,7 @@ VALIDATION = "infer_eval/utils.DatasetConfig.split = 'validation'"
 
 
 def main() -> None:
-    """Prints each method's mean validation score at each rate, and writes them to a file."""
+    """Prints each method's mean validation score at each rate, and writes them to --out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
     parser.add_argument("--out", type=Path, help="a JSONL file for the figures")

@@ -1,1 +1,1 @@
-"""Chains of runs: fleets, stages, the demo, the paper's tables and the report."""
+"""Experiments built from several runs: fleets, stages, the demo, the paper's tables, the report."""

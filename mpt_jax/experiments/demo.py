@@ -1,10 +1,10 @@
-"""The demo: MPT from teachers to new tasks on the toy suite, beside its baselines, in minutes.
+"""Demo of all MPT stages on the toy suite, compared with baselines, in minutes.
 
     mpt-jax demo            what `make demo` runs
     mpt-jax demo --full     every target, k = 4, 16, 32 and full data, every method
 
 It calls the same `train()` on the same gin files as the command line, one stage after another in
-one process. What is compared, and how, was written down beforehand in docs/protocol.md.
+one process. docs/protocol.md fixed in advance what is compared and how.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ SOURCES = ("toy_sst2", "toy_mnli", "toy_qnli", "toy_qqp", "toy_squad", "toy_reco
 TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc")
 ALL_TARGETS = (*TARGETS, "toy_wic", "toy_scitail", "toy_paws", "toy_d2t")
 SEEDS = (0, 1, 2)
-# The source prompt that PT starts from in the variant "PT from a source prompt": fixed, as in the
+# The source prompt that the variant "PT from a source prompt" starts from. It is fixed, as in the
 # SPoT baseline of the released ATTEMPT code.
 START_TASK = "toy_mnli"
 SOURCE_STEPS, SOURCE_RATE = 300, 0.3
-# (steps, examples of each run in a step) of the target stages, for a few examples and for all.
+# (steps, examples of each run in a step) of the target stages: few-shot, and on all examples.
 FEW, ALL = (200, 4), (500, 16)
 
 
 def one_rate(rate: float, steps: int) -> tuple[str, ...]:
-    """Bindings for a peak learning rate, with a tenth of the steps as warmup."""
+    """Returns bindings for a peak learning rate, with a tenth of the steps as warmup."""
     return f"LEARNING_RATE = {rate}", f"WARMUP_STEPS = {steps // 10}"
 
 
 def two_rates(rate: float, steps: int) -> tuple[str, ...]:
-    """The same for MPT: the factors keep the paper's 4/3 of the shared prompt's rate. Its gin file
-    warms up for a tenth, whatever the steps."""
+    """Returns MPT's bindings: the factors' rate is 4/3 of the shared prompt's, as in the paper. The
+    gin file warms up for a tenth of any number of steps."""
     del steps
     return f"LEARNING_RATE = {rate}", f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to learn a new task.
+    """One way to adapt to a new task.
 
     Attributes:
-        name: in tables.
-        gin_files: the stage file, and what changes it.
-        learning_rate: the peak.
+        name: name in tables.
+        gin_files: the stage file, then files that change it.
+        learning_rate: peak learning rate.
         schedule: (learning rate, steps) -> bindings.
-        bindings: what else the demo sets beside the suite's defaults (gin/tiny.gin).
+        bindings: further bindings on top of the suite's defaults (gin/tiny.gin).
         seeds: draws of the training examples.
-        grouped: all runs are one job; otherwise each is a job of its own.
-        start: the source task that prompts start from, if it is one.
+        grouped: whether all runs are one job; otherwise each run is a separate job.
+        start: the source task whose prompt the prompts start from, if any.
     """
 
     name: str
@@ -77,8 +77,8 @@ class Method:
 
 
 def methods(root: Path) -> tuple[Method, ...]:
-    """The methods compared; `root` holds the source stages. Their learning rates were chosen on
-    other tasks (docs/protocol.md)."""
+    """Returns the methods to compare; `root` holds the source stages. Their learning rates were
+    chosen on other tasks (docs/protocol.md)."""
     start = (f"INITIAL_ARTIFACT = '{root}/pt_source/artifact'", f"START_FROM = '{START_TASK}'")
     tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the demo and prints its table."""
     parser = argparse.ArgumentParser(prog="mpt-jax demo", description="MPT on the toy suite")
     parser.add_argument("--full", action="store_true", help="all targets, k = 4, 16, 32 and full")
-    parser.add_argument("--root", default=os.path.join(paths.root(), "demo"), help="where to write")
+    parser.add_argument("--root", default=os.path.join(paths.root(), "demo"), help="output folder")
     args = parser.parse_args(argv)
     gin_utils.log_progress()
     compilation_cache.enable()
@@ -106,23 +106,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             source.run(root)
     targets = ALL_TARGETS if args.full else TARGETS
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)
-    found = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
+    collected = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
     seconds = time.monotonic() - started
     shares = majority_shares(targets)
-    print(f"\n{tables.text(root, found, shares)}\n")
+    print(f"\n{tables.text(root, collected, shares)}\n")
     print(f"Everything took {seconds:.0f} s. Artifacts and predictions: {root}")
-    print(f"Report: {sections.write(root, found, majority=shares)}")
-    results.save(root, found, shares)
+    print(f"Report: {sections.write(root, collected, majority=shares)}")
+    results.save(root, collected, shares)
 
 
 def set_aside_finished(root: Path) -> None:
-    """Renames the folder of a demo that ran to its end, so that the next starts afresh; one that
-    was interrupted goes on where it stopped."""
+    """Renames the folder of a finished demo, so that the next one starts from scratch. The folder
+    of an interrupted demo stays, and the next one resumes it."""
     if not (root / results.FILE).exists():
         return
     number = next(n for n in itertools.count(1) if not root.with_name(f"{root.name}.{n}").exists())
     root.rename(root.with_name(f"{root.name}.{number}"))
-    logging.info("The demo before this one is kept in %s.%d.", root, number)
+    logging.info("Moved the previous demo to %s.%d.", root, number)
 
 
 def stage(
@@ -133,9 +133,9 @@ def stage(
     runs: tuple[Run, ...] = (),
     steps: int = SOURCE_STEPS,
 ) -> Stage:
-    """A stage of the demo, scored once, on the test split, after its last step."""
+    """Returns a stage of the demo. It is scored once, on the test split, after its last step."""
     files = (*gin_files, "gin/tiny.gin", "gin/runs/demo.gin")
-    # What an earlier stage left is looked for below the root.
+    # Gin files look for artifacts of earlier stages below ROOT.
     return Stage(name, files, (f"ROOT = {quoted(str(root))}", *bindings), runs, steps)
 
 
@@ -146,14 +146,14 @@ def adapt(
     shots: int | None,
     length: tuple[int, int] | None = None,
 ) -> Result:
-    """All runs (target x seed) of one method.
+    """Runs all adaptations (target x seed) of one method.
 
     Args:
         root: holds the source stages.
-        method: which.
+        method: the method.
         targets: task names.
         shots: training examples of each run; None for all.
-        length: (steps, examples of each run in a step), if not the demo's.
+        length: (steps, examples of each run in a step); default the demo's.
     """
     runs = target_runs(targets, method.seeds if shots is not None else (0,), shots)
     folder = f"targets/{method.name.lower().replace(' ', '_')}_k{shots or 'all'}"
@@ -177,7 +177,7 @@ def adapt(
 
 
 def majority_shares(tasks: Sequence[str]) -> dict[str, float]:
-    """Percent of each task's test rows that have the most frequent target."""
+    """Returns the majority-class share of each task's test split, in percent."""
     targets = {task: [target for _, target in toy.rows(task, "test")] for task in tasks}
     return {task: results.majority_share(targets[task]) for task in tasks}
 

@@ -1,11 +1,11 @@
-"""A fleet: independent runs of one job, the product of tasks, examples, seeds and settings.
+"""Fleets: the independent runs of one job, a product of tasks, examples, seeds and settings.
 
     tasks x k x seeds x learning rates x learning rates of factors x starts x initial values
 
-A run's name carries its task, k, seed, and of the settings only those that differ in the fleet:
-`rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. Such a name says everything
-that a run's data and initial values depend on, so the run of that name is the same in any fleet and
-alone (`runs.data_name`).
+A run's name contains its task, k and seed, and those settings that differ in the fleet:
+`rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. A run's data and initial
+values depend only on this name, so a run is the same in any fleet and as a single run
+(`runs.data_name`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpt_jax.prompts.init import PromptInit, PromptInits
 
 
 class Member(NamedTuple):
-    """One run of a fleet; a setting is None where the fleet leaves it to the stage."""
+    """One run of a fleet. A setting is None if the fleet leaves it to the stage."""
 
     name: str
     task: str
@@ -35,22 +35,22 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """The runs of a job. Names of files in `gin/runs` that bind the fields are in brackets.
+    """The runs of a job. The file in `gin/runs` that binds a field is given in parentheses.
 
     Attributes:
         tasks: SeqIO tasks (fleet.gin).
         shots: k, training examples of each run; None for all (fleet.gin).
-        seeds: draws of the k examples, or with all of them repeats in another order; each has
-            initial values of its own. None: draw 0, or a single repeat under the task's own name
-            (fleet.gin).
-        learning_rates: peaks (fleet.gin).
-        task_learning_rates: those of MPT's factors (fleet_task_rates.gin).
-        starts: rows of INITIAL_ARTIFACT that runs start from: `'average'`, or the name of one
+        seeds: draws of the k examples, or with all examples repeats in another order. Each seed
+            has different initial values. None: draw 0, or a single repeat under the task's own
+            name (fleet.gin).
+        learning_rates: peak learning rates (fleet.gin).
+        task_learning_rates: peak learning rates of MPT's factors (fleet_task_rates.gin).
+        starts: rows of INITIAL_ARTIFACT that runs start from: `'average'` or a row's name
             (fleet_starts.gin).
-        inits: name -> initializer of prompts that start from none (fleet_inits.gin).
+        inits: name -> initializer, for prompts without a source prompt (fleet_inits.gin).
 
     Raises:
-        ValueError: an empty list, a value that stands twice, numbers out of range.
+        ValueError: a list is empty or repeats a value, or a number is out of range.
     """
 
     tasks: Sequence[str]
@@ -73,8 +73,8 @@ class Fleet:
             repeated = [value for value, count in counts.items() if count > 1]
             if repeated:
                 raise ValueError(
-                    f"Fleet.{field.name} has {repeated} more than once, so runs would have one "
-                    "name. For repeats of a run give it several seeds."
+                    f"Fleet.{field.name} lists {repeated} more than once, so several runs would "
+                    "have the same name. To repeat a run, list several seeds."
                 )
         if any(k is not None and k < 1 for k in self.shots):
             raise ValueError(f"Fleet.shots must be positive, or None for all, got {self.shots}.")
@@ -83,108 +83,108 @@ class Fleet:
 
     @functools.cached_property
     def members(self) -> tuple[Member, ...]:
-        """Every run; tasks change slowest.
+        """All runs; the task is the slowest axis.
 
         Raises:
-            ValueError: two runs of one name; a task whose own name ends like a setting.
+            ValueError: two runs have the same name, or a task's own name ends like a setting.
         """
         inits = self.inits and tuple(self.inits)
         rates = (self.learning_rates, self.task_learning_rates)
         axes: tuple[Any, ...] = (*rates, self.starts, inits)
-        made = []
+        members = []
         for draw in itertools.product(self.tasks, self.shots, self.seeds or (None,)):
             data = _name(*draw, (None,) * len(axes))
             for values in itertools.product(*(axis or (None,) for axis in axes)):
                 name = _name(*draw, _if_several(axes, values))
                 _check_reads(name, data)
-                made.append(Member(name, draw[0], *values))
-        counts = collections.Counter(member.name for member in made)
+                members.append(Member(name, draw[0], *values))
+        counts = collections.Counter(member.name for member in members)
         if repeated := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(
-                f"The fleet has several runs of one name, {repeated}: of its tasks, one is called "
-                "as another with some of k, seed and settings is."
+                f"The fleet has several runs named {repeated}: one task is named like another task "
+                "with k, a seed or settings appended. Register one of them under another name."
             )
-        return tuple(made)
+        return tuple(members)
 
 
 def task_names(fleet: Fleet) -> list[str]:
-    """The task of every run."""
+    """Returns the task of every run."""
     return [member.task for member in fleet.members]
 
 
 def run_names(fleet: Fleet) -> list[str]:
-    """The name of every run: that of its SeqIO task."""
+    """Returns the name of every run, which is the name of its SeqIO task."""
     return [member.name for member in fleet.members]
 
 
 def learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
-    """The peak of every run's schedule; one number where all have the same."""
+    """Returns the peak learning rate of every run; one number if all are equal."""
     return _column(fleet, lambda member: member.learning_rate)
 
 
 def task_learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
-    """The same of MPT's factors."""
+    """Returns the peak learning rate of MPT's factors; one number if all runs share it."""
     return _column(fleet, lambda member: member.task_learning_rate)
 
 
 def start_from(fleet: Fleet) -> str | dict[str, str] | None:
-    """What a prompt method's `start_from` is to be: run -> row, or one row for all."""
-    found = _column(fleet, lambda member: member.start)
-    if not isinstance(found, list):
-        return found
-    return {member.name: row for member, row in zip(fleet.members, found, strict=True)}
+    """Returns a prompt method's `start_from`: run -> row, or one row for all."""
+    rows = _column(fleet, lambda member: member.start)
+    if not isinstance(rows, list):
+        return rows
+    return {member.name: row for member, row in zip(fleet.members, rows, strict=True)}
 
 
 def inits(fleet: Fleet) -> PromptInits:
-    """What a prompt method's `init_prompt` is to be: run -> initializer, or one for all.
+    """Returns a prompt method's `init_prompt`: run -> initializer, or one for all.
 
     Raises:
-        ValueError: the fleet has none.
+        ValueError: the fleet has no initializers.
     """
     if not fleet.inits:
-        raise ValueError("Fleet.inits names no initializers; set INITS, or leave the file out.")
-    made = {member.name: fleet.inits[member.init or ""] for member in fleet.members}
-    return made if len(fleet.inits) > 1 else next(iter(made.values()))
+        raise ValueError("Fleet.inits is empty. Set INITS, or leave out fleet_inits.gin.")
+    by_run = {member.name: fleet.inits[member.init or ""] for member in fleet.members}
+    return by_run if len(fleet.inits) > 1 else next(iter(by_run.values()))
 
 
 def total_steps(
     fleet: Fleet, train_steps: int, task_steps: Mapping[str, int] | None = None
 ) -> int | list[int]:
-    """Where the schedule of every run ends; one number where all have the same.
+    """Returns the last step of every run's schedule; one number if all are equal.
 
     Args:
         fleet: the runs.
         train_steps: steps of the job.
-        task_steps: task -> steps of its runs, for those that end before the job does.
+        task_steps: task -> steps of its runs, for runs that end before the job does.
 
     Raises:
-        ValueError: a task that the fleet does not have, more steps than the job's, or fewer for
-            every task.
+        ValueError: a task is not in the fleet, a run has more steps than the job, or every run has
+            fewer.
     """
     for task, steps in (task_steps or {}).items():
         if task not in fleet.tasks:
             raise ValueError(unknown_name("task in TASK_STEPS", task, list(fleet.tasks)))
         if not 1 <= steps <= train_steps:
             raise ValueError(
-                f"TASK_STEPS gives {task!r} {steps} steps, and the job has {train_steps}: set "
-                "TRAIN_STEPS to the largest of them."
+                f"TASK_STEPS gives {task!r} {steps} steps, which is not between 1 and the job's "
+                f"{train_steps}. Set TRAIN_STEPS to the largest number of steps of a run."
             )
-    found = [(task_steps or {}).get(member.task, train_steps) for member in fleet.members]
-    if max(found) != train_steps:
+    last_steps = [(task_steps or {}).get(member.task, train_steps) for member in fleet.members]
+    if max(last_steps) != train_steps:
         raise ValueError(
-            f"TASK_STEPS gives every task of the fleet fewer steps than the job's {train_steps}, "
-            f"{max(found)} at most: set TRAIN_STEPS to the largest of them."
+            f"TASK_STEPS gives every task of the fleet fewer steps than the job's {train_steps}. "
+            f"Set TRAIN_STEPS = {max(last_steps)}, the largest of them."
         )
-    return found[0] if len(set(found)) == 1 else found
+    return last_steps[0] if len(set(last_steps)) == 1 else last_steps
 
 
-def _column(fleet: Fleet, of: Callable[[Member], Any]) -> Any:
-    found = [of(member) for member in fleet.members]
-    return found[0] if len(set(found)) == 1 else found
+def _column(fleet: Fleet, field: Callable[[Member], Any]) -> Any:
+    values = [field(member) for member in fleet.members]
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> list[Any]:
-    """The values of those axes that have several."""
+    """Returns the values, with None for axes that have only one."""
     return [
         value if axis is not None and len(axis) > 1 else None
         for axis, value in zip(axes, values, strict=True)
@@ -192,7 +192,7 @@ def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> 
 
 
 def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[Any]) -> str:
-    """A run's name; `differing` are its settings, None for those that all runs share."""
+    """Returns a run's name; `differing` are its settings, None for those that all runs share."""
     rate, task_rate, start, init = differing
     name = task if shots is None else f"{task}_k{shots}"
     if shots is not None or seed is not None:
@@ -204,15 +204,15 @@ def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[An
 
 
 def _check_reads(name: str, data: str) -> None:
-    """Refuses a run's name that tells another name of its data than what it was made from."""
+    """Checks that `data_name` recovers the data's name from the run's name."""
     if (read := data_name(name)) != data:
         raise ValueError(
             f"The fleet's run {name!r} has the data of {data!r}, but its name reads as {read!r} "
-            "with settings. Register its task under a name without '_lr', '_tlr', '_from_' and "
+            "with settings. Register the task under a name without '_lr', '_tlr', '_from_' and "
             "'_init_'."
         )
 
 
 def _plain(number: int | float) -> str:
-    """A number without an exponent, whose minus sign no SeqIO name may have."""
+    """Formats a number without an exponent, because SeqIO names may not contain a minus sign."""
     return format(decimal.Decimal(repr(number)), "f")

@@ -1,4 +1,4 @@
-"""What methods reached on target tasks, and how it is summed up; tables and reports read this."""
+"""Scores of methods on target tasks and their summary statistics, for tables and reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scipy import stats
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.runtime.files import write_atomic
 
-# What a table shows of each task, the first of these that the task declares: exact match of the
+# A table shows one of these for each task, the first that the task declares: exact match of the
 # decoded label, a correlation, or an overlap for free text.
 MAIN_METRICS = ("accuracy", "matthews", "pearson", "f1", "bleu", "exact_match")
 RANKED = "rank_accuracy"
@@ -26,20 +26,20 @@ MAJORITY_FILE = "majority.json"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one method reached at one number of examples.
+    """Scores of one method at one number of examples.
 
     Attributes:
         method: its name.
         shots: training examples of each task; None for all.
-        scores: task -> metric -> one value per seed, in percent where it is a share.
-        parameters: numbers that were trained for each task.
-        seconds: of its jobs.
-        model_dirs: where its runs lie.
-        seeds: of the values, in their order.
+        scores: task -> metric -> one value per seed; shares are in percent.
+        parameters: trainable parameters per task.
+        seconds: run time of its jobs.
+        model_dirs: folders of its jobs.
+        seeds: seeds of the values, in the same order.
         prompt_length: P; 0 without a prompt.
-        backbone_parameters: numbers of the model that do not learn.
-        start: the source task that its prompts started from, if it was one.
-        backbone: what its artifacts call the model; '' where it left none.
+        backbone_parameters: frozen parameters of the model.
+        start: the source task whose prompt its prompts started from, if any.
+        backbone: the model's name in its artifacts; '' if it wrote no artifact.
     """
 
     method: str
@@ -55,17 +55,17 @@ class Result:
     backbone: str = ""
 
     def values(self, task: str) -> list[float]:
-        """A task's main metric, one value per seed."""
+        """Returns the main metric of a task, one value per seed."""
         return self.scores[task][main_metric(self.scores[task])]
 
     def means(self, tasks: Sequence[str] = ()) -> list[float]:
-        """The mean over tasks (default: all) of their main metric, one value per seed."""
+        """Returns the mean main metric over tasks (default: all), one value per seed."""
         return np.mean([self.values(task) for task in tasks or self.scores], axis=0).tolist()
 
 
 class Estimate(NamedTuple):
-    """A mean of n values, their standard deviation and a 95% t-interval of the mean; the last
-    three are NaN for a single value."""
+    """A mean of n values, their standard deviation and a 95% t-interval of the mean. Deviation and
+    interval are NaN for a single value."""
 
     mean: float
     std: float
@@ -75,136 +75,143 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Sums values up.
+    """Returns the mean, deviation and interval of values.
 
     Raises:
-        ValueError: there are none.
+        ValueError: `values` is empty.
     """
-    found = np.array(list(values), np.float64)
-    if not len(found):
-        raise ValueError("There is nothing to sum up.")
-    if len(found) == 1:
+    array = np.array(list(values), np.float64)
+    if not len(array):
+        raise ValueError("Cannot estimate the mean of an empty list. Pass at least one value.")
+    if len(array) == 1:
         unknown = float("nan")
-        return Estimate(float(found[0]), unknown, unknown, unknown, 1)
-    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
-    mean = found.mean()
+        return Estimate(float(array[0]), unknown, unknown, unknown, 1)
+    half = stats.t.ppf(0.975, len(array) - 1) * stats.sem(array)
+    mean = array.mean()
     return Estimate(
-        float(mean), float(found.std(ddof=1)), float(mean - half), float(mean + half), len(found)
+        float(mean), float(array.std(ddof=1)), float(mean - half), float(mean + half), len(array)
     )
 
 
 def paired(new: Result, old: Result) -> list[float]:
-    """Differences of the main metric, one for each (task, seed) that both have.
+    """Returns differences of the main metric, one for each (task, seed) that both results have.
 
     Raises:
         ValueError: they have no task and seed in common.
     """
-    both = [seed for seed in new.seeds if seed in old.seeds]
-    found = [
+    seeds = [seed for seed in new.seeds if seed in old.seeds]
+    differences = [
         new.values(task)[new.seeds.index(seed)] - old.values(task)[old.seeds.index(seed)]
         for task in new.scores
         if task in old.scores
-        for seed in both
+        for seed in seeds
     ]
-    if not found:
-        raise ValueError(f"{new.method!r} and {old.method!r} have no task and seed in common.")
-    return found
+    if not differences:
+        raise ValueError(
+            f"{new.method!r} and {old.method!r} have no task and seed in common. Run both on the "
+            "same tasks and seeds."
+        )
+    return differences
 
 
 def majority_share(targets: Iterable[Any]) -> float:
-    """Percent of the targets that are the most frequent one."""
+    """Returns the share of the most frequent target, in percent."""
     counts = collections.Counter(targets)
     return 100 * max(counts.values()) / counts.total()
 
 
 def by_metric(result: Result, metric: str) -> Result:
-    """The result with one metric alone, in the place of each task's main metric.
+    """Returns the result with only one metric, which then is each task's main metric.
 
     Raises:
-        ValueError: a task was not scored by it; lists those that it was scored by.
+        ValueError: a task was not scored by this metric; the error lists its metrics.
     """
     for task, scores in result.scores.items():
         if metric not in scores:
             raise ValueError(unknown_name(f"metric of {task}", metric, list(scores)))
-    scores = {task: {metric: found[metric]} for task, found in result.scores.items()}
+    scores = {task: {metric: by_name[metric]} for task, by_name in result.scores.items()}
     return dataclasses.replace(result, scores=scores)
 
 
 def main_metric(scores: Mapping[str, object]) -> str:
-    """The metric that a table shows of a task: the first of `MAIN_METRICS` in the task's own order,
-    in which its best step is selected too."""
+    """Returns the metric that a table shows for a task: the first of `MAIN_METRICS` in the task's
+    own order. The best step is selected in the same order."""
     return next((name for name in scores if name in MAIN_METRICS), next(iter(scores)))
 
 
 def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Run -> metric -> value, of the last evaluation below a MODEL_DIR or EVAL_OUTPUT_DIR.
+    """Reads the last evaluation below a MODEL_DIR or EVAL_OUTPUT_DIR: run -> metric -> value.
 
     Raises:
-        FileNotFoundError: a run was not evaluated there.
+        FileNotFoundError: a run was not evaluated.
     """
     scores = {}
     for run in runs:
         path = folder / "inference_eval" / f"{run}-metrics.jsonl"
         if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no evaluation of {run!r} ({path}).")
-        found = json.loads(path.read_text().splitlines()[-1])
-        scores[run] = {name: float(value) for name, value in found.items() if name != "step"}
+            raise FileNotFoundError(
+                f"{folder} holds no evaluation of {run!r}: {path} does not exist. Run the stage to "
+                "its end first."
+            )
+        metrics = json.loads(path.read_text().splitlines()[-1])
+        scores[run] = {name: float(value) for name, value in metrics.items() if name != "step"}
     return scores
 
 
 def read_record(model_dir: Path) -> dict:
-    """What the run that was started last in a MODEL_DIR says of itself."""
+    """Reads the record of the last start in a MODEL_DIR, from run.jsonl."""
     return json.loads((model_dir / "run.jsonl").read_text().splitlines()[-1])
 
 
 def training_seconds(model_dir: Path) -> float:
-    """Seconds of all training steps, from the run's own metrics; starts and evaluations apart."""
+    """Returns the seconds of all training steps in metrics.jsonl, excluding other run time."""
     seconds, last = 0.0, 0
     for line in (model_dir / "metrics.jsonl").read_text().splitlines():
-        found = json.loads(line)
-        each = found.get("timing/seconds_per_step")
-        if found["folder"] == "train" and each is not None:
-            seconds += each * max(0, found["step"] - last)
-            last = found["step"]
+        metrics = json.loads(line)
+        per_step = metrics.get("timing/seconds_per_step")
+        if metrics["folder"] == "train" and per_step is not None:
+            seconds += per_step * max(0, metrics["step"] - last)
+            last = metrics["step"]
     return seconds
 
 
 def save(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -> None:
-    """Writes root/results.json, and beside it what answering without reading would reach.
+    """Writes results.json and majority.json.
 
     Args:
-        root: an existing folder. Folders of runs are kept as paths from there, so that they may
-            move.
-        results: what was run.
-        majority: task -> percent of its test rows that have the most frequent target, if known.
+        root: an existing folder. Folders of runs are stored as relative paths, so that everything
+            can be moved together.
+        results: results to write.
+        majority: task -> majority-class share of its test split in percent, if known.
     """
     lines = []
     for result in results:
-        dirs = [os.path.relpath(name, root) for name in result.model_dirs]
-        lines.append({**dataclasses.asdict(result), "model_dirs": dirs})
+        folders = [os.path.relpath(name, root) for name in result.model_dirs]
+        lines.append({**dataclasses.asdict(result), "model_dirs": folders})
     write_atomic(root / FILE, json.dumps(lines, indent=2) + "\n")
     write_atomic(root / MAJORITY_FILE, json.dumps(majority, indent=2) + "\n")
 
 
 def load_majority(root: Path) -> dict[str, float]:
-    """The shares that `save` was given; {} where there is no such file."""
+    """Reads the majority-class shares that `save` wrote; {} if the file is missing."""
     path = root / MAJORITY_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def load(root: Path) -> list[Result]:
-    """Reads root/results.json.
+    """Reads results.json.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has no results.json.
     """
     path = root / FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"{root} holds no {FILE}, which `mpt-jax demo` and `mpt-jax paper` leave."
+            f"{root} holds no {FILE}. Run `mpt-jax demo` or `mpt-jax paper` first, or pass a "
+            "folder that one of them wrote."
         )
-    found = []
+    loaded = []
     for fields in json.loads(path.read_text()):
-        dirs = tuple(os.path.normpath(root / name) for name in fields["model_dirs"])
-        found.append(Result(**{**fields, "model_dirs": dirs, "seeds": tuple(fields["seeds"])}))
-    return found
+        folders = tuple(os.path.normpath(root / name) for name in fields["model_dirs"])
+        loaded.append(Result(**{**fields, "model_dirs": folders, "seeds": tuple(fields["seeds"])}))
+    return loaded

@@ -1,8 +1,8 @@
-"""Stages as commands, and the jobs that adapt a grid of target tasks and seeds.
+"""Stages as command lines, and jobs that adapt a grid of target tasks and seeds.
 
-A *stage* is one command line with a folder of its own below a root. It runs here, in this process,
-or is printed for a scheduler; either way what it leaves says whether it is done. A *job* is a stage
-that trains several runs (target x seed) at once.
+A *stage* is one command line with its own folder below a root. It runs in this process or is
+printed for a scheduler. In both cases the files it writes show whether it is done. A *job* is a
+stage that trains several runs (target x seed) at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
 
 
 class Run(NamedTuple):
-    """One adaptation: a target task learned from one draw of its examples."""
+    """One adaptation: a target task trained on one draw of its examples."""
 
     task: str
     seed: int
@@ -35,14 +35,14 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command.
+    """One command line.
 
     Attributes:
-        name: its folder below the root, MODEL_DIR or EVAL_OUTPUT_DIR.
+        name: its folder below the root, used as MODEL_DIR or EVAL_OUTPUT_DIR.
         files: gin files, in order.
-        bindings: as after `--gin.`, `NAME = value`.
-        runs: those it trains or evaluates; () for a source stage.
-        steps: how many a training stage takes.
+        bindings: `NAME = value`, as after `--gin.`.
+        runs: the runs it trains or evaluates; () for a source stage.
+        steps: training steps; None leaves their number to the gin files.
         entry: `'train'` or `'eval'`.
     """
 
@@ -54,7 +54,7 @@ class Stage:
     entry: str = "train"
 
     def arguments(self, root: Path) -> tuple[str, ...]:
-        """All bindings, with the folder."""
+        """Returns all bindings, including the folder."""
         steps = () if self.steps is None else (f"TRAIN_STEPS = {self.steps}",)
         return (
             f"{FOLDER_MACROS[self.entry]} = {quoted(str(root / self.name))}",
@@ -63,56 +63,56 @@ class Stage:
         )
 
     def command(self, root: Path) -> str:
-        """The command line, for a shell. It names our trainer: T5X leaves another record of a run,
-        and its last step instead of its best."""
-        given = [f"--gin_file={name}" for name in self.files]
+        """Returns the command line, quoted for a shell. It names our trainer, because T5X writes a
+        different run record and keeps the last step instead of the best."""
+        flags = [f"--gin_file={name}" for name in self.files]
         for binding in self.arguments(root):
             name, _, value = binding.partition(" = ")
-            given.append(f"--gin.{name}={value}")
-        return shlex.join(["python", "-m", f"mpt_jax.{self.entry}", *given])
+            flags.append(f"--gin.{name}={value}")
+        return shlex.join(["python", "-m", f"mpt_jax.{self.entry}", *flags])
 
     def run(self, root: Path) -> None:
-        """Runs it here; a training stage goes on where an interrupted one stopped."""
+        """Runs the stage in this process. A training stage resumes where it was interrupted."""
         logging.info("=== %s", self.name)
         gin_utils.run_stage(self.files, self.arguments(root), self.entry)
 
     def is_done(self, root: Path) -> bool:
-        """Whether it ran to its end."""
+        """Whether the stage ran to its end."""
         folder = root / self.name
         if self.entry == "eval":
             return all(
                 (folder / "inference_eval" / f"{run.name}-metrics.jsonl").exists()
                 for run in self.runs
             )
-        handed_on = any(
+        exported = any(
             existing_folder(folder / name).is_dir() for name in (ARTIFACT, TRAINED_BACKBONE)
         )
         trained = self.steps is None or (folder / f"checkpoint_{self.steps}").is_dir()
-        return handed_on and (trained or all_ended(folder))
+        return exported and (trained or all_ended(folder))
 
 
 def target_runs(tasks: Sequence[str], seeds: Sequence[int], shots: int | None) -> tuple[Run, ...]:
-    """The runs of every task and seed; their names are those of the SeqIO tasks they train on. A
-    single run on all examples goes by the task's own name."""
+    """Returns a run for every task and seed, named after the SeqIO task it trains on. A single run
+    on all examples has the task's own name."""
     few = "" if shots is None else f"_k{shots}"
-    alone = shots is None and len(seeds) == 1
-    name = lambda task, seed: task if alone else f"{task}{few}_s{seed}"  # noqa: E731
+    single = shots is None and len(seeds) == 1
+    name = lambda task, seed: task if single else f"{task}{few}_s{seed}"  # noqa: E731
     return tuple(Run(task, seed, name(task, seed)) for task in tasks for seed in seeds)
 
 
-# Strings as gin and Python read them, in double quotes, which survive a shell better.
+# Quotes a string for gin and Python. Double quotes survive a shell better.
 quoted = json.dumps
 
 
 def target_bindings(
     runs: Sequence[Run], rows: int | float, groups: str | Sequence[int] = "independent"
 ) -> list[str]:
-    """What a job of these runs binds.
+    """Returns the bindings of a job with these runs.
 
     Args:
-        runs: in the order of the bank's rows.
-        rows: examples of each run in a step, on average where runs share a group.
-        groups: which runs learn together, as `Runs` has it.
+        runs: in the order of the bank rows.
+        rows: examples of each run in a step; an average if runs share a group.
+        groups: which runs share parameters, as in `Runs`.
     """
     table = Runs([run.task for run in runs], [run.name for run in runs], groups)
     return [
@@ -131,45 +131,48 @@ def collect(
     scored: Sequence[Stage] = (),
     start: str | None = None,
 ) -> results.Result:
-    """What finished jobs reached.
+    """Collects the results of finished jobs.
 
     Args:
-        root: holds their folders.
+        root: the folder above the jobs' folders.
         method: name in tables.
         shots: training examples of each task; None for all.
         jobs: the training stages.
-        scored: the stages that evaluated them, if not they themselves.
-        start: the source task that they started from, if it was one.
+        scored: the stages that evaluated the jobs; () if the jobs evaluated themselves.
+        start: the source task whose prompt they started from, if any.
 
     Raises:
         FileNotFoundError: a run was not evaluated.
         ValueError: tasks have different seeds.
     """
-    found: dict[str, dict[int, Mapping[str, float]]] = {}
+    by_task: dict[str, dict[int, Mapping[str, float]]] = {}
     for stage in scored or jobs:
         scores = results.read_scores(root / stage.name, [run.name for run in stage.runs])
         for run in stage.runs:
-            found.setdefault(run.task, {})[run.seed] = scores[run.name]
-    seeds = {tuple(sorted(by_seed)) for by_seed in found.values()}
+            by_task.setdefault(run.task, {})[run.seed] = scores[run.name]
+    seeds = {tuple(sorted(by_seed)) for by_seed in by_task.values()}
     if len(seeds) != 1:
-        raise ValueError(f"The tasks of {method!r} have different seeds: {sorted(seeds)}.")
+        raise ValueError(
+            f"The tasks of {method!r} have different seeds: {sorted(seeds)}. Run every task with "
+            "the same seeds."
+        )
     order = seeds.pop()
     record = results.read_record(root / jobs[0].name)
     config = existing_folder(root / jobs[0].name / ARTIFACT) / "config.json"
-    learned = record["trainable_parameters"]
+    num_trainable = record["trainable_parameters"]
     return results.Result(
         method=method,
         shots=shots,
         scores={
             task: {name: [by_seed[s][name] for s in order] for name in by_seed[order[0]]}
-            for task, by_seed in found.items()
+            for task, by_seed in by_task.items()
         },
-        parameters=learned / len(jobs[0].runs),
+        parameters=num_trainable / len(jobs[0].runs),
         seconds=sum(results.training_seconds(root / job.name) for job in jobs),
         model_dirs=tuple(str(root / job.name) for job in jobs),
         seeds=order,
         prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
-        backbone_parameters=record["parameters"] - learned,
+        backbone_parameters=record["parameters"] - num_trainable,
         start=start,
         backbone=json.loads(config.read_text())["backbone"] if config.exists() else "",
     )

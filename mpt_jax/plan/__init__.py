@@ -1,7 +1,7 @@
-"""What a run would need on TPUs that are not here: its very steps, compiled ahead of time.
+"""Cost of a run's steps on TPUs, from compiling them ahead of time on a machine without TPUs.
 
     mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v5e:4x4
 
-Reads neither data nor weights. All figures are the compiler's or counted from what it made;
-nothing is run, so none of them is a speed.
+It reads neither data nor weights. All figures come from the compiler or are counted from the
+compiled program. Nothing is run, so no figure is a measured speed.
 """

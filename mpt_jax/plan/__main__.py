@@ -1,4 +1,4 @@
-"""`mpt-jax plan`: what a gin file's steps need on TPUs, compiled here and run nowhere.
+"""`mpt-jax plan`: cost of a gin file's steps on TPUs, compiled ahead of time without running them.
 
 mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v5e:4x4 --gin.BATCH_SIZE=512
 mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v6e          the smallest slice that fits
@@ -28,22 +28,22 @@ from mpt_jax.plan.steps import DoesNotFit, Job, MeshLayout, StepCost
 from mpt_jax.runtime import paths
 from mpt_jax.training.partitioning import PjitPartitioner
 
-# No vocabulary is read: no shape depends on its words.
+# A placeholder: shapes do not depend on the vocabulary, so it is not read.
 _VOCABULARY = "toy.model"
 
 PARTITIONER = "partitioning.PjitPartitioner"
-MOST_PARTITIONS = 64  # of the model axis, a power of two
+MOST_PARTITIONS = 64  # largest model axis, a power of two
 
-flags.DEFINE_multi_string("topology", [], "v5e:4x4; or v5e, its slices from small to large.")
-flags.DEFINE_list("num_partitions", [], "Sizes of the model axis to try; default gin's.")
-flags.DEFINE_list("num_microbatches", [], "Numbers of microbatches to try; default gin's.")
+flags.DEFINE_multi_string("topology", [], "v5e:4x4, or v5e for all its slices from small to large.")
+flags.DEFINE_list("num_partitions", [], "Sizes of the model axis to try; default from gin.")
+flags.DEFINE_list("num_microbatches", [], "Numbers of microbatches to try; default from gin.")
 flags.DEFINE_list("steps", list(steps.STEPS), "Which steps to compile.")
-flags.DEFINE_string("json", None, "Also write every figure to this file.")
+flags.DEFINE_string("json", None, "Also write all figures to this file.")
 
 
 @functools.wraps(train_module.train)
 def train(**given: Any) -> Job:
-    """Stands in for `train()`, which gin files configure; keeps what its steps depend on."""
+    """Replaces the `train()` that gin files configure, and returns what its steps depend on."""
     partitioner: PjitPartitioner = given["partitioner"]
     return Job(
         given["model"],
@@ -58,29 +58,31 @@ def train(**given: Any) -> Job:
 
 
 def main(argv: list[str]) -> None:
-    """Compiles, counts and prints."""
+    """Compiles the steps and prints their cost."""
     gin_utils.log_progress()
     chips.share_libtpu()
     values = flags.FLAGS
     try:
         if len(argv) > 1:
-            raise ValueError(f"Unexpected arguments: {argv[1:]}")
+            raise ValueError(f"Unexpected arguments: {argv[1:]}. Pass options as --name=value.")
         if not values.topology:
-            raise ValueError(f"Say for which TPU: --topology=v5e:4x4, or one of {[*chips.CHIPS]}.")
+            raise ValueError(
+                f"--topology is missing. Set --topology=v5e:4x4, or a chip of {[*chips.CHIPS]}."
+            )
         job = read_job(values.gin_file, values.gin_bindings, values.gin_search_paths)
-        found = plan(job, values)
+        costs = plan(job, values)
     except (ValueError, OSError, ImportError) as error:
         logging.error("%s", gin_utils.message(error))
         sys.exit(2)
     print(
-        format.NOTE, format.table(found), format.details(found), format.verdicts(found), sep="\n\n"
+        format.NOTE, format.table(costs), format.details(costs), format.verdicts(costs), sep="\n\n"
     )
     if values.json:
-        Path(values.json).write_text(json.dumps(format.as_json(found), indent=1) + "\n")
+        Path(values.json).write_text(json.dumps(format.as_json(costs), indent=1) + "\n")
 
 
 def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str]) -> Job:
-    """What the gin files and bindings of a training stage describe."""
+    """Reads the job that the gin files and bindings of a training stage describe."""
     stand_in = f"VOCABULARY = {str(paths.SHIPPED / _VOCABULARY)!r}"
     with gin_utils.as_main(sys.modules[__name__]):
         gin_utils.parse(gin_files, [stand_in, *bindings], search_paths)
@@ -89,8 +91,8 @@ def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str])
 
 
 def _take_mesh_shapes() -> dict[str, Any]:
-    """What gin says of a mesh over several slices, taken out of its configuration: the devices of
-    this machine, of which gin makes a mesh, are not those slices."""
+    """Removes the shapes of a mesh over several slices from the gin configuration, and returns
+    them. gin would make the mesh of this machine's devices, which are not those slices."""
     bound = gin.get_bindings(PARTITIONER)
     shapes = {name: bound.get(name) for name in ("ici_mesh_shape", "dcn_mesh_shape")}
     if any(shape is not None for shape in shapes.values()):
@@ -101,66 +103,68 @@ def _take_mesh_shapes() -> dict[str, Any]:
 
 
 def _model_axes(job: Job, asked: list[str]) -> list[int]:
-    """The sizes of the model axis to try.
+    """Returns the sizes of the model axis to try.
 
     Raises:
-        ValueError: it is in gin's `ici_mesh_shape` already.
+        ValueError: gin's `ici_mesh_shape` already sets the size.
     """
     if not job.ici_mesh_shape:
         return [int(n) for n in asked] or [job.model_axis]
     if asked:
         raise ValueError(
             f"--num_partitions={','.join(asked)} would have no effect: the model axis is the last "
-            f"of ici_mesh_shape={tuple(job.ici_mesh_shape)}. Change that, or leave the flag out."
+            f"number of ici_mesh_shape={tuple(job.ici_mesh_shape)}. Change the shape, or leave the "
+            "flag out."
         )
     return [job.ici_mesh_shape[-1] if job.model_axis == 1 else job.model_axis]
 
 
 def _topologies(job: Job, name: str) -> list[str]:
-    """The slices a flag names; of all of a kind, those that gin's mesh can lie on.
+    """Returns the slices that a flag names. For a chip, these are the slices that gin's mesh fits.
 
     Raises:
-        ValueError: no such chip, or none of its slices is of that size.
+        ValueError: the chip is unknown, or none of its slices has the mesh's size.
     """
     known = chips.topologies(name)
     if known == [name] or not job.ici_mesh_shape:
         return known
     size = math.prod(job.ici_mesh_shape)
-    if fitting := [each for each in known if chips.count(each) == size]:
+    if fitting := [topology for topology in known if chips.count(topology) == size]:
         return fitting
     raise ValueError(
-        f"ici_mesh_shape={tuple(job.ici_mesh_shape)} is for slices of {size} chips; those of "
-        f"{name} have {', '.join(str(chips.count(each)) for each in known)}."
+        f"ici_mesh_shape={tuple(job.ici_mesh_shape)} needs slices of {size} chips, but slices of "
+        f"{name} have {', '.join(str(chips.count(topology)) for topology in known)}. Change the "
+        "shape or the chip."
     )
 
 
 def plan(job: Job, values: Any) -> list[StepCost | DoesNotFit]:
-    """Every layout that the flags ask for."""
+    """Compiles every layout that the flags ask for."""
     parts = [int(n) for n in values.num_microbatches] or [None]
     layouts = list(itertools.product(_model_axes(job, values.num_partitions), parts))
-    found: list[StepCost | DoesNotFit] = []
+    costs: list[StepCost | DoesNotFit] = []
     for name in values.topology:
         for topology in _topologies(job, name):
-            mine = []
+            of_topology = []
             for model_axis, number in layouts:
                 choice = MeshLayout(topology, model_axis, number, job.slices)
                 logging.info("Compiling for %s.", choice)
                 try:
-                    mine += steps.compile_steps(job, choice, values.steps)
+                    of_topology += steps.compile_steps(job, choice, values.steps)
                 except ValueError as error:
-                    if not found and not mine:
+                    if not costs and not of_topology:
                         raise
-                    logging.error("%s", error)  # what was compiled is shown all the same
-                    return [*found, *mine]
-            found += mine
-            if topology != name and all(each.fits for each in mine):
+                    logging.error("%s", error)  # still shows what was compiled
+                    return [*costs, *of_topology]
+            costs += of_topology
+            if topology != name and all(cost.fits for cost in of_topology):
                 break  # the slices that follow are larger
-    return found
+    return costs
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # a plan needs no device, also where there are some
-    # A gin file's own mesh is made before the slice is known, of devices that do not exist.
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, even if there is one
+    # gin makes the file's mesh before the slice is known. These devices stand in for its chips.
     jax.config.update("jax_num_cpu_devices", MOST_PARTITIONS)
     trainer_choice.install_fallback()
     gin_utils.define_flags()

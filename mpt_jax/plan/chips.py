@@ -1,4 +1,4 @@
-"""TPUs: what a chip can do, and which slices there are."""
+"""TPU chips: peak performance, memory and available slices."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Chip:
     """Peaks of one chip, from Google Cloud's documentation of each TPU.
 
     Attributes:
-        name: as in a topology.
-        flops: bfloat16 operations a second.
-        hbm_bytes: memory.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second between chips in one direction, over all links.
+        name: name in a topology.
+        flops: bfloat16 operations per second.
+        hbm_bytes: size of HBM.
+        hbm_bandwidth: bytes per second.
+        ici_bandwidth: bytes per second to other chips in one direction, over all links.
         slices: shapes of slices, from small to large.
     """
 
@@ -47,51 +47,53 @@ CHIPS = {
 
 
 def topologies(name: str) -> list[str]:
-    """`v5e:4x4` as it is; `v5e` as its slices, from small to large.
+    """Expands `v5e` to its slices, from small to large; `v5e:4x4` stays one slice.
 
     Raises:
-        ValueError: no such chip.
+        ValueError: the chip is unknown.
     """
     chip, _, shape = name.partition(":")
     if chip not in CHIPS:
-        raise ValueError(f"No TPU is called {chip!r} here; known: {', '.join(CHIPS)}.")
+        raise ValueError(f"Unknown TPU {chip!r}. Choose one of {', '.join(CHIPS)}.")
     return [name] if shape else [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
 
 
 def count(topology: str) -> int:
-    """How many chips `v5e:4x4` has."""
+    """Returns the number of chips of a slice, 16 for `v5e:4x4`."""
     return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def share_libtpu() -> None:
-    """Lets several processes of a machine load libtpu at once, in a process that only compiles.
+    """Lets several processes on a machine load libtpu at once. Only for processes that compile.
 
-    By default libtpu locks a file, since a chip serves one process. It reads these variables when
-    it is loaded, which JAX does when it looks for devices.
+    By default libtpu locks a file, because a chip serves one process. It reads these variables when
+    JAX loads it to look for devices.
     """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server knows chips not here
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server for absent chips
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
-    """The chips of a slice, or of several alike, to compile for.
+    """Returns the chips to compile for, of one slice or of several equal ones.
 
     Raises:
-        ImportError: libtpu, which holds the compiler, is not installed.
-        ValueError: libtpu knows no such slice, or not several of them.
+        ImportError: libtpu, which contains the compiler, is not installed.
+        ValueError: libtpu does not know the slice, or does not support several of it.
     """
     from jax.experimental import topologies as known
 
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            "Compiling for TPUs needs their compiler, which runs on any machine: "
+            "Compiling for TPUs needs libtpu, which runs on any machine. Install it: "
             "pip install 'mpt-jax[tpu]'."
         )
     share_libtpu()
     try:
         several = {"num_slices": slices} if slices > 1 else {}
-        found = known.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
+        chips = known.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except Exception as error:
-        times = f"{slices} times " if slices > 1 else ""
-        raise ValueError(f"libtpu has no slice {times}{topology!r}: {error}") from error
-    return list(found)
+        what = f"{slices} slices {topology!r}" if slices > 1 else f"the slice {topology!r}"
+        raise ValueError(
+            f"libtpu cannot compile for {what}: {error}. Choose another --topology."
+        ) from error
+    return list(chips)

@@ -1,9 +1,9 @@
-"""What a compiled program does, counted from its text: products, memory, communication.
+"""Cost of a compiled program, counted from its text: matrix products, memory, communication.
 
-The compiler's own count (`cost_analysis`) takes the body of a loop once, whatever its trip count,
-and counts copies into the chip's fast memory (VMEM) as it counts memory (HBM). Here a body counts
-times its trips, and HBM is counted apart: an array whose layout names another memory (`S(1)`) is
-not in it.
+The compiler's own count (`cost_analysis`) counts the body of a loop once, regardless of its trip
+count, and does not distinguish the chip's fast memory (VMEM) from main memory (HBM). Here a body is
+multiplied by its trips, and HBM is counted separately: an array whose layout names another memory
+(`S(1)`) is not in HBM.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterator
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
 BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
-ACROSS_SLICES = "send"  # the compiler splits what crosses slices into sends and receives
+ACROSS_SLICES = "send"  # the compiler splits traffic between slices into sends and receives
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     ACROSS_SLICES,
 )  # fmt: skip
-# They name or order arrays and move nothing.
+# Operations that only name or order arrays. They move no data.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
     "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call", "async-start",
@@ -37,7 +37,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=%
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array's size, and whether it lies in HBM."""
+    """An array's size, and whether it is in HBM."""
 
     shape: tuple[int, ...]
     bytes: int
@@ -49,11 +49,11 @@ class Instruction:
     """One operation.
 
     Attributes:
-        name: its own.
+        name: name of the instruction.
         op: `fusion`, `convolution`, ...
         arrays: its results.
-        operands: names of what it reads.
-        text: all after the opening bracket of its operands.
+        operands: names of the instructions it reads.
+        text: the line after the opening parenthesis of the operands.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """The computations it runs, a loop's condition left out."""
+        """The computations it runs, except a loop's condition."""
         names = _CALLED.findall(re.sub(r"condition=%?[\w.\-]+", "", self.text))
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         if branches:
@@ -74,18 +74,17 @@ class Instruction:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a program on one chip.
+    """Cost of a program on one chip.
 
     Attributes:
-        flops: of products, 2 for a multiply-add; element-wise operations are left out.
-        hbm_bytes: read from and written to HBM.
-        accessed_bytes: the same over all memories; the compiler's own count of a program without
-            loops is up to a quarter more or less, by rules of its own.
-        collectives: kind -> (how many, bytes that they leave on this chip, or that a `send` takes
-            from it).
-        kernels: name -> (how many calls, flops, bytes), by the estimate that came with each.
-        loops: how many there are, those that repeat counted once.
-        unknown_loops: those of them whose length depends on what is computed.
+        flops: operations of matrix products, 2 for a multiply-add, without element-wise operations.
+        hbm_bytes: bytes read from and written to HBM.
+        accessed_bytes: bytes read and written in all memories. The compiler counts by different
+            rules; without loops its count is up to a quarter more or less.
+        collectives: kind -> (number, bytes of the results on this chip, or bytes sent for `send`).
+        kernels: name -> (number of calls, flops, bytes), by the estimates in the kernels.
+        loops: number of loops; a loop inside a loop counts once.
+        unknown_loops: number of loops whose length depends on the computed values.
     """
 
     flops: float = 0.0
@@ -97,7 +96,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
-        """Adds another's numbers, `times` over."""
+        """Adds another cost, multiplied by `times`."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         self.accessed_bytes += times * other.accessed_bytes
@@ -116,8 +115,8 @@ def cost(text: str, unknown_trips: int = 1) -> Cost:
     """Counts a compiled program.
 
     Args:
-        text: of `jax.stages.Compiled.as_text()`.
-        unknown_trips: how often to count a loop whose length depends on what it computes.
+        text: output of `jax.stages.Compiled.as_text()`.
+        unknown_trips: trips to assume for a loop whose length depends on the computed values.
     """
     return _Program(text, unknown_trips).cost()
 
@@ -131,107 +130,112 @@ class _Program:
             if header := _COMPUTATION.match(line):
                 body = self.computations.setdefault(header.group(2), [])
                 self.entry = header.group(2) if header.group(1) else self.entry
-            elif found := _INSTRUCTION.match(line):
-                body.append(_instruction(*found.groups()))
+            elif match := _INSTRUCTION.match(line):
+                body.append(_instruction(*match.groups()))
 
     def cost(self) -> Cost:
-        return self._of(self.entry)
+        return self._cost_of(self.entry)
 
     @functools.cache  # noqa: B019 - lives as long as one count
-    def _of(self, name: str) -> Cost:
-        """The cost of a computation that is run, not fused into another."""
-        total, made = Cost(), {each.name: each for each in self.computations[name]}
-        for each in self.computations[name]:
-            if each.op == "while":
-                trips = self._trips(each)
+    def _cost_of(self, name: str) -> Cost:
+        """Returns the cost of a computation that is run, not fused into another."""
+        total, body = Cost(), self.computations[name]
+        by_name = {instruction.name: instruction for instruction in body}
+        for instruction in body:
+            if instruction.op == "while":
+                trips = self._trips(instruction)
                 often = self.unknown_trips if trips is None else trips
-                total.add(self._of(each.called[0]), often)
+                total.add(self._cost_of(instruction.called[0]), often)
                 total.loops += 1
                 total.unknown_loops += trips is None
-            elif each.op in ("call", "conditional", "async-start"):
-                for called in each.called:
-                    total.add(self._of(called))
+            elif instruction.op in ("call", "conditional", "async-start"):
+                for called in instruction.called:
+                    total.add(self._cost_of(called))
             else:
-                total.add(self._single(each, made))
+                total.add(self._single(instruction, by_name))
         return total
 
-    def _single(self, each: Instruction, made: dict[str, Instruction]) -> Cost:
-        found = Cost(flops=sum(map(self._flops, self._inside(each))))
-        if each.op in _FREE or each.op.endswith("-done"):
-            return found
-        kind = each.op.removesuffix("-start")
+    def _single(self, instruction: Instruction, by_name: dict[str, Instruction]) -> Cost:
+        cost = Cost(flops=sum(map(self._flops, self._inside(instruction))))
+        if instruction.op in _FREE or instruction.op.endswith("-done"):
+            return cost
+        kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            found.collectives[kind] = (1, _left(each))
-        if 'custom_call_target="tpu_custom_call"' in each.text:
-            flops, moved = _estimate(each)
-            found.flops += flops
-            found.kernels[re.sub(r"[.\d]+$", "", each.name)] = (1, flops, moved)
-        elif each.op == "custom-call":
-            return found  # markers of the compiler: allocations, views of what lies side by side
-        for array in self._moved(each, made):
-            found.accessed_bytes += array.bytes
-            found.hbm_bytes += array.bytes * array.in_hbm
-        return found
+            cost.collectives[kind] = (1, _result_bytes(instruction))
+        if 'custom_call_target="tpu_custom_call"' in instruction.text:
+            flops, moved = _estimate(instruction)
+            cost.flops += flops
+            cost.kernels[re.sub(r"[.\d]+$", "", instruction.name)] = (1, flops, moved)
+        elif instruction.op == "custom-call":
+            return cost  # compiler markers: allocations, views of adjacent arrays
+        for array in self._accessed_arrays(instruction, by_name):
+            cost.accessed_bytes += array.bytes
+            cost.hbm_bytes += array.bytes * array.in_hbm
+        return cost
 
     def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop's body runs; None where that depends on what it computes.
+        """Returns how often a loop's body runs; None if that depends on the computed values.
 
-        Compilers that know it say so. Others leave JAX's own loops over an axis, which count from
-        0: their condition is that the count is below a constant, and nothing else.
+        Some compilers write the trip count. Others leave JAX's loops over an axis as they are.
+        These count from 0, and their only condition is that the count is below a constant.
         """
-        if said := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
-            return int(said.group(1))
+        if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+            return int(count.group(1))
         name = re.search(r"\bcondition=%?([\w.\-]+)", loop.text)
         condition = self.computations[name.group(1)] if name else []
-        limits = [each for each in condition if each.op == "constant"]
+        limits = [instruction for instruction in condition if instruction.op == "constant"]
         counts = bool(condition) and condition[-1].op == "compare"
         if not counts or "direction=LT" not in condition[-1].text or len(limits) != 1:
             return None
         return int(limits[0].text.partition(")")[0])
 
-    def _inside(self, each: Instruction) -> Iterator[Instruction]:
-        """An operation and all that is fused into it."""
-        yield each
-        if each.op == "fusion":
-            for called in each.called:
+    def _inside(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yields an operation and everything that is fused into it."""
+        yield instruction
+        if instruction.op == "fusion":
+            for called in instruction.called:
                 for inner in self.computations[called]:
                     yield from self._inside(inner)
 
-    def _moved(self, each: Instruction, made: dict[str, Instruction]) -> Iterator[Array]:
-        """What an operation reads and writes: of an array that is only sliced, the slice; of one
-        that is updated in place, the update."""
-        if each.op.endswith("-start"):
-            yield from each.arrays[:2]  # (source, target, context)
+    def _accessed_arrays(
+        self, instruction: Instruction, by_name: dict[str, Instruction]
+    ) -> Iterator[Array]:
+        """Yields the arrays that an operation reads and writes. If an array is only sliced, this is
+        the slice; if it is updated in place, the update."""
+        if instruction.op.endswith("-start"):
+            yield from instruction.arrays[:2]  # (source, target, context)
             return
-        if each.op == "dynamic-update-slice":
-            update = made[each.operands[1]].arrays
+        if instruction.op == "dynamic-update-slice":
+            update = by_name[instruction.operands[1]].arrays
             yield from (*update, *update)
             return
-        if each.op in ("slice", "dynamic-slice", "gather"):
-            yield from (*each.arrays, *each.arrays)
+        if instruction.op in ("slice", "dynamic-slice", "gather"):
+            yield from (*instruction.arrays, *instruction.arrays)
             return
-        inner = self.computations[each.called[0]] if each.op == "fusion" else []
+        inner = self.computations[instruction.called[0]] if instruction.op == "fusion" else []
         in_place = _in_place(inner)
-        yield from in_place or each.arrays
-        for position, name in enumerate(each.operands):
-            whole = made[name].arrays if name in made else ()
-            yield from _read(inner, position, whole) if inner else whole
+        yield from in_place or instruction.arrays
+        for position, name in enumerate(instruction.operands):
+            whole = by_name[name].arrays if name in by_name else ()
+            yield from _operand_reads(inner, position, whole) if inner else whole
 
-    def _flops(self, each: Instruction) -> float:
-        if each.op not in ("convolution", "dot"):
+    def _flops(self, instruction: Instruction) -> float:
+        if instruction.op not in ("convolution", "dot"):
             return 0.0
-        shapes = {x.name: x.arrays for x in self._home[each.name]}
-        lhs, rhs = (shapes[name][0].shape for name in each.operands[:2])
-        if each.op == "dot":
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.text)
+        shapes = {x.name: x.arrays for x in self._computation_of[instruction.name]}
+        lhs, rhs = (shapes[name][0].shape for name in instruction.operands[:2])
+        if instruction.op == "dot":
+            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
             inner = [lhs[int(i)] for i in axes.group(1).split(",") if i] if axes else []
-            return 2.0 * math.prod(each.arrays[0].shape) * math.prod(inner)
-        return _convolution_flops(lhs, rhs, each.arrays[0].shape, each.text)
+            return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(inner)
+        return _convolution_flops(lhs, rhs, instruction.arrays[0].shape, instruction.text)
 
     @functools.cached_property
-    def _home(self) -> dict[str, list[Instruction]]:
-        """Instruction -> the computation it is in."""
-        return {each.name: body for body in self.computations.values() for each in body}
+    def _computation_of(self) -> dict[str, list[Instruction]]:
+        """Name of an instruction -> instructions of its computation."""
+        return {
+            instruction.name: body for body in self.computations.values() for instruction in body
+        }
 
 
 def _instruction(name: str, shape: str, op: str, rest: str) -> Instruction:
@@ -256,56 +260,61 @@ def _size(arrays: tuple[Array, ...]) -> int:
     return sum(array.bytes for array in arrays)
 
 
-def _left(each: Instruction) -> int:
-    """Bytes that a collective leaves on this chip. The start of one names what it reads as well,
-    in front, and scalar contexts behind; that of an all-reduce names its results alone. What is
-    sent leaves this chip."""
-    if each.op == "all-reduce-start" or not each.op.endswith("-start"):
-        return _size(each.arrays[:1] if each.op == ACROSS_SLICES else each.arrays)
-    arrays = tuple(array for array in each.arrays if array.shape)
+def _result_bytes(instruction: Instruction) -> int:
+    """Returns the bytes of a collective's results on this chip, or the bytes that a send takes from
+    it. A start operation lists its inputs first, then the results and scalar contexts. Only the
+    start of an all-reduce lists just the results."""
+    if instruction.op == "all-reduce-start" or not instruction.op.endswith("-start"):
+        sent = instruction.op == ACROSS_SLICES
+        return _size(instruction.arrays[:1] if sent else instruction.arrays)
+    arrays = tuple(array for array in instruction.arrays if array.shape)
     return _size(arrays[len(arrays) // 2 :])
 
 
-def _read(inner: list[Instruction], position: int, whole: tuple[Array, ...]) -> Iterator[Array]:
-    """What a fusion reads of the operand at a position."""
-    mine = next(
+def _operand_reads(
+    inner: list[Instruction], position: int, whole: tuple[Array, ...]
+) -> Iterator[Array]:
+    """Yields the parts of an operand that a fusion reads."""
+    parameter = next(
         (x for x in inner if x.op == "parameter" and x.text.startswith(f"{position})")), None
     )
-    if mine is None:
+    if parameter is None:
         yield from whole
         return
-    users = [x for x in inner if mine.name in x.operands]
+    users = [x for x in inner if parameter.name in x.operands]
     slices = ("dynamic-slice", "slice", "gather")
-    updated = [x for x in users if x.op == "dynamic-update-slice" and x.operands[0] == mine.name]
+    updated = [
+        x for x in users if x.op == "dynamic-update-slice" and x.operands[0] == parameter.name
+    ]
     if users and len(updated) == len(users):
         return
-    if users and all(x.op in slices and x.operands[0] == mine.name for x in users):
-        for each in users:
-            for array, source in zip(each.arrays, whole, strict=False):
+    if users and all(x.op in slices and x.operands[0] == parameter.name for x in users):
+        for user in users:
+            for array, source in zip(user.arrays, whole, strict=False):
                 yield dataclasses.replace(array, in_hbm=source.in_hbm)
         return
     yield from whole
 
 
 def _in_place(inner: list[Instruction]) -> list[Array]:
-    """The updates a fusion writes, where its result is an array updated in place."""
+    """Returns the updates a fusion writes, if its result is an array updated in place."""
     if not inner or inner[-1].op != "dynamic-update-slice":
         return []
-    named = {each.name: each for each in inner}
+    named = {instruction.name: instruction for instruction in inner}
     return list(named[inner[-1].operands[1]].arrays)
 
 
 def _convolution_flops(
     lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], text: str
 ) -> float:
-    """The compiler writes every product as a convolution, batches as dilated windows: counts the
-    pairs of elements that meet."""
+    """Counts the operations of a convolution by the pairs of elements that meet. The compiler
+    writes every matrix product as a convolution, with batches as dilated windows."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     assert labels is not None
     left, right, result = labels.groups()
     total = 2.0 * out[result.index("b")] * out[result.index("f")] * rhs[right.index("i")]
     for axis in sorted(set(left) - set("bf")):
-        total *= _meetings(
+        total *= _count_meetings(
             lhs[left.index(axis)],
             rhs[right.index(axis)],
             out[result.index(axis)],
@@ -317,30 +326,30 @@ def _convolution_flops(
     return total
 
 
-def _meetings(
+def _count_meetings(
     source: int, size: int, out: int, *, stride: int, dilate: int, spread: int, low: int
 ) -> int:
-    """How many (output, window) positions of an axis fall on an element of the source."""
+    """Counts the (output, window) positions of an axis that fall on an element of the source."""
     reach = (source - 1) * dilate + 1
     return sum(
-        0 <= (at := o * stride - low + k * spread) < reach and at % dilate == 0
+        0 <= (position := o * stride - low + k * spread) < reach and position % dilate == 0
         for o in range(out)
         for k in range(size)
     )
 
 
 def _window(text: str, field: str, axis: int) -> int:
-    found = re.search(rf"window=\{{[^}}]*\b{field}=([\dx]+)", text)
-    return int(found.group(1).split("x")[axis]) if found else 1
+    match = re.search(rf"window=\{{[^}}]*\b{field}=([\dx]+)", text)
+    return int(match.group(1).split("x")[axis]) if match else 1
 
 
 def _padding(text: str, axis: int) -> int:
-    found = re.search(r"window=\{[^}]*\bpad=([\d_x\-]+)", text)
-    return int(found.group(1).split("x")[axis].split("_")[0]) if found else 0
+    match = re.search(r"window=\{[^}]*\bpad=([\d_x\-]+)", text)
+    return int(match.group(1).split("x")[axis].split("_")[0]) if match else 0
 
 
-def _estimate(each: Instruction) -> tuple[float, float]:
-    """(flops, bytes) that a kernel was declared to cost."""
-    found = re.search(r'"cost_estimate":(\{[^}]*\})', each.text)
-    numbers = json.loads(found.group(1)) if found else {}
+def _estimate(instruction: Instruction) -> tuple[float, float]:
+    """Returns the (flops, bytes) that a kernel declares."""
+    match = re.search(r'"cost_estimate":(\{[^}]*\})', instruction.text)
+    numbers = json.loads(match.group(1)) if match else {}
     return float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0))

@@ -1,4 +1,4 @@
-"""A gin file's steps, compiled for a slice that is not here, and what they need."""
+"""Cost of a gin file's steps, compiled ahead of time for a slice that need not exist."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ STEPS = ("train", "eval", "predict")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `train()` of a gin file was given, as far as its steps depend on it.
+    """The arguments of a gin file's `train()` that its steps depend on.
 
     Attributes:
-        model: what trains.
-        train: its training data; only its shapes are read.
-        infer: the data it decodes, if any.
+        model: the model to train.
+        train: training data; only the shapes are used.
+        infer: data to decode, if any.
         trainer_cls: `Trainer`, with its gin fields bound.
-        rules: from logical axes to the mesh.
-        model_axis: of the mesh that the gin file asks for.
-        ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices,
-            where the gin file says so.
+        rules: mapping from logical axes to mesh axes.
+        model_axis: size of the model axis in the gin file.
+        ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices, if
+            the gin file sets them.
         rows_by_run: whether batches hold the runs one after the other (`Trainer`).
     """
 
@@ -52,11 +52,11 @@ class Job:
 
     @property
     def slices(self) -> int:
-        """How many slices it is laid out for."""
+        """Number of slices that it is laid out for."""
         return math.prod(self.dcn_mesh_shape or (1,))
 
     def batch(self, cfg: datasets.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
-        """The shapes of a global batch on a mesh."""
+        """Returns the shapes of a global batch on a mesh."""
         converter = cfg.converter(self.model.FEATURE_CONVERTER_CLS, cfg.pack)
         lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
         return {
@@ -69,13 +69,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """How to lay a job out.
+    """Layout of a job on slices.
 
     Attributes:
         topology: the slice.
-        model_axis: chips that share one copy of the model.
-        num_microbatches: parts of a batch; None leaves it to gin.
-        slices: how many of them.
+        model_axis: number of chips that share one copy of the model.
+        num_microbatches: number of microbatches; None for the gin file's.
+        slices: number of slices.
     """
 
     topology: str
@@ -85,28 +85,29 @@ class MeshLayout:
 
     @property
     def name(self) -> str:
-        """The slice, or slices."""
+        """Name of the slice, or of several."""
         return self.topology if self.slices == 1 else f"{self.slices} of {self.topology}"
 
     @property
     def chip(self) -> Chip:
-        """One of the slice's chips."""
+        """The slice's kind of chip."""
         return chips.CHIPS[self.topology.partition(":")[0]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """What one step needs on each chip.
+    """Cost of one step on each chip.
 
     Attributes:
         step: `train`, `eval` or `predict`.
-        choice: how it was laid out.
-        num_chips: of the slice.
+        choice: the layout.
+        num_chips: number of chips, of all slices.
         rows: examples on each copy of the model.
         arguments, temporaries, peak: bytes of HBM.
         cost: operations, traffic and communication.
-        compiler: the compiler's own count of `flops` and `bytes accessed`; a loop's body once.
-        seconds_to_compile: here.
+        compiler: the compiler's counts of `flops` and `bytes accessed`, with a loop's body counted
+            once.
+        seconds_to_compile: compile time on this machine.
     """
 
     step: str
@@ -122,41 +123,41 @@ class StepCost:
 
     @property
     def fits(self) -> bool:
-        """Whether a chip has as much memory."""
+        """Whether the step fits into the memory of a chip."""
         return self.peak <= self.choice.chip.hbm_bytes
 
     @property
     def compute_seconds(self) -> float:
-        """The least that the products take: operations over the chip's peak."""
+        """Lower bound of the time for matrix products: operations over the chip's peak."""
         return self.cost.flops / self.choice.chip.flops
 
     @property
     def accessed_bytes(self) -> float:
-        """Read and written in all memories: the compiler's own count, or where there are loops,
-        of which it counts the body once, ours."""
+        """Bytes read and written in all memories, by the compiler's count. Programs with loops use
+        our count, because the compiler counts a loop's body once."""
         return self.cost.accessed_bytes if self.cost.loops else self.compiler["bytes accessed"]
 
     @property
     def accessed_seconds(self) -> float:
-        """All traffic, of VMEM too, over the bandwidth of HBM: more than memory can take."""
+        """All traffic, including VMEM, over the bandwidth of HBM: an upper bound for memory."""
         return self.accessed_bytes / self.choice.chip.hbm_bandwidth
 
     @property
     def hbm_seconds(self) -> float:
-        """The least that memory takes."""
+        """Lower bound of the time for memory traffic."""
         return self.cost.hbm_bytes / self.choice.chip.hbm_bandwidth
 
     @property
     def ici_seconds(self) -> float:
-        """Communication's bytes inside a slice over the bandwidth of all links; what crosses
-        slices is counted and takes no time here."""
+        """Bytes communicated inside a slice over the bandwidth of all links. Traffic between slices
+        is not included."""
         kinds = self.cost.collectives.items()
         moved = sum(size for kind, (_, size) in kinds if kind != hlo.ACROSS_SLICES)
         return moved / self.choice.chip.ici_bandwidth
 
     @property
     def bound_by(self) -> str:
-        """What takes longest."""
+        """The resource that takes longest."""
         return max(
             (self.compute_seconds, "compute"),
             (self.accessed_seconds, "memory"),
@@ -165,18 +166,18 @@ class StepCost:
 
     @property
     def fraction_of_ideal(self) -> float:
-        """Compute over the larger of compute and memory, by all traffic."""
+        """Compute time over the larger of compute and memory time, with all traffic."""
         return self.compute_seconds / max(self.compute_seconds, self.accessed_seconds)
 
     @property
     def estimate(self) -> float:
-        """For ranking choices: the larger of compute and memory, and communication after it."""
+        """Seconds for ranking layouts: the larger of compute and memory, plus communication."""
         return max(self.compute_seconds, self.accessed_seconds) + self.ici_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class DoesNotFit:
-    """A step that the compiler refused for lack of memory, and what it said."""
+    """A step that the compiler rejected for lack of memory, with its message."""
 
     step: str
     choice: MeshLayout
@@ -192,37 +193,38 @@ def compile_steps(
     """Compiles the steps of a job for a slice.
 
     Raises:
-        ValueError: the batch does not divide over the slice, or the mesh does not fit.
+        ValueError: the batch is not divisible by the copies of the model, or the mesh does not fit.
     """
-    slice_ = chips.devices(choice.topology, choice.slices)
+    devices = chips.devices(choice.topology, choice.slices)
     partitioner = PjitPartitioner(
         num_partitions=choice.model_axis,
         logical_axis_rules=job.rules,
         ici_mesh_shape=job.ici_mesh_shape,
         dcn_mesh_shape=job.dcn_mesh_shape,
-        devices=slice_,
+        devices=devices,
     )
-    copies = len(slice_) // choice.model_axis
+    copies = len(devices) // choice.model_axis
     parts = {} if choice.num_microbatches is None else {"num_microbatches": choice.num_microbatches}
     state = abstract_train_state(job.model, partitioner, job.rows_by_run)
     trainer = job.trainer_cls(
         model=job.model,
-        # The number of steps taken is asked for; all else is shapes.
+        # The trainer reads the step number; everything else is only shapes.
         state=state.replace(step=np.zeros((), np.int32)),
         partitioner=partitioner,
         rng=jax.random.PRNGKey(0),
         rows_by_run=job.rows_by_run,
         **parts,
     )
-    found: list[StepCost | DoesNotFit] = []
+    costs: list[StepCost | DoesNotFit] = []
     for step in steps:
         cfg = job.infer if step == "predict" else job.train
         if cfg is None:
             continue
         if cfg.batch_size % copies:
             raise ValueError(
-                f"A batch of {cfg.batch_size} rows ({step}) does not divide over {copies} copies "
-                f"of the model on {choice.name}; set BATCH_SIZE (EVAL_BATCH_SIZE for predict)."
+                f"A batch of {cfg.batch_size} rows ({step}) is not divisible by {copies}, the "
+                f"copies of the model on {choice.name}. Change BATCH_SIZE (EVAL_BATCH_SIZE for "
+                "predict)."
             )
         batch = job.batch(cfg, partitioner)
         if step == "predict":
@@ -230,17 +232,17 @@ def compile_steps(
                 lowered = jax.jit(job.model.predict_batch).lower(trainer.state.params, batch)
         else:
             lowered = trainer.lower(batch)[step]
-        # Decoding ends when every example has; at the latest after as many tokens.
+        # Decoding ends when every example has ended, at the latest after this many tokens.
         longest = batch["decoder_input_tokens"].shape[1]
         rows = cfg.batch_size / copies
-        found.append(_compile(step, choice, len(slice_), rows, lowered, longest))
-    return found
+        costs.append(_compile(step, choice, len(devices), rows, lowered, longest))
+    return costs
 
 
 @contextlib.contextmanager
-def _not_kept() -> Iterator[None]:
-    """Keeps what is compiled out of the compilation cache: it is of no use to a machine without
-    such chips, and reading it back there fails."""
+def _without_compilation_cache() -> Iterator[None]:
+    """Disables writing to the compilation cache. A machine without these chips cannot use the
+    compiled programs, and fails to read them back."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
@@ -252,16 +254,16 @@ def _not_kept() -> Iterator[None]:
 def _compile(
     step: str, choice: MeshLayout, num_chips: int, rows: float, lowered: Any, longest: int
 ) -> StepCost | DoesNotFit:
-    before = time.monotonic()
+    started = time.monotonic()
     try:
-        with _not_kept():
+        with _without_compilation_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = str(error).partition("\n\n")[0].replace("\n", " ")
-        return DoesNotFit(step, choice, num_chips, said)
-    seconds = time.monotonic() - before
+        message = str(error).partition("\n\n")[0].replace("\n", " ")
+        return DoesNotFit(step, choice, num_chips, message)
+    seconds = time.monotonic() - started
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     peak = (
         memory.argument_size_in_bytes

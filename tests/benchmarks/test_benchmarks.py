@@ -1,4 +1,4 @@
-"""The benchmarks' parts: what they count, what they compare, and that they run."""
+"""Parts of the benchmarks: counts, comparisons, and short runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def examples(count: int = 12, seed: int = 1) -> list[Example]:
 # --- The mix -------------------------------------------------------------------------------------
 
 
-def test_the_mix_has_the_papers_sizes_and_rates() -> None:
+def test_ragged_mix_has_paper_sizes_and_rates() -> None:
     assert ragged_mix.CAP == sampling.T5_CAP
     # Five epochs over these are the steps of gin/mpt_source.gin at its batch of 32.
     total = sum(task.examples for task in ragged_mix.TASKS)
@@ -53,9 +53,9 @@ def test_the_mix_has_the_papers_sizes_and_rates() -> None:
     assert shares["mnli"] == shares["qqp"] == pytest.approx(262_144 / (2 * 262_144 + 395_545))
 
 
-def test_the_mix_draws_the_lengths_that_it_states() -> None:
+def test_ragged_mix_draws_stated_lengths() -> None:
     mix = ragged_mix.draw(20_000, seed=3)
-    for k, task in enumerate(ragged_mix.TASKS[:4]):  # the limit hardly touches these
+    for k, task in enumerate(ragged_mix.TASKS[:4]):  # few of these exceed the limit
         assert mix.inputs[mix.tasks == k].mean() == pytest.approx(task.mean, rel=0.03)
     assert mix.inputs.max() == ragged_mix.TEXT_LIMIT
     assert mix.targets.max() == ragged_mix.TARGET_LIMIT
@@ -65,14 +65,14 @@ def test_the_mix_draws_the_lengths_that_it_states() -> None:
     np.testing.assert_array_equal(np.sum(by_task, axis=0), found["all"])
 
 
-def test_two_draws_with_one_seed_are_one() -> None:
+def test_ragged_mix_same_seed_same_examples() -> None:
     assert examples(seed=4) == examples(seed=4) != examples(seed=5)
 
 
 # --- Counting positions --------------------------------------------------------------------------
 
 
-def test_first_come_packing_makes_the_rows_that_seqio_makes() -> None:
+def test_next_fit_matches_seqio_packing() -> None:
     mix = ragged_mix.draw(300, seed=2)
     lengths, room = positions.needs(mix, 20), positions.capacity(20, 1.5)
     data = tf.data.Dataset.from_generator(
@@ -86,22 +86,22 @@ def test_first_come_packing_makes_the_rows_that_seqio_makes() -> None:
     assert positions.next_fit(lengths, room) == sum(1 for _ in rows)
 
 
-def test_positions_of_four_short_and_long_texts() -> None:
+def test_positions_short_and_long_texts_match_hand_count() -> None:
     mix = ragged_mix.Mix(np.zeros(4, int), np.array([10, 90, 20, 100]), np.full(4, 2))
     exact = lambda n: n  # noqa: E731
     assert positions.in_batches(mix.inputs, positions.unsorted(4, 2), exact) == 2 * 90 + 2 * 100
     order = iter([np.array([0, 2]), np.array([1, 3])])
     assert positions.in_batches(mix.inputs, order, positions.to_multiple(32)) == 2 * 32 + 2 * 128
     lengths = positions.needs(mix, 0)
-    # One open row: 10 + 90 fill it, 20 begins the next, and 100 does not fit there.
+    # One open row: 10 + 90 fill it, 20 starts the next, and 100 does not fit into that.
     assert positions.next_fit(lengths, (110, 16)) == 3
     assert positions.best_fit(lengths, (110, 16), window=4) == 2 + 0
     assert positions.best_fit(lengths, (110, 16), window=2) == 1 + 2
-    # Targets close a row too.
+    # Targets also close a row.
     assert positions.next_fit(lengths, (1000, 4)) == 2
 
 
-def test_no_kind_of_batch_computes_fewer_positions_than_there_are() -> None:
+def test_positions_no_method_is_below_ideal() -> None:
     found = positions.count(ragged_mix.draw(256), 20)
     ideal = found["ideal: no padding at all"]
     assert min(found.values()) == ideal
@@ -115,7 +115,7 @@ def test_no_kind_of_batch_computes_fewer_positions_than_there_are() -> None:
 
 
 def texts_in(batches: list[Batch]) -> list[tuple[int, ...]]:
-    """The text of every example in batches, by prompt: what follows slot P, up to what ends it."""
+    """Returns the text of every example in batches: the tokens from slot P to the next zero."""
     found = []
     for batch in batches:
         tokens, slots = batch["encoder_input_tokens"], batch["encoder_prompt_slots"]
@@ -129,7 +129,7 @@ def texts_in(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", ragged_batches.KINDS)
-def test_every_kind_of_batch_holds_every_example_once(kind: str) -> None:
+def test_ragged_batches_every_kind_has_every_example_once(kind: str) -> None:
     given = examples()
     made = ragged_batches.KINDS[kind](given, P, 4)
     assert texts_in(made) == sorted(tuple(example.inputs) for example in given)
@@ -140,7 +140,7 @@ def test_every_kind_of_batch_holds_every_example_once(kind: str) -> None:
         assert len({batch["encoder_input_tokens"].shape for batch in made}) == 1
 
 
-def test_dynamic_padding_is_as_long_as_the_longest_text() -> None:
+def test_ragged_batches_dynamic_padding_has_longest_length() -> None:
     given = [Example(range(3, 3 + n), [4, 1]) for n in (7, 2, 9, 3)]
     shapes = lambda made: [b["encoder_input_tokens"].shape for b in made]  # noqa: E731
     assert shapes(ragged_batches.longest_unsorted(given, P, 2)) == [(2, P + 7), (2, P + 9)]
@@ -151,7 +151,7 @@ def test_dynamic_padding_is_as_long_as_the_longest_text() -> None:
     )
 
 
-def test_needed_arithmetic_is_four_operations_a_weight_and_twelve_a_pair() -> None:
+def test_needed_flops_match_hand_count() -> None:
     config = t5("tiny")
     model = Ours(config, P, 1).trainer.model
     kernels = {n: x.size for n, x in flatten(param_shapes(model)[0]).items() if "kernel" in n}
@@ -184,7 +184,7 @@ contest.serve(lambda: contest.Work(run, lambda: 7.0), warm_ups=1)
 """
 
 
-def test_contestants_take_turns_within_a_heat(
+def test_contest_contestants_of_a_heat_take_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "waits.py").write_text(WORKER)
@@ -192,7 +192,7 @@ def test_contestants_take_turns_within_a_heat(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     commands = {name: ["waits", name, str(log)] for name in "abc"}
     found = contest.compare(commands, turns=3, together=2)
-    # Warm-ups of a heat, its turns, then the next heat.
+    # Warm-ups and turns of the first heat, then the next heat.
     assert log.read_text() == "ab" + "ab" * 3 + "c" + "c" * 3
     assert found["a"]["median_seconds"] >= 0.05 > found["b"]["median_seconds"]
     assert found["a"]["min_seconds"] <= found["a"]["median_seconds"] <= found["a"]["max_seconds"]
@@ -200,16 +200,14 @@ def test_contestants_take_turns_within_a_heat(
     assert len(found["c"]["all_seconds"]) == 3
 
 
-def test_a_contestant_that_dies_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contest_failed_contestant_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dies.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="exit code 3"):
         contest.compare({"one": ["dies"]}, turns=1)
 
 
-def test_a_table_is_markdown(tmp_path: Path) -> None:
+def test_figures_table_is_markdown(tmp_path: Path) -> None:
     assert figures.table(["", "s"], [["one", 1.23456], ["two", 1234.5]]).splitlines() == [
         "|  | s |",
         "| --- | --- |",
@@ -229,14 +227,14 @@ def settings(**changes: object) -> argparse.Namespace:
     )
 
 
-def test_a_turn_of_ours_trains() -> None:
+def test_ragged_work_turn_trains() -> None:
     args = settings()
     work = ragged.work(args, "source", 4, ragged.Contestant("MPT-JAX", "packed_2x"))
     work.run()
     assert work.peak_mib() > 0
 
 
-def test_speedups_divide_ours_by_theirs() -> None:
+def test_ragged_speedups_divide_ours_by_peft() -> None:
     found = {
         name: {"examples_per_second": speed}
         for name, speed in (("PEFT unsorted", 2.0), ("PEFT sorted", 4.0), ("MPT-JAX buckets", 6.0))
@@ -247,7 +245,7 @@ def test_speedups_divide_ours_by_theirs() -> None:
     }
 
 
-def test_points_of_a_curve_survive_the_command_line() -> None:
+def test_scaling_point_name_round_trips() -> None:
     for points in scaling.curves([1, 10], [0, 20]).values():
         for point in points:
             assert scaling.Point.of_name(point.name) == point
@@ -256,7 +254,7 @@ def test_points_of_a_curve_survive_the_command_line() -> None:
 
 
 def ours_loss(side: Ours, batches: list[Batch]) -> float:
-    """The mean cross entropy of a target token over batches, at the first parameters."""
+    """Returns the mean cross entropy per target token over batches, at the initial parameters."""
     model, params = side.trainer.model, side.trainer.state.params
     sums = [model.loss_sums(params, jax.tree.map(jax.numpy.asarray, b))[0] for b in batches]
     tokens = sum(int(batch["decoder_loss_weights"].sum()) for batch in batches)
@@ -264,7 +262,7 @@ def ours_loss(side: Ours, batches: list[Batch]) -> float:
 
 
 def copy_weights(ours: Ours, theirs: Peft) -> None:
-    """Gives PEFT's model the values of ours."""
+    """Copies our parameters to PEFT's model."""
     from mpt_jax.convert import hf
 
     config = ours.trainer.model.module.config
@@ -291,7 +289,7 @@ def copy_weights(ours: Ours, theirs: Peft) -> None:
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("fused", [False, True])
-def test_all_contestants_have_one_loss(fused: bool) -> None:
+def test_contestants_have_equal_losses(fused: bool) -> None:
     given, config = examples(6), t5("tiny")
     ours, theirs = Ours(config, P, len(ragged_mix.TASKS)), Peft(config, P, len(ragged_mix.TASKS))
     rng = np.random.default_rng(0)
@@ -306,7 +304,7 @@ def test_all_contestants_have_one_loss(fused: bool) -> None:
 
         fused_t5.fuse_attention(theirs.model.get_base_model())
     (whole,) = ragged_batches.longest_unsorted(given, P, len(given))
-    theirs.step(whole)  # its loss is that of the parameters before the step
+    theirs.step(whole)  # its loss is computed before the update
     for kind in ragged_batches.KINDS:
         made = ragged_batches.KINDS[kind](given, P, len(given))
         assert ours_loss(ours, made) == pytest.approx(theirs.loss(), rel=1e-4), kind
@@ -315,14 +313,14 @@ def test_all_contestants_have_one_loss(fused: bool) -> None:
 # --- Fleets --------------------------------------------------------------------------------------
 
 
-def test_a_fleet_has_that_many_runs_of_the_demos_targets() -> None:
+def test_fleet_runs_have_requested_number() -> None:
     assert [run.name for run in fleet.fleet_runs(1)] == ["toy_boolq_k32_s0"]
     assert len({run.name for run in fleet.fleet_runs(64)}) == 64
     with pytest.raises(ValueError, match="multiple of 4"):
         fleet.fleet_runs(10)
 
 
-def test_single_runs_walk_through_the_targets(tmp_path: Path) -> None:
+def test_fleet_stages_single_runs_cycle_through_targets(tmp_path: Path) -> None:
     jobs = fleet.stages(tmp_path, "cold", 1, 200)
     first, second = next(jobs), next(jobs)
     assert (first.name, second.name) == ("cold_0", "cold_1")
@@ -331,7 +329,7 @@ def test_single_runs_walk_through_the_targets(tmp_path: Path) -> None:
     assert len(next(fleet.stages(tmp_path, "8", 8, 200)).runs) == 8
 
 
-def test_fleets_are_compared_with_as_many_single_runs() -> None:
+def test_fleet_comparisons_use_as_many_single_runs() -> None:
     row = lambda s, alone: {"median_seconds": s, "steps_alone_seconds": alone}  # noqa: E731
     found = {"cold": row(10.0, 2.0), "warm": row(3.0, 1.0), "8": row(12.0, 6.0)}
     one, eight = fleet.comparisons(found, [1, 8])
@@ -358,7 +356,7 @@ def test_fleets_are_compared_with_as_many_single_runs() -> None:
         ("fleet --sizes 1 2 --steps 2 --turns 1", "comparisons"),
     ],
 )
-def test_the_command_writes_its_figures(command: str, field: str, tmp_path: Path) -> None:
+def test_benchmark_command_writes_figures(command: str, field: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     name, *arguments = command.split()
     if name == "ragged":
@@ -371,7 +369,7 @@ def test_the_command_writes_its_figures(command: str, field: str, tmp_path: Path
 # --- Learning rates of ATTEMPT and CrossPT -------------------------------------------------------
 
 
-def test_learning_rates_are_chosen_on_tasks_and_draws_of_their_own() -> None:
+def test_tune_crosspt_uses_reserved_tasks_and_draws() -> None:
     tried = list(tune_crosspt.grid())
     stages = [tune_crosspt.stage(variant, rates) for variant, rates in tried]
     assert len({stage.name for stage in stages}) == len(stages)
@@ -383,6 +381,6 @@ def test_learning_rates_are_chosen_on_tasks_and_draws_of_their_own() -> None:
             rates for other, rates in tried if other is variant
         ]
     bound = dict(binding.split(" = ", 1) for binding in stages[-1].bindings)
-    # Two tasks of a seed are a group of CrossPT's; each has four rows in a step, as any other's.
+    # Two tasks of a seed form a group of CrossPT, with four rows of each task in a step.
     assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2]", "8")
     assert bound["infer_eval/utils.DatasetConfig.split"] == "'validation'"

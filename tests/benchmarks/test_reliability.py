@@ -1,4 +1,4 @@
-"""benchmarks/reliability.py: which moment a kill hits, and how many of each there are."""
+"""Moments of kills in benchmarks/reliability.py."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import pytest
 from benchmarks import reliability
 from benchmarks.reliability import MOMENTS, Kill, Watch
 
-# A run that starts for 0.3 s and then saves each 0.3 s, for 0.1 s.
+# A run that starts for 0.3 s, and then saves every 0.3 s for 0.1 s.
 RUN = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -31,7 +31,7 @@ def killed(aim: str) -> Kill:
 
 
 @pytest.mark.parametrize("aim", MOMENTS)
-def test_a_kill_comes_at_the_moment_it_waits_for(aim, tmp_path):
+def test_wait_for_returns_at_intended_moment(aim, tmp_path):
     (tmp_path / "checkpoint_0").mkdir()
     (tmp_path / "checkpoint_0.orbax-checkpoint-tmp").mkdir()  # of an earlier kill
     hit = []
@@ -47,7 +47,7 @@ def test_a_kill_comes_at_the_moment_it_waits_for(aim, tmp_path):
     assert hit.count(aim) >= 2, hit  # a busy machine may miss one
 
 
-def test_moments_are_told_from_what_an_earlier_start_left(tmp_path):
+def test_watch_moment_ignores_files_of_earlier_start(tmp_path):
     (tmp_path / "checkpoint_20").mkdir()
     (tmp_path / "checkpoint_40.orbax-checkpoint-tmp").mkdir()
     watch = Watch(tmp_path)
@@ -57,21 +57,21 @@ def test_moments_are_told_from_what_an_earlier_start_left(tmp_path):
     (tmp_path / "checkpoint_60.orbax-checkpoint-tmp-1").rename(tmp_path / "checkpoint_60")
     assert watch.look().moment == "between"
     (tmp_path / "checkpoint_60").rmdir()
-    assert watch.look().new == {60}, "the run removes the oldest"
+    assert watch.look().new == {60}, "the run removes the oldest checkpoint"
 
 
-def test_a_third_of_the_kills_hits_each_moment():
+def test_next_aim_distributes_kills_over_moments():
     kills, rng = [], random.Random(0)
     for _ in range(50):
         kills.append(killed(reliability.next_aim(kills, rng)))
     counts = [sum(kill.moment == moment for kill in kills) for moment in MOMENTS]
     assert sorted(counts) == [16, 17, 17]
-    # Where one is missed, it is aimed at again.
+    # A missed moment is tried again.
     missed = [dataclasses.replace(killed("save"), moment="between")] * 3
     assert reliability.next_aim([*missed, killed("start")], rng) == "save"
 
 
-def test_a_start_that_took_no_step_lost_none(tmp_path):
+def test_watch_last_step_ignores_earlier_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"folder": "train", "step": 35}) + "\n")  # of an earlier start
     watch = Watch(tmp_path)
@@ -82,8 +82,8 @@ def test_a_start_that_took_no_step_lost_none(tmp_path):
     assert watch.last_step == 22
 
 
-def test_every_start_goes_on_from_the_last_save():
+def test_from_the_last_save_checks_every_start():
     assert reliability.from_the_last_save([0, 20, 40], [20, 40])
-    assert reliability.from_the_last_save([0, 40], [20, 40]), "one was killed before it said"
+    assert reliability.from_the_last_save([0, 40], [20, 40]), "one start recorded no step"
     assert not reliability.from_the_last_save([0, 20, 20], [20, 40])
     assert not reliability.from_the_last_save([0, 40, 20], [20, 40])

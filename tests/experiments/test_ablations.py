@@ -1,4 +1,4 @@
-"""Every line of docs/ablations.md is a command that parses and builds its model."""
+"""Every row of docs/ablations.md is a command that parses and builds its model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ PAGE = (ROOT / "docs" / "ablations.md").read_text()
 
 
 def lines() -> list[tuple[str, str, str]]:
-    """(row, stage file, what is added) of every table."""
-    found = []
+    """Returns (row, stage file, added arguments) of every table."""
+    rows = []
     for section in PAGE.split("\n## ")[1:]:
         stage = re.search(r"\(`(gin/[a-z_]+\.gin)`\)", section.splitlines()[0])
         for line in re.findall(r"^\| (?!row|-)(.*) \|$", section, re.M):
             name, *cells, _ = [cell.strip() for cell in line.split("|")]
-            own = stage[1] if stage else cells.pop(0).strip("`")
-            found.append((name, own, cells[0].strip("`")))
-    return found
+            file = stage[1] if stage else cells.pop(0).strip("`")
+            rows.append((name, file, cells[0].strip("`")))
+    return rows
 
 
-def test_every_table_was_read():
+def test_ablations_page_all_rows_are_parsed():
     assert len(lines()) == 21 + 11 + 9 + 7 + 11 + 22
 
 
 @pytest.mark.parametrize(("name", "stage", "added"), lines(), ids=lambda x: str(x)[:40])
-def test_a_row_is_a_command(name, stage, added):
+def test_ablations_row_parses_as_command(name, stage, added):
     trainer_choice.install_fallback()
     arguments = gin_utils.rewrite_gin_args(shlex.split(added))
     files = [stage, *(x.partition("=")[2] for x in arguments if x.startswith("--gin_file="))]

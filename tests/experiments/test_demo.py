@@ -1,4 +1,4 @@
-"""The demo's bookkeeping, on figures made up for the purpose."""
+"""Bookkeeping of the demo, with synthetic scores."""
 
 import json
 
@@ -7,12 +7,12 @@ import pytest
 from mpt_jax.experiments import demo, results, stages
 
 
-def test_a_finished_demo_is_kept_and_an_interrupted_one_goes_on(tmp_path):
+def test_set_aside_finished_renames_only_finished_demo(tmp_path):
     root = tmp_path / "demo"
     for number in (1, 2):
         root.mkdir()
         demo.set_aside_finished(root)
-        assert root.is_dir(), "nothing was finished"
+        assert root.is_dir(), "an unfinished demo stays"
         (root / results.FILE).write_text(str(number))
         demo.set_aside_finished(root)
         assert not root.exists()
@@ -20,14 +20,14 @@ def test_a_finished_demo_is_kept_and_an_interrupted_one_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
-    """Scores come back under the right task and seed, whatever the jobs are."""
+def test_demo_adapt_scores_every_target_and_seed(grouped, tmp_path, monkeypatch):
+    """Scores are assigned to the right task and seed, for one job and for separate jobs."""
     jobs = []
 
     def run(job, root):
-        given = dict(binding.split(" = ", 1) for binding in job.arguments(root))
-        names = json.loads(given["RUN_NAMES"])
-        jobs.append(given)
+        bound = dict(binding.split(" = ", 1) for binding in job.arguments(root))
+        names = json.loads(bound["RUN_NAMES"])
+        jobs.append(bound)
         folder = root / job.name
         (folder / "inference_eval").mkdir(parents=True)
         record = {"trainable_parameters": 10 * len(names), "parameters": 1000}
@@ -50,21 +50,21 @@ def test_every_target_and_seed_is_one_run(grouped, tmp_path, monkeypatch):
     }
     assert result.parameters == 10 and len(jobs) == (1 if grouped else 4)
     assert (result.seeds, result.prompt_length, result.start) == ((1, 2), 20, "toy_mnli")
-    given = jobs[0]
+    bound = jobs[0]
     runs = ["toy_rte_k32_s1", "toy_rte_k32_s2", "toy_cb_k32_s1", "toy_cb_k32_s2"]
-    assert json.loads(given["RUN_NAMES"]) == (runs if grouped else runs[:1])
+    assert json.loads(bound["RUN_NAMES"]) == (runs if grouped else runs[:1])
     steps, rows = demo.FEW
-    assert (given["TRAIN_STEPS"], given["WARMUP_STEPS"]) == (str(steps), str(steps // 10))
-    assert given["BATCH_SIZE"] == str(rows), "of each run"
-    assert (given["LEARNING_RATE"], json.loads(given["ROOT"])) == ("0.5", str(tmp_path))
+    assert (bound["TRAIN_STEPS"], bound["WARMUP_STEPS"]) == (str(steps), str(steps // 10))
+    assert bound["BATCH_SIZE"] == str(rows), "rows of each run"
+    assert (bound["LEARNING_RATE"], json.loads(bound["ROOT"])) == ("0.5", str(tmp_path))
 
 
-def test_mpt_keeps_the_papers_ratio_of_learning_rates(tmp_path):
-    found = {method.name: method for method in demo.methods(tmp_path)}
-    mpt, pt = found["MPT"], found["PT"]
+def test_demo_methods_mpt_keeps_paper_ratio_of_learning_rates(tmp_path):
+    by_name = {method.name: method for method in demo.methods(tmp_path)}
+    mpt, pt = by_name["MPT"], by_name["PT"]
     assert mpt.schedule(0.3, 200) == ("LEARNING_RATE = 0.3", "TASK_LEARNING_RATE = 0.4")
     assert pt.schedule(0.3, 200) == ("LEARNING_RATE = 0.3", "WARMUP_STEPS = 20")
 
 
-def test_majority_is_counted_on_the_test_split():
+def test_demo_majority_shares_count_test_split():
     assert demo.majority_shares(["toy_boolq", "toy_cb"]) == {"toy_boolq": 50.0, "toy_cb": 33.5}

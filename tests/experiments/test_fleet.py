@@ -1,4 +1,4 @@
-"""The product of tasks, examples, seeds and settings: its names, its bindings, its data."""
+"""Products of tasks, examples, seeds and settings: run names, bindings and data."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mpt_jax.experiments import fleet
 from mpt_jax.experiments.fleet import Fleet
 
 
-def test_names_carry_task_k_seed_and_only_what_differs():
-    found = Fleet(["rte", "boolq"], [4, 16], [0, 2], [0.1, 0.3])
-    names = fleet.run_names(found)
+def test_fleet_run_names_contain_only_differing_settings():
+    several = Fleet(["rte", "boolq"], [4, 16], [0, 2], [0.1, 0.3])
+    names = fleet.run_names(several)
     assert len(names) == 16 and names[:4] == [
         "rte_k4_s0_lr0.1", "rte_k4_s0_lr0.3", "rte_k4_s2_lr0.1", "rte_k4_s2_lr0.3",
     ]  # fmt: skip
-    assert fleet.task_names(found) == ["rte"] * 8 + ["boolq"] * 8
-    assert fleet.learning_rates(found) == [0.1, 0.3] * 8
+    assert fleet.task_names(several) == ["rte"] * 8 + ["boolq"] * 8
+    assert fleet.learning_rates(several) == [0.1, 0.3] * 8
     plain = Fleet(["rte"], [16], [1], [0.3], [0.4], ["mnli"])
     assert fleet.run_names(plain) == ["rte_k16_s1"]
     one_for_all = (fleet.learning_rates, fleet.task_learning_rates, fleet.start_from)
-    assert [of(plain) for of in one_for_all] == [0.3, 0.4, "mnli"]
+    assert [field(plain) for field in one_for_all] == [0.3, 0.4, "mnli"]
     assert fleet.run_names(Fleet(["rte", "cb"])) == ["rte", "cb"]
     assert fleet.run_names(Fleet(["rte"], seeds=[0, 1])) == ["rte_s0", "rte_s1"]
     assert fleet.run_names(Fleet(["rte"], [8])) == ["rte_k8_s0"]
@@ -40,55 +40,55 @@ def test_names_carry_task_k_seed_and_only_what_differs():
         ({"tasks": []}, r"Fleet.tasks must be a list of values, got \[\]"),
         ({"tasks": "rte"}, "must be a list of values, got 'rte'"),
         ({"tasks": ["rte"], "seeds": []}, r"Fleet.seeds must be a list of values, got \[\]"),
-        ({"tasks": ["rte", "rte"]}, r"Fleet.tasks has \['rte'\] more than once"),
-        ({"tasks": ["rte"], "learning_rates": [0.3, 0.3]}, r"has \[0.3\] more than once"),
+        ({"tasks": ["rte", "rte"]}, r"Fleet.tasks lists \['rte'\] more than once"),
+        ({"tasks": ["rte"], "learning_rates": [0.3, 0.3]}, r"lists \[0.3\] more than once"),
         ({"tasks": ["rte"], "shots": [0]}, "must be positive"),
         ({"tasks": ["rte"], "seeds": [-1]}, "not be negative"),
     ],
 )
-def test_bad_fields_are_named(fields, says):
+def test_fleet_invalid_field_raises(fields, says):
     with pytest.raises(ValueError, match=says):
         Fleet(**fields)
 
 
-def test_names_that_meet_are_an_error():
-    with pytest.raises(ValueError, match=r"several runs of one name, \['rte_k4_s1'\]"):
+def test_fleet_equal_run_names_raise():
+    with pytest.raises(ValueError, match=r"several runs named \['rte_k4_s1'\]"):
         _ = Fleet(["rte", "rte_k4"], [4, None], [1]).members
 
 
 @pytest.mark.parametrize("task", ["qa_from_text", "nli_init_a"])
-def test_a_task_whose_name_reads_as_settings_is_refused(task):
-    """Its runs would be drawn, ordered and initialized as those of another name."""
+def test_fleet_task_named_like_settings_raises(task):
+    """Its runs would have the examples, order and initial values of another name."""
     for fields in ({"tasks": [task], "shots": [4]}, {"tasks": ["rte", task], "seeds": [0, 1]}):
         with pytest.raises(ValueError, match=f"'{task}_.*reads as '(qa|nli)' with settings"):
             _ = Fleet(**fields).members
 
 
-def test_members_are_made_once():
-    found = Fleet(["rte"], [4, 16])
-    assert found.members is found.members and found == Fleet(["rte"], [4, 16])
+def test_fleet_members_are_cached():
+    several = Fleet(["rte"], [4, 16])
+    assert several.members is several.members and several == Fleet(["rte"], [4, 16])
 
 
-def test_runs_may_end_before_the_job_does():
-    found = Fleet(["rte", "boolq"], [4], [0, 1])
-    assert fleet.total_steps(found, 50) == 50
-    assert fleet.total_steps(found, 50, {"rte": 20}) == [20, 20, 50, 50]
-    with pytest.raises(ValueError, match="'rte' 80 steps, and the job has 50: set TRAIN_STEPS"):
-        fleet.total_steps(found, 50, {"rte": 80})
-    with pytest.raises(ValueError, match="job's 50, 30 at most: set TRAIN_STEPS to the largest"):
-        fleet.total_steps(found, 50, {"rte": 30, "boolq": 30})
-    with pytest.raises(ValueError, match="every task .* fewer steps than the job's 50, 30 at most"):
-        fleet.total_steps(found, 50, {"rte": 20, "boolq": 30})
+def test_total_steps_task_steps_end_runs_early():
+    several = Fleet(["rte", "boolq"], [4], [0, 1])
+    assert fleet.total_steps(several, 50) == 50
+    assert fleet.total_steps(several, 50, {"rte": 20}) == [20, 20, 50, 50]
+    with pytest.raises(ValueError, match="'rte' 80 steps, .* 1 and the job's 50. Set TRAIN_STEPS"):
+        fleet.total_steps(several, 50, {"rte": 80})
+    with pytest.raises(ValueError, match="job's 50. Set TRAIN_STEPS = 30, the largest"):
+        fleet.total_steps(several, 50, {"rte": 30, "boolq": 30})
+    with pytest.raises(ValueError, match="every task .* fewer steps than the job's 50"):
+        fleet.total_steps(several, 50, {"rte": 20, "boolq": 30})
     with pytest.raises(ValueError, match="'cb'.*boolq, rte"):
-        fleet.total_steps(found, 50, {"cb": 20})
+        fleet.total_steps(several, 50, {"cb": 20})
 
 
-def test_settings_at_the_end_of_a_name_are_not_its_data():
+def test_data_name_strips_settings():
     cases = {
         "rte_k16_s1_lr0.3": "rte_k16_s1",
         "rte_lr2_tlr0.4_from_average": "rte",
         "rte_k4_s0_from_mnli_init_text": "rte_k4_s0",
-        "boolq_k16_s1_from_rte_lr0.3": "boolq_k16_s1",  # a start that is named with settings
+        "boolq_k16_s1_from_rte_lr0.3": "boolq_k16_s1",  # the start's name contains settings
         "boolq_k16_s1_lr0.1_from_rte_k4_s0_lr0.3_tlr0.4": "boolq_k16_s1",
         "boolq_from_rte_lr0.3_from_mnli_init_text": "boolq",
         "rte_k16_s1": "rte_k16_s1",

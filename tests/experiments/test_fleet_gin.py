@@ -1,4 +1,4 @@
-"""Fleets from the command line, on the toy suite: their runs, batches, data and first values."""
+"""Fleets from gin files on the toy suite: runs, batches, data and initial values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_config() -> datasets.DatasetConfig:
     return gin.get_configurable("train/utils.DatasetConfig")()
 
 
-def test_a_fleet_is_one_command():
+def test_fleet_gin_builds_all_runs():
     parse([TARGET, "gin/tiny.gin", FLEET], [*SETTINGS, "TASK_STEPS = {'toy_cb': 200}"])
     model = value("MODEL")
     assert model.runs.num_rows == model.runs.num_groups == 16
@@ -38,13 +38,13 @@ def test_a_fleet_is_one_command():
     schedule = model.optimizer_def.learning_rates["shared"]
     assert schedule.peak == [0.1, 0.3] * 8 and schedule.total_steps == [300] * 8 + [200] * 8
     assert model.optimizer_def.learning_rates["task"].peak == 0.4
-    # Every run has as many examples as alone.
+    # Every run has as many examples as a single run.
     config = train_config()
     assert config.batch_size == value("SAMPLER").batch_size == 16 * 4
     assert sampling.has_equal_shares(config)
 
 
-def test_every_setting_multiplies_a_fleet():
+def test_fleet_gin_every_setting_multiplies_runs():
     rates = ["TASK_LEARNING_RATES = [0.2, 0.4]", "STARTS = ['average', 'toy_mnli']"]
     parse([TARGET, "gin/tiny.gin", FLEET, TASK_RATES, STARTS], [*SETTINGS, *rates])
     model = value("MODEL")
@@ -56,35 +56,35 @@ def test_every_setting_multiplies_a_fleet():
 
 
 @pytest.mark.parametrize("stage", ["gin/pt_target.gin", "gin/spot_target.gin"])
-def test_prompt_tuning_has_fleets_too(stage):
+def test_fleet_gin_supports_prompt_tuning(stage):
     parse([stage, "gin/tiny.gin", FLEET], SETTINGS)
     model = value("MODEL")
     assert model.runs.num_groups == 16
     assert model.optimizer_def.learning_rates["task"].peak == [0.1, 0.3] * 8
 
 
-def test_several_targets_are_independent_unless_they_are_joined():
+def test_target_stage_several_tasks_are_independent_unless_joined():
     targets = [VOCABULARY, "TARGET_TASKS = ['boolq', 'wic', 'cb']"]
     parse([TARGET], targets)
     assert value("MODEL").runs.num_groups == 3 and value("GLOBAL_BATCH_SIZE") == 3 * 32
     parse([TARGET, JOINT], targets)
     assert value("MODEL").runs.num_groups == 1 and value("GLOBAL_BATCH_SIZE") == 32
     assert value("SAMPLER").batch_size == 32
-    parse(["gin/full_finetuning.gin"], targets)  # one backbone that learns all tasks together
+    parse(["gin/full_finetuning.gin"], targets)  # one backbone, trained on all tasks jointly
     assert value("MODEL").runs.num_groups == 1 and value("GLOBAL_BATCH_SIZE") == 32
 
 
-def test_runs_that_differ_in_settings_read_the_same_examples_in_the_same_order():
+def test_fleet_runs_differing_in_settings_read_same_examples():
     parse([TARGET, "gin/tiny.gin", FLEET], SETTINGS)
     model = value("MODEL")
-    found = [next(datasets.train_iterator(train_config(), model.FEATURE_CONVERTER_CLS))]
-    tokens = found[0]["encoder_input_tokens"].reshape(16, 4, -1)
-    rows = found[0]["encoder_task_ids"].reshape(16, 4, -1)
+    batches = [next(datasets.train_iterator(train_config(), model.FEATURE_CONVERTER_CLS))]
+    tokens = batches[0]["encoder_input_tokens"].reshape(16, 4, -1)
+    rows = batches[0]["encoder_task_ids"].reshape(16, 4, -1)
     assert (rows[:, :, 0] == np.arange(16)[:, None]).all()
     for run in range(0, 16, 2):
         np.testing.assert_array_equal(tokens[run], tokens[run + 1])
     assert len({tokens[run].tobytes() for run in range(0, 16, 2)}) == 8, "draws and k differ"
-    # By name alone, so a run sees the same in any fleet.
+    # Data depend only on the name, so a run has the same data in any fleet.
     alone = sampling.task_mixture(["toy_rte_k4_s1_lr0.7"], sampling.EqualQuotas(4, 42))
     other = sampling.task_mixture(["toy_rte_k4_s1"], sampling.EqualQuotas(4, 42))
     streams = [
@@ -93,10 +93,10 @@ def test_runs_that_differ_in_settings_read_the_same_examples_in_the_same_order()
     ]
     for first, second in zip(*(s.take(12).as_numpy_iterator() for s in streams), strict=True):
         np.testing.assert_array_equal(first["inputs"], second["inputs"])
-        assert first["task_ids"] != second["task_ids"], "each still has its own prompt"
+        assert first["task_ids"] != second["task_ids"], "each run has a separate prompt"
 
 
-def test_first_values_depend_on_the_seed_and_not_on_the_learning_rate():
+def test_fleet_initial_values_depend_only_on_seed():
     parse(["gin/pt_target.gin", "gin/tiny.gin", FLEET], SETTINGS)
     embedding = jax.random.normal(jax.random.PRNGKey(1), (512, 8))
     table = np.asarray(value("MODEL").init_prompt(jax.random.PRNGKey(0), embedding)["table"])
@@ -104,7 +104,7 @@ def test_first_values_depend_on_the_seed_and_not_on_the_learning_rate():
     assert len({prompt.tobytes() for prompt in table}) == 8
 
 
-def test_runs_may_differ_in_their_initializer():
+def test_fleet_runs_use_their_own_initializer():
     both = "INITS = {'vocabulary': @init.SampledVocabulary(), 'random': @init.Uniform()}"
     few = ["TARGET_TASKS = ['toy_rte']", "SEEDS = [0, 1]"]
     parse(["gin/pt_target.gin", "gin/tiny.gin", FLEET, INITS], [*few, both])
@@ -129,7 +129,7 @@ def test_runs_may_differ_in_their_initializer():
         ("TARGET_TASKS = ['toy_rte', 'toy_rte']", "more than once"),
     ],
 )
-def test_mistakes_are_named(binding, says):
+def test_fleet_gin_invalid_binding_raises(binding, says):
     parse([TARGET, "gin/tiny.gin", FLEET], [*SETTINGS, binding])
     with pytest.raises(ValueError, match=says):
         train_config()

@@ -29,8 +29,8 @@ SHOWN = {"EVAL_TASKS": ["toy_rte"], "EVAL_BATCH_SIZE": 100, "TASK_NAMES": TARGET
 
 
 class Job(NamedTuple):
-    """One command line: the names of its gin files, its macros, its program; or where it is
-    interrupted by SIGTERM."""
+    """One command line: names of gin files, macros, entry point, and the step after which SIGTERM
+    interrupts it (0 for never)."""
 
     files: list[str]
     macros: dict[str, Any]
@@ -38,8 +38,8 @@ class Job(NamedTuple):
     stop_after: int = 0
 
 
-# In a process of its own, as from the command line: no shapes are checked there. What ends in an
-# error is told by its last line.
+# Runs in a separate process, like the command line, without shape checks. Each job prints its
+# result or its error.
 SCRIPT = """
 import json, os, signal, sys
 from mpt_jax.config import gin_utils
@@ -63,25 +63,25 @@ for files, macros, entry, stop_after in json.loads(sys.argv[1]):
 
 
 def run(root: Path, *jobs: Job) -> list[Any]:
-    """Runs one job after the other below a root; returns what each returns, says or exits with."""
+    """Runs jobs one after another below a root; returns their results, errors or exit codes."""
     printed = run_script(SCRIPT, json.dumps(jobs), **{paths.ROOT_VARIABLE: str(root)})
     return [json.loads(line) for line in printed.splitlines()[-len(jobs) :]]
 
 
 def finished(found: list[Any]) -> bool:
-    """Whether training stages have ended as they should: they return scores."""
+    """Checks that all training stages returned scores."""
     assert all(isinstance(scores, dict) for scores in found), found
     return True
 
 
 def stage(name: str, label: str, *files: str, stop_after: int = 0, **macros: Any) -> Job:
-    """A training stage on two targets, whose folder is called by a label."""
+    """Returns a training stage on two targets, with a label as folder name."""
     macros = {"TARGET_TASKS": TARGETS, **SHORT, **macros, "STAGE": label}
     return Job([f"{name}_target", "tiny", *files], macros, stop_after=stop_after)
 
 
 def reading(entry: str, label: str, method: str, **macros: Any) -> Job:
-    """Evaluation or inference."""
+    """Returns an evaluation or inference job."""
     files = [entry, f"methods/{method}", "tiny"]
     return Job(files, {**SHOWN, **macros, "STAGE": label}, entry)
 
@@ -95,7 +95,7 @@ def load(root: Path, label: str) -> artifacts.Artifact:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A ROOT with a run of either method, and CrossPT's once more, interrupted and resumed."""
+    """Root with a run of each method, and a CrossPT run that was interrupted and resumed."""
     root = tmp_path_factory.mktemp("root")
     drawn = {**SAVED, **ANNEALED}
     found = run(
@@ -110,26 +110,26 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_run_that_draws_goes_on_as_if_it_had_never_stopped(root):
+def test_crosspt_stage_resumed_while_sampling_same_prompts(root):
     whole, stopped = (prompts(root / "tiny" / name) for name in ("crosspt", "stopped"))
     assert_same_bits(whole, stopped)
     assert np.any(whole["router"] != 0) and np.any(whole["router"][0] != whole["router"][1])
 
 
-def test_sources_stay_as_their_artifact_has_them_and_prompts_do_not(root):
+def test_mixing_stages_keep_frozen_sources_and_train_prompts(root):
     teachers, found = artifacts.load_artifact(TEACHERS), load(root, "attempt")
     names = list(found.method.sources)
     assert names == list(teachers.runs.run_names)
     np.testing.assert_array_equal(found.params["sources"], teachers.folded())
     first = teachers.folded()[0]
     assert all(np.any(target != first) for target in np.asarray(found.params["target"]))
-    assert np.any(found.params["down"][0] != found.params["down"][1]), "each run has its own"
+    assert np.any(found.params["down"][0] != found.params["down"][1]), "separate attention"
     moved = load(root, "crosspt").params
     assert moved["sources"].shape[0] == 1 and moved["private"].shape[0] == 2
     assert np.any(moved["sources"][0] != teachers.folded())
 
 
-def test_weights_of_candidates_are_logged(root):
+def test_attempt_stage_logs_weights_of_candidates(root):
     lines = (root / "tiny" / "attempt" / "metrics.jsonl").read_text().splitlines()
     last = [x for x in map(json.loads, lines) if x["folder"] == "train" and "loss" in x][-1]
     weights = {name: value for name, value in last.items() if name.startswith("attention/")}
@@ -143,7 +143,7 @@ def test_weights_of_candidates_are_logged(root):
 @pytest.mark.parametrize(
     ("method", "groups"), [("attempt", "independent"), ("crosspt", "joint")]
 )  # fmt: skip
-def test_a_checkpoint_and_its_artifact_predict_alike(method, groups, root):
+def test_mixing_stage_checkpoint_and_artifact_same_predictions(method, groups, root):
     folder = root / "tiny" / method
     artifact = {"INITIAL_ARTIFACT": str(folder / "artifact"), "GROUPS": groups}
     if method == "crosspt":
@@ -161,8 +161,8 @@ def test_a_checkpoint_and_its_artifact_predict_alike(method, groups, root):
     assert texts[0] == texts[1] and len(texts[0].splitlines()) == 200
 
 
-def test_what_evaluation_cannot_read(root):
-    """Frozen sources are in no checkpoint."""
+def test_eval_unusable_checkpoint_or_artifact_raises(root):
+    """Checkpoints do not contain frozen sources."""
     folder = root / "tiny" / "attempt"
     known = {"GROUPS": "independent", "CHECKPOINT_PATH": str(folder / "checkpoint_6")}
     others = {"SOURCE_TASKS": ["toy_rte", "toy_sst2"], "START_FROM": "first"}
@@ -181,8 +181,8 @@ def test_what_evaluation_cannot_read(root):
     assert "Set INITIAL_ARTIFACT" in said[4]
 
 
-def test_the_commands_that_serve_take_their_artifacts(root, tmp_path):
-    """`mpt-jax predict` on CrossPT's, `mpt-jax export` of ATTEMPT's loaded back."""
+def test_predict_and_export_accept_mixing_artifacts(root, tmp_path):
+    """`mpt-jax predict` reads CrossPT's artifact; `mpt-jax export` of ATTEMPT's loads again."""
     artifact = root / "tiny" / "crosspt" / "artifact"
     requests = [{"task": task, "inputs": f"{task} : a b"} for task in TARGETS]
     answers = []
@@ -215,7 +215,7 @@ def test_the_commands_that_serve_take_their_artifacts(root, tmp_path):
 # --- Other forms ---------------------------------------------------------------------------------
 
 
-def test_packed_rows_joint_groups_and_fleets(tmp_path):
+def test_mixing_stages_packed_joint_and_fleet_write_artifacts(tmp_path):
     packed = {"PACKED_ROWS": 3, "PACK_WINDOW": 24}
     lengths = {"COMPOSE_BY": "private_cat", "PRIVATE_LENGTH": {"toy_boolq": 4, "toy_rte": 9}}
     rates = {"SHOTS": [4, 8], "LEARNING_RATES": [0.1, 0.3], "TARGET_TASKS": ["toy_rte"]}

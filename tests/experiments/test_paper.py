@@ -1,4 +1,4 @@
-"""Tables of the paper: what is planned, what counts as done, and what is shown."""
+"""Tables of the paper: planned stages, finished stages, and output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpt_jax.tasks import toy
 from tests.fixtures.gin_files import ROOT, SHALLOW, VOCABULARY, trained, value
 
 ALL = list(tables.TABLES)
-ON_TOY = [name for name in ALL if name != "scaling"]  # there is one T5
+ON_TOY = [name for name in ALL if name != "scaling"]  # the toy suite has only one T5
 GROUPS = {"MRQA": suites.MRQA, "Others": suites.OTHERS, "GLUE": suites.GLUE}
 GROUPS["SuperGLUE"] = suites.SUPER_GLUE
 
@@ -44,7 +44,7 @@ def given(stage: Stage) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_published_averages_are_those_of_their_tasks(name):
+def test_published_averages_match_their_tasks(name):
     checked = 0
     for row in published.rows(name):
         for values in row.values.values():
@@ -57,7 +57,7 @@ def test_published_averages_are_those_of_their_tasks(name):
     assert checked or name not in ("table1", "table2", "table4")
 
 
-def test_published_rows_belong_to_arms_that_are_there():
+def test_published_rows_refer_to_known_variants():
     named = {row.of for name in ALL for row in published.rows(name)} - {None}
     assert named <= set(variants.VARIANTS)
     assert published.majority()["WSC"] == pytest.approx(100 * 35 / 52, abs=0.05)
@@ -66,7 +66,7 @@ def test_published_rows_belong_to_arms_that_are_there():
 # --- Plans ---------------------------------------------------------------------------------------
 
 
-def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
+def test_cells_few_shot_one_job_per_method_and_k():
     table, cells = planned("table3", suites.PAPER)
     assert [(cell.variant.name, cell.shots) for cell in cells] == [
         (variant, k) for k in (4, 16, 32) for variant in ("PT", "SPoT", "MPT")
@@ -81,12 +81,12 @@ def test_a_table_of_few_examples_is_one_job_for_each_method_and_k():
     assert bound["INITIAL_ARTIFACT"] == json.dumps(f"{ROOT}/no such folder/mpt_source/artifact")
     assert bound["BATCH_SIZE"] == "16" and "LEARNING_RATE" not in bound
     assert given(cells[1].jobs[0])["START_FROM"] == '"mnli"'
-    # The same chances of selection, and no warmup longer than a tenth.
+    # Equal selection periods, and warmup over at most a tenth of the steps.
     assert {given(cell.jobs[0])["EVAL_PERIOD"] for cell in cells} == {"100"}
     assert [given(cell.jobs[0]).get("WARMUP_STEPS") for cell in cells[:3]] == ["100", "100", None]
 
 
-def test_tasks_of_all_examples_train_as_long_as_the_paper_says():
+def test_cells_all_examples_train_for_paper_epochs():
     _, cells = planned("table2", suites.PAPER)
     jobs = {run.task: job for job in cells[0].jobs for run in job.runs}
     # 5 epochs of MRQA, 10 above 10,000 examples; 20 for BoolQ. Each epoch is evaluated.
@@ -104,7 +104,7 @@ def test_tasks_of_all_examples_train_as_long_as_the_paper_says():
     assert '"inputs": 348' in given(jobs["multirc"])["TASK_FEATURE_LENGTHS"]
 
 
-def test_tasks_that_share_a_prompt_are_one_run_for_each_seed():
+def test_cells_shared_prompt_one_job_per_seed():
     _, cells = planned("table1", suites.PAPER)
     jobs = cells[-1].jobs
     assert [len(job.runs) for job in jobs] == [8, 5] * 3
@@ -118,7 +118,7 @@ def test_tasks_that_share_a_prompt_are_one_run_for_each_seed():
     assert '"inputs": 348' in bound["TASK_FEATURE_LENGTHS"]
 
 
-def test_every_source_stage_takes_five_epochs_of_batches_that_its_sampler_accepts():
+def test_source_stages_take_five_epochs_of_valid_batches():
     stages = {}
     for name in ALL:
         for cell in planned(name, suites.PAPER)[1]:
@@ -135,7 +135,7 @@ def test_every_source_stage_takes_five_epochs_of_batches_that_its_sampler_accept
             assert batch == {"small": 100, "large": 12}.get(name.rpartition("_")[2], 32)
 
 
-def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
+def test_ablation_cells_have_one_source_stage_per_seed():
     table, cells = planned("ablations")
     assert (table.seeds, table.shots) == (10, (32,))
     both = next(cell for cell in cells if cell.variant.name == "MPT")
@@ -157,7 +157,7 @@ def test_an_ablation_of_the_source_stage_has_one_for_each_seed():
     [(suites.PAPER, name) for name in ALL] + [(suites.TOY, name) for name in ON_TOY],
     ids=lambda x: getattr(x, "name", x),
 )
-def test_a_stage_means_one_thing_in_all_tables(suite, name):
+def test_stage_names_mean_the_same_in_all_tables(suite, name):
     """Tables share a root, so that a source stage trains once."""
     known: dict[str, Stage] = {}
     for other in {name, "table1", "ablations"}:
@@ -166,7 +166,7 @@ def test_a_stage_means_one_thing_in_all_tables(suite, name):
                 assert known.setdefault(stage.name, stage) == stage
 
 
-EXPECTED = {  # trained numbers of a target stage with one run, T5-base
+EXPECTED = {  # trainable parameters of a target stage with one run, T5-base
     "PT": 76_800,
     "SPoT": 76_800,
     "neither": 76_800,
@@ -180,9 +180,9 @@ EXPECTED = {  # trained numbers of a target stage with one run, T5-base
     "MPT, T5-small": 51_812,
     "MPT, T5-large": 103_524,
     "PT, T5-large": 102_400,
-    # Its own prompt, and the attention: 768 to 100 and back, with a LayerNorm.
+    # The target prompt, and the attention: 768 to 100 and back, with a LayerNorm.
     "ATTEMPT": 76_800 + 2 * 76_800 + 2 * 768,
-    # Six sources, a private prompt, six logits; and a clock that counts steps.
+    # Six sources, a private prompt, six logits, and a step counter.
     "CrossPT": 7 * 76_800 + 7,
     "sources at random": 7 * 76_800 + 7,
     "2 sources": 3 * 76_800 + 3,
@@ -196,7 +196,7 @@ EXPECTED = {  # trained numbers of a target stage with one run, T5-base
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, "MPT", "decomposition only", "MPT, 12 sources"])
-def test_every_stage_of_an_arm_is_a_command_that_parses(name):
+def test_variant_stage_commands_parse_and_count_parameters(name):
     trainer_choice.install_fallback()
     variant = variants.get_variant(name)
     table = dataclasses.replace(
@@ -220,7 +220,7 @@ def test_every_stage_of_an_arm_is_a_command_that_parses(name):
         gin.clear_config()
 
 
-def test_tasks_of_a_seed_learn_together_where_the_method_shares_sources():
+def test_crosspt_cells_group_tasks_by_seed():
     table, cells = planned("crosspt")
     assert (table.shots, table.seeds) == ((4, 16, 32, None), 10)
     few = {cell.variant.name: cell for cell in cells if cell.shots == 32}
@@ -231,7 +231,7 @@ def test_tasks_of_a_seed_learn_together_where_the_method_shares_sources():
     four = ("boolq", "cb", "rte", "mrpc")
     assert names[:5] == [f"toy_{t}_k32_s0" for t in four] + ["toy_boolq_k32_s1"]
     assert sorted(names) == sorted(json.loads(others["RUN_NAMES"])), "the same examples"
-    # Four rows of each task: a group of four tasks has sixteen, a run alone four.
+    # Four rows of each task: a group of four tasks has sixteen, a single run four.
     assert json.loads(bound["GROUPS"]) == [seed for seed in range(10) for _ in four]
     assert (bound["BATCH_SIZE"], others["BATCH_SIZE"]) == ("16", "4")
     assert job.steps == alone.steps == 200
@@ -246,7 +246,7 @@ def test_tasks_of_a_seed_learn_together_where_the_method_shares_sources():
     assert given(job)["ANNEALING_STEPS"] == "500" and "LEARNING_RATE" not in given(job)
 
 
-def test_a_group_trains_as_long_as_the_longest_of_its_tasks():
+def test_crosspt_job_trains_as_long_as_longest_task():
     steps = {"toy_boolq": 30, "toy_cb": 50, "toy_rte": 20, "toy_mrpc": 20}
     suite = dataclasses.replace(
         suites.TOY, length=lambda task, variant, shots: suites.Length(steps[task], 4)
@@ -257,7 +257,7 @@ def test_a_group_trains_as_long_as_the_longest_of_its_tasks():
     assert jobs["ATTEMPT"] == [(30, 10), (50, 10), (20, 20)]
 
 
-def test_factors_of_crosspt_differ_in_what_their_names_say():
+def test_crosspt_factors_bind_what_their_names_say():
     base, *arms_ = planned("crosspt_factors")[1]
     plain = given(base.jobs[0])
     own = {}
@@ -283,10 +283,10 @@ def test_factors_of_crosspt_differ_in_what_their_names_say():
     assert values["equal rates"] == pytest.approx(
         [(private * source) ** 0.5] * 2 + [router], rel=0.01
     )
-    assert len({json.dumps(x) for x in own.values()}) == len(own), "no two are the same"
+    assert len({json.dumps(x) for x in own.values()}) == len(own), "all factors differ"
 
 
-def test_versions_of_tasks_train_on_the_same_draws():
+def test_crosspt_label_versions_use_same_draws():
     for suite, versions in (
         (suites.TOY, {"_prefixed", "_numeric", "_synthetic"}),
         (suites.PAPER, {"_unprefixed", "_digits", "_synthetic"}),
@@ -299,14 +299,14 @@ def test_versions_of_tasks_train_on_the_same_draws():
         assert {cell.variant.version for cell in others} == versions
 
 
-def test_every_source_is_tried_on_every_target():
+def test_transfer_cells_start_from_every_source():
     _, cells = planned("transfer")
     starts = [json.loads(given(cell.jobs[0]).get("START_FROM", "null")) for cell in cells]
     assert starts[0] is None and set(starts[1:]) == {task.name for task in toy.SOURCE_TASKS}
     assert {stage.name for cell in cells for stage in cell.sources} == {"teachers"}
 
 
-def test_labels_may_be_digits_in_all_stages():
+def test_suite_with_digits_changes_tasks_of_all_stages():
     suite = suites.PAPER.with_digits()
     table, cells = planned("table1", suite)
     spot = next(cell for cell in cells if cell.variant.name == "SPoT")
@@ -322,23 +322,23 @@ def test_labels_may_be_digits_in_all_stages():
         suites.TOY.with_digits()
 
 
-def test_no_source_task_is_a_target_on_the_toy_suite():
+def test_toy_suite_targets_exclude_sources_and_tuning_tasks():
     for name in ON_TOY:
         table, _ = planned(name)
         assert set(table.tasks) <= set(suites.TOY.tasks)
     learned = set(suites.TOY.tasks.values())
     assert learned < {task.name for task in toy.TARGET_TASKS}
-    assert not learned & {"toy_wic", "toy_paws"}, "they chose the learning rates"
+    assert not learned & {"toy_wic", "toy_paws"}, "they were used to choose the learning rates"
 
 
-def test_what_is_unknown_is_listed():
+def test_tables_and_variants_unknown_name_raises():
     with pytest.raises(ValueError, match=r"Unknown table 'tabel1'. Did you mean 'table1'"):
         tables.get_table("tabel1")
     with pytest.raises(ValueError, match="Unknown variant 'MTP'"):
         variants.get_variant("MTP")
     with pytest.raises(ValueError, match="toy suite has no counterpart of any task of x"):
         tables.Table("x", "", (variants.PT,), {"MRQA": suites.MRQA}).on(suites.TOY)
-    with pytest.raises(ValueError, match="toy suite has one T5 only, so it has no scaling"):
+    with pytest.raises(ValueError, match="toy suite has only one T5, so .* 'scaling'"):
         tables.get_table("scaling").on(suites.TOY)
 
 
@@ -347,7 +347,7 @@ def test_what_is_unknown_is_listed():
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Stages that leave what real ones do, and a list of those that ran."""
+    """Replaces runs of stages by writing their files; returns the root and a list of stages run."""
     ran: list[str] = []
 
     def run(stage, root):
@@ -368,13 +368,13 @@ def world(tmp_path, monkeypatch):
             (folder / "inference_eval" / f"{name}-metrics.jsonl").write_text(line + "\n")
 
     monkeypatch.setattr(Stage, "run", run)
-    # They change the whole process.
+    # These functions change the whole process.
     monkeypatch.setattr(gin_utils, "log_progress", lambda: None)
     monkeypatch.setattr(compilation_cache, "enable", lambda: None)
     return tmp_path, ran
 
 
-def test_a_table_goes_on_where_it_stopped(world, capsys):
+def test_paper_command_resumes_and_collects_table(world, capsys):
     root, ran = world
     arguments = ["table3", "--suite", "toy", "--seeds", "2", "--root", str(root)]
     command.main([*arguments, "--print"])
@@ -400,7 +400,7 @@ def test_a_table_goes_on_where_it_stopped(world, capsys):
     assert spot.parameters == 100 / 6
 
 
-def test_another_row_is_subtracted_from_and_another_metric_shown(world, capsys):
+def test_paper_command_against_and_metric_change_output(world, capsys):
     root, _ = world
     arguments = ["crosspt_labels", "--suite", "toy", "--seeds", "2", "--root", str(root)]
     command.main(arguments)
@@ -421,7 +421,7 @@ def test_another_row_is_subtracted_from_and_another_metric_shown(world, capsys):
     )
 
 
-def test_some_arms_alone(world, capsys):
+def test_paper_command_variants_run_only_those_rows(world, capsys):
     root, ran = world
     arguments = ["ablations", "--suite", "toy", "--seeds", "2", "--root", str(root)]
     command.main([*arguments, "--variants", "rank 2"])
@@ -430,13 +430,13 @@ def test_some_arms_alone(world, capsys):
     assert ran == [*sources, *(f"{job}_own_source" for job in jobs)]
     command.main([*arguments, "--variants", "MPT"])
     kept = {result.method for result in results.load(root / "ablations")}
-    assert kept == {"rank 2", "MPT"}, "what ran before stays in the table's results"
+    assert kept == {"rank 2", "MPT"}, "earlier results stay in the table"
     with pytest.raises(SystemExit):
         command.main([*arguments, "--variants", "rank 3"])
     assert "Unknown variant of ablations 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
 
 
-def test_a_folder_of_other_settings_is_refused(world, capsys):
+def test_paper_command_folder_with_other_settings_fails(world, capsys):
     root, _ = world
     arguments = ["table3", "--suite", "toy", "--root", str(root), "--seeds", "2"]
     command.main(arguments)
@@ -454,12 +454,12 @@ def test_a_folder_of_other_settings_is_refused(world, capsys):
     assert "must be at least 1" in capsys.readouterr().err
 
 
-def test_done_means_trained_to_the_end(tmp_path):
+def test_stage_is_done_only_after_last_checkpoint(tmp_path):
     stage = Stage("a", (), runs=(Run("x", 0, "x_s0"),), steps=30)
     assert not stage.is_done(tmp_path)
     (tmp_path / "a" / "artifact").mkdir(parents=True)
     (tmp_path / "a" / "checkpoint_20").mkdir()
-    assert not stage.is_done(tmp_path), "T5X writes artifacts on its way"
+    assert not stage.is_done(tmp_path), "T5X writes artifacts during training"
     (tmp_path / "a" / "checkpoint_30").mkdir()
     assert stage.is_done(tmp_path)
     scored = dataclasses.replace(stage, entry="eval")
@@ -469,7 +469,7 @@ def test_done_means_trained_to_the_end(tmp_path):
     assert scored.is_done(tmp_path)
 
 
-def test_seeds_of_all_examples_have_names_of_their_own():
+def test_target_runs_all_examples_have_seed_names():
     assert [run.name for run in stages.target_runs(["a"], [0], None)] == ["a"]
     assert [run.name for run in stages.target_runs(["a"], [0, 3], None)] == ["a_s0", "a_s3"]
     assert stages.target_runs(["a"], [3], 4) == (Run("a", 3, "a_k4_s3"),)
@@ -484,7 +484,7 @@ def result(name: str, values: dict[str, list[float]], shots=None, **rest) -> Res
     return Result(name, shots, scores, 100.0, 1.0, (), seeds, **rest)
 
 
-def test_ours_stand_beside_the_papers(monkeypatch):
+def test_format_text_shows_ours_next_to_published(monkeypatch):
     table = tables.get_table("table1").on(suites.PAPER)
     ours = {task: [70.0, 72.0, 74.0] for task in suites.PAPER.tasks.values()}
     ours["wsc"] = [67.3, 67.3, 67.3]
@@ -501,17 +501,17 @@ def test_ours_stand_beside_the_papers(monkeypatch):
     assert mine.split()[-1] == "3"
     theirs = next(line for name, line in lines.items() if name.startswith("MPT, 77.6K (paper)"))
     assert "85.9 ± 0.1" in theirs and "67.3 ± 0.0 =" in theirs
-    assert "0.0 ± 0.0 0*" in mine, "CoLA is Matthews, undefined for a seed, and no label's share"
+    assert "0.0 ± 0.0 0*" in mine, "CoLA's Matthews is undefined for a seed, and is no share"
     assert "Ours: runs/backbones/t5-base." in text
     assert "not run" in next(line for name, line in lines.items() if name.startswith("PT (ours)"))
     imported = next(line for name, line in lines.items() if name.startswith("PT, 76.8K († A"))
     assert any(name.startswith("PT, 76.8K (ULPT paper)") for name in lines)
     assert "† ATTEMPT" in imported and "68.1 =" in imported
-    assert "paired" not in text, "published figures have no seeds to pair with"
+    assert "paired" not in text, "published figures have no seeds"
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "transfer"])
-def test_every_published_row_is_shown_with_a_figure(name):
+def test_format_text_shows_every_published_row(name):
     table = tables.get_table(name).on(suites.PAPER)
     text = format.text(table, suites.PAPER, {}, {})
     for row in published.rows(name):
@@ -519,7 +519,7 @@ def test_every_published_row_is_shown_with_a_figure(name):
         assert len(found) >= len(table.shots) and all(re.search(r"\d\.\d", x) for x in found)
 
 
-def test_the_main_metric_is_the_one_the_paper_prints():
+def test_main_metric_matches_paper():
     suites.PAPER.register()
     targets = {"stsb": ["1.0", "2.0"], "squad": [{"answers": ["a"], "group": ""}] * 2}
     expected = {"cola": "matthews", "multirc": "f1", "qqp": "accuracy", "cb": "accuracy"}
@@ -527,12 +527,12 @@ def test_the_main_metric_is_the_one_the_paper_prints():
         made = seqio.TaskRegistry.get(task)
         labels = evaluator.labels_of(made)
         golds = targets.get(task) or list(labels[:2]) or targets["squad"]
-        said = [x if isinstance(x, str) else "a" for x in golds]
-        scores = {k: v for fn in made.metric_fns for k, v in fn(golds, said).items()}
+        predictions = [x if isinstance(x, str) else "a" for x in golds]
+        scores = {k: v for fn in made.metric_fns for k, v in fn(golds, predictions).items()}
         assert results.main_metric(scores) == metric, task
 
 
-def test_generated_text_has_a_column_for_each_metric():
+def test_format_text_generation_has_column_per_metric():
     table = tables.get_table("table5").on(suites.PAPER)
     scores = {
         "e2e": dict.fromkeys(("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"), [3.0]),
@@ -550,7 +550,7 @@ def test_generated_text_has_a_column_for_each_metric():
     ]  # fmt: skip
 
 
-def test_on_the_toy_suite_only_signs_are_set_beside():
+def test_format_text_toy_suite_compares_only_signs():
     table = tables.get_table("ablations").on(suites.TOY)
     base = {suites.TOY.tasks[name]: [60.0, 61.0, 63.0, 62.0] for name in table.columns}
     moved = lambda by: {task: [v - b for v, b in zip(base[task], by, strict=True)] for task in base}  # noqa: E731
@@ -570,7 +570,7 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
         "decomposition only": ("+", "undecided"),
         "distillation only": ("+", "the opposite"),
     }
-    assert "74.1" not in text and "69.5" not in text, "no published figure stands beside ours"
+    assert "74.1" not in text and "69.5" not in text, "the toy suite shows no published figures"
 
 
 @pytest.mark.slow
@@ -578,9 +578,11 @@ def test_on_the_toy_suite_only_signs_are_set_beside():
     ("name", "rows"),
     [("table3", ("PT", "SPoT", "MPT")), ("crosspt", ("ATTEMPT", "CrossPT", "2 sources"))],
 )
-def test_a_table_whose_test_scores_come_from_artifacts(name, rows, tmp_path, monkeypatch, capsys):
-    """The path of the paper's own suite, on the toy suite's tasks: it selects by validation and
-    scores the artifact in a stage of its own."""
+def test_paper_command_scores_artifacts_in_separate_stages(
+    name, rows, tmp_path, monkeypatch, capsys
+):
+    """Like the paper's suite, but with toy tasks: selects by validation, and scores the artifact in
+    a separate stage."""
     toy_suite = dataclasses.replace(
         suites.TOY,
         files=("gin/tiny.gin",),

@@ -1,4 +1,4 @@
-"""The report: its numbers by hand, what it leaves out, and a page that is whole by itself."""
+"""Report: figures by hand, missing data, and a self-contained page."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ def demo_result(name, rte, d2t, folder):
 
 @pytest.fixture
 def root(tmp_path):
-    """What the stages of a demo leave, as far as the report reads it."""
+    """Folder with the files of demo stages that the report reads."""
     rng = np.random.default_rng(0)
     table = rng.normal(size=(2, P, H))
     factors = {
@@ -76,7 +76,7 @@ def demo(root):
 # --- Tables --------------------------------------------------------------------------------------
 
 
-def test_the_demos_text_says_what_was_measured(root, demo):
+def test_demo_text_tables_show_means_and_differences(root, demo):
     text = tables.text(root, demo, {"toy_rte": 50.0, "toy_d2t": 0.5})
     text, differences = text.split("MPT minus each, paired by task and seed")
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
@@ -87,21 +87,21 @@ def test_the_demos_text_says_what_was_measured(root, demo):
     assert re.search(r"91\.2 +85\.0", rows["Teachers (PT)"])
     # Six differences 10, 9, 8, -1, 0, 1: mean 4.5, t(5) = 2.5706, standard error 2.0616.
     assert re.search(r"PT +\+4\.5 +-0\.8 \.\. \+9\.8 +6", differences)
-    assert "Full fine-tuning" not in differences, "one seed has nothing to pair with"
+    assert "Full fine-tuning" not in differences, "a single seed has no pairs"
 
 
-def test_a_pages_tables_have_intervals_and_every_pair(demo):
+def test_page_tables_have_intervals_and_all_pairs(demo):
     heads, pt, *_ = tables.score_rows(demo, {})
     row = dict(zip(heads, pt, strict=True))
     # Means over the two tasks 28, 29.5 and 31: t(2) = 4.3027, standard error 0.8660.
     assert (row["mean"], row["95% interval"], row["n"]) == ("29.5", "25.8 .. 33.2", "3")
     (*_, full) = tables.difference_rows(demo)
-    assert full[0] == "Full fine-tuning" and full[3] == "2", "two tasks, the seed that both have"
+    assert full[0] == "Full fine-tuning" and full[3] == "2", "two tasks, one common seed"
     (_, mpt, *_) = tables.difference_rows(demo, reference="PT")
     assert mpt[:2] == ["MPT", "-4.5"]
 
 
-def test_a_task_that_one_method_lacks_is_in_no_mean():
+def test_score_rows_task_missing_in_one_method_not_in_mean():
     rows = tables.score_rows([result("PT", rte=[50.0], cb=[10.0]), result("MPT", rte=[60.0])], {})
     heads = rows[0]
     assert [row[heads.index("mean")] for row in rows[1:]] == ["50.0", "60.0"]
@@ -111,19 +111,19 @@ def test_a_task_that_one_method_lacks_is_in_no_mean():
 # --- Numbers -------------------------------------------------------------------------------------
 
 
-def test_examples_needed_are_linear_in_log_k():
+def test_examples_needed_interpolates_linearly_in_log_k():
     scores = {4: 50.0, 16: 60.0, 64: 55.0}
     assert analysis.examples_needed(scores, 55.0) == pytest.approx(8.0)
     assert analysis.examples_needed(scores, 60.0) == pytest.approx(16.0)
     assert analysis.examples_needed(scores, 40.0) == 4.0
     assert analysis.examples_needed(scores, 60.1) is None
-    # Down and up again: the first time counts.
+    # The first crossing counts.
     assert analysis.examples_needed({4: 50.0, 16: 40.0, 64: 60.0}, 55.0) == pytest.approx(
         32 * 2**0.5
     )
 
 
-def test_who_matches_whom():
+def test_matching_rows_compare_each_pair_of_methods():
     found = [
         *(result("PT", k, rte=[v]) for k, v in ((4, 50.0), (16, 60.0), (None, 99.0))),
         *(result("MPT", k, rte=[v]) for k, v in ((4, 55.0), (16, 70.0), (None, 99.0))),
@@ -136,7 +136,7 @@ def test_who_matches_whom():
     ]
 
 
-def test_gains_pair_seeds_of_a_task():
+def test_gains_pair_common_seeds_of_common_tasks():
     new = result("MPT", rte=[60.0, 61.0, 62.0], cb=[5.0, 5.0, 5.0])
     old = dataclasses.replace(result("PT", rte=[54.0, 50.0, 52.0]), seeds=(2, 0, 7))
     gain = analysis.gains(new, old)
@@ -145,7 +145,7 @@ def test_gains_pair_seeds_of_a_task():
     assert (gain["toy_rte"].mean, gain["toy_rte"].n) == (9.0, 2)
 
 
-def test_gains_are_over_pt_from_nothing_of_the_same_kind():
+def test_from_nothing_selects_comparable_pt_baseline():
     pt = result("PT", rte=[50.0])
     large = result("PT", rte=[70.0], size=5000)
     long = result("PT, P=40", rte=[52.0], length=40)
@@ -157,11 +157,11 @@ def test_gains_are_over_pt_from_nothing_of_the_same_kind():
     assert baseline(result("MPT, P=40", rte=[1.0], length=40)) is long
     assert baseline(result("MPT, P=5", rte=[1.0], length=5)) is pt
     full = dataclasses.replace(result("Full", rte=[1.0], length=0, size=0), parameters=900.0)
-    assert baseline(full) is pt, "all of the same backbone learns"
+    assert baseline(full) is pt, "full fine-tuning of the same backbone"
     assert baseline(result("MPT", None, rte=[1.0])) is None
 
 
-def test_labels_tell_results_apart():
+def test_by_label_distinguishes_results():
     found = [
         result("PT", rte=[1.0]),
         result("PT", rte=[2.0], start="toy_mnli"),
@@ -176,12 +176,12 @@ def test_labels_tell_results_apart():
         analysis.by_label([result("PT", rte=[1.0]), result("PT", rte=[1.0])])
 
 
-def test_curves_are_those_of_training(root):
+def test_training_curves_exclude_evaluation_lines(root):
     (curve,) = run_reader.training(root / "a")
     assert curve == {1: 1, 2: 1 / 2, 3: 1 / 3}
 
 
-def test_what_a_resumed_run_repeats_counts_once(tmp_path):
+def test_training_curves_repeated_step_keeps_last_value(tmp_path):
     lines = [
         {"folder": "train", "step": 1, "loss": 9.0, "loss/x": 1.0, "loss/y": 5.0},
         {"folder": "train", "step": 2, "loss": 9.0, "loss/x": 2.0, "loss/y": 6.0},
@@ -191,20 +191,20 @@ def test_what_a_resumed_run_repeats_counts_once(tmp_path):
     assert run_reader.training(tmp_path) == [{1: 1.0, 2: 3.0}, {1: 5.0, 2: 7.0}]
 
 
-def test_curves_are_averaged_where_they_agree():
+def test_mean_curves_average_common_steps():
     curves = [{1: 1.0, 2: 2.0, 4: 4.0}, {2: 4.0, 4: 8.0}, {1: 7.0}, {}]
     assert analysis.mean_curves(curves) == {4: {2: 3.0, 4: 6.0}, 1: {1: 7.0}}
 
 
-def test_similarity_of_prompts():
+def test_cosines_by_task_average_pairs_of_runs():
     x, y = np.eye(2).reshape(2, 1, 2)
     names, found = analysis.cosines_by_task(np.stack([x, 3 * y, -x, y]), ["a", "a", "a", "b"])
     assert names == ["a", "b"]
-    # Pairs of a: x with y, x with -x, y with -x. Of a and b: x, y and -x with y.
+    # Pairs within a: x and y, x and -x, y and -x. Between a and b: x, y and -x with y.
     np.testing.assert_allclose(found, [[-1 / 3, 1 / 3], [1 / 3, 1]], atol=1e-12)
 
 
-def test_points_that_would_hide_each_other_are_set_apart():
+def test_set_apart_spreads_close_points():
     found = analysis.set_apart({"a": 1000.0, "b": 1e6, "c": 1000.0})
     assert found["b"] == pytest.approx(1e6)
     assert math.log10(found["c"] / found["a"]) == pytest.approx(0.06)
@@ -216,7 +216,7 @@ def test_points_that_would_hide_each_other_are_set_apart():
 # --- The page ------------------------------------------------------------------------------------
 
 
-def test_the_page_is_whole_by_itself(root, demo):
+def test_page_is_self_contained_and_deterministic(root, demo):
     text = page_of(root, demo)
     page = Reader(text)
     assert page.addresses and all(address.startswith("#") for address in page.addresses)
@@ -228,18 +228,18 @@ def test_the_page_is_whole_by_itself(root, demo):
         ElementTree.fromstring(drawing)
     assert "52.0 ± 2.0" in text and "abc123" in text and "8 x TPU v4 (tpu)" in text
     assert "prefers-color-scheme" in text
-    assert text == page_of(root, demo), "the same results make the same page"
+    assert text == page_of(root, demo), "the page is deterministic"
 
 
-def test_drawings_take_their_colors_from_the_page(root, demo):
+def test_figures_use_colors_of_page(root, demo):
     drawings = "".join(re.findall(r"<svg.*?</svg>", page_of(root, demo), re.DOTALL))
     assert "var(--series-1)" in drawings and "currentColor" in drawings
     for stand_in in (figures.INK, figures.LINES, "#000001", "#000002", "#000003"):
         assert stand_in not in drawings
-    assert re.search(r"<text[^>]*>step</text>", drawings), "text is text"
+    assert re.search(r"<text[^>]*>step</text>", drawings), "text stays text"
 
 
-def test_a_method_has_one_color_and_what_varies_it_another_dash():
+def test_styles_variants_share_color_and_differ_in_dash():
     found = [result(name, rte=[1.0]) for name in ("PT", "MPT", "PT, P=40")]
     look = figures.styles(analysis.by_label(found))
     pt, mpt, long = look["PT"], look["MPT"], look["PT, P=40"]
@@ -249,20 +249,20 @@ def test_a_method_has_one_color_and_what_varies_it_another_dash():
     assert len({(style.color, style.linestyle) for style in many.values()}) == 21
 
 
-def test_names_cannot_break_the_page(root):
+def test_page_escapes_names(root):
     text = page_of(root, [result('<b>"MPT"&', rte=[1.0, 2.0]), result("PT", rte=[1.0, 2.0])])
     assert "<b>" not in text and "&lt;b&gt;" in text
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(drawing)
 
 
-def test_without_folders_the_page_says_what_is_not_there(tmp_path):
+def test_page_without_run_folders_lists_missing_data(tmp_path):
     text = page_of(tmp_path, [result("PT", rte=[1.0, 2.0]), result("MPT", rte=[2.0, 4.0])])
     assert titles(text) == [
         "Scores",
         "Score and trained parameters",
         "Transfer gain",
-        "Where this is from",
+        "Provenance",
         "What is not shown",
     ]
     absent = text.split("What is not shown")[-1]
@@ -275,7 +275,7 @@ def test_without_folders_the_page_says_what_is_not_there(tmp_path):
         assert words in absent
 
 
-def test_source_stages_lie_below_a_demo_and_beside_a_table(root):
+def test_sources_found_below_demo_and_beside_table(root):
     table = root / "table1"
     (table / "mpt").mkdir(parents=True)
     found = {"Teachers (PT)": "pt_source", "MPT, one shared prompt": "mpt_source"}
@@ -283,11 +283,11 @@ def test_source_stages_lie_below_a_demo_and_beside_a_table(root):
         assert {name: path.name for name, path in run_reader.sources(folder).items()} == found
     (table / "teachers").mkdir()
     assert run_reader.sources(table) == {"Teachers (PT)": table / "teachers"}, (
-        "a table's own come first"
+        "stages below the table come first"
     )
 
 
-def test_only_folders_below_or_beside_a_table_are_read(root, demo, tmp_path_factory):
+def test_own_folders_only_below_or_beside_root(root, demo, tmp_path_factory):
     assert run_reader.own(root, demo[0]) == [root / "a"]
     table = root / "table3"
     table.mkdir()
@@ -295,7 +295,7 @@ def test_only_folders_below_or_beside_a_table_are_read(root, demo, tmp_path_fact
     assert not run_reader.own(tmp_path_factory.mktemp("elsewhere") / "b", demo[0])
 
 
-def test_scores_by_step_are_drawn_where_there_are_several(root, demo):
+def test_scores_by_step_with_several_evaluations_are_drawn(root, demo):
     steps = {0: (10.0, 30.0), 50: (20.0, 40.0)}
     for number, name in enumerate(("toy_rte_k32_s0", "toy_d2t_k32_s0")):
         lines = [{"step": step, "accuracy": scores[number]} for step, scores in steps.items()]
@@ -304,7 +304,7 @@ def test_scores_by_step_are_drawn_where_there_are_several(root, demo):
     assert "mean score by step, k = 32. At the last step: PT 30." in alts
 
 
-def test_prompts_of_targets_are_the_references(root, demo):
+def test_target_prompts_show_reference_method(root, demo):
     runs = Runs(("toy_rte", "toy_rte"), ("s0", "s1"), "independent")
     table = np.stack([np.ones((P, H)), np.ones((P, H))])
     write_artifact(root / "b", PromptTuning(P), {"table": table}, runs)
@@ -313,7 +313,7 @@ def test_prompts_of_targets_are_the_references(root, demo):
     assert "Cosine similarity of prompts, MPT, k = 32, 1 tasks." in alts
 
 
-def test_source_to_target_is_a_matrix_of_gains(tmp_path):
+def test_affinity_shows_gains_by_source_and_target(tmp_path):
     found = [
         result("PT", rte=[50.0, 52.0], cb=[30.0, 30.0]),
         result("PT from a source", start="toy_mnli", rte=[60.0, 60.0], cb=[20.0, 20.0]),
@@ -328,7 +328,7 @@ def test_source_to_target_is_a_matrix_of_gains(tmp_path):
     assert cells == ["+9.0", "-10.0", "+4.0", "+1.0"]
 
 
-def test_lengths_and_sizes_are_curves_of_a_method(tmp_path):
+def test_lengths_and_sizes_are_curves_by_method(tmp_path):
     found = [
         result("PT", rte=[50.0]),
         result("PT, P=40", length=40, rte=[52.0]),
@@ -350,7 +350,7 @@ def test_lengths_and_sizes_are_curves_of_a_method(tmp_path):
 # --- The command ---------------------------------------------------------------------------------
 
 
-def test_the_command_writes_where_it_is_told(root, demo, tmp_path, capsys):
+def test_report_command_writes_to_out(root, demo, tmp_path, capsys):
     out = tmp_path / "new" / "page.html"
     command.main([str(root), "--out", str(out), "--reference", "PT"])
     assert capsys.readouterr().out.strip() == str(out)
@@ -363,24 +363,27 @@ def test_the_command_writes_where_it_is_told(root, demo, tmp_path, capsys):
     [
         (None, "holds no results.json"),
         ("[{", "damaged"),
-        ('[{"method": "PT"}]', "damaged or of another version"),
+        ('[{"method": "PT"}]', "damaged or was written by another version"),
         ("[]", "empty"),
     ],
 )
-def test_results_that_cannot_be_read_are_named(content, words, tmp_path, capsys):
+def test_report_command_unreadable_results_fails_with_path(content, words, tmp_path, capsys):
     if content is not None:
         (tmp_path / results.FILE).write_text(content)
     with pytest.raises(SystemExit) as stop:
         command.main([str(tmp_path)])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and words in said and str(tmp_path) in said
-    assert said.count("\n") == 1 and not (tmp_path / sections.FILE).exists()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and words in message and str(tmp_path) in message
+    assert message.count("\n") == 1 and not (tmp_path / sections.FILE).exists()
 
 
-def test_a_damaged_file_of_a_run_and_an_unknown_reference_are_named(root, demo, capsys):
+def test_report_command_bad_reference_or_metrics_fails(root, demo, capsys):
     with pytest.raises(SystemExit):
         command.main([str(root), "--reference", "PTT"])
-    assert "No result is called 'PTT'; there are ['PT', 'MPT'," in capsys.readouterr().err
+    assert (
+        "No method is called 'PTT'. Choose --reference from ['PT', 'MPT',"
+        in capsys.readouterr().err
+    )
     path = root / "b" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"folder": "tr')
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""The report on methods that mix prompts: weights and entropies by hand, and what is absent."""
+"""Report of methods that mix prompts: weights and entropies by hand, and missing data."""
 
 import math
 import re
@@ -33,7 +33,7 @@ RUNS = Runs(("toy_rte", "toy_rte", "toy_cb"), ("rte_s0", "rte_s1", "cb_s0"), "in
 
 
 def crosspt(*first, runs=RUNS, **settings):
-    """CrossPT over two sources, and parameters by which the first has these weights."""
+    """Returns CrossPT over two sources, with parameters that give the first these weights."""
     method = CrossPT(P, SOURCES, router="softmax", **settings)
     rng, longest = np.random.default_rng(0), max(method.prompt_lengths(runs))
     private = longest - P if method.compose_by == "private_cat" else P
@@ -57,7 +57,7 @@ def entropy(*weights):
 
 
 def section(text):
-    """What stands below the heading of mixtures."""
+    """Returns the section about mixtures."""
     return text.split(f"<h2>{SECTION}</h2>")[1].split("</section>")[0]
 
 
@@ -66,14 +66,14 @@ def numbers(drawing):
 
 
 def two(root, folder):
-    """Results of a reference without folders and of a method in a folder."""
+    """Returns results of a reference without folders and of a method with a folder."""
     return [result("MPT", rte=[1.0], cb=[1.0]), result("Mixed", rte=[2.0], cb=[2.0], folder=folder)]
 
 
 # --- Weights -------------------------------------------------------------------------------------
 
 
-def test_weights_of_an_artifact_are_those_that_are_served(tmp_path):
+def test_mixture_weights_fixed_prompts_equal_served_weights(tmp_path):
     write_artifact(tmp_path / "m", *crosspt(0.75, 0.45, 0.2))
     text = section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
     (drawing,) = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
@@ -89,10 +89,10 @@ def test_weights_of_an_artifact_are_those_that_are_served(tmp_path):
     cells = {task: re.findall("<td>(.*?)</td>", row) for task, row in rows}
     assert cells["rte"][:2] == ["0.60 ± 0.21", "0.40 ± 0.21"] and cells["rte"][-1] == "2"
     assert cells["cb"][:2] == ["0.20", "0.80"] and cells["cb"][-1] == "1"
-    assert "they are served" in text and "depend on the text" not in text
+    assert "in its artifact and served" in text and "depend on the text" not in text
 
 
-def test_entropy_is_a_number_beside_the_colors(tmp_path):
+def test_mixture_heat_map_entropy_column_is_not_colored(tmp_path):
     write_artifact(tmp_path / "m", *crosspt(0.75, 0.45, 0.2))
     text = section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
     patches = re.findall(r'<g id="[^"]*patch_\d+">\s*<path[^>]*style="fill: (#\w+)', text)
@@ -100,7 +100,7 @@ def test_entropy_is_a_number_beside_the_colors(tmp_path):
     assert len(set(patches)) == 4
 
 
-def test_runs_in_several_folders_are_runs_of_one_task(tmp_path):
+def test_mixture_weights_several_folders_average_by_task(tmp_path):
     for folder, weight in (("s0", 0.75), ("s1", 0.45)):
         write_artifact(tmp_path / folder, *crosspt(weight, runs=Runs(["toy_rte"])))
     mixed = result("Mixed", rte=[2.0, 2.0])
@@ -110,13 +110,13 @@ def test_runs_in_several_folders_are_runs_of_one_task(tmp_path):
     assert numbers(text)[:2] == [0.6, 0.4] and "0.60 ± 0.21" in text
 
 
-def test_one_run_of_each_task_needs_no_table(tmp_path):
+def test_mixture_weights_single_run_per_task_has_no_table(tmp_path):
     runs = Runs(["toy_rte", "toy_cb"], groups="independent")
     write_artifact(tmp_path / "m", *crosspt(0.75, 0.2, runs=runs))
     assert "<table>" not in section(page_of(tmp_path, two(tmp_path, tmp_path / "m")))
 
 
-def test_attention_is_that_of_each_runs_last_training_texts(tmp_path):
+def test_attention_weights_come_from_last_line_of_each_run(tmp_path):
     write_artifact(tmp_path / "m", *attempt())
     names = (*SOURCES, "target")
 
@@ -139,14 +139,14 @@ def test_attention_is_that_of_each_runs_last_training_texts(tmp_path):
     # rte_s1 ended first: its last line counts. (0.5 + 0.2) / 2, and so on.
     assert numbers(text)[:8] == [0.35, 0.5, 0.15, 0.9, 0.1, 0.1, 0.8, 0.6]
     assert alts[0].startswith("Weights of candidates, Mixed, k = 32. Largest: rte qqp 0.50, cb ta")
-    assert "They depend on the text" in text and "they are served" not in text
+    assert "They depend on the text" in text and "in its artifact and served" not in text
     assert alts[1:] == [
         "entropy, nats by step, k = 32, 5 steps. At the last step: Mixed 0.8.",
         "entropy, nats by step, k = 32, 10 steps. At the last step: Mixed 0.8.",
     ]
 
 
-def test_constant_attention_reads_no_text_and_is_served(tmp_path):
+def test_constant_attention_weights_are_shown_from_artifact(tmp_path):
     rng = np.random.default_rng(0)
     params = {"sources": rng.normal(size=(2, P, H)), "target": rng.normal(size=(3, P, H))}
     write_artifact(tmp_path / "m", ATTEMPT(P, SOURCES, attention="constant"), params, RUNS)
@@ -154,21 +154,21 @@ def test_constant_attention_reads_no_text_and_is_served(tmp_path):
     assert numbers(text)[:4] == [0.33, 0.33, 0.33, 1.1]
 
 
-def test_weights_that_add_up_to_anything_have_the_entropy_of_their_shares():
+def test_entropy_unnormalized_weights_uses_shares():
     found = analysis.entropy(np.array([[0.2, 0.6], [3.0, 3.0], [0.0, 5.0]]))
     np.testing.assert_allclose(found, [entropy(0.25, 0.75), math.log(2), 0], atol=1e-12)
 
 
-def test_other_methods_have_no_such_section(tmp_path):
+def test_mixture_section_without_mixing_methods_is_absent(tmp_path):
     write_artifact(tmp_path / "m", PromptTuning(P), {"table": np.ones((3, P, H))}, RUNS)
     text = page_of(tmp_path, two(tmp_path, tmp_path / "m"))
     assert SECTION not in titles(text) and "Weights of candidates" not in text
 
 
-# --- What cannot be shown ------------------------------------------------------------------------
+# --- Missing data --------------------------------------------------------------------------------
 
 
-def test_without_metrics_attention_is_said_to_be_absent(tmp_path):
+def test_attention_weights_without_metrics_are_noted_as_missing(tmp_path):
     write_artifact(tmp_path / "m", *attempt())
     text = page_of(tmp_path, two(tmp_path, tmp_path / "m"))
     assert SECTION not in titles(text)
@@ -179,21 +179,19 @@ def test_without_metrics_attention_is_said_to_be_absent(tmp_path):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (attempt(), "MPT, k = 32: those of &#x27;attempt&#x27; depend on the text"),
+        (attempt(), "MPT, k = 32: prompts of &#x27;attempt&#x27; depend on the text"),
         (
             crosspt(
                 *(0.5, 0.5, 0.5),
                 compose_by="private_cat",
                 private_length={"rte_s0": 1, "rte_s1": 1, "cb_s0": 2},
             ),
-            f"MPT, k = 32: they have {P + 1}, {P + 2} positions",
+            f"MPT, k = 32: prompts have {P + 1}, {P + 2} positions",
         ),
     ],
     ids=["by the text", "of several lengths"],
 )
-def test_prompts_that_cannot_be_compared_are_named_and_the_next_methods_are_shown(
-    tmp_path, made, words
-):
+def test_target_prompts_not_comparable_are_noted_and_next_method_shown(tmp_path, made, words):
     write_artifact(tmp_path / "mpt", *made)
     write_artifact(tmp_path / "pt", PromptTuning(P), {"table": np.ones((3, P, H))}, RUNS)
     found = [
@@ -206,15 +204,15 @@ def test_prompts_that_cannot_be_compared_are_named_and_the_next_methods_are_show
         Reader(text).alts
     )
     alone = page_of(tmp_path, found[1:]).split("What is not shown")[-1]
-    assert "no run that is here has an artifact whose prompts can be compared" in alone
+    assert "no available run has an artifact whose prompts can be compared" in alone
 
 
-def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
+def test_source_prompts_reading_text_are_noted_as_missing(tmp_path):
     method, params, runs = attempt()
     scores = {task: {"accuracy": 1.0} for task in runs.task_names}
     write_artifact(tmp_path / "pt_source", method, params, runs, scores=scores)
     text = page_of(tmp_path, [result("PT", rte=[1.0]), result("MPT", rte=[2.0])])
-    assert "Similarity of prompts, Teachers (PT): those of" in text.split("What is not shown")[-1]
+    assert "Similarity of prompts, Teachers (PT): prompts of" in text.split("What is not shown")[-1]
 
 
 # --- A run ---------------------------------------------------------------------------------------
@@ -222,7 +220,7 @@ def test_a_source_stage_whose_prompts_depend_on_the_text_is_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attempt", "crosspt"])
-def test_what_a_run_writes_is_drawn(kind, backbone, tmp_path):
+def test_mixture_section_of_trained_run_has_weights_and_entropy(kind, backbone, tmp_path):
     runs, names = Runs(training_runs.TASKS), training_runs.TASKS[:2]
     sources, folder = tmp_path / "sources", tmp_path / "m"
     training_runs.run(

@@ -1,4 +1,4 @@
-"""Sums of results, and results on disk."""
+"""Statistics of results, and results on disk."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def result(**scores: list[float]) -> Result:
     return Result("PT", 4, made, 10.0, 1.5, (), seeds)
 
 
-def test_an_estimate_is_scipys():
+def test_estimate_matches_scipy():
     values = [3.0, 5.0, 4.0, 8.0]
     found = results.estimate(values)
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
@@ -26,11 +26,11 @@ def test_an_estimate_is_scipys():
     assert found.n == 4
     alone = results.estimate([2.0])
     assert (alone.mean, alone.n) == (2.0, 1) and math.isnan(alone.low)
-    with pytest.raises(ValueError, match="nothing to sum up"):
+    with pytest.raises(ValueError, match="mean of an empty list"):
         results.estimate([])
 
 
-def test_pairs_are_of_one_task_and_seed():
+def test_paired_uses_common_tasks_and_seeds():
     new, old = result(a=[1.0, 2.0, 3.0], b=[5.0, 5.0, 5.0]), result(b=[1.0, 2.0], c=[0.0, 0.0])
     old = dataclasses.replace(old, seeds=(2, 0))
     assert results.paired(new, old) == [5.0 - 2.0, 5.0 - 1.0]
@@ -39,8 +39,8 @@ def test_pairs_are_of_one_task_and_seed():
         results.paired(result(a=[1.0]), result(c=[1.0]))
 
 
-def test_a_folder_of_results_may_move(tmp_path):
-    """An absolute or relative path to it is no part of what is kept."""
+def test_results_moved_folder_loads_with_new_paths(tmp_path):
+    """Stored paths are relative to the folder."""
     root = tmp_path / "demo"
     (root / "targets" / "pt").mkdir(parents=True)
     first = dataclasses.replace(result(a=[1.0, 2.0]), model_dirs=(str(root / "targets" / "pt"),))
@@ -54,7 +54,7 @@ def test_a_folder_of_results_may_move(tmp_path):
         results.load(tmp_path)
 
 
-def test_seconds_are_those_of_training_steps(tmp_path):
+def test_training_seconds_count_only_training_steps(tmp_path):
     lines = [
         {"folder": "train", "step": 0, "timing/compilation_seconds": 9.0},
         {"folder": "train", "step": 10, "timing/seconds_per_step": 0.5},
@@ -65,7 +65,7 @@ def test_seconds_are_those_of_training_steps(tmp_path):
     assert results.training_seconds(tmp_path) == 10 * 0.5 + 20 * 0.25
 
 
-def test_the_last_evaluation_counts(tmp_path):
+def test_read_scores_uses_last_evaluation(tmp_path):
     (tmp_path / "inference_eval").mkdir()
     path = tmp_path / "inference_eval" / "a-metrics.jsonl"
     path.write_text('{"step": 5, "accuracy": 1.0}\n{"step": 9, "accuracy": 2}\n')

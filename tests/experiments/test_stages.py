@@ -1,5 +1,5 @@
-"""Stages of SPoT and recipes of prompt tuning: what their gin files build, and toy runs of two
-steps that hand artifacts on."""
+"""SPoT stages and prompt tuning recipes: models from gin files, and two-step toy runs that pass
+artifacts to each other."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SOURCE = paths.shipped(name="tiny_t5/mpt_source")
 FEW = {"BATCH_SIZE": 14, "EVALUATOR_NUM_EXAMPLES": 4, "EVAL_STEPS": 1}
 
 
-# --- What the files build ------------------------------------------------------------------------
+# --- Models from gin files -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "period"),
-    # 20 epochs of BoolQ, each evaluated; 40,000 steps, every 1,000 evaluated.
+    # 20 epochs of BoolQ, evaluated after each; 40,000 steps, evaluated every 1,000.
     [("pt_paper", 20 * 9_427 // 32 + 1, 9_427 // 32 + 1), ("pt_strong", 40_000, 1_000)],
 )
-def test_recipes_of_prompt_tuning(name, steps, period):
+def test_prompt_tuning_recipes_have_published_settings(name, steps, period):
     parse(["gin/pt_target.gin", f"gin/methods/{name}.gin"], [VOCABULARY])
     optimizer = value("MODEL").optimizer_def
     rate = optimizer.learning_rates["task"]
@@ -43,9 +43,9 @@ def test_recipes_of_prompt_tuning(name, steps, period):
     assert value("EVAL_PERIOD") == period
 
 
-def test_spot_chooses_by_similarity_unless_a_source_is_named():
-    given = ["SPOT_TOP_K = 3", "SPOT_SIMILARITY = 'row_pairs'"]
-    parse(["gin/spot_target.gin", "gin/tiny.gin"], given)
+def test_spot_target_selects_by_similarity_or_named_source():
+    settings = ["SPOT_TOP_K = 3", "SPOT_SIMILARITY = 'row_pairs'"]
+    parse(["gin/spot_target.gin", "gin/tiny.gin"], settings)
     choice = value("MODEL").prompt.start_from
     folder = value("ROOT")
     assert choice == NearestSource(
@@ -61,7 +61,7 @@ def test_spot_chooses_by_similarity_unless_a_source_is_named():
 
 
 @pytest.mark.parametrize("name", ["gin/spot_embeddings.gin", "gin/spot_source_embeddings.gin"])
-def test_embeddings_are_of_a_step_and_do_not_depend_on_where_training_stops(name):
+def test_spot_embeddings_stage_ignores_train_steps(name):
     parse([name], [VOCABULARY])
     model = value("MODEL")
     rate = model.optimizer_def.learning_rates["task"]
@@ -71,12 +71,12 @@ def test_embeddings_are_of_a_step_and_do_not_depend_on_where_training_stops(name
     assert value("EMBEDDING_STEPS") == 10_000
     for evaluation in ("infer_eval_dataset_cfg", "train_eval_dataset_cfg"):
         assert gin.query_parameter(f"train.{evaluation}") is None
-    assert gin.query_parameter("train.actions") == {}, "the last step is kept, not the best"
+    assert gin.query_parameter("train.actions") == {}, "keeps the last step, not the best"
     with pytest.raises(gin_utils.ConfigError, match="No gin file reads the macro TRAIN_STEPS"):
         parse([name], ["TRAIN_STEPS = 5"])
 
 
-def test_one_prompt_for_a_mixture_has_no_teacher_and_draws_each_example_for_itself():
+def test_spot_mixture_has_no_teacher_and_samples_per_example():
     parse(["gin/spot_mixture.gin"], [VOCABULARY])
     model = value("MODEL")
     assert trained(model) == 76_800 and not model.has_teacher
@@ -85,7 +85,7 @@ def test_one_prompt_for_a_mixture_has_no_teacher_and_draws_each_example_for_itse
 
 # --- Toy runs ------------------------------------------------------------------------------------
 
-# In a process of its own, as from the command line: no shapes are checked there.
+# Runs in a separate process, like the command line, without shape checks.
 SCRIPT = """
 import json, sys
 from mpt_jax.config import gin_utils
@@ -96,7 +96,7 @@ for name, macros in json.loads(sys.argv[1]):
 
 
 def run(root: Path, *stages: tuple[str, dict]) -> list[artifacts.Artifact]:
-    """Runs (gin file, macros) one after the other below a root; returns their artifacts."""
+    """Runs (gin file, macros) one after another below a root; returns their artifacts."""
     run_script(SCRIPT, json.dumps(stages), **{paths.ROOT_VARIABLE: str(root)})
     return [artifacts.load_artifact(folder(root, *stage)) for stage in stages]
 
@@ -106,7 +106,7 @@ def folder(root: Path, name: str, macros: dict) -> str:
 
 
 @pytest.mark.slow
-def test_spot_from_task_embeddings_to_a_target(tmp_path):
+def test_spot_target_starts_from_nearest_sources(tmp_path):
     targets = ["toy_boolq", "toy_rte"]
     early = {"BATCH_SIZE": 12, "EMBEDDING_STEPS": 2}
     spot = {**FEW, "TARGET_TASKS": targets, "SPOT_TOP_K": 2}
@@ -118,7 +118,7 @@ def test_spot_from_task_embeddings_to_a_target(tmp_path):
         ("spot_target", {**spot, "TRAIN_STEPS": 2}),
     )
     assert sources.config["step"] == embedded.config["step"] == 2
-    assert not sources.config["metrics"]["scores"], "an embedding is of a step, not of a score"
+    assert not sources.config["metrics"]["scores"], "an embedding has no score"
     full = artifacts.load_artifact(TEACHERS)
     assert full.runs.run_names == sources.runs.run_names
     s, t = (artifact.folded().astype(np.float64).mean(1) for artifact in (sources, embedded))
@@ -134,7 +134,7 @@ def test_spot_from_task_embeddings_to_a_target(tmp_path):
 
 
 @pytest.mark.slow
-def test_spot_from_one_prompt_for_all_sources(tmp_path):
+def test_pt_target_starts_from_spot_mixture_prompt(tmp_path):
     mixture = ("spot_mixture", {**FEW, "TRAIN_STEPS": 2})
     started = {**FEW, "INITIAL_ARTIFACT": folder(tmp_path, *mixture), "TRAIN_STEPS": 0}
     source, target = run(tmp_path, mixture, ("pt_target", started))
@@ -143,7 +143,7 @@ def test_spot_from_one_prompt_for_all_sources(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_seventh_source_joins_the_shipped_source_prompts(tmp_path):
+def test_mpt_source_seventh_source_extends_shipped_prompts(tmp_path):
     """The commands of docs/methods.md, "Refresh"."""
     shipped = artifacts.load_artifact(SOURCE)
     teacher = ("pt_source", {**FEW, "SOURCE_TASKS": ["toy_rte"], "STAGE": "pt_rte"})

@@ -1,6 +1,6 @@
-"""Plans count what compiled programs do; real TPU compilers are asked, on a machine without TPUs.
+"""Plans from the real TPU compiler, on a machine without TPUs.
 
-Counts are compared with closed forms derived here from the shapes, and with the compiler's own.
+Counts are compared with closed forms derived from the shapes, and with the compiler's counts.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from tests.fixtures.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS_LIBTPU = "libtpu, the TPUs' compiler, is not installed (pip install 'mpt-jax[tpu]')"
-# Large enough that products outweigh the rest, small enough to compile in seconds.
+# Large enough that matrix products dominate, small enough to compile in seconds.
 CONFIG = T5Config(
     vocab_size=2048, emb_dim=512, num_heads=8, head_dim=64, mlp_dim=2048,
     num_encoder_layers=2, num_decoder_layers=2, logits_via_embedding=True, dtype="bfloat16",
 )  # fmt: skip
-ROWS, PROMPT, TEXT, TARGET = 16, 64, 192, 16  # rows of a chip
+ROWS, PROMPT, TEXT, TARGET = 16, 64, 192, 16  # rows per chip
 
 
 @pytest.fixture(autouse=True, scope="module")
 def as_compiled_outside_tests(optimized):
-    """Plans are counts of optimized programs."""
+    """Compiles with optimizations, because plans count optimized programs."""
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def scanned(x, kernels):
     return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
 
 
-def test_a_loop_counts_times_its_trips():
+def test_hlo_cost_loop_is_multiplied_by_trips():
     kernels, x = (7, 96, 96), (64, 96)
     apart = counted(lambda x, k: chain(x, [k[i] for i in range(7)]), x, kernels)
     loop = counted(scanned, x, kernels)
@@ -86,14 +86,14 @@ def test_a_loop_counts_times_its_trips():
     assert loop.unknown_loops == 0
 
 
-def test_of_an_array_that_is_sliced_the_slice_is_read():
+def test_hlo_cost_sliced_array_counts_slice():
     loop = counted(scanned, (64, 96), (100, 96, 96))
     floats = 100 * (96 * 96 + 3 * 64 * 96)  # a kernel, and x in and out of product and tanh
-    # Taken whole, the kernels alone would be 100 times as much.
+    # If whole kernels were counted, they would be 100 times as large.
     assert 0.5 * 4 * floats < loop.hbm_bytes < 3 * 4 * floats
 
 
-def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
+def test_hlo_cost_unknown_loop_uses_given_trips():
     def until_small(x, kernel):
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: jnp.tanh(x @ kernel), x)
 
@@ -105,7 +105,7 @@ def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
 
 
 @pytest.mark.devices(8)
-def test_communication_is_counted_by_kind():
+def test_hlo_cost_counts_collectives_by_kind():
     mesh = jax.make_mesh((8,), ("data",))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
@@ -116,7 +116,7 @@ def test_communication_is_counted_by_kind():
     assert found.collectives == {"all-gather": (1, 64 * 32 * 4)}
 
 
-def test_of_a_collective_that_is_only_started_the_results_are_counted():
+def test_hlo_cost_collective_start_counts_results():
     text = """
 ENTRY %main (p: f32[8,128], q: f32[64]) -> f32[8,128] {
   %p = f32[8,128]{1,0} parameter(0)
@@ -162,7 +162,7 @@ ENTRY %main (x: f32[8,128], y: f32[16,32], z: f32[32,64]) -> f32[32,128] {
 """
 
 
-def test_what_is_wrapped_in_an_asynchronous_operation_counts_once():
+def test_hlo_cost_asynchronous_operation_counts_once():
     found = hlo.cost(ASYNCHRONOUS)
     assert found.collectives == {"all-gather": (1, 4 * 32 * 128), "send": (1, 4 * 16 * 64)}
     assert found.flops == 2 * 16 * 32 * 64
@@ -191,7 +191,7 @@ def job(config: T5Config, rows: int) -> steps.Job:
 
 
 def closed_form_flops(c: T5Config) -> float:
-    """Of a training step of one chip: products, forward and back to the prompt."""
+    """Operations of a training step on one chip: matrix products, forward and backward."""
     t, n, d, h, b = PROMPT + TEXT, c.num_heads, c.head_dim, c.emb_dim, ROWS
     mlp = (len(c.mlp_activations) + 1) * h * c.mlp_dim
     encoder = b * t * (4 * h * n * d + mlp)  # and as much back, to the input
@@ -216,7 +216,7 @@ def closed_form_arguments(c: T5Config) -> float:
 
 @pytest.fixture(scope="module")
 def planned():
-    """A function of whether layers are in a loop: what a training step needs, compiled once."""
+    """Function from `scan` (layers in a loop) to the cost of a training step, compiled once."""
     pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
 
     @functools.cache
@@ -228,7 +228,7 @@ def planned():
     return needs
 
 
-def test_operations_and_memory_are_those_of_the_closed_form(planned):
+def test_step_cost_matches_closed_form(planned):
     needs = planned(False)
     assert needs.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
     assert needs.arguments == pytest.approx(closed_form_arguments(CONFIG), rel=0.05)
@@ -236,12 +236,12 @@ def test_operations_and_memory_are_those_of_the_closed_form(planned):
 
 
 @pytest.mark.slow
-def test_traffic_is_the_compilers_count_or_where_there_are_loops_ours(planned):
+def test_accessed_bytes_with_loops_use_own_count(planned):
     apart, loop = planned(False), planned(True)
     assert apart.cost.loops == 0 and loop.cost.loops == 4  # encoder, decoder, and back
     assert apart.accessed_bytes == apart.compiler["bytes accessed"]
     assert loop.accessed_bytes == loop.cost.accessed_bytes > loop.compiler["bytes accessed"]
-    # Its rules are not known exactly.
+    # The compiler's rules are not known exactly.
     assert apart.cost.accessed_bytes == pytest.approx(apart.accessed_bytes, rel=0.25)
     # A loop stacks what the backward pass needs, and reads it from the stack.
     assert apart.accessed_bytes < loop.accessed_bytes < 2 * apart.accessed_bytes
@@ -249,13 +249,13 @@ def test_traffic_is_the_compilers_count_or_where_there_are_loops_ours(planned):
 
 
 @pytest.mark.slow
-def test_layers_in_a_loop_cost_what_they_cost_apart(planned):
+def test_step_cost_scanned_layers_same_flops(planned):
     apart, loop = planned(False), planned(True)
     assert loop.cost.flops == pytest.approx(apart.cost.flops, rel=0.05)
     assert loop.compiler["flops"] < 0.8 * apart.compiler["flops"]  # once
 
 
-def test_prompts_alone_cross_chips_and_attention_is_the_kernels(planned):
+def test_step_cost_only_prompt_gradients_cross_chips(planned):
     needs = planned(False)
     # The gradient of the prompt, and a few sums for the log.
     moved = sum(size for _, size in needs.cost.collectives.values())
@@ -268,11 +268,11 @@ def test_prompts_alone_cross_chips_and_attention_is_the_kernels(planned):
 
 
 @pytest.mark.slow
-def test_another_chip_and_a_model_axis(libtpu):
+def test_compile_steps_v6e_with_model_axis(libtpu):
     choice = steps.MeshLayout("v6e:2x2", model_axis=2)
     train, evaluated, predict = steps.compile_steps(job(CONFIG, 4 * ROWS), choice)
     assert train.rows == 2 * ROWS
-    # Twice the rows on half of the model each, all but the part that each does whole.
+    # Twice the rows on half of the model each, except the part that each chip computes fully.
     assert train.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
     assert evaluated.cost.flops < train.cost.flops / 1.5
     assert predict.cost.unknown_loops == 1
@@ -283,7 +283,7 @@ def test_another_chip_and_a_model_axis(libtpu):
     assert written[0]["compute_seconds"] == pytest.approx(train.cost.flops / 918e12)
 
 
-def test_a_step_that_is_too_large_is_reported(libtpu):
+def test_compile_steps_too_large_step_does_not_fit(libtpu):
     wide = dataclasses.replace(CONFIG, mlp_dim=1 << 21, num_encoder_layers=6)
     (found,) = steps.compile_steps(job(wide, 4), steps.MeshLayout("v5e:2x2"), ["train"])
     assert not found.fits
@@ -291,13 +291,13 @@ def test_a_step_that_is_too_large_is_reported(libtpu):
     assert "does not fit" in text and "none of the layouts tried fits" in text
 
 
-def test_a_batch_must_divide_over_the_slice(libtpu):
-    with pytest.raises(ValueError, match="batch of 6 rows .* over 4 copies"):
+def test_compile_steps_indivisible_batch_raises(libtpu):
+    with pytest.raises(ValueError, match="batch of 6 rows .* not divisible by 4, the copies"):
         steps.compile_steps(job(CONFIG, 6), steps.MeshLayout("v5e:2x2"), ["train"])
 
 
 @pytest.mark.slow
-def test_several_slices_are_those_of_gins_shapes(libtpu):
+def test_compile_steps_several_slices_use_mesh_shapes(libtpu):
     small = dataclasses.replace(CONFIG, num_encoder_layers=1, num_decoder_layers=1)
     two = dataclasses.replace(
         job(small, 4 * ROWS), ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1)
@@ -307,7 +307,7 @@ def test_several_slices_are_those_of_gins_shapes(libtpu):
     )
     assert needs.num_chips == 8 and needs.rows == ROWS
     assert "| 2 of v5e:2x2 | 4 x 2 |" in format.table([needs])
-    # Prompt-sized gradients alone cross slices; inside one there are the model's sums.
+    # Only prompt-sized gradients cross slices; the model's sums stay inside a slice.
     sends, crossing = needs.cost.collectives[hlo.ACROSS_SLICES]
     inside = sum(b for kind, (_, b) in needs.cost.collectives.items() if kind != hlo.ACROSS_SLICES)
     assert sends >= 1 and crossing < 4 * 4 * PROMPT * CONFIG.emb_dim < inside
@@ -316,15 +316,15 @@ def test_several_slices_are_those_of_gins_shapes(libtpu):
         steps.compile_steps(two, steps.MeshLayout("v5e:2x4", 2, slices=2), ["train"])
 
 
-def test_names_of_slices():
+def test_topologies_expand_chip_names():
     assert chips.topologies("v5e:4x4") == ["v5e:4x4"]
     assert chips.topologies("v6e")[:2] == ["v6e:2x2", "v6e:2x4"]
-    with pytest.raises(ValueError, match="No TPU is called 'v9'.*v5e"):
+    with pytest.raises(ValueError, match="Unknown TPU 'v9'.*v5e"):
         chips.topologies("v9:2x2")
 
 
-def test_published_figures_follow_from_the_counts_and_the_chips():
-    """Without compiling: a chip whose peaks were corrected corrects its rows."""
+def test_plan_table_figures_follow_from_counts_and_chips():
+    """Derived figures are updated without compiling, if a chip's peaks are corrected."""
     path = ROOT / "docs" / "benchmarks" / "plan.json"
     found = json.loads(path.read_text())
     kept = json.loads(path.read_text())
@@ -339,7 +339,7 @@ def test_published_figures_follow_from_the_counts_and_the_chips():
     assert plan_table.table(rows) in (ROOT / "docs" / "tpu.md").read_text()
 
 
-# --- What is compiled ----------------------------------------------------------------------------
+# --- Search for a slice --------------------------------------------------------------------------
 
 
 def asked(*topologies: str, **lists: list[str]) -> types.SimpleNamespace:
@@ -350,8 +350,8 @@ def asked(*topologies: str, **lists: list[str]) -> types.SimpleNamespace:
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[steps.MeshLayout]:
-    """In place of compiling: a step has 60 GiB of arguments, spread over the model axis, and a
-    gibibyte of temporaries for each of 64 rows of a copy."""
+    """Replaces compilation. A step has 60 GiB of arguments, divided by the model axis, and 1 GiB of
+    temporaries for each of a copy's rows, of which there are 64 in total."""
     chosen = []
 
     def compile_steps(job, choice, names):
@@ -373,41 +373,41 @@ def compiled(monkeypatch) -> list[steps.MeshLayout]:
     return chosen
 
 
-def test_a_search_ends_at_the_smallest_slice_that_fits(compiled):
-    """Of v6e (32 GiB): 60 / 4 + 64 / copies GiB, of 1, 2 and 4 copies on slices of 4, 8 and 16."""
+def test_plan_search_ends_at_smallest_slice_that_fits(compiled):
+    """v6e has 32 GiB: 60 / 4 + 64 / copies GiB, with 1, 2, 4 copies on slices of 4, 8, 16."""
     found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4"]))
     assert [choice.topology for choice in compiled] == ["v6e:2x2", "v6e:2x4", "v6e:4x4"]
     assert [each.fits for each in found] == [False] * 4 + [True] * 2
     assert "the smallest slice tried that fits is v6e:4x4." in format.verdicts(found)
 
 
-def test_a_search_for_several_layouts_ends_where_all_fit(compiled):
+def test_plan_search_several_layouts_ends_when_all_fit(compiled):
     found = command_module.plan(job(CONFIG, 64), asked("v6e", num_partitions=["4", "2"]))
     # A model axis of 2 fits where 30 + 64 / copies is at most 32 GiB: on 32 copies, so 64 chips.
     assert compiled[-1] == steps.MeshLayout("v6e:8x8", 2) and len(compiled) == 2 * 5
     assert "the smallest slice tried that fits is v6e:4x4." in format.verdicts(found)
 
 
-def test_a_search_without_end_shows_what_it_found(compiled):
+def test_plan_search_without_fit_shows_all_slices(compiled):
     found = command_module.plan(job(CONFIG, 64), asked("v5e"))
     assert not any(each.fits for each in found)
     assert "v5e: none of the layouts tried fits." in format.verdicts(found)
-    assert compiled[-1].topology == "v5e:8x16", "64 rows do not divide over 128"
+    assert compiled[-1].topology == "v5e:8x16", "64 rows are not divisible by 128 copies"
 
 
-def test_a_search_over_several_slices_takes_those_of_their_size(compiled):
+def test_plan_search_mesh_shapes_select_slices_of_their_size(compiled):
     shapes = {"ici_mesh_shape": (1, 4, 4), "dcn_mesh_shape": (2, 1, 1)}
     two = dataclasses.replace(job(CONFIG, 64), **shapes)
     command_module.plan(two, asked("v6e"))
     assert compiled == [steps.MeshLayout("v6e:4x4", 4, None, 2)]
-    with pytest.raises(ValueError, match=r"is for slices of 6 chips; those of v6e have 4, 8, 16"):
+    with pytest.raises(ValueError, match=r"needs slices of 6 chips, .* v6e have 4, 8, 16"):
         odd = dataclasses.replace(two, ici_mesh_shape=(1, 3, 2))
         command_module.plan(odd, asked("v6e"))
     with pytest.raises(ValueError, match="--num_partitions=2 would have no effect: .*4, 4"):
         command_module.plan(two, asked("v6e", num_partitions=["2"]))
 
 
-def test_shapes_of_a_mesh_are_read_from_gin_and_its_devices_are_not_asked_for():
+def test_read_job_takes_mesh_shapes_from_gin():
     names = ("ici_mesh_shape", "dcn_mesh_shape")
     bindings = [
         f"partitioning.PjitPartitioner.{name} = {shape}"
@@ -428,7 +428,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_command_reads_a_gin_file(libtpu, tmp_path):
+def test_plan_command_compiles_gin_file(libtpu, tmp_path):
     found = command(
         "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.BATCH_SIZE=48",
         "--topology=v5e:2x2", "--steps=train", "--num_microbatches=1,2",
@@ -450,8 +450,8 @@ sys.stdin.read()
 """
 
 
-def test_two_processes_may_ask_libtpu_at_once(libtpu):
-    """Each waits for the other to have loaded it, so both have it loaded together."""
+def test_share_libtpu_two_processes_load_at_once(libtpu):
+    """Both processes keep it loaded until both have loaded it."""
     environment = {k: v for k, v in os.environ.items() if k != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     children = [
@@ -465,8 +465,8 @@ def test_two_processes_may_ask_libtpu_at_once(libtpu):
     assert loaded == ["4\n", "4\n"], errors
 
 
-def test_the_command_says_what_is_missing():
+def test_plan_command_missing_argument_fails():
     found = command("--gin_file=gin/mpt_source.gin")
-    assert found.returncode == 2 and "Say for which TPU" in found.stderr
+    assert found.returncode == 2 and "--topology is missing" in found.stderr
     found = command("--gin_file=gin/mpt_sauce.gin", "--topology=v5e:2x2")
     assert found.returncode == 2 and "gin/mpt_source.gin" in found.stderr

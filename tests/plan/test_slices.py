@@ -1,4 +1,4 @@
-"""Meshes over several slices: their order, their errors, and training over two of them."""
+"""Meshes over several slices: order, errors, and training over two slices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """As much of a device as a mesh asks for."""
+    """The attributes of a device that a mesh reads."""
 
     id: int
     process_index: int
@@ -38,7 +38,7 @@ class Device:
 
 
 def devices(slices: int, processes: int, each: int, **kind: str) -> list[Device]:
-    """Devices of slices of processes, numbered slice by slice."""
+    """Returns devices of several slices and processes, numbered slice by slice."""
     every = range(slices * processes * each)
     return [Device(i, i // each, i // (each * processes), **kind) for i in every]
 
@@ -52,10 +52,10 @@ def ids(partitioner: PjitPartitioner) -> np.ndarray:
     [((1, 2, 2), (4, 1, 1)), ((1, 2, 2), (1, 4, 1)), ((1, 2, 2), (2, 2, 1)), ((2, 1, 2), (4, 1, 1)),
      ((2, 2, 1), (4, 1, 1)), ((1, 1, 4), (4, 1, 1)), ((1, 4, 1), (2, 2, 1))],
 )  # fmt: skip
-def test_the_mesh_is_the_product_of_both_shapes_as_in_t5x(ici, dcn):
-    found = list(reversed(devices(4, 1, 4)))  # elsewhere than on TPUs, a process is a slice
+def test_partitioner_mesh_equals_t5x_hybrid_mesh(ici, dcn):
+    found = list(reversed(devices(4, 1, 4)))  # except on TPUs, a process is a slice
     made = PjitPartitioner(ici_mesh_shape=ici, dcn_mesh_shape=dcn, devices=found)
-    # What T5X calls, where it can be called: it needs slice_index, which CPUs have not.
+    # T5X calls the same function, but by slice_index, which CPUs do not have.
     expected = mesh_utils.create_hybrid_device_mesh(
         ici, dcn, sorted(found, key=lambda device: device.id), process_is_granule=True
     )
@@ -63,7 +63,7 @@ def test_the_mesh_is_the_product_of_both_shapes_as_in_t5x(ici, dcn):
     assert ids(made).tolist() == np.vectorize(lambda device: device.id)(expected).tolist()
 
 
-def test_rows_of_the_batch_go_process_by_process_and_over_both_axes():
+def test_partitioner_batch_sharded_by_process_over_both_axes():
     made = PjitPartitioner(
         ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1), devices=devices(2, 1, 4)
     )
@@ -73,7 +73,7 @@ def test_rows_of_the_batch_go_process_by_process_and_over_both_axes():
     assert rules["batch"] == ("replica", "data") and rules["mlp"] == "model"
 
 
-def test_weights_that_are_split_over_data_stay_so():
+def test_partitioner_keeps_weights_sharded_over_data():
     rules = standard_logical_axis_rules(parameter_partitioning_dims=2)
     made = PjitPartitioner(
         logical_axis_rules=rules, ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1),
@@ -82,7 +82,7 @@ def test_weights_that_are_split_over_data_stay_so():
     assert ("embed", "data") in made.logical_axis_rules
 
 
-def test_without_shapes_all_slices_are_one_data_axis():
+def test_partitioner_without_shapes_uses_one_data_axis():
     made = PjitPartitioner(num_partitions=2, devices=devices(2, 2, 4))
     assert made.mesh.shape == {"data": 8, "model": 2}
     assert [{i // 4 for i in row} for row in ids(made).tolist()] == [
@@ -102,13 +102,13 @@ def test_without_shapes_all_slices_are_one_data_axis():
         ((2, 2, 1), (1, 2, 1), r"alternate the rows.*dcn_mesh_shape=\(2, 1, 1\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused_with_the_numbers(ici, dcn, message):
+def test_partitioner_mismatched_shapes_raise_with_numbers(ici, dcn, message):
     with pytest.raises(ValueError, match=message) as error:
         PjitPartitioner(ici_mesh_shape=ici, dcn_mesh_shape=dcn, devices=devices(2, 1, 4))
     assert f"ici_mesh_shape={ici} with dcn_mesh_shape={dcn}" in str(error.value)
 
 
-def test_a_model_axis_is_given_once_and_stays_inside_a_process():
+def test_partitioner_invalid_model_axis_raises():
     shapes = {"ici_mesh_shape": (1, 1, 4), "dcn_mesh_shape": (2, 1, 1)}
     with pytest.raises(ValueError, match="give the model axis two sizes"):
         PjitPartitioner(2, **shapes, devices=devices(2, 1, 4))
@@ -152,7 +152,7 @@ def learned(root: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_two_slices_learn_what_one_device_learns(tmp_path):
+def test_training_two_slices_same_prompts_as_one_device(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -165,7 +165,7 @@ def test_two_slices_learn_what_one_device_learns(tmp_path):
     one, both = learned(tmp_path / "one"), learned(tmp_path / "two")
     assert sorted(one) == sorted(both)
     for name, value in one.items():
-        # Sums over rows and over the split weights are taken in another order.
+        # Sums over rows and over sharded weights have another order.
         np.testing.assert_allclose(both[name], value, atol=1e-5, rtol=0, err_msg=name)
 
 
@@ -211,16 +211,16 @@ for name in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4"):
 
 
 def ahead_of_time(script: str) -> str:
-    """What a script prints that asks libtpu about chips which are not there."""
+    """Returns the output of a script that compiles for absent chips."""
     pytest.importorskip("libtpu", reason="pip install jax[tpu]: its compiler needs no chip")
     variables = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return run_script(script, timeout=300, JAX_PLATFORMS="cpu", **variables)
 
 
 @pytest.mark.slow
-def test_a_step_is_compiled_for_two_slices_of_tpus_ahead_of_time():
-    """Chips are numbered 0 to 15 in each slice: the model's sums stay in rows of four of one host,
-    and what crosses slices is sent, not summed by all."""
+def test_partitioner_two_tpu_slices_reduce_inside_send_across():
+    """Chips are numbered 0 to 15 in each slice. The model's sums stay in rows of four of one host,
+    and traffic between slices is sent, not reduced by all."""
     text = ahead_of_time(COMPILE)
     groups = set(re.findall(r"replica_groups=\{(\{.*?\})\}", text))
     assert "{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}" in groups
@@ -229,11 +229,11 @@ def test_a_step_is_compiled_for_two_slices_of_tpus_ahead_of_time():
 
 
 @pytest.mark.slow
-def test_a_model_lies_on_a_block_of_chips_of_one_host():
+def test_partitioner_model_axis_is_block_of_chips_of_one_host():
     assert len(ahead_of_time(MESHES).splitlines()) == 9
 
 
-# --- How a run finds the hosts of its slices -----------------------------------------------------
+# --- Start of distributed processes --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,7 @@ def test_a_model_lies_on_a_block_of_chips_of_one_host():
         ),
     ],
 )
-def test_a_run_joins_the_hosts_its_environment_or_flags_name(
-    monkeypatch, environment, flags, expected
-):
+def test_start_processes_follows_environment_and_flags(monkeypatch, environment, flags, expected):
     for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "MPT_JAX_DISTRIBUTED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -271,7 +269,7 @@ def test_a_run_joins_the_hosts_its_environment_or_flags_name(
 
 
 class Values:
-    """Flags: those that are given, else None."""
+    """Flags that are None unless set."""
 
     def __init__(self, given):
         self._given = given

@@ -1,9 +1,9 @@
-"""The MPT paper's tables: their runs, on its own data or on the toy suite, and ours beside theirs.
+"""The MPT paper's tables: runs on the paper's data or the toy suite, compared with its figures.
 
 variants.py     the methods and ablations
-suites.py       which tasks stand for the paper's, how long they train
-tables.py       which variants, tasks, examples and seeds make a table
+suites.py       the tasks that correspond to the paper's, and how long they train
+tables.py       the variants, tasks, examples and seeds of each table
 chains.py       the chains of stages behind a table
 published.py    the paper's figures (published.toml)
-format.py       a table of what was run, beside them
+format.py       a table of our results and the paper's figures
 """

@@ -1,12 +1,12 @@
-"""`mpt-jax paper TABLE`: runs a table of the MPT paper, goes on where it stopped, and prints it.
+"""`mpt-jax paper TABLE`: runs or resumes the stages of a table of the MPT paper, and prints it.
 
-    mpt-jax paper table1 --suite toy        on the toy suite with the tiny T5, here
-    mpt-jax paper table1 --print            the commands, for a scheduler; run them in this order
-    mpt-jax paper table1 --collect          the table of what is there by now
+    mpt-jax paper table1 --suite toy        runs the toy suite with the tiny T5
+    mpt-jax paper table1 --print            prints commands for a scheduler, in order
+    mpt-jax paper table1 --collect          prints the table of finished stages
     mpt-jax paper crosspt --suite toy --collect --against MPT --metric rank_accuracy
-                                            by another metric, another row minus each
+                                            another metric, differences to another row
 
-Stages lie below the root, each a MODEL_DIR; a stage that is done is not run again.
+Each stage has its MODEL_DIR below the root. A finished stage is not run again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAN = "stages.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Plans, runs or prints, and shows a table."""
+    """Plans the stages, runs them or prints their commands, and prints the table."""
     args = _parser().parse_args(argv)
     try:
         suite = suites.SUITES[args.suite]
@@ -60,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if not args.collect:
             run(root, planned)
-        # A report shows all that was run, also where only some rows were asked for now.
-        found = collect(root, chains.cells(whole, suite, root), suite)
+        # A report shows everything that was run, even if only some rows were requested now.
+        finished = collect(root, chains.cells(whole, suite, root), suite)
         (root / table.name).mkdir(parents=True, exist_ok=True)
         shares = majority_shares(whole, suite)
-        known = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
-        results.save(root / table.name, list(found.values()), known)
+        known_shares = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
+        results.save(root / table.name, list(finished.values()), known_shares)
         if args.metric is not None:
-            found = {cell: results.by_metric(found[cell], args.metric) for cell in found}
-        print(format.text(table, suite, found, shares))
+            finished = {cell: results.by_metric(finished[cell], args.metric) for cell in finished}
+        print(format.text(table, suite, finished, shares))
     except (ValueError, OSError) as error:
         print(f"mpt-jax paper: {gin_utils.message(error)}", file=sys.stderr)
         sys.exit(2)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpt-jax paper",
-        description="Runs a table of the MPT paper and sets ours beside it.",
+        description="Runs a table of the MPT paper and compares our results with its figures.",
         epilog="Tables: " + "; ".join(f"{t.name}, {t.title}" for t in tables.TABLES.values()),
     )
     parser.add_argument("table", help="which table")
@@ -86,16 +86,16 @@ def _parser() -> argparse.ArgumentParser:
         "--labels",
         choices=["words", "digits"],
         default="words",
-        help="what a model says: T5's own words (%(default)s), or digits as in the paper",
+        help="labels as T5's words (%(default)s) or as digits, like the paper",
     )
-    parser.add_argument("--seeds", type=_positive, help="how many draws, if not the table's number")
+    parser.add_argument("--seeds", type=_positive, help="number of draws; default the table's")
     parser.add_argument("--variants", "--arms", nargs="+", help="only these rows, by name")
-    parser.add_argument("--against", metavar="VARIANT", help="the row others are subtracted from")
-    parser.add_argument("--metric", help="what is shown, if not each task's main metric")
-    parser.add_argument("--root", help="where stages lie; default MPT_JAX_ROOT/paper/SUITE")
+    parser.add_argument("--against", metavar="VARIANT", help="the row to subtract others from")
+    parser.add_argument("--metric", help="metric to show; default each task's main metric")
+    parser.add_argument("--root", help="folder of the stages; default MPT_JAX_ROOT/paper/SUITE")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--print", action="store_true", help="prints the commands left to run")
-    what.add_argument("--collect", action="store_true", help="shows what was run, and runs nothing")
+    what.add_argument("--print", action="store_true", help="print unfinished stages' commands")
+    what.add_argument("--collect", action="store_true", help="show finished results only")
     return parser
 
 
@@ -106,10 +106,10 @@ def _positive(text: str) -> int:
 
 
 def chosen(table: Table, names: Sequence[str] | None) -> Table:
-    """The table with some of its variants; all for None.
+    """Returns the table with only the named variants; all for None.
 
     Raises:
-        ValueError: no such variant in this table.
+        ValueError: the table has no such variant.
     """
     if names is None:
         return table
@@ -119,37 +119,37 @@ def chosen(table: Table, names: Sequence[str] | None) -> Table:
 
 
 def unique(cells: Sequence[Cell]) -> list[Stage]:
-    """Every stage once, in an order that can be run."""
+    """Returns every stage once, in an order that can be run."""
     return list({stage.name: stage for cell in cells for stage in cell.stages}.values())
 
 
 def pending(cells: Sequence[Cell], root: Path) -> list[Stage]:
-    """The stages that are not done."""
+    """Returns the stages that are not finished."""
     return [stage for stage in unique(cells) if not stage.is_done(root)]
 
 
 def check_plan(root: Path, cells: Sequence[Cell]) -> None:
-    """Records what each stage is, and refuses a folder that was made as something else.
+    """Records the gin files, bindings and steps of every stage in stages.json.
 
     Raises:
-        ValueError: a stage's folder was planned with other gin files or bindings.
+        ValueError: a stage's folder was made with other gin files, bindings or steps.
     """
     path = root / PLAN
     known = json.loads(current_text(path.read_text())) if path.exists() else {}
     for stage in unique(cells):
-        what = [list(stage.files), list(stage.bindings), stage.steps]
-        if (root / stage.name).exists() and known.get(stage.name, what) != what:
+        settings = [list(stage.files), list(stage.bindings), stage.steps]
+        if (root / stage.name).exists() and known.get(stage.name, settings) != settings:
             raise ValueError(
-                f"{root / stage.name} was made with other settings: {known[stage.name]} there, "
-                f"{what} now. Remove it, or choose another --root."
+                f"{root / stage.name} was made with other settings: {known[stage.name]}, but this "
+                f"command needs {settings}. Remove the folder, or choose another --root."
             )
-        known[stage.name] = what
+        known[stage.name] = settings
     root.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(known, indent=1) + "\n")
 
 
 def run(root: Path, cells: Sequence[Cell]) -> None:
-    """Runs what is not done, one stage after another, in this process."""
+    """Runs the unfinished stages one after another in this process."""
     check_plan(root, cells)
     left = pending(cells, root)
     if not left:
@@ -157,13 +157,13 @@ def run(root: Path, cells: Sequence[Cell]) -> None:
     gin_utils.log_progress()
     compilation_cache.enable()
     for number, stage in enumerate(left, 1):
-        logging.info("Stage %d of %d", number, len(left))
+        logging.info("Running stage %d of %d.", number, len(left))
         stage.run(root)
 
 
 def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
-    """What the cells that are done reached."""
-    found = {}
+    """Returns the results of the finished cells."""
+    finished = {}
     for cell in cells:
         if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
             variant = cell.variant
@@ -171,13 +171,13 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
             result = stages.collect(root, variant.name, cell.shots, cell.jobs, cell.tests, start)
             version = variant.version  # versions of a task share its column
             scores = {task.removesuffix(version): result.scores[task] for task in result.scores}
-            found[variant.name, cell.shots] = dataclasses.replace(result, scores=scores)
-    return found
+            finished[variant.name, cell.shots] = dataclasses.replace(result, scores=scores)
+    return finished
 
 
 def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
-    """Percent of the most frequent label in each task's test split, where the data are here; the
-    paper's own where it is known."""
+    """Returns the majority-class share of each task's test split, in percent. It is counted if the
+    data are on this machine; otherwise the paper's figure is used, if known."""
     shares = {} if suite.name == suites.TOY.name else dict(published.majority())
     for name in table.tasks:
         task = seqio.TaskRegistry.get(suite.tasks[name])
@@ -186,7 +186,7 @@ def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
         try:
             rows = few_shot.text_rows(task, task.source.get_dataset("test", shuffle=False))
             targets = [row["targets"] for row in rows.as_numpy_iterator()]
-        except FileNotFoundError:  # not on this machine
+        except FileNotFoundError:  # the data are not on this machine
             continue
         shares[name] = results.majority_share(targets)
     return shares

@@ -1,4 +1,4 @@
-"""The chains of stages behind a table: teachers, source stages, training jobs and their tests."""
+"""Chains of stages behind a table: teachers, source stages, training jobs and their tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpt_jax.experiments.paper.variants import Source, Variant
 from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
 from mpt_jax.tasks import mixtures
 
-FIRST_SEED = 42  # of the gin files; a stage with its own seed s binds this plus s
+FIRST_SEED = 42  # the gin files' seed; a stage for seed s binds 42 + s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,11 @@ class Cell:
     """One variant at one number of examples.
 
     Attributes:
-        variant, shots: which.
+        variant: the variant.
+        shots: training examples of each run; None for all.
         sources: the source stages it needs, in order.
         jobs: its training stages.
-        tests: the stages that score them; () where the jobs do.
+        tests: the stages that score the jobs; () if the jobs score themselves.
     """
 
     variant: Variant
@@ -37,23 +38,23 @@ class Cell:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """All of them, in the order to run."""
+        """All stages, in the order to run."""
         return (*self.sources, *self.jobs, *self.tests)
 
 
 def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
-    """Every cell of a table that `Table.on` has fitted to a suite; `root` is where stages lie."""
+    """Returns every cell of a table that `Table.on` adapted to a suite; `root` holds the stages."""
     suite.register()
-    chosen = itertools.product(table.shots, table.variants)
-    return [_cell(table, suite, root, variant, shots) for shots, variant in chosen]
+    pairs = itertools.product(table.shots, table.variants)
+    return [_cell(table, suite, root, variant, shots) for shots, variant in pairs]
 
 
 def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int | None) -> Cell:
     sources: dict[str, Stage] = {}
     jobs, tests = [], []
     own_source = table.source_per_seed and variant.source is not None and variant.start is None
-    each = [[seed] for seed in range(table.seeds)]
-    for seeds in each if own_source or variant.together else [sum(each, [])]:
+    single_seeds = [[seed] for seed in range(table.seeds)]
+    for seeds in single_seeds if own_source or variant.together else [sum(single_seeds, [])]:
         start = None
         if variant.source is not None:
             chain = list(_chain(variant.source, suite, root, seeds[0] if own_source else None))
@@ -74,7 +75,7 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
 
 
 def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
-    """A source stage after the teachers it needs; teachers serve all seeds."""
+    """Yields the teachers of a source stage, then the stage. All seeds share the teachers."""
     bindings = list(source.bindings)
     steps, batch = source.length
     if suite.source_steps is not None:
@@ -98,14 +99,17 @@ def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterat
 def _jobs(
     table: Table, suite: Suite, variant: Variant, shots: int | None, seeds: Sequence[int]
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
-    """The runs that train together: those of one length; for `together`, those of one group, which
-    sees as many examples in all as its tasks do alone; for `joint`, all, each as long as the
-    longest, and those of one seed after another."""
-    given = table.full if shots is None else None
+    """Yields the runs of each job, with its length.
+
+    By default a job has the runs of one length. For `together` it has the tasks of one group, and
+    as many steps and examples as separate runs of these tasks in total. For `joint` it has all
+    tasks of a group, sorted by seed, for as many steps as the longest task.
+    """
+    fixed = table.full if shots is None else None
     if variant.together or variant.joint:
         for names in table.groups.values():
             tasks = [f"{suite.tasks[name]}{variant.version}" for name in names]
-            lengths = [given or suite.length(suite.tasks[name], variant, shots) for name in names]
+            lengths = [fixed or suite.length(suite.tasks[name], variant, shots) for name in names]
             steps = [length.steps for length in lengths]
             joint = lengths[0]._replace(
                 steps=sum(steps) if variant.together else max(steps),
@@ -121,14 +125,14 @@ def _jobs(
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
         task = suite.tasks[name]
-        length = given or suite.length(task, variant, shots)
+        length = fixed or suite.length(task, variant, shots)
         by_length.setdefault(length, []).append(f"{task}{variant.version}")
     for length, tasks in by_length.items():
         yield target_runs(tasks, seeds, shots), length
 
 
 def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Runs under the names of repeats, also where one seed would go by the task's own name."""
+    """Names runs as repeats (`boolq_s0`), even if a single seed would use the task's own name."""
     named = [run.name if run.name != run.task else f"{run.task}_s{run.seed}" for run in runs]
     return tuple(run._replace(name=name) for run, name in zip(runs, named, strict=True))
 
@@ -136,10 +140,10 @@ def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
 def _bound(
     variant: Variant, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
 ) -> list[str]:
-    """What a training job binds for its runs and its variant."""
+    """Returns the bindings of a training job for its runs and its variant."""
     rows = length.rows if not variant.together else length.rows / len(runs)
-    apart = [run.seed for run in runs] if variant.joint else "independent"
-    groups = "joint" if variant.together else apart
+    run_groups = [run.seed for run in runs] if variant.joint else "independent"
+    groups = "joint" if variant.together else run_groups
     bindings = target_bindings(runs, rows, groups)
     if variant.together:
         bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
@@ -153,7 +157,7 @@ def _bound(
 
 
 def _settings(variant: Variant, suite: Suite) -> list[str]:
-    """What sets a variant apart, of a stage that trains and of one that evaluates."""
+    """Returns the variant's own bindings, for both training and evaluation."""
     if variant.sources is None:
         return list(variant.bindings)
     return [
@@ -163,7 +167,7 @@ def _settings(variant: Variant, suite: Suite) -> list[str]:
 
 
 def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
-    """A job's folder. It says all that tells jobs of a variant apart, so that tables share them."""
+    """Returns a job's folder. Jobs that differ have different names, so tables can share them."""
     tasks = "-".join(dict.fromkeys(run.task for run in runs))
     seeds = sorted({run.seed for run in runs})
     span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
@@ -172,7 +176,7 @@ def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: 
 
 
 def _test(job: Stage, suite: Suite, variant: Variant, length: Length, root: Path) -> Stage:
-    """Scores a job's artifact, which holds the best step of each run, on the test split."""
+    """Returns a stage that scores a job's artifact (each run's best step) on the test split."""
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
@@ -187,5 +191,5 @@ def _test(job: Stage, suite: Suite, variant: Variant, length: Length, root: Path
 
 
 def _artifact(root: Path, stage: Stage) -> str:
-    """What a stage hands on, as gin reads it."""
+    """Returns the path of a stage's artifact as a gin string."""
     return quoted(str(root / stage.name / ARTIFACT))

@@ -1,4 +1,4 @@
-"""A table of what was run: ours beside the paper's; on the toy suite signs of differences."""
+"""Text tables of our results and the paper's figures; on the toy suite, signs of differences."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Rows = list[list[str]]
 
 
 def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) -> str:
-    """The table, as text.
+    """Returns the table as text.
 
     Args:
-        table: as the suite has it.
-        suite: what it was run on.
-        found: what was run; other cells read 'not run'.
-        shares: the paper's name of a task -> percent of the most frequent label in its test split.
+        table: the table, adapted to the suite.
+        suite: the suite it was run on.
+        found: finished results; other cells read 'not run'.
+        shares: the paper's name of a task -> majority-class share of its test split in percent.
     """
     parts = [f"{table.title} ({suite.name} suite)"]
     for shots in table.shots:
@@ -60,18 +60,20 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
 def score_rows(
     table: Table, suite: Suite, found: Found, shots: int | None, shares: Mapping[str, float]
 ) -> Rows:
-    """Ours, and on the paper's suite each published row after the variant of ours it belongs to."""
+    """Returns rows of our variants. On the paper's suite, published rows follow them."""
     heads = ["", *table.columns, *table.averages, "95% interval", "n"]
-    lines = [heads]
-    theirs = [] if suite.name == suites.TOY.name else published.rows(table.name)
+    rows = [heads]
+    published_rows = [] if suite.name == suites.TOY.name else published.rows(table.name)
     known = published.majority()
-    lines += [_published(table, row, shots, known) for row in theirs if row.of is None]
+    rows += [_published(table, row, shots, known) for row in published_rows if row.of is None]
     for variant in table.variants:
         result = found.get((variant.name, shots))
-        name = f"{variant.name} (ours)" if theirs else variant.name
-        lines.append([name, *_ours(table, suite, result, shares)])
-        lines += [_published(table, row, shots, known) for row in theirs if row.of == variant.name]
-    return lines
+        name = f"{variant.name} (ours)" if published_rows else variant.name
+        rows.append([name, *_ours(table, suite, result, shares)])
+        rows += [
+            _published(table, row, shots, known) for row in published_rows if row.of == variant.name
+        ]
+    return rows
 
 
 def _ours(
@@ -84,10 +86,12 @@ def _ours(
         name, _, metric = column.partition(" ")
         scores = result.scores[suite.tasks[name]]
         metric = metric or results.main_metric(scores)
-        found = results.estimate(scores[metric])
+        estimate = results.estimate(scores[metric])
         share = shares.get(column) if metric == "accuracy" else None
         undefined = any(scores.get(f"{metric}_undefined", ()))
-        cells.append(_with_std(found) + _mark(found.mean, share) + (" 0*" if undefined else ""))
+        cells.append(
+            _with_std(estimate) + _mark(estimate.mean, share) + (" 0*" if undefined else "")
+        )
     averages = [
         results.estimate(result.means([suite.tasks[name] for name in names]))
         for names in table.averages.values()
@@ -111,14 +115,14 @@ def _published(
 
 
 def reference(table: Table) -> str:
-    """The variant that the others are subtracted from: the table's own, MPT, or the first."""
+    """Returns the variant that others are subtracted from: the table's own, MPT, or the first."""
     names = [variant.name for variant in table.variants]
     return table.reference or ("MPT" if "MPT" in names else names[0])
 
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
-    """The reference minus each other variant: ours, its interval, and the sign of the paper's."""
-    lines = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
+    """Returns the reference minus each other variant: ours, its interval and the paper's sign."""
+    rows = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
     for shots in table.shots:
         ours = found.get((reference(table), shots))
         for variant in table.variants:
@@ -126,42 +130,43 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
             if ours is None or result is None or result is ours:
                 continue
             for group, names in table.groups.items():
-                theirs = _published_difference(table, variant.name, shots, group)
+                paper_difference = _published_difference(table, variant.name, shots, group)
                 tasks = [suite.tasks[name] for name in names]
                 difference = results.estimate(
                     np.subtract(ours.means(tasks), result.means(tasks)).tolist()
                 )
-                lines.append(
+                rows.append(
                     [variant.name, _examples(shots), group, f"{difference.mean:+.1f}"]
                     + [f"[{difference.low:+.1f}, {difference.high:+.1f}]", str(difference.n)]
-                    + _verdict(difference, theirs)
+                    + _verdict(difference, paper_difference)
                 )
-    return lines
+    return rows
 
 
-def _verdict(ours: results.Estimate, theirs: float | None) -> list[str]:
-    """The sign of the paper's difference, and whether ours agrees."""
-    if theirs is None:
+def _verdict(difference: results.Estimate, paper_difference: float | None) -> list[str]:
+    """Returns the sign of the paper's difference, and whether ours agrees."""
+    if paper_difference is None:
         return ["", ""]
-    sign = "+" if theirs > 0 else "-" if theirs < 0 else "0"
-    if not (ours.low > 0 or ours.high < 0):
+    sign = "+" if paper_difference > 0 else "-" if paper_difference < 0 else "0"
+    if not (difference.low > 0 or difference.high < 0):
         return [sign, "undecided"]
-    return [sign, "the same" if np.sign(ours.mean) == np.sign(theirs) else "the opposite"]
+    same = np.sign(difference.mean) == np.sign(paper_difference)
+    return [sign, "the same" if same else "the opposite"]
 
 
 def _published_difference(
     table: Table, variant: str, shots: int | None, group: str
 ) -> float | None:
-    """The paper's reference minus a variant: over the same tasks, else of the average that it
-    prints for them, else of the only figure it has."""
-    found = {row.of: row.values for row in published.rows(table.name) if row.of}
+    """Returns the paper's reference minus a variant: over the same tasks, else of the published
+    average for the group, else of the only published figure."""
+    by_variant = {row.of: row.values for row in published.rows(table.name) if row.of}
     values = []
     for name in (reference(table), variant):
-        by_shots = found.get(name, {})
+        by_shots = by_variant.get(name, {})
         figures = by_shots.get(shots, by_shots.get(None, {}))
-        same = [figures[task] for task in table.groups[group] if task in figures]
-        if len(same) == len(table.groups[group]):
-            values.append(float(np.mean(same)))
+        on_same_tasks = [figures[task] for task in table.groups[group] if task in figures]
+        if len(on_same_tasks) == len(table.groups[group]):
+            values.append(float(np.mean(on_same_tasks)))
         elif group in figures or len(figures) == 1:
             values.append(figures.get(group, next(iter(figures.values()))))
         else:
@@ -173,8 +178,9 @@ def _mark(value: float, share: float | None) -> str:
     return " =" if share is not None and abs(value - share) <= published.TOLERANCE else ""
 
 
-def _with_std(found: results.Estimate) -> str:
-    return f"{found.mean:.1f}" if found.n == 1 else f"{found.mean:.1f} ± {found.std:.1f}"
+def _with_std(estimate: results.Estimate) -> str:
+    mean = f"{estimate.mean:.1f}"
+    return mean if estimate.n == 1 else f"{mean} ± {estimate.std:.1f}"
 
 
 def _examples(shots: int | None) -> str:

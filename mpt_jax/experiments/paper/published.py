@@ -1,4 +1,4 @@
-"""The paper's figures, from published.toml."""
+"""The paper's published figures, read from published.toml."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Row:
     """One row of a published table.
 
     Attributes:
-        name: as the paper has it, with its trained parameters.
-        of: the variant of ours that it is set beside; None for methods that are not here.
-        source: 'paper'; '† X' where the paper, as we remember it, took it from X; or another note.
+        name: as in the paper, with the number of trained parameters.
+        of: our variant that the row is compared with; None for methods that we do not have.
+        source: 'paper'; '† X' if the paper, as we remember it, took the row from X; or a note.
         values: shots (None for all) -> task or average -> figure.
-        stds: of `values`, where they are printed; for all examples.
+        stds: published standard deviations of the figures on all examples.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Row:
 
 
 def rows(table: str) -> list[Row]:
-    """The published rows of a table; none for a table that the paper does not have."""
+    """Returns the published rows of a table; [] for a table that the paper does not have."""
     return [
         Row(
             name=row["name"],
             of=row.get("of"),
             source=f"† {row['from']}" if "from" in row else row.get("note", "paper"),
-            values={int(shots): found for shots, found in row.get("shots", {}).items()}
+            values={int(shots): figures for shots, figures in row.get("shots", {}).items()}
             | ({None: row["values"]} if "values" in row else {}),
             stds=row.get("stds", {}),
         )
@@ -48,7 +48,7 @@ def rows(table: str) -> list[Row]:
 
 
 def majority() -> Mapping[str, float]:
-    """Shares of the most frequent label in the paper's test splits, where they are known."""
+    """Returns the known majority-class shares of the paper's test splits, in percent."""
     return _read()["majority"]
 
 

@@ -1,4 +1,4 @@
-"""Which tasks stand for the paper's and how long they train: its own, and the toy suite's."""
+"""Task suites for the paper's tables (the paper's and the toy suite) and lengths of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import seqio
 from mpt_jax.experiments.paper import variants
 from mpt_jax.experiments.paper.variants import Variant
 
-DIGITS = "_digits"  # as mpt_jax/tasks/suite.py calls the versions
+DIGITS = "_digits"  # suffix of task versions in mpt_jax/tasks/suite.py
 SOURCES = ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
 GLUE = ("MNLI", "QQP", "QNLI", "SST-2", "STS-B", "MRPC", "RTE", "CoLA")
 SUPER_GLUE = ("MultiRC", "BoolQ", "WiC", "WSC", "CB")
@@ -25,10 +25,10 @@ class Length(NamedTuple):
     """How long a run trains.
 
     Attributes:
-        steps: of the job.
-        rows: the run's examples in each of them.
-        period: steps between evaluations that a best step is selected by; None: the gin files'.
-        inputs: tokens of an input; None for the gin files'.
+        steps: steps of the job.
+        rows: the run's examples in each step.
+        period: steps between the evaluations that select the best step; None for the gin files'.
+        inputs: maximum tokens of an input; None for the gin files'.
     """
 
     steps: int
@@ -37,39 +37,40 @@ class Length(NamedTuple):
     inputs: int | None = None
 
     def bindings(self) -> list[str]:
-        """What a training stage binds for it, beside steps and batch."""
+        """Returns the bindings of a training stage, except steps and batch size."""
         period = [] if self.period is None else [f"EVAL_PERIOD = {self.period}"]
         return [*period, *self.reading()]
 
     def reading(self) -> list[str]:
-        """What any stage binds that reads the task's texts."""
+        """Returns the bindings of any stage that reads the task's texts."""
         if self.inputs is None:
             return []
         return [f'TASK_FEATURE_LENGTHS = {{"inputs": {self.inputs}, "targets": {TARGETS}}}']
 
 
-TARGETS = 128  # tokens of a target at the paper's scale
+TARGETS = 128  # maximum tokens of a target at the paper's scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Tasks and lengths.
+    """A set of tasks, with training lengths and learning rates.
 
     Attributes:
         name: `'paper'` or `'toy'`.
-        tasks: the paper's name of a target task -> ours; those without a counterpart are left out.
-        sources: the same of the source tasks.
-        modules: register the tasks.
-        files: gin files that come after a training stage's own.
-        test_files: the same of a stage that evaluates.
-        source_steps: of a source stage; None for the paper's (`Source.length`).
+        tasks: the paper's name of a target task -> our task; tasks without a counterpart are left
+            out.
+        sources: the same for source tasks.
+        modules: modules that register the tasks.
+        files: gin files that follow the training stage's own.
+        test_files: gin files that follow an evaluation stage's own.
+        source_steps: steps of a source stage; None for the paper's (`Source.length`).
         length: (our task's name, variant, shots) -> how long a run trains.
-        rates: name of a rate (`Variant.rate`) -> learning rate, or the several of a method that has
-            them (ATTEMPT: own prompt, attention; CrossPT: private, sources, router); {} for those
-            of the gin files.
-        suffix: of the versions of its tasks, `''` for those with words for labels.
-        tested_apart: whether test scores come from a stage of their own, of the best step by the
-            validation split; otherwise the training stage scores its last step on the test split.
+        rates: name of a rate (`Variant.rate`) -> learning rate, or several for a method that has
+            several (ATTEMPT: own prompt, attention; CrossPT: private, sources, router). {} uses
+            the gin files' rates.
+        suffix: suffix of its task versions; `''` for the versions with words as labels.
+        tested_apart: whether a separate stage scores the best step (by the validation split) on
+            the test split. Otherwise the training stage scores its last step on the test split.
     """
 
     name: str
@@ -85,35 +86,38 @@ class Suite:
     suffix: str = ""
 
     def named(self, task: str) -> str:
-        """A task in the version that this suite takes, where there is one."""
+        """Returns the task's version for this suite, or the task itself if it has none."""
         version = f"{task}{self.suffix}"
         return version if version in seqio.TaskRegistry.names() else task
 
     def with_digits(self) -> Suite:
-        """The suite with digits for labels, sources included, as the paper has them.
+        """Returns the suite with digits as labels, as in the paper, source tasks included.
 
         Raises:
-            ValueError: its tasks have no such versions.
+            ValueError: its tasks have no versions with digits.
         """
         self.register()
         digits = dataclasses.replace(self, name=f"{self.name}_digits", suffix=DIGITS)
         tasks = {name: digits.named(task) for name, task in self.tasks.items()}
         if tasks == self.tasks:
-            raise ValueError(f"The tasks of the {self.name} suite have no versions with digits.")
+            raise ValueError(
+                f"The tasks of the {self.name} suite have no versions with digits. Use "
+                "--labels words."
+            )
         sources = {name: digits.named(task) for name, task in self.sources.items()}
         return dataclasses.replace(digits, tasks=tasks, sources=sources)
 
     def register(self) -> None:
-        """Registers its tasks with SeqIO."""
+        """Registers the suite's tasks with SeqIO."""
         for module in self.modules:
             importlib.import_module(module)
 
     def rate_bindings(self, variant: Variant, shots: int | None, steps: int) -> list[str]:
-        """What a variant binds for this suite's learning rate, and the warmup if gin files have one
-        that is meant for all examples."""
+        """Returns a variant's bindings for this suite's learning rate. If the gin files' warmup or
+        annealing is meant for all examples, few-shot runs bind a shorter one."""
         if not self.rates:
-            counted = _FEW_STEPS.get(variant.method)
-            return [] if shots is None or counted is None else counted(steps)
+            few_shot = _FEW_STEPS.get(variant.method)
+            return [] if shots is None or few_shot is None else few_shot(steps)
         rate = self.rates[variant.rate]
         peaks = rate if isinstance(rate, tuple) else (rate,)
         return [f"LEARNING_RATE = {peaks[0]}", *_REST_OF_RATE[variant.method](peaks, steps)]
@@ -124,11 +128,11 @@ def _warmup(steps: int) -> list[str]:
 
 
 def _annealing(steps: int) -> list[str]:
-    """Draws are as good as certain for the second half."""
+    """Anneals over the first half of the steps; in the second half, draws are almost certain."""
     return [f"ANNEALING_STEPS = {steps // 2}"]
 
 
-# What a method's gin file counts in steps, where they are few.
+# Bindings of few-shot runs for schedules that a method's gin file counts in steps.
 _FEW_STEPS: Mapping[str, Callable[[int], list[str]]] = {
     variants.PROMPT_TUNING: _warmup,
     variants.ATTEMPT: _warmup,
@@ -151,8 +155,8 @@ def _crosspt(peaks: Sequence[float], steps: int) -> list[str]:
     ]
 
 
-# What else a method's gin file wants to know of its learning rate. MPT's factors keep the paper's
-# 4/3 of the shared prompt's; all warm up for a tenth of the steps.
+# Further learning-rate bindings of a method's gin file. The rate of MPT's factors is 4/3 of the
+# shared prompt's, as in the paper. All methods warm up for a tenth of the steps.
 _REST_OF_RATE: Mapping[str, Callable[[Sequence[float], int], list[str]]] = {
     variants.PROMPT_TUNING: lambda peaks, steps: _warmup(steps),
     variants.SHARED: lambda peaks, steps: [],
@@ -164,11 +168,11 @@ _REST_OF_RATE: Mapping[str, Callable[[Sequence[float], int], list[str]]] = {
 
 # --- The paper's ---------------------------------------------------------------------------------
 
-# The paper: 20 epochs, 10 where there are more than 10,000 examples, 5 for MRQA; 256 tokens of an
-# input, 348 of MultiRC's and 512 of MRQA's.
+# The paper: 20 epochs, 10 for tasks with more than 10,000 examples, 5 for MRQA. Inputs have 256
+# tokens, 348 for MultiRC and 512 for MRQA.
 _LARGE = 10_000
 _INPUTS, _LONG_INPUTS = 256, {"multirc": 348}
-# It does not say how long it trains on a few examples. Ours.
+# The paper does not state how long few-shot runs train. This is our choice.
 _FEW = Length(steps=1_000, rows=16, period=100)
 
 
@@ -177,7 +181,7 @@ def _paper_length(task: str, variant: Variant, shots: int | None) -> Length:
     if shots is not None:
         return _FEW._replace(rows=min(_FEW.rows, shots), inputs=inputs)
     examples = seqio.TaskRegistry.get(task).num_input_examples("train")
-    assert examples is not None  # the suites' sources know their published sizes
+    assert examples is not None  # the suites' data sources know their published sizes
     batch = variants.BATCHES[variant.size]
     if variant.steps is not None:
         return Length(variant.steps.get(task, variant.steps[""]), batch, 1_000, inputs)
@@ -213,7 +217,8 @@ PAPER = Suite(
 
 _TOY_FEW, _TOY_ALL = Length(steps=200, rows=4), Length(steps=500, rows=16)
 
-# toy_wic and toy_paws chose the learning rates (docs/protocol.md), so they stand in no table.
+# toy_wic and toy_paws were used to choose the learning rates (docs/protocol.md), so no table has
+# them.
 TOY = Suite(
     name="toy",
     tasks={

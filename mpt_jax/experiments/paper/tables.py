@@ -1,4 +1,4 @@
-"""Tables of the paper: which variants, tasks, examples and seeds. chains.py makes their stages."""
+"""Tables of the paper: their variants, tasks, examples and seeds. chains.py makes the stages."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Table:
     """A table or figure.
 
     Attributes:
-        name: of the command, and of its figures in published.toml.
-        title: for people.
+        name: argument of `mpt-jax paper`, and key of its figures in published.toml.
+        title: title in the output.
         variants: its rows.
-        groups: name of an average -> the tasks that it is over, by the paper's names.
-        metrics: task -> what is shown of it, each in a column of its own and without averages;
-            otherwise its main metric.
+        groups: name of an average -> its tasks, by the paper's names.
+        metrics: task -> metrics to show, one column each and without averages. {} shows the main
+            metric.
         shots: numbers of training examples; None for all.
-        seeds: how many draws.
-        reference: the variant that others are subtracted from; None for MPT, or the first if MPT is
-            none of them.
-        full: how long a run trains on all examples, if not as long as the suite has it.
-        source_per_seed: trains a source stage for each seed, so that what is compared between
-            source stages does not rest on one of each.
-        toy: what is different on the toy suite, by attribute.
+        seeds: number of draws.
+        reference: the variant that others are subtracted from; None for MPT, or for the first
+            variant if MPT is not in the table.
+        full: how long a run trains on all examples; None for the suite's length.
+        source_per_seed: trains a source stage for each seed, so that a comparison of source stages
+            does not depend on a single seed.
+        toy: attributes that differ on the toy suite.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Table:
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def on(self, suite: Suite) -> Table:
-        """The table as the suite can have it: its changes made, tasks without a counterpart out.
+        """Returns the table adapted to a suite, without tasks that have no counterpart.
 
         Raises:
-            ValueError: no task is left.
+            ValueError: no task or no variant is left.
         """
         table = (
             dataclasses.replace(self, **dict(self.toy)) if suite.name == suites.TOY.name else self
@@ -63,33 +63,37 @@ class Table:
         groups = {name: tasks for name, tasks in groups.items() if tasks}
         if not groups:
             raise ValueError(
-                f"The {suite.name} suite has no counterpart of any task of {self.name}."
+                f"The {suite.name} suite has no counterpart of any task of {self.name}. Choose "
+                "another table, or --suite paper."
             )
         if not table.variants:
-            raise ValueError(f"The {suite.name} suite has one T5 only, so it has no {self.name}.")
+            raise ValueError(
+                f"The {suite.name} suite has only one T5, so it cannot run table {self.name!r}. "
+                "Choose another table, or --suite paper."
+            )
         return dataclasses.replace(table, groups=groups)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The paper's names of the tasks, each once."""
+        """The paper's names of the tasks, without repeats."""
         return tuple(dict.fromkeys(task for tasks in self.groups.values() for task in tasks))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is shown: tasks, or `'<task> <metric>'`."""
+        """Columns: tasks, or `'<task> <metric>'`."""
         if not self.metrics:
             return self.tasks
         return tuple(f"{task} {metric}" for task in self.tasks for metric in self.metrics[task])
 
     @property
     def averages(self) -> Groups:
-        """The averages that are shown."""
+        """The averages to show."""
         return {} if self.metrics else self.groups
 
 
 _BOTH = {"GLUE": suites.GLUE, "SuperGLUE": suites.SUPER_GLUE}
 _FEW = (4, 16, 32)
-# On the toy suite every target task but the two that chose learning rates.
+# Every toy target task, except the two used to choose learning rates and toy_d2t.
 _TOY_TARGETS = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC", "SciTail")}
 _TOY_ABLATION = {"groups": _TOY_TARGETS, "shots": (32,), "seeds": 10, "source_per_seed": True}
 _METHODS = (variants.PT, variants.SPOT, variants.MPT_VARIANT)
@@ -98,7 +102,7 @@ _FOUR = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}
 
 
 def _crosspt(name: str, title: str, rows: tuple[Variant, ...], **rest: Any) -> Table:
-    """A table of tasks that learn together: GLUE's, or the four of the demo."""
+    """Returns a table of jointly trained tasks: GLUE, or the four tasks of the demo."""
     rest = {"shots": (32,)} | rest
     toy = {"groups": _FOUR} | dict(rest.pop("toy", {}))
     return Table(name, title, rows, {"GLUE": suites.GLUE}, seeds=10, toy=toy, **rest)
@@ -238,9 +242,9 @@ TABLES = {
 
 
 def get_table(name: str) -> Table:
-    """The table of a name.
+    """Returns a table by name.
 
     Raises:
-        ValueError: there is none; lists the known ones.
+        ValueError: the name is unknown; the error lists the known ones.
     """
     return look_up("table", name, TABLES)

@@ -1,6 +1,6 @@
 """Methods and ablations as chains of stages: teachers, a source stage, a target stage.
 
-Names of variants are those of tables; `published.toml` refers to them.
+Tables and `published.toml` refer to variants by name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from mpt_jax.core.runs import look_up
 
-# Examples in the mixtures of six and of twelve sources; the paper's batch by size of T5.
+# Examples in the mixtures of six and twelve sources, and the paper's batch size by size of T5.
 MIXTURES = {6: 1_151_093, 12: 1_425_899}
 BATCHES = {"small": 100, "base": 32, "large": 12}
 TEACHER_STAGE = "gin/pt_source.gin"
@@ -24,15 +24,15 @@ MPT, PROMPT_TUNING, SHARED, ATTEMPT, CROSSPT = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source stage, whose artifact others start from.
+    """A source stage. Target stages start from its artifact.
 
     Attributes:
         name: its folder.
         files: gin files, the stage file first.
-        bindings: what else it binds.
+        bindings: further bindings.
         teachers: the source stage that it is distilled from.
-        tasks: how many source tasks there are.
-        size: of the T5, if it is not base (gin/ablations/size_*.gin).
+        tasks: number of source tasks.
+        size: size of the T5 (gin/ablations/size_*.gin; base has no file).
     """
 
     name: str
@@ -44,12 +44,13 @@ class Source:
 
     @property
     def length(self) -> tuple[int, int]:
-        """(steps, batch) at the paper's scale: five epochs over the mixture. Teachers, which nobody
-        teaches, have the batch once for each task and see as many examples in all."""
-        alone = self.files[0] == TEACHER_STAGE
-        batch = BATCHES[self.size] * (self.tasks if alone else 1)
+        """(steps, batch size) at the paper's scale: five epochs over the mixture. Teachers have
+        no teachers themselves. Their batch is `tasks` times as large, and they see as many examples
+        in total."""
+        is_teachers = self.files[0] == TEACHER_STAGE
+        batch = BATCHES[self.size] * (self.tasks if is_teachers else 1)
         examples = MIXTURES[self.tasks]
-        return (5 * examples // batch if alone else 5 * (examples // batch)), batch
+        return (5 * examples // batch if is_teachers else 5 * (examples // batch)), batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +58,22 @@ class Variant:
     """One row of a table.
 
     Attributes:
-        name: in tables.
+        name: name in tables.
         files: gin files of the target stage, the stage file first.
         method: gin file of the prompt method, for evaluation.
-        source: whose artifact it starts from.
-        bindings: what else the target stage binds.
-        rate: under which name a suite keeps its learning rate, if it has one of its own.
-        start: the paper's name of the source task that prompts start from, if it is one.
-        together: whether all tasks of a group are learned by one run with one shared prompt.
-        steps: of the target stage with all examples at the paper's scale, if its length is not the
-            suite's: task -> steps, `''` for all others.
-        size: of the T5, if it is not base (gin/ablations/size_*.gin).
-        joint: whether all tasks of a seed learn together, a group of the job for each seed, with as
-            many examples of each task in a step as alone.
-        version: of the tasks that it trains on, a suffix of their names.
-        sources: how many source prompts it mixes, the first of the suite's; None for all.
+        source: the source stage whose artifact it starts from.
+        bindings: further bindings of the target stage.
+        rate: key of its learning rate in `Suite.rates`.
+        start: the paper's name of the source task that prompts start from, if any.
+        together: whether all tasks of a table's group are trained jointly with one shared prompt,
+            in a separate job for each seed.
+        steps: task -> steps of the target stage on all examples at the paper's scale, `''` for all
+            other tasks. None for the suite's length.
+        size: size of the T5 (gin/ablations/size_*.gin; base has no file).
+        joint: whether all tasks of a seed form one group of a job. A step has as many examples of
+            each task as in a separate run.
+        version: suffix of the task versions that it trains on.
+        sources: number of source prompts to mix, the first of the suite's; None for all.
     """
 
     name: str
@@ -90,13 +92,13 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as a folder's."""
+        """The name as a folder name."""
         kept = "".join(c if c.isalnum() else "_" for c in self.name.lower())
         return "_".join(filter(None, kept.split("_")))
 
 
 def ablation(name: str) -> str:
-    """A file of gin/ablations."""
+    """Returns the path of a file in gin/ablations."""
     return f"gin/ablations/{name}.gin"
 
 
@@ -107,7 +109,7 @@ TEACHERS_12 = Source("teachers_12", (TEACHER_STAGE, TWELVE), tasks=12)
 
 
 def _source(name: str, *files: str, bindings: Sequence[str] = (), distilled: bool = True) -> Source:
-    """A variant of MPT's source stage."""
+    """Returns a variant of MPT's source stage."""
     teachers = TEACHERS if distilled else None
     return Source(f"mpt_source_{name}", (*MPT_SOURCE.files, *files), tuple(bindings), teachers)
 
@@ -121,18 +123,18 @@ def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Varia
 
 
 def _of_length(length: int) -> tuple[Variant, Variant]:
-    """PT and MPT with prompts of another length, teachers included."""
-    bound = (f"PROMPT_LENGTH = {length}",)
-    teachers = Source(f"teachers_p{length}", TEACHERS.files, bound)
-    source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bound, teachers)
+    """Returns PT and MPT with another prompt length, teachers included."""
+    bindings = (f"PROMPT_LENGTH = {length}",)
+    teachers = Source(f"teachers_p{length}", TEACHERS.files, bindings)
+    source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bindings, teachers)
     return (
-        Variant(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bound, rate="pt"),
-        _mpt(f"MPT, P={length}", source=source, bindings=bound),
+        Variant(f"PT, P={length}", PT.files, PROMPT_TUNING, bindings=bindings, rate="pt"),
+        _mpt(f"MPT, P={length}", source=source, bindings=bindings),
     )
 
 
 def _of_size(size: str) -> tuple[Variant, Variant]:
-    """PT and MPT on another T5."""
+    """Returns PT and MPT on another size of T5."""
     file = ablation(f"size_{size}")
     teachers = Source(f"teachers_{size}", (*TEACHERS.files, file), size=size)
     source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), (), teachers, size=size)
@@ -143,9 +145,9 @@ def _of_size(size: str) -> tuple[Variant, Variant]:
 
 
 def _of_rank(rank: int) -> Variant:
-    bound = (f"RANK = {rank}",)
-    source = _source(f"rank_{rank}", bindings=bound)
-    return _mpt(f"rank {rank}", source=source, bindings=bound)
+    bindings = (f"RANK = {rank}",)
+    source = _source(f"rank_{rank}", bindings=bindings)
+    return _mpt(f"rank {rank}", source=source, bindings=bindings)
 
 
 PT = Variant("PT", (PT_TARGET, "gin/methods/pt_paper.gin"), PROMPT_TUNING, rate="pt")
@@ -157,7 +159,7 @@ PT_STRONG = Variant(
     steps={"": 40_000} | dict.fromkeys(("nq", "hotpotqa", "searchqa", "newsqa"), 300_000),
 )
 SPOT = Variant("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
-# Prompt tuning from each source task's prompt; names are the paper's.
+# Prompt tuning from each source task's prompt, by the paper's names.
 FROM_SOURCES = tuple(
     dataclasses.replace(SPOT, name=f"PT from {source}", start=source)
     for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
@@ -211,26 +213,28 @@ RANKS = tuple(_of_rank(rank) for rank in (2, 4))
 SIZES = {size: _of_size(size) for size in ("small", "large")}
 LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
 
-# Its own prompts start where SPoT's do.
+# The target prompts start from the same source prompt as SPoT's.
 ATTEMPT_ARM = Variant(
     "ATTEMPT", ("gin/attempt_target.gin",), ATTEMPT, TEACHERS, rate="attempt", start="MNLI"
 )
 
 
 def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Variant:
-    """CrossPT, all tasks of a seed together."""
+    """Returns a variant of CrossPT, by default trained on all tasks of a seed jointly."""
     start = () if source else ("INITIAL_ARTIFACT = None",)
-    given = {"rate": "crosspt", "joint": True} | rest
-    return Variant(name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **given)
+    settings = {"rate": "crosspt", "joint": True} | rest
+    return Variant(
+        name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **settings
+    )
 
 
 def _of_sources(count: int) -> Variant:
-    """The first sources of a fixed order."""
+    """Returns CrossPT with the first `count` sources of a fixed order."""
     return _crosspt(f"{count} source{'s' if count > 1 else ''}", sources=count)
 
 
 CROSSPT_VARIANT = _crosspt("CrossPT")
-# Where sources start; from the teachers, if not said otherwise.
+# Initial values of the sources. The default is the teachers.
 CROSSPT_STARTS = (
     _crosspt("sources from vocabulary", source=None),
     _crosspt("sources at random", "INIT_SOURCES = @init.Uniform()", source=None),
@@ -240,7 +244,7 @@ CROSSPT_PARTS = (
     _crosspt("shared only", 'COMPOSE_BY = "sum"'),
     _crosspt("private only", 'COMPOSE_BY = "private"', source=None),
 )
-# How soft and private prompts are joined, and whose the sources are.
+# How shared and private prompts are composed, and whether tasks share the sources.
 CROSSPT_COMPOSITIONS = (
     _crosspt("share learned", 'SHARE = "learned"'),
     _crosspt("product with private", 'COMPOSE_BY = "private_product"'),
@@ -248,7 +252,7 @@ CROSSPT_COMPOSITIONS = (
     _crosspt("two sources in a row", 'COMPOSE_BY = "cat"', "TOP_K = 2"),
     _crosspt("sources of its own", joint=False),
 )
-# Of the three learning rates; CrossPT's own are source : private : router = 5 : 2 : 10.
+# Ratios of the three learning rates. CrossPT uses source : private : router = 5 : 2 : 10.
 CROSSPT_RATES = (
     _crosspt("equal rates", rate="crosspt_equal"),
     _crosspt("private faster", rate="crosspt_private"),
@@ -264,8 +268,8 @@ CROSSPT_FACTORS = (
     *(*CROSSPT_PARTS, *CROSSPT_STARTS, *CROSSPT_SOURCES, *CROSSPT_RATES),
     *(*CROSSPT_COMPOSITIONS, *CROSSPT_ROUTERS),
 )
-# On other versions of the tasks: of the paper's, which have a prefix and words for labels, and of
-# the toy suite's, which have no prefix.
+# Other versions of the tasks. The paper's tasks have a prefix and words as labels; the toy suite's
+# have no prefix.
 CROSSPT_LABELS = (
     _crosspt("without prefix", version="_unprefixed"),
     _crosspt("digits for labels", version="_digits"),
@@ -289,9 +293,9 @@ VARIANTS = {
 
 
 def get_variant(name: str) -> Variant:
-    """The variant of a name.
+    """Returns a variant by name.
 
     Raises:
-        ValueError: there is none; lists the known ones.
+        ValueError: the name is unknown; the error lists the known ones.
     """
     return look_up("variant", name, VARIANTS)

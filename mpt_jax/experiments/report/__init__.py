@@ -1,12 +1,13 @@
-"""`mpt-jax report DIR`: one self-contained HTML page of what a demo or a paper table left.
+"""`mpt-jax report DIR`: one self-contained HTML page about a demo or a table of the paper.
 
-folders.py      what lies in the folders of runs: losses and scores by step, artifacts, records
-analysis.py     numbers: methods side by side, gains, similarities, examples needed
-tables.py       rows of text, for terminals and pages
-figures.py      drawings, as SVG in the page's own colors
-page.py         the HTML
-content.py      what all sections share: names, styles, what is absent
-of_results.py   sections of what results say
-of_runs.py      sections of what runs left: curves, prompts, provenance
-sections.py     their order; writes the page
+run_reader.py         reads run folders: losses and scores by step, artifacts, records
+analysis.py           statistics: comparisons, gains, similarities, examples needed
+tables.py             text tables, for terminals and pages
+figures.py            figures, as SVG in the page's colors
+page.py               the HTML
+context.py            shared by all sections: labels, styles, missing data
+result_sections.py    sections from results.json
+run_sections.py       sections from run folders: curves, prompts, provenance
+mixture_sections.py   sections about the weights of mixed prompts
+sections.py           their order; writes the page
 """

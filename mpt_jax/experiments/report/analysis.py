@@ -1,4 +1,4 @@
-"""The numbers of the report, from results alone."""
+"""Statistics of the report, computed only from results."""
 
 from __future__ import annotations
 
@@ -14,104 +14,110 @@ from jaxtyping import Float
 from mpt_jax.experiments.report.run_reader import Curve
 from mpt_jax.experiments.results import Estimate, Result, estimate, paired
 
-BASELINE = "PT"  # what gains are over: prompt tuning that starts from nothing
+BASELINE = "PT"  # gains are relative to prompt tuning without a source prompt
 ByLabel = Mapping[str, Mapping[int | None, Result]]  # label -> shots -> result
 
 
 def short(task: str) -> str:
-    """A task's name without its suite's prefix."""
+    """Returns a task's name without its suite's prefix."""
     return task.removeprefix("toy_")
 
 
 def family(method: str) -> str:
-    """The method that a name varies: 'PT, P=40' and 'PT, T5-small' vary PT."""
+    """Returns the base method of a name: PT for 'PT, P=40' and 'PT, T5-small'."""
     return re.split(", (?:P=|T5-)", method)[0]
 
 
 def model_size(result: Result) -> float:
-    """Numbers of the model; where all of it learns, those that learn."""
+    """Returns the model's frozen parameters, or its trained ones if all of it is trained."""
     return float(result.backbone_parameters or result.parameters)
 
 
 def number(value: int | float) -> str:
-    """A count in a few characters: 900, 76,800, 222 M, 3 B."""
+    """Formats a count in a few characters: 900, 76,800, 222 M, 3 B."""
     if value < 1e6:
         return f"{value:,.10g}"
     return f"{value / 1e6:.3g} M" if value < 1e9 else f"{value / 1e9:.3g} B"
 
 
 def by_label(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
-    """Label -> shots -> result. A label is the method's name, and whatever else is needed to tell
-    its results at one number of examples apart.
+    """Returns label -> shots -> result. A label is the method's name, plus whatever distinguishes
+    its results at the same number of examples.
 
     Raises:
-        ValueError: two results are told apart by nothing.
+        ValueError: two results cannot be distinguished.
     """
-    found: dict[str, dict[int | None, Result]] = {}
+    labeled: dict[str, dict[int | None, Result]] = {}
     for result in results:
-        alike = [other for other in results if other.method == result.method]
+        same_method = [other for other in results if other.method == result.method]
         label = result.method
-        if len({other.start for other in alike}) > 1 and result.start is not None:
+        if len({other.start for other in same_method}) > 1 and result.start is not None:
             label += f" from {short(result.start)}"
-        if len({other.prompt_length for other in alike}) > 1:
+        if len({other.prompt_length for other in same_method}) > 1:
             label += f", P={result.prompt_length}"
-        if len({model_size(other) for other in alike}) > 1:
+        if len({model_size(other) for other in same_method}) > 1:
             label += f", {number(model_size(result))}"
-        if result.shots in found.setdefault(label, {}):
-            raise ValueError(f"There are two results of {label!r} at {examples(result.shots)}.")
-        found[label][result.shots] = result
-    return found
+        if result.shots in labeled.setdefault(label, {}):
+            raise ValueError(
+                f"There are two results of {label!r} at {examples(result.shots)}. Remove one of "
+                "them from results.json."
+            )
+        labeled[label][result.shots] = result
+    return labeled
 
 
 def examples(shots: int | None) -> str:
-    """A number of training examples, for people."""
+    """Formats a number of training examples."""
     return "all examples" if shots is None else f"k = {shots}"
 
 
 def shots_of(results: Iterable[Result]) -> list[int | None]:
-    """The numbers of examples, ascending, all of them last."""
+    """Returns the numbers of examples in ascending order; None (all examples) is last."""
     return sorted({result.shots for result in results}, key=lambda k: math.inf if k is None else k)
 
 
 def common_tasks(results: Sequence[Result]) -> tuple[str, ...]:
-    """The tasks that all results have; means of methods are compared over these.
+    """Returns the tasks that all results have. Means of methods are compared over these.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the results have no task in common.
     """
     tasks = tuple(t for t in results[0].scores if all(t in result.scores for result in results))
     if not tasks:
-        raise ValueError("The results have no task in common, so their means say nothing.")
+        raise ValueError(
+            "The results have no task in common, so their means cannot be compared. Run the "
+            "methods on the same tasks."
+        )
     return tasks
 
 
 def gains(new: Result, old: Result) -> dict[str, Estimate]:
-    """New minus old on each task that both have, over the seeds that both have."""
+    """Returns new minus old on each task that both have, over the seeds that both have."""
     tasks = [task for task in new.scores if task in old.scores]
-    alone = {t: dataclasses.replace(new, scores={t: new.scores[t]}) for t in tasks}
-    return {task: estimate(paired(alone[task], old)) for task in tasks}
+    single_task = {t: dataclasses.replace(new, scores={t: new.scores[t]}) for t in tasks}
+    return {task: estimate(paired(single_task[task], old)) for task in tasks}
 
 
 def from_nothing(results: Sequence[Result], like: Result) -> Result | None:
-    """The baseline that a result is measured against, if it was run: PT without a source, at the
-    same number of examples on the same backbone, with the same prompt length where there are
-    several."""
-    found = [
+    """Returns the baseline of a result, if it was run: PT without a source, at the same number of
+    examples on the same backbone. If PT was run with several prompt lengths, the same length is
+    preferred."""
+    baselines = [
         result
         for result in results
         if family(result.method) == BASELINE
         and result.start is None
         and result.shots == like.shots
-        # A method that trains some of the model leaves a little less of it.
+        # A method that trains part of the model has slightly fewer frozen parameters.
         and math.isclose(model_size(result), model_size(like), rel_tol=0.1)
     ]
-    same = [result for result in found if result.prompt_length == like.prompt_length]
-    return next(iter([*same, *(r for r in found if r.method == BASELINE)]), None)
+    same_length = [result for result in baselines if result.prompt_length == like.prompt_length]
+    return next(iter([*same_length, *(r for r in baselines if r.method == BASELINE)]), None)
 
 
 def examples_needed(scores: Mapping[int, float], level: float) -> float | None:
-    """The smallest number of examples at which a method reaches a level: linear between its
-    numbers of examples in log k, and not below the smallest of them. None if it never does.
+    """Returns the smallest number of examples at which a method reaches a score; None if it never
+    does. Scores are interpolated linearly in log k, and not extrapolated below the smallest k.
 
     Args:
         scores: number of examples -> mean score.
@@ -128,7 +134,7 @@ def examples_needed(scores: Mapping[int, float], level: float) -> float | None:
 
 
 def by_shots(results: Mapping[int | None, Result], tasks: Sequence[str]) -> dict[int, float]:
-    """Number of examples -> mean score over tasks and seeds; all examples are no number."""
+    """Returns number of examples -> mean score over tasks and seeds, without 'all examples'."""
     return {
         k: float(np.mean(result.means(tasks))) for k, result in results.items() if k is not None
     }
@@ -137,13 +143,13 @@ def by_shots(results: Mapping[int | None, Result], tasks: Sequence[str]) -> dict
 def set_apart(
     values: Mapping[str, float], gap: float = 0.06, most: float = 0.15
 ) -> dict[str, float]:
-    """Positive values for a logarithmic axis, with those that would hide each other spread around
-    their middle.
+    """Spreads positive values on a logarithmic axis, so that no point hides another. Close values
+    are spread around their middle.
 
     Args:
-        values: of labels.
-        gap: the distance of two that are moved, in decades.
-        most: the distance of the outermost of many.
+        values: label -> value.
+        gap: distance between two moved values, in decades.
+        most: maximum distance between the outermost values of a cluster, in decades.
     """
     clusters: list[list[str]] = []
     for label in sorted(values, key=lambda label: values[label]):
@@ -152,13 +158,13 @@ def set_apart(
             clusters[-1].append(label)
         else:
             clusters.append([label])
-    found = {}
+    spread = {}
     for labels in clusters:
         middle = np.mean([math.log10(values[label]) for label in labels])
         step = min(gap, most / max(len(labels) - 1, 1))
         for i, label in enumerate(labels):
-            found[label] = float(10 ** (middle + step * (i - (len(labels) - 1) / 2)))
-    return found
+            spread[label] = float(10 ** (middle + step * (i - (len(labels) - 1) / 2)))
+    return spread
 
 
 def varying(
@@ -166,8 +172,8 @@ def varying(
     value: Callable[[Result], float],
     fixed: Callable[[Result], Hashable],
 ) -> dict[Hashable, list[Result]]:
-    """Groups of results that agree in `fixed` and differ in `value`, ascending in it; groups of
-    one value are left out."""
+    """Groups results by `fixed` and sorts each group by `value`. Groups with a single value are
+    left out."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[fixed(result)].append(result)
@@ -179,7 +185,7 @@ def varying(
 
 
 def mean_curves(curves: Iterable[Curve]) -> dict[int, Curve]:
-    """Last step -> the mean of the curves that end there, at the steps that all of them have."""
+    """Returns last step -> mean of the curves that end there, at the steps they all have."""
     groups = collections.defaultdict(list)
     for curve in curves:
         if curve:
@@ -194,7 +200,7 @@ def mean_curves(curves: Iterable[Curve]) -> dict[int, Curve]:
 
 
 def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
-    """Cosine similarity of flattened prompts."""
+    """Returns the cosine similarity of flattened prompts."""
     flat = prompts.reshape(len(prompts), -1)
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     return unit @ unit.T
@@ -203,15 +209,15 @@ def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
 def cosines_by_task(
     prompts: Float[np.ndarray, "K P H"], tasks: Sequence[str]
 ) -> tuple[list[str], Float[np.ndarray, "T T"]]:
-    """Mean cosine similarity between the runs of two tasks; on the diagonal between different runs
-    of one task, 1 where it has only one.
+    """Returns the mean cosine similarity between the runs of two tasks. The diagonal compares
+    different runs of one task; it is 1 for a task with a single run.
 
     Args:
-        prompts: of each run.
-        tasks: of each run.
+        prompts: the prompt of each run.
+        tasks: the task of each run.
     """
     similar, names = cosines(prompts), list(dict.fromkeys(tasks))
-    found = np.ones((len(names), len(names)), similar.dtype)
+    means = np.ones((len(names), len(names)), similar.dtype)
     for i, first in enumerate(names):
         for j, second in enumerate(names):
             pairs = [
@@ -221,12 +227,12 @@ def cosines_by_task(
                 if (task, other) == (first, second) and a != b
             ]
             if pairs:
-                found[i, j] = np.mean(pairs)
-    return names, found
+                means[i, j] = np.mean(pairs)
+    return names, means
 
 
 def entropy(weights: Float[np.ndarray, "K J"]) -> Float[np.ndarray, " K"]:
-    """Of each row's weights as shares of their sum, in nats: 0 where one has all, ln J where all
-    have the same."""
+    """Returns the entropy of each row's normalized weights in nats: 0 if one candidate has all the
+    weight, ln J if all have the same."""
     shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1)

@@ -1,8 +1,8 @@
-"""Drawings as SVG for the inside of a page: its text is text, and its colors are the page's.
+"""Figures as inline SVG. Text stays text, and colors come from the page.
 
-Matplotlib knows no CSS variables, so a figure is drawn in stand-in colors, which are exchanged
-afterwards: ink becomes `currentColor`, series i `var(--series-i)`. One drawing serves light and
-dark pages. A point of Matplotlib is a pixel of the page.
+Matplotlib does not support CSS variables, so figures are drawn in placeholder colors, which are
+then replaced: ink becomes `currentColor`, series i becomes `var(--series-i)`. The same figure works
+on light and dark pages. A Matplotlib point is a pixel of the page.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from matplotlib.patches import Rectangle
 from mpt_jax.experiments.report import analysis
 
 INK, LINES, SERIES = "#0a0b0c", "#0d0e0f", "#00000{}"
-COLORS = 7  # of the page's palette; black stands for none of them
+COLORS = 7  # size of the page's palette; black is not in it
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "report",  # the same figure has the same text
+    "svg.hashsalt": "report",  # makes the SVG text deterministic
     "font.size": 12,
     "axes.titlesize": 12,
     "axes.spines.top": False,
@@ -41,13 +41,13 @@ SETTINGS: dict[Any, Any] = {
     **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
     **{f"axes.{part}" + "color": INK for part in ("label", "edge", "title")},
 }
-FONT = "'DejaVu Sans', Verdana, sans-serif"  # as wide as what Matplotlib measures with
-# Red and blue are told apart by all; the middle is a difference of nothing.
+FONT = "'DejaVu Sans', Verdana, sans-serif"  # as wide as the font that Matplotlib measures with
+# Red and blue are distinguishable with any color vision; the middle is a difference of zero.
 DIVERGING = matplotlib.colormaps["RdBu_r"]
 
 
 class Style(NamedTuple):
-    """How a method looks in every figure."""
+    """Style of a method in every figure."""
 
     color: str
     marker: str
@@ -55,21 +55,21 @@ class Style(NamedTuple):
 
 
 def styles(results: analysis.ByLabel) -> dict[str, Style]:
-    """Label -> style: a color for each method, markers and dashes for what varies it."""
+    """Returns label -> style: a color for each method, markers and dashes for its variants."""
     families: dict[str, list[str]] = {}
     for label, cells in results.items():
         families.setdefault(analysis.family(next(iter(cells.values())).method), []).append(label)
-    found = {}
+    by_label = {}
     for i, labels in enumerate(families.values()):
         turn, color = divmod(i, COLORS)
         for j, label in enumerate(labels):
             marker = MARKERS[(i + j) % len(MARKERS)]
-            found[label] = Style(SERIES.format(color + 1), marker, DASHES[(turn + j) % 4])
-    return found
+            by_label[label] = Style(SERIES.format(color + 1), marker, DASHES[(turn + j) % 4])
+    return by_label
 
 
 class Line(NamedTuple):
-    """One series; `spread` [2, n] are the distances down and up to an interval's ends."""
+    """One series; `spread` holds the distances from the values down and up to the interval ends."""
 
     style: Style
     x: Sequence[float]
@@ -79,15 +79,16 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Axes and their words.
+    """Settings of a plot's axes.
 
     Attributes:
-        title, x, y: what is written.
-        alt: the figure in words, for those who do not see it.
-        x_ticks: where, in place of round numbers.
-        log: `''`, `'x'`, `'y'` or `'xy'`.
-        connected: draws lines between points.
-        limits: of x, if not those of what is drawn.
+        title: title of the panel.
+        x, y: axis labels.
+        alt: text alternative for screen readers.
+        x_ticks: positions of x ticks; () for Matplotlib's choice.
+        log: logarithmic axes: `''`, `'x'`, `'y'` or `'xy'`.
+        connected: whether points are connected by lines.
+        limits: limits of x; None for the range of the data.
     """
 
     title: str
@@ -101,7 +102,7 @@ class Panel:
 
 
 def lines(panel: Panel, series: Sequence[Line]) -> str:
-    """Series over a number: curves, or points with intervals."""
+    """Draws series over a number, as curves or as points with intervals."""
 
     def draw(axes: Axes) -> None:
         for line in series:
@@ -123,7 +124,7 @@ def lines(panel: Panel, series: Sequence[Line]) -> str:
 
 
 def intervals(panel: Panel, rows: Sequence[str], series: Sequence[Line]) -> str:
-    """Values with their intervals, a line of the figure for each row; `Line.y` counts rows."""
+    """Draws values with intervals, one horizontal band for each row; `Line.y` is the row index."""
     height = 15
 
     def draw(axes: Axes) -> None:
@@ -155,15 +156,15 @@ def heat_map(
     form: str,
     beside: int = 0,
 ) -> str:
-    """A matrix as colored cells with their numbers; NaN is an empty cell.
+    """Draws a matrix as colored cells with numbers; NaN is an empty cell.
 
     Args:
-        panel: its words.
+        panel: title, labels and text alternative.
         rows, columns: names.
-        values: of the cells.
-        scale: the value with the strongest color; its negative has the other.
-        form: of the numbers.
-        beside: how many columns at the end are another quantity: numbers without color.
+        values: cell values.
+        scale: value with the strongest color; its negative has the strongest opposite color.
+        form: number format.
+        beside: number of last columns that hold another quantity; they are not colored.
     """
 
     def draw(axes: Axes) -> None:
@@ -194,7 +195,7 @@ def heat_map(
 
 
 def swatch(style: Style, connected: bool = True) -> str:
-    """A piece of a series, for a legend."""
+    """Draws a sample of a style for a legend."""
 
     def draw(axes: Axes) -> None:
         line = style.linestyle if connected else ""
@@ -218,7 +219,7 @@ def _log_axis(axes: Axes, axis: str, values: np.ndarray) -> None:
 
 
 def _svg(width: int, height: int, draw: Callable[[Axes], None], panel: Panel | None) -> str:
-    """Draws in so many pixels, and exchanges the colors; without a panel it is decoration."""
+    """Draws an SVG of a size in pixels and replaces its colors; None as panel is decoration."""
     content = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((width / 72, height / 72), layout="constrained")
@@ -237,7 +238,7 @@ def _svg(width: int, height: int, draw: Callable[[Axes], None], panel: Panel | N
     return text.replace("<svg", f"<svg {words}", 1)
 
 
-# What of Matplotlib's SVG becomes what of the page's; its style sheet would hold for all of it.
+# Replacements in Matplotlib's SVG. Its style sheet is removed, as it would apply to the whole page.
 PAGE = {
     r"<metadata>.*?</metadata>": "",
     r'<style type="text/css">.*?</style>': "",

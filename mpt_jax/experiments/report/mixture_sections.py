@@ -1,8 +1,8 @@
-"""Sections of methods that mix prompts from candidates: the weight of each, and their entropy.
+"""Report sections for methods that mix prompts: the weights of candidates, and their entropy.
 
-Where a task has one prompt, its weights are those of the artifact, which are served. Where prompts
-depend on the text there are none but of texts: the means over those of training, as last written
-to metrics.jsonl.
+If a task has a fixed prompt, the weights come from the artifact, as they are served. If prompts
+depend on the text, so do the weights. Then they are means over training texts, as last written to
+metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from mpt_jax.models.metrics import MIXTURE
 
 ENTROPY, NATS = f"{MIXTURE}_entropy", "entropy, nats"
 SERVED = (
-    "Weight of each candidate in the prompts of a task, as its artifact has them and they are "
-    "served; mean over the runs (seeds) of the task. Beside them the entropy of a run's weights."
+    "Weight of each candidate in the prompts of a task, as stored in its artifact and served; mean "
+    "over the runs (seeds) of the task. The last column is the entropy of a run's weights."
 )
 SEEN = (
     "Weight of each candidate in the prompts of a task. They depend on the text: means over the "
-    "training texts of the last steps that metrics.jsonl tells of, and over the runs (seeds) of "
-    "the task. The entropy beside them is the mean of each text's own."
+    "training texts of the last steps in metrics.jsonl, and over the runs (seeds) of the task. The "
+    "last column is the mean entropy of the weights of each text."
 )
 
 
 class Mixture(NamedTuple):
-    """What the prompts of one run are mixed from: candidate -> weight, and their entropy."""
+    """Weights of the candidates in one run's prompts, and their entropy."""
 
     task: str
     weights: dict[str, float]
@@ -42,12 +42,12 @@ class Mixture(NamedTuple):
 
 
 class Map(NamedTuple):
-    """The mixtures of a result's runs, by task.
+    """Mixtures of a result's runs, by task.
 
     Attributes:
-        title: what the result is called.
-        reads_text: whether they depend on the text.
-        columns: the candidates, and the entropy.
+        title: label of the result.
+        reads_text: whether the weights depend on the text.
+        columns: the candidates, then the entropy.
         values: task -> [runs, columns].
     """
 
@@ -58,30 +58,32 @@ class Map(NamedTuple):
 
     @property
     def means(self) -> np.ndarray:
-        """[tasks, columns], over runs."""
+        """Means over runs [tasks, columns]."""
         return np.stack([rows.mean(0) for rows in self.values.values()])
 
 
 def weights(content: Content) -> list[str]:
-    """Heat maps of tasks by candidates, those that are served and those by the text apart."""
+    """Heat maps of tasks by candidates, separate for fixed and for text-dependent weights."""
     maps = [
-        found
+        mixture
         for shots, results in content.by_shots()
         for label, result in results.items()
-        if (found := _map(content, f"{label}, {examples(shots)}", content.folders(result)))
+        if (mixture := _map(content, f"{label}, {examples(shots)}", content.folders(result)))
     ]
     blocks = []
     for reads_text, caption in ((False, SERVED), (True, SEEN)):
-        shown = [found for found in maps if found.reads_text == reads_text]
+        shown = [mixture for mixture in maps if mixture.reads_text == reads_text]
         if shown:
-            scale = max(float(found.means[:, :-1].max()) for found in shown)
-            blocks.append(page.figure([_heat_map(found, scale) for found in shown], caption, {}))
-        blocks += [block for found in shown for block in _spread(found)]
+            scale = max(float(mixture.means[:, :-1].max()) for mixture in shown)
+            blocks.append(
+                page.figure([_heat_map(mixture, scale) for mixture in shown], caption, {})
+            )
+        blocks += [block for mixture in shown for block in _spread(mixture)]
     return blocks
 
 
 def entropies(content: Content) -> list[str]:
-    """Entropy of the weights while training."""
+    """Entropy of the weights during training."""
     drawn, looks = [], run_sections.unmarked(content.styles)
     for shots, results in content.by_shots():
         runs = {
@@ -92,15 +94,15 @@ def entropies(content: Content) -> list[str]:
         }
         drawn += run_sections.curve_panels(runs, examples(shots), NATS, looks, "")
     caption = (
-        "Entropy of the weights while training, mean over the runs (task, seed) of a method; where "
-        "training draws weights at random, of the drawn ones."
+        "Entropy of the weights during training, mean over the runs (task, seed) of a method. If "
+        "training samples weights, the entropy is that of the samples."
     )
     return [content.figure(drawn, caption, looks)] if drawn else []
 
 
 def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
-    """What the runs of some folders are mixed from; None where they are not mixed, and, with a
-    word on it, where nothing tells."""
+    """Returns the mixtures of the runs in some folders. None if the runs do not mix prompts, or,
+    with a note, if their weights are not recorded."""
     by_task: dict[str, list[Mixture]] = collections.defaultdict(list)
     candidates: dict[str, None] = {}
     reads_text = False
@@ -114,8 +116,8 @@ def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
             by_task[mixture.task].append(mixture)
     if candidates and not by_task:
         content.absent.append(
-            f"Weights of candidates, {title}: they depend on the text, and none of its runs has "
-            "them in a metrics.jsonl."
+            f"Weights of candidates, {title}: they depend on the text, and no metrics.jsonl of its "
+            "runs has them."
         )
     if not by_task:
         return None
@@ -129,8 +131,13 @@ def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
 
 
 def _served(artifact: Artifact) -> list[Mixture]:
-    found, names = artifact.weights().astype(np.float64), artifact.method.candidates
-    rows = zip(artifact.runs.task_names, found.tolist(), analysis.entropy(found), strict=True)
+    by_run, names = artifact.weights().astype(np.float64), artifact.method.candidates
+    rows = zip(
+        artifact.runs.task_names,
+        by_run.tolist(),
+        analysis.entropy(by_run),
+        strict=True,
+    )
     return [
         Mixture(task, dict(zip(names, row, strict=True)), float(entropy))
         for task, row, entropy in rows
@@ -138,39 +145,39 @@ def _served(artifact: Artifact) -> list[Mixture]:
 
 
 def _seen(path: Path, artifact: Artifact) -> list[Mixture]:
-    """Of the runs of a folder that its metrics tell of."""
-    logged, found = run_reader.last(path), []
+    """Returns the mixtures of the runs that are in the metrics of a folder."""
+    logged, mixtures = run_reader.last(path), []
     for task, run in zip(artifact.runs.task_names, artifact.runs.run_names, strict=True):
         keys = {name: f"{MIXTURE}/{name}/{run}" for name in artifact.method.candidates}
         if all(key in logged for key in (*keys.values(), f"{ENTROPY}/{run}")):
-            own = {name: logged[key] for name, key in keys.items()}
-            found.append(Mixture(task, own, logged[f"{ENTROPY}/{run}"]))
-    return found
+            weights_of_run = {name: logged[key] for name, key in keys.items()}
+            mixtures.append(Mixture(task, weights_of_run, logged[f"{ENTROPY}/{run}"]))
+    return mixtures
 
 
-def _heat_map(found: Map, scale: float) -> str:
-    columns, means = list(map(short, found.columns)), found.means
+def _heat_map(mixture: Map, scale: float) -> str:
+    columns, means = list(map(short, mixture.columns)), mixture.means
     largest = ", ".join(
         f"{short(task)} {columns[np.argmax(row[:-1])]} {row[:-1].max():.2f}"
-        for task, row in zip(found.values, means, strict=True)
+        for task, row in zip(mixture.values, means, strict=True)
     )
     low, high = means[:, -1].min(), means[:, -1].max()
     alt = (
-        f"Weights of candidates, {found.title}. Largest: {largest}. Entropy {low:.2f} to "
+        f"Weights of candidates, {mixture.title}. Largest: {largest}. Entropy {low:.2f} to "
         f"{high:.2f} nats."
     )
-    rows = list(map(short, found.values))
-    panel = Panel(found.title, "", "", alt)
+    rows = list(map(short, mixture.values))
+    panel = Panel(mixture.title, "", "", alt)
     return figures.heat_map(panel, rows, columns, means, scale, ".2f", beside=1)
 
 
-def _spread(found: Map) -> list[str]:
-    """A table of means and standard deviations, where a task has several runs."""
-    if all(len(runs) == 1 for runs in found.values.values()):
+def _spread(mixture: Map) -> list[str]:
+    """Returns a table of means and standard deviations, if a task has several runs."""
+    if all(len(runs) == 1 for runs in mixture.values.values()):
         return []
-    rows = [["", *map(short, found.columns), "n"]]
-    for task, runs in found.values.items():
+    rows = [["", *map(short, mixture.columns), "n"]]
+    for task, runs in mixture.values.items():
         cells = [tables.mean_and_std(column.tolist(), ".2f") for column in runs.T]
         rows.append([short(task), *cells, str(len(runs))])
-    heading = f"{found.title}: mean ± standard deviation over runs"
+    heading = f"{mixture.title}: mean ± standard deviation over runs"
     return [page.heading(heading), page.table(rows, heading)]

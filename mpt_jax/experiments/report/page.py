@@ -1,4 +1,4 @@
-"""The HTML of a report: one file for light and dark screens, which runs and fetches nothing."""
+"""HTML of a report: one file for light and dark screens, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from mpt_jax.experiments.report.tables import Rows
 
-# The series' colors after Okabe and Ito, darker or lighter where a background asks for it: at
-# least 3:1 on both.
+# Series colors after Okabe and Ito, made darker or lighter to have a contrast of at least 3:1 on
+# both backgrounds.
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1b1b; --soft: #595959; --line: #d4d4d4;
   --series-1: #0072b2; --series-2: #d55e00; --series-3: #008f68; --series-4: #b5568f;
@@ -55,12 +55,12 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Its id."""
+        """HTML id of the section."""
         return re.sub(r"\W+", "-", self.title.lower())
 
 
 def document(title: str, sections: Sequence[Section]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     links = "".join(f'<li><a href="#{s.anchor}">{_text(s.title)}</a></li>' for s in sections)
     body = "\n".join(
         f'<section id="{section.anchor}"><h2>{_text(section.title)}</h2>\n'
@@ -78,17 +78,17 @@ def document(title: str, sections: Sequence[Section]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
+    """Returns a paragraph of plain text."""
     return f"<p>{_text(text)}</p>"
 
 
 def heading(text: str) -> str:
-    """A heading within a section."""
+    """Returns a heading within a section."""
     return f"<h3>{_text(text)}</h3>"
 
 
 def table(rows: Rows, name: str) -> str:
-    """A table that scrolls sideways where it is too wide; `name` is for those who do not see it."""
+    """Returns a table that scrolls sideways if too wide; `name` is read by screen readers."""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in rows[0])
     body = "".join(
         f'<tr><th scope="row">{_text(row[0])}</th>'
@@ -104,7 +104,7 @@ def table(rows: Rows, name: str) -> str:
 
 
 def figure(panels: Sequence[str], caption: str, legend: Mapping[str, str]) -> str:
-    """Panels side by side as far as there is room, with a legend: label -> swatch."""
+    """Returns panels side by side, wrapped to the width, with a legend: label -> swatch."""
     entries = "".join(f"<li>{swatch}{_text(label)}</li>" for label, swatch in legend.items())
     listed = f'<ul class="legend">{entries}</ul>' if entries else ""
     drawn = "".join(f'<div class="panel">{panel}</div>\n' for panel in panels)
@@ -115,14 +115,14 @@ def figure(panels: Sequence[str], caption: str, legend: Mapping[str, str]) -> st
 
 
 def facts(pairs: Mapping[str, str]) -> str:
-    """Terms and what there is to say of them."""
+    """Returns a list of names and values."""
     return (
         "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in pairs.items())
     ) + "</dl>"
 
 
 def points(texts: Sequence[str]) -> str:
-    """A list."""
+    """Returns a bullet list."""
     return "<ul>" + "".join(f"<li>{_text(text)}</li>" for text in texts) + "</ul>"
 
 
@@ -131,11 +131,11 @@ def _text(text: str) -> str:
 
 
 def _distinct_ids(body: str) -> str:
-    """Every drawing counts its parts from one; in a page their ids must differ."""
+    """Makes ids unique in the page. Matplotlib numbers the parts of each drawing from one."""
     numbers = itertools.count(1)
 
-    def own(drawing: re.Match[str]) -> str:
+    def renumber(drawing: re.Match[str]) -> str:
         number = next(numbers)
         return re.sub(r'(\bid="|url\(#|href="#)', rf"\1d{number}-", drawing.group())
 
-    return re.sub(r"<svg.*?</svg>", own, body, flags=re.DOTALL)
+    return re.sub(r"<svg.*?</svg>", renumber, body, flags=re.DOTALL)

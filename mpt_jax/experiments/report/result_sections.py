@@ -1,4 +1,4 @@
-"""Sections of what results say, with no look at the folders of runs."""
+"""Report sections that need only results.json, not the run folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_IN_A_PANEL = 5
 
 
 def scores(content: Content) -> list[str]:
-    """Scores at each number of examples, differences from the reference, and the sources."""
+    """Scores at each number of examples, differences from the reference, and source tasks."""
     blocks = [
         page.paragraph(
             "Mean ± standard deviation over n seeds of each task's main metric. The interval is "
@@ -28,14 +28,14 @@ def scores(content: Content) -> list[str]:
     ]
     if content.reference not in content.by_label:
         content.absent.append(
-            f"Paired differences: no method is called {content.reference!r}; name another with "
+            f"Paired differences: no method is called {content.reference!r}. Choose one with "
             "--reference."
         )
     for shots, results in content.by_shots():
-        chosen = list(results.values())
-        parts = {f"Scores, {examples(shots)}": tables.score_rows(chosen, content.majority)}
+        shown = list(results.values())
+        parts = {f"Scores, {examples(shots)}": tables.score_rows(shown, content.majority)}
         name = f"{content.reference} minus each, {examples(shots)}"
-        parts[name] = tables.difference_rows(chosen, content.reference)
+        parts[name] = tables.difference_rows(shown, content.reference)
         for name, rows in parts.items():
             if len(rows) > 1:
                 blocks += [page.heading(name), page.table(rows, name)]
@@ -52,9 +52,9 @@ def parameters(content: Content) -> list[str]:
         trained = {label: result.parameters for label, result in results.items()}
         shown = analysis.set_apart({k: number for k, number in trained.items() if number > 0})
         series, words = [], []
-        for label, at in shown.items():
+        for label, x in shown.items():
             mean = content.mean(results[label])
-            series.append(interval_line(content.styles[label], [(at, mean)]))
+            series.append(interval_line(content.styles[label], [(x, mean)]))
             words.append(f"{label}: {trained[label]:,.0f} parameters, {mean.mean:.1f}")
         title = examples(shots)
         alt = f"Mean score and trained parameters of a task, {title}. {'; '.join(words)}."
@@ -62,40 +62,40 @@ def parameters(content: Content) -> list[str]:
         if series:
             drawn.append(Drawn(figures.lines(panel, series), list(shown)))
     caption = (
-        "Mean over the tasks that all methods have. Points of nearly the same number of "
-        f"parameters are moved sideways a little, so that they hide each other less. {INTERVALS}"
+        "Mean over the tasks that all methods have. Points with nearly equal numbers of parameters "
+        f"are shifted sideways a little, so that all of them are visible. {INTERVALS}"
     )
     return [content.figure(drawn, caption, content.styles, lines=False)] if drawn else []
 
 
 def gains(content: Content) -> list[str]:
-    """What each method gains over PT on each task."""
-    found = {}
+    """Gain of each method over PT on each task."""
+    by_shots = {}
     for shots, results in content.by_shots():
         for label, result in results.items():
             old = analysis.from_nothing(content.results, result)
             if old is not None and old is not result and set(old.seeds) & set(result.seeds):
-                found.setdefault(shots, {})[label] = analysis.gains(result, old)
-    if not found:
-        content.absent.append(f"Transfer gain: no method stands beside a {BASELINE} of its kind.")
+                by_shots.setdefault(shots, {})[label] = analysis.gains(result, old)
+    if not by_shots:
+        content.absent.append(f"Transfer gain: no method was run with a comparable {BASELINE}.")
         return []
     ends = [
         end
-        for of_shots in found.values()
-        for of_label in of_shots.values()
-        for gain in of_label.values()
+        for by_method in by_shots.values()
+        for by_task in by_method.values()
+        for gain in by_task.values()
         for end in ((gain.mean, gain.mean) if gain.n == 1 else (gain.low, gain.high))
     ]
     room = 0.04 * (max(ends) - min(ends)) + 0.5
     limits = min(ends) - room, max(ends) + room
     drawn, blocks = [], []
-    for shots, of_shots in found.items():
+    for shots, by_method in by_shots.items():
         name = f"Gain over {BASELINE}, {examples(shots)}"
-        blocks += [page.heading(name), page.table(tables.gain_rows(of_shots), name)]
-        # Many methods in one panel cannot be told apart.
-        parts = [of_shots]
-        if len(of_shots) > MOST_IN_A_PANEL:
-            parts = [{label: gain} for label, gain in of_shots.items()]
+        blocks += [page.heading(name), page.table(tables.gain_rows(by_method), name)]
+        # Many methods in one panel cannot be distinguished.
+        parts = [by_method]
+        if len(by_method) > MOST_IN_A_PANEL:
+            parts = [{label: gain} for label, gain in by_method.items()]
         drawn += [_gain_panel(content, shots, part, limits) for part in parts]
     caption = f"Difference paired by seed, on each task. {INTERVALS}"
     return [content.figure(drawn, caption, content.styles, lines=False), *blocks]
@@ -104,25 +104,25 @@ def gains(content: Content) -> list[str]:
 def _gain_panel(
     content: Content,
     shots: int | None,
-    found: Mapping[str, Mapping[str, Estimate]],
+    by_method: Mapping[str, Mapping[str, Estimate]],
     limits: tuple[float, float],
 ) -> Drawn:
-    tasks = list(dict.fromkeys(task for gain in found.values() for task in gain))
+    tasks = list(dict.fromkeys(task for gain in by_method.values() for task in gain))
     series = []
-    for label, gain in found.items():
+    for label, gain in by_method.items():
         points = [(row, gain[task]) for row, task in enumerate(tasks) if task in gain]
         line = interval_line(content.styles[label], points)
         series.append(line._replace(x=line.y, y=line.x))
     title = examples(shots)
-    alt = f"Gain over {BASELINE}, {title}, of {', '.join(found)}; its numbers are in a table."
-    if len(found) == 1:
-        title = f"{next(iter(found))}, {title}"
+    alt = f"Gain over {BASELINE}, {title}, of {', '.join(by_method)}; the numbers are in a table."
+    if len(by_method) == 1:
+        title = f"{next(iter(by_method))}, {title}"
     panel = Panel(title, f"points above {BASELINE}", "", alt, limits=limits)
-    return Drawn(figures.intervals(panel, list(map(short, tasks)), series), list(found))
+    return Drawn(figures.intervals(panel, list(map(short, tasks)), series), list(by_method))
 
 
 def examples_needed(content: Content) -> list[str]:
-    """Scores over numbers of examples, and how many one method needs to match another."""
+    """Scores by number of examples, and how many examples a method needs to match another."""
     curves = {
         label: [(k, content.mean(result)) for k, result in sorted(few.items())]
         for label, cells in content.by_label.items()
@@ -143,9 +143,9 @@ def examples_needed(content: Content) -> list[str]:
         blocks += [
             page.heading(name),
             page.paragraph(
-                "The smallest number of examples at which a method's mean score reaches what the "
-                "other has with k: linear in log k between the numbers that were run. ≤ marks the "
-                "smallest of them, below which nothing is known; runs on all examples are left out."
+                "The smallest number of examples at which a method's mean score reaches the "
+                "other's score with k examples, interpolated linearly in log k. ≤ marks the "
+                "smallest number that was run. Runs on all examples are left out."
             ),
             page.table(tables.matching_rows(content.by_label, content.tasks), name),
         ]
@@ -153,22 +153,22 @@ def examples_needed(content: Content) -> list[str]:
 
 
 def affinity(content: Content) -> list[str]:
-    """What PT gains where it starts from one source task's prompt: sources by targets."""
+    """Gain of PT that starts from a source task's prompt: sources by targets."""
     panels = []
     for shots, results in content.by_shots():
-        found = {
+        by_label = {
             label: (result, analysis.gains(result, old))
             for label, result in results.items()
             if result.start is not None
             and (old := analysis.from_nothing(content.results, result)) is not None
             and set(old.seeds) & set(result.seeds)
         }
-        if not found:
+        if not by_label:
             continue
-        starts = [short(result.start or "") for result, _ in found.values()]
-        rows = starts if len(set(starts)) == len(starts) else list(found)
+        starts = [short(result.start or "") for result, _ in by_label.values()]
+        rows = starts if len(set(starts)) == len(starts) else list(by_label)
         values = np.array(
-            [[gain[task].mean for task in content.tasks] for _, gain in found.values()]
+            [[gain[task].mean for task in content.tasks] for _, gain in by_label.values()]
         )
         title = examples(shots)
         best = [
@@ -183,21 +183,21 @@ def affinity(content: Content) -> list[str]:
     if not panels:
         return []
     caption = (
-        f"Mean gain over {BASELINE} from nothing, in points, of {BASELINE} that starts from the "
-        "prompt of a source task; paired by seed."
+        f"Mean gain, in points, of {BASELINE} that starts from a source task's prompt over "
+        f"{BASELINE} without a source; paired by seed."
     )
     return [page.figure(panels, caption, {})]
 
 
 def lengths(content: Content) -> list[str]:
-    """Mean score over prompt length, where a method was run with several."""
+    """Mean score by prompt length, for methods that were run with several."""
     fixed = lambda r: (analysis.family(r.method), r.start, analysis.model_size(r))  # noqa: E731
     prompted = [result for result in content.results if result.prompt_length]
     return _over(content, prompted, "prompt length", lambda r: r.prompt_length, fixed)
 
 
 def sizes(content: Content) -> list[str]:
-    """Mean score over model size, where a method was run on several backbones."""
+    """Mean score by model size, for methods that were run on several backbones."""
     fixed = lambda r: (analysis.family(r.method), r.start, r.prompt_length)  # noqa: E731
     return _over(content, content.results, "model parameters", analysis.model_size, fixed)
 
@@ -211,29 +211,29 @@ def _over(
 ) -> list[str]:
     drawn, looks = [], {}
     for shots in analysis.shots_of(results):
-        chosen = [result for result in results if result.shots == shots]
+        selected = [result for result in results if result.shots == shots]
         series = {}
-        for group in analysis.varying(chosen, value, fixed).values():
+        for group in analysis.varying(selected, value, fixed).values():
             method, start = analysis.family(group[0].method), group[0].start
             name = method if start is None else f"{method} from {short(start)}"
             name = content.label(group[0]) if name in series else name
-            # What varies shares the style of the method's first result.
-            kin = next(
+            # The series has the style of the method's first result.
+            label_of_first = next(
                 label
                 for label, cells in content.by_label.items()
                 for result in cells.values()
                 if (analysis.family(result.method), result.start) == (method, start)
             )
-            looks[name] = content.styles[kin]
+            looks[name] = content.styles[label_of_first]
             series[name] = [(value(result), content.mean(result)) for result in group]
         if series:
             title = examples(shots)
             words = [
-                f"{name} " + ", ".join(f"{at:,.0f}: {mean.mean:.1f}" for at, mean in points)
+                f"{name} " + ", ".join(f"{x:,.0f}: {mean.mean:.1f}" for x, mean in points)
                 for name, points in series.items()
             ]
             alt = f"Mean score by {what}, {title}. {'; '.join(words)}."
-            ticks = sorted({at for points in series.values() for at, _ in points})
+            ticks = sorted({x for points in series.values() for x, _ in points})
             shown = [interval_line(looks[name], points) for name, points in series.items()]
             panel = Panel(title, what, MEAN, alt, ticks, log="x")
             drawn.append(Drawn(figures.lines(panel, shown), list(series)))

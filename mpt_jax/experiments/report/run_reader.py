@@ -1,7 +1,7 @@
-"""What lies in the folders of runs, as far as the report reads it.
+"""Reader of run folders for the report.
 
-A folder may lack any of its files: a run under T5X writes no metrics.jsonl, full fine-tuning no
-artifact, and a results.json that was copied has no folders beside it. What is absent is empty here.
+A folder may lack any of these files: a run under T5X writes no metrics.jsonl, full fine-tuning no
+artifact, and a copied results.json has no run folders. Missing data are returned as empty.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from mpt_jax.core.old_names import existing_folder
 from mpt_jax.experiments.results import Result, main_metric
 
 METRICS, RECORD, ARTIFACT = "metrics.jsonl", "run.jsonl", "artifact"
-# The source stages: of the demo below its root, of the paper's tables beside them. Where a table
-# trains a source stage for each seed, the first is shown.
+# Folders of source stages: below the root of a demo, and beside the folder of a paper's table. If a
+# table trains a source stage for each seed, the first is shown.
 TEACHERS = ("pt_source", "teachers")
 STUDENTS = ("mpt_source", "mpt_source_s0")
 
@@ -26,77 +26,77 @@ Curve = Mapping[int, float]  # step -> value
 
 
 def own(root: Path, result: Result) -> list[Path]:
-    """The folders of a result's runs that are there: below `root`, or beside it where tables share
-    them."""
-    found = [Path(name) for name in result.model_dirs]
-    inside = root.resolve().parent
-    return [path for path in found if path.is_dir() and path.resolve().is_relative_to(inside)]
+    """Returns the existing run folders of a result, below `root` or beside it (tables share
+    runs)."""
+    folders = [Path(name) for name in result.model_dirs]
+    parent = root.resolve().parent
+    return [path for path in folders if path.is_dir() and path.resolve().is_relative_to(parent)]
 
 
 def sources(root: Path) -> dict[str, Path]:
-    """Name -> folder of the source stages, teachers first: below `root`, else beside it."""
+    """Returns name -> folder of the source stages, teachers first: below `root`, else beside it."""
     for base in (root, root.resolve().parent):
-        found = {}
+        by_name = {}
         for name, folders in (("Teachers (PT)", TEACHERS), ("MPT, one shared prompt", STUDENTS)):
-            there = [base / folder for folder in folders if (base / folder).is_dir()]
-            if there:
-                found[name] = there[0]
-        if found:
-            return found
+            existing = [base / folder for folder in folders if (base / folder).is_dir()]
+            if existing:
+                by_name[name] = existing[0]
+        if by_name:
+            return by_name
     return {}
 
 
 def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
-    """A metric of training by step, of each run."""
-    found: dict[str, dict[int, float]] = {}
+    """Returns a training metric by step, one curve for each run."""
+    curves: dict[str, dict[int, float]] = {}
     for line in _lines(model_dir / METRICS):
         if line["folder"] != "train":
             continue
         runs = [name for name in line if name.startswith(f"{metric}/")]
         for name in runs or [metric] * (metric in line):
-            found.setdefault(name, {})[line["step"]] = line[name]
-    return list(found.values())
+            curves.setdefault(name, {})[line["step"]] = line[name]
+    return list(curves.values())
 
 
 def last(model_dir: Path) -> dict[str, float]:
-    """The value of every metric of training where it was last written: runs that end first are in
-    no later line."""
-    found: dict[str, float] = {}
+    """Returns the last value of every training metric. Runs that finish early are missing in later
+    lines."""
+    values: dict[str, float] = {}
     for line in _lines(model_dir / METRICS):
         if line.pop("folder") == "train":
-            found |= {name: float(value) for name, value in line.items()}
-    return found
+            values |= {name: float(value) for name, value in line.items()}
+    return values
 
 
 def scores(model_dir: Path) -> list[Curve]:
-    """Main metric by step, of each run."""
-    found = []
+    """Returns the main metric by step, one curve for each run."""
+    curves = []
     for path in sorted((model_dir / "inference_eval").glob("*-metrics.jsonl")):
         curve = {}
         for line in _lines(path):
             step = line.pop("step")
             curve[step] = float(line[main_metric(line)])
-        found.append(curve)
-    return found
+        curves.append(curve)
+    return curves
 
 
 def artifact(model_dir: Path) -> Artifact | None:
-    """What a run handed on; None if it has no prompt artifact.
+    """Loads the artifact of a run; None if it has none.
 
     Raises:
-        ValueError: there is one and it is damaged.
+        ValueError: the artifact is damaged.
     """
     path = existing_folder(model_dir / ARTIFACT)
     return artifacts.load_artifact(path) if path.is_dir() else None
 
 
 def records(model_dir: Path) -> list[Mapping[str, Any]]:
-    """What a run says of itself, one for each of its starts."""
+    """Returns the records in run.jsonl, one for each start."""
     return list(_lines(model_dir / RECORD))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON-lines file; none if it is absent.
+    """Yields the lines of a JSON-lines file; none if the file is missing.
 
     Raises:
         ValueError: a line is damaged.
@@ -108,5 +108,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"Line {number} of {path} is damaged ({error}); remove it to go on without."
+                f"Line {number} of {path} is damaged ({error}). Remove the line to continue "
+                "without it."
             ) from error

@@ -1,4 +1,4 @@
-"""Sections of what lies in the folders of runs: curves, prompts, and where all of it is from."""
+"""Report sections from run folders: curves, similarity of prompts, provenance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpt_jax.experiments.report.context import Content, Drawn
 from mpt_jax.experiments.report.figures import Line, Panel, Style
 
 LOSS = "cross entropy, nats per token"
-# What facts of run.jsonl are called here.
+# Name in the report -> key in run.jsonl.
 FACTS = {
     "MPT-JAX": "mpt_jax",
     "Git revision": "git_revision",
@@ -52,7 +52,7 @@ def losses(content: Content) -> list[str]:
 
 
 def scores_by_step(content: Content) -> list[str]:
-    """Scores between steps, where runs were evaluated more than once."""
+    """Scores by step, if runs were evaluated more than once."""
     drawn, looks = [], unmarked(content.styles)
     for shots, results in content.by_shots():
         runs = {
@@ -66,14 +66,14 @@ def scores_by_step(content: Content) -> list[str]:
         }
         drawn += curve_panels(runs, examples(shots), "mean score", looks, "")
     if not drawn:
-        content.absent.append("Score by step: no run that is here was evaluated more than once.")
+        content.absent.append("Score by step: no available run was evaluated more than once.")
         return []
-    caption = "Score while training, mean over the runs (task, seed) of a method."
+    caption = "Score during training, mean over the runs (task, seed) of a method."
     return [content.figure(drawn, caption, looks)]
 
 
 def unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
-    """Curves of many steps have no marker on each."""
+    """Returns styles without markers, for curves of many steps."""
     return {label: look._replace(marker="") for label, look in looks.items()}
 
 
@@ -84,35 +84,36 @@ def curve_panels(
     looks: Mapping[str, Style],
     log: str,
 ) -> list[Drawn]:
-    """A panel for each length of training."""
+    """Returns a panel for each length of training."""
     by_length: dict[int, dict[str, run_reader.Curve]] = collections.defaultdict(dict)
     for label, curves in runs.items():
         for last, curve in analysis.mean_curves(curves).items():
             by_length[last][label] = curve
     drawn = []
-    for last, found in sorted(by_length.items()):
+    for last, by_label in sorted(by_length.items()):
         series = [
-            Line(looks[label], list(curve), list(curve.values())) for label, curve in found.items()
+            Line(looks[label], list(curve), list(curve.values()))
+            for label, curve in by_label.items()
         ]
         name = title if len(by_length) == 1 else f"{title}, {last:,} steps"
-        ends = ", ".join(f"{label} {curve[last]:.3g}" for label, curve in found.items())
+        ends = ", ".join(f"{label} {curve[last]:.3g}" for label, curve in by_label.items())
         alt = f"{y} by step, {name}. At the last step: {ends}."
         panel = Panel(name, "step", y, alt, log=log)
-        drawn.append(Drawn(figures.lines(panel, series), list(found)))
+        drawn.append(Drawn(figures.lines(panel, series), list(by_label)))
     return drawn
 
 
 def source_prompts(content: Content) -> list[str]:
-    """How alike the prompts of source tasks are."""
-    found = tables.trained(content.root)
-    if not found:
+    """Similarity of source prompts."""
+    sources = tables.trained(content.root)
+    if not sources:
         content.absent.append(
-            f"Similarity of source prompts: neither {content.root} nor the folder it lies in has a "
+            f"Similarity of source prompts: neither {content.root} nor its parent folder has a "
             "source stage with an artifact."
         )
         return []
     panels = []
-    for name, artifact in found.items():
+    for name, artifact in sources.items():
         prompts = _plain(content, name, [artifact])
         if prompts is not None:
             panels.append(_similarity(name, prompts, artifact.runs.task_names))
@@ -121,16 +122,16 @@ def source_prompts(content: Content) -> list[str]:
 
 
 def target_prompts(content: Content) -> list[str]:
-    """How alike the prompts of target tasks are, by one method: the reference, if its prompts are
-    here and can be compared, at the largest number of examples, which has several seeds where all
-    of them has one."""
+    """Similarity of the target prompts of one method: the reference, if its prompts are available
+    and can be compared. The largest k is preferred to all examples, because it has several
+    seeds."""
     few = [k for k in analysis.shots_of(content.results) if k is not None]
     for label in dict.fromkeys([content.reference, *content.by_label]):
         cells = content.by_label.get(label, {})
         for shots in [k for k in (*reversed(few), None) if k in cells]:
             result = cells[shots]
-            found = [run_reader.artifact(path) for path in content.folders(result)]
-            kept: list[Artifact] = [artifact for artifact in found if artifact is not None]
+            loaded = [run_reader.artifact(path) for path in content.folders(result)]
+            kept: list[Artifact] = [artifact for artifact in loaded if artifact is not None]
             title = f"{label}, {examples(shots)}"
             prompts = _plain(content, title, kept) if kept else None
             if prompts is not None:
@@ -142,26 +143,26 @@ def target_prompts(content: Content) -> list[str]:
                 )
                 return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
     content.absent.append(
-        "Similarity of target prompts: no run that is here has an artifact whose prompts can be "
+        "Similarity of target prompts: no available run has an artifact whose prompts can be "
         "compared."
     )
     return []
 
 
-def _plain(content: Content, title: str, found: Iterable[Artifact]) -> np.ndarray | None:
-    """The plain prompts [K, P, H] of artifacts; None, with a word on it, if they are no array."""
-    if texts := [artifact for artifact in found if artifact.method.reads_text]:
+def _plain(content: Content, title: str, artifacts: Iterable[Artifact]) -> np.ndarray | None:
+    """Returns the prompts [K, P, H] of artifacts; None, with a note, if they form no array."""
+    if texts := [artifact for artifact in artifacts if artifact.method.reads_text]:
         content.absent.append(
-            f"Similarity of prompts, {title}: those of {texts[0].method.name!r} depend on the "
-            "text, so no task has one that could be compared."
+            f"Similarity of prompts, {title}: prompts of {texts[0].method.name!r} depend on the "
+            "text, so they cannot be compared."
         )
         return None
-    prompts = [prompt for artifact in found for prompt in artifact.plain()]
+    prompts = [prompt for artifact in artifacts for prompt in artifact.plain()]
     lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
         content.absent.append(
-            f"Similarity of prompts, {title}: they have {', '.join(map(str, lengths))} positions, "
-            "and only prompts of one length can be compared."
+            f"Similarity of prompts, {title}: prompts have {', '.join(map(str, lengths))} "
+            "positions; only prompts of the same length can be compared."
         )
         return None
     return np.stack(prompts)
@@ -178,7 +179,7 @@ def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:
 
 
 def provenance(content: Content) -> list[str]:
-    """What made the runs: versions, devices, revision, seeds."""
+    """Versions, devices, git revision and seeds of the runs."""
     paths = [*run_reader.sources(content.root).values()]
     for result in content.results:
         here = content.folders(result)
@@ -193,18 +194,18 @@ def provenance(content: Content) -> list[str]:
     seeds = sorted({seed for result in content.results for seed in result.seeds})
     pairs = {"Draws of examples (seeds)": ", ".join(map(str, seeds))}
     if not records:
-        content.absent.append("Versions, devices, revision: no run that is here has a run.jsonl.")
+        content.absent.append("Versions, devices, revision: no available run has a run.jsonl.")
         return [page.facts(pairs)]
     for name, key in FACTS.items():
         pairs[name] = _values(record.get(key) for record in records)
     started = sorted(record["started"] for record in records)
     pairs["Runs started"] = f"{started[0]} to {started[-1]}"
-    lead = f"What the records of {len(paths)} run folders say; several values where they differ."
+    lead = f"From the records of {len(paths)} run folders; if they differ, all values are listed."
     return [page.paragraph(lead), page.facts(pairs)]
 
 
 def _values(values: Iterable[Any]) -> str:
-    """Different values, each once."""
+    """Joins the distinct values."""
     return "; ".join(dict.fromkeys(_words(value) for value in values))
 
 

@@ -1,4 +1,4 @@
-"""Which sections a report has: those that there are runs for, and a word on the rest."""
+"""Assembly of the report: sections that have data, and notes about missing data."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def write(
     reference: str = tables.REFERENCE,
     majority: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes the report of a folder and returns where it is.
+    """Writes the report of a folder and returns its path.
 
     Args:
-        root: where results.json lies; source stages lie there or beside it.
-        results: what was run.
-        out: the file, if not root/report.html.
+        root: folder of results.json; source stages are below or beside it.
+        results: all results.
+        out: output file; default root/report.html.
         reference: the method that the others are subtracted from.
-        majority: task -> percent of its rows that have the most frequent target, if known.
+        majority: task -> majority-class share in percent, if known.
 
     Raises:
-        ValueError: results that cannot be compared, an unknown reference, a damaged file.
+        ValueError: the results cannot be compared, the reference is unknown, or a file is damaged.
     """
-    found = sections(content(root, results, reference, majority or {}))
+    page_sections = sections(content(root, results, reference, majority or {}))
     out = out or root / FILE
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"Prompt tuning: {root.resolve().name}"
-    out.write_text(page.document(title, found), encoding="utf-8")
+    out.write_text(page.document(title, page_sections), encoding="utf-8")
     return out
 
 
 def sections(given: Content) -> list[Section]:
-    """All that there is something to show in, in the order of the page."""
-    found = [
+    """Returns the sections that have content, in the order of the page."""
+    candidates = [
         Section("Scores", result_sections.scores(given)),
         Section("Learning curves", run_sections.losses(given) + run_sections.scores_by_step(given)),
         Section(
@@ -61,8 +61,8 @@ def sections(given: Content) -> list[Section]:
             "Prompt length and model size",
             result_sections.lengths(given) + result_sections.sizes(given),
         ),
-        Section("Where this is from", run_sections.provenance(given)),
+        Section("Provenance", run_sections.provenance(given)),
     ]
     if given.absent:
-        found.append(Section("What is not shown", [page.points(given.absent)]))
-    return [section for section in found if section.blocks]
+        candidates.append(Section("What is not shown", [page.points(given.absent)]))
+    return [section for section in candidates if section.blocks]

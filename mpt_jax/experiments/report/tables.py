@@ -1,4 +1,4 @@
-"""Rows of text: for a terminal as they are, for a page as cells. The first row heads the others."""
+"""Text tables for the terminal and the HTML page. The first row is the header."""
 
 from __future__ import annotations
 
@@ -17,54 +17,55 @@ Rows = list[list[str]]
 
 
 def text(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -> str:
-    """The tables that the demo prints.
+    """Returns the tables that the demo prints.
 
     Args:
         root: holds the source stages.
-        results: of every method and number of examples.
-        majority: task -> percent of its test rows that have the most frequent target.
+        results: results of every method and number of examples.
+        majority: task -> majority-class share of its test split in percent.
     """
     parts = [("Source tasks (test)", source_rows(trained(root)))]
     for shots in dict.fromkeys(result.shots for result in results):
-        chosen = [result for result in results if result.shots == shots]
+        selected = [result for result in results if result.shots == shots]
         name = "all training examples" if shots is None else f"{shots} training examples"
-        parts.append((f"Target tasks, {name} (test)", score_rows(chosen, majority, wide=False)))
-        drawn = [result for result in chosen if len(result.seeds) > 1]  # with one there is no pair
-        differences = difference_rows(drawn)
+        parts.append((f"Target tasks, {name} (test)", score_rows(selected, majority, wide=False)))
+        # A single seed gives no pairs.
+        with_seeds = [result for result in selected if len(result.seeds) > 1]
+        differences = difference_rows(with_seeds)
         if len(differences) > 1:
             parts.append((f"{REFERENCE} minus each, paired by task and seed", differences))
     return "\n\n".join(f"{title}\n{as_text(rows)}" for title, rows in parts)
 
 
 def trained(root: Path) -> dict[str, Artifact]:
-    """Name -> artifact of the source stages that are there."""
-    found = {name: run_reader.artifact(path) for name, path in run_reader.sources(root).items()}
-    return {name: artifact for name, artifact in found.items() if artifact is not None}
+    """Returns name -> artifact of the existing source stages."""
+    artifacts = {name: run_reader.artifact(path) for name, path in run_reader.sources(root).items()}
+    return {name: artifact for name, artifact in artifacts.items() if artifact is not None}
 
 
 def source_rows(sources: Mapping[str, Artifact]) -> Rows:
-    """How well source stages do on the tasks they were trained on."""
+    """Returns the scores of source stages on the tasks they were trained on."""
     tasks = dict.fromkeys(t for artifact in sources.values() for t in artifact.runs.task_names)
     rows = [["", *(short(task) for task in tasks)]]
     for name, artifact in sources.items():
-        found = artifact.config["metrics"].get("scores", {})
+        scores = artifact.config["metrics"].get("scores", {})
         rows.append([name])
         for task in tasks:
-            score = found[task][main_metric(found[task])] if task in found else None
+            score = scores[task][main_metric(scores[task])] if task in scores else None
             rows[-1].append("" if score is None else f"{score:.1f}")
     return rows
 
 
 def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: bool = True) -> Rows:
-    """Mean and standard deviation over seeds of each task's main metric, by method, and their mean
-    over the tasks that all have; then that of ranking the labels instead of decoding.
+    """Returns a row for each method: mean and standard deviation over seeds of each task's main
+    metric, their mean over the common tasks, and the same mean for ranked labels.
 
     Args:
-        results: at one number of examples.
-        majority: task -> percent of its rows that have the most frequent target; {} if unknown.
-        wide: adds the interval of the mean, over seeds, and their number.
+        results: results at one number of examples.
+        majority: task -> majority-class share in percent; {} if unknown.
+        wide: adds the interval of the mean over seeds, and the number of seeds.
     """
-    metrics = {t: main_metric(found) for result in results for t, found in result.scores.items()}
+    metrics = {t: main_metric(scores) for result in results for t, scores in result.scores.items()}
     tasks = analysis.common_tasks(results)
     heads = [f"{short(task)} ({metric})" for task, metric in metrics.items()]
     more = ["95% interval", "n"] if wide else []
@@ -90,8 +91,9 @@ def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: b
 
 
 def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Rows:
-    """A method minus each other over pairs of (task, seed), with a 95% t-interval; only the heads
-    where the reference is not among them, or no other shares a task and seed with it."""
+    """Returns the reference minus each other method over pairs of (task, seed), with a 95%
+    t-interval. Methods without common pairs are left out. Without the reference only the header is
+    left."""
     rows = [["", "mean difference", "95% interval", "pairs"]]
     by_label = {
         label: next(iter(cells.values())) for label, cells in analysis.by_label(results).items()
@@ -102,23 +104,25 @@ def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Ro
     for label, old in by_label.items():
         if not set(new.seeds) & set(old.seeds) or not set(new.scores) & set(old.scores):
             continue
-        found = estimate(paired(new, old))
-        rows.append([label, f"{found.mean:+.1f}", interval(found, "+.1f"), str(found.n)])
+        difference = estimate(paired(new, old))
+        rows.append(
+            [label, f"{difference.mean:+.1f}", interval(difference, "+.1f"), str(difference.n)]
+        )
     return rows
 
 
 def gain_rows(gains: Mapping[str, Mapping[str, Estimate]]) -> Rows:
-    """Gains of each method on each task, with intervals over seeds."""
-    tasks = list(dict.fromkeys(task for found in gains.values() for task in found))
+    """Returns the gain of each method on each task, with an interval over seeds."""
+    tasks = list(dict.fromkeys(task for by_task in gains.values() for task in by_task))
     rows = [["", *map(short, tasks)]]
-    for label, found in gains.items():
-        cells = [found.get(task) for task in tasks]
+    for label, by_task in gains.items():
+        cells = [by_task.get(task) for task in tasks]
         rows.append([label, *("" if gain is None else with_interval(gain) for gain in cells)])
     return rows
 
 
 def matching_rows(by_label: ByLabel, tasks: Sequence[str]) -> Rows:
-    """How many examples each method needs to reach what another reaches with k."""
+    """Returns how many examples each method needs to reach another's score with k examples."""
     curves = {label: analysis.by_shots(cells, tasks) for label, cells in by_label.items()}
     curves = {label: curve for label, curve in curves.items() if len(curve) > 1}
     numbers = sorted({k for curve in curves.values() for k in curve})
@@ -134,31 +138,31 @@ def matching_rows(by_label: ByLabel, tasks: Sequence[str]) -> Rows:
 def _needed(curve: Mapping[int, float], level: float | None) -> str:
     if level is None:
         return ""
-    found = analysis.examples_needed(curve, level)
-    if found is None:
+    needed = analysis.examples_needed(curve, level)
+    if needed is None:
         return "not reached"
-    return f"≤ {found:.0f}" if found == min(curve) else f"{found:.1f}"
+    return f"≤ {needed:.0f}" if needed == min(curve) else f"{needed:.1f}"
 
 
 def mean_and_std(values: Sequence[float], form: str = ".1f") -> str:
-    """Both, each in this form; the mean alone of a single value."""
-    found = estimate(values)
-    return f"{found.mean:{form}}" if found.n == 1 else f"{found.mean:{form}} ± {found.std:{form}}"
+    """Formats mean and standard deviation; only the mean for a single value."""
+    value = estimate(values)
+    return f"{value.mean:{form}}" if value.n == 1 else f"{value.mean:{form}} ± {value.std:{form}}"
 
 
 def interval(found: Estimate, form: str) -> str:
-    """The interval of a mean; nothing for a single value."""
+    """Formats the interval of a mean; '' for a single value."""
     return "" if found.n == 1 else f"{found.low:{form}} .. {found.high:{form}}"
 
 
 def with_interval(found: Estimate) -> str:
-    """A difference and its interval, if it has one."""
+    """Formats a difference and its interval, if it has one."""
     between = f" ({interval(found, '+.1f')})" if found.n > 1 else ""
     return f"{found.mean:+.1f}{between}"
 
 
 def as_text(rows: Rows) -> str:
-    """Rows in columns; the first is flush left."""
+    """Aligns rows in columns; the first column is flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
