@@ -128,10 +128,10 @@ def test_versions_of_a_task_see_the_same_rows(data_dir):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cb_k251_s0", "cb has 250 rows in its train split, and cb_k251_s0 asks for k = 251"),
+        ("cb_k251_s0", "cb has 250 rows in its train split, but cb_k251_s0 needs k = 251"),
         ("cb_k29_s0_dev", "cb has 28 rows in its validation split.*k = 29"),
         ("toy_boolq_k2001_s0", "toy_boolq has 2,000 rows in its train split.*k = 2001"),
-        ("squad_k4_per_class_s0", "squad has no labels. squad_k4_s0 takes them from all rows"),
+        ("squad_k4_per_class_s0", "squad has no labels. Use squad_k4_s0 to draw from all rows"),
         ("stsb_k4_per_class_s0", "stsb has no labels"),
     ],
 )

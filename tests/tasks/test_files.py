@@ -137,7 +137,7 @@ GOOD = '{"q": "x", "a": "yes"}'
         ('{"q": NaN, "a": "yes"}', "line 2, field 'q': missing: it is null"),
         ('{"q": "x", "a": "  "}', "line 2, field 'a': empty"),
         ('{"q": "", "a": "yes"}', "line 2, field 'q': empty"),
-        ('{"q": "x", "a": "maybe"}', "field 'a': 'maybe' is none of the labels 'yes', 'no'"),
+        ('{"q": "x", "a": "maybe"}', "field 'a': 'maybe' is not one of the labels 'yes', 'no'"),
         ('{"q": ["x", "y"], "a": "yes"}', "line 2, field 'q': a list of 2"),
         ('{"q": {"en": "x"}, "a": "yes"}', "line 2, field 'q': an object; .*: en"),
         ('{"q": "\\ud83d", "a": "yes"}', "line 2, field 'q': holds half of a surrogate pair"),
@@ -180,8 +180,8 @@ def test_lines_of_a_csv_file_are_those_of_the_file():
         read("x.csv", words=LABELS)
     found = re.findall(r"line (\d+)(?:, field 'a')?: (.*)", str(error.value))
     assert [int(line) for line, _ in found] == [6, 7, 9, 10]
-    assert found[2][1] == "3 cells, where the header has 2"
-    assert found[3][1] == "1 cells, where the header has 2"
+    assert found[2][1] == "3 cells, but the header has 2"
+    assert found[3][1] == "1 cells, but the header has 2"
 
 
 def test_a_quotation_mark_that_is_never_closed_swallows_nothing():
@@ -192,7 +192,7 @@ def test_a_quotation_mark_that_is_never_closed_swallows_nothing():
 
 def test_headers_are_checked():
     write("x.csv", "q,a,a", "x,y,z")
-    with pytest.raises(ValueError, match="line 1: the header has several columns a"):
+    with pytest.raises(ValueError, match="line 1: the header repeats the columns a"):
         read("x.csv")
     write("x.csv", "q;a", "x;y")
     with pytest.raises(ValueError, match="line 2, field 'q': missing; the row has q;a"):
@@ -221,7 +221,7 @@ def test_bad_parquet_rows_and_files_are_named():
     with pytest.raises(ValueError, match="1 of 3 rows(.|\n)*row 2, field 'f': missing"):
         read("x.parquet", "{f}", "{f}")
     Path("y.parquet").write_text("q,a")
-    with pytest.raises(ValueError, match="the file: not a whole Parquet file"):
+    with pytest.raises(ValueError, match="the file: not a complete Parquet file"):
         read("y.parquet")
 
 
@@ -231,18 +231,22 @@ def test_bad_parquet_rows_and_files_are_named():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"train": "absent.jsonl"}, FileNotFoundError, "no file absent.jsonl. Paths are relative"),
-        ({"train": "x.json"}, ValueError, r"extension '.json'; .jsonl, .csv, .tsv, .parquet can"),
+        ({"train": "absent.jsonl"}, FileNotFoundError, "file absent.jsonl does not exist. Paths"),
+        (
+            {"train": "x.json"},
+            ValueError,
+            r"extension '.json'; known are .jsonl, .csv, .tsv",
+        ),
         ({"inputs": "question"}, ValueError, "inputs='question' names no field"),
-        ({"targets": "{a!r}"}, ValueError, "fields by name and nothing else"),
-        ({"targets": "{a:>5}"}, ValueError, "fields by name and nothing else"),
-        ({"targets": "{}"}, ValueError, "fields by name and nothing else"),
-        ({"targets": "{a"}, ValueError, "targets='{a' cannot be read .* twice"),
+        ({"targets": "{a!r}"}, ValueError, "hold more than a field name"),
+        ({"targets": "{a:>5}"}, ValueError, "hold more than a field name"),
+        ({"targets": "{}"}, ValueError, "hold more than a field name"),
+        ({"targets": "{a"}, ValueError, "targets='{a' cannot be parsed .* twice"),
         ({"train": None}, ValueError, "got neither"),
         ({"data": "x.jsonl"}, ValueError, "got both"),
         ({"seed": 1}, ValueError, "have no effect without data="),
-        ({"labels": "yes"}, ValueError, "must be several, got the text 'yes'"),
-        ({"labels": ["yes"]}, ValueError, "needs two labels or more"),
+        ({"labels": "yes"}, ValueError, "must be a sequence, but got the text 'yes'"),
+        ({"labels": ["yes"]}, ValueError, "needs at least two labels"),
         ({"labels": ["yes", "yes"]}, ValueError, "'yes' is given twice"),
         ({"labels": {1: "yes", "1": "no"}}, ValueError, "'1' is given twice"),
         ({"labels": ["yes", " no"]}, ValueError, "single spaces"),
@@ -264,7 +268,7 @@ def test_mistakes_that_cost_nothing_to_find_are_found_at_registration(given, err
     [
         ({"split": (0.8, 0.2)}, "three numbers"),
         ({"split": (0.8, 0.1, 0.2)}, "sum to 1"),
-        ({"split": (1.1, 0.0, -0.1)}, "from 0"),
+        ({"split": (1.1, 0.0, -0.1)}, "at least 0"),
         ({"seed": -1}, r"seed must be in 0 \.\."),
     ],
 )
@@ -353,7 +357,7 @@ def test_inputs_shared_with_train_are_counted_in_a_warning(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         examples("own_shared", "train")
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("own_shared: 2 of the 3 inputs of test occur in train too")
+    assert message.startswith("own_shared: 2 of the 3 inputs of test also occur in train")
 
 
 # --- As a task -------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_absent_data_says_how_to_get_it(data_dir, data):
     name, version = data.split(":")
     for part in (name, version, f"tfds build {data} --data_dir", str(data_dir), "--tfds_data_dir"):
         assert part in str(error.value)
-    assert ("it has version 1.0.2 of it" in str(error.value)) == (data == "super_glue/cb:9.9.9")
+    assert ("found version 1.0.2" in str(error.value)) == (data == "super_glue/cb:9.9.9")
 
 
 def test_positions_say_where_the_rows_of_the_original_file_come(data_dir):

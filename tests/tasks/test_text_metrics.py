@@ -166,7 +166,7 @@ def test_warnings_and_errors_name_the_task_and_the_run_before_the_task(caplog):
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("matthews of cola is undefined")
     assert second.startswith("matthews of cola_k4_s0 is undefined")
-    with pytest.raises(ValueError, match="Task 'cola': the gold '-1' is none of .*'no', 'yes'"):
+    with pytest.raises(ValueError, match="Task 'cola': the gold target '-1' is none .*'no', 'yes'"):
         metric(["yes", "-1"], ["no", "no"])
 
 
@@ -179,11 +179,15 @@ def test_a_metric_of_a_task_is_still_the_metric_that_seqio_and_ranking_know():
 @pytest.mark.parametrize(
     ("metric", "targets", "message"),
     [
-        (metrics.f1(LABELS), ["maybe"], "The gold 'maybe' is none of the labels 'no', 'yes'"),
-        (metrics.invalid_rate(LABELS), [""], "The gold '' is none of the labels"),
-        (metrics.correlations, ["nan"], "The gold 'nan' is no number"),
-        (metrics.correlations, [""], "The gold '' is no number"),
-        (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold '' is empty"),
+        (
+            metrics.f1(LABELS),
+            ["maybe"],
+            "gold target 'maybe' is none of the labels 'no', 'yes'",
+        ),
+        (metrics.invalid_rate(LABELS), [""], "The gold target '' is none of the labels"),
+        (metrics.correlations, ["nan"], "The gold target 'nan' is not a number"),
+        (metrics.correlations, [""], "The gold target '' is not a number"),
+        (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold target '' is empty"),
     ],
 )
 def test_an_unusable_gold_is_an_error(metric, targets, message):
