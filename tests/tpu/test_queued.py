@@ -102,9 +102,9 @@ def test_what_cannot_be_installed_is_tried_twice(clouds, others):
     clouds.plan(runs=[([-1, others, others, others], ACTIVE)] * 9)
     done = launch(clouds)
     assert done.returncode == 2
-    assert "2 starts in a row ended early and in the same way" in done.stderr
+    assert "2 starts in a row failed early in the same way" in done.stderr
     assert "worker host-0 could not be prepared: 1" in done.stderr
-    assert "is --package 'git+https://host/o/mpt-jax@abc' right?" in done.stderr
+    assert "If pip failed, check --package 'git+https://host/o/mpt-jax@abc'." in done.stderr
     assert "gcloud compute tpus queued-resources delete mpt-1" in done.stderr
     assert clouds.verbs() == ["create", *["scp", "ssh"] * 2]
 
@@ -154,8 +154,8 @@ def test_a_wheel_of_this_machine_goes_through_the_bucket(clouds):
         ({"type": "v5e-16"}, "unknown --type 'v5e-16'; .*v5litepod-16.*v6e-8"),
         ({"root": "runs"}, "--root 'runs' must be a bucket path"),
         ({"name": "A_b"}, "--name 'A_b' must be at most 30"),
-        ({"slices": "0"}, "--slices must be a number from 1, got '0'"),
-        ({"package": "x.whl"}, "--package 'x.whl' is no file"),
+        ({"slices": "0"}, "--slices must be a positive integer, but got '0'"),
+        ({"package": "x.whl"}, "--package 'x.whl' is not a file"),
         ({"zone": ""}, "missing --zone"),
         ({"nme": "x"}, "unknown option '--nme=x'"),
     ],
@@ -183,7 +183,7 @@ def test_a_bucket_that_is_not_there(clouds):
 def test_an_answer_that_is_no_state_ends_it(clouds):
     clouds.plan(failing={"compute tpus queued-resources": "PERMISSION_DENIED"})
     done = launch(clouds)
-    assert done.returncode == 2 and "gcloud cannot say what mpt-1 is" in done.stderr
+    assert done.returncode == 2 and "gcloud cannot describe mpt-1" in done.stderr
     assert "PERMISSION_DENIED" in done.stderr
 
 

@@ -108,7 +108,7 @@ def test_an_earlier_start_is_asked_to_save_first(host):
     until(log, "started")
     second = start(host, "0")
     said = second.communicate(timeout=60)[0]
-    assert second.returncode == 0 and "it is asked to save" in said
+    assert second.returncode == 0 and "Asking it to save" in said
     assert first.communicate(timeout=60)[0].splitlines()[-1].endswith("ends with 75")
     assert log.read_text() == "started 0 wait\nsaved\nstarted 0\n"
 
