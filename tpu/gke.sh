@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Runs a command on TPU slices of a GKE cluster that has the JobSet controller, as the JobSet
-# tpu/jobset.yaml: all slices start again together when a node was taken away or the command has
-# saved and stopped (exit code 75); another exit code ends the job.
+# Runs a command on TPU slices of a GKE cluster with the JobSet controller, as the JobSet
+# tpu/jobset.yaml. If a node was preempted, or the command saved and stopped (exit code 75), all
+# slices restart together. Any other exit code ends the job.
 #
 #   tpu/gke.sh --name mpt-1 --project P --zone us-west4-a --cluster C --type v5litepod-16 \
 #     --root gs://B/mpt --package git+https://HOST/OWNER/mpt-jax@REVISION \
 #     -- mpt_jax.train --gin_file=gin/mpt_source.gin
 #
-#   --name                      of the JobSet
-#   --project, --zone, --cluster  where it runs; --zone may be a region
+#   --name                      name of the JobSet
+#   --project, --zone, --cluster  the cluster; --zone may be a region
 #   --type                      an accelerator type of tpu/topologies.txt
-#   --root                      bucket path: MPT_JAX_ROOT of the run, and where its logs go
-#   --package                   this library: git+https://...@revision; empty where the image has it
-#   --slices N                  several slices, joined by the data-centre network (default 1)
-#   --image                     with Python >= 3.11 (default python:3.12)
-#   --service-account           of Kubernetes, allowed to use the bucket (default: default)
-#   --max-restarts N            (default 100)
-#   --spot                      on spot nodes
-#   --node-pools                makes a node pool for each slice first
-#   --dry-run                   prints the commands and the manifest, and runs none
+#   --root                      bucket path: MPT_JAX_ROOT of the run, and the folder of its logs
+#   --package                   this library: git+https://...@revision; omit if the image has it
+#   --slices N                  number of slices, connected by the data-center network (default 1)
+#   --image                     image with Python >= 3.11 (default python:3.12)
+#   --service-account           account with access to the bucket (default: default)
+#   --max-restarts N            maximum number of restarts (default 100)
+#   --spot                      uses spot nodes
+#   --node-pools                creates a node pool for each slice first
+#   --dry-run                   prints the commands and the manifest without running anything
 
-# The manifest is filled from variables by their names.
+# The manifest is filled with the variables of the same names.
 # shellcheck disable=SC2034
 set -euo pipefail
 # shellcheck source=tpu/lib.sh
@@ -32,13 +32,13 @@ IMAGE=python:3.12 SERVICE_ACCOUNT=default NODE_POOLS='' SPOT_SELECTOR=''
 parse "$@"
 WHERE=(--project="$PROJECT" --location="$ZONE")
 
-# A string as YAML and JSON write it.
+# Quotes a string for YAML and JSON.
 quoted() {
   local text=${1//\\/\\\\}
   printf '"%s"' "${text//\"/\\\"}"
 }
 
-# The manifest, with every ${NAME} of the template replaced by the variable of that name.
+# Prints the manifest: the template with each ${NAME} replaced by the variable of that name.
 render() {
   local indent=$'\n                ' text name value argument arguments=()
   local WORKER COMMAND_LINES
@@ -68,8 +68,8 @@ make_node_pools() {
 }
 
 [[ $PACKAGE != *.whl || $PACKAGE == *://* ]] ||
-  die "--package '$PACKAGE': a pod cannot fetch a wheel of this machine. Give git+https://..., or put
-  the library into an image, name that with --image, and leave --package out."
+  die "--package '$PACKAGE' is a local wheel, which a pod cannot fetch. Give git+https://..., or
+  install the library in an image, pass it as --image, and omit --package."
 need_gcloud
 need kubectl 'gcloud components install kubectl'
 check_bucket
@@ -81,7 +81,8 @@ if [[ -n $DRY_RUN ]]; then
   exit
 fi
 kubectl get crd jobsets.jobset.x-k8s.io >/dev/null ||
-  die "the cluster $CLUSTER has no JobSet controller: https://jobset.sigs.k8s.io/docs/installation"
+  die "the cluster $CLUSTER has no JobSet controller. Install it: \
+https://jobset.sigs.k8s.io/docs/installation"
 render | kubectl apply -f -
-echo "Watch it:  kubectl get jobset $NAME; kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=$NAME"
-echo "End it:    kubectl delete jobset $NAME"
+echo "Watch it:   kubectl get jobset $NAME; kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=$NAME"
+echo "Delete it:  kubectl delete jobset $NAME"

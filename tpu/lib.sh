@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Options become variables by their names, which shellcheck cannot follow.
+# Options set variables with their names, which shellcheck cannot follow.
 # shellcheck disable=SC2034,SC2153
 #
-# What the launch scripts share: options, the table of accelerators, dry runs, checks.
-# A script says which options it has in OPTIONS, FLAGS and REQUIRED, then calls `parse "$@"`.
+# Shared code of the launch scripts: options, the table of accelerators, dry runs, checks.
+# A script lists its options in OPTIONS, FLAGS and REQUIRED, then calls `parse "$@"`.
 
 HERE=$(dirname "${BASH_SOURCE[0]}")
 MAX_RESTARTS=100 SLICES=1 SPOT='' DRY_RUN='' PACKAGE='' COMMAND=()
@@ -13,12 +13,12 @@ die() {
   exit 2
 }
 
-# Prints the comment a script begins with.
+# Prints the comment at the top of the script.
 usage() {
   sed -n '2,${/^#/!q; s/^# \{0,1\}//p}' "$0"
 }
 
-# `--some-name VALUE` and `--some-name=VALUE` set SOME_NAME; what follows `--` is COMMAND.
+# `--some-name VALUE` and `--some-name=VALUE` set SOME_NAME; COMMAND is everything after `--`.
 parse() {
   local option name missing=()
   while (($#)); do
@@ -49,24 +49,25 @@ parse() {
     name=${name^^}
     [[ -n ${!name:-} ]] || missing+=("--$option")
   done
-  ((${#missing[@]} == 0)) || die "missing ${missing[*]}; --help says what they are"
+  ((${#missing[@]} == 0)) || die "missing ${missing[*]}; --help describes them"
   check
 }
 
 check() {
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$ ]] ||
-    die "--name '$NAME' must be at most 30 of a-z, 0-9 and '-', a letter first"
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices must be a number from 1, got '$SLICES'"
-  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "--max-restarts must be a number, got '$MAX_RESTARTS'"
+    die "--name '$NAME' must be at most 30 characters of a-z, 0-9 and '-', starting with a letter"
+  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices must be a positive integer, but got '$SLICES'"
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] ||
+    die "--max-restarts must be a non-negative integer, but got '$MAX_RESTARTS'"
   [[ $ROOT =~ ^gs://[^/]+ ]] ||
-    die "--root '$ROOT' must be a bucket path, gs://BUCKET/FOLDER: every host reads and writes it"
+    die "--root '$ROOT' must be a bucket path, gs://BUCKET/FOLDER, since all hosts use it"
   ((${#COMMAND[@]})) ||
     die "no command; end with: -- mpt_jax.train --gin_file=gin/mpt_source.gin"
   ROOT=${ROOT%/}
   look_up "$TYPE"
 }
 
-# Sets ACCELERATOR, TOPOLOGY, HOSTS, CHIPS and MACHINE, and RUNTIME where it is not given.
+# Sets ACCELERATOR, TOPOLOGY, HOSTS, CHIPS and MACHINE, and RUNTIME if it is empty.
 look_up() {
   local type runtime known=()
   while read -r type ACCELERATOR TOPOLOGY HOSTS CHIPS MACHINE runtime; do
@@ -80,7 +81,7 @@ look_up() {
   die "unknown --type '$1'; tpu/topologies.txt has: ${known[*]}"
 }
 
-# Runs a command, or with --dry-run prints it.
+# Runs a command, or prints it with --dry-run.
 run() {
   if [[ -n $DRY_RUN ]]; then
     printf '+'
@@ -105,16 +106,17 @@ check_bucket() {
   if [[ -n $DRY_RUN ]]; then
     run gcloud storage ls "$bucket"
   elif ! gcloud storage ls "$bucket" >/dev/null; then
-    die "cannot see the bucket $bucket. Is it there, and are you logged in?
+    die "cannot see the bucket $bucket. Log in, or create the bucket:
   gcloud auth login
   gcloud storage buckets create $bucket --project=$PROJECT --location=REGION"
   fi
 }
 
-# A wheel of this machine goes to the bucket, where the workers fetch it.
+# Uploads a local wheel to the bucket, from which the workers fetch it.
 upload_package() {
   [[ $PACKAGE == *.whl && $PACKAGE != *://* ]] || return 0
-  [[ -f $PACKAGE ]] || die "--package '$PACKAGE' is no file; make it with: python -m build --wheel"
+  [[ -f $PACKAGE ]] ||
+    die "--package '$PACKAGE' is not a file; build it with: python -m build --wheel"
   run gcloud storage cp "$PACKAGE" "$ROOT/packages/"
   PACKAGE=$ROOT/packages/${PACKAGE##*/}
 }

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Runs a command on a TPU slice, or several, that is asked for as a queued resource: waits for it,
-# starts the command on every host, starts it again when it was preempted (exit code 75, or the slice
-# is gone, which is then asked for anew), and deletes the resource when the command is done. Where the
-# machines stay and cannot be prepared for the command (a --package that pip does not install), twice
-# in the same way, it gives up; and where they say nothing, after ten times.
+# Runs a command on one or several TPU slices, requested as a queued resource: waits for the
+# resource, starts the command on every host, and deletes the resource when the command is finished.
+# After a preemption (exit code 75, or the slice is gone, which is then requested again) it restarts
+# the command. If the slice is still active but its hosts cannot be prepared (such as a --package
+# that pip cannot install), it stops after two equal failures; if no host answers, after ten.
 #
 #   tpu/queued.sh --name mpt-1 --project P --zone us-west4-a --type v5litepod-16 --root gs://B/mpt \
 #     --package git+https://HOST/OWNER/mpt-jax@REVISION -- mpt_jax.train --gin_file=gin/mpt_source.gin
 #
-#   --name, --project, --zone   of the queued resource
+#   --name, --project, --zone   name, project and zone of the queued resource
 #   --type                      an accelerator type of tpu/topologies.txt
-#   --root                      bucket path: MPT_JAX_ROOT of the run, and where its logs go
-#   --package                   this library: git+https://...@revision, a wheel here or in a bucket
-#   --slices N                  several slices, joined by the data-centre network (default 1)
-#   --runtime                   TPU VM image (default: the table's)
-#   --max-restarts N            (default 100)
-#   --spot                      cheaper, may be taken away at any time
-#   --keep                      does not delete the resource at the end
-#   --dry-run                   prints the commands, and runs none
+#   --root                      bucket path: MPT_JAX_ROOT of the run, and the folder of its logs
+#   --package                   this library: git+https://...@revision, or a local or gs:// wheel
+#   --slices N                  number of slices, connected by the data-center network (default 1)
+#   --runtime                   TPU VM image (default: from the table)
+#   --max-restarts N            maximum number of restarts (default 100)
+#   --spot                      uses spot capacity: cheaper, may be preempted at any time
+#   --keep                      keeps the resource at the end
+#   --dry-run                   prints the commands without running them
 #
-# PAUSE=30 in the environment: seconds between two looks at the resource, and before a restart.
-# EARLY=300: a start that ended within so many seconds was early, as one that cannot work is.
+# Environment: PAUSE=30, seconds between checks of the resource and before a restart; EARLY=300, a
+# start that fails within this many seconds counts as an early failure.
 set -euo pipefail
 # shellcheck source=tpu/lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -28,8 +28,8 @@ source "$(dirname "$0")/lib.sh"
 OPTIONS='name project zone type root package slices runtime max-restarts' FLAGS='spot keep dry-run'
 REQUIRED='name project zone type root package'
 RETRY=75 PAUSE=${PAUSE:-30} EARLY=${EARLY:-300} KEEP=''
-# Hosts that are not heard of may be of a slice that is being taken away, whose state follows late.
-UNPREPARED='could not be prepared' MOST_UNPREPARED=2 MOST_UNHEARD=10
+# Silent hosts may belong to a slice that is being preempted, whose state is updated late.
+UNPREPARED='could not be prepared' MAX_UNPREPARED=2 MAX_SILENT=10
 parse "$@"
 WHERE=(--project="$PROJECT" --zone="$ZONE")
 TPUS=(gcloud compute tpus queued-resources)
@@ -45,21 +45,21 @@ delete() {
   run "${TPUS[@]}" delete "$NAME" "${WHERE[@]}" --force --quiet
 }
 
-# ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; ABSENT where there is none.
+# Prints ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ..., or ABSENT if the resource does not exist.
 state() {
-  local said
-  if said=$("${TPUS[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state.state)' 2>&1); then
-    echo "${said##*$'\n'}"
-  elif [[ $said == *NOT_FOUND* || $said == *'not found'* ]]; then
+  local answer
+  if answer=$("${TPUS[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state.state)' 2>&1); then
+    echo "${answer##*$'\n'}"
+  elif [[ $answer == *NOT_FOUND* || $answer == *'not found'* ]]; then
     echo ABSENT
   else
-    die "gcloud cannot say what $NAME is: $said"
+    die "gcloud cannot describe $NAME: $answer"
   fi
 }
 
-# Waits until the slices are there, asking for them again where they were taken or refused.
+# Waits until the slices are active; requests them again after a preemption or a failed request.
 acquire() {
-  local now last='' asked=0
+  local now last='' requests=0
   if [[ -n $DRY_RUN ]]; then
     create
     run "${TPUS[@]}" describe "$NAME" "${WHERE[@]}" --format='value(state.state)'
@@ -72,7 +72,7 @@ acquire() {
     case $now in
       ACTIVE) return ;;
       ABSENT)
-        ((asked++ <= MAX_RESTARTS)) || die "asked for $NAME $asked times in vain"
+        ((requests++ <= MAX_RESTARTS)) || die "requested $NAME $requests times without success"
         create
         ;;
       FAILED | SUSPENDED) delete ;;
@@ -81,8 +81,8 @@ acquire() {
   done
 }
 
-# The command on every host. The workers' own last lines say how it ended: gcloud passes on the
-# exit code of one of them.
+# Starts the command on every host. The workers' last lines report how it ended, since gcloud
+# returns the exit code of only one of them.
 start() {
   local hosts=$((HOSTS * SLICES)) distributed='' remote
   ((hosts == 1)) || distributed=MPT_JAX_DISTRIBUTED=1
@@ -94,31 +94,31 @@ start() {
     --command="$remote" || true
 }
 
-# Says what is kept, and how to end its cost.
-kept() {
-  echo "$NAME is kept, and costs money: tpu/queued.sh starts it again, and this ends it:" >&2
+# Reports that the resource was kept, and how to delete it.
+report_kept() {
+  echo "$NAME was kept and still costs money. Rerun tpu/queued.sh to restart it, or delete it:" >&2
   DRY_RUN=yes delete >&2
 }
 
-# Ends where one start after another was early and ended alike, on machines that are still there. SAID
-# are the workers' last lines, of which some are missing or say that a host could not be prepared.
-give_up_on_what_cannot_start() {
-  local most=$MOST_UNHEARD
-  ((TOOK < EARLY)) || ALIKE=0
-  [[ $SAID == "$LAST" ]] || ALIKE=0
-  LAST=$SAID
-  ((TOOK >= EARLY || ++ALIKE)) # counts the early ones
-  [[ $SAID != *"$UNPREPARED"* ]] || most=$MOST_UNPREPARED
-  ((ALIKE >= most)) || return 0
-  echo "$ALIKE starts in a row ended early and in the same way, so another one would:" >&2
-  if [[ -n $SAID ]]; then
-    echo "$SAID" >&2
-    echo "Why is above. If pip failed: is --package '$PACKAGE' right?" >&2
+# Exits after several starts in a row that failed early with equal results, on a slice that is still
+# active. RESULTS are the workers' last lines; some are missing or report an unprepared host.
+stop_if_starts_fail() {
+  local limit=$MAX_SILENT
+  ((TOOK < EARLY)) || FAILURES=0
+  [[ $RESULTS == "$LAST_RESULTS" ]] || FAILURES=0
+  LAST_RESULTS=$RESULTS
+  ((TOOK >= EARLY || ++FAILURES)) # counts early failures only
+  [[ $RESULTS != *"$UNPREPARED"* ]] || limit=$MAX_UNPREPARED
+  ((FAILURES >= limit)) || return 0
+  echo "$FAILURES starts in a row failed early in the same way, so no more are tried:" >&2
+  if [[ -n $RESULTS ]]; then
+    echo "$RESULTS" >&2
+    echo "See the output above. If pip failed, check --package '$PACKAGE'." >&2
   else
-    echo "no host of $NAME answered. Why is above. With several hosts gcloud needs its SSH key in the" >&2
-    echo "agent: ssh-add ~/.ssh/google_compute_engine" >&2
+    echo "no host of $NAME answered. See the output above. With several hosts, gcloud needs its" >&2
+    echo "SSH key in the agent: ssh-add ~/.ssh/google_compute_engine" >&2
   fi
-  kept
+  report_kept
   exit 2
 }
 
@@ -127,15 +127,15 @@ trap 'rm -f "$OUTPUT"' EXIT
 need_gcloud
 check_bucket
 upload_package
-ALIKE=0 LAST=''
+FAILURES=0 LAST_RESULTS=''
 for ((attempt = 0; attempt <= MAX_RESTARTS; attempt++)); do
   acquire
   began=$SECONDS
   start 2>&1 | tee "$OUTPUT"
   TOOK=$((SECONDS - began))
   [[ -z $DRY_RUN ]] || break
-  SAID=$(sed -nE "/^worker [^ ]+ (ends with|$UNPREPARED:) [0-9]+/p" "$OUTPUT" | sort)
-  codes=$(sed -n 's/^worker .* ends with \([0-9]*\).*/\1/p' <<<"$SAID" | sort -n)
+  RESULTS=$(sed -nE "/^worker [^ ]+ (ends with|$UNPREPARED:) [0-9]+/p" "$OUTPUT" | sort)
+  codes=$(sed -n 's/^worker .* ends with \([0-9]*\).*/\1/p' <<<"$RESULTS" | sort -n)
   failed=$(grep -vxE "0|$RETRY|" <<<"$codes" | tail -n 1 || true)
   finished=$(grep -cx 0 <<<"$codes" || true)
   ((finished < HOSTS * SLICES)) || break
@@ -143,14 +143,15 @@ for ((attempt = 0; attempt <= MAX_RESTARTS; attempt++)); do
   now=$(state)
   if [[ $now == ACTIVE && -n $failed ]]; then
     echo "The command failed with exit code $failed; logs are in $ROOT/logs/$NAME." >&2
-    kept
+    report_kept
     exit "$failed"
   elif [[ $now == ACTIVE ]] && (($(grep -c . <<<"$codes") < HOSTS * SLICES)); then
-    give_up_on_what_cannot_start
-  else # those machines are gone, or the command has run on all of them
-    ALIKE=0 LAST=''
+    stop_if_starts_fail
+  else # the slice is gone, or the command has run on all hosts
+    FAILURES=0 LAST_RESULTS=''
   fi
-  echo "$finished of $((HOSTS * SLICES)) hosts are done; starting again."
+  echo "$finished of $((HOSTS * SLICES)) hosts finished; restarting the command."
 done
-((attempt <= MAX_RESTARTS)) || die "still not done after $MAX_RESTARTS restarts; $NAME is kept"
+((attempt <= MAX_RESTARTS)) ||
+  die "not finished after $MAX_RESTARTS restarts; $NAME was kept. Raise --max-restarts to continue"
 [[ -n $KEEP ]] || delete

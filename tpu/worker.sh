@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs on every host of a job: installs the library once, then `python -m "$@"`, and leaves its log
-# in the bucket. Its last line says how the run ended: 0 it is done, 75 it has saved and wants to be
-# started again (also when another host was lost, or when it was stopped before it had begun),
-# anything else it failed; or that it was not started, because the host could not be prepared.
+# Runs on every host of a job: installs the library once, runs `python -m "$@"`, and uploads its log
+# to the bucket. The last line reports the exit code. 0: finished. 75: saved, to be restarted (also
+# if another host was lost, or the run was stopped while it did not handle signals). Other codes:
+# failed. If the host could not be prepared, the last line says so, and the run did not start.
 #
-# Environment: NAME of the job, MPT_JAX_ROOT, PACKAGE (what pip installs; empty: it is installed).
+# Environment: NAME of the job; MPT_JAX_ROOT; PACKAGE to install with pip, empty if it is installed.
 set -euo pipefail
 
 : "${NAME:?}" "${MPT_JAX_ROOT:?}"
@@ -13,15 +13,15 @@ python=python3
 mkdir -p "$home"
 
 find_python() {
-  local found
-  for found in python3.12 python3.11 python3; do
-    "$found" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
-      echo "$found" && return
+  local name
+  for name in python3.12 python3.11 python3; do
+    "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
+      echo "$name" && return
   done
   return 1
 }
 
-# A virtual environment with PACKAGE; made anew when PACKAGE is another.
+# Creates a virtual environment with PACKAGE, again whenever PACKAGE changes.
 install() {
   python=$home/venv/bin/python
   if [[ $(cat "$home/installed" 2>/dev/null) == "$PACKAGE" ]]; then return; fi
@@ -42,12 +42,12 @@ install() {
   echo "$PACKAGE" >"$home/installed"
 }
 
-# A run that outlived its connection still holds the chips: it is asked to save, then ended.
+# A run that outlived its connection still holds the chips: asks it to save, then kills it.
 stop_earlier() {
   local pid
   pid=$(cat "$home/pid" 2>/dev/null) || return 0
   [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") == *" -m $1 "* ]] || return 0
-  echo "An earlier start still runs on $(hostname) (process $pid); it is asked to save."
+  echo "An earlier run is still active on $(hostname) (process $pid). Asking it to save."
   kill -TERM "$pid"
   for _ in {1..120}; do
     kill -0 "$pid" 2>/dev/null || return 0
@@ -57,7 +57,7 @@ stop_earlier() {
 }
 
 upload_log() {
-  "$python" - "$log" "$MPT_JAX_ROOT/logs/$NAME/$(hostname).log" <<'PYTHON' || echo "No log in the bucket."
+  "$python" - "$log" "$MPT_JAX_ROOT/logs/$NAME/$(hostname).log" <<'PYTHON' || echo "No log uploaded."
 import sys
 from etils import epath
 path = epath.Path(sys.argv[2])
@@ -79,22 +79,22 @@ echo "$child" >pid
 tail -c "+$((before + 1))" -f --pid="$child" "$log" &
 trap 'signaled=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
 signaled=yes code=0
-while [[ -n $signaled ]]; do # a signal ends the wait, not the run
+while [[ -n $signaled ]]; do # a signal interrupts the wait, not the run
   signaled='' ended=0
   wait "$child" || ended=$?
-  ((ended == 127)) || code=$ended # 127: it had been waited for
+  ((ended == 127)) || code=$ended # 127: it was already waited for
 done
 rm -f pid
 wait || true # for the rest of the log
-# JAX aborts a process when another of the job is gone; this one has nothing to mend. Only
-# this start's lines say so, and `grep -c` reads all of them: `-q` would break the pipe, an error.
+# JAX aborts a process if another process of the job is lost, which is no fault of this host. Only
+# the lines of this start count. `grep -c` reads all of them; `-q` would break the pipe, an error.
 if ((code == 134)) && tail -c "+$((before + 1))" "$log" |
   grep -c 'JAX distributed service detected fatal errors' >/dev/null; then
   echo "Another host of the job was lost."
   code=75
 fi
-if ((code == 143)); then # SIGTERM by its default: the run did not listen yet, or no more
-  echo "The run was stopped while it did not listen; it goes on from its last save."
+if ((code == 143)); then # SIGTERM's default action: the run did not handle signals at that time
+  echo "SIGTERM stopped the run before it could save. It resumes from its last checkpoint."
   code=75
 fi
 upload_log

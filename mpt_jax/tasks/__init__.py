@@ -1,1 +1,1 @@
-"""SeqIO task suites. Importing a module of this package registers its tasks."""
+"""SeqIO task suites. Importing a suite's module registers its tasks."""

@@ -1,9 +1,10 @@
-"""The other sources of the MPT paper's run with twelve: importing this module registers agnews,
-commonsenseqa, openbookqa, arc_easy, arc_challenge and anli_r1 to anli_r3. WinoGrande, the sixth, is
-in `mpt_jax.tasks.mpt_others`.
+"""The additional source tasks of the MPT paper's twelve-source run.
 
-The paper names the data sets alone. Which part of ARC and ANLI to take, and all splits but ANLI's,
-are ours; docs/tasks.md says why.
+Importing this module registers agnews, commonsenseqa, openbookqa, arc_easy, arc_challenge and
+anli_r1 to anli_r3. WinoGrande, the sixth additional source, is in `mpt_jax.tasks.mpt_others`.
+
+The paper only names the data sets. The choice of ARC and ANLI parts, and all splits except ANLI's,
+are ours; docs/tasks.md gives the reasons.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ def _words(options: int) -> tuple[str, ...]:
 
 
 def _arc(part: str, train: int, validation: int, test: int) -> Row:
-    """Mostly four options, in a few rows three or five; a row letters its own."""
+    """A part of ARC. Most rows have four options, a few have three or five; label names vary."""
     return Row(
         f"arc_{part.lower()}",
         f"ai2_arc/ARC-{part}:1.0.0",
@@ -59,7 +60,7 @@ ROWS = (
         template=partial(labelled, {"title": "title", "description": "description"}),
         words=("World", "Sports", "Business", "Sci/Tech"),
     ),
-    # CommonsenseQA's questions, with explanations that are not read.
+    # CommonsenseQA's questions; the explanations in this data set are not used.
     Row(
         "commonsenseqa",
         "cos_e:0.0.1",

@@ -1,25 +1,26 @@
-"""Runs on a few examples: `boolq_k16_s3` trains on 16 rows of boolq, those of draw 3.
+"""Few-shot runs: `boolq_k16_s3` trains on 16 rows of boolq, those of draw 3.
 
     <task>_k<k>_s<draw>                k training rows in total, as the MPT paper counts them
     <task>_k<k>_per_class_s<draw>      k rows of each label; ours
-    <task>_s<draw>                     all rows: a repeat, with initial values of its own
-    ..._dev                            the validation split is cut to as many rows, drawn apart
+    <task>_s<draw>                     all rows: a repeat with different initial values
+    ..._dev                            also cuts validation to k rows, from a separate draw
     ..._lr0.3, _tlr0.4, _from_mnli     the same rows in the same order, for runs of a fleet that
                                        differ in these settings (`runs.data_name`); ours
 
-The paper has k = 4, 16, 32 and ten draws (0 .. 9 here), and does not say whether its validation
-split is whole; the default is that it is. Any k and draw work: nothing is registered before a run
-names it (`examples.name_tasks_with`). Validation, where it is whole, and test are the task's own.
+The paper uses k = 4, 16, 32 and ten draws (0 .. 9 here). It does not say whether the whole
+validation split is used; by default it is. Any k and draw work: a run is registered when its name
+is first used (`task_lookup.register_task_resolver`). Test, and validation without `_dev`, are the
+same as the task's.
 
-Which rows a run sees is a function of (task, k, draw) and of the number of rows to choose from:
-`random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so it is the same on
-every machine. Versions of a task, such as its `_digits`, see the same rows (`draw_as`). Row
-numbers count from 0 in the order of the task's training split: for the suites that is the order of
-the original files, or of their published permutation where the split is cut from one
-(`splits.PartsSource.positions`); for any other task the order in which its source yields rows
-unshuffled.
+The rows of a run depend only on (task, k, draw) and on the number of rows to choose from:
+`random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so the draw is the
+same on every machine. Versions of a task, such as its `_digits`, use the same rows (`draw_as`).
+Row numbers count from 0 in the order of the task's training split. In the suites this is the order
+of the original files, or of their published permutation if the split is cut from one
+(`splits.PartsSource.positions`). In any other task it is the order in which the source yields rows
+without shuffling.
 
-A row is one of the data set: ReCoRD's become an example for each of their answers.
+Rows are counted in the data set: a row of ReCoRD becomes one example for each of its answers.
 """
 
 from __future__ import annotations
@@ -44,21 +45,21 @@ _NAME = re.compile(
     r"(?P<task>.+)_k(?P<k>[1-9]\d*)(?P<per_class>_per_class)?_s(?P<seed>0|[1-9]\d*)(?P<dev>_dev)?",
     re.ASCII,
 )
-# A task's attribute: the name that its draws are seeded by, if that is not its own.
+# Attribute of a task: the task name that seeds its draws, if it differs from the task's name.
 _DRAWN_AS = "drawn_as"
 _REPEAT = re.compile(r"(?P<task>.+)_s(0|[1-9]\d*)", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What a run name asks for.
+    """A few-shot run, as its name describes it.
 
     Attributes:
-        task: the task that is learnt.
-        k: rows, in total or of each label.
-        seed: which draw.
-        per_class: whether k counts rows of each label.
-        dev: whether the validation split is cut as the training split is.
+        task: the task to train on.
+        k: number of rows, in total or for each label.
+        seed: number of the draw.
+        per_class: whether k counts the rows of each label.
+        dev: whether the validation split is also cut to k rows.
     """
 
     task: str
@@ -69,18 +70,18 @@ class Draw:
 
     @property
     def name(self) -> str:
-        """The run name; `parse` undoes it."""
+        """The run name; the inverse of `parse`."""
         middle = "_per_class" if self.per_class else ""
         return f"{self.task}_k{self.k}{middle}_s{self.seed}{'_dev' if self.dev else ''}"
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that are cut."""
+        """The splits that are cut to the rows drawn."""
         return ("train", "validation") if self.dev else ("train",)
 
 
 def parse(name: str) -> Draw | None:
-    """Returns what a run name asks for, or None where it is not the name of a few-shot run."""
+    """Returns the draw that a run name describes, or None if it does not name a few-shot run."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -89,10 +90,10 @@ def parse(name: str) -> Draw | None:
 
 
 def indices(draw: Draw, split: str, num_rows: int) -> list[int]:
-    """Returns which k of `num_rows` rows are seen, in the order drawn.
+    """Returns the k row numbers below `num_rows` that a run uses, in the order drawn.
 
     Raises:
-        ValueError: there are fewer than k.
+        ValueError: the split has fewer than k rows.
     """
     _check(draw, split, num_rows)
     return _generator(draw, split).sample(range(num_rows), draw.k)
@@ -104,59 +105,59 @@ def indices_per_class(
     """Returns k rows of each label, label after label, each in the order drawn.
 
     Args:
-        draw, split: what is drawn, and from where.
+        draw, split: the draw, and the split to draw from.
         row_labels: the label number of each row [n].
-        labels: what the numbers mean.
+        labels: the name of each label number.
 
     Raises:
         ValueError: a label has fewer than k rows.
     """
-    found = []
+    drawn = []
     for number, label in enumerate(labels):
         rows = np.flatnonzero(row_labels == number).tolist()
         _check(draw, split, len(rows), f" of label {label!r}")
-        found += _generator(draw, split, f"class {number}").sample(rows, draw.k)
-    return found
+        drawn += _generator(draw, split, f"class {number}").sample(rows, draw.k)
+    return drawn
 
 
 def draw_as(task: seqio.Task, name: str) -> None:
-    """Makes few-shot runs of `task` draw the rows that those of the task `name` draw.
+    """Makes few-shot runs of `task` draw the same rows as runs of the task called `name`.
 
     Args:
-        task: has the rows of the other task in the same order, and its labels, whatever they are
-            called, in the same order too.
-        name: of the other task.
+        task: a task with the same rows in the same order as the other task. Its labels may have
+            other names but must have the same order.
+        name: name of the other task.
     """
     setattr(task, _DRAWN_AS, name)
 
 
 def _generator(draw: Draw, split: str, *rest: str) -> random.Random:
-    apart = () if split == "train" else (split,)
-    return random.Random(" ".join([draw.task, str(draw.k), str(draw.seed), *apart, *rest]))
+    split_words = () if split == "train" else (split,)
+    return random.Random(" ".join([draw.task, str(draw.k), str(draw.seed), *split_words, *rest]))
 
 
-def _check(draw: Draw, split: str, found: int, of: str = "") -> None:
-    if found < draw.k:
+def _check(draw: Draw, split: str, num_rows: int, suffix: str = "") -> None:
+    if num_rows < draw.k:
         raise ValueError(
-            f"{draw.task} has {found:,} rows{of} in its {split} split, and {draw.name} asks for "
-            f"k = {draw.k}."
+            f"{draw.task} has {num_rows:,} rows{suffix} in its {split} split, but {draw.name} "
+            f"needs k = {draw.k}. Use a smaller k."
         )
 
 
 class FewShotSource(seqio.DataSource):
-    """The source of a few-shot run: the task's own, with the train split cut to the rows drawn.
+    """Source of a few-shot run: the task's source, with the train split cut to the rows drawn.
 
-    Nothing but the rows drawn is held in memory. Counting rows needs no pass over them, unless the
-    source has to order them (`splits`); rows of each class need one over the labels.
+    Only the rows drawn are held in memory. Counting rows needs no pass over the data, unless the
+    source has to order them (`splits`). Drawing rows of each class needs one pass over the labels.
 
     Args:
-        task: the task that is learnt, whose source says how many rows a split has:
-            `num_rows(split)` or, as SeqIO's, `num_input_examples(split)`.
-        draw: which rows; `draw.task` seeds it.
+        task: the task to train on. Its source must report the number of rows of a split, by
+            `num_rows(split)` or SeqIO's `num_input_examples(split)`.
+        draw: the rows to use; `draw.task` is part of the seed.
 
     Attributes:
-        source: the task's own.
-        draw: which rows.
+        source: the task's source.
+        draw: the rows to use.
     """
 
     def __init__(self, task: seqio.Task, draw: Draw):
@@ -166,28 +167,28 @@ class FewShotSource(seqio.DataSource):
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """Examples are dealt to hosts after they are read."""
+        """False: examples are split among hosts after they are read."""
         return False
 
     def __str__(self) -> str:
         return f"{self.source}, {self.draw.name}"
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """One shard: SeqIO deals its examples to the hosts."""
+        """Returns one shard; SeqIO splits its examples among the hosts."""
         return [split]
 
     def num_input_examples(self, split: str) -> int | None:  # type: ignore[override]
-        """Rows of a split, as SeqIO has it."""
+        """Returns the number of rows of a split."""
         if split not in self.draw.splits:
             return self.source.num_input_examples(split)
         classes = len(evaluator.labels_of(self._task)) if self.draw.per_class else 1
         return self.draw.k * classes
 
     def few_shot_indices(self, split: str) -> list[int] | None:
-        """The rows that are seen, in the order drawn; None for a split that is not cut.
+        """Returns the row numbers in the order drawn, or None for a split that is not cut.
 
         Raises:
-            ValueError: fewer than k rows, or a source that does not say how many.
+            ValueError: the split has fewer than k rows, or its number of rows is unknown.
         """
         if split not in self.draw.splits:
             return None
@@ -204,7 +205,7 @@ class FewShotSource(seqio.DataSource):
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **settings: Any
     ) -> tf.data.Dataset:
-        """Returns the rows of a split; those of one that is cut come in the order drawn."""
+        """Returns the rows of a split, in the order drawn if the split is cut."""
         drawn = self.few_shot_indices(split)
         if drawn is None:
             return self.source.get_dataset(split=split, shuffle=shuffle, seed=seed, **settings)
@@ -222,38 +223,38 @@ class FewShotSource(seqio.DataSource):
         count = getattr(self.source, "num_rows", self.source.num_input_examples)(split)
         if count is None:
             raise ValueError(
-                f"The source of {self._task.name!r} does not say how many rows its {split} split "
-                "has, so none can be drawn. Give it num_input_examples."
+                f"The source of task {self._task.name!r} does not say how many rows its {split} "
+                "split has, so rows cannot be drawn from it. Implement num_input_examples."
             )
         return count
 
     def _positions(self, split: str) -> np.ndarray:
-        """Where the rows [n] come in what the source yields unshuffled."""
+        """Returns the positions of the rows [n] in the unshuffled output of the source."""
         if hasattr(self.source, "positions"):
             return self.source.positions(split)
         return np.arange(self._num_rows(split))
 
     def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
-        """The label number of each row [n]; one pass over the split."""
+        """Returns the label number of each row [n]; makes one pass over the split."""
         stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
         number = {label.encode(): i for i, label in enumerate(labels)}
         with task_lookup.explain_missing_data(self._task, split):
-            found = [number[target] for target in targets.as_numpy_iterator()]
-        return np.array(found)[self._positions(split)]
+            row_labels = [number[target] for target in targets.as_numpy_iterator()]
+        return np.array(row_labels)[self._positions(split)]
 
 
 def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns a source's rows as the task's text, `inputs` and `targets`, before they are tokens.
+    """Returns a source's rows as the task's text, `inputs` and `targets`, before tokenization.
 
     Raises:
-        ValueError: the task does not tokenize with `features.finish`.
+        ValueError: the task's preprocessors do not end with `preprocessors.finish`.
     """
     steps = list(task.preprocessors)
     if seqio.preprocessors.tokenize not in steps:
         raise ValueError(
-            f"The preprocessors of {task.name!r} do not end with feature_converter.finish, so its "
-            "text cannot be told from its tokens."
+            f"The preprocessors of task {task.name!r} do not tokenize its text. End the list with "
+            "mpt_jax.data.preprocessors.finish(name)."
         )
     for step in steps[: steps.index(seqio.preprocessors.tokenize)]:
         dataset = step(dataset)
@@ -261,13 +262,13 @@ def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def register_run(name: str) -> bool:
-    """Registers the run of this name; a naming scheme, see `examples.name_tasks_with`.
+    """Registers the run called `name`; a resolver for `task_lookup.register_task_resolver`.
 
     Returns:
         Whether it is the name of a run of a registered task.
 
     Raises:
-        ValueError: the task has fewer than k rows, or none of a class to draw by.
+        ValueError: the task has fewer than k rows, or no labels for a draw per class.
     """
     if (data := data_name(name)) != name:
         if not task_lookup.is_task(data):
@@ -285,8 +286,8 @@ def register_run(name: str) -> bool:
         return False
     if asked.per_class and not evaluator.labels_of(task):
         raise ValueError(
-            f"{name} asks for {asked.k} rows of each label, and {asked.task} has no labels. "
-            f"{dataclasses.replace(asked, per_class=False).name} takes them from all rows."
+            f"{name} asks for {asked.k} rows of each label, but task {asked.task} has no labels. "
+            f"Use {dataclasses.replace(asked, per_class=False).name} to draw from all rows."
         )
     draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
     for split in draw.splits:

@@ -1,14 +1,14 @@
-"""Rows of JSONL, CSV, TSV and Parquet files as text, and what is wrong with those that give none.
+"""Readers of JSONL, CSV, TSV and Parquet files, with errors that name the bad rows.
 
 A row is a JSON object, a line of cells below a header, or a row of a Parquet table. `read` fills
-two templates with the fields of every row. It leaves no row out: if some cannot be used, it says
-which and why, and returns none.
+two templates with the fields of every row. It never skips a row: if some rows cannot be used, it
+raises an error with their numbers and reasons.
 
-    str                     as it is
-    number in JSON          as it is written there: 1.50 stays '1.50'; in Parquet, Python's str()
+    str                     unchanged
+    number in JSON          as written: 1.50 stays '1.50'; in Parquet, Python's str()
     true, false             'true', 'false'
-    null, NaN               missing, an error
-    list, object, others    an error that says what it is
+    null, NaN               an error: missing
+    list, object, others    an error that names the type
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Unusable(Exception):
-    """What is wrong with a row.
+    """The reason why a row cannot be used.
 
     Args:
-        reason: for whoever made the file.
-        field: the one that it is about; '' for the whole row.
+        reason: text for the author of the file.
+        field: the field with the problem; '' for the whole row.
     """
 
     def __init__(self, reason: str, field: str = ""):
@@ -42,34 +42,34 @@ class Unusable(Exception):
 
 
 Row = Mapping[str, Any]
-# (number, row or what is wrong with it); numbers count from 1, and 0 stands for the whole file.
+# (number, row or why it cannot be used). Numbers count from 1; 0 stands for the whole file.
 Numbered = tuple[int, Row | Unusable]
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Texts of a file's rows, in its order."""
+    """Texts of a file's rows, in file order."""
 
     inputs: list[str]
     targets: list[str]
 
     def take(self, rows: Any) -> Examples:
-        """The examples of these row numbers, counted from 0."""
+        """Returns the examples at these row numbers, counted from 0."""
         return Examples([self.inputs[i] for i in rows], [self.targets[i] for i in rows])
 
 
 class Template:
     """A text with fields in braces: 'question: {question} context: {doc.text}'.
 
-    A field is a key of the row; where there is none of that name, its dots lead into objects.
-    Braces of the text itself are written twice. White space around the whole is removed.
+    A field is a key of the row. If the row has no key of that name, the dots of the name lead into
+    nested objects. Literal braces are written twice. White space around the filled text is removed.
 
     Args:
         name: 'inputs' or 'targets', for errors.
         text: the template.
 
     Raises:
-        ValueError: it names no field, or asks for anything but fields.
+        ValueError: the template names no field, or has braces that hold more than a field name.
     """
 
     def __init__(self, name: str, text: str):
@@ -78,27 +78,27 @@ class Template:
             self._parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ValueError(
-                f"The template {name}={text!r} cannot be read ({error}). Write a brace that "
-                "belongs to the text twice."
+                f"The template {name}={text!r} cannot be parsed ({error}). Write literal braces "
+                "twice: {{ and }}."
             ) from error
         for _, field, spec, conversion in self._parts:
             if field == "" or spec or conversion:
                 raise ValueError(
-                    f"The template {name}={text!r} may hold fields by name and nothing else: no "
-                    "empty braces, and no '!' or ':' inside braces."
+                    f"The template {name}={text!r} has braces that hold more than a field name. "
+                    "Remove empty braces, and '!' and ':' inside braces."
                 )
         self.fields = tuple({field: None for _, field, _, _ in self._parts if field})
         if not self.fields:
             raise ValueError(
-                f"The template {name}={text!r} names no field, so every row would be the same. "
-                "Name one in braces: {question}."
+                f"The template {name}={text!r} names no field, so all rows would be equal. Put a "
+                "field name in braces: {question}."
             )
 
     def fill(self, row: Row) -> str:
         """Returns the text of a row.
 
         Raises:
-            Unusable: a field is missing or has no text, or nothing at all is left.
+            Unusable: a field is missing or has no text, or the filled text is empty.
         """
         filled = "".join(
             literal + (_text_of(_find(row, field), field) if field else "")
@@ -110,7 +110,7 @@ class Template:
 
     @property
     def subject(self) -> str:
-        """What an error about the whole text names: its only field, or the template."""
+        """The name for errors about the whole text: its only field, or the template's name."""
         return self.fields[0] if len(self.fields) == 1 else self.name
 
 
@@ -120,12 +120,13 @@ def read(
     """Returns the examples of a file.
 
     Args:
-        path: its extension says how to read it.
-        inputs, targets: how rows become text.
+        path: the file; its extension selects the reader.
+        inputs, targets: templates of the two texts.
         words: {target in the file: word to answer}; empty for free text.
 
     Raises:
-        ValueError: rows cannot be used, the first `SHOWN` of them with line and field; no rows.
+        ValueError: the file has no rows, or rows that cannot be used. The error lists the first
+            `SHOWN` of these with line and field.
     """
     examples, bad, total = Examples([], []), [], 0
     with path.open("rb") as file:
@@ -143,25 +144,25 @@ def read(
     if bad:
         raise ValueError(_describe(path, bad, total))
     if not total:
-        raise ValueError(f"{path} is empty: it holds no row.")
+        raise ValueError(f"{path} is empty. Give a file with at least one row.")
     return examples
 
 
 def check_readable(path: epath.Path) -> None:
-    """Checks what can be told of a file without reading it.
+    """Checks a file's existence and format without reading it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: an unknown extension, or one whose package is not installed.
+        FileNotFoundError: the file does not exist.
+        ValueError: the extension is unknown, or the package that reads it is not installed.
     """
     if path.suffix.lower() not in READERS:
         raise ValueError(
-            f"{path} has the extension {path.suffix!r}; {', '.join(READERS)} can be read. A .json "
-            "file that holds one list: write each of its objects on a line of its own, as .jsonl."
+            f"{path} has the unknown extension {path.suffix!r}; known are {', '.join(READERS)}. "
+            "Convert a .json list to .jsonl: one object per line."
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no file {path}. Paths are relative to the folder that the command runs in."
+            f"The file {path} does not exist. Paths are relative to the working directory."
         )
     if path.suffix.lower() == PARQUET and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
@@ -171,7 +172,7 @@ def check_readable(path: epath.Path) -> None:
 
 
 def scalar_text(value: Any) -> str | None:
-    """The text of a value (see above); None where it has none."""
+    """Returns the text of a value (see the module docstring), or None if it has no text."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -199,7 +200,7 @@ def _text_of(value: Any, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may escape one half of a pair: "\ud83d"
-        raise Unusable("holds half of a surrogate pair, which is no character", field) from error
+        raise Unusable("holds half of a surrogate pair, not a whole character", field) from error
     return text
 
 
@@ -207,9 +208,9 @@ def _not_text(value: Any) -> str:
     if value is None or isinstance(value, float):
         return "missing: it is null or NaN"
     if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}, and one text is needed; join it, or write a row for each"
+        return f"a list of {len(value)} instead of a text; join it, or write one row per item"
     if isinstance(value, Mapping):
-        return f"an object; name one of its fields with a dot: {', '.join(map(str, value))}"
+        return f"an object; select one of its fields with a dot: {', '.join(map(str, value))}"
     return f"a {type(value).__name__}; write it as text"
 
 
@@ -217,16 +218,16 @@ def _word(target: str, field: str, words: Mapping[str, str]) -> str:
     if not words:
         return target
     if target not in words:
-        raise Unusable(f"{target!r} is none of the labels {', '.join(map(repr, words))}", field)
+        raise Unusable(f"{target!r} is not one of the labels {', '.join(map(repr, words))}", field)
     return words[target]
 
 
 def _describe(path: epath.Path, bad: list[tuple[int, Unusable]], total: int) -> str:
     unit = "row" if path.suffix.lower() == PARQUET else "line"
-    lines = [f"{path}: {len(bad)} of {total} rows cannot be used. Mend them, or take them out:"]
+    lines = [f"{path}: {len(bad)} of {total} rows cannot be used. Fix or remove them:"]
     for number, error in bad[:SHOWN]:
-        place = [f"{unit} {number}"] * bool(number) + [f"field {error.field!r}"] * bool(error.field)
-        lines.append(f"  {', '.join(place) or 'the file'}: {error.reason}")
+        where = [f"{unit} {number}"] * bool(number) + [f"field {error.field!r}"] * bool(error.field)
+        lines.append(f"  {', '.join(where) or 'the file'}: {error.reason}")
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} more")
     return "\n".join(lines)
@@ -236,14 +237,14 @@ def _describe(path: epath.Path, bad: list[tuple[int, Unusable]], total: int) -> 
 
 
 def _jsonl(file: BinaryIO) -> Iterator[Numbered]:
-    """An object a line; blank lines hold no row."""
+    """Yields one JSON object per line; skips blank lines."""
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             yield number, _object(line)
 
 
 def _object(line: bytes) -> Row | Unusable:
-    # Numbers stay as they are written; NaN and Infinity are not JSON, and become null.
+    # Numbers keep their spelling. NaN and Infinity are not JSON, and become null.
     parse: dict[str, Any] = {"parse_int": str, "parse_float": str}
     try:
         row = json.loads(line.decode().rstrip(), **parse, parse_constant=lambda _: None)
@@ -257,13 +258,15 @@ def _object(line: bytes) -> Row | Unusable:
 
 
 def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
-    """A header and lines of cells; a cell in quotation marks may span lines. A row's number is
-    that of its first line; blank lines hold no row."""
+    """Returns a reader of a header and lines of cells; skips blank lines.
+
+    A cell in quotation marks may span lines. A row's number is the number of its first line.
+    """
 
     def read_cells(file: BinaryIO) -> Iterator[Numbered]:
-        # Bytes that are not UTF-8 become surrogates, which `_whole` finds.
+        # Bytes that are not UTF-8 become surrogates, which `_row_of_cells` rejects.
         lines = (line.decode("utf-8", "surrogateescape") for line in _lines(file))
-        # Otherwise a quotation mark that is never closed would swallow the rest of the file.
+        # strict: an unclosed quotation mark is an error instead of swallowing the rest of the file.
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -274,8 +277,8 @@ def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
                 yield (
                     number,
                     Unusable(
-                        f"{error}; nothing after it was read. A quotation mark inside quotation "
-                        "marks is written twice"
+                        f"{error}; nothing after it was read. Write a quotation mark inside "
+                        "quotation marks twice"
                     ),
                 )
                 return
@@ -284,36 +287,36 @@ def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
             if not cells:
                 continue
             if header is not None:
-                yield number, _whole(header, cells)
+                yield number, _row_of_cells(header, cells)
                 continue
             header = cells
-            if (wrong := _wrong_header(header)) is not None:
-                yield number, wrong
+            if (problem := _header_problem(header)) is not None:
+                yield number, problem
                 return
 
     return read_cells
 
 
-def _wrong_header(header: list[str]) -> Unusable | None:
-    checked = _whole(header, header)
-    if isinstance(checked, Unusable):
-        return checked
-    twice = sorted({name for name in header if header.count(name) > 1})
-    return Unusable(f"the header has several columns {', '.join(twice)}") if twice else None
+def _header_problem(header: list[str]) -> Unusable | None:
+    row = _row_of_cells(header, header)
+    if isinstance(row, Unusable):
+        return row
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    return Unusable(f"the header repeats the columns {', '.join(repeated)}") if repeated else None
 
 
-def _whole(header: list[str], cells: list[str]) -> Row | Unusable:
+def _row_of_cells(header: list[str], cells: list[str]) -> Row | Unusable:
     try:
         "".join(cells).encode()
     except UnicodeEncodeError as error:
         return _not_utf8(ord(error.object[error.start]) - 0xDC00)
     if len(cells) != len(header):
-        return Unusable(f"{len(cells)} cells, where the header has {len(header)}")
+        return Unusable(f"{len(cells)} cells, but the header has {len(header)}")
     return dict(zip(header, cells, strict=True))
 
 
 def _parquet(file: BinaryIO) -> Iterator[Numbered]:
-    """Rows in their order, counted from 1."""
+    """Yields the rows in file order, numbered from 1."""
     import pyarrow
     from pyarrow import parquet
 
@@ -324,11 +327,11 @@ def _parquet(file: BinaryIO) -> Iterator[Numbered]:
                 number += 1
                 yield number, row
     except pyarrow.ArrowException as error:
-        yield 0, Unusable(f"not a whole Parquet file: {error}")
+        yield 0, Unusable(f"not a complete Parquet file: {error}")
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, without the mark that some programs put first."""
+    """Yields the lines of a file, without the byte order mark that some programs write first."""
     for number, line in enumerate(file):
         yield line.removeprefix(BOM) if number == 0 else line
 

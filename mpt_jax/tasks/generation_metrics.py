@@ -1,12 +1,12 @@
 """Metrics of generated text against one or several references, over the whole evaluated set.
 
 Each is a SeqIO metric `(targets, predictions) -> {name: value}`, whose targets are lists of at
-least one reference; `references` makes them. BLEU, TER, ROUGE-L and METEOR are percents; NIST and
-CIDEr-D have units of their own. TER is the one that is better when lower.
+least one reference; `references` makes them. BLEU, TER, ROUGE-L and METEOR are in percent; NIST
+and CIDEr-D have other units. TER is the only metric for which lower is better.
 
-BLEU and TER are sacreBLEU's, ROUGE-L is rouge-score's and METEOR is NLTK's; these come with the
-extra `nlg` and are imported when they are first called, since that takes seconds. NIST, CIDEr-D,
-ROUGE-L and METEOR compare words as `words` has them.
+BLEU and TER come from sacreBLEU, ROUGE-L from rouge-score and METEOR from NLTK. These libraries
+belong to the extra `nlg` and are imported at the first call, since importing them takes seconds.
+NIST, CIDEr-D, ROUGE-L and METEOR compare the words that `words` returns.
 """
 
 from __future__ import annotations
@@ -31,40 +31,44 @@ _CIDER_WIDTH = 6.0
 
 
 def references(text: str, example: Mapping[str, Any], is_target: bool = False) -> Any:
-    """SeqIO postprocessor: of a target all references, of a prediction its text."""
+    """SeqIO postprocessor: returns a target's references, or a prediction's text."""
     if not is_target:
         return text.strip()
     return [reference.decode() for reference in np.asarray(example["references"]).tolist()]
 
 
 def check_installed() -> None:
-    """Raises ImportError where a library of these metrics is missing, with what to install."""
+    """Raises ImportError with the install command if a library of these metrics is missing."""
     missing = [LIBRARIES[name] for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Generated text is scored with {', '.join(missing)}, which is not installed. Run "
+            f"Cannot score generated text without {', '.join(missing)}. Run "
             "`pip install 'mpt-jax[nlg]'`, or `pip install --editable '.[nlg]'` in a clone."
         )
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks, split as mteval-v13a does; other scripts stay."""
+    """Returns lower-case words and punctuation marks, split as in mteval-v13a.
+
+    Other scripts are kept.
+    """
     return _splitter()(text.lower()).split()
 
 
-# --- Of libraries ----------------------------------------------------------------------------
+# --- Metrics of libraries --------------------------------------------------------------------
 
 
 def bleu(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """BLEU in percent, sacreBLEU's: of the corpus, 13a words, case counts, smoothing `exp`."""
-    metric = _module("sacrebleu.metrics").BLEU(force=True)  # no warning where texts look tokenized
+    """sacreBLEU's corpus BLEU in percent: 13a words, case-sensitive, smoothing `exp`."""
+    metric = _module("sacrebleu.metrics").BLEU(force=True)  # no warning if texts look tokenized
     return {"bleu": metric.corpus_score(list(predictions), _streams(targets)).score}
 
 
 def ter(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """Translation edit rate in percent, sacreBLEU's: lower case, split at spaces; lower is better.
+    """sacreBLEU's translation edit rate in percent: lower case, split at spaces.
 
-    Edits to the nearest reference, by the mean length of the references; can exceed 100.
+    Edits to the nearest reference, divided by the mean length of the references. Lower is better;
+    the value can exceed 100.
     """
     metric = _module("sacrebleu.metrics").TER()
     return {"ter": metric.corpus_score(list(predictions), _streams(targets)).score}
@@ -81,10 +85,10 @@ def rouge_l(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def meteor_exact_stem(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """METEOR of 2007 in percent without its synonyms: equal words and equal Porter stems match.
+    """METEOR of 2007 in percent, without synonyms: equal words and equal Porter stems match.
 
-    The mean over the predictions of the best reference's score (alpha 0.9, beta 3, gamma 0.5).
-    Neither METEOR 1.5 nor comparable with it; synonyms would need WordNet, which is a download.
+    The mean over predictions of the best reference's score (alpha 0.9, beta 3, gamma 0.5). Not
+    comparable with METEOR 1.5. Synonyms would need WordNet, which has to be downloaded.
     """
     score = functools.partial(
         _module("nltk.translate.meteor_score").meteor_score, wordnet=_NoSynonyms()
@@ -96,28 +100,28 @@ def meteor_exact_stem(targets: Targets, predictions: Sequence[str]) -> dict[str,
     return {"meteor_exact_stem": 100 * float(np.mean(scores))}
 
 
-# --- Our own ---------------------------------------------------------------------------------
+# --- Metrics implemented here ----------------------------------------------------------------
 
 
 def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
     """NIST-5 as mteval-v13a computes it (Doddington, 2002), in bits per n-gram; 0 is worst.
 
     The mean information of the n-grams that a prediction shares with any of its references, summed
-    over n = 1 .. 5, times a penalty for length, which is 0.5 at two thirds of the mean length of
-    the references. NLTK's takes one reference for each n, so it agrees for single ones only.
+    over n = 1 .. 5, times a length penalty. The penalty is 0.5 at two thirds of the mean length of
+    the references. NLTK uses one reference for each n, so it agrees only for single references.
     """
     all_references = [[words(reference) for reference in target] for target in targets]
     seen = collections.Counter(
         ngram for group in all_references for one in group for ngram in _ngrams(one, _NIST_ORDER)
     )
     total = sum(len(one) for group in all_references for one in group)
-    shared, said, length, mean_length = np.zeros(_NIST_ORDER), np.zeros(_NIST_ORDER), 0, 0.0
+    shared, predicted, length, mean_length = np.zeros(_NIST_ORDER), np.zeros(_NIST_ORDER), 0, 0.0
     for group, prediction in zip(all_references, map(words, predictions), strict=True):
         most = functools.reduce(
             lambda left, right: left | right, (_counts(one, _NIST_ORDER) for one in group)
         )
         for ngram, count in _counts(prediction, _NIST_ORDER).items():
-            said[len(ngram) - 1] += count
+            predicted[len(ngram) - 1] += count
             if ngram in most:
                 before = seen[ngram[:-1]] if len(ngram) > 1 else total
                 information = math.log2(before / seen[ngram])
@@ -128,31 +132,32 @@ def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
         return {"nist": 0.0}
     steepness = math.log(0.5) / math.log(1.5) ** 2
     penalty = math.exp(steepness * math.log(min(1.0, length / mean_length)) ** 2)
-    return {"nist": float((shared / np.maximum(1, said)).sum()) * penalty}
+    return {"nist": float((shared / np.maximum(1, predicted)).sum()) * penalty}
 
 
 def cider_d(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """CIDEr-D (Vedantam et al., 2015), 0 to 10: what the COCO caption code calls CIDEr.
+    """CIDEr-D (Vedantam et al., 2015), 0 to 10; the COCO caption code calls it CIDEr.
 
-    The similarity of tf-idf vectors of n-grams with those of each reference, clipped, with a
-    Gaussian penalty for another length (sigma 6), averaged over references, n = 1 .. 4 and the
-    evaluated set. Documents of the idf are the groups of references of that set, so the value
-    depends on which examples are evaluated, and is 0 for a single one. Words are not stemmed.
+    The clipped similarity between tf-idf vectors of n-grams of the prediction and of each
+    reference, with a Gaussian penalty for different lengths (sigma 6), averaged over references,
+    n = 1 .. 4 and the evaluated set. The documents of the idf are the groups of references of that
+    set, so the value depends on the examples evaluated and is 0 for one example. Words are not
+    stemmed.
     """
     groups = [[_counts(words(one), _CIDER_ORDER) for one in target] for target in targets]
     frequency = collections.Counter(ngram for group in groups for ngram in set().union(*group))
     vectors = functools.partial(_tf_idf, frequency=frequency, documents=len(groups))
     scores = []
     for group, prediction in zip(groups, predictions, strict=True):
-        said = vectors(_counts(words(prediction), _CIDER_ORDER))
-        scores.append(np.mean([_clipped_similarity(said, vectors(one)) for one in group]))
+        vector = vectors(_counts(words(prediction), _CIDER_ORDER))
+        scores.append(np.mean([_clipped_similarity(vector, vectors(one)) for one in group]))
     return {"cider_d": 10 * float(np.mean(scores))}
 
 
 def _tf_idf(
     counts: Mapping[Ngram, int], frequency: Mapping[Ngram, int], documents: int
 ) -> tuple[list[dict[Ngram, float]], int]:
-    """Returns for each n the weights of a text's n-grams, and its number of words."""
+    """Returns the weights of a text's n-grams for each n, and its number of words."""
     weights: list[dict[Ngram, float]] = [{} for _ in range(_CIDER_ORDER)]
     for ngram, count in counts.items():
         idf = math.log(documents / max(1, frequency.get(ngram, 0)))
@@ -161,21 +166,22 @@ def _tf_idf(
 
 
 def _clipped_similarity(
-    said: tuple[list[dict[Ngram, float]], int], reference: tuple[list[dict[Ngram, float]], int]
+    prediction: tuple[list[dict[Ngram, float]], int],
+    reference: tuple[list[dict[Ngram, float]], int],
 ) -> float:
     """Returns the mean over n of the clipped cosine of two texts' vectors, 0 to 1."""
     cosines = []
-    for ours, theirs in zip(said[0], reference[0], strict=True):
-        both = [ngram for ngram in ours if ngram in theirs]
-        shared = sum(min(ours[ngram], theirs[ngram]) * theirs[ngram] for ngram in both)
-        norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+    for predicted, expected in zip(prediction[0], reference[0], strict=True):
+        both = [ngram for ngram in predicted if ngram in expected]
+        shared = sum(min(predicted[ngram], expected[ngram]) * expected[ngram] for ngram in both)
+        norms = math.hypot(*predicted.values()) * math.hypot(*expected.values())
         cosines.append(shared / norms if norms else 0.0)
-    difference = said[1] - reference[1]
+    difference = prediction[1] - reference[1]
     return float(np.mean(cosines)) * math.exp(-(difference**2) / (2 * _CIDER_WIDTH**2))
 
 
 def _ngrams(text: Sequence[str], order: int) -> list[Ngram]:
-    """All n-grams of a text, n = 1 .. order."""
+    """Returns all n-grams of a text, n = 1 .. order."""
     starts = range(len(text))
     return [
         tuple(text[i : i + n]) for n in range(1, order + 1) for i in starts if i + n <= len(text)
@@ -186,13 +192,13 @@ def _counts(text: Sequence[str], order: int) -> collections.Counter[Ngram]:
     return collections.Counter(_ngrams(text, order))
 
 
-# --- Ties ------------------------------------------------------------------------------------
+# --- Adapters to the libraries ---------------------------------------------------------------
 
 
 def _streams(targets: Targets) -> list[list[str | None]]:
-    """Every target's first reference, every target's second, ...; None where it has fewer."""
+    """Returns the first reference of every target, then the second, ...; None if it has fewer."""
     most = max(len(target) for target in targets)
-    return [[t[place] if place < len(t) else None for t in targets] for place in range(most)]
+    return [[t[i] if i < len(t) else None for t in targets] for i in range(most)]
 
 
 def _module(name: str) -> Any:
@@ -206,7 +212,7 @@ def _splitter() -> Any:
 
 
 class _Words:
-    """`words` as rouge-score calls it; its own tokenizer drops all letters but a to z."""
+    """`words` as a tokenizer of rouge-score, whose default drops all letters except a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         """Returns the words of a text."""
@@ -217,6 +223,6 @@ class _NoSynonyms:
     """A WordNet without entries."""
 
     def synsets(self, word: str) -> list[Any]:
-        """Returns the synonyms of a word: none."""
+        """Returns no synonyms."""
         del word
         return []

@@ -3,9 +3,9 @@
     import mpt_jax.tasks.mixtures
     seqio.get_mixture_or_task("mpt_source_6").get_dataset(lengths, "train", seed=42)
 
-They are for those who use SeqIO directly; the stages in gin/ name tasks and mix them with a
-sampler (`mpt_jax.data.sampling`). A task's rate is its number of rows, at most `CAP`, as in T5.
-ReCoRD counts with its queries, from each of which come one or more examples.
+They are for direct use with SeqIO. The stages in gin/ name tasks and mix them with a sampler
+(`mpt_jax.data.sampling`). A task's rate is its number of rows, at most `CAP`, as in T5. ReCoRD's
+rate counts queries, each of which yields one or more examples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SOURCES = {"mpt_source_6": SOURCE_6, "mpt_source_12": SOURCE_6 + EXTRA_SOURCES}
 
 MIXTURES: Mapping[str, Sequence[str]] = {
     **_SOURCES,
-    # One source left out, to see what it adds; ours.
+    # Leave-one-out mixtures, which measure what each source adds; ours.
     **{
         f"{name}_without_{left_out}": tuple(task for task in tasks if task != left_out)
         for name, tasks in _SOURCES.items()
@@ -40,15 +40,15 @@ MIXTURES: Mapping[str, Sequence[str]] = {
 
 
 class RunMixture(seqio.Mixture):
-    """A SeqIO mixture that is made when it is first asked for its tasks.
+    """A SeqIO mixture that is constructed at the first access to an attribute.
 
-    `seqio.Mixture` asks its tasks for their features when it is made, and a `suite.RunTask` knows
-    them only when gin binds a vocabulary.
+    The constructor of `seqio.Mixture` reads the features of its tasks, and a `suite.RunTask` has
+    features only once gin binds a vocabulary.
 
     Args:
-        name: of the mixture.
-        task_names: registered SeqIO tasks.
-        rate: task -> its mixing rate.
+        name: name of the mixture.
+        task_names: names of registered SeqIO tasks.
+        rate: returns the mixing rate of a task.
     """
 
     _late: tuple[Any, ...] | None = None
@@ -58,7 +58,7 @@ class RunMixture(seqio.Mixture):
         self._late = (name, list(task_names), rate)
 
     def __getattr__(self, attribute: str) -> Any:
-        """Makes the mixture, whose attributes are not there before; then as any object."""
+        """Constructs the mixture if it does not exist yet, and returns the attribute."""
         if self._late is None:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {attribute!r}.")
         arguments, self._late = self._late, None
@@ -71,7 +71,7 @@ class RunMixture(seqio.Mixture):
 
 
 def capped_size(task: seqio.Task) -> float:
-    """Returns a task's mixing rate: rows of its training split, at most `CAP`."""
+    """Returns a task's mixing rate: the number of rows of its training split, at most `CAP`."""
     return float(min(task.num_input_examples("train"), CAP))
 
 

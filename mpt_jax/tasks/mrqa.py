@@ -1,4 +1,7 @@
-"""Questions on a text: importing this module registers squad, nq, hotpotqa, searchqa, newsqa."""
+"""SQuAD and MRQA, extractive question answering.
+
+Importing this module registers squad, nq, hotpotqa, searchqa and newsqa.
+"""
 
 from mpt_jax.tasks import text_metrics
 from mpt_jax.tasks.splits import carved

@@ -1,10 +1,10 @@
-"""Text from data: importing this module registers e2e and webnlg.
+"""Data-to-text generation: importing this module registers e2e and webnlg.
 
-These are GEM's sets: the cleaned E2E data and WebNLG of 2020, not the original ones that the MPT
-paper scores, so figures are not comparable with its Table 5.
+These are the GEM versions: the cleaned E2E data and WebNLG 2020, not the original data of the MPT
+paper, so scores are not comparable with its Table 5.
 
-Evaluation has one row for each meaning, with all its references; training one row for each
-reference. Metrics need the extra `nlg`; without it a task says so when it is first read.
+Evaluation uses one row for each meaning, with all its references; training uses one row for each
+reference. The metrics need the extra `nlg`. Without it, the first read of a task raises an error.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mpt_jax.tasks.templates import Preprocessor
 
 
 class GroupedSource(PartsSource):
-    """A source whose splits for evaluation have one row for each meaning.
+    """A source whose evaluation splits have one row for each meaning.
 
-    The meaning is the first of the features that it reads, beside `target` and `references`. Rows
-    where it is equal become one, with all their references; one without any is left out.
+    The meaning is the first feature in `reads`, which also has `target` and `references`. Rows with
+    equal meanings become one row with all their references. Rows without references are dropped.
     """
 
     def get_dataset(self, split: str = "train", *args: Any, **settings: Any) -> tf.data.Dataset:  # type: ignore[override]
         """Returns the rows of a split; see `PartsSource.get_dataset`.
 
         Raises:
-            ImportError: what scores the generated text is not installed.
+            ImportError: a library of the metrics is not installed.
         """
         metrics.check_installed()
         rows = super().get_dataset(split, *args, **settings)
@@ -43,36 +43,36 @@ class GroupedSource(PartsSource):
         )
 
     def num_rows(self, split: str) -> int:
-        """Returns how many rows `get_dataset` yields; reads them where they are grouped."""
+        """Returns how many rows `get_dataset` yields; reads all rows of an evaluation split."""
         if split == "train":
             return super().num_rows(split)
         return sum(1 for _ in self.get_dataset(split).as_numpy_iterator())
 
     def positions(self, split: str) -> np.ndarray:
-        """Returns where the rows [n] of a split come in what `get_dataset` yields."""
+        """Returns the positions of a split's rows [n] in the output of `get_dataset`."""
         return super().positions(split) if split == "train" else np.arange(self.num_rows(split))
 
 
 def _grouped(rows: tf.data.Dataset, meaning: str) -> list[dict[str, Any]]:
-    """One row for each meaning, in the order in which they come first."""
-    found: dict[Any, dict[str, Any]] = {}
+    """Returns one row for each meaning, in the order of first occurrence."""
+    groups: dict[Any, dict[str, Any]] = {}
     for row in rows.as_numpy_iterator():
         key = tuple(np.atleast_1d(row[meaning]).tolist())
-        given = [text for text in row["references"].tolist() if text.strip()]
-        group = found.setdefault(key, {meaning: row[meaning], "references": []})
-        group["references"] += given or [row["target"]] * bool(row["target"].strip())
+        references = [text for text in row["references"].tolist() if text.strip()]
+        group = groups.setdefault(key, {meaning: row[meaning], "references": []})
+        group["references"] += references or [row["target"]] * bool(row["target"].strip())
     return [
         {**group, "target": group["references"][0]}
-        for group in found.values()
+        for group in groups.values()
         if group["references"]
     ]
 
 
 def described(meaning: Callable[[Any], tf.Tensor]) -> Callable[[str], Preprocessor]:
-    """Templates of generation: a text's meaning after the prefix; rows without a text are left out.
+    """Returns a template of generation: the prefix and the meaning; drops rows without a target.
 
     Args:
-        meaning: row -> what is to be said, as one text.
+        meaning: row -> its meaning as one text.
     """
 
     def preprocess(prefix: str) -> Preprocessor:
@@ -81,8 +81,8 @@ def described(meaning: Callable[[Any], tf.Tensor]) -> Callable[[str], Preprocess
             return {"inputs": inputs, "targets": row["target"], "references": row["references"]}
 
         plain = tf.autograph.experimental.do_not_convert
-        said = plain(lambda row: tf.strings.length(tf.strings.strip(row["target"])) > 0)
-        return lambda dataset: dataset.filter(said).map(
+        has_target = plain(lambda row: tf.strings.length(tf.strings.strip(row["target"])) > 0)
+        return lambda dataset: dataset.filter(has_target).map(
             plain(text), num_parallel_calls=tf.data.AUTOTUNE
         )
 
@@ -90,7 +90,7 @@ def described(meaning: Callable[[Any], tf.Tensor]) -> Callable[[str], Preprocess
 
 
 def slots(row: Any) -> tf.Tensor:
-    """E2E: `name[The Vaults], area[riverside]` as `name: The Vaults area: riverside`."""
+    """Rewrites E2E's `name[The Vaults], area[riverside]` as `name: The Vaults area: riverside`."""
     marked = tf.strings.regex_replace(
         row["meaning_representation"], r"\s*([^\[\],]+)\[([^\]]*)\]\s*,?", r" \1: \2"
     )
@@ -98,7 +98,7 @@ def slots(row: Any) -> tf.Tensor:
 
 
 def triples(row: Any) -> tf.Tensor:
-    """WebNLG: `subject | property | object` joined with `&&`; underscores become spaces."""
+    """Joins WebNLG's `subject | property | object` with `&&`; underscores become spaces."""
     return tf.strings.regex_replace(
         tf.strings.reduce_join(row["input"], separator=" && "), "_", " "
     )

@@ -1,16 +1,16 @@
-"""Train, validation and test where test labels are not public, as the MPT paper has them.
+"""The MPT paper's train, validation and test splits of data sets without public test labels.
 
-The rule is Karimi Mahabadi's, and ATTEMPT's and MPT's after it. Small sets: the validation split
-is permuted and halved. Large sets: the training split is permuted, its first 1,000 rows are the
-validation set, and the official validation split is the test set. The permutation is
-`torch.randperm` of seed 42 over the order of the original files; TFDS shuffles when it builds, so
-rows are first ranked by their `idx`. Sets without one keep TFDS's order, which is fixed too, but
-their rows cannot be matched with the paper's.
+The rule comes from Karimi Mahabadi et al.; ATTEMPT and MPT follow it. Small sets: the validation
+split is permuted and halved. Large sets: the training split is permuted, its first 1,000 rows are
+the validation set, and the official validation split is the test set. The permutation is
+`torch.randperm` with seed 42 over the order of the original files. TFDS shuffles when it builds,
+so rows are first sorted by their `idx`. Sets without an `idx` keep TFDS's order, which is fixed,
+but their rows cannot be matched with the paper's.
 
-Row i of a split, as few-shot draws count them, is row i of the original file, or place start + i
+Row i of a split, as few-shot draws count rows, is row i of the original file, or position start + i
 of its permutation.
 
-Only the permutation and the ranks are held in memory: rows are streamed and filtered.
+Only the permutation and the sort order are held in memory; rows are streamed and filtered.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ HALF = "half"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows of one split of a data set: all of them, or places `start` to `stop` of its permutation.
+    """Rows of one TFDS split: all rows, or positions `start` to `stop` of its permutation.
 
     Attributes:
-        split: TFDS's name of it.
-        start, stop: places, from 0; `HALF` for half the rows, rounded down. Both None: all rows,
-            whose order then does not matter.
+        split: TFDS's name of the split.
+        start, stop: positions, from 0; `HALF` is half the number of rows, rounded down. Both None:
+            all rows, without a permutation.
     """
 
     split: str
@@ -46,14 +46,14 @@ class Part:
     stop: int | str | None = None
 
     def places(self, size: int) -> slice | None:
-        """Returns the places among `size` rows, or None for all rows."""
+        """Returns the positions among `size` permuted rows, or None for all rows."""
         if self.start is None and self.stop is None:
             return None
         start, stop = (size // 2 if bound == HALF else bound for bound in (self.start, self.stop))
         return slice(start, stop)
 
     def num_rows(self, size: int) -> int:
-        """Returns how many of `size` rows it has."""
+        """Returns the number of rows of this part, out of `size` rows."""
         places = self.places(size)
         return size if places is None else len(range(*places.indices(size)))
 
@@ -62,12 +62,12 @@ Parts = Mapping[str, Part]
 
 
 def own(train: str = "train", validation: str = "validation", test: str = "test") -> Parts:
-    """The data set's own three splits."""
+    """Returns the data set's own three splits."""
     return {"train": Part(train), "validation": Part(validation), "test": Part(test)}
 
 
 def halved(validation: str = "validation") -> Parts:
-    """For small sets: all of train; the first and second half of a permuted validation split."""
+    """Returns the splits of small sets: train, and the two halves of permuted validation."""
     return {
         "train": Part("train"),
         "validation": Part(validation, 0, HALF),
@@ -78,7 +78,11 @@ def halved(validation: str = "validation") -> Parts:
 def carved(
     train: str = "train", test: str = "validation", held_out: int = 1000, most: int | None = None
 ) -> Parts:
-    """For large sets: `held_out` rows of a permuted train split; of the rest, at most `most`."""
+    """Returns the splits of large sets.
+
+    Validation is the first `held_out` rows of the permuted training split. Train is the rest, at
+    most `most` rows.
+    """
     return {
         "train": Part(train, held_out, None if most is None else held_out + most),
         "validation": Part(train, 0, held_out),
@@ -89,29 +93,29 @@ def carved(
 def permutation(size: int, seed: int = SEED) -> np.ndarray:
     """Returns `torch.randperm(size)` on a CPU after `torch.manual_seed(seed)`, [size] int64.
 
-    A forward Fisher-Yates shuffle; one 32-bit draw of the Mersenne Twister a step.
+    A forward Fisher-Yates shuffle with one 32-bit draw of the Mersenne Twister per step.
     """
     order = list(range(size))
     draws = np.random.RandomState(seed).randint(0, 2**32, size=max(0, size - 1), dtype=np.uint32)
-    for here, draw in enumerate(draws.tolist()):
-        there = here + draw % (size - here)
-        order[here], order[there] = order[there], order[here]
+    for i, draw in enumerate(draws.tolist()):
+        j = i + draw % (size - i)
+        order[i], order[j] = order[j], order[i]
     return np.array(order, np.int64)
 
 
 class PartsSource(seqio.DataSource):
-    """A SeqIO source over a prepared TFDS data set, with splits of our making.
+    """A SeqIO source over a prepared TFDS data set, with splits defined by `parts`.
 
-    Nothing is downloaded: a job of many hosts would do it many times, and one without a network
-    would wait for it.
+    It never downloads: each host of a job would download the data again, and a job without network
+    access would wait forever.
 
     Args:
         data: TFDS's name with config and version, 'glue/mnli:2.0.0'.
-        parts: {'train', 'validation', 'test'} -> which rows.
-        sizes: {TFDS split: rows} that the data set should have; others are warned of.
-        keys: features that order the rows as the original files do, the first one first, with '/'
-            into nested ones; () for sets without any.
-        reads: the features that rows have; () for all. Decoding the others would cost time.
+        parts: {'train', 'validation', 'test'} -> the rows of the split.
+        sizes: {TFDS split: number of rows} of the published data set. A mismatch logs a warning.
+        keys: features that sort the rows into the order of the original files, most significant
+            first, with '/' for nested features; () for sets without any.
+        reads: the features to decode; () for all. Decoding unused features would cost time.
     """
 
     def __init__(
@@ -128,24 +132,24 @@ class PartsSource(seqio.DataSource):
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """Examples are dealt to hosts after they are read."""
+        """False: examples are split among hosts after they are read."""
         return False
 
     def __str__(self) -> str:
         return f"TensorFlow Datasets, {self.data}"
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """One shard: SeqIO deals its examples to the hosts."""
+        """Returns one shard; SeqIO splits its examples among the hosts."""
         return [split]
 
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **unused: Any
     ) -> tf.data.Dataset:
-        """Returns the rows of a split, in TFDS's order whatever `shuffle` says.
+        """Returns the rows of a split in TFDS's order, regardless of `shuffle`.
 
         Raises:
             FileNotFoundError: the data set is not prepared on this machine.
-            ValueError: it has no such split, or two rows have the same keys.
+            ValueError: the data set lacks the split, or two rows have the same keys.
         """
         del shuffle, seed, unused  # batches are shuffled downstream
         part, builder = self.parts[split], self._builder()
@@ -158,7 +162,7 @@ class PartsSource(seqio.DataSource):
         return where(rows, chosen)
 
     def positions(self, split: str) -> np.ndarray:
-        """Returns where the rows [n] of a split come in what `get_dataset` yields.
+        """Returns the positions of a split's rows [n] in the output of `get_dataset`.
 
         Raises:
             FileNotFoundError, ValueError: see `get_dataset`.
@@ -168,17 +172,17 @@ class PartsSource(seqio.DataSource):
         return np.searchsorted(np.sort(places), places)
 
     def num_rows(self, split: str) -> int:
-        """Returns how many rows a split has on this machine."""
+        """Returns the number of rows of a split on this machine."""
         part = self.parts[split]
         return part.num_rows(self._size(self._builder(), part.split))
 
     def num_input_examples(self, split: str) -> int:  # type: ignore[override]
-        """Returns how many rows a split of the published data set has; nothing is read."""
+        """Returns the number of rows of a split of the published data set, without reading it."""
         part = self.parts[split]
         return part.num_rows(self.sizes[part.split])
 
     def is_prepared(self) -> bool:
-        """Whether the data set is on this machine."""
+        """Whether the data set is prepared on this machine."""
         try:
             self._builder()
         except FileNotFoundError:
@@ -186,7 +190,7 @@ class PartsSource(seqio.DataSource):
         return True
 
     def other_sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns {TFDS split: (rows on this machine, rows as published)} where the two differ.
+        """Returns {TFDS split: (rows on this machine, rows published)} for sizes that differ.
 
         Raises:
             FileNotFoundError: the data set is not prepared on this machine.
@@ -200,30 +204,30 @@ class PartsSource(seqio.DataSource):
         }
 
     def _places(self, builder: tfds.core.DatasetBuilder, part: Part, size: int) -> np.ndarray:
-        """Returns the places in TFDS's order [n] of the part's rows, row 0 first."""
+        """Returns the positions in TFDS's order of the part's rows [n], row 0 first."""
         order, places = self._file_order(builder, part.split, size), part.places(size)
         return order if places is None else order[permutation(size)[places]]
 
     def _builder(self) -> tfds.core.DatasetBuilder:
-        # A new loader each time, so that it sees the data folder that the command line has set.
+        # A new loader each time, so that it uses the data folder set by the command line.
         loader = seqio.utils.LazyTfdsLoader(self.data, read_only=True)
         try:
             builder = loader.builder
-            found = builder.is_prepared()
+            prepared = builder.is_prepared()
         except (tfds.core.registered.DatasetNotFoundError, AssertionError):
-            builder, found = None, False  # the version is neither on disk nor in this TFDS
-        if builder is None or not found:
+            builder, prepared = None, False  # the version is neither on disk nor in this TFDS
+        if builder is None or not prepared:
             raise FileNotFoundError(self._absent(loader.data_dir))
         return builder
 
     def _absent(self, folder: str | None) -> str:
         name, _, version = self.data.partition(":")
         folder = folder or tfds.core.constants.DATA_DIR
-        there = _versions(epath.Path(folder) / name)
-        but = f" (it has version {', '.join(there)} of it)" if there else ""
+        versions = _versions(epath.Path(folder) / name)
+        others = f" (found version {', '.join(versions)})" if versions else ""
         return (
-            f"The data set {name}, version {version}, is not in {folder}{but}. Run `tfds build "
-            f"{self.data} --data_dir DIR` where there is a network, copy DIR, and pass "
+            f"The data set {name}, version {version}, is not in {folder}{others}. Run `tfds build "
+            f"{self.data} --data_dir DIR` on a machine with network access, copy DIR, and pass "
             "--tfds_data_dir=DIR or set TFDS_DATA_DIR."
         )
 
@@ -235,14 +239,14 @@ class PartsSource(seqio.DataSource):
         size = builder.info.splits[split].num_examples
         if size != self.sizes[split]:
             logging.warning(
-                "%s, %s: %d rows, where the published set has %d. Splits made of it are not the "
-                "published ones.",
+                "%s, %s: %d rows, but the published set has %d. Splits made from it differ from "
+                "the published splits.",
                 *(self.data, split, size, self.sizes[split]),
             )
         return size
 
     def _file_order(self, builder: tfds.core.DatasetBuilder, split: str, size: int) -> np.ndarray:
-        """Returns the places in TFDS's order [size] of the rows in the original files' order."""
+        """Returns the positions in TFDS's order of the original files' rows [size], row 0 first."""
         if not self.keys:
             return np.arange(size)
         names = [key.split("/") for key in self.keys]
@@ -254,13 +258,13 @@ class PartsSource(seqio.DataSource):
         if len(np.unique(keys, axis=0)) < size:
             raise ValueError(
                 f"{self.data}, {split}: several rows have the same {', '.join(self.keys)}, so the "
-                "order of the original files is unknown. Build the data set anew."
+                "order of the original files is unknown. Rebuild the data set with `tfds build`."
             )
         return np.lexsort(keys.T[::-1])
 
 
 def _read(builder: Any, split: str, features: Sequence[str]) -> tf.data.Dataset:
-    """The rows of a split in an order that depends on the data set alone, not on its shards."""
+    """Returns the rows of a split in an order that depends only on the data set, not its shards."""
     decoders = tfds.decode.PartialDecoding(dict.fromkeys(features, True)) if features else None
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, skip_prefetch=True)
     return builder.as_dataset(
@@ -275,14 +279,14 @@ def _nested(row: Any, names: Sequence[str]) -> tf.Tensor:
 
 
 def _versions(folder: epath.Path) -> list[str]:
-    """The versions of a data set below its folder."""
+    """Returns the versions of a data set below its folder."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted(name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name))
 
 
 def where(rows: tf.data.Dataset, chosen: np.ndarray) -> tf.data.Dataset:
-    """Returns the rows whose place is chosen [size]."""
+    """Returns the rows whose entry of `chosen`, bool [size], is True."""
     table = tf.constant(chosen)
-    keep = tf.autograph.experimental.do_not_convert(lambda place, _: table[place])
+    keep = tf.autograph.experimental.do_not_convert(lambda index, _: table[index])
     bare = tf.autograph.experimental.do_not_convert(lambda _, row: row)
     return rows.enumerate().filter(keep).map(bare)

@@ -1,9 +1,9 @@
-"""How a suite's table of rows becomes SeqIO tasks.
+"""Registration of SeqIO tasks from a suite's table of data sets.
 
-A row is one data set; `register` makes its task, and for a classification task a second one whose
-labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that the run binds in gin.
-What needs no row is made of its name when a run asks for it: `rte_unprefixed` and `rte_synthetic`
-here, runs on a few examples of a task in `few_shot`.
+A row of the table is one data set. `register` registers its task and, for classification, a second
+task whose labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that the run
+binds in gin. Other tasks are registered when their name is first used: `rte_unprefixed` and
+`rte_synthetic` in this module, few-shot runs in `few_shot`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from mpt_jax.tasks import few_shot, text_metrics
 from mpt_jax.tasks.splits import Parts, PartsSource
 from mpt_jax.tasks.templates import Preprocessor, without_prefix
 
-# Suffix of a classification task's name -> what its labels are called, given their words. Words are
-# T5's own where it was trained on the task; digits are ATTEMPT's and the MPT paper's.
+# Suffix of a classification task's name -> its labels, given their words. The words are T5's if it
+# was trained on the task; ATTEMPT and the MPT paper use digits.
 VERSIONS: Mapping[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
     "": tuple,
     "_digits": lambda words: tuple(str(number) for number in range(len(words))),
 }
 
-# The next vowel for a vowel and the next consonant for a consonant, in lower and upper case.
+# Maps a vowel to the next vowel and a consonant to the next consonant, keeping case.
 _NEXT_LETTER = {
-    ord(case(letter)): case(letters[(place + 1) % len(letters)])
+    ord(case(letter)): case(letters[(index + 1) % len(letters)])
     for letters in ("aeiou", "bcdfghjklmnpqrstvwxyz")
-    for place, letter in enumerate(letters)
+    for index, letter in enumerate(letters)
     for case in (str.lower, str.upper)
 }
 
@@ -41,18 +41,19 @@ LabelMetric = Callable[[Sequence[str]], text_metrics.Metric]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A data set and how it is read.
+    """A data set and how to read it.
 
     Attributes:
-        name: of the task, and the first word of every input.
+        name: name of the task, and the first word of every input.
         data, parts, sizes, keys, reads: see `splits.PartsSource`.
-        template: prefix -> preprocessor; where there are labels, labels -> prefix -> preprocessor.
-        words: what each label number is called; () for tasks of free text.
-        metrics: SeqIO metrics; where there are labels, made of them beside accuracy and the rate
-            of what is no label. The first one selects.
-        accuracy_first: whether accuracy selects, and not the first of `metrics`.
+        template: prefix -> preprocessor; for classification, labels -> prefix -> preprocessor.
+        words: name of each label number; () for tasks of free text.
+        metrics: SeqIO metrics. For classification, functions of the labels that return metrics;
+            accuracy and the rate of invalid predictions are added. The first metric selects the
+            best step.
+        accuracy_first: whether accuracy selects the best step instead of the first of `metrics`.
         postprocess: see `seqio.Task.postprocess_fn`.
-        source: makes the source of `data`, parts, sizes, keys and reads.
+        source: makes the source from data, parts, sizes, keys and reads.
     """
 
     name: str
@@ -69,34 +70,34 @@ class Row:
     source: Callable[..., PartsSource] = PartsSource
 
 
-_ROWS: dict[str, Row] = {}  # of all tables
+_ROWS: dict[str, Row] = {}  # rows of all tables
 
 
 class RunTask(seqio.Task):
-    """A SeqIO task whose vocabulary is that of the run, which gin knows after tasks are registered.
+    """A SeqIO task tokenized with the run's vocabulary, which gin binds after registration.
 
     Raises (on use):
-        ValueError: gin binds no vocabulary, or another one than this task was first used with:
-            its examples are kept as tokens.
+        ValueError: gin binds no vocabulary, or a different one than at first use of the task,
+            whose examples are already tokenized.
     """
 
     _first: Any = None
 
     @property
     def output_features(self) -> Mapping[str, Any]:
-        """Inputs, targets and task ids, as `features.output_features` has them."""
+        """Inputs, targets and task ids, as in `preprocessors.output_features`."""
         vocabulary = run_vocabulary()
         if self._first is None:
             self._first = vocabulary
         if vocabulary is not self._first and vocabulary != self._first:
             raise ValueError(
-                f"Task {self.name!r} was tokenized with {self._first} in this process, and gin "
+                f"Task {self.name!r} was tokenized with {self._first} in this process, but gin "
                 f"now binds {vocabulary}. Start a new process."
             )
         return dict(sorted(preprocessors.output_features(self._first).items()))
 
     def replace(self, **changes: Any) -> RunTask:
-        """Returns this task with `changes`, as SeqIO's does; its vocabulary is the run's too."""
+        """Returns this task with `changes`, as in SeqIO; it also uses the run's vocabulary."""
         same = {
             "source": self.source,
             "output_features": {},
@@ -111,7 +112,7 @@ def run_vocabulary() -> seqio.Vocabulary:
     """Returns the vocabulary that gin binds to `vocabularies.load`.
 
     Raises:
-        ValueError: it binds none.
+        ValueError: gin binds no vocabulary.
     """
     try:
         gin.get_configurable(vocabularies.load)
@@ -121,9 +122,9 @@ def run_vocabulary() -> seqio.Vocabulary:
     bound = gin.get_bindings(vocabularies.load) if known else {}
     if "path" not in bound:
         raise ValueError(
-            "No vocabulary is bound to vocabularies.load.path, and real tasks have none of their "
-            "own. gin/models/prompted_t5.gin binds VOCABULARY to it; docs/tasks.md shows how to "
-            "read a task without a run."
+            "No vocabulary is bound to vocabularies.load.path, so the task cannot be tokenized. "
+            "Include gin/models/prompted_t5.gin, which binds VOCABULARY to it. docs/tasks.md shows "
+            "how to read a task without a run."
         )
     return vocabularies.load(**bound)
 
@@ -138,13 +139,13 @@ def register(rows: Sequence[Row]) -> None:
 
 
 def register_version(name: str) -> bool:
-    """Registers a version that no table has; a naming scheme, see `examples.name_tasks_with`.
+    """Registers an extra version of a task; a resolver for `task_lookup.register_task_resolver`.
 
-    `rte_unprefixed` is rte without its name at the start of the inputs; `rte_synthetic` has labels
-    that mean nothing (`nonsense`), for CrossPT's study of prefixes and label words.
+    `rte_unprefixed` is rte without the task name at the start of the inputs. `rte_synthetic` has
+    meaningless labels (`synthetic_word`), for CrossPT's study of prefixes and label words.
 
     Returns:
-        Whether it is the name of such a version of a task of the suites.
+        Whether `name` is such a version of a task of the suites.
     """
     task_name, _, version = name.rpartition("_")
     row = _ROWS.get(task_name)
@@ -158,10 +159,10 @@ def register_version(name: str) -> bool:
 
 
 def synthetic_word(word: str) -> str:
-    """A made-up word in place of one that means something: `entailment` becomes `ipveomnipv`.
+    """Returns a meaningless word for a label word: `entailment` becomes `ipveomnipv`.
 
-    Letters are replaced one by one, so different words stay different; whatever is no letter stays.
-    (CrossPT has words of another language in Latin letters.)
+    Letters are replaced one by one, so different words stay different; other characters are kept.
+    (CrossPT uses words of another language in Latin letters.)
     """
     return word.translate(_NEXT_LETTER)
 

@@ -57,7 +57,7 @@ ROWS = (
         metrics=[text_metrics.f1],
         accuracy_first=False,
     ),
-    # Sizes are queries; a query has one row for each of its answers.
+    # Sizes count queries; a query becomes one row for each of its answers.
     _super_glue(
         "record",
         template=cloze,

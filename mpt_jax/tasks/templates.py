@@ -1,9 +1,9 @@
-"""Raw rows into text: `inputs` that start with the task's name, and `targets`.
+"""Text templates: turn raw rows into `inputs` that start with the task's name, and `targets`.
 
     mnli premise: A man sleeps. hypothesis: Somebody rests.        ->  entailment
 
-Each maker returns a SeqIO preprocessor for a task's prefix. Templates are those of T5 and ATTEMPT;
-docs/tasks.md lists them.
+Each function returns a template, which makes a SeqIO preprocessor for a task's prefix. The
+templates follow T5 and ATTEMPT; docs/tasks.md lists them.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ Text = Callable[[tf.Tensor], tf.Tensor]
 
 
 def as_it_is(text: tf.Tensor) -> tf.Tensor:
-    """The text itself."""
+    """Returns the text unchanged."""
     return text
 
 
 def without_markup(text: tf.Tensor) -> tf.Tensor:
-    """MultiRC's <br> becomes a space, and its <b> and </b> nothing; other angle brackets stay."""
+    """Replaces MultiRC's <br> by a space and removes <b> and </b>; keeps other angle brackets."""
     return tf.strings.regex_replace(tf.strings.regex_replace(text, r"<br\s*/?>", " "), "</?b>", "")
 
 
 def spaced(text: tf.Tensor) -> tf.Tensor:
-    """Spaces around whatever is no letter, accent, digit or underscore; one space at a time."""
-    apart = tf.strings.regex_replace(text, r"([^_\s\p{N}\p{L}\p{M}])", r" \1 ")
-    return tf.strings.strip(tf.strings.regex_replace(apart, r"\s+", " "))
+    """Puts single spaces around every character but letters, accents, digits and underscores."""
+    padded = tf.strings.regex_replace(text, r"([^_\s\p{N}\p{L}\p{M}])", r" \1 ")
+    return tf.strings.strip(tf.strings.regex_replace(padded, r"\s+", " "))
 
 
 def labelled(
     fields: Mapping[str, str], labels: Sequence[str], clean: Text = as_it_is
 ) -> Callable[[str], Preprocessor]:
-    """Templates of classification.
+    """Returns a template of classification.
 
     Args:
         fields: {marker in the text: feature}, in order.
-        labels: what each label number is called. Another number is an error where it is read.
+        labels: name of each label number. Reading a row with another number is an error.
         clean: applied to every text.
     """
 
@@ -58,11 +58,11 @@ def labelled(
 
 
 def similarity(fields: Mapping[str, str]) -> Callable[[str], Preprocessor]:
-    """Templates of STS-B: the target is the score rounded to the nearest fifth, as '3.8'."""
+    """Returns the template of STS-B; the target is the score rounded to a fifth, such as '3.8'."""
 
     def target(prefix: str, row: Row) -> tf.Tensor:
         score = row["label"]
-        # ATTEMPT's own rounding yields tenths; T5's, and the papers' description, is to fifths.
+        # ATTEMPT's code rounds to tenths; T5, and the papers' description, to fifths.
         with _only_if((score >= 0) & (score <= 5), prefix, "score", score, "0 .. 5"):
             return tf.strings.as_string(tf.round(score * 5) / 5, precision=1)
 
@@ -75,12 +75,12 @@ def similarity(fields: Mapping[str, str]) -> Callable[[str], Preprocessor]:
 
 
 def coreference(labels: Sequence[str]) -> Callable[[str], Preprocessor]:
-    """Templates of WSC: the text with `* span 1 *` and `# span 2 #`, found by word number."""
+    """Returns the template of WSC: the text with `* span 1 *` and `# span 2 #` marked."""
 
     def marked(row: Row) -> dict[str, tf.Tensor]:
         first, second = row["span1_index"], row["span2_index"]
         text = _mark(row["text"], row["span1_text"], first, "*")
-        # Both marks of the first span are words before the second, if it stands before it.
+        # If the first span comes first, its two marks shift the second span by two words.
         second += 2 * tf.cast(first < second, second.dtype)
         return {"text": _mark(text, row["span2_text"], second, "#"), "label": row["label"]}
 
@@ -91,10 +91,10 @@ def coreference(labels: Sequence[str]) -> Callable[[str], Preprocessor]:
     return preprocess
 
 
-def _mark(text: tf.Tensor, span: tf.Tensor, place: tf.Tensor, mark: str) -> tf.Tensor:
-    """Puts marks around the span that starts at word `place`; elsewhere the text is unchanged."""
+def _mark(text: tf.Tensor, span: tf.Tensor, word: tf.Tensor, mark: str) -> tf.Tensor:
+    """Puts marks around the span that starts at word number `word`; keeps the rest of the text."""
     literal = tf.strings.regex_replace(span, r"([\\^$.|?*+()\[\]{}])", r"\\\1")
-    before = tf.strings.join([r"^((?:\S+\s){", tf.strings.as_string(place), "})"])
+    before = tf.strings.join([r"^((?:\S+\s){", tf.strings.as_string(word), "})"])
     pattern = tf.strings.join([before, "(", literal, ")"])
     return tf.strings.regex_replace(text, pattern, rf"\1{mark} \2 {mark}", replace_global=False)
 
@@ -105,28 +105,30 @@ def multiple_choice(
     is_right: Callable[[Row], tf.Tensor],
     labels: Sequence[str],
 ) -> Callable[[str], Preprocessor]:
-    """Templates of multiple choice: a question, its options as `choice1: ... choice2: ...`.
+    """Returns a template of multiple choice: a question, then `choice1: ... choice2: ...`.
 
     Args:
         asked: row -> the question.
-        options: row -> the texts to choose from, [n]; at most one for each label.
-        is_right: row -> which of them is the answer, bool [n]. Of several the first one counts; a
-            row without any is an error.
-        labels: what to call the first, second, ... option in a target.
+        options: row -> the options, [n]; at most as many as labels.
+        is_right: row -> which options are right, bool [n]. The first right option is the answer; a
+            row without one is an error.
+        labels: targets for the first, second, ... option.
     """
 
     def text(prefix: str, row: Row) -> dict[str, tf.Tensor]:
         texts, right = options(row), tf.where(is_right(row))
         checks = [
             tf.debugging.assert_less_equal(
-                tf.size(texts), len(labels), f"{prefix}: more options than the task has labels."
+                tf.size(texts),
+                len(labels),
+                f"{prefix}: a row has more options than the task has labels.",
             ),
             tf.debugging.assert_positive(
-                tf.size(right), f"{prefix}: a row whose answer is none of its options."
+                tf.size(right), f"{prefix}: a row's answer is none of its options."
             ),
         ]
         with tf.control_dependencies(checks):
-            count, place = tf.size(texts), tf.identity(right)[0, 0]
+            count, answer = tf.size(texts), tf.identity(right)[0, 0]
             markers = tf.constant([f"choice{n}:" for n in range(1, len(labels) + 1)])[:count]
             listed = tf.reshape(tf.stack([markers, texts], axis=1), [-1])
         parts = [
@@ -136,17 +138,17 @@ def multiple_choice(
         ]
         return {
             "inputs": tf.strings.join(parts, " "),
-            "targets": tf.constant(list(labels))[place],
+            "targets": tf.constant(list(labels))[answer],
         }
 
     return lambda prefix: _mapped(lambda row: text(prefix, row))
 
 
 def question(answers: Callable[[Row], tf.Tensor]) -> Callable[[str], Preprocessor]:
-    """Templates of SQuAD and MRQA: punctuation spaced, the first answer as target.
+    """Returns the template of SQuAD and MRQA: spaced punctuation, the first answer as target.
 
     Args:
-        answers: row -> its gold answers, [n] strings. A row without any is left out.
+        answers: row -> its gold answers, [n] strings. Rows without answers are dropped.
     """
 
     def with_answers(row: Row) -> dict[str, tf.Tensor]:
@@ -169,9 +171,10 @@ def question(answers: Callable[[Row], tf.Tensor]) -> Callable[[str], Preprocesso
 
 
 def cloze(prefix: str) -> Preprocessor:
-    """Template of ReCoRD: a query, its candidate entities and the passage; one row per gold answer.
+    """Returns ReCoRD's preprocessor: a query, its candidate entities and the passage.
 
-    All rows of a query carry all its answers and one `group`, so that evaluation counts it once.
+    A query yields one row per gold answer. All its rows have all answers and the same `group`, so
+    that evaluation counts the query once.
     """
 
     def rows_of(row: Row) -> tf.data.Dataset:
@@ -180,8 +183,8 @@ def cloze(prefix: str) -> Preprocessor:
         candidates = tf.strings.reduce_join(row["entities"], separator=", ")
         parts = [f"{prefix} query:", row["query"], "entities:", candidates, "passage:", passage]
         inputs = tf.strings.join(parts, " ")
-        place = [tf.strings.as_string(row["idx"][name]) for name in ("passage", "query")]
-        group = tf.strings.join(place, "/")
+        index = [tf.strings.as_string(row["idx"][name]) for name in ("passage", "query")]
+        group = tf.strings.join(index, "/")
         targets = tf.data.Dataset.from_tensor_slices({"targets": row["answers"]})
         shared = {"inputs": inputs, "answers": row["answers"], "group": group}
         return targets.map(tf.autograph.experimental.do_not_convert(lambda x: {**x, **shared}))
@@ -190,7 +193,7 @@ def cloze(prefix: str) -> Preprocessor:
 
 
 def without_prefix(prefix: str) -> Preprocessor:
-    """Takes the prefix, and the space after it, from the inputs of a template's rows."""
+    """Returns a preprocessor that removes the prefix, and the space after it, from the inputs."""
     start = f"^{re.escape(prefix)} "
     return _mapped(
         lambda row: {**row, "inputs": tf.strings.regex_replace(row["inputs"], start, "")}
@@ -203,9 +206,9 @@ def _answered(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _only_if(known: tf.Tensor, prefix: str, what: str, value: tf.Tensor, range_: str) -> Any:
-    """Inside, ops run only if `known`; else reading fails with a sentence on the gold `value`."""
+    """Returns a context whose ops run only if `known`; otherwise reading fails, naming `value`."""
     message = [f"{prefix}: a row has the {what} ", tf.strings.as_string(value)]
-    message.append(f", which is not in {range_}. TFDS writes -1 where the gold is not public.")
+    message.append(f", which is not in {range_}. TFDS writes -1 if the gold {what} is not public.")
     return tf.control_dependencies([tf.debugging.Assert(known, [tf.strings.join(message)])])
 
 

@@ -1,12 +1,13 @@
-"""Metrics of decoded text, all in percent. Anything that is no valid answer counts as wrong.
+"""Metrics of decoded text, all in percent. Invalid predictions count as wrong.
 
-Each function here makes, or is, a SeqIO metric `(targets, predictions) -> {name: value}`. A task's
-first metric is the one by which its best step is selected. Accuracy, F1 and Matthews' correlation
-are scikit-learn's, Pearson's and Spearman's SciPy's, the scores of answers ours.
+Each function here is, or returns, a SeqIO metric `(targets, predictions) -> {name: value}`. The
+first metric of a task selects its best step. Accuracy, F1 and Matthews' correlation come from
+scikit-learn, Pearson's and Spearman's from SciPy; the scores of answers are implemented here.
 
-A metric that is undefined, such as a correlation with a constant, is 0, and a warning says why.
-Each that can be has a second value, `<metric>_undefined`, 1 then and otherwise 0, so that a table
-can tell it from a 0 that was measured. A gold that no metric can be computed from is a ValueError.
+An undefined metric, such as a correlation with a constant, is 0 and logs a warning with the reason.
+Every metric that can be undefined has a second value, `<metric>_undefined`, which is 1 if it is and
+0 otherwise, so that a table can distinguish it from a measured 0. A gold target that no metric can
+use raises ValueError.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _TASK: contextvars.ContextVar[str] = contextvars.ContextVar("task", default="")
 
 
 def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `metric`, whose warnings and errors name the task. Around another such, it wins."""
+    """Returns `metric` with the task's name in its warnings and errors; an outer name wins."""
 
     @functools.wraps(metric)
     def named(*args: Any, **kwargs: Any) -> Any:
@@ -44,29 +45,32 @@ def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
-    """Returns `scores`, then whether they are undefined. A warning says `why`, unless it is None.
+    """Returns `scores`, then whether they are undefined. Logs a warning if they are.
 
     Args:
-        scores: name -> percent, the first one first.
-        why: why none of them is defined.
-        what: what the warning calls them; by default the name of the first.
+        scores: name -> percent, the most important one first.
+        why: the reason why none of them is defined; None if they are defined.
+        what: name for the warning; default: the first name of `scores`.
     """
     if why is not None:
-        of = f" of {_TASK.get()}" if _TASK.get() else ""
-        logging.warning("%s%s is undefined: %s; counted as 0.", what or next(iter(scores)), of, why)
+        task = f" of {_TASK.get()}" if _TASK.get() else ""
+        name = what or next(iter(scores))
+        logging.warning("%s%s is undefined: %s; counted as 0.", name, task, why)
     return {**scores, **{f"{name}_undefined": float(why is not None) for name in scores}}
 
 
 def _unusable(target: Any, what: str) -> ValueError:
-    of = f"Task {_TASK.get()!r}: the" if _TASK.get() else "The"
-    return ValueError(f"{of} gold {target!r} is {what}, so predictions cannot be scored by it.")
+    start = f"Task {_TASK.get()!r}: the" if _TASK.get() else "The"
+    return ValueError(
+        f"{start} gold target {target!r} is {what}, so predictions cannot be scored. Fix the data."
+    )
 
 
 def _constant(
-    targets: np.ndarray, said: np.ndarray, shown: Callable[[Any], str] = str
+    targets: np.ndarray, predictions: np.ndarray, shown: Callable[[Any], str] = str
 ) -> str | None:
-    """Returns which of two lists of values has one value alone, and that as `shown`, or None."""
-    for what, values in (("target", targets), ("prediction", said)):
+    """Returns a sentence on the first constant array, its value as `shown`; None without one."""
+    for what, values in (("target", targets), ("prediction", predictions)):
         if np.ptp(values) == 0:
             return f"every {what} is {shown(values[0])}"
     return None
@@ -78,41 +82,41 @@ def _constant(
 def label_numbers(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both as label numbers; -1 for a prediction that is no label.
+    """Returns targets and predictions as label numbers; -1 for a prediction that is not a label.
 
     Raises:
-        ValueError: a target is no label.
+        ValueError: a target is not a label.
     """
     number = {label: i for i, label in enumerate(labels)}
     for target in targets:
         if target not in number:
             raise _unusable(target, f"none of the labels {', '.join(map(repr, labels))}")
-    said = np.array([number.get(prediction.strip(), -1) for prediction in predictions])
-    return np.array([number[target] for target in targets]), said
+    predicted = np.array([number.get(prediction.strip(), -1) for prediction in predictions])
+    return np.array([number[target] for target in targets]), predicted
 
 
 def _two_sided(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `label_numbers` for two labels, where what is no label becomes the wrong one: T5's F1."""
-    true, said = label_numbers(targets, predictions, labels)
-    return true, np.where(said < 0, 1 - true, said)
+    """As `label_numbers` for two labels; invalid predictions become the wrong label, as in T5."""
+    true, predicted = label_numbers(targets, predictions, labels)
+    return true, np.where(predicted < 0, 1 - true, predicted)
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Percent of predictions that are their target, apart from white space around them."""
+    """Percent of predictions that equal their target, ignoring white space around them."""
     number = {target: i for i, target in enumerate(dict.fromkeys(targets))}
-    said = [number.get(prediction.strip(), -1) for prediction in predictions]
+    predicted = [number.get(prediction.strip(), -1) for prediction in predictions]
     true = [number[target] for target in targets]
-    return {"accuracy": 100 * float(sklearn_metrics.accuracy_score(true, said))}
+    return {"accuracy": 100 * float(sklearn_metrics.accuracy_score(true, predicted))}
 
 
 def invalid_rate(labels: Sequence[str]) -> Metric:
     """Percent of predictions that are none of the labels."""
 
     def invalid(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-        _, said = label_numbers(targets, predictions, labels)
-        return {"invalid": 100 * float(np.mean(said < 0))}
+        _, predicted = label_numbers(targets, predictions, labels)
+        return {"invalid": 100 * float(np.mean(predicted < 0))}
 
     return invalid
 
@@ -120,7 +124,7 @@ def invalid_rate(labels: Sequence[str]) -> Metric:
 def f1(labels: Sequence[str]) -> Metric:
     """F1 of the second of two labels (duplicate, equivalent, True).
 
-    What is no label counts as the wrong one, as in T5.
+    An invalid prediction counts as the wrong label, as in T5.
     """
 
     def label_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -130,7 +134,7 @@ def f1(labels: Sequence[str]) -> Metric:
 
 
 def macro_f1(labels: Sequence[str]) -> Metric:
-    """Mean over the labels of their F1. What is no label is a prediction of none of them."""
+    """Mean F1 of the labels. An invalid prediction counts as a prediction of no label."""
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = label_numbers(targets, predictions, labels)
@@ -142,12 +146,14 @@ def macro_f1(labels: Sequence[str]) -> Metric:
 def f1_of_labels(
     true: np.ndarray, said: np.ndarray, labels: Sequence[str], scored: Sequence[int]
 ) -> dict[str, float]:
-    """Mean F1 of some labels, where one that neither occurs nor is said has 0 and marks the mean.
+    """Returns the mean F1 of some labels.
+
+    A label without targets and predictions has F1 0 and marks the mean as undefined.
 
     Args:
-        true, said: label numbers [n]; -1 for what is no label.
-        labels: what the numbers mean.
-        scored: the labels that the mean is of, as numbers.
+        true, said: label numbers [n] of targets and predictions; -1 for an invalid prediction.
+        labels: name of each label number.
+        scored: numbers of the labels to average over.
     """
     absent = sorted(set(scored) - set(true.tolist()) - set(said.tolist()))
     names = " or ".join(repr(labels[number]) for number in absent)
@@ -159,9 +165,9 @@ def f1_of_labels(
 
 
 def matthews(labels: Sequence[str]) -> Metric:
-    """Matthews' correlation, where what is no label counts as one label more, as in T5.
+    """Matthews' correlation; invalid predictions count as one more label, as in T5.
 
-    0 where all predictions, or all targets, are the same.
+    0 if all predictions, or all targets, are equal.
     """
 
     def shown(number: int) -> str:
@@ -170,9 +176,9 @@ def matthews(labels: Sequence[str]) -> Metric:
     def matthews_correlation(
         targets: Sequence[str], predictions: Sequence[str]
     ) -> dict[str, float]:
-        true, said = label_numbers(targets, predictions, labels)
-        why = _constant(true, said, shown)
-        value = 0.0 if why else float(sklearn_metrics.matthews_corrcoef(true, said))
+        true, predicted = label_numbers(targets, predictions, labels)
+        why = _constant(true, predicted, shown)
+        value = 0.0 if why else float(sklearn_metrics.matthews_corrcoef(true, predicted))
         return _marked({"matthews": 100 * value}, why)
 
     return matthews_correlation
@@ -184,28 +190,28 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
 def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of numbers, and how many predictions are none.
+    """Pearson's and Spearman's correlation, and the percent of predictions that are not numbers.
 
-    What is no number counts as 0. A correlation with a constant is 0.
+    A prediction that is not a number counts as 0. A correlation with a constant is 0.
 
     Raises:
-        ValueError: a target is no number.
+        ValueError: a target is not a number.
     """
-    known = [_NUMBER.fullmatch(prediction.strip()) for prediction in predictions]
-    said = np.array([float(match.group()) if match else 0.0 for match in known])
+    matches = [_NUMBER.fullmatch(prediction.strip()) for prediction in predictions]
+    predicted = np.array([float(match.group()) if match else 0.0 for match in matches])
     true = np.array([_gold_number(target) for target in targets])
-    why = _constant(true, said)
-    found = {
-        "pearson": 0.0 if why else 100 * float(stats.pearsonr(true, said).statistic),
-        "spearman": 0.0 if why else 100 * float(stats.spearmanr(true, said).statistic),
+    why = _constant(true, predicted)
+    scores = {
+        "pearson": 0.0 if why else 100 * float(stats.pearsonr(true, predicted).statistic),
+        "spearman": 0.0 if why else 100 * float(stats.spearmanr(true, predicted).statistic),
     }
-    invalid = 100 * float(np.mean([match is None for match in known]))
-    return {**_marked(found, why, "correlation"), "invalid": invalid}
+    invalid = 100 * float(np.mean([match is None for match in matches]))
+    return {**_marked(scores, why, "correlation"), "invalid": invalid}
 
 
 def _gold_number(target: str) -> float:
     if _NUMBER.fullmatch(target) is None:
-        raise _unusable(target, "no number")
+        raise _unusable(target, "not a number")
     return float(target)
 
 
@@ -213,13 +219,13 @@ def _gold_number(target: str) -> float:
 
 
 def normalized(answer: str) -> str:
-    """The official SQuAD script's form: lower case, no punctuation, no articles, single spaces."""
+    """Returns the form of SQuAD's script: lower case, no punctuation or articles, single spaces."""
     bare = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def word_f1(answer: str, prediction: str) -> float:
-    """F1 between the bags of words of two normalized texts; 0 where they share none."""
+    """Returns the F1 between two normalized texts as bags of words; 0 if they share no word."""
     left, right = normalized(answer).split(), normalized(prediction).split()
     shared = sum((collections.Counter(left) & collections.Counter(right)).values())
     return 2 * shared / (len(left) + len(right)) if shared else 0.0
@@ -228,12 +234,12 @@ def word_f1(answer: str, prediction: str) -> float:
 def answer_overlap(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """F1 and exact match against the best of each question's gold answers, as SQuAD has them.
+    """F1 and exact match against the best of each question's gold answers, as in SQuAD.
 
     Args:
         targets: {'answers': all gold answers, 'group': name of the question}. Rows with the same
-            group, made of one question, count once, with the first row's prediction; '' is a
-            group of its own.
+            group come from one question and count once, with the first row's prediction. Each row
+            with group '' counts separately.
         predictions: one for each target.
 
     Raises:
@@ -255,7 +261,7 @@ def answer_overlap(
 
 
 def gold_answers(text: str, example: Mapping[str, Any], is_target: bool = False) -> Any:
-    """SeqIO postprocessor: of a target all gold answers and the group, of a prediction its text."""
+    """SeqIO postprocessor: a target's gold answers and group, or a prediction's text."""
     if not is_target:
         return text
     answers = [answer.decode() for answer in np.asarray(example["answers"]).tolist()]

@@ -1,11 +1,12 @@
 """SeqIO registration of the toy suite: importing this module registers its tasks.
 
     toy_sst2, toy_mnli, ...        six source and eight target tasks (`toy_tasks`)
-    toy_rte_prefixed, ...          target tasks under a prefix or with other labels (`toy_variants`)
-    toy_boolq_k32_s1, ...          on demand: k training examples of it, as `few_shot` names them
-    toy_pretrain                   what the tiny backbone was pretrained on
+    toy_rte_prefixed, ...          target tasks with a prefix or other labels (`toy_variants`)
+    toy_boolq_k32_s1, ...          few-shot runs, registered on demand (`few_shot`)
+    toy_pretrain                   the pretraining data of the tiny backbone
 
-Rows are made in memory from the task's name and split alone; a split's rows are distinct.
+Rows are generated in memory and depend only on the task's name and the split; the rows of a split
+are distinct.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PRETRAIN_CHUNKS = 4096
 
 @functools.cache
 def rows(name: str, split: str) -> tuple[tuple[str, str], ...]:
-    """The distinct (inputs, targets) of one split, a function of the two names alone.
+    """Returns the distinct (inputs, targets) of one split; they depend only on the two names.
 
     Labels have equal shares (to within one row).
     """
@@ -51,14 +52,14 @@ def rows(name: str, split: str) -> tuple[tuple[str, str], ...]:
     rng = random.Random(f"{name} {split}")
     size, kinds = SIZES[task.role][split], max(1, len(task.labels))
     room = {label: (size + i) // kinds for i, label in enumerate(task.labels or ("",))}
-    found: dict[tuple[str, str], None] = {}
-    while len(found) < size:
+    distinct: dict[tuple[str, str], None] = {}
+    while len(distinct) < size:
         inputs, target = task.make(rng, split)
         label = target if task.labels else ""
-        if room[label] and (inputs, target) not in found:
-            found[inputs, target] = None
+        if room[label] and (inputs, target) not in distinct:
+            distinct[inputs, target] = None
             room[label] -= 1
-    return tuple(rng.sample(list(found), size))
+    return tuple(rng.sample(list(distinct), size))
 
 
 def _dataset(pairs: Sequence[tuple[str, str]]) -> tf.data.Dataset:
@@ -71,7 +72,7 @@ def _dataset(pairs: Sequence[tuple[str, str]]) -> tf.data.Dataset:
 
 
 def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
-    """F1 of the first label where there are two, else the mean F1 of all; percent."""
+    """F1 of the first of two labels, or the mean F1 of more labels, in percent."""
     scored = range(1 if len(labels) == 2 else len(labels))
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -97,7 +98,7 @@ def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
 
 
 def metrics_of(task: ToyTask | Variant) -> list:
-    """The metrics of a task over its own labels; the first named is the one that selects."""
+    """Returns a task's metrics over its labels; the first metric selects the best step."""
     if not task.labels:
         return [text_overlap]
     return [
@@ -111,7 +112,7 @@ def metrics_of(task: ToyTask | Variant) -> list:
 
 
 def vocabulary() -> seqio.Vocabulary:
-    """The suite's vocabulary."""
+    """Returns the suite's vocabulary."""
     return vocabularies.load(str(VOCABULARY_PATH), extra_ids=EXTRA_IDS)
 
 
@@ -124,7 +125,7 @@ def _register(task: ToyTask) -> None:
 
 
 def _register_variant(variant: Variant) -> None:
-    """Registers a variant, whose few-shot runs draw the rows of its task's."""
+    """Registers a variant. Its few-shot runs draw the same rows as runs of its base task."""
     base, name = variant.base, variant.name
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -136,7 +137,7 @@ def _register_variant(variant: Variant) -> None:
 
 
 def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> seqio.Task:
-    """Registers a task; `sizes` counts the rows of each split, or only names the splits."""
+    """Registers a task; `sizes` maps splits to their numbers of rows, or only names the splits."""
     counts = sizes if isinstance(sizes, dict) else None
     source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
     return seqio.TaskRegistry.add(
@@ -149,7 +150,7 @@ def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: l
 
 
 def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk `number` of the pretraining text as zero-padded ids: inputs [n, T], targets [n, L]."""
+    """Returns a chunk of pretraining text as zero-padded ids: inputs [n, T], targets [n, L]."""
     rng, ids = random.Random(f"pretrain {number}"), word_ids()
     arrays = [np.zeros((PRETRAIN_CHUNK, n), np.int32) for n in toy_pretrain.LENGTHS.values()]
     for row in range(PRETRAIN_CHUNK):
@@ -160,7 +161,7 @@ def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    """Chunks are made as they are read, in order; one takes a few hundredths of a second."""
+    """Generates chunks in order as they are read; each takes a few hundredths of a second."""
     del shuffle_files, seed
     first = {"train": 1, "validation": 0}[split]
     chunks = tf.data.Dataset.range(first, PRETRAIN_CHUNKS if split == "train" else 1)
@@ -181,13 +182,13 @@ def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) 
 
 
 def _prefixed(task: ToyTask) -> list[tuple[str, str]]:
-    """Held-out rows of a source task under the textual prefix it has in pretraining."""
+    """Returns held-out rows of a source task with the textual prefix it has in pretraining."""
     prefix = task.name.removeprefix("toy_")
     return [(f"{prefix} : {text}", target) for text, target in rows(task.name, "validation")]
 
 
 def _register_pretraining() -> None:
-    """The pretraining text, and the source skills under their prefixes to watch it by."""
+    """Registers the pretraining text, and the prefixed source skills that monitor pretraining."""
     marked = [preprocessors.add_task_id("toy_pretrain"), preprocessors.end_and_limit]
     _add("toy_pretrain", _pretrain_dataset, ("train", "validation"), marked, [])
     for task in SOURCE_TASKS:

@@ -1,18 +1,18 @@
-"""Where the tiny T5's pretraining starts: T5's own random values, with some attention heads helped.
+"""Initial values for pretraining the tiny T5: T5's random values, with matching attention heads.
 
     python -m mpt_jax.tasks.toy_init    writes ROOT/toy_init/checkpoint_0 (ROOT: runtime/paths.py)
 
-Every task of the suite needs attention to find the word in one sentence that also stands in the
-other. Large models discover that by themselves, by a late phase change; on two cores a network
-of this size does not within an hour (`data/tiny_t5/log.md` has the numbers). So it starts with
-what it would have to discover, and learns the rest:
+Every task of the suite needs attention that finds a word of one sentence in the other sentence.
+Large models learn this in a late phase change. On two cores, a network of this size does not learn
+it within an hour (`data/tiny_t5/log.md` has the numbers). So pretraining starts with such heads and
+trains everything else:
 
-* in half of the encoder's heads queries and keys are the same projection, so that equal content
-  attends to equal content, and the position itself is left out by its relative bias;
+* in half of the encoder's heads, queries and keys are the same projection, so that equal content
+  attends to equal content; the relative bias excludes the position itself;
 * the other half prefers certain distances more strongly than T5's initial biases do;
-* in half of the decoder's cross-attention heads queries and keys are the same projection.
+* in half of the decoder's cross-attention heads, queries and keys are the same projection.
 
-The tree is T5X's and so is the network: only these first values differ.
+The parameter tree and the network are T5X's; only these initial values differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.runtime import paths
 from mpt_jax.tasks.toy_vocabulary import EMBEDDING_ROWS
 
-# The same numbers as gin/tiny.gin's; a test compares them.
+# The same values as in gin/tiny.gin; a test compares them.
 TINY_T5 = T5Config(
     vocab_size=EMBEDDING_ROWS,
     emb_dim=128,
@@ -47,7 +47,7 @@ DISTANCE_SCALE = 5.0
 
 
 def initial_params(config: T5Config = TINY_T5, seed: int = 0) -> dict[str, Any]:
-    """T5's random tree with matching and distance heads, a function of the seed alone."""
+    """Returns T5's random tree with matching and distance heads; depends only on the seed."""
     tokens = jnp.ones((1, 2), jnp.int32)
     variables = Transformer(config).init(jax.random.key(seed), tokens, tokens > 0, tokens)
     params = jax.tree.map(np.array, variables["params"])

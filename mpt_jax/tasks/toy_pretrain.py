@@ -1,14 +1,14 @@
-"""What the tiny backbone reads before any prompt is tuned: text of the world and source skills.
+"""Pretraining data of the tiny backbone: span corruption, word games and source skills.
 
-As T5 1.0 was, it is pretrained on span corruption together with supervised tasks under textual
-prefixes. The supervised tasks are the six source skills and four small word games; target tasks
-never appear. Two things make matching across sentences emerge in a small network:
+As T5 1.0 was, the backbone is pretrained on span corruption together with supervised tasks with
+textual prefixes. The supervised tasks are the six source skills and four small word games; target
+tasks never appear. Two choices make matching across sentences emerge in a small network:
 
-* the word games and span corruption over facts told twice give the lookup that all the skills
-  rest on a simpler form, many times per example (a curriculum by mixing);
-* label words are named in the prefix (`game yes no :`), so that every label word of the suite is
-  often a target, with several games and source skills. A skill is never asked to answer with the
-  words of a target task that puts the same question.
+* The word games, and span corruption over facts stated twice, require the lookup behind all skills
+  in a simpler form, many times per example (a curriculum by mixing).
+* Label words are named in the prefix (`game yes no :`), so that every label word of the suite is
+  often a target, with several games and source skills. A skill never answers with the label words
+  of a target task that asks the same question.
 
 All examples are drawn from the train split of the world and written as lists of words; a sentinel
 is the word `<i>`.
@@ -21,7 +21,7 @@ import random
 from mpt_jax.tasks import toy_tasks as suite
 from mpt_jax.tasks import toy_world as world
 
-# Pairs (affirming word, denying word) that any yes-or-no game may be asked to answer with.
+# Pairs (affirming word, denying word) of answers to any yes-or-no game.
 LABEL_PAIRS = (
     ("yes", "no"),
     ("true", "false"),
@@ -35,8 +35,8 @@ LABEL_PAIRS = (
     ("entailment", "contradiction"),
     ("entailment", "neutral"),
 )
-# Words that a skill or game never answers with: a target task asks the same of other inputs with
-# them (boolq, rte and scitail whether something follows, mrpc and paws whether two say the same).
+# Label words that a skill or game never answers with, since a target task uses them for the same
+# question (boolq, rte and scitail: does it follow? mrpc and paws: do both say the same?).
 _FOLLOWING = (("yes", "no"), ("true", "false"), ("supported", "unsupported"))
 _SAYING_THE_SAME = (("equivalent", "distinct"), ("paraphrase", "changed"))
 BARRED = {
@@ -54,7 +54,7 @@ ALL_NOUNS = tuple(word for words in world.NOUNS.values() for word in words)
 def _label_prefix(
     rng: random.Random, name: str, usual: tuple[str, str] | None = None
 ) -> tuple[str, tuple[str, str]]:
-    """The prefix of a yes-or-no task and its two answers; other answers are named in it."""
+    """Returns the prefix of a yes-or-no task, which names unusual answers, and its two answers."""
     if usual and rng.random() < 0.6:
         return f"{name} :", usual
     pair = rng.choice([pair for pair in LABEL_PAIRS if pair not in BARRED.get(name, ())])
@@ -65,22 +65,22 @@ def _label_prefix(
 
 
 def equal_game(rng: random.Random) -> tuple[str, str]:
-    """Are two short lists of words the same list?"""
+    """Asks whether two short lists of words are equal."""
     prefix, (affirm, deny) = _label_prefix(rng, "equal", ("same", "other"))
     left = rng.sample(ALL_NOUNS, rng.randint(1, 3))
     right = list(left)
     same = rng.random() < 0.5
     if not same:
-        place = rng.randrange(len(left))
+        index = rng.randrange(len(left))
         if len(left) > 1 and rng.random() < 0.4:
-            right[place], right[place - 1] = right[place - 1], right[place]
+            right[index], right[index - 1] = right[index - 1], right[index]
         else:
-            right[place] = world.other(rng, ALL_NOUNS, *left)
+            right[index] = world.other(rng, ALL_NOUNS, *left)
     return f"{prefix} {' '.join(left)} | {' '.join(right)}", affirm if same else deny
 
 
 def member_game(rng: random.Random) -> tuple[str, str]:
-    """Is a word in a list?"""
+    """Asks whether a word is in a list."""
     prefix, (affirm, deny) = _label_prefix(rng, "member", ("yes", "no"))
     words = rng.sample(ALL_NOUNS, rng.randint(2, 6))
     inside = rng.random() < 0.5
@@ -89,19 +89,19 @@ def member_game(rng: random.Random) -> tuple[str, str]:
 
 
 def lookup_game(rng: random.Random) -> tuple[str, str]:
-    """What stands beside each of these words in a list of pairs?"""
+    """Asks for the partners of some words in a list of pairs."""
     words = rng.sample(ALL_NOUNS, 2 * rng.randint(2, 5))
     pairs = list(zip(words[::2], words[1::2], strict=True))
-    told = " . ".join(f"{left} {right}" for left, right in pairs)
+    listing = " . ".join(f"{left} {right}" for left, right in pairs)
     asked = rng.sample(pairs, min(len(pairs), rng.choice((1, 1, 1, 2, 3))))
     query, answer = " ".join(a for a, _ in asked), " ".join(b for _, b in asked)
     if rng.random() < 0.3:
         query, answer = answer, query
-    return f"lookup : {query} | {told} .", answer
+    return f"lookup : {query} | {listing} .", answer
 
 
 def quiz_game(rng: random.Random) -> tuple[str, str]:
-    """Several questions about one passage."""
+    """Asks several questions about one passage."""
     fact = world.a_fact(rng, _SPLIT)
     facts = [fact, *world.distractors(rng, _SPLIT, fact, 2)]
     asked = rng.sample(facts, 2)
@@ -110,7 +110,10 @@ def quiz_game(rng: random.Random) -> tuple[str, str]:
 
 
 def source_skill(rng: random.Random, name: str) -> tuple[str, str]:
-    """A source task under its textual prefix; yes-or-no ones sometimes name their labels."""
+    """Returns an example of a source task with its textual prefix.
+
+    Yes-or-no tasks sometimes name their labels in the prefix.
+    """
     task = _SOURCE[name]
     inputs, target = task.make(rng, _SPLIT)
     short = name.removeprefix("toy_")
@@ -125,36 +128,36 @@ def source_skill(rng: random.Random, name: str) -> tuple[str, str]:
 
 
 # --- span corruption -------------------------------------------------------------------------
-# A text is (sentences that stay whole, sentences to corrupt): what is hidden from a fact's second
-# telling can be found in the first, so the loss rewards looking.
+# A text is (sentences to keep, sentences to corrupt). The words hidden in the second statement of a
+# fact occur in its first statement, so the loss rewards attention to it.
 
 Text = tuple[list[str], list[str]]
 
 
-def _told_twice(rng: random.Random) -> Text:
-    """Facts and, after them, some of the facts again, in the same or in other words."""
+def _repeated_facts(rng: random.Random) -> Text:
+    """Returns facts, then some of the same facts, in the same or other words."""
     fact = world.a_fact(rng, _SPLIT)
     facts = [fact, *world.distractors(rng, _SPLIT, fact, rng.randint(0, 2))]
-    told = [world.restate(rng, known) for known in facts]
-    again = rng.sample(told, min(len(told), rng.randint(1, 2)))
-    return [first for first, _ in told], [rng.choice(both) for both in again]
+    pairs = [world.restate(rng, known) for known in facts]
+    again = rng.sample(pairs, min(len(pairs), rng.randint(1, 2)))
+    return [first for first, _ in pairs], [rng.choice(pair) for pair in again]
 
 
 def _deeds(rng: random.Random) -> Text:
     facts = [world.a_fact(rng, _SPLIT, rng.choice(world.DEEDS)) for _ in range(2)]
-    told = [world.restate(rng, fact) for fact in facts]
-    return [first for first, _ in told], [rng.choice(told)[1]]
+    pairs = [world.restate(rng, fact) for fact in facts]
+    return [first for first, _ in pairs], [rng.choice(pairs)[1]]
 
 
 def _reports(rng: random.Random) -> Text:
     verdict = rng.choice(tuple(suite.REPORTS))
     fact = world.a_fact(rng, _SPLIT)
-    said = suite.report(rng, _SPLIT, verdict, fact)
+    report = suite.report(rng, _SPLIT, verdict, fact)
     if verdict == "neutral":
-        return [], [said, "no one knows the truth"]
+        return [], [report, "no one knows the truth"]
     if verdict == "contradiction":
         fact = world.a_fact(rng, _SPLIT, fact.relation, fact.subject, not_values=(fact.value,))
-    return [], [said, f"in truth {world.state(rng, fact)}"]
+    return [], [report, f"in truth {world.state(rng, fact)}"]
 
 
 def _uses(rng: random.Random) -> Text:
@@ -173,7 +176,7 @@ def _rules(rng: random.Random) -> Text:
 
 
 def _labels(rng: random.Random) -> Text:
-    """Sentences that use label words as ordinary words."""
+    """Returns sentences that use label words as ordinary words."""
     affirm, deny = rng.choice(LABEL_PAIRS)
     first, second = rng.sample(world.PEOPLE, 2)
     return [f"{first} said {affirm}", f"{second} said {deny}"], [
@@ -183,7 +186,7 @@ def _labels(rng: random.Random) -> Text:
 
 
 _TEXTS = (
-    (_told_twice, 44),
+    (_repeated_facts, 44),
     (_deeds, 18),
     (_reports, 10),
     (_uses, 10),
@@ -194,22 +197,22 @@ _TEXTS = (
 
 
 def corrupt(rng: random.Random, words: list[str], rate: float = 0.25) -> tuple[str, str]:
-    """Replace short spans by sentinels; the target lists each sentinel and what it hid."""
+    """Replaces short spans by sentinels; the target lists each sentinel and the words it hides."""
     inputs: list[str] = []
     targets: list[str] = []
-    place = spans = 0
+    index = spans = 0
     forced = rng.randrange(len(words))  # an example with nothing to predict would be wasted
-    while place < len(words):
-        last_chance = spans == 0 and place == forced
+    while index < len(words):
+        last_chance = spans == 0 and index == forced
         if last_chance or (spans < 4 and rng.random() < rate / 1.5):
             width = rng.choice((1, 1, 2))
             inputs.append(f"<{spans}>")
-            targets += [f"<{spans}>", *words[place : place + width]]
+            targets += [f"<{spans}>", *words[index : index + width]]
             spans += 1
-            place += width
+            index += width
         else:
-            inputs.append(words[place])
-            place += 1
+            inputs.append(words[index])
+            index += 1
     return " ".join(inputs), " ".join(targets)
 
 
@@ -230,7 +233,7 @@ def _skill(name: str):
     return make
 
 
-# (maker, rate): rates are relative numbers of examples.
+# (maker, rate): rates are relative weights of examples.
 MIXTURE = (
     (span_corruption, 20),
     (lookup_game, 10),
@@ -246,12 +249,12 @@ MIXTURE = (
 )
 
 
-# Tokens of the longest example, EOS included; the few that are longer are drawn again.
+# Maximum number of tokens, EOS included; the few longer examples are drawn again.
 LENGTHS = {"inputs": 40, "targets": 12}
 
 
 def example(rng: random.Random) -> tuple[str, str]:
-    """One pretraining example drawn from the mixture."""
+    """Returns a pretraining example drawn from the mixture."""
     makers, rates = zip(*MIXTURE, strict=True)
     while True:
         pair = rng.choices(makers, rates)[0](rng)

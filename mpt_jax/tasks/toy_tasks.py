@@ -1,9 +1,9 @@
-"""The toy suite's examples: six source tasks and eight target tasks told in the toy world.
+"""The toy suite's examples: six source tasks and eight target tasks about the toy world.
 
-Each maker is a pure function `(rng, split) -> (inputs, targets)` of plain text, in the image of
-the public task it is named after. Inputs carry no task prefix and share one format, `left | right`,
-so that the same input could belong to several tasks and only a prompt can say which is meant.
-Labels are words. Every fact an input states or claims belongs to its split (`toy_world.split_of`).
+Each maker is a pure function `(rng, split) -> (inputs, targets)` of plain text, modeled on the
+public task with its name. Inputs have no task prefix and share one format, `left | right`, so that
+the same input could come from several tasks and only a prompt identifies the task. Labels are
+words. Every fact that an input states or claims is in its split (`toy_world.split_of`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Maker = Callable[[random.Random, str], tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class ToyTask:
-    """One row of the suite; `labels` is empty where the target is free text."""
+    """One task of the suite; `labels` is empty if the target is free text."""
 
     name: str
     make: Maker
@@ -31,47 +31,47 @@ class ToyTask:
 # --- scenes that several tasks share ---------------------------------------------------------
 
 
-def _neighbour(rng: random.Random, split: str, fact: Fact, value: str) -> Fact:
-    """Another person who has `value` for the fact's relation."""
+def _neighbor(rng: random.Random, split: str, fact: Fact, value: str) -> Fact:
+    """Returns a fact about another person with `value` for the fact's relation."""
     while True:
         subject = world.other(rng, world.PEOPLE, fact.subject)
         if value in world.values(split, fact.relation, subject):
             return Fact(subject, fact.relation, value)
 
 
-def _aside(rng: random.Random, split: str, fact: Fact) -> Fact:
-    """Something else about the fact's subject."""
+def _other_fact(rng: random.Random, split: str, fact: Fact) -> Fact:
+    """Returns another fact about the fact's subject."""
     relation = rng.choice([r for r in world.RELATIONS if r != fact.relation])
     return world.a_fact(rng, split, relation, fact.subject)
 
 
 def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, list[Fact]]:
-    """A claim and two facts that entail it, contradict it, or leave it open (`neutral`).
+    """Returns a claim and two facts that entail it, contradict it, or leave it open (`neutral`).
 
-    The same words occur under all three verdicts: where the claim does not follow, its value
-    usually still stands in the facts, as another person's.
+    The same words occur under all three verdicts: if the claim does not follow, its value usually
+    still occurs in the facts, for another person.
     """
     claim = world.a_fact(rng, split)
     taken = (claim.value,)
     if verdict == "neutral":
-        return claim, [_neighbour(rng, split, claim, claim.value), _aside(rng, split, claim)]
+        return claim, [_neighbor(rng, split, claim, claim.value), _other_fact(rng, split, claim)]
     if verdict == "entailment":
         known = claim
         rival = world.a_fact(rng, split, claim.relation, None, (claim.subject,), taken)
     else:
         known = world.a_fact(rng, split, claim.relation, claim.subject, not_values=taken)
-        rival = _neighbour(rng, split, claim, claim.value)
+        rival = _neighbor(rng, split, claim, claim.value)
     if rng.random() < 0.3:
-        rival = _aside(rng, split, claim)
+        rival = _other_fact(rng, split, claim)
     return claim, [known, rival]
 
 
 def _vary(rng: random.Random, split: str, fact: Fact, parts: str) -> Fact:
-    """The fact with one of `parts` (s, r or o) changed to another of the same kind."""
+    """Returns the fact with one of `parts` (s, r or o) changed to another of the same kind."""
     while True:
         part = rng.choice(parts)
         if part == "s":
-            return _neighbour(rng, split, fact, fact.value)
+            return _neighbor(rng, split, fact, fact.value)
         if part == "o":
             values = (fact.value,)
             return world.a_fact(rng, split, fact.relation, fact.subject, not_values=values)
@@ -103,7 +103,7 @@ _REVERSED_REVIEWS = ("the {n} was not {a}", "{p} never found the {n} {a}")
 
 
 def opinion(rng: random.Random, split: str, praise: bool) -> str:
-    """A clause of praise or blame; (noun, adjective) pairs are dealt to the splits."""
+    """Returns a clause of praise or blame; (noun, adjective) pairs are assigned to splits."""
     turned = rng.random() < 0.3
     words = PRAISE if praise != turned else BLAME
     while True:
@@ -129,18 +129,18 @@ def mnli(rng: random.Random, split: str) -> tuple[str, str]:
 
 
 def qnli(rng: random.Random, split: str) -> tuple[str, str]:
-    found = rng.random() < 0.5
-    fact, facts = claim_scene(rng, split, "entailment" if found else "neutral")
-    return f"{world.ask(rng, fact)} | {world.passage(rng, facts)}", "found" if found else "missing"
+    holds = rng.random() < 0.5
+    fact, facts = claim_scene(rng, split, "entailment" if holds else "neutral")
+    return f"{world.ask(rng, fact)} | {world.passage(rng, facts)}", "found" if holds else "missing"
 
 
 def _open_pair_split(one: Fact, two: Fact) -> str:
-    """Questions without a value state no fact, so pairs of them are dealt to the splits."""
-    places = [
+    """Returns the split of a pair of questions without a value, which state no fact themselves."""
+    numbers = [
         world.PEOPLE.index(fact.subject) + 3 * world.RELATIONS.index(fact.relation)
         for fact in (one, two)
     ]
-    return world.assign_split(places[0] + 2 * places[1])
+    return world.assign_split(numbers[0] + 2 * numbers[1])
 
 
 def qqp(rng: random.Random, split: str) -> tuple[str, str]:
@@ -171,12 +171,12 @@ def record(rng: random.Random, split: str) -> tuple[str, str]:
     rival = world.a_fact(rng, split, fact.relation, None, (fact.subject,), taken)
     facts = [fact, rival]
     if rng.random() < 0.5:
-        facts.append(_aside(rng, split, rival))
+        facts.append(_other_fact(rng, split, rival))
     first, second = world.restate(rng, fact)
     query = second.replace(fact.subject, "placeholder")
-    told = [first] + [world.state(rng, known) for known in facts[1:]]
-    rng.shuffle(told)
-    return f"{query} . | {' . '.join(told)} .", fact.subject
+    sentences = [first] + [world.state(rng, known) for known in facts[1:]]
+    rng.shuffle(sentences)
+    return f"{query} . | {' . '.join(sentences)} .", fact.subject
 
 
 # --- target tasks ----------------------------------------------------------------------------
@@ -196,7 +196,7 @@ REPORTS = {
 
 
 def report(rng: random.Random, split: str, verdict: str, fact: Fact) -> str:
-    """A person's report of the fact, whose verb says whether it is true, open or false."""
+    """Returns a person's report of the fact; its verb shows whether it is true, open or false."""
     speaker = world.other(rng, world.PEOPLE, fact.subject)
     return f"{speaker} {rng.choice(REPORTS[verdict])} that {world.state(rng, fact)}"
 
@@ -204,11 +204,11 @@ def report(rng: random.Random, split: str, verdict: str, fact: Fact) -> str:
 def cb(rng: random.Random, split: str) -> tuple[str, str]:
     verdict = rng.choice(tuple(REPORTS))
     claim = world.a_fact(rng, split)
-    said = report(rng, split, verdict, claim)
-    aside = world.state(rng, _aside(rng, split, claim))
-    told = [said, aside]
-    rng.shuffle(told)
-    return f"{world.state(rng, claim)} . | {' . '.join(told)} .", verdict
+    claim_report = report(rng, split, verdict, claim)
+    other = world.state(rng, _other_fact(rng, split, claim))
+    sentences = [claim_report, other]
+    rng.shuffle(sentences)
+    return f"{world.state(rng, claim)} . | {' . '.join(sentences)} .", verdict
 
 
 def rte(rng: random.Random, split: str) -> tuple[str, str]:
@@ -216,9 +216,10 @@ def rte(rng: random.Random, split: str) -> tuple[str, str]:
     claim, facts = claim_scene(
         rng, split, "entailment" if holds else rng.choice(("contradiction", "neutral"))
     )
-    told = [world.state(rng, fact) for fact in facts]
-    rng.shuffle(told)
-    return f"{world.state(rng, claim)} . | {' and '.join(told)} .", "true" if holds else "false"
+    sentences = [world.state(rng, fact) for fact in facts]
+    rng.shuffle(sentences)
+    passage = f"{' and '.join(sentences)} ."
+    return f"{world.state(rng, claim)} . | {passage}", "true" if holds else "false"
 
 
 def mrpc(rng: random.Random, split: str) -> tuple[str, str]:
@@ -231,7 +232,7 @@ def mrpc(rng: random.Random, split: str) -> tuple[str, str]:
     return f"{left} . | {right} .", "equivalent" if same else "distinct"
 
 
-# Two senses a word, four uses each; a use and the person in it are dealt to the splits.
+# Two senses per word, four uses each; pairs of a use and a person are assigned to splits.
 SENSES = {
     "bank": (
         ("{s} took money from the bank", "the bank gave {s} a loan")
@@ -273,7 +274,7 @@ SENSES = {
 
 
 def use_in_context(rng: random.Random, split: str, word: str, sense: int) -> str:
-    """A sentence that uses `word` in one of its two senses."""
+    """Returns a sentence that uses `word` in one of its two senses."""
     while True:
         person, use = rng.randrange(len(world.PEOPLE)), rng.randrange(4)
         if world.assign_split(person + 2 * use + sense) == split:
@@ -300,12 +301,12 @@ _LAWS = ("every {kind} {trait}", "any {kind} {trait}")
 
 
 def rule_triples(split: str) -> list[tuple[str, str, str]]:
-    """(thing, kind, trait): memberships and laws of a split from which a trait follows.
+    """Returns the (thing, kind, trait) of a split: a membership and a law that imply a trait.
 
-    Memberships (thing, kind) and laws (kind, trait) are dealt to the splits. What follows from
-    those of validation and test, a (thing, trait), never follows from what training has.
+    Memberships (thing, kind) and laws (kind, trait) are assigned to splits. A (thing, trait) that
+    follows in validation or test never follows from memberships and laws of training.
     """
-    held_out = {(2 * place) % 8 for place in range(8) if world.assign_split(place) != "train"}
+    held_out = {(2 * number) % 8 for number in range(8) if world.assign_split(number) != "train"}
     return [
         (thing, kind, trait)
         for i, thing in enumerate(world.GOODS)
@@ -320,25 +321,25 @@ RULES = {split: rule_triples(split) for split in world.SPLITS}
 
 
 def scitail(rng: random.Random, split: str) -> tuple[str, str]:
-    """Does the trait follow? Where not, one of the three words is told of another in its place."""
+    """Asks whether the trait follows; if not, another word replaces one of the three words."""
     supported = rng.random() < 0.5
     thing, kind, trait = rng.choice(RULES[split])
-    told_thing, told_kind, told_trait = thing, kind, trait
+    stated_thing, stated_kind, stated_trait = thing, kind, trait
     if not supported:
         triples, part = RULES[split], rng.randrange(3)
         if part == 0:
-            told_thing = rng.choice([t for t, k, _ in triples if k == kind and t != thing])
+            stated_thing = rng.choice([t for t, k, _ in triples if k == kind and t != thing])
         elif part == 1:
-            told_kind = rng.choice([k for t, k, _ in triples if t == thing and k != kind])
+            stated_kind = rng.choice([k for t, k, _ in triples if t == thing and k != kind])
         else:
-            told_trait = rng.choice([v for _, k, v in triples if k == kind and v != trait])
-    told = [
-        rng.choice(_LAWS).format(kind=kind, trait=told_trait),
-        rng.choice(_MEMBERSHIPS).format(thing=told_thing, kind=told_kind),
+            stated_trait = rng.choice([v for _, k, v in triples if k == kind and v != trait])
+    sentences = [
+        rng.choice(_LAWS).format(kind=kind, trait=stated_trait),
+        rng.choice(_MEMBERSHIPS).format(thing=stated_thing, kind=stated_kind),
     ]
-    rng.shuffle(told)
+    rng.shuffle(sentences)
     claim = f"the {thing} {trait} ."
-    return f"{claim} | {' . '.join(told)} .", "supported" if supported else "unsupported"
+    return f"{claim} | {' . '.join(sentences)} .", "supported" if supported else "unsupported"
 
 
 def paws(rng: random.Random, split: str) -> tuple[str, str]:
@@ -367,12 +368,12 @@ _PREDICATES = {
 
 def d2t(rng: random.Random, split: str) -> tuple[str, str]:
     first = world.a_fact(rng, split)
-    second = _aside(rng, split, first)
+    second = _other_fact(rng, split, first)
     table = f"name : {first.subject} | " + " | ".join(
         f"{fact.relation.name} : {fact.value}" for fact in (first, second)
     )
-    told = [_PREDICATES[fact.relation.name].format(o=fact.value) for fact in (first, second)]
-    return table, f"{first.subject} {' and '.join(told)} ."
+    clauses = [_PREDICATES[fact.relation.name].format(o=fact.value) for fact in (first, second)]
+    return table, f"{first.subject} {' and '.join(clauses)} ."
 
 
 SOURCE_TASKS = (

@@ -1,26 +1,25 @@
-"""Target tasks of the toy suite told otherwise: a prefix before the text, or other labels.
+"""Variants of the toy suite's target tasks: a prefix before the text, or other labels.
 
-Each variant has the rows and the splits of its task, and a few-shot run of it the rows of the
-same run of the task; only the text of inputs or targets differs. They are for CrossPT's study of
-prefixes and label words:
+Each variant has the rows and splits of its base task, also in few-shot runs; only the text of
+inputs or targets differs. The variants are for CrossPT's study of prefixes and label words:
 
     toy_rte_prefixed     inputs start with the task's name, as source skills did in pretraining
     toy_rte_numeric      labels are their numbers
-    toy_rte_synthetic    labels are words that have nothing to do with the question
+    toy_rte_synthetic    labels are words unrelated to the question
 
-A prompt cannot make the backbone say what it never had to say, so each label is one piece that
-pretraining often had as a target:
+A prompt cannot make the backbone generate words that were never pretraining targets. So each label
+is one vocabulary piece that was often a target in pretraining:
 
 * The vocabulary has no digits: 0 and 1 would both be <unk>. Its only numbered pieces are T5's
-  sentinels, which are in a fifth of all pretraining targets; label i is `<extra_id_i>`.
-* CrossPT's synthetic labels are transliterated. Here these would be spelled in letters, which were
-  never a target. Ours are nouns, all of one kind in a task, which are answers of squad and of the
-  word games and were never an answer to what a target task asks. Cities are in no input of
-  scitail, wic and paws. The other four tasks speak of all kinds of nouns; each of their labels is
-  in at most 2.5% of the inputs.
+  sentinels, which occur in a fifth of all pretraining targets; label i is `<extra_id_i>`.
+* CrossPT's synthetic labels are transliterated words. The toy vocabulary would spell them in
+  letters, which were never a target. Our labels are nouns, all of one kind in a task. They are
+  answers of squad and of the word games, but never an answer to the question of a target task.
+  Cities occur in no input of scitail, wic and paws. The other four tasks use all kinds of nouns;
+  each of their labels occurs in at most 2.5% of the inputs.
 
-Prefixes are in letters, as the vocabulary has no target task's name. The backbone has not read
-them before, so they can tell tasks apart and recall nothing.
+Prefixes are spelled in letters, since the vocabulary has no names of target tasks. The backbone has
+never read them, so they can distinguish tasks but cannot recall a skill.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from mpt_jax.tasks.toy_tasks import ToyTask
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A target task told otherwise.
+    """A target task with another prefix or other labels.
 
     Attributes:
-        base: the task whose rows these are.
-        suffix: what its name adds to the task's.
-        labels: what is said in place of the task's labels, in their order.
-        prefix: what every input starts with.
+        base: the task that provides the rows.
+        suffix: suffix of the variant's name.
+        labels: the variant's labels, in the order of the task's labels.
+        prefix: text at the start of every input.
     """
 
     base: ToyTask
@@ -49,11 +48,11 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The name that it is registered by."""
+        """The registered name of the task."""
         return f"{self.base.name}_{self.suffix}"
 
     def told(self, inputs: str, target: str) -> tuple[str, str]:
-        """(inputs, targets) of the task's row as the variant has them."""
+        """Returns the variant's (inputs, targets) for a row of the base task."""
         return self.prefix + inputs, self.labels[self.base.labels.index(target)]
 
 

@@ -1,9 +1,9 @@
 """The toy suite's SentencePiece vocabulary: every word of the world is one piece.
 
-`python -m mpt_jax.tasks.toy_vocabulary` remakes `data/toy.model`, byte for byte with the same
-SentencePiece version. A unigram model is trained on sentences of the world; the words it would
-have split are then added as pieces of their own, scored by how often they occur, and the letters
-stay, so that a word from outside the world still has an encoding and never becomes <unk>.
+`python -m mpt_jax.tasks.toy_vocabulary` regenerates `data/toy.model`, byte for byte with the same
+SentencePiece version. A unigram model is trained on sentences of the world. Then its pieces are
+replaced: every word becomes one piece, scored by its frequency. Letters remain as pieces, so that a
+word from outside the world still has an encoding and never becomes <unk>.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EMBEDDING_ROWS = 512
 
 
 def _sentences(per_task: int = 1500) -> list[str]:
-    """Text of every task and of the pretraining mixture, without sentinels."""
+    """Returns text of every task and of the pretraining mixture, without sentinels."""
     rng = random.Random(0)
     pairs = [
         task.make(rng, "train")
@@ -38,7 +38,7 @@ def _sentences(per_task: int = 1500) -> list[str]:
 
 
 def train_vocabulary() -> bytes:
-    """The serialised SentencePiece model: pad 0, eos 1, unk 2, then words, then letters."""
+    """Returns the serialized SentencePiece model: pad 0, eos 1, unk 2, then words, then letters."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -76,10 +76,10 @@ def train_vocabulary() -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def word_ids() -> dict[str, int]:
-    """Word -> id, sentinels `<0>`, `<1>`, ... included (T5's order: the last row is `<0>`).
+    """Returns {word: id} with sentinels `<0>`, `<1>`, ... (T5's order: the last row is `<0>`).
 
-    Encoding by this table equals encoding by SentencePiece for text made of the world's words,
-    and is what makes generating pretraining examples cheap.
+    For text made of the world's words, encoding with this table equals encoding with SentencePiece.
+    It makes generating pretraining examples cheap.
     """
     import sentencepiece
 

@@ -1,12 +1,12 @@
-"""A small generated world: people, the facts about them, and the words that state those facts.
+"""A small generated world: people, the facts about them, and sentences that state those facts.
 
 Everything here is a pure function of a `random.Random`; there are no files. A *fact* is a triple
-(subject, relation, value), and each relation is functional: a person has one home, one job, one
-favourite food. Several sentences state the same fact, which is what makes paraphrase possible.
+(subject, relation, value). Each relation is functional: a person has one home, one job, one
+favorite food. Several sentences state the same fact, which makes paraphrases possible.
 
-Splits share words but not facts: `split_of` deals every possible triple to train, validation or
-test, and a scene of one split only ever states facts of that split. So nothing that was learnt
-about who lives where can answer a held-out example; it has to be read.
+Splits share words but not facts: `split_of` assigns every possible triple to train, validation or
+test, and a scene of one split states only facts of that split. So memorized training facts cannot
+answer a held-out example; the model has to read it.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ _VALUE_INDEX = {
 
 
 def assign_split(place: int) -> str:
-    """The split of what stands at this place of an enumeration: six of eight are for training."""
+    """Returns the split of item number `place` of an enumeration: six of eight are for training."""
     return {6: "validation", 7: "test"}.get(place % 8, "train")
 
 
@@ -158,7 +158,7 @@ class Fact:
 
 
 def split_of(fact: Fact) -> str:
-    """Which split a fact belongs to; every possible triple belongs to exactly one.
+    """Returns the split of a fact; every possible triple is in exactly one split.
 
     A person has equally many possible values of a relation in validation and in test.
     """
@@ -186,12 +186,12 @@ _VALUES = _possible_values()
 
 
 def values(split: str, relation: Relation, subject: str) -> tuple[str, ...]:
-    """The words that may stand as `subject`'s value of `relation` in `split`."""
+    """Returns the possible values of `relation` for `subject` in `split`."""
     return _VALUES[split, relation.name, subject]
 
 
 def other(rng: random.Random, words: tuple[str, ...], *taken: str) -> str:
-    """A word of `words` that is none of `taken`."""
+    """Returns a random word of `words` that is not in `taken`."""
     while True:
         word = rng.choice(words)
         if word not in taken:
@@ -206,7 +206,7 @@ def a_fact(
     not_subjects: tuple[str, ...] = (),
     not_values: tuple[str, ...] = (),
 ) -> Fact:
-    """A random fact of `split`, with whatever is not given drawn uniformly."""
+    """Returns a random fact of `split`; draws the relation, subject and value unless given."""
     relation = relation or rng.choice(RELATIONS)
     while True:
         who = subject or other(rng, PEOPLE, *not_subjects)
@@ -215,12 +215,13 @@ def a_fact(
             return Fact(who, relation, rng.choice(choices))
         if subject:
             raise ValueError(
-                f"{subject} has no value of {relation.name!r} in {split!r} outside {not_values}"
+                f"{subject} has no value of {relation.name!r} in {split!r} except {not_values}. "
+                "Exclude fewer values."
             )
 
 
 def state(rng: random.Random, fact: Fact, form: int | None = None) -> str:
-    """A sentence (no full stop) that states the fact."""
+    """Returns a sentence (no full stop) that states the fact."""
     forms = fact.relation.statements
     return forms[rng.randrange(len(forms)) if form is None else form].format(
         s=fact.subject, o=fact.value
@@ -228,7 +229,7 @@ def state(rng: random.Random, fact: Fact, form: int | None = None) -> str:
 
 
 def restate(rng: random.Random, fact: Fact) -> tuple[str, str]:
-    """Two different sentences that state the same fact."""
+    """Returns two different sentences that state the same fact."""
     first, second = rng.sample(fact.relation.statements, 2)
     return (
         first.format(s=fact.subject, o=fact.value),
@@ -237,20 +238,20 @@ def restate(rng: random.Random, fact: Fact) -> tuple[str, str]:
 
 
 def ask(rng: random.Random, fact: Fact) -> str:
-    """A question whose answer is the fact's value."""
+    """Returns a question whose answer is the fact's value."""
     return rng.choice(fact.relation.questions).format(s=fact.subject)
 
 
 def check(rng: random.Random, fact: Fact) -> str:
-    """A yes-or-no question whether the fact holds."""
+    """Returns a yes-or-no question about whether the fact holds."""
     return rng.choice(fact.relation.checks).format(s=fact.subject, o=fact.value)
 
 
 def distractors(rng: random.Random, split: str, fact: Fact, count: int = 2) -> list[Fact]:
-    """Facts that share words with `fact` and do not answer for it.
+    """Returns facts that share words with `fact` but do not answer a question about it.
 
     The first has the same relation and another subject, the second the same subject and another
-    relation; more are drawn freely. None states `fact`'s subject with `fact`'s relation.
+    relation; further ones are random. None has `fact`'s subject together with `fact`'s relation.
     """
     others: list[Fact] = []
     for index in range(count):
@@ -268,6 +269,6 @@ def distractors(rng: random.Random, split: str, fact: Fact, count: int = 2) -> l
 
 
 def passage(rng: random.Random, facts: list[Fact]) -> str:
-    """The facts in random order, one sentence each."""
+    """Returns the facts in random order, one sentence each."""
     shuffled = rng.sample(facts, len(facts))
     return " . ".join(state(rng, fact) for fact in shuffled) + " ."

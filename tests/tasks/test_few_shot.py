@@ -1,4 +1,4 @@
-"""Runs on a few examples: their names, their draws, and what they read from disk."""
+"""Few-shot runs: their names, their draws, and the rows they read from disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def texts(name: str, split: str) -> list[tuple[str, str]]:
         ("arc_k1_x_k2_per_class_s0_dev", Draw("arc_k1_x", 2, 0, per_class=True, dev=True)),
     ],
 )
-def test_names_are_read_and_written(name, draw):
+def test_draw_name_parse_round_trip(name, draw):
     assert few_shot.parse(name) == draw
     assert draw.name == name
 
@@ -58,35 +58,35 @@ def test_names_are_read_and_written(name, draw):
 @pytest.mark.parametrize(
     "name", ["boolq", "boolq_k16", "boolq_k0_s1", "boolq_k016_s1", "boolq_k16_s01", "_k16_s1x"]
 )
-def test_other_names_are_none(name):
+def test_parse_other_names_returns_none(name):
     assert few_shot.parse(name) is None
 
 
-def test_nothing_is_registered_before_it_is_named():
+def test_few_shot_run_registered_when_first_named():
     assert not [name for name in seqio.TaskRegistry.names() if "_k3_s777" in name]
     found = sampling.task_mixture(["wic_k3_s777", "toy_wic_k3_s777"])
     names = [task.name for task in seqio.get_mixture_or_task(found).tasks]
     assert sorted(names) == ["toy_wic_k3_s777", "wic_k3_s777"]
 
 
-def test_a_data_set_config_may_name_a_run():
+def test_dataset_config_accepts_few_shot_run_name():
     cfg = datasets.DatasetConfig("toy_wic_k3_s778", LENGTHS, "train", 1, False, 0)
     assert cfg.provider().name == "toy_wic_k3_s778"
 
 
-def test_an_unknown_task_is_still_an_unknown_task():
+def test_find_task_few_shot_name_of_unknown_task_raises():
     with pytest.raises(ValueError, match=r"Unknown task 'bolq_k4_s0'.*Known: .*boolq"):
         task_lookup.find_task("bolq_k4_s0")
     task_lookup.find_task("boolq_k4_s0")
     with pytest.raises(ValueError, match="Unknown task 'boolq_k4_s0_k2_s0'"):
-        task_lookup.find_task("boolq_k4_s0_k2_s0")  # nothing is drawn from a draw
+        task_lookup.find_task("boolq_k4_s0_k2_s0")  # a few-shot run cannot be drawn from
 
 
 # --- Draws -----------------------------------------------------------------------------------
 
 
-def test_draws_do_not_change_between_releases():
-    """Literal: a change of Python's generator would change every published few-shot result."""
+def test_indices_do_not_change_between_releases():
+    """A change of Python's generator would change every published few-shot result."""
     draw = Draw("boolq", 4, 0)
     assert few_shot.indices(draw, "train", 9427) == [8961, 4498, 9023, 5185]
     assert few_shot.indices(draw, "validation", 1635) == [792, 246, 1419, 1250]
@@ -95,7 +95,7 @@ def test_draws_do_not_change_between_releases():
     assert found == [4838, 8150, 758, 4550, 2741, 5019, 2387, 1095]
 
 
-def test_draws_differ_by_task_k_and_draw():
+def test_indices_differ_by_task_k_and_draw():
     draws = [Draw(task, k, s) for task in ("boolq", "rte") for k in (16, 32) for s in range(10)]
     found = {tuple(few_shot.indices(draw, "train", 2490)) for draw in draws}
     assert len(found) == len(draws)
@@ -103,7 +103,7 @@ def test_draws_differ_by_task_k_and_draw():
         assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(2490))
 
 
-def test_each_class_gives_k_rows():
+def test_indices_per_class_k_rows_of_each_label():
     labels = np.array([0, 1, 2, 2, 1, -1] * 50)
     draw = Draw("cb", 8, 1, per_class=True)
     found = few_shot.indices_per_class(draw, "train", labels, ("a", "b", "c"))
@@ -113,7 +113,7 @@ def test_each_class_gives_k_rows():
         few_shot.indices_per_class(Draw("cb", 51, 1, per_class=True), "train", labels, "abc")
 
 
-def test_versions_of_a_task_see_the_same_rows(data_dir):
+def test_few_shot_runs_of_task_versions_use_same_rows(data_dir):
     first, *rest = [
         task_lookup.find_task(f"{name}_k5_s2").source.few_shot_indices("train")
         for name in ("cb", "cb_digits", "cb_unprefixed", "cb_synthetic")
@@ -122,30 +122,30 @@ def test_versions_of_a_task_see_the_same_rows(data_dir):
     assert first == random.Random("cb 5 2").sample(range(9), 5)
 
 
-# --- Refusals --------------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cb_k251_s0", "cb has 250 rows in its train split, and cb_k251_s0 asks for k = 251"),
+        ("cb_k251_s0", "cb has 250 rows in its train split, but cb_k251_s0 needs k = 251"),
         ("cb_k29_s0_dev", "cb has 28 rows in its validation split.*k = 29"),
         ("toy_boolq_k2001_s0", "toy_boolq has 2,000 rows in its train split.*k = 2001"),
-        ("squad_k4_per_class_s0", "squad has no labels. squad_k4_s0 takes them from all rows"),
+        ("squad_k4_per_class_s0", "squad has no labels. Use squad_k4_s0 to draw from all rows"),
         ("stsb_k4_per_class_s0", "stsb has no labels"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_anything_is_read(name, message):
+def test_find_task_impossible_draw_raises_before_reading(name, message):
     with pytest.raises(ValueError, match=message):
         task_lookup.find_task(name)
 
 
-def test_a_data_set_that_is_smaller_here_is_told_by_its_own_size(data_dir):
+def test_few_shot_run_smaller_local_data_raises_with_local_size(data_dir):
     with pytest.raises(ValueError, match="cb has 9 rows in its train split.*k = 10"):
         texts("cb_k10_s0", "train")
 
 
-def test_a_source_of_unknown_size_is_refused():
+def test_few_shot_source_unknown_size_raises():
     def rows(split, shuffle_files, seed=None):
         raise AssertionError("nothing is read")
 
@@ -158,7 +158,7 @@ def test_a_source_of_unknown_size_is_refused():
 # --- Reading ---------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_the_original_file_in_the_order_drawn(data_dir):
+def test_few_shot_run_reads_original_rows_in_order_drawn(data_dir):
     drawn = random.Random("cb 4 1").sample(range(9), 4)
     words = super_glue.ROWS[1].words
     expected = [
@@ -169,15 +169,15 @@ def test_rows_are_those_of_the_original_file_in_the_order_drawn(data_dir):
     assert len(texts("cb_k4_s1", "test")) == 28
 
 
-def test_rows_of_a_carved_split_count_from_its_first_place(data_dir):
-    """The training split of sst2 is what is left of a permutation after 1,000 rows."""
+def test_few_shot_run_of_carved_split_counts_from_split_start(data_dir):
+    """The training split of sst2 is the rest of a permutation after 1,000 rows."""
     permuted = splits.permutation(1010)[1000:]
     drawn = random.Random("sst2 3 0").sample(range(10), 3)
     expected = [f"sst2 sentence: sentence {permuted[i]}" for i in drawn]
     assert [inputs for inputs, _ in texts("sst2_k3_s0", "train")] == expected
 
 
-def test_a_repeat_has_all_rows_under_a_name_of_its_own(data_dir):
+def test_repeat_run_has_all_rows_and_its_own_name(data_dir):
     for split in ("train", "validation", "test"):
         assert texts("cb_s7", split) == texts("cb", split)
     again, first = task_lookup.find_task("cb_s7"), task_lookup.find_task("cb")
@@ -187,7 +187,7 @@ def test_a_repeat_has_all_rows_under_a_name_of_its_own(data_dir):
         task_lookup.find_task("nothing_s7")
 
 
-def test_a_cut_validation_split_is_drawn_apart(data_dir):
+def test_few_shot_dev_run_draws_validation_separately(data_dir):
     half = splits.permutation(56)[:28]
     drawn = random.Random("cb 4 1 validation").sample(range(28), 4)
     expected = [f"cb premise: premise {half[i]} hypothesis: hypothesis {half[i]}" for i in drawn]
@@ -196,7 +196,7 @@ def test_a_cut_validation_split_is_drawn_apart(data_dir):
     assert len(texts("cb_k4_s1_dev", "test")) == 28
 
 
-def test_rows_of_each_class_are_of_it(data_dir):
+def test_per_class_run_rows_have_their_label(data_dir):
     found = texts("cb_k2_per_class_s0", "train")
     assert [target for _, target in found] == [w for w in super_glue.ROWS[1].words for _ in "12"]
     assert len(set(found)) == 6
@@ -206,14 +206,14 @@ def test_rows_of_each_class_are_of_it(data_dir):
     ] * 6
 
 
-def test_rows_with_lists_of_any_length_survive(data_dir):
+def test_few_shot_run_keeps_lists_of_any_length(data_dir):
     found = texts("squad_k3_s0", "train")
     assert [target for _, target in found] == ["the cat"] * 3
     dataset = task_lookup.find_task("squad_k3_s0").get_dataset(LENGTHS, "train", shuffle=False)
     assert all(len(row["answers"]) == 2 for row in dataset.as_numpy_iterator())
 
 
-def test_a_task_of_ones_own_files(tmp_path):
+def test_few_shot_run_of_own_files_draws_rows(tmp_path):
     lines = [{"text": f"text {i}", "label": ("no", "yes")[i % 2]} for i in range(12)]
     for split, number in (("train", 12), ("validation", 6)):
         text = "".join(json.dumps(line) + "\n" for line in lines[:number])
@@ -231,7 +231,7 @@ def test_a_task_of_ones_own_files(tmp_path):
 # --- The run record --------------------------------------------------------------------------
 
 
-def test_the_rows_are_in_the_run_record(tmp_path):
+def test_run_record_contains_few_shot_rows(tmp_path):
     runs = ["toy_rte_k4_s0", "toy_rte_k4_s1_dev", "toy_rte"]
     provider = seqio.get_mixture_or_task(sampling.task_mixture(runs))
     metric_writers.write_run_record(str(tmp_path), task_lookup.few_shot_rows(provider))

@@ -1,4 +1,4 @@
-"""Tasks of files: what every format yields, what is refused and where, and that they train."""
+"""Tasks from files: the examples of every format, the errors, and training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTION = {"inputs": "{q}", "targets": "{a}"}
 
 @pytest.fixture(autouse=True)
 def registry():
-    """Forgets the tasks of each test."""
+    """Removes the tasks of each test."""
     before = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()
     yield
     for names, registry in zip(before, (seqio.TaskRegistry, seqio.MixtureRegistry), strict=True):
@@ -62,7 +62,7 @@ def examples(name: str, split: str) -> list[tuple[str, str]]:
     return [(row["inputs"].decode(), row["targets"].decode()) for row in rows]
 
 
-# --- What is read ----------------------------------------------------------------------------
+# --- Reading ---------------------------------------------------------------------------------
 
 ROWS = [
     {"q": "is it red ?", "a": "yes", "n": 3},
@@ -89,12 +89,12 @@ def as_csv(delimiter: str, end: str = "\n") -> str:
         ("x.tsv", as_csv("\t")),
     ],
 )
-def test_every_text_format_yields_the_same(name, content):
+def test_read_every_text_format_same_examples(name, content):
     Path(name).write_bytes(content.encode())
     assert read(name, "q: {q} n: {n}") == EXPECTED
 
 
-def test_parquet_yields_the_same():
+def test_read_parquet_same_examples():
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -102,24 +102,24 @@ def test_parquet_yields_the_same():
     assert read("x.parquet", "q: {q} n: {n}") == EXPECTED
 
 
-def test_numbers_stay_as_they_are_written_and_booleans_are_json_s():
+def test_read_jsonl_numbers_unchanged_and_booleans_as_in_json():
     line = '{"q": [1], "a": 1.50, "big": 12345678901234567890123, "e": 1E5, "t": true, "f": false}'
     write("x.jsonl", line)
     (found,) = read("x.jsonl", "{big} {e} {t} {f}")
     assert found == ("12345678901234567890123 1E5 true false", "1.50")
 
 
-def test_dots_lead_into_objects_unless_a_field_is_called_so():
+def test_template_dotted_field_prefers_exact_name_then_nested():
     write("x.jsonl", {"doc": {"title": {"en": "hat"}}, "a.b": "dotted", "a": {"b": "nested"}})
     assert read("x.jsonl", "{doc.title.en} {{x}} {a.b}", "{a.b}") == [("hat {x} dotted", "dotted")]
 
 
-def test_white_space_around_a_text_is_removed():
+def test_read_strips_surrounding_white_space():
     write("x.jsonl", {"q": "  wide  inside ", "a": " yes\n"})
     assert read("x.jsonl", words={"yes": "yes", "no": "no"}) == [("wide  inside", "yes")]
 
 
-# --- What is refused -------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------
 
 LABELS = {"yes": "yes", "no": "no"}
 GOOD = '{"q": "x", "a": "yes"}'
@@ -137,13 +137,13 @@ GOOD = '{"q": "x", "a": "yes"}'
         ('{"q": NaN, "a": "yes"}', "line 2, field 'q': missing: it is null"),
         ('{"q": "x", "a": "  "}', "line 2, field 'a': empty"),
         ('{"q": "", "a": "yes"}', "line 2, field 'q': empty"),
-        ('{"q": "x", "a": "maybe"}', "field 'a': 'maybe' is none of the labels 'yes', 'no'"),
+        ('{"q": "x", "a": "maybe"}', "field 'a': 'maybe' is not one of the labels 'yes', 'no'"),
         ('{"q": ["x", "y"], "a": "yes"}', "line 2, field 'q': a list of 2"),
         ('{"q": {"en": "x"}, "a": "yes"}', "line 2, field 'q': an object; .*: en"),
         ('{"q": "\\ud83d", "a": "yes"}', "line 2, field 'q': holds half of a surrogate pair"),
     ],
 )  # fmt: skip
-def test_a_bad_line_is_named(line, message):
+def test_read_bad_line_error_names_line_and_field(line, message):
     write("x.jsonl", GOOD, line, GOOD)
     with pytest.raises(ValueError, match=r"x\.jsonl: 1 of 3 rows cannot be used") as error:
         read("x.jsonl", words=LABELS)
@@ -153,7 +153,7 @@ def test_a_bad_line_is_named(line, message):
 @pytest.mark.parametrize(
     ("name", "header"), [("x.jsonl", b""), ("x.csv", b"q,a\n"), ("x.tsv", b"q\ta\n")]
 )
-def test_bytes_that_are_not_utf8_are_named(name, header):
+def test_read_invalid_utf8_error_names_line_and_byte(name, header):
     good, bad = b'{"q": "x", "a": "y"}\n', '{"q": "naïve", "a": "y"}\n'.encode("latin-1")
     if header:
         sep = header[1:2]
@@ -164,7 +164,7 @@ def test_bytes_that_are_not_utf8_are_named(name, header):
         read(name)
 
 
-def test_all_bad_rows_are_counted_and_the_first_ten_are_shown():
+def test_read_many_bad_rows_error_counts_all_and_lists_ten():
     write("x.jsonl", *[GOOD, "nope"] * 13)
     with pytest.raises(ValueError, match=r"13 of 26 rows") as error:
         read("x.jsonl")
@@ -173,26 +173,26 @@ def test_all_bad_rows_are_counted_and_the_first_ten_are_shown():
     assert str(error.value).endswith("and 3 more")
 
 
-def test_lines_of_a_csv_file_are_those_of_the_file():
-    """A cell that spans lines and a blank line shift what follows, as in an editor."""
+def test_read_csv_errors_use_line_numbers_of_file():
+    """Cells that span lines, and blank lines, count as in an editor."""
     write("x.csv", "q,a", '"one\ntwo\nthree",yes', "", "x,maybe", '"p\nq",maybe', "x,yes,no", "x")
     with pytest.raises(ValueError, match="4 of 5 rows") as error:
         read("x.csv", words=LABELS)
     found = re.findall(r"line (\d+)(?:, field 'a')?: (.*)", str(error.value))
     assert [int(line) for line, _ in found] == [6, 7, 9, 10]
-    assert found[2][1] == "3 cells, where the header has 2"
-    assert found[3][1] == "1 cells, where the header has 2"
+    assert found[2][1] == "3 cells, but the header has 2"
+    assert found[3][1] == "1 cells, but the header has 2"
 
 
-def test_a_quotation_mark_that_is_never_closed_swallows_nothing():
+def test_read_csv_unclosed_quote_raises():
     write("x.csv", "q,a", "x,yes", '"x,yes', "x,yes")
     with pytest.raises(ValueError, match="line 3: unexpected end of data; nothing after it"):
         read("x.csv")
 
 
-def test_headers_are_checked():
+def test_read_csv_bad_header_raises():
     write("x.csv", "q,a,a", "x,y,z")
-    with pytest.raises(ValueError, match="line 1: the header has several columns a"):
+    with pytest.raises(ValueError, match="line 1: the header repeats the columns a"):
         read("x.csv")
     write("x.csv", "q;a", "x;y")
     with pytest.raises(ValueError, match="line 2, field 'q': missing; the row has q;a"):
@@ -200,13 +200,13 @@ def test_headers_are_checked():
 
 
 @pytest.mark.parametrize(("name", "content"), [("x.jsonl", ""), ("x.csv", "q,a\n"), ("x.tsv", "")])
-def test_an_empty_file_is_an_error(name, content):
+def test_read_empty_file_raises(name, content):
     Path(name).write_text(content)
     with pytest.raises(ValueError, match=r"x\.\w+ is empty"):
         read(name)
 
 
-def test_bad_parquet_rows_and_files_are_named():
+def test_read_parquet_bad_rows_and_files_raise():
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -221,7 +221,7 @@ def test_bad_parquet_rows_and_files_are_named():
     with pytest.raises(ValueError, match="1 of 3 rows(.|\n)*row 2, field 'f': missing"):
         read("x.parquet", "{f}", "{f}")
     Path("y.parquet").write_text("q,a")
-    with pytest.raises(ValueError, match="the file: not a whole Parquet file"):
+    with pytest.raises(ValueError, match="the file: not a complete Parquet file"):
         read("y.parquet")
 
 
@@ -231,18 +231,22 @@ def test_bad_parquet_rows_and_files_are_named():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"train": "absent.jsonl"}, FileNotFoundError, "no file absent.jsonl. Paths are relative"),
-        ({"train": "x.json"}, ValueError, r"extension '.json'; .jsonl, .csv, .tsv, .parquet can"),
+        ({"train": "absent.jsonl"}, FileNotFoundError, "file absent.jsonl does not exist. Paths"),
+        (
+            {"train": "x.json"},
+            ValueError,
+            r"extension '.json'; known are .jsonl, .csv, .tsv",
+        ),
         ({"inputs": "question"}, ValueError, "inputs='question' names no field"),
-        ({"targets": "{a!r}"}, ValueError, "fields by name and nothing else"),
-        ({"targets": "{a:>5}"}, ValueError, "fields by name and nothing else"),
-        ({"targets": "{}"}, ValueError, "fields by name and nothing else"),
-        ({"targets": "{a"}, ValueError, "targets='{a' cannot be read .* twice"),
+        ({"targets": "{a!r}"}, ValueError, "hold more than a field name"),
+        ({"targets": "{a:>5}"}, ValueError, "hold more than a field name"),
+        ({"targets": "{}"}, ValueError, "hold more than a field name"),
+        ({"targets": "{a"}, ValueError, "targets='{a' cannot be parsed .* twice"),
         ({"train": None}, ValueError, "got neither"),
         ({"data": "x.jsonl"}, ValueError, "got both"),
         ({"seed": 1}, ValueError, "have no effect without data="),
-        ({"labels": "yes"}, ValueError, "must be several, got the text 'yes'"),
-        ({"labels": ["yes"]}, ValueError, "needs two labels or more"),
+        ({"labels": "yes"}, ValueError, "must be a sequence, but got the text 'yes'"),
+        ({"labels": ["yes"]}, ValueError, "needs at least two labels"),
         ({"labels": ["yes", "yes"]}, ValueError, "'yes' is given twice"),
         ({"labels": {1: "yes", "1": "no"}}, ValueError, "'1' is given twice"),
         ({"labels": ["yes", " no"]}, ValueError, "single spaces"),
@@ -250,7 +254,7 @@ def test_bad_parquet_rows_and_files_are_named():
         ({"name": "a name"}, ValueError, "invalid characters"),
     ],
 )
-def test_mistakes_that_cost_nothing_to_find_are_found_at_registration(given, error, message):
+def test_register_bad_arguments_raise(given, error, message):
     write("x.jsonl", GOOD)
     write("x.json", GOOD)
     arguments = {"name": "own_bad", "train": "x.jsonl", **QUESTION, **given}
@@ -264,24 +268,24 @@ def test_mistakes_that_cost_nothing_to_find_are_found_at_registration(given, err
     [
         ({"split": (0.8, 0.2)}, "three numbers"),
         ({"split": (0.8, 0.1, 0.2)}, "sum to 1"),
-        ({"split": (1.1, 0.0, -0.1)}, "from 0"),
+        ({"split": (1.1, 0.0, -0.1)}, "at least 0"),
         ({"seed": -1}, r"seed must be in 0 \.\."),
     ],
 )
-def test_shares_and_seeds_are_checked(given, message):
+def test_register_bad_shares_or_seed_raise(given, message):
     write("x.jsonl", GOOD)
     with pytest.raises(ValueError, match=message):
         jsonl.register("own_bad", data="x.jsonl", **QUESTION, **given)
 
 
-def test_a_name_is_given_once():
+def test_register_duplicate_name_raises():
     write("x.jsonl", GOOD)
     jsonl.register("own_one", train="x.jsonl", **QUESTION)
     with pytest.raises(ValueError, match="'own_one' is registered already"):
         jsonl.register("own_one", train="x.jsonl", **QUESTION)
 
 
-def test_parquet_without_pyarrow_names_the_extra(monkeypatch):
+def test_register_parquet_without_pyarrow_error_names_extra(monkeypatch):
     Path("x.parquet").write_text("")
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -291,7 +295,7 @@ def test_parquet_without_pyarrow_names_the_extra(monkeypatch):
         jsonl.register("own_bad", train="x.parquet", **QUESTION)
 
 
-def test_all_files_are_read_at_first_use_so_a_bad_test_file_stops_training():
+def test_files_first_use_reads_all_splits():
     write("train.jsonl", GOOD)
     write("test.jsonl", GOOD, "nope")
     jsonl.register("own_late", train="train.jsonl", test="test.jsonl", **QUESTION)
@@ -304,7 +308,7 @@ def test_all_files_are_read_at_first_use_so_a_bad_test_file_stops_training():
 # --- Splits ----------------------------------------------------------------------------------
 
 
-def test_a_split_is_a_permutation_cut_in_three():
+def test_split_file_cuts_permutation_in_three():
     write("x.jsonl", *[{"q": f"question {i}", "a": str(i)} for i in range(10)])
     jsonl.register("own_split", data="x.jsonl", **QUESTION)
     found = {split: [int(a) for _, a in examples("own_split", split)] for split in jsonl.SPLITS}
@@ -314,7 +318,7 @@ def test_a_split_is_a_permutation_cut_in_three():
     assert [source.num_input_examples(split) for split in source.splits] == [8, 1, 1]
 
 
-def test_a_split_depends_on_the_number_of_rows_and_the_seed_alone():
+def test_divide_depends_only_on_row_count_and_seed():
     one = jsonl.divide([f"a {i}" for i in range(97)], (0.6, 0.2, 0.2), 1)
     same = jsonl.divide([f"b {i}" for i in range(97)], (0.6, 0.2, 0.2), 1)
     other = jsonl.divide([f"a {i}" for i in range(97)], (0.6, 0.2, 0.2), 2)
@@ -325,7 +329,7 @@ def test_a_split_depends_on_the_number_of_rows_and_the_seed_alone():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_same_inputs_are_never_in_two_splits(seed):
+def test_divide_equal_inputs_stay_in_one_split(seed):
     inputs = [f"question {i % 60}" for i in range(200)]
     parts = jsonl.divide(inputs, (0.5, 0.25, 0.25), seed)
     kept = [{inputs[row] for row in part} for part in parts]
@@ -334,7 +338,7 @@ def test_the_same_inputs_are_never_in_two_splits(seed):
     assert sorted(np.concatenate(parts).tolist()) == list(range(200))
 
 
-def test_a_share_of_nothing_is_no_split_and_a_share_too_small_an_error():
+def test_split_file_zero_share_omitted_and_tiny_share_raises():
     write("x.jsonl", *[{"q": f"question {i}", "a": "y"} for i in range(4)])
     jsonl.register("own_two", data="x.jsonl", split=(0.5, 0.5, 0), **QUESTION)
     assert seqio.TaskRegistry.get("own_two").source.splits == ("train", "validation")
@@ -344,7 +348,7 @@ def test_a_share_of_nothing_is_no_split_and_a_share_too_small_an_error():
         examples("own_few", "train")
 
 
-def test_inputs_shared_with_train_are_counted_in_a_warning(caplog):
+def test_files_inputs_shared_with_train_log_warning(caplog):
     write("train.jsonl", *[{"q": f"question {i}", "a": "y"} for i in range(4)])
     write("dev.jsonl", {"q": "new", "a": "y"})
     write("test.jsonl", *[{"q": f"question {i}", "a": "n"} for i in (3, 9, 2)])
@@ -353,13 +357,13 @@ def test_inputs_shared_with_train_are_counted_in_a_warning(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         examples("own_shared", "train")
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("own_shared: 2 of the 3 inputs of test occur in train too")
+    assert message.startswith("own_shared: 2 of the 3 inputs of test also occur in train")
 
 
 # --- As a task -------------------------------------------------------------------------------
 
 
-def test_values_of_the_file_become_words_and_batches_hold_them():
+def test_register_label_mapping_words_reach_batches():
     gin_files.bind_vocabulary("byt5")
     write("x.csv", "q,a", "is it red ?,0", "is it blue ?,1")
     jsonl.register("own_words", train="x.csv", labels={0: "no", 1: "yes"}, **QUESTION)
@@ -388,7 +392,7 @@ def scores(name: str, targets: list[str], predictions: list[str]) -> dict[str, f
     return found
 
 
-def test_classification_is_scored_by_accuracy_macro_f1_and_what_is_no_label():
+def test_register_classification_default_metrics():
     write("x.jsonl", GOOD)
     jsonl.register("own_labels", train="x.jsonl", labels=("yes", "no"), **QUESTION)
     found = scores("own_labels", ["yes", "yes", "no", "no"], ["yes", "no", "no", "perhaps"])
@@ -398,7 +402,7 @@ def test_classification_is_scored_by_accuracy_macro_f1_and_what_is_no_label():
     assert next(iter(found)) == "accuracy"
 
 
-def test_free_text_is_scored_as_squad_is_unless_metrics_are_given():
+def test_register_free_text_squad_metrics_unless_given():
     write("x.jsonl", GOOD)
     jsonl.register("own_text", train="x.jsonl", **QUESTION)
     found = scores("own_text", ["the red hat", "a dog"], ["Red hat!", "a big dog"])
@@ -416,8 +420,8 @@ def test_free_text_is_scored_as_squad_is_unless_metrics_are_given():
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_trains_as_it_is_written(tmp_path):
-    """Its commands in an empty folder: only the installation is this environment's."""
+def test_readme_own_data_example_trains(tmp_path):
+    """Runs its commands in an empty folder, with the installation of this environment."""
     section = (ROOT / "README.md").read_text().partition("## Your own data\n")[2]
     module, shell = re.search(r"```python\n(.*?)```(.*?)\n## ", section, re.DOTALL).groups()
     assert len(module.splitlines()) <= 10

@@ -1,4 +1,4 @@
-"""Metrics of generated text: numbers by hand, NLTK, and the COCO caption code's (golden/)."""
+"""Metrics of generated text, compared with hand computation, NLTK and the COCO caption code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def of(name, targets, predictions):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_name_and_best_and_worst_values(name):
+def test_generation_metric_name_and_extreme_values(name):
     (key,) = ALL[name](TEXTS, ["x", "y", "z"])
     assert key == name
     best = of(name, TEXTS, [target[-1] for target in TEXTS])
@@ -56,8 +56,8 @@ def test_the_name_and_best_and_worst_values(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_empty_prediction_lowers_the_score(name):
-    """And no metric fails on it, or on a row of one word, or on text of another script."""
+def test_generation_metric_empty_prediction_lowers_score(name):
+    """No metric fails on it, on a row of one word, or on text of another script."""
     targets = [*TEXTS, ["Yes"], ["это 日本 é"]]
     said = [target[0] for target in targets]
     full, less = of(name, targets, said), of(name, targets, ["", *said[1:]])
@@ -65,30 +65,30 @@ def test_one_empty_prediction_lowers_the_score(name):
 
 
 @pytest.mark.parametrize("name", ["bleu", "ter", "rouge_l", "meteor_exact_stem", "nist"])
-def test_the_best_of_several_references_counts(name):
-    """A reference more never hurts a prediction that equals another one of the same length."""
+def test_generation_metric_best_of_several_references_counts(name):
+    """Another reference never hurts a prediction that equals a reference of the same length."""
     alone = of(name, [["a b c d"], ["e f g h"]], ["a b c d", "e f g h"])
     more = of(name, [["w x y z", "a b c d"], ["e f g h"]], ["a b c d", "e f g h"])
-    if name == "nist":  # references give the information, too
+    if name == "nist":  # references also determine the information
         assert more > 0
     else:
         assert more == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_other_scripts_are_words(name):
+def test_generation_metric_other_scripts_are_words(name):
     targets = [["日本 寿司 это é"], ["a b c d"]]
     wrong = of(name, targets, ["中国 寿司 то è", "a b c d"])
     right = of(name, targets, ["日本 寿司 это é", "a b c d"])
     assert right < wrong if name == "ter" else right > wrong
 
 
-def test_words_are_lower_case_and_split_at_punctuation_but_not_in_numbers():
+def test_words_lower_case_split_at_punctuation_not_in_numbers():
     found = metrics.words("Zoë's 1,000 “Fish & Chips”, 日本. £20-25")
     assert found == "zoë's 1,000 “fish & chips” , 日本 . £20 - 25".split()
 
 
-def test_targets_are_all_references_and_predictions_their_text():
+def test_references_of_targets_and_text_of_predictions():
     example = {"references": [b"\xc3\xa9 1", b"2"]}
     assert metrics.references("any", example, is_target=True) == ["é 1", "2"]
     assert metrics.references(" said ", example) == "said"
@@ -97,15 +97,15 @@ def test_targets_are_all_references_and_predictions_their_text():
 # --- By hand ---------------------------------------------------------------------------------
 
 
-def test_bleu_takes_a_different_number_of_references():
-    """3 of 4 words, 2 of 3 pairs, 1 of 2 triples of one row, all of the other; no word missing."""
+def test_bleu_varying_number_of_references():
+    """One row: 3 of 4 words, 2 of 3 pairs, 1 of 2 triples. The other: all. No brevity penalty."""
     targets = [["a b c x", "q"], ["e f g h i"]]
     precisions = [8 / 9, 6 / 7, 4 / 5, 2 / 3]
     expected = 100 * math.exp(sum(map(math.log, precisions)) / 4)
     assert of("bleu", targets, ["a b c d", "e f g h i"]) == pytest.approx(expected)
 
 
-def test_bleu_is_of_the_case():
+def test_bleu_case_sensitive():
     assert of("bleu", [["A B C D"]], ["A B C D"]) == pytest.approx(100)
     assert of("bleu", [["A B C D"]], ["a b c d"]) < 1
 
@@ -120,11 +120,11 @@ def test_bleu_is_of_the_case():
         (["A b"], "a B", 0),
     ],
 )
-def test_edits(target, prediction, percent):
+def test_ter_edits_by_hand(target, prediction, percent):
     assert of("ter", [target], [prediction]) == pytest.approx(percent)
 
 
-def test_longest_common_subsequence():
+def test_rouge_l_by_hand():
     """'the cat on mat' in 'the cat sat on the mat': precision 1, recall 4/6."""
     target = ["the cat sat on the mat", "no"]
     assert of("rouge_l", [target], ["The cat on mat"]) == pytest.approx(80)
@@ -143,7 +143,7 @@ def test_longest_common_subsequence():
         (["no", "a b"], "a b", 100 * (1 - 0.5 / 8)),
     ],
 )
-def test_meteor_of_words_and_stems(target, prediction, percent):
+def test_meteor_exact_stem_by_hand(target, prediction, percent):
     assert of("meteor_exact_stem", [target], [prediction]) == pytest.approx(percent)
 
 
@@ -153,12 +153,12 @@ def test_nist_by_hand():
     assert of("nist", [["a a b"]], ["a b"]) == pytest.approx(expected)
 
 
-def test_nist_clips_by_the_most_in_any_reference():
-    """'a' is in both references once: of 'a a' one counts, with log2 4/2 bits, over two words."""
+def test_nist_clips_by_maximum_count_of_any_reference():
+    """Both references have one 'a': one of 'a a' counts, with log2 4/2 bits, over two words."""
     assert of("nist", [["a b", "c a"]], ["a a"]) == pytest.approx(0.5)
 
 
-def test_nist_against_nltk_for_single_references():
+def test_nist_single_references_matches_nltk():
     rng = random.Random(0)
     targets = [[" ".join(rng.choices("abcdef", k=rng.randint(6, 20)))] for _ in range(40)]
     said = [" ".join(rng.choices("abcdefg", k=rng.randint(5, 18))) for _ in targets]
@@ -177,13 +177,13 @@ LN2 = math.log(2)
         # Two documents: every n-gram has idf ln 2. Words and pairs are equal; there is no triple.
         # Then one word of two is shared, and 'x' has the idf of a word of one document.
         ([["a b"], ["c d"]], ["a b", "c x"], 10 * (2 / 4 + 0.5 / 4) / 2),
-        # A word less: cosine 1/sqrt 2, and exp(-1 / 72) for the length.
+        # One word fewer: cosine 1/sqrt 2, and exp(-1 / 72) for the length.
         ([["a b"], ["c d"]], ["a", ""], 10 * math.exp(-1 / 72) / math.sqrt(2) / 4 / 2),
         # 'a a': min(2, 1) * 1 over 2 * sqrt 2, where a cosine would have 2.
         ([["a b"], ["c d"]], ["a a", ""], 10 / (2 * math.sqrt(2)) / 4 / 2),
         # The mean over references, not the best.
         ([["a b", "e f"], ["c d"]], ["a b", ""], 10 * (2 / 4) / 2 / 2),
-        # In all documents: no weight.
+        # n-grams of all documents have no weight.
         ([["a b"], ["a d"]], ["a", "a"], 0.0),
         ([["a b"]], ["a b"], 0.0),
     ],
@@ -193,7 +193,7 @@ def test_cider_d_by_hand(targets, predictions, value):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_cider_d_against_the_coco_caption_code(name):
+def test_cider_d_matches_coco_caption_code(name):
     case = GOLDEN[name]
     assert case["score"] > 1
     found = of("cider_d", case["targets"], case["predictions"])
@@ -203,7 +203,7 @@ def test_cider_d_against_the_coco_caption_code(name):
 # --- Libraries -------------------------------------------------------------------------------
 
 
-def test_libraries_are_imported_when_a_metric_is_called():
+def test_generation_metrics_import_libraries_at_first_call():
     script = (
         "import sys, mpt_jax.tasks.generation_metrics as m; libraries = set(m.LIBRARIES)\n"
         "assert not libraries & set(sys.modules)\n"
@@ -214,7 +214,7 @@ def test_libraries_are_imported_when_a_metric_is_called():
 
 
 @pytest.mark.parametrize("missing", metrics.LIBRARIES)
-def test_a_missing_library_says_what_to_install(monkeypatch, missing):
+def test_generation_metrics_missing_library_error_names_package(monkeypatch, missing):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == missing else found(n))
     with pytest.raises(ImportError, match=rf"{metrics.LIBRARIES[missing]}.*mpt-jax\[nlg\]"):

@@ -1,4 +1,4 @@
-"""Rows whose gold is missing or out of range stop a run with a sentence."""
+"""Rows with missing or invalid gold stop a run with a clear error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def registered(name: str, gold: list, template, metrics=()) -> seqio.Task:
         ("gld_nan", np.float32([1, np.nan]), SCORED, "gld_nan: a row has the score nan"),
     ],
 )
-def test_training_stops_at_it(name, gold, template, message):
+def test_example_table_invalid_gold_raises(name, gold, template, message):
     task = registered(name, gold, template)
     with pytest.raises(
         ValueError, match=f"'train' split of task '{name}' cannot be used: {message}"
@@ -51,12 +51,12 @@ def test_training_stops_at_it(name, gold, template, message):
         token_tables.ExampleTable(task, "train", LENGTHS, seed=0)
 
 
-def test_gold_in_range_is_read():
+def test_example_table_valid_gold_is_read():
     table = token_tables.ExampleTable(registered("gld_fine", [1, 0], LABELLED), "train", LENGTHS, 0)
     assert table.num_examples == 2
 
 
-def test_evaluation_stops_at_it():
+def test_inference_evaluator_invalid_gold_raises():
     registered("gld_test", [1, -1], LABELLED, [text_metrics.accuracy])
     cfg = datasets.DatasetConfig("gld_test", LENGTHS, "test", 2, False, 0)
     converter = functools.partial(
@@ -66,7 +66,7 @@ def test_evaluation_stops_at_it():
         evaluator.InferenceEvaluator(cfg, converter, None)
 
 
-def test_quotes_in_a_preprocessors_message_survive():
+def test_example_table_preprocessor_error_keeps_quotes():
     def refuse(name):
         def check(row):
             with tf.control_dependencies([tf.debugging.Assert(row["label"] > 5, ["it isn't 5"])]):

@@ -1,4 +1,4 @@
-"""Named mixtures, and the gin file of the run with twelve sources."""
+"""Named mixtures, and the gin file for twelve sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.fixtures.suite_rows import ROWS
 
 pytestmark = pytest.mark.usefixtures("own_trainer")
 
-# docs/tasks.md and the paper: what five epochs go over. ReCoRD with a row for each answer.
+# Rows per epoch in docs/tasks.md and the paper. ReCoRD has one row per answer.
 SIX, TWELVE, RECORD_ROWS = 1_151_093, 1_425_899, 138_854
 
 
@@ -24,15 +24,15 @@ def train_size(name):
     return size if places is None else len(range(*places.indices(size)))
 
 
-def test_the_targets_are_the_papers_21():
+def test_target_mixtures_have_the_papers_21_tasks():
     targets = [t for name, tasks in mixtures.MIXTURES.items() if "targets" in name for t in tasks]
     assert len(targets) == len(set(targets)) == 8 + 5 + 4 + 4
     assert set(targets) <= set(ROWS)
-    assert "record" not in targets and "squad" not in targets  # sources alone
+    assert "record" not in targets and "squad" not in targets  # only sources
 
 
 @pytest.mark.parametrize("name", mixtures.MIXTURES)
-def test_rates_are_sizes_up_to_the_cap(name):
+def test_mixture_rates_are_sizes_up_to_cap(name):
     bind_vocabulary("byt5")
     mixture = seqio.get_mixture_or_task(name)
     expected = {task: min(2**18, train_size(task)) for task in mixtures.MIXTURES[name]}
@@ -40,7 +40,7 @@ def test_rates_are_sizes_up_to_the_cap(name):
     assert mixture.total_rate == sum(expected.values())
 
 
-def test_one_source_may_be_left_out():
+def test_leave_one_out_mixtures_omit_one_source():
     expected = {
         "mpt_source_6_without_mnli": {"qqp", "qnli", "sst2", "squad", "record"},
         "mpt_source_6_without_record": {"mnli", "qqp", "qnli", "sst2", "squad"},
@@ -61,7 +61,7 @@ def test_one_source_may_be_left_out():
     assert mixture.total_rate == 262_144 + 103_743 + 66_349 + 86_599 + 99_730
 
 
-def test_rates_by_hand():
+def test_mixture_rates_by_hand():
     bind_vocabulary("byt5")
     mixture = seqio.get_mixture_or_task("mpt_source_12")
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
@@ -69,8 +69,8 @@ def test_rates_by_hand():
     assert (rates["agnews"], rates["arc_easy"], rates["anli_r3"]) == (119_000, 2_251, 99_459)
 
 
-def test_a_mixture_is_registered_before_a_vocabulary_is_bound():
-    """In a process of its own: others have made the mixtures already."""
+def test_mixture_registered_before_vocabulary_is_bound():
+    """Runs in a new process, since this one may have constructed the mixtures already."""
     script = """
 import gin, seqio
 from mpt_jax.tasks import mixtures
@@ -94,7 +94,7 @@ assert not hasattr(mixture, "no_such_thing")
     run_script(script)
 
 
-def test_the_gin_files_have_the_same_sources():
+def test_gin_source_tasks_match_mixtures():
     parse(["gin/mpt_source.gin"])
     assert value("SOURCE_TASKS") == list(mixtures.MIXTURES["mpt_source_6"])
     gin.clear_config()
@@ -103,7 +103,7 @@ def test_the_gin_files_have_the_same_sources():
 
 
 @pytest.mark.parametrize(("name", "total"), [("mpt_source_6", SIX), ("mpt_source_12", TWELVE)])
-def test_sizes_of_the_source_mixtures(name, total):
+def test_source_mixtures_total_size(name, total):
     tasks = mixtures.MIXTURES[name]
     assert sum(RECORD_ROWS if task == "record" else train_size(task) for task in tasks) == total
 
@@ -120,7 +120,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_twelve_sources_take_the_place_of_six(stage, monkeypatch):
+def test_source_tasks_12_gin_replaces_six_sources(stage, monkeypatch):
     monkeypatch.setenv("MPT_JAX_ROOT", "root")
     name, bindings, batch_size, steps = STAGES[stage]
     own = [f"STAGE = {name!r}", VOCABULARY, *bindings]
@@ -135,7 +135,7 @@ def test_twelve_sources_take_the_place_of_six(stage, monkeypatch):
     value("SAMPLER").check(12)
 
 
-def test_the_header_and_the_message_give_the_commands_that_are_tested():
+def test_source_tasks_12_gin_header_and_error_show_tested_commands():
     text = (ROOT / "gin" / "runs" / "source_tasks_12.gin").read_text()
     parse(["gin/mpt_source.gin", "gin/runs/source_tasks_12.gin"])
     for part in ("pt_source_12", "BATCH_SIZE=384", "TRAIN_STEPS=18566", "gin/pt_source.gin"):
@@ -143,8 +143,8 @@ def test_the_header_and_the_message_give_the_commands_that_are_tested():
         assert part in value("TEACHERS_COMMAND")
 
 
-def test_a_source_is_left_out_on_the_command_line():
-    """As docs/tasks.md has it, with five epochs of what is left."""
+def test_source_tasks_command_line_omits_one_source():
+    """As in docs/tasks.md, with five epochs over the remaining sources."""
     left = [task for task in mixtures.MIXTURES["mpt_source_6"] if task != "squad"]
     text = (ROOT / "docs" / "tasks.md").read_text()
     steps = 5 * ((SIX - train_size("squad")) // 32)
@@ -153,7 +153,7 @@ def test_a_source_is_left_out_on_the_command_line():
     assert value("MODEL").runs.task_names == tuple(left)
 
 
-def test_the_runs_import_every_suite():
+def test_task_modules_binding_lists_every_suite():
     parse(["gin/mpt_source.gin"])
     stems = {
         path.stem

@@ -1,4 +1,4 @@
-"""E2E and WebNLG, read and scored from data sets on disk in the real format."""
+"""E2E and WebNLG, read from small data sets in the real format, and scored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(byte_vocabulary, data_dir):
 
 
 def rows(name, split):
-    """{inputs: (targets, references)} of a split; inputs with a number if they come again."""
+    """Returns {inputs: [(targets, references), ...]} of a split."""
     found = {}
     dataset = seqio.TaskRegistry.get(name).get_dataset(LENGTHS, split, shuffle=False)
     for row in dataset.as_numpy_iterator():
@@ -45,7 +45,7 @@ def rows(name, split):
     return found
 
 
-def test_training_has_a_row_for_each_reference():
+def test_grouped_source_train_one_row_per_reference():
     found = rows("e2e", "train")
     assert len(found) == 6 and sum(map(len, found.values())) == 9
     said = {target for target, _ in found["e2e name: Nº 3 food: Fish & Chips"]}
@@ -53,34 +53,34 @@ def test_training_has_a_row_for_each_reference():
 
 
 @pytest.mark.parametrize(("split", "places"), [("validation", 6), ("test", 8)])
-def test_evaluation_has_a_row_for_each_meaning_with_all_references(split, places):
+def test_grouped_source_evaluation_one_row_per_meaning(split, places):
     found = rows("e2e", split)
     expected = {}
     for place in range(places):
-        of = place - place % 3 if place % 3 < 2 else place
-        expected.setdefault(of, []).append(f"Nº {of} serves fish, says {place}.")
-    assert set(found) == {f"e2e name: Nº {of} food: Fish & Chips" for of in expected}
-    for of, references in expected.items():
-        ((target, given),) = found[f"e2e name: Nº {of} food: Fish & Chips"]
-        assert given == references
+        number = place - place % 3 if place % 3 < 2 else place
+        expected.setdefault(number, []).append(f"Nº {number} serves fish, says {place}.")
+    assert set(found) == {f"e2e name: Nº {number} food: Fish & Chips" for number in expected}
+    for number, expected_references in expected.items():
+        ((target, references),) = found[f"e2e name: Nº {number} food: Fish & Chips"]
+        assert references == expected_references
         assert target in references
 
 
-def test_sets_of_triples_keep_their_references():
+def test_webnlg_triples_keep_references():
     found = rows("webnlg", "test")
     assert len(found) == 8
     ((target, given),) = found["webnlg Zoë A. | birthPlace | City 3 && City | partOf | Land"]
     assert (target, given) == ("Born in 3.", ["Born in 3.", "It is 3."])
 
 
-def test_rows_count_after_grouping():
+def test_grouped_source_counts_rows_after_grouping():
     source = seqio.TaskRegistry.get("e2e").source
     assert [source.num_rows(split) for split in ("train", "validation", "test")] == [9, 4, 5]
     assert source.positions("test").tolist() == [0, 1, 2, 3, 4]
     assert sorted(source.positions("train").tolist()) == list(range(9))
 
 
-def test_few_shot_runs_draw_from_grouped_rows():
+def test_few_shot_run_draws_from_grouped_rows():
     task_mixture(["e2e_k2_s0_dev"], modules=["mpt_jax.tasks.nlg"])
     counts = {split: rows("e2e_k2_s0_dev", split) for split in ("train", "validation", "test")}
     assert {s: sum(map(len, found.values())) for s, found in counts.items()} == {
@@ -91,8 +91,8 @@ def test_few_shot_runs_draw_from_grouped_rows():
     assert set(counts["validation"]) < set(rows("e2e", "validation"))
 
 
-def test_a_meaning_without_a_reference_is_left_out(tmp_path, monkeypatch):
-    """And a row whose references are lost counts with its target."""
+def test_grouped_source_meaning_without_reference_dropped(tmp_path, monkeypatch):
+    """A row without references but with a target uses the target."""
     name = "gem/web_nlg_en:1.1.0"
     sizes, row = tfds_data.DATA[name]
 
@@ -133,7 +133,7 @@ def no_preference(batch):
     return np.zeros(len(batch["encoder_task_ids"]))
 
 
-def test_references_score_full_marks(evaluator):
+def test_nlg_evaluation_of_references_has_top_scores(evaluator):
     found = evaluator.evaluate(lambda batch: batch["decoder_target_tokens"], no_preference, 0)
     assert list(found["e2e"]) == ["bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"]
     assert list(found["webnlg"]) == ["bleu", "meteor_exact_stem", "ter"]
@@ -142,8 +142,8 @@ def test_references_score_full_marks(evaluator):
     assert found["webnlg"]["ter"] == 0
 
 
-def test_any_reference_counts(evaluator):
-    """'It is 3.' is the second reference of one row of eight; others share one word of three."""
+def test_nlg_evaluation_any_reference_counts(evaluator):
+    """'It is 3.' is the second reference of one of eight rows; others share one of three words."""
     tokens = vocabularies.load("byt5").encode("It is 3.")
     table = np.zeros([1, LENGTHS["targets"]], np.int32)
     table[0, : len(tokens)] = tokens
@@ -153,8 +153,8 @@ def test_any_reference_counts(evaluator):
     assert found["webnlg"]["ter"] == pytest.approx(100 * (0 + 3 * 1 + 4 * 3) / (8 * 3))
 
 
-def test_without_the_libraries_a_task_says_what_to_install(monkeypatch):
-    """Before any training: when the rows are read, whatever the split."""
+def test_nlg_task_without_libraries_error_says_what_to_install(monkeypatch):
+    """The error occurs when the rows of any split are read, before training."""
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "sacrebleu" else found(name)

@@ -1,4 +1,4 @@
-"""Who is in which split: the permutation against torch, and sources read from disk."""
+"""Splits: the permutation, compared with torch, and sources read from disk."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ CB = "super_glue/cb:1.0.2"
         (67_349, [6677, 49712, 38268, 32909, 23395, 66940]),
     ],
 )
-def test_the_permutation_is_the_published_one(size, first):
+def test_permutation_matches_published_values(size, first):
     found = splits.permutation(size)
     assert found[: len(first)].tolist() == first
     assert np.array_equal(np.sort(found), np.arange(size))
 
 
-def test_tiny_permutations():
+def test_permutation_of_zero_or_one_rows():
     assert [splits.permutation(size).tolist() for size in (0, 1)] == [[], [0]]
 
 
 def reference(size: int, seed: int) -> list[int]:
-    """The same with the Mersenne Twister of Python's `random`, seeded as its authors do."""
+    """Returns the permutation by Python's Mersenne Twister, seeded as by its authors."""
     state = [seed]
     for i in range(1, 624):
         state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + i) & 0xFFFFFFFF)
@@ -51,13 +51,13 @@ def reference(size: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**31])
-def test_the_permutation_is_the_mersenne_twisters(seed):
+def test_permutation_matches_mersenne_twister(seed):
     assert splits.permutation(1500, seed).tolist() == reference(1500, seed)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("size", [1, 2, 56, 408, 3_270, 104_743, 363_846])
-def test_the_permutation_is_torchs(size):
+def test_permutation_matches_torch(size):
     torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(splits.SEED)
     expected = torch.randperm(size, generator=generator).numpy()
@@ -77,7 +77,7 @@ def test_the_permutation_is_torchs(size):
         ),
     ],
 )
-def test_places_of_the_parts(parts, size, expected):
+def test_part_places_by_rule_and_size(parts, size, expected):
     found = {name: part.places(size) for name, part in parts.items()}
     assert set(found) == {"train", "validation", "test"}
     bounds = {name: place.indices(size)[:2] for name, place in found.items() if place}
@@ -100,12 +100,12 @@ def source(data=CB, parts=None, sizes=None, keys=("idx",), **rest):
 
 
 def places(found: PartsSource, split: str) -> list[int]:
-    """The places in the original file of a split's rows."""
+    """Returns the original positions of a split's rows."""
     texts = [row["premise"].decode() for row in found.get_dataset(split).as_numpy_iterator()]
     return [int(text.removeprefix("premise ")) for text in texts]
 
 
-def test_halves_are_those_of_the_original_order(data_dir):
+def test_parts_source_halved_uses_original_order(data_dir):
     validation, test = places(source(), "validation"), places(source(), "test")
     expected = reference(56, 42)
     assert set(validation) == set(expected[:28]) >= {22, 8, 36, 39, 34, 28}
@@ -113,28 +113,28 @@ def test_halves_are_those_of_the_original_order(data_dir):
     assert len(validation) == len(test) == 28
 
 
-def test_without_keys_the_order_is_tfdss(data_dir):
+def test_parts_source_without_keys_uses_tfds_order(data_dir):
     stored = tfds_data.stored_order(CB, "validation")
     expected = {stored[place] for place in reference(56, 42)[:28]}
     assert set(places(source(keys=()), "validation")) == expected
 
 
-def test_a_whole_split_comes_as_it_is_stored(data_dir):
+def test_parts_source_whole_split_in_stored_order(data_dir):
     assert places(source(), "train") == tfds_data.stored_order(CB, "train")
 
 
-def test_shuffling_is_left_to_the_batches(data_dir):
+def test_parts_source_ignores_shuffle(data_dir):
     found = source()
     again = [row["idx"] for row in found.get_dataset("test", True, 7).as_numpy_iterator()]
     assert again == [row["idx"] for row in found.get_dataset("test").as_numpy_iterator()]
 
 
-def test_only_what_is_asked_for_is_read(data_dir):
+def test_parts_source_reads_only_requested_features(data_dir):
     found = source(reads=["hypothesis", "label"])
     assert set(found.get_dataset("validation").element_spec) == {"hypothesis", "label"}
 
 
-def test_a_data_set_of_another_size_is_warned_of(data_dir, caplog):
+def test_parts_source_other_size_logs_warning(data_dir, caplog):
     source(sizes={"train": 9, "validation": 57}).get_dataset("test")
     warned = lambda: [r.getMessage() for r in caplog.records if "published" in r.getMessage()]  # noqa: E731
     (message,) = warned()
@@ -144,28 +144,28 @@ def test_a_data_set_of_another_size_is_warned_of(data_dir, caplog):
     assert not warned()
 
 
-def test_keys_must_tell_rows_apart(data_dir):
+def test_parts_source_ambiguous_keys_raise(data_dir):
     with pytest.raises(ValueError, match="several rows have the same label"):
         source(keys=["label"]).get_dataset("validation")
 
 
-def test_an_unknown_split_is_named(data_dir):
+def test_parts_source_unknown_split_raises(data_dir):
     found = source(parts={"validation": Part("dev", 0, 1)}, sizes={"dev": 1})
     with pytest.raises(ValueError, match=r"no 'dev' split; it has .*validation"):
         found.get_dataset("validation")
 
 
 @pytest.mark.parametrize("data", ["super_glue/boolq:1.0.2", "super_glue/cb:9.9.9", "no_such:1.0.0"])
-def test_absent_data_says_how_to_get_it(data_dir, data):
+def test_parts_source_absent_data_error_shows_command(data_dir, data):
     with pytest.raises(FileNotFoundError) as error:
         source(data=data).get_dataset("train")
     name, version = data.split(":")
     for part in (name, version, f"tfds build {data} --data_dir", str(data_dir), "--tfds_data_dir"):
         assert part in str(error.value)
-    assert ("it has version 1.0.2 of it" in str(error.value)) == (data == "super_glue/cb:9.9.9")
+    assert ("found version 1.0.2" in str(error.value)) == (data == "super_glue/cb:9.9.9")
 
 
-def test_positions_say_where_the_rows_of_the_original_file_come(data_dir):
+def test_parts_source_positions_of_original_rows(data_dir):
     for parts, split, expected in [
         (splits.own(), "train", range(9)),
         (splits.halved(), "validation", reference(56, 42)[:28]),
@@ -176,13 +176,13 @@ def test_positions_say_where_the_rows_of_the_original_file_come(data_dir):
         assert found.num_rows(split) == len(expected)
 
 
-def test_published_and_present_sizes_are_told_apart(data_dir):
+def test_parts_source_published_and_local_sizes(data_dir):
     found = source(sizes={"train": 250, "validation": 57})
     assert [found.num_input_examples(s) for s in ("train", "validation", "test")] == [250, 28, 29]
     assert [found.num_rows(s) for s in ("train", "validation", "test")] == [9, 28, 28]
 
 
-def test_it_is_known_whether_the_data_is_here(data_dir, tmp_path):
+def test_parts_source_is_prepared(data_dir, tmp_path):
     assert source().is_prepared()
     assert not source(data="super_glue/cb:9.9.9").is_prepared()
     seqio.set_tfds_data_dir_override(str(tmp_path))

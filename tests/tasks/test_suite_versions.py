@@ -1,4 +1,4 @@
-"""Versions of the suites' tasks that are made of their names: unprefixed, and with nonsense."""
+"""Task versions registered on demand: without a prefix, and with synthetic labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSIFICATION = [name for name, row in ROWS.items() if row.words]
 
 
 def made(name: str, row_name: str) -> Any:
-    """What a task makes of row 1 of its data set, before it becomes tokens."""
+    """Returns the task's text of row 1 of its data set, before tokenization."""
     row, reads = tfds_data.DATA[ROWS[row_name].data][1](1), ROWS[row_name].reads
     row = {key: row[key] for key in reads or row}
     dataset = tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.constant, row))
@@ -31,17 +31,17 @@ def made(name: str, row_name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_without_its_prefix_a_row_is_otherwise_the_same(name):
+def test_unprefixed_version_differs_only_in_prefix(name):
     usual, bare = made(name, name), made(f"{name}_unprefixed", name)
     assert usual.pop("inputs").decode() == TEXTS[name][0]
     assert f"{name} {bare.pop('inputs').decode()}" == TEXTS[name][0]
     assert bare.keys() == usual.keys()
-    for key in usual:  # the targets, and what metrics read
+    for key in usual:  # targets, and features for metrics
         np.testing.assert_array_equal(bare[key], usual[key])
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_synthetic_labels_are_made_of_the_words_alone(name):
+def test_synthetic_version_labels_derive_from_words(name):
     task, words = task_lookup.find_task(f"{name}_synthetic"), ROWS[name].words
     labels = evaluator.labels_of(task)
     assert len(set(labels)) == len(words) and not set(labels) & set(words)
@@ -55,14 +55,14 @@ def test_synthetic_labels_are_made_of_the_words_alone(name):
     assert found["accuracy"] == found["invalid"] == 50.0
 
 
-def test_nonsense():
+def test_synthetic_word_by_hand():
     assert suite.synthetic_word("entailment") == "ipveomnipv"
     assert suite.synthetic_word("not_duplicate") == "puv_faqmodevi"
     assert (suite.synthetic_word("True"), suite.synthetic_word("choice1")) == ("Vsai", "djuodi1")
     assert suite.synthetic_word("Sci/Tech zu") == "Tdo/Vidj ba"
 
 
-def test_a_version_may_be_repeated():
+def test_repeat_run_of_synthetic_version_keeps_labels():
     repeat = task_lookup.find_task("rte_synthetic_s2")
     assert evaluator.labels_of(repeat) == ("ipveomnipv", "puv_ipveomnipv")
 
@@ -70,13 +70,13 @@ def test_a_version_may_be_repeated():
 @pytest.mark.parametrize(
     "name", ["squad_synthetic", "stsb_synthetic", "toy_rte_unprefixed", "unprefixed", "rte_bare"]
 )
-def test_what_is_no_version_is_unknown(name):
+def test_find_task_unknown_version_raises(name):
     with pytest.raises(ValueError, match=f"Unknown task '{name}'"):
         task_lookup.find_task(name)
 
 
 @pytest.mark.parametrize("name", [*ROWS, *GENERATED])
-def test_every_task_may_lose_its_prefix(name):
+def test_unprefixed_version_of_every_task_registers(name):
     version = f"{name}_unprefixed"
     assert task_lookup.find_task(version).source.data == {**ROWS, **GENERATED}[name].data
-    assert runs.data_name(version) == version  # no setting of a fleet
+    assert runs.data_name(version) == version  # not parsed as a setting of a fleet

@@ -1,4 +1,4 @@
-"""Every registered task, read from data sets on disk in the real format, as a job reads them."""
+"""All registered tasks, read like a job reads them, from small data sets in the real format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("byte_vocabulary")
 
 LENGTHS = {"inputs": 200, "targets": 40}  # bytes, here
 
-# Names that are ours where TFDS's are numbers or another word for the same.
+# Our label names differ from TFDS's if those are numbers or other words for the same.
 RENAMED = {
     "winogrande": ["1", "2"],
     "yelp": ["1", "2"],
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def texts(name: str, split: str) -> list[tuple[str, str]]:
-    """The inputs and targets of a split, from the table of tokens that training reads."""
+    """Returns the inputs and targets of a split, from the token table that training reads."""
     table = token_tables.ExampleTable(seqio.TaskRegistry.get(name), split, LENGTHS, seed=42)
     assert not table.num_overlong
     decode = vocabularies.load("byt5").decode
@@ -70,7 +70,7 @@ def place_of(inputs: str) -> int:
 # --- The tables ------------------------------------------------------------------------------
 
 
-def test_every_task_is_tested_and_every_classification_task_has_digits():
+def test_suites_all_tasks_tested_and_classification_has_digits():
     assert set(ROWS) == set(TEXTS)
     assert {row.data for row in {**ROWS, **GENERATED}.values()} == set(tfds_data.DATA)
     names = {n + s for n, row in ROWS.items() for s in (("", "_digits") if row.words else ("",))}
@@ -81,10 +81,10 @@ def test_every_task_is_tested_and_every_classification_task_has_digits():
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
-def test_labels_are_in_the_order_of_the_data_set(name, tmp_path):
+def test_suite_labels_in_data_set_order(name, tmp_path):
     row = ROWS[name]
     features = tfds.builder(row.data, data_dir=str(tmp_path)).info.features
-    if name != "commonsenseqa":  # whose rows have the text of the answer
+    if name != "commonsenseqa":  # its rows have the text of the answer
         label = features["answerKey" if "answerKey" in features else "label"]
         assert label.names == RENAMED.get(name, list(row.words))
     assert labels_of(seqio.TaskRegistry.get(name)) == tuple(row.words)
@@ -93,7 +93,7 @@ def test_labels_are_in_the_order_of_the_data_set(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.words])
-def test_digits_are_the_number_of_the_label(name):
+def test_digits_version_targets_are_label_numbers(name):
     row = tfds_data.DATA[ROWS[name].data][1](1)
     dataset = tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.constant, row))
     task = seqio.TaskRegistry.get(name + "_digits")
@@ -104,8 +104,8 @@ def test_digits_are_the_number_of_the_label(name):
 
 
 @pytest.mark.parametrize("name", [*ROWS, *GENERATED])
-def test_sizes_of_the_published_splits(name):
-    """docs/tasks.md's table, computed from the sizes of the data sets and the rules."""
+def test_suite_split_sizes_match_docs(name):
+    """Compares the table of docs/tasks.md with sizes computed from the data sets and rules."""
     row, found = {**ROWS, **GENERATED}[name], []
     for part in row.parts.values():
         size = row.sizes[part.split]
@@ -123,19 +123,22 @@ def test_sizes_of_the_published_splits(name):
 
 
 def places_of(name: str, split: str) -> set[int]:
-    """The rows of the original file, by its small copy, that a split has."""
+    """Returns the positions in the small copy of the original file that a split has."""
     row = ROWS[name]
     part = row.parts[split]
     size = tfds_data.DATA[row.data][0][part.split]
     order, places = splits.permutation(size), part.places(size)
-    if row.keys == ():  # the order is that in which rows are stored
+    if row.keys == ():  # rows are in stored order
         order = np.array(tfds_data.stored_order(row.data, part.split))[order]
     return set(order.tolist() if places is None else order[places].tolist())
 
 
 def read_splits():
-    """Every split of every task that has rows (the small copies of MRQA and ANLI have none for
-    training). All are slow but a task's first one that has row 1, whose text is known."""
+    """Yields every split with rows of every task.
+
+    The small copies of MRQA and ANLI have no training rows. All splits are marked slow except the
+    first one of a task with row 1, whose text is known.
+    """
     for name in TEXTS:
         filled = [split for split in ROWS[name].parts if places_of(name, split)]
         fast = next((split for split in filled if 1 in places_of(name, split)), filled[0])
@@ -145,7 +148,7 @@ def read_splits():
 
 
 @pytest.mark.parametrize(("name", "split"), read_splits())
-def test_a_task_reads_its_splits(data_dir, name, split):
+def test_suite_task_reads_its_splits(data_dir, name, split):
     expected, found = places_of(name, split), texts(name, split)
     assert {place_of(inputs) for inputs, _ in found} == expected
     if name != "record":
@@ -156,14 +159,14 @@ def test_a_task_reads_its_splits(data_dir, name, split):
         assert {target for _, target in found} == set(ROWS[name].words)
 
 
-def test_record_has_a_row_for_each_answer(data_dir):
+def test_record_one_row_per_answer(data_dir):
     found = texts("record", "test")
     assert len(found) == 9 + 3
     of_row_0 = [target for inputs, target in found if place_of(inputs) == 0]
     assert of_row_0 == ["Ann", "Bob"]
 
 
-def test_absent_data_reaches_the_user(data_dir, tmp_path):
+def test_suite_task_absent_data_error_reaches_user(data_dir, tmp_path):
     seqio.set_tfds_data_dir_override(str(tmp_path))
     with pytest.raises(ValueError) as error:
         texts("mnli", "train")
@@ -205,7 +208,7 @@ def evaluated(folder, written):
     return lambda predict: evaluator.evaluate(predict, no_preference, 0)
 
 
-def test_gold_answers_score_full_marks(evaluated):
+def test_suite_evaluation_of_gold_answers_has_top_scores(evaluated):
     found = evaluated(lambda batch: batch["decoder_target_tokens"])
     for name, first in zip(EVALUATED, ["pearson", "matthews", "f1", "f1", "f1"], strict=True):
         assert next(iter(found[name])) == first  # the one that selects
@@ -215,8 +218,8 @@ def test_gold_answers_score_full_marks(evaluated):
     assert found["record"]["exact_match"] == 100.0
 
 
-def test_any_gold_answer_counts_and_a_query_counts_once(evaluated):
-    """'Ann' answers queries 0, 3 and 6 of nine; 'cat no. 1' is a second answer, of one question."""
+def test_suite_evaluation_any_gold_answer_counts_query_once(evaluated):
+    """'Ann' answers queries 0, 3 and 6 of nine; 'cat no. 1' is a second answer of one question."""
     said = {"record": "Ann", "squad": "Cat no. 1!", "cola": "?", "stsb": "?", "multirc": "?"}
     table = np.zeros([len(EVALUATED), LENGTHS["targets"]], np.int32)
     for row, name in enumerate(EVALUATED):
@@ -230,11 +233,11 @@ def test_any_gold_answer_counts_and_a_query_counts_once(evaluated):
     for name in ("cola", "stsb", "multirc"):
         assert found[name]["invalid"] == 100.0
     assert found["multirc"]["accuracy"] == found["multirc"]["f1"] == 0.0
-    assert found["cola"]["matthews"] == 0.0  # every prediction is no label
+    assert found["cola"]["matthews"] == 0.0  # no prediction is a label
 
 
-def test_what_is_undefined_is_marked_wherever_scores_are_written(evaluated, written, tmp_path):
-    """Nothing is said: no correlation is defined, and F1 is 0 as golds have the label."""
+def test_suite_evaluation_marks_undefined_metrics_in_all_outputs(evaluated, written, tmp_path):
+    """With empty predictions, no correlation is defined; F1 is 0, since gold has the label."""
     found = evaluated(lambda batch: np.zeros_like(batch["decoder_target_tokens"]))
     marked = {"cola": {"matthews": 1.0}, "stsb": {"pearson": 1.0, "spearman": 1.0}}
     for task, marks in {**marked, "multirc": {"f1": 0.0}}.items():
@@ -262,7 +265,7 @@ def test_what_is_undefined_is_marked_wherever_scores_are_written(evaluated, writ
         ("gin/mpt_target.gin", ["boolq"]),
     ],
 )
-def test_the_stages_find_their_tasks(data_dir, name, tasks):
+def test_stage_gin_files_find_their_tasks(data_dir, name, tasks):
     trainer_choice.install_fallback()
     with gin_utils.as_main(train):
         gin_utils.parse([name], ["VOCABULARY = 'byt5'"], (str(ROOT),))
@@ -281,13 +284,13 @@ def test_the_stages_find_their_tasks(data_dir, name, tasks):
     assert len(seen) == len(tasks)
 
 
-def test_without_a_vocabulary_a_task_says_what_to_bind():
+def test_run_task_without_vocabulary_error_names_binding():
     gin.clear_config()
     with pytest.raises(ValueError, match=r"vocabularies\.load\.path.*VOCABULARY"):
         _ = seqio.TaskRegistry.get("mnli").output_features
 
 
-def test_a_mistake_in_the_bound_path_is_told_as_it_is():
+def test_run_vocabulary_bad_path_binding_keeps_original_error():
     gin.clear_config()
     gin.parse_config(
         "from __gin__ import dynamic_registration\n"
@@ -301,7 +304,7 @@ def test_a_mistake_in_the_bound_path_is_told_as_it_is():
         suite.run_vocabulary()
 
 
-def test_a_task_has_one_vocabulary_in_a_process(tmp_path):
+def test_run_task_second_vocabulary_raises(tmp_path):
     row = glue.ROWS[0]
     task = suite.RunTask("any", source=seqio.TaskRegistry.get(row.name).source, output_features={})
     assert set(task.output_features) == {"inputs", "targets", "task_ids"}

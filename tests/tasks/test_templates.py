@@ -1,4 +1,4 @@
-"""Templates on rows written out here, with the expected text in full."""
+"""Templates, tested on handwritten rows with the full expected text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from mpt_jax.tasks import extra_sources, nlg, templates
 
 
 def applied(preprocessor, *rows: dict[str, Any]) -> list[dict[str, Any]]:
-    """The texts that a preprocessor makes of raw rows; lengths of lists are unknown to the graph,
-    as they are in a data set."""
+    """Returns the texts that a preprocessor makes from raw rows.
+
+    Lengths of lists are unknown to the graph, as in a data set.
+    """
 
     def spec(value: Any) -> tf.TensorSpec:
         constant = tf.constant(value)
@@ -39,7 +41,7 @@ PAIR = {"premise": "premise", "hypothesis": "hypothesis"}
 NLI = templates.labelled(PAIR, ("entailment", "neutral"))("mnli")
 
 
-def test_labels_and_fields():
+def test_labelled_joins_fields_and_label():
     row = {"premise": "A man sleeps.", "hypothesis": "He rests.", "label": 1}
     assert applied(NLI, row) == [
         {"inputs": "mnli premise: A man sleeps. hypothesis: He rests.", "targets": "neutral"}
@@ -47,23 +49,23 @@ def test_labels_and_fields():
 
 
 @pytest.mark.parametrize("text", ["", "日本 — naïve ‘q’ 🙂", "<b>1 < 2</b>", "tab\tand\nline"])
-def test_texts_pass_unchanged(text):
+def test_labelled_keeps_texts_unchanged(text):
     (made,) = applied(NLI, {"premise": text, "hypothesis": "x", "label": 0})
     assert made["inputs"] == f"mnli premise: {text} hypothesis: x"
 
 
-def test_long_texts_are_whole():
+def test_labelled_keeps_long_texts():
     text = "word " * 50_000
     (made,) = applied(NLI, {"premise": text, "hypothesis": "end", "label": 0})
     assert made["inputs"] == f"mnli premise: {text} hypothesis: end"
 
 
-def test_an_unlabelled_row_is_an_error():
+def test_labelled_row_without_label_raises():
     with pytest.raises(tf.errors.InvalidArgumentError, match="-1"):
         applied(NLI, {"premise": "x", "hypothesis": "y", "label": -1})
 
 
-def test_a_marker_may_differ_from_its_feature():
+def test_labelled_marker_differs_from_feature():
     fields = {"sentence": "sentence", "option0": "option1", "option1": "option2"}
     row = {"sentence": "_ ran.", "option1": "Ann", "option2": "Bob", "label": 1}
     (made,) = applied(templates.labelled(fields, ("option0", "option1"))("winogrande"), row)
@@ -77,14 +79,14 @@ def test_a_marker_may_differ_from_its_feature():
     ("score", "target"),
     [(0.0, "0.0"), (3.75, "3.8"), (2.5, "2.4"), (2.857, "2.8"), (4.9, "4.8"), (5.0, "5.0")],
 )
-def test_similarity_is_rounded_to_fifths(score, target):
+def test_similarity_rounds_to_fifths(score, target):
     fields = {"sentence1": "sentence1", "sentence2": "sentence2"}
     row = {"sentence1": "a", "sentence2": "b", "label": np.float32(score)}
     (made,) = applied(templates.similarity(fields)("stsb"), row)
     assert made == {"inputs": "stsb sentence1: a sentence2: b", "targets": target}
 
 
-def test_markup_is_removed_and_other_brackets_stay():
+def test_without_markup_keeps_other_brackets():
     fields = {"question": "question", "paragraph": "paragraph"}
     template = templates.labelled(fields, ("no", "yes"), clean=templates.without_markup)
     row = {
@@ -121,9 +123,9 @@ def span(text, first, second):
             span("Mark (Jr.) told Pete he left", ("Mark (Jr.)", 0), ("he", 4)),
             "* Mark (Jr.) * told Pete # he # left",
         ),
-        # The same word before and after: only the one at its place is marked.
+        # The same word before and after: only the one at the index is marked.
         (span("he saw he and he", ("saw", 1), ("he", 4)), "he * saw * he and # he #"),
-        # A span that is not at its place, as in one row of the data: no mark.
+        # A span that is not at its index, as in one row of the data: no mark.
         (span("Lev and Zina ran", ("Lev, Zina", 0), ("ran", 3)), "Lev and Zina ran"),
         (
             span("Zoë mène 10% [sic] elle", ("Zoë", 0), ("[sic]", 3)),
@@ -131,7 +133,7 @@ def span(text, first, second):
         ),
     ],
 )
-def test_spans_are_marked_by_word_number(row, expected):
+def test_coreference_marks_spans_by_word_number(row, expected):
     (made,) = applied(templates.coreference(("False", "True"))("wsc"), row)
     assert made == {"inputs": f"wsc text: {expected}", "targets": "False"}
 
@@ -145,14 +147,14 @@ def test_spans_are_marked_by_word_number(row, expected):
         ("", ""),
     ],
 )
-def test_punctuation_is_spaced(text, expected):
+def test_spaced_separates_punctuation(text, expected):
     assert templates.spaced(tf.constant(text)).numpy().decode() == expected
 
 
 READING = templates.question(lambda row: row["answers"])("squad")
 
 
-def test_the_first_answer_is_the_target_and_all_are_kept():
+def test_question_first_answer_is_target_and_all_kept():
     row = {"question": "Who?", "context": "Ann, 5.", "answers": strings("Ann, 5", "Ann")}
     assert applied(READING, row) == [
         {
@@ -164,7 +166,7 @@ def test_the_first_answer_is_the_target_and_all_are_kept():
     ]
 
 
-def test_a_question_without_an_answer_is_left_out():
+def test_question_without_answer_dropped():
     without = {"question": "Who?", "context": "", "answers": strings()}
     assert applied(READING, without) == []
 
@@ -180,7 +182,7 @@ def query(**row):
     }
 
 
-def test_a_query_has_a_row_for_each_answer():
+def test_cloze_one_row_per_answer():
     made = applied(templates.cloze("record"), query(answers=strings("Bob", "Bobby")))
     inputs = (
         "record query: @placeholder left entities: Ann, Bob "
@@ -190,7 +192,7 @@ def test_a_query_has_a_row_for_each_answer():
     assert made == [{**shared, "targets": "Bob"}, {**shared, "targets": "Bobby"}]
 
 
-def test_a_query_without_answers_has_no_row_and_one_without_entities_has():
+def test_cloze_no_answers_dropped_no_entities_kept():
     assert applied(templates.cloze("record"), query(answers=strings())) == []
     (made,) = applied(templates.cloze("record"), query(entities=strings(), passage=""))
     assert made["inputs"] == "record query: @placeholder left entities:  passage: "
@@ -219,7 +221,7 @@ def arc(answer: int, *options: str, labels: tuple[int, ...] = ()) -> dict[str, A
     [
         (arc(1, "air", "iron"), "choice1: air choice2: iron", 1),
         (arc(4, *"abcde"), "choice1: a choice2: b choice3: c choice4: d choice5: e", 4),
-        # Options that are not in the order of their letters: a row's own letters count.
+        # Options that are not in the order of their letters: the row's letters count.
         (
             arc(0, "air", "iron", "oil", labels=(2, 0, 1)),
             "choice1: air choice2: iron choice3: oil",
@@ -228,14 +230,14 @@ def arc(answer: int, *options: str, labels: tuple[int, ...] = ()) -> dict[str, A
         (arc(0, "", "日本 <i>x</i> &amp;", "choice1: no"), None, 0),
     ],
 )
-def test_options_are_listed_and_the_right_one_is_named(row, listed, answer):
+def test_multiple_choice_lists_options_and_names_answer(row, listed, answer):
     listed = listed or "choice1:  choice2: 日本 <i>x</i> &amp; choice3: choice1: no"
     inputs = f"arc_easy question: Which? {listed}"
     assert asked("arc_easy", row) == {"inputs": inputs, "targets": f"choice{answer + 1}"}
     assert asked("arc_easy", row, digits=True) == {"inputs": inputs, "targets": str(answer)}
 
 
-def test_long_options_are_whole():
+def test_multiple_choice_keeps_long_options():
     text = "word " * 20_000
     made = asked("arc_easy", arc(1, "x", text))
     assert made["inputs"] == f"arc_easy question: Which? choice1: x choice2: {text}"
@@ -249,12 +251,12 @@ def test_long_options_are_whole():
         (arc(0, *"abcdef"), "more options than the task has labels"),
     ],
 )
-def test_a_row_without_its_answer_or_with_too_many_options_is_an_error(row, message):
+def test_multiple_choice_no_answer_or_too_many_options_raises(row, message):
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"arc_easy.*{message}"):
         asked("arc_easy", row)
 
 
-def test_commonsense_answers_are_found_by_their_text():
+def test_commonsenseqa_answer_found_by_text():
     row = {"question": "Q?", "choices": strings("a", "b", "b", "c", "é"), "answer": "b"}
     inputs = "commonsenseqa question: Q? choice1: a choice2: b choice3: b choice4: c choice5: é"
     assert asked("commonsenseqa", row) == {"inputs": inputs, "targets": "choice2"}
@@ -262,7 +264,7 @@ def test_commonsense_answers_are_found_by_their_text():
         asked("commonsenseqa", {**row, "answer": ""})
 
 
-def test_openbookqa_and_news():
+def test_openbookqa_and_agnews_text():
     options = {f"choice_{letter}": text for letter, text in zip("ABCD", "wxyz", strict=True)}
     row = {"question": {"stem": "The sun", **options}, "answerKey": np.int64(3)}
     inputs = "openbookqa question: The sun choice1: w choice2: x choice3: y choice4: z"
@@ -295,12 +297,12 @@ def meaning(text: str, target: str = "x", references: Any = None) -> dict[str, A
         ("", ""),
     ],
 )
-def test_slots_and_values(text, expected):
+def test_e2e_slots_and_values_text(text, expected):
     (made,) = applied(NLG["e2e"], meaning(text))
     assert made == {"inputs": f"e2e {expected}", "targets": "x", "references": []}
 
 
-def test_triples_are_joined():
+def test_webnlg_triples_joined():
     row = {
         "input": strings("Zoë_A. | birth_place | City", 'City | population | "1,000"'),
         "target": "Zoë_A is.",
@@ -313,5 +315,5 @@ def test_triples_are_joined():
 
 
 @pytest.mark.parametrize("target", ["", " \n"])
-def test_a_row_without_a_text_is_left_out(target):
+def test_described_row_without_target_dropped(target):
     assert applied(NLG["e2e"], meaning("name[A]", target)) == []

@@ -24,9 +24,9 @@ def drawn(labels, invalid, count=200):
 
 
 @pytest.mark.parametrize("invalid", [None, "maybe"])
-def test_f1_of_two_labels_against_scikit_learn(invalid):
+def test_f1_two_labels_matches_scikit_learn(invalid):
     targets, predictions = drawn(LABELS, invalid)
-    # T5's rule: what is no label is the wrong label.
+    # T5's rule: an invalid prediction is the wrong label.
     wrong = {"no": "yes", "yes": "no"}
     said = [wrong[t] if p == invalid else p for t, p in zip(targets, predictions, strict=True)]
     expected = 100 * sklearn.metrics.f1_score(targets, said, pos_label="yes")
@@ -34,7 +34,7 @@ def test_f1_of_two_labels_against_scikit_learn(invalid):
 
 
 @pytest.mark.parametrize("invalid", [None, "maybe"])
-def test_matthews_correlation_is_that_of_one_label_more(invalid):
+def test_matthews_invalid_predictions_are_one_more_label(invalid):
     """Gorodkin's R_K: the covariance of indicators of the labels over their standard deviations."""
     targets, predictions = drawn(LABELS, invalid)
     names = [*LABELS, "maybe"]
@@ -45,19 +45,20 @@ def test_matthews_correlation_is_that_of_one_label_more(invalid):
     assert found == pytest.approx(100 * expected)
 
 
-def test_matthews_correlation_with_invalid_predictions_by_hand():
-    """Ten rows, six right. Gold: 3 no, 7 yes; said: 2 no, 4 yes, 4 of no label."""
+def test_matthews_with_invalid_predictions_by_hand():
+    """Ten rows, six right. Gold: 3 no, 7 yes; predicted: 2 no, 4 yes, 4 invalid."""
     targets = ["yes"] * 7 + ["no"] * 3
     predictions = ["yes"] * 4 + ["maybe", "", "YES"] + ["no"] * 2 + ["?"]
     found = metrics.matthews(LABELS)(targets, predictions)["matthews"]
-    # (right * rows - sum of said * gold) / sqrt((rows^2 - sum of said^2) (rows^2 - sum of gold^2))
+    # (right * rows - sum of predicted * gold)
+    # / sqrt((rows^2 - sum of predicted^2) (rows^2 - sum of gold^2))
     over = math.sqrt((100 - (2**2 + 4**2 + 4**2)) * (100 - (3**2 + 7**2)))
     assert found == pytest.approx(100 * (6 * 10 - (2 * 3 + 4 * 7)) / over)
     assert found == pytest.approx(50.148, abs=1e-3)  # with the wrong label it would be 21.82
 
 
 @pytest.mark.parametrize("invalid", [None, "maybe"])
-def test_several_labels_against_scikit_learn(invalid):
+def test_macro_f1_matches_scikit_learn(invalid):
     labels = ("a", "b", "c")
     targets, predictions = drawn(labels, invalid)
     expected = sklearn.metrics.f1_score(
@@ -67,12 +68,12 @@ def test_several_labels_against_scikit_learn(invalid):
     assert found == pytest.approx(100 * expected)
 
 
-def test_accuracy_forgives_white_space_alone():
+def test_accuracy_ignores_only_white_space():
     found = metrics.accuracy(["yes", "yes", "yes", "no"], [" yes\n", "Yes", "yes no", "no"])
     assert found == {"accuracy": 50.0}
 
 
-def test_the_rate_of_what_is_no_label():
+def test_invalid_rate_counts_non_labels():
     found = metrics.invalid_rate(LABELS)(["yes"] * 4, ["", " no ", "NO", "yes"])
     assert found == {"invalid": 50.0}
 
@@ -104,7 +105,7 @@ def test_the_rate_of_what_is_no_label():
             ["no", "no"],
             ["f1 is undefined: no target and no prediction is 'yes'; counted as 0."],
         ),
-        # Defined: of two 'yes' none was found.
+        # Defined: none of two 'yes' was predicted.
         (metrics.f1(LABELS), ["yes", "no", "yes"], ["no"] * 3, []),
         (
             metrics.correlations,
@@ -120,7 +121,7 @@ def test_the_rate_of_what_is_no_label():
         ),
     ],
 )
-def test_what_is_undefined_is_0_and_said_once(metric, targets, predictions, warnings, caplog):
+def test_undefined_metric_is_0_and_warns_once(metric, targets, predictions, warnings, caplog):
     found = metric(targets, predictions)
     marks = {name: value for name, value in found.items() if name.endswith("_undefined")}
     for name, mark in marks.items():
@@ -139,10 +140,8 @@ def test_what_is_undefined_is_0_and_said_once(metric, targets, predictions, warn
         (metrics.correlations, "pearson", ["1.0", "2.0"], ["1.0", "1.0"]),
     ],
 )
-def test_whether_it_is_defined_is_always_said_and_after_the_value(
-    metric, first, defined, undefined
-):
-    """Seeds have the same names, so that their means can be taken; the first name selects."""
+def test_undefined_mark_always_present_after_value(metric, first, defined, undefined):
+    """All seeds have the same names, so that they can be averaged; the first name selects."""
     found, marked = metric(defined, defined), metric(undefined, undefined)
     assert list(found) == list(marked) and next(iter(found)) == first
     assert (found[f"{first}_undefined"], marked[f"{first}_undefined"]) == (0.0, 1.0)
@@ -150,7 +149,7 @@ def test_whether_it_is_defined_is_always_said_and_after_the_value(
     assert all(type(value) is float for value in [*found.values(), *marked.values()])
 
 
-def test_a_mean_over_labels_says_which_one_is_missing(caplog):
+def test_macro_f1_warning_names_missing_labels(caplog):
     found = metrics.macro_f1(("a", "b", "c", "d"))(["a", "b"], ["a", "b"])
     assert found == {"f1": pytest.approx(200 / 4), "f1_undefined": 1.0}
     (record,) = caplog.records
@@ -159,18 +158,18 @@ def test_a_mean_over_labels_says_which_one_is_missing(caplog):
     )
 
 
-def test_warnings_and_errors_name_the_task_and_the_run_before_the_task(caplog):
+def test_of_task_warnings_and_errors_name_task_or_run(caplog):
     metric = metrics.of_task("cola", metrics.matthews(LABELS))
     metric(["yes", "no"], ["no", "no"])
     metrics.of_task("cola_k4_s0", metric)(["yes", "no"], ["no", "no"])
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("matthews of cola is undefined")
     assert second.startswith("matthews of cola_k4_s0 is undefined")
-    with pytest.raises(ValueError, match="Task 'cola': the gold '-1' is none of .*'no', 'yes'"):
+    with pytest.raises(ValueError, match="Task 'cola': the gold target '-1' is none .*'no', 'yes'"):
         metric(["yes", "-1"], ["no", "no"])
 
 
-def test_a_metric_of_a_task_is_still_the_metric_that_seqio_and_ranking_know():
+def test_of_task_keeps_labels_name_and_signature():
     named = metrics.of_task("cola", evaluator.with_labels(metrics.accuracy, LABELS))
     assert named.labels == LABELS and named.__name__ == "accuracy"
     assert list(inspect.signature(named).parameters) == ["targets", "predictions"]
@@ -179,20 +178,24 @@ def test_a_metric_of_a_task_is_still_the_metric_that_seqio_and_ranking_know():
 @pytest.mark.parametrize(
     ("metric", "targets", "message"),
     [
-        (metrics.f1(LABELS), ["maybe"], "The gold 'maybe' is none of the labels 'no', 'yes'"),
-        (metrics.invalid_rate(LABELS), [""], "The gold '' is none of the labels"),
-        (metrics.correlations, ["nan"], "The gold 'nan' is no number"),
-        (metrics.correlations, [""], "The gold '' is no number"),
-        (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold '' is empty"),
+        (
+            metrics.f1(LABELS),
+            ["maybe"],
+            "gold target 'maybe' is none of the labels 'no', 'yes'",
+        ),
+        (metrics.invalid_rate(LABELS), [""], "The gold target '' is none of the labels"),
+        (metrics.correlations, ["nan"], "The gold target 'nan' is not a number"),
+        (metrics.correlations, [""], "The gold target '' is not a number"),
+        (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold target '' is empty"),
     ],
 )
-def test_an_unusable_gold_is_an_error(metric, targets, message):
+def test_metric_unusable_gold_raises(metric, targets, message):
     with pytest.raises(ValueError, match=message):
         metric(targets, ["1"])
 
 
 def by_the_books(targets, predictions):
-    """Accuracy and F1 of 'yes' from the four counts; no library."""
+    """Returns accuracy and F1 of 'yes' from the four counts, without a library."""
     wrong = {"no": "yes", "yes": "no"}
     pairs = [(t, p if p in LABELS else wrong[t]) for t, p in zip(targets, predictions, strict=True)]
     tp, tn = pairs.count(("yes", "yes")), pairs.count(("no", "no"))
@@ -201,7 +204,7 @@ def by_the_books(targets, predictions):
 
 
 @pytest.mark.parametrize("invalid", [None, "maybe"])
-def test_values_are_those_of_the_formulas(invalid):
+def test_accuracy_and_f1_match_formulas(invalid):
     targets, predictions = drawn(LABELS, invalid)
     found = [
         *metrics.accuracy(targets, predictions).values(),
@@ -210,13 +213,13 @@ def test_values_are_those_of_the_formulas(invalid):
     assert found == pytest.approx([100 * x for x in by_the_books(targets, predictions)], abs=1e-9)
 
 
-def test_spearman_of_ties_is_pearsons_of_mean_ranks():
+def test_correlations_spearman_ties_use_mean_ranks():
     # Ranks 1, 2.5, 2.5, 4 and 1.5, 1.5, 3, 4, less 2.5: 1.5 + 2.25 over sqrt(4.5 * 4.5).
     found = metrics.correlations(["0", "1", "1", "2"], ["3", "3", "4", "5"])
     assert found["spearman"] == pytest.approx(100 * 3.75 / 4.5)
 
 
-def test_correlations_against_numpy_and_ranks_by_hand():
+def test_correlations_match_numpy_and_ranks_by_hand():
     targets, predictions = ["0.0", "1.2", "3.4", "5.0"], ["1.0", "0.8", "2.", "100"]
     found = metrics.correlations(targets, predictions)
     expected = np.corrcoef([0, 1.2, 3.4, 5], [1, 0.8, 2, 100])[0, 1]
@@ -227,7 +230,7 @@ def test_correlations_against_numpy_and_ranks_by_hand():
 
 
 @pytest.mark.parametrize("text", ["", "nan", "inf", "1_0", "3.8.", "three", "1e3", "٣"])
-def test_what_is_no_number_counts_as_nought(text):
+def test_correlations_non_number_counts_as_zero(text):
     found = metrics.correlations(["0.0", "1.0", "2.0"], [text, "1.0", "2.0"])
     assert found["pearson"] == pytest.approx(100.0)
     assert found["invalid"] == pytest.approx(100 / 3)
@@ -249,13 +252,13 @@ def test_what_is_no_number_counts_as_nought(text):
         ("a.m.", "am"),
         ("$1,000.50", "100050"),
         ("1\u00a0000\u3000kg", "1 000 kg"),  # no-break and ideographic space
-        ("“the”  cat", "“ ” cat"),  # ASCII punctuation alone is dropped
+        ("“the”  cat", "“ ” cat"),  # only ASCII punctuation is dropped
         ("ÉTÉ", "été"),
         ("l'a b", "la b"),
         ("der Straße", "der straße"),
     ],
 )
-def test_normalization_of_answers(text, expected):
+def test_normalized_answer_text(text, expected):
     assert metrics.normalized(text) == expected
 
 
@@ -264,14 +267,14 @@ def test_normalization_of_answers(text, expected):
     [
         ("a big red cat", "red cat", 0.8),
         ("cat cat", "cat", 2 / 3),
-        ("the", "the", 0.0),  # nothing is left of either: the official script's 0
+        ("the", "the", 0.0),  # both become empty: 0 in the official script
         ("cat", "", 0.0),
         ("", "", 0.0),
         ("the cat sat", "cat sat the mat", 0.8),  # 2 shared of 2 and 3
         ("été", "ete", 0.0),
     ],
 )
-def test_word_f1(answer, prediction, expected):
+def test_word_f1_by_hand(answer, prediction, expected):
     assert metrics.word_f1(answer, prediction) == pytest.approx(expected)
 
 
@@ -290,25 +293,25 @@ def question(*answers, group=""):
         ("U.S.", "U S", 0.0, 0.0),
     ],
 )
-def test_edge_cases_of_the_official_script(answer, prediction, match, overlap):
+def test_answer_overlap_edge_cases_of_squad_script(answer, prediction, match, overlap):
     found = metrics.answer_overlap([question(answer)], [prediction])
     assert found == {"f1": overlap, "exact_match": match}
 
 
-def test_the_best_answer_counts():
+def test_answer_overlap_best_answer_counts():
     targets = [question("a cat", "big cat"), question("dog")]
     found = metrics.answer_overlap(targets, ["Big cat.", "big dog"])
     assert found == {"f1": pytest.approx(100 * (1 + 2 / 3) / 2), "exact_match": 50.0}
 
 
-def test_a_question_of_several_rows_counts_once():
+def test_answer_overlap_question_with_several_rows_counts_once():
     once = [question("Ann", "Bob", group="1/2"), question("Ann", "Bob", group="1/2")]
     other = question("Cy", group="1/3")
     found = metrics.answer_overlap([*once, other], ["Bob", "Bob", "wrong"])
     assert found == {"f1": 50.0, "exact_match": 50.0}
 
 
-def test_postprocessing_keeps_all_answers():
+def test_gold_answers_keep_all_answers():
     example = {"answers": np.array([b"Ann", "José".encode()], object), "group": b"1/2"}
     assert metrics.gold_answers("Ann", example=example, is_target=True) == {
         "answers": ["Ann", "José"],

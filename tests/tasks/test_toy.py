@@ -1,4 +1,4 @@
-"""The toy suite: what its splits, labels, vocabulary and pretraining text promise."""
+"""The toy suite: properties of its splits, labels, vocabulary and pretraining text."""
 
 import collections
 import random
@@ -30,7 +30,7 @@ def pretraining():
 # --- the world -------------------------------------------------------------------------------
 
 
-def test_every_triple_belongs_to_one_split_and_everybody_has_values_in_each():
+def test_split_of_every_triple_in_one_split_and_values_in_each():
     for relation in world.RELATIONS + world.DEEDS:
         for person in world.PEOPLE:
             dealt = [set(world.values(split, relation, person)) for split in world.SPLITS]
@@ -41,7 +41,7 @@ def test_every_triple_belongs_to_one_split_and_everybody_has_values_in_each():
 
 
 def _triples(text: str) -> set[tuple[str, str, str]]:
-    """Facts stated or claimed in a text, read back by matching every statement and check."""
+    """Returns the facts stated or claimed in a text, by matching every statement and check."""
     found = set()
     for relation in world.RELATIONS + world.DEEDS:
         for form in relation.statements + relation.checks:
@@ -58,7 +58,7 @@ STATING = "mnli qnli squad record boolq cb rte mrpc paws".split()
 
 
 @pytest.mark.parametrize("name", [f"toy_{name}" for name in STATING])
-def test_splits_share_no_fact(name):
+def test_toy_splits_share_no_fact(name):
     facts = {
         split: set.union(*(_triples(text) for text, _ in toy.rows(name, split)))
         for split in world.SPLITS
@@ -81,7 +81,7 @@ def _rules(texts) -> list[set[tuple[str, str]]]:
     return [{found for text in texts for found in re.findall(p, text)} for p in patterns]
 
 
-def test_splits_share_no_membership_law_or_conclusion():
+def test_toy_scitail_splits_share_no_rule_or_conclusion():
     told = {
         split: _rules(text for text, _ in toy.rows("toy_scitail", split)) for split in world.SPLITS
     }
@@ -92,7 +92,7 @@ def test_splits_share_no_membership_law_or_conclusion():
 
 
 @pytest.mark.parametrize("split", world.SPLITS)
-def test_a_trait_follows_where_all_three_words_are_told(split):
+def test_toy_scitail_label_matches_stated_rules(split):
     for text, label in toy.rows("toy_scitail", split):
         memberships, laws, ((thing, trait),) = _rules([text])
         kinds = {kind for known, kind in memberships if known == thing}
@@ -101,14 +101,14 @@ def test_a_trait_follows_where_all_three_words_are_told(split):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_splits_share_no_row(name):
+def test_toy_splits_share_no_row(name):
     rows = {split: set(toy.rows(name, split)) for split in world.SPLITS}
     assert not rows["train"] & rows["validation"]
     assert not rows["train"] & rows["test"]
     assert not rows["validation"] & rows["test"]
 
 
-def test_pretraining_tells_no_held_out_fact(pretraining):
+def test_pretraining_text_has_no_held_out_fact(pretraining):
     told = collections.Counter()
     for text, _ in pretraining:
         if "<" not in text and "placeholder" not in text:
@@ -132,7 +132,7 @@ def test_pretraining_tells_no_held_out_fact(pretraining):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_are_a_function_of_task_and_split(name):
+def test_toy_rows_depend_only_on_task_and_split(name):
     first = toy.rows(name, "validation")
     toy.rows.cache_clear()
     random.seed(0)
@@ -140,8 +140,8 @@ def test_rows_are_a_function_of_task_and_split(name):
     assert len(set(first)) == len(first) == 200
 
 
-def test_rows_do_not_change_between_releases():
-    """Published scores are scores on these rows; Python's random draws are the same since 3.2."""
+def test_toy_rows_do_not_change_between_releases():
+    """Published scores use these rows; Python's random draws are unchanged since 3.2."""
     assert toy.rows("toy_boolq", "test")[0] == (
         "is the phone sold by wanda ? | emma offers a phone . wanda sells a hat .",
         "no",
@@ -153,7 +153,7 @@ def test_rows_do_not_change_between_releases():
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_labels_are_balanced_words_of_the_label_set(name):
+def test_toy_labels_balanced(name):
     labels = toy.TASKS[name].labels
     for split in world.SPLITS:
         counts = collections.Counter(target for _, target in toy.rows(name, split))
@@ -162,7 +162,7 @@ def test_labels_are_balanced_words_of_the_label_set(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_fit_and_have_no_unknown_piece(name, pieces):
+def test_toy_texts_fit_lengths_without_unknown_pieces(name, pieces):
     longest = {"inputs": 48, "targets": 16}
     for split in world.SPLITS:
         for row in toy.rows(name, split):
@@ -173,16 +173,16 @@ def test_texts_fit_and_have_no_unknown_piece(name, pieces):
                 assert len(ids) == len(text.split())
 
 
-def test_inputs_carry_no_task_name():
+def test_toy_inputs_have_no_task_name():
     prefixes = {name.removeprefix("toy_") for name in NAMES}
     for name in NAMES:
         assert not any(text.split()[0] in prefixes for text, _ in toy.rows(name, "validation"))
 
 
-# --- baselines that do not read --------------------------------------------------------------
+# --- bag-of-words baselines ------------------------------------------------------------------
 
 # Accuracy (percent, test) of scikit-learn's logistic regression on bags of words, trained on
-# all training rows; a fair coin has 50, or 33 with three labels. Only CB (which verb reports) and
+# all training rows; chance is 50, or 33 with three labels. Only CB (which verb reports) and
 # in part SST-2 (which adjective, unless turned by a "not") are meant to show in single words.
 BAG_OF_WORDS = {
     "toy_sst2": 69.0,
@@ -200,7 +200,7 @@ BAG_OF_WORDS = {
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_a_bag_of_words_does_not_solve_the_task(name):
+def test_toy_task_bag_of_words_accuracy(name):
     feature_extraction = pytest.importorskip("sklearn.feature_extraction.text")
     from sklearn.linear_model import LogisticRegression
 
@@ -217,8 +217,8 @@ def test_a_bag_of_words_does_not_solve_the_task(name):
 # --- few-shot --------------------------------------------------------------------------------
 
 
-def test_few_shot_rows_do_not_change_between_releases():
-    """Published scores are of these draws."""
+def test_toy_few_shot_rows_do_not_change_between_releases():
+    """Published scores use these draws."""
     rows_of = {
         name: task_lookup.find_task(name).source.few_shot_indices("train")
         for name in ("toy_boolq_k4_s0", "toy_boolq_k4_s1", "toy_rte_k4_s0")
@@ -227,7 +227,7 @@ def test_few_shot_rows_do_not_change_between_releases():
     assert len(set(map(tuple, rows_of.values()))) == 3
 
 
-def test_few_shot_task_trains_on_its_draw_and_tests_on_the_whole():
+def test_toy_few_shot_run_trains_on_draw_and_tests_on_all():
     task = task_lookup.find_task("toy_wic_k5_s7")
     lengths = {"inputs": 48, "targets": 12}
 
@@ -248,7 +248,7 @@ def test_few_shot_task_trains_on_its_draw_and_tests_on_the_whole():
 # --- metrics ---------------------------------------------------------------------------------
 
 
-def test_metrics():
+def test_toy_metrics_by_hand():
     targets, predictions = ["yes", "yes", "no", "no"], ["yes", "no", "no", "maybe"]
     found = {}
     for metric in toy.metrics_of(toy.TASKS["toy_boolq"]):
@@ -260,13 +260,13 @@ def test_metrics():
     overlap = text(["a b c", "d"], ["a b x", "d"])
     np.testing.assert_allclose(overlap["f1"], (200 / 3 + 100) / 2)
     assert overlap["exact_match"] == 50.0
-    assert list(overlap) == ["f1", "exact_match"]  # the first one selects and is shown in tables
+    assert list(overlap) == ["f1", "exact_match"]  # the first one selects, and tables show it
 
 
-def test_of_three_labels_the_f1_is_the_mean():
+def test_label_f1_three_labels_is_mean():
     labels = toy.TASKS["toy_cb"].labels
     targets, predictions = [*labels, labels[0]], [labels[0], labels[2], labels[2], "?"]
-    # Precision and recall: 1 and 1/2; never said; 1/2 and 1.
+    # Precision and recall: 1 and 1/2; never predicted; 1/2 and 1.
     found = toy.label_f1(labels)(targets, predictions)
     assert found["f1"] == pytest.approx(100 * (2 / 3 + 0 + 2 / 3) / 3)
 
@@ -274,14 +274,14 @@ def test_of_three_labels_the_f1_is_the_mean():
 # --- vocabulary ------------------------------------------------------------------------------
 
 
-def test_word_table_is_what_sentencepiece_says(pieces, pretraining):
+def test_word_ids_match_sentencepiece(pieces, pretraining):
     ids = toy_vocabulary.word_ids()
     for text, target in pretraining[:500]:
         words = [word for word in f"{text} {target}".split() if not word.startswith("<")]
         assert [ids[word] for word in words] == pieces.encode(" ".join(words))
 
 
-def test_vocabulary_fits_the_backbone_and_keeps_t5s_special_ids(pieces):
+def test_toy_vocabulary_fits_backbone_and_keeps_special_ids(pieces):
     vocabulary = toy.vocabulary()
     assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id) == (0, 1, 2)
     assert vocabulary.vocab_size == pieces.vocab_size() + toy_vocabulary.EXTRA_IDS
@@ -292,15 +292,15 @@ def test_vocabulary_fits_the_backbone_and_keeps_t5s_special_ids(pieces):
     assert pieces.unk_id() not in pieces.encode("an unheardof word")
 
 
-def test_shipped_vocabulary_is_what_the_script_makes():
+def test_train_vocabulary_reproduces_shipped_file():
     assert toy_vocabulary.train_vocabulary() == toy_vocabulary.VOCABULARY_PATH.read_bytes()
 
 
 # --- pretraining -----------------------------------------------------------------------------
 
 
-def test_every_label_word_is_often_a_target_of_pretraining(pretraining):
-    """At least 1 in 1,000 targets, and each with at least three tasks."""
+def test_pretraining_targets_include_every_label_word(pretraining):
+    """In at least 1 of 1,000 targets, and in at least three tasks."""
     tasks_of = collections.defaultdict(collections.Counter)
     for text, target in pretraining:
         task = "span" if "<" in text else text.split()[0]
@@ -312,7 +312,7 @@ def test_every_label_word_is_often_a_target_of_pretraining(pretraining):
         assert len(tasks_of[word]) >= 3, (word, tasks_of[word])
 
 
-def test_no_target_task_is_in_the_pretraining_text(pretraining):
+def test_pretraining_text_has_no_target_task(pretraining):
     known = {
         text for task in toy_tasks.TARGET_TASKS for split in world.SPLITS
         for text, _ in toy.rows(task.name, split)
@@ -322,8 +322,8 @@ def test_no_target_task_is_in_the_pretraining_text(pretraining):
         assert text not in known
 
 
-def test_no_skill_answers_with_the_words_of_a_task_that_puts_the_same_question(pretraining):
-    """What follows is answered by boolq, rte and scitail; what says the same by mrpc and paws."""
+def test_pretraining_skills_avoid_labels_of_same_question(pretraining):
+    """boolq, rte and scitail ask whether a claim follows; mrpc and paws ask for equal meaning."""
     following = {"yes", "no", "true", "false", "supported", "unsupported"}
     saying_the_same = {"equivalent", "distinct", "paraphrase", "changed"}
     answers = collections.defaultdict(collections.Counter)
@@ -336,7 +336,7 @@ def test_no_skill_answers_with_the_words_of_a_task_that_puts_the_same_question(p
         assert answers[skill] and not saying_the_same & set(answers[skill])
 
 
-def test_pretraining_examples_fit():
+def test_pretrain_chunk_examples_fit_and_repeat():
     inputs, targets = toy.pretrain_chunk(3)
     assert inputs.shape == (toy.PRETRAIN_CHUNK, toy_pretrain.LENGTHS["inputs"])
     assert (inputs[:, -1] == 0).all() and (targets[:, -1] == 0).all()  # EOS still fits
@@ -346,7 +346,7 @@ def test_pretraining_examples_fit():
     assert (toy.pretrain_chunk(4)[0] != inputs).any()
 
 
-def test_corrupted_text_can_be_put_together_again():
+def test_corrupt_is_reversible():
     rng = random.Random(0)
     for _ in range(200):
         words = [f"w{i}" for i in range(rng.randint(1, 30))]

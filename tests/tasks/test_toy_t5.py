@@ -1,4 +1,4 @@
-"""The tiny T5: where its pretraining starts, what it was trained on, and what it can do."""
+"""The tiny T5: its initial values, its pretraining data, and its skills."""
 
 import functools
 import pathlib
@@ -27,10 +27,10 @@ def shipped():
     return load_backbone(checkpoint)
 
 
-# --- where it starts -------------------------------------------------------------------------
+# --- initial values --------------------------------------------------------------------------
 
 
-def test_matching_heads_have_one_projection_for_queries_and_keys():
+def test_initial_params_matching_heads_share_query_key_projection():
     config = toy_init.TINY_T5
     params, again = toy_init.initial_params(), toy_init.initial_params()
     jax.tree.map(np.testing.assert_array_equal, params, again)
@@ -47,8 +47,8 @@ def test_matching_heads_have_one_projection_for_queries_and_keys():
     assert 1 < np.abs(biases[4:]).max() < 5
 
 
-def test_equal_words_attend_to_each_other_before_any_training():
-    """In a matching head the most attended position of a repeated word is its other place."""
+def test_initial_params_equal_words_attend_to_each_other():
+    """In a matching head, a repeated word attends most to its other position."""
     params = toy_init.initial_params()
     tokens = np.array(random.Random(0).sample(range(3, 360), 12))
     tokens[9] = tokens[2]
@@ -62,10 +62,10 @@ def test_equal_words_attend_to_each_other_before_any_training():
     assert (scores[:4, 9].argmax(-1) == 2).sum() >= 3
 
 
-# --- what it reads ---------------------------------------------------------------------------
+# --- pretraining data ------------------------------------------------------------------------
 
 
-def test_pretraining_data_resumes_where_it_stopped():
+def test_toy_pretrain_iterator_resumes_at_position():
     converter = functools.partial(
         feature_converter.PromptFeatureConverter, prompt_length=0, runs=Runs(["toy_pretrain"])
     )
@@ -84,10 +84,10 @@ def test_pretraining_data_resumes_where_it_stopped():
     assert (next(restored)["encoder_input_tokens"] != expected["encoder_input_tokens"]).any()
 
 
-# --- what is shipped -------------------------------------------------------------------------
+# --- shipped files ---------------------------------------------------------------------------
 
 
-def test_shipped_t5_is_the_tiny_gin_file_s(shipped):
+def test_shipped_t5_matches_tiny_gin_config(shipped):
     assert _tiny_gin_config() == toy_init.TINY_T5
     tokens = jnp.ones((1, 2), jnp.int32)
     init = functools.partial(Transformer(toy_init.TINY_T5).init, jax.random.key(0))
@@ -101,7 +101,7 @@ def test_shipped_t5_is_the_tiny_gin_file_s(shipped):
 
 
 def _tiny_gin_config():
-    """The T5Config that gin/tiny.gin binds."""
+    """Returns the T5Config that gin/tiny.gin binds."""
     from mpt_jax.config import gin_utils
 
     gin_folder = pathlib.Path(gin_utils.__file__).parents[2]
@@ -113,8 +113,8 @@ def _tiny_gin_config():
 
 
 @pytest.mark.parametrize("task", toy.SOURCE_TASKS, ids=lambda task: task.name)
-def test_shipped_t5_has_the_source_skills_under_their_prefixes(shipped, task):
-    """Held-out rows; the whole target, EOS included, must be the most likely at every place."""
+def test_shipped_t5_solves_prefixed_source_tasks(shipped, task):
+    """On held-out rows, every token of the target, including EOS, must be the most likely."""
     ids = toy_vocabulary.word_ids()
     inputs, targets = np.zeros((200, 40), np.int32), np.zeros((200, 3), np.int32)
     for i, (text, target) in enumerate(toy.rows(task.name, "validation")):

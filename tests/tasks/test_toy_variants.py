@@ -1,4 +1,4 @@
-"""Variants of the toy targets: the same rows, told under a prefix or with other labels."""
+"""Variants of the toy targets: the same rows with a prefix or other labels."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def texts(name: str, split: str) -> list[tuple[str, str]]:
     ]
 
 
-def test_every_target_with_labels_has_each_variant():
+def test_variants_exist_for_every_labelled_target():
     suffixes = ("prefixed", "numeric", "synthetic")
     assert [variant.name for variant in VARIANTS] == [f"{b}_{s}" for b in BASES for s in suffixes]
     assert set(BASES) == {task.name for task in toy.TARGET_TASKS if task.labels}
 
 
 @each
-def test_names_are_no_settings_and_no_few_shot_runs(variant):
+def test_variant_names_not_settings_or_few_shot_runs(variant):
     assert runs.data_name(variant.name) == variant.name
     assert few_shot.parse(variant.name) is None
 
@@ -49,7 +49,7 @@ def test_names_are_no_settings_and_no_few_shot_runs(variant):
 
 
 @each
-def test_rows_differ_from_the_tasks_in_the_prefix_or_the_labels_alone(variant):
+def test_variant_rows_differ_only_in_prefix_or_labels(variant):
     short = variant.base.name.removeprefix("toy_")
     prefix = f"{short} : " if variant.suffix == "prefixed" else ""
     for split in world.SPLITS:
@@ -59,7 +59,7 @@ def test_rows_differ_from_the_tasks_in_the_prefix_or_the_labels_alone(variant):
         assert renamed == set(zip(variant.base.labels, variant.labels, strict=True))
 
 
-def test_rows_do_not_change_between_releases():
+def test_variant_rows_do_not_change_between_releases():
     text = "is the phone sold by wanda ? | emma offers a phone . wanda sells a hat ."
     assert texts("toy_boolq", "test")[0] == (text, "no")
     assert texts("toy_boolq_prefixed", "test")[0] == (f"boolq : {text}", "no")
@@ -84,7 +84,7 @@ RUNS = ("k16_s0", "k4_s3_dev", "k8_per_class_s1")
         for at, run in enumerate(RUNS)
     ],
 )
-def test_few_shot_runs_draw_the_rows_of_the_tasks(variant, run):
+def test_variant_few_shot_run_draws_same_rows_as_base_task(variant, run):
     mine, theirs = (task_lookup.find_task(f"{x.name}_{run}") for x in (variant, variant.base))
     for split in ("train", "validation"):
         drawn = mine.source.few_shot_indices(split)
@@ -94,7 +94,7 @@ def test_few_shot_runs_draw_the_rows_of_the_tasks(variant, run):
     assert texts(f"{variant.name}_{run}", "train") == [variant.told(*row) for row in usual]
 
 
-def test_few_shot_examples_are_the_runs_own():
+def test_variant_few_shot_examples_have_run_task_id():
     name = "toy_cb_numeric_k4_s0"
     dataset = task_lookup.find_task(name).get_dataset(LENGTHS, "train", shuffle=False)
     found, vocabulary = list(dataset.as_numpy_iterator()), toy.vocabulary()
@@ -107,7 +107,7 @@ def test_few_shot_examples_are_the_runs_own():
 
 
 @each
-def test_metrics_are_over_the_variants_own_labels(variant):
+def test_variant_metrics_use_variant_labels(variant):
     task = task_lookup.find_task(variant.name)
     assert evaluator.labels_of(task) == variant.labels
     first, second, *_ = variant.labels
@@ -120,7 +120,7 @@ def test_metrics_are_over_the_variants_own_labels(variant):
 
 
 @each
-def test_labels_are_one_known_piece_each(variant):
+def test_variant_labels_are_single_known_pieces(variant):
     vocabulary = toy.vocabulary()
     assert len(set(variant.labels)) == len(variant.base.labels)
     for label in variant.labels:
@@ -129,7 +129,7 @@ def test_labels_are_one_known_piece_each(variant):
         assert vocabulary.decode([piece]) == label
 
 
-def test_digits_would_be_unknown():
+def test_toy_vocabulary_digits_are_unknown():
     vocabulary = toy.vocabulary()
     assert vocabulary.encode("0") == vocabulary.encode("1")
     assert vocabulary.unk_id in vocabulary.encode("0")
@@ -139,8 +139,8 @@ def _synthetic() -> list[Variant]:
     return [variant for variant in VARIANTS if variant.suffix == "synthetic"]
 
 
-def test_labels_are_often_targets_of_pretraining():
-    """At least 1 in 1,000 targets; synthetic ones are answers of several tasks, and no label's."""
+def test_variant_labels_are_frequent_pretraining_targets():
+    """In at least 1 of 1,000 targets; synthetic labels answer several tasks, none with labels."""
     rng, words, whole = random.Random(5), collections.Counter(), collections.Counter()
     tasks_of = collections.defaultdict(set)
     number = 20_000
@@ -160,7 +160,7 @@ def test_labels_are_often_targets_of_pretraining():
             assert whole[label] >= number / 2000, label
 
 
-def test_synthetic_labels_mean_nothing_to_their_task():
+def test_synthetic_variant_labels_unrelated_to_task():
     labels = [label for variant in _synthetic() for label in variant.labels]
     answers = {label for task in toy.TASKS.values() for label in task.labels}
     assert len(set(labels)) == len(labels) and not answers & set(labels)
@@ -176,7 +176,7 @@ def test_synthetic_labels_mean_nothing_to_their_task():
 
 # --- lengths ---------------------------------------------------------------------------------
 
-# Of prefixed inputs, in tokens with EOS: 6 of `▁ b o o l q` and 1 of `:` more than boolq's 26.
+# Tokens of prefixed inputs with EOS: `▁ b o o l q` adds 6 and `:` adds 1 to boolq's 26.
 LONGEST = {
     "toy_boolq": 33,
     "toy_cb": 33,
@@ -189,7 +189,7 @@ LONGEST = {
 
 
 @each
-def test_texts_fit_the_demos_buckets_and_have_no_unknown_piece(variant):
+def test_variant_texts_fit_demo_buckets_without_unknown_pieces(variant):
     """Tokens with EOS: inputs of at most 36 and targets of 2 (gin/runs/demo.gin)."""
     model = str(toy_vocabulary.VOCABULARY_PATH)
     unknown = sentencepiece.SentencePieceProcessor(model_file=model).unk_id()

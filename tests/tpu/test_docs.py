@@ -1,4 +1,4 @@
-"""The commands of docs/tpu.md: launch scripts as dry runs, plans as far as their gin is read."""
+"""The commands of docs/tpu.md: launch scripts as dry runs, and plans up to reading their gin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = (ROOT / "docs" / "tpu.md").read_text()
 
 
 def commands() -> list[list[str]]:
-    """The indented lines, joined where they go on, as words."""
+    """Returns the indented lines as lists of words; joins continued lines."""
     lines = re.sub(r"\\\n\s*", "", TEXT).splitlines()
     return [
         shlex.split(line.strip().partition("   #")[0])
@@ -32,7 +32,7 @@ MORE = [words for words in commands() if words[0] == "..."]
 SHAPES = [words for words in commands() if words[0].startswith("--gin.")]
 
 
-def test_the_page_has_commands_of_every_kind():
+def test_tpu_docs_have_commands_of_every_kind():
     assert [words[0] for words in SCRIPTS] == ["tpu/queued.sh", "tpu/gke.sh", "tpu/xpk.sh"]
     assert len(PLANS) == 2 and len(MORE) == 1 and len(SHAPES) == 2
     tables = [words for words in commands() if words[0] == "python"]
@@ -43,7 +43,7 @@ def test_the_page_has_commands_of_every_kind():
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: words[0])
-def test_launch_scripts_take_them(tmp_path, words):
+def test_launch_scripts_accept_docs_commands(tmp_path, words):
     script, *arguments = [word.replace("BUCKET", "bucket") for word in words]
     where = arguments.index("--")
     done = Clouds(tmp_path).launch(
@@ -54,7 +54,7 @@ def test_launch_scripts_take_them(tmp_path, words):
 
 
 def flags_of(words: list[str]) -> dict[str, list[str]]:
-    """Flag -> values."""
+    """Returns {flag: values}."""
     found: dict[str, list[str]] = {}
     for word in words:
         name, _, value = word.partition("=")
@@ -62,7 +62,7 @@ def flags_of(words: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def test_plans_read_their_gin():
+def test_docs_plan_commands_read_their_gin():
     given = []
     for words in PLANS:
         arguments = gin_utils.rewrite_gin_args(words[2:] + SHAPES[0] + SHAPES[1])
@@ -73,7 +73,7 @@ def test_plans_read_their_gin():
     assert read_jobs(*given) == [[[1, 4, 4], [2, 1, 1], 2]] * len(PLANS)
 
 
-def test_further_flags_are_flags_of_the_command():
+def test_docs_further_flags_exist_in_plan_command():
     source = (ROOT / "mpt_jax" / "plan" / "__main__.py").read_text()
     for name in flags_of(MORE[0][1:]):
         assert re.search(rf'DEFINE_\w+\(\s*"{name}"', source), name

@@ -1,4 +1,4 @@
-"""tpu/gke.sh and tpu/xpk.sh: the manifest, against Kubernetes' own schemas, and the commands."""
+"""tpu/gke.sh and tpu/xpk.sh: the commands, and the manifest against Kubernetes' schemas."""
 
 import base64
 import math
@@ -12,7 +12,7 @@ import yaml
 
 from tests.fixtures.fake_gcloud import COMMAND, ROOT, Clouds, common
 
-# What a JobSet (jobset.x-k8s.io/v1alpha2) may hold, as far as the manifest uses it.
+# Fields of a JobSet (jobset.x-k8s.io/v1alpha2), limited to the parts that the manifest uses.
 JOBSET = {
     "spec": {"failurePolicy", "replicatedJobs"},
     "failurePolicy": {"maxRestarts", "rules", "restartStrategy"},
@@ -43,7 +43,7 @@ def pod_of(found: dict) -> dict:
 @pytest.mark.parametrize(
     "kind, slices", [("v5litepod-16", 1), ("v5litepod-8", 2), ("v5p-32", 2), ("v6e-256", 1)]
 )
-def test_the_manifest_is_consistent_with_the_accelerator(clouds, kind, slices):
+def test_gke_manifest_consistent_with_accelerator(clouds, kind, slices):
     found = manifest(clouds, f"--slices={slices}", type=kind)
     job = found["spec"]["replicatedJobs"][0]
     spec, pod = job["template"]["spec"], pod_of(found)
@@ -66,7 +66,7 @@ def test_the_manifest_is_consistent_with_the_accelerator(clouds, kind, slices):
     assert annotation == "cloud.google.com/gke-nodepool"
 
 
-def test_the_manifest_has_the_fields_of_a_jobset_and_its_job_passes_kubernetes_schema(clouds):
+def test_gke_manifest_valid_jobset_and_kubernetes_job(clouds):
     found = manifest(clouds, "--spot", "--slices=2")
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert set(found["spec"]) <= JOBSET["spec"]
@@ -83,7 +83,7 @@ def test_the_manifest_has_the_fields_of_a_jobset_and_its_job_passes_kubernetes_s
 
 
 def outcome(found: dict, code: int, disrupted: bool) -> str:
-    """What Kubernetes' Job controller, then the JobSet's, does with a pod that ends so."""
+    """Returns the JobSet's action after a pod ends this way."""
     spec = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     action = "Count"
     for rule in spec["podFailurePolicy"]["rules"]:
@@ -95,7 +95,7 @@ def outcome(found: dict, code: int, disrupted: bool) -> str:
         ):
             action = rule["action"]
             break
-    assert spec["backoffLimit"] == 0, "a slice cannot go on without one of its hosts"
+    assert spec["backoffLimit"] == 0, "a slice cannot continue without one of its hosts"
     reason = {"Count": "BackoffLimitExceeded", "FailJob": "PodFailurePolicy"}[action]
     for rule in found["spec"]["failurePolicy"]["rules"]:
         if reason in rule["onJobFailureReasons"]:
@@ -103,7 +103,7 @@ def outcome(found: dict, code: int, disrupted: bool) -> str:
     return "RestartJobSet"
 
 
-def test_75_and_lost_nodes_restart_and_nothing_else(clouds):
+def test_gke_manifest_only_exit_75_and_lost_nodes_restart(clouds):
     found = manifest(clouds, "--max-restarts=7")
     assert outcome(found, 75, disrupted=False) == "RestartJobSet"
     assert outcome(found, 137, disrupted=True) == "RestartJobSet"
@@ -114,7 +114,7 @@ def test_75_and_lost_nodes_restart_and_nothing_else(clouds):
     assert pod_of(found)["restartPolicy"] == "Never"
 
 
-def test_the_pod_runs_the_worker_with_the_command_as_it_was_given(clouds):
+def test_gke_pod_runs_worker_with_given_command(clouds):
     found = manifest(clouds, package="", root='gs://bucket/a "b"', image="host/image:1")
     container = pod_of(found)["containers"][0]
     worker = (ROOT / "tpu" / "worker.sh").read_text()
@@ -131,7 +131,7 @@ def test_the_pod_runs_the_worker_with_the_command_as_it_was_given(clouds):
     assert container["image"] == "host/image:1"
 
 
-def test_spot_nodes_and_pools(clouds):
+def test_gke_spot_and_node_pools_options(clouds):
     found = manifest(clouds, "--spot", "--node-pools", "--slices=2")
     assert pod_of(found)["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     pools = [call for call in clouds.calls() if "node-pools" in call]
@@ -143,7 +143,7 @@ def test_spot_nodes_and_pools(clouds):
         assert "--spot" in call
 
 
-def test_a_dry_run_prints_the_manifest_and_runs_nothing(clouds):
+def test_gke_dry_run_prints_manifest_and_runs_nothing(clouds):
     done = launch(clouds, "--dry-run")
     assert done.returncode == 0 and clouds.calls() == []
     commands, text = done.stdout.split("with this manifest:\n")
@@ -152,21 +152,21 @@ def test_a_dry_run_prints_the_manifest_and_runs_nothing(clouds):
 
 
 @pytest.mark.parametrize("script, tool", [("gke.sh", "kubectl"), ("xpk.sh", "xpk")])
-def test_a_missing_tool(tmp_path, script, tool):
+def test_launch_script_missing_tool_error_says_how_to_install(tmp_path, script, tool):
     done = launch(Clouds(tmp_path, present=("gcloud",)), script=script)
     assert done.returncode == 2 and f"'{tool}' is not on PATH. Install it:" in done.stderr
 
 
-def test_a_cluster_without_jobsets_and_a_wheel_no_pod_can_fetch(clouds):
+def test_gke_missing_jobset_controller_or_local_wheel_fails(clouds):
     clouds.plan(failing={"get crd jobsets.jobset.x-k8s.io": "NotFound"})
     done = launch(clouds)
-    assert done.returncode == 2 and "has no JobSet controller: https://" in done.stderr
+    assert done.returncode == 2 and "has no JobSet controller. Install it: https://" in done.stderr
     assert not any("apply" in call for call in clouds.calls())
     done = launch(clouds, package="x.whl")
-    assert done.returncode == 2 and "a pod cannot fetch a wheel of this machine" in done.stderr
+    assert done.returncode == 2 and "which a pod cannot fetch" in done.stderr
 
 
-def test_xpk_is_given_the_worker_and_the_command(clouds):
+def test_xpk_workload_gets_worker_and_command(clouds):
     done = launch(clouds, "--slices=2", script="xpk.sh")
     assert done.returncode == 0, done.stderr
     (call,) = [call for call in clouds.calls() if call[0] == "xpk"]
@@ -176,7 +176,7 @@ def test_xpk_is_given_the_worker_and_the_command(clouds):
         "--restart-on-exit-codes=75", "--max-restarts=100", "--env=MPT_JAX_ROOT=gs://bucket/mpt",
     } <= set(call)  # fmt: skip
     command = next(word for word in call if word.startswith("--command="))
-    assert "\n" not in command, "xpk writes it into one line of YAML"
+    assert "\n" not in command, "xpk writes the command into one line of YAML"
     written, run = command.removeprefix("--command=").split("; ", 1)
     text = base64.b64decode(shlex.split(written)[1]).decode()
     assert text == Path(ROOT / "tpu" / "worker.sh").read_text()

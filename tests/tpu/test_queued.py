@@ -1,4 +1,4 @@
-"""tpu/queued.sh: what it asks of gcloud, and what it does when machines are taken away."""
+"""tpu/queued.sh: its gcloud calls, and its reaction to preempted machines."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def launch(clouds: Clouds, *more: str, **others: str):
     return clouds.launch("queued.sh", *common(**others), *more, *COMMAND)
 
 
-def test_a_dry_run_prints_every_command_and_runs_none(clouds):
+def test_queued_dry_run_prints_commands_and_runs_none(clouds):
     done = launch(clouds, "--dry-run", "--spot", "--slices=2")
     assert done.returncode == 0, done.stderr
     assert clouds.calls() == []
@@ -33,7 +33,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(clouds):
     ]  # fmt: skip
 
 
-def test_a_command_is_run_on_every_host_and_the_resource_is_deleted(clouds):
+def test_queued_command_runs_on_every_host_then_deletes_resource(clouds):
     clouds.plan(runs=[([0] * 4, ACTIVE)], created=["WAITING_FOR_RESOURCES"])
     done = launch(clouds)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_a_command_is_run_on_every_host_and_the_resource_is_deleted(clouds):
     ]  # fmt: skip
 
 
-def test_one_host_is_not_told_to_look_for_others(clouds):
+def test_queued_single_host_is_not_distributed(clouds):
     clouds.plan(runs=[([0], ACTIVE)])
     assert launch(clouds, type="v6e-8").returncode == 0
     assert not any("MPT_JAX_DISTRIBUTED" in word for call in clouds.calls() for word in call)
@@ -61,27 +61,27 @@ def test_one_host_is_not_told_to_look_for_others(clouds):
     [[75] * 4, [0, 75, 75, 75], [75, 75], []],
     ids=["saved", "one was done", "two were cut off", "no connection"],
 )
-def test_what_has_saved_or_was_cut_off_starts_again_on_the_same_machines(clouds, first):
+def test_queued_saved_or_interrupted_command_restarts_on_same_slice(clouds, first):
     clouds.plan(runs=[(first, ACTIVE), ([0] * 4, ACTIVE)])
     done = launch(clouds, "--keep")
     assert done.returncode == 0, done.stderr
     assert clouds.verbs() == ["create", "scp", "ssh", "scp", "ssh"]
 
 
-def test_a_slice_that_was_taken_away_is_asked_for_again(clouds):
+def test_queued_preempted_slice_is_requested_again(clouds):
     clouds.plan(runs=[([75, 1], GONE), ([0] * 4, ACTIVE)])
     done = launch(clouds, "--spot")
     assert done.returncode == 0, done.stderr
     assert clouds.verbs() == ["create", "scp", "ssh", "delete", "create", "scp", "ssh", "delete"]
 
 
-def test_a_request_that_was_refused_is_made_again(clouds):
+def test_queued_failed_request_is_repeated(clouds):
     clouds.plan(runs=[([0] * 4, ACTIVE)], created=["FAILED", "PROVISIONING"])
     assert launch(clouds).returncode == 0
     assert clouds.verbs() == ["create", "delete", "create", "scp", "ssh", "delete"]
 
 
-def test_a_failure_ends_with_its_code_and_says_what_still_costs_money(clouds):
+def test_queued_failed_command_exits_with_its_code_and_reports_cost(clouds):
     clouds.plan(runs=[([75, 75, 2, 75], ACTIVE)])
     done = launch(clouds)
     assert done.returncode == 2
@@ -90,7 +90,7 @@ def test_a_failure_ends_with_its_code_and_says_what_still_costs_money(clouds):
     assert clouds.verbs() == ["create", "scp", "ssh"]
 
 
-def test_restarts_are_bounded(clouds):
+def test_queued_max_restarts_limits_restarts(clouds):
     clouds.plan(runs=[([75] * 4, ACTIVE)] * 9)
     done = launch(clouds, "--max-restarts=2")
     assert done.returncode == 2 and "after 2 restarts" in done.stderr
@@ -98,18 +98,18 @@ def test_restarts_are_bounded(clouds):
 
 
 @pytest.mark.parametrize("others", [-1, 75], ids=["no host", "one host"])
-def test_what_cannot_be_installed_is_tried_twice(clouds, others):
+def test_queued_failed_installation_is_tried_twice(clouds, others):
     clouds.plan(runs=[([-1, others, others, others], ACTIVE)] * 9)
     done = launch(clouds)
     assert done.returncode == 2
-    assert "2 starts in a row ended early and in the same way" in done.stderr
+    assert "2 starts in a row failed early in the same way" in done.stderr
     assert "worker host-0 could not be prepared: 1" in done.stderr
-    assert "is --package 'git+https://host/o/mpt-jax@abc' right?" in done.stderr
+    assert "If pip failed, check --package 'git+https://host/o/mpt-jax@abc'." in done.stderr
     assert "gcloud compute tpus queued-resources delete mpt-1" in done.stderr
     assert clouds.verbs() == ["create", *["scp", "ssh"] * 2]
 
 
-def test_hosts_that_never_answer_are_tried_ten_times(clouds):
+def test_queued_silent_hosts_are_tried_ten_times(clouds):
     clouds.plan(runs=[([], ACTIVE)] * 19)
     done = launch(clouds)
     assert done.returncode == 2 and "no host of mpt-1 answered" in done.stderr
@@ -125,20 +125,20 @@ def test_hosts_that_never_answer_are_tried_ten_times(clouds):
     ],
     ids=["in different ways", "with a run between", "on other machines"],
 )
-def test_what_could_not_be_prepared_now_and_then_starts_again(clouds, runs):
+def test_queued_occasional_preparation_failure_restarts(clouds, runs):
     clouds.plan(runs=[*runs, ([0] * 4, ACTIVE)])
     done = launch(clouds)
     assert done.returncode == 0, done.stderr
     assert clouds.verbs().count("ssh") == 4
 
 
-def test_what_failed_late_is_no_reason_to_give_up(clouds):
+def test_queued_late_failures_do_not_stop_restarts(clouds):
     clouds.plan(runs=[*[([-1] * 4, ACTIVE)] * 5, ([0] * 4, ACTIVE)])
     done = clouds.launch("queued.sh", *common(), *COMMAND, EARLY="0")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_wheel_of_this_machine_goes_through_the_bucket(clouds):
+def test_queued_local_wheel_is_uploaded_to_bucket(clouds):
     wheel = clouds.folder / "mpt_jax-1-py3-none-any.whl"
     wheel.touch()
     clouds.plan(runs=[([0] * 4, ACTIVE)])
@@ -154,25 +154,25 @@ def test_a_wheel_of_this_machine_goes_through_the_bucket(clouds):
         ({"type": "v5e-16"}, "unknown --type 'v5e-16'; .*v5litepod-16.*v6e-8"),
         ({"root": "runs"}, "--root 'runs' must be a bucket path"),
         ({"name": "A_b"}, "--name 'A_b' must be at most 30"),
-        ({"slices": "0"}, "--slices must be a number from 1, got '0'"),
-        ({"package": "x.whl"}, "--package 'x.whl' is no file"),
+        ({"slices": "0"}, "--slices must be a positive integer, but got '0'"),
+        ({"package": "x.whl"}, "--package 'x.whl' is not a file"),
         ({"zone": ""}, "missing --zone"),
         ({"nme": "x"}, "unknown option '--nme=x'"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_made(clouds, others, message):
+def test_queued_invalid_options_fail_before_creation(clouds, others, message):
     done = launch(clouds, **others)
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr
     assert clouds.verbs() == []
 
 
-def test_no_command(clouds):
+def test_queued_without_command_fails(clouds):
     done = clouds.launch("queued.sh", *common())
     assert done.returncode == 2 and "no command; end with: -- mpt_jax.train" in done.stderr
 
 
-def test_a_bucket_that_is_not_there(clouds):
+def test_queued_missing_bucket_fails_with_create_command(clouds):
     clouds.plan(failing={"storage ls gs://bucket": "not found: 404"})
     done = launch(clouds)
     assert done.returncode == 2 and clouds.verbs() == []
@@ -180,14 +180,14 @@ def test_a_bucket_that_is_not_there(clouds):
     assert "gcloud storage buckets create gs://bucket --project=p" in done.stderr
 
 
-def test_an_answer_that_is_no_state_ends_it(clouds):
+def test_queued_gcloud_error_fails_with_its_message(clouds):
     clouds.plan(failing={"compute tpus queued-resources": "PERMISSION_DENIED"})
     done = launch(clouds)
-    assert done.returncode == 2 and "gcloud cannot say what mpt-1 is" in done.stderr
+    assert done.returncode == 2 and "gcloud cannot describe mpt-1" in done.stderr
     assert "PERMISSION_DENIED" in done.stderr
 
 
-def test_without_gcloud(tmp_path):
+def test_queued_without_gcloud_fails(tmp_path):
     done = launch(Clouds(tmp_path, present=()))
     assert done.returncode == 2
     assert "'gcloud' is not on PATH. Install it: https://cloud.google.com/sdk" in done.stderr

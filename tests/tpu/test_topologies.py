@@ -1,4 +1,4 @@
-"""The table of accelerators agrees with itself, and the scripts pass shellcheck."""
+"""The table of accelerators is consistent, and the scripts pass shellcheck."""
 
 import math
 import shutil
@@ -15,11 +15,11 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_a_row_agrees_with_itself(row):
+def test_topology_row_is_consistent(row):
     name, accelerator, topology, hosts, chips, machine, runtime = row
     total = math.prod(int(side) for side in topology.split("x"))
     assert total == int(hosts) * int(chips)
-    # Of v4 and v5p, a name counts TensorCores, of which a chip has two.
+    # Names of v4 and v5p count TensorCores, two per chip.
     generation, count = name.rsplit("-", 1)
     assert int(count) == total * (2 if generation in ("v4", "v5p") else 1)
     assert machine.endswith(f"-{chips}t")
@@ -29,13 +29,13 @@ def test_a_row_agrees_with_itself(row):
     assert int(chips) in (1, 4, 8) and (int(hosts) == 1 or chips == "4")
 
 
-def test_types_are_listed_once():
+def test_topology_types_are_unique():
     names = [row[0] for row in ROWS]
     assert len(names) == len(set(names))
     assert {"v5litepod-16", "v5p-8", "v6e-8"} <= set(names)
 
 
-def test_the_scripts_pass_shellcheck():
+def test_tpu_scripts_pass_shellcheck():
     found = shutil.which("shellcheck") or Path(sys.executable).with_name("shellcheck")
     scripts = sorted(str(path.relative_to(TPU.parent)) for path in TPU.glob("*.sh"))
     assert len(scripts) == 5

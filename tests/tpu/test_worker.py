@@ -1,4 +1,4 @@
-"""tpu/worker.sh: what a host does with a command, however it ends."""
+"""tpu/worker.sh: how a host runs a command and reports its end."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ if {"lost", "abort"} & set(sys.argv):
 sys.exit(int(sys.argv[1]))
 """
 
-# `-m venv` makes a copy of itself, `-m pip` is written down, all else is Python.
+# `-m venv` copies the script, `-m pip` is recorded, everything else runs Python.
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -76,7 +76,7 @@ def until(path: Path, text: str) -> None:
      (["0", "deaf"], 75)],
     ids=["done", "saved", "failed", "another host was lost", "aborted", "stopped unawares"],
 )  # fmt: skip
-def test_it_ends_as_the_run_does_and_leaves_its_log(host, arguments, code):
+def test_worker_exits_like_its_run_and_uploads_log(host, arguments, code):
     child = start(host, *arguments)
     said = child.communicate(timeout=60)[0]
     assert child.returncode == code, said
@@ -87,14 +87,14 @@ def test_it_ends_as_the_run_does_and_leaves_its_log(host, arguments, code):
     assert f"started {' '.join(arguments)}\n" in log
 
 
-def test_an_abort_is_not_taken_for_what_an_earlier_start_ended_with(host):
+def test_worker_abort_ignores_log_of_earlier_start(host):
     for argument, code in (("lost", 75), ("abort", 134)):
         child = start(host, "0", argument)
         said = child.communicate(timeout=60)[0]
         assert child.returncode == code, said
 
 
-def test_a_signal_reaches_the_run_which_saves(host):
+def test_worker_forwards_signal_and_run_saves(host):
     child = start(host, "0", "wait")
     until(host.folder / "mpt-jax" / "mpt-1" / "run.log", "started")
     child.send_signal(signal.SIGTERM)
@@ -102,18 +102,18 @@ def test_a_signal_reaches_the_run_which_saves(host):
     assert child.returncode == 75 and "saved\n" in said
 
 
-def test_an_earlier_start_is_asked_to_save_first(host):
+def test_worker_earlier_run_is_asked_to_save_first(host):
     log = host.folder / "mpt-jax" / "mpt-1" / "run.log"
     first = start(host, "0", "wait")
     until(log, "started")
     second = start(host, "0")
     said = second.communicate(timeout=60)[0]
-    assert second.returncode == 0 and "it is asked to save" in said
+    assert second.returncode == 0 and "Asking it to save" in said
     assert first.communicate(timeout=60)[0].splitlines()[-1].endswith("ends with 75")
     assert log.read_text() == "started 0 wait\nsaved\nstarted 0\n"
 
 
-def test_the_package_is_installed_once(host):
+def test_worker_installs_package_once(host):
     source = "git+https://host/o/mpt-jax@abc"
     for package in (source, source, "gs://bucket/p/mpt_jax-1.whl"):
         child = start(host, "0", PACKAGE=package)
@@ -127,7 +127,7 @@ def test_the_package_is_installed_once(host):
     assert copies == [["storage", "cp", "gs://bucket/p/mpt_jax-1.whl", f"{home}/"]]
 
 
-def test_a_package_that_cannot_be_installed_is_said_in_the_last_line(host):
+def test_worker_failed_installation_in_last_line(host):
     child = start(host, "0", PACKAGE="git+https://host/o/broken@abc")
     said = child.communicate(timeout=60)[0]
     assert child.returncode == 1
@@ -135,6 +135,6 @@ def test_a_package_that_cannot_be_installed_is_said_in_the_last_line(host):
     assert not (host.folder / "mpt-jax" / "mpt-1" / "run.log").exists()
 
 
-def test_a_run_needs_a_name_and_a_root(host):
+def test_worker_without_name_fails(host):
     child = start(host, "0", NAME="")
     assert "NAME" in child.communicate(timeout=60)[0] and child.returncode != 0
