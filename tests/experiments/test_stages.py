@@ -144,7 +144,7 @@ def test_spot_from_one_prompt_for_all_sources(tmp_path):
 
 @pytest.mark.slow
 def test_a_seventh_source_joins_the_shipped_source_prompts(tmp_path):
-    """The commands of docs/methods.md, "Refresh"."""
+    """The commands of docs/methods/mpt.md, "Refresh"."""
     shipped = artifacts.load_artifact(SOURCE)
     teacher = ("pt_source", {**FEW, "SOURCE_TASKS": ["toy_rte"], "STAGE": "pt_rte"})
     teacher[1]["TRAIN_STEPS"] = 2
