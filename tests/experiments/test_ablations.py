@@ -1,4 +1,4 @@
-"""Every row of docs/ablations.md is a command that parses and builds its model."""
+"""Every row of docs/study/ablations.md is a command that parses and builds its model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from mpt_jax.config import gin_utils, trainer_choice
 from tests.fixtures.gin_files import ROOT, VOCABULARY, value
 
-PAGE = (ROOT / "docs" / "ablations.md").read_text()
+PAGE = (ROOT / "docs" / "study" / "ablations.md").read_text()
 
 
 def lines() -> list[tuple[str, str, str]]:

@@ -144,7 +144,7 @@ def test_pt_target_starts_from_spot_mixture_prompt(tmp_path):
 
 @pytest.mark.slow
 def test_mpt_source_seventh_source_extends_shipped_prompts(tmp_path):
-    """The commands of docs/methods.md, "Refresh"."""
+    """The commands of docs/methods/mpt.md, "Refresh"."""
     shipped = artifacts.load_artifact(SOURCE)
     teacher = ("pt_source", {**FEW, "SOURCE_TASKS": ["toy_rte"], "STAGE": "pt_rte"})
     teacher[1]["TRAIN_STEPS"] = 2

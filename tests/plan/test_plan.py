@@ -336,7 +336,7 @@ def test_plan_table_figures_follow_from_counts_and_chips():
     assert len(v6e) == 3
     rows = plan_table.ordered(found)
     assert len(rows) == len(plan_table.ROWS)
-    assert plan_table.table(rows) in (ROOT / "docs" / "tpu.md").read_text()
+    assert plan_table.table(rows) in (ROOT / "docs" / "tpu-planning.md").read_text()
 
 
 # --- Search for a slice --------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The commands of docs/tpu.md: launch scripts as dry runs, and plans up to reading their gin."""
+"""The commands of docs/tpu.md and docs/tpu-planning.md: launch scripts as dry runs, plans up to
+reading their gin."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from mpt_jax.plan import chips
 from tests.fixtures.fake_gcloud import ROOT, Clouds
 from tests.fixtures.planned_jobs import read_jobs
 
-TEXT = (ROOT / "docs" / "tpu.md").read_text()
+PAGES = ("tpu.md", "tpu-planning.md")
+TEXT = "\n".join((ROOT / "docs" / page).read_text() for page in PAGES)
 
 
 def commands() -> list[list[str]]:
