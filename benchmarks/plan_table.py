@@ -1,4 +1,4 @@
-"""Table of docs/tpu.md: steps of several sizes of T5 on TPU slices, compiled ahead of time.
+"""Table of docs/tpu-planning.md: steps of several sizes of T5 on TPU slices, compiled ahead of time.
 
     python -m benchmarks.plan_table [--out docs/benchmarks/plan.json] [--only t5_1_0_base]
 
@@ -80,7 +80,7 @@ ROWS = (
 
 def main() -> None:
     """Compiles missing rows, and prints the table."""
-    parser = argparse.ArgumentParser(description="Compiles the table of docs/tpu.md.")
+    parser = argparse.ArgumentParser(description="Compiles the table of docs/tpu-planning.md.")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/plan.json"))
     parser.add_argument("--only", help="compile only rows of this T5")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Search for the learning rates of ATTEMPT and CrossPT on the toy suite (docs/protocol.md).
+"""Search for the learning rates of ATTEMPT and CrossPT on the toy suite (docs/study/protocol.md).
 
     python -m benchmarks.tune_crosspt [--root runs/tune] [--out docs/benchmarks/tune_crosspt.jsonl]
 

@@ -1,4 +1,4 @@
-"""Search for the demo's learning rates, on data that the demo never reports (docs/protocol.md).
+"""Search for the demo's learning rates, on data that the demo never reports (docs/study/protocol.md).
 
     python -m benchmarks.tune_demo [--root runs/tune] [--out docs/benchmarks/tune_demo.jsonl]
 
@@ -26,7 +26,7 @@ SEEDS = (100, 101, 102)
 SHOTS = 32
 PROMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-# Ablation variants whose best learning rate may differ from MPT's (docs/results-toy.md).
+# Ablation variants whose best learning rate may differ from MPT's (docs/study/results-toy.md).
 ABLATIONS = (
     demo.Method(
         "MPT, shared prompt only",

@@ -70,7 +70,7 @@ def acquire(
         yield lock.check if lock is not None else lambda read=False: None
     finally:
         if lock is not None:
-            lock.for_inference()
+            lock.release()
 
 
 def check_writable(model_dir: str) -> None:
@@ -128,7 +128,7 @@ class Lock:
                 "a save. It was probably suspended, or unable to write, for a while."
             )
 
-    def for_inference(self) -> None:
+    def release(self) -> None:
         """Releases the lock."""
         self._ended.set()
         self._thread.join()

@@ -4,7 +4,7 @@
     mpt-jax demo --full     every target, k = 4, 16, 32 and full data, every method
 
 It calls the same `train()` on the same gin files as the command line, one stage after another in
-one process. docs/protocol.md fixed in advance what is compared and how.
+one process. docs/study/protocol.md fixed in advance what is compared and how.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Method:
 
 def methods(root: Path) -> tuple[Method, ...]:
     """Returns the methods to compare; `root` holds the source stages. Their learning rates were
-    chosen on other tasks (docs/protocol.md)."""
+    chosen on other tasks (docs/study/protocol.md)."""
     start = (f"INITIAL_ARTIFACT = '{root}/pt_source/artifact'", f"START_FROM = '{START_TASK}'")
     tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
