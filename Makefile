@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-full test test-all lint format clean
+.PHONY: install demo demo-full test test-all lint docs format clean
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/mpt-jax demo
@@ -33,6 +35,11 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --external-sources tpu/*.sh
 
+# Warnings are errors: a link to a page, heading or file that is not there fails.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -55,6 +62,10 @@ $(VENV)/.installed: pyproject.toml $(wildcard constraints/*.txt) | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.dev

@@ -1,3 +1,7 @@
 """MPT-JAX: multitask prompt tuning on a frozen encoder-decoder, in JAX."""
 
+from mpt_jax.runtime.quiet import start_quietly
+
 __version__ = "0.1.0"
+
+start_quietly()

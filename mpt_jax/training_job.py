@@ -100,6 +100,14 @@ def restore_or_initialize(
         trainer.load_run_status(resumed[1]["runs"])
     counts = num_trainable_params(model, state.trainable), num_params(state.params)
     labels = sorted(trainable_labels(model, state.params))
+    devices = jax.devices()
+    logging.info(
+        "Training %d run(s) on %d x %s in %s.",
+        model.runs.num_rows,
+        len(devices),
+        devices[0].device_kind,
+        model_dir,
+    )
     logging.info("%s", metric_writers.describe_counts(*counts, labels))
     return Start(
         model_dir,

@@ -35,7 +35,7 @@ from clu import metric_writers
 from etils import epath
 
 import mpt_jax
-from mpt_jax.config import gin_check, trainer_choice
+from mpt_jax.config import command_help, gin_check, trainer_choice
 from mpt_jax.runtime import distributed, paths, storage_check
 
 PACKAGE = Path(mpt_jax.__file__).parent
@@ -185,6 +185,10 @@ def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> No
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if command_help.is_asked(argv):
+        entry = Path(argv[0]).stem
+        print(command_help.usage(entry, [__name__, argv[0]]))
+        sys.exit(0)
     try:
         rewritten = rewrite_gin_args(argv)
     except ConfigError as error:
@@ -272,7 +276,24 @@ def log_progress() -> None:
     """Logs this library's messages and other libraries' warnings to standard error."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_is_ours)
+    handler = logging.get_absl_handler()
+    handler.addFilter(_is_ours)
+    handler.setFormatter(_LineFormatter())
+
+
+class _LineFormatter(stdlib_logging.Formatter):
+    """Log lines for people: the time, a level above INFO, the message."""
+
+    def __init__(self):
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: stdlib_logging.LogRecord) -> str:
+        """Returns the line of a record."""
+        line = super().format(record)
+        if record.levelno < stdlib_logging.WARNING:
+            return line
+        time, _, message = line.partition(" ")
+        return f"{time} {record.levelname.capitalize()}: {message}"
 
 
 # Warnings of other libraries about intended behavior: lengths come from the configuration, so that

@@ -217,8 +217,8 @@ PAPER = Suite(
 
 _TOY_FEW, _TOY_ALL = Length(steps=200, rows=4), Length(steps=500, rows=16)
 
-# toy_wic and toy_paws were used to choose the learning rates (docs/study/protocol.md), so no table has
-# them.
+# toy_wic and toy_paws were used to choose the learning rates (docs/study/protocol.md), so no table
+# has them.
 TOY = Suite(
     name="toy",
     tasks={

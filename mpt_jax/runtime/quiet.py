@@ -1,0 +1,78 @@
+"""Silence at start-up: notices of TensorFlow and libtpu that no user can act on.
+
+They are printed by C++ code while it is loaded, before a program can configure logging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.abc
+import importlib.machinery
+import os
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Iterator, Sequence
+
+VARIABLES = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
+# Packages whose libraries print when they are loaded.
+NOISY = ("tensorflow", "tensorflow_text")
+NOTICE = re.compile(
+    rb"(WARNING: All log messages before absl::InitializeLog\(\)"
+    rb"|[IWE]\d{4} [\d:. ]+\S+:\d+\]"  # glog: severity, date, time, process, file and line
+    rb"|To enable the following instructions:)"
+)
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dri/render*")
+
+
+def start_quietly() -> None:
+    """Sets what must be set before TensorFlow and JAX are imported. Variables that are set already
+    stay as they are."""
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    # Without this, an installed libtpu looks for a TPU and complains at length.
+    if sys.platform == "linux" and not any(map(glob.glob, ACCELERATORS)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.meta_path.insert(0, _QuietImports())
+
+
+class _QuietImports(importlib.abc.MetaPathFinder):
+    """Finds noisy packages as usual, and filters standard error while they are loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a noisy package, with a loader that is quiet; None for all others."""
+        if name not in NOISY:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_quietly(module: types.ModuleType) -> None:
+                with without_notices():
+                    load(module)
+
+            spec.loader.exec_module = exec_quietly  # type: ignore[method-assign]
+        return spec
+
+
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """Holds back what is written to standard error, and then writes it without notices."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if not NOTICE.match(line):
+                    os.write(2, line)
