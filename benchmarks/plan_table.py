@@ -1,4 +1,4 @@
-"""Table of docs/tpu-planning.md: steps of several sizes of T5 on TPU slices, compiled ahead of time.
+"""Table of docs/tpu-planning.md: steps of T5 sizes on TPU slices, compiled ahead.
 
     python -m benchmarks.plan_table [--out docs/benchmarks/plan.json] [--only t5_1_0_base]
 

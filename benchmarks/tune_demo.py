@@ -1,4 +1,4 @@
-"""Search for the demo's learning rates, on data that the demo never reports (docs/study/protocol.md).
+"""Search for the learning rates of the demo, on data it never reports (docs/study/protocol.md).
 
     python -m benchmarks.tune_demo [--root runs/tune] [--out docs/benchmarks/tune_demo.jsonl]
 

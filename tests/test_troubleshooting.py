@@ -10,9 +10,10 @@ import pytest
 from tests.fixtures.processes import ROOT
 
 PAGES = ("troubleshooting.md", "troubleshooting-runs.md")
-# What stands for a value in a quotation: quoted names, numbers, brackets, macros, paths, file names.
+# What stands for a value in a quotation: names in quotes, numbers, brackets, macros, paths, files.
 VALUE = re.compile(
-    r"\.\.\.|'[^']*'|\b\d[\d,.]*\b|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|\S*[/_=]\S*|\w+\.\w+|[;:.] "
+    r"\.\.\.|'[^']*'|\b\d[\d,.]*\b|\[[^\]]*\]|\{[^}]*\}|\([^)]*\)"
+    r"|\S*[/_=]\S*|\w+\.\w+|[;:.] "
 )
 SHORTEST = 14  # characters of a fragment that is searched
 

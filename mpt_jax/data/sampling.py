@@ -2,11 +2,11 @@
 
 A sampler draws the task of each of the B examples of a step's batch. Draws are stateless in
 (seed, step) and made for the global batch, so all hosts agree on them. The examples are then
-dealt to the hosts in turn. A sampler is a SeqIO `sample_fn`, except that it mixes whole streams: SeqIO gives a
-`sample_fn` neither the batch nor the hosts, and shuffles across the end of a pass, so an example
-could occur twice in one pass. `TaskMixture` therefore builds an endless stream of each task's
-examples, in which every pass is a permutation that depends only on (seed, run name, pass). A run
-sees the same examples in a grouped or a solo job, on one host or many.
+dealt to the hosts in turn. A sampler is a SeqIO `sample_fn`, except that it mixes whole streams:
+SeqIO gives a `sample_fn` neither the batch nor the hosts, and shuffles across the end of a pass, so
+an example could occur twice in one pass. `TaskMixture` therefore builds an endless stream of each
+task's examples, in which every pass is a permutation that depends only on (seed, run name, pass). A
+run sees the same examples in a grouped or a solo job, on one host or many.
 """
 
 import dataclasses
