@@ -34,6 +34,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --external-sources tpu/*.sh
+	$(BIN)/python tests/words/lint.py
 
 # Warnings are errors: a link to a page, heading or file that is not there fails.
 docs: $(VENV)/.docs

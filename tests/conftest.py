@@ -33,12 +33,12 @@ from jaxtyping import _import_hook as import_hook
 
 from tests.fixtures.processes import run_python
 
-# The CPU compiler's fusion emitters double the time that a program takes to compile. XLA reads its
-# flags when it makes the first device, and ends a process that sets one it does not know.
+# Compile quickly: without fusion emitters in half the time, and a program in one piece, since other
+# tests use the other cores. XLA reads its flags when it makes the first device, and ends a process
+# that sets one it does not know.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if jaxlib.__version__.startswith("0.10."):
-    os.environ["XLA_FLAGS"] = " ".join(
-        ["--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
-    )
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Pytest imports it after this module, so the import hook below sees it.
 pytest_plugins = ["tests.fixtures.pytest_fixtures"]

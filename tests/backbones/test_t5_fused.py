@@ -69,7 +69,7 @@ def close(ours, theirs) -> None:
     ("packed", "fields"),
     [
         (True, {}),
-        (False, {"scan_layers": True, "remat": "full"}),
+        pytest.param(False, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),
         pytest.param(False, {"relative_bias_per_layer": True}, marks=pytest.mark.slow),
         pytest.param(False, {}, marks=pytest.mark.slow),
         pytest.param(True, {"scan_layers": True, "remat": "full"}, marks=pytest.mark.slow),
@@ -93,11 +93,9 @@ def test_fused_attention_matches_plain_operations(fields, packed):
     close({"x": only}, {"x": expected[1]})
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
-@pytest.mark.parametrize(
-    "model_axis",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("model_axis", [1, 2, 4])
 def test_fused_attention_on_mesh_matches_plain_operations(model_axis):
     plain, kernels = make(False), make(True)
     x, mask, targets, _, _ = inputs(False)

@@ -19,7 +19,7 @@ from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
 @pytest.mark.parametrize(
     ("middle", "version"),
     [
-        ("t5x", "1_0"),
+        pytest.param("t5x", "1_0", marks=pytest.mark.slow),
         ("orbax", "1_1"),
         ("t5x", "umt5"),
         pytest.param("orbax", "1_0", marks=pytest.mark.slow),

@@ -100,9 +100,8 @@ def restored(backbone, model, path="", artifact=None) -> dict[str, jax.Array]:
 
 # --- Resuming ------------------------------------------------------------------------------------
 
-FAST = ("crosspt independent",)
 
-
+@pytest.mark.slow  # that of prompts without a mix is in tests/test_train.py
 @pytest.mark.parametrize(
     ("method", "from_artifact", "groups"),
     [
@@ -111,7 +110,6 @@ FAST = ("crosspt independent",)
             from_artifact,
             groups,
             id=f"{name}-{groups}",
-            marks=[] if f"{name} {groups}" in FAST else pytest.mark.slow,
         )
         for name, method, from_artifact in (
             ("attempt", attempt(), True),

@@ -228,6 +228,7 @@ def planned():
     return needs
 
 
+@pytest.mark.slow
 def test_step_cost_matches_closed_form(planned):
     needs = planned(False)
     assert needs.cost.flops == pytest.approx(closed_form_flops(CONFIG), rel=0.05)
@@ -255,6 +256,7 @@ def test_step_cost_scanned_layers_same_flops(planned):
     assert loop.compiler["flops"] < 0.8 * apart.compiler["flops"]  # once
 
 
+@pytest.mark.slow
 def test_step_cost_only_prompt_gradients_cross_chips(planned):
     needs = planned(False)
     # The gradient of the prompt, and a few sums for the log.

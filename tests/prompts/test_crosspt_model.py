@@ -108,7 +108,7 @@ def apart(request) -> Mixed:
     return Mixed(MIXES[request.param], groups="independent")
 
 
-FAST = {("drawn", 0), ("by text", 2), ("longer", 2)}
+FAST = {("drawn", 0), ("longer", 2)}
 
 
 def some(*fast: str):

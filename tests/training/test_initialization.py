@@ -190,7 +190,7 @@ def test_nearest_source_missing_target_or_too_many_sources_error(backbone, tmp_p
     with pytest.raises(ValueError, match="no embedding of 'alpha'; it has beta, gamma"):
         initialize_params(model, origins, KEY)
     model, origins, _ = spot(backbone, tmp_path / "b", top_k=4)
-    with pytest.raises(ValueError, match="top_k is 4, and the initial artifact holds 3"):
+    with pytest.raises(ValueError, match="top_k is 4, but the initial artifact holds 3"):
         initialize_params(model, origins, KEY)
 
 
@@ -375,7 +375,7 @@ def test_artifacts_incompatible_error_shows_both_values(backbone, tmp_path, role
     ours = {
         "backbone": digest(backbone),
         "vocabulary": artifacts.vocabulary_digest(Vocabulary()),
-        "length": "positions and this run's have 3",
+        "length": "positions, but this run needs 3",
     }[what]
     theirs = "prompts of 2" if what == "length" else "0" * 64
     with pytest.raises(ValueError) as error:

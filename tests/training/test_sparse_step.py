@@ -86,6 +86,7 @@ def test_most_rows_none_when_whole_bank_is_needed():
     assert sparse_step.most_rows(alone, batch) is None
 
 
+@pytest.mark.slow
 def test_step_of_batch_memory_independent_of_bank_size(optimized):
     """Apart from inputs and outputs, updated in place, a larger bank needs no more memory."""
 

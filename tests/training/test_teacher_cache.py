@@ -189,6 +189,7 @@ def test_teacher_cache_training_matches_no_cache():
     tiny.close({name: found[1][name] for name in found[0]}, found[0], 1e-5)
 
 
+@pytest.mark.slow
 def test_teacher_cache_held_absent_rows_match_no_cache():
     runs = Runs([f"task_{row}" for row in range(12)])
     held = lambda: model(runs=runs, optimizer_def=tiny.optimizer(absent_tasks="hold"))  # noqa: E731

@@ -124,7 +124,7 @@ TABLES = {
 
 # A model of the method 'none' trains layer norms in test_encoder_decoder.py.
 @pytest.mark.parametrize(
-    "table", ["full", "bitfit", pytest.param("layer norms", marks=pytest.mark.slow)]
+    "table", ["full", *(pytest.param(x, marks=pytest.mark.slow) for x in ("bitfit", "layer norms"))]
 )
 def test_label_table_trains_exactly_its_parameters(table):
     labels, fields, chosen = TABLES[table]

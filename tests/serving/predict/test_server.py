@@ -32,7 +32,7 @@ def ask(server, requests, **settings):
 
 
 KINDS = [
-    kind if kind in ("factors", "attempt", "several lengths, folded")
+    kind if kind in ("factors", "several lengths, folded")
     else pytest.param(kind, marks=pytest.mark.slow)
     for kind in serving_fixtures.KINDS
 ]  # fmt: skip
