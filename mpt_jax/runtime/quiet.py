@@ -14,7 +14,8 @@ import re
 import sys
 import tempfile
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 VARIABLES = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
 # Packages whose libraries print when they are loaded.
@@ -42,7 +43,7 @@ class _QuietImports(importlib.abc.MetaPathFinder):
     """Finds noisy packages as usual, and filters standard error while they are loaded."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+        self, name: str, path: Any, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of a noisy package, with a loader that is quiet; None for all others."""
         if name not in NOISY:
