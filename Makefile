@@ -17,11 +17,11 @@ demo: $(VENV)/.installed
 demo-full: $(VENV)/.installed
 	$(BIN)/mpt-jax demo --full
 
-# One process per core. Whole modules go to a process (loadfile): their fixtures and programs are made
-# once, and memory is freed between them. worksteal splits modules and makes both twice; loadscope
-# does the same here, as there are few classes.
-PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile \
-  --no-loadscope-reorder
+# One process per core, and one more for the time in which others wait. Whole modules go to a process
+# (loadfile): their fixtures and programs are made once, and memory is freed between them. The order
+# is that of tests/conftest.py.
+PROCESSES = $(shell $(BIN)/python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev
 	$(PYTEST)

@@ -396,7 +396,12 @@ def test_train_fleet_runs_end_separately_resumed_same_bits(backbone, tmp_path):
         own = artifacts.load_artifact(tmp_path / "whole" / "artifacts" / name)
         assert own.runs == Runs([name]) and own.config["step"] == (4, 8)[row]
         np.testing.assert_array_equal(own.folded()[0], joint.folded()[row])
-    # The run that ended early equals a solo run of as many steps.
+
+
+@pytest.mark.slow
+def test_train_fleet_run_that_ended_early_equals_solo_run_and_starts_others(backbone, tmp_path):
+    run_fleet(backbone, tmp_path / "whole", peaks=(0.03, 1e38, 0.03))
+    joint = artifacts.load_artifact(tmp_path / "whole" / "artifact")
     alone = Runs(["run_a"], groups="independent")
     schedule = Schedule(0.03, 4, decay="linear")
     optimizer = PromptOptimizer(dict.fromkeys(("shared", "task", "backbone"), schedule))
@@ -425,6 +430,7 @@ def test_train_fleet_extended_resumes_finished_runs(backbone, tmp_path):
         assert changed == [True, True, False], name
 
 
+@pytest.mark.slow
 def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monkeypatch):
     too_high, read, sound = (1e38, 1e38, 1e38), [], finalize.outcomes
     monkeypatch.setattr(finalize, "outcomes", lambda *args: read.append(1) or sound(*args))

@@ -85,6 +85,7 @@ def test_train_read_only_model_dir_error(backbone, small_disk):
         run(backbone, small_disk / "run")
 
 
+@pytest.mark.slow
 def test_train_clock_goes_backwards_same_prompts(backbone, whole, tmp_path, monkeypatch):
     jumps = iter(range(2 * 10**9, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))

@@ -156,6 +156,7 @@ def test_attempt_checkpoint_and_artifact_same_prompts(backbone, attempted):
     assert "sources" in prompts(attempted), "the artifact holds what is frozen"
 
 
+@pytest.mark.slow
 def test_crosspt_sampled_prompts_checkpoint_equals_artifact(backbone, sources, tmp_path):
     method = crosspt(share="learned", top_k=2)
     train(backbone, tmp_path, mixing(method), sources["one"], steps=6)
