@@ -106,11 +106,13 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
     """
     if temperature <= 0:
         raise ValueError(
-            f"temperature must be above 0, got {temperature}. Use greedy in place of temperature 0."
+            f"temperature must be above 0, got {temperature}. Use greedy decoding "
+            "(decode_fn = @decoding.greedy) instead of temperature 0."
         )
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"top_k must be at least 0 and top_p in (0, 1], got top_k={top_k}, top_p={top_p}."
+            f"top_k must be at least 0 and top_p must be in (0, 1], got top_k={top_k} and "
+            f"top_p={top_p}. To sample from all tokens, set top_k = 0 and top_p = 1."
         )
 
     def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -225,7 +227,9 @@ def beam_search(
         ValueError: a negative alpha, for which stopping early would be wrong.
     """
     if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}.")
+        raise ValueError(
+            f"beam_search.alpha must be at least 0, got {alpha}. Use 0 for no length penalty."
+        )
     batch, n = start.shape[0], num_decodes
     first = jnp.where(jnp.arange(n) == 0, 0.0, NOTHING)  # n equal hypotheses would stay equal
     beams = _Beams(

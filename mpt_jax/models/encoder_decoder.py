@@ -80,13 +80,15 @@ class PromptedEncoderDecoder(T5XInterface):
         if self.has_teacher and not prompt.prompt_length:
             raise ValueError(
                 f"Objective.distillation is set, but the method {prompt.name!r} has no prompt to "
-                "train with it. Leave distillation unset, or choose a prompt method."
+                "train. Leave Objective.distillation unset, or choose a method with a prompt "
+                "(gin/methods)."
             )
         if self.has_teacher and prompt.has_variable_lengths(runs):
             raise ValueError(
-                f"Objective.distillation is set, but prompts have {prompt.prompt_lengths(runs)} "
-                f"positions and teachers have {prompt.prompt_length}. Give all runs the same "
-                "private_length, or leave distillation unset."
+                f"Distillation needs prompts as long as the teachers' ({prompt.prompt_length} "
+                f"positions), but those of {', '.join(runs.run_names)} have "
+                f"{prompt.prompt_lengths(runs)} positions. Set PRIVATE_LENGTH to one number, or "
+                "leave Objective.distillation unset."
             )
         self.labels = (
             *labels,
@@ -236,8 +238,9 @@ class PromptedEncoderDecoder(T5XInterface):
             return tuple(hidden[int(layer)] for layer in layers)
         except IndexError:
             raise ValueError(
-                f"hidden_layers {layers} reach outside the {len(hidden)} states of a stack "
-                f"(embeddings, each layer, output). Use indices from 0 to {len(hidden) - 1}."
+                f"Distillation.hidden_layers is {layers}, but the encoder or decoder has only "
+                f"{len(hidden)} hidden states (embeddings, layer 1, ..., output). Use indices from "
+                f"0 to {len(hidden) - 1}."
             ) from None
 
     # --- Loss ------------------------------------------------------------------------------------

@@ -164,8 +164,8 @@ def term_sums(
         return sums
     if teacher is None:
         raise ValueError(
-            "The objective has distillation, but no teacher outputs were passed. Pass `teacher`, "
-            "or leave Objective.distillation unset."
+            "Objective.distillation is set, but no teacher outputs were passed. Pass them as "
+            "`teacher`, or leave Objective.distillation unset."
         )
     teacher = _stop_gradients(teacher)
     if distillation.logits:

@@ -43,18 +43,21 @@ class Distillation:
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+            raise ValueError(
+                f"Distillation.temperature must be positive, got {self.temperature}. Use 1 to "
+                "leave the logits unscaled."
+            )
         if self.reduce not in ("mean", "sum"):
-            raise ValueError(f"reduce must be 'mean' or 'sum', got {self.reduce!r}.")
+            raise ValueError(f"Distillation.reduce must be 'mean' or 'sum', got {self.reduce!r}.")
         if isinstance(self.hidden_layers, str) and self.hidden_layers not in ("last", "all"):
             raise ValueError(
-                f"hidden_layers must be 'last', 'all' or a list of indices, got "
+                f"Distillation.hidden_layers must be 'last', 'all' or a list of indices, got "
                 f"{self.hidden_layers!r}."
             )
         if not (self.logits or self.hidden or self.prompt_distance):
             raise ValueError(
-                "Distillation with logits, hidden and prompt_distance all off does nothing. Leave "
-                "Objective.distillation unset instead."
+                "Distillation does nothing if logits, hidden and prompt_distance are all False. "
+                "Set one of them to True, or leave Objective.distillation unset."
             )
         self._refuse_ineffective(("temperature", "t2_scale"), "logits")
         self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
@@ -70,7 +73,7 @@ class Distillation:
                 raise ValueError(
                     f"Distillation.{field.name}={value!r} would have no effect with "
                     f"{' and '.join(f'{term}=False' for term in terms)}. Leave it at "
-                    f"{field.default!r}, or switch {' or '.join(terms)} on."
+                    f"{field.default!r}, or set {' or '.join(f'{term}=True' for term in terms)}."
                 )
 
 
@@ -90,7 +93,10 @@ class Objective:
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+            raise ValueError(
+                f"Objective.label_smoothing must be in [0, 1), got {self.label_smoothing}. Use 0 "
+                "for no smoothing."
+            )
 
     def coefficients(self) -> dict[str, float]:
         """Returns the coefficient of each term in the total."""

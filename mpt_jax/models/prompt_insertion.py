@@ -157,7 +157,8 @@ def place(prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]) -> Fl
     if embedded.shape[1] < length:
         raise ValueError(
             f"A prompt of {length} positions does not fit a row of {embedded.shape[1]} positions. "
-            "The feature converter must reserve prompt_length positions before the text."
+            f"Set PromptFeatureConverter.prompt_length to {length}, so that every row reserves "
+            "positions for the prompt before the text."
         )
     if length == 0:
         return embedded

@@ -59,8 +59,9 @@ class T5XInterface:
         if reserved is not None and reserved != length:
             raise ValueError(
                 f"The feature converter reserves {reserved} positions for a prompt, but the "
-                f"method {self.prompt.name!r} has prompts of {length}. Bind both to one macro "
-                "(PROMPT_LENGTH)."
+                f"method {self.prompt.name!r} has prompts of {length}. Set "
+                f"PromptFeatureConverter.prompt_length to {length}; the files of gin/methods bind "
+                "it to the method's length."
             )
         return converter
 
@@ -109,10 +110,10 @@ class T5XInterface:
         """Returns the log probability of each example's target, summed over tokens, in nats."""
         if return_intermediates:
             raise ValueError(
-                "score_batch has no intermediates to return. Leave return_intermediates at False."
+                "score_batch cannot return intermediates. Set return_intermediates to False."
             )
         if "encoder_segment_ids" in batch:
-            raise ValueError("Packed batches cannot be scored. Set pack = False for scoring.")
+            raise ValueError("Packed batches cannot be scored. Set DatasetConfig.pack = False.")
         logits = self.forward(params, batch).logits
         cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
         return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
@@ -150,15 +151,17 @@ class T5XInterface:
             ValueError: the batch is packed, or `decode_fn` cannot return `num_decodes`.
         """
         if "encoder_segment_ids" in batch:
-            raise ValueError("Packed batches cannot be decoded. Set pack = False for inference.")
+            raise ValueError("Packed batches cannot be decoded. Set DatasetConfig.pack = False.")
         parameters = inspect.signature(self.decode_fn).parameters
         extra: dict[str, Any] = dict(decoder_params or {})
         if num_decodes is not None and "num_decodes" in parameters:
             extra.setdefault("num_decodes", num_decodes)
         elif num_decodes not in (None, 1):
+            name = getattr(self.decode_fn, "__name__", self.decode_fn)
             raise ValueError(
-                f"num_decodes={num_decodes}, but {self.decode_fn} returns only one. Bind a "
-                "decode_fn that takes num_decodes."
+                f"num_decodes={num_decodes}, but the decoding function {name} returns one sequence "
+                "per example. Leave num_decodes unset, or bind decode_fn to "
+                "decoding.temperature_sample or decoding.beam_search."
             )
         if "rng" in parameters:
             extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng

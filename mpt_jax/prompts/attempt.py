@@ -153,13 +153,14 @@ class ATTEMPT(PromptMethod):
     def _transfer_own(self, source, source_method, source_runs, runs):
         if source_method.config() != self.config():
             raise ValueError(
-                f"The artifact's ATTEMPT settings are {source_method.config()}, but this run has "
-                f"{self.config()}. Bind the artifact's settings."
+                f"The initial artifact's ATTEMPT settings are {source_method.config()}, but this "
+                f"run has {self.config()}. Give this run the settings of the artifact."
             )
         if self.start_from == FIRST:
             raise ValueError(
-                "start_from = 'first' selects a source prompt, but this artifact holds ATTEMPT "
-                "tasks. Set START_FROM to 'same', 'average' or the name of one of its runs."
+                "START_FROM = 'first' selects a source prompt, but with an ATTEMPT artifact runs "
+                "start from the artifact's runs. Set START_FROM to 'same', 'average' or one of "
+                f"{', '.join(source_runs.run_names)}."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))

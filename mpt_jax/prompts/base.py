@@ -168,7 +168,10 @@ _METHODS: dict[str, Callable[..., PromptMethod]] = {}
 def register(cls: Any) -> Any:
     """Registers a method under its `name`; a class decorator."""
     if cls.name in _METHODS:
-        raise ValueError(f"A prompt method named {cls.name!r} is already registered.")
+        raise ValueError(
+            f"A prompt method named {cls.name!r} is already registered. Choose another `name` for "
+            f"{cls.__name__}."
+        )
     _METHODS[cls.name] = cls
     return cls
 
@@ -228,7 +231,7 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
     if named_only and source_runs.num_rows > 1:
         raise ValueError(
             "This method starts from one source prompt, but the artifact holds "
-            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one "
+            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM to one "
             "of these names."
         )
     return list(range(source_runs.num_rows))

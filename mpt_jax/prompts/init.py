@@ -60,8 +60,10 @@ class SampledVocabulary:
         population = min(self.population, context.embedding.shape[0])
         if population < prompt_length:
             raise ValueError(
-                f"Cannot draw {prompt_length} distinct ids from {population}. Shorten the "
-                "prompt, or raise SampledVocabulary.population."
+                f"Cannot draw {prompt_length} distinct ids from {population} for a prompt of "
+                f"{prompt_length} positions (SampledVocabulary.population is {self.population}, "
+                f"and the backbone embeds {context.embedding.shape[0]} ids). Lower PROMPT_LENGTH, or "
+                "raise SampledVocabulary.population if the backbone embeds more ids."
             )
         ids = jax.random.choice(key, population, (prompt_length,), replace=False)
         return context.embedding[ids].astype(jnp.float32)
@@ -123,7 +125,8 @@ class FromArray:
         if array.shape != expected:
             raise ValueError(
                 f"{self.path} holds an array of shape {array.shape}, but this model's prompts "
-                f"have shape {expected} (prompt length, model width). Save one of that shape."
+                f"have shape {expected} (prompt length, model width). Save an array of this shape, "
+                "or choose another initializer."
             )
         return jnp.asarray(array, jnp.float32)
 
@@ -153,7 +156,13 @@ def initial_prompts(
     for row in rows:
         run, initializer = runs.run_names[row], init
         if isinstance(initializer, Mapping):
-            initializer = look_up("run among initializers", run, initializer)
+            if run not in initializer:
+                raise ValueError(
+                    f"No initializer is given for the prompt of run {run!r}, only for "
+                    f"{', '.join(initializer)}. Add one for {run!r}, or use one initializer for "
+                    "all runs."
+                )
+            initializer = initializer[run]
         prompts.append(
             initializer(name_key(key, run), runs.task_names[row], prompt_length, context)
         )
@@ -163,20 +172,23 @@ def initial_prompts(
 def _ids(text: str, context: InitContext) -> np.ndarray:
     if context.vocabulary is None:
         raise ValueError(
-            f"Initializing a prompt from the text {text!r} needs a vocabulary. Set the model's "
-            "input_vocabulary."
+            f"Initializing a prompt from the text {text!r} needs a vocabulary. Set "
+            "PromptedEncoderDecoder.input_vocabulary."
         )
     ids = np.asarray(context.vocabulary.encode(text), np.int32)
     if not ids.size:
-        raise ValueError(f"The vocabulary encodes {text!r} as zero tokens. Use another text.")
+        raise ValueError(
+            f"A prompt cannot be initialized from the text {text!r}: the vocabulary encodes it as "
+            "zero tokens. Use another text."
+        )
     return ids
 
 
 def _fill(rows: list[Array], what: str, rest: Array) -> Array:
     if len(rows) > rest.shape[0]:
         raise ValueError(
-            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows. Use a longer "
-            f"prompt or fewer {what}."
+            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows. Raise PROMPT_LENGTH, "
+            f"or use fewer {what} to initialize the prompt."
         )
     return rest.at[: len(rows)].set(jnp.stack(rows))
 

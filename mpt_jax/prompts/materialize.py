@@ -20,8 +20,9 @@ def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array
     lengths = set(method.prompt_lengths(runs))
     if len(lengths) > 1:
         raise ValueError(
-            f"The prompts of {', '.join(runs.run_names)} have several lengths, {sorted(lengths)}, "
-            "so they do not fit one array. Use the artifact of a single run."
+            f"The prompts of {', '.join(runs.run_names)} have different lengths "
+            f"({sorted(lengths)} positions), so they do not fit one array. Use an artifact whose "
+            "prompts have the same length, for example an artifact of a single run."
         )
     return _every_prompt(method, params, runs)[:, : max(lengths)]
 
@@ -57,8 +58,8 @@ def _without_text(method: PromptMethod, params: Params) -> Params:
     if method.reads_text:
         raise ValueError(
             f"Prompts of the method {method.name!r} depend on the text that follows them, so a "
-            "task has no single prompt to materialize or to start another method from. Use the "
-            f"artifact with {method.name!r} itself."
+            "task has no single prompt that could be materialized or start another method. Use "
+            f"this artifact with the method {method.name!r}, or choose another artifact."
         )
     # The parameters of a run's best step are stored as NumPy arrays.
     return jax.tree.map(jnp.asarray, params)

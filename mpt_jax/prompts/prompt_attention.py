@@ -97,8 +97,8 @@ class TextAttention:
             raise ValueError(unknown_name("attention", self.kind, list(KINDS)))
         if self.width < 1 or not self.temperature > 0:
             raise ValueError(
-                f"Attention needs a positive width and temperature, got {self.width} and "
-                f"{self.temperature}."
+                "The width of the attention must be at least 1 and its temperature positive, got "
+                f"width = {self.width} and temperature = {self.temperature}."
             )
 
     @property
@@ -147,8 +147,8 @@ class TextAttention:
             return jnp.zeros((*task_ids.shape, prompts.shape[-3], 1))
         if pooled is None:
             raise ValueError(
-                f"Attention {self.kind!r} reads the text, but no text vector was passed. Compose "
-                "prompts with PromptContext.pooled."
+                f"The attention {self.kind!r} reads the text, but no text vector was passed. Pass "
+                "it to `compose` as PromptContext.pooled."
             )
         group_params = {
             name: gather_group_params(params[name], runs, task_ids)

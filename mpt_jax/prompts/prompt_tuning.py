@@ -67,7 +67,7 @@ def _refuse_mixing(weights, prompts, source_runs):
         chosen = prompts[row > 0]
         if (chosen != chosen[0]).any():
             raise ValueError(
-                "Prompt tuning starts from one source prompt, but the artifact holds "
-                f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to "
-                "one of these names, or to a table of weights."
+                "Prompt tuning starts each run from one source prompt, but the initial artifact "
+                f"holds {source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM "
+                "to one of these names, or to a table of weights to mix them."
             )

@@ -71,7 +71,8 @@ def _shared(source, source_method):
     if shared is None or len(shared) != 1:
         count = "none" if shared is None else len(shared)
         raise ValueError(
-            f"start_from = 'shared' needs an artifact with one shared matrix, but this artifact "
-            f"of {source_method.name!r} has {count}. Set start_from to one of its runs."
+            "START_FROM = 'shared' needs an initial artifact with exactly one shared prompt, but "
+            f"the artifact of {source_method.name!r} has {count}. Set START_FROM to 'average' or "
+            "to the name of one of its runs."
         )
     return jnp.asarray(shared[0])

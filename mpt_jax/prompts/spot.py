@@ -64,7 +64,9 @@ class Embeddings(NamedTuple):
             candidates = ", ".join(names[row] for row in rows)
             raise ValueError(
                 f"{self.path} has several embeddings of the task {task!r} ({candidates}), but none "
-                f"named {run!r}. Give the run the name of one of them."
+                f"named {run!r}. Rename the run to one of these names, or train an embedding of "
+                f"{run!r} with gin/spot_embeddings.gin (for a source, "
+                "gin/spot_source_embeddings.gin)."
             )
         raise ValueError(
             f"{self.path} has no embedding of {run!r}; it has {', '.join(names)}. Train the "
@@ -95,7 +97,9 @@ class NearestSource:
         if self.similarity not in SIMILARITIES:
             raise ValueError(unknown_name("similarity", self.similarity, SIMILARITIES))
         if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+            raise ValueError(
+                f"NearestSource.top_k must be at least 1, got {self.top_k}. Raise SPOT_TOP_K."
+            )
 
     def choose(
         self, sources: Embeddings, targets: Embeddings, source_runs: Runs, runs: Runs
@@ -116,8 +120,9 @@ class NearestSource:
         """
         if self.top_k > source_runs.num_rows:
             raise ValueError(
-                f"top_k is {self.top_k}, but the initial artifact holds {source_runs.num_rows} "
-                f"sources: {', '.join(source_runs.run_names)}. Lower top_k."
+                f"NearestSource.top_k is {self.top_k}, but the initial artifact holds "
+                f"{source_runs.num_rows} sources: {', '.join(source_runs.run_names)}. Lower "
+                "SPOT_TOP_K."
             )
         similarities = cosines(targets.of(runs), sources.of(source_runs), self.similarity)
         table = {}
@@ -135,8 +140,8 @@ class NearestSource:
         if not total > 0:
             raise ValueError(
                 f"No source has a positive similarity to {run!r}: {similarities}. Set START_FROM "
-                "to a source's name, set top_k = 1 to start from the most similar source, or train "
-                "from scratch (gin/pt_target.gin)."
+                "to the name of a source, set SPOT_TOP_K to 1 to start from the most similar "
+                "source, or train from scratch (gin/pt_target.gin)."
             )
         weights = {source: round(weight / total, DECIMALS) for source, weight in weights.items()}
         weights = {source: weight for source, weight in weights.items() if weight > 0}
@@ -170,6 +175,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     if not (lengths > 0).all():
         raise ValueError(
             "A task embedding is zero or NaN, so its similarity to others is undefined. Train the "
-            "embedding again."
+            "embeddings again with gin/spot_embeddings.gin and gin/spot_source_embeddings.gin."
         )
     return vectors / lengths

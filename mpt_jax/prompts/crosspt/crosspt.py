@@ -160,7 +160,10 @@ class CrossPT(PromptMethod):
         private = self.private_length
         for run in runs.run_names:
             if run not in private:
-                raise ValueError(unknown_name("run in private_length", run, list(private)))
+                raise ValueError(
+                    f"CrossPT.private_length has no length for the run {run!r}, only for "
+                    f"{', '.join(private)}. Add {run!r} to PRIVATE_LENGTH."
+                )
         return tuple(self.length + private[run] for run in runs.run_names)
 
     def source_prompt_length(self, source_method, source_runs):
@@ -249,15 +252,17 @@ class CrossPT(PromptMethod):
         started = {"sources", "private"} if is_own else {"sources"}
         if conflicting := sorted(started & set(self.reparameterize)):
             raise ValueError(
-                f"{' and '.join(conflicting)} start from an artifact and cannot be trained through "
-                "randomly initialized MLPs. Remove them from reparameterize."
+                f"CrossPT.reparameterize is {list(self.reparameterize)}, but prompts that start "
+                "from an artifact cannot be trained through a randomly initialized MLP: "
+                f"{', '.join(conflicting)}. Remove them from REPARAMETERIZE."
             )
         if is_own:
             return self._transfer_own(source, source_method, source_runs, runs, initial)
         if self.start_from not in ("average", "same"):
             raise ValueError(
-                f"START_FROM = {self.start_from!r} would have no effect: every group starts from "
-                "the plain prompts named in SOURCES. Leave it at 'average'."
+                f"START_FROM = {self.start_from!r} would have no effect, because the initial "
+                "artifact is not from CrossPT: every group starts from the plain prompts named in "
+                "SOURCES. Leave START_FROM at 'average'."
             )
         if not self._kind.has_sources:
             raise ValueError(
@@ -272,8 +277,8 @@ class CrossPT(PromptMethod):
         settings, source_settings = self._transfer_settings(), source_method._transfer_settings()
         if settings != source_settings:
             raise ValueError(
-                f"The artifact's CrossPT settings are {source_settings}, but this run has "
-                f"{settings}. Bind the artifact's settings."
+                f"The initial artifact's CrossPT settings are {source_settings}, but this run has "
+                f"{settings}. Give this run the settings of the artifact."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))

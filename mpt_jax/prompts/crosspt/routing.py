@@ -47,7 +47,7 @@ class Annealing:
         if not self.start >= self.end > 0 or self.steps < 0:
             raise ValueError(
                 f"Annealing needs start >= end > 0 and steps >= 0, got start = {self.start}, end = "
-                f"{self.end} and steps = {self.steps}."
+                f"{self.end} and steps = {self.steps}. Correct ANNEALING_STEPS or Annealing."
             )
 
     def __call__(self, step: Float[Array, "..."]) -> Float[Array, "..."]:
