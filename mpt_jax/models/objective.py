@@ -10,17 +10,18 @@ from collections.abc import Sequence
 class Distillation:
     """Distillation of the student from its teachers (MPT paper, section 3.2).
 
-    The paper does not state temperature, layers and reduction, so they are fields.
+    The paper does not state the temperature, the layers or the reduction, so they are settings.
 
     Attributes:
-        weight: lambda.
+        weight: lambda, the coefficient of all distillation terms.
         logits: whether to use KL(teacher || student) of the output distributions.
-        hidden: whether to use the squared distance of encoder and decoder hidden states.
-        prompt_distance: whether to use the squared distance of the prompts, as in the paper's
-            ablation; intended for use with `logits` and `hidden` off.
-        temperature: divides both logits; for `logits`.
-        t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); for `logits`, and
-            not in the paper.
+        hidden: whether to use the squared distance between encoder and decoder hidden states of
+            teacher and student.
+        prompt_distance: whether to use the squared distance between the prompts of teacher and
+            student, as in the paper's ablation; intended for use with `logits` and `hidden` off.
+        temperature: the divisor of the logits of teacher and student; for `logits`.
+        t2_scale: whether to multiply the KL by temperature squared (Hinton et al. 2015); for
+            `logits`. The paper does not do this.
         hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
             into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
         include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
@@ -82,9 +83,10 @@ class Objective:
     """The loss to minimize.
 
     Attributes:
-        label_smoothing: mass moved from the target to the other ids, in [0, 1).
-        z_loss: coefficient of the squared log-partition (T5 pretraining: 1e-4).
-        distillation: None trains on the targets only; otherwise the model holds teachers.
+        label_smoothing: the probability moved from the target id to all other ids, in [0, 1).
+        z_loss: the coefficient of the squared log-partition (T5 pretraining: 1e-4).
+        distillation: the settings of distillation; None trains on the targets only. With
+            distillation, the model also holds the teachers' prompts.
     """
 
     label_smoothing: float = 0.0
@@ -99,7 +101,7 @@ class Objective:
             )
 
     def coefficients(self) -> dict[str, float]:
-        """Returns the coefficient of each term in the total."""
+        """Returns the coefficient of each term that is on in the total loss."""
         coefficients = {"cross_entropy": 1.0}
         if self.z_loss:
             coefficients["z_loss"] = self.z_loss

@@ -19,12 +19,12 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 class T5XInterface:
-    """A mixin of `PromptedEncoderDecoder`, which defines the attributes and methods used here.
+    """Mixin for `PromptedEncoderDecoder`, which defines the attributes and methods it requires.
 
-    Our own trainer and `mpt_jax.eval` also use its converter, scoring and decoding.
+    Our own trainer and `mpt_jax.eval` also use its feature converter, scoring and decoding.
 
     Attributes:
-        expected_rows: rows of T5X's batch, set by the T5X adapter; see `loss_fn`.
+        expected_rows: the number of rows in T5X's batch, set by the T5X adapter; see `loss_fn`.
     """
 
     module: Transformer
@@ -40,8 +40,8 @@ class T5XInterface:
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
         """The function from which T5X and our own trainer build the feature converter.
 
-        It raises ValueError if the converter does not reserve the method's prompt length: prompt
-        rows would be read as padding, or text as prompt.
+        The function raises ValueError if the converter does not reserve the method's prompt
+        length, because prompt rows would be treated as padding, or text as part of the prompt.
         """
         if self.feature_converter_cls is None:
             raise ValueError(
@@ -70,7 +70,7 @@ class T5XInterface:
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
     ) -> tuple[Array, Any]:
-        """Computes T5X's training loss: the objective of one whole batch.
+        """Computes T5X's training loss: the objective over one whole batch.
 
         Gradients stop at frozen parameters, so the compiler removes their computation.
 
@@ -121,7 +121,7 @@ class T5XInterface:
     def predict_batch(
         self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
     ) -> Int[Array, "B L"]:
-        """Returns the best decoded ids of each example, 0 after the end-of-sequence id."""
+        """Returns the ids of each example's best sequence, with 0 after the end-of-sequence id."""
         return self.predict_batch_with_aux(params, batch, rng, num_decodes=num_decodes)[0]
 
     def predict_batch_with_aux(
@@ -137,15 +137,17 @@ class T5XInterface:
 
         Args:
             params: the whole parameter tree.
-            batch: the batch contract's features, unpacked; targets are not read.
-            rng: random key, for a `decode_fn` that samples.
-            decoder_params: further arguments of `decode_fn`.
-            num_decodes: number of continuations per example, for a `decode_fn` that supports it;
+            batch: the batch contract's features, unpacked; target ids are not used.
+            rng: the random key of a `decode_fn` that samples.
+            decoder_params: additional keyword arguments of `decode_fn`.
+            num_decodes: the number of sequences per example, for a `decode_fn` that supports it;
                 None uses that function's default or gin binding.
-            return_all_decodes: returns all continuations, worst first as in T5X, not only the best.
+            return_all_decodes: whether to return all sequences, worst first as in T5X, instead of
+                only the best.
 
         Returns:
-            Ids [B, L] and `{'scores': [B]}`; or [B, n, L] and [B, n].
+            Ids [B, L] and `{'scores': [B]}`. With `return_all_decodes`, the shapes are [B, n, L]
+            and [B, n].
 
         Raises:
             ValueError: the batch is packed, or `decode_fn` cannot return `num_decodes`.

@@ -12,10 +12,10 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    """Returns one plain prompt per bank row, which is all that a server needs.
+    """Returns one plain prompt per bank row; a server needs no other parameters.
 
     Raises:
-        ValueError: prompts depend on the text, or differ in length.
+        ValueError: prompts depend on the text, or have different lengths.
     """
     lengths = set(method.prompt_lengths(runs))
     if len(lengths) > 1:
@@ -28,7 +28,7 @@ def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array
 
 
 def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.ndarray]:
-    """Returns the plain prompt [P, H] of each bank row, each cut to its length.
+    """Returns the plain prompt of each bank row, each with its own length.
 
     Raises:
         ValueError: prompts depend on the text.
@@ -54,7 +54,7 @@ def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Arr
 
 
 def _without_text(method: PromptMethod, params: Params) -> Params:
-    """Returns the parameters as JAX arrays, if prompts do not depend on the text."""
+    """Returns the parameters as JAX arrays; raises ValueError if prompts depend on the text."""
     if method.reads_text:
         raise ValueError(
             f"Prompts of the method {method.name!r} depend on the text that follows them, so a "

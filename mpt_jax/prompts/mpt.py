@@ -35,12 +35,12 @@ class MPT(PromptMethod):
     Attributes:
         prompt_length: P.
         rank: R.
-        init_prompt: initial value of P*; a group uses the one of its first run.
-        init_factors: initial value of a task's factors.
-        start_from: with an initial artifact, `'average'` of its tasks' factors (the paper), the
-            name of one run, `'same'` (the run of the same name), `'same_or_average'` (the average
-            for new runs), a table of weights by run, or a choice by similarity. P* is always
-            copied.
+        init_prompt: the initializer of P*; a group starts from the value for its first run.
+        init_factors: the initializer of a task's factors.
+        start_from: the runs of the initial artifact whose factors are averaged: `'average'` (all
+            runs, as in the paper), the name of one run, `'same'` (the run of the same name),
+            `'same_or_average'` (all runs if none has the same name), a table of weights by run,
+            or a `NearestSource`. P* is always copied.
     """
 
     prompt_length: int

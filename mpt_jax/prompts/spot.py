@@ -33,8 +33,8 @@ class Embeddings(NamedTuple):
     """Task embeddings read from an artifact.
 
     Attributes:
-        path: the artifact's path, for messages.
-        runs: the artifact's rows.
+        path: the artifact's path, shown in errors.
+        runs: the artifact's runs.
         prompts: [K, P, H], the artifact's plain prompts.
     """
 
@@ -45,7 +45,8 @@ class Embeddings(NamedTuple):
     def of(self, runs: Runs) -> np.ndarray:
         """Returns the embedding [K, P, H] of each run.
 
-        It is the embedding with the run's name, otherwise the only one of the run's task.
+        That is the embedding with the run's name or, if there is none, the only embedding of the
+        run's task.
 
         Raises:
             ValueError: a run has no embedding, or its task has several.
@@ -77,15 +78,16 @@ class Embeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NearestSource:
-    """A `start_from` that chooses, for each run, among the prompts of the initial artifact.
+    """A `start_from` setting that chooses, for each run, the most similar source prompts.
 
-    It only names artifacts. `training.initialization` reads them and checks their backbone.
+    It holds only the paths of the artifacts with embeddings. `training.initialization` reads them
+    and checks that their backbone matches.
 
     Attributes:
-        source_embeddings: artifact with an embedding of every source.
-        target_embeddings: artifact with an embedding of every run, or of its task.
-        top_k: number of sources to mix.
-        similarity: `'mean_pooled'` or `'row_pairs'`.
+        source_embeddings: the artifact with an embedding of every source.
+        target_embeddings: the artifact with an embedding of every run, or of the run's task.
+        top_k: the number of sources to mix.
+        similarity: `'mean_pooled'` or `'row_pairs'`; see the module docstring.
     """
 
     source_embeddings: str
@@ -106,13 +108,14 @@ class NearestSource:
     ) -> SourceTable:
         """Returns the weights of the chosen sources for every run, and logs them.
 
-        Weights add up to one. With top_k = 1 the nearest source is chosen whatever its similarity.
+        Weights add up to one. With top_k = 1 the most similar source is chosen, even if its
+        similarity is negative.
 
         Args:
             sources: embeddings read from `source_embeddings`.
             targets: embeddings read from `target_embeddings`.
-            source_runs: the rows of the initial artifact.
-            runs: the rows to start.
+            source_runs: the runs of the initial artifact.
+            runs: the runs to choose sources for.
 
         Raises:
             ValueError: top_k exceeds the number of sources; a source or run has no embedding;

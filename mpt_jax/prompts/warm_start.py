@@ -1,11 +1,11 @@
 """Rows of a source artifact that each run starts from, and their weighted mean.
 
-Every setting is converted to a table of weights [K, S], K runs from S rows:
+Every `start_from` setting is converted to weights [K, S] of S source rows for K runs:
 
     'average'           all rows, equally weighted
     a run's name        the row of that run
     'same'              the row with the run's own name
-    'same_or_average'   the row with the run's own name; without one, all rows equally weighted
+    'same_or_average'   the row with the run's own name; if there is none, as 'average'
     a table             run -> {source run: weight}, or run -> 'average' or one source run
     NearestSource       the table computed from task embeddings (`spot`)
 
@@ -34,16 +34,16 @@ def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.n
     """Returns the weight of each row of a source artifact in the initial value of each run.
 
     Args:
-        start_from: see `StartFrom`.
-        source_runs: the S rows of the artifact.
-        runs: the K rows of the bank.
+        start_from: the setting; see the module docstring.
+        source_runs: the S runs of the artifact.
+        runs: the K runs of the bank.
 
     Returns:
-        [K, S], not negative, no row all zero; `weighted_mean` divides each row by its sum.
+        Weights [K, S], not negative and not all zero for any run. They need not add up to one.
 
     Raises:
-        ValueError: an unknown name or run; weights that are negative or all zero;
-            `'same_or_average'` if no run has a row of its name.
+        ValueError: a name or run is unknown; weights are negative or all zero; or
+            `'same_or_average'` is set and the artifact has no row with the name of a run.
     """
     if isinstance(start_from, Mapping):
         return np.stack([_table_row(start_from, source_runs, run) for run in runs.run_names])
@@ -74,7 +74,7 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of source prompts as a tuple.
 
     Raises:
-        ValueError: no names, a string instead of a list, or a repeated name.
+        ValueError: there are no names, a string instead of a list, or a repeated name.
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise ValueError(
@@ -100,17 +100,17 @@ def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
 
 
 def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[int]:
-    """Returns, for each group [G], the group of the source artifact that all its rows start from.
+    """Returns, for each of G groups, the group of the artifact that provides its shared parameters.
 
-    A group takes its shared parameters from that group.
+    That is the group of all source rows that the group's runs start from.
 
     Args:
         weights: [K, S], from `source_weights`.
-        source_runs: the S rows of the artifact.
-        runs: the K rows of the bank.
+        source_runs: the S runs of the artifact.
+        runs: the K runs of the bank.
 
     Raises:
-        ValueError: the rows that a group starts from are in several groups.
+        ValueError: a group's runs start from several groups of the artifact.
     """
     groups = []
     for group in range(runs.num_groups):

@@ -39,7 +39,7 @@ COMPOSITIONS = {
 
 
 def check_counts(method: Any) -> None:
-    """Raises for numbers out of range and for unknown names."""
+    """Raises ValueError if a number is out of range or a name is unknown."""
     if method.length < 1:
         raise ValueError(
             f"CrossPT.length must be at least 1, got {method.length}. Raise PROMPT_LENGTH."
@@ -72,7 +72,7 @@ def check_counts(method: Any) -> None:
 
 
 def check_effects(method: Any) -> None:
-    """Raises for settings that would have no effect."""
+    """Raises ValueError if a setting would have no effect."""
     kind, router = COMPOSITIONS[method.compose_by], ROUTERS[method.router]
     ineffective = {
         "share": method.share != ADD and method.compose_by != "private_sum",
@@ -96,7 +96,7 @@ def check_effects(method: Any) -> None:
 def check_private(
     method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
 ) -> None:
-    """Raises if a private prompt would start from one of another length.
+    """Raises ValueError if a private prompt would start from a prompt of another length.
 
     Args:
         method, runs: the method and runs to start.
