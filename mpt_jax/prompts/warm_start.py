@@ -43,7 +43,7 @@ def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.n
 
     Raises:
         ValueError: a name or run is unknown; weights are negative or all zero; or
-            `'same_or_average'` is set and the artifact has no row with the name of a run.
+            `'same_or_average'` is set and the artifact has none of the runs.
     """
     if isinstance(start_from, Mapping):
         return np.stack([_table_row(start_from, source_runs, run) for run in runs.run_names])
@@ -74,7 +74,7 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of source prompts as a tuple.
 
     Raises:
-        ValueError: there are no names, a string instead of a list, or a repeated name.
+        ValueError: `names` is empty, is a string instead of a list, or repeats a name.
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise ValueError(
