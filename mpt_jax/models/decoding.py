@@ -1,14 +1,14 @@
-"""Decoding with a cached decoder: greedy, sampling with temperature, beam search.
+"""Decoding with a cached decoder: greedy decoding, sampling with temperature, and beam search.
 
-Every function calls `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)`. It takes
-a cache of B rows and repeats it if it keeps n hypotheses per example, so only these functions need
-n, and a gin binding on them is enough. It returns `(tokens [B,n,L], scores [B,n])`, best first:
-tokens up to and including the end of sequence, then zeros; scores are sums of natural log
-probabilities. Shapes are static; the loop stops once every row has ended.
+Each decoding function calls `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)`,
+with n hypotheses per example. Callers pass a cache of B rows, which the function repeats n times,
+so n can be bound in gin on the decoding function only. The result is `(tokens [B,n,L], scores
+[B,n])`, best first: tokens up to and including the end-of-sequence id, then zeros; scores are sums
+of natural log probabilities. Shapes are static; the loop stops when all sequences have ended.
 
-Leaves of a cache named `cached_*` are per hypothesis, and are reordered together with the beams.
-All others (the position, the encoder's keys and values) are equal for the hypotheses of an example
-and are not reordered.
+Cache leaves named `cached_*` are stored per hypothesis and are reordered together with the beams.
+All other leaves (the position, the encoder's keys and values) are the same for all hypotheses of
+an example and are not reordered.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def greedy(
     Args:
         tokens_to_logits: one step of the decoder.
         cache: the decoder's empty cache.
-        start: the first input token of every row (0 for T5), which is not returned.
+        start: the first input token of every example (0 for T5), which is not returned.
         max_length: L, the maximum number of positions to decode.
         eos_id: the token that ends a row.
     """
@@ -91,26 +91,28 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
         tokens_to_logits: one step of the decoder, over B*n rows.
         cache: the decoder's empty cache, B rows.
         start: the first input token of every example, which is not returned.
-        rng: random key.
+        rng: the random key of the draws.
         max_length: L, the maximum number of positions to decode.
         eos_id: the token that ends a row.
-        num_decodes: samples n per example.
-        temperature: divides the logits; above 0 (use `greedy` for 0).
-        top_k: draws from the k most probable tokens; 0 means all.
-        top_p: draws from the most probable tokens that together reach this probability
-            (Holtzman et al. 2020); 1 means all.
-        cache_batch_axis: axis of the batch in the cache's leaves.
+        num_decodes: the number n of samples per example.
+        temperature: the divisor of the logits, above 0 (use `greedy` instead of 0).
+        top_k: the number of most probable tokens to draw from; 0 means all.
+        top_p: the probability that the most probable tokens to draw from must reach together
+            (Holtzman et al. 2020); 1 means all tokens.
+        cache_batch_axis: the batch axis of the cache's leaves.
 
     Raises:
         ValueError: a setting is out of range.
     """
     if temperature <= 0:
         raise ValueError(
-            f"temperature must be above 0, got {temperature}. Use greedy in place of temperature 0."
+            f"temperature must be above 0, got {temperature}. Use greedy decoding "
+            "(decode_fn = @decoding.greedy) instead of temperature 0."
         )
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"top_k must be at least 0 and top_p in (0, 1], got top_k={top_k}, top_p={top_p}."
+            f"top_k must be at least 0 and top_p must be in (0, 1], got top_k={top_k} and "
+            f"top_p={top_p}. To sample from all tokens, set top_k = 0 and top_p = 1."
         )
 
     def draw(logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -127,9 +129,10 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
 def keep_most_probable(
     logits: Float[Array, "B V"], top_k: int = 0, top_p: float = 1.0
 ) -> Float[Array, "B V"]:
-    """Sets logits outside the k largest, or outside the nucleus of mass p, to minus infinity.
+    """Keeps the k largest logits, or the nucleus of mass p, and sets others to minus infinity.
 
-    With both, the nucleus is taken of the logits that `top_k` keeps. Ties at the edge are kept.
+    With both settings, the nucleus is computed from the logits that `top_k` keeps. Logits that
+    equal the smallest one kept are also kept.
     """
     if top_k:
         edge = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -217,15 +220,17 @@ def beam_search(
         start: the first input token of every example, which is not returned.
         max_length: L, the maximum number of positions to decode.
         eos_id: the token that ends a row.
-        num_decodes: width n of the beam.
-        alpha: strength of the length penalty; 0 ranks by log probability only.
-        cache_batch_axis: axis of the batch in the cache's leaves.
+        num_decodes: the width n of the beam.
+        alpha: the strength of the length penalty; 0 ranks by log probability only.
+        cache_batch_axis: the batch axis of the cache's leaves.
 
     Raises:
-        ValueError: a negative alpha, for which stopping early would be wrong.
+        ValueError: alpha is negative, which would make early stopping incorrect.
     """
     if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}.")
+        raise ValueError(
+            f"beam_search.alpha must be at least 0, got {alpha}. Use 0 for no length penalty."
+        )
     batch, n = start.shape[0], num_decodes
     first = jnp.where(jnp.arange(n) == 0, 0.0, NOTHING)  # n equal hypotheses would stay equal
     beams = _Beams(
@@ -262,7 +267,7 @@ def beam_search(
 def _extend(
     beams: _Beams, log_probs: jax.Array, cache: Cache, eos_id: int, alpha: float, batch_axis: int
 ) -> _Beams:
-    """Extends every open hypothesis by every token and keeps the best n open and n ended."""
+    """Extends every open hypothesis by every token and keeps the n best open and n best ended."""
     batch, n, vocabulary = log_probs.shape
     scores = (beams.open_scores[:, :, None] + log_probs).reshape(batch, n * vocabulary)
     # At most n of the best 2n can end here, so at least n remain open.

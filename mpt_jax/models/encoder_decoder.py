@@ -8,7 +8,7 @@ T5X calls by name: losses, scoring and decoding. Our own trainer instead calls `
     prompt                               the method's parameters
     teacher                              frozen prompts [K, P, H] to distill from, if any
 
-and one ordered table of labels says which of them are trainable.
+An ordered table of labels determines which parameters are trainable.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class PromptedEncoderDecoder(T5XInterface):
         input_vocabulary: SeqIO vocabulary of `encoder_input_tokens`.
         output_vocabulary: SeqIO vocabulary of the targets. Its `eos_id` ends decoding.
         objective: the loss; token cross entropy by default.
-        labels: rules that precede the method's rules and the rule that freezes the backbone.
-        feature_converter_cls: turns SeqIO examples into the batch contract; bound by gin.
+        labels: label rules that take precedence over the method's rules and over the rule that
+            freezes the backbone.
+        feature_converter_cls: the class that turns SeqIO examples into the features of the batch
+            contract; bound in gin.
         decode_fn: a decoding function of `mpt_jax.models.decoding`.
     """
 
@@ -80,13 +82,15 @@ class PromptedEncoderDecoder(T5XInterface):
         if self.has_teacher and not prompt.prompt_length:
             raise ValueError(
                 f"Objective.distillation is set, but the method {prompt.name!r} has no prompt to "
-                "train with it. Leave distillation unset, or choose a prompt method."
+                "train. Leave Objective.distillation unset, or choose a method with a prompt "
+                "(gin/methods)."
             )
         if self.has_teacher and prompt.has_variable_lengths(runs):
             raise ValueError(
-                f"Objective.distillation is set, but prompts have {prompt.prompt_lengths(runs)} "
-                f"positions and teachers have {prompt.prompt_length}. Give all runs the same "
-                "private_length, or leave distillation unset."
+                f"Distillation needs prompts as long as the teachers' ({prompt.prompt_length} "
+                f"positions), but those of {', '.join(runs.run_names)} have "
+                f"{prompt.prompt_lengths(runs)} positions. Set PRIVATE_LENGTH to one number, or "
+                "leave Objective.distillation unset."
             )
         self.labels = (
             *labels,
@@ -113,7 +117,7 @@ class PromptedEncoderDecoder(T5XInterface):
         return self.prompt.init(key, self.runs, InitContext(embedding, self.input_vocabulary))
 
     def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns random backbone parameters and their logical axes, as T5X's trees."""
+        """Returns random backbone parameters and their logical axes, in T5X's format."""
         tokens = jnp.ones((1, 2), jnp.int32)
         variables = flax.core.unfreeze(
             self.module.init(key, tokens, jnp.ones((1, 2), bool), tokens)
@@ -128,8 +132,9 @@ class PromptedEncoderDecoder(T5XInterface):
     ) -> Params:
         """Returns the whole parameter tree, randomly initialized, and its logical axes.
 
-        They give shapes, and values for training from scratch. Parameters do not depend on the
-        batch, so the two input arguments, which T5X passes, are ignored.
+        The values are used only for training from scratch; otherwise only their shapes are.
+        Parameters do not depend on the batch, so `input_shapes` and `input_types`, which T5X
+        passes, are ignored.
         """
         backbone_key, prompt_key = jax.random.split(rng)
         params, axes = self.init_backbone(backbone_key)
@@ -165,13 +170,14 @@ class PromptedEncoderDecoder(T5XInterface):
         teacher: bool = False,
         hidden: bool = False,
     ) -> losses.ModelOutputs:
-        """Returns teacher-forced logits and, on request, the hidden states to compare.
+        """Returns teacher-forced logits and, on request, hidden states for distillation.
 
         Args:
             params: the whole parameter tree.
             batch: the batch contract's features.
-            dropout_rng: None switches dropout off.
-            prompt_rng: random key of prompts that are composed at random; default `dropout_rng`.
+            dropout_rng: the random key of dropout; None turns dropout off.
+            prompt_rng: the random key of methods that compose prompts with random draws; defaults
+                to `dropout_rng`.
             teacher: whether to use the teachers' prompts in place of the student's.
             hidden: whether to return hidden states.
         """
@@ -236,8 +242,9 @@ class PromptedEncoderDecoder(T5XInterface):
             return tuple(hidden[int(layer)] for layer in layers)
         except IndexError:
             raise ValueError(
-                f"hidden_layers {layers} reach outside the {len(hidden)} states of a stack "
-                f"(embeddings, each layer, output). Use indices from 0 to {len(hidden) - 1}."
+                f"Distillation.hidden_layers is {layers}, but the encoder or decoder has only "
+                f"{len(hidden)} hidden states (embeddings, layer 1, ..., output). Use indices from "
+                f"0 to {len(hidden) - 1}."
             ) from None
 
     # --- Loss ------------------------------------------------------------------------------------
@@ -285,7 +292,7 @@ class PromptedEncoderDecoder(T5XInterface):
 
     @property
     def states_compared(self) -> tuple[int, int]:
-        """Number of encoder and decoder states that the hidden term compares."""
+        """Numbers of encoder and decoder hidden states that distillation compares."""
         config, distillation = self.module.config, self.objective.distillation
         if distillation is None or distillation.hidden_layers == "all":
             return config.num_encoder_layers + 1, config.num_decoder_layers + 1
@@ -298,5 +305,5 @@ def _axes(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:
 
 
 def _fold(rngs: Mapping[str, Key], index: int) -> dict[str, Key]:
-    """Returns dropout keys that differ by `index`, for the encoder and the decoder."""
+    """Folds `index` into the keys, so that encoder and decoder draw different dropout masks."""
     return {name: jax.random.fold_in(key, index) for name, key in rngs.items()}

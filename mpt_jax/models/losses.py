@@ -2,9 +2,19 @@
 
 Sums and normalizers are accumulated separately over microbatches and hosts and divided once, so
 means are never averaged. Normalizers depend only on the batch, never on parameters: `normalizers`
-computes them without a forward pass. The total is
+computes them without a forward pass. The total over groups g is
 
-    sum over groups g of  CE_g + z_g + lambda (KL_g + hidden_g)        MPT paper, equation (5)
+    sum_g  CE_g + c z_g + lambda (s KL_g + encoder_g + decoder_g + prompt_g)
+
+    CE_g        `cross_entropy`     cross entropy of the targets
+    z_g         `z_loss`            squared log-partition
+    KL_g        `kl`                KL(teacher || student) of the output distributions
+    encoder_g   `hidden_encoder`    squared distance of encoder hidden states
+    decoder_g   `hidden_decoder`    squared distance of decoder hidden states
+    prompt_g    `prompt_distance`   squared distance of prompts
+
+with c = Objective.z_loss, lambda = Distillation.weight, and s = temperature^2 if t2_scale, else 1.
+Terms that are off are omitted. Equation (5) of the MPT paper has CE, KL and the hidden-state terms.
 
 Groups share no parameters, so summing over groups changes no group's gradient.
 """
@@ -58,14 +68,14 @@ class MixtureWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelOutputs:
-    """Outputs of a forward pass that the losses read.
+    """Outputs of a forward pass that the losses use.
 
     Attributes:
         logits: [B, L, V] float32; empty for teachers if no term reads their logits.
         encoder_hidden: selected encoder states, each [B, T, H]; empty unless they are distilled.
-        decoder_hidden: selected decoder states, each [B, L, H].
-        prompts: the composed prompts [B, P, H]; in a packed batch the prompt row at each position
-            [B, T, H], arbitrary at other positions.
+        decoder_hidden: selected decoder states, each [B, L, H]; empty unless they are distilled.
+        prompts: the composed prompts [B, P, H]; in a packed batch, the prompt row at each slot
+            [B, T, H], with arbitrary values at positions that are not slots.
         mixed: mixture weights, for a method that mixes candidates.
     """
 
@@ -77,13 +87,13 @@ class ModelOutputs:
 
 
 def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[str, Array]:
-    """Returns the teacher outputs that the logits and hidden terms read, as batch features.
+    """Returns the teacher outputs that the KL and hidden-state terms use, as batch features.
 
     Returns:
-        `teacher_logits` [B, L, V], minus the maximum at each position: the softmax is the same, and
-        likely tokens lose little precision in a shorter dtype. `teacher_encoded` [B, T, states, H]
-        and `teacher_decoded` [B, L, states, H], the selected states of each stack. A term that is
-        off has no features.
+        `teacher_logits` [B, L, V], minus the maximum at each position: the softmax is the same,
+        and the logits of likely tokens lose little precision in a narrower dtype.
+        `teacher_encoded` [B, T, states, H] and `teacher_decoded` [B, L, states, H], the selected
+        states of each stack. Terms that are off have no features.
     """
     features: dict[str, Array] = {}
     if distillation.logits:
@@ -95,7 +105,7 @@ def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[
 
 
 def teacher_outputs_from_batch(batch: Batch) -> ModelOutputs | None:
-    """Returns the teacher outputs that a batch holds as `teacher_features`, or None without any."""
+    """Returns the teacher outputs in a batch (`teacher_features`), or None if there are none."""
     if not TEACHER_FEATURES.keys() & batch.keys():
         return None
     states = lambda x: () if x is None else tuple(x[:, :, i] for i in range(x.shape[2]))  # noqa: E731
@@ -137,7 +147,7 @@ def token_losses(
 def kl_divergence(
     teacher_logits: Float[Array, "B L V"], student_logits: Float[Array, "B L V"], temperature: float
 ) -> Float[Array, "B L"]:
-    """Returns KL(teacher || student) at each position over the vocabulary, in nats, float32."""
+    """Returns KL(teacher || student) over the vocabulary at each position, in nats, float32."""
     teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
     student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
@@ -164,8 +174,8 @@ def term_sums(
         return sums
     if teacher is None:
         raise ValueError(
-            "The objective has distillation, but no teacher outputs were passed. Pass `teacher`, "
-            "or leave Objective.distillation unset."
+            "Objective.distillation is set, but no teacher outputs were passed. Pass them as "
+            "`teacher`, or leave Objective.distillation unset."
         )
     teacher = _stop_gradients(teacher)
     if distillation.logits:
@@ -194,23 +204,23 @@ def normalizers(
     """Returns the normalizer [G] of every term, which depends only on the batch.
 
     Args:
-        objective: defines the terms.
+        objective: the objective that defines the terms.
         batch: the batch contract's features.
         groups: the group of every position.
-        width: H.
-        num_layers: number of encoder and decoder states that the hidden term compares.
+        width: H, the model width.
+        num_layers: the numbers of encoder and decoder states that the hidden-state terms compare.
     """
     tokens = batch["decoder_loss_weights"].astype(jnp.float32)
     slots = batch["encoder_prompt_slots"]
     num_tokens = group_sum(tokens, groups.decoder, groups.num_groups)
     examples = group_sum((slots == 1).astype(jnp.float32), groups.encoder, groups.num_groups)
-    denominators: Sums = {}
+    by_term: Sums = {}
     for term in objective.coefficients():
         if term == "hidden_encoder" or term == "hidden_decoder":
             assert objective.distillation is not None
             encoder = term == "hidden_encoder"
             if objective.distillation.reduce == "sum":
-                denominators[term] = examples * num_layers[0 if encoder else 1]
+                by_term[term] = examples * num_layers[0 if encoder else 1]
                 continue
             count = num_tokens
             if encoder:
@@ -218,29 +228,36 @@ def normalizers(
                     batch, objective.distillation.include_prompt_positions
                 )
                 count = group_sum(positions, groups.encoder, groups.num_groups)
-            denominators[term] = count * width * num_layers[0 if encoder else 1]
+            by_term[term] = count * width * num_layers[0 if encoder else 1]
         elif term == "prompt_distance":
             assert objective.distillation is not None
             if objective.distillation.reduce == "sum":
-                denominators[term] = examples
+                by_term[term] = examples
                 continue
             positions = (slots > 0).astype(jnp.float32)
             slots_of_group = group_sum(positions, groups.encoder, groups.num_groups)
-            denominators[term] = slots_of_group * width
+            by_term[term] = slots_of_group * width
         else:
-            denominators[term] = num_tokens
-    return denominators
+            by_term[term] = num_tokens
+    return by_term
 
 
-def total_loss(objective: Objective, sums: Sums, weights: Sums) -> tuple[Array, Sums]:
+def total_loss(objective: Objective, sums: Sums, normalizers: Sums) -> tuple[Array, Sums]:
     """Returns the total loss: the sum of each term's mean times its coefficient.
+
+    Args:
+        objective: the objective that defines the terms and their coefficients.
+        sums: the sum [G] of every term, from `term_sums`.
+        normalizers: the normalizer [G] of every term, from `normalizers`.
 
     Returns:
         The total over terms and groups, and each term's mean [G] without its coefficient. A group
         without examples in the batch contributes zero.
     """
     means = {
-        name: jnp.where(weights[name] > 0, sums[name] / jnp.maximum(weights[name], 1e-30), 0.0)
+        name: jnp.where(
+            normalizers[name] > 0, sums[name] / jnp.maximum(normalizers[name], 1e-30), 0.0
+        )
         for name in sums
     }
     coefficients: Mapping[str, float] = objective.coefficients()
@@ -253,7 +270,7 @@ def _stop_gradients(outputs: ModelOutputs) -> ModelOutputs:
 
 
 def _squared_distance(first: tuple[Array, ...], second: tuple[Array, ...]) -> Array:
-    """Returns the squared distance over features, added over layers: [B, T]."""
+    """Returns the squared distance at each position, summed over features and layers."""
     return sum(
         jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).sum(-1)
         for a, b in zip(first, second, strict=True)

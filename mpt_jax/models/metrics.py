@@ -1,7 +1,7 @@
 """Mergeable step metrics: named (sum, weight) pairs with one entry per bank row or per group.
 
-A step returns arrays. They are added over microbatches and steps, and divided when they are
-written. Under T5X the same pairs are returned as clu metrics.
+A step returns the pairs as arrays. They are added over microbatches and steps, and `sum / weight`
+is computed when metrics are written. Under T5X the same pairs are returned as clu metrics.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mpt_jax.models import losses
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A mean before division: `sum / weight`, elementwise over rows [K] or groups [G].
+    """A numerator and denominator of means, `sum / weight`, by bank row [K] or group [G].
 
-    Its fields are JAX or NumPy arrays, or tracers.
+    Fields are JAX or NumPy arrays, or tracers.
     """
 
     sum: Any
@@ -69,12 +69,13 @@ def mixture_metrics(
 ) -> StepMetrics:
     """Returns the mean weight of each candidate in the prompts of each bank row.
 
-    The names are `attention/<candidate>`, and `attention_entropy` for the weights' entropy in nats.
+    Metric names are `attention/<candidate>`, and `attention_entropy` for the weights' entropy in
+    nats.
 
     Args:
-        mixed: mixture weights of a batch.
-        names: names of the J candidates.
-        num_rows: K.
+        mixed: the mixture weights of a batch.
+        names: the names of the J candidates.
+        num_rows: K, the number of bank rows.
     """
     present = mixed.present.astype(jnp.float32)
     by_row = lambda x: losses.group_sum(x * present, mixed.task_ids, num_rows)  # noqa: E731
@@ -89,7 +90,7 @@ def mixture_metrics(
 
 
 def batch_metrics(batch: Batch) -> StepMetrics:
-    """Returns the padding shares of encoder and target positions, and the examples per row."""
+    """Returns the fractions of encoder and decoder padding, and the examples per batch row."""
     encoder = encoder_positions(batch, include_prompt=True)
     decoder = (batch["decoder_loss_weights"] > 0).astype(jnp.float32)
     # `decoder_input_tokens` is 0 at the first target of an example.
@@ -102,9 +103,9 @@ def batch_metrics(batch: Batch) -> StepMetrics:
     }
 
 
-def term_metrics(sums: losses.Sums, weights: losses.Sums) -> StepMetrics:
-    """Returns each loss term by group, under `term/`."""
-    return {f"term/{name}": Metric(sums[name], weights[name]) for name in sums}
+def term_metrics(sums: losses.Sums, normalizers: losses.Sums) -> StepMetrics:
+    """Returns the value of each loss term by group, named `term/<name>`."""
+    return {f"term/{name}": Metric(sums[name], normalizers[name]) for name in sums}
 
 
 def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
@@ -113,7 +114,7 @@ def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
 
 
 def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> StepMetrics:
-    """Sets the sums and weights of groups that are not kept to zero."""
+    """Zeroes the metrics of all groups and runs except those of the groups in `kept`."""
     rows = kept[np.asarray(runs.group_of_row)]
 
     def keep(name: str, metric: Metric) -> Metric:
@@ -126,11 +127,11 @@ def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> St
 
 
 def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
-    """Returns the values to write: the overall mean, and one entry per run or group.
+    """Returns the values to write: each metric's overall mean, and its mean per run or group.
 
     `loss` and `token_accuracy` have an entry per run, `loss/<run>`. Loss terms and gradient norms
-    have one per group if there are several. Metrics of a whole batch have only the mean. Entries
-    without weight are left out.
+    have one per group if there are several. Metrics of a whole batch have only the overall mean.
+    Entries whose weight is zero are omitted.
     """
     means: dict[str, float] = {}
     for name, metric in metrics.items():
@@ -146,7 +147,7 @@ def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
 
 
 def to_clu(metrics: StepMetrics, runs: Runs) -> dict[str, clu_metrics.Metric]:
-    """Returns the same entries as clu metrics, which merge across steps and hosts."""
+    """Returns the metrics as clu metrics, which can be merged across steps and hosts."""
     averages: dict[str, clu_metrics.Metric] = {}
     for name, metric in metrics.items():
         averages[name] = _average(metric.sum.sum(), metric.weight.sum())
@@ -169,7 +170,7 @@ def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
 
 
 def _group_labels(runs: Runs) -> tuple[str, ...]:
-    """Returns a label of each group, its only run or `group_<number>`, in linear time."""
+    """Returns each group's label: the name of its only run, or `group_<number>`."""
     first: dict[int, str] = {}
     for name, group in zip(runs.run_names, runs.group_of_row, strict=True):
         first.setdefault(group, name)

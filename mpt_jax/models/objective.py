@@ -10,17 +10,18 @@ from collections.abc import Sequence
 class Distillation:
     """Distillation of the student from its teachers (MPT paper, section 3.2).
 
-    The paper does not state temperature, layers and reduction, so they are fields.
+    The paper does not state the temperature, the layers or the reduction, so they are settings.
 
     Attributes:
-        weight: lambda.
+        weight: lambda, the coefficient of all distillation terms.
         logits: whether to use KL(teacher || student) of the output distributions.
-        hidden: whether to use the squared distance of encoder and decoder hidden states.
-        prompt_distance: whether to use the squared distance of the prompts, as in the paper's
-            ablation; intended for use with `logits` and `hidden` off.
-        temperature: divides both logits; for `logits`.
-        t2_scale: multiplies the KL by temperature squared (Hinton et al. 2015); for `logits`, and
-            not in the paper.
+        hidden: whether to use the squared distance between encoder and decoder hidden states of
+            teacher and student.
+        prompt_distance: whether to use the squared distance between the prompts of teacher and
+            student, as in the paper's ablation; intended for use with `logits` and `hidden` off.
+        temperature: the divisor of the logits of teacher and student; for `logits`.
+        t2_scale: whether to multiply the KL by temperature squared (Hinton et al. 2015); for
+            `logits`. The paper does not do this.
         hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
             into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
         include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
@@ -43,18 +44,21 @@ class Distillation:
 
     def __post_init__(self):
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+            raise ValueError(
+                f"Distillation.temperature must be positive, got {self.temperature}. Use 1 to "
+                "leave the logits unscaled."
+            )
         if self.reduce not in ("mean", "sum"):
-            raise ValueError(f"reduce must be 'mean' or 'sum', got {self.reduce!r}.")
+            raise ValueError(f"Distillation.reduce must be 'mean' or 'sum', got {self.reduce!r}.")
         if isinstance(self.hidden_layers, str) and self.hidden_layers not in ("last", "all"):
             raise ValueError(
-                f"hidden_layers must be 'last', 'all' or a list of indices, got "
+                f"Distillation.hidden_layers must be 'last', 'all' or a list of indices, got "
                 f"{self.hidden_layers!r}."
             )
         if not (self.logits or self.hidden or self.prompt_distance):
             raise ValueError(
-                "Distillation with logits, hidden and prompt_distance all off does nothing. Leave "
-                "Objective.distillation unset instead."
+                "Distillation does nothing if logits, hidden and prompt_distance are all False. "
+                "Set one of them to True, or leave Objective.distillation unset."
             )
         self._refuse_ineffective(("temperature", "t2_scale"), "logits")
         self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
@@ -70,7 +74,7 @@ class Distillation:
                 raise ValueError(
                     f"Distillation.{field.name}={value!r} would have no effect with "
                     f"{' and '.join(f'{term}=False' for term in terms)}. Leave it at "
-                    f"{field.default!r}, or switch {' or '.join(terms)} on."
+                    f"{field.default!r}, or set {' or '.join(f'{term}=True' for term in terms)}."
                 )
 
 
@@ -79,9 +83,10 @@ class Objective:
     """The loss to minimize.
 
     Attributes:
-        label_smoothing: mass moved from the target to the other ids, in [0, 1).
-        z_loss: coefficient of the squared log-partition (T5 pretraining: 1e-4).
-        distillation: None trains on the targets only; otherwise the model holds teachers.
+        label_smoothing: the probability moved from the target id to all other ids, in [0, 1).
+        z_loss: the coefficient of the squared log-partition (T5 pretraining: 1e-4).
+        distillation: the settings of distillation; None trains on the targets only. With
+            distillation, the model also holds the teachers' prompts.
     """
 
     label_smoothing: float = 0.0
@@ -90,10 +95,13 @@ class Objective:
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+            raise ValueError(
+                f"Objective.label_smoothing must be in [0, 1), got {self.label_smoothing}. Use 0 "
+                "for no smoothing."
+            )
 
     def coefficients(self) -> dict[str, float]:
-        """Returns the coefficient of each term in the total."""
+        """Returns the coefficient of each term that is on in the total loss."""
         coefficients = {"cross_entropy": 1.0}
         if self.z_loss:
             coefficients["z_loss"] = self.z_loss

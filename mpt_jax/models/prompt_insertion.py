@@ -1,8 +1,8 @@
 """Insertion of prompts: one prompt is composed per example and written into its slots.
 
 In an unpacked batch a row is one example, and its prompt precedes the text. In a packed batch a row
-holds several examples, and each position gathers the prompt row of its own example. Both compose
-one prompt per example, so a method need not distinguish them.
+holds several examples, and each position gathers the prompt row of its own example. In both cases
+one prompt is composed per example, so prompt methods need not distinguish them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PromptedEmbeddings(NamedTuple):
 
     Attributes:
         embeddings: [B, T, H] token embeddings, with prompts at their slots.
-        prompts: see `losses.ModelOutputs`; None without a prompt.
+        prompts: see `losses.ModelOutputs`; None if the method has no prompt.
         mixed: mixture weights, for a method with candidates.
     """
 
@@ -37,7 +37,8 @@ class ExampleIndex(NamedTuple):
     """The examples in the rows of a batch, up to E per row.
 
     Attributes:
-        number: [B, T] example number of each position, from 0; E at a packed row's padding.
+        number: [B, T] number of each position's example within its row, from 0; E at the padding
+            of a packed row.
         task_ids: [B, E] bank row of each example.
     """
 
@@ -46,11 +47,11 @@ class ExampleIndex(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, shortest: int) -> ExampleIndex:
-        """Returns the examples of a batch.
+        """Returns the index of a batch's examples.
 
         Args:
             batch: the batch contract's features.
-            shortest: length of the shortest prompt.
+            shortest: the length of the shortest prompt, which limits the examples per packed row.
         """
         task_ids = batch["encoder_task_ids"]
         if "encoder_segment_ids" not in batch:
@@ -76,7 +77,7 @@ def insert_prompts(
 
     Args:
         method: the prompt method.
-        params: its parameters.
+        params: the method's parameters.
         runs: the bank's rows.
         batch: the batch contract's features.
         embedded: embeddings of the batch's tokens.
@@ -111,7 +112,7 @@ def insert_prompts(
 def rows_at(
     prompts: Float[Array, "B E P H"], number: Int[Array, "B T"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B T H"]:
-    """Returns row `slots - 1` of each position's prompt; arbitrary values outside of slots."""
+    """Returns, for each slot, row `slots - 1` of its example's prompt; arbitrary elsewhere."""
     rows, count, length, width = prompts.shape
     index = jnp.minimum(number, count - 1) * length + jnp.maximum(slots - 1, 0)
     flat = prompts.reshape(rows, count * length, width)
@@ -124,13 +125,13 @@ def max_pool_text(
     number: Int[Array, "B T"],
     count: int,
 ) -> Float[Array, "B E H"]:
-    """Returns the maximum of each feature over each example's text, float32; 0 without text.
+    """Returns the maximum of each feature over an example's text, in float32; 0 if it has none.
 
     Args:
         embedded: token embeddings.
         is_text: whether a position holds a text token, not a prompt row or padding.
-        number: example number of each position.
-        count: E.
+        number: see `ExampleIndex`.
+        count: E, the maximum number of examples per row.
     """
     values = jnp.where(is_text[..., None], embedded.astype(jnp.float32), -jnp.inf)
     if count == 1:
@@ -157,7 +158,8 @@ def place(prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]) -> Fl
     if embedded.shape[1] < length:
         raise ValueError(
             f"A prompt of {length} positions does not fit a row of {embedded.shape[1]} positions. "
-            "The feature converter must reserve prompt_length positions before the text."
+            f"Set PromptFeatureConverter.prompt_length to {length}, so that every row reserves "
+            "positions for the prompt before the text."
         )
     if length == 0:
         return embedded

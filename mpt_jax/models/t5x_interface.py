@@ -19,12 +19,12 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 class T5XInterface:
-    """A mixin of `PromptedEncoderDecoder`, which defines the attributes and methods used here.
+    """Mixin for `PromptedEncoderDecoder`, which defines the attributes and methods it requires.
 
-    Our own trainer and `mpt_jax.eval` also use its converter, scoring and decoding.
+    Our own trainer and `mpt_jax.eval` also use its feature converter, scoring and decoding.
 
     Attributes:
-        expected_rows: rows of T5X's batch, set by the T5X adapter; see `loss_fn`.
+        expected_rows: the number of rows in T5X's batch, set by the T5X adapter; see `loss_fn`.
     """
 
     module: Transformer
@@ -40,8 +40,8 @@ class T5XInterface:
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
         """The function from which T5X and our own trainer build the feature converter.
 
-        It raises ValueError if the converter does not reserve the method's prompt length: prompt
-        rows would be read as padding, or text as prompt.
+        The function raises ValueError if the converter does not reserve the method's prompt
+        length, because prompt rows would be treated as padding, or text as part of the prompt.
         """
         if self.feature_converter_cls is None:
             raise ValueError(
@@ -59,8 +59,9 @@ class T5XInterface:
         if reserved is not None and reserved != length:
             raise ValueError(
                 f"The feature converter reserves {reserved} positions for a prompt, but the "
-                f"method {self.prompt.name!r} has prompts of {length}. Bind both to one macro "
-                "(PROMPT_LENGTH)."
+                f"method {self.prompt.name!r} has prompts of {length}. Set "
+                f"PromptFeatureConverter.prompt_length to {length}; the files of gin/methods bind "
+                "it to the method's length."
             )
         return converter
 
@@ -69,7 +70,7 @@ class T5XInterface:
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
     ) -> tuple[Array, Any]:
-        """Computes T5X's training loss: the objective of one whole batch.
+        """Computes T5X's training loss: the objective over one whole batch.
 
         Gradients stop at frozen parameters, so the compiler removes their computation.
 
@@ -109,10 +110,10 @@ class T5XInterface:
         """Returns the log probability of each example's target, summed over tokens, in nats."""
         if return_intermediates:
             raise ValueError(
-                "score_batch has no intermediates to return. Leave return_intermediates at False."
+                "score_batch cannot return intermediates. Set return_intermediates to False."
             )
         if "encoder_segment_ids" in batch:
-            raise ValueError("Packed batches cannot be scored. Set pack = False for scoring.")
+            raise ValueError("Packed batches cannot be scored. Set DatasetConfig.pack = False.")
         logits = self.forward(params, batch).logits
         cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
         return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
@@ -120,7 +121,7 @@ class T5XInterface:
     def predict_batch(
         self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
     ) -> Int[Array, "B L"]:
-        """Returns the best decoded ids of each example, 0 after the end-of-sequence id."""
+        """Returns the ids of each example's best sequence, with 0 after the end-of-sequence id."""
         return self.predict_batch_with_aux(params, batch, rng, num_decodes=num_decodes)[0]
 
     def predict_batch_with_aux(
@@ -136,29 +137,33 @@ class T5XInterface:
 
         Args:
             params: the whole parameter tree.
-            batch: the batch contract's features, unpacked; targets are not read.
-            rng: random key, for a `decode_fn` that samples.
-            decoder_params: further arguments of `decode_fn`.
-            num_decodes: number of continuations per example, for a `decode_fn` that supports it;
+            batch: the batch contract's features, unpacked; target ids are not used.
+            rng: the random key of a `decode_fn` that samples.
+            decoder_params: additional keyword arguments of `decode_fn`.
+            num_decodes: the number of sequences per example, for a `decode_fn` that supports it;
                 None uses that function's default or gin binding.
-            return_all_decodes: returns all continuations, worst first as in T5X, not only the best.
+            return_all_decodes: whether to return all sequences, worst first as in T5X, instead of
+                only the best.
 
         Returns:
-            Ids [B, L] and `{'scores': [B]}`; or [B, n, L] and [B, n].
+            Ids [B, L] and `{'scores': [B]}`. With `return_all_decodes`, the shapes are [B, n, L]
+            and [B, n].
 
         Raises:
             ValueError: the batch is packed, or `decode_fn` cannot return `num_decodes`.
         """
         if "encoder_segment_ids" in batch:
-            raise ValueError("Packed batches cannot be decoded. Set pack = False for inference.")
+            raise ValueError("Packed batches cannot be decoded. Set DatasetConfig.pack = False.")
         parameters = inspect.signature(self.decode_fn).parameters
         extra: dict[str, Any] = dict(decoder_params or {})
         if num_decodes is not None and "num_decodes" in parameters:
             extra.setdefault("num_decodes", num_decodes)
         elif num_decodes not in (None, 1):
+            name = getattr(self.decode_fn, "__name__", self.decode_fn)
             raise ValueError(
-                f"num_decodes={num_decodes}, but {self.decode_fn} returns only one. Bind a "
-                "decode_fn that takes num_decodes."
+                f"num_decodes={num_decodes}, but the decoding function {name} returns one sequence "
+                "per example. Leave num_decodes unset, or bind decode_fn to "
+                "decoding.temperature_sample or decoding.beam_search."
             )
         if "rng" in parameters:
             extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng

@@ -47,16 +47,16 @@ class ATTEMPT(PromptMethod):
 
     Attributes:
         prompt_length: P.
-        sources: names of the S source prompts, which are rows of the initial artifact.
+        sources: the names of the S source prompts, which are runs of the initial artifact.
         attention: `'sub'` (the paper's), `'linear'`, `'dot'`, `'token'` or `'constant'`.
         width: bottleneck width of the attention; 100 in the paper.
         temperature: T. The paper's scripts use 2087 for T5-base (H times e); the code's default
             is 2000.
         attend_target: whether a task's own prompt is one of its candidates.
-        init_prompt: initial value of each row's own prompt.
-        start_from: with an initial artifact, the source prompt that each row's own prompt starts
-            from: `'first'` of `sources` (the paper), a name, a table of weights or a choice by
-            similarity. With an ATTEMPT artifact: `'same'`, `'average'` and so on, as for MPT.
+        init_prompt: the initializer of each task's own prompt.
+        start_from: the source prompt that each task's own prompt starts from: `'first'` (the first
+            of `sources`, as in the paper), a name, a table of weights or a `NearestSource`. With
+            an ATTEMPT artifact, the runs to start from, as for `MPT`.
 
     Raises:
         ValueError: no sources, a repeated source, or settings that `TextAttention` rejects.
@@ -123,7 +123,7 @@ class ATTEMPT(PromptMethod):
         return own + mixed
 
     def mixture(self, params, runs, task_ids, given=NO_CONTEXT):
-        """Returns the candidates' weights; attention by row is averaged over the rows."""
+        """Returns the candidates' weights, averaged over prompt rows if these differ."""
         return self._weights(params, runs, task_ids, given).mean(-1)
 
     def _weights(self, params, runs, task_ids, given):
@@ -141,7 +141,7 @@ class ATTEMPT(PromptMethod):
             yield gather_rows(params["target"], task_ids)[..., None, :, :]
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts from any method's prompts, which become the sources, or an ATTEMPT artifact."""
+        """Starts from an ATTEMPT artifact, or from any plain prompts, which become the sources."""
         if source_method.name == self.name:
             return self._transfer_own(source, source_method, source_runs, runs)
         prompts = materialize(source_method, source, source_runs)
@@ -153,13 +153,14 @@ class ATTEMPT(PromptMethod):
     def _transfer_own(self, source, source_method, source_runs, runs):
         if source_method.config() != self.config():
             raise ValueError(
-                f"The artifact's ATTEMPT settings are {source_method.config()}, but this run has "
-                f"{self.config()}. Bind the artifact's settings."
+                f"The initial artifact's ATTEMPT settings are {source_method.config()}, but this "
+                f"run has {self.config()}. Give this run the settings of the artifact."
             )
         if self.start_from == FIRST:
             raise ValueError(
-                "start_from = 'first' selects a source prompt, but this artifact holds ATTEMPT "
-                "tasks. Set START_FROM to 'same', 'average' or the name of one of its runs."
+                "START_FROM = 'first' selects a source prompt, but with an ATTEMPT artifact runs "
+                "start from the artifact's runs. Set START_FROM to 'same', 'average' or one of "
+                f"{', '.join(source_runs.run_names)}."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))

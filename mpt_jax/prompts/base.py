@@ -47,10 +47,10 @@ class InitContext:
 
 
 class PromptContext(NamedTuple):
-    """What a prompt is composed from, besides its task and the parameters.
+    """Inputs of `PromptMethod.compose` besides the parameters and the bank rows.
 
     Attributes:
-        pooled: [..., H] maximum of each feature over the embeddings of the input's tokens, without
+        pooled: [..., H] maximum of each feature over the token embeddings of the input, without
             padding and prompt; for methods with `reads_text`.
         key: random key of the training step, for methods with `is_random`; None composes the
             prompt used for evaluation and serving.
@@ -65,20 +65,25 @@ NO_CONTEXT = PromptContext()
 
 @runtime_checkable
 class PromptMethod(Protocol):
-    """A prompt method. The object holds the configuration; parameters are a tree of float32.
+    """A prompt method. The object holds its configuration; parameters are passed to its methods.
+
+    Parameters are a tree of float32 arrays.
 
     Attributes:
         name: the name in the registry and in artifacts.
-        prompt_length: P, in positions; the longest if prompts differ in length.
+        prompt_length: P, in positions; the length of the longest prompt if lengths differ.
         labels: (path below `prompt/`, label) rules that cover every parameter of the method.
-        axes: parameter name -> logical axis names. They determine the sharding. The first axis
-            says what the rows are: `'groups'` or `'tasks'`; other names mean no such rows.
+        axes: the logical axis names of each parameter, which determine its sharding. A parameter
+            has one entry per group if its first axis is `'groups'`, and one per bank row if it is
+            `'tasks'`.
         reads_text: whether a prompt depends on the text that follows it.
-        is_random: whether training composes prompts at random.
+        is_random: whether prompts are composed with random draws in training.
         needs_artifact: whether training requires an initial artifact.
-        depends_on_run_names: whether prompts depend on run names, not only on rows and groups.
-        schedule_steps: length of the method's schedule in training steps; 0 without a schedule.
-        candidates: names of the J prompts that each prompt is mixed from; empty without mixing.
+        depends_on_run_names: whether prompts depend on run names, not only on bank rows and
+            groups.
+        schedule_steps: the length of the method's schedule in training steps; 0 if it has none.
+        candidates: the names of the J prompts that each prompt is mixed from; empty if the method
+            does not mix prompts.
     """
 
     name: str
@@ -93,7 +98,7 @@ class PromptMethod(Protocol):
     candidates: tuple[str, ...] = ()
 
     def init(self, key: Key, runs: Runs, context: InitContext) -> dict[str, Array]:
-        """Returns initial parameters; a run's depend on the key and its name, not on its row."""
+        """Returns initial parameters, which depend on the key and run names, not on bank rows."""
         ...
 
     def compose(
@@ -114,9 +119,15 @@ class PromptMethod(Protocol):
         runs: Runs,
         initial: Callable[[], dict[str, Array]] = dict,
     ) -> dict[str, Array]:
-        """Returns parameters for `runs`, started from a trained artifact of `source_runs`.
+        """Returns parameters for new runs that start from a trained artifact.
 
-        `initial` returns those of `init`, for parameters that an artifact cannot provide.
+        Args:
+            source: the artifact's parameters.
+            source_method: the artifact's prompt method.
+            source_runs: the artifact's runs.
+            runs: the new runs.
+            initial: returns the parameters of `init`, from which those that the artifact cannot
+                provide are taken.
         """
         ...
 
@@ -127,9 +138,9 @@ class PromptMethod(Protocol):
     # --- Defaults that few methods override ------------------------------------------------------
 
     def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
-        """Returns the length [K] of each row's prompt, at most P.
+        """Returns the prompt length of each bank row, K numbers of at most P.
 
-        Rows of `compose` beyond that length are not read.
+        `compose` always returns P positions; those beyond a prompt's length are ignored.
         """
         return (self.prompt_length,) * runs.num_rows
 
@@ -138,7 +149,7 @@ class PromptMethod(Protocol):
         return min(self.prompt_lengths(runs)) < self.prompt_length
 
     def source_prompt_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
-        """Returns the prompt length that an artifact must have to start from it."""
+        """Returns the prompt length required of an artifact that this method starts from."""
         del source_method, source_runs
         return self.prompt_length
 
@@ -155,9 +166,9 @@ class PromptMethod(Protocol):
         )
 
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
-        """Returns the method and parameters for an artifact.
+        """Returns the method and parameters to save in an artifact.
 
-        They compose the same prompts, without parameters that only training needs.
+        They compose the same prompts, but leave out parameters that only training needs.
         """
         return self, params
 
@@ -166,9 +177,12 @@ _METHODS: dict[str, Callable[..., PromptMethod]] = {}
 
 
 def register(cls: Any) -> Any:
-    """Registers a method under its `name`; a class decorator."""
+    """Class decorator that registers a method under its `name`."""
     if cls.name in _METHODS:
-        raise ValueError(f"A prompt method named {cls.name!r} is already registered.")
+        raise ValueError(
+            f"A prompt method named {cls.name!r} is already registered. Choose another `name` for "
+            f"{cls.__name__}."
+        )
     _METHODS[cls.name] = cls
     return cls
 
@@ -177,7 +191,7 @@ def get_method(name: str) -> Callable[..., PromptMethod]:
     """Returns the class of a registered method.
 
     Raises:
-        ValueError: an unknown method; the message lists the known ones.
+        ValueError: the method is unknown; the message lists the known methods.
     """
     return look_up("prompt method", name, _METHODS)
 
@@ -188,24 +202,25 @@ def method_names() -> tuple[str, ...]:
 
 
 def row_axes(method: PromptMethod) -> dict[str, str]:
-    """Returns what the rows of each parameter are, `'groups'` or `'tasks'`.
+    """Returns whether each parameter has one entry per group or per bank row.
 
-    Keys are path names (`prompt/...`). Parameters without such rows are left out.
+    Keys are path names (`prompt/...`); values are `'groups'` or `'tasks'`. Other parameters are
+    omitted.
     """
     first = {f"prompt/{name}": axes[0] for name, axes in method.axes.items() if axes}
     return {name: axis for name, axis in first.items() if axis in ("groups", "tasks")}
 
 
 def prompt_length_of(method: PromptMethod) -> int:
-    """Returns P of a method; gin files call it."""
+    """Returns the prompt length P of a method, for use in gin files."""
     return method.prompt_length
 
 
 def name_key(key: Key, name: str) -> Key:
     """Returns a random key for a run's name.
 
-    It does not depend on the run's row, its neighbors or its learning rate, so a run has the same
-    initial values in a job of one run and in a fleet.
+    The key does not depend on the run's bank row, the other runs of the job or the learning rate,
+    so a run has the same initial values in a job of one run and in a fleet.
     """
     return jax.random.fold_in(key, name_hash(name))
 
@@ -219,16 +234,17 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
     """Returns the rows of a source artifact that a new task starts from.
 
     Args:
-        source_runs: the rows of the artifact.
+        source_runs: the runs of the artifact.
         start_from: `'average'` for all rows, otherwise the name of one run.
-        named_only: rejects `'average'` over several rows, for methods that cannot average.
+        named_only: whether to reject `'average'` over several rows, for methods that cannot
+            average.
     """
     if start_from != "average":
         return [source_runs.row(start_from)]
     if named_only and source_runs.num_rows > 1:
         raise ValueError(
             "This method starts from one source prompt, but the artifact holds "
-            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to one "
+            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM to one "
             "of these names."
         )
     return list(range(source_runs.num_rows))

@@ -1,9 +1,10 @@
 """Initializers of prompts and of low-rank factors.
 
 A prompt initializer is a callable object `(key, task_name, P, context) -> [P, H]` float32. It does
-not depend on the prompt method. Sources: Lester et al. 2021 (arXiv 2104.08691) for the modes; the
-MPT paper (arXiv 2303.02861) for sampled vocabulary as the default. The paper calls the factors'
-initial values only "random"; ours start every product near one, so that a new P* keeps its scale.
+not depend on the prompt method. The kinds of initializers are from Lester et al. 2021 (arXiv
+2104.08691); the default, sampled vocabulary, is from the MPT paper (arXiv 2303.02861). That paper
+calls the factors' initial values only "random". Ours make every product of factors close to one,
+so that initial prompts have the scale of P*.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mpt_jax.prompts.base import InitContext, name_key
 
 @runtime_checkable
 class PromptInit(Protocol):
-    """`(key, task_name, P, context) -> [P, H]` float32."""
+    """A prompt initializer: `(key, task_name, P, context) -> [P, H]` float32."""
 
     def __call__(
         self, key: Key, task_name: str, prompt_length: int, context: InitContext
@@ -37,7 +38,7 @@ PromptInits = PromptInit | Mapping[str, PromptInit]
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Uniform in [-scale, scale]; the released ATTEMPT code uses 0.5."""
+    """Values drawn uniformly from [-scale, scale]; the released ATTEMPT code uses 0.5."""
 
     scale: float = 0.5
 
@@ -48,10 +49,10 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of ids drawn without replacement from the first `population` (most frequent).
+    """Embeddings of ids drawn without replacement from the `population` most frequent (first) ids.
 
     Raises:
-        ValueError: fewer ids than prompt rows.
+        ValueError: there are fewer ids than prompt rows.
     """
 
     population: int = 5000
@@ -60,8 +61,10 @@ class SampledVocabulary:
         population = min(self.population, context.embedding.shape[0])
         if population < prompt_length:
             raise ValueError(
-                f"Cannot draw {prompt_length} distinct ids from {population}. Shorten the "
-                "prompt, or raise SampledVocabulary.population."
+                f"Cannot draw {prompt_length} distinct ids from {population} for a prompt of "
+                f"{prompt_length} positions (SampledVocabulary.population is {self.population}, "
+                f"and the backbone embeds {context.embedding.shape[0]} ids). Lower PROMPT_LENGTH, "
+                "or raise SampledVocabulary.population if the backbone embeds more ids."
             )
         ids = jax.random.choice(key, population, (prompt_length,), replace=False)
         return context.embedding[ids].astype(jnp.float32)
@@ -69,14 +72,14 @@ class SampledVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabels:
-    """One row per label: the mean of its tokens' embeddings. `rest` fills the other rows.
+    """One prompt row per class label: the mean of the label's token embeddings.
 
     Attributes:
-        labels: task name -> its label words, or one list for all tasks.
-        rest: initializer of the other rows.
+        labels: a mapping from task name to class labels, or one list of labels for all tasks.
+        rest: the initializer of the remaining prompt rows.
 
     Raises:
-        ValueError: no labels for a task, or more labels than prompt rows.
+        ValueError: a task has no labels, or has more labels than prompt rows.
     """
 
     labels: Mapping[str, Sequence[str]] | Sequence[str]
@@ -93,10 +96,10 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One row per token of a text. `rest` fills the other rows.
+    """One prompt row per token of a text: its embedding. `rest` initializes the remaining rows.
 
     Raises:
-        ValueError: more tokens than prompt rows.
+        ValueError: the text has more tokens than the prompt has rows.
     """
 
     text: str
@@ -109,7 +112,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class FromArray:
-    """A [P, H] array from a .npy file (never unpickled).
+    """A [P, H] array read from a .npy file. Pickled arrays are rejected.
 
     Raises:
         ValueError: the array's shape is not [P, H].
@@ -123,7 +126,8 @@ class FromArray:
         if array.shape != expected:
             raise ValueError(
                 f"{self.path} holds an array of shape {array.shape}, but this model's prompts "
-                f"have shape {expected} (prompt length, model width). Save one of that shape."
+                f"have shape {expected} (prompt length, model width). Save an array of this shape, "
+                "or choose another initializer."
             )
         return jnp.asarray(array, jnp.float32)
 
@@ -153,7 +157,13 @@ def initial_prompts(
     for row in rows:
         run, initializer = runs.run_names[row], init
         if isinstance(initializer, Mapping):
-            initializer = look_up("run among initializers", run, initializer)
+            if run not in initializer:
+                raise ValueError(
+                    f"No initializer is given for the prompt of run {run!r}, only for "
+                    f"{', '.join(initializer)}. Add one for {run!r}, or use one initializer for "
+                    "all runs."
+                )
+            initializer = initializer[run]
         prompts.append(
             initializer(name_key(key, run), runs.task_names[row], prompt_length, context)
         )
@@ -163,20 +173,23 @@ def initial_prompts(
 def _ids(text: str, context: InitContext) -> np.ndarray:
     if context.vocabulary is None:
         raise ValueError(
-            f"Initializing a prompt from the text {text!r} needs a vocabulary. Set the model's "
-            "input_vocabulary."
+            f"Initializing a prompt from the text {text!r} needs a vocabulary. Set "
+            "PromptedEncoderDecoder.input_vocabulary."
         )
     ids = np.asarray(context.vocabulary.encode(text), np.int32)
     if not ids.size:
-        raise ValueError(f"The vocabulary encodes {text!r} as zero tokens. Use another text.")
+        raise ValueError(
+            f"A prompt cannot be initialized from the text {text!r}: the vocabulary encodes it as "
+            "zero tokens. Use another text."
+        )
     return ids
 
 
 def _fill(rows: list[Array], what: str, rest: Array) -> Array:
     if len(rows) > rest.shape[0]:
         raise ValueError(
-            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows. Use a longer "
-            f"prompt or fewer {what}."
+            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows. Raise PROMPT_LENGTH, "
+            f"or use fewer {what} to initialize the prompt."
         )
     return rest.at[: len(rows)].set(jnp.stack(rows))
 
@@ -186,7 +199,7 @@ def _fill(rows: list[Array], what: str, rest: Array) -> Array:
 
 @runtime_checkable
 class FactorInit(Protocol):
-    """`(key, P, H, R) -> (left [P, R], right [R, H])` float32."""
+    """A factor initializer: `(key, P, H, R) -> (left [P, R], right [R, H])` float32."""
 
     def __call__(
         self, key: Key, prompt_length: int, width: int, rank: int
@@ -194,13 +207,13 @@ class FactorInit(Protocol):
 
 
 def ones_noise(key, prompt_length, width, rank):
-    """Ones plus N(0, 0.02): products are near one, and the noise sets tasks and ranks apart."""
+    """Ones plus N(0, 0.02): products are near one, and noise makes tasks and ranks differ."""
     left, right = normal002(key, prompt_length, width, rank)
     return (1.0 + left) / rank, 1.0 + right
 
 
 def normal002(key, prompt_length, width, rank):
-    """N(0, 0.02) on both sides, as in PEFT; at rank one, products are about 4e-4."""
+    """N(0, 0.02) for both factors, as in PEFT; at rank one, products are about 4e-4."""
     key_left, key_right = jax.random.split(key)
     return (
         0.02 * jax.random.normal(key_left, (prompt_length, rank)),

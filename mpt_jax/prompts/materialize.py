@@ -12,22 +12,23 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    """Returns one plain prompt per bank row, which is all that a server needs.
+    """Returns one plain prompt per bank row; a server needs no other parameters.
 
     Raises:
-        ValueError: prompts depend on the text, or differ in length.
+        ValueError: prompts depend on the text, or have different lengths.
     """
     lengths = set(method.prompt_lengths(runs))
     if len(lengths) > 1:
         raise ValueError(
-            f"The prompts of {', '.join(runs.run_names)} have several lengths, {sorted(lengths)}, "
-            "so they do not fit one array. Use the artifact of a single run."
+            f"The prompts of {', '.join(runs.run_names)} have different lengths "
+            f"({sorted(lengths)} positions), so they do not fit one array. Use an artifact whose "
+            "prompts have the same length, for example an artifact of a single run."
         )
     return _every_prompt(method, params, runs)[:, : max(lengths)]
 
 
 def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.ndarray]:
-    """Returns the plain prompt [P, H] of each bank row, each cut to its length.
+    """Returns the plain prompt of each bank row, each with its own length.
 
     Raises:
         ValueError: prompts depend on the text.
@@ -53,12 +54,12 @@ def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Arr
 
 
 def _without_text(method: PromptMethod, params: Params) -> Params:
-    """Returns the parameters as JAX arrays, if prompts do not depend on the text."""
+    """Returns the parameters as JAX arrays; raises ValueError if prompts depend on the text."""
     if method.reads_text:
         raise ValueError(
             f"Prompts of the method {method.name!r} depend on the text that follows them, so a "
-            "task has no single prompt to materialize or to start another method from. Use the "
-            f"artifact with {method.name!r} itself."
+            "task has no single prompt that could be materialized or start another method. Use "
+            f"this artifact with the method {method.name!r}, or choose another artifact."
         )
     # The parameters of a run's best step are stored as NumPy arrays.
     return jax.tree.map(jnp.asarray, params)

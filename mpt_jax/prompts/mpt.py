@@ -35,12 +35,12 @@ class MPT(PromptMethod):
     Attributes:
         prompt_length: P.
         rank: R.
-        init_prompt: initial value of P*; a group uses the one of its first run.
-        init_factors: initial value of a task's factors.
-        start_from: with an initial artifact, `'average'` of its tasks' factors (the paper), the
-            name of one run, `'same'` (the run of the same name), `'same_or_average'` (the average
-            for new runs), a table of weights by run, or a choice by similarity. P* is always
-            copied.
+        init_prompt: the initializer of P*; a group starts from the value for its first run.
+        init_factors: the initializer of a task's factors.
+        start_from: the runs of the initial artifact whose factors are averaged: `'average'` (all
+            runs, as in the paper), the name of one run, `'same'` (the run of the same name),
+            `'same_or_average'` (all runs if none has the same name), a table of weights by run,
+            or a `NearestSource`. P* is always copied.
     """
 
     prompt_length: int
@@ -59,7 +59,7 @@ class MPT(PromptMethod):
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+            raise ValueError(f"MPT.rank must be at least 1, got {self.rank}. Raise RANK.")
 
     def init(self, key, runs, context):
         width = context.embedding.shape[1]
@@ -90,9 +90,9 @@ class MPT(PromptMethod):
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         if source_method.name != self.name:
             raise ValueError(
-                "MPT starts from an MPT artifact, but this artifact holds "
-                f"{source_method.name!r}, which has no factors. Run the source stage first "
-                "(gin/mpt_source.gin)."
+                "MPT starts only from an MPT artifact, but the initial artifact has the method "
+                f"{source_method.name!r}, which has no factors. Set INITIAL_ARTIFACT to an MPT "
+                "artifact, such as one written by gin/mpt_source.gin."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = shared_groups(weights, source_runs, runs)

@@ -12,7 +12,7 @@ from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, register
 @register
 @dataclasses.dataclass(frozen=True)
 class NoPrompt(PromptMethod):
-    """P = 0 and no parameters; the batch reserves no positions."""
+    """A method with P = 0 and no parameters. Batches reserve no prompt positions."""
 
     name = "none"
     prompt_length = 0

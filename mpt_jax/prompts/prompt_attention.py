@@ -34,7 +34,7 @@ class _Kind(NamedTuple):
     """A kind of attention.
 
     Attributes:
-        maps: linear map -> its shape, given the widths (H, width).
+        maps: the shape of each linear map, as a function of H and the bottleneck width.
         query: computes the query from the text vector; None if the text is not read.
         by_row: whether each row of a prompt has its own score.
     """
@@ -97,8 +97,8 @@ class TextAttention:
             raise ValueError(unknown_name("attention", self.kind, list(KINDS)))
         if self.width < 1 or not self.temperature > 0:
             raise ValueError(
-                f"Attention needs a positive width and temperature, got {self.width} and "
-                f"{self.temperature}."
+                "The width of the attention must be at least 1 and its temperature positive, got "
+                f"width = {self.width} and temperature = {self.temperature}."
             )
 
     @property
@@ -109,7 +109,8 @@ class TextAttention:
     def init(self, key: Key, groups: int, width: int) -> dict[str, Array]:
         """Returns initial parameters: linear maps uniform in +-1/sqrt(inputs), as in torch.
 
-        They are equal in all groups, so a run has the same initial values alone and in a fleet.
+        They are equal in all groups, so a run has the same initial values in a job of one run and
+        in a fleet.
         """
         params, maps = {}, KINDS[self.kind].maps
         for number, (name, shape_of) in enumerate(sorted(maps.items())):
@@ -131,9 +132,10 @@ class TextAttention:
         pooled: Float[Array, "... H"] | None,
         prompts: Float[Array, "*#examples J P H"],
     ) -> Float[Array, "... J _"]:
-        """Returns the scores that the softmax over candidates is taken of.
+        """Returns the scores of the candidates, before the softmax.
 
-        There is one score per prompt, [..., J, 1], or one per prompt row, [..., J, P].
+        There is one score per candidate, [..., J, 1], or one per row of each candidate,
+        [..., J, P].
 
         Args:
             params: see `init`.
@@ -147,8 +149,8 @@ class TextAttention:
             return jnp.zeros((*task_ids.shape, prompts.shape[-3], 1))
         if pooled is None:
             raise ValueError(
-                f"Attention {self.kind!r} reads the text, but no text vector was passed. Compose "
-                "prompts with PromptContext.pooled."
+                f"The attention {self.kind!r} reads the text, but no text vector was passed. Pass "
+                "it to `compose` as PromptContext.pooled."
             )
         group_params = {
             name: gather_group_params(params[name], runs, task_ids)

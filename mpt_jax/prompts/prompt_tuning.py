@@ -1,7 +1,7 @@
 """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): one trainable matrix [P, H] per task.
 
-Started from source prompts it is SPoT (Vu et al. 2022, arXiv 2110.07904; `spot.py` chooses them).
-Runs share no parameters, whatever the groups of the bank.
+If prompts start from source prompts, this is SPoT (Vu et al. 2022, arXiv 2110.07904); `spot.py`
+chooses the sources. Runs share no parameters, even within a group.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class PromptTuning(PromptMethod):
 
     Attributes:
         prompt_length: P.
-        init_prompt: initial value of each row's prompt.
-        start_from: with an initial artifact, the run whose prompt every row starts from, `'same'`
-            (the run of the same name), a table of weights by run, or a choice by similarity.
-            Prompts are mixed only if a table or a similarity gives weights.
+        init_prompt: the initializer of each run's prompt.
+        start_from: the run of the initial artifact whose prompt every run starts from, `'same'`
+            (the run of the same name), a table of weights by run, or a `NearestSource`. Only the
+            last two can mix several prompts.
     """
 
     prompt_length: int
@@ -59,15 +59,15 @@ class PromptTuning(PromptMethod):
 
 
 def _refuse_mixing(weights, prompts, source_runs):
-    """Raises if a row would start from several different prompts.
+    """Raises ValueError if a run would start from several different prompts.
 
-    Rows of one shared prompt are equal, so they pass.
+    Several equal prompts, as in an artifact of one shared prompt, are accepted.
     """
     for row in weights:
         chosen = prompts[row > 0]
         if (chosen != chosen[0]).any():
             raise ValueError(
-                "Prompt tuning starts from one source prompt, but the artifact holds "
-                f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set start_from to "
-                "one of these names, or to a table of weights."
+                "Prompt tuning starts each run from one source prompt, but the initial artifact "
+                f"holds {source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM "
+                "to one of these names, or to a table of weights to mix them."
             )

@@ -17,16 +17,16 @@ PATTERN = "|".join(f"_{part}" for part in PARTS)
 
 
 def axes(name: str, of_prompt: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Returns the logical axes of the MLPs of the prompts `name`.
+    """Returns the logical axes of the MLP parameters for the prompts `name`.
 
-    `of_prompt` holds the prompts' own axes, without length and width.
+    `of_prompt` holds the axes of the prompts without the last two, length and width.
     """
     kernel, bias = (*of_prompt, "embed", "rank"), (*of_prompt, "embed")
     return {f"{name}_{part}": kernel if part.startswith("kernel") else bias for part in PARTS}
 
 
 def init(key: Key, name: str, prompts: Array) -> dict[str, Array]:
-    """Returns initial parameters of the MLPs of prompts [..., l, H].
+    """Returns initial MLP parameters for the prompts `name` [..., l, H].
 
     They are uniform in +-1/sqrt(H), as in torch's linear layers, and equal for all prompts.
     """

@@ -16,19 +16,19 @@ from mpt_jax.core.shapes import Array, Float, Int
 
 @runtime_checkable
 class Grouped(Protocol):
-    """The part of `Runs` that composing a prompt reads.
+    """The attributes of `Runs` that are needed to compose prompts.
 
-    A bank whose rows are unknown at compile time provides only this part.
+    A bank whose rows are unknown at compile time has only these attributes.
     """
 
     @property
     def group_of_row(self) -> Any:
-        """Group numbers [K]."""
+        """Group number of each bank row, [K]."""
         ...
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """Number of groups, G."""
         ...
 
 
@@ -46,7 +46,7 @@ _SPLIT_OVER: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("a
 def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
     """Context in which `gather_rows` reads tables that are split over these mesh axes.
 
-    Examples must be split over the same axes, each on the shard of its row.
+    Examples must be split over the same axes, each on the shard of its table row.
     """
     token = _SPLIT_OVER.set(axes)
     try:
@@ -56,7 +56,7 @@ def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
 
 
 def gather_rows(table: Float[Array, "rows ..."], ids: Int[Array, "..."]) -> Array:
-    """Returns `table[ids]`, the rows of some examples.
+    """Returns `table[ids]`, the table row of each example.
 
     Inside `rows_split_over` every shard reads only its own rows, so neither the table nor its
     gradient is communicated.
@@ -77,7 +77,7 @@ def gather_group_params(
 ) -> Array:
     """Returns the parameters of each example's group.
 
-    With a single group the result has no example axes, so nothing is repeated.
+    With a single group the result has no example axes, because all examples share it.
     """
     if runs.num_groups == 1:
         return table[0]
@@ -85,5 +85,5 @@ def gather_group_params(
 
 
 def expand_leading_dims(values: Array, axes: int) -> Array:
-    """Prepends axes of size one to `values`, up to `axes` axes."""
+    """Prepends axes of size one until `values` has `axes` axes."""
     return values.reshape((1,) * (axes - values.ndim) + values.shape)

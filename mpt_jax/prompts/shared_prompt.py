@@ -25,10 +25,11 @@ class SharedPrompt(PromptMethod):
 
     Attributes:
         prompt_length: P.
-        init_prompt: initial value of each group's prompt.
-        start_from: with an initial artifact, `'average'` of its rows' prompts, the name of one run,
-            `'same'` (for each group, the run with the name of its first run), or `'shared'`: the
-            matrix shared by the artifact's tasks, which for MPT is P* without factors.
+        init_prompt: the initializer of each group's prompt.
+        start_from: the prompt of the initial artifact to start from: `'average'` (the mean over
+            all runs), the name of one run, `'same'` (for each group, the run with the name of the
+            group's first run), or `'shared'` (the prompt that the artifact's tasks share; for MPT,
+            P* without factors).
     """
 
     prompt_length: int
@@ -48,7 +49,7 @@ class SharedPrompt(PromptMethod):
         return gather_rows(params["shared"], jnp.asarray(runs.group_of_row)[task_ids])
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts from any method's artifact; `'shared'` requires one with a shared matrix."""
+        """Starts from any method's artifact; `'shared'` requires one with a shared prompt."""
         if self.start_from == SHARED:
             return {"shared": self._repeat(_shared(source, source_method), runs)}
         prompts = materialize(source_method, source, source_runs)
@@ -66,12 +67,13 @@ class SharedPrompt(PromptMethod):
 
 
 def _shared(source, source_method):
-    """Returns the only shared matrix [P, H] of an artifact."""
+    """Returns the only shared prompt [P, H] of an artifact."""
     shared = source.get("shared")
     if shared is None or len(shared) != 1:
         count = "none" if shared is None else len(shared)
         raise ValueError(
-            f"start_from = 'shared' needs an artifact with one shared matrix, but this artifact "
-            f"of {source_method.name!r} has {count}. Set start_from to one of its runs."
+            "START_FROM = 'shared' needs an initial artifact with exactly one shared prompt, but "
+            f"the artifact of {source_method.name!r} has {count}. Set START_FROM to 'average' or "
+            "to the name of one of its runs."
         )
     return jnp.asarray(shared[0])

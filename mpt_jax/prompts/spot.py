@@ -33,8 +33,8 @@ class Embeddings(NamedTuple):
     """Task embeddings read from an artifact.
 
     Attributes:
-        path: the artifact's path, for messages.
-        runs: the artifact's rows.
+        path: the artifact's path, shown in errors.
+        runs: the artifact's runs.
         prompts: [K, P, H], the artifact's plain prompts.
     """
 
@@ -45,7 +45,8 @@ class Embeddings(NamedTuple):
     def of(self, runs: Runs) -> np.ndarray:
         """Returns the embedding [K, P, H] of each run.
 
-        It is the embedding with the run's name, otherwise the only one of the run's task.
+        That is the embedding with the run's name or, if there is none, the only embedding of the
+        run's task.
 
         Raises:
             ValueError: a run has no embedding, or its task has several.
@@ -64,7 +65,9 @@ class Embeddings(NamedTuple):
             candidates = ", ".join(names[row] for row in rows)
             raise ValueError(
                 f"{self.path} has several embeddings of the task {task!r} ({candidates}), but none "
-                f"named {run!r}. Give the run the name of one of them."
+                f"named {run!r}. Rename the run to one of these names, or train an embedding of "
+                f"{run!r} with gin/spot_embeddings.gin (for a source, "
+                "gin/spot_source_embeddings.gin)."
             )
         raise ValueError(
             f"{self.path} has no embedding of {run!r}; it has {', '.join(names)}. Train the "
@@ -75,15 +78,16 @@ class Embeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NearestSource:
-    """A `start_from` that chooses, for each run, among the prompts of the initial artifact.
+    """A `start_from` setting that chooses, for each run, the most similar source prompts.
 
-    It only names artifacts. `training.initialization` reads them and checks their backbone.
+    It holds only the paths of the artifacts with embeddings. `training.initialization` reads them
+    and checks that their backbone matches.
 
     Attributes:
-        source_embeddings: artifact with an embedding of every source.
-        target_embeddings: artifact with an embedding of every run, or of its task.
-        top_k: number of sources to mix.
-        similarity: `'mean_pooled'` or `'row_pairs'`.
+        source_embeddings: the artifact with an embedding of every source.
+        target_embeddings: the artifact with an embedding of every run, or of the run's task.
+        top_k: the number of sources to mix.
+        similarity: `'mean_pooled'` or `'row_pairs'`; see the module docstring.
     """
 
     source_embeddings: str
@@ -95,20 +99,23 @@ class NearestSource:
         if self.similarity not in SIMILARITIES:
             raise ValueError(unknown_name("similarity", self.similarity, SIMILARITIES))
         if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+            raise ValueError(
+                f"NearestSource.top_k must be at least 1, got {self.top_k}. Raise SPOT_TOP_K."
+            )
 
     def choose(
         self, sources: Embeddings, targets: Embeddings, source_runs: Runs, runs: Runs
     ) -> SourceTable:
         """Returns the weights of the chosen sources for every run, and logs them.
 
-        Weights add up to one. With top_k = 1 the nearest source is chosen whatever its similarity.
+        Weights add up to one. With top_k = 1 the most similar source is chosen, even if its
+        similarity is negative.
 
         Args:
             sources: embeddings read from `source_embeddings`.
             targets: embeddings read from `target_embeddings`.
-            source_runs: the rows of the initial artifact.
-            runs: the rows to start.
+            source_runs: the runs of the initial artifact.
+            runs: the runs to choose sources for.
 
         Raises:
             ValueError: top_k exceeds the number of sources; a source or run has no embedding;
@@ -116,8 +123,9 @@ class NearestSource:
         """
         if self.top_k > source_runs.num_rows:
             raise ValueError(
-                f"top_k is {self.top_k}, but the initial artifact holds {source_runs.num_rows} "
-                f"sources: {', '.join(source_runs.run_names)}. Lower top_k."
+                f"NearestSource.top_k is {self.top_k}, but the initial artifact holds "
+                f"{source_runs.num_rows} sources: {', '.join(source_runs.run_names)}. Lower "
+                "SPOT_TOP_K."
             )
         similarities = cosines(targets.of(runs), sources.of(source_runs), self.similarity)
         table = {}
@@ -135,8 +143,8 @@ class NearestSource:
         if not total > 0:
             raise ValueError(
                 f"No source has a positive similarity to {run!r}: {similarities}. Set START_FROM "
-                "to a source's name, set top_k = 1 to start from the most similar source, or train "
-                "from scratch (gin/pt_target.gin)."
+                "to the name of a source, set SPOT_TOP_K to 1 to start from the most similar "
+                "source, or train from scratch (gin/pt_target.gin)."
             )
         weights = {source: round(weight / total, DECIMALS) for source, weight in weights.items()}
         weights = {source: weight for source, weight in weights.items() if weight > 0}
@@ -170,6 +178,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     if not (lengths > 0).all():
         raise ValueError(
             "A task embedding is zero or NaN, so its similarity to others is undefined. Train the "
-            "embedding again."
+            "embeddings again with gin/spot_embeddings.gin and gin/spot_source_embeddings.gin."
         )
     return vectors / lengths

@@ -1,11 +1,11 @@
 """Rows of a source artifact that each run starts from, and their weighted mean.
 
-Every setting is converted to a table of weights [K, S], K runs from S rows:
+Every `start_from` setting is converted to weights [K, S] of S source rows for K runs:
 
     'average'           all rows, equally weighted
     a run's name        the row of that run
     'same'              the row with the run's own name
-    'same_or_average'   the row with the run's own name; without one, all rows equally weighted
+    'same_or_average'   the row with the run's own name; if there is none, as 'average'
     a table             run -> {source run: weight}, or run -> 'average' or one source run
     NearestSource       the table computed from task embeddings (`spot`)
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.runs import Runs, look_up
+from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array
 from mpt_jax.prompts.base import source_rows
 from mpt_jax.prompts.spot import NearestSource, SourceTable
@@ -34,23 +34,23 @@ def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.n
     """Returns the weight of each row of a source artifact in the initial value of each run.
 
     Args:
-        start_from: see `StartFrom`.
-        source_runs: the S rows of the artifact.
-        runs: the K rows of the bank.
+        start_from: the setting; see the module docstring.
+        source_runs: the S runs of the artifact.
+        runs: the K runs of the bank.
 
     Returns:
-        [K, S], not negative, no row all zero; `weighted_mean` divides each row by its sum.
+        Weights [K, S], not negative and not all zero for any run. They need not add up to one.
 
     Raises:
-        ValueError: an unknown name or run; weights that are negative or all zero;
-            `'same_or_average'` if no run has a row of its name.
+        ValueError: a name or run is unknown; weights are negative or all zero; or
+            `'same_or_average'` is set and the artifact has none of the runs.
     """
     if isinstance(start_from, Mapping):
         return np.stack([_table_row(start_from, source_runs, run) for run in runs.run_names])
     if isinstance(start_from, NearestSource):
         raise ValueError(
-            f"{start_from} names task embeddings that have not been read. Pass the table of "
-            "weights that NearestSource.choose returns."
+            f"The task embeddings of {start_from} have not been read. Call NearestSource.choose, "
+            "and pass the table of weights that it returns."
         )
     one_hot = np.eye(source_runs.num_rows)
     equal = np.ones(source_runs.num_rows)
@@ -74,10 +74,13 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of source prompts as a tuple.
 
     Raises:
-        ValueError: no names, a string instead of a list, or a repeated name.
+        ValueError: `names` is empty, is a string instead of a list, or repeats a name.
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
-        raise ValueError(f"sources must be a list of different names, got {names!r}.")
+        raise ValueError(
+            f"sources must be a non-empty list of distinct names, got {names!r}. Correct SOURCES "
+            "(CrossPT) or SOURCE_TASKS."
+        )
     return tuple(names)
 
 
@@ -97,17 +100,17 @@ def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
 
 
 def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[int]:
-    """Returns, for each group [G], the group of the source artifact that all its rows start from.
+    """Returns, for each of G groups, the group of the artifact that provides its shared parameters.
 
-    A group takes its shared parameters from that group.
+    That is the group of all source rows that the group's runs start from.
 
     Args:
         weights: [K, S], from `source_weights`.
-        source_runs: the S rows of the artifact.
-        runs: the K rows of the bank.
+        source_runs: the S runs of the artifact.
+        runs: the K runs of the bank.
 
     Raises:
-        ValueError: the rows that a group starts from are in several groups.
+        ValueError: a group's runs start from several groups of the artifact.
     """
     groups = []
     for group in range(runs.num_groups):
@@ -116,17 +119,23 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
         source_groups = sorted({source_runs.group_of_row[s] for s in sources})
         if len(source_groups) > 1:
             raise ValueError(
-                f"{', '.join(runs.run_names[row] for row in rows)} share one prompt, but start "
-                f"from runs of {len(source_groups)} groups of the artifact, which have different "
-                f"shared prompts: {', '.join(source_runs.run_names[s] for s in sources)}. Start "
-                "from runs of one group (START_FROM), or set GROUPS = 'independent'."
+                f"The group of {', '.join(runs.run_names[row] for row in rows)} has one set of "
+                f"shared parameters, but would start from runs in {len(source_groups)} groups of "
+                "the initial artifact, whose shared parameters differ: "
+                f"{', '.join(source_runs.run_names[s] for s in sources)}. Set START_FROM to runs "
+                "of one group, or, if each run starts from only one, set GROUPS = 'independent'."
             )
         groups += source_groups
     return groups
 
 
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
-    entry = look_up("run in the table start_from", run, table)
+    if run not in table:
+        raise ValueError(
+            f"The table START_FROM has no entry for the run {run!r}, only for {', '.join(table)}. "
+            f"Add an entry for {run!r}."
+        )
+    entry = table[run]
     weights = np.zeros(source_runs.num_rows)
     if isinstance(entry, str):
         weights[source_rows(source_runs, entry)] = 1
@@ -135,8 +144,8 @@ def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
         weights[source_runs.row(source)] = weight
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ValueError(
-            f"start_from gives {run!r} the weights {dict(entry)}. Weights must be finite and not "
-            "negative, and at least one must be positive."
+            f"START_FROM gives {run!r} the weights {dict(entry)}. Correct them: weights must be "
+            "finite and not negative, and at least one must be positive."
         )
     return weights
 
@@ -145,10 +154,15 @@ def _report_new(runs: Runs, known: list[bool], source_runs: Runs) -> None:
     if not any(known):
         raise ValueError(
             f"None of the runs {', '.join(runs.run_names)} is in the artifact, which holds "
-            f"{', '.join(source_runs.run_names)}, so 'same_or_average' has no row to keep. If all "
-            "tasks are new, set start_from to 'average'."
+            f"{', '.join(source_runs.run_names)}, so START_FROM = 'same_or_average' keeps no "
+            "prompt. If all runs are new, set START_FROM to 'average'; otherwise correct the run "
+            "names or INITIAL_ARTIFACT."
         )
     for run, is_known in zip(runs.run_names, known, strict=True):
         logging.info(
-            "%s %s.", run, "keeps its own row" if is_known else "is new and starts from the average"
+            "%s %s.",
+            run,
+            "starts from its own row of the artifact"
+            if is_known
+            else "is new and starts from the average",
         )

@@ -218,7 +218,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
         (ATTEMPT(P, ["first", "forth"]), "one", "Unknown run 'forth'.* Known: first, second"),
         (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
         (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
-        (crosspt(reparameterize=["sources"]), "one", "Remove them from reparameterize"),
+        (crosspt(reparameterize=["sources"]), "one", "Remove them from REPARAMETERIZE"),
         (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
     ],
 )  # fmt: skip
@@ -317,10 +317,10 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
             (plain,) = plain_prompts(same, found, one)
             np.testing.assert_array_equal(plain, whole[row])
     other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
-    with pytest.raises(ValueError, match="'run_a' has 3 positions.* artifact's 'run_a', .* has 1"):
+    with pytest.raises(ValueError, match="'run_a' has 3 positions.* 'run_a', which has 1"):
         filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
-    with pytest.raises(ValueError, match="Unknown run in private_length 'run_c'"):
+    with pytest.raises(ValueError, match="no length for the run 'run_c'"):
         mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
 
 

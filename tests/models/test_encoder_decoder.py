@@ -319,7 +319,7 @@ def test_hidden_layers_selects_states_to_compare(mpt):
 def test_hidden_layers_out_of_range_raises(mpt):
     objective = Objective(distillation=Distillation(hidden_layers=(2,)))
     model = tiny.model(APART, objective=objective)
-    with pytest.raises(ValueError, match=r"\(2,\) reach outside the 2 states"):
+    with pytest.raises(ValueError, match=r"\(2,\), but .* only 2 hidden states"):
         jax.eval_shape(functools.partial(model.forward, hidden=True), mpt.params, mpt.batch)
 
 

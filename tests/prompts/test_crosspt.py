@@ -459,5 +459,5 @@ def test_crosspt_invalid_settings_raise(settings, message):
 
 def test_crosspt_private_length_missing_run_raises():
     method = crosspt(compose_by="private_cat", private_length={"task0": 3, "task1": 2})
-    with pytest.raises(ValueError, match="'task2'.*task0, task1"):
+    with pytest.raises(ValueError, match="'task2', only for task0, task1"):
         method.prompt_lengths(BANKS["joint"])

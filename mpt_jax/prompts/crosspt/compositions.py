@@ -39,33 +39,40 @@ COMPOSITIONS = {
 
 
 def check_counts(method: Any) -> None:
-    """Raises for numbers out of range and for unknown names."""
+    """Raises ValueError if a number is out of range or a name is unknown."""
     if method.length < 1:
-        raise ValueError(f"length must be at least 1, got {method.length}.")
+        raise ValueError(
+            f"CrossPT.length must be at least 1, got {method.length}. Raise PROMPT_LENGTH."
+        )
     if method.top_k is not None and not 1 <= method.top_k <= len(method.sources):
         raise ValueError(
-            f"top_k is {method.top_k}, but the router has {len(method.sources)} candidates: "
-            f"{', '.join(method.sources)}. Set top_k between 1 and {len(method.sources)}."
+            f"CrossPT.top_k is {method.top_k}, but the router has {len(method.sources)} "
+            f"candidates: {', '.join(method.sources)}. Set TOP_K to a number from 1 to "
+            f"{len(method.sources)}, or to None to keep all."
         )
     share = method.share
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     if share not in (ADD, LEARNED) and not (is_number and 0 <= share < 1):
         raise ValueError(
-            f"share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. To use only "
-            "the private prompt, set compose_by = 'private'."
+            f"CrossPT.share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. "
+            "Correct SHARE; to use only the private prompt, set COMPOSE_BY to 'private'."
         )
     lengths = method.private_length
     lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
     if not lengths or any(length is not None and length < 1 for length in lengths):
-        raise ValueError(f"private_length must be at least 1, got {method.private_length}.")
+        raise ValueError(
+            "CrossPT.private_length must be at least 1, for every run if it is a table, got "
+            f"{method.private_length}. Correct PRIVATE_LENGTH."
+        )
     if unknown := sorted(set(method.reparameterize) - {"sources", "private"}):
         raise ValueError(
-            f"Unknown names in reparameterize: {unknown}. It accepts 'sources' and 'private'."
+            f"Unknown names in CrossPT.reparameterize: {unknown}. Set REPARAMETERIZE to a list of "
+            "'sources', 'private' or both."
         )
 
 
 def check_effects(method: Any) -> None:
-    """Raises for settings that would have no effect."""
+    """Raises ValueError if a setting would have no effect."""
     kind, router = COMPOSITIONS[method.compose_by], ROUTERS[method.router]
     ineffective = {
         "share": method.share != ADD and method.compose_by != "private_sum",
@@ -82,14 +89,14 @@ def check_effects(method: Any) -> None:
         if is_ineffective:
             raise ValueError(
                 f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
-                f"= {method.compose_by!r} and router = {method.router!r}. Leave it unset."
+                f"= {method.compose_by!r} and router = {method.router!r}. Leave {name} unset."
             )
 
 
 def check_private(
     method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
 ) -> None:
-    """Raises if a private prompt would start from one of another length.
+    """Raises ValueError if a private prompt would start from a prompt of another length.
 
     Args:
         method, runs: the method and runs to start.
@@ -103,8 +110,9 @@ def check_private(
             if source_lengths[source] != lengths[row]:
                 raise ValueError(
                     f"The private prompt of {run!r} has {lengths[row] - method.length} positions, "
-                    f"but the artifact's {source_runs.run_names[source]!r}, which it starts from, "
-                    f"has {source_lengths[source] - method.length}. Use the same PRIVATE_LENGTH."
+                    "but it starts from the private prompt of the artifact's "
+                    f"{source_runs.run_names[source]!r}, which has "
+                    f"{source_lengths[source] - method.length}. Give both the same PRIVATE_LENGTH."
                 )
 
 

@@ -71,28 +71,31 @@ class CrossPT(PromptMethod):
     """Prompts composed from shared sources and a private prompt; see the module docstring.
 
     Parameters: `sources` [G, S, l, H], `private` [K, Z, H], `router` [K, S], `share` [K], and for
-    random draws `clock` [G], which counts steps. Unused ones do not exist.
+    random draws `clock` [G], which counts steps. Unused parameters are omitted.
 
     Attributes:
         length: l, the length of a source prompt.
-        sources: names of the S sources: rows of the initial artifact, or any names from scratch.
+        sources: the names of the S sources: runs of the initial artifact or, without an artifact,
+            any names.
         compose_by: see the module docstring.
         router: see `routing`.
         normalize: for the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
-        top_k: how many sources with the largest scores a prompt is mixed from; None for all.
+        top_k: the number of sources with the largest scores that a prompt is mixed from; None
+            means all.
         share: for `'private_sum'`: `'add'` for soft + Z, a number g for (1 - g) soft + g Z, or
             `'learned'` for one trained g per task.
-        private_length: Z for `'private_cat'`, one for all or run -> length; None for l.
-        annealing: temperature schedule of the draws.
+        private_length: Z, the length of private prompts, for `'private_cat'`: one number, or a
+            mapping from run name to length; None means l.
+        annealing: the temperature schedule of the draws.
         width, temperature: settings of the router `'attention'` (`prompt_attention`, `'sub'`).
-        reparameterize: `'sources'`, `'private'` or both, to train through an MLP, which artifacts
-            leave out.
-        init_sources: initial values of sources without an artifact.
-        init_prompt: initial values of private prompts.
-        start_from: with a CrossPT artifact: `'same'`, `'average'` and so on, as for MPT.
+        reparameterize: the prompts to train through an MLP: `'sources'`, `'private'` or both.
+            Artifacts hold the MLP's output instead of the MLP.
+        init_sources: the initializer of sources if there is no initial artifact.
+        init_prompt: the initializer of private prompts.
+        start_from: the runs of a CrossPT artifact to start from, as for `MPT`.
 
     Raises:
-        ValueError: an unknown name, a number out of range, a setting without effect.
+        ValueError: a name is unknown, a number is out of range, or a setting has no effect.
     """
 
     length: int
@@ -160,7 +163,10 @@ class CrossPT(PromptMethod):
         private = self.private_length
         for run in runs.run_names:
             if run not in private:
-                raise ValueError(unknown_name("run in private_length", run, list(private)))
+                raise ValueError(
+                    f"CrossPT.private_length has no length for the run {run!r}, only for "
+                    f"{', '.join(private)}. Add {run!r} to PRIVATE_LENGTH."
+                )
         return tuple(self.length + private[run] for run in runs.run_names)
 
     def source_prompt_length(self, source_method, source_runs):
@@ -187,7 +193,7 @@ class CrossPT(PromptMethod):
 
     @property
     def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Steps over which the temperature of draws is annealed; 0 without draws."""
+        """Steps over which the temperature of draws is annealed; 0 if nothing is drawn."""
         assert isinstance(self.annealing, Annealing)
         return self.annealing.steps if self.is_random else 0
 
@@ -242,22 +248,25 @@ class CrossPT(PromptMethod):
         return initial_prompts(self.init_sources, key, runs, rows, self.length, context)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts from any method's prompts, which become every group's sources, or from a CrossPT
-        artifact.
+        """Starts from a CrossPT artifact or from any plain prompts.
+
+        Plain prompts become the sources of every group.
         """
         is_own = source_method.name == self.name
         started = {"sources", "private"} if is_own else {"sources"}
         if conflicting := sorted(started & set(self.reparameterize)):
             raise ValueError(
-                f"{' and '.join(conflicting)} start from an artifact and cannot be trained through "
-                "randomly initialized MLPs. Remove them from reparameterize."
+                f"CrossPT.reparameterize is {list(self.reparameterize)}, but prompts that start "
+                "from an artifact cannot be trained through a randomly initialized MLP: "
+                f"{', '.join(conflicting)}. Remove them from REPARAMETERIZE."
             )
         if is_own:
             return self._transfer_own(source, source_method, source_runs, runs, initial)
         if self.start_from not in ("average", "same"):
             raise ValueError(
-                f"START_FROM = {self.start_from!r} would have no effect: every group starts from "
-                "the plain prompts named in SOURCES. Leave it at 'average'."
+                f"START_FROM = {self.start_from!r} would have no effect, because the initial "
+                "artifact is not from CrossPT: every group starts from the plain prompts named in "
+                "SOURCES. Leave START_FROM at 'average'."
             )
         if not self._kind.has_sources:
             raise ValueError(
@@ -272,8 +281,8 @@ class CrossPT(PromptMethod):
         settings, source_settings = self._transfer_settings(), source_method._transfer_settings()
         if settings != source_settings:
             raise ValueError(
-                f"The artifact's CrossPT settings are {source_settings}, but this run has "
-                f"{settings}. Bind the artifact's settings."
+                f"The initial artifact's CrossPT settings are {source_settings}, but this run has "
+                f"{settings}. Give this run the settings of the artifact."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
@@ -366,7 +375,7 @@ class CrossPT(PromptMethod):
         return jnp.zeros((*task_ids.shape, len(self.sources)))
 
     def _drawn(self, logits, params, runs, task_ids, given, name):
-        """Returns logits [..., n] with the step's noise, and the temperature of its draws.
+        """Returns logits [..., n] plus the step's noise, and the temperature of its draws.
 
         Without a step key, logits are unchanged and the temperature is 1.
         """
@@ -390,7 +399,7 @@ class CrossPT(PromptMethod):
         }
 
     def _transfer_settings(self) -> dict[str, Any]:
-        """Returns the settings that must agree to start from another CrossPT's parameters."""
+        """Returns the settings in which a run and its initial CrossPT artifact must agree."""
         return {
             "length": self.length,
             "sources": list(self.sources),

@@ -33,10 +33,10 @@ SMALL = 1e-8  # added by the released code
 class Annealing:
     """Temperature that falls linearly from `start` to `end` over `steps` steps, then stays there.
 
-    The defaults are the released code's (5 to 0.001, 0.02 a step).
+    The defaults match the released code (from 5 to 0.001, by 0.02 per step).
 
     Raises:
-        ValueError: `end` is not positive or above `start`, or `steps` is negative.
+        ValueError: `end` is not positive or is greater than `start`, or `steps` is negative.
     """
 
     start: float = 5.0
@@ -47,7 +47,7 @@ class Annealing:
         if not self.start >= self.end > 0 or self.steps < 0:
             raise ValueError(
                 f"Annealing needs start >= end > 0 and steps >= 0, got start = {self.start}, end = "
-                f"{self.end} and steps = {self.steps}."
+                f"{self.end} and steps = {self.steps}. Correct ANNEALING_STEPS or Annealing."
             )
 
     def __call__(self, step: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -61,7 +61,8 @@ class Router:
     """A kind of router.
 
     Attributes:
-        scores: computes scores from logits; for draws, from noisy logits over the temperature.
+        scores: the function from logits to scores. For random draws, the logits include noise and
+            are divided by the temperature.
         normalized: whether weights are normalized.
         is_random: whether training draws scores at random.
         has_logits: whether each task has S trainable logits.
@@ -89,8 +90,9 @@ ROUTERS = {
 def by_sum(scores: Array, logits: Array, kept: Array, in_training: bool) -> Array:
     """Returns `s / (sum(s) + 1e-8)`, in training and at inference.
 
-    At a low temperature a draw either takes a source or leaves it out; the probability that it
-    takes it is the score at inference. S undecided sources are all left out in 2^-S of the steps.
+    At a low temperature a draw either includes or excludes a source, and the probability of
+    including it is its score at inference. If all S probabilities are 1/2, a step excludes all
+    sources with probability 2^-S.
     """
     del logits, in_training
     scores = jnp.where(kept, scores, 0.0)
@@ -101,7 +103,8 @@ def by_softmax(scores: Array, logits: Array, kept: Array, in_training: bool) -> 
     """Normalizes like the released code.
 
     In training it returns the softmax of `s / sum(s) + 1e-8`, at inference the softmax of the
-    logits. So two weights differ by a factor of at most e in training, without bound at inference.
+    logits. Two weights therefore differ by a factor of at most e in training, while their ratio
+    has no bound at inference.
     """
     if in_training:
         total = jnp.where(kept, scores, 0.0).sum(-1, keepdims=True)
@@ -114,9 +117,9 @@ NORMALIZE = {"sum": by_sum, "softmax": by_softmax}
 
 
 def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Array, Array]:
-    """Returns a mask of the `count` largest values, and their indices, ascending, [..., count].
+    """Returns a mask of the `count` largest values, and their ascending indices [..., count].
 
-    Of equal values the first are kept.
+    Among equal values, the first are kept.
     """
     if count is None or count == values.shape[-1]:
         indices = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)
@@ -127,9 +130,10 @@ def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Arra
 
 
 def noise(key: Key, runs: Runs, count: int) -> Float[Array, "K n"]:
-    """Returns logit(u), u uniform, for every run.
+    """Returns n draws of logit(u), with u uniform in (0, 1), for every run.
 
-    The draw depends on the run's name, not its row, so it is the same alone and in a fleet.
+    Draws depend on the run's name, not on its bank row, so they are the same in a job of one run
+    and in a fleet.
     """
     names = np.array([name_hash(name) for name in runs.run_names], np.uint32)
     keys = jax.vmap(lambda name: jax.random.fold_in(key, name))(names)
@@ -137,5 +141,5 @@ def noise(key: Key, runs: Runs, count: int) -> Float[Array, "K n"]:
 
 
 def of_rows(table: Float[Array, "K n"], task_ids: Int[Array, "..."]) -> Float[Array, "... n"]:
-    """Returns rows of a small table, without gradient."""
+    """Returns `table[task_ids]` without gradient."""
     return jax.lax.stop_gradient(table[task_ids])
