@@ -451,7 +451,7 @@ def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monk
     for name, runs in (("artifact", 3), ("artifacts/run_b", 1)):
         card = (folder / name / "README.md").read_text()
         count = sum(leaf.size for leaf in first.values()) // 3 * runs
-        assert f"| numbers that were trained | {count:,} |" in card
+        assert f"| trainable parameters | {count:,} |" in card
 
 
 def test_train_fleet_patience_ends_runs_then_job(backbone, tmp_path):

@@ -73,7 +73,7 @@ class Facts:
         trained_on: run -> (number of examples cut to the length limits, number of examples).
         evaluated: run -> number of examples behind its metrics.
         evaluated_split: the split of those examples.
-        trained_numbers: number of trained parameters, including those outside the artifact.
+        num_trainable: number of trained parameters, including those outside the artifact.
         git_revision: the code's revision.
         packages: package -> version.
     """
@@ -82,7 +82,7 @@ class Facts:
     trained_on: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     evaluated: Mapping[str, int] = dataclasses.field(default_factory=dict)
     evaluated_split: str = ""
-    trained_numbers: int | None = None
+    num_trainable: int | None = None
     git_revision: str | None = None
     packages: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
@@ -177,7 +177,7 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
         "tasks": ", ".join(f"`{task}`" for task in dict.fromkeys(config["task_names"])),
         "groups that share nothing": groups if groups > 1 else None,
         "numbers in this artifact": f"{numbers:,}",
-        "numbers that were trained": _thousands(facts.trained_numbers),
+        "trainable parameters": _thousands(facts.num_trainable),
         "step": config["step"],
         "backbone": f"`{config['backbone']}`",
         "sha256 of its embedding, as bfloat16": f"`{config['embedding_sha256']}`",

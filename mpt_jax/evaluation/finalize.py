@@ -211,7 +211,7 @@ def card_facts(job: EndedJob) -> model_card.Facts:
         trained_on=getattr(provider, "overlong", {}),
         evaluated=job.evaluated,
         evaluated_split=job.evaluated_split,
-        trained_numbers=num_trainable_params(trainer.model, trainer.state.trainable),
+        num_trainable=num_trainable_params(trainer.model, trainer.state.trainable),
         git_revision=provenance.git_revision(),
         packages=provenance.package_versions(),
     )
@@ -264,7 +264,7 @@ def _write(
             data=select(facts.data),
             trained_on=select(facts.trained_on),
             evaluated=select(facts.evaluated),
-            trained_numbers=num_trainable_params(model, {"prompt": params}),
+            num_trainable=num_trainable_params(model, {"prompt": params}),
         )
     artifacts.save_artifact(
         folder,

@@ -175,9 +175,9 @@ def _pool(prompts: np.ndarray, similarity: str) -> np.ndarray:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    if not (lengths > 0).all():
+    if not ((lengths > 0) & np.isfinite(lengths)).all():
         raise ValueError(
-            "A task embedding is zero or NaN, so its similarity to others is undefined. Train the "
+            "A task embedding is zero or not finite, so its similarity to others is undefined. Train the "
             "embeddings again with gin/spot_embeddings.gin and gin/spot_source_embeddings.gin."
         )
     return vectors / lengths

@@ -342,7 +342,7 @@ def _card_facts(host: Host) -> model_card.Facts:
     tasks = [task_lookup.find_task(n) for n in host.model.runs.run_names if task_lookup.is_task(n)]
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in tasks},
-        trained_numbers=num_trainable_params(host.model, host.shapes),
+        num_trainable=num_trainable_params(host.model, host.shapes),
         git_revision=provenance.git_revision(),
         packages=provenance.package_versions(),
     )

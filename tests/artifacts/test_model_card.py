@@ -51,7 +51,7 @@ FACTS = Facts(
     trained_on={"rte_s1": (12, 2490), "cb_s1": (0, 250)},
     evaluated={"rte_s1": 138, "cb_s1": 1028},
     evaluated_split="validation",
-    trained_numbers=1108,
+    num_trainable=1108,
     git_revision="abc123+changes",
     packages={"seqio": "0.0.20", "tensorflow": None},
 )
@@ -105,7 +105,7 @@ def test_model_card_lists_artifact_facts():
         ["tasks", "`rte`, `cb`"],
         ["groups that share nothing", "2"],
         ["numbers in this artifact", "108"],  # 2*4*6 + 3*4*2 + 3*2*6
-        ["numbers that were trained", "1,108"],
+        ["trainable parameters", "1,108"],
         ["step", "120"],
         ["sha256 of its embedding, as bfloat16", f"`{'e' * 64}`"],
         ["sha256 of the vocabulary", f"`{'v' * 64}`"],
@@ -393,7 +393,7 @@ def test_trained_run_model_card_has_data_and_example_counts(backbone, tmp_path):
         assert score[3:] == ["4", "2"]
     assert "Of the validation split." in card and "flatter" not in card
     trained = training_runs.P * 16 + 3 * (training_runs.P + 16)
-    assert ["numbers that were trained", str(trained)] in found
+    assert ["trainable parameters", str(trained)] in found
     record = json.loads((tmp_path / "run.jsonl").read_text())
     assert ["git revision", f"`{record['git_revision']}`"] in found
     assert ["jaxlib", record["packages"]["jaxlib"]] in found

@@ -83,7 +83,7 @@ def test_demo_text_tables_show_means_and_differences(root, demo):
     # Mean and standard deviation (n - 1), F1 of free text, and their mean over tasks.
     assert re.search(r"52\.0 ± 2\.0 +7\.0 ± 1\.0 +29\.5 +53\.0 +2,560 +12$", rows["PT"])
     assert re.search(r"70\.0 +14\.0 +42\.0", rows["Full fine-tuning"])
-    assert re.search(r"50\.0 +0\.5", rows["always the most frequent"])
+    assert re.search(r"50\.0 +0\.5", rows["majority class"])
     assert re.search(r"91\.2 +85\.0", rows["Teachers (PT)"])
     # Six differences 10, 9, 8, -1, 0, 1: mean 4.5, t(5) = 2.5706, standard error 2.0616.
     assert re.search(r"PT +\+4\.5 +-0\.8 \.\. \+9\.8 +6", differences)

@@ -143,8 +143,8 @@ def test_nearest_source_invalid_settings_raise():
 
 
 @pytest.mark.parametrize("similarity", ["mean_pooled", "row_pairs"])
-@pytest.mark.parametrize("value", [0.0, np.nan])
-def test_cosines_zero_or_nan_embedding_raises(similarity, value):
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_cosines_zero_or_non_finite_embedding_raises(similarity, value):
     prompts = np.full((1, P, H), value, np.float32)
-    with pytest.raises(ValueError, match="zero or NaN"):
+    with pytest.raises(ValueError, match="zero or not finite"):
         cosines(prompts, embeddings(SOURCES, 0).prompts, similarity)

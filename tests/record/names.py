@@ -25,6 +25,7 @@ BINDINGS: dict[str, str] = {"INITIAL_ARTEFACT": "INITIAL_ARTIFACT"}
 PHRASES: dict[str, str] = {
     "mpt_jax.artefacts.load_artefact": "mpt_jax.artifacts.artifacts.load_artifact",
     "'tasks.": "'mpt_jax.tasks.",
+    "numbers that were trained": "trainable parameters",
 }
 # Whole words of the record (letters, digits, _) -> what they are now: folders and files, keys,
 # metrics, leaves, gin names, words of model cards.

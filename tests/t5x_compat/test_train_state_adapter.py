@@ -73,7 +73,7 @@ def test_artifact_hook_non_finite_prompts_keep_earlier_artifact(
     card = (tmp_path / "artifact" / "README.md").read_text()
     assert "| step | 3 |" in card and "Nothing was measured" in card
     trained = sum(leaf.size for leaf in flatten(state.params["prompt"]).values())
-    assert f"| numbers that were trained | {trained} |" in card
+    assert f"| trainable parameters | {trained} |" in card
     tiny.close(written.params, state.params["prompt"], 0)
     prompt = dict(state.params["prompt"])
     prompt["task_left"] = prompt["task_left"].at[0, 0, 0].set(np.nan)

@@ -74,7 +74,7 @@ def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: b
         guesses = [f"{majority[task]:.1f}" if task in majority else "" for task in metrics]
         known = all(task in majority for task in tasks)
         mean = f"{np.mean([majority[task] for task in tasks]):.1f}" if known else ""
-        rows.append(["always the most frequent", *guesses, mean, *[""] * len(more), "", "0", ""])
+        rows.append(["majority class", *guesses, mean, *[""] * len(more), "", "0", ""])
     for label, cells in analysis.by_label(results).items():
         (result,) = cells.values()
         ranked = [np.mean(result.scores[t][RANKED]) for t in tasks if RANKED in result.scores[t]]
