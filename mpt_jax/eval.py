@@ -1,7 +1,7 @@
 """Evaluation of saved prompts: `python -m mpt_jax.eval --gin_file=gin/eval.gin ...`.
 
-`evaluate` takes T5X's arguments, so one gin file serves both. It evaluates a checkpoint of a
-training run or, if no checkpoint is named, the prompt artifact of the origins.
+`evaluate` takes T5X's arguments, so one gin file works with both. It evaluates a checkpoint of a
+training run or, if no checkpoint is named, a prompt artifact.
 """
 
 from __future__ import annotations
@@ -46,19 +46,26 @@ def evaluate(
     Args:
         model: the model, configured as it was trained.
         dataset_cfg: the data to evaluate on.
-        restore_checkpoint_cfg: the checkpoint(s); an empty path uses the origins' artifact.
-        partitioner: the mesh.
-        output_dir: metrics and predictions are written to its subfolder `inference_eval`.
-        train_state_initializer_cls: called without arguments; its `origins` name the backbone.
+        restore_checkpoint_cfg: the checkpoint(s) to evaluate. An empty path evaluates the artifact
+            that `origins` names.
+        partitioner: the partitioner, which places arrays on the mesh.
+        output_dir: the folder whose subfolder `inference_eval` gets metrics and predictions.
+        train_state_initializer_cls: called without arguments; its `origins` name the backbone and
+            the artifact.
         inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
         summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
         training_evaluator_cls: T5X's; not supported.
         train_eval_get_dataset_fn: T5X's; not supported.
         fallback_init_rng: T5X's; not supported, since nothing falls back to random values.
-        use_orbax: T5X's; always True.
+        use_orbax: T5X's; must be True.
 
     Returns:
-        Step -> task -> metric -> value.
+        The scores: step -> task -> metric -> value.
+
+    Raises:
+        ValueError: a setting, task or split is invalid, or a checkpoint was trained with another
+            configuration.
+        OSError: a checkpoint does not exist or cannot be read.
     """
     refuse_ineffective(
         "evaluate",

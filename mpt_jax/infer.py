@@ -4,7 +4,7 @@
 
     <output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>    {"inputs": {...}, "prediction": ...}
     the same with .partial                                   the lines of a run that was stopped
-    the same with .partial_of, or .COMPLETED                 what the lines were made from
+    the same with .partial_of, or .COMPLETED                 the inputs that lines were made from
 
 The same command resumes a partial file and keeps a complete one. A file that was made from other
 inputs is an error (`runtime.resumable_output`).
@@ -73,18 +73,21 @@ def infer(
 
     Args:
         model: the model, configured as it was trained.
-        dataset_cfg: the examples; its lengths must be set.
-        restore_checkpoint_cfg: one checkpoint; an empty path uses the origins' artifact.
-        partitioner: the mesh.
+        dataset_cfg: the examples to read; its `task_feature_lengths` must be set.
+        restore_checkpoint_cfg: the checkpoint to use. An empty path uses the artifact that
+            `origins` names.
+        partitioner: the partitioner, which places arrays on the mesh.
         output_dir: the folder that files are written to.
-        train_state_initializer_cls: called without arguments; its `origins` name the backbone.
-        mode: `'predict'` decodes, `'score'` gives the targets' log-probability in nats,
+        train_state_initializer_cls: called without arguments; its `origins` name the backbone and
+            the artifact.
+        mode: `'predict'` decodes, `'score'` computes the log-probability of the targets in nats,
             `'predict_with_aux'` decodes and adds the score of the decoded text.
-        checkpoint_period: maximum number of batches that a stopped run has to repeat.
-        shard_id: the part of every task, of `num_shards`, that this run processes.
-        num_shards: number of parts, each for a separate run.
-        output_vocab_feature_name: the feature whose vocabulary decodes predictions.
-        file_extension: extension of the files.
+        checkpoint_period: the maximum number of batches that a stopped run has to repeat.
+        shard_id: the number of the part of every task that this run processes, from 0.
+        num_shards: the number of parts that every task is divided into; each part needs its own
+            run.
+        output_vocab_feature_name: the name of the feature whose vocabulary decodes predictions.
+        file_extension: the extension of the files.
         summarize_config_fn: called as `(model_dir, writer, step)` for shard 0; writes config.gin.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
         merge_chunked_results, checkpoint_ds_iter, write_fn, merge_fn, keep_aux_as_numpy,
@@ -94,9 +97,10 @@ def infer(
         The paths of the files.
 
     Raises:
-        ValueError: a setting, task, split or length is invalid; a split is empty; an existing
-            file was made from other inputs, or another run is writing it.
-        OSError: a file cannot be written.
+        ValueError: a setting, task, split or length is invalid; a split is empty; the checkpoint
+            was trained with another configuration; or an existing file was made from other inputs,
+            or another run is writing it.
+        OSError: the checkpoint cannot be read, or a file cannot be written.
     """
     refuse_ineffective(
         "infer",
@@ -157,17 +161,24 @@ def infer(
 
 def _check_settings(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) -> None:
     if mode not in MODES:
-        raise ValueError(f"infer.mode must be one of {MODES}, got {mode!r}.")
+        raise ValueError(f"infer.mode must be one of {', '.join(MODES)}, got {mode!r}.")
     if checkpoint_period < 1:
         raise ValueError(f"infer.checkpoint_period must be 1 or more, got {checkpoint_period}.")
     if not 0 <= shard_id < num_shards:
-        raise ValueError(f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}.")
+        raise ValueError(
+            f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}. Lower it, or raise "
+            f"infer.num_shards, which is {num_shards}."
+        )
 
 
 def _tasks(
     cfg: datasets.DatasetConfig, model: PromptedEncoderDecoder
 ) -> tuple[list[seqio.Task], Any]:
-    """The tasks to read and their feature converter; raises ValueError if they do not match."""
+    """Returns the tasks to read and their feature converter.
+
+    Raises:
+        ValueError: the model has no prompt for a task, or a task has no such split.
+    """
     tasks = list(seqio.get_subtasks(cfg.provider()))
     converter = cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
     validation.check_runs(tasks, converter)
@@ -185,14 +196,15 @@ def _one_state(
     states = list(restore_states.states(model, origins, partitioner, cfg))
     if len(states) != 1:
         raise ValueError(
-            f"infer needs one checkpoint, but {cfg} names {len(states)}. Set CHECKPOINT_PATH to "
-            "one of them."
+            f"infer needs one checkpoint, but {cfg.path} with mode {cfg.mode!r} names "
+            f"{len(states)}. Set CHECKPOINT_PATH to one of them, and RestoreCheckpointConfig.mode "
+            "to 'specific'."
         )
     return states[0]
 
 
 def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> dict[str, Any]:
-    """Returns the parameters and the decoding function that lines are made from. JSON values."""
+    """Returns, as JSON values, the parameters and decoding function that lines depend on."""
     paths = [read] if isinstance(read, str) else read
     decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
     return {
@@ -204,9 +216,12 @@ def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> d
 
 
 def _asked(cfg: datasets.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
-    """Returns the examples and the outputs that lines are made from. JSON values."""
+    """Returns, as JSON values, the settings of data and outputs that lines depend on."""
     if cfg.task_feature_lengths is None:
-        raise ValueError("infer needs DatasetConfig.task_feature_lengths, got None.")
+        raise ValueError(
+            "DatasetConfig.task_feature_lengths is None, but infer needs a limit for each feature. "
+            "Set TASK_FEATURE_LENGTHS."
+        )
     return {
         "mode": mode,
         "split": cfg.split,
@@ -228,8 +243,11 @@ def _dataset(cfg: datasets.DatasetConfig, task: seqio.Task) -> tf.data.Dataset:
 
 
 def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], converter: Any) -> None:
-    """Raises ValueError for an empty split, or overlong examples that may not be truncated; logs
-    those that are truncated."""
+    """Checks that splits are not empty and examples fit; logs how many will be truncated.
+
+    Raises:
+        ValueError: a split is empty, or examples are too long and may not be truncated.
+    """
     overlong = {}
     for task in tasks:
         with task_lookup.explain_missing_data(task, cfg.split):
@@ -238,7 +256,7 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
 
 
 def _examples(cfg: datasets.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
-    """Returns pairs (texts, model features) of all examples, in the task's order."""
+    """Returns a dataset of pairs (texts, model features): all examples, in the task's order."""
     dataset = _dataset(cfg, task)
     texts = dataset.map(lambda x: {name: x[name] for name in x if name.endswith(TEXT)})
     return tf.data.Dataset.zip((texts, converter(dataset, cfg.task_feature_lengths)))
@@ -253,7 +271,7 @@ def _output(path: epath.Path, made_from: dict[str, Any]) -> ResumableFile:
 def _from_process_0(read: Callable[[], int | None]) -> int | None:
     """Calls a function in process 0 and returns its result in every process.
 
-    Only process 0 reads and writes the files, since hosts that read them separately could disagree.
+    Only process 0 accesses the files, since processes that read them separately could disagree.
 
     Raises:
         RuntimeError: in the other processes, if the function failed; process 0 raises its error.
@@ -270,12 +288,14 @@ def _from_process_0(read: Callable[[], int | None]) -> int | None:
     if error is not None:
         raise error
     if value == failed:
-        raise RuntimeError("Process 0 could not read or write its output. See its log.")
+        raise RuntimeError(
+            "Process 0 could not read or write its output. See the log of process 0."
+        )
     return None if value == none else value
 
 
 def _write(output: ResumableFile, windows: Iterable[list[str]], period: int) -> None:
-    """Appends the lines of `period` windows at a time, then completes the file."""
+    """Appends lines to a file, `period` windows at a time, then completes it."""
     writes = jax.process_index() == 0
     waiting: list[str] = []
     try:
@@ -300,7 +320,16 @@ def _lines(
     mode: str,
     vocabulary: Any,
 ) -> Iterator[str]:
-    """Yields one line of JSON per example of a window, in order, from batches of `rows`."""
+    """Yields one line of JSON per example of a window, in the window's order.
+
+    Args:
+        window: the texts and the model features of the examples.
+        rows: the number of rows of a batch.
+        buckets: the lengths that batches are trimmed to; None disables trimming.
+        function: the compiled prediction or scoring function.
+        mode: see `infer`.
+        vocabulary: the vocabulary that decodes predictions.
+    """
     texts, features = jax.tree.map(lambda x: x.numpy(), window)
     shard = HostShard(rows, jax.process_count(), jax.process_index())
     answers: dict[int, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """Training: `python -m mpt_jax.train --gin_file=gin/mpt_source.gin`.
 
-`train` takes T5X's arguments, so one gin file serves both trainers. It sets up a job, runs the loop
-and writes the artifacts. The parts are in training_job.py.
+`train` takes T5X's arguments, so one gin file works with both trainers. It sets up a job, runs the
+training loop and writes the artifacts, with the functions of training_job.py.
 """
 
 from __future__ import annotations
@@ -66,28 +66,28 @@ def train(
 
     Args:
         model: the model to train.
-        train_dataset_cfg: training data; `batch_size` is the global batch.
-        model_dir: MODEL_DIR, which the run writes all its files to.
+        train_dataset_cfg: the training data; its `batch_size` is the global batch size.
+        model_dir: MODEL_DIR, the folder that the run writes all its files to.
         total_steps: the step to train to.
         train_state_initializer_cls: called without arguments; its `origins` define where initial
             values come from.
         checkpoint_cfg: when to save.
-        partitioner: the mesh.
+        partitioner: the partitioner, which places arrays on the mesh.
         trainer_cls: `Trainer`, with its gin fields bound.
-        train_eval_dataset_cfg: data whose loss is evaluated.
-        infer_eval_dataset_cfg: data that is decoded and scored, separately for each run.
-        eval_steps: batches of a training evaluation; 0 takes all.
-        eval_period: steps between evaluations.
-        stats_period: steps between metrics; default `eval_period`.
-        random_seed: seed of initial values and dropout; None is 0.
+        train_eval_dataset_cfg: the data whose loss is evaluated.
+        infer_eval_dataset_cfg: the data that is decoded and scored, separately for each run.
+        eval_steps: the number of batches of a loss evaluation; 0 uses all batches.
+        eval_period: the number of steps between evaluations.
+        stats_period: the number of steps between metrics; defaults to `eval_period`.
+        random_seed: the seed of initial values and dropout; None means 0.
         summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
         inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
-        actions: actions after an evaluation, by `'TRAIN_EVAL'`, `'INFER_EVAL'` or `'TRAIN'`.
+        actions: the actions after an evaluation; keys: `'TRAIN_EVAL'`, `'INFER_EVAL'`, `'TRAIN'`.
         run_eval_before_training: whether to evaluate step 0 as well.
         relative_steps: T5X's; not supported.
         use_hardware_rng: T5X's; not supported.
-        use_orbax: T5X's; always True.
-        concurrent_metrics: T5X's; this trainer always writes metrics concurrently.
+        use_orbax: T5X's; must be True.
+        concurrent_metrics: T5X's; no effect, since metrics are always written concurrently.
         gc_period: T5X's; not supported.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
         get_dataset_fn: T5X's; not supported.
@@ -98,8 +98,8 @@ def train(
 
     Raises:
         NonFiniteLoss: the losses of all runs were not finite; the last good state is saved.
-        OutOfMemory: a training step does not fit on a device.
-        SystemExit: SIGTERM or Ctrl-C; the state is saved.
+        OutOfMemory: a training step does not fit in device memory.
+        SystemExit: SIGTERM or Ctrl-C stopped the run; the state is saved.
         ModelDirInUse: another run is writing to MODEL_DIR.
     """
     refuse_ineffective(

@@ -1,4 +1,4 @@
-"""Parts of a training job: its setup, and the actions of the loop in train.py."""
+"""Setup of a training job, and the actions of the training loop in train.py."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ class Start:
 
     Attributes:
         model_dir: MODEL_DIR.
-        data_cfg: configuration of the training data.
-        seed: seed of initial values and dropout.
-        batches: the training data.
+        data_cfg: the configuration of the training data.
+        seed: the seed of initial values and dropout.
+        batches: the iterator over the training data.
         trainer: the trainer, which holds the state.
-        initial: what the state was initialized from, without the parameters.
-        backbone: name of the backbone.
-        fingerprint: fingerprint of the job, saved with every checkpoint.
-        saved: the job's checkpoints.
-        position: position in the training data, saved with every checkpoint.
+        initial: the digests and origins of the initial values; its `params` are empty, since the
+            trainer holds them.
+        backbone: the name of the backbone.
+        fingerprint: the fingerprint of the job, saved with every checkpoint.
+        saved: the checkpoints of the job.
+        position: the position in the training data, saved with every checkpoint.
         resumed: whether the state was restored from a checkpoint.
     """
 
@@ -73,10 +74,10 @@ def restore_or_initialize(
     trainer_cls: Callable[..., Trainer],
     seed: int,
 ) -> Start:
-    """Builds data, state and trainer.
+    """Builds the data iterator, the state and the trainer.
 
-    The state comes from the job's last checkpoint, else from its initial artifact, else from
-    initial values.
+    The state is restored from the job's last checkpoint. If there is none, it comes from the
+    initial artifact, or from the initializers if no artifact is named.
     """
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
@@ -154,7 +155,7 @@ def make_evaluator(
     evaluator_cls: Callable[..., Any] | None,
     actions: Mapping[str, Sequence[selection.Action]] | None,
 ) -> PeriodicEvaluator:
-    """Builds the evaluator that runs between steps, resumed at the step where training starts."""
+    """Builds the evaluator that runs between steps, with the best results of earlier starts."""
     writers = metric_writers.Writers(model_dir)
     converter = trainer.model.FEATURE_CONVERTER_CLS
     losses = loss_cfg and datasets.eval_batches(
@@ -208,10 +209,10 @@ class Job:
     """A job in training: its saves, reports, evaluations and final artifacts.
 
     Attributes:
-        start: data and state.
-        evaluator: evaluates between steps.
+        start: the data and state at the step where training starts.
+        evaluator: the evaluator that runs between steps.
         progress: the progress line on the terminal.
-        check_it_is_ours: raises if another job has taken MODEL_DIR.
+        check_it_is_ours: a function that raises ModelDirInUse if another job has taken MODEL_DIR.
     """
 
     start: Start
@@ -225,11 +226,15 @@ class Job:
         return self.start.trainer
 
     def is_due(self, *periods: int | None) -> bool:
-        """Whether any period ends at this step; None and 0 never do."""
+        """Whether this step is a multiple of any period; None and 0 are ignored."""
         return any(period and self.trainer.step % period == 0 for period in periods)
 
     def take_first_step(self, started: float) -> None:
-        """Takes the first step, and reports how long compilation and startup took."""
+        """Takes the first step and reports the time of compilation and startup.
+
+        Args:
+            started: the time at which the job started, from `time.monotonic`.
+        """
         batch, step = next(self.start.batches), self.trainer.step
         before = time.monotonic()
         self.trainer.train(batch)
@@ -257,14 +262,18 @@ class Job:
         self.start.saved.save(trainer.state, meta)
 
     def evaluate(self) -> bool:
-        """Evaluates, and leaves finished runs out of batches; returns whether to stop training."""
+        """Evaluates, and drops finished runs from batches; returns whether to stop training."""
         stop = self.evaluator.run()
         self.trainer.compact_batches()
         self.progress.restart_clock(self.trainer.step)
         return stop
 
     def finalize(self, all_failed: bool = False) -> None:
-        """Writes the final artifacts."""
+        """Writes the final artifacts.
+
+        Args:
+            all_failed: whether the job ends because every run has failed.
+        """
         inference = self.evaluator.inference
         ended = finalize.EndedJob(
             self.trainer,
@@ -283,8 +292,8 @@ class Job:
     def closing(self) -> Iterator[None]:
         """Closes writers and checkpoints at the end of the block.
 
-        If all runs have failed, first saves the last good state. If another process was lost,
-        exits.
+        If all runs have failed, first saves the last good state. If another process of the job
+        was lost, exits.
         """
         try:
             yield

@@ -1,1 +1,1 @@
-"""Examples to batches in NumPy: collation, packing, length bucketing and tokenizers."""
+"""Construction of NumPy batches: tokenizers, collation, packing and length buckets."""

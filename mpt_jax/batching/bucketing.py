@@ -30,11 +30,11 @@ class LengthBuckets:
     """The lengths that batches are trimmed to.
 
     Attributes:
-        encoder: numbers of encoder positions, prompts included; the last is the full length.
-        decoder: numbers of target positions; the last is the full length.
+        encoder: the lengths of the encoder, prompt slots included; the last is the full length.
+        decoder: the lengths of the decoder; the last is the full length.
 
     Raises:
-        ValueError: lengths are not positive and increasing.
+        ValueError: the lengths are not positive and increasing.
     """
 
     encoder: tuple[int, ...]
@@ -43,13 +43,16 @@ class LengthBuckets:
     def __post_init__(self):
         for lengths in (self.encoder, self.decoder):
             if list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
-                raise ValueError(f"Bucket lengths must be positive and increase, got {lengths}.")
+                raise ValueError(
+                    f"Bucket lengths must be positive and increase, got {lengths}. Correct "
+                    "length_buckets."
+                )
 
     def cut(self, batch: Mapping[str, np.ndarray], targets: bool = True) -> Batch:
-        """Trims trailing padding: returns the batch at the shortest lengths that hold its rows.
+        """Returns a batch trimmed to the shortest lengths that hold all its rows.
 
         Args:
-            batch: an unpacked batch of full length.
+            batch: the unpacked batch, at full length.
             targets: whether to trim targets as well; decoding may need all target positions.
         """
         encoder = smallest(self.encoder, int(encoder_lengths(batch).max(initial=0)))
@@ -70,12 +73,12 @@ def of_settings(
 
     Args:
         settings: {'inputs': [...], 'targets': [...]} in tokens of text; either may be left out.
-            The limit itself is always the last bucket.
-        prompt_length: P.
-        limits: `task_feature_lengths`.
+            The limit is always added as the last bucket.
+        prompt_length: the prompt length P, which is added to the lengths of inputs.
+        limits: the maximum number of tokens of each feature, `task_feature_lengths`.
 
     Raises:
-        ValueError: an unknown name, or lengths that do not increase or reach the limit.
+        ValueError: a feature is unknown, or its lengths do not increase or reach the limit.
     """
     settings = settings or {}
     if unknown := sorted(set(settings) - {"inputs", "targets"}):
@@ -84,7 +87,8 @@ def of_settings(
         if list(lengths) != sorted(set(lengths)) or any(n >= limits[name] for n in lengths):
             raise ValueError(
                 f"length_buckets[{name!r}] must increase and stay below the limit of "
-                f"{limits[name]} tokens (task_feature_lengths), got {list(lengths)}."
+                f"{limits[name]} tokens (task_feature_lengths), got {list(lengths)}. Correct the "
+                "list; the limit itself is added automatically."
             )
     inputs = (*settings.get("inputs", ()), limits["inputs"])
     targets = (*settings.get("targets", ()), limits["targets"])
@@ -92,8 +96,11 @@ def of_settings(
 
 
 def automatic(limits: Mapping[str, int]) -> dict[str, list[int]]:
-    """Returns default buckets: quarters of the limit on inputs, halvings of the limit on targets
-    down to 8, and none if the limit is small."""
+    """Returns the default buckets for given `task_feature_lengths`.
+
+    Inputs get 1/4, 1/2 and 3/4 of their limit. Targets get 1/2, 1/4, 1/8, ... of their limit, but
+    at least 8 tokens. A feature whose limit is below `WORTH_CUTTING` gets no buckets.
+    """
     buckets: dict[str, list[int]] = {}
     if (limit := limits["inputs"]) >= WORTH_CUTTING["inputs"]:
         buckets["inputs"] = [limit // 4, limit // 2, 3 * limit // 4]
@@ -105,7 +112,7 @@ def automatic(limits: Mapping[str, int]) -> dict[str, list[int]]:
 
 
 def encoder_lengths(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the number of encoder positions that each row of an unpacked batch uses. [B]."""
+    """Returns the number of encoder positions that each row of an unpacked batch uses, as [B]."""
     return used((batch["encoder_input_tokens"] != 0) | (batch["encoder_prompt_slots"] != 0))
 
 
@@ -115,9 +122,9 @@ def sorted_batches(
     """Yields the row indices of each batch, sorting the rows of `window` batches by length.
 
     Args:
-        lengths: lengths of all rows, [n].
-        batch_size: rows of a batch; the last may have fewer.
-        window: number of batches that are sorted together.
+        lengths: the lengths of all rows, [n].
+        batch_size: the number of rows of a batch; the last batch may have fewer.
+        window: the number of batches that are sorted together.
     """
     for first in range(0, len(lengths), window * batch_size):
         part = lengths[first : first + window * batch_size]
@@ -128,12 +135,14 @@ def sorted_batches(
 def batches_of(
     rows: Batch, batch_size: int, buckets: LengthBuckets | None, targets: bool = True
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Splits rows into batches, sorted by length and trimmed if there are buckets, else in order.
+    """Splits rows into batches.
+
+    With buckets, rows are sorted by length and batches are trimmed. Without, rows keep their order.
 
     Args:
-        rows: unpacked rows, of full length if there are buckets.
-        batch_size: rows of a batch; the last may have fewer.
-        buckets: the lengths that batches are trimmed to; None does not trim.
+        rows: the unpacked rows, at full length if there are buckets.
+        batch_size: the number of rows of a batch; the last batch may have fewer.
+        buckets: the lengths that batches are trimmed to; None disables sorting and trimming.
         targets: see `LengthBuckets.cut`.
 
     Yields:
@@ -150,7 +159,7 @@ def batches_of(
 
 
 def used(real: np.ndarray) -> np.ndarray:
-    """Returns one more than the last true position of each row [B, n], or 0 without one. [B]."""
+    """Returns the length of each row of `real` [B, n] up to its last true position, as [B]."""
     return np.where(real.any(axis=1), real.shape[1] - real[:, ::-1].argmax(axis=1), 0)
 
 

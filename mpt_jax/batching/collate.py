@@ -1,7 +1,7 @@
 """Collation of token ids into batches, in NumPy.
 
-For callers that have token ids as lists: the feature converter (packed rows), benchmarks, programs
-without SeqIO. Two other functions build unpacked rows, because they run inside a graph:
+For callers that have token ids as lists: the feature converter (packed rows), benchmarks, and
+programs without SeqIO. Two other functions also build unpacked rows, because they run in a graph:
 `data.feature_converter.PromptFeatureConverter._place` (TensorFlow, one example at a time) and
 `serving.predict.compiled.Functions._batch` (JAX). Tests compare all three.
 """
@@ -23,9 +23,9 @@ class Example(NamedTuple):
     """One example.
 
     Attributes:
-        inputs: token ids, end-of-sequence id included.
-        targets: token ids, end-of-sequence id included; empty if unknown.
-        row: row of the prompt bank.
+        inputs: token ids of the input text, with the end-of-sequence id.
+        targets: token ids of the target text, with the end-of-sequence id; empty if unknown.
+        row: the bank row of the example's prompt.
     """
 
     inputs: Sequence[int] | np.ndarray
@@ -39,13 +39,13 @@ def unpacked(
     """Builds a batch with one example per row: prompt slots, then the text, then padding.
 
     Args:
-        examples: B examples.
-        prompt_length: P, or the length of each bank row's prompt.
-        text_length: T minus the longest P.
-        target_length: L.
+        examples: the B examples.
+        prompt_length: the prompt length P, or a list with the prompt length of each bank row.
+        text_length: the maximum number of input tokens: T minus the longest prompt length.
+        target_length: the maximum number of target tokens, L.
 
     Raises:
-        ValueError: a text is longer than its limit.
+        ValueError: the inputs or targets of an example are longer than their limit.
     """
     batch = _empty(len(examples), int(np.max(prompt_length)) + text_length, target_length)
     for number, example in enumerate(examples):
@@ -64,14 +64,15 @@ def packed(
     Uses as few rows as `packing.best_fit` finds.
 
     Args:
-        examples: at least one.
-        prompt_length: P, the positions in front of every example's text, or the length of each
-            bank row's prompt.
-        lengths: positions of a row: `inputs` (prompts included) and `targets`.
+        examples: the examples; at least one.
+        prompt_length: the prompt length P, or a list with the prompt length of each bank row. An
+            example's prompt slots are in front of its text.
+        lengths: the number of positions of a row on each side: `inputs` (prompt slots included)
+            and `targets`.
 
     Raises:
-        ValueError: an example is longer than a row, has no targets or nothing to encode, or
-            contains id 0, which is padding.
+        ValueError: an example is longer than a row, has no targets, has neither inputs nor a
+            prompt, or contains id 0, which is padding.
     """
     shape = lengths["inputs"], lengths["targets"]
     reserved = [_length_of(prompt_length, int(example.row)) for example in examples]
@@ -82,8 +83,8 @@ def packed(
     for example, need in zip(examples, needed, strict=True):
         if 0 in need or 0 in example.inputs or 0 in example.targets:
             raise ValueError(
-                f"Cannot pack {example}. Inputs and targets must hold tokens, but not id 0, which "
-                "is padding."
+                f"Cannot pack {example}: its inputs or targets are empty or contain id 0, which "
+                "is padding. Correct or remove the example."
             )
     rows = packing.best_fit(np.array(needed), shape)
     batch = _empty(len(rows), *shape)
@@ -120,12 +121,15 @@ def _empty(rows: int, encoder: int, decoder: int) -> Batch:
 
 
 def _check(example: Example, text_length: int, target_length: int) -> None:
-    limits = {"inputs": text_length, "targets": target_length}
-    for name, limit in limits.items():
+    limits = {
+        "inputs": ("text_length", text_length),
+        "targets": ("target_length", target_length),
+    }
+    for name, (setting, limit) in limits.items():
         if len(getattr(example, name)) > limit:
             raise ValueError(
-                f"The {name} of an example have {len(getattr(example, name))} tokens, but only "
-                f"{limit} positions. Shorten them, or raise the limit."
+                f"An example has {len(getattr(example, name))} tokens in {name}, but the limit is "
+                f"{limit}. Shorten it, or raise {setting}."
             )
 
 

@@ -1,4 +1,4 @@
-"""Best-fit packing: which examples of a window share a row.
+"""Best-fit packing of the examples of a window into rows.
 
 The longest examples are placed first. SeqIO packs in order of arrival instead: it keeps one row
 open and closes it at the first example that does not fit (docs/performance.md compares them).
@@ -10,18 +10,19 @@ import numpy as np
 
 
 def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
-    """Assigns examples to as few rows as best fit finds.
+    """Assigns examples to rows by the best-fit heuristic, which keeps the number of rows low.
 
-    Examples are placed longest first, each into the fitting row with the least encoder positions
-    left. Rows are ordered by their first example, and the examples of a row by index, so a window
-    keeps its order as far as packing allows.
+    Examples are placed longest first, each into the row with the fewest encoder positions left that
+    still has room for it. Rows are ordered by their first example, and the examples of a row by
+    index, so a window keeps its order as far as packing allows.
 
     Args:
-        lengths: [N, 2] encoder positions (prompt included) and target positions of each example.
-        capacity: (T, L), the positions of a row.
+        lengths: the number of encoder positions (prompt slots included) and of target positions of
+            each example, [N, 2].
+        capacity: the number of encoder and of target positions of a row, (T, L).
 
     Returns:
-        The indices of the examples of each row.
+        For each row, the indices of its examples.
 
     Raises:
         ValueError: an example is longer than a row.
@@ -32,7 +33,8 @@ def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
         worst = lengths[(lengths > room).any(axis=1)][0].tolist()
         raise ValueError(
             f"An example needs {worst[0]} encoder and {worst[1]} target positions, but a packed "
-            f"row has {capacity[0]} and {capacity[1]}. Raise pack_lengths."
+            f"row has {capacity[0]} and {capacity[1]}. Raise pack_lengths, or lower "
+            "task_feature_lengths."
         )
     # Each example may need its own row. Rows that are still empty have all their room.
     left = np.tile(room, (len(lengths), 1))

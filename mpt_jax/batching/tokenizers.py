@@ -43,11 +43,14 @@ class SentencePieceVocabulary:
         self.eos_id: int = self._processor.eos_id()
 
     def encode(self, s: str) -> list[int]:
-        """Token ids of a text, without an end-of-sequence id."""
+        """Returns the token ids of a text, without an end-of-sequence id."""
         return self._processor.EncodeAsIds(s)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first end of sequence; ids out of range become unknown pieces."""
+        """Returns the text of token ids up to the first end-of-sequence id.
+
+        Ids that are not in the vocabulary are decoded as the unknown piece.
+        """
         unknown = self._processor.unk_id()
         known = [unknown if i >= self.vocab_size else int(i) for i in _until(ids, self.eos_id)]
         return self._processor.DecodeIds(known)
@@ -68,11 +71,14 @@ class ByteVocabulary:
         self.vocab_size: int = self.first_byte + 256 + extra_ids
 
     def encode(self, s: str) -> list[int]:
-        """Token ids of a text, without an end-of-sequence id."""
+        """Returns the token ids of a text, without an end-of-sequence id."""
         return [byte + self.first_byte for byte in s.encode()]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first end of sequence; ids that are not bytes are skipped."""
+        """Returns the text of token ids up to the first end-of-sequence id.
+
+        Ids that are not bytes are skipped.
+        """
         values = (i - self.first_byte for i in _until(ids, self.eos_id))
         return bytes(value for value in values if 0 <= value < 256).decode(errors="ignore")
 
@@ -85,7 +91,7 @@ def load(path: str, extra_ids: int | None = None) -> Tokenizer:
     """Loads the vocabulary at `path`; arguments as for `vocabularies.load`.
 
     Raises:
-        FileNotFoundError: `path` does not exist, or has no SentencePiece model in it.
+        FileNotFoundError: `path` does not exist, or is a folder without a SentencePiece model.
         ValueError: the file is not a SentencePiece model.
     """
     if path == BYT5:
@@ -101,7 +107,7 @@ def model_file(path: str | os.PathLike[str]) -> epath.Path:
     """Returns the SentencePiece model file at a path, which may be the folder that holds it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the path does not exist, or is a folder without a SentencePiece model.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -115,20 +121,20 @@ def model_file(path: str | os.PathLike[str]) -> epath.Path:
     for name in SENTENCEPIECE_NAMES:
         if name in children:
             return path / name
-    only_json = (
-        " It has tokenizer.json, which SeqIO cannot read. Download spiece.model from the same "
+    advice = (
+        "It has tokenizer.json, which SeqIO cannot read. Download spiece.model from the same "
         "model's page."
         if "tokenizer.json" in children
-        else ""
+        else "Copy the SentencePiece model into it, or give the path of the model file."
     )
     raise FileNotFoundError(
-        f"The folder {path} holds none of {', '.join(SENTENCEPIECE_NAMES)}.{only_json} "
+        f"The folder {path} holds none of {', '.join(SENTENCEPIECE_NAMES)}. {advice} "
         f"Found: {', '.join(children) or 'nothing'}."
     )
 
 
 def processor(path: epath.Path) -> Any:
-    """Returns SentencePiece's processor of a model file.
+    """Loads a SentencePiece model file; returns its `SentencePieceProcessor`.
 
     Raises:
         ValueError: the file is not a SentencePiece model.
@@ -136,14 +142,17 @@ def processor(path: epath.Path) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model ({error}).") from error
+        raise ValueError(
+            f"{path} is not a SentencePiece model ({str(error).rstrip('.')}). Download or copy it "
+            "again, or give the path of another file."
+        ) from error
 
 
 def usual_extra_ids(model: Any) -> int:
-    """Returns the number of sentinels to add: T5's, or 0 if the model's pieces include them.
+    """Returns the number of sentinels to add: T5's 100, or 0 if the model's pieces include them.
 
-    umT5's pieces include them. So do models that were written with their sentinels, with a space
-    before each.
+    The pieces of umT5 include the sentinels. So do those of models that were saved with their
+    sentinels, each after a word-start mark (`▁`).
     """
     spelled = ("<extra_id_0>", "▁<extra_id_0>")
     holds_them = any(model.PieceToId(piece) != model.unk_id() for piece in spelled)

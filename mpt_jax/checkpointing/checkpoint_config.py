@@ -9,15 +9,16 @@ from typing import Any
 
 @dataclasses.dataclass
 class SaveCheckpointConfig:
-    """When to save and how much to keep. Field names are T5X's.
+    """When to save checkpoints and how many to keep. Field names are T5X's.
 
     Attributes:
-        period: steps between saves; None saves only at the end.
-        keep: number of latest checkpoints to keep; None keeps all.
+        period: the number of steps between saves; None saves only at the end.
+        keep: the number of latest checkpoints to keep; None keeps all.
         save_dataset: whether the data position is saved with the state. Without it, a resumed run
-            starts its data again, so resuming is not exact.
-        dtype: T5X's; trainable parameters are float32, and are saved as float32.
-        state_transformation_fns: T5X's; this trainer always writes MODEL_DIR/artifact.
+            reads its data from the start, so resuming is not exact.
+        dtype: T5X's; must be None or `'float32'`, since checkpoints are always float32.
+        state_transformation_fns: T5X's; must be empty, since this trainer exports prompts to
+            MODEL_DIR/artifact instead.
     """
 
     period: int | None = None
@@ -28,12 +29,15 @@ class SaveCheckpointConfig:
 
     def __post_init__(self):
         if self.period is not None and self.period < 1:
-            raise ValueError(f"SaveCheckpointConfig.period must be at least 1, got {self.period}.")
+            raise ValueError(
+                f"SaveCheckpointConfig.period must be at least 1, got {self.period}. Set it to "
+                "None to save only at the end."
+            )
         _only_float32("SaveCheckpointConfig", self.dtype)
         if self.state_transformation_fns:
             raise ValueError(
                 "SaveCheckpointConfig.state_transformation_fns would have no effect with this "
-                "trainer; leave it empty."
+                "trainer. Leave it empty; the prompts are written to MODEL_DIR/artifact."
             )
 
 
@@ -42,9 +46,10 @@ class RestoreCheckpointConfig:
     """Which checkpoint to read. Field names are T5X's.
 
     Attributes:
-        path: a MODEL_DIR, or one checkpoint in it.
-        mode: `'latest'` or `'all'` checkpoints of a MODEL_DIR, or `'specific'` checkpoint path(s).
-        dtype: T5X's; trainable parameters are float32.
+        path: the path of a MODEL_DIR, or the path(s) of checkpoints in it.
+        mode: `'latest'` or `'all'` to read from a MODEL_DIR, `'specific'` to read the checkpoints
+            at the path(s).
+        dtype: T5X's; must be None or `'float32'`, since checkpoints are always float32.
     """
 
     path: str | Sequence[str] = ""
@@ -65,7 +70,11 @@ class CheckpointConfig:
     """Saving and restoring of a training run.
 
     A run always resumes from its own MODEL_DIR, and initial values come from the initializer's
-    origins, so `restore` stays None here.
+    origins, so `restore` must be None for training.
+
+    Attributes:
+        save: when to save; None saves only at the end.
+        restore: T5X's; must be None.
     """
 
     save: SaveCheckpointConfig | None = None

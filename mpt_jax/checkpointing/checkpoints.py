@@ -3,11 +3,11 @@
     MODEL_DIR/checkpoint_N/state    trainable parameters, optimizer state, step
     MODEL_DIR/checkpoint_N/meta     names, shapes and checksums, digests, the data position
 
-The backbone is not included, so a checkpoint is prompt-sized. A checkpoint that is corrupt, or does
-not hold what was saved, is renamed and the previous one is used; an error in the log names both. A
-checkpoint that cannot be read for another reason (for example, storage does not answer) is kept,
-and an error is raised. A checkpoint of another configuration also raises an error, which the user
-has to resolve.
+The backbone is not included, so a checkpoint is about the size of the prompts. When a run resumes
+and finds a corrupt checkpoint, it renames the checkpoint and uses the previous one; an error in the
+log names both. A checkpoint that cannot be read for another reason (for example, storage does not
+answer) is kept, and an error is raised. A checkpoint that was saved with another configuration also
+raises an error.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Checkpoints:
     """The checkpoints of one MODEL_DIR.
 
     Args:
-        model_dir: the folder; created unless `read_only`.
-        keep: number of checkpoints to keep; None keeps all.
-        read_only: whether to write nothing, not even to clean up after a run that may be alive.
+        model_dir: the path of MODEL_DIR; created unless `read_only`.
+        keep: the number of latest checkpoints to keep; None keeps all.
+        read_only: whether to write nothing. Unfinished saves are then not removed, since the run
+            that writes them may be alive.
     """
 
     def __init__(self, model_dir: str, keep: int | None = 1, read_only: bool = False):
@@ -67,11 +68,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts an asynchronous save; does nothing if the step is saved already.
+        """Starts an asynchronous save; does nothing if the step is already saved.
 
         Args:
-            state: the state; its frozen parameters are not written.
-            meta: JSON values that `restore` returns with the state.
+            state: the state to save; its frozen parameters are not written.
+            meta: the JSON values that `restore` returns with the state.
+
+        Raises:
+            OSError: this save could not start, or the previous one failed.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -89,16 +93,19 @@ class Checkpoints:
         """Reads a checkpoint into a state of the same structure.
 
         Args:
-            state: provides structure, shapes and shardings, and the frozen parameters.
-            step: the step to read; None takes the latest that can be read.
+            state: a state with the structure, shapes, shardings and frozen parameters of the
+                restored one.
+            step: the step of the checkpoint to read. None reads the latest that is not corrupt;
+                corrupt ones are logged.
 
         Returns:
             The state and the `meta` saved with it, or None if nothing was saved.
 
         Raises:
             ValueError: the checkpoint was saved with another configuration.
-            OSError: it could not be read for a reason other than corruption, or all are corrupt.
-                In a job of several processes, all of them raise it.
+            OSError: the checkpoint of `step`, or every checkpoint if `step` is None, is corrupt; or
+                a checkpoint could not be read for another reason. In a job of several processes,
+                all of them raise it.
         """
         steps = self.steps if step is None else [step]
         failures = []
@@ -125,17 +132,34 @@ class Checkpoints:
                 logging.error("%s Resuming from %s instead.", failure, path)
             return _replaced(state, tree), meta
         if failures:
-            raise OSError(
-                " ".join(failures) + f" No other checkpoint is left in {self.model_dir}. Remove "
-                "that folder to start again."
-            )
+            raise OSError(" ".join([*failures, self._fix_of_corruption(step)]))
         return None
+
+    def _fix_of_corruption(self, step: int | None) -> str:
+        """Returns what the user can do about corrupt checkpoints, for the end of the error.
+
+        Args:
+            step: the requested step, whose checkpoint is corrupt; None if all are corrupt.
+        """
+        if step is None:
+            return (
+                f"No other checkpoint is left in {self.model_dir}. Restore one of them from a "
+                "copy, or choose another MODEL_DIR to start again."
+            )
+        name = self.path(step).name
+        others = ", ".join(self.path(saved).name for saved in self.steps if saved != step)
+        if not others:
+            return f"No other checkpoint is in {self.model_dir}. Restore {name} from a copy."
+        return (
+            f"{self.model_dir} has other checkpoints ({others}). Use one of them, or restore "
+            f"{name} from a copy."
+        )
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the `meta` saved with a state; all processes must call it together.
 
         Raises:
-            OSError: it cannot be read; raised in all processes of a job.
+            OSError: the `meta` cannot be read; raised in all processes of a job.
         """
         path = self.path(step)
         try:
@@ -143,13 +167,15 @@ class Checkpoints:
                 functools.partial(self._read_meta, step), f"{path}"
             )
         except checksums.Damaged as error:
-            raise OSError(f"{path} cannot be read ({error}).") from error
+            raise OSError(
+                f"{path} cannot be read ({error}). {self._fix_of_corruption(step)}"
+            ) from error
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints later than a step, because they could not be read.
+        """Renames the checkpoints after a step, which `restore` has found to be corrupt.
 
         Raises:
-            OSError: they could not be renamed; raised in all processes.
+            OSError: some of them could not be renamed; raised in all processes.
         """
         unreadable = [saved for saved in self.steps if saved > step]
         if not unreadable:
@@ -165,7 +191,8 @@ class Checkpoints:
             cause = corruption.reason(error) if error else "see the log of process 0"
             raise OSError(
                 f"Unreadable checkpoints could not be renamed: {', '.join(left)} ({cause}). "
-                "Remove them."
+                f"Move them out of {self.model_dir}, then rerun the same command to resume from "
+                f"{self.path(step).name}."
             ) from error
 
     def _set_aside(self, steps: Sequence[int]) -> None:
@@ -190,13 +217,16 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for a save in progress and closes Orbax's manager; raises as `wait` does."""
+        """Waits for a save in progress and closes Orbax's manager; raises errors as `wait` does."""
         with self._writing():
             self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Translates errors of a save. It runs beside training, so they surface at a later call."""
+        """Turns errors of a save into an OSError that names the last complete checkpoint.
+
+        Saves are asynchronous, so their errors appear in a later call.
+        """
         try:
             yield
         except Exception as error:
@@ -204,8 +234,8 @@ class Checkpoints:
             last = complete[-1] if complete else "none"
             raise OSError(
                 f"A checkpoint in {self.model_dir} could not be written "
-                f"({corruption.reason(error)}). The last complete one is: {last}. "
-                "Make room to write, then run the same command to resume from it."
+                f"({corruption.reason(error)}). The last complete one is: {last}. Fix the cause "
+                "(for example, free disk space), then rerun the same command to resume."
             ) from error
 
     def _read(self, step: int, item: str, args: Any) -> Any:
@@ -216,15 +246,16 @@ class Checkpoints:
         meta = self._read(step, "meta", ocp.args.JsonRestore())
         checksums.check_seal(meta)
         if "shapes" not in meta:
-            raise checksums.Damaged("The metadata of the checkpoint has no shapes")
+            raise checksums.Damaged("The metadata of the checkpoint does not list its arrays.")
         return meta
 
 
 def _check_configuration(state: TrainState, meta: dict[str, Any], path: epath.Path) -> None:
-    """Compares the shapes of a checkpoint with the current ones.
+    """Compares the names and shapes of the arrays in a checkpoint with those of a state.
 
     Raises:
-        ValueError: it was saved with another configuration; shows the differences.
+        ValueError: the checkpoint was saved with another configuration; the message shows the
+            differences.
     """
     saved, current = meta["shapes"], _shapes(_saved(state))
     check_same(
@@ -232,7 +263,7 @@ def _check_configuration(state: TrainState, meta: dict[str, Any], path: epath.Pa
         current,
         sorted({*saved, *current}),
         what=f"{path}",
-        advice=f"Choose another MODEL_DIR, or remove {path.parent}.",
+        advice="Restore the saved tasks, prompt method and settings, or choose another MODEL_DIR.",
     )
 
 

@@ -1,8 +1,8 @@
 """Checksums of a checkpoint's contents, so that a flipped bit raises an error.
 
-Array stores check the structure of their files, but not every byte of the values. A leaf's checksum
-is a sum of integers, which does not depend on their order: each device sums its own shard of a
-leaf, and every mesh gives the same number.
+Array stores check the structure of their files, but not every byte of the values. The checksum of a
+leaf is a sum of integers, which does not depend on their order. So each device sums only its shard
+of a leaf, and the result is the same on every mesh.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def of_leaves(tree: Any) -> dict[str, int]:
 
 
 def check(found: dict[str, int], expected: dict[str, int]) -> None:
-    """Compares a tree's checksums with those it was saved with, in this process only.
+    """Compares the checksums of a tree with the saved ones, in this process only.
 
     Raises:
-        Damaged: some leaves differ; names them.
+        Damaged: the checksums of some leaves differ; the message names these leaves.
     """
     if differing := [name for name in found if found[name] != expected.get(name)]:
-        raise Damaged(f"The values of {', '.join(differing)} differ from those that were saved")
+        raise Damaged(f"The values of {', '.join(differing)} differ from those that were saved.")
 
 
 @jax.jit
@@ -69,11 +69,11 @@ def check_seal(record: dict[str, Any]) -> None:
     """Compares a record with its digest, if it has one.
 
     Raises:
-        Damaged: they do not match.
+        Damaged: the record does not match its digest.
     """
     rest = {name: value for name, value in record.items() if name != SEAL}
     if record.get(SEAL) not in (None, _digest(rest)):
-        raise Damaged("The metadata of the checkpoint differs from what was saved")
+        raise Damaged("The metadata of the checkpoint differs from the metadata that was saved.")
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Classification of read errors: corrupt files, or files that cannot be read at the moment.
 
 Only corruption is a reason to resume from an older checkpoint. An unresponsive file system, missing
-permissions or a network outage are temporary, and the checkpoint is as good as before. Processes of
-a job that read together also decide together: if one cannot read a checkpoint, none uses it.
+permissions or a network outage are temporary, and the checkpoint may be intact. The processes of a
+job decide together: if one of them cannot read a checkpoint, none uses it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_BYTES = ("NOT_FOUND", "DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAIL
 
 
 def is_corruption(error: BaseException) -> bool:
-    """Whether an error can only come from files that are corrupt, or missing in a checkpoint."""
+    """Whether an error can only be caused by corrupt or missing files of a checkpoint."""
     chain = list(_chain(error))
     if any(map(_is_transport_error, chain)):
         return False
@@ -47,15 +47,19 @@ def _is_transport_error(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those it was raised from."""
+    """Yields an error and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def reason(error: BaseException) -> str:
-    """Describes an error in one line; messages of array stores may append a page of settings."""
-    text = textwrap.shorten(str(error).partition("\n")[0], 300, placeholder=" ...")
+    """Describes an error in one line, without a final period, to show in parentheses.
+
+    Keeps only the first line, since array stores may append a page of settings.
+    """
+    first_line = str(error).partition("\n")[0].removesuffix(".")
+    text = textwrap.shorten(first_line, 300, placeholder=" ...")
     return f"{type(error).__name__}: {text}"
 
 
@@ -64,11 +68,12 @@ def read_on_all_processes(read: Callable[[], Value], what: str) -> Value:
 
     Args:
         read: a function that does not wait for other processes.
-        what: what is read, for the message.
+        what: the thing that is read; the subject of the error's first sentence.
 
     Raises:
-        Damaged: every process that could not read found corruption; raised in all processes.
-        OSError: a process could not read for another reason; raised in all processes.
+        Damaged: in some processes `read` failed because of corruption, and in none for another
+            reason; raised in all processes.
+        OSError: in some process `read` failed for another reason; raised in all processes.
     """
     value, error, status = None, None, _FINE
     try:

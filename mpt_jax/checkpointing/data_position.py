@@ -10,10 +10,11 @@ class DataPosition:
     """The position in the training data at a saved step; the same for every process.
 
     After a loss that is not finite, a run saves the last good state, but has already taken later
-    batches. So a position is the data's own state at some step, and a number of batches to skip.
+    batches. So a position consists of the state of the data iterator at some earlier step and the
+    number of batches to skip after it.
 
     Args:
-        batches: the training data; None keeps no position.
+        batches: the iterator over the training data; None keeps no position.
     """
 
     def __init__(self, batches: Any | None):
@@ -21,11 +22,11 @@ class DataPosition:
         self._step, self._packed = 0, None
 
     def at(self, step: int, taken: int) -> dict[str, Any] | None:
-        """Returns the position that belongs to a state, as JSON values.
+        """Returns the data position of a state as JSON values, or None without training data.
 
         Args:
-            step: step of the state.
-            taken: number of batches taken so far.
+            step: the step of the state.
+            taken: the number of batches taken so far; at least `step`.
         """
         if self._batches is None:
             return None
@@ -39,7 +40,7 @@ class DataPosition:
 
         Args:
             saved: what `at` returned; None leaves the data at its start.
-            step: step of the checkpoint.
+            step: the step of the checkpoint.
 
         Raises:
             ValueError: the position was saved with other data, or is corrupt.
@@ -58,6 +59,7 @@ def _unpack(packed: str | list[str]) -> bytes:
     if isinstance(packed, list) and len(packed) != 1:
         raise ValueError(
             f"The checkpoint holds {len(packed)} data positions, one per process, because an older "
-            "version saved it. Finish the run with that version."
+            "version saved it. Finish the run with that version, or start again in another "
+            "MODEL_DIR."
         )
     return base64.b64decode(packed if isinstance(packed, str) else packed[0])

@@ -1,7 +1,8 @@
 """Configuration fingerprint, saved with every checkpoint and verified on restore.
 
-Shapes cannot detect a checkpoint of other tasks, another backbone or another loss. Settings that a
-user may change between starts (learning rates, clipping) are also compared; changes are logged.
+Shapes alone cannot reveal that a checkpoint was trained on other tasks, another backbone or another
+loss. Settings that a user may change between starts (learning rates, clipping) are also compared;
+changes are logged.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Fingerprint = dict[str, Any]
 
 
 def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> Fingerprint:
-    """Returns what predictions depend on besides the values of a checkpoint. JSON values."""
+    """Returns everything that predictions depend on except the values in a checkpoint, as JSON."""
     entries = {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
@@ -48,7 +49,7 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
 def run_fingerprint(
     model: PromptedEncoderDecoder, loaded: InitialParams, batch_size: int, seed: int
 ) -> Fingerprint:
-    """Returns what must be the same when a run is resumed, and the optimizer's settings."""
+    """Returns the model fingerprint with everything else to compare when a run resumes, as JSON."""
     return model_fingerprint(model, loaded) | {
         "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
         "objective": repr(model.objective),
@@ -65,11 +66,11 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
     """Checks that a run has the configuration it was saved with; logs changes that are allowed.
 
     Raises:
-        ValueError: the configurations differ; shows both values of each difference.
+        ValueError: the configurations differ; the message shows both values of each difference.
     """
     saved = current_keys(saved)
     strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
-    advice = f"Choose another MODEL_DIR, or remove {model_dir}."
+    advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new run."
     check_same(saved, ours, strict, what=f"The run in {model_dir}", advice=advice)
     if changed := differences(saved, ours, MAY_CHANGE):
         logging.warning("The run in %s resumes with changed settings: %s.", model_dir, changed)
@@ -79,28 +80,31 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
     """Checks that a checkpoint was saved by a run of the same model.
 
     Args:
-        ours: fingerprint of the model that reads the checkpoint, from `model_fingerprint`.
-        saved: fingerprint of the run that saved it.
-        path: the checkpoint, for the message.
+        ours: the fingerprint of the model that reads the checkpoint, from `model_fingerprint`.
+        saved: the fingerprint of the run that saved the checkpoint.
+        path: the path of the checkpoint, to show in the error.
 
     Raises:
-        ValueError: the models differ; shows both values of each difference.
+        ValueError: the models differ; the message shows both values of each difference.
     """
     saved = current_keys(saved)
     advice = (
-        "Use the tasks (in the same order), backbone and method that it was trained with; "
-        "config.gin in its MODEL_DIR lists them."
+        "Use the tasks (in the same order), backbone and method that it was trained with. They are "
+        "listed in config.gin in its MODEL_DIR."
     )
     check_same(saved, ours, _known(ours, saved), what=f"{path}", advice=advice)
 
 
 def _known(ours: Fingerprint, saved: Fingerprint) -> list[str]:
-    """Returns the entries to compare: earlier versions did not save a digest of frozen prompts."""
+    """Returns the names of the entries to compare.
+
+    Omits the digest of frozen prompts if an earlier version, which did not save it, saved the run.
+    """
     return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:
-    """Returns the optimizer's settings except the training length, which may always be extended."""
+    """Returns the optimizer's settings, except the training length, which the user may extend."""
     settings = {
         field.name: getattr(optimizer, field.name)
         for field in dataclasses.fields(optimizer)

@@ -1,4 +1,4 @@
-"""Train states of a restore configuration, for evaluation and inference."""
+"""Restoring of the train states that evaluation and inference read."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ def states(
     partitioner: PjitPartitioner,
     cfg: checkpoint_config.RestoreCheckpointConfig,
 ) -> Iterator[TrainState]:
-    """Yields the states that a restore configuration names, oldest first.
+    """Yields the states of the checkpoints that a restore configuration names, oldest first.
+
+    If it names none, yields the state of the prompt artifact that `origins` names.
 
     Raises:
-        FileNotFoundError: no such checkpoint; lists the existing ones.
-        ValueError: a checkpoint has other tasks, another backbone or another method; shows both
-            values of each difference. Or neither a checkpoint nor an artifact is named.
+        FileNotFoundError: a checkpoint does not exist; the message lists the existing ones.
+        ValueError: a checkpoint was trained with other tasks, another backbone or another method,
+            and the message shows both values of each difference; or neither a checkpoint nor an
+            artifact is named.
+        OSError: a checkpoint cannot be read.
     """
     if not cfg.path and not origins.artifact:
         raise ValueError(
-            "There is nothing to evaluate. Set CHECKPOINT_PATH to a checkpoint of a run, or "
-            "INITIAL_ARTIFACT to a prompt artifact."
+            "No prompts to evaluate: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
+            "CHECKPOINT_PATH to a checkpoint of a run, or INITIAL_ARTIFACT to a prompt artifact."
         )
     loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
     state = create_train_state(model, loaded.params, partitioner)
@@ -66,9 +70,10 @@ def _wanted(cfg: checkpoint_config.RestoreCheckpointConfig) -> list[tuple[str, i
         if not selected or not set(selected) <= set(steps) or bool(match) != is_specific:
             existing = ", ".join(str(folder / f"{checkpoints.PREFIX}_{step}") for step in steps)
             raise FileNotFoundError(
-                f"No checkpoint of a run at {path} for mode {cfg.mode!r}. Mode 'specific' takes a "
-                f"{checkpoints.PREFIX}_<step>, the other modes a MODEL_DIR. Existing checkpoints: "
-                f"{existing or 'none'}."
+                f"No checkpoint of a run at {path} for mode {cfg.mode!r}. Set CHECKPOINT_PATH to "
+                f"{'a checkpoint folder' if is_specific else 'a MODEL_DIR with checkpoints'}, or "
+                "change RestoreCheckpointConfig.mode ('specific' reads a checkpoint folder, the "
+                f"other modes a MODEL_DIR). Existing checkpoints: {existing or 'none'}."
             )
         wanted += [(str(folder), step) for step in selected]
     return wanted

@@ -3,9 +3,9 @@
     MODEL_DIR/running.json     the run that writes (host, process, start time), and a count
 
 The run that writes to a MODEL_DIR increments the count every few seconds. On the same machine, the
-process table shows whether that run is alive. From elsewhere (another host, a bucket) the count is
-watched: a run whose count does not change has ended. Clocks are never compared, so it does not
-matter if one jumps or two differ.
+process table shows whether that run is alive. Otherwise (another host, a bucket) the next run
+watches the count: a run whose count does not change has ended. Clocks are never compared, so it
+does not matter if a clock jumps or the clocks of two hosts differ.
 
 Readers (evaluation, inference, reports) neither take the lock nor check it.
 """
@@ -46,9 +46,9 @@ def acquire(
     """Keeps other runs out of MODEL_DIR while the block runs; creates the folder.
 
     Args:
-        model_dir: MODEL_DIR.
-        period: seconds between increments of the count.
-        patience: seconds for which the count of an unknown run is watched; several periods.
+        model_dir: the path of MODEL_DIR.
+        period: the seconds between two increments of the count.
+        patience: the seconds to watch the count of a run on another machine; several periods.
 
     Yields:
         `Lock.check`, which raises ModelDirInUse if another run has taken MODEL_DIR. That can
@@ -86,11 +86,17 @@ def check_writable(model_dir: str) -> None:
         probe.write_text("is there room?")
         probe.unlink()
     except Exception as error:  # TensorFlow's errors for buckets are not OSErrors
-        raise OSError(f"MODEL_DIR {model_dir} cannot be written: {error}") from error
+        raise OSError(
+            f"MODEL_DIR {model_dir} cannot be written: {str(error).rstrip('.')}. Fix the cause "
+            "(for example, permissions or disk space), or choose another MODEL_DIR."
+        ) from error
 
 
 class Lock:
-    """A run's lock on its MODEL_DIR, held by process 0. Arguments and errors as for `acquire`."""
+    """The lock of a run on its MODEL_DIR, held by process 0.
+
+    Arguments and errors are those of `acquire`.
+    """
 
     def __init__(self, model_dir: str, period: float = PERIOD, patience: float = PATIENCE):
         self._path = epath.Path(model_dir) / FILE
@@ -114,8 +120,8 @@ class Lock:
         """Raises ModelDirInUse if another run has taken MODEL_DIR.
 
         Args:
-            read: whether to read the file now, instead of using what the last increment found.
-                For a process that may have been suspended since.
+            read: whether to read the file now, because the process may have been suspended since
+                the last increment of the count. Otherwise uses what that increment found.
         """
         if read:
             try:
@@ -125,7 +131,8 @@ class Lock:
         if self._taken_by is not None:
             raise ModelDirInUse(
                 f"{self._path.parent} was taken over by {self._taken_by}, so this run ends without "
-                "a save. It was probably suspended, or unable to write, for a while."
+                "a save. This run was probably suspended, or unable to write, for a while. Wait "
+                "until the other run has ended before you rerun this command."
             )
 
     def release(self) -> None:
@@ -188,18 +195,21 @@ class Lock:
 
 
 def _agree(refusal: Exception | None) -> None:
-    """Raises in every process if any of them has met an error."""
+    """Raises an error in every process if any process has one."""
     refused = [refusal is not None]
     if jax.process_count() > 1:
         refused = np.ravel(multihost_utils.process_allgather(np.asarray(refused[0]))).tolist()
     if refusal is not None:
         raise refusal
     if any(refused):
-        raise ModelDirInUse(f"Process {refused.index(True)} could not start. See its log.")
+        raise ModelDirInUse(
+            f"Process {refused.index(True)} of this job could not start, so no process starts. "
+            f"See the log of process {refused.index(True)}."
+        )
 
 
 def _changes(path: epath.Path, content: str, patience: float) -> bool:
-    """Whether the file changes within `patience` seconds; if it is removed, its run has ended."""
+    """Whether the file gets new content within `patience` seconds; False if it is removed."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         time.sleep(min(1.0, patience / 10))
@@ -216,7 +226,7 @@ def _read(path: epath.Path) -> str | None:
 
 
 def _parsed(content: str) -> dict[str, Any]:
-    """Returns the record, or an empty one (an unknown run's) if it cannot be parsed."""
+    """Returns the parsed record, or an empty one if it cannot be parsed."""
     try:
         return dict(json.loads(content))
     except (ValueError, TypeError):
@@ -229,7 +239,7 @@ def _who(record: dict[str, Any]) -> str:
 
 
 def _machine() -> str:
-    """Returns the scope of process ids: a host since its last boot, or a container on it."""
+    """Returns an id of the scope in which process ids are unique: a boot of a host or container."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # only Linux has these files
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -238,7 +248,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Returns when a process started, in ticks since boot, or None if it has ended.
+    """Returns the start time of a process in ticks since boot, or None if it has ended.
 
     The start time distinguishes processes that reuse an id. Without Linux's process table, returns
     0 for any running process.

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from mpt_jax.core.shapes import Array, Batch, Bool, Float
 
-# Batch features that replace the teachers' forward pass, and the side whose positions are their
-# axis 1.
+# Batch features that replace the teachers' forward pass -> the side whose positions axis 1 indexes.
 TEACHER_FEATURES = {
     "teacher_logits": "decoder",
     "teacher_encoded": "encoder",
@@ -16,7 +15,7 @@ TEACHER_FEATURES = {
 
 
 def encoder_positions(batch: Batch, include_prompt: bool) -> Float[Array, "B T"]:
-    """Returns 1 at text positions, and at prompt slots if `include_prompt`; else 0."""
+    """Returns 1 at text positions and, if `include_prompt`, at prompt slots; 0 elsewhere."""
     return encoder_mask(batch, include_prompt).astype(jnp.float32)
 
 

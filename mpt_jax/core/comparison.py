@@ -11,14 +11,15 @@ MOST_SHOWN = 20
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], names: Collection[str] | None = None
 ) -> str:
-    """Describes every name whose values differ, with both values; empty if none do.
+    """Describes the names whose values differ, with both values; empty if none differ.
+
+    Shows at most `MOST_SHOWN` of them and counts the rest.
 
     Args:
-        saved: the configuration that an earlier start recorded.
-        current: the configuration of this start. Both hold JSON values, so that equal values
-            compare equal.
-        names: the names to compare, in this order; by default those of `current`, since records
-            of other versions may hold more.
+        saved: the configuration that an earlier start recorded, as JSON values.
+        current: the configuration of this start, as JSON values.
+        names: the names to compare, in this order. Defaults to those of `current`, since records
+            of other versions may have more names.
     """
     names = current if names is None else names
     differing = [name for name in names if saved.get(name) != current.get(name)]
@@ -42,8 +43,8 @@ def check_same(
 
     Args:
         saved, current, names: see `differences`.
-        what: what was saved, for the message.
-        advice: what the user can do, for the message; one or more sentences.
+        what: the thing that was saved; the subject of the error's first sentence.
+        advice: what the user can do; one or more sentences for the end of the error.
 
     Raises:
         ValueError: values differ; the message shows them.

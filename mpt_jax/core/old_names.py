@@ -1,7 +1,7 @@
 """Map from old names to current ones, to read files of early versions.
 
 Version 0.1 wrote the old names into checkpoints, artifacts and plans before its modules became
-packages. Those files are read unchanged. Nothing writes the old names.
+packages. Those files can still be read. Nothing writes the old names.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _WORD = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, WORDS))})(?!\w)")
 
 
 def current_keys(value: Any) -> Any:
-    """Replaces old keys of a JSON value by current ones, at any depth."""
+    """Returns a JSON value with old keys replaced by current ones at every depth."""
     if isinstance(value, dict):
         return {KEYS.get(key, key): current_keys(inner) for key, inner in value.items()}
     return [current_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def current_text(text: str) -> str:
-    """Replaces old words of a text by current ones."""
+    """Returns a text with old words replaced by current ones."""
     return _WORD.sub(lambda match: WORDS[match[1]], text)
 
 

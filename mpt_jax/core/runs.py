@@ -1,9 +1,10 @@
 """Runs: the rows of the prompt bank, and their groups.
 
-A bank has K rows. Each row is a *run*: one task, trained once. Usually each task has one run and
-the two names agree; a job that adapts one task with three seeds has three runs of it. The rows
-form G groups. Groups never affect each other: each has its own shared parameters, learning rate,
-clipping and best step. A source stage is one group; independent adaptations are one group each.
+A bank has K rows. Each row is a *run*: one task, trained once. Usually each task has one run of
+the same name; a job that adapts one task with three seeds has three runs of it. The rows are
+divided into G groups. Groups never affect each other: each has its own shared parameters, learning
+rate, clipping and best step. A source stage is one group; independent adaptations are one group
+each.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Runs:
     """The rows of a prompt bank.
 
     Attributes:
-        task_names: K names: the task of each row.
-        run_names: K distinct names: the SeqIO task whose examples train each row. Default: the
-            task names.
+        task_names: the name of each row's task; K names.
+        run_names: the name of each row's run; K distinct names. A run's name is also the name of
+            the SeqIO task that provides its training examples. Defaults to `task_names`.
         groups: `'joint'` (all rows in one group), `'independent'` (one group per row), or K
             group numbers, 0 .. G-1 without gaps.
 
@@ -52,11 +53,14 @@ class Runs:
         tasks = tuple(self.task_names)
         runs = tuple(self.run_names) or tasks
         if isinstance(self.task_names, str) or not tasks:
-            raise ValueError(f"task_names must be a list of names, got {self.task_names!r}.")
+            raise ValueError(
+                f"task_names must be a list of names with at least one name, got "
+                f"{self.task_names!r}. Write, for example, task_names = ['rte']."
+            )
         if len(runs) != len(tasks):
             raise ValueError(
-                f"Got {len(tasks)} task names but {len(runs)} run names. Give every row one of "
-                "each."
+                f"Got {len(tasks)} task names but {len(runs)} run names. Give as many run_names as "
+                "task_names, or no run_names to name each run after its task."
             )
         repeated = sorted(name for name, count in collections.Counter(runs).items() if count > 1)
         if repeated:
@@ -75,8 +79,8 @@ class Runs:
             groups = tuple(int(group) for group in self.groups)
         if len(groups) != len(tasks) or set(groups) != set(range(max(groups) + 1)):
             raise ValueError(
-                f"groups must give each of the {len(tasks)} rows a number, 0 .. G-1 without a "
-                f"gap, got {groups}."
+                f"groups must give each of the {len(tasks)} rows a group number, 0 .. G-1 without "
+                f"a gap, got {groups}. Renumber the groups, or use {JOINT!r} or {INDEPENDENT!r}."
             )
         object.__setattr__(self, "task_names", tasks)
         object.__setattr__(self, "run_names", runs)
@@ -107,13 +111,13 @@ class Runs:
         """Returns the bank row of a run.
 
         Raises:
-            ValueError: no such run; lists the closest names, then all.
+            ValueError: there is no such run; the message lists the closest names, then all of them.
         """
         return look_up("run", run_name, self._rows)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
-        """Run name -> bank row."""
+        """Bank row of each run, by run name."""
         return {name: row for row, name in enumerate(self.run_names)}
 
 
@@ -134,9 +138,12 @@ def data_name(run_name: str) -> str:
 
 
 def global_batch_size(runs: Runs, examples: int) -> int:
-    """Returns the examples per step of a job with `examples` per group.
+    """Returns the number of examples per step of a job.
 
-    `examples` is the batch size of a group that is trained in a job by itself.
+    Args:
+        runs: the runs of the job.
+        examples: the number of examples per group and step: the batch size of a job that trains
+            only one group.
     """
     return runs.num_groups * examples
 
@@ -145,7 +152,7 @@ def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
     """Returns `known[name]`.
 
     Raises:
-        ValueError: the name is unknown; lists the closest known names, then all.
+        ValueError: the name is unknown; the message lists the closest names, then all of them.
     """
     if name not in known:
         raise ValueError(unknown_name(what, name, list(known)))

@@ -46,16 +46,24 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{name!r} is below {parent!r}, which is itself a leaf.")
+                raise ValueError(
+                    f"Parameter {name!r} is below {parent!r}, which is itself a parameter. Rename "
+                    "one of the two."
+                )
         node[last] = leaf
     return tree
 
 
 def by_suffix(values: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns the value under the longest suffix of a path name, cut at slashes, in `values`.
+    """Returns the entry of `values` whose key is the longest suffix of a path name.
 
-    Optimizer states hold trees shaped like the parameters under a prefix (`0/mu/prompt/shared`).
-    This finds the entry for `prompt/shared`.
+    Optimizer states hold trees shaped like the parameters under a prefix. For the name
+    `0/mu/prompt/shared` this finds the entry of the parameter `prompt/shared`.
+
+    Args:
+        values: path name -> entry.
+        name: the path name; suffixes of it start after a slash.
+        default: the value to return if no suffix is a key.
     """
     parts = name.split("/")
     suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
@@ -66,7 +74,7 @@ def label_tree(tree: Any, rules: Rules) -> Any:
     """Returns a tree of the same structure with each leaf's label, from the first matching rule.
 
     Raises:
-        ValueError: some leaves match no rule; the message lists them.
+        ValueError: some leaves match no rule; the message lists their names.
     """
     compiled = [(re.compile(pattern), label) for pattern, label in rules]
 
@@ -95,22 +103,34 @@ def split(tree: Any, rules: Rules, keep: Collection[str]) -> tuple[dict[str, Any
 
 
 def merge(first: Params, second: Params) -> dict[str, Any]:
-    """Merges two nested dicts with disjoint leaves; the inverse of `split`."""
+    """Merges two nested dicts with disjoint leaves; the inverse of `split`.
+
+    Raises:
+        ValueError: a leaf is in both; the message lists all such leaves.
+    """
     leaves = flatten(first)
     others = flatten(second)
     both = sorted(set(leaves) & set(others))
     if both:
-        raise ValueError(f"These parameters are in both trees: {both}.")
+        raise ValueError(
+            f"These parameters are in both trees: {both}. Remove them from one of the trees."
+        )
     return unflatten({**leaves, **others})
 
 
 def match_exactly(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str
 ) -> None:
-    """Checks that two tables (name -> shape) are equal.
+    """Checks that parameters have the names and shapes that the model expects.
+
+    Args:
+        expected: name -> shape, for every parameter of the model.
+        found: name -> shape, for every parameter that was read.
+        what: the source of the parameters; the subject of the error's first sentence.
 
     Raises:
-        ValueError: they differ; lists missing names, extra names and differing shapes.
+        ValueError: the two differ; the message lists missing names, extra names and differing
+            shapes.
     """
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
@@ -127,4 +147,7 @@ def match_exactly(
     if shapes:
         problems.append(f"{len(shapes)} of another shape: {shapes}")
     if problems:
-        raise ValueError(f"{what} does not match the model. " + "; ".join(problems) + ".")
+        raise ValueError(
+            f"{what} does not match the model. {'; '.join(problems)}. Configure the model with the "
+            "architecture and settings that these parameters were saved with."
+        )

@@ -178,6 +178,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     if not ((lengths > 0) & np.isfinite(lengths)).all():
         raise ValueError(
             "A task embedding is zero or not finite, so its similarity to others is undefined. "
-            "Train the embeddings again with gin/spot_embeddings.gin and gin/spot_source_embeddings.gin."
+            "Train the embeddings again with gin/spot_embeddings.gin and "
+            "gin/spot_source_embeddings.gin."
         )
     return vectors / lengths

@@ -1,1 +1,1 @@
-"""The process and its files: paths, distributed start, preemption, storage, compilation cache."""
+"""Process setup and files: paths, distributed start, preemption, storage, compilation cache."""

@@ -31,7 +31,10 @@ def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """
     choice = environment.get(VARIABLE) or None
     if choice not in (None, "0", "1"):
-        raise ValueError(f"{VARIABLE} must be '0', '1' or unset, got {choice!r}.")
+        raise ValueError(
+            f"The environment variable {VARIABLE} must be '0', '1' or unset, got {choice!r}. Set "
+            "it to 1 in a job of several processes, or unset it."
+        )
     address = environment.get(ADDRESS)
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     slices = _number(environment, "MEGASCALE_NUM_SLICES") or 1
@@ -44,7 +47,7 @@ def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     arguments = {name: number for name, number in numbers.items() if number is not None}
     if arguments and (len(arguments) == 1 or not address):
         raise ValueError(
-            f"{ADDRESS}, {COUNT} and {INDEX} must be set together, got {address!r}, "
+            f"The variables {ADDRESS}, {COUNT} and {INDEX} must be set together, got {address!r}, "
             f"{environment.get(COUNT)!r} and {environment.get(INDEX)!r}. Set all three, or only "
             f"{ADDRESS} if JAX can find the other two itself."
         )
@@ -70,5 +73,8 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 def _number(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name) or None
     if text is not None and not text.isdecimal():
-        raise ValueError(f"{name} must be a whole number, got {text!r}.")
+        raise ValueError(
+            f"The environment variable {name} must be a whole number, got {text!r}. Correct it, or "
+            "unset it."
+        )
     return None if text is None else int(text)

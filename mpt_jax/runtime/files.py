@@ -2,8 +2,8 @@
 
 A local file or folder is written under a scratch name beside its target, synced, and renamed. A
 bucket publishes an object when its upload is complete, so its files are written in place. A bucket
-has no folders to rename: objects are copied one by one, and a folder is complete when the call
-returns.
+has no folders to rename: objects are copied one by one, so a folder may be incomplete until the
+function that writes it has returned.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str, *, sync: bo
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """Yields a scratch folder that becomes `path` when the block ends without an error.
+    """Yields a scratch folder, and renames it to `path` when the block ends without an error.
 
     Raises:
         FileExistsError: `path` exists; it is not changed.
@@ -59,7 +59,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     """
     target = epath.Path(path)
     if target.exists():
-        raise FileExistsError(f"{target} exists already. Remove it, or choose another folder.")
+        raise FileExistsError(
+            f"{target} exists already. Choose another folder, or move or remove it first."
+        )
     with _filled(_scratch_name(target)) as scratch:
         yield scratch
         _sync(scratch)
@@ -68,10 +70,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """Yields a scratch folder that replaces `path` when the block ends without an error.
+    """Yields a scratch folder, which replaces `path` when the block ends without an error.
 
-    Only one writer may run at a time, because each cleans up after one that was killed. Between
-    the two renames of the swap a reader may find no folder, but never a partial one.
+    Only one writer may run at a time, because a writer removes what a killed writer left behind.
+    While the folders are swapped, a reader may briefly find no folder, but never a partial one.
 
     Raises:
         OSError: the folder cannot be written; the old one stays.
@@ -99,7 +101,7 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 
 def _scratch_name(target: epath.Path) -> epath.Path:
-    """Returns a hidden name beside a target, new at every call: two writers never share one."""
+    """Returns a hidden path beside a target, different at every call, so writers never share it."""
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
 
 
@@ -131,7 +133,7 @@ def is_local(path: epath.Path) -> bool:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """Returns the absolute path, which Orbax and TensorStore require; bucket paths already are."""
+    """Returns the absolute path, which Orbax and TensorStore require; keeps bucket paths."""
     return epath.Path(os.path.abspath(path)) if is_local(path) else path
 
 
@@ -139,13 +141,18 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the content is not JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(
+            f"{path} is not JSON: {error}. Correct it, or download or copy it again."
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object.")
+        raise ValueError(
+            f"{path} is not a JSON object: its value is a {type(value).__name__}. Correct it, or "
+            "download or copy it again."
+        )
     return value

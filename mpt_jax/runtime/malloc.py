@@ -20,12 +20,12 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory if steps run on the CPU; does nothing on other platforms.
+    """Tells glibc to keep freed memory if steps run on the CPU; does nothing on other backends.
 
-    Call this once the weights are where steps read them. If it is called earlier, a step's block
-    may not fit into the holes that loading leaves in the heap, and the process grows by a block now
-    and then. In one benchmark four runs with an early call grew by up to a half, and three with a
-    late call did not grow.
+    Call this after all weights are loaded. If it is called earlier, the block of a step may not fit
+    into the gaps that loading leaves in the heap, and the memory of the process grows by one block
+    from time to time. In one benchmark, it grew by up to a half in four runs with an early call,
+    and did not grow in three runs with a late call.
     """
     if sys.platform != "linux" or jax.default_backend() != "cpu":
         return

@@ -41,7 +41,8 @@ def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
     """
     if not base or not name:
         raise ValueError(
-            f"Cannot build a path from base {base!r} and name {name!r}. Give both a value."
+            f"Cannot build a path from base {base!r} and name {name!r}. Set paths.under.base and "
+            "paths.under.name to non-empty texts."
         )
     local = "://" not in base
     if local and not shared_filesystem and jax.process_count() > 1:
@@ -54,7 +55,7 @@ def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
 
 
 def download_command(*, repository: str, folder: str) -> str:
-    """Returns the command that downloads a Hugging Face model into a folder, for messages."""
+    """Returns a command that downloads a Hugging Face model into a folder, to show in errors."""
     if "://" not in folder:
         return f"hf download {repository} --local-dir {shlex.quote(folder)}"
     name = repository.rpartition("/")[2]
@@ -62,10 +63,12 @@ def download_command(*, repository: str, folder: str) -> str:
 
 
 def shipped(*, name: str) -> str:
-    """Returns a file or folder shipped with the toy suite, in a clone or an installed wheel.
+    """Returns the path of a file or folder shipped with the toy suite.
+
+    It exists in a clone and in an installed wheel.
 
     Raises:
-        FileNotFoundError: no such file is shipped; lists those that are.
+        FileNotFoundError: no such file is shipped; the message lists the shipped files.
     """
     if not (SHIPPED / name).exists():
         names = sorted(path.name for path in SHIPPED.glob("*"))
@@ -74,9 +77,13 @@ def shipped(*, name: str) -> str:
 
 
 def own_or_shipped(*, own: str, name: str) -> str:
-    """Returns `own`, an earlier stage's output, or the shipped `name` if that stage has not run.
+    """Returns the path of an earlier stage's output or, if there is none, of the shipped copy.
 
-    Logs a line if it returns the shipped one.
+    Logs a line if it returns the shipped copy.
+
+    Args:
+        own: the path of the earlier stage's output.
+        name: the name of the shipped file or folder.
     """
     own = os.fspath(existing_folder(own))  # earlier versions used another name
     if epath.Path(own).exists() or not (SHIPPED / name).exists():

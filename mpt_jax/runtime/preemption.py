@@ -1,8 +1,8 @@
 """Graceful stop: on SIGTERM (a preempted machine) or Ctrl-C, a run saves and then exits.
 
 The exit code distinguishes a stop from a failure, so a scheduler can start the same command again,
-which resumes from the save. A process whose peers have died can no longer save, but exits with the
-same code as after SIGTERM.
+which resumes from that save. A process that has lost other processes of its job can no longer save,
+but exits with the same code as after SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ _PEER_FAILURE = re.compile(
 
 
 class StopRequest:
-    """Whether this run was asked to stop, and by which signal."""
+    """A request to stop this run.
+
+    Attributes:
+        signal: the signal that requested the stop, or None if the run should continue.
+    """
 
     def __init__(self):
         self.signal: int | None = None
 
     @property
     def exit_code(self) -> int:
-        """Exit code for the process."""
+        """Exit code of the process: 130 after Ctrl-C, else 75."""
         return INTERRUPT_EXIT_CODE if self.signal == signal.SIGINT else RETRY_EXIT_CODE
 
     def is_due(self, step: int) -> bool:
@@ -90,16 +94,16 @@ def is_peer_failure(error: Exception) -> bool:
 def exit_if_peer_lost(error: Exception) -> None:
     """Exits with RETRY_EXIT_CODE if the error means that another process of the job was lost.
 
-    Returns if not, so that the caller can raise the error. An orderly exit would wait for the lost
-    process. If no computation fails because all processes wait, JAX's own watchdog ends a process
-    whose peers are silent (`--heartbeat_timeout`).
+    Otherwise returns, so that the caller can raise the error. Exits immediately, because a normal
+    exit would wait for the lost process. If all processes wait, so that no computation fails, JAX's
+    watchdog ends a process that no longer hears from the others (`--heartbeat_timeout`).
     """
     if jax.process_count() == 1 or not is_peer_failure(error):
         return
     logging.error(
-        "A computation across the %d processes of this job failed (%s). Most likely one of them "
-        "has ended; see its log. Start the same command on all of them again to resume from the "
-        "last checkpoint.",
+        "A computation across the %d processes of this job failed (%s). Most likely, another "
+        "process has ended; its log shows why. Rerun the same command in all processes to resume "
+        "from the last checkpoint.",
         jax.process_count(),
         re.sub(r"(Error dispatching computation: )+", "", str(error).partition("\n")[0]),
     )

@@ -1,6 +1,6 @@
-"""Silence at start-up: notices of TensorFlow and libtpu that no user can act on.
+"""Suppression of start-up notices of TensorFlow and libtpu that no user can act on.
 
-They are printed by C++ code while it is loaded, before a program can configure logging.
+C++ libraries print these notices while they are loaded, before a program can configure logging.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "
 
 
 def start_quietly() -> None:
-    """Sets what must be set before TensorFlow and JAX are imported. Variables that are set already
-    stay as they are."""
+    """Suppresses start-up notices; call it before TensorFlow and JAX are imported.
+
+    Sets environment variables, unless they are set already, and installs an import hook.
+    """
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     # Without this, an installed libtpu looks for a TPU and complains at length.
@@ -40,12 +42,12 @@ def start_quietly() -> None:
 
 
 class _QuietImports(importlib.abc.MetaPathFinder):
-    """Finds noisy packages as usual, and filters standard error while they are loaded."""
+    """Import hook that filters standard error while a package of `NOISY` is loaded."""
 
     def find_spec(
         self, name: str, path: Any, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of a noisy package, with a loader that is quiet; None for all others."""
+        """Returns the spec of a noisy package, with a quiet loader; None for other packages."""
         if name not in NOISY:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -62,7 +64,7 @@ class _QuietImports(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def without_notices() -> Iterator[None]:
-    """Holds back what is written to standard error, and then writes it without notices."""
+    """Collects standard error while the block runs, then writes it without the notices."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:

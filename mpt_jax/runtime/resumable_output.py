@@ -5,10 +5,10 @@
     FILE.partial       the lines so far
     FILE.partial_of    their record
 
-A record holds what the lines were made from, the number of lines and bytes, and fields that the
-caller adds. Lines are on disk before the record counts them. A later start truncates the partial
-file to the recorded size, which removes half-written lines, and resumes from there. Lines made from
-different inputs are never mixed.
+A record holds the inputs that the lines were made from, the number of lines and bytes, and fields
+that the caller adds. Lines are on disk before the record counts them. A later start truncates the
+partial file to the recorded size, which removes half-written lines, and resumes from there. Lines
+made from different inputs are never mixed.
 
 A local partial file is locked while it is written; the system releases the lock when the process
 ends. A bucket has neither locks nor appends: every part uploads the partial file again, and two
@@ -42,15 +42,16 @@ class ResumableFile:
 
     Args:
         path: the complete file; the others are written beside it.
-        made_from: what the lines depend on, as JSON values.
-        notes: further fields of the record, with their initial values.
+        made_from: the inputs and settings that the lines depend on, as JSON values.
+        notes: the fields that the caller adds to the record, with their initial values.
         require_lock: whether a file that cannot be locked is an error. Otherwise it is a warning,
             since some network file systems and all buckets have no locks.
-        elsewhere: what the user can choose instead of this file, for messages.
+        elsewhere: what the user can choose instead of this file, to complete "Choose ..." in
+            errors.
 
     Attributes:
         lines: number of lines written, including those of earlier starts.
-        notes: the current values of the further fields.
+        notes: the current values of the fields that the caller adds.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ResumableFile:
         """Whether the file is complete. Writes nothing and takes no lock.
 
         Raises:
-            Refused: as `begin`, except if another run is writing the file.
+            Refused: for the reasons given in `begin`, except that another run is writing it.
         """
         self._check_name()
         complete = self._completed.exists()
@@ -129,11 +130,11 @@ class ResumableFile:
         """Appends lines, then counts them in the record.
 
         Args:
-            lines: lines without line ends.
-            notes: new values of the record's further fields.
+            lines: the lines, without line ends.
+            notes: new values of the fields that the caller adds to the record.
 
         Raises:
-            OSError: the lines cannot be written; the next start removes those that were.
+            OSError: the lines cannot be written; the next start removes any that were written.
         """
         content = "".join(f"{line}\n" for line in lines).encode()
         if self._file is not None:
@@ -176,7 +177,8 @@ class ResumableFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(
-                f"Another run is writing {self._partial}. Wait for it, or choose {self._elsewhere}."
+                f"Another run is writing {self._partial}. Wait for it to finish, or choose "
+                f"{self._elsewhere}."
             ) from error
         except OSError as error:  # some network file systems have no locks
             self._cannot_lock(f"{error.strerror}")
@@ -184,7 +186,9 @@ class ResumableFile:
     def _cannot_lock(self, why: str) -> None:
         message = f"{self._partial} cannot be locked against other runs ({why})"
         if self._require_lock:
-            raise Refused(f"{message}. Choose a file on another file system.")
+            raise Refused(
+                f"{message}. Choose a file on a file system with locks, such as a local disk."
+            )
         logging.warning("%s. Make sure that no other run writes it.", message)
 
     def _read(self, complete: bool) -> bool:
@@ -198,7 +202,8 @@ class ResumableFile:
             saved, self.lines, self._bytes, notes = self._parsed(text, complete)
         except (ValueError, KeyError, TypeError) as error:
             raise Refused(
-                f"{record} cannot be read ({error!r}). Remove {self.path}* to start again."
+                f"{record} cannot be read ({error!r}). Restore it from a copy, choose "
+                f"{self._elsewhere}, or remove {self.path}* to start again."
             ) from error
         if not (complete or self.lines):
             return False  # no lines that new ones could be mixed with
@@ -231,7 +236,7 @@ class ResumableFile:
         """Returns the path that holds the lines of a complete file.
 
         Raises:
-            Refused: its size differs from the recorded one.
+            Refused: the file is missing, or its size differs from the recorded size.
         """
         unnamed = not self.path.exists() and self._partial.exists()
         file = self._partial if unnamed else self.path
@@ -239,8 +244,8 @@ class ResumableFile:
         if not file.exists() or size != self._bytes:
             state = f"has {size} bytes" if file.exists() else "is missing"
             raise Refused(
-                f"{file} {state}, but {self._completed} records {self._bytes} bytes. Restore the "
-                f"file, or remove {self.path}* to make it again."
+                f"{file} {state}, but {self._completed} records {self._bytes} bytes. Restore it "
+                f"from a copy, choose {self._elsewhere}, or remove {self.path}* to make it again."
             )
         return file
 
@@ -250,12 +255,14 @@ class ResumableFile:
         if size and not self._record.exists():
             raise Refused(
                 f"{self._partial} has {size} bytes and no {self._record.name} beside it, so the "
-                f"inputs of its lines are unknown. Remove {self._partial} to start again."
+                f"inputs of its lines are unknown. Choose {self._elsewhere}, or remove "
+                f"{self._partial} to start again."
             )
         if size < self._bytes:
             raise Refused(
-                f"{self._partial} has {size} bytes, but its record says {self._bytes}: part of it "
-                f"is missing. Remove {self.path}.* to start again."
+                f"{self._partial} has {size} bytes, but its record counts {self._bytes}: part of "
+                f"it is missing. Restore it from a copy, choose {self._elsewhere}, or remove "
+                f"{self.path}.* to start again."
             )
 
     def _resume(self) -> None:

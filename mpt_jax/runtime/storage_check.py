@@ -1,8 +1,8 @@
-"""Check before a run starts that each storage bucket can be used, within a minute per bucket.
+"""Check, before a run starts, that each storage bucket can be used; at most a minute per bucket.
 
 Paths like `gs://bucket/folder` are read and written through etils, Orbax and TensorStore. Without
-a network these retry for many minutes, and they report missing credentials in long tracebacks. So
-each bucket is queried once here.
+a network these libraries retry for many minutes, and they report missing credentials in long
+tracebacks. This check queries each bucket once and reports a problem in one line.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check(buckets: Iterable[str], seconds: float = SECONDS) -> None:
 
 
 def _problem(bucket: str) -> str | None:
-    """Returns what is wrong with a bucket, or None."""
+    """Returns a description of what is wrong with a bucket, or None if it can be used."""
     try:
         if epath.Path(bucket, "mpt_jax_probe").exists():  # most roles may query an object
             return None

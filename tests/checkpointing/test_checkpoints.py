@@ -264,6 +264,32 @@ def test_checkpoints_restore_all_corrupt_error_names_them(state, tmp_path):
     with pytest.raises(OSError, match="checkpoint_9 cannot.*checkpoint_5 cannot.*No other") as e:
         read(tmp_path, state)
     assert str(tmp_path) in str(e.value)
+    assert "Restore" in str(e.value) and "emove" not in str(e.value), "nothing is destroyed"
+
+
+def test_checkpoints_restore_corrupt_step_error_lists_other_steps(state, tmp_path):
+    """A requested checkpoint is not replaced by another one."""
+    write(tmp_path / "several", state, [3, 5, 9])
+    damage(tmp_path / "several" / "checkpoint_5")
+    with pytest.raises(OSError, match="checkpoint_5 cannot be read") as caught:
+        read(tmp_path / "several", state, step=5)
+    message = str(caught.value)
+    assert "(checkpoint_3, checkpoint_9)" in message and "checkpoint_5 from a copy" in message
+    assert "No other checkpoint" not in message and "MODEL_DIR" not in message
+    same(read(tmp_path / "several", state, step=9)[0], at(state, 9))
+    write(tmp_path / "single", state, [5])
+    damage(tmp_path / "single" / "checkpoint_5")
+    with pytest.raises(OSError, match="No other checkpoint is in .*checkpoint_5 from a copy"):
+        read(tmp_path / "single", state, step=5)
+
+
+def test_checkpoints_meta_corrupt_error_lists_other_steps(state, tmp_path):
+    write(tmp_path, state, [5, 9])
+    damage(tmp_path / "checkpoint_9" / "meta")
+    saved = Checkpoints(str(tmp_path), read_only=True)
+    with pytest.raises(OSError, match=r"checkpoint_9 cannot be read.*\(checkpoint_5\)"):
+        saved.meta(9)
+    saved.close()
 
 
 def test_checkpoints_set_aside_after_renames_and_step_saved_again(state, tmp_path, loud):
@@ -394,7 +420,7 @@ def test_checkpoints_restore_other_configuration_error(state, tmp_path, other):
     with pytest.raises(ValueError) as error:
         read(tmp_path, tiny.state(other, tiny.params(other)))
     message = str(error.value)
-    assert "another configuration" in message and "Choose another MODEL_DIR" in message
+    assert "another configuration" in message and "choose another MODEL_DIR" in message
     assert str(tmp_path / "checkpoint_5") in message
     assert "prompt/" in message, "parameters that differ are named"
     assert (tmp_path / "checkpoint_5").is_dir(), "nothing is lost"
