@@ -58,8 +58,8 @@ class Artifact:
     Attributes:
         path: the folder it was read from.
         method: the prompt method, rebuilt from its configuration.
-        runs: the bank's rows.
-        params: the method's parameters, nested.
+        runs: the runs, one for each bank row.
+        params: the method's parameters, as a nested tree.
         config: the contents of `config.json`.
     """
 
@@ -75,29 +75,30 @@ class Artifact:
         return max(self.method.prompt_lengths(self.runs))
 
     def folded(self) -> np.ndarray:
-        """The plain prompt of each row, [K, P, H]; raises as `materialize` does."""
+        """The plain prompt of each row, [K, P, H]. Raises as `materialize` does."""
         return np.asarray(materialize(self.method, self.params, self.runs))
 
     def plain(self) -> list[np.ndarray]:
-        """The plain prompt of each row, [P, H] with P of that row; raises ValueError if prompts
-        depend on the text."""
+        """The plain prompt of each row, [P, H] with the prompt length P of that row. Raises
+        ValueError if prompts depend on the text."""
         return plain_prompts(self.method, self.params, self.runs)
 
     def weights(self) -> np.ndarray:
-        """The weight of each candidate in each plain prompt, [K, J]; raises as `plain_weights`."""
+        """The weight of each candidate in each plain prompt, [K, J]. Raises as
+        `plain_weights` does."""
         return plain_weights(self.method, self.params, self.runs)
 
 
 def embedding_digest(embedding: Any) -> str:
-    """sha256 of a token embedding [V, H] rounded to bfloat16, so that a backbone has one digest in
-    float32 and bfloat16."""
+    """Returns the sha256 of a token embedding [V, H] rounded to bfloat16, so that float32 and
+    bfloat16 copies of a backbone have the same digest."""
     rounded = np.asarray(jnp.asarray(embedding, jnp.bfloat16)).view(np.uint16)
     return hashlib.sha256(np.ascontiguousarray(rounded).tobytes()).hexdigest()
 
 
 def vocabulary_digest(vocabulary: Any) -> str | None:
-    """sha256 of a SentencePiece model, or of the class name and size of another vocabulary; None if
-    there is no vocabulary."""
+    """Returns the sha256 of a SentencePiece model, or of the class name and size of any other
+    vocabulary; None if there is no vocabulary."""
     if vocabulary is None:
         return None
     model = getattr(vocabulary, "sp_model", None)
@@ -107,7 +108,7 @@ def vocabulary_digest(vocabulary: Any) -> str | None:
 
 
 def digest(leaves: Mapping[str, Any]) -> str:
-    """sha256 of named arrays, converted to float32."""
+    """Returns the sha256 of named arrays, converted to float32."""
     hasher = hashlib.sha256()
     for name in sorted(leaves):
         value = np.ascontiguousarray(leaves[name], np.float32)
@@ -130,22 +131,23 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
 ) -> epath.Path:
-    """Writes an artifact; a reader sees the old folder or the new one, never a part of it.
+    """Writes an artifact. A reader sees the old folder or the new one, never a partial one.
 
     Args:
         path: the artifact's folder.
         method: the prompt method.
-        params: its parameters.
-        runs: the bank's rows.
-        embedding_sha256: the backbone's `embedding_digest`.
-        vocabulary_sha256: the `vocabulary_digest`.
-        backbone: a name or path for people to read.
+        params: the method's parameters.
+        runs: the runs, one for each bank row.
+        embedding_sha256: the digest of the backbone's embedding (`embedding_digest`).
+        vocabulary_sha256: the digest of the vocabulary (`vocabulary_digest`); None if unknown.
+        backbone: the name or path of the backbone, for people to read.
         step: the training step of the parameters.
-        metrics: metrics of the parameters, JSON values.
-        started_from: digest of the artifact that training started from, and the rows it used.
-        include_folded: whether to write each row's plain prompt, if prompts do not depend on the
-            text.
-        facts: further contents of the model card.
+        metrics: the metrics of the parameters, as JSON values.
+        started_from: the digest of the artifact that training started from, and the rows used from
+            it.
+        include_folded: whether to also write the plain prompt of each row. Ignored if prompts
+            depend on the text.
+        facts: further facts for the model card.
     """
     path = epath.Path(path)
     method, params = method.for_inference(unflatten(flatten(params)))
@@ -182,8 +184,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
 
 
 def _mixture(method: PromptMethod, params: Params, runs: Runs) -> dict[str, Any] | None:
-    """Run -> candidate -> weight, for people; None if nothing is mixed, or weights depend on the
-    text."""
+    """Returns {run: {candidate: weight}} for people to read; None if the method mixes no candidates
+    or its weights depend on the text."""
     if not method.candidates or method.reads_text:
         return None
     weights = plain_weights(method, params, runs).tolist()
@@ -197,7 +199,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     Raises:
         FileNotFoundError: `path` holds no artifact.
         ValueError: the artifact cannot be read, is damaged or incomplete, has another format, or
-            does not match its own config.
+            does not match its `config.json`.
     """
     path = existing_folder(path)
     if not (path / CONFIG).exists() or not (path / TENSORS).exists():
@@ -210,10 +212,14 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         prompts = (path / TENSORS).read_bytes()
         tensors = load(prompts)
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"The prompt artifact at {path} cannot be read: {error}.") from error
+        raise ValueError(
+            f"The prompt artifact at {path} cannot be read: {error}. Copy the artifact again, or "
+            "write it again by repeating the command of its run."
+        ) from error
     if config.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has artifact format {config.get('format')!r}; this version reads {FORMAT}."
+            f"{path} has artifact format {config.get('format')!r}; this version reads {FORMAT}. "
+            f"Use the version of MPT-JAX that wrote it (see versions in {CONFIG})."
         )
     missing = [field for field in FIELDS if field not in config]
     if missing:
@@ -238,8 +244,8 @@ def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) 
     """Raises ValueError if the prompts do not have the digest that config.json records."""
     if (expected := config.get("prompts_sha256")) is None:
         logging.warning(
-            "%s has no prompts_sha256, since an earlier version wrote it. Its prompts cannot be "
-            "checked for damage.",
+            "%s has no prompts_sha256, as in artifacts of earlier versions, so its prompts cannot "
+            "be checked for damage.",
             path / CONFIG,
         )
     elif (actual := hashlib.sha256(prompts).hexdigest()) != expected:

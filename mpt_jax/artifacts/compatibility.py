@@ -1,4 +1,5 @@
-"""Compatibility checks of artifacts with a backbone, a vocabulary and each other; merging."""
+"""Compatibility checks of artifacts with a backbone, a vocabulary and each other, and a merge of
+compatible artifacts."""
 
 from __future__ import annotations
 
@@ -18,31 +19,31 @@ MOST_NAMED = 20  # names that an error lists; it only counts the others
 def check_compatible(
     artifact: Artifact, embedding_sha256: str, vocabulary_sha256: str | None, prompt_length: int
 ) -> None:
-    """Checks that an artifact was trained on this backbone, vocabulary and prompt length.
+    """Checks that an artifact was trained with this backbone, vocabulary and prompt length.
 
     Raises:
-        ValueError: one of them differs; shows both values.
+        ValueError: one of them differs; the message shows both values.
     """
     expected = artifact.config["embedding_sha256"]
     if expected != embedding_sha256:
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained on another backbone, "
             f"{artifact.config['backbone']}: its embedding has sha256 {expected}, but the loaded "
-            f"backbone's embedding has sha256 {embedding_sha256}. Load the backbone that the "
-            "prompts were trained on."
+            f"backbone's embedding has sha256 {embedding_sha256}. Set "
+            "INITIAL_CHECKPOINT_PATH (in serving: --backbone) to the backbone of the artifact."
         )
     vocabulary = artifact.config["vocabulary_sha256"]
     if None not in (vocabulary, vocabulary_sha256) and vocabulary != vocabulary_sha256:
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained with another vocabulary: sha256 "
-            f"{vocabulary}, but the loaded vocabulary has sha256 {vocabulary_sha256}. Load the "
-            "vocabulary that the prompts were trained with."
+            f"{vocabulary}, but the loaded vocabulary has sha256 {vocabulary_sha256}. Set "
+            "VOCABULARY (in serving: --vocabulary) to the vocabulary of the artifact."
         )
     if artifact.prompt_length != prompt_length:
         raise ValueError(
             f"The prompt artifact {artifact.path} has prompts of {artifact.prompt_length} "
-            f"positions, but this run needs {prompt_length}. Prompt lengths must agree "
-            "(PROMPT_LENGTH)."
+            f"positions, but this run needs {prompt_length}. Use the same PROMPT_LENGTH in this "
+            "run and in the run that wrote the artifact."
         )
 
 
@@ -50,11 +51,11 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
     """Checks that artifacts can be served together, or that training can start from all of them.
 
     Args:
-        found: at least one artifact.
+        found: the artifacts, at least one.
         folded: whether their methods and prompt lengths may differ.
 
     Raises:
-        ValueError: they disagree; lists the artifacts by value.
+        ValueError: the artifacts disagree; the message lists each value with its artifacts.
     """
     facts = {
         "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
@@ -74,9 +75,11 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
                 f"{value} in {abbreviate(paths)}" for value, paths in folders.items()
             )
             may_differ = what in ("method", "prompt length")
-            hint = f" Use --folded to combine several {what}s as plain prompts." * may_differ
+            hint = "Use only artifacts that agree."
+            if may_differ:
+                hint = f"Use --folded to combine several {what}s as plain prompts."
             raise ValueError(
-                f"These artifacts cannot be combined, since their {what} differs: {values}.{hint}"
+                f"These artifacts cannot be combined, since their {what} differs: {values}. {hint}"
             )
 
 
@@ -87,17 +90,18 @@ def representative(found: Sequence[Artifact]) -> Artifact:
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """The first names, and the number of the others."""
+    """Joins the first `MOST_NAMED` names with commas, and counts the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 
 
 def merge(found: Sequence[Artifact]) -> Artifact:
-    """Merges artifacts of one backbone and prompt length into one of plain prompts, with all rows.
-    A single artifact is returned unchanged.
+    """Merges artifacts into one artifact that holds the plain prompts of all rows. They must have
+    the same backbone and prompt length. A single artifact is returned unchanged.
 
     Raises:
-        ValueError: they disagree, or two rows have the same name; names the artifacts.
+        ValueError: the artifacts disagree, or two rows have the same name; the message names the
+            artifacts.
     """
     if len(found) == 1:
         return found[0]
@@ -110,14 +114,14 @@ def merge(found: Sequence[Artifact]) -> Artifact:
             if run in paths:
                 raise ValueError(
                     f"{paths[run]} and {artifact.path} both hold a prompt of {run!r}. Leave one "
-                    "artifact out."
+                    "artifact out of the list."
                 )
             paths[run] = artifact.path
     if len(lengths) > 1:
         values = "; ".join(f"{n} in {abbreviate(folders)}" for n, folders in lengths.items())
         raise ValueError(
             "Training cannot start from these artifacts together, since their prompt length "
-            f"differs: {values}."
+            f"differs: {values}. Use only artifacts with the same PROMPT_LENGTH."
         )
     runs = Runs(
         [task for artifact in found for task in artifact.runs.task_names],

@@ -1,11 +1,11 @@
 """The model card of a prompt artifact: its README.md, in Markdown with front matter for the Hugging
 Face Hub.
 
-A card is made only from the artifact's config.json and from what else the run knows (`Facts`).
-Sections that no run can write are left to the author and marked with `TO_FILL`.
+A card is generated from the artifact's config.json and from further facts about the run (`Facts`).
+Sections that only the author can write are marked with `TO_FILL`.
 
-The last line holds a digest of the lines above it. A card whose digest does not match was edited,
-and no run overwrites it (`for_folder`).
+The last line holds a digest of the lines above it. If the digest does not match, a person has
+edited the card, and no run overwrites it (`for_folder`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Split:
     """A split of a task's data.
 
     Attributes:
-        rows_of: which rows of the data set; '' if the split's name is enough.
-        rows: their number, as published or as counted; None if unknown.
+        rows_of: a description of the split's rows; '' if the split's name is enough.
+        rows: the number of rows, as published or as counted; None if unknown.
     """
 
     rows_of: str = ""
@@ -53,11 +53,11 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where a task's examples come from.
+    """The source and splits of a task's data.
 
     Attributes:
         source: the data set with its version, or the files.
-        splits: name -> split.
+        splits: the splits, by name.
     """
 
     source: str
@@ -66,16 +66,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a run knows beyond config.json; every field is optional.
+    """Facts for a card that are not in config.json; every field is optional.
 
     Attributes:
-        data: run -> its data.
-        trained_on: run -> (number of examples cut to the length limits, number of examples).
-        evaluated: run -> number of examples behind its metrics.
-        evaluated_split: the split of those examples.
-        num_trainable: number of trained parameters, including those outside the artifact.
-        git_revision: the code's revision.
-        packages: package -> version.
+        data: the data of each run.
+        trained_on: for each run, the number of training examples that were truncated to the length
+            limits, and the number of all training examples.
+        evaluated: for each run, the number of examples that its metrics were computed on.
+        evaluated_split: the split that the metrics were computed on.
+        num_trainable: the number of trained parameters, including those outside the artifact.
+        git_revision: the git revision of the code.
+        packages: the version of each package.
     """
 
     data: Mapping[str, Data] = dataclasses.field(default_factory=dict)
@@ -91,10 +92,11 @@ def data_of(task: Any) -> Data:
     """Describes the data of a SeqIO task.
 
     Args:
-        task: its `source` may have `data`, the name of a data set, and `parts`, {split: part},
-            each part with `split`, `start` and `stop` (`mpt_jax.tasks.splits.PartsSource`). Or it
-            has `source`, another source, and `draw`, the selection of its rows
-            (`mpt_jax.tasks.few_shot`).
+        task: the SeqIO task. Its `source` may have the attributes of
+            `mpt_jax.tasks.splits.PartsSource`: `data`, the name of a data set, and `parts`, {split:
+            part}, each part with `split`, `start` and `stop`. Or it may have the attributes of a
+            few-shot source (`mpt_jax.tasks.few_shot`): `source`, the source of the whole data, and
+            `draw`, the rows drawn from it.
     """
     source, draw = task.source, getattr(task.source, "draw", None)
     whole = source.source if draw else source
@@ -110,13 +112,13 @@ def data_of(task: Any) -> Data:
 
 
 def for_folder(folder: epath.Path, config: Mapping[str, Any], facts: Facts) -> bytes:
-    """Returns the card for an artifact's folder: the existing card if its author edited it, else a
-    new one. Logs a warning if it keeps an edited card."""
+    """Returns the card for an artifact's folder: the existing card if a person edited it, otherwise
+    a new one. Logs a warning if it keeps an edited card."""
     path = folder / NAME
     if path.exists() and not is_generated(before := path.read_bytes()):
         logging.warning(
-            "%s was edited, so it was kept and may be older than step %d. Delete it to get a new "
-            "one.",
+            "%s was edited, so it was kept and may not describe the artifact of step %d. To get a "
+            "new card, rename the edited one, then write the artifact again.",
             *(path, config["step"]),
         )
         return before
@@ -133,8 +135,8 @@ def text(config: Mapping[str, Any], facts: Facts) -> str:
     """Returns the card of an artifact, in Markdown.
 
     Args:
-        config: the contents of its config.json.
-        facts: what else the run knows.
+        config: the contents of the artifact's config.json.
+        facts: further facts about the run.
     """
     sections = [
         _front_matter(config),
@@ -194,7 +196,7 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _how_to_read(config: Mapping[str, Any]) -> str:
-    """How to read the prompts: not every method has one array for all runs."""
+    """Describes how to read the prompts, which depends on the method."""
     method = get_method(config["method"])(**config["method_config"])
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     read = "mpt_jax.artifacts.artifacts.load_artifact(FOLDER)"
@@ -213,7 +215,8 @@ def _how_to_read(config: Mapping[str, Any]) -> str:
 
 
 def _mixture(config: Mapping[str, Any]) -> str:
-    """The mixture weights of each run's prompt, if the artifact records them."""
+    """Returns the section with the mixture weights of each run's prompt; '' if config.json records
+    none."""
     mixture: Mapping[str, Mapping[str, float]] = config.get("mixture") or {}
     if not mixture:
         return ""
@@ -269,7 +272,7 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _marked(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Metrics with their values, sorted by name; undefined ones are marked beside their value."""
+    """Returns (metric, formatted value) pairs, sorted by metric. Undefined values are marked."""
     marks = {f"{metric}_undefined" for metric in scores} & scores.keys()
     rows = []
     for metric in sorted(scores.keys() - marks):
@@ -293,7 +296,7 @@ def _rows_of(part: Any) -> str:
 
 
 def _drawn(draw: Any, split: str, rows_of: str) -> str:
-    """Describes the rows of a split that a few-shot run sees; `rows_of` is the whole split."""
+    """Describes the rows that a few-shot run draws from a split; `rows_of` describes the split."""
     per_label = " of each label" if draw.per_class else ""
     which = f" ({rows_of})" if rows_of not in ("", split) else ""
     return f"k = {draw.k} rows{per_label} of {split}{which}, draw {draw.seed}"

@@ -12,8 +12,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tens
 
 
 def git_revision() -> str | None:
-    """The commit of the source tree, with `+changes` if tracked files were changed; None if the
-    source tree is not a git checkout."""
+    """Returns the commit of the source tree, with `+changes` if tracked files were changed; None if
+    the source tree is not a git checkout."""
     folder = Path(mpt_jax.__file__).parents[1]
     if not (folder / ".git").exists():
         return None
@@ -25,7 +25,7 @@ def git_revision() -> str | None:
 
 
 def package_versions() -> dict[str, str | None]:
-    """The installed version of each of `PACKAGES`; None if a package is not installed."""
+    """Returns the installed version of each of `PACKAGES`; None if a package is not installed."""
     return {name: _version(name) for name in PACKAGES}
 
 

@@ -1,4 +1,4 @@
-"""Readers and writers of other programs' checkpoints; reading one never runs code from it."""
+"""Readers and writers of other programs' checkpoints. Reading never runs code from a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["load_backbone", "load_hf", "load_t5x", "save_hf", "save_t5x"]
 
 
 def load_backbone(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a T5 as T5X's unscanned tree of NumPy arrays, in the dtype of the file.
+    """Reads the parameters of a T5 as T5X's unscanned tree of NumPy arrays, in the file's dtype.
 
     Args:
         path: a Hugging Face folder (`config.json` and weights), or a T5X checkpoint
@@ -22,7 +22,8 @@ def load_backbone(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` does not exist or has none of these formats.
-        ValueError: it is truncated, incomplete, or in a format that could run code when read.
+        ValueError: the checkpoint is truncated, incomplete, or in a format that could run code when
+            read.
     """
     folder = epath.Path(path)
     if (folder / "config.json").exists():

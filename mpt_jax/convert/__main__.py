@@ -5,8 +5,8 @@
     mpt-jax convert runs/mpt_source/artifact adapter --to peft
     mpt-jax convert adapter artifact --backbone runs/backbones/t5-base
 
-The target is read back and compared with the source. The command prints the result; a target that
-differs is removed. An error is one sentence, with exit code 2.
+The output is read back and compared with the source. The target is created only if they agree.
+Prints the result of the comparison. If the conversion fails, prints an error and exits with code 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpt_jax.convert import backbones, detect, prompts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Detects the source's format from its content, and converts it."""
+    """Converts the source, whose format is detected from its content."""
     parser = _parser()
     args = parser.parse_args(argv)
     source, target = epath.Path(args.source), epath.Path(args.target)
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _reject_options(args, ("config", "dtype", "no_logits"), "of backbones")
             if not args.backbone:
                 raise ValueError(
-                    "An artifact records the backbone of its prompts, and --backbone is missing. "
-                    "Set it to a Hugging Face folder or a T5X checkpoint."
+                    "--backbone is missing, and an artifact must record the backbone of its "
+                    "prompts. Set it to a Hugging Face folder or a T5X checkpoint."
                 )
             backbone = epath.Path(args.backbone)
             written = prompts.to_artifact(source, target, backbone=backbone, run_names=args.runs)
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             written = prompts.from_artifact(source, target, to)
         else:
             raise ValueError(
-                f"{source} has format {source_format!r} and cannot be converted to {to!r}. "
-                f"Backbones can be converted between {', '.join(detect.BACKBONES)}; prompts to "
-                f"{detect.ARTIFACT}, and an artifact to {', '.join(detect.PROMPTS[1:])}."
+                f"{source} has format {source_format!r} and cannot be converted to {to!r}. Set "
+                f"--to to a supported format: for a backbone {', '.join(detect.BACKBONES)}; for an "
+                f"artifact {', '.join(detect.PROMPTS[1:])}; for other prompts {detect.ARTIFACT}."
             )
     except (ValueError, OSError) as error:
         parser.exit(2, f"mpt-jax convert: {error}\n")
@@ -95,7 +95,8 @@ def _reject_options(args: argparse.Namespace, names: Sequence[str], users: str) 
     unused = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if unused:
         raise ValueError(
-            f"This conversion does not use {', '.join(unused)}. Only conversions {users} do."
+            f"This conversion does not use {', '.join(unused)}. Only conversions {users} do. "
+            "Remove the unused options."
         )
 
 

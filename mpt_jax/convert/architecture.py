@@ -21,12 +21,17 @@ _TABLE = re.compile(rf"(encoder|decoder)/(layers_0/)?{_TABLE_NAME}")
 def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T5Config:
     """Infers the configuration of a T5 from its unscanned tree.
 
-    The number of heads is the number of rows of the relative position tables. Activations are
-    assumed: T5 1.0's (`relu`) if the feed-forward has one input projection, and T5 1.1's (gated
-    `gelu`) if it has two. Shapes do not show them.
+    The number of heads is the first dimension of the relative position tables. Shapes do not show
+    the activations, so they are assumed: `relu` as in T5 1.0 if the feed-forward has one input
+    projection, gated `gelu` as in T5 1.1 if it has two.
+
+    Args:
+        params: the unscanned tree.
+        what: the name of the checkpoint in errors.
 
     Raises:
-        ValueError: not the tree of a T5; names the parameters that are missing or unexpected.
+        ValueError: the parameters are not those of a T5; the message names those that are missing
+            or unexpected.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     wanted = ("token_embedder/embedding", "encoder/layers_0/attention/query/kernel")
@@ -37,7 +42,8 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
     if missing or not tables:
         raise ValueError(
             f"{what} does not have the parameters of a T5: it lacks "
-            f"{missing or 'a relative position table'}. It holds {sorted(shapes)[:5]} ..."
+            f"{missing or 'a relative position table'}. Use a T5 checkpoint. The first parameters "
+            f"found are {sorted(shapes)[:5]}."
         )
     heads, buckets = shapes[tables[0]]
     config = T5Config(
@@ -61,9 +67,13 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
 def with_tables(params: Mapping[str, Any], in_every_layer: bool) -> dict[str, Any]:
     """Returns the tree with one relative position table per layer, or with one per stack.
 
-    Both are the same model if the tables of a stack are equal, as they always are in a stack of one
-    layer. A scanned tree does not show which of the two it was. Tables that differ are kept as they
-    are.
+    The two forms are the same model if all tables of a stack are equal, which is always so in a
+    stack of one layer. A scanned tree does not show which form it had. Tables that differ stay in
+    their layers.
+
+    Args:
+        params: the unscanned tree.
+        in_every_layer: whether to return one table per layer rather than one per stack.
     """
     leaves = dict(flatten(params))
     for stack in ("encoder", "decoder"):
@@ -80,7 +90,8 @@ def with_tables(params: Mapping[str, Any], in_every_layer: bool) -> dict[str, An
 
 
 def with_even_tables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree with tables in every layer of both stacks if either stack has them."""
+    """Returns the tree with a relative position table in every layer of both stacks if either stack
+    has them; otherwise returns it unchanged."""
     per_layer = any(_TABLE.fullmatch(name) and "layers_0" in name for name in flatten(params))
     return with_tables(params, in_every_layer=True) if per_layer else dict(params)
 

@@ -1,4 +1,5 @@
-"""Conversion of a backbone to another format, read back and compared before it appears."""
+"""Conversion of a backbone to another format. The output is read back and compared before it is
+moved to the target folder."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ def read(
 
     Args:
         source: a Hugging Face folder or a T5X checkpoint.
-        config: the name of a configuration, or a Hugging Face `config.json`. None reads the
-            folder's own, or infers a T5X checkpoint's from its shapes.
-        say: called with a line on the settings that had to be assumed.
+        config: the name of a configuration, or a Hugging Face `config.json`. If None, it is read
+            from the Hugging Face folder, or inferred from the shapes of the T5X checkpoint.
+        say: called with a line that lists the assumed settings, if the configuration is inferred.
 
     Raises:
-        FileNotFoundError, ValueError: it cannot be read, or the parameters do not match the
-            configuration.
+        FileNotFoundError, ValueError: the backbone cannot be read, or its parameters do not match
+            the configuration.
     """
     if config is None and detect.recognize(source) == detect.HF:
         return load_hf(source)
@@ -55,10 +56,10 @@ def read(
 
 
 def named_config(config: str) -> T5Config:
-    """Returns the configuration with a published name, or of a `config.json`.
+    """Returns the configuration that a published name or a `config.json` describes.
 
     Raises:
-        ValueError: an unknown name, or a file that does not describe a T5.
+        ValueError: the name is unknown, or the file does not describe a supported T5.
         FileNotFoundError: the file does not exist.
     """
     if config.lower() in NAMES:
@@ -66,7 +67,8 @@ def named_config(config: str) -> T5Config:
     if config.endswith(".json"):
         return read_config(config)
     raise ValueError(
-        f"Unknown T5 configuration {config!r}. Give a config.json or one of {list(NAMES)}."
+        f"Unknown T5 configuration {config!r}. Set --config to a config.json or to one of "
+        f"{list(NAMES)}."
     )
 
 
@@ -80,8 +82,8 @@ def convert(
     logits: bool = True,
     say: Callable[[str], None] = print,
 ) -> epath.Path:
-    """Converts a backbone to another format. The target appears only if it was read back and every
-    leaf is identical.
+    """Converts a backbone to another format. The target is created only if every leaf that is read
+    back is identical to the leaf that was written.
 
     Args:
         source: see `read`.
@@ -89,15 +91,19 @@ def convert(
             another name gets a `checkpoint_0` inside.
         to: `'hf'`, `'t5x'` or `'orbax'`.
         config: see `read`.
-        dtype: `'float32'` or `'bfloat16'`; None keeps each leaf's.
-        logits: whether to also compare the logits of both on a fixed batch.
-        say: called with each line for the user; the last is the parity line.
+        dtype: the dtype to write, `'float32'` or `'bfloat16'`; None keeps the dtype of each leaf.
+        logits: whether to also compare the logits of source and target on a fixed batch.
+        say: called with each line to show to the user; the last is the result of the comparison.
 
     Returns:
-        the path of the new checkpoint.
+        The path of the new checkpoint.
+
+    Raises:
+        FileExistsError: the target exists already.
+        FileNotFoundError, ValueError: as in `read`, or the target differs from the source.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already. Remove it, or choose another target.")
+        raise FileExistsError(f"{target} exists already. Choose another target, or remove it.")
     named = to == detect.HF or _STEP.fullmatch(target.name)
     inside = "" if named else "checkpoint_0"
     shape, params = read(source, config, say)

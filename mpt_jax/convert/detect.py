@@ -31,7 +31,7 @@ def recognize(path: epath.Path) -> str:
         FileNotFoundError: the path does not exist or has no known format.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
+        raise FileNotFoundError(f"{path} does not exist. Check the path.")
     if not path.is_dir():
         return _of_file(path)
     names = {child.name for child in path.iterdir()}
@@ -46,10 +46,10 @@ def recognize(path: epath.Path) -> str:
     if adapters(path):
         return PEFT
     steps = sorted(name for name in names if name.startswith("checkpoint_"))
-    inside = f" Give one of the checkpoints inside it: {steps}." if steps else ""
+    hint = f"Give one of the checkpoints inside it: {steps}." if steps else "Check the path."
     raise FileNotFoundError(
         f"{path} is not a Hugging Face folder, T5X checkpoint, prompt artifact or PEFT adapter; it "
-        f"holds {sorted(names)[:8]}.{inside}"
+        f"holds {sorted(names)[:8]}. {hint}"
     )
 
 
@@ -63,7 +63,8 @@ def _of_file(path: epath.Path) -> str:
 
 
 def adapters(path: epath.Path) -> list[epath.Path]:
-    """The PEFT adapter at a path, or all adapters in a folder, sorted by name; [] if none."""
+    """Returns the PEFT adapter at a path, or all adapters in a folder, sorted by name; [] if there
+    are none."""
     if (path / peft.CONFIG).exists():
         return [path]
     return sorted(child for child in path.iterdir() if (child / peft.CONFIG).exists())

@@ -1,7 +1,8 @@
 """Reader and writer of Hugging Face folders of T5, mT5 and umT5: `config.json` and weights.
 
-One table maps the names. Kernels are transposed (torch's `Linear` keeps `[out, in]`), and so is the
-relative position table (`[buckets, heads]` in Hugging Face). Everything else stays the same.
+`name_table` maps the parameter names. Kernels are transposed (torch's `Linear` keeps `[out, in]`),
+and so are relative position tables (`[buckets, heads]` in Hugging Face). All other parameters are
+unchanged.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 
 
 def name_table(config: T5Config) -> dict[str, str]:
-    """Our parameter path -> its name in Hugging Face's state dict, for every parameter."""
+    """Returns {our parameter path: Hugging Face's name in the state dict}, for every parameter."""
     table = {"token_embedder/embedding": _EMBEDDING}
     if not config.logits_via_embedding:
         table["decoder/logits_dense/kernel"] = _HEAD
@@ -74,7 +75,8 @@ def name_table(config: T5Config) -> dict[str, str]:
 
 
 def _layer_table(stack: str, gated: bool) -> dict[str, str]:
-    """Our names -> Hugging Face's in one layer, which is a list of two or three blocks there."""
+    """Returns {our name: Hugging Face's name} for one layer, which Hugging Face divides into two or
+    three blocks."""
     if stack == "encoder":
         blocks = [("attention", "pre_attention_layer_norm", "SelfAttention")]
     else:
@@ -102,26 +104,29 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
     """Returns the configuration that a Hugging Face `config.json` describes.
 
     Raises:
-        ValueError: another architecture, or a T5 whose arithmetic differs from ours.
+        ValueError: the architecture is not a T5, or it is a T5 with unsupported settings.
     """
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"{what} describes a model of type {model_type!r}. Supported types: "
-            f"{list(_MODEL_TYPES)} (T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5)."
+            f"{what} has model_type {model_type!r}, which is not supported. Use a model of type "
+            f"{', '.join(_MODEL_TYPES)} (T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5)."
         )
     if absent := [name for name in _SIZES if name not in fields]:
-        raise ValueError(f"{what} lacks {absent}, so the model's shape is unknown.")
+        raise ValueError(
+            f"{what} lacks {absent}, so the model's shape is unknown. Download or copy it again."
+        )
     _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
     activation = fields.get("feed_forward_proj", usual_activation)
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"{what} has feed_forward_proj={activation!r}, which is not supported. "
-            f"Supported values: {list(_ACTIVATIONS)}."
+            f"{what} has feed_forward_proj={activation!r}, which is not supported. Use a model "
+            f"with one of {list(_ACTIVATIONS)}."
         )
     if fields.get("layer_norm_epsilon", 1e-6) != 1e-6:
         raise ValueError(
-            f"{what} has layer_norm_epsilon={fields['layer_norm_epsilon']}; only 1e-6 is supported."
+            f"{what} has layer_norm_epsilon={fields['layer_norm_epsilon']}, which is not "
+            "supported. Use a model with 1e-06."
         )
     # Since version 5, transformers records it in the first field, and the second is always true.
     tied = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", usually_tied))
@@ -139,17 +144,18 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
 def config_to_hf(config: T5Config) -> dict[str, Any]:
     """Returns the fields of `config.json`; the inverse of `config_from_hf`.
 
-    `model_type` is `umt5` with a relative position table in every layer, `mt5` with mT5's
-    vocabulary and an output projection, else `t5`. The latter two are the same architecture.
+    `model_type` is `umt5` if every layer has a relative position table, `mt5` if the model has
+    mT5's vocabulary size and an output projection, otherwise `t5`. `mt5` and `t5` are the same
+    architecture.
 
     Raises:
-        ValueError: Hugging Face's T5 does not have these activations.
+        ValueError: Hugging Face's T5 does not support the activations.
     """
     activations = {value: hf_name for hf_name, value in _ACTIVATIONS.items()}
     if config.mlp_activations not in activations:
         raise ValueError(
-            f"Hugging Face's T5 does not support mlp_activations={config.mlp_activations}. "
-            f"Supported values: {list(activations)}."
+            f"Hugging Face's T5 does not support mlp_activations={config.mlp_activations}, only "
+            f"{list(activations)}. Save the model as a T5X checkpoint instead."
         )
     mt5 = config.vocab_size == _MT5_VOCABULARY and not config.logits_via_embedding
     model_type = "umt5" if config.relative_bias_per_layer else "mt5" if mt5 else "t5"
@@ -176,12 +182,12 @@ def read_config(path: str | os.PathLike[str]) -> T5Config:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not JSON, or not a T5 that `config_from_hf` supports.
+        ValueError: the file is not JSON, or describes a model that `config_from_hf` rejects.
     """
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist. A Hugging Face folder has a {CONFIG} and weights."
+            f"{path} does not exist. Give a Hugging Face folder, which has a {CONFIG} and weights."
         )
     return config_from_hf(read_json(path), str(path))
 
@@ -190,14 +196,14 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     """Reads a T5 from a Hugging Face folder.
 
     Returns:
-        its configuration, and its parameters as NumPy arrays in the dtype of the file, except that
-        float16 becomes float32, in which T5 does not overflow.
+        The configuration, and the parameters as NumPy arrays in the dtype of the file. Only float16
+        is converted, to float32, since T5 overflows in float16.
 
     Raises:
         FileNotFoundError: the folder has no `config.json` or no weights.
-        ValueError: another architecture; shards are truncated or missing; parameters are missing
-            or have another shape; or weights are pickled, and hold more than tensors or torch is
-            not installed.
+        ValueError: the architecture is not supported; shards are truncated or missing; parameters
+            are missing, unexpected or of another shape; or the weights are pickled, and torch is
+            not installed or finds more than tensors in them.
     """
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
@@ -247,14 +253,16 @@ def save_hf(
     """Writes a T5 as a Hugging Face folder that transformers loads.
 
     Args:
-        folder: the folder to create; it appears complete or not at all.
-        config: without `biases`, which Hugging Face's T5 lacks.
+        folder: the folder to create. If writing fails, it is not created.
+        config: the configuration. It must not have `biases`, which Hugging Face's T5 lacks.
         params: the unscanned tree.
-        max_shard_bytes: larger weights are written as several files and their index.
+        max_shard_bytes: the maximum size of a file. Larger weights are divided into several files
+            with an index.
 
     Raises:
         FileExistsError: the folder exists already.
-        ValueError: parameters do not match the configuration, or Hugging Face's T5 lacks them.
+        ValueError: the parameters do not match the configuration, or Hugging Face's T5 does not
+            support it.
     """
     with new_folder(folder) as scratch:
         write_hf(scratch, config, params, max_shard_bytes)
@@ -267,10 +275,11 @@ def write_hf(
     params: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes what `save_hf` writes into an existing, empty folder."""
+    """Writes the files of `save_hf` into an existing, empty folder."""
     if config.biases:
         raise ValueError(
-            "Hugging Face's T5 has no biases, so a model with biases=True cannot be written."
+            "Hugging Face's T5 has no biases, so a model with biases=True cannot be written. Save "
+            "it as a T5X checkpoint instead."
         )
     leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
     expected = parameter_shapes(config)

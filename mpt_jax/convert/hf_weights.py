@@ -1,7 +1,7 @@
-"""The tensors of a Hugging Face folder, for any model.
+"""Reader and writer of the tensors in a Hugging Face folder, for any model.
 
-Safetensors are read and written here, in one file or in shards with an index. Pickled weights
-(`*.bin`) are only read, and only by torch, whose loader can be restricted to tensors.
+Safetensors are read and written, as one file or as shards with an index. Pickled weights (`*.bin`)
+are only read, and only with torch, whose loader can be restricted to tensors.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: the folder has no weights.
-        ValueError: shards are truncated or missing; or weights are pickled, and hold more than
-            tensors or torch is not installed.
+        ValueError: shards are truncated or missing; or the weights are pickled, and torch is not
+            installed or finds more than tensors in them.
     """
     for single, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / single).exists():
@@ -50,20 +50,24 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
             tensors.update(read_file(folder / name))
         return tensors
     raise FileNotFoundError(
-        f"{folder} has no weights. Expected {WEIGHTS}, {INDEX}, {PICKLED} or {PICKLED_INDEX}."
+        f"{folder} has no weights. Download or copy {WEIGHTS}, or {PICKLED}, or an index "
+        f"({INDEX} or {PICKLED_INDEX}) with its shards."
     )
 
 
 def _shards(folder: epath.Path, index: str) -> list[str]:
-    """The files that an index lists."""
+    """Returns the names of the files that an index lists."""
     try:
         files = sorted(set(read_json(folder / index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / index} is damaged: {error!r}.") from error
+        raise ValueError(
+            f"{folder / index} is damaged: {error!r}. Download or copy it again."
+        ) from error
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise ValueError(
-            f"{folder} is incomplete: {index} names {missing}, which do not exist. Copy them."
+            f"{folder} is incomplete: {index} names {missing}, which do not exist. Download or "
+            "copy them."
         )
     return files
 
@@ -81,12 +85,15 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
         try:
             return load_file(local_path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from error
+            raise ValueError(
+                f"{path} is truncated or damaged: {error}. Download or copy it again."
+            ) from error
 
 
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
-    """Yields a path on this machine. Both libraries need one: bfloat16 is read no other way."""
+    """Yields a local path with the same content; a file in a bucket is copied. Neither library can
+    read bfloat16 from a bucket."""
     if is_local(path):
         yield os.fspath(path)
         return
@@ -95,7 +102,8 @@ def _local(path: epath.Path) -> Iterator[str]:
 
 
 def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
-    """Tensors pickled by torch. A file with anything else is rejected, and no code is run."""
+    """Reads tensors that torch pickled. A file that holds anything else is rejected without running
+    code from it."""
     try:
         import torch  # pyright: ignore[reportMissingImports] - optional
     except ImportError as error:
@@ -109,17 +117,22 @@ def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
         mapped = zipfile.is_zipfile(local_path)
         state = torch.load(local_path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is truncated, damaged, or holds more than tensors (nothing was run): "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{reason}. Download or copy it again, or save the model again as safetensors."
         ) from error
     if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{path} does not hold a mapping from names to tensors.")
+        raise ValueError(
+            f"{path} does not hold a mapping from names to tensors. Save the model again with "
+            "save_pretrained(folder)."
+        )
     return {name: _as_numpy(tensor, torch) for name, tensor in state.items()}
 
 
 def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:
-    """A torch tensor as a NumPy array on the same memory; NumPy itself has no bfloat16."""
+    """Converts a torch tensor to a NumPy array. torch cannot convert bfloat16, so its bits are
+    converted as int16."""
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
@@ -128,12 +141,12 @@ def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:
 def write_tensors(
     folder: epath.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes safetensors: one file if they fit, else shards and their index.
+    """Writes tensors as safetensors: one file if they fit into it, otherwise shards with an index.
 
     Args:
         folder: an existing folder without weights.
-        tensors: by name; at most one shard is copied at a time.
-        max_shard_bytes: the size limit of a file; a larger tensor gets a separate file.
+        tensors: the tensors, by name. At most one shard is copied at a time.
+        max_shard_bytes: the maximum size of a file. A larger tensor is written to a separate file.
     """
     shards: list[list[str]] = [[]]
     size = 0

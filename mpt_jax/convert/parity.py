@@ -22,11 +22,17 @@ SEED = 0
 def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> str:
     """Checks that two trees are equal bit for bit.
 
+    Args:
+        expected: the tree that was converted.
+        found: the tree that was read back.
+        what: the name of the second tree in errors.
+
     Returns:
-        a summary such as `52 leaves, 2,801,152 numbers`.
+        A summary such as `52 leaves, 2,801,152 numbers`.
 
     Raises:
-        ValueError: leaves are missing, unexpected, or differ in shape, dtype or value; names all.
+        ValueError: leaves are missing, unexpected, or differ in shape, dtype or value; the message
+            names all of them.
     """
     wanted, actual = flatten(expected), flatten(found)
     match_exactly(
@@ -37,8 +43,8 @@ def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) 
     differing = [name for name, x in wanted.items() if _bits(x) != _bits(actual[name])]
     if differing:
         raise ValueError(
-            f"{what} does not match what was converted: {len(differing)} of {len(wanted)} leaves "
-            f"differ: {differing}."
+            f"{what} does not match the source: {len(differing)} of {len(wanted)} leaves differ: "
+            f"{differing}. Convert again; if the result is the same, report it as a bug."
         )
     return f"{len(wanted)} leaves, {sum(np.size(x) for x in wanted.values()):,} numbers"
 
@@ -48,8 +54,8 @@ def _bits(x: Any) -> tuple[str, bytes]:
 
 
 def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
-    """A padded batch that depends only on the vocabulary's size: `tokens` int32 [3,40] with `mask`
-    bool, and `decoder_tokens` int32 [3,8]."""
+    """Returns a padded batch that depends only on the vocabulary's size: `tokens` int32 [3,40],
+    `mask` bool [3,40], and `decoder_tokens` int32 [3,8]."""
     rng = np.random.default_rng(SEED)
     first = min(2, config.vocab_size - 1)  # after padding and the end of sequence
     mask = np.arange(max(LENGTHS))[None] < np.asarray(LENGTHS)[:, None]
@@ -60,7 +66,7 @@ def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
 
 
 def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Runs our network on the fixed batch, in float32 for any dtype of the parameters.
+    """Runs our network on the fixed batch, in float32 whatever the dtype of the parameters.
 
     Returns:
         `encoder` and `decoder`, hidden states [layers + 1, 3, positions, H] indexed as in
@@ -85,10 +91,11 @@ def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray
 
 
 def _pair(output: Any) -> tuple[Any, Any]:
-    """The output and hidden states that the network returns with `return_hidden`."""
+    """Returns `output` with the type that the network returns if `return_hidden` is set: a pair of
+    its output and the hidden states."""
     return output
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """The largest absolute difference; NaN if either has a NaN."""
+    """Returns the largest absolute difference of two arrays; NaN if either contains NaN."""
     return float(np.max(np.abs(first - second), initial=0.0))

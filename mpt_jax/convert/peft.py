@@ -4,11 +4,12 @@
                               prefix_task_rows [K,R,H]: P*, U and V of MPT
     PROMPT_TUNING             prompt_embeddings [P,H]
 
-For an encoder-decoder, PEFT keeps 2P rows by default (`num_transformer_submodules` 2). Our prompts
-are only before the encoder's input, so they are written with 1. PEFT never reads the second half of
-a PROMPT_TUNING adapter, and it is dropped here. A MULTITASK adapter is trained with the second half
-before the decoder's input but generates without it, so it is rejected. PEFT has task ids and no
-task names; names are written to a file beside the adapter.
+For an encoder-decoder, PEFT keeps 2P rows by default (`num_transformer_submodules` is 2). Our
+prompts are only inserted before the encoder's input, so adapters are written with
+`num_transformer_submodules` 1. PEFT never reads the second half of a PROMPT_TUNING adapter, so it
+is dropped when such an adapter is read. A MULTITASK_PROMPT_TUNING adapter is trained with the
+second half before the decoder's input but generates without it, so it is rejected. PEFT has task
+ids but no task names; names are written to `mpt_jax.json` beside the adapter.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-        method: MPT or prompt tuning, with the length (and rank) of the adapter.
-        params: the method's parameters, in one group, with one row per task of the adapter.
+        method: MPT or prompt tuning, with the prompt length (and rank) of the adapter.
+        params: the method's parameters, in one group, with one row for each task of the adapter.
         notes: the contents of `mpt_jax.json`; empty for adapters that PEFT wrote.
     """
 
@@ -63,29 +64,31 @@ def load_adapter(folder: epath.Path) -> Adapter:
 
     Raises:
         FileNotFoundError: `folder` holds no adapter, or no tensors.
-        ValueError: the adapter has another method or kind of model, prompts for the decoder, or
-            tensors that are missing, unexpected or of another shape.
+        ValueError: the adapter's method or kind of model is not supported, it has prompts for the
+            decoder, or tensors are missing, unexpected or of another shape.
     """
     if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG}.")
+        raise FileNotFoundError(
+            f"{folder} is not a PEFT adapter: it has no {CONFIG}. Check the path."
+        )
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     if kind not in (SINGLE, MULTITASK):
         raise ValueError(
             f"{folder / CONFIG} has peft_type {kind!r}. Only {SINGLE} and {MULTITASK} adapters "
-            "can be converted."
+            "can be converted. Train the prompts with one of these methods."
         )
     if config.get("task_type") not in (None, _TASK_TYPE):
         raise ValueError(
             f"{folder / CONFIG} has task_type {config['task_type']!r}. Only adapters of "
-            f"encoder-decoder models ({_TASK_TYPE}) can be converted."
+            f"encoder-decoder models ({_TASK_TYPE}) can be converted. Use an adapter of a T5."
         )
     copies = config.get("num_transformer_submodules") or 2  # PEFT's default here
     if kind == MULTITASK and copies != 1:
         raise ValueError(
             f"{folder} was trained with a second prompt before the decoder's input "
             f"(num_transformer_submodules={copies}; PEFT's default is 2), which MPT-JAX does not "
-            "support. Train the adapter with num_transformer_submodules=1."
+            "support. Train it again with num_transformer_submodules=1."
         )
     tensors = _tensors(folder)
     _check_shapes(folder, config, tensors, copies)
@@ -103,14 +106,18 @@ def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
         if (folder / name).exists():
             tensors = read_file(folder / name)
             return {leaf: np.asarray(x, np.float32) for leaf, x in tensors.items()}
-    raise FileNotFoundError(f"{folder} has no tensors: neither {TENSORS} nor {PICKLED} exists.")
+    raise FileNotFoundError(
+        f"{folder} has no tensors: neither {TENSORS} nor {PICKLED} exists. Copy one of them."
+    )
 
 
 def _check_shapes(
     folder: epath.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: int
 ) -> None:
     if not isinstance(config.get("num_virtual_tokens"), int):
-        raise ValueError(f"{folder / CONFIG} has no integer num_virtual_tokens.")
+        raise ValueError(
+            f"{folder / CONFIG} has no integer num_virtual_tokens. Set it to the prompt length."
+        )
     shapes = {name: x.shape for name, x in tensors.items()}
     rows = copies * config["num_virtual_tokens"]
     width = config.get("token_dim") or shapes.get("prompt_embeddings", (0, 0))[-1]
@@ -128,9 +135,9 @@ def write_prompt(
     """Writes a prompt [P, H] as a PROMPT_TUNING adapter into an empty folder.
 
     Args:
-        folder: the existing folder.
+        folder: the existing, empty folder.
         prompt: the prompt of one task.
-        backbone: the value of `base_model_name_or_path`.
+        backbone: the name or path of the backbone, written as `base_model_name_or_path`.
         notes: the contents of `mpt_jax.json`.
     """
     fields = {"peft_type": SINGLE, "prompt_tuning_init": "RANDOM"}
@@ -140,8 +147,8 @@ def write_prompt(
 def write_factors(
     folder: epath.Path, params: Mapping[str, np.ndarray], backbone: str, notes: Mapping[str, Any]
 ) -> None:
-    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter, with row k as
-    PEFT's task id k. Other arguments as in `write_prompt`."""
+    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter. Row k becomes
+    PEFT's task id k. The other arguments are as in `write_prompt`."""
     left = params["task_left"]
     fields = {
         "peft_type": MULTITASK,

@@ -1,8 +1,9 @@
 """Conversion of prompts from other programs to artifacts, and from artifacts to other programs.
 
-Read: PEFT's adapters, NumPy arrays [P,H] and T5X checkpoints of google-research/prompt-tuning,
-plain safetensors. Written: PEFT's adapters with MPT's factors or with one plain prompt per run,
-NumPy arrays, plain safetensors. All output is read back and compared before it appears.
+Formats that are read: PEFT's adapters, NumPy arrays [P,H] and T5X checkpoints of
+google-research/prompt-tuning, and plain safetensors. Formats that are written: PEFT's adapters with
+MPT's factors or with one plain prompt per run, NumPy arrays, and plain safetensors. All output is
+read back and compared before it is moved to the target folder.
 """
 
 from __future__ import annotations
@@ -48,26 +49,28 @@ def to_artifact(
     """Converts another program's prompts to a prompt artifact.
 
     Args:
-        source: a PEFT adapter, or a folder of adapters; a `.npy` file; a T5X checkpoint; a
-            safetensors file with one [P,H] for each run.
+        source: a PEFT adapter, or a folder of adapters; a `.npy` file; a T5X checkpoint; or a
+            safetensors file with one prompt [P,H] for each run.
         target: the artifact to create.
-        backbone: the backbone of the prompts; the artifact records its embedding's digest.
-        run_names: names of the rows; by default those recorded in the source.
-        say: called with the parity line.
+        backbone: the backbone that the prompts were trained with. The artifact records the digest
+            of its embedding.
+        run_names: the names of the prompts, in order. Empty to use the names that the source
+            records.
+        say: called with a line that reports the result of the comparison.
 
     Raises:
         FileExistsError: the target exists already.
-        ValueError: the prompts have another width than the backbone, the source records another
+        ValueError: the width of the prompts differs from the backbone's, the source records another
             backbone, or names are missing.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already. Remove it, or choose another target.")
+        raise FileExistsError(f"{target} exists already. Choose another target, or remove it.")
     adapter = read_prompts(source)
     names = tuple(run_names) or tuple(adapter.notes.get("run_names", ()))
     if len(names) != adapter.rows:
         raise ValueError(
-            f"{source} holds {adapter.rows} prompts, and the number of run names is {len(names)}. "
-            "Give one name per prompt, in their order: --runs NAME ..."
+            f"{source} holds {adapter.rows} prompts, but the number of run names is {len(names)}. "
+            "Give one name per prompt, in the same order, with --runs."
         )
     tasks = names if run_names else adapter.notes.get("task_names", names)
     embedding = load_backbone(backbone)["token_embedder"]["embedding"]
@@ -111,8 +114,9 @@ def _read_peft(source: epath.Path) -> peft.Adapter:
     shapes = {adapter.params["table"].shape for adapter in adapters if "table" in adapter.params}
     if any(table is None for table in tables) or len(shapes) != 1:
         raise ValueError(
-            f"{source} holds {len(folders)} adapters that cannot be rows of one artifact: not all "
-            f"are {peft.SINGLE} with the same length and width. Convert them one by one."
+            f"{source} holds {len(folders)} adapters that cannot be combined in one artifact: not "
+            f"all are {peft.SINGLE} adapters with the same prompt length and width. Convert them "
+            "one by one."
         )
     bank = np.concatenate([table for table in tables if table is not None])
     return _plain(bank, _common_notes(source, folders, [adapter.notes for adapter in adapters]))
@@ -121,11 +125,12 @@ def _read_peft(source: epath.Path) -> peft.Adapter:
 def _common_notes(
     source: epath.Path, folders: Sequence[epath.Path], notes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Merges the notes of adapters with one prompt each, which become the rows of one bank."""
+    """Merges the notes of adapters with one prompt each, which become rows of one artifact."""
     if len({note["embedding_sha256"] for note in notes if "embedding_sha256" in note}) > 1:
         raise ValueError(
-            f"{source} holds adapters of several backbones (embedding_sha256 in their "
-            f"{peft.NOTES} differs), which cannot be rows of one artifact. Convert them one by one."
+            f"{source} holds adapters of several backbones, which cannot be combined in one "
+            f"artifact: embedding_sha256 in their {peft.NOTES} files differs. Convert them one by "
+            "one."
         )
     merged = {name: value for note in reversed(notes) for name, value in note.items()}
     names = [folder.name for folder in folders]
@@ -139,7 +144,8 @@ def _read_npy(source: epath.Path) -> peft.Adapter:
         array = np.load(io.BytesIO(source.read_bytes()), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(
-            f"{source} is truncated, damaged, or not a plain array of numbers: {error}"
+            f"{source} is truncated, damaged, or not a plain array of numbers: {error}. Copy it "
+            "again, or save the prompt again with numpy.save."
         ) from error
     return _plain(_prompt(array, str(source))[None], {})
 
@@ -149,7 +155,10 @@ def _read_safetensors(source: epath.Path) -> peft.Adapter:
     prompts = [_prompt(x, f"{source}, {name}") for name, x in tensors.items()]
     if len({prompt.shape for prompt in prompts}) != 1:
         shapes = {name: x.shape for name, x in tensors.items()}
-        raise ValueError(f"{source} must hold prompts of one shape [P, H]; it has {shapes}.")
+        raise ValueError(
+            f"{source} must hold prompts of one shape [P, H], but it has {shapes}. Save prompts of "
+            "different shapes in separate files."
+        )
     return _plain(np.stack(prompts), {"run_names": list(tensors)})
 
 
@@ -158,8 +167,9 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
     prompts = [name for name in leaves if _T5X_PROMPT.fullmatch(name)]
     if len(prompts) != 1:
         raise ValueError(
-            f"{source} holds {len(prompts)} prompts {prompts or ''}. Exactly one is expected, at "
-            "encoder/prompt/prompt/prompt, where google-research/prompt-tuning keeps it."
+            f"{source} holds {len(prompts)} prompts{f': {prompts}' if prompts else ''}. Give a "
+            "checkpoint of google-research/prompt-tuning with exactly one prompt, at "
+            "encoder/prompt/prompt/prompt."
         )
     return _plain(_prompt(leaves[prompts[0]], f"{source}, {prompts[0]}")[None], {})
 
@@ -167,13 +177,14 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
 def _prompt(array: np.ndarray, what: str) -> np.ndarray:
     if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"{what} is not a prompt: expected floats [P, H], got {array.dtype}{array.shape}."
+            f"{what} is not a prompt: expected floats [P, H], got {array.dtype}{array.shape}. Save "
+            "each prompt as one array of this shape."
         )
     return np.asarray(array, np.float32)
 
 
 def _plain(bank: np.ndarray, notes: dict[str, Any]) -> peft.Adapter:
-    """Prompts [K, P, H] as prompt tuning's parameters."""
+    """Returns prompts [K, P, H] as an adapter with prompt tuning's parameters."""
     return peft.Adapter(PromptTuning(bank.shape[1]), {"table": bank}, notes)
 
 
@@ -193,15 +204,16 @@ def _check_backbone(
     if widths != {embedding.shape[1]}:
         raise ValueError(
             f"{source} holds prompts of width {sorted(widths)}, but {backbone} has width "
-            f"{embedding.shape[1]}. Give the backbone that the prompts were trained with."
+            f"{embedding.shape[1]}. Set --backbone to the backbone that the prompts were trained "
+            "with."
         )
     digest = artifacts.embedding_digest(embedding)
     noted = adapter.notes.get("embedding_sha256", digest)
     if noted != digest:
         raise ValueError(
             f"The prompts of {source} were trained with another backbone: its embedding has sha256 "
-            f"{noted}, but the embedding of {backbone} has {digest}. Give the backbone that the "
-            "prompts were trained with."
+            f"{noted}, but the embedding of {backbone} has {digest}. Set --backbone to the "
+            "backbone that the prompts were trained with."
         )
     return digest
 
@@ -214,30 +226,34 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
 
     Args:
         source: the artifact.
-        target: the folder to create. With `'peft'` it is MPT's adapter, with row k as task id k; if
-            rows fall into several groups, it holds an adapter for each group. Otherwise it holds a
-            folder or a file for each run, or `folded.safetensors`.
-        to: `'peft'` (MPT's factors; a plain prompt for prompt tuning), `'peft-folded'`, `'npy'` or
-            `'safetensors'`.
-        say: called with the parity line.
+        target: the folder to create. Of MPT, `'peft'` writes one adapter, in which bank row k is
+            task id k; if the artifact has several groups, the folder holds one adapter for each.
+            The other formats write a folder or a file for each run, or `folded.safetensors`.
+        to: `'peft'` (MPT's factors, or the plain prompts of prompt tuning), `'peft-folded'` (plain
+            prompts), `'npy'` or `'safetensors'`.
+        say: called with a line that reports the result of the comparison.
 
     Raises:
         FileExistsError: the target exists already.
-        ValueError: the method has no prompts, its prompts depend on the text, or PEFT has no
-            format for them.
+        ValueError: the method has no prompts, its prompts depend on the text, PEFT has no format
+            for them, or a run name contains '/'.
     """
     artifact = artifacts.load_artifact(source)
     if not artifact.method.prompt_length:
-        raise ValueError(f"{source} has no prompts: its method is {artifact.method.name!r}.")
+        raise ValueError(
+            f"{source} has no prompts: its method is {artifact.method.name!r}. Choose an artifact "
+            "of a prompt method."
+        )
     if artifact.method.reads_text:
         raise ValueError(
-            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the text, "
-            "so no run has one prompt, and other programs have no format for the method. Use the "
-            "artifact itself with `mpt-jax predict` or `mpt-jax export`."
+            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the text. "
+            "Other programs have no format for such prompts. Use the artifact itself with `mpt-jax "
+            "predict` or `mpt-jax export`."
         )
     if unfit := [name for name in artifact.runs.run_names if "/" in name]:
         raise ValueError(
-            f"{source} has runs that cannot be used as file names, since they contain '/': {unfit}."
+            f"{source} has runs whose names cannot be file names, since they contain '/': {unfit}. "
+            "Use the artifact itself with `mpt-jax predict` or `mpt-jax export`."
         )
     with new_folder(target) as scratch:
         expected, restored = _WRITERS[to](artifact, scratch)
@@ -277,7 +293,7 @@ def _write_factors(artifact: artifacts.Artifact, target: epath.Path) -> Both:
 
 
 def _write_folded(artifact: artifacts.Artifact, target: epath.Path) -> Both:
-    """Writes an adapter for each run."""
+    """Writes the plain prompt of each run as an adapter."""
     expected, restored = {}, {}
     for row, (name, prompt) in enumerate(_folded(artifact).items()):
         folder = target / name
@@ -314,13 +330,13 @@ _WRITERS: dict[str, Callable[[artifacts.Artifact, epath.Path], Both]] = {
 
 
 def _folded(artifact: artifacts.Artifact) -> dict[str, np.ndarray]:
-    """The plain prompt [P, H] of every run."""
+    """Returns the plain prompt [P, H] of every run, by name."""
     prompts = [np.ascontiguousarray(prompt, np.float32) for prompt in artifact.plain()]
     return dict(zip(artifact.runs.run_names, prompts, strict=True))
 
 
 def _notes(artifact: artifacts.Artifact, rows: Sequence[int]) -> dict[str, Any]:
-    """The contents of an adapter's `mpt_jax.json`, for some rows of the artifact."""
+    """Returns the contents of an adapter's `mpt_jax.json`, for some rows of the artifact."""
     return {
         "task_names": [artifact.runs.task_names[row] for row in rows],
         "run_names": [artifact.runs.run_names[row] for row in rows],

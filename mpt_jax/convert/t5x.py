@@ -1,9 +1,8 @@
 """Reader and writer of T5X's checkpoints: its own format (msgpack, with large leaves as zarr
 folders) and Orbax.
 
-Only the model's parameters (`target`) are read. Scanned trees are returned unscanned. Relative
-position tables that are equal in all layers of a stack, as always in a single layer, are returned
-as one.
+Only the model's parameters (`target`) are read. Scanned trees are returned unscanned. If all layers
+of a scanned stack have equal relative position tables, one table is returned for the stack.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the parameters of a T5X checkpoint.
 
     Args:
-        path: `checkpoint_<step>`, a folder in either format, or the msgpack file itself.
+        path: the folder `checkpoint_<step>` in either format, or the msgpack file itself.
 
     Returns:
-        the unscanned tree, NumPy arrays in the dtype of the file.
+        The unscanned tree of NumPy arrays, in the dtype of the file.
 
     Raises:
         FileNotFoundError: `path` does not exist or is not a checkpoint.
@@ -45,7 +44,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"No T5X checkpoint at {path}: it does not exist.")
+        raise FileNotFoundError(f"No T5X checkpoint at {path}: it does not exist. Check the path.")
     if not path.is_dir():
         params = _load_msgpack(path)
     elif (path / FILE).exists():
@@ -62,9 +61,10 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _suggestion(path: epath.Path) -> str:
-    """Names the checkpoints inside a folder, in case the user gave their parent."""
+    """Returns a hint that names the checkpoints inside a folder, in case the user gave their parent
+    folder."""
     names = sorted(child.name for child in path.iterdir() if child.name.startswith("checkpoint_"))
-    return f" Give one of the checkpoints inside it: {names}." if names else " It holds none."
+    return f" Give one of the checkpoints inside it: {names}." if names else " Check the path."
 
 
 def _load_msgpack(file: epath.Path) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def _load_msgpack(file: epath.Path) -> dict[str, Any]:
         target = contents["optimizer"]["target"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file} is truncated, damaged, or not a T5X checkpoint: {error}"
+            f"{file} is truncated, damaged, or not a T5X checkpoint: {error}. Check the path, or "
+            "download or copy the checkpoint again."
         ) from error
     return _read_arrays(target, file.parent)
 
@@ -90,7 +91,9 @@ def _read_arrays(node: Any, folder: epath.Path) -> Any:
 def _read_zarr(folder: epath.Path) -> np.ndarray:
     """Reads a zarr array. Missing chunks are errors, although zarr itself reads them as zeros."""
     if not (folder / ".zarray").exists():
-        raise ValueError(f"The checkpoint is incomplete: {folder} is missing.")
+        raise ValueError(
+            f"The checkpoint is incomplete: {folder} is missing. Download or copy it again."
+        )
     store: Any = os.fspath(folder) + "/"
     if is_local(folder):
         store = {"driver": "file", "path": os.fspath(absolute(folder)) + "/"}
@@ -105,7 +108,9 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
             raise ValueError(f"chunks {sorted(missing)[:3]} are missing")
         return np.asarray(array.read().result())
     except ValueError as error:
-        raise ValueError(f"The checkpoint's array {folder} is incomplete: {error}") from error
+        raise ValueError(
+            f"The checkpoint's array {folder} is incomplete: {error}. Download or copy it again."
+        ) from error
 
 
 def _load_orbax(folder: epath.Path) -> dict[str, Any]:
@@ -120,7 +125,8 @@ def _load_orbax(folder: epath.Path) -> dict[str, Any]:
             return checkpointer.restore(folder, args=restore)["target"]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{folder} is truncated, damaged, or not a T5X checkpoint: {error}"
+                f"{folder} is truncated, damaged, or not a T5X checkpoint: {error}. Check the "
+                "path, or download or copy the checkpoint again."
             ) from error
 
 
@@ -128,12 +134,13 @@ def save_t5x(path: str | os.PathLike[str], params: Mapping[str, Any], step: int 
     """Writes parameters in T5X's own format, as one msgpack file without optimizer state.
 
     Args:
-        path: the parent of `checkpoint_<step>`, which appears complete or not at all.
-        params: the model's tree.
-        step: the training step in the checkpoint's name.
+        path: the parent of the folder `checkpoint_<step>`. If writing fails, the folder is not
+            created.
+        params: the model's parameters.
+        step: the training step, for the checkpoint and its name.
 
     Returns:
-        the folder `checkpoint_<step>`.
+        The folder `checkpoint_<step>`.
 
     Raises:
         FileExistsError: the checkpoint exists already.
@@ -145,13 +152,13 @@ def save_t5x(path: str | os.PathLike[str], params: Mapping[str, Any], step: int 
 
 
 def write_t5x(folder: epath.Path, params: Mapping[str, Any], step: int) -> None:
-    """Writes what `save_t5x` writes into an existing, empty folder."""
+    """Writes the files of `save_t5x` into an existing, empty folder."""
     contents = {"version": FORMAT_VERSION, "optimizer": _state(params, step)}
     (folder / FILE).write_bytes(flax.serialization.msgpack_serialize(contents))
 
 
 def write_orbax(folder: epath.Path, params: Mapping[str, Any], step: int) -> None:
-    """Writes parameters into an existing, empty folder as T5X does with Orbax: as item `state`,
+    """Writes parameters into an existing, empty folder in T5X's Orbax format: as the item `state`,
     without optimizer state."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(
@@ -160,7 +167,7 @@ def write_orbax(folder: epath.Path, params: Mapping[str, Any], step: int) -> Non
 
 
 def _state(params: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The tree of T5X's train state."""
+    """Returns the tree of T5X's train state, without optimizer state."""
     target = unflatten({name: np.asarray(x) for name, x in flatten(params).items()})
     state = {"step": np.asarray(step, np.int32), "param_states": {}}
     return {"target": target, "state": state}

@@ -3,8 +3,8 @@
     mpt-jax verify-weights runs/backbones/t5-base
     mpt-jax verify-weights runs/backbones/t5x/checkpoint_0 --config t5_1_1_base
 
-Both run in float32 on a fixed padded batch. Exit code 0 if no hidden state or logit differs by more
-than 1e-4, 1 if one does, 2 if the comparison cannot be made.
+Both networks run in float32 on a fixed padded batch. The exit code is 0 if no hidden state or logit
+differs by more than 1e-4, 1 if one does, and 2 if the comparison cannot be made.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, float]:
 
     Raises:
         ValueError: torch or transformers is not installed, or the weights cannot be read.
-        FileNotFoundError: there are no weights.
+        FileNotFoundError: the folder has no weights.
     """
     torch, transformers = _oracle()
     shape, params = backbones.read(folder, config)
@@ -72,18 +72,18 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, float]:
 
 
 def _oracle() -> tuple[Any, Any]:
-    """The modules torch and transformers."""
+    """Imports torch and transformers."""
     try:
         return importlib.import_module("torch"), importlib.import_module("transformers")
     except ImportError as error:
         raise ValueError(
-            f"{error.name or 'torch'} is not installed, and the comparison needs it. Run "
+            f"{error.name or 'torch'} is not installed, and the comparison needs it. Install it: "
             "pip install 'mpt-jax[parity]'."
         ) from error
 
 
 def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:
-    """The outputs of transformers' model, in the form that `parity.forward` returns."""
+    """Returns the outputs of transformers' model, in the form that `parity.forward` returns."""
     batch = {name: torch.tensor(x) for name, x in parity.fixed_batch(shape).items()}
     with torch.no_grad():
         result = model(

@@ -1,1 +1,1 @@
-"""A bank of trained prompts on one backbone: prediction and export."""
+"""Serving of a bank of trained prompts on one backbone: prediction and export."""

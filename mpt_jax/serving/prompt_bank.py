@@ -1,17 +1,17 @@
 """The prompt bank of a server: prompts from many artifacts, as arguments of one program.
 
-Training compiles its rows into the program, since they are few and never change. A server has many,
-and new ones arrive. So a bank keeps arrays that a compiled function takes as arguments, allocated
-to powers of two: adding a task changes their values but not their shapes, until the arrays are
-full. A batch gathers only the rows it names, so its cost does not depend on the number of other
-rows. K tasks in G groups take
+Training compiles its bank rows into the program, since they are few and never change. A server has
+many rows, and more may be added. So a bank keeps arrays that a compiled function takes as
+arguments. The sizes of the arrays are powers of two: adding a task changes their values but not
+their shapes, until the arrays are full. A batch gathers only the rows of its requests, so its cost
+does not depend on the number of other rows. K tasks in G groups take
 
     4 (K' (n + 1) + G' m) bytes        K', G': the smallest powers of two that hold K and G
 
 with n parameters per task (MPT of rank R: R (P + H), which is 868 for P = 100, H = 768, R = 1), m
 per group (MPT: P H), and one group number per task. Groups whose values are equal bit for bit are
-stored once, for example if many artifacts were trained on one frozen P*. Parameters of neither
-tasks nor groups (ATTEMPT's frozen sources) must be the same in all artifacts, and are stored once.
+stored once, for example if many artifacts were trained with one frozen P*. Parameters that all
+tasks share (ATTEMPT's frozen sources) must be the same in all artifacts, and are stored once.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ MOST_SHOWN, MOST_COMPARED = 80, 1000
 
 
 class Rows(NamedTuple):
-    """The fields of `Runs` that composing prompts reads, with rows unknown at compile time.
+    """The fields of `Runs` that `PromptMethod.compose` reads, for rows that are unknown when the
+    program is compiled.
 
     Attributes:
-        group_of_row: [K'], the group of every row.
-        num_groups: G'.
+        group_of_row: the group of every bank row, [K'].
+        num_groups: G', the number of groups that the arrays have space for.
     """
 
     group_of_row: Int[Array, " K"]
@@ -62,8 +63,8 @@ class Named(NamedTuple):
 
     Attributes:
         folder: the artifact's folder.
-        name: '' keeps the artifact's run names. Otherwise the name of its only row, or the prefix
-            of several, `name/row`.
+        name: '' to keep the artifact's run names. Otherwise the new name of its only row, or the
+            prefix of the names of its rows, `name/run`.
     """
 
     folder: str
@@ -76,7 +77,10 @@ class Named(NamedTuple):
         if not equals or "/" in name or os.path.exists(text):
             return cls(text)
         if not name or not folder:
-            raise ValueError(f"{text!r} is neither a folder nor NAME=FOLDER.")
+            raise ValueError(
+                f"{text!r} is neither a folder nor NAME=FOLDER. Give an artifact folder, or a task "
+                "name and an artifact folder."
+            )
         return cls(folder, name)
 
 
@@ -91,8 +95,9 @@ def compose(
     Args:
         method: the bank's method.
         arrays: the bank's arrays.
-        rows: the rows to compose.
-        pooled: max-pooled text embeddings, for a method that reads the text.
+        rows: the bank rows whose prompts to compose.
+        pooled: the max-pooled embeddings of the texts, for a method whose prompts depend on the
+            text.
     """
     leaves, axes = flatten(arrays), row_axes(method)
     by_group = [leaf for name, leaf in leaves.items() if axes.get(name) == "groups"]
@@ -105,27 +110,27 @@ class Bank:
     """Prompts of many tasks, by name.
 
     Args:
-        found: artifacts of one backbone and vocabulary and, unless folded, of one prompt length and
-            method.
-        names: the name of each artifact, as in `Named`; by default rows keep their run names.
-        folded: whether to keep plain prompts [P, H] instead of the method's factors. They take more
-            memory, and allow artifacts of several methods.
+        found: the artifacts. They must have the same backbone and vocabulary and, unless `folded`,
+            the same prompt length and method.
+        names: the name of each artifact, as in `Named`. By default, rows keep their run names.
+        folded: whether to keep plain prompts [P, H] instead of the method's factors. This takes
+            more memory, and allows artifacts of several methods and prompt lengths.
 
     Attributes:
         method: the prompt method; prompt tuning if the bank is folded.
         folded: whether the bank keeps plain prompts.
-        lengths_differ: whether some rows have shorter prompts than the method; `arrays` then has
-            their lengths.
+        lengths_differ: whether some rows have prompts that are shorter than the method's
+            `prompt_length`. If so, `arrays` has their lengths.
 
     Raises:
-        ValueError: no artifacts; artifacts that disagree; two rows with the same name.
+        ValueError: there are no artifacts, the artifacts disagree, or two rows have the same name.
     """
 
     def __init__(
         self, found: Sequence[Artifact], names: Sequence[str] | None = None, folded: bool = False
     ):
         if not found:
-            raise ValueError("A bank needs at least one prompt artifact.")
+            raise ValueError("A bank needs at least one prompt artifact. Set --prompts.")
         self.folded = folded
         self._check(found)
         self._reference = compatibility.representative(found)
@@ -143,7 +148,7 @@ class Bank:
 
     @classmethod
     def load(cls, sources: Iterable[Named], folded: bool = False) -> Bank:
-        """Loads a bank from artifact folders; raises as `load_artifact` and `Bank`."""
+        """Loads a bank from artifact folders. Raises as `load_artifact` and `Bank` do."""
         sources = list(sources)
         loaded = [artifacts.load_artifact(source.folder) for source in sources]
         return cls(loaded, [source.name for source in sources], folded)
@@ -152,7 +157,8 @@ class Bank:
         """Adds the rows of an artifact, under `name` if it is not '' (see `Named`).
 
         Raises:
-            ValueError: the artifact disagrees with the bank, or a name is taken.
+            ValueError: the artifact disagrees with the bank, or the bank already has a row with the
+                name of one of the artifact's rows.
         """
         self._check([self._reference, artifact])
         known, length = artifact.config["vocabulary_sha256"], artifact.prompt_length
@@ -162,28 +168,28 @@ class Bank:
         if length > longest or not self.lengths_differ and length < longest:
             raise ValueError(
                 f"{artifact.path} has prompts of {length} positions, but the bank was built for "
-                f"{longest}. Load it together with the bank's other artifacts."
+                f"{longest}. Create a new bank from all artifacts instead of adding to this bank."
             )
         self._append([(artifact, name)])
         if self._reference.config["vocabulary_sha256"] is None and known is not None:
             self._reference = artifact  # the first that records a vocabulary; later ones must agree
 
     def row(self, name: str) -> int:
-        """The row of a task.
+        """Returns the bank row of a task.
 
         Raises:
-            ValueError: the task is unknown; names similar ones.
+            ValueError: the task is unknown; the message suggests similar names.
         """
         if name not in self._rows:
             raise ValueError(_unknown(name, self.names))
         return self._rows[name]
 
     def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
-        """Checks that the bank's artifacts were trained on this backbone and vocabulary. Remembers
-        the vocabulary to check artifacts that are added later.
+        """Checks that the bank's artifacts were trained with this backbone and vocabulary.
+        Remembers the vocabulary, to check artifacts that are added later.
 
         Raises:
-            ValueError: one of them differs; shows both values.
+            ValueError: the backbone or the vocabulary differs; the message shows both values.
         """
         length = self._reference.prompt_length
         compatibility.check_compatible(self._reference, embedding_sha256, vocabulary_sha256, length)
@@ -191,28 +197,28 @@ class Bank:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The `config.json` of one artifact, for the fields on which all agree."""
+        """The `config.json` of one artifact. Read only fields on which all artifacts agree."""
         return self._reference.config
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """{'prompt': the method's parameters, 'group_of_row': [K'], and if lengths differ
-        'prompt_lengths': [K']}, on the device. Arrays returned earlier do not change when the bank
-        grows."""
+        """The bank's arrays on the device: 'prompt', the method's parameters; 'group_of_row' [K'];
+        and 'prompt_lengths' [K'] if lengths differ. Arrays that were returned earlier do not change
+        when the bank grows."""
         return unflatten(self._leaves)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all rows, in their order."""
+        """The names of all rows, in the order of the rows."""
         return tuple(self._rows)
 
     @property
     def nbytes(self) -> int:
-        """Size of the arrays in bytes."""
+        """The size of the arrays in bytes."""
         return sum(leaf.nbytes for leaf in self._leaves.values())
 
     def digest(self) -> str:
-        """sha256 of the rows' names and values."""
+        """Returns the sha256 of the names and values of all rows."""
         counts = {"tasks": len(self._rows), "groups": len(self._groups)}
         kept = {
             name: x[: counts[self._axes[name]]] if name in self._axes else x
@@ -232,13 +238,14 @@ class Bank:
             for artifact in candidates[1:]:
                 if not np.array_equal(first[name], flatten(artifact.params)[name]):
                     raise ValueError(
-                        f"{candidates[0].path} and {artifact.path} differ in {name!r}, which all "
-                        f"tasks of a bank of {artifact.method.name!r} share: they were trained "
-                        "with different source prompts. Serve them separately."
+                        f"{candidates[0].path} and {artifact.path} differ in {name!r}, which the "
+                        f"method {artifact.method.name!r} shares between all tasks of a bank. "
+                        "Serve these artifacts separately."
                     )
 
     def _append(self, additions: Sequence[tuple[Artifact, str]]) -> None:
-        """Concatenates all parts before it writes, so an error leaves the bank unchanged."""
+        """Adds the rows of artifacts. Prepares all parts before it writes, so an error leaves the
+        bank unchanged."""
         folders, groups = dict(self._folders), dict(self._groups)
         blocks: dict[str, list[np.ndarray]] = {}
         for artifact, name in additions:
@@ -258,7 +265,8 @@ class Bank:
         self._rows = {name: row for row, name in enumerate(folders)}
 
     def _blocks(self, artifact: Artifact, groups: dict[bytes, int]) -> dict[str, np.ndarray]:
-        """The block that an artifact adds to every leaf; adds its new groups to `groups`."""
+        """Returns the values that an artifact adds to every leaf, by name of the leaf. Adds the
+        artifact's new groups to `groups`."""
         params = {"table": self._table(artifact)} if self.folded else artifact.params
         leaves = {f"{PROMPT}/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
         shared = [leaf for name, leaf in sorted(leaves.items()) if self._axes.get(name) == "groups"]
@@ -282,7 +290,7 @@ class Bank:
         return blocks
 
     def _table(self, artifact: Artifact) -> np.ndarray:
-        """An artifact's plain prompts [K, P, H], shorter ones padded with zeros."""
+        """Returns an artifact's plain prompts [K, P, H]. Shorter prompts are padded with zeros."""
         plain = artifact.plain()
         table = np.zeros((len(plain), self.method.prompt_length, plain[0].shape[1]), np.float32)
         for row, prompt in enumerate(plain):
@@ -309,7 +317,7 @@ def _row_names(runs: Runs, name: str) -> list[str]:
 
 
 def _capacity(needed: int) -> int:
-    """The smallest power of two that is at least `needed`."""
+    """Returns the smallest power of two that is at least `needed`."""
     return 1 << max(needed - 1, 0).bit_length()
 
 
@@ -321,8 +329,8 @@ def _written(leaf: Array, block: Array, first: Array) -> Array:
 def _taken(name: str, first: str, second: str) -> str:
     where = f"twice in {first}" if first == second else f"in {first} and in {second}"
     return (
-        f"Two rows of the bank would have the name {name!r}, {where}. Give one folder another "
-        f"name: NAME={second}."
+        f"Two rows of the bank would have the name {name!r}, {where}. Rename the rows of one "
+        f"artifact, for example with --prompts NAME={second}."
     )
 
 

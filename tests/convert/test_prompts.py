@@ -276,7 +276,7 @@ def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     folder, new = tmp_path / "peft", tmp_path / "x"
     assert "--backbone is missing" in refused(capsys, folder, new)
     said = refused(capsys, folder, new, "--backbone", backbone, "--runs", "a")
-    assert "holds 3 prompts, and the number of run names is 1" in said
+    assert "holds 3 prompts, but the number of run names is 1" in said
     file = tmp_path / "a.npy"
     np.save(file, random(P, H))
     assert "Give one name per prompt" in refused(capsys, file, new, "--backbone", backbone)

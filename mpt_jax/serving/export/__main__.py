@@ -3,8 +3,8 @@
     mpt-jax export --prompts runs/*/artifact --backbone runs/backbones/t5-base --out exported
     mpt-jax export --prompts DIR --folded --platforms cpu,cuda --input-lengths 64 256 --out exported
 
-The folder's README.md explains how to call them; docs/serving.md has more. Exit code 2 if the
-export fails.
+The folder's README.md explains how to call the functions; docs/serving.md has more. The exit code
+is 2 if the export fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpt_jax.serving.prompt_bank import Bank, Named
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the folder and prints its contents."""
+    """Writes the folder and prints a summary of it."""
     parser = make_parser()
     args = parser.parse_args(argv)
     compilation_cache.enable()

@@ -29,16 +29,17 @@ class Exported:
 
     Args:
         folder: a folder that `mpt-jax export` wrote.
-        backbone: a backbone.safetensors, if the folder was written without one.
+        backbone: the backbone.safetensors of another export, if the folder was written without one.
 
     Attributes:
         config: the contents of config.json.
-        names: task names, in the order of their rows.
+        names: the task names, in the order of their rows.
         backbone, prompts: arrays by name, the first two arguments of every function. `prompts` may
             be replaced by prompts of the same shapes.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, has another format, or was changed.
+        FileNotFoundError, ValueError: a file is missing or was changed, or the export format is not
+            supported.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Exported:
         if self.config.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} has export format {self.config.get('format')!r}; this version reads "
-                f"{FORMAT}."
+                f"{FORMAT}. Export the prompts again with this version."
             )
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
@@ -65,21 +66,21 @@ class Exported:
         }
 
     def row(self, name: str) -> int:
-        """The row of a task; raises ValueError if the task is unknown."""
+        """Returns the row of a task; raises ValueError if the task is unknown."""
         if name not in self.names:
             others = len(self.names) - MOST_NAMED
             more = f" and {others} more" if others > 0 else ""
             listed = ", ".join(self.names[:MOST_NAMED])
-            raise ValueError(f"Unknown task {name!r}; the export has {listed}{more}.")
+            raise ValueError(f"Unknown task {name!r}; choose one of {listed}{more}.")
         return self.names.index(name)
 
     def predict(self, texts: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[Any, Any]:
-        """Greedy continuations int32 [B, L], 0 after the end of sequence, and their log
-        probabilities [B] in nats.
+        """Returns greedy continuations, int32 [B, L] with 0 after the end of sequence, and their
+        log probabilities [B] in nats.
 
         Args:
-            texts: B lists of token ids, each with its end-of-sequence id.
-            rows: B rows, one for each text.
+            texts: B lists of token ids, each ending with the end-of-sequence id.
+            rows: the row of each text's task (see `row`).
 
         Raises:
             ValueError: a row does not exist, or a text is too long.
@@ -92,7 +93,8 @@ class Exported:
         targets: Sequence[Sequence[int]],
         rows: Sequence[int],
     ) -> Any:
-        """Log probability [B] of one target per text, in nats; raises as `predict` does."""
+        """Returns the log probability [B] of one target per text, in nats. The arguments and errors
+        are as in `predict`; `targets` are lists of token ids like `texts`."""
         length = self.config["target_length"]
         return self._call("score", texts, rows, _padded(targets, length, "targets"))
 
@@ -103,7 +105,8 @@ class Exported:
         if unknown := [row for row in rows if not 0 <= row < len(self.names)]:
             raise ValueError(
                 f"There is no row {unknown[0]}: the {len(self.names)} tasks have rows 0 to "
-                f"{len(self.names) - 1}, in the order of `names`."
+                f"{len(self.names) - 1}, in the order of `names`. Get the row of a task with "
+                "`row(name)`."
             )
         lengths = sorted(length for function, length in self._functions if function == name)
         longest = max(map(len, texts))
@@ -118,8 +121,8 @@ class Exported:
     def _arrays(self, path: Path, name: str) -> Mapping[str, jax.Array]:
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} does not exist. If the folder was written with --without-weights, give "
-                "another export's backbone.safetensors."
+                f"{path} does not exist. If the folder was written with --without-weights, pass "
+                f"the {BACKBONE} of another export as `backbone`. Otherwise copy the file again."
             )
         return {
             leaf: jnp.asarray(np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]))
@@ -140,13 +143,17 @@ class Exported:
 def load(
     folder: str | os.PathLike[str], backbone: str | os.PathLike[str] | None = None
 ) -> Exported:
-    """Loads an exported model; see `Exported`."""
+    """Loads an exported model. The arguments and errors are those of `Exported`."""
     return Exported(folder, backbone)
 
 
 def _padded(texts: Sequence[Sequence[int]], length: int, what: str) -> np.ndarray:
     if (longest := max(map(len, texts))) > length:
-        raise ValueError(f"The longest of the {what} has {longest} tokens; the limit is {length}.")
+        option = "--target-length" if what == "targets" else "--input-lengths"
+        raise ValueError(
+            f"The longest of the {what} has {longest} tokens; the limit is {length}. Shorten it, "
+            f"or export again with a larger {option}."
+        )
     tokens = np.zeros((len(texts), length), np.int32)
     for row, ids in enumerate(texts):
         tokens[row, : len(ids)] = ids

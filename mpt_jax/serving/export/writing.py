@@ -1,9 +1,9 @@
 """Export of predict and score, lowered by `jax.export` for several platforms at once.
 
 Weights and prompts are arguments, not constants, so the functions are small and prompts of the same
-shapes can be exchanged. The number of rows is symbolic. The number of tokens is not, since T5's
-relative position table is built for one length when it is traced. Attention uses plain operations
-on every platform, since the TPU kernels depend on the chip, which is unknown at export.
+shapes can be exchanged. The batch size is symbolic. The number of tokens is not, since T5's
+relative position biases are built for one length when the function is traced. Attention uses plain
+operations on every platform, since the TPU kernels depend on the chip, which is unknown at export.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ export of the same backbone.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to export.
+    """Settings of an export.
 
     Attributes:
         platforms: the platforms that the functions run on.
-        input_lengths: input lengths in tokens, with a function for each.
-        target_length: number of tokens to decode or score.
+        input_lengths: the input lengths in tokens. Each gets a predict and a score function.
+        target_length: the number of tokens to decode or score.
         weights: whether to write the backbone's weights.
     """
 
@@ -59,20 +59,25 @@ class Settings:
             raise ValueError(f"Unknown platforms {unknown}. Choose from {', '.join(PLATFORMS)}.")
         lengths = [*self.input_lengths, self.target_length]
         if not self.platforms or not self.input_lengths or min(lengths) < 1:
-            raise ValueError(f"An export needs platforms and positive lengths, got {self}.")
+            raise ValueError(
+                "An export needs platforms and positive lengths, but got "
+                f"platforms={list(self.platforms)}, input_lengths={list(self.input_lengths)} and "
+                f"target_length={self.target_length}. Change --platforms, --input-lengths or "
+                "--target-length."
+            )
 
 
 def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> dict[str, Any]:
-    """Writes an exported folder, which appears complete or not at all.
+    """Writes an exported folder.
 
     Args:
-        folder: the folder to create.
-        bank: the prompts, as factors or plain.
+        folder: the folder to create. If writing fails, it is not created.
+        bank: the prompt bank, with the method's factors or with plain prompts.
         backbone: the backbone of the prompts.
-        settings: what to write.
+        settings: the settings of the export.
 
     Returns:
-        the contents of its config.json.
+        The contents of the folder's config.json.
 
     Raises:
         FileExistsError: the folder exists already.
@@ -118,9 +123,9 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
 
 
 def check_new(folder: Path) -> None:
-    """Raises FileExistsError if a folder exists; to be called before any work is done."""
+    """Raises FileExistsError if the folder exists. Call it before any slow work."""
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already. Remove it, or choose another folder.")
+        raise FileExistsError(f"{folder} exists already. Choose another folder, or remove it.")
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:
@@ -130,7 +135,7 @@ def _flat(tree: Any) -> dict[str, np.ndarray]:
 def _lowered(
     model: Functions, arguments: dict[str, Any], length: int, settings: Settings
 ) -> dict[str, export.Exported]:
-    """Both functions, for texts of one length and any number of rows."""
+    """Returns predict and score, lowered for texts of one length and any batch size."""
 
     def predict(backbone, prompts, tokens, rows):
         return model.predict(unflatten(backbone), unflatten(prompts), tokens, rows)

@@ -1,11 +1,11 @@
 """`mpt-jax predict`: answers requests from a prompt bank; each request names its task.
 
-compiled           the compiled functions: predictions and scores of token ids
+compiled           the compiled functions, which predict and score token ids
 backbone           the backbone and vocabulary of a bank
-requests           lines of JSON to token ids, or to an error
-server             batches of similar length; answers in the order of requests
-windows            lines as they arrive, in windows
-resumable_output   output of answers; a file is resumed if an earlier start was interrupted
+requests           parser of requests: JSON lines become token ids or an error
+server             batches requests of similar length, and answers in the order of requests
+windows            groups input lines as they arrive
+resumable_output   output of answers; an interrupted file is resumed
 progress           progress bar or log lines
 """
 

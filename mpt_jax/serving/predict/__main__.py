@@ -4,10 +4,10 @@
         --input requests.jsonl --output answers.jsonl
     echo '{"task": "toy_sst2", "inputs": "sst2 : a fine film"}' | mpt-jax predict --prompts DIR
 
-docs/serving.md describes requests and answers. A line that cannot be answered gets an error as its
-answer, and the stream continues. Exit code 0, or 1 if every line failed (with --strict, if any
-did), 2 if the command cannot start or continue, 130 after Ctrl-C. With --output, the same command
-then resumes.
+docs/serving.md describes requests and answers. If a line cannot be answered, its answer is an
+error, and the next line is read. The exit code is 0, or 1 if every line failed (with --strict, if
+any line failed), 2 if the command cannot start or continue, and 130 after Ctrl-C. With --output,
+the same command then resumes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load(args: argparse.Namespace) -> Server:
 
 
 def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output:
-    """Answers every line of a stream; returns the output, which has counted them."""
+    """Answers every line of a stream. Returns the output, which has counted the answers."""
     reader = server.reader(args.mode, args.truncate)
     lines: Iterator[bytes] = iter(stream)
     output = _output(server, args)

@@ -1,4 +1,4 @@
-"""The backbone and vocabulary of a prompt bank, loaded and compared by digest."""
+"""The backbone and vocabulary of a prompt bank, loaded and checked against its digests."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Backbone(NamedTuple):
 
     Attributes:
         config: the backbone's configuration.
-        params: its parameters, in the dtype it computes in, on the device.
+        params: the backbone's parameters on the device, in the dtype of computation.
         vocabulary: the vocabulary of inputs and targets.
-        embedding_sha256, vocabulary_sha256: digests that artifacts are compared with.
+        embedding_sha256, vocabulary_sha256: the digests to compare with those of artifacts.
     """
 
     config: T5Config
@@ -52,21 +52,23 @@ def load(  # noqa: PLR0913 - each is an option of the command
     dtype: str = "float32",
     say: Callable[[str], None] = logging.info,
 ) -> Backbone:
-    """Loads the backbone of a bank. Fails with any other backbone or vocabulary.
+    """Loads the backbone and vocabulary of a bank.
 
     Args:
-        bank: the prompts, whose artifacts record the digests of both.
+        bank: the prompt bank, which records the digests of its backbone and vocabulary.
         path: a Hugging Face folder or a T5X checkpoint; None loads the shipped tiny T5.
         vocabulary: a SentencePiece model, a folder with one, or 'byt5'; None loads the one in the
             backbone's folder, or the shipped one for the shipped T5.
-        extra_ids: number of sentinels of the vocabulary (see `tokenizers.load`).
-        config: a name such as t5_1_1_base, or a config.json, if shapes are not enough.
+        extra_ids: the number of sentinels of the vocabulary (see `tokenizers.load`).
+        config: a name such as t5_1_1_base, or a config.json; None if the checkpoint has one, or
+            to infer it from the shapes.
         dtype: the dtype that the backbone computes in, `'float32'` or `'bfloat16'`.
-        say: called with a line on the settings that had to be assumed.
+        say: called with a line that lists the assumed settings, if the configuration is inferred.
 
     Raises:
-        FileNotFoundError: there is no backbone or no vocabulary.
-        ValueError: the prompts were trained with another one; shows both digests.
+        FileNotFoundError: the backbone or the vocabulary does not exist.
+        ValueError: the prompts were trained with another backbone or vocabulary; the message shows
+            both digests.
     """
     shipped = path is None
     path = paths.shipped(name=SHIPPED[0]) if path is None else path
@@ -87,8 +89,8 @@ def load(  # noqa: PLR0913 - each is an option of the command
     if tokenizer.vocab_size > len(embedding):
         raise ValueError(
             f"The vocabulary has {tokenizer.vocab_size} ids, but the backbone embeds only "
-            f"{len(embedding)}. Give the vocabulary that the backbone was trained with "
-            "(--vocabulary)."
+            f"{len(embedding)}. Set --vocabulary to the vocabulary that the backbone was trained "
+            "with, or lower --extra-ids."
         )
     shape = dataclasses.replace(shape, dtype=dtype)
     cast = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), params)
@@ -106,6 +108,6 @@ def _vocabulary(
         return tokenizers.load(backbone, extra_ids)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
-            f"The backbone {backbone} has no vocabulary beside it ({error}). Set --vocabulary to a "
-            "SentencePiece model, a folder with one, or byt5."
+            f"The backbone {backbone} has no vocabulary beside it. Set --vocabulary to a "
+            f"SentencePiece model, a folder with one, or byt5. The cause: {error}"
         ) from error

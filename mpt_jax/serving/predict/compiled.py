@@ -1,6 +1,7 @@
 """The functions that a server compiles: pure functions of weights, a bank and token ids.
 
-Weights, prompts and the rows of a batch are arguments, so one program serves all tasks of a bank.
+Weights, prompts and the bank rows of a batch are arguments, so one program serves all tasks of a
+bank.
 `mpt-jax export` writes the same functions to files.
 """
 
@@ -23,13 +24,13 @@ from mpt_jax.serving import prompt_bank
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """Predictions and scores of texts that are token ids, padded with 0.
+    """Functions that predict and score texts. Texts are token ids, padded with 0.
 
     Attributes:
         config: the backbone's configuration.
         method: the bank's method.
         target_length: L, the maximum number of tokens that `predict` decodes.
-        vocabulary: its `eos_id` ends decoding.
+        vocabulary: the vocabulary, whose `eos_id` ends decoding.
         lengths_differ: whether the bank's prompts differ in length.
     """
 
@@ -42,12 +43,13 @@ class Functions:
     def predict(
         self, backbone: Params, arrays: Params, tokens: Int[Array, "B text"], rows: Int[Array, " B"]
     ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
-        """Greedy continuations, 0 after the end of sequence, and their log probabilities in nats.
+        """Returns greedy continuations, with 0 after the end of sequence, and their log
+        probabilities in nats.
 
         Args:
             backbone: the backbone's parameters.
             arrays: the bank's arrays.
-            tokens: token ids of the texts, each with its end-of-sequence id.
+            tokens: the token ids of the texts, each ending with the end-of-sequence id.
             rows: the bank row of each text.
         """
         targets = jnp.zeros((tokens.shape[0], self.target_length), jnp.int32)
@@ -64,12 +66,14 @@ class Functions:
         targets: Int[Array, "B L"],
         rows: Int[Array, " B"],
     ) -> Float[Array, " B"]:
-        """Log probability of one target per text, in nats; other arguments as in `predict`."""
+        """Returns the log probability of one target per text, in nats. The other arguments are as
+        in `predict`."""
         params = self._params(backbone, arrays, tokens, rows)
         return self._model().score_batch(params, self._batch(arrays, tokens, targets, rows))
 
     def _model(self) -> PromptedEncoderDecoder:
-        """A model whose bank is one batch: row i is the composed prompt of example i."""
+        """Returns a model whose bank holds the prompts of one batch: bank row i is the composed
+        prompt of example i."""
         return PromptedEncoderDecoder(
             Transformer(self.config),
             _Composed(self.method.prompt_length, lengths_differ=self.lengths_differ),
@@ -94,11 +98,11 @@ class Functions:
     def _batch(
         self, arrays: Params, tokens: Array, targets: Array, rows: Array
     ) -> dict[str, Array]:
-        """The batch contract for texts that arrive as arrays, built inside the compiled program.
+        """Builds the model's batch from token ids, inside the compiled program.
 
         `batching.collate.unpacked` (NumPy) and `PromptFeatureConverter._place` (TensorFlow) build
-        the same. This function must be traceable: rows and prompt lengths are known only on the
-        device.
+        the same batch. This function must be traceable, since bank rows and prompt lengths are
+        known only on the device.
         """
         longest, (batch, text) = self.method.prompt_length, tokens.shape
         number = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -124,7 +128,7 @@ class Functions:
 
 @dataclasses.dataclass(frozen=True)
 class _Composed(PromptTuning):
-    """Prompts that are already composed: one row per example of a batch, with its length."""
+    """Prompts that are already composed: one bank row for each example of a batch."""
 
     lengths_differ: bool = False
 

@@ -14,12 +14,12 @@ class Progress:
     """Counts answers and shows them on standard error.
 
     Args:
-        total: size of the input in bytes; None if unknown.
+        total: the size of the input in bytes; None if unknown.
         terminal: whether standard error is a terminal.
 
     Attributes:
-        answered: number of answered lines, including failures.
-        failed: number of invalid lines.
+        answered: the number of answered lines, including invalid ones.
+        failed: the number of invalid lines.
     """
 
     def __init__(self, total: int | None, terminal: bool):
@@ -32,7 +32,12 @@ class Progress:
             self._bar.start()
 
     def skipped(self, lines: int, size: int) -> None:
-        """Records lines that an earlier start answered."""
+        """Records lines that an interrupted command has already answered.
+
+        Args:
+            lines: the number of lines.
+            size: their size in bytes.
+        """
         self._bytes = size
         if lines:
             say(f"resuming after {lines} answered lines")
@@ -41,9 +46,9 @@ class Progress:
         """Counts further answered lines.
 
         Args:
-            lines: number of lines.
-            failed: number of invalid ones among them.
-            size: their size in bytes.
+            lines: the number of lines.
+            failed: the number of invalid lines among them.
+            size: the size of the lines in bytes.
         """
         self.answered += lines
         self.failed += failed
@@ -66,7 +71,7 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error; prints nothing if its reader is gone."""
+    """Prints a line on standard error. Prints nothing if standard error is closed."""
     if sys.stderr is None:
         return
     try:
@@ -76,8 +81,8 @@ def say(text: str) -> None:
 
 
 def silence(stream: TextIO | BinaryIO) -> None:
-    """Discards what a stream has buffered and all later output. Otherwise Python would write it at
-    exit, fail again, and change the exit code."""
+    """Discards the buffered and all later output of a stream whose reader is gone. Otherwise Python
+    would write it at exit, fail again, and change the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Requests: lines of JSON, parsed to token ids or to an error.
+"""Parser of requests: lines of JSON that become token ids or an error.
 
     {"task": NAME, "inputs": TEXT}                            a generation
     {"task": NAME, "inputs": TEXT, "choices": [TEXT, ...]}    the most probable choice
@@ -29,12 +29,13 @@ class Request:
     """A request that can be answered.
 
     Attributes:
-        label: {'line': its number, from 1}, and its 'id' if it has one; the answer's first fields.
-        row: the bank row.
-        inputs: token ids, including the end-of-sequence id.
-        targets: token ids of each text to score; empty for a generation.
-        choices: the texts to choose from, if the request has choices.
-        truncated: whether a text was truncated.
+        label: the first fields of the answer: 'line', the number of the line, counted from 1, and
+            'id' if the request has one.
+        row: the bank row of the task.
+        inputs: the token ids of the input, including the end-of-sequence id.
+        targets: the token ids of each text to score; empty for a generation.
+        choices: the texts to choose from; empty if the request has no choices.
+        truncated: whether an input, target or choice was truncated.
     """
 
     label: Mapping[str, Any]
@@ -50,7 +51,7 @@ class Failure:
     """A request that cannot be answered.
 
     Attributes:
-        label: as in `Request`.
+        label: the first fields of the answer, as in `Request`.
         error: the error message.
     """
 
@@ -66,9 +67,10 @@ class Reader:
         bank: the bank with the tasks.
         vocabulary: the vocabulary of inputs and targets.
         mode: `'predict'` or `'score'`.
-        input_length: maximum number of tokens of an input, including the end-of-sequence id.
-        target_length: the same for a target.
-        truncate: whether to truncate longer texts; otherwise they are errors.
+        input_length: the maximum number of tokens of an input, including the end-of-sequence id.
+        target_length: the maximum number of tokens of a target or choice, including the
+            end-of-sequence id.
+        truncate: whether to truncate longer texts. If False, they are errors.
     """
 
     bank: Bank
@@ -80,7 +82,7 @@ class Reader:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"The mode must be one of {MODES}, got {self.mode!r}.")
+            raise ValueError(f"Unknown mode {self.mode!r}. Set it to {' or '.join(MODES)}.")
 
     def read(self, line: bytes, number: int) -> Request | Failure:
         """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
@@ -98,8 +100,8 @@ class Reader:
     def _request(self, fields: Mapping[str, Any], label: Mapping[str, Any]) -> Request:
         if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
-                f"Unknown fields {_short(unknown)}. Known fields: {', '.join(FIELDS)}. Use id for "
-                "what the answer should repeat."
+                f"Unknown fields {_short(unknown)}. Known fields: {', '.join(FIELDS)}. Put values "
+                "that the answer should repeat in id."
             )
         row = self.bank.row(_text(fields, "task"))
         inputs, cut = self._ids(_text(fields, "inputs"), "inputs", self.input_length)
@@ -111,24 +113,31 @@ class Reader:
         if self.mode == "predict":
             return Request(label, row, inputs, truncated=cut)
         if "targets" not in fields:
-            raise ValueError("A score needs targets or choices, and the request has neither.")
+            raise ValueError(
+                "A score needs targets or choices, and the request has neither. Add one of them, "
+                "or use --mode predict."
+            )
         target, target_cut = self._ids(_text(fields, "targets"), "targets", self.target_length)
         return Request(label, row, inputs, (target,), truncated=cut or target_cut)
 
     def _ids(self, text: str, field: str, limit: int) -> tuple[list[int], bool]:
-        """Token ids with the end-of-sequence id, and whether they were truncated to the limit."""
+        """Returns token ids with the end-of-sequence id, and whether they were truncated."""
         try:
             text.encode()  # SentencePiece raises another error
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{field} is not valid text: half a character ({error.reason})."
+                f"{field} is not valid text: it has half of a surrogate pair ({error.reason}). "
+                "Remove it, or write the whole character."
             ) from error
         ids = self.vocabulary.encode(text)
         cut = len(ids) + 1 > limit
         if cut and not self.truncate:
+            subject = "An entry of choices" if field == "choices" else field
+            option = "--input-length" if field == "inputs" else "--target-length"
             raise ValueError(
-                f"{field} has {len(ids) + 1} tokens, including the end of sequence, and the limit "
-                f"is {limit}. Raise the limit, or truncate longer texts with --truncate."
+                f"{subject} has {len(ids) + 1} tokens, including the end of sequence, but the "
+                f"limit is {limit}. Shorten it, raise {option}, or truncate longer texts with "
+                "--truncate."
             )
         return [*ids[: limit - 1], self.vocabulary.eos_id], cut
 
@@ -148,7 +157,8 @@ def _reject_constant(constant: str) -> Any:
 
 
 def _finite(number: str) -> float:
-    """Parses a finite number: 1e999 is JSON, but the infinity that Python reads is not."""
+    """Parses a finite number. 1e999 is valid JSON, but Python reads it as infinity, which is not
+    JSON."""
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{_short(number)} is too large for a float")
@@ -156,7 +166,8 @@ def _finite(number: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises ValueError for deep nesting; goes level by level, since recursion may overflow."""
+    """Raises ValueError for deep nesting. Checks one level at a time, since recursion could
+    overflow the stack."""
     level = [value]
     for _ in range(DEEPEST):
         within = [list(x.values()) if isinstance(x, dict) else x for x in level]
@@ -168,7 +179,7 @@ def _check_depth(value: Any) -> None:
 
 def _text(fields: Mapping[str, Any], field: str) -> str:
     if field not in fields:
-        raise ValueError(f"The field {field} is missing.")
+        raise ValueError(f"The field {field} is missing. Add it to the request.")
     value = fields[field]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{field} must be a non-empty string, got {_short(value)}.")

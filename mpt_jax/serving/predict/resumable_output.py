@@ -1,8 +1,8 @@
-"""Output of answers: standard output, or a file that a later start resumes.
+"""Output of answers: standard output, or a file that is resumed after an interruption.
 
-A file's record has a digest of the answered requests. A later start reads the same number of
-requests and compares their digest, so a file never mixes answers to different requests, or from
-different prompts or settings.
+The record of a file has a digest of the answered requests. To resume, the command reads the same
+number of requests and compares their digest. So a file never mixes answers to different requests,
+or answers from different prompts or settings.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mpt_jax.serving.predict.progress import silence
 
 
 class Stream:
-    """Output of answers to a stream, without delay.
+    """Output of answers to a stream, which is flushed after each write.
 
     Attributes:
-        lines: number of answered requests.
-        failed: number of those whose answer is an error.
+        lines: the number of answered requests.
+        failed: the number of requests whose answer is an error.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -30,7 +30,7 @@ class Stream:
         self._stream = stream
 
     def begin(self, lines: Iterator[bytes]) -> int | None:
-        """Returns 0: no requests have been answered."""
+        """Returns 0, since no requests have been answered."""
         return 0
 
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
@@ -55,8 +55,8 @@ class File:
     """Output of answers to a file, resumed if it is incomplete.
 
     Args:
-        path: the file; its record is beside it (`runtime.resumable_output`).
-        made_from: what answers depend on besides the requests; JSON values.
+        path: the file. Its record is written beside it (`runtime.resumable_output`).
+        made_from: what the answers depend on besides the requests, as JSON values.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any]):
@@ -75,13 +75,13 @@ class File:
         return self._output.notes["failed"]
 
     def begin(self, lines: Iterator[bytes]) -> int | None:
-        """Consumes from `lines` the requests that are already answered.
+        """Skips the requests in `lines` that are already answered.
 
         Returns:
-            their number; None if the file is complete.
+            The number of skipped requests; None if the file is complete.
 
         Raises:
-            Refused: as in `ResumableFile.begin`, or the file answers other requests.
+            Refused: as in `ResumableFile.begin`, or the file has answers to other requests.
         """
         return self._output.begin(lambda complete: self._skip(lines, complete))
 
@@ -91,13 +91,14 @@ class File:
             self._digest.update(next(lines, b""))
         if self._digest.hexdigest() != self._output.notes["requests_sha256"]:
             raise Refused(
-                f"{path} answers other requests: the first {self.lines} lines of the input "
-                f"are not those that it answered. Choose another file, or remove {path}*."
+                f"{path} has answers to other requests: the first {self.lines} lines of the input "
+                "are not those that were answered. Restore the original input to resume, or set "
+                "--output to another file."
             )
         if complete and next(lines, None) is not None:
             raise Refused(
-                f"{path} is complete with {self.lines} requests, but the input now has more. "
-                f"Choose another file, or remove {path}* to answer all of them again."
+                f"{path} is complete with {self.lines} requests, but the input now has more. Set "
+                "--output to another file to answer all of them."
             )
 
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:

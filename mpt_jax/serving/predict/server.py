@@ -1,4 +1,4 @@
-"""A server of requests for any tasks: sorted by length into batches, answered in order."""
+"""Server of requests for any task of a bank: batched by length, answered in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEWER_ROWS = 4
 
 
 class _Job(NamedTuple):
-    """A row of a batch: indices of its request and target, and its tokens."""
+    """An example of a batch: indices of its request and target, its tokens, and its bank row."""
 
     request: int
     target: int
@@ -36,12 +36,12 @@ class _Job(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Sizes that limit a request and decide how many programs are compiled.
+    """Limits of requests and batches, which also determine how many programs are compiled.
 
     Attributes:
-        input_length: maximum number of tokens of an input, including the end of sequence.
-        target_length: maximum number of tokens to decode or score.
-        batch_size: maximum number of rows of a batch.
+        input_length: the maximum number of tokens of an input, including the end of sequence.
+        target_length: the maximum number of tokens to decode or score.
+        batch_size: the maximum number of rows of a batch.
     """
 
     input_length: int = 512
@@ -51,8 +51,9 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
+                option = f"--{field.name.replace('_', '-')}"
                 raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)}, but must be at least 1."
+                    f"{field.name} is {getattr(self, field.name)}. Set {option} to at least 1."
                 )
 
 
@@ -60,9 +61,9 @@ class Server:
     """A backbone with a bank of prompts, compiled for a few lengths.
 
     Args:
-        bank: the prompts; rows may be added while the server runs.
+        bank: the prompt bank. Rows may be added while the server runs.
         backbone: the backbone of the prompts (`backbone.load`).
-        limits: sizes.
+        limits: the limits of requests and batches.
     """
 
     def __init__(self, bank: Bank, backbone: backbones.Backbone, limits: Limits = Limits()):
@@ -90,10 +91,10 @@ class Server:
         """Loads a server from artifacts.
 
         Args:
-            prompts: artifact folders, or NAME=FOLDER.
-            folded: see `Bank`.
-            limits: sizes.
-            **backbone: the arguments of `backbone.load` except the bank.
+            prompts: the artifact folders, each as FOLDER or NAME=FOLDER.
+            folded: whether to keep plain prompts (see `Bank`).
+            limits: the limits of requests and batches.
+            **backbone: the arguments of `backbone.load`, except the bank.
         """
         bank = Bank.load([Named.parse(text) for text in prompts], folded)
         return cls(bank, backbones.load(bank, **backbone), limits)
@@ -130,8 +131,8 @@ class Server:
     def _run(
         self, jobs: Sequence[_Job], function: Callable[[Sequence[_Job]], Any]
     ) -> Iterable[tuple[tuple[int, int], Any]]:
-        """Yields ((request, target), result) of every job. Starts all batches before it waits for
-        the first, so that the device does not wait for the host."""
+        """Yields ((request, target), result) for every job. Starts all batches before it waits for
+        the first result, so that the device does not wait for the host."""
         ordered = sorted(jobs, key=lambda job: (len(job.inputs), len(job.targets)))
         size = self.limits.batch_size
         batches = [ordered[first : first + size] for first in range(0, len(ordered), size)]
@@ -153,7 +154,7 @@ class Server:
         )
 
     def _finished(self, results: Any) -> Iterable[Any]:
-        """The result of every row: a score, or a prediction and its score."""
+        """Returns the result of every example: a score, or a prediction and its score."""
         if isinstance(results, tuple):
             ids, scores = jax.device_get(results)
             texts = (self.backbone.vocabulary.decode(row.tolist()) for row in ids)
@@ -174,7 +175,8 @@ class Server:
 
 
 def buckets(first: int, limit: int, factor: int = 2) -> list[int]:
-    """The sizes to compile for: `first` times powers of `factor` below the limit, and the limit."""
+    """Returns the sizes to compile for: `first` times powers of `factor` below the limit, and the
+    limit."""
     sizes = []
     while first < limit:
         sizes.append(first)
@@ -183,7 +185,8 @@ def buckets(first: int, limit: int, factor: int = 2) -> list[int]:
 
 
 def _padded(texts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int) -> np.ndarray:
-    """Token ids [rows, smallest length that fits], padded with 0."""
+    """Returns token ids [rows, length], padded with 0. The length is the smallest of `lengths` that
+    fits."""
     tokens = np.zeros((rows, smallest(lengths, max(map(len, texts)))), np.int32)
     for row, ids in enumerate(texts):
         tokens[row, : len(ids)] = ids

@@ -1,4 +1,4 @@
-"""Windows of input lines: those that are waiting or arrive within 20 ms, up to a limit."""
+"""Windows of input lines: all lines that are waiting or arrive within 20 ms, up to a limit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PATIENCE = 0.02
 def windows(lines: Iterable[bytes], size: int, patience: float = PATIENCE) -> Iterator[list[bytes]]:
     """Yields lists of 1 to `size` lines, in order.
 
-    A thread reads ahead. Windows are full if lines arrive faster than they are answered (from a
-    file, say), and hold one line if somebody types them. If lines arrive steadily but slowly, a
-    window closes `patience` seconds after its first line, so that line waits no longer.
+    A thread reads ahead. If lines arrive faster than they are answered, for example from a file,
+    windows are full. If somebody types the lines, each window holds one line. A window closes
+    `patience` seconds after its first line, so no line waits longer than that for others.
 
     Args:
-        lines: the input; may block between lines.
-        size: maximum number of lines in a window; up to two windows are read ahead.
-        patience: seconds that the first line of a window waits for others.
+        lines: the input; it may block between lines.
+        size: the maximum number of lines in a window. Up to two windows are read ahead.
+        patience: the seconds that the first line of a window waits for others.
 
     Raises:
-        OSError: any error of reading, after the lines before it were yielded.
+        OSError: reading failed. The lines before the failure were already yielded.
     """
     waiting: queue.Queue[bytes | BaseException | None] = queue.Queue(2 * size)
 

@@ -71,7 +71,7 @@ def test_reader_long_text_fails_or_is_truncated(server):
         ({**GOOD, "choices": "ab"}, "choices must be a list"),
         ({**GOOD, "choices": ["a", ""]}, "choices must be a list"),
         ({**GOOD, "choices": ["a", "a"]}, "different, non-empty strings"),
-        ({**GOOD, "inputs": "\ud800"}, "half a character"),
+        ({**GOOD, "inputs": "\ud800"}, "half of a surrogate pair"),
     ],
 )
 def test_reader_invalid_line_returns_failure(line, message, server):
@@ -100,7 +100,9 @@ def test_reader_half_a_character_fails_with_sentencepiece(field, server):
         server.reader("score"), vocabulary=tokenizers.load(str(SHIPPED / "toy.model"), 16)
     )
     line = json.dumps({**GOOD, "targets": "a", field: "\ud800 a"}).encode()
-    assert f"{field} is not valid text: half a character" in reader.read(line, 7).error
+    assert (
+        f"{field} is not valid text: it has half of a surrogate pair" in reader.read(line, 7).error
+    )
 
 
 def test_reader_failure_keeps_id(server):
