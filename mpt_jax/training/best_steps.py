@@ -64,15 +64,18 @@ class BestSteps:
         """
         path = self.folder / PARAMETERS
         advice = (
-            f"Remove {self.folder} and start again: the run resumes from its checkpoint and "
-            "selects its best step among later evaluations. Or restore the folder from an intact "
-            "copy."
+            f"restore the folder from an intact copy. If there is none, rename {self.folder} and "
+            "rerun the same command: the run then resumes from its checkpoint and selects its best "
+            "step from later evaluations only."
         )
         try:
             record = json.loads((self.folder / HISTORY).read_text())
             parameters = path.read_bytes()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} cannot be read ({error}). {advice}") from error
+            raise ValueError(
+                f"{self.folder} cannot be read ({error}). Retry when the storage is reachable. If "
+                f"the files are damaged, {advice}"
+            ) from error
         digest = hashlib.sha256(parameters).hexdigest()
         expected = record.get("trainable_sha256", digest)  # earlier versions wrote none
         next_record = record.pop("next", None)
@@ -80,8 +83,8 @@ class BestSteps:
             record = next_record  # the run was killed between the two writes
         elif digest != expected:
             raise ValueError(
-                f"{path} was changed after it was written: its sha256 is {digest}, but {HISTORY} "
-                f"records {expected}. {advice}"
+                f"{path} does not match its record: its sha256 is {digest}, but {HISTORY} has "
+                f"{expected}. To repair it, {advice}"
             )
         self._written, self._digest = record, digest
         return record, unflatten(load(parameters))

@@ -209,7 +209,7 @@ def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Art
         return compatibility.merge([artifacts.load_artifact(path) for path in paths])
     except FileNotFoundError as error:
         advice = f" To make it, run: {command}." if command else ""
-        raise FileNotFoundError(f"{error} This run starts from it.{advice}") from error
+        raise FileNotFoundError(f"{error} This run starts from that artifact.{advice}") from error
 
 
 def _resolve_nearest_sources(
@@ -243,15 +243,16 @@ def _resolve_nearest_sources(
 def _require_initial_artifact(method: PromptMethod) -> None:
     if method.needs_artifact:
         raise ValueError(
-            f"The method {method.name!r} mixes frozen source prompts, but no artifact provides "
-            "them. Set INITIAL_ARTIFACT to the artifact of gin/pt_source.gin, or to one or several "
-            "others. To evaluate a checkpoint, set it to the artifact that its run wrote, or to "
-            "the one that the run started from, with the same START_FROM."
+            f"The method {method.name!r} mixes frozen source prompts, but INITIAL_ARTIFACT is not "
+            "set, so no artifact provides them. Set INITIAL_ARTIFACT to the artifact that "
+            "gin/pt_source.gin writes, or to any other artifact or list of artifacts. To evaluate "
+            "a checkpoint, set it to the artifact that its run wrote, or to the artifact that the "
+            "run started from, with the same START_FROM."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(
-            "start_from chooses among the prompts of an initial artifact, but none is set. Set "
-            "INITIAL_ARTIFACT, or use gin/pt_target.gin to start from initial values."
+            "START_FROM selects source prompts from an initial artifact, but INITIAL_ARTIFACT is "
+            "not set. Set it, or use gin/pt_target.gin to start without source prompts."
         )
 
 
@@ -267,9 +268,9 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
             )
         if rows - size > MOST_SPARE_ROWS:
             raise ValueError(
-                f"The vocabulary has only {size} ids, but the backbone embeds {rows}. Either "
-                "VOCABULARY is another backbone's vocabulary, or it lacks the backbone's sentinels "
-                "(bind vocabularies.load.extra_ids)."
+                f"The vocabulary has only {size} ids, but the backbone embeds {rows}. Set "
+                "VOCABULARY to the vocabulary that the backbone was trained with. If only the "
+                "sentinels are missing, set vocabularies.load.extra_ids to their number."
             )
 
 
@@ -279,8 +280,9 @@ def _teachers(
     """Returns the teacher of every bank row, [K, P, H]."""
     if not origins.teachers:
         raise ValueError(
-            "The objective distills from teachers, but Origins.teachers names no artifact. To "
-            f"make one, run: {origins.teachers_command}."
+            "The objective distills from teachers, but Origins.teachers names no artifact. Set "
+            "TEACHERS to one or several prompt artifacts. To make one, run: "
+            f"{origins.teachers_command}."
         )
     known: list[_Teacher] = []
     for path in origins.teachers:
@@ -315,16 +317,16 @@ def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
     tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
     if missing := [tasks[run] for run, teachers in candidates.items() if not teachers]:
         raise ValueError(
-            f"No teacher for the tasks {missing}: {sorted({t.path for t in known})} hold teachers "
-            f"for {sorted({t.task for t in known})}. Train the missing teachers with "
-            "gin/pt_source.gin, or remove those tasks."
+            f"No teacher for the tasks {missing}. The artifacts {sorted({t.path for t in known})} "
+            f"have teachers only for {sorted({t.task for t in known})}. Train the missing teachers "
+            "with gin/pt_source.gin and add their artifact to TEACHERS, or remove those tasks."
         )
     several = {run: teachers for run, teachers in candidates.items() if len(teachers) > 1}
     if several:
         names = {run: [f"{t.run} in {t.path}" for t in several[run]] for run in several}
         raise ValueError(
-            f"Several teachers for one run: {names}. Give the student's run the name of its "
-            "teacher (RUN_NAMES), or use artifacts with one run of each task (Origins.teachers)."
+            f"Several teachers match the same run: {names}. Set RUN_NAMES so that each run has the "
+            "name of its teacher, or set TEACHERS to artifacts with a single run per task."
         )
     return [teachers[0] for teachers in candidates.values()]
 

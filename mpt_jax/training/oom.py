@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+_PLAN = "\nTo check a configuration in advance, run `mpt-jax plan`; it needs no attached TPUs."
+
 
 class OutOfMemory(RuntimeError):
-    """A step did not fit in device memory. The message says what takes it and how to reduce it."""
+    """A step did not fit in device memory. The message lists what takes the memory, and settings
+    that reduce it."""
 
 
 @contextlib.contextmanager
@@ -56,29 +59,30 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
     moments = _bytes(trainer.state.opt_state)
     lines = [
         f"A training step does not fit in device memory ({said}). Each device holds "
-        f"{_size(backbone)} of backbone, {_size(trainable + moments)} of trainable parameters and "
-        f"their moments, and the activations of {at_a_time} rows at a time, of {encoder} encoder "
-        f"and {decoder} decoder positions each: {_size(at_a_time * row)} for the layer inputs, "
-        "several times that in total. Try, in this order:",
+        f"{_size(backbone)} of backbone weights, {_size(trainable + moments)} of trainable "
+        f"parameters and their optimizer moments, and the activations of {at_a_time} rows at a "
+        f"time, with {encoder} encoder and {decoder} decoder positions per row. The layer inputs "
+        f"alone take {_size(at_a_time * row)}, and all activations several times that. Try the "
+        "following, in this order:",
     ]
     # All microbatches have one size, so halving it may take more than twice as many of them.
     more = next((count for count in range(2 * parts, rows + 1) if rows % count == 0), None)
     if more is not None:
         lines.append(
             f"trainer.Trainer.num_microbatches = {more} processes {rows // more} rows at a time "
-            f"({_size(rows // more * row)}). Results are the same up to rounding."
+            f"({_size(rows // more * row)} of layer inputs). Results are the same up to rounding."
         )
     if getattr(config, "remat", "full") != "full":
         lines.append(
-            "config.t5_config.remat = 'full' stores little more than the layer inputs, for about "
-            "a third more compute."
+            "config.t5_config.remat = 'full' stores little more than the layer inputs, but needs "
+            "about a third more compute."
         )
     lines.append(
         f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis} splits the backbone over "
         f"twice as many devices ({_size(backbone / 2)} each), if that many are available."
     )
     lines += _smaller_steps(rows, rows * shards, trainer.model.runs.num_groups)
-    return "\n  * ".join(lines) + "\n`mpt-jax plan` compiles a step for TPUs that are not attached."
+    return "\n  * ".join(lines) + _PLAN
 
 
 def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
@@ -87,15 +91,15 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
     if rows >= 2 and all_rows >= 2 * groups:
         lines.append(
             f"Halving BATCH_SIZE leaves {rows // 2} rows per device and step, but changes the "
-            "training."
+            "results."
         )
     lines.append(
-        "A lower limit in TASK_FEATURE_LENGTHS shortens rows, but changes training on longer texts."
+        "Lower limits in TASK_FEATURE_LENGTHS shorten rows, but change training on longer texts."
     )
     if groups > 1 and rows >= 2:
         lines.append(
-            f"{groups} runs share this step. Two jobs of half as many runs have {rows // 2} rows "
-            "per device each and train the same prompts."
+            f"{groups} runs share this step. Two jobs with half of the runs each process "
+            f"{rows // 2} rows per device and step, and train the same prompts."
         )
     return lines
 

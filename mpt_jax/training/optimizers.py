@@ -64,13 +64,16 @@ class PromptOptimizer:
 
     def __post_init__(self):
         if self.absent_tasks not in ("dense", "hold"):
-            raise ValueError(f"absent_tasks must be 'dense' or 'hold', got {self.absent_tasks!r}.")
+            raise ValueError(
+                "PromptOptimizer.absent_tasks must be 'dense' or 'hold', got "
+                f"{self.absent_tasks!r}."
+            )
         changed = [f.name for f in dataclasses.fields(self) if f.name in ("b1", "b2", "eps")]
         changed = [name for name in changed if getattr(self, name) != getattr(type(self), name)]
         if self.rule is not None and changed:
             raise ValueError(
-                f"PromptOptimizer.{changed[0]} is Adam's and would have no effect with rule = "
-                f"{self.rule}. Set only one of the two."
+                f"PromptOptimizer.{changed[0]} is a hyperparameter of Adam and would have no "
+                f"effect, because rule = {self.rule} replaces Adam. Set only one of the two."
             )
 
     def bind(
@@ -85,8 +88,8 @@ class PromptOptimizer:
         for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
             if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
                 raise ValueError(
-                    f"{name} has {len(value)} entries, but there are {runs.num_groups} groups. "  # pyright: ignore
-                    "Give one number, or one per group."
+                    f"{name} has {len(value)} entries, but the job has {runs.num_groups} groups. "  # pyright: ignore
+                    "Set it to one number, or to one number per group."
                 )
         return dataclasses.replace(
             self, labels=tuple(labels), runs=runs, rows=dict(rows), schedule_steps=schedule_steps
@@ -216,8 +219,8 @@ def check_annealing(schedule_steps: int, total_steps: int) -> None:
     if schedule_steps > total_steps:
         raise ValueError(
             f"The prompt method anneals over {schedule_steps} steps, but a run has only "
-            f"{total_steps}, so it would end before annealing does. Shorten the annealing "
-            "(ANNEALING_STEPS), or train longer (TRAIN_STEPS)."
+            f"{total_steps}, so training would end first. Shorten the annealing (ANNEALING_STEPS), "
+            "or train longer (TRAIN_STEPS)."
         )
 
 

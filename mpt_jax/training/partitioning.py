@@ -49,7 +49,10 @@ def standard_logical_axis_rules(
     """
     dims = (activation_partitioning_dims, parameter_partitioning_dims)
     if any(dim not in (1, 2) for dim in dims):
-        raise ValueError(f"Partitioning dims must be 1 or 2, got {dims}.")
+        raise ValueError(
+            "activation_partitioning_dims and parameter_partitioning_dims must each be 1 or 2, got "
+            f"{dims[0]} and {dims[1]}."
+        )
     rules: list[tuple[str, str | tuple[str, ...] | None]] = [("batch", "data")]
     rules += [(axis, "model") for axis in ("vocab", "mlp", "heads", "joined_kv")]
     if activation_partitioning_dims == 2:
@@ -102,9 +105,9 @@ class PjitPartitioner:
         for name, default in unsupported.items():
             if getattr(self, name) != default:
                 raise ValueError(
-                    f"PjitPartitioner.{name}={getattr(self, name)!r} would have no effect: the "
-                    "mesh is (devices / num_partitions, num_partitions), or ici_mesh_shape times "
-                    f"dcn_mesh_shape. Leave it at {default!r}, or run under T5X."
+                    f"PjitPartitioner.{name}={getattr(self, name)!r} would have no effect, because "
+                    "only num_partitions, or ici_mesh_shape and dcn_mesh_shape, determine the "
+                    f"mesh. Leave {name} at its default, {default!r}, or run under T5X."
                 )
         devices = jax.devices() if self.devices is None else self.devices
         if self.ici_mesh_shape is None and self.dcn_mesh_shape is None:
@@ -114,7 +117,8 @@ class PjitPartitioner:
         if self.num_partitions not in (1, shape[-1]):
             raise ValueError(
                 f"num_partitions={self.num_partitions} and ici_mesh_shape={self.ici_mesh_shape} "
-                f"give the model axis two sizes. Leave num_partitions at 1."
+                f"give the model axis two sizes, {self.num_partitions} and {shape[-1]}. Leave "
+                "num_partitions at its default, 1."
             )
         rows = _by_process(devices, shape[-1])
         self.mesh = Mesh(rows.reshape(shape), ("replica", "data", "model"))
@@ -157,13 +161,16 @@ class PjitPartitioner:
         shardings = {}
         for name in flatten(params):
             if name not in named:
-                raise ValueError(f"Parameter {name} has no logical axes.")
+                raise ValueError(
+                    f"The parameter {name} has no logical axes. Declare them where the parameter "
+                    "is defined (for a prompt method, in its `axes`)."
+                )
             known = {axis for axis, _ in self.logical_axis_rules}
             unknown = [axis for axis in named[name] if axis not in known]
             if unknown:
                 raise ValueError(
-                    f"No rule for the logical axes {unknown} of {name}. Add one for each to "
-                    "standard_logical_axis_rules.additional_rules."
+                    f"No rule maps the logical axes {unknown} of {name} to the mesh. Add a rule "
+                    "for each axis to standard_logical_axis_rules.additional_rules."
                 )
             spec = nn_partitioning.logical_to_mesh_axes(named[name], tuple(self.logical_axis_rules))
             shardings[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
@@ -215,19 +222,19 @@ def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} does not divide the {len(devices)} devices "
-            "of this run. Give a divisor: the mesh is (devices / num_partitions, num_partitions)."
+            f"of this run. Set it to a divisor of {len(devices)}."
         )
     counts = collections.Counter(device.process_index for device in devices)
     local = len(devices) // len(counts)
     if set(counts.values()) != {local}:
         raise ValueError(
-            f"The processes have different numbers of devices: {dict(counts)}. Give each process "
-            "the same number."
+            f"The processes have different numbers of devices: {dict(counts)} (process: devices). "
+            "Give every process the same number of devices."
         )
     if local % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} would spread one model over several processes of "
-            f"{local} devices each, but each process reads its own data. Give a divisor of "
+            f"{local} devices each, but each process reads its own data. Set it to a divisor of "
             f"{local}, or run under T5X."
         )
     return mesh_utils.create_hybrid_device_mesh(
@@ -249,30 +256,35 @@ def _hybrid_shape(
     shapes = f"ici_mesh_shape={ici} with dcn_mesh_shape={dcn}"
     if ici is None or dcn is None or len(ici) != 3 or len(dcn) != 3 or min(*ici, *dcn) < 1:
         raise ValueError(
-            f"{shapes} is not a mesh: both must be given, as three sizes of (replica, data, "
-            "model). The first shape is inside a slice, the second across slices."
+            f"{shapes} does not describe a mesh: both must be given, as three sizes of at least 1 "
+            "for the axes (replica, data, model). Set ici_mesh_shape to the sizes inside a slice, "
+            "and dcn_mesh_shape to the sizes across slices."
         )
     slices = collections.Counter(_slice_of(device) for device in devices)
     if math.prod(dcn) != len(slices) or {math.prod(ici)} != set(slices.values()):
         raise ValueError(
             f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this run "
-            f"has {len(slices)} slices of {sorted(set(slices.values()))} devices."
+            f"has {len(slices)} slices of {sorted(set(slices.values()))} devices. Change the "
+            "shapes: dcn_mesh_shape must multiply to the number of slices, and ici_mesh_shape to "
+            "the devices of a slice."
         )
     if dcn[-1] != 1:
         raise ValueError(
             f"{shapes} would spread one model over {dcn[-1]} slices, and the network between them "
-            "is slow. Put the slices on replica or data."
+            "is slow. Set the last size of dcn_mesh_shape to 1, and put the slices on the replica "
+            "or the data axis."
         )
     if dcn[1] > 1 and ici[0] > 1:
         raise ValueError(
             f"{shapes} would alternate the rows of the batch between slices, but each process "
-            "reads contiguous rows. Put the slices on replica: "
+            "reads contiguous rows. Put the slices on the replica axis: "
             f"dcn_mesh_shape=({math.prod(dcn)}, 1, 1)."
         )
     ordered = [_slice_of(device) for device in sorted(devices, key=lambda d: d.process_index)]
     if ordered != sorted(ordered):
         raise ValueError(
-            "The processes are not numbered slice by slice. Number them in the order of slices."
+            "The process numbers do not follow the order of the slices: all processes of one slice "
+            "must have consecutive numbers. Start the processes with numbers in slice order."
         )
     return (ici[0] * dcn[0], ici[1] * dcn[1], ici[2])
 

@@ -47,8 +47,9 @@ class RowCompactor:
         rows = self.runs.num_rows
         if batch_size % rows or batch_size % self.shards:
             raise ValueError(
-                f"A batch of {batch_size} rows does not divide into {rows} equal shares of runs "
-                f"and over {self.shards} shards. Use a batch size that is a multiple of both."
+                f"A batch of {batch_size} rows does not divide into {rows} equal shares, one per "
+                f"run, and over {self.shards} shards of the mesh. Set BATCH_SIZE to a multiple of "
+                f"both {rows} and {self.shards}."
             )
         return np.repeat(np.arange(rows), batch_size // rows).reshape(self.shards, -1)
 
@@ -82,9 +83,9 @@ class RowCompactor:
         task_ids = batch["encoder_task_ids"][:, 0]
         if (task_ids != owners[own_blocks].ravel()).any():
             raise ValueError(
-                "Rows of a batch are not in the order of run_names, so rows of finished runs "
-                "cannot be identified by position. Give sampling.EqualQuotas the runs in the order "
-                "of run_names."
+                "The rows of a batch are not in the order of run_names, so the rows of finished "
+                "runs cannot be found by their position. Set SAMPLER to sampling.EqualQuotas, with "
+                "the runs in the order of run_names."
             )
         is_active = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
         needed = is_active.sum(axis=1).max()

@@ -38,7 +38,7 @@ def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
     if runs.num_groups > 1:
         raise ValueError(
             f"The parameter {name!r} is shared by all runs, so {runs.num_groups} independent runs "
-            "cannot train it in one job. Run them in separate jobs."
+            "cannot train it in one job. Train each run in a separate job."
         )
     return None
 

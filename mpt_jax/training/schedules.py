@@ -38,17 +38,18 @@ class Schedule:
 
     def __post_init__(self):
         if self.decay not in DECAYS:
-            raise ValueError(f"decay must be one of {DECAYS}, got {self.decay!r}.")
+            raise ValueError(f"Schedule.decay must be one of {DECAYS}, got {self.decay!r}.")
         needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
         if needs_total and self.total_steps is None:
             raise ValueError(
-                f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
-                "total_steps. Set Schedule.total_steps."
+                f"A schedule with decay={self.decay!r} and warmup_fraction={self.warmup_fraction} "
+                "needs total_steps, but it is None. Set Schedule.total_steps."
             )
         if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
-                "exclude each other. Set only one of the two."
+                f"Schedule.warmup_steps={self.warmup_steps} and "
+                f"warmup_fraction={self.warmup_fraction} both set the length of the warmup. Set "
+                "only one of the two."
             )
 
     def __call__(

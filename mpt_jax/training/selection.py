@@ -69,8 +69,8 @@ class SelectBest:
             raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
         if np.ndim(self.patience or 1) and len(self.patience) != groups:  # pyright: ignore
             raise ValueError(
-                f"SelectBest.patience has {len(self.patience)} entries, but there are {groups} "  # pyright: ignore
-                "groups. Give one number, or one per group."
+                f"SelectBest.patience has {len(self.patience)} entries, but the job has {groups} "  # pyright: ignore
+                "groups. Set it to one number, or to one number per group."
             )
         self._kept = BestSteps(self.model_dir)
         self._resumed = False
@@ -94,14 +94,14 @@ class SelectBest:
             raise ValueError(
                 f"{self._kept.folder} has the best steps of the runs {record['run_names']}, but "
                 f"this job has the runs {list(self.model.runs.run_names)}. Choose another "
-                "MODEL_DIR."
+                "MODEL_DIR, or set RUN_NAMES to the recorded names."
             )
         lost = [best > step for best in record["best_step"]]
         if any(lost):
             # These parameters have overwritten those of any earlier best step.
             logging.warning(
-                "%s has parameters of step %d, but the run resumes from step %d. Selection starts "
-                "over.",
+                "%s has parameters of step %d, but the run resumes from the earlier step %d. "
+                "Selection starts over for the groups whose best step was later.",
                 self._kept.folder,
                 max(record["best_step"]),
                 step,
@@ -174,7 +174,8 @@ class SelectBest:
             if run not in metrics_by_task:
                 raise ValueError(
                     f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
-                    "were evaluated. Evaluate every run (infer_eval), or remove SelectBest."
+                    "were evaluated. Include every run in infer_eval/utils.DatasetConfig, or "
+                    "remove SelectBest from train_script.train.actions."
                 )
             metrics = metrics_by_task[run]
             name = self.metric

@@ -61,8 +61,8 @@ def create_train_state(
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
     if not flatten(trainable):
         raise ValueError(
-            "No parameter is trainable: every one is labeled 'frozen'. Use a label table that "
-            "gives at least one parameter another label."
+            "No parameter is trainable: every parameter is labeled 'frozen'. Use a label table "
+            "that gives at least one parameter another label."
         )
     shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
     put = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731

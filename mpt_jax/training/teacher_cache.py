@@ -39,6 +39,7 @@ from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState
 
 DTYPES = ("bfloat16", "float32")
+_REMOVE = "drop --gin_file=gin/runs/teacher_cache.gin, or set trainer.Trainer.teacher_cache to None"
 Row = dict[str, np.ndarray]  # one example's features, without padding
 
 
@@ -64,8 +65,9 @@ class TeacherCache:
             raise ValueError(f"TeacherCache.dtype must be one of {DTYPES}, got {self.dtype!r}.")
         if self.max_bytes <= 0:
             raise ValueError(
-                f"TeacherCache.max_bytes={self.max_bytes} holds nothing. Set it to the bytes of "
-                "host memory that teacher outputs may take, or remove the cache."
+                f"TeacherCache.max_bytes must be positive, got {self.max_bytes}. Set it to the "
+                "bytes of host memory that teacher outputs may take (TEACHER_CACHE_BYTES), or "
+                f"remove the cache ({_REMOVE})."
             )
 
     def open(
@@ -83,7 +85,9 @@ class TeacherCache:
                 or this kind of job is not supported.
         """
         if reason := _unsupported(model, state, rows_by_run):
-            raise ValueError(f"This job cannot use a teacher cache: {reason}")
+            raise ValueError(
+                f"This job cannot use a teacher cache: {reason} To remove the cache, {_REMOVE}."
+            )
         return OpenCache(self, model, partitioner, num_microbatches)
 
 
@@ -106,12 +110,13 @@ def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: 
     if rows_by_run:
         return (
             "batches of independent runs become smaller when runs finish, and outputs computed in "
-            "a batch of another size differ by rounding. Remove the cache, or train one group."
+            "a batch of another size differ by rounding. Remove the cache, or train a single "
+            "group."
         )
     if jax.process_count() > 1:
         return (
-            f"this job has {jax.process_count()} processes, which would have to agree in every "
-            "step on the rows to compute. Remove the cache, or run one process."
+            f"this job has {jax.process_count()} processes, but the cache supports only one. "
+            "Remove the cache, or run the job in one process."
         )
     return None
 
@@ -269,9 +274,9 @@ class OpenCache:
         self._full = True
         logging.warning(
             "The teacher cache is full: it holds %d examples in %.3g GB, with a hit rate of %.1f%% "
-            "so far. No more are added. A step with any other row runs teachers on at least a full "
-            "microbatch, so a partial cache may save nothing. Raise TeacherCache.max_bytes, or "
-            "remove the cache.",
+            "so far. No more are added. A step with even one uncached row runs the teachers on a "
+            "full microbatch, so a partial cache may save nothing. Raise TeacherCache.max_bytes "
+            "(TEACHER_CACHE_BYTES), or remove the cache.",
             len(self),
             self.held_bytes / 1e9,
             100 * self._hits / self._rows,
@@ -341,5 +346,6 @@ def _check_not_packed(batch: Mapping[str, Any]) -> None:
     if "encoder_segment_ids" in batch:
         raise ValueError(
             "A teacher cache cannot hold packed rows, because the same examples rarely share a row "
-            "again. Remove gin/runs/packed.gin or the cache."
+            "again. Drop either --gin_file=gin/runs/packed.gin or "
+            "--gin_file=gin/runs/teacher_cache.gin."
         )

@@ -125,7 +125,8 @@ def _interleave(x: Array, parts: int) -> Array:
     if x.shape[0] % parts:
         raise ValueError(
             f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches. Set "
-            "num_microbatches to a divisor of the batch size."
+            f"trainer.Trainer.num_microbatches to a divisor of {x.shape[0]}, or BATCH_SIZE to a "
+            f"multiple of {parts}."
         )
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 

@@ -204,12 +204,12 @@ class Trainer:
             "placed": self._groups_in_batch.tolist(),
         }
 
-    def load_run_status(self, standing: Mapping[str, Any]) -> None:
+    def load_run_status(self, status: Mapping[str, Any]) -> None:
         """Restores a `run_status` from the step of the state."""
         state = self.state
-        self.ended = np.asarray(standing["ended"], np.int32)
-        self.failed = np.asarray(standing["failed"], bool)
-        self._groups_in_batch = np.asarray(standing["placed"], bool)
+        self.ended = np.asarray(status["ended"], np.int32)
+        self.failed = np.asarray(status["failed"], bool)
+        self._groups_in_batch = np.asarray(status["placed"], bool)
         self.state = state.replace(
             ended=jax.device_put(self.ended, state.ended.sharding),
             failed=jax.device_put(self.failed, state.failed.sharding),
@@ -292,18 +292,19 @@ class Trainer:
         runs = self.model.runs
         for group in np.flatnonzero(failed & ~self.failed).tolist():
             logging.error(
-                "%s failed: the loss or a gradient of step %d is not finite. Its parameters before "
-                "that step are kept, and all others continue. Its learning rate may be too high.",
+                "%s failed: the loss or a gradient of step %d is not finite. The parameters before "
+                "that step are kept, and all other runs continue. If the learning rate is too "
+                "high, lower it and train the failed run again.",
                 ", ".join(runs.names_of_group(group)),
                 ended[group],
             )
         self.ended, self.failed = ended, failed
         if taken != self.step:
-            others = ", and all other runs failed before" if failed.any() else ""
+            others = ", and all other runs failed before it" if failed.any() else ""
             raise NonFiniteLoss(
-                f"The loss or a gradient of step {taken} is not finite{others}; training stopped "
-                f"with the state of step {taken}, which is intact. Lower the learning rate, or "
-                "inspect the batch of that step."
+                f"The loss or a gradient of step {taken} is not finite{others}; training stopped. "
+                f"The state before step {taken} is intact. Lower the learning rate, or inspect the "
+                "batch of that step."
             )
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:

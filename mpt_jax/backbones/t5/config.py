@@ -83,7 +83,8 @@ class T5Config:
         for name in self.mlp_activations:
             if name not in ACTIVATIONS:
                 raise ValueError(
-                    f"T5Config.mlp_activations has the unknown {name!r}. Use {list(ACTIVATIONS)}."
+                    f"T5Config.mlp_activations has the unknown activation {name!r}. Use only names "
+                    f"in {list(ACTIVATIONS)}."
                 )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(

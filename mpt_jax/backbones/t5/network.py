@@ -356,10 +356,14 @@ class Transformer(nn.Module):
         """
         if decode and max_decode_length is None:
             raise ValueError(
-                "decode=True needs max_decode_length. Give the positions of the cache."
+                "decode=True needs max_decode_length, the number of positions in the cache, but it "
+                "is None. Set it to the length of the longest output."
             )
         if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
-            raise ValueError("Packed rows (segment ids) cannot be decoded. Pass pack=False.")
+            raise ValueError(
+                "Packed rows cannot be decoded, but segment ids were given. Convert the examples "
+                "with pack=False, and omit the segment ids."
+            )
         tied = self.token_embedder.attend if self.config.logits_via_embedding else None
         logits, hidden = self.decoder(
             self.embed(decoder_input_tokens),

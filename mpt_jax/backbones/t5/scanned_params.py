@@ -42,7 +42,8 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         missing = sorted(set(range(max(leaves) + 1)) - set(leaves))
         if missing:
             raise ValueError(
-                f"Layers {missing} lack the parameter {name}, which other layers have."
+                f"Layers {missing} lack the parameter {name}, which other layers have. The "
+                "checkpoint may be incomplete: download or copy it again."
             )
         ordered = [leaves[i] for i in range(len(leaves))]
         stacked[name] = _numpy_of(ordered[0]).stack(ordered, axis=LAYER_AXIS)
