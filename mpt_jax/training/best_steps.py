@@ -40,8 +40,8 @@ class BestSteps:
         """Writes a record, and the parameters if they changed since the last one.
 
         Args:
-            record: values that JSON can represent.
-            trainable: the new parameters; None keeps those in the folder.
+            record: the new record, a dictionary of JSON values.
+            trainable: the new parameters; None keeps the parameters that are in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         history = self.folder / HISTORY
@@ -57,7 +57,7 @@ class BestSteps:
         _replace(history, json.dumps(self._written).encode())
 
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the record and the parameters.
+        """Reads the record and the parameters.
 
         Raises:
             ValueError: the files cannot be read, or the parameters do not match the record.

@@ -1,4 +1,4 @@
-"""Out-of-memory errors that give the sizes and the settings that reduce them."""
+"""Out-of-memory errors that list what takes the memory and which settings reduce it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class OutOfMemory(RuntimeError):
 
 @contextlib.contextmanager
 def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Turns an out-of-memory error in its context into one that says what to change.
+    """Context manager that converts an out-of-memory error into one that says what to change.
 
     Args:
-        trainer: the `Trainer` whose steps run; untyped because its module imports this one.
+        trainer: the `Trainer` that runs the steps. Its type is `Any`, because trainer.py imports
+            this module.
         batch: this process's rows of the largest batch so far.
 
     Raises:
-        OutOfMemory: the device, or the compiler for it, ran out of memory.
+        OutOfMemory: a step, or its compilation, ran out of device memory.
     """
     try:
         yield
@@ -38,12 +39,12 @@ def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
-    """Lists what takes a device's memory, and how each relevant setting would change it.
+    """Lists what takes the memory of a device, and how each relevant setting would change it.
 
     Args:
         trainer: the `Trainer` whose step did not fit.
-        batch: this process's rows.
-        said: the first line of the error.
+        batch: this process's rows of the batch.
+        said: the first line of JAX's error.
     """
     config, mesh = trainer.model.module.config, trainer.partitioner.mesh
     shards, model_axis = math.prod(mesh.devices.shape[:-1]), mesh.devices.shape[-1]
@@ -86,7 +87,13 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
 
 
 def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
-    """Lists ways to reduce `rows`, the rows of a step on each device, with an example per group."""
+    """Lists ways to reduce the rows per device and step.
+
+    Args:
+        rows: the number of rows per device and step.
+        all_rows: the number of rows per step on all devices together.
+        groups: the number of groups; a batch needs at least one row for each group.
+    """
     lines = []
     if rows >= 2 and all_rows >= 2 * groups:
         lines.append(
@@ -105,7 +112,7 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
 
 
 def larger_batch(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the batch with more positions; batches are trimmed to one of a few lengths."""
+    """Returns the batch with more positions. Their lengths differ if length buckets are used."""
     return first if _positions(first) > _positions(second) else second
 
 

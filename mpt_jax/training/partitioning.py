@@ -40,12 +40,14 @@ def standard_logical_axis_rules(
     """Returns T5X's standard rules and the prompts' rules.
 
     Args:
-        activation_partitioning_dims: 2 also splits the width of activations over `model`.
-        parameter_partitioning_dims: 2 also splits the width of parameters over `data`.
-        additional_rules: rules for other axes, tried first.
+        activation_partitioning_dims: 1, or 2 to also split the model width of activations over
+            `model`.
+        parameter_partitioning_dims: 1, or 2 to also split the model width of parameters over
+            `data`.
+        additional_rules: further rules, which take precedence over the standard rules.
 
     Raises:
-        ValueError: a number of dims is not 1 or 2.
+        ValueError: one of the two numbers of dimensions is not 1 or 2.
     """
     dims = (activation_partitioning_dims, parameter_partitioning_dims)
     if any(dim not in (1, 2) for dim in dims):
@@ -70,25 +72,31 @@ def standard_logical_axis_rules(
 class PjitPartitioner:
     """A mesh over all devices, and shardings derived from logical axes.
 
-    The mesh is (data, model) = (devices / num_partitions, num_partitions). With `ici_mesh_shape`
-    and `dcn_mesh_shape` it is (replica, data, model), their product axis by axis, as in T5X: the
-    first shape is inside a slice of chips, the second across slices. The batch is split over
-    replica and data. On TPUs a slice is a TPU slice; elsewhere each process counts as one.
+    The mesh is (data, model) = (devices / num_partitions, num_partitions). If `ici_mesh_shape` and
+    `dcn_mesh_shape` are given, the mesh is (replica, data, model), and the size of each axis is the
+    product of its sizes in the two shapes, as in T5X. The batch is split over replica and data. On
+    TPUs a slice is a TPU slice; on other backends each process counts as one slice.
 
-    A model never spans processes, and rows of the batch are ordered by process, because each
+    The model axis never spans processes. Rows of the batch are ordered by process, because each
     process reads its own rows.
 
     Attributes:
-        num_partitions: devices on the model axis; it must divide the devices of a process.
-        logical_axis_rules: default `standard_logical_axis_rules()`. With a replica axis, a
-            rule from `batch` to data becomes one to replica and data.
-        ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices;
-            both or neither.
-        model_parallel_submesh, params_on_devices, backend: T5X's; only the defaults are accepted.
-        devices: default all devices of this run; or a topology's, to compile ahead of time.
+        num_partitions: the number of devices on the model axis; must divide the number of devices
+            of each process.
+        logical_axis_rules: the rules that map logical axes to mesh axes; defaults to
+            `standard_logical_axis_rules()`. If there is a replica axis, a rule that maps `batch`
+            to `data` is changed to map it to replica and data.
+        ici_mesh_shape: the sizes of (replica, data, model) inside a slice; requires
+            `dcn_mesh_shape`.
+        dcn_mesh_shape: the sizes of (replica, data, model) across slices; requires
+            `ici_mesh_shape`.
+        model_parallel_submesh, params_on_devices, backend: settings of T5X; only their defaults are
+            accepted.
+        devices: the devices of the mesh; defaults to all devices of this run. To compile ahead of
+            time, pass the devices of a topology.
 
     Raises:
-        ValueError: sizes that do not fit the devices, or a setting that would have no effect.
+        ValueError: the sizes do not fit the devices, or a setting would have no effect.
     """
 
     num_partitions: int = 1
@@ -129,7 +137,7 @@ class PjitPartitioner:
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
-        """Makes the mesh and the rules available to constraints inside traced functions."""
+        """Makes the mesh and the rules available to sharding constraints in traced functions."""
         rules = nn_partitioning.axis_rules(tuple(self.logical_axis_rules))
         with jax.set_mesh(self.mesh), rules:
             yield
@@ -149,7 +157,8 @@ class PjitPartitioner:
 
         Args:
             params: the parameters (or their shapes).
-            axes: their logical axes, `<name>_axes` beside each name as flax keeps them.
+            axes: their logical axes, a tree with a leaf `<name>_axes` for each parameter, as
+                returned by flax.
 
         Raises:
             ValueError: a parameter has no axes, or an axis has no rule.
@@ -177,16 +186,17 @@ class PjitPartitioner:
         return unflatten(shardings)
 
     def by_runs(self, params: Mapping[str, Any], rows: Mapping[str, str], runs: Runs) -> Any:
-        """Returns shardings of parameters, with the rows of runs split as a batch is.
+        """Returns shardings that split the rows of prompt parameters over the shards of a batch.
 
         In a job of independent runs, each run has an equal, contiguous share of a batch, so its
-        examples are then on the shard of its parameters. If the runs do not divide over the
-        shards, or share groups, every shard holds all of them.
+        examples are on the same shard as its parameters. If the number of runs is not a multiple
+        of the number of shards, or runs share groups, the shardings are returned unchanged.
 
         Args:
             params: a sharding for every parameter.
-            rows: what the rows of parameters count, for those with rows (`prompts.base.row_axes`).
-            runs: the bank's rows.
+            rows: what the rows of each parameter count, for parameters that have rows
+                (`prompts.base.row_axes`).
+            runs: the runs of the job.
         """
         axes = self.mesh.axis_names[:-1]
         if not self.splits_runs(runs):
@@ -198,7 +208,7 @@ class PjitPartitioner:
         return unflatten(shardings)
 
     def splits_runs(self, runs: Runs) -> bool:
-        """Whether `by_runs` splits the rows of these runs."""
+        """Whether `by_runs` splits the parameters of these runs over shards."""
         shards = math.prod(self.mesh.devices.shape[:-1])
         independent = runs.group_of_row == tuple(range(runs.num_rows))
         return shards > 1 and runs.num_rows > 1 and independent and runs.num_rows % shards == 0
@@ -212,12 +222,12 @@ class PjitPartitioner:
 
 
 def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
-    """Returns devices [rows, num_partitions] in the order of processes.
+    """Arranges devices as [data, num_partitions], ordered by process.
 
-    The devices of a row are neighbors in one process.
+    The devices along the second axis are neighbors in one process.
 
     Raises:
-        ValueError: num_partitions does not divide the devices of the run, or of a process.
+        ValueError: num_partitions does not divide the number of devices of the run or of a process.
     """
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
@@ -248,7 +258,7 @@ def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
 def _hybrid_shape(
     ici: Sequence[int] | None, dcn: Sequence[int] | None, devices: Sequence[Any]
 ) -> tuple[int, int, int]:
-    """Returns the sizes of (replica, data, model) over several slices.
+    """Returns the mesh shape (replica, data, model) of a job with several slices.
 
     Raises:
         ValueError: the shapes do not fit each other, the slices or their devices.
@@ -290,14 +300,14 @@ def _hybrid_shape(
 
 
 def _slice_of(device: Any) -> int:
-    """Returns the slice of a TPU (0 if it does not report one); otherwise the process."""
+    """Returns a TPU's slice index (0 if it reports none), or another device's process index."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", None) or 0
     return device.process_index
 
 
 def to_host(tree: Params) -> dict[str, Any]:
-    """Gathers every leaf from the mesh as a whole NumPy array."""
+    """Returns the tree with every leaf gathered from the mesh into a NumPy array."""
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

@@ -23,11 +23,13 @@ class Schedule:
 
     Attributes:
         peak: the highest learning rate.
-        total_steps: step at which a linear or cosine decay ends; required for those.
-        warmup_steps: length of the warmup, whose first step has learning rate zero.
-        warmup_fraction: the same as a fraction of total_steps; excludes `warmup_steps`.
-        decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
-            warmup (T5's pretraining), or `'constant'`.
+        total_steps: the step at which a linear or cosine decay ends; required for these decays and
+            for `warmup_fraction`.
+        warmup_steps: the length of the warmup in steps. The first step has learning rate zero.
+        warmup_fraction: the length of the warmup as a fraction of total_steps; cannot be combined
+            with `warmup_steps`.
+        decay: `'linear'` or `'cosine'` (to zero at total_steps), `'rsqrt'` (proportional to
+            1 / sqrt(step) after the warmup, as in T5's pretraining), or `'constant'`.
     """
 
     peak: PerGroup
@@ -55,7 +57,7 @@ class Schedule:
     def __call__(
         self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
     ) -> Float[Array, "..."]:
-        """Returns the learning rate of a step (counted from 0) in a group."""
+        """Returns the learning rate of a group at a step, counted from 0."""
         pick = lambda value: per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
         step = jnp.asarray(step, jnp.float32)
         total = pick(1.0 if self.total_steps is None else self.total_steps)
