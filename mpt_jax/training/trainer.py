@@ -34,7 +34,8 @@ from mpt_jax.training.train_step import eval_step, train_step
 
 
 class NonFiniteLoss(RuntimeError):
-    """Every group has failed with a NaN or infinite value. The state before it is intact."""
+    """Every group has failed with a NaN or infinite value. The state before the last failing step
+    is intact."""
 
 
 # --- The guarded step ----------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_select_best_patience_per_group(tmp_path):
     again = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
     again.resume(4)
     assert again.over == [True, True] and again.history[2] == [None, 30]
-    with pytest.raises(ValueError, match="3 entries, but there are 2 groups"):
+    with pytest.raises(ValueError, match="3 entries, but the job has 2 groups"):
         SelectBest(MODEL, str(tmp_path), patience=[1, 2, 3])
 
 
