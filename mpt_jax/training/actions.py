@@ -1,4 +1,4 @@
-"""T5X's protocol for actions after an evaluation, and its two built-in actions."""
+"""T5X's protocol for actions that run after an evaluation, and its two built-in actions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class Action(Protocol):
 
 @dataclasses.dataclass
 class EarlyStoppingAction:
-    """Stops when a metric of a task has stopped improving. The fields are T5X's.
+    """Stops training when a task's metric has stopped improving. The fields are those of T5X.
 
     Attributes:
-        metric: (task name, metric name).
-        mode: `'max'` or `'min'`.
+        metric: the metric to watch, as (task name, metric name).
+        mode: `'max'` if higher values are better, `'min'` if lower values are.
         patience: number of consecutive evaluations without improvement before training stops.
-        atol: absolute gain that an improvement must exceed.
-        rtol: the same as a fraction of the best value; added to `atol`.
+        atol: the absolute gain that an improvement must exceed.
+        rtol: the gain that an improvement must exceed, as a fraction of the best value; added to
+            `atol`.
     """
 
     metric: tuple[str, str]
@@ -64,8 +65,10 @@ class EarlyStoppingAction:
 
 @dataclasses.dataclass
 class TerminateOnNanAction:
-    """Stops when a metric of a task is not finite. The fields are T5X's. Our trainer checks every
-    training step in any case."""
+    """Stops training when a task's metric is not finite. The fields are those of T5X.
+
+    Independently of this action, `Trainer` checks that the values of every step are finite.
+    """
 
     task: str
     metric: str = "loss"

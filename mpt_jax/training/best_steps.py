@@ -40,8 +40,8 @@ class BestSteps:
         """Writes a record, and the parameters if they changed since the last one.
 
         Args:
-            record: values that JSON can represent.
-            trainable: the new parameters; None keeps those in the folder.
+            record: the new record, a dictionary of JSON values.
+            trainable: the new parameters; None keeps the parameters that are in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         history = self.folder / HISTORY
@@ -57,22 +57,25 @@ class BestSteps:
         _replace(history, json.dumps(self._written).encode())
 
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the record and the parameters.
+        """Reads the record and the parameters.
 
         Raises:
             ValueError: the files cannot be read, or the parameters do not match the record.
         """
         path = self.folder / PARAMETERS
         advice = (
-            f"Remove {self.folder} and start again: the run resumes from its checkpoint and "
-            "selects its best step among later evaluations. Or restore the folder from an intact "
-            "copy."
+            f"restore the folder from an intact copy. If there is none, rename {self.folder} and "
+            "rerun the same command: the run then resumes from its checkpoint and selects its best "
+            "step from later evaluations only."
         )
         try:
             record = json.loads((self.folder / HISTORY).read_text())
             parameters = path.read_bytes()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} cannot be read ({error}). {advice}") from error
+            raise ValueError(
+                f"{self.folder} cannot be read ({error}). Retry when the storage is reachable. If "
+                f"the files are damaged, {advice}"
+            ) from error
         digest = hashlib.sha256(parameters).hexdigest()
         expected = record.get("trainable_sha256", digest)  # earlier versions wrote none
         next_record = record.pop("next", None)
@@ -80,8 +83,8 @@ class BestSteps:
             record = next_record  # the run was killed between the two writes
         elif digest != expected:
             raise ValueError(
-                f"{path} was changed after it was written: its sha256 is {digest}, but {HISTORY} "
-                f"records {expected}. {advice}"
+                f"{path} does not match its record: its sha256 is {digest}, but {HISTORY} has "
+                f"{expected}. To repair it, {advice}"
             )
         self._written, self._digest = record, digest
         return record, unflatten(load(parameters))

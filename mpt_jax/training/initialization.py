@@ -9,9 +9,9 @@ differentiated, optimized and saved). Its *origin* says where its initial value 
     artifact    prompt/*, if Origins.artifact is set that artifact, transferred by the method
     init        prompt/*, and biases T5 lacks        the method's or module's initial values
 
-Restore order of a run: 1. its last checkpoint (which holds only trainable parameters), 2. the
-initial artifact, 3. initial values. The backbone takes random initial values only if gin says
-`scratch = True`: nothing ever falls back silently to random weights.
+A run takes trainable parameters from its last checkpoint if it has one, else from the initial
+artifact if one is set, else from the method's initial values. The backbone is initialized randomly
+only if `Origins.scratch = True`; a missing backbone is an error.
 """
 
 from __future__ import annotations
@@ -46,18 +46,22 @@ MOST_SPARE_ROWS = 255
 
 @dataclasses.dataclass(frozen=True)
 class Origins:
-    """Where initial values come from.
+    """The sources of initial parameter values.
 
     Attributes:
-        backbone: a T5X checkpoint, an Orbax checkpoint, or a Hugging Face folder.
-        teachers: artifact folder(s) that hold a prompt for every task of a distilled run.
-        artifact: the artifact that prompts start from, or several to merge by their plain
-            prompts; None starts prompts from the method's initial values.
-        scratch: initializes the backbone randomly (pretraining); excludes `backbone`.
-        backbone_name: the backbone's name in artifacts; default its path.
-        backbone_command: how to get the backbone, for the error if it is missing.
-        teachers_command: the same for the teachers.
-        artifact_command: the same for the initial artifact; empty if no single command makes it.
+        backbone: the path of a T5X checkpoint, an Orbax checkpoint, or a Hugging Face folder.
+        teachers: the artifact folder or folders that hold a teacher for every task of a distilled
+            run.
+        artifact: the artifact to initialize prompts from, or several artifacts, whose plain prompts
+            [P, H] are merged; None uses the method's initial values.
+        scratch: whether to initialize the backbone randomly (for pretraining); cannot be combined
+            with `backbone`.
+        backbone_name: the backbone's name in artifacts; defaults to its path.
+        backbone_command: how to get the backbone; shown in the error if the backbone is missing.
+        teachers_command: the command that trains the teachers; shown in the error if a teacher
+            artifact is missing.
+        artifact_command: the command that makes the initial artifact; shown in the error if the
+            artifact is missing. Empty if no single command makes it.
     """
 
     backbone: str | None = None
@@ -94,13 +98,15 @@ class InitialParams:
     """All initial parameters, with digests of their sources.
 
     Attributes:
-        params: the whole tree as NumPy arrays, in the dtype they are trained or computed in. They
-            are on no device, so a model that fits only when sharded can be placed from here.
-        embedding_sha256, vocabulary_sha256: digests that artifacts are checked against.
-        artifact_sha256: digest of the parameters in the initial artifact, if there is one.
-        start_from: how the initial artifact's rows were used, with the weights of each source if
-            they were chosen by similarity.
-        teacher_sha256: digest of the teachers' table [K, P, H], if there is one.
+        params: the whole parameter tree as NumPy arrays, in the dtypes used for training. The
+            arrays are in host memory, so the model need not fit on a single device.
+        embedding_sha256: the digest of the backbone's token embedding. Artifacts must match it.
+        vocabulary_sha256: the digest of the input vocabulary, if it is known. Artifacts must match
+            it.
+        artifact_sha256: the digest of the parameters in the initial artifact, if there is one.
+        start_from: how prompts were initialized from the rows of the initial artifact. If sources
+            were chosen by similarity, it has the resulting weight of each source.
+        teacher_sha256: the digest of the table of teachers [K, P, H], if there is one.
     """
 
     params: dict[str, Any]
@@ -112,7 +118,7 @@ class InitialParams:
 
     @property
     def started_from(self) -> dict[str, Any] | None:
-        """What an artifact records about its initial artifact."""
+        """The record of the initial artifact in this run's artifacts, or None if there is none."""
         if self.artifact_sha256 is None:
             return None
         return {"artifact_sha256": self.artifact_sha256, "start_from": self.start_from}
@@ -123,7 +129,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
 
     Raises:
         FileNotFoundError: a checkpoint or artifact is missing; the message says where it was
-            expected and what makes it.
+            expected and how to make it.
         ValueError: parameters are missing, extra or of another shape, or digests differ.
     """
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
@@ -192,8 +198,11 @@ def _backbone(
 
 
 def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> dict[str, Any]:
-    """Returns the method's initial values. Frozen values are in no checkpoint, so they do not
-    depend on the key: a resume or an evaluation computes the same ones."""
+    """Returns the method's initial values.
+
+    Frozen values are not saved in checkpoints. They are computed with a fixed key, so that a
+    resumed run or an evaluation gets the same values.
+    """
     params = model.init_prompt(key, embedding)
     labels = flatten(model.label_tree({"prompt": params}))
     frozen = [name for name in params if labels[f"prompt/{name}"] == FROZEN]
@@ -209,7 +218,7 @@ def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Art
         return compatibility.merge([artifacts.load_artifact(path) for path in paths])
     except FileNotFoundError as error:
         advice = f" To make it, run: {command}." if command else ""
-        raise FileNotFoundError(f"{error} This run starts from it.{advice}") from error
+        raise FileNotFoundError(f"{error} This run starts from that artifact.{advice}") from error
 
 
 def _resolve_nearest_sources(
@@ -218,7 +227,8 @@ def _resolve_nearest_sources(
     runs: Runs,
     check: Callable[[artifacts.Artifact], None],
 ) -> PromptMethod:
-    """Returns the method, with a choice by similarity replaced by the weights it results in."""
+    """Returns the method with fixed source weights: if sources are chosen by similarity, the choice
+    is made here and replaced by its result."""
     choice = getattr(method, "start_from", None)
     if not isinstance(choice, NearestSource):
         return method
@@ -243,15 +253,16 @@ def _resolve_nearest_sources(
 def _require_initial_artifact(method: PromptMethod) -> None:
     if method.needs_artifact:
         raise ValueError(
-            f"The method {method.name!r} mixes frozen source prompts, but no artifact provides "
-            "them. Set INITIAL_ARTIFACT to the artifact of gin/pt_source.gin, or to one or several "
-            "others. To evaluate a checkpoint, set it to the artifact that its run wrote, or to "
-            "the one that the run started from, with the same START_FROM."
+            f"The method {method.name!r} mixes frozen source prompts, but INITIAL_ARTIFACT is not "
+            "set, so no artifact provides them. Set INITIAL_ARTIFACT to the artifact that "
+            "gin/pt_source.gin writes, or to any other artifact or list of artifacts. To evaluate "
+            "a checkpoint, set it to the artifact that its run wrote, or to the artifact that the "
+            "run started from, with the same START_FROM."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(
-            "start_from chooses among the prompts of an initial artifact, but none is set. Set "
-            "INITIAL_ARTIFACT, or use gin/pt_target.gin to start from initial values."
+            "START_FROM selects source prompts from an initial artifact, but INITIAL_ARTIFACT is "
+            "not set. Set it, or use gin/pt_target.gin to start without source prompts."
         )
 
 
@@ -267,20 +278,21 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
             )
         if rows - size > MOST_SPARE_ROWS:
             raise ValueError(
-                f"The vocabulary has only {size} ids, but the backbone embeds {rows}. Either "
-                "VOCABULARY is another backbone's vocabulary, or it lacks the backbone's sentinels "
-                "(bind vocabularies.load.extra_ids)."
+                f"The vocabulary has only {size} ids, but the backbone embeds {rows}. Set "
+                "VOCABULARY to the vocabulary that the backbone was trained with. If only the "
+                "sentinels are missing, set vocabularies.load.extra_ids to their number."
             )
 
 
 def _teachers(
     model: PromptedEncoderDecoder, origins: Origins, digest: str, vocabulary: str | None
 ) -> np.ndarray:
-    """Returns the teacher of every bank row, [K, P, H]."""
+    """Returns the teacher prompts of all bank rows, [K, P, H]."""
     if not origins.teachers:
         raise ValueError(
-            "The objective distills from teachers, but Origins.teachers names no artifact. To "
-            f"make one, run: {origins.teachers_command}."
+            "The objective distills from teachers, but Origins.teachers names no artifact. Set "
+            "TEACHERS to one or several prompt artifacts. To make one, run: "
+            f"{origins.teachers_command}."
         )
     known: list[_Teacher] = []
     for path in origins.teachers:
@@ -306,8 +318,8 @@ class _Teacher(NamedTuple):
 
 
 def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
-    """Returns a teacher for every row: the one with the run's name, else the only one of its
-    task."""
+    """Returns a teacher for every bank row: the teacher with the same run name, or else the only
+    teacher of the run's task."""
     candidates: dict[str, list[_Teacher]] = {}
     for run, task in zip(runs.run_names, runs.task_names, strict=True):
         namesakes = [teacher for teacher in known if teacher.run == run]
@@ -315,22 +327,22 @@ def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
     tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
     if missing := [tasks[run] for run, teachers in candidates.items() if not teachers]:
         raise ValueError(
-            f"No teacher for the tasks {missing}: {sorted({t.path for t in known})} hold teachers "
-            f"for {sorted({t.task for t in known})}. Train the missing teachers with "
-            "gin/pt_source.gin, or remove those tasks."
+            f"No teacher for the tasks {missing}. The artifacts {sorted({t.path for t in known})} "
+            f"have teachers only for {sorted({t.task for t in known})}. Train the missing teachers "
+            "with gin/pt_source.gin and add their artifact to TEACHERS, or remove those tasks."
         )
     several = {run: teachers for run, teachers in candidates.items() if len(teachers) > 1}
     if several:
         names = {run: [f"{t.run} in {t.path}" for t in several[run]] for run in several}
         raise ValueError(
-            f"Several teachers for one run: {names}. Give the student's run the name of its "
-            "teacher (RUN_NAMES), or use artifacts with one run of each task (Origins.teachers)."
+            f"Several teachers match the same run: {names}. Set RUN_NAMES so that each run has the "
+            "name of its teacher, or set TEACHERS to artifacts with a single run per task."
         )
     return [teachers[0] for teachers in candidates.values()]
 
 
 def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, Any]:
-    """Casts trainable parameters and prompts to float32, and the rest to its compute dtype.
+    """Casts trainable parameters and prompts to float32, and the rest to the compute dtype.
 
     Uses NumPy, leaf by leaf: JAX would put the whole model on the first device.
     """

@@ -1,4 +1,4 @@
-"""Out-of-memory errors that give the sizes and the settings that reduce them."""
+"""Out-of-memory errors that list what takes the memory and which settings reduce it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from typing import Any
 import jax
 import numpy as np
 
+_PLAN = "\nTo check a configuration in advance, run `mpt-jax plan`; it needs no attached TPUs."
+
 
 class OutOfMemory(RuntimeError):
-    """A step did not fit in device memory. The message says what takes it and how to reduce it."""
+    """A step did not fit in device memory. The message lists what takes the memory, and settings
+    that reduce it."""
 
 
 @contextlib.contextmanager
 def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
-    """Turns an out-of-memory error in its context into one that says what to change.
+    """Context manager that converts an out-of-memory error into one that says what to change.
 
     Args:
-        trainer: the `Trainer` whose steps run; untyped because its module imports this one.
+        trainer: the `Trainer` that runs the steps. Its type is `Any`, because trainer.py imports
+            this module.
         batch: this process's rows of the largest batch so far.
 
     Raises:
-        OutOfMemory: the device, or the compiler for it, ran out of memory.
+        OutOfMemory: a step, or its compilation, ran out of device memory.
     """
     try:
         yield
@@ -35,12 +39,12 @@ def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
-    """Lists what takes a device's memory, and how each relevant setting would change it.
+    """Lists what takes the memory of a device, and how each relevant setting would change it.
 
     Args:
         trainer: the `Trainer` whose step did not fit.
-        batch: this process's rows.
-        said: the first line of the error.
+        batch: this process's rows of the batch.
+        said: the first line of JAX's error.
     """
     config, mesh = trainer.model.module.config, trainer.partitioner.mesh
     shards, model_axis = math.prod(mesh.devices.shape[:-1]), mesh.devices.shape[-1]
@@ -56,52 +60,59 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
     moments = _bytes(trainer.state.opt_state)
     lines = [
         f"A training step does not fit in device memory ({said}). Each device holds "
-        f"{_size(backbone)} of backbone, {_size(trainable + moments)} of trainable parameters and "
-        f"their moments, and the activations of {at_a_time} rows at a time, of {encoder} encoder "
-        f"and {decoder} decoder positions each: {_size(at_a_time * row)} for the layer inputs, "
-        "several times that in total. Try, in this order:",
+        f"{_size(backbone)} of backbone weights, {_size(trainable + moments)} of trainable "
+        f"parameters and their optimizer moments, and the activations of {at_a_time} rows at a "
+        f"time, with {encoder} encoder and {decoder} decoder positions per row. The layer inputs "
+        f"alone take {_size(at_a_time * row)}, and all activations several times that. Try the "
+        "following, in this order:",
     ]
     # All microbatches have one size, so halving it may take more than twice as many of them.
     more = next((count for count in range(2 * parts, rows + 1) if rows % count == 0), None)
     if more is not None:
         lines.append(
             f"trainer.Trainer.num_microbatches = {more} processes {rows // more} rows at a time "
-            f"({_size(rows // more * row)}). Results are the same up to rounding."
+            f"({_size(rows // more * row)} of layer inputs). Results are the same up to rounding."
         )
     if getattr(config, "remat", "full") != "full":
         lines.append(
-            "config.t5_config.remat = 'full' stores little more than the layer inputs, for about "
-            "a third more compute."
+            "config.t5_config.remat = 'full' stores little more than the layer inputs, but needs "
+            "about a third more compute."
         )
     lines.append(
         f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis} splits the backbone over "
         f"twice as many devices ({_size(backbone / 2)} each), if that many are available."
     )
     lines += _smaller_steps(rows, rows * shards, trainer.model.runs.num_groups)
-    return "\n  * ".join(lines) + "\n`mpt-jax plan` compiles a step for TPUs that are not attached."
+    return "\n  * ".join(lines) + _PLAN
 
 
 def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
-    """Lists ways to reduce `rows`, the rows of a step on each device, with an example per group."""
+    """Lists ways to reduce the rows per device and step.
+
+    Args:
+        rows: the number of rows per device and step.
+        all_rows: the number of rows per step on all devices together.
+        groups: the number of groups; a batch needs at least one row for each group.
+    """
     lines = []
     if rows >= 2 and all_rows >= 2 * groups:
         lines.append(
             f"Halving BATCH_SIZE leaves {rows // 2} rows per device and step, but changes the "
-            "training."
+            "results."
         )
     lines.append(
-        "A lower limit in TASK_FEATURE_LENGTHS shortens rows, but changes training on longer texts."
+        "Lower limits in TASK_FEATURE_LENGTHS shorten rows, but change training on longer texts."
     )
     if groups > 1 and rows >= 2:
         lines.append(
-            f"{groups} runs share this step. Two jobs of half as many runs have {rows // 2} rows "
-            "per device each and train the same prompts."
+            f"{groups} runs share this step. Two jobs with half of the runs each process "
+            f"{rows // 2} rows per device and step, and train the same prompts."
         )
     return lines
 
 
 def larger_batch(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the batch with more positions; batches are trimmed to one of a few lengths."""
+    """Returns the batch with more positions. Their lengths differ if length buckets are used."""
     return first if _positions(first) > _positions(second) else second
 
 

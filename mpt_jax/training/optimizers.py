@@ -1,10 +1,10 @@
 """Row-wise optimizer: AdamW or another rule, with a learning rate per label and group.
 
-Parameters of a prompt method have a leading axis of rows: groups [G] or bank rows [K], as the
-method's `axes` say. Every row is stepped as if it were the only one, with its own moments, step
-count, learning rate and (by group) clipping norm. This makes one job of G runs equal to G jobs.
-A label selects a learning rate and says nothing about rows. The optimizer sees only trainable
-parameters; frozen ones have no gradient, no moments and no update.
+The first axis of a prompt method's parameters usually counts rows: groups [G] or bank rows [K], as
+given by the method's `axes`. Every row is updated independently, with separate moments, step count
+and learning rate. Gradients are clipped separately for each group. A job of G independent runs
+therefore gives the same results as G jobs. A label selects only a learning rate. The optimizer
+receives only trainable parameters: frozen parameters have no gradient, no moments and no update.
 
 A task without examples in a batch is `absent`: the gradients of its rows are exactly zero.
 `absent_tasks='dense'` still applies moments and decay to its rows, as torch's optimizers do;
@@ -38,14 +38,15 @@ class PromptOptimizer:
     """AdamW, or another rule, for the parameters that a label table makes trainable.
 
     Attributes:
-        learning_rates: label -> schedule, for every trainable label except `STEP_COUNTER`.
+        learning_rates: the schedule of every trainable label except `STEP_COUNTER`.
         weight_decay: AdamW's decoupled decay, multiplied by the learning rate.
-        clip_norm: the largest gradient norm of a group over all its parameters, one number or one
-            per group; None disables clipping.
-        absent_tasks: `'dense'` or `'hold'`, see above.
+        clip_norm: the largest norm of a group's gradient over all its parameters: one number, or
+            one per group. None disables clipping.
+        absent_tasks: `'dense'` or `'hold'`; see the module docstring.
         b1, b2, eps: Adam's hyperparameters.
-        rule: returns the transformation of a row's gradient before decay and learning rate, to
-            replace Adam's: `adafactor`, or any optax function that needs no arguments.
+        rule: a function that returns the optax transformation to use in place of Adam, such as
+            `adafactor`. It is called without arguments. The transformation is applied to each row,
+            before weight decay and learning rate. None uses Adam.
     """
 
     learning_rates: Mapping[str, Schedule]
@@ -64,29 +65,38 @@ class PromptOptimizer:
 
     def __post_init__(self):
         if self.absent_tasks not in ("dense", "hold"):
-            raise ValueError(f"absent_tasks must be 'dense' or 'hold', got {self.absent_tasks!r}.")
+            raise ValueError(
+                "PromptOptimizer.absent_tasks must be 'dense' or 'hold', got "
+                f"{self.absent_tasks!r}."
+            )
         changed = [f.name for f in dataclasses.fields(self) if f.name in ("b1", "b2", "eps")]
         changed = [name for name in changed if getattr(self, name) != getattr(type(self), name)]
         if self.rule is not None and changed:
             raise ValueError(
-                f"PromptOptimizer.{changed[0]} is Adam's and would have no effect with rule = "
-                f"{self.rule}. Set only one of the two."
+                f"PromptOptimizer.{changed[0]} is a hyperparameter of Adam and would have no "
+                f"effect, because rule = {self.rule} replaces Adam. Set only one of the two."
             )
 
     def bind(
         self, labels: Rules, runs: Runs, rows: Rows, schedule_steps: int = 0
     ) -> PromptOptimizer:
-        """Returns this optimizer bound to a model: the label and rows of each parameter, the
-        group of each row, and the steps of the method's own schedule.
+        """Returns a copy of this optimizer that is bound to a model.
+
+        Args:
+            labels: the model's label table.
+            runs: the runs of the job, with the group of each bank row.
+            rows: what the rows of each parameter count (see `Rows`).
+            schedule_steps: the length of the prompt method's own schedule in steps; 0 if it has
+                none.
 
         Raises:
-            ValueError: a setting by group does not have one entry per group.
+            ValueError: a setting with several entries does not have one entry per group.
         """
         for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
             if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
                 raise ValueError(
-                    f"{name} has {len(value)} entries, but there are {runs.num_groups} groups. "  # pyright: ignore
-                    "Give one number, or one per group."
+                    f"{name} has {len(value)} entries, but the job has {runs.num_groups} groups. "  # pyright: ignore
+                    "Set it to one number, or to one number per group."
                 )
         return dataclasses.replace(
             self, labels=tuple(labels), runs=runs, rows=dict(rows), schedule_steps=schedule_steps
@@ -100,7 +110,7 @@ class PromptOptimizer:
         """Returns the updates to add to the trainable parameters, and the next state.
 
         Raises:
-            ValueError: the method's own schedule is longer than those of the learning rates.
+            ValueError: the prompt method's own schedule is longer than a learning-rate schedule.
         """
         ends = [schedule.total_steps for schedule in self.learning_rates.values()]
         shortest = min(
@@ -112,12 +122,13 @@ class PromptOptimizer:
     def select(
         self, stepped: Bool[Array, " G"], new: tuple[Params, Any], old: tuple[Params, Any]
     ) -> tuple[Params, Any]:
-        """Returns parameters and optimizer state: `new` for groups that took the step, exactly
-        `old` for the others.
+        """Returns (trainable parameters, optimizer state), with the values of `new` for groups that
+        took the step and exactly the values of `old` for all other groups.
 
         Args:
             stepped: whether each group took the step.
-            new, old: (trainable parameters, optimizer state) after a step and before it.
+            new: (trainable parameters, optimizer state) after the step.
+            old: (trainable parameters, optimizer state) before the step.
         """
         assert self.runs is not None and self.rows is not None  # bound, or there is no state
         rows, runs = self.rows, self.runs
@@ -138,12 +149,15 @@ class PromptOptimizer:
         return trainable, (clip, parts._replace(inner_states=inner))
 
     def is_over(self, state: Any, trainable: Params) -> Bool[Array, " G"]:
-        """Whether the schedules of all labels have ended, for each group. False unless
-        `total_steps` is given by group. Counts the steps that the group's rows have taken.
+        """Returns whether each group has reached the end of all its learning-rate schedules.
+
+        False for all groups if there is only one, if a schedule has no `total_steps`, or if every
+        `total_steps` is a single number. The progress of a group is the largest step count of its
+        rows.
 
         Args:
             state: the optimizer state after a step.
-            trainable: the parameters.
+            trainable: the trainable parameters.
         """
         count = self.runs.num_groups if self.runs else 1
         totals = [schedule.total_steps for schedule in self.learning_rates.values()]
@@ -166,7 +180,7 @@ class PromptOptimizer:
         }
 
     def _groups_of_parts(self, trainable: Params) -> dict[str, tuple[int, ...] | None]:
-        """Returns the group of each row for every part (parameters that are stepped together)."""
+        """Returns the group of each row, by part (parameters that are updated together)."""
         assert self.labels is not None and self.runs is not None and self.rows is not None
         parts = _parts(flatten(label_tree(trainable, self.labels)), self.rows)
         return {part: row_groups(name, self.rows, self.runs) for name, part in parts.items()}
@@ -212,12 +226,12 @@ class PromptOptimizer:
 
 
 def check_annealing(schedule_steps: int, total_steps: int) -> None:
-    """Raises ValueError if the method's own schedule would not end within a run."""
+    """Raises ValueError if the prompt method's own schedule is longer than a run."""
     if schedule_steps > total_steps:
         raise ValueError(
             f"The prompt method anneals over {schedule_steps} steps, but a run has only "
-            f"{total_steps}, so it would end before annealing does. Shorten the annealing "
-            "(ANNEALING_STEPS), or train longer (TRAIN_STEPS)."
+            f"{total_steps}, so training would end first. Shorten the annealing (ANNEALING_STEPS), "
+            "or train longer (TRAIN_STEPS)."
         )
 
 
@@ -231,7 +245,11 @@ def adafactor() -> optax.GradientTransformation:
 
 
 def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:
-    """Returns the part of each parameter. A part is stepped together: one label, one row kind."""
+    """Returns the part of each parameter.
+
+    The parameters of a part are updated together. They have the same label, and their rows count
+    the same thing: groups, bank rows, or nothing.
+    """
     kinds: dict[str, set[str | None]] = {}
     for name, label in labels.items():
         kinds.setdefault(label, set()).add(rows.get(name))

@@ -40,16 +40,21 @@ def standard_logical_axis_rules(
     """Returns T5X's standard rules and the prompts' rules.
 
     Args:
-        activation_partitioning_dims: 2 also splits the width of activations over `model`.
-        parameter_partitioning_dims: 2 also splits the width of parameters over `data`.
-        additional_rules: rules for other axes, tried first.
+        activation_partitioning_dims: 1, or 2 to also split the model width of activations over
+            `model`.
+        parameter_partitioning_dims: 1, or 2 to also split the model width of parameters over
+            `data`.
+        additional_rules: further rules, which take precedence over the standard rules.
 
     Raises:
-        ValueError: a number of dims is not 1 or 2.
+        ValueError: one of the two numbers of dimensions is not 1 or 2.
     """
     dims = (activation_partitioning_dims, parameter_partitioning_dims)
     if any(dim not in (1, 2) for dim in dims):
-        raise ValueError(f"Partitioning dims must be 1 or 2, got {dims}.")
+        raise ValueError(
+            "activation_partitioning_dims and parameter_partitioning_dims must each be 1 or 2, got "
+            f"{dims[0]} and {dims[1]}."
+        )
     rules: list[tuple[str, str | tuple[str, ...] | None]] = [("batch", "data")]
     rules += [(axis, "model") for axis in ("vocab", "mlp", "heads", "joined_kv")]
     if activation_partitioning_dims == 2:
@@ -67,25 +72,31 @@ def standard_logical_axis_rules(
 class PjitPartitioner:
     """A mesh over all devices, and shardings derived from logical axes.
 
-    The mesh is (data, model) = (devices / num_partitions, num_partitions). With `ici_mesh_shape`
-    and `dcn_mesh_shape` it is (replica, data, model), their product axis by axis, as in T5X: the
-    first shape is inside a slice of chips, the second across slices. The batch is split over
-    replica and data. On TPUs a slice is a TPU slice; elsewhere each process counts as one.
+    The mesh is (data, model) = (devices / num_partitions, num_partitions). If `ici_mesh_shape` and
+    `dcn_mesh_shape` are given, the mesh is (replica, data, model), and the size of each axis is the
+    product of its sizes in the two shapes, as in T5X. The batch is split over replica and data. On
+    TPUs a slice is a TPU slice; on other backends each process counts as one slice.
 
-    A model never spans processes, and rows of the batch are ordered by process, because each
+    The model axis never spans processes. Rows of the batch are ordered by process, because each
     process reads its own rows.
 
     Attributes:
-        num_partitions: devices on the model axis; it must divide the devices of a process.
-        logical_axis_rules: default `standard_logical_axis_rules()`. With a replica axis, a
-            rule from `batch` to data becomes one to replica and data.
-        ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices;
-            both or neither.
-        model_parallel_submesh, params_on_devices, backend: T5X's; only the defaults are accepted.
-        devices: default all devices of this run; or a topology's, to compile ahead of time.
+        num_partitions: the number of devices on the model axis; must divide the number of devices
+            of each process.
+        logical_axis_rules: the rules that map logical axes to mesh axes; defaults to
+            `standard_logical_axis_rules()`. If there is a replica axis, a rule that maps `batch`
+            to `data` is changed to map it to replica and data.
+        ici_mesh_shape: the sizes of (replica, data, model) inside a slice; requires
+            `dcn_mesh_shape`.
+        dcn_mesh_shape: the sizes of (replica, data, model) across slices; requires
+            `ici_mesh_shape`.
+        model_parallel_submesh, params_on_devices, backend: settings of T5X; only their defaults are
+            accepted.
+        devices: the devices of the mesh; defaults to all devices of this run. To compile ahead of
+            time, pass the devices of a topology.
 
     Raises:
-        ValueError: sizes that do not fit the devices, or a setting that would have no effect.
+        ValueError: the sizes do not fit the devices, or a setting would have no effect.
     """
 
     num_partitions: int = 1
@@ -102,9 +113,9 @@ class PjitPartitioner:
         for name, default in unsupported.items():
             if getattr(self, name) != default:
                 raise ValueError(
-                    f"PjitPartitioner.{name}={getattr(self, name)!r} would have no effect: the "
-                    "mesh is (devices / num_partitions, num_partitions), or ici_mesh_shape times "
-                    f"dcn_mesh_shape. Leave it at {default!r}, or run under T5X."
+                    f"PjitPartitioner.{name}={getattr(self, name)!r} would have no effect, because "
+                    "only num_partitions, or ici_mesh_shape and dcn_mesh_shape, determine the "
+                    f"mesh. Leave {name} at its default, {default!r}, or run under T5X."
                 )
         devices = jax.devices() if self.devices is None else self.devices
         if self.ici_mesh_shape is None and self.dcn_mesh_shape is None:
@@ -114,7 +125,8 @@ class PjitPartitioner:
         if self.num_partitions not in (1, shape[-1]):
             raise ValueError(
                 f"num_partitions={self.num_partitions} and ici_mesh_shape={self.ici_mesh_shape} "
-                f"give the model axis two sizes. Leave num_partitions at 1."
+                f"give the model axis two sizes, {self.num_partitions} and {shape[-1]}. Leave "
+                "num_partitions at its default, 1."
             )
         rows = _by_process(devices, shape[-1])
         self.mesh = Mesh(rows.reshape(shape), ("replica", "data", "model"))
@@ -125,7 +137,7 @@ class PjitPartitioner:
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
-        """Makes the mesh and the rules available to constraints inside traced functions."""
+        """Makes the mesh and the rules available to sharding constraints in traced functions."""
         rules = nn_partitioning.axis_rules(tuple(self.logical_axis_rules))
         with jax.set_mesh(self.mesh), rules:
             yield
@@ -145,7 +157,8 @@ class PjitPartitioner:
 
         Args:
             params: the parameters (or their shapes).
-            axes: their logical axes, `<name>_axes` beside each name as flax keeps them.
+            axes: their logical axes, a tree with a leaf `<name>_axes` for each parameter, as
+                returned by flax.
 
         Raises:
             ValueError: a parameter has no axes, or an axis has no rule.
@@ -157,29 +170,33 @@ class PjitPartitioner:
         shardings = {}
         for name in flatten(params):
             if name not in named:
-                raise ValueError(f"Parameter {name} has no logical axes.")
+                raise ValueError(
+                    f"The parameter {name} has no logical axes. Declare them where the parameter "
+                    "is defined (for a prompt method, in its `axes`)."
+                )
             known = {axis for axis, _ in self.logical_axis_rules}
             unknown = [axis for axis in named[name] if axis not in known]
             if unknown:
                 raise ValueError(
-                    f"No rule for the logical axes {unknown} of {name}. Add one for each to "
-                    "standard_logical_axis_rules.additional_rules."
+                    f"No rule maps the logical axes {unknown} of {name} to the mesh. Add a rule "
+                    "for each axis to standard_logical_axis_rules.additional_rules."
                 )
             spec = nn_partitioning.logical_to_mesh_axes(named[name], tuple(self.logical_axis_rules))
             shardings[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
         return unflatten(shardings)
 
     def by_runs(self, params: Mapping[str, Any], rows: Mapping[str, str], runs: Runs) -> Any:
-        """Returns shardings of parameters, with the rows of runs split as a batch is.
+        """Returns shardings that split the rows of prompt parameters over the shards of a batch.
 
         In a job of independent runs, each run has an equal, contiguous share of a batch, so its
-        examples are then on the shard of its parameters. If the runs do not divide over the
-        shards, or share groups, every shard holds all of them.
+        examples are on the same shard as its parameters. If the number of runs is not a multiple
+        of the number of shards, or runs share groups, the shardings are returned unchanged.
 
         Args:
             params: a sharding for every parameter.
-            rows: what the rows of parameters count, for those with rows (`prompts.base.row_axes`).
-            runs: the bank's rows.
+            rows: what the rows of each parameter count, for parameters that have rows
+                (`prompts.base.row_axes`).
+            runs: the runs of the job.
         """
         axes = self.mesh.axis_names[:-1]
         if not self.splits_runs(runs):
@@ -191,7 +208,7 @@ class PjitPartitioner:
         return unflatten(shardings)
 
     def splits_runs(self, runs: Runs) -> bool:
-        """Whether `by_runs` splits the rows of these runs."""
+        """Whether `by_runs` splits the parameters of these runs over shards."""
         shards = math.prod(self.mesh.devices.shape[:-1])
         independent = runs.group_of_row == tuple(range(runs.num_rows))
         return shards > 1 and runs.num_rows > 1 and independent and runs.num_rows % shards == 0
@@ -205,29 +222,29 @@ class PjitPartitioner:
 
 
 def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
-    """Returns devices [rows, num_partitions] in the order of processes.
+    """Arranges devices as [data, num_partitions], ordered by process.
 
-    The devices of a row are neighbors in one process.
+    The devices along the second axis are neighbors in one process.
 
     Raises:
-        ValueError: num_partitions does not divide the devices of the run, or of a process.
+        ValueError: num_partitions does not divide the number of devices of the run or of a process.
     """
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} does not divide the {len(devices)} devices "
-            "of this run. Give a divisor: the mesh is (devices / num_partitions, num_partitions)."
+            f"of this run. Set it to a divisor of {len(devices)}."
         )
     counts = collections.Counter(device.process_index for device in devices)
     local = len(devices) // len(counts)
     if set(counts.values()) != {local}:
         raise ValueError(
-            f"The processes have different numbers of devices: {dict(counts)}. Give each process "
-            "the same number."
+            f"The processes have different numbers of devices: {dict(counts)} (process: devices). "
+            "Give every process the same number of devices."
         )
     if local % num_partitions:
         raise ValueError(
             f"num_partitions={num_partitions} would spread one model over several processes of "
-            f"{local} devices each, but each process reads its own data. Give a divisor of "
+            f"{local} devices each, but each process reads its own data. Set it to a divisor of "
             f"{local}, or run under T5X."
         )
     return mesh_utils.create_hybrid_device_mesh(
@@ -241,7 +258,7 @@ def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
 def _hybrid_shape(
     ici: Sequence[int] | None, dcn: Sequence[int] | None, devices: Sequence[Any]
 ) -> tuple[int, int, int]:
-    """Returns the sizes of (replica, data, model) over several slices.
+    """Returns the mesh shape (replica, data, model) of a job with several slices.
 
     Raises:
         ValueError: the shapes do not fit each other, the slices or their devices.
@@ -249,43 +266,48 @@ def _hybrid_shape(
     shapes = f"ici_mesh_shape={ici} with dcn_mesh_shape={dcn}"
     if ici is None or dcn is None or len(ici) != 3 or len(dcn) != 3 or min(*ici, *dcn) < 1:
         raise ValueError(
-            f"{shapes} is not a mesh: both must be given, as three sizes of (replica, data, "
-            "model). The first shape is inside a slice, the second across slices."
+            f"{shapes} does not describe a mesh: both must be given, as three sizes of at least 1 "
+            "for the axes (replica, data, model). Set ici_mesh_shape to the sizes inside a slice, "
+            "and dcn_mesh_shape to the sizes across slices."
         )
     slices = collections.Counter(_slice_of(device) for device in devices)
     if math.prod(dcn) != len(slices) or {math.prod(ici)} != set(slices.values()):
         raise ValueError(
             f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this run "
-            f"has {len(slices)} slices of {sorted(set(slices.values()))} devices."
+            f"has {len(slices)} slices of {sorted(set(slices.values()))} devices. Change the "
+            "shapes: dcn_mesh_shape must multiply to the number of slices, and ici_mesh_shape to "
+            "the devices of a slice."
         )
     if dcn[-1] != 1:
         raise ValueError(
             f"{shapes} would spread one model over {dcn[-1]} slices, and the network between them "
-            "is slow. Put the slices on replica or data."
+            "is slow. Set the last size of dcn_mesh_shape to 1, and put the slices on the replica "
+            "or the data axis."
         )
     if dcn[1] > 1 and ici[0] > 1:
         raise ValueError(
             f"{shapes} would alternate the rows of the batch between slices, but each process "
-            "reads contiguous rows. Put the slices on replica: "
+            "reads contiguous rows. Put the slices on the replica axis: "
             f"dcn_mesh_shape=({math.prod(dcn)}, 1, 1)."
         )
     ordered = [_slice_of(device) for device in sorted(devices, key=lambda d: d.process_index)]
     if ordered != sorted(ordered):
         raise ValueError(
-            "The processes are not numbered slice by slice. Number them in the order of slices."
+            "The process numbers do not follow the order of the slices: all processes of one slice "
+            "must have consecutive numbers. Start the processes with numbers in slice order."
         )
     return (ici[0] * dcn[0], ici[1] * dcn[1], ici[2])
 
 
 def _slice_of(device: Any) -> int:
-    """Returns the slice of a TPU (0 if it does not report one); otherwise the process."""
+    """Returns a TPU's slice index (0 if it reports none), or another device's process index."""
     if device.platform == "tpu":
         return getattr(device, "slice_index", None) or 0
     return device.process_index
 
 
 def to_host(tree: Params) -> dict[str, Any]:
-    """Gathers every leaf from the mesh as a whole NumPy array."""
+    """Returns the tree with every leaf gathered from the mesh into a NumPy array."""
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

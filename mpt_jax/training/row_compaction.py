@@ -22,14 +22,15 @@ from mpt_jax.core.runs import Runs
 
 @dataclasses.dataclass(frozen=True)
 class RowCompactor:
-    """Leaves the rows of finished runs out of this process's blocks of a batch.
+    """Removes the rows of finished runs from this process's blocks of a batch.
 
     Attributes:
-        runs: the K rows of the bank, in the order of their shares.
-        shards: number of blocks of a batch, over all processes.
-        first_shard: index of this process's first block.
-        local_shards: number of this process's blocks, which are consecutive.
-        num_microbatches: divides every capacity.
+        runs: the K runs of the job, in the order of their shares of a batch.
+        shards: the number of blocks in a batch, over all processes.
+        first_shard: the index of this process's first block.
+        local_shards: the number of this process's blocks, which are consecutive.
+        num_microbatches: the number of microbatches of a step. Blocks are only halved to a multiple
+            of it.
     """
 
     runs: Runs
@@ -39,21 +40,22 @@ class RowCompactor:
     num_microbatches: int = 1
 
     def owners(self, batch_size: int) -> np.ndarray:
-        """Returns the bank row of every row of a batch, [shards, B / shards].
+        """Returns the bank row that each row of a full batch belongs to, [shards, B / shards].
 
         Raises:
-            ValueError: B is not a multiple of the runs, or of the blocks.
+            ValueError: B is not a multiple of the number of runs, or of the number of shards.
         """
         rows = self.runs.num_rows
         if batch_size % rows or batch_size % self.shards:
             raise ValueError(
-                f"A batch of {batch_size} rows does not divide into {rows} equal shares of runs "
-                f"and over {self.shards} shards. Use a batch size that is a multiple of both."
+                f"A batch of {batch_size} rows does not divide into {rows} equal shares, one per "
+                f"run, and over {self.shards} shards of the mesh. Set BATCH_SIZE to a multiple of "
+                f"both {rows} and {self.shards}."
             )
         return np.repeat(np.arange(rows), batch_size // rows).reshape(self.shards, -1)
 
     def capacities(self, batch_size: int) -> list[int]:
-        """Returns the possible numbers of rows of a block, from B / shards down."""
+        """Returns the possible numbers of rows per block, in descending order from B / shards."""
         sizes = [batch_size // self.shards]
         while sizes[-1] % (2 * self.num_microbatches) == 0:
             sizes.append(sizes[-1] // 2)
@@ -62,18 +64,19 @@ class RowCompactor:
     def pack(
         self, batch: Mapping[str, np.ndarray], active: Sequence[bool] | np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns this process's rows without those of inactive groups.
+        """Returns this process's rows of a batch, without the rows of inactive groups.
 
-        Padding rows have no tokens and name an active run of their block, so nothing reads the
-        values of inactive runs. If a block has no active run, they name its first run, whose
-        values are read with weight zero and do not affect any other run.
+        Padding rows have no tokens. Their task id is that of an active run in the same block, so
+        that parameters of inactive runs are not read. If a block has no active run, their task id
+        is that of its first run. The parameters of that run are then read with weight zero, and do
+        not affect any other run.
 
         Args:
-            batch: all of this process's rows, not packed.
+            batch: all of this process's rows of a batch, not packed.
             active: whether each group [G] is active; the same on all processes.
 
         Raises:
-            ValueError: the run of a row is not the one its position implies.
+            ValueError: the rows of the batch are not in the order of the runs.
         """
         rows = len(batch["encoder_task_ids"])
         whole = rows * self.shards // self.local_shards
@@ -82,9 +85,9 @@ class RowCompactor:
         task_ids = batch["encoder_task_ids"][:, 0]
         if (task_ids != owners[own_blocks].ravel()).any():
             raise ValueError(
-                "Rows of a batch are not in the order of run_names, so rows of finished runs "
-                "cannot be identified by position. Give sampling.EqualQuotas the runs in the order "
-                "of run_names."
+                "The rows of a batch are not in the order of run_names, so the rows of finished "
+                "runs cannot be found by their position. Set SAMPLER to sampling.EqualQuotas, with "
+                "the runs in the order of run_names."
             )
         is_active = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
         needed = is_active.sum(axis=1).max()

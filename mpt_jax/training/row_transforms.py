@@ -1,4 +1,4 @@
-"""optax transformations that step every row of a parameter as if it were the only one."""
+"""optax transformations that update every row of a parameter independently of other rows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
     """Returns the group of each row of a parameter, or None if it has no rows.
 
     Args:
-        name: the parameter's path (`prompt/shared`).
-        rows: what rows count; see `PromptedEncoderDecoder.rows`.
-        runs: the bank's rows.
+        name: the parameter's path, for example `prompt/shared`.
+        rows: what the rows of each parameter count (see `Rows`).
+        runs: the runs of the job.
 
     Raises:
         ValueError: the parameter has no rows, but the job has several groups.
@@ -38,7 +38,7 @@ def row_groups(name: str, rows: Rows, runs: Runs) -> tuple[int, ...] | None:
     if runs.num_groups > 1:
         raise ValueError(
             f"The parameter {name!r} is shared by all runs, so {runs.num_groups} independent runs "
-            "cannot train it in one job. Run them in separate jobs."
+            "cannot train it in one job. Train each run in a separate job."
         )
     return None
 
@@ -56,13 +56,14 @@ def by_row(
     groups: tuple[int, ...] | None,
     hold: bool,
 ) -> optax.GradientTransformation:
-    """Applies a transformation and a learning rate to each row as if it were the only one.
+    """Returns a transformation that applies `inner` and a learning rate to each row separately.
 
     Args:
-        inner: the transformation of one row, before its learning rate.
+        inner: the transformation of one row, applied before the learning rate.
         schedule: (step [n], group [n]) -> learning rate [n].
-        groups: the group of each of n rows, or None for parameters without a row axis.
-        hold: leaves rows unchanged if all their gradients are exactly zero.
+        groups: the group of each of the n rows, or None for parameters without rows.
+        hold: whether a row and its optimizer state stay unchanged if all its gradients are exactly
+            zero.
     """
     if groups is None:
         # Like a single row that is in every batch: nothing to stack or to hold.
@@ -104,7 +105,7 @@ def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
 def clip_by_group_norm(
     max_norm: PerGroup | None, rows: Rows, runs: Runs
 ) -> optax.GradientTransformation:
-    """Scales each group's gradient down to a maximum norm, independently of other groups."""
+    """Returns a transformation that clips each group's gradient to a maximum norm."""
     if max_norm is None:
         return optax.identity()
 
@@ -126,7 +127,7 @@ def clip_by_group_norm(
 def _pick_rows(
     stepped: Bool[Array, " G"], groups: tuple[int, ...] | None, new: Array, old: Array
 ) -> Array:
-    """Returns the rows of `new` for groups that took the step, and those of `old` for others."""
+    """Returns the rows of `new` for groups that took the step, and of `old` for all others."""
     rows = stepped[0] if groups is None else _rows(stepped[np.asarray(groups)], new)
     return jnp.where(rows, new, old)
 

@@ -23,11 +23,13 @@ class Schedule:
 
     Attributes:
         peak: the highest learning rate.
-        total_steps: step at which a linear or cosine decay ends; required for those.
-        warmup_steps: length of the warmup, whose first step has learning rate zero.
-        warmup_fraction: the same as a fraction of total_steps; excludes `warmup_steps`.
-        decay: `'linear'` or `'cosine'` to zero at total_steps, `'rsqrt'` in steps after the
-            warmup (T5's pretraining), or `'constant'`.
+        total_steps: the step at which a linear or cosine decay ends; required for these decays and
+            for `warmup_fraction`.
+        warmup_steps: the length of the warmup in steps. The first step has learning rate zero.
+        warmup_fraction: the length of the warmup as a fraction of total_steps; cannot be combined
+            with `warmup_steps`.
+        decay: `'linear'` or `'cosine'` (to zero at total_steps), `'rsqrt'` (proportional to
+            1 / sqrt(step) after the warmup, as in T5's pretraining), or `'constant'`.
     """
 
     peak: PerGroup
@@ -38,23 +40,24 @@ class Schedule:
 
     def __post_init__(self):
         if self.decay not in DECAYS:
-            raise ValueError(f"decay must be one of {DECAYS}, got {self.decay!r}.")
+            raise ValueError(f"Schedule.decay must be one of {DECAYS}, got {self.decay!r}.")
         needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
         if needs_total and self.total_steps is None:
             raise ValueError(
-                f"decay={self.decay!r} with warmup_fraction={self.warmup_fraction} needs "
-                "total_steps. Set Schedule.total_steps."
+                f"A schedule with decay={self.decay!r} and warmup_fraction={self.warmup_fraction} "
+                "needs total_steps, but it is None. Set Schedule.total_steps."
             )
         if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
-                "exclude each other. Set only one of the two."
+                f"Schedule.warmup_steps={self.warmup_steps} and "
+                f"warmup_fraction={self.warmup_fraction} both set the length of the warmup. Set "
+                "only one of the two."
             )
 
     def __call__(
         self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
     ) -> Float[Array, "..."]:
-        """Returns the learning rate of a step (counted from 0) in a group."""
+        """Returns the learning rate of a group at a step, counted from 0."""
         pick = lambda value: per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
         step = jnp.asarray(step, jnp.float32)
         total = pick(1.0 if self.total_steps is None else self.total_steps)

@@ -1,9 +1,9 @@
-"""Selection of each run's best step, and early stopping, as an action after an evaluation.
+"""Selection of each run's best step, and early stopping, as an action after each evaluation.
 
 Each group of a job has its own best step and its own patience. best_steps.py stores the parameters
-of that step in MODEL_DIR/best; they become the artifact at the end. Everything is keyed by step, so
-repeating an evaluation after a resume changes nothing. Evaluations after the step that a job
-resumes from are discarded.
+of that step in MODEL_DIR/best; at the end of the job they are written as its artifact. The record
+is keyed by step, so repeating an evaluation after a resume changes nothing. Evaluations after the
+step that a job resumes from are discarded.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class SelectBest:
 
     Attributes:
         model: the model being trained.
-        model_dir: MODEL_DIR; the best parameters are in its folder `best`.
-        metric: the name of the metric, or task name -> metric; None uses the first metric of
-            each task.
-        mode: `'max'` or `'min'`.
-        patience: number of evaluations without improvement after which a group stops; one number,
-            or one per group. None: groups never stop.
-        min_evaluations: number of evaluations before which a group does not stop.
+        model_dir: MODEL_DIR; the best parameters are saved in its folder `best`.
+        metric: the name of the metric, or a mapping from task name to metric name; None uses the
+            first metric of each task.
+        mode: `'max'` if higher scores are better, `'min'` if lower scores are.
+        patience: the number of evaluations without improvement after which a group stops: one
+            number, or one per group. With None, groups never stop.
+        min_evaluations: the number of evaluations that a group needs before it can stop.
     """
 
     model: PromptedEncoderDecoder
@@ -69,8 +69,8 @@ class SelectBest:
             raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
         if np.ndim(self.patience or 1) and len(self.patience) != groups:  # pyright: ignore
             raise ValueError(
-                f"SelectBest.patience has {len(self.patience)} entries, but there are {groups} "  # pyright: ignore
-                "groups. Give one number, or one per group."
+                f"SelectBest.patience has {len(self.patience)} entries, but the job has {groups} "  # pyright: ignore
+                "groups. Set it to one number, or to one number per group."
             )
         self._kept = BestSteps(self.model_dir)
         self._resumed = False
@@ -81,10 +81,11 @@ class SelectBest:
         self.trainable: dict[str, Any] | None = None
 
     def resume(self, step: int) -> None:
-        """Reads the record up to a step. Called once, before the first evaluation.
+        """Restores the record of evaluations up to a step. Called once, before the first
+        evaluation.
 
         Raises:
-            ValueError: the folder is of other runs, or is corrupt.
+            ValueError: the folder has the best steps of other runs, or is corrupt.
         """
         self._resumed = True
         if step == 0 or not self._kept.exists():
@@ -94,14 +95,14 @@ class SelectBest:
             raise ValueError(
                 f"{self._kept.folder} has the best steps of the runs {record['run_names']}, but "
                 f"this job has the runs {list(self.model.runs.run_names)}. Choose another "
-                "MODEL_DIR."
+                "MODEL_DIR, or set RUN_NAMES to the recorded names."
             )
         lost = [best > step for best in record["best_step"]]
         if any(lost):
             # These parameters have overwritten those of any earlier best step.
             logging.warning(
-                "%s has parameters of step %d, but the run resumes from step %d. Selection starts "
-                "over.",
+                "%s has parameters of step %d, but the run resumes from the earlier step %d. "
+                "Selection starts over for the groups whose best step was later.",
                 self._kept.folder,
                 max(record["best_step"]),
                 step,
@@ -161,7 +162,12 @@ class SelectBest:
     def group_scores(
         self, metrics_by_task: Scores, closed: Sequence[bool] = ()
     ) -> list[float | None]:
-        """Returns each group's score [G]; None for `closed` groups, whose scores are not read.
+        """Returns the score of each group [G], or None for a closed group.
+
+        Args:
+            metrics_by_task: the metrics of each run.
+            closed: whether each group [G] is no longer scored; such a group needs no metrics. Empty
+                if all groups are scored.
 
         Raises:
             ValueError: a run was not evaluated, or does not have the metric.
@@ -174,7 +180,8 @@ class SelectBest:
             if run not in metrics_by_task:
                 raise ValueError(
                     f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
-                    "were evaluated. Evaluate every run (infer_eval), or remove SelectBest."
+                    "were evaluated. Include every run in infer_eval/utils.DatasetConfig, or "
+                    "remove SelectBest from train_script.train.actions."
                 )
             metrics = metrics_by_task[run]
             name = self.metric
@@ -187,11 +194,11 @@ class SelectBest:
         return [sum(scores) / len(scores) if scores else None for scores in totals]
 
     def best_group_scores(self) -> list[float]:
-        """Returns each group's best score [G]; NaN if it was not evaluated."""
+        """Returns the best score of each group [G], or NaN for a group that was never scored."""
         return [self.best_score(group) for group in range(len(self.best_step))]
 
     def best_score(self, group: int) -> float:
-        """Returns a group's best score; NaN if it was not evaluated."""
+        """Returns the best score of a group, or NaN if the group was never scored."""
         step = self.best_step[group]
         score = self.history[step][group] if step >= 0 else None
         return math.nan if score is None else score
@@ -202,7 +209,7 @@ class SelectBest:
         return self._over()
 
     def _over(self, before: int | float = math.inf) -> list[bool]:
-        """Like `over`, from only the evaluations of earlier steps."""
+        """Like `over`, but uses only evaluations at steps before `before`."""
         if self.patience is None:
             return [False] * len(self.best_step)
         over = []
@@ -219,7 +226,8 @@ class SelectBest:
         return [step for step, scores in history if scores[group] is not None and step < before]
 
     def _closed(self, train_state: Any, step: int) -> list[bool]:
-        """Whether an evaluation at a step ignores each group [G]."""
+        """Returns whether each group [G] is not scored at a step: because it has run out of
+        patience, has failed, or was already evaluated after its last training step."""
         over = self._over(before=step)  # so repeating an evaluation changes nothing
         ended = np.asarray(getattr(train_state, "ended", [-1] * len(over)))
         failed = np.asarray(getattr(train_state, "failed", [False] * len(over)))
@@ -236,7 +244,7 @@ class SelectBest:
         return new > old if self.mode == "max" else new < old
 
     def _take(self, trainable: dict[str, Any], improved: list[bool]) -> dict[str, Any]:
-        """Takes the rows of improved groups from `trainable`, and others from the best so far."""
+        """Returns the best parameters so far, with rows of improved groups from `trainable`."""
         if self.trainable is None or all(improved):
             return trainable
         old = flatten(self.trainable)

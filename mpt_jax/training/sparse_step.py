@@ -1,10 +1,10 @@
-"""A step on only the bank rows of a batch, so that its cost does not grow with the bank.
+"""Training step on only the bank rows of a batch, so its cost does not grow with the bank.
 
-With `absent_tasks='hold'` a step does not change the rows of tasks that are not in the batch.
-So it can run on a smaller bank, of the rows that are in the batch: they are gathered from
-parameters and optimizer state, a model with that many rows takes the step, and the results are
-scattered back. The results are the same. The step neither reads nor writes the values, gradients
-and moments of all other rows.
+With `absent_tasks='hold'`, a step does not change the bank rows of tasks that are not in the batch.
+It can therefore run on a smaller bank: the bank rows of the batch are gathered from the parameters
+and the optimizer state, a model with only these rows takes the step, and its results are scattered
+back. The results are the same as those of a step on the whole bank. Values, gradients and moments
+of all other bank rows are neither read nor written.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ TEACHER = "teacher/table"
 
 
 def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
-    """Returns the largest number of bank rows a batch can name, or None if the step must use the
-    whole bank: absent rows are not held, runs are independent, prompts depend on run names, or
-    the batch may name more than half of the bank."""
+    """Returns the largest number of bank rows that a batch can use.
+
+    Returns None if the step must use the whole bank. This is so if absent tasks are not held, runs
+    are independent, prompts depend on run names, or the batch may use more than half of the bank.
+    """
     optimizer, runs, prompt = model.optimizer_def, model.runs, model.prompt
     if optimizer.absent_tasks != "hold" or runs.num_groups > 1 or prompt.depends_on_run_names:
         return None
@@ -45,17 +47,17 @@ def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
 def step_of_batch(
     step: Step, model: PromptedEncoderDecoder, state: TrainState, batch: Batch
 ) -> tuple[TrainState, metrics.StepMetrics]:
-    """Takes a step on the bank rows of a batch if that leaves rows out, else on the whole bank.
+    """Takes a step on only the bank rows of a batch if possible, else on the whole bank.
 
     Args:
-        step: (model, state, batch) -> (state, metrics); it must not change rows that are not in
-            the batch.
+        step: (model, state, batch) -> (state, metrics); it must not change bank rows that are not
+            in the batch.
         model: the model to train.
         state: the state before the step.
         batch: a global batch.
 
     Returns:
-        What `step` returns, for the whole bank.
+        The next state and the metrics, both for the whole bank.
     """
     if (count := most_rows(model, batch)) is None:
         return step(model, state, batch)
@@ -67,15 +69,15 @@ def step_of_batch(
 
 
 def _rows_in(batch: Batch, num_rows: int, count: int) -> Int[Array, " n"]:
-    """Returns the bank rows that a batch names, ascending, padded to `count` with `num_rows`, which
-    is no row."""
+    """Returns the bank rows that a batch uses, in ascending order. They are padded to `count` with
+    `num_rows`, which is not a valid bank row."""
     named = jnp.where(encoder_mask(batch), batch["encoder_task_ids"], num_rows)
     return jnp.unique(named, size=count, fill_value=num_rows)
 
 
 def _renumber(batch: Batch, rows: Int[Array, " n"]) -> Batch:
-    """Replaces bank rows in a batch by their indices in `rows`. Padding, whose id is 0, gets an
-    arbitrary index."""
+    """Replaces the task ids of a batch (bank rows) with their indices in `rows`. Padding, which has
+    task id 0, gets an arbitrary index."""
     index_of = lambda ids: jnp.clip(jnp.searchsorted(rows, ids), 0, len(rows) - 1)  # noqa: E731
     names = ("encoder_task_ids", "decoder_task_ids")
     return {**batch, **{name: index_of(batch[name]).astype(jnp.int32) for name in names}}
@@ -90,7 +92,7 @@ def _with_rows(model: PromptedEncoderDecoder, count: int) -> PromptedEncoderDeco
 
 
 def _gather(small: PromptedEncoderDecoder, state: TrainState, rows: Array) -> TrainState:
-    """Returns the state of a bank that has only `rows`."""
+    """Returns the state of a smaller bank that has only the bank rows `rows`."""
     gather = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
     with_rows = {TEACHER, *(name for name, axis in small.rows.items() if axis == "tasks")}
 
@@ -109,7 +111,7 @@ def _gather(small: PromptedEncoderDecoder, state: TrainState, rows: Array) -> Tr
 
 
 def _scatter(state: TrainState, new: TrainState, rows: Array) -> TrainState:
-    """Returns the state of the whole bank after a step on `rows`."""
+    """Returns the state of the whole bank after a step on the bank rows `rows`."""
 
     def scatter(whole: Array, part: Array) -> Array:
         if whole.shape == part.shape:
@@ -128,7 +130,7 @@ def _scatter(state: TrainState, new: TrainState, rows: Array) -> TrainState:
 def _expand_metrics(
     row_metrics: metrics.StepMetrics, rows: Array, num_rows: int
 ) -> metrics.StepMetrics:
-    """Returns metrics of every bank row, with weight zero for rows not in the batch."""
+    """Returns metrics of every bank row, with weight zero for those not in the batch."""
     whole = lambda x: jnp.zeros(num_rows, x.dtype).at[rows].add(x, mode="drop")  # noqa: E731
     return {
         name: metric

@@ -22,13 +22,15 @@ class TrainState(flax.struct.PyTreeNode):
     """The state that a step reads and writes.
 
     Attributes:
-        step: number of steps taken.
-        trainable: the trainable parameters, float32. Saved.
-        opt_state: the optimizer state of the trainable parameters. Saved.
-        frozen: all other parameters, the backbone's in its dtype. Loaded, never saved.
-        ended: int32 [G], the job's step at which a group stopped training; -1 while it trains.
-            Not saved with the arrays: a checkpoint's meta has it, from `Trainer.run_status`.
-        failed: bool [G], whether a group stopped because a value was not finite. Saved likewise.
+        step: the number of steps taken.
+        trainable: the trainable parameters, in float32. Saved in checkpoints.
+        opt_state: the optimizer state of the trainable parameters. Saved in checkpoints.
+        frozen: all other parameters, the backbone's in the compute dtype. Loaded from their
+            sources, never saved.
+        ended: int32 [G], the job's step at which a group stopped training, or -1 while it trains.
+            Checkpoints save it in their metadata (from `Trainer.run_status`), not with the arrays.
+        failed: bool [G], whether a group stopped because a value was not finite. Saved like
+            `ended`.
     """
 
     step: Any  # an array, or its shape or sharding
@@ -57,12 +59,12 @@ def create_train_state(
     partitioner: PjitPartitioner,
     rows_by_run: bool = False,
 ) -> TrainState:
-    """Returns the state of step 0, sharded over the mesh. For `rows_by_run` see `Trainer`."""
+    """Returns the state at step 0, sharded over the mesh. For `rows_by_run`, see `Trainer`."""
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
     if not flatten(trainable):
         raise ValueError(
-            "No parameter is trainable: every one is labeled 'frozen'. Use a label table that "
-            "gives at least one parameter another label."
+            "No parameter is trainable: every parameter is labeled 'frozen'. Use a label table "
+            "that gives at least one parameter another label."
         )
     shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
     put = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
@@ -82,7 +84,7 @@ def create_train_state(
 def abstract_train_state(
     model: PromptedEncoderDecoder, partitioner: PjitPartitioner, rows_by_run: bool = False
 ) -> TrainState:
-    """Returns the shapes of `create_train_state` on a mesh whose devices need not be attached."""
+    """Returns the state at step 0 as `ShapeDtypeStruct`s. The mesh devices need not be attached."""
     tree, axes = param_shapes(model)
     dtypes = _dtypes(model, tree)
     shardings = _shardings(model, partitioner, tree, axes, rows_by_run)
@@ -111,7 +113,7 @@ def _shardings(
 
 
 def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
-    """Returns every label of the tree except 'frozen'."""
+    """Returns the labels of all trainable parameters: every label except 'frozen'."""
     return set(flatten(model.label_tree(params)).values()) - {FROZEN}
 
 
@@ -131,7 +133,7 @@ def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
 
 
 def _dtypes(model: PromptedEncoderDecoder, params: Params) -> dict[str, Any]:
-    """Returns the dtype that each parameter is trained or computed in, by name."""
+    """Returns the dtype of each parameter during training, by name."""
     labels, dtype = flatten(model.label_tree(params)), model.module.config.dtype
     keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
     return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}

@@ -1,17 +1,18 @@
 """Host-memory cache of teacher outputs, reused when an example is seen again.
 
 Teachers and backbone are frozen and teachers have no dropout, so the teacher outputs of an example
-are the same in every epoch. A separate program computes them once. They reach the step as features
-of its batch, so the step has no third forward pass.
+are the same in every epoch. A separate program computes them once. They are passed to the training
+step as batch features, so the step needs no forward pass of the teachers.
 
-An example is stored under a digest of its whole row. At another padded length it is another entry,
-because its outputs differ by rounding. Only positions that an example uses are stored; no loss term
-reads the others.
+The key of an example is a digest of its row in the batch, padding included. An example padded to
+several lengths therefore has several entries, because its outputs differ by rounding. Only the
+positions that an example uses are stored; no loss term reads the others.
 
-A step does not depend on what the cache holds: a run that resumes with an empty cache gets
-bit-identical results. So every step reads outputs in the storage dtype, including those it has just
-computed, and teachers always run on the same number of rows. That number affects rounding, but a
-row's position and the other rows do not (observed with XLA on CPUs, for T5-small's shape).
+The results of a step do not depend on the content of the cache: a run that resumes with an empty
+cache gets bit-identical results. To ensure this, every step reads outputs in the storage dtype,
+including those that were just computed, and teachers always run on the same number of rows. That
+number affects rounding, but a row's position and the other rows do not (observed with XLA on CPUs,
+for the size of T5-small).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState
 
 DTYPES = ("bfloat16", "float32")
+_REMOVE = "drop --gin_file=gin/runs/teacher_cache.gin, or set trainer.Trainer.teacher_cache to None"
 Row = dict[str, np.ndarray]  # one example's features, without padding
 
 
@@ -47,10 +49,12 @@ class TeacherCache:
     """Settings of the teacher cache.
 
     Attributes:
-        max_bytes: limit for teacher outputs. The index takes about another kilobyte per example.
-            Once an example does not fit, no more are added. See `needed_bytes`.
-        dtype: storage dtype. `'bfloat16'` is exact for the hidden states of a backbone that
-            computes in it, and rounds the gap between a logit and the largest by up to 1/256.
+        max_bytes: the host memory that teacher outputs may take, in bytes. The index takes about
+            another kilobyte per example. Once an example does not fit, no more are added. Use
+            `needed_bytes` to compute it.
+        dtype: the storage dtype. `'bfloat16'` is exact for the hidden states of a backbone that
+            computes in bfloat16. It rounds the difference between a logit and the largest logit,
+            with a relative error of up to 1/256.
 
     Raises:
         ValueError: `dtype` is not supported, or `max_bytes` is not positive.
@@ -64,8 +68,9 @@ class TeacherCache:
             raise ValueError(f"TeacherCache.dtype must be one of {DTYPES}, got {self.dtype!r}.")
         if self.max_bytes <= 0:
             raise ValueError(
-                f"TeacherCache.max_bytes={self.max_bytes} holds nothing. Set it to the bytes of "
-                "host memory that teacher outputs may take, or remove the cache."
+                f"TeacherCache.max_bytes must be positive, got {self.max_bytes}. Set it to the "
+                "bytes of host memory that teacher outputs may take (TEACHER_CACHE_BYTES), or "
+                f"remove the cache ({_REMOVE})."
             )
 
     def open(
@@ -76,19 +81,21 @@ class TeacherCache:
         num_microbatches: int = 1,
         rows_by_run: bool = False,
     ) -> OpenCache:
-        """Returns an empty cache for one trainer. The arguments are the trainer's.
+        """Returns an empty cache for one trainer. The arguments are those of `Trainer`.
 
         Raises:
-            ValueError: the objective does not read teacher outputs, they change during training,
-                or this kind of job is not supported.
+            ValueError: the objective does not read teacher outputs, teacher outputs change during
+                training, or this kind of job is not supported.
         """
         if reason := _unsupported(model, state, rows_by_run):
-            raise ValueError(f"This job cannot use a teacher cache: {reason}")
+            raise ValueError(
+                f"This job cannot use a teacher cache: {reason} To remove the cache, {_REMOVE}."
+            )
         return OpenCache(self, model, partitioner, num_microbatches)
 
 
 def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: bool) -> str | None:
-    """Returns why a job cannot use a cache and what to do, or None if it can."""
+    """Returns why a job cannot use a cache and what to change, or None if it can use one."""
     distil = model.objective.distillation
     if distil is None:
         return "the objective has no distillation, so it runs no teachers. Remove the cache."
@@ -106,12 +113,13 @@ def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: 
     if rows_by_run:
         return (
             "batches of independent runs become smaller when runs finish, and outputs computed in "
-            "a batch of another size differ by rounding. Remove the cache, or train one group."
+            "a batch of another size differ by rounding. Remove the cache, or train a single "
+            "group."
         )
     if jax.process_count() > 1:
         return (
-            f"this job has {jax.process_count()} processes, which would have to agree in every "
-            "step on the rows to compute. Remove the cache, or run one process."
+            f"this job has {jax.process_count()} processes, but the cache supports only one. "
+            "Remove the cache, or run the job in one process."
         )
     return None
 
@@ -120,8 +128,11 @@ def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: 
 
 
 def position_bytes(model: PromptedEncoderDecoder, dtype: str) -> dict[str, int]:
-    """Returns the bytes of one used position of each side, `encoder` and `decoder`: H values per
-    compared hidden state, and V logits for a decoder position. A disabled term takes none."""
+    """Returns the bytes stored for each used position, for the keys `encoder` and `decoder`.
+
+    A position stores H values for each compared hidden state. A decoder position also stores V
+    logits. Disabled loss terms store nothing.
+    """
     config, distil = model.module.config, model.objective.distillation
     assert distil is not None
     encoder, decoder = (n * config.emb_dim if distil.hidden else 0 for n in model.states_compared)
@@ -137,14 +148,15 @@ def needed_bytes(
     encoder_positions: int | float,
     decoder_positions: int | float,
 ) -> int:
-    """Returns the `max_bytes` that holds a number of examples.
+    """Returns the `max_bytes` that a cache needs to hold a number of examples.
 
     Args:
-        model: backbone and objective; no parameters are read.
-        dtype: storage dtype.
-        examples: number of examples, counted once for every padded length they have.
-        encoder_positions: used positions of an example on average, prompt included.
-        decoder_positions: used positions of an example on average.
+        model: the model; only its configuration and objective are read, not its parameters.
+        dtype: the storage dtype.
+        examples: the number of examples; an example counts once for each length it is padded to.
+        encoder_positions: the average number of used encoder positions per example, including the
+            prompt.
+        decoder_positions: the average number of used decoder positions per example.
     """
     size = position_bytes(model, dtype)
     per_example = encoder_positions * size["encoder"] + decoder_positions * size["decoder"]
@@ -158,13 +170,14 @@ class OpenCache:
     """The cache of one trainer.
 
     Args:
-        settings: memory limit and storage dtype.
-        model: the model whose teachers run.
-        partitioner: the mesh that teachers run on.
-        num_microbatches: a teacher forward pass has as many rows as a microbatch of the step.
+        settings: the memory limit and the storage dtype.
+        model: the model that computes the teacher outputs.
+        partitioner: the mesh on which teachers run.
+        num_microbatches: the number of microbatches of a training step. A forward pass of the
+            teachers has as many rows as one microbatch.
 
     Attributes:
-        held_bytes: bytes of the stored outputs.
+        held_bytes: the size of the stored outputs in bytes.
     """
 
     def __init__(
@@ -190,10 +203,10 @@ class OpenCache:
     def add(self, frozen: Params, batch: Mapping[str, np.ndarray]) -> Batch:
         """Adds the teacher outputs to a batch. Call it inside `partitioner.activate()`.
 
-        Waits for the devices if a row is not stored.
+        Waits for the devices if the outputs of a row are not stored yet.
 
         Args:
-            frozen: the frozen parameters: teachers and backbone.
+            frozen: the frozen parameters, including teachers and backbone.
             batch: a whole batch, not packed.
 
         Raises:
@@ -213,7 +226,7 @@ class OpenCache:
         return {**batch, **_padded(rows, batch)}
 
     def shapes(self, frozen: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Like `add`, but adds only the `ShapeDtypeStruct`s of the teacher outputs.
+        """Like `add`, but adds `ShapeDtypeStruct`s in place of the teacher outputs.
 
         Raises:
             ValueError: the batch is packed.
@@ -239,7 +252,7 @@ class OpenCache:
         missing: Mapping[bytes, int],
         used: Mapping[str, np.ndarray],
     ) -> dict[bytes, Row]:
-        """Returns the teacher outputs of some rows of a batch by digest, all from one program."""
+        """Runs the teachers on the missing rows of a batch. Returns their outputs by digest."""
         outputs: dict[bytes, Row] = {}
         shards = math.prod(self._partitioner.mesh.devices.shape[:-1])
         rows = len(batch["encoder_input_tokens"])
@@ -269,16 +282,16 @@ class OpenCache:
         self._full = True
         logging.warning(
             "The teacher cache is full: it holds %d examples in %.3g GB, with a hit rate of %.1f%% "
-            "so far. No more are added. A step with any other row runs teachers on at least a full "
-            "microbatch, so a partial cache may save nothing. Raise TeacherCache.max_bytes, or "
-            "remove the cache.",
+            "so far. No more are added. A step with even one uncached row runs the teachers on a "
+            "full microbatch, so a partial cache may save nothing. Raise TeacherCache.max_bytes "
+            "(TEACHER_CACHE_BYTES), or remove the cache.",
             len(self),
             self.held_bytes / 1e9,
             100 * self._hits / self._rows,
         )
 
     def _announce(self, used: Mapping[str, np.ndarray]) -> None:
-        """Logs how many examples fit, judging by those of the first batch."""
+        """Logs an estimate of how many examples fit, based on the first batch."""
         size = self._position_bytes
         mean = sum(size[side] * lengths.mean() for side, lengths in used.items())
         logging.info(
@@ -294,7 +307,7 @@ class OpenCache:
 def _teach(
     model: PromptedEncoderDecoder, dtype: str, frozen: Params, batch: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Returns the features to store for a batch, with its padding."""
+    """Returns the teacher features of a batch in the storage dtype, including padding."""
     distil = model.objective.distillation
     assert distil is not None
     teacher = model.forward(frozen, batch, None, teacher=True, hidden=distil.hidden)
@@ -303,7 +316,7 @@ def _teach(
 
 
 def _digests(batch: Mapping[str, np.ndarray]) -> list[bytes]:
-    """Returns a digest of each row, which covers all features and their lengths."""
+    """Returns a digest of each row of a batch. It covers all features and their lengths."""
     names = sorted(batch)
     values = [np.ascontiguousarray(batch[name]) for name in names]
     layout = repr([(n, x.shape[1:], x.dtype.str) for n, x in zip(names, values, strict=True)])
@@ -318,7 +331,8 @@ def _digests(batch: Mapping[str, np.ndarray]) -> list[bytes]:
 
 
 def _used_positions(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns each row's number of positions [B] up to the last one a loss reads, by side."""
+    """Returns the number of positions up to the last one that a loss reads, for each row [B], under
+    the keys `encoder` and `decoder`."""
     return {
         "encoder": bucketing.encoder_lengths(batch),
         "decoder": bucketing.used(batch["decoder_loss_weights"] != 0),
@@ -341,5 +355,6 @@ def _check_not_packed(batch: Mapping[str, Any]) -> None:
     if "encoder_segment_ids" in batch:
         raise ValueError(
             "A teacher cache cannot hold packed rows, because the same examples rarely share a row "
-            "again. Remove gin/runs/packed.gin or the cache."
+            "again. Drop either --gin_file=gin/runs/packed.gin or "
+            "--gin_file=gin/runs/teacher_cache.gin."
         )

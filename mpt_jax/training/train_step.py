@@ -27,12 +27,12 @@ def gradients(
     """Returns the gradient of the objective over a whole batch, and the step's metrics.
 
     Args:
-        model: backbone, prompt and objective.
+        model: the model, with its prompt method and objective.
         trainable: the parameters to differentiate.
         frozen: all other parameters.
         batch: the whole batch; its rows must divide into the microbatches.
         dropout_rng: None disables dropout.
-        num_microbatches: number of parts the rows are split into, to save memory.
+        num_microbatches: the number of parts that the batch is split into, to save memory.
     """
     normalizers = model.loss_normalizers(batch)
 
@@ -67,16 +67,18 @@ def train_step(
     batch: Batch,
     rng: Key,
 ) -> tuple[TrainState, metrics.StepMetrics]:
-    """Takes one step: gradients, clipping and update by group, metrics of groups that took it.
+    """Takes one training step. Returns the next state and the step's metrics.
 
-    The parameters of groups that have ended do not change by a bit.
+    Gradients are clipped and parameters are updated group by group. The parameters of groups that
+    have ended stay bit-identical. The metrics cover only the groups that took the step.
 
     Args:
         model: the model to train.
         num_microbatches: see `gradients`.
         state: the state before the step.
         batch: a global batch.
-        rng: the run's key; dropout and prompts drawn at random are functions of it and the step.
+        rng: the job's random key. Dropout and randomly drawn prompts depend only on this key and
+            the step.
     """
     is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
     dropout_rng = jax.random.fold_in(rng, state.step) if is_random else None
@@ -111,8 +113,10 @@ def train_step(
 def eval_step(
     model: PromptedEncoderDecoder, params: Params, batch: Batch, failed: Bool[Array, " G"]
 ) -> metrics.StepMetrics:
-    """Returns the objective's terms and each run's loss over a batch, without dropout, for the
-    groups that have not failed."""
+    """Returns the objective's terms and each run's loss over a batch, without dropout.
+
+    Groups that have `failed` [G] are excluded.
+    """
     batch = _fill_padding_ids(batch)
     sums, step_metrics = model.loss_sums(params, batch)
     step_metrics |= metrics.term_metrics(sums, model.loss_normalizers(batch))
@@ -120,20 +124,22 @@ def eval_step(
 
 
 def _interleave(x: Array, parts: int) -> Array:
-    """Splits [B, ...] into [parts, B / parts, ...]. Part i has rows i, i + parts, ..., so each part
-    is spread over all devices as the batch is."""
+    """Splits [B, ...] into [parts, B / parts, ...]. Part i has rows i, i + parts, ..., so every
+    part is spread evenly over all devices, like the batch."""
     if x.shape[0] % parts:
         raise ValueError(
             f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches. Set "
-            "num_microbatches to a divisor of the batch size."
+            f"trainer.Trainer.num_microbatches to a divisor of {x.shape[0]}, or BATCH_SIZE to a "
+            f"multiple of {parts}."
         )
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
 def _fill_padding_ids(batch: Batch) -> Batch:
-    """Replaces the task id 0 at the padding of an unpacked batch by the id of its row.
+    """Replaces task id 0 at the padding of an unpacked batch with the task id of the same row.
 
-    Padding has no weight, but zero times NaN is NaN: a run that fails would make bank row 0 fail.
+    Padding has weight zero, but zero times NaN is NaN. With task id 0 at its padding, a run that
+    fails would make the run of bank row 0 fail as well.
     """
     if "encoder_segment_ids" in batch:
         return batch
@@ -148,7 +154,7 @@ def _finite(
     step_metrics: metrics.StepMetrics,
     trainable: Params,
 ) -> Bool[Array, " G"]:
-    """Whether each group's losses, gradient and new parameters are all finite."""
+    """Returns whether each group's losses, gradient and new parameters are all finite."""
     finite = jnp.isfinite(norms)
     for name, metric in step_metrics.items():
         if name.startswith("term/"):

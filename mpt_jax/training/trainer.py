@@ -34,7 +34,8 @@ from mpt_jax.training.train_step import eval_step, train_step
 
 
 class NonFiniteLoss(RuntimeError):
-    """Every group has had a NaN or infinite loss or gradient; the state before that is intact."""
+    """Every group has failed with a NaN or infinite value. The state before the last failing step
+    is intact."""
 
 
 # --- The guarded step ----------------------------------------------------------------------------
@@ -58,8 +59,11 @@ def _guarded_step(
     rng: Key,
     number: Array,
 ) -> tuple[TrainState, metrics.StepMetrics]:
-    """Takes step `number`, unless an earlier step was not taken. The host dispatches steps before
-    it reads the results of earlier ones, and no step may start from a state that lacks one."""
+    """Takes step `number`, or returns the state unchanged if an earlier step was not taken.
+
+    The host dispatches steps before it has read the results of earlier steps, so a step may be
+    dispatched after the job has failed.
+    """
 
     def step(
         model: PromptedEncoderDecoder, state: TrainState, batch: Batch
@@ -80,21 +84,23 @@ def _make_compactor(
 
 
 class Trainer:
-    """Compiles the steps over a mesh and runs them. The gin fields are T5X's.
+    """Compiles the steps over a mesh and runs them. The gin parameters are those of T5X.
 
     Args:
         model: the model to train.
         state: the initial state.
-        partitioner: mesh and rules.
-        rng: the run's random key.
-        num_microbatches: parts of a batch that are differentiated one after another.
-        learning_rate_fn: only logged, as `learning_rate`; the optimizer uses its own schedules.
-        rows_by_run: whether every batch has the runs one after another, with equally many rows
-            each (`sampling.EqualQuotas`, not packed). Rows of finished runs are then left out of
-            batches, from the next `compact_batches` on. If the state was made with the same
-            argument, each shard of the mesh holds its own runs.
-        teacher_cache: stores teacher outputs of examples that are seen again; None recomputes
-            them in every step.
+        partitioner: the mesh and the logical-axis rules.
+        rng: the job's random key.
+        num_microbatches: the number of parts that a batch is split into; their gradients are
+            computed one after another, to save memory. None means 1.
+        learning_rate_fn: a schedule that is only logged, as `learning_rate`. The optimizer uses the
+            schedules in its own settings.
+        rows_by_run: whether every batch has the same number of rows for each run, ordered by run
+            (`sampling.EqualQuotas`, not packed). If so, `compact_batches` leaves out the rows of
+            finished runs. If the state was also created with `rows_by_run`, each shard of the mesh
+            holds only the bank rows of its own runs.
+        teacher_cache: the settings of the cache for teacher outputs of examples that are seen
+            again; None recomputes teacher outputs in every step.
     """
 
     def __init__(
@@ -164,12 +170,15 @@ class Trainer:
 
     @property
     def active(self) -> np.ndarray:
-        """Whether each group [G] is training, as of the status last read (`read_metrics`)."""
+        """Whether each group [G] is still training, as of the last read of the devices."""
         return self.ended < 0
 
     def stop_groups(self, over: Sequence[bool]) -> None:
-        """Stops training some groups [G] without marking them as failed. They keep their
-        parameters. Groups that have already ended do not change."""
+        """Stops training groups without marking them as failed. They keep their parameters.
+
+        Args:
+            over: whether to stop each group [G]. Groups that have already ended do not change.
+        """
         self._read_run_status()
         ended = np.where(np.asarray(over) & (self.ended < 0), self.step, self.ended)
         if (ended != self.ended).any():
@@ -178,9 +187,11 @@ class Trainer:
             self.state = self.state.replace(ended=on_devices)
 
     def compact_batches(self) -> None:
-        """Leaves the rows of groups that are known to have ended out of batches from now on. The
-        rows of a batch affect rounding, and with dropout its masks, so an exact resume must call
-        this at the same steps."""
+        """Leaves rows of groups that are known to have ended out of all following batches.
+
+        The rows in a batch affect rounding and dropout masks, so an exactly reproducible resume
+        must call this at the same steps.
+        """
         if (
             self._compactor is None
             or (self._groups_in_batch == self.active).all()
@@ -196,33 +207,38 @@ class Trainer:
         )
 
     def run_status(self) -> dict[str, Any]:
-        """Returns which groups have ended, as last read, in JSON values. A checkpoint stores it
-        beside the state."""
+        """Returns which groups have ended, which have failed, and which have rows in batches.
+
+        The values are those last read from the devices, as JSON values. Checkpoints store them with
+        the state.
+        """
         return {
             "ended": self.ended.tolist(),
             "failed": self.failed.tolist(),
             "placed": self._groups_in_batch.tolist(),
         }
 
-    def load_run_status(self, standing: Mapping[str, Any]) -> None:
-        """Restores a `run_status` from the step of the state."""
+    def load_run_status(self, status: Mapping[str, Any]) -> None:
+        """Restores a `run_status` that was saved at the same step as the current state."""
         state = self.state
-        self.ended = np.asarray(standing["ended"], np.int32)
-        self.failed = np.asarray(standing["failed"], bool)
-        self._groups_in_batch = np.asarray(standing["placed"], bool)
+        self.ended = np.asarray(status["ended"], np.int32)
+        self.failed = np.asarray(status["failed"], bool)
+        self._groups_in_batch = np.asarray(status["placed"], bool)
         self.state = state.replace(
             ended=jax.device_put(self.ended, state.ended.sharding),
             failed=jax.device_put(self.failed, state.failed.sharding),
         )
 
     def reactivate_extended(self, out_of_patience: Sequence[bool], total_steps: int) -> None:
-        """Reactivates groups that ended without failing and would not end now, because their
-        schedule or patience was extended. They resume from their own last step, with examples of
-        the job's step. Logs their names; as a warning if the job has no steps left.
+        """Reactivates groups whose schedule or patience was extended after they had ended.
+
+        Failed groups are not reactivated. The others resume from their own last step, with the
+        examples of the job's current step. Logs their names. If the job has no steps left, only
+        logs a warning.
 
         Args:
             out_of_patience: whether each group [G] has run out of patience.
-            total_steps: number of steps of the job.
+            total_steps: the number of steps of the job.
         """
         ended = (self.ended >= 0) & ~self.failed & ~np.asarray(out_of_patience, bool)
         if not ended.any():
@@ -248,8 +264,11 @@ class Trainer:
             self.state = self.state.replace(ended=jax.device_put(self.ended, replicated))
 
     def lower(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Lowers the training and the evaluation step for a batch, ready to be compiled. All
-        arrays, also the state's, may be `ShapeDtypeStruct`s on devices that are not attached."""
+        """Lowers the training and the evaluation step for a batch, ready to be compiled.
+
+        All arrays, including those of the state, may be `ShapeDtypeStruct`s on devices that are not
+        attached.
+        """
         with self.partitioner.activate():
             number, training = jax.ShapeDtypeStruct((), jnp.int32), batch
             if self._teachers is not None:
@@ -260,13 +279,14 @@ class Trainer:
             }
 
     def read_metrics(self) -> dict[str, float]:
-        """Waits for the dispatched steps and returns their mean metrics, of the groups that took
-        them. Logs the groups that failed.
+        """Waits for the dispatched steps and returns their mean metrics, over the groups that took
+        each step. Logs the groups that failed.
 
         Raises:
-            NonFiniteLoss: a step was not taken, because every group has failed; `state` is the
-                one before it.
-            OutOfMemory: a step did not fit in device memory, which may show only here.
+            NonFiniteLoss: a step was not taken, because every group has failed. `state` is the
+                state before that step.
+            OutOfMemory: a step did not fit in device memory. Steps run asynchronously, so the error
+                may be raised only here.
         """
         with oom.explain_oom(self, self._largest):
             return self._read_metrics()
@@ -292,22 +312,23 @@ class Trainer:
         runs = self.model.runs
         for group in np.flatnonzero(failed & ~self.failed).tolist():
             logging.error(
-                "%s failed: the loss or a gradient of step %d is not finite. Its parameters before "
-                "that step are kept, and all others continue. Its learning rate may be too high.",
+                "%s failed: the loss or a gradient of step %d is not finite. The parameters before "
+                "that step are kept, and all other runs continue. If the learning rate is too "
+                "high, lower it and train the failed run again.",
                 ", ".join(runs.names_of_group(group)),
                 ended[group],
             )
         self.ended, self.failed = ended, failed
         if taken != self.step:
-            others = ", and all other runs failed before" if failed.any() else ""
+            others = ", and all other runs failed before it" if failed.any() else ""
             raise NonFiniteLoss(
-                f"The loss or a gradient of step {taken} is not finite{others}; training stopped "
-                f"with the state of step {taken}, which is intact. Lower the learning rate, or "
-                "inspect the batch of that step."
+                f"The loss or a gradient of step {taken} is not finite{others}; training stopped. "
+                f"The state before step {taken} is intact. Lower the learning rate, or inspect the "
+                "batch of that step."
             )
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Returns mean metrics over batches, for the groups that have not failed."""
+        """Returns mean metrics over batches. Groups that have failed are excluded."""
         totals, params, failed = None, self.state.params, self.state.failed
         with self.partitioner.activate():
             for batch in batches:

@@ -208,7 +208,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
-        (attempt(), None, r"mixes frozen .*, but no artifact provides them\. Set INITIAL"),
+        (attempt(), None, r"mixes frozen .* so no artifact provides them\. Set INITIAL"),
         (attempt(), "longer", r"longer has prompts of 4 positions, but this run needs 3"),
         (crosspt(), "longer", r"longer has prompts of 4 positions, but this run needs 3"),
         (attempt(), "foreign", "foreign was trained on another backbone"),

@@ -47,9 +47,9 @@ def test_oom_message_lists_sizes_and_settings():
     config, text = made.model.module.config, tiny.PROMPT + tiny.TEXT
     layers = text * config.num_encoder_layers + tiny.TARGET * config.num_decoder_layers
     inputs = 4 * layers * tiny.WIDTH * 4  # rows at a time, float32
-    assert f"of 4 rows at a time, of {text} encoder and {tiny.TARGET} decoder positions" in message
-    assert f"{inputs / 1024:.1f} KiB for the layer inputs" in message
-    assert f"num_microbatches = 4 processes 2 rows at a time ({inputs / 2048:.1f} KiB)" in message
+    assert f"of 4 rows at a time, with {text} encoder and {tiny.TARGET} decoder" in message
+    assert f"The layer inputs alone take {inputs / 1024:.1f} KiB" in message
+    assert f"num_microbatches = 4 processes 2 rows at a time ({inputs / 2048:.1f} KiB of" in message
     split = f"({backbone / 2048:.1f} KiB each)"
     assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in message
     assert "remat = 'full'" in message and "Halving BATCH_SIZE leaves 4 rows" in message

@@ -330,7 +330,10 @@ def test_schedule_values_per_group_match_formula():
         ({"decay": "exponential"}, "'exponential'"),
         ({"decay": "linear"}, "needs total_steps"),
         ({"decay": "constant", "warmup_fraction": 0.1}, "needs total_steps"),
-        ({"total_steps": 9, "warmup_steps": 1, "warmup_fraction": 0.1}, "exclude each other"),
+        (
+            {"total_steps": 9, "warmup_steps": 1, "warmup_fraction": 0.1},
+            "both set the length",
+        ),
     ],
 )
 def test_schedule_invalid_arguments_error(arguments, says):
@@ -400,7 +403,7 @@ def test_adafactor_by_rows_matches_optax_on_separate_rows():
 
 
 def test_prompt_optimizer_adam_settings_with_other_rule_error():
-    with pytest.raises(ValueError, match="b1 is Adam's and would have no effect"):
+    with pytest.raises(ValueError, match="b1 is a hyperparameter of Adam and would have no effect"):
         PromptOptimizer({}, rule=adafactor, b1=0.5)
 
 

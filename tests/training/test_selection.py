@@ -246,7 +246,7 @@ def test_select_best_patience_per_group(tmp_path):
     again = SelectBest(MODEL, str(tmp_path), patience=[1, 3])
     again.resume(4)
     assert again.over == [True, True] and again.history[2] == [None, 30]
-    with pytest.raises(ValueError, match="3 entries, but there are 2 groups"):
+    with pytest.raises(ValueError, match="3 entries, but the job has 2 groups"):
         SelectBest(MODEL, str(tmp_path), patience=[1, 2, 3])
 
 
@@ -290,10 +290,12 @@ def test_best_steps_corrupt_file_error_gives_advice(tmp_path):
     content[-3] ^= 1
     path.write_bytes(bytes(content))
     again = SelectBest(MODEL, str(tmp_path))
-    with pytest.raises(ValueError, match=r"trainable.safetensors was changed.*Remove .*best and"):
+    with pytest.raises(
+        ValueError, match=r"safetensors does not match its record.*rename .*best and"
+    ):
         again.resume(10)
     (tmp_path / best_steps.FOLDER / best_steps.HISTORY).write_text('{"run_names": [')
-    with pytest.raises(ValueError, match=r"best cannot be read .*Remove"):
+    with pytest.raises(ValueError, match=r"best cannot be read .*rename"):
         SelectBest(MODEL, str(tmp_path)).resume(10)
 
 

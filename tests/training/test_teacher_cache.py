@@ -406,7 +406,8 @@ def test_teacher_cache_several_processes_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [((0,), "holds nothing"), ((ROOM, "float16"), "dtype must be one of")]
+    ("settings", "message"),
+    [((0,), "be positive, got 0"), ((ROOM, "float16"), "dtype must be one of")],
 )
 def test_teacher_cache_settings_out_of_range_error(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -18,12 +18,13 @@ from mpt_jax.core.shapes import Array, Bool, Float, Int
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries over a memory, which may be the queries' own sequence.
+    """Multi-head attention of queries over a memory, which is the same sequence in self-attention.
 
-    With `cache` the keys and values are stored in the `cache` collection: `self` writes the new
-    positions into `[B,N,M,D]` (M positions in total) at `cache_index`; `cross` computes those of
-    the memory once. The call that creates the cache attends without it. `cached_*` leaves differ
-    between hypotheses of one example; `memory_*` leaves do not (see `decoding.py`).
+    Unless `cache` is `'none'`, keys and values are stored in the `cache` collection. With `'self'`,
+    the keys and values of new positions are written at `cache_index` into arrays `[B,N,M,D]`, which
+    have room for M positions. With `'cross'`, the keys and values of the memory are computed once.
+    The call that creates the cache does not read from it. The `cached_*` arrays differ between the
+    hypotheses of an example; the `memory_*` arrays do not (see `decoding.py`).
     """
 
     config: T5Config
@@ -70,7 +71,8 @@ class Attention(nn.Module):
 
     @property
     def _query_init(self) -> layers.Initializer:
-        """T5's scores have no factor 1/sqrt(D); the initialization of queries includes it."""
+        """The initializer of the query weights. It includes the factor 1/sqrt(D), which T5 does not
+        apply to the scores."""
         scale = self.config.head_dim**-0.5
         return lambda *args: layers.normal_fan_in(*args) * scale
 
@@ -89,8 +91,8 @@ class Attention(nn.Module):
         )
 
     def _uses_encoder_output_directly(self, x: jax.Array, memory: jax.Array) -> bool:
-        """Whether targets are short enough that `_over_memory` takes fewer operations, forward and
-        backward, than keys and values do, and it fits in VMEM."""
+        """Whether `_over_memory` fits in VMEM and takes fewer operations, forward and backward,
+        than computing keys and values. This is so if targets are short."""
         cfg = self.config
         queries = cfg.num_heads // fused.shards_of_heads() * x.shape[1]
         fits = fused.over_memory_fits(
@@ -99,7 +101,7 @@ class Attention(nn.Module):
         return 2 * x.shape[1] <= cfg.head_dim and fits
 
     def _kernels(self) -> list[Float[Array, "H ND"]]:
-        """Returns the weights of queries, keys and values."""
+        """Returns the projection weights of queries, keys and values."""
         cfg = self.config
         shape, axes = (cfg.emb_dim, cfg.num_heads * cfg.head_dim), ("embed", "joined_kv")
         inits = {
@@ -115,7 +117,8 @@ class Attention(nn.Module):
         bias: Float[Array, "1 N T T"],
         segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     ) -> Float[Array, "B T ND"]:
-        """Self-attention from one product of all three projections, read by the kernel as is."""
+        """Self-attention with one matrix product for queries, keys and values. The kernel reads its
+        result without a transpose."""
         cfg = self.config
         heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
         joined = layers.constrain(x @ heads.join(self._kernels()), "batch", "length", "joined_kv")
@@ -130,10 +133,12 @@ class Attention(nn.Module):
         memory: Float[Array, "B T H"],
         segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
     ) -> Float[Array, "B Q ND"]:
-        """Attention without keys and values: `q (e Wk)' = (q Wk') e'` and `p (e Wv) = (p e) Wv`.
+        """Attention that computes no keys or values of the memory e.
+
+        It uses `q (e Wk)' = (q Wk') e'` for the scores and `p (e Wv) = (p e) Wv` for the context.
 
         If targets are short, projecting the queries of all heads onto the memory is cheaper than
-        projecting every position of the memory, and creates no array of the memory's size.
+        projecting every position of the memory, and creates no array as large as the memory.
         """
         cfg = self.config
         by_head = lambda a: a.reshape(*a.shape[:-1], cfg.num_heads, cfg.head_dim)  # noqa: E731
@@ -153,7 +158,7 @@ class Attention(nn.Module):
     # --- Everywhere ------------------------------------------------------------------------------
 
     def _heads(self, name: str, init: layers.Initializer) -> Callable[[jax.Array], jax.Array]:
-        """Returns a projection `[B,T,H] -> [B,N,T,D]`: one 2-D product, split into heads."""
+        """Returns a projection `[B,T,H] -> [B,N,T,D]`: one matrix product, split into heads."""
         cfg = self.config
         width = cfg.num_heads * cfg.head_dim
         project = layers.Dense(width, ("embed", "joined_kv"), cfg, init, name=name)

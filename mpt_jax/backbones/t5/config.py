@@ -16,35 +16,36 @@ class T5Config:
     """Hyperparameters of a T5 model; the field names are T5X's.
 
     Attributes:
-        vocab_size: rows V of the embedding, including padding rows.
-        dtype: of activations, `float32` or `bfloat16`, as a dtype or its name. Softmax, layer-norm
-            statistics and logits are float32 in both.
-        emb_dim: model width H.
-        num_heads: attention heads N.
-        num_encoder_layers: layers of the encoder.
-        num_decoder_layers: layers of the decoder.
-        head_dim: width D of one head; N*D need not be H.
-        mlp_dim: feed-forward width F.
-        mlp_activations: one name per input projection, whose outputs are multiplied:
+        vocab_size: the number of rows V of the token embedding, including rows without a token.
+        dtype: the dtype of activations, `float32` or `bfloat16`, given as a dtype or its name.
+            Softmax, layer-norm statistics and logits are always float32.
+        emb_dim: the model width H.
+        num_heads: the number of attention heads N.
+        num_encoder_layers: the number of encoder layers.
+        num_decoder_layers: the number of decoder layers.
+        head_dim: the width D of one head; N*D need not be H.
+        mlp_dim: the feed-forward width F.
+        mlp_activations: the activation of each input projection; their outputs are multiplied.
             `('relu',)` is T5 1.0, `('gelu', 'linear')` is T5 1.1.
-        dropout_rate: applied only in calls with `deterministic=False`.
-        logits_via_embedding: whether the embedding is the output projection, scaled by H^-0.5
-            (T5 1.0), or the decoder has its own (T5 1.1).
-        float32_attention_logits: whether query-key products leave the matrix unit in float32
-            rather than in `dtype`.
-        fused_attention: whether to use attention kernels that keep scores on the chip (see
-            `fused_attention.py`). None: only on TPUs. Elsewhere they run interpreted, for tests.
-        relative_attention_num_buckets: rows of the relative position table.
-        relative_attention_max_distance: distance from which all positions share a bucket.
-        relative_bias_per_layer: whether every layer has its own relative position table (umT5,
+        dropout_rate: the dropout rate, applied only in calls with `deterministic=False`.
+        logits_via_embedding: whether the logits are computed with the token embedding, scaled by
+            H^-0.5 (T5 1.0), or with a separate output projection (T5 1.1).
+        float32_attention_logits: whether query-key products are returned in float32 rather than
+            rounded to `dtype`.
+        fused_attention: whether to use attention kernels that keep scores in on-chip memory (see
+            `fused_attention.py`). None uses them only on TPUs. On other backends, True runs them in
+            interpreted mode, for tests.
+        relative_attention_num_buckets: the number of buckets in the relative position table.
+        relative_attention_max_distance: the distance from which all positions share a bucket.
+        relative_bias_per_layer: whether every layer has a separate relative position table (umT5,
             T5X's scalable T5) instead of one for the whole stack (T5).
-        biases: adds a zero-initialized bias to every projection and layer norm, which T5 lacks,
-            so that BitFit has parameters to train.
-        remat: what the backward pass recomputes: `none`, `minimal` (all except products with
-            weights) or `full` (whole layers). On CPU it saves memory only together with
-            `scan_layers`: otherwise XLA merges the recomputation with the original one.
-        scan_layers: runs the layers as one loop over stacked weights (see `scanned_params.py`), so
-            that compile time does not grow with depth.
+        biases: whether to add a zero-initialized bias to every projection and layer norm. T5 has no
+            biases; BitFit trains these.
+        remat: what the backward pass recomputes: `none`, `minimal` (everything except products with
+            weights) or `full` (whole layers). On CPUs it saves memory only together with
+            `scan_layers`; otherwise XLA merges the recomputation with the original computation.
+        scan_layers: whether to run the layers as one loop over stacked weights (see
+            `scanned_params.py`), so that compile time does not grow with depth.
     """
 
     vocab_size: int
@@ -83,7 +84,8 @@ class T5Config:
         for name in self.mlp_activations:
             if name not in ACTIVATIONS:
                 raise ValueError(
-                    f"T5Config.mlp_activations has the unknown {name!r}. Use {list(ACTIVATIONS)}."
+                    f"T5Config.mlp_activations has the unknown activation {name!r}. Use only names "
+                    f"in {list(ACTIVATIONS)}."
                 )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
@@ -131,7 +133,7 @@ def t5_config(name: str, **overrides: Any) -> T5Config:
     """Returns a published model's configuration, e.g. `t5_config('t5_1_1_base', dtype='bfloat16')`.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: the name is unknown; the message lists the known names.
     """
     family, _, size = name.lower().rpartition("_")
     if name.lower() not in NAMES:

@@ -1,10 +1,10 @@
 """Custom attention kernels for TPUs, which keep the scores in on-chip memory.
 
-T5 adds a bias to every pair of positions, so the flash attention of other models does not apply.
-But rows of T5 are short: the scores of one head of one example, `[T,T]` float32, fit in VMEM as a
-whole, beside the bias, which stays there while the kernel loops over the examples. So no array of
-the size of the scores is written to main memory or read from it, forward or backward. Heads are
-read from the output of one product for all projections.
+T5 adds a bias to every pair of positions, so standard flash attention does not apply. But T5's
+rows are short: the scores of one head of one example, `[T,T]` in float32, fit in VMEM together with
+the bias, which stays in VMEM while the kernel loops over the examples. No array of the size of the
+scores is therefore written to main memory or read from it, forward or backward. The kernel for
+self-attention reads heads directly from the output of one matrix product for all projections.
 
 Two kernels, each with a backward pass that recomputes the probabilities:
 
@@ -38,13 +38,15 @@ WITH_LARGE_VMEM = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite",
 
 
 class Heads(NamedTuple):
-    """Order of the columns in a joint projection of queries, keys and values: by blocks of heads,
-    and in each block all queries, all keys, all values.
+    """Order of the columns in a joint projection of queries, keys and values.
+
+    Columns are ordered by blocks of heads. Each block has all its queries, then all its keys, then
+    all its values.
 
     Attributes:
-        number: N, the number of heads.
-        width: D, the width of a head.
-        in_block: heads per block.
+        number: the number of heads N.
+        width: the width of a head D.
+        in_block: the number of heads per block.
     """
 
     number: int
@@ -53,7 +55,7 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, number: int, width: int, length: int) -> Heads:
-        """Returns blocks as large as the bias of rows of `length` allows."""
+        """Returns the order with the largest blocks whose bias takes at most MOST_BIAS_BYTES."""
         whole = [n for n in range(1, number + 1) if number % n == 0 and n * width % LANES == 0]
         fitting = [n for n in whole if n * length * length * 4 <= MOST_BIAS_BYTES]
         return cls(number, width, max(fitting) if fitting else min(whole, default=number))
@@ -80,10 +82,10 @@ def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bo
     """Whether the backward pass of `cross_attention` fits in VMEM.
 
     Args:
-        queries: number of queries of an example, over all heads on one device.
-        length: T, the length of the memory.
-        width: H, the model width.
-        itemsize: bytes per number.
+        queries: the number of queries per example, counted over all heads on one device.
+        length: the length T of the memory.
+        width: the model width H.
+        itemsize: the number of bytes per element of the arrays.
     """
     scores = 4 * 4 * queries * length  # probabilities, gradients and intermediates, float32
     sums = 4 * (queries + 2 * length) * width  # products in float32 before rounding
@@ -94,8 +96,8 @@ def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bo
 def on_tpu() -> bool:
     """Whether the traced program is for TPUs that the kernels support, attached or not.
 
-    Without a mesh (T5X does not set one in JAX's current way), the kernels can only run on one
-    device.
+    Without a mesh from `jax.set_mesh`, which T5X does not call, the kernels can only run on a
+    single device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
@@ -110,12 +112,12 @@ def over_mesh(
     axes: tuple[Any, ...],
     out: tuple[str | None, ...],
 ) -> jax.Array:
-    """Runs `function` on each device's own rows and heads.
+    """Runs a function on each device, on the rows and heads that are local to the device.
 
     Args:
-        function: a function of local arrays.
-        arrays: its arguments.
-        axes: the logical axes of each argument, in a tree like `arrays`.
+        function: the function, called with the local part of each array.
+        arrays: the arguments of the function.
+        axes: the logical axes of each argument, in a tree with the structure of `arrays`.
         out: the logical axes of the result.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -152,7 +154,7 @@ def reference_self_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     heads: Heads,
 ) -> Float[Array, "B T ND"]:
-    """Reference for `self_attention`, in plain operations."""
+    """Reference implementation of `self_attention` in plain JAX operations."""
     query, key, value = heads.part(joined)
     scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32)
     mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
@@ -172,16 +174,17 @@ def self_attention(
     """Attention of every position over the positions of its own segment.
 
     Args:
-        joined: `x @ heads.join(kernels)`; J = 3ND.
-        bias: added to the scores; the same for all examples. If it is trainable, the backward
-            pass is that of `reference_self_attention`.
-        segments: the segment of each query, from 1, and of each key, 0 if it is masked.
+        joined: the joint projection `x @ heads.join(kernels)`, with 3ND columns.
+        bias: the bias to add to the scores, the same for all examples. If it is trainable, the
+            backward pass of `reference_self_attention` is used.
+        segments: two arrays: the segment of each query and the segment of each key. A query attends
+            to the keys of its own segment. A masked key has a segment that no query has.
         heads: the order of the columns of `joined`.
-        interpret: runs the kernel without a TPU, slowly; for tests.
+        interpret: whether to run the kernel in interpreted mode, which is slow but needs no TPU.
 
     Returns:
-        the results of all heads side by side. A query without any allowed key gets the mean of
-        all values, as from a softmax over equal scores.
+        The outputs of all heads, concatenated. A query without any allowed key gets the mean of all
+        values, as from a softmax over equal scores.
     """
     return _self_forward(joined, bias, segments, heads, interpret)
 
@@ -249,7 +252,7 @@ def reference_over_memory(
     memory: Float[Array, "B T H"],
     segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
 ) -> Float[Array, "B Q H"]:
-    """Reference for `cross_attention`, in plain operations."""
+    """Reference implementation of `cross_attention` in plain JAX operations."""
     scores = jnp.einsum("bqh,bkh->bqk", query, memory, preferred_element_type=jnp.float32)
     mask = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     probabilities = masked_softmax(scores[:, None], None, mask, query.dtype)[:, 0]
@@ -263,13 +266,13 @@ def cross_attention(
     segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
     interpret: bool = False,
 ) -> Float[Array, "B Q H"]:
-    """Attention of queries over rows of a memory, without a bias.
+    """Attention of queries over the positions of a memory, without a bias.
 
     Args:
-        query: all queries of all heads of an example.
-        memory: what they attend to, keys and values in one.
-        segments: as in `self_attention`.
-        interpret: as in `self_attention`.
+        query: the queries of all heads; Q counts every query position once per head.
+        memory: the array that serves as both keys and values.
+        segments: see `self_attention`.
+        interpret: see `self_attention`.
     """
     return _memory_forward(query, memory, segments, interpret)
 
@@ -346,13 +349,15 @@ def _run_blocks(kernel, arrays, bias, segments, outputs, heads, inner, interpret
     """Calls a kernel for each block of heads and, in the inner loop, for each example.
 
     Args:
-        kernel: takes a block of each array, the two segments, the bias and the outputs.
-        arrays: `[B, rows, columns]`.
-        bias: [N,T,T] or None.
+        kernel: the kernel, which takes a block of each array, of the segments of queries and keys,
+            of the bias (if there is one) and of each output.
+        arrays: the input arrays, `[B, positions, columns]`.
+        bias: the bias [N,T,T], or None.
         segments: the segments of queries and of keys.
         outputs: the shape or shapes of the results.
         heads: the order of the columns, or None if there is only one block.
-        inner: multiply-adds that a pair of positions costs in a head.
+        inner: the number of multiply-adds for each pair of positions in a head, to estimate the
+            cost of the kernel.
         interpret: see `self_attention`.
     """
     (batch, queries), keys = segments[0].shape, segments[1].shape[1]

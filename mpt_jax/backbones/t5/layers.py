@@ -1,8 +1,9 @@
 """Parts of a T5 layer except attention: projections, norm, relative positions, feed-forward.
 
 Parameter names, shapes, logical axes and initialization are T5X's. The arithmetic is T5's
-(Raffel et al. 2020): no biases, no mean in the layer norm, no 1/sqrt(D) in the scores (it is in
-the initialization of the queries), one relative position table per stack (in umT5: per layer).
+(Raffel et al. 2020): no biases, no mean subtraction in the layer norm, no 1/sqrt(D) in the scores
+(the initialization of the queries includes it), and one relative position table per stack (umT5 has
+one per layer).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _truncated_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_n
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Tells the partitioner an activation's logical axes. Does nothing without a mesh."""
+    """Constrains the sharding of an activation by its logical axes. No-op without a mesh."""
     return with_sharding_constraint(x, axes)
 
 
 def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Expands a vector to the number of axes of `x`, along the last axis."""
+    """Reshapes a vector [H] so that it broadcasts over `x` [..., H]."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
@@ -59,7 +60,7 @@ class Dense(nn.Module):
 
 
 class Kernel(nn.Module):
-    """Only the kernel of a `Dense`, in its compute dtype."""
+    """The weights of a `Dense` layer in the compute dtype, without its matrix product."""
 
     shape: tuple[int, int]
     axes: tuple[str, str]
@@ -99,7 +100,7 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """The token table: read by row for inputs and, in T5 1.0, multiplied for logits."""
+    """Token embedding table, used to embed tokens and, if it is tied (T5 1.0), for the logits."""
 
     config: T5Config
 
@@ -114,13 +115,13 @@ class Embed(nn.Module):
         return constrain(x, "batch", "length", "embed")
 
     def attend(self, x: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
-        """Returns the scores of every row of the table, float32, scaled by H^-0.5."""
+        """Returns logits from the tied embedding table, in float32, scaled by H^-0.5."""
         scores = float32_product("blh,vh->blv", x, jnp.asarray(self.embedding))
         return scores / math.sqrt(self.config.emb_dim)
 
 
 def float32_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Computes a product in float32, without a float32 copy of a bfloat16 `kernel`."""
+    """Computes an einsum with a float32 result, without a float32 copy of a bfloat16 kernel."""
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     return jnp.einsum(
         spec, x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
@@ -128,7 +129,7 @@ def float32_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class OutputProjection(nn.Module):
-    """T5 1.1's separate projection onto the vocabulary, float32."""
+    """T5 1.1's separate output projection, which returns logits in float32."""
 
     config: T5Config
 
@@ -144,10 +145,12 @@ class OutputProjection(nn.Module):
 def distance_buckets(
     length: int, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Returns the table row of each distance key - query in [-(length-1), length-1], in order.
+    """Returns the bucket of each distance (key position - query position), for all distances from
+    -(length - 1) to length - 1 in order.
 
-    Half of the rows are for single distances, the rest cover logarithmically growing ranges up
-    to `max_distance` (Raffel et al. 2020, section 2.1). In a decoder no key comes after its query.
+    Half of the buckets cover a single distance each, and the others cover logarithmically growing
+    ranges up to `max_distance` (Raffel et al. 2020, section 2.1). If `bidirectional` is False, as
+    in a decoder, all keys after the query share the bucket of distance 0.
     """
     distance = np.arange(1 - length, length)
     rows = np.zeros_like(distance)
@@ -166,7 +169,8 @@ def distance_buckets(
 
 
 def toeplitz(values: Float[Array, "N W"], rows: int) -> Float[Array, "N rows cols"]:
-    """`out[n, q, k] = values[n, k - q + rows - 1]`, by tiling and skewing, without a gather."""
+    """Returns `out[n, q, k] = values[n, k - q + rows - 1]`, by tiling and skewing instead of a
+    gather."""
     heads, width = values.shape
     padded = jnp.pad(values, ((0, 0), (0, 1)))
     flat = jnp.broadcast_to(padded[:, None], (heads, rows, width + 1)).reshape(heads, -1)
@@ -175,7 +179,7 @@ def toeplitz(values: Float[Array, "N W"], rows: int) -> Float[Array, "N rows col
 
 
 class RelativePositionBias(nn.Module):
-    """The additive term of scores that depends only on key position - query position."""
+    """Bias added to the attention scores, which depends only on key position - query position."""
 
     config: T5Config
     bidirectional: bool
@@ -184,7 +188,7 @@ class RelativePositionBias(nn.Module):
     def __call__(
         self, queries: int, keys: int, first_query: Int[Array, ""] | int = 0
     ) -> Float[Array, "1 N Q K"]:
-        """Returns the term for queries from `first_query` on and keys at `0 .. keys - 1`."""
+        """Returns the bias for query positions from `first_query` and key positions from 0."""
         cfg = self.config
         table = param_with_axes(
             "rel_embedding",
@@ -207,7 +211,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout with one mask shared along the length, as in T5."""
+    """Dropout with one mask for all positions, as in T5."""
 
     config: T5Config
     deterministic: bool

@@ -1,9 +1,9 @@
 """Layer norm and attention softmax with backward passes that store as little as possible.
 
-What automatic differentiation stores for these two is most of a T5's activations: two arrays of
-the size of the scores per attention, two of the size of the residual stream per norm. The
-backward passes below use the same formulas, written in terms of outputs (softmax) and inputs
-(norm) that are stored in any case. Both support reverse mode only.
+Automatic differentiation of these two operations would store most of T5's activation memory: for
+each attention two arrays of the size of the scores, and for each norm two arrays of the size of the
+residual stream. The backward passes below compute the same gradients from arrays that are stored in
+any case: the output of the softmax and the input of the norm. Both support reverse mode only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def masked_softmax(
     mask: Bool[Array, "#B 1 #Q K"],
     dtype: jnp.dtype,
 ) -> Float[Array, "B N Q K"]:
-    """`softmax(scores + bias)` over the keys that the mask allows; float32 in, `dtype` out.
+    """Returns `softmax(scores + bias)` over the keys that the mask allows, in `dtype`.
 
-    Stores the probabilities, in `dtype`, which the product with the values stores as well.
+    Computes in float32. Stores only the returned probabilities for the backward pass; the product
+    with the values stores them in any case.
     """
     probabilities: jax.Array = _softmax(scores, bias, mask, dtype)
     return probabilities
@@ -63,7 +64,8 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 def rms_norm(
     x: Float[Array, "*rows H"], scale: Float[Array, "H"], epsilon: float, dtype: jnp.dtype
 ) -> Float[Array, "*rows H"]:
-    """`x / rms(x) * scale`; statistics in float32, result in `dtype`. Stores `x` and 1 / rms."""
+    """Returns `x / rms(x) * scale` in `dtype`, with statistics computed in float32. Stores `x` and
+    1 / rms for the backward pass."""
     y: jax.Array = _norm(x, scale, epsilon, dtype)
     return y
 
@@ -93,5 +95,5 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 
 def _along_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Expands a vector to the number of axes of `x`, along the last axis."""
+    """Reshapes a vector [H] so that it broadcasts over `x` [..., H]."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))

@@ -1,7 +1,7 @@
 """T5 encoder-decoder: embeddings and masks in, logits and hidden states out.
 
-The network knows nothing of prompts. A caller that uses them embeds the tokens itself (`embed`),
-inserts the prompt rows, and passes embeddings with a mask to `encode`.
+The network does not handle prompts. A caller that uses prompts embeds the tokens with `embed`,
+inserts the prompt rows, and passes the embeddings and a mask to `encode`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ Hidden = tuple[jax.Array, ...]
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each with a norm in front and a residual connection.
+    """Self-attention and feed-forward, each with a layer norm before and a residual connection.
 
-    Returns its output, and the output again if a scan over layers should collect it, else None.
+    Returns the output and, for a scan over layers, the output again if `collect` is True, else
+    None.
     """
 
     config: T5Config
@@ -58,9 +59,9 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention over the encoder output, feed-forward.
+    """Causal self-attention, cross-attention over the encoder output, and feed-forward.
 
-    Returns the same as `EncoderLayer`. Uses the cache if `cache_length` is given.
+    Returns the same pair as `EncoderLayer`. Uses the decoding cache if `cache_length` is given.
     """
 
     config: T5Config
@@ -113,16 +114,17 @@ def run_layers(
     """Runs the layers of one stack. Call it inside the stack's compact method.
 
     Args:
-        layer: the layer class; called with `x` and `others`, a layer returns `(x, collected)`.
-        fields: constructor arguments of the layer.
-        config: number of layers, whether to scan them, and what to recompute.
-        stack: name of the scanned subtree, as in T5X.
+        layer: the layer class; a layer is called with `x` and `others` and returns
+            `(x, collected)`.
+        fields: the constructor arguments of the layer.
+        config: the configuration: number of layers, whether to scan them, and what to recompute.
+        stack: the name of the stack, which is also that of its scanned subtree, as in T5X.
         initializing: whether weights are being initialized.
-        x: input of the first layer.
-        others: further inputs, the same for all layers.
+        x: the input of the first layer.
+        others: the further inputs, which are the same for all layers.
 
     Returns:
-        the last layer's output, and what the layers collected, in order.
+        The output of the last layer, and the collected outputs of all layers, in order.
     """
     count = getattr(config, f"num_{stack}_layers")
     layer = rematerialized(layer, config)
@@ -148,7 +150,7 @@ def run_layers(
 
 
 def rematerialized(layer: type[nn.Module], config: T5Config) -> type[nn.Module]:
-    """Returns the layer, set to recompute part of its activations in the backward pass."""
+    """Returns a layer class whose backward pass recomputes activations as set by `config.remat`."""
     if config.remat == "none":
         return layer
     policy = None
@@ -232,7 +234,8 @@ class Decoder(nn.Module):
         self, length: int, segment_ids: jax.Array | None, cache_length: int | None
     ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
         """Returns the relative position bias, the causal mask and the cache index, for a whole
-        sequence or for a step with a cache. The bias is None if every layer has its own."""
+        sequence or for a step with a cache. The bias is None if layers have separate tables; the
+        index is None if no cache is read."""
         cfg = self.config
         index, keys = None, length
         if cache_length is not None:
@@ -256,7 +259,8 @@ def pair_mask(
     query_segments: Int[Array, "B Q"] | None,
     key_segments: Int[Array, "B K"] | None,
 ) -> Bool[Array, "B 1 Q K"] | Bool[Array, "B 1 1 K"]:
-    """Whether a query may attend to a key: by the mask and, in packed rows, by segment."""
+    """Returns whether each query may attend to each key. In packed rows, only keys of the same
+    segment are allowed."""
     mask = key_mask[:, None, :]
     if query_segments is not None and key_segments is not None:
         mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
@@ -269,8 +273,8 @@ def pair_segments(
     key_segments: Int[Array, "B K"] | None,
     queries: int,
 ) -> tuple[Int[Array, "B Q"], Int[Array, "B K"]]:
-    """Returns `pair_mask` as a number for every query and every key: a query may attend to the
-    keys with its own number."""
+    """Returns `pair_mask` as one number for every query and one for every key. A query may attend
+    to the keys that have the same number."""
     if query_segments is None or key_segments is None:
         return jnp.ones((key_mask.shape[0], queries), jnp.int32), key_mask.astype(jnp.int32)
     # Padding is segment 0. Its keys are masked, and its queries have no key to attend to.
@@ -278,7 +282,8 @@ def pair_segments(
 
 
 class Transformer(nn.Module):
-    """T5. `params` has the parameters in T5X's layout, `params_axes` their logical axes."""
+    """T5 encoder-decoder. The collection `params` has the parameters in T5X's layout, and
+    `params_axes` has their logical axes."""
 
     config: T5Config
 
@@ -288,7 +293,7 @@ class Transformer(nn.Module):
         self.decoder = Decoder(self.config)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T H"]:
-        """Returns the embeddings of tokens, rows of the token table."""
+        """Returns the embeddings of tokens."""
         return self.token_embedder(tokens)
 
     def encode(
@@ -303,15 +308,16 @@ class Transformer(nn.Module):
         """Runs the encoder over tokens, or over embeddings that the caller computed.
 
         Args:
-            inputs: token ids `[B,T]` or embeddings `[B,T,H]`.
-            mask: the positions that are attended to.
+            inputs: the token ids `[B,T]` or the embeddings `[B,T,H]`.
+            mask: True at positions that may be attended to.
             segment_ids: the example that each position belongs to, if rows are packed.
             deterministic: False draws dropout from the `dropout` random stream.
-            return_hidden: also returns the hidden states: the embeddings, the output of every
-                layer except the last, and the final output; one more than the number of layers.
+            return_hidden: whether to also return the hidden states: the embeddings, the output of
+                every layer except the last, and the final output. There is one more state than
+                there are layers.
 
         Returns:
-            encoded `[B,T,H]`, or `(encoded, hidden)`.
+            The final output `[B,T,H]`, or `(output, hidden states)`.
         """
         x = self.embed(inputs) if jnp.issubdtype(inputs.dtype, jnp.integer) else inputs
         encoded, hidden = self.encoder(x, mask, segment_ids, deterministic, return_hidden)
@@ -340,26 +346,32 @@ class Transformer(nn.Module):
         Args:
             encoded: the result of `encode`.
             encoder_mask: the mask given to `encode`.
-            decoder_input_tokens: targets shifted right; a step's new tokens when decoding.
-            encoder_segment_ids: given with `decoder_segment_ids`, if rows are packed.
-            decoder_segment_ids: as above; a target attends only to inputs of its own segment.
+            decoder_input_tokens: the targets shifted right, or the new tokens of a decoding step.
+            encoder_segment_ids: the example that each encoder position belongs to, if rows are
+                packed.
+            decoder_segment_ids: the example that each target belongs to, if rows are packed. A
+                target attends only to its own example.
             deterministic: False draws dropout from the `dropout` random stream.
             decode: whether to use the cache.
-            max_decode_length: positions of the cache; required in every call that decodes.
-            return_hidden: also returns the hidden states, counted as in `encode`.
+            max_decode_length: the number of positions in the cache; required with `decode=True`.
+            return_hidden: whether to also return the hidden states, as in `encode`.
 
         Returns:
-            logits `[B,L,V]` in float32, or `(logits, hidden)`.
+            The logits `[B,L,V]` in float32, or `(logits, hidden states)`.
 
         Raises:
-            ValueError: rows to decode are packed, or `max_decode_length` is missing.
+            ValueError: `decode=True` with packed rows, or without `max_decode_length`.
         """
         if decode and max_decode_length is None:
             raise ValueError(
-                "decode=True needs max_decode_length. Give the positions of the cache."
+                "decode=True needs max_decode_length, the number of positions in the cache, but it "
+                "is None. Set it to the length of the longest output."
             )
         if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):
-            raise ValueError("Packed rows (segment ids) cannot be decoded. Pass pack=False.")
+            raise ValueError(
+                "Packed rows cannot be decoded, but segment ids were given. Convert the examples "
+                "with pack=False, and omit the segment ids."
+            )
         tied = self.token_embedder.attend if self.config.logits_via_embedding else None
         logits, hidden = self.decoder(
             self.embed(decoder_input_tokens),
@@ -400,7 +412,7 @@ class Transformer(nn.Module):
 
 
 def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Returns path name -> shape for every parameter, without creating any."""
+    """Returns the shape of every parameter by its path name, without creating arrays."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, mask, tokens)

@@ -1,9 +1,10 @@
-"""Conversion between parameters by layer and T5X's scanned tree, with stacked layers.
+"""Conversion between a parameter tree with one subtree per layer and T5X's tree for a scan.
 
-`encoder/layers_<i>/<name>` of all i become one `encoder/encoder/<name>` with the layers on axis
-1 (and the same for the decoder), as in T5X's scalable T5. That tree has a relative position table
-in every layer. If all are equal, they are T5's one table per stack, repeated; if they differ,
-every layer has its own (`T5Config.relative_bias_per_layer`, umT5).
+The parameters `encoder/layers_<i>/<name>` of all layers are stacked on axis 1 into one parameter
+`encoder/encoder/<name>` (and likewise for the decoder), as in T5X's scalable T5. T5X's tree has a
+relative position table in every layer. If all tables are equal, they are copies of T5's one table
+per stack; if they differ, every layer has a separate table (`T5Config.relative_bias_per_layer`,
+umT5).
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def is_stacked(params: Mapping[str, Any]) -> bool:
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree for `scan_layers=True`. `unstack_layers` is the exact inverse."""
+    """Returns the tree for `scan_layers=True`, with stacked layers.
+
+    `unstack_layers` is the exact inverse.
+    """
     stacked: dict[str, Any] = {}
     layers: dict[str, dict[int, Any]] = {}
     for name, leaf in flatten(params).items():
@@ -42,7 +46,8 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         missing = sorted(set(range(max(leaves) + 1)) - set(leaves))
         if missing:
             raise ValueError(
-                f"Layers {missing} lack the parameter {name}, which other layers have."
+                f"Layers {missing} lack the parameter {name}, which other layers have. The "
+                "checkpoint may be incomplete: download or copy it again."
             )
         ordered = [leaves[i] for i in range(len(leaves))]
         stacked[name] = _numpy_of(ordered[0]).stack(ordered, axis=LAYER_AXIS)
@@ -52,7 +57,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tree with one subtree per layer; the inverse of `stack_layers`.
 
-    Relative position tables that are equal in all layers become one for the stack.
+    Relative position tables that are equal in all layers become one table for the stack.
     """
     leaves: dict[str, Any] = {}
     for name, leaf in flatten(params).items():
