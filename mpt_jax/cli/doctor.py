@@ -98,8 +98,8 @@ def check_trainer() -> Iterator[Finding]:
         yield Finding(
             "other T5X",
             ", ".join(map(str, folders[1:])),
-            f"Python's path has {len(folders)} T5X, and the first one is used.",
-            "remove the others from PYTHONPATH, or `pip uninstall t5x`",
+            f"Python's path has {len(folders)} installations of T5X. The first one is used.",
+            "remove the others from PYTHONPATH, or run `pip uninstall t5x`",
         )
 
 
@@ -141,15 +141,17 @@ def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
         platform_name, kind, number = json.loads(answer)
         yield Finding("devices", f"{number} x {kind} ({platform_name}), on this machine")
     elif error:
-        mend = "set JAX_PLATFORMS=cpu, or install JAX for this accelerator: pip install"
-        yield Finding("devices", "none", f"JAX finds no device: {error}", f"{mend} -U 'jax[tpu]'")
+        mend = "install JAX for this accelerator (for example, pip install -U 'jax[tpu]'), or set "
+        mend += "JAX_PLATFORMS=cpu"
+        yield Finding("devices", "none", f"JAX finds no device: {error}", mend)
     else:
         yield Finding(
             "devices",
             "no answer",
-            f"JAX did not answer within {seconds:g} s. Another process may hold the TPU, or the "
-            "hosts of this slice wait for each other. Then run this on all hosts at once.",
-            "sudo fuser -v /dev/accel* /dev/vfio/* shows the holder; --timeout sets the limit",
+            f"JAX did not answer within {seconds:g} s. Another process may be using the TPU, or "
+            "JAX may be waiting for the other hosts of this slice.",
+            "find the process with `sudo fuser -v /dev/accel* /dev/vfio/*`, run this command on "
+            "all hosts at the same time, or raise --timeout",
         )
     try:
         arguments = distributed.distributed_args(os.environ)
@@ -177,11 +179,11 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".mpt_jax_doctor_"):
             pass
     except OSError as error:
-        return Finding(name, state, f"It cannot be written: {error.strerror}.", mend)
+        return Finding(name, state, f"Cannot write to this folder: {error.strerror}.", mend)
     free = shutil.disk_usage(existing).free
     state += f", {free / 2**30:.1f} GiB free"
     if free < MIN_FREE:
-        return Finding(name, state, "It has less than 1 GiB free.", mend)
+        return Finding(name, state, "Less than 1 GiB is free.", mend)
     return Finding(name, state)
 
 
@@ -199,7 +201,7 @@ def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Fin
         return
     reason = error or f"no answer within {seconds:g} s."
     login = "gcloud auth application-default login" if not credentials else mend
-    yield Finding(paths.ROOT_VARIABLE, root, f"It cannot be written: {reason}", login)
+    yield Finding(paths.ROOT_VARIABLE, root, f"Cannot write to this bucket: {reason}", login)
 
 
 def _credentials() -> str:
@@ -243,7 +245,7 @@ def check_data(folder: str) -> Iterator[Finding]:
     for source in SOURCES:
         if source in absent:
             command = f"tfds build {source} --data_dir {shlex.quote(folder)}"
-            yield Finding(source, "absent", "It is not on this machine.", command)
+            yield Finding(source, "absent", "The data set is not on this machine.", command)
         else:
             yield Finding(source, "here")
 
@@ -262,7 +264,7 @@ def check_backbone(root: str) -> Iterator[Finding]:
     mend = "pip install huggingface_hub && " + paths.download_command(
         repository=repository, folder=folder
     )
-    problem = f"The folder has no {', no '.join(absent)}." if absent else ""
+    problem = f"Missing from this folder: {', '.join(absent)}." if absent else ""
     yield Finding("backbone", folder, problem, mend if absent else "")
 
 
@@ -297,9 +299,9 @@ def report(found: Sequence[Finding], suite: str) -> str:
         lines += ["", f"{finding.name}: {finding.problem}", f"    {finding.mend}"]
     if not wrong:
         return "\n".join([*lines, "", f"A stage of the {suite} suite can start."])
-    hint = "" if suite == "toy" else " Stages of gin/tiny.gin need no data: --suite toy."
-    number = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
-    return "\n".join([*lines, "", f"{number} wrong.{hint}"])
+    hint = "" if suite == "toy" else " Stages of gin/tiny.gin need no data (check: --suite toy)."
+    number = "1 problem" if len(wrong) == 1 else f"{len(wrong)} problems"
+    return "\n".join([*lines, "", f"{number} found.{hint}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

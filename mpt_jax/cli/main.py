@@ -45,7 +45,9 @@ def main() -> None:
         if arguments and arguments[0] in ("-h", "--help"):
             print(usage)
             return
-        unknown = f"mpt-jax: unknown command {arguments[0]!r}\n" if arguments else ""
+        unknown = (
+            f"mpt-jax: unknown command {arguments[0]!r}. Use one below.\n" if arguments else ""
+        )
         sys.exit(unknown + usage)
     sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]
     module = MODULES.get(arguments[0], arguments[0])

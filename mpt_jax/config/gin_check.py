@@ -100,7 +100,10 @@ def bind(bindings: Sequence[str]) -> None:
     for binding in bindings:
         for statement in config_parser.ConfigParser(binding, gin_config.ParserDelegate()):
             if not isinstance(statement, config_parser.BindingStatement):
-                raise SyntaxError(f"{binding!r} is not a binding of the form NAME = value.")
+                raise SyntaxError(
+                    f"{binding!r} is not a binding. Write NAME = value or "
+                    "scope/name.parameter = value."
+                )
             key = (statement.scope, statement.selector, statement.arg_name)
             if not statement.arg_name:
                 key = (_macro_name(statement), "gin.macro", "value")
@@ -152,7 +155,8 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
             if key not in macros:
                 raise UnreadBinding(
                     f"No gin file reads the macro {key}, so setting it would have no effect."
-                    f"{_suggest(key, macros)}"
+                    f"{_suggest(key, macros)} Correct the name, remove the binding, or add the gin "
+                    "file that reads the macro."
                 )
             _check_refines(key)
             continue
@@ -166,7 +170,8 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
         if scope and not any(scope in names for names in scopes):
             raise UnreadBinding(
                 f"Nothing refers to {selector} in the scope {scope!r}, so {key} would have no "
-                f"effect.{_suggest(scope, {name for names in scopes for name in names})}"
+                f"effect.{_suggest(scope, {name for names in scopes for name in names})} Correct "
+                "the scope, or remove the binding."
             )
 
 
@@ -211,7 +216,8 @@ def check_files(
             if name not in known:
                 raise UnreadBinding(
                     f"Nothing reads the macro {name}, so setting it would have no effect "
-                    f"({path} line {line}).{_suggest(name, known)}"
+                    f"({path} line {line}).{_suggest(name, known)} Correct the name, or remove the "
+                    "line."
                 )
 
 
@@ -331,26 +337,33 @@ def explain(error: Exception) -> str | None:
         selector, module = match.groups()
         known = [name for name in dir(sys.modules.get(module)) if not name.startswith("_")]
         hint = _suggest(selector.rpartition(".")[2], known)
-        return f"{module} has no {selector.rpartition('.')[2]!r}.{hint}{_location(text)}"
+        name = selector.rpartition(".")[2]
+        return f"{module} has no {name!r}{_location(text)}.{hint or ' Correct the name.'}"
     if match := re.match(r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", text):
         selector, parameter = match.groups()
         known = _parameters(selector)
         return (
-            f"{selector} has no parameter {parameter!r}.{_suggest(parameter, known)} It has: "
-            f"{', '.join(known)}.{_location(text)}"
+            f"{selector} has no parameter {parameter!r}{_location(text)}."
+            f"{_suggest(parameter, known)} Its parameters are: {', '.join(known)}."
         )
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match.group(1)
         known = {entry.name for entry in gin_config._INVERSE_REGISTRY.values()}
-        return f"No gin file imports {name!r}.{_suggest(name, known)}{_location(text)}"
+        return (
+            f"No gin file imports {name!r}{_location(text)}.{_suggest(name, known)} Correct the "
+            "name, or bind it in a gin file that imports its module."
+        )
     if match := re.match(r"cannot import name '(\w+)' from 'mpt_jax'", text):
-        return f"{text.partition(' (')[0]}.{_moved(match.group(1))}{_location(text)}"
+        return f"{text.partition(' (')[0]}{_location(text)}.{_moved(match.group(1))}"
     if text.startswith("Unable to open file"):
-        return f"A gin file includes a file that does not exist. {text}"
+        return (
+            "A gin file includes a file that does not exist. Correct its path, or add its folder "
+            f"with --gin_search_paths. Gin reports: {text}"
+        )
     if re.match(r"'\w+' was not provided by an import statement", text):
         return f"{text} Add the import to that gin file."
     if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
-        return f"Unable to parse value: {error.args[0]}. Is a quote or a bracket left open?"
+        return f"Unable to parse value: {error.args[0]}. Close the open quote or bracket."
     return text if isinstance(error, UnreadBinding | UnboundMacro | SyntaxError) else None
 
 
@@ -360,7 +373,9 @@ def _moved(name: str) -> str:
     files = sorted(folder.rglob(f"{name}.py"))
     packages = [".".join(path.relative_to(folder.parent).parent.parts) for path in files]
     hints = [f"from {package} import {name}" for package in packages]
-    return f" Write {' or '.join(map(repr, hints))}." if hints else " CHANGELOG.md lists the moves."
+    if not hints:
+        return " CHANGELOG.md lists the modules that were moved."
+    return f" Write {' or '.join(map(repr, hints))}."
 
 
 def _location(text: str) -> str:

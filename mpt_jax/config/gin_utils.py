@@ -110,8 +110,8 @@ def _check_exists(name: str, searched: Sequence[str]) -> None:
     close = difflib.get_close_matches(name, shipped, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(
-        f"No gin file {name!r}.{hint} Looked in: {', '.join(map(os.path.abspath, searched))}. Add "
-        "folders with --gin_search_paths."
+        f"No gin file {name!r} was found.{hint} Correct its path, or add its folder with "
+        f"--gin_search_paths. Searched: {', '.join(map(os.path.abspath, searched))}."
     )
 
 
@@ -130,8 +130,9 @@ def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., 
     """Returns an entry point with its arguments from the parsed files, except the overrides."""
     if not gin_check.is_bound(function):
         raise ConfigError(
-            f"No gin file configures {function.__name__}(). Add a file with a block "
-            f"`{function.__name__}_script.{function.__name__}:`."
+            f"No gin file configures {function.__name__}(). Add a stage file with --gin_file, such "
+            "as gin/mpt_source.gin for train(), gin/eval.gin for evaluate() or gin/infer.gin for "
+            "infer()."
         )
     bound = gin.get_configurable(function)
 
@@ -233,7 +234,10 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
     log_progress()
     trainer_choice.announce_own()
     if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+        raise app.UsageError(
+            f"Unexpected arguments: {' '.join(argv[1:])}. Pass gin files as --gin_file=FILE and "
+            "bindings as --gin.NAME=VALUE."
+        )
     try:
         _start_processes()
         _data_flags()
@@ -329,7 +333,8 @@ def _start_processes() -> None:
     arguments = {**(from_environment or {}), **arguments}
     if "num_processes" in arguments and "coordinator_address" not in arguments:
         raise ConfigError(
-            "--process_count needs --coordinator_address. Pass the host:port of process 0."
+            "--process_count is set, but --coordinator_address is not. Pass "
+            "--coordinator_address=HOST:PORT, the address of process 0."
         )
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=values.heartbeat_timeout)
     logging.info(

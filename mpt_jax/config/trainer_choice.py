@@ -28,8 +28,8 @@ FOLDER = Path(__file__).parents[1] / "t5x_compat" / "fallback"
 OFFERED = ("gin_utils", "partitioning", "trainer", "utils")
 SCRIPTS = ("eval", "infer", "train")
 INSTALL = (
-    "T5X is on no package registry: clone https://github.com/google-research/t5x and install it, "
-    "or put the clone on PYTHONPATH. A real T5X is used as soon as it can be imported."
+    "T5X is not on PyPI. To use it, clone https://github.com/google-research/t5x, and install the "
+    "clone or add it to PYTHONPATH."
 )
 
 
@@ -77,7 +77,11 @@ def activate(name: str) -> None:
     choice = requested_trainer()
     real = find_real() if choice != "own" else None
     if real is None and choice == "t5x":
-        raise ImportError(f"{VARIABLE}=t5x, but no T5X can be imported. {INSTALL}", name=name)
+        raise ImportError(
+            f"{VARIABLE}=t5x, but no T5X can be imported. {INSTALL} To use this library's trainer, "
+            f"unset {VARIABLE}.",
+            name=name,
+        )
     if real is None:
         install_fallback()
         return
@@ -129,8 +133,8 @@ def install_fallback() -> types.ModuleType:
     loaded = sys.modules.get("t5x")
     if is_real(loaded):
         raise ImportError(
-            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, and one process "
-            "cannot hold both trainers. Start a new process."
+            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, so this process "
+            "cannot use this library's trainer as well. Start a new process."
         )
     if getattr(loaded, "__embedded__", False):
         assert loaded is not None
@@ -160,7 +164,7 @@ class _NotOffered:
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
             return None
         raise ModuleNotFoundError(
-            f"{name} is part of T5X, which is not installed. Only {', '.join(OFFERED)} and "
-            f"`python -m t5x.{{{','.join(SCRIPTS)}}}` work without it. {INSTALL}",
+            f"{name} is part of T5X, which is not installed. Without it, t5x has only the modules "
+            f"{', '.join(OFFERED)} and the scripts {', '.join(SCRIPTS)}. {INSTALL}",
             name=name.partition(".")[0],
         )

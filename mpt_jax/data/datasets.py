@@ -74,8 +74,8 @@ class DatasetConfig:
         if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
                 "DatasetConfig.length_buckets and by_length have no effect with pack = True, "
-                "because packed rows have one length. Set pack = False, or remove the others "
-                "(docs/performance.md compares them)."
+                "because packed rows have one length. Set pack = False, or remove length_buckets "
+                "and by_length (docs/performance.md compares them)."
             )
 
     def provider(self) -> Any:
@@ -137,8 +137,8 @@ def get_dataset(
     """
     if continue_from_last_checkpoint:
         raise ValueError(
-            "continue_from_last_checkpoint must be False. Restore the data position with "
-            "TrainIterator.restore."
+            "continue_from_last_checkpoint must be False, because get_dataset always starts at the "
+            "first batch. Use TrainIterator.restore to restore a data position."
         )
     provider = cfg.provider()
     converter = cfg.converter(feature_converter_cls, cfg.pack)
@@ -277,7 +277,10 @@ def eval_batches(
         buckets = cfg.buckets(converter)
         batches[task.name] = EvalBatches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
     if not batches:
-        raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
+        raise ValueError(
+            f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "
+            "DatasetConfig.split to a split that at least one of the tasks has."
+        )
     if provider.name not in batches and len(batches) > 1:
         parts = list(batches.values())
         batches[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)

@@ -96,15 +96,19 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         if prompt_length < 0:
             raise ValueError(f"prompt_length must be 0 or more, got {prompt_length}.")
         if on_overlong not in OVERLONG_POLICIES:
-            raise ValueError(f"on_overlong must be one of {OVERLONG_POLICIES}, got {on_overlong!r}")
+            raise ValueError(
+                f"on_overlong must be {' or '.join(map(repr, OVERLONG_POLICIES))}, got "
+                f"{on_overlong!r}."
+            )
         if pack_lengths is not None and set(pack_lengths) != {"inputs", "targets"}:
             raise ValueError(
-                f"pack_lengths must have the keys inputs and targets, got {sorted(pack_lengths)}."
+                "pack_lengths must have exactly the keys inputs and targets, got "
+                f"{sorted(pack_lengths)}."
             )
         if use_custom_packing_ops:
             raise ValueError(
                 "use_custom_packing_ops = True would have no effect, because "
-                "mpt_jax/batching/packing.py does the packing. Leave it False."
+                "mpt_jax/batching/packing.py does the packing. Set it to False."
             )
         if pack_window < 1:
             raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
@@ -112,8 +116,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             len(prompt_lengths) != runs.num_rows or max(prompt_lengths) > prompt_length
         ):
             raise ValueError(
-                f"prompt_lengths must have one value for each of the {runs.num_rows} bank rows, at "
-                f"most prompt_length = {prompt_length}, got {tuple(prompt_lengths)}."
+                f"prompt_lengths must have one value for each of the {runs.num_rows} runs, and "
+                f"none above prompt_length = {prompt_length}, got {tuple(prompt_lengths)}."
             )
         for name in runs.run_names:
             task_id(name)
@@ -134,9 +138,9 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         features = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
         if TASK_IDS not in features:
             raise ValueError(
-                f"The dataset has no feature {TASK_IDS!r} (it has {features}), so its examples "
-                "have no prompt. End the task's preprocessors with preprocessors.finish(name) and "
-                "use preprocessors.output_features(...) as its output features "
+                f"The dataset has no feature {TASK_IDS!r} (it has {features}), so the prompt of an "
+                "example is unknown. End the task's preprocessors with preprocessors.finish(name) "
+                "and use preprocessors.output_features(...) as its output features "
                 "(from mpt_jax.data import preprocessors)."
             )
         return super().__call__(ds, {**task_feature_lengths, TASK_IDS: 1})
@@ -167,8 +171,9 @@ class PromptFeatureConverter(seqio.FeatureConverter):
                 raise ValueError(
                     f"pack_lengths[{name!r}] is {self.pack_lengths[name]}, but one example may "
                     f"need {needed} positions (prompt_length {self.prompt_length}, "
-                    f"task_feature_lengths {dict(task_feature_lengths)}). Raise it to at least "
-                    f"{needed}, or lower the other two."
+                    f"task_feature_lengths {dict(task_feature_lengths)}). Raise "
+                    f"pack_lengths[{name!r}] to at least {needed}, or lower "
+                    f"task_feature_lengths[{name!r}]."
                 )
         return self.pack_lengths
 
@@ -211,7 +216,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
         message = (
             f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
-            "bind PromptFeatureConverter.on_overlong to truncate."
+            "set PromptFeatureConverter.on_overlong to truncate."
         )
         names = tf.constant(self.runs.run_names)
         checks = [
@@ -226,7 +231,10 @@ class PromptFeatureConverter(seqio.FeatureConverter):
 
     def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
         """Returns the error text for an id without a run, with the task's name if it is known."""
-        known = f" is not a run of this job. Its runs are {', '.join(self.runs.run_names)}."
+        known = (
+            f" has no run in this job, whose runs are {', '.join(self.runs.run_names)}. Add a run "
+            "for the task, or remove the task from the dataset."
+        )
         ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
         matches = tf.equal(ids, identity)
         name = tf.where(
@@ -263,10 +271,13 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         """Returns checks that no position of an example would be taken for padding."""
         checks, run = [], tf.constant(self.runs.run_names)[row]
         for name, may_be_empty in (("inputs", self.prompt_length > 0), ("targets", False)):
-            text, tokens = f"Cannot pack an example of {{}} whose {name} ", example[name]
-            checks.append(_assert(tf.reduce_all(tokens != 0), _named(text + "contain id 0.", run)))
+            text, tokens = f"Cannot pack an example of {{}}, because its {name} ", example[name]
+            fix = " Correct the preprocessors of the task, or set DatasetConfig.pack to False."
+            no_zero = _named(f"{text}contain id 0, which is padding.{fix}", run)
+            checks.append(_assert(tf.reduce_all(tokens != 0), no_zero))
             if not may_be_empty:
-                checks.append(_assert(tf.size(tokens) > 0, _named(text + "are empty.", run)))
+                not_empty = _named(f"{text}are empty.{fix}", run)
+                checks.append(_assert(tf.size(tokens) > 0, not_empty))
         return checks
 
     def _packed(

@@ -39,8 +39,10 @@ class HostShard:
     def __post_init__(self):
         if self.batch_size % self.num_hosts:
             raise ValueError(
-                f"DatasetConfig.batch_size {self.batch_size} must be a multiple of the "
-                f"{self.num_hosts} hosts."
+                "DatasetConfig.batch_size must be a multiple of the number of hosts "
+                f"({self.num_hosts}), got {self.batch_size}. Use "
+                f"{self.batch_size // self.num_hosts * self.num_hosts or self.num_hosts}, for "
+                "example."
             )
 
     def of(self, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -85,7 +87,8 @@ class TrainIterator(Iterator[Batch]):
             if self._taken:
                 raise
             raise ValueError(
-                f"The dataset does not fill one batch: {self._identity}. Lower "
+                f"The {self._identity['split']!r} split of {', '.join(self._identity['tasks'])} "
+                f"does not fill one batch of {self._share.batch_size} rows. Lower "
                 "DatasetConfig.batch_size, or choose another split."
             ) from None
         except tf.errors.InvalidArgumentError as error:
@@ -118,12 +121,15 @@ class TrainIterator(Iterator[Batch]):
             archive = zipfile.ZipFile(io.BytesIO(state))
             header = json.loads(archive.read(_POSITION))
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise ValueError(f"The data position is corrupt or not a position: {error}") from error
+            raise ValueError(
+                f"The data position is corrupt or not a position ({error}). Rename its checkpoint "
+                "to resume from the previous one."
+            ) from error
         check_same(
             header["identity"],
             self._identity,
             what="The data position",
-            advice="Bind the saved values again, or start over in another MODEL_DIR.",
+            advice="Restore the saved values, or choose another MODEL_DIR to start over.",
         )
         with tempfile.TemporaryDirectory() as folder:
             for name in archive.namelist():

@@ -60,8 +60,9 @@ def renamed(preprocessors: Sequence, name: str) -> list:
     """
     if not any(isinstance(p, AddTaskId) for p in preprocessors):
         raise ValueError(
-            f"None of the preprocessors of the task {name!r} writes `task_ids`. "
-            "End its list with mpt_jax.data.preprocessors.finish(name)."
+            f"Cannot derive the task {name!r}, because no preprocessor of the original task writes "
+            "`task_ids`. End the original task's preprocessors with "
+            "mpt_jax.data.preprocessors.finish(<its name>)."
         )
     return [AddTaskId(name) if isinstance(p, AddTaskId) else p for p in preprocessors]
 

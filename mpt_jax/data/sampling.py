@@ -45,11 +45,13 @@ class Sampler:
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % self.num_hosts:
             raise ValueError(
-                f"batch_size must be a positive multiple of the number of hosts, got "
-                f"{self.batch_size} for {self.num_hosts}."
+                f"{type(self).__name__}.batch_size must be a positive multiple of the number of "
+                f"hosts ({self.num_hosts}), got {self.batch_size}."
             )
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be in 0 .. 2^31 - 1, got {self.seed}.")
+            raise ValueError(
+                f"{type(self).__name__}.seed must be from 0 to 2^31 - 1, got {self.seed}."
+            )
 
     def check(self, num_tasks: int) -> None:
         """Raises ValueError if this sampler does not support `num_tasks` tasks."""
@@ -70,7 +72,10 @@ class Sampler:
         del seed  # The sampler's is always set and equal on all hosts; SeqIO's may be neither.
         weights = np.asarray(rates, np.float64)
         if not (weights > 0).all():
-            raise ValueError(f"Mixing weights must be positive, got {weights.tolist()}.")
+            raise ValueError(
+                f"Mixing weights must be positive, got {weights.tolist()}. Raise the rates of the "
+                "mixture, or remove the tasks with rate 0."
+            )
         self.check(len(datasets))
         draw = tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
         choices = tf.data.Dataset.range(np.iinfo(np.int64).max).map(draw).unbatch()
@@ -106,13 +111,14 @@ class StochasticTasks(Sampler):
         kappa = self._kappa(num_tasks)
         if not 2 <= kappa <= num_tasks:
             raise ValueError(
-                f"Stochastic task sampling needs kappa from 2 to the number of tasks, but kappa is "
-                f"{kappa} and the mixture has {num_tasks}. For one task use sampling.EqualQuotas."
+                "Stochastic task sampling needs kappa from 2 to the number of tasks "
+                f"({num_tasks}), but kappa is {kappa}. Change StochasticTasks.kappa, or for one "
+                "task use sampling.EqualQuotas."
             )
         if self.batch_size < kappa:
             raise ValueError(
-                f"A batch of {self.batch_size} cannot hold kappa = {kappa} tasks. Raise batch_size "
-                "or lower kappa."
+                f"A batch of {self.batch_size} examples cannot hold kappa = {kappa} tasks. Raise "
+                "batch_size or lower kappa."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -154,9 +160,9 @@ class EqualQuotas(Sampler):
     def check(self, num_tasks: int) -> None:
         if self.batch_size % num_tasks:
             raise ValueError(
-                f"Equal quotas need a batch_size that is a multiple of the {num_tasks} runs, got "
-                f"{self.batch_size}. Use {self.batch_size // num_tasks * num_tasks or num_tasks}, "
-                "for example."
+                "Equal quotas need a batch_size that is a multiple of the number of runs "
+                f"({num_tasks}), got {self.batch_size}. Use "
+                f"{self.batch_size // num_tasks * num_tasks or num_tasks}, for example."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -189,7 +195,10 @@ class TaskMixture(seqio.Mixture):
     ):
         tasks = [find_task(task) for task in task_names]
         if rates is not None and set(rates) != set(task_names):
-            raise ValueError(f"rates must name {sorted(task_names)}, got {sorted(rates)}.")
+            raise ValueError(
+                f"rates must have one weight for each of the tasks {sorted(task_names)}, got "
+                f"weights for {sorted(rates)}."
+            )
         sampler.check(len(tasks))
         super().__init__(name, tasks, default_rate=1.0)
         self.sampler = sampler
@@ -235,7 +244,8 @@ class TaskMixture(seqio.Mixture):
         if seed is not None and seed != self.sampler.seed:
             raise ValueError(
                 f"DatasetConfig.seed is {seed}, but the sampler of {self.name!r} has the seed "
-                f"{self.sampler.seed}. Bind both to one macro (T5X replaces None with the time)."
+                f"{self.sampler.seed}. Bind both to the same macro, such as RANDOM_SEED. (T5X "
+                "replaces a seed of None with the time.)"
             )
         tables = [
             read_table(find_task(name), split, seed=self.sampler.seed, **arguments)

@@ -36,8 +36,9 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
             named = f" ({', '.join(task_names)})" if task_names else ""
             raise ValueError(
                 f"The task suite {module} cannot be imported (no module {error.name}), so its "
-                f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
-                "bind TASK_MODULES and the task names to your own modules and tasks."
+                f"tasks{named} are not registered. Run in the folder that holds the module, add "
+                "that folder to PYTHONPATH, or bind TASK_MODULES and the task names to another "
+                "suite (--gin_file=gin/tiny.gin binds the toy suite)."
             ) from error
 
 
@@ -84,9 +85,12 @@ def check_split(task: seqio.Task, split: str) -> None:
     with explain_missing_data(task, split):
         splits = task.source.splits
         if not splits:  # TFDS has no splits before the data is prepared
-            raise FileNotFoundError("no data is prepared")
+            raise FileNotFoundError("its data has not been prepared")
     if split not in splits:
-        raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
+        raise ValueError(
+            f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}. Choose an "
+            "existing split."
+        )
 
 
 @contextlib.contextmanager
@@ -112,8 +116,8 @@ def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS lists all data sets after it
         how = (
-            " If the data is not on this machine, prepare it on one with a network (tfds build "
-            "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
+            " If the data is not on this machine, run `tfds build <name> --data_dir DIR` on a "
+            "machine with internet access, copy DIR here, and pass --tfds_data_dir=DIR."
         )
         raise ValueError(
             f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "

@@ -69,7 +69,8 @@ class ExampleTable:
         self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
         if not self.num_examples:
             raise ValueError(
-                f"The {split!r} split of task {task.name!r} is empty after preprocessing."
+                f"The {split!r} split of task {task.name!r} is empty after preprocessing. Check "
+                "the task's source and preprocessors, or choose another split."
             )
         self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
@@ -128,7 +129,7 @@ def report_lengths(
     for name, (cut, total) in overlong.items():
         if cut:
             logging.warning(
-                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
+                "Task %s, %s split: %d of %d examples (%.2f%%) are longer than %s tokens.",
                 name,
                 split,
                 cut,
@@ -150,8 +151,9 @@ def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:
     for name in features:
         if dataset.element_spec[name].shape.rank != 1:
             raise ValueError(
-                f"Feature {name!r} has rank {dataset.element_spec[name].shape.rank}; only features "
-                "of rank 1 can be mixed."
+                f"The feature {name!r} has rank {dataset.element_spec[name].shape.rank}, but every "
+                "feature of a task must have rank 1. Flatten it in the task's preprocessors, or "
+                "remove it from the task's output features."
             )
     dataset = dataset.map(
         tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})

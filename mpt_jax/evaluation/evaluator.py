@@ -282,8 +282,9 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
     registered = provider.name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
     if not registered:
         raise ValueError(
-            f"{provider.name!r} is not registered with SeqIO, whose evaluator finds tasks by name. "
-            "Register it with sampling.task_mixture."
+            f"The task or mixture {provider.name!r} is not registered with SeqIO, whose evaluator "
+            "finds tasks by name. Register a task with seqio.TaskRegistry.add, and a mixture with "
+            "sampling.task_mixture."
         )
     tasks = seqio.get_subtasks(provider)
     validation.check_runs(tasks, converter)
@@ -291,14 +292,14 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
         task_lookup.check_split(task, cfg.split)
         if task.predict_with_aux_metric_fns:
             raise ValueError(
-                f"Task {task.name!r} has a metric of auxiliary values, which are not computed. "
-                "Remove that metric from the task."
+                f"Task {task.name!r} has a metric that reads auxiliary values (aux_values), which "
+                "this evaluator does not compute. Remove the metric from the task's metric_fns."
             )
         if not task.metric_objs:
             logging.warning("Skipped task %s, which has no metrics.", task.name)
     if not any(task.metric_objs for task in tasks):
         raise ValueError(
-            f"No task of {provider.name!r} has metrics, so nothing can be evaluated. Register its "
+            f"No task of {provider.name!r} has metrics, so nothing can be evaluated. Register the "
             "tasks with metric_fns."
         )
 

@@ -149,11 +149,11 @@ def report(model_dir: str, found: Sequence[RunOutcome]) -> None:
     write_atomic(path, json.dumps({"runs": runs}, indent=1) + "\n")
     for outcome in found:
         run, step, best_step = outcome.run, outcome.step, outcome.best_step
-        kept = "no artifact" if best_step is None else f"the artifact of step {best_step}"
+        kept = "It has no artifact" if best_step is None else f"Its artifact is of step {best_step}"
         if outcome.state == FAILED:
-            logging.error("Run %s failed at step %d and has %s.", run, step, kept)
+            logging.error("Run %s failed at step %d. %s.", run, step, kept)
         elif outcome.state == FINISHED and len(found) > 1:
-            logging.info("Run %s finished at step %d and has %s.", run, step, kept)
+            logging.info("Run %s finished at step %d. %s.", run, step, kept)
     if len(found) > 1:
         counts = {
             state: sum(outcome.state == state for outcome in found)

@@ -61,14 +61,14 @@ class PeriodicEvaluator:
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
         if unknown:
             raise ValueError(
-                f"actions must be keyed by {EVAL_MODES}, got {unknown}. (T5X's TRAIN is not "
-                "supported.)"
+                f"actions has unknown keys: {', '.join(map(str, unknown))}. Use only "
+                f"{' and '.join(EVAL_MODES)} (T5X's TRAIN is not supported)."
             )
         for mode, data in zip(EVAL_MODES, (self.losses, self.inference), strict=True):
             if self.actions.get(mode) and not data:
                 raise ValueError(
-                    f"The actions {self.actions[mode]} would never run, because {mode} has no "
-                    "dataset. Bind its dataset, or remove the actions."
+                    f"The {mode} actions {self.actions[mode]} would never run, because "
+                    f"train.{mode.lower()}_dataset_cfg is None. Bind it, or remove the actions."
                 )
         self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
         self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)

@@ -94,7 +94,8 @@ class _Listener:
         # T5X catches the first class, saves and raises again. Python takes the exit code from the
         # second. It is a class attribute, because gin makes another exception of the same class.
         raise type("Stopped", (preempted, SystemExit), {"code": code})(
-            f"stopped by a signal after step {step}"
+            f"Stopped by signal {self._request.signal} after step {step}. Run the same command "
+            "again to resume."
         )
 
     def close(self) -> None:
