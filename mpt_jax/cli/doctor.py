@@ -4,9 +4,9 @@
     mpt-jax doctor --suite toy      checks for gin/tiny.gin, which needs no data and no backbone
     mpt-jax doctor --json           prints JSON, for launch scripts
 
-Exit code 0 if a stage can start, 1 if something is wrong, 2 for a mistake on the command line. It
-does not hang or hold a device: whatever may wait for a device or a network runs in a child
-process, which is killed after `--timeout` seconds. TensorFlow is not imported.
+The exit code is 0 if a stage can start, 1 if there is a problem, and 2 for a mistake on the command
+line. Checks that may wait for a device or the network run in a child process, which is killed after
+`--timeout` seconds, so the command neither hangs nor holds a device. It does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Finding:
         name: what was checked.
         value: what was found.
         problem: what is wrong, if anything.
-        mend: the command or setting that fixes it.
+        mend: the command or setting that fixes the problem.
     """
 
     name: str
@@ -104,7 +104,7 @@ def check_trainer() -> Iterator[Finding]:
 
 
 def _incomplete(folder: Path) -> tuple[str, str]:
-    """Returns what a T5X lacks and how to get it; ('', '') if it is complete."""
+    """Returns what is missing from a T5X and how to install it; ('', '') if T5X is complete."""
     scripts = [f"{name}.py" for name in trainer_choice.SCRIPTS]
     absent = [script for script in scripts if not (folder / script).is_file()]
     if absent:
@@ -135,7 +135,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
-    """Checks which devices JAX finds, and which processes a job started here would have."""
+    """Checks which devices JAX finds, and whether a job on this machine would have one process."""
     answer, error = question.answer(seconds)
     if answer:
         platform_name, kind, number = json.loads(answer)
@@ -169,7 +169,7 @@ def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
 
 
 def check_folder(name: str, folder: str, mend: str) -> Finding:
-    """Checks whether a local folder exists, can be written, and has free space."""
+    """Checks whether a local folder is writable, or can be created, and has free space."""
     path = Path(folder).expanduser().absolute()
     existing = path
     while not os.path.exists(existing):  # also False without permission to look
@@ -188,7 +188,7 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
 
 
 def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Finding]:
-    """Checks MPT_JAX_ROOT: a folder, or a storage bucket and its credentials."""
+    """Checks MPT_JAX_ROOT, which is a local folder or a storage bucket that needs credentials."""
     mend = f"set {paths.ROOT_VARIABLE} to a writable folder or storage bucket"
     if writing is None:
         yield check_folder(paths.ROOT_VARIABLE, root, mend)
@@ -205,7 +205,7 @@ def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Fin
 
 
 def _credentials() -> str:
-    """Returns the file from which Google's libraries would read credentials; '' if none exists."""
+    """Returns the path of the file from which Google's libraries read credentials, or ''."""
     folder = os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud"
     default = Path(folder) / "application_default_credentials.json"
     path = Path(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or default)
@@ -251,7 +251,7 @@ def check_data(folder: str) -> Iterator[Finding]:
 
 
 def check_backbone(root: str) -> Iterator[Finding]:
-    """Checks the pretrained T5 and its vocabulary, in the folder that stage files read."""
+    """Checks that the folder from which stage files read the pretrained T5 has all its files."""
     name, repository = BACKBONE
     folder = os.path.join(root, name)
     if "://" in root:
@@ -276,8 +276,8 @@ def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
 
     Args:
         suite: `'paper'` or `'toy'`, the suite of the stages to start.
-        data_dir: folder of TensorFlow Datasets.
-        seconds: time limit for an answer of a device or a bucket.
+        data_dir: the folder in which TensorFlow Datasets keeps its data.
+        seconds: the time limit for a device or a bucket to answer.
     """
     root = paths.root()
     devices = Probe(_DEVICES)  # both probes run during the other checks
@@ -291,7 +291,7 @@ def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
 
 
 def report(found: Sequence[Finding], suite: str) -> str:
-    """Returns the findings as text, then the problems and their fixes."""
+    """Returns a text with one line for each finding, followed by the problems and their fixes."""
     width = max(len(finding.name) for finding in found)
     lines = [f"{'!!' if f.problem else '  '} {f.name:{width}}  {f.value}" for f in found]
     wrong = [finding for finding in found if finding.problem]

@@ -37,7 +37,7 @@ MODULES = {
 
 
 def main() -> None:
-    """Runs a command, which parses all arguments after its name."""
+    """Runs the command that the first argument names. The command parses the other arguments."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in COMMANDS:
         lines = [f"  {name:16}{help_text}" for name, help_text in COMMANDS.items()]

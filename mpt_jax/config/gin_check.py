@@ -1,8 +1,8 @@
 """Checks of a gin configuration before anything runs, with errors for its author.
 
-Gin binds whatever it can resolve. This module finds what gin does not: a macro that nothing reads,
-a parameter of a function that nothing refers to, and the closest known name to a misspelled one.
-No other module reads gin's tables, which are not public.
+Gin accepts every binding that it can resolve. This module rejects bindings that would have no
+effect: a macro that nothing reads, or a parameter of a function that nothing refers to. It also
+suggests known names for a misspelled one. No other module reads gin's tables, which are not public.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ RENAMED = {
 
 
 class UnreadBinding(ValueError):
-    """A setting that would have no effect."""
+    """Error for a setting that would have no effect."""
 
 
 class UnboundMacro(ValueError):
-    """A macro that a gin file reads and nothing sets."""
+    """Error for a macro that a gin file reads but nothing sets."""
 
 
 def set_search_paths(folders: Sequence[str]) -> None:
@@ -56,8 +56,8 @@ def set_search_paths(folders: Sequence[str]) -> None:
 
 
 class _CommandLine(gin_config.ParseContext):
-    """Resolves a name among what is registered, as gin does outside files. If that fails, resolves
-    it like a file with the imports of all files parsed before."""
+    """Gin context that resolves the names in command-line bindings. It searches the registered
+    functions first, as gin does outside files, and then the imports of all files parsed so far."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class _CommandLine(gin_config.ParseContext):
                 del self._symbol_table[name]
 
     def get_configurable(self, selector):
-        """Returns the function or class of a name, or None."""
+        """Returns the function or class with a name, or None if the name is unknown."""
         configurable = gin_config._REGISTRY.get_match(selector)
         if configurable is None and selector.partition(".")[0] in self._symbol_table:
             configurable = super().get_configurable(selector)
@@ -83,7 +83,7 @@ class _CommandLine(gin_config.ParseContext):
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """A context in which names are resolved with the imports of the files parsed so far."""
+    """Context in which gin resolves names with the imports of the files parsed so far."""
     gin_config._PARSE_CONTEXTS.append(_CommandLine())
     try:
         yield
@@ -92,10 +92,10 @@ def command_line() -> Iterator[None]:
 
 
 def bind(bindings: Sequence[str]) -> None:
-    """Applies the bindings of the command line, each parsed separately.
+    """Applies the bindings of the command line. Each is parsed separately.
 
     Raises:
-        SyntaxError: one of them is not a binding.
+        SyntaxError: an argument is not a binding.
     """
     for binding in bindings:
         for statement in config_parser.ConfigParser(binding, gin_config.ParserDelegate()):
@@ -121,7 +121,7 @@ def check_macros() -> None:
     """Checks that every macro that is referred to has a value.
 
     Raises:
-        UnboundMacro: names all macros without a value.
+        UnboundMacro: some macros have no value; the message lists all of them.
     """
     bound = _bound_macros()
     missing = sorted(
@@ -136,13 +136,13 @@ def check_macros() -> None:
 
 
 def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
-    """Checks that something that runs reads every binding of the command line.
+    """Checks that every binding of the command line is read by code that runs.
 
-    A gin file may set more than its stage needs; a command line may not.
+    Gin files may set more than their stage needs; the command line may not.
 
     Args:
-        bindings: `NAME = value` or `scope/name.parameter = value`.
-        entries: names of the functions that a run starts from.
+        bindings: the bindings, `NAME = value` or `scope/name.parameter = value`.
+        entries: the names of the entry functions, from which everything that runs is called.
 
     Raises:
         UnreadBinding: nothing reads one of the bindings.
@@ -187,17 +187,18 @@ def _check_refines(name: str) -> None:
 def check_files(
     parsed: Sequence[gin_config.ParsedConfigFileIncludesAndImports], shipped: Sequence[Path]
 ) -> None:
-    """Checks that something reads every macro that a user's file sets.
+    """Checks that every macro that a user's gin file sets is read.
 
-    A file may serve several stages, so a macro counts as read if any file of this library reads or
-    sets it, parsed or not.
+    A file may serve several stages, so a macro counts as read if any gin file of this library reads
+    or sets it, even one that this stage does not use.
 
     Args:
-        parsed: the results of parsing the files, in order.
-        shipped: folders of the gin files of this library.
+        parsed: the results of parsing the gin files, in order.
+        shipped: the folders of this library's gin files.
 
     Raises:
-        UnreadBinding: names the macro, its file and line, and the closest known macros.
+        UnreadBinding: nothing reads a macro; the message has the macro, its file and line, and the
+            closest known macros.
     """
     folders = [folder.resolve() for folder in shipped]
     users = [
@@ -230,28 +231,28 @@ def _file_names(
 
 
 def _find_file(name: str) -> Path | None:
-    """Returns the file that gin read for a name, from the first search path that has it. None if
-    gin read it from a package."""
+    """Returns the path of the file that gin read for a name, in the first search path that has it;
+    None if gin read it from a package."""
     paths = [Path(os.path.join(prefix, name)) for prefix in gin_config._LOCATION_PREFIXES]
     return next((path for path in paths if path.is_file()), None)
 
 
 class _Names(config_parser.ParserDelegate):
-    """Records the macros that are read, and resolves nothing."""
+    """Parser delegate that records which macros a file reads, without resolving any names."""
 
     def __init__(self):
         self.read: set[str] = set()
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
-        """Ignores references other than macros."""
+        """Ignores references to functions and classes."""
 
     def macro(self, macro_name):
-        """Records the name."""
+        """Records the name of a macro."""
         self.read.add(macro_name)
 
 
 def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
-    """Returns the macros that a file sets, with their lines, and the macros that it reads."""
+    """Returns ({macro that a file sets: line number}, macros that it reads)."""
     names = _Names()
     with path.open() as file:
         assigned = {
@@ -291,7 +292,8 @@ def _is_required(value: Any) -> bool:
 
 
 def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
-    """Returns {complete selector: scopes it may be called in}, starting at the entry functions."""
+    """Returns {complete selector: scopes it may be called in} for everything that the entry
+    functions may call."""
     config = gin_config._CONFIG
     reached: dict[str, list[set[str]]] = {}
     pending: list[tuple[str, frozenset[str]]] = [
@@ -314,7 +316,7 @@ def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
 
 
 def _paths(scopes: Any) -> set[str]:
-    """Returns the scope names that a call in nested scopes reads: each prefix of the path."""
+    """Returns the scopes whose bindings apply in nested scopes: each prefix of their path."""
     if isinstance(scopes, frozenset):
         return set(scopes)
     return {"/".join(scopes[:end]) for end in range(1, len(scopes) + 1)}
@@ -331,7 +333,8 @@ def _suggest(name: str, known: Any) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Returns gin's message with the closest known names, or None if the error is not gin's."""
+    """Returns a clear message for an error of gin, with the closest known names; None if the error
+    is not from gin."""
     text = str(error)
     if match := re.match(r"Couldn't resolve selector (\S+); <module '([\w.]+)'", text):
         selector, module = match.groups()
@@ -368,7 +371,7 @@ def explain(error: Exception) -> str | None:
 
 
 def _moved(name: str) -> str:
-    """Returns a hint with the import line of a module that used to be directly in mpt_jax."""
+    """Returns a hint with the new import line of a module that was once directly in mpt_jax."""
     folder = Path(__file__).parents[1]
     files = sorted(folder.rglob(f"{name}.py"))
     packages = [".".join(path.relative_to(folder.parent).parent.parts) for path in files]

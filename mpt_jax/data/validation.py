@@ -16,10 +16,10 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
 
     Args:
         cfg: the `DatasetConfig`.
-        provider: its task or mixture.
-        converter: its feature converter.
+        provider: the task or mixture of the `DatasetConfig`.
+        converter: the feature converter.
         hosts: number of hosts that share each batch.
-        endless: whether the dataset is for training.
+        endless: whether the dataset is endless, which means that it is for training.
     """
     if cfg.batch_size % hosts:
         raise ValueError(
@@ -79,8 +79,8 @@ def check_lengths(
 
     Args:
         overlong: {task: (truncated examples, all examples)}.
-        converter: its `on_overlong` decides.
-        task_feature_lengths: the limits, for the message.
+        converter: the feature converter, whose `on_overlong` says whether it truncates.
+        task_feature_lengths: the limits, shown in the error.
     """
     cut = {name: counts for name, counts in overlong.items() if counts[0]}
     if not cut or getattr(converter, "on_overlong", "truncate") == "truncate":
@@ -93,12 +93,13 @@ def check_lengths(
 
 
 def check_counts(overlong: Mapping[str, tuple[int, int]], cfg: Any, converter: Any) -> None:
-    """Raises ValueError for an empty split, or as `check_lengths`; logs truncated examples.
+    """Raises ValueError if a task has no examples, and checks lengths like `check_lengths`. Also
+    logs the numbers of over-long examples.
 
     Args:
         overlong: {task: (truncated examples, all examples)}.
-        cfg: the `DatasetConfig` that was read.
-        converter: see `check_lengths`.
+        cfg: the `DatasetConfig` that the examples were read with.
+        converter: the feature converter; see `check_lengths`.
     """
     empty = [name for name, (_, size) in overlong.items() if not size]
     if empty:
