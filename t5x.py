@@ -1,7 +1,7 @@
-"""Entry of `import t5x` if Google's T5X is not installed: see mpt_jax/t5x_compat/fallback.
+"""Module that `import t5x` loads if Google's T5X is not installed (mpt_jax/t5x_compat/fallback).
 
-On some import paths Python finds this file before a real T5X, so it looks for one first and loads
-it instead. It has no further logic, since installers may copy it.
+Python may find this file before a real T5X. The file therefore searches for a real T5X first, and
+loads that instead. It has no other logic, because installers may copy it.
 """
 
 from mpt_jax.config import trainer_choice

@@ -311,7 +311,7 @@ def test_restore_states_other_backbone_error(saved, tmp_path):
     ("settings", "message"),
     [
         ({"split": "tset"}, "Task 'judged_a' has no 'tset' split; it has test."),
-        ({"names": BANK}, "The 'test' split is empty: judged_empty."),
+        ({"names": BANK}, "The 'test' split of these tasks is empty: judged_empty."),
         (
             {"task_feature_lengths": {"inputs": 1, "targets": 3}},
             r"longer than .*judged_a: 7 of 7 \(100.00%\), judged_b: 7 of 7",

@@ -4,9 +4,9 @@
     mpt-jax doctor --suite toy      checks for gin/tiny.gin, which needs no data and no backbone
     mpt-jax doctor --json           prints JSON, for launch scripts
 
-Exit code 0 if a stage can start, 1 if something is wrong, 2 for a mistake on the command line. It
-does not hang or hold a device: whatever may wait for a device or a network runs in a child
-process, which is killed after `--timeout` seconds. TensorFlow is not imported.
+The exit code is 0 if a stage can start, 1 if there is a problem, and 2 for a mistake on the command
+line. Checks that may wait for a device or the network run in a child process, which is killed after
+`--timeout` seconds, so the command neither hangs nor holds a device. It does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Finding:
         name: what was checked.
         value: what was found.
         problem: what is wrong, if anything.
-        mend: the command or setting that fixes it.
+        mend: the command or setting that fixes the problem.
     """
 
     name: str
@@ -98,13 +98,13 @@ def check_trainer() -> Iterator[Finding]:
         yield Finding(
             "other T5X",
             ", ".join(map(str, folders[1:])),
-            f"Python's path has {len(folders)} T5X, and the first one is used.",
-            "remove the others from PYTHONPATH, or `pip uninstall t5x`",
+            f"Python's path has {len(folders)} installations of T5X. The first one is used.",
+            "remove the others from PYTHONPATH, or run `pip uninstall t5x`",
         )
 
 
 def _incomplete(folder: Path) -> tuple[str, str]:
-    """Returns what a T5X lacks and how to get it; ('', '') if it is complete."""
+    """Returns what is missing from a T5X and how to install it; ('', '') if T5X is complete."""
     scripts = [f"{name}.py" for name in trainer_choice.SCRIPTS]
     absent = [script for script in scripts if not (folder / script).is_file()]
     if absent:
@@ -135,21 +135,23 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
-    """Checks which devices JAX finds, and which processes a job started here would have."""
+    """Checks which devices JAX finds, and whether a job on this machine would have one process."""
     answer, error = question.answer(seconds)
     if answer:
         platform_name, kind, number = json.loads(answer)
         yield Finding("devices", f"{number} x {kind} ({platform_name}), on this machine")
     elif error:
-        mend = "set JAX_PLATFORMS=cpu, or install JAX for this accelerator: pip install"
-        yield Finding("devices", "none", f"JAX finds no device: {error}", f"{mend} -U 'jax[tpu]'")
+        mend = "install JAX for this accelerator (for example, pip install -U 'jax[tpu]'), or set "
+        mend += "JAX_PLATFORMS=cpu"
+        yield Finding("devices", "none", f"JAX finds no device: {error}", mend)
     else:
         yield Finding(
             "devices",
             "no answer",
-            f"JAX did not answer within {seconds:g} s. Another process may hold the TPU, or the "
-            "hosts of this slice wait for each other. Then run this on all hosts at once.",
-            "sudo fuser -v /dev/accel* /dev/vfio/* shows the holder; --timeout sets the limit",
+            f"JAX did not answer within {seconds:g} s. Another process may be using the TPU, or "
+            "JAX may be waiting for the other hosts of this slice.",
+            "find the process with `sudo fuser -v /dev/accel* /dev/vfio/*`, run this command on "
+            "all hosts at the same time, or raise --timeout",
         )
     try:
         arguments = distributed.distributed_args(os.environ)
@@ -167,7 +169,7 @@ def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
 
 
 def check_folder(name: str, folder: str, mend: str) -> Finding:
-    """Checks whether a local folder exists, can be written, and has free space."""
+    """Checks whether a local folder is writable, or can be created, and has free space."""
     path = Path(folder).expanduser().absolute()
     existing = path
     while not os.path.exists(existing):  # also False without permission to look
@@ -177,16 +179,16 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".mpt_jax_doctor_"):
             pass
     except OSError as error:
-        return Finding(name, state, f"It cannot be written: {error.strerror}.", mend)
+        return Finding(name, state, f"Cannot write to this folder: {error.strerror}.", mend)
     free = shutil.disk_usage(existing).free
     state += f", {free / 2**30:.1f} GiB free"
     if free < MIN_FREE:
-        return Finding(name, state, "It has less than 1 GiB free.", mend)
+        return Finding(name, state, "Less than 1 GiB is free.", mend)
     return Finding(name, state)
 
 
 def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Finding]:
-    """Checks MPT_JAX_ROOT: a folder, or a storage bucket and its credentials."""
+    """Checks MPT_JAX_ROOT, which is a local folder or a storage bucket that needs credentials."""
     mend = f"set {paths.ROOT_VARIABLE} to a writable folder or storage bucket"
     if writing is None:
         yield check_folder(paths.ROOT_VARIABLE, root, mend)
@@ -199,11 +201,11 @@ def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Fin
         return
     reason = error or f"no answer within {seconds:g} s."
     login = "gcloud auth application-default login" if not credentials else mend
-    yield Finding(paths.ROOT_VARIABLE, root, f"It cannot be written: {reason}", login)
+    yield Finding(paths.ROOT_VARIABLE, root, f"Cannot write to this bucket: {reason}", login)
 
 
 def _credentials() -> str:
-    """Returns the file from which Google's libraries would read credentials; '' if none exists."""
+    """Returns the path of the file from which Google's libraries read credentials, or ''."""
     folder = os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud"
     default = Path(folder) / "application_default_credentials.json"
     path = Path(os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") or default)
@@ -243,13 +245,13 @@ def check_data(folder: str) -> Iterator[Finding]:
     for source in SOURCES:
         if source in absent:
             command = f"tfds build {source} --data_dir {shlex.quote(folder)}"
-            yield Finding(source, "absent", "It is not on this machine.", command)
+            yield Finding(source, "absent", "The data set is not on this machine.", command)
         else:
             yield Finding(source, "here")
 
 
 def check_backbone(root: str) -> Iterator[Finding]:
-    """Checks the pretrained T5 and its vocabulary, in the folder that stage files read."""
+    """Checks that the folder from which stage files read the pretrained T5 has all its files."""
     name, repository = BACKBONE
     folder = os.path.join(root, name)
     if "://" in root:
@@ -262,7 +264,7 @@ def check_backbone(root: str) -> Iterator[Finding]:
     mend = "pip install huggingface_hub && " + paths.download_command(
         repository=repository, folder=folder
     )
-    problem = f"The folder has no {', no '.join(absent)}." if absent else ""
+    problem = f"Missing from this folder: {', '.join(absent)}." if absent else ""
     yield Finding("backbone", folder, problem, mend if absent else "")
 
 
@@ -274,8 +276,8 @@ def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
 
     Args:
         suite: `'paper'` or `'toy'`, the suite of the stages to start.
-        data_dir: folder of TensorFlow Datasets.
-        seconds: time limit for an answer of a device or a bucket.
+        data_dir: the folder in which TensorFlow Datasets keeps its data.
+        seconds: the time limit for a device or a bucket to answer.
     """
     root = paths.root()
     devices = Probe(_DEVICES)  # both probes run during the other checks
@@ -289,7 +291,7 @@ def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
 
 
 def report(found: Sequence[Finding], suite: str) -> str:
-    """Returns the findings as text, then the problems and their fixes."""
+    """Returns a text with one line for each finding, followed by the problems and their fixes."""
     width = max(len(finding.name) for finding in found)
     lines = [f"{'!!' if f.problem else '  '} {f.name:{width}}  {f.value}" for f in found]
     wrong = [finding for finding in found if finding.problem]
@@ -297,9 +299,9 @@ def report(found: Sequence[Finding], suite: str) -> str:
         lines += ["", f"{finding.name}: {finding.problem}", f"    {finding.mend}"]
     if not wrong:
         return "\n".join([*lines, "", f"A stage of the {suite} suite can start."])
-    hint = "" if suite == "toy" else " Stages of gin/tiny.gin need no data: --suite toy."
-    number = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
-    return "\n".join([*lines, "", f"{number} wrong.{hint}"])
+    hint = "" if suite == "toy" else " Stages of gin/tiny.gin need no data (check: --suite toy)."
+    number = "1 problem" if len(wrong) == 1 else f"{len(wrong)} problems"
+    return "\n".join([*lines, "", f"{number} found.{hint}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

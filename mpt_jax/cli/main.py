@@ -37,7 +37,7 @@ MODULES = {
 
 
 def main() -> None:
-    """Runs a command, which parses all arguments after its name."""
+    """Runs the command that the first argument names. The command parses the other arguments."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in COMMANDS:
         lines = [f"  {name:16}{help_text}" for name, help_text in COMMANDS.items()]
@@ -45,7 +45,9 @@ def main() -> None:
         if arguments and arguments[0] in ("-h", "--help"):
             print(usage)
             return
-        unknown = f"mpt-jax: unknown command {arguments[0]!r}\n" if arguments else ""
+        unknown = (
+            f"mpt-jax: unknown command {arguments[0]!r}. Use one below.\n" if arguments else ""
+        )
         sys.exit(unknown + usage)
     sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]
     module = MODULES.get(arguments[0], arguments[0])

@@ -1,4 +1,4 @@
-"""Probes of a machine that neither hang `mpt-jax doctor` nor import anything into its process."""
+"""Probes for `mpt-jax doctor`, which can neither hang it nor import anything into its process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Probe:
     """A Python script in a child process, which is killed after a timeout.
 
     Args:
-        script: the source to run.
-        arguments: its `sys.argv[1:]`.
+        script: the Python source to run.
+        arguments: the script's arguments, `sys.argv[1:]`.
     """
 
     def __init__(self, script: str, *arguments: str):
@@ -30,7 +30,7 @@ class Probe:
         )  # fmt: skip
 
     def answer(self, seconds: float) -> tuple[str, str]:
-        """Returns (last line printed, error); one of them is empty, both after a timeout."""
+        """Returns (last line printed, error). One of them is empty; after a timeout, both are."""
         try:
             output, errors = self._child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -50,8 +50,11 @@ class Probe:
 
 
 def missing_packages(t5x: Path) -> set[str]:
-    """Returns packages that T5X's scripts need and that are not installed. Nothing is imported:
-    the files that the scripts import from T5X and its sister packages are parsed one by one."""
+    """Returns the packages that T5X's scripts need but that are not installed.
+
+    Nothing is imported. Instead, the scripts and the files that they import from T5X and its sister
+    packages are parsed for imports.
+    """
     folders: dict[str, Path] = {"t5x": t5x}
     waiting = [f"t5x.{name}" for name in trainer_choice.SCRIPTS]
     seen, missing = set(waiting), set()
@@ -73,7 +76,7 @@ def missing_packages(t5x: Path) -> set[str]:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """Yields the modules that a file imports when it runs, except inside functions and `try`."""
+    """Yields the modules that a file imports when it runs, except in functions and `try` blocks."""
     body = ast.parse(path.read_text()).body
     for node in list(body):
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):

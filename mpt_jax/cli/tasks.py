@@ -3,8 +3,8 @@
     mpt-jax tasks list
     mpt-jax tasks show boolq_k16_s3 -n 3 --vocabulary runs/backbones/t5-base
 
-Prints a table on a terminal, plain columns otherwise. Reads no gin file. Reports a mistake in one
-sentence, with exit code 2.
+It prints a table on a terminal and plain columns otherwise. It reads no gin files. On a mistake, it
+prints a one-line message and exits with code 2.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def shipped() -> list[str]:
 
 
 def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
-    """Imports modules; returns {module: the tasks that it registered}.
+    """Imports modules, and returns {module: names of the tasks that it registered}.
 
     Raises:
         ValueError: a module does not exist.
@@ -88,8 +88,9 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
         name: name of a task or a few-shot run.
         number: number of examples.
         split: the split of the examples.
-        vocabulary: see `vocabularies.load`; by default the task's vocabulary. Tasks of the paper
-            use the run's, and are shown without lengths by default.
+        vocabulary: the vocabulary that counts tokens (see `vocabularies.load`); by default the
+            task's. Tasks of the paper have none, because they use the run's, so by default they are
+            shown without lengths.
 
     Raises:
         ValueError: the task or split does not exist, its data cannot be read, or `number` is not
@@ -117,8 +118,8 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
 
 
 def _described(task: seqio.Task) -> tuple[str, ...]:
-    """Returns a task's name, data set, sizes by split, metrics, and whether the data is here and of
-    the published size."""
+    """Returns a task's name, data set, split sizes and metrics, and whether its data is on this
+    machine and has the published size."""
     source, sizes = task.source, _sizes(task)
     if isinstance(source, seqio.FunctionDataSource):
         data, here = "made by a function", True
@@ -133,7 +134,7 @@ def _described(task: seqio.Task) -> tuple[str, ...]:
 
 
 def _other_sizes(source: seqio.DataSource) -> str:
-    """Returns a note on splits on disk that differ from the published numbers of rows, or ''."""
+    """Returns a note on splits whose number of rows differs from the published one, or ''."""
     if not isinstance(source, PartsSource):
         return ""
     sizes = source.other_sizes().items()
@@ -141,7 +142,7 @@ def _other_sizes(source: seqio.DataSource) -> str:
 
 
 def _sizes(task: seqio.Task) -> dict[str, int | None]:
-    """Returns the number of rows of each split as declared; {} if that needs absent data."""
+    """Returns the declared number of rows of each split; {} if that needs data that is missing."""
     try:
         return {split: task.source.num_input_examples(split) for split in task.source.splits}
     except Exception as error:
@@ -155,7 +156,7 @@ def _metrics(task: seqio.Task) -> str:
 
 
 def _own_vocabulary(task: seqio.Task) -> seqio.Vocabulary | None:
-    """Returns the task's vocabulary; None for tasks that use the run's, which gin files bind."""
+    """Returns the task's vocabulary; None if the task uses the run's, which gin files bind."""
     try:
         return task.output_features["inputs"].vocabulary
     except ValueError:
@@ -167,7 +168,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _print(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table on a terminal; otherwise one line per row, in columns two spaces apart."""
+    """Prints a table on a terminal; otherwise plain lines, with two spaces between columns."""
     console = Console()
     if console.is_terminal:
         table = Table(title=Text(title), title_justify="left")

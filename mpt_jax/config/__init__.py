@@ -1,1 +1,1 @@
-"""Gin files: finding, parsing and checking them, and which trainer answers to `t5x`."""
+"""Search, parsing and checks of gin files, and the choice of the module `t5x`."""

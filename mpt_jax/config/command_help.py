@@ -1,4 +1,4 @@
-"""The text of `python -m mpt_jax.train --help`: every flag, and the macros people set most."""
+"""Help text of `python -m mpt_jax.train --help`: all flags and the most commonly set macros."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def usage(entry: str, modules: Sequence[str]) -> str:
 
     Args:
         entry: `'train'`, `'eval'` or `'infer'`.
-        modules: that define its flags.
+        modules: the names of the modules that define its flags.
     """
     known = flags.FLAGS.flags_by_module_dict()
     defined = [flag for module in modules for flag in known.get(module, [])]

@@ -1,8 +1,8 @@
 """Checks of a gin configuration before anything runs, with errors for its author.
 
-Gin binds whatever it can resolve. This module finds what gin does not: a macro that nothing reads,
-a parameter of a function that nothing refers to, and the closest known name to a misspelled one.
-No other module reads gin's tables, which are not public.
+Gin accepts every binding that it can resolve. This module rejects bindings that would have no
+effect: a macro that nothing reads, or a parameter of a function that nothing refers to. It also
+suggests known names for a misspelled one. No other module reads gin's tables, which are not public.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ RENAMED = {
 
 
 class UnreadBinding(ValueError):
-    """A setting that would have no effect."""
+    """Error for a setting that would have no effect."""
 
 
 class UnboundMacro(ValueError):
-    """A macro that a gin file reads and nothing sets."""
+    """Error for a macro that a gin file reads but nothing sets."""
 
 
 def set_search_paths(folders: Sequence[str]) -> None:
@@ -56,8 +56,8 @@ def set_search_paths(folders: Sequence[str]) -> None:
 
 
 class _CommandLine(gin_config.ParseContext):
-    """Resolves a name among what is registered, as gin does outside files. If that fails, resolves
-    it like a file with the imports of all files parsed before."""
+    """Gin context that resolves the names in command-line bindings. It searches the registered
+    functions first, as gin does outside files, and then the imports of all files parsed so far."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class _CommandLine(gin_config.ParseContext):
                 del self._symbol_table[name]
 
     def get_configurable(self, selector):
-        """Returns the function or class of a name, or None."""
+        """Returns the function or class with a name, or None if the name is unknown."""
         configurable = gin_config._REGISTRY.get_match(selector)
         if configurable is None and selector.partition(".")[0] in self._symbol_table:
             configurable = super().get_configurable(selector)
@@ -83,7 +83,7 @@ class _CommandLine(gin_config.ParseContext):
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """A context in which names are resolved with the imports of the files parsed so far."""
+    """Context in which gin resolves names with the imports of the files parsed so far."""
     gin_config._PARSE_CONTEXTS.append(_CommandLine())
     try:
         yield
@@ -92,15 +92,18 @@ def command_line() -> Iterator[None]:
 
 
 def bind(bindings: Sequence[str]) -> None:
-    """Applies the bindings of the command line, each parsed separately.
+    """Applies the bindings of the command line. Each is parsed separately.
 
     Raises:
-        SyntaxError: one of them is not a binding.
+        SyntaxError: an argument is not a binding.
     """
     for binding in bindings:
         for statement in config_parser.ConfigParser(binding, gin_config.ParserDelegate()):
             if not isinstance(statement, config_parser.BindingStatement):
-                raise SyntaxError(f"{binding!r} is not a binding of the form NAME = value.")
+                raise SyntaxError(
+                    f"{binding!r} is not a binding. Write NAME = value or "
+                    "scope/name.parameter = value."
+                )
             key = (statement.scope, statement.selector, statement.arg_name)
             if not statement.arg_name:
                 key = (_macro_name(statement), "gin.macro", "value")
@@ -118,7 +121,7 @@ def check_macros() -> None:
     """Checks that every macro that is referred to has a value.
 
     Raises:
-        UnboundMacro: names all macros without a value.
+        UnboundMacro: some macros have no value; the message lists all of them.
     """
     bound = _bound_macros()
     missing = sorted(
@@ -133,13 +136,13 @@ def check_macros() -> None:
 
 
 def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
-    """Checks that something that runs reads every binding of the command line.
+    """Checks that every binding of the command line is read by code that runs.
 
-    A gin file may set more than its stage needs; a command line may not.
+    Gin files may set more than their stage needs; the command line may not.
 
     Args:
-        bindings: `NAME = value` or `scope/name.parameter = value`.
-        entries: names of the functions that a run starts from.
+        bindings: the bindings, `NAME = value` or `scope/name.parameter = value`.
+        entries: the names of the entry functions, from which everything that runs is called.
 
     Raises:
         UnreadBinding: nothing reads one of the bindings.
@@ -152,7 +155,8 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
             if key not in macros:
                 raise UnreadBinding(
                     f"No gin file reads the macro {key}, so setting it would have no effect."
-                    f"{_suggest(key, macros)}"
+                    f"{_suggest(key, macros)} Correct the name, remove the binding, or add the gin "
+                    "file that reads the macro."
                 )
             _check_refines(key)
             continue
@@ -166,7 +170,8 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
         if scope and not any(scope in names for names in scopes):
             raise UnreadBinding(
                 f"Nothing refers to {selector} in the scope {scope!r}, so {key} would have no "
-                f"effect.{_suggest(scope, {name for names in scopes for name in names})}"
+                f"effect.{_suggest(scope, {name for names in scopes for name in names})} Correct "
+                "the scope, or remove the binding."
             )
 
 
@@ -182,17 +187,18 @@ def _check_refines(name: str) -> None:
 def check_files(
     parsed: Sequence[gin_config.ParsedConfigFileIncludesAndImports], shipped: Sequence[Path]
 ) -> None:
-    """Checks that something reads every macro that a user's file sets.
+    """Checks that every macro that a user's gin file sets is read.
 
-    A file may serve several stages, so a macro counts as read if any file of this library reads or
-    sets it, parsed or not.
+    A file may serve several stages, so a macro counts as read if any gin file of this library reads
+    or sets it, even one that this stage does not use.
 
     Args:
-        parsed: the results of parsing the files, in order.
-        shipped: folders of the gin files of this library.
+        parsed: the results of parsing the gin files, in order.
+        shipped: the folders of this library's gin files.
 
     Raises:
-        UnreadBinding: names the macro, its file and line, and the closest known macros.
+        UnreadBinding: nothing reads a macro; the message has the macro, its file and line, and the
+            closest known macros.
     """
     folders = [folder.resolve() for folder in shipped]
     users = [
@@ -211,7 +217,8 @@ def check_files(
             if name not in known:
                 raise UnreadBinding(
                     f"Nothing reads the macro {name}, so setting it would have no effect "
-                    f"({path} line {line}).{_suggest(name, known)}"
+                    f"({path} line {line}).{_suggest(name, known)} Correct the name, or remove the "
+                    "line."
                 )
 
 
@@ -224,28 +231,28 @@ def _file_names(
 
 
 def _find_file(name: str) -> Path | None:
-    """Returns the file that gin read for a name, from the first search path that has it. None if
-    gin read it from a package."""
+    """Returns the path of the file that gin read for a name, in the first search path that has it;
+    None if gin read it from a package."""
     paths = [Path(os.path.join(prefix, name)) for prefix in gin_config._LOCATION_PREFIXES]
     return next((path for path in paths if path.is_file()), None)
 
 
 class _Names(config_parser.ParserDelegate):
-    """Records the macros that are read, and resolves nothing."""
+    """Parser delegate that records which macros a file reads, without resolving any names."""
 
     def __init__(self):
         self.read: set[str] = set()
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
-        """Ignores references other than macros."""
+        """Ignores references to functions and classes."""
 
     def macro(self, macro_name):
-        """Records the name."""
+        """Records the name of a macro."""
         self.read.add(macro_name)
 
 
 def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
-    """Returns the macros that a file sets, with their lines, and the macros that it reads."""
+    """Returns ({macro that a file sets: line number}, macros that it reads)."""
     names = _Names()
     with path.open() as file:
         assigned = {
@@ -285,7 +292,8 @@ def _is_required(value: Any) -> bool:
 
 
 def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
-    """Returns {complete selector: scopes it may be called in}, starting at the entry functions."""
+    """Returns {complete selector: scopes it may be called in} for everything that the entry
+    functions may call."""
     config = gin_config._CONFIG
     reached: dict[str, list[set[str]]] = {}
     pending: list[tuple[str, frozenset[str]]] = [
@@ -308,7 +316,7 @@ def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
 
 
 def _paths(scopes: Any) -> set[str]:
-    """Returns the scope names that a call in nested scopes reads: each prefix of the path."""
+    """Returns the scopes whose bindings apply in nested scopes: each prefix of their path."""
     if isinstance(scopes, frozenset):
         return set(scopes)
     return {"/".join(scopes[:end]) for end in range(1, len(scopes) + 1)}
@@ -325,42 +333,52 @@ def _suggest(name: str, known: Any) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """Returns gin's message with the closest known names, or None if the error is not gin's."""
+    """Returns a clear message for an error of gin, with the closest known names; None if the error
+    is not from gin."""
     text = str(error)
     if match := re.match(r"Couldn't resolve selector (\S+); <module '([\w.]+)'", text):
         selector, module = match.groups()
         known = [name for name in dir(sys.modules.get(module)) if not name.startswith("_")]
         hint = _suggest(selector.rpartition(".")[2], known)
-        return f"{module} has no {selector.rpartition('.')[2]!r}.{hint}{_location(text)}"
+        name = selector.rpartition(".")[2]
+        return f"{module} has no {name!r}{_location(text)}.{hint or ' Correct the name.'}"
     if match := re.match(r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", text):
         selector, parameter = match.groups()
         known = _parameters(selector)
         return (
-            f"{selector} has no parameter {parameter!r}.{_suggest(parameter, known)} It has: "
-            f"{', '.join(known)}.{_location(text)}"
+            f"{selector} has no parameter {parameter!r}{_location(text)}."
+            f"{_suggest(parameter, known)} Its parameters are: {', '.join(known)}."
         )
     if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match.group(1)
         known = {entry.name for entry in gin_config._INVERSE_REGISTRY.values()}
-        return f"No gin file imports {name!r}.{_suggest(name, known)}{_location(text)}"
+        return (
+            f"No gin file imports {name!r}{_location(text)}.{_suggest(name, known)} Correct the "
+            "name, or bind it in a gin file that imports its module."
+        )
     if match := re.match(r"cannot import name '(\w+)' from 'mpt_jax'", text):
-        return f"{text.partition(' (')[0]}.{_moved(match.group(1))}{_location(text)}"
+        return f"{text.partition(' (')[0]}{_location(text)}.{_moved(match.group(1))}"
     if text.startswith("Unable to open file"):
-        return f"A gin file includes a file that does not exist. {text}"
+        return (
+            "A gin file includes a file that does not exist. Correct its path, or add its folder "
+            f"with --gin_search_paths. Gin reports: {text}"
+        )
     if re.match(r"'\w+' was not provided by an import statement", text):
         return f"{text} Add the import to that gin file."
     if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
-        return f"Unable to parse value: {error.args[0]}. Is a quote or a bracket left open?"
+        return f"Unable to parse value: {error.args[0]}. Close the open quote or bracket."
     return text if isinstance(error, UnreadBinding | UnboundMacro | SyntaxError) else None
 
 
 def _moved(name: str) -> str:
-    """Returns a hint with the import line of a module that used to be directly in mpt_jax."""
+    """Returns a hint with the new import line of a module that was once directly in mpt_jax."""
     folder = Path(__file__).parents[1]
     files = sorted(folder.rglob(f"{name}.py"))
     packages = [".".join(path.relative_to(folder.parent).parent.parts) for path in files]
     hints = [f"from {package} import {name}" for package in packages]
-    return f" Write {' or '.join(map(repr, hints))}." if hints else " CHANGELOG.md lists the moves."
+    if not hints:
+        return " CHANGELOG.md lists the modules that were moved."
+    return f" Write {' or '.join(map(repr, hints))}."
 
 
 def _location(text: str) -> str:

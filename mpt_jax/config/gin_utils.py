@@ -43,15 +43,15 @@ OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
 
 
 class ConfigError(ValueError):
-    """A mistake in gin files or on the command line, with a message for their author."""
+    """Error for a mistake in gin files or on the command line, with a message for the user."""
 
 
 # --- Parsing -------------------------------------------------------------------------------------
 
 
 def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
-    """Returns the folders in which gin files are searched, in order: the flag's paths, ROOT, this
-    library's files, and T5X's run files."""
+    """Returns the folders in which gin files are searched, in order: the paths of
+    --gin_search_paths, ROOT, this library's gin files, and its copies of T5X's run files."""
     return [*first, paths.root(), *map(str, _shipped())]
 
 
@@ -65,14 +65,15 @@ def parse(
     bindings: Sequence[str] = (),
     gin_search_paths: Sequence[str] = (os.curdir,),
 ) -> None:
-    """Replaces the gin configuration with that of files, then bindings; later ones win.
+    """Replaces the gin configuration with the given files and then the bindings. Later values
+    override earlier ones.
 
-    Bindings may name anything in a module that one of the files imports. T5X's parser cannot do
-    that (see above).
+    Bindings may name anything in a module that one of the files imports, which T5X's parser does
+    not allow (see the module docstring).
 
     Raises:
-        ConfigError: a missing file, an unknown name, or a binding on the command line or a macro
-            in a user's file that nothing reads. The message has the closest known names.
+        ConfigError: a file is missing, a name is unknown, or nothing reads a binding of the command
+            line or a macro of a user's file. The message has the closest known names.
     """
     gin.clear_config()
     folders = search_paths(gin_search_paths)
@@ -110,14 +111,14 @@ def _check_exists(name: str, searched: Sequence[str]) -> None:
     close = difflib.get_close_matches(name, shipped, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(
-        f"No gin file {name!r}.{hint} Looked in: {', '.join(map(os.path.abspath, searched))}. Add "
-        "folders with --gin_search_paths."
+        f"No gin file {name!r} was found.{hint} Correct its path, or add its folder with "
+        f"--gin_search_paths. Searched: {', '.join(map(os.path.abspath, searched))}."
     )
 
 
 @contextlib.contextmanager
 def as_main(module: types.ModuleType) -> Iterator[None]:
-    """Lets `import __main__ as train_script` in a gin file find an entry module."""
+    """Context in which `import __main__ as train_script` in a gin file imports `module`."""
     previous = sys.modules["__main__"]
     sys.modules["__main__"] = module
     try:
@@ -127,11 +128,13 @@ def as_main(module: types.ModuleType) -> Iterator[None]:
 
 
 def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., Any]:
-    """Returns an entry point with its arguments from the parsed files, except the overrides."""
+    """Returns an entry point as a function without arguments. Its arguments are those of the parsed
+    files, replaced by the overrides."""
     if not gin_check.is_bound(function):
         raise ConfigError(
-            f"No gin file configures {function.__name__}(). Add a file with a block "
-            f"`{function.__name__}_script.{function.__name__}:`."
+            f"No gin file configures {function.__name__}(). Add a stage file with --gin_file, such "
+            "as gin/mpt_source.gin for train(), gin/eval.gin for evaluate() or gin/infer.gin for "
+            "infer()."
         )
     bound = gin.get_configurable(function)
 
@@ -150,8 +153,9 @@ def run_stage(gin_files: Sequence[str], bindings: Sequence[str] = (), entry: str
     """Runs one stage in this process exactly as its command line would; may be called repeatedly.
 
     Args:
-        gin_files: as `--gin_file`, in order.
-        bindings: `NAME = value` or `scope/name.parameter = value`, as `--gin.NAME=value`.
+        gin_files: the gin files, in order, as with `--gin_file`.
+        bindings: the bindings, `NAME = value` or `scope/name.parameter = value`, as with
+            `--gin.NAME=value`.
         entry: `'train'`, `'eval'` or `'infer'`.
 
     Returns:
@@ -176,7 +180,8 @@ def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> No
 
     Args:
         function: the entry point.
-        overriding: flags that are arguments of `function`; they override gin if they are set.
+        overriding: names of the flags that override the arguments of `function` of the same name,
+            if they are set.
     """
     trainer_choice.install_fallback()
     define_flags()
@@ -198,7 +203,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def define_flags() -> None:
-    """Defines T5X's flags, and heartbeat_timeout."""
+    """Defines T5X's flags and --heartbeat_timeout."""
     flags.DEFINE_multi_string("gin_file", [], "A gin file; may be repeated, later files win.")
     flags.DEFINE_multi_string("gin_bindings", [], "One binding; --gin.NAME=VALUE is the same.")
     flags.DEFINE_list("gin_search_paths", [os.curdir], "Folders to search first for gin files.")
@@ -233,7 +238,10 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
     log_progress()
     trainer_choice.announce_own()
     if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+        raise app.UsageError(
+            f"Unexpected arguments: {' '.join(argv[1:])}. Pass gin files as --gin_file=FILE and "
+            "bindings as --gin.NAME=VALUE."
+        )
     try:
         _start_processes()
         _data_flags()
@@ -259,13 +267,13 @@ def _exit_with(error: Exception) -> NoReturn:
 
 
 def message(error: Exception) -> str:
-    """Returns an error's message, without the call that gin adds to it."""
+    """Returns the message of an error, without the note on the call that gin appends."""
     return str(error).partition("\n  In call to configurable")[0]
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether this library raised the error itself, so that its message suffices. An error raised
-    by other code is a defect, and is shown with its traceback."""
+    """Whether this library raised the error itself, so that the message suffices. An error raised
+    by other code is probably a bug, so it is shown with its traceback."""
     if not isinstance(error, (ValueError, OSError, RuntimeError)):
         return False
     frames = traceback.extract_tb(error.__traceback__)
@@ -282,13 +290,13 @@ def log_progress() -> None:
 
 
 class _LineFormatter(stdlib_logging.Formatter):
-    """Log lines for people: the time, a level above INFO, the message."""
+    """Formatter of log lines: the time, the level if it is above INFO, and the message."""
 
     def __init__(self):
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: stdlib_logging.LogRecord) -> str:
-        """Returns the line of a record."""
+        """Returns the log line of a record."""
         line = super().format(record)
         if record.levelno < stdlib_logging.WARNING:
             return line
@@ -305,8 +313,8 @@ _EXPECTED = (
 
 
 def _is_ours(record: stdlib_logging.LogRecord) -> bool:
-    """Whether a log record is this library's, or a warning of another. Drops the errors that gin
-    logs for every folder in which it does not find a file."""
+    """Whether to log a record: one of this library, or an unexpected warning of another library.
+    The errors that gin logs for every folder without the file it searches are dropped."""
     expected = str(record.msg).startswith(_EXPECTED)
     if Path(record.pathname).name == "resource_reader.py" or expected:
         return False
@@ -329,7 +337,8 @@ def _start_processes() -> None:
     arguments = {**(from_environment or {}), **arguments}
     if "num_processes" in arguments and "coordinator_address" not in arguments:
         raise ConfigError(
-            "--process_count needs --coordinator_address. Pass the host:port of process 0."
+            "--process_count is set, but --coordinator_address is not. Pass "
+            "--coordinator_address=HOST:PORT, the address of process 0."
         )
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=values.heartbeat_timeout)
     logging.info(
@@ -391,6 +400,6 @@ def bool_fn(var1: Any) -> bool:
 def string_split_fn(
     text: str, separator: str, maxsplit: int = -1, index: int | None = None
 ) -> list[str] | str:
-    """Returns the parts of a text, or one of them, for gin files."""
+    """Returns the parts of a text, or only the part at `index`, for gin files."""
     parts = text.split(separator, maxsplit)
     return parts if index is None else parts[index]

@@ -28,16 +28,16 @@ FOLDER = Path(__file__).parents[1] / "t5x_compat" / "fallback"
 OFFERED = ("gin_utils", "partitioning", "trainer", "utils")
 SCRIPTS = ("eval", "infer", "train")
 INSTALL = (
-    "T5X is on no package registry: clone https://github.com/google-research/t5x and install it, "
-    "or put the clone on PYTHONPATH. A real T5X is used as soon as it can be imported."
+    "T5X is not on PyPI. To use it, clone https://github.com/google-research/t5x, and install the "
+    "clone or add it to PYTHONPATH."
 )
 
 
 def requested_trainer() -> str | None:
-    """Returns the trainer that the environment requests, if any.
+    """Returns the trainer that MPT_JAX_TRAINER requests, or None.
 
     Raises:
-        ValueError: the value is unknown.
+        ValueError: the variable has an unknown value.
     """
     value = os.environ.get(VARIABLE) or None
     if value not in (None, "t5x", "own"):
@@ -46,16 +46,16 @@ def requested_trainer() -> str | None:
 
 
 def find_real() -> ModuleSpec | None:
-    """Returns the spec of an installed T5X, if any: the first of `all_real`."""
+    """Returns the spec of the first T5X that `all_real` yields, or None."""
     return next(all_real(), None)
 
 
 def all_real() -> Iterator[ModuleSpec]:
-    """Yields the specs of all T5X that can be imported, in Python's search order.
+    """Yields the specs of all T5X installations that can be imported, in Python's search order.
 
     Every entry of `sys.path` is searched separately, because the first match may be this library's
-    t5x.py. Then every other finder is asked, since editable installs add finders. A package called
-    t5x that is not T5X (a folder of runs, say) has no `__init__.py` or no `train_state.py`.
+    t5x.py. Then every other finder is asked, since editable installs add finders. A folder or
+    package named t5x counts as T5X only if it has an `__init__.py` and a `train_state.py`.
     """
     path_finder = importlib.machinery.PathFinder
     candidates = [path_finder.find_spec("t5x", [entry]) for entry in sys.path]
@@ -77,7 +77,11 @@ def activate(name: str) -> None:
     choice = requested_trainer()
     real = find_real() if choice != "own" else None
     if real is None and choice == "t5x":
-        raise ImportError(f"{VARIABLE}=t5x, but no T5X can be imported. {INSTALL}", name=name)
+        raise ImportError(
+            f"{VARIABLE}=t5x, but no T5X can be imported. {INSTALL} To use this library's trainer, "
+            f"unset {VARIABLE}.",
+            name=name,
+        )
     if real is None:
         install_fallback()
         return
@@ -91,7 +95,7 @@ def activate(name: str) -> None:
 
 
 def gin_folder() -> Path:
-    """Returns the folder that holds this library's `gin/`: the clone, or inside the wheel."""
+    """Returns the folder that contains this library's `gin/`, in a clone or an installed wheel."""
     package = Path(mpt_jax.__file__).parent
     installed = package / "configs"
     return installed if (installed / "gin").is_dir() else package.parent
@@ -124,13 +128,13 @@ def install_fallback() -> types.ModuleType:
     """Installs the fallback as the module `t5x`, even if a real T5X is installed; returns it.
 
     Raises:
-        ImportError: a real T5X is already loaded in this process, so both would be mixed.
+        ImportError: a real T5X is already loaded in this process.
     """
     loaded = sys.modules.get("t5x")
     if is_real(loaded):
         raise ImportError(
-            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, and one process "
-            "cannot hold both trainers. Start a new process."
+            f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, so this process "
+            "cannot use this library's trainer as well. Start a new process."
         )
     if getattr(loaded, "__embedded__", False):
         assert loaded is not None
@@ -153,14 +157,14 @@ def is_real(module: types.ModuleType | None) -> bool:
 
 
 class _NotOffered:
-    """Last finder for `t5x.<name>`, which raises an error that says how to install T5X."""
+    """Last import finder for `t5x.<name>`. Its error says how to install T5X."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Raises ModuleNotFoundError for every module that the fallback does not have."""
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
             return None
         raise ModuleNotFoundError(
-            f"{name} is part of T5X, which is not installed. Only {', '.join(OFFERED)} and "
-            f"`python -m t5x.{{{','.join(SCRIPTS)}}}` work without it. {INSTALL}",
+            f"{name} is part of T5X, which is not installed. Without it, t5x has only the modules "
+            f"{', '.join(OFFERED)} and the scripts {', '.join(SCRIPTS)}. {INSTALL}",
             name=name.partition(".")[0],
         )

@@ -1,6 +1,6 @@
-"""Datasets and batches of a `DatasetConfig`: NumPy dictionaries in the batch contract.
+"""Datasets, and batches as NumPy dictionaries that follow the batch contract (`feature_converter`).
 
-`DatasetConfig` and `get_dataset` have T5X's names and meaning.
+`DatasetConfig` and `get_dataset` have the same names and meaning as in T5X.
 """
 
 import dataclasses
@@ -27,27 +27,29 @@ _WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 
 @dataclasses.dataclass
 class DatasetConfig:
-    """What to read, up to which lengths, and how many rows at once. Fields are T5X's.
+    """Settings of a dataset: tasks, split, length limits and batch size. Most fields are T5X's.
 
     Attributes:
-        mixture_or_task_name: a registered name, or a SeqIO task or mixture.
+        mixture_or_task_name: the name of a registered task or mixture, or a SeqIO task or mixture.
         task_feature_lengths: limits on `inputs` and `targets` in tokens, including EOS but not
-            prompt positions. None (inference evaluation only): the longest lengths that occur.
-        split: the split to read of every task.
+            prompt positions. None, for inference evaluation only, means the longest lengths that
+            occur.
+        split: the split to read from every task.
         batch_size: rows per step over all hosts.
         shuffle: whether each pass has a different order.
         seed: seed of shuffling and sampling; required for training.
         use_cached: whether to read SeqIO's offline cache.
         pack: whether to pack several examples into a row.
-        use_custom_packing_ops: SeqIO's packing option.
-        module: imported first; it registers the tasks.
+        use_custom_packing_ops: SeqIO's packing option; see `PromptFeatureConverter`.
+        module: the module that registers the tasks; imported first.
         use_memory_cache: whether to keep evaluation batches in memory between evaluations.
-        trim_output_features: SeqIO's own trimming; `preprocessors.end_and_limit` truncates
-            before it.
-        length_buckets: {'inputs': [...], 'targets': [...]} token limits below those of
-            `task_feature_lengths`. Each unpacked batch is trimmed to the smallest that hold it,
-            which changes results only by rounding (and, with dropout, the masks drawn). {} for
-            one length; None for default lengths (`bucketing.automatic`). Not a field of T5X.
+        trim_output_features: whether SeqIO trims examples; `preprocessors.end_and_limit` has
+            truncated them before that.
+        length_buckets: {'inputs': [...], 'targets': [...]}, token limits below those of
+            `task_feature_lengths`. Each unpacked batch is trimmed to the smallest limits that fit
+            it, which changes results only by rounding (and, with dropout, the masks drawn). {}
+            gives all batches one length; None gives default lengths (`bucketing.automatic`). Not a
+            field of T5X.
         by_length: whether to sort the examples of a few training batches at a time by length, so
             that more padding is trimmed. This changes which examples share a batch. Not a field
             of T5X.
@@ -74,8 +76,8 @@ class DatasetConfig:
         if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
                 "DatasetConfig.length_buckets and by_length have no effect with pack = True, "
-                "because packed rows have one length. Set pack = False, or remove the others "
-                "(docs/performance.md compares them)."
+                "because packed rows have one length. Set pack = False, or remove length_buckets "
+                "and by_length (docs/performance.md compares them)."
             )
 
     def provider(self) -> Any:
@@ -98,7 +100,7 @@ class DatasetConfig:
     def buckets(
         self, converter: Any, limits: Mapping[str, int] | None = None
     ) -> LengthBuckets | None:
-        """Returns the lengths that unpacked batches are trimmed to; None for one length.
+        """Returns the lengths that batches are trimmed to, or None if all batches have one length.
 
         Args:
             converter: the feature converter.
@@ -124,21 +126,22 @@ def get_dataset(
     """Returns one host's shard of the batches, like T5X's `get_dataset`.
 
     Args:
-        cfg: what to read.
+        cfg: the settings of the dataset.
         shard_id: index of this host.
         num_shards: number of hosts.
-        feature_converter_cls: called with `pack` and, when packing, `use_custom_packing_ops`.
+        feature_converter_cls: the class or factory of the feature converter, called with `pack`
+            and, when packing, `use_custom_packing_ops`.
         num_epochs: number of passes; None for an endless dataset.
         continue_from_last_checkpoint: T5X's argument; must be False, since
-            `TrainIterator.restore` restores positions.
+            `TrainIterator.restore` restores data positions.
 
     Raises:
         ValueError: a task, run, split, seed, batch size or length is invalid.
     """
     if continue_from_last_checkpoint:
         raise ValueError(
-            "continue_from_last_checkpoint must be False. Restore the data position with "
-            "TrainIterator.restore."
+            "continue_from_last_checkpoint must be False, because get_dataset always starts at the "
+            "first batch. Use TrainIterator.restore to restore a data position."
         )
     provider = cfg.provider()
     converter = cfg.converter(feature_converter_cls, cfg.pack)
@@ -167,14 +170,14 @@ def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int)
     """Sorts the examples of `bucketing.WINDOW` batches at a time by input length, and shuffles the
     resulting batches.
 
-    Tasks with an equal share of each batch keep it, because each task's examples are sorted
-    separately. So a run of a grouped job sees the same examples per batch as in a solo job.
+    If tasks have equal shares of each batch, each task's examples are sorted separately. The shares
+    then stay equal, and a run of a grouped job sees the same examples per batch as in a solo job.
 
     Args:
-        dataset: endless task features (inputs, targets, task_ids).
-        batch_size: B.
-        shares: number of tasks with B / shares examples each of every batch, always in the same
-            order; or 1.
+        dataset: an endless dataset of task features (inputs, targets, task_ids).
+        batch_size: B, the number of examples in a batch.
+        shares: number of tasks that have equal shares, B / shares contiguous examples of every
+            batch, always in the same order; 1 if shares are not equal.
         seed: seed of the shuffling.
     """
     window, share = bucketing.WINDOW, batch_size // shares
@@ -209,7 +212,7 @@ def train_iterator(
     """Returns an endless iterator over this host's rows of the training batches.
 
     Args:
-        cfg: what to read.
+        cfg: the settings of the dataset.
         feature_converter_cls: as for `get_dataset`.
         num_hosts: number of hosts that share each batch.
         host_index: index of this host.
@@ -247,21 +250,22 @@ def eval_batches(
     num_hosts: int = 1,
     host_index: int = 0,
 ) -> dict[str, Callable[[], Iterable[Batch]]]:
-    """Returns the held-out batches for the evaluation loss, of each task and of all tasks.
+    """Returns the batches for the evaluation loss, for each task and for all tasks together.
 
-    Every example counts once. The last batch is padded with rows of zeros, which have zero
-    weight. All hosts get the same number of batches.
+    Every example counts once. The last batch of a task is padded with rows of zeros, which have
+    zero weight. All hosts get the same number of batches.
 
     Args:
-        cfg: what to read; tasks without the split are skipped with a warning.
+        cfg: the settings of the dataset. Tasks of a mixture that lack the split are skipped with a
+            warning.
         feature_converter_cls: as for `get_dataset`.
         num_batches: maximum number of batches per task; None for all.
         num_hosts: number of hosts that share each batch.
         host_index: index of this host.
 
     Returns:
-        {task name: function that returns this host's batches from the start}. For several tasks
-        also {mixture name: the same for the batches of all tasks}.
+        {task name: function that returns all of this host's batches}. With several tasks there is
+        also an entry for the mixture's name, for the batches of all tasks.
     """
     provider = cfg.provider()
     tasks = seqio.get_subtasks(provider)
@@ -277,7 +281,10 @@ def eval_batches(
         buckets = cfg.buckets(converter)
         batches[task.name] = EvalBatches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
     if not batches:
-        raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
+        raise ValueError(
+            f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "
+            "DatasetConfig.split to a split that at least one of the tasks has."
+        )
     if provider.name not in batches and len(batches) > 1:
         parts = list(batches.values())
         batches[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)

@@ -1,24 +1,24 @@
 """SeqIO feature converter that produces the batch contract.
 
-A prompt is not concatenated to an input. It is written into reserved positions, P in every
-example, and the features say what every position holds:
+Prompts are not concatenated to inputs. Each example has P reserved positions, into which the model
+writes the prompt, and the features say what every position holds:
 
     encoder_input_tokens   int32 [B, T]  token id; 0 at prompt slots and padding
-    encoder_prompt_slots   int32 [B, T]  i + 1 where the position is row i of the prompt, else 0
-    encoder_task_ids       int32 [B, T]  row of the prompt bank at every real position, else 0
+    encoder_prompt_slots   int32 [B, T]  i + 1 at the position reserved for prompt row i, else 0
+    encoder_task_ids       int32 [B, T]  bank row of the example at every real position, else 0
     decoder_input_tokens   int32 [B, L]  targets shifted right, 0 at the start of each example
     decoder_target_tokens  int32 [B, L]  token id; 0 at padding
     decoder_loss_weights   int32 [B, L]  1 at every target token, else 0
-    decoder_task_ids       int32 [B, L]  row of the prompt bank at every target token, else 0
+    decoder_task_ids       int32 [B, L]  bank row of the example at every target token, else 0
 
 Packed batches also have `encoder_segment_ids`, `encoder_positions` [B, T] and
 `decoder_segment_ids`, `decoder_positions` [B, L]: the number of the example (from 1; 0 is
-padding) and the position inside it. Unpacked, T = P + the limit on the text.
+padding) and the position inside it. Without packing, T is P + the limit on inputs.
 
 The feature `task_ids` [1] identifies the task: the CRC-32 of its name (31 bits), which the
-converter maps to a row of `Runs.run_names`. `~id` instead of `id` marks an example with a text
-longer than its limit. So the policy for such examples is a setting of the converter, which gin
-builds, and not of the registered task, which gin cannot configure.
+converter maps to an index of `Runs.run_names`, the bank row. An example with a text longer than
+its limit has `~id` instead of `id`. The converter, which gin configures, can then decide what to do
+with such examples. Gin cannot configure the registered task.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,22 +37,24 @@ OVERLONG_POLICIES = ("error", "truncate")
 class PromptFeatureConverter(seqio.FeatureConverter):
     """Converts task features (inputs, targets, task_ids) into the batch contract above.
 
-    Serves as T5X's `FEATURE_CONVERTER_CLS` with its first two arguments bound by gin or
-    `functools.partial`. `task_feature_lengths` lists `inputs` and `targets` and counts text only;
-    `task_ids` may be omitted.
+    With its first two arguments bound by gin or `functools.partial`, the class serves as T5X's
+    `FEATURE_CONVERTER_CLS`. `task_feature_lengths` has the limits on the texts of `inputs` and
+    `targets`, without prompt positions; `task_ids` may be omitted.
 
     Args:
-        prompt_length: P, positions reserved in front of each text; 0 for methods without a prompt.
-            The model supplies it.
-        runs: rows of the prompt bank, looked up by the name of an example's task.
+        prompt_length: P, the number of positions reserved in front of each text; 0 for methods
+            without a prompt. The model supplies it.
+        runs: the runs of the job; the name of an example's task determines its bank row.
         pack: whether to pack several examples into a row, each with its own prompt positions.
         use_custom_packing_ops: SeqIO's option; must be False, since this library does the packing.
-        pack_lengths: encoder (`inputs`, prompt positions included) and decoder (`targets`)
-            positions of a packed row; by default twice those of one example of full length.
+        pack_lengths: number of encoder positions (`inputs`, prompt positions included) and decoder
+            positions (`targets`) of a packed row; by default twice those of a full-length example.
         pack_window: number of examples packed at a time (`packing.best_fit`). A larger window
             leaves less padding and changes the order of the stream more.
-        on_overlong: 'error' or 'truncate', for examples that `end_and_limit` truncated.
-        prompt_lengths: prompt positions of each bank row, if they differ; at most P.
+        on_overlong: what to do with examples that `end_and_limit` truncated: 'error' raises an
+            error, 'truncate' keeps them.
+        prompt_lengths: number of prompt positions of each bank row, at most P; by default P for
+            all.
 
     Raises:
         ValueError: a setting is out of range or would have no effect.
@@ -96,15 +98,19 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         if prompt_length < 0:
             raise ValueError(f"prompt_length must be 0 or more, got {prompt_length}.")
         if on_overlong not in OVERLONG_POLICIES:
-            raise ValueError(f"on_overlong must be one of {OVERLONG_POLICIES}, got {on_overlong!r}")
+            raise ValueError(
+                f"on_overlong must be {' or '.join(map(repr, OVERLONG_POLICIES))}, got "
+                f"{on_overlong!r}."
+            )
         if pack_lengths is not None and set(pack_lengths) != {"inputs", "targets"}:
             raise ValueError(
-                f"pack_lengths must have the keys inputs and targets, got {sorted(pack_lengths)}."
+                "pack_lengths must have exactly the keys inputs and targets, got "
+                f"{sorted(pack_lengths)}."
             )
         if use_custom_packing_ops:
             raise ValueError(
                 "use_custom_packing_ops = True would have no effect, because "
-                "mpt_jax/batching/packing.py does the packing. Leave it False."
+                "mpt_jax/batching/packing.py does the packing. Set it to False."
             )
         if pack_window < 1:
             raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
@@ -112,8 +118,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             len(prompt_lengths) != runs.num_rows or max(prompt_lengths) > prompt_length
         ):
             raise ValueError(
-                f"prompt_lengths must have one value for each of the {runs.num_rows} bank rows, at "
-                f"most prompt_length = {prompt_length}, got {tuple(prompt_lengths)}."
+                f"prompt_lengths must have one value for each of the {runs.num_rows} runs, and "
+                f"none above prompt_length = {prompt_length}, got {tuple(prompt_lengths)}."
             )
         for name in runs.run_names:
             task_id(name)
@@ -130,13 +136,13 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-        """Converts `ds`; see the class. Raises ValueError if the task has no `task_ids`."""
+        """Converts a dataset; raises ValueError if its examples have no `task_ids`."""
         features = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
         if TASK_IDS not in features:
             raise ValueError(
-                f"The dataset has no feature {TASK_IDS!r} (it has {features}), so its examples "
-                "have no prompt. End the task's preprocessors with preprocessors.finish(name) and "
-                "use preprocessors.output_features(...) as its output features "
+                f"The dataset has no feature {TASK_IDS!r} (it has {features}), so the prompt of an "
+                "example is unknown. End the task's preprocessors with preprocessors.finish(name) "
+                "and use preprocessors.output_features(...) as its output features "
                 "(from mpt_jax.data import preprocessors)."
             )
         return super().__call__(ds, {**task_feature_lengths, TASK_IDS: 1})
@@ -144,7 +150,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Returns the length of each model feature: T for the encoder's, L for the decoder's."""
+        """Returns the length of each model feature: T for the encoder, L for the decoder."""
         positions = self._positions(task_feature_lengths)
         names = [*self.MODEL_FEATURES, *(self.PACKING_FEATURE_DTYPES if self.pack else ())]
         side = {"encoder": "inputs", "decoder": "targets"}
@@ -167,8 +173,9 @@ class PromptFeatureConverter(seqio.FeatureConverter):
                 raise ValueError(
                     f"pack_lengths[{name!r}] is {self.pack_lengths[name]}, but one example may "
                     f"need {needed} positions (prompt_length {self.prompt_length}, "
-                    f"task_feature_lengths {dict(task_feature_lengths)}). Raise it to at least "
-                    f"{needed}, or lower the other two."
+                    f"task_feature_lengths {dict(task_feature_lengths)}). Raise "
+                    f"pack_lengths[{name!r}] to at least {needed}, or lower "
+                    f"task_feature_lengths[{name!r}]."
                 )
         return self.pack_lengths
 
@@ -197,8 +204,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         return windows.map(lambda window: pack(window, positions, lengths)).unbatch()
 
     def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
-        """Returns the example's bank row (scalar); raises for an unknown task or an over-long
-        example."""
+        """Returns the example's bank row, a scalar. Fails in the graph for an unknown task or an
+        over-long example."""
         identity = example[TASK_IDS][0]
         was_cut = identity < 0
         identity = tf.where(was_cut, tf.bitwise.invert(identity), identity)
@@ -211,7 +218,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
         message = (
             f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
-            "bind PromptFeatureConverter.on_overlong to truncate."
+            "set PromptFeatureConverter.on_overlong to truncate."
         )
         names = tf.constant(self.runs.run_names)
         checks = [
@@ -225,8 +232,11 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             return tf.identity(row)
 
     def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
-        """Returns the error text for an id without a run, with the task's name if it is known."""
-        known = f" is not a run of this job. Its runs are {', '.join(self.runs.run_names)}."
+        """Returns the error for a task id without a run, with the task's name if it is known."""
+        known = (
+            f" has no run in this job, whose runs are {', '.join(self.runs.run_names)}. Add a run "
+            "for the task, or remove the task from the dataset."
+        )
         ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
         matches = tf.equal(ids, identity)
         name = tf.where(
@@ -260,13 +270,16 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         }
 
     def _packable(self, example, row: tf.Tensor) -> list[tf.Tensor]:
-        """Returns checks that no position of an example would be taken for padding."""
+        """Returns assertions that no position of an example can be mistaken for padding."""
         checks, run = [], tf.constant(self.runs.run_names)[row]
         for name, may_be_empty in (("inputs", self.prompt_length > 0), ("targets", False)):
-            text, tokens = f"Cannot pack an example of {{}} whose {name} ", example[name]
-            checks.append(_assert(tf.reduce_all(tokens != 0), _named(text + "contain id 0.", run)))
+            text, tokens = f"Cannot pack an example of {{}}, because its {name} ", example[name]
+            fix = " Correct the preprocessors of the task, or set DatasetConfig.pack to False."
+            no_zero = _named(f"{text}contain id 0, which is padding.{fix}", run)
+            checks.append(_assert(tf.reduce_all(tokens != 0), no_zero))
             if not may_be_empty:
-                checks.append(_assert(tf.size(tokens) > 0, _named(text + "are empty.", run)))
+                not_empty = _named(f"{text}are empty.{fix}", run)
+                checks.append(_assert(tf.size(tokens) > 0, not_empty))
         return checks
 
     def _packed(

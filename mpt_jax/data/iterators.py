@@ -1,7 +1,7 @@
-"""Iterators over batches: this host's rows, trimmed to length buckets.
+"""Iterators over this host's rows of the batches, trimmed to length buckets.
 
-The position in the training batches can be saved and restored exactly at any step. It includes
-the batches that tf.data has prefetched.
+The position of the training iterator can be saved at any step and restored exactly. It includes the
+batches that tf.data has prefetched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POSITION = "position.json"
 
 @dataclasses.dataclass(frozen=True)
 class HostShard:
-    """This host's shard of a batch of `batch_size` rows."""
+    """This host's shard of a global batch of `batch_size` rows."""
 
     batch_size: int
     num_hosts: int
@@ -39,12 +39,14 @@ class HostShard:
     def __post_init__(self):
         if self.batch_size % self.num_hosts:
             raise ValueError(
-                f"DatasetConfig.batch_size {self.batch_size} must be a multiple of the "
-                f"{self.num_hosts} hosts."
+                "DatasetConfig.batch_size must be a multiple of the number of hosts "
+                f"({self.num_hosts}), got {self.batch_size}. Use "
+                f"{self.batch_size // self.num_hosts * self.num_hosts or self.num_hosts}, for "
+                "example."
             )
 
     def of(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Pads the batch with rows of zeros and returns this host's rows."""
+        """Pads a global batch to `batch_size` with rows of zeros, and returns this host's rows."""
         rows = self.batch_size // self.num_hosts
         first = rows * self.host_index
         return {name: fill(x, self.batch_size)[first : first + rows] for name, x in batch.items()}
@@ -53,14 +55,15 @@ class HostShard:
 class TrainIterator(Iterator[Batch]):
     """Iterator over this host's rows of the training batches, with a position that can be saved.
 
-    Every host builds whole batches and keeps its own rows of them. So the batch of a step does not
-    depend on the number of hosts, and a position can be restored with any number of hosts.
+    Every host builds the global batches and keeps its own rows. The batch of a step therefore does
+    not depend on the number of hosts, and a position can be restored on any number of hosts.
 
     Args:
-        dataset: whole batches.
-        share: this host's shard of them.
-        identity: JSON values that must be the same when a position is restored.
-        buckets: the lengths that batches are trimmed to, if any.
+        dataset: the dataset of global batches.
+        share: this host's shard of a batch.
+        identity: JSON values that describe the data. A position is restored only if they are equal
+            to the saved ones.
+        buckets: the lengths that batches are trimmed to; None for one length.
     """
 
     def __init__(
@@ -85,7 +88,8 @@ class TrainIterator(Iterator[Batch]):
             if self._taken:
                 raise
             raise ValueError(
-                f"The dataset does not fill one batch: {self._identity}. Lower "
+                f"The {self._identity['split']!r} split of {', '.join(self._identity['tasks'])} "
+                f"does not fill one batch of {self._share.batch_size} rows. Lower "
                 "DatasetConfig.batch_size, or choose another split."
             ) from None
         except tf.errors.InvalidArgumentError as error:
@@ -95,7 +99,7 @@ class TrainIterator(Iterator[Batch]):
         return self._share.of(self._buckets.cut(rows) if self._buckets else rows)
 
     def state(self) -> bytes:
-        """Returns the position; restoring it continues with the next batch."""
+        """Returns the position. After it is restored, iteration continues with the next batch."""
         content = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content, "w") as archive:
             self._checkpoint.write(os.path.join(folder, "position"))
@@ -112,18 +116,21 @@ class TrainIterator(Iterator[Batch]):
         """Restores a position returned by `state`.
 
         Raises:
-            ValueError: `state` is not a position, or was saved with another configuration.
+            ValueError: `state` is corrupt, or was saved with another configuration.
         """
         try:
             archive = zipfile.ZipFile(io.BytesIO(state))
             header = json.loads(archive.read(_POSITION))
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise ValueError(f"The data position is corrupt or not a position: {error}") from error
+            raise ValueError(
+                f"The data position is corrupt or not a position ({error}). Rename its checkpoint "
+                "to resume from the previous one."
+            ) from error
         check_same(
             header["identity"],
             self._identity,
             what="The data position",
-            advice="Bind the saved values again, or start over in another MODEL_DIR.",
+            advice="Restore the saved values, or choose another MODEL_DIR to start over.",
         )
         with tempfile.TemporaryDirectory() as folder:
             for name in archive.namelist():
@@ -135,11 +142,11 @@ class TrainIterator(Iterator[Batch]):
 
 
 class EvalBatches:
-    """Batches that can be iterated over any number of times.
+    """This host's evaluation batches, which can be iterated over repeatedly.
 
     Args:
-        dataset: rows, not batched.
-        share: the batch size and this host's shard.
+        dataset: the dataset of single rows.
+        share: the batch size and this host's shard of a batch.
         keep: whether to keep the batches in memory.
         buckets: the lengths that batches are trimmed to; None for one length and the original
             order of the rows.
@@ -161,11 +168,12 @@ class EvalBatches:
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
 
     def __call__(self) -> Iterable[Batch]:
-        """Returns the batches."""
+        """Returns the batches from the first to the last."""
         return (batch for _, batch in self.numbered())
 
     def numbered(self) -> Iterable[tuple[np.ndarray, Batch]]:
-        """Returns pairs of the indices of a batch's rows (of all hosts) and the batch."""
+        """Returns (row indices, batch) pairs. The indices are those of the rows of all hosts in the
+        dataset; the batch has only this host's rows."""
         if not self._keep:
             return self._read()
         if self._kept is None:
@@ -185,12 +193,12 @@ class EvalBatches:
 
 
 def fill(array: np.ndarray, rows: int) -> np.ndarray:
-    """Returns `array` with zeros appended along its first axis, up to `rows`."""
+    """Returns `array` with zeros appended along its first axis, so that it has `rows` rows."""
     missing = rows - array.shape[0]
     return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
 
 def plain_message(error: tf.errors.InvalidArgumentError) -> str:
-    """Returns the message of a failed assertion in the graph, without TensorFlow's text around."""
+    """Returns the message of a failed graph assertion, without the text that TensorFlow adds."""
     match = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
     return match.group(1) if match else str(error)

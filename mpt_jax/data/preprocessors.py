@@ -18,7 +18,7 @@ _NAME_OF_ID: dict[int, str] = {}
 
 
 def task_id(name: str) -> int:
-    """Returns the 31-bit id of the task `name` in its examples, and remembers the name.
+    """Returns the 31-bit id that marks the examples of the task `name`, and records the name.
 
     Raises:
         ValueError: another name with the same id was registered before.
@@ -50,18 +50,19 @@ def add_task_id(name: str) -> AddTaskId:
 
 
 def renamed(preprocessors: Sequence, name: str) -> list:
-    """Returns `preprocessors` with the task id replaced by that of `name`.
+    """Returns `preprocessors` changed to write the id of the task `name`.
 
-    A task derived from another (a few-shot subset, a seed) inherits its preprocessors and the id
-    they write. Without the new id, its examples would use the prompt of the original task.
+    A task derived from another one (a few-shot subset, a seed) inherits its preprocessors, and with
+    them the id of the original task. Its examples would then use the original task's prompt.
 
     Raises:
         ValueError: no preprocessor writes a task id.
     """
     if not any(isinstance(p, AddTaskId) for p in preprocessors):
         raise ValueError(
-            f"None of the preprocessors of the task {name!r} writes `task_ids`. "
-            "End its list with mpt_jax.data.preprocessors.finish(name)."
+            f"Cannot derive the task {name!r}, because no preprocessor of the original task writes "
+            "`task_ids`. End the original task's preprocessors with "
+            "mpt_jax.data.preprocessors.finish(<its name>)."
         )
     return [AddTaskId(name) if isinstance(p, AddTaskId) else p for p in preprocessors]
 
@@ -78,10 +79,10 @@ def output_features(vocabulary: Any, targets_vocabulary: Any | None = None) -> d
 
 
 def finish(name: str) -> list:
-    """Returns the last preprocessors of the task `name`, from text to the converter's features.
+    """Returns the final preprocessors of the task `name`, which turn text into task features.
 
-    In order: tokenization of `inputs` and `targets`, SeqIO's cache placeholder, the task id, and
-    end-of-sequence tokens with the length limits.
+    In order, they tokenize `inputs` and `targets`, mark the place of SeqIO's cache, add the task
+    id, append end-of-sequence tokens and apply the length limits.
     """
     return [
         seqio.preprocessors.tokenize,

@@ -1,12 +1,14 @@
-"""Samplers of the tasks in a batch, and the mixture that streams the tasks' examples.
+"""Samplers, which choose the tasks in each batch, and the mixture that streams their examples.
 
-A sampler draws the task of each of the B examples of a step's batch. Draws are stateless in
-(seed, step) and made for the global batch, so all hosts agree on them. The examples are then
-dealt to the hosts in turn. A sampler is a SeqIO `sample_fn`, except that it mixes whole streams:
-SeqIO gives a `sample_fn` neither the batch nor the hosts, and shuffles across the end of a pass, so
-an example could occur twice in one pass. `TaskMixture` therefore builds an endless stream of each
-task's examples, in which every pass is a permutation that depends only on (seed, run name, pass). A
-run sees the same examples in a grouped or a solo job, on one host or many.
+A sampler draws the task of each of the B examples of a batch. The draws depend only on the seed and
+the step and are made for the global batch, so all hosts agree on them. The examples are then dealt
+to the hosts in turn.
+
+A sampler has the interface of a SeqIO `sample_fn`, but it mixes unsharded, endless streams. SeqIO
+passes a `sample_fn` neither the batch size nor the number of hosts, and it shuffles across the end
+of a pass, so an example could occur twice in one pass. `TaskMixture` therefore builds an endless
+stream of each task's examples, in which every pass is a permutation that depends only on (seed, run
+name, pass). A run sees the same examples in a grouped and a solo job, on one host and on many.
 """
 
 import dataclasses
@@ -28,10 +30,10 @@ _DRAWS = zlib.crc32(b"mpt_jax.sampling") & 0x7FFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Base class of samplers, which implement `draw`.
+    """Base class of samplers. Subclasses implement `draw`.
 
     Attributes:
-        batch_size: B, examples (not packed rows) per step over all hosts.
+        batch_size: B, the number of examples (not packed rows) per step over all hosts.
         seed: seed of all draws, 0 .. 2^31 - 1.
         num_hosts: number of hosts that the batch is dealt to; must divide `batch_size`.
         host_index: index of this host.
@@ -45,32 +47,37 @@ class Sampler:
     def __post_init__(self):
         if self.batch_size < 1 or self.batch_size % self.num_hosts:
             raise ValueError(
-                f"batch_size must be a positive multiple of the number of hosts, got "
-                f"{self.batch_size} for {self.num_hosts}."
+                f"{type(self).__name__}.batch_size must be a positive multiple of the number of "
+                f"hosts ({self.num_hosts}), got {self.batch_size}."
             )
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be in 0 .. 2^31 - 1, got {self.seed}.")
+            raise ValueError(
+                f"{type(self).__name__}.seed must be from 0 to 2^31 - 1, got {self.seed}."
+            )
 
     def check(self, num_tasks: int) -> None:
         """Raises ValueError if this sampler does not support `num_tasks` tasks."""
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        """Returns the task [B] of each example of the global batch at `step`.
+        """Returns the task indices [B] of the examples of the global batch at `step`.
 
         Args:
-            step: scalar int64.
-            weights: mixing weights [K], positive, with any sum.
+            step: the step, a scalar int64.
+            weights: the positive mixing weights [K] of the tasks; they need not sum to 1.
         """
         raise NotImplementedError
 
     def __call__(
         self, datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
     ) -> tf.data.Dataset:
-        """Interleaves endless, unsharded `datasets`, and returns this host's shard."""
+        """Interleaves endless, unsharded `datasets` and returns this host's shard of the result."""
         del seed  # The sampler's is always set and equal on all hosts; SeqIO's may be neither.
         weights = np.asarray(rates, np.float64)
         if not (weights > 0).all():
-            raise ValueError(f"Mixing weights must be positive, got {weights.tolist()}.")
+            raise ValueError(
+                f"Mixing weights must be positive, got {weights.tolist()}. Raise the rates of the "
+                "mixture, or remove the tasks with rate 0."
+            )
         self.check(len(datasets))
         draw = tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
         choices = tf.data.Dataset.range(np.iinfo(np.int64).max).map(draw).unbatch()
@@ -78,7 +85,7 @@ class Sampler:
         return mixed.shard(self.num_hosts, self.host_index) if self.num_hosts > 1 else mixed
 
     def _uniform(self, step: tf.Tensor, count: int) -> tf.Tensor:
-        """Returns `count` float64 draws from [0, 1) for `step`."""
+        """Returns `count` float64 values drawn uniformly from [0, 1) for `step`."""
         return tf.random.stateless_uniform(
             [count], stream_key(self.seed, _DRAWS, step), dtype=tf.float64, alg="philox"
         )
@@ -86,17 +93,17 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class StochasticTasks(Sampler):
-    """Stochastic task sampling (arXiv 2303.02861, section 3.2): k tasks make up a batch.
+    """Stochastic task sampling (arXiv 2303.02861, section 3.2): each batch has k random tasks.
 
-    k is uniform in [2, kappa]. k tasks are drawn without replacement by mixing weight (Gumbel
-    top-k). Each supplies B // k examples, and the first B mod k drawn supply one more. The paper
-    does not say how a batch is divided; this division is this library's choice.
+    k is drawn uniformly from 2 .. kappa. Then k tasks are drawn without replacement by mixing
+    weight (Gumbel top-k). Each supplies B // k examples, and the first B mod k tasks drawn supply
+    one more. The paper does not say how a batch is divided; this division is this library's choice.
 
     Attributes:
         kappa: the maximum number of tasks in one batch; None for all.
-        replacement: whether to draw with replacement, and take the whole remainder from one of the
-            drawn tasks at random, like the authors' released loader. A batch may then hold a
-            single task.
+        replacement: whether to draw tasks with replacement, and to take the remaining B mod k
+            examples from one of the drawn tasks at random, as the authors' released loader does. A
+            batch may then contain a single task.
     """
 
     kappa: int | None = None
@@ -106,13 +113,14 @@ class StochasticTasks(Sampler):
         kappa = self._kappa(num_tasks)
         if not 2 <= kappa <= num_tasks:
             raise ValueError(
-                f"Stochastic task sampling needs kappa from 2 to the number of tasks, but kappa is "
-                f"{kappa} and the mixture has {num_tasks}. For one task use sampling.EqualQuotas."
+                "Stochastic task sampling needs kappa from 2 to the number of tasks "
+                f"({num_tasks}), but kappa is {kappa}. Change StochasticTasks.kappa, or for one "
+                "task use sampling.EqualQuotas."
             )
         if self.batch_size < kappa:
             raise ValueError(
-                f"A batch of {self.batch_size} cannot hold kappa = {kappa} tasks. Raise batch_size "
-                "or lower kappa."
+                f"A batch of {self.batch_size} examples cannot hold kappa = {kappa} tasks. Raise "
+                "batch_size or lower kappa."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -137,7 +145,7 @@ class StochasticTasks(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class PerExample(Sampler):
-    """Draws each example's task independently by mixing weight: the fixed-mixture ablation."""
+    """Draws each example's task independently by mixing weight (the fixed-mixture ablation)."""
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         tasks = _categorical(weights, self._uniform(step, self.batch_size))
@@ -146,7 +154,8 @@ class PerExample(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class EqualQuotas(Sampler):
-    """Takes B / K examples of every task in every batch, whatever its weight; for grouped jobs.
+    """Takes B / K examples of each of the K tasks in every batch, for grouped jobs. Weights are
+    ignored.
 
     Each run then sees the same examples at each step as in a solo job with a batch of B / K.
     """
@@ -154,9 +163,9 @@ class EqualQuotas(Sampler):
     def check(self, num_tasks: int) -> None:
         if self.batch_size % num_tasks:
             raise ValueError(
-                f"Equal quotas need a batch_size that is a multiple of the {num_tasks} runs, got "
-                f"{self.batch_size}. Use {self.batch_size // num_tasks * num_tasks or num_tasks}, "
-                "for example."
+                "Equal quotas need a batch_size that is a multiple of the number of runs "
+                f"({num_tasks}), got {self.batch_size}. Use "
+                f"{self.batch_size // num_tasks * num_tasks or num_tasks}, for example."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -168,15 +177,15 @@ class TaskMixture(seqio.Mixture):
     """Mixture whose training stream is drawn by a `Sampler`.
 
     Each task is preprocessed once and its tokens are kept in memory (4 bytes each), so use a plain
-    `seqio.Mixture` for tasks with random preprocessors (span corruption). A finite number of
-    epochs, as in evaluation, is read by SeqIO like any mixture.
+    `seqio.Mixture` for tasks with random preprocessors (span corruption). If the number of epochs
+    is finite, as in evaluation, SeqIO reads the mixture like any other.
 
     Args:
         name: name of the mixture.
-        task_names: registered SeqIO tasks.
-        sampler: draws the tasks of each batch.
+        task_names: names of registered SeqIO tasks.
+        sampler: the sampler that draws the tasks of each batch.
         rates: mixing weight of each task; by default its number of examples, at most `cap`.
-        cap: see `rates`.
+        cap: upper bound of the default weights.
     """
 
     def __init__(
@@ -189,7 +198,10 @@ class TaskMixture(seqio.Mixture):
     ):
         tasks = [find_task(task) for task in task_names]
         if rates is not None and set(rates) != set(task_names):
-            raise ValueError(f"rates must name {sorted(task_names)}, got {sorted(rates)}.")
+            raise ValueError(
+                f"rates must have one weight for each of the tasks {sorted(task_names)}, got "
+                f"weights for {sorted(rates)}."
+            )
         sampler.check(len(tasks))
         super().__init__(name, tasks, default_rate=1.0)
         self.sampler = sampler
@@ -215,7 +227,8 @@ class TaskMixture(seqio.Mixture):
         Sets `overlong` to {task: (truncated examples, all examples)}.
 
         Raises:
-            ValueError: a task has no such split, data or example, or `seed` is not the sampler's.
+            ValueError: a task lacks the split, its data or examples in it, or `seed` differs from
+                the sampler's seed.
         """
         arguments: dict[str, Any] = dict(
             sequence_length=sequence_length,
@@ -235,7 +248,8 @@ class TaskMixture(seqio.Mixture):
         if seed is not None and seed != self.sampler.seed:
             raise ValueError(
                 f"DatasetConfig.seed is {seed}, but the sampler of {self.name!r} has the seed "
-                f"{self.sampler.seed}. Bind both to one macro (T5X replaces None with the time)."
+                f"{self.sampler.seed}. Bind both to the same macro, such as RANDOM_SEED. (T5X "
+                "replaces a seed of None with the time.)"
             )
         tables = [
             read_table(find_task(name), split, seed=self.sampler.seed, **arguments)
@@ -256,21 +270,21 @@ class TaskMixture(seqio.Mixture):
         )
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
-        """Returns the mixing weights [K] for tasks of these sizes [K]."""
+        """Returns the mixing weights [K] of tasks with `sizes` [K] examples."""
         if self._rates is None:
             return np.minimum(sizes, self._cap).astype(np.float64)
         return np.array([self._rates[name] for name in self.task_names], np.float64)
 
 
 def equal_shares(provider: Any) -> int | None:
-    """Returns the number of tasks if each has an equal, contiguous share of every batch, else
+    """Returns the number of tasks if all have equal, contiguous shares of every batch; otherwise
     None."""
     sampler = getattr(provider, "sampler", None)
     return len(provider.task_names) if isinstance(sampler, EqualQuotas) else None
 
 
 def has_equal_shares(cfg: Any) -> bool:
-    """Whether every batch of a `DatasetConfig` holds equally many, contiguous rows of each task."""
+    """Whether every batch of a `DatasetConfig` has equally many rows of each task, contiguously."""
     return equal_shares(cfg.provider()) is not None and not cfg.pack
 
 
@@ -284,12 +298,13 @@ def task_mixture(
 ) -> str:
     """Registers a mixture of tasks and returns its name, for `DatasetConfig` in gin.
 
-    Without a sampler (for evaluation) it is a plain mixture with equal rates. Gin may call this
-    any number of times, because the default name is derived from the arguments.
+    Without a sampler (for evaluation), the mixture is a plain one with equal rates. Gin may call
+    this function repeatedly: the default name is derived from the arguments, so the same arguments
+    return the same mixture.
 
     Args:
         task_names, sampler, name, rates, cap: see `TaskMixture`.
-        modules: imported first; they register the tasks.
+        modules: the modules that register the tasks; imported first.
 
     Raises:
         ValueError: a module or task is unknown, or a different mixture has this name.
@@ -312,6 +327,6 @@ def task_mixture(
 
 
 def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
-    """Returns one draw by `weights` [K] for each of `uniform`, from [0, 1)."""
+    """Returns one index, drawn by `weights` [K], for each value of `uniform` from [0, 1)."""
     bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))
     return tf.searchsorted(bounds, uniform, side="right")

@@ -36,32 +36,34 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
             named = f" ({', '.join(task_names)})" if task_names else ""
             raise ValueError(
                 f"The task suite {module} cannot be imported (no module {error.name}), so its "
-                f"tasks{named} do not exist. Run the toy suite with --gin_file=gin/tiny.gin, or "
-                "bind TASK_MODULES and the task names to your own modules and tasks."
+                f"tasks{named} are not registered. Run in the folder that holds the module, add "
+                "that folder to PYTHONPATH, or bind TASK_MODULES and the task names to another "
+                "suite (--gin_file=gin/tiny.gin binds the toy suite)."
             ) from error
 
 
 def register_task_resolver(register_run: Callable[[str], bool]) -> None:
-    """Adds a naming scheme, which is called for a task that SeqIO does not know.
+    """Adds a naming scheme, which is tried for task names that SeqIO does not know.
 
     Args:
-        register_run: name -> whether the scheme has a task of this name, which it then registers.
-            Raises ValueError for a name of the scheme that it cannot register.
+        register_run: a function that takes a name. If the name follows the scheme, it registers the
+            task and returns True; otherwise it returns False. It raises ValueError for a name that
+            follows the scheme but cannot be registered.
     """
     _NAMING.append(register_run)
 
 
 def is_task(name: str) -> bool:
-    """Whether a task is registered, or known to a naming scheme, which then registers it."""
+    """Whether a task is registered. Registers it first if its name follows a naming scheme."""
     return name in seqio.TaskRegistry.names() or any(register(name) for register in _NAMING)
 
 
 def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
-    """Returns the rows that the few-shot runs of `provider` use, for the run record.
+    """Returns the row numbers that the few-shot runs of `provider` use, for the run record.
 
     Returns:
-        {'few_shot': {run: its training rows}}, and 'few_shot_validation' likewise for the runs
-        whose validation split is a subset; {} if no run is few-shot.
+        {'few_shot': {run: its training rows}}, with a second key 'few_shot_validation' for the runs
+        whose validation split is also a subset; {} if no run is few-shot.
     """
     rows_by_split: dict[str, dict[str, list[int]]] = {}
     for task in seqio.get_subtasks(provider):
@@ -73,28 +75,31 @@ def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
 
 
 def find_task(name: str) -> seqio.Task:
-    """Returns a task; raises ValueError with the closest names if it is unknown."""
+    """Returns the task of a name; raises ValueError with the closest names if it is unknown."""
     if not is_task(name):
         raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
     return seqio.TaskRegistry.get(name)
 
 
 def check_split(task: seqio.Task, split: str) -> None:
-    """Raises ValueError if the task has no such split, or no data at all."""
+    """Raises ValueError if the task does not have the split, or has no prepared data."""
     with explain_missing_data(task, split):
         splits = task.source.splits
         if not splits:  # TFDS has no splits before the data is prepared
-            raise FileNotFoundError("no data is prepared")
+            raise FileNotFoundError("its data has not been prepared")
     if split not in splits:
-        raise ValueError(f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}.")
+        raise ValueError(
+            f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}. Choose an "
+            "existing split."
+        )
 
 
 @contextlib.contextmanager
 def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
-    """Turns errors from missing data into a ValueError that says how to get it, and failed
-    assertions of preprocessors (tf.debugging.Assert) into a ValueError with their message.
+    """Context that turns errors about missing data into a ValueError that says how to get it, and
+    failed assertions of preprocessors (tf.debugging.Assert) into a ValueError with their message.
 
-    Any other error, such as a bug in a preprocessor, is left unchanged.
+    Any other error, such as one from a bug in a preprocessor, is left unchanged.
     """
     kind = "task" if isinstance(task_or_mixture, seqio.Task) else "mixture"
     try:
@@ -112,8 +117,8 @@ def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS lists all data sets after it
         how = (
-            " If the data is not on this machine, prepare it on one with a network (tfds build "
-            "<name> --data_dir DIR) and pass --tfds_data_dir=DIR."
+            " If the data is not on this machine, run `tfds build <name> --data_dir DIR` on a "
+            "machine with internet access, copy DIR here, and pass --tfds_data_dir=DIR."
         )
         raise ValueError(
             f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
@@ -122,7 +127,7 @@ def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
 
 
 def is_missing_data(error: Exception) -> bool:
-    """Whether an error was raised because data is not on this machine."""
+    """Whether an error was raised because data is missing from this machine."""
     if isinstance(error, AssertionError):  # TFDS's, if there are no files or no such version
         messages = ("could not find data in", "cannot be loaded at version")
         return any(text in str(error).lower() for text in messages)

@@ -1,8 +1,9 @@
 """Import alias `tasks` for `mpt_jax.tasks`, if the user has no `tasks` module.
 
-The suites were once a top-level package, and T5X projects commonly have a `tasks.py`. A user's
-module always wins. Otherwise `TASK_MODULES = ["tasks.glue"]` and `import tasks.glue` find the
-suites as the same module objects, so that no task is registered twice.
+In earlier versions the suites were the top-level package `tasks`. T5X projects commonly have a
+module of this name, so a user's module always takes precedence. Otherwise
+`TASK_MODULES = ["tasks.glue"]` and `import tasks.glue` load the modules of `mpt_jax.tasks`, as the
+same module objects, so that no task is registered twice.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ OLD, NEW = "tasks", "mpt_jax.tasks"
 
 
 class TasksAlias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finder and loader for `tasks` and its modules."""
+    """Import finder and loader for `tasks` and its submodules."""
 
     def find_spec(
         self, name: str, path: Any = None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Returns the spec of a suite under its old name; None if the user has a `tasks`."""
+        """Returns the spec of a suite under its old name; None if the user has a `tasks` module."""
         # `path` is Any: a namespace package's is not the Sequence that typeshed declares.
         if name == OLD:
             others = [finder for finder in sys.meta_path if finder is not self]
@@ -44,7 +45,7 @@ class TasksAlias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Restores the module's spec, which importing it as `tasks` replaced."""
+        """Restores the module's own spec, which the import as `tasks` has replaced."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 

@@ -1,7 +1,7 @@
 """In-memory tables of the tokenized examples of registered tasks.
 
-Small and medium data sets (all of GLUE and MRQA) fit in memory as tokens of 4 bytes. An example
-then costs a lookup: no file, no tokenizer, no shuffle buffer to save.
+Small and medium data sets (all of GLUE and MRQA) fit in memory as 4-byte tokens. Reading an example
+is then a lookup. It needs no file and no tokenizer, and checkpoints need no shuffle buffer.
 """
 
 import weakref
@@ -26,7 +26,7 @@ class ExampleTable:
     """Tokenized examples of one split of one task, as flat values and offsets per feature.
 
     Args:
-        task, split: what to read.
+        task, split: the task and the split to read.
         sequence_length, seed, use_cached, trim_output_features, shuffle: see
             `seqio.Task.get_dataset`.
         limit: maximum number of examples to read; -1 for all.
@@ -35,11 +35,12 @@ class ExampleTable:
         ValueError: the split does not exist, cannot be read, or is empty.
 
     Attributes:
-        name, split: name of the task, and the split.
+        name, split: the names of the task and the split.
         values: {feature: int32 [total tokens]}.
         offsets: {feature: int64 [num_examples + 1]}.
-        num_examples: examples in the split, after preprocessing.
-        num_overlong: examples longer than a limit (see `preprocessors.end_and_limit`).
+        num_examples: number of examples in the split, after preprocessing.
+        num_overlong: number of examples with a text longer than its limit (see
+            `preprocessors.end_and_limit`).
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class ExampleTable:
         self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
         if not self.num_examples:
             raise ValueError(
-                f"The {split!r} split of task {task.name!r} is empty after preprocessing."
+                f"The {split!r} split of task {task.name!r} is empty after preprocessing. Check "
+                "the task's source and preprocessors, or choose another split."
             )
         self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
@@ -80,8 +82,8 @@ class ExampleTable:
         return sum(values.nbytes for values in self.values.values())
 
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
-        """Returns an endless stream of this task's example indices, pass after pass. Runs that
-        differ only in settings have the same order (`runs.data_name`)."""
+        """Returns an endless stream of this task's example indices, one pass after another. Runs
+        that differ only in settings have the same order (see `runs.data_name`)."""
         if not shuffle:
             return tf.data.Dataset.range(self.num_examples).repeat()
 
@@ -104,7 +106,7 @@ class ExampleTable:
 def read_table(
     task: seqio.Task, split: str, sequence_length: Mapping[str, int] | None, **settings: Any
 ) -> ExampleTable:
-    """Returns the `ExampleTable` of these arguments. Small tables are cached in this process.
+    """Returns the `ExampleTable` for these arguments. Small tables are cached in the process.
 
     A process that runs several stages reads the same tasks repeatedly, and tokenizing thousands
     of examples takes seconds.
@@ -124,11 +126,11 @@ def report_lengths(
     split: str,
     sequence_length: Mapping[str, int] | None,
 ) -> None:
-    """Logs the tasks with over-long examples, given {task: (truncated examples, all examples)}."""
+    """Logs each task's share of over-long examples, given {task: (truncated, all examples)}."""
     for name, (cut, total) in overlong.items():
         if cut:
             logging.warning(
-                "%s (%s): %d of %d examples (%.2f%%) are longer than %s.",
+                "Task %s, %s split: %d of %d examples (%.2f%%) are longer than %s tokens.",
                 name,
                 split,
                 cut,
@@ -139,19 +141,20 @@ def report_lengths(
 
 
 def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
-    """Returns (truncated examples, all examples) of a task's dataset; reads all of it."""
+    """Returns the numbers of truncated and of all examples of a task's dataset. Reads all of it."""
     mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
     batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
     return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
 
 
 def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:
-    """Reads a dataset of rank-1 features into ({feature: values}, {feature: offsets})."""
+    """Reads a dataset of rank-1 features, and returns {feature: values} and {feature: offsets}."""
     for name in features:
         if dataset.element_spec[name].shape.rank != 1:
             raise ValueError(
-                f"Feature {name!r} has rank {dataset.element_spec[name].shape.rank}; only features "
-                "of rank 1 can be mixed."
+                f"The feature {name!r} has rank {dataset.element_spec[name].shape.rank}, but every "
+                "feature of a task must have rank 1. Flatten it in the task's preprocessors, or "
+                "remove it from the task's output features."
             )
     dataset = dataset.map(
         tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
@@ -192,12 +195,12 @@ def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[
 
 
 def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
-    """Returns the examples of all tables once, in order."""
+    """Returns a dataset with one pass over the examples of all tables, in order."""
     indices = tf.data.Dataset.range(sum(table.num_examples for table in tables))
     lookup = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
     return indices.map(lookup, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def stream_key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:
-    """Returns the random key of draw `number` of a stream; no two streams or numbers share it."""
+    """Returns the random key of draw `number` in a stream, unique to the stream and the number."""
     return tf.stack([tf.constant((seed << 32) | stream, tf.int64), tf.cast(number, tf.int64)])

@@ -16,19 +16,20 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
 
     Args:
         cfg: the `DatasetConfig`.
-        provider: its task or mixture.
-        converter: its feature converter.
+        provider: the task or mixture of the `DatasetConfig`.
+        converter: the feature converter.
         hosts: number of hosts that share each batch.
-        endless: whether the dataset is for training.
+        endless: whether the dataset is endless, which means that it is for training.
     """
     if cfg.batch_size % hosts:
         raise ValueError(
-            f"DatasetConfig.batch_size {cfg.batch_size} must be a multiple of the {hosts} hosts."
+            f"DatasetConfig.batch_size must be a multiple of the number of hosts ({hosts}), got "
+            f"{cfg.batch_size}. Use {cfg.batch_size // hosts * hosts or hosts}, for example."
         )
     if cfg.task_feature_lengths is None:
         raise ValueError(
-            "DatasetConfig.task_feature_lengths is None, but training needs limits. Bind it to the "
-            "limits of inputs and targets."
+            "DatasetConfig.task_feature_lengths is None, but training needs limits on inputs and "
+            "targets. Bind it, for example, to {'inputs': 256, 'targets': 16}."
         )
     if endless and cfg.seed is None:
         raise ValueError(
@@ -39,20 +40,24 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
         if sampler.batch_size != cfg.batch_size and not cfg.pack:
             raise ValueError(
                 f"DatasetConfig.batch_size is {cfg.batch_size}, but the sampler's is "
-                f"{sampler.batch_size}. Bind both to one macro."
+                f"{sampler.batch_size}. Bind both to the same macro, such as BATCH_SIZE."
             )
     runs = getattr(converter, "runs", None)
     if endless and cfg.pack and runs is not None and runs.num_groups > 1:
         raise ValueError(
-            f"Packing gives {runs.num_groups} independent runs uneven shares of a step, so a run "
-            "would not train as in a solo job. Set pack = False (DatasetConfig.by_length keeps "
-            "shares even), or GROUPS = 'joint'."
+            f"Packing gives {runs.num_groups} independent runs uneven shares of each batch, so "
+            "they would not train as in solo jobs. Drop --gin_file=gin/runs/packed.gin (set "
+            "DatasetConfig.pack = False), or set GROUPS = 'joint'. gin/runs/by_length.gin also "
+            "reduces padding, and keeps the shares even."
         )
     tasks = seqio.get_subtasks(provider)
     if isinstance(provider, seqio.Task):
         task_lookup.check_split(provider, cfg.split)
     elif not any(cfg.split in task.splits for task in tasks):
-        raise ValueError(f"No task of mixture {provider.name!r} has a {cfg.split!r} split.")
+        raise ValueError(
+            f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "
+            "DatasetConfig.split to a split that at least one of the tasks has."
+        )
     check_runs(tasks, converter)
 
 
@@ -74,8 +79,8 @@ def check_lengths(
 
     Args:
         overlong: {task: (truncated examples, all examples)}.
-        converter: its `on_overlong` decides.
-        task_feature_lengths: the limits, for the message.
+        converter: the feature converter, whose `on_overlong` says whether it truncates.
+        task_feature_lengths: the limits, shown in the error.
     """
     cut = {name: counts for name, counts in overlong.items() if counts[0]}
     if not cut or getattr(converter, "on_overlong", "truncate") == "truncate":
@@ -88,15 +93,19 @@ def check_lengths(
 
 
 def check_counts(overlong: Mapping[str, tuple[int, int]], cfg: Any, converter: Any) -> None:
-    """Raises ValueError for an empty split, or as `check_lengths`; logs truncated examples.
+    """Raises ValueError if a task has no examples, and checks lengths like `check_lengths`. Also
+    logs the numbers of over-long examples.
 
     Args:
         overlong: {task: (truncated examples, all examples)}.
-        cfg: the `DatasetConfig` that was read.
-        converter: see `check_lengths`.
+        cfg: the `DatasetConfig` that the examples were read with.
+        converter: the feature converter; see `check_lengths`.
     """
     empty = [name for name, (_, size) in overlong.items() if not size]
     if empty:
-        raise ValueError(f"The {cfg.split!r} split is empty: {', '.join(empty)}.")
+        raise ValueError(
+            f"The {cfg.split!r} split of these tasks is empty: {', '.join(empty)}. Leave the tasks "
+            "out, or set DatasetConfig.split to another split."
+        )
     token_tables.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
     check_lengths(overlong, converter, cfg.task_feature_lengths)

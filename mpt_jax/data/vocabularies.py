@@ -1,4 +1,4 @@
-"""SeqIO vocabularies from files, local or in the user's storage bucket; never from T5's bucket."""
+"""SeqIO vocabularies, loaded from local files or the user's storage bucket, never from T5's."""
 
 import functools
 
@@ -23,10 +23,10 @@ def load(path: str, extra_ids: int | None = None, command: str = "") -> Vocabula
 
     Args:
         path: a SentencePiece model; a folder with one, such as a T5 from Hugging Face; or 'byt5'
-            for ByT5's bytes, which need no file.
-        extra_ids: number of sentinels after the pieces. Default: T5's 100, or none if the model
-            already has them (umT5) or `path` is 'byt5'.
-        command: how to get the vocabulary, for the error if it is missing.
+            for ByT5's byte vocabulary, which needs no file.
+        extra_ids: number of sentinels to append to the pieces. By default T5's 100, or none if the
+            model already has sentinels (umT5) or `path` is 'byt5'.
+        command: the command that gets the vocabulary, shown in the error if it is missing.
 
     Raises:
         FileNotFoundError: `path` does not exist, or holds no SentencePiece model.

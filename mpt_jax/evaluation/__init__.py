@@ -1,1 +1,1 @@
-"""Evaluation of a run and what it writes: metrics, best steps, final artifacts."""
+"""Evaluation of runs, and the files they write: metrics, run records, final artifacts."""

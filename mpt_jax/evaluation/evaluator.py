@@ -6,10 +6,9 @@
     <output_dir>/<task>-metrics.jsonl       one line for each evaluation
     <output_dir>/<task>-<step>.jsonl        inputs, target and prediction of every example
 
-This module adds two things. Batches mix tasks, so many small tasks cost as much as one large one,
-and each example goes through the model once. A task whose metric declares labels is also scored by
-rank classification: the label with the highest log-probability is the answer, whatever decoding
-returns.
+This module adds two things. Batches mix tasks, so many small tasks cost as much as one large task
+of the same total size. A task whose metric declares labels is also scored by rank classification:
+the answer is the label with the highest log-probability, regardless of the decoded text.
 """
 
 import functools
@@ -38,7 +37,8 @@ BatchFn = Callable[[Batch], Any]
 
 
 def with_labels(metric_fn: Callable[..., Any], labels: Sequence[str]) -> Callable[..., Any]:
-    """Returns `metric_fn` with the label set of a classification task, for rank classification.
+    """Returns `metric_fn` with the labels of a classification task attached, for rank
+    classification.
 
     Example:
         `metric_fns=[with_labels(accuracy, ["yes", "no"])]` adds the metric `rank_accuracy`.
@@ -53,7 +53,7 @@ def with_labels(metric_fn: Callable[..., Any], labels: Sequence[str]) -> Callabl
 
 
 def labels_of(task: seqio.Task) -> tuple[str, ...]:
-    """Returns the labels that a metric of `task` declares, or ()."""
+    """Returns the labels that a metric of `task` declares, or () if none does."""
     for metric_fn in task.metric_fns:
         if labels := getattr(metric_fn, "labels", ()):
             return tuple(labels)
@@ -64,10 +64,13 @@ class InferenceEvaluator:
     """Decodes and scores every example of a task or mixture.
 
     Args:
-        cfg: what to read; the model evaluates `batch_size` rows at a time, over all hosts.
-        feature_converter_cls: called with `pack=False`.
-        output_dir: MODEL_DIR/inference_eval, or None to write nothing.
-        evaluator_cls: `seqio.Evaluator` with settings bound, such as `logger_cls`.
+        cfg: the settings of the dataset; `batch_size` is the number of rows that the model
+            evaluates at a time, over all hosts.
+        feature_converter_cls: the class or factory of the feature converter, called with
+            `pack=False`.
+        output_dir: the folder to write to, such as MODEL_DIR/inference_eval; None to write nothing.
+        evaluator_cls: `seqio.Evaluator` with settings such as `logger_cls` bound; by default with
+            the loggers `LOGGERS`.
         num_hosts: number of hosts that share each batch.
         host_index: index of this host; only host 0 writes.
 
@@ -134,21 +137,23 @@ class InferenceEvaluator:
         return dict(self._sizes)
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until all metrics and predictions are written."""
         self._evaluator.close()
 
     def evaluate(
         self, predict_fn: BatchFn, score_fn: BatchFn, step: int
     ) -> dict[str, dict[str, float]]:
-        """Runs all tasks and writes their metrics and predictions.
+        """Evaluates all tasks, and writes their metrics and predictions.
 
         Args:
-            predict_fn: batch of this host -> ids [B, L] of all hosts, 0 after EOS.
-            score_fn: batch of this host -> log-probability of each target [B], in nats.
-            step: step of the parameters.
+            predict_fn: a function of this host's batch that returns the predicted ids [B, L] of all
+                hosts' rows, 0 after EOS.
+            score_fn: a function of this host's batch that returns the log-probability of each
+                target [B] of all hosts' rows, in nats.
+            step: the training step of the parameters.
 
         Returns:
-            {task: {metric: value}}, with the task's own metrics first.
+            {task: {metric: value}}; `rank_accuracy`, if any, follows the task's own metrics.
         """
         outputs = {
             kind: self._run(function, self._needing(kind))
@@ -172,7 +177,7 @@ class InferenceEvaluator:
         }
 
     def _limits(self) -> dict[str, int]:
-        """Returns the limits on inputs and targets that the examples were converted with."""
+        """Returns the limits on inputs and targets with which the examples were converted."""
         spec = next(iter(self._evaluator.cached_model_datasets.values())).element_spec[1]
         positions = spec["encoder_input_tokens"].shape[0]
         prompt_length = getattr(self._converter, "prompt_length", 0)
@@ -194,7 +199,7 @@ class InferenceEvaluator:
         return {name: size for name, (_, size) in overlong.items()}
 
     def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:
-        """Returns this host's batches of the tasks' examples, each with its rows' indices in the
+        """Returns (row indices, batch) pairs of this host, where the indices count the rows of the
         concatenated tasks."""
         if names not in self._batches:
             datasets = [self._evaluator.cached_model_datasets[name] for name in names]
@@ -209,7 +214,7 @@ class InferenceEvaluator:
         return self._batches[names].numbered()
 
     def _run(self, function: BatchFn, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Returns {task: outputs, one row for each of its examples}."""
+        """Returns {task: outputs}, with one row of outputs for each example of the task."""
         if not names:
             return {}
         bounds = np.cumsum([self._sizes[name] for name in names])
@@ -249,9 +254,9 @@ class InferenceEvaluator:
         return {name: {"rank_accuracy": 100 * float(right[name].mean())} for name in names}
 
     def _label_table(self, names: tuple[str, ...]) -> np.ndarray:
-        """Returns the tokens of every label, [K, labels, L], by bank row; 0 is padding.
+        """Returns the tokens of every label as [K, labels, L], indexed by bank row; 0 is padding.
 
-        L is the length of the longest label, which may be less or more than the targets'.
+        L is the length of the longest label, which may differ from the length of the targets.
         """
         runs, label_ids = self._converter.runs, {}
         for name in names:
@@ -278,12 +283,13 @@ class InferenceEvaluator:
 
 
 def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
-    """Raises ValueError for what SeqIO would skip with a log line, or fail on unclearly."""
+    """Raises ValueError for mistakes that SeqIO would only log, or report with an unclear error."""
     registered = provider.name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names()
     if not registered:
         raise ValueError(
-            f"{provider.name!r} is not registered with SeqIO, whose evaluator finds tasks by name. "
-            "Register it with sampling.task_mixture."
+            f"The task or mixture {provider.name!r} is not registered with SeqIO, whose evaluator "
+            "finds tasks by name. Register a task with seqio.TaskRegistry.add, and a mixture with "
+            "sampling.task_mixture."
         )
     tasks = seqio.get_subtasks(provider)
     validation.check_runs(tasks, converter)
@@ -291,20 +297,20 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
         task_lookup.check_split(task, cfg.split)
         if task.predict_with_aux_metric_fns:
             raise ValueError(
-                f"Task {task.name!r} has a metric of auxiliary values, which are not computed. "
-                "Remove that metric from the task."
+                f"Task {task.name!r} has a metric that reads auxiliary values (aux_values), which "
+                "this evaluator does not compute. Remove the metric from the task's metric_fns."
             )
         if not task.metric_objs:
             logging.warning("Skipped task %s, which has no metrics.", task.name)
     if not any(task.metric_objs for task in tasks):
         raise ValueError(
-            f"No task of {provider.name!r} has metrics, so nothing can be evaluated. Register its "
+            f"No task of {provider.name!r} has metrics, so nothing can be evaluated. Register the "
             "tasks with metric_fns."
         )
 
 
 class _Joining:
-    """A SeqIO logger that adds extra metrics to those of SeqIO."""
+    """Wrapper of a SeqIO logger that adds extra metrics to those that SeqIO computed."""
 
     def __init__(self, logger: Any, extra: Mapping[str, Mapping[str, float]]):
         self._logger, self._extra = logger, extra
@@ -320,7 +326,7 @@ def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
 
 
 def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
-    """Returns `batch` with other targets [B, L]."""
+    """Returns `batch` with its targets replaced by `tokens` [B, L]."""
     weights = (tokens != 0).astype(np.int32)
     return {
         **batch,
@@ -332,7 +338,7 @@ def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
 
 
 def _gather(rows: Any) -> np.ndarray:
-    """Gathers the rows of all hosts, in order."""
+    """Returns the rows of all hosts, in the order of the hosts."""
     if jax.process_count() == 1:
         return np.asarray(rows)
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True))

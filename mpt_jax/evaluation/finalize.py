@@ -5,8 +5,8 @@
     MODEL_DIR/backbone           the backbone, if it was trained
     MODEL_DIR/fleet.json         each run's state (finished, failed or trained), steps and score
 
-The artifact of a failed run has its best step. A run without an evaluation before its failure has
-no artifact.
+The artifact of a failed run has the prompt of the run's best step. A run that failed before its
+first evaluation has no artifact.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class RunOutcome:
     """Outcome of one run.
 
     Attributes:
-        run, task: names of the run and its task.
-        state: `'failed'` if a value was not finite; `'finished'` if its schedule or patience
-            ended; `'trained'` if it was trained until the job ended.
-        step: the job's step when the run stopped training. In a job that was never extended, the
-            number of steps the run took.
-        best_step: the step of its artifact; None if it has no artifact.
-        score: score at that step; None if steps are not selected.
+        run, task: the names of the run and its task.
+        state: `'failed'` if a loss or gradient of the run was not finite; `'finished'` if its
+            schedule ended or its patience ran out; `'trained'` if it trained until the job ended.
+        step: the job's step at which the run stopped training. In a job that was never extended,
+            this is the number of steps that the run took.
+        best_step: the step of the run's artifact; None if it has no artifact.
+        score: the score at `best_step`; None if the job does not select the best step.
     """
 
     run: str
@@ -71,16 +71,17 @@ class EndedJob:
     """A job that has taken its last step.
 
     Attributes:
-        trainer: holds the last state.
-        best: has the best parameters; None if the job selects no steps.
+        trainer: the trainer, which has the last state.
+        best: the action that kept the best parameters; None if the job does not select the best
+            step.
         scores: metrics of each run, from the last evaluation.
         initial: the job's initial parameters.
-        backbone: name of the backbone.
-        data_cfg: the training data.
-        evaluated: run -> number of examples it was evaluated on.
-        evaluated_split: split of those examples.
+        backbone: the name of the backbone.
+        data_cfg: the settings of the training data.
+        evaluated: {run: number of examples that it was evaluated on}.
+        evaluated_split: the split of those examples.
         all_failed: whether the job stops because every run has failed. The step at which the last
-            runs fail is not taken, so the state does not record their failure.
+            runs fail is not taken, so the trainer's state does not record these failures.
     """
 
     trainer: Trainer
@@ -94,14 +95,15 @@ class EndedJob:
     all_failed: bool = False
 
     def best_params(self) -> dict[str, Any]:
-        """Returns all parameters: each group's best step if steps are selected, else the last."""
+        """Returns all parameters, at each group's best step if the job selects it, else at the last
+        step."""
         if self.best is None:
             return self.trainer.state.params
         assert self.best.trainable is not None  # `best` is None otherwise
         return merge(self.best.trainable, self.trainer.state.frozen)
 
     def best_step(self) -> int:
-        """Returns the step of `best_params`; with several groups, the latest."""
+        """Returns the step of `best_params`; with several groups, the latest of their steps."""
         return max(self.best.best_step) if self.best else self.trainer.step
 
     def best_scores(self) -> Mapping[str, Mapping[str, float]]:
@@ -111,7 +113,7 @@ class EndedJob:
 
 def finalize_run(model_dir: str, job: EndedJob) -> None:
     """Writes the prompt artifacts of a job, and its backbone if it was trained. If every run
-    failed, writes each group's best earlier step."""
+    failed, writes the parameters of each group's best step."""
     params = to_host(job.best_params())  # all processes take part
     if jax.process_index() != 0:
         return
@@ -143,17 +145,17 @@ def outcomes(job: EndedJob) -> list[RunOutcome]:
 
 
 def report(model_dir: str, found: Sequence[RunOutcome]) -> None:
-    """Writes MODEL_DIR/fleet.json, and logs the runs that stopped training before the job ended."""
+    """Writes MODEL_DIR/fleet.json, and logs which runs stopped training before the job ended."""
     runs = [dataclasses.asdict(outcome) for outcome in found]
     path = epath.Path(model_dir) / FLEET
     write_atomic(path, json.dumps({"runs": runs}, indent=1) + "\n")
     for outcome in found:
         run, step, best_step = outcome.run, outcome.step, outcome.best_step
-        kept = "no artifact" if best_step is None else f"the artifact of step {best_step}"
+        kept = "It has no artifact" if best_step is None else f"Its artifact is of step {best_step}"
         if outcome.state == FAILED:
-            logging.error("Run %s failed at step %d and has %s.", run, step, kept)
+            logging.error("Run %s failed at step %d. %s.", run, step, kept)
         elif outcome.state == FINISHED and len(found) > 1:
-            logging.info("Run %s finished at step %d and has %s.", run, step, kept)
+            logging.info("Run %s finished at step %d. %s.", run, step, kept)
     if len(found) > 1:
         counts = {
             state: sum(outcome.state == state for outcome in found)
@@ -164,8 +166,8 @@ def report(model_dir: str, found: Sequence[RunOutcome]) -> None:
 
 
 def all_ended(model_dir: str | os.PathLike[str]) -> bool:
-    """Whether a job ended because all of its runs stopped training. False if all runs failed, since
-    such a job ends with an error."""
+    """Whether a job ended because all of its runs stopped training. False if all runs failed,
+    because such a job ends with an error."""
     path = epath.Path(model_dir) / FLEET
     if not path.exists():
         return False
@@ -181,10 +183,10 @@ def take(
     Args:
         model: the job's model.
         prompt: the method's parameters.
-        rows: the bank rows of the runs.
+        rows: the bank rows of the runs to extract.
 
     Returns:
-        The parameters of the runs, their `Runs`, and the job's groups that they are in.
+        The parameters of these runs, their `Runs`, and the indices of their groups in the job.
     """
     runs = model.runs
     groups = sorted({runs.group_of_row[row] for row in rows})
@@ -204,7 +206,7 @@ def take(
 
 
 def card_facts(job: EndedJob) -> model_card.Facts:
-    """Returns the facts that model cards state in addition to the artifacts' configurations."""
+    """Returns the facts that model cards state beyond the configurations of the artifacts."""
     trainer, provider = job.trainer, job.data_cfg.provider()
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in seqio.get_subtasks(provider)},
@@ -223,7 +225,7 @@ def write_artifacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
     Args:
         model_dir: MODEL_DIR.
         job: the ended job.
-        prompt: the method's parameters, at each run's best step.
+        prompt: the method's parameters, at each group's best step.
     """
     facts = card_facts(job)
     results = outcomes(job)
@@ -247,8 +249,8 @@ def _write(
     rows: Sequence[int],
     step: int,
 ) -> None:
-    """Writes one artifact. A job may have thousands, so only the artifact of all runs reads the
-    facts of all runs."""
+    """Writes one artifact. A job may have thousands of artifacts, so the facts of all runs are used
+    only in the artifact of all runs."""
     model, best, initial = job.trainer.model, job.best, job.initial
     params, runs, groups = take(model, prompt, rows)
     select = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731

@@ -1,6 +1,7 @@
 """Metric writers, progress line and run record.
 
-Only process 0 writes. Import this for training and evaluation only: clu's writers need TensorFlow.
+Only process 0 writes. Only training and evaluation should import this module, because clu's writers
+import TensorFlow.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ METRICS = "metrics.jsonl"
 
 
 class Writers:
-    """Writers of TensorBoard files below MODEL_DIR, in one folder for each kind of metric as in
-    T5X, and of the same scalars as lines of MODEL_DIR/metrics.jsonl."""
+    """Writer of scalars to TensorBoard files and to MODEL_DIR/metrics.jsonl. The TensorBoard files
+    are below MODEL_DIR, in one folder for each kind of metric, as in T5X."""
 
     def __init__(self, model_dir: str):
         self._model_dir = epath.Path(model_dir)
@@ -36,7 +37,7 @@ class Writers:
         self._lines: Any = None
 
     def write(self, folder: str, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars to `MODEL_DIR/<folder>/events*`."""
+        """Writes scalars to `MODEL_DIR/<folder>/events*`, and as a line of metrics.jsonl."""
         if jax.process_index() != 0 or not scalars:
             return
         if self._lines is None:
@@ -50,7 +51,7 @@ class Writers:
         self._writers[folder].write_scalars(step, dict(scalars))
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until all scalars are written, and closes the files."""
         for writer in self._writers.values():
             writer.close()
         if self._lines is not None:
@@ -74,11 +75,12 @@ class ProgressLine:
             self._bar.start()
 
     def restart_clock(self, step: int) -> None:
-        """Restarts timing, to exclude what is not training (compilation, evaluation, saving)."""
+        """Restarts the clock at a step, so that compilation, evaluation and saving do not count."""
         self._mark = (step, time.monotonic())
 
     def update(self, step: int, found: Mapping[str, float]) -> dict[str, float]:
-        """Shows a step; returns the speeds since the last update, for the metric writers."""
+        """Shows the progress at a step. Returns the speeds since the last update, for the metric
+        writers."""
         last, since = self._mark
         seconds = max(time.monotonic() - since, 1e-9)
         steps = max(step - last, 1)
@@ -118,7 +120,7 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
 
     Args:
         model_dir: MODEL_DIR.
-        facts: JSON values from the caller (seeds, counts, digests).
+        facts: JSON values to record in addition, such as seeds, counts and digests.
     """
     if jax.process_index() != 0:
         return
@@ -149,7 +151,7 @@ def _mend(path: epath.Path) -> None:
 
 
 def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:
-    """Returns the log line at the start of a run with the number of trainable parameters."""
+    """Returns the log line with the number of trainable parameters, for the start of a run."""
     return (
         f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%}; labels: "
         f"{', '.join(sorted(labels))})."

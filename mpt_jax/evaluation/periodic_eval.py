@@ -1,4 +1,4 @@
-"""Periodic evaluation between training steps, and its compiled functions."""
+"""Periodic evaluation between training steps, and the compilation of its functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ EVAL_MODES = ("TRAIN_EVAL", "INFER_EVAL")
 def on_device(
     function: Callable[..., Any], partitioner: PjitPartitioner
 ) -> Callable[[Params, Mapping[str, np.ndarray]], Any]:
-    """Compiles `function(params, batch)`: takes this host's rows, returns all hosts' as NumPy."""
+    """Compiles `function(params, batch)`. The result takes this host's rows of a batch, and returns
+    the outputs for the rows of all hosts as NumPy arrays."""
     compiled = jax.jit(function)
 
     def run(params: Params, batch: Mapping[str, np.ndarray]) -> Any:
@@ -41,12 +42,12 @@ class PeriodicEvaluator:
 
     Attributes:
         trainer: the trainer whose state is evaluated.
-        writers: writers of the scalars.
-        losses: task or mixture -> its batches; None to compute no losses.
-        inference: decodes and scores; None to compute no metrics.
-        actions: actions to run after an evaluation, by mode.
+        writers: the writers of the scalars.
+        losses: {task or mixture: function that returns its batches}; None to compute no losses.
+        inference: the evaluator that decodes and scores; None to compute no metrics.
+        actions: {mode of `EVAL_MODES`: actions to run after an evaluation}.
         scores: metrics of each run, from the last evaluation.
-        last_step: the step of the last evaluation.
+        last_step: the step of the last evaluation; -1 before the first.
     """
 
     trainer: Trainer
@@ -61,14 +62,14 @@ class PeriodicEvaluator:
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
         if unknown:
             raise ValueError(
-                f"actions must be keyed by {EVAL_MODES}, got {unknown}. (T5X's TRAIN is not "
-                "supported.)"
+                f"actions has unknown keys: {', '.join(map(str, unknown))}. Use only "
+                f"{' and '.join(EVAL_MODES)} (T5X's TRAIN is not supported)."
             )
         for mode, data in zip(EVAL_MODES, (self.losses, self.inference), strict=True):
             if self.actions.get(mode) and not data:
                 raise ValueError(
-                    f"The actions {self.actions[mode]} would never run, because {mode} has no "
-                    "dataset. Bind its dataset, or remove the actions."
+                    f"The {mode} actions {self.actions[mode]} would never run, because "
+                    f"train.{mode.lower()}_dataset_cfg is None. Bind it, or remove the actions."
                 )
         self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
         self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
@@ -80,12 +81,12 @@ class PeriodicEvaluator:
 
     @property
     def best(self) -> selection.SelectBest | None:
-        """The action that keeps the best parameters; None until it has kept any."""
+        """The action that keeps the best parameters; None if there is none or it has kept none."""
         action = self._selecting
         return None if action is None or action.trainable is None else action
 
     def resume(self) -> None:
-        """Resumes the action that keeps the best parameters, at the trainer's step."""
+        """Restores the action that keeps the best parameters to the trainer's step."""
         if self._selecting is not None:
             self._selecting.resume(self.trainer.step)
 

@@ -2,13 +2,13 @@
 
     TrainStateInitializer   T5X: builds T5X's train state (`train_state_adapter`). Own trainer:
                             only holds the origins, since the trainer builds its state itself.
-    save_hooks              T5X: write MODEL_DIR/artifact at every save. Own trainer: none, since
-                            it writes the artifact itself.
+    save_hooks              T5X: writes MODEL_DIR/artifact at every save. Own trainer: no hooks,
+                            since the trainer writes the artifact itself.
     stoppable               T5X: makes the trainer stop on request. Own trainer: does nothing,
-                            since it handles requests itself.
+                            since the trainer handles stop requests itself.
 
-A gin file imports this module before it builds anything, so under T5X the job's processes connect
-to each other here: T5X does not do it on TPUs.
+Gin imports this module before it builds any object. Under T5X, the job's processes therefore
+connect to each other here, since T5X does not connect them on TPUs.
 """
 
 from __future__ import annotations

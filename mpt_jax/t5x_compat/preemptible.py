@@ -1,13 +1,14 @@
 """Preemption handling for the real T5X's trainer: SIGTERM and Ctrl-C save first, then exit.
 
 T5X saves and exits when its trainer raises `PreemptionError`, but nothing in T5X raises it, and
-the exit shows a traceback. Here the trainer handles signals like this library's (`preemption`):
-it checks before every step whether to stop, and its error exits with that module's exit code.
+the exit shows a traceback. With this module, T5X's trainer handles signals like this library's
+trainer (see `preemption`): it checks before every step whether to stop, and then raises an error
+that ends the process with the exit code of `preemption`.
 
     train_script.train.trainer_cls = @initializer.stoppable()
     initializer.stoppable.trainer_cls = @trainer.Trainer
 
-Besides T5X's public names this reads one private name, `Trainer._compiled_train_step`.
+This module uses one private name of T5X, `Trainer._compiled_train_step`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class _Due(Exception):
 class _Listener:
     """Makes one T5X trainer stop on request.
 
-    It checks after every step, with the step's number: JAX stops all processes of a job at the
-    same step only if each of them counts without a gap.
+    It checks after every step and passes the step's number: JAX stops all processes of a job at the
+    same step only if every process checks at every step.
 
     Args:
-        trainer: T5X's trainer; three of its methods are replaced.
+        trainer: T5X's trainer, of which three methods are replaced.
     """
 
     def __init__(self, trainer: Any):
@@ -49,7 +50,8 @@ class _Listener:
         self._request = self._open.enter_context(preemption.stop_requests())
 
     def compile(self, batch: Mapping[str, Any]) -> None:
-        """Compiles like T5X, and keeps each step's state, which T5X's loop only sets at its end."""
+        """Compiles like T5X, and keeps the state after each step. T5X's loop sets the trainer's
+        state only at its end."""
         self._compile(batch)
         step = self._trainer._compiled_train_step
 
@@ -63,7 +65,8 @@ class _Listener:
         """Trains `num_steps` steps like T5X, or fewer after a stop request.
 
         Raises:
-            PreemptionError: T5X's error; `train_state` holds the last step's state, to be saved.
+            PreemptionError: T5X's error, after a stop request. The trainer's `train_state` is the
+                state after the last step, which T5X saves.
         """
         first = int(self._trainer.train_state.step if start_step is None else start_step)
         try:
@@ -77,8 +80,8 @@ class _Listener:
         return summary
 
     def _until_due(self, batches: Any, first: int) -> Iterator[Any]:
-        """Yields the batches of steps from `first` on. On a stop request the next batch is not
-        taken, because T5X saves the data position as well."""
+        """Yields the batches of the steps after `first`. After a stop request it takes no further
+        batch, because T5X also saves the data position."""
         yield next(batches)
         step = first + 1
         while not self._request.is_due(step):
@@ -94,7 +97,8 @@ class _Listener:
         # T5X catches the first class, saves and raises again. Python takes the exit code from the
         # second. It is a class attribute, because gin makes another exception of the same class.
         raise type("Stopped", (preempted, SystemExit), {"code": code})(
-            f"stopped by a signal after step {step}"
+            f"Stopped by signal {self._request.signal} after step {step}. Run the same command "
+            "again to resume."
         )
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""T5X's learning-rate schedules as products of factors: `'constant * linear_warmup'`.
+"""T5X's learning-rate schedules: products of factors such as `'constant * linear_warmup'`.
 
-T5X's run files bind one to `Trainer.learning_rate_fn`. With this library's optimizer that function
-is only logged, under either trainer; the schedules of `PromptOptimizer` apply.
+T5X's run files bind such a schedule to `Trainer.learning_rate_fn`. With this library's optimizer,
+its values are only logged, under either trainer; the schedules of `PromptOptimizer` apply.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def create_learning_rate_scheduler(  # noqa: PLR0913 - T5X's arguments
         factors: names joined by `*`: constant, linear_warmup, linear_decay (includes the constant
             and the warmup, so it is the only factor), rsqrt_decay, rsqrt_normalized_decay,
             decay_every, cosine_decay.
-        base_learning_rate: the constant.
-        warmup_steps: number of warmup steps, after which decays begin.
+        base_learning_rate: the value of constant.
+        warmup_steps: number of warmup steps, after which the decays begin.
         decay_factor: slope of linear_decay; multiplier of decay_every.
-        steps_per_decay: steps between multiplications of decay_every.
-        steps_per_cycle: period of cosine_decay.
-        step_offset: subtracted from the step first.
+        steps_per_decay: number of steps after which decay_every multiplies again.
+        steps_per_cycle: period of cosine_decay, in steps.
+        step_offset: number that is subtracted from the step before the factors are computed.
         min_learning_rate: lower bound of the product.
 
     Raises:
-        ValueError: an unknown factor.
+        ValueError: `factors` has an unknown name.
     """
     known: dict[str, Callable[[Array], Array | float]] = {
         "constant": lambda step: base_learning_rate,

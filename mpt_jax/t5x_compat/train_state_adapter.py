@@ -1,9 +1,9 @@
 """Train state and initializer for the real T5X, behind T5X's protocols.
 
 T5X trains `params` as one tree. Here that tree includes the frozen backbone, but only trainable
-parameters have gradients and moments and are in `state_dict()`, so a T5X checkpoint is
-prompt-sized. The rest is read from its origin at every start, resumed or not. Nothing here
-subclasses or imports T5X: T5X calls these objects by name.
+parameters have gradients and moments and are in `state_dict()`, so a T5X checkpoint is as small as
+the prompts. Frozen parameters are read from their origins at every start, resumed or not. Nothing
+here subclasses or imports T5X: T5X calls the methods of these objects by name.
 
     train_script.train.train_state_initializer_cls = @initializer.TrainStateInitializer
 """
@@ -41,12 +41,12 @@ NONE_IS_LEAF: dict[str, Any] = {"is_leaf": lambda x: x is None}
 
 
 class Host:
-    """Constants of all states of a run; a static field of each state.
+    """Constants that all states of a run share; each state has them as a static field.
 
     Args:
         model: the model that T5X trains.
         origins: origins of the initial parameters.
-        optimizer: None for evaluation and inference.
+        optimizer: the optimizer; None for evaluation and inference.
         partitioner: T5X's partitioner.
     """
 
@@ -70,7 +70,7 @@ class Host:
         return split(params, self.model.labels, self.labels)
 
     def load(self, key: Key) -> initialization.InitialParams:
-        """Returns every parameter from its origin; read once per process."""
+        """Returns all parameters, read from their origins once per process."""
         if self._loaded is None:
             self._loaded = initialization.initialize_params(self.model, self.origins, key)
         return self._loaded
@@ -90,28 +90,28 @@ class Host:
         return axes
 
     def place(self, name: str, value: Any) -> jax.Array:
-        """Puts a parameter on T5X's mesh."""
+        """Places a parameter on the devices of T5X's mesh, sharded by its logical axes."""
         spec = logical_to_mesh_axes(self.axes[name], self.partitioner.logical_axis_rules)
         sharding = NamedSharding(self.partitioner.mesh, PartitionSpec(*(spec or ())))
         return jax.device_put(value, sharding)
 
     def opt_axis_names(self, opt_state: Any) -> Any:
         """Returns the logical axes of the optimizer state: a moment has its parameter's axes."""
-
         axes = [PartitionSpec(*by_suffix(self.axes, name, ())) for name in flatten(opt_state)]
         return jax.tree.unflatten(jax.tree.structure(opt_state), axes)
 
 
 class HostState(flax.struct.PyTreeNode):
-    """T5X's TrainState protocol for a whole parameter tree, of which only a part is saved.
+    """Implementation of T5X's TrainState protocol with all parameters, of which only the trainable
+    ones are saved.
 
     Attributes:
         step: number of steps taken.
-        params: the whole tree.
+        params: all parameters, trainable and frozen.
         param_states: the optimizer's state for trainable parameters; None without an optimizer.
-        host: see `Host`.
+        host: the constants that all states of the run share.
         whole: whether `state_dict()` and `restore_state()` include frozen parameters. T5X's
-            partitioner maps axes through these two methods, and must map all of them.
+            partitioner uses these two methods to map axes, and needs the axes of all parameters.
     """
 
     step: Any
@@ -122,11 +122,11 @@ class HostState(flax.struct.PyTreeNode):
 
     @property
     def flax_mutables(self) -> dict[str, Any]:
-        """Empty: there are no mutable collections."""
+        """An empty dictionary, because the model has no mutable collections."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds: trainable parameters, optimizer state and step."""
+        """Returns the contents of a checkpoint: trainable parameters, optimizer state and step."""
         target = self.params if self.whole else self.host.split(self.params)[0]
         state = {"step": self.step}
         if self.param_states is not None:
@@ -160,7 +160,7 @@ class HostState(flax.struct.PyTreeNode):
         )
 
     def _frozen(self, frozen: Params) -> dict[str, Any]:
-        """Returns the frozen parameters: unchanged, or loaded if there are only shapes."""
+        """Returns the frozen parameters: loaded if they are shapes, otherwise unchanged."""
         leaves = flatten(frozen)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
             return unflatten(leaves)
@@ -175,8 +175,8 @@ class HostState(flax.struct.PyTreeNode):
         T5X only logs `learning_rate`.
 
         If a result is not finite, parameters and moments keep their values, as with this library's
-        trainer. Only the step increases, because T5X counts steps itself: otherwise later
-        checkpoints would be one step off from the data. T5X logs the NaN as `loss`.
+        trainer. The step still increases, because T5X counts steps itself and later checkpoints
+        would otherwise be one step behind the data. T5X logs the NaN as `loss`.
         """
         trainable, frozen = self.host.split(self.params)
         updates, param_states = self.host.optimizer.update(
@@ -209,12 +209,12 @@ class HostState(flax.struct.PyTreeNode):
 
 
 class TrainStateInitializer:
-    """Builder of T5X's train state; takes the arguments of T5X's class, and `origins`.
+    """Builder of T5X's train state. Takes the arguments of T5X's class of this name, and `origins`.
 
     Args:
-        optimizer_def: the model's optimizer, or None for evaluation and inference.
-        init_fn: the model's `get_initial_variables`, a bound method.
-        input_shapes: shapes of a global batch.
+        optimizer_def: the model's optimizer; None for evaluation and inference.
+        init_fn: the model's bound method `get_initial_variables`, which gives access to the model.
+        input_shapes: {feature: shape} of a global batch.
         partitioner: T5X's partitioner.
         input_types: ignored, since parameters do not depend on the batch.
         origins: origins of the initial parameters.
@@ -273,7 +273,8 @@ def _state(host: Host, params: Params) -> HostState:
 
 
 def _match(expected: Any, saved: Mapping[str, Any], what: str) -> None:
-    """Checks that names agree, and shapes if both sides are arrays (they may be axis names)."""
+    """Checks that two trees have the same names, and the same shapes if both have arrays. (Leaves
+    may also be axis names.)"""
     wanted = flatten(expected, **NONE_IS_LEAF)
     shape = lambda leaf, other: getattr(leaf, "shape", ()) if hasattr(other, "shape") else ()  # noqa: E731
     match_exactly(
@@ -291,15 +292,17 @@ _HOSTS: list[Host] = []
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactHook:
-    """Writes MODEL_DIR/artifact at every save of T5X, and leaves the saved state unchanged.
+    """Hook that writes MODEL_DIR/artifact at every save of T5X, without changing the saved state.
 
-    Prompts that are not finite are not written; the artifact of an earlier save is kept.
+    Prompts with values that are not finite are not written. The artifact of an earlier save is then
+    kept.
     """
 
     model_dir: str
 
     def __call__(self, state_dict: Params, parameter_infos: Any) -> tuple[Params, Any]:
-        """Writes the artifact; a save-time transformation of T5X, which returns its arguments."""
+        """Writes the artifact, and returns the arguments unchanged. T5X calls this as a
+        transformation of the state at every save."""
         prompt = state_dict["target"].get("prompt")
         if prompt is not None and jax.process_index() == 0:
             self._write(prompt, int(state_dict["state"]["step"]))
@@ -337,8 +340,8 @@ class ArtifactHook:
 
 
 def _card_facts(host: Host) -> model_card.Facts:
-    """Returns the facts that the model card states in addition to the artifact's configuration.
-    It has no scores, because T5X evaluates after a save."""
+    """Returns the facts that the model card states beyond the artifact's configuration. They
+    include no scores, because T5X evaluates after a save."""
     tasks = [task_lookup.find_task(n) for n in host.model.runs.run_names if task_lookup.is_task(n)]
     return model_card.Facts(
         data={task.name: model_card.data_of(task) for task in tasks},

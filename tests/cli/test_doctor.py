@@ -178,7 +178,7 @@ def test_doctor_unwritable_root_is_reported(capsys, machine, monkeypatch):
     (machine / "file").write_text("")
     monkeypatch.setenv("MPT_JAX_ROOT", str(machine / "file"))
     wrong = only_wrong(capsys, "--suite=toy")
-    assert wrong["name"] == "MPT_JAX_ROOT" and "cannot be written" in wrong["problem"]
+    assert wrong["name"] == "MPT_JAX_ROOT" and "Cannot write to" in wrong["problem"]
     assert "MPT_JAX_ROOT" in wrong["mend"]
 
 
@@ -200,7 +200,7 @@ def test_doctor_unreadable_folders_count_as_absent(machine, monkeypatch):
 def test_check_folder_full_disk_is_reported(machine, monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE", 2**80)
     finding = doctor.check_folder("MPT_JAX_ROOT", str(machine), "mend")
-    assert (finding.problem, finding.mend) == ("It has less than 1 GiB free.", "mend")
+    assert (finding.problem, finding.mend) == ("Less than 1 GiB is free.", "mend")
 
 
 @pytest.mark.parametrize("credentials", [True, False])
@@ -211,14 +211,14 @@ def test_doctor_unwritable_bucket_is_reported(credentials, capsys, machine, monk
         (folder := machine / "home" / ".config" / "gcloud").mkdir(parents=True)
         (folder / "application_default_credentials.json").write_text("{}")
     wrong = only_wrong(capsys, "--suite=toy")
-    assert wrong["problem"] == "It cannot be written: no such bucket: gs://bucket/runs"
+    assert wrong["problem"] == "Cannot write to this bucket: no such bucket: gs://bucket/runs"
     assert ("gcloud auth application-default login" in wrong["mend"]) != credentials
 
 
 def test_check_root_silent_bucket_times_out(monkeypatch):
     monkeypatch.setattr(doctor, "_WRITE", "import time; time.sleep(600)")
     _, finding = doctor.check_root("gs://b/x", doctor.Probe(doctor._WRITE), seconds=0.5)
-    assert finding.problem == "It cannot be written: no answer within 0.5 s."
+    assert finding.problem == "Cannot write to this bucket: no answer within 0.5 s."
 
 
 def test_check_root_bucket_probe_leaves_no_file(machine):
@@ -241,10 +241,10 @@ def test_doctor_absent_data_and_backbone_give_commands(capsys, machine):
     backbone = f"{machine}/root/backbones/t5-base"
     assert wrong["backbone"]["mend"].endswith(f"google-t5/t5-base --local-dir {backbone}")
     assert wrong["backbone"]["problem"] == (
-        "The folder has no config.json, no spiece.model, no model.safetensors."
+        "Missing from this folder: config.json, spiece.model, model.safetensors."
     )
     assert doctor.main([f"--tfds_data_dir={machine}", "--timeout=60"]) == 1
-    assert "7 things are wrong. Stages of gin/tiny.gin need no data" in capsys.readouterr().out
+    assert "7 problems found. Stages of gin/tiny.gin need no data" in capsys.readouterr().out
 
 
 def test_check_data_complete_data_may_be_read_only(machine, monkeypatch):

@@ -328,7 +328,7 @@ def test_train_iterator_invalid_config_raises(cfg, message):
 
 
 def test_train_iterator_indivisible_batch_raises():
-    with pytest.raises(ValueError, match="batch_size 6 must be a multiple of the 4 hosts"):
+    with pytest.raises(ValueError, match=r"number of hosts \(4\), got 6. Use 4, for"):
         datasets.train_iterator(config("dat_a"), CONVERTER, num_hosts=4)
 
 

@@ -98,14 +98,12 @@ def test_feature_converter_unknown_run_names_it():
     preprocessors.task_id("ft_stranger")
     dataset = PromptFeatureConverter(1, RUNS)(examples(("ft_stranger", [7], [5])), LENGTHS)
     message = (
-        "The task ft_stranger is not a run of this job. Its runs are ft_alpha, ft_beta, ft_gamma."
+        "The task ft_stranger has no run in this job, whose runs are ft_alpha, ft_beta, ft_gamma."
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         rows_of(dataset)
     dataset = PromptFeatureConverter(1, RUNS)(examples(("", [7], [5]), task_ids=[1234567]), LENGTHS)
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match="unregistered id 1234567 is not a run"
-    ):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="unregistered id 1234567 has no run"):
         rows_of(dataset)
 
 
@@ -122,10 +120,10 @@ def test_feature_converter_dataset_without_task_ids_raises():
 @pytest.mark.parametrize(
     "inputs, targets, prompt, message",
     [
-        ([7, 0, 1], [5], 2, "Cannot pack an example of ft_beta whose inputs contain id 0."),
-        ([7, 1], [5, 0, 1], 2, "Cannot pack an example of ft_beta whose targets contain id 0."),
-        ([7, 1], [], 2, "Cannot pack an example of ft_beta whose targets are empty."),
-        ([], [5], 0, "Cannot pack an example of ft_beta whose inputs are empty."),
+        ([7, 0, 1], [5], 2, "example of ft_beta, because its inputs contain id 0"),
+        ([7, 1], [5, 0, 1], 2, "example of ft_beta, because its targets contain id 0"),
+        ([7, 1], [], 2, "example of ft_beta, because its targets are empty."),
+        ([], [5], 0, "example of ft_beta, because its inputs are empty."),
     ],
 )
 def test_feature_converter_unpackable_example_raises(inputs, targets, prompt, message):
@@ -145,7 +143,7 @@ def test_feature_converter_empty_input_with_prompt_packs():
     "arguments, message",
     [
         ({"prompt_length": -1}, "prompt_length must be 0 or more, got -1"),
-        ({"on_overlong": "cut"}, r"on_overlong must be one of \('error', 'truncate'\), got 'cut'"),
+        ({"on_overlong": "cut"}, "on_overlong must be 'error' or 'truncate', got 'cut'"),
         ({"pack_lengths": {"inputs": 9}}, r"the keys inputs and targets, got \['inputs'\]"),
         ({"pack_window": 0}, "pack_window must be 1 or more, got 0"),
         ({"use_custom_packing_ops": True}, "use_custom_packing_ops = True would have no effect"),
@@ -178,7 +176,7 @@ def test_renamed_preprocessors_replace_only_the_task_id():
     after = preprocessors.renamed(before, "ft_alpha_s1")
     assert [a is b for a, b in zip(after, before, strict=True)] == [True, True, False, True]
     assert after[2].id == preprocessors.task_id("ft_alpha_s1")
-    with pytest.raises(ValueError, match="None of the preprocessors of the task 'x'"):
+    with pytest.raises(ValueError, match="Cannot derive the task 'x', because no prep"):
         preprocessors.renamed([seqio.preprocessors.tokenize], "x")
 
 

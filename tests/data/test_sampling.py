@@ -232,28 +232,31 @@ def test_task_mixture_finite_epochs_use_seqio():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: PerExample(0, 1), "batch_size must be a positive multiple .* got 0 for 1"),
-        (lambda: PerExample(6, 1, num_hosts=4), "number of hosts, got 6 for 4"),
-        (lambda: PerExample(6, -1), r"seed must be in 0 .. 2\^31 - 1, got -1"),
+        (
+            lambda: PerExample(0, 1),
+            r"PerExample.batch_size must be a positive multiple .* hosts \(1\), got 0",
+        ),
+        (lambda: PerExample(6, 1, num_hosts=4), r"number of hosts \(4\), got 6"),
+        (lambda: PerExample(6, -1), r"PerExample.seed must be from 0 to 2\^31 - 1, got -1"),
         (
             lambda: TaskMixture("m", tuple(SIZES), StochasticTasks(6, 1, kappa=4)),
-            "kappa is 4 and the mixture has 3",
+            r"number of tasks \(3\), but kappa is 4. Change StochasticTasks.kappa",
         ),
         (
             lambda: TaskMixture("m", ["smp_a"], StochasticTasks(6, 1)),
-            "kappa is 1 and the mixture has 1. For one task use sampling.EqualQuotas",
+            r"tasks \(1\), but kappa is 1. .* or for one task use sampling.EqualQuotas",
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), StochasticTasks(2, 1)),
-            "A batch of 2 cannot hold kappa = 3 tasks",
+            "A batch of 2 examples cannot hold kappa = 3 tasks",
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), EqualQuotas(8, 1)),
-            "multiple of the 3 runs, got 8. Use 6, for example",
+            r"multiple of the number of runs \(3\), got 8. Use 6, for example",
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), PerExample(8, 1), rates={"smp_a": 1.0}),
-            r"rates must name \['smp_a', 'smp_b', 'smp_c'\], got \['smp_a'\]",
+            r"the tasks \['smp_a', 'smp_b', 'smp_c'\], got weights for \['smp_a'\]",
         ),
         (
             lambda: TaskMixture("m", ["smp_aa"], PerExample(8, 1)),

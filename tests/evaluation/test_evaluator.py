@@ -232,10 +232,10 @@ def aux_metric(targets, predictions, aux_values):
 @pytest.mark.parametrize(
     "targets, metric_fns, changes, message",
     [
-        ([], [accuracy], {}, "The 'validation' split is empty: evl_x"),
+        ([], [accuracy], {}, "The 'validation' split of these tasks is empty: evl_x"),
         (["a"], [accuracy], {"split": "test"}, "'evl_x' has no 'test' split; it has validation"),
         (["a"], [], {}, "No task of 'evl_x' has metrics"),
-        (["a"], [aux_metric], {}, "'evl_x' has a metric of auxiliary values"),
+        (["a"], [aux_metric], {}, "'evl_x' has a metric that reads auxiliary values"),
         (["abcde"], [accuracy], {}, r"targets': 4} \(evl_x: 1 of 1 \(100.00%\)\). Raise the lim"),
     ],
 )
