@@ -2,8 +2,8 @@
 
     python tests/words/lint.py
 
-An idiom that is meant (a quotation, a name, data) is listed in ALLOWED with its file. The files
-beside this script list what has been reread by whom the sentences are for: reread.txt.
+An idiom that is meant (a quotation, a name, data) is listed in ALLOWED with its file. Every file must
+be in reread.txt, the list of files that were reread as a whole.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ def lines() -> list[tuple[str, int, str]]:
 
 
 def main() -> None:
-    """Prints every line with an idiom; exits with 1 if there is one."""
-    count = 0
-    for name, number, line in lines():
+    """Prints every line with an idiom and every file that was not reread; exits with 1 if any."""
+    count, checked = 0, lines()
+    reread = (ROOT / "tests" / "words" / "reread.txt").read_text().splitlines()
+    for name in sorted({name for name, _, _ in checked} - set(reread)):
+        count += 1
+        print(f"{name}: reread this file, and add it to tests/words/reread.txt")
+    for name, number, line in checked:
         for idiom, instead in IDIOMS.items():
             if not (match := re.search(idiom, line)):
                 continue
@@ -89,7 +93,7 @@ def main() -> None:
             count += 1
             print(f"{name}:{number}: {match[0]!r} (write: {instead}): {line.strip()}")
     if count:
-        sys.exit(f"{count} lines with idioms. See docs/glossary.md for the terms of this project.")
+        sys.exit(f"{count} findings. See docs/glossary.md for the terms of this project.")
 
 
 if __name__ == "__main__":
