@@ -2,8 +2,8 @@
 
     python tests/words/lint.py
 
-An idiom that is meant (a quotation, a name, data) is listed in ALLOWED with its file. Every file must
-be in reread.txt, the list of files that were reread as a whole.
+An idiom that is meant (a quotation, a name, data) is listed in ALLOWED with its file. Every file
+must be in reread.txt, the list of files that were reread as a whole.
 """
 
 from __future__ import annotations
