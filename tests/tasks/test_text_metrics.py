@@ -181,9 +181,9 @@ def test_of_task_keeps_labels_name_and_signature():
         (
             metrics.f1(LABELS),
             ["maybe"],
-            "gold target 'maybe' is none of the labels 'no', 'yes'",
+            "gold target 'maybe' is not one of the labels 'no', 'yes'",
         ),
-        (metrics.invalid_rate(LABELS), [""], "The gold target '' is none of the labels"),
+        (metrics.invalid_rate(LABELS), [""], "The gold target '' is not one of the labels"),
         (metrics.correlations, ["nan"], "The gold target 'nan' is not a number"),
         (metrics.correlations, [""], "The gold target '' is not a number"),
         (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold target '' is empty"),
