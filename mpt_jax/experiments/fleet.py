@@ -210,7 +210,7 @@ def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> 
 
 
 def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[Any]) -> str:
-    """Returns a run's name. `differing` holds its settings, or None for a setting that is shared."""
+    """Returns a run's name. `differing` holds its settings, or None for shared settings."""
     rate, task_rate, start, init = differing
     name = task if shots is None else f"{task}_k{shots}"
     if shots is not None or seed is not None:

@@ -231,7 +231,7 @@ def test_read_parquet_bad_rows_and_files_raise():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"train": "absent.jsonl"}, FileNotFoundError, "file absent.jsonl does not exist. Paths"),
+        ({"train": "absent.jsonl"}, FileNotFoundError, "file absent.jsonl does not exist. Correct"),
         (
             {"train": "x.json"},
             ValueError,
@@ -245,7 +245,7 @@ def test_read_parquet_bad_rows_and_files_raise():
         ({"train": None}, ValueError, "got neither"),
         ({"data": "x.jsonl"}, ValueError, "got both"),
         ({"seed": 1}, ValueError, "have no effect without data="),
-        ({"labels": "yes"}, ValueError, "must be a sequence, but got the text 'yes'"),
+        ({"labels": "yes"}, ValueError, "must be a sequence of labels, got the text 'yes'"),
         ({"labels": ["yes"]}, ValueError, "needs at least two labels"),
         ({"labels": ["yes", "yes"]}, ValueError, "'yes' is given twice"),
         ({"labels": {1: "yes", "1": "no"}}, ValueError, "'1' is given twice"),

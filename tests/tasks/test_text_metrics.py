@@ -165,7 +165,9 @@ def test_of_task_warnings_and_errors_name_task_or_run(caplog):
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("matthews of cola is undefined")
     assert second.startswith("matthews of cola_k4_s0 is undefined")
-    with pytest.raises(ValueError, match="Task 'cola': the gold target '-1' is none .*'no', 'yes'"):
+    with pytest.raises(
+        ValueError, match="Task 'cola': the gold target '-1' is not one .*'no', 'yes'"
+    ):
         metric(["yes", "-1"], ["no", "no"])
 
 
