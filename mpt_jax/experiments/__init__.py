@@ -1,1 +1,1 @@
-"""Experiments built from several runs: fleets, stages, the demo, the paper's tables, the report."""
+"""Experiments with several runs: fleets, stages, the demo, the paper's tables and the report."""

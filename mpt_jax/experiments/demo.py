@@ -3,8 +3,8 @@
     mpt-jax demo            what `make demo` runs
     mpt-jax demo --full     every target, k = 4, 16, 32 and full data, every method
 
-It calls the same `train()` on the same gin files as the command line, one stage after another in
-one process. docs/study/protocol.md fixed in advance what is compared and how.
+The demo runs its stages one after another in one process, with the same `train()` and gin files as
+the command line. The comparison was specified in advance in docs/study/protocol.md.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ FEW, ALL = (200, 4), (500, 16)
 
 
 def one_rate(rate: float, steps: int) -> tuple[str, ...]:
-    """Returns bindings for a peak learning rate, with a tenth of the steps as warmup."""
+    """Returns the bindings for a peak learning rate and a warmup of a tenth of the steps."""
     return f"LEARNING_RATE = {rate}", f"WARMUP_STEPS = {steps // 10}"
 
 
 def two_rates(rate: float, steps: int) -> tuple[str, ...]:
-    """Returns MPT's bindings: the factors' rate is 4/3 of the shared prompt's, as in the paper. The
-    gin file warms up for a tenth of any number of steps."""
+    """Returns the bindings for MPT's two peak learning rates. The rate of the task factors is 4/3
+    of the shared prompt's, as in the paper. The gin file sets the warmup to a tenth of the
+    steps."""
     del steps
     return f"LEARNING_RATE = {rate}", f"TASK_LEARNING_RATE = {rate * 4 / 3:.6g}"
 
@@ -56,14 +57,14 @@ class Method:
     """One way to adapt to a new task.
 
     Attributes:
-        name: name in tables.
-        gin_files: the stage file, then files that change it.
-        learning_rate: peak learning rate.
-        schedule: (learning rate, steps) -> bindings.
-        bindings: further bindings on top of the suite's defaults (gin/tiny.gin).
-        seeds: draws of the training examples.
-        grouped: whether all runs are one job; otherwise each run is a separate job.
-        start: the source task whose prompt the prompts start from, if any.
+        name: The name in tables.
+        gin_files: The gin file of the target stage, then files that change its settings.
+        learning_rate: The peak learning rate.
+        schedule: Function from (learning rate, steps) to the bindings of the schedule.
+        bindings: Further bindings, which override the suite's defaults (gin/tiny.gin).
+        seeds: The draws of the training examples, one run for each.
+        grouped: Whether one job trains all runs. Otherwise, each run is a separate job.
+        start: The source task whose prompt initializes all prompts; None for another start.
     """
 
     name: str
@@ -77,8 +78,8 @@ class Method:
 
 
 def methods(root: Path) -> tuple[Method, ...]:
-    """Returns the methods to compare; `root` holds the source stages. Their learning rates were
-    chosen on other tasks (docs/study/protocol.md)."""
+    """Returns the methods to compare. `root` is the folder of the source stages. The learning rates
+    were chosen on toy_wic and toy_paws (docs/study/protocol.md)."""
     start = (f"INITIAL_ARTIFACT = '{root}/pt_source/artifact'", f"START_FROM = '{START_TASK}'")
     tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
@@ -116,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def set_aside_finished(root: Path) -> None:
-    """Renames the folder of a finished demo, so that the next one starts from scratch. The folder
-    of an interrupted demo stays, and the next one resumes it."""
+    """Renames the folder of a finished demo, so that the next demo starts from scratch. The folder
+    of an interrupted demo is kept, so that the next demo resumes it."""
     if not (root / results.FILE).exists():
         return
     number = next(n for n in itertools.count(1) if not root.with_name(f"{root.name}.{n}").exists())
@@ -133,7 +134,7 @@ def stage(
     runs: tuple[Run, ...] = (),
     steps: int = SOURCE_STEPS,
 ) -> Stage:
-    """Returns a stage of the demo. It is scored once, on the test split, after its last step."""
+    """Returns a stage of the demo. It is evaluated only after its last step, on the test split."""
     files = (*gin_files, "gin/tiny.gin", "gin/runs/demo.gin")
     # Gin files look for artifacts of earlier stages below ROOT.
     return Stage(name, files, (f"ROOT = {quoted(str(root))}", *bindings), runs, steps)
@@ -149,11 +150,11 @@ def adapt(
     """Runs all adaptations (target x seed) of one method.
 
     Args:
-        root: holds the source stages.
-        method: the method.
-        targets: task names.
-        shots: training examples of each run; None for all.
-        length: (steps, examples of each run in a step); default the demo's.
+        root: The folder of the source stages.
+        method: The method to run.
+        targets: The names of the target tasks.
+        shots: The number of training examples of each run; None for all.
+        length: (steps, examples of each run in a step); None for the demo's defaults.
     """
     runs = target_runs(targets, method.seeds if shots is not None else (0,), shots)
     folder = f"targets/{method.name.lower().replace(' ', '_')}_k{shots or 'all'}"

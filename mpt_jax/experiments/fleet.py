@@ -1,11 +1,11 @@
-"""Fleets: the independent runs of one job, a product of tasks, examples, seeds and settings.
+"""Fleets: many independent runs in one job, a product of tasks, examples, seeds and settings.
 
-    tasks x k x seeds x learning rates x learning rates of factors x starts x initial values
+    tasks x k x seeds x learning rates x learning rates of factors x starts x initializers
 
-A run's name contains its task, k and seed, and those settings that differ in the fleet:
+A run's name contains its task, k and seed, and the settings that differ between runs of the fleet:
 `rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. A run's data and initial
-values depend only on this name, so a run is the same in any fleet and as a single run
-(`runs.data_name`).
+values depend only on this name (`runs.data_name`), so a run is the same in any fleet and as a
+single run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpt_jax.prompts.init import PromptInit, PromptInits
 
 
 class Member(NamedTuple):
-    """One run of a fleet. A setting is None if the fleet leaves it to the stage."""
+    """One run of a fleet. A setting is None if the gin file of the stage determines it."""
 
     name: str
     task: str
@@ -35,22 +35,24 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """The runs of a job. The file in `gin/runs` that binds a field is given in parentheses.
+    """The runs of a job: all combinations of the values of the fields.
+
+    The file in gin/runs that binds a field is in parentheses.
 
     Attributes:
-        tasks: SeqIO tasks (fleet.gin).
-        shots: k, training examples of each run; None for all (fleet.gin).
-        seeds: draws of the k examples, or with all examples repeats in another order. Each seed
-            has different initial values. None: draw 0, or a single repeat under the task's own
-            name (fleet.gin).
-        learning_rates: peak learning rates (fleet.gin).
-        task_learning_rates: peak learning rates of MPT's factors (fleet_task_rates.gin).
-        starts: rows of INITIAL_ARTIFACT that runs start from: `'average'` or a row's name
-            (fleet_starts.gin).
-        inits: name -> initializer, for prompts without a source prompt (fleet_inits.gin).
+        tasks: The names of the SeqIO tasks (fleet.gin).
+        shots: The numbers k of training examples of a run; None for all (fleet.gin).
+        seeds: The seeds of a run. A seed selects the draw of the k examples, or the order if a run
+            uses all examples, and the initial values. None stands for draw 0 or, with all
+            examples, for a single run with the name of its task (fleet.gin).
+        learning_rates: The peak learning rates (fleet.gin).
+        task_learning_rates: The peak learning rates of MPT's factors (fleet_task_rates.gin).
+        starts: The prompts of INITIAL_ARTIFACT that runs start from: a prompt's name, or
+            `'average'` for their mean (fleet_starts.gin).
+        inits: Initializers by name, for runs that do not start from a prompt (fleet_inits.gin).
 
     Raises:
-        ValueError: a list is empty or repeats a value, or a number is out of range.
+        ValueError: a field is not a list, is empty or repeats a value, or a number is out of range.
     """
 
     tasks: Sequence[str]
@@ -68,25 +70,36 @@ class Fleet:
                 continue
             listed = isinstance(values, Sequence | Mapping) and not isinstance(values, str)
             if not listed or not values:
-                raise ValueError(f"Fleet.{field.name} must be a list of values, got {values!r}.")
+                raise ValueError(
+                    f"Fleet.{field.name} must be a non-empty list of values, got {values!r}. Write "
+                    "a single value in brackets, as in [16]."
+                )
             counts = collections.Counter(list(values))
             repeated = [value for value, count in counts.items() if count > 1]
             if repeated:
                 raise ValueError(
                     f"Fleet.{field.name} lists {repeated} more than once, so several runs would "
-                    "have the same name. To repeat a run, list several seeds."
+                    "have the same name. Remove the duplicates. To repeat a run, list several "
+                    "seeds in SEEDS."
                 )
         if any(k is not None and k < 1 for k in self.shots):
-            raise ValueError(f"Fleet.shots must be positive, or None for all, got {self.shots}.")
+            raise ValueError(
+                f"Fleet.shots must be positive, got {self.shots}. Use numbers of at least 1 in "
+                "SHOTS, or None for all examples."
+            )
         if any(seed < 0 for seed in self.seeds or ()):
-            raise ValueError(f"Fleet.seeds must not be negative, got {self.seeds}.")
+            raise ValueError(
+                f"Fleet.seeds must not be negative, got {self.seeds}. Use numbers of at least "
+                "0 in SEEDS."
+            )
 
     @functools.cached_property
     def members(self) -> tuple[Member, ...]:
-        """All runs; the task is the slowest axis.
+        """All runs, ordered by task first.
 
         Raises:
-            ValueError: two runs have the same name, or a task's own name ends like a setting.
+            ValueError: two runs have the same name, or a task's name ends like a setting, such as
+                `qa_from_text`.
         """
         inits = self.inits and tuple(self.inits)
         rates = (self.learning_rates, self.task_learning_rates)
@@ -101,8 +114,9 @@ class Fleet:
         counts = collections.Counter(member.name for member in members)
         if repeated := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(
-                f"The fleet has several runs named {repeated}: one task is named like another task "
-                "with k, a seed or settings appended. Register one of them under another name."
+                f"The fleet has several runs named {repeated}: the name of one task is the name of "
+                "another task plus k, a seed or settings. Register one of the tasks under another "
+                "name."
             )
         return tuple(members)
 
@@ -118,17 +132,17 @@ def run_names(fleet: Fleet) -> list[str]:
 
 
 def learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
-    """Returns the peak learning rate of every run; one number if all are equal."""
+    """Returns the peak learning rate of every run, or one number if all are equal."""
     return _column(fleet, lambda member: member.learning_rate)
 
 
 def task_learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
-    """Returns the peak learning rate of MPT's factors; one number if all runs share it."""
+    """Returns the peak learning rate of every run's MPT factors, or one number if all are equal."""
     return _column(fleet, lambda member: member.task_learning_rate)
 
 
 def start_from(fleet: Fleet) -> str | dict[str, str] | None:
-    """Returns a prompt method's `start_from`: run -> row, or one row for all."""
+    """Returns a prompt method's `start_from`: run -> name of a prompt, or one name for all runs."""
     rows = _column(fleet, lambda member: member.start)
     if not isinstance(rows, list):
         return rows
@@ -136,13 +150,16 @@ def start_from(fleet: Fleet) -> str | dict[str, str] | None:
 
 
 def inits(fleet: Fleet) -> PromptInits:
-    """Returns a prompt method's `init_prompt`: run -> initializer, or one for all.
+    """Returns a prompt method's `init_prompt`: run -> initializer, or one initializer for all runs.
 
     Raises:
         ValueError: the fleet has no initializers.
     """
     if not fleet.inits:
-        raise ValueError("Fleet.inits is empty. Set INITS, or leave out fleet_inits.gin.")
+        raise ValueError(
+            "Fleet.inits names no initializer. Set INITS, or drop "
+            "--gin_file=gin/runs/fleet_inits.gin."
+        )
     by_run = {member.name: fleet.inits[member.init or ""] for member in fleet.members}
     return by_run if len(fleet.inits) > 1 else next(iter(by_run.values()))
 
@@ -150,30 +167,31 @@ def inits(fleet: Fleet) -> PromptInits:
 def total_steps(
     fleet: Fleet, train_steps: int, task_steps: Mapping[str, int] | None = None
 ) -> int | list[int]:
-    """Returns the last step of every run's schedule; one number if all are equal.
+    """Returns the last step of every run's schedule, or one number if all are equal.
 
     Args:
-        fleet: the runs.
-        train_steps: steps of the job.
-        task_steps: task -> steps of its runs, for runs that end before the job does.
+        fleet: The runs.
+        train_steps: The number of steps of the job.
+        task_steps: task -> number of steps of its runs, for runs that finish before the job.
 
     Raises:
-        ValueError: a task is not in the fleet, a run has more steps than the job, or every run has
-            fewer.
+        ValueError: a task is not in the fleet, a run has fewer than 1 step or more steps than the
+            job, or every run has fewer steps than the job.
     """
     for task, steps in (task_steps or {}).items():
         if task not in fleet.tasks:
             raise ValueError(unknown_name("task in TASK_STEPS", task, list(fleet.tasks)))
         if not 1 <= steps <= train_steps:
             raise ValueError(
-                f"TASK_STEPS gives {task!r} {steps} steps, which is not between 1 and the job's "
-                f"{train_steps}. Set TRAIN_STEPS to the largest number of steps of a run."
+                f"TASK_STEPS sets {steps} steps for {task!r}, which is not between 1 and "
+                f"TRAIN_STEPS = {train_steps}. Change it, or set TRAIN_STEPS to the number of "
+                "steps of the longest run."
             )
     last_steps = [(task_steps or {}).get(member.task, train_steps) for member in fleet.members]
     if max(last_steps) != train_steps:
         raise ValueError(
-            f"TASK_STEPS gives every task of the fleet fewer steps than the job's {train_steps}. "
-            f"Set TRAIN_STEPS = {max(last_steps)}, the largest of them."
+            f"TASK_STEPS sets fewer steps than TRAIN_STEPS = {train_steps} for every task of the "
+            f"fleet. Set TRAIN_STEPS = {max(last_steps)}, the number of steps of the longest run."
         )
     return last_steps[0] if len(set(last_steps)) == 1 else last_steps
 
@@ -184,7 +202,7 @@ def _column(fleet: Fleet, field: Callable[[Member], Any]) -> Any:
 
 
 def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> list[Any]:
-    """Returns the values, with None for axes that have only one."""
+    """Returns a run's setting on each axis, with None for axes that have only one value."""
     return [
         value if axis is not None and len(axis) > 1 else None
         for axis, value in zip(axes, values, strict=True)
@@ -192,7 +210,7 @@ def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> 
 
 
 def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[Any]) -> str:
-    """Returns a run's name; `differing` are its settings, None for those that all runs share."""
+    """Returns a run's name. `differing` holds its settings, or None for shared settings."""
     rate, task_rate, start, init = differing
     name = task if shots is None else f"{task}_k{shots}"
     if shots is not None or seed is not None:
@@ -204,12 +222,12 @@ def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[An
 
 
 def _check_reads(name: str, data: str) -> None:
-    """Checks that `data_name` recovers the data's name from the run's name."""
+    """Checks that `data_name(name)` returns `data`, the part of a run's name without settings."""
     if (read := data_name(name)) != data:
         raise ValueError(
-            f"The fleet's run {name!r} has the data of {data!r}, but its name reads as {read!r} "
-            "with settings. Register the task under a name without '_lr', '_tlr', '_from_' and "
-            "'_init_'."
+            f"The fleet's run {name!r} trains on the data of {data!r}, but its name reads as "
+            f"{read!r} with settings. Choose names of tasks, starts and initializers without "
+            "'_lr', '_tlr', '_from_' and '_init_'."
         )
 
 

@@ -1,4 +1,4 @@
-"""Scores of methods on target tasks and their summary statistics, for tables and reports."""
+"""Scores of methods on target tasks, with summary statistics, for tables and reports."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Result:
     """Scores of one method at one number of examples.
 
     Attributes:
-        method: its name.
-        shots: training examples of each task; None for all.
-        scores: task -> metric -> one value per seed; shares are in percent.
-        parameters: trainable parameters per task.
-        seconds: run time of its jobs.
-        model_dirs: folders of its jobs.
-        seeds: seeds of the values, in the same order.
-        prompt_length: P; 0 without a prompt.
-        backbone_parameters: frozen parameters of the model.
-        start: the source task whose prompt its prompts started from, if any.
-        backbone: the model's name in its artifacts; '' if it wrote no artifact.
+        method: The name of the method.
+        shots: The number of training examples of each task; None for all.
+        scores: Task -> metric -> one value per seed. Shares are in percent.
+        parameters: The number of trainable parameters per task.
+        seconds: The total time of the training steps of its jobs, in seconds.
+        model_dirs: The folders of its jobs.
+        seeds: The seeds, in the order of the values of a score.
+        prompt_length: The prompt length P; 0 without a prompt.
+        backbone_parameters: The number of frozen parameters of the model.
+        start: The source task whose prompt initialized all prompts, if any.
+        backbone: The model's name in the artifacts; '' without artifacts.
     """
 
     method: str
@@ -64,8 +64,8 @@ class Result:
 
 
 class Estimate(NamedTuple):
-    """A mean of n values, their standard deviation and a 95% t-interval of the mean. Deviation and
-    interval are NaN for a single value."""
+    """Mean of n values, with their standard deviation and a 95% t-interval of the mean. Standard
+    deviation and interval are NaN for a single value."""
 
     mean: float
     std: float
@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Returns the mean, deviation and interval of values.
+    """Returns the mean of values, with their standard deviation and a 95% t-interval.
 
     Raises:
         ValueError: `values` is empty.
@@ -94,10 +94,10 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def paired(new: Result, old: Result) -> list[float]:
-    """Returns differences of the main metric, one for each (task, seed) that both results have.
+    """Returns new minus old of the main metric for each (task, seed) that both results have.
 
     Raises:
-        ValueError: they have no task and seed in common.
+        ValueError: the results have no task and seed in common.
     """
     seeds = [seed for seed in new.seeds if seed in old.seeds]
     differences = [
@@ -121,10 +121,10 @@ def majority_share(targets: Iterable[Any]) -> float:
 
 
 def by_metric(result: Result, metric: str) -> Result:
-    """Returns the result with only one metric, which then is each task's main metric.
+    """Returns the result with only one metric, which thus becomes the main metric of each task.
 
     Raises:
-        ValueError: a task was not scored by this metric; the error lists its metrics.
+        ValueError: a task has no such metric. The message lists its metrics.
     """
     for task, scores in result.scores.items():
         if metric not in scores:
@@ -134,13 +134,13 @@ def by_metric(result: Result, metric: str) -> Result:
 
 
 def main_metric(scores: Mapping[str, object]) -> str:
-    """Returns the metric that a table shows for a task: the first of `MAIN_METRICS` in the task's
-    own order. The best step is selected in the same order."""
+    """Returns the metric that tables show for a task: the first of its metrics that is in
+    `MAIN_METRICS`, or else its first metric. The best step is selected in the same order."""
     return next((name for name in scores if name in MAIN_METRICS), next(iter(scores)))
 
 
 def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Reads the last evaluation below a MODEL_DIR or EVAL_OUTPUT_DIR: run -> metric -> value.
+    """Returns run -> metric -> value of the last evaluation in a MODEL_DIR or EVAL_OUTPUT_DIR.
 
     Raises:
         FileNotFoundError: a run was not evaluated.
@@ -150,8 +150,8 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
         path = folder / "inference_eval" / f"{run}-metrics.jsonl"
         if not path.exists():
             raise FileNotFoundError(
-                f"{folder} holds no evaluation of {run!r}: {path} does not exist. Run the stage to "
-                "its end first."
+                f"{folder} contains no evaluation of {run!r}: {path} does not exist. Rerun this "
+                "stage until it finishes."
             )
         metrics = json.loads(path.read_text().splitlines()[-1])
         scores[run] = {name: float(value) for name, value in metrics.items() if name != "step"}
@@ -159,12 +159,12 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
 
 
 def read_record(model_dir: Path) -> dict:
-    """Reads the record of the last start in a MODEL_DIR, from run.jsonl."""
+    """Returns the record of the job's last start, from run.jsonl in a MODEL_DIR."""
     return json.loads((model_dir / "run.jsonl").read_text().splitlines()[-1])
 
 
 def training_seconds(model_dir: Path) -> float:
-    """Returns the seconds of all training steps in metrics.jsonl, excluding other run time."""
+    """Returns the total time of the training steps in metrics.jsonl, in seconds."""
     seconds, last = 0.0, 0
     for line in (model_dir / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
@@ -179,10 +179,11 @@ def save(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
     """Writes results.json and majority.json.
 
     Args:
-        root: an existing folder. Folders of runs are stored as relative paths, so that everything
-            can be moved together.
-        results: results to write.
-        majority: task -> majority-class share of its test split in percent, if known.
+        root: An existing folder. Run folders are stored as paths relative to it, so that results
+            and runs can be moved together.
+        results: The results to write.
+        majority: Task -> majority-class share of its test split in percent, for tasks with a known
+            share.
     """
     lines = []
     for result in results:
@@ -193,13 +194,13 @@ def save(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
 
 
 def load_majority(root: Path) -> dict[str, float]:
-    """Reads the majority-class shares that `save` wrote; {} if the file is missing."""
+    """Returns the majority-class shares that `save` wrote, or {} if the file is missing."""
     path = root / MAJORITY_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def load(root: Path) -> list[Result]:
-    """Reads results.json.
+    """Returns the results in results.json.
 
     Raises:
         FileNotFoundError: the folder has no results.json.
@@ -207,7 +208,7 @@ def load(root: Path) -> list[Result]:
     path = root / FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"{root} holds no {FILE}. Run `mpt-jax demo` or `mpt-jax paper` first, or pass a "
+            f"{root} contains no {FILE}. Run `mpt-jax demo` or `mpt-jax paper` first, or pass a "
             "folder that one of them wrote."
         )
     loaded = []

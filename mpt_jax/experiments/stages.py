@@ -1,8 +1,8 @@
 """Stages as command lines, and jobs that adapt a grid of target tasks and seeds.
 
-A *stage* is one command line with its own folder below a root. It runs in this process or is
-printed for a scheduler. In both cases the files it writes show whether it is done. A *job* is a
-stage that trains several runs (target x seed) at once.
+A *stage* is one command line with a separate folder below a root. It runs in this process, or is
+printed for a scheduler. In both cases, the files in its folder show whether it is finished. A *job*
+is a stage that trains several runs (target task x seed) at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
 
 
 class Run(NamedTuple):
-    """One adaptation: a target task trained on one draw of its examples."""
+    """One adaptation to a target task, trained on one draw of its examples."""
 
     task: str
     seed: int
@@ -35,15 +35,15 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command line.
+    """The command line of a stage.
 
     Attributes:
-        name: its folder below the root, used as MODEL_DIR or EVAL_OUTPUT_DIR.
-        files: gin files, in order.
-        bindings: `NAME = value`, as after `--gin.`.
-        runs: the runs it trains or evaluates; () for a source stage.
-        steps: training steps; None leaves their number to the gin files.
-        entry: `'train'` or `'eval'`.
+        name: The folder below the root, used as MODEL_DIR or EVAL_OUTPUT_DIR.
+        files: The gin files, in order.
+        bindings: The gin bindings, each as `NAME = value`.
+        runs: The runs that the stage trains or evaluates; () for a source stage.
+        steps: The number of training steps; None keeps the number of the gin files.
+        entry: The command: `'train'` or `'eval'`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Stage:
     entry: str = "train"
 
     def arguments(self, root: Path) -> tuple[str, ...]:
-        """Returns all bindings, including the folder."""
+        """Returns all bindings, including those of the folder and the number of steps."""
         steps = () if self.steps is None else (f"TRAIN_STEPS = {self.steps}",)
         return (
             f"{FOLDER_MACROS[self.entry]} = {quoted(str(root / self.name))}",
@@ -63,8 +63,8 @@ class Stage:
         )
 
     def command(self, root: Path) -> str:
-        """Returns the command line, quoted for a shell. It names our trainer, because T5X writes a
-        different run record and keeps the last step instead of the best."""
+        """Returns the command line, quoted for a shell. It selects our trainer explicitly, because
+        T5X writes a different run record and keeps the last step instead of the best."""
         flags = [f"--gin_file={name}" for name in self.files]
         for binding in self.arguments(root):
             name, _, value = binding.partition(" = ")
@@ -72,12 +72,12 @@ class Stage:
         return shlex.join(["python", "-m", f"mpt_jax.{self.entry}", *flags])
 
     def run(self, root: Path) -> None:
-        """Runs the stage in this process. A training stage resumes where it was interrupted."""
+        """Runs the stage in this process. An interrupted training stage resumes."""
         logging.info("=== %s", self.name)
         gin_utils.run_stage(self.files, self.arguments(root), self.entry)
 
     def is_done(self, root: Path) -> bool:
-        """Whether the stage ran to its end."""
+        """Returns whether the stage is finished."""
         folder = root / self.name
         if self.entry == "eval":
             return all(
@@ -92,8 +92,8 @@ class Stage:
 
 
 def target_runs(tasks: Sequence[str], seeds: Sequence[int], shots: int | None) -> tuple[Run, ...]:
-    """Returns a run for every task and seed, named after the SeqIO task it trains on. A single run
-    on all examples has the task's own name."""
+    """Returns a run for every task and seed, named like its few-shot SeqIO task (`few_shot`). With
+    all examples and one seed, a run has the name of the task."""
     few = "" if shots is None else f"_k{shots}"
     single = shots is None and len(seeds) == 1
     name = lambda task, seed: task if single else f"{task}{few}_s{seed}"  # noqa: E731
@@ -110,9 +110,9 @@ def target_bindings(
     """Returns the bindings of a job with these runs.
 
     Args:
-        runs: in the order of the bank rows.
-        rows: examples of each run in a step; an average if runs share a group.
-        groups: which runs share parameters, as in `Runs`.
+        runs: The runs, in the order of the bank rows.
+        rows: The number of examples of each run in a step; their mean if runs share a group.
+        groups: The runs that share parameters, as in `Runs`.
     """
     table = Runs([run.task for run in runs], [run.name for run in runs], groups)
     return [
@@ -134,16 +134,16 @@ def collect(
     """Collects the results of finished jobs.
 
     Args:
-        root: the folder above the jobs' folders.
-        method: name in tables.
-        shots: training examples of each task; None for all.
-        jobs: the training stages.
-        scored: the stages that evaluated the jobs; () if the jobs evaluated themselves.
-        start: the source task whose prompt they started from, if any.
+        root: The folder of all stages.
+        method: The name in tables.
+        shots: The number of training examples of each task; None for all.
+        jobs: The training stages.
+        scored: The stages that evaluated the jobs; () if the jobs evaluated themselves.
+        start: The source task whose prompt initialized all prompts, if any.
 
     Raises:
         FileNotFoundError: a run was not evaluated.
-        ValueError: tasks have different seeds.
+        ValueError: the tasks were run with different seeds.
     """
     by_task: dict[str, dict[int, Mapping[str, float]]] = {}
     for stage in scored or jobs:
@@ -153,8 +153,8 @@ def collect(
     seeds = {tuple(sorted(by_seed)) for by_seed in by_task.values()}
     if len(seeds) != 1:
         raise ValueError(
-            f"The tasks of {method!r} have different seeds: {sorted(seeds)}. Run every task with "
-            "the same seeds."
+            f"The tasks of {method!r} were run with different seeds: {sorted(seeds)}. Run every "
+            "task with the same seeds."
         )
     order = seeds.pop()
     record = results.read_record(root / jobs[0].name)

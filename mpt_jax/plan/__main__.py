@@ -1,4 +1,4 @@
-"""`mpt-jax plan`: cost of a gin file's steps on TPUs, compiled ahead of time without running them.
+"""`mpt-jax plan`: cost of a gin file's steps on TPUs, compiled ahead of time but not run.
 
 mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v5e:4x4 --gin.BATCH_SIZE=512
 mpt-jax plan --gin_file=gin/mpt_source.gin --topology=v6e          the smallest slice that fits
@@ -43,7 +43,7 @@ flags.DEFINE_string("json", None, "Also write all figures to this file.")
 
 @functools.wraps(train_module.train)
 def train(**given: Any) -> Job:
-    """Replaces the `train()` that gin files configure, and returns what its steps depend on."""
+    """Replaces the `train()` that gin files configure. Returns the arguments that steps need."""
     partitioner: PjitPartitioner = given["partitioner"]
     return Job(
         given["model"],
@@ -58,7 +58,7 @@ def train(**given: Any) -> Job:
 
 
 def main(argv: list[str]) -> None:
-    """Compiles the steps and prints their cost."""
+    """Compiles the steps of the gin files and prints their cost."""
     gin_utils.log_progress()
     chips.share_libtpu()
     values = flags.FLAGS
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"Unexpected arguments: {argv[1:]}. Pass options as --name=value.")
         if not values.topology:
             raise ValueError(
-                f"--topology is missing. Set --topology=v5e:4x4, or a chip of {[*chips.CHIPS]}."
+                "--topology is missing. Set it to a slice, such as v5e:4x4, or to a chip: "
+                f"{', '.join(chips.CHIPS)}."
             )
         job = read_job(values.gin_file, values.gin_bindings, values.gin_search_paths)
         costs = plan(job, values)
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str]) -> Job:
-    """Reads the job that the gin files and bindings of a training stage describe."""
+    """Returns the job that the gin files and bindings of a training stage configure."""
     stand_in = f"VOCABULARY = {str(paths.SHIPPED / _VOCABULARY)!r}"
     with gin_utils.as_main(sys.modules[__name__]):
         gin_utils.parse(gin_files, [stand_in, *bindings], search_paths)
@@ -91,8 +92,8 @@ def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str])
 
 
 def _take_mesh_shapes() -> dict[str, Any]:
-    """Removes the shapes of a mesh over several slices from the gin configuration, and returns
-    them. gin would make the mesh of this machine's devices, which are not those slices."""
+    """Removes the mesh shapes of `PjitPartitioner` from the gin configuration, and returns them.
+    Otherwise, gin would build the mesh from this machine's devices instead of the TPUs."""
     bound = gin.get_bindings(PARTITIONER)
     shapes = {name: bound.get(name) for name in ("ici_mesh_shape", "dcn_mesh_shape")}
     if any(shape is not None for shape in shapes.values()):
@@ -103,27 +104,28 @@ def _take_mesh_shapes() -> dict[str, Any]:
 
 
 def _model_axes(job: Job, asked: list[str]) -> list[int]:
-    """Returns the sizes of the model axis to try.
+    """Returns the sizes of the model axis to compile for.
 
     Raises:
-        ValueError: gin's `ici_mesh_shape` already sets the size.
+        ValueError: `asked` has sizes, but gin's `ici_mesh_shape` already determines the size.
     """
     if not job.ici_mesh_shape:
         return [int(n) for n in asked] or [job.model_axis]
     if asked:
         raise ValueError(
             f"--num_partitions={','.join(asked)} would have no effect: the model axis is the last "
-            f"number of ici_mesh_shape={tuple(job.ici_mesh_shape)}. Change the shape, or leave the "
-            "flag out."
+            f"number of ici_mesh_shape={tuple(job.ici_mesh_shape)}. Drop --num_partitions, or "
+            "change ici_mesh_shape."
         )
     return [job.ici_mesh_shape[-1] if job.model_axis == 1 else job.model_axis]
 
 
 def _topologies(job: Job, name: str) -> list[str]:
-    """Returns the slices that a flag names. For a chip, these are the slices that gin's mesh fits.
+    """Returns the slices for a value of --topology. If it is a chip, these are all its slices, or
+    those of the size of gin's `ici_mesh_shape`.
 
     Raises:
-        ValueError: the chip is unknown, or none of its slices has the mesh's size.
+        ValueError: the chip is unknown, or none of its slices has the size of `ici_mesh_shape`.
     """
     known = chips.topologies(name)
     if known == [name] or not job.ici_mesh_shape:
@@ -133,13 +135,13 @@ def _topologies(job: Job, name: str) -> list[str]:
         return fitting
     raise ValueError(
         f"ici_mesh_shape={tuple(job.ici_mesh_shape)} needs slices of {size} chips, but slices of "
-        f"{name} have {', '.join(str(chips.count(topology)) for topology in known)}. Change the "
-        "shape or the chip."
+        f"{name} have {', '.join(str(chips.count(topology)) for topology in known)}. Change "
+        "ici_mesh_shape or --topology."
     )
 
 
 def plan(job: Job, values: Any) -> list[StepCost | DoesNotFit]:
-    """Compiles every layout that the flags ask for."""
+    """Returns the costs of the steps for every layout that the flags describe."""
     parts = [int(n) for n in values.num_microbatches] or [None]
     layouts = list(itertools.product(_model_axes(job, values.num_partitions), parts))
     costs: list[StepCost | DoesNotFit] = []

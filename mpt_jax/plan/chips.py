@@ -1,4 +1,4 @@
-"""TPU chips: peak performance, memory and available slices."""
+"""Peak performance, memory and available slices of TPU chips."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip, from Google Cloud's documentation of each TPU.
+    """Peak performance of one chip, from Google Cloud's documentation of each TPU.
 
     Attributes:
-        name: name in a topology.
-        flops: bfloat16 operations per second.
-        hbm_bytes: size of HBM.
-        hbm_bandwidth: bytes per second.
-        ici_bandwidth: bytes per second to other chips in one direction, over all links.
-        slices: shapes of slices, from small to large.
+        name: The chip's name in a topology, such as `v5e`.
+        flops: The peak of bfloat16 operations per second.
+        hbm_bytes: The size of HBM, in bytes.
+        hbm_bandwidth: The bandwidth of HBM, in bytes per second.
+        ici_bandwidth: The bandwidth of all links to other chips in one direction, in bytes per
+            second.
+        slices: The shapes of the slices, from small to large.
     """
 
     name: str
@@ -47,53 +48,57 @@ CHIPS = {
 
 
 def topologies(name: str) -> list[str]:
-    """Expands `v5e` to its slices, from small to large; `v5e:4x4` stays one slice.
+    """Returns the slices of a chip (`v5e`), from small to large, or a single slice (`v5e:4x4`).
 
     Raises:
         ValueError: the chip is unknown.
     """
     chip, _, shape = name.partition(":")
     if chip not in CHIPS:
-        raise ValueError(f"Unknown TPU {chip!r}. Choose one of {', '.join(CHIPS)}.")
+        raise ValueError(
+            f"Unknown TPU {chip!r}. Set --topology to one of {', '.join(CHIPS)}, or to a slice, "
+            "such as v5e:4x4."
+        )
     return [name] if shape else [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
 
 
 def count(topology: str) -> int:
-    """Returns the number of chips of a slice, 16 for `v5e:4x4`."""
+    """Returns the number of chips of a slice: 16 for `v5e:4x4`."""
     return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def share_libtpu() -> None:
-    """Lets several processes on a machine load libtpu at once. Only for processes that compile.
+    """Allows several processes of a machine to load libtpu at once, for compiling only.
 
-    By default libtpu locks a file, because a chip serves one process. It reads these variables when
-    JAX loads it to look for devices.
+    By default, libtpu locks a file, because a chip serves only one process. The function sets
+    environment variables that libtpu reads when JAX loads it to look for devices.
     """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server for absent chips
 
 
 def devices(topology: str, slices: int = 1) -> list[Any]:
-    """Returns the chips to compile for, of one slice or of several equal ones.
+    """Returns the chips to compile for, in one slice or in several slices of the same shape.
 
     Raises:
         ImportError: libtpu, which contains the compiler, is not installed.
-        ValueError: libtpu does not know the slice, or does not support several of it.
+        ValueError: libtpu cannot compile for the slice, or for several such slices.
     """
     from jax.experimental import topologies as known
 
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            "Compiling for TPUs needs libtpu, which runs on any machine. Install it: "
-            "pip install 'mpt-jax[tpu]'."
+            "Compiling for TPUs needs the package libtpu, which is not installed. Run "
+            "`pip install 'mpt-jax[tpu]'`; no TPU is needed."
         )
     share_libtpu()
     try:
         several = {"num_slices": slices} if slices > 1 else {}
         chips = known.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except Exception as error:
-        what = f"{slices} slices {topology!r}" if slices > 1 else f"the slice {topology!r}"
+        what = f"{slices} slices of {topology!r}" if slices > 1 else f"the slice {topology!r}"
         raise ValueError(
-            f"libtpu cannot compile for {what}: {error}. Choose another --topology."
+            f"libtpu cannot compile for {what}: {error}. If this slice is not supported, choose "
+            "another --topology."
         ) from error
     return list(chips)

@@ -1,4 +1,4 @@
-"""Formatting of a plan as text and as JSON."""
+"""Text and JSON output of a plan."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _gib(size: int) -> str:
 
 
 def details(found: Sequence[StepCost | DoesNotFit]) -> str:
-    """Returns a line for each step: communication by kind, kernels, loops of unknown length."""
+    """Returns a line for each step: communication by kind, kernels, how decoding was counted."""
     lines = []
     for cost in found:
         if isinstance(cost, DoesNotFit):
@@ -82,7 +82,7 @@ def details(found: Sequence[StepCost | DoesNotFit]) -> str:
 
 
 def verdicts(found: Sequence[StepCost | DoesNotFit]) -> str:
-    """Returns the smallest slice that fits, and the fastest layout by estimate on each slice."""
+    """Returns lines that name the smallest slice that fits, and the fastest layout by estimate."""
     lines = []
     layouts = {cost.choice for cost in found}
     fitting = [c for c in layouts if all(cost.fits for cost in found if cost.choice == c)]
@@ -110,12 +110,12 @@ def verdicts(found: Sequence[StepCost | DoesNotFit]) -> str:
 
 
 def as_json(found: Sequence[StepCost | DoesNotFit]) -> list[dict[str, Any]]:
-    """Returns all figures, unrounded, in bytes and seconds."""
+    """Returns all figures as JSON values, unrounded, in bytes and seconds."""
     return [dataclasses.asdict(cost) | derived(cost) for cost in found]
 
 
 def from_json(record: Mapping[str, Any]) -> StepCost:
-    """Restores a cost from a record of `as_json`. Derived figures are computed again."""
+    """Returns the cost in a record of `as_json`. Derived figures are computed again."""
     fields = {field.name: record[field.name] for field in dataclasses.fields(StepCost)}
     cost = dict(fields["cost"])
     for name in ("collectives", "kernels"):  # JSON has no tuples

@@ -1,9 +1,9 @@
-"""Cost of a compiled program, counted from its text: matrix products, memory, communication.
+"""Cost of a compiled program, counted in its text: matrix products, memory and communication.
 
 The compiler's own count (`cost_analysis`) counts the body of a loop once, regardless of its trip
-count, and does not distinguish the chip's fast memory (VMEM) from main memory (HBM). Here a body is
-multiplied by its trips, and HBM is counted separately: an array whose layout names another memory
-(`S(1)`) is not in HBM.
+count, and does not distinguish the chip's fast memory (VMEM) from main memory (HBM). Here, the cost
+of a loop's body is multiplied by the trip count, and HBM is counted separately: an array whose
+layout names another memory space, such as `S(1)`, is not in HBM.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=%
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array's size, and whether it is in HBM."""
+    """Shape and bytes of an array, and whether it is in HBM."""
 
     shape: tuple[int, ...]
     bytes: int
@@ -46,14 +46,14 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One operation.
+    """One instruction of a program.
 
     Attributes:
-        name: name of the instruction.
-        op: `fusion`, `convolution`, ...
-        arrays: its results.
-        operands: names of the instructions it reads.
-        text: the line after the opening parenthesis of the operands.
+        name: The name of the instruction.
+        op: The operation: `fusion`, `convolution`, ...
+        arrays: The results.
+        operands: The names of the instructions whose results it reads.
+        text: The part of the line after the opening parenthesis of the operands.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """The computations it runs, except a loop's condition."""
+        """The names of the computations that the instruction runs, except a loop's condition."""
         names = _CALLED.findall(re.sub(r"condition=%?[\w.\-]+", "", self.text))
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
         if branches:
@@ -77,14 +77,15 @@ class Cost:
     """Cost of a program on one chip.
 
     Attributes:
-        flops: operations of matrix products, 2 for a multiply-add, without element-wise operations.
-        hbm_bytes: bytes read from and written to HBM.
-        accessed_bytes: bytes read and written in all memories. The compiler counts by different
-            rules; without loops its count is up to a quarter more or less.
-        collectives: kind -> (number, bytes of the results on this chip, or bytes sent for `send`).
-        kernels: name -> (number of calls, flops, bytes), by the estimates in the kernels.
-        loops: number of loops; a loop inside a loop counts once.
-        unknown_loops: number of loops whose length depends on the computed values.
+        flops: The operations of matrix products, 2 for a multiply-add. Element-wise operations are
+            not counted.
+        hbm_bytes: The bytes read from and written to HBM.
+        accessed_bytes: The bytes read and written in all memories. The compiler counts by other
+            rules: in programs without loops, its count differs by up to a quarter.
+        collectives: Kind -> (number, bytes of the results on this chip). For `send`, bytes sent.
+        kernels: Name -> (number of calls, flops, bytes), as estimated by the kernels.
+        loops: The number of loops. A loop inside another loop counts once.
+        unknown_loops: The number of loops whose trip count depends on computed values.
     """
 
     flops: float = 0.0
@@ -96,7 +97,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
-        """Adds another cost, multiplied by `times`."""
+        """Adds `times` times another cost, except the numbers of loops, which are added once."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         self.accessed_bytes += times * other.accessed_bytes
@@ -112,11 +113,12 @@ class Cost:
 
 
 def cost(text: str, unknown_trips: int = 1) -> Cost:
-    """Counts a compiled program.
+    """Returns the cost of a compiled program.
 
     Args:
-        text: output of `jax.stages.Compiled.as_text()`.
-        unknown_trips: trips to assume for a loop whose length depends on the computed values.
+        text: The output of `jax.stages.Compiled.as_text()`.
+        unknown_trips: The trip count to assume for loops whose trip count depends on computed
+            values.
     """
     return _Program(text, unknown_trips).cost()
 
@@ -138,7 +140,7 @@ class _Program:
 
     @functools.cache  # noqa: B019 - lives as long as one count
     def _cost_of(self, name: str) -> Cost:
-        """Returns the cost of a computation that is run, not fused into another."""
+        """Returns the cost of a computation that is not fused into another one."""
         total, body = Cost(), self.computations[name]
         by_name = {instruction.name: instruction for instruction in body}
         for instruction in body:
@@ -174,10 +176,10 @@ class _Program:
         return cost
 
     def _trips(self, loop: Instruction) -> int | None:
-        """Returns how often a loop's body runs; None if that depends on the computed values.
+        """Returns how often the body of a loop runs; None if this depends on computed values.
 
-        Some compilers write the trip count. Others leave JAX's loops over an axis as they are.
-        These count from 0, and their only condition is that the count is below a constant.
+        Some compilers write the trip count into the program. For others, it is derived from the
+        form of JAX's loops over an axis, which count from 0 up to a constant.
         """
         if count := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
             return int(count.group(1))
@@ -190,7 +192,7 @@ class _Program:
         return int(limits[0].text.partition(")")[0])
 
     def _inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """Yields an operation and everything that is fused into it."""
+        """Yields an instruction and all instructions that are fused into it."""
         yield instruction
         if instruction.op == "fusion":
             for called in instruction.called:
@@ -200,8 +202,8 @@ class _Program:
     def _accessed_arrays(
         self, instruction: Instruction, by_name: dict[str, Instruction]
     ) -> Iterator[Array]:
-        """Yields the arrays that an operation reads and writes. If an array is only sliced, this is
-        the slice; if it is updated in place, the update."""
+        """Yields the arrays that an instruction reads and writes. Of an array that is only sliced,
+        this is the slice, and of an array that is updated in place, the update."""
         if instruction.op.endswith("-start"):
             yield from instruction.arrays[:2]  # (source, target, context)
             return
@@ -232,7 +234,7 @@ class _Program:
 
     @functools.cached_property
     def _computation_of(self) -> dict[str, list[Instruction]]:
-        """Name of an instruction -> instructions of its computation."""
+        """Name of an instruction -> all instructions of the computation that contains it."""
         return {
             instruction.name: body for body in self.computations.values() for instruction in body
         }
@@ -261,9 +263,11 @@ def _size(arrays: tuple[Array, ...]) -> int:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Returns the bytes of a collective's results on this chip, or the bytes that a send takes from
-    it. A start operation lists its inputs first, then the results and scalar contexts. Only the
-    start of an all-reduce lists just the results."""
+    """Returns the bytes of a collective's results on this chip; for a send, the bytes sent.
+
+    A start operation lists its inputs, then its results and scalar contexts. The exception is the
+    start of an all-reduce, which lists only the results.
+    """
     if instruction.op == "all-reduce-start" or not instruction.op.endswith("-start"):
         sent = instruction.op == ACROSS_SLICES
         return _size(instruction.arrays[:1] if sent else instruction.arrays)
@@ -274,7 +278,7 @@ def _result_bytes(instruction: Instruction) -> int:
 def _operand_reads(
     inner: list[Instruction], position: int, whole: tuple[Array, ...]
 ) -> Iterator[Array]:
-    """Yields the parts of an operand that a fusion reads."""
+    """Yields what a fusion reads of the operand at `position`, whose arrays are `whole`."""
     parameter = next(
         (x for x in inner if x.op == "parameter" and x.text.startswith(f"{position})")), None
     )
@@ -297,7 +301,7 @@ def _operand_reads(
 
 
 def _in_place(inner: list[Instruction]) -> list[Array]:
-    """Returns the updates a fusion writes, if its result is an array updated in place."""
+    """Returns the update that a fusion writes if it updates an array in place, otherwise []."""
     if not inner or inner[-1].op != "dynamic-update-slice":
         return []
     named = {instruction.name: instruction for instruction in inner}
@@ -307,8 +311,8 @@ def _in_place(inner: list[Instruction]) -> list[Array]:
 def _convolution_flops(
     lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...], text: str
 ) -> float:
-    """Counts the operations of a convolution by the pairs of elements that meet. The compiler
-    writes every matrix product as a convolution, with batches as dilated windows."""
+    """Returns the operations of a convolution, counted by the pairs of elements that it multiplies.
+    The compiler writes every matrix product as a convolution, with batches as dilated windows."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
     assert labels is not None
     left, right, result = labels.groups()
@@ -329,7 +333,7 @@ def _convolution_flops(
 def _count_meetings(
     source: int, size: int, out: int, *, stride: int, dilate: int, spread: int, low: int
 ) -> int:
-    """Counts the (output, window) positions of an axis that fall on an element of the source."""
+    """Returns how many (output, window) positions of an axis fall on an element of the source."""
     reach = (source - 1) * dilate + 1
     return sum(
         0 <= (position := o * stride - low + k * spread) < reach and position % dilate == 0
@@ -349,7 +353,7 @@ def _padding(text: str, axis: int) -> int:
 
 
 def _estimate(instruction: Instruction) -> tuple[float, float]:
-    """Returns the (flops, bytes) that a kernel declares."""
+    """Returns the (flops, bytes) that a kernel declares as its cost."""
     match = re.search(r'"cost_estimate":(\{[^}]*\})', instruction.text)
     numbers = json.loads(match.group(1)) if match else {}
     return float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0))

@@ -1,4 +1,4 @@
-"""Cost of a gin file's steps, compiled ahead of time for a slice that need not exist."""
+"""Cost of a gin file's steps, compiled ahead of time for a slice that need not be available."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Job:
     """The arguments of a gin file's `train()` that its steps depend on.
 
     Attributes:
-        model: the model to train.
-        train: training data; only the shapes are used.
-        infer: data to decode, if any.
-        trainer_cls: `Trainer`, with its gin fields bound.
-        rules: mapping from logical axes to mesh axes.
-        model_axis: size of the model axis in the gin file.
-        ici_mesh_shape, dcn_mesh_shape: (replica, data, model) inside a slice and across slices, if
-            the gin file sets them.
-        rows_by_run: whether batches hold the runs one after the other (`Trainer`).
+        model: The model to train.
+        train: The training data, of which only the shapes are used.
+        infer: The data to decode, if any.
+        trainer_cls: `Trainer`, with its gin bindings.
+        rules: The mapping from logical axes to mesh axes.
+        model_axis: The size of the model axis in the gin file.
+        ici_mesh_shape, dcn_mesh_shape: The mesh (replica, data, model) inside a slice and across
+            slices; None if the gin file does not set it.
+        rows_by_run: Whether the examples of a batch are sorted by run, as in `Trainer`.
     """
 
     model: PromptedEncoderDecoder
@@ -52,11 +52,11 @@ class Job:
 
     @property
     def slices(self) -> int:
-        """Number of slices that it is laid out for."""
+        """The number of slices in the mesh."""
         return math.prod(self.dcn_mesh_shape or (1,))
 
     def batch(self, cfg: datasets.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
-        """Returns the shapes of a global batch on a mesh."""
+        """Returns name -> shape and sharding of the arrays of a global batch."""
         converter = cfg.converter(self.model.FEATURE_CONVERTER_CLS, cfg.pack)
         lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
         return {
@@ -69,13 +69,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """Layout of a job on slices.
+    """Layout of a job on one or more slices.
 
     Attributes:
-        topology: the slice.
-        model_axis: number of chips that share one copy of the model.
-        num_microbatches: number of microbatches; None for the gin file's.
-        slices: number of slices.
+        topology: The slice, such as `v5e:4x4`.
+        model_axis: The number of chips that share one copy of the model.
+        num_microbatches: The number of microbatches; None keeps the number of the gin file.
+        slices: The number of slices.
     """
 
     topology: str
@@ -85,12 +85,12 @@ class MeshLayout:
 
     @property
     def name(self) -> str:
-        """Name of the slice, or of several."""
+        """The name of the slice, preceded by the number of slices if there are several."""
         return self.topology if self.slices == 1 else f"{self.slices} of {self.topology}"
 
     @property
     def chip(self) -> Chip:
-        """The slice's kind of chip."""
+        """The chip that the slice consists of."""
         return chips.CHIPS[self.topology.partition(":")[0]]
 
 
@@ -99,15 +99,16 @@ class StepCost:
     """Cost of one step on each chip.
 
     Attributes:
-        step: `train`, `eval` or `predict`.
-        choice: the layout.
-        num_chips: number of chips, of all slices.
-        rows: examples on each copy of the model.
-        arguments, temporaries, peak: bytes of HBM.
-        cost: operations, traffic and communication.
-        compiler: the compiler's counts of `flops` and `bytes accessed`, with a loop's body counted
+        step: The name of the step: `train`, `eval` or `predict`.
+        choice: The layout.
+        num_chips: The number of chips in all slices.
+        rows: The number of rows of the batch for each copy of the model.
+        arguments, temporaries, peak: The bytes of HBM for arguments and temporary arrays, and the
+            peak.
+        cost: The operations, memory traffic and communication.
+        compiler: The compiler's counts of `flops` and `bytes accessed`, which count a loop's body
             once.
-        seconds_to_compile: compile time on this machine.
+        seconds_to_compile: The compile time on this machine.
     """
 
     step: str
@@ -123,41 +124,42 @@ class StepCost:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits into the memory of a chip."""
+        """Whether the step fits into the HBM of a chip."""
         return self.peak <= self.choice.chip.hbm_bytes
 
     @property
     def compute_seconds(self) -> float:
-        """Lower bound of the time for matrix products: operations over the chip's peak."""
+        """Lower bound of the time for matrix products: their operations over the chip's peak."""
         return self.cost.flops / self.choice.chip.flops
 
     @property
     def accessed_bytes(self) -> float:
-        """Bytes read and written in all memories, by the compiler's count. Programs with loops use
-        our count, because the compiler counts a loop's body once."""
+        """Bytes read and written in all memories: the compiler's count, or our count for programs
+        with loops, because the compiler counts a loop's body once."""
         return self.cost.accessed_bytes if self.cost.loops else self.compiler["bytes accessed"]
 
     @property
     def accessed_seconds(self) -> float:
-        """All traffic, including VMEM, over the bandwidth of HBM: an upper bound for memory."""
+        """Upper bound of the time for memory traffic: the traffic of all memories, including VMEM,
+        over the bandwidth of HBM."""
         return self.accessed_bytes / self.choice.chip.hbm_bandwidth
 
     @property
     def hbm_seconds(self) -> float:
-        """Lower bound of the time for memory traffic."""
+        """Lower bound of the time for memory traffic: HBM traffic over HBM bandwidth."""
         return self.cost.hbm_bytes / self.choice.chip.hbm_bandwidth
 
     @property
     def ici_seconds(self) -> float:
-        """Bytes communicated inside a slice over the bandwidth of all links. Traffic between slices
-        is not included."""
+        """Time for communication inside a slice: bytes over the bandwidth of all links. Traffic
+        between slices is not included."""
         kinds = self.cost.collectives.items()
         moved = sum(size for kind, (_, size) in kinds if kind != hlo.ACROSS_SLICES)
         return moved / self.choice.chip.ici_bandwidth
 
     @property
     def bound_by(self) -> str:
-        """The resource that takes longest."""
+        """The resource with the longest time: compute, memory or network."""
         return max(
             (self.compute_seconds, "compute"),
             (self.accessed_seconds, "memory"),
@@ -166,12 +168,12 @@ class StepCost:
 
     @property
     def fraction_of_ideal(self) -> float:
-        """Compute time over the larger of compute and memory time, with all traffic."""
+        """Compute time over the larger of compute time and memory time (`accessed_seconds`)."""
         return self.compute_seconds / max(self.compute_seconds, self.accessed_seconds)
 
     @property
     def estimate(self) -> float:
-        """Seconds for ranking layouts: the larger of compute and memory, plus communication."""
+        """Seconds per step, to rank layouts: the larger of compute and memory, plus network."""
         return max(self.compute_seconds, self.accessed_seconds) + self.ici_seconds
 
 
@@ -190,10 +192,11 @@ class DoesNotFit:
 def compile_steps(
     job: Job, choice: MeshLayout, steps: Sequence[str] = STEPS
 ) -> list[StepCost | DoesNotFit]:
-    """Compiles the steps of a job for a slice.
+    """Returns the costs of a job's steps, compiled for a layout.
 
     Raises:
-        ValueError: the batch is not divisible by the copies of the model, or the mesh does not fit.
+        ValueError: the batch size is not divisible by the number of copies of the model, or the
+            mesh does not fit the slice.
     """
     devices = chips.devices(choice.topology, choice.slices)
     partitioner = PjitPartitioner(
@@ -222,9 +225,10 @@ def compile_steps(
             continue
         if cfg.batch_size % copies:
             raise ValueError(
-                f"A batch of {cfg.batch_size} rows ({step}) is not divisible by {copies}, the "
-                f"copies of the model on {choice.name}. Change BATCH_SIZE (EVAL_BATCH_SIZE for "
-                "predict)."
+                f"The batch size of the {step} step, {cfg.batch_size}, is not divisible by "
+                f"{copies}, the number of copies of the model on {choice.name}. Change "
+                f"{'EVAL_BATCH_SIZE' if step == 'predict' else 'BATCH_SIZE'}, or the size of the "
+                "model axis (--num_partitions)."
             )
         batch = job.batch(cfg, partitioner)
         if step == "predict":
@@ -241,8 +245,8 @@ def compile_steps(
 
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
-    """Disables writing to the compilation cache. A machine without these chips cannot use the
-    compiled programs, and fails to read them back."""
+    """Returns a context that does not write to the compilation cache, because a machine without the
+    chips fails to read the compiled programs back."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:

@@ -1,10 +1,10 @@
-"""The additional source tasks of the MPT paper's twelve-source run.
+"""Additional source tasks of the MPT paper's run with twelve sources.
 
 Importing this module registers agnews, commonsenseqa, openbookqa, arc_easy, arc_challenge and
-anli_r1 to anli_r3. WinoGrande, the sixth additional source, is in `mpt_jax.tasks.mpt_others`.
+anli_r1 to anli_r3. WinoGrande, the sixth additional data set, is in `mpt_jax.tasks.mpt_others`.
 
-The paper only names the data sets. The choice of ARC and ANLI parts, and all splits except ANLI's,
-are ours; docs/tasks.md gives the reasons.
+The paper only names the data sets. We chose the parts of ARC and ANLI, and all splits except
+ANLI's; docs/tasks.md gives the reasons.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ def _words(options: int) -> tuple[str, ...]:
 
 
 def _arc(part: str, train: int, validation: int, test: int) -> Row:
-    """A part of ARC. Most rows have four options, a few have three or five; label names vary."""
+    """Returns a part of ARC. Rows have three to five options, whose labels vary."""
     return Row(
         f"arc_{part.lower()}",
         f"ai2_arc/ARC-{part}:1.0.0",

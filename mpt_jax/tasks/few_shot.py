@@ -1,26 +1,26 @@
-"""Few-shot runs: `boolq_k16_s3` trains on 16 rows of boolq, those of draw 3.
+"""Few-shot runs: `boolq_k16_s3` trains on 16 rows of boolq, selected by draw 3.
 
     <task>_k<k>_s<draw>                k training rows in total, as the MPT paper counts them
-    <task>_k<k>_per_class_s<draw>      k rows of each label; ours
-    <task>_s<draw>                     all rows: a repeat with different initial values
+    <task>_k<k>_per_class_s<draw>      k training rows of each label; not in the paper
+    <task>_s<draw>                     all rows, with initial values that depend on the draw
     ..._dev                            also cuts validation to k rows, from a separate draw
     ..._lr0.3, _tlr0.4, _from_mnli     the same rows in the same order, for runs of a fleet that
-                                       differ in these settings (`runs.data_name`); ours
+                                       differ in these settings (`runs.data_name`)
 
 The paper uses k = 4, 16, 32 and ten draws (0 .. 9 here). It does not say whether the whole
-validation split is used; by default it is. Any k and draw work: a run is registered when its name
-is first used (`task_lookup.register_task_resolver`). Test, and validation without `_dev`, are the
-same as the task's.
+validation split is used; by default it is. Any k and draw are possible, because a run is registered
+when its name is first used (`task_lookup.register_task_resolver`). The test split, and without
+`_dev` the validation split, are the task's.
 
 The rows of a run depend only on (task, k, draw) and on the number of rows to choose from:
 `random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so the draw is the
 same on every machine. Versions of a task, such as its `_digits`, use the same rows (`draw_as`).
-Row numbers count from 0 in the order of the task's training split. In the suites this is the order
-of the original files, or of their published permutation if the split is cut from one
-(`splits.PartsSource.positions`). In any other task it is the order in which the source yields rows
-without shuffling.
+Row numbers count from 0 in the order of the task's training split. For the tasks of the suites,
+this is the order of the original files or, for a split that is part of a permutation, the order of
+the permutation (`splits.PartsSource.positions`). For other tasks, it is the order in which the
+source yields rows without shuffling.
 
-Rows are counted in the data set: a row of ReCoRD becomes one example for each of its answers.
+Rows are those of the data set: a row of ReCoRD becomes one example for each of its answers.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Draw:
     """A few-shot run, as its name describes it.
 
     Attributes:
-        task: the task to train on.
-        k: number of rows, in total or for each label.
-        seed: number of the draw.
-        per_class: whether k counts the rows of each label.
-        dev: whether the validation split is also cut to k rows.
+        task: The name of the task to train on.
+        k: The number of rows, in total or for each label.
+        seed: The number of the draw.
+        per_class: Whether k is the number of rows of each label.
+        dev: Whether the validation split is also cut to k rows.
     """
 
     task: str
@@ -70,13 +70,13 @@ class Draw:
 
     @property
     def name(self) -> str:
-        """The run name; the inverse of `parse`."""
+        """The name of the run, from which `parse` returns this draw."""
         middle = "_per_class" if self.per_class else ""
         return f"{self.task}_k{self.k}{middle}_s{self.seed}{'_dev' if self.dev else ''}"
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that are cut to the rows drawn."""
+        """The splits that are cut to the drawn rows."""
         return ("train", "validation") if self.dev else ("train",)
 
 
@@ -90,7 +90,7 @@ def parse(name: str) -> Draw | None:
 
 
 def indices(draw: Draw, split: str, num_rows: int) -> list[int]:
-    """Returns the k row numbers below `num_rows` that a run uses, in the order drawn.
+    """Returns the k row numbers that a run uses, out of `num_rows` rows, in the order drawn.
 
     Raises:
         ValueError: the split has fewer than k rows.
@@ -102,12 +102,13 @@ def indices(draw: Draw, split: str, num_rows: int) -> list[int]:
 def indices_per_class(
     draw: Draw, split: str, row_labels: np.ndarray, labels: Sequence[str]
 ) -> list[int]:
-    """Returns k rows of each label, label after label, each in the order drawn.
+    """Returns k row numbers of each label, label by label, in the order drawn.
 
     Args:
-        draw, split: the draw, and the split to draw from.
-        row_labels: the label number of each row [n].
-        labels: the name of each label number.
+        draw: The draw.
+        split: The name of the split to draw from.
+        row_labels: The label number of each row [n].
+        labels: The name of each label number.
 
     Raises:
         ValueError: a label has fewer than k rows.
@@ -124,9 +125,9 @@ def draw_as(task: seqio.Task, name: str) -> None:
     """Makes few-shot runs of `task` draw the same rows as runs of the task called `name`.
 
     Args:
-        task: a task with the same rows in the same order as the other task. Its labels may have
-            other names but must have the same order.
-        name: name of the other task.
+        task: A task with the same rows in the same order as the other task. Its labels may have
+            other names, but must have the same order.
+        name: The name of the other task.
     """
     setattr(task, _DRAWN_AS, name)
 
@@ -145,19 +146,19 @@ def _check(draw: Draw, split: str, num_rows: int, suffix: str = "") -> None:
 
 
 class FewShotSource(seqio.DataSource):
-    """Source of a few-shot run: the task's source, with the train split cut to the rows drawn.
+    """Source of a few-shot run: the task's source, with the train split cut to the drawn rows.
 
-    Only the rows drawn are held in memory. Counting rows needs no pass over the data, unless the
-    source has to order them (`splits`). Drawing rows of each class needs one pass over the labels.
+    Only the drawn rows are held in memory. Drawing rows of each class needs one pass over the
+    labels, and some sources need one pass to sort the rows (`splits`).
 
     Args:
-        task: the task to train on. Its source must report the number of rows of a split, by
+        task: The task to train on. Its source must report the number of rows of a split, by
             `num_rows(split)` or SeqIO's `num_input_examples(split)`.
-        draw: the rows to use; `draw.task` is part of the seed.
+        draw: The draw that selects the rows. `draw.task` is part of the seed.
 
     Attributes:
-        source: the task's source.
-        draw: the rows to use.
+        source: The source of the task.
+        draw: The draw that selects the rows.
     """
 
     def __init__(self, task: seqio.Task, draw: Draw):
@@ -205,7 +206,7 @@ class FewShotSource(seqio.DataSource):
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **settings: Any
     ) -> tf.data.Dataset:
-        """Returns the rows of a split, in the order drawn if the split is cut."""
+        """Returns the rows of a split. Drawn rows are in the order drawn."""
         drawn = self.few_shot_indices(split)
         if drawn is None:
             return self.source.get_dataset(split=split, shuffle=shuffle, seed=seed, **settings)
@@ -223,19 +224,20 @@ class FewShotSource(seqio.DataSource):
         count = getattr(self.source, "num_rows", self.source.num_input_examples)(split)
         if count is None:
             raise ValueError(
-                f"The source of task {self._task.name!r} does not say how many rows its {split} "
-                "split has, so rows cannot be drawn from it. Implement num_input_examples."
+                f"The source of task {self._task.name!r} does not report how many rows its {split} "
+                "split has, so few-shot runs cannot draw rows from it. Implement "
+                "num_input_examples, or pass it to the source."
             )
         return count
 
     def _positions(self, split: str) -> np.ndarray:
-        """Returns the positions of the rows [n] in the unshuffled output of the source."""
+        """Returns the positions of a split's rows [n] in the unshuffled output of the source."""
         if hasattr(self.source, "positions"):
             return self.source.positions(split)
         return np.arange(self._num_rows(split))
 
     def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
-        """Returns the label number of each row [n]; makes one pass over the split."""
+        """Returns the label number of each row [n], after one pass over the split."""
         stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
         number = {label.encode(): i for i, label in enumerate(labels)}
@@ -245,7 +247,7 @@ class FewShotSource(seqio.DataSource):
 
 
 def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns a source's rows as the task's text, `inputs` and `targets`, before tokenization.
+    """Returns the rows of a task's source as text, `inputs` and `targets`, before tokenization.
 
     Raises:
         ValueError: the task's preprocessors do not end with `preprocessors.finish`.
@@ -253,8 +255,8 @@ def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
     steps = list(task.preprocessors)
     if seqio.preprocessors.tokenize not in steps:
         raise ValueError(
-            f"The preprocessors of task {task.name!r} do not tokenize its text. End the list with "
-            "mpt_jax.data.preprocessors.finish(name)."
+            f"The preprocessors of task {task.name!r} lack seqio.preprocessors.tokenize. End the "
+            f"list with *mpt_jax.data.preprocessors.finish({task.name!r})."
         )
     for step in steps[: steps.index(seqio.preprocessors.tokenize)]:
         dataset = step(dataset)
@@ -265,7 +267,7 @@ def register_run(name: str) -> bool:
     """Registers the run called `name`; a resolver for `task_lookup.register_task_resolver`.
 
     Returns:
-        Whether it is the name of a run of a registered task.
+        Whether `name` is the name of a few-shot run of a registered task.
 
     Raises:
         ValueError: the task has fewer than k rows, or no labels for a draw per class.

@@ -1,8 +1,8 @@
-"""Readers of JSONL, CSV, TSV and Parquet files, with errors that name the bad rows.
+"""Readers of JSONL, CSV, TSV and Parquet files, with errors that name the invalid rows.
 
 A row is a JSON object, a line of cells below a header, or a row of a Parquet table. `read` fills
 two templates with the fields of every row. It never skips a row: if some rows cannot be used, it
-raises an error with their numbers and reasons.
+raises an error with their numbers and the reasons. The text of a field depends on its type:
 
     str                     unchanged
     number in JSON          as written: 1.50 stays '1.50'; in Parquet, Python's str()
@@ -32,8 +32,8 @@ class Unusable(Exception):
     """The reason why a row cannot be used.
 
     Args:
-        reason: text for the author of the file.
-        field: the field with the problem; '' for the whole row.
+        reason: The reason, as shown to the author of the file.
+        field: The name of the invalid field; '' for the whole row.
     """
 
     def __init__(self, reason: str, field: str = ""):
@@ -48,28 +48,28 @@ Numbered = tuple[int, Row | Unusable]
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Texts of a file's rows, in file order."""
+    """Input and target texts of the rows of a file, in file order."""
 
     inputs: list[str]
     targets: list[str]
 
     def take(self, rows: Any) -> Examples:
-        """Returns the examples at these row numbers, counted from 0."""
+        """Returns the examples with the given row numbers, which count from 0."""
         return Examples([self.inputs[i] for i in rows], [self.targets[i] for i in rows])
 
 
 class Template:
-    """A text with fields in braces: 'question: {question} context: {doc.text}'.
+    """Template of a text, with fields in braces: 'question: {question} context: {doc.text}'.
 
-    A field is a key of the row. If the row has no key of that name, the dots of the name lead into
-    nested objects. Literal braces are written twice. White space around the filled text is removed.
+    A field is a key of the row. If the row has no such key, dots in the name select keys of nested
+    objects. Literal braces are written twice. White space around the filled text is removed.
 
     Args:
-        name: 'inputs' or 'targets', for errors.
-        text: the template.
+        name: The name of the template in errors: 'inputs' or 'targets'.
+        text: The text with fields in braces.
 
     Raises:
-        ValueError: the template names no field, or has braces that hold more than a field name.
+        ValueError: the template names no field, or has braces that do not hold only a field name.
     """
 
     def __init__(self, name: str, text: str):
@@ -84,18 +84,18 @@ class Template:
         for _, field, spec, conversion in self._parts:
             if field == "" or spec or conversion:
                 raise ValueError(
-                    f"The template {name}={text!r} has braces that hold more than a field name. "
-                    "Remove empty braces, and '!' and ':' inside braces."
+                    f"The template {name}={text!r} has braces that do not hold only a field name. "
+                    "Remove empty braces, and '!' or ':' inside braces."
                 )
         self.fields = tuple({field: None for _, field, _, _ in self._parts if field})
         if not self.fields:
             raise ValueError(
-                f"The template {name}={text!r} names no field, so all rows would be equal. Put a "
-                "field name in braces: {question}."
+                f"The template {name}={text!r} names no field, so its text would be the same for "
+                "all rows. Put a field name in braces: {question}."
             )
 
     def fill(self, row: Row) -> str:
-        """Returns the text of a row.
+        """Returns the template filled with the fields of a row.
 
         Raises:
             Unusable: a field is missing or has no text, or the filled text is empty.
@@ -110,7 +110,7 @@ class Template:
 
     @property
     def subject(self) -> str:
-        """The name for errors about the whole text: its only field, or the template's name."""
+        """The name for errors about the whole text: the only field, or the template's name."""
         return self.fields[0] if len(self.fields) == 1 else self.name
 
 
@@ -120,12 +120,12 @@ def read(
     """Returns the examples of a file.
 
     Args:
-        path: the file; its extension selects the reader.
-        inputs, targets: templates of the two texts.
-        words: {target in the file: word to answer}; empty for free text.
+        path: The file, whose extension selects the reader.
+        inputs, targets: The templates of the two texts.
+        words: Target in the file -> label word that replaces it; {} for free text.
 
     Raises:
-        ValueError: the file has no rows, or rows that cannot be used. The error lists the first
+        ValueError: the file has no rows, or rows that cannot be used. The message lists the first
             `SHOWN` of these with line and field.
     """
     examples, bad, total = Examples([], []), [], 0
@@ -144,12 +144,12 @@ def read(
     if bad:
         raise ValueError(_describe(path, bad, total))
     if not total:
-        raise ValueError(f"{path} is empty. Give a file with at least one row.")
+        raise ValueError(f"{path} contains no rows. Add at least one, or use another file.")
     return examples
 
 
 def check_readable(path: epath.Path) -> None:
-    """Checks a file's existence and format without reading it.
+    """Checks that a file exists and that its format is supported, without reading it.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -157,17 +157,18 @@ def check_readable(path: epath.Path) -> None:
     """
     if path.suffix.lower() not in READERS:
         raise ValueError(
-            f"{path} has the unknown extension {path.suffix!r}; known are {', '.join(READERS)}. "
-            "Convert a .json list to .jsonl: one object per line."
+            f"{path} has the unsupported extension {path.suffix!r}. Use {', '.join(READERS)}; "
+            "convert a .json list to .jsonl, with one object per line."
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"The file {path} does not exist. Paths are relative to the working directory."
+            f"The file {path} does not exist. Correct the path; relative paths start from the "
+            "working directory."
         )
     if path.suffix.lower() == PARQUET and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
-            f"{path} needs the package pyarrow, which is not installed. Install the extra "
-            "'parquet': pip install 'mpt-jax[parquet]'."
+            f"Reading {path} needs the package pyarrow, which is not installed. Run "
+            "`pip install 'mpt-jax[parquet]'`."
         )
 
 
@@ -188,7 +189,7 @@ def _find(row: Row, field: str) -> Any:
     value: Any = row
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise Unusable(f"missing; the row has {', '.join(map(str, row)) or 'no field'}", field)
+            raise Unusable(f"missing; the row has {', '.join(map(str, row)) or 'no fields'}", field)
         value = value[part]
     return value
 
@@ -200,7 +201,7 @@ def _text_of(value: Any, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON may escape one half of a pair: "\ud83d"
-        raise Unusable("holds half of a surrogate pair, not a whole character", field) from error
+        raise Unusable("contains half of a surrogate pair instead of a character", field) from error
     return text
 
 
@@ -208,10 +209,10 @@ def _not_text(value: Any) -> str:
     if value is None or isinstance(value, float):
         return "missing: it is null or NaN"
     if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)} instead of a text; join it, or write one row per item"
+        return f"a list of {len(value)} items, not a text; join them, or write one row per item"
     if isinstance(value, Mapping):
-        return f"an object; select one of its fields with a dot: {', '.join(map(str, value))}"
-    return f"a {type(value).__name__}; write it as text"
+        return f"an object, not a text; select a field with a dot: {', '.join(map(str, value))}"
+    return f"a value of type {type(value).__name__}; write it as text"
 
 
 def _word(target: str, field: str, words: Mapping[str, str]) -> str:
@@ -253,14 +254,14 @@ def _object(line: bytes) -> Row | Unusable:
     except json.JSONDecodeError as error:
         return Unusable(f"not JSON: {error.msg}, at character {error.colno}")
     if not isinstance(row, dict):
-        return Unusable(f"not a JSON object but {line.decode().strip()[:40]!r}")
+        return Unusable(f"not a JSON object: {line.decode().strip()[:40]!r}")
     return row
 
 
 def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
-    """Returns a reader of a header and lines of cells; skips blank lines.
+    """Returns a reader of files with a header and lines of cells. It skips blank lines.
 
-    A cell in quotation marks may span lines. A row's number is the number of its first line.
+    A cell in quotation marks may span several lines. Rows are numbered by their first line.
     """
 
     def read_cells(file: BinaryIO) -> Iterator[Numbered]:
@@ -277,8 +278,8 @@ def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
                 yield (
                     number,
                     Unusable(
-                        f"{error}; nothing after it was read. Write a quotation mark inside "
-                        "quotation marks twice"
+                        f"{error}; the rest of the file was not read. Write a quotation mark "
+                        "inside quotation marks twice"
                     ),
                 )
                 return
@@ -302,7 +303,9 @@ def _header_problem(header: list[str]) -> Unusable | None:
     if isinstance(row, Unusable):
         return row
     repeated = sorted({name for name in header if header.count(name) > 1})
-    return Unusable(f"the header repeats the columns {', '.join(repeated)}") if repeated else None
+    if not repeated:
+        return None
+    return Unusable(f"the header repeats the columns {', '.join(repeated)}; rename all but one")
 
 
 def _row_of_cells(header: list[str], cells: list[str]) -> Row | Unusable:
@@ -331,7 +334,7 @@ def _parquet(file: BinaryIO) -> Iterator[Numbered]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file, without the byte order mark that some programs write first."""
+    """Yields the lines of a file, without the byte order mark that may be at its start."""
     for number, line in enumerate(file):
         yield line.removeprefix(BOM) if number == 0 else line
 

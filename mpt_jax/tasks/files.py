@@ -1,4 +1,4 @@
-"""Tasks from your own files: JSONL, CSV, TSV or Parquet, and a template.
+"""Tasks from the user's JSONL, CSV, TSV or Parquet files and templates.
 
     from mpt_jax.tasks import files
 
@@ -11,10 +11,10 @@
         labels=("yes", "no"),
     )
 
-Registering a task checks its paths, extensions, templates, labels and names, all of which is cheap.
-The first request for an example of any split reads all files of the task. So importing a module of
-many tasks stays fast, and a broken test file is reported before training starts. The formats are
-described in `mpt_jax/tasks/file_readers.py`.
+Registration only checks paths, extensions, templates, labels and names, so that a module of many
+tasks is imported quickly. The first request for examples of any split reads all files of the task,
+so that an invalid test file is reported before training starts. mpt_jax/tasks/file_readers.py
+describes the formats.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
     labels: Sequence[Any] | Mapping[Any, str] = (),
     metrics: Sequence[Callable[..., Any]] = (),
 ) -> None:
-    """Registers a task with SeqIO. The vocabulary of the run tokenizes it.
+    """Registers a task with SeqIO, which is tokenized with the vocabulary of the job.
 
     Args:
-        name: name of the task.
-        inputs, targets: templates with the fields of a row, see `file_readers.Template`.
-        train, validation, test: one file per split; any of them may be omitted.
-        data: alternatively, a single file, which is split by `split` and `seed`.
-        split: shares of train, validation and test; default `SHARES`. 0 omits a split.
-        seed: seed of the split; default 42.
-        labels: the answers of a classification task; any other target is an error. A mapping
-            names the values in the file: {0: "no", 1: "yes"}. Empty for free text.
-        metrics: SeqIO metrics `(targets, predictions)` of texts, in percent; the first one
-            selects the best step. Default: accuracy, macro F1 and the share of predictions that
-            are not a label; for free text, SQuAD's F1 and exact match.
+        name: The name of the task.
+        inputs, targets: The templates with the fields of a row, see `file_readers.Template`.
+        train, validation, test: The file of each split. Some of them may be omitted.
+        data: A single file instead, which is split according to `split` and `seed`.
+        split: The shares of train, validation and test; None for `SHARES`. 0 omits a split.
+        seed: The seed of the split; None for 42.
+        labels: The labels of a classification task. Any other target is an error. A mapping maps
+            values in the file to label words: {0: "no", 1: "yes"}. Empty for free text.
+        metrics: The SeqIO metrics `(targets, predictions)` of texts, in percent. The first one
+            selects the best step. Empty for the defaults: accuracy, macro F1 and the share of
+            predictions that are not a label or, for free text, SQuAD's F1 and exact match.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -85,14 +85,15 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
     files = {split: epath.Path(file) for split, file in files.items() if file is not None}
     if (data is None) == (not files):
         raise ValueError(
-            f"Task {name!r} got {'both' if files else 'neither'} data= and files of splits. Give "
-            "either data= (one file to split) or some of train=, validation= and test=."
+            f"Task {name!r} got {'both data= and' if files else 'neither data= nor'} files for "
+            "splits. Pass either data=, one file to split, or any of train=, validation= and test=."
         )
     if data is not None:
         source: FileSource = SplitFile(epath.Path(data), split or SHARES, seed, reader)
     elif split is not None or seed is not None:
         raise ValueError(
-            f"split= and seed= of task {name!r} have no effect without data=. Remove them."
+            f"split= and seed= of task {name!r} have no effect without data=. Remove them, or pass "
+            "data= instead of a file for each split."
         )
     else:
         source = Files(name, files, reader)
@@ -111,11 +112,11 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
 
 
 class FileSource(seqio.DataSource):
-    """Examples of files, all read at first use and kept in memory as text.
+    """Source of examples in files, which are read at first use and kept in memory as text.
 
     Args:
-        split_names: names of the splits.
-        paths: the files; checked by the constructor, read at first use.
+        split_names: The names of the splits.
+        paths: The files, which the constructor checks without reading them.
     """
 
     def __init__(self, split_names: Sequence[str], paths: Sequence[epath.Path]):
@@ -125,12 +126,12 @@ class FileSource(seqio.DataSource):
         self.paths = tuple(paths)
 
     def read(self) -> Mapping[str, Examples]:
-        """Returns the examples of each split; raises ValueError as `file_readers.read`."""
+        """Reads the examples of each split. Raises ValueError like `file_readers.read`."""
         raise NotImplementedError
 
     @functools.cached_property
     def examples(self) -> Mapping[str, Examples]:
-        """The examples of each split."""
+        """The examples of each split, read at first use."""
         return self.read()
 
     @property
@@ -146,13 +147,13 @@ class FileSource(seqio.DataSource):
         return [split]
 
     def num_input_examples(self, split: str) -> int:
-        """Returns the number of rows of a split; reads the files."""
+        """Returns the number of rows of a split. Reads all files if they have not been read."""
         return len(self.examples[split].inputs)
 
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **unused: Any
     ) -> tf.data.Dataset:
-        """Returns {inputs, targets} of a split in file order, regardless of `shuffle`.
+        """Returns the {inputs, targets} of a split in file order, regardless of `shuffle`.
 
         Raises:
             ValueError: rows of a file cannot be used.
@@ -165,12 +166,12 @@ class FileSource(seqio.DataSource):
 
 
 class Files(FileSource):
-    """One file per split. Logs a warning if another split shares inputs with train.
+    """Source with one file per split. Logs a warning if another split shares inputs with train.
 
     Args:
-        name: name of the task.
-        files: split -> path.
-        reader: reads a file.
+        name: The name of the task.
+        files: Split -> path.
+        reader: The function that reads a file.
     """
 
     def __init__(self, name: str, files: Mapping[str, epath.Path], reader: Read):
@@ -195,16 +196,17 @@ class Files(FileSource):
 
 
 class SplitFile(FileSource):
-    """One file, split at random into train, validation and test.
+    """Source with one file, split at random into train, validation and test.
 
-    A row's position in a permutation of (number of rows, seed) decides, as in `splits`. Rows with
-    equal inputs follow the first of them, so no input occurs in two splits.
+    The split of a row depends on its position in a permutation, which depends only on the number of
+    rows and the seed, as in `splits`. All rows with equal inputs are in the split of the first of
+    them, so no input is in two splits.
 
     Args:
-        path: the file.
-        shares: shares of train, validation and test.
-        seed: seed of the permutation; None is `splits.SEED`.
-        reader: reads the file.
+        path: The file.
+        shares: The shares of train, validation and test.
+        seed: The seed of the permutation; None for `splits.SEED`.
+        reader: The function that reads the file.
 
     Raises:
         ValueError: `shares` are not three numbers that sum to one, or the seed is out of range.
@@ -213,11 +215,11 @@ class SplitFile(FileSource):
     def __init__(self, path: epath.Path, shares: Sequence[float], seed: int | None, reader: Read):
         self.seed = splits.SEED if seed is None else seed
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in 0 .. 2^32 - 1, but got {seed}.")
+            raise ValueError(f"seed={seed} is out of range. Use a number from 0 to 2^32 - 1.")
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(
-                f"split={tuple(shares)} is invalid. Give the shares of {', '.join(SPLITS)}: three "
-                "numbers of at least 0 that sum to 1."
+                f"split={tuple(shares)} is not three numbers of at least 0 that sum to 1. Pass the "
+                f"shares of {', '.join(SPLITS)}."
             )
         self.shares = dict(zip(SPLITS, shares, strict=True))
         super().__init__([split for split, share in self.shares.items() if share], [path])
@@ -233,13 +235,13 @@ class SplitFile(FileSource):
             if not examples[split].inputs:
                 raise ValueError(
                     f"{path} has {len(whole.inputs)} rows, and a share of {self.shares[split]:g} "
-                    f"leaves none for {split}. Give more rows, other shares, or one file per split."
+                    f"leaves none for {split}. Add rows, change split=, or use one file per split."
                 )
         return {split: examples[split] for split in self.splits}
 
 
 def divide(inputs: Sequence[str], shares: Sequence[float], seed: int) -> list[np.ndarray]:
-    """Returns the row numbers of each share, ascending; see `SplitFile`."""
+    """Returns the row numbers of each split in ascending order; see `SplitFile`."""
     size = len(inputs)
     first: dict[str, int] = {}
     leader = np.array([first.setdefault(text, row) for row, text in enumerate(inputs)])
@@ -251,14 +253,15 @@ def divide(inputs: Sequence[str], shares: Sequence[float], seed: int) -> list[np
 
 
 def _words(labels: Sequence[Any] | Mapping[Any, str]) -> dict[str, str]:
-    """Returns {text in the file: word to answer}.
+    """Returns text in the file -> label word.
 
     Raises:
-        ValueError: labels are equal, are not text, or are fewer than two.
+        ValueError: there is only one label, two labels are equal, or a label is not text.
     """
     if isinstance(labels, str):
         raise ValueError(
-            f"labels must be a sequence, but got the text {labels!r}. Write labels=('yes', 'no')."
+            f"labels must be a sequence of labels, got the text {labels!r}. Pass a tuple, such as "
+            "labels=('yes', 'no')."
         )
     pairs = labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True)
     words: dict[str, str] = {}
@@ -268,15 +271,18 @@ def _words(labels: Sequence[Any] | Mapping[Any, str]) -> dict[str, str]:
             # White space around a text is removed, and a tokenizer does not keep repeated spaces.
             if not label or label != " ".join(label.split()):
                 raise ValueError(
-                    f"The label {value!r}: {word!r} is not text with single spaces between words. "
-                    "Use words, numbers or booleans."
+                    f"The label {value!r}: {word!r} is empty, not text, or has extra white space. "
+                    "Use words separated by single spaces, numbers or booleans."
                 )
         assert text is not None and answer is not None
         if text in words:
             raise ValueError(f"The label {text!r} is given twice. Remove one of the two.")
         words[text] = answer
     if words and len(set(words.values())) < 2:
-        raise ValueError(f"Classification needs at least two labels, but got {labels!r}.")
+        raise ValueError(
+            f"Classification needs at least two labels, but got {labels!r}. Add a label, or omit "
+            "labels= if targets are free text."
+        )
     return words
 
 
@@ -292,6 +298,6 @@ def _metrics(labels: Sequence[str], metrics: Sequence[Callable[..., Any]]) -> li
 
 
 def _only_answer(text: str, example: Any = None, is_target: bool = False) -> Any:
-    """SeqIO postprocessor: turns a target into the only gold answer of `answer_overlap`."""
+    """SeqIO postprocessor that makes a target the only gold answer for `answer_overlap`."""
     del example
     return {"answers": [text], "group": ""} if is_target else text

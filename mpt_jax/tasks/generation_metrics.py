@@ -1,11 +1,11 @@
 """Metrics of generated text against one or several references, over the whole evaluated set.
 
-Each is a SeqIO metric `(targets, predictions) -> {name: value}`, whose targets are lists of at
-least one reference; `references` makes them. BLEU, TER, ROUGE-L and METEOR are in percent; NIST
-and CIDEr-D have other units. TER is the only metric for which lower is better.
+Each metric is a SeqIO metric `(targets, predictions) -> {name: value}`. A target is a list of at
+least one reference, as returned by the postprocessor `references`. BLEU, TER, ROUGE-L and METEOR
+are in percent; NIST and CIDEr-D have other units. Lower is better only for TER.
 
-BLEU and TER come from sacreBLEU, ROUGE-L from rouge-score and METEOR from NLTK. These libraries
-belong to the extra `nlg` and are imported at the first call, since importing them takes seconds.
+BLEU and TER are computed by sacreBLEU, ROUGE-L by rouge-score and METEOR by NLTK. These libraries
+are in the extra `nlg` and are imported at the first call, because importing them takes seconds.
 NIST, CIDEr-D, ROUGE-L and METEOR compare the words that `words` returns.
 """
 
@@ -31,7 +31,7 @@ _CIDER_WIDTH = 6.0
 
 
 def references(text: str, example: Mapping[str, Any], is_target: bool = False) -> Any:
-    """SeqIO postprocessor: returns a target's references, or a prediction's text."""
+    """SeqIO postprocessor that returns the references of a target, or the text of a prediction."""
     if not is_target:
         return text.strip()
     return [reference.decode() for reference in np.asarray(example["references"]).tolist()]
@@ -50,7 +50,7 @@ def check_installed() -> None:
 def words(text: str) -> list[str]:
     """Returns lower-case words and punctuation marks, split as in mteval-v13a.
 
-    Other scripts are kept.
+    Characters of other scripts than Latin are kept.
     """
     return _splitter()(text.lower()).split()
 
@@ -67,15 +67,15 @@ def bleu(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 def ter(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
     """sacreBLEU's translation edit rate in percent: lower case, split at spaces.
 
-    Edits to the nearest reference, divided by the mean length of the references. Lower is better;
-    the value can exceed 100.
+    The number of edits to the nearest reference, divided by the mean length of the references.
+    Lower is better; the value can exceed 100.
     """
     metric = _module("sacrebleu.metrics").TER()
     return {"ter": metric.corpus_score(list(predictions), _streams(targets)).score}
 
 
 def rouge_l(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L in percent: mean F1 of the longest common subsequence with the best reference."""
+    """ROUGE-L in percent: mean F1 by the longest common subsequence, with the best reference."""
     scorer = _module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
     best = [
         scorer.score_multi(list(target), prediction)["rougeL"].fmeasure
@@ -85,10 +85,11 @@ def rouge_l(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def meteor_exact_stem(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """METEOR of 2007 in percent, without synonyms: equal words and equal Porter stems match.
+    """METEOR of 2007 in percent, without synonyms: words match if they or their stems are equal.
 
-    The mean over predictions of the best reference's score (alpha 0.9, beta 3, gamma 0.5). Not
-    comparable with METEOR 1.5. Synonyms would need WordNet, which has to be downloaded.
+    The mean over predictions of the score with the best reference (alpha 0.9, beta 3, gamma 0.5).
+    Stems are Porter's. Scores are not comparable with METEOR 1.5. Synonyms are omitted because they
+    need a download of WordNet.
     """
     score = functools.partial(
         _module("nltk.translate.meteor_score").meteor_score, wordnet=_NoSynonyms()
@@ -108,7 +109,8 @@ def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
     The mean information of the n-grams that a prediction shares with any of its references, summed
     over n = 1 .. 5, times a length penalty. The penalty is 0.5 at two thirds of the mean length of
-    the references. NLTK uses one reference for each n, so it agrees only for single references.
+    the references. NLTK's NIST chooses one reference for each n, so its values agree only if there
+    is a single reference.
     """
     all_references = [[words(reference) for reference in target] for target in targets]
     seen = collections.Counter(
@@ -136,12 +138,12 @@ def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def cider_d(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """CIDEr-D (Vedantam et al., 2015), 0 to 10; the COCO caption code calls it CIDEr.
+    """CIDEr-D (Vedantam et al., 2015), 0 to 10, which the COCO caption code calls CIDEr.
 
     The clipped similarity between tf-idf vectors of n-grams of the prediction and of each
     reference, with a Gaussian penalty for different lengths (sigma 6), averaged over references,
-    n = 1 .. 4 and the evaluated set. The documents of the idf are the groups of references of that
-    set, so the value depends on the examples evaluated and is 0 for one example. Words are not
+    n = 1 .. 4 and the evaluated set. For the idf, the references of each example are one document,
+    so the value depends on all evaluated examples and is 0 for a single example. Words are not
     stemmed.
     """
     groups = [[_counts(words(one), _CIDER_ORDER) for one in target] for target in targets]
@@ -157,7 +159,7 @@ def cider_d(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 def _tf_idf(
     counts: Mapping[Ngram, int], frequency: Mapping[Ngram, int], documents: int
 ) -> tuple[list[dict[Ngram, float]], int]:
-    """Returns the weights of a text's n-grams for each n, and its number of words."""
+    """Returns the tf-idf weights of a text's n-grams for each n, and the text's number of words."""
     weights: list[dict[Ngram, float]] = [{} for _ in range(_CIDER_ORDER)]
     for ngram, count in counts.items():
         idf = math.log(documents / max(1, frequency.get(ngram, 0)))
@@ -169,7 +171,7 @@ def _clipped_similarity(
     prediction: tuple[list[dict[Ngram, float]], int],
     reference: tuple[list[dict[Ngram, float]], int],
 ) -> float:
-    """Returns the mean over n of the clipped cosine of two texts' vectors, 0 to 1."""
+    """Returns the clipped cosine similarity of two texts' vectors, averaged over n, 0 to 1."""
     cosines = []
     for predicted, expected in zip(prediction[0], reference[0], strict=True):
         both = [ngram for ngram in predicted if ngram in expected]
@@ -181,7 +183,7 @@ def _clipped_similarity(
 
 
 def _ngrams(text: Sequence[str], order: int) -> list[Ngram]:
-    """Returns all n-grams of a text, n = 1 .. order."""
+    """Returns all n-grams of a text for n = 1 .. order."""
     starts = range(len(text))
     return [
         tuple(text[i : i + n]) for n in range(1, order + 1) for i in starts if i + n <= len(text)
@@ -196,7 +198,7 @@ def _counts(text: Sequence[str], order: int) -> collections.Counter[Ngram]:
 
 
 def _streams(targets: Targets) -> list[list[str | None]]:
-    """Returns the first reference of every target, then the second, ...; None if it has fewer."""
+    """Returns the first reference of each target, then the second, ...; None for missing ones."""
     most = max(len(target) for target in targets)
     return [[t[i] if i < len(t) else None for t in targets] for i in range(most)]
 
@@ -212,7 +214,7 @@ def _splitter() -> Any:
 
 
 class _Words:
-    """`words` as a tokenizer of rouge-score, whose default drops all letters except a to z."""
+    """`words` as a tokenizer for rouge-score, whose default one drops all letters except a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         """Returns the words of a text."""
@@ -220,7 +222,7 @@ class _Words:
 
 
 class _NoSynonyms:
-    """A WordNet without entries."""
+    """An empty WordNet."""
 
     def synsets(self, word: str) -> list[Any]:
         """Returns no synonyms."""

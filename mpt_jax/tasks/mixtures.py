@@ -3,9 +3,9 @@
     import mpt_jax.tasks.mixtures
     seqio.get_mixture_or_task("mpt_source_6").get_dataset(lengths, "train", seed=42)
 
-They are for direct use with SeqIO. The stages in gin/ name tasks and mix them with a sampler
-(`mpt_jax.data.sampling`). A task's rate is its number of rows, at most `CAP`, as in T5. ReCoRD's
-rate counts queries, each of which yields one or more examples.
+The mixtures are for direct use with SeqIO. The stages in gin/ instead name tasks and mix them with
+a sampler (`mpt_jax.data.sampling`). The mixing rate of a task is its number of rows, at most `CAP`,
+as in T5. For ReCoRD, rows are queries, each of which yields one or more examples.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MIXTURES: Mapping[str, Sequence[str]] = {
 
 
 class RunMixture(seqio.Mixture):
-    """A SeqIO mixture that is constructed at the first access to an attribute.
+    """A SeqIO mixture that is constructed when an attribute is first accessed.
 
-    The constructor of `seqio.Mixture` reads the features of its tasks, and a `suite.RunTask` has
-    features only once gin binds a vocabulary.
+    The constructor of `seqio.Mixture` reads the features of its tasks, but a `suite.RunTask` has no
+    features before gin binds a vocabulary.
 
     Args:
-        name: name of the mixture.
-        task_names: names of registered SeqIO tasks.
-        rate: returns the mixing rate of a task.
+        name: The name of the mixture.
+        task_names: The names of the registered SeqIO tasks.
+        rate: The function that returns the mixing rate of a task.
     """
 
     _late: tuple[Any, ...] | None = None
@@ -58,7 +58,7 @@ class RunMixture(seqio.Mixture):
         self._late = (name, list(task_names), rate)
 
     def __getattr__(self, attribute: str) -> Any:
-        """Constructs the mixture if it does not exist yet, and returns the attribute."""
+        """Constructs the mixture if it is not yet constructed, and returns the attribute."""
         if self._late is None:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {attribute!r}.")
         arguments, self._late = self._late, None
@@ -71,7 +71,7 @@ class RunMixture(seqio.Mixture):
 
 
 def capped_size(task: seqio.Task) -> float:
-    """Returns a task's mixing rate: the number of rows of its training split, at most `CAP`."""
+    """Returns the mixing rate of a task: the rows of its training split, at most `CAP`."""
     return float(min(task.num_input_examples("train"), CAP))
 
 

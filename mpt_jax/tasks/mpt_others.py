@@ -1,7 +1,4 @@
-"""The MPT paper's "Others" suite.
-
-Importing this module registers winogrande, yelp, scitail and paws.
-"""
+"""The MPT paper's "Others": importing this module registers winogrande, yelp, scitail and paws."""
 
 from functools import partial
 

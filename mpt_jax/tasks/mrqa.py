@@ -1,4 +1,4 @@
-"""SQuAD and MRQA, extractive question answering.
+"""Extractive question answering: SQuAD and the MPT paper's MRQA tasks.
 
 Importing this module registers squad, nq, hotpotqa, searchqa and newsqa.
 """

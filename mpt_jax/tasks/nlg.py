@@ -1,10 +1,10 @@
 """Data-to-text generation: importing this module registers e2e and webnlg.
 
-These are the GEM versions: the cleaned E2E data and WebNLG 2020, not the original data of the MPT
+The data are the GEM versions (cleaned E2E and WebNLG 2020) instead of the original data of the MPT
 paper, so scores are not comparable with its Table 5.
 
-Evaluation uses one row for each meaning, with all its references; training uses one row for each
-reference. The metrics need the extra `nlg`. Without it, the first read of a task raises an error.
+Evaluation uses one row for each meaning, with all its references. Training uses one row for each
+reference. The metrics need the extra `nlg`. Without it, the first read of a task fails.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mpt_jax.tasks.templates import Preprocessor
 
 
 class GroupedSource(PartsSource):
-    """A source whose evaluation splits have one row for each meaning.
+    """A source whose evaluation splits have one row for each meaning, with all its references.
 
-    The meaning is the first feature in `reads`, which also has `target` and `references`. Rows with
-    equal meanings become one row with all their references. Rows without references are dropped.
+    The first feature in `reads` is the meaning; the others are `target` and `references`. Rows
+    without references are dropped.
     """
 
     def get_dataset(self, split: str = "train", *args: Any, **settings: Any) -> tf.data.Dataset:  # type: ignore[override]
@@ -43,18 +43,18 @@ class GroupedSource(PartsSource):
         )
 
     def num_rows(self, split: str) -> int:
-        """Returns how many rows `get_dataset` yields; reads all rows of an evaluation split."""
+        """Returns how many rows `get_dataset` yields. Reads all rows of an evaluation split."""
         if split == "train":
             return super().num_rows(split)
         return sum(1 for _ in self.get_dataset(split).as_numpy_iterator())
 
     def positions(self, split: str) -> np.ndarray:
-        """Returns the positions of a split's rows [n] in the output of `get_dataset`."""
+        """Returns the positions of a split's rows [n] in the unshuffled output of `get_dataset`."""
         return super().positions(split) if split == "train" else np.arange(self.num_rows(split))
 
 
 def _grouped(rows: tf.data.Dataset, meaning: str) -> list[dict[str, Any]]:
-    """Returns one row for each meaning, in the order of first occurrence."""
+    """Returns one row for each value of the feature `meaning`, in the order of first occurrence."""
     groups: dict[Any, dict[str, Any]] = {}
     for row in rows.as_numpy_iterator():
         key = tuple(np.atleast_1d(row[meaning]).tolist())
@@ -69,10 +69,11 @@ def _grouped(rows: tf.data.Dataset, meaning: str) -> list[dict[str, Any]]:
 
 
 def described(meaning: Callable[[Any], tf.Tensor]) -> Callable[[str], Preprocessor]:
-    """Returns a template of generation: the prefix and the meaning; drops rows without a target.
+    """Returns a template of generation, whose inputs are the prefix and the meaning. It drops rows
+    without a target.
 
     Args:
-        meaning: row -> its meaning as one text.
+        meaning: Function from a row to its meaning as text.
     """
 
     def preprocess(prefix: str) -> Preprocessor:
@@ -98,7 +99,7 @@ def slots(row: Any) -> tf.Tensor:
 
 
 def triples(row: Any) -> tf.Tensor:
-    """Joins WebNLG's `subject | property | object` with `&&`; underscores become spaces."""
+    """Joins WebNLG's triples `subject | property | object` with `&&`. Underscores become spaces."""
     return tf.strings.regex_replace(
         tf.strings.reduce_join(row["input"], separator=" && "), "_", " "
     )

@@ -1,14 +1,14 @@
 """The MPT paper's train, validation and test splits of data sets without public test labels.
 
-The rule comes from Karimi Mahabadi et al.; ATTEMPT and MPT follow it. Small sets: the validation
-split is permuted and halved. Large sets: the training split is permuted, its first 1,000 rows are
-the validation set, and the official validation split is the test set. The permutation is
-`torch.randperm` with seed 42 over the order of the original files. TFDS shuffles when it builds,
-so rows are first sorted by their `idx`. Sets without an `idx` keep TFDS's order, which is fixed,
-but their rows cannot be matched with the paper's.
+The rule is due to Karimi Mahabadi et al. and is also used by ATTEMPT and MPT. For small data sets,
+the validation split is permuted and halved. For large ones, the training split is permuted, its
+first 1,000 rows are the validation split, and the official validation split is the test split. The
+permutation is `torch.randperm` with seed 42 over the order of the original files. TFDS shuffles
+rows when it builds a data set, so rows are first sorted by their `idx`. Data sets without an `idx`
+keep TFDS's order, which is fixed, but their splits differ from the paper's.
 
-Row i of a split, as few-shot draws count rows, is row i of the original file, or position start + i
-of its permutation.
+Few-shot draws number the rows of a split from 0: row i is row i of the original file, or position
+start + i of its permutation.
 
 Only the permutation and the sort order are held in memory; rows are streamed and filtered.
 """
@@ -37,8 +37,8 @@ class Part:
 
     Attributes:
         split: TFDS's name of the split.
-        start, stop: positions, from 0; `HALF` is half the number of rows, rounded down. Both None:
-            all rows, without a permutation.
+        start, stop: The positions, which count from 0. `HALF` is half the number of rows, rounded
+            down. If both are None, the part is all rows, without a permutation.
     """
 
     split: str
@@ -46,14 +46,14 @@ class Part:
     stop: int | str | None = None
 
     def places(self, size: int) -> slice | None:
-        """Returns the positions among `size` permuted rows, or None for all rows."""
+        """Returns the positions of this part among `size` permuted rows, or None for all rows."""
         if self.start is None and self.stop is None:
             return None
         start, stop = (size // 2 if bound == HALF else bound for bound in (self.start, self.stop))
         return slice(start, stop)
 
     def num_rows(self, size: int) -> int:
-        """Returns the number of rows of this part, out of `size` rows."""
+        """Returns the number of rows of this part if the TFDS split has `size` rows."""
         places = self.places(size)
         return size if places is None else len(range(*places.indices(size)))
 
@@ -62,12 +62,12 @@ Parts = Mapping[str, Part]
 
 
 def own(train: str = "train", validation: str = "validation", test: str = "test") -> Parts:
-    """Returns the data set's own three splits."""
+    """Returns the train, validation and test splits of the data set, unchanged."""
     return {"train": Part(train), "validation": Part(validation), "test": Part(test)}
 
 
 def halved(validation: str = "validation") -> Parts:
-    """Returns the splits of small sets: train, and the two halves of permuted validation."""
+    """Returns the splits for small data sets: train, and the halves of permuted validation."""
     return {
         "train": Part("train"),
         "validation": Part(validation, 0, HALF),
@@ -78,10 +78,10 @@ def halved(validation: str = "validation") -> Parts:
 def carved(
     train: str = "train", test: str = "validation", held_out: int = 1000, most: int | None = None
 ) -> Parts:
-    """Returns the splits of large sets.
+    """Returns the splits for large data sets.
 
-    Validation is the first `held_out` rows of the permuted training split. Train is the rest, at
-    most `most` rows.
+    Validation is the first `held_out` rows of the permuted training split. Train is the remaining
+    rows, at most `most` of them.
     """
     return {
         "train": Part(train, held_out, None if most is None else held_out + most),
@@ -93,7 +93,8 @@ def carved(
 def permutation(size: int, seed: int = SEED) -> np.ndarray:
     """Returns `torch.randperm(size)` on a CPU after `torch.manual_seed(seed)`, [size] int64.
 
-    A forward Fisher-Yates shuffle with one 32-bit draw of the Mersenne Twister per step.
+    It is computed by a forward Fisher-Yates shuffle with one 32-bit draw of the Mersenne Twister
+    per step.
     """
     order = list(range(size))
     draws = np.random.RandomState(seed).randint(0, 2**32, size=max(0, size - 1), dtype=np.uint32)
@@ -106,16 +107,16 @@ def permutation(size: int, seed: int = SEED) -> np.ndarray:
 class PartsSource(seqio.DataSource):
     """A SeqIO source over a prepared TFDS data set, with splits defined by `parts`.
 
-    It never downloads: each host of a job would download the data again, and a job without network
-    access would wait forever.
+    The source never downloads data, because each host of a job would download them, and a job
+    without network access would hang.
 
     Args:
-        data: TFDS's name with config and version, 'glue/mnli:2.0.0'.
-        parts: {'train', 'validation', 'test'} -> the rows of the split.
-        sizes: {TFDS split: number of rows} of the published data set. A mismatch logs a warning.
-        keys: features that sort the rows into the order of the original files, most significant
-            first, with '/' for nested features; () for sets without any.
-        reads: the features to decode; () for all. Decoding unused features would cost time.
+        data: TFDS's name of the data set with config and version, such as 'glue/mnli:2.0.0'.
+        parts: Split ('train', 'validation' or 'test') -> its rows.
+        sizes: TFDS split -> number of rows in the published data set. A mismatch logs a warning.
+        keys: The features that sort the rows into the order of the original files, most significant
+            first, with '/' for nested features; () for data sets without such features.
+        reads: The features to decode; () for all. Decoding unused features takes time.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class PartsSource(seqio.DataSource):
         return where(rows, chosen)
 
     def positions(self, split: str) -> np.ndarray:
-        """Returns the positions of a split's rows [n] in the output of `get_dataset`.
+        """Returns the positions of a split's rows [n], row 0 first, in the output of `get_dataset`.
 
         Raises:
             FileNotFoundError, ValueError: see `get_dataset`.
@@ -190,7 +191,7 @@ class PartsSource(seqio.DataSource):
         return True
 
     def other_sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns {TFDS split: (rows on this machine, rows published)} for sizes that differ.
+        """Returns TFDS split -> (rows on this machine, rows published), if these numbers differ.
 
         Raises:
             FileNotFoundError: the data set is not prepared on this machine.
@@ -204,7 +205,7 @@ class PartsSource(seqio.DataSource):
         }
 
     def _places(self, builder: tfds.core.DatasetBuilder, part: Part, size: int) -> np.ndarray:
-        """Returns the positions in TFDS's order of the part's rows [n], row 0 first."""
+        """Returns the positions of the part's rows [n] in TFDS's order, row 0 first."""
         order, places = self._file_order(builder, part.split, size), part.places(size)
         return order if places is None else order[permutation(size)[places]]
 
@@ -227,26 +228,27 @@ class PartsSource(seqio.DataSource):
         others = f" (found version {', '.join(versions)})" if versions else ""
         return (
             f"The data set {name}, version {version}, is not in {folder}{others}. Run `tfds build "
-            f"{self.data} --data_dir DIR` on a machine with network access, copy DIR, and pass "
-            "--tfds_data_dir=DIR or set TFDS_DATA_DIR."
+            f"{self.data} --data_dir DIR` on a machine with network access, copy DIR to this "
+            "machine, and pass --tfds_data_dir=DIR or set TFDS_DATA_DIR."
         )
 
     def _size(self, builder: tfds.core.DatasetBuilder, split: str) -> int:
         if split not in builder.info.splits:
             raise ValueError(
-                f"{self.data} has no {split!r} split; it has {', '.join(builder.info.splits)}."
+                f"The data set {self.data} has no {split!r} split on this machine, only "
+                f"{', '.join(builder.info.splits)}. Rebuild it with `tfds build {self.data}`."
             )
         size = builder.info.splits[split].num_examples
         if size != self.sizes[split]:
             logging.warning(
-                "%s, %s: %d rows, but the published set has %d. Splits made from it differ from "
-                "the published splits.",
+                "%s, %s: %d rows on this machine, but %d in the published data set. Splits made "
+                "from it differ from the published splits.",
                 *(self.data, split, size, self.sizes[split]),
             )
         return size
 
     def _file_order(self, builder: tfds.core.DatasetBuilder, split: str, size: int) -> np.ndarray:
-        """Returns the positions in TFDS's order of the original files' rows [size], row 0 first."""
+        """Returns the positions of the original files' rows [size] in TFDS's order, row 0 first."""
         if not self.keys:
             return np.arange(size)
         names = [key.split("/") for key in self.keys]
@@ -258,13 +260,14 @@ class PartsSource(seqio.DataSource):
         if len(np.unique(keys, axis=0)) < size:
             raise ValueError(
                 f"{self.data}, {split}: several rows have the same {', '.join(self.keys)}, so the "
-                "order of the original files is unknown. Rebuild the data set with `tfds build`."
+                "order of the original files is unknown. Rebuild the data set with `tfds build "
+                f"{self.data}`."
             )
         return np.lexsort(keys.T[::-1])
 
 
 def _read(builder: Any, split: str, features: Sequence[str]) -> tf.data.Dataset:
-    """Returns the rows of a split in an order that depends only on the data set, not its shards."""
+    """Returns the rows of a split in an order that does not depend on the data set's shards."""
     decoders = tfds.decode.PartialDecoding(dict.fromkeys(features, True)) if features else None
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, skip_prefetch=True)
     return builder.as_dataset(
@@ -279,7 +282,7 @@ def _nested(row: Any, names: Sequence[str]) -> tf.Tensor:
 
 
 def _versions(folder: epath.Path) -> list[str]:
-    """Returns the versions of a data set below its folder."""
+    """Returns the versions of a data set that are in its folder."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted(name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name))
 

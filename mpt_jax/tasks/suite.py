@@ -1,8 +1,8 @@
 """Registration of SeqIO tasks from a suite's table of data sets.
 
-A row of the table is one data set. `register` registers its task and, for classification, a second
-task whose labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that the run
-binds in gin. Other tasks are registered when their name is first used: `rte_unprefixed` and
+A row of the table is a data set. `register` registers its task and, for classification, a second
+task whose labels are digits (`VERSIONS`). Tasks are tokenized with the vocabulary that gin binds.
+Further tasks are registered when their name is first used: versions such as `rte_unprefixed` and
 `rte_synthetic` in this module, few-shot runs in `few_shot`.
 """
 
@@ -44,16 +44,17 @@ class Row:
     """A data set and how to read it.
 
     Attributes:
-        name: name of the task, and the first word of every input.
-        data, parts, sizes, keys, reads: see `splits.PartsSource`.
-        template: prefix -> preprocessor; for classification, labels -> prefix -> preprocessor.
-        words: name of each label number; () for tasks of free text.
-        metrics: SeqIO metrics. For classification, functions of the labels that return metrics;
-            accuracy and the rate of invalid predictions are added. The first metric selects the
-            best step.
-        accuracy_first: whether accuracy selects the best step instead of the first of `metrics`.
-        postprocess: see `seqio.Task.postprocess_fn`.
-        source: makes the source from data, parts, sizes, keys and reads.
+        name: The name of the task, which is also the first word of every input.
+        data, parts, sizes, keys, reads: The arguments of `splits.PartsSource`.
+        template: The template: a function from a prefix to a preprocessor. For classification, a
+            function from the labels to such a function.
+        words: The name of each label number; () for free text.
+        metrics: The SeqIO metrics, of which the first selects the best step. For classification,
+            functions from the labels to a metric; accuracy and the rate of invalid predictions are
+            added.
+        accuracy_first: Whether accuracy selects the best step instead of the first of `metrics`.
+        postprocess: The postprocessor, see `seqio.Task.postprocess_fn`.
+        source: The function that returns the source, given data, parts, sizes, keys and reads.
     """
 
     name: str
@@ -74,30 +75,29 @@ _ROWS: dict[str, Row] = {}  # rows of all tables
 
 
 class RunTask(seqio.Task):
-    """A SeqIO task tokenized with the run's vocabulary, which gin binds after registration.
+    """A SeqIO task that is tokenized with the vocabulary that gin binds after registration.
 
     Raises (on use):
-        ValueError: gin binds no vocabulary, or a different one than at first use of the task,
-            whose examples are already tokenized.
+        ValueError: gin binds no vocabulary, or another one than when the task was first used.
     """
 
     _first: Any = None
 
     @property
     def output_features(self) -> Mapping[str, Any]:
-        """Inputs, targets and task ids, as in `preprocessors.output_features`."""
+        """The features inputs, targets and task id, as in `preprocessors.output_features`."""
         vocabulary = run_vocabulary()
         if self._first is None:
             self._first = vocabulary
         if vocabulary is not self._first and vocabulary != self._first:
             raise ValueError(
                 f"Task {self.name!r} was tokenized with {self._first} in this process, but gin "
-                f"now binds {vocabulary}. Start a new process."
+                f"now binds the vocabulary {vocabulary}. Start a new process to use it."
             )
         return dict(sorted(preprocessors.output_features(self._first).items()))
 
     def replace(self, **changes: Any) -> RunTask:
-        """Returns this task with `changes`, as in SeqIO; it also uses the run's vocabulary."""
+        """Returns this task with `changes`, as in SeqIO. It is a `RunTask` as well."""
         same = {
             "source": self.source,
             "output_features": {},
@@ -141,8 +141,9 @@ def register(rows: Sequence[Row]) -> None:
 def register_version(name: str) -> bool:
     """Registers an extra version of a task; a resolver for `task_lookup.register_task_resolver`.
 
-    `rte_unprefixed` is rte without the task name at the start of the inputs. `rte_synthetic` has
-    meaningless labels (`synthetic_word`), for CrossPT's study of prefixes and label words.
+    `rte_unprefixed` is rte without the task's name at the start of the inputs, and `rte_synthetic`
+    is rte with meaningless labels (`synthetic_word`). Both are for CrossPT's study of prefixes and
+    label words.
 
     Returns:
         Whether `name` is such a version of a task of the suites.
@@ -161,8 +162,8 @@ def register_version(name: str) -> bool:
 def synthetic_word(word: str) -> str:
     """Returns a meaningless word for a label word: `entailment` becomes `ipveomnipv`.
 
-    Letters are replaced one by one, so different words stay different; other characters are kept.
-    (CrossPT uses words of another language in Latin letters.)
+    Each letter is replaced by another one, so different words stay different. Other characters are
+    kept. CrossPT instead uses words of another language in Latin letters.
     """
     return word.translate(_NEXT_LETTER)
 

@@ -1,8 +1,8 @@
-"""Text templates: turn raw rows into `inputs` that start with the task's name, and `targets`.
+"""Text templates: from raw rows to `inputs`, which start with the task's name, and `targets`.
 
     mnli premise: A man sleeps. hypothesis: Somebody rests.        ->  entailment
 
-Each function returns a template, which makes a SeqIO preprocessor for a task's prefix. The
+A template is a function from a prefix, such as the task's name, to a SeqIO preprocessor. The
 templates follow T5 and ATTEMPT; docs/tasks.md lists them.
 """
 
@@ -25,12 +25,12 @@ def as_it_is(text: tf.Tensor) -> tf.Tensor:
 
 
 def without_markup(text: tf.Tensor) -> tf.Tensor:
-    """Replaces MultiRC's <br> by a space and removes <b> and </b>; keeps other angle brackets."""
+    """Replaces MultiRC's <br> with a space and removes <b> and </b>. Other markup is kept."""
     return tf.strings.regex_replace(tf.strings.regex_replace(text, r"<br\s*/?>", " "), "</?b>", "")
 
 
 def spaced(text: tf.Tensor) -> tf.Tensor:
-    """Puts single spaces around every character but letters, accents, digits and underscores."""
+    """Puts single spaces around all characters except letters, accents, digits and underscores."""
     padded = tf.strings.regex_replace(text, r"([^_\s\p{N}\p{L}\p{M}])", r" \1 ")
     return tf.strings.strip(tf.strings.regex_replace(padded, r"\s+", " "))
 
@@ -41,9 +41,9 @@ def labelled(
     """Returns a template of classification.
 
     Args:
-        fields: {marker in the text: feature}, in order.
-        labels: name of each label number. Reading a row with another number is an error.
-        clean: applied to every text.
+        fields: Marker in the inputs -> feature of the row, in order.
+        labels: The name of each label number. Reading a row with another number is an error.
+        clean: The function to apply to every text.
     """
 
     def target(prefix: str, row: Row) -> tf.Tensor:
@@ -58,7 +58,7 @@ def labelled(
 
 
 def similarity(fields: Mapping[str, str]) -> Callable[[str], Preprocessor]:
-    """Returns the template of STS-B; the target is the score rounded to a fifth, such as '3.8'."""
+    """Returns the template of STS-B. The target is the score rounded to fifths, such as '3.8'."""
 
     def target(prefix: str, row: Row) -> tf.Tensor:
         score = row["label"]
@@ -92,7 +92,7 @@ def coreference(labels: Sequence[str]) -> Callable[[str], Preprocessor]:
 
 
 def _mark(text: tf.Tensor, span: tf.Tensor, word: tf.Tensor, mark: str) -> tf.Tensor:
-    """Puts marks around the span that starts at word number `word`; keeps the rest of the text."""
+    """Puts marks around the span that starts at word number `word`. Keeps the rest of the text."""
     literal = tf.strings.regex_replace(span, r"([\\^$.|?*+()\[\]{}])", r"\\\1")
     before = tf.strings.join([r"^((?:\S+\s){", tf.strings.as_string(word), "})"])
     pattern = tf.strings.join([before, "(", literal, ")"])
@@ -108,11 +108,11 @@ def multiple_choice(
     """Returns a template of multiple choice: a question, then `choice1: ... choice2: ...`.
 
     Args:
-        asked: row -> the question.
-        options: row -> the options, [n]; at most as many as labels.
-        is_right: row -> which options are right, bool [n]. The first right option is the answer; a
-            row without one is an error.
-        labels: targets for the first, second, ... option.
+        asked: Function from a row to the question.
+        options: Function from a row to the options [n], at most as many as labels.
+        is_right: Function from a row to whether each option is right, bool [n]. The first right
+            option is the answer. Reading a row without a right option is an error.
+        labels: The targets for the first, second, ... option.
     """
 
     def text(prefix: str, row: Row) -> dict[str, tf.Tensor]:
@@ -145,10 +145,11 @@ def multiple_choice(
 
 
 def question(answers: Callable[[Row], tf.Tensor]) -> Callable[[str], Preprocessor]:
-    """Returns the template of SQuAD and MRQA: spaced punctuation, the first answer as target.
+    """Returns the template of SQuAD and MRQA. It puts spaces around punctuation, and uses the first
+    answer as the target.
 
     Args:
-        answers: row -> its gold answers, [n] strings. Rows without answers are dropped.
+        answers: Function from a row to its gold answers [n]. Rows without answers are dropped.
     """
 
     def with_answers(row: Row) -> dict[str, tf.Tensor]:
@@ -171,10 +172,10 @@ def question(answers: Callable[[Row], tf.Tensor]) -> Callable[[str], Preprocesso
 
 
 def cloze(prefix: str) -> Preprocessor:
-    """Returns ReCoRD's preprocessor: a query, its candidate entities and the passage.
+    """Returns ReCoRD's preprocessor. Inputs are a query, its candidate entities and the passage.
 
-    A query yields one row per gold answer. All its rows have all answers and the same `group`, so
-    that evaluation counts the query once.
+    A query yields one row per gold answer. All of these rows have the same list of answers and the
+    same `group`, so that evaluation counts the query once.
     """
 
     def rows_of(row: Row) -> tf.data.Dataset:
@@ -193,7 +194,7 @@ def cloze(prefix: str) -> Preprocessor:
 
 
 def without_prefix(prefix: str) -> Preprocessor:
-    """Returns a preprocessor that removes the prefix, and the space after it, from the inputs."""
+    """Returns a preprocessor that removes the prefix and the space after it from the inputs."""
     start = f"^{re.escape(prefix)} "
     return _mapped(
         lambda row: {**row, "inputs": tf.strings.regex_replace(row["inputs"], start, "")}
@@ -206,9 +207,10 @@ def _answered(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _only_if(known: tf.Tensor, prefix: str, what: str, value: tf.Tensor, range_: str) -> Any:
-    """Returns a context whose ops run only if `known`; otherwise reading fails, naming `value`."""
+    """Returns a context whose ops run only if `known`. Otherwise, reading fails, naming `value`."""
     message = [f"{prefix}: a row has the {what} ", tf.strings.as_string(value)]
-    message.append(f", which is not in {range_}. TFDS writes -1 if the gold {what} is not public.")
+    message.append(f", which is not in {range_}. Correct the {what}, or use another split: ")
+    message.append(f"TFDS writes -1 if the gold {what} is not public.")
     return tf.control_dependencies([tf.debugging.Assert(known, [tf.strings.join(message)])])
 
 

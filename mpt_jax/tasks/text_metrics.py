@@ -1,13 +1,13 @@
 """Metrics of decoded text, all in percent. Invalid predictions count as wrong.
 
-Each function here is, or returns, a SeqIO metric `(targets, predictions) -> {name: value}`. The
-first metric of a task selects its best step. Accuracy, F1 and Matthews' correlation come from
-scikit-learn, Pearson's and Spearman's from SciPy; the scores of answers are implemented here.
+Each metric is a SeqIO metric `(targets, predictions) -> {name: value}`, or a function that returns
+one. The first metric of a task selects its best step. Accuracy, F1 and Matthews' correlation are
+computed by scikit-learn, Pearson's and Spearman's by SciPy; answer overlap is implemented here.
 
 An undefined metric, such as a correlation with a constant, is 0 and logs a warning with the reason.
-Every metric that can be undefined has a second value, `<metric>_undefined`, which is 1 if it is and
-0 otherwise, so that a table can distinguish it from a measured 0. A gold target that no metric can
-use raises ValueError.
+Every metric that can be undefined has a second value, `<metric>_undefined`, which is 1 if the
+metric is undefined and 0 otherwise, so that a table can distinguish it from a measured 0. A gold
+target that cannot be scored raises ValueError.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TASK: contextvars.ContextVar[str] = contextvars.ContextVar("task", default="")
 
 
 def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `metric` with the task's name in its warnings and errors; an outer name wins."""
+    """Returns `metric` with a task's name in warnings and errors. An outer name has precedence."""
 
     @functools.wraps(metric)
     def named(*args: Any, **kwargs: Any) -> Any:
@@ -45,12 +45,12 @@ def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
-    """Returns `scores`, then whether they are undefined. Logs a warning if they are.
+    """Returns `scores` with an `<name>_undefined` for each. Logs a warning if they are undefined.
 
     Args:
-        scores: name -> percent, the most important one first.
-        why: the reason why none of them is defined; None if they are defined.
-        what: name for the warning; default: the first name of `scores`.
+        scores: Name -> percent, the most important score first.
+        why: The reason why the scores are undefined; None if they are defined.
+        what: The name in the warning; '' for the first name in `scores`.
     """
     if why is not None:
         task = f" of {_TASK.get()}" if _TASK.get() else ""
@@ -62,14 +62,15 @@ def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dic
 def _unusable(target: Any, what: str) -> ValueError:
     start = f"Task {_TASK.get()!r}: the" if _TASK.get() else "The"
     return ValueError(
-        f"{start} gold target {target!r} is {what}, so predictions cannot be scored. Fix the data."
+        f"{start} gold target {target!r} is {what}, so predictions cannot be scored. Correct it in "
+        "the data."
     )
 
 
 def _constant(
     targets: np.ndarray, predictions: np.ndarray, shown: Callable[[Any], str] = str
 ) -> str | None:
-    """Returns a sentence on the first constant array, its value as `shown`; None without one."""
+    """Returns a clause that names the first constant array and its value; None if there is none."""
     for what, values in (("target", targets), ("prediction", predictions)):
         if np.ptp(values) == 0:
             return f"every {what} is {shown(values[0])}"
@@ -82,7 +83,7 @@ def _constant(
 def label_numbers(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns targets and predictions as label numbers; -1 for a prediction that is not a label.
+    """Returns targets and predictions as label numbers, with -1 for invalid predictions.
 
     Raises:
         ValueError: a target is not a label.
@@ -90,7 +91,7 @@ def label_numbers(
     number = {label: i for i, label in enumerate(labels)}
     for target in targets:
         if target not in number:
-            raise _unusable(target, f"none of the labels {', '.join(map(repr, labels))}")
+            raise _unusable(target, f"not one of the labels {', '.join(map(repr, labels))}")
     predicted = np.array([number.get(prediction.strip(), -1) for prediction in predictions])
     return np.array([number[target] for target in targets]), predicted
 
@@ -98,13 +99,13 @@ def label_numbers(
 def _two_sided(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `label_numbers` for two labels; invalid predictions become the wrong label, as in T5."""
+    """Returns numbers of two labels; invalid predictions become the wrong label, as in T5."""
     true, predicted = label_numbers(targets, predictions, labels)
     return true, np.where(predicted < 0, 1 - true, predicted)
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Percent of predictions that equal their target, ignoring white space around them."""
+    """Percentage of predictions that equal their target, ignoring surrounding white space."""
     number = {target: i for i, target in enumerate(dict.fromkeys(targets))}
     predicted = [number.get(prediction.strip(), -1) for prediction in predictions]
     true = [number[target] for target in targets]
@@ -112,7 +113,7 @@ def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, fl
 
 
 def invalid_rate(labels: Sequence[str]) -> Metric:
-    """Percent of predictions that are none of the labels."""
+    """Returns a metric: the percentage of predictions that are not a label."""
 
     def invalid(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         _, predicted = label_numbers(targets, predictions, labels)
@@ -122,7 +123,7 @@ def invalid_rate(labels: Sequence[str]) -> Metric:
 
 
 def f1(labels: Sequence[str]) -> Metric:
-    """F1 of the second of two labels (duplicate, equivalent, True).
+    """Returns a metric: F1 of the second of two labels (duplicate, equivalent, True).
 
     An invalid prediction counts as the wrong label, as in T5.
     """
@@ -134,7 +135,7 @@ def f1(labels: Sequence[str]) -> Metric:
 
 
 def macro_f1(labels: Sequence[str]) -> Metric:
-    """Mean F1 of the labels. An invalid prediction counts as a prediction of no label."""
+    """Returns a metric: the mean F1 of the labels. Invalid predictions count for no label."""
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = label_numbers(targets, predictions, labels)
@@ -151,9 +152,10 @@ def f1_of_labels(
     A label without targets and predictions has F1 0 and marks the mean as undefined.
 
     Args:
-        true, said: label numbers [n] of targets and predictions; -1 for an invalid prediction.
-        labels: name of each label number.
-        scored: numbers of the labels to average over.
+        true, said: The label numbers [n] of targets and predictions, with -1 for an invalid
+            prediction.
+        labels: The name of each label number.
+        scored: The numbers of the labels to average over.
     """
     absent = sorted(set(scored) - set(true.tolist()) - set(said.tolist()))
     names = " or ".join(repr(labels[number]) for number in absent)
@@ -165,9 +167,9 @@ def f1_of_labels(
 
 
 def matthews(labels: Sequence[str]) -> Metric:
-    """Matthews' correlation; invalid predictions count as one more label, as in T5.
+    """Returns a metric: Matthews' correlation. Invalid predictions count as a label, as in T5.
 
-    0 if all predictions, or all targets, are equal.
+    The correlation is 0 if all predictions, or all targets, are equal.
     """
 
     def shown(number: int) -> str:
@@ -219,13 +221,14 @@ def _gold_number(target: str) -> float:
 
 
 def normalized(answer: str) -> str:
-    """Returns the form of SQuAD's script: lower case, no punctuation or articles, single spaces."""
+    """Returns an answer as normalized by SQuAD's script: in lower case, without punctuation,
+    articles and repeated spaces."""
     bare = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def word_f1(answer: str, prediction: str) -> float:
-    """Returns the F1 between two normalized texts as bags of words; 0 if they share no word."""
+    """Returns the F1 between two texts as bags of normalized words; 0 if they share no word."""
     left, right = normalized(answer).split(), normalized(prediction).split()
     shared = sum((collections.Counter(left) & collections.Counter(right)).values())
     return 2 * shared / (len(left) + len(right)) if shared else 0.0
@@ -237,10 +240,10 @@ def answer_overlap(
     """F1 and exact match against the best of each question's gold answers, as in SQuAD.
 
     Args:
-        targets: {'answers': all gold answers, 'group': name of the question}. Rows with the same
-            group come from one question and count once, with the first row's prediction. Each row
-            with group '' counts separately.
-        predictions: one for each target.
+        targets: {'answers': all gold answers, 'group': the question's name} of each row. Rows of
+            the same group belong to one question and count once, with the prediction of the first
+            row. Each row with group '' counts separately.
+        predictions: The predicted text of each row.
 
     Raises:
         ValueError: a target has no gold answer.
@@ -261,7 +264,7 @@ def answer_overlap(
 
 
 def gold_answers(text: str, example: Mapping[str, Any], is_target: bool = False) -> Any:
-    """SeqIO postprocessor: a target's gold answers and group, or a prediction's text."""
+    """SeqIO postprocessor: returns a target's gold answers and group, or a prediction's text."""
     if not is_target:
         return text
     answers = [answer.decode() for answer in np.asarray(example["answers"]).tolist()]

@@ -3,10 +3,10 @@
     toy_sst2, toy_mnli, ...        six source and eight target tasks (`toy_tasks`)
     toy_rte_prefixed, ...          target tasks with a prefix or other labels (`toy_variants`)
     toy_boolq_k32_s1, ...          few-shot runs, registered on demand (`few_shot`)
-    toy_pretrain                   the pretraining data of the tiny backbone
+    toy_pretrain                   pretraining data of the tiny backbone
 
-Rows are generated in memory and depend only on the task's name and the split; the rows of a split
-are distinct.
+Rows are generated in memory and depend only on the names of the task and the split. All rows of a
+split differ.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ PRETRAIN_CHUNKS = 4096
 
 @functools.cache
 def rows(name: str, split: str) -> tuple[tuple[str, str], ...]:
-    """Returns the distinct (inputs, targets) of one split; they depend only on the two names.
+    """Returns the distinct (inputs, targets) of one split, which depend only on the two names.
 
-    Labels have equal shares (to within one row).
+    All labels are equally frequent, to within one row.
     """
     task = TASKS[name]
     rng = random.Random(f"{name} {split}")
@@ -72,7 +72,7 @@ def _dataset(pairs: Sequence[tuple[str, str]]) -> tf.data.Dataset:
 
 
 def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
-    """F1 of the first of two labels, or the mean F1 of more labels, in percent."""
+    """Returns a metric in percent: F1 of the first of two labels, or the mean F1 of more labels."""
     scored = range(1 if len(labels) == 2 else len(labels))
 
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
@@ -83,7 +83,7 @@ def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
 
 
 def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Mean F1 between bags of words, and exact match, both in percent."""
+    """Mean F1 of predictions as bags of words, and exact match, both in percent."""
 
     def f1(target: str, prediction: str) -> float:
         left, right = target.split(), prediction.split()
@@ -98,7 +98,7 @@ def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
 
 
 def metrics_of(task: ToyTask | Variant) -> list:
-    """Returns a task's metrics over its labels; the first metric selects the best step."""
+    """Returns a task's metrics, of which the first selects the best step."""
     if not task.labels:
         return [text_overlap]
     return [
@@ -125,7 +125,7 @@ def _register(task: ToyTask) -> None:
 
 
 def _register_variant(variant: Variant) -> None:
-    """Registers a variant. Its few-shot runs draw the same rows as runs of its base task."""
+    """Registers a variant, whose few-shot runs draw the same rows as those of its base task."""
     base, name = variant.base, variant.name
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -137,7 +137,7 @@ def _register_variant(variant: Variant) -> None:
 
 
 def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> seqio.Task:
-    """Registers a task; `sizes` maps splits to their numbers of rows, or only names the splits."""
+    """Registers a task. `sizes` maps splits to numbers of rows, or only lists the splits."""
     counts = sizes if isinstance(sizes, dict) else None
     source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
     return seqio.TaskRegistry.add(
@@ -161,7 +161,7 @@ def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    """Generates chunks in order as they are read; each takes a few hundredths of a second."""
+    """Returns the chunks in order. Each is generated when it is read, in a few tens of ms."""
     del shuffle_files, seed
     first = {"train": 1, "validation": 0}[split]
     chunks = tf.data.Dataset.range(first, PRETRAIN_CHUNKS if split == "train" else 1)
@@ -182,13 +182,13 @@ def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) 
 
 
 def _prefixed(task: ToyTask) -> list[tuple[str, str]]:
-    """Returns held-out rows of a source task with the textual prefix it has in pretraining."""
+    """Returns held-out rows of a source task, with the textual prefix used in pretraining."""
     prefix = task.name.removeprefix("toy_")
     return [(f"{prefix} : {text}", target) for text, target in rows(task.name, "validation")]
 
 
 def _register_pretraining() -> None:
-    """Registers the pretraining text, and the prefixed source skills that monitor pretraining."""
+    """Registers the pretraining text, and the prefixed source tasks that monitor pretraining."""
     marked = [preprocessors.add_task_id("toy_pretrain"), preprocessors.end_and_limit]
     _add("toy_pretrain", _pretrain_dataset, ("train", "validation"), marked, [])
     for task in SOURCE_TASKS:
@@ -208,7 +208,7 @@ def _register_pretraining() -> None:
 
 
 def register() -> None:
-    """Registers the whole suite."""
+    """Registers all tasks of the suite."""
     for task in TASKS.values():
         _register(task)
     for variant in VARIANTS:

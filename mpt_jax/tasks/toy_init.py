@@ -1,18 +1,17 @@
-"""Initial values for pretraining the tiny T5: T5's random values, with matching attention heads.
+"""Initial values for pretraining the tiny T5: T5's random values, except for attention heads.
 
     python -m mpt_jax.tasks.toy_init    writes ROOT/toy_init/checkpoint_0 (ROOT: runtime/paths.py)
 
 Every task of the suite needs attention that finds a word of one sentence in the other sentence.
 Large models learn this in a late phase change. On two cores, a network of this size does not learn
-it within an hour (`data/tiny_t5/log.md` has the numbers). So pretraining starts with such heads and
-trains everything else:
+it within an hour (data/tiny_t5/log.md has the numbers). So pretraining starts with such heads:
 
-* in half of the encoder's heads, queries and keys are the same projection, so that equal content
-  attends to equal content; the relative bias excludes the position itself;
-* the other half prefers certain distances more strongly than T5's initial biases do;
-* in half of the decoder's cross-attention heads, queries and keys are the same projection.
+* In half of the encoder's heads, queries and keys are the same projection, so that equal content
+  attends to equal content. The relative bias keeps a position from attending to itself.
+* The other half prefers certain distances more strongly than T5's initial biases do.
+* In half of the decoder's cross-attention heads, queries and keys are the same projection.
 
-The parameter tree and the network are T5X's; only these initial values differ.
+The parameter tree and the network are those of T5X; only these initial values differ.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ DISTANCE_SCALE = 5.0
 
 
 def initial_params(config: T5Config = TINY_T5, seed: int = 0) -> dict[str, Any]:
-    """Returns T5's random tree with matching and distance heads; depends only on the seed."""
+    """Returns T5's random parameters, changed to have matching heads and distance heads."""
     tokens = jnp.ones((1, 2), jnp.int32)
     variables = Transformer(config).init(jax.random.key(seed), tokens, tokens > 0, tokens)
     params = jax.tree.map(np.array, variables["params"])

@@ -1,8 +1,9 @@
 """Pretraining data of the tiny backbone: span corruption, word games and source skills.
 
-As T5 1.0 was, the backbone is pretrained on span corruption together with supervised tasks with
-textual prefixes. The supervised tasks are the six source skills and four small word games; target
-tasks never appear. Two choices make matching across sentences emerge in a small network:
+Like T5 1.0, the backbone is pretrained on span corruption together with supervised tasks with
+textual prefixes. The supervised tasks are the six source tasks (source skills) and four small word
+games; target tasks are not included. Two choices help a small network to learn to match words
+across sentences:
 
 * The word games, and span corruption over facts stated twice, require the lookup behind all skills
   in a simpler form, many times per example (a curriculum by mixing).
@@ -10,8 +11,8 @@ tasks never appear. Two choices make matching across sentences emerge in a small
   often a target, with several games and source skills. A skill never answers with the label words
   of a target task that asks the same question.
 
-All examples are drawn from the train split of the world and written as lists of words; a sentinel
-is the word `<i>`.
+All examples are drawn from the train split of the world and are text of its words, in which a
+sentinel is the word `<i>`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ ALL_NOUNS = tuple(word for words in world.NOUNS.values() for word in words)
 def _label_prefix(
     rng: random.Random, name: str, usual: tuple[str, str] | None = None
 ) -> tuple[str, tuple[str, str]]:
-    """Returns the prefix of a yes-or-no task, which names unusual answers, and its two answers."""
+    """Returns the prefix of a yes-or-no task, which names unusual answers, and the two answers."""
     if usual and rng.random() < 0.6:
         return f"{name} :", usual
     pair = rng.choice([pair for pair in LABEL_PAIRS if pair not in BARRED.get(name, ())])
@@ -65,7 +66,7 @@ def _label_prefix(
 
 
 def equal_game(rng: random.Random) -> tuple[str, str]:
-    """Asks whether two short lists of words are equal."""
+    """Returns an example that asks whether two short lists of words are equal."""
     prefix, (affirm, deny) = _label_prefix(rng, "equal", ("same", "other"))
     left = rng.sample(ALL_NOUNS, rng.randint(1, 3))
     right = list(left)
@@ -80,7 +81,7 @@ def equal_game(rng: random.Random) -> tuple[str, str]:
 
 
 def member_game(rng: random.Random) -> tuple[str, str]:
-    """Asks whether a word is in a list."""
+    """Returns an example that asks whether a word is in a list."""
     prefix, (affirm, deny) = _label_prefix(rng, "member", ("yes", "no"))
     words = rng.sample(ALL_NOUNS, rng.randint(2, 6))
     inside = rng.random() < 0.5
@@ -89,7 +90,7 @@ def member_game(rng: random.Random) -> tuple[str, str]:
 
 
 def lookup_game(rng: random.Random) -> tuple[str, str]:
-    """Asks for the partners of some words in a list of pairs."""
+    """Returns an example that asks for the partners of some words in a list of pairs."""
     words = rng.sample(ALL_NOUNS, 2 * rng.randint(2, 5))
     pairs = list(zip(words[::2], words[1::2], strict=True))
     listing = " . ".join(f"{left} {right}" for left, right in pairs)
@@ -101,7 +102,7 @@ def lookup_game(rng: random.Random) -> tuple[str, str]:
 
 
 def quiz_game(rng: random.Random) -> tuple[str, str]:
-    """Asks several questions about one passage."""
+    """Returns an example that asks several questions about one passage."""
     fact = world.a_fact(rng, _SPLIT)
     facts = [fact, *world.distractors(rng, _SPLIT, fact, 2)]
     asked = rng.sample(facts, 2)
@@ -135,7 +136,7 @@ Text = tuple[list[str], list[str]]
 
 
 def _repeated_facts(rng: random.Random) -> Text:
-    """Returns facts, then some of the same facts, in the same or other words."""
+    """Returns text that states facts, then repeats some of them in the same or other words."""
     fact = world.a_fact(rng, _SPLIT)
     facts = [fact, *world.distractors(rng, _SPLIT, fact, rng.randint(0, 2))]
     pairs = [world.restate(rng, known) for known in facts]
@@ -176,7 +177,7 @@ def _rules(rng: random.Random) -> Text:
 
 
 def _labels(rng: random.Random) -> Text:
-    """Returns sentences that use label words as ordinary words."""
+    """Returns text that uses label words as ordinary words."""
     affirm, deny = rng.choice(LABEL_PAIRS)
     first, second = rng.sample(world.PEOPLE, 2)
     return [f"{first} said {affirm}", f"{second} said {deny}"], [
@@ -197,7 +198,7 @@ _TEXTS = (
 
 
 def corrupt(rng: random.Random, words: list[str], rate: float = 0.25) -> tuple[str, str]:
-    """Replaces short spans by sentinels; the target lists each sentinel and the words it hides."""
+    """Replaces short spans with sentinels. The target lists each sentinel with its hidden words."""
     inputs: list[str] = []
     targets: list[str] = []
     index = spans = 0

@@ -1,9 +1,10 @@
 """The toy suite's examples: six source tasks and eight target tasks about the toy world.
 
-Each maker is a pure function `(rng, split) -> (inputs, targets)` of plain text, modeled on the
-public task with its name. Inputs have no task prefix and share one format, `left | right`, so that
-the same input could come from several tasks and only a prompt identifies the task. Labels are
-words. Every fact that an input states or claims is in its split (`toy_world.split_of`).
+The function of each task is a pure function `(rng, split) -> (inputs, targets)` of plain text,
+modeled on the public task of the same name. Inputs have no task prefix and share one format,
+`left | right`. The same input could therefore come from several tasks, and only a prompt identifies
+the task. Labels are words. All facts that an input states or claims are in its split
+(`toy_world.split_of`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Maker = Callable[[random.Random, str], tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class ToyTask:
-    """One task of the suite; `labels` is empty if the target is free text."""
+    """A task of the suite. `labels` is empty if targets are free text."""
 
     name: str
     make: Maker
@@ -32,7 +33,7 @@ class ToyTask:
 
 
 def _neighbor(rng: random.Random, split: str, fact: Fact, value: str) -> Fact:
-    """Returns a fact about another person with `value` for the fact's relation."""
+    """Returns a fact with the same relation about another person, whose value is `value`."""
     while True:
         subject = world.other(rng, world.PEOPLE, fact.subject)
         if value in world.values(split, fact.relation, subject):
@@ -40,7 +41,7 @@ def _neighbor(rng: random.Random, split: str, fact: Fact, value: str) -> Fact:
 
 
 def _other_fact(rng: random.Random, split: str, fact: Fact) -> Fact:
-    """Returns another fact about the fact's subject."""
+    """Returns another fact about the same subject."""
     relation = rng.choice([r for r in world.RELATIONS if r != fact.relation])
     return world.a_fact(rng, split, relation, fact.subject)
 
@@ -48,8 +49,8 @@ def _other_fact(rng: random.Random, split: str, fact: Fact) -> Fact:
 def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, list[Fact]]:
     """Returns a claim and two facts that entail it, contradict it, or leave it open (`neutral`).
 
-    The same words occur under all three verdicts: if the claim does not follow, its value usually
-    still occurs in the facts, for another person.
+    The words do not give away the verdict: if the claim does not follow, its value usually still
+    occurs in the facts, but for another person.
     """
     claim = world.a_fact(rng, split)
     taken = (claim.value,)
@@ -67,7 +68,7 @@ def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, lis
 
 
 def _vary(rng: random.Random, split: str, fact: Fact, parts: str) -> Fact:
-    """Returns the fact with one of `parts` (s, r or o) changed to another of the same kind."""
+    """Returns the fact with one of `parts` (s, r or o) replaced with another of the same kind."""
     while True:
         part = rng.choice(parts)
         if part == "s":
@@ -103,7 +104,7 @@ _REVERSED_REVIEWS = ("the {n} was not {a}", "{p} never found the {n} {a}")
 
 
 def opinion(rng: random.Random, split: str, praise: bool) -> str:
-    """Returns a clause of praise or blame; (noun, adjective) pairs are assigned to splits."""
+    """Returns a clause of praise or blame, whose (noun, adjective) pair is in `split`."""
     turned = rng.random() < 0.3
     words = PRAISE if praise != turned else BLAME
     while True:
@@ -135,7 +136,7 @@ def qnli(rng: random.Random, split: str) -> tuple[str, str]:
 
 
 def _open_pair_split(one: Fact, two: Fact) -> str:
-    """Returns the split of a pair of questions without a value, which state no fact themselves."""
+    """Returns the split of a pair of questions that contain no value and thus state no fact."""
     numbers = [
         world.PEOPLE.index(fact.subject) + 3 * world.RELATIONS.index(fact.relation)
         for fact in (one, two)
@@ -196,7 +197,7 @@ REPORTS = {
 
 
 def report(rng: random.Random, split: str, verdict: str, fact: Fact) -> str:
-    """Returns a person's report of the fact; its verb shows whether it is true, open or false."""
+    """Returns a person's report of the fact, whose verb shows whether it is true, open or false."""
     speaker = world.other(rng, world.PEOPLE, fact.subject)
     return f"{speaker} {rng.choice(REPORTS[verdict])} that {world.state(rng, fact)}"
 
@@ -303,8 +304,8 @@ _LAWS = ("every {kind} {trait}", "any {kind} {trait}")
 def rule_triples(split: str) -> list[tuple[str, str, str]]:
     """Returns the (thing, kind, trait) of a split: a membership and a law that imply a trait.
 
-    Memberships (thing, kind) and laws (kind, trait) are assigned to splits. A (thing, trait) that
-    follows in validation or test never follows from memberships and laws of training.
+    Memberships (thing, kind) and laws (kind, trait) are assigned to splits. If a (thing, trait)
+    follows in validation or test, it does not follow from memberships and laws of training.
     """
     held_out = {(2 * number) % 8 for number in range(8) if world.assign_split(number) != "train"}
     return [
@@ -321,7 +322,7 @@ RULES = {split: rule_triples(split) for split in world.SPLITS}
 
 
 def scitail(rng: random.Random, split: str) -> tuple[str, str]:
-    """Asks whether the trait follows; if not, another word replaces one of the three words."""
+    """Returns an example that asks whether a trait follows; if not, one of three words differs."""
     supported = rng.random() < 0.5
     thing, kind, trait = rng.choice(RULES[split])
     stated_thing, stated_kind, stated_trait = thing, kind, trait

@@ -1,10 +1,10 @@
 """Variants of the toy suite's target tasks: a prefix before the text, or other labels.
 
-Each variant has the rows and splits of its base task, also in few-shot runs; only the text of
-inputs or targets differs. The variants are for CrossPT's study of prefixes and label words:
+Each variant has the same rows and splits as its base task, also in few-shot runs. Only the text of
+its inputs or targets differs. The variants are for CrossPT's study of prefixes and label words:
 
     toy_rte_prefixed     inputs start with the task's name, as source skills did in pretraining
-    toy_rte_numeric      labels are their numbers
+    toy_rte_numeric      labels are numbers
     toy_rte_synthetic    labels are words unrelated to the question
 
 A prompt cannot make the backbone generate words that were never pretraining targets. So each label
@@ -13,13 +13,13 @@ is one vocabulary piece that was often a target in pretraining:
 * The vocabulary has no digits: 0 and 1 would both be <unk>. Its only numbered pieces are T5's
   sentinels, which occur in a fifth of all pretraining targets; label i is `<extra_id_i>`.
 * CrossPT's synthetic labels are transliterated words. The toy vocabulary would spell them in
-  letters, which were never a target. Our labels are nouns, all of one kind in a task. They are
-  answers of squad and of the word games, but never an answer to the question of a target task.
-  Cities occur in no input of scitail, wic and paws. The other four tasks use all kinds of nouns;
-  each of their labels occurs in at most 2.5% of the inputs.
+  letters, which were never targets. Our labels are nouns, all of one kind in a task. They are
+  answers of squad and of the word games, but never answers to the question of a target task.
+  Scitail, wic and paws use cities, which do not occur in their inputs. The other four tasks use all
+  kinds of nouns in their inputs; each of their labels occurs in at most 2.5% of the inputs.
 
-Prefixes are spelled in letters, since the vocabulary has no names of target tasks. The backbone has
-never read them, so they can distinguish tasks but cannot recall a skill.
+Prefixes are spelled in letters, because the vocabulary does not contain the names of target tasks.
+The backbone has never read them, so they can distinguish tasks but cannot recall a skill.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Variant:
     """A target task with another prefix or other labels.
 
     Attributes:
-        base: the task that provides the rows.
-        suffix: suffix of the variant's name.
-        labels: the variant's labels, in the order of the task's labels.
-        prefix: text at the start of every input.
+        base: The task that provides the rows.
+        suffix: The suffix of the variant's name.
+        labels: The labels of the variant, in the order of the base task's labels.
+        prefix: The text at the start of every input.
     """
 
     base: ToyTask
@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The registered name of the task."""
+        """The name under which the variant is registered."""
         return f"{self.base.name}_{self.suffix}"
 
     def told(self, inputs: str, target: str) -> tuple[str, str]:

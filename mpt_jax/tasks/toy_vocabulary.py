@@ -1,9 +1,9 @@
 """The toy suite's SentencePiece vocabulary: every word of the world is one piece.
 
-`python -m mpt_jax.tasks.toy_vocabulary` regenerates `data/toy.model`, byte for byte with the same
-SentencePiece version. A unigram model is trained on sentences of the world. Then its pieces are
-replaced: every word becomes one piece, scored by its frequency. Letters remain as pieces, so that a
-word from outside the world still has an encoding and never becomes <unk>.
+`python -m mpt_jax.tasks.toy_vocabulary` regenerates data/toy.model, byte for byte with the same
+version of SentencePiece. A unigram model is trained on sentences of the world. Then its pieces are
+replaced: every word becomes one piece, scored by its frequency. Letters are pieces as well, so that
+words from outside the world have an encoding and never become <unk>.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EMBEDDING_ROWS = 512
 
 
 def _sentences(per_task: int = 1500) -> list[str]:
-    """Returns text of every task and of the pretraining mixture, without sentinels."""
+    """Returns texts of all tasks and of the pretraining mixture, without sentinels."""
     rng = random.Random(0)
     pairs = [
         task.make(rng, "train")
@@ -76,10 +76,10 @@ def train_vocabulary() -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def word_ids() -> dict[str, int]:
-    """Returns {word: id} with sentinels `<0>`, `<1>`, ... (T5's order: the last row is `<0>`).
+    """Returns {word: id}, including sentinels `<0>`, `<1>`, ... (as in T5, `<0>` has the last id).
 
-    For text made of the world's words, encoding with this table equals encoding with SentencePiece.
-    It makes generating pretraining examples cheap.
+    Text of the world's words has the same encoding with this table as with SentencePiece. The table
+    is faster, for generating pretraining examples.
     """
     import sentencepiece
 

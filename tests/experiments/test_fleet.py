@@ -37,9 +37,12 @@ def test_fleet_run_names_contain_only_differing_settings():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"tasks": []}, r"Fleet.tasks must be a list of values, got \[\]"),
-        ({"tasks": "rte"}, "must be a list of values, got 'rte'"),
-        ({"tasks": ["rte"], "seeds": []}, r"Fleet.seeds must be a list of values, got \[\]"),
+        ({"tasks": []}, r"Fleet.tasks must be a non-empty list of values, got \[\]"),
+        ({"tasks": "rte"}, "must be a non-empty list of values, got 'rte'"),
+        (
+            {"tasks": ["rte"], "seeds": []},
+            r"Fleet.seeds must be a non-empty list of values, got \[\]",
+        ),
         ({"tasks": ["rte", "rte"]}, r"Fleet.tasks lists \['rte'\] more than once"),
         ({"tasks": ["rte"], "learning_rates": [0.3, 0.3]}, r"lists \[0.3\] more than once"),
         ({"tasks": ["rte"], "shots": [0]}, "must be positive"),
@@ -73,11 +76,16 @@ def test_total_steps_task_steps_end_runs_early():
     several = Fleet(["rte", "boolq"], [4], [0, 1])
     assert fleet.total_steps(several, 50) == 50
     assert fleet.total_steps(several, 50, {"rte": 20}) == [20, 20, 50, 50]
-    with pytest.raises(ValueError, match="'rte' 80 steps, .* 1 and the job's 50. Set TRAIN_STEPS"):
+    with pytest.raises(
+        ValueError,
+        match="80 steps for 'rte', .* 1 and TRAIN_STEPS = 50. Change it, or set TRAIN_STEPS",
+    ):
         fleet.total_steps(several, 50, {"rte": 80})
-    with pytest.raises(ValueError, match="job's 50. Set TRAIN_STEPS = 30, the largest"):
+    with pytest.raises(
+        ValueError, match="for every task of the fleet. Set TRAIN_STEPS = 30, the number"
+    ):
         fleet.total_steps(several, 50, {"rte": 30, "boolq": 30})
-    with pytest.raises(ValueError, match="every task .* fewer steps than the job's 50"):
+    with pytest.raises(ValueError, match="fewer steps than TRAIN_STEPS = 50 .* every task"):
         fleet.total_steps(several, 50, {"rte": 20, "boolq": 30})
     with pytest.raises(ValueError, match="'cb'.*boolq, rte"):
         fleet.total_steps(several, 50, {"cb": 20})

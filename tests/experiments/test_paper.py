@@ -336,9 +336,9 @@ def test_tables_and_variants_unknown_name_raises():
         tables.get_table("tabel1")
     with pytest.raises(ValueError, match="Unknown variant 'MTP'"):
         variants.get_variant("MTP")
-    with pytest.raises(ValueError, match="toy suite has no counterpart of any task of x"):
+    with pytest.raises(ValueError, match="toy suite has no counterpart of any task in table"):
         tables.Table("x", "", (variants.PT,), {"MRQA": suites.MRQA}).on(suites.TOY)
-    with pytest.raises(ValueError, match="toy suite has only one T5, so .* 'scaling'"):
+    with pytest.raises(ValueError, match="toy suite has only one size of T5, so .* 'scaling'"):
         tables.get_table("scaling").on(suites.TOY)
 
 

@@ -172,7 +172,7 @@ def test_by_label_distinguishes_results():
     ]
     labels = ["PT, P=20", "PT from mnli, P=20", "PT, P=5", "MPT, 900", "MPT, 2 M"]
     assert list(analysis.by_label(found)) == labels
-    with pytest.raises(ValueError, match="two results of 'PT' at k = 32"):
+    with pytest.raises(ValueError, match="two results of 'PT' for k = 32"):
         analysis.by_label([result("PT", rte=[1.0]), result("PT", rte=[1.0])])
 
 
@@ -361,10 +361,10 @@ def test_report_command_writes_to_out(root, demo, tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (None, "holds no results.json"),
+        (None, "contains no results.json"),
         ("[{", "damaged"),
         ('[{"method": "PT"}]', "damaged or was written by another version"),
-        ("[]", "empty"),
+        ("[]", "contains no results"),
     ],
 )
 def test_report_command_unreadable_results_fails_with_path(content, words, tmp_path, capsys):
@@ -381,7 +381,7 @@ def test_report_command_bad_reference_or_metrics_fails(root, demo, capsys):
     with pytest.raises(SystemExit):
         command.main([str(root), "--reference", "PTT"])
     assert (
-        "No method is called 'PTT'. Choose --reference from ['PT', 'MPT',"
+        "No method is called 'PTT'. Set --reference to one of ['PT', 'MPT',"
         in capsys.readouterr().err
     )
     path = root / "b" / "metrics.jsonl"

@@ -50,7 +50,7 @@ def test_results_moved_folder_loads_with_new_paths(tmp_path):
     moved = root.rename(tmp_path / "demo.1")
     (again,) = results.load(moved)
     assert again.model_dirs == (str(moved / "targets" / "pt"),)
-    with pytest.raises(FileNotFoundError, match=r"holds no results.json"):
+    with pytest.raises(FileNotFoundError, match=r"contains no results.json"):
         results.load(tmp_path)
 
 

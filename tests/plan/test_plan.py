@@ -294,7 +294,9 @@ def test_compile_steps_too_large_step_does_not_fit(libtpu):
 
 
 def test_compile_steps_indivisible_batch_raises(libtpu):
-    with pytest.raises(ValueError, match="batch of 6 rows .* not divisible by 4, the copies"):
+    with pytest.raises(
+        ValueError, match="batch size of the train step, 6, .* by 4, the number of copies"
+    ):
         steps.compile_steps(job(CONFIG, 6), steps.MeshLayout("v5e:2x2"), ["train"])
 
 

@@ -151,7 +151,7 @@ def test_few_shot_source_unknown_size_raises():
 
     task = seqio.Task("any", seqio.FunctionDataSource(rows, ["train"]), output_features={})
     source = few_shot.FewShotSource(task, Draw("any", 1, 0))
-    with pytest.raises(ValueError, match="'any' does not say how many rows its train split has"):
+    with pytest.raises(ValueError, match="'any' does not report how many rows its train split has"):
         source.few_shot_indices("train")
 
 

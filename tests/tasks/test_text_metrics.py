@@ -165,7 +165,9 @@ def test_of_task_warnings_and_errors_name_task_or_run(caplog):
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("matthews of cola is undefined")
     assert second.startswith("matthews of cola_k4_s0 is undefined")
-    with pytest.raises(ValueError, match="Task 'cola': the gold target '-1' is none .*'no', 'yes'"):
+    with pytest.raises(
+        ValueError, match="Task 'cola': the gold target '-1' is not one .*'no', 'yes'"
+    ):
         metric(["yes", "-1"], ["no", "no"])
 
 
@@ -181,9 +183,9 @@ def test_of_task_keeps_labels_name_and_signature():
         (
             metrics.f1(LABELS),
             ["maybe"],
-            "gold target 'maybe' is none of the labels 'no', 'yes'",
+            "gold target 'maybe' is not one of the labels 'no', 'yes'",
         ),
-        (metrics.invalid_rate(LABELS), [""], "The gold target '' is none of the labels"),
+        (metrics.invalid_rate(LABELS), [""], "The gold target '' is not one of the labels"),
         (metrics.correlations, ["nan"], "The gold target 'nan' is not a number"),
         (metrics.correlations, [""], "The gold target '' is not a number"),
         (metrics.answer_overlap, [{"answers": [], "group": ""}], "The gold target '' is empty"),

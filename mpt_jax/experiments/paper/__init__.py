@@ -1,9 +1,9 @@
-"""The MPT paper's tables: runs on the paper's data or the toy suite, compared with its figures.
+"""The MPT paper's tables: our runs on the paper's data or the toy suite, and the paper's figures.
 
 variants.py     the methods and ablations
-suites.py       the tasks that correspond to the paper's, and how long they train
-tables.py       the variants, tasks, examples and seeds of each table
-chains.py       the chains of stages behind a table
-published.py    the paper's figures (published.toml)
-format.py       a table of our results and the paper's figures
+suites.py       the tasks that correspond to the paper's, and their training lengths
+tables.py       the variants, tasks, numbers of examples and seeds of each table
+chains.py       the stages that produce the results of a table, in order
+published.py    the paper's figures, read from published.toml
+format.py       text tables of our results and the paper's figures
 """

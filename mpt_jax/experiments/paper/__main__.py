@@ -4,9 +4,9 @@
     mpt-jax paper table1 --print            prints commands for a scheduler, in order
     mpt-jax paper table1 --collect          prints the table of finished stages
     mpt-jax paper crosspt --suite toy --collect --against MPT --metric rank_accuracy
-                                            another metric, differences to another row
+                                            shows another metric, and differences to another row
 
-Each stage has its MODEL_DIR below the root. A finished stage is not run again.
+Each stage has a separate MODEL_DIR below the root. Finished stages are not run again.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _positive(text: str) -> int:
 
 
 def chosen(table: Table, names: Sequence[str] | None) -> Table:
-    """Returns the table with only the named variants; all for None.
+    """Returns the table with only the named variants, or with all of them if `names` is None.
 
     Raises:
         ValueError: the table has no such variant.
@@ -119,7 +119,7 @@ def chosen(table: Table, names: Sequence[str] | None) -> Table:
 
 
 def unique(cells: Sequence[Cell]) -> list[Stage]:
-    """Returns every stage once, in an order that can be run."""
+    """Returns every stage once, in an order in which they can be run."""
     return list({stage.name: stage for cell in cells for stage in cell.stages}.values())
 
 
@@ -132,7 +132,7 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
     """Records the gin files, bindings and steps of every stage in stages.json.
 
     Raises:
-        ValueError: a stage's folder was made with other gin files, bindings or steps.
+        ValueError: the folder of a stage was written with other gin files, bindings or steps.
     """
     path = root / PLAN
     known = json.loads(current_text(path.read_text())) if path.exists() else {}
@@ -141,7 +141,8 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
         if (root / stage.name).exists() and known.get(stage.name, settings) != settings:
             raise ValueError(
                 f"{root / stage.name} was made with other settings: {known[stage.name]}, but this "
-                f"command needs {settings}. Remove the folder, or choose another --root."
+                f"command needs {settings}. Choose another --root, or rename the folder to run "
+                "the stage again."
             )
         known[stage.name] = settings
     root.mkdir(parents=True, exist_ok=True)
@@ -176,8 +177,9 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
 
 
 def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
-    """Returns the majority-class share of each task's test split, in percent. It is counted if the
-    data are on this machine; otherwise the paper's figure is used, if known."""
+    """Returns the majority-class share of each task's test split, in percent, for tasks with a
+    known share. Shares are counted if the data are on this machine, and otherwise taken from
+    published.toml."""
     shares = {} if suite.name == suites.TOY.name else dict(published.majority())
     for name in table.tasks:
         task = seqio.TaskRegistry.get(suite.tasks[name])

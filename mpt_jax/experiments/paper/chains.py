@@ -1,4 +1,4 @@
-"""Chains of stages behind a table: teachers, source stages, training jobs and their tests."""
+"""The stages that produce a table: teachers, source stages, training jobs and their evaluations."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FIRST_SEED = 42  # the gin files' seed; a stage for seed s binds 42 + s
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One variant at one number of examples.
+    """A variant of a table, trained with one number of examples.
 
     Attributes:
-        variant: the variant.
-        shots: training examples of each run; None for all.
-        sources: the source stages it needs, in order.
-        jobs: its training stages.
-        tests: the stages that score the jobs; () if the jobs score themselves.
+        variant: The variant.
+        shots: The number of training examples of each run; None for all.
+        sources: The teachers and source stages that the jobs need, in the order to run.
+        jobs: The training stages.
+        tests: The stages that evaluate the jobs; () if the jobs evaluate themselves.
     """
 
     variant: Variant
@@ -38,12 +38,12 @@ class Cell:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """All stages, in the order to run."""
+        """All stages of the cell, in the order to run."""
         return (*self.sources, *self.jobs, *self.tests)
 
 
 def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
-    """Returns every cell of a table that `Table.on` adapted to a suite; `root` holds the stages."""
+    """Returns the cells of a table that `Table.on` adapted to `suite`; stages are below `root`."""
     suite.register()
     pairs = itertools.product(table.shots, table.variants)
     return [_cell(table, suite, root, variant, shots) for shots, variant in pairs]
@@ -75,7 +75,7 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
 
 
 def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
-    """Yields the teachers of a source stage, then the stage. All seeds share the teachers."""
+    """Yields a source stage, preceded by its teachers, which all seeds share."""
     bindings = list(source.bindings)
     steps, batch = source.length
     if suite.source_steps is not None:
@@ -99,11 +99,12 @@ def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterat
 def _jobs(
     table: Table, suite: Suite, variant: Variant, shots: int | None, seeds: Sequence[int]
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
-    """Yields the runs of each job, with its length.
+    """Yields the runs and the training length of each job.
 
-    By default a job has the runs of one length. For `together` it has the tasks of one group, and
-    as many steps and examples as separate runs of these tasks in total. For `joint` it has all
-    tasks of a group, sorted by seed, for as many steps as the longest task.
+    By default, a job trains all runs of the same length. If `variant.together` is set, a job trains
+    the tasks of one group for as many steps as separate runs would take in total. If
+    `variant.joint` is set, a job trains the tasks of one group, sorted by seed, for as many steps
+    as the longest run.
     """
     fixed = table.full if shots is None else None
     if variant.together or variant.joint:
@@ -132,7 +133,7 @@ def _jobs(
 
 
 def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Names runs as repeats (`boolq_s0`), even if a single seed would use the task's own name."""
+    """Returns runs whose names contain the seed (`boolq_s0`), even if there is only one seed."""
     named = [run.name if run.name != run.task else f"{run.task}_s{run.seed}" for run in runs]
     return tuple(run._replace(name=name) for run, name in zip(runs, named, strict=True))
 
@@ -140,7 +141,7 @@ def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
 def _bound(
     variant: Variant, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
 ) -> list[str]:
-    """Returns the bindings of a training job for its runs and its variant."""
+    """Returns the bindings of a training job."""
     rows = length.rows if not variant.together else length.rows / len(runs)
     run_groups = [run.seed for run in runs] if variant.joint else "independent"
     groups = "joint" if variant.together else run_groups
@@ -157,7 +158,7 @@ def _bound(
 
 
 def _settings(variant: Variant, suite: Suite) -> list[str]:
-    """Returns the variant's own bindings, for both training and evaluation."""
+    """Returns the bindings of a variant that training and evaluation share."""
     if variant.sources is None:
         return list(variant.bindings)
     return [
@@ -167,7 +168,7 @@ def _settings(variant: Variant, suite: Suite) -> list[str]:
 
 
 def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
-    """Returns a job's folder. Jobs that differ have different names, so tables can share them."""
+    """Returns a job's folder. Only equal jobs have equal names, so that tables can share jobs."""
     tasks = "-".join(dict.fromkeys(run.task for run in runs))
     seeds = sorted({run.seed for run in runs})
     span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
@@ -176,7 +177,7 @@ def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: 
 
 
 def _test(job: Stage, suite: Suite, variant: Variant, length: Length, root: Path) -> Stage:
-    """Returns a stage that scores a job's artifact (each run's best step) on the test split."""
+    """Returns a stage that evaluates a job's artifact (each run's best step) on the test split."""
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,

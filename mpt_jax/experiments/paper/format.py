@@ -1,4 +1,4 @@
-"""Text tables of our results and the paper's figures; on the toy suite, signs of differences."""
+"""Text tables of our results and the paper's figures, or of the signs of their differences."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
     """Returns the table as text.
 
     Args:
-        table: the table, adapted to the suite.
-        suite: the suite it was run on.
-        found: finished results; other cells read 'not run'.
-        shares: the paper's name of a task -> majority-class share of its test split in percent.
+        table: The table, adapted to the suite.
+        suite: The suite that the table was run on.
+        found: The finished results. All other cells are shown as 'not run'.
+        shares: The paper's name of a task -> majority-class share of its test split in percent.
     """
     parts = [f"{table.title} ({suite.name} suite)"]
     for shots in table.shots:
@@ -60,7 +60,7 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
 def score_rows(
     table: Table, suite: Suite, found: Found, shots: int | None, shares: Mapping[str, float]
 ) -> Rows:
-    """Returns rows of our variants. On the paper's suite, published rows follow them."""
+    """Returns the rows of our variants, followed on the paper's suite by the published rows."""
     heads = ["", *table.columns, *table.averages, "95% interval", "n"]
     rows = [heads]
     published_rows = [] if suite.name == suites.TOY.name else published.rows(table.name)
@@ -115,13 +115,16 @@ def _published(
 
 
 def reference(table: Table) -> str:
-    """Returns the variant that others are subtracted from: the table's own, MPT, or the first."""
+    """Returns the variant that the other variants are subtracted from.
+
+    It is `table.reference` if set, otherwise MPT, or the first variant of a table without MPT.
+    """
     names = [variant.name for variant in table.variants]
     return table.reference or ("MPT" if "MPT" in names else names[0])
 
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
-    """Returns the reference minus each other variant: ours, its interval and the paper's sign."""
+    """Returns rows of the reference minus each other variant, and the signs of the paper."""
     rows = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
     for shots in table.shots:
         ours = found.get((reference(table), shots))
@@ -144,7 +147,7 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
 
 
 def _verdict(difference: results.Estimate, paper_difference: float | None) -> list[str]:
-    """Returns the sign of the paper's difference, and whether ours agrees."""
+    """Returns the sign of the paper's difference, and whether our difference has the same sign."""
     if paper_difference is None:
         return ["", ""]
     sign = "+" if paper_difference > 0 else "-" if paper_difference < 0 else "0"
@@ -157,8 +160,11 @@ def _verdict(difference: results.Estimate, paper_difference: float | None) -> li
 def _published_difference(
     table: Table, variant: str, shots: int | None, group: str
 ) -> float | None:
-    """Returns the paper's reference minus a variant: over the same tasks, else of the published
-    average for the group, else of the only published figure."""
+    """Returns the difference in the paper between the reference and a variant.
+
+    It is the difference of the means over the tasks of the group. If figures of some tasks are not
+    published, the published average of the group or the only published figure is used.
+    """
     by_variant = {row.of: row.values for row in published.rows(table.name) if row.of}
     values = []
     for name in (reference(table), variant):

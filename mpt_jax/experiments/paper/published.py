@@ -18,11 +18,12 @@ class Row:
     """One row of a published table.
 
     Attributes:
-        name: as in the paper, with the number of trained parameters.
-        of: our variant that the row is compared with; None for methods that we do not have.
-        source: 'paper'; '† X' if the paper, as we remember it, took the row from X; or a note.
-        values: shots (None for all) -> task or average -> figure.
-        stds: published standard deviations of the figures on all examples.
+        name: The method as named in the paper, with the number of trained parameters.
+        of: The variant of ours that corresponds to the row; None if there is none.
+        source: The origin of the figures: 'paper'; '† X' if, as far as we remember, the paper took
+            the row from paper X; or another source.
+        values: Number of examples (None for all) -> task or average -> figure.
+        stds: Task or average -> published standard deviation, for all examples.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Row:
 
 
 def rows(table: str) -> list[Row]:
-    """Returns the published rows of a table; [] for a table that the paper does not have."""
+    """Returns the published rows of a table, or [] if nothing is published for it."""
     return [
         Row(
             name=row["name"],
@@ -48,7 +49,7 @@ def rows(table: str) -> list[Row]:
 
 
 def majority() -> Mapping[str, float]:
-    """Returns the known majority-class shares of the paper's test splits, in percent."""
+    """Returns task -> majority-class share of the paper's test split in percent, where known."""
     return _read()["majority"]
 
 

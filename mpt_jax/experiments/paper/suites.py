@@ -1,4 +1,4 @@
-"""Task suites for the paper's tables (the paper's and the toy suite) and lengths of training."""
+"""The two task suites for the paper's tables, paper and toy, and their training lengths."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ OTHERS = ("WinoGrande", "Yelp", "SciTail", "PAWS")
 
 
 class Length(NamedTuple):
-    """How long a run trains.
+    """Training length of a run, with the settings that depend on it.
 
     Attributes:
-        steps: steps of the job.
-        rows: the run's examples in each step.
-        period: steps between the evaluations that select the best step; None for the gin files'.
-        inputs: maximum tokens of an input; None for the gin files'.
+        steps: The number of steps of the job.
+        rows: The number of examples of the run in each step.
+        period: The number of steps between the evaluations that select the best step; None keeps
+            the value of the gin files.
+        inputs: The maximum number of input tokens; None keeps the value of the gin files.
     """
 
     steps: int
@@ -37,12 +38,12 @@ class Length(NamedTuple):
     inputs: int | None = None
 
     def bindings(self) -> list[str]:
-        """Returns the bindings of a training stage, except steps and batch size."""
+        """Returns the bindings of a training stage, except number of steps and batch size."""
         period = [] if self.period is None else [f"EVAL_PERIOD = {self.period}"]
         return [*period, *self.reading()]
 
     def reading(self) -> list[str]:
-        """Returns the bindings of any stage that reads the task's texts."""
+        """Returns the bindings for reading inputs, which training and evaluation stages share."""
         if self.inputs is None:
             return []
         return [f'TASK_FEATURE_LENGTHS = {{"inputs": {self.inputs}, "targets": {TARGETS}}}']
@@ -56,21 +57,21 @@ class Suite:
     """A set of tasks, with training lengths and learning rates.
 
     Attributes:
-        name: `'paper'` or `'toy'`.
-        tasks: the paper's name of a target task -> our task; tasks without a counterpart are left
-            out.
-        sources: the same for source tasks.
-        modules: modules that register the tasks.
-        files: gin files that follow the training stage's own.
-        test_files: gin files that follow an evaluation stage's own.
-        source_steps: steps of a source stage; None for the paper's (`Source.length`).
-        length: (our task's name, variant, shots) -> how long a run trains.
-        rates: name of a rate (`Variant.rate`) -> learning rate, or several for a method that has
-            several (ATTEMPT: own prompt, attention; CrossPT: private, sources, router). {} uses
-            the gin files' rates.
-        suffix: suffix of its task versions; `''` for the versions with words as labels.
-        tested_apart: whether a separate stage scores the best step (by the validation split) on
-            the test split. Otherwise the training stage scores its last step on the test split.
+        name: `'paper'` or `'toy'`, with `'_digits'` if the labels are digits.
+        tasks: The paper's name of a target task -> our task. Tasks without a counterpart are
+            omitted.
+        sources: The paper's name of a source task -> our task.
+        modules: The modules that register the tasks.
+        files: The gin files to add after those of a training stage.
+        test_files: The gin files to add after those of an evaluation stage.
+        source_steps: The number of steps of a source stage; None for the paper's (`Source.length`).
+        length: Function from (our name of a task, variant, shots) to the training length of a run.
+        rates: Key of a learning rate (`Variant.rate`) -> learning rate, or a tuple for methods with
+            several (ATTEMPT: target prompt, attention; CrossPT: private prompts, source prompts,
+            router). {} keeps the learning rates of the gin files.
+        suffix: The suffix of the suite's versions of tasks; `''` if labels are words.
+        tested_apart: Whether a separate stage evaluates the best step, selected on the validation
+            split, on the test split. Otherwise, the training stage evaluates its last step.
     """
 
     name: str
@@ -86,22 +87,22 @@ class Suite:
     suffix: str = ""
 
     def named(self, task: str) -> str:
-        """Returns the task's version for this suite, or the task itself if it has none."""
+        """Returns the task's name with the suite's suffix, or `task` if no such version exists."""
         version = f"{task}{self.suffix}"
         return version if version in seqio.TaskRegistry.names() else task
 
     def with_digits(self) -> Suite:
-        """Returns the suite with digits as labels, as in the paper, source tasks included.
+        """Returns the suite with digits as the labels of source and target tasks, as in the paper.
 
         Raises:
-            ValueError: its tasks have no versions with digits.
+            ValueError: the tasks have no versions with digits.
         """
         self.register()
         digits = dataclasses.replace(self, name=f"{self.name}_digits", suffix=DIGITS)
         tasks = {name: digits.named(task) for name, task in self.tasks.items()}
         if tasks == self.tasks:
             raise ValueError(
-                f"The tasks of the {self.name} suite have no versions with digits. Use "
+                f"The tasks of the {self.name} suite have no versions with digits as labels. Use "
                 "--labels words."
             )
         sources = {name: digits.named(task) for name, task in self.sources.items()}
@@ -113,8 +114,11 @@ class Suite:
             importlib.import_module(module)
 
     def rate_bindings(self, variant: Variant, shots: int | None, steps: int) -> list[str]:
-        """Returns a variant's bindings for this suite's learning rate. If the gin files' warmup or
-        annealing is meant for all examples, few-shot runs bind a shorter one."""
+        """Returns a variant's bindings of learning rates and of the steps of warmup or annealing.
+
+        Without `rates`, only few-shot runs have bindings: they shorten a warmup or annealing that
+        the gin files set for training on all examples.
+        """
         if not self.rates:
             few_shot = _FEW_STEPS.get(variant.method)
             return [] if shots is None or few_shot is None else few_shot(steps)
@@ -128,7 +132,7 @@ def _warmup(steps: int) -> list[str]:
 
 
 def _annealing(steps: int) -> list[str]:
-    """Anneals over the first half of the steps; in the second half, draws are almost certain."""
+    """Anneals the router over half of the steps, after which draws are almost deterministic."""
     return [f"ANNEALING_STEPS = {steps // 2}"]
 
 

@@ -1,4 +1,4 @@
-"""Tables of the paper: their variants, tasks, examples and seeds. chains.py makes the stages."""
+"""The variants, tasks, numbers of examples and seeds of each table (their stages: chains.py)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Groups = Mapping[str, Sequence[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table or figure.
+    """A table or figure of a paper.
 
     Attributes:
-        name: argument of `mpt-jax paper`, and key of its figures in published.toml.
-        title: title in the output.
-        variants: its rows.
-        groups: name of an average -> its tasks, by the paper's names.
-        metrics: task -> metrics to show, one column each and without averages. {} shows the main
-            metric.
-        shots: numbers of training examples; None for all.
-        seeds: number of draws.
-        reference: the variant that others are subtracted from; None for MPT, or for the first
-            variant if MPT is not in the table.
-        full: how long a run trains on all examples; None for the suite's length.
-        source_per_seed: trains a source stage for each seed, so that a comparison of source stages
-            does not depend on a single seed.
-        toy: attributes that differ on the toy suite.
+        name: The argument of `mpt-jax paper`, and the key of the figures in published.toml.
+        title: The title in the output.
+        variants: The variants, one row for each.
+        groups: Name of an average -> its tasks, by the paper's names.
+        metrics: Task -> metrics to show, one column for each and no averages. {} shows the main
+            metric of every task, and averages.
+        shots: The numbers of training examples; None for all.
+        seeds: The number of seeds.
+        reference: The variant that other variants are subtracted from; None for MPT, or for the
+            first variant if MPT is not in the table.
+        full: The training length on all examples; None for the suite's length.
+        source_per_seed: Whether each seed has a separate source stage, so that a comparison of
+            source stages does not depend on a single seed.
+        toy: Attribute -> value that replaces it on the toy suite.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Table:
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def on(self, suite: Suite) -> Table:
-        """Returns the table adapted to a suite, without tasks that have no counterpart.
+        """Returns the table adapted to a suite, without the tasks that the suite does not have.
 
         Raises:
             ValueError: no task or no variant is left.
@@ -63,31 +63,31 @@ class Table:
         groups = {name: tasks for name, tasks in groups.items() if tasks}
         if not groups:
             raise ValueError(
-                f"The {suite.name} suite has no counterpart of any task of {self.name}. Choose "
-                "another table, or --suite paper."
+                f"The {suite.name} suite has no counterpart of any task in table {self.name!r}. "
+                "Choose another table, or --suite paper."
             )
         if not table.variants:
             raise ValueError(
-                f"The {suite.name} suite has only one T5, so it cannot run table {self.name!r}. "
-                "Choose another table, or --suite paper."
+                f"The {suite.name} suite has only one size of T5, so it cannot run table "
+                f"{self.name!r}, which compares sizes. Choose another table, or --suite paper."
             )
         return dataclasses.replace(table, groups=groups)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The paper's names of the tasks, without repeats."""
+        """The paper's names of all tasks, each once."""
         return tuple(dict.fromkeys(task for tasks in self.groups.values() for task in tasks))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns: tasks, or `'<task> <metric>'`."""
+        """The names of the columns: the tasks, or `'<task> <metric>'` if `metrics` is set."""
         if not self.metrics:
             return self.tasks
         return tuple(f"{task} {metric}" for task in self.tasks for metric in self.metrics[task])
 
     @property
     def averages(self) -> Groups:
-        """The averages to show."""
+        """Name of an average -> its tasks; {} if `metrics` is set."""
         return {} if self.metrics else self.groups
 
 
@@ -102,7 +102,7 @@ _FOUR = {"toy targets": ("BoolQ", "CB", "RTE", "MRPC")}
 
 
 def _crosspt(name: str, title: str, rows: tuple[Variant, ...], **rest: Any) -> Table:
-    """Returns a table of jointly trained tasks: GLUE, or the four tasks of the demo."""
+    """Returns a table of CrossPT: on GLUE, or on the demo's four tasks on the toy suite."""
     rest = {"shots": (32,)} | rest
     toy = {"groups": _FOUR} | dict(rest.pop("toy", {}))
     return Table(name, title, rows, {"GLUE": suites.GLUE}, seeds=10, toy=toy, **rest)
@@ -245,6 +245,6 @@ def get_table(name: str) -> Table:
     """Returns a table by name.
 
     Raises:
-        ValueError: the name is unknown; the error lists the known ones.
+        ValueError: the name is unknown. The message lists the known names.
     """
     return look_up("table", name, TABLES)

@@ -1,6 +1,6 @@
-"""Methods and ablations as chains of stages: teachers, a source stage, a target stage.
+"""Methods and ablations, each a chain of stages: teachers, a source stage and a target stage.
 
-Tables and `published.toml` refer to variants by name.
+The tables and published.toml refer to variants by name.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Source:
     """A source stage. Target stages start from its artifact.
 
     Attributes:
-        name: its folder.
-        files: gin files, the stage file first.
-        bindings: further bindings.
-        teachers: the source stage that it is distilled from.
-        tasks: number of source tasks.
-        size: size of the T5 (gin/ablations/size_*.gin; base has no file).
+        name: The name of its folder.
+        files: The gin files, the stage file first.
+        bindings: Further gin bindings.
+        teachers: The source stage that trains the teachers; None without distillation.
+        tasks: The number of source tasks.
+        size: The size of the T5 (gin/ablations/size_*.gin; base has no file).
     """
 
     name: str
@@ -44,9 +44,11 @@ class Source:
 
     @property
     def length(self) -> tuple[int, int]:
-        """(steps, batch size) at the paper's scale: five epochs over the mixture. Teachers have
-        no teachers themselves. Their batch is `tasks` times as large, and they see as many examples
-        in total."""
+        """(steps, batch size) at the paper's scale: five epochs over the mixture.
+
+        A stage that trains teachers uses a batch that is `tasks` times as large, and sees as many
+        examples in total as other source stages.
+        """
         is_teachers = self.files[0] == TEACHER_STAGE
         batch = BATCHES[self.size] * (self.tasks if is_teachers else 1)
         examples = MIXTURES[self.tasks]
@@ -58,22 +60,22 @@ class Variant:
     """One row of a table.
 
     Attributes:
-        name: name in tables.
-        files: gin files of the target stage, the stage file first.
-        method: gin file of the prompt method, for evaluation.
-        source: the source stage whose artifact it starts from.
-        bindings: further bindings of the target stage.
-        rate: key of its learning rate in `Suite.rates`.
-        start: the paper's name of the source task that prompts start from, if any.
-        together: whether all tasks of a table's group are trained jointly with one shared prompt,
-            in a separate job for each seed.
-        steps: task -> steps of the target stage on all examples at the paper's scale, `''` for all
-            other tasks. None for the suite's length.
-        size: size of the T5 (gin/ablations/size_*.gin; base has no file).
-        joint: whether all tasks of a seed form one group of a job. A step has as many examples of
-            each task as in a separate run.
-        version: suffix of the task versions that it trains on.
-        sources: number of source prompts to mix, the first of the suite's; None for all.
+        name: The name in tables.
+        files: The gin files of the target stage, the stage file first.
+        method: The gin file of the prompt method, for evaluation stages.
+        source: The source stage whose artifact the target stage starts from; None without one.
+        bindings: Further gin bindings of the target stage.
+        rate: The key of the learning rate in `Suite.rates`.
+        start: The paper's name of the source task whose prompt initializes all prompts, if any.
+        together: Whether a job trains all tasks of one of the table's groups with one shared
+            prompt. Each seed has a separate job.
+        steps: Task -> number of steps of the target stage on all examples at the paper's scale;
+            the key `''` stands for all other tasks. None for the suite's length.
+        size: The size of the T5 (gin/ablations/size_*.gin; base has no file).
+        joint: Whether all tasks with the same seed form one group of a job. A step has as many
+            examples of each task as a separate run would have.
+        version: The suffix of the task versions to train on.
+        sources: The number of source prompts to mix, the first ones of the suite; None for all.
     """
 
     name: str
@@ -92,7 +94,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as a folder name."""
+        """The name in a form suitable as a folder name."""
         kept = "".join(c if c.isalnum() else "_" for c in self.name.lower())
         return "_".join(filter(None, kept.split("_")))
 
@@ -109,7 +111,7 @@ TEACHERS_12 = Source("teachers_12", (TEACHER_STAGE, TWELVE), tasks=12)
 
 
 def _source(name: str, *files: str, bindings: Sequence[str] = (), distilled: bool = True) -> Source:
-    """Returns a variant of MPT's source stage."""
+    """Returns MPT's source stage, with gin files and bindings that change it."""
     teachers = TEACHERS if distilled else None
     return Source(f"mpt_source_{name}", (*MPT_SOURCE.files, *files), tuple(bindings), teachers)
 
@@ -123,7 +125,7 @@ def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Varia
 
 
 def _of_length(length: int) -> tuple[Variant, Variant]:
-    """Returns PT and MPT with another prompt length, teachers included."""
+    """Returns PT and MPT with prompts of another length, which their teachers use as well."""
     bindings = (f"PROMPT_LENGTH = {length}",)
     teachers = Source(f"teachers_p{length}", TEACHERS.files, bindings)
     source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bindings, teachers)
@@ -229,7 +231,7 @@ def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest
 
 
 def _of_sources(count: int) -> Variant:
-    """Returns CrossPT with the first `count` sources of a fixed order."""
+    """Returns CrossPT with the first `count` source prompts of the suite."""
     return _crosspt(f"{count} source{'s' if count > 1 else ''}", sources=count)
 
 
@@ -296,6 +298,6 @@ def get_variant(name: str) -> Variant:
     """Returns a variant by name.
 
     Raises:
-        ValueError: the name is unknown; the error lists the known ones.
+        ValueError: the name is unknown. The message lists the known names.
     """
     return look_up("variant", name, VARIANTS)

@@ -15,7 +15,7 @@ from mpt_jax.experiments.report import sections, tables
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads results and their run folders, and writes the page."""
+    """Writes the report of a folder and prints its path."""
     parser = argparse.ArgumentParser(
         prog="mpt-jax report", description="Writes an HTML report of a demo or a paper table."
     )
@@ -39,15 +39,15 @@ def load(folder: Path) -> list[results.Result]:
 
     Raises:
         FileNotFoundError: the folder has no results.json.
-        ValueError: the file is damaged or from another version.
+        ValueError: results.json is damaged or was written by another version.
     """
     try:
         return results.load(folder)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{folder / results.FILE} cannot be read ({type(error).__name__}: {error}). It is "
-            "damaged or was written by another version. Run the demo or `mpt-jax paper --collect` "
-            "again."
+            "damaged or was written by another version. Rewrite it with `mpt-jax paper TABLE "
+            "--collect`, or rerun `mpt-jax demo`."
         ) from error
 
 

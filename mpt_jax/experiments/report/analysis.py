@@ -1,4 +1,4 @@
-"""Statistics of the report, computed only from results."""
+"""Statistics of the report."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def short(task: str) -> str:
 
 
 def family(method: str) -> str:
-    """Returns the base method of a name: PT for 'PT, P=40' and 'PT, T5-small'."""
+    """Returns the base method of a method's name: 'PT' for 'PT, P=40' and 'PT, T5-small'."""
     return re.split(", (?:P=|T5-)", method)[0]
 
 
 def model_size(result: Result) -> float:
-    """Returns the model's frozen parameters, or its trained ones if all of it is trained."""
+    """Returns the number of frozen parameters or, if none are frozen, of trainable parameters."""
     return float(result.backbone_parameters or result.parameters)
 
 
 def number(value: int | float) -> str:
-    """Formats a count in a few characters: 900, 76,800, 222 M, 3 B."""
+    """Returns a count in a few characters: 900, 76,800, 222 M, 3 B."""
     if value < 1e6:
         return f"{value:,.10g}"
     return f"{value / 1e6:.3g} M" if value < 1e9 else f"{value / 1e9:.3g} B"
 
 
 def by_label(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
-    """Returns label -> shots -> result. A label is the method's name, plus whatever distinguishes
-    its results at the same number of examples.
+    """Returns label -> shots -> result. A label is the method's name, plus the source task, prompt
+    length and model size if the method was run with several.
 
     Raises:
         ValueError: two results cannot be distinguished.
@@ -59,15 +59,15 @@ def by_label(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
             label += f", {number(model_size(result))}"
         if result.shots in labeled.setdefault(label, {}):
             raise ValueError(
-                f"There are two results of {label!r} at {examples(result.shots)}. Remove one of "
-                "them from results.json."
+                f"results.json has two results of {label!r} for {examples(result.shots)} that the "
+                "report cannot tell apart. Remove one of them, or rename its method."
             )
         labeled[label][result.shots] = result
     return labeled
 
 
 def examples(shots: int | None) -> str:
-    """Formats a number of training examples."""
+    """Returns a number of training examples as text."""
     return "all examples" if shots is None else f"k = {shots}"
 
 
@@ -77,7 +77,7 @@ def shots_of(results: Iterable[Result]) -> list[int | None]:
 
 
 def common_tasks(results: Sequence[Result]) -> tuple[str, ...]:
-    """Returns the tasks that all results have. Means of methods are compared over these.
+    """Returns the tasks that all results have, over which means of methods are compared.
 
     Raises:
         ValueError: the results have no task in common.
@@ -92,16 +92,15 @@ def common_tasks(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def gains(new: Result, old: Result) -> dict[str, Estimate]:
-    """Returns new minus old on each task that both have, over the seeds that both have."""
+    """Returns the estimate of new minus old for each common task, over the common seeds."""
     tasks = [task for task in new.scores if task in old.scores]
     single_task = {t: dataclasses.replace(new, scores={t: new.scores[t]}) for t in tasks}
     return {task: estimate(paired(single_task[task], old)) for task in tasks}
 
 
 def from_nothing(results: Sequence[Result], like: Result) -> Result | None:
-    """Returns the baseline of a result, if it was run: PT without a source, at the same number of
-    examples on the same backbone. If PT was run with several prompt lengths, the same length is
-    preferred."""
+    """Returns the baseline of a result: PT without a source prompt, with the same backbone and the
+    same number of examples, preferably with the same prompt length. None if it was not run."""
     baselines = [
         result
         for result in results
@@ -116,12 +115,12 @@ def from_nothing(results: Sequence[Result], like: Result) -> Result | None:
 
 
 def examples_needed(scores: Mapping[int, float], level: float) -> float | None:
-    """Returns the smallest number of examples at which a method reaches a score; None if it never
-    does. Scores are interpolated linearly in log k, and not extrapolated below the smallest k.
+    """Returns the smallest number of examples with which a method reaches a score; None if it never
+    does. Scores are interpolated linearly in log k, but not extrapolated below the smallest k.
 
     Args:
-        scores: number of examples -> mean score.
-        level: the score to reach.
+        scores: Number of examples -> mean score.
+        level: The score to reach.
     """
     points = sorted(scores.items())
     if points[0][1] >= level:
@@ -134,7 +133,7 @@ def examples_needed(scores: Mapping[int, float], level: float) -> float | None:
 
 
 def by_shots(results: Mapping[int | None, Result], tasks: Sequence[str]) -> dict[int, float]:
-    """Returns number of examples -> mean score over tasks and seeds, without 'all examples'."""
+    """Returns number of examples -> mean score over tasks and seeds. 'All examples' is omitted."""
     return {
         k: float(np.mean(result.means(tasks))) for k, result in results.items() if k is not None
     }
@@ -143,13 +142,13 @@ def by_shots(results: Mapping[int | None, Result], tasks: Sequence[str]) -> dict
 def set_apart(
     values: Mapping[str, float], gap: float = 0.06, most: float = 0.15
 ) -> dict[str, float]:
-    """Spreads positive values on a logarithmic axis, so that no point hides another. Close values
-    are spread around their middle.
+    """Returns label -> value, with close values moved apart so that no point of a figure hides
+    another. Values in a cluster are spread evenly around its center on a logarithmic axis.
 
     Args:
-        values: label -> value.
-        gap: distance between two moved values, in decades.
-        most: maximum distance between the outermost values of a cluster, in decades.
+        values: Label -> positive value.
+        gap: The distance between adjacent values of a cluster, in decades.
+        most: The maximum distance between the outermost values of a cluster, in decades.
     """
     clusters: list[list[str]] = []
     for label in sorted(values, key=lambda label: values[label]):
@@ -172,8 +171,8 @@ def varying(
     value: Callable[[Result], float],
     fixed: Callable[[Result], Hashable],
 ) -> dict[Hashable, list[Result]]:
-    """Groups results by `fixed` and sorts each group by `value`. Groups with a single value are
-    left out."""
+    """Groups results by `fixed` and sorts each group by `value`. Groups with fewer than two values
+    are omitted."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[fixed(result)].append(result)
@@ -185,7 +184,7 @@ def varying(
 
 
 def mean_curves(curves: Iterable[Curve]) -> dict[int, Curve]:
-    """Returns last step -> mean of the curves that end there, at the steps they all have."""
+    """Returns last step -> mean of the curves that end at this step, at the steps they all have."""
     groups = collections.defaultdict(list)
     for curve in curves:
         if curve:
@@ -200,7 +199,7 @@ def mean_curves(curves: Iterable[Curve]) -> dict[int, Curve]:
 
 
 def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
-    """Returns the cosine similarity of flattened prompts."""
+    """Returns the cosine similarities of the flattened prompts."""
     flat = prompts.reshape(len(prompts), -1)
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     return unit @ unit.T
@@ -209,12 +208,12 @@ def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
 def cosines_by_task(
     prompts: Float[np.ndarray, "K P H"], tasks: Sequence[str]
 ) -> tuple[list[str], Float[np.ndarray, "T T"]]:
-    """Returns the mean cosine similarity between the runs of two tasks. The diagonal compares
-    different runs of one task; it is 1 for a task with a single run.
+    """Returns the tasks, and the mean cosine similarity between the runs of each two tasks. The
+    diagonal compares different runs of one task; it is 1 for a task with a single run.
 
     Args:
-        prompts: the prompt of each run.
-        tasks: the task of each run.
+        prompts: The prompt of each run.
+        tasks: The task of each run.
     """
     similar, names = cosines(prompts), list(dict.fromkeys(tasks))
     means = np.ones((len(names), len(names)), similar.dtype)
@@ -232,7 +231,7 @@ def cosines_by_task(
 
 
 def entropy(weights: Float[np.ndarray, "K J"]) -> Float[np.ndarray, " K"]:
-    """Returns the entropy of each row's normalized weights in nats: 0 if one candidate has all the
-    weight, ln J if all have the same."""
+    """Returns the entropy of each run's normalized weights in nats: 0 if one candidate has all the
+    weight, ln J if all J candidates have the same weight."""
     shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1)

@@ -1,4 +1,4 @@
-"""Input of a report, and helpers that its sections share."""
+"""The content of a report, and helpers shared by its sections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERVALS = "Bars are 95% t-intervals over seeds; results with a single seed hav
 
 
 class Drawn(NamedTuple):
-    """A panel, and the labels of its series."""
+    """An SVG panel and the labels of its series."""
 
     svg: str
     labels: Sequence[str]
@@ -28,14 +28,14 @@ class Content:
     """Results with their labels and styles.
 
     Attributes:
-        root: folder of results.json.
-        results: all results.
-        reference: the method that the others are subtracted from.
-        majority: task -> majority-class share in percent, if known.
-        by_label: label -> shots -> result.
-        tasks: the tasks that all results have.
-        styles: label -> style.
-        absent: collects notes about missing data.
+        root: The folder of results.json.
+        results: All results.
+        reference: The method that other methods are subtracted from.
+        majority: Task -> majority-class share in percent, for tasks with a known share.
+        by_label: Label -> shots -> result.
+        tasks: The tasks that all results have.
+        styles: Label -> style.
+        absent: Notes about missing data, which sections add.
     """
 
     root: Path
@@ -64,18 +64,18 @@ class Content:
         return estimate(result.means(self.tasks))
 
     def folders(self, result: Result) -> list[Path]:
-        """Returns the existing run folders of a result."""
+        """Returns the run folders of a result that exist."""
         return run_reader.own(self.root, result)
 
     def say_absent(self, what: str, found: Mapping[str, Sequence], why: str) -> None:
-        """Notes the labels that have no data."""
+        """Adds a note that lists the labels without data, and why the data are missing."""
         if missing := [label for label, some in found.items() if not some]:
             self.absent.append(f"{what}: {'; '.join(missing)} ({why}).")
 
     def figure(
         self, drawn: Sequence[Drawn], caption: str, looks: Mapping[str, Style], lines: bool = True
     ) -> str:
-        """Returns panels with a legend of their series."""
+        """Returns a figure: panels, a caption and a legend of the series."""
         shown = {label for panel in drawn for label in panel.labels}
         legend = {k: figures.swatch(look, lines) for k, look in looks.items() if k in shown}
         return page.figure([panel.svg for panel in drawn], caption, legend)
@@ -87,24 +87,24 @@ def content(
     """Returns the results with labels and styles.
 
     Raises:
-        ValueError: there are no results, they have no common task, or the reference is unknown.
+        ValueError: there are no results, they have no task in common, or the reference is unknown.
     """
     if not results:
         raise ValueError(
-            f"The results in {root} are empty, so there is nothing to report. Run the demo or "
-            "`mpt-jax paper` again."
+            f"The results.json in {root} contains no results. Finish `mpt-jax demo` or "
+            "`mpt-jax paper` first, or pass another folder."
         )
     by_label = analysis.by_label(results)
     if reference not in by_label and reference != tables.REFERENCE:
         raise ValueError(
-            f"No method is called {reference!r}. Choose --reference from {list(by_label)}."
+            f"No method is called {reference!r}. Set --reference to one of {list(by_label)}."
         )
     tasks = analysis.common_tasks(results)
     return Content(root, results, reference, majority, by_label, tasks, figures.styles(by_label))
 
 
 def interval_line(style: Style, points: Iterable[tuple[int | float, Estimate]]) -> Line:
-    """Returns a series of means with their intervals."""
+    """Returns a series of (x, estimate) points: means with their intervals."""
     x, estimates = zip(*points, strict=True)
     means = [estimate.mean for estimate in estimates]
     spread = np.array([[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]])

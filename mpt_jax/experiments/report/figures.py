@@ -1,8 +1,8 @@
-"""Figures as inline SVG. Text stays text, and colors come from the page.
+"""Figures as inline SVG, with text kept as text and colors taken from the page.
 
-Matplotlib does not support CSS variables, so figures are drawn in placeholder colors, which are
-then replaced: ink becomes `currentColor`, series i becomes `var(--series-i)`. The same figure works
-on light and dark pages. A Matplotlib point is a pixel of the page.
+Matplotlib does not support CSS variables. Figures are therefore drawn in placeholder colors, which
+are then replaced: the color of text becomes `currentColor`, that of series i `var(--series-i)`. The
+same figure works on light and dark pages. A Matplotlib point is a pixel of the page.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DIVERGING = matplotlib.colormaps["RdBu_r"]
 
 
 class Style(NamedTuple):
-    """Style of a method in every figure."""
+    """Color, marker and line style of a method in all figures."""
 
     color: str
     marker: str
@@ -55,7 +55,7 @@ class Style(NamedTuple):
 
 
 def styles(results: analysis.ByLabel) -> dict[str, Style]:
-    """Returns label -> style: a color for each method, markers and dashes for its variants."""
+    """Returns label -> style: one color per method, with other markers and dashes per variant."""
     families: dict[str, list[str]] = {}
     for label, cells in results.items():
         families.setdefault(analysis.family(next(iter(cells.values())).method), []).append(label)
@@ -69,7 +69,7 @@ def styles(results: analysis.ByLabel) -> dict[str, Style]:
 
 
 class Line(NamedTuple):
-    """One series; `spread` holds the distances from the values down and up to the interval ends."""
+    """A series. `spread` holds the distances of y from the lower and upper ends of its interval."""
 
     style: Style
     x: Sequence[float]
@@ -82,13 +82,13 @@ class Panel:
     """Settings of a plot's axes.
 
     Attributes:
-        title: title of the panel.
-        x, y: axis labels.
-        alt: text alternative for screen readers.
-        x_ticks: positions of x ticks; () for Matplotlib's choice.
-        log: logarithmic axes: `''`, `'x'`, `'y'` or `'xy'`.
-        connected: whether points are connected by lines.
-        limits: limits of x; None for the range of the data.
+        title: The title of the panel.
+        x, y: The axis labels.
+        alt: The text alternative for screen readers.
+        x_ticks: The positions of x ticks; () for Matplotlib's choice.
+        log: The logarithmic axes: `''`, `'x'`, `'y'` or `'xy'`.
+        connected: Whether lines connect the points.
+        limits: The limits of x; None for the range of the data.
     """
 
     title: str
@@ -102,7 +102,7 @@ class Panel:
 
 
 def lines(panel: Panel, series: Sequence[Line]) -> str:
-    """Draws series over a number, as curves or as points with intervals."""
+    """Returns the SVG of a plot of series, drawn as curves or as points with intervals."""
 
     def draw(axes: Axes) -> None:
         for line in series:
@@ -124,7 +124,7 @@ def lines(panel: Panel, series: Sequence[Line]) -> str:
 
 
 def intervals(panel: Panel, rows: Sequence[str], series: Sequence[Line]) -> str:
-    """Draws values with intervals, one horizontal band for each row; `Line.y` is the row index."""
+    """Returns the SVG of values with intervals, in one horizontal band per row (`Line.y`)."""
     height = 15
 
     def draw(axes: Axes) -> None:
@@ -156,15 +156,15 @@ def heat_map(
     form: str,
     beside: int = 0,
 ) -> str:
-    """Draws a matrix as colored cells with numbers; NaN is an empty cell.
+    """Returns the SVG of a matrix as colored cells with numbers. Cells with NaN are empty.
 
     Args:
-        panel: title, labels and text alternative.
-        rows, columns: names.
-        values: cell values.
-        scale: value with the strongest color; its negative has the strongest opposite color.
-        form: number format.
-        beside: number of last columns that hold another quantity; they are not colored.
+        panel: The title, axis labels and text alternative.
+        rows, columns: The names of the rows and columns.
+        values: The values of the cells.
+        scale: The value with the darkest color; -scale has the darkest opposite color.
+        form: The format of the numbers.
+        beside: The number of columns at the end that hold another quantity and are not colored.
     """
 
     def draw(axes: Axes) -> None:
@@ -195,7 +195,7 @@ def heat_map(
 
 
 def swatch(style: Style, connected: bool = True) -> str:
-    """Draws a sample of a style for a legend."""
+    """Returns the SVG of a sample of a style, for a legend."""
 
     def draw(axes: Axes) -> None:
         line = style.linestyle if connected else ""
@@ -219,7 +219,7 @@ def _log_axis(axes: Axes, axis: str, values: np.ndarray) -> None:
 
 
 def _svg(width: int, height: int, draw: Callable[[Axes], None], panel: Panel | None) -> str:
-    """Draws an SVG of a size in pixels and replaces its colors; None as panel is decoration."""
+    """Returns an SVG of a size in pixels. With `panel=None`, screen readers skip it."""
     content = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure = Figure((width / 72, height / 72), layout="constrained")

@@ -1,8 +1,7 @@
-"""Report sections for methods that mix prompts: the weights of candidates, and their entropy.
+"""Report sections for methods that mix candidate prompts: mixing weights and their entropy.
 
-If a task has a fixed prompt, the weights come from the artifact, as they are served. If prompts
-depend on the text, so do the weights. Then they are means over training texts, as last written to
-metrics.jsonl.
+If the prompt of a task is fixed, the weights are read from the artifact. If it depends on the input
+text, the weights are means over training texts, as last written to metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SEEN = (
 
 
 class Mixture(NamedTuple):
-    """Weights of the candidates in one run's prompts, and their entropy."""
+    """Weights of the candidate prompts in the prompt of one run, and their entropy."""
 
     task: str
     weights: dict[str, float]
@@ -45,10 +44,10 @@ class Map(NamedTuple):
     """Mixtures of a result's runs, by task.
 
     Attributes:
-        title: label of the result.
-        reads_text: whether the weights depend on the text.
-        columns: the candidates, then the entropy.
-        values: task -> [runs, columns].
+        title: The label of the result.
+        reads_text: Whether the weights depend on the input text.
+        columns: The names of the candidates, then the name of the entropy.
+        values: Task -> weights and entropy of its runs [runs, columns].
     """
 
     title: str
@@ -58,12 +57,12 @@ class Map(NamedTuple):
 
     @property
     def means(self) -> np.ndarray:
-        """Means over runs [tasks, columns]."""
+        """Means over the runs of each task [tasks, columns]."""
         return np.stack([rows.mean(0) for rows in self.values.values()])
 
 
 def weights(content: Content) -> list[str]:
-    """Heat maps of tasks by candidates, separate for fixed and for text-dependent weights."""
+    """Returns heat maps of tasks by candidates, with fixed and text-dependent weights separate."""
     maps = [
         mixture
         for shots, results in content.by_shots()
@@ -83,7 +82,7 @@ def weights(content: Content) -> list[str]:
 
 
 def entropies(content: Content) -> list[str]:
-    """Entropy of the weights during training."""
+    """Returns a figure of the entropy of the weights during training."""
     drawn, looks = [], run_sections.unmarked(content.styles)
     for shots, results in content.by_shots():
         runs = {
@@ -101,8 +100,8 @@ def entropies(content: Content) -> list[str]:
 
 
 def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
-    """Returns the mixtures of the runs in some folders. None if the runs do not mix prompts, or,
-    with a note, if their weights are not recorded."""
+    """Returns the mixtures of the runs in `paths`. Returns None if the runs do not mix prompts, or
+    if their weights were not recorded, which is noted in the report."""
     by_task: dict[str, list[Mixture]] = collections.defaultdict(list)
     candidates: dict[str, None] = {}
     reads_text = False
@@ -145,7 +144,7 @@ def _served(artifact: Artifact) -> list[Mixture]:
 
 
 def _seen(path: Path, artifact: Artifact) -> list[Mixture]:
-    """Returns the mixtures of the runs that are in the metrics of a folder."""
+    """Returns the mixtures that a folder's metrics.jsonl has of the artifact's runs."""
     logged, mixtures = run_reader.last(path), []
     for task, run in zip(artifact.runs.task_names, artifact.runs.run_names, strict=True):
         keys = {name: f"{MIXTURE}/{name}/{run}" for name in artifact.method.candidates}
@@ -172,7 +171,7 @@ def _heat_map(mixture: Map, scale: float) -> str:
 
 
 def _spread(mixture: Map) -> list[str]:
-    """Returns a table of means and standard deviations, if a task has several runs."""
+    """Returns a table of means and standard deviations over runs; [] if each task has one run."""
     if all(len(runs) == 1 for runs in mixture.values.values()):
         return []
     rows = [["", *map(short, mixture.columns), "n"]]

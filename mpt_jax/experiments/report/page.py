@@ -1,4 +1,4 @@
-"""HTML of a report: one file for light and dark screens, without scripts or external resources."""
+"""HTML page of a report, for light and dark screens, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ dt { font-weight: 600 } dd { margin: 0; overflow-wrap: anywhere }
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading; `blocks` are HTML."""
+    """A section of the page: a heading, and blocks of HTML."""
 
     title: str
     blocks: Sequence[str]
 
     @property
     def anchor(self) -> str:
-        """HTML id of the section."""
+        """The HTML id of the section."""
         return re.sub(r"\W+", "-", self.title.lower())
 
 
 def document(title: str, sections: Sequence[Section]) -> str:
-    """Returns the whole page."""
+    """Returns the HTML of the page."""
     links = "".join(f'<li><a href="#{s.anchor}">{_text(s.title)}</a></li>' for s in sections)
     body = "\n".join(
         f'<section id="{section.anchor}"><h2>{_text(section.title)}</h2>\n'
@@ -78,7 +78,7 @@ def document(title: str, sections: Sequence[Section]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Returns a paragraph of plain text."""
+    """Returns plain text as an HTML paragraph."""
     return f"<p>{_text(text)}</p>"
 
 
@@ -88,7 +88,7 @@ def heading(text: str) -> str:
 
 
 def table(rows: Rows, name: str) -> str:
-    """Returns a table that scrolls sideways if too wide; `name` is read by screen readers."""
+    """Returns a table, scrollable sideways. `name` describes it to screen readers."""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in rows[0])
     body = "".join(
         f'<tr><th scope="row">{_text(row[0])}</th>'
@@ -104,7 +104,7 @@ def table(rows: Rows, name: str) -> str:
 
 
 def figure(panels: Sequence[str], caption: str, legend: Mapping[str, str]) -> str:
-    """Returns panels side by side, wrapped to the width, with a legend: label -> swatch."""
+    """Returns a figure of panels side by side, with a caption and a legend (label -> swatch)."""
     entries = "".join(f"<li>{swatch}{_text(label)}</li>" for label, swatch in legend.items())
     listed = f'<ul class="legend">{entries}</ul>' if entries else ""
     drawn = "".join(f'<div class="panel">{panel}</div>\n' for panel in panels)
@@ -115,14 +115,14 @@ def figure(panels: Sequence[str], caption: str, legend: Mapping[str, str]) -> st
 
 
 def facts(pairs: Mapping[str, str]) -> str:
-    """Returns a list of names and values."""
+    """Returns an HTML list of names with their values."""
     return (
         "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in pairs.items())
     ) + "</dl>"
 
 
 def points(texts: Sequence[str]) -> str:
-    """Returns a bullet list."""
+    """Returns texts as an HTML bullet list."""
     return "<ul>" + "".join(f"<li>{_text(text)}</li>" for text in texts) + "</ul>"
 
 
@@ -131,7 +131,7 @@ def _text(text: str) -> str:
 
 
 def _distinct_ids(body: str) -> str:
-    """Makes ids unique in the page. Matplotlib numbers the parts of each drawing from one."""
+    """Makes ids unique in the page, as Matplotlib uses the same ids in every drawing."""
     numbers = itertools.count(1)
 
     def renumber(drawing: re.Match[str]) -> str:

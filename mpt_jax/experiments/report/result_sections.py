@@ -1,4 +1,4 @@
-"""Report sections that need only results.json, not the run folders."""
+"""Report sections computed from results.json, without the run folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_IN_A_PANEL = 5
 
 
 def scores(content: Content) -> list[str]:
-    """Scores at each number of examples, differences from the reference, and source tasks."""
+    """Returns tables of scores and differences from the reference, and scores on source tasks."""
     blocks = [
         page.paragraph(
             "Mean ± standard deviation over n seeds of each task's main metric. The interval is "
@@ -46,7 +46,7 @@ def scores(content: Content) -> list[str]:
 
 
 def parameters(content: Content) -> list[str]:
-    """Mean score over trained parameters, a panel for each number of examples."""
+    """Returns plots of mean score against trainable parameters, one per number of examples."""
     drawn = []
     for shots, results in content.by_shots():
         trained = {label: result.parameters for label, result in results.items()}
@@ -69,7 +69,7 @@ def parameters(content: Content) -> list[str]:
 
 
 def gains(content: Content) -> list[str]:
-    """Gain of each method over PT on each task."""
+    """Returns a figure and tables of the gain of each method over PT on each task."""
     by_shots = {}
     for shots, results in content.by_shots():
         for label, result in results.items():
@@ -122,7 +122,7 @@ def _gain_panel(
 
 
 def examples_needed(content: Content) -> list[str]:
-    """Scores by number of examples, and how many examples a method needs to match another."""
+    """Returns mean scores by number of examples, and the examples needed to match other methods."""
     curves = {
         label: [(k, content.mean(result)) for k, result in sorted(few.items())]
         for label, cells in content.by_label.items()
@@ -153,7 +153,7 @@ def examples_needed(content: Content) -> list[str]:
 
 
 def affinity(content: Content) -> list[str]:
-    """Gain of PT that starts from a source task's prompt: sources by targets."""
+    """Returns heat maps of PT's gain from a source task's prompt: sources by targets."""
     panels = []
     for shots, results in content.by_shots():
         by_label = {
@@ -190,14 +190,14 @@ def affinity(content: Content) -> list[str]:
 
 
 def lengths(content: Content) -> list[str]:
-    """Mean score by prompt length, for methods that were run with several."""
+    """Returns mean scores by prompt length, for methods that were run with several lengths."""
     fixed = lambda r: (analysis.family(r.method), r.start, analysis.model_size(r))  # noqa: E731
     prompted = [result for result in content.results if result.prompt_length]
     return _over(content, prompted, "prompt length", lambda r: r.prompt_length, fixed)
 
 
 def sizes(content: Content) -> list[str]:
-    """Mean score by model size, for methods that were run on several backbones."""
+    """Returns mean scores by model size, for methods that were run on several backbones."""
     fixed = lambda r: (analysis.family(r.method), r.start, r.prompt_length)  # noqa: E731
     return _over(content, content.results, "model parameters", analysis.model_size, fixed)
 

@@ -1,7 +1,8 @@
 """Reader of run folders for the report.
 
-A folder may lack any of these files: a run under T5X writes no metrics.jsonl, full fine-tuning no
-artifact, and a copied results.json has no run folders. Missing data are returned as empty.
+Files and folders may be missing: T5X writes no metrics.jsonl, full fine-tuning writes no artifact,
+and results.json may have been copied without the run folders. The functions return empty values for
+missing data.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Curve = Mapping[int, float]  # step -> value
 
 
 def own(root: Path, result: Result) -> list[Path]:
-    """Returns the existing run folders of a result, below `root` or beside it (tables share
-    runs)."""
+    """Returns the run folders of a result that exist in the parent folder of `root`, in which
+    several tables share runs."""
     folders = [Path(name) for name in result.model_dirs]
     parent = root.resolve().parent
     return [path for path in folders if path.is_dir() and path.resolve().is_relative_to(parent)]
 
 
 def sources(root: Path) -> dict[str, Path]:
-    """Returns name -> folder of the source stages, teachers first: below `root`, else beside it."""
+    """Returns name -> folder of the source stages, which are in `root` or in its parent folder."""
     for base in (root, root.resolve().parent):
         by_name = {}
         for name, folders in (("Teachers (PT)", TEACHERS), ("MPT, one shared prompt", STUDENTS)):
@@ -47,7 +48,7 @@ def sources(root: Path) -> dict[str, Path]:
 
 
 def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
-    """Returns a training metric by step, one curve for each run."""
+    """Returns one curve of a training metric for each run."""
     curves: dict[str, dict[int, float]] = {}
     for line in _lines(model_dir / METRICS):
         if line["folder"] != "train":
@@ -59,8 +60,8 @@ def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
 
 
 def last(model_dir: Path) -> dict[str, float]:
-    """Returns the last value of every training metric. Runs that finish early are missing in later
-    lines."""
+    """Returns the last value of every training metric. All lines are read, because later lines
+    lack the runs that finished early."""
     values: dict[str, float] = {}
     for line in _lines(model_dir / METRICS):
         if line.pop("folder") == "train":
@@ -69,7 +70,7 @@ def last(model_dir: Path) -> dict[str, float]:
 
 
 def scores(model_dir: Path) -> list[Curve]:
-    """Returns the main metric by step, one curve for each run."""
+    """Returns one curve of the main metric for each run."""
     curves = []
     for path in sorted((model_dir / "inference_eval").glob("*-metrics.jsonl")):
         curve = {}
@@ -81,7 +82,7 @@ def scores(model_dir: Path) -> list[Curve]:
 
 
 def artifact(model_dir: Path) -> Artifact | None:
-    """Loads the artifact of a run; None if it has none.
+    """Loads the artifact in a MODEL_DIR, or returns None if there is none.
 
     Raises:
         ValueError: the artifact is damaged.
@@ -91,15 +92,15 @@ def artifact(model_dir: Path) -> Artifact | None:
 
 
 def records(model_dir: Path) -> list[Mapping[str, Any]]:
-    """Returns the records in run.jsonl, one for each start."""
+    """Returns the records in run.jsonl, one for each start of the job."""
     return list(_lines(model_dir / RECORD))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a JSON-lines file; none if the file is missing.
+    """Yields the objects in a JSON Lines file. A missing file counts as empty.
 
     Raises:
-        ValueError: a line is damaged.
+        ValueError: a line is not valid JSON.
     """
     if not path.exists():
         return
@@ -108,6 +109,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"Line {number} of {path} is damaged ({error}). Remove the line to continue "
-                "without it."
+                f"Line {number} of {path} is damaged ({error}). Repair the line, or remove it to "
+                "make the report without it."
             ) from error

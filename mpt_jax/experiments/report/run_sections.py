@@ -1,4 +1,4 @@
-"""Report sections from run folders: curves, similarity of prompts, provenance."""
+"""Report sections read from run folders: curves, similarity of prompts, provenance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FACTS = {
 
 
 def losses(content: Content) -> list[str]:
-    """Training loss of source stages and of every method."""
+    """Returns plots of the training loss of the source stages and of every method."""
     stages = {
         name: run_reader.training(path) for name, path in run_reader.sources(content.root).items()
     }
@@ -52,7 +52,7 @@ def losses(content: Content) -> list[str]:
 
 
 def scores_by_step(content: Content) -> list[str]:
-    """Scores by step, if runs were evaluated more than once."""
+    """Returns plots of scores by step, for runs that were evaluated more than once."""
     drawn, looks = [], unmarked(content.styles)
     for shots, results in content.by_shots():
         runs = {
@@ -73,7 +73,7 @@ def scores_by_step(content: Content) -> list[str]:
 
 
 def unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
-    """Returns styles without markers, for curves of many steps."""
+    """Returns the styles without markers, for curves with many points."""
     return {label: look._replace(marker="") for label, look in looks.items()}
 
 
@@ -84,7 +84,7 @@ def curve_panels(
     looks: Mapping[str, Style],
     log: str,
 ) -> list[Drawn]:
-    """Returns a panel for each length of training."""
+    """Returns the mean curve of each method, in one panel for each number of training steps."""
     by_length: dict[int, dict[str, run_reader.Curve]] = collections.defaultdict(dict)
     for label, curves in runs.items():
         for last, curve in analysis.mean_curves(curves).items():
@@ -104,7 +104,7 @@ def curve_panels(
 
 
 def source_prompts(content: Content) -> list[str]:
-    """Similarity of source prompts."""
+    """Returns heat maps of the similarity between source prompts."""
     sources = tables.trained(content.root)
     if not sources:
         content.absent.append(
@@ -122,9 +122,12 @@ def source_prompts(content: Content) -> list[str]:
 
 
 def target_prompts(content: Content) -> list[str]:
-    """Similarity of the target prompts of one method: the reference, if its prompts are available
-    and can be compared. The largest k is preferred to all examples, because it has several
-    seeds."""
+    """Returns a heat map of the similarity between the target prompts of one method.
+
+    The method is the reference if its prompts are available and can be compared. Otherwise it is
+    the first method for which this holds. Runs with the largest k are preferred to runs on all
+    examples, because they have several seeds.
+    """
     few = [k for k in analysis.shots_of(content.results) if k is not None]
     for label in dict.fromkeys([content.reference, *content.by_label]):
         cells = content.by_label.get(label, {})
@@ -150,7 +153,8 @@ def target_prompts(content: Content) -> list[str]:
 
 
 def _plain(content: Content, title: str, artifacts: Iterable[Artifact]) -> np.ndarray | None:
-    """Returns the prompts [K, P, H] of artifacts; None, with a note, if they form no array."""
+    """Returns the prompts of artifacts [K, P, H]. If they cannot be compared, adds a note to the
+    report and returns None."""
     if texts := [artifact for artifact in artifacts if artifact.method.reads_text]:
         content.absent.append(
             f"Similarity of prompts, {title}: prompts of {texts[0].method.name!r} depend on the "
@@ -179,7 +183,7 @@ def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:
 
 
 def provenance(content: Content) -> list[str]:
-    """Versions, devices, git revision and seeds of the runs."""
+    """Returns the versions, devices, git revisions and seeds of the runs."""
     paths = [*run_reader.sources(content.root).values()]
     for result in content.results:
         here = content.folders(result)
@@ -205,7 +209,7 @@ def provenance(content: Content) -> list[str]:
 
 
 def _values(values: Iterable[Any]) -> str:
-    """Joins the distinct values."""
+    """Returns the distinct values as text."""
     return "; ".join(dict.fromkeys(_words(value) for value in values))
 
 

@@ -1,4 +1,4 @@
-"""Assembly of the report: sections that have data, and notes about missing data."""
+"""Assembly of the report from the sections that have data, and notes about missing data."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def write(
     """Writes the report of a folder and returns its path.
 
     Args:
-        root: folder of results.json; source stages are below or beside it.
-        results: all results.
-        out: output file; default root/report.html.
-        reference: the method that the others are subtracted from.
-        majority: task -> majority-class share in percent, if known.
+        root: The folder of results.json. Source stages are in it or in its parent folder.
+        results: All results.
+        out: The output file; None for report.html in `root`.
+        reference: The method that other methods are subtracted from.
+        majority: Task -> majority-class share in percent, for tasks with a known share.
 
     Raises:
         ValueError: the results cannot be compared, the reference is unknown, or a file is damaged.

@@ -1,4 +1,4 @@
-"""Text tables for the terminal and the HTML page. The first row is the header."""
+"""Text tables for the terminal and the HTML page. The first row of each is the header."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def text(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
     """Returns the tables that the demo prints.
 
     Args:
-        root: holds the source stages.
-        results: results of every method and number of examples.
-        majority: task -> majority-class share of its test split in percent.
+        root: The folder of the source stages.
+        results: The results of all methods and numbers of examples.
+        majority: Task -> majority-class share of its test split in percent.
     """
     parts = [("Source tasks (test)", source_rows(trained(root)))]
     for shots in dict.fromkeys(result.shots for result in results):
@@ -38,13 +38,13 @@ def text(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
 
 
 def trained(root: Path) -> dict[str, Artifact]:
-    """Returns name -> artifact of the existing source stages."""
+    """Returns name -> artifact of the source stages that have one."""
     artifacts = {name: run_reader.artifact(path) for name, path in run_reader.sources(root).items()}
     return {name: artifact for name, artifact in artifacts.items() if artifact is not None}
 
 
 def source_rows(sources: Mapping[str, Artifact]) -> Rows:
-    """Returns the scores of source stages on the tasks they were trained on."""
+    """Returns a table of the scores of source stages on their source tasks."""
     tasks = dict.fromkeys(t for artifact in sources.values() for t in artifact.runs.task_names)
     rows = [["", *(short(task) for task in tasks)]]
     for name, artifact in sources.items():
@@ -57,13 +57,15 @@ def source_rows(sources: Mapping[str, Artifact]) -> Rows:
 
 
 def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: bool = True) -> Rows:
-    """Returns a row for each method: mean and standard deviation over seeds of each task's main
-    metric, their mean over the common tasks, and the same mean for ranked labels.
+    """Returns a table of scores, with one row for each method.
+
+    The columns are the mean and standard deviation over seeds of each task's main metric, its mean
+    over the common tasks, and the same mean when labels are ranked by likelihood.
 
     Args:
-        results: results at one number of examples.
-        majority: task -> majority-class share in percent; {} if unknown.
-        wide: adds the interval of the mean over seeds, and the number of seeds.
+        results: The results at one number of examples.
+        majority: Task -> majority-class share in percent; {} if unknown.
+        wide: Whether to add the interval of the mean over seeds, and the number of seeds.
     """
     metrics = {t: main_metric(scores) for result in results for t, scores in result.scores.items()}
     tasks = analysis.common_tasks(results)
@@ -91,9 +93,11 @@ def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: b
 
 
 def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Rows:
-    """Returns the reference minus each other method over pairs of (task, seed), with a 95%
-    t-interval. Methods without common pairs are left out. Without the reference only the header is
-    left."""
+    """Returns a table of the reference minus each other method, with 95% t-intervals.
+
+    Differences are paired by (task, seed); methods without common pairs are omitted. If the
+    reference was not run, the table is only a header.
+    """
     rows = [["", "mean difference", "95% interval", "pairs"]]
     by_label = {
         label: next(iter(cells.values())) for label, cells in analysis.by_label(results).items()
@@ -112,7 +116,7 @@ def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Ro
 
 
 def gain_rows(gains: Mapping[str, Mapping[str, Estimate]]) -> Rows:
-    """Returns the gain of each method on each task, with an interval over seeds."""
+    """Returns a table of the gain of each method on each task, with intervals over seeds."""
     tasks = list(dict.fromkeys(task for by_task in gains.values() for task in by_task))
     rows = [["", *map(short, tasks)]]
     for label, by_task in gains.items():
@@ -122,7 +126,7 @@ def gain_rows(gains: Mapping[str, Mapping[str, Estimate]]) -> Rows:
 
 
 def matching_rows(by_label: ByLabel, tasks: Sequence[str]) -> Rows:
-    """Returns how many examples each method needs to reach another's score with k examples."""
+    """Returns a table of the examples that a method needs to match another method at each k."""
     curves = {label: analysis.by_shots(cells, tasks) for label, cells in by_label.items()}
     curves = {label: curve for label, curve in curves.items() if len(curve) > 1}
     numbers = sorted({k for curve in curves.values() for k in curve})
@@ -145,24 +149,24 @@ def _needed(curve: Mapping[int, float], level: float | None) -> str:
 
 
 def mean_and_std(values: Sequence[float], form: str = ".1f") -> str:
-    """Formats mean and standard deviation; only the mean for a single value."""
+    """Returns mean and standard deviation as text, or only the mean for a single value."""
     value = estimate(values)
     return f"{value.mean:{form}}" if value.n == 1 else f"{value.mean:{form}} ± {value.std:{form}}"
 
 
 def interval(found: Estimate, form: str) -> str:
-    """Formats the interval of a mean; '' for a single value."""
+    """Returns the interval of a mean as text; '' for a single value."""
     return "" if found.n == 1 else f"{found.low:{form}} .. {found.high:{form}}"
 
 
 def with_interval(found: Estimate) -> str:
-    """Formats a difference and its interval, if it has one."""
+    """Returns a difference as text, with its interval if there are several values."""
     between = f" ({interval(found, '+.1f')})" if found.n > 1 else ""
     return f"{found.mean:+.1f}{between}"
 
 
 def as_text(rows: Rows) -> str:
-    """Aligns rows in columns; the first column is flush left."""
+    """Returns a table as text. The first column is aligned left, the others are aligned right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
