@@ -230,13 +230,21 @@ def name_hash(name: str) -> int:
     return zlib.crc32(data_name(name).encode())
 
 
-def source_rows(source_runs: Runs, start_from: str) -> list[int]:
+def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) -> list[int]:
     """Returns the rows of a source artifact that a new task starts from.
 
     Args:
         source_runs: the runs of the artifact.
         start_from: `'average'` for all rows, otherwise the name of one run.
+        named_only: whether to reject `'average'` over several rows, for methods that cannot
+            average (CONTRIBUTING.md has one).
     """
     if start_from != "average":
         return [source_runs.row(start_from)]
+    if named_only and source_runs.num_rows > 1:
+        raise ValueError(
+            "This method starts from one source prompt, but the artifact holds "
+            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM to one "
+            "of these names."
+        )
     return list(range(source_runs.num_rows))

@@ -297,7 +297,8 @@ def test_contestants_have_equal_losses(fused: bool) -> None:
         n: rng.normal(size=x.shape).astype(np.float32)
         for n, x in ours.trainer.state.params["prompt"].items()
     }
-    ours.trainer.state = ours.trainer.state.replace(trainable={"prompt": prompt})
+    trainable = {"prompt": jax.tree.map(jax.numpy.asarray, prompt)}
+    ours.trainer.state = ours.trainer.state.replace(trainable=trainable)
     copy_weights(ours, theirs)
     if fused:
         from benchmarks import fused_t5
