@@ -287,6 +287,8 @@ def log_progress() -> None:
     handler = logging.get_absl_handler()
     handler.addFilter(_is_ours)
     handler.setFormatter(_LineFormatter())
+    if not flags.FLAGS.is_parsed():  # absl warns of logging before flags are parsed
+        flags.FLAGS.mark_as_parsed()
 
 
 class _LineFormatter(stdlib_logging.Formatter):

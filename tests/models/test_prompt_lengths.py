@@ -84,9 +84,7 @@ def test_collate_variable_lengths_matches_feature_converter():
 
 @pytest.mark.parametrize("lengths", [(3, 7), (3, 8, 4)])
 def test_feature_converter_invalid_prompt_lengths_raise(lengths):
-    with pytest.raises(
-        ValueError, match="each of the 3 runs, and none above prompt_length = 7"
-    ):
+    with pytest.raises(ValueError, match="each of the 3 runs, and none above prompt_length = 7"):
         PromptFeatureConverter(LONGEST, RUNS, prompt_lengths=lengths)
 
 

@@ -26,6 +26,8 @@ PHRASES: dict[str, str] = {
     "mpt_jax.artefacts.load_artefact": "mpt_jax.artifacts.artifacts.load_artifact",
     "'tasks.": "'mpt_jax.tasks.",
     "numbers that were trained": "trainable parameters",
+    "<repository>/tasks/data/": "<repository>/mpt_jax/tasks/data/",
+    "mpt_jax.export.load": "mpt_jax.serving.export.load",
 }
 # Whole words of the record (letters, digits, _) -> what they are now: folders and files, keys,
 # metrics, leaves, gin names, words of model cards.
