@@ -3,8 +3,8 @@
     python tests/record/mutations.py [--tree FOLDER] [--only NUMBER ...]
 
 Each entry of mutations.json changes a line that was drawn with a seed from the modules of that
-commit (operators, constants, conditions), and that commit's tests of the module failed with it. Each
-is made in a copy of the tree, and the tests named beside it must fail.
+commit (operators, constants, conditions), and that commit's tests of the module failed with it.
+Each is made in a copy of the tree, and the tests named beside it must fail.
 """
 
 from __future__ import annotations
