@@ -159,6 +159,25 @@ def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
     return known[name]
 
 
+def entry_of_run(table: Mapping[str, _Value], run: str, what: str) -> _Value:
+    """Returns the entry of a run in a table that must have one for every run.
+
+    Args:
+        table: run -> value.
+        run: the name of the run.
+        what: the name of the table, for the error; a setting or macro of the user.
+
+    Raises:
+        ValueError: the table has no such entry; lists those it has.
+    """
+    if run not in table:
+        raise ValueError(
+            f"{what} has no entry for the run {run!r}, only for {', '.join(table)}. Add one for "
+            f"{run!r}."
+        )
+    return table[run]
+
+
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     """Returns the message for an unknown name: the closest known names, then all."""
     close = difflib.get_close_matches(name, known, n=3)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.core.runs import Runs, look_up
+from mpt_jax.core.runs import Runs, entry_of_run, look_up
 from mpt_jax.core.shapes import Array, Float, Key
 from mpt_jax.prompts.base import InitContext, name_key
 
@@ -157,13 +157,7 @@ def initial_prompts(
     for row in rows:
         run, initializer = runs.run_names[row], init
         if isinstance(initializer, Mapping):
-            if run not in initializer:
-                raise ValueError(
-                    f"No initializer is given for the prompt of run {run!r}, only for "
-                    f"{', '.join(initializer)}. Add one for {run!r}, or use one initializer for "
-                    "all runs."
-                )
-            initializer = initializer[run]
+            initializer = entry_of_run(initializer, run, "The table of initializers")
         prompts.append(
             initializer(name_key(key, run), runs.task_names[row], prompt_length, context)
         )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.runs import Runs
+from mpt_jax.core.runs import Runs, entry_of_run
 from mpt_jax.core.shapes import Array
 from mpt_jax.prompts.base import source_rows
 from mpt_jax.prompts.spot import NearestSource, SourceTable
@@ -130,12 +130,7 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
 
 
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
-    if run not in table:
-        raise ValueError(
-            f"The table START_FROM has no entry for the run {run!r}, only for {', '.join(table)}. "
-            f"Add an entry for {run!r}."
-        )
-    entry = table[run]
+    entry = entry_of_run(table, run, "START_FROM")
     weights = np.zeros(source_runs.num_rows)
     if isinstance(entry, str):
         weights[source_rows(source_runs, entry)] = 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpt_jax.core.runs import Runs, unknown_name
+from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
 
 
 def test_runs_joint_one_group_and_task_names():
@@ -70,3 +70,9 @@ def test_runs_row_unknown_name_error_lists_closest_and_known():
 
 def test_unknown_name_nothing_known_says_none():
     assert unknown_name("task", "x", []) == "Unknown task 'x'. Known: none."
+
+
+def test_entry_of_run_missing_error_names_table_run_and_entries():
+    assert entry_of_run({"a": 1, "b": 2}, "b", "START_FROM") == 2
+    with pytest.raises(ValueError, match="START_FROM has no entry for the run 'c', only for a, b"):
+        entry_of_run({"a": 1, "b": 2}, "c", "START_FROM")

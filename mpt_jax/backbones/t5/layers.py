@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
 from mpt_jax.backbones.t5.config import T5Config
-from mpt_jax.backbones.t5.low_memory_ops import rms_norm
+from mpt_jax.backbones.t5.low_memory_ops import over_rows, rms_norm
 from mpt_jax.core.shapes import Array, Float, Int
 
 Initializer = Callable[..., jax.Array]
@@ -31,11 +31,6 @@ _truncated_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_n
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Constrains the sharding of an activation by its logical axes. No-op without a mesh."""
     return with_sharding_constraint(x, axes)
-
-
-def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Reshapes a vector [H] so that it broadcasts over `x` [..., H]."""
-    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 class Dense(nn.Module):

@@ -61,6 +61,11 @@ def _softmax_backward(dtype, kept, slope):
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
+def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes a vector [H] so that it broadcasts over `x` [..., H]."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
 def rms_norm(
     x: Float[Array, "*rows H"], scale: Float[Array, "H"], epsilon: float, dtype: jnp.dtype
 ) -> Float[Array, "*rows H"]:
@@ -78,7 +83,7 @@ def _norm(x, scale, epsilon, dtype) -> Any:
 def _norm_forward(x, scale, epsilon, dtype):
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    y = (wide * inverse).astype(dtype) * _along_rows(scale.astype(dtype), x)
+    y = (wide * inverse).astype(dtype) * over_rows(scale.astype(dtype), x)
     return y, (x, inverse, scale)
 
 
@@ -86,14 +91,9 @@ def _norm_backward(epsilon, dtype, kept, slope):
     x, inverse, scale = kept
     slope, normed = slope.astype(jnp.float32), x.astype(jnp.float32) * inverse
     scale_slope = jnp.sum(slope * normed, axis=tuple(range(x.ndim - 1)))
-    slope = slope * _along_rows(scale.astype(jnp.float32), x)
+    slope = slope * over_rows(scale.astype(jnp.float32), x)
     slope = inverse * (slope - normed * jnp.mean(slope * normed, axis=-1, keepdims=True))
     return slope.astype(x.dtype), scale_slope.astype(scale.dtype)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
-
-
-def _along_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Reshapes a vector [H] so that it broadcasts over `x` [..., H]."""
-    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))

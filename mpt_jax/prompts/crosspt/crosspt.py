@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.core.runs import Runs, unknown_name
+from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
 from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
 from mpt_jax.prompts.crosspt.compositions import (
@@ -161,13 +161,9 @@ class CrossPT(PromptMethod):
         if not isinstance(self.private_length, Mapping):
             return super().prompt_lengths(runs)
         private = self.private_length
-        for run in runs.run_names:
-            if run not in private:
-                raise ValueError(
-                    f"CrossPT.private_length has no length for the run {run!r}, only for "
-                    f"{', '.join(private)}. Add {run!r} to PRIVATE_LENGTH."
-                )
-        return tuple(self.length + private[run] for run in runs.run_names)
+        return tuple(
+            self.length + entry_of_run(private, run, "PRIVATE_LENGTH") for run in runs.run_names
+        )
 
     def source_prompt_length(self, source_method, source_runs):
         if source_method.name != self.name:
