@@ -9,6 +9,7 @@ import contextlib
 import glob
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import re
 import sys
@@ -22,23 +23,32 @@ VARIABLES = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "ERROR"}
 NOISY = ("tensorflow", "tensorflow_text")
 NOTICE = re.compile(
     rb"(WARNING: All log messages before absl::InitializeLog\(\)"
-    rb"|[IWE]\d{4} [\d:. ]+\S+:\d+\]"  # glog: severity, date, time, process, file and line
+    rb"|[IW]\d{4} [\d:. ]+\S+:\d+\]"  # glog: severity, date, time, process, file and line
     rb"|To enable the following instructions:)"
 )
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dri/render*")
+ACCELERATORS = (
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+    "/dev/nvidia*",
+    "/dev/dxg",
+    "/dev/kfd",
+    "/dev/dri/render*",
+)
 
 
 def start_quietly() -> None:
     """Suppresses start-up notices; call it before TensorFlow and JAX are imported.
 
-    Sets environment variables, unless they are set already, and installs an import hook.
+    A program that sets TF_CPP_MIN_LOG_LEVEL itself sees all that TensorFlow prints.
     """
+    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+        sys.meta_path.insert(0, _QuietImports())
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    # Without this, an installed libtpu looks for a TPU and complains at length.
-    if sys.platform == "linux" and not any(map(glob.glob, ACCELERATORS)):
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    sys.meta_path.insert(0, _QuietImports())
+    # Without an accelerator, an installed libtpu would look for a TPU and complain at length.
+    if sys.platform == "linux" and importlib.util.find_spec("libtpu"):
+        if not any(map(glob.glob, ACCELERATORS)):
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 class _QuietImports(importlib.abc.MetaPathFinder):

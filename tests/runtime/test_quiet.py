@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,15 +16,21 @@ from tests.fixtures.processes import ROOT
 NOTICES = [
     b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n",
     b"I0000 00:00:1795990277.448308    3013 port.cc:153] oneDNN custom operations are on.\n",
-    b"E0000 00:00:1795985578.419341    2649 cuda_platform.cc:52] failed call to cuInit\n",
+    b"W0000 00:00:1795985578.419341    2649 cpu_feature_guard.cc:227] This binary is optimized\n",
 ]
 
 
-def test_without_notices_other_lines_are_written(capfd):
+ERRORS = [
+    b"E0000 00:00:1795985578.419341    2649 loader.cc:52] a library is missing\n",
+    b"Unknown flag in XLA_FLAGS\n",
+]
+
+
+def test_without_notices_errors_and_other_lines_are_written(capfd):
     with quiet.without_notices():
-        for line in (*NOTICES, b"Unknown flag in XLA_FLAGS\n"):
+        for line in (*NOTICES, *ERRORS):
             os.write(2, line)
-    assert capfd.readouterr().err == "Unknown flag in XLA_FLAGS\n"
+    assert capfd.readouterr().err == b"".join(ERRORS).decode()
 
 
 def test_without_notices_error_inside_restores_standard_error(capfd):
@@ -48,8 +55,13 @@ def test_import_of_tensorflow_and_jax_devices_prints_nothing():
     assert (ended.stdout, ended.stderr) == ("cpu\n", "")
 
 
-def test_start_quietly_keeps_variables_that_are_set(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+@pytest.mark.parametrize(("level", "filters"), [("0", False), (None, True)])
+def test_start_quietly_log_level_that_is_set_shows_everything(level, filters, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    if level is not None:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", level)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     quiet.start_quietly()
-    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == (level or "3")
+    assert bool(sys.meta_path) == filters
