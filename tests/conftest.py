@@ -50,8 +50,8 @@ CHECKED = sorted(path.stem for path in LIBRARY.iterdir() if path.stem[0] != "_")
 CHECKED.remove("tasks")
 
 
-# The hook reads and writes bytecode under a name of its own. By itself it does so for all that is
-# imported while a module of ours runs, so that every process would compile TensorFlow anew.
+# The hook uses a separate bytecode cache. Unpatched, it does so for every import that a module of
+# ours triggers, so each process would compile TensorFlow's sources again.
 def _get_code(self, fullname):
     with patch(
         "importlib._bootstrap_external.cache_from_source",

@@ -42,12 +42,7 @@ def usage(entry: str, modules: Sequence[str]) -> str:
     """
     known = flags.FLAGS.flags_by_module_dict()
     defined = [flag for module in modules for flag in known.get(module, [])]
-    rows = [
-        (
-            "--gin.NAME=VALUE",
-            "Binds a macro or a parameter to a Python value.",
-        )
-    ]
+    rows = [("--gin.NAME=VALUE", "Binds a macro or a parameter to a Python value.")]
     rows += [(f"--{flag.name}", _with_default(flag)) for flag in defined]
     parts = [
         f"usage: python -m mpt_jax.{entry} --gin_file=FILE [--gin_file=FILE ...] [flags]",
@@ -63,7 +58,8 @@ def usage(entry: str, modules: Sequence[str]) -> str:
 
 def _with_default(flag: flags.Flag) -> str:
     default = "" if flag.default in (None, [], False) else f" Default: {flag.default_as_str}."
-    return f"{flag.help}{default}"
+    help_text, _, _ = str(flag.help).partition(";\n")  # absl adds how a flag is repeated
+    return f"{help_text}{default}"
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -50,7 +50,7 @@ def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, lis
     """Returns a claim and two facts that entail it, contradict it, or leave it open (`neutral`).
 
     The words do not give away the verdict: if the claim does not follow, its value usually still
-    occurs in the facts, but for another person.
+    occurs in the facts, but about another person.
     """
     claim = world.a_fact(rng, split)
     taken = (claim.value,)

@@ -7,12 +7,13 @@ import re
 import pytest
 
 from mpt_jax.config import command_help
-from tests.fixtures.processes import ROOT, run_python
+from tests.fixtures.processes import ROOT, run_command, run_python
 
 
 @pytest.mark.parametrize(("entry", "own"), [("train", []), ("infer", ["--shard_id"])])
 def test_help_lists_every_flag_and_ten_macros(entry, own):
     ended = run_python("-m", f"mpt_jax.{entry}", "--help")
+    assert run_command(entry, "-h").stdout == ended.stdout
     source = (ROOT / "mpt_jax" / "config" / "gin_utils.py").read_text()
     defined = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)
     assert len(defined) >= 11

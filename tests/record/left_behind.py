@@ -250,7 +250,7 @@ def compare(saved: dict[str, Any], found: dict[str, Any], relative: float) -> tu
     if not saved:
         wrong.append("the record has nothing of it")
     both = sorted(saved.keys() & found.keys())
-    # Digests of what was learnt may differ where what was learnt does, and nowhere else.
+    # Digests of trained values may differ only if the values do.
     digests = any(saved[x].get("leaves") != found[x].get("leaves") for x in both)
     tolerance = Tolerance(relative, digests)
     exact = True

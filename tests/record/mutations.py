@@ -65,10 +65,8 @@ def main() -> None:
                 continue
             killed = is_killed(tree, mutation)
             survived += not killed
-            said = "killed" if killed else "SURVIVED"
-            print(
-                f"{number:3} {said:9} {mutation['file']}: {mutation['after'].strip()}", flush=True
-            )
+            outcome, line = "killed" if killed else "SURVIVED", mutation["after"].strip()
+            print(f"{number:3} {outcome:9} {mutation['file']}: {line}", flush=True)
     sys.exit(bool(survived))
 
 
