@@ -15,6 +15,7 @@ import pytest
 
 from mpt_jax import eval
 from mpt_jax.checkpointing import checkpoint_config, checkpoints, run_lock
+from mpt_jax.runtime.files import write_atomic
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
@@ -116,7 +117,7 @@ def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkey
             if self.step == 3:
                 record = json.loads((tmp_path / run_lock.FILE).read_text())
                 other = {**record, "token": "another's", "host": "another"}
-                (tmp_path / run_lock.FILE).write_text(json.dumps(other))
+                write_atomic(tmp_path / run_lock.FILE, json.dumps(other))  # as another run does
                 time.sleep(1)  # long enough for several increments of the count
 
     monkeypatch.setattr(run_lock, "acquire", functools.partial(run_lock.acquire, period=0.1))

@@ -320,7 +320,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
     with pytest.raises(ValueError, match="'run_a' has 3 positions.* 'run_a', which has 1"):
         filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
-    with pytest.raises(ValueError, match="no length for the run 'run_c'"):
+    with pytest.raises(ValueError, match="PRIVATE_LENGTH has no entry for the run 'run_c'"):
         mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
 
 
