@@ -49,7 +49,7 @@ def usage(entry: str, modules: Sequence[str]) -> str:
         f"example: python -m mpt_jax.{entry} --gin_file={EXAMPLE[entry]}",
         "Flags:",
         *_columns(rows),
-        "Macros people set most, as --gin.NAME=VALUE (all of them: docs/configuration.md):",
+        "Macros people set most, as --gin.NAME=VALUE (all of them: docs/macros.md):",
         *_columns(list(MACROS.items())),
         "--helpfull also lists the flags of absl, JAX and other libraries.",
     ]
