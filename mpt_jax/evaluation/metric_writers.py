@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from logging import StreamHandler
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from clu import metric_writers
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 import mpt_jax
 from mpt_jax.artifacts.provenance import git_revision, package_versions
@@ -67,12 +69,20 @@ class ProgressLine:
         console = Console(stderr=True)
         self._bar = None
         if console.is_terminal and jax.process_index() == 0:
-            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=24))
+            # A narrow terminal cuts the losses, never the count, the bar and the time.
+            whole, rest = Column(no_wrap=True), Column(ratio=1, no_wrap=True, overflow="ellipsis")
             self._bar = Progress(
-                *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=console
+                TextColumn("{task.completed}/{task.total}", table_column=whole),
+                BarColumn(bar_width=24, table_column=Column(min_width=12)),
+                TimeRemainingColumn(table_column=whole.copy()),
+                TextColumn("{task.description}", table_column=rest),
+                console=console,
+                expand=True,
             )
             self._task = self._bar.add_task("compiling", total=total_steps, completed=first_step)
             self._bar.start()
+            # Rich has replaced standard error, so that other lines appear above the bar.
+            self._log_stream = _log_handler().setStream(sys.stderr)
 
     def restart_clock(self, step: int) -> None:
         """Restarts the clock at a step, so that compilation, evaluation and saving do not count."""
@@ -112,6 +122,7 @@ class ProgressLine:
     def close(self) -> None:
         """Restores the terminal."""
         if self._bar is not None:
+            _log_handler().setStream(self._log_stream)
             self._bar.stop()
 
 
@@ -156,6 +167,10 @@ def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:
         f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%}; labels: "
         f"{', '.join(sorted(labels))})."
     )
+
+
+def _log_handler() -> StreamHandler:
+    return logging.get_absl_handler().python_handler
 
 
 def _clock(seconds: float) -> str:

@@ -1,10 +1,13 @@
 """Metric writers (TensorBoard and metrics.jsonl), progress line and run record."""
 
+import io
 import json
 import re
 import subprocess
 
 import pytest
+from absl import logging
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -67,6 +70,25 @@ def test_progress_line_without_terminal_logs_text(monkeypatch, caplog):
         "step 40/1000  ETA 0:01:36  loss 0.5000  100 ms/step  320 examples/s  rte 0.250"
     )
     assert second.endswith("t7 1.000 | and 2 more"), "a line shows at most eight tasks"
+
+
+def test_progress_bar_keeps_log_lines_apart_and_fits_the_terminal(monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(metric_writers, "Console", lambda stderr: console)
+    handler = logging.get_absl_handler().python_handler
+    before = handler.stream
+    line = metric_writers.ProgressLine(total_steps=300, first_step=0, batch_size=32)
+    try:
+        line.update(100, {"loss": 0.5} | {f"loss/a_long_task_name_{i}": 1.0 for i in range(9)})
+        handler.stream.write("12:00:00 a log line\n")
+    finally:
+        line.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").split("\n")
+    assert "12:00:00 a log line" in [text.strip() for text in shown]
+    (bar,) = {text for text in shown if text.startswith("100/300 ━")}
+    assert "loss 0.5" in bar and len(bar) <= 80
+    assert handler.stream is before
 
 
 def test_run_record_has_one_line_per_start(tmp_path):
