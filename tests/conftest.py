@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 # Before jax is imported anywhere: these are read once, here and by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tests compile much and compute little; the fixture `optimized` is for those that look at programs.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Sequence
+
+from mpt_jax.runtime.exits import exit_if_unread
 
 COMMANDS = {
     "train": "train a stage: --gin_file=gin/mpt_source.gin ...",
@@ -38,7 +41,17 @@ MODULES = {
 
 def main() -> None:
     """Runs the command that the first argument names. The command parses the other arguments."""
-    arguments = sys.argv[1:]
+    try:
+        try:
+            _main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        exit_if_unread(error)
+        raise
+
+
+def _main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         lines = [f"  {name:16}{help_text}" for name, help_text in COMMANDS.items()]
         usage = "\n".join(["usage: mpt-jax <command> [arguments]", *lines])

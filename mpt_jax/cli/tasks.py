@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpt_jax.data import task_lookup, vocabularies
+from mpt_jax.runtime.exits import exit_with
 from mpt_jax.tasks.few_shot import text_rows
 from mpt_jax.tasks.splits import PartsSource
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             show_task(args.name, args.n, args.split, args.vocabulary)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"mpt-jax tasks: {error}\n")
+        exit_with(parser.prog, error)
 
 
 def shipped() -> list[str]:

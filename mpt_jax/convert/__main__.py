@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from mpt_jax.convert import backbones, detect, prompts
+from mpt_jax.runtime.exits import exit_with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"artifact {', '.join(detect.PROMPTS[1:])}; for other prompts {detect.ARTIFACT}."
             )
     except (ValueError, OSError) as error:
-        parser.exit(2, f"mpt-jax convert: {error}\n")
+        exit_with(parser.prog, error)
     print(f"{source_format} -> {to}: {written}")
 
 

@@ -23,6 +23,7 @@ from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.convert import backbones, parity, save_hf
+from mpt_jax.runtime.exits import exit_with
 
 TOLERANCE = 1e-4
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         differences = compare(epath.Path(args.folder), args.config)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"mpt-jax verify-weights: {error}\n")
+        exit_with(parser.prog, error)
     for name, difference in differences.items():
         print(f"{name:8} differs by at most {difference:.3g}")
     # NaN is not <= the tolerance, so it fails.

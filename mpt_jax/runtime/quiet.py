@@ -39,9 +39,10 @@ ACCELERATORS = (
 def start_quietly() -> None:
     """Suppresses start-up notices; call it before TensorFlow and JAX are imported.
 
-    A program that sets TF_CPP_MIN_LOG_LEVEL itself sees all that TensorFlow prints.
+    A program that sets TF_CPP_MIN_LOG_LEVEL to another level sees all that TensorFlow prints.
     """
-    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+    level = VARIABLES["TF_CPP_MIN_LOG_LEVEL"]  # as inherited from a process of this library
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", level) == level:
         sys.meta_path.insert(0, _QuietImports())
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -55,7 +55,7 @@ def test_import_of_tensorflow_and_jax_devices_prints_nothing():
     assert (ended.stdout, ended.stderr) == ("cpu\n", "")
 
 
-@pytest.mark.parametrize(("level", "filters"), [("0", False), (None, True)])
+@pytest.mark.parametrize(("level", "filters"), [("0", False), (None, True), ("3", True)])
 def test_start_quietly_log_level_that_is_set_shows_everything(level, filters, monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from mpt_jax.experiments.paper.suites import Suite
 from mpt_jax.experiments.paper.tables import Table
 from mpt_jax.experiments.stages import Stage
 from mpt_jax.runtime import compilation_cache, paths
+from mpt_jax.runtime.exits import exit_with
 from mpt_jax.runtime.files import write_atomic
 from mpt_jax.tasks import few_shot
 
@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             finished = {cell: results.by_metric(finished[cell], args.metric) for cell in finished}
         print(format.text(table, suite, finished, shares))
     except (ValueError, OSError) as error:
-        print(f"mpt-jax paper: {gin_utils.message(error)}", file=sys.stderr)
-        sys.exit(2)
+        exit_with("mpt-jax paper", error, gin_utils.message(error))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mpt_jax.experiments import results
 from mpt_jax.experiments.report import sections, tables
+from mpt_jax.runtime.exits import exit_with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded, majority = load(args.folder), results.load_majority(args.folder)
         print(sections.write(args.folder, loaded, args.out, args.reference, majority))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"mpt-jax report: {error}\n")
+        exit_with(parser.prog, error)
 
 
 def load(folder: Path) -> list[results.Result]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import logging
 
 from mpt_jax.runtime import compilation_cache
+from mpt_jax.runtime.exits import exit_with
 from mpt_jax.serving.export.writing import Settings, check_new, write
 from mpt_jax.serving.predict import backbone
 from mpt_jax.serving.predict.__main__ import add_model_arguments
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         config = write(Path(args.out), bank, loaded, settings)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"mpt-jax export: {error}\n")
+        exit_with(parser.prog, error)
     print(
         f"{args.out}: predict and score for {', '.join(config['platforms'])}, "
         f"{len(config['names'])} tasks, inputs of {', '.join(config['functions']['predict'])} "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from typing import Any, BinaryIO, TextIO
+from typing import Any
+
+from mpt_jax.runtime.exits import silence
 
 PERIOD = 30.0  # seconds between lines
 
@@ -78,12 +79,6 @@ def say(text: str) -> None:
         print(f"mpt-jax predict: {text}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         silence(sys.stderr)
-
-
-def silence(stream: TextIO | BinaryIO) -> None:
-    """Discards the buffered and all later output of a stream whose reader is gone. Otherwise Python
-    would write it at exit, fail again, and change the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bar(total: int | None) -> tuple[Any, Any]:

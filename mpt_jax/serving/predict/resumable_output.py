@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from mpt_jax.runtime.exits import silence
 from mpt_jax.runtime.resumable_output import Refused, ResumableFile
-from mpt_jax.serving.predict.progress import silence
 
 
 class Stream:
