@@ -43,12 +43,8 @@ PACKED, BY_LENGTH = "gin/runs/packed.gin", "gin/runs/by_length.gin"
 TEACHER_CACHE = "gin/runs/teacher_cache.gin"
 SCOPES = ("train", "train_eval", "infer_eval")
 METHODS = [name for name in FILES if name.startswith("gin/methods/")]
-PROMPTED = [
-    f"gin/methods/{name}.gin"
-    for name in (
-        *("mpt", "prompt_tuning", "pt_paper", "pt_strong", "shared_prompt"),
-        *("attempt", "crosspt"),
-    )
+BACKBONE_METHODS = [
+    f"gin/methods/{name}.gin" for name in ("full_finetuning", "layer_norms", "bitfit")
 ]
 ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # Other source tasks; tests/tasks/test_mixtures.py.
@@ -90,7 +86,7 @@ def test_pretrain_tiny_gin_trains_all_parameters():
 @pytest.mark.parametrize("name", METHODS)
 def test_method_gin_replaces_method_of_stage(name):
     """On the toy suite, for speed; sizes are tested above."""
-    prompts = name in PROMPTED
+    prompts = name not in BACKBONE_METHODS
     stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
     parse([stage, name, "gin/tiny.gin"])
     model = value("MODEL")
