@@ -108,7 +108,7 @@ def _incomplete(folder: Path) -> tuple[str, str]:
     scripts = [f"{name}.py" for name in trainer_choice.SCRIPTS]
     absent = [script for script in scripts if not (folder / script).is_file()]
     if absent:
-        return f"This T5X has no {', '.join(absent)}.", trainer_choice.INSTALL
+        return f"The T5X in {folder} has no {', '.join(absent)}.", trainer_choice.INSTALL
     missing = sorted(missing_packages(folder))
     if missing:
         return (
@@ -179,11 +179,11 @@ def check_folder(name: str, folder: str, mend: str) -> Finding:
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".mpt_jax_doctor_"):
             pass
     except OSError as error:
-        return Finding(name, state, f"Cannot write to this folder: {error.strerror}.", mend)
+        return Finding(name, state, f"Cannot write to {existing}: {error.strerror}.", mend)
     free = shutil.disk_usage(existing).free
     state += f", {free / 2**30:.1f} GiB free"
     if free < MIN_FREE:
-        return Finding(name, state, "Less than 1 GiB is free.", mend)
+        return Finding(name, state, f"Less than 1 GiB is free in {existing}.", mend)
     return Finding(name, state)
 
 
@@ -201,7 +201,7 @@ def check_root(root: str, writing: Probe | None, seconds: float) -> Iterator[Fin
         return
     reason = error or f"no answer within {seconds:g} s."
     login = "gcloud auth application-default login" if not credentials else mend
-    yield Finding(paths.ROOT_VARIABLE, root, f"Cannot write to this bucket: {reason}", login)
+    yield Finding(paths.ROOT_VARIABLE, root, f"Cannot write to {root}: {reason}", login)
 
 
 def _credentials() -> str:
@@ -239,13 +239,14 @@ def check_data(folder: str) -> Iterator[Finding]:
         name, _, version = source.partition(":")
         if not os.path.isfile(os.path.join(folder, name, version, "dataset_info.json")):
             absent.append(source)
-    finding = check_folder("TFDS_DATA_DIR", folder, "set it to a writable folder with free space")
+    mend = "set TFDS_DATA_DIR to a writable folder with free space"
+    finding = check_folder("TFDS_DATA_DIR", folder, mend)
     # Data that exists is only read.
     yield finding if absent else dataclasses.replace(finding, problem="", mend="")
     for source in SOURCES:
         if source in absent:
             command = f"tfds build {source} --data_dir {shlex.quote(folder)}"
-            yield Finding(source, "absent", "The data set is not on this machine.", command)
+            yield Finding(source, "absent", f"The data set is not in {folder}.", command)
         else:
             yield Finding(source, "here")
 
@@ -264,7 +265,7 @@ def check_backbone(root: str) -> Iterator[Finding]:
     mend = "pip install huggingface_hub && " + paths.download_command(
         repository=repository, folder=folder
     )
-    problem = f"Missing from this folder: {', '.join(absent)}." if absent else ""
+    problem = f"Missing from {folder}: {', '.join(absent)}." if absent else ""
     yield Finding("backbone", folder, problem, mend if absent else "")
 
 

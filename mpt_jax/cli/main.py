@@ -1,4 +1,4 @@
-"""`mpt-jax <command>`: a short name for `python -m mpt_jax.<command>`."""
+"""`mpt-jax <command>`: runs the module of a command, as `python -m` does."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def _main(arguments: Sequence[str]) -> None:
             print(usage)
             return
         unknown = (
-            f"mpt-jax: unknown command {arguments[0]!r}. Use one below.\n" if arguments else ""
+            f"mpt-jax: unknown command {arguments[0]!r}. Use one of the commands below.\n"
+            if arguments
+            else ""
         )
         sys.exit(unknown + usage)
     sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]

@@ -1,4 +1,4 @@
-"""Probes for `mpt-jax doctor`, which can neither hang it nor import anything into its process."""
+"""Probes for `mpt-jax doctor`. They cannot hang it, and import nothing into its process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Probe:
         )  # fmt: skip
 
     def answer(self, seconds: float) -> tuple[str, str]:
-        """Returns (last line printed, error). One of them is empty; after a timeout, both are."""
+        """Returns (last line of output, last line of errors). The second is empty if the script
+        succeeded, the first if it failed, and both after a timeout."""
         try:
             output, errors = self._child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -76,7 +77,8 @@ def missing_packages(t5x: Path) -> set[str]:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """Yields the modules that a file imports when it runs, except in functions and `try` blocks."""
+    """Yields the modules that a file imports at its top level and under `if __name__ == ...`, with
+    absolute imports only."""
     body = ast.parse(path.read_text()).body
     for node in list(body):
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):

@@ -90,8 +90,8 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
         number: number of examples.
         split: the split of the examples.
         vocabulary: the vocabulary that counts tokens (see `vocabularies.load`); by default the
-            task's. Tasks of the paper have none, because they use the run's, so by default they are
-            shown without lengths.
+            task's. Tasks of the paper have none, because they use the job's, so by default they
+            are shown without lengths.
 
     Raises:
         ValueError: the task or split does not exist, its data cannot be read, or `number` is not
@@ -157,7 +157,7 @@ def _metrics(task: seqio.Task) -> str:
 
 
 def _own_vocabulary(task: seqio.Task) -> seqio.Vocabulary | None:
-    """Returns the task's vocabulary; None if the task uses the run's, which gin files bind."""
+    """Returns the task's vocabulary; None if the task uses the job's, which gin files bind."""
     try:
         return task.output_features["inputs"].vocabulary
     except ValueError:

@@ -1,4 +1,4 @@
-"""Help text of `python -m mpt_jax.train --help`: all flags and the most commonly set macros."""
+"""Help text of `python -m mpt_jax.train --help`: its flags and the most commonly set macros."""
 
 from __future__ import annotations
 

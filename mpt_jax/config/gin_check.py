@@ -48,7 +48,7 @@ class UnboundMacro(ValueError):
 
 
 def set_search_paths(folders: Sequence[str]) -> None:
-    """Sets the folders that gin searches, replacing those of an earlier run in this process."""
+    """Sets the folders that gin searches, replacing those of an earlier stage in this process."""
     gin_config._LOCATION_PREFIXES[:] = list(folders)
 
 
@@ -128,7 +128,8 @@ def check_macros() -> None:
         name for name in _referred_macros() if name not in bound or _is_required(bound[name])
     )
     if missing:
-        lines = [f"{name}{_suggest(name, set(bound) - set(missing))}" for name in missing]
+        hints = {name: _suggest(name, set(bound) - set(missing)).strip() for name in missing}
+        lines = [f"{name} ({hint})" if hint else name for name, hint in hints.items()]
         raise UnboundMacro(
             f"These gin macros need a value: {'; '.join(lines)}. Pass --gin.{missing[0]}=<value>, "
             "or add a gin file that sets them."
@@ -145,7 +146,7 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
         entries: the names of the entry functions, from which everything that runs is called.
 
     Raises:
-        UnreadBinding: nothing reads one of the bindings.
+        UnreadBinding: one of the bindings would have no effect.
     """
     macros = _referred_macros()
     reached = _reachable(entries)
@@ -364,7 +365,7 @@ def explain(error: Exception) -> str | None:
             f"with --gin_search_paths. Gin reports: {text}"
         )
     if re.match(r"'\w+' was not provided by an import statement", text):
-        return f"{text} Add the import to that gin file."
+        return f"{text} Add the import to the gin file that uses the name."
     if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
         return f"Unable to parse value: {error.args[0]}. Close the open quote or bracket."
     return text if isinstance(error, UnreadBinding | UnboundMacro | SyntaxError) else None

@@ -50,13 +50,13 @@ class ConfigError(ValueError):
 
 
 def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
-    """Returns the folders in which gin files are searched, in order: the paths of
-    --gin_search_paths, ROOT, this library's gin files, and its copies of T5X's run files."""
+    """Returns the folders in which gin files are searched, in order: those of --gin_search_paths,
+    MPT_JAX_ROOT, and those of this library's gin files and of its copies of T5X's run files."""
     return [*first, paths.root(), *map(str, _shipped())]
 
 
 def _shipped() -> list[Path]:
-    """Returns the folders of this library's `gin/` and of its copies of T5X's run files."""
+    """Returns the folder that contains `gin/`, and the folder of the copies of T5X's run files."""
     return [trainer_choice.gin_folder(), trainer_choice.FOLDER / "gin_data"]
 
 
@@ -128,8 +128,8 @@ def as_main(module: types.ModuleType) -> Iterator[None]:
 
 
 def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., Any]:
-    """Returns an entry point as a function without arguments. Its arguments are those of the parsed
-    files, replaced by the overrides."""
+    """Returns a function without arguments that calls an entry point with the arguments that the
+    parsed files bind. `overrides` replace arguments of the same name."""
     if not gin_check.is_bound(function):
         raise ConfigError(
             f"No gin file configures {function.__name__}(). Add a stage file with --gin_file, such "

@@ -72,7 +72,8 @@ def activate(name: str) -> None:
     """Puts the chosen module into `sys.modules` under `name`; `t5x.py` calls this on import.
 
     Raises:
-        ImportError: the environment requests a real T5X, and none is installed.
+        ImportError: MPT_JAX_TRAINER requests a real T5X, and none is installed.
+        ValueError: MPT_JAX_TRAINER has an unknown value.
     """
     choice = requested_trainer()
     real = find_real() if choice != "own" else None
@@ -110,7 +111,7 @@ def _show_gin_files() -> None:
 
 
 def announce(trainer: str) -> None:
-    """Prints which trainer runs, once, as the first line of a run's log.
+    """Prints which trainer runs, once, as the first line of a job's log.
 
     Writes to stderr directly, because the imports that set up logging already log lines.
     """
@@ -164,7 +165,8 @@ class _NotOffered:
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
             return None
         raise ModuleNotFoundError(
-            f"{name} is part of T5X, which is not installed. Without it, t5x has only the modules "
-            f"{', '.join(OFFERED)} and the scripts {', '.join(SCRIPTS)}. {INSTALL}",
+            f"{name} is part of T5X, but this process uses the fallback of mpt_jax, which has only "
+            f"the modules {', '.join(OFFERED)} and the scripts {', '.join(SCRIPTS)}. If T5X is "
+            f"installed, unset {VARIABLE} and run `python -m t5x.train`. {INSTALL}",
             name=name.partition(".")[0],
         )

@@ -154,6 +154,9 @@ class InferenceEvaluator:
 
         Returns:
             {task: {metric: value}}; `rank_accuracy`, if any, follows the task's own metrics.
+
+        Raises:
+            ValueError: an example's target is not one of the labels that its task declares.
         """
         outputs = {
             kind: self._run(function, self._needing(kind))
@@ -326,7 +329,7 @@ def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
 
 
 def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
-    """Returns `batch` with its targets replaced by `tokens` [B, L]."""
+    """Returns `batch` with the targets `tokens` [B, L]; `rows` [B] are the bank rows."""
     weights = (tokens != 0).astype(np.int32)
     return {
         **batch,

@@ -112,8 +112,8 @@ class EndedJob:
 
 
 def finalize_run(model_dir: str, job: EndedJob) -> None:
-    """Writes the prompt artifacts of a job, and its backbone if it was trained. If every run
-    failed, writes the parameters of each group's best step."""
+    """Writes the prompt artifacts of a job, and its backbone if it was trained, with the parameters
+    of each group's best step if the job selects it, else with those of the last step."""
     params = to_host(job.best_params())  # all processes take part
     if jax.process_index() != 0:
         return

@@ -39,7 +39,7 @@ class Writers:
         self._lines: Any = None
 
     def write(self, folder: str, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars to `MODEL_DIR/<folder>/events*`, and as a line of metrics.jsonl."""
+        """Writes scalars to `MODEL_DIR/<folder>/events*`, and as one line to metrics.jsonl."""
         if jax.process_index() != 0 or not scalars:
             return
         if self._lines is None:
@@ -61,7 +61,7 @@ class Writers:
 
 
 class ProgressLine:
-    """Progress of a run: a live bar on a terminal, log lines otherwise."""
+    """Progress of a job: a live bar on a terminal, log lines otherwise."""
 
     def __init__(self, total_steps: int, first_step: int, batch_size: int):
         self._total, self._batch = total_steps, batch_size
@@ -127,7 +127,7 @@ class ProgressLine:
 
 
 def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
-    """Appends a line to MODEL_DIR/run.jsonl, which has one line for each start of the run.
+    """Appends a line to MODEL_DIR/run.jsonl, which has one line for each start of the job.
 
     Args:
         model_dir: MODEL_DIR.
@@ -154,7 +154,7 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
 
 
 def _mend(path: epath.Path) -> None:
-    """Removes the incomplete last line that a killed run may have left."""
+    """Removes the incomplete last line that a killed job may have left."""
     content = path.read_text() if path.exists() else ""
     whole, newline, rest = content.rpartition("\n")
     if rest:
@@ -162,7 +162,7 @@ def _mend(path: epath.Path) -> None:
 
 
 def describe_counts(trainable: int, total: int, labels: Sequence[str]) -> str:
-    """Returns the log line with the number of trainable parameters, for the start of a run."""
+    """Returns the log line with the number of trainable parameters, for the start of a job."""
     return (
         f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%}; labels: "
         f"{', '.join(sorted(labels))})."

@@ -62,14 +62,16 @@ class PeriodicEvaluator:
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
         if unknown:
             raise ValueError(
-                f"actions has unknown keys: {', '.join(map(str, unknown))}. Use only "
+                f"train.actions has unknown keys: {', '.join(map(str, unknown))}. Use only "
                 f"{' and '.join(EVAL_MODES)} (T5X's TRAIN is not supported)."
             )
         for mode, data in zip(EVAL_MODES, (self.losses, self.inference), strict=True):
             if self.actions.get(mode) and not data:
+                names = ", ".join(type(action).__name__ for action in self.actions[mode])
+                cfg = f"train.{mode.lower()}_dataset_cfg"
                 raise ValueError(
-                    f"The {mode} actions {self.actions[mode]} would never run, because "
-                    f"train.{mode.lower()}_dataset_cfg is None. Bind it, or remove the actions."
+                    f"train.actions[{mode!r}] ({names}) would never run, because {cfg} is None. "
+                    f"Bind {cfg}, or remove {mode} from train.actions."
                 )
         self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
         self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
@@ -86,7 +88,7 @@ class PeriodicEvaluator:
         return None if action is None or action.trainable is None else action
 
     def resume(self) -> None:
-        """Restores the action that keeps the best parameters to the trainer's step."""
+        """Restores the state of `SelectBest`, if configured, as of the trainer's step."""
         if self._selecting is not None:
             self._selecting.resume(self.trainer.step)
 

@@ -1,4 +1,4 @@
-"""Demo of all MPT stages on the toy suite, compared with baselines, in minutes.
+"""Demo: all stages of MPT on the toy suite, with baselines for comparison, in minutes.
 
     mpt-jax demo            what `make demo` runs
     mpt-jax demo --full     every target, k = 4, 16, 32 and full data, every method
@@ -62,9 +62,10 @@ class Method:
         learning_rate: The peak learning rate.
         schedule: Function from (learning rate, steps) to the bindings of the schedule.
         bindings: Further bindings, which override the suite's defaults (gin/tiny.gin).
-        seeds: The draws of the training examples, one run for each.
+        seeds: The draws of few-shot examples; each target has one run per draw. With all examples,
+            each target has a single run.
         grouped: Whether one job trains all runs. Otherwise, each run is a separate job.
-        start: The source task whose prompt initializes all prompts; None for another start.
+        start: The source task whose prompt initializes all prompts, if any.
     """
 
     name: str
@@ -91,7 +92,7 @@ def methods(root: Path) -> tuple[Method, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the demo and prints its table."""
+    """Runs the demo, prints its tables, and writes its report and results.json."""
     parser = argparse.ArgumentParser(prog="mpt-jax demo", description="MPT on the toy suite")
     parser.add_argument("--full", action="store_true", help="all targets, k = 4, 16, 32 and full")
     parser.add_argument("--root", default=os.path.join(paths.root(), "demo"), help="output folder")
@@ -147,10 +148,10 @@ def adapt(
     shots: int | None,
     length: tuple[int, int] | None = None,
 ) -> Result:
-    """Runs all adaptations (target x seed) of one method.
+    """Runs all adaptations (target x seed) of one method, and returns their scores.
 
     Args:
-        root: The folder of the source stages.
+        root: The demo's folder, which contains the source stages.
         method: The method to run.
         targets: The names of the target tasks.
         shots: The number of training examples of each run; None for all.

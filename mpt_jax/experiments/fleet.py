@@ -3,9 +3,9 @@
     tasks x k x seeds x learning rates x learning rates of factors x starts x initializers
 
 A run's name contains its task, k and seed, and the settings that differ between runs of the fleet:
-`rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. A run's data and initial
-values depend only on this name (`runs.data_name`), so a run is the same in any fleet and as a
-single run.
+`rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. A run's examples, their order
+and its random key depend only on the part of this name before the settings (`runs.data_name`), so a
+run is the same in any fleet and as a single run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ from typing import Any, NamedTuple
 
 from mpt_jax.core.runs import data_name, unknown_name
 from mpt_jax.prompts.init import PromptInit, PromptInits
+
+# Field of `Fleet` -> the macro that gin files bind it to.
+_MACROS = {
+    "tasks": "TARGET_TASKS",
+    "shots": "SHOTS",
+    "seeds": "SEEDS",
+    "learning_rates": "LEARNING_RATES",
+    "task_learning_rates": "TASK_LEARNING_RATES",
+    "starts": "STARTS",
+    "inits": "INITS",
+}
 
 
 class Member(NamedTuple):
@@ -70,17 +81,20 @@ class Fleet:
                 continue
             listed = isinstance(values, Sequence | Mapping) and not isinstance(values, str)
             if not listed or not values:
+                kind, form = "list", "[VALUE, ...]"
+                if field.name == "inits":
+                    kind, form = "dictionary", "{'NAME': @init.INITIALIZER(), ...}"
                 raise ValueError(
-                    f"Fleet.{field.name} must be a non-empty list of values, got {values!r}. Write "
-                    "a single value in brackets, as in [16]."
+                    f"Fleet.{field.name} must be a non-empty {kind} of values, got {values!r}. Set "
+                    f"{_MACROS[field.name]} = {form}, even for a single value."
                 )
             counts = collections.Counter(list(values))
             repeated = [value for value, count in counts.items() if count > 1]
             if repeated:
                 raise ValueError(
                     f"Fleet.{field.name} lists {repeated} more than once, so several runs would "
-                    "have the same name. Remove the duplicates. To repeat a run, list several "
-                    "seeds in SEEDS."
+                    f"have the same name. Remove the duplicates from {_MACROS[field.name]}. To "
+                    "repeat a run, list several seeds in SEEDS."
                 )
         if any(k is not None and k < 1 for k in self.shots):
             raise ValueError(
@@ -98,8 +112,8 @@ class Fleet:
         """All runs, ordered by task first.
 
         Raises:
-            ValueError: two runs have the same name, or a task's name ends like a setting, such as
-                `qa_from_text`.
+            ValueError: two runs have the same name, or a run's name cannot be split into task, draw
+                and settings, because a task has a name such as `qa_from_text`.
         """
         inits = self.inits and tuple(self.inits)
         rates = (self.learning_rates, self.task_learning_rates)
@@ -132,17 +146,20 @@ def run_names(fleet: Fleet) -> list[str]:
 
 
 def learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
-    """Returns the peak learning rate of every run, or one number if all are equal."""
+    """Returns the peak learning rate of every run, or one number if all are equal; None if the
+    fleet sets none."""
     return _column(fleet, lambda member: member.learning_rate)
 
 
 def task_learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
-    """Returns the peak learning rate of every run's MPT factors, or one number if all are equal."""
+    """Returns the peak learning rate of every run's MPT factors, or one number if all are equal;
+    None if the fleet sets none."""
     return _column(fleet, lambda member: member.task_learning_rate)
 
 
 def start_from(fleet: Fleet) -> str | dict[str, str] | None:
-    """Returns a prompt method's `start_from`: run -> name of a prompt, or one name for all runs."""
+    """Returns a prompt method's `start_from`: run -> name of a prompt, or one name for all runs;
+    None if the fleet sets none."""
     rows = _column(fleet, lambda member: member.start)
     if not isinstance(rows, list):
         return rows
@@ -183,9 +200,8 @@ def total_steps(
             raise ValueError(unknown_name("task in TASK_STEPS", task, list(fleet.tasks)))
         if not 1 <= steps <= train_steps:
             raise ValueError(
-                f"TASK_STEPS sets {steps} steps for {task!r}, which is not between 1 and "
-                f"TRAIN_STEPS = {train_steps}. Change it, or set TRAIN_STEPS to the number of "
-                "steps of the longest run."
+                f"TASK_STEPS[{task!r}] = {steps} is not between 1 and TRAIN_STEPS = {train_steps}. "
+                "Change this number or, if it is the longest run's, set TRAIN_STEPS to it."
             )
     last_steps = [(task_steps or {}).get(member.task, train_steps) for member in fleet.members]
     if max(last_steps) != train_steps:
@@ -226,8 +242,8 @@ def _check_reads(name: str, data: str) -> None:
     if (read := data_name(name)) != data:
         raise ValueError(
             f"The fleet's run {name!r} trains on the data of {data!r}, but its name reads as "
-            f"{read!r} with settings. Choose names of tasks, starts and initializers without "
-            "'_lr', '_tlr', '_from_' and '_init_'."
+            f"{read!r} with settings. Choose names of tasks, starts and initializers that do not "
+            "contain '_lr', '_tlr', '_from_' or '_init_'."
         )
 
 

@@ -31,15 +31,16 @@ class Result:
     Attributes:
         method: The name of the method.
         shots: The number of training examples of each task; None for all.
-        scores: Task -> metric -> one value per seed. Shares are in percent.
-        parameters: The number of trainable parameters per task.
-        seconds: The total time of the training steps of its jobs, in seconds.
+        scores: Task -> metric -> one value per seed. Metrics that are shares are in percent.
+        parameters: The trainable parameters of the first job, divided by the number of its runs.
+        seconds: The total time of the training steps of its jobs, in seconds. In the demo, the time
+            that the last `mpt-jax demo` spent on these jobs.
         model_dirs: The folders of its jobs.
         seeds: The seeds, in the order of the values of a score.
         prompt_length: The prompt length P; 0 without a prompt.
         backbone_parameters: The number of frozen parameters of the model.
         start: The source task whose prompt initialized all prompts, if any.
-        backbone: The model's name in the artifacts; '' without artifacts.
+        backbone: The backbone's name in the first job's artifact; '' without an artifact.
     """
 
     method: str
@@ -135,7 +136,8 @@ def by_metric(result: Result, metric: str) -> Result:
 
 def main_metric(scores: Mapping[str, object]) -> str:
     """Returns the metric that tables show for a task: the first of its metrics that is in
-    `MAIN_METRICS`, or else its first metric. The best step is selected in the same order."""
+    `MAIN_METRICS`, or else its first metric. By default, the best step is selected by a task's
+    first metric."""
     return next((name for name in scores if name in MAIN_METRICS), next(iter(scores)))
 
 
@@ -150,8 +152,8 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
         path = folder / "inference_eval" / f"{run}-metrics.jsonl"
         if not path.exists():
             raise FileNotFoundError(
-                f"{folder} contains no evaluation of {run!r}: {path} does not exist. Rerun this "
-                "stage until it finishes."
+                f"The stage in {folder} has no evaluation of run {run!r}: {path} does not exist. "
+                "Rerun the stage until it finishes."
             )
         metrics = json.loads(path.read_text().splitlines()[-1])
         scores[run] = {name: float(value) for name, value in metrics.items() if name != "step"}

@@ -1,4 +1,4 @@
-"""Stages as command lines, and jobs that adapt a grid of target tasks and seeds.
+"""Stages as command lines, and jobs that train one run for each target task and seed.
 
 A *stage* is one command line with a separate folder below a root. It runs in this process, or is
 printed for a scheduler. In both cases, the files in its folder show whether it is finished. A *job*
@@ -111,7 +111,8 @@ def target_bindings(
 
     Args:
         runs: The runs, in the order of the bank rows.
-        rows: The number of examples of each run in a step; their mean if runs share a group.
+        rows: The number of examples of each run in a step; the mean over runs if runs share a
+            group.
         groups: The runs that share parameters, as in `Runs`.
     """
     table = Runs([run.task for run in runs], [run.name for run in runs], groups)
@@ -152,9 +153,10 @@ def collect(
             by_task.setdefault(run.task, {})[run.seed] = scores[run.name]
     seeds = {tuple(sorted(by_seed)) for by_seed in by_task.values()}
     if len(seeds) != 1:
+        listed = "; ".join(f"{task}: {sorted(by_seed)}" for task, by_seed in by_task.items())
         raise ValueError(
-            f"The tasks of {method!r} were run with different seeds: {sorted(seeds)}. Run every "
-            "task with the same seeds."
+            f"The tasks of {method!r} were run with different seeds ({listed}). Run every task "
+            "with the same seeds."
         )
     order = seeds.pop()
     record = results.read_record(root / jobs[0].name)

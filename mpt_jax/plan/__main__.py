@@ -58,7 +58,7 @@ def train(**given: Any) -> Job:
 
 
 def main(argv: list[str]) -> None:
-    """Compiles the steps of the gin files and prints their cost."""
+    """Compiles the steps of the job that the gin files configure, and prints their cost."""
     gin_utils.log_progress()
     chips.share_libtpu()
     values = flags.FLAGS
@@ -113,9 +113,9 @@ def _model_axes(job: Job, asked: list[str]) -> list[int]:
         return [int(n) for n in asked] or [job.model_axis]
     if asked:
         raise ValueError(
-            f"--num_partitions={','.join(asked)} would have no effect: the model axis is the last "
-            f"number of ici_mesh_shape={tuple(job.ici_mesh_shape)}. Drop --num_partitions, or "
-            "change ici_mesh_shape."
+            f"--num_partitions={','.join(asked)} would have no effect, because the model axis is "
+            f"the last number of PjitPartitioner.ici_mesh_shape = {tuple(job.ici_mesh_shape)}. "
+            "Drop --num_partitions, or set PjitPartitioner.ici_mesh_shape = None."
         )
     return [job.ici_mesh_shape[-1] if job.model_axis == 1 else job.model_axis]
 
@@ -134,14 +134,23 @@ def _topologies(job: Job, name: str) -> list[str]:
     if fitting := [topology for topology in known if chips.count(topology) == size]:
         return fitting
     raise ValueError(
-        f"ici_mesh_shape={tuple(job.ici_mesh_shape)} needs slices of {size} chips, but slices of "
-        f"{name} have {', '.join(str(chips.count(topology)) for topology in known)}. Change "
-        "ici_mesh_shape or --topology."
+        f"PjitPartitioner.ici_mesh_shape = {tuple(job.ici_mesh_shape)} needs slices of {size} "
+        f"chips, but slices of {name} have "
+        f"{', '.join(str(chips.count(topology)) for topology in known)}. Change "
+        "PjitPartitioner.ici_mesh_shape or --topology."
     )
 
 
 def plan(job: Job, values: Any) -> list[StepCost | DoesNotFit]:
-    """Returns the costs of the steps for every layout that the flags describe."""
+    """Returns the costs of the steps for every layout that the flags describe.
+
+    If --topology names a chip, its slices are compiled from small to large, up to the first one on
+    which all layouts fit. An invalid layout ends the search; the costs before it are returned.
+
+    Raises:
+        ValueError: the first layout, or a flag, is invalid.
+        ImportError: libtpu is not installed.
+    """
     parts = [int(n) for n in values.num_microbatches] or [None]
     layouts = list(itertools.product(_model_axes(job, values.num_partitions), parts))
     costs: list[StepCost | DoesNotFit] = []

@@ -96,9 +96,12 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
         several = {"num_slices": slices} if slices > 1 else {}
         chips = known.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except Exception as error:
-        what = f"{slices} slices of {topology!r}" if slices > 1 else f"the slice {topology!r}"
+        what, change = f"the slice {topology!r}", "choose another --topology"
+        if slices > 1:
+            what = f"{slices} slices of {topology!r}"
+            change += " or change PjitPartitioner.dcn_mesh_shape, which sets the number of slices"
         raise ValueError(
-            f"libtpu cannot compile for {what}: {error}. If this slice is not supported, choose "
-            "another --topology."
+            f"libtpu cannot compile for {what}: {str(error).rstrip('.')}. If libtpu does not "
+            f"support this topology, {change}."
         ) from error
     return list(chips)

@@ -62,7 +62,8 @@ def _gib(size: int) -> str:
 
 
 def details(found: Sequence[StepCost | DoesNotFit]) -> str:
-    """Returns a line for each step: communication by kind, kernels, how decoding was counted."""
+    """Returns a line for each step that was compiled: communication by kind, kernels, and how
+    decoding was counted."""
     lines = []
     for cost in found:
         if isinstance(cost, DoesNotFit):
@@ -82,7 +83,8 @@ def details(found: Sequence[StepCost | DoesNotFit]) -> str:
 
 
 def verdicts(found: Sequence[StepCost | DoesNotFit]) -> str:
-    """Returns lines that name the smallest slice that fits, and the fastest layout by estimate."""
+    """Returns a line for each chip, with the smallest slice that fits, and one for each slice on
+    which several layouts fit, with the layout that trains fastest by estimate."""
     lines = []
     layouts = {cost.choice for cost in found}
     fitting = [c for c in layouts if all(cost.fits for cost in found if cost.choice == c)]
@@ -115,7 +117,7 @@ def as_json(found: Sequence[StepCost | DoesNotFit]) -> list[dict[str, Any]]:
 
 
 def from_json(record: Mapping[str, Any]) -> StepCost:
-    """Returns the cost in a record of `as_json`. Derived figures are computed again."""
+    """Returns the `StepCost` in a record of `as_json`. Derived figures are computed again."""
     fields = {field.name: record[field.name] for field in dataclasses.fields(StepCost)}
     cost = dict(fields["cost"])
     for name in ("collectives", "kernels"):  # JSON has no tuples
@@ -124,7 +126,8 @@ def from_json(record: Mapping[str, Any]) -> StepCost:
 
 
 def derived(each: StepCost | DoesNotFit) -> dict[str, Any]:
-    """Returns the figures derived from the counts and the chip's peaks (`chips.CHIPS`)."""
+    """Returns the figures derived from the counts and the chip's peaks (`chips.CHIPS`); only
+    `fits` for a step that was not compiled."""
     names = (
         "fits", "accessed_bytes", "compute_seconds", "accessed_seconds", "hbm_seconds",
         "ici_seconds", "bound_by", "fraction_of_ideal", "estimate",

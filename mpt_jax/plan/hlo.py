@@ -77,8 +77,8 @@ class Cost:
     """Cost of a program on one chip.
 
     Attributes:
-        flops: The operations of matrix products, 2 for a multiply-add. Element-wise operations are
-            not counted.
+        flops: The operations of matrix products, 2 for a multiply-add, and those that kernels
+            declare. Element-wise operations are not counted.
         hbm_bytes: The bytes read from and written to HBM.
         accessed_bytes: The bytes read and written in all memories. The compiler counts by other
             rules: in programs without loops, its count differs by up to a quarter.
@@ -202,8 +202,8 @@ class _Program:
     def _accessed_arrays(
         self, instruction: Instruction, by_name: dict[str, Instruction]
     ) -> Iterator[Array]:
-        """Yields the arrays that an instruction reads and writes. Of an array that is only sliced,
-        this is the slice, and of an array that is updated in place, the update."""
+        """Yields the arrays that an instruction reads and writes. For an array that is only sliced,
+        yields the slice; for an array that is updated in place, the update."""
         if instruction.op.endswith("-start"):
             yield from instruction.arrays[:2]  # (source, target, context)
             return

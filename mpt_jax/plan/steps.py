@@ -192,11 +192,13 @@ class DoesNotFit:
 def compile_steps(
     job: Job, choice: MeshLayout, steps: Sequence[str] = STEPS
 ) -> list[StepCost | DoesNotFit]:
-    """Returns the costs of a job's steps, compiled for a layout.
+    """Returns the costs of a job's steps, compiled for a layout. The predict step is omitted if the
+    job has no data to decode.
 
     Raises:
-        ValueError: the batch size is not divisible by the number of copies of the model, or the
-            mesh does not fit the slice.
+        ImportError: libtpu is not installed.
+        ValueError: the batch size is not divisible by the number of copies of the model, the mesh
+            does not fit the slice, or libtpu cannot compile for the slice.
     """
     devices = chips.devices(choice.topology, choice.slices)
     partitioner = PjitPartitioner(
@@ -224,11 +226,12 @@ def compile_steps(
         if cfg is None:
             continue
         if cfg.batch_size % copies:
+            axis = "PjitPartitioner.ici_mesh_shape" if job.ici_mesh_shape else "--num_partitions"
             raise ValueError(
                 f"The batch size of the {step} step, {cfg.batch_size}, is not divisible by "
                 f"{copies}, the number of copies of the model on {choice.name}. Change "
                 f"{'EVAL_BATCH_SIZE' if step == 'predict' else 'BATCH_SIZE'}, or the size of the "
-                "model axis (--num_partitions)."
+                f"model axis ({axis})."
             )
         batch = job.batch(cfg, partitioner)
         if step == "predict":

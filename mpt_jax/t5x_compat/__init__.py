@@ -1,1 +1,1 @@
-"""Adapters for the real T5X, and the fallback that `import t5x` loads without it."""
+"""Adapters for the real T5X, and the fallback that `import t5x` loads if T5X is not used."""

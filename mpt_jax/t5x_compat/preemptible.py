@@ -1,4 +1,4 @@
-"""Preemption handling for the real T5X's trainer: SIGTERM and Ctrl-C save first, then exit.
+"""Preemption handling for the real T5X's trainer: save on SIGTERM or Ctrl-C, then exit.
 
 T5X saves and exits when its trainer raises `PreemptionError`, but nothing in T5X raises it, and
 the exit shows a traceback. With this module, T5X's trainer handles signals like this library's
@@ -30,8 +30,8 @@ class _Due(Exception):
 class _Listener:
     """Makes one T5X trainer stop on request.
 
-    It checks after every step and passes the step's number: JAX stops all processes of a job at the
-    same step only if every process checks at every step.
+    It checks for a stop request after every step, by the step's number: JAX stops all processes of
+    a job at the same step only if every process checks at every step.
 
     Args:
         trainer: T5X's trainer, of which three methods are replaced.
@@ -80,8 +80,8 @@ class _Listener:
         return summary
 
     def _until_due(self, batches: Any, first: int) -> Iterator[Any]:
-        """Yields the batches of the steps after `first`. After a stop request it takes no further
-        batch, because T5X also saves the data position."""
+        """Yields the batches of the steps after `first`. After a stop request it raises `_Due`, and
+        takes no further batch, because T5X also saves the data position."""
         yield next(batches)
         step = first + 1
         while not self._request.is_due(step):

@@ -29,11 +29,11 @@ def create_learning_rate_scheduler(  # noqa: PLR0913 - T5X's arguments
 
     Args:
         factors: names joined by `*`: constant, linear_warmup, linear_decay (includes the constant
-            and the warmup, so it is the only factor), rsqrt_decay, rsqrt_normalized_decay,
+            and the warmup, so use it as the only factor), rsqrt_decay, rsqrt_normalized_decay,
             decay_every, cosine_decay.
         base_learning_rate: the value of constant.
-        warmup_steps: number of warmup steps, after which the decays begin.
-        decay_factor: slope of linear_decay; multiplier of decay_every.
+        warmup_steps: number of warmup steps, after which all decays except decay_every begin.
+        decay_factor: relative decrease of linear_decay per step; multiplier of decay_every.
         steps_per_decay: number of steps after which decay_every multiplies again.
         steps_per_cycle: period of cosine_decay, in steps.
         step_offset: number that is subtracted from the step before the factors are computed.

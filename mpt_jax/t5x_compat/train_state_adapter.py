@@ -41,7 +41,7 @@ NONE_IS_LEAF: dict[str, Any] = {"is_leaf": lambda x: x is None}
 
 
 class Host:
-    """Constants that all states of a run share; each state has them as a static field.
+    """Constants that all states of a job share; each state has them as a static field.
 
     Args:
         model: the model that T5X trains.
@@ -109,7 +109,7 @@ class HostState(flax.struct.PyTreeNode):
         step: number of steps taken.
         params: all parameters, trainable and frozen.
         param_states: the optimizer's state for trainable parameters; None without an optimizer.
-        host: the constants that all states of the run share.
+        host: the constants that all states of the job share.
         whole: whether `state_dict()` and `restore_state()` include frozen parameters. T5X's
             partitioner uses these two methods to map axes, and needs the axes of all parameters.
     """
@@ -218,6 +218,9 @@ class TrainStateInitializer:
         partitioner: T5X's partitioner.
         input_types: ignored, since parameters do not depend on the batch.
         origins: origins of the initial parameters.
+
+    Raises:
+        ValueError: MPT_JAX_TRAINER requests this library's trainer.
     """
 
     def __init__(
@@ -286,7 +289,7 @@ def _match(expected: Any, saved: Mapping[str, Any], what: str) -> None:
 
 # --- Prompt artifacts ----------------------------------------------------------------------------
 
-# The host of the run in this process. T5X's initializer and its save hooks do not share objects.
+# The `Host` of the job in this process. T5X's initializer and its save hooks do not share objects.
 _HOSTS: list[Host] = []
 
 

@@ -161,7 +161,8 @@ def test_doctor_t5x_missing_scripts_are_reported(capsys, machine, monkeypatch):
     folder = write_t5x(machine / "a")
     (folder / "t5x" / "infer.py").unlink()
     monkeypatch.syspath_prepend(str(folder))
-    assert only_wrong(capsys, "--suite=toy")["problem"] == "This T5X has no infer.py."
+    problem = only_wrong(capsys, "--suite=toy")["problem"]
+    assert problem == f"The T5X in {folder / 't5x'} has no infer.py."
 
 
 def test_doctor_two_t5x_are_reported(capsys, machine, monkeypatch):
@@ -200,7 +201,8 @@ def test_doctor_unreadable_folders_count_as_absent(machine, monkeypatch):
 def test_check_folder_full_disk_is_reported(machine, monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE", 2**80)
     finding = doctor.check_folder("MPT_JAX_ROOT", str(machine), "mend")
-    assert (finding.problem, finding.mend) == ("Less than 1 GiB is free.", "mend")
+    problem = f"Less than 1 GiB is free in {machine}."
+    assert (finding.problem, finding.mend) == (problem, "mend")
 
 
 @pytest.mark.parametrize("credentials", [True, False])
@@ -211,14 +213,14 @@ def test_doctor_unwritable_bucket_is_reported(credentials, capsys, machine, monk
         (folder := machine / "home" / ".config" / "gcloud").mkdir(parents=True)
         (folder / "application_default_credentials.json").write_text("{}")
     wrong = only_wrong(capsys, "--suite=toy")
-    assert wrong["problem"] == "Cannot write to this bucket: no such bucket: gs://bucket/runs"
+    assert wrong["problem"] == "Cannot write to gs://bucket/runs: no such bucket: gs://bucket/runs"
     assert ("gcloud auth application-default login" in wrong["mend"]) != credentials
 
 
 def test_check_root_silent_bucket_times_out(monkeypatch):
     monkeypatch.setattr(doctor, "_WRITE", "import time; time.sleep(600)")
     _, finding = doctor.check_root("gs://b/x", doctor.Probe(doctor._WRITE), seconds=0.5)
-    assert finding.problem == "Cannot write to this bucket: no answer within 0.5 s."
+    assert finding.problem == "Cannot write to gs://b/x: no answer within 0.5 s."
 
 
 def test_check_root_bucket_probe_leaves_no_file(machine):
@@ -241,7 +243,7 @@ def test_doctor_absent_data_and_backbone_give_commands(capsys, machine):
     backbone = f"{machine}/root/backbones/t5-base"
     assert wrong["backbone"]["mend"].endswith(f"google-t5/t5-base --local-dir {backbone}")
     assert wrong["backbone"]["problem"] == (
-        "Missing from this folder: config.json, spiece.model, model.safetensors."
+        f"Missing from {backbone}: config.json, spiece.model, model.safetensors."
     )
     assert doctor.main([f"--tfds_data_dir={machine}", "--timeout=60"]) == 1
     assert "7 problems found. Stages of gin/tiny.gin need no data" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_total_steps_task_steps_end_runs_early():
     assert fleet.total_steps(several, 50, {"rte": 20}) == [20, 20, 50, 50]
     with pytest.raises(
         ValueError,
-        match="80 steps for 'rte', .* 1 and TRAIN_STEPS = 50. Change it, or set TRAIN_STEPS",
+        match=r"TASK_STEPS\['rte'\] = 80 is not between 1 and TRAIN_STEPS = 50. .* set TRAIN_STEPS",
     ):
         fleet.total_steps(several, 50, {"rte": 80})
     with pytest.raises(

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import seqio
 from absl import logging
@@ -40,7 +41,8 @@ PLAN = "stages.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Plans the stages, runs them or prints their commands, and prints the table."""
+    """Runs the unfinished stages of a table, and prints the table. With --print, prints the
+    stages' commands instead; with --collect, runs no stages."""
     args = _parser().parse_args(argv)
     try:
         suite = suites.SUITES[args.suite]
@@ -139,13 +141,26 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
         settings = [list(stage.files), list(stage.bindings), stage.steps]
         if (root / stage.name).exists() and known.get(stage.name, settings) != settings:
             raise ValueError(
-                f"{root / stage.name} was made with other settings: {known[stage.name]}, but this "
-                f"command needs {settings}. Choose another --root, or rename the folder to run "
-                "the stage again."
+                f"{root / stage.name} was made with other settings: "
+                f"{_differences(known[stage.name], settings)}. Choose another --root, or rename "
+                "the folder to run the stage again."
             )
         known[stage.name] = settings
     root.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(known, indent=1) + "\n")
+
+
+def _differences(before: Sequence[Any], now: Sequence[Any]) -> str:
+    """Returns the gin files, bindings and steps that differ between two plans of a stage, without
+    the files and bindings that both have."""
+    parts = []
+    for name, old, new in zip(("gin files", "bindings", "steps"), before, now, strict=False):
+        if old == new:
+            continue
+        if isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
+            old, new = [x for x in old if x not in new], [x for x in new if x not in old]
+        parts.append(f"{name} {old} instead of {new}")
+    return "; ".join(parts)
 
 
 def run(root: Path, cells: Sequence[Cell]) -> None:

@@ -60,7 +60,8 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
 def score_rows(
     table: Table, suite: Suite, found: Found, shots: int | None, shares: Mapping[str, float]
 ) -> Rows:
-    """Returns the rows of our variants, followed on the paper's suite by the published rows."""
+    """Returns a header and one row per variant. On the paper's suite, each variant is followed by
+    its published rows, and published rows without a counterpart come first."""
     heads = ["", *table.columns, *table.averages, "95% interval", "n"]
     rows = [heads]
     published_rows = [] if suite.name == suites.TOY.name else published.rows(table.name)
@@ -124,7 +125,8 @@ def reference(table: Table) -> str:
 
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
-    """Returns rows of the reference minus each other variant, and the signs of the paper."""
+    """Returns rows of the reference minus each other variant, with the sign in the paper and
+    whether ours agrees."""
     rows = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
     for shots in table.shots:
         ours = found.get((reference(table), shots))
@@ -147,7 +149,8 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
 
 
 def _verdict(difference: results.Estimate, paper_difference: float | None) -> list[str]:
-    """Returns the sign of the paper's difference, and whether our difference has the same sign."""
+    """Returns the sign of the paper's difference, and whether our difference has the same sign:
+    'undecided' if our interval contains 0 or is unknown. Both are '' if the paper has none."""
     if paper_difference is None:
         return ["", ""]
     sign = "+" if paper_difference > 0 else "-" if paper_difference < 0 else "0"
@@ -163,7 +166,8 @@ def _published_difference(
     """Returns the difference in the paper between the reference and a variant.
 
     It is the difference of the means over the tasks of the group. If figures of some tasks are not
-    published, the published average of the group or the only published figure is used.
+    published, the published average of the group or the only published figure is used. Returns
+    None if neither is published.
     """
     by_variant = {row.of: row.values for row in published.rows(table.name) if row.of}
     values = []

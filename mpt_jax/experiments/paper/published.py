@@ -49,7 +49,7 @@ def rows(table: str) -> list[Row]:
 
 
 def majority() -> Mapping[str, float]:
-    """Returns task -> majority-class share of the paper's test split in percent, where known."""
+    """Returns task -> majority-class share of the paper's test split in percent, if known."""
     return _read()["majority"]
 
 

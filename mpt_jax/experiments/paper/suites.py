@@ -38,7 +38,7 @@ class Length(NamedTuple):
     inputs: int | None = None
 
     def bindings(self) -> list[str]:
-        """Returns the bindings of a training stage, except number of steps and batch size."""
+        """Returns the bindings of a training stage, except its number of steps and batch size."""
         period = [] if self.period is None else [f"EVAL_PERIOD = {self.period}"]
         return [*period, *self.reading()]
 
@@ -70,8 +70,9 @@ class Suite:
             several (ATTEMPT: target prompt, attention; CrossPT: private prompts, source prompts,
             router). {} keeps the learning rates of the gin files.
         suffix: The suffix of the suite's versions of tasks; `''` if labels are words.
-        tested_apart: Whether a separate stage evaluates the best step, selected on the validation
-            split, on the test split. Otherwise, the training stage evaluates its last step.
+        tested_apart: Whether the best step is selected on the validation split, and a separate
+            stage evaluates it on the test split. Otherwise, the training stage evaluates its last
+            step.
     """
 
     name: str
@@ -132,7 +133,8 @@ def _warmup(steps: int) -> list[str]:
 
 
 def _annealing(steps: int) -> list[str]:
-    """Anneals the router over half of the steps, after which draws are almost deterministic."""
+    """Returns the binding that anneals the router over half of the steps. Later draws are almost
+    deterministic."""
     return [f"ANNEALING_STEPS = {steps // 2}"]
 
 

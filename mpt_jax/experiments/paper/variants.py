@@ -125,7 +125,7 @@ def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Varia
 
 
 def _of_length(length: int) -> tuple[Variant, Variant]:
-    """Returns PT and MPT with prompts of another length, which their teachers use as well."""
+    """Returns PT and MPT with prompts of another length, which MPT's teachers have as well."""
     bindings = (f"PROMPT_LENGTH = {length}",)
     teachers = Source(f"teachers_p{length}", TEACHERS.files, bindings)
     source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bindings, teachers)

@@ -45,7 +45,7 @@ def by_label(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
     length and model size if the method was run with several.
 
     Raises:
-        ValueError: two results cannot be distinguished.
+        ValueError: two results have the same label and number of examples.
     """
     labeled: dict[str, dict[int | None, Result]] = {}
     for result in results:
@@ -72,7 +72,7 @@ def examples(shots: int | None) -> str:
 
 
 def shots_of(results: Iterable[Result]) -> list[int | None]:
-    """Returns the numbers of examples in ascending order; None (all examples) is last."""
+    """Returns the different numbers of examples in ascending order; None (all examples) is last."""
     return sorted({result.shots for result in results}, key=lambda k: math.inf if k is None else k)
 
 
@@ -92,15 +92,20 @@ def common_tasks(results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def gains(new: Result, old: Result) -> dict[str, Estimate]:
-    """Returns the estimate of new minus old for each common task, over the common seeds."""
+    """Returns the estimate of new minus old for each common task, over the common seeds.
+
+    Raises:
+        ValueError: the results have no seed in common.
+    """
     tasks = [task for task in new.scores if task in old.scores]
     single_task = {t: dataclasses.replace(new, scores={t: new.scores[t]}) for t in tasks}
     return {task: estimate(paired(single_task[task], old)) for task in tasks}
 
 
 def from_nothing(results: Sequence[Result], like: Result) -> Result | None:
-    """Returns the baseline of a result: PT without a source prompt, with the same backbone and the
-    same number of examples, preferably with the same prompt length. None if it was not run."""
+    """Returns the baseline of a result: PT without a source prompt, on a backbone of the same size,
+    with the same number of examples and preferably the same prompt length. None if it was not
+    run."""
     baselines = [
         result
         for result in results
@@ -171,8 +176,8 @@ def varying(
     value: Callable[[Result], float],
     fixed: Callable[[Result], Hashable],
 ) -> dict[Hashable, list[Result]]:
-    """Groups results by `fixed` and sorts each group by `value`. Groups with fewer than two values
-    are omitted."""
+    """Groups results by `fixed` and sorts each group by `value`. Groups in which all values are
+    equal are omitted."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[fixed(result)].append(result)
@@ -208,8 +213,8 @@ def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
 def cosines_by_task(
     prompts: Float[np.ndarray, "K P H"], tasks: Sequence[str]
 ) -> tuple[list[str], Float[np.ndarray, "T T"]]:
-    """Returns the tasks, and the mean cosine similarity between the runs of each two tasks. The
-    diagonal compares different runs of one task; it is 1 for a task with a single run.
+    """Returns the tasks, and the mean cosine similarity between the runs of every pair of tasks.
+    The diagonal compares different runs of one task; it is 1 for a task with a single run.
 
     Args:
         prompts: The prompt of each run.

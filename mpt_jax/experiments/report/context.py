@@ -64,7 +64,7 @@ class Content:
         return estimate(result.means(self.tasks))
 
     def folders(self, result: Result) -> list[Path]:
-        """Returns the run folders of a result that exist."""
+        """Returns the existing run folders of a result (`run_reader.own`)."""
         return run_reader.own(self.root, result)
 
     def say_absent(self, what: str, found: Mapping[str, Sequence], why: str) -> None:
@@ -87,7 +87,8 @@ def content(
     """Returns the results with labels and styles.
 
     Raises:
-        ValueError: there are no results, they have no task in common, or the reference is unknown.
+        ValueError: there are no results, they have no task in common, two of them have the
+            same label and number of examples, or the reference is unknown.
     """
     if not results:
         raise ValueError(

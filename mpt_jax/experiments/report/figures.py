@@ -55,7 +55,8 @@ class Style(NamedTuple):
 
 
 def styles(results: analysis.ByLabel) -> dict[str, Style]:
-    """Returns label -> style: one color per method, with other markers and dashes per variant."""
+    """Returns label -> style: one color per base method (`analysis.family`), and different markers
+    and dashes for its labels."""
     families: dict[str, list[str]] = {}
     for label, cells in results.items():
         families.setdefault(analysis.family(next(iter(cells.values())).method), []).append(label)

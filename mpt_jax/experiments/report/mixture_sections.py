@@ -62,7 +62,8 @@ class Map(NamedTuple):
 
 
 def weights(content: Content) -> list[str]:
-    """Returns heat maps of tasks by candidates, with fixed and text-dependent weights separate."""
+    """Returns heat maps of the weights, tasks by candidates, and tables of their spread over runs.
+    Fixed weights and weights that depend on the text are in separate figures."""
     maps = [
         mixture
         for shots, results in content.by_shots()
@@ -144,7 +145,8 @@ def _served(artifact: Artifact) -> list[Mixture]:
 
 
 def _seen(path: Path, artifact: Artifact) -> list[Mixture]:
-    """Returns the mixtures that a folder's metrics.jsonl has of the artifact's runs."""
+    """Returns the mixtures of the artifact's runs whose weights are in the folder's
+    metrics.jsonl."""
     logged, mixtures = run_reader.last(path), []
     for task, run in zip(artifact.runs.task_names, artifact.runs.run_names, strict=True):
         keys = {name: f"{MIXTURE}/{name}/{run}" for name in artifact.method.candidates}

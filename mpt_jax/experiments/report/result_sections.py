@@ -17,7 +17,7 @@ MOST_IN_A_PANEL = 5
 
 
 def scores(content: Content) -> list[str]:
-    """Returns tables of scores and differences from the reference, and scores on source tasks."""
+    """Returns tables of scores, of the reference minus each method, and of source-task scores."""
     blocks = [
         page.paragraph(
             "Mean ± standard deviation over n seeds of each task's main metric. The interval is "
@@ -122,7 +122,8 @@ def _gain_panel(
 
 
 def examples_needed(content: Content) -> list[str]:
-    """Returns mean scores by number of examples, and the examples needed to match other methods."""
+    """Returns a figure of mean scores by number of examples, and a table of the examples that each
+    method needs to match the others."""
     curves = {
         label: [(k, content.mean(result)) for k, result in sorted(few.items())]
         for label, cells in content.by_label.items()
@@ -190,14 +191,14 @@ def affinity(content: Content) -> list[str]:
 
 
 def lengths(content: Content) -> list[str]:
-    """Returns mean scores by prompt length, for methods that were run with several lengths."""
+    """Returns a figure of mean scores by prompt length, for methods run with several lengths."""
     fixed = lambda r: (analysis.family(r.method), r.start, analysis.model_size(r))  # noqa: E731
     prompted = [result for result in content.results if result.prompt_length]
     return _over(content, prompted, "prompt length", lambda r: r.prompt_length, fixed)
 
 
 def sizes(content: Content) -> list[str]:
-    """Returns mean scores by model size, for methods that were run on several backbones."""
+    """Returns a figure of mean scores by model size, for methods run on several sizes of T5."""
     fixed = lambda r: (analysis.family(r.method), r.start, r.prompt_length)  # noqa: E731
     return _over(content, content.results, "model parameters", analysis.model_size, fixed)
 

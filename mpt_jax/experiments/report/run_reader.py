@@ -48,7 +48,8 @@ def sources(root: Path) -> dict[str, Path]:
 
 
 def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
-    """Returns one curve of a training metric for each run."""
+    """Returns one curve of a training metric for each run, or a single curve if the metric is not
+    logged by run."""
     curves: dict[str, dict[int, float]] = {}
     for line in _lines(model_dir / METRICS):
         if line["folder"] != "train":

@@ -183,7 +183,7 @@ def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:
 
 
 def provenance(content: Content) -> list[str]:
-    """Returns the versions, devices, git revisions and seeds of the runs."""
+    """Returns the seeds and start times of the runs, and the `FACTS` that they recorded."""
     paths = [*run_reader.sources(content.root).values()]
     for result in content.results:
         here = content.folders(result)
@@ -192,7 +192,7 @@ def provenance(content: Content) -> list[str]:
             content.absent.append(
                 f"{content.label(result)}, {examples(result.shots)}: "
                 f"{len(result.model_dirs) - len(here)} of its {len(result.model_dirs)} run folders "
-                f"are not below {content.root}."
+                f"are not below {content.root.resolve().parent}."
             )
     records = [record for path in paths for record in run_reader.records(path)]
     seeds = sorted({seed for result in content.results for seed in result.seeds})

@@ -59,8 +59,10 @@ def source_rows(sources: Mapping[str, Artifact]) -> Rows:
 def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: bool = True) -> Rows:
     """Returns a table of scores, with one row for each method.
 
-    The columns are the mean and standard deviation over seeds of each task's main metric, its mean
-    over the common tasks, and the same mean when labels are ranked by likelihood.
+    The columns are each task's main metric (mean and standard deviation over seeds), the mean over
+    the common tasks, the same mean with labels ranked by likelihood, the trainable parameters per
+    task, and the training time in seconds. If majority-class shares are known, the first row shows
+    them.
 
     Args:
         results: The results at one number of examples.
@@ -126,7 +128,8 @@ def gain_rows(gains: Mapping[str, Mapping[str, Estimate]]) -> Rows:
 
 
 def matching_rows(by_label: ByLabel, tasks: Sequence[str]) -> Rows:
-    """Returns a table of the examples that a method needs to match another method at each k."""
+    """Returns a table of the number of examples that each method needs to match each other method
+    at k examples."""
     curves = {label: analysis.by_shots(cells, tasks) for label, cells in by_label.items()}
     curves = {label: curve for label, curve in curves.items() if len(curve) > 1}
     numbers = sorted({k for curve in curves.values() for k in curve})
