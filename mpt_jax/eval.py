@@ -63,9 +63,9 @@ def evaluate(
         The scores: step -> task -> metric -> value.
 
     Raises:
-        ValueError: a setting, task or split is invalid, or a checkpoint was trained with another
-            configuration.
-        OSError: a checkpoint does not exist or cannot be read.
+        ValueError: a setting, task or split is invalid; neither a checkpoint nor an artifact is
+            named; or a checkpoint was trained with another configuration.
+        OSError: a checkpoint or artifact does not exist or cannot be read.
     """
     refuse_ineffective(
         "evaluate",

@@ -3,7 +3,7 @@
 `infer` takes T5X's arguments and writes T5X's files, one line of JSON for each example:
 
     <output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>    {"inputs": {...}, "prediction": ...}
-    the same with .partial                                   the lines of a run that was stopped
+    the same with .partial                                   the lines of an unfinished file
     the same with .partial_of, or .COMPLETED                 the inputs that lines were made from
 
 The same command resumes a partial file and keeps a complete one. A file that was made from other
@@ -83,9 +83,9 @@ def infer(
         mode: `'predict'` decodes, `'score'` computes the log-probability of the targets in nats,
             `'predict_with_aux'` decodes and adds the score of the decoded text.
         checkpoint_period: the maximum number of batches that a stopped run has to repeat.
-        shard_id: the number of the part of every task that this run processes, from 0.
-        num_shards: the number of parts that every task is divided into; each part needs its own
-            run.
+        shard_id: which part of every task to process, 0 .. num_shards - 1.
+        num_shards: the number of parts that every task is divided into; each part needs a separate
+            command.
         output_vocab_feature_name: the name of the feature whose vocabulary decodes predictions.
         file_extension: the extension of the files.
         summarize_config_fn: called as `(model_dir, writer, step)` for shard 0; writes config.gin.
@@ -97,10 +97,12 @@ def infer(
         The paths of the files.
 
     Raises:
-        ValueError: a setting, task, split or length is invalid; a split is empty; the checkpoint
-            was trained with another configuration; or an existing file was made from other inputs,
-            or another run is writing it.
-        OSError: the checkpoint cannot be read, or a file cannot be written.
+        ValueError: a setting, task, split or length is invalid; a split is empty; no checkpoint or
+            artifact is named, or several checkpoints; the checkpoint was trained with another
+            configuration; or an existing file was made from other inputs, or another command is
+            writing it.
+        OSError: the checkpoint or artifact cannot be read, or a file cannot be written.
+        RuntimeError: process 0 could not read or write its output (in the other processes).
     """
     refuse_ineffective(
         "infer",
@@ -147,7 +149,7 @@ def infer(
     for task, output in zip(tasks, outputs, strict=True):
         done = _from_process_0(output.begin) if task in to_do else None
         if done is None:
-            logging.info("%s is complete already.", output.path)
+            logging.info("%s is already complete.", output.path)
             continue
         if done:
             logging.info("%s: resuming after %d examples.", output.path, done)
@@ -164,10 +166,12 @@ def _check_settings(mode: str, checkpoint_period: int, shard_id: int, num_shards
         raise ValueError(f"infer.mode must be one of {', '.join(MODES)}, got {mode!r}.")
     if checkpoint_period < 1:
         raise ValueError(f"infer.checkpoint_period must be 1 or more, got {checkpoint_period}.")
+    if num_shards < 1:
+        raise ValueError(f"infer.num_shards must be 1 or more, got {num_shards}.")
     if not 0 <= shard_id < num_shards:
         raise ValueError(
-            f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}. Lower it, or raise "
-            f"infer.num_shards, which is {num_shards}."
+            f"infer.shard_id must be in 0 .. {num_shards - 1}, got {shard_id}. Correct --shard_id "
+            f"(infer.shard_id), or infer.num_shards, which is {num_shards}."
         )
 
 
@@ -177,7 +181,7 @@ def _tasks(
     """Returns the tasks to read and their feature converter.
 
     Raises:
-        ValueError: the model has no prompt for a task, or a task has no such split.
+        ValueError: the model has no run with the name of a task, or a task lacks the split.
     """
     tasks = list(seqio.get_subtasks(cfg.provider()))
     converter = cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
@@ -196,15 +200,15 @@ def _one_state(
     states = list(restore_states.states(model, origins, partitioner, cfg))
     if len(states) != 1:
         raise ValueError(
-            f"infer needs one checkpoint, but {cfg.path} with mode {cfg.mode!r} names "
-            f"{len(states)}. Set CHECKPOINT_PATH to one of them, and RestoreCheckpointConfig.mode "
-            "to 'specific'."
+            f"infer reads one checkpoint, but CHECKPOINT_PATH = {cfg.path!r} with mode "
+            f"{cfg.mode!r} names {len(states)}. Set CHECKPOINT_PATH to a single checkpoint folder, "
+            "and utils.RestoreCheckpointConfig.mode to 'specific'."
         )
     return states[0]
 
 
 def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> dict[str, Any]:
-    """Returns, as JSON values, the parameters and decoding function that lines depend on."""
+    """Returns what identifies the parameters and the decoding function, as JSON values."""
     paths = [read] if isinstance(read, str) else read
     decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
     return {
@@ -216,7 +220,11 @@ def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> d
 
 
 def _asked(cfg: datasets.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
-    """Returns, as JSON values, the settings of data and outputs that lines depend on."""
+    """Returns the settings of data and outputs that lines depend on, as JSON values.
+
+    Raises:
+        ValueError: `task_feature_lengths` is not set.
+    """
     if cfg.task_feature_lengths is None:
         raise ValueError(
             "DatasetConfig.task_feature_lengths is None, but infer needs a limit for each feature. "
@@ -295,7 +303,7 @@ def _from_process_0(read: Callable[[], int | None]) -> int | None:
 
 
 def _write(output: ResumableFile, windows: Iterable[list[str]], period: int) -> None:
-    """Appends lines to a file, `period` windows at a time, then completes it."""
+    """Appends the lines of `period` windows at a time to a file, then completes the file."""
     writes = jax.process_index() == 0
     waiting: list[str] = []
     try:
@@ -353,5 +361,6 @@ def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("shard_id", None, "The part of this run; overrides infer.shard_id.")
+    help_text = "The part of every task to process, from 0; overrides infer.shard_id."
+    flags.DEFINE_integer("shard_id", None, help_text)
     gin_utils.run_main(infer, overriding=("shard_id",))

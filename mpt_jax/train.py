@@ -62,15 +62,14 @@ def train(
     get_dataset_fn: Callable[..., Any] | None = None,
     train_eval_get_dataset_fn: Callable[..., Any] | None = None,
 ) -> selection.Scores:
-    """Trains a model; resumes if MODEL_DIR holds a checkpoint of this run.
+    """Trains a model; resumes if MODEL_DIR holds a checkpoint of this job.
 
     Args:
         model: the model to train.
         train_dataset_cfg: the training data; its `batch_size` is the global batch size.
-        model_dir: MODEL_DIR, the folder that the run writes all its files to.
+        model_dir: MODEL_DIR, the folder that the job writes all its files to.
         total_steps: the step to train to.
-        train_state_initializer_cls: called without arguments; its `origins` define where initial
-            values come from.
+        train_state_initializer_cls: called without arguments; its `origins` define initial values.
         checkpoint_cfg: when to save.
         partitioner: the partitioner, which places arrays on the mesh.
         trainer_cls: `Trainer`, with its gin fields bound.
@@ -78,29 +77,30 @@ def train(
         infer_eval_dataset_cfg: the data that is decoded and scored, separately for each run.
         eval_steps: the number of batches of a loss evaluation; 0 uses all batches.
         eval_period: the number of steps between evaluations.
-        stats_period: the number of steps between metrics; defaults to `eval_period`.
+        stats_period: the number of steps between reports of metrics; defaults to `eval_period`.
         random_seed: the seed of initial values and dropout; None means 0.
         summarize_config_fn: called as `(model_dir, writer, step)`; writes config.gin.
         inference_evaluator_cls: SeqIO's Evaluator, with its gin fields bound.
-        actions: the actions after an evaluation; keys: `'TRAIN_EVAL'`, `'INFER_EVAL'`, `'TRAIN'`.
+        actions: the actions after an evaluation; keys: `'TRAIN_EVAL'` and `'INFER_EVAL'`.
         run_eval_before_training: whether to evaluate step 0 as well.
-        relative_steps: T5X's; not supported.
-        use_hardware_rng: T5X's; not supported.
+        relative_steps, use_hardware_rng: T5X's; not supported.
         use_orbax: T5X's; must be True.
         concurrent_metrics: T5X's; no effect, since metrics are always written concurrently.
         gc_period: T5X's; not supported.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
-        get_dataset_fn: T5X's; not supported.
-        train_eval_get_dataset_fn: T5X's; not supported.
+        get_dataset_fn, train_eval_get_dataset_fn: T5X's; not supported.
 
     Returns:
-        The last scores of each run.
+        The metrics of each run at the last evaluation.
 
     Raises:
-        NonFiniteLoss: the losses of all runs were not finite; the last good state is saved.
+        ValueError: a setting is invalid, or MODEL_DIR was saved with another configuration.
+        OSError: a checkpoint, an artifact or data cannot be read, or MODEL_DIR cannot be written.
+        NonFiniteLoss: every run failed with a value that is not finite; the last good state is
+            saved.
         OutOfMemory: a training step does not fit in device memory.
-        SystemExit: SIGTERM or Ctrl-C stopped the run; the state is saved.
-        ModelDirInUse: another run is writing to MODEL_DIR.
+        SystemExit: SIGTERM or Ctrl-C stopped the job; the state is saved.
+        ModelDirInUse: another job is writing to MODEL_DIR.
     """
     refuse_ineffective(
         "train",
@@ -191,8 +191,9 @@ def _check_settings(
 ) -> None:
     if cfg.restore is not None:
         raise ValueError(
-            "CheckpointConfig.restore would have no effect: a run resumes from its own MODEL_DIR, "
-            "and initial values come from train_state.Origins. Set it to None."
+            "CheckpointConfig.restore would have no effect: a job resumes from its MODEL_DIR, and "
+            "initial values come from train_state.Origins. Set utils.CheckpointConfig.restore to "
+            "None."
         )
     if total_steps:  # a stage without steps only writes its initial values
         optimizers.check_annealing(model.prompt.schedule_steps, total_steps)

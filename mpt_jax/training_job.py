@@ -42,8 +42,8 @@ class Start:
         seed: the seed of initial values and dropout.
         batches: the iterator over the training data.
         trainer: the trainer, which holds the state.
-        initial: the digests and origins of the initial values; its `params` are empty, since the
-            trainer holds them.
+        initial: the digests of the initial values, and the rows that prompts started from; its
+            `params` are empty, since the trainer holds them.
         backbone: the name of the backbone.
         fingerprint: the fingerprint of the job, saved with every checkpoint.
         saved: the checkpoints of the job.
@@ -76,8 +76,8 @@ def restore_or_initialize(
 ) -> Start:
     """Builds the data iterator, the state and the trainer.
 
-    The state is restored from the job's last checkpoint. If there is none, it comes from the
-    initial artifact, or from the initializers if no artifact is named.
+    The state is restored from the job's last checkpoint. If there is none, prompts start from the
+    initial artifact, or from the method's initial values if no artifact is named.
     """
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
@@ -262,7 +262,7 @@ class Job:
         self.start.saved.save(trainer.state, meta)
 
     def evaluate(self) -> bool:
-        """Evaluates, and drops finished runs from batches; returns whether to stop training."""
+        """Evaluates, and drops the rows of ended runs from batches. Returns whether to stop."""
         stop = self.evaluator.run()
         self.trainer.compact_batches()
         self.progress.restart_clock(self.trainer.step)
@@ -290,10 +290,10 @@ class Job:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Closes writers and checkpoints at the end of the block.
+        """Closes the progress line, the writers and the checkpoints at the end of the block.
 
-        If all runs have failed, first saves the last good state. If another process of the job
-        was lost, exits.
+        If all runs have failed, first saves the last good state and, in a job of several groups,
+        writes the final artifacts. If another process of the job was lost, ends this process.
         """
         try:
             yield

@@ -167,7 +167,7 @@ def test_train_missing_inputs_error_names_command(backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="No backbone at .*absent.*make it so"):
         run(str(tmp_path / "absent"), tmp_path / "a", origins={"backbone_command": "make it so"})
     distilled = build(objective=losses.Objective(distillation=losses.Distillation()))
-    with pytest.raises(FileNotFoundError, match="teachers. To make them, run: .*pt_source"):
+    with pytest.raises(FileNotFoundError, match="To train the teachers, run: .*pt_source"):
         run(backbone, tmp_path / "b", distilled, origins={"teachers": str(tmp_path / "absent")})
     with pytest.raises(ValueError, match="no pretrained backbone"):
         run(None, tmp_path / "c")

@@ -1,1 +1,1 @@
-"""Train state, optimizer, steps, trainer, mesh and teacher cache."""
+"""Initial parameters, train state, optimizer, mesh, trainer, teacher cache and best steps."""

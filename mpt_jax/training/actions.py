@@ -26,12 +26,15 @@ class EarlyStoppingAction:
     """Stops training when a task's metric has stopped improving. The fields are those of T5X.
 
     Attributes:
-        metric: the metric to watch, as (task name, metric name).
+        metric: the metric to watch, as (name of a task or run, name of a metric).
         mode: `'max'` if higher values are better, `'min'` if lower values are.
-        patience: number of consecutive evaluations without improvement before training stops.
+        patience: the number of consecutive evaluations without improvement before training stops.
         atol: the absolute gain that an improvement must exceed.
         rtol: the gain that an improvement must exceed, as a fraction of the best value; added to
             `atol`.
+
+    Raises:
+        ValueError: the mode is unknown.
     """
 
     metric: tuple[str, str]
@@ -47,10 +50,13 @@ class EarlyStoppingAction:
         self._waited = 0
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Returns True once patience has run out."""
+        """Returns True once patience has run out.
+
+        Raises:
+            ValueError: the task was not evaluated, or does not have the metric.
+        """
         task, metric = self.metric
-        metrics = look_up("evaluated task", task, metrics_by_task)
-        value = float(look_up(f"metric of {task}", metric, metrics))
+        value = float(_watched(metrics_by_task, task, metric, "EarlyStoppingAction.metric"))
         if math.isnan(value):  # never an improvement, never the best
             self._waited += 1
             return self._waited >= self.patience
@@ -68,12 +74,26 @@ class TerminateOnNanAction:
     """Stops training when a task's metric is not finite. The fields are those of T5X.
 
     Independently of this action, `Trainer` checks that the values of every step are finite.
+
+    Attributes:
+        task: the name of the task or run to watch.
+        metric: the name of its metric.
     """
 
     task: str
     metric: str = "loss"
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Returns True if the metric is NaN or infinite."""
-        metrics = look_up("evaluated task", self.task, metrics_by_task)
-        return not math.isfinite(look_up(f"metric of {self.task}", self.metric, metrics))
+        """Returns True if the metric is NaN or infinite.
+
+        Raises:
+            ValueError: the task was not evaluated, or does not have the metric.
+        """
+        setting = "TerminateOnNanAction.metric"
+        return not math.isfinite(_watched(metrics_by_task, self.task, self.metric, setting))
+
+
+def _watched(metrics_by_task: Scores, task: str, metric: str, setting: str) -> float:
+    """Returns a metric of a task. `setting` is the setting that errors name."""
+    metrics = look_up(f"evaluated task ({setting})", task, metrics_by_task)
+    return look_up(f"metric of {task} ({setting})", metric, metrics)

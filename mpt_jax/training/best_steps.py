@@ -4,8 +4,8 @@
     best/trainable.safetensors    the trainable parameters, from each group's best step
 
 The two files change together. Before the parameters are replaced, the history stores the next
-record beside the current one. After a crash between the two writes, a reader or a resume therefore
-finds the record that matches the parameters.
+record beside the current one. Even after a crash between the two writes, a reader or a resumed job
+therefore finds the record that matches the parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BestSteps:
         return (self.folder / HISTORY).exists()
 
     def write(self, record: dict[str, Any], trainable: dict[str, Any] | None) -> None:
-        """Writes a record, and the parameters if they changed since the last one.
+        """Writes a record, and the parameters if they changed since the last record.
 
         Args:
             record: the new record, a dictionary of JSON values.
@@ -57,7 +57,7 @@ class BestSteps:
         _replace(history, json.dumps(self._written).encode())
 
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads the record and the parameters.
+        """Returns (the record, the parameters), read from the folder.
 
         Raises:
             ValueError: the files cannot be read, or the parameters do not match the record.
@@ -65,8 +65,8 @@ class BestSteps:
         path = self.folder / PARAMETERS
         advice = (
             f"restore the folder from an intact copy. If there is none, rename {self.folder} and "
-            "rerun the same command: the run then resumes from its checkpoint and selects its best "
-            "step from later evaluations only."
+            "rerun the same command: the job then resumes from its checkpoint and selects best "
+            "steps from later evaluations only."
         )
         try:
             record = json.loads((self.folder / HISTORY).read_text())
@@ -84,14 +84,14 @@ class BestSteps:
         elif digest != expected:
             raise ValueError(
                 f"{path} does not match its record: its sha256 is {digest}, but {HISTORY} has "
-                f"{expected}. To repair it, {advice}"
+                f"{expected}. To repair {self.folder}, {advice}"
             )
         self._written, self._digest = record, digest
         return record, unflatten(load(parameters))
 
 
 def _replace(path: epath.Path, content: bytes) -> None:
-    """Replaces a file atomically: a reader sees either the old content or the new one."""
+    """Replaces a file atomically: a reader sees either the old or the new content."""
     new = path.parent / f".{path.name}.{os.getpid()}.new"
     new.write_bytes(content)
     new.replace(path)

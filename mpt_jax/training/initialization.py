@@ -1,17 +1,17 @@
-"""Initial parameters of a run, each from its origin.
+"""Initial parameters of a job, each from its origin.
 
 Two independent tables describe a parameter. Its *label* says whether it is trainable (and so
 differentiated, optimized and saved). Its *origin* says where its initial value comes from:
 
-    origin      which parameters                     source
-    backbone    token_embedder, encoder, decoder     Origins.backbone, a checkpoint
-    teacher     teacher/table                        Origins.teachers, prompt artifacts
-    artifact    prompt/*, if Origins.artifact is set that artifact, transferred by the method
-    init        prompt/*, and biases T5 lacks        the method's or module's initial values
+    origin      which parameters                       source
+    backbone    token_embedder, encoder, decoder       Origins.backbone, a checkpoint
+    teacher     teacher/table                          Origins.teachers, prompt artifacts
+    artifact    prompt/*, if Origins.artifact is set   that artifact, transferred by the method
+    init        prompt/*, and biases T5 lacks          the method's or module's initial values
 
-A run takes trainable parameters from its last checkpoint if it has one, else from the initial
-artifact if one is set, else from the method's initial values. The backbone is initialized randomly
-only if `Origins.scratch = True`; a missing backbone is an error.
+A job takes trainable parameters from its last checkpoint if it has one, else from the origins in
+the table. The backbone is initialized randomly only if `Origins.scratch = True`; a missing backbone
+is an error.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Origins:
 
     Attributes:
         backbone: the path of a T5X checkpoint, an Orbax checkpoint, or a Hugging Face folder.
-        teachers: the artifact folder or folders that hold a teacher for every task of a distilled
-            run.
+        teachers: the artifact folder or folders that hold a teacher for every run of a job with
+            distillation.
         artifact: the artifact to initialize prompts from, or several artifacts, whose plain prompts
             [P, H] are merged; None uses the method's initial values.
         scratch: whether to initialize the backbone randomly (for pretraining); cannot be combined
@@ -62,6 +62,9 @@ class Origins:
             artifact is missing.
         artifact_command: the command that makes the initial artifact; shown in the error if the
             artifact is missing. Empty if no single command makes it.
+
+    Raises:
+        ValueError: both `backbone` and `scratch` are set, or neither.
     """
 
     backbone: str | None = None
@@ -78,13 +81,14 @@ class Origins:
         object.__setattr__(self, "teachers", teachers)
         if self.scratch and self.backbone:
             raise ValueError(
-                f"Origins.scratch = True starts from random weights, but Origins.backbone is "
-                f"{self.backbone!r}. Set only one of the two."
+                "Origins.scratch = True starts from random weights, but Origins.backbone "
+                f"(INITIAL_CHECKPOINT_PATH) is {self.backbone!r}. Set only one of the two."
             )
         if not self.scratch and not self.backbone:
             raise ValueError(
-                "Origins.backbone is not set, so there is no pretrained backbone to load. Set it, "
-                "or set Origins.scratch = True to train a backbone from random weights."
+                "Origins.backbone is not set, so there is no pretrained backbone to load. Set "
+                "INITIAL_CHECKPOINT_PATH, or set train_state.Origins.scratch = True to train a "
+                "backbone from random weights."
             )
 
     @property
@@ -104,8 +108,9 @@ class InitialParams:
         vocabulary_sha256: the digest of the input vocabulary, if it is known. Artifacts must match
             it.
         artifact_sha256: the digest of the parameters in the initial artifact, if there is one.
-        start_from: how prompts were initialized from the rows of the initial artifact. If sources
-            were chosen by similarity, it has the resulting weight of each source.
+        start_from: the setting that selects rows of the initial artifact (`prompts.warm_start`).
+            If sources were chosen by similarity, the resulting weight of each source. None if
+            there is no such artifact or the method has no such setting.
         teacher_sha256: the digest of the table of teachers [K, P, H], if there is one.
     """
 
@@ -118,7 +123,7 @@ class InitialParams:
 
     @property
     def started_from(self) -> dict[str, Any] | None:
-        """The record of the initial artifact in this run's artifacts, or None if there is none."""
+        """The record of the initial artifact in this job's artifacts; None if there is none."""
         if self.artifact_sha256 is None:
             return None
         return {"artifact_sha256": self.artifact_sha256, "start_from": self.start_from}
@@ -129,8 +134,10 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
 
     Raises:
         FileNotFoundError: a checkpoint or artifact is missing; the message says where it was
-            expected and how to make it.
-        ValueError: parameters are missing, extra or of another shape, or digests differ.
+            expected and, if known, how to make it.
+        ValueError: parameters are missing, extra or of another shape; the vocabulary does not fit
+            the backbone; an artifact has another backbone, vocabulary or prompt length; a run has
+            no teacher or several; or the method needs an initial artifact and none is set.
     """
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
     backbone_key, prompt_key = jax.random.split(key)
@@ -140,6 +147,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     digest = artifacts.embedding_digest(embedding)
     vocabulary = artifacts.vocabulary_digest(model.input_vocabulary)
     artifact_digest = start_from = teacher_digest = None
+    described = "The initialized parameter tree"
     check = lambda artifact: compatibility.check_compatible(  # noqa: E731
         artifact,
         digest,
@@ -150,6 +158,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     if origins.artifact:
         artifact = _initial_artifact(origins.artifact, origins.artifact_command)
         check(artifact)
+        described += f" (prompts from {artifact.path})"
         artifact_digest = artifacts.digest(flatten(artifact.params))
         method = _resolve_nearest_sources(model.prompt, artifact.runs, model.runs, check)
         start_from = getattr(method, "start_from", None)
@@ -166,7 +175,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     match_exactly(
         expected,
         {name: leaf.shape for name, leaf in flatten(params).items()},
-        "The initialized tree",
+        described,
     )
     cast = _cast(model, params)
     return InitialParams(cast, digest, vocabulary, artifact_digest, start_from, teacher_digest)
@@ -181,8 +190,9 @@ def _backbone(
     try:
         tree = convert.load_backbone(origins.backbone)
     except FileNotFoundError as error:
+        reason = str(error).rstrip(".")
         raise FileNotFoundError(
-            f"No backbone at {origins.backbone} ({error}). To get one: {origins.backbone_command}."
+            f"No backbone at {origins.backbone} ({reason}). To get one: {origins.backbone_command}."
         ) from error
     # Checkpoints are read with one subtree per layer, however they were written.
     leaves = flatten(stack_layers(tree) if model.module.config.scan_layers else tree)
@@ -201,7 +211,7 @@ def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> 
     """Returns the method's initial values.
 
     Frozen values are not saved in checkpoints. They are computed with a fixed key, so that a
-    resumed run or an evaluation gets the same values.
+    resumed job or an evaluation gets the same values.
     """
     params = model.init_prompt(key, embedding)
     labels = flatten(model.label_tree({"prompt": params}))
@@ -217,8 +227,10 @@ def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Art
     try:
         return compatibility.merge([artifacts.load_artifact(path) for path in paths])
     except FileNotFoundError as error:
-        advice = f" To make it, run: {command}." if command else ""
-        raise FileNotFoundError(f"{error} This run starts from that artifact.{advice}") from error
+        advice = f" To make the missing artifact, run: {command}." if command else ""
+        raise FileNotFoundError(
+            f"{error} Set INITIAL_ARTIFACT to an existing artifact.{advice}"
+        ) from error
 
 
 def _resolve_nearest_sources(
@@ -227,8 +239,20 @@ def _resolve_nearest_sources(
     runs: Runs,
     check: Callable[[artifacts.Artifact], None],
 ) -> PromptMethod:
-    """Returns the method with fixed source weights: if sources are chosen by similarity, the choice
-    is made here and replaced by its result."""
+    """Returns the method with `NearestSource` in `start_from` replaced with the weights it chooses.
+
+    A method with another `start_from`, or with none, is returned unchanged.
+
+    Args:
+        method: the prompt method.
+        source_runs: the runs of the initial artifact.
+        runs: the runs of the job.
+        check: raises ValueError if an artifact is not compatible with the model.
+
+    Raises:
+        FileNotFoundError: an artifact with task embeddings is missing.
+        ValueError: such an artifact is not compatible, or lacks an embedding.
+    """
     choice = getattr(method, "start_from", None)
     if not isinstance(choice, NearestSource):
         return method
@@ -241,8 +265,8 @@ def _resolve_nearest_sources(
             artifact = artifacts.load_artifact(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error} It should hold task embeddings. To make them, run: python -m t5x.train "
-                f"--gin_file={stage}."
+                f"{error} START_FROM (NearestSource) needs the task embeddings in {path}. To make "
+                f"them, run: python -m t5x.train --gin_file={stage}."
             ) from error
         check(artifact)
         embeddings.append(Embeddings(path, artifact.runs, artifact.folded()))
@@ -256,13 +280,14 @@ def _require_initial_artifact(method: PromptMethod) -> None:
             f"The method {method.name!r} mixes frozen source prompts, but INITIAL_ARTIFACT is not "
             "set, so no artifact provides them. Set INITIAL_ARTIFACT to the artifact that "
             "gin/pt_source.gin writes, or to any other artifact or list of artifacts. To evaluate "
-            "a checkpoint, set it to the artifact that its run wrote, or to the artifact that the "
-            "run started from, with the same START_FROM."
+            "a checkpoint, set INITIAL_ARTIFACT to the artifact that its job wrote, or to the "
+            "artifact that the job started from, with the same START_FROM."
         )
     if isinstance(getattr(method, "start_from", None), NearestSource):
         raise ValueError(
-            "START_FROM selects source prompts from an initial artifact, but INITIAL_ARTIFACT is "
-            "not set. Set it, or use gin/pt_target.gin to start without source prompts."
+            "START_FROM (NearestSource) selects source prompts from an initial artifact, but "
+            "INITIAL_ARTIFACT is not set. Set INITIAL_ARTIFACT (with gin/spot_target.gin: "
+            "SPOT_SOURCES), or use gin/pt_target.gin to start without source prompts."
         )
 
 
@@ -287,7 +312,13 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
 def _teachers(
     model: PromptedEncoderDecoder, origins: Origins, digest: str, vocabulary: str | None
 ) -> np.ndarray:
-    """Returns the teacher prompts of all bank rows, [K, P, H]."""
+    """Returns the teacher prompts of all bank rows, [K, P, H].
+
+    Raises:
+        FileNotFoundError: an artifact of teachers is missing.
+        ValueError: no artifact is named; an artifact has another backbone, vocabulary or prompt
+            length; or a run has no teacher or several.
+    """
     if not origins.teachers:
         raise ValueError(
             "The objective distills from teachers, but Origins.teachers names no artifact. Set "
@@ -300,7 +331,7 @@ def _teachers(
             artifact = artifacts.load_artifact(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{error} It should hold the teachers. To make them, run: "
+                f"{error} Set TEACHERS to existing artifacts. To train the teachers, run: "
                 f"{origins.teachers_command}."
             ) from error
         compatibility.check_compatible(artifact, digest, vocabulary, model.prompt.prompt_length)
@@ -319,7 +350,11 @@ class _Teacher(NamedTuple):
 
 def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
     """Returns a teacher for every bank row: the teacher with the same run name, or else the only
-    teacher of the run's task."""
+    teacher of the run's task.
+
+    Raises:
+        ValueError: a run has no such teacher, or several.
+    """
     candidates: dict[str, list[_Teacher]] = {}
     for run, task in zip(runs.run_names, runs.task_names, strict=True):
         namesakes = [teacher for teacher in known if teacher.run == run]
@@ -327,22 +362,25 @@ def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
     tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
     if missing := [tasks[run] for run, teachers in candidates.items() if not teachers]:
         raise ValueError(
-            f"No teacher for the tasks {missing}. The artifacts {sorted({t.path for t in known})} "
-            f"have teachers only for {sorted({t.task for t in known})}. Train the missing teachers "
-            "with gin/pt_source.gin and add their artifact to TEACHERS, or remove those tasks."
+            f"No teacher for the tasks {list(dict.fromkeys(missing))}. The artifacts "
+            f"{sorted({t.path for t in known})} have teachers only for "
+            f"{sorted({t.task for t in known})}. Train the missing teachers with gin/pt_source.gin "
+            "and add their artifact to TEACHERS, or remove the tasks without a teacher from "
+            "SOURCE_TASKS (in a target stage: TARGET_TASKS)."
         )
     several = {run: teachers for run, teachers in candidates.items() if len(teachers) > 1}
     if several:
         names = {run: [f"{t.run} in {t.path}" for t in several[run]] for run in several}
         raise ValueError(
             f"Several teachers match the same run: {names}. Set RUN_NAMES so that each run has the "
-            "name of its teacher, or set TEACHERS to artifacts with a single run per task."
+            "name of a single teacher, or set TEACHERS to artifacts that together hold one teacher "
+            "for each task."
         )
     return [teachers[0] for teachers in candidates.values()]
 
 
 def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, Any]:
-    """Casts trainable parameters and prompts to float32, and the rest to the compute dtype.
+    """Casts the frozen parameters of the backbone to the compute dtype, and all others to float32.
 
     Uses NumPy, leaf by leaf: JAX would put the whole model on the first device.
     """

@@ -14,8 +14,8 @@ _PLAN = "\nTo check a configuration in advance, run `mpt-jax plan`; it needs no 
 
 
 class OutOfMemory(RuntimeError):
-    """A step did not fit in device memory. The message lists what takes the memory, and settings
-    that reduce it."""
+    """A training step did not fit in device memory. The message lists what takes the memory, and
+    the settings that reduce it."""
 
 
 @contextlib.contextmanager
@@ -39,7 +39,8 @@ def explain_oom(trainer: Any, batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
-    """Lists what takes the memory of a device, and how each relevant setting would change it.
+    """Returns the message of OutOfMemory: what takes the memory of a device, and how each relevant
+    setting would change it.
 
     Args:
         trainer: the `Trainer` whose step did not fit.
@@ -78,9 +79,12 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
             "config.t5_config.remat = 'full' stores little more than the layer inputs, but needs "
             "about a third more compute."
         )
+    wider = f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis}"
+    if trainer.partitioner.ici_mesh_shape is not None:
+        wider = f"A last size of {2 * model_axis} in partitioning.PjitPartitioner.ici_mesh_shape"
     lines.append(
-        f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis} splits the backbone over "
-        f"twice as many devices ({_size(backbone / 2)} each), if that many are available."
+        f"{wider} splits the backbone over twice as many devices ({_size(backbone / 2)} each), if "
+        "each process has that many."
     )
     lines += _smaller_steps(rows, rows * shards, trainer.model.runs.num_groups)
     return "\n  * ".join(lines) + _PLAN
@@ -112,7 +116,7 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
 
 
 def larger_batch(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the batch with more positions. Their lengths differ if length buckets are used."""
+    """Returns the batch with more positions. Length buckets give batches different lengths."""
     return first if _positions(first) > _positions(second) else second
 
 

@@ -47,6 +47,10 @@ class PromptOptimizer:
         rule: a function that returns the optax transformation to use in place of Adam, such as
             `adafactor`. It is called without arguments. The transformation is applied to each row,
             before weight decay and learning rate. None uses Adam.
+
+    Raises:
+        ValueError: `absent_tasks` is unknown, or a hyperparameter of Adam is set together with
+            `rule`.
     """
 
     learning_rates: Mapping[str, Schedule]
@@ -72,9 +76,11 @@ class PromptOptimizer:
         changed = [f.name for f in dataclasses.fields(self) if f.name in ("b1", "b2", "eps")]
         changed = [name for name in changed if getattr(self, name) != getattr(type(self), name)]
         if self.rule is not None and changed:
+            name = changed[0]
             raise ValueError(
-                f"PromptOptimizer.{changed[0]} is a hyperparameter of Adam and would have no "
-                f"effect, because rule = {self.rule} replaces Adam. Set only one of the two."
+                f"PromptOptimizer.{name} = {getattr(self, name)} would have no effect: it is a "
+                "hyperparameter of Adam, which PromptOptimizer.rule replaces. Leave "
+                f"{name} at its default, {getattr(type(self), name)}, or set rule to None."
             )
 
     def bind(
@@ -95,8 +101,8 @@ class PromptOptimizer:
         for name, value in (("clip_norm", self.clip_norm), *self._schedule_fields()):
             if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
                 raise ValueError(
-                    f"{name} has {len(value)} entries, but the job has {runs.num_groups} groups. "  # pyright: ignore
-                    "Set it to one number, or to one number per group."
+                    f"PromptOptimizer.{name} has {len(value)} entries, but the job has "  # pyright: ignore
+                    f"{runs.num_groups} groups. Set it to one number, or to one number per group."
                 )
         return dataclasses.replace(
             self, labels=tuple(labels), runs=runs, rows=dict(rows), schedule_steps=schedule_steps
@@ -110,7 +116,8 @@ class PromptOptimizer:
         """Returns the updates to add to the trainable parameters, and the next state.
 
         Raises:
-            ValueError: the prompt method's own schedule is longer than a learning-rate schedule.
+            ValueError: the prompt method's own schedule is longer than a learning-rate schedule, or
+                a trainable label has no learning rate.
         """
         ends = [schedule.total_steps for schedule in self.learning_rates.values()]
         shortest = min(
@@ -203,7 +210,7 @@ class PromptOptimizer:
         if missing:
             raise ValueError(
                 f"No learning rate for the labels {missing}: PromptOptimizer.learning_rates has "
-                f"{sorted(self.learning_rates)}. Add a schedule for each of them."
+                f"{sorted(self.learning_rates)}. Add a schedule for each missing label."
             )
         rule = self.rule() if self.rule else optax.scale_by_adam(self.b1, self.b2, self.eps)
         inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -37,17 +38,17 @@ def standard_logical_axis_rules(
     parameter_partitioning_dims: int = 1,
     additional_rules: AxisRules | None = None,
 ) -> AxisRules:
-    """Returns T5X's standard rules and the prompts' rules.
+    """Returns additional rules, the prompts' rules and T5X's standard rules, in this order.
 
     Args:
         activation_partitioning_dims: 1, or 2 to also split the model width of activations over
             `model`.
         parameter_partitioning_dims: 1, or 2 to also split the model width of parameters over
             `data`.
-        additional_rules: further rules, which take precedence over the standard rules.
+        additional_rules: further rules, which take precedence over all others.
 
     Raises:
-        ValueError: one of the two numbers of dimensions is not 1 or 2.
+        ValueError: a number of dimensions is neither 1 nor 2.
     """
     dims = (activation_partitioning_dims, parameter_partitioning_dims)
     if any(dim not in (1, 2) for dim in dims):
@@ -70,7 +71,7 @@ def standard_logical_axis_rules(
 
 @dataclasses.dataclass
 class PjitPartitioner:
-    """A mesh over all devices, and shardings derived from logical axes.
+    """A mesh of devices, and shardings derived from logical axes.
 
     The mesh is (data, model) = (devices / num_partitions, num_partitions). If `ici_mesh_shape` and
     `dcn_mesh_shape` are given, the mesh is (replica, data, model), and the size of each axis is the
@@ -92,7 +93,7 @@ class PjitPartitioner:
             `ici_mesh_shape`.
         model_parallel_submesh, params_on_devices, backend: settings of T5X; only their defaults are
             accepted.
-        devices: the devices of the mesh; defaults to all devices of this run. To compile ahead of
+        devices: the devices of the mesh; defaults to all devices of this job. To compile ahead of
             time, pass the devices of a topology.
 
     Raises:
@@ -128,7 +129,7 @@ class PjitPartitioner:
                 f"give the model axis two sizes, {self.num_partitions} and {shape[-1]}. Leave "
                 "num_partitions at its default, 1."
             )
-        rows = _by_process(devices, shape[-1])
+        rows = _by_process(devices, shape[-1], "ici_mesh_shape[-1]")
         self.mesh = Mesh(rows.reshape(shape), ("replica", "data", "model"))
         self.logical_axis_rules = tuple(
             (name, ("replica", "data")) if (name, axis) == ("batch", "data") else (name, axis)
@@ -189,8 +190,9 @@ class PjitPartitioner:
         """Returns shardings that split the rows of prompt parameters over the shards of a batch.
 
         In a job of independent runs, each run has an equal, contiguous share of a batch, so its
-        examples are on the same shard as its parameters. If the number of runs is not a multiple
-        of the number of shards, or runs share groups, the shardings are returned unchanged.
+        examples are on the same shard as its parameters. The shardings are returned unchanged if
+        there is only one run or one shard, if the number of runs is not a multiple of the number
+        of shards, or if runs share groups.
 
         Args:
             params: a sharding for every parameter.
@@ -221,18 +223,26 @@ class PjitPartitioner:
         }
 
 
-def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
+def _by_process(
+    devices: Sequence[Any], num_partitions: int, setting: str = "num_partitions"
+) -> np.ndarray:
     """Arranges devices as [data, num_partitions], ordered by process.
 
     The devices along the second axis are neighbors in one process.
 
+    Args:
+        devices: the devices of the mesh.
+        num_partitions: the number of devices on the model axis.
+        setting: the setting of that number, for errors.
+
     Raises:
-        ValueError: num_partitions does not divide the number of devices of the run or of a process.
+        ValueError: num_partitions does not divide the number of devices of the job or of a process,
+            or processes have different numbers of devices.
     """
     if num_partitions < 1 or len(devices) % num_partitions:
         raise ValueError(
-            f"num_partitions={num_partitions} does not divide the {len(devices)} devices "
-            f"of this run. Set it to a divisor of {len(devices)}."
+            f"{setting}={num_partitions} does not divide the {len(devices)} devices of this job. "
+            f"Set {setting} to a divisor of {len(devices)}."
         )
     counts = collections.Counter(device.process_index for device in devices)
     local = len(devices) // len(counts)
@@ -243,8 +253,8 @@ def _by_process(devices: Sequence[Any], num_partitions: int) -> np.ndarray:
         )
     if local % num_partitions:
         raise ValueError(
-            f"num_partitions={num_partitions} would spread one model over several processes of "
-            f"{local} devices each, but each process reads its own data. Set it to a divisor of "
+            f"{setting}={num_partitions} would spread one model over several processes of {local} "
+            f"devices each, but each process reads its own data. Set {setting} to a divisor of "
             f"{local}, or run under T5X."
         )
     return mesh_utils.create_hybrid_device_mesh(
@@ -261,7 +271,9 @@ def _hybrid_shape(
     """Returns the mesh shape (replica, data, model) of a job with several slices.
 
     Raises:
-        ValueError: the shapes do not fit each other, the slices or their devices.
+        ValueError: a shape is missing or invalid; the shapes do not fit the slices and their
+            devices; one model would span several slices; or a process would not have contiguous
+            rows of the batch.
     """
     shapes = f"ici_mesh_shape={ici} with dcn_mesh_shape={dcn}"
     if ici is None or dcn is None or len(ici) != 3 or len(dcn) != 3 or min(*ici, *dcn) < 1:
@@ -273,7 +285,7 @@ def _hybrid_shape(
     slices = collections.Counter(_slice_of(device) for device in devices)
     if math.prod(dcn) != len(slices) or {math.prod(ici)} != set(slices.values()):
         raise ValueError(
-            f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this run "
+            f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this job "
             f"has {len(slices)} slices of {sorted(set(slices.values()))} devices. Change the "
             "shapes: dcn_mesh_shape must multiply to the number of slices, and ici_mesh_shape to "
             "the devices of a slice."
@@ -293,8 +305,9 @@ def _hybrid_shape(
     ordered = [_slice_of(device) for device in sorted(devices, key=lambda d: d.process_index)]
     if ordered != sorted(ordered):
         raise ValueError(
-            "The process numbers do not follow the order of the slices: all processes of one slice "
-            "must have consecutive numbers. Start the processes with numbers in slice order."
+            "The process numbers do not follow the order of the slices: in order of process "
+            f"number, the devices are in slices {[key for key, _ in itertools.groupby(ordered)]}. "
+            "Number the processes in slice order, with consecutive numbers for those of a slice."
         )
     return (ici[0] * dcn[0], ici[1] * dcn[1], ici[2])
 

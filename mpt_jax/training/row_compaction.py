@@ -1,10 +1,11 @@
 """Batch compaction: only rows of active runs are sent to the devices.
 
-In a job of independent runs each of K runs has an equal, contiguous share of every batch of B rows
+In a job of independent runs, each of K runs has an equal, contiguous share of every batch of B rows
 (`sampling.EqualQuotas`). The batch consists of equal blocks, one on each shard of the mesh's data
 axis. Rows of finished runs are left out. The other rows move to the front of their block, and all
-blocks are padded to one capacity: the block size, halved zero or more times. So a step costs what
-its active runs cost, within a factor of two, and is recompiled once per halving.
+blocks are padded to one capacity: the block size, halved zero or more times. A step therefore costs
+what its fullest block costs, within a factor of two (unless the number of microbatches prevents a
+halving), and is recompiled once per halving.
 
 Rows never change their block: if prompts are sharded by runs, every example stays on the shard of
 its prompt.
@@ -29,8 +30,8 @@ class RowCompactor:
         shards: the number of blocks in a batch, over all processes.
         first_shard: the index of this process's first block.
         local_shards: the number of this process's blocks, which are consecutive.
-        num_microbatches: the number of microbatches of a step. Blocks are only halved to a multiple
-            of it.
+        num_microbatches: the number of microbatches of a step. The number of rows of a halved block
+            is always a multiple of it.
     """
 
     runs: Runs
@@ -83,11 +84,15 @@ class RowCompactor:
         owners = self.owners(whole)
         own_blocks = slice(self.first_shard, self.first_shard + self.local_shards)
         task_ids = batch["encoder_task_ids"][:, 0]
-        if (task_ids != owners[own_blocks].ravel()).any():
+        expected = owners[own_blocks].ravel()
+        if (task_ids != expected).any():
+            row = np.flatnonzero(task_ids != expected)[0]
+            names = self.runs.run_names
             raise ValueError(
-                "The rows of a batch are not in the order of run_names, so the rows of finished "
-                "runs cannot be found by their position. Set SAMPLER to sampling.EqualQuotas, with "
-                "the runs in the order of run_names."
+                f"Batch row {row} is of run {names[task_ids[row]]!r}, but the order of RUN_NAMES "
+                f"puts {names[expected[row]]!r} there, so the rows of finished runs cannot be "
+                "found by their position. Set SAMPLER to @sampling.EqualQuotas(), with the runs in "
+                "the order of RUN_NAMES."
             )
         is_active = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
         needed = is_active.sum(axis=1).max()

@@ -25,11 +25,16 @@ class Schedule:
         peak: the highest learning rate.
         total_steps: the step at which a linear or cosine decay ends; required for these decays and
             for `warmup_fraction`.
-        warmup_steps: the length of the warmup in steps. The first step has learning rate zero.
+        warmup_steps: the length of the warmup in steps. With a warmup, the first step has learning
+            rate zero.
         warmup_fraction: the length of the warmup as a fraction of total_steps; cannot be combined
             with `warmup_steps`.
         decay: `'linear'` or `'cosine'` (to zero at total_steps), `'rsqrt'` (proportional to
             1 / sqrt(step) after the warmup, as in T5's pretraining), or `'constant'`.
+
+    Raises:
+        ValueError: `decay` is unknown, `total_steps` is required but None, or the warmup is set
+            twice.
     """
 
     peak: PerGroup
@@ -40,12 +45,15 @@ class Schedule:
 
     def __post_init__(self):
         if self.decay not in DECAYS:
-            raise ValueError(f"Schedule.decay must be one of {DECAYS}, got {self.decay!r}.")
+            raise ValueError(
+                f"Schedule.decay must be one of {', '.join(DECAYS)}, got {self.decay!r}."
+            )
         needs_total = self.decay in ("linear", "cosine") or np.any(self.warmup_fraction)
         if needs_total and self.total_steps is None:
             raise ValueError(
                 f"A schedule with decay={self.decay!r} and warmup_fraction={self.warmup_fraction} "
-                "needs total_steps, but it is None. Set Schedule.total_steps."
+                "needs total_steps, but it is None. Set Schedule.total_steps (for example, to "
+                "%TRAIN_STEPS)."
             )
         if np.any(self.warmup_steps) and np.any(self.warmup_fraction):
             raise ValueError(

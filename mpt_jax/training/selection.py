@@ -52,6 +52,10 @@ class SelectBest:
         patience: the number of evaluations without improvement after which a group stops: one
             number, or one per group. With None, groups never stop.
         min_evaluations: the number of evaluations that a group needs before it can stop.
+
+    Raises:
+        ValueError: `mode` is unknown; `patience` is less than 1, or does not have one entry per
+            group.
     """
 
     model: PromptedEncoderDecoder
@@ -85,7 +89,7 @@ class SelectBest:
         evaluation.
 
         Raises:
-            ValueError: the folder has the best steps of other runs, or is corrupt.
+            ValueError: the folder has the best steps of other runs, is corrupt, or cannot be read.
         """
         self._resumed = True
         if step == 0 or not self._kept.exists():
@@ -101,7 +105,7 @@ class SelectBest:
         if any(lost):
             # These parameters have overwritten those of any earlier best step.
             logging.warning(
-                "%s has parameters of step %d, but the run resumes from the earlier step %d. "
+                "%s has parameters of step %d, but the job resumes from the earlier step %d. "
                 "Selection starts over for the groups whose best step was later.",
                 self._kept.folder,
                 max(record["best_step"]),
@@ -127,7 +131,14 @@ class SelectBest:
         self.trainable = trainable
 
     def run(self, train_state: Any, metrics_by_task: Scores) -> bool:
-        """Records an evaluation. Returns True once every group has run out of patience."""
+        """Records an evaluation, and keeps the parameters of groups that improved.
+
+        Returns:
+            True once every group has run out of patience.
+
+        Raises:
+            ValueError: a run was not evaluated, or does not have the metric.
+        """
         step = int(train_state.step)
         if not self._resumed:
             self.resume(step)  # T5X does not call `resume`
@@ -180,8 +191,9 @@ class SelectBest:
             if run not in metrics_by_task:
                 raise ValueError(
                     f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
-                    "were evaluated. Include every run in infer_eval/utils.DatasetConfig, or "
-                    "remove SelectBest from train_script.train.actions."
+                    "were evaluated. List SelectBest under 'INFER_EVAL' in "
+                    "train_script.train.actions, with every run in infer_eval/utils.DatasetConfig, "
+                    "or remove SelectBest from the actions."
                 )
             metrics = metrics_by_task[run]
             name = self.metric
@@ -189,7 +201,7 @@ class SelectBest:
                 name = name[runs.task_names[row]]
             if name is None:
                 name = next(iter(metrics))
-            score = float(look_up(f"metric of {run}", name, metrics))
+            score = float(look_up(f"metric of {run} (SelectBest.metric)", name, metrics))
             totals[runs.group_of_row[row]].append(score)
         return [sum(scores) / len(scores) if scores else None for scores in totals]
 

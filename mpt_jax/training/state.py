@@ -59,12 +59,16 @@ def create_train_state(
     partitioner: PjitPartitioner,
     rows_by_run: bool = False,
 ) -> TrainState:
-    """Returns the state at step 0, sharded over the mesh. For `rows_by_run`, see `Trainer`."""
+    """Returns the state at step 0, sharded over the mesh. For `rows_by_run`, see `Trainer`.
+
+    Raises:
+        ValueError: no parameter is trainable.
+    """
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
     if not flatten(trainable):
         raise ValueError(
-            "No parameter is trainable: every parameter is labeled 'frozen'. Use a label table "
-            "that gives at least one parameter another label."
+            "No parameter is trainable: every parameter is labeled 'frozen'. Use a prompt method "
+            "with trainable parameters, or add a rule with another label to TRAINABLE."
         )
     shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
     put = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731

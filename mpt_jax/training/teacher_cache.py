@@ -8,7 +8,7 @@ The key of an example is a digest of its row in the batch, padding included. An 
 several lengths therefore has several entries, because its outputs differ by rounding. Only the
 positions that an example uses are stored; no loss term reads the others.
 
-The results of a step do not depend on the content of the cache: a run that resumes with an empty
+The results of a step do not depend on the content of the cache: a job that resumes with an empty
 cache gets bit-identical results. To ensure this, every step reads outputs in the storage dtype,
 including those that were just computed, and teachers always run on the same number of rows. That
 number affects rounding, but a row's position and the other rows do not (observed with XLA on CPUs,
@@ -50,8 +50,8 @@ class TeacherCache:
 
     Attributes:
         max_bytes: the host memory that teacher outputs may take, in bytes. The index takes about
-            another kilobyte per example. Once an example does not fit, no more are added. Use
-            `needed_bytes` to compute it.
+            another kilobyte per example. Once an example does not fit, no more are added.
+            `needed_bytes` computes the bytes that a number of examples needs.
         dtype: the storage dtype. `'bfloat16'` is exact for the hidden states of a backbone that
             computes in bfloat16. It rounds the difference between a logit and the largest logit,
             with a relative error of up to 1/256.
@@ -65,11 +65,14 @@ class TeacherCache:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ValueError(f"TeacherCache.dtype must be one of {DTYPES}, got {self.dtype!r}.")
+            raise ValueError(
+                f"TeacherCache.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}. "
+                "Correct TEACHER_CACHE_DTYPE."
+            )
         if self.max_bytes <= 0:
             raise ValueError(
-                f"TeacherCache.max_bytes must be positive, got {self.max_bytes}. Set it to the "
-                "bytes of host memory that teacher outputs may take (TEACHER_CACHE_BYTES), or "
+                f"TeacherCache.max_bytes must be positive, got {self.max_bytes}. Set "
+                "TEACHER_CACHE_BYTES to the bytes of host memory that teacher outputs may take, or "
                 f"remove the cache ({_REMOVE})."
             )
 
@@ -89,37 +92,33 @@ class TeacherCache:
         """
         if reason := _unsupported(model, state, rows_by_run):
             raise ValueError(
-                f"This job cannot use a teacher cache: {reason} To remove the cache, {_REMOVE}."
+                f"This job cannot use a teacher cache: {reason} To train without one, {_REMOVE}."
             )
         return OpenCache(self, model, partitioner, num_microbatches)
 
 
 def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: bool) -> str | None:
-    """Returns why a job cannot use a cache and what to change, or None if it can use one."""
+    """Returns why a job cannot use a cache, and any way to use one; None if it can use one."""
     distil = model.objective.distillation
     if distil is None:
-        return "the objective has no distillation, so it runs no teachers. Remove the cache."
+        return "the objective has no distillation, so it runs no teachers."
     if distil.prompt_distance:
-        return (
-            "prompt_distance compares prompts, so there is no teacher forward pass to save. Remove "
-            "the cache."
-        )
+        return "prompt_distance compares prompts, so there is no teacher forward pass to save."
     others = [name for name in flatten(state.trainable) if not name.startswith("prompt/")]
     if others:
         return (
             f"{others[0]} is trainable, and teachers share the backbone, so their outputs change "
-            "with every step. Remove the cache."
+            "with every step."
         )
     if rows_by_run:
         return (
             "batches of independent runs become smaller when runs finish, and outputs computed in "
-            "a batch of another size differ by rounding. Remove the cache, or train a single "
-            "group."
+            "a batch of another size differ by rounding. A job with a single group can use a cache."
         )
     if jax.process_count() > 1:
         return (
-            f"this job has {jax.process_count()} processes, but the cache supports only one. "
-            "Remove the cache, or run the job in one process."
+            f"this job has {jax.process_count()} processes, but the cache supports only one. Run "
+            "the job in one process to use a cache."
         )
     return None
 

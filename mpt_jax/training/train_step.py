@@ -30,8 +30,8 @@ def gradients(
         model: the model, with its prompt method and objective.
         trainable: the parameters to differentiate.
         frozen: all other parameters.
-        batch: the whole batch; its rows must divide into the microbatches.
-        dropout_rng: None disables dropout.
+        batch: the whole batch; `num_microbatches` must divide its number of rows.
+        dropout_rng: the random key of dropout and of randomly drawn prompts; None disables both.
         num_microbatches: the number of parts that the batch is split into, to save memory.
     """
     normalizers = model.loss_normalizers(batch)
@@ -70,7 +70,8 @@ def train_step(
     """Takes one training step. Returns the next state and the step's metrics.
 
     Gradients are clipped and parameters are updated group by group. The parameters of groups that
-    have ended stay bit-identical. The metrics cover only the groups that took the step.
+    have ended stay bit-identical. The metrics cover only the groups that took the step. If every
+    group has failed, the state is returned unchanged.
 
     Args:
         model: the model to train.
@@ -125,7 +126,11 @@ def eval_step(
 
 def _interleave(x: Array, parts: int) -> Array:
     """Splits [B, ...] into [parts, B / parts, ...]. Part i has rows i, i + parts, ..., so every
-    part is spread evenly over all devices, like the batch."""
+    part is spread evenly over all devices, like the batch.
+
+    Raises:
+        ValueError: the number of rows is not a multiple of `parts`.
+    """
     if x.shape[0] % parts:
         raise ValueError(
             f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches. Set "

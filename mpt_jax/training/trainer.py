@@ -1,8 +1,8 @@
 """Trainer: compiles the train and eval steps over a mesh and runs them.
 
 A step differentiates only the trainable parameters, so no gradient or moment the size of the
-backbone can exist. Microbatches are summed and divided once by the normalizers of the whole batch,
-so their number changes only rounding.
+backbone can exist. Gradients of microbatches are summed, with the normalizers of the whole batch,
+so the number of microbatches changes only rounding.
 
 A group whose step would produce a value that is not finite does not take it: the group has failed
 and keeps its parameters and moments, and the other groups continue unaffected. If every group has
@@ -178,6 +178,9 @@ class Trainer:
 
         Args:
             over: whether to stop each group [G]. Groups that have already ended do not change.
+
+        Raises:
+            NonFiniteLoss: every group has failed.
         """
         self._read_run_status()
         ended = np.where(np.asarray(over) & (self.ended < 0), self.step, self.ended)
@@ -187,10 +190,10 @@ class Trainer:
             self.state = self.state.replace(ended=on_devices)
 
     def compact_batches(self) -> None:
-        """Leaves rows of groups that are known to have ended out of all following batches.
+        """From the next batch on, leaves out the rows of groups that are known to have ended.
 
-        The rows in a batch affect rounding and dropout masks, so an exactly reproducible resume
-        must call this at the same steps.
+        The rows in a batch affect rounding and dropout masks. To be exactly reproducible, a resumed
+        job must call this at the same steps.
         """
         if (
             self._compactor is None
@@ -306,25 +309,31 @@ class Trainer:
         return means
 
     def _read_run_status(self) -> None:
-        """Waits for the dispatched steps, reads which groups have ended, and logs new failures."""
+        """Waits for the dispatched steps, reads which groups have ended, and logs new failures.
+
+        Raises:
+            NonFiniteLoss: a step was not taken, because every group has failed.
+        """
         state = self.state
         taken, ended, failed = jax.device_get((state.step, state.ended, state.failed))
         runs = self.model.runs
         for group in np.flatnonzero(failed & ~self.failed).tolist():
             logging.error(
                 "%s failed: the loss or a gradient of step %d is not finite. The parameters before "
-                "that step are kept, and all other runs continue. If the learning rate is too "
-                "high, lower it and train the failed run again.",
+                "that step are kept, and other runs are not affected. If the learning rate is too "
+                "high, lower LEARNING_RATE and train the failed run again.",
                 ", ".join(runs.names_of_group(group)),
                 ended[group],
             )
         self.ended, self.failed = ended, failed
         if taken != self.step:
-            others = ", and all other runs failed before it" if failed.any() else ""
+            others = ""
+            if failed.any():
+                others = " for the remaining runs, and all other runs failed before that step"
             raise NonFiniteLoss(
                 f"The loss or a gradient of step {taken} is not finite{others}; training stopped. "
-                f"The state before step {taken} is intact. Lower the learning rate, or inspect the "
-                "batch of that step."
+                f"The state before step {taken} is intact. Lower LEARNING_RATE, or inspect the "
+                f"batch of step {taken}."
             )
 
     def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:

@@ -206,7 +206,7 @@ def test_nearest_source_missing_embeddings_error_names_stage(backbone, tmp_path,
 
 def test_nearest_source_without_initial_artifact_error(backbone, tmp_path):
     model, _, _ = spot(backbone, tmp_path)
-    with pytest.raises(ValueError, match="INITIAL_ARTIFACT is not set. Set it"):
+    with pytest.raises(ValueError, match="INITIAL_ARTIFACT is not set. Set INITIAL_ARTIFACT"):
         initialize_params(model, Origins(backbone["path"]), KEY)
 
 
@@ -404,9 +404,9 @@ def test_missing_teachers_error_names_command(backbone, tmp_path):
 def test_missing_initial_artifact_error_names_command(backbone, tmp_path):
     absent = str(tmp_path / "absent")
     origins = Origins(backbone["path"], artifact=absent, artifact_command="make source")
-    with pytest.raises(FileNotFoundError, match=f"{absent}.*To make it, run: make source"):
+    with pytest.raises(FileNotFoundError, match=f"{absent}.*missing artifact, run: make source"):
         initialize_params(vocabulary_model(), origins, KEY)
-    with pytest.raises(FileNotFoundError, match="This run starts from that artifact.$"):
+    with pytest.raises(FileNotFoundError, match="Set INITIAL_ARTIFACT to an existing artifact.$"):
         initialize_params(vocabulary_model(), Origins(backbone["path"], artifact=absent), KEY)
 
 
