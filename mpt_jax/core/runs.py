@@ -159,23 +159,24 @@ def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
     return known[name]
 
 
-def entry_of_run(table: Mapping[str, _Value], run: str, what: str) -> _Value:
+def entry_of_run(table: Mapping[str, _Value], name: str, what: str, kind: str = "run") -> _Value:
     """Returns the entry of a run in a table that must have one for every run.
 
     Args:
         table: run -> value.
-        run: the name of the run.
+        name: the name of the run.
         what: the name of the table, for the error; a setting or macro of the user.
+        kind: what the keys of the table name.
 
     Raises:
         ValueError: the table has no such entry; lists those it has.
     """
-    if run not in table:
+    if name not in table:
         raise ValueError(
-            f"{what} has no entry for the run {run!r}, only for {', '.join(table)}. Add one for "
-            f"{run!r}."
+            f"{what} has no entry for the {kind} {name!r}, only for {', '.join(table)}. Add one "
+            f"for {name!r}."
         )
-    return table[run]
+    return table[name]
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:

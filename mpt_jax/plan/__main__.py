@@ -39,6 +39,17 @@ flags.DEFINE_list("num_partitions", [], "Sizes of the model axis to try; default
 flags.DEFINE_list("num_microbatches", [], "Numbers of microbatches to try; default from gin.")
 flags.DEFINE_list("steps", list(steps.STEPS), "Which steps to compile.")
 flags.DEFINE_string("json", None, "Also write all figures to this file.")
+flags.register_validator(
+    "steps",
+    lambda names: set(names) <= set(steps.STEPS),
+    f"must be a list of steps out of {', '.join(steps.STEPS)}, separated by commas.",
+)
+for _name in ("num_partitions", "num_microbatches"):
+    flags.register_validator(
+        _name,
+        lambda sizes: all(size.isdecimal() and int(size) > 0 for size in sizes),
+        "must be a list of positive numbers, separated by commas.",
+    )
 
 
 @functools.wraps(train_module.train)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,13 +52,18 @@ def topologies(name: str) -> list[str]:
     """Returns the slices of a chip (`v5e`), from small to large, or a single slice (`v5e:4x4`).
 
     Raises:
-        ValueError: the chip is unknown.
+        ValueError: the chip is unknown, or the shape is not one such as `4x4`.
     """
     chip, _, shape = name.partition(":")
     if chip not in CHIPS:
         raise ValueError(
             f"Unknown TPU {chip!r}. Set --topology to one of {', '.join(CHIPS)}, or to a slice, "
             "such as v5e:4x4."
+        )
+    if shape and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+        raise ValueError(
+            f"The shape {shape!r} of --topology={name} is not one such as "
+            f"{', '.join(CHIPS[chip].slices)}. Write the number of chips along each axis."
         )
     return [name] if shape else [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
 

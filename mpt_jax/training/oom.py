@@ -109,7 +109,7 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
     )
     if groups > 1 and rows >= 2:
         lines.append(
-            f"{groups} runs share this step. Two jobs with half of the runs each process "
+            f"{groups} groups of runs share this step. Two jobs with half of them each process "
             f"{rows // 2} rows per device and step, and train the same prompts."
         )
     return lines

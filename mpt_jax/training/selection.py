@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.runs import look_up
+from mpt_jax.core.runs import entry_of_run, look_up
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.training.actions import (
@@ -198,7 +198,7 @@ class SelectBest:
             metrics = metrics_by_task[run]
             name = self.metric
             if isinstance(name, Mapping):
-                name = name[runs.task_names[row]]
+                name = entry_of_run(name, runs.task_names[row], "SelectBest.metric", "task")
             if name is None:
                 name = next(iter(metrics))
             score = float(look_up(f"metric of {run} (SelectBest.metric)", name, metrics))

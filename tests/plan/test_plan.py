@@ -325,6 +325,8 @@ def test_topologies_expand_chip_names():
     assert chips.topologies("v6e")[:2] == ["v6e:2x2", "v6e:2x4"]
     with pytest.raises(ValueError, match="Unknown TPU 'v9'.*v5e"):
         chips.topologies("v9:2x2")
+    with pytest.raises(ValueError, match="The shape '4 by 4' of --topology=v5e:4 by 4"):
+        chips.topologies("v5e:4 by 4")
 
 
 def test_plan_table_figures_follow_from_counts_and_chips():
@@ -474,3 +476,16 @@ def test_plan_command_missing_argument_fails():
     assert found.returncode == 2 and "--topology is missing" in found.stderr
     found = command("--gin_file=gin/mpt_sauce.gin", "--topology=v5e:2x2")
     assert found.returncode == 2 and "gin/mpt_source.gin" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--steps=train,evaluate", "must be a list of steps out of train, eval, predict"),
+        ("--num_partitions=x", "--num_partitions=['x']: must be a list of positive numbers"),
+        ("--num_microbatches=0", "--num_microbatches=['0']: must be a list of positive numbers"),
+    ],
+)
+def test_plan_command_wrong_value_of_flag_fails(flag, message):
+    found = command("--gin_file=gin/mpt_source.gin", "--topology=v5e:2x2", flag)
+    assert found.returncode == 1 and message in found.stderr + found.stdout

@@ -53,7 +53,7 @@ def test_oom_message_lists_sizes_and_settings():
     split = f"({backbone / 2048:.1f} KiB each)"
     assert f"num_partitions = 2 splits the backbone over twice as many devices {split}" in message
     assert "remat = 'full'" in message and "Halving BATCH_SIZE leaves 4 rows" in message
-    assert "2 runs share this step" in message
+    assert "2 groups of runs share this step" in message
 
 
 @pytest.mark.parametrize(

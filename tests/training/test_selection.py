@@ -72,6 +72,9 @@ def test_select_best_min_mode_and_named_metric(tmp_path):
     assert select.best_step == [2, 3], "f1 is minus the accuracy"
     by_task = SelectBest(MODEL, str(tmp_path / "b"), metric={"rte": "accuracy", "cb": "f1"})
     assert by_task.group_scores(scores(1, 2, 3)) == [1, (2 - 3) / 2]
+    lacking = SelectBest(MODEL, str(tmp_path / "c"), metric={"rte": "accuracy"})
+    with pytest.raises(ValueError, match=r"SelectBest.metric has no entry for the task 'cb'"):
+        lacking.group_scores(scores(1, 2, 3))
 
 
 def test_select_best_resume_and_repeated_evaluation_change_nothing(tmp_path):

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         default="words",
         help="labels as T5's words (%(default)s) or as digits, like the paper",
     )
-    parser.add_argument("--seeds", type=_positive, help="number of draws; default the table's")
+    parser.add_argument("--seeds", type=positive_int, help="number of draws; default the table's")
     parser.add_argument("--variants", "--arms", nargs="+", help="only these rows, by name")
     parser.add_argument("--against", metavar="VARIANT", help="the row to subtract others from")
     parser.add_argument("--metric", help="metric to show; default each task's main metric")
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
