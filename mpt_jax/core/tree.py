@@ -127,7 +127,7 @@ def match_exactly(
     advice: str = "Configure the model with the architecture and settings that these parameters "
     "were saved with.",
 ) -> None:
-    """Checks that parameters have the names and shapes that the model expects.
+    """Checks that parameters have exactly the expected names and shapes.
 
     Args:
         expected: name -> shape, for every parameter of the model.
