@@ -35,7 +35,10 @@ class Work(NamedTuple):
 
 
 def serve(prepare: Callable[[], Work], warm_ups: int = 1) -> None:
-    """Runs a contestant: one turn for every line on standard input, answered with its seconds.
+    """Runs a contestant: one turn for every line on standard input.
+
+    Prints lines of JSON: the seconds of preparation and warm-up and the memory before, then the
+    seconds and peak memory of each turn.
 
     Args:
         prepare: builds the model and the batches.

@@ -192,7 +192,7 @@ class Peft:
         self._last: Any = None
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:
-        """One step."""
+        """Runs one step."""
         self.optimizer.zero_grad()
         self._last = self.model(**self.inputs(batch)).loss
         self._last.backward()

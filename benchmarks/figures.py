@@ -28,7 +28,7 @@ def write(found: Mapping[str, Any], out: Path | None) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns a Markdown table; floats have three digits."""
+    """Returns a Markdown table; floats have three significant digits, or no decimals from 100."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
 

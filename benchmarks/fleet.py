@@ -38,8 +38,8 @@ COLD, WARM = "cold", "warm"
 
 
 def fleet_runs(number: int) -> tuple[Run, ...]:
-    """Returns the runs of a fleet: the demo's four targets, or the first of them, with as many
-    draws as needed.
+    """Returns the runs of a fleet: the demo's four target tasks, each with as many draws as needed.
+    A fleet of fewer than four runs has one run for each of the first tasks.
 
     Raises:
         ValueError: `number` is greater than four and not a multiple of four.
@@ -48,7 +48,8 @@ def fleet_runs(number: int) -> tuple[Run, ...]:
     if number % len(tasks):
         raise ValueError(
             f"A fleet of {number} runs cannot have equally many draws of {len(tasks)} tasks. "
-            f"Choose a multiple of {len(demo.TARGETS)}, or fewer than {len(demo.TARGETS)} runs."
+            f"Set --sizes to multiples of {len(demo.TARGETS)}, or to fewer than "
+            f"{len(demo.TARGETS)} runs."
         )
     return target_runs(tasks, range(number // len(tasks)), SHOTS)
 

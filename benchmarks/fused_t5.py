@@ -11,7 +11,7 @@ from typing import Any
 
 
 def fuse_attention(model: Any) -> None:
-    """Replaces the attention of every layer of a `T5ForConditionalGeneration`."""
+    """Fuses the attention of every layer of a `T5ForConditionalGeneration`, in place."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
     for module in model.modules():

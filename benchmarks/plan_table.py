@@ -1,4 +1,4 @@
-"""Table of docs/tpu-planning.md: steps of T5 sizes on TPU slices, compiled ahead.
+"""Table of docs/tpu-planning.md: steps of several T5 sizes, compiled ahead of time for TPU slices.
 
     python -m benchmarks.plan_table [--out docs/benchmarks/plan.json] [--only t5_1_0_base]
 
@@ -27,7 +27,16 @@ TARGET, SOURCE = "gin/mpt_target.gin", "gin/mpt_source.gin"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A plan: model, slice, and examples in a step for each copy of the model."""
+    """A plan.
+
+    Attributes:
+        t5: the name of the model.
+        topology: the TPU slice, such as `v5e:4x4`.
+        rows: the examples in a step for each copy of the model.
+        model_axis: the number of chips that hold one copy.
+        stage: the gin file of the stage.
+        step: `'train'`, `'eval'` or `'predict'`.
+    """
 
     t5: str
     topology: str
@@ -79,7 +88,7 @@ ROWS = (
 
 
 def main() -> None:
-    """Compiles missing rows, and prints the table."""
+    """Compiles missing rows, writes all rows to --out, and prints the table."""
     parser = argparse.ArgumentParser(description="Compiles the table of docs/tpu-planning.md.")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/plan.json"))
     parser.add_argument("--only", help="compile only rows of this T5")

@@ -1,10 +1,10 @@
-"""Greedy decoding compared with generate() of transformers and PEFT, in one run.
+"""Greedy decoding compared with generate() of transformers and PEFT, which take turns.
 
     python -m benchmarks.predict [--repeats 7] [--out docs/benchmarks/predict.json]
 
 T5-small shape, the same random weights and prompts for all, float32; B = 16, 100 prompt and 64 text
 positions, 16 decoded tokens, no end of sequence. Each contestant has a separate process with all
-cores. They take turns, one batch at a time.
+cores. A turn is one batch.
 
     mpt_jax        six tasks in every batch, from a bank of MPT's factors
     peft           the same tasks with MultitaskPromptTuning and its generate()
@@ -167,7 +167,8 @@ def check_equal(folder: Path) -> int:
     for name, ids in decoded.items():
         if ids.shape != first.shape:
             raise ValueError(
-                f"{name} decoded ids of shape {ids.shape}, but {CONTESTANTS[0]} of {first.shape}."
+                f"{name} decoded ids of shape {ids.shape}, but {CONTESTANTS[0]} decoded ids of "
+                f"shape {first.shape}."
             )
         if rows := np.flatnonzero((ids != first).any(1)).tolist():
             raise ValueError(f"{name} and {CONTESTANTS[0]} decoded different ids in rows {rows}.")

@@ -33,7 +33,14 @@ P = 100
 
 
 class Contestant(NamedTuple):
-    """A library, a kind of batches (`ragged_batches.KINDS`) and a precision."""
+    """A contestant.
+
+    Attributes:
+        library: `'MPT-JAX'` or `'PEFT'`.
+        kind: the kind of its batches, a key of `ragged_batches.KINDS`.
+        dtype: the dtype that it computes in.
+        distilled: whether the loss has distillation terms.
+    """
 
     library: str
     kind: str
@@ -73,8 +80,11 @@ STAGES = {"source": len(ragged_mix.TASKS), "target": 1}  # rows of the bank
 
 
 def entered(args: argparse.Namespace, stage: str) -> list[Contestant]:
-    """Returns the contestants. Target steps have no teachers. Precisions and kinds of packing are
-    measured only in the source stage, whose steps are the same except for the bank."""
+    """Returns the contestants of a stage: those of --contestants, if given; on a GPU, `ON_GPU`.
+
+    On a CPU, precisions, distillation and other kinds of batches are measured only in the source
+    stage. Target steps have no teachers, and otherwise differ only in the size of the bank.
+    """
     if args.contestants:
         return [ALL[name] for name in args.contestants]
     if args.device == "gpu":

@@ -1,16 +1,16 @@
-"""Comparison of three stages that are killed repeatedly with the same stages without kills.
+"""Comparison of three stages, repeatedly killed and resumed, with the same stages left undisturbed.
 
     python -m benchmarks.reliability [--kills 50] [--root FOLDER] \\
       [--out docs/benchmarks/reliability.json]
 
 Teachers, source and target stage of the toy suite run one after another, each from the artifact of
-the killed stage before it. Each is killed (SIGKILL) at random moments: about a third of them during
-the start (before its first new save), a third between saves, and a third while a save is being
-written. Then the same command resumes it. At the end the prompts are compared, bit by bit, with
-those of undisturbed stages.
+the killed stage before it. Each is killed (SIGKILL) at random moments: about a third of the kills
+come during the start (before its first new save), a third between saves, and a third while a save
+is being written. Then the same command resumes the stage. At the end its prompts are compared, bit
+by bit, with the prompts of the undisturbed stage.
 
-Every kill is a line of ROOT/kills.jsonl. The script itself may be stopped at any time. The same
-command continues with the missing kills.
+Every kill is a line of ROOT/killed/kills.jsonl. The script itself may be stopped at any time. The
+same command continues with the missing kills.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Kill:
     Attributes:
         stage: the stage.
         aim: the intended moment, of `MOMENTS`.
-        moment: the actual moment; the run may have been faster than the kill.
+        moment: the actual moment; the stage may have been faster than the kill.
         step: the last step in the metrics of this start, or the step it resumed from.
-        saved: step of the last complete checkpoint, from which the run resumes.
+        saved: step of the last complete checkpoint, from which the stage resumes.
         saving: whether a save was left unfinished.
     """
 
@@ -131,7 +131,7 @@ class Watch:
     """Monitor of a MODEL_DIR during one start. Create it just before the start.
 
     Attributes:
-        new: steps of new complete checkpoints, including those the run has removed since.
+        new: steps of new complete checkpoints, including those that have been removed since.
         saving: whether a checkpoint is being written.
         start: seconds until the first save was seen; None before.
     """
@@ -169,10 +169,10 @@ class Watch:
 def wait_for(
     child: subprocess.Popen, watch: Watch, aim: str, rng: random.Random, start: float
 ) -> None:
-    """Waits for the moment of a kill, or until the run has ended.
+    """Waits for the moment of a kill, or until the stage has ended.
 
     Args:
-        child: process of the run.
+        child: process of the stage.
         watch: monitor of its MODEL_DIR.
         aim: the moment to wait for, of `MOMENTS`.
         rng: random numbers for the exact time.
@@ -201,7 +201,7 @@ def next_aim(kills: list[Kill], rng: random.Random) -> str:
 
 
 def start_seconds(root: Path, stage: str) -> Path:
-    """Returns the file of the seconds until the first save, which `run_whole` writes."""
+    """Returns the path of the file where `run_whole` records the seconds until the first save."""
     return root / f"{stage}.start_seconds"
 
 
@@ -217,7 +217,7 @@ def run_whole(root: Path, stage: str) -> None:
             time.sleep(POLL_SECONDS)
         start_seconds(root, stage).write_text(f"{watch.start or 0:.1f}\n")
         if code := child.wait():
-            raise RuntimeError(f"{stage} ended with code {code}. See {root / stage}.log.")
+            raise RuntimeError(f"{stage} ended with exit code {code}. See {root / stage}.log.")
 
 
 def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int) -> None:
@@ -240,7 +240,7 @@ def run_killed(root: Path, stage: str, quota: int, kills: list[Kill], seed: int)
         if code == 0:
             return
         if code != -signal.SIGKILL:
-            raise RuntimeError(f"{stage} ended with code {code}. See {root / stage}.log.")
+            raise RuntimeError(f"{stage} ended with exit code {code}. See {root / stage}.log.")
         saved = max(complete(model_dir), default=0)
         unfinished = any(model_dir.glob(SAVING))
         step = watch.last_step
@@ -273,7 +273,8 @@ def same_prompts(one: Path, other: Path) -> bool:
 
 
 def left_over(model_dir: Path) -> list[str]:
-    """Returns files that no finished run should leave: unfinished saves, hidden files, its lock."""
+    """Returns files that a finished stage should not leave: unfinished saves, hidden files, or its
+    lock."""
     found = [str(path.relative_to(model_dir)) for path in model_dir.rglob("*")]
     return [name for name in found if "tmp" in name or "/." in f"/{name}" or name == LOCK]
 

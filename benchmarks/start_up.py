@@ -71,7 +71,7 @@ def seconds_to_first_step(cache: str) -> float:
     """Returns the wall seconds of training to its first step, with this cache folder.
 
     Raises:
-        RuntimeError: the run ended before its first step.
+        RuntimeError: training ended before its first step.
     """
     with tempfile.TemporaryDirectory() as root:
         environment = _environment(cache) | {"MPT_JAX_ROOT": root}
@@ -85,7 +85,7 @@ def seconds_to_first_step(cache: str) -> float:
                     found = time.monotonic() - before
                     child.kill()
                     return found
-        raise RuntimeError("The run ended before its first step:\n" + "".join(log[-20:]))
+        raise RuntimeError("Training ended before its first step:\n" + "".join(log[-20:]))
 
 
 MEASURES = {"predict": seconds_to_first_answer, "train": seconds_to_first_step}

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of an MPT training step, compared with PEFT's in one run.
+"""Seconds and peak memory of an MPT training step, compared with PEFT's.
 
     python -m benchmarks.train_step [--repeats 7] [--out docs/benchmarks/train_step.json]
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune_crosspt [--root runs/tune] [--out docs/benchmarks/tune_crosspt.jsonl]
 
-As in tune_demo: two target tasks and draws of examples that are reserved for this, k = 32, and the
-validation split. It uses the shipped teachers.
+As in tune_demo: two target tasks and draws of examples that are reserved for tuning, k = 32, and
+the validation split. It uses the shipped teachers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def stage(variant: Variant, rates: tuple[float, ...]) -> Stage:
 
 
 def main() -> None:
-    """Prints the mean validation score at each setting, and writes them to --out."""
+    """Prints the mean validation score of each setting, and writes all to --out if given."""
     parser = argparse.ArgumentParser(description="Tunes ATTEMPT and CrossPT on the toy suite.")
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
     parser.add_argument("--out", type=Path, help="a JSONL file for the figures")

@@ -1,8 +1,8 @@
-"""Search for the learning rates of the demo, on data it never reports (docs/study/protocol.md).
+"""Search for the demo's learning rates, on data it does not report (docs/study/protocol.md).
 
     python -m benchmarks.tune_demo [--root runs/tune] [--out docs/benchmarks/tune_demo.jsonl]
 
-It uses two target tasks and draws of training examples that are reserved for this, and the
+It uses two target tasks and draws of training examples that are reserved for tuning, and the
 validation split. Every prompt method gets the same grid. Full fine-tuning gets a grid three orders
 of magnitude lower. The source stages must be in --root (for example, copies of the demo's pt_source
 and mpt_source folders).
@@ -45,7 +45,8 @@ VALIDATION = "infer_eval/utils.DatasetConfig.split = 'validation'"
 
 
 def main() -> None:
-    """Prints each method's mean validation score at each rate, and writes them to --out."""
+    """Prints each method's mean validation score at each rate and number of steps, and writes all
+    to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--root", type=Path, default=Path(paths.root()) / "tune")
     parser.add_argument("--out", type=Path, help="a JSONL file for the figures")

@@ -10,7 +10,7 @@
 #   --name                      name of the JobSet
 #   --project, --zone, --cluster  the cluster; --zone may be a region
 #   --type                      an accelerator type of tpu/topologies.txt
-#   --root                      bucket path: MPT_JAX_ROOT of the run, and the folder of its logs
+#   --root                      bucket path: MPT_JAX_ROOT of the job, and the folder of its logs
 #   --package                   this library: git+https://...@revision; omit if the image has it
 #   --slices N                  number of slices, connected by the data-center network (default 1)
 #   --image                     image with Python >= 3.11 (default python:3.12)

@@ -55,7 +55,8 @@ parse() {
 
 check() {
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$ ]] ||
-    die "--name '$NAME' must be at most 30 characters of a-z, 0-9 and '-', starting with a letter"
+    die "--name '$NAME' must be at most 30 characters of a-z, 0-9 and '-', starting with a letter \
+and not ending with '-'"
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices must be a positive integer, but got '$SLICES'"
   [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] ||
     die "--max-restarts must be a non-negative integer, but got '$MAX_RESTARTS'"

@@ -10,7 +10,7 @@
 #
 #   --name, --project, --zone   name, project and zone of the queued resource
 #   --type                      an accelerator type of tpu/topologies.txt
-#   --root                      bucket path: MPT_JAX_ROOT of the run, and the folder of its logs
+#   --root                      bucket path: MPT_JAX_ROOT of the job, and the folder of its logs
 #   --package                   this library: git+https://...@revision, or a local or gs:// wheel
 #   --slices N                  number of slices, connected by the data-center network (default 1)
 #   --runtime                   TPU VM image (default: from the table)
@@ -72,7 +72,8 @@ acquire() {
     case $now in
       ACTIVE) return ;;
       ABSENT)
-        ((requests++ <= MAX_RESTARTS)) || die "requested $NAME $requests times without success"
+        ((requests++ <= MAX_RESTARTS)) ||
+          die "requested $NAME $((requests - 1)) times without success. Raise --max-restarts"
         create
         ;;
       FAILED | SUSPENDED) delete ;;

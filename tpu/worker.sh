@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs on every host of a job: installs the library once, runs `python -m "$@"`, and uploads its log
 # to the bucket. The last line reports the exit code. 0: finished. 75: saved, to be restarted (also
-# if another host was lost, or the run was stopped while it did not handle signals). Other codes:
-# failed. If the host could not be prepared, the last line says so, and the run did not start.
+# if another host was lost, or the job was stopped while it did not handle signals). Other codes:
+# failed. If the host could not be prepared, the last line says so, and the command did not start.
 #
 # Environment: NAME of the job; MPT_JAX_ROOT; PACKAGE to install with pip, empty if it is installed.
 set -euo pipefail
@@ -42,12 +42,12 @@ install() {
   echo "$PACKAGE" >"$home/installed"
 }
 
-# A run that outlived its connection still holds the chips: asks it to save, then kills it.
+# A process that outlived its connection still holds the chips: asks it to save, then kills it.
 stop_earlier() {
   local pid
   pid=$(cat "$home/pid" 2>/dev/null) || return 0
   [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") == *" -m $1 "* ]] || return 0
-  echo "An earlier run is still active on $(hostname) (process $pid). Asking it to save."
+  echo "Process $pid of an earlier start is still active on $(hostname). Asking it to save."
   kill -TERM "$pid"
   for _ in {1..120}; do
     kill -0 "$pid" 2>/dev/null || return 0
@@ -94,7 +94,7 @@ if ((code == 134)) && tail -c "+$((before + 1))" "$log" |
   code=75
 fi
 if ((code == 143)); then # SIGTERM's default action: the run did not handle signals at that time
-  echo "SIGTERM stopped the run before it could save. It resumes from its last checkpoint."
+  echo "SIGTERM stopped the job before it could save. The job resumes from its last checkpoint."
   code=75
 fi
 upload_log

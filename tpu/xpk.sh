@@ -9,7 +9,7 @@
 #   --name                      name of the workload
 #   --project, --zone, --cluster  the cluster
 #   --type                      an accelerator type of tpu/topologies.txt
-#   --root                      bucket path: MPT_JAX_ROOT of the run, and the folder of its logs
+#   --root                      bucket path: MPT_JAX_ROOT of the job, and the folder of its logs
 #   --package                   this library: git+https://...@revision; omit if the image has it
 #   --slices N                  number of slices (default 1)
 #   --image                     image with Python >= 3.11 (default python:3.12)

@@ -14,16 +14,19 @@ __all__ = ["load_backbone", "load_hf", "load_t5x", "save_hf", "save_t5x"]
 
 
 def load_backbone(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the parameters of a T5 as T5X's unscanned tree of NumPy arrays, in the file's dtype.
+    """Reads the parameters of a T5 as T5X's unscanned tree of NumPy arrays.
+
+    The arrays have the dtype of the file, except that float16 of a Hugging Face folder becomes
+    float32.
 
     Args:
         path: a Hugging Face folder (`config.json` and weights), or a T5X checkpoint
             (`checkpoint_<step>` as a folder in either of T5X's formats, or its msgpack file).
 
     Raises:
-        FileNotFoundError: `path` does not exist or has none of these formats.
-        ValueError: the checkpoint is truncated, incomplete, or in a format that could run code when
-            read.
+        FileNotFoundError: `path` does not exist, has none of these formats, or has no weights.
+        ValueError: as in `load_hf` or `load_t5x`: the checkpoint is truncated, incomplete or not a
+            supported T5, or its weights are pickled and cannot be read safely.
     """
     folder = epath.Path(path)
     if (folder / "config.json").exists():

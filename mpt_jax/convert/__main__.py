@@ -97,7 +97,7 @@ def _reject_options(args: argparse.Namespace, names: Sequence[str], users: str) 
     if unused:
         raise ValueError(
             f"This conversion does not use {', '.join(unused)}. Only conversions {users} do. "
-            "Remove the unused options."
+            "Remove the unused options, or change --to."
         )
 
 

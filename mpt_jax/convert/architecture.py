@@ -30,8 +30,8 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
         what: the name of the checkpoint in errors.
 
     Raises:
-        ValueError: the parameters are not those of a T5; the message names those that are missing
-            or unexpected.
+        ValueError: the parameters are not those of a T5; the message names those that are missing,
+            unexpected or of another shape.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     wanted = ("token_embedder/embedding", "encoder/layers_0/attention/query/kernel")
@@ -60,7 +60,8 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
         relative_bias_per_layer="layers_0" in tables[0],
         biases=any(name.endswith("/bias") for name in shapes),
     )
-    match_exactly(parameter_shapes(config), shapes, what)
+    advice = "Use a complete checkpoint of a T5, or set --config to its configuration."
+    match_exactly(parameter_shapes(config), shapes, what, standard="a T5", advice=advice)
     return config
 
 
@@ -90,8 +91,8 @@ def with_tables(params: Mapping[str, Any], in_every_layer: bool) -> dict[str, An
 
 
 def with_even_tables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree with a relative position table in every layer of both stacks if either stack
-    has them; otherwise returns it unchanged."""
+    """Returns the tree with one relative position table per layer in both stacks if either stack
+    has tables per layer; otherwise returns the tree unchanged."""
     per_layer = any(_TABLE.fullmatch(name) and "layers_0" in name for name in flatten(params))
     return with_tables(params, in_every_layer=True) if per_layer else dict(params)
 

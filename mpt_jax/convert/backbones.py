@@ -45,7 +45,12 @@ def read(
         requested = named_config(config)
         params = architecture.with_tables(params, requested.relative_bias_per_layer)
         shapes = {name: np.shape(x) for name, x in flatten(params).items()}
-        match_exactly(parameter_shapes(requested), shapes, f"{source}, read as {config},")
+        match_exactly(
+            parameter_shapes(requested),
+            shapes,
+            f"{source}, read as {config},",
+            advice="Set --config to the configuration of the checkpoint.",
+        )
         return requested, params
     inferred = architecture.config_of_tree(params, str(source))
     say(
@@ -99,11 +104,13 @@ def convert(
         The path of the new checkpoint.
 
     Raises:
-        FileExistsError: the target exists already.
+        FileExistsError: the target already exists.
         FileNotFoundError, ValueError: as in `read`, or the target differs from the source.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already. Choose another target, or remove it.")
+        raise FileExistsError(
+            f"{target} already exists. Choose another target, or remove the existing one."
+        )
     named = to == detect.HF or _STEP.fullmatch(target.name)
     inside = "" if named else "checkpoint_0"
     shape, params = read(source, config, say)

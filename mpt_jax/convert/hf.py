@@ -104,7 +104,7 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
     """Returns the configuration that a Hugging Face `config.json` describes.
 
     Raises:
-        ValueError: the architecture is not a T5, or it is a T5 with unsupported settings.
+        ValueError: the model is not a T5, has unsupported settings, or lacks sizes.
     """
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
@@ -114,7 +114,8 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
         )
     if absent := [name for name in _SIZES if name not in fields]:
         raise ValueError(
-            f"{what} lacks {absent}, so the model's shape is unknown. Download or copy it again."
+            f"{what} lacks {absent}, so the model's shape is unknown. Add these fields, or "
+            "download or copy the file again."
         )
     _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
     activation = fields.get("feed_forward_proj", usual_activation)
@@ -155,7 +156,7 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     if config.mlp_activations not in activations:
         raise ValueError(
             f"Hugging Face's T5 does not support mlp_activations={config.mlp_activations}, only "
-            f"{list(activations)}. Save the model as a T5X checkpoint instead."
+            f"{list(activations)}. Write a T5X checkpoint instead (mpt-jax convert --to t5x)."
         )
     mt5 = config.vocab_size == _MT5_VOCABULARY and not config.logits_via_embedding
     model_type = "umt5" if config.relative_bias_per_layer else "mt5" if mt5 else "t5"
@@ -201,9 +202,10 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder has no `config.json` or no weights.
-        ValueError: the architecture is not supported; shards are truncated or missing; parameters
-            are missing, unexpected or of another shape; or the weights are pickled, and torch is
-            not installed or finds more than tensors in them.
+        ValueError: `config.json` or its architecture is not supported; shards are truncated or
+            missing; parameters are missing, unexpected or of another shape; a copy of the embedding
+            differs from it; or the weights are pickled, and torch is not installed or finds more
+            than tensors in them.
     """
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
@@ -215,7 +217,13 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
         x = x.T if _transposed(name) else x
         params[name] = x.astype(np.float32) if x.dtype == np.float16 else x
     shapes = {name: x.shape for name, x in params.items()}
-    match_exactly(parameter_shapes(config), shapes, f"The checkpoint {folder}")
+    match_exactly(
+        parameter_shapes(config),
+        shapes,
+        f"The checkpoint {folder}",
+        standard=f"its {CONFIG}",
+        advice=f"Download or copy {CONFIG} and the weights again.",
+    )
     return config, unflatten(params)
 
 
@@ -238,8 +246,9 @@ def _without_copies(
         if not np.array_equal(copy, kept.get(_EMBEDDING, copy)):
             raise ValueError(
                 f"{folder}: {name} differs from {_EMBEDDING}, but {CONFIG} describes a model "
-                "that shares them. If the model has a separate output projection, set "
-                f"tie_word_embeddings to false in {CONFIG}."
+                f"that shares them. If the model has a separate output projection ({_HEAD}), set "
+                "tie_word_embeddings (and scale_decoder_outputs, if present) to false in "
+                f"{CONFIG}. Otherwise download or copy the weights again."
             )
     return kept
 
@@ -260,7 +269,7 @@ def save_hf(
             with an index.
 
     Raises:
-        FileExistsError: the folder exists already.
+        FileExistsError: the folder already exists.
         ValueError: the parameters do not match the configuration, or Hugging Face's T5 does not
             support it.
     """
@@ -278,12 +287,14 @@ def write_hf(
     """Writes the files of `save_hf` into an existing, empty folder."""
     if config.biases:
         raise ValueError(
-            "Hugging Face's T5 has no biases, so a model with biases=True cannot be written. Save "
-            "it as a T5X checkpoint instead."
+            "Hugging Face's T5 has no biases, so a model with biases=True cannot be written. Write "
+            "a T5X checkpoint instead (mpt-jax convert --to t5x)."
         )
     leaves = {name: np.asarray(x) for name, x in flatten(params).items()}
     expected = parameter_shapes(config)
-    match_exactly(expected, {name: x.shape for name, x in leaves.items()}, "The tree to save")
+    shapes = {name: x.shape for name, x in leaves.items()}
+    advice = "Save the parameters with the configuration of their model."
+    match_exactly(expected, shapes, "The tree to save", standard="its configuration", advice=advice)
     tensors = {
         hf_name: leaves[name].T if _transposed(name) else leaves[name]
         for name, hf_name in name_table(config).items()

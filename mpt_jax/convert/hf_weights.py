@@ -61,7 +61,8 @@ def _shards(folder: epath.Path, index: str) -> list[str]:
         files = sorted(set(read_json(folder / index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / index} is damaged: {error!r}. Download or copy it again."
+            f"{folder / index} has no weight_map from tensor names to file names. Download or copy "
+            "the index again."
         ) from error
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
@@ -92,8 +93,8 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
-    """Yields a local path with the same content; a file in a bucket is copied. Neither library can
-    read bfloat16 from a bucket."""
+    """Yields a local path with the same content; a file in a bucket is copied first. Neither
+    safetensors nor torch can read bfloat16 from a bucket."""
     if is_local(path):
         yield os.fspath(path)
         return
@@ -141,7 +142,7 @@ def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:
 def write_tensors(
     folder: epath.Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes tensors as safetensors: one file if they fit into it, otherwise shards with an index.
+    """Writes tensors as safetensors: one file if they fit, otherwise shards with an index.
 
     Args:
         folder: an existing folder without weights.

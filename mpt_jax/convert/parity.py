@@ -17,6 +17,7 @@ from mpt_jax.core.tree import flatten, match_exactly
 LENGTHS = (40, 23, 4)
 TARGETS = 8
 SEED = 0
+_REPORT = "Convert again; if the result is the same, report it as a bug."
 
 
 def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> str:
@@ -39,12 +40,14 @@ def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) 
         {name: np.shape(x) for name, x in wanted.items()},
         {name: np.shape(x) for name, x in actual.items()},
         what,
+        standard="the source",
+        advice=_REPORT,
     )
     differing = [name for name, x in wanted.items() if _bits(x) != _bits(actual[name])]
     if differing:
         raise ValueError(
             f"{what} does not match the source: {len(differing)} of {len(wanted)} leaves differ: "
-            f"{differing}. Convert again; if the result is the same, report it as a bug."
+            f"{differing}. {_REPORT}"
         )
     return f"{len(wanted)} leaves, {sum(np.size(x) for x in wanted.values()):,} numbers"
 

@@ -126,7 +126,13 @@ def _check_shapes(
         tasks, rank = config.get("num_tasks", 1), config.get("num_ranks", 1)
         expected["prefix_task_cols"] = (tasks, rows, rank)
         expected["prefix_task_rows"] = (tasks, rank, width)
-    match_exactly(expected, shapes, f"The adapter {folder}")
+    match_exactly(
+        expected,
+        shapes,
+        f"The adapter {folder}",
+        standard=f"its {CONFIG}",
+        advice="Download or copy the adapter again.",
+    )
 
 
 def write_prompt(

@@ -59,12 +59,16 @@ def to_artifact(
         say: called with a line that reports the result of the comparison.
 
     Raises:
-        FileExistsError: the target exists already.
-        ValueError: the width of the prompts differs from the backbone's, the source records another
-            backbone, or names are missing.
+        FileExistsError: the target already exists.
+        FileNotFoundError: the source or the backbone does not exist.
+        ValueError: the source cannot be read or holds no prompts, the width of the prompts differs
+            from the backbone's, the source records another backbone, or the number of names is not
+            the number of prompts.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists already. Choose another target, or remove it.")
+        raise FileExistsError(
+            f"{target} already exists. Choose another target, or remove the existing one."
+        )
     adapter = read_prompts(source)
     names = tuple(run_names) or tuple(adapter.notes.get("run_names", ()))
     if len(names) != adapter.rows:
@@ -99,8 +103,8 @@ def read_prompts(source: epath.Path) -> peft.Adapter:
     kind = detect.recognize(source)
     if kind not in _READERS:
         raise ValueError(
-            f"{source} has format {kind!r}, which holds no prompts of other programs. Supported "
-            f"formats: {', '.join(_READERS)}."
+            f"{source} has format {kind!r}, which holds no prompts of other programs. Give prompts "
+            f"in one of the formats {', '.join(_READERS)}."
         )
     return _READERS[kind](source)
 
@@ -156,8 +160,8 @@ def _read_safetensors(source: epath.Path) -> peft.Adapter:
     if len({prompt.shape for prompt in prompts}) != 1:
         shapes = {name: x.shape for name, x in tensors.items()}
         raise ValueError(
-            f"{source} must hold prompts of one shape [P, H], but it has {shapes}. Save prompts of "
-            "different shapes in separate files."
+            f"{source} must hold prompts of one shape [P, H], but it has {shapes or 'no tensors'}. "
+            "Save prompts of one shape in each file."
         )
     return _plain(np.stack(prompts), {"run_names": list(tensors)})
 
@@ -226,17 +230,19 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
 
     Args:
         source: the artifact.
-        target: the folder to create. Of MPT, `'peft'` writes one adapter, in which bank row k is
-            task id k; if the artifact has several groups, the folder holds one adapter for each.
-            The other formats write a folder or a file for each run, or `folded.safetensors`.
+        target: the folder to create. For MPT, `'peft'` writes one adapter, in which bank row k is
+            task id k; or, if the artifact has several groups, one adapter per group, each in a
+            folder named after its runs. The other formats write a folder (PEFT) or a file (`.npy`)
+            for each run, or one `folded.safetensors`.
         to: `'peft'` (MPT's factors, or the plain prompts of prompt tuning), `'peft-folded'` (plain
             prompts), `'npy'` or `'safetensors'`.
         say: called with a line that reports the result of the comparison.
 
     Raises:
-        FileExistsError: the target exists already.
-        ValueError: the method has no prompts, its prompts depend on the text, PEFT has no format
-            for them, or a run name contains '/'.
+        FileExistsError: the target already exists.
+        FileNotFoundError: the source holds no artifact.
+        ValueError: the artifact cannot be read, its method has no prompts, its prompts depend on
+            the text, PEFT has no format for them, or a run name contains '/'.
     """
     artifact = artifacts.load_artifact(source)
     if not artifact.method.prompt_length:

@@ -1,8 +1,8 @@
 """Reader and writer of T5X's checkpoints: its own format (msgpack, with large leaves as zarr
 folders) and Orbax.
 
-Only the model's parameters (`target`) are read. Scanned trees are returned unscanned. If all layers
-of a scanned stack have equal relative position tables, one table is returned for the stack.
+Only the model's parameters (`target`) are read. Scanned trees are returned unscanned. If the layers
+of each scanned stack have equal relative position tables, one table is returned per stack.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"No T5X checkpoint at {path}: it does not exist. Check the path.")
+        raise FileNotFoundError(f"The T5X checkpoint {path} does not exist. Check the path.")
     if not path.is_dir():
         params = _load_msgpack(path)
     elif (path / FILE).exists():
@@ -73,10 +73,15 @@ def _load_msgpack(file: epath.Path) -> dict[str, Any]:
         target = contents["optimizer"]["target"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file} is truncated, damaged, or not a T5X checkpoint: {error}. Check the path, or "
-            "download or copy the checkpoint again."
+            f"{file} is truncated, damaged, or not a T5X checkpoint: {_reason(error)}. Check the "
+            "path, or download or copy the checkpoint again."
         ) from error
     return _read_arrays(target, file.parent)
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error's text; a KeyError's is only the key."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _read_arrays(node: Any, folder: epath.Path) -> Any:
@@ -125,8 +130,8 @@ def _load_orbax(folder: epath.Path) -> dict[str, Any]:
             return checkpointer.restore(folder, args=restore)["target"]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{folder} is truncated, damaged, or not a T5X checkpoint: {error}. Check the "
-                "path, or download or copy the checkpoint again."
+                f"{folder} is truncated, damaged, or not a T5X checkpoint: {_reason(error)}. Check "
+                "the path, or download or copy the checkpoint again."
             ) from error
 
 
@@ -143,7 +148,7 @@ def save_t5x(path: str | os.PathLike[str], params: Mapping[str, Any], step: int 
         The folder `checkpoint_<step>`.
 
     Raises:
-        FileExistsError: the checkpoint exists already.
+        FileExistsError: the checkpoint already exists.
     """
     folder = epath.Path(path) / f"{FILE}_{step}"
     with new_folder(folder) as scratch:

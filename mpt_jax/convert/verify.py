@@ -56,8 +56,9 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, float]:
     states, and the logits.
 
     Raises:
-        ValueError: torch or transformers is not installed, or the weights cannot be read.
-        FileNotFoundError: the folder has no weights.
+        ValueError: torch or transformers is not installed, the weights cannot be read, or Hugging
+            Face's T5 does not support the model.
+        FileNotFoundError: the folder does not exist or has no weights.
     """
     torch, transformers = _oracle()
     shape, params = backbones.read(folder, config)

@@ -119,14 +119,22 @@ def merge(first: Params, second: Params) -> dict[str, Any]:
 
 
 def match_exactly(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], what: str
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    what: str,
+    *,
+    standard: str = "the model",
+    advice: str = "Configure the model with the architecture and settings that these parameters "
+    "were saved with.",
 ) -> None:
-    """Checks that parameters have the names and shapes that the model expects.
+    """Checks that parameters have exactly the expected names and shapes.
 
     Args:
         expected: name -> shape, for every parameter of the model.
         found: name -> shape, for every parameter that was read.
         what: the source of the parameters; the subject of the error's first sentence.
+        standard: what the parameters must match; the object of that sentence.
+        advice: what the user can do; the last sentence of the error.
 
     Raises:
         ValueError: the two differ; the message lists missing names, extra names and differing
@@ -147,7 +155,4 @@ def match_exactly(
     if shapes:
         problems.append(f"{len(shapes)} of another shape: {shapes}")
     if problems:
-        raise ValueError(
-            f"{what} does not match the model. {'; '.join(problems)}. Configure the model with the "
-            "architecture and settings that these parameters were saved with."
-        )
+        raise ValueError(f"{what} does not match {standard}. {'; '.join(problems)}. {advice}")

@@ -1,7 +1,7 @@
 """JAX's persistent compilation cache, on by default.
 
-A second start of the same job compiles nothing. The folder is `JAX_COMPILATION_CACHE_DIR` if set
-(empty switches the cache off), else `~/.cache/mpt_jax/compiled`.
+A second start of the same job loads the programs that the first one compiled. The folder is
+`JAX_COMPILATION_CACHE_DIR` if set (empty switches the cache off), else `~/.cache/mpt_jax/compiled`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MIN_SECONDS = 0.5  # programs that compile faster are not cached
 
 
 def enable() -> None:
-    """Enables the cache, unless the user has configured it."""
+    """Enables the cache, unless the user has configured it or its folder cannot be created."""
     if VARIABLE in os.environ or jax.config.jax_compilation_cache_dir:
         return
     folder = Path.home() / ".cache" / "mpt_jax" / "compiled"

@@ -7,8 +7,9 @@
         TPU_WORKER_HOSTNAMES      the hosts of a TPU slice, as GKE and TPU containers set it
         MEGASCALE_NUM_SLICES      more than one slice
 
-Joining must happen before anything uses a device. A TPU VM with several hosts sets none of these
-variables by default, so its launch script sets MPT_JAX_DISTRIBUTED=1.
+Joining must happen before anything uses a device. On the TPU VMs of a slice with several hosts,
+none of these variables is set by default, so the launch script (tpu/queued.sh) sets
+MPT_JAX_DISTRIBUTED=1.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     arguments = {name: number for name, number in numbers.items() if number is not None}
     if arguments and (len(arguments) == 1 or not address):
         raise ValueError(
-            f"The variables {ADDRESS}, {COUNT} and {INDEX} must be set together, got {address!r}, "
-            f"{environment.get(COUNT)!r} and {environment.get(INDEX)!r}. Set all three, or only "
-            f"{ADDRESS} if JAX can find the other two itself."
+            f"The environment variables {ADDRESS}, {COUNT} and {INDEX} must be set together, got "
+            f"{address!r}, {environment.get(COUNT)!r} and {environment.get(INDEX)!r}. Set all "
+            f"three, or only {ADDRESS} if JAX can find the other two itself."
         )
     return {**arguments, "coordinator_address": address} if address else arguments
 

@@ -60,7 +60,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     target = epath.Path(path)
     if target.exists():
         raise FileExistsError(
-            f"{target} exists already. Choose another folder, or move or remove it first."
+            f"{target} already exists. Choose another folder, or move or remove the existing one."
         )
     with _filled(_scratch_name(target)) as scratch:
         yield scratch

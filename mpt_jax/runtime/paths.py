@@ -1,4 +1,4 @@
-"""Default paths: one ROOT holds the inputs and outputs of every run.
+"""Default paths: one ROOT holds the inputs and outputs of all jobs.
 
     $MPT_JAX_ROOT, else ./runs
         backbones/<name>/...        pretrained weights and vocabularies
@@ -41,8 +41,8 @@ def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
     """
     if not base or not name:
         raise ValueError(
-            f"Cannot build a path from base {base!r} and name {name!r}. Set paths.under.base and "
-            "paths.under.name to non-empty texts."
+            f"Cannot build a path from base {base!r} and name {name!r}. Set ROOT, or the bindings "
+            "paths.under.base and paths.under.name, to non-empty strings."
         )
     local = "://" not in base
     if local and not shared_filesystem and jax.process_count() > 1:
@@ -79,7 +79,7 @@ def shipped(*, name: str) -> str:
 def own_or_shipped(*, own: str, name: str) -> str:
     """Returns the path of an earlier stage's output or, if there is none, of the shipped copy.
 
-    Logs a line if it returns the shipped copy.
+    Logs a line if it returns the shipped copy. If neither exists, returns the path of the output.
 
     Args:
         own: the path of the earlier stage's output.

@@ -1,8 +1,8 @@
-"""Graceful stop: on SIGTERM (a preempted machine) or Ctrl-C, a run saves and then exits.
+"""Graceful stop: on SIGTERM (a preempted machine) or Ctrl-C, a job saves and then exits.
 
 The exit code distinguishes a stop from a failure, so a scheduler can start the same command again,
-which resumes from that save. A process that has lost other processes of its job can no longer save,
-but exits with the same code as after SIGTERM.
+which resumes from the saved checkpoint. A process that has lost other processes of its job can no
+longer save, but exits with the same code as after SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _PEER_FAILURE = re.compile(
 
 
 class StopRequest:
-    """A request to stop this run.
+    """A request to stop this job.
 
     Attributes:
-        signal: the signal that requested the stop, or None if the run should continue.
+        signal: the signal that requested the stop, or None if the job should continue.
     """
 
     def __init__(self):
@@ -68,8 +68,8 @@ def stop_requests() -> Iterator[StopRequest]:
     """Listens for SIGTERM and SIGINT while the block runs.
 
     With several processes, JAX's own notifier handles SIGTERM and reports it to all processes at
-    the same step; Ctrl-C ends only the process that it reaches, without a save. Outside the main
-    thread signals cannot be caught, so only that notifier works.
+    the same step; Ctrl-C ends only the process that it reaches, without a save. A single process
+    can catch signals only in its main thread; elsewhere they keep their usual effect.
     """
     request = StopRequest()
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -39,14 +39,15 @@ ACCELERATORS = (
 def start_quietly() -> None:
     """Suppresses start-up notices; call it before TensorFlow and JAX are imported.
 
-    A program that sets TF_CPP_MIN_LOG_LEVEL to another level sees all that TensorFlow prints.
+    If TF_CPP_MIN_LOG_LEVEL has another level, it alone decides what TensorFlow prints. On a machine
+    with libtpu but no accelerator, JAX_PLATFORMS defaults to cpu, because libtpu would look for a
+    TPU and complain at length.
     """
     level = VARIABLES["TF_CPP_MIN_LOG_LEVEL"]  # as inherited from a process of this library
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", level) == level:
         sys.meta_path.insert(0, _QuietImports())
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    # Without an accelerator, an installed libtpu would look for a TPU and complain at length.
     if sys.platform == "linux" and importlib.util.find_spec("libtpu"):
         if not any(map(glob.glob, ACCELERATORS)):
             os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -12,7 +12,7 @@ made from different inputs are never mixed.
 
 A local partial file is locked while it is written; the system releases the lock when the process
 ends. A bucket has neither locks nor appends: every part uploads the partial file again, and two
-runs that write the same file overwrite each other, so give each run its own folder.
+commands that write the same file overwrite each other's lines, so give each a separate folder.
 
 Only one process writes a file. In a job of several processes, one calls `begin` and sends the
 result to the others.
@@ -78,7 +78,7 @@ class ResumableFile:
         """Whether the file is complete. Writes nothing and takes no lock.
 
         Raises:
-            Refused: for the reasons given in `begin`, except that another run is writing it.
+            Refused: for the reasons given in `begin`, except that another process is writing it.
         """
         self._check_name()
         complete = self._completed.exists()
@@ -90,18 +90,19 @@ class ResumableFile:
         return complete and self.path.exists()
 
     def begin(self, check: Callable[[bool], None] | None = None) -> int | None:
-        """Locks the partial file and truncates it to its recorded size.
+        """Locks the partial file and truncates it to its recorded size. If the file is complete,
+        only finishes a rename that was interrupted.
 
         Args:
-            check: called before anything is changed, if lines exist. Its argument is whether the
-                file is complete. It may raise.
+            check: called before any line is changed, if there are lines or the file is complete.
+                Its argument is whether the file is complete. It may raise.
 
         Returns:
             The number of lines; None if the file is complete.
 
         Raises:
             Refused: the file was made from other inputs, or not by this command; part of it is
-                missing; or another run is writing it.
+                missing; its record cannot be read; or another process is writing it.
         """
         try:
             return self._begin(check)
@@ -113,12 +114,12 @@ class ResumableFile:
         self._check_name()
         if self._partial.exists() or not self._completed.exists():
             self._take()
-        # A run that held the lock until now may have completed the file.
+        # A process that held the lock until now may have completed the file.
         complete = self._completed.exists()
         if self._read(complete) and check is not None:
             check(complete)
         if complete:
-            # A run that was killed before its last rename left the lines in the partial file.
+            # A process that was killed before its last rename left the lines in the partial file.
             if self._check_size() == self._partial:
                 self._partial.replace(self.path)
             self.close()
@@ -167,7 +168,7 @@ class ResumableFile:
             )
 
     def _take(self) -> None:
-        """Opens and locks the partial file."""
+        """Opens and locks the partial file; raises Refused if another process holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not is_local(self.path):
             self._cannot_lock("buckets have no locks")
@@ -177,19 +178,19 @@ class ResumableFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(
-                f"Another run is writing {self._partial}. Wait for it to finish, or choose "
+                f"Another process is writing {self._partial}. Wait for it to finish, or choose "
                 f"{self._elsewhere}."
             ) from error
         except OSError as error:  # some network file systems have no locks
             self._cannot_lock(f"{error.strerror}")
 
     def _cannot_lock(self, why: str) -> None:
-        message = f"{self._partial} cannot be locked against other runs ({why})"
+        message = f"{self._partial} cannot be locked against other processes ({why})"
         if self._require_lock:
             raise Refused(
                 f"{message}. Choose a file on a file system with locks, such as a local disk."
             )
-        logging.warning("%s. Make sure that no other run writes it.", message)
+        logging.warning("%s. Make sure that no other process writes it.", message)
 
     def _read(self, complete: bool) -> bool:
         """Reads the record; returns whether it counts any lines or the file is complete."""
@@ -201,8 +202,9 @@ class ResumableFile:
             text = record.read_text()
             saved, self.lines, self._bytes, notes = self._parsed(text, complete)
         except (ValueError, KeyError, TypeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise Refused(
-                f"{record} cannot be read ({error!r}). Restore it from a copy, choose "
+                f"{record} cannot be read ({reason}). Restore it from a copy, choose "
                 f"{self._elsewhere}, or remove {self.path}* to start again."
             ) from error
         if not (complete or self.lines):
@@ -244,8 +246,9 @@ class ResumableFile:
         if not file.exists() or size != self._bytes:
             state = f"has {size} bytes" if file.exists() else "is missing"
             raise Refused(
-                f"{file} {state}, but {self._completed} records {self._bytes} bytes. Restore it "
-                f"from a copy, choose {self._elsewhere}, or remove {self.path}* to make it again."
+                f"{file} {state}, but {self._completed} records {self._bytes} bytes. Restore "
+                f"{file} from a copy, choose {self._elsewhere}, or remove {self.path}* to start "
+                "again."
             )
         return file
 
@@ -260,9 +263,9 @@ class ResumableFile:
             )
         if size < self._bytes:
             raise Refused(
-                f"{self._partial} has {size} bytes, but its record counts {self._bytes}: part of "
-                f"it is missing. Restore it from a copy, choose {self._elsewhere}, or remove "
-                f"{self.path}.* to start again."
+                f"{self._partial} has {size} bytes, but {self._record.name} counts {self._bytes}, "
+                "so part of it is missing. Restore both from a copy, choose "
+                f"{self._elsewhere}, or remove {self.path}.* to start again."
             )
 
     def _resume(self) -> None:

@@ -1,4 +1,4 @@
-"""Check, before a run starts, that each storage bucket can be used; at most a minute per bucket.
+"""Check, before a job starts, that each storage bucket can be used; at most a minute per bucket.
 
 Paths like `gs://bucket/folder` are read and written through etils, Orbax and TensorStore. Without
 a network these libraries retry for many minutes, and they report missing credentials in long

@@ -78,8 +78,8 @@ class Named(NamedTuple):
             return cls(text)
         if not name or not folder:
             raise ValueError(
-                f"{text!r} is neither a folder nor NAME=FOLDER. Give an artifact folder, or a task "
-                "name and an artifact folder."
+                f"{text!r} is neither a folder nor NAME=FOLDER. Set --prompts to artifact folders, "
+                "each as FOLDER or NAME=FOLDER."
             )
         return cls(folder, name)
 
@@ -327,10 +327,10 @@ def _written(leaf: Array, block: Array, first: Array) -> Array:
 
 
 def _taken(name: str, first: str, second: str) -> str:
-    where = f"twice in {first}" if first == second else f"in {first} and in {second}"
+    where = f"both from {first}" if first == second else f"one from {first}, one from {second}"
     return (
         f"Two rows of the bank would have the name {name!r}, {where}. Rename the rows of one "
-        f"artifact, for example with --prompts NAME={second}."
+        f"artifact, for example with --prompts NEW_NAME={second}."
     )
 
 

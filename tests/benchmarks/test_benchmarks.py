@@ -317,7 +317,7 @@ def test_contestants_have_equal_losses(fused: bool) -> None:
 def test_fleet_runs_have_requested_number() -> None:
     assert [run.name for run in fleet.fleet_runs(1)] == ["toy_boolq_k32_s0"]
     assert len({run.name for run in fleet.fleet_runs(64)}) == 64
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="multiples of 4"):
         fleet.fleet_runs(10)
 
 

@@ -117,7 +117,7 @@ def test_convert_backbone_invalid_arguments_exit_with_2(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf")
     target = tmp_path / "new"
     for to in ("hf", "t5x", "orbax"):
-        assert "exists already" in refused(capsys, source, source, "--to", to)
+        assert "already exists" in refused(capsys, source, source, "--to", to)
     assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors"]
     assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", target)
     (tmp_path / "empty").mkdir()

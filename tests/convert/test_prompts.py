@@ -281,9 +281,9 @@ def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     np.save(file, random(P, H))
     assert "Give one name per prompt" in refused(capsys, file, new, "--backbone", backbone)
     said = refused(capsys, folder, source, "--backbone", backbone)
-    assert "exists already" in said
+    assert "already exists" in said
     said = refused(capsys, source, folder)
-    assert "exists already" in said
+    assert "already exists" in said
     other = hf_folder(tmp_path / "other", "umt5")
     said = refused(capsys, folder, new, "--backbone", other)
     assert said.count("sha256") == 1 and "were trained with another backbone" in said

@@ -116,7 +116,7 @@ def test_resumable_file_lock_unavailable_error_or_warning(tmp_path, monkeypatch,
         file = output(tmp_path / "out")
         file.begin()
     file.close()
-    assert "Make sure that no other run writes it" in caplog.text
+    assert "Make sure that no other process writes it" in caplog.text
 
 
 def test_resumable_file_in_bucket_lock_required_refused(tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_bank_failed_add_leaves_bank_unchanged(tmp_path):
     joined = Bank([write(tmp_path / "a", ["x", "y"])])
     before, digest = composed(joined, ["x", "y"]), joined.digest()
     for wrong, message in (
-        (write(tmp_path / "b", ["z", "x"]), "'x', in .*a and in .*b.*NAME="),
+        (write(tmp_path / "b", ["z", "x"]), "'x', one from .*a, one from .*b.*NAME="),
         (write(tmp_path / "c", ["z"], embedding_sha256="f" * 64), "backbone"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -223,7 +223,7 @@ def test_bank_digest_covers_names_and_values(tmp_path):
 
 def test_bank_duplicate_names_fail_unless_renamed(tmp_path):
     a, b = write(tmp_path / "a", ["rte", "cb"]), write(tmp_path / "b", ["rte"], seed=1)
-    with pytest.raises(ValueError, match=f"'rte', in {tmp_path}/a and in {tmp_path}/b"):
+    with pytest.raises(ValueError, match=f"'rte', one from {tmp_path}/a, one from {tmp_path}/b"):
         Bank([a, b])
     joined = Bank([a, b], ["", "rte_again"])
     assert joined.names == ("rte", "cb", "rte_again")

@@ -35,7 +35,7 @@ class Exported:
         config: the contents of config.json.
         names: the task names, in the order of their rows.
         backbone, prompts: arrays by name, the first two arguments of every function. `prompts` may
-            be replaced by prompts of the same shapes.
+            be replaced with prompts of the same shapes.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or was changed, or the export format is not
@@ -53,8 +53,8 @@ class Exported:
         self.config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text())
         if self.config.get("format") != FORMAT:
             raise ValueError(
-                f"{folder} has export format {self.config.get('format')!r}; this version reads "
-                f"{FORMAT}. Export the prompts again with this version."
+                f"{folder} has export format {self.config.get('format')!r}; this version of "
+                f"MPT-JAX reads {FORMAT}. Export the prompts again with this version."
             )
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
@@ -120,10 +120,13 @@ class Exported:
 
     def _arrays(self, path: Path, name: str) -> Mapping[str, jax.Array]:
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist. If the folder was written with --without-weights, pass "
-                f"the {BACKBONE} of another export as `backbone`. Otherwise copy the file again."
-            )
+            advice = "Copy the file again."
+            if name == BACKBONE:
+                advice = (
+                    "If the folder was written with --without-weights, pass the path of the "
+                    f"{BACKBONE} of another export as `backbone`. Otherwise copy the file again."
+                )
+            raise FileNotFoundError(f"{path} does not exist. {advice}")
         return {
             leaf: jnp.asarray(np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]))
             for leaf, x in deserialize(self._checked(path, name))
@@ -133,9 +136,10 @@ class Exported:
         content = path.read_bytes()
         digest, expected = hashlib.sha256(content).hexdigest(), self.config["files_sha256"][name]
         if digest != expected:
+            other = ", or take it from an export with the same backbone and dtype"
             raise ValueError(
                 f"{path} is not the file that was exported: its sha256 is {digest}, but {CONFIG} "
-                f"records {expected}. Copy the file again."
+                f"records {expected}. Copy the file again{other if name == BACKBONE else ''}."
             )
         return content
 

@@ -56,7 +56,10 @@ class Settings:
 
     def __post_init__(self):
         if unknown := [name for name in self.platforms if name not in PLATFORMS]:
-            raise ValueError(f"Unknown platforms {unknown}. Choose from {', '.join(PLATFORMS)}.")
+            raise ValueError(
+                f"Unknown platforms {unknown}. Set --platforms to names from "
+                f"{', '.join(PLATFORMS)}, separated by commas."
+            )
         lengths = [*self.input_lengths, self.target_length]
         if not self.platforms or not self.input_lengths or min(lengths) < 1:
             raise ValueError(
@@ -80,7 +83,7 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
         The contents of the folder's config.json.
 
     Raises:
-        FileExistsError: the folder exists already.
+        FileExistsError: the folder already exists.
     """
     check_new(folder)
     config = dataclasses.replace(backbone.config, fused_attention=False)
@@ -125,7 +128,9 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
 def check_new(folder: Path) -> None:
     """Raises FileExistsError if the folder exists. Call it before any slow work."""
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already. Choose another folder, or remove it.")
+        raise FileExistsError(
+            f"{folder} already exists. Set --out to another folder, or remove the existing one."
+        )
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""`mpt-jax predict`: answers requests that each name a task, with one line of JSON per line.
+"""`mpt-jax predict`: answers requests that each name a task, one line of JSON per request.
 
     mpt-jax predict --prompts runs/*/artifact --backbone runs/backbones/t5-base \
         --input requests.jsonl --output answers.jsonl
@@ -7,7 +7,7 @@
 docs/serving.md describes requests and answers. If a line cannot be answered, its answer is an
 error, and the next line is read. The exit code is 0, or 1 if every line failed (with --strict, if
 any line failed), 2 if the command cannot start or continue, and 130 after Ctrl-C. With --output,
-the same command then resumes.
+the same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output
     size = os.path.getsize(args.input) if args.input != "-" else None
     progress = Progress(size, sys.stderr is not None and sys.stderr.isatty())
     if done is None:
-        say(f"{args.output} is complete already")
+        say(f"{args.output} is already complete")
         return output
     try:
         progress.skipped(done, stream.tell() if done and stream.seekable() else 0)
@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the command's argument parser."""
     parser = argparse.ArgumentParser(
         prog="mpt-jax predict",
-        description="Answers requests that each name a task, with one line of JSON per line.",
+        description="Answers requests that each name a task, one line of JSON per request.",
         epilog="@FILE reads arguments from a file, one per line.",
         fromfile_prefix_chars="@",
     )

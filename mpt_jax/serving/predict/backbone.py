@@ -67,8 +67,9 @@ def load(  # noqa: PLR0913 - each is an option of the command
 
     Raises:
         FileNotFoundError: the backbone or the vocabulary does not exist.
-        ValueError: the prompts were trained with another backbone or vocabulary; the message shows
-            both digests.
+        ValueError: the backbone or the vocabulary cannot be read; the prompts were trained with
+            others, and the message shows both digests; or the vocabulary has more ids than the
+            backbone embeds.
     """
     shipped = path is None
     path = paths.shipped(name=SHIPPED[0]) if path is None else path
@@ -108,6 +109,6 @@ def _vocabulary(
         return tokenizers.load(backbone, extra_ids)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
-            f"The backbone {backbone} has no vocabulary beside it. Set --vocabulary to a "
+            f"The backbone {backbone} has no usable vocabulary beside it. Set --vocabulary to a "
             f"SentencePiece model, a folder with one, or byt5. The cause: {error}"
         ) from error

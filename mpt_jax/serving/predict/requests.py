@@ -100,8 +100,8 @@ class Reader:
     def _request(self, fields: Mapping[str, Any], label: Mapping[str, Any]) -> Request:
         if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
-                f"Unknown fields {_short(unknown)}. Known fields: {', '.join(FIELDS)}. Put values "
-                "that the answer should repeat in id."
+                f"Unknown fields {_short(unknown)}. Known fields: {', '.join(FIELDS)}. Use id for "
+                "a value that the answer should repeat."
             )
         row = self.bank.row(_text(fields, "task"))
         inputs, cut = self._ids(_text(fields, "inputs"), "inputs", self.input_length)
@@ -127,7 +127,7 @@ class Reader:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{field} is not valid text: it has half of a surrogate pair ({error.reason}). "
-                "Remove it, or write the whole character."
+                "Remove this half, or write the whole character."
             ) from error
         ids = self.vocabulary.encode(text)
         cut = len(ids) + 1 > limit

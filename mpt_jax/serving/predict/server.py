@@ -58,7 +58,7 @@ class Limits:
 
 
 class Server:
-    """A backbone with a bank of prompts, compiled for a few lengths.
+    """A backbone with a bank of prompts, compiled for a few lengths and numbers of rows.
 
     Args:
         bank: the prompt bank. Rows may be added while the server runs.

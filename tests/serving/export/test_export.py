@@ -251,17 +251,18 @@ def test_export_checked_bytes_are_loaded_bytes(folder, tmp_path, monkeypatch):
 def test_export_existing_folder_fails_before_work(folder, tmp_path, monkeypatch, capsys):
     bank = Bank([serving_fixtures.artifact(tmp_path / "artifact")])
     monkeypatch.setattr("mpt_jax.serving.export.writing.Functions", None)
-    with pytest.raises(FileExistsError, match="exported exists already"):
+    with pytest.raises(FileExistsError, match="exported already exists"):
         write(folder / "exported", bank, serving_fixtures.backbone(), SETTINGS)
     monkeypatch.setattr(Bank, "load", None)
     with pytest.raises(SystemExit) as ended:
         command.main(["--prompts", "none", "--out", str(folder / "exported")])
-    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
+    assert ended.value.code == 2 and "already exists" in capsys.readouterr().err
 
 
 def test_export_settings_invalid_values_fail(tmp_path):
     with pytest.raises(
-        ValueError, match=r"Unknown platforms \['gpu'\]. Choose from cpu, tpu, cuda"
+        ValueError,
+        match=r"Unknown platforms \['gpu'\]. Set --platforms to names from cpu, tpu, cuda",
     ):
         Settings(("gpu",))
     with pytest.raises(ValueError, match="positive lengths"):
@@ -279,4 +280,4 @@ def test_export_command_writes_shipped_prompts(tmp_path, capsys):
     assert "without the backbone's weights" in (out / "README.md").read_text()
     with pytest.raises(SystemExit) as ended:
         command.main([*arguments, *sizes])
-    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err
+    assert ended.value.code == 2 and "already exists" in capsys.readouterr().err

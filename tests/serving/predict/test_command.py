@@ -90,7 +90,7 @@ def test_predict_command_interrupted_output_resumes(run, tmp_path, monkeypatch):
         assert one["prediction"] == other["prediction"]
         assert one["score"] == pytest.approx(other["score"], rel=1e-4)
     code, _, said = run("--output", str(path), lines=lines)
-    assert code == 0 and "complete already" in said
+    assert code == 0 and "already complete" in said
     code, _, said = run("--output", str(path), "--truncate", lines=lines)
     assert code == 2 and "truncate: saved False, current True" in said
 
@@ -140,7 +140,7 @@ def test_backbone_load_other_backbone_or_vocabulary_fails(tmp_path):
         backbone.load(bank, str(wrong))
     with pytest.raises(ValueError, match="trained with another vocabulary"):
         backbone.load(bank, vocabulary=paths.shipped(name="toy.model"))  # of 100 sentinels
-    with pytest.raises(FileNotFoundError, match="has no vocabulary beside it.*--vocabulary"):
+    with pytest.raises(FileNotFoundError, match="has no usable vocabulary beside it.*--vocabulary"):
         backbone.load(bank, SHIPPED)
     given = backbone.load(bank, SHIPPED, paths.shipped(name="toy.model"), extra_ids=16)
     assert given.vocabulary_sha256 == found.vocabulary_sha256

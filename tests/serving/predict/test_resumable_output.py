@@ -109,7 +109,7 @@ def test_file_second_run_fails_first_continues(tmp_path):
     first, second = File(path, MADE_FROM), File(path, MADE_FROM)
     assert first.begin(iter(LINES)) == 2
     first.write(LINES[2:3], ANSWERS[2:3])
-    with pytest.raises(Refused, match="Another run is writing .*partial. Wait for it"):
+    with pytest.raises(Refused, match="Another process is writing .*partial. Wait for it"):
         second.begin(iter(LINES))
     first.write(LINES[3:], ANSWERS[3:])
     first.finish()
