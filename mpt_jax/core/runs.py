@@ -55,7 +55,8 @@ class Runs:
         if isinstance(self.task_names, str) or not tasks:
             raise ValueError(
                 f"task_names must be a list of at least one task name, got {self.task_names!r}. "
-                "Write, for example, TARGET_TASKS = ['rte'] in gin, or task_names=['rte']."
+                "Write, for example, TARGET_TASKS = ['rte'] in gin, or task_names=['rte'] in "
+                "Python."
             )
         if len(runs) != len(tasks):
             raise ValueError(
@@ -65,9 +66,9 @@ class Runs:
         repeated = sorted(name for name, count in collections.Counter(runs).items() if count > 1)
         if repeated:
             raise ValueError(
-                f"Run names must be distinct; more than once: {', '.join(repeated)}. Remove the "
-                "repeated names, or give each run of a task its own name, such as rte_s0 and "
-                "rte_s1."
+                f"Run names must be distinct, but these occur more than once: "
+                f"{', '.join(repeated)}. Remove the repeated names, or give each run of a task its "
+                "own name, such as rte_s0 and rte_s1."
             )
         if isinstance(self.groups, str):
             if self.groups not in (JOINT, INDEPENDENT):
@@ -173,9 +174,9 @@ def entry_of_run(table: Mapping[str, _Value], run: str, what: str) -> _Value:
         ValueError: the table has no such entry; the message lists the runs that have one.
     """
     if run not in table:
+        others = f", only for {', '.join(table)}" if table else ""
         raise ValueError(
-            f"{what} has no entry for the run {run!r}, only for {', '.join(table) or 'no run'}. "
-            f"Add an entry for {run!r}."
+            f"{what} has no entry for the run {run!r}{others}. Add an entry for {run!r}."
         )
     return table[run]
 
