@@ -34,18 +34,18 @@ class LengthBuckets:
         decoder: the lengths of the decoder; the last is the full length.
 
     Raises:
-        ValueError: the lengths are not positive and increasing.
+        ValueError: the lengths of a side are not all positive, or not strictly increasing.
     """
 
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
 
     def __post_init__(self):
-        for lengths in (self.encoder, self.decoder):
+        for side, lengths in (("encoder", self.encoder), ("decoder", self.decoder)):
             if list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
                 raise ValueError(
-                    f"Bucket lengths must be positive and increase, got {lengths}. Correct "
-                    "length_buckets."
+                    f"The {side} lengths of the length buckets must be positive and strictly "
+                    f"increasing, got {lengths}. Correct DatasetConfig.length_buckets."
                 )
 
     def cut(self, batch: Mapping[str, np.ndarray], targets: bool = True) -> Batch:
@@ -78,11 +78,12 @@ def of_settings(
         limits: the maximum number of tokens of each feature, `task_feature_lengths`.
 
     Raises:
-        ValueError: a feature is unknown, or its lengths do not increase or reach the limit.
+        ValueError: a feature is unknown, or its lengths are not strictly increasing or not all
+            below the limit.
     """
     settings = settings or {}
     if unknown := sorted(set(settings) - {"inputs", "targets"}):
-        raise ValueError(f"length_buckets has unknown names {unknown}. Use 'inputs' and 'targets'.")
+        raise ValueError(f"length_buckets has unknown names {unknown}. Use 'inputs' or 'targets'.")
     for name, lengths in settings.items():
         if list(lengths) != sorted(set(lengths)) or any(n >= limits[name] for n in lengths):
             raise ValueError(
@@ -137,7 +138,8 @@ def batches_of(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Splits rows into batches.
 
-    With buckets, rows are sorted by length and batches are trimmed. Without, rows keep their order.
+    With buckets, the rows of `WINDOW` batches at a time are sorted by length, and batches are
+    trimmed. Without buckets, rows keep their order.
 
     Args:
         rows: the unpacked rows, at full length if there are buckets.

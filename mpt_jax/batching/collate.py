@@ -83,8 +83,9 @@ def packed(
     for example, need in zip(examples, needed, strict=True):
         if 0 in need or 0 in example.inputs or 0 in example.targets:
             raise ValueError(
-                f"Cannot pack {example}: its inputs or targets are empty or contain id 0, which "
-                "is padding. Correct or remove the example."
+                f"Cannot pack an example of bank row {example.row} ({len(example.inputs)} input "
+                f"and {len(example.targets)} target tokens): its inputs or targets are empty or "
+                "contain id 0, which is padding. Correct or remove the example."
             )
     rows = packing.best_fit(np.array(needed), shape)
     batch = _empty(len(rows), *shape)

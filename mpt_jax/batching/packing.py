@@ -12,9 +12,10 @@ import numpy as np
 def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
     """Assigns examples to rows by the best-fit heuristic, which keeps the number of rows low.
 
-    Examples are placed longest first, each into the row with the fewest encoder positions left that
-    still has room for it. Rows are ordered by their first example, and the examples of a row by
-    index, so a window keeps its order as far as packing allows.
+    Examples are placed in order of decreasing encoder length. Each is placed into the row that has
+    the fewest encoder positions left but still has room for it. Rows are ordered by their first
+    example, and the examples of a row by index, so a window keeps its order as far as packing
+    allows.
 
     Args:
         lengths: the number of encoder positions (prompt slots included) and of target positions of
@@ -33,8 +34,8 @@ def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
         worst = lengths[(lengths > room).any(axis=1)][0].tolist()
         raise ValueError(
             f"An example needs {worst[0]} encoder and {worst[1]} target positions, but a packed "
-            f"row has {capacity[0]} and {capacity[1]}. Raise pack_lengths, or lower "
-            "task_feature_lengths."
+            f"row has {capacity[0]} and {capacity[1]}. Use longer rows (PACK_LENGTHS) or shorter "
+            "examples (TASK_FEATURE_LENGTHS)."
         )
     # Each example may need its own row. Rows that are still empty have all their room.
     left = np.tile(room, (len(lengths), 1))

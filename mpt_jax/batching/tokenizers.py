@@ -122,14 +122,14 @@ def model_file(path: str | os.PathLike[str]) -> epath.Path:
         if name in children:
             return path / name
     advice = (
-        "It has tokenizer.json, which SeqIO cannot read. Download spiece.model from the same "
-        "model's page."
+        "The folder has tokenizer.json, which MPT-JAX cannot read. Download spiece.model from the "
+        "page of the same model."
         if "tokenizer.json" in children
         else "Copy the SentencePiece model into it, or give the path of the model file."
     )
     raise FileNotFoundError(
-        f"The folder {path} holds none of {', '.join(SENTENCEPIECE_NAMES)}. {advice} "
-        f"Found: {', '.join(children) or 'nothing'}."
+        f"The folder {path} holds none of {', '.join(SENTENCEPIECE_NAMES)} (found: "
+        f"{', '.join(children) or 'no files'}). {advice}"
     )
 
 

@@ -11,7 +11,7 @@ MOST_SHOWN = 20
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], names: Collection[str] | None = None
 ) -> str:
-    """Describes the names whose values differ, with both values; empty if none differ.
+    """Returns a text with the names whose values differ and both values; '' if none differ.
 
     Shows at most `MOST_SHOWN` of them and counts the rest.
 

@@ -1,7 +1,7 @@
 """Runs: the rows of the prompt bank, and their groups.
 
 A bank has K rows. Each row is a *run*: one task, trained once. Usually each task has one run of
-the same name; a job that adapts one task with three seeds has three runs of it. The rows are
+the same name; a job that adapts to one task with three seeds has three runs of it. The rows are
 divided into G groups. Groups never affect each other: each has its own shared parameters, learning
 rate, clipping and best step. A source stage is one group; independent adaptations are one group
 each.
@@ -41,8 +41,8 @@ class Runs:
             group numbers, 0 .. G-1 without gaps.
 
     Raises:
-        ValueError: no rows, a repeated run name, lists of different lengths, or a gap in the
-            group numbers.
+        ValueError: `task_names` is not a list or is empty, a run name is repeated, the lists differ
+            in length, or `groups` has none of these forms.
     """
 
     task_names: Sequence[str]
@@ -54,33 +54,36 @@ class Runs:
         runs = tuple(self.run_names) or tasks
         if isinstance(self.task_names, str) or not tasks:
             raise ValueError(
-                f"task_names must be a list of names with at least one name, got "
-                f"{self.task_names!r}. Write, for example, task_names = ['rte']."
+                f"task_names must be a list of at least one task name, got {self.task_names!r}. "
+                "Write, for example, TARGET_TASKS = ['rte'] in gin, or task_names=['rte'] in "
+                "Python."
             )
         if len(runs) != len(tasks):
             raise ValueError(
-                f"Got {len(tasks)} task names but {len(runs)} run names. Give as many run_names as "
-                "task_names, or no run_names to name each run after its task."
+                f"Got {len(tasks)} task names but {len(runs)} run names. Bind as many RUN_NAMES as "
+                "TASK_NAMES, or leave RUN_NAMES at its default to name each run after its task."
             )
         repeated = sorted(name for name, count in collections.Counter(runs).items() if count > 1)
         if repeated:
             raise ValueError(
-                f"Run names must be distinct; repeated: {repeated}. Give each run of a task its "
-                "own name in run_names."
+                f"Run names must be distinct, but these occur more than once: "
+                f"{', '.join(repeated)}. Remove the repeated names, or give each run of a task its "
+                "own name, such as rte_s0 and rte_s1."
             )
         if isinstance(self.groups, str):
             if self.groups not in (JOINT, INDEPENDENT):
                 raise ValueError(
                     f"groups must be {JOINT!r}, {INDEPENDENT!r} or a list of group numbers, got "
-                    f"{self.groups!r}."
+                    f"{self.groups!r}. Correct GROUPS."
                 )
             groups = (0,) * len(tasks) if self.groups == JOINT else tuple(range(len(tasks)))
         else:
             groups = tuple(int(group) for group in self.groups)
         if len(groups) != len(tasks) or set(groups) != set(range(max(groups) + 1)):
             raise ValueError(
-                f"groups must give each of the {len(tasks)} rows a group number, 0 .. G-1 without "
-                f"a gap, got {groups}. Renumber the groups, or use {JOINT!r} or {INDEPENDENT!r}."
+                f"groups must give each of the {len(tasks)} runs a group number from 0 to G-1, "
+                f"without a gap, got {groups}. Renumber GROUPS, or bind it to {JOINT!r} or "
+                f"{INDEPENDENT!r}."
             )
         object.__setattr__(self, "task_names", tasks)
         object.__setattr__(self, "run_names", runs)
@@ -122,7 +125,7 @@ class Runs:
 
 
 def data_name(run_name: str) -> str:
-    """Returns the name that determines a run's examples, their order and its initial values.
+    """Returns the name that determines a run's examples, their order and its random key.
 
     Run names may end in settings: `_lr0.3`, `_tlr0.4`, `_from_mnli` and `_init_text`, in this
     order. Runs that differ only in these settings (a learning rate, or what they start from) have
@@ -169,12 +172,12 @@ def entry_of_run(table: Mapping[str, _Value], name: str, what: str, kind: str = 
         kind: what the keys of the table name.
 
     Raises:
-        ValueError: the table has no such entry; lists those it has.
+        ValueError: the table has no such entry; the message lists the runs that have one.
     """
     if name not in table:
+        others = f", only for {', '.join(table)}" if table else ""
         raise ValueError(
-            f"{what} has no entry for the {kind} {name!r}, only for {', '.join(table)}. Add one "
-            f"for {name!r}."
+            f"{what} has no entry for the {kind} {name!r}{others}. Add an entry for {name!r}."
         )
     return table[name]
 

@@ -1,7 +1,7 @@
 """Parameter trees by path name: ordered label tables, splitting, strict matching.
 
 A parameter tree is a nested mapping with string keys. A leaf's name is its path joined by slashes
-(`encoder/layers_0/mlp/wi/kernel`). Label tables, checkpoints, artifacts and errors all use it.
+(`encoder/layers_0/mlp/wi/kernel`). Label tables, checkpoints, artifacts and errors use this name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds a nested dict from leaves by path name; the inverse of `flatten` for nested dicts."""
+    """Builds a nested dict from leaves by path name; the inverse of `flatten` for nested dicts.
+
+    Raises:
+        ValueError: the name of a leaf starts with the name of an earlier leaf and a slash.
+    """
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")

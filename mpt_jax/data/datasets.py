@@ -76,12 +76,13 @@ class DatasetConfig:
         if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
                 "DatasetConfig.length_buckets and by_length have no effect with pack = True, "
-                "because packed rows have one length. Set pack = False, or remove length_buckets "
-                "and by_length (docs/performance.md compares them)."
+                "because packed rows have one length. Set pack = False (omit gin/runs/packed.gin), "
+                "or leave length_buckets and by_length at their defaults (omit "
+                "gin/runs/by_length.gin)."
             )
 
     def provider(self) -> Any:
-        """Returns the SeqIO task or mixture. Raises ValueError if the name is unknown."""
+        """Returns the SeqIO task or mixture. Raises ValueError if its name or module is unknown."""
         task_lookup.import_suites([self.module] if self.module else [])
         name = self.mixture_or_task_name
         if not isinstance(name, str):
@@ -266,6 +267,11 @@ def eval_batches(
     Returns:
         {task name: function that returns all of this host's batches}. With several tasks there is
         also an entry for the mixture's name, for the batches of all tasks.
+
+    Raises:
+        ValueError: a task is unknown or not a run of the job, no task has the split, a split is
+            empty or cannot be read, an example is too long, or `batch_size` is not a multiple of
+            `num_hosts`.
     """
     provider = cfg.provider()
     tasks = seqio.get_subtasks(provider)

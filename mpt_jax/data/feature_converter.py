@@ -38,8 +38,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     """Converts task features (inputs, targets, task_ids) into the batch contract above.
 
     With its first two arguments bound by gin or `functools.partial`, the class serves as T5X's
-    `FEATURE_CONVERTER_CLS`. `task_feature_lengths` has the limits on the texts of `inputs` and
-    `targets`, without prompt positions; `task_ids` may be omitted.
+    `FEATURE_CONVERTER_CLS`. The argument `task_feature_lengths` of its methods has the limits on
+    the texts of `inputs` and `targets`, without prompt positions; `task_ids` may be omitted.
 
     Args:
         prompt_length: P, the number of positions reserved in front of each text; 0 for methods
@@ -96,30 +96,35 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         prompt_lengths: Sequence[int] | None = None,
     ):
         if prompt_length < 0:
-            raise ValueError(f"prompt_length must be 0 or more, got {prompt_length}.")
+            raise ValueError(
+                f"prompt_length must be 0 or more, got {prompt_length}. Correct PROMPT_LENGTH."
+            )
         if on_overlong not in OVERLONG_POLICIES:
             raise ValueError(
                 f"on_overlong must be {' or '.join(map(repr, OVERLONG_POLICIES))}, got "
-                f"{on_overlong!r}."
+                f"{on_overlong!r}. Correct ON_OVERLONG."
             )
         if pack_lengths is not None and set(pack_lengths) != {"inputs", "targets"}:
             raise ValueError(
                 "pack_lengths must have exactly the keys inputs and targets, got "
-                f"{sorted(pack_lengths)}."
+                f"{sorted(pack_lengths)}. Correct PACK_LENGTHS."
             )
         if use_custom_packing_ops:
             raise ValueError(
                 "use_custom_packing_ops = True would have no effect, because "
-                "mpt_jax/batching/packing.py does the packing. Set it to False."
+                "mpt_jax/batching/packing.py does the packing. Set use_custom_packing_ops = False."
             )
         if pack_window < 1:
-            raise ValueError(f"pack_window must be 1 or more, got {pack_window}.")
+            raise ValueError(
+                f"pack_window must be 1 or more, got {pack_window}. Correct PACK_WINDOW."
+            )
         if prompt_lengths is not None and (
             len(prompt_lengths) != runs.num_rows or max(prompt_lengths) > prompt_length
         ):
             raise ValueError(
                 f"prompt_lengths must have one value for each of the {runs.num_rows} runs, and "
-                f"none above prompt_length = {prompt_length}, got {tuple(prompt_lengths)}."
+                f"none above prompt_length = {prompt_length}, got {tuple(prompt_lengths)}. Bind "
+                "PromptFeatureConverter.prompt_length to the length of the longest prompt."
             )
         for name in runs.run_names:
             task_id(name)
@@ -141,7 +146,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         if TASK_IDS not in features:
             raise ValueError(
                 f"The dataset has no feature {TASK_IDS!r} (it has {features}), so the prompt of an "
-                "example is unknown. End the task's preprocessors with preprocessors.finish(name) "
+                "example is unknown. End the task's preprocessors with *preprocessors.finish(name) "
                 "and use preprocessors.output_features(...) as its output features "
                 "(from mpt_jax.data import preprocessors)."
             )
@@ -217,8 +222,9 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         # No quotes in messages that the graph raises, because TensorFlow escapes them.
         limited = ", ".join(f"{name}: {limit}" for name, limit in limits.items())
         message = (
-            f" is longer than task_feature_lengths allows ({limited}). Raise the limit, or "
-            "set PromptFeatureConverter.on_overlong to truncate."
+            f" is longer than task_feature_lengths allows ({limited}). Raise TASK_FEATURE_LENGTHS, "
+            "or truncate examples: set ON_OVERLONG to truncate, and end the preprocessors of the "
+            "task with preprocessors.finish."
         )
         names = tf.constant(self.runs.run_names)
         checks = [
@@ -234,8 +240,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
         """Returns the error for a task id without a run, with the task's name if it is known."""
         known = (
-            f" has no run in this job, whose runs are {', '.join(self.runs.run_names)}. Add a run "
-            "for the task, or remove the task from the dataset."
+            f" has no run in this job, whose runs are {', '.join(self.runs.run_names)}. Add the "
+            "name of the task to RUN_NAMES, or remove the task from the dataset."
         )
         ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
         matches = tf.equal(ids, identity)

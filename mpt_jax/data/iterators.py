@@ -30,7 +30,11 @@ _POSITION = "position.json"
 
 @dataclasses.dataclass(frozen=True)
 class HostShard:
-    """This host's shard of a global batch of `batch_size` rows."""
+    """This host's shard of a global batch of `batch_size` rows.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `num_hosts`.
+    """
 
     batch_size: int
     num_hosts: int
@@ -122,9 +126,10 @@ class TrainIterator(Iterator[Batch]):
             archive = zipfile.ZipFile(io.BytesIO(state))
             header = json.loads(archive.read(_POSITION))
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            reason = error.args[0] if isinstance(error, KeyError) else error  # without quotes
             raise ValueError(
-                f"The data position is corrupt or not a position ({error}). Rename its checkpoint "
-                "to resume from the previous one."
+                f"The data position is corrupt or not a position ({reason}). Rename the checkpoint "
+                "that holds it, to resume from the previous checkpoint."
             ) from error
         check_same(
             header["identity"],
@@ -199,6 +204,9 @@ def fill(array: np.ndarray, rows: int) -> np.ndarray:
 
 
 def plain_message(error: tf.errors.InvalidArgumentError) -> str:
-    """Returns the message of a failed graph assertion, without the text that TensorFlow adds."""
+    """Returns the message of a failed graph assertion, without the text that TensorFlow adds.
+
+    The message of any other error is returned unchanged.
+    """
     match = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
     return match.group(1) if match else str(error)

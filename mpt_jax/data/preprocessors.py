@@ -62,7 +62,7 @@ def renamed(preprocessors: Sequence, name: str) -> list:
         raise ValueError(
             f"Cannot derive the task {name!r}, because no preprocessor of the original task writes "
             "`task_ids`. End the original task's preprocessors with "
-            "mpt_jax.data.preprocessors.finish(<its name>)."
+            "*mpt_jax.data.preprocessors.finish(name), where name is that task's name."
         )
     return [AddTaskId(name) if isinstance(p, AddTaskId) else p for p in preprocessors]
 

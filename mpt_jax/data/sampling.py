@@ -37,6 +37,9 @@ class Sampler:
         seed: seed of all draws, 0 .. 2^31 - 1.
         num_hosts: number of hosts that the batch is dealt to; must divide `batch_size`.
         host_index: index of this host.
+
+    Raises:
+        ValueError: `batch_size` or `seed` is out of range.
     """
 
     batch_size: int
@@ -48,11 +51,12 @@ class Sampler:
         if self.batch_size < 1 or self.batch_size % self.num_hosts:
             raise ValueError(
                 f"{type(self).__name__}.batch_size must be a positive multiple of the number of "
-                f"hosts ({self.num_hosts}), got {self.batch_size}."
+                f"hosts ({self.num_hosts}), got {self.batch_size}. Correct BATCH_SIZE."
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(
-                f"{type(self).__name__}.seed must be from 0 to 2^31 - 1, got {self.seed}."
+                f"{type(self).__name__}.seed must be from 0 to 2^31 - 1, got {self.seed}. Correct "
+                "RANDOM_SEED."
             )
 
     def check(self, num_tasks: int) -> None:
@@ -75,8 +79,8 @@ class Sampler:
         weights = np.asarray(rates, np.float64)
         if not (weights > 0).all():
             raise ValueError(
-                f"Mixing weights must be positive, got {weights.tolist()}. Raise the rates of the "
-                "mixture, or remove the tasks with rate 0."
+                f"Mixing weights must be positive, got {weights.tolist()}. Correct rates or cap of "
+                "sampling.task_mixture. To leave a task out, remove it from task_names."
             )
         self.check(len(datasets))
         draw = tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
@@ -115,12 +119,12 @@ class StochasticTasks(Sampler):
             raise ValueError(
                 "Stochastic task sampling needs kappa from 2 to the number of tasks "
                 f"({num_tasks}), but kappa is {kappa}. Change StochasticTasks.kappa, or for one "
-                "task use sampling.EqualQuotas."
+                "task use sampling.EqualQuotas as the SAMPLER."
             )
         if self.batch_size < kappa:
             raise ValueError(
                 f"A batch of {self.batch_size} examples cannot hold kappa = {kappa} tasks. Raise "
-                "batch_size or lower kappa."
+                "BATCH_SIZE, or lower StochasticTasks.kappa."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -163,9 +167,10 @@ class EqualQuotas(Sampler):
     def check(self, num_tasks: int) -> None:
         if self.batch_size % num_tasks:
             raise ValueError(
-                "Equal quotas need a batch_size that is a multiple of the number of runs "
+                "EqualQuotas.batch_size must be a multiple of the number of runs "
                 f"({num_tasks}), got {self.batch_size}. Use "
-                f"{self.batch_size // num_tasks * num_tasks or num_tasks}, for example."
+                f"{self.batch_size // num_tasks * num_tasks or num_tasks}, for example, by "
+                "changing BATCH_SIZE."
             )
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
@@ -186,6 +191,10 @@ class TaskMixture(seqio.Mixture):
         sampler: the sampler that draws the tasks of each batch.
         rates: mixing weight of each task; by default its number of examples, at most `cap`.
         cap: upper bound of the default weights.
+
+    Raises:
+        ValueError: a task is unknown, `rates` names other tasks, or the sampler does not support
+            this number of tasks.
     """
 
     def __init__(
@@ -200,7 +209,7 @@ class TaskMixture(seqio.Mixture):
         if rates is not None and set(rates) != set(task_names):
             raise ValueError(
                 f"rates must have one weight for each of the tasks {sorted(task_names)}, got "
-                f"weights for {sorted(rates)}."
+                f"weights for {sorted(rates)}. Correct sampling.task_mixture.rates."
             )
         sampler.check(len(tasks))
         super().__init__(name, tasks, default_rate=1.0)
@@ -227,8 +236,8 @@ class TaskMixture(seqio.Mixture):
         Sets `overlong` to {task: (truncated examples, all examples)}.
 
         Raises:
-            ValueError: a task lacks the split, its data or examples in it, or `seed` differs from
-                the sampler's seed.
+            ValueError: a task has no such split, no data on this machine or no examples in the
+                split, or `seed` differs from the sampler's seed.
         """
         arguments: dict[str, Any] = dict(
             sequence_length=sequence_length,
@@ -303,11 +312,14 @@ def task_mixture(
     return the same mixture.
 
     Args:
-        task_names, sampler, name, rates, cap: see `TaskMixture`.
+        task_names, sampler, rates, cap: see `TaskMixture`. Without a sampler, rates and cap have no
+            effect.
+        name: name of the mixture; None derives it from the arguments.
         modules: the modules that register the tasks; imported first.
 
     Raises:
-        ValueError: a module or task is unknown, or a different mixture has this name.
+        ValueError: a module or task is unknown, a different mixture has this name, or as
+            `TaskMixture`.
     """
     import_suites(modules, task_names)
     content = repr((tuple(task_names), sampler, rates and sorted(rates.items()), cap))
@@ -315,7 +327,10 @@ def task_mixture(
     if name in seqio.MixtureRegistry.names():
         if getattr(seqio.MixtureRegistry.get(name), "content", None) == content:
             return name
-        raise ValueError(f"A different mixture is registered as {name!r}. Choose another name.")
+        raise ValueError(
+            f"A different mixture is registered as {name!r}. Bind sampling.task_mixture.name to "
+            "another name."
+        )
     if sampler is None:
         tasks = [find_task(task) for task in task_names]
         mixture = seqio.Mixture(name, tasks, default_rate=1.0)

@@ -33,12 +33,12 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
         except ModuleNotFoundError as error:
             if error.name is None or not (module + ".").startswith(error.name + "."):
                 raise
-            named = f" ({', '.join(task_names)})" if task_names else ""
+            named = ", so some of these tasks may be missing: " + ", ".join(task_names)
             raise ValueError(
-                f"The task suite {module} cannot be imported (no module {error.name}), so its "
-                f"tasks{named} are not registered. Run in the folder that holds the module, add "
-                "that folder to PYTHONPATH, or bind TASK_MODULES and the task names to another "
-                "suite (--gin_file=gin/tiny.gin binds the toy suite)."
+                f"The task suite {module} cannot be imported (no module {error.name})"
+                f"{named if task_names else ''}. Run in the folder that holds the module, add that "
+                "folder to PYTHONPATH, or bind TASK_MODULES and the task names to another suite "
+                "(--gin_file=gin/tiny.gin binds the toy suite)."
             ) from error
 
 
@@ -89,8 +89,8 @@ def check_split(task: seqio.Task, split: str) -> None:
             raise FileNotFoundError("its data has not been prepared")
     if split not in splits:
         raise ValueError(
-            f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}. Choose an "
-            "existing split."
+            f"Task {task.name!r} has no {split!r} split; it has {', '.join(splits)}. Choose one of "
+            "these splits."
         )
 
 

@@ -32,14 +32,15 @@ class ExampleTable:
         limit: maximum number of examples to read; -1 for all.
 
     Raises:
-        ValueError: the split does not exist, cannot be read, or is empty.
+        ValueError: the split does not exist, cannot be read or is empty, or a feature does not have
+            rank 1.
 
     Attributes:
         name, split: the names of the task and the split.
         values: {feature: int32 [total tokens]}.
         offsets: {feature: int64 [num_examples + 1]}.
-        num_examples: number of examples in the split, after preprocessing.
-        num_overlong: number of examples with a text longer than its limit (see
+        num_examples: number of examples read, after preprocessing.
+        num_overlong: number of these with a text longer than its limit (see
             `preprocessors.end_and_limit`).
     """
 
@@ -66,7 +67,9 @@ class ExampleTable:
                 trim_output_features=trim_output_features,
                 try_in_mem_cache=False,
             )
-            self.values, self.offsets = _flatten(dataset.take(limit), list(task.output_features))
+            self.values, self.offsets = _flatten(
+                dataset.take(limit), list(task.output_features), task.name
+            )
         self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
         if not self.num_examples:
             raise ValueError(
@@ -130,7 +133,7 @@ def report_lengths(
     for name, (cut, total) in overlong.items():
         if cut:
             logging.warning(
-                "Task %s, %s split: %d of %d examples (%.2f%%) are longer than %s tokens.",
+                "Task %s, %s split: %d of %d examples (%.2f%%) are longer than the limits %s.",
                 name,
                 split,
                 cut,
@@ -147,14 +150,19 @@ def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
     return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
 
 
-def _flatten(dataset: Any, features: list[str]) -> tuple[dict, dict]:
-    """Reads a dataset of rank-1 features, and returns {feature: values} and {feature: offsets}."""
+def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
+    """Reads a dataset of rank-1 features, and returns {feature: values} and {feature: offsets}.
+
+    Raises:
+        ValueError: a feature does not have rank 1; the message names it and the task `task`.
+    """
     for name in features:
         if dataset.element_spec[name].shape.rank != 1:
             raise ValueError(
-                f"The feature {name!r} has rank {dataset.element_spec[name].shape.rank}, but every "
-                "feature of a task must have rank 1. Flatten it in the task's preprocessors, or "
-                "remove it from the task's output features."
+                f"The feature {name!r} of task {task!r} has rank "
+                f"{dataset.element_spec[name].shape.rank}, but every feature must have rank 1. "
+                "Flatten it in the task's preprocessors, or remove it from the task's output "
+                "features."
             )
     dataset = dataset.map(
         tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})

@@ -7,6 +7,7 @@ from typing import Any
 
 import seqio
 
+from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables
 from mpt_jax.data.sampling import TaskMixture
 
@@ -28,25 +29,27 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
         )
     if cfg.task_feature_lengths is None:
         raise ValueError(
-            "DatasetConfig.task_feature_lengths is None, but training needs limits on inputs and "
-            "targets. Bind it, for example, to {'inputs': 256, 'targets': 16}."
+            "DatasetConfig.task_feature_lengths is None, but batches need limits on inputs and "
+            "targets. Bind TASK_FEATURE_LENGTHS, for example to {'inputs': 256, 'targets': 16}."
         )
     if endless and cfg.seed is None:
         raise ValueError(
-            "DatasetConfig.seed is None, but training needs a seed. Bind DatasetConfig.seed."
+            "DatasetConfig.seed is None, but training needs a seed. Bind DatasetConfig.seed, for "
+            "example to %RANDOM_SEED."
         )
     if endless and isinstance(provider, TaskMixture):
         sampler = provider.sampler
         if sampler.batch_size != cfg.batch_size and not cfg.pack:
             raise ValueError(
-                f"DatasetConfig.batch_size is {cfg.batch_size}, but the sampler's is "
-                f"{sampler.batch_size}. Bind both to the same macro, such as BATCH_SIZE."
+                f"DatasetConfig.batch_size is {cfg.batch_size}, but "
+                f"{type(sampler).__name__}.batch_size is {sampler.batch_size}. Bind both "
+                "to the same macro, such as BATCH_SIZE."
             )
     runs = getattr(converter, "runs", None)
     if endless and cfg.pack and runs is not None and runs.num_groups > 1:
         raise ValueError(
-            f"Packing gives {runs.num_groups} independent runs uneven shares of each batch, so "
-            "they would not train as in solo jobs. Drop --gin_file=gin/runs/packed.gin (set "
+            f"Packing gives the {runs.num_groups} groups of this job uneven shares of each batch, "
+            "so they would not train as in solo jobs. Drop --gin_file=gin/runs/packed.gin (set "
             "DatasetConfig.pack = False), or set GROUPS = 'joint'. gin/runs/by_length.gin also "
             "reduces padding, and keeps the shares even."
         )
@@ -67,7 +70,12 @@ def check_runs(tasks: Iterable[Any], converter: Any) -> None:
     runs = getattr(converter, "runs", None)
     if runs is not None:
         for task in tasks:
-            runs.row(task.name)
+            if task.name not in runs.run_names:
+                raise ValueError(
+                    f"{unknown_name('run', task.name, runs.run_names)} Every task of a dataset "
+                    f"must be a run of the job: add {task.name!r} to RUN_NAMES (by default "
+                    "TASK_NAMES), or leave the task out of the dataset."
+                )
 
 
 def check_lengths(
@@ -88,7 +96,7 @@ def check_lengths(
     counts = ", ".join(f"{n}: {c} of {total} ({c / total:.2%})" for n, (c, total) in cut.items())
     raise ValueError(
         f"Some examples are longer than task_feature_lengths {dict(task_feature_lengths or {})} "
-        f"({counts}). Raise the limits, or bind PromptFeatureConverter.on_overlong = 'truncate'."
+        f"({counts}). Raise the limits, or truncate the examples (ON_OVERLONG = 'truncate')."
     )
 
 

@@ -1,4 +1,4 @@
-"""SeqIO vocabularies, loaded from local files or the user's storage bucket, never from T5's."""
+"""SeqIO vocabularies, loaded from local files or a storage bucket, never from T5's bucket."""
 
 import functools
 

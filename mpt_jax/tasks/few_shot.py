@@ -2,15 +2,17 @@
 
     <task>_k<k>_s<draw>                k training rows in total, as the MPT paper counts them
     <task>_k<k>_per_class_s<draw>      k training rows of each label; not in the paper
-    <task>_s<draw>                     all rows, with initial values that depend on the draw
-    ..._dev                            also cuts validation to k rows, from a separate draw
-    ..._lr0.3, _tlr0.4, _from_mnli     the same rows in the same order, for runs of a fleet that
-                                       differ in these settings (`runs.data_name`)
+    <task>_s<draw>                     all rows; their order and the initial values depend on the
+                                       draw
+    ..._dev                            also cuts validation to k rows (of each label, with
+                                       per_class), from a separate draw
+    ..._lr0.3, _tlr0.4, _from_mnli,    the same rows in the same order, for runs of a fleet that
+        _init_text                     differ in these settings (`runs.data_name`)
 
 The paper uses k = 4, 16, 32 and ten draws (0 .. 9 here). It does not say whether the whole
 validation split is used; by default it is. Any k and draw are possible, because a run is registered
 when its name is first used (`task_lookup.register_task_resolver`). The test split, and without
-`_dev` the validation split, are the task's.
+`_dev` the validation split, are those of the task.
 
 The rows of a run depend only on (task, k, draw) and on the number of rows to choose from:
 `random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so the draw is the
@@ -59,7 +61,7 @@ class Draw:
         k: The number of rows, in total or for each label.
         seed: The number of the draw.
         per_class: Whether k is the number of rows of each label.
-        dev: Whether the validation split is also cut to k rows.
+        dev: Whether the validation split is also cut to k rows, in total or for each label.
     """
 
     task: str
@@ -146,7 +148,7 @@ def _check(draw: Draw, split: str, num_rows: int, suffix: str = "") -> None:
 
 
 class FewShotSource(seqio.DataSource):
-    """Source of a few-shot run: the task's source, with the train split cut to the drawn rows.
+    """Source of a few-shot run: the task's source, with `draw.splits` cut to the drawn rows.
 
     Only the drawn rows are held in memory. Drawing rows of each class needs one pass over the
     labels, and some sources need one pass to sort the rows (`splits`).
@@ -179,7 +181,7 @@ class FewShotSource(seqio.DataSource):
         return [split]
 
     def num_input_examples(self, split: str) -> int | None:  # type: ignore[override]
-        """Returns the number of rows of a split."""
+        """Returns the number of rows of a split; None if the task's source does not report it."""
         if split not in self.draw.splits:
             return self.source.num_input_examples(split)
         classes = len(evaluator.labels_of(self._task)) if self.draw.per_class else 1
@@ -189,7 +191,8 @@ class FewShotSource(seqio.DataSource):
         """Returns the row numbers in the order drawn, or None for a split that is not cut.
 
         Raises:
-            ValueError: the split has fewer than k rows, or its number of rows is unknown.
+            ValueError: the split, or a label, has fewer than k rows, or the number of rows is
+                unknown.
         """
         if split not in self.draw.splits:
             return None
@@ -225,8 +228,8 @@ class FewShotSource(seqio.DataSource):
         if count is None:
             raise ValueError(
                 f"The source of task {self._task.name!r} does not report how many rows its {split} "
-                "split has, so few-shot runs cannot draw rows from it. Implement "
-                "num_input_examples, or pass it to the source."
+                "split has, so few-shot runs cannot draw rows from it. Pass num_input_examples to "
+                "the source, or implement this method in the source's class."
             )
         return count
 
@@ -250,7 +253,7 @@ def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Returns the rows of a task's source as text, `inputs` and `targets`, before tokenization.
 
     Raises:
-        ValueError: the task's preprocessors do not end with `preprocessors.finish`.
+        ValueError: the task's preprocessors lack `seqio.preprocessors.tokenize`.
     """
     steps = list(task.preprocessors)
     if seqio.preprocessors.tokenize not in steps:
@@ -267,7 +270,7 @@ def register_run(name: str) -> bool:
     """Registers the run called `name`; a resolver for `task_lookup.register_task_resolver`.
 
     Returns:
-        Whether `name` is the name of a few-shot run of a registered task.
+        Whether `name` is a run of a registered task, in one of the forms of the module docstring.
 
     Raises:
         ValueError: the task has fewer than k rows, or no labels for a draw per class.
@@ -294,7 +297,7 @@ def register_run(name: str) -> bool:
     draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
     for split in draw.splits:
         if (published := task.source.num_input_examples(split)) is not None:
-            _check(draw, split, published)
+            _check(asked, split, published)
     _add(name, task, FewShotSource(task, draw))
     return True
 

@@ -7,7 +7,7 @@ raises an error with their numbers and the reasons. The text of a field depends 
     str                     unchanged
     number in JSON          as written: 1.50 stays '1.50'; in Parquet, Python's str()
     true, false             'true', 'false'
-    null, NaN               an error: missing
+    null, NaN               an error: missing; the same for Infinity in JSON
     list, object, others    an error that names the type
 """
 
@@ -69,7 +69,8 @@ class Template:
         text: The text with fields in braces.
 
     Raises:
-        ValueError: the template names no field, or has braces that do not hold only a field name.
+        ValueError: the template names no field, or has empty braces, an unmatched brace, or '!' or
+            ':' inside braces.
     """
 
     def __init__(self, name: str, text: str):
@@ -84,8 +85,8 @@ class Template:
         for _, field, spec, conversion in self._parts:
             if field == "" or spec or conversion:
                 raise ValueError(
-                    f"The template {name}={text!r} has braces that do not hold only a field name. "
-                    "Remove empty braces, and '!' or ':' inside braces."
+                    f"The template {name}={text!r} has empty braces, or '!' or ':' inside braces. "
+                    "Put only the name of a field in braces: {question}."
                 )
         self.fields = tuple({field: None for _, field, _, _ in self._parts if field})
         if not self.fields:

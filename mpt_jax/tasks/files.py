@@ -68,16 +68,18 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
         labels: The labels of a classification task. Any other target is an error. A mapping maps
             values in the file to label words: {0: "no", 1: "yes"}. Empty for free text.
         metrics: The SeqIO metrics `(targets, predictions)` of texts, in percent. The first one
-            selects the best step. Empty for the defaults: accuracy, macro F1 and the share of
-            predictions that are not a label or, for free text, SQuAD's F1 and exact match.
+            selects the best step. Empty for the defaults: with labels, accuracy, macro F1 and the
+            share of invalid predictions; for free text, SQuAD's F1 and exact match.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a file, template, split, label or name cannot be used.
     """
     if name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names():
-        raise ValueError(f"A task named {name!r} is registered already. Choose another name.")
-    words = _words(labels)
+        raise ValueError(
+            f"A task or mixture named {name!r} is already registered. Choose another name."
+        )
+    words = _words(labels, name)
     reader = functools.partial(
         read, inputs=Template("inputs", inputs), targets=Template("targets", targets), words=words
     )
@@ -179,7 +181,7 @@ class Files(FileSource):
         self.name, self.files, self.reader = name, files, reader
 
     def read(self) -> Mapping[str, Examples]:
-        """See `FileSource`."""
+        """Reads the file of each split; see `FileSource.read`."""
         examples = {split: self.reader(path) for split, path in self.files.items()}
         train_inputs = set(examples["train"].inputs) if "train" in examples else set()
         for split in examples:
@@ -209,24 +211,29 @@ class SplitFile(FileSource):
         reader: The function that reads the file.
 
     Raises:
-        ValueError: `shares` are not three numbers that sum to one, or the seed is out of range.
+        FileNotFoundError: the file does not exist.
+        ValueError: `shares` are not three numbers of at least 0 that sum to 1, the seed is out of
+            range, or the file's format is not supported.
     """
 
     def __init__(self, path: epath.Path, shares: Sequence[float], seed: int | None, reader: Read):
         self.seed = splits.SEED if seed is None else seed
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={seed} is out of range. Use a number from 0 to 2^32 - 1.")
+            raise ValueError(
+                f"seed={seed} is out of range, so {path} cannot be split. Use a seed from 0 to "
+                "2^32 - 1."
+            )
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(
-                f"split={tuple(shares)} is not three numbers of at least 0 that sum to 1. Pass the "
-                f"shares of {', '.join(SPLITS)}."
+                f"split={tuple(shares)} for {path} is not three numbers of at least 0 that sum to "
+                "1. Pass one share for each of train, validation and test."
             )
         self.shares = dict(zip(SPLITS, shares, strict=True))
         super().__init__([split for split, share in self.shares.items() if share], [path])
         self.reader = reader
 
     def read(self) -> Mapping[str, Examples]:
-        """See `FileSource`."""
+        """Reads the file and splits its rows. Raises ValueError if a split would be empty."""
         (path,) = self.paths
         whole = self.reader(path)
         parts = divide(whole.inputs, tuple(self.shares.values()), self.seed)
@@ -252,36 +259,40 @@ def divide(inputs: Sequence[str], shares: Sequence[float], seed: int) -> list[np
     return [np.flatnonzero(part == number) for number in range(len(shares))]
 
 
-def _words(labels: Sequence[Any] | Mapping[Any, str]) -> dict[str, str]:
-    """Returns text in the file -> label word.
+def _words(labels: Sequence[Any] | Mapping[Any, str], task: str) -> dict[str, str]:
+    """Returns text in the file -> label word; {} for free text.
 
     Raises:
-        ValueError: there is only one label, two labels are equal, or a label is not text.
+        ValueError: `labels` is a single text, or has fewer than two different words, a repeated
+            text, or a label that is empty, not text, or has extra white space.
     """
     if isinstance(labels, str):
         raise ValueError(
-            f"labels must be a sequence of labels, got the text {labels!r}. Pass a tuple, such as "
-            "labels=('yes', 'no')."
+            f"labels= of task {task!r} must be a sequence of labels, got the text {labels!r}. Pass "
+            "a tuple, such as labels=('yes', 'no')."
         )
     pairs = labels.items() if isinstance(labels, Mapping) else zip(labels, labels, strict=True)
     words: dict[str, str] = {}
     for value, word in pairs:
         text, answer = scalar_text(value), scalar_text(word)
-        for label in (text, answer):
+        for given, label in ((value, text), (word, answer)):
             # White space around a text is removed, and a tokenizer does not keep repeated spaces.
             if not label or label != " ".join(label.split()):
                 raise ValueError(
-                    f"The label {value!r}: {word!r} is empty, not text, or has extra white space. "
-                    "Use words separated by single spaces, numbers or booleans."
+                    f"The label {given!r} of task {task!r} is empty, not text, or has extra white "
+                    "space. Use a number, a boolean, or words separated by single spaces."
                 )
         assert text is not None and answer is not None
         if text in words:
-            raise ValueError(f"The label {text!r} is given twice. Remove one of the two.")
+            raise ValueError(
+                f"The label {text!r} is given twice in labels= of task {task!r}. Remove one of the "
+                "two."
+            )
         words[text] = answer
     if words and len(set(words.values())) < 2:
         raise ValueError(
-            f"Classification needs at least two labels, but got {labels!r}. Add a label, or omit "
-            "labels= if targets are free text."
+            f"Classification needs at least two labels, but task {task!r} has labels={labels!r}. "
+            "Add a label, or omit labels= if targets are free text."
         )
     return words
 

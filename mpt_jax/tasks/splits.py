@@ -38,7 +38,8 @@ class Part:
     Attributes:
         split: TFDS's name of the split.
         start, stop: The positions, which count from 0. `HALF` is half the number of rows, rounded
-            down. If both are None, the part is all rows, without a permutation.
+            down. If only `stop` is None, the part extends to the last row. If both are None, the
+            part is all rows, without a permutation.
     """
 
     split: str
@@ -107,7 +108,7 @@ def permutation(size: int, seed: int = SEED) -> np.ndarray:
 class PartsSource(seqio.DataSource):
     """A SeqIO source over a prepared TFDS data set, with splits defined by `parts`.
 
-    The source never downloads data, because each host of a job would download them, and a job
+    The source never downloads the data set, because each host of a job would download it, and a job
     without network access would hang.
 
     Args:

@@ -49,10 +49,11 @@ class Row:
         template: The template: a function from a prefix to a preprocessor. For classification, a
             function from the labels to such a function.
         words: The name of each label number; () for free text.
-        metrics: The SeqIO metrics, of which the first selects the best step. For classification,
-            functions from the labels to a metric; accuracy and the rate of invalid predictions are
-            added.
-        accuracy_first: Whether accuracy selects the best step instead of the first of `metrics`.
+        metrics: For free text, the SeqIO metrics, of which the first selects the best step. For
+            classification, functions from the labels to a metric; accuracy and the rate of invalid
+            predictions are added.
+        accuracy_first: For classification, whether accuracy selects the best step instead of the
+            first of `metrics`.
         postprocess: The postprocessor, see `seqio.Task.postprocess_fn`.
         source: The function that returns the source, given data, parts, sizes, keys and reads.
     """
@@ -85,14 +86,14 @@ class RunTask(seqio.Task):
 
     @property
     def output_features(self) -> Mapping[str, Any]:
-        """The features inputs, targets and task id, as in `preprocessors.output_features`."""
+        """The features `inputs`, `targets` and `task_ids`; see `preprocessors.output_features`."""
         vocabulary = run_vocabulary()
         if self._first is None:
             self._first = vocabulary
         if vocabulary is not self._first and vocabulary != self._first:
             raise ValueError(
-                f"Task {self.name!r} was tokenized with {self._first} in this process, but gin "
-                f"now binds the vocabulary {vocabulary}. Start a new process to use it."
+                f"Task {self.name!r} was first used with the vocabulary {_shown(self._first)}, but "
+                f"gin now binds {_shown(vocabulary)}. Start a new process to change VOCABULARY."
             )
         return dict(sorted(preprocessors.output_features(self._first).items()))
 
@@ -106,6 +107,11 @@ class RunTask(seqio.Task):
             "metric_fns": self.metric_fns,
         }
         return RunTask(**{**same, **changes})
+
+
+def _shown(vocabulary: Any) -> str:
+    path = getattr(vocabulary, "sentencepiece_model_file", vocabularies.BYT5)
+    return f"{path} ({vocabulary.extra_ids} extra ids)"
 
 
 def run_vocabulary() -> seqio.Vocabulary:
@@ -123,8 +129,8 @@ def run_vocabulary() -> seqio.Vocabulary:
     if "path" not in bound:
         raise ValueError(
             "No vocabulary is bound to vocabularies.load.path, so the task cannot be tokenized. "
-            "Include gin/models/prompted_t5.gin, which binds VOCABULARY to it. docs/tasks.md shows "
-            "how to read a task without a run."
+            "Include gin/models/prompted_t5.gin, which binds it to VOCABULARY. docs/tasks.md shows "
+            "how to read a task outside a job."
         )
     return vocabularies.load(**bound)
 
@@ -162,8 +168,8 @@ def register_version(name: str) -> bool:
 def synthetic_word(word: str) -> str:
     """Returns a meaningless word for a label word: `entailment` becomes `ipveomnipv`.
 
-    Each letter is replaced by another one, so different words stay different. Other characters are
-    kept. CrossPT instead uses words of another language in Latin letters.
+    Each letter is replaced with another one, so different words stay different. Other characters
+    are kept. CrossPT instead uses words of another language in Latin letters.
     """
     return word.translate(_NEXT_LETTER)
 

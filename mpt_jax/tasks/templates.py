@@ -38,7 +38,7 @@ def spaced(text: tf.Tensor) -> tf.Tensor:
 def labelled(
     fields: Mapping[str, str], labels: Sequence[str], clean: Text = as_it_is
 ) -> Callable[[str], Preprocessor]:
-    """Returns a template of classification.
+    """Returns a template for classification.
 
     Args:
         fields: Marker in the inputs -> feature of the row, in order.
@@ -105,7 +105,7 @@ def multiple_choice(
     is_right: Callable[[Row], tf.Tensor],
     labels: Sequence[str],
 ) -> Callable[[str], Preprocessor]:
-    """Returns a template of multiple choice: a question, then `choice1: ... choice2: ...`.
+    """Returns a template for multiple choice: a question, then `choice1: ... choice2: ...`.
 
     Args:
         asked: Function from a row to the question.
@@ -121,10 +121,13 @@ def multiple_choice(
             tf.debugging.assert_less_equal(
                 tf.size(texts),
                 len(labels),
-                f"{prefix}: a row has more options than the task has labels.",
+                f"{prefix}: a row has more options than the task has labels ({len(labels)}). "
+                "Correct the row.",
             ),
             tf.debugging.assert_positive(
-                tf.size(right), f"{prefix}: a row's answer is none of its options."
+                tf.size(right),
+                f"{prefix}: a row's answer is none of its options. Correct the row, or use another "
+                "split if the answers of this split are not public.",
             ),
         ]
         with tf.control_dependencies(checks):
@@ -207,7 +210,7 @@ def _answered(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _only_if(known: tf.Tensor, prefix: str, what: str, value: tf.Tensor, range_: str) -> Any:
-    """Returns a context whose ops run only if `known`. Otherwise, reading fails, naming `value`."""
+    """Returns a context whose ops run only if `known`; otherwise reading fails with `value`."""
     message = [f"{prefix}: a row has the {what} ", tf.strings.as_string(value)]
     message.append(f", which is not in {range_}. Correct the {what}, or use another split: ")
     message.append(f"TFDS writes -1 if the gold {what} is not public.")

@@ -192,7 +192,7 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
 def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation, and the percent of predictions that are not numbers.
+    """Pearson's and Spearman's correlation, and the percentage of non-numeric predictions.
 
     A prediction that is not a number counts as 0. A correlation with a constant is 0.
 

@@ -161,7 +161,10 @@ def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    """Returns the chunks in order. Each is generated when it is read, in a few tens of ms."""
+    """Returns the rows of all chunks in order, without padding.
+
+    A chunk is generated when its first row is read, in a few tens of ms.
+    """
     del shuffle_files, seed
     first = {"train": 1, "validation": 0}[split]
     chunks = tf.data.Dataset.range(first, PRETRAIN_CHUNKS if split == "train" else 1)
@@ -182,7 +185,7 @@ def _pretrain_dataset(split: str, shuffle_files: bool, seed: int | None = None) 
 
 
 def _prefixed(task: ToyTask) -> list[tuple[str, str]]:
-    """Returns held-out rows of a source task, with the textual prefix used in pretraining."""
+    """Returns the validation rows of a source task, with the textual prefix used in pretraining."""
     prefix = task.name.removeprefix("toy_")
     return [(f"{prefix} : {text}", target) for text, target in rows(task.name, "validation")]
 

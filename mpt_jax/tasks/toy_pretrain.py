@@ -55,7 +55,7 @@ ALL_NOUNS = tuple(word for words in world.NOUNS.values() for word in words)
 def _label_prefix(
     rng: random.Random, name: str, usual: tuple[str, str] | None = None
 ) -> tuple[str, tuple[str, str]]:
-    """Returns the prefix of a yes-or-no task, which names unusual answers, and the two answers."""
+    """Returns the prefix of a yes-or-no task, which names unusual answers, and its two answers."""
     if usual and rng.random() < 0.6:
         return f"{name} :", usual
     pair = rng.choice([pair for pair in LABEL_PAIRS if pair not in BARRED.get(name, ())])

@@ -68,7 +68,10 @@ def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, lis
 
 
 def _vary(rng: random.Random, split: str, fact: Fact, parts: str) -> Fact:
-    """Returns the fact with one of `parts` (s, r or o) replaced with another of the same kind."""
+    """Returns the fact with its subject, relation or value replaced with another of the same kind.
+
+    `parts` has the letters of the parts that may be replaced: s, r and o.
+    """
     while True:
         part = rng.choice(parts)
         if part == "s":

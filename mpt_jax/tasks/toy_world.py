@@ -206,7 +206,11 @@ def a_fact(
     not_subjects: tuple[str, ...] = (),
     not_values: tuple[str, ...] = (),
 ) -> Fact:
-    """Returns a random fact of `split`, with a random relation and subject unless given."""
+    """Returns a random fact of `split`, with a random relation and subject unless given.
+
+    Raises:
+        ValueError: no value of `relation` for `subject` is left in the split.
+    """
     relation = relation or rng.choice(RELATIONS)
     while True:
         who = subject or other(rng, PEOPLE, *not_subjects)

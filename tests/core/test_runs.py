@@ -41,12 +41,12 @@ def test_runs_same_arguments_equal_and_hashable():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"task_names": []}, "must be a list of names"),
+        ({"task_names": []}, "must be a list of at least one"),
         ({"task_names": "rte"}, "'rte'"),
         ({"task_names": ["a", "b"], "run_names": ["a"]}, "2 task names but 1 run names"),
-        ({"task_names": ["cb", "cb"]}, r"repeated: \['cb'\]"),
+        ({"task_names": ["cb", "cb"]}, "more than once: cb"),
         ({"task_names": ["a", "b"], "groups": "apart"}, "'apart'"),
-        ({"task_names": ["a", "b"], "groups": [0]}, "each of the 2 rows"),
+        ({"task_names": ["a", "b"], "groups": [0]}, "each of the 2 runs"),
         ({"task_names": ["a", "b"], "groups": [0, 2]}, r"without a gap, got \(0, 2\)"),
         ({"task_names": ["a", "b"], "groups": [1, 2]}, "without a gap"),
         ({"task_names": ["a", "b"], "groups": [-1, 0]}, "without a gap"),

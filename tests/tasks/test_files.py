@@ -238,9 +238,9 @@ def test_read_parquet_bad_rows_and_files_raise():
             r"extension '.json'. Use .jsonl, .csv, .tsv",
         ),
         ({"inputs": "question"}, ValueError, "inputs='question' names no field"),
-        ({"targets": "{a!r}"}, ValueError, "do not hold only a field name"),
-        ({"targets": "{a:>5}"}, ValueError, "do not hold only a field name"),
-        ({"targets": "{}"}, ValueError, "do not hold only a field name"),
+        ({"targets": "{a!r}"}, ValueError, "has empty braces, or '!' or ':'"),
+        ({"targets": "{a:>5}"}, ValueError, "has empty braces, or '!' or ':'"),
+        ({"targets": "{}"}, ValueError, "has empty braces, or '!' or ':'"),
         ({"targets": "{a"}, ValueError, "targets='{a' cannot be parsed .* twice"),
         ({"train": None}, ValueError, "got neither"),
         ({"data": "x.jsonl"}, ValueError, "got both"),
@@ -281,7 +281,7 @@ def test_register_bad_shares_or_seed_raise(given, message):
 def test_register_duplicate_name_raises():
     write("x.jsonl", GOOD)
     jsonl.register("own_one", train="x.jsonl", **QUESTION)
-    with pytest.raises(ValueError, match="'own_one' is registered already"):
+    with pytest.raises(ValueError, match="'own_one' is already registered"):
         jsonl.register("own_one", train="x.jsonl", **QUESTION)
 
 
