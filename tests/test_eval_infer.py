@@ -330,7 +330,7 @@ def test_evaluate_and_infer_invalid_data_error(entry, settings, message, saved, 
 )
 def test_evaluate_missing_checkpoint_error_lists_existing(path, mode, saved, tmp_path):
     settings = arguments(saved, path or ".", mode)
-    with pytest.raises(FileNotFoundError, match="No checkpoint of a run at") as caught:
+    with pytest.raises(FileNotFoundError, match="No training checkpoint at") as caught:
         eval.evaluate(output_dir=str(tmp_path), **settings)
     assert ("checkpoint_3" in str(caught.value)) == (path != "nothing")
 

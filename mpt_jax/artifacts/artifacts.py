@@ -2,9 +2,9 @@
 
 An artifact is a folder of three files. `prompts.safetensors` holds the method's parameters under
 `factors/` and, on request, the plain prompt of each row under `folded/`. `config.json` records the
-method, the runs, the vocabulary, the backbone (a digest of its embedding) and the digest of
-`prompts.safetensors`. Readers check the digests, and reject artifacts of another backbone and
-prompts that were changed after they were written. `README.md` is the model card.
+method, the runs, and digests of the vocabulary, the backbone's embedding and
+`prompts.safetensors`. Readers check the digests: they reject artifacts of another backbone or
+vocabulary, and prompts that were changed after they were written. `README.md` is the model card.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ class Artifact:
         return max(self.method.prompt_lengths(self.runs))
 
     def folded(self) -> np.ndarray:
-        """The plain prompt of each row, [K, P, H]. Raises as `materialize` does."""
+        """Returns the plain prompt of each row, [K, P, H]. Raises as `materialize` does."""
         return np.asarray(materialize(self.method, self.params, self.runs))
 
     def plain(self) -> list[np.ndarray]:
-        """The plain prompt of each row, [P, H] with the prompt length P of that row. Raises
+        """Returns the plain prompt of each row, [P, H] with the prompt length P of that row. Raises
         ValueError if prompts depend on the text."""
         return plain_prompts(self.method, self.params, self.runs)
 
     def weights(self) -> np.ndarray:
-        """The weight of each candidate in each plain prompt, [K, J]. Raises as
+        """Returns the weight of each candidate in each plain prompt, [K, J]. Raises as
         `plain_weights` does."""
         return plain_weights(self.method, self.params, self.runs)
 
@@ -108,7 +108,7 @@ def vocabulary_digest(vocabulary: Any) -> str | None:
 
 
 def digest(leaves: Mapping[str, Any]) -> str:
-    """Returns the sha256 of named arrays, converted to float32."""
+    """Returns the sha256 of the names, shapes and float32 values of arrays."""
     hasher = hashlib.sha256()
     for name in sorted(leaves):
         value = np.ascontiguousarray(leaves[name], np.float32)
@@ -131,7 +131,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
 ) -> epath.Path:
-    """Writes an artifact. A reader sees the old folder or the new one, never a partial one.
+    """Writes an artifact with its model card, in place of an existing one (`replace_folder`).
 
     Args:
         path: the artifact's folder.
@@ -148,6 +148,9 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         include_folded: whether to also write the plain prompt of each row. Ignored if prompts
             depend on the text.
         facts: further facts for the model card.
+
+    Returns:
+        The artifact's folder.
     """
     path = epath.Path(path)
     method, params = method.for_inference(unflatten(flatten(params)))
@@ -205,26 +208,29 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     if not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise FileNotFoundError(
             f"No prompt artifact at {path}: a folder with {CONFIG} and {TENSORS} was expected. A "
-            "training run writes one to MODEL_DIR/artifact."
+            "training job writes one to MODEL_DIR/artifact."
         )
+    file = path / CONFIG
     try:
-        config = current_keys(json.loads((path / CONFIG).read_text()))
-        prompts = (path / TENSORS).read_bytes()
+        config = current_keys(json.loads(file.read_text()))
+        file = path / TENSORS
+        prompts = file.read_bytes()
         tensors = load(prompts)
     except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"The prompt artifact at {path} cannot be read: {error}. Copy the artifact again, or "
-            "write it again by repeating the command of its run."
+            f"The prompt artifact at {path} cannot be read ({file.name}: {error}). Copy the "
+            "artifact again, or repeat the command that wrote it."
         ) from error
     if config.get("format") != FORMAT:
         raise ValueError(
             f"{path} has artifact format {config.get('format')!r}; this version reads {FORMAT}. "
-            f"Use the version of MPT-JAX that wrote it (see versions in {CONFIG})."
+            f"Use the version of MPT-JAX that wrote the artifact (see versions in {CONFIG})."
         )
     missing = [field for field in FIELDS if field not in config]
     if missing:
         raise ValueError(
-            f"{path / CONFIG} is incomplete: it lacks {missing}. Copy the artifact again."
+            f"{path / CONFIG} is incomplete: it lacks {', '.join(missing)}. Copy the artifact "
+            "again, or repeat the command that wrote it."
         )
     prefix = "factors/"
     leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -251,6 +257,6 @@ def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) 
     elif (actual := hashlib.sha256(prompts).hexdigest()) != expected:
         raise ValueError(
             f"{path / TENSORS} was changed after it was written: its sha256 is {actual}, but "
-            f"{CONFIG} records {expected}. Copy the artifact again, or write it again by repeating "
-            "the command of its run."
+            f"{CONFIG} records {expected}. Copy the artifact again, or repeat the command that "
+            "wrote it."
         )

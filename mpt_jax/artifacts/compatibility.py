@@ -42,8 +42,8 @@ def check_compatible(
     if artifact.prompt_length != prompt_length:
         raise ValueError(
             f"The prompt artifact {artifact.path} has prompts of {artifact.prompt_length} "
-            f"positions, but this run needs {prompt_length}. Use the same PROMPT_LENGTH in this "
-            "run and in the run that wrote the artifact."
+            f"positions, but this job needs {prompt_length}. Use the same PROMPT_LENGTH in this "
+            "job and in the job that wrote the artifact."
         )
 
 
@@ -77,7 +77,7 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
             may_differ = what in ("method", "prompt length")
             hint = "Use only artifacts that agree."
             if may_differ:
-                hint = f"Use --folded to combine several {what}s as plain prompts."
+                hint = "Use --folded to combine their plain prompts."
             raise ValueError(
                 f"These artifacts cannot be combined, since their {what} differs: {values}. {hint}"
             )
@@ -96,12 +96,14 @@ def abbreviate(names: Sequence[str]) -> str:
 
 
 def merge(found: Sequence[Artifact]) -> Artifact:
-    """Merges artifacts into one artifact that holds the plain prompts of all rows. They must have
-    the same backbone and prompt length. A single artifact is returned unchanged.
+    """Merges initial artifacts into one artifact that holds the plain prompts of all rows.
+
+    They must have the same backbone, vocabulary and prompt length. A single artifact is returned
+    unchanged.
 
     Raises:
-        ValueError: the artifacts disagree, or two rows have the same name; the message names the
-            artifacts.
+        ValueError: the artifacts disagree, or two rows have the same name, and the message names
+            the artifacts; or prompts depend on the text, or have different lengths.
     """
     if len(found) == 1:
         return found[0]
@@ -114,14 +116,14 @@ def merge(found: Sequence[Artifact]) -> Artifact:
             if run in paths:
                 raise ValueError(
                     f"{paths[run]} and {artifact.path} both hold a prompt of {run!r}. Leave one "
-                    "artifact out of the list."
+                    "artifact out of INITIAL_ARTIFACT."
                 )
             paths[run] = artifact.path
     if len(lengths) > 1:
         values = "; ".join(f"{n} in {abbreviate(folders)}" for n, folders in lengths.items())
         raise ValueError(
             "Training cannot start from these artifacts together, since their prompt length "
-            f"differs: {values}. Use only artifacts with the same PROMPT_LENGTH."
+            f"differs: {values}. Set INITIAL_ARTIFACT to artifacts with the same prompt length."
         )
     runs = Runs(
         [task for artifact in found for task in artifact.runs.task_names],

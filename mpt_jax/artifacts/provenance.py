@@ -12,8 +12,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "seqio", "tens
 
 
 def git_revision() -> str | None:
-    """Returns the commit of the source tree, with `+changes` if tracked files were changed; None if
-    the source tree is not a git checkout."""
+    """Returns the commit of the source tree, followed by `+changes` if tracked files were changed.
+
+    Returns None if the source tree is not a git checkout.
+    """
     folder = Path(mpt_jax.__file__).parents[1]
     if not (folder / ".git").exists():
         return None

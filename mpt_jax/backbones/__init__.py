@@ -1,1 +1,1 @@
-"""Backbones: frozen networks that take embeddings and masks, and do not handle prompts."""
+"""Backbones: networks that take embeddings and masks, and do not handle prompts."""

@@ -1,1 +1,1 @@
-"""Saving and restoring of a run, with checksums, configuration fingerprint and run lock."""
+"""Saving and restoring of a job, with checksums, configuration fingerprint and run lock."""

@@ -14,11 +14,14 @@ class SaveCheckpointConfig:
     Attributes:
         period: the number of steps between saves; None saves only at the end.
         keep: the number of latest checkpoints to keep; None keeps all.
-        save_dataset: whether the data position is saved with the state. Without it, a resumed run
+        save_dataset: whether the data position is saved with the state. Without it, a resumed job
             reads its data from the start, so resuming is not exact.
         dtype: T5X's; must be None or `'float32'`, since checkpoints are always float32.
         state_transformation_fns: T5X's; must be empty, since this trainer exports prompts to
             MODEL_DIR/artifact instead.
+
+    Raises:
+        ValueError: `period` is below 1, or a setting of T5X would have no effect.
     """
 
     period: int | None = None
@@ -30,8 +33,8 @@ class SaveCheckpointConfig:
     def __post_init__(self):
         if self.period is not None and self.period < 1:
             raise ValueError(
-                f"SaveCheckpointConfig.period must be at least 1, got {self.period}. Set it to "
-                "None to save only at the end."
+                f"SaveCheckpointConfig.period must be at least 1, got {self.period}. Raise "
+                "SAVE_PERIOD, or set it to None to save only at the end."
             )
         _only_float32("SaveCheckpointConfig", self.dtype)
         if self.state_transformation_fns:
@@ -43,13 +46,16 @@ class SaveCheckpointConfig:
 
 @dataclasses.dataclass
 class RestoreCheckpointConfig:
-    """Which checkpoint to read. Field names are T5X's.
+    """Which checkpoints to read. Field names are T5X's.
 
     Attributes:
         path: the path of a MODEL_DIR, or the path(s) of checkpoints in it.
         mode: `'latest'` or `'all'` to read from a MODEL_DIR, `'specific'` to read the checkpoints
             at the path(s).
         dtype: T5X's; must be None or `'float32'`, since checkpoints are always float32.
+
+    Raises:
+        ValueError: `mode` is unknown, or `dtype` would have no effect.
     """
 
     path: str | Sequence[str] = ""
@@ -67,9 +73,9 @@ class RestoreCheckpointConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """Saving and restoring of a training run.
+    """Saving and restoring of a training job.
 
-    A run always resumes from its own MODEL_DIR, and initial values come from the initializer's
+    A job always resumes from its own MODEL_DIR, and initial values come from the initializer's
     origins, so `restore` must be None for training.
 
     Attributes:
@@ -85,5 +91,5 @@ def _only_float32(config: str, dtype: str | None) -> None:
     if dtype not in (None, "float32"):
         raise ValueError(
             f"{config}.dtype={dtype!r} would have no effect: prompts and optimizer state are "
-            "float32 on disk and in memory. Set it to None."
+            f"float32 on disk and in memory. Set {config}.dtype to None."
         )

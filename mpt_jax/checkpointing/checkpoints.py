@@ -3,7 +3,7 @@
     MODEL_DIR/checkpoint_N/state    trainable parameters, optimizer state, step
     MODEL_DIR/checkpoint_N/meta     names, shapes and checksums, digests, the data position
 
-The backbone is not included, so a checkpoint is about the size of the prompts. When a run resumes
+The backbone is not included, so a checkpoint is about the size of the prompts. When a job resumes
 and finds a corrupt checkpoint, it renames the checkpoint and uses the previous one; an error in the
 log names both. A checkpoint that cannot be read for another reason (for example, storage does not
 answer) is kept, and an error is raised. A checkpoint that was saved with another configuration also
@@ -41,7 +41,7 @@ class Checkpoints:
     Args:
         model_dir: the path of MODEL_DIR; created unless `read_only`.
         keep: the number of latest checkpoints to keep; None keeps all.
-        read_only: whether to write nothing. Unfinished saves are then not removed, since the run
+        read_only: whether to write nothing. Unfinished saves are then not removed, since the job
             that writes them may be alive.
     """
 
@@ -143,7 +143,7 @@ class Checkpoints:
         """
         if step is None:
             return (
-                f"No other checkpoint is left in {self.model_dir}. Restore one of them from a "
+                f"No readable checkpoint is left in {self.model_dir}. Restore a checkpoint from a "
                 "copy, or choose another MODEL_DIR to start again."
             )
         name = self.path(step).name
@@ -223,7 +223,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns errors of a save into an OSError that names the last complete checkpoint.
+        """Turns errors of a save into an OSError that names the last complete checkpoint, if any.
 
         Saves are asynchronous, so their errors appear in a later call.
         """
@@ -231,11 +231,12 @@ class Checkpoints:
             yield
         except Exception as error:
             complete = [self.path(step).name for step in saved_steps(self.model_dir)]
-            last = complete[-1] if complete else "none"
+            last = f"The last complete checkpoint is {complete[-1]}." if complete else ""
             raise OSError(
                 f"A checkpoint in {self.model_dir} could not be written "
-                f"({corruption.reason(error)}). The last complete one is: {last}. Fix the cause "
-                "(for example, free disk space), then rerun the same command to resume."
+                f"({corruption.reason(error)}). {last or 'No checkpoint is complete yet.'} Fix the "
+                "cause (for example, free disk space), then rerun the same command to "
+                f"{'resume' if complete else 'start again'}."
             ) from error
 
     def _read(self, step: int, item: str, args: Any) -> Any:

@@ -68,7 +68,7 @@ def read_on_all_processes(read: Callable[[], Value], what: str) -> Value:
 
     Args:
         read: a function that does not wait for other processes.
-        what: the thing that is read; the subject of the error's first sentence.
+        what: the path of the checkpoint; the subject of the error's first sentence.
 
     Raises:
         Damaged: in some processes `read` failed because of corruption, and in none for another
@@ -87,9 +87,9 @@ def read_on_all_processes(read: Callable[[], Value], what: str) -> Value:
     if worst == _DAMAGED:
         raise Damaged(cause) from error
     raise OSError(
-        f"{what} could not be read now ({cause}). It may still be intact, so it was kept and no "
-        "older one was used. Run the same command once it can be read, or rename it to fall back "
-        "to the previous checkpoint."
+        f"{what} could not be read now ({cause}). The checkpoint may still be intact, so it was "
+        "kept and no older one was used. Run the same command again once the checkpoint can be "
+        "read. To resume training from the previous one instead, rename this checkpoint."
     ) from error
 
 

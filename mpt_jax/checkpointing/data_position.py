@@ -9,7 +9,7 @@ from typing import Any
 class DataPosition:
     """The position in the training data at a saved step; the same for every process.
 
-    After a loss that is not finite, a run saves the last good state, but has already taken later
+    After a loss that is not finite, a job saves the last good state, but has already taken later
     batches. So a position consists of the state of the data iterator at some earlier step and the
     number of batches to skip after it.
 
@@ -49,17 +49,25 @@ class DataPosition:
             return
         self._step, self._packed = step - saved["skip"], saved["packed"]
         if self._packed is not None:
-            self._batches.restore(_unpack(self._packed))
+            self._batches.restore(_unpack(self._packed, step))
         for _ in range(saved["skip"]):
             next(self._batches)
 
 
-def _unpack(packed: str | list[str]) -> bytes:
-    """Returns the bytes of a saved position. Earlier versions saved a list, one per process."""
+def _unpack(packed: str | list[str], step: int) -> bytes:
+    """Returns the bytes of a saved position. Earlier versions saved a list, one per process.
+
+    Args:
+        packed: the saved position or positions, in base64.
+        step: the step of the checkpoint, to show in the error.
+
+    Raises:
+        ValueError: there are several positions.
+    """
     if isinstance(packed, list) and len(packed) != 1:
         raise ValueError(
-            f"The checkpoint holds {len(packed)} data positions, one per process, because an older "
-            "version saved it. Finish the run with that version, or start again in another "
-            "MODEL_DIR."
+            f"The checkpoint of step {step} holds {len(packed)} data positions, one per process, "
+            "because an older version of MPT-JAX saved it. Finish the job with that version, or "
+            "choose another MODEL_DIR to start again."
         )
     return base64.b64decode(packed if isinstance(packed, str) else packed[0])

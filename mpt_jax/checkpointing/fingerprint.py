@@ -19,7 +19,7 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
 from mpt_jax.training.initialization import InitialParams
 
-# Entries that may change between two starts of a run.
+# Entries that may change between two starts of a job.
 MAY_CHANGE = ("optimizer",)
 FROZEN_PROMPTS = "frozen_prompts_sha256"
 
@@ -27,7 +27,7 @@ Fingerprint = dict[str, Any]
 
 
 def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> Fingerprint:
-    """Returns everything that predictions depend on except the values in a checkpoint, as JSON."""
+    """Returns, as JSON values, all that predictions depend on except a checkpoint's values."""
     entries = {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
@@ -49,7 +49,7 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
 def run_fingerprint(
     model: PromptedEncoderDecoder, loaded: InitialParams, batch_size: int, seed: int
 ) -> Fingerprint:
-    """Returns the model fingerprint with everything else to compare when a run resumes, as JSON."""
+    """Returns, as JSON values, the model fingerprint and all else to compare when a job resumes."""
     return model_fingerprint(model, loaded) | {
         "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
         "objective": repr(model.objective),
@@ -63,25 +63,25 @@ def run_fingerprint(
 
 
 def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> None:
-    """Checks that a run has the configuration it was saved with; logs changes that are allowed.
+    """Checks that a job has the configuration it was saved with; logs changes that are allowed.
 
     Raises:
         ValueError: the configurations differ; the message shows both values of each difference.
     """
     saved = current_keys(saved)
     strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
-    advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new run."
-    check_same(saved, ours, strict, what=f"The run in {model_dir}", advice=advice)
+    advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new job."
+    check_same(saved, ours, strict, what=f"The job in {model_dir}", advice=advice)
     if changed := differences(saved, ours, MAY_CHANGE):
-        logging.warning("The run in %s resumes with changed settings: %s.", model_dir, changed)
+        logging.warning("The job in %s resumes with changed settings: %s.", model_dir, changed)
 
 
 def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
-    """Checks that a checkpoint was saved by a run of the same model.
+    """Checks that a checkpoint was saved by a job with the same model.
 
     Args:
         ours: the fingerprint of the model that reads the checkpoint, from `model_fingerprint`.
-        saved: the fingerprint of the run that saved the checkpoint.
+        saved: the fingerprint of the job that saved the checkpoint.
         path: the path of the checkpoint, to show in the error.
 
     Raises:
@@ -89,8 +89,8 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
     """
     saved = current_keys(saved)
     advice = (
-        "Use the tasks (in the same order), backbone and method that it was trained with. They are "
-        "listed in config.gin in its MODEL_DIR."
+        "Use the tasks (in the same order), backbone and method that the checkpoint was trained "
+        "with. They are listed in config.gin in its MODEL_DIR."
     )
     check_same(saved, ours, _known(ours, saved), what=f"{path}", advice=advice)
 
@@ -98,7 +98,7 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
 def _known(ours: Fingerprint, saved: Fingerprint) -> list[str]:
     """Returns the names of the entries to compare.
 
-    Omits the digest of frozen prompts if an earlier version, which did not save it, saved the run.
+    Omits the digest of frozen prompts if `saved` is from an earlier version, which saved none.
     """
     return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
 

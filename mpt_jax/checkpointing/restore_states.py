@@ -21,9 +21,10 @@ def states(
     partitioner: PjitPartitioner,
     cfg: checkpoint_config.RestoreCheckpointConfig,
 ) -> Iterator[TrainState]:
-    """Yields the states of the checkpoints that a restore configuration names, oldest first.
+    """Yields the states of the checkpoints that a restore configuration names.
 
-    If it names none, yields the state of the prompt artifact that `origins` names.
+    They are in the order of the paths, and oldest first for all checkpoints of a MODEL_DIR. If the
+    configuration names none, yields the state of the prompt artifact that `origins` names.
 
     Raises:
         FileNotFoundError: a checkpoint does not exist; the message lists the existing ones.
@@ -34,8 +35,8 @@ def states(
     """
     if not cfg.path and not origins.artifact:
         raise ValueError(
-            "No prompts to evaluate: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
-            "CHECKPOINT_PATH to a checkpoint of a run, or INITIAL_ARTIFACT to a prompt artifact."
+            "No prompts to read: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
+            "CHECKPOINT_PATH to a checkpoint, or INITIAL_ARTIFACT to a prompt artifact."
         )
     loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
     state = create_train_state(model, loaded.params, partitioner)
@@ -70,7 +71,7 @@ def _wanted(cfg: checkpoint_config.RestoreCheckpointConfig) -> list[tuple[str, i
         if not selected or not set(selected) <= set(steps) or bool(match) != is_specific:
             existing = ", ".join(str(folder / f"{checkpoints.PREFIX}_{step}") for step in steps)
             raise FileNotFoundError(
-                f"No checkpoint of a run at {path} for mode {cfg.mode!r}. Set CHECKPOINT_PATH to "
+                f"No training checkpoint at {path} for mode {cfg.mode!r}. Set CHECKPOINT_PATH to "
                 f"{'a checkpoint folder' if is_specific else 'a MODEL_DIR with checkpoints'}, or "
                 "change RestoreCheckpointConfig.mode ('specific' reads a checkpoint folder, the "
                 f"other modes a MODEL_DIR). Existing checkpoints: {existing or 'none'}."

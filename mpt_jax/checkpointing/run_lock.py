@@ -1,10 +1,10 @@
-"""Run lock: one run at a time writes to a MODEL_DIR.
+"""Run lock: one job at a time writes to a MODEL_DIR.
 
-    MODEL_DIR/running.json     the run that writes (host, process, start time), and a count
+    MODEL_DIR/running.json     the job that writes (host, process, start time), and a count
 
-The run that writes to a MODEL_DIR increments the count every few seconds. On the same machine, the
-process table shows whether that run is alive. Otherwise (another host, a bucket) the next run
-watches the count: a run whose count does not change has ended. Clocks are never compared, so it
+The job that writes to a MODEL_DIR increments the count every few seconds. On the same machine, the
+process table shows whether that job is alive. Otherwise (another host, a bucket) the next job
+watches the count: a job whose count does not change has ended. Clocks are never compared, so it
 does not matter if a clock jumps or the clocks of two hosts differ.
 
 Readers (evaluation, inference, reports) neither take the lock nor check it.
@@ -36,26 +36,28 @@ PERIOD, PATIENCE = 10.0, 35.0  # seconds between increments; seconds that a coun
 
 
 class ModelDirInUse(RuntimeError):
-    """Another run is writing to this MODEL_DIR."""
+    """Another job is writing to this MODEL_DIR."""
 
 
 @contextlib.contextmanager
 def acquire(
     model_dir: str, *, period: float = PERIOD, patience: float = PATIENCE
 ) -> Iterator[Callable[..., None]]:
-    """Keeps other runs out of MODEL_DIR while the block runs; creates the folder.
+    """Keeps other jobs out of MODEL_DIR while the block runs; creates the folder.
 
     Args:
         model_dir: the path of MODEL_DIR.
         period: the seconds between two increments of the count.
-        patience: the seconds to watch the count of a run on another machine; several periods.
+        patience: the seconds to watch the count of a job on another machine; several periods.
 
     Yields:
-        `Lock.check`, which raises ModelDirInUse if another run has taken MODEL_DIR. That can
-        happen if this run was suspended for longer than `patience`.
+        `Lock.check`, which raises ModelDirInUse if another job has taken MODEL_DIR. That can
+        happen if this job was suspended for longer than `patience`. In processes other than 0, a
+        function that does nothing.
 
     Raises:
-        ModelDirInUse: another run is writing to MODEL_DIR.
+        ModelDirInUse: another job is writing to MODEL_DIR, or another process of this job could
+            not start.
         OSError: MODEL_DIR cannot be created or written.
     """
     lock, refusal = None, None
@@ -93,7 +95,7 @@ def check_writable(model_dir: str) -> None:
 
 
 class Lock:
-    """The lock of a run on its MODEL_DIR, held by process 0.
+    """The lock of a job on its MODEL_DIR, held by process 0.
 
     Arguments and errors are those of `acquire`.
     """
@@ -117,7 +119,7 @@ class Lock:
         self._thread.start()
 
     def check(self, read: bool = False) -> None:
-        """Raises ModelDirInUse if another run has taken MODEL_DIR.
+        """Raises ModelDirInUse if another job has taken MODEL_DIR.
 
         Args:
             read: whether to read the file now, because the process may have been suspended since
@@ -130,9 +132,9 @@ class Lock:
                 logging.warning("%s could not be read: %s", self._path, error)
         if self._taken_by is not None:
             raise ModelDirInUse(
-                f"{self._path.parent} was taken over by {self._taken_by}, so this run ends without "
-                "a save. This run was probably suspended, or unable to write, for a while. Wait "
-                "until the other run has ended before you rerun this command."
+                f"{self._path.parent} was taken over by {self._taken_by}, so this job ends without "
+                "a save. This job was probably suspended, or unable to write, for a while. Wait "
+                "until the other job has ended before you rerun this command."
             )
 
     def release(self) -> None:
@@ -142,7 +144,7 @@ class Lock:
         try:
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
-        # Must not hide the error that ended the run; the next run recognizes a stale file.
+        # Must not hide the error that ended the job; the next job recognizes a stale file.
         except Exception as error:  # noqa: BLE001
             logging.warning("%s could not be removed: %s", self._path, error)
 
@@ -162,8 +164,8 @@ class Lock:
             alive = _changes(self._path, content, patience)
         if alive:
             raise ModelDirInUse(
-                f"{self._path.parent} is being written by {_who(record)}. Wait until that run has "
-                "ended, stop it, or choose another MODEL_DIR."
+                f"{self._path.parent} is being written by {_who(record)}. Wait until that process "
+                "has ended, stop it, or choose another MODEL_DIR."
             )
         logging.info("%s is left over from %s, which has ended.", self._path, _who(record))
 
@@ -182,14 +184,14 @@ class Lock:
     def _look(self) -> None:
         if not self._is_ours():
             content = _read(self._path)
-            self._taken_by = _who(_parsed(content)) if content else "an unknown run"
+            self._taken_by = _who(_parsed(content)) if content else "an unknown job"
 
     def _is_ours(self) -> bool:
         content = _read(self._path)
         return content is not None and _parsed(content).get("token") == self._record["token"]
 
     def _write(self) -> None:
-        # Not synced: a slow disk must not make a live run look dead, and after a power loss no run
+        # Not synced: a slow disk must not make a live job look dead, and after a power loss no job
         # is alive, whatever the file contains.
         write_atomic(self._path, json.dumps(self._record), sync=False)
 

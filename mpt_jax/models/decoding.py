@@ -2,9 +2,10 @@
 
 Each decoding function calls `tokens_to_logits(tokens [B*n,1], cache) -> (logits [B*n,V], cache)`,
 with n hypotheses per example. Callers pass a cache of B rows, which the function repeats n times,
-so n can be bound in gin on the decoding function only. The result is `(tokens [B,n,L], scores
+so n needs to be bound in gin only on the decoding function. The result is `(tokens [B,n,L], scores
 [B,n])`, best first: tokens up to and including the end-of-sequence id, then zeros; scores are sums
-of natural log probabilities. Shapes are static; the loop stops when all sequences have ended.
+of natural log probabilities (for beam search, divided by a length penalty). Shapes are static; the
+loop stops early if further steps cannot change the result.
 
 Cache leaves named `cached_*` are stored per hypothesis and are reordered together with the beams.
 All other leaves (the position, the encoder's keys and values) are the same for all hypotheses of
@@ -97,8 +98,8 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
         num_decodes: the number n of samples per example.
         temperature: the divisor of the logits, above 0 (use `greedy` instead of 0).
         top_k: the number of most probable tokens to draw from; 0 means all.
-        top_p: the probability that the most probable tokens to draw from must reach together
-            (Holtzman et al. 2020); 1 means all tokens.
+        top_p: the probability mass of the nucleus to draw from: the fewest most probable tokens
+            that reach it together (Holtzman et al. 2020). 1 means all tokens.
         cache_batch_axis: the batch axis of the cache's leaves.
 
     Raises:
@@ -106,13 +107,14 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
     """
     if temperature <= 0:
         raise ValueError(
-            f"temperature must be above 0, got {temperature}. Use greedy decoding "
-            "(decode_fn = @decoding.greedy) instead of temperature 0."
+            f"temperature_sample.temperature must be above 0, got {temperature}. Use greedy "
+            "decoding (decode_fn = @decoding.greedy) to always take the most probable token."
         )
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"top_k must be at least 0 and top_p must be in (0, 1], got top_k={top_k} and "
-            f"top_p={top_p}. To sample from all tokens, set top_k = 0 and top_p = 1."
+            "temperature_sample.top_k must be at least 0 and temperature_sample.top_p in (0, 1], "
+            f"got top_k = {top_k} and top_p = {top_p}. To sample from all tokens, set top_k = 0 "
+            "and top_p = 1."
         )
 
     def draw(logits: jax.Array, step: jax.Array) -> jax.Array:

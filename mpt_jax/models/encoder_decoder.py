@@ -58,6 +58,10 @@ class PromptedEncoderDecoder(T5XInterface):
         feature_converter_cls: the class that turns SeqIO examples into the features of the batch
             contract; bound in gin.
         decode_fn: a decoding function of `mpt_jax.models.decoding`.
+
+    Raises:
+        ValueError: the objective distills from teachers, but the method has no prompt or has
+            prompts of different lengths.
     """
 
     def __init__(  # noqa: PLR0913 - gin binds each of them
@@ -86,11 +90,12 @@ class PromptedEncoderDecoder(T5XInterface):
                 "(gin/methods)."
             )
         if self.has_teacher and prompt.has_variable_lengths(runs):
+            lengths = dict(zip(prompt.prompt_lengths(runs), runs.run_names, strict=True))
             raise ValueError(
                 f"Distillation needs prompts as long as the teachers' ({prompt.prompt_length} "
-                f"positions), but those of {', '.join(runs.run_names)} have "
-                f"{prompt.prompt_lengths(runs)} positions. Set PRIVATE_LENGTH to one number, or "
-                "leave Objective.distillation unset."
+                f"positions), but the prompt of {lengths[min(lengths)]!r} has {min(lengths)} "
+                "positions. Set PRIVATE_LENGTH to one number, or leave Objective.distillation "
+                "unset."
             )
         self.labels = (
             *labels,
@@ -113,7 +118,7 @@ class PromptedEncoderDecoder(T5XInterface):
         return self.objective.distillation is not None
 
     def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
-        """Returns the method's initial parameters, given the backbone's embeddings."""
+        """Returns the method's initial parameters, given the backbone's token embeddings."""
         return self.prompt.init(key, self.runs, InitContext(embedding, self.input_vocabulary))
 
     def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -265,7 +270,7 @@ class PromptedEncoderDecoder(T5XInterface):
         dropout_rng: Key | None = None,
         prompt_rng: Key | None = None,
     ) -> tuple[losses.Sums, metrics.StepMetrics]:
-        """Returns the sum [G] of every loss term, and the metrics of each run.
+        """Returns the sum [G] of every loss term, and the metrics of each run and of the batch.
 
         Runs the teachers unless the batch holds their outputs (`losses.teacher_features`).
         """

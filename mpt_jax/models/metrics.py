@@ -1,4 +1,4 @@
-"""Mergeable step metrics: named (sum, weight) pairs with one entry per bank row or per group.
+"""Mergeable step metrics: named (sum, weight) pairs by bank row, by group, or of a whole batch.
 
 A step returns the pairs as arrays. They are added over microbatches and steps, and `sum / weight`
 is computed when metrics are written. Under T5X the same pairs are returned as clu metrics.
@@ -25,7 +25,7 @@ from mpt_jax.models import losses
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A numerator and denominator of means, `sum / weight`, by bank row [K] or group [G].
+    """Sums and weights of means `sum / weight`: by bank row [K], by group [G], or of a batch [1].
 
     Fields are JAX or NumPy arrays, or tracers.
     """
@@ -114,7 +114,10 @@ def merge(first: StepMetrics, second: StepMetrics) -> StepMetrics:
 
 
 def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> StepMetrics:
-    """Zeroes the metrics of all groups and runs except those of the groups in `kept`."""
+    """Zeroes the metrics of all groups except those in `kept`, and of their runs.
+
+    Metrics of a whole batch are unchanged.
+    """
     rows = kept[np.asarray(runs.group_of_row)]
 
     def keep(name: str, metric: Metric) -> Metric:
@@ -129,9 +132,9 @@ def mask_groups(metrics: StepMetrics, kept: Bool[Array, " G"], runs: Runs) -> St
 def scalars(metrics: StepMetrics, runs: Runs) -> dict[str, float]:
     """Returns the values to write: each metric's overall mean, and its mean per run or group.
 
-    `loss` and `token_accuracy` have an entry per run, `loss/<run>`. Loss terms and gradient norms
-    have one per group if there are several. Metrics of a whole batch have only the overall mean.
-    Entries whose weight is zero are omitted.
+    Metrics by bank row (`loss`, `token_accuracy`, mixture weights) have an entry per run, such as
+    `loss/<run>`. Loss terms and gradient norms have one per group if there are several. Metrics of
+    a whole batch have only the overall mean. Entries whose weight is zero are omitted.
     """
     means: dict[str, float] = {}
     for name, metric in metrics.items():
@@ -170,7 +173,7 @@ def _labels(name: str, count: int, runs: Runs) -> Sequence[str]:
 
 
 def _group_labels(runs: Runs) -> tuple[str, ...]:
-    """Returns each group's label: the name of its only run, or `group_<number>`."""
+    """Returns each group's label: the name of its only run; `group_<number>` for several runs."""
     first: dict[int, str] = {}
     for name, group in zip(runs.run_names, runs.group_of_row, strict=True):
         first.setdefault(group, name)

@@ -101,7 +101,7 @@ class Objective:
             )
 
     def coefficients(self) -> dict[str, float]:
-        """Returns the coefficient of each term that is on in the total loss."""
+        """Returns each enabled term's coefficient in the total loss."""
         coefficients = {"cross_entropy": 1.0}
         if self.z_loss:
             coefficients["z_loss"] = self.z_loss

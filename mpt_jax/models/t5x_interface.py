@@ -42,6 +42,9 @@ class T5XInterface:
 
         The function raises ValueError if the converter does not reserve the method's prompt
         length, because prompt rows would be treated as padding, or text as part of the prompt.
+
+        Raises:
+            ValueError: `feature_converter_cls` is None.
         """
         if self.feature_converter_cls is None:
             raise ValueError(
@@ -107,7 +110,11 @@ class T5XInterface:
     def score_batch(
         self, params: Params, batch: Batch, return_intermediates: bool = False
     ) -> Float[Array, " B"]:
-        """Returns the log probability of each example's target, summed over tokens, in nats."""
+        """Returns the log probability of each example's target, summed over tokens, in nats.
+
+        Raises:
+            ValueError: the batch is packed, or intermediates are requested.
+        """
         if return_intermediates:
             raise ValueError(
                 "score_batch cannot return intermediates. Set return_intermediates to False."
@@ -159,11 +166,11 @@ class T5XInterface:
         if num_decodes is not None and "num_decodes" in parameters:
             extra.setdefault("num_decodes", num_decodes)
         elif num_decodes not in (None, 1):
-            name = getattr(self.decode_fn, "__name__", self.decode_fn)
+            name = getattr(self.decode_fn, "__name__", type(self.decode_fn).__name__)
             raise ValueError(
                 f"num_decodes={num_decodes}, but the decoding function {name} returns one sequence "
-                "per example. Leave num_decodes unset, or bind decode_fn to "
-                "decoding.temperature_sample or decoding.beam_search."
+                "per example. Leave num_decodes unset, or bind PromptedEncoderDecoder.decode_fn to "
+                "@decoding.temperature_sample or @decoding.beam_search."
             )
         if "rng" in parameters:
             extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import prompt_attention
 from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, register
@@ -55,11 +56,12 @@ class ATTEMPT(PromptMethod):
         attend_target: whether a task's own prompt is one of its candidates.
         init_prompt: the initializer of each task's own prompt.
         start_from: the source prompt that each task's own prompt starts from: `'first'` (the first
-            of `sources`, as in the paper), a name, a table of weights or a `NearestSource`. With
-            an ATTEMPT artifact, the runs to start from, as for `MPT`.
+            of `sources`, as in the paper) or a setting of `warm_start`. With an ATTEMPT artifact,
+            the runs to start from, as for `MPT`; `'first'` is then an error.
 
     Raises:
-        ValueError: no sources, a repeated source, or settings that `TextAttention` rejects.
+        ValueError: `sources` is empty or a string, or repeats a name; or `TextAttention` rejects
+            a setting.
     """
 
     prompt_length: int
@@ -141,7 +143,10 @@ class ATTEMPT(PromptMethod):
             yield gather_rows(params["target"], task_ids)[..., None, :, :]
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts from an ATTEMPT artifact, or from any plain prompts, which become the sources."""
+        """Starts from an ATTEMPT artifact, or from the plain prompts of any other artifact.
+
+        The plain prompts named in `sources` become the sources.
+        """
         if source_method.name == self.name:
             return self._transfer_own(source, source_method, source_runs, runs)
         prompts = materialize(source_method, source, source_runs)
@@ -151,10 +156,10 @@ class ATTEMPT(PromptMethod):
         return {**initial(), "sources": sources, "target": target}
 
     def _transfer_own(self, source, source_method, source_runs, runs):
-        if source_method.config() != self.config():
+        if changes := differences(source_method.config(), self.config()):
             raise ValueError(
-                f"The initial artifact's ATTEMPT settings are {source_method.config()}, but this "
-                f"run has {self.config()}. Give this run the settings of the artifact."
+                "The ATTEMPT settings of the initial artifact differ from those of this job "
+                f"({changes}). Give this job the settings of the artifact."
             )
         if self.start_from == FIRST:
             raise ValueError(

@@ -1,10 +1,10 @@
 """Protocol and registry of prompt methods.
 
 A method owns its parameters: their shapes, initial values and labels, how a prompt is composed
-from them, and how a new task starts from a trained artifact. It never sees tokens or the backbone;
-it may ask for one pooled vector of the text. A prompt is not concatenated to the text: it is
-written into positions that the batch reserves for it (`encoder_prompt_slots`), so mixing tasks in
-a batch and packing cost nothing extra.
+from them, and how a new task starts from a trained artifact. Composing a prompt needs neither
+tokens nor the backbone; a method may only ask for one pooled vector of the text. A prompt is not
+concatenated to the text: it is written into positions that the batch reserves for it
+(`encoder_prompt_slots`), so mixing tasks in a batch and packing cost nothing extra.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def name_key(key: Key, name: str) -> Key:
 
 
 def name_hash(name: str) -> int:
-    """Returns the 32-bit hash of a run's name that is folded into random keys."""
+    """Returns the 32-bit hash of a run's name, without its settings, to fold into random keys."""
     return zlib.crc32(data_name(name).encode())
 
 
@@ -238,13 +238,16 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
         start_from: `'average'` for all rows, otherwise the name of one run.
         named_only: whether to reject `'average'` over several rows, for methods that cannot
             average (CONTRIBUTING.md has one).
+
+    Raises:
+        ValueError: the artifact has no such run, or `'average'` is rejected.
     """
     if start_from != "average":
         return [source_runs.row(start_from)]
     if named_only and source_runs.num_rows > 1:
         raise ValueError(
-            "This method starts from one source prompt, but the artifact holds "
-            f"{source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM to one "
-            "of these names."
+            "START_FROM = 'average' needs a method that can average source prompts, or an artifact "
+            f"with a single one, but the artifact holds {source_runs.num_rows}: "
+            f"{', '.join(source_runs.run_names)}. Set START_FROM to one of these names."
         )
     return list(range(source_runs.num_rows))

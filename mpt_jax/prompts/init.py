@@ -3,8 +3,8 @@
 A prompt initializer is a callable object `(key, task_name, P, context) -> [P, H]` float32. It does
 not depend on the prompt method. The kinds of initializers are from Lester et al. 2021 (arXiv
 2104.08691); the default, sampled vocabulary, is from the MPT paper (arXiv 2303.02861). That paper
-calls the factors' initial values only "random". Ours make every product of factors close to one,
-so that initial prompts have the scale of P*.
+calls the factors' initial values only "random". Our default, `ones_noise`, makes every product of
+factors close to one, so that initial prompts have the scale of P*.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class ClassLabels:
         rest: the initializer of the remaining prompt rows.
 
     Raises:
-        ValueError: a task has no labels, or has more labels than prompt rows.
+        ValueError: a task has no labels or more labels than prompt rows, a label has no tokens, or
+            the context has no vocabulary.
     """
 
     labels: Mapping[str, Sequence[str]] | Sequence[str]
@@ -91,7 +92,8 @@ class ClassLabels:
             labels = look_up("task with class labels", task_name, labels)
         words = [_ids(label, context) for label in labels]
         rows = [context.embedding[ids].astype(jnp.float32).mean(0) for ids in words]
-        return _fill(rows, "labels", self.rest(key, task_name, prompt_length, context))
+        rest = self.rest(key, task_name, prompt_length, context)
+        return _fill(rows, "labels", task_name, rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Text:
     """One prompt row per token of a text: its embedding. `rest` initializes the remaining rows.
 
     Raises:
-        ValueError: the text has more tokens than the prompt has rows.
+        ValueError: the text has no tokens or more tokens than the prompt has rows, or the context
+            has no vocabulary.
     """
 
     text: str
@@ -107,7 +110,8 @@ class Text:
 
     def __call__(self, key, task_name, prompt_length, context):
         rows = list(context.embedding[_ids(self.text, context)].astype(jnp.float32))
-        return _fill(rows, "tokens", self.rest(key, task_name, prompt_length, context))
+        rest = self.rest(key, task_name, prompt_length, context)
+        return _fill(rows, "tokens", task_name, rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +183,11 @@ def _ids(text: str, context: InitContext) -> np.ndarray:
     return ids
 
 
-def _fill(rows: list[Array], what: str, rest: Array) -> Array:
+def _fill(rows: list[Array], what: str, task_name: str, rest: Array) -> Array:
     if len(rows) > rest.shape[0]:
         raise ValueError(
-            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows. Raise PROMPT_LENGTH, "
-            f"or use fewer {what} to initialize the prompt."
+            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows (task {task_name!r}). "
+            f"Raise PROMPT_LENGTH, or use fewer {what} to initialize the prompt."
         )
     return rest.at[: len(rows)].set(jnp.stack(rows))
 
@@ -201,13 +205,19 @@ class FactorInit(Protocol):
 
 
 def ones_noise(key, prompt_length, width, rank):
-    """Ones plus N(0, 0.02): products are near one, and noise makes tasks and ranks differ."""
+    """Ones plus noise with standard deviation 0.02; the left factor is then divided by R.
+
+    Products are near one, and the noise makes tasks and ranks differ.
+    """
     left, right = normal002(key, prompt_length, width, rank)
     return (1.0 + left) / rank, 1.0 + right
 
 
 def normal002(key, prompt_length, width, rank):
-    """N(0, 0.02) for both factors, as in PEFT; at rank one, products are about 4e-4."""
+    """Normal with standard deviation 0.02 for both factors, as in PEFT.
+
+    At rank one, products are about 4e-4.
+    """
     key_left, key_right = jax.random.split(key)
     return (
         0.02 * jax.random.normal(key_left, (prompt_length, rank)),

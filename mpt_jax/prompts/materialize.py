@@ -17,14 +17,15 @@ def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array
     Raises:
         ValueError: prompts depend on the text, or have different lengths.
     """
-    lengths = set(method.prompt_lengths(runs))
-    if len(lengths) > 1:
+    run_of_length = dict(zip(method.prompt_lengths(runs), runs.run_names, strict=True))
+    if len(run_of_length) > 1:
+        examples = ", ".join(f"{n} for {run!r}" for n, run in sorted(run_of_length.items()))
         raise ValueError(
-            f"The prompts of {', '.join(runs.run_names)} have different lengths "
-            f"({sorted(lengths)} positions), so they do not fit one array. Use an artifact whose "
-            "prompts have the same length, for example an artifact of a single run."
+            f"The artifact's prompts have different lengths (in positions: {examples}), so they do "
+            "not fit one array. Use an artifact whose prompts have the same length, for example an "
+            "artifact of a single run."
         )
-    return _every_prompt(method, params, runs)[:, : max(lengths)]
+    return _every_prompt(method, params, runs)[:, : max(run_of_length)]
 
 
 def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.ndarray]:
@@ -58,7 +59,7 @@ def _without_text(method: PromptMethod, params: Params) -> Params:
     if method.reads_text:
         raise ValueError(
             f"Prompts of the method {method.name!r} depend on the text that follows them, so a "
-            "task has no single prompt that could be materialized or start another method. Use "
+            "task has no single prompt to materialize or to initialize another method from. Use "
             f"this artifact with the method {method.name!r}, or choose another artifact."
         )
     # The parameters of a run's best step are stored as NumPy arrays.

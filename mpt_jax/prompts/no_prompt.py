@@ -27,7 +27,7 @@ class NoPrompt(PromptMethod):
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         raise ValueError(
-            "The method 'none' has no prompt that could start from an artifact. Set "
+            "The method 'none' has no prompt to initialize from INITIAL_ARTIFACT. Set "
             "INITIAL_ARTIFACT to None."
         )
 

@@ -98,7 +98,8 @@ class TextAttention:
         if self.width < 1 or not self.temperature > 0:
             raise ValueError(
                 "The width of the attention must be at least 1 and its temperature positive, got "
-                f"width = {self.width} and temperature = {self.temperature}."
+                f"width = {self.width} and temperature = {self.temperature}. Correct "
+                "ATTENTION_WIDTH (for CrossPT, CrossPT.width) or ATTENTION_TEMPERATURE."
             )
 
     @property
@@ -111,6 +112,11 @@ class TextAttention:
 
         They are equal in all groups, so a run has the same initial values in a job of one run and
         in a fleet.
+
+        Args:
+            key: random key of the job.
+            groups: G, the number of groups.
+            width: H, the model width; not the bottleneck width.
         """
         params, maps = {}, KINDS[self.kind].maps
         for number, (name, shape_of) in enumerate(sorted(maps.items())):
@@ -143,6 +149,9 @@ class TextAttention:
             task_ids: the bank row of each example.
             pooled: x of each example; None for a kind that does not read the text.
             prompts: J candidates, for each example or shared by all.
+
+        Raises:
+            ValueError: the kind reads the text, and `pooled` is None.
         """
         kind = KINDS[self.kind]
         if kind.query is None:

@@ -25,9 +25,9 @@ class PromptTuning(PromptMethod):
     Attributes:
         prompt_length: P.
         init_prompt: the initializer of each run's prompt.
-        start_from: the run of the initial artifact whose prompt every run starts from, `'same'`
-            (the run of the same name), a table of weights by run, or a `NearestSource`. Only the
-            last two can mix several prompts.
+        start_from: a setting of `warm_start`. Only a table of weights or a `NearestSource` may mix
+            different prompts, so `'average'` needs an initial artifact with a single prompt or
+            with equal ones.
     """
 
     prompt_length: int
@@ -47,7 +47,7 @@ class PromptTuning(PromptMethod):
         return gather_rows(params["table"], task_ids)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts from the plain prompts of any method's artifact."""
+        """Starts from the plain prompts of any artifact."""
         prompts = np.asarray(materialize(source_method, source, source_runs))
         weights = source_weights(self.start_from, source_runs, runs)
         if isinstance(self.start_from, str):

@@ -73,7 +73,7 @@ def _shared(source, source_method):
         count = "none" if shared is None else len(shared)
         raise ValueError(
             "START_FROM = 'shared' needs an initial artifact with exactly one shared prompt, but "
-            f"the artifact of {source_method.name!r} has {count}. Set START_FROM to 'average' or "
-            "to the name of one of its runs."
+            f"the artifact of the method {source_method.name!r} has {count}. Set START_FROM to "
+            "'average' or to the name of one of the artifact's runs."
         )
     return jnp.asarray(shared[0])

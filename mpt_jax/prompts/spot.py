@@ -14,7 +14,7 @@ Training then continues with prompt tuning, or any method that starts from a tab
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -108,8 +108,8 @@ class NearestSource:
     ) -> SourceTable:
         """Returns the weights of the chosen sources for every run, and logs them.
 
-        Weights add up to one. With top_k = 1 the most similar source is chosen, even if its
-        similarity is negative.
+        Weights add up to one, before they are rounded. With top_k = 1 the most similar source is
+        chosen, even if its similarity is negative.
 
         Args:
             sources: embeddings read from `source_embeddings`.
@@ -118,8 +118,8 @@ class NearestSource:
             runs: the runs to choose sources for.
 
         Raises:
-            ValueError: top_k exceeds the number of sources; a source or run has no embedding;
-                top_k > 1 and no source has a positive similarity.
+            ValueError: top_k exceeds the number of sources; a source or run has no embedding, or a
+                zero or non-finite one; or top_k > 1 and no source has a positive similarity.
         """
         if self.top_k > source_runs.num_rows:
             raise ValueError(
@@ -127,7 +127,8 @@ class NearestSource:
                 f"{source_runs.num_rows} sources: {', '.join(source_runs.run_names)}. Lower "
                 "SPOT_TOP_K."
             )
-        similarities = cosines(targets.of(runs), sources.of(source_runs), self.similarity)
+        names = runs.run_names, source_runs.run_names
+        similarities = cosines(targets.of(runs), sources.of(source_runs), self.similarity, names)
         table = {}
         for run, values in zip(runs.run_names, similarities, strict=True):
             by_source = zip(source_runs.run_names, values.tolist(), strict=True)
@@ -140,45 +141,59 @@ class NearestSource:
         if self.top_k == 1:
             weights = {nearest[0]: 1.0}
         total = sum(weights.values())
+        rounded = {source: round(value, 3) for source, value in similarities.items()}
         if not total > 0:
             raise ValueError(
-                f"No source has a positive similarity to {run!r}: {similarities}. Set START_FROM "
+                f"No source has a positive similarity to {run!r}: {rounded}. Set START_FROM "
                 "to the name of a source, set SPOT_TOP_K to 1 to start from the most similar "
                 "source, or train from scratch (gin/pt_target.gin)."
             )
         weights = {source: round(weight / total, DECIMALS) for source, weight in weights.items()}
         weights = {source: weight for source, weight in weights.items() if weight > 0}
-        rounded = {source: round(value, 3) for source, value in similarities.items()}
         logging.info("%s starts from %s; similarities: %s.", run, weights, rounded)
         return weights
 
 
-def cosines(targets: np.ndarray, sources: np.ndarray, similarity: str) -> np.ndarray:
+def cosines(
+    targets: np.ndarray,
+    sources: np.ndarray,
+    similarity: str,
+    names: tuple[Sequence[str], Sequence[str]],
+) -> np.ndarray:
     """Returns the similarities [K, S] of embeddings [K, P, H] and [S, P, H], in float64.
+
+    Args:
+        targets: [K, P, H], the embeddings of targets.
+        sources: [S, P, H], the embeddings of sources.
+        similarity: `'mean_pooled'` or `'row_pairs'`; see the module docstring.
+        names: the names of the K targets and of the S sources, to show in the error.
 
     Raises:
         ValueError: a vector to compare is zero or not finite, so it has no direction.
     """
-    pooled = [_pool(np.asarray(x, np.float64), similarity) for x in (targets, sources)]
-    return pooled[0] @ pooled[1].T
+    target_names, source_names = names
+    pooled_targets = _pool(np.asarray(targets, np.float64), similarity, target_names)
+    return pooled_targets @ _pool(np.asarray(sources, np.float64), similarity, source_names).T
 
 
-def _pool(prompts: np.ndarray, similarity: str) -> np.ndarray:
+def _pool(prompts: np.ndarray, similarity: str, names: Sequence[str]) -> np.ndarray:
     """Returns vectors [K, H] whose dot products are the similarities.
 
     For `row_pairs`, the mean over all pairs of rows equals the dot product of mean unit rows.
     """
     if similarity == "row_pairs":
-        return _unit(prompts).mean(1)
-    return _unit(prompts.mean(1))
+        return _unit(prompts, names).mean(1)
+    return _unit(prompts.mean(1), names)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def _unit(vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    if not ((lengths > 0) & np.isfinite(lengths)).all():
+    undefined = ~((lengths > 0) & np.isfinite(lengths))
+    if undefined.any():
+        name = names[int(np.argwhere(undefined)[0, 0])]
         raise ValueError(
-            "A task embedding is zero or not finite, so its similarity to others is undefined. "
-            "Train the embeddings again with gin/spot_embeddings.gin and "
-            "gin/spot_source_embeddings.gin."
+            f"The task embedding of {name!r} is zero or not finite, so its similarity to others is "
+            "undefined. Train it again with gin/spot_embeddings.gin (for a source, "
+            "gin/spot_source_embeddings.gin)."
         )
     return vectors / lengths

@@ -42,15 +42,17 @@ def source_weights(start_from: StartFrom, source_runs: Runs, runs: Runs) -> np.n
         Weights [K, S], not negative and not all zero for any run. They need not add up to one.
 
     Raises:
-        ValueError: a name or run is unknown; weights are negative or all zero; or
-            `'same_or_average'` is set and the artifact has none of the runs.
+        ValueError: a name or run is unknown; a table has no entry for a run; weights are negative,
+            not finite or all zero; `'same_or_average'` is set and the artifact has none of the
+            runs; or the embeddings of a `NearestSource` have not been read.
     """
     if isinstance(start_from, Mapping):
         return np.stack([_table_row(start_from, source_runs, run) for run in runs.run_names])
     if isinstance(start_from, NearestSource):
         raise ValueError(
-            f"The task embeddings of {start_from} have not been read. Call NearestSource.choose, "
-            "and pass the table of weights that it returns."
+            f"The task embeddings in {start_from.source_embeddings} and "
+            f"{start_from.target_embeddings} have not been read. Call NearestSource.choose, and "
+            "pass the table of weights that it returns."
         )
     one_hot = np.eye(source_runs.num_rows)
     equal = np.ones(source_runs.num_rows)
@@ -78,8 +80,8 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise ValueError(
-            f"sources must be a non-empty list of distinct names, got {names!r}. Correct SOURCES "
-            "(CrossPT) or SOURCE_TASKS."
+            f"sources must be a non-empty list of distinct names, got {names!r}. Correct "
+            "SOURCE_TASKS (for CrossPT, SOURCES)."
         )
     return tuple(names)
 
@@ -123,7 +125,8 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
                 f"shared parameters, but would start from runs in {len(source_groups)} groups of "
                 "the initial artifact, whose shared parameters differ: "
                 f"{', '.join(source_runs.run_names[s] for s in sources)}. Set START_FROM to runs "
-                "of one group, or, if each run starts from only one, set GROUPS = 'independent'."
+                "of one of these groups. If each run starts from runs of only one of them, setting "
+                "GROUPS = 'independent' is enough."
             )
         groups += source_groups
     return groups
@@ -149,9 +152,9 @@ def _report_new(runs: Runs, known: list[bool], source_runs: Runs) -> None:
     if not any(known):
         raise ValueError(
             f"None of the runs {', '.join(runs.run_names)} is in the artifact, which holds "
-            f"{', '.join(source_runs.run_names)}, so START_FROM = 'same_or_average' keeps no "
-            "prompt. If all runs are new, set START_FROM to 'average'; otherwise correct the run "
-            "names or INITIAL_ARTIFACT."
+            f"{', '.join(source_runs.run_names)}, so START_FROM = 'same_or_average' finds no run "
+            "of the same name. If all runs are new, set START_FROM to 'average'; otherwise correct "
+            "RUN_NAMES or INITIAL_ARTIFACT."
         )
     for run, is_known in zip(runs.run_names, known, strict=True):
         logging.info(

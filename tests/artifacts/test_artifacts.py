@@ -174,7 +174,7 @@ def test_check_compatible_other_vocabulary_fails_unknown_passes(tmp_path):
 
 def test_check_compatible_other_prompt_length_fails(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
-    with pytest.raises(ValueError, match="prompts of 4 positions, but this run needs 5"):
+    with pytest.raises(ValueError, match="prompts of 4 positions, but this job needs 5"):
         compatibility.check_compatible(read, DIGEST, "v" * 64, P + 1)
 
 

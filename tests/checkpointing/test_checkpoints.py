@@ -261,7 +261,7 @@ def test_checkpoints_restore_all_corrupt_error_names_them(state, tmp_path):
     write(tmp_path, state, [5, 9])
     damage(tmp_path / "checkpoint_5")
     damage(tmp_path / "checkpoint_9")
-    with pytest.raises(OSError, match="checkpoint_9 cannot.*checkpoint_5 cannot.*No other") as e:
+    with pytest.raises(OSError, match="checkpoint_9 cannot.*checkpoint_5 cannot.*No readable") as e:
         read(tmp_path, state)
     assert str(tmp_path) in str(e.value)
     assert "Restore" in str(e.value) and "emove" not in str(e.value), "nothing is destroyed"
@@ -447,10 +447,10 @@ def test_checkpoints_save_fails_error_names_last_complete(state, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saved._manager, "save", full)
-    with pytest.raises(OSError, match="No space left.*complete one is: checkpoint_3"):
+    with pytest.raises(OSError, match="No space left.*complete checkpoint is checkpoint_3"):
         saved.save(at(state, 12), {})
     monkeypatch.setattr(saved._manager, "wait_until_finished", full)
-    with pytest.raises(OSError, match="No space left.*complete one is: checkpoint_3"):
+    with pytest.raises(OSError, match="No space left.*complete checkpoint is checkpoint_3"):
         saved.wait()
 
 

@@ -209,8 +209,8 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
     ("method", "given", "message"),
     [
         (attempt(), None, r"mixes frozen .* so no artifact provides them\. Set INITIAL"),
-        (attempt(), "longer", r"longer has prompts of 4 positions, but this run needs 3"),
-        (crosspt(), "longer", r"longer has prompts of 4 positions, but this run needs 3"),
+        (attempt(), "longer", r"longer has prompts of 4 positions, but this job needs 3"),
+        (crosspt(), "longer", r"longer has prompts of 4 positions, but this job needs 3"),
         (attempt(), "foreign", "foreign was trained on another backbone"),
         (attempt(), ["one", "longer"], "prompt length differs: 3 in .*one; 4 in .*longer"),
         (crosspt(), ["one", "foreign"], "backbone .* differs: [0-9a-f]+ in .*one; 0+ in .*foreign"),
@@ -219,7 +219,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
         (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
         (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
         (crosspt(reparameterize=["sources"]), "one", "Remove them from REPARAMETERIZE"),
-        (CrossPT(P, SOURCES, "private"), "one", "has no source prompts that could start"),
+        (CrossPT(P, SOURCES, "private"), "one", "'private' has no source prompts to init"),
     ],
 )  # fmt: skip
 def test_mixing_run_incompatible_start_error_says_why(method, given, message, backbone, sources):
@@ -236,7 +236,7 @@ def test_attempt_artifact_as_plain_prompt_error(backbone, attempted):
             filled(backbone, method, artifact)
     with pytest.raises(ValueError, match="depend on the text that follows them"):
         artifacts.load_artifact(artifact).folded()
-    with pytest.raises(ValueError, match="ATTEMPT settings are .*'sub'.*this run has .*'dot'"):
+    with pytest.raises(ValueError, match="this job .attention: saved 'sub', current 'dot'"):
         filled(backbone, attempt(attention="dot"), artifact)
 
 

@@ -37,16 +37,20 @@ def rule(**settings) -> NearestSource:
 def test_cosines_match_definition(similarity):
     targets, sources = embeddings(TARGETS, 0).prompts, embeddings(SOURCES, 1).prompts
     expected = [[by_hand(t, s, similarity) for s in sources] for t in targets]
-    np.testing.assert_allclose(cosines(targets, sources, similarity), expected, atol=1e-12)
+    names = TARGETS.run_names, SOURCES.run_names
+    found = cosines(targets, sources, similarity, names)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
     # The norm of a whole prompt has no effect.
-    np.testing.assert_allclose(cosines(3 * targets, sources / 7, similarity), expected, atol=1e-6)
+    found = cosines(3 * targets, sources / 7, similarity, names)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_cosines_mean_pooled_and_row_pairs_can_disagree():
     """A long row dominates the mean, but counts like any other row in pairs."""
     target = np.array([[[1, 0], [1, 0]]], np.float32)
     sources = np.array([[[9, 0], [0, 1]], [[1, 0.5], [1, 0.5]]], np.float32)
-    pooled, pairs = (cosines(target, sources, name)[0] for name in ("mean_pooled", "row_pairs"))
+    names = ["target"], ["long", "even"]
+    pooled, pairs = (cosines(target, sources, by, names)[0] for by in ("mean_pooled", "row_pairs"))
     assert pooled.argmax() == 0 and pairs.argmax() == 1
     np.testing.assert_allclose(pairs, [0.5, 1 / np.sqrt(1.25)], rtol=1e-6)
 
@@ -146,5 +150,6 @@ def test_nearest_source_invalid_settings_raise():
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_cosines_zero_or_non_finite_embedding_raises(similarity, value):
     prompts = np.full((1, P, H), value, np.float32)
-    with pytest.raises(ValueError, match="zero or not finite"):
-        cosines(prompts, embeddings(SOURCES, 0).prompts, similarity)
+    names = ["rte"], SOURCES.run_names
+    with pytest.raises(ValueError, match="embedding of 'rte' is zero or not finite"):
+        cosines(prompts, embeddings(SOURCES, 0).prompts, similarity, names)

@@ -58,7 +58,7 @@ def test_weighted_mean_single_row_is_bit_exact():
         ({"rte": {"mnli": 0}}, "at least one must be positive"),
         ({"rte": {}}, "at least one must be positive"),
         ({"rte": {"mnli": float("nan")}}, "must be finite and not negative"),
-        (NearestSource("a", "b"), "have not been read"),
+        (NearestSource("a", "b"), "The task embeddings in a and b have not been read"),
     ],
 )
 def test_transfer_invalid_start_from_raises(start_from, message):

@@ -375,7 +375,7 @@ def test_artifacts_incompatible_error_shows_both_values(backbone, tmp_path, role
     ours = {
         "backbone": digest(backbone),
         "vocabulary": artifacts.vocabulary_digest(Vocabulary()),
-        "length": "positions, but this run needs 3",
+        "length": "positions, but this job needs 3",
     }[what]
     theirs = "prompts of 2" if what == "length" else "0" * 64
     with pytest.raises(ValueError) as error:

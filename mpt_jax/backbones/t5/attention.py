@@ -79,7 +79,11 @@ class Attention(nn.Module):
     # --- On a TPU --------------------------------------------------------------------------------
 
     def _uses_kernels(self) -> bool:
-        """Whether `fused_attention` can be used: on TPUs, unless the configuration overrides it."""
+        """Whether `fused_attention` can be used for the call.
+
+        It must be enabled (on TPUs, unless the configuration overrides it), without a cache, biases
+        or dropout, and the heads must split evenly over devices.
+        """
         cfg = self.config
         enabled = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
         return (
@@ -117,8 +121,8 @@ class Attention(nn.Module):
         bias: Float[Array, "1 N T T"],
         segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     ) -> Float[Array, "B T ND"]:
-        """Self-attention with one matrix product for queries, keys and values. The kernel reads its
-        result without a transpose."""
+        """Self-attention with one matrix product for queries, keys and values, whose result the
+        kernel reads without a transpose."""
         cfg = self.config
         heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
         joined = layers.constrain(x @ heads.join(self._kernels()), "batch", "length", "joined_kv")

@@ -46,6 +46,9 @@ class T5Config:
             `scan_layers`; otherwise XLA merges the recomputation with the original computation.
         scan_layers: whether to run the layers as one loop over stacked weights (see
             `scanned_params.py`), so that compile time does not grow with depth.
+
+    Raises:
+        ValueError: a dtype, activation, policy or dropout rate that is not supported.
     """
 
     vocab_size: int
@@ -84,8 +87,8 @@ class T5Config:
         for name in self.mlp_activations:
             if name not in ACTIVATIONS:
                 raise ValueError(
-                    f"T5Config.mlp_activations has the unknown activation {name!r}. Use only names "
-                    f"in {list(ACTIVATIONS)}."
+                    f"T5Config.mlp_activations has the unknown activation {name!r}. Use only "
+                    f"{', '.join(map(repr, ACTIVATIONS))}."
                 )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
@@ -137,7 +140,7 @@ def t5_config(name: str, **overrides: Any) -> T5Config:
     """
     family, _, size = name.lower().rpartition("_")
     if name.lower() not in NAMES:
-        raise ValueError(f"Unknown T5 model {name!r}. Use one of {list(NAMES)}.")
+        raise ValueError(f"Unknown T5 model {name!r}. Set T5_NAME to one of {', '.join(NAMES)}.")
     sizes, fields = _FAMILIES[family]
     emb_dim, num_heads, encoder_layers, decoder_layers, head_dim, mlp_dim = sizes[size]
     shape = {

@@ -75,7 +75,10 @@ def _kernel(
 
 
 class LayerNorm(nn.Module):
-    """`x / rms(x) * scale`; the mean square is computed in float32."""
+    """`x / rms(x) * scale`, plus a bias if the configuration has biases.
+
+    The mean square is computed in float32.
+    """
 
     config: T5Config
     epsilon: float = 1e-6

@@ -1,6 +1,6 @@
 """Layer norm and attention softmax with backward passes that store as little as possible.
 
-Automatic differentiation of these two operations would store most of T5's activation memory: for
+Automatic differentiation would need most of T5's activation memory for these two operations: for
 each attention two arrays of the size of the scores, and for each norm two arrays of the size of the
 residual stream. The backward passes below compute the same gradients from arrays that are stored in
 any case: the output of the softmax and the input of the norm. Both support reverse mode only.
@@ -69,8 +69,8 @@ def over_rows(vector: jax.Array, x: jax.Array) -> jax.Array:
 def rms_norm(
     x: Float[Array, "*rows H"], scale: Float[Array, "H"], epsilon: float, dtype: jnp.dtype
 ) -> Float[Array, "*rows H"]:
-    """Returns `x / rms(x) * scale` in `dtype`, with statistics computed in float32. Stores `x` and
-    1 / rms for the backward pass."""
+    """Returns `x / rms(x) * scale` in `dtype`, with statistics computed in float32. Stores `x`,
+    `scale` and 1 / rms for the backward pass."""
     y: jax.Array = _norm(x, scale, epsilon, dtype)
     return y
 

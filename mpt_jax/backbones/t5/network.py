@@ -118,13 +118,14 @@ def run_layers(
             `(x, collected)`.
         fields: the constructor arguments of the layer.
         config: the configuration: number of layers, whether to scan them, and what to recompute.
-        stack: the name of the stack, which is also that of its scanned subtree, as in T5X.
+        stack: the name of the stack and, as in T5X, of its scanned subtree.
         initializing: whether weights are being initialized.
         x: the input of the first layer.
         others: the further inputs, which are the same for all layers.
 
     Returns:
-        The output of the last layer, and the collected outputs of all layers, in order.
+        The output of the last layer, and the collected outputs of all layers, in order; none if
+        layers do not collect them.
     """
     count = getattr(config, f"num_{stack}_layers")
     layer = rematerialized(layer, config)

@@ -32,6 +32,9 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tree for `scan_layers=True`, with stacked layers.
 
     `unstack_layers` is the exact inverse.
+
+    Raises:
+        ValueError: a layer lacks a parameter that another layer of its stack has.
     """
     stacked: dict[str, Any] = {}
     layers: dict[str, dict[int, Any]] = {}
@@ -45,9 +48,10 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     for name, leaves in layers.items():
         missing = sorted(set(range(max(leaves) + 1)) - set(leaves))
         if missing:
+            stack, _, rest = name.split("/", 2)
             raise ValueError(
-                f"Layers {missing} lack the parameter {name}, which other layers have. The "
-                "checkpoint may be incomplete: download or copy it again."
+                f"Layers {missing} of the {stack} lack the parameter {rest}, which other layers "
+                "have. The checkpoint may be incomplete: download or copy it again."
             )
         ordered = [leaves[i] for i in range(len(leaves))]
         stacked[name] = _numpy_of(ordered[0]).stack(ordered, axis=LAYER_AXIS)

@@ -61,8 +61,8 @@ def check_counts(method: Any) -> None:
     lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
     if not lengths or any(length is not None and length < 1 for length in lengths):
         raise ValueError(
-            "CrossPT.private_length must be at least 1, for every run if it is a table, got "
-            f"{method.private_length}. Correct PRIVATE_LENGTH."
+            "CrossPT.private_length must be None, a number of at least 1, or a table with such a "
+            f"number for every run, got {method.private_length}. Correct PRIVATE_LENGTH."
         )
     if unknown := sorted(set(method.reparameterize) - {"sources", "private"}):
         raise ValueError(
@@ -73,11 +73,11 @@ def check_counts(method: Any) -> None:
 
 def check_effects(method: Any) -> None:
     """Raises ValueError if a setting would have no effect."""
-    kind, router = COMPOSITIONS[method.compose_by], ROUTERS[method.router]
+    kind, is_random = COMPOSITIONS[method.compose_by], ROUTERS[method.router].is_random
     ineffective = {
         "share": method.share != ADD and method.compose_by != "private_sum",
         "private_length": method.private_length is not None and not kind.longer,
-        "normalize": method.normalize != "sum" and not router.is_random,
+        "normalize": method.normalize != "sum" and not is_random,
         "top_k": method.top_k is not None and (not kind.has_sources or method.router == "uniform"),
         "router": method.router != DEFAULT_ROUTER and not kind.has_sources,
         "reparameterize": "private" in method.reparameterize
@@ -87,9 +87,10 @@ def check_effects(method: Any) -> None:
     }
     for name, is_ineffective in ineffective.items():
         if is_ineffective:
+            router = "" if name == "router" else f" and ROUTER = {method.router!r}"
             raise ValueError(
-                f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with compose_by "
-                f"= {method.compose_by!r} and router = {method.router!r}. Leave {name} unset."
+                f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with COMPOSE_BY "
+                f"= {method.compose_by!r}{router}. Leave {name.upper()} at its default."
             )
 
 
@@ -99,8 +100,8 @@ def check_private(
     """Raises ValueError if a private prompt would start from a prompt of another length.
 
     Args:
-        method, runs: the method and runs to start.
-        source_method, source_runs: the method and runs of the artifact.
+        method, runs: the prompt method and the runs of this job.
+        source_method, source_runs: the prompt method and the runs of the artifact.
         weights: [K, S], from `warm_start.source_weights`.
     """
     lengths = method.prompt_lengths(runs)
@@ -108,11 +109,12 @@ def check_private(
     for row, run in enumerate(runs.run_names):
         for source in np.flatnonzero(weights[row]).tolist():
             if source_lengths[source] != lengths[row]:
+                length = source_lengths[source] - method.length
                 raise ValueError(
                     f"The private prompt of {run!r} has {lengths[row] - method.length} positions, "
-                    "but it starts from the private prompt of the artifact's "
-                    f"{source_runs.run_names[source]!r}, which has "
-                    f"{source_lengths[source] - method.length}. Give both the same PRIVATE_LENGTH."
+                    f"but it would start from the one of {source_runs.run_names[source]!r} in the "
+                    f"initial artifact, which has {length}. Set PRIVATE_LENGTH to {length} for "
+                    f"{run!r}, or start it from another run with START_FROM."
                 )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
 from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
@@ -70,8 +71,9 @@ from mpt_jax.prompts.warm_start import (
 class CrossPT(PromptMethod):
     """Prompts composed from shared sources and a private prompt; see the module docstring.
 
-    Parameters: `sources` [G, S, l, H], `private` [K, Z, H], `router` [K, S], `share` [K], and for
-    random draws `clock` [G], which counts steps. Unused parameters are omitted.
+    Parameters: `sources` [G, S, l, H], `private` [K, Z, H], `router` [K, S], `share` [K]; for
+    random draws `clock` [G], which counts steps; for the router `'attention'` the parameters of
+    `prompt_attention`; and those of MLPs (`reparameterization`). Unused parameters are omitted.
 
     Attributes:
         length: l, the length of a source prompt.
@@ -244,30 +246,31 @@ class CrossPT(PromptMethod):
         return initial_prompts(self.init_sources, key, runs, rows, self.length, context)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts from a CrossPT artifact or from any plain prompts.
+        """Starts from a CrossPT artifact, or from the plain prompts of any other artifact.
 
-        Plain prompts become the sources of every group.
+        The plain prompts named in `sources` become the sources of every group.
         """
         is_own = source_method.name == self.name
         started = {"sources", "private"} if is_own else {"sources"}
         if conflicting := sorted(started & set(self.reparameterize)):
             raise ValueError(
-                f"CrossPT.reparameterize is {list(self.reparameterize)}, but prompts that start "
-                "from an artifact cannot be trained through a randomly initialized MLP: "
-                f"{', '.join(conflicting)}. Remove them from REPARAMETERIZE."
+                "Prompts that start from INITIAL_ARTIFACT cannot be trained through a randomly "
+                f"initialized MLP, but CrossPT.reparameterize names {' and '.join(conflicting)}. "
+                "Remove them from REPARAMETERIZE."
             )
         if is_own:
             return self._transfer_own(source, source_method, source_runs, runs, initial)
         if self.start_from not in ("average", "same"):
+            given = repr(self.start_from) if isinstance(self.start_from, str) else "a table"
             raise ValueError(
-                f"START_FROM = {self.start_from!r} would have no effect, because the initial "
-                "artifact is not from CrossPT: every group starts from the plain prompts named in "
-                "SOURCES. Leave START_FROM at 'average'."
+                f"START_FROM ({given}) would have no effect, because the initial artifact is not "
+                "from CrossPT: every group starts from the plain prompts named in SOURCES. Leave "
+                "START_FROM at 'average'."
             )
         if not self._kind.has_sources:
             raise ValueError(
-                f"compose_by = {self.compose_by!r} has no source prompts that could start from an "
-                "artifact. Set INITIAL_ARTIFACT to None."
+                f"COMPOSE_BY = {self.compose_by!r} has no source prompts to initialize from "
+                "INITIAL_ARTIFACT. Set INITIAL_ARTIFACT to None."
             )
         prompts = materialize(source_method, source, source_runs)
         sources = prompts[jnp.asarray([source_runs.row(name) for name in self.sources])]
@@ -275,10 +278,10 @@ class CrossPT(PromptMethod):
 
     def _transfer_own(self, source, source_method, source_runs, runs, initial):
         settings, source_settings = self._transfer_settings(), source_method._transfer_settings()
-        if settings != source_settings:
+        if changes := differences(source_settings, settings):
             raise ValueError(
-                f"The initial artifact's CrossPT settings are {source_settings}, but this run has "
-                f"{settings}. Give this run the settings of the artifact."
+                "The CrossPT settings of the initial artifact differ from those of this job "
+                f"({changes}). Give this job the settings of the artifact."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
@@ -295,7 +298,7 @@ class CrossPT(PromptMethod):
         return params
 
     def for_inference(self, params):
-        """Drops the clock, and replaces reparameterized prompts by the output of their MLPs."""
+        """Drops the clock, and replaces reparameterized prompts with the output of their MLPs."""
         kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
         for name in self.reparameterize:
             kept = reparameterization.without_mlp(kept, name)
@@ -395,7 +398,7 @@ class CrossPT(PromptMethod):
         }
 
     def _transfer_settings(self) -> dict[str, Any]:
-        """Returns the settings in which a run and its initial CrossPT artifact must agree."""
+        """Returns the settings in which a job and its initial CrossPT artifact must agree."""
         return {
             "length": self.length,
             "sources": list(self.sources),

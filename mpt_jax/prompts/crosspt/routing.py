@@ -9,8 +9,8 @@ Each of S candidates gets a score s_j in [0, 1]. The k largest are kept and turn
     uniform             1 / S                                      the same         s / sum(s)
     attention           softmax of text attention                  the same         s / sum(s)
 
-with u uniform in (0, 1), drawn once per run and step. This is the relaxed Bernoulli distribution
-(Maddison et al. 2017, Jang et al. 2017).
+with u_j uniform in (0, 1), drawn for every run, source and step. So the training scores of
+relaxed_bernoulli follow the distribution of that name (Maddison et al. 2017, Jang et al. 2017).
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Annealing:
         if not self.start >= self.end > 0 or self.steps < 0:
             raise ValueError(
                 f"Annealing needs start >= end > 0 and steps >= 0, got start = {self.start}, end = "
-                f"{self.end} and steps = {self.steps}. Correct ANNEALING_STEPS or Annealing."
+                f"{self.end} and steps = {self.steps}. Correct ANNEALING_STEPS, or "
+                "routing.Annealing.start and routing.Annealing.end."
             )
 
     def __call__(self, step: Float[Array, "..."]) -> Float[Array, "..."]:
