@@ -238,6 +238,8 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         {name: tuple(shape) for name, shape in config["shapes"].items()},
         {name: leaf.shape for name, leaf in leaves.items()},
         f"{path / TENSORS}",
+        standard=f"its {CONFIG}",
+        advice="Copy the artifact again, or repeat the command that wrote it.",
     )
     _check_prompts(path, prompts, config)
     method = get_method(config["method"])(**config["method_config"])

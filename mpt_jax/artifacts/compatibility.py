@@ -10,10 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpt_jax.artifacts.artifacts import Artifact
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-
-MOST_NAMED = 20  # names that an error lists; it only counts the others
 
 
 def check_compatible(
@@ -87,12 +86,6 @@ def representative(found: Sequence[Artifact]) -> Artifact:
     """Returns a representative artifact, preferring one that records a vocabulary."""
     with_vocabulary = [x for x in found if x.config["vocabulary_sha256"] is not None]
     return (with_vocabulary or found)[0]
-
-
-def abbreviate(names: Sequence[str]) -> str:
-    """Joins the first `MOST_NAMED` names with commas, and counts the others."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def merge(found: Sequence[Artifact]) -> Artifact:

@@ -1,11 +1,17 @@
-"""Comparison of a saved configuration with the current one."""
+"""Comparison of a saved configuration with the current one, and names listed in messages."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MOST_SHOWN = 20
+
+
+def abbreviate(names: Sequence[str], separator: str = ", ") -> str:
+    """Joins the first `MOST_SHOWN` names, and counts the others."""
+    more = [f"and {len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
+    return separator.join([*names[:MOST_SHOWN], *more])
 
 
 def differences(
@@ -25,10 +31,9 @@ def differences(
     differing = [name for name in names if saved.get(name) != current.get(name)]
     shown = [
         f"{name}: saved {_shown(saved, name)}, current {_shown(current, name)}"
-        for name in differing[:MOST_SHOWN]
+        for name in differing
     ]
-    more = len(differing) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more else "")
+    return abbreviate(shown, "; ")
 
 
 def check_same(

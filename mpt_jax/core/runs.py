@@ -17,6 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from mpt_jax.core.comparison import abbreviate
+
 _Value = TypeVar("_Value")
 
 # A run name: `data`, then settings that affect neither its examples nor its random key.
@@ -183,7 +185,8 @@ def entry_of_run(table: Mapping[str, _Value], name: str, what: str, kind: str = 
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """Returns the message for an unknown name: the closest known names, then all."""
+    """Returns the message for an unknown name: the closest known names, then all of them, or
+    the first if they are many."""
     close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"Unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known)) or 'none'}."
+    return f"Unknown {what} {name!r}.{hint} Known: {abbreviate(sorted(known)) or 'none'}."

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.shapes import Params
 
 # An ordered table of (regular expression over the whole path name, label); first match wins.
@@ -41,19 +42,23 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Builds a nested dict from leaves by path name; the inverse of `flatten` for nested dicts.
 
     Raises:
-        ValueError: the name of a leaf starts with the name of an earlier leaf and a slash.
+        ValueError: the name of a leaf is the name of another leaf followed by a slash.
     """
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
         node = tree
-        for parent in parents:
+        for depth, parent in enumerate(parents, 1):
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ValueError(
-                    f"Parameter {name!r} is below {parent!r}, which is itself a parameter. Rename "
-                    "one of the two."
+                    f"Parameter {name!r} is below {'/'.join(parents[:depth])!r}, which is itself a "
+                    "parameter. Rename one of the two."
                 )
+        if last in node:
+            raise ValueError(
+                f"Parameter {name!r} has other parameters below it. Rename one of the two."
+            )
         node[last] = leaf
     return tree
 
@@ -153,10 +158,10 @@ def match_exactly(
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {missing}")
+        problems.append(f"{len(missing)} missing: {abbreviate(missing)}")
     if extra:
-        problems.append(f"{len(extra)} not expected: {extra}")
+        problems.append(f"{len(extra)} not expected: {abbreviate(extra)}")
     if shapes:
-        problems.append(f"{len(shapes)} of another shape: {shapes}")
+        problems.append(f"{len(shapes)} of another shape: {abbreviate(shapes, '; ')}")
     if problems:
         raise ValueError(f"{what} does not match {standard}. {'; '.join(problems)}. {advice}")

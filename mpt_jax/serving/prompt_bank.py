@@ -30,7 +30,7 @@ import numpy as np
 
 from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.artifacts import Artifact
-from mpt_jax.artifacts.compatibility import abbreviate
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Params
 from mpt_jax.core.tree import flatten, unflatten

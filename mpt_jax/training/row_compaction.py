@@ -86,11 +86,11 @@ class RowCompactor:
         task_ids = batch["encoder_task_ids"][:, 0]
         expected = owners[own_blocks].ravel()
         if (task_ids != expected).any():
-            row = np.flatnonzero(task_ids != expected)[0]
+            row = int(np.flatnonzero(task_ids != expected)[0])
             names = self.runs.run_names
             raise ValueError(
-                f"Batch row {row} is of run {names[task_ids[row]]!r}, but the order of RUN_NAMES "
-                f"puts {names[expected[row]]!r} there, so the rows of finished runs cannot be "
+                f"Batch row {row} is of run {names[int(task_ids[row])]!r}, but the order of RUN_NAMES "
+                f"puts {names[int(expected[row])]!r} there, so the rows of finished runs cannot be "
                 "found by their position. Set SAMPLER to @sampling.EqualQuotas(), with the runs in "
                 "the order of RUN_NAMES."
             )
