@@ -34,7 +34,7 @@ def bucketed(examples: Sequence[Example], prompt_length: int, size: int) -> list
     buckets = bucketing.of_settings(lengths, prompt_length, limits)
     order = bucketing.sorted_batches(_lengths(examples), size)
     batches = (_full([examples[i] for i in part], prompt_length) for part in order)
-    return [buckets.cut(batch) for batch in batches]
+    return [buckets.trim(batch) for batch in batches]
 
 
 def padded(examples: Sequence[Example], prompt_length: int, size: int) -> list[Batch]:

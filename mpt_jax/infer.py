@@ -342,7 +342,7 @@ def _lines(
     shard = HostShard(rows, jax.process_count(), jax.process_index())
     answers: dict[int, dict[str, Any]] = {}
     for indices, batch in bucketing.batches_of(features, rows, buckets, targets=False):
-        outputs = function(shard.of(batch))
+        outputs = function(shard.rows_of_host(batch))
         for row, index in enumerate(indices.tolist()):
             answers[index] = _answer(outputs, row, mode, vocabulary)
     for number in range(len(answers)):

@@ -140,7 +140,7 @@ def _restore(
     state, meta = restored
     step = int(state.step)
     fingerprint.check_can_resume(ours, meta["identity"], str(saved.model_dir))
-    saved.set_aside_after(step)
+    saved.rename_unreadable_after(step)
     position.restore(meta["data"], step)
     logging.info("Resumed from %s.", saved.path(step))
     return state, meta

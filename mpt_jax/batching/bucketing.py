@@ -48,7 +48,7 @@ class LengthBuckets:
                     f"increasing, got {lengths}. Correct DatasetConfig.length_buckets."
                 )
 
-    def cut(self, batch: Mapping[str, np.ndarray], targets: bool = True) -> Batch:
+    def trim(self, batch: Mapping[str, np.ndarray], targets: bool = True) -> Batch:
         """Returns a batch trimmed to the shortest lengths that hold all its rows.
 
         Args:
@@ -145,7 +145,7 @@ def batches_of(
         rows: the unpacked rows, at full length if there are buckets.
         batch_size: the number of rows of a batch; the last batch may have fewer.
         buckets: the lengths that batches are trimmed to; None disables sorting and trimming.
-        targets: see `LengthBuckets.cut`.
+        targets: see `LengthBuckets.trim`.
 
     Yields:
         The indices of a batch's rows, and the batch.
@@ -157,7 +157,7 @@ def batches_of(
         chunks = sorted_batches(encoder_lengths(rows), batch_size)
     for indices in chunks:
         batch = {name: value[indices] for name, value in rows.items()}
-        yield indices, buckets.cut(batch, targets) if buckets else batch
+        yield indices, buckets.trim(batch, targets) if buckets else batch
 
 
 def used(real: np.ndarray) -> np.ndarray:

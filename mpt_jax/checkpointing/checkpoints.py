@@ -171,7 +171,7 @@ class Checkpoints:
                 f"{path} cannot be read ({error}). {self._fix_of_corruption(step)}"
             ) from error
 
-    def set_aside_after(self, step: int) -> None:
+    def rename_unreadable_after(self, step: int) -> None:
         """Renames the checkpoints after a step, which `restore` has found to be corrupt.
 
         Raises:

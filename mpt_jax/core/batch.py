@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
-from mpt_jax.core.shapes import Array, Batch, Bool, Float
+from mpt_jax.core.shapes import Array, Batch, Bool
 
 # Batch features that replace the teachers' forward pass -> the side whose positions axis 1 indexes.
 TEACHER_FEATURES = {
@@ -12,11 +10,6 @@ TEACHER_FEATURES = {
     "teacher_encoded": "encoder",
     "teacher_decoded": "decoder",
 }
-
-
-def encoder_positions(batch: Batch, include_prompt: bool) -> Float[Array, "B T"]:
-    """Returns 1 at text positions and, if `include_prompt`, at prompt slots; 0 elsewhere."""
-    return encoder_mask(batch, include_prompt).astype(jnp.float32)
 
 
 def encoder_mask(batch: Batch, include_prompt: bool = True) -> Bool[Array, "B T"]:

@@ -144,24 +144,35 @@ def get_dataset(
             "continue_from_last_checkpoint must be False, because get_dataset always starts at the "
             "first batch. Use TrainIterator.restore to restore a data position."
         )
-    provider = cfg.provider()
-    converter = cfg.converter(feature_converter_cls, cfg.pack)
-    validation.check_config(cfg, provider, converter, num_shards, endless=num_epochs is None)
-    rows = cfg.batch_size // num_shards
+    provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
+    return _batches(cfg, provider, converter, seqio.ShardInfo(shard_id, num_shards), num_epochs)
+
+
+def _batches(
+    cfg: DatasetConfig,
+    provider: Any,
+    converter: Any,
+    shard: seqio.ShardInfo,
+    num_epochs: int | None,
+) -> tf.data.Dataset:
+    """Returns one shard of the batches of a task or mixture; the arguments are `get_dataset`'s."""
+    hosts = shard.num_shards
+    validation.check_config(cfg, provider, converter, hosts, endless=num_epochs is None)
+    batch_size = cfg.batch_size // hosts
     dataset = provider.get_dataset(
         dict(cfg.task_feature_lengths or {}),
         split=cfg.split,
         use_cached=cfg.use_cached,
         shuffle=cfg.shuffle,
         num_epochs=num_epochs,
-        shard_info=seqio.ShardInfo(index=shard_id, num_shards=num_shards),
+        shard_info=shard,
         seed=cfg.seed,
         trim_output_features=cfg.trim_output_features,
     )
     if cfg.by_length:
-        dataset = by_length(dataset, rows, equal_shares(provider) or 1, cfg.seed or 0)
+        dataset = by_length(dataset, batch_size, equal_shares(provider) or 1, cfg.seed or 0)
     dataset = converter(dataset, dict(cfg.task_feature_lengths or {}))
-    dataset = dataset.batch(rows, drop_remainder=True)
+    dataset = dataset.batch(batch_size, drop_remainder=True)
     if isinstance(provider, TaskMixture):
         validation.check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
     return dataset
@@ -222,13 +233,14 @@ def train_iterator(
         ValueError: as `get_dataset`, or `batch_size` is not a multiple of `num_hosts`.
     """
     share = HostShard(cfg.batch_size, num_hosts, host_index)
-    dataset = get_dataset(cfg, 0, 1, feature_converter_cls)
+    provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
+    # Every host makes whole batches, so that a batch does not depend on the number of hosts.
+    dataset = _batches(cfg, provider, converter, seqio.ShardInfo(0, 1), num_epochs=None)
     options = tf.data.Options()
     options.deterministic = True
     # Steps take milliseconds to seconds, so two prefetched batches suffice. Prefetched batches are
     # saved with the data position.
     dataset = dataset.prefetch(2).with_options(options)
-    provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
     sampler = getattr(provider, "sampler", None)
     identity = {
         "tasks": [task.name for task in seqio.get_subtasks(provider)],

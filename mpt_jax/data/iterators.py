@@ -49,11 +49,11 @@ class HostShard:
                 "example."
             )
 
-    def of(self, batch: Mapping[str, np.ndarray]) -> Batch:
+    def rows_of_host(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Pads a global batch to `batch_size` with rows of zeros, and returns this host's rows."""
-        rows = self.batch_size // self.num_hosts
-        first = rows * self.host_index
-        return {name: fill(x, self.batch_size)[first : first + rows] for name, x in batch.items()}
+        num_rows = self.batch_size // self.num_hosts
+        rows = slice(num_rows * self.host_index, num_rows * (self.host_index + 1))
+        return {name: fill(x, self.batch_size)[rows] for name, x in batch.items()}
 
 
 class TrainIterator(Iterator[Batch]):
@@ -99,8 +99,8 @@ class TrainIterator(Iterator[Batch]):
         except tf.errors.InvalidArgumentError as error:
             raise ValueError(plain_message(error)) from error
         self._taken += 1
-        rows = {name: value.numpy() for name, value in batch.items()}
-        return self._share.of(self._buckets.cut(rows) if self._buckets else rows)
+        batch = {name: value.numpy() for name, value in batch.items()}
+        return self._share.rows_of_host(self._buckets.trim(batch) if self._buckets else batch)
 
     def state(self) -> bytes:
         """Returns the position. After it is restored, iteration continues with the next batch."""
@@ -155,7 +155,7 @@ class EvalBatches:
         keep: whether to keep the batches in memory.
         buckets: the lengths that batches are trimmed to; None for one length and the original
             order of the rows.
-        cut_targets: see `LengthBuckets.cut`.
+        trim_targets: see `LengthBuckets.trim`.
     """
 
     def __init__(
@@ -164,10 +164,10 @@ class EvalBatches:
         share: HostShard,
         keep: bool,
         buckets: LengthBuckets | None = None,
-        cut_targets: bool = True,
+        trim_targets: bool = True,
     ):
         self._share, self._keep = share, keep
-        self._buckets, self._cut_targets = buckets, cut_targets
+        self._buckets, self._cut_targets = buckets, trim_targets
         window = bucketing.WINDOW if buckets else 1
         self._windows = dataset.batch(window * share.batch_size).prefetch(1)
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
@@ -193,7 +193,7 @@ class EvalBatches:
                 rows, self._share.batch_size, self._buckets, self._cut_targets
             )
             for indices, batch in batches:
-                yield first + indices, self._share.of(batch)
+                yield first + indices, self._share.rows_of_host(batch)
             first += len(rows["decoder_target_tokens"])
 
 

@@ -72,9 +72,9 @@ class Sampler:
         raise NotImplementedError
 
     def __call__(
-        self, datasets: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
+        self, streams: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
     ) -> tf.data.Dataset:
-        """Interleaves endless, unsharded `datasets` and returns this host's shard of the result."""
+        """Interleaves endless, unsharded `streams` and returns this host's shard of the result."""
         del seed  # The sampler's is always set and equal on all hosts; SeqIO's may be neither.
         weights = np.asarray(rates, np.float64)
         if not (weights > 0).all():
@@ -82,10 +82,10 @@ class Sampler:
                 f"Mixing weights must be positive, got {weights.tolist()}. Correct rates or cap of "
                 "sampling.task_mixture. To leave a task out, remove it from task_names."
             )
-        self.check(len(datasets))
+        self.check(len(streams))
         draw = tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
         choices = tf.data.Dataset.range(np.iinfo(np.int64).max).map(draw).unbatch()
-        mixed = tf.data.Dataset.choose_from_datasets(datasets, choices)
+        mixed = tf.data.Dataset.choose_from_datasets(streams, choices)
         return mixed.shard(self.num_hosts, self.host_index) if self.num_hosts > 1 else mixed
 
     def _uniform(self, step: tf.Tensor, count: int) -> tf.Tensor:
@@ -266,17 +266,19 @@ class TaskMixture(seqio.Mixture):
         ]
         self.overlong = {t.name: (t.num_overlong, t.num_examples) for t in tables}
         sizes = np.array([table.num_examples for table in tables])
-        streams = [table.indices(self.sampler.seed, shuffle) for table in tables]
         hosts = shard_info or seqio.ShardInfo(index=0, num_shards=1)
         sampler = dataclasses.replace(
             self.sampler, num_hosts=hosts.num_shards, host_index=hosts.index
         )
-        first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        streams = [s.map(lambda i, f=f: i + f) for s, f in zip(streams, first, strict=True)]
-        lookup = joined_lookup(tables)
-        return sampler(streams, self.weights(sizes).tolist()).map(
-            tf.autograph.experimental.do_not_convert(lookup), num_parallel_calls=tf.data.AUTOTUNE
-        )
+        # Streams of indices into the joined tables, so that examples are looked up only once.
+        firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        streams = [
+            table.indices(self.sampler.seed, shuffle).map(lambda index, first=first: first + index)
+            for table, first in zip(tables, firsts, strict=True)
+        ]
+        example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
+        mixed = sampler(streams, self.weights(sizes).tolist())
+        return mixed.map(example_at, num_parallel_calls=tf.data.AUTOTUNE)
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
         """Returns the mixing weights [K] of tasks with `sizes` [K] examples."""

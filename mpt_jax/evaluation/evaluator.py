@@ -212,7 +212,7 @@ class InferenceEvaluator:
                 self._share,
                 keep=self._keep,
                 buckets=self._buckets,
-                cut_targets=False,
+                trim_targets=False,
             )
         return self._batches[names].numbered()
 

@@ -1,8 +1,9 @@
 """Loss terms. Each is a (sum [G], normalizer [G]) pair with one entry per group.
 
-Sums and normalizers are accumulated separately over microbatches and hosts and divided once, so
-means are never averaged. Normalizers depend only on the batch, never on parameters: `normalizers`
-computes them without a forward pass. The total over groups g is
+The normalizers of a step are those of its whole batch over all hosts. The sums of its microbatches
+are divided by them, so the parts add up to the mean over the batch, and means are never averaged.
+Normalizers depend only on the batch, never on parameters: `normalizers` computes them without a
+forward pass. The total over groups g is
 
     sum_g  CE_g + c z_g + lambda (s KL_g + encoder_g + decoder_g + prompt_g)
 
@@ -27,7 +28,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.core.batch import TEACHER_FEATURES, encoder_positions
+from mpt_jax.core.batch import TEACHER_FEATURES, encoder_mask
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
 from mpt_jax.models.objective import Distillation, Objective  # gin files name them here
 
@@ -183,8 +184,8 @@ def term_sums(
         sums["kl"] = by_token(divergence)
     if distillation.hidden:
         encoder = _squared_distance(teacher.encoder_hidden, student.encoder_hidden)
-        positions = encoder_positions(batch, distillation.include_prompt_positions)
-        sums["hidden_encoder"] = group_sum(encoder * positions, groups.encoder, groups.num_groups)
+        mask = encoder_mask(batch, distillation.include_prompt_positions)
+        sums["hidden_encoder"] = group_sum(encoder * mask, groups.encoder, groups.num_groups)
         sums["hidden_decoder"] = by_token(
             _squared_distance(teacher.decoder_hidden, student.decoder_hidden)
         )
@@ -199,7 +200,7 @@ def term_sums(
 
 
 def normalizers(
-    objective: Objective, batch: Batch, groups: GroupIds, width: int, num_layers: tuple[int, int]
+    objective: Objective, batch: Batch, groups: GroupIds, width: int, num_states: tuple[int, int]
 ) -> Sums:
     """Returns the normalizer [G] of every term, which depends only on the batch.
 
@@ -208,38 +209,22 @@ def normalizers(
         batch: the batch contract's features.
         groups: the group of every position.
         width: H, the model width.
-        num_layers: the numbers of encoder and decoder states that the hidden-state terms compare.
+        num_states: the numbers of encoder and decoder states that the hidden-state terms compare.
     """
-    tokens = batch["decoder_loss_weights"].astype(jnp.float32)
-    slots = batch["encoder_prompt_slots"]
-    num_tokens = group_sum(tokens, groups.decoder, groups.num_groups)
-    examples = group_sum((slots == 1).astype(jnp.float32), groups.encoder, groups.num_groups)
-    by_term: Sums = {}
-    for term in objective.coefficients():
-        if term == "hidden_encoder" or term == "hidden_decoder":
-            assert objective.distillation is not None
-            encoder = term == "hidden_encoder"
-            if objective.distillation.reduce == "sum":
-                by_term[term] = examples * num_layers[0 if encoder else 1]
-                continue
-            count = num_tokens
-            if encoder:
-                positions = encoder_positions(
-                    batch, objective.distillation.include_prompt_positions
-                )
-                count = group_sum(positions, groups.encoder, groups.num_groups)
-            by_term[term] = count * width * num_layers[0 if encoder else 1]
-        elif term == "prompt_distance":
-            assert objective.distillation is not None
-            if objective.distillation.reduce == "sum":
-                by_term[term] = examples
-                continue
-            positions = (slots > 0).astype(jnp.float32)
-            slots_of_group = group_sum(positions, groups.encoder, groups.num_groups)
-            by_term[term] = slots_of_group * width
-        else:
-            by_term[term] = num_tokens
-    return by_term
+    count = lambda real, ids: group_sum(real.astype(jnp.float32), ids, groups.num_groups)  # noqa: E731
+    tokens = count(batch["decoder_loss_weights"], groups.decoder)
+    by_term = {"cross_entropy": tokens, "z_loss": tokens, "kl": tokens}
+    if (distillation := objective.distillation) is not None:
+        slots = batch["encoder_prompt_slots"]
+        examples = count(slots == 1, groups.encoder)
+        mask = encoder_mask(batch, distillation.include_prompt_positions)
+        reduced = lambda n: examples if distillation.reduce == "sum" else n * width  # noqa: E731
+        by_term |= {
+            "hidden_encoder": reduced(count(mask, groups.encoder)) * num_states[0],
+            "hidden_decoder": reduced(tokens) * num_states[1],
+            "prompt_distance": reduced(count(slots > 0, groups.encoder)),
+        }
+    return {term: by_term[term] for term in objective.coefficients()}
 
 
 def total_loss(objective: Objective, sums: Sums, normalizers: Sums) -> tuple[Array, Sums]:

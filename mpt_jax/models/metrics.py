@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 
-from mpt_jax.core.batch import encoder_positions
+from mpt_jax.core.batch import encoder_mask
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Int
 from mpt_jax.models import losses
@@ -91,7 +91,7 @@ def mixture_metrics(
 
 def batch_metrics(batch: Batch) -> StepMetrics:
     """Returns the fractions of encoder and decoder padding, and the examples per batch row."""
-    encoder = encoder_positions(batch, include_prompt=True)
+    encoder = encoder_mask(batch).astype(jnp.float32)
     decoder = (batch["decoder_loss_weights"] > 0).astype(jnp.float32)
     # `decoder_input_tokens` is 0 at the first target of an example.
     begins = decoder * (batch["decoder_input_tokens"] == 0)

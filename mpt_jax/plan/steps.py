@@ -61,7 +61,7 @@ class Job:
         lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
         return {
             name: jax.ShapeDtypeStruct(
-                (cfg.batch_size, length), jnp.int32, sharding=partitioner.batch
+                (cfg.batch_size, length), jnp.int32, sharding=partitioner.batch_sharding
             )
             for name, length in lengths.items()
         }

@@ -149,7 +149,7 @@ class PjitPartitioner:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def batch(self) -> NamedSharding:
+    def batch_sharding(self) -> NamedSharding:
         """The sharding with rows split over every mesh axis except the model axis."""
         return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[:-1]))
 
@@ -218,7 +218,7 @@ class PjitPartitioner:
     def shard_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts this process's rows of a global batch on the mesh, as global arrays."""
         return {
-            name: jax.make_array_from_process_local_data(self.batch, np.asarray(value))
+            name: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(value))
             for name, value in batch.items()
         }
 

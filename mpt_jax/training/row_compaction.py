@@ -87,12 +87,11 @@ class RowCompactor:
         expected = owners[own_blocks].ravel()
         if (task_ids != expected).any():
             row = int(np.flatnonzero(task_ids != expected)[0])
-            names = self.runs.run_names
+            here, there = (self.runs.run_names[int(ids[row])] for ids in (task_ids, expected))
             raise ValueError(
-                f"Batch row {row} is of run {names[int(task_ids[row])]!r}, but the order of RUN_NAMES "
-                f"puts {names[int(expected[row])]!r} there, so the rows of finished runs cannot be "
-                "found by their position. Set SAMPLER to @sampling.EqualQuotas(), with the runs in "
-                "the order of RUN_NAMES."
+                f"Batch row {row} is of run {here!r}, but the order of RUN_NAMES puts {there!r} "
+                "there, so the rows of finished runs cannot be found by their position. Set "
+                "SAMPLER to @sampling.EqualQuotas(), with the runs in the order of RUN_NAMES."
             )
         is_active = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
         needed = is_active.sum(axis=1).max()

@@ -231,7 +231,8 @@ class OpenCache:
             ValueError: the batch is packed.
         """
         _check_not_packed(batch)
-        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._partitioner.batch)  # noqa: E731
+        sharding = self._partitioner.batch_sharding
+        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
         return {**batch, **jax.tree.map(shaped, jax.eval_shape(self._teach, frozen, batch))}
 
     def metrics(self) -> dict[str, float]:

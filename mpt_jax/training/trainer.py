@@ -157,14 +157,16 @@ class Trainer:
             jax.block_until_ready(self.state.trainable)
 
     def _dispatch(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Puts a batch on the mesh and starts the compiled step. Rows of finished runs are left
+        out, and cached teacher outputs added, before that."""
         if self._compactor is not None:
             batch = self._compactor.pack(batch, self._groups_in_batch)
         with self.partitioner.activate():
             if self._teachers is not None:
                 batch = self._teachers.add(self.state.frozen, batch)
-            rows = self.partitioner.shard_batch(batch)
+            sharded = self.partitioner.shard_batch(batch)
             number = np.int32(self.step)
-            self.state, new = self._train_step(self.state, rows, self._rng, number)
+            self.state, new = self._train_step(self.state, sharded, self._rng, number)
             self._totals = new if self._totals is None else self._merge(self._totals, new)
         self.step += 1
 

@@ -105,7 +105,7 @@ def test_fused_attention_on_mesh_matches_plain_operations(model_axis):
     devices = jax.devices()[: min(8, BATCH * model_axis)]
     partitioner = PjitPartitioner(num_partitions=model_axis, devices=devices)
     with partitioner.activate():
-        rows = jax.device_put(x, partitioner.batch)
+        rows = jax.device_put(x, partitioner.batch_sharding)
         found = gradients(kernels, (1, 2))(params, rows, False)
     close(found[0], expected[0])
     close({"x": found[1]}, {"x": expected[1]})

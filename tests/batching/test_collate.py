@@ -98,10 +98,10 @@ def test_length_buckets_trimmed_batch_same_gradients_as_full():
     buckets = bucketing.of_settings(
         {"inputs": [3, 5, 8], "targets": [2]}, tiny.PROMPT, {"inputs": 20, "targets": 12}
     )
-    cut = buckets.cut(whole)
+    cut = buckets.trim(whole)
     assert cut["encoder_input_tokens"].shape == (6, tiny.PROMPT + 5)
     assert cut["decoder_target_tokens"].shape == (6, 2)
-    assert buckets.cut(whole, targets=False)["decoder_target_tokens"].shape == (6, 12)
+    assert buckets.trim(whole, targets=False)["decoder_target_tokens"].shape == (6, 12)
     expected, found = sums_and_gradients(whole), sums_and_gradients(cut)
     tiny.close(found[0], expected[0], 1e-6)
     tiny.close(found[1], expected[1], 1e-6)
@@ -110,9 +110,9 @@ def test_length_buckets_trimmed_batch_same_gradients_as_full():
 def test_length_buckets_cut_empty_and_full_batch_bucket_lengths():
     buckets = bucketing.of_settings({"inputs": [4]}, tiny.PROMPT, {"inputs": 9, "targets": 4})
     nothing = {name: 0 * x for name, x in collate.unpacked(drawn(2), tiny.PROMPT, 9, 4).items()}
-    assert buckets.cut(nothing)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 4
+    assert buckets.trim(nothing)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 4
     full = collate.unpacked([Example([5] * 9, [1])], tiny.PROMPT, 9, 4)
-    assert buckets.cut(full)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 9
+    assert buckets.trim(full)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 9
 
 
 def test_sorted_batches_windows_sorted_and_complete():

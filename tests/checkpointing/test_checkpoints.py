@@ -247,7 +247,7 @@ def test_checkpoints_set_aside_after_rename_fails_error(state, tmp_path, monkeyp
     monkeypatch.setattr(Checkpoints, "_set_aside", refuse)
     saved = Checkpoints(str(tmp_path), None)
     with pytest.raises(OSError, match="could not be renamed: .*checkpoint_9.*Permission denied"):
-        saved.set_aside_after(5)
+        saved.rename_unreadable_after(5)
     saved.close()
 
 
@@ -297,7 +297,7 @@ def test_checkpoints_set_aside_after_renames_and_step_saved_again(state, tmp_pat
     damage(tmp_path / "checkpoint_9")
     made = Checkpoints(str(tmp_path), None)
     found, _ = made.restore(zeroed(state))
-    made.set_aside_after(int(found.step))
+    made.rename_unreadable_after(int(found.step))
     assert made.steps == [5]
     assert (tmp_path / "unreadable_checkpoint_9").is_dir()
     made.save(at(state, 9), {"position": "again"})

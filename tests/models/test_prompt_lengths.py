@@ -151,7 +151,7 @@ def test_length_buckets_trimmed_batches_same_loss(mixed):
     for rows in ([0, 2], [1]):
         made = [e._replace(targets=e.targets[:2]) for e in MADE if e.row in rows][:2]
         whole = collate.unpacked(made, OWN, TEXT, TARGETS)
-        cut = buckets.cut(whole)
+        cut = buckets.trim(whole)
         used = max(OWN[e.row] + len(e.inputs) for e in made)
         length = cut["encoder_input_tokens"].shape[1]
         assert length == min(n for n in buckets.encoder if n >= used)

@@ -68,7 +68,7 @@ def test_partitioner_batch_sharded_by_process_over_both_axes():
         ici_mesh_shape=(1, 2, 2), dcn_mesh_shape=(2, 1, 1), devices=devices(2, 1, 4)
     )
     assert ids(made).reshape(-1, 2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert made.batch.spec == PartitionSpec(("replica", "data"))
+    assert made.batch_sharding.spec == PartitionSpec(("replica", "data"))
     rules = dict(reversed(made.logical_axis_rules))
     assert rules["batch"] == ("replica", "data") and rules["mlp"] == "model"
 
@@ -187,7 +187,7 @@ def shape(dims, *axes):
 def loss(weights, x):
     return jnp.mean((jnp.tanh(x @ weights[0]) @ weights[1]) ** 2)
 weights = shape((256, 512), None, "model"), shape((512, 256), "model", None)
-x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=made.batch)
+x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=made.batch_sharding)
 print(jax.jit(jax.grad(loss)).lower(weights, x).compile().as_text())
 """
 

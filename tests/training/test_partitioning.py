@@ -76,7 +76,7 @@ def test_partitioner_indivisible_devices_error(partitions):
 
 def test_put_like_moments_sharded_like_parameters():
     partitioner = PjitPartitioner()
-    shardings = {"a": {"w": partitioner.batch}, "b": partitioner.replicated}
+    shardings = {"a": {"w": partitioner.batch_sharding}, "b": partitioner.replicated}
     state = {"mu": {"a": {"w": np.ones(2)}, "b": np.ones(2)}, "count": np.zeros(())}
     placed = flatten(put_like(state, shardings, partitioner.replicated))
     assert placed["mu/a/w"].sharding.spec == PartitionSpec("data")
