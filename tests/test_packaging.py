@@ -30,7 +30,7 @@ def test_wheel_contains_all_gin_files_and_expected_folders_only(wheel: Path) -> 
     assert expected
     assert expected <= set(names)
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"mpt_jax", "tasks", "t5x.py"}
+    assert tops == {"mpt_jax", "t5x.py"}
 
 
 @pytest.mark.slow

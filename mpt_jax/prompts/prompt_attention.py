@@ -136,7 +136,7 @@ class TextAttention:
         runs: Grouped,
         task_ids: Int[Array, "..."],
         pooled: Float[Array, "... H"] | None,
-        prompts: Float[Array, "*#examples J P H"],
+        prompts: Float[Array, "... J P H"],
     ) -> Float[Array, "... J _"]:
         """Returns the scores of the candidates, before the softmax.
 

@@ -145,7 +145,7 @@ def test_train_command_several_processes_same_results(tmp_path, alone, turns):
     for step, count in turns:
         logs = finish(start(tmp_path / "turns", count, EXACT, f"--gin.train.total_steps={step}"))
         for index, log in enumerate(logs if count > 1 else ()):
-            assert f"process {index} of {count}." in log
+            assert f"Process {index} of {count}." in log
             assert ("Resumed from" in log) == (step > 2 and len(turns) > 1)
     one, found = model_dir(alone), model_dir(tmp_path / "turns")
     assert_close(learned(tmp_path / "turns"), learned(alone))
