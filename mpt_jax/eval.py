@@ -69,10 +69,10 @@ def evaluate(
     """
     refuse_ineffective(
         "evaluate",
-        training_evaluator_cls=training_evaluator_cls,
-        train_eval_get_dataset_fn=train_eval_get_dataset_fn,
-        fallback_init_rng=fallback_init_rng is not None,
-        use_orbax=not use_orbax,
+        training_evaluator_cls=(training_evaluator_cls, None),
+        train_eval_get_dataset_fn=(train_eval_get_dataset_fn, None),
+        fallback_init_rng=(fallback_init_rng, None),
+        use_orbax=(use_orbax, True),
     )
     compilation_cache.enable()
     evaluator = evaluation.InferenceEvaluator(

@@ -106,13 +106,13 @@ def infer(
     """
     refuse_ineffective(
         "infer",
-        merge_chunked_results=not merge_chunked_results,
-        checkpoint_ds_iter=not checkpoint_ds_iter,
-        write_fn=write_fn,
-        merge_fn=merge_fn,
-        keep_aux_as_numpy=keep_aux_as_numpy,
-        fallback_init_rng=fallback_init_rng is not None,
-        use_orbax=not use_orbax,
+        merge_chunked_results=(merge_chunked_results, True),
+        checkpoint_ds_iter=(checkpoint_ds_iter, True),
+        write_fn=(write_fn, None),
+        merge_fn=(merge_fn, None),
+        keep_aux_as_numpy=(keep_aux_as_numpy, False),
+        fallback_init_rng=(fallback_init_rng, None),
+        use_orbax=(use_orbax, True),
     )
     _check_settings(mode, checkpoint_period, shard_id, num_shards)
     compilation_cache.enable()

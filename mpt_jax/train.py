@@ -104,12 +104,12 @@ def train(
     """
     refuse_ineffective(
         "train",
-        relative_steps=relative_steps,
-        use_hardware_rng=use_hardware_rng,
-        get_dataset_fn=get_dataset_fn,
-        train_eval_get_dataset_fn=train_eval_get_dataset_fn,
-        gc_period=gc_period,
-        use_orbax=not use_orbax,
+        relative_steps=(relative_steps, None),
+        use_hardware_rng=(use_hardware_rng, False),
+        get_dataset_fn=(get_dataset_fn, None),
+        train_eval_get_dataset_fn=(train_eval_get_dataset_fn, None),
+        gc_period=(gc_period, 0),
+        use_orbax=(use_orbax, True),
     )
     _check_settings(model, checkpoint_cfg, total_steps)
     compilation_cache.enable()

@@ -343,7 +343,11 @@ def test_evaluate_without_checkpoint_or_artifact_error(saved, tmp_path):
 @pytest.mark.parametrize(
     ("function", "settings", "message"),
     [
-        ("evaluate", {"fallback_init_rng": 0}, "evaluate.fallback_init_rng would have no effect"),
+        (
+            "evaluate",
+            {"fallback_init_rng": 0},
+            "evaluate.fallback_init_rng = 0 would",
+        ),
         ("evaluate", {"use_orbax": False}, "evaluate.use_orbax"),
         ("infer", {"merge_fn": print}, "infer.merge_fn"),
         ("infer", {"mode": "guess"}, "infer.mode must be one of"),

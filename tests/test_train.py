@@ -164,7 +164,7 @@ def test_train_finished_run_started_again_same_backbone(backbone, tmp_path):
 
 
 def test_train_missing_inputs_error_names_command(backbone, tmp_path):
-    with pytest.raises(FileNotFoundError, match="No backbone at .*absent.*make it so"):
+    with pytest.raises(FileNotFoundError, match="No backbone could be loaded.*absent.*make it so"):
         run(str(tmp_path / "absent"), tmp_path / "a", origins={"backbone_command": "make it so"})
     distilled = build(objective=losses.Objective(distillation=losses.Distillation()))
     with pytest.raises(FileNotFoundError, match="To train the teachers, run: .*pt_source"):

@@ -44,7 +44,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"The T5X checkpoint {path} does not exist. Check the path.")
+        raise FileNotFoundError(f"{path} does not exist. Check the path.")
     if not path.is_dir():
         params = _load_msgpack(path)
     elif (path / FILE).exists():
@@ -56,7 +56,10 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     elif (path / "_METADATA").exists():
         params = _load_orbax(path)
     else:
-        raise FileNotFoundError(f"{path} is not a T5X checkpoint.{_suggestion(path)}")
+        raise FileNotFoundError(
+            f"{path} is neither a T5X checkpoint nor a Hugging Face folder with a config.json."
+            f"{_suggestion(path)}"
+        )
     return with_even_tables(unstack_layers(params)) if is_stacked(params) else params
 
 
@@ -64,7 +67,9 @@ def _suggestion(path: epath.Path) -> str:
     """Returns a hint that names the checkpoints inside a folder, in case the user gave their parent
     folder."""
     names = sorted(child.name for child in path.iterdir() if child.name.startswith("checkpoint_"))
-    return f" Give one of the checkpoints inside it: {names}." if names else " Check the path."
+    if names:
+        return f" Give one of the checkpoints inside it: {names}."
+    return " Check the path, or download or copy the missing files."
 
 
 def _load_msgpack(file: epath.Path) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class Runs:
         """Returns the bank row of a run.
 
         Raises:
-            ValueError: there is no such run; the message lists the closest names, then all of them.
+            ValueError: there is no such run; the message lists the closest names, then the known
+                names.
         """
         return look_up("run", run_name, self._rows)
 
@@ -157,7 +158,7 @@ def look_up(what: str, name: str, known: Mapping[str, _Value]) -> _Value:
     """Returns `known[name]`.
 
     Raises:
-        ValueError: the name is unknown; the message lists the closest names, then all of them.
+        ValueError: the name is unknown; the message lists the closest names, then the known names.
     """
     if name not in known:
         raise ValueError(unknown_name(what, name, list(known)))
@@ -185,8 +186,8 @@ def entry_of_run(table: Mapping[str, _Value], name: str, what: str, kind: str = 
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """Returns the message for an unknown name: the closest known names, then all of them, or
-    the first if they are many."""
+    """Returns the message for an unknown name: the closest names, then the known names, at
+    most `MOST_SHOWN`."""
     close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {what} {name!r}.{hint} Known: {abbreviate(sorted(known)) or 'none'}."

@@ -1,4 +1,4 @@
-"""SeqIO vocabularies, loaded from local files or a storage bucket, never from T5's bucket."""
+"""SeqIO vocabularies, loaded from a local path or a storage bucket."""
 
 import functools
 

@@ -107,7 +107,7 @@ quoted = json.dumps
 def target_bindings(
     runs: Sequence[Run], rows: int | float, groups: str | Sequence[int] = "independent"
 ) -> list[str]:
-    """Returns the bindings of a job with these runs.
+    """Returns the bindings of a job's runs: tasks, names, groups and batch size.
 
     Args:
         runs: The runs, in the order of the bank rows.

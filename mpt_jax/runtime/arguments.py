@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 
-def refuse_ineffective(name: str, **settings: Any) -> None:
+def refuse_ineffective(name: str, **settings: tuple[Any, Any]) -> None:
     """Checks that the user has not set any T5X setting that has no effect without T5X.
 
     Args:
         name: the name of the function that takes the settings.
-        **settings: setting -> a true value if it differs from its default.
+        **settings: setting -> (its value, its default).
 
     Raises:
         ValueError: a setting differs from its default.
     """
-    for setting, value in settings.items():
-        if value:
+    for setting, (value, default) in settings.items():
+        if value != default:
             raise ValueError(
-                f"{name}.{setting} would have no effect without T5X. Leave it at its default, or "
-                "run the same command with T5X."
+                f"{name}.{setting} = {value!r} would have no effect without T5X. Leave it at its "
+                f"default, {default!r}, or run the job under T5X (docs/t5x.md)."
             )

@@ -14,9 +14,11 @@ validation split is used; by default it is. Any k and draw are possible, because
 when its name is first used (`task_lookup.register_task_resolver`). The test split, and without
 `_dev` the validation split, are those of the task.
 
-The rows of a run depend only on (task, k, draw) and on the number of rows to choose from:
+The training rows of a run depend only on (task, k, draw) and on the number of rows to choose from:
 `random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so the draw is the
-same on every machine. Versions of a task, such as its `_digits`, use the same rows (`draw_as`).
+same on every machine. For the validation rows of `_dev`, ` validation` is added to the text. With
+`_per_class`, each label is drawn separately from its own rows, and ` class <number>` is added as
+well. Versions of a task, such as its `_digits`, use the same rows (`draw_as`).
 Row numbers count from 0 in the order of the task's training split. For the tasks of the suites,
 this is the order of the original files or, for a split that is part of a permutation, the order of
 the permutation (`splits.PartsSource.positions`). For other tasks, it is the order in which the

@@ -190,9 +190,8 @@ def _backbone(
     try:
         tree = convert.load_backbone(origins.backbone)
     except FileNotFoundError as error:
-        reason = str(error).rstrip(".")
         raise FileNotFoundError(
-            f"No backbone at {origins.backbone} ({reason}). To get one: {origins.backbone_command}."
+            f"No backbone could be loaded. {error} To get one: {origins.backbone_command}."
         ) from error
     # Checkpoints are read with one subtree per layer, however they were written.
     leaves = flatten(stack_layers(tree) if model.module.config.scan_layers else tree)

@@ -116,7 +116,8 @@ class PjitPartitioner:
                 raise ValueError(
                     f"PjitPartitioner.{name}={getattr(self, name)!r} would have no effect, because "
                     "only num_partitions, or ici_mesh_shape and dcn_mesh_shape, determine the "
-                    f"mesh. Leave {name} at its default, {default!r}, or run under T5X."
+                    f"mesh. Leave {name} at its default, {default!r}, or run the job under T5X "
+                    "(docs/t5x.md)."
                 )
         devices = jax.devices() if self.devices is None else self.devices
         if self.ici_mesh_shape is None and self.dcn_mesh_shape is None:
@@ -255,7 +256,7 @@ def _by_process(
         raise ValueError(
             f"{setting}={num_partitions} would spread one model over several processes of {local} "
             f"devices each, but each process reads its own data. Set {setting} to a divisor of "
-            f"{local}, or run under T5X."
+            f"{local}, or run the job under T5X (docs/t5x.md)."
         )
     return mesh_utils.create_hybrid_device_mesh(
         (local // num_partitions, num_partitions),

@@ -91,7 +91,7 @@ def test_convert_backbone_given_config_is_checked(tmp_path, capsys):
     assert load_hf(tmp_path / "again")[0] == load_hf(source)[0]
     said = refused(capsys, checkpoint, tmp_path / "other", "--config", "t5_1_1_base")
     assert "read as t5_1_1_base, does not match the model" in said
-    assert "token_embedder/embedding: expected (32128, 768), found (32, 16)" in said
+    assert "expected (768, 2048), found (16, 24); and 46 more" in said
     said = refused(capsys, checkpoint, tmp_path / "other", "--config", "t5_huge")
     assert "Unknown T5 configuration 't5_huge'" in said and "t5_1_1_base" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "hf", "t5x"]
@@ -147,5 +147,5 @@ def test_identical_compares_every_bit():
     for other in (np.asarray([-0.0, np.nan], np.float32), np.asarray([0.0, np.nan])):
         with pytest.raises(ValueError, match=r"it does not .* 1 of 2 leaves differ: \['a/x'\]"):
             parity.identical(tree, {**tree, "a": {"x": other}}, "it")
-    with pytest.raises(ValueError, match=r"1 missing: \['b'\]"):
+    with pytest.raises(ValueError, match=r"1 missing: b"):
         parity.identical(tree, {"a": tree["a"]}, "it")

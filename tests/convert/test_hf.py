@@ -197,13 +197,13 @@ def test_load_hf_invalid_folder_fails_with_reason(tmp_path, monkeypatch):
         load_hf(folder)
     norm = "decoder.final_layer_norm.weight"
     save_file({k: v for k, v in weights.items() if k != norm}, file)
-    with pytest.raises(ValueError, match=r"missing: \['decoder/decoder_norm/scale'\]"):
+    with pytest.raises(ValueError, match=r"missing: decoder/decoder_norm/scale"):
         load_hf(folder)
     save_file({**weights, norm: np.ones(15, np.float32)}, file)
     with pytest.raises(ValueError, match=r"decoder_norm/scale: expected \(16,\), found \(15,\)"):
         load_hf(folder)
     save_file({**weights, "adapter.weight": np.ones(1, np.float32)}, file)
-    with pytest.raises(ValueError, match="not expected: .'adapter.weight'"):
+    with pytest.raises(ValueError, match="not expected: adapter.weight"):
         load_hf(folder)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):

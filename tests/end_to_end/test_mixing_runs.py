@@ -172,7 +172,7 @@ def test_crosspt_sampled_prompts_checkpoint_equals_artifact(backbone, sources, t
 def test_attempt_checkpoint_needs_artifact_for_frozen_sources(
     backbone, sources, attempted, tmp_path
 ):
-    with pytest.raises(ValueError, match="no artifact provides them.*that its run wrote"):
+    with pytest.raises(ValueError, match="no artifact provides them.*that its job wrote"):
         restored(backbone, mixing(attempt()), attempted)
     from_start = restored(backbone, mixing(attempt()), attempted, sources["one"])
     assert_same_bits(from_start, prompts(attempted))
@@ -257,8 +257,14 @@ def method_of_start(method):
     [
         ({"top_k": 4}, "top_k is 4, but the router has 3 candidates: first, second, third"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"compose_by": "private_cat", "private_length": {}}, "private_length must be at least 1"),
-        ({"compose_by": "private_cat", "private_length": 0}, "private_length must be at least 1"),
+        (
+            {"compose_by": "private_cat", "private_length": {}},
+            "private_length must be None, a number of",
+        ),
+        (
+            {"compose_by": "private_cat", "private_length": 0},
+            "private_length must be None, a number of",
+        ),
         ({"compose_by": "sums"}, "Unknown compose_by 'sums'. Did you mean"),
         ({"compose_by": "cat", "share": 0.5}, "share = 0.5 would have no effect"),
     ],
@@ -317,7 +323,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
             (plain,) = plain_prompts(same, found, one)
             np.testing.assert_array_equal(plain, whole[row])
     other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
-    with pytest.raises(ValueError, match="'run_a' has 3 positions.* 'run_a', which has 1"):
+    with pytest.raises(ValueError, match="'run_a' has 3 positions.* 'run_a' in the .*which has 1"):
         filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
     with pytest.raises(ValueError, match="PRIVATE_LENGTH has no entry for the run 'run_c'"):
@@ -327,7 +333,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
 def test_crosspt_other_normalization_of_artifact_error(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
     other = crosspt(normalize="softmax", start_from="same")
-    words = "'normalize': 'sum'.*this run has .*'normalize': 'softmax'"
+    words = "differ from those of this job .normalize: saved 'sum', current 'softmax'"
     with pytest.raises(ValueError, match=words):
         filled(backbone, other, str(tmp_path / "artifact"))
 

@@ -70,5 +70,5 @@ def test_read_scores_uses_last_evaluation(tmp_path):
     path = tmp_path / "inference_eval" / "a-metrics.jsonl"
     path.write_text('{"step": 5, "accuracy": 1.0}\n{"step": 9, "accuracy": 2}\n')
     assert results.read_scores(tmp_path, ["a"]) == {"a": {"accuracy": 2.0}}
-    with pytest.raises(FileNotFoundError, match="no evaluation of 'b'"):
+    with pytest.raises(FileNotFoundError, match="no evaluation of run 'b'"):
         results.read_scores(tmp_path, ["a", "b"])

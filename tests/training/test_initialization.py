@@ -318,7 +318,7 @@ def test_backbone_shape_mismatch_error_names_each_parameter(backbone):
     assert backbone["path"] in message
     assert "encoder/layers_0/mlp/wi/kernel: expected (16, 25), found (16, 24)" in message
     assert "decoder/layers_1/mlp/wi/kernel" in message.split("of another shape")[0]
-    with pytest.raises(ValueError, match=r"not expected: \['encoder/layers_1/"):
+    with pytest.raises(ValueError, match=r"not expected: encoder/layers_1/"):
         initialize_params(
             tiny.model(config=tiny.config(num_encoder_layers=1)), Origins(backbone["path"]), KEY
         )
@@ -328,7 +328,7 @@ def test_backbone_unexpected_biases_error(backbone, tmp_path):
     extra = dict(backbone["leaves"])
     extra["encoder/layers_0/mlp/wi/bias"] = np.zeros(24, np.float32)
     path = convert.save_t5x(tmp_path, unflatten(extra))
-    with pytest.raises(ValueError, match=r"1 not expected: \['encoder/layers_0/mlp/wi/bias'\]"):
+    with pytest.raises(ValueError, match=r"1 not expected: encoder/layers_0/mlp/wi/bias"):
         initialize_params(tiny.model(), Origins(str(path)), KEY)
 
 

@@ -101,10 +101,10 @@ def _jobs(
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
     """Yields the runs and the training length of each job.
 
-    By default, a job trains all runs of the same length. If `variant.together` is set, a job trains
-    the tasks of one group for as many steps as separate runs would take in total. If
-    `variant.joint` is set, a job trains the tasks of one group, sorted by seed, for as many steps
-    as the longest run.
+    By default, a job trains all runs of the same training length. If `variant.together` is set, a
+    job trains the runs of one entry of `table.groups` for as many steps as separate runs would take
+    in total. If `variant.joint` is set, a job trains the runs of one entry of `table.groups`,
+    sorted by seed, for as many steps as the longest run.
     """
     fixed = table.full if shots is None else None
     if variant.together or variant.joint:
@@ -141,7 +141,7 @@ def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
 def _bound(
     variant: Variant, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
 ) -> list[str]:
-    """Returns the bindings of a training job."""
+    """Returns the bindings of a training job that depend on its runs and its variant."""
     rows = length.rows if not variant.together else length.rows / len(runs)
     run_groups = [run.seed for run in runs] if variant.joint else "independent"
     groups = "joint" if variant.together else run_groups

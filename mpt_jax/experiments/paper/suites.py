@@ -38,7 +38,8 @@ class Length(NamedTuple):
     inputs: int | None = None
 
     def bindings(self) -> list[str]:
-        """Returns the bindings of a training stage, except its number of steps and batch size."""
+        """Returns this length's bindings for a training stage: evaluation period and input length.
+        The number of steps and the batch size are bound elsewhere."""
         period = [] if self.period is None else [f"EVAL_PERIOD = {self.period}"]
         return [*period, *self.reading()]
 
