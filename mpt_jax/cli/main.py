@@ -17,7 +17,7 @@ COMMANDS = {
     "export": "save predict and score as files that need only JAX: --prompts DIR... --out FOLDER",
     "tasks": "list all tasks, or show NAME -n 3: their text as the model reads it",
     "demo": "train teachers, source stage and new tasks of the toy suite; --full for all of it",
-    "paper": "run a table of the MPT paper, on its tasks or the toy suite",
+    "paper": "run a table of the MPT paper or of ours, on the paper's tasks or the toy suite",
     "doctor": "check whether a stage can start on this machine: --suite toy, --json",
     "plan": "compile a stage for TPUs without having any: --gin_file=... --topology=v5e:4x4",
     "report": "write an HTML page of the results of a demo or a table: DIR",

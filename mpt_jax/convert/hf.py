@@ -75,21 +75,21 @@ def name_table(config: T5Config) -> dict[str, str]:
 
 
 def _layer_table(stack: str, gated: bool) -> dict[str, str]:
-    """Returns {our name: Hugging Face's name} for one layer, which Hugging Face divides into two or
-    three blocks."""
+    """Returns {our name: Hugging Face's name} for one layer, which Hugging Face calls a block
+    and divides into two or three layers."""
     if stack == "encoder":
-        blocks = [("attention", "pre_attention_layer_norm", "SelfAttention")]
+        hf_layers = [("attention", "pre_attention_layer_norm", "SelfAttention")]
     else:
-        blocks = [
+        hf_layers = [
             ("self_attention", "pre_self_attention_layer_norm", "SelfAttention"),
             ("encoder_decoder_attention", "pre_cross_attention_layer_norm", "EncDecAttention"),
         ]
     table = {}
-    for position, (module, norm, hf_module) in enumerate(blocks):
+    for position, (module, norm, hf_module) in enumerate(hf_layers):
         table[f"{norm}/scale"] = f"{position}.layer_norm"
         for projection, letter in _SELF_ATTENTION.items():
             table[f"{module}/{projection}/kernel"] = f"{position}.{hf_module}.{letter}"
-    last = len(blocks)
+    last = len(hf_layers)
     table["pre_mlp_layer_norm/scale"] = f"{last}.layer_norm"
     for name in (*(("wi_0", "wi_1") if gated else ("wi",)), "wo"):
         table[f"mlp/{name}/kernel"] = f"{last}.DenseReluDense.{name}"

@@ -39,9 +39,9 @@ ACCELERATORS = (
 def start_quietly() -> None:
     """Suppresses start-up notices; call it before TensorFlow and JAX are imported.
 
-    If TF_CPP_MIN_LOG_LEVEL has another level, it alone decides what TensorFlow prints. On a machine
-    with libtpu but no accelerator, JAX_PLATFORMS defaults to cpu, because libtpu would look for a
-    TPU and complain at length.
+    If TF_CPP_MIN_LOG_LEVEL is already set to a level other than 3, that level applies, and
+    TensorFlow's messages are not filtered. On a machine with libtpu but no accelerator,
+    JAX_PLATFORMS defaults to cpu; otherwise libtpu would search for a TPU and print many messages.
     """
     level = VARIABLES["TF_CPP_MIN_LOG_LEVEL"]  # as inherited from a process of this library
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", level) == level:

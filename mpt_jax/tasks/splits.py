@@ -237,7 +237,9 @@ class PartsSource(seqio.DataSource):
         if split not in builder.info.splits:
             raise ValueError(
                 f"The data set {self.data} has no {split!r} split on this machine, only "
-                f"{', '.join(builder.info.splits)}. Rebuild it with `tfds build {self.data}`."
+                f"{', '.join(builder.info.splits)}. Rebuild it with "
+                f"`tfds build {self.data} --data_dir DIR --overwrite`, with DIR as in "
+                "--tfds_data_dir or TFDS_DATA_DIR."
             )
         size = builder.info.splits[split].num_examples
         if size != self.sizes[split]:
@@ -262,7 +264,8 @@ class PartsSource(seqio.DataSource):
             raise ValueError(
                 f"{self.data}, {split}: several rows have the same {', '.join(self.keys)}, so the "
                 "order of the original files is unknown. Rebuild the data set with `tfds build "
-                f"{self.data}`."
+                f"{self.data} --data_dir DIR --overwrite`, with DIR as in --tfds_data_dir or "
+                "TFDS_DATA_DIR."
             )
         return np.lexsort(keys.T[::-1])
 

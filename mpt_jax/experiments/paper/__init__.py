@@ -1,4 +1,5 @@
-"""The MPT paper's tables: our runs on the paper's data or the toy suite, and the paper's figures.
+"""The MPT paper's tables and our own: runs on the paper's data or the toy suite, and the paper's
+figures.
 
 variants.py     the methods and ablations
 suites.py       the tasks that correspond to the paper's, and their training lengths

@@ -1,4 +1,6 @@
-"""`mpt-jax paper TABLE`: runs or resumes the stages of a table of the MPT paper, and prints it.
+"""`mpt-jax paper TABLE`: runs or resumes the stages of a table, and prints the table.
+
+Tables are those of the MPT paper and our own (transfer, crosspt*).
 
     mpt-jax paper table1 --suite toy        runs the toy suite with the tiny T5
     mpt-jax paper table1 --print            prints commands for a scheduler, in order
@@ -78,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpt-jax paper",
-        description="Runs a table of the MPT paper and compares our results with its figures.",
+        description="Runs a table of the MPT paper, or one of our own, and compares our results "
+        "with the paper's figures, if any.",
         epilog="Tables: " + "; ".join(f"{t.name}, {t.title}" for t in tables.TABLES.values()),
     )
     parser.add_argument("table", help="which table")

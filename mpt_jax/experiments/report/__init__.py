@@ -1,4 +1,4 @@
-"""`mpt-jax report DIR`: one self-contained HTML page about a demo or a table of the paper.
+"""`mpt-jax report DIR`: one self-contained HTML page about a demo or a table of `mpt-jax paper`.
 
 run_reader.py         reader of run folders: losses and scores by step, artifacts, records
 analysis.py           statistics: comparisons, gains, similarities, examples needed
