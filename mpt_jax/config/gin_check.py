@@ -8,6 +8,7 @@ suggests known names for a misspelled one. No other module reads gin's tables, w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import os
@@ -262,6 +263,46 @@ def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
             if isinstance(statement, config_parser.BindingStatement) and not statement.arg_name
         }
     return assigned, names.read
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundValue:
+    """A value that a configuration binds.
+
+    Attributes:
+        function: the function or class that is called with it.
+        parameter: the name of its parameter.
+        macro: the macro that has the value; None if it is bound directly.
+        value: the value. Calls, and macros inside containers, are references (`is_reference`).
+    """
+
+    function: Callable[..., Any]
+    parameter: str
+    macro: str | None
+    value: Any
+
+
+def bound_values(entries: Sequence[str]) -> Iterator[BoundValue]:
+    """Yields the values of everything that the entry functions may call."""
+    macros, reached = _bound_macros(), _reachable(entries)
+    for (_, selector), values in gin_config._CONFIG.items():
+        if selector not in reached or selector == "gin.macro":
+            continue
+        for parameter, value in values.items():
+            names: list[str] = []
+            while is_reference(value) and _selector(value) == "gin.macro":
+                name = "/".join(value.scopes)
+                if name not in macros or name in names:
+                    break
+                names.append(name)
+                value = macros[name]
+            function = gin_config._REGISTRY[selector].wrapped
+            yield BoundValue(function, parameter, names[-1] if names else None, value)
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a value is a call (`@name()`), a function (`@name`) or a macro (`%NAME`)."""
+    return isinstance(value, gin_config.ConfigurableReference)
 
 
 def is_bound(function: Callable[..., Any]) -> bool:
