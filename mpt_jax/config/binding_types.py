@@ -26,6 +26,9 @@ _NAMES: dict[Any, tuple[str, str]] = {  # singular and plural
     str: ("a string", "strings"),
     bool: ("True or False", "True or False"),
     type(None): ("None", "None"),
+    list: ("a list", "lists"),
+    tuple: ("a list", "lists"),
+    dict: ("a table", "tables"),
 }
 
 

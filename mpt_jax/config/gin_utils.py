@@ -35,7 +35,7 @@ from clu import metric_writers
 from etils import epath
 
 import mpt_jax
-from mpt_jax.config import binding_types, command_help, gin_check, trainer_choice
+from mpt_jax.config import binding_types, command_help, gin_check, gin_errors, trainer_choice
 from mpt_jax.runtime import devices, distributed, paths, storage_check
 
 PACKAGE = Path(mpt_jax.__file__).parent
@@ -98,7 +98,7 @@ def parse(
     except binding_types.WrongType as error:
         raise ConfigError(str(error)) from error
     except Exception as error:
-        if (message := gin_check.explain(error)) is None:
+        if (message := gin_errors.explain(error)) is None:
             raise
         raise ConfigError(message) from error
 
@@ -146,7 +146,7 @@ def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., 
         try:
             return bound(**overrides)
         except Exception as error:
-            if (message := gin_check.explain(error)) is None:
+            if (message := gin_errors.explain(error)) is None:
                 raise
             raise ConfigError(message) from error
 

@@ -54,6 +54,14 @@ def test_parse_wrong_type_raises_with_macro_value_and_type(own_trainer, binding,
     assert message in found and "\n" not in found
 
 
+def test_parse_macro_that_only_unused_code_reads_raises(own_trainer):
+    found = error("T5_NAME = 't5_1_1_base'")  # tiny.gin has a T5_CONFIG without it
+    assert (
+        "The macro T5_NAME is read only by t5_config.name, which this configuration does" in found
+    )
+    gin_files.parse([gin_files.SOURCE], ["T5_NAME = 't5_1_1_base'"])
+
+
 def test_parse_wrong_type_of_inference_raises(own_trainer):
     files = ["gin/eval.gin", "gin/methods/mpt.gin", "gin/tiny.gin"]
     assert "EVAL_BATCH_SIZE must be a whole number" in error("EVAL_BATCH_SIZE = '8'", files, "eval")
