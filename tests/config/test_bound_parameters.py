@@ -78,6 +78,9 @@ def is_read(function: Callable[..., Any], parameter: str) -> bool:
     """Whether the library reads a parameter, or refuses an unknown value of it."""
     if dataclasses.is_dataclass(function):
         return attribute_is_read(function, parameter) or is_refused(function, parameter)
+    known = inspect.signature(function).parameters
+    if parameter not in known:  # one of **overrides
+        (parameter,) = [name for name, x in known.items() if x.kind is x.VAR_KEYWORD]
     body = function.__init__ if isinstance(function, type) else inspect.unwrap(function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(body)))
     kept = {
