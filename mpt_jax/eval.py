@@ -15,7 +15,7 @@ from absl import logging
 
 from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
-from mpt_jax.data import datasets
+from mpt_jax.data import datasets, validation
 from mpt_jax.evaluation import evaluator as evaluation
 from mpt_jax.evaluation.periodic_eval import on_device
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
@@ -74,6 +74,7 @@ def evaluate(
         fallback_init_rng=(fallback_init_rng, None),
         use_orbax=(use_orbax, True),
     )
+    validation.check_settings(dataset_cfg, "EVAL_BATCH_SIZE", partitioner.num_shards)
     compilation_cache.enable()
     evaluator = evaluation.InferenceEvaluator(
         dataset_cfg,

@@ -115,6 +115,7 @@ def infer(
         use_orbax=(use_orbax, True),
     )
     _check_settings(mode, checkpoint_period, shard_id, num_shards)
+    validation.check_settings(dataset_cfg, "EVAL_BATCH_SIZE", partitioner.num_shards)
     compilation_cache.enable()
     if verify_matching_vocabs_fn is not None:
         verify_matching_vocabs_fn(dataset_cfg, model)

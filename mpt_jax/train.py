@@ -15,7 +15,7 @@ from absl import logging
 
 from mpt_jax.checkpointing import checkpoint_config, run_lock
 from mpt_jax.config import gin_utils
-from mpt_jax.data import datasets
+from mpt_jax.data import datasets, validation
 from mpt_jax.evaluation import metric_writers
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache
@@ -56,7 +56,7 @@ def train(
     relative_steps: int | None = None,
     use_hardware_rng: bool = False,
     use_orbax: bool = True,
-    concurrent_metrics: bool = True,
+    concurrent_metrics: bool = False,
     gc_period: int = 0,
     verify_matching_vocabs_fn: Callable[..., None] | None = None,
     get_dataset_fn: Callable[..., Any] | None = None,
@@ -85,7 +85,7 @@ def train(
         run_eval_before_training: whether to evaluate step 0 as well.
         relative_steps, use_hardware_rng: T5X's; not supported.
         use_orbax: T5X's; must be True.
-        concurrent_metrics: T5X's; no effect, since metrics are always written concurrently.
+        concurrent_metrics: T5X's; must be False, since actions read the metrics of their step.
         gc_period: T5X's; not supported.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
         get_dataset_fn, train_eval_get_dataset_fn: T5X's; not supported.
@@ -108,10 +108,13 @@ def train(
         use_hardware_rng=(use_hardware_rng, False),
         get_dataset_fn=(get_dataset_fn, None),
         train_eval_get_dataset_fn=(train_eval_get_dataset_fn, None),
+        concurrent_metrics=(concurrent_metrics, False),
         gc_period=(gc_period, 0),
         use_orbax=(use_orbax, True),
     )
     _check_settings(model, checkpoint_cfg, total_steps)
+    data_cfgs = (train_dataset_cfg, train_eval_dataset_cfg, infer_eval_dataset_cfg)
+    _check_data_settings(*data_cfgs, partitioner.num_shards)
     compilation_cache.enable()
     seed, started = random_seed or 0, time.monotonic()
     save_cfg = checkpoint_cfg.save or checkpoint_config.SaveCheckpointConfig()
@@ -197,6 +200,19 @@ def _check_settings(
         )
     if total_steps:  # a stage without steps only writes its initial values
         optimizers.check_annealing(model.prompt.schedule_steps, total_steps)
+
+
+def _check_data_settings(
+    train_cfg: datasets.DatasetConfig,
+    loss_cfg: datasets.DatasetConfig | None,
+    infer_cfg: datasets.DatasetConfig | None,
+    num_shards: int,
+) -> None:
+    rows = "PACKED_ROWS" if train_cfg.pack else "BATCH_SIZE"
+    settings = {rows: (train_cfg, loss_cfg), "EVAL_BATCH_SIZE": (infer_cfg,)}
+    for setting, cfgs in settings.items():
+        for cfg in filter(None, cfgs):
+            validation.check_settings(cfg, setting, num_shards)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def check_compatible(
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained with another vocabulary: sha256 "
             f"{vocabulary}, but the loaded vocabulary has sha256 {vocabulary_sha256}. Set "
-            "VOCABULARY (in serving: --vocabulary) to the vocabulary of the artifact."
+            "VOCABULARY (in serving: --vocabulary) to the vocabulary of the artifact. If it is the "
+            "same file, the number of sentinels differs: set vocabularies.load.extra_ids (in "
+            "serving: --extra-ids) to the number in the job that wrote the artifact."
         )
     if artifact.prompt_length != prompt_length:
         raise ValueError(

@@ -68,6 +68,7 @@ def _wanted(cfg: checkpoint_config.RestoreCheckpointConfig) -> list[tuple[str, i
         else:
             selected = steps if cfg.mode == "all" else steps[-1:]
         is_specific = cfg.mode == "specific"
+        _check_not_an_artifact(path)
         if not selected or not set(selected) <= set(steps) or bool(match) != is_specific:
             existing = ", ".join(str(folder / f"{checkpoints.PREFIX}_{step}") for step in steps)
             raise FileNotFoundError(
@@ -78,3 +79,11 @@ def _wanted(cfg: checkpoint_config.RestoreCheckpointConfig) -> list[tuple[str, i
             )
         wanted += [(str(folder), step) for step in selected]
     return wanted
+
+
+def _check_not_an_artifact(path: str) -> None:
+    if (epath.Path(path) / "prompts.safetensors").exists():
+        raise FileNotFoundError(
+            f"CHECKPOINT_PATH = {str(path)!r} is a prompt artifact, not a training checkpoint. Set "
+            f"INITIAL_ARTIFACT to {str(path)!r}, and leave CHECKPOINT_PATH empty."
+        )

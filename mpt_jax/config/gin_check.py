@@ -1,19 +1,15 @@
 """Checks of a gin configuration before anything runs, with errors for its author.
 
 Gin accepts every binding that it can resolve. This module rejects bindings that would have no
-effect: a macro that nothing reads, or a parameter of a function that nothing refers to. It also
-suggests known names for a misspelled one. No other module reads gin's tables, which are not public.
+effect: a macro that nothing reads, or a parameter of a function that nothing refers to. Only this
+module and `gin_errors` read gin's tables, which are not public.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
+import dataclasses
 import os
-import re
-import sys
-import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,30 +17,10 @@ from typing import Any
 from gin import config as gin_config
 from gin import config_parser
 
+from mpt_jax.config.gin_errors import UnboundMacro, UnreadBinding, suggest
+
 # Macros that say how another macro is used, so they have no effect if that macro is None.
 REFINES = {"START_FROM": "INITIAL_ARTIFACT"}
-# Names of earlier versions, and their replacements.
-RENAMED = {
-    "WHOLE_BATCH": "GLOBAL_BATCH_SIZE",
-    "whole_batch": "global_batch_size",
-    "length_of": "prompt_length_of",
-    "INITIAL_ARTEFACT": "INITIAL_ARTIFACT",
-    "SOURCE_ARTEFACT": "SOURCE_ARTIFACT",
-    "NORMALISE": "NORMALIZE",
-    "REPARAMETRISE": "REPARAMETERIZE",
-    "artefact": "artifact",
-    "artefact_command": "artifact_command",
-    "normalise": "normalize",
-    "reparametrise": "reparameterize",
-}
-
-
-class UnreadBinding(ValueError):
-    """Error for a setting that would have no effect."""
-
-
-class UnboundMacro(ValueError):
-    """Error for a macro that a gin file reads but nothing sets."""
 
 
 def set_search_paths(folders: Sequence[str]) -> None:
@@ -128,7 +104,7 @@ def check_macros() -> None:
         name for name in _referred_macros() if name not in bound or _is_required(bound[name])
     )
     if missing:
-        hints = {name: _suggest(name, set(bound) - set(missing)).strip() for name in missing}
+        hints = {name: suggest(name, set(bound) - set(missing)).strip() for name in missing}
         lines = [f"{name} ({hint})" if hint else name for name, hint in hints.items()]
         raise UnboundMacro(
             f"These gin macros need a value: {'; '.join(lines)}. Pass --gin.{missing[0]}=<value>, "
@@ -150,14 +126,21 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
     """
     macros = _referred_macros()
     reached = _reachable(entries)
+    used = set().union(*reached.get("gin.macro", []))
     for binding in bindings:
         key = binding.partition("=")[0].strip()
         if "." not in key:
             if key not in macros:
                 raise UnreadBinding(
                     f"No gin file reads the macro {key}, so setting it would have no effect."
-                    f"{_suggest(key, macros)} Correct the name, remove the binding, or add the gin "
+                    f"{suggest(key, macros)} Correct the name, remove the binding, or add the gin "
                     "file that reads the macro."
+                )
+            if key not in used:
+                raise UnreadBinding(
+                    f"The macro {key} is read only by {' and '.join(_readers(key))}, which this "
+                    "configuration does not use, so setting it would have no effect. Remove the "
+                    "binding."
                 )
             _check_refines(key)
             continue
@@ -171,7 +154,7 @@ def check_bindings(bindings: Sequence[str], entries: Sequence[str]) -> None:
         if scope and not any(scope in names for names in scopes):
             raise UnreadBinding(
                 f"Nothing refers to {selector} in the scope {scope!r}, so {key} would have no "
-                f"effect.{_suggest(scope, {name for names in scopes for name in names})} Correct "
+                f"effect.{suggest(scope, {name for names in scopes for name in names})} Correct "
                 "the scope, or remove the binding."
             )
 
@@ -218,7 +201,7 @@ def check_files(
             if name not in known:
                 raise UnreadBinding(
                     f"Nothing reads the macro {name}, so setting it would have no effect "
-                    f"({path} line {line}).{_suggest(name, known)} Correct the name, or remove the "
+                    f"({path} line {line}).{suggest(name, known)} Correct the name, or remove the "
                     "line."
                 )
 
@@ -264,6 +247,46 @@ def _macros_in(path: Path) -> tuple[dict[str, int], set[str]]:
     return assigned, names.read
 
 
+@dataclasses.dataclass(frozen=True)
+class BoundValue:
+    """A value that a configuration binds.
+
+    Attributes:
+        function: the function or class that is called with it.
+        parameter: the name of its parameter.
+        macro: the macro that has the value; None if it is bound directly.
+        value: the value. Calls, and macros inside containers, are references (`is_reference`).
+    """
+
+    function: Callable[..., Any]
+    parameter: str
+    macro: str | None
+    value: Any
+
+
+def bound_values(entries: Sequence[str]) -> Iterator[BoundValue]:
+    """Yields the values of everything that the entry functions may call."""
+    macros, reached = _bound_macros(), _reachable(entries)
+    for (_, selector), values in gin_config._CONFIG.items():
+        if selector not in reached or selector == "gin.macro":
+            continue
+        for parameter, value in values.items():
+            names: list[str] = []
+            while is_reference(value) and _selector(value) == "gin.macro":
+                name = "/".join(value.scopes)
+                if name not in macros or name in names:
+                    break
+                names.append(name)
+                value = macros[name]
+            function = gin_config._REGISTRY[selector].wrapped
+            yield BoundValue(function, parameter, names[-1] if names else None, value)
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a value is a call (`@name()`), a function (`@name`) or a macro (`%NAME`)."""
+    return isinstance(value, gin_config.ConfigurableReference)
+
+
 def is_bound(function: Callable[..., Any]) -> bool:
     """Whether the parsed files bind any parameter of a function."""
     selectors = {selector for _, selector in gin_config._CONFIG}
@@ -281,6 +304,18 @@ def _bound_macros() -> dict[str, Any]:
 def _referred_macros() -> set[str]:
     references = gin_config.iterate_references(gin_config._CONFIG)
     return {"/".join(ref.scopes) for ref in references if _selector(ref) == "gin.macro"}
+
+
+def _readers(macro: str) -> list[str]:
+    """Returns the parameters and macros whose values refer to a macro."""
+    readers = []
+    for (scope, selector), values in gin_config._CONFIG.items():
+        for parameter, value in values.items():
+            references = gin_config.iterate_references(value)
+            if any(_selector(x) == "gin.macro" and "/".join(x.scopes) == macro for x in references):
+                function = selector.rpartition(".")[2]
+                readers.append(scope if selector == "gin.macro" else f"{function}.{parameter}")
+    return readers
 
 
 def _selector(reference: gin_config.ConfigurableReference) -> str:
@@ -321,74 +356,3 @@ def _paths(scopes: Any) -> set[str]:
     if isinstance(scopes, frozenset):
         return set(scopes)
     return {"/".join(scopes[:end]) for end in range(1, len(scopes) + 1)}
-
-
-def _suggest(name: str, known: Any) -> str:
-    if (new := RENAMED.get(name)) is not None:
-        return f" It is now called {new}."
-    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-# --- Gin's own errors ----------------------------------------------------------------------------
-
-
-def explain(error: Exception) -> str | None:
-    """Returns a clear message for an error of gin, with the closest known names; None if the error
-    is not from gin."""
-    text = str(error)
-    if match := re.match(r"Couldn't resolve selector (\S+); <module '([\w.]+)'", text):
-        selector, module = match.groups()
-        known = [name for name in dir(sys.modules.get(module)) if not name.startswith("_")]
-        hint = _suggest(selector.rpartition(".")[2], known)
-        name = selector.rpartition(".")[2]
-        return f"{module} has no {name!r}{_location(text)}.{hint or ' Correct the name.'}"
-    if match := re.match(r"Configurable '(\S+)' doesn't have a parameter named '(\w+)'", text):
-        selector, parameter = match.groups()
-        known = _parameters(selector)
-        return (
-            f"{selector} has no parameter {parameter!r}{_location(text)}."
-            f"{_suggest(parameter, known)} Its parameters are: {', '.join(known)}."
-        )
-    if match := re.match(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
-        name = match.group(1)
-        known = {entry.name for entry in gin_config._INVERSE_REGISTRY.values()}
-        return (
-            f"No gin file imports {name!r}{_location(text)}.{_suggest(name, known)} Correct the "
-            "name, or bind it in a gin file that imports its module."
-        )
-    if match := re.match(r"cannot import name '(\w+)' from 'mpt_jax'", text):
-        return f"{text.partition(' (')[0]}{_location(text)}.{_moved(match.group(1))}"
-    if text.startswith("Unable to open file"):
-        return (
-            "A gin file includes a file that does not exist. Correct its path, or add its folder "
-            f"with --gin_search_paths. Gin reports: {text}"
-        )
-    if re.match(r"'\w+' was not provided by an import statement", text):
-        return f"{text} Add the import to the gin file that uses the name."
-    if isinstance(error, tokenize.TokenError):  # from Python 3.12 on, where gin expects SyntaxError
-        return f"Unable to parse value: {error.args[0]}. Close the open quote or bracket."
-    return text if isinstance(error, UnreadBinding | UnboundMacro | SyntaxError) else None
-
-
-def _moved(name: str) -> str:
-    """Returns a hint with the new import line of a module that was once directly in mpt_jax."""
-    folder = Path(__file__).parents[1]
-    files = sorted(folder.rglob(f"{name}.py"))
-    packages = [".".join(path.relative_to(folder.parent).parent.parts) for path in files]
-    hints = [f"from {package} import {name}" for package in packages]
-    if not hints:
-        return " CHANGELOG.md lists the modules that were moved."
-    return f" Write {' or '.join(map(repr, hints))}."
-
-
-def _location(text: str) -> str:
-    match = re.search(r"\n  In (.*?) line (\d+)\n\s*(.*)", text)
-    return f" ({match[1].rstrip(',')} line {match[2]}: {match[3].strip()})" if match else ""
-
-
-def _parameters(selector: str) -> list[str]:
-    match = gin_config._REGISTRY.matching_selectors(selector.rpartition(".")[2])
-    if not match:
-        return []
-    return list(inspect.signature(gin_config._REGISTRY[match[0]].wrapped).parameters)

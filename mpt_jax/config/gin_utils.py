@@ -35,8 +35,8 @@ from clu import metric_writers
 from etils import epath
 
 import mpt_jax
-from mpt_jax.config import command_help, gin_check, trainer_choice
-from mpt_jax.runtime import distributed, paths, storage_check
+from mpt_jax.config import binding_types, command_help, gin_check, gin_errors, trainer_choice
+from mpt_jax.runtime import devices, distributed, paths, storage_check
 
 PACKAGE = Path(mpt_jax.__file__).parent
 OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
@@ -72,8 +72,9 @@ def parse(
     not allow (see the module docstring).
 
     Raises:
-        ConfigError: a file is missing, a name is unknown, or nothing reads a binding of the command
-            line or a macro of a user's file. The message has the closest known names.
+        ConfigError: a file is missing; a name is unknown; nothing reads a binding of the command
+            line or a macro of a user's file; or a value has the wrong type. The message has the
+            closest known names, or the expected type.
     """
     gin.clear_config()
     folders = search_paths(gin_search_paths)
@@ -92,9 +93,12 @@ def parse(
             gin_check.check_bindings(bindings, tuple(ENTRY_POINTS.values()))
         own, copies = _shipped()
         gin_check.check_files(parsed, [own / "gin", copies])
+        binding_types.check(tuple(ENTRY_POINTS.values()))
         gin.finalize()
+    except binding_types.WrongType as error:
+        raise ConfigError(str(error)) from error
     except Exception as error:
-        if (message := gin_check.explain(error)) is None:
+        if (message := gin_errors.explain(error)) is None:
             raise
         raise ConfigError(message) from error
 
@@ -142,7 +146,7 @@ def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., 
         try:
             return bound(**overrides)
         except Exception as error:
-            if (message := gin_check.explain(error)) is None:
+            if (message := gin_errors.explain(error)) is None:
                 raise
             raise ConfigError(message) from error
 
@@ -244,6 +248,7 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
         )
     try:
         _start_processes()
+        devices.check()
         _data_flags()
         values = flags.FLAGS
         parse(values.gin_file, values.gin_bindings, values.gin_search_paths)

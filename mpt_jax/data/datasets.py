@@ -252,7 +252,8 @@ def train_iterator(
         "by_length": cfg.by_length,
         "pack_window": getattr(converter, "pack_window", None) if cfg.pack else None,
     }
-    return TrainIterator(dataset, share, identity, cfg.buckets(converter))
+    prompt_length = getattr(converter, "prompt_length", 0)
+    return TrainIterator(dataset, share, identity, cfg.buckets(converter), prompt_length)
 
 
 def eval_batches(

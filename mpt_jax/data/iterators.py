@@ -68,6 +68,7 @@ class TrainIterator(Iterator[Batch]):
         identity: JSON values that describe the data. A position is restored only if they are equal
             to the saved ones.
         buckets: the lengths that batches are trimmed to; None for one length.
+        prompt_length: P, to show limits on text in errors.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class TrainIterator(Iterator[Batch]):
         share: HostShard,
         identity: Mapping[str, Any],
         buckets: LengthBuckets | None = None,
+        prompt_length: int = 0,
     ):
         self._iterator = iter(dataset)
         self._share = share
         self._buckets = buckets
+        self._prompt_length = prompt_length
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
         self._identity = json.loads(json.dumps(dict(identity)))
         self._taken = 0
@@ -132,8 +135,8 @@ class TrainIterator(Iterator[Batch]):
                 "that holds it, to resume from the previous checkpoint."
             ) from error
         check_same(
-            header["identity"],
-            self._identity,
+            _with_limits(header["identity"], self._prompt_length),
+            _with_limits(self._identity, self._prompt_length),
             what="The data position",
             advice="Restore the saved values, or choose another MODEL_DIR to start over.",
         )
@@ -144,6 +147,24 @@ class TrainIterator(Iterator[Batch]):
                         file.write(archive.read(name))
             self._checkpoint.read(os.path.join(folder, "position")).assert_consumed()
         self._taken = header["batches_taken"]
+
+
+def _with_limits(identity: Mapping[str, Any], prompt_length: int) -> dict[str, Any]:
+    """Returns an identity with the setting that its shapes come from, in place of the shapes."""
+    shown = dict(identity)
+    shapes = shown.get("features")
+    names = ("encoder_input_tokens", "decoder_target_tokens")
+    if isinstance(shapes, dict) and all(len(shapes.get(name, ())) == 2 for name in names):
+        (rows, inputs), (_, targets) = (shown["features"][name] for name in names)
+        setting = "TASK_FEATURE_LENGTHS"
+        if shown.get("pack_window") is None:
+            inputs -= prompt_length
+        else:
+            setting = "PACK_LENGTHS (or, if None, TASK_FEATURE_LENGTHS)"
+        del shown["features"]
+        shown |= {setting: {"inputs": inputs, "targets": targets}, "rows of a batch": rows}
+        shown["features of a batch"] = sorted(shapes)
+    return shown
 
 
 class EvalBatches:

@@ -1,14 +1,10 @@
-"""Samplers, which choose the tasks in each batch, and the mixture that streams their examples.
+"""The mixture that streams examples of several tasks in the order that a sampler draws.
 
-A sampler draws the task of each of the B examples of a batch. The draws depend only on the seed and
-the step and are made for the global batch, so all hosts agree on them. The examples are then dealt
-to the hosts in turn.
-
-A sampler has the interface of a SeqIO `sample_fn`, but it mixes unsharded, endless streams. SeqIO
-passes a `sample_fn` neither the batch size nor the number of hosts, and it shuffles across the end
-of a pass, so an example could occur twice in one pass. `TaskMixture` therefore builds an endless
-stream of each task's examples, in which every pass is a permutation that depends only on (seed, run
-name, pass). A run sees the same examples in a grouped and a solo job, on one host and on many.
+SeqIO passes a `sample_fn` neither the batch size nor the number of hosts, and it shuffles across
+the end of a pass, so an example could occur twice in one pass. `TaskMixture` therefore builds an
+endless stream of each task's examples, in which every pass is a permutation that depends only on
+(seed, run name, pass). A run sees the same examples in a grouped and a solo job, on one host and on
+many.
 """
 
 import dataclasses
@@ -19,163 +15,26 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
+from absl import logging
 
+from mpt_jax.core.comparison import abbreviate
+from mpt_jax.data.samplers import EqualQuotas, PerExample, Sampler, StochasticTasks
 from mpt_jax.data.task_lookup import find_task, import_suites
-from mpt_jax.data.token_tables import joined_lookup, read_table, stream_key
+from mpt_jax.data.token_tables import joined_lookup, read_table
+
+__all__ = [  # gin files name the samplers of this module
+    "EqualQuotas",
+    "PerExample",
+    "Sampler",
+    "StochasticTasks",
+    "TaskMixture",
+    "equal_shares",
+    "has_equal_shares",
+    "task_mixture",
+]
 
 # T5's cap on the size of a task in examples-proportional mixing.
 T5_CAP = 2**18
-_DRAWS = zlib.crc32(b"mpt_jax.sampling") & 0x7FFFFFFF
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """Base class of samplers. Subclasses implement `draw`.
-
-    Attributes:
-        batch_size: B, the number of examples (not packed rows) per step over all hosts.
-        seed: seed of all draws, 0 .. 2^31 - 1.
-        num_hosts: number of hosts that the batch is dealt to; must divide `batch_size`.
-        host_index: index of this host.
-
-    Raises:
-        ValueError: `batch_size` or `seed` is out of range.
-    """
-
-    batch_size: int
-    seed: int
-    num_hosts: int = 1
-    host_index: int = 0
-
-    def __post_init__(self):
-        if self.batch_size < 1 or self.batch_size % self.num_hosts:
-            raise ValueError(
-                f"{type(self).__name__}.batch_size must be a positive multiple of the number of "
-                f"hosts ({self.num_hosts}), got {self.batch_size}. Correct BATCH_SIZE."
-            )
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(
-                f"{type(self).__name__}.seed must be from 0 to 2^31 - 1, got {self.seed}. Correct "
-                "RANDOM_SEED."
-            )
-
-    def check(self, num_tasks: int) -> None:
-        """Raises ValueError if this sampler does not support `num_tasks` tasks."""
-
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        """Returns the task indices [B] of the examples of the global batch at `step`.
-
-        Args:
-            step: the step, a scalar int64.
-            weights: the positive mixing weights [K] of the tasks; they need not sum to 1.
-        """
-        raise NotImplementedError
-
-    def __call__(
-        self, streams: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
-    ) -> tf.data.Dataset:
-        """Interleaves endless, unsharded `streams` and returns this host's shard of the result."""
-        del seed  # The sampler's is always set and equal on all hosts; SeqIO's may be neither.
-        weights = np.asarray(rates, np.float64)
-        if not (weights > 0).all():
-            raise ValueError(
-                f"Mixing weights must be positive, got {weights.tolist()}. Correct rates or cap of "
-                "sampling.task_mixture. To leave a task out, remove it from task_names."
-            )
-        self.check(len(streams))
-        draw = tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
-        choices = tf.data.Dataset.range(np.iinfo(np.int64).max).map(draw).unbatch()
-        mixed = tf.data.Dataset.choose_from_datasets(streams, choices)
-        return mixed.shard(self.num_hosts, self.host_index) if self.num_hosts > 1 else mixed
-
-    def _uniform(self, step: tf.Tensor, count: int) -> tf.Tensor:
-        """Returns `count` float64 values drawn uniformly from [0, 1) for `step`."""
-        return tf.random.stateless_uniform(
-            [count], stream_key(self.seed, _DRAWS, step), dtype=tf.float64, alg="philox"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class StochasticTasks(Sampler):
-    """Stochastic task sampling (arXiv 2303.02861, section 3.2): each batch has k random tasks.
-
-    k is drawn uniformly from 2 .. kappa. Then k tasks are drawn without replacement by mixing
-    weight (Gumbel top-k). Each supplies B // k examples, and the first B mod k tasks drawn supply
-    one more. The paper does not say how a batch is divided; this division is this library's choice.
-
-    Attributes:
-        kappa: the maximum number of tasks in one batch; None for all.
-        replacement: whether to draw tasks with replacement, and to take the remaining B mod k
-            examples from one of the drawn tasks at random, as the authors' released loader does. A
-            batch may then contain a single task.
-    """
-
-    kappa: int | None = None
-    replacement: bool = False
-
-    def check(self, num_tasks: int) -> None:
-        kappa = self._kappa(num_tasks)
-        if not 2 <= kappa <= num_tasks:
-            raise ValueError(
-                "Stochastic task sampling needs kappa from 2 to the number of tasks "
-                f"({num_tasks}), but kappa is {kappa}. Change StochasticTasks.kappa, or for one "
-                "task use sampling.EqualQuotas as the SAMPLER."
-            )
-        if self.batch_size < kappa:
-            raise ValueError(
-                f"A batch of {self.batch_size} examples cannot hold kappa = {kappa} tasks. Raise "
-                "BATCH_SIZE, or lower StochasticTasks.kappa."
-            )
-
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        kappa = self._kappa(len(weights))
-        uniform = self._uniform(step, 2 + max(kappa, len(weights)))
-        count = 2 + tf.cast(uniform[0] * (kappa - 1), tf.int32)
-        batch_size = tf.constant(self.batch_size)
-        quota, rest = batch_size // count, tf.math.floormod(batch_size, count)
-        if self.replacement:
-            tasks = _categorical(weights, uniform[2 : 2 + kappa])[:count]
-            lucky = tf.cast(uniform[1] * tf.cast(count, tf.float64), tf.int32)
-            extra = rest * tf.one_hot(lucky, count, dtype=tf.int32)
-        else:
-            scores = np.log(weights) - tf.math.log(-tf.math.log(uniform[2 : 2 + len(weights)]))
-            tasks = tf.argsort(scores, direction="DESCENDING")[:count]
-            extra = tf.cast(tf.range(count) < rest, tf.int32)
-        return tf.cast(tf.repeat(tasks, quota + extra), tf.int64)
-
-    def _kappa(self, num_tasks: int) -> int:
-        return num_tasks if self.kappa is None else self.kappa
-
-
-@dataclasses.dataclass(frozen=True)
-class PerExample(Sampler):
-    """Draws each example's task independently by mixing weight (the fixed-mixture ablation)."""
-
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        tasks = _categorical(weights, self._uniform(step, self.batch_size))
-        return tf.cast(tasks, tf.int64)
-
-
-@dataclasses.dataclass(frozen=True)
-class EqualQuotas(Sampler):
-    """Takes B / K examples of each of the K tasks in every batch, for grouped jobs. Weights are
-    ignored.
-
-    Each run then sees the same examples at each step as in a solo job with a batch of B / K.
-    """
-
-    def check(self, num_tasks: int) -> None:
-        if self.batch_size % num_tasks:
-            raise ValueError(
-                "EqualQuotas.batch_size must be a multiple of the number of runs "
-                f"({num_tasks}), got {self.batch_size}. Use "
-                f"{self.batch_size // num_tasks * num_tasks or num_tasks}, for example, by "
-                "changing BATCH_SIZE."
-            )
-
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        del step
-        return tf.repeat(tf.range(len(weights), dtype=tf.int64), self.batch_size // len(weights))
 
 
 class TaskMixture(seqio.Mixture):
@@ -193,8 +52,8 @@ class TaskMixture(seqio.Mixture):
         cap: upper bound of the default weights.
 
     Raises:
-        ValueError: a task is unknown, `rates` names other tasks, or the sampler does not support
-            this number of tasks.
+        ValueError: a task is unknown, `rates` names other tasks, `rates` or `cap` is not positive
+            or would have no effect, or the sampler does not support this number of tasks.
     """
 
     def __init__(
@@ -212,6 +71,7 @@ class TaskMixture(seqio.Mixture):
                 f"weights for {sorted(rates)}. Correct sampling.task_mixture.rates."
             )
         sampler.check(len(tasks))
+        _check_weights(rates, cap, sampler.ignores_weights(len(tasks)))
         super().__init__(name, tasks, default_rate=1.0)
         self.sampler = sampler
         self.task_names = tuple(task_names)
@@ -276,8 +136,10 @@ class TaskMixture(seqio.Mixture):
             table.indices(self.sampler.seed, shuffle).map(lambda index, first=first: first + index)
             for table, first in zip(tables, firsts, strict=True)
         ]
+        weights = self.weights(sizes)
+        self._log_shares(weights)
         example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
-        mixed = sampler(streams, self.weights(sizes).tolist())
+        mixed = sampler(streams, weights.tolist())
         return mixed.map(example_at, num_parallel_calls=tf.data.AUTOTUNE)
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
@@ -285,6 +147,22 @@ class TaskMixture(seqio.Mixture):
         if self._rates is None:
             return np.minimum(sizes, self._cap).astype(np.float64)
         return np.array([self._rates[name] for name in self.task_names], np.float64)
+
+    def _log_shares(self, weights: np.ndarray) -> None:
+        """Logs the expected share of each task, unless all have the same by design."""
+        if len(weights) == 1 or isinstance(self.sampler, EqualQuotas):
+            return
+        expected = self.sampler.expected_shares(weights)
+        parts = weights / weights.sum()
+        shares = [
+            f"{name} {share:.2f} ({part:.2f})"
+            for name, share, part in zip(self.task_names, expected, parts, strict=True)
+        ]
+        logging.info(
+            "Expected share of each task in the training examples (in parentheses, its share of "
+            "the mixing weights): %s.",
+            abbreviate(shares),
+        )
 
 
 def equal_shares(provider: Any) -> int | None:
@@ -314,8 +192,8 @@ def task_mixture(
     return the same mixture.
 
     Args:
-        task_names, sampler, rates, cap: see `TaskMixture`. Without a sampler, rates and cap have no
-            effect.
+        task_names, sampler, rates, cap: see `TaskMixture`. Without a sampler, rates and cap must
+            have their defaults.
         name: name of the mixture; None derives it from the arguments.
         modules: the modules that register the tasks; imported first.
 
@@ -335,6 +213,7 @@ def task_mixture(
         )
     if sampler is None:
         tasks = [find_task(task) for task in task_names]
+        _check_weights(rates, cap, "a mixture without a sampler, for evaluation, has equal rates")
         mixture = seqio.Mixture(name, tasks, default_rate=1.0)
     else:
         mixture = TaskMixture(name, task_names, sampler, rates, cap)
@@ -343,7 +222,31 @@ def task_mixture(
     return name
 
 
-def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
-    """Returns one index, drawn by `weights` [K], for each value of `uniform` from [0, 1)."""
-    bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))
-    return tf.searchsorted(bounds, uniform, side="right")
+def _check_weights(rates: Mapping[str, float] | None, cap: int, ignored: str | None) -> None:
+    """Checks that mixing weights are positive and have an effect.
+
+    Args:
+        rates, cap: see `TaskMixture`.
+        ignored: why mixing weights have no effect; None if they have one.
+
+    Raises:
+        ValueError: they are not, or have none.
+    """
+    refused = [
+        ("rates", rates, rates is not None, ignored),
+        ("cap", cap, cap != T5_CAP, ignored or (rates and "rates sets the mixing weights")),
+    ]
+    for name, value, is_set, reason in refused:
+        if is_set and reason:
+            raise ValueError(
+                f"sampling.task_mixture.{name} = {value!r} would have no effect, because {reason}. "
+                "Remove the binding, or choose a SAMPLER that draws by mixing weight, such as "
+                "sampling.PerExample, for several tasks."
+            )
+    invalid = {name: rate for name, rate in (rates or {}).items() if not 0 < rate < np.inf}
+    if invalid or cap < 1:
+        given = f"rates has {invalid}" if invalid else f"cap is {cap}"
+        raise ValueError(
+            f"Mixing weights must be positive, but {given}. Correct sampling.task_mixture. To "
+            "leave a task out, remove it from task_names."
+        )

@@ -25,9 +25,15 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
     """Imports the modules that register tasks.
 
     Raises:
-        ValueError: a module does not exist.
+        ValueError: a module does not exist, or is the name of a file.
     """
     for module in modules:
+        if module.endswith(".py"):
+            name = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+            raise ValueError(
+                f"The task suite {module!r} is the name of a file, but TASK_MODULES takes names of "
+                f"modules. Leave off .py: write {name!r}."
+            )
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

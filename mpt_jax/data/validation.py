@@ -11,6 +11,52 @@ from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables
 from mpt_jax.data.sampling import TaskMixture
 
+# A file system allows names of 255 bytes, and the longest suffix that a file of a task gets is
+# `-predict_with_aux.jsonl-00000-of-00001.partial_of` with a temporary name's.
+LONGEST_NAME = 255 - 64
+_FEATURES = {"inputs", "targets"}
+
+
+def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
+    """Checks what a `DatasetConfig` asks of the devices and of the machine; reads no data.
+
+    Args:
+        cfg: the `DatasetConfig`.
+        setting: the macro that sets its batch size, for errors.
+        num_shards: the number of shards that the rows of a batch are split into.
+
+    Raises:
+        ValueError: the batch size is not a multiple of `num_shards`; `task_feature_lengths` has
+            other features than inputs and targets, or a limit below 1; the offline cache of a task
+            does not exist; or the name of a task is too long for a file name.
+    """
+    if cfg.batch_size % num_shards:
+        raise ValueError(
+            f"A batch of {cfg.batch_size} rows cannot be divided evenly over the {num_shards} "
+            "parts of the mesh (devices / num_partitions). Set "
+            f"{setting} so that a batch has a multiple of {num_shards} rows, such as "
+            f"{cfg.batch_size // num_shards * num_shards or num_shards}, or use fewer devices."
+        )
+    limits = cfg.task_feature_lengths
+    if limits is not None and (set(limits) != _FEATURES or min(limits.values()) < 1):
+        raise ValueError(
+            f"DatasetConfig.task_feature_lengths must have a limit of at least 1 for 'inputs' and "
+            f"for 'targets', got {dict(limits)}. Set TASK_FEATURE_LENGTHS, for example to "
+            "{'inputs': 256, 'targets': 16}."
+        )
+    for task in seqio.get_subtasks(cfg.provider()):
+        if cfg.use_cached and not task.cache_dir:
+            raise ValueError(
+                f"DatasetConfig.use_cached is True, but no offline cache of task {task.name!r} "
+                "exists in the folders of --seqio_additional_cache_dirs. Name the folder of its "
+                "cache, or set USE_CACHED_TASKS = False."
+            )
+        if (size := len(task.name.encode())) > LONGEST_NAME:
+            raise ValueError(
+                f"The name of the run {task.name[:40]!r}... has {size} bytes, but it is part of "
+                f"file names, so it may have at most {LONGEST_NAME}. Shorten its name."
+            )
+
 
 def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: bool) -> None:
     """Raises ValueError for settings that would fail later with a less clear message.

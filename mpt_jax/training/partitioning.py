@@ -154,6 +154,11 @@ class PjitPartitioner:
         """The sharding with rows split over every mesh axis except the model axis."""
         return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[:-1]))
 
+    @property
+    def num_shards(self) -> int:
+        """The number of shards that the rows of a batch are split into."""
+        return math.prod(self.mesh.devices.shape[:-1])
+
     def shardings(self, params: Params, axes: Params) -> dict[str, Any]:
         """Returns the sharding of every parameter.
 
@@ -212,7 +217,7 @@ class PjitPartitioner:
 
     def splits_runs(self, runs: Runs) -> bool:
         """Whether `by_runs` splits the parameters of these runs over shards."""
-        shards = math.prod(self.mesh.devices.shape[:-1])
+        shards = self.num_shards
         independent = runs.group_of_row == tuple(range(runs.num_rows))
         return shards > 1 and runs.num_rows > 1 and independent and runs.num_rows % shards == 0
 

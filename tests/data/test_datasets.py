@@ -127,6 +127,21 @@ def test_train_iterator_restore_other_configuration_raises():
         other.restore(state[:100])
 
 
+def test_train_iterator_restore_other_lengths_names_the_setting():
+    state = datasets.train_iterator(config(mixture()), CONVERTER).state()
+    lengths = {"inputs": 7, "targets": 4}
+    other = datasets.train_iterator(config(mixture(), task_feature_lengths=lengths), CONVERTER)
+    message = (
+        r"\(TASK_FEATURE_LENGTHS: saved {'inputs': 6, 'targets': 4}, "
+        r"current {'inputs': 7, 'targets': 4}\)\. Restore"
+    )
+    with pytest.raises(ValueError, match=message):
+        other.restore(state)
+    packed = datasets.train_iterator(config(mixture(), pack=True), CONVERTER)
+    with pytest.raises(ValueError, match=r"PACK_LENGTHS \(or, if None, TASK_FEATURE_LENGTHS\)"):
+        packed.restore(state)
+
+
 def shares(name, hosts):
     """Returns the iterators of all hosts for one of the pipelines."""
     changes = dict(PIPELINES[name])

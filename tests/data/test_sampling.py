@@ -1,5 +1,7 @@
 """Draws against a NumPy re-derivation, quotas, passes and hosts."""
 
+import itertools
+import logging
 import zlib
 
 import numpy as np
@@ -226,6 +228,73 @@ def test_task_mixture_finite_epochs_use_seqio():
     assert 3 <= len(list(dataset)) <= sum(SIZES.values())
 
 
+# --- Mixing weights and shares -----------------------------------------------------------------
+
+
+def exact_shares(weights, batch):
+    """The share of each task, summed over every order in which tasks may be drawn."""
+    shares, tasks = np.zeros(len(weights)), range(len(weights))
+    for order in itertools.permutations(tasks):
+        rest, probability = sum(weights), 1.0
+        for task in order:
+            probability *= weights[task] / rest
+            rest -= weights[task]
+        for count in range(2, len(weights) + 1):
+            for rank, task in enumerate(order[:count]):
+                rows = batch // count + (rank < batch % count)
+                shares[task] += probability * rows / batch / (len(weights) - 1)
+    return shares
+
+
+def test_stochastic_tasks_expected_shares_match_all_orders():
+    weights = np.array([90_000.0, 9_000.0, 900.0])
+    found = StochasticTasks(32, seed=3).expected_shares(weights)
+    np.testing.assert_allclose(exact_shares(weights, 32), [0.4214, 0.3979, 0.1806], atol=1e-4)
+    # Of 2000 steps: four standard deviations of a share are 0.016 at most.
+    np.testing.assert_allclose(found, exact_shares(weights, 32), atol=0.016)
+    np.testing.assert_allclose(EqualQuotas(4, 0).expected_shares(np.ones(2)), [0.5, 0.5])
+
+
+def test_task_mixture_logs_shares_that_differ_from_sizes(caplog):
+    with caplog.at_level(logging.INFO, "absl"):
+        stream(StochasticTasks(12, seed=1), 1)
+    (line,) = [x.getMessage() for x in caplog.records if "Expected share" in x.getMessage()]
+    expected = exact_shares([5, 40, 13], 12)
+    parts = dict(zip(SIZES, [0.09, 0.69, 0.22], strict=True))
+    for (name, part), share in zip(parts.items(), expected, strict=True):
+        found = float(line.split(f"{name} ")[1].split()[0])
+        assert abs(found - share) < 0.025 and f"{name} {found:.2f} ({part:.2f})" in line
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "absl"):
+        stream(EqualQuotas(12, seed=1), 1)
+    assert "Expected share" not in caplog.text
+
+
+PAIR = ("smp_a", "smp_b")
+
+
+@pytest.mark.parametrize(
+    "sampler, names, reason",
+    [
+        (EqualQuotas(6, 1), tuple(SIZES), "EqualQuotas gives every task an equal share"),
+        (StochasticTasks(6, 1), PAIR, "StochasticTasks draws both of two tasks in every batch"),
+        (PerExample(6, 1), ("smp_a",), "the job has one task"),
+        (None, tuple(SIZES), "a mixture without a sampler, for evaluation, has equal rates"),
+    ],
+)
+def test_task_mixture_weights_without_effect_raise(sampler, names, reason):
+    rates = {name: 1.0 + number for number, name in enumerate(names)}
+    for name, value in (("rates", rates), ("cap", 20)):
+        with pytest.raises(ValueError, match=rf"task_mixture.{name} = .* no effect, .*{reason}"):
+            sampling.task_mixture(list(names), sampler, **{name: value})
+    sampling.task_mixture(list(names), sampler)
+
+
+def test_task_mixture_weights_with_effect_are_accepted():
+    TaskMixture("m", PAIR, StochasticTasks(6, 1, replacement=True), {"smp_a": 2.0, "smp_b": 1.0})
+    TaskMixture("m", tuple(SIZES), StochasticTasks(6, 1, kappa=2), cap=20)
+
+
 # --- Errors ----------------------------------------------------------------------------------
 
 
@@ -257,6 +326,18 @@ def test_task_mixture_finite_epochs_use_seqio():
         (
             lambda: TaskMixture("m", tuple(SIZES), PerExample(8, 1), rates={"smp_a": 1.0}),
             r"the tasks \['smp_a', 'smp_b', 'smp_c'\], got weights for \['smp_a'\]",
+        ),
+        (
+            lambda: TaskMixture("m", PAIR, PerExample(8, 1), {"smp_a": 1.0, "smp_b": 1.0}, cap=20),
+            "task_mixture.cap = 20 would have no effect, because rates sets the mixing weights",
+        ),
+        (
+            lambda: TaskMixture("m", PAIR, PerExample(8, 1), {"smp_a": 1.0, "smp_b": 0.0}),
+            r"Mixing weights must be positive, but rates has {'smp_b': 0.0}",
+        ),
+        (
+            lambda: TaskMixture("m", PAIR, PerExample(8, 1), cap=0),
+            "Mixing weights must be positive, but cap is 0",
         ),
         (
             lambda: TaskMixture("m", ["smp_aa"], PerExample(8, 1)),

@@ -50,7 +50,7 @@ ALLOWED = {
     ("docs/study/results-crosspt-parts.md", "sources of its own"): "a variant's recorded name",
     ("mpt_jax/artifacts/model_card.py", "each of its own"): "text of recorded model cards",
     (
-        "mpt_jax/config/gin_check.py",
+        "mpt_jax/config/gin_errors.py",
         "artefact",
     ): "old gin names, which are errors that say the new one",
     ("benchmarks/ragged.py", "model_flops_utilisation"): "a key of committed results",

@@ -198,5 +198,5 @@ def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _short(value: Any) -> str:
-    shown = value if isinstance(value, str) else json.dumps(value)
+    shown = repr(value) if isinstance(value, str) else json.dumps(value)
     return shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
