@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -210,9 +211,20 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
     tensors = _without_copies(read_tensors(folder), config, folder)
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors):  # before their names are listed
+        raise ValueError(
+            f"{folder / CONFIG} names {layers:,} layers, but the weights have {len(tensors)} "
+            f"tensors. Download or copy {CONFIG} and the weights again."
+        )
     path_of = {hf_name: path for path, hf_name in name_table(config).items()}
     params = {}
     for hf_name, x in tensors.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"The checkpoint {folder} has {hf_name} of type {x.dtype}, which is not "
+                "supported. Save the model in float32 or bfloat16."
+            )
         name = path_of.get(hf_name, hf_name)
         x = x.T if _transposed(name) else x
         params[name] = x.astype(np.float32) if x.dtype == np.float16 else x
