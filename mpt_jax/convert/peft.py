@@ -47,7 +47,7 @@ class Config(msgspec.Struct):
     """The schema of adapter_config.json."""
 
     peft_type: str
-    num_virtual_tokens: schema.Positive
+    num_virtual_tokens: schema.Positive | None = None  # other methods have none
     task_type: str | None = None
     num_transformer_submodules: schema.Positive | None = None
     token_dim: schema.Positive | None = None
@@ -110,6 +110,10 @@ def load_adapter(folder: epath.Path) -> Adapter:
             f"{folder / CONFIG} has task_type {config.task_type!r}. Only adapters of "
             f"encoder-decoder models ({_TASK_TYPE}) can be converted. Use an adapter of a T5."
         )
+    if config.num_virtual_tokens is None:
+        raise ValueError(
+            f"{folder / CONFIG} has no integer num_virtual_tokens. Set it to the prompt length."
+        )
     tensors = _tensors(folder)
     copies = _copies(config, tensors)
     if config.peft_type == MULTITASK and copies != 1:
@@ -131,12 +135,13 @@ def load_adapter(folder: epath.Path) -> Adapter:
 def _copies(config: Config, tensors: Mapping[str, np.ndarray]) -> int:
     """Returns how often the adapter keeps each virtual token.
 
-    Without `num_transformer_submodules`, PEFT's default is 2; but rows of one copy are one copy.
+    Without `num_transformer_submodules`, PEFT's default is 2. A prompt of one copy is still read,
+    since its rows show it.
     """
     if config.num_transformer_submodules is not None:
         return config.num_transformer_submodules
-    rows = np.shape(tensors.get("prompt_embeddings", ()))[0]
-    return 1 if rows == config.num_virtual_tokens else 2
+    rows = len(tensors.get("prompt_embeddings", ()))
+    return 1 if config.peft_type == SINGLE and rows == config.num_virtual_tokens else 2
 
 
 def _notes(folder: epath.Path) -> dict[str, Any]:
@@ -169,6 +174,7 @@ def _check_shapes(
     folder: epath.Path, config: Config, tensors: Mapping[str, np.ndarray], copies: int
 ) -> None:
     shapes = {name: x.shape for name, x in tensors.items()}
+    assert config.num_virtual_tokens is not None  # checked by the caller
     rows = copies * config.num_virtual_tokens
     width = config.token_dim or shapes.get("prompt_embeddings", (0, 0))[-1]
     expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": (rows, width)}

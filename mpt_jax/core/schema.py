@@ -122,7 +122,7 @@ def _problem(message: str, value: Any, kind: Any) -> str:
     )
     if match["key"]:
         return f"has an object{f' {path}' if path else ''} with a key that is not {expected}"
-    shown = short(_found(value, match["path"] or ""))
+    shown = short(json.dumps(_found(value, match["path"] or "")))
     if problem.startswith("Expected"):
         place = f"{path} = {shown}" if path else f"the value {shown}"
         return f"has {place}, but {expected} was expected"
@@ -145,8 +145,8 @@ def _found(value: Any, path: str) -> Any:
 
 
 def short(value: Any) -> str:
-    """Returns a JSON value as text, shortened to show in an error."""
-    shown = value if isinstance(value, str) and not value.isspace() and value else json.dumps(value)
+    """Returns a text, or a JSON value as text, shortened to show in an error."""
+    shown = value if isinstance(value, str) and value.strip() else json.dumps(value)
     return shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
 
 
