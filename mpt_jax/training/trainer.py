@@ -230,11 +230,12 @@ class Trainer:
             ValueError: it does not have one value per group.
         """
         state = self.state
-        if any(len(values) != self.model.runs.num_groups for values in status.values()):
+        groups = {len(status[name]) for name in ("ended", "failed", "placed")}
+        if groups != {self.model.runs.num_groups}:
             raise ValueError(
-                f"The checkpoint has the status {dict(status)}, but the job has "
-                f"{self.model.runs.num_groups} groups. Rename the checkpoint to resume from the "
-                "previous one."
+                f"The checkpoint has the status of {sorted(groups)} groups, but the job has "
+                f"{self.model.runs.num_groups}. Rename the checkpoint to resume from the previous "
+                "one."
             )
         self.ended = np.asarray(status["ended"], np.int32)
         self.failed = np.asarray(status["failed"], bool)
