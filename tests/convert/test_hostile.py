@@ -14,8 +14,18 @@ from etils import epath
 from flax import serialization
 from safetensors.numpy import save_file
 
-from mpt_jax.convert import architecture, hf_weights, load_t5x, msgpack_check, peft
+from mpt_jax.backbones.t5 import parameter_shapes
+from mpt_jax.convert import (
+    architecture,
+    hf_weights,
+    load_hf,
+    load_t5x,
+    msgpack_check,
+    peft,
+    save_hf,
+)
 from mpt_jax.core.tree import unflatten
+from tests.fixtures import tiny
 
 P, H = 5, 8
 
@@ -178,6 +188,28 @@ def test_config_of_tree_of_a_layer_with_a_large_number_error():
     leaves |= {"encoder/relpos_bias/rel_embedding": np.zeros((2, 32))}
     with pytest.raises(ValueError, match="The encoder has 2 layers, but none of number 1"):
         architecture.config_of_tree(unflatten(leaves))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", ["t5"]),
+        ("feed_forward_proj", {}),
+        ("tie_word_embeddings", []),
+        ("num_layers", 10**12),
+        ("num_heads", 0),
+        ("vocab_size", 1e30),
+        ("relative_attention_num_buckets", "32"),
+    ],
+)
+def test_load_hf_of_a_wrong_type_or_size_error(tmp_path, field, value):
+    config = tiny.config()
+    weights = {n: np.zeros(s, np.float32) for n, s in parameter_shapes(config).items()}
+    folder = save_hf(tmp_path / "model", config, unflatten(weights))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, field: value}))
+    with pytest.raises(ValueError, match="config.json|T5Config"):
+        load_hf(folder)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "", "a/b"])
