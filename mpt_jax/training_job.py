@@ -139,9 +139,9 @@ def _restore(
         return None
     state, meta = restored
     step = int(state.step)
-    fingerprint.check_can_resume(ours, meta["identity"], str(saved.model_dir))
+    fingerprint.check_can_resume(ours, meta.get("identity", {}), str(saved.model_dir))
     saved.rename_unreadable_after(step)
-    position.restore(meta["data"], step)
+    position.restore(meta.get("data"), step)
     logging.info("Resumed from %s.", saved.path(step))
     return state, meta
 

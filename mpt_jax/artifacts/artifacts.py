@@ -18,37 +18,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from absl import logging
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 import mpt_jax
 from mpt_jax.artifacts import model_card
+from mpt_jax.core import schema
 from mpt_jax.core.old_names import current_keys, existing_folder
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
-from mpt_jax.prompts.base import PromptMethod, get_method
+from mpt_jax.prompts.base import PromptContext, PromptMethod, method_from_config
 from mpt_jax.prompts.materialize import materialize, plain_prompts, plain_weights
 from mpt_jax.runtime.files import replace_folder
+from mpt_jax.runtime.tensors import load_safetensors
 
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
-# The fields of config.json that a reader needs; most others are for people.
-FIELDS = (
-    "method",
-    "method_config",
-    "task_names",
-    "run_names",
-    "groups",
-    "shapes",
-    "backbone",
-    "embedding_sha256",
-    "vocabulary_sha256",
-)
+COPY_AGAIN = "Copy the artifact again, or repeat the command that wrote it."
+
+
+class Metrics(msgspec.Struct):
+    """What readers use of the metrics: those of each run, and the best step of each group."""
+
+    scores: dict[str, dict[str, float]] | None = None
+    best_step: list[int] | None = None
+
+
+class Config(msgspec.Struct):
+    """The schema of config.json: the fields that readers use. Most others are for people."""
+
+    method: str
+    method_config: dict[str, Any]
+    task_names: schema.Names
+    run_names: schema.Names
+    groups: list[schema.Count]
+    shapes: dict[str, list[schema.Count]]
+    backbone: str
+    embedding_sha256: str
+    vocabulary_sha256: str | None
+    prompts_sha256: str | None = None
+    step: schema.Count = 0
+    metrics: Metrics = msgspec.field(default_factory=Metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,47 +225,75 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"No prompt artifact at {path}: a folder with {CONFIG} and {TENSORS} was expected. A "
             "training job writes one to MODEL_DIR/artifact."
         )
-    file = path / CONFIG
-    try:
-        config = current_keys(json.loads(file.read_text()))
-        file = path / TENSORS
-        prompts = file.read_bytes()
-        tensors = load(prompts)
-    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+    where = f"The prompt artifact at {path} cannot be read ({CONFIG})"
+    config = schema.parse((path / CONFIG).read_bytes(), where, COPY_AGAIN)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
         raise ValueError(
-            f"The prompt artifact at {path} cannot be read ({file.name}: {error}). Copy the "
-            "artifact again, or repeat the command that wrote it."
-        ) from error
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has artifact format {config.get('format')!r}; this version reads {FORMAT}. "
+            f"{path} has artifact format {schema.short(found)}; this version reads {FORMAT}. "
             f"Use the version of MPT-JAX that wrote the artifact (see versions in {CONFIG})."
         )
-    missing = [field for field in FIELDS if field not in config]
-    if missing:
-        raise ValueError(
-            f"{path / CONFIG} is incomplete: it lacks {', '.join(missing)}. Copy the artifact "
-            "again, or repeat the command that wrote it."
-        )
+    config = current_keys(config)
+    checked = schema.check(config, Config, f"{path / CONFIG}", COPY_AGAIN)
+    prompts = (path / TENSORS).read_bytes()
+    where = f"The prompt artifact at {path} cannot be read ({TENSORS})"
+    tensors = load_safetensors(prompts, where, COPY_AGAIN)
     prefix = "factors/"
     leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     match_exactly(
-        {name: tuple(shape) for name, shape in config["shapes"].items()},
+        {name: tuple(shape) for name, shape in checked.shapes.items()},
         {name: leaf.shape for name, leaf in leaves.items()},
         f"{path / TENSORS}",
         standard=f"its {CONFIG}",
-        advice="Copy the artifact again, or repeat the command that wrote it.",
+        advice=COPY_AGAIN,
     )
-    _check_prompts(path, prompts, config)
-    method = get_method(config["method"])(**config["method_config"])
-    runs = Runs(config["task_names"], config["run_names"], config["groups"])
+    _check_digest(path, prompts, checked.prompts_sha256)
+    method = method_from_config(checked.method, checked.method_config, f"{path / CONFIG}")
+    runs = Runs(checked.task_names, checked.run_names, checked.groups)
+    _check_params(path, method, runs, leaves)
     params = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
     return Artifact(str(path), method, runs, params, config)
 
 
-def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) -> None:
+def _check_params(
+    path: epath.Path, method: PromptMethod, runs: Runs, leaves: Mapping[str, np.ndarray]
+) -> None:
+    """Checks that arrays are the parameters of a method for these runs, without computing a prompt.
+
+    Raises:
+        ValueError: an array has another type or number of rows, or prompts of the method's length
+            cannot be composed from the arrays.
+    """
+    sizes = {"groups": runs.num_groups, "tasks": runs.num_rows}
+    for name, leaf in leaves.items():
+        axes = method.axes.get(name, ())
+        expected = [sizes.get(axis, size) for axis, size in zip(axes, leaf.shape, strict=False)]
+        if len(axes) != leaf.ndim or list(leaf.shape) != expected or leaf.dtype.kind != "f":
+            raise ValueError(
+                f"{path / TENSORS} has {name} of type {leaf.dtype} and shape {leaf.shape}, but "
+                f"the method {method.name!r} has {f'floats {axes}' if axes else 'none'}, for "
+                f"{runs.num_rows} tasks in {runs.num_groups} groups. {COPY_AGAIN}"
+            )
+    width = next((x.shape[-1] for name, x in leaves.items() if method.axes[name][-1] == "embed"), 0)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in leaves.items()}
+    pooled: Any = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    what = f"{path} has no prompts of its method {method.name!r} and {CONFIG}"
+    with schema.damage(what, COPY_AGAIN):
+        shape = jax.eval_shape(
+            lambda params, given: method.compose(params, runs, jnp.zeros(1, jnp.int32), given),
+            shapes,
+            PromptContext(pooled),
+        ).shape
+        length = max(method.prompt_lengths(runs))
+        if shape[1:] != (method.prompt_length, width) or length > method.prompt_length:
+            raise ValueError(
+                f"the arrays give prompts {shape[1:]}, the settings {(method.prompt_length, width)}"
+            )
+
+
+def _check_digest(path: epath.Path, prompts: bytes, expected: str | None) -> None:
     """Raises ValueError if the prompts do not have the digest that config.json records."""
-    if (expected := config.get("prompts_sha256")) is None:
+    if expected is None:
         logging.warning(
             "%s has no prompts_sha256, as in artifacts of earlier versions, so its prompts cannot "
             "be checked for damage.",
@@ -259,6 +302,5 @@ def _check_prompts(path: epath.Path, prompts: bytes, config: Mapping[str, Any]) 
     elif (actual := hashlib.sha256(prompts).hexdigest()) != expected:
         raise ValueError(
             f"{path / TENSORS} was changed after it was written: its sha256 is {actual}, but "
-            f"{CONFIG} records {expected}. Copy the artifact again, or repeat the command that "
-            "wrote it."
+            f"{CONFIG} records {expected}. {COPY_AGAIN}"
         )

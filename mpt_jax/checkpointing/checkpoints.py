@@ -16,9 +16,10 @@ import contextlib
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -26,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpt_jax.checkpointing import checksums, corruption
+from mpt_jax.core import schema
 from mpt_jax.core.comparison import check_same
 from mpt_jax.core.tree import flatten
 from mpt_jax.runtime.files import absolute
@@ -33,6 +35,31 @@ from mpt_jax.training.state import TrainState
 
 PREFIX = "checkpoint"
 NAME = re.compile(rf"{PREFIX}_(\d+)")  # the folder of a complete checkpoint
+
+
+class DataPosition(msgspec.Struct):
+    """The schema of a position in the training data; see `data_position`."""
+
+    packed: str | list[str] | None
+    skip: schema.Count
+
+
+class RunStatus(msgspec.Struct):
+    """The schema of `Trainer.run_status`: one value per group."""
+
+    ended: list[Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]]
+    failed: list[bool]
+    placed: list[bool]
+
+
+class Meta(msgspec.Struct):
+    """The schema of `meta`."""
+
+    shapes: dict[str, list[schema.Count]]
+    identity: dict[str, Any] = {}
+    data: DataPosition | None = None
+    runs: RunStatus | None = None
+    checksums: dict[str, int] = {}
 
 
 class Checkpoints:
@@ -246,8 +273,10 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._read(step, "meta", ocp.args.JsonRestore())
         checksums.check_seal(meta)
-        if "shapes" not in meta:
-            raise checksums.Damaged("The metadata of the checkpoint does not list its arrays.")
+        try:
+            schema.check(meta, Meta, "The metadata of the checkpoint")
+        except ValueError as error:
+            raise checksums.Damaged(str(error)) from error
         return meta
 
 

@@ -71,6 +71,8 @@ def check_seal(record: dict[str, Any]) -> None:
     Raises:
         Damaged: the record does not match its digest.
     """
+    if not isinstance(record, dict):
+        raise Damaged("The metadata of the checkpoint is not a JSON object.")
     rest = {name: value for name, value in record.items() if name != SEAL}
     if record.get(SEAL) not in (None, _digest(rest)):
         raise Damaged("The metadata of the checkpoint differs from the metadata that was saved.")

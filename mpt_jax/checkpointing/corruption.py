@@ -24,7 +24,16 @@ _FINE, _DAMAGED, _UNREAD = range(3)  # the highest status of all processes count
 # A file of a complete checkpoint is missing, or a folder is in its place (or the other way round).
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # What decoders of JSON, msgpack and trees raise for corrupt bytes.
-_UNDECODABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
+_UNDECODABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+)
 # TensorStore raises a ValueError that begins with a status, whatever went wrong. These statuses
 # concern the bytes. All others concern access to them, and UNKNOWN may be anything.
 _STATUS = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")

@@ -47,6 +47,11 @@ class DataPosition:
         """
         if self._batches is None or saved is None:
             return
+        if saved["skip"] > step:
+            raise ValueError(
+                f"The checkpoint of step {step} skips {saved['skip']:,} batches, more than were "
+                "taken. Rename the checkpoint to resume from the previous one."
+            )
         self._step, self._packed = step - saved["skip"], saved["packed"]
         if self._packed is not None:
             self._batches.restore(_unpack(self._packed, step))

@@ -47,7 +47,7 @@ def states(
         saved = checkpoints.Checkpoints(folder, read_only=True)
         path = saved.path(step)
         # Checked first, because differing shapes are only a consequence of these.
-        fingerprint.check_can_restore(ours, saved.meta(step)["identity"], path)
+        fingerprint.check_can_restore(ours, saved.meta(step).get("identity", {}), path)
         restored = saved.restore(state, step)
         assert restored is not None
         logging.info("Read %s.", path)

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mpt_jax.core import schema
 from mpt_jax.runtime.files import write_atomic
 
 FILE = "running.json"
@@ -94,6 +96,17 @@ def check_writable(model_dir: str) -> None:
         ) from error
 
 
+class Record(msgspec.Struct):
+    """The schema of running.json."""
+
+    host: str
+    pid: schema.Positive
+    since: str
+    machine: str
+    token: str
+    process_start: int | None = None
+
+
 class Lock:
     """The lock of a job on its MODEL_DIR, held by process 0.
 
@@ -153,7 +166,7 @@ class Lock:
             return
         record = _parsed(content)
         if record.get("machine") == _machine():
-            alive = _start_of(record["pid"]) == record["process_start"]
+            alive = _start_of(record["pid"]) == record.get("process_start")
         else:
             logging.info(
                 "%s names %s. Watching its count for up to %.0f s.",
@@ -228,10 +241,12 @@ def _read(path: epath.Path) -> str | None:
 
 
 def _parsed(content: str) -> dict[str, Any]:
-    """Returns the parsed record, or an empty one if it cannot be parsed."""
+    """Returns the parsed record, or an empty one if it is not a lock's record."""
     try:
-        return dict(json.loads(content))
-    except (ValueError, TypeError):
+        record = schema.parse(content, FILE)
+        schema.check(record, Record, FILE)
+        return record
+    except ValueError:
         return {}
 
 

@@ -45,6 +45,13 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
             f"{missing or 'a relative position table'}. Use a T5 checkpoint. The first parameters "
             f"found are {sorted(shapes)[:5]}."
         )
+    flat = [name for name in (*wanted, inner, tables[0]) if len(shapes[name]) != 2]
+    if flat or 0 in shapes[tables[0]]:
+        bad = (flat or tables)[0]
+        raise ValueError(
+            f"{what} does not have the parameters of a T5: {bad} has shape {shapes[bad]}. Use a T5 "
+            "checkpoint."
+        )
     heads, buckets = shapes[tables[0]]
     config = T5Config(
         vocab_size=shapes[wanted[0]][0],
@@ -98,5 +105,12 @@ def with_even_tables(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(shapes: Mapping[str, Any], stack: str) -> int:
+    """Returns the number of layers of a stack. Raises ValueError if their numbers have a gap."""
     matches = (re.match(rf"{stack}/layers_(\d+)/", name) for name in shapes)
-    return 1 + max((int(match[1]) for match in matches if match), default=-1)
+    found = {int(match[1]) for match in matches if match}
+    if missing := sorted(set(range(len(found))) - found):
+        raise ValueError(
+            f"The {stack} has {len(found)} layers, but none of number {missing[0]}. The checkpoint "
+            "may be incomplete: download or copy it again."
+        )
+    return len(found)

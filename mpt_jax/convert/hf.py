@@ -12,11 +12,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
 from mpt_jax.convert.hf_weights import MAX_SHARD_BYTES, read_tensors, write_tensors
+from mpt_jax.core import schema
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
 from mpt_jax.runtime.files import new_folder, read_json
 
@@ -107,7 +109,7 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
         ValueError: the model is not a T5, has unsupported settings, or lacks sizes.
     """
     model_type = fields.get("model_type")
-    if model_type not in _MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise ValueError(
             f"{what} has model_type {model_type!r}, which is not supported. Use a model of type "
             f"{', '.join(_MODEL_TYPES)} (T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5)."
@@ -119,7 +121,7 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
         )
     _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
     activation = fields.get("feed_forward_proj", usual_activation)
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(
             f"{what} has feed_forward_proj={activation!r}, which is not supported. Use a model "
             f"with one of {list(_ACTIVATIONS)}."
@@ -131,6 +133,11 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
         )
     # Since version 5, transformers records it in the first field, and the second is always true.
     tied = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", usually_tied))
+    if not isinstance(tied, bool):
+        raise ValueError(
+            f"{what} has tie_word_embeddings (or scale_decoder_outputs) = {schema.short(tied)}, "
+            "which is neither true nor false. Download or copy the file again."
+        )
     return T5Config(
         **{name: fields[hf_name] for hf_name, name in _SIZES.items()},
         num_decoder_layers=fields.get("num_decoder_layers") or fields["num_layers"],
@@ -210,9 +217,20 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
     tensors = _without_copies(read_tensors(folder), config, folder)
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors):  # before their names are listed
+        raise ValueError(
+            f"{folder / CONFIG} names {layers:,} layers, but the weights have {len(tensors)} "
+            f"tensors. Download or copy {CONFIG} and the weights again."
+        )
     path_of = {hf_name: path for path, hf_name in name_table(config).items()}
     params = {}
     for hf_name, x in tensors.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"The checkpoint {folder} has {hf_name} of type {x.dtype}, which is not "
+                "supported. Save the model in float32 or bfloat16."
+            )
         name = path_of.get(hf_name, hf_name)
         x = x.T if _transposed(name) else x
         params[name] = x.astype(np.float32) if x.dtype == np.float16 else x

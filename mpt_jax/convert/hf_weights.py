@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from mpt_jax.core import schema
 from mpt_jax.runtime.files import is_local, read_json
 
 WEIGHTS = "model.safetensors"
@@ -28,6 +28,14 @@ INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default
+# Tied tensors are views of one tensor in a pickled file: the embedding, its copies and the head.
+MOST_VIEWS = 4
+
+
+class Index(msgspec.Struct):
+    """The schema of an index: the file of each tensor."""
+
+    weight_map: dict[str, schema.Name]
 
 
 def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
@@ -57,13 +65,10 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
 
 def _shards(folder: epath.Path, index: str) -> list[str]:
     """Returns the names of the files that an index lists."""
-    try:
-        files = sorted(set(read_json(folder / index)["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / index} has no weight_map from tensor names to file names. Download or copy "
-            "the index again."
-        ) from error
+    path, advice = folder / index, "Download or copy the index again."
+    files = sorted(set(schema.check(read_json(path), Index, f"{path}", advice).weight_map.values()))
+    if outside := [name for name in files if epath.Path(name).name != name or "\0" in name]:
+        raise ValueError(f"{path} names files that are not beside it: {outside[:3]}. {advice}")
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise ValueError(
@@ -83,12 +88,8 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
     with _local(path) as local_path:
         if path.suffix != ".safetensors":
             return _pickled(local_path, path)
-        try:
+        with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
             return load_file(local_path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is truncated or damaged: {error}. Download or copy it again."
-            ) from error
 
 
 @contextlib.contextmanager
@@ -117,18 +118,28 @@ def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
         # The older of torch's two formats is not a zip file and cannot be memory-mapped.
         mapped = zipfile.is_zipfile(local_path)
         state = torch.load(local_path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch raises for damaged pickles
         raise ValueError(
             f"{path} is truncated, damaged, or holds more than tensors (nothing was run): "
-            f"{reason}. Download or copy it again, or save the model again as safetensors."
+            f"{schema.reason(error)}. Download or copy it again, or save the model again as "
+            "safetensors."
         ) from error
     if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(
             f"{path} does not hold a mapping from names to tensors. Save the model again with "
             "save_pretrained(folder)."
         )
-    return {name: _as_numpy(tensor, torch) for name, tensor in state.items()}
+    # A view may repeat its values without end: its strides are numbers from the file.
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if size > MOST_VIEWS * (held := os.path.getsize(local_path)):
+        raise ValueError(
+            f"{path} names tensors of {size:,} bytes, but it has {held:,}. Download or copy it "
+            "again, or save the model again as safetensors."
+        )
+    with schema.damage(f"{path} holds tensors that NumPy cannot read", "Save it as safetensors."):
+        return {str(name): _as_numpy(tensor, torch) for name, tensor in state.items()}
 
 
 def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:

@@ -19,11 +19,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import msgspec
 import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
 from mpt_jax.convert.hf_weights import read_file
+from mpt_jax.core import schema
 from mpt_jax.core.tree import match_exactly
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.mpt import MPT
@@ -36,7 +39,32 @@ PICKLED = "adapter_model.bin"
 NOTES = "mpt_jax.json"  # our own file, for what PEFT's files cannot hold
 
 SINGLE, MULTITASK = "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"
+COPY_AGAIN = "Download or copy the adapter again."
 _TASK_TYPE = "SEQ_2_SEQ_LM"
+
+
+class Config(msgspec.Struct):
+    """The schema of adapter_config.json."""
+
+    peft_type: str
+    num_virtual_tokens: schema.Positive | None = None  # other methods have none
+    task_type: str | None = None
+    num_transformer_submodules: schema.Positive | None = None
+    token_dim: schema.Positive | None = None
+    num_tasks: schema.Positive = 1
+    num_ranks: schema.Positive = 1
+
+
+class Notes(msgspec.Struct):
+    """The schema of `mpt_jax.json`."""
+
+    task_names: schema.Names | None = None
+    run_names: schema.Names | None = None
+    method: str | None = None
+    backbone: str | None = None
+    embedding_sha256: str | None = None
+    vocabulary_sha256: str | None = None
+    step: schema.Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,40 +99,71 @@ def load_adapter(folder: epath.Path) -> Adapter:
         raise FileNotFoundError(
             f"{folder} is not a PEFT adapter: it has no {CONFIG}. Check the path."
         )
-    config = read_json(folder / CONFIG)
-    kind = config.get("peft_type")
-    if kind not in (SINGLE, MULTITASK):
+    config = schema.check(read_json(folder / CONFIG), Config, f"{folder / CONFIG}", COPY_AGAIN)
+    if config.peft_type not in (SINGLE, MULTITASK):
         raise ValueError(
-            f"{folder / CONFIG} has peft_type {kind!r}. Only {SINGLE} and {MULTITASK} adapters "
-            "can be converted. Train the prompts with one of these methods."
+            f"{folder / CONFIG} has peft_type {config.peft_type!r}. Only {SINGLE} and {MULTITASK} "
+            "adapters can be converted. Train the prompts with one of these methods."
         )
-    if config.get("task_type") not in (None, _TASK_TYPE):
+    if config.task_type not in (None, _TASK_TYPE):
         raise ValueError(
-            f"{folder / CONFIG} has task_type {config['task_type']!r}. Only adapters of "
+            f"{folder / CONFIG} has task_type {config.task_type!r}. Only adapters of "
             f"encoder-decoder models ({_TASK_TYPE}) can be converted. Use an adapter of a T5."
         )
-    copies = config.get("num_transformer_submodules") or 2  # PEFT's default here
-    if kind == MULTITASK and copies != 1:
+    if config.num_virtual_tokens is None:
+        raise ValueError(
+            f"{folder / CONFIG} has no integer num_virtual_tokens. Set it to the prompt length."
+        )
+    tensors = _tensors(folder)
+    copies = _copies(config, tensors)
+    if config.peft_type == MULTITASK and copies != 1:
         raise ValueError(
             f"{folder} was trained with a second prompt before the decoder's input "
             f"(num_transformer_submodules={copies}; PEFT's default is 2), which MPT-JAX does not "
             "support. Train it again with num_transformer_submodules=1."
         )
-    tensors = _tensors(folder)
     _check_shapes(folder, config, tensors, copies)
-    notes = read_json(folder / NOTES) if (folder / NOTES).exists() else {}
-    prompt = tensors["prompt_embeddings"][None, : config["num_virtual_tokens"]]
-    if kind == SINGLE:
+    notes = _notes(folder)
+    prompt = tensors["prompt_embeddings"][None, : config.num_virtual_tokens]
+    if config.peft_type == SINGLE:
         return Adapter(PromptTuning(prompt.shape[1]), {"table": prompt}, notes)
     left, right = tensors["prefix_task_cols"], tensors["prefix_task_rows"]
     params = {"shared": prompt, "task_left": left, "task_right": right}
     return Adapter(MPT(prompt.shape[1], rank=left.shape[2]), params, notes)
 
 
+def _copies(config: Config, tensors: Mapping[str, np.ndarray]) -> int:
+    """Returns how often the adapter keeps each virtual token.
+
+    Without `num_transformer_submodules`, PEFT's default is 2. A prompt of one copy is still read,
+    since its rows show it.
+    """
+    if config.num_transformer_submodules is not None:
+        return config.num_transformer_submodules
+    rows = len(tensors.get("prompt_embeddings", ()))
+    return 1 if config.peft_type == SINGLE and rows == config.num_virtual_tokens else 2
+
+
+def _notes(folder: epath.Path) -> dict[str, Any]:
+    """Returns the contents of `mpt_jax.json`, without what it does not record."""
+    path = folder / NOTES
+    if not path.exists():
+        return {}
+    notes = read_json(path)
+    schema.check(notes, Notes, f"{path}", COPY_AGAIN)
+    return {name: value for name, value in notes.items() if value is not None}
+
+
 def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     for name in (TENSORS, PICKLED):
         if (folder / name).exists():
             tensors = read_file(folder / name)
+            for leaf, x in tensors.items():
+                if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
+                    raise ValueError(
+                        f"{folder / name} has {leaf} of type {x.dtype} and shape {x.shape}, which "
+                        f"is no prompt. {COPY_AGAIN}"
+                    )
             return {leaf: np.asarray(x, np.float32) for leaf, x in tensors.items()}
     raise FileNotFoundError(
         f"{folder} has no tensors: neither {TENSORS} nor {PICKLED} exists. Copy one of them."
@@ -112,18 +171,15 @@ def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _check_shapes(
-    folder: epath.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: int
+    folder: epath.Path, config: Config, tensors: Mapping[str, np.ndarray], copies: int
 ) -> None:
-    if not isinstance(config.get("num_virtual_tokens"), int):
-        raise ValueError(
-            f"{folder / CONFIG} has no integer num_virtual_tokens. Set it to the prompt length."
-        )
     shapes = {name: x.shape for name, x in tensors.items()}
-    rows = copies * config["num_virtual_tokens"]
-    width = config.get("token_dim") or shapes.get("prompt_embeddings", (0, 0))[-1]
+    assert config.num_virtual_tokens is not None  # checked by the caller
+    rows = copies * config.num_virtual_tokens
+    width = config.token_dim or shapes.get("prompt_embeddings", (0, 0))[-1]
     expected: dict[str, tuple[int, ...]] = {"prompt_embeddings": (rows, width)}
-    if config["peft_type"] == MULTITASK:
-        tasks, rank = config.get("num_tasks", 1), config.get("num_ranks", 1)
+    if config.peft_type == MULTITASK:
+        tasks, rank = config.num_tasks, config.num_ranks
         expected["prefix_task_cols"] = (tasks, rows, rank)
         expected["prefix_task_rows"] = (tasks, rank, width)
     match_exactly(
@@ -131,7 +187,7 @@ def _check_shapes(
         shapes,
         f"The adapter {folder}",
         standard=f"its {CONFIG}",
-        advice="Download or copy the adapter again.",
+        advice=COPY_AGAIN,
     )
 
 

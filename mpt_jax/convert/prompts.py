@@ -25,6 +25,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runtime.files import new_folder
+from mpt_jax.runtime.tensors import load_npy
 
 FOLDED = "folded.safetensors"
 # Where google-research/prompt-tuning keeps a prompt in T5X's tree.
@@ -144,13 +145,7 @@ def _common_notes(
 
 
 def _read_npy(source: epath.Path) -> peft.Adapter:
-    try:
-        array = np.load(io.BytesIO(source.read_bytes()), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{source} is truncated, damaged, or not a plain array of numbers: {error}. Copy it "
-            "again, or save the prompt again with numpy.save."
-        ) from error
+    array = load_npy(source.read_bytes(), str(source))
     return _plain(_prompt(array, str(source))[None], {})
 
 
@@ -179,7 +174,7 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
 
 
 def _prompt(array: np.ndarray, what: str) -> np.ndarray:
-    if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.ndim != 2 or not array.size or not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
             f"{what} is not a prompt: expected floats [P, H], got {array.dtype}{array.shape}. Save "
             "each prompt as one array of this shape."
@@ -256,10 +251,11 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
             "Other programs have no format for such prompts. Use the artifact itself with `mpt-jax "
             "predict` or `mpt-jax export`."
         )
-    if unfit := [name for name in artifact.runs.run_names if "/" in name]:
+    names = artifact.runs.run_names
+    if unfit := [name for name in names if name in (".", "..") or "/" in name or "\0" in name]:
         raise ValueError(
-            f"{source} has runs whose names cannot be file names, since they contain '/': {unfit}. "
-            "Use the artifact itself with `mpt-jax predict` or `mpt-jax export`."
+            f"{source} has runs whose names cannot be file names: {unfit}. Use the artifact "
+            "itself with `mpt-jax predict` or `mpt-jax export`."
         )
     with new_folder(target) as scratch:
         expected, restored = _WRITERS[to](artifact, scratch)

@@ -10,23 +10,44 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import flax.serialization
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
 from mpt_jax.backbones.t5.scanned_params import is_stacked, unstack_layers
+from mpt_jax.convert import msgpack_check
 from mpt_jax.convert.architecture import with_even_tables
+from mpt_jax.core import schema
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.runtime.files import absolute, is_local, new_folder
 
 FORMAT_VERSION = 3  # of T5X's own format
 FILE = "checkpoint"
+ZARR = ".zarray"
+COPY_AGAIN = "Check the path, or download or copy the checkpoint again."
+# What compression may save: gzip's limit. Stores of constant values save more, so that small
+# arrays are always read.
+MOST_VALUES_PER_BYTE, SMALL = 1032, 2**24
+
+
+class ZarrHeader(msgspec.Struct):
+    """The schema of `.zarray`."""
+
+    shape: Annotated[list[schema.Count], msgspec.Meta(max_length=32)]
+    chunks: Annotated[list[schema.Positive], msgspec.Meta(max_length=32)]
+    dimension_separator: Literal[".", "/"] = "."
+
+    def num_chunks(self) -> list[int]:
+        """Returns the number of chunks along each dim."""
+        pairs = zip(self.shape, self.chunks, strict=True)
+        return [math.ceil(size / chunk) for size, chunk in pairs]
 
 
 def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -73,54 +94,70 @@ def _suggestion(path: epath.Path) -> str:
 
 
 def _load_msgpack(file: epath.Path) -> dict[str, Any]:
-    try:
-        contents = flax.serialization.msgpack_restore(file.read_bytes())
-        target = contents["optimizer"]["target"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{file} is truncated, damaged, or not a T5X checkpoint: {_reason(error)}. Check the "
-            "path, or download or copy the checkpoint again."
-        ) from error
-    return _read_arrays(target, file.parent)
+    content = file.read_bytes()
+    with schema.damage(f"{file} is truncated, damaged, or not a T5X checkpoint", COPY_AGAIN):
+        msgpack_check.check(content)
+        target = flax.serialization.msgpack_restore(content)["optimizer"]["target"]
+        if not isinstance(target, Mapping):
+            raise ValueError(f"its target is a {type(target).__name__}, not a tree of parameters")
+    return _read_arrays(target, file.parent, "")
 
 
-def _reason(error: Exception) -> str:
-    """Returns an error's text; a KeyError's is only the key."""
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _read_arrays(node: Any, folder: epath.Path) -> Any:
+def _read_arrays(node: Any, folder: epath.Path, name: str) -> Any:
     """Replaces references to arrays stored beside the msgpack file with the arrays."""
     if isinstance(node, Mapping):
         if "driver" in node and "kvstore" in node:
-            return _read_zarr(folder / node["kvstore"]["path"].rstrip("/"))
-        return {name: _read_arrays(child, folder) for name, child in node.items()}
+            return _read_zarr(folder / _relative(node["kvstore"], folder))
+        return {str(k): _read_arrays(x, folder, f"{name}/{k}") for k, x in node.items()}
+    if not isinstance(node, np.ndarray | np.generic | int | float):
+        raise ValueError(
+            f"The checkpoint {folder} has a {type(node).__name__} where the parameter "
+            f"{name[1:]!r} should be. {COPY_AGAIN}"
+        )
     return np.asarray(node)
+
+
+def _relative(kvstore: Any, folder: epath.Path) -> str:
+    """Returns the path of an array inside a checkpoint."""
+    path = kvstore.get("path") if isinstance(kvstore, Mapping) else None
+    if not isinstance(path, str) or path.startswith("/") or {"..", ""} & {*path[:-1].split("/")}:
+        raise ValueError(
+            f"The checkpoint {folder} refers to the array {path!r}, which is not inside it. "
+            f"{COPY_AGAIN}"
+        )
+    return path.rstrip("/")
 
 
 def _read_zarr(folder: epath.Path) -> np.ndarray:
     """Reads a zarr array. Missing chunks are errors, although zarr itself reads them as zeros."""
-    if not (folder / ".zarray").exists():
+    if not (folder / ZARR).exists():
         raise ValueError(
             f"The checkpoint is incomplete: {folder} is missing. Download or copy it again."
         )
+    what = f"The checkpoint's array {folder}"
+    header = schema.load((folder / ZARR).read_bytes(), ZarrHeader, f"{what} ({ZARR})", COPY_AGAIN)
     store: Any = os.fspath(folder) + "/"
     if is_local(folder):
         store = {"driver": "file", "path": os.fspath(absolute(folder)) + "/"}
     spec = {"driver": "zarr", "kvstore": store}
-    try:
-        array = ts.open(spec, read=True).result()
-        sizes: Any = array.chunk_layout.read_chunk.shape
-        counts = [math.ceil(n / c) for n, c in zip(array.shape, sizes, strict=True)]
-        present = {child.name for child in folder.iterdir()}
-        chunks = {".".join(map(str, i)) for i in itertools.product(*map(range, counts))} or {"0"}
-        if missing := chunks - present:
+    with schema.damage(f"{what} is incomplete", COPY_AGAIN):
+        sizes = {child.name: child.stat().length for child in folder.iterdir()}
+        counts = header.num_chunks()
+        _check_stored(math.prod(header.chunks) * math.prod(counts), sum(sizes.values()))
+        if math.prod(counts) > len(sizes):  # before their names are listed
+            raise ValueError(f"it has {math.prod(counts)} chunks, but {len(sizes)} files exist")
+        numbers = itertools.product(*map(range, counts))
+        separator = header.dimension_separator
+        chunks = {separator.join(map(str, i)) for i in numbers} or {"0"}
+        if missing := chunks - set(sizes):
             raise ValueError(f"chunks {sorted(missing)[:3]} are missing")
-        return np.asarray(array.read().result())
-    except ValueError as error:
-        raise ValueError(
-            f"The checkpoint's array {folder} is incomplete: {error}. Download or copy it again."
-        ) from error
+        return np.asarray(ts.open(spec, read=True).result().read().result())
+
+
+def _check_stored(values: int, stored: int) -> None:
+    """Raises ValueError if a store of some bytes cannot hold so many values."""
+    if values > MOST_VALUES_PER_BYTE * stored + SMALL:
+        raise ValueError(f"it names {values:,} values, but its files have {stored:,} bytes")
 
 
 def _load_orbax(folder: epath.Path) -> dict[str, Any]:
@@ -128,16 +165,33 @@ def _load_orbax(folder: epath.Path) -> dict[str, Any]:
     folder = absolute(folder)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
+            for name in ("_METADATA", ZARR):  # JSON that Orbax reads without bounds
+                if (folder / name).exists():
+                    schema.parse((folder / name).read_bytes(), f"{folder / name}")
             tree = checkpointer.metadata(folder).item_metadata.tree
             item = {"target": tree["target"]}
+            stored = sum(path.stat().length for path in _files(folder))
+            for leaf in jax.tree.leaves(item):
+                _check_stored(math.prod(leaf.shape), stored)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
             restore = ocp.args.PyTreeRestore(item, restore_args=as_numpy, partial_restore=True)
             return checkpointer.restore(folder, args=restore)["target"]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever Orbax raises for damaged files
             raise ValueError(
-                f"{folder} is truncated, damaged, or not a T5X checkpoint: {_reason(error)}. Check "
-                "the path, or download or copy the checkpoint again."
+                f"{folder} is truncated, damaged, or not a T5X checkpoint: {schema.reason(error)}. "
+                f"{COPY_AGAIN}"
             ) from error
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields all files below a folder."""
+    for child in folder.iterdir():
+        if child.is_dir():
+            yield from _files(child)
+        else:
+            yield child
 
 
 def save_t5x(path: str | os.PathLike[str], params: Mapping[str, Any], step: int = 0) -> epath.Path:

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import difflib
 import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -24,7 +25,7 @@ _Value = TypeVar("_Value")
 # A run name: `data`, then settings that affect neither its examples nor its random key.
 _SETTINGS = re.compile(
     r"(?P<data>.+?)(_lr\d+(\.\d+)?)?(_tlr\d+(\.\d+)?)?(_from_[\w.:]+?)?(_init_[\w.:]+)?",
-    re.ASCII,
+    re.ASCII | re.DOTALL,
 )
 
 JOINT = "joint"
@@ -80,8 +81,8 @@ class Runs:
                 )
             groups = (0,) * len(tasks) if self.groups == JOINT else tuple(range(len(tasks)))
         else:
-            groups = tuple(int(group) for group in self.groups)
-        if len(groups) != len(tasks) or set(groups) != set(range(max(groups) + 1)):
+            groups = _integers(self.groups)
+        if len(groups) != len(tasks) or set(groups) != set(range(len(set(groups)))):
             raise ValueError(
                 f"groups must give each of the {len(tasks)} runs a group number from 0 to G-1, "
                 f"without a gap, got {groups}. Renumber GROUPS, or bind it to {JOINT!r} or "
@@ -125,6 +126,16 @@ class Runs:
     def _rows(self) -> dict[str, int]:
         """Bank row of each run, by run name."""
         return {name: row for row, name in enumerate(self.run_names)}
+
+
+def _integers(groups: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(group) for group in groups)
+    except TypeError as error:
+        raise ValueError(
+            f"groups must be a list of integers, got {abbreviate([repr(x) for x in groups])}. "
+            f"Renumber GROUPS, or bind it to {JOINT!r} or {INDEPENDENT!r}."
+        ) from error
 
 
 def data_name(run_name: str) -> str:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -23,9 +24,17 @@ from absl import logging
 from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
+from mpt_jax.core import schema
 from mpt_jax.core.comparison import check_same
 
 _POSITION = "position.json"
+
+
+class PositionHeader(msgspec.Struct):
+    """The schema of a data position's header."""
+
+    identity: dict[str, Any]
+    batches_taken: schema.Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,28 +134,27 @@ class TrainIterator(Iterator[Batch]):
         Raises:
             ValueError: `state` is corrupt, or was saved with another configuration.
         """
-        try:
+        advice = "Rename the checkpoint that holds it, to resume from the previous checkpoint."
+        what = "The data position is corrupt or not a position"
+        with schema.damage(what, advice):
             archive = zipfile.ZipFile(io.BytesIO(state))
-            header = json.loads(archive.read(_POSITION))
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            reason = error.args[0] if isinstance(error, KeyError) else error  # without quotes
-            raise ValueError(
-                f"The data position is corrupt or not a position ({reason}). Rename the checkpoint "
-                "that holds it, to resume from the previous checkpoint."
-            ) from error
+            # Stored as they are, so that no entry can be larger than the position.
+            if sum(entry.file_size for entry in archive.infolist()) > len(state):
+                raise ValueError("its entries are larger than itself")
+            entries = {name: archive.read(name) for name in archive.namelist()}
+            header = schema.load(entries.pop(_POSITION), PositionHeader, "its header")
         check_same(
-            _with_limits(header["identity"], self._prompt_length),
+            _with_limits(header.identity, self._prompt_length),
             _with_limits(self._identity, self._prompt_length),
             what="The data position",
             advice="Restore the saved values, or choose another MODEL_DIR to start over.",
         )
-        with tempfile.TemporaryDirectory() as folder:
-            for name in archive.namelist():
-                if name != _POSITION:
-                    with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
-                        file.write(archive.read(name))
+        with tempfile.TemporaryDirectory() as folder, schema.damage(what, advice):
+            for name, content in entries.items():
+                with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
+                    file.write(content)
             self._checkpoint.read(os.path.join(folder, "position")).assert_consumed()
-        self._taken = header["batches_taken"]
+        self._taken = header.batches_taken
 
 
 def _with_limits(identity: Mapping[str, Any], prompt_length: int) -> dict[str, Any]:

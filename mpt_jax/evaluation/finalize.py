@@ -17,9 +17,10 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import msgspec
 import numpy as np
 import seqio
 from absl import logging
@@ -27,6 +28,7 @@ from etils import epath
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, model_card, provenance
+from mpt_jax.core import schema
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, merge, unflatten
@@ -60,10 +62,16 @@ class RunOutcome:
 
     run: str
     task: str
-    state: str
+    state: Literal["finished", "failed", "trained"]
     step: int
     best_step: int | None
     score: float | None
+
+
+class Fleet(msgspec.Struct):
+    """The schema of fleet.json."""
+
+    runs: list[RunOutcome]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +179,8 @@ def all_ended(model_dir: str | os.PathLike[str]) -> bool:
     path = epath.Path(model_dir) / FLEET
     if not path.exists():
         return False
-    states = {run["state"] for run in json.loads(path.read_text())["runs"]}
+    advice = "Copy it again, or remove it and rerun the command of the job to write it again."
+    states = {run.state for run in schema.load(path.read_bytes(), Fleet, f"{path}", advice).runs}
     return TRAINED not in states and FINISHED in states
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from scipy import stats
 
+from mpt_jax.core import schema
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.runtime.files import write_atomic
 
@@ -62,6 +64,23 @@ class Result:
     def means(self, tasks: Sequence[str] = ()) -> list[float]:
         """Returns the mean main metric over tasks (default: all), one value per seed."""
         return np.mean([self.values(task) for task in tasks or self.scores], axis=0).tolist()
+
+
+class Record(msgspec.Struct):
+    """The schema of a line of run.jsonl: the fields that results need."""
+
+    parameters: schema.Amount
+    trainable_parameters: schema.Amount
+    method_config: dict[str, Any]
+    prompt_length: schema.Count | None = None
+
+
+class Timing(msgspec.Struct):
+    """The schema of a line of metrics.jsonl: the fields that the total time needs."""
+
+    folder: str
+    step: schema.Count
+    seconds_per_step: float | None = msgspec.field(default=None, name="timing/seconds_per_step")
 
 
 class Estimate(NamedTuple):
@@ -155,25 +174,34 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
                 f"The stage in {folder} has no evaluation of run {run!r}: {path} does not exist. "
                 "Rerun the stage until it finishes."
             )
-        metrics = json.loads(path.read_text().splitlines()[-1])
-        scores[run] = {name: float(value) for name, value in metrics.items() if name != "step"}
+        metrics = schema.load(_last_line(path), dict[str, float], f"The last line of {path}")
+        scores[run] = {name: value for name, value in metrics.items() if name != "step"}
     return scores
 
 
 def read_record(model_dir: Path) -> dict:
     """Returns the record of the job's last start, from run.jsonl in a MODEL_DIR."""
-    return json.loads((model_dir / "run.jsonl").read_text().splitlines()[-1])
+    path = model_dir / "run.jsonl"
+    record = schema.parse(_last_line(path), f"The last line of {path}")
+    schema.check(record, Record, f"The last line of {path}")
+    return record
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    if not lines:
+        raise ValueError(f"{path} is empty. Rerun the stage that writes it until it finishes.")
+    return lines[-1]
 
 
 def training_seconds(model_dir: Path) -> float:
     """Returns the total time of the training steps in metrics.jsonl, in seconds."""
     seconds, last = 0.0, 0
     for line in (model_dir / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        per_step = metrics.get("timing/seconds_per_step")
-        if metrics["folder"] == "train" and per_step is not None:
-            seconds += per_step * max(0, metrics["step"] - last)
-            last = metrics["step"]
+        metrics = schema.load(line, Timing, f"A line of {model_dir / 'metrics.jsonl'}")
+        if metrics.folder == "train" and metrics.seconds_per_step is not None:
+            seconds += metrics.seconds_per_step * max(0, metrics.step - last)
+            last = metrics.step
     return seconds
 
 
@@ -198,7 +226,7 @@ def save(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
 def load_majority(root: Path) -> dict[str, float]:
     """Returns the majority-class shares that `save` wrote, or {} if the file is missing."""
     path = root / MAJORITY_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    return schema.load(path.read_bytes(), dict[str, float], f"{path}") if path.exists() else {}
 
 
 def load(root: Path) -> list[Result]:
@@ -214,7 +242,7 @@ def load(root: Path) -> list[Result]:
             "folder that one of them wrote."
         )
     loaded = []
-    for fields in json.loads(path.read_text()):
-        folders = tuple(os.path.normpath(root / name) for name in fields["model_dirs"])
-        loaded.append(Result(**{**fields, "model_dirs": folders, "seeds": tuple(fields["seeds"])}))
+    for result in schema.load(path.read_bytes(), list[Result], f"{path}"):
+        folders = tuple(os.path.normpath(root / name) for name in result.model_dirs)
+        loaded.append(dataclasses.replace(result, model_dirs=folders))
     return loaded

@@ -21,6 +21,7 @@ from mpt_jax.core.old_names import existing_folder
 from mpt_jax.core.runs import Runs
 from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE, all_ended
 from mpt_jax.experiments import results
+from mpt_jax.runtime.files import read_json
 
 FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
 
@@ -176,5 +177,5 @@ def collect(
         prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
         backbone_parameters=record["parameters"] - num_trainable,
         start=start,
-        backbone=json.loads(config.read_text())["backbone"] if config.exists() else "",
+        backbone=str(read_json(config).get("backbone", "")) if config.exists() else "",
     )

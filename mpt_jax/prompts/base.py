@@ -10,12 +10,16 @@ concatenated to the text: it is written into positions that the batch reserves f
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from mpt_jax.core import schema
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs, data_name, look_up
 from mpt_jax.core.shapes import Array, Float, Int, Key, Params
 from mpt_jax.core.tree import Rules
@@ -194,6 +198,59 @@ def get_method(name: str) -> Callable[..., PromptMethod]:
         ValueError: the method is unknown; the message lists the known methods.
     """
     return look_up("prompt method", name, _METHODS)
+
+
+def method_from_config(name: str, settings: Mapping[str, Any], what: str) -> PromptMethod:
+    """Builds a method from the settings that `PromptMethod.config` returned.
+
+    Args:
+        name: the method's name.
+        settings: JSON values.
+        what: the file that holds them; the subject of the error's first sentence.
+
+    Raises:
+        ValueError: the method or a setting is unknown, or a value has another type or is out of
+            range.
+    """
+    cls: Any = get_method(name)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: _of_json(hints[field.name]) for field in dataclasses.fields(cls)}
+    known = {setting: kind for setting, kind in fields.items() if kind is not None}
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(
+            f"{what} has settings that the method {name!r} does not have: {abbreviate(unknown)}. "
+            f"Its settings are {', '.join(known)}. Read it with the version of MPT-JAX that wrote "
+            "it, or copy it again."
+        )
+    required = {x.name for x in dataclasses.fields(cls) if x.default is dataclasses.MISSING}
+    if missing := sorted(required - set(settings)):
+        raise ValueError(
+            f"{what} lacks settings of the method {name!r}: {', '.join(missing)}. Copy it again, "
+            "or repeat the command that wrote it."
+        )
+    for setting, value in settings.items():
+        is_size = setting in ("prompt_length", "length", "rank")
+        kind = schema.Positive if is_size else known[setting]
+        schema.check(value, kind, f"{what} (setting {setting} of the method {name!r})")
+    return cls(**settings)
+
+
+def _of_json(kind: Any) -> Any:
+    """Returns the type of a field's JSON values; None for those of initializers, which have none.
+
+    A field that takes an object of settings or their table (`Annealing | Mapping`) is checked as
+    the object.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if any(map(dataclasses.is_dataclass, arguments)):
+            arguments = [x for x in arguments if typing.get_origin(x) is not Mapping]
+        arguments = [_of_json(x) for x in arguments]
+        return None if None in arguments else typing.Union[tuple(arguments)]  # noqa: UP007
+    if origin in (Sequence, Mapping):
+        return None if None in map(_of_json, arguments) else kind
+    plain = kind in (int, float, str, bool, type(None)) or dataclasses.is_dataclass(kind)
+    return kind if plain else None
 
 
 def method_names() -> tuple[str, ...]:

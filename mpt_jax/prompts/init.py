@@ -21,6 +21,7 @@ import numpy as np
 from mpt_jax.core.runs import Runs, entry_of_run, look_up
 from mpt_jax.core.shapes import Array, Float, Key
 from mpt_jax.prompts.base import InitContext, name_key
+from mpt_jax.runtime.tensors import load_npy
 
 
 @runtime_checkable
@@ -125,7 +126,7 @@ class FromArray:
     path: str
 
     def __call__(self, key, task_name, prompt_length, context):
-        array = np.load(Path(self.path), allow_pickle=False)
+        array = load_npy(Path(self.path).read_bytes(), self.path)
         expected = (prompt_length, context.embedding.shape[1])
         if array.shape != expected:
             raise ValueError(

@@ -9,13 +9,14 @@ function that writes it has returned.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
+from mpt_jax.core import schema
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str, *, sync: bool = True) -> None:
@@ -144,12 +145,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         FileNotFoundError: the file does not exist.
         ValueError: the content is not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not JSON: {error}. Correct it, or download or copy it again."
-        ) from error
+    value = schema.parse(path.read_bytes(), f"{path}", "Correct it, or download or copy it again.")
     if not isinstance(value, dict):
         raise ValueError(
             f"{path} is not a JSON object: its value is a {type(value).__name__}. Correct it, or "

@@ -26,11 +26,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
+import msgspec
 from absl import logging
 from etils import epath
 
+from mpt_jax.core import schema
 from mpt_jax.core.comparison import differences
 from mpt_jax.runtime.files import is_local, write_atomic
+
+
+class Counts(msgspec.Struct):
+    """The schema of a record, except the fields that the caller adds."""
+
+    made_from: dict[str, Any]
+    lines: schema.Amount
+    bytes: schema.Amount
 
 
 class Refused(ValueError):
@@ -221,12 +231,14 @@ class ResumableFile:
         self, text: str, complete: bool
     ) -> tuple[Mapping[str, Any], int, int, dict[str, Any]]:
         """Returns the fields of a record: made_from, lines, bytes, notes."""
-        record = json.loads(text or "{}")  # T5X leaves an empty .COMPLETED
+        # T5X leaves an empty .COMPLETED.
+        record = schema.parse(text or "{}", "the record")
         if not isinstance(record, dict):
             raise TypeError("not a JSON object")
         notes = {name: record[name] for name in self.notes}
         if "made_from" in record:
-            return dict(record["made_from"]), int(record["lines"]), int(record["bytes"]), notes
+            counts = schema.check(record, Counts, "the record")
+            return counts.made_from, counts.lines, counts.bytes, notes
         # Records of earlier versions have no counts, so the lines are counted here.
         content = b""
         if (path := self.path if complete else self._partial).exists():

@@ -13,15 +13,45 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from etils import epath
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from mpt_jax.core import schema
 from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.runtime.tensors import load_safetensors
 
 FOLDER, HISTORY, PARAMETERS = "best", "history.json", "trainable.safetensors"
+
+
+class Record(msgspec.Struct):
+    """The schema of a record of best steps."""
+
+    run_names: schema.Names
+    best_step: Annotated[list[Annotated[int, msgspec.Meta(ge=-1)]], msgspec.Meta(min_length=1)]
+    scores: dict[str, dict[str, float]]
+    history: dict[schema.Count, list[float | None]]
+    trainable_sha256: str = ""
+
+    def __post_init__(self):
+        groups = {len(scores) for scores in self.history.values()} | {len(self.best_step)}
+        if len(groups) > 1:
+            raise ValueError(f"scores of {sorted(groups)} groups")
+        pairs = enumerate(self.best_step)
+        if any(
+            step >= 0 and self.history.get(step, {group: None})[group] is None
+            for group, step in pairs
+        ):
+            raise ValueError("a best step without a score")
+
+
+class History(Record):
+    """The schema of history.json."""
+
+    next: Record | None = None
 
 
 class BestSteps:
@@ -68,8 +98,10 @@ class BestSteps:
             "rerun the same command: the job then resumes from its checkpoint and selects best "
             "steps from later evaluations only."
         )
+        history = self.folder / HISTORY
         try:
-            record = json.loads((self.folder / HISTORY).read_text())
+            record = schema.parse(history.read_bytes(), f"{history}")
+            checked = schema.check(record, History, f"{history}")
             parameters = path.read_bytes()
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -77,9 +109,9 @@ class BestSteps:
                 f"the files are damaged, {advice}"
             ) from error
         digest = hashlib.sha256(parameters).hexdigest()
-        expected = record.get("trainable_sha256", digest)  # earlier versions wrote none
+        expected = checked.trainable_sha256 or digest  # earlier versions wrote none
         next_record = record.pop("next", None)
-        if digest != expected and next_record and next_record["trainable_sha256"] == digest:
+        if digest != expected and checked.next and checked.next.trainable_sha256 == digest:
             record = next_record  # the run was killed between the two writes
         elif digest != expected:
             raise ValueError(
@@ -87,7 +119,7 @@ class BestSteps:
                 f"{expected}. To repair {self.folder}, {advice}"
             )
         self._written, self._digest = record, digest
-        return record, unflatten(load(parameters))
+        return record, unflatten(load_safetensors(parameters, f"{path}", f"To repair it, {advice}"))
 
 
 def _replace(path: epath.Path, content: bytes) -> None:

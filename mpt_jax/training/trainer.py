@@ -224,8 +224,19 @@ class Trainer:
         }
 
     def load_run_status(self, status: Mapping[str, Any]) -> None:
-        """Restores a `run_status` that was saved at the same step as the current state."""
+        """Restores a `run_status` that was saved at the same step as the current state.
+
+        Raises:
+            ValueError: it does not have one value per group.
+        """
         state = self.state
+        groups = {len(status[name]) for name in ("ended", "failed", "placed")}
+        if groups != {self.model.runs.num_groups}:
+            raise ValueError(
+                f"The checkpoint has the status of {sorted(groups)} groups, but the job has "
+                f"{self.model.runs.num_groups}. Rename the checkpoint to resume from the previous "
+                "one."
+            )
         self.ended = np.asarray(status["ended"], np.int32)
         self.failed = np.asarray(status["failed"], bool)
         self._groups_in_batch = np.asarray(status["placed"], bool)

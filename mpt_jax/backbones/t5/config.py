@@ -8,6 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 
 ACTIVATIONS = ("relu", "gelu", "silu", "linear")
+# Fields that give sizes.
+SIZES = (
+    "vocab_size",
+    "emb_dim",
+    "num_heads",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "head_dim",
+    "mlp_dim",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
 REMAT_POLICIES = ("none", "minimal", "full")
 
 
@@ -48,7 +60,8 @@ class T5Config:
             `scanned_params.py`), so that compile time does not grow with depth.
 
     Raises:
-        ValueError: a dtype, activation, policy or dropout rate that is not supported.
+        ValueError: a size that is no positive integer, or a dtype, activation, policy or dropout
+            rate that is not supported.
     """
 
     vocab_size: int
@@ -72,6 +85,13 @@ class T5Config:
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**31:
+                raise ValueError(
+                    f"T5Config.{name} must be an integer of at least 1, got {size!r:.80}. Correct "
+                    "the configuration of the model."
+                )
         dtype = jnp.dtype(self.dtype)
         if dtype == jnp.float16:
             raise ValueError(

@@ -19,12 +19,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import seqio
 from absl import logging
 
 from mpt_jax.config import gin_utils
+from mpt_jax.core import schema
 from mpt_jax.core.old_names import current_text
 from mpt_jax.core.runs import look_up
 from mpt_jax.evaluation import evaluator
@@ -40,6 +42,8 @@ from mpt_jax.runtime.files import write_atomic
 from mpt_jax.tasks import few_shot
 
 PLAN = "stages.json"
+# The schema of stages.json: stage -> gin files, bindings, steps.
+Plan = dict[str, Annotated[list[Any], msgspec.Meta(min_length=3, max_length=3)]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,7 +143,9 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
         ValueError: the folder of a stage was written with other gin files, bindings or steps.
     """
     path = root / PLAN
-    known = json.loads(current_text(path.read_text())) if path.exists() else {}
+    known: dict[str, list[Any]] = {}
+    if path.exists():
+        known = schema.load(current_text(path.read_text()), Plan, f"{path}")
     for stage in unique(cells):
         settings = [list(stage.files), list(stage.bindings), stage.steps]
         if (root / stage.name).exists() and known.get(stage.name, settings) != settings:

@@ -44,10 +44,9 @@ def load(folder: Path) -> list[results.Result]:
     """
     try:
         return results.load(folder)
-    except (TypeError, KeyError, ValueError) as error:
-        reason = f"the field {error} is missing" if isinstance(error, KeyError) else error
+    except ValueError as error:
         raise ValueError(
-            f"{folder / results.FILE} cannot be read ({reason}). The file is damaged or was "
+            f"{folder / results.FILE} cannot be read ({error}). The file is damaged or was "
             "written by another version. Rewrite it with `mpt-jax paper TABLE --collect`, or rerun "
             "`mpt-jax demo`."
         ) from error

@@ -7,13 +7,13 @@ missing data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.artifacts.artifacts import Artifact
+from mpt_jax.core import schema
 from mpt_jax.core.old_names import existing_folder
 from mpt_jax.experiments.results import Result, main_metric
 
@@ -106,10 +106,5 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"Line {number} of {path} is damaged ({error}). Repair the line, or remove it to "
-                "make the report without it."
-            ) from error
+        advice = "Repair the line, or remove it to make the report without it."
+        yield schema.load(line, dict[str, Any], f"Line {number} of {path} is damaged: it", advice)

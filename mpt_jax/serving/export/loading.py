@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from safetensors import deserialize
+from safetensors import SafetensorError, deserialize
 
 CONFIG = "config.json"
 BACKBONE = "backbone.safetensors"
@@ -22,6 +22,8 @@ FORMAT = 1
 MOST_NAMED = 20  # names that an error lists; it only counts the others
 # The dtypes that are written. safetensors' reader of bytes, unlike that of files, has no bfloat16.
 DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "I32": np.int32}
+
+ADVICE = "Copy the folder again, or export the prompts again."
 
 
 class Exported:
@@ -50,19 +52,20 @@ class Exported:
             raise FileNotFoundError(
                 f"{folder} has no {CONFIG}. Create the folder with `mpt-jax export`."
             )
-        self.config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text())
+        self.config = _config(self.folder / CONFIG)
         if self.config.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} has export format {self.config.get('format')!r}; this version of "
                 f"MPT-JAX reads {FORMAT}. Export the prompts again with this version."
             )
+        _check_config(self.config, self.folder / CONFIG)
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
         self.prompts = self._arrays(self.folder / PROMPTS, PROMPTS)
         self._functions = {
-            (name, length): jax.jit(export.deserialize(self._bytes(file)).call)
+            (name, int(length)): jax.jit(self._function(file).call)
             for name, files in self.config["functions"].items()
-            for length, file in ((int(key), value) for key, value in files.items())
+            for length, file in files.items()
         }
 
     def row(self, name: str) -> int:
@@ -115,8 +118,16 @@ class Exported:
         function = self._functions[name, length]
         return function(self.backbone, self.prompts, tokens, *others, np.asarray(rows, np.int32))
 
-    def _bytes(self, file: str) -> bytearray:
-        return bytearray(self._checked(self.folder / file, file))
+    def _function(self, file: str) -> export.Exported:
+        path = self.folder / file
+        content = bytearray(self._checked(path, file))
+        try:
+            return export.deserialize(content)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever the reader of the format raises
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is no exported function ({reason}). {ADVICE}") from error
 
     def _arrays(self, path: Path, name: str) -> Mapping[str, jax.Array]:
         if not path.exists():
@@ -127,12 +138,18 @@ class Exported:
                     f"{BACKBONE} of another export as `backbone`. Otherwise copy the file again."
                 )
             raise FileNotFoundError(f"{path} does not exist. {advice}")
-        return {
-            leaf: jnp.asarray(np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]))
-            for leaf, x in deserialize(self._checked(path, name))
-        }
+        content = self._checked(path, name)
+        try:
+            return {
+                leaf: jnp.asarray(np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]))
+                for leaf, x in deserialize(content)
+            }
+        except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{path} has no arrays of an export ({error}). {ADVICE}") from error
 
     def _checked(self, path: Path, name: str) -> bytes:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist. {ADVICE}")
         content = path.read_bytes()
         digest, expected = hashlib.sha256(content).hexdigest(), self.config["files_sha256"][name]
         if digest != expected:
@@ -149,6 +166,53 @@ def load(
 ) -> Exported:
     """Loads an exported model. The arguments and errors are those of `Exported`."""
     return Exported(folder, backbone)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = "too many nested lists" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not JSON ({reason}). {ADVICE}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object. {ADVICE}")
+    return config
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError if a field that is used is missing or has another form. Does not use a
+    schema of MPT-JAX, so that this file works without the package."""
+    names, length = config.get("names"), config.get("target_length")
+    functions: Any = config.get("functions")
+    digests: Any = config.get("files_sha256")
+    is_names = isinstance(names, list) and names and all(isinstance(x, str) for x in names)
+    is_table = isinstance(functions, dict) and all(
+        isinstance(files, dict)
+        and files
+        and all(_is_length(key) and _is_file(file) for key, file in files.items())
+        for files in functions.values()
+    )
+    is_digests = isinstance(digests, dict) and {BACKBONE, PROMPTS} <= set(digests)
+    named = [x for files in functions.values() for x in files.values()] if is_table else []
+    for field, valid in {
+        "names": is_names,
+        "target_length": type(length) is int and 0 < length < 2**31,
+        "functions": is_table and {"predict", "score"} <= set(functions),
+        "files_sha256": is_digests and set(named) <= set(digests),
+    }.items():
+        if not valid:
+            raise ValueError(
+                f"{path} has {field} = {str(config.get(field))[:80]}, which is not what an export "
+                f"writes. {ADVICE}"
+            )
+
+
+def _is_length(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and 0 < int(key[:10]) < 2**31 and len(key) < 11
+
+
+def _is_file(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name
 
 
 def _padded(texts: Sequence[Sequence[int]], length: int, what: str) -> np.ndarray:

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpt_jax.batching.tokenizers import Tokenizer
+from mpt_jax.core import schema
 from mpt_jax.serving.prompt_bank import Bank
 
 MODES = ("predict", "score")
 FIELDS = ("task", "inputs", "id", "targets", "choices")
-MOST_SHOWN = 80  # characters of a value that an error shows
-DEEPEST = 100  # levels of nested objects; Python cannot serialize far deeper ones
+MOST_BYTES = 2**24  # of a line; no text or list of choices is near this size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Reader:
         try:
             fields = _object(line)
         except (ValueError, RecursionError) as error:
-            return Failure(label, f"The line is not a JSON object ({_short(str(error))}).")
+            return Failure(label, f"The line is not a JSON object ({schema.short(str(error))}).")
         label |= {"id": fields["id"]} if "id" in fields else {}
         try:
             return self._request(fields, label)
@@ -100,8 +100,8 @@ class Reader:
     def _request(self, fields: Mapping[str, Any], label: Mapping[str, Any]) -> Request:
         if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
-                f"Unknown fields {_short(unknown)}. Known fields: {', '.join(FIELDS)}. Use id for "
-                "a value that the answer should repeat."
+                f"Unknown fields {schema.short(unknown)}. Known fields: {', '.join(FIELDS)}. "
+                "Use id for a value that the answer should repeat."
             )
         row = self.bank.row(_text(fields, "task"))
         inputs, cut = self._ids(_text(fields, "inputs"), "inputs", self.input_length)
@@ -145,10 +145,12 @@ class Reader:
 def _object(line: bytes) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("the line is empty")
+    if len(line) > MOST_BYTES:
+        raise ValueError(f"it has {len(line):,} bytes; at most {MOST_BYTES:,} are read")
     value = json.loads(line, parse_constant=_reject_constant, parse_float=_finite)
-    _check_depth(value)
+    schema.check_depth(value)
     if not isinstance(value, dict):
-        raise ValueError(f"got {_short(value)}")
+        raise ValueError(f"got {schema.short(value)}")
     return value
 
 
@@ -161,20 +163,8 @@ def _finite(number: str) -> float:
     JSON."""
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{_short(number)} is too large for a float")
+        raise ValueError(f"{schema.short(number)} is too large for a float")
     return value
-
-
-def _check_depth(value: Any) -> None:
-    """Raises ValueError for deep nesting. Checks one level at a time, since recursion could
-    overflow the stack."""
-    level = [value]
-    for _ in range(DEEPEST):
-        within = [list(x.values()) if isinstance(x, dict) else x for x in level]
-        level = [child for x in within if isinstance(x, list) for child in x]
-        if not level:
-            return
-    raise ValueError(f"its lists and objects are nested more than {DEEPEST} deep")
 
 
 def _text(fields: Mapping[str, Any], field: str) -> str:
@@ -182,7 +172,7 @@ def _text(fields: Mapping[str, Any], field: str) -> str:
         raise ValueError(f"The field {field} is missing. Add it to the request.")
     value = fields[field]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} must be a non-empty string, got {_short(value)}.")
+        raise ValueError(f"{field} must be a non-empty string, got {schema.short(value)}.")
     return value
 
 
@@ -192,11 +182,6 @@ def _choices(fields: Mapping[str, Any]) -> tuple[str, ...]:
     whole = texts and all(isinstance(text, str) and text.strip() for text in texts)
     if not whole or len(set(texts)) < len(texts):
         raise ValueError(
-            f"choices must be a list of different, non-empty strings, got {_short(value)}."
+            f"choices must be a list of different, non-empty strings, got {schema.short(value)}."
         )
     return tuple(texts)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value) if isinstance(value, str) else json.dumps(value)
-    return shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."

@@ -1,0 +1,174 @@
+"""Checks of what a file from outside says, before any value of it is used.
+
+A schema is a `msgspec.Struct` (or any type that msgspec converts to): types, ranges and required
+fields. Fields that a schema does not name are kept unread, so newer files can be read; a new field
+of ours is one more line with a default. JSON is parsed by Python, because our files may hold NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+Value = TypeVar("Value")
+
+DEEPEST = 100  # levels of nested lists and objects; Python cannot serialize far deeper ones
+MOST_BYTES = 2**28  # of a JSON file; Python takes up to 20 times as much memory for its values
+MOST_SHOWN = 80  # characters of a value that an error shows
+COPY_AGAIN = "Copy the file again from an intact copy."
+
+Amount = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # bytes, parameters
+# Sizes, counts and steps: no array or job of ours exceeds 31 bits.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+Names = Annotated[list[Name], msgspec.Meta(min_length=1)]
+
+_PLACE = re.compile(r"(?P<problem>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
+_STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+)\]")
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def parse(content: bytes | str, what: str, advice: str = COPY_AGAIN) -> Any:
+    """Parses JSON of bounded size and depth.
+
+    Args:
+        content: the JSON text.
+        what: the file; the subject of the error's first sentence.
+        advice: what the user can do; the last sentence of the error.
+
+    Raises:
+        ValueError: the content is not JSON, too large, or nested too deeply.
+    """
+    try:
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has {len(content):,} bytes; at most {MOST_BYTES:,} are read")
+        value = json.loads(content)
+        check_depth(value)
+    except RecursionError as error:
+        raise ValueError(f"{what} is not JSON: {_too_deep()}. {advice}") from error
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON: {error}. {advice}") from error
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError if a JSON value is nested more than `DEEPEST` deep. Checks one level at a
+    time, since recursion could overflow the stack."""
+    level = [value]
+    for _ in range(DEEPEST):
+        within = [list(x.values()) if isinstance(x, dict) else x for x in level]
+        level = [child for x in within if isinstance(x, list) for child in x]
+        if not level:
+            return
+    raise ValueError(_too_deep())
+
+
+def _too_deep() -> str:
+    return f"its lists and objects are nested more than {DEEPEST} deep"
+
+
+def check(value: Any, kind: type[Value] | Any, what: str, advice: str = COPY_AGAIN) -> Value:
+    """Converts a parsed JSON value to a schema's type.
+
+    Args:
+        value: the parsed value.
+        kind: the schema: a `msgspec.Struct`, a dataclass, or an annotated type.
+        what, advice: see `parse`.
+
+    Raises:
+        ValueError: the value does not have this type; the message names the place in the file, the
+            value found, and what was expected.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=True, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{what} {_problem(str(error), value, kind)}. {advice}") from error
+
+
+def load(content: bytes | str, kind: type[Value] | Any, what: str, advice: str = COPY_AGAIN):
+    """Parses JSON and converts it to a schema's type; see `parse` and `check`."""
+    return check(parse(content, what, advice), kind, what, advice)
+
+
+def _problem(message: str, value: Any, kind: Any) -> str:
+    """Returns what is wrong, as a predicate of the file, from the message of msgspec."""
+    match = _PLACE.fullmatch(message)
+    assert match is not None  # every text matches
+    problem, path = match["problem"], (match["path"] or "").removeprefix(".")
+    if problem.startswith("Object missing required field"):
+        missing = re.findall(r"`(.+)`", problem)
+        if not path and isinstance(value, dict) and issubclass(kind, msgspec.Struct):
+            missing = [f.encode_name for f in msgspec.structs.fields(kind) if f.required]
+            missing = [name for name in missing if name not in value]
+        where = f"{path} lacks" if path else "it lacks"
+        return f"is incomplete: {where} {', '.join(missing)}"
+    expected = re.sub(r"^Expected |, got `.*?`$", "", problem)
+    expected = re.sub(
+        r"`(.+?)`", lambda m: " or ".join(_type(x) for x in m[1].split(" | ")), expected
+    )
+    if match["key"]:
+        return f"has an object{f' {path}' if path else ''} with a key that is not {expected}"
+    shown = short(json.dumps(_found(value, match["path"] or "")))
+    if problem.startswith("Expected"):
+        place = f"{path} = {shown}" if path else f"the value {shown}"
+        return f"has {place}, but {expected} was expected"
+    return f"has {path or 'the value'} = {shown}, which it cannot have ({expected})"
+
+
+def _type(name: str) -> str:
+    return _TYPES.get(name, name)
+
+
+def _found(value: Any, path: str) -> Any:
+    """Returns the value at a path of msgspec's, or what holds it if the path does not say which
+    entry of an object is meant (`[...]`)."""
+    for step in _STEP.finditer(path.partition("[...]")[0]):
+        try:
+            value = value[step["name"] if step["name"] is not None else int(step["index"])]
+        except (KeyError, IndexError, TypeError):
+            break
+    return value
+
+
+def short(value: Any) -> str:
+    """Returns a text, or a JSON value as text, shortened to show in an error."""
+    shown = value if isinstance(value, str) and value.strip() else json.dumps(value)
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
+
+
+@contextlib.contextmanager
+def damage(what: str, advice: str) -> Iterator[None]:
+    """Turns whatever a library raises for damaged bytes into a ValueError.
+
+    Errors of access (OSError) and of memory are not changed.
+
+    Args:
+        what: the sentence before the reason, such as `'FILE is truncated or damaged'`.
+        advice: what the user can do; the last sentence of the error.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {reason(error)}. {advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of an error's text; a KeyError's is only the key."""
+    text = (str(error).strip().partition("\n")[0] or type(error).__name__).removesuffix(".")
+    return f"it has no {text}" if isinstance(error, KeyError) else text
