@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.backbones.t5 import Transformer
 from mpt_jax.convert import load_backbone, load_hf, save_t5x
 from mpt_jax.core.runs import Runs
@@ -52,9 +53,10 @@ def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides)
         "prompt_tuning": {"table": random(3, P, H, seed=4)},
         "shared_prompt": {"shared": random(runs.num_groups, P, H, seed=5)},
     }[method]
-    embedding = load_backbone(backbone)["token_embedder"]["embedding"]
+    params = load_backbone(backbone)
     fields = {
-        "embedding_sha256": artifacts.embedding_digest(embedding),
+        "embedding_sha256": artifacts.embedding_digest(params["token_embedder"]["embedding"]),
+        "backbone_sha256": backbone_digest(params),
         "backbone": "owner/tiny",
         "step": 120,
     }
@@ -67,7 +69,13 @@ def same_prompts(found: Path, expected: Path) -> None:
     assert (first.method, first.runs) == (second.method, second.runs)
     for name, value in second.params.items():
         np.testing.assert_array_equal(first.params[name], value)
-    for field in ("embedding_sha256", "vocabulary_sha256", "backbone", "step"):
+    for field in (
+        "embedding_sha256",
+        "backbone_sha256",
+        "vocabulary_sha256",
+        "backbone",
+        "step",
+    ):
         assert first.config[field] == second.config[field], field
 
 
@@ -153,8 +161,7 @@ def test_convert_plain_prompts_and_back_restores_prompts(method, backbone, tmp_p
 def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
     """Writes an artifact of a method that mixes prompts, with three runs in one group."""
     params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None, "backbone": "tiny"}
-    return artifacts.save_artifact(path, method, params, Runs(NAMES), step=1, **known)
+    return save(path, method, params, Runs(NAMES), vocabulary_sha256=None)
 
 
 @pytest.mark.parametrize("to", ["peft", "peft-folded", "npy", "safetensors"])
@@ -286,7 +293,7 @@ def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     assert "already exists" in said
     other = hf_folder(tmp_path / "other", "umt5")
     said = refused(capsys, folder, new, "--backbone", other)
-    assert said.count("sha256") == 1 and "were trained with another backbone" in said
+    assert said.count("the sha256") == 1 and "were trained with another backbone" in said
     convert(source, tmp_path / "folded", "--to", "peft-folded")
     notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
     notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))
