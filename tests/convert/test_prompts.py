@@ -17,6 +17,7 @@ from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.backbones.t5 import Transformer
 from mpt_jax.convert import load_backbone, load_hf, save_t5x
 from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.prompts import get_method
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -53,10 +54,10 @@ def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides)
         "prompt_tuning": {"table": random(3, P, H, seed=4)},
         "shared_prompt": {"shared": random(runs.num_groups, P, H, seed=5)},
     }[method]
-    params = load_backbone(backbone)
+    weights = load_backbone(backbone)
     fields = {
-        "embedding_sha256": artifacts.embedding_digest(params["token_embedder"]["embedding"]),
-        "backbone_sha256": backbone_digest(params),
+        "embedding_sha256": artifacts.embedding_digest(weights["token_embedder"]["embedding"]),
+        "backbone_sha256": backbone_digest(weights),
         "backbone": "owner/tiny",
         "step": 120,
     }
@@ -275,6 +276,36 @@ def test_convert_pickled_prompts_are_not_unpickled(backbone, tmp_path, capsys, m
     monkeypatch.setitem(sys.modules, "torch", None)
     said = refused(capsys, tmp_path / "peft", tmp_path / "x", *options[:2])
     assert "Install torch" in said
+
+
+def test_convert_other_weights_same_embedding_fail(backbone, tmp_path, capsys):
+    source = write(tmp_path / "artifact", backbone)
+    convert(source, tmp_path / "peft")
+    leaves = flatten(load_backbone(backbone))
+    name = "encoder/layers_0/attention/query/kernel"
+    other = save_t5x(tmp_path, unflatten({**leaves, name: leaves[name] * 1.1}), 0)
+    said = refused(capsys, tmp_path / "peft", tmp_path / "new", "--backbone", other)
+    digests = backbone_digest(load_backbone(backbone)), backbone_digest(load_backbone(other))
+    assert f"weights is {digests[0]}" in said and digests[1] in said
+    convert(source, tmp_path / "folded", "--to", "peft-folded")
+    notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
+    fields = json.loads(notes.read_text())
+    notes.write_text(json.dumps(fields | {"backbone_sha256": "0" * 64}))
+    said = refused(capsys, tmp_path / "folded", tmp_path / "new", "--backbone", backbone)
+    assert "adapters of several backbones" in said and "backbone_sha256 in" in said
+
+
+def test_convert_adapter_of_earlier_version_warns(backbone, tmp_path, capsys):
+    convert(write(tmp_path / "artifact", backbone), tmp_path / "peft")
+    notes = tmp_path / "peft" / "mpt_jax.json"
+    fields = json.loads(notes.read_text())
+    del fields["backbone_sha256"]
+    notes.write_text(json.dumps(fields))
+    capsys.readouterr()
+    convert(tmp_path / "peft", tmp_path / "new", "--backbone", backbone)
+    assert f"{tmp_path}/peft records no backbone_sha256" in capsys.readouterr().out
+    found = artifacts.load_artifact(tmp_path / "new").config
+    assert found["backbone_sha256"] == backbone_digest(load_backbone(backbone))
 
 
 def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
