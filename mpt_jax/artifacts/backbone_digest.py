@@ -58,7 +58,7 @@ def _named_digest(item: tuple[str, np.ndarray]) -> tuple[str, str]:
     hasher = hashlib.sha256(f"{leaf.shape} ".encode())
     for start in range(0, len(leaf), _ROWS):
         rounded = leaf[start : start + _ROWS].astype(jnp.bfloat16, copy=False).view(np.uint16)
-        hasher.update(np.ascontiguousarray(rounded))
+        hasher.update(np.ascontiguousarray(rounded).data)
     return name, hasher.hexdigest()
 
 
