@@ -18,6 +18,7 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.checkpointing import checkpoint_config, checkpoints, fingerprint, restore_states
 from mpt_jax.convert.t5x import save_t5x
 from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.data import feature_converter
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.sampling import task_mixture
@@ -233,6 +234,7 @@ def test_infer_artifact_same_scores_as_checkpoint(saved, tmp_path):
         saved.params["prompt"],
         saved.model.runs,
         embedding_sha256=artifacts.embedding_digest(embedding),
+        backbone_sha256=None,
         vocabulary_sha256=None,
         backbone="tiny",
         step=3,
@@ -305,6 +307,20 @@ def test_restore_states_other_backbone_error(saved, tmp_path):
         ValueError, match="embedding_sha256: saved '[0-9a-f]+', current '[0-9a-f]+'"
     ):
         one_state(saved, saved.model, backbone=str(save_t5x(tmp_path, other, 0)))
+
+
+def other_weights(saved, folder) -> str:
+    """A backbone with the same embedding, as after merging a LoRA."""
+    leaves = flatten({k: v for k, v in saved.params.items() if k != "prompt"})
+    name = "decoder/layers_0/self_attention/query/kernel"
+    return str(save_t5x(folder, unflatten({**leaves, name: leaves[name] * 1.1}), 0))
+
+
+def test_restore_states_other_weights_same_embedding_error(saved, tmp_path):
+    path = other_weights(saved, tmp_path)
+    with pytest.raises(ValueError, match="backbone_sha256: saved '[0-9a-f]+', current '[0-9a-f]+'"):
+        one_state(saved, saved.model, backbone=path)
+    assert one_state(saved, saved.model, backbone=path, digest_backbone=False).step == 3
 
 
 @pytest.mark.parametrize(

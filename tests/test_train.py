@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.convert import load_backbone, save_t5x
 from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.evaluation import finalize
 from mpt_jax.models import encoder_decoder, losses
@@ -134,6 +137,43 @@ def test_train_model_dir_of_other_configuration_error(backbone, tmp_path):
         run(backbone, tmp_path / "run", model=build(MPT(P, rank=2)))
     with pytest.raises(ValueError, match=r"objective: saved .*z_loss=0.0.*, current .*z_loss=0.1"):
         run(backbone, tmp_path / "run", model=build(objective=losses.Objective(z_loss=0.1)))
+
+
+def test_train_other_weights_same_embedding_error(backbone, tmp_path):
+    """As after merging a LoRA. Neither resuming nor starting from the artifact is allowed."""
+    run(backbone, tmp_path / "run", steps=2)
+    leaves = flatten(load_backbone(backbone))
+    name = "encoder/layers_0/attention/query/kernel"
+    other = str(save_t5x(tmp_path, unflatten({**leaves, name: leaves[name] * 1.1}), step=0))
+    with pytest.raises(ValueError, match="backbone_sha256: saved '.*', current '"):
+        run(other, tmp_path / "run", steps=4)
+    origins = {"artifact": str(tmp_path / "run" / "artifact")}
+    with pytest.raises(ValueError, match="another backbone.*sha256 of its weights is .* is "):
+        run(other, tmp_path / "new", steps=2, origins=origins)
+
+
+def test_train_digest_switched_off_is_logged_and_recorded(backbone, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        run(backbone, tmp_path / "run", steps=0, origins={"digest_backbone": False})
+    assert "Origins.digest_backbone = False: " in caplog.text
+    config = artifacts.load_artifact(tmp_path / "run" / "artifact").config
+    assert config["backbone_sha256"] is None and config["embedding_sha256"]
+
+
+@pytest.mark.slow  # compiles a step that trains the backbone
+def test_train_artifact_records_trained_backbone(backbone, tmp_path):
+    """Prompts that were trained together with a backbone only work with the result."""
+    model = build(labels=encoder_decoder.FULL_FINETUNING)
+    run(backbone, tmp_path / "run", model, steps=2)
+    (made,) = (tmp_path / "run" / "backbone").iterdir()
+    found = artifacts.load_artifact(tmp_path / "run" / "artifact").config
+    trained = load_backbone(made)
+    assert found["backbone_sha256"] == backbone_digest(trained)
+    assert found["embedding_sha256"] == artifacts.embedding_digest(
+        trained["token_embedder"]["embedding"]
+    )
+    assert found["backbone_sha256"] != backbone_digest(load_backbone(backbone))
+    run(backbone, tmp_path / "run", build(labels=encoder_decoder.FULL_FINETUNING), steps=3)
 
 
 def test_train_resumed_with_other_artifact_error(backbone, tmp_path):

@@ -2,9 +2,9 @@
 
 An artifact is a folder of three files. `prompts.safetensors` holds the method's parameters under
 `factors/` and, on request, the plain prompt of each row under `folded/`. `config.json` records the
-method, the runs, and digests of the vocabulary, the backbone's embedding and
-`prompts.safetensors`. Readers check the digests: they reject artifacts of another backbone or
-vocabulary, and prompts that were changed after they were written. `README.md` is the model card.
+method, the runs, and digests of the vocabulary, the backbone and `prompts.safetensors`. Readers
+check the digests: they reject artifacts of another backbone or vocabulary, and prompts that were
+changed after they were written. `README.md` is the model card.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     runs: Runs,
     *,
     embedding_sha256: str,
+    backbone_sha256: str | None,
     vocabulary_sha256: str | None,
     backbone: str,
     step: int,
@@ -154,6 +155,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         params: the method's parameters.
         runs: the runs, one for each bank row.
         embedding_sha256: the digest of the backbone's embedding (`embedding_digest`).
+        backbone_sha256: the digest of all weights of the backbone (`backbone_digest`); None if it
+            was switched off.
         vocabulary_sha256: the digest of the vocabulary (`vocabulary_digest`); None if unknown.
         backbone: the name or path of the backbone, for people to read.
         step: the training step of the parameters.
@@ -184,6 +187,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         "shapes": {name: list(np.shape(x)) for name, x in flatten(params).items()},
         "backbone": backbone,
         "embedding_sha256": embedding_sha256,
+        "backbone_sha256": backbone_sha256,
         "vocabulary_sha256": vocabulary_sha256,
         "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
         "step": int(step),

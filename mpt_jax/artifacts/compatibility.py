@@ -3,34 +3,82 @@ compatible artifacts."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from absl import logging
 
 from mpt_jax.artifacts.artifacts import Artifact
+from mpt_jax.artifacts.backbone_digest import FIELD
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
 
 def check_compatible(
-    artifact: Artifact, embedding_sha256: str, vocabulary_sha256: str | None, prompt_length: int
+    artifact: Artifact,
+    embedding_sha256: str,
+    backbone_sha256: str | None,
+    vocabulary_sha256: str | None,
+    prompt_length: int,
 ) -> None:
-    """Checks that an artifact was trained with this backbone, vocabulary and prompt length.
+    """Checks that an artifact was trained with this backbone, vocabulary and prompt length. Logs a
+    warning if it does not record the digest of the backbone's weights.
 
     Raises:
         ValueError: one of them differs; the message shows both values.
     """
-    expected = artifact.config["embedding_sha256"]
-    if expected != embedding_sha256:
+    check_backbone(artifact, embedding_sha256, backbone_sha256)
+    if backbone_sha256 is not None and artifact.config.get(FIELD) is None:
+        logging.warning("%s", embedding_only(artifact.path))
+    check_vocabulary(artifact, vocabulary_sha256)
+    if artifact.prompt_length != prompt_length:
+        raise ValueError(
+            f"The prompt artifact {artifact.path} has prompts of {artifact.prompt_length} "
+            f"positions, but this job needs {prompt_length}. Use the same PROMPT_LENGTH in this "
+            "job and in the job that wrote the artifact."
+        )
+
+
+def check_backbone(artifact: Artifact, embedding_sha256: str, backbone_sha256: str | None) -> None:
+    """Checks that an artifact was trained with this backbone. Compares its embedding and, if both
+    digests of all its weights are known, those.
+
+    Raises:
+        ValueError: the backbone differs; the message shows both values.
+    """
+    what, expected, actual = "embedding", artifact.config["embedding_sha256"], embedding_sha256
+    recorded = artifact.config.get(FIELD)
+    if expected == actual and None not in (recorded, backbone_sha256):
+        what, expected, actual = "weights", recorded, backbone_sha256
+    if expected != actual:
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained on another backbone, "
-            f"{artifact.config['backbone']}: its embedding has sha256 {expected}, but the loaded "
-            f"backbone's embedding has sha256 {embedding_sha256}. Set "
-            "INITIAL_CHECKPOINT_PATH (in serving: --backbone) to the backbone of the artifact."
+            f"{artifact.config['backbone']}: the sha256 of its {what} is {expected}, but that of "
+            f"the loaded backbone's {what} is {actual}. Set INITIAL_CHECKPOINT_PATH (in serving: "
+            "--backbone) to the backbone of the artifact."
         )
+
+
+def embedding_only(record: str) -> str:
+    """Returns the warning that only the embedding of a backbone could be compared with a record,
+    since the record has no digest of the other weights."""
+    return (
+        f"{record} records no {FIELD} (it is of an earlier version, or was written with the digest "
+        "switched off), so only the backbone's embedding could be compared. A backbone with the "
+        "same embedding and other weights is not noticed."
+    )
+
+
+def check_vocabulary(artifact: Artifact, vocabulary_sha256: str | None) -> None:
+    """Checks that an artifact was trained with this vocabulary. An unknown one passes.
+
+    Raises:
+        ValueError: the vocabulary differs; the message shows both values.
+    """
     vocabulary = artifact.config["vocabulary_sha256"]
     if None not in (vocabulary, vocabulary_sha256) and vocabulary != vocabulary_sha256:
         raise ValueError(
@@ -39,12 +87,6 @@ def check_compatible(
             "VOCABULARY (in serving: --vocabulary) to the vocabulary of the artifact. If it is the "
             "same file, the number of sentinels differs: set vocabularies.load.extra_ids (in "
             "serving: --extra-ids) to the number in the job that wrote the artifact."
-        )
-    if artifact.prompt_length != prompt_length:
-        raise ValueError(
-            f"The prompt artifact {artifact.path} has prompts of {artifact.prompt_length} "
-            f"positions, but this job needs {prompt_length}. Use the same PROMPT_LENGTH in this "
-            "job and in the job that wrote the artifact."
         )
 
 
@@ -60,6 +102,7 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
     """
     facts = {
         "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
+        "backbone (sha256 of its weights)": lambda x: x.config.get(FIELD),
         "vocabulary (sha256)": lambda x: x.config["vocabulary_sha256"],
     }
     if not folded:
@@ -69,7 +112,7 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
         folders: dict[Any, list[str]] = {}
         for artifact in found:
             value = value_of(artifact)
-            if value is not None:  # no vocabulary was recorded
+            if value is not None:  # not every artifact records all digests
                 folders.setdefault(value, []).append(artifact.path)
         if len(folders) > 1:
             values = "; ".join(
@@ -85,9 +128,19 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
 
 
 def representative(found: Sequence[Artifact]) -> Artifact:
-    """Returns a representative artifact, preferring one that records a vocabulary."""
+    """Returns a representative of compatible artifacts: one that records a vocabulary, if any does,
+    with the digest of the backbone's weights, if any records it."""
     with_vocabulary = [x for x in found if x.config["vocabulary_sha256"] is not None]
-    return (with_vocabulary or found)[0]
+    first = (with_vocabulary or found)[0]
+    weights = [x.config[FIELD] for x in found if x.config.get(FIELD) is not None]
+    return (
+        dataclasses.replace(first, config={**first.config, FIELD: weights[0]}) if weights else first
+    )
+
+
+def without_digest(found: Sequence[Artifact]) -> list[str]:
+    """Returns the folders of the artifacts that do not record the digest of all weights."""
+    return [artifact.path for artifact in found if artifact.config.get(FIELD) is None]
 
 
 def merge(found: Sequence[Artifact]) -> Artifact:
@@ -103,6 +156,9 @@ def merge(found: Sequence[Artifact]) -> Artifact:
     if len(found) == 1:
         return found[0]
     check_mutually_compatible(found, folded=True)
+    lacking = without_digest(found)
+    if 0 < len(lacking) < len(found):  # otherwise the merged artifact lacks it
+        logging.warning("%s", embedding_only(abbreviate(lacking)))
     lengths: dict[int, list[str]] = {}
     paths: dict[str, str] = {}
     for artifact in found:

@@ -183,6 +183,7 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
         "step": config["step"],
         "backbone": f"`{config['backbone']}`",
         "sha256 of its embedding, as bfloat16": f"`{config['embedding_sha256']}`",
+        "sha256 of its weights, as bfloat16": _code(config.get("backbone_sha256")),
         "sha256 of the vocabulary": _code(config["vocabulary_sha256"]),
         "sha256 of the prompts it started from": _code(started),
     }

@@ -12,7 +12,8 @@ from typing import Any
 
 from absl import logging
 
-from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts import artifacts, compatibility
+from mpt_jax.artifacts.backbone_digest import FIELD
 from mpt_jax.core.comparison import check_same, differences
 from mpt_jax.core.old_names import current_keys
 from mpt_jax.core.tree import flatten
@@ -34,6 +35,7 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
         "run_names": list(model.runs.run_names),
         "groups": list(model.runs.group_of_row),
         "embedding_sha256": loaded.embedding_sha256,
+        FIELD: loaded.backbone_sha256,
         "vocabulary_sha256": loaded.vocabulary_sha256,
     }
     labels = flatten(model.label_tree(loaded.params))
@@ -69,7 +71,7 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
         ValueError: the configurations differ; the message shows both values of each difference.
     """
     saved = current_keys(saved)
-    strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
+    strict = [name for name in _known(ours, saved, model_dir) if name not in MAY_CHANGE]
     advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new job."
     check_same(saved, ours, strict, what=f"The job in {model_dir}", advice=advice)
     if changed := differences(saved, ours, MAY_CHANGE):
@@ -92,15 +94,21 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
         "Use the tasks (in the same order), backbone and method that the checkpoint was trained "
         "with. They are listed in config.gin in its MODEL_DIR."
     )
-    check_same(saved, ours, _known(ours, saved), what=f"{path}", advice=advice)
+    check_same(saved, ours, _known(ours, saved, path), what=f"{path}", advice=advice)
 
 
-def _known(ours: Fingerprint, saved: Fingerprint) -> list[str]:
+def _known(ours: Fingerprint, saved: Fingerprint, path: Any) -> list[str]:
     """Returns the names of the entries to compare.
 
-    Omits the digest of frozen prompts if `saved` is from an earlier version, which saved none.
+    Omits the digest of frozen prompts if `saved` is from an earlier version, which saved none, and
+    that of the backbone's weights if either side has none.
     """
-    return [name for name in ours if name in saved or name != FROZEN_PROMPTS]
+    optional = {FROZEN_PROMPTS} - saved.keys()
+    if None in (ours.get(FIELD), saved.get(FIELD)):
+        optional.add(FIELD)
+        if ours.get(FIELD) is not None:
+            logging.warning("%s", compatibility.embedding_only(f"{path}"))
+    return [name for name in ours if name not in optional]
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts import artifacts, compatibility
+from mpt_jax.artifacts.backbone_digest import FIELD, backbone_digest
 from mpt_jax.convert import detect, load_backbone, load_t5x, parity, peft
 from mpt_jax.convert.hf_weights import read_file
 from mpt_jax.core.runs import Runs
@@ -31,7 +32,7 @@ FOLDED = "folded.safetensors"
 # Where google-research/prompt-tuning keeps a prompt in T5X's tree.
 _T5X_PROMPT = re.compile(r"encoder/(.*/)?prompt/prompt")
 # Fields of an artifact's config.json that are also written beside an adapter.
-_NOTED = ("method", "backbone", "embedding_sha256", "vocabulary_sha256", "step")
+_NOTED = ("method", "backbone", "embedding_sha256", FIELD, "vocabulary_sha256", "step")
 
 Say = Callable[[str], None]
 
@@ -53,11 +54,12 @@ def to_artifact(
         source: a PEFT adapter, or a folder of adapters; a `.npy` file; a T5X checkpoint; or a
             safetensors file with one prompt [P,H] for each run.
         target: the artifact to create.
-        backbone: the backbone that the prompts were trained with. The artifact records the digest
-            of its embedding.
+        backbone: the backbone that the prompts were trained with. The artifact records its
+            digests.
         run_names: the names of the prompts, in order. Empty to use the names that the source
             records.
-        say: called with a line that reports the result of the comparison.
+        say: called with a line that reports the result of the comparison, and with a warning if
+            the source records only the digest of the backbone's embedding.
 
     Raises:
         FileExistsError: the target already exists.
@@ -78,15 +80,14 @@ def to_artifact(
             "Give one name per prompt, in the same order, with --runs."
         )
     tasks = names if run_names else adapter.notes.get("task_names", names)
-    embedding = load_backbone(backbone)["token_embedder"]["embedding"]
-    digest = _check_backbone(source, adapter, embedding, backbone)
+    digests = _check_backbone(source, adapter, backbone, say)
     with new_folder(target) as scratch:
         artifacts.save_artifact(
             scratch,
             adapter.method,
             adapter.params,
             Runs(tasks, names),
-            embedding_sha256=digest,
+            **digests,
             vocabulary_sha256=adapter.notes.get("vocabulary_sha256"),
             backbone=adapter.notes.get("backbone", str(backbone)),
             step=adapter.notes.get("step", 0),
@@ -131,12 +132,12 @@ def _common_notes(
     source: epath.Path, folders: Sequence[epath.Path], notes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Merges the notes of adapters with one prompt each, which become rows of one artifact."""
-    if len({note["embedding_sha256"] for note in notes if "embedding_sha256" in note}) > 1:
-        raise ValueError(
-            f"{source} holds adapters of several backbones, which cannot be combined in one "
-            f"artifact: embedding_sha256 in their {peft.NOTES} files differs. Convert them one by "
-            "one."
-        )
+    for field in ("embedding_sha256", FIELD):
+        if len({note[field] for note in notes if note.get(field) is not None}) > 1:
+            raise ValueError(
+                f"{source} holds adapters of several backbones, which cannot be combined in one "
+                f"artifact: {field} in their {peft.NOTES} files differs. Convert them one by one."
+            )
     merged = {name: value for note in reversed(notes) for name, value in note.items()}
     names = [folder.name for folder in folders]
     pairs = zip(names, notes, strict=True)
@@ -196,9 +197,11 @@ _READERS: dict[str, Callable[[epath.Path], peft.Adapter]] = {
 
 
 def _check_backbone(
-    source: epath.Path, adapter: peft.Adapter, embedding: np.ndarray, backbone: epath.Path
-) -> str:
-    """Returns the backbone's digest if the prompts are compatible with it."""
+    source: epath.Path, adapter: peft.Adapter, backbone: epath.Path, say: Say
+) -> dict[str, Any]:
+    """Returns the backbone's digests if the prompts are compatible with it."""
+    params = load_backbone(backbone)
+    embedding = params["token_embedder"]["embedding"]
     widths = {x.shape[-1] for name, x in adapter.params.items() if name != "task_left"}
     if widths != {embedding.shape[1]}:
         raise ValueError(
@@ -206,15 +209,21 @@ def _check_backbone(
             f"{embedding.shape[1]}. Set --backbone to the backbone that the prompts were trained "
             "with."
         )
-    digest = artifacts.embedding_digest(embedding)
-    noted = adapter.notes.get("embedding_sha256", digest)
-    if noted != digest:
-        raise ValueError(
-            f"The prompts of {source} were trained with another backbone: its embedding has sha256 "
-            f"{noted}, but the embedding of {backbone} has {digest}. Set --backbone to the "
-            "backbone that the prompts were trained with."
-        )
-    return digest
+    digests = {
+        "embedding_sha256": artifacts.embedding_digest(embedding),
+        FIELD: backbone_digest(params),
+    }
+    for field, what in (("embedding_sha256", "embedding"), (FIELD, "weights")):
+        noted = adapter.notes.get(field)
+        if noted not in (None, digests[field]):
+            raise ValueError(
+                f"The prompts of {source} were trained with another backbone: the sha256 of its "
+                f"{what} is {noted}, but that of the {what} of {backbone} is {digests[field]}. Set "
+                "--backbone to the backbone that the prompts were trained with."
+            )
+    if "embedding_sha256" in adapter.notes and adapter.notes.get(FIELD) is None:
+        say(compatibility.embedding_only(f"{source}"))
+    return digests
 
 
 # --- From artifacts ------------------------------------------------------------------------------

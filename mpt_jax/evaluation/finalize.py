@@ -28,6 +28,7 @@ from etils import epath
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, model_card, provenance
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.core import schema
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
@@ -125,14 +126,26 @@ def finalize_run(model_dir: str, job: EndedJob) -> None:
     params = to_host(job.best_params())  # all processes take part
     if jax.process_index() != 0:
         return
+    backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
+    trained = any(re.fullmatch(BACKBONE, name) for name in flatten(job.trainer.state.trainable))
     if "prompt" in params:
+        job = _with_trained_backbone(job, backbone) if trained else job
         write_artifacts(model_dir, job, params["prompt"])
-    if any(re.fullmatch(BACKBONE, name) for name in flatten(job.trainer.state.trainable)):
-        backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
+    if trained:
         folder = epath.Path(model_dir) / TRAINED_BACKBONE
         folder.rmtree(missing_ok=True)  # from an earlier end of this job
         saved = convert.save_t5x(folder, backbone, job.best_step())
         logging.info("Saved the trained backbone to %s.", saved)
+
+
+def _with_trained_backbone(job: EndedJob, backbone: Params) -> EndedJob:
+    """Returns the job with the digests of its trained backbone. Its prompts work only with that
+    backbone, not with the one that training started from."""
+    embedding = artifacts.embedding_digest(backbone["token_embedder"]["embedding"])
+    off = job.initial.backbone_sha256 is None
+    weights = None if off else backbone_digest(backbone)
+    initial = dataclasses.replace(job.initial, embedding_sha256=embedding, backbone_sha256=weights)
+    return dataclasses.replace(job, initial=initial)
 
 
 def outcomes(job: EndedJob) -> list[RunOutcome]:
@@ -283,6 +296,7 @@ def _write(
         params,
         runs,
         embedding_sha256=initial.embedding_sha256,
+        backbone_sha256=initial.backbone_sha256,
         vocabulary_sha256=initial.vocabulary_sha256,
         backbone=job.backbone,
         step=step,

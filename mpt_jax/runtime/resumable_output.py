@@ -23,7 +23,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import msgspec
@@ -56,6 +56,8 @@ class ResumableFile:
         notes: the fields that the caller adds to the record, with their initial values.
         require_lock: whether a file that cannot be locked is an error. Otherwise it is a warning,
             since some network file systems and all buckets have no locks.
+        optional: the names in `made_from` that are not compared if they are absent or null in the
+            record or in `made_from`.
         elsewhere: what the user can choose instead of this file, to complete "Choose ..." in
             errors.
 
@@ -71,6 +73,7 @@ class ResumableFile:
         notes: Mapping[str, Any] | None = None,
         *,
         require_lock: bool = True,
+        optional: Collection[str] = (),
         elsewhere: str = "another file",
     ):
         self.path = epath.Path(path)
@@ -80,7 +83,7 @@ class ResumableFile:
         )
         self._made_from = json.loads(json.dumps(dict(made_from)))
         self.notes = dict(notes or {})
-        self._require_lock, self._elsewhere = require_lock, elsewhere
+        self._require_lock, self._optional, self._elsewhere = require_lock, optional, elsewhere
         self.lines = self._bytes = 0
         self._file: BinaryIO | None = None
 
@@ -219,7 +222,11 @@ class ResumableFile:
             ) from error
         if not (complete or self.lines):
             return False  # no lines that new ones could be mixed with
-        if changes := differences(saved, self._made_from):
+        unknown = {
+            name for name in self._optional if None in (saved.get(name), self._made_from.get(name))
+        }
+        compared = [name for name in self._made_from if name not in unknown]
+        if changes := differences(saved, self._made_from, compared):
             raise Refused(
                 f"{self.path} was made from other inputs ({changes}). Choose {self._elsewhere}, or "
                 f"remove {self.path}* to make it again."

@@ -21,12 +21,13 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.artifacts import Artifact
@@ -134,6 +135,8 @@ class Bank:
         self.folded = folded
         self._check(found)
         self._reference = compatibility.representative(found)
+        self._without_digest = compatibility.without_digest(found)
+        self._served_backbone: str | None = None  # the digest of its weights
         self._served_vocabulary: str | None = None  # the vocabulary of requests
         own, longest = self._reference.method, max(x.prompt_length for x in found)
         self.method = PromptTuning(longest) if folded else own
@@ -161,18 +164,22 @@ class Bank:
                 name of one of the artifact's rows.
         """
         self._check([self._reference, artifact])
-        known, length = artifact.config["vocabulary_sha256"], artifact.prompt_length
-        embedding = artifact.config["embedding_sha256"]
-        compatibility.check_compatible(artifact, embedding, self._served_vocabulary, length)
-        longest = self.method.prompt_length
+        if self._served_backbone is not None:
+            embedding = artifact.config["embedding_sha256"]
+            compatibility.check_backbone(artifact, embedding, self._served_backbone)
+            if without := compatibility.without_digest([artifact]):
+                logging.warning("%s", compatibility.embedding_only(*without))
+        compatibility.check_vocabulary(artifact, self._served_vocabulary)
+        length, longest = artifact.prompt_length, self.method.prompt_length
         if length > longest or not self.lengths_differ and length < longest:
             raise ValueError(
                 f"{artifact.path} has prompts of {length} positions, but the bank was built for "
                 f"{longest}. Create a new bank from all artifacts instead of adding to this bank."
             )
         self._append([(artifact, name)])
-        if self._reference.config["vocabulary_sha256"] is None and known is not None:
-            self._reference = artifact  # the first that records a vocabulary; later ones must agree
+        self._without_digest += compatibility.without_digest([artifact])
+        # The first digests that are recorded; later artifacts must agree.
+        self._reference = compatibility.representative([self._reference, artifact])
 
     def row(self, name: str) -> int:
         """Returns the bank row of a task.
@@ -184,15 +191,36 @@ class Bank:
             raise ValueError(_unknown(name, self.names))
         return self._rows[name]
 
-    def check_belongs(self, embedding_sha256: str, vocabulary_sha256: str | None) -> None:
-        """Checks that the bank's artifacts were trained with this backbone and vocabulary.
-        Remembers the vocabulary, to check artifacts that are added later.
+    def check_backbone(
+        self,
+        embedding_sha256: str,
+        backbone_sha256: str | None,
+        warn: Callable[[str], None] = logging.warning,
+    ) -> None:
+        """Checks that the bank's artifacts were trained with this backbone, as
+        `compatibility.check_backbone` does. Remembers it, to check artifacts that are added later.
+
+        Args:
+            embedding_sha256: the digest of the backbone's embedding.
+            backbone_sha256: the digest of all its weights; None if it was switched off.
+            warn: called with a line if artifacts do not record the digest of all weights.
 
         Raises:
-            ValueError: the backbone or the vocabulary differs; the message shows both values.
+            ValueError: the backbone differs; the message shows both values.
         """
-        length = self._reference.prompt_length
-        compatibility.check_compatible(self._reference, embedding_sha256, vocabulary_sha256, length)
+        compatibility.check_backbone(self._reference, embedding_sha256, backbone_sha256)
+        if backbone_sha256 is not None and self._without_digest:
+            warn(compatibility.embedding_only(abbreviate(self._without_digest)))
+        self._served_backbone = backbone_sha256 or self._served_backbone
+
+    def check_vocabulary(self, vocabulary_sha256: str | None) -> None:
+        """Checks that the bank's artifacts were trained with this vocabulary. Remembers it, to
+        check artifacts that are added later.
+
+        Raises:
+            ValueError: the vocabulary differs; the message shows both values.
+        """
+        compatibility.check_vocabulary(self._reference, vocabulary_sha256)
         self._served_vocabulary = vocabulary_sha256 or self._served_vocabulary
 
     @property

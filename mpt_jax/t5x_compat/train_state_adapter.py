@@ -334,6 +334,7 @@ class ArtifactHook:
             unflatten(values),
             host.model.runs,
             embedding_sha256=loaded.embedding_sha256,
+            backbone_sha256=loaded.backbone_sha256,
             vocabulary_sha256=loaded.vocabulary_sha256,
             backbone=host.origins.name,
             step=step,

@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, compatibility
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Key
@@ -62,6 +64,8 @@ class Origins:
             artifact is missing.
         artifact_command: the command that makes the initial artifact; shown in the error if the
             artifact is missing. Empty if no single command makes it.
+        digest_backbone: whether to digest all weights of the backbone, and to compare them with
+            those that artifacts and checkpoints record. Otherwise, only the embedding is compared.
 
     Raises:
         ValueError: both `backbone` and `scratch` are set, or neither.
@@ -75,6 +79,7 @@ class Origins:
     backbone_command: str = "see README.md, 'Backbones'"
     teachers_command: str = "python -m mpt_jax.train --gin_file=gin/pt_source.gin"
     artifact_command: str = ""
+    digest_backbone: bool = True
 
     def __post_init__(self):
         teachers = (self.teachers,) if isinstance(self.teachers, str) else tuple(self.teachers)
@@ -105,6 +110,9 @@ class InitialParams:
         params: the whole parameter tree as NumPy arrays, in the dtypes used for training. The
             arrays are in host memory, so the model need not fit on a single device.
         embedding_sha256: the digest of the backbone's token embedding. Artifacts must match it.
+        backbone_sha256: the digest of all weights of the backbone, which artifacts must match if
+            they record it. Before training, if the backbone is trainable. None if it was switched
+            off.
         vocabulary_sha256: the digest of the input vocabulary, if it is known. Artifacts must match
             it.
         artifact_sha256: the digest of the parameters in the initial artifact, if there is one.
@@ -116,6 +124,7 @@ class InitialParams:
 
     params: dict[str, Any]
     embedding_sha256: str
+    backbone_sha256: str | None
     vocabulary_sha256: str | None
     artifact_sha256: str | None = None
     start_from: StartFrom | None = None
@@ -144,13 +153,13 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     params = _backbone(model, origins, backbone_key, expected)
     embedding = params["token_embedder"]["embedding"]
     _check_vocabulary(model, embedding.shape[0])
-    digest = artifacts.embedding_digest(embedding)
+    digests = artifacts.embedding_digest(embedding), _weights_digest(origins, params)
     vocabulary = artifacts.vocabulary_digest(model.input_vocabulary)
     artifact_digest = start_from = teacher_digest = None
     described = "The initialized parameter tree"
     check = lambda artifact: compatibility.check_compatible(  # noqa: E731
         artifact,
-        digest,
+        *digests,
         vocabulary,
         model.prompt.source_prompt_length(artifact.method, artifact.runs),
     )
@@ -170,7 +179,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     if prompt:
         params["prompt"] = prompt
     if model.has_teacher:
-        params["teacher"] = {"table": _teachers(model, origins, digest, vocabulary)}
+        params["teacher"] = {"table": _teachers(model, origins, digests, vocabulary)}
         teacher_digest = artifacts.digest(params["teacher"])
     match_exactly(
         expected,
@@ -178,7 +187,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
         described,
     )
     cast = _cast(model, params)
-    return InitialParams(cast, digest, vocabulary, artifact_digest, start_from, teacher_digest)
+    return InitialParams(cast, *digests, vocabulary, artifact_digest, start_from, teacher_digest)
 
 
 def _backbone(
@@ -204,6 +213,16 @@ def _backbone(
         f"The backbone checkpoint {origins.backbone}",
     )
     return unflatten(leaves | {name: np.zeros(shapes[name], np.float32) for name in biases})
+
+
+def _weights_digest(origins: Origins, backbone: dict[str, Any]) -> str | None:
+    if origins.digest_backbone:
+        return backbone_digest(backbone)
+    logging.warning(
+        "train_state.Origins.digest_backbone = False: artifacts and checkpoints of this job record "
+        "backbone_sha256 = null, and only the backbone's embedding is compared with others."
+    )
+    return None
 
 
 def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> dict[str, Any]:
@@ -309,7 +328,10 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
 
 
 def _teachers(
-    model: PromptedEncoderDecoder, origins: Origins, digest: str, vocabulary: str | None
+    model: PromptedEncoderDecoder,
+    origins: Origins,
+    digests: tuple[str, str | None],
+    vocabulary: str | None,
 ) -> np.ndarray:
     """Returns the teacher prompts of all bank rows, [K, P, H].
 
@@ -333,7 +355,7 @@ def _teachers(
                 f"{error} Set TEACHERS to existing artifacts. To train the teachers, run: "
                 f"{origins.teachers_command}."
             ) from error
-        compatibility.check_compatible(artifact, digest, vocabulary, model.prompt.prompt_length)
+        compatibility.check_compatible(artifact, *digests, vocabulary, model.prompt.prompt_length)
         names = zip(artifact.runs.run_names, artifact.runs.task_names, strict=True)
         for (run, task), prompt in zip(names, artifact.folded(), strict=True):
             known.append(_Teacher(run, task, str(path), prompt))

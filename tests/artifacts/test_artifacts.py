@@ -156,9 +156,9 @@ def test_vocabulary_digest_differs_by_vocabulary():
 
 def test_check_compatible_other_backbone_shows_both_digests(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
-    compatibility.check_compatible(read, DIGEST, "v" * 64, P)
+    compatibility.check_compatible(read, DIGEST, None, "v" * 64, P)
     with pytest.raises(ValueError) as error:
-        compatibility.check_compatible(read, "0" * 64, "v" * 64, P)
+        compatibility.check_compatible(read, "0" * 64, None, "v" * 64, P)
     assert DIGEST in str(error.value) and "0" * 64 in str(error.value)
     assert str(tmp_path / "a") in str(error.value)
 
@@ -166,16 +166,16 @@ def test_check_compatible_other_backbone_shows_both_digests(tmp_path):
 def test_check_compatible_other_vocabulary_fails_unknown_passes(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
-        compatibility.check_compatible(read, DIGEST, "w" * 64, P)
-    compatibility.check_compatible(read, DIGEST, None, P)
+        compatibility.check_compatible(read, DIGEST, None, "w" * 64, P)
+    compatibility.check_compatible(read, DIGEST, None, None, P)
     unknown = artifacts.load_artifact(save_example(tmp_path / "b", vocabulary_sha256=None))
-    compatibility.check_compatible(unknown, DIGEST, "w" * 64, P)
+    compatibility.check_compatible(unknown, DIGEST, None, "w" * 64, P)
 
 
 def test_check_compatible_other_prompt_length_fails(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match="prompts of 4 positions, but this job needs 5"):
-        compatibility.check_compatible(read, DIGEST, "v" * 64, P + 1)
+        compatibility.check_compatible(read, DIGEST, None, "v" * 64, P + 1)
 
 
 # --- Damage --------------------------------------------------------------------------------------

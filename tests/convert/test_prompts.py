@@ -13,9 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.backbones.t5 import Transformer
 from mpt_jax.convert import load_backbone, load_hf, save_t5x
 from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.prompts import get_method
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -52,9 +54,10 @@ def write(path: Path, backbone: Path, method="mpt", groups="joint", **overrides)
         "prompt_tuning": {"table": random(3, P, H, seed=4)},
         "shared_prompt": {"shared": random(runs.num_groups, P, H, seed=5)},
     }[method]
-    embedding = load_backbone(backbone)["token_embedder"]["embedding"]
+    weights = load_backbone(backbone)
     fields = {
-        "embedding_sha256": artifacts.embedding_digest(embedding),
+        "embedding_sha256": artifacts.embedding_digest(weights["token_embedder"]["embedding"]),
+        "backbone_sha256": backbone_digest(weights),
         "backbone": "owner/tiny",
         "step": 120,
     }
@@ -67,7 +70,13 @@ def same_prompts(found: Path, expected: Path) -> None:
     assert (first.method, first.runs) == (second.method, second.runs)
     for name, value in second.params.items():
         np.testing.assert_array_equal(first.params[name], value)
-    for field in ("embedding_sha256", "vocabulary_sha256", "backbone", "step"):
+    for field in (
+        "embedding_sha256",
+        "backbone_sha256",
+        "vocabulary_sha256",
+        "backbone",
+        "step",
+    ):
         assert first.config[field] == second.config[field], field
 
 
@@ -153,8 +162,7 @@ def test_convert_plain_prompts_and_back_restores_prompts(method, backbone, tmp_p
 def write_mixed(path: Path, method: PromptMethod, **shapes: tuple[int, ...]) -> Path:
     """Writes an artifact of a method that mixes prompts, with three runs in one group."""
     params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    known = {"embedding_sha256": "e" * 64, "vocabulary_sha256": None, "backbone": "tiny"}
-    return artifacts.save_artifact(path, method, params, Runs(NAMES), step=1, **known)
+    return save(path, method, params, Runs(NAMES), vocabulary_sha256=None)
 
 
 @pytest.mark.parametrize("to", ["peft", "peft-folded", "npy", "safetensors"])
@@ -270,6 +278,36 @@ def test_convert_pickled_prompts_are_not_unpickled(backbone, tmp_path, capsys, m
     assert "Install torch" in said
 
 
+def test_convert_other_weights_same_embedding_fail(backbone, tmp_path, capsys):
+    source = write(tmp_path / "artifact", backbone)
+    convert(source, tmp_path / "peft")
+    leaves = flatten(load_backbone(backbone))
+    name = "encoder/layers_0/attention/query/kernel"
+    other = save_t5x(tmp_path, unflatten({**leaves, name: leaves[name] * 1.1}), 0)
+    said = refused(capsys, tmp_path / "peft", tmp_path / "new", "--backbone", other)
+    digests = backbone_digest(load_backbone(backbone)), backbone_digest(load_backbone(other))
+    assert f"weights is {digests[0]}" in said and digests[1] in said
+    convert(source, tmp_path / "folded", "--to", "peft-folded")
+    notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
+    fields = json.loads(notes.read_text())
+    notes.write_text(json.dumps(fields | {"backbone_sha256": "0" * 64}))
+    said = refused(capsys, tmp_path / "folded", tmp_path / "new", "--backbone", backbone)
+    assert "adapters of several backbones" in said and "backbone_sha256 in" in said
+
+
+def test_convert_adapter_of_earlier_version_warns(backbone, tmp_path, capsys):
+    convert(write(tmp_path / "artifact", backbone), tmp_path / "peft")
+    notes = tmp_path / "peft" / "mpt_jax.json"
+    fields = json.loads(notes.read_text())
+    del fields["backbone_sha256"]
+    notes.write_text(json.dumps(fields))
+    capsys.readouterr()
+    convert(tmp_path / "peft", tmp_path / "new", "--backbone", backbone)
+    assert f"{tmp_path}/peft records no backbone_sha256" in capsys.readouterr().out
+    found = artifacts.load_artifact(tmp_path / "new").config
+    assert found["backbone_sha256"] == backbone_digest(load_backbone(backbone))
+
+
 def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     source = write(tmp_path / "artifact", backbone)
     convert(source, tmp_path / "peft")
@@ -286,7 +324,7 @@ def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     assert "already exists" in said
     other = hf_folder(tmp_path / "other", "umt5")
     said = refused(capsys, folder, new, "--backbone", other)
-    assert said.count("sha256") == 1 and "were trained with another backbone" in said
+    assert said.count("the sha256") == 1 and "were trained with another backbone" in said
     convert(source, tmp_path / "folded", "--to", "peft-folded")
     notes = tmp_path / "folded" / "beta" / "mpt_jax.json"
     notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))

@@ -227,6 +227,9 @@ def flat_note(note: dict[str, Any]) -> dict[str, Any]:
     return {**note, "content": [kept]}
 
 
+_OF_INPUTS = ("embedding_sha256", "backbone_sha256", "vocabulary_sha256")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
     """What counts as close.
@@ -277,7 +280,7 @@ def _differences(
                 yield False, f"{where}: {name} is {'new' if name in found else 'gone'}"
             for name in sorted(saved.keys() & found.keys()):
                 # Those of the backbone and the vocabulary are of files that nobody changes.
-                may = tolerance.digests and name not in ("embedding_sha256", "vocabulary_sha256")
+                may = tolerance.digests and name not in _OF_INPUTS
                 inner = dataclasses.replace(tolerance, digests=may)
                 if name == "checksums" and may and saved[name].keys() == found[name].keys():
                     yield True, f"{where}: {name}"

@@ -272,6 +272,7 @@ def test_bank_long_unknown_name_is_shortened(tmp_path):
     ("what", "other"),
     [
         ("backbone", {"embedding_sha256": "f" * 64}),
+        ("backbone", {"backbone_sha256": "f" * 64}),
         ("vocabulary", {"vocabulary_sha256": "w" * 64}),
         ("prompt length", {"method": MPT(P + 1)}),
         ("method", {"method": MPT(P, rank=2)}),
@@ -279,9 +280,9 @@ def test_bank_long_unknown_name_is_shortened(tmp_path):
 )
 def test_bank_incompatible_artifacts_are_named_by_value(what, other, tmp_path):
     found = [
-        write(tmp_path / "a", ["x"]),
-        write(tmp_path / "b", ["y"]),
-        write(tmp_path / "c", ["z"], **other),
+        write(tmp_path / "a", ["x"], backbone_sha256="b" * 64),
+        write(tmp_path / "b", ["y"], backbone_sha256="b" * 64),
+        write(tmp_path / "c", ["z"], **{"backbone_sha256": "b" * 64, **other}),
     ]
     with pytest.raises(ValueError, match=f"their {what}.*differs") as error:
         Bank(found)
@@ -308,18 +309,43 @@ def test_bank_first_known_vocabulary_binds_later_artifacts(tmp_path):
     with pytest.raises(ValueError, match="vocabulary.*differs.*v{64} in .*b; w{64} in .*d"):
         joined.add(write(tmp_path / "d", ["q"], vocabulary_sha256="w" * 64))
     with pytest.raises(ValueError, match="another vocabulary"):
-        joined.check_belongs("e" * 64, "w" * 64)
+        joined.check_vocabulary("w" * 64)
     assert joined.names == ("x", "y", "z")
 
 
 def test_bank_served_vocabulary_binds_later_artifacts(tmp_path):
     joined = Bank([write(tmp_path / "a", ["x"], vocabulary_sha256=None)])
-    joined.check_belongs("e" * 64, "w" * 64)
-    joined.check_belongs("e" * 64, None)
+    joined.check_vocabulary("w" * 64)
+    joined.check_vocabulary(None)
     with pytest.raises(ValueError, match="b was trained with another vocabulary: sha256 v{64}"):
         joined.add(write(tmp_path / "b", ["y"]))
     assert joined.names == ("x",)
     joined.add(write(tmp_path / "c", ["z"], vocabulary_sha256="w" * 64))
+
+
+def test_bank_weights_checked_and_missing_digests_named(tmp_path):
+    """Of several artifacts, the first lacks the digest, so only its embedding is compared."""
+    joined = Bank(
+        [write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["y"], backbone_sha256="b" * 64)]
+    )
+    with pytest.raises(ValueError, match="weights is b{64}, .* weights is c{64}"):
+        joined.check_backbone("e" * 64, "c" * 64)
+    said: list[str] = []
+    joined.check_backbone("e" * 64, "b" * 64, said.append)
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}/a records no backbone_sha256")
+
+
+def test_bank_served_backbone_binds_later_artifacts(tmp_path, caplog):
+    joined = Bank([write(tmp_path / "a", ["x"])])
+    joined.check_backbone("e" * 64, "b" * 64)
+    with pytest.raises(ValueError, match="b was trained on another backbone.*c{64}.*b{64}"):
+        joined.add(write(tmp_path / "b", ["y"], backbone_sha256="c" * 64))
+    assert joined.names == ("x",)
+    joined.add(write(tmp_path / "c", ["z"], backbone_sha256="b" * 64))
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        joined.add(write(tmp_path / "d", ["q"]))
+    assert f"{tmp_path}/d records no backbone_sha256" in caplog.text
 
 
 def test_bank_without_artifacts_fails():

@@ -234,7 +234,8 @@ def started(folder: Path, method: PromptMethod) -> artifacts.Artifact:
     params = method.init(jax.random.key(0), runs, InitContext(jnp.asarray(embedding)))
     params["sources"] = jnp.reshape(TEACHERS.folded(), params["sources"].shape)
     digests = {
-        f"{name}_sha256": TEACHERS.config[f"{name}_sha256"] for name in ("embedding", "vocabulary")
+        f"{name}_sha256": TEACHERS.config[f"{name}_sha256"]
+        for name in ("embedding", "backbone", "vocabulary")
     }
     artifacts.save_artifact(folder, method, params, runs, **digests, backbone="tiny_t5", step=0)
     return artifacts.load_artifact(folder)

@@ -63,7 +63,7 @@ def test_artifact_hook_non_finite_prompts_keep_earlier_artifact(
     host, tmp_path, monkeypatch, caplog
 ):
     state = first_state(host)
-    host._loaded = initialization.InitialParams(state.params, "0" * 64, None)
+    host._loaded = initialization.InitialParams(state.params, "0" * 64, "0" * 64, None)
     monkeypatch.setattr(train_state_adapter, "_HOSTS", [host])
     (hook,) = train_state_adapter.save_hooks(str(tmp_path))
     good = {"target": {"prompt": state.params["prompt"]}, "state": {"step": 3}}

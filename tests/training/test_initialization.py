@@ -10,6 +10,7 @@ import pytest
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.backbones.t5.scanned_params import is_stacked
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, unflatten
@@ -58,6 +59,10 @@ def digest(backbone) -> str:
     return artifacts.embedding_digest(backbone["leaves"]["token_embedder/embedding"])
 
 
+def weights_digest(backbone) -> str:
+    return backbone_digest(unflatten(backbone["leaves"]))
+
+
 def write(
     path, backbone, names, length=tiny.PROMPT, runs=None, **overrides
 ) -> tuple[str, np.ndarray]:
@@ -66,6 +71,7 @@ def write(
     table = rng.normal(size=(len(names), length, tiny.WIDTH)).astype(np.float32)
     digests = {
         "embedding_sha256": digest(backbone),
+        "backbone_sha256": weights_digest(backbone),
         "vocabulary_sha256": artifacts.vocabulary_digest(Vocabulary()),
     }
     save(path, PromptTuning(length), {"table": table}, runs or Runs(names), **digests | overrides)
@@ -91,6 +97,7 @@ def test_initialize_params_backbone_from_checkpoint_prompt_from_embedding(backbo
     rows = {row.tobytes() for row in backbone["leaves"]["token_embedder/embedding"]}
     assert all(row.tobytes() in rows for row in np.asarray(leaves["prompt/shared"][0]))
     assert loaded.embedding_sha256 == digest(backbone)
+    assert loaded.backbone_sha256 == weights_digest(backbone)
     assert loaded.vocabulary_sha256 == artifacts.vocabulary_digest(Vocabulary())
     again = initialize_params(vocabulary_model(), Origins(backbone["path"]), KEY)
     tiny.close(again.params, loaded.params, 0)
@@ -228,6 +235,7 @@ def test_initialize_params_frozen_in_compute_dtype_prompts_in_float32(backbone, 
         prompt = name.startswith(("prompt/", "teacher/"))
         assert leaf.dtype == (jnp.float32 if prompt else jnp.bfloat16), name
     assert loaded.embedding_sha256 == digest(backbone), "the digest should not depend on precision"
+    assert loaded.backbone_sha256 == weights_digest(backbone)
 
 
 def test_initial_params_host_arrays_survive_donated_steps(backbone, tmp_path):
@@ -361,10 +369,14 @@ def test_vocabulary_far_smaller_than_embedding_error(ids, rows):
 
 
 @pytest.mark.parametrize("role", ["artifact", "teachers"])
-@pytest.mark.parametrize("what", ["backbone", "vocabulary", "length"])
+@pytest.mark.parametrize("what", ["backbone", "weights", "vocabulary", "length"])
 def test_artifacts_incompatible_error_shows_both_values(backbone, tmp_path, role, what):
     """For teachers, the last case is a prompt length other than the student's."""
-    other = {"backbone": "embedding_sha256", "vocabulary": "vocabulary_sha256"}.get(what)
+    other = {
+        "backbone": "embedding_sha256",
+        "weights": "backbone_sha256",
+        "vocabulary": "vocabulary_sha256",
+    }.get(what)
     length = 2 if what == "length" else tiny.PROMPT
     names = ["alpha", "beta", "gamma"]
     changed = {other: "0" * 64} if other else {}
@@ -374,6 +386,7 @@ def test_artifacts_incompatible_error_shows_both_values(backbone, tmp_path, role
     model = vocabulary_model(prompt=method, objective=objective)
     ours = {
         "backbone": digest(backbone),
+        "weights": weights_digest(backbone),
         "vocabulary": artifacts.vocabulary_digest(Vocabulary()),
         "length": "positions, but this job needs 3",
     }[what]
@@ -422,6 +435,7 @@ def test_initial_artifact_of_other_rank_error(backbone, tmp_path):
         params,
         Runs(["mnli"]),
         embedding_sha256=digest(backbone),
+        backbone_sha256=weights_digest(backbone),
         vocabulary_sha256=None,
         backbone="tiny",
         step=1,

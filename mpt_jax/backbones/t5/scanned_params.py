@@ -10,7 +10,7 @@ umT5).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +76,17 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         else:
             leaves.update({f"{stack}/layers_{i}/{rest}": part for i, part in enumerate(parts)})
     return unflatten(leaves)
+
+
+def layers_of_leaf(name: str, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the unscanned name and the values of each layer of a leaf, as views. A leaf that does
+    not hold stacked layers is yielded unchanged."""
+    if (match := _STACKED.fullmatch(name)) is None:
+        yield name, leaf
+        return
+    stack, rest = match.groups()
+    for i in range(leaf.shape[LAYER_AXIS]):
+        yield f"{stack}/layers_{i}/{rest}", leaf[:, i]
 
 
 def _numpy_of(x: Any) -> Any:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         check_new(Path(args.out))
         bank = Bank.load([Named.parse(text) for text in args.prompts], args.folded)
+        say = lambda text: print(f"mpt-jax export: {text}", file=sys.stderr)  # noqa: E731
         loaded = backbone.load(
             bank,
             args.backbone,
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             extra_ids=args.extra_ids,
             config=args.config,
             dtype=args.dtype,
-            say=lambda text: print(f"mpt-jax export: {text}", file=sys.stderr),
+            digest_backbone=args.backbone_digest,
+            say=say,
+            warn=say,
         )
         config = write(Path(args.out), bank, loaded, settings)
     except (ValueError, OSError) as error:

@@ -113,6 +113,7 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
         "folded": bank.folded,
         "backbone": bank.config["backbone"],
         "embedding_sha256": backbone.embedding_sha256,
+        "backbone_sha256": backbone.backbone_sha256,
         "vocabulary_sha256": backbone.vocabulary_sha256,
         "files_sha256": digests | {BACKBONE: hashlib.sha256(weights).hexdigest()},
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},

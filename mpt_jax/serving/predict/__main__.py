@@ -21,6 +21,7 @@ from typing import BinaryIO, NoReturn
 
 from absl import logging
 
+from mpt_jax.artifacts.backbone_digest import FIELD
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.resumable_output import Refused
 from mpt_jax.serving.predict.progress import Progress, say
@@ -71,7 +72,9 @@ def load(args: argparse.Namespace) -> Server:
         extra_ids=args.extra_ids,
         config=args.config,
         dtype=args.dtype,
+        digest_backbone=args.backbone_digest,
         say=say,
+        warn=say,
     )
     size = server.bank.nbytes / 2**20
     say(f"{len(server.bank.names)} tasks, {size:.2f} MiB of prompts")
@@ -112,13 +115,14 @@ def _output(server: Server, args: argparse.Namespace) -> Output:
         "mode": args.mode,
         "bank_sha256": server.bank.digest(),
         "embedding_sha256": server.backbone.embedding_sha256,
+        FIELD: server.backbone.backbone_sha256,
         "vocabulary_sha256": server.backbone.vocabulary_sha256,
         "dtype": args.dtype,
         "input_length": args.input_length,
         "target_length": args.target_length,
         "truncate": args.truncate,
     }
-    return File(Path(args.output), made_from)
+    return File(Path(args.output), made_from, optional=[FIELD])
 
 
 def _opened(path: str) -> BinaryIO:
@@ -189,6 +193,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--no-backbone-digest",
+        dest="backbone_digest",
+        action="store_false",
+        help="compare only the backbone's embedding with that of the prompts, not all its weights",
     )
 
 

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.batching import tokenizers
 from mpt_jax.batching.tokenizers import Tokenizer
@@ -32,7 +33,8 @@ class Backbone(NamedTuple):
         config: the backbone's configuration.
         params: the backbone's parameters on the device, in the dtype of computation.
         vocabulary: the vocabulary of inputs and targets.
-        embedding_sha256, vocabulary_sha256: the digests to compare with those of artifacts.
+        embedding_sha256, vocabulary_sha256, backbone_sha256: the digests to compare with those of
+            artifacts. The last is None if it was switched off.
     """
 
     config: T5Config
@@ -40,6 +42,7 @@ class Backbone(NamedTuple):
     vocabulary: Tokenizer
     embedding_sha256: str
     vocabulary_sha256: str | None
+    backbone_sha256: str | None
 
 
 def load(  # noqa: PLR0913 - each is an option of the command
@@ -50,7 +53,9 @@ def load(  # noqa: PLR0913 - each is an option of the command
     extra_ids: int | None = None,
     config: str | None = None,
     dtype: str = "float32",
+    digest_backbone: bool = True,
     say: Callable[[str], None] = logging.info,
+    warn: Callable[[str], None] = logging.warning,
 ) -> Backbone:
     """Loads the backbone and vocabulary of a bank.
 
@@ -63,7 +68,10 @@ def load(  # noqa: PLR0913 - each is an option of the command
         config: a name such as t5_1_1_base, or a config.json; None if the checkpoint has one, or
             to infer it from the shapes.
         dtype: the dtype that the backbone computes in, `'float32'` or `'bfloat16'`.
+        digest_backbone: whether to digest all weights, and to compare them with those that the
+            prompts were trained with. Otherwise, only the embedding is compared.
         say: called with a line that lists the assumed settings, if the configuration is inferred.
+        warn: called with a line if the backbone could not be compared by all its weights.
 
     Raises:
         FileNotFoundError: the backbone or the vocabulary does not exist.
@@ -83,10 +91,16 @@ def load(  # noqa: PLR0913 - each is an option of the command
             f"its embedding {bank.config['embedding_sha256']}), not with the shipped tiny T5. Set "
             "--backbone to its Hugging Face folder or T5X checkpoint."
         )
-    bank.check_belongs(digest, None)
+    weights = backbone_digest(params) if digest_backbone else None
+    bank.check_backbone(digest, weights, warn)
+    if weights is None:
+        warn(
+            "Only the backbone's embedding was compared with that of the prompts, since the digest "
+            "of all weights is switched off (--no-backbone-digest)."
+        )
     tokenizer = _vocabulary(vocabulary, path, shipped, extra_ids)
     vocabulary_sha256 = artifacts.vocabulary_digest(tokenizer)
-    bank.check_belongs(digest, vocabulary_sha256)
+    bank.check_vocabulary(vocabulary_sha256)
     if tokenizer.vocab_size > len(embedding):
         raise ValueError(
             f"The vocabulary has {tokenizer.vocab_size} ids, but the backbone embeds only "
@@ -95,7 +109,7 @@ def load(  # noqa: PLR0913 - each is an option of the command
         )
     shape = dataclasses.replace(shape, dtype=dtype)
     cast = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), params)
-    return Backbone(shape, jax.device_put(cast), tokenizer, digest, vocabulary_sha256)
+    return Backbone(shape, jax.device_put(cast), tokenizer, digest, vocabulary_sha256, weights)
 
 
 def _vocabulary(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from mpt_jax.runtime.exits import silence
@@ -57,12 +57,18 @@ class File:
     Args:
         path: the file. Its record is written beside it (`runtime.resumable_output`).
         made_from: what the answers depend on besides the requests, as JSON values.
+        optional: the names in `made_from` that earlier versions do not record.
     """
 
-    def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        made_from: Mapping[str, Any],
+        optional: Collection[str] = (),
+    ):
         self._digest = hashlib.sha256()
         notes = {"failed": 0, "requests_sha256": self._digest.hexdigest()}
-        self._output = ResumableFile(path, made_from, notes)
+        self._output = ResumableFile(path, made_from, notes, optional=optional)
 
     @property
     def lines(self) -> int:

@@ -16,6 +16,9 @@ import pytest
 from jax import export as jax_export
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.convert import load_backbone, save_t5x
+from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.plan import chips
 from mpt_jax.runtime.paths import SHIPPED
 from mpt_jax.serving import export
@@ -267,6 +270,27 @@ def test_export_settings_invalid_values_fail(tmp_path):
         Settings(("gpu",))
     with pytest.raises(ValueError, match="positive lengths"):
         Settings(input_lengths=())
+
+
+def test_export_command_other_weights_refused_digest_recorded(tmp_path, capsys):
+    checkpoint = SHIPPED / "tiny_t5" / "checkpoint_10000"
+    leaves = flatten(load_backbone(checkpoint))
+    name = "encoder/layers_0/attention/query/kernel"
+    other = save_t5x(tmp_path, unflatten({**leaves, name: leaves[name] * 1.1}), 0)
+
+    def write(out, *arguments):
+        sizes = ["--input-lengths", "8", "--target-length", "4", "--platforms", "cpu"]
+        given = ["--prompts", str(SHIPPED / "tiny_t5" / "mpt_source"), "--out", str(tmp_path / out)]
+        command.main([*given, *sizes, "--without-weights", *arguments])
+        return json.loads((tmp_path / out / "config.json").read_text())["backbone_sha256"]
+
+    vocabulary = ["--vocabulary", str(SHIPPED / "toy.model"), "--extra-ids", "16"]
+    with pytest.raises(SystemExit) as ended:
+        write("refused", "--backbone", str(other), *vocabulary)
+    assert ended.value.code == 2 and "sha256 of its weights" in capsys.readouterr().err
+    assert write("right") == backbone_digest(unflatten(leaves))
+    assert write("off", "--backbone", str(other), *vocabulary, "--no-backbone-digest") is None
+    assert "Only the backbone's embedding was compared" in capsys.readouterr().err
 
 
 def test_export_command_writes_shipped_prompts(tmp_path, capsys):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.batching import tokenizers
 from mpt_jax.convert import load_backbone, save_t5x
+from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.runtime import paths
 from mpt_jax.serving.predict import __main__ as command
 from mpt_jax.serving.predict import backbone
@@ -164,6 +166,49 @@ def test_backbone_load_without_path_other_backbone_fails(tmp_path):
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="'t5-base'.*f{64}.*--backbone"):
         backbone.load(Bank.load([Named(str(tmp_path / "a"))]))
+
+
+@pytest.fixture
+def other_weights(tmp_path) -> str:
+    """The shipped backbone with other attention weights, as after merging a LoRA."""
+    leaves = flatten(load_backbone(SHIPPED))
+    name = "encoder/layers_0/attention/query/kernel"
+    return str(save_t5x(tmp_path, unflatten({**leaves, name: leaves[name] * 1.1}), 0))
+
+
+def test_predict_command_other_weights_same_embedding_refused(run, other_weights):
+    vocabulary = ["--vocabulary", paths.shipped(name="toy.model"), "--extra-ids", "16"]
+    code, answers, said = run("--backbone", other_weights, *vocabulary)
+    assert (code, answers) == (2, []) and "trained on another backbone" in said
+    weights = backbone_digest(load_backbone(other_weights))
+    recorded = json.loads((Path(SOURCE) / "config.json").read_text())["backbone_sha256"]
+    assert weights in said and recorded in said and "--backbone" in said
+    arguments = ["--backbone", other_weights, *vocabulary, "--no-backbone-digest"]
+    code, answers, said = run(*arguments, lines=REQUESTS[:1])
+    assert code == 0 and len(answers) == 1
+    assert "Only the backbone's embedding was compared" in said
+
+
+def test_predict_command_old_artifact_and_output_are_read_with_a_warning(run, tmp_path):
+    """Neither an artifact nor a record of an earlier version has a digest of all weights."""
+    shutil.copytree(SOURCE, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    del config["backbone_sha256"]
+    path.write_text(json.dumps(config))
+    output = ["--output", str(tmp_path / "out.jsonl")]
+    code, _, said = run(*output, lines=REQUESTS[:1], prompts=[str(tmp_path / "old")])
+    assert code == 0 and said.count(f"{tmp_path}/old records no backbone_sha256") == 1
+    record = tmp_path / "out.jsonl.COMPLETED"
+    fields = json.loads(record.read_text())
+    assert fields["made_from"].pop("backbone_sha256")
+    record.write_text(json.dumps(fields))
+    code, _, said = run(*output, lines=REQUESTS[:1], prompts=[str(tmp_path / "old")])
+    assert code == 0 and "is already complete" in said
+    fields["made_from"]["backbone_sha256"] = "0" * 64
+    record.write_text(json.dumps(fields))
+    code, _, said = run(*output, lines=REQUESTS[:1], prompts=[str(tmp_path / "old")])
+    assert code == 2 and f"backbone_sha256: saved '{'0' * 64}'" in said
 
 
 # --- As a process --------------------------------------------------------------------------------
