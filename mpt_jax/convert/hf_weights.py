@@ -18,15 +18,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.runtime.files import is_local, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+_READ = ("F16", "BF16", "F32", "F64")  # safetensors' names of dtypes
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default
 
 
@@ -77,8 +79,8 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads the tensors of one file, `*.safetensors` or pickled by torch.
 
     Raises:
-        ValueError: the file is truncated or damaged; or it is pickled, and torch rejects it or is
-            not installed.
+        ValueError: the file is truncated or damaged; a tensor has a dtype that NumPy lacks, such as
+            float8; or the file is pickled, and torch rejects it or is not installed.
     """
     with _local(path) as local_path:
         if path.suffix != ".safetensors":
@@ -88,6 +90,15 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is truncated or damaged: {error}. Download or copy it again."
+            ) from error
+        except (AttributeError, KeyError) as error:  # of NumPy, which has no such dtype
+            with safe_open(local_path, "np") as file:
+                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            raise ValueError(
+                f"{path} has tensors of a dtype that is not supported ({error}): "
+                f"{abbreviate([f'{name} ({x})' for name, x in dtypes.items() if x not in _READ])}. "
+                "Use weights in float16, bfloat16, float32 or float64; quantized weights are not "
+                "supported."
             ) from error
 
 

@@ -7,6 +7,7 @@ with Hugging Face's own model.
 import dataclasses
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_con
 from mpt_jax.backbones.t5.config import NAMES
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.convert import load_backbone, load_hf, save_hf
-from mpt_jax.convert.hf import config_from_hf, config_to_hf
+from mpt_jax.convert.hf import check_config, config_from_hf, config_to_hf
 from mpt_jax.core.tree import flatten
 from mpt_jax.models import decoding
 from tests.fixtures import fake_gcs
@@ -197,10 +198,12 @@ def test_load_hf_invalid_folder_fails_with_reason(tmp_path, monkeypatch):
         load_hf(folder)
     norm = "decoder.final_layer_norm.weight"
     save_file({k: v for k, v in weights.items() if k != norm}, file)
-    with pytest.raises(ValueError, match=r"missing: decoder/decoder_norm/scale"):
+    with pytest.raises(ValueError, match=r"1 missing: decoder\.final_layer_norm\.weight"):
         load_hf(folder)
     save_file({**weights, norm: np.ones(15, np.float32)}, file)
-    with pytest.raises(ValueError, match=r"decoder_norm/scale: expected \(16,\), found \(15,\)"):
+    with pytest.raises(
+        ValueError, match=r"final_layer_norm.weight: expected \(16,\), found \(15,\)"
+    ):
         load_hf(folder)
     save_file({**weights, "adapter.weight": np.ones(1, np.float32)}, file)
     with pytest.raises(ValueError, match="not expected: adapter.weight"):
@@ -300,6 +303,72 @@ def test_config_from_hf_other_architecture_fails(change, reason):
     fields = config_to_hf(t5_config("t5_1_1_small"))
     with pytest.raises(ValueError, match=reason):
         config_from_hf({**fields, **change})
+
+
+def test_load_hf_missing_output_projection_error_names_it_and_the_field(tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_1.npz")))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="1 missing: lm_head.weight.*set tie_word_embeddings .*tr"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "reason"),
+    [
+        (np.int8, 1, r"dtype that is not supported: encoder.*layer_norm.weight \(int8\)"),
+        (np.int64, 1, r"\(int64\)"),
+        (np.float32, np.nan, "NaN or infinite values: encoder.final_layer_norm.weight"),
+        (np.float16, np.inf, "NaN or infinite values: encoder.final_layer_norm.weight"),
+        (np.float64, 1e300, "NaN or infinite values: encoder.final_layer_norm.weight"),
+    ],
+)
+def test_load_hf_weights_without_finite_floats_error_names_them(dtype, value, reason, tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_1.npz")))
+    weights, norm = load_file(folder / "model.safetensors"), "encoder.final_layer_norm.weight"
+    weights[norm] = weights[norm].astype(dtype)
+    weights[norm][3] = value
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=reason):
+        load_hf(folder)
+
+
+def test_load_hf_float8_tensor_error_names_it(tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_1.npz")))
+    table = {"q": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
+    header = json.dumps(table).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(2)
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"not supported .*: q \(F8_E4M3\)"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("change", [{"d_model": 2**31 - 1}, {"num_layers": 1024}])
+def test_load_hf_size_that_weights_do_not_confirm_allocates_nothing(change, tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_1.npz")))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **change}))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="does not match its config.json"):
+        load_hf(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # the file is 60 kB; one row of such a width would take 8.6 GB
+
+
+def test_check_config_differing_field_error_has_both_values(tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_1.npz")))
+    config = load_hf(folder)[0]
+    check_config(folder, dataclasses.replace(config, dtype="bfloat16", remat="full", biases=True))
+    other = dataclasses.replace(config, relative_attention_max_distance=99, mlp_dim=3)
+    with pytest.raises(ValueError) as error:
+        check_config(folder, other)
+    message = str(error.value)
+    distance = config.relative_attention_max_distance
+    assert f"relative_attention_max_distance is 99 in the model and {distance} in" in message
+    assert f"mlp_dim is 3 in the model and {config.mlp_dim} in the file (d_ff)" in message
+    assert "config.json" in message and "T5_NAME" in message and "emb_dim" not in message
 
 
 @pytest.mark.parametrize("name", NAMES)
