@@ -101,7 +101,7 @@ def test_architecture_field_we_do_not_compute_is_an_error_with_both_values(chang
         ({"d_ff": True}, "d_ff=True"),
         ({"num_heads": 0}, "num_heads=0.*>= 1"),
         ({"d_kv": -4}, "d_kv=-4"),
-        ({"d_model": 10**30}, "d_model=1000.*<= 2147483647"),
+        ({"d_model": 10**30}, "d_model=1000.*<= 1048576"),
         ({"num_layers": 10**6}, "num_layers=1000000.*<= 1024"),
         ({"relative_attention_num_buckets": 2}, "num_buckets=2.*>= 4"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),

@@ -52,8 +52,9 @@ ARCHITECTURE = {
     "relative_bias_per_layer": "model_type",
 }
 
-# Sizes are int32 in the network. No layers are traced for a count that no published T5 comes near.
-_Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+# Far above every published T5. The number of values in a product of three sizes fits in int64, and
+# tracing this many layers ends.
+_Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 # With fewer buckets, a stack of the network has none for exact distances.
 _Buckets = Annotated[int, msgspec.Meta(ge=4, le=2**20)]
@@ -76,7 +77,7 @@ class _Fields(msgspec.Struct, kw_only=True):
     tie_word_embeddings: bool | None = None
     scale_decoder_outputs: bool | None = None
     relative_attention_num_buckets: _Buckets = 32
-    relative_attention_max_distance: _Size = 128
+    relative_attention_max_distance: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] = 128
     # transformers' other names of four sizes; it prefers them if a file has both.
     hidden_size: _Size | None = None
     num_attention_heads: _Size | None = None
