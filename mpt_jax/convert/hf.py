@@ -162,7 +162,8 @@ def check_config(folder: str | os.PathLike[str], config: T5Config) -> None:
         raise ValueError(
             f"The model is not the one that {path} describes: {'; '.join(differing)}. Leave "
             "T5_NAME, T5_CONFIG and these fields of config.t5_config (in a command: --config) "
-            "unset to use the file's values, or set INITIAL_CHECKPOINT_PATH to the model's checkpoint."
+            "unset to use the file's values, or set INITIAL_CHECKPOINT_PATH to the model's "
+            "checkpoint."
         )
 
 

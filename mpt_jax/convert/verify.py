@@ -130,8 +130,8 @@ def _oracle() -> tuple[Any, Any]:
 def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:
     """Returns the outputs of transformers' model, in the form that `parity.forward` returns.
 
-    transformers derives the decoder's input from the targets, and begins with the
-    start token of its configuration, for which it has no default.
+    transformers derives the decoder's input from the targets, and begins with the start token of
+    its configuration, for which it has no default.
     """
     if model.config.decoder_start_token_id is None:
         model.config.decoder_start_token_id = 0
