@@ -43,7 +43,7 @@ def test_verify_weights_missing_package_exits_with_2(absent, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "expected"),
-    [(3.9e-3, 1e-3, 0), (4.1e-3, 1e-3, 1), (1e-5, 0.0, 0), (2e-4, 0.0, 1)]
+    [(3.9e-3, 1e-3, 0), (4.2e-3, 1e-3, 1), (1e-5, 0.0, 0), (2e-4, 0.0, 1)]
     + [(float("nan"), 1e-3, 1), (1e-3, float("nan"), 1), (1e-3, float("inf"), 1)],
 )
 def test_verify_weights_ours_farther_from_float64_or_nan_exits_with_1(
