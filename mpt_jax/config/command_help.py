@@ -17,7 +17,7 @@ MACROS = {
     "STAGE": "name of the run's folder: ROOT/STAGE is the MODEL_DIR",
     "INITIAL_CHECKPOINT_PATH": "the backbone: a Hugging Face folder, a T5X or an Orbax checkpoint",
     "VOCABULARY": "the SentencePiece model of that backbone",
-    "T5_NAME": "the configuration of that backbone",
+    "T5_NAME": "the configuration of a T5X checkpoint; a Hugging Face folder has its own",
     "TASK_FEATURE_LENGTHS": "limits on inputs and targets in tokens, without the prompt",
     "INITIAL_ARTIFACT": "the prompt artifact to start from, with START_FROM",
 }

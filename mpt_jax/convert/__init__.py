@@ -7,13 +7,15 @@ from typing import Any
 
 from etils import epath
 
-from mpt_jax.convert.hf import load_hf, save_hf
+from mpt_jax.backbones.t5 import T5Config
+from mpt_jax.backbones.t5.hf_config import CONFIG
+from mpt_jax.convert.hf import check_config, load_hf, save_hf
 from mpt_jax.convert.t5x import load_t5x, save_t5x
 
 __all__ = ["load_backbone", "load_hf", "load_t5x", "save_hf", "save_t5x"]
 
 
-def load_backbone(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_backbone(path: str | os.PathLike[str], config: T5Config | None = None) -> dict[str, Any]:
     """Reads the parameters of a T5 as T5X's unscanned tree of NumPy arrays.
 
     The arrays have the dtype of the file, except that float16 of a Hugging Face folder becomes
@@ -22,13 +24,18 @@ def load_backbone(path: str | os.PathLike[str]) -> dict[str, Any]:
     Args:
         path: a Hugging Face folder (`config.json` and weights), or a T5X checkpoint
             (`checkpoint_<step>` as a folder in either of T5X's formats, or its msgpack file).
+        config: the model to load it into. If given, a Hugging Face folder must describe the same
+            architecture. T5X checkpoints describe none.
 
     Raises:
         FileNotFoundError: `path` does not exist, has none of these formats, or has no weights.
         ValueError: as in `load_hf` or `load_t5x`: the checkpoint is truncated, incomplete or not a
-            supported T5, or its weights are pickled and cannot be read safely.
+            supported T5, or its weights are pickled and cannot be read safely; or its `config.json`
+            differs from `config`.
     """
     folder = epath.Path(path)
-    if (folder / "config.json").exists():
+    if (folder / CONFIG).exists():
+        if config is not None:
+            check_config(folder, config)
         return load_hf(folder)[1]
     return load_t5x(folder)

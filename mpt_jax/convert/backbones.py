@@ -40,9 +40,9 @@ def read(
     """
     if config is None and detect.recognize(source) == detect.HF:
         return load_hf(source)
-    params = load_backbone(source)
-    if config is not None:
-        requested = named_config(config)
+    requested = None if config is None else named_config(config)
+    params = load_backbone(source, requested)
+    if requested is not None:
         params = architecture.with_tables(params, requested.relative_bias_per_layer)
         shapes = {name: np.shape(x) for name, x in flatten(params).items()}
         match_exactly(

@@ -7,48 +7,23 @@ unchanged.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mpt_jax.backbones.t5 import T5Config, parameter_shapes
+from mpt_jax.backbones.t5 import T5Config, hf_config, parameter_shapes
+from mpt_jax.backbones.t5.hf_config import ACTIVATIONS, CONFIG, MODEL_TYPES, SIZES
 from mpt_jax.convert.hf_weights import MAX_SHARD_BYTES, read_tensors, write_tensors
-from mpt_jax.core import schema
-from mpt_jax.core.tree import flatten, match_exactly, unflatten
-from mpt_jax.runtime.files import new_folder, read_json
-
-CONFIG = "config.json"
+from mpt_jax.core.tree import check_floats, flatten, match_exactly, unflatten
+from mpt_jax.runtime.files import new_folder
 
 _SELF_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
-# feed_forward_proj -> our mlp_activations. `gated-gelu` is the tanh form in both libraries.
-_ACTIVATIONS = {
-    "relu": ("relu",),
-    "gated-gelu": ("gelu", "linear"),
-    "gated-relu": ("relu", "linear"),
-    "gated-silu": ("silu", "linear"),
-}
-# model_type -> (class, feed_forward_proj, tie_word_embeddings). The latter two are the defaults if
-# config.json leaves them out.
-_MODEL_TYPES = {
-    "t5": ("T5ForConditionalGeneration", "relu", True),
-    "mt5": ("MT5ForConditionalGeneration", "gated-gelu", False),
-    "umt5": ("UMT5ForConditionalGeneration", "gated-gelu", True),
-}
 _MT5_VOCABULARY = 250112
-# config.json's name -> T5Config's, of the fields without a default.
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "emb_dim",
-    "num_heads": "num_heads",
-    "num_layers": "num_encoder_layers",
-    "d_kv": "head_dim",
-    "d_ff": "mlp_dim",
-}
 _EMBEDDING = "shared.weight"
 # Copies of the embedding that files may also hold.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -102,51 +77,18 @@ def _transposed(name: str) -> bool:
     return name.endswith(("/kernel", "/rel_embedding"))
 
 
+def _layout(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that a parameter has in Hugging Face's state dict."""
+    return shape[::-1] if _transposed(name) else shape
+
+
 def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
     """Returns the configuration that a Hugging Face `config.json` describes.
 
     Raises:
-        ValueError: the model is not a T5, has unsupported settings, or lacks sizes.
+        ValueError: as in `hf_config.architecture`.
     """
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise ValueError(
-            f"{what} has model_type {model_type!r}, which is not supported. Use a model of type "
-            f"{', '.join(_MODEL_TYPES)} (T5 1.0, T5 1.1, Flan, mT5, ByT5, umT5)."
-        )
-    if absent := [name for name in _SIZES if name not in fields]:
-        raise ValueError(
-            f"{what} lacks {absent}, so the model's shape is unknown. Add these fields, or "
-            "download or copy the file again."
-        )
-    _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
-    activation = fields.get("feed_forward_proj", usual_activation)
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise ValueError(
-            f"{what} has feed_forward_proj={activation!r}, which is not supported. Use a model "
-            f"with one of {list(_ACTIVATIONS)}."
-        )
-    if fields.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        raise ValueError(
-            f"{what} has layer_norm_epsilon={fields['layer_norm_epsilon']}, which is not "
-            "supported. Use a model with 1e-06."
-        )
-    # Since version 5, transformers records it in the first field, and the second is always true.
-    tied = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", usually_tied))
-    if not isinstance(tied, bool):
-        raise ValueError(
-            f"{what} has tie_word_embeddings (or scale_decoder_outputs) = {schema.short(tied)}, "
-            "which is neither true nor false. Download or copy the file again."
-        )
-    return T5Config(
-        **{name: fields[hf_name] for hf_name, name in _SIZES.items()},
-        num_decoder_layers=fields.get("num_decoder_layers") or fields["num_layers"],
-        mlp_activations=_ACTIVATIONS[activation],
-        logits_via_embedding=tied,
-        relative_attention_num_buckets=fields.get("relative_attention_num_buckets", 32),
-        relative_attention_max_distance=fields.get("relative_attention_max_distance", 128),
-        relative_bias_per_layer=model_type == "umt5",
-    )
+    return T5Config(**hf_config.architecture(fields, what))
 
 
 def config_to_hf(config: T5Config) -> dict[str, Any]:
@@ -159,7 +101,7 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     Raises:
         ValueError: Hugging Face's T5 does not support the activations.
     """
-    activations = {value: hf_name for hf_name, value in _ACTIVATIONS.items()}
+    activations = {value: hf_name for hf_name, value in ACTIVATIONS.items()}
     if config.mlp_activations not in activations:
         raise ValueError(
             f"Hugging Face's T5 does not support mlp_activations={config.mlp_activations}, only "
@@ -168,9 +110,9 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     mt5 = config.vocab_size == _MT5_VOCABULARY and not config.logits_via_embedding
     model_type = "umt5" if config.relative_bias_per_layer else "mt5" if mt5 else "t5"
     return {
-        "architectures": [_MODEL_TYPES[model_type][0]],
+        "architectures": [MODEL_TYPES[model_type][0]],
         "model_type": model_type,
-        **{hf_name: getattr(config, name) for hf_name, name in _SIZES.items()},
+        **{hf_name: getattr(config, name) for hf_name, name in SIZES.items()},
         "num_decoder_layers": config.num_decoder_layers,
         "feed_forward_proj": activations[config.mlp_activations],
         "tie_word_embeddings": config.logits_via_embedding,
@@ -190,14 +132,39 @@ def read_config(path: str | os.PathLike[str]) -> T5Config:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not JSON, or describes a model that `config_from_hf` rejects.
+        ValueError: the file is not JSON, or it or the `generation_config.json` beside it describes
+            a model that is not supported.
     """
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist. Give a Hugging Face folder, which has a {CONFIG} and weights."
         )
-    return config_from_hf(read_json(path), str(path))
+    return T5Config(**hf_config.read_architecture(path))
+
+
+def check_config(folder: str | os.PathLike[str], config: T5Config) -> None:
+    """Checks that a model has the architecture in a Hugging Face folder's `config.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_config`; or a field differs, and the message has
+            all of them with both values.
+    """
+    path = epath.Path(folder) / CONFIG
+    theirs = read_config(path)
+    differing = [
+        f"{name} is {getattr(config, name)!r} in the model and {getattr(theirs, name)!r} in the "
+        f"file ({hf_name})"
+        for name, hf_name in hf_config.ARCHITECTURE.items()
+        if getattr(config, name) != getattr(theirs, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"The model is not the one that {path} describes: {'; '.join(differing)}. Leave "
+            "T5_NAME, T5_CONFIG and these fields of config.t5_config (in a command: --config) "
+            "unset to use the file's values, or set INITIAL_CHECKPOINT_PATH to the model's "
+            "checkpoint."
+        )
 
 
 def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
@@ -210,9 +177,9 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     Raises:
         FileNotFoundError: the folder has no `config.json` or no weights.
         ValueError: `config.json` or its architecture is not supported; shards are truncated or
-            missing; parameters are missing, unexpected or of another shape; a copy of the embedding
-            differs from it; or the weights are pickled, and torch is not installed or finds more
-            than tensors in them.
+            missing; parameters are missing, unexpected, of another shape, of a dtype that is not
+            supported, or not finite; a copy of the embedding differs from it; or the weights are
+            pickled, and torch is not installed or finds more than tensors in them.
     """
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
@@ -223,25 +190,30 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
             f"{folder / CONFIG} names {layers:,} layers, but the weights have {len(tensors)} "
             f"tensors. Download or copy {CONFIG} and the weights again."
         )
-    path_of = {hf_name: path for path, hf_name in name_table(config).items()}
+    table = name_table(config)
+    advice = f"Download or copy {CONFIG} and the weights again."
+    if not config.logits_via_embedding and _HEAD not in tensors:
+        advice = (
+            f"If the model has no separate output projection ({_HEAD}), set tie_word_embeddings "
+            f"(and scale_decoder_outputs, if present) to true in {CONFIG}. Otherwise download or "
+            "copy the weights again."
+        )
+    match = functools.partial(
+        match_exactly, what=f"The checkpoint {folder}", standard=f"its {CONFIG}", advice=advice
+    )
+    # Names first: they confirm the number of layers before the network is traced for its shapes.
+    match(dict.fromkeys(table.values(), ()), dict.fromkeys(tensors, ()))
+    shapes = parameter_shapes(config)
+    match(
+        {theirs: _layout(name, shapes[name]) for name, theirs in table.items()},
+        {theirs: x.shape for theirs, x in tensors.items()},
+    )
+    check_floats(tensors, f"The checkpoint {folder}")
     params = {}
-    for hf_name, x in tensors.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"The checkpoint {folder} has {hf_name} of type {x.dtype}, which is not "
-                "supported. Save the model in float32 or bfloat16."
-            )
-        name = path_of.get(hf_name, hf_name)
+    for name, theirs in table.items():
+        x = tensors.pop(theirs)
         x = x.T if _transposed(name) else x
         params[name] = x.astype(np.float32) if x.dtype == np.float16 else x
-    shapes = {name: x.shape for name, x in params.items()}
-    match_exactly(
-        parameter_shapes(config),
-        shapes,
-        f"The checkpoint {folder}",
-        standard=f"its {CONFIG}",
-        advice=f"Download or copy {CONFIG} and the weights again.",
-    )
     return config, unflatten(params)
 
 

@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from etils import epath
+from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from mpt_jax.core import schema
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.runtime.files import is_local, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+_READ = ("F16", "BF16", "F32", "F64")  # safetensors' names of dtypes
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default
 # Tied tensors are views of one tensor in a pickled file: the embedding, its copies and the head.
 MOST_VIEWS = 4
@@ -82,14 +85,27 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads the tensors of one file, `*.safetensors` or pickled by torch.
 
     Raises:
-        ValueError: the file is truncated or damaged; or it is pickled, and torch rejects it or is
-            not installed.
+        ValueError: the file is truncated or damaged; a tensor has a dtype that NumPy lacks, such as
+            float8; or the file is pickled, and torch rejects it or is not installed.
     """
     with _local(path) as local_path:
         if path.suffix != ".safetensors":
             return _pickled(local_path, path)
+        _check_dtypes(local_path, path)
         with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
             return load_file(local_path)
+
+
+def _check_dtypes(local_path: str, path: epath.Path) -> None:
+    """Raises ValueError for tensors of a dtype that is not read, from the header of a file."""
+    with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
+        with safe_open(local_path, "np") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if others := [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _READ]:
+        raise ValueError(
+            f"{path} has tensors of a dtype that is not supported: {abbreviate(others)}. Use "
+            "weights in float16, bfloat16, float32 or float64; quantized weights are not supported."
+        )
 
 
 @contextlib.contextmanager

@@ -58,18 +58,18 @@ def _bits(x: Any) -> tuple[str, bytes]:
 
 def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
     """Returns a padded batch that depends only on the vocabulary's size: `tokens` int32 [3,40],
-    `mask` bool [3,40], and `decoder_tokens` int32 [3,8]."""
+    `mask` bool [3,40], and `targets` int32 [3,8]."""
     rng = np.random.default_rng(SEED)
     first = min(2, config.vocab_size - 1)  # after padding and the end of sequence
     mask = np.arange(max(LENGTHS))[None] < np.asarray(LENGTHS)[:, None]
     tokens = rng.integers(first, config.vocab_size, mask.shape, np.int32)
     targets = rng.integers(first, config.vocab_size, (len(LENGTHS), TARGETS), np.int32)
-    targets[:, 0] = 0
-    return {"tokens": tokens * mask, "mask": mask, "decoder_tokens": targets}
+    return {"tokens": tokens * mask, "mask": mask, "targets": targets}
 
 
 def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Runs our network on the fixed batch, in float32 whatever the dtype of the parameters.
+    """Runs our network on the fixed batch, in float32 whatever the dtype of the parameters. The
+    decoder reads the targets shifted by one position, after the start token 0.
 
     Returns:
         `encoder` and `decoder`, hidden states [layers + 1, 3, positions, H] indexed as in
@@ -79,10 +79,11 @@ def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray
     hidden: dict[str, Any] = {"return_hidden": True}
 
     @jax.jit
-    def run(params: Any, tokens: Any, mask: Any, decoder_tokens: Any) -> dict[str, jax.Array]:
+    def run(params: Any, tokens: Any, mask: Any, targets: Any) -> dict[str, jax.Array]:
         # Cast inside jit, so that a half-precision model is not held twice.
         variables = {"params": jax.tree.map(lambda x: x.astype(jnp.float32), params)}
         encoded, encoder = _pair(model.apply(variables, tokens, mask, method="encode", **hidden))
+        decoder_tokens = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
         decode = (variables, encoded, mask, decoder_tokens)
         logits, decoder = _pair(model.apply(*decode, method="decode", **hidden))
         return {"encoder": jnp.stack(encoder), "decoder": jnp.stack(decoder), "logits": logits}

@@ -25,7 +25,7 @@ from mpt_jax.backbones.t5.scanned_params import is_stacked, unstack_layers
 from mpt_jax.convert import msgpack_check
 from mpt_jax.convert.architecture import with_even_tables
 from mpt_jax.core import schema
-from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.core.tree import check_floats, flatten, unflatten
 from mpt_jax.runtime.files import absolute, is_local, new_folder
 
 FORMAT_VERSION = 3  # of T5X's own format
@@ -61,7 +61,8 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` does not exist or is not a checkpoint.
-        ValueError: the checkpoint is truncated, or parts of it are missing.
+        ValueError: the checkpoint is truncated, parts of it are missing, or a parameter is of a
+            dtype that is not supported, or not finite.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -81,6 +82,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is neither a T5X checkpoint nor a Hugging Face folder with a config.json."
             f"{_suggestion(path)}"
         )
+    check_floats(flatten(params), str(path))
     return with_even_tables(unstack_layers(params)) if is_stacked(params) else params
 
 

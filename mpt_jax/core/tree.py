@@ -11,9 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.shapes import Params
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_CHUNK = 1 << 16  # values checked at a time, so that they and the result stay in the cache
 
 # An ordered table of (regular expression over the whole path name, label); first match wins.
 Rules = Sequence[tuple[str, str]]
@@ -165,3 +169,43 @@ def match_exactly(
         problems.append(f"{len(shapes)} of another shape: {abbreviate(shapes, '; ')}")
     if problems:
         raise ValueError(f"{what} does not match {standard}. {'; '.join(problems)}. {advice}")
+
+
+def check_floats(
+    leaves: Mapping[str, np.ndarray],
+    what: str,
+    advice: str = "Download or copy the checkpoint again, or save the model again.",
+) -> None:
+    """Checks that parameters are floating point numbers, and finite in float32.
+
+    Args:
+        leaves: name -> array.
+        what: the source of the parameters; the subject of the error's first sentence.
+        advice: what the user can do; the last sentence of the error.
+
+    Raises:
+        ValueError: a leaf has a dtype other than `FLOATS`, or holds NaN or infinity; the message
+            lists such leaves.
+    """
+    other = [f"{name} ({x.dtype})" for name, x in leaves.items() if str(x.dtype) not in FLOATS]
+    if other:
+        raise ValueError(
+            f"{what} has parameters of a dtype that is not supported: {abbreviate(other)}. Use "
+            f"weights in {', '.join(FLOATS)}; quantized weights are not supported."
+        )
+    broken = [name for name, x in leaves.items() if not _is_finite(x)]
+    if broken:
+        raise ValueError(
+            f"{what} has parameters with NaN or infinite values: {abbreviate(broken)}. {advice}"
+        )
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    """Whether all values are finite after conversion to float32."""
+    values = x.ravel(order="K")  # a view, unless strided
+    with np.errstate(over="ignore"):
+        for start in range(0, values.size, _CHUNK):
+            part = values[start : start + _CHUNK]
+            if not np.isfinite(part.astype(np.float32, copy=False)).all():
+                return False
+    return True

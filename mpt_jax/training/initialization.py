@@ -144,9 +144,10 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     Raises:
         FileNotFoundError: a checkpoint or artifact is missing; the message says where it was
             expected and, if known, how to make it.
-        ValueError: parameters are missing, extra or of another shape; the vocabulary does not fit
-            the backbone; an artifact has another backbone, vocabulary or prompt length; a run has
-            no teacher or several; or the method needs an initial artifact and none is set.
+        ValueError: parameters are missing, extra, not finite or of another shape; the model differs
+            from the backbone's `config.json`; the vocabulary does not fit the backbone; an artifact
+            has another backbone, vocabulary or prompt length; a run has no teacher or several; or
+            the method needs an initial artifact and none is set.
     """
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
     backbone_key, prompt_key = jax.random.split(key)
@@ -197,7 +198,7 @@ def _backbone(
         return jax.jit(lambda key: model.init_backbone(key)[0])(key)
     assert origins.backbone is not None
     try:
-        tree = convert.load_backbone(origins.backbone)
+        tree = convert.load_backbone(origins.backbone, model.module.config)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"No backbone could be loaded. {error} To get one: {origins.backbone_command}."
@@ -211,6 +212,7 @@ def _backbone(
         {name: shape for name, shape in shapes.items() if name not in biases},
         {name: leaf.shape for name, leaf in leaves.items()},
         f"The backbone checkpoint {origins.backbone}",
+        advice="Set T5_NAME to the checkpoint's model, or T5_CONFIG if it has no name.",
     )
     return unflatten(leaves | {name: np.zeros(shapes[name], np.float32) for name in biases})
 

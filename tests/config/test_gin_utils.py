@@ -6,6 +6,7 @@ Full-size models are built as shapes only. No file is read except the toy vocabu
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from mpt_jax.backbones.t5 import T5Config, t5_config
 from mpt_jax.config import gin_utils, trainer_choice
 from mpt_jax.core.tree import flatten
 from mpt_jax.runtime import paths
@@ -258,6 +260,23 @@ def test_stage_gin_full_scale_has_expected_hyperparameters(name, rates, batch_si
         100,
     )
     assert {rate.total_steps for rate in optimizer.learning_rates.values()} == {steps}
+
+
+def test_t5_name_default_reads_config_of_hugging_face_folder(tmp_path):
+    fields = {"model_type": "umt5", "vocab_size": 512, "d_model": 48, "num_heads": 3}
+    fields |= {"num_layers": 2, "d_kv": 8, "d_ff": 40, "relative_attention_max_distance": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    backbone = f"INITIAL_CHECKPOINT_PATH = {str(tmp_path)!r}"
+    parse([STAGE], [VOCABULARY, backbone, "config.t5_config.remat = 'full'"])
+    assert value("T5_CONFIG") == T5Config(
+        512, "bfloat16", 48, 3, 2, 2, 8, 40, ("gelu", "linear"), logits_via_embedding=True,
+        relative_attention_max_distance=64, relative_bias_per_layer=True, remat="full",
+    )  # fmt: skip
+
+
+def test_t5_name_default_without_folder_is_t5_base(tmp_path):
+    parse([STAGE], [VOCABULARY, f"INITIAL_CHECKPOINT_PATH = {str(tmp_path / 'none')!r}"])
+    assert value("T5_CONFIG") == t5_config("t5_1_0_base", dtype="bfloat16")
 
 
 def test_source_stage_distillation_matches_paper():

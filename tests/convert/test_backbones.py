@@ -16,6 +16,15 @@ from tests.fixtures import fake_gcs
 from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
 
 
+def test_read_config_that_differs_from_the_folder_is_an_error(tmp_path):
+    folder, other = hf_folder(tmp_path / "hf"), tmp_path / "other.json"
+    fields = json.loads((folder / "config.json").read_text())
+    other.write_text(json.dumps({**fields, "relative_attention_max_distance": 99}))
+    assert backbones.read(folder, str(folder / "config.json"))[0] == load_hf(folder)[0]
+    with pytest.raises(ValueError, match="max_distance is 99 in the model.*--config"):
+        backbones.read(folder, str(other))
+
+
 @pytest.mark.parametrize(
     ("middle", "version"),
     [

@@ -19,7 +19,7 @@ from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_con
 from mpt_jax.backbones.t5.config import NAMES
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.convert import load_backbone, load_hf, save_hf
-from mpt_jax.convert.hf import config_from_hf, config_to_hf
+from mpt_jax.convert.hf import check_config, config_from_hf, config_to_hf
 from mpt_jax.core.tree import flatten
 from mpt_jax.models import decoding
 from tests.fixtures import fake_gcs
@@ -197,10 +197,12 @@ def test_load_hf_invalid_folder_fails_with_reason(tmp_path, monkeypatch):
         load_hf(folder)
     norm = "decoder.final_layer_norm.weight"
     save_file({k: v for k, v in weights.items() if k != norm}, file)
-    with pytest.raises(ValueError, match=r"missing: decoder/decoder_norm/scale"):
+    with pytest.raises(ValueError, match=r"1 missing: decoder\.final_layer_norm\.weight"):
         load_hf(folder)
     save_file({**weights, norm: np.ones(15, np.float32)}, file)
-    with pytest.raises(ValueError, match=r"decoder_norm/scale: expected \(16,\), found \(15,\)"):
+    with pytest.raises(
+        ValueError, match=r"final_layer_norm.weight: expected \(16,\), found \(15,\)"
+    ):
         load_hf(folder)
     save_file({**weights, "adapter.weight": np.ones(1, np.float32)}, file)
     with pytest.raises(ValueError, match="not expected: adapter.weight"):
@@ -300,6 +302,20 @@ def test_config_from_hf_other_architecture_fails(change, reason):
     fields = config_to_hf(t5_config("t5_1_1_small"))
     with pytest.raises(ValueError, match=reason):
         config_from_hf({**fields, **change})
+
+
+def test_check_config_differing_field_error_has_both_values(tmp_path):
+    folder = write_folder(tmp_path / "hf", dict(np.load(GOLDEN / "t5_hf_1_1.npz")))
+    config = load_hf(folder)[0]
+    check_config(folder, dataclasses.replace(config, dtype="bfloat16", remat="full", biases=True))
+    other = dataclasses.replace(config, relative_attention_max_distance=99, mlp_dim=3)
+    with pytest.raises(ValueError) as error:
+        check_config(folder, other)
+    message = str(error.value)
+    distance = config.relative_attention_max_distance
+    assert f"relative_attention_max_distance is 99 in the model and {distance} in" in message
+    assert f"mlp_dim is 3 in the model and {config.mlp_dim} in the file (d_ff)" in message
+    assert "config.json" in message and "T5_NAME" in message and "emb_dim" not in message
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -137,6 +137,23 @@ def test_load_backbone_orbax_returns_target(tmp_path):
         load_backbone(folder)
 
 
+@pytest.mark.parametrize("form", ["t5x", "orbax"])
+def test_load_backbone_t5x_weights_without_finite_floats_error_names_them(form, tmp_path):
+    for step, (dtype, value) in enumerate(((np.int8, 1), (np.float32, np.nan))):
+        params = some_params()
+        scale = np.zeros(8, dtype)
+        scale[3] = value
+        params["encoder"]["encoder_norm"]["scale"] = scale
+        folder = tmp_path / f"checkpoint_{step}"
+        if form == "t5x":
+            save_t5x(tmp_path, params, step=step)
+        else:
+            save_orbax(folder, params)
+        reason = r"not supported: .*scale \(int8\)" if value == 1 else "NaN .*encoder_norm/scale"
+        with pytest.raises(ValueError, match=f"{folder} has .*{reason}"):
+            load_backbone(folder)
+
+
 def test_load_t5x_scanned_checkpoint_returns_unscanned(tmp_path):
     params = some_params()
     assert_same(load_t5x(save_t5x(tmp_path, stack_layers(params), step=0)), params)

@@ -1,12 +1,29 @@
 """`mpt-jax verify-weights`: passes with equal weights, fails with others, and needs torch."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mpt_jax.convert import load_hf, save_t5x, verify
+from mpt_jax.backbones.t5 import T5Config, parameter_shapes
+from mpt_jax.convert import load_hf, save_hf, save_t5x, verify
+from mpt_jax.core.tree import unflatten
 from tests.fixtures.hf_checkpoints import hf_folder
+
+
+def random_folder(path: Path, scale: float, **fields: object) -> Path:
+    """Writes a random T5 of an odd shape, with an embedding of the given scale."""
+    shape = {"num_heads": 3, "num_encoder_layers": 2, "num_decoder_layers": 3, "head_dim": 7}
+    config = T5Config(61, **{"emb_dim": 20, "mlp_dim": 33, **shape, **fields})  # pyright: ignore
+    rng = np.random.default_rng(0)
+    params = {
+        name: (scale if "token_embedder" in name else 0.5)
+        * rng.standard_normal(size).astype(np.float32)
+        for name, size in parameter_shapes(config).items()
+    }
+    return Path(save_hf(path, config, unflatten(params)))
 
 
 def exit_code(*arguments: object) -> int:
@@ -24,11 +41,21 @@ def test_verify_weights_missing_package_exits_with_2(absent, tmp_path, monkeypat
     assert f"{absent} is not installed" in capsys.readouterr().err
 
 
-def test_verify_weights_difference_or_nan_exits_with_1(tmp_path, monkeypatch, capsys):
-    for found, expected in ((9e-5, 0), (1.1e-4, 1), (float("nan"), 1)):
-        monkeypatch.setattr(verify, "compare", lambda *_, f=found: {"logits": f})
-        assert exit_code(tmp_path) == expected
-        assert ("PASS" if expected == 0 else "FAIL") in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [(3.9e-3, 1e-3, 0), (4.2e-3, 1e-3, 1), (1e-5, 0.0, 0), (2e-4, 0.0, 1)]
+    + [(float("nan"), 1e-3, 1), (1e-3, float("nan"), 1), (1e-3, float("inf"), 1)],
+)
+def test_verify_weights_ours_farther_from_float64_or_nan_exits_with_1(
+    ours, theirs, expected, tmp_path, monkeypatch, capsys
+):
+    found = {"logits": verify.Difference(ours, theirs, 7e-3, 1000.0)}
+    monkeypatch.setattr(verify, "compare", lambda *_: found)
+    assert exit_code(tmp_path) == expected
+    printed = capsys.readouterr().out
+    assert ("PASS" if expected == 0 else "FAIL") in printed
+    for number in (ours, theirs, 7e-3, 1000.0):
+        assert f" {number:.3g}" in printed
 
 
 @pytest.mark.parity
@@ -44,16 +71,55 @@ def test_verify_weights_every_t5_version_passes(version, tmp_path, capsys):
 
 
 @pytest.mark.parity
-def test_verify_weights_other_arithmetic_fails(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logits_via_embedding": True},
+        {"mlp_activations": ("gelu", "linear"), "relative_attention_max_distance": 20},
+        {"mlp_activations": ("silu", "linear"), "relative_bias_per_layer": True},
+    ],
+)
+def test_verify_weights_odd_shapes_and_large_scale_pass(fields, scale, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    folder = random_folder(tmp_path / "hf", scale, **fields)
+    code = exit_code(folder)
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    config = json.loads((folder / "config.json").read_text())
+    del config["decoder_start_token_id"]  # T5 starts with padding
+    (folder / "config.json").write_text(json.dumps(config))
+    assert exit_code(folder) == 0
+
+
+@pytest.mark.parity
+def test_verify_weights_other_decoder_start_token_exits_with_2(tmp_path, capsys):
     pytest.importorskip("transformers")
     folder = hf_folder(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": 5}))
+    assert exit_code(folder) == 2
+    assert "decoder_start_token_id=5" in capsys.readouterr().err
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("change", ["zero", "transpose", "perturb"])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_verify_weights_other_arithmetic_fails(change, scale, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    folder = random_folder(tmp_path / "hf", scale, emb_dim=21, logits_via_embedding=True)
     read = verify.backbones.read
 
     def read_wrongly(folder, config):
         shape, params = read(folder, config)
-        params["encoder"]["relpos_bias"]["rel_embedding"] = np.zeros_like(
-            params["encoder"]["relpos_bias"]["rel_embedding"]
-        )
+        table = params["encoder"]["relpos_bias"]
+        attention = params["decoder"]["layers_1"]["self_attention"]
+        if change == "zero":
+            table["rel_embedding"] = np.zeros_like(table["rel_embedding"])
+        elif change == "transpose":  # 3 heads of width 7: [21, 21]
+            attention["query"]["kernel"] = attention["query"]["kernel"].T
+        else:
+            attention["value"]["kernel"] = attention["value"]["kernel"] * np.float32(1.001)
         return shape, params
 
     monkeypatch.setattr(verify.backbones, "read", read_wrongly)

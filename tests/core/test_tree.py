@@ -1,6 +1,7 @@
-"""Path names, label tables, splitting and strict matching."""
+"""Path names, label tables, splitting, strict matching and checks of values."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -101,3 +102,25 @@ def test_match_exactly_mismatch_error_lists_each_problem():
     assert "1 not expected: new" in message
     assert "wider: expected (3, 4), found (3, 5)" in message
     assert "same" not in message
+
+
+@pytest.mark.parametrize("dtype", tree.FLOATS)
+def test_check_floats_finite_values_pass(dtype):
+    values = np.full((3, 70_000), 1e4).astype(dtype)
+    tree.check_floats({"a": values, "b": values.T, "c": values[:, ::2], "d": values[:0]}, "It")
+
+
+@pytest.mark.parametrize("dtype", tree.FLOATS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_check_floats_one_broken_value_is_named(dtype, value):
+    broken = np.zeros((3, 70_000)).astype(dtype)
+    broken[2, 69_999] = value
+    for leaf in (broken, broken.T):
+        with pytest.raises(ValueError, match="It has .*NaN or infinite values: b. Advice."):
+            tree.check_floats({"a": np.zeros(3), "b": leaf}, "It", "Advice.")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "complex64", "float8_e4m3fn"])
+def test_check_floats_other_dtype_is_named(dtype):
+    with pytest.raises(ValueError, match=rf"It has .* not supported: b \({dtype}\)"):
+        tree.check_floats({"a": np.zeros(3), "b": np.zeros(3).astype(dtype)}, "It")

@@ -330,6 +330,19 @@ def test_backbone_shape_mismatch_error_names_each_parameter(backbone):
         initialize_params(
             tiny.model(config=tiny.config(num_encoder_layers=1)), Origins(backbone["path"]), KEY
         )
+    assert "Set T5_NAME to the checkpoint's model" in message
+
+
+def test_backbone_of_hugging_face_folder_must_have_the_model_of_its_config(backbone, tmp_path):
+    folder = convert.save_hf(tmp_path / "hf", tiny.config(), unflatten(backbone["leaves"]))
+    found = initialize_params(tiny.model(), Origins(str(folder)), KEY)
+    embedding = found.params["token_embedder"]["embedding"]
+    np.testing.assert_array_equal(embedding, backbone["leaves"]["token_embedder/embedding"])
+    # The shapes agree, so nothing else would show the difference.
+    other = tiny.model(config=tiny.config(relative_attention_max_distance=16))
+    reason = "max_distance is 16 in the model and 128 in the file.*T5_NAME"
+    with pytest.raises(ValueError, match=f"{folder}/config.json describes: relative.*{reason}"):
+        initialize_params(other, Origins(str(folder)), KEY)
 
 
 def test_backbone_unexpected_biases_error(backbone, tmp_path):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
+
+from mpt_jax.backbones.t5 import hf_config
 
 ACTIVATIONS = ("relu", "gelu", "silu", "linear")
 # Fields that give sizes.
@@ -152,12 +156,31 @@ _FAMILIES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
 NAMES = tuple(f"{family}_{size}" for family, (sizes, _) in _FAMILIES.items() for size in sizes)
 
 
-def t5_config(name: str, **overrides: Any) -> T5Config:
-    """Returns a published model's configuration, e.g. `t5_config('t5_1_1_base', dtype='bfloat16')`.
+# The model if neither a name nor a Hugging Face folder says which.
+DEFAULT = "t5_1_0_base"
+
+
+def t5_config(
+    name: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> T5Config:
+    """Returns the configuration of a published model, or of a Hugging Face folder.
+
+    Args:
+        name: a published model such as `'t5_1_1_base'`. None reads the `config.json` of
+            `checkpoint`; if there is none, the model is `t5_1_0_base`.
+        checkpoint: the path of the backbone; it need not exist.
+        **overrides: fields of `T5Config` to replace, such as `dtype='bfloat16'`. A field of the
+            architecture that differs from the folder's is an error when the weights are loaded.
 
     Raises:
-        ValueError: the name is unknown; the message lists the known names.
+        ValueError: the name is unknown, and the message lists the known names; or the folder's
+            `config.json` is not that of a supported T5.
     """
+    if name is None and checkpoint and (path := epath.Path(checkpoint) / hf_config.CONFIG).exists():
+        return T5Config(**{**hf_config.read_architecture(path), **overrides})
+    name = DEFAULT if name is None else name
     family, _, size = name.lower().rpartition("_")
     if name.lower() not in NAMES:
         raise ValueError(f"Unknown T5 model {name!r}. Set T5_NAME to one of {', '.join(NAMES)}.")
