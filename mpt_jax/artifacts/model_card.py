@@ -269,8 +269,8 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
         for metric, value in _marked(scores.get(run, {})):
             rows.append((f"`{run}`", metric, value, _thousands(count) or "unknown", step))
     lacking = [
-        f"* `{run}` was not evaluated, because its task has no {split} split, so its own scores did "
-        "not select the step of its prompt."
+        f"* `{run}` was not evaluated, because its task has no {split} split, so its own scores "
+        "did not select the step of its prompt."
         for run, split in facts.not_evaluated.items()
     ]
     missing = ["\n".join(lacking)] if lacking else []

@@ -123,7 +123,7 @@ def with_split(cfg: DatasetConfig) -> tuple[DatasetConfig | None, tuple[str, ...
     Returns:
         The restricted settings, or None if no task has the split; and the names of the tasks that
         lack it. If all tasks lack a split that is not one of `STANDARD_SPLITS`, its name may be
-        wrong, so the settings are returned unchanged; whoever reads them raises an error.
+        misspelled, so the settings are returned unchanged, and reading the data raises an error.
     """
     absent, names = [], []
     for task in seqio.get_subtasks(cfg.provider()):

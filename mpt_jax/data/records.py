@@ -8,6 +8,7 @@ offer `sha256(split)`, such as files, are recorded with a digest.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,7 @@ def of_job(configs: Iterable[DatasetConfig | None]) -> DataRecord:
         ValueError: rows of a file cannot be used, or data is not on this machine.
     """
     record: DataRecord = {}
+    of_split = functools.cache(_of_split)  # the runs of a fleet draw from a few sources
     for cfg in filter(None, configs):
         for task in seqio.get_subtasks(cfg.provider()):
             name = data_name(task.name)
@@ -43,7 +45,7 @@ def of_job(configs: Iterable[DatasetConfig | None]) -> DataRecord:
                 source = task.source.source if hasattr(task.source, "draw") else task.source
                 if cfg.split in (source.splits or ()):
                     entry = record.setdefault(name, {**_of_source(source), "splits": {}})
-                    entry["splits"][cfg.split] = _of_split(source, cfg.split, cfg.use_cached)
+                    entry["splits"][cfg.split] = of_split(source, cfg.split, cfg.use_cached)
     return record
 
 
