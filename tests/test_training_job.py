@@ -44,7 +44,7 @@ def write(name: str, numbers: range, parity: int = 0) -> str:
 def register(name: str, **given: str) -> None:
     """Registers a task of files, again if a test has changed them."""
     seqio.TaskRegistry.remove(name)
-    for mixture in seqio.MixtureRegistry.names():
+    for mixture in list(seqio.MixtureRegistry.names()):
         seqio.MixtureRegistry.remove(mixture)
     files.register(name, **{**TEXTS, **given})
 
@@ -53,7 +53,7 @@ def job(runs: Runs, model_dir: str, split: str = "validation", **overrides):
     """The arguments of a run that evaluates losses and scores, and selects the best step."""
     model = build(runs=runs)
     data = dataset(runs, EqualQuotas(BATCH, 1), task_feature_lengths=LENGTHS)
-    held_out = dataclasses.replace(dataset(runs, split=split), task_feature_lengths=LENGTHS)
+    held_out = dataclasses.replace(data, split=split)
     return {
         "model_dir": model_dir,
         "model": model,
@@ -76,10 +76,10 @@ def test_train_task_of_train_alone_keeps_last_step(backbone, caplog):
     register("trj_alone", train=write("train.jsonl", range(9)))
     with caplog.at_level("INFO", logger="absl"):
         assert run(backbone, **job(Runs(["trj_alone"]), "run")) == {}
-    (warning,) = messages(caplog, "No 'validation' split")
+    (warning,) = messages(caplog, "no 'validation' split")
     assert warning == (
-        "No 'validation' split, so not evaluated: trj_alone; their prompts are those of the last "
-        "step, since no scores select a better one. To evaluate them, add this split to the task."
+        "Not evaluated, since their tasks have no 'validation' split: trj_alone; their prompts are "
+        "those of the last step. To evaluate and select the best step, add this split to the tasks."
     )
     assert messages(caplog, "Not evaluated, so these prompts are not of a selected step: trj_alone")
     config = artifacts.load_artifact("run/artifact").config
@@ -102,9 +102,7 @@ def test_train_run_without_validation_beside_others_keeps_last_step(backbone, ca
     runs = Runs(["trj_falling", "trj_beside"], groups="independent")
     with caplog.at_level("WARNING", logger="absl"):
         run(backbone, **job(runs, "run"))
-    assert (
-        len(messages(caplog, "not evaluated: trj_beside; their prompts are those of the la")) == 1
-    )
+    assert len(messages(caplog, "split: trj_beside; their prompts are those of the la")) == 1
     config = json.loads(Path("run/artifact/config.json").read_text())
     assert config["metrics"]["best_step"] == [4, 8]
     assert config["metrics"]["best_score"] == [0.0, None]

@@ -135,15 +135,15 @@ def warn_not_evaluated(runs: Runs, not_evaluated: Mapping[str, str]) -> None:
     scored = {group for run, group in rows if run not in not_evaluated}
     split = next(iter(not_evaluated.values()), "")
     outcomes = {
-        False: "their prompts are those of the last step, since no scores select a better one",
+        False: "their prompts are those of the last step",
         True: "the other runs of their group select its best step",
     }
     for in_scored_group, outcome in outcomes.items():
         names = [r for r, g in rows if r in not_evaluated and (g in scored) == in_scored_group]
         if names:
             logging.warning(
-                "No %r split, so not evaluated: %s; %s. To evaluate them, add this split to the "
-                "task.",
+                "Not evaluated, since their tasks have no %r split: %s; %s. To evaluate and select "
+                "the best step, add this split to the tasks.",
                 *(split, abbreviate(names), outcome),
             )
 

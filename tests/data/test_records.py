@@ -47,7 +47,7 @@ def test_record_of_files_has_rows_digest_and_template(tmp_path, monkeypatch):
             "inputs": "q: {q}",
             "targets": "{a}",
             "labels": {"0": "no", "1": "yes"},
-            "metrics": ["accuracy", "f1", "invalid"],
+            "metrics": ["accuracy", "mean_f1", "invalid"],
         },
         "splits": {"train": {"rows": 2, "sha256": hashlib.sha256(lines.encode()).hexdigest()}},
     }
