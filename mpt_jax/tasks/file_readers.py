@@ -1,8 +1,8 @@
-"""Readers of JSONL, CSV, TSV and Parquet files, with errors that name the invalid rows.
+"""Examples from files of rows and two templates, with errors that name the invalid rows.
 
-A row is a JSON object, a line of cells below a header, or a row of a Parquet table. `read` fills
-two templates with the fields of every row. It never skips a row: if some rows cannot be used, it
-raises an error with their numbers and the reasons. The text of a field depends on its type:
+`read` fills two templates with the fields of every row of a file (`file_formats`). It never skips a
+row: if some rows cannot be used, it raises an error with their numbers and the reasons. The text of
+a field depends on its type:
 
     str                     unchanged
     number in JSON          as written: 1.50 stays '1.50'; in Parquet, Python's str()
@@ -13,37 +13,19 @@ raises an error with their numbers and the reasons. The text of a field depends 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
-import json
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
+from mpt_jax.tasks import file_formats
+from mpt_jax.tasks.file_formats import PARQUET, Row, Unusable
+
 SHOWN = 10  # bad rows that an error lists
-BOM = b"\xef\xbb\xbf"
-
-
-class Unusable(Exception):
-    """The reason why a row cannot be used.
-
-    Args:
-        reason: The reason, as shown to the author of the file.
-        field: The name of the invalid field; '' for the whole row.
-    """
-
-    def __init__(self, reason: str, field: str = ""):
-        super().__init__(reason)
-        self.reason, self.field = reason, field
-
-
-Row = Mapping[str, Any]
-# (number, row or why it cannot be used). Numbers count from 1; 0 stands for the whole file.
-Numbered = tuple[int, Row | Unusable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +98,11 @@ class Template:
 
 
 def read(
-    path: epath.Path, inputs: Template, targets: Template, words: Mapping[str, str]
+    path: epath.Path,
+    inputs: Template,
+    targets: Template,
+    words: Mapping[str, str],
+    quoting: bool = False,
 ) -> Examples:
     """Returns the examples of a file.
 
@@ -124,24 +110,24 @@ def read(
         path: The file, whose extension selects the reader.
         inputs, targets: The templates of the two texts.
         words: Target in the file -> label word that replaces it; {} for free text.
+        quoting: Whether cells of a TSV file may be in quotation marks.
 
     Raises:
         ValueError: the file has no rows, or rows that cannot be used. The message lists the first
             `SHOWN` of these with line and field.
     """
     examples, bad, total = Examples([], []), [], 0
-    with path.open("rb") as file:
-        for number, row in READERS[path.suffix.lower()](file):
-            total += 1
-            try:
-                if isinstance(row, Unusable):
-                    raise row
-                texts = inputs.fill(row), _word(targets.fill(row), targets.subject, words)
-            except Unusable as error:
-                bad.append((number, error))
-                continue
-            examples.inputs.append(texts[0])
-            examples.targets.append(texts[1])
+    for number, row in file_formats.rows(path, quoting):
+        total += 1
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            texts = inputs.fill(row), _word(targets.fill(row), targets.subject, words)
+        except Unusable as error:
+            bad.append((number, error))
+            continue
+        examples.inputs.append(texts[0])
+        examples.targets.append(texts[1])
     if bad:
         raise ValueError(_describe(path, bad, total))
     if not total:
@@ -156,17 +142,19 @@ def check_readable(path: epath.Path) -> None:
         FileNotFoundError: the file does not exist.
         ValueError: the extension is unknown, or the package that reads it is not installed.
     """
-    if path.suffix.lower() not in READERS:
+    extension = file_formats.extension(path)
+    if extension not in file_formats.EXTENSIONS:
         raise ValueError(
-            f"{path} has the unsupported extension {path.suffix!r}. Use {', '.join(READERS)}; "
-            "convert a .json list to .jsonl, with one object per line."
+            f"{path} has the unsupported extension {extension!r}. Use one of "
+            f"{', '.join(file_formats.EXTENSIONS)}; convert a .json list to .jsonl, with one "
+            "object per line."
         )
     if not path.is_file():
         raise FileNotFoundError(
             f"The file {path} does not exist. Correct the path; relative paths start from the "
             "working directory."
         )
-    if path.suffix.lower() == PARQUET and importlib.util.find_spec("pyarrow") is None:
+    if extension == PARQUET and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
             f"Reading {path} needs the package pyarrow, which is not installed. Run "
             "`pip install 'mpt-jax[parquet]'`."
@@ -225,7 +213,7 @@ def _word(target: str, field: str, words: Mapping[str, str]) -> str:
 
 
 def _describe(path: epath.Path, bad: list[tuple[int, Unusable]], total: int) -> str:
-    unit = "row" if path.suffix.lower() == PARQUET else "line"
+    unit = "row" if file_formats.extension(path) == PARQUET else "line"
     lines = [f"{path}: {len(bad)} of {total} rows cannot be used. Fix or remove them:"]
     for number, error in bad[:SHOWN]:
         where = [f"{unit} {number}"] * bool(number) + [f"field {error.field!r}"] * bool(error.field)
@@ -233,121 +221,3 @@ def _describe(path: epath.Path, bad: list[tuple[int, Unusable]], total: int) -> 
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} more")
     return "\n".join(lines)
-
-
-# --- Formats ---------------------------------------------------------------------------------
-
-
-def _jsonl(file: BinaryIO) -> Iterator[Numbered]:
-    """Yields one JSON object per line; skips blank lines."""
-    for number, line in enumerate(_lines(file), 1):
-        if line.strip():
-            yield number, _object(line)
-
-
-def _object(line: bytes) -> Row | Unusable:
-    # Numbers keep their spelling. NaN and Infinity are not JSON, and become null.
-    parse: dict[str, Any] = {"parse_int": str, "parse_float": str}
-    try:
-        row = json.loads(line.decode().rstrip(), **parse, parse_constant=lambda _: None)
-    except UnicodeDecodeError as error:
-        return _not_utf8(error.object[error.start])
-    except json.JSONDecodeError as error:
-        return Unusable(f"not JSON: {error.msg}, at character {error.colno}")
-    if not isinstance(row, dict):
-        return Unusable(f"not a JSON object: {line.decode().strip()[:40]!r}")
-    return row
-
-
-def _cells(delimiter: str) -> Callable[[BinaryIO], Iterator[Numbered]]:
-    """Returns a reader of files with a header and lines of cells. It skips blank lines.
-
-    A cell in quotation marks may span several lines. Rows are numbered by their first line.
-    """
-
-    def read_cells(file: BinaryIO) -> Iterator[Numbered]:
-        # Bytes that are not UTF-8 become surrogates, which `_row_of_cells` rejects.
-        lines = (line.decode("utf-8", "surrogateescape") for line in _lines(file))
-        # strict: an unclosed quotation mark is an error instead of swallowing the rest of the file.
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            number = rows.line_num + 1
-            try:
-                cells = next(rows, None)
-            except csv.Error as error:
-                yield (
-                    number,
-                    Unusable(
-                        f"{error}; the rest of the file was not read. Write a quotation mark "
-                        "inside quotation marks twice"
-                    ),
-                )
-                return
-            if cells is None:
-                return
-            if not cells:
-                continue
-            if header is not None:
-                yield number, _row_of_cells(header, cells)
-                continue
-            header = cells
-            if (problem := _header_problem(header)) is not None:
-                yield number, problem
-                return
-
-    return read_cells
-
-
-def _header_problem(header: list[str]) -> Unusable | None:
-    row = _row_of_cells(header, header)
-    if isinstance(row, Unusable):
-        return row
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if not repeated:
-        return None
-    return Unusable(f"the header repeats the columns {', '.join(repeated)}; rename all but one")
-
-
-def _row_of_cells(header: list[str], cells: list[str]) -> Row | Unusable:
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError as error:
-        return _not_utf8(ord(error.object[error.start]) - 0xDC00)
-    if len(cells) != len(header):
-        return Unusable(f"{len(cells)} cells, but the header has {len(header)}")
-    return dict(zip(header, cells, strict=True))
-
-
-def _parquet(file: BinaryIO) -> Iterator[Numbered]:
-    """Yields the rows in file order, numbered from 1."""
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except pyarrow.ArrowException as error:
-        yield 0, Unusable(f"not a complete Parquet file: {error}")
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the lines of a file, without the byte order mark that may be at its start."""
-    for number, line in enumerate(file):
-        yield line.removeprefix(BOM) if number == 0 else line
-
-
-def _not_utf8(byte: int) -> Unusable:
-    return Unusable(f"not UTF-8: the byte 0x{byte:02x}; save the file as UTF-8")
-
-
-PARQUET = ".parquet"
-READERS: Mapping[str, Callable[[BinaryIO], Iterator[Numbered]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _cells(","),
-    ".tsv": _cells("\t"),
-    PARQUET: _parquet,
-}

@@ -13,7 +13,7 @@
 
 Registration only checks paths, extensions, templates, labels and names, so that a module of many
 tasks is imported quickly. The first request for examples of any split reads all files of the task,
-so that an invalid test file is reported before training starts. mpt_jax/tasks/file_readers.py
+so that an invalid test file is reported before training starts. mpt_jax/tasks/file_formats.py
 describes the formats.
 """
 
@@ -24,21 +24,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import seqio
-import tensorflow as tf
-from absl import logging
 from etils import epath
 
 from mpt_jax.data import preprocessors
 from mpt_jax.evaluation import evaluator
-from mpt_jax.tasks import splits, suite, text_metrics
-from mpt_jax.tasks.file_readers import Examples, Template, check_readable, read, scalar_text
+from mpt_jax.tasks import file_formats, suite, text_metrics
+from mpt_jax.tasks.file_readers import Template, read, scalar_text
+from mpt_jax.tasks.file_sources import Files, FileSource, SplitFile
 
-SPLITS = ("train", "validation", "test")
 SHARES = (0.8, 0.1, 0.1)
 
-Read = Callable[[epath.Path], Examples]
 File = str | os.PathLike[str]
 
 
@@ -55,6 +51,7 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
     seed: int | None = None,
     labels: Sequence[Any] | Mapping[Any, str] = (),
     metrics: Sequence[Callable[..., Any]] = (),
+    quoting: bool = False,
 ) -> None:
     """Registers a task with SeqIO, which is tokenized with the vocabulary of the job.
 
@@ -62,18 +59,21 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
         name: The name of the task.
         inputs, targets: The templates with the fields of a row, see `file_readers.Template`.
         train, validation, test: The file of each split. Some of them may be omitted.
-        data: A single file instead, which is split according to `split` and `seed`.
+        data: A single file instead, which is split by a hash of the inputs (`divide`).
         split: The shares of train, validation and test; None for `SHARES`. 0 omits a split.
-        seed: The seed of the split; None for 42.
+        seed: The seed of the hash; None for 42.
         labels: The labels of a classification task. Any other target is an error. A mapping maps
             values in the file to label words: {0: "no", 1: "yes"}. Empty for free text.
         metrics: The SeqIO metrics `(targets, predictions)` of texts, in percent. The first one
             selects the best step. Empty for the defaults: with labels, accuracy, macro F1 and the
             share of invalid predictions; for free text, SQuAD's F1 and exact match.
+        quoting: Whether cells of TSV files may be in quotation marks, as they always may in CSV
+            files. By default, a quotation mark in a TSV file is a character like any other.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: a file, template, split, label or name cannot be used.
+        ValueError: a file, template, split, label or name cannot be used, or `quoting` has no
+            effect.
     """
     if name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names():
         raise ValueError(
@@ -81,7 +81,11 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
         )
     words = _words(labels, name)
     reader = functools.partial(
-        read, inputs=Template("inputs", inputs), targets=Template("targets", targets), words=words
+        read,
+        inputs=Template("inputs", inputs),
+        targets=Template("targets", targets),
+        words=words,
+        quoting=quoting,
     )
     files = {"train": train, "validation": validation, "test": test}
     files = {split: epath.Path(file) for split, file in files.items() if file is not None}
@@ -99,164 +103,27 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
         )
     else:
         source = Files(name, files, reader)
+    if quoting and not any(file_formats.is_tsv(path) for path in source.paths):
+        raise ValueError(
+            f"quoting=True of task {name!r} has no effect, because none of its files is a TSV "
+            "file. Remove it; cells of CSV files may always be in quotation marks."
+        )
+    metric_fns = _metrics(tuple(dict.fromkeys(words.values())), metrics)
+    source.template = {
+        "inputs": inputs,
+        "targets": targets,
+        "labels": words,
+        "metrics": [getattr(metric, "__name__", type(metric).__name__) for metric in metric_fns],
+    }
     task = suite.RunTask(
         name,
         source=source,
         output_features={},
         preprocessors=preprocessors.finish(name),
         postprocess_fn=None if words or metrics else _only_answer,
-        metric_fns=[
-            text_metrics.of_task(name, metric)
-            for metric in _metrics(tuple(dict.fromkeys(words.values())), metrics)
-        ],
+        metric_fns=[text_metrics.of_task(name, metric) for metric in metric_fns],
     )
     seqio.TaskRegistry.add_provider(name, task)
-
-
-class FileSource(seqio.DataSource):
-    """Source of examples in files, which are read at first use and kept in memory as text.
-
-    Args:
-        split_names: The names of the splits.
-        paths: The files, which the constructor checks without reading them.
-    """
-
-    def __init__(self, split_names: Sequence[str], paths: Sequence[epath.Path]):
-        for path in paths:
-            check_readable(path)
-        super().__init__(splits=split_names)
-        self.paths = tuple(paths)
-
-    def read(self) -> Mapping[str, Examples]:
-        """Reads the examples of each split. Raises ValueError like `file_readers.read`."""
-        raise NotImplementedError
-
-    @functools.cached_property
-    def examples(self) -> Mapping[str, Examples]:
-        """The examples of each split, read at first use."""
-        return self.read()
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """False: examples are split among hosts after they are read."""
-        return False
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self.paths))
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        """Returns one shard; SeqIO splits its examples among the hosts."""
-        return [split]
-
-    def num_input_examples(self, split: str) -> int:
-        """Returns the number of rows of a split. Reads all files if they have not been read."""
-        return len(self.examples[split].inputs)
-
-    def get_dataset(  # type: ignore[override]  # what SeqIO passes
-        self, split: str = "train", shuffle: bool = True, seed: int | None = None, **unused: Any
-    ) -> tf.data.Dataset:
-        """Returns the {inputs, targets} of a split in file order, regardless of `shuffle`.
-
-        Raises:
-            ValueError: rows of a file cannot be used.
-        """
-        del shuffle, seed, unused  # batches are shuffled downstream
-        examples = self.examples[split]
-        return tf.data.Dataset.from_tensor_slices(
-            {"inputs": tf.constant(examples.inputs), "targets": tf.constant(examples.targets)}
-        )
-
-
-class Files(FileSource):
-    """Source with one file per split. Logs a warning if another split shares inputs with train.
-
-    Args:
-        name: The name of the task.
-        files: Split -> path.
-        reader: The function that reads a file.
-    """
-
-    def __init__(self, name: str, files: Mapping[str, epath.Path], reader: Read):
-        super().__init__(tuple(files), tuple(files.values()))
-        self.name, self.files, self.reader = name, files, reader
-
-    def read(self) -> Mapping[str, Examples]:
-        """Reads the file of each split; see `FileSource.read`."""
-        examples = {split: self.reader(path) for split, path in self.files.items()}
-        train_inputs = set(examples["train"].inputs) if "train" in examples else set()
-        for split in examples:
-            if split == "train":
-                continue
-            shared = sum(text in train_inputs for text in examples[split].inputs)
-            if shared:
-                logging.warning(
-                    "%s: %d of the %d inputs of %s also occur in train, so scores on %s are too "
-                    "optimistic.",
-                    *(self.name, shared, len(examples[split].inputs), split, split),
-                )
-        return examples
-
-
-class SplitFile(FileSource):
-    """Source with one file, split at random into train, validation and test.
-
-    The split of a row depends on its position in a permutation, which depends only on the number of
-    rows and the seed, as in `splits`. All rows with equal inputs are in the split of the first of
-    them, so no input is in two splits.
-
-    Args:
-        path: The file.
-        shares: The shares of train, validation and test.
-        seed: The seed of the permutation; None for `splits.SEED`.
-        reader: The function that reads the file.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: `shares` are not three numbers of at least 0 that sum to 1, the seed is out of
-            range, or the file's format is not supported.
-    """
-
-    def __init__(self, path: epath.Path, shares: Sequence[float], seed: int | None, reader: Read):
-        self.seed = splits.SEED if seed is None else seed
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(
-                f"seed={seed} is out of range, so {path} cannot be split. Use a seed from 0 to "
-                "2^32 - 1."
-            )
-        if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(
-                f"split={tuple(shares)} for {path} is not three numbers of at least 0 that sum to "
-                "1. Pass one share for each of train, validation and test."
-            )
-        self.shares = dict(zip(SPLITS, shares, strict=True))
-        super().__init__([split for split, share in self.shares.items() if share], [path])
-        self.reader = reader
-
-    def read(self) -> Mapping[str, Examples]:
-        """Reads the file and splits its rows. Raises ValueError if a split would be empty."""
-        (path,) = self.paths
-        whole = self.reader(path)
-        parts = divide(whole.inputs, tuple(self.shares.values()), self.seed)
-        examples = {split: whole.take(rows) for split, rows in zip(SPLITS, parts, strict=True)}
-        for split in self.splits:
-            if not examples[split].inputs:
-                raise ValueError(
-                    f"{path} has {len(whole.inputs)} rows, and a share of {self.shares[split]:g} "
-                    f"leaves none for {split}. Add rows, change split=, or use one file per split."
-                )
-        return {split: examples[split] for split in self.splits}
-
-
-def divide(inputs: Sequence[str], shares: Sequence[float], seed: int) -> list[np.ndarray]:
-    """Returns the row numbers of each split in ascending order; see `SplitFile`."""
-    size = len(inputs)
-    first: dict[str, int] = {}
-    leader = np.array([first.setdefault(text, row) for row, text in enumerate(inputs)])
-    position = np.empty(size, np.int64)
-    position[splits.permutation(size, seed)] = np.arange(size)
-    bounds = np.rint(np.cumsum(shares)[:-1] * size)
-    part = np.searchsorted(bounds, position[leader], side="right")
-    return [np.flatnonzero(part == number) for number in range(len(shares))]
 
 
 def _words(labels: Sequence[Any] | Mapping[Any, str], task: str) -> dict[str, str]:

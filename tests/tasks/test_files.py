@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from mpt_jax.data import datasets
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas, task_mixture
 from mpt_jax.evaluation import evaluator
-from mpt_jax.tasks import file_readers
+from mpt_jax.tasks import file_readers, file_sources
 from mpt_jax.tasks import files as jsonl
 from tests.fixtures import gin_files
 
@@ -50,9 +51,15 @@ def write(name: str, *rows: object) -> str:
     return name
 
 
-def read(name: str, inputs: str = "{q}", targets: str = "{a}", words: dict | None = None):
+def read(
+    name: str,
+    inputs: str = "{q}",
+    targets: str = "{a}",
+    words: dict | None = None,
+    quoting: bool = False,
+):
     templates = file_readers.Template("inputs", inputs), file_readers.Template("targets", targets)
-    found = file_readers.read(epath.Path(name), *templates, words or {})
+    found = file_readers.read(epath.Path(name), *templates, words or {}, quoting)
     return list(zip(found.inputs, found.targets, strict=True))
 
 
@@ -91,7 +98,7 @@ def as_csv(delimiter: str, end: str = "\n") -> str:
 )
 def test_read_every_text_format_same_examples(name, content):
     Path(name).write_bytes(content.encode())
-    assert read(name, "q: {q} n: {n}") == EXPECTED
+    assert read(name, "q: {q} n: {n}", quoting=name.endswith("tsv")) == EXPECTED
 
 
 def test_read_parquet_same_examples():
@@ -235,7 +242,7 @@ def test_read_parquet_bad_rows_and_files_raise():
         (
             {"train": "x.json"},
             ValueError,
-            r"extension '.json'. Use .jsonl, .csv, .tsv",
+            r"extension '.json'. Use one of .jsonl, .ndjson, .csv, .tsv",
         ),
         ({"inputs": "question"}, ValueError, "inputs='question' names no field"),
         ({"targets": "{a!r}"}, ValueError, "has empty braces, or '!' or ':'"),
@@ -245,6 +252,7 @@ def test_read_parquet_bad_rows_and_files_raise():
         ({"train": None}, ValueError, "got neither"),
         ({"data": "x.jsonl"}, ValueError, "got both"),
         ({"seed": 1}, ValueError, "have no effect without data="),
+        ({"quoting": True}, ValueError, "quoting=True of task 'own_bad' has no effect"),
         ({"labels": "yes"}, ValueError, "must be a sequence of labels, got the text 'yes'"),
         ({"labels": ["yes"]}, ValueError, "needs at least two labels"),
         ({"labels": ["yes", "yes"]}, ValueError, "'yes' is given twice"),
@@ -308,43 +316,93 @@ def test_files_first_use_reads_all_splits():
 # --- Splits ----------------------------------------------------------------------------------
 
 
-def test_split_file_cuts_permutation_in_three():
-    write("x.jsonl", *[{"q": f"question {i}", "a": str(i)} for i in range(10)])
+def divided(inputs, shares=(0.8, 0.1, 0.1), seed=42) -> list[list[int]]:
+    return [part.tolist() for part in file_sources.divide(inputs, shares, seed)]
+
+
+def place(text: str, seed: int = 42) -> float:
+    """The documented hash, from its hexadecimal digits."""
+    return int(hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()[:16], 16) / 16.0**16
+
+
+def test_split_file_cuts_places_of_inputs_by_shares():
+    inputs = [f"question {i}" for i in range(200)]
+    write("x.jsonl", *[{"q": text, "a": str(i)} for i, text in enumerate(inputs)])
     jsonl.register("own_split", data="x.jsonl", **QUESTION)
-    found = {split: [int(a) for _, a in examples("own_split", split)] for split in jsonl.SPLITS}
-    # torch.manual_seed(42); torch.randperm(10) is 2 6 1 8 4 5 0 9 3 7.
-    assert found == {"train": [0, 1, 2, 4, 5, 6, 8, 9], "validation": [3], "test": [7]}
+    found = {
+        split: [int(a) for _, a in examples("own_split", split)] for split in file_sources.SPLITS
+    }
+    places = [place(text) for text in inputs]
+    assert found == {
+        "train": [i for i, x in enumerate(places) if x < 0.8],
+        "validation": [i for i, x in enumerate(places) if 0.8 <= x < 0.9],
+        "test": [i for i, x in enumerate(places) if x >= 0.9],
+    }
     source = seqio.TaskRegistry.get("own_split").source
-    assert [source.num_input_examples(split) for split in source.splits] == [8, 1, 1]
+    sizes = [source.num_input_examples(split) for split in source.splits]
+    assert sizes == [len(rows) for rows in found.values()] and sum(sizes) == 200
 
 
-def test_divide_depends_only_on_row_count_and_seed():
-    one = jsonl.divide([f"a {i}" for i in range(97)], (0.6, 0.2, 0.2), 1)
-    same = jsonl.divide([f"b {i}" for i in range(97)], (0.6, 0.2, 0.2), 1)
-    other = jsonl.divide([f"a {i}" for i in range(97)], (0.6, 0.2, 0.2), 2)
-    assert [part.tolist() for part in one] == [part.tolist() for part in same]
-    assert [part.tolist() for part in one] != [part.tolist() for part in other]
-    assert [len(part) for part in one] == [58, 20, 19]
-    assert sorted(np.concatenate(one).tolist()) == list(range(97))
+def test_divide_added_row_moves_none_of_a_thousand():
+    inputs = [f"question {i}" for i in range(1000)]
+    before = divided(inputs)
+    for position in (0, 500, 1000):
+        after = divided([*inputs[:position], "added", *inputs[position:]])
+        moved = [[row - (row > position) for row in part if row != position] for part in after]
+        assert moved == before
+
+
+def test_divide_order_of_rows_does_not_matter():
+    inputs = [f"question {i}" for i in range(300)]
+    before = [{inputs[row] for row in part} for part in divided(inputs)]
+    turned = inputs[::-1]
+    assert [{turned[row] for row in part} for part in divided(turned)] == before
+    assert [{inputs[row] for row in part} for part in divided(inputs, seed=7)] != before
+
+
+def test_divide_proportions_of_ten_thousand_rows_within_two_points():
+    for seed in range(5):
+        parts = divided([f"question {i}" for i in range(10_000)], seed=seed)
+        assert [len(part) / 10_000 for part in parts] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_divide_growing_small_file_has_no_empty_split_and_holds_out_no_row_of_train(seed):
+    held_out: dict[str, int] = {}
+    for size in range(10, 51):
+        inputs = [f"{seed} question {i}" for i in range(size)]
+        parts = divided(inputs)
+        assert all(parts)
+        now = {inputs[row]: number for number, part in enumerate(parts) for row in part}
+        assert all(number or not now[text] for text, number in held_out.items())
+        held_out = now
+
+
+def test_divide_empty_split_takes_nearest_input():
+    """Of these inputs none falls into validation or test: their places are all below 0.8."""
+    inputs = [text for text in (f"question {i}" for i in range(40)) if place(text) < 0.8][:12]
+    *train, second, first = sorted(inputs, key=place)
+    parts = [{inputs[row] for row in part} for part in divided(inputs)]
+    assert parts == [set(train), {second}, {first}]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_divide_equal_inputs_stay_in_one_split(seed):
     inputs = [f"question {i % 60}" for i in range(200)]
-    parts = jsonl.divide(inputs, (0.5, 0.25, 0.25), seed)
+    parts = divided(inputs, (0.5, 0.25, 0.25), seed)
     kept = [{inputs[row] for row in part} for part in parts]
     assert all(kept)
     assert not (kept[0] & kept[1] or kept[0] & kept[2] or kept[1] & kept[2])
-    assert sorted(np.concatenate(parts).tolist()) == list(range(200))
+    assert sorted(sum(parts, [])) == list(range(200))
 
 
-def test_split_file_zero_share_omitted_and_tiny_share_raises():
-    write("x.jsonl", *[{"q": f"question {i}", "a": "y"} for i in range(4)])
+def test_split_file_zero_share_omitted_and_too_few_inputs_raise():
+    write("x.jsonl", *[{"q": f"question {i % 2}", "a": "y"} for i in range(20)])
     jsonl.register("own_two", data="x.jsonl", split=(0.5, 0.5, 0), **QUESTION)
     assert seqio.TaskRegistry.get("own_two").source.splits == ("train", "validation")
-    assert len(examples("own_two", "train")) == len(examples("own_two", "validation")) == 2
+    assert len(examples("own_two", "train")) == len(examples("own_two", "validation")) == 10
     jsonl.register("own_few", data="x.jsonl", **QUESTION)
-    with pytest.raises(ValueError, match=r"4 rows, and a share of 0.1 leaves none for \w+"):
+    with pytest.raises(ValueError, match="2 different inputs, too few for the splits train, val"):
         examples("own_few", "train")
 
 
@@ -441,5 +499,5 @@ def test_readme_own_data_example_trains(tmp_path):
     assert config["run_names"] == ["reviews"]
     assert "accuracy" in config["metrics"]["scores"]["reviews"]
     card = (artifact / "README.md").read_text()
-    assert "| `reviews` | reviews.csv | train |  | 19 |" in card
+    assert "| `reviews` | reviews.csv | train |  | 21 |" in card
     assert "| `reviews` | accuracy | " in card
