@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from mpt_jax.artifacts.model_card import CONSTANT
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.runtime.files import write_atomic
 
@@ -158,6 +159,16 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
         metrics = json.loads(path.read_text().splitlines()[-1])
         scores[run] = {name: float(value) for name, value in metrics.items() if name != "step"}
     return scores
+
+
+def by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Returns metric -> one value per seed, given the scores of each seed. `CONSTANT` is 0 for the
+    seeds that lack it, and absent if all of them do."""
+    names = dict.fromkeys([*scores[0], *(CONSTANT for seed in scores if CONSTANT in seed)])
+    return {
+        name: [seed.get(name, 0.0) if name == CONSTANT else seed[name] for seed in scores]
+        for name in names
+    }
 
 
 def read_record(model_dir: Path) -> dict:
