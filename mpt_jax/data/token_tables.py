@@ -211,7 +211,7 @@ def count_examples(dataset: tf.data.Dataset, task: seqio.Task, split: str) -> tu
     batches = list(dataset.map(count).batch(1024).as_numpy_iterator())
     shares = {}
     for name in special if batches else ():
-        unknown, texts = sum(batch[name].sum(axis=0) for batch in batches)
+        unknown, texts = np.concatenate([batch[name] for batch in batches]).sum(axis=0)
         shares[name] = unknown / max(texts, 1)
     report_unknown(task.name, split, shares)
     cut = [batch[TASK_IDS] for batch in batches]
