@@ -57,12 +57,19 @@ def read_if_there(folder: epath.Path, names: tuple[str, ...]) -> dict[str, bytes
 
 def special_tokens(files: dict[str, bytes], folder: Any) -> dict[str, str]:
     """Returns {'eos_token': '</s>', ...} of special_tokens_map.json and tokenizer_config.json, of
-    which the latter has precedence."""
+    which the latter has precedence. Raises ValueError if a token is not a text."""
     found: dict[str, str] = {}
     for name in (SPECIAL, CONFIG):
         for key, value in parse(files.get(name, b"{}"), f"{folder}/{name}").items():
-            if _SPECIAL_KEY.fullmatch(key) and (token := _content(value)) is not None:
-                found[key] = token
+            token = _content(value)
+            if not _SPECIAL_KEY.fullmatch(key) or token is None:
+                continue
+            if not isinstance(token, str):
+                raise ValueError(
+                    f"{folder}/{name} gives {key} as {value!r}, which is not a text. Download or "
+                    "copy the file again."
+                )
+            found[key] = token
     return found
 
 
@@ -75,16 +82,18 @@ def added_tokens(files: dict[str, bytes], folder: Any) -> dict[str, int | None]:
     found: dict[str, int | None] = dict.fromkeys(special_tokens(files, folder).values())
     for name in (SPECIAL, CONFIG):
         more = parse(files.get(name, b"{}"), f"{folder}/{name}").get("additional_special_tokens")
-        found |= dict.fromkeys(map(_content, more if isinstance(more, list) else []))
-    found.pop(None, None)  # type: ignore[call-overload]
+        texts = map(_content, more if isinstance(more, list) else [])
+        found |= dict.fromkeys(text for text in texts if isinstance(text, str))
     pairs: list[tuple[Any, Any]] = []
     if ADDED in files:
         pairs += parse(files[ADDED], f"{folder}/{ADDED}").items()
     if CONFIG in files:
-        decoder = parse(files[CONFIG], f"{folder}/{CONFIG}").get("added_tokens_decoder") or {}
-        pairs += [(_content(x), int(n)) for n, x in decoder.items() if n.isdecimal()]
+        decoder = parse(files[CONFIG], f"{folder}/{CONFIG}").get("added_tokens_decoder")
+        numbered = decoder.items() if isinstance(decoder, dict) else ()
+        pairs += [(_content(x), int(n) if n.isdecimal() else n) for n, x in numbered]
     if TOKENIZER in files:
-        listed = parse(files[TOKENIZER], f"{folder}/{TOKENIZER}").get("added_tokens") or []
+        listed = parse(files[TOKENIZER], f"{folder}/{TOKENIZER}").get("added_tokens")
+        listed = listed if isinstance(listed, list) else []
         pairs += [(_content(x), x.get("id")) for x in listed if isinstance(x, dict)]
     for token, number in pairs:
         if not isinstance(token, str) or isinstance(number, bool) or not isinstance(number, int):

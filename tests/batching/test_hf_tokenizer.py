@@ -189,8 +189,18 @@ def test_sentinels_and_pieces_of_the_model_are_no_added_tokens(name, content, tm
     assert vocabulary_digest(tokenizers.load(str(folder), 16)) == vocabulary_digest(toy)
 
 
-@pytest.mark.parametrize("content", [{"{": "many"}, {"{": True}, [1]])
-def test_added_tokens_of_another_structure_raise(content, tmp_path):
-    folder = sp_folder(tmp_path, "added_tokens.json", content)
-    with pytest.raises(ValueError, match="added token '{'|must hold a JSON object"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("added_tokens.json", {"{": "many"}, "the added token '{' with the id 'many'"),
+        ("added_tokens.json", {"{": True}, "the added token '{' with the id True"),
+        ("added_tokens.json", [1], "must hold a JSON object, got list"),
+        ("special_tokens_map.json", {"eos_token": 5}, "gives eos_token as 5, which is not a text"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": "{"}}, "with the id 'x'"),
+        ("tokenizer.json", {"added_tokens": [{"id": 1, "content": [2]}]}, r"added token \[2\]"),
+    ],
+)
+def test_added_tokens_of_another_structure_raise(name, content, message, tmp_path):
+    folder = sp_folder(tmp_path, name, content)
+    with pytest.raises(ValueError, match=message):
         tokenizers.load(str(folder), 16)
