@@ -91,9 +91,10 @@ class HuggingFaceVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids up to the first end-of-sequence id, without start, end and
-        padding. Ids that are not in the vocabulary are skipped."""
+        padding. Ids that are not in the vocabulary are decoded as the unknown token."""
         shown = [int(i) for i in until_eos(ids, self.eos_id) if int(i) not in self._hidden]
-        known = [i for i in shown if 0 <= i < self.vocab_size]
+        known = [i if i < self.vocab_size else self.unk_id for i in shown]
+        known = [i for i in known if i is not None]
         return self.tokenizer.decode(known, skip_special_tokens=False)
 
 

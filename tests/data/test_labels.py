@@ -1,7 +1,6 @@
 """Labels looked at through a vocabulary, before any data is read."""
 
 import functools
-import types
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.evaluation.evaluator import InferenceEvaluator, with_labels
 from mpt_jax.runtime.paths import SHIPPED
-from tests.fixtures import memory_tasks
+from tests.fixtures import memory_tasks, training_runs
 
 TOY = vocabularies.load(str(SHIPPED / "toy.model"), 16)  # without digits; it normalizes by NFKC
 LIGATURE = "\N{LATIN SMALL LIGATURE FI}lm good", "\N{LATIN SMALL LIGATURE FI}lm bad"
@@ -48,9 +47,7 @@ READERS = {
     "training": lambda name: datasets.train_iterator(config(name), converter(name)),
     "loss": lambda name: datasets.eval_batches(config(name), converter(name)),
     "metrics": lambda name: InferenceEvaluator(config(name, "validation"), converter(name), None),
-    "infer": lambda name: infer._tasks(
-        config(name), types.SimpleNamespace(FEATURE_CONVERTER_CLS=converter(name))
-    ),
+    "infer": lambda name: infer._tasks(config(name), training_runs.build(runs=Runs([name]))),
 }
 
 

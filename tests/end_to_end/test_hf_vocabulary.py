@@ -7,6 +7,7 @@ import pytest
 from mpt_jax.artifacts import artifacts
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import vocabularies
+from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.evaluation.evaluator import with_labels
 from mpt_jax.serving.predict import Server
 from mpt_jax.tasks import text_metrics
@@ -26,7 +27,10 @@ def test_train_and_serve_with_vocab_json_and_merges(tmp_path, monkeypatch):
     memory_tasks.register("hfv", source, [metric], vocabulary=vocabulary)
     monkeypatch.setattr(training_runs, "VOCABULARY", vocabulary)
     backbone, runs = training_runs.save_backbone(tmp_path / "backbone"), Runs(["hfv"])
-    data = lambda split: training_runs.dataset(runs, split=split, task_feature_lengths=LENGTHS)  # noqa: E731
+    sampler = EqualQuotas(training_runs.BATCH, 1)
+    data = lambda split: training_runs.dataset(  # noqa: E731
+        runs, sampler, split=split, task_feature_lengths=LENGTHS
+    )
     scores = training_runs.run(
         backbone,
         tmp_path / "run",
