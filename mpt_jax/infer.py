@@ -182,11 +182,12 @@ def _tasks(
     """Returns the tasks to read and their feature converter.
 
     Raises:
-        ValueError: the model has no run with the name of a task, or a task lacks the split.
+        ValueError: the model has no run with the name of a task, a task lacks the split, or its
+            labels cannot be used.
     """
     tasks = list(seqio.get_subtasks(cfg.provider()))
     converter = cfg.converter(model.FEATURE_CONVERTER_CLS, pack=False)
-    validation.check_runs(tasks, converter)
+    validation.check_tasks(tasks, converter, cfg.task_feature_lengths)
     for task in tasks:
         task_lookup.check_split(task, cfg.split)
     return tasks, converter
@@ -260,7 +261,7 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
     overlong = {}
     for task in tasks:
         with task_lookup.explain_missing_data(task, cfg.split):
-            overlong[task.name] = token_tables.count_examples(_dataset(cfg, task))
+            overlong[task.name] = token_tables.count_examples(_dataset(cfg, task), task, cfg.split)
     validation.check_counts(overlong, cfg, converter)
 
 

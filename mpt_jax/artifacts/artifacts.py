@@ -112,11 +112,12 @@ def embedding_digest(embedding: Any) -> str:
 
 
 def vocabulary_digest(vocabulary: Any) -> str | None:
-    """Returns the sha256 of a SentencePiece model, or of the class name and size of any other
-    vocabulary; None if there is no vocabulary."""
+    """Returns the sha256 of a SentencePiece model, of the `identity` of a Hugging Face tokenizer
+    (its files and special ids), or of the class name and size of any other vocabulary; None if
+    there is no vocabulary."""
     if vocabulary is None:
         return None
-    model = getattr(vocabulary, "sp_model", None)
+    model = getattr(vocabulary, "sp_model", None) or getattr(vocabulary, "identity", None)
     if model is None:
         model = f"{type(vocabulary).__name__}:{vocabulary.vocab_size}".encode()
     return hashlib.sha256(model).hexdigest()

@@ -25,6 +25,9 @@ from mpt_jax.core.runs import Runs, data_name
 from mpt_jax.prompts.base import get_method
 
 NAME = "README.md"
+# A metric that is 1 if all predictions of a run were the same while its targets differed; absent
+# otherwise.
+CONSTANT = "constant_prediction"
 TO_FILL = "to be filled in by the author"
 AUTHORS = {
     "License": "under which terms these prompts may be used. They hold nothing of the backbone, "
@@ -284,14 +287,20 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
             "The step was selected by these scores, so they flatter; test the prompts on others."
         )
     table = _table(("run", "metric", "value", "n (examples)", "step"), rows)
-    return "\n\n".join(["## Results", *([note.strip()] if note else []), table, *missing])
+    constant = [f"`{run}`" for run in config["run_names"] if scores.get(run, {}).get(CONSTANT)]
+    warning = (
+        f"**Every prediction was the same for {', '.join(constant)}**, so the scores are those of "
+        "a constant answer."
+    )
+    notes = [*([note.strip()] if note else []), *([warning] if constant else [])]
+    return "\n\n".join(["## Results", *notes, table, *missing])
 
 
 def _marked(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Returns (metric, formatted value) pairs, sorted by metric. Undefined values are marked."""
     marks = {f"{metric}_undefined" for metric in scores} & scores.keys()
     rows = []
-    for metric in sorted(scores.keys() - marks):
+    for metric in sorted(scores.keys() - marks - {CONSTANT}):
         mark = " (undefined)" if scores.get(f"{metric}_undefined") else ""
         rows.append((metric, f"{scores[metric]:.4g}{mark}"))
     return rows

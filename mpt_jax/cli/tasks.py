@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     showing.add_argument("name", help="a task, or a few-shot run such as boolq_k16_s3")
     showing.add_argument("-n", type=int, default=3, help="how many examples (3)")
     showing.add_argument("--split", default="train", help="which split (train)")
-    showing.add_argument("--vocabulary", help="a SentencePiece model or folder, to count tokens")
+    showing.add_argument("--vocabulary", help="a vocabulary file or folder, to count tokens")
     for command in (listing, showing):
         command.add_argument("--modules", nargs="+", default=[], help="your modules with tasks")
         command.add_argument("--tfds_data_dir", help="where TensorFlow Datasets keeps its data")
@@ -83,7 +83,8 @@ def list_tasks(found: Mapping[str, Sequence[str]]) -> None:
 
 
 def show_task(name: str, number: int, split: str, vocabulary: str | None) -> None:
-    """Prints the first examples of a split as text, with their lengths in tokens, EOS included.
+    """Prints the first examples of a split as text, with their lengths in tokens, EOS included, and
+    the share of unknown tokens if there are any.
 
     Args:
         name: name of a task or a few-shot run.
@@ -108,9 +109,7 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
         stream = text_rows(task, task.source.get_dataset(split=split, shuffle=False))
         for row in stream.take(number).as_numpy_iterator():
             inputs, targets = (row[feature].decode() for feature in ("inputs", "targets"))
-            lengths = [
-                str(len(counted.encode(text)) + 1) if counted else "" for text in (inputs, targets)
-            ]
+            lengths = [_tokens(counted, text) if counted else "" for text in (inputs, targets)]
             rows.append((lengths[0], lengths[1], _on_one_line(targets), _on_one_line(inputs)))
     headers = ("input tokens", "target tokens", "targets", "inputs")
     title = f"{name}, {split}; metrics, the first one selects: {_metrics(task)}"
@@ -162,6 +161,13 @@ def _own_vocabulary(task: seqio.Task) -> seqio.Vocabulary | None:
         return task.output_features["inputs"].vocabulary
     except ValueError:
         return None
+
+
+def _tokens(vocabulary: seqio.Vocabulary, text: str) -> str:
+    """Returns the number of tokens of a text, EOS included, such as '9' or '9 (25% <unk>)'."""
+    ids = list(vocabulary.encode(text))
+    unknown = 0 if vocabulary.unk_id is None else ids.count(vocabulary.unk_id)
+    return f"{len(ids) + 1}" + (f" ({unknown / len(ids):.0%} <unk>)" if unknown else "")
 
 
 def _on_one_line(text: str) -> str:

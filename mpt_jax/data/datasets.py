@@ -313,7 +313,7 @@ def eval_batches(
     provider = cfg.provider()
     tasks = seqio.get_subtasks(provider)
     converter = cfg.converter(feature_converter_cls, cfg.pack)
-    validation.check_runs(tasks, converter)
+    validation.check_tasks(tasks, converter, cfg.task_feature_lengths)
     share = HostShard(cfg.batch_size, num_hosts, host_index)
     batches: dict[str, Callable[[], Iterable[Batch]]] = {}
     for task in tasks:

@@ -19,6 +19,9 @@ from mpt_jax.data.task_lookup import check_split, explain_missing_data
 
 # Tables up to this size are kept as long as their task is registered.
 _KEEP_BYTES = 16 * 2**20
+# Shares of unknown tokens above which `report_unknown` logs a line, or a warning.
+NOTED_UNKNOWN, WARNED_UNKNOWN = 0.01, 0.1
+_REPORTED: set[tuple[str, str]] = set()  # (task, split) of `report_unknown`
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -78,11 +81,22 @@ class ExampleTable:
             )
         self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
+        report_unknown(task.name, split, self._unknown_shares(task.output_features))
 
     @property
     def num_bytes(self) -> int:
         """Size of the tokens in memory, in bytes."""
         return sum(values.nbytes for values in self.values.values())
+
+    def _unknown_shares(self, output_features: Mapping[str, Any]) -> dict[str, float]:
+        """Returns the share of tokens that are unknown, from 0 to 1, of each text feature. The
+        end-of-sequence tokens do not count."""
+        shares = {}
+        for name, (unknown, end) in _special_ids(output_features).items():
+            tokens = self.values[name]
+            texts = np.count_nonzero(tokens != end)
+            shares[name] = np.count_nonzero(tokens == unknown) / max(texts, 1)
+        return shares
 
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
         """Returns an endless stream of this task's example indices, one pass after another. Runs
@@ -143,11 +157,65 @@ def report_lengths(
             )
 
 
-def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
-    """Returns the numbers of truncated and of all examples of a task's dataset. Reads all of it."""
-    mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
-    batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
-    return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
+def _special_ids(output_features: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Returns {feature: ids of unknown text and of the end of sequence} of the text features whose
+    vocabulary has an unknown token. Without an end of sequence, its id is -1, as of no token."""
+    texts = {
+        n: output_features[n].vocabulary for n in ("inputs", "targets") if n in output_features
+    }
+    return {
+        n: (v.unk_id, -1 if v.eos_id is None else v.eos_id)
+        for n, v in texts.items()
+        if v.unk_id is not None
+    }
+
+
+def report_unknown(task: str, split: str, shares: Mapping[str, float]) -> None:
+    """Logs the features of a task in which more than `NOTED_UNKNOWN` of the tokens are unknown, as
+    a warning above `WARNED_UNKNOWN`. A split is reported once in a process, although the loss and
+    the metrics read it separately.
+
+    Args:
+        task, split: the names of the task and the split.
+        shares: {feature: share of unknown tokens, from 0 to 1}.
+    """
+    if (task, split) in _REPORTED:
+        return
+    _REPORTED.add((task, split))
+    for feature, share in shares.items():
+        subject = f"Task {task}, {split} split: {share:.1%} of the tokens of {feature} are <unk>"
+        if share > WARNED_UNKNOWN:
+            logging.warning(
+                "%s, because the vocabulary lacks this script or these characters. The model "
+                "cannot distinguish texts that differ in them only. Use a backbone whose "
+                "vocabulary has them: ByT5 has every character, umT5 most scripts.",
+                subject,
+            )
+        elif share > NOTED_UNKNOWN:
+            logging.info("%s (characters that the vocabulary lacks).", subject)
+
+
+def count_examples(dataset: tf.data.Dataset, task: seqio.Task, split: str) -> tuple[int, int]:
+    """Returns the numbers of truncated and of all examples of a task's dataset, which it reads as a
+    whole, and reports unknown tokens (`report_unknown`)."""
+    special = _special_ids(task.output_features)
+
+    def count(example):
+        counts = {TASK_IDS: tf.cast(example[TASK_IDS][0] < 0, tf.int64)}
+        for name, (unknown, end) in special.items():
+            found = [tf.math.count_nonzero(example[name] == unknown)]
+            counts[name] = tf.stack([*found, tf.math.count_nonzero(example[name] != end)])
+        return counts
+
+    count = tf.autograph.experimental.do_not_convert(count)
+    batches = list(dataset.map(count).batch(1024).as_numpy_iterator())
+    shares = {}
+    for name in special if batches else ():
+        unknown, texts = np.concatenate([batch[name] for batch in batches]).sum(axis=0)
+        shares[name] = unknown / max(texts, 1)
+    report_unknown(task.name, split, shares)
+    cut = [batch[TASK_IDS] for batch in batches]
+    return sum(int(batch.sum()) for batch in cut), sum(len(batch) for batch in cut)
 
 
 def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import seqio
 
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import task_lookup, token_tables
+from mpt_jax.data import labels, task_lookup, token_tables
 from mpt_jax.data.sampling import TaskMixture
 
 # A file system allows names of 255 bytes, and the longest suffix that a file of a task gets is
@@ -107,11 +107,14 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
             f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "
             "DatasetConfig.split to a split that at least one of the tasks has."
         )
-    check_runs(tasks, converter)
+    check_tasks(tasks, converter, cfg.task_feature_lengths)
 
 
-def check_runs(tasks: Iterable[Any], converter: Any) -> None:
-    """Raises ValueError for a task that is not one of the converter's runs."""
+def check_tasks(
+    tasks: Sequence[Any], converter: Any, task_feature_lengths: Mapping[str, int] | None
+) -> None:
+    """Raises ValueError for a task that is not one of the converter's runs, or whose labels cannot
+    be used (see `labels.check`)."""
     # Other converters (plain T5 fine-tuning with T5X's gin files) have no runs.
     runs = getattr(converter, "runs", None)
     if runs is not None:
@@ -122,6 +125,8 @@ def check_runs(tasks: Iterable[Any], converter: Any) -> None:
                     f"must be a run of the job: add {task.name!r} to RUN_NAMES (by default "
                     "TASK_NAMES), or leave the task out of the dataset."
                 )
+    for task in tasks:
+        labels.check(task, (task_feature_lengths or {}).get("targets"))
 
 
 def check_lengths(

@@ -6,25 +6,26 @@
     <output_dir>/<task>-metrics.jsonl       one line for each evaluation
     <output_dir>/<task>-<step>.jsonl        inputs, target and prediction of every example
 
-This module adds two things. Batches mix tasks, so many small tasks cost as much as one large task
-of the same total size. A task whose metric declares labels is also scored by rank classification:
-the answer is the label with the highest log-probability, regardless of the decoded text.
+This module adds three things. Batches mix tasks, so many small tasks cost as much as one large task
+of the same total size. A task whose metric declares labels is also scored by rank classification
+(`ranking`). Gold texts and predictions are compared as the vocabulary writes them (`decoded_text`).
 """
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
-from jax.experimental import multihost_utils
 
+from mpt_jax.artifacts import model_card
 from mpt_jax.batching.collate import Batch
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
 from mpt_jax.data.iterators import EvalBatches, HostShard
+from mpt_jax.data.labels import labels_of
+from mpt_jax.evaluation import decoded_text, ranking
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
 SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
@@ -50,14 +51,6 @@ def with_labels(metric_fn: Callable[..., Any], labels: Sequence[str]) -> Callabl
 
     labeled.labels = tuple(labels)  # type: ignore[attr-defined]
     return labeled
-
-
-def labels_of(task: seqio.Task) -> tuple[str, ...]:
-    """Returns the labels that a metric of `task` declares, or () if none does."""
-    for metric_fn in task.metric_fns:
-        if labels := getattr(metric_fn, "labels", ()):
-            return tuple(labels)
-    return ()
 
 
 class InferenceEvaluator:
@@ -113,8 +106,11 @@ class InferenceEvaluator:
                 sequence_length=cfg.task_feature_lengths,
                 **settings,
             )
-        self._tasks: dict[str, Any] = {task.name: task for task in self._evaluator.eval_tasks}
+        compared = [decoded_text.compared(task) for task in self._evaluator.eval_tasks]
+        self._evaluator._eval_tasks = compared
+        self._tasks: dict[str, Any] = {task.name: task for task in compared}
         self._extra: dict[str, dict[str, float]] = {}
+        self._reporter = decoded_text.ConstantReporter()
         # SeqIO computes and writes metrics in one call, so its loggers add the rank accuracies.
         self._evaluator._loggers = tuple(
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
@@ -153,7 +149,9 @@ class InferenceEvaluator:
             step: the training step of the parameters.
 
         Returns:
-            {task: {metric: value}}; `rank_accuracy`, if any, follows the task's own metrics.
+            {task: {metric: value}}; `rank_accuracy`, if any, follows the task's own metrics. The
+            last one is `constant_prediction`, 1, if all predictions of the task are the same while
+            its targets differ.
 
         Raises:
             ValueError: an example's target is not one of the labels that its task declares.
@@ -162,8 +160,11 @@ class InferenceEvaluator:
             kind: self._run(function, self._needing(kind))
             for kind, function in ((PREDICTION, predict_fn), (SCORE, score_fn))
         }
+        constant = {name: self._constant(name, ids) for name, ids in outputs[PREDICTION].items()}
         self._extra.clear()
         self._extra.update(self._rank(score_fn))
+        for name in (name for name, text in constant.items() if text is not None):
+            self._extra[name] = {**self._extra.get(name, {}), model_card.CONSTANT: 1.0}
         name_of = {id(d): name for name, d in self._evaluator.cached_model_datasets.items()}
 
         def outputs_of(kind, dataset):
@@ -174,10 +175,24 @@ class InferenceEvaluator:
             step=step,
             model_fns={kind: functools.partial(outputs_of, kind) for kind in outputs},
         )
-        return {
+        found = {
             name: {**_scalars(metrics), **self._extra.get(name, {})}
             for name, metrics in future.result().items()
         }
+        for name, text in constant.items():
+            self._reporter.report(name, text, found[name])
+        return found
+
+    def _constant(self, name: str, ids: np.ndarray) -> str | None:
+        """Returns the text of all predictions of a task if they are the same while its gold targets
+        differ; None otherwise."""
+        text = decoded_text.constant_prediction(self._tasks[name], ids)
+        if text is None:
+            return None
+        examples = self._evaluator.cached_task_datasets[name].as_numpy_iterator()
+        golds = (example["targets"].tobytes() for example in examples)
+        first = next(golds)
+        return text if any(gold != first for gold in golds) else None
 
     def _limits(self) -> dict[str, int]:
         """Returns the limits on inputs and targets with which the examples were converted."""
@@ -197,7 +212,10 @@ class InferenceEvaluator:
     def _count(self, cfg: datasets.DatasetConfig) -> dict[str, int]:
         """Checks the examples' lengths and returns each task's number of examples."""
         cached = self._evaluator.cached_task_datasets
-        overlong = {name: token_tables.count_examples(dataset) for name, dataset in cached.items()}
+        overlong = {
+            name: token_tables.count_examples(dataset, self._tasks[name], cfg.split)
+            for name, dataset in cached.items()
+        }
         validation.check_counts(overlong, cfg, self._converter)
         return {name: size for name, (_, size) in overlong.items()}
 
@@ -232,57 +250,11 @@ class InferenceEvaluator:
 
     def _rank(self, score_fn: BatchFn) -> dict[str, dict[str, float]]:
         """Returns {task: {'rank_accuracy': percent}} for the tasks that declare labels."""
-        names = tuple(name for name, task in self._tasks.items() if labels_of(task))
-        if not names:
+        tasks = {name: task for name, task in self._tasks.items() if labels_of(task)}
+        if not tasks:
             return {}
-        labels = self._label_table(names)
-
-        def is_right(batch: Batch) -> np.ndarray:
-            rows = batch["encoder_task_ids"].max(axis=1)
-            scores = []
-            for column in range(labels.shape[1]):
-                tokens = labels[rows, column]
-                score = np.asarray(score_fn(_with_targets(batch, tokens, rows)))
-                scores.append(np.where(_gather(tokens).any(axis=1), score, -np.inf))
-            targets = batch["decoder_target_tokens"]
-            width = max(targets.shape[1], labels.shape[2])
-            matches = _widened(labels[rows], width) == _widened(targets, width)[:, None]
-            matches = matches.all(axis=2)
-            known = matches.any(axis=1) | ~targets.any(axis=1)
-            if not known.all():
-                raise ValueError(self._strange_target(batch, rows, int(np.argmin(known))))
-            return np.argmax(scores, axis=0) == _gather(matches.argmax(axis=1))
-
-        right = self._run(is_right, names)
-        return {name: {"rank_accuracy": 100 * float(right[name].mean())} for name in names}
-
-    def _label_table(self, names: tuple[str, ...]) -> np.ndarray:
-        """Returns the tokens of every label as [K, labels, L], indexed by bank row; 0 is padding.
-
-        L is the length of the longest label, which may differ from the length of the targets.
-        """
-        runs, label_ids = self._converter.runs, {}
-        for name in names:
-            feature = self._tasks[name].output_features["targets"]
-            eos = [feature.vocabulary.eos_id] * feature.add_eos
-            texts = labels_of(self._tasks[name])
-            label_ids[name] = [feature.vocabulary.encode(text) + eos for text in texts]
-        most = max(len(labels) for labels in label_ids.values())
-        longest = max(len(ids) for labels in label_ids.values() for ids in labels)
-        table = np.zeros([runs.num_rows, most, longest], np.int32)
-        for name, labels in label_ids.items():
-            for column, ids in enumerate(labels):
-                table[runs.row(name), column, : len(ids)] = ids
-        return table
-
-    def _strange_target(self, batch: Batch, rows: np.ndarray, index: int) -> str:
-        name = self._converter.runs.run_names[rows[index]]
-        vocabulary = self._tasks[name].output_features["targets"].vocabulary
-        target = vocabulary.decode(batch["decoder_target_tokens"][index].tolist())
-        return (
-            f"Task {name!r} declares the labels {labels_of(self._tasks[name])}, but an example "
-            f"has the target {target!r}. Correct the labels or the targets."
-        )
+        ranker = ranking.Ranker(tasks, self._converter.runs, score_fn)
+        return ranking.accuracies(self._run(ranker, tuple(tasks)))
 
 
 def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
@@ -295,7 +267,7 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
             "sampling.task_mixture."
         )
     tasks = seqio.get_subtasks(provider)
-    validation.check_runs(tasks, converter)
+    validation.check_tasks(tasks, converter, cfg.task_feature_lengths)
     for task in tasks:
         task_lookup.check_split(task, cfg.split)
         if task.predict_with_aux_metric_fns:
@@ -321,30 +293,6 @@ class _Joining:
     def __call__(self, *, task_name: str, metrics: Mapping[str, Any], **rest: Any) -> None:
         extra = {k: seqio.metrics.Scalar(v) for k, v in self._extra.get(task_name, {}).items()}  # type: ignore[attr-defined]
         self._logger(task_name=task_name, metrics={**metrics, **extra}, **rest)
-
-
-def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
-    missing = width - tokens.shape[-1]
-    return np.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, missing)])
-
-
-def _with_targets(batch: Batch, tokens: np.ndarray, rows: np.ndarray) -> Batch:
-    """Returns `batch` with the targets `tokens` [B, L]; `rows` [B] are the bank rows."""
-    weights = (tokens != 0).astype(np.int32)
-    return {
-        **batch,
-        "decoder_target_tokens": tokens,
-        "decoder_input_tokens": np.pad(tokens, [(0, 0), (1, 0)])[:, :-1],
-        "decoder_loss_weights": weights,
-        "decoder_task_ids": weights * rows[:, None].astype(np.int32),
-    }
-
-
-def _gather(rows: Any) -> np.ndarray:
-    """Returns the rows of all hosts, in the order of the hosts."""
-    if jax.process_count() == 1:
-        return np.asarray(rows)
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from scipy import stats
 
+from mpt_jax.artifacts.model_card import CONSTANT
 from mpt_jax.core import schema
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.runtime.files import write_atomic
@@ -177,6 +178,16 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
         metrics = schema.load(_last_line(path), dict[str, float], f"The last line of {path}")
         scores[run] = {name: value for name, value in metrics.items() if name != "step"}
     return scores
+
+
+def by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Returns metric -> one value per seed, given the scores of each seed. `CONSTANT` is 0 for the
+    seeds that lack it, and absent if all of them do."""
+    names = dict.fromkeys([*scores[0], *(CONSTANT for seed in scores if CONSTANT in seed)])
+    return {
+        name: [seed.get(name, 0.0) if name == CONSTANT else seed[name] for seed in scores]
+        for name in names
+    }
 
 
 def read_record(model_dir: Path) -> dict:

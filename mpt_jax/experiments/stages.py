@@ -167,7 +167,7 @@ def collect(
         method=method,
         shots=shots,
         scores={
-            task: {name: [by_seed[s][name] for s in order] for name in by_seed[order[0]]}
+            task: results.by_name([by_seed[seed] for seed in order])
             for task, by_seed in by_task.items()
         },
         parameters=num_trainable / len(jobs[0].runs),

@@ -110,7 +110,8 @@ class RunTask(seqio.Task):
 
 
 def _shown(vocabulary: Any) -> str:
-    path = getattr(vocabulary, "sentencepiece_model_file", vocabularies.BYT5)
+    path = getattr(vocabulary, "path", vocabularies.BYT5)
+    path = getattr(vocabulary, "sentencepiece_model_file", path)
     return f"{path} ({vocabulary.extra_ids} extra ids)"
 
 

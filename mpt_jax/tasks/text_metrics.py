@@ -106,9 +106,10 @@ def _two_sided(
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Percentage of predictions that equal their target, ignoring surrounding white space."""
-    number = {target: i for i, target in enumerate(dict.fromkeys(targets))}
+    golds = [target.strip() for target in targets]
+    number = {gold: i for i, gold in enumerate(dict.fromkeys(golds))}
     predicted = [number.get(prediction.strip(), -1) for prediction in predictions]
-    true = [number[target] for target in targets]
+    true = [number[gold] for gold in golds]
     return {"accuracy": 100 * float(sklearn_metrics.accuracy_score(true, predicted))}
 
 
@@ -212,7 +213,7 @@ def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
 
 
 def _gold_number(target: str) -> float:
-    if _NUMBER.fullmatch(target) is None:
+    if _NUMBER.fullmatch(target.strip()) is None:
         raise _unusable(target, "not a number")
     return float(target)
 

@@ -139,6 +139,17 @@ def test_model_card_undefined_metric_is_marked():
     assert shown == [["f1", "0"], ["matthews", "0 (undefined)"]]
 
 
+def test_model_card_says_which_predictions_were_constant():
+    scores = {"rte_s1": {"accuracy": 81.25, "constant_prediction": 1.0}, "cb_s1": {"f1": 3.0}}
+    card = model_card.text({**CONFIG, "metrics": {"scores": scores}}, FACTS)
+    assert "**Every prediction was the same for `rte_s1`**, so the scores are those" in card
+    assert [row[1] for row in cells(card) if row[0] == "`rte_s1`" and len(row) == 5][-1:] == [
+        "accuracy"
+    ]
+    assert "constant_prediction" not in card
+    assert "Every prediction" not in model_card.text(CONFIG, FACTS)
+
+
 def test_model_card_lists_data_and_splits():
     card = model_card.text(CONFIG, FACTS)
     found = cells(card)

@@ -6,6 +6,7 @@ import io
 
 import gin
 import pytest
+import sentencepiece
 import seqio
 from rich.console import Console
 
@@ -134,6 +135,17 @@ def test_tasks_show_given_vocabulary_counts_tokens(data_dir, capsys):
     _, _, line, _ = cells(capsys.readouterr().out)
     inputs, targets = line[3], line[2]
     assert line[:2] == [str(len(inputs) + 1), str(len(targets) + 1)]  # bytes and EOS
+
+
+def test_tasks_show_gives_share_of_unknown_tokens(data_dir, capsys):
+    model = str(toy_vocabulary.VOCABULARY_PATH)  # without digits
+    tasks.main(["show", "cb", "-n", "1", "--vocabulary", model])
+    _, _, line, _ = cells(capsys.readouterr().out)
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    ids = processor.EncodeAsIds(line[3])
+    unknown = ids.count(processor.unk_id())
+    assert unknown
+    assert line[0] == f"{len(ids) + 1} ({100 * unknown / len(ids):.0f}% <unk>)"
 
 
 def test_tasks_list_user_modules_and_data_folder(data_dir, tmp_path, monkeypatch, capsys):

@@ -56,10 +56,8 @@ def test_load_vocabulary_missing_file_raises(tmp_path):
         vocabularies.load(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere. .* To get one: make it."):
         vocabularies.load(str(tmp_path / "nowhere"), command="make it")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(
-        FileNotFoundError, match="holds none of spiece.model, .* tokenizer.json, wh"
-    ):
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match="holds none of spiece.model, .*found: merges.txt"):
         vocabularies.load(str(tmp_path))
 
 

@@ -45,7 +45,7 @@ def tasks():
     labeled = with_labels(accuracy, ["yes", "no"])
     register("evl_a", ["yes", "no", "no", "yes", "no"], [labeled])
     register("evl_b", ["a", "bc", "d"], [accuracy])
-    register("evl_c", ["no", "yes"], [with_labels(accuracy, ["no", "yes", "dont"]), mean_score])
+    register("evl_c", ["no", "yes"], [with_labels(accuracy, ["no", "yes", "may"]), mean_score])
 
 
 def config(name, **changes):
@@ -209,9 +209,9 @@ def test_evaluator_length_buckets_keep_row_order(tmp_path):
 
 def test_labels_of_task_returns_declared_labels():
     task = seqio.TaskRegistry.get("evl_c")
-    assert labels_of(task) == ("no", "yes", "dont")
+    assert labels_of(task) == ("no", "yes", "may")
     assert labels_of(seqio.TaskRegistry.get("evl_b")) == ()
-    assert labels_of(task.replace(name="evl_d")) == ("no", "yes", "dont")
+    assert labels_of(task.replace(name="evl_d")) == ("no", "yes", "may")
 
 
 def test_evaluator_target_outside_labels_raises():
@@ -306,3 +306,41 @@ def test_evaluator_unknown_names_raise_with_suggestion():
     converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_a"]))
     with pytest.raises(ValueError, match="Unknown run 'evl_b'. Did you mean 'evl_a'"):
         InferenceEvaluator(config("evl_b"), converter, None)
+
+
+def test_evaluator_constant_predictions_warn_once_per_change(tmp_path, caplog):
+    golds = ["yes", "yes", "yes", "yes", "no"]
+    register("evl_d", golds, [with_labels(accuracy, ["yes", "no"])])
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_d"]))
+    evaluator = InferenceEvaluator(config("evl_d"), converter, str(tmp_path))
+
+    def predictions(*texts):
+        def predict(batch):
+            rows = np.array([YES if texts[i % len(texts)] == "yes" else NO for i in range(4)])
+            return rows * batch["decoder_target_tokens"].any(1, keepdims=True)
+
+        return predict
+
+    score = lambda batch: (batch["decoder_target_tokens"] == YES).all(1) + 0.0  # noqa: E731
+    with caplog.at_level("INFO", logger="absl"):
+        for step, texts in enumerate([("yes",), ("yes",), ("yes", "no"), ("no",)]):
+            found = evaluator.evaluate(predictions(*texts), score, step)["evl_d"]
+            assert found.get("constant_prediction") == (None if len(texts) > 1 else 1.0)
+    evaluator.close()
+    lines = [r.getMessage() for r in caplog.records if " of evl_d " in r.getMessage()]
+    assert lines == [
+        "Every prediction of evl_d is 'yes'; always saying it scores 80.0 (accuracy).",
+        "Predictions of evl_d are no longer all the same.",
+        "Every prediction of evl_d is 'no'; always saying it scores 20.0 (accuracy).",
+    ]
+    written = [json.loads(x) for x in (tmp_path / "evl_d-metrics.jsonl").read_text().splitlines()]
+    assert [line.get("constant_prediction") for line in written] == [1.0, 1.0, None, 1.0]
+
+
+@pytest.mark.parametrize("golds", [["yes", "yes", "yes"], ["yes"]])
+def test_evaluator_constant_gold_or_single_example_is_no_constant_prediction(golds):
+    register("evl_e", golds, [accuracy])
+    converter = functools.partial(PromptFeatureConverter, prompt_length=2, runs=Runs(["evl_e"]))
+    evaluator = InferenceEvaluator(config("evl_e"), converter, None)
+    predict = lambda batch: np.array([YES] * 4) * batch["decoder_target_tokens"].any(1)[:, None]  # noqa: E731
+    assert evaluator.evaluate(predict, Model().score, 0) == {"evl_e": {"accuracy": 100.0}}

@@ -390,3 +390,15 @@ def test_report_command_bad_reference_or_metrics_fails(root, demo, capsys):
         command.main([str(root)])
     assert stop.value.code == 2
     assert f"Line 5 of {path} is damaged" in capsys.readouterr().err
+
+
+def test_page_names_scores_of_constant_predictions(root, tmp_path):
+    seeds = [{"accuracy": 50.0}, {"accuracy": 81.2, "constant_prediction": 1.0}]
+    scores = {"toy_rte": results.by_name(seeds), "toy_cola": results.by_name(seeds[:1] * 2)}
+    assert scores["toy_rte"] == {"accuracy": [50.0, 81.2], "constant_prediction": [0.0, 1.0]}
+    assert scores["toy_cola"] == {"accuracy": [50.0, 50.0]}
+    page = page_of(root, [Result("MPT", 32, scores, 1.0, 1.0, (str(root / "b"),), (0, 1))])
+    assert "that of a constant answer: MPT on rte (1 of 2 seeds)." in page
+    scores.pop("toy_rte")
+    page = page_of(root, [Result("MPT", 32, scores, 1.0, 1.0, (str(root / "b"),), (0, 1))])
+    assert "constant answer" not in page

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
+from mpt_jax.artifacts.model_card import CONSTANT
 from mpt_jax.experiments.report import analysis, figures, page, tables
 from mpt_jax.experiments.report.analysis import BASELINE, examples, short
 from mpt_jax.experiments.report.context import INTERVALS, Content, Drawn, interval_line
@@ -39,10 +40,28 @@ def scores(content: Content) -> list[str]:
         for name, rows in parts.items():
             if len(rows) > 1:
                 blocks += [page.heading(name), page.table(rows, name)]
+        if constant := _constant(results):
+            blocks.append(page.paragraph(constant))
     if sources := tables.trained(content.root):
         name = "Source tasks, after their stages"
         blocks += [page.heading(name), page.table(tables.source_rows(sources), name)]
     return blocks
+
+
+def _constant(results: Mapping[str, Result]) -> str:
+    """Returns a sentence that names the scores of constant predictions; '' if there are none."""
+    found = [
+        f"{label} on {short(task)} ({sum(scores[CONSTANT]):.0f} of {len(result.seeds)} seeds)"
+        for label, result in results.items()
+        for task, scores in result.scores.items()
+        if any(scores.get(CONSTANT, ()))
+    ]
+    if not found:
+        return ""
+    return (
+        "Every prediction was the same, so the score is that of a constant answer: "
+        f"{'; '.join(found)}."
+    )
 
 
 def parameters(content: Content) -> list[str]:

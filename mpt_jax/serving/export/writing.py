@@ -99,6 +99,7 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
             files[functions[name][str(length)]] = bytes(lowered.serialize())
     if model := getattr(backbone.vocabulary, "sp_model", None):
         files[VOCABULARY] = model
+    files |= getattr(backbone.vocabulary, "files", {})  # of a Hugging Face tokenizer
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     record = {
         "format": FORMAT,
@@ -176,7 +177,7 @@ need JAX and safetensors, and no MPT-JAX. Attention is by plain operations on ev
 | `score_N.jax` | the log probability of targets of {targets} tokens, in nats |
 | `{BACKBONE}` | the weights of the backbone `{config["backbone"]}`, {config["dtype"]} |
 | `{PROMPTS}` | {form}; a row for each of `names` in `{CONFIG}` |
-| `{VOCABULARY}` | the SentencePiece model with its sentinels; absent where words are bytes |
+| {_vocabulary_files(config)} |
 | `{CONFIG}` | names of tasks; sha256 of all files, of embedding and vocabulary |
 {"" if weights else WITHOUT_WEIGHTS}
 Any number of rows goes into one call, each of any task. Texts and targets end with id {eos} and are
@@ -206,3 +207,14 @@ ids, scores = predict(backbone, prompts, tokens, rows)
 `score(backbone, prompts, tokens, targets, rows)` also takes targets, int32 [rows, {targets}]. With
 MPT-JAX installed, `mpt_jax.serving.export.load(FOLDER)` does the padding and checks every sha256.
 """
+
+
+def _vocabulary_files(config: dict[str, Any]) -> str:
+    """Returns the README's row of the vocabulary."""
+    known = {PROMPTS, BACKBONE, VOCABULARY}
+    others = [n for n in config["files_sha256"] if n not in known and not n.endswith(".jax")]
+    if others:
+        return f"`{'`, `'.join(others)}` | the Hugging Face tokenizer"
+    return (
+        f"`{VOCABULARY}` | the SentencePiece model with its sentinels; absent where words are bytes"
+    )

@@ -183,7 +183,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocabulary",
-        help="a SentencePiece model, a folder with one, or byt5; default: beside the backbone",
+        help="a SentencePiece model, tokenizer.json, their folder, or byt5; default: beside the "
+        "backbone",
     )
     parser.add_argument(
         "--extra-ids", type=int, help="number of sentinels of the vocabulary; default: T5's 100"

@@ -62,8 +62,8 @@ def load(  # noqa: PLR0913 - each is an option of the command
     Args:
         bank: the prompt bank, which records the digests of its backbone and vocabulary.
         path: a Hugging Face folder or a T5X checkpoint; None loads the shipped tiny T5.
-        vocabulary: a SentencePiece model, a folder with one, or 'byt5'; None loads the one in the
-            backbone's folder, or the shipped one for the shipped T5.
+        vocabulary: the vocabulary (see `vocabularies.load`); None loads the one in the backbone's
+            folder, or the shipped one for the shipped T5.
         extra_ids: the number of sentinels of the vocabulary (see `tokenizers.load`).
         config: a name such as t5_1_1_base, or a config.json; None if the checkpoint has one, or
             to infer it from the shapes.
@@ -124,5 +124,5 @@ def _vocabulary(
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"The backbone {backbone} has no usable vocabulary beside it. Set --vocabulary to a "
-            f"SentencePiece model, a folder with one, or byt5. The cause: {error}"
+            f"SentencePiece model, a tokenizer.json, a folder with one, or byt5. The cause: {error}"
         ) from error

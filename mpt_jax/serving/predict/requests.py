@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mpt_jax.batching.spelling import check_told_apart
 from mpt_jax.batching.tokenizers import Tokenizer
 from mpt_jax.core import schema
 from mpt_jax.serving.prompt_bank import Bank
@@ -109,6 +110,8 @@ class Reader:
             choices = _choices(fields)
             pairs = [self._ids(text, "choices", self.target_length) for text in choices]
             targets = tuple(ids for ids, _ in pairs)
+            texts = [ids[:-1] for ids in targets]  # without the end-of-sequence id
+            check_told_apart(tuple(map(_short, choices)), texts, self.vocabulary, "choice")
             return Request(label, row, inputs, targets, choices, cut or any(c for _, c in pairs))
         if self.mode == "predict":
             return Request(label, row, inputs, truncated=cut)

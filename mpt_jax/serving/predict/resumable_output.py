@@ -36,7 +36,7 @@ class Stream:
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
         """Writes the answers to some requests."""
         try:
-            self._stream.write("".join(f"{json.dumps(answer)}\n" for answer in answers).encode())
+            self._stream.write("".join(f"{_line(answer)}\n" for answer in answers).encode())
             self._stream.flush()
         except OSError:
             silence(self._stream)
@@ -115,7 +115,7 @@ class File:
             "failed": self.failed + _failed(answers),
             "requests_sha256": self._digest.hexdigest(),
         }
-        self._output.append([json.dumps(answer) for answer in answers], notes)
+        self._output.append([_line(answer) for answer in answers], notes)
 
     def finish(self) -> None:
         """Renames the file to its final name."""
@@ -127,6 +127,10 @@ class File:
 
 
 Output = Stream | File
+
+
+def _line(answer: Mapping[str, Any]) -> str:
+    return json.dumps(answer, allow_nan=False)  # NaN is not JSON
 
 
 def _failed(answers: Sequence[Mapping[str, Any]]) -> int:

@@ -22,6 +22,10 @@ SHORTEST_INPUT, SHORTEST_TARGET = 16, 8
 # The numbers of rows grow by this factor up to the batch size: one request does not wait for the
 # work of a whole batch, and few programs are compiled.
 FEWER_ROWS = 4
+NOT_FINITE = (
+    "The score is not a finite number ({}), so the answer means nothing. Check the weights of the "
+    "backbone and of the prompt for values that are not finite."
+)
 
 
 class _Job(NamedTuple):
@@ -194,10 +198,11 @@ def _padded(texts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int) -
 
 
 def _answer(request: Request, results: Sequence[Any]) -> Mapping[str, Any]:
+    scores = [result if request.targets else result[1] for result in results]
+    if not np.isfinite(scores).all():
+        return {"error": NOT_FINITE.format(scores if len(scores) > 1 else scores[0])}
     if request.choices:
-        best = int(np.argmax(results))
-        return {"prediction": request.choices[best], "scores": list(results)}
+        return {"prediction": request.choices[int(np.argmax(scores))], "scores": scores}
     if request.targets:
-        return {"score": results[0]}
-    prediction, score = results[0]
-    return {"prediction": prediction, "score": score}
+        return {"score": scores[0]}
+    return {"prediction": results[0][0], "score": scores[0]}

@@ -17,6 +17,7 @@ from jax import export as jax_export
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.batching import tokenizers
 from mpt_jax.convert import load_backbone, save_t5x
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.plan import chips
@@ -26,6 +27,7 @@ from mpt_jax.serving.export import __main__ as command
 from mpt_jax.serving.export.writing import Settings, write
 from mpt_jax.serving.prompt_bank import Bank
 from tests.fixtures import serving_fixtures
+from tests.fixtures.hf_tokenizers import folder_of_json, trained, with_ends
 from tests.fixtures.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,6 +194,20 @@ def test_export_bfloat16_weights_stay_bfloat16(tmp_path):
 
 
 # --- Errors --------------------------------------------------------------------------------------
+
+
+def test_export_hugging_face_tokenizer_is_read_back(tmp_path):
+    vocabulary = tokenizers.load(str(folder_of_json(tmp_path / "t5", with_ends(trained()))))
+    digest = artifacts.vocabulary_digest(vocabulary)
+    backbone = serving_fixtures.backbone()._replace(vocabulary=vocabulary, vocabulary_sha256=digest)
+    bank = Bank([serving_fixtures.of_kind(tmp_path / "artifact", "folded")], folded=True)
+    record = write(tmp_path / "out", bank, backbone, Settings(("cpu",), (8,), 4))
+    again = tokenizers.load(str(tmp_path / "out"))
+    assert artifacts.vocabulary_digest(again) == record["vocabulary_sha256"] == digest
+    assert again.encode("def f") == vocabulary.encode("def f")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "| `tokenizer_config.json`, `tokenizer.json` | the Hugging Face tokenizer |" in readme
+    assert export.load(tmp_path / "out").config["eos_id"] == 2
 
 
 def test_export_changed_or_missing_file_fails(folder, tmp_path):

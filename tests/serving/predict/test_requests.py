@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -104,6 +105,29 @@ def test_reader_half_a_character_fails_with_sentencepiece(field, server):
     assert (
         f"{field} is not valid text: it has half of a surrogate pair" in reader.read(line, 7).error
     )
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (
+            ["0", "1"],
+            r"The choices '0' and '1' have the same tokens \('▁', '<unk>'\), so",
+        ),
+        (["good", "👍"], "The choice '👍' has characters that the vocabulary lacks.*'<unk>'"),
+    ],
+)
+def test_reader_choices_that_look_alike_or_unknown_fail(choices, message, server):
+    toy = tokenizers.load(str(SHIPPED / "toy.model"), 16)
+    reader = dataclasses.replace(server.reader(), vocabulary=toy)
+    read_choices = lambda texts: reader.read(json.dumps({**GOOD, "choices": texts}).encode(), 7)  # noqa: E731
+    assert re.match(message, read_choices(choices).error)
+    assert read_choices(["good", "bad"]).choices == ("good", "bad")
+
+
+def test_reader_choices_equal_after_truncation_fail(server):
+    line = {**GOOD, "choices": ["x" * 40, "x" * 41]}
+    assert "have the same tokens" in read(server, line, truncate=True).error
 
 
 def test_reader_failure_keeps_id(server):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
 
 from mpt_jax.runtime.resumable_output import Refused, ResumableFile
-from mpt_jax.serving.predict.resumable_output import File
+from mpt_jax.serving.predict.resumable_output import File, Stream
 
 LINES = [b"a\n", b"b\n", b"c\n", b"d\n", b"e"]
 ANSWERS = [{"line": i + 1, "prediction": chr(97 + i)} for i in range(5)]
@@ -191,3 +192,14 @@ def test_file_counts_failed_requests_of_earlier_starts(tmp_path):
     whole = File(path, MADE_FROM)
     assert whole.begin(iter(LINES)) is None
     assert (whole.lines, whole.failed) == (5, 2)
+
+
+def test_outputs_never_write_nan(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with open(tmp_path / "stream", "wb") as stream:
+        for output in (Stream(stream), File(path, MADE_FROM)):
+            output.begin(iter(LINES))
+            with pytest.raises(ValueError, match="not JSON compliant"):
+                output.write(LINES[:1], [{"score": math.nan}])
+            output.close()
+    assert (tmp_path / "stream").read_bytes() == b"" and not path.exists()

@@ -182,3 +182,21 @@ def test_server_keeps_freed_memory(tmp_path, monkeypatch):
 def test_limits_zero_size_fails():
     with pytest.raises(ValueError, match="batch_size is 0"):
         Limits(batch_size=0)
+
+
+def test_server_score_that_is_not_finite_fails_its_line(server):
+    """NaN in one norm of the backbone: every score is NaN, which is not JSON."""
+    nan = jax.tree.map(jnp.copy, server.backbone.params)
+    nan["decoder"]["decoder_norm"]["scale"] = (
+        nan["decoder"]["decoder_norm"]["scale"].at[0].set(jnp.nan)
+    )
+    server.backbone = server.backbone._replace(params=nan)
+    requests = [
+        {"task": "alpha", "inputs": "ok"},
+        {"task": "alpha", "inputs": "ok", "choices": ["a", "b"]},
+    ]
+    for answer in ask(server, requests):
+        assert answer["error"].startswith("The score is not a finite number (")
+        assert set(answer) == {"line", "error"}
+    (scored,) = ask(server, [{**requests[0], "targets": "a"}], mode="score")
+    assert "(nan)" in scored["error"]
