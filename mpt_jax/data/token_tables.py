@@ -14,6 +14,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.core.runs import data_name
+from mpt_jax.data import preprocessors
 from mpt_jax.data.preprocessors import TASK_IDS, task_id
 from mpt_jax.data.task_lookup import check_split, explain_missing_data
 
@@ -58,18 +59,24 @@ class ExampleTable:
         check_split(task, split)
         self.name, self.split = task.name, split
         with explain_missing_data(task, split):
-            dataset = task.get_dataset(
-                sequence_length=sequence_length,
-                split=split,
-                use_cached=use_cached,
-                shuffle=shuffle,
-                seed=seed,
-                trim_output_features=trim_output_features,
-                try_in_mem_cache=False,
-            )
-            self.values, self.offsets = _flatten(
-                dataset.take(limit), list(task.output_features), task.name
-            )
+            texts = None
+            if not (use_cached or shuffle):
+                texts = preprocessors.plain_texts(task, split, seed, limit)
+            if texts is not None:
+                self.values, self.offsets = preprocessors.encode(texts, task, sequence_length)
+            else:
+                dataset = task.get_dataset(
+                    sequence_length=sequence_length,
+                    split=split,
+                    use_cached=use_cached,
+                    shuffle=shuffle,
+                    seed=seed,
+                    trim_output_features=trim_output_features,
+                    try_in_mem_cache=False,
+                )
+                self.values, self.offsets = _flatten(
+                    dataset.take(limit), list(task.output_features), task.name
+                )
         self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
         if not self.num_examples:
             raise ValueError(
@@ -90,20 +97,33 @@ class ExampleTable:
         if not shuffle:
             return tf.data.Dataset.range(self.num_examples).repeat()
 
+        size = tf.constant(self.num_examples)
+        stream = task_id(data_name(self.name))
+
         def one_pass(number):
-            bits = tf.random.stateless_uniform(
-                [self.num_examples],
-                stream_key(seed, task_id(data_name(self.name)), number),
-                minval=None,  # type: ignore[arg-type]  # all 64 bits
-                maxval=None,
-                dtype=tf.int64,
-                alg="philox",
-            )
-            order = tf.cast(tf.argsort(bits, stable=True), tf.int64)
+            order = _permutation(size, stream_key(seed, stream, number))
             return tf.data.Dataset.from_tensor_slices(order)
 
         passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
         return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+# A graph that all tables share, because tracing it for each of hundreds of tasks takes minutes.
+@tf.function(
+    autograph=False,
+    input_signature=[tf.TensorSpec([], tf.int32), tf.TensorSpec([2], tf.int64)],
+)
+def _permutation(size: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Returns a random permutation of 0 .. size - 1, which depends only on the size and the key."""
+    bits = tf.random.stateless_uniform(
+        size[None],
+        key,
+        minval=None,  # type: ignore[arg-type]  # all 64 bits
+        maxval=None,
+        dtype=tf.int64,
+        alg="philox",
+    )
+    return tf.cast(tf.argsort(bits, stable=True), tf.int64)
 
 
 def read_table(
@@ -145,9 +165,14 @@ def report_lengths(
 
 def count_examples(dataset: tf.data.Dataset) -> tuple[int, int]:
     """Returns the numbers of truncated and of all examples of a task's dataset. Reads all of it."""
-    mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
-    batches = list(dataset.map(mark).batch(1024).as_numpy_iterator())
-    return sum(int(batch.sum()) for batch in batches), sum(len(batch) for batch in batches)
+    if all(isinstance(spec, tf.TensorSpec) for spec in dict(dataset.element_spec).values()):
+        ids = [example[TASK_IDS] for example in dataset.ragged_batch(1024)]
+        ids = [x.flat_values if isinstance(x, tf.RaggedTensor) else x[:, 0] for x in ids]
+        marks = [x.numpy() < 0 for x in ids]
+    else:  # features that cannot be batched
+        mark = tf.autograph.experimental.do_not_convert(lambda example: example[TASK_IDS][0] < 0)
+        marks = list(dataset.map(mark).batch(1024).as_numpy_iterator())
+    return sum(int(batch.sum()) for batch in marks), sum(len(batch) for batch in marks)
 
 
 def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
@@ -204,9 +229,14 @@ def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[
 
 def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
     """Returns a dataset with one pass over the examples of all tables, in order."""
-    indices = tf.data.Dataset.range(sum(table.num_examples for table in tables))
-    lookup = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
-    return indices.map(lookup, num_parallel_calls=tf.data.AUTOTUNE)
+    rows = {
+        name: tf.concat(
+            [tf.RaggedTensor.from_row_splits(t.values[name], t.offsets[name]) for t in tables],  # type: ignore[attr-defined]
+            axis=0,
+        )
+        for name in tables[0].values
+    }
+    return tf.data.Dataset.from_tensor_slices(rows)
 
 
 def stream_key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from mpt_jax.runtime.exits import silence
 from mpt_jax.runtime.resumable_output import Refused, ResumableFile
+
+_UNWRITABLE = re.compile(r"[\ud800-\udfff\x85\u2028\u2029]")
 
 
 class Stream:
@@ -36,7 +39,7 @@ class Stream:
     def write(self, lines: Sequence[bytes], answers: Sequence[Mapping[str, Any]]) -> None:
         """Writes the answers to some requests."""
         try:
-            self._stream.write("".join(f"{json.dumps(answer)}\n" for answer in answers).encode())
+            self._stream.write("".join(f"{_line(answer)}\n" for answer in answers).encode())
             self._stream.flush()
         except OSError:
             silence(self._stream)
@@ -109,7 +112,7 @@ class File:
             "failed": self.failed + _failed(answers),
             "requests_sha256": self._digest.hexdigest(),
         }
-        self._output.append([json.dumps(answer) for answer in answers], notes)
+        self._output.append([_line(answer) for answer in answers], notes)
 
     def finish(self) -> None:
         """Renames the file to its final name."""
@@ -121,6 +124,16 @@ class File:
 
 
 Output = Stream | File
+
+
+def _line(answer: Mapping[str, Any]) -> str:
+    """Returns an answer as a line of JSON, with non-ASCII text as it is.
+
+    Half surrogates, which UTF-8 lacks, are escaped, and so are the line ends of Unicode, at which
+    some readers split lines.
+    """
+    line = json.dumps(answer, ensure_ascii=False)
+    return line if line.isascii() else _UNWRITABLE.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
 
 
 def _failed(answers: Sequence[Mapping[str, Any]]) -> int:
