@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 import seqio
+from absl import logging
 
 from mpt_jax.cli.tasks import HEADERS, INDEX, MADE, SUITES, print_table
 from mpt_jax.data import task_lookup, vocabularies
@@ -149,4 +150,5 @@ def index() -> dict[str, list[list[str]]]:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # TFDS warns about every absent data set
     INDEX.write_text(json.dumps(index(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -91,11 +91,14 @@ def test_read_table_equals_table_of_seqio(tasks, monkeypatch):
 def test_plain_texts_of_other_tasks_are_left_to_seqio(tasks):
     with_bytes = memory_tasks.register("pre_bytes", VALIDATION)
     assert preprocessors.plain_texts(with_bytes, "train") is None
-    random = tasks[0].replace(preprocessors=[*preprocessors.finish("pre_0"), lambda ds: ds])
+    random = tasks[0].replace(
+        name="pre_0", preprocessors=[*preprocessors.finish("pre_0"), lambda ds: ds]
+    )
     assert preprocessors.plain_texts(random, "train") is None
     changed = tasks[0].replace(
+        name="pre_0",
         preprocessors=[lambda ds: ds.map(lambda x: {**x, "more": x["inputs"]})]
-        + preprocessors.finish("pre_0")
+        + preprocessors.finish("pre_0"),
     )
     assert preprocessors.plain_texts(changed, "train") is None
 
