@@ -183,7 +183,11 @@ def make_evaluator(
     writers = metric_writers.Writers(start.model_dir)
     converter = trainer.model.FEATURE_CONVERTER_CLS
     losses = loss_cfg and datasets.eval_batches(
-        loss_cfg, converter, num_batches=num_batches or None, **_hosts()
+        loss_cfg,
+        converter,
+        num_batches=num_batches or None,
+        row_multiple=jax.device_count(),
+        **_hosts(),
     )
     inference = infer_cfg and evaluation.InferenceEvaluator(
         infer_cfg,

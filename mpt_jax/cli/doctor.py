@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 
 import mpt_jax
+from mpt_jax.cli import shadows
 from mpt_jax.cli.probe import Probe, missing_packages
 from mpt_jax.config import trainer_choice
 from mpt_jax.runtime import compilation_cache, distributed, paths
@@ -117,6 +118,29 @@ def _incomplete(folder: Path) -> tuple[str, str]:
             f"set {trainer_choice.VARIABLE}=own to run without T5X",
         )
     return "", ""
+
+
+def check_names(folder: Path) -> Iterator[Finding]:
+    """Checks which modules and folders in `folder` shadow a package of this library."""
+    for name, path in shadows.find(folder):
+        if name == "tasks":
+            value = (
+                f"{path}, which `tasks` in TASK_MODULES and imports means here. The suites of "
+                "MPT-JAX are mpt_jax.tasks.glue, mpt_jax.tasks.toy and so on."
+            )
+            yield Finding("module tasks", value)
+        else:
+            what = f"Python imports {path} instead of the package {name}."
+            yield Finding(f"module {name}", str(path), what, f"rename {path}, or run elsewhere")
+
+
+def check_gin() -> Iterator[Finding]:
+    """Reports the folder of the shipped gin files, and how T5X finds it."""
+    folder = trainer_choice.gin_folder()
+    flag = ""
+    if trainer_choice.find_real() and Path.cwd().resolve() != folder.resolve():
+        flag = f"; T5X finds them from here with --gin_search_paths={folder}"
+    yield Finding("gin files", f"{folder / 'gin'}{flag}")
 
 
 # --- Packages and devices ------------------------------------------------------------------------
@@ -284,7 +308,13 @@ def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
     devices = Probe(_DEVICES)  # both probes run during the other checks
     scratch = f".mpt_jax_doctor_{os.getpid()}"
     writing = Probe(_WRITE, root, scratch) if "://" in root else None
-    findings = [*check_trainer(), *check_versions(), *check_root(root, writing, seconds)]
+    findings = [
+        *check_trainer(),
+        *check_names(Path.cwd()),
+        *check_gin(),
+        *check_versions(),
+        *check_root(root, writing, seconds),
+    ]
     findings += check_cache()
     if suite == "paper":
         findings += [*check_data(data_dir), *check_backbone(root)]

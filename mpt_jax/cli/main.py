@@ -19,8 +19,9 @@ COMMANDS = {
     "demo": "train teachers, source stage and new tasks of the toy suite; --full for all of it",
     "paper": "run a table of the MPT paper or of ours, on the paper's tasks or the toy suite",
     "doctor": "check whether a stage can start on this machine: --suite toy, --json",
+    "gin-path": "print the folder of the gin files, for T5X's --gin_search_paths",
     "plan": "compile a stage for TPUs without having any: --gin_file=... --topology=v5e:4x4",
-    "report": "write an HTML page of the results of a demo or a table: DIR",
+    "report": "write an HTML page of a demo, a table or one run: DIR",
     "convert": "convert backbones and prompts (Hugging Face, T5X, PEFT, NumPy): SOURCE TARGET",
     "verify-weights": "compare this network with transformers' on the same weights: FOLDER",
 }
@@ -32,6 +33,7 @@ MODULES = {
     "export": "serving.export",
     "tasks": "cli.tasks",
     "doctor": "cli.doctor",
+    "gin-path": "cli.gin_path",
     "demo": "experiments.demo",
     "paper": "experiments.paper",
     "report": "experiments.report",

@@ -5,6 +5,7 @@
 
 import dataclasses
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -287,11 +288,13 @@ def eval_batches(
     num_batches: int | None = None,
     num_hosts: int = 1,
     host_index: int = 0,
+    row_multiple: int = 1,
 ) -> dict[str, Callable[[], Iterable[Batch]]]:
     """Returns the batches for the evaluation loss, for each task and for all tasks together.
 
     Every example counts once. The last batch of a task is padded with rows of zeros, which have
-    zero weight. All hosts get the same number of batches.
+    zero weight. All hosts get the same number of batches. If the tasks have equal shares of a
+    training batch, a batch of one task has the rows of one share, as in the task's solo job.
 
     Args:
         cfg: the settings of the dataset. Tasks of a mixture that lack the split are skipped with a
@@ -300,6 +303,8 @@ def eval_batches(
         num_batches: maximum number of batches per task; None for all.
         num_hosts: number of hosts that share each batch.
         host_index: index of this host.
+        row_multiple: the number of rows of a batch must be a multiple of this, such as the number
+            of devices.
 
     Returns:
         {task name: function that returns all of this host's batches}. With several tasks there is
@@ -314,7 +319,8 @@ def eval_batches(
     tasks = seqio.get_subtasks(provider)
     converter = cfg.converter(feature_converter_cls, cfg.pack)
     validation.check_tasks(tasks, converter, cfg.task_feature_lengths)
-    share = HostShard(cfg.batch_size, num_hosts, host_index)
+    rows = _rows_of_one_task(cfg, equal_shares(provider) or 1, math.lcm(row_multiple, num_hosts))
+    share = HostShard(rows, num_hosts, host_index)
     batches: dict[str, Callable[[], Iterable[Batch]]] = {}
     for task in tasks:
         if cfg.split not in task.splits and not isinstance(provider, seqio.Task):
@@ -332,6 +338,15 @@ def eval_batches(
         parts = list(batches.values())
         batches[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)
     return batches
+
+
+def _rows_of_one_task(cfg: DatasetConfig, shares: int, multiple: int) -> int:
+    """Returns the rows of a loss batch: one of `shares` equal shares, rounded up to `multiple`.
+
+    Whole batches of a fleet, of which one task fills a share only, would cost K^2 for K tasks.
+    """
+    share = -(-cfg.batch_size // shares)
+    return min(cfg.batch_size, -(-share // multiple) * multiple)
 
 
 def _converted(

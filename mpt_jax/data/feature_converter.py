@@ -21,7 +21,8 @@ its limit has `~id` instead of `id`. The converter, which gin configures, can th
 with such examples. Gin cannot configure the registered task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import seqio
@@ -137,6 +138,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         self.on_overlong = on_overlong
         self.pack_lengths = None if pack_lengths is None else dict(pack_lengths)
         self.pack_window = pack_window
+        self._graphs: dict[tuple, Callable[..., Any]] = {}
 
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
@@ -201,12 +203,28 @@ class PromptFeatureConverter(seqio.FeatureConverter):
                 return {**{name: example[name] for name in limits}, "row": tf.identity(row)}
 
         if not self.pack:
-            return map_dataset(ds, unpacked)
+            if ds.cardinality() < 0:
+                return map_dataset(ds, unpacked)
+            # Evaluation converts the data of each task. All share one graph, because tracing it for
+            # each of hundreds of tasks takes minutes. Endless streams have their own, because
+            # tf.data cannot save the position of a stream that calls a shared one.
+            return map_dataset(ds, self._shared(unpacked, limits))
         windows = map_dataset(ds, checked).ragged_batch(self.pack_window)
         lengths = self.get_model_feature_lengths(task_feature_lengths)
         # One window at a time, because windows packed ahead are saved with the data position.
         pack = tf.autograph.experimental.do_not_convert(self._packed)
         return windows.map(lambda window: pack(window, positions, lengths)).unbatch()
+
+    def _shared(
+        self, function: Callable[..., Any], limits: Mapping[str, int]
+    ) -> Callable[..., Any]:
+        """Returns a compiled `function` that is traced once for these limits and kinds of texts."""
+        key = tuple(sorted(limits.items()))
+        if key not in self._graphs:
+            self._graphs[key] = tf.function(function, autograph=False, reduce_retracing=True)
+        graph = self._graphs[key]
+        names = (*limits, TASK_IDS)
+        return lambda example: graph({name: example[name] for name in names})
 
     def _row(self, example, limits: Mapping[str, int]) -> tf.Tensor:
         """Returns the example's bank row, a scalar. Fails in the graph for an unknown task or an

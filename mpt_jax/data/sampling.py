@@ -133,7 +133,9 @@ class TaskMixture(seqio.Mixture):
         # Streams of indices into the joined tables, so that examples are looked up only once.
         firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         streams = [
-            table.indices(self.sampler.seed, shuffle).map(lambda index, first=first: first + index)
+            table.indices(self.sampler.seed, shuffle).map(
+                tf.autograph.experimental.do_not_convert(lambda index, first=first: first + index)
+            )
             for table, first in zip(tables, firsts, strict=True)
         ]
         weights = self.weights(sizes)

@@ -14,6 +14,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.core.runs import data_name
+from mpt_jax.data import preprocessors
 from mpt_jax.data.preprocessors import TASK_IDS, task_id
 from mpt_jax.data.task_lookup import check_split, explain_missing_data
 
@@ -61,18 +62,24 @@ class ExampleTable:
         check_split(task, split)
         self.name, self.split = task.name, split
         with explain_missing_data(task, split):
-            dataset = task.get_dataset(
-                sequence_length=sequence_length,
-                split=split,
-                use_cached=use_cached,
-                shuffle=shuffle,
-                seed=seed,
-                trim_output_features=trim_output_features,
-                try_in_mem_cache=False,
-            )
-            self.values, self.offsets = _flatten(
-                dataset.take(limit), list(task.output_features), task.name
-            )
+            texts = None
+            if not (use_cached or shuffle):
+                texts = preprocessors.plain_texts(task, split, seed, limit)
+            if texts is not None:
+                self.values, self.offsets = preprocessors.encode(texts, task, sequence_length)
+            else:
+                dataset = task.get_dataset(
+                    sequence_length=sequence_length,
+                    split=split,
+                    use_cached=use_cached,
+                    shuffle=shuffle,
+                    seed=seed,
+                    trim_output_features=trim_output_features,
+                    try_in_mem_cache=False,
+                )
+                self.values, self.offsets = _flatten(
+                    dataset.take(limit), list(task.output_features), task.name
+                )
         self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
         if not self.num_examples:
             raise ValueError(
@@ -104,20 +111,33 @@ class ExampleTable:
         if not shuffle:
             return tf.data.Dataset.range(self.num_examples).repeat()
 
+        size = tf.constant(self.num_examples)
+        stream = task_id(data_name(self.name))
+
         def one_pass(number):
-            bits = tf.random.stateless_uniform(
-                [self.num_examples],
-                stream_key(seed, task_id(data_name(self.name)), number),
-                minval=None,  # type: ignore[arg-type]  # all 64 bits
-                maxval=None,
-                dtype=tf.int64,
-                alg="philox",
-            )
-            order = tf.cast(tf.argsort(bits, stable=True), tf.int64)
+            order = _permutation(size, stream_key(seed, stream, number))
             return tf.data.Dataset.from_tensor_slices(order)
 
         passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
         return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+# A graph that all tables share, because tracing it for each of hundreds of tasks takes minutes.
+@tf.function(
+    autograph=False,
+    input_signature=[tf.TensorSpec([], tf.int32), tf.TensorSpec([2], tf.int64)],
+)
+def _permutation(size: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Returns a random permutation of 0 .. size - 1, which depends only on the size and the key."""
+    bits = tf.random.stateless_uniform(
+        size[None],
+        key,
+        minval=None,  # type: ignore[arg-type]  # all 64 bits
+        maxval=None,
+        dtype=tf.int64,
+        alg="philox",
+    )
+    return tf.cast(tf.argsort(bits, stable=True), tf.int64)
 
 
 def read_table(
@@ -199,23 +219,24 @@ def count_examples(dataset: tf.data.Dataset, task: seqio.Task, split: str) -> tu
     """Returns the numbers of truncated and of all examples of a task's dataset, which it reads as a
     whole, and reports unknown tokens (`report_unknown`)."""
     special = _special_ids(task.output_features)
-
-    def count(example):
-        counts = {TASK_IDS: tf.cast(example[TASK_IDS][0] < 0, tf.int64)}
+    names = (TASK_IDS, *special)
+    specs: Any = dataset.element_spec
+    if not all(isinstance(spec, tf.TensorSpec) for spec in specs.values()):
+        pick = tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in names})
+        dataset = dataset.map(pick)  # other features cannot be batched
+    cut, total, counts = 0, 0, {name: np.zeros(2, np.int64) for name in special}
+    batch: Any
+    for batch in dataset.ragged_batch(1024):
+        values = {
+            name: getattr(batch[name], "flat_values", batch[name]).numpy().ravel() for name in names
+        }
+        cut += int((values[TASK_IDS] < 0).sum())
+        total += len(values[TASK_IDS])
         for name, (unknown, end) in special.items():
-            found = [tf.math.count_nonzero(example[name] == unknown)]
-            counts[name] = tf.stack([*found, tf.math.count_nonzero(example[name] != end)])
-        return counts
-
-    count = tf.autograph.experimental.do_not_convert(count)
-    batches = list(dataset.map(count).batch(1024).as_numpy_iterator())
-    shares = {}
-    for name in special if batches else ():
-        unknown, texts = np.concatenate([batch[name] for batch in batches]).sum(axis=0)
-        shares[name] = unknown / max(texts, 1)
+            counts[name] += (values[name] == unknown).sum(), (values[name] != end).sum()
+    shares = {name: unknown / max(texts, 1) for name, (unknown, texts) in counts.items() if total}
     report_unknown(task.name, split, shares)
-    cut = [batch[TASK_IDS] for batch in batches]
-    return sum(int(batch.sum()) for batch in cut), sum(len(batch) for batch in cut)
+    return cut, total
 
 
 def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
@@ -272,9 +293,14 @@ def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[
 
 def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
     """Returns a dataset with one pass over the examples of all tables, in order."""
-    indices = tf.data.Dataset.range(sum(table.num_examples for table in tables))
-    lookup = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
-    return indices.map(lookup, num_parallel_calls=tf.data.AUTOTUNE)
+    rows: Any = {
+        name: tf.concat(
+            [tf.RaggedTensor.from_row_splits(t.values[name], t.offsets[name]) for t in tables],  # type: ignore[attr-defined]
+            axis=0,
+        )
+        for name in tables[0].values
+    }
+    return tf.data.Dataset.from_tensor_slices(rows)
 
 
 def stream_key(seed: int, stream: int, number: tf.Tensor) -> tf.Tensor:

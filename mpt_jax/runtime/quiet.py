@@ -10,6 +10,7 @@ import glob
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -48,6 +49,8 @@ def start_quietly() -> None:
         sys.meta_path.insert(0, _QuietImports())
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
+    # Matplotlib warns if HOME is not writable, which does not affect its figures.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if sys.platform == "linux" and importlib.util.find_spec("libtpu"):
         if not any(map(glob.glob, ACCELERATORS)):
             os.environ.setdefault("JAX_PLATFORMS", "cpu")

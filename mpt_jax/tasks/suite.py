@@ -97,6 +97,34 @@ class RunTask(seqio.Task):
             )
         return dict(sorted(preprocessors.output_features(self._first).items()))
 
+    def get_dataset(  # type: ignore[override]  # SeqIO's names, of which it passes some
+        self,
+        sequence_length: Mapping[str, int] | None = None,
+        split: str = "train",
+        use_cached: bool = False,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = 1,
+        **settings: Any,
+    ) -> Any:
+        """Returns the examples of a split, like `seqio.Task.get_dataset`. One unshuffled pass over
+        plain texts is tokenized without SeqIO, which takes longer to start."""
+        if num_epochs == 1 and not (use_cached or shuffle or shard_info):
+            texts = preprocessors.plain_texts(self, split, seed)
+            if texts is not None and len(texts["inputs"]):
+                return preprocessors.as_dataset(texts, self, sequence_length)
+        return super().get_dataset(
+            sequence_length,
+            split,
+            use_cached,
+            shuffle,
+            seed=seed,
+            shard_info=shard_info,
+            num_epochs=num_epochs,
+            **settings,
+        )
+
     def replace(self, **changes: Any) -> RunTask:
         """Returns this task with `changes`, as in SeqIO. It is a `RunTask` as well."""
         same = {

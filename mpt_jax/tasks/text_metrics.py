@@ -44,6 +44,22 @@ def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
+def named(*names: str) -> Callable[[Metric], Metric]:
+    """Returns a decorator that records the names of a metric's values, for lists of tasks. Without
+    it, `value_names` is the name of the function."""
+
+    def record(metric: Metric) -> Metric:
+        metric.value_names = names  # type: ignore[attr-defined]
+        return metric
+
+    return record
+
+
+def value_names(metric: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names under which the log shows the values of a metric."""
+    return getattr(metric, "value_names", (getattr(metric, "__name__", str(metric)),))
+
+
 def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
     """Returns `scores` with an `<name>_undefined` for each. Logs a warning if they are undefined.
 
@@ -129,6 +145,7 @@ def f1(labels: Sequence[str]) -> Metric:
     An invalid prediction counts as the wrong label, as in T5.
     """
 
+    @named("f1")
     def label_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         return f1_of_labels(*_two_sided(targets, predictions, labels), labels, [1])
 
@@ -138,6 +155,7 @@ def f1(labels: Sequence[str]) -> Metric:
 def macro_f1(labels: Sequence[str]) -> Metric:
     """Returns a metric: the mean F1 of the labels. Invalid predictions count for no label."""
 
+    @named("f1")
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = label_numbers(targets, predictions, labels)
         return f1_of_labels(*numbers, labels, range(len(labels)))
@@ -176,6 +194,7 @@ def matthews(labels: Sequence[str]) -> Metric:
     def shown(number: int) -> str:
         return repr(labels[number]) if number >= 0 else "no label"
 
+    @named("matthews")
     def matthews_correlation(
         targets: Sequence[str], predictions: Sequence[str]
     ) -> dict[str, float]:
@@ -192,6 +211,7 @@ def matthews(labels: Sequence[str]) -> Metric:
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
+@named("pearson", "spearman", "invalid")
 def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Pearson's and Spearman's correlation, and the percentage of non-numeric predictions.
 
@@ -235,6 +255,7 @@ def word_f1(answer: str, prediction: str) -> float:
     return 2 * shared / (len(left) + len(right)) if shared else 0.0
 
 
+@named("f1", "exact_match")
 def answer_overlap(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]
 ) -> dict[str, float]:

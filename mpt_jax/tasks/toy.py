@@ -75,6 +75,7 @@ def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
     """Returns a metric in percent: F1 of the first of two labels, or the mean F1 of more labels."""
     scored = range(1 if len(labels) == 2 else len(labels))
 
+    @text_metrics.named("f1")
     def mean_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
         numbers = text_metrics.label_numbers(targets, predictions, labels)
         return text_metrics.f1_of_labels(*numbers, labels, scored)
@@ -82,6 +83,7 @@ def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
     return mean_f1
 
 
+@text_metrics.named("f1", "exact_match")
 def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Mean F1 of predictions as bags of words, and exact match, both in percent."""
 

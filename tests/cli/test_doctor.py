@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mpt_jax.cli import doctor
+from mpt_jax.cli import doctor, shadows
 from mpt_jax.runtime import compilation_cache
 from tests.fixtures import tfds_data
 from tests.fixtures.processes import run_command
@@ -293,3 +293,41 @@ def test_doctor_command_lists_jax_devices(tmp_path):
     child = run_command("doctor", *arguments, check=False, **variables)
     devices = [f for f in json.loads(child.stdout)["findings"] if f["name"] == "devices"]
     assert devices[0]["value"].startswith("1 x cpu (cpu)")
+
+
+# --- Names in the current folder -----------------------------------------------------------------
+
+
+def test_doctor_names_a_tasks_module_of_the_user(capsys, machine, monkeypatch):
+    (machine / "tasks.py").write_text("")
+    monkeypatch.chdir(machine)
+    code, found = findings(capsys, "--suite=toy")
+    assert code == 0, "a module tasks of the user works"
+    value = found["module tasks"]["value"]
+    assert value.startswith(str(machine / "tasks.py")) and "mpt_jax.tasks.glue" in value
+
+
+@pytest.mark.parametrize("name", ["mpt_jax", "t5x.py"])
+def test_doctor_reports_what_shadows_a_package(name, capsys, machine, monkeypatch):
+    path = machine / name
+    path.touch() if path.suffix else path.mkdir()
+    monkeypatch.chdir(machine)
+    wrong = only_wrong(capsys, "--suite=toy")
+    assert str(path) in wrong["problem"] and wrong["mend"].startswith(f"rename {path}")
+
+
+def test_shadows_leaves_out_this_library_and_t5x(machine):
+    assert not list(shadows.find(ROOT))
+    write_t5x(machine)
+    assert not list(shadows.find(machine))
+    (machine / "tasks").mkdir()
+    assert list(shadows.find(machine)) == [("tasks", machine / "tasks")]
+
+
+def test_doctor_says_how_t5x_finds_the_gin_files(capsys, machine, monkeypatch):
+    _, found = findings(capsys, "--suite=toy")
+    assert found["gin files"]["value"] == str(ROOT / "gin")
+    monkeypatch.syspath_prepend(write_t5x(machine / "clone"))
+    monkeypatch.chdir(machine)
+    _, found = findings(capsys, "--suite=toy")
+    assert found["gin files"]["value"].endswith(f"--gin_search_paths={ROOT}")

@@ -32,3 +32,10 @@ def test_unknown_command_error_lists_commands():
     code, errors = run(["tusks"], subprocess.DEVNULL)
     assert code == 1 and errors.startswith("mpt-jax: unknown command 'tusks'")
     assert "\n  tasks " in errors
+
+
+@pytest.mark.parametrize("module", ["mpt_jax", "mpt_jax.cli"])
+def test_package_runs_as_the_command(module):
+    command = [sys.executable, "-m", module, "gin-path"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert os.path.isfile(os.path.join(done.stdout.strip(), "gin", "mpt_source.gin"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import gin
 import pytest
@@ -10,8 +11,16 @@ import sentencepiece
 import seqio
 from rich.console import Console
 
-from mpt_jax.cli import main, tasks
-from mpt_jax.tasks import few_shot, glue, splits, super_glue, toy, toy_vocabulary  # noqa: F401
+from mpt_jax.cli import main, registered_tasks, tasks
+from mpt_jax.tasks import (  # noqa: F401
+    few_shot,
+    glue,
+    splits,
+    super_glue,
+    text_metrics,
+    toy,
+    toy_vocabulary,
+)
 from mpt_jax.tasks import files as jsonl
 from tests.fixtures import tfds_data
 from tests.fixtures.processes import ROOT, run_command, run_script
@@ -37,14 +46,14 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_tasks_list_prints_one_line_per_task(data_dir, capsys):
-    tasks.list_tasks({"some": ["cb", "boolq_digits", "toy_cb"], "none": []})
+    registered_tasks.list_tasks({"some": ["cb", "boolq_digits", "toy_cb"], "none": []})
     title, headers, *lines = cells(capsys.readouterr().out)
     assert title == ["some"]
     assert headers == ["task", "data set", "rows", "metrics", "here"]
     assert lines[:3] == [
         [
             *("cb", "super_glue/cb:1.0.2", "train 250, validation 28, test 28"),
-            *("accuracy, mean_f1, invalid", "yes; train has 9, published 250"),
+            *("accuracy, f1, invalid", "yes; train has 9, published 250"),
         ],
         [
             *("boolq_digits", "super_glue/boolq:1.0.2"),
@@ -52,7 +61,7 @@ def test_tasks_list_prints_one_line_per_task(data_dir, capsys):
         ],
         [
             *("toy_cb", "made by a function", "train 2,000, validation 200, test 200"),
-            *("accuracy, mean_f1, invalid", "yes"),
+            *("accuracy, f1, invalid", "yes"),
         ],
     ]
 
@@ -72,7 +81,7 @@ def test_tasks_list_prints_one_line_per_task(data_dir, capsys):
 def test_tasks_list_marks_unpublished_split_sizes(sizes, expected, data_dir, monkeypatch, capsys):
     source = splits.PartsSource("super_glue/cb:1.0.2", splits.carved(held_out=1, most=5), sizes)
     monkeypatch.setattr(seqio.TaskRegistry.get("cb"), "_source", source)
-    tasks.list_tasks({"some": ["cb"]})
+    registered_tasks.list_tasks({"some": ["cb"]})
     assert cells(capsys.readouterr().out)[2][-1] == expected
 
 
@@ -80,7 +89,7 @@ def test_tasks_list_seqio_sources_are_described(tmp_path, data_dir, capsys):
     for name, version in (("lst_here", "1.0.2"), ("lst_gone", "9.9.9")):
         source = seqio.TfdsDataSource(f"super_glue/cb:{version}")
         seqio.TaskRegistry.add(name, source=source, output_features={}, preprocessors=[])
-    tasks.list_tasks({"mine": ["lst_here", "lst_gone"]})
+    registered_tasks.list_tasks({"mine": ["lst_here", "lst_gone"]})
     _, _, here, gone, _ = cells(capsys.readouterr().out)
     assert here == ["lst_here", "super_glue/cb:1.0.2", "train 9, validation 56", "none", "yes"]
     assert gone == ["lst_gone", "super_glue/cb:9.9.9", "none", "no"]
@@ -90,7 +99,7 @@ def test_tasks_list_user_files_are_described(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y"}\n')
     files = {"train": tmp_path / "rows.jsonl"}
     jsonl.register("lst_file", inputs="{a}", targets="{b}", **files)
-    tasks.list_tasks({"mine": ["lst_file"]})
+    registered_tasks.list_tasks({"mine": ["lst_file"]})
     line = cells(capsys.readouterr().out)[2]
     assert line[0] == "lst_file" and str(tmp_path / "rows.jsonl") in line[1]
     assert line[2] == "train 1" and line[4] == "yes"
@@ -99,7 +108,7 @@ def test_tasks_list_user_files_are_described(tmp_path, capsys):
 def test_tasks_list_on_terminal_prints_table(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
     monkeypatch.setattr(tasks, "Console", lambda: console)
-    tasks.list_tasks({"some": ["toy_cb"]})
+    registered_tasks.list_tasks({"some": ["toy_cb"]})
     text = console.file.getvalue()
     assert "┃ task" in text and "│ toy_cb" in text and "train 2,000, validation 200" in text
 
@@ -111,7 +120,7 @@ def test_tasks_show_prints_examples_with_lengths(capsys):
     tasks.main(["show", "toy_boolq_k4_s0", "-n", "2"])
     title, headers, *lines = cells(capsys.readouterr().out)
     assert title == [
-        "toy_boolq_k4_s0, train; metrics, the first one selects: accuracy, mean_f1, invalid"
+        "toy_boolq_k4_s0, train; metrics, the first one selects: accuracy, f1, invalid"
     ]
     assert headers == ["input tokens", "target tokens", "targets", "inputs"]
     rows = [toy.rows("toy_boolq", "train")[i] for i in (1795, 732)]  # of the published draw
@@ -209,6 +218,55 @@ def test_tasks_list_shows_all_suites_and_local_module(tmp_path):
         ],
     ]:
         assert f"\n{name} " in tables[module]
+
+
+def test_index_holds_what_the_registry_holds(tmp_path):
+    script = (
+        "import json; from mpt_jax.cli import registered_tasks as r; print(json.dumps(r.index()))"
+    )
+    printed = run_script(script, TFDS_DATA_DIR=str(tmp_path)).splitlines()[-1]
+    assert json.loads(tasks.INDEX.read_text()) == json.loads(printed), (
+        "run `python -m mpt_jax.cli.registered_tasks`"
+    )
+
+
+def test_tasks_list_from_index_equals_list_of_registry(data_dir, tmp_path, capsys, monkeypatch):
+    (tmp_path / "nothing.py").touch()
+    listing = ("tasks", "list", "--tfds_data_dir", str(tmp_path))
+    fast = run_command(*listing, cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
+    slow = run_command(*listing, "--modules", "nothing", cwd=tmp_path, PYTHONPATH=str(ROOT)).stdout
+    assert fast == slow and "  no\n" in fast and "  yes\n" in fast
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["list"]])
+def test_tasks_without_data_do_not_import_tensorflow(arguments, tmp_path):
+    script = (
+        "import sys; sys.modules['tensorflow'] = sys.modules['jax'] = None\n"
+        f"sys.argv = ['mpt-jax', 'tasks', *{arguments}]\n"
+        "from mpt_jax.cli.main import main; main()"
+    )
+    printed = run_script(script, TFDS_DATA_DIR=str(tmp_path))
+    assert "usage: mpt-jax tasks" in printed or "mpt_jax.tasks.glue\n" in printed
+
+
+def test_tasks_list_with_data_compares_its_size(data_dir, capsys):
+    tasks.main(["list", "--tfds_data_dir", str(data_dir)])
+    assert tasks._has_data(str(data_dir)) and not tasks._has_data(str(data_dir / "super_glue"))
+
+
+def test_metric_names_are_those_of_the_values():
+    labels = ["no", "yes"]
+    targets = ["yes", "no", "yes"]
+    for make in (text_metrics.f1, text_metrics.macro_f1, text_metrics.matthews):
+        values = make(labels)(targets, targets)
+        names = [name for name in values if not name.endswith("_undefined")]
+        assert list(text_metrics.value_names(text_metrics.of_task("x", make(labels)))) == names
+    values = text_metrics.correlations(["1", "2"], ["1", "2"])
+    names = [name for name in values if not name.endswith("_undefined")]
+    assert list(text_metrics.value_names(text_metrics.correlations)) == names
+    answers = [{"answers": ["a"], "group": ""}]
+    values = text_metrics.answer_overlap(answers, ["a"])
+    assert text_metrics.value_names(text_metrics.answer_overlap) == tuple(values)
 
 
 def test_help_without_tensorflow_lists_commands(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from tests.fixtures.processes import ROOT, run_script
+from tests.fixtures.processes import ROOT, run_python, run_script
 
 
 def run(code: str, folder: Path) -> str:
@@ -42,3 +44,27 @@ def test_tasks_alias_user_tasks_module_wins(where, tmp_path):
 def test_tasks_alias_unknown_suite_raises_import_error(tmp_path):
     code = "import mpt_jax.data\ntry: import tasks.no\nexcept ImportError as e: print(e.name)"
     assert run(code, tmp_path) == "tasks.no"
+
+
+@pytest.mark.slow  # a whole run
+def test_tasks_alias_train_beside_users_tasks_module(tmp_path):
+    """The ten lines of the README, in a module `tasks`, as T5X's own example calls it."""
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(
+        r"```python\n(from \S+ import \S+\n+jsonl\.register\(.*?)```", readme, re.S
+    )
+    (tmp_path / "tasks.py").write_text(code)
+    rows = [("good", "positive"), ("bad", "negative")] * 12
+    lines = [f"the film {number} was {word} .,{label}" for number, (word, label) in enumerate(rows)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    run_python(
+        *("-m", "t5x.train", "--gin_file=gin/mpt_target.gin", "--gin_file=gin/tiny.gin"),
+        *("--gin.TASK_MODULES=['tasks']", "--gin.TARGET_TASKS=['reviews']"),
+        *("--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=4", "--gin.ON_OVERLONG='truncate'"),
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+        MPT_JAX_ROOT=str(tmp_path / "root"),
+        MPT_JAX_TRAINER="own",
+    )
+    scores = tmp_path / "root/tiny/mpt_target/inference_eval/reviews-metrics.jsonl"
+    assert "accuracy" in json.loads(scores.read_text().splitlines()[-1])

@@ -9,6 +9,7 @@ clone on PYTHONPATH:
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.config import trainer_choice
 from mpt_jax.convert import t5x as convert
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -439,3 +441,28 @@ def test_t5x_touches_only_recorded_members(root, same_target, read):
         for script, kinds in sorted(found.items())
     }
     assert listed == known, json.dumps(listed, indent=2)
+
+
+def test_real_t5x_finds_gin_files_from_an_empty_folder(tmp_path):
+    folder, root = tmp_path / "empty", tmp_path / "root"
+    folder.mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)]),
+        "MPT_JAX_ROOT": str(root),
+        "JAX_PLATFORMS": "cpu",
+    }
+    # T5X itself is imported, not this library's t5x.py, which would add the folder.
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(str(trainer_choice.find_real().origin)).parents[1]), environment["PYTHONPATH"]]
+    )
+    command = [sys.executable, "-m", "t5x.train", "--gin_file=gin/mpt_source.gin"]
+    command += ["--gin_file=gin/tiny.gin", "--gin.TRAIN_STEPS=1", *QUICK, *NO_EVALUATION]
+    call = functools.partial(
+        subprocess.run, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    path = call([sys.executable, "-m", "mpt_jax", "gin-path"]).stdout.strip()
+    without = call(command)
+    assert without.returncode and "gin/mpt_source.gin" in without.stderr
+    ended = call([*command, f"--gin_search_paths={path}"])
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert list((root / "tiny" / "mpt_source").glob("checkpoint_1"))

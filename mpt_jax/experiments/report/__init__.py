@@ -8,6 +8,7 @@ page.py               HTML of the page
 context.py            input that all sections share: labels, styles, missing data
 result_sections.py    sections computed from results.json
 run_sections.py       sections read from run folders: curves, prompts, provenance
+single_run.py         the page of one MODEL_DIR
 mixture_sections.py   sections about the weights of mixed prompts
 sections.py           order of the sections; writes the page
 """

@@ -1,6 +1,7 @@
-"""`mpt-jax report DIR`: HTML report of a folder that `mpt-jax demo` or `mpt-jax paper` wrote.
+"""`mpt-jax report DIR`: HTML report of a demo, of a table of the paper, or of one run.
 
 mpt-jax report runs/demo
+mpt-jax report runs/mpt_target
 mpt-jax report runs/paper/toy/table3 --reference PT --out table3.html
 """
 
@@ -11,16 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpt_jax.experiments import results
-from mpt_jax.experiments.report import sections, tables
+from mpt_jax.experiments.report import sections, single_run, tables
 from mpt_jax.runtime.exits import exit_with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the report of a folder and prints its path."""
     parser = argparse.ArgumentParser(
-        prog="mpt-jax report", description="Writes an HTML report of a demo or a paper table."
+        prog="mpt-jax report",
+        description="Writes an HTML report of a demo, a paper table or one run.",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help=f"folder with {results.FILE}")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help=f"folder with {results.FILE}, or a MODEL_DIR"
+    )
     parser.add_argument("--out", type=Path, help=f"output file; default DIR/{sections.FILE}")
     parser.add_argument(
         "--reference",
@@ -29,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
+        if not (args.folder / results.FILE).exists() and single_run.is_run(args.folder):
+            print(single_run.write(args.folder, args.out or args.folder / sections.FILE))
+            return
         loaded, majority = load(args.folder), results.load_majority(args.folder)
         print(sections.write(args.folder, loaded, args.out, args.reference, majority))
     except (ValueError, OSError) as error:

@@ -28,6 +28,8 @@ INK, LINES, SERIES = "#0a0b0c", "#0d0e0f", "#00000{}"
 COLORS = 7  # size of the page's palette; black is not in it
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+MOST_MARKERS = 10  # on a curve
+WIDTH = 560  # pixels: two panels beside each other on a page of 1,200
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # makes the SVG text deterministic
@@ -55,17 +57,18 @@ class Style(NamedTuple):
 
 
 def styles(results: analysis.ByLabel) -> dict[str, Style]:
-    """Returns label -> style: one color per base method (`analysis.family`), and different markers
-    and dashes for its labels."""
+    """Returns label -> style: one color per base method (`analysis.family`), and for each of the
+    first 28 labels another pair of marker and dashes, which do not need colors."""
     families: dict[str, list[str]] = {}
     for label, cells in results.items():
         families.setdefault(analysis.family(next(iter(cells.values())).method), []).append(label)
     by_label = {}
-    for i, labels in enumerate(families.values()):
-        turn, color = divmod(i, COLORS)
-        for j, label in enumerate(labels):
-            marker = MARKERS[(i + j) % len(MARKERS)]
-            by_label[label] = Style(SERIES.format(color + 1), marker, DASHES[(turn + j) % 4])
+    for color, labels in enumerate(families.values()):
+        for label in labels:
+            number = len(by_label)
+            # The numbers of markers and of dashes have no common divisor.
+            marker, dashes = MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
+            by_label[label] = Style(SERIES.format(color % COLORS + 1), marker, dashes)
     return by_label
 
 
@@ -111,6 +114,7 @@ def lines(panel: Panel, series: Sequence[Line]) -> str:
                 "color": line.style.color,
                 "marker": line.style.marker,
                 "linestyle": line.style.linestyle if panel.connected else "",
+                "markevery": max(1, len(line.x) // MOST_MARKERS),
             }
             spread = None if line.spread is None else np.nan_to_num(line.spread)
             axes.errorbar(line.x, line.y, spread, **look, markersize=6, elinewidth=1, capsize=2.5)
@@ -121,7 +125,7 @@ def lines(panel: Panel, series: Sequence[Line]) -> str:
         if panel.x_ticks:
             axes.xaxis.set_major_locator(ticker.FixedLocator(list(panel.x_ticks)))
 
-    return _svg(364, 264, draw, panel)
+    return _svg(WIDTH, 340, draw, panel)
 
 
 def intervals(panel: Panel, rows: Sequence[str], series: Sequence[Line]) -> str:
@@ -145,7 +149,7 @@ def intervals(panel: Panel, rows: Sequence[str], series: Sequence[Line]) -> str:
         for edge in np.arange(len(rows) - 1) + 0.5:
             axes.axhline(edge, color=LINES, linewidth=0.8)
 
-    return _svg(364, 80 + len(rows) * max(24, height * len(series)), draw, panel)
+    return _svg(WIDTH, 80 + len(rows) * max(24, height * len(series)), draw, panel)
 
 
 def heat_map(

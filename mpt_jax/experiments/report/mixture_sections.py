@@ -84,7 +84,7 @@ def weights(content: Content) -> list[str]:
 
 def entropies(content: Content) -> list[str]:
     """Returns a figure of the entropy of the weights during training."""
-    drawn, looks = [], run_sections.unmarked(content.styles)
+    drawn, looks = [], content.styles
     for shots, results in content.by_shots():
         runs = {
             label: [

@@ -28,22 +28,28 @@ h3 { margin: 2rem 0 .5rem; font-size: 1.05rem }
 p, li, dd { max-width: 46rem } p { margin: .5rem 0 } a { color: inherit }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right;
-  font-weight: normal; white-space: nowrap }
-thead th { font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4.2rem }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .45rem; text-align: right;
+  font-weight: normal; font-size: .875rem }
+thead th { font-weight: 600; vertical-align: bottom }
+.many th, .many td { padding: .3rem .25rem; font-size: .8125rem }
+.many thead th:not(:first-child) { writing-mode: vertical-rl; transform: rotate(180deg);
+  text-align: left; vertical-align: top; white-space: nowrap; padding: .25rem .3rem }
 th:first-child { text-align: left; padding-left: 0 }
-tbody th { position: sticky; left: 0; background: var(--paper); white-space: normal;
-  min-width: min(12rem, 26vw) }
+tbody th { position: sticky; left: 0; background: var(--paper); min-width: min(9rem, 26vw) }
 figure { margin: 1rem 0 } figcaption, .soft { color: var(--soft); max-width: 46rem }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; align-items: flex-start }
-.panel { max-width: 100%; overflow-x: auto }
+.panels { display: grid; gap: 1rem 1.5rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 35rem), 1fr)) }
+.panel { min-width: 0; overflow-x: auto } .panel svg { max-width: 100%; height: auto }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .5rem 0;
   list-style: none } .legend svg { margin-right: .4rem; vertical-align: -2px }
 svg { display: block } .legend svg { display: inline-block }
 svg * { stroke-linejoin: round; stroke-linecap: butt } svg text { fill: currentColor }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.2rem }
+pre { overflow-x: auto; font-size: .8125rem }
 dt { font-weight: 600 } dd { margin: 0; overflow-wrap: anywhere }
 """
+
+FEW = 9  # columns of a table whose headers are not rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,8 @@ def heading(text: str) -> str:
 
 
 def table(rows: Rows, name: str) -> str:
-    """Returns a table, scrollable sideways. `name` describes it to screen readers."""
+    """Returns a table, scrollable sideways if it is wider than the page. `name` describes it to
+    screen readers. Cells wrap at spaces, and the headers of more than `FEW` columns are rotated."""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in rows[0])
     body = "".join(
         f'<tr><th scope="row">{_text(row[0])}</th>'
@@ -96,9 +103,10 @@ def table(rows: Rows, name: str) -> str:
         + "</tr>\n"
         for row in rows[1:]
     )
+    many = ' class="many"' if len(rows[0]) > FEW else ""
     # Focusable, so that it can be scrolled with the keyboard.
     return (
-        f'<div class="wide" role="region" aria-label="{_text(name)}" tabindex="0"><table>\n'
+        f'<div class="wide" role="region" aria-label="{_text(name)}" tabindex="0"><table{many}>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 
@@ -119,6 +127,11 @@ def facts(pairs: Mapping[str, str]) -> str:
     return (
         "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in pairs.items())
     ) + "</dl>"
+
+
+def listing(text: str, name: str) -> str:
+    """Returns a text with its line ends, folded under its name."""
+    return f"<details><summary>{_text(name)}</summary><pre>{_text(text)}</pre></details>"
 
 
 def points(texts: Sequence[str]) -> str:

@@ -50,14 +50,22 @@ def sources(root: Path) -> dict[str, Path]:
 def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
     """Returns one curve of a training metric for each run, or a single curve if the metric is not
     logged by run."""
+    return list(curves(model_dir, metric).values())
+
+
+def curves(model_dir: Path, metric: str = "loss", folder: str = "train") -> dict[str, Curve]:
+    """Returns `<metric>/<run>` -> curve, or only `<metric>` if the metric is not logged by run.
+
+    Reads the lines of one folder of the log, such as `train` or `training_eval/<mixture>`.
+    """
     curves: dict[str, dict[int, float]] = {}
     for line in _lines(model_dir / METRICS):
-        if line["folder"] != "train":
+        if line["folder"] != folder:
             continue
         runs = [name for name in line if name.startswith(f"{metric}/")]
         for name in runs or [metric] * (metric in line):
             curves.setdefault(name, {})[line["step"]] = line[name]
-    return list(curves.values())
+    return dict(curves)
 
 
 def last(model_dir: Path) -> dict[str, float]:
@@ -72,14 +80,21 @@ def last(model_dir: Path) -> dict[str, float]:
 
 def scores(model_dir: Path) -> list[Curve]:
     """Returns one curve of the main metric for each run."""
-    curves = []
+    return [
+        {step: scores[main_metric(scores)] for step, scores in by_step.items()}
+        for by_step in evaluations(model_dir).values()
+    ]
+
+
+def evaluations(model_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """Returns run -> step -> metric -> value of all evaluations."""
+    by_run: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted((model_dir / "inference_eval").glob("*-metrics.jsonl")):
-        curve = {}
+        by_step = by_run[path.name.removesuffix("-metrics.jsonl")] = {}
         for line in _lines(path):
             step = line.pop("step")
-            curve[step] = float(line[main_metric(line)])
-        curves.append(curve)
-    return curves
+            by_step[step] = {name: float(value) for name, value in line.items()}
+    return by_run
 
 
 def artifact(model_dir: Path) -> Artifact | None:

@@ -34,12 +34,12 @@ def losses(content: Content) -> list[str]:
         name: run_reader.training(path) for name, path in run_reader.sources(content.root).items()
     }
     looks = {
-        name: Style(figures.SERIES.format(i + 1), "", figures.DASHES[i])
+        name: Style(figures.SERIES.format(i + 1), figures.MARKERS[i], figures.DASHES[i])
         for i, name in enumerate(stages)
     }
     drawn = curve_panels(stages, "source stages", LOSS, looks, "y")
     blocks = [content.figure(drawn, "Training loss of the source stages.", looks)] if drawn else []
-    drawn, looks = [], unmarked(content.styles)
+    drawn, looks = [], content.styles
     for shots, results in content.by_shots():
         runs = {
             label: [c for path in content.folders(result) for c in run_reader.training(path)]
@@ -53,7 +53,7 @@ def losses(content: Content) -> list[str]:
 
 def scores_by_step(content: Content) -> list[str]:
     """Returns plots of scores by step, for runs that were evaluated more than once."""
-    drawn, looks = [], unmarked(content.styles)
+    drawn, looks = [], content.styles
     for shots, results in content.by_shots():
         runs = {
             label: [
@@ -70,11 +70,6 @@ def scores_by_step(content: Content) -> list[str]:
         return []
     caption = "Score during training, mean over the runs (task, seed) of a method."
     return [content.figure(drawn, caption, looks)]
-
-
-def unmarked(looks: Mapping[str, Style]) -> dict[str, Style]:
-    """Returns the styles without markers, for curves with many points."""
-    return {label: look._replace(marker="") for label, look in looks.items()}
 
 
 def curve_panels(
@@ -210,12 +205,13 @@ def provenance(content: Content) -> list[str]:
 
 def _values(values: Iterable[Any]) -> str:
     """Returns the distinct values as text."""
-    return "; ".join(dict.fromkeys(_words(value) for value in values))
+    return "; ".join(dict.fromkeys(in_words(value) for value in values))
 
 
-def _words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """Returns a value of a record as text."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(version)}" for name, version in value.items())
+        return ", ".join(f"{name} {in_words(version)}" for name, version in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "not recorded" if value is None else str(value)

@@ -111,7 +111,7 @@ class Reader:
             pairs = [self._ids(text, "choices", self.target_length) for text in choices]
             targets = tuple(ids for ids, _ in pairs)
             texts = [ids[:-1] for ids in targets]  # without the end-of-sequence id
-            check_told_apart(tuple(map(_short, choices)), texts, self.vocabulary, "choice")
+            check_told_apart(tuple(map(schema.short, choices)), texts, self.vocabulary, "choice")
             return Request(label, row, inputs, targets, choices, cut or any(c for _, c in pairs))
         if self.mode == "predict":
             return Request(label, row, inputs, truncated=cut)

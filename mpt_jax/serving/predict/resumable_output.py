@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from mpt_jax.runtime.exits import silence
 from mpt_jax.runtime.resumable_output import Refused, ResumableFile
+
+_UNWRITABLE = re.compile(r"[\ud800-\udfff\x85\u2028\u2029]")
 
 
 class Stream:
@@ -130,7 +133,13 @@ Output = Stream | File
 
 
 def _line(answer: Mapping[str, Any]) -> str:
-    return json.dumps(answer, allow_nan=False)  # NaN is not JSON
+    """Returns an answer as a line of JSON, with non-ASCII text as it is.
+
+    Half surrogates, which UTF-8 lacks, are escaped, and so are the line ends of Unicode, at which
+    some readers split lines.
+    """
+    line = json.dumps(answer, ensure_ascii=False, allow_nan=False)  # NaN is not JSON
+    return line if line.isascii() else _UNWRITABLE.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
 
 
 def _failed(answers: Sequence[Mapping[str, Any]]) -> int:

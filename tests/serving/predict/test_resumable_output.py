@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -203,3 +204,13 @@ def test_outputs_never_write_nan(tmp_path):
                 output.write(LINES[:1], [{"score": math.nan}])
             output.close()
     assert (tmp_path / "stream").read_bytes() == b"" and not path.exists()
+
+
+def test_answers_are_utf8_lines(tmp_path):
+    written = io.BytesIO()
+    texts = ["Grüße, 東京 🙂", "half \ud83d", "line\u2028end\x85", "plain"]
+    Stream(written).write([b"x"] * 4, [{"prediction": text} for text in texts])
+    lines = written.getvalue().decode().splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == texts
+    assert lines[0] == '{"prediction": "Grüße, 東京 🙂"}'
+    assert lines[1] == '{"prediction": "half \\ud83d"}'

@@ -1,0 +1,160 @@
+"""Tasks registered with SeqIO: the tables of `mpt-jax tasks`, and the index of the shipped suites.
+
+    python -m mpt_jax.cli.registered_tasks      rewrites mpt_jax/tasks/data/index.json
+
+The index holds what `mpt-jax tasks list` prints about the shipped tasks, because importing
+TensorFlow takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+
+import seqio
+from absl import logging
+
+from mpt_jax.cli.tasks import HEADERS, INDEX, MADE, SUITES, print_table
+from mpt_jax.data import task_lookup, vocabularies
+from mpt_jax.tasks import text_metrics
+from mpt_jax.tasks.few_shot import text_rows
+from mpt_jax.tasks.splits import PartsSource
+
+
+def shipped() -> list[str]:
+    """Returns the modules of this repository that register tasks."""
+    names = [f"mpt_jax.tasks.{suite}" for suite in SUITES]
+    return [name for name in names if importlib.util.find_spec(name) is not None]
+
+
+def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
+    """Imports modules, and returns {module: names of the tasks that it registered}.
+
+    Raises:
+        ValueError: a module does not exist.
+    """
+    tasks = {}
+    for module in modules:
+        before = set(seqio.TaskRegistry.names())
+        task_lookup.import_suites([module])
+        tasks[module] = [name for name in seqio.TaskRegistry.names() if name not in before]
+    return tasks
+
+
+def list_tasks(found: Mapping[str, Sequence[str]]) -> None:
+    """Prints a table for each module that registered tasks."""
+    for module, names in found.items():
+        if names:
+            rows = [_described(seqio.TaskRegistry.get(name)) for name in names]
+            print_table(module, HEADERS, rows)
+
+
+def show_task(name: str, number: int, split: str, vocabulary: str | None) -> None:
+    """Prints the first examples of a split as text, with their lengths in tokens, EOS included, and
+    the share of unknown tokens if there are any.
+
+    Args:
+        name: name of a task or a few-shot run.
+        number: number of examples.
+        split: the split of the examples.
+        vocabulary: the vocabulary that counts tokens (see `vocabularies.load`); by default the
+            task's. Tasks of the paper have none, because they use the job's, so by default they
+            are shown without lengths.
+
+    Raises:
+        ValueError: the task or split does not exist, its data cannot be read, or `number` is not
+            positive.
+        FileNotFoundError: the vocabulary does not exist.
+    """
+    if number < 1:
+        raise ValueError(f"-n must be positive, got {number}.")
+    task = task_lookup.find_task(name)
+    task_lookup.check_split(task, split)
+    counted = vocabularies.load(vocabulary) if vocabulary else _own_vocabulary(task)
+    rows = []
+    with task_lookup.explain_missing_data(task, split):
+        stream = text_rows(task, task.source.get_dataset(split=split, shuffle=False))
+        for row in stream.take(number).as_numpy_iterator():
+            inputs, targets = (row[feature].decode() for feature in ("inputs", "targets"))
+            lengths = [_tokens(counted, text) if counted else "" for text in (inputs, targets)]
+            rows.append((lengths[0], lengths[1], _on_one_line(targets), _on_one_line(inputs)))
+    headers = ("input tokens", "target tokens", "targets", "inputs")
+    title = f"{name}, {split}; metrics, the first one selects: {_metrics(task)}"
+    columns = slice(None) if counted else slice(2, None)
+    print_table(title, headers[columns], [row[columns] for row in rows])
+
+
+def _described(task: seqio.Task) -> tuple[str, ...]:
+    """Returns a task's name, data set, split sizes and metrics, and whether its data is on this
+    machine and has the published size."""
+    source, sizes = task.source, _sizes(task)
+    if isinstance(source, seqio.FunctionDataSource):
+        data, here = MADE, True
+    elif isinstance(source, seqio.TfdsDataSource):
+        data, here = str(source.tfds_dataset.name), bool(sizes)
+    else:
+        data = str(getattr(source, "data", source))
+        here = source.is_prepared() if isinstance(source, PartsSource) else bool(sizes)
+    rows = ", ".join(split if n is None else f"{split} {n:,}" for split, n in sizes.items())
+    present = "yes" + _other_sizes(source) if here else "no"
+    return task.name, data, rows, _metrics(task), present
+
+
+def _other_sizes(source: seqio.DataSource) -> str:
+    """Returns a note on splits whose number of rows differs from the published one, or ''."""
+    if not isinstance(source, PartsSource):
+        return ""
+    sizes = source.other_sizes().items()
+    return "".join(f"; {split} has {n:,}, published {size:,}" for split, (n, size) in sizes)
+
+
+def _sizes(task: seqio.Task) -> dict[str, int | None]:
+    """Returns the declared number of rows of each split; {} if that needs data that is missing."""
+    try:
+        return {split: task.source.num_input_examples(split) for split in task.source.splits}
+    except Exception as error:
+        if not task_lookup.is_missing_data(error):
+            raise
+        return {}
+
+
+def _metrics(task: seqio.Task) -> str:
+    names = [name for metric in task.metric_fns for name in text_metrics.value_names(metric)]
+    return ", ".join(dict.fromkeys(names)) or "none"
+
+
+def _own_vocabulary(task: seqio.Task) -> seqio.Vocabulary | None:
+    """Returns the task's vocabulary; None if the task uses the job's, which gin files bind."""
+    try:
+        return task.output_features["inputs"].vocabulary
+    except ValueError:
+        return None
+
+
+def _tokens(vocabulary: seqio.Vocabulary, text: str) -> str:
+    """Returns the number of tokens of a text, EOS included, such as '9' or '9 (25% <unk>)'."""
+    ids = list(vocabulary.encode(text))
+    unknown = 0 if vocabulary.unk_id is None else ids.count(vocabulary.unk_id)
+    return f"{len(ids) + 1}" + (f" ({unknown / len(ids):.0%} <unk>)" if unknown else "")
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+def index() -> dict[str, list[list[str]]]:
+    """Returns {module: [name, data set, rows and metrics of each task]} of the shipped suites.
+
+    Call it in a process that has not imported them.
+    """
+    found = tasks_by_module(shipped())
+    return {
+        module: [list(_described(seqio.TaskRegistry.get(name))[:4]) for name in names]
+        for module, names in found.items()
+    }
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # TFDS warns about every absent data set
+    INDEX.write_text(json.dumps(index(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""Report of one MODEL_DIR: scores by step, loss curves and the settings of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mpt_jax.experiments.report import figures, page, run_reader, run_sections
+from mpt_jax.experiments.report.figures import Line, Panel, Style
+from mpt_jax.experiments.report.page import Section
+from mpt_jax.experiments.results import main_metric
+
+CONFIG = "config.gin"
+# A figure of more curves shows their mean only: there are no more styles.
+MOST_CURVES = len(figures.MARKERS) * len(figures.DASHES)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the MODEL_DIR of a job."""
+    return (folder / run_reader.RECORD).is_file() or (folder / run_reader.METRICS).is_file()
+
+
+def write(model_dir: Path, out: Path) -> Path:
+    """Writes the report of a MODEL_DIR and returns its path.
+
+    Raises:
+        ValueError: a file of the folder is damaged.
+    """
+    sections = [
+        Section("Scores", _scores(model_dir)),
+        Section("Loss", _losses(model_dir)),
+        Section("Settings", _settings(model_dir)),
+    ]
+    shown = [section for section in sections if section.blocks]
+    if absent := [section.title for section in sections if not section.blocks]:
+        what = [f"{title}: {model_dir} has no records of it." for title in absent]
+        shown.append(Section("What is not shown", [page.points(what)]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"Run: {model_dir.resolve().name}"
+    out.write_text(page.document(title, shown), encoding="utf-8")
+    return out
+
+
+def _scores(model_dir: Path) -> list[str]:
+    """Returns the main metric of each run by step, and a table of all metrics of each run's last
+    evaluation."""
+    found = {run: steps for run, steps in run_reader.evaluations(model_dir).items() if steps}
+    if not found:
+        return []
+    curves, rows = {}, []
+    metrics = list(
+        dict.fromkeys(
+            name for steps in found.values() for scores in steps.values() for name in scores
+        )
+    )
+    for run, steps in found.items():
+        main = main_metric(next(iter(steps.values())))
+        curves[f"{run} ({main})"] = {step: scores[main] for step, scores in steps.items()}
+        last = max(steps)
+        values = [f"{steps[last][m]:.1f}" if m in steps[last] else "" for m in metrics]
+        rows.append([run, f"{last:,}", *values])
+    blocks = [_figure(curves, "Main metric by step", "score", "")]
+    name = "Last evaluation"
+    return [*blocks, page.heading(name), page.table([["", "step", *metrics], *rows], name)]
+
+
+def _losses(model_dir: Path) -> list[str]:
+    """Returns the training loss of each run by step."""
+    curves = {
+        name.removeprefix("loss/"): curve
+        for name, curve in run_reader.curves(model_dir).items()
+        if curve
+    }
+    return [_figure(curves, "Training loss by step", run_sections.LOSS, "y")] if curves else []
+
+
+def _figure(curves: Mapping[str, run_reader.Curve], title: str, y: str, log: str) -> str:
+    caption = f"{title}, one curve for each run."
+    if len(curves) > MOST_CURVES:
+        caption = f"{title}, mean over {len(curves)} runs."
+        steps = sorted({step for curve in curves.values() for step in curve})
+        at = {step: [c[step] for c in curves.values() if step in c] for step in steps}
+        curves = {"mean": {step: sum(values) / len(values) for step, values in at.items()}}
+    looks, series = {}, []
+    for number, (name, curve) in enumerate(curves.items()):
+        looks[name] = Style(
+            figures.SERIES.format(number % figures.COLORS + 1),
+            figures.MARKERS[number % len(figures.MARKERS)],
+            figures.DASHES[number % len(figures.DASHES)],
+        )
+        series.append(Line(looks[name], list(curve), list(curve.values())))
+    ends = ", ".join(f"{name} {list(curve.values())[-1]:.3g}" for name, curve in curves.items())
+    panel = Panel(title, "step", y, f"{title}. At the last step: {ends}.", log=log)
+    legend = {name: figures.swatch(look) for name, look in looks.items()}
+    return page.figure([figures.lines(panel, series)], caption, legend)
+
+
+def _settings(model_dir: Path) -> list[str]:
+    """Returns the record of the job's last start, and its gin configuration."""
+    blocks = []
+    if records := run_reader.records(model_dir):
+        record, pairs = records[-1], {"Folder": str(model_dir), "Starts": str(len(records))}
+        shown = {"Command": "command", "Started": "started", "Steps": "total_steps"}
+        shown |= {"Parameters": "parameters", "Trainable parameters": "trainable_parameters"}
+        for name, key in {**shown, **run_sections.FACTS}.items():
+            pairs[name] = run_sections.in_words(record.get(key))
+        blocks.append(page.facts(pairs))
+    if (model_dir / CONFIG).is_file():
+        text = (model_dir / CONFIG).read_text(encoding="utf-8")
+        blocks.append(page.listing(text, f"{CONFIG}, all settings of the job"))
+    return blocks
