@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from etils import epath
+from flax import serialization
 from jax import export
 from safetensors.numpy import save
 
@@ -149,8 +153,6 @@ def _write_zarr(folder: Path) -> None:
     store = ts.open(spec, create=True, dtype=ts.float32, shape=array.shape).result()
     store.write(array).result()
     params[name] = {"driver": "zarr", "kvstore": {"driver": "file", "path": "embedding"}}
-    from flax import serialization
-
     tree = unflatten(params)
     content = {"version": 3, "optimizer": {"target": tree, "state": {"step": 3}}}
     (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
@@ -249,8 +251,6 @@ def _write_export(folder: Path) -> None:
     files[loading.BACKBONE] = weights
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    import hashlib
-
     config = {
         "format": loading.FORMAT,
         "names": ["rte"],
@@ -271,14 +271,15 @@ def _write_requests(folder: Path) -> None:
     (folder / "requests.jsonl").write_text(json.dumps(request))
 
 
-class _Tasks:
-    def row(self, name: str) -> int:
-        return RUNS.row(name)
+@functools.cache
+def _bank() -> Bank:
+    with tempfile.TemporaryDirectory() as folder:
+        _write_artifact(Path(folder))
+        return Bank([artifacts.load_artifact(Path(folder) / "artifact")])
 
 
 def _read_requests(folder: Path) -> str:
-    tasks: Any = _Tasks()
-    reader = Reader(tasks, ByteVocabulary(), "predict", 24, 12)
+    reader = Reader(_bank(), ByteVocabulary(), "predict", 24, 12)
     read = reader.read((folder / "requests.jsonl").read_bytes(), 1)
     json.dumps(read.label)
     if isinstance(read, Request):
