@@ -217,7 +217,7 @@ def as_dataset(
 ) -> tf.data.Dataset:
     """Returns the dataset that SeqIO makes of these texts, which it keeps as `*_pretokenized`."""
     values, offsets = encode(texts, task, sequence_length)
-    features: dict[str, Any] = {
+    features: Any = {
         name: tf.RaggedTensor.from_row_splits(values[name], offsets[name])  # type: ignore[attr-defined]
         for name in TEXTS
     }
