@@ -215,7 +215,7 @@ def report_unknown(task: str, split: str, shares: Mapping[str, float]) -> None:
             logging.info("%s (characters that the vocabulary lacks).", subject)
 
 
-def count_examples(dataset: tf.data.Dataset, task: seqio.Task, split: str) -> tuple[int, int]:
+def count_examples(dataset: Any, task: seqio.Task, split: str) -> tuple[int, int]:
     """Returns the numbers of truncated and of all examples of a task's dataset, which it reads as a
     whole, and reports unknown tokens (`report_unknown`)."""
     special = _special_ids(task.output_features)

@@ -26,7 +26,7 @@ def narrowest(html: str) -> float:
     """The width in pixels below which a table cannot be drawn: of each column, its longest word in
     letters of 0.6 em, or one line of a rotated header, and the padding."""
     many = 'class="many"' in html
-    size, padding = (0.8125, 0.25) if many else (0.875, 0.45)
+    size, padding = (0.75, 0.2) if many else (0.875, 0.45)
     assert f"font-size: {str(size)[1:]}rem" in rule(".many th, .many td" if many else "th, td")
     assert f"padding: .3rem {str(padding)[1:]}rem" in rule(
         ".many th, .many td" if many else "th, td"

@@ -31,7 +31,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-s
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .45rem; text-align: right;
   font-weight: normal; font-size: .875rem }
 thead th { font-weight: 600; vertical-align: bottom }
-.many th, .many td { padding: .3rem .25rem; font-size: .8125rem }
+.many th, .many td { padding: .3rem .2rem; font-size: .75rem }
 .many thead th:not(:first-child) { writing-mode: vertical-rl; transform: rotate(180deg);
   text-align: left; vertical-align: top; white-space: nowrap; padding: .25rem .3rem }
 th:first-child { text-align: left; padding-left: 0 }

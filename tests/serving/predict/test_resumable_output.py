@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import os
 import pytest
 
 from mpt_jax.runtime.resumable_output import Refused, ResumableFile
-from mpt_jax.serving.predict.resumable_output import File, Stream
+from mpt_jax.serving.predict.resumable_output import File
 
 LINES = [b"a\n", b"b\n", b"c\n", b"d\n", b"e"]
 ANSWERS = [{"line": i + 1, "prediction": chr(97 + i)} for i in range(5)]
@@ -207,10 +206,12 @@ def test_outputs_never_write_nan(tmp_path):
 
 
 def test_answers_are_utf8_lines(tmp_path):
-    written = io.BytesIO()
     texts = ["Grüße, 東京 🙂", "half \ud83d", "line\u2028end\x85", "plain"]
-    Stream(written).write([b"x"] * 4, [{"prediction": text} for text in texts])
-    lines = written.getvalue().decode().splitlines()
+    output = File(tmp_path / "out.jsonl", MADE_FROM)
+    output.begin(iter(LINES[:4]))
+    output.write(LINES[:4], [{"prediction": text} for text in texts])
+    output.finish()
+    lines = (tmp_path / "out.jsonl").read_bytes().decode().splitlines()
     assert [json.loads(line)["prediction"] for line in lines] == texts
     assert lines[0] == '{"prediction": "Grüße, 東京 🙂"}'
     assert lines[1] == '{"prediction": "half \\ud83d"}'
