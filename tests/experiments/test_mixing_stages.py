@@ -174,7 +174,7 @@ def test_eval_unusable_checkpoint_or_artifact_raises(root):
         stage("crosspt", "long", ANNEALING_STEPS=5),
         stage("attempt", "bare", INITIAL_ARTIFACT=None),
     )
-    assert "no artifact provides them" in said[0] and "that its run wrote" in said[0]
+    assert "no artifact provides them" in said[0] and "that its job wrote" in said[0]
     assert "Unknown run 'toy_boolq'" in said[1]
     assert "Unknown run 'toy_rte'" in said[2]
     assert "anneals over 5 steps, but a run has only 4" in said[3] and "ANNEALING_STEPS" in said[3]
