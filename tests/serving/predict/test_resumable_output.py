@@ -9,7 +9,7 @@ import os
 import pytest
 
 from mpt_jax.runtime.resumable_output import Refused, ResumableFile
-from mpt_jax.serving.predict.resumable_output import File
+from mpt_jax.serving.predict.resumable_output import File, Stream
 
 LINES = [b"a\n", b"b\n", b"c\n", b"d\n", b"e"]
 ANSWERS = [{"line": i + 1, "prediction": chr(97 + i)} for i in range(5)]
