@@ -3,7 +3,7 @@
     python -m benchmarks.many_tasks [--tasks 10 40 200] [--rows 24] [--out FILE]
 
 Each job is `python -m t5x.train` with gin/mpt_target.gin and gin/tiny.gin: three steps and one
-evaluation, in a process of its own, with an empty compilation cache. Tasks have a file for training
+evaluation, in a separate process, with an empty compilation cache. Tasks have a file for training
 and one for validation. Wall seconds are from the start of the process to its end; the processor
 seconds of all its threads do not depend on what else the machine does.
 """

@@ -8,6 +8,7 @@ import weakref
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
 from mpt_jax.convert import backbones, load_backbone, load_hf, parity
@@ -17,7 +18,7 @@ from tests.fixtures.hf_checkpoints import convert, hf_folder, refused
 
 
 def test_read_config_that_differs_from_the_folder_is_an_error(tmp_path):
-    folder, other = hf_folder(tmp_path / "hf"), tmp_path / "other.json"
+    folder, other = epath.Path(hf_folder(tmp_path / "hf")), tmp_path / "other.json"
     fields = json.loads((folder / "config.json").read_text())
     other.write_text(json.dumps({**fields, "relative_attention_max_distance": 99}))
     assert backbones.read(folder, str(folder / "config.json"))[0] == load_hf(folder)[0]

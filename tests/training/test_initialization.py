@@ -339,8 +339,8 @@ def test_backbone_of_hugging_face_folder_must_have_the_model_of_its_config(backb
     embedding = found.params["token_embedder"]["embedding"]
     np.testing.assert_array_equal(embedding, backbone["leaves"]["token_embedder/embedding"])
     # The shapes agree, so nothing else would show the difference.
-    other = tiny.model(config=tiny.config(relative_attention_max_distance=16))
-    reason = "max_distance is 16 in the model and 128 in the file.*T5_NAME"
+    other = tiny.model(config=tiny.config(relative_attention_max_distance=20))
+    reason = "max_distance is 20 in the model and 128 in the file.*T5_NAME"
     with pytest.raises(ValueError, match=f"{folder}/config.json describes: relative.*{reason}"):
         initialize_params(other, Origins(str(folder)), KEY)
 

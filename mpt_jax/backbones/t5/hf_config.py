@@ -267,6 +267,7 @@ def _check_consistent(read: _Fields, what: str) -> None:
                 f"{what} has {name}={found!r}, which contradicts {other}={because!r}. Correct the "
                 "field that is wrong, or download or copy the file again."
             )
+    # Otherwise the decoder's logarithmic buckets divide by log(1) or less, in transformers as well.
     if read.relative_attention_max_distance <= read.relative_attention_num_buckets // 2:
         raise ValueError(
             f"{what} has relative_attention_max_distance={read.relative_attention_max_distance}, "
