@@ -49,6 +49,11 @@ _SIZES = {
     "d_kv": "head_dim",
     "d_ff": "mlp_dim",
 }
+_OPTIONAL_SIZES = (
+    "num_decoder_layers",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
 _EMBEDDING = "shared.weight"
 # Copies of the embedding that files may also hold.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -119,6 +124,9 @@ def config_from_hf(fields: Mapping[str, Any], what: str = CONFIG) -> T5Config:
             f"{what} lacks {absent}, so the model's shape is unknown. Add these fields, or "
             "download or copy the file again."
         )
+    for name in (*_SIZES, *_OPTIONAL_SIZES):
+        kind = schema.Positive if name in _SIZES else schema.Positive | None
+        schema.check(fields.get(name), kind, f"{what} ({name})", "Download or copy it again.")
     _, usual_activation, usually_tied = _MODEL_TYPES[model_type]
     activation = fields.get("feed_forward_proj", usual_activation)
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
