@@ -129,11 +129,11 @@ def train(
             partitioner,
             trainer_cls,
             seed,
+            [train_eval_dataset_cfg, infer_eval_dataset_cfg],
         )
         trainer = start.trainer
         evaluator = make_evaluator(
-            trainer,
-            model_dir,
+            start,
             train_eval_dataset_cfg,
             infer_eval_dataset_cfg,
             eval_steps,

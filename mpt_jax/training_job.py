@@ -12,10 +12,10 @@ import jax
 from absl import logging
 
 from mpt_jax.checkpointing import checkpoint_config, checkpoints, data_position, fingerprint
-from mpt_jax.data import datasets, sampling, task_lookup
+from mpt_jax.data import datasets, records, sampling, task_lookup
 from mpt_jax.data.iterators import TrainIterator
 from mpt_jax.evaluation import evaluator as evaluation
-from mpt_jax.evaluation import finalize, metric_writers
+from mpt_jax.evaluation import finalize, metric_writers, periodic_eval
 from mpt_jax.evaluation.periodic_eval import PeriodicEvaluator
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import malloc
@@ -64,7 +64,7 @@ class Start:
     resumed: bool
 
 
-def restore_or_initialize(
+def restore_or_initialize(  # noqa: PLR0913 - the arguments of `train` that it uses
     model: PromptedEncoderDecoder,
     data_cfg: datasets.DatasetConfig,
     model_dir: str,
@@ -73,18 +73,21 @@ def restore_or_initialize(
     partitioner: PjitPartitioner,
     trainer_cls: Callable[..., Trainer],
     seed: int,
+    eval_cfgs: Sequence[datasets.DatasetConfig | None] = (),
 ) -> Start:
     """Builds the data iterator, the state and the trainer.
 
     The state is restored from the job's last checkpoint. If there is none, prompts start from the
-    initial artifact, or from the method's initial values if no artifact is named.
+    initial artifact, or from the method's initial values if no artifact is named. The datasets of
+    `eval_cfgs` are part of the job's fingerprint.
     """
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
     initial = initialization.initialize_params(model, origins, jax.random.PRNGKey(seed))
     by_run = model.runs.num_groups > 1 and sampling.has_equal_shares(data_cfg)
     state = create_train_state(model, initial.params, partitioner, by_run)
-    ours = fingerprint.run_fingerprint(model, initial, data_cfg.batch_size, seed)
+    data = records.of_job([data_cfg, *eval_cfgs])
+    ours = fingerprint.run_fingerprint(model, initial, data_cfg.batch_size, seed, data)
     initial = dataclasses.replace(initial, params={})  # the state holds them now
     malloc.keep_freed_memory()
     saved = checkpoints.Checkpoints(model_dir, save_cfg.keep)
@@ -147,16 +150,37 @@ def _restore(
 
 
 def make_evaluator(
-    trainer: Trainer,
-    model_dir: str,
+    start: Start,
     loss_cfg: datasets.DatasetConfig | None,
     infer_cfg: datasets.DatasetConfig | None,
     num_batches: int,
     evaluator_cls: Callable[..., Any] | None,
     actions: Mapping[str, Sequence[selection.Action]] | None,
 ) -> PeriodicEvaluator:
-    """Builds the evaluator that runs between steps, with the best results of earlier starts."""
-    writers = metric_writers.Writers(model_dir)
+    """Builds the evaluator that runs between steps, with the best results of earlier starts.
+
+    Runs whose task lacks the split are not evaluated, which a warning says. A group of only such
+    runs keeps the parameters of its last step.
+
+    Raises:
+        ValueError: a setting is invalid, or an action other than `SelectBest` could never run.
+    """
+    trainer, loss_asked, infer_asked = start.trainer, loss_cfg, infer_cfg
+    loss_cfg, _ = datasets.with_split(loss_cfg) if loss_cfg else (None, ())
+    infer_cfg, absent = datasets.with_split(infer_cfg) if infer_cfg else (None, ())
+    not_evaluated = {run: infer_asked.split for run in absent if infer_asked}
+    periodic_eval.warn_not_evaluated(trainer.model.runs, not_evaluated)
+    actions = dict(actions or {})
+    if infer_asked and infer_cfg is None:
+        kept = actions.get("INFER_EVAL", ())
+        actions["INFER_EVAL"] = [a for a in kept if not isinstance(a, selection.SelectBest)]
+    periodic_eval.check_actions(
+        actions, TRAIN_EVAL=(loss_asked, loss_cfg), INFER_EVAL=(infer_asked, infer_cfg)
+    )
+    for action in (each for of_mode in actions.values() for each in of_mode):
+        if isinstance(action, selection.SelectBest):
+            action.data, action.unscored = records.of_job([infer_cfg]), set(absent)
+    writers = metric_writers.Writers(start.model_dir)
     converter = trainer.model.FEATURE_CONVERTER_CLS
     losses = loss_cfg and datasets.eval_batches(
         loss_cfg, converter, num_batches=num_batches or None, **_hosts()
@@ -164,11 +188,13 @@ def make_evaluator(
     inference = infer_cfg and evaluation.InferenceEvaluator(
         infer_cfg,
         converter,
-        f"{model_dir}/inference_eval",
+        f"{start.model_dir}/inference_eval",
         evaluator_cls=evaluator_cls,
         **_hosts(),
     )
-    evaluator = PeriodicEvaluator(trainer, writers, losses, inference, actions or {})
+    evaluator = PeriodicEvaluator(
+        trainer, writers, losses, inference, actions, not_evaluated=not_evaluated
+    )
     evaluator.resume()
     return evaluator
 
@@ -284,6 +310,8 @@ class Job:
             self.start.data_cfg,
             evaluated=inference.num_examples if inference else {},
             evaluated_split=inference.split if inference else "",
+            not_evaluated=self.evaluator.not_evaluated,
+            data=self.start.fingerprint[fingerprint.DATA],
             all_failed=all_failed,
         )
         finalize.finalize_run(self.start.model_dir, ended)

@@ -128,6 +128,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     step: int,
     metrics: Mapping[str, Any] | None = None,
     started_from: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
 ) -> epath.Path:
@@ -145,6 +146,9 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         metrics: the metrics of the parameters, as JSON values.
         started_from: the digest of the artifact that training started from, and the rows used from
             it.
+        data: the record of the data that training and evaluation used, as JSON values: {data of a
+            run (`core.runs.data_name`): {'source', 'template', 'splits': {split: {'rows',
+            'sha256'}}}}; None if unknown.
         include_folded: whether to also write the plain prompt of each row. Ignored if prompts
             depend on the text.
         facts: further facts for the model card.
@@ -177,6 +181,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         "mixture": _mixture(method, params, runs),
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
     }
+    if data:
+        config["data"] = dict(data)
     with replace_folder(path) as new:
         (new / TENSORS).write_bytes(prompts)
         # Keys stay unsorted: the first of several metrics is the task's main one.

@@ -21,7 +21,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from mpt_jax.core.runs import Runs
+from mpt_jax.core.runs import Runs, data_name
 from mpt_jax.prompts.base import get_method
 
 NAME = "README.md"
@@ -74,6 +74,7 @@ class Facts:
             limits, and the number of all training examples.
         evaluated: for each run, the number of examples that its metrics were computed on.
         evaluated_split: the split that the metrics were computed on.
+        not_evaluated: {run: the split that its task lacks}, for runs that were not evaluated.
         num_trainable: the number of trained parameters, including those outside the artifact.
         git_revision: the git revision of the code.
         packages: the version of each package.
@@ -83,6 +84,7 @@ class Facts:
     trained_on: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     evaluated: Mapping[str, int] = dataclasses.field(default_factory=dict)
     evaluated_split: str = ""
+    not_evaluated: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_trainable: int | None = None
     git_revision: str | None = None
     packages: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
@@ -234,16 +236,22 @@ def _training_data(config: Mapping[str, Any], facts: Facts) -> str:
     rows = []
     for run in config["run_names"]:
         if (data := facts.data.get(run)) is None:
-            rows.append((f"`{run}`", "unknown", "", "", ""))
+            rows.append((f"`{run}`", "unknown", "", "", "", ""))
             continue
+        recorded = (config.get("data") or {}).get(data_name(run), {}).get("splits", {})
         for split, part in data.splits.items():
-            rows.append((f"`{run}`", data.source, split, part.rows_of, _thousands(part.rows) or ""))
+            digest = _code(recorded.get(split, {}).get("sha256")) or ""
+            count = _thousands(part.rows) or ""
+            rows.append((f"`{run}`", data.source, split, part.rows_of, count, digest))
+    header = ("run", "data", "split", "its rows", "number", "sha256 of its texts")
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     trained = [
         f"* `{run}`: trained on {total:,} examples"
         + (f", of which {cut:,} were cut to the limit on lengths." if cut else ".")
         for run, (cut, total) in facts.trained_on.items()
     ]
-    parts = ["## Data", _table(("run", "data", "split", "its rows", "number"), rows)]
+    parts = ["## Data", _table(header, rows)]
     if facts.data:
         parts.append(
             "Numbers are those of the data set as published, or of the files; preprocessing may "
@@ -260,15 +268,22 @@ def _results(config: Mapping[str, Any], facts: Facts) -> str:
         count, step = facts.evaluated.get(run), best[group] if best else config["step"]
         for metric, value in _marked(scores.get(run, {})):
             rows.append((f"`{run}`", metric, value, _thousands(count) or "unknown", step))
+    lacking = [
+        f"* `{run}` was not evaluated, because its task has no {split} split, so its own scores "
+        "did not select the step of its prompt."
+        for run, split in facts.not_evaluated.items()
+    ]
+    missing = ["\n".join(lacking)] if lacking else []
     if not rows:
-        return "## Results\n\nNothing was measured when this was written."
+        nothing = "Nothing was measured when this was written."
+        return "\n\n".join(["## Results", nothing, *missing])
     note = f"Of the {facts.evaluated_split} split. " if facts.evaluated_split else ""
     if best:
         note += (
             "The step was selected by these scores, so they flatter; test the prompts on others."
         )
     table = _table(("run", "metric", "value", "n (examples)", "step"), rows)
-    return "\n\n".join(["## Results", *([note.strip()] if note else []), table])
+    return "\n\n".join(["## Results", *([note.strip()] if note else []), table, *missing])
 
 
 def _marked(scores: Mapping[str, float]) -> list[tuple[str, str]]:

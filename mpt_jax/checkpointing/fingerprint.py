@@ -8,12 +8,13 @@ changes are logged.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.core.comparison import check_same, differences
+from mpt_jax.core.comparison import check_same, data_changes, differences
 from mpt_jax.core.old_names import current_keys
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
@@ -21,6 +22,7 @@ from mpt_jax.training.initialization import InitialParams
 
 # Entries that may change between two starts of a job.
 MAY_CHANGE = ("optimizer",)
+DATA = "data"  # compared by `_check_data`
 FROZEN_PROMPTS = "frozen_prompts_sha256"
 
 Fingerprint = dict[str, Any]
@@ -47,9 +49,16 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
 
 
 def run_fingerprint(
-    model: PromptedEncoderDecoder, loaded: InitialParams, batch_size: int, seed: int
+    model: PromptedEncoderDecoder,
+    loaded: InitialParams,
+    batch_size: int,
+    seed: int,
+    data: Mapping[str, Any],
 ) -> Fingerprint:
-    """Returns, as JSON values, the model fingerprint and all else to compare when a job resumes."""
+    """Returns, as JSON values, the model fingerprint and all else to compare when a job resumes.
+
+    `data` is the record of the job's data, from `mpt_jax.data.records.of_job`.
+    """
     return model_fingerprint(model, loaded) | {
         "learning": sorted(set(flatten(model.label_tree(loaded.params)).values())),
         "objective": repr(model.objective),
@@ -59,6 +68,7 @@ def run_fingerprint(
         "batch_size": batch_size,
         "random_seed": seed,
         "optimizer": _optimizer(model.optimizer_def),
+        DATA: dict(data),
     }
 
 
@@ -69,11 +79,29 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
         ValueError: the configurations differ; the message shows both values of each difference.
     """
     saved = current_keys(saved)
-    strict = [name for name in _known(ours, saved) if name not in MAY_CHANGE]
+    strict = [name for name in _known(ours, saved) if name not in (*MAY_CHANGE, DATA)]
     advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new job."
     check_same(saved, ours, strict, what=f"The job in {model_dir}", advice=advice)
+    _check_data(ours, saved, model_dir)
     if changed := differences(saved, ours, MAY_CHANGE):
         logging.warning("The job in %s resumes with changed settings: %s.", model_dir, changed)
+
+
+def _check_data(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> None:
+    """Raises ValueError if a job's data has changed since it was saved."""
+    if DATA not in saved:
+        logging.warning(
+            "The job in %s was saved by a version that did not record its data, so changes of it "
+            "cannot be detected; since then, files of data= are split by another rule. If a task "
+            "uses data=, or a file has changed, choose another MODEL_DIR.",
+            model_dir,
+        )
+    elif changes := data_changes(saved[DATA], ours[DATA]):
+        raise ValueError(
+            f"The data of the job in {model_dir} has changed since it was saved ({changes}). "
+            "Restore the data to resume the job, or choose another MODEL_DIR to train on the new "
+            "data from the start."
+        )
 
 
 def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:

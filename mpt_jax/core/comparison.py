@@ -58,5 +58,42 @@ def check_same(
         raise ValueError(f"{what} was saved with another configuration ({changes}). {advice}")
 
 
+def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Returns a text with the changes between two records of a job's data, and both values; ''
+    if there are none.
+
+    Compares only the tasks, settings and splits that both records have.
+
+    Args:
+        saved: the record that an earlier start saved, from `mpt_jax.data.records.of_job`.
+        current: the record of this start.
+    """
+    changes = []
+    for task in current.keys() & saved.keys():
+        before, now = saved[task], current[task]
+        settings = {"source": (before["source"], now["source"])}
+        templates = before.get("template", {}), now.get("template", {})
+        for name in templates[0].keys() & templates[1].keys():
+            settings[name] = templates[0][name], templates[1][name]
+        changes += [
+            f"{name} of task {task!r}: saved {values[0]!r}, current {values[1]!r}"
+            for name, values in settings.items()
+            if values[0] != values[1]
+        ]
+        changes += [
+            f"{split} split of task {task!r}: saved {_rows(before['splits'][split])}, "
+            f"current {_rows(now['splits'][split])}"
+            for split in now["splits"].keys() & before["splits"].keys()
+            if before["splits"][split] != now["splits"][split]
+        ]
+    return abbreviate(sorted(changes), "; ")
+
+
+def _rows(split: Mapping[str, Any]) -> str:
+    rows = "an unknown number of rows" if split["rows"] is None else f"{split['rows']:,} rows"
+    digest = split.get("sha256")
+    return f"{rows} (sha256 {digest[:12]})" if digest else rows
+
+
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return repr(values[name]) if name in values else "nothing"

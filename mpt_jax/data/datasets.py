@@ -20,8 +20,9 @@ from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables, validation
 from mpt_jax.data.iterators import EvalBatches, HostShard, TrainIterator
 from mpt_jax.data.preprocessors import TASK_IDS
-from mpt_jax.data.sampling import TaskMixture, equal_shares
+from mpt_jax.data.sampling import TaskMixture, equal_shares, task_mixture
 
+STANDARD_SPLITS = ("train", "validation", "test")
 _WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 
 
@@ -114,6 +115,29 @@ class DatasetConfig:
         settings = self.length_buckets
         settings = bucketing.automatic(limits) if settings is None else settings
         return bucketing.of_settings(settings, prompt_length, limits) if settings else None
+
+
+def with_split(cfg: DatasetConfig) -> tuple[DatasetConfig | None, tuple[str, ...]]:
+    """Restricts a dataset to the tasks that have its split, for evaluations during training.
+
+    Returns:
+        The restricted settings, or None if no task has the split; and the names of the tasks that
+        lack it. If all tasks lack a split that is not one of `STANDARD_SPLITS`, its name may be
+        misspelled, so the settings are returned unchanged, and reading the data raises an error.
+    """
+    absent, names = [], []
+    for task in seqio.get_subtasks(cfg.provider()):
+        with task_lookup.explain_missing_data(task, cfg.split):
+            splits = task.source.splits
+        names.append(task.name)
+        if splits and cfg.split not in splits:  # TFDS has no splits before data is prepared
+            absent.append(task.name)
+    kept = [name for name in names if name not in absent]
+    if not absent or (not kept and cfg.split not in STANDARD_SPLITS):
+        return cfg, ()
+    if not kept:
+        return None, tuple(absent)
+    return dataclasses.replace(cfg, mixture_or_task_name=task_mixture(kept)), tuple(absent)
 
 
 def get_dataset(

@@ -27,7 +27,8 @@ from etils import epath
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, model_card, provenance
-from mpt_jax.core.runs import Runs
+from mpt_jax.core.comparison import abbreviate
+from mpt_jax.core.runs import Runs, data_name
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, merge, unflatten
 from mpt_jax.data.datasets import DatasetConfig
@@ -80,6 +81,8 @@ class EndedJob:
         data_cfg: the settings of the training data.
         evaluated: {run: number of examples that it was evaluated on}.
         evaluated_split: the split of those examples.
+        not_evaluated: {run: the split that its task lacks}, see `PeriodicEvaluator`.
+        data: the record of the job's data, see `mpt_jax.data.records`.
         all_failed: whether the job stops because every run has failed. The step at which the last
             runs fail is not taken, so the trainer's state does not record these failures.
     """
@@ -92,19 +95,22 @@ class EndedJob:
     data_cfg: DatasetConfig
     evaluated: Mapping[str, int]
     evaluated_split: str
+    not_evaluated: Mapping[str, str]
+    data: Mapping[str, Any]
     all_failed: bool = False
 
     def best_params(self) -> dict[str, Any]:
-        """Returns all parameters, at each group's best step if the job selects it, else at the last
+        """Returns all parameters, at each group's best step if it has one, else at the last
         step."""
+        state = self.trainer.state
         if self.best is None:
-            return self.trainer.state.params
-        assert self.best.trainable is not None  # `best` is None otherwise
-        return merge(self.best.trainable, self.trainer.state.frozen)
+            return state.params
+        return merge(self.best.parameters(state), state.frozen)
 
     def best_step(self) -> int:
         """Returns the step of `best_params`; with several groups, the latest of their steps."""
-        return max(self.best.best_step) if self.best else self.trainer.step
+        steps = self.best.best_step if self.best else [-1]
+        return max(step if step >= 0 else self.trainer.step for step in steps)
 
     def best_scores(self) -> Mapping[str, Mapping[str, float]]:
         """Returns {run: {metric: value}} for `best_params`."""
@@ -213,6 +219,7 @@ def card_facts(job: EndedJob) -> model_card.Facts:
         trained_on=getattr(provider, "overlong", {}),
         evaluated=job.evaluated,
         evaluated_split=job.evaluated_split,
+        not_evaluated=job.not_evaluated,
         num_trainable=num_trainable_params(trainer.model, trainer.state.trainable),
         git_revision=provenance.git_revision(),
         packages=provenance.package_versions(),
@@ -235,8 +242,12 @@ def write_artifacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
     if job.trainer.model.runs.num_groups > 1:
         folders |= {f"{ARTIFACTS}/{results[row].run}": [row] for row in kept}
     for folder, rows in folders.items():
-        step = max(results[row].best_step or 0 for row in rows)
-        _write(epath.Path(model_dir) / folder, job, prompt, facts, rows, step)
+        _write(epath.Path(model_dir) / folder, job, prompt, facts, {r: results[r] for r in rows})
+    if job.not_evaluated:
+        logging.info(
+            "Not evaluated, so these prompts are not of a selected step: %s.",
+            abbreviate(list(job.not_evaluated)),
+        )
     if kept:
         logging.info("Prompt artifact: %s", epath.Path(model_dir) / ARTIFACT)
 
@@ -246,26 +257,27 @@ def _write(
     job: EndedJob,
     prompt: Params,
     facts: model_card.Facts,
-    rows: Sequence[int],
-    step: int,
+    kept: Mapping[int, RunOutcome],
 ) -> None:
-    """Writes one artifact. A job may have thousands of artifacts, so the facts of all runs are used
-    only in the artifact of all runs."""
+    """Writes one artifact, of the bank rows in `kept`. A job may have thousands of artifacts, so
+    the facts of all runs are used only in the artifact of all runs."""
     model, best, initial = job.trainer.model, job.best, job.initial
-    params, runs, groups = take(model, prompt, rows)
+    params, runs, groups = take(model, prompt, list(kept))
     select = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731
     metrics: dict[str, Any] = {"scores": select(job.best_scores())}
     if best is not None:
+        of_group = {model.runs.group_of_row[row]: outcome for row, outcome in kept.items()}
         metrics |= {
-            "best_step": [best.best_step[group] for group in groups],
-            "best_score": [best.best_score(group) for group in groups],
+            "best_step": [of_group[group].best_step for group in groups],
+            "best_score": [of_group[group].score for group in groups],
         }
-    if len(rows) < model.runs.num_rows:
+    if len(kept) < model.runs.num_rows:
         facts = dataclasses.replace(
             facts,
             data=select(facts.data),
             trained_on=select(facts.trained_on),
             evaluated=select(facts.evaluated),
+            not_evaluated=select(facts.not_evaluated),
             num_trainable=num_trainable_params(model, {"prompt": params}),
         )
     artifacts.save_artifact(
@@ -276,8 +288,9 @@ def _write(
         embedding_sha256=initial.embedding_sha256,
         vocabulary_sha256=initial.vocabulary_sha256,
         backbone=job.backbone,
-        step=step,
+        step=max(outcome.best_step or 0 for outcome in kept.values()),
         metrics=metrics,
+        data={n: job.data[n] for n in map(data_name, runs.run_names) if n in job.data},
         started_from=initial.started_from,
         include_folded=True,
         facts=facts,

@@ -12,7 +12,10 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mpt_jax.core.comparison import abbreviate
+from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
+from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.evaluation import evaluator, metric_writers
 from mpt_jax.training import selection
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -48,6 +51,7 @@ class PeriodicEvaluator:
         actions: {mode of `EVAL_MODES`: actions to run after an evaluation}.
         scores: metrics of each run, from the last evaluation.
         last_step: the step of the last evaluation; -1 before the first.
+        not_evaluated: {run: the split that it would be evaluated on, but that its task lacks}.
     """
 
     trainer: Trainer
@@ -57,6 +61,7 @@ class PeriodicEvaluator:
     actions: Mapping[str, Sequence[selection.Action]]
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     last_step: int = -1
+    not_evaluated: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
@@ -122,3 +127,42 @@ class PeriodicEvaluator:
     def _act(self, mode: str, scores: selection.Scores) -> bool:
         actions = self.actions.get(mode, ())
         return any([action.run(self.trainer.state, scores) for action in actions])
+
+
+def warn_not_evaluated(runs: Runs, not_evaluated: Mapping[str, str]) -> None:
+    """Logs which runs are not evaluated, given {run: the split that its task lacks}."""
+    rows = list(zip(runs.run_names, runs.group_of_row, strict=True))
+    scored = {group for run, group in rows if run not in not_evaluated}
+    split = next(iter(not_evaluated.values()), "")
+    outcomes = {
+        False: "their prompts are those of the last step",
+        True: "the other runs of their group select its best step",
+    }
+    for in_scored_group, outcome in outcomes.items():
+        names = [r for r, g in rows if r in not_evaluated and (g in scored) == in_scored_group]
+        if names:
+            logging.warning(
+                "Not evaluated, since their tasks have no %r split: %s; %s. To evaluate and select "
+                "the best step, add this split to the tasks.",
+                *(split, abbreviate(names), outcome),
+            )
+
+
+def check_actions(
+    actions: Mapping[str, Sequence[selection.Action]],
+    **configs: tuple[DatasetConfig | None, DatasetConfig | None],
+) -> None:
+    """Raises ValueError for actions of a mode whose dataset has no task with its split.
+
+    Args:
+        actions: the actions of each mode.
+        configs: for each mode, the settings of its dataset, and those `datasets.with_split` left.
+    """
+    for mode, (asked, found) in configs.items():
+        if asked and found is None and actions.get(mode):
+            names = ", ".join(type(action).__name__ for action in actions[mode])
+            raise ValueError(
+                f"train.actions[{mode!r}] ({names}) would never run, because no task has a "
+                f"{asked.split!r} split. Add this split to a task, or remove {mode} from "
+                "train.actions."
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,13 +31,19 @@ class FileSource(seqio.DataSource):
     Args:
         split_names: The names of the splits.
         paths: The files, which the constructor checks without reading them.
+
+    Attributes:
+        template: What makes the text of a row, and its labels and metrics, as JSON values.
     """
+
+    template: Mapping[str, Any] = {}
 
     def __init__(self, split_names: Sequence[str], paths: Sequence[epath.Path]):
         for path in paths:
             check_readable(path)
         super().__init__(splits=split_names)
         self.paths = tuple(paths)
+        self._digests: dict[str, str] = {}
 
     def read(self) -> Mapping[str, Examples]:
         """Reads the examples of each split. Raises ValueError like `file_readers.read`."""
@@ -62,6 +69,16 @@ class FileSource(seqio.DataSource):
     def num_input_examples(self, split: str) -> int:
         """Returns the number of rows of a split. Reads all files if they have not been read."""
         return len(self.examples[split].inputs)
+
+    def sha256(self, split: str) -> str:
+        """Returns the digest of a split's texts in file order: of a line with the JSON list [input,
+        target] for each row. Reads all files if they have not been read."""
+        if split not in self._digests:
+            examples, digest = self.examples[split], hashlib.sha256()
+            for row in zip(examples.inputs, examples.targets, strict=True):
+                digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._digests[split] = digest.hexdigest()
+        return self._digests[split]
 
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **unused: Any

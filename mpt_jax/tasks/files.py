@@ -108,16 +108,20 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
             f"quoting=True of task {name!r} has no effect, because none of its files is a TSV "
             "file. Remove it; cells of CSV files may always be in quotation marks."
         )
+    metric_fns = _metrics(tuple(dict.fromkeys(words.values())), metrics)
+    source.template = {
+        "inputs": inputs,
+        "targets": targets,
+        "labels": words,
+        "metrics": [getattr(metric, "__name__", type(metric).__name__) for metric in metric_fns],
+    }
     task = suite.RunTask(
         name,
         source=source,
         output_features={},
         preprocessors=preprocessors.finish(name),
         postprocess_fn=None if words or metrics else _only_answer,
-        metric_fns=[
-            text_metrics.of_task(name, metric)
-            for metric in _metrics(tuple(dict.fromkeys(words.values())), metrics)
-        ],
+        metric_fns=[text_metrics.of_task(name, metric) for metric in metric_fns],
     )
     seqio.TaskRegistry.add_provider(name, task)
 

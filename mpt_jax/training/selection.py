@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
+from mpt_jax.core.comparison import data_changes
 from mpt_jax.core.runs import entry_of_run, look_up
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
@@ -41,7 +42,9 @@ class SelectBest:
 
     A group's score is the mean of its runs' metric. Of two equal scores the earlier step is the
     best. A group is not scored after it has run out of patience, has failed, or has been evaluated
-    at the end of its training.
+    at the end of its training. The trainer may set `data`, the record of the data that scores are
+    measured on, and `unscored`, the names of runs that cannot be evaluated; a group of only such
+    runs has no best step and keeps its last parameters.
 
     Attributes:
         model: the model being trained.
@@ -78,6 +81,8 @@ class SelectBest:
             )
         self._kept = BestSteps(self.model_dir)
         self._resumed = False
+        self.data: Mapping[str, Any] = {}
+        self.unscored: Collection[str] = ()
         # Step -> score of each group; None if it was not scored.
         self.history: dict[int, list[float | None]] = {}
         self.best_step = [-1] * self.model.runs.num_groups
@@ -89,7 +94,8 @@ class SelectBest:
         evaluation.
 
         Raises:
-            ValueError: the folder has the best steps of other runs, is corrupt, or cannot be read.
+            ValueError: the folder has the best steps of other runs or scores of other data, is
+                corrupt, or cannot be read.
         """
         self._resumed = True
         if step == 0 or not self._kept.exists():
@@ -100,6 +106,11 @@ class SelectBest:
                 f"{self._kept.folder} has the best steps of the runs {record['run_names']}, but "
                 f"this job has the runs {list(self.model.runs.run_names)}. Choose another "
                 "MODEL_DIR, or set RUN_NAMES to the recorded names."
+            )
+        if changes := data_changes(record.get("data", {}), self.data):
+            raise ValueError(
+                f"The scores in {self._kept.folder} were measured on other data ({changes}). "
+                "Restore the data to resume the job, or choose another MODEL_DIR."
             )
         lost = [best > step for best in record["best_step"]]
         if any(lost):
@@ -158,7 +169,7 @@ class SelectBest:
             self.scores |= {
                 run: {name: float(value) for name, value in metrics_by_task[run].items()}
                 for run, group in runs
-                if improved[group]
+                if improved[group] and run not in self.unscored
             }
         if jax.process_index() == 0:
             record = {
@@ -166,6 +177,7 @@ class SelectBest:
                 "best_step": self.best_step,
                 "scores": self.scores,
                 "history": self.history,
+                "data": dict(self.data),
             }
             self._kept.write(record, self.trainable if any(improved) else None)
         return all(self.over)
@@ -186,7 +198,7 @@ class SelectBest:
         runs = self.model.runs
         totals: list[list[float]] = [[] for _ in range(runs.num_groups)]
         for row, run in enumerate(runs.run_names):
-            if any(closed) and closed[runs.group_of_row[row]]:
+            if run in self.unscored or (any(closed) and closed[runs.group_of_row[row]]):
                 continue
             if run not in metrics_by_task:
                 raise ValueError(
@@ -204,6 +216,15 @@ class SelectBest:
             score = float(look_up(f"metric of {run} (SelectBest.metric)", name, metrics))
             totals[runs.group_of_row[row]].append(score)
         return [sum(scores) / len(scores) if scores else None for scores in totals]
+
+    def parameters(self, train_state: Any) -> dict[str, Any]:
+        """Returns the trainable parameters of each group's best step, and the current ones of
+        groups that were never scored. All processes take part."""
+        assert self.trainable is not None
+        if min(self.best_step) >= 0:
+            return self.trainable
+        last = to_host(_trainable(self.model, train_state))
+        return self._take(last, [step < 0 for step in self.best_step])
 
     def best_group_scores(self) -> list[float]:
         """Returns the best score of each group [G], or NaN for a group that was never scored."""

@@ -499,5 +499,5 @@ def test_readme_own_data_example_trains(tmp_path):
     assert config["run_names"] == ["reviews"]
     assert "accuracy" in config["metrics"]["scores"]["reviews"]
     card = (artifact / "README.md").read_text()
-    assert "| `reviews` | reviews.csv | train |  | 19 |" in card
+    assert "| `reviews` | reviews.csv | train |  | 21 |" in card
     assert "| `reviews` | accuracy | " in card

@@ -325,3 +325,45 @@ def test_best_steps_kill_between_writes_loses_nothing(tmp_path, monkeypatch, wri
     assert again.best_step == [step] * 2 and rows_of(again)["shared"] == [step / 10] * 2
     again.run(state(20, 2), scores(60, 70, 70))
     assert again.best_step == [20, 20] and rows_of(again)["shared"] == [2, 2]
+
+
+def test_select_best_resumed_on_other_data_raises(tmp_path):
+    """The scores of other validation rows say nothing about which step is best on these."""
+
+    def record(rows: int) -> dict:
+        return {"rte": {"source": "Files", "splits": {"validation": {"rows": rows}}}}
+
+    def select(data: dict | None = None) -> SelectBest:
+        made = SelectBest(MODEL, str(tmp_path))
+        made.data = data or {}
+        return made
+
+    select(record(4)).run(state(10, 10), scores(50, 40, 60))
+    for same in (record(4), None):
+        again = select(same)
+        again.resume(10)
+        assert again.best_step == [10, 10]
+    with pytest.raises(ValueError, match="measured on other data .* saved 4 rows, current 5 rows"):
+        select(record(5)).resume(10)
+
+
+def test_select_best_unscored_runs_need_no_metrics_and_keep_last_parameters(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path), patience=1)
+    select.unscored = {"rte_s1"}  # all of the first group
+    found = scores(0, 80, 60)
+    del found["rte_s1"]
+    assert not select.run(state(10, 10), found)
+    assert not select.run(state(20, 20), {run: {"accuracy": 0.0} for run in found})
+    assert select.best_step == [-1, 10] and select.over == [False, True]
+    kept = select.parameters(state(30, 30))["prompt"]
+    assert [row.max() for row in kept["task_left"]] == [30, 10, 10]
+    assert [row.max() for row in kept["shared"]] == [30, 10]
+
+
+def test_select_best_run_unscored_in_scored_group_is_left_out_of_mean(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.unscored = {"cb_s1"}
+    found = scores(50, 40, 0)
+    del found["cb_s1"]
+    select.run(state(10, 10), found)
+    assert select.best_group_scores() == [50, 40] and set(select.scores) == {"rte_s1", "rte_s2"}

@@ -1,0 +1,40 @@
+"""The fingerprint's record of data, compared when a job resumes."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpt_jax.checkpointing.fingerprint import check_can_resume
+
+
+def made(rows: int | None, digest: str | None = None, **entry) -> dict:
+    split = {"rows": rows} | ({"sha256": digest} if digest else {})
+    return {"method": "mpt", "data": {"x": {"source": "s", "splits": {"train": split}, **entry}}}
+
+
+def test_resume_same_data_passes_and_changed_rows_or_digest_raise(caplog):
+    check_can_resume(made(3, "a" * 64), made(3, "a" * 64), "DIR")
+    with pytest.raises(ValueError, match=r"data of the job in DIR has changed .*1,000 rows, curr"):
+        check_can_resume(made(1001), made(1000), "DIR")
+    message = r"saved 3 rows \(sha256 b{12}\), current 3 rows \(sha256 a{12}\)"
+    with pytest.raises(ValueError, match=message):
+        check_can_resume(made(3, "a" * 64), made(3, "b" * 64), "DIR")
+    with pytest.raises(ValueError, match="source of task 'x': saved 'old:1', current 's'"):
+        check_can_resume(made(3), made(3, source="old:1"), "DIR")
+    assert not caplog.records
+
+
+def test_resume_compares_only_what_both_records_have():
+    ours, saved = made(3), made(3)
+    saved["data"]["x"]["splits"]["validation"] = {"rows": 7}
+    ours["data"]["y"] = ours["data"]["x"]
+    check_can_resume(ours, saved, "DIR")
+
+
+def test_resume_checkpoint_of_earlier_version_logs_warning(caplog):
+    ours = made(3)
+    saved = {"method": "mpt"}
+    with caplog.at_level("WARNING", logger="absl"):
+        check_can_resume(ours, saved, "DIR")
+    (record,) = caplog.records
+    assert "DIR was saved by a version that did not record its data" in record.getMessage()
