@@ -61,8 +61,7 @@ def check(task: seqio.Task, limit: int | None) -> None:
         if text in decoded:
             raise ValueError(
                 f"The labels {decoded[text]!r} and {label!r} of {owner} are both decoded as "
-                f"{text!r}, so predictions of the two cannot be distinguished. Choose other "
-                "label words."
+                f"{text!r}, so predictions of the two look the same. Choose other label words."
             )
         decoded[text] = label
     rewritten = [f"{label!r} as {text!r}" for text, label in decoded.items() if text != label]

@@ -59,7 +59,7 @@ class HuggingFaceVocabulary(Vocabulary):
         return self._vocabulary.encode(s)
 
     def _decode(self, ids: Any) -> str:
-        return self._vocabulary.decode(ids)
+        return self._vocabulary.decode([int(i) for i in ids])
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         def encode(text: bytes) -> np.ndarray:
