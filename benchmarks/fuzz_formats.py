@@ -82,6 +82,7 @@ def _write_artifact(folder: Path, method: Any = None, params: Any = None) -> Non
         params,
         RUNS,
         embedding_sha256="e" * 64,
+        backbone_sha256="b" * 64,
         vocabulary_sha256=None,
         backbone="tiny",
         step=3,

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = """core runtime batching prompts backbones models artifacts convert training checkpointing
 serving""".split()
 BORDER = """data evaluation tasks config t5x_compat training_job train eval infer plan experiments
-cli""".split()
+cli __main__""".split()
 RANK = {name: rank for rank, name in enumerate(CORE + BORDER)}
 BLOCKED = ("tensorflow", "tensorflow_datasets", "seqio", "t5", "torch", "transformers", "gin")
 

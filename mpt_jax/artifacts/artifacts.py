@@ -61,9 +61,11 @@ class Config(msgspec.Struct):
     backbone: str
     embedding_sha256: str
     vocabulary_sha256: str | None
+    backbone_sha256: str | None = None
     prompts_sha256: str | None = None
     step: schema.Count = 0
     metrics: Metrics = msgspec.field(default_factory=Metrics)
+    data: dict[str, dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Notes(msgspec.Struct):
     method: str | None = None
     backbone: str | None = None
     embedding_sha256: str | None = None
+    backbone_sha256: str | None = None
     vocabulary_sha256: str | None = None
     step: schema.Count | None = None
 

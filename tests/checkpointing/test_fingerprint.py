@@ -7,7 +7,7 @@ import pytest
 
 from mpt_jax.checkpointing.fingerprint import check_can_restore, check_can_resume
 
-OURS = {"embedding_sha256": "e", "backbone_sha256": "b", "random_seed": 0}
+OURS = {"embedding_sha256": "e", "backbone_sha256": "b", "random_seed": 0, "data": {}}
 
 
 @pytest.mark.parametrize("check", [check_can_resume, check_can_restore])
@@ -19,7 +19,7 @@ def test_check_other_weights_same_embedding_error_shows_both(check):
 @pytest.mark.parametrize("check", [check_can_resume, check_can_restore])
 @pytest.mark.parametrize("saved", [{}, {"backbone_sha256": None}])
 def test_check_saved_without_digest_compares_embedding_and_warns(check, saved, caplog):
-    old = {"embedding_sha256": "e", "random_seed": 0} | saved
+    old = {"embedding_sha256": "e", "random_seed": 0, "data": {}} | saved
     with caplog.at_level("WARNING", logger="absl"):
         check(OURS, old, "RUN")
     (warning,) = caplog.messages

@@ -329,14 +329,19 @@ def test_paths_under_local_root_with_several_hosts_raises(monkeypatch):
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "eval", "infer"])
 def test_t5x_run_files_without_t5x_parse(name):
     entry = {"pretrain": "train", "finetune": "train"}.get(name, name)
+    model = f"@{entry}_script.{gin_utils.ENTRY_POINTS[entry]}"  # any reference
     bindings = {
-        "MODEL": 0, "MODEL_DIR": 0, "MIXTURE_OR_TASK_NAME": 0, "TASK_FEATURE_LENGTHS": 0,
-        "TRAIN_STEPS": 0, "INITIAL_CHECKPOINT_PATH": 0, "CHECKPOINT_PATH": 0,
-        "EVAL_OUTPUT_DIR": 0, "INFER_OUTPUT_DIR": 0,
+        "MODEL": model, "MODEL_DIR": "'x'", "MIXTURE_OR_TASK_NAME": "'x'",
+        "TASK_FEATURE_LENGTHS": "{}", "TRAIN_STEPS": "1", "INITIAL_CHECKPOINT_PATH": "'x'",
+        "CHECKPOINT_PATH": "'x'", "EVAL_OUTPUT_DIR": "'x'", "INFER_OUTPUT_DIR": "'x'",
     }  # fmt: skip
     path = trainer_choice.FOLDER / "gin_data" / "t5x" / "configs" / "runs" / f"{name}.gin"
     used = [macro for macro in bindings if f"%{macro}\n" in path.read_text()]
-    parse([f"t5x/configs/runs/{name}.gin"], [f"{macro} = 'x'" for macro in used], entry)
+    parse(
+        [f"t5x/configs/runs/{name}.gin"],
+        [f"{macro} = {bindings[macro]}" for macro in used],
+        entry,
+    )
     assert "MIXTURE_OR_TASK_NAME" in used and value("MIXTURE_OR_TASK_NAME") == "x"
 
 
@@ -527,8 +532,8 @@ def test_gin_helper_functions_return_expected_values():
 
 def test_command_missing_data_prints_one_line(tmp_path):
     """The error is raised inside SeqIO, after the model is built."""
-    bindings = ['--gin.TARGET_TASKS=["boolq"]', '--gin.TASK_MODULES=["mpt_jax.tasks.super_glue"]']
+    bindings = ['--gin.TARGET_TASKS=["record"]', '--gin.TASK_MODULES=["mpt_jax.tasks.super_glue"]']
     files = [f"--gin_file=gin/{name}.gin" for name in ("mpt_target", "tiny")]
     folders = [f"--gin.ROOT='{tmp_path}'", f"--tfds_data_dir={tmp_path}"]
     message = command(*files, *bindings, *folders)
-    assert "super_glue/boolq, version 1.0.2, is not in" in message and "tfds build" in message
+    assert "super_glue/record, version 1.0.2, is not in" in message and "tfds build" in message

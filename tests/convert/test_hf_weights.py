@@ -23,8 +23,8 @@ def test_load_hf_missing_output_projection_error_names_it_and_the_field(tmp_path
 @pytest.mark.parametrize(
     ("dtype", "value", "reason"),
     [
-        (np.int8, 1, r"dtype that is not supported: encoder.*layer_norm.weight \(int8\)"),
-        (np.int64, 1, r"\(int64\)"),
+        (np.int8, 1, r"dtype that is not supported: encoder.*layer_norm.weight \(I8\)"),
+        (np.int64, 1, r"\(I64\)"),
         (np.float32, np.nan, "NaN or infinite values: encoder.final_layer_norm.weight"),
         (np.float16, np.inf, "NaN or infinite values: encoder.final_layer_norm.weight"),
         (np.float64, 1e300, "NaN or infinite values: encoder.final_layer_norm.weight"),
@@ -46,7 +46,7 @@ def test_load_hf_float8_tensor_error_names_it(tmp_path):
     header = json.dumps(table).encode()
     content = len(header).to_bytes(8, "little") + header + bytes(2)
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"not supported .*: q \(F8_E4M3\)"):
+    with pytest.raises(ValueError, match=r"not supported: q \(F8_E4M3\)"):
         load_hf(folder)
 
 

@@ -111,7 +111,7 @@ def test_from_array_checks_shape_and_never_unpickles(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(8, 4\).*shape \(9, 4\)"):
         init.FromArray(str(tmp_path / "prompt.npy"))(KEY, "t", P + 1, CONTEXT)
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="type object"):
         init.FromArray(str(tmp_path / "pickled.npy"))(KEY, "t", P, CONTEXT)
 
 

@@ -68,7 +68,7 @@ EVALUATOR_NUM_EXAMPLES = 8
 # such as packed rows, work unchanged.
 REFUSED = {
     "utils.CheckpointConfig.restore = None": "CheckpointConfig.restore would have no effect",
-    "USE_CACHED_TASKS = False": "task cache directories",  # SeqIO's own words
+    "USE_CACHED_TASKS = False": "no offline cache of task",
     "train/utils.DatasetConfig.seed = 0": "seed",
 }
 
