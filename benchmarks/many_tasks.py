@@ -1,6 +1,6 @@
 """Seconds and traced tf.data functions of a job of many small tasks, from files.
 
-    python -m benchmarks.many_tasks [--tasks 10 40 200] [--rows 24] [--out FILE]
+    python -m benchmarks.many_tasks [--tasks 10 40 200] [--rows 24] [--batch_size 4] [--out FILE]
 
 Each job is `python -m t5x.train` with gin/mpt_target.gin and gin/tiny.gin: three steps and one
 evaluation, in a separate process, with an empty compilation cache. Tasks have a file for training
@@ -54,7 +54,7 @@ def write_tasks(folder: Path, tasks: int, rows: int) -> None:
     (folder / "many_tasks_module.py").write_text(content)
 
 
-def measure(tasks: int, rows: int, steps: int = 3) -> dict[str, float]:
+def measure(tasks: int, rows: int, batch_size: int, steps: int = 3) -> dict[str, float]:
     """Returns wall and processor seconds of a job, and the tf.data functions that it traced.
 
     Raises:
@@ -73,7 +73,8 @@ def measure(tasks: int, rows: int, steps: int = 3) -> dict[str, float]:
             *(sys.executable, "-m", "benchmarks.many_tasks", "--child"),
             *("--gin_file=gin/mpt_target.gin", "--gin_file=gin/tiny.gin"),
             *(f"--gin.TARGET_TASKS={names}", "--gin.TASK_MODULES=['many_tasks_module']"),
-            *(f"--gin.TRAIN_STEPS={steps}", "--gin.ON_OVERLONG='truncate'"),
+            *(f"--gin.TRAIN_STEPS={steps}", f"--gin.BATCH_SIZE={batch_size}"),
+            "--gin.ON_OVERLONG='truncate'",
         ]
         before = time.monotonic()
         child = subprocess.run(
@@ -114,10 +115,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[10, 40, 200])
     parser.add_argument("--rows", type=int, default=24, help="rows of each file")
+    # A step has this many rows of each task; with 48, 200 tasks need 20 GB and minutes a step.
+    parser.add_argument("--batch_size", type=int, default=4, help="examples of each task per step")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found = [measure(number, arguments.rows) for number in arguments.tasks]
-    figures.report({"jobs": found, "rows": arguments.rows, **figures.machine()}, arguments.out)
+    rows, batch_size = arguments.rows, arguments.batch_size
+    found = [measure(number, rows, batch_size) for number in arguments.tasks]
+    settings = {"rows": rows, "batch_size": batch_size}
+    figures.report({"jobs": found, **settings, **figures.machine()}, arguments.out)
 
 
 if __name__ == "__main__":
