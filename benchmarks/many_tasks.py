@@ -3,9 +3,9 @@
     python -m benchmarks.many_tasks [--tasks 10 40 200] [--rows 24] [--batch_size 4] [--out FILE]
 
 Each job is `python -m t5x.train` with gin/mpt_target.gin and gin/tiny.gin: three steps and one
-evaluation, in a separate process, with an empty compilation cache. Tasks have a file for training
-and one for validation. Wall seconds are from the start of the process to its end; the processor
-seconds of all its threads do not depend on what else the machine does.
+evaluation, in a separate process, with an empty compilation cache. A task has one file, which is
+split into train, validation and test. Wall seconds are from the start of the process to its end;
+the processor seconds of all its threads depend less on what else the machine does.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from mpt_jax.tasks import files
 for number in range({tasks}):
     files.register(
         f"mine_{{number}}",
-        train=Path(__file__).with_name(f"train_{{number}}.jsonl"),
-        validation=Path(__file__).with_name(f"validation_{{number}}.jsonl"),
+        data=Path(__file__).with_name(f"data_{{number}}.jsonl"),
         inputs="sst2 : {{text}}",
         targets="{{label}}",
         labels={labels},
@@ -43,13 +42,12 @@ for number in range({tasks}):
 def write_tasks(folder: Path, tasks: int, rows: int) -> None:
     """Writes the module `many_tasks_module` and the files of its tasks."""
     for number in range(tasks):
-        for split in ("train", "validation"):
-            lines = [
-                json.dumps({"text": f"the {split} {number} {i} was {word} .", "label": label})
-                for i in range(rows)
-                for word, label in [list(WORDS.items())[i % 2]]
-            ]
-            (folder / f"{split}_{number}.jsonl").write_text("\n".join(lines) + "\n")
+        lines = [
+            json.dumps({"text": f"the film {number} {i} was {word} .", "label": label})
+            for i in range(rows)
+            for word, label in [list(WORDS.items())[i % 2]]
+        ]
+        (folder / f"data_{number}.jsonl").write_text("\n".join(lines) + "\n")
     content = MODULE.format(tasks=tasks, labels=tuple(WORDS.values()))
     (folder / "many_tasks_module.py").write_text(content)
 
@@ -114,7 +112,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="+", default=[10, 40, 200])
-    parser.add_argument("--rows", type=int, default=24, help="rows of each file")
+    parser.add_argument("--rows", type=int, default=24, help="rows of each task")
     # A step has this many rows of each task; with 48, 200 tasks need 20 GB and minutes a step.
     parser.add_argument("--batch_size", type=int, default=4, help="examples of each task per step")
     parser.add_argument("--out", type=Path)

@@ -328,7 +328,9 @@ def eval_batches(
             continue
         dataset = _converted(cfg, task, converter, num_batches)
         buckets = cfg.buckets(converter)
-        batches[task.name] = EvalBatches(dataset, share, keep=cfg.use_memory_cache, buckets=buckets)
+        batches[task.name] = EvalBatches(
+            [dataset], share, keep=cfg.use_memory_cache, buckets=buckets
+        )
     if not batches:
         raise ValueError(
             f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "

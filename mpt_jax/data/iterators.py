@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -179,7 +180,9 @@ class EvalBatches:
     """This host's evaluation batches, which can be iterated over repeatedly.
 
     Args:
-        dataset: the dataset of single rows.
+        datasets: the datasets of single rows, or of (index, row) as SeqIO's evaluator keeps them,
+            which are read one after another. (tf.data reads one dataset that concatenates hundreds
+            in a time that grows with their square.)
         share: the batch size and this host's shard of a batch.
         keep: whether to keep the batches in memory.
         buckets: the lengths that batches are trimmed to; None for one length and the original
@@ -189,7 +192,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        dataset: tf.data.Dataset,
+        datasets: Sequence[tf.data.Dataset],
         share: HostShard,
         keep: bool,
         buckets: LengthBuckets | None = None,
@@ -197,8 +200,8 @@ class EvalBatches:
     ):
         self._share, self._keep = share, keep
         self._buckets, self._cut_targets = buckets, trim_targets
-        window = bucketing.WINDOW if buckets else 1
-        self._windows = dataset.batch(window * share.batch_size).prefetch(1)
+        self._window = (bucketing.WINDOW if buckets else 1) * share.batch_size  # rows
+        self._parts = [dataset.batch(self._window).prefetch(1) for dataset in datasets]
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
 
     def __call__(self) -> Iterable[Batch]:
@@ -216,14 +219,33 @@ class EvalBatches:
 
     def _read(self) -> Iterator[tuple[np.ndarray, Batch]]:
         first = 0
-        for window in self._windows.as_numpy_iterator():
-            rows = dict(window)
+        for rows in self._windows():
             batches = bucketing.batches_of(
                 rows, self._share.batch_size, self._buckets, self._cut_targets
             )
             for indices, batch in batches:
                 yield first + indices, self._share.rows_of_host(batch)
             first += len(rows["decoder_target_tokens"])
+
+    def _windows(self) -> Iterator[Batch]:
+        """Yields the rows of all datasets, `_window` at a time."""
+        parts: list[Batch] = []
+        missing = self._window
+        for part in itertools.chain.from_iterable(p.as_numpy_iterator() for p in self._parts):
+            rows = dict(part[-1] if isinstance(part, tuple) else part)
+            while len(rows["decoder_target_tokens"]) >= missing:
+                parts.append({name: x[:missing] for name, x in rows.items()})
+                rows = {name: x[missing:] for name, x in rows.items()}
+                yield _concatenated(parts)
+                parts, missing = [], self._window
+            parts.append(rows)
+            missing -= len(rows["decoder_target_tokens"])
+        if missing < self._window:
+            yield _concatenated(parts)
+
+
+def _concatenated(parts: Sequence[Batch]) -> Batch:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def fill(array: np.ndarray, rows: int) -> np.ndarray:

@@ -163,6 +163,10 @@ def plain_texts(
     vocabularies = [task.output_features[name].vocabulary for name in TEXTS]
     if any(_tokenizer_model(vocabulary) is None for vocabulary in vocabularies):
         return None
+    if not first and hasattr(task.source, "texts"):  # files are in memory
+        return {
+            name: x[:limit] if limit >= 0 else x for name, x in task.source.texts(split).items()
+        }
     dataset = task.source.get_dataset(split=split, shuffle=False, seed=seed)
     with seqio.map_seed_manager(seed):
         dataset = task._preprocess_dataset(dataset, first)

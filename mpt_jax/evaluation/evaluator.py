@@ -223,10 +223,8 @@ class InferenceEvaluator:
         """Returns (row indices, batch) pairs of this host, where the indices count the rows of the
         concatenated tasks."""
         if names not in self._batches:
-            datasets = [self._evaluator.cached_model_datasets[name] for name in names]
-            joined = functools.reduce(lambda a, b: a.concatenate(b), datasets)
             self._batches[names] = EvalBatches(
-                joined.map(lambda _, example: example),
+                [self._evaluator.cached_model_datasets[name] for name in names],
                 self._share,
                 keep=self._keep,
                 buckets=self._buckets,

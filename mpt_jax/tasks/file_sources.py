@@ -80,6 +80,15 @@ class FileSource(seqio.DataSource):
             self._digests[split] = digest.hexdigest()
         return self._digests[split]
 
+    def texts(self, split: str) -> dict[str, np.ndarray]:
+        """Returns what `get_dataset` yields, as {feature: UTF-8 texts [rows]}. Raises ValueError
+        like it."""
+        examples = self.examples[split]
+        return {
+            name: np.array([text.encode() for text in texts], object)
+            for name, texts in (("inputs", examples.inputs), ("targets", examples.targets))
+        }
+
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **unused: Any
     ) -> tf.data.Dataset:
@@ -89,10 +98,7 @@ class FileSource(seqio.DataSource):
             ValueError: rows of a file cannot be used.
         """
         del shuffle, seed, unused  # batches are shuffled downstream
-        examples = self.examples[split]
-        return tf.data.Dataset.from_tensor_slices(
-            {"inputs": tf.constant(examples.inputs), "targets": tf.constant(examples.targets)}
-        )
+        return tf.data.Dataset.from_tensor_slices(self.texts(split))
 
 
 class Files(FileSource):

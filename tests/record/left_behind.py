@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from names import PHRASES, RENAMED
+from names import ADDED, DEFAULTS, PHRASES, RENAMED
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # arrays are only read here
 
@@ -276,11 +276,13 @@ def _differences(
     close = False
     if isinstance(saved, dict) and isinstance(found, dict):
         if "rms" not in saved or "rms" not in found:
-            for name in sorted(saved.keys() ^ found.keys()):
+            for name in sorted((saved.keys() ^ found.keys()) - (ADDED - saved.keys())):
                 yield False, f"{where}: {name} is {'new' if name in found else 'gone'}"
             for name in sorted(saved.keys() & found.keys()):
                 # Those of the backbone and the vocabulary are of files that nobody changes.
                 may = tolerance.digests and name not in _OF_INPUTS
+                if DEFAULTS.get(name) == (saved[name], found[name]):
+                    continue
                 inner = dataclasses.replace(tolerance, digests=may)
                 if name == "checksums" and may and saved[name].keys() == found[name].keys():
                     yield True, f"{where}: {name}"

@@ -50,3 +50,17 @@ RENAMED: dict[str, str] = {
     "Licence": "License",
     "licence": "license",
 }
+# Fields and bindings that later versions write in addition: of the identity of the backbone and the
+# data, and of constant predictions.
+ADDED = frozenset(
+    {
+        "backbone_config",
+        "backbone_sha256",
+        "config_sha256",
+        "config.t5_config.checkpoint",
+        "constant_prediction",
+        "data",
+    }
+)
+# Bindings of config.gin with another default -> what it was and what it is.
+DEFAULTS = {"T5_NAME": ("'t5_1_0_base'", "None")}

@@ -21,8 +21,7 @@ from mpt_jax.data import datasets
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas, task_mixture
 from mpt_jax.evaluation import evaluator
-from mpt_jax.tasks import file_readers, file_sources
-from mpt_jax.tasks import files as jsonl
+from mpt_jax.tasks import file_readers, file_sources, files
 from tests.fixtures import gin_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,7 +266,7 @@ def test_register_bad_arguments_raise(given, error, message):
     write("x.json", GOOD)
     arguments = {"name": "own_bad", "train": "x.jsonl", **QUESTION, **given}
     with pytest.raises(error, match=message):
-        jsonl.register(arguments.pop("name"), **arguments)
+        files.register(arguments.pop("name"), **arguments)
     assert "own_bad" not in seqio.TaskRegistry.names()
 
 
@@ -283,14 +282,14 @@ def test_register_bad_arguments_raise(given, error, message):
 def test_register_bad_shares_or_seed_raise(given, message):
     write("x.jsonl", GOOD)
     with pytest.raises(ValueError, match=message):
-        jsonl.register("own_bad", data="x.jsonl", **QUESTION, **given)
+        files.register("own_bad", data="x.jsonl", **QUESTION, **given)
 
 
 def test_register_duplicate_name_raises():
     write("x.jsonl", GOOD)
-    jsonl.register("own_one", train="x.jsonl", **QUESTION)
+    files.register("own_one", train="x.jsonl", **QUESTION)
     with pytest.raises(ValueError, match="'own_one' is already registered"):
-        jsonl.register("own_one", train="x.jsonl", **QUESTION)
+        files.register("own_one", train="x.jsonl", **QUESTION)
 
 
 def test_register_parquet_without_pyarrow_error_names_extra(monkeypatch):
@@ -300,13 +299,13 @@ def test_register_parquet_without_pyarrow_error_names_extra(monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find(name)
     )
     with pytest.raises(ValueError, match=r"pip install 'mpt-jax\[parquet\]'"):
-        jsonl.register("own_bad", train="x.parquet", **QUESTION)
+        files.register("own_bad", train="x.parquet", **QUESTION)
 
 
 def test_files_first_use_reads_all_splits():
     write("train.jsonl", GOOD)
     write("test.jsonl", GOOD, "nope")
-    jsonl.register("own_late", train="train.jsonl", test="test.jsonl", **QUESTION)
+    files.register("own_late", train="train.jsonl", test="test.jsonl", **QUESTION)
     source = seqio.TaskRegistry.get("own_late").source
     assert source.splits == ("train", "test")
     with pytest.raises(ValueError, match=r"test\.jsonl: 1 of 2 rows(.|\n)*line 2: not JSON"):
@@ -328,7 +327,7 @@ def place(text: str, seed: int = 42) -> float:
 def test_split_file_cuts_places_of_inputs_by_shares():
     inputs = [f"question {i}" for i in range(200)]
     write("x.jsonl", *[{"q": text, "a": str(i)} for i, text in enumerate(inputs)])
-    jsonl.register("own_split", data="x.jsonl", **QUESTION)
+    files.register("own_split", data="x.jsonl", **QUESTION)
     found = {
         split: [int(a) for _, a in examples("own_split", split)] for split in file_sources.SPLITS
     }
@@ -398,10 +397,10 @@ def test_divide_equal_inputs_stay_in_one_split(seed):
 
 def test_split_file_zero_share_omitted_and_too_few_inputs_raise():
     write("x.jsonl", *[{"q": f"question {i % 2}", "a": "y"} for i in range(20)])
-    jsonl.register("own_two", data="x.jsonl", split=(0.5, 0.5, 0), **QUESTION)
+    files.register("own_two", data="x.jsonl", split=(0.5, 0.5, 0), **QUESTION)
     assert seqio.TaskRegistry.get("own_two").source.splits == ("train", "validation")
     assert len(examples("own_two", "train")) == len(examples("own_two", "validation")) == 10
-    jsonl.register("own_few", data="x.jsonl", **QUESTION)
+    files.register("own_few", data="x.jsonl", **QUESTION)
     with pytest.raises(ValueError, match="2 different inputs, too few for the splits train, val"):
         examples("own_few", "train")
 
@@ -410,8 +409,8 @@ def test_files_inputs_shared_with_train_log_warning(caplog):
     write("train.jsonl", *[{"q": f"question {i}", "a": "y"} for i in range(4)])
     write("dev.jsonl", {"q": "new", "a": "y"})
     write("test.jsonl", *[{"q": f"question {i}", "a": "n"} for i in (3, 9, 2)])
-    files = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
-    jsonl.register("own_shared", **files, **QUESTION)
+    of_splits = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+    files.register("own_shared", **of_splits, **QUESTION)
     with caplog.at_level("WARNING", logger="absl"):
         examples("own_shared", "train")
     (message,) = [record.getMessage() for record in caplog.records]
@@ -424,7 +423,7 @@ def test_files_inputs_shared_with_train_log_warning(caplog):
 def test_register_label_mapping_words_reach_batches():
     gin_files.bind_vocabulary("byt5")
     write("x.csv", "q,a", "is it red ?,0", "is it blue ?,1")
-    jsonl.register("own_words", train="x.csv", labels={0: "no", 1: "yes"}, **QUESTION)
+    files.register("own_words", train="x.csv", labels={0: "no", 1: "yes"}, **QUESTION)
     task = seqio.TaskRegistry.get("own_words")
     assert evaluator.labels_of(task) == ("no", "yes")
     assert [a for _, a in examples("own_words", "train")] == ["no", "yes"]
@@ -452,7 +451,7 @@ def scores(name: str, targets: list[str], predictions: list[str]) -> dict[str, f
 
 def test_register_classification_default_metrics():
     write("x.jsonl", GOOD)
-    jsonl.register("own_labels", train="x.jsonl", labels=("yes", "no"), **QUESTION)
+    files.register("own_labels", train="x.jsonl", labels=("yes", "no"), **QUESTION)
     found = scores("own_labels", ["yes", "yes", "no", "no"], ["yes", "no", "no", "perhaps"])
     # F1 of yes: 2*1/(2+1); of no: 2*1/(2+2).
     f1 = {"f1": 100 * (2 / 3 + 1 / 2) / 2, "f1_undefined": 0}
@@ -462,16 +461,16 @@ def test_register_classification_default_metrics():
 
 def test_register_free_text_squad_metrics_unless_given():
     write("x.jsonl", GOOD)
-    jsonl.register("own_text", train="x.jsonl", **QUESTION)
+    files.register("own_text", train="x.jsonl", **QUESTION)
     found = scores("own_text", ["the red hat", "a dog"], ["Red hat!", "a big dog"])
     assert found == pytest.approx({"f1": 100 * (1 + 2 / 3) / 2, "exact_match": 50})
 
     def same(targets, predictions):
         return {"same": 100 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])}
 
-    jsonl.register("own_metric", train="x.jsonl", metrics=[same], **QUESTION)
+    files.register("own_metric", train="x.jsonl", metrics=[same], **QUESTION)
     assert scores("own_metric", ["a hat", "a dog"], ["hat", "a dog"]) == {"same": 50}
-    jsonl.register("own_both", train="x.jsonl", metrics=[same], labels=["yes", "no"], **QUESTION)
+    files.register("own_both", train="x.jsonl", metrics=[same], labels=["yes", "no"], **QUESTION)
     task = seqio.TaskRegistry.get("own_both")
     assert evaluator.labels_of(task) == ("yes", "no")
     assert scores("own_both", ["yes", "no"], ["yes", "yes"]) == {"same": 50}
