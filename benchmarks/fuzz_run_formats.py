@@ -23,6 +23,7 @@ from mpt_jax.evaluation import finalize
 from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import __main__ as paper
 from mpt_jax.experiments.paper.chains import Cell
+from mpt_jax.experiments.paper.variants import PT
 from mpt_jax.experiments.report import run_reader
 from mpt_jax.experiments.stages import Stage
 from mpt_jax.runtime import paths
@@ -138,7 +139,7 @@ def _write_plan(folder: Path) -> None:
 
 
 def _cells() -> list[Cell]:
-    return [Cell(None, None, (), (_STAGE,), ())]  # pyright: ignore[reportArgumentType]
+    return [Cell(PT, None, (), (_STAGE,), ())]
 
 
 def _read_plan(folder: Path) -> str:
