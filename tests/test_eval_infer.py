@@ -17,6 +17,7 @@ from mpt_jax import eval, infer
 from mpt_jax.artifacts import artifacts
 from mpt_jax.checkpointing import checkpoint_config, checkpoints, fingerprint, restore_states
 from mpt_jax.convert.t5x import save_t5x
+from mpt_jax.core import schema
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.data import feature_converter
@@ -168,6 +169,7 @@ def test_infer_stopped_run_resumes_after_written_lines(saved, tmp_path):
     kept = [json.dumps({"mark": i}) for i in range(3)]
     text = "".join(f"{line}\n" for line in kept)
     record = json.loads(Path(f"{whole}.COMPLETED").read_text()) | {"lines": 3, "bytes": len(text)}
+    record = schema.sealed(record, "record_sha256")
     (folder / f"{name}.partial_of").write_text(json.dumps(record))
     (folder / f"{name}.partial").write_text(text + '{"inputs": {"inp')
     infer.infer(

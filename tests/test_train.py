@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.convert import load_backbone, save_t5x
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, unflatten
@@ -32,6 +32,7 @@ from mpt_jax.training.trainer import NonFiniteLoss, Trainer
 from tests.fixtures import tiny
 from tests.fixtures.training_runs import (
     BATCH,
+    CONFIG,
     STEPS,
     TASKS,
     P,
@@ -150,6 +151,20 @@ def test_train_other_weights_same_embedding_error(backbone, tmp_path):
     origins = {"artifact": str(tmp_path / "run" / "artifact")}
     with pytest.raises(ValueError, match="another backbone.*sha256 of its weights is .* is "):
         run(other, tmp_path / "new", steps=2, origins=origins)
+
+
+def test_train_other_configuration_of_backbone_same_weights_error(backbone, tmp_path):
+    """Neither resuming nor starting from the artifact is allowed."""
+    run(backbone, tmp_path / "run", steps=2)
+    recorded = artifacts.load_artifact(tmp_path / "run" / "artifact").config["backbone_config"]
+    assert recorded == backbone_config(CONFIG)
+    other = dataclasses.replace(CONFIG, relative_attention_max_distance=20)
+    field = r"relative_attention_max_distance: saved 128, current 20\)"
+    with pytest.raises(ValueError, match=rf"another configuration \(backbone_config.{field}"):
+        run(backbone, tmp_path / "run", model=build(config=other), steps=4)
+    origins = {"artifact": str(tmp_path / "run" / "artifact")}
+    with pytest.raises(ValueError, match=rf"configuration of its backbone \({field}"):
+        run(backbone, tmp_path / "new", model=build(config=other), steps=2, origins=origins)
 
 
 def test_train_digest_switched_off_is_logged_and_recorded(backbone, tmp_path, caplog):

@@ -2,9 +2,9 @@
 
 An artifact is a folder of three files. `prompts.safetensors` holds the method's parameters under
 `factors/` and, on request, the plain prompt of each row under `folded/`. `config.json` records the
-method, the runs, and digests of the vocabulary, the backbone and `prompts.safetensors`. Readers
-check the digests: they reject artifacts of another backbone or vocabulary, and prompts that were
-changed after they were written. `README.md` is the model card.
+method, the runs, and digests of the vocabulary, the backbone, `prompts.safetensors` and its own
+other fields. Readers check the digests: they reject artifacts of another backbone or vocabulary,
+and files that were changed after they were written. `README.md` is the model card.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from mpt_jax.runtime.tensors import load_safetensors
 TENSORS = "prompts.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+SEAL = "config_sha256"  # the digest of the other fields of config.json
 COPY_AGAIN = "Copy the artifact again, or repeat the command that wrote it."
+UNDO = "Undo the change, copy the artifact again, or repeat the command that wrote it."
 
 
 class Metrics(msgspec.Struct):
@@ -62,6 +64,7 @@ class Config(msgspec.Struct):
     embedding_sha256: str
     vocabulary_sha256: str | None
     backbone_sha256: str | None = None
+    backbone_config: dict[str, Any] | None = None
     prompts_sha256: str | None = None
     step: schema.Count = 0
     metrics: Metrics = msgspec.field(default_factory=Metrics)
@@ -145,6 +148,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     vocabulary_sha256: str | None,
     backbone: str,
     step: int,
+    backbone_config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     started_from: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
@@ -164,6 +168,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         vocabulary_sha256: the digest of the vocabulary (`vocabulary_digest`); None if unknown.
         backbone: the name or path of the backbone, for people to read.
         step: the training step of the parameters.
+        backbone_config: the architecture of the backbone (`backbone_digest.backbone_config`); None
+            if unknown.
         metrics: the metrics of the parameters, as JSON values.
         started_from: the digest of the artifact that training started from, and the rows used from
             it.
@@ -195,6 +201,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         "backbone": backbone,
         "embedding_sha256": embedding_sha256,
         "backbone_sha256": backbone_sha256,
+        "backbone_config": backbone_config and dict(backbone_config),
         "vocabulary_sha256": vocabulary_sha256,
         "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
         "step": int(step),
@@ -205,6 +212,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     }
     if data:
         config["data"] = dict(data)
+    config = schema.sealed(config, SEAL)
     with replace_folder(path) as new:
         (new / TENSORS).write_bytes(prompts)
         # Keys stay unsorted: the first of several metrics is the task's main one.
@@ -229,8 +237,8 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
 
     Raises:
         FileNotFoundError: `path` holds no artifact.
-        ValueError: the artifact cannot be read, is damaged or incomplete, has another format, or
-            does not match its `config.json`.
+        ValueError: the artifact cannot be read, is damaged or incomplete, has another format, does
+            not match its `config.json`, or was changed after it was written.
     """
     path = existing_folder(path)
     if not (path / CONFIG).exists() or not (path / TENSORS).exists():
@@ -246,7 +254,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"{path} has artifact format {schema.short(found)}; this version reads {FORMAT}. "
             f"Use the version of MPT-JAX that wrote the artifact (see versions in {CONFIG})."
         )
-    config = current_keys(config)
+    written, config = config, current_keys(config)
     checked = schema.check(config, Config, f"{path / CONFIG}", COPY_AGAIN)
     prompts = (path / TENSORS).read_bytes()
     where = f"The prompt artifact at {path} cannot be read ({TENSORS})"
@@ -264,6 +272,8 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     method = method_from_config(checked.method, checked.method_config, f"{path / CONFIG}")
     runs = Runs(checked.task_names, checked.run_names, checked.groups)
     _check_params(path, method, runs, leaves)
+    # Last, since the other checks say what is wrong.
+    schema.check_seal(written, SEAL, f"{path / CONFIG}", UNDO)
     params = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
     return Artifact(str(path), method, runs, params, config)
 

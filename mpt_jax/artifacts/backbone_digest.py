@@ -1,4 +1,5 @@
-"""Digest of all weights of a backbone, which artifacts and checkpoints record and readers compare.
+"""Digest of all weights of a backbone, and its configuration, which artifacts and checkpoints
+record and readers compare.
 
 The embedding does not identify a backbone: merging a LoRA or fine-tuning some layers keeps it, and
 prompts of the original do nothing with the result.
@@ -6,6 +7,9 @@ prompts of the original do nothing with the result.
 One backbone has one digest. Values are rounded to bfloat16, as in `artifacts.embedding_digest`, so
 float32 and bfloat16 copies agree. Leaves are named as in the unscanned tree, whatever form they
 were loaded in. Biases that are all zeros, as BitFit adds them, do not count.
+
+The same weights compute something else with another activation or another maximum distance of
+relative positions, so the architecture is recorded beside the digest.
 """
 
 from __future__ import annotations
@@ -15,19 +19,35 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.backbones.t5.hf_config import ARCHITECTURE
 from mpt_jax.backbones.t5.scanned_params import layers_of_leaf
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten
 
 FIELD = "backbone_sha256"
+CONFIG_FIELD = "backbone_config"
+# Whether every layer has a table depends on the form of the tree; the digest shows whether tables
+# differ.
+_CONFIG = tuple(name for name in ARCHITECTURE if name != "relative_bias_per_layer")
 # Rows that are rounded at a time. Kernels from Hugging Face are transposed views, and few rows of
 # them fit in the cache.
 _ROWS = 64
 _TABLE = re.compile(r"(encoder|decoder)/layers_\d+/(relpos_bias/.+)")
+
+
+def backbone_config(config: Any) -> dict[str, Any]:
+    """Returns, as JSON values, the fields of a backbone's configuration that its logits depend on.
+
+    Args:
+        config: the configuration of the backbone's module, such as a `T5Config`.
+    """
+    values = {name: getattr(config, name) for name in _CONFIG if hasattr(config, name)}
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
 
 def backbone_digest(params: Params) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from absl import logging
 
 from mpt_jax.artifacts.artifacts import Artifact
-from mpt_jax.artifacts.backbone_digest import FIELD
-from mpt_jax.core.comparison import abbreviate
+from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD
+from mpt_jax.core.comparison import abbreviate, differences
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
@@ -22,18 +22,19 @@ def check_compatible(
     artifact: Artifact,
     embedding_sha256: str,
     backbone_sha256: str | None,
+    backbone_config: Mapping[str, Any],
     vocabulary_sha256: str | None,
     prompt_length: int,
 ) -> None:
     """Checks that an artifact was trained with this backbone, vocabulary and prompt length. Logs a
-    warning if it does not record the digest of the backbone's weights.
+    warning if it does not record the digest of the backbone's weights, or its configuration.
 
     Raises:
         ValueError: one of them differs; the message shows both values.
     """
-    check_backbone(artifact, embedding_sha256, backbone_sha256)
-    if backbone_sha256 is not None and artifact.config.get(FIELD) is None:
-        logging.warning("%s", embedding_only(artifact.path))
+    check_backbone(artifact, embedding_sha256, backbone_sha256, backbone_config)
+    for warning in not_compared(*lacking([artifact]), backbone_sha256 is not None):
+        logging.warning("%s", warning)
     check_vocabulary(artifact, vocabulary_sha256)
     if artifact.prompt_length != prompt_length:
         raise ValueError(
@@ -43,9 +44,14 @@ def check_compatible(
         )
 
 
-def check_backbone(artifact: Artifact, embedding_sha256: str, backbone_sha256: str | None) -> None:
+def check_backbone(
+    artifact: Artifact,
+    embedding_sha256: str,
+    backbone_sha256: str | None,
+    backbone_config: Mapping[str, Any] | None = None,
+) -> None:
     """Checks that an artifact was trained with this backbone. Compares its embedding and, if both
-    digests of all its weights are known, those.
+    are known, the digests of all its weights, and the configurations.
 
     Raises:
         ValueError: the backbone differs; the message shows both values.
@@ -61,6 +67,14 @@ def check_backbone(artifact: Artifact, embedding_sha256: str, backbone_sha256: s
             f"the loaded backbone's {what} is {actual}. Set INITIAL_CHECKPOINT_PATH (in serving: "
             "--backbone) to the backbone of the artifact."
         )
+    recorded = artifact.config.get(CONFIG_FIELD) or {}
+    current = backbone_config or {}
+    if changes := differences(recorded, current, [x for x in current if x in recorded]):
+        raise ValueError(
+            f"The prompt artifact {artifact.path} was trained with another configuration of its "
+            f"backbone ({changes}). Correct the backbone's config.json, or set T5_NAME or "
+            "T5_CONFIG (in serving: --config) to the configuration of the artifact."
+        )
 
 
 def embedding_only(record: str) -> str:
@@ -71,6 +85,35 @@ def embedding_only(record: str) -> str:
         "switched off), so only the backbone's embedding could be compared. A backbone with the "
         "same embedding and other weights is not noticed."
     )
+
+
+def weights_only(record: str) -> str:
+    """Returns the warning that the configuration of a backbone could not be compared with a record,
+    since the record has none."""
+    return (
+        f"{record} records no {CONFIG_FIELD} (it is of an earlier version), so the backbone's "
+        "configuration could not be compared. Another relative_attention_max_distance or "
+        "mlp_activations with the same weights is not noticed."
+    )
+
+
+def lacking(found: Sequence[Artifact]) -> tuple[list[str], list[str]]:
+    """Returns the folders of the artifacts that do not record the digest of their backbone's
+    weights, and of the others that do not record its configuration."""
+    digest = [x.path for x in found if x.config.get(FIELD) is None]
+    config = [x.path for x in found if not x.config.get(CONFIG_FIELD) and x.path not in digest]
+    return digest, config
+
+
+def not_compared(digest: Sequence[str], config: Sequence[str], digested: bool) -> list[str]:
+    """Returns the warnings about artifacts that do not record all of their backbone.
+
+    Args:
+        digest, config: the folders that `lacking` returns.
+        digested: whether the digest of the loaded backbone's weights is known.
+    """
+    warnings = [embedding_only(abbreviate(digest))] if digest and digested else []
+    return warnings + ([weights_only(abbreviate(config))] if config else [])
 
 
 def check_vocabulary(artifact: Artifact, vocabulary_sha256: str | None) -> None:
@@ -103,6 +146,7 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
     facts = {
         "backbone (sha256 of its embedding)": lambda x: x.config["embedding_sha256"],
         "backbone (sha256 of its weights)": lambda x: x.config.get(FIELD),
+        "configuration of the backbone": _config_text,
         "vocabulary (sha256)": lambda x: x.config["vocabulary_sha256"],
     }
     if not folded:
@@ -129,18 +173,21 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
 
 def representative(found: Sequence[Artifact]) -> Artifact:
     """Returns a representative of compatible artifacts: one that records a vocabulary, if any does,
-    with the digest of the backbone's weights, if any records it."""
+    with the digest of the backbone's weights and its configuration, if any records them."""
     with_vocabulary = [x for x in found if x.config["vocabulary_sha256"] is not None]
     first = (with_vocabulary or found)[0]
-    weights = [x.config[FIELD] for x in found if x.config.get(FIELD) is not None]
-    return (
-        dataclasses.replace(first, config={**first.config, FIELD: weights[0]}) if weights else first
-    )
+    recorded = {
+        field: x.config[field]
+        for field in (FIELD, CONFIG_FIELD)
+        for x in found
+        if x.config.get(field) is not None
+    }
+    return dataclasses.replace(first, config={**first.config, **recorded})
 
 
-def without_digest(found: Sequence[Artifact]) -> list[str]:
-    """Returns the folders of the artifacts that do not record the digest of all weights."""
-    return [artifact.path for artifact in found if artifact.config.get(FIELD) is None]
+def _config_text(artifact: Artifact) -> str | None:
+    config = artifact.config.get(CONFIG_FIELD)
+    return json.dumps(config, sort_keys=True) if config else None
 
 
 def merge(found: Sequence[Artifact]) -> Artifact:
@@ -156,9 +203,10 @@ def merge(found: Sequence[Artifact]) -> Artifact:
     if len(found) == 1:
         return found[0]
     check_mutually_compatible(found, folded=True)
-    lacking = without_digest(found)
-    if 0 < len(lacking) < len(found):  # otherwise the merged artifact lacks it
-        logging.warning("%s", embedding_only(abbreviate(lacking)))
+    digest, config = lacking(found)
+    # If all lack the digest, so does the merged artifact, and `check_compatible` warns.
+    for warning in not_compared(digest, config, True) if len(digest) < len(found) else []:
+        logging.warning("%s", warning)
     lengths: dict[int, list[str]] = {}
     paths: dict[str, str] = {}
     for artifact in found:

@@ -69,7 +69,7 @@ def special_tokens(files: dict[str, bytes], folder: Any) -> dict[str, str]:
                     f"{folder}/{name} gives {key} as {value!r}, which is not a text. Download or "
                     "copy the file again."
                 )
-            found[key] = token
+            found[key] = _checked(token, folder)
     return found
 
 
@@ -83,7 +83,7 @@ def added_tokens(files: dict[str, bytes], folder: Any) -> dict[str, int | None]:
     for name in (SPECIAL, CONFIG):
         more = parse(files.get(name, b"{}"), f"{folder}/{name}").get("additional_special_tokens")
         texts = map(_content, more if isinstance(more, list) else [])
-        found |= dict.fromkeys(text for text in texts if isinstance(text, str))
+        found |= {_checked(text, folder): None for text in texts if isinstance(text, str)}
     pairs: list[tuple[Any, Any]] = []
     if ADDED in files:
         pairs += parse(files[ADDED], f"{folder}/{ADDED}").items()
@@ -101,7 +101,7 @@ def added_tokens(files: dict[str, bytes], folder: Any) -> dict[str, int | None]:
                 f"The tokenizer in {folder} has the added token {token!r} with the id {number!r}, "
                 "which are not a text and a number. Download or copy its files again."
             )
-        found[token] = number
+        found[_checked(token, folder)] = number
     return found
 
 
@@ -139,6 +139,19 @@ def check_model_holds_all(model: epath.Path, processor: Any) -> None:
             f"{', '.join(map(repr, lacking[:MOST_NAMED]))}{more}. Set the vocabulary (VOCABULARY, "
             f"or --vocabulary) to {folder / TOKENIZER}{save}, or use a folder without added tokens."
         )
+
+
+def _checked(token: str, folder: Any) -> str:
+    """Returns a token. Raises ValueError if it has half of a surrogate pair, which JSON may escape
+    ("\\ud800") and no text has."""
+    try:
+        token.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The tokenizer in {folder} has the token {token!r}, which has half of a surrogate "
+            "pair instead of a character. Download or copy its files again."
+        ) from error
+    return token
 
 
 def _content(token: Any) -> Any:

@@ -70,6 +70,9 @@ class Checkpoints:
         keep: the number of latest checkpoints to keep; None keeps all.
         read_only: whether to write nothing. Unfinished saves are then not removed, since the job
             that writes them may be alive.
+
+    Raises:
+        OSError: the checkpoints cannot be listed.
     """
 
     def __init__(self, model_dir: str, keep: int | None = 1, read_only: bool = False):
@@ -82,12 +85,19 @@ class Checkpoints:
         )
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._handlers = handlers
-        self._manager = ocp.CheckpointManager(
-            epath.Path(model_dir).absolute(),
-            item_names=tuple(handlers),
-            item_handlers=handlers,
-            options=options,
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                epath.Path(model_dir).absolute(),
+                item_names=tuple(handlers),
+                item_handlers=handlers,
+                options=options,
+            )
+        except RecursionError as error:  # Orbax ignores files that are damaged otherwise
+            raise OSError(
+                f"A _CHECKPOINT_METADATA file in {model_dir} is damaged "
+                f"({corruption.reason(error)}). Rename the checkpoint that holds it to use the "
+                "other checkpoints, or restore the file from a copy."
+            ) from error
 
     @property
     def steps(self) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from mpt_jax.artifacts import artifacts, compatibility
-from mpt_jax.artifacts.backbone_digest import FIELD
+from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_config
 from mpt_jax.core.comparison import check_same, data_changes, differences
 from mpt_jax.core.old_names import current_keys
 from mpt_jax.core.tree import flatten
@@ -38,6 +38,7 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
         "groups": list(model.runs.group_of_row),
         "embedding_sha256": loaded.embedding_sha256,
         FIELD: loaded.backbone_sha256,
+        CONFIG_FIELD: backbone_config(model.module.config),
         "vocabulary_sha256": loaded.vocabulary_sha256,
     }
     labels = flatten(model.label_tree(loaded.params))
@@ -80,7 +81,7 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
     Raises:
         ValueError: the configurations differ; the message shows both values of each difference.
     """
-    saved = current_keys(saved)
+    ours, saved = _with_config_fields(ours), _with_config_fields(current_keys(saved))
     names = _known(ours, saved, model_dir)
     strict = [name for name in names if name not in (*MAY_CHANGE, DATA)]
     advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new job."
@@ -118,7 +119,7 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
     Raises:
         ValueError: the models differ; the message shows both values of each difference.
     """
-    saved = current_keys(saved)
+    ours, saved = _with_config_fields(ours), _with_config_fields(current_keys(saved))
     advice = (
         "Use the tasks (in the same order), backbone and method that the checkpoint was trained "
         "with. They are listed in config.gin in its MODEL_DIR."
@@ -129,15 +130,27 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
 def _known(ours: Fingerprint, saved: Fingerprint, path: Any) -> list[str]:
     """Returns the names of the entries to compare.
 
-    Omits the digest of frozen prompts if `saved` is from an earlier version, which saved none, and
-    that of the backbone's weights if either side has none.
+    Omits the digest of frozen prompts and the backbone's configuration if `saved` is from an
+    earlier version, which saved none, and the digest of the backbone's weights if either side has
+    none.
     """
-    optional = {FROZEN_PROMPTS} - saved.keys()
+    config = {name for name in ours if name.startswith(f"{CONFIG_FIELD}.")}
+    optional = ({FROZEN_PROMPTS} | config) - saved.keys()
     if None in (ours.get(FIELD), saved.get(FIELD)):
         optional.add(FIELD)
         if ours.get(FIELD) is not None:
             logging.warning("%s", compatibility.embedding_only(f"{path}"))
+    elif config and not config & saved.keys():
+        logging.warning("%s", compatibility.weights_only(f"{path}"))
     return [name for name in ours if name not in optional]
+
+
+def _with_config_fields(fingerprint: Fingerprint) -> Fingerprint:
+    """Returns a fingerprint with one entry for each field of the backbone's configuration, so that
+    errors show only those that differ."""
+    fields = fingerprint.get(CONFIG_FIELD) or {}
+    rest = {name: value for name, value in fingerprint.items() if name != CONFIG_FIELD}
+    return rest | {f"{CONFIG_FIELD}.{name}": value for name, value in fields.items()}
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:

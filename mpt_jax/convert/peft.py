@@ -64,6 +64,7 @@ class Notes(msgspec.Struct):
     backbone: str | None = None
     embedding_sha256: str | None = None
     backbone_sha256: str | None = None
+    backbone_config: dict[str, Any] | None = None
     vocabulary_sha256: str | None = None
     step: schema.Count | None = None
 

@@ -19,9 +19,10 @@ from etils import epath
 from safetensors.numpy import save
 
 from mpt_jax.artifacts import artifacts, compatibility
-from mpt_jax.artifacts.backbone_digest import FIELD, backbone_digest
-from mpt_jax.convert import detect, load_backbone, load_t5x, parity, peft
+from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_config, backbone_digest
+from mpt_jax.convert import detect, hf, load_backbone, load_t5x, parity, peft
 from mpt_jax.convert.hf_weights import read_file
+from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.prompts.prompt_tuning import PromptTuning
@@ -32,7 +33,8 @@ FOLDED = "folded.safetensors"
 # Where google-research/prompt-tuning keeps a prompt in T5X's tree.
 _T5X_PROMPT = re.compile(r"encoder/(.*/)?prompt/prompt")
 # Fields of an artifact's config.json that are also written beside an adapter.
-_NOTED = ("method", "backbone", "embedding_sha256", FIELD, "vocabulary_sha256", "step")
+_BACKBONE = ("backbone", "embedding_sha256", FIELD, CONFIG_FIELD)
+_NOTED = ("method", *_BACKBONE, "vocabulary_sha256", "step")
 
 Say = Callable[[str], None]
 
@@ -88,6 +90,7 @@ def to_artifact(
             adapter.params,
             Runs(tasks, names),
             **digests,
+            backbone_config=_check_config(source, adapter, backbone, say),
             vocabulary_sha256=adapter.notes.get("vocabulary_sha256"),
             backbone=adapter.notes.get("backbone", str(backbone)),
             step=adapter.notes.get("step", 0),
@@ -224,6 +227,29 @@ def _check_backbone(
     if "embedding_sha256" in adapter.notes and adapter.notes.get(FIELD) is None:
         say(compatibility.embedding_only(f"{source}"))
     return digests
+
+
+def _check_config(
+    source: epath.Path, adapter: peft.Adapter, backbone: epath.Path, say: Say
+) -> dict[str, Any] | None:
+    """Returns the backbone's configuration, as noted or as in its config.json, if the prompts are
+    compatible with it; None if neither says."""
+    noted = adapter.notes.get(CONFIG_FIELD)
+    if detect.recognize(backbone) != detect.HF:  # shapes do not show all of it
+        return noted
+    current = backbone_config(hf.read_config(backbone / hf.CONFIG))
+    if noted is None:
+        if adapter.notes.get(FIELD) is not None:
+            say(compatibility.weights_only(f"{source}"))
+        return current
+    names = [name for name in current if name in noted]
+    if changes := differences(noted, current, names):
+        raise ValueError(
+            f"The prompts of {source} were trained with another configuration of their backbone "
+            f"({changes}). Correct {backbone / hf.CONFIG}, or set --backbone to the backbone that "
+            "the prompts were trained with."
+        )
+    return noted
 
 
 # --- From artifacts ------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ of ours is one more line with a default. JSON is parsed by Python, because our f
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -63,6 +64,44 @@ def parse(content: bytes | str, what: str, advice: str = COPY_AGAIN) -> Any:
     except ValueError as error:
         raise ValueError(f"{what} is not JSON: {error}. {advice}") from error
     return value
+
+
+def sealed(record: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Returns a record of JSON values as it will be read back (tuples become lists, and keys become
+    strings), with the digest of its other fields in `field`."""
+    rest = {name: value for name, value in record.items() if name != field}
+    rest = json.loads(json.dumps(rest))
+    return {**rest, field: _digest(rest)}
+
+
+def check_seal(record: Any, field: str, what: str, advice: str = COPY_AGAIN) -> None:
+    """Compares a record with the digest in its field `field`. Records of earlier versions have
+    none, and pass.
+
+    Args:
+        record: the parsed JSON value.
+        field: the field that `sealed` added.
+        what: the file; the subject of the error's first sentence.
+        advice: what the user can do; the last sentence of the error.
+
+    Raises:
+        ValueError: a field was added, removed, moved or changed after the record was written; the
+            message has both digests.
+    """
+    expected = record.get(field) if isinstance(record, dict) else None
+    if expected is None:
+        return
+    rest = {name: value for name, value in record.items() if name != field}
+    if (actual := _digest(rest)) != expected:
+        raise ValueError(
+            f"{what} was changed after it was written: the sha256 of its other fields is {actual}, "
+            f"but its {field} is {short(expected)}. {advice}"
+        )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    # Unsorted: the first of several metrics is the main one.
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def check_depth(value: Any) -> None:

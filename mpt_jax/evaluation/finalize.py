@@ -28,7 +28,7 @@ from etils import epath
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, model_card, provenance
-from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.core import schema
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs, data_name
@@ -311,6 +311,7 @@ def _write(
         backbone_sha256=initial.backbone_sha256,
         vocabulary_sha256=initial.vocabulary_sha256,
         backbone=job.backbone,
+        backbone_config=backbone_config(model.module.config),
         step=max(outcome.best_step or 0 for outcome in kept.values()),
         metrics=metrics,
         data={n: job.data[n] for n in map(data_name, runs.run_names) if n in job.data},

@@ -34,6 +34,8 @@ from mpt_jax.core import schema
 from mpt_jax.core.comparison import differences
 from mpt_jax.runtime.files import is_local, write_atomic
 
+SEAL = "record_sha256"  # the digest of the other fields of a record
+
 
 class Counts(msgspec.Struct):
     """The schema of a record, except the fields that the caller adds."""
@@ -242,6 +244,7 @@ class ResumableFile:
         record = schema.parse(text or "{}", "the record")
         if not isinstance(record, dict):
             raise TypeError("not a JSON object")
+        schema.check_seal(record, SEAL, "the record", "Undo the change")
         notes = {name: record[name] for name in self.notes}
         if "made_from" in record:
             counts = schema.check(record, Counts, "the record")
@@ -304,6 +307,7 @@ class ResumableFile:
             "bytes": self._bytes,
             **self.notes,
         }
+        record = schema.sealed(record, SEAL)
         write_atomic(self._record, json.dumps(record, indent=2) + "\n")
 
 

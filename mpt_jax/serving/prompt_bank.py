@@ -21,7 +21,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -135,8 +135,9 @@ class Bank:
         self.folded = folded
         self._check(found)
         self._reference = compatibility.representative(found)
-        self._without_digest = compatibility.without_digest(found)
+        self._lacking = compatibility.lacking(found)
         self._served_backbone: str | None = None  # the digest of its weights
+        self._served_config: Mapping[str, Any] | None = None  # its configuration
         self._served_vocabulary: str | None = None  # the vocabulary of requests
         own, longest = self._reference.method, max(x.prompt_length for x in found)
         self.method = PromptTuning(longest) if folded else own
@@ -164,11 +165,12 @@ class Bank:
                 name of one of the artifact's rows.
         """
         self._check([self._reference, artifact])
-        if self._served_backbone is not None:
-            embedding = artifact.config["embedding_sha256"]
-            compatibility.check_backbone(artifact, embedding, self._served_backbone)
-            if without := compatibility.without_digest([artifact]):
-                logging.warning("%s", compatibility.embedding_only(*without))
+        lacking = compatibility.lacking([artifact])
+        if self._served_config is not None:
+            embedding, weights = artifact.config["embedding_sha256"], self._served_backbone
+            compatibility.check_backbone(artifact, embedding, weights, self._served_config)
+            for warning in compatibility.not_compared(*lacking, weights is not None):
+                logging.warning("%s", warning)
         compatibility.check_vocabulary(artifact, self._served_vocabulary)
         length, longest = artifact.prompt_length, self.method.prompt_length
         if length > longest or not self.lengths_differ and length < longest:
@@ -177,7 +179,8 @@ class Bank:
                 f"{longest}. Create a new bank from all artifacts instead of adding to this bank."
             )
         self._append([(artifact, name)])
-        self._without_digest += compatibility.without_digest([artifact])
+        for folders, more in zip(self._lacking, lacking, strict=True):
+            folders += more
         # The first digests that are recorded; later artifacts must agree.
         self._reference = compatibility.representative([self._reference, artifact])
 
@@ -195,6 +198,7 @@ class Bank:
         self,
         embedding_sha256: str,
         backbone_sha256: str | None,
+        backbone_config: Mapping[str, Any],
         warn: Callable[[str], None] = logging.warning,
     ) -> None:
         """Checks that the bank's artifacts were trained with this backbone, as
@@ -203,15 +207,20 @@ class Bank:
         Args:
             embedding_sha256: the digest of the backbone's embedding.
             backbone_sha256: the digest of all its weights; None if it was switched off.
-            warn: called with a line if artifacts do not record the digest of all weights.
+            backbone_config: its configuration, from `backbone_digest.backbone_config`.
+            warn: called with a line if artifacts do not record the digest of all weights or the
+                configuration.
 
         Raises:
             ValueError: the backbone differs; the message shows both values.
         """
-        compatibility.check_backbone(self._reference, embedding_sha256, backbone_sha256)
-        if backbone_sha256 is not None and self._without_digest:
-            warn(compatibility.embedding_only(abbreviate(self._without_digest)))
+        compatibility.check_backbone(
+            self._reference, embedding_sha256, backbone_sha256, backbone_config
+        )
+        for warning in compatibility.not_compared(*self._lacking, backbone_sha256 is not None):
+            warn(warning)
         self._served_backbone = backbone_sha256 or self._served_backbone
+        self._served_config = backbone_config
 
     def check_vocabulary(self, vocabulary_sha256: str | None) -> None:
         """Checks that the bank's artifacts were trained with this vocabulary. Remembers it, to

@@ -29,6 +29,7 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpt_jax.artifacts import artifacts, model_card, provenance
+from mpt_jax.artifacts.backbone_digest import backbone_config
 from mpt_jax.config import trainer_choice
 from mpt_jax.core.shapes import Key, Params
 from mpt_jax.core.tree import by_suffix, flatten, match_exactly, merge, split, unflatten
@@ -337,6 +338,7 @@ class ArtifactHook:
             backbone_sha256=loaded.backbone_sha256,
             vocabulary_sha256=loaded.vocabulary_sha256,
             backbone=host.origins.name,
+            backbone_config=backbone_config(host.model.module.config),
             step=step,
             started_from=loaded.started_from,
             facts=_card_facts(host),

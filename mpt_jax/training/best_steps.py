@@ -25,6 +25,7 @@ from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.runtime.tensors import load_safetensors
 
 FOLDER, HISTORY, PARAMETERS = "best", "history.json", "trainable.safetensors"
+SEAL = "record_sha256"  # in a record, the digest of its other fields
 
 
 class Record(msgspec.Struct):
@@ -80,11 +81,14 @@ class BestSteps:
             parameters = save(leaves)
             self._digest = hashlib.sha256(parameters).hexdigest()
             if self._written is not None:
-                next_record = {**record, "trainable_sha256": self._digest}
-                _replace(history, json.dumps({**self._written, "next": next_record}).encode())
+                content = {**self._written, "next": self._sealed(record)}
+                _replace(history, json.dumps(content).encode())
             _replace(self.folder / PARAMETERS, parameters)
-        self._written = {**record, "trainable_sha256": self._digest}
+        self._written = self._sealed(record)
         _replace(history, json.dumps(self._written).encode())
+
+    def _sealed(self, record: dict[str, Any]) -> dict[str, Any]:
+        return schema.sealed({**record, "trainable_sha256": self._digest}, SEAL)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns (the record, the parameters), read from the folder.
@@ -102,6 +106,9 @@ class BestSteps:
         try:
             record = schema.parse(history.read_bytes(), f"{history}")
             checked = schema.check(record, History, f"{history}")
+            next_record = record.pop("next", None)
+            for sealed in (record, next_record):
+                schema.check_seal(sealed, SEAL, f"{history}", "Undo the change.")
             parameters = path.read_bytes()
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -110,7 +117,6 @@ class BestSteps:
             ) from error
         digest = hashlib.sha256(parameters).hexdigest()
         expected = checked.trainable_sha256 or digest  # earlier versions wrote none
-        next_record = record.pop("next", None)
         if digest != expected and checked.next and checked.next.trainable_sha256 == digest:
             record = next_record  # the run was killed between the two writes
         elif digest != expected:
@@ -118,7 +124,8 @@ class BestSteps:
                 f"{path} does not match its record: its sha256 is {digest}, but {HISTORY} has "
                 f"{expected}. To repair {self.folder}, {advice}"
             )
-        self._written, self._digest = record, digest
+        self._written, self._digest = dict(record), digest
+        record.pop(SEAL, None)
         return record, unflatten(load_safetensors(parameters, f"{path}", f"To repair it, {advice}"))
 
 

@@ -29,7 +29,7 @@ from absl import logging
 
 from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, compatibility
-from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Key
@@ -161,6 +161,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     check = lambda artifact: compatibility.check_compatible(  # noqa: E731
         artifact,
         *digests,
+        backbone_config(model.module.config),
         vocabulary,
         model.prompt.source_prompt_length(artifact.method, artifact.runs),
     )
@@ -357,7 +358,13 @@ def _teachers(
                 f"{error} Set TEACHERS to existing artifacts. To train the teachers, run: "
                 f"{origins.teachers_command}."
             ) from error
-        compatibility.check_compatible(artifact, *digests, vocabulary, model.prompt.prompt_length)
+        compatibility.check_compatible(
+            artifact,
+            *digests,
+            backbone_config(model.module.config),
+            vocabulary,
+            model.prompt.prompt_length,
+        )
         names = zip(artifact.runs.run_names, artifact.runs.task_names, strict=True)
         for (run, task), prompt in zip(names, artifact.folded(), strict=True):
             known.append(_Teacher(run, task, str(path), prompt))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -156,26 +157,54 @@ def test_vocabulary_digest_differs_by_vocabulary():
 
 def test_check_compatible_other_backbone_shows_both_digests(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
-    compatibility.check_compatible(read, DIGEST, None, "v" * 64, P)
+    compatibility.check_compatible(read, DIGEST, None, {}, "v" * 64, P)
     with pytest.raises(ValueError) as error:
-        compatibility.check_compatible(read, "0" * 64, None, "v" * 64, P)
+        compatibility.check_compatible(read, "0" * 64, None, {}, "v" * 64, P)
     assert DIGEST in str(error.value) and "0" * 64 in str(error.value)
     assert str(tmp_path / "a") in str(error.value)
+
+
+CONFIG_OF_T5 = {"mlp_activations": ["relu"], "relative_attention_max_distance": 128}
+
+
+def test_check_compatible_other_configuration_of_backbone_shows_both_values(tmp_path, caplog):
+    saved = save_example(tmp_path / "a", backbone_sha256="b" * 64, backbone_config=CONFIG_OF_T5)
+    read = artifacts.load_artifact(saved)
+    arguments = read, DIGEST, "b" * 64
+    with caplog.at_level("WARNING", logger="absl"):
+        compatibility.check_compatible(*arguments, CONFIG_OF_T5, "v" * 64, P)
+    assert not caplog.messages
+    other = {**CONFIG_OF_T5, "relative_attention_max_distance": 16}
+    with pytest.raises(ValueError) as error:
+        compatibility.check_compatible(*arguments, other, "v" * 64, P)
+    said = str(error.value)
+    assert "(relative_attention_max_distance: saved 128, current 16)" in said
+    assert str(tmp_path / "a") in said and "--config" in said
+    later = {**CONFIG_OF_T5, "of_a_later_version": 1}
+    compatibility.check_compatible(*arguments, later, "v" * 64, P)
+
+
+def test_check_compatible_without_configuration_of_backbone_warns(tmp_path, caplog):
+    read = artifacts.load_artifact(save_example(tmp_path / "a", backbone_sha256="b" * 64))
+    with caplog.at_level("WARNING", logger="absl"):
+        compatibility.check_compatible(read, DIGEST, "b" * 64, CONFIG_OF_T5, "v" * 64, P)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{tmp_path}/a records no backbone_config")
 
 
 def test_check_compatible_other_vocabulary_fails_unknown_passes(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match=f"{'v' * 64}.*{'w' * 64}"):
-        compatibility.check_compatible(read, DIGEST, None, "w" * 64, P)
-    compatibility.check_compatible(read, DIGEST, None, None, P)
+        compatibility.check_compatible(read, DIGEST, None, {}, "w" * 64, P)
+    compatibility.check_compatible(read, DIGEST, None, {}, None, P)
     unknown = artifacts.load_artifact(save_example(tmp_path / "b", vocabulary_sha256=None))
-    compatibility.check_compatible(unknown, DIGEST, None, "w" * 64, P)
+    compatibility.check_compatible(unknown, DIGEST, None, {}, "w" * 64, P)
 
 
 def test_check_compatible_other_prompt_length_fails(tmp_path):
     read = artifacts.load_artifact(save_example(tmp_path / "a"))
     with pytest.raises(ValueError, match="prompts of 4 positions, but this job needs 5"):
-        compatibility.check_compatible(read, DIGEST, None, "v" * 64, P + 1)
+        compatibility.check_compatible(read, DIGEST, None, {}, "v" * 64, P + 1)
 
 
 # --- Damage --------------------------------------------------------------------------------------
@@ -230,9 +259,54 @@ def test_load_artifact_changed_prompts_fail(tmp_path):
     assert config["prompts_sha256"] == hashlib.sha256(whole).hexdigest()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_names": ["rte_s2", "rte_s1", "cb_s1"]},
+        {"step": 121},
+        {"metrics": {"rte_s1": {"accuracy": 99.0}}},
+        {"embedding_sha256": "0" * 64},
+        {"prompts_sha256": None},
+        {"mixture": {}},
+    ],
+)
+def test_load_artifact_with_changed_config_error_shows_both_digests(tmp_path, change):
+    path = save_example(tmp_path / "a")
+    recorded = json.loads((path / CONFIG).read_text())["config_sha256"]
+    edit(path, lambda config: config.update(change))
+    with pytest.raises(ValueError) as error:
+        artifacts.load_artifact(path)
+    said = str(error.value)
+    assert f"{path / CONFIG} was changed after it was written" in said and recorded in said
+    assert re.search(r"is [0-9a-f]{64}, but its config_sha256 is", said) and "Undo" in said
+    edit(path, lambda config: config.pop("config_sha256"))  # as in an earlier version
+    artifacts.load_artifact(path)
+
+
+def test_load_artifact_with_another_router_setting_error(tmp_path):
+    """The arrays fit both settings, which give other prompts."""
+    method = CrossPT(P, ("a", "b"), normalize="sum", private_length=2, compose_by="private_cat")
+    shapes = {"sources": (2, 2, P, H), "private": (3, 2, H), "router": (3, 2), "clock": (2,)}
+    params = {name: RNG.uniform(1, 2, shape).astype("f") for name, shape in shapes.items()}
+    path = save_example(tmp_path / "a", method, params)
+    before = artifacts.load_artifact(path).folded()
+    edit(path, lambda config: config["method_config"].update(normalize="softmax"))
+    with pytest.raises(ValueError, match="config.json was changed after it was written"):
+        artifacts.load_artifact(path)
+    edit(path, lambda config: config.pop("config_sha256"))
+    assert np.abs(artifacts.load_artifact(path).folded() - before).max() > 0.01
+
+
+def test_load_artifact_with_config_of_another_layout_is_read(tmp_path):
+    path = save_example(tmp_path / "a")
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps(config, separators=(",", ":")))
+    assert artifacts.load_artifact(path).config == config
+
+
 def test_load_artifact_without_digest_warns(tmp_path, caplog):
     path = save_example(tmp_path / "a")
-    edit(path, lambda config: config.pop("prompts_sha256"))
+    edit(path, lambda config: (config.pop("prompts_sha256"), config.pop("config_sha256")))
     with caplog.at_level("WARNING", logger="absl"):
         np.testing.assert_array_equal(
             artifacts.load_artifact(path).params["shared"], PARAMS["shared"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -10,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
+from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.convert import load_backbone
 from mpt_jax.core.tree import flatten, unflatten
@@ -94,3 +96,13 @@ def test_shipped_artifacts_record_the_shipped_backbone(artifact):
         recorded = json.load(file)["backbone_sha256"]
     shipped = load_backbone(paths.shipped(name="tiny_t5/checkpoint_10000"))
     assert recorded == backbone_digest(shipped)
+
+
+def test_backbone_config_holds_what_weights_do_not_show():
+    config = T5Config(32, mlp_activations=("silu", "linear"), relative_attention_max_distance=64)
+    found = backbone_config(config)
+    assert found["mlp_activations"] == ["silu", "linear"]
+    assert found["relative_attention_max_distance"] == 64
+    assert json.loads(json.dumps(found)) == found
+    same = dataclasses.replace(config, dtype="bfloat16", scan_layers=True, dropout_rate=0.1)
+    assert backbone_config(same) == found

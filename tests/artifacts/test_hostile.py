@@ -7,6 +7,7 @@ import json
 import pytest
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.core import schema
 from mpt_jax.core.runs import Runs
 from tests.fixtures import saved_artifacts
 
@@ -47,7 +48,8 @@ def test_load_artifact_of_a_wrong_config_error_names_the_field(tmp_path, change,
 def test_load_artifact_of_a_later_version_with_more_fields_is_read(tmp_path):
     path = saved_artifacts.save_example(tmp_path / "a")
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "of_a_later_version": {"x": [1]}}))
+    later = schema.sealed({**config, "of_a_later_version": {"x": [1]}}, artifacts.SEAL)
+    (path / "config.json").write_text(json.dumps(later))
     assert artifacts.load_artifact(path).config["of_a_later_version"] == {"x": [1]}
 
 

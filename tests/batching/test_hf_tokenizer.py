@@ -198,6 +198,8 @@ def test_sentinels_and_pieces_of_the_model_are_no_added_tokens(name, content, tm
         ("special_tokens_map.json", {"eos_token": 5}, "gives eos_token as 5, which is not a text"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": "{"}}, "with the id 'x'"),
         ("tokenizer.json", {"added_tokens": [{"id": 1, "content": [2]}]}, r"added token \[2\]"),
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, r"token '\\ud800', which has half of a"),
+        ("added_tokens.json", {"a\udc00": 7}, r"token 'a\\udc00', which has half of a"),
     ],
 )
 def test_added_tokens_of_another_structure_raise(name, content, message, tmp_path):

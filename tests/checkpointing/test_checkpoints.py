@@ -238,6 +238,13 @@ def test_checkpoints_restore_file_cannot_open_not_corruption(state, tmp_path):
     same(read(tmp_path, state)[0], at(state, 9))
 
 
+def test_checkpoints_deeply_nested_metadata_of_orbax_error_names_the_file(state, tmp_path):
+    write(tmp_path, state, [1])
+    (tmp_path / "checkpoint_1" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
+    with pytest.raises(OSError, match=f"_CHECKPOINT_METADATA file in {tmp_path} is damaged"):
+        Checkpoints(str(tmp_path), read_only=True)
+
+
 def test_checkpoints_set_aside_after_rename_fails_error(state, tmp_path, monkeypatch):
     write(tmp_path, state, [5, 9])
 

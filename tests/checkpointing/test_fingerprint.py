@@ -35,6 +35,29 @@ def test_check_digest_switched_off_compares_embedding(check, caplog):
     assert not caplog.messages, "switching it off was logged when the backbone was loaded"
 
 
+T5 = {"mlp_activations": ["relu"], "relative_attention_max_distance": 128}
+
+
+@pytest.mark.parametrize("check", [check_can_resume, check_can_restore])
+def test_check_other_configuration_of_backbone_error_shows_only_the_field(check, caplog):
+    ours, saved = OURS | {"backbone_config": T5}, OURS | {"backbone_config": {**T5, "new": 1}}
+    with caplog.at_level("WARNING", logger="absl"):
+        check(ours, saved, "RUN")
+    assert not caplog.messages
+    other = OURS | {"backbone_config": {**T5, "relative_attention_max_distance": 16}}
+    field = r"\(backbone_config.relative_attention_max_distance: saved 16, current 128\)"
+    with pytest.raises(ValueError, match=f"RUN was saved with another configuration {field}"):
+        check(ours, other, "RUN")
+
+
+@pytest.mark.parametrize("check", [check_can_resume, check_can_restore])
+def test_check_saved_without_configuration_of_backbone_warns(check, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        check(OURS | {"backbone_config": T5}, OURS, "RUN")
+    (warning,) = caplog.messages
+    assert warning.startswith("RUN records no backbone_config")
+
+
 def made(rows: int | None, digest: str | None = None, **entry) -> dict:
     split = {"rows": rows} | ({"sha256": digest} if digest else {})
     return {"method": "mpt", "data": {"x": {"source": "s", "splits": {"train": split}, **entry}}}

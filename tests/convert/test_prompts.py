@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.backbones.t5 import Transformer
 from mpt_jax.convert import load_backbone, load_hf, save_t5x
 from mpt_jax.core.runs import Runs
@@ -293,6 +293,25 @@ def test_convert_other_weights_same_embedding_fail(backbone, tmp_path, capsys):
     notes.write_text(json.dumps(fields | {"backbone_sha256": "0" * 64}))
     said = refused(capsys, tmp_path / "folded", tmp_path / "new", "--backbone", backbone)
     assert "adapters of several backbones" in said and "backbone_sha256 in" in said
+
+
+def test_convert_other_configuration_of_backbone_fails(backbone, tmp_path, capsys):
+    recorded = backbone_config(load_hf(backbone)[0])
+    convert(write(tmp_path / "a", backbone, backbone_config=recorded), tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "back", "--backbone", backbone)
+    assert artifacts.load_artifact(tmp_path / "back").config["backbone_config"] == recorded
+    notes = tmp_path / "peft" / "mpt_jax.json"
+    fields = json.loads(notes.read_text())
+    distance = fields["backbone_config"].pop("relative_attention_max_distance")
+    fields["backbone_config"]["relative_attention_max_distance"] = distance + 1
+    notes.write_text(json.dumps(fields))
+    said = refused(capsys, tmp_path / "peft", tmp_path / "new", "--backbone", backbone)
+    assert f"(relative_attention_max_distance: saved {distance + 1}, current {distance})" in said
+    del fields["backbone_config"]  # of an earlier version
+    notes.write_text(json.dumps(fields))
+    convert(tmp_path / "peft", tmp_path / "new", "--backbone", backbone)
+    assert f"{tmp_path}/peft records no backbone_config" in capsys.readouterr().out
+    assert artifacts.load_artifact(tmp_path / "new").config["backbone_config"] == recorded
 
 
 def test_convert_adapter_of_earlier_version_warns(backbone, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import msgspec
@@ -77,3 +78,33 @@ def test_damage_changes_errors_of_bytes_and_keeps_errors_of_access():
         raise PermissionError("no access")
     with pytest.raises(MemoryError), schema.damage("F is damaged", "Copy it."):
         raise MemoryError
+
+
+RECORD = {"scores": {"rte": {"accuracy": 50.0, "loss": math.nan}}, "step": 3}
+
+
+def test_check_seal_of_an_unchanged_record_passes():
+    sealed = schema.sealed({**RECORD, "lengths": (1, 2), "history": {3: [None]}}, "seal")
+    assert sealed["lengths"] == [1, 2] and sealed["history"] == {"3": [None]}
+    schema.check_seal(schema.parse(json.dumps(sealed, indent=2), ""), "seal", "FILE")
+    assert schema.sealed(sealed, "seal") == sealed
+    schema.check_seal(RECORD, "seal", "FILE")  # of an earlier version
+    schema.check_seal([], "seal", "FILE")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {**RECORD, "step": 4},
+        {**RECORD, "more": None},
+        {"step": 3},
+        dict(reversed(RECORD.items())),
+        {**RECORD, "scores": {"rte": {"loss": math.nan, "accuracy": 50.0}}},
+    ],
+)
+def test_check_seal_of_a_changed_record_error_shows_both_digests(changed):
+    seal = schema.sealed(RECORD, "seal")["seal"]
+    with pytest.raises(ValueError, match=f"FILE was changed .* [0-9a-f]{{64}}, .*{seal}. Copy"):
+        schema.check_seal({**changed, "seal": seal}, "seal", "FILE", "Copy it.")
+    with pytest.raises(ValueError, match=r"its seal is \[1\]"):
+        schema.check_seal({**RECORD, "seal": [1]}, "seal", "FILE")

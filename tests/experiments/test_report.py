@@ -1,6 +1,7 @@
 """Report: figures by hand, missing data, and a self-contained page."""
 
 import dataclasses
+import json
 import math
 import re
 from xml.etree import ElementTree
@@ -402,3 +403,25 @@ def test_page_names_scores_of_constant_predictions(root, tmp_path):
     scores.pop("toy_rte")
     page = page_of(root, [Result("MPT", 32, scores, 1.0, 1.0, (str(root / "b"),), (0, 1))])
     assert "constant answer" not in page
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"folder": "train", "loss": 1.0}, "it is incomplete: it lacks step"),
+        ({"folder": "train", "step": 1, "loss": None}, "it has"),
+        ({"folder": 3, "step": 1}, "it has folder = 3, but a string was expected"),
+        ({"folder": "train", "step": 1.5}, "it has step = 1.5, but an integer was expected"),
+    ],
+)
+def test_run_reader_damaged_metrics_error_names_the_line(tmp_path, line, problem):
+    good = {"folder": "train", "step": 1, "loss": 1.0}
+    lines = "".join(json.dumps(x) + "\n" for x in (good, line))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    for read in (run_reader.last, run_reader.curves):
+        with pytest.raises(ValueError, match=f"Line 2 of .*metrics.jsonl is damaged: {problem}"):
+            read(tmp_path)
+    (tmp_path / "inference_eval").mkdir()
+    (tmp_path / "inference_eval" / "rte-metrics.jsonl").write_text('{"accuracy": 50.0}\n')
+    with pytest.raises(ValueError, match="rte-metrics.jsonl is damaged: it is incomplete"):
+        run_reader.evaluations(tmp_path)

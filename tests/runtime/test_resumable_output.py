@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mpt_jax.runtime.resumable_output import Refused, ResumableFile
+from mpt_jax.core import schema
+from mpt_jax.runtime.resumable_output import SEAL, Refused, ResumableFile
 from tests.fixtures import fake_gcs
 
 MADE_FROM = {"mode": "predict", "step": 3}
@@ -46,7 +47,7 @@ def test_resumable_file_lines_after_record_truncated(path, tmp_path):
     found = contents(tmp_path)
     assert sorted(found) == ["out", "out.COMPLETED"] and found["out"] == "a\nb\nü\n"
     record = {"made_from": MADE_FROM, "lines": 3, "bytes": 7}
-    assert json.loads(found["out.COMPLETED"]) == record
+    assert json.loads(found["out.COMPLETED"]) == schema.sealed(record, SEAL)
     whole = output(path)
     assert whole.is_complete() and whole.begin() is None and contents(tmp_path) == found
 
@@ -157,3 +158,21 @@ def test_resumable_file_full_disk_resumes_before_failed_lines(tmp_path, monkeypa
     assert again.begin() == 1
     again.close()
     assert (tmp_path / "out.partial").read_text() == "a\n"
+
+
+def test_resumable_file_with_changed_record_refused(path, tmp_path):
+    """Otherwise an example would be answered twice."""
+    first = output(path)
+    first.begin()
+    first.append(["a", "b"])
+    first.close()
+    record = tmp_path / "out.partial_of"
+    record.write_text(record.read_text().replace('"lines": 2', '"lines": 1'))
+    with pytest.raises(Refused, match="partial_of cannot be read .* its record_sha256 is"):
+        output(path).begin()
+    fields = json.loads(record.read_text())
+    del fields[SEAL]  # of an earlier version
+    record.write_text(json.dumps({**fields, "lines": 2}))
+    again = output(path)
+    assert again.begin() == 2
+    again.close()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax.artifacts import artifacts
+from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import get_method, method_names
 from mpt_jax.prompts.attempt import ATTEMPT
@@ -329,15 +329,16 @@ def test_bank_weights_checked_and_missing_digests_named(tmp_path):
         [write(tmp_path / "a", ["x"]), write(tmp_path / "b", ["y"], backbone_sha256="b" * 64)]
     )
     with pytest.raises(ValueError, match="weights is b{64}, .* weights is c{64}"):
-        joined.check_backbone("e" * 64, "c" * 64)
+        joined.check_backbone("e" * 64, "c" * 64, {})
     said: list[str] = []
-    joined.check_backbone("e" * 64, "b" * 64, said.append)
-    assert len(said) == 1 and said[0].startswith(f"{tmp_path}/a records no backbone_sha256")
+    joined.check_backbone("e" * 64, "b" * 64, {}, said.append)
+    assert said[0].startswith(f"{tmp_path}/a records no backbone_sha256")
+    assert said[1:] == [compatibility.weights_only(f"{tmp_path}/b")]
 
 
 def test_bank_served_backbone_binds_later_artifacts(tmp_path, caplog):
     joined = Bank([write(tmp_path / "a", ["x"])])
-    joined.check_backbone("e" * 64, "b" * 64)
+    joined.check_backbone("e" * 64, "b" * 64, {})
     with pytest.raises(ValueError, match="b was trained on another backbone.*c{64}.*b{64}"):
         joined.add(write(tmp_path / "b", ["y"], backbone_sha256="c" * 64))
     assert joined.names == ("x",)
@@ -400,3 +401,27 @@ def test_bank_load_uses_given_names(tmp_path):
     write(tmp_path / "a", ["x"])
     loaded = Bank.load([Named(str(tmp_path / "a"), "y")])
     assert loaded.names == ("y",) and isinstance(loaded.method, get_method("mpt"))
+
+
+T5 = {"mlp_activations": ["relu"], "relative_attention_max_distance": 128}
+
+
+def test_bank_configuration_of_backbone_checked_and_binds_later_artifacts(tmp_path, caplog):
+    known = {"backbone_sha256": "b" * 64, "backbone_config": T5}
+    joined = Bank([write(tmp_path / "a", ["x"], **known)])
+    other = {**T5, "mlp_activations": ["gelu"]}
+    message = r"\(mlp_activations: saved \['relu'\], current \['gelu'\]\)"
+    with pytest.raises(ValueError, match=f"a was trained with another configuration .*{message}"):
+        joined.check_backbone("e" * 64, "b" * 64, other)
+    joined.check_backbone("e" * 64, "b" * 64, T5)
+    with pytest.raises(ValueError, match="their configuration of the backbone differs"):
+        joined.add(write(tmp_path / "b", ["y"], **{**known, "backbone_config": other}))
+    with caplog.at_level("WARNING", logger="absl"):
+        joined.add(write(tmp_path / "c", ["z"], backbone_sha256="b" * 64))
+    assert f"{tmp_path}/c records no backbone_config" in caplog.text
+    unknown = Bank([write(tmp_path / "d", ["x"], backbone_sha256="b" * 64)])
+    said: list[str] = []
+    unknown.check_backbone("e" * 64, "b" * 64, T5, said.append)
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}/d records no backbone_config")
+    with pytest.raises(ValueError, match="b was trained with another configuration"):
+        unknown.add(artifacts.load_artifact(tmp_path / "b"))

@@ -1,5 +1,6 @@
 """Each group's best step, its patience, and the files that store it."""
 
+import json
 import math
 import types
 
@@ -367,3 +368,16 @@ def test_select_best_run_unscored_in_scored_group_is_left_out_of_mean(tmp_path):
     del found["cb_s1"]
     select.run(state(10, 10), found)
     assert select.best_group_scores() == [50, 40] and set(select.scores) == {"rte_s1", "rte_s2"}
+
+
+def test_best_steps_changed_record_error_and_unsealed_record_is_read(tmp_path):
+    select = SelectBest(MODEL, str(tmp_path))
+    select.run(state(10, 1), scores(50, 60, 60))
+    history = tmp_path / best_steps.FOLDER / best_steps.HISTORY
+    written = json.loads(history.read_text())
+    history.write_text(json.dumps(written | {"scores": {"rte_s1": {"accuracy": 99.0}}}))
+    with pytest.raises(ValueError, match="history.json was changed .* its record_sha256 is"):
+        best_steps.BestSteps(str(tmp_path)).read()
+    del written[best_steps.SEAL]
+    history.write_text(json.dumps(written))
+    assert best_steps.BestSteps(str(tmp_path)).read()[0] == written

@@ -6,6 +6,7 @@ inserts the prompt rows, and passes the embeddings and a mask to `encode`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -414,6 +415,11 @@ class Transformer(nn.Module):
 
 def parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter by its path name, without creating arrays."""
+    return dict(_parameter_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes a second or more
+def _parameter_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
     variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, mask, tokens)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mpt_jax.artifacts import artifacts
 from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.core import schema
@@ -23,7 +25,21 @@ METRICS, RECORD, ARTIFACT = "metrics.jsonl", "run.jsonl", "artifact"
 TEACHERS = ("pt_source", "teachers")
 STUDENTS = ("mpt_source", "mpt_source_s0")
 
+ADVICE = "Repair the line, or remove it to make the report without it."
+
 Curve = Mapping[int, float]  # step -> value
+
+
+class Evaluated(msgspec.Struct):
+    """The schema of a line of an evaluation's metrics; the other fields are numbers."""
+
+    step: schema.Count
+
+
+class Logged(Evaluated):
+    """The schema of a line of metrics.jsonl; the other fields are numbers."""
+
+    folder: str
 
 
 def own(root: Path, result: Result) -> list[Path]:
@@ -59,7 +75,7 @@ def curves(model_dir: Path, metric: str = "loss", folder: str = "train") -> dict
     Reads the lines of one folder of the log, such as `train` or `training_eval/<mixture>`.
     """
     curves: dict[str, dict[int, float]] = {}
-    for line in _lines(model_dir / METRICS):
+    for line in _metrics(model_dir / METRICS, Logged):
         if line["folder"] != folder:
             continue
         runs = [name for name in line if name.startswith(f"{metric}/")]
@@ -72,7 +88,7 @@ def last(model_dir: Path) -> dict[str, float]:
     """Returns the last value of every training metric. All lines are read, because later lines
     lack the runs that finished early."""
     values: dict[str, float] = {}
-    for line in _lines(model_dir / METRICS):
+    for line in _metrics(model_dir / METRICS, Logged):
         if line.pop("folder") == "train":
             values |= {name: float(value) for name, value in line.items()}
     return values
@@ -91,7 +107,7 @@ def evaluations(model_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
     by_run: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted((model_dir / "inference_eval").glob("*-metrics.jsonl")):
         by_step = by_run[path.name.removesuffix("-metrics.jsonl")] = {}
-        for line in _lines(path):
+        for line in _metrics(path, Evaluated):
             step = line.pop("step")
             by_step[step] = {name: float(value) for name, value in line.items()}
     return by_run
@@ -109,17 +125,31 @@ def artifact(model_dir: Path) -> Artifact | None:
 
 def records(model_dir: Path) -> list[Mapping[str, Any]]:
     """Returns the records in run.jsonl, one for each start of the job."""
-    return list(_lines(model_dir / RECORD))
+    return [line for _, line in _lines(model_dir / RECORD)]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects in a JSON Lines file. A missing file counts as empty.
+def _metrics(path: Path, kind: type[Evaluated]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a file of metrics: the fields of `kind`, and numbers.
 
     Raises:
-        ValueError: a line is not valid JSON.
+        ValueError: a line is not valid JSON, lacks a field, or a value is not a number.
+    """
+    for what, line in _lines(path):
+        schema.check(line, kind, what, ADVICE)
+        metrics = {name: x for name, x in line.items() if name not in kind.__struct_fields__}
+        schema.check(metrics, dict[str, float], what, ADVICE)
+        yield line
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects in a JSON Lines file, each after its name in errors. A missing file counts
+    as empty.
+
+    Raises:
+        ValueError: a line is not valid JSON, or not an object.
     """
     if not path.exists():
         return
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        advice = "Repair the line, or remove it to make the report without it."
-        yield schema.load(line, dict[str, Any], f"Line {number} of {path} is damaged: it", advice)
+        what = f"Line {number} of {path} is damaged: it"
+        yield what, schema.load(line, dict[str, Any], what, ADVICE)

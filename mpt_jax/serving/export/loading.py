@@ -19,6 +19,7 @@ CONFIG = "config.json"
 BACKBONE = "backbone.safetensors"
 PROMPTS = "prompts.safetensors"
 FORMAT = 1
+SEAL = "config_sha256"  # the digest of the other fields of config.json
 MOST_NAMED = 20  # names that an error lists; it only counts the others
 # The dtypes that are written. safetensors' reader of bytes, unlike that of files, has no bfloat16.
 DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "I32": np.int32}
@@ -59,6 +60,7 @@ class Exported:
                 f"MPT-JAX reads {FORMAT}. Export the prompts again with this version."
             )
         _check_config(self.config, self.folder / CONFIG)
+        _check_seal(self.config, self.folder / CONFIG)
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
         self.prompts = self._arrays(self.folder / PROMPTS, PROMPTS)
@@ -177,6 +179,19 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object. {ADVICE}")
     return config
+
+
+def _check_seal(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError if config.json does not have the digest that it records; see
+    `mpt_jax.core.schema.sealed`. Exports of earlier versions record none."""
+    content = json.dumps({name: value for name, value in config.items() if name != SEAL})
+    digest, expected = hashlib.sha256(content.encode()).hexdigest(), config.get(SEAL)
+    if expected not in (None, digest):
+        raise ValueError(
+            f"{path} was changed after it was written: the sha256 of its other fields is {digest}, "
+            f"but its {SEAL} is {str(expected)[:80]}. Undo the change, copy the file again, or "
+            "export the prompts again."
+        )
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:

@@ -22,9 +22,11 @@ from jax import export
 from safetensors.numpy import save
 
 import mpt_jax
+from mpt_jax.artifacts.backbone_digest import backbone_config
+from mpt_jax.core import schema
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.runtime.files import new_folder
-from mpt_jax.serving.export.loading import BACKBONE, CONFIG, FORMAT, PROMPTS
+from mpt_jax.serving.export.loading import BACKBONE, CONFIG, FORMAT, PROMPTS, SEAL
 from mpt_jax.serving.predict.backbone import Backbone
 from mpt_jax.serving.predict.compiled import Functions
 from mpt_jax.serving.prompt_bank import Bank
@@ -115,10 +117,12 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
         "backbone": bank.config["backbone"],
         "embedding_sha256": backbone.embedding_sha256,
         "backbone_sha256": backbone.backbone_sha256,
+        "backbone_config": backbone_config(config),
         "vocabulary_sha256": backbone.vocabulary_sha256,
         "files_sha256": digests | {BACKBONE: hashlib.sha256(weights).hexdigest()},
         "versions": {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__},
     }
+    record = schema.sealed(record, SEAL)
     with new_folder(folder) as scratch:
         for name, data in (files | ({BACKBONE: weights} if settings.weights else {})).items():
             (scratch / name).write_bytes(data)

@@ -21,7 +21,7 @@ from typing import BinaryIO, NoReturn
 
 from absl import logging
 
-from mpt_jax.artifacts.backbone_digest import FIELD
+from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_config
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.resumable_output import Refused
 from mpt_jax.serving.predict.progress import Progress, say
@@ -116,13 +116,14 @@ def _output(server: Server, args: argparse.Namespace) -> Output:
         "bank_sha256": server.bank.digest(),
         "embedding_sha256": server.backbone.embedding_sha256,
         FIELD: server.backbone.backbone_sha256,
+        CONFIG_FIELD: backbone_config(server.backbone.config),
         "vocabulary_sha256": server.backbone.vocabulary_sha256,
         "dtype": args.dtype,
         "input_length": args.input_length,
         "target_length": args.target_length,
         "truncate": args.truncate,
     }
-    return File(Path(args.output), made_from, optional=[FIELD])
+    return File(Path(args.output), made_from, optional=[FIELD, CONFIG_FIELD])
 
 
 def _opened(path: str) -> BinaryIO:

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.artifacts.backbone_digest import backbone_digest
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.batching import tokenizers
 from mpt_jax.batching.tokenizers import Tokenizer
@@ -76,8 +76,8 @@ def load(  # noqa: PLR0913 - each is an option of the command
     Raises:
         FileNotFoundError: the backbone or the vocabulary does not exist.
         ValueError: the backbone or the vocabulary cannot be read; the prompts were trained with
-            others, and the message shows both digests; or the vocabulary has more ids than the
-            backbone embeds.
+            others, or with another configuration, and the message shows both values; or the
+            vocabulary has more ids than the backbone embeds.
     """
     shipped = path is None
     path = paths.shipped(name=SHIPPED[0]) if path is None else path
@@ -92,7 +92,7 @@ def load(  # noqa: PLR0913 - each is an option of the command
             "--backbone to its Hugging Face folder or T5X checkpoint."
         )
     weights = backbone_digest(params) if digest_backbone else None
-    bank.check_backbone(digest, weights, warn)
+    bank.check_backbone(digest, weights, backbone_config(shape), warn)
     if weights is None:
         warn(
             "Only the backbone's embedding was compared with that of the prompts, since the digest "

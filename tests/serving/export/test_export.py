@@ -231,6 +231,19 @@ def test_export_changed_or_missing_file_fails(folder, tmp_path):
         export.load(tmp_path)
 
 
+def test_export_changed_config_fails_and_config_of_earlier_version_is_read(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "exported", copy)
+    config = json.loads((copy / "config.json").read_text())
+    swapped = config | {"names": config["names"][::-1]}
+    (copy / "config.json").write_text(json.dumps(swapped))
+    with pytest.raises(ValueError, match="config.json was changed .* its config_sha256 is"):
+        export.load(copy)
+    del swapped["config_sha256"]
+    (copy / "config.json").write_text(json.dumps(swapped))
+    assert export.load(copy).names == swapped["names"]
+
+
 @pytest.mark.parametrize("row", [-1, 3, 1000])
 def test_export_unknown_row_fails(row, folder):
     loaded = export.load(folder / "exported")  # of three tasks, in a bank with room for four

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from mpt_jax.artifacts.backbone_digest import backbone_digest
 from mpt_jax.batching import tokenizers
-from mpt_jax.convert import load_backbone, save_t5x
+from mpt_jax.convert import backbones, load_backbone, save_hf, save_t5x
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.runtime import paths
 from mpt_jax.serving.predict import __main__ as command
@@ -162,7 +163,7 @@ def test_backbone_load_vocabulary_beside_backbone_is_used(tmp_path):
 def test_backbone_load_without_path_other_backbone_fails(tmp_path):
     shutil.copytree(SOURCE, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    config |= {"embedding_sha256": "f" * 64, "backbone": "t5-base"}
+    config |= {"embedding_sha256": "f" * 64, "backbone": "t5-base", "config_sha256": None}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="'t5-base'.*f{64}.*--backbone"):
         backbone.load(Bank.load([Named(str(tmp_path / "a"))]))
@@ -189,19 +190,35 @@ def test_predict_command_other_weights_same_embedding_refused(run, other_weights
     assert "Only the backbone's embedding was compared" in said
 
 
+def test_predict_command_other_configuration_of_backbone_refused(run, tmp_path):
+    """The same weights, with other positions. The recorded configuration is that of the shapes."""
+    config, params = backbones.read(epath.Path(SHIPPED), None, lambda _: None)
+    folder = save_hf(tmp_path / "t5", config, params)
+    vocabulary = ["--vocabulary", paths.shipped(name="toy.model"), "--extra-ids", "16"]
+    code, answers, said = run("--backbone", str(folder), *vocabulary, lines=REQUESTS[:1])
+    assert code == 0 and len(answers) == 1 and "backbone_config" not in said
+    fields = json.loads((folder / "config.json").read_text())
+    fields["relative_attention_max_distance"] = 17
+    (folder / "config.json").write_text(json.dumps(fields))
+    code, answers, said = run("--backbone", str(folder), *vocabulary, lines=REQUESTS[:1])
+    assert (code, answers) == (2, [])
+    assert "(relative_attention_max_distance: saved 128, current 17)" in said
+    assert "--config" in said
+
+
 def test_predict_command_old_artifact_and_output_are_read_with_a_warning(run, tmp_path):
     """Neither an artifact nor a record of an earlier version has a digest of all weights."""
     shutil.copytree(SOURCE, tmp_path / "old")
     path = tmp_path / "old" / "config.json"
     config = json.loads(path.read_text())
-    del config["backbone_sha256"]
+    del config["backbone_sha256"], config["config_sha256"]
     path.write_text(json.dumps(config))
     output = ["--output", str(tmp_path / "out.jsonl")]
     code, _, said = run(*output, lines=REQUESTS[:1], prompts=[str(tmp_path / "old")])
     assert code == 0 and said.count(f"{tmp_path}/old records no backbone_sha256") == 1
     record = tmp_path / "out.jsonl.COMPLETED"
     fields = json.loads(record.read_text())
-    assert fields["made_from"].pop("backbone_sha256")
+    assert fields["made_from"].pop("backbone_sha256") and fields.pop("record_sha256")
     record.write_text(json.dumps(fields))
     code, _, said = run(*output, lines=REQUESTS[:1], prompts=[str(tmp_path / "old")])
     assert code == 0 and "is already complete" in said
