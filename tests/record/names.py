@@ -57,6 +57,7 @@ ADDED = frozenset(
         "backbone_config",
         "backbone_sha256",
         "config_sha256",
+        "record_sha256",
         "config.t5_config.checkpoint",
         "constant_prediction",
         "data",
