@@ -168,6 +168,15 @@ def test_t5_config_without_name_or_folder_is_t5_base(checkpoint):
 
 
 @pytest.mark.parity
+def test_read_architecture_knows_every_generation_setting_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokens = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    settings = transformers.GenerationConfig(**tokens)
+    folder = folder_of(tmp_path / "t5", generation=settings.to_dict())
+    assert read_architecture(epath.Path(folder / "config.json"))["emb_dim"] == 16
+
+
+@pytest.mark.parity
 def test_architecture_knows_every_field_of_transformers():
     """A new field of transformers must be judged: used, required, or irrelevant."""
     transformers = pytest.importorskip("transformers")
