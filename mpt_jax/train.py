@@ -14,14 +14,14 @@ from typing import Any
 from absl import logging
 
 from mpt_jax.checkpointing import checkpoint_config, run_lock
-from mpt_jax.config import gin_utils
+from mpt_jax.config import gin_check, gin_utils
 from mpt_jax.data import datasets, validation
 from mpt_jax.evaluation import metric_writers
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.runtime.preemption import stop_requests
-from mpt_jax.training import optimizers, selection
+from mpt_jax.training import optimizers, selection, train_step
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
 from mpt_jax.training_job import (
@@ -114,7 +114,7 @@ def train(
     )
     _check_settings(model, checkpoint_cfg, total_steps)
     data_cfgs = (train_dataset_cfg, train_eval_dataset_cfg, infer_eval_dataset_cfg)
-    _check_data_settings(*data_cfgs, partitioner.num_shards)
+    _check_data_settings(*data_cfgs, partitioner.num_shards, trainer_cls)
     compilation_cache.enable()
     seed, started = random_seed or 0, time.monotonic()
     save_cfg = checkpoint_cfg.save or checkpoint_config.SaveCheckpointConfig()
@@ -207,12 +207,16 @@ def _check_data_settings(
     loss_cfg: datasets.DatasetConfig | None,
     infer_cfg: datasets.DatasetConfig | None,
     num_shards: int,
+    trainer_cls: Callable[..., Trainer],
 ) -> None:
     rows = "PACKED_ROWS" if train_cfg.pack else "BATCH_SIZE"
     settings = {rows: (train_cfg, loss_cfg), "EVAL_BATCH_SIZE": (infer_cfg,)}
     for setting, cfgs in settings.items():
         for cfg in filter(None, cfgs):
             validation.check_settings(cfg, setting, num_shards)
+    # The trainer, which has this setting, is made after the data and the backbone have been read.
+    if (parts := gin_check.bound_argument(trainer_cls, "num_microbatches")) is not None:
+        train_step.check_microbatches(train_cfg.batch_size, parts)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.convert import load_backbone, save_t5x
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, unflatten
+from mpt_jax.data import datasets
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.evaluation import finalize
 from mpt_jax.models import encoder_decoder, losses
@@ -238,6 +240,21 @@ def test_train_ineffective_settings_error(backbone, tmp_path):
     for setting in ({"use_hardware_rng": True}, {"gc_period": 5}, {"relative_steps": 3}):
         with pytest.raises(ValueError, match="would have no effect"):
             run(backbone, tmp_path / "run", **setting)
+
+
+@pytest.mark.parametrize(("parts", "message"), [(4, "of 6 rows .* 4 micro"), (0, "0 micro")])
+def test_train_microbatches_that_do_not_divide_batch_error_before_data_is_read(
+    backbone, tmp_path, monkeypatch, parts, message
+):
+    read = []
+    monkeypatch.setattr(datasets, "train_iterator", lambda *args, **kwargs: read.append(args))
+    with pytest.raises(ValueError, match=message):
+        run(
+            backbone,
+            tmp_path / "run",
+            trainer_cls=functools.partial(Trainer, num_microbatches=parts),
+        )
+    assert not read and not (tmp_path / "run").exists()
 
 
 def test_train_three_stages_start_from_artifacts(backbone, tmp_path):

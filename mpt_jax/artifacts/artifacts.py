@@ -30,7 +30,7 @@ from mpt_jax.core import schema
 from mpt_jax.core.old_names import current_keys, existing_folder
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
-from mpt_jax.core.tree import flatten, match_exactly, unflatten
+from mpt_jax.core.tree import check_floats, flatten, match_exactly, unflatten
 from mpt_jax.prompts.base import PromptContext, PromptMethod, method_from_config
 from mpt_jax.prompts.materialize import materialize, plain_prompts, plain_weights
 from mpt_jax.runtime.files import replace_folder
@@ -272,6 +272,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     method = method_from_config(checked.method, checked.method_config, f"{path / CONFIG}")
     runs = Runs(checked.task_names, checked.run_names, checked.groups)
     _check_params(path, method, runs, leaves)
+    check_floats(leaves, f"{path / TENSORS}", COPY_AGAIN)
     # Last, since the other checks say what is wrong.
     schema.check_seal(written, SEAL, f"{path / CONFIG}", UNDO)
     params = unflatten({name: jnp.asarray(leaf) for name, leaf in leaves.items()})

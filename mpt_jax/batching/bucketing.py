@@ -34,7 +34,7 @@ class LengthBuckets:
         decoder: the lengths of the decoder; the last is the full length.
 
     Raises:
-        ValueError: the lengths of a side are not all positive, or not strictly increasing.
+        ValueError: a side has no lengths, or they are not all positive or not strictly increasing.
     """
 
     encoder: tuple[int, ...]
@@ -42,10 +42,11 @@ class LengthBuckets:
 
     def __post_init__(self):
         for side, lengths in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+            if not lengths or list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
                 raise ValueError(
-                    f"The {side} lengths of the length buckets must be positive and strictly "
-                    f"increasing, got {lengths}. Correct DatasetConfig.length_buckets."
+                    f"The {side} lengths of the length buckets must be one or more positive, "
+                    f"strictly increasing numbers, got {lengths}. Correct "
+                    "DatasetConfig.length_buckets."
                 )
 
     def trim(self, batch: Mapping[str, np.ndarray], targets: bool = True) -> Batch:

@@ -8,7 +8,9 @@ module and `gin_errors` read gin's tables, which are not public.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -291,6 +293,18 @@ def is_bound(function: Callable[..., Any]) -> bool:
     """Whether the parsed files bind any parameter of a function."""
     selectors = {selector for _, selector in gin_config._CONFIG}
     return any(gin_config._REGISTRY[selector].wrapped is function for selector in selectors)
+
+
+def bound_argument(factory: Callable[..., Any], parameter: str) -> Any:
+    """Returns the value that a function or class is called with if its caller passes none: that of
+    a `functools.partial`, or of the parsed files if gin passed on `factory`. None if there is
+    none."""
+    if isinstance(factory, functools.partial):
+        return factory.keywords.get(parameter, bound_argument(factory.func, parameter))
+    for known in gin_config._INVERSE_REGISTRY.values():
+        if known.wrapper is factory:
+            return copy.deepcopy(gin_config._get_bindings(known.selector).get(parameter))
+    return None
 
 
 def _bound_macros() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mpt_jax.convert import detect, hf, load_backbone, load_t5x, parity, peft
 from mpt_jax.convert.hf_weights import read_file
 from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.tree import flatten
+from mpt_jax.core.tree import check_floats, flatten
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runtime.files import new_folder
 from mpt_jax.runtime.tensors import load_npy
@@ -103,7 +103,8 @@ def read_prompts(source: epath.Path) -> peft.Adapter:
     """Reads the prompts of a source as parameters of MPT or prompt tuning; see `to_artifact`.
 
     Raises:
-        FileNotFoundError, ValueError: the source cannot be read, or holds no prompts.
+        FileNotFoundError, ValueError: the source cannot be read, holds no prompts, or holds prompts
+            that are not finite.
     """
     kind = detect.recognize(source)
     if kind not in _READERS:
@@ -111,7 +112,9 @@ def read_prompts(source: epath.Path) -> peft.Adapter:
             f"{source} has format {kind!r}, which holds no prompts of other programs. Give prompts "
             f"in one of the formats {', '.join(_READERS)}."
         )
-    return _READERS[kind](source)
+    adapter = _READERS[kind](source)
+    check_floats(adapter.params, f"{source}", "Copy the prompts again, or train them again.")
+    return adapter
 
 
 def _read_peft(source: epath.Path) -> peft.Adapter:

@@ -25,7 +25,8 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
     """Imports the modules that register tasks.
 
     Raises:
-        ValueError: a module does not exist, or is the name of a file.
+        ValueError: a module does not exist, is the name of a file, or imports this library's suites
+            by a name of an earlier version.
     """
     for module in modules:
         if module.endswith(".py"):
@@ -36,8 +37,16 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
             )
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module + ".").startswith(error.name + "."):
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name is not None
+            if not absent or not (module + ".").startswith(f"{error.name}."):
+                if (error.name or "").split(".")[0] in ("tasks", "mpt_jax"):
+                    raise ValueError(
+                        f"The task suite {module} cannot be imported ({error}). In it, import the "
+                        "suites of MPT-JAX from mpt_jax.tasks, such as `from mpt_jax.tasks import "
+                        "files`: `tasks` is the name of a module of yours if you have one, and "
+                        "tasks.jsonl of earlier versions is now mpt_jax.tasks.files."
+                    ) from error
                 raise
             named = ", so some of these tasks may be missing: " + ", ".join(task_names)
             raise ValueError(

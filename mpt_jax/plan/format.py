@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpt_jax.plan.hlo import Cost
-from mpt_jax.plan.steps import DoesNotFit, MeshLayout, StepCost
+from mpt_jax.core import schema
+from mpt_jax.plan.steps import DoesNotFit, StepCost
 
 NOTE = (
     "The TPU compiler's estimates, per chip and step; nothing was run. accessed: all reads and "
@@ -117,12 +117,13 @@ def as_json(found: Sequence[StepCost | DoesNotFit]) -> list[dict[str, Any]]:
 
 
 def from_json(record: Mapping[str, Any]) -> StepCost:
-    """Returns the `StepCost` in a record of `as_json`. Derived figures are computed again."""
-    fields = {field.name: record[field.name] for field in dataclasses.fields(StepCost)}
-    cost = dict(fields["cost"])
-    for name in ("collectives", "kernels"):  # JSON has no tuples
-        cost[name] = {kind: tuple(numbers) for kind, numbers in cost[name].items()}
-    return StepCost(**fields | {"choice": MeshLayout(**fields["choice"]), "cost": Cost(**cost)})
+    """Returns the `StepCost` in a record of `as_json`. Derived figures are computed again.
+
+    Raises:
+        ValueError: a field is missing or has another type.
+    """
+    advice = "Compile the step again, with `mpt-jax plan --json`."
+    return schema.check(record, StepCost, "The record of a plan", advice)
 
 
 def derived(each: StepCost | DoesNotFit) -> dict[str, Any]:

@@ -242,13 +242,33 @@ class FewShotSource(seqio.DataSource):
         return np.arange(self._num_rows(split))
 
     def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
-        """Returns the label number of each row [n], after one pass over the split."""
+        """Returns the label number of each row [n], after one pass over the split.
+
+        Raises:
+            ValueError: a row's target is not one of the labels, or the task's preprocessors do not
+                make one example of each row.
+        """
         stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
         number = {label.encode(): i for i, label in enumerate(labels)}
         with task_lookup.explain_missing_data(self._task, split):
-            row_labels = [number[target] for target in targets.as_numpy_iterator()]
-        return np.array(row_labels)[self._positions(split)]
+            found = list(targets.as_numpy_iterator())
+        positions = self._positions(split)
+        if len(found) != len(positions):
+            raise ValueError(
+                f"{self.draw.name} cannot draw rows of each label: the preprocessors of task "
+                f"{self._task.name!r} make {len(found):,} examples of the {len(positions):,} rows "
+                f"of its {split} split, so a row has no single label. Use "
+                f"{dataclasses.replace(self.draw, per_class=False).name} to draw from all rows."
+            )
+        if strange := [target for target in found if target not in number]:
+            raise ValueError(
+                f"Task {self._task.name!r} declares the labels {tuple(labels)}, but "
+                f"{len(strange):,} of the {len(found):,} rows of its {split} split have other "
+                f"targets, such as {strange[0].decode(errors='replace')!r}. Correct the labels or "
+                "the targets."
+            )
+        return np.array([number[target] for target in found])[positions]
 
 
 def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -131,15 +131,27 @@ def _object(line: bytes) -> Row | Unusable:
     if _too_deep(line):
         return Unusable(f"nested more than {MAX_DEPTH} levels deep; flatten the row")
     # Numbers keep their spelling. NaN and Infinity are not JSON, and become null.
-    parse: dict[str, Any] = {"parse_int": str, "parse_float": str}
+    parse: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": lambda _: None}
     try:
-        row = json.loads(line.decode().rstrip(), **parse, parse_constant=lambda _: None)
+        row = json.loads(line.decode().rstrip(), **parse, object_pairs_hook=_unique_keys)
+    except Unusable as error:
+        return error
     except UnicodeDecodeError as error:
         return _not_utf8(error.object[error.start])
     except json.JSONDecodeError as error:
         return Unusable(f"not JSON: {error.msg}, at character {error.colno}{_line_end_hint(line)}")
     if not isinstance(row, dict):
         return Unusable(f"not a JSON object: {line.decode().strip()[:40]!r}")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, of which Python would keep the last of several equal keys."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise Unusable("repeated in the row; keep one of the values", repeated)
     return row
 
 

@@ -131,13 +131,22 @@ def _interleave(x: Array, parts: int) -> Array:
     Raises:
         ValueError: the number of rows is not a multiple of `parts`.
     """
-    if x.shape[0] % parts:
-        raise ValueError(
-            f"A batch of {x.shape[0]} rows does not divide into {parts} microbatches. Set "
-            f"trainer.Trainer.num_microbatches to a divisor of {x.shape[0]}, or BATCH_SIZE to a "
-            f"multiple of {parts}."
-        )
+    check_microbatches(x.shape[0], parts)
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def check_microbatches(rows: int, parts: int) -> None:
+    """Checks that a batch can be split into microbatches.
+
+    Raises:
+        ValueError: there is no microbatch, or the number of rows is not a multiple of `parts`.
+    """
+    if parts < 1 or rows % parts:
+        raise ValueError(
+            f"A batch of {rows} rows does not divide into {parts} microbatches. Set "
+            f"trainer.Trainer.num_microbatches to a divisor of {rows}"
+            + (f", or BATCH_SIZE to a multiple of {parts}." if parts > 0 else ".")
+        )
 
 
 def _fill_padding_ids(batch: Batch) -> Batch:

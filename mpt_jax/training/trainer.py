@@ -120,7 +120,7 @@ class Trainer:
         self.learning_rate_fn = learning_rate_fn
         self._rng = rng
         self._totals: metrics.StepMetrics | None = None
-        parts = self.num_microbatches = num_microbatches or 1
+        parts = self.num_microbatches = 1 if num_microbatches is None else num_microbatches
         self._compactor = _make_compactor(model, partitioner, parts) if rows_by_run else None
         self._teachers = None
         if teacher_cache is not None:

@@ -104,6 +104,15 @@ def test_save_artifact_prompt_tuning_loads_equal(tmp_path):
     np.testing.assert_array_equal(read.folded(), table["table"])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_load_artifact_prompts_not_finite_error_names_parameter(value, tmp_path):
+    table = np.zeros((3, P, H), np.float32)
+    table[1, 2, 3] = value
+    save_example(tmp_path / "a", PromptTuning(P), {"table": table})
+    with pytest.raises(ValueError, match="prompts.safetensors has .* NaN or infinite .*: table"):
+        artifacts.load_artifact(tmp_path / "a")
+
+
 def test_save_artifact_existing_folder_is_replaced(tmp_path):
     save_example(tmp_path / "a")
     (tmp_path / "a" / "stray").write_text("")

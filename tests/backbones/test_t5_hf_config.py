@@ -69,7 +69,12 @@ def test_architecture_reads_every_field_of_the_network():
         ({"bos_token_id": 1}, "bos_token_id=1 and no decoder_start_token_id"),
         ({"forced_bos_token_id": 7}, "forced_bos_token_id=7"),
         ({"suppress_tokens": [4]}, r"suppress_tokens=\[4\]"),
-        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3.*computes with 0"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3.*computes with 0.*remove it"),
+        ({"num_beams": 4}, "num_beams=4.*computes with 1.*remove it from the file"),
+        ({"num_beam_groups": 2}, "num_beam_groups=2.*computes with 1"),
+        ({"num_return_sequences": 3}, "num_return_sequences=3.*computes with 1"),
+        ({"do_sample": True}, "do_sample=True.*computes with False"),
+        ({"min_new_tokens": 2}, "min_new_tokens=2.*computes with 0"),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05.*computes with 1e-06"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
@@ -118,7 +123,8 @@ def test_architecture_irrelevant_and_neutral_fields_change_nothing():
     plain = architecture(SMALL)
     more = {
         "_name_or_path": "x", "torch_dtype": "float16", "dropout_rate": 0.3, "n_positions": 512,
-        "num_beams": 4, "max_length": 200, "task_specific_params": {"summarization": {}},
+        "num_beams": 1, "do_sample": False, "length_penalty": 2.0, "max_length": 200,
+        "task_specific_params": {"summarization": {}},
         "decoder_start_token_id": 0, "bos_token_id": 3, "eos_token_id": 1, "pad_token_id": 0,
         "no_repeat_ngram_size": 0, "suppress_tokens": None, "pruned_heads": {},
         "hidden_size": 16, "is_encoder_decoder": True, "dense_act_fn": "relu",
@@ -136,6 +142,9 @@ def test_read_architecture_checks_generation_config(tmp_path):
         {"forced_eos_token_id": 1},
         {"begin_suppress_tokens": [1]},
         {"min_length": 30},
+        {"num_beams": 4},
+        {"do_sample": True},
+        {"repetition_allowance": 2},
         {"decoder_start_token_id": None, "bos_token_id": 2},
     ):
         folder_of(folder, generation={**usual, **change})
@@ -156,6 +165,15 @@ def test_t5_config_without_name_reads_config_of_folder(tmp_path):
 @pytest.mark.parametrize("checkpoint", [None, "", "does/not/exist", "."])
 def test_t5_config_without_name_or_folder_is_t5_base(checkpoint):
     assert t5_config(None, checkpoint) == t5_config("t5_1_0_base")
+
+
+@pytest.mark.parity
+def test_read_architecture_knows_every_generation_setting_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokens = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    settings = transformers.GenerationConfig(**tokens)
+    folder = folder_of(tmp_path / "t5", generation=settings.to_dict())
+    assert read_architecture(epath.Path(folder / "config.json"))["emb_dim"] == 16
 
 
 @pytest.mark.parity

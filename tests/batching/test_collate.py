@@ -1,6 +1,7 @@
 """Collation, packing and length buckets, compared with the data pipeline and the model."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -113,6 +114,13 @@ def test_length_buckets_cut_empty_and_full_batch_bucket_lengths():
     assert buckets.trim(nothing)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 4
     full = collate.unpacked([Example([5] * 9, [1])], tiny.PROMPT, 9, 4)
     assert buckets.trim(full)["encoder_input_tokens"].shape[1] == tiny.PROMPT + 9
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 4), (4, 4), (8, 4)])
+def test_length_buckets_without_increasing_lengths_error_shows_them(lengths):
+    for side in ("encoder", "decoder"):
+        with pytest.raises(ValueError, match=f"^The {side} lengths .*{re.escape(f'{lengths}')}"):
+            bucketing.LengthBuckets(**{"encoder": (4,), "decoder": (4,), side: lengths})
 
 
 def test_sorted_batches_windows_sorted_and_complete():

@@ -5,6 +5,7 @@ Full-size models are built as shapes only. No file is read except the toy vocabu
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5 import T5Config, t5_config
-from mpt_jax.config import gin_utils, trainer_choice
+from mpt_jax.config import gin_check, gin_utils, trainer_choice
 from mpt_jax.core.tree import flatten
 from mpt_jax.runtime import paths
+from mpt_jax.training.trainer import Trainer
 from tests.fixtures.gin_files import (
     JOINT,
     ROOT,
@@ -367,6 +369,15 @@ STAGE = "gin/mpt_source.gin"
 def test_parse_invalid_binding_error_names_it(binding, message):
     with pytest.raises(gin_utils.ConfigError, match=f"(?s){message}"):
         parse([STAGE], [binding])
+
+
+def test_bound_argument_of_gin_partial_and_plain_class():
+    parse([STAGE, "gin/tiny.gin"], ["PARTS = 3", "trainer.Trainer.num_microbatches = %PARTS"])
+    argument = functools.partial(gin_check.bound_argument, parameter="num_microbatches")
+    assert argument(gin.get_configurable(Trainer)) == 3
+    assert argument(functools.partial(Trainer, num_microbatches=2)) == 2
+    assert argument(functools.partial(Trainer, rows_by_run=True)) is None
+    assert argument(Trainer) is None  # gin's values reach only what gin passes on
 
 
 def test_parse_unused_binding_raises():

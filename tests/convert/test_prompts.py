@@ -219,6 +219,17 @@ def test_convert_prompt_of_other_width_fails(backbone, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_convert_prompts_not_finite_fail(backbone, tmp_path, capsys, value):
+    prompt = random(P, H)
+    prompt[1, 2] = value
+    np.save(tmp_path / "a.npy", prompt)
+    options = ("--backbone", backbone, "--runs", "a")
+    said = refused(capsys, tmp_path / "a.npy", tmp_path / "x", *options)
+    assert f"{tmp_path / 'a.npy'} has parameters with NaN or infinite values: table" in said
+    assert not (tmp_path / "x").exists()
+
+
 def test_convert_prompt_in_t5x_checkpoint_to_artifact(backbone, tmp_path, capsys):
     prompt = random(P, H)
     tree = {"encoder": {"prompt": {"prompt": {"prompt": prompt}}}, "decoder": {"x": random(2)}}

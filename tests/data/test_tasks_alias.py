@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from mpt_jax.data import task_lookup
 from tests.fixtures.processes import ROOT, run_python, run_script
 
 
@@ -66,3 +68,30 @@ def test_tasks_alias_train_beside_users_tasks_module(tmp_path):
     )
     scores = tmp_path / "root/tiny/mpt_target/inference_eval/reviews-metrics.jsonl"
     assert "accuracy" in json.loads(scores.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("tasks", "from tasks import jsonl"),
+        ("tasks", "from tasks.glue import ROWS"),
+        ("alias_old", "from tasks import jsonl"),
+        ("alias_old", "from mpt_jax.tasks import jsonl"),
+    ],
+)
+def test_import_suites_module_with_an_old_import_error_names_the_new_one(
+    module, line, tmp_path, monkeypatch
+):
+    (tmp_path / f"{module}.py").write_text(f"{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=f"suite {module} .*`from mpt_jax.tasks import files`"):
+        task_lookup.import_suites([module])
+
+
+def test_import_suites_module_with_another_error_raises_it(tmp_path, monkeypatch):
+    (tmp_path / "alias_other.py").write_text("from json import nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="nothing"):
+        task_lookup.import_suites(["alias_other"])

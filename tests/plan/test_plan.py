@@ -285,6 +285,23 @@ def test_compile_steps_v6e_with_model_axis(libtpu):
     assert written[0]["compute_seconds"] == pytest.approx(train.cost.flops / 918e12)
 
 
+def test_from_json_reads_what_as_json_wrote_and_damage_raises():
+    counts = hlo.Cost(2.0, 3.0, 4.0, {"all-reduce": (1, 8.0)}, {"kernel": (1, 2.0, 3.0)}, 1, 0)
+    choice, compiler = steps.MeshLayout("v5e:2x2"), {"flops": 1.0}
+    cost = steps.StepCost("train", choice, 4, 8.0, 1, 2, 3, counts, compiler, 0.5)
+    (record,) = json.loads(json.dumps(format.as_json([cost])))
+    assert format.from_json(record) == cost
+    for damage, message in (
+        ({"peak": None}, "has peak = null, but an integer was expected"),
+        ({"cost": {**record["cost"], "kernels": []}}, "has cost.kernels = "),
+        ({"choice": {}}, "choice lacks topology"),
+    ):
+        with pytest.raises(ValueError, match=f"^The record of a plan .*{message}.*plan --json"):
+            format.from_json({**record, **damage})
+    with pytest.raises(ValueError, match="it lacks peak"):
+        format.from_json({name: x for name, x in record.items() if name != "peak"})
+
+
 def test_compile_steps_too_large_step_does_not_fit(libtpu):
     wide = dataclasses.replace(CONFIG, mlp_dim=1 << 21, num_encoder_layers=6)
     (found,) = steps.compile_steps(job(wide, 4), steps.MeshLayout("v5e:2x2"), ["train"])

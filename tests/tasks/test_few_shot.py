@@ -8,8 +8,9 @@ import random
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
-from mpt_jax.data import datasets, sampling, task_lookup, token_tables
+from mpt_jax.data import datasets, preprocessors, sampling, task_lookup, token_tables, vocabularies
 from mpt_jax.evaluation import evaluator, metric_writers
 from mpt_jax.tasks import few_shot, glue, mpt_others, mrqa, splits, super_glue, toy  # noqa: F401 - registered
 from mpt_jax.tasks import files as jsonl
@@ -226,6 +227,38 @@ def test_few_shot_run_of_own_files_draws_rows(tmp_path):
     assert all(inputs.endswith(f"text {i}") for i, (inputs, _) in zip(drawn, found, strict=True))
     found = texts("fws_own_k2_per_class_s0_dev", "validation")
     assert [target for _, target in found] == ["no", "no", "yes", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (["no", "maybe"], r"declares the labels \('no', 'yes'\), but 2 of the 4 .* as 'maybe'"),
+        (["no", "yes", "no"], "make 6 examples of the 4 rows of its train .* Use fws_made_k1_s0"),
+        (["no"], "make 2 examples of the 4 rows"),
+    ],
+)
+def test_per_class_run_rows_without_one_label_error(made, message):
+    """A row becomes as many examples as `made` has targets for two rows."""
+
+    def rows(split, shuffle_files=False, seed=None):
+        return tf.data.Dataset.range(4)
+
+    def to_text(dataset):
+        targets = tf.constant(made)
+        pairs = dataset.batch(2).flat_map(lambda _: tf.data.Dataset.from_tensor_slices(targets))
+        return pairs.map(lambda target: {"inputs": "text", "targets": target})
+
+    task = seqio.TaskRegistry.add(
+        "fws_made",
+        source=seqio.FunctionDataSource(rows, ["train"], num_input_examples={"train": 4}),
+        preprocessors=[to_text, *preprocessors.finish("fws_made")],
+        output_features=preprocessors.output_features(vocabularies.load("byt5")),
+        metric_fns=[evaluator.with_labels(lambda targets, predictions: {}, ["no", "yes"])],
+    )
+    source = few_shot.FewShotSource(task, Draw("fws_made", 1, 0, per_class=True))
+    with pytest.raises(ValueError, match=message):
+        source.few_shot_indices("train")
+    seqio.TaskRegistry.remove("fws_made")
 
 
 # --- The run record --------------------------------------------------------------------------

@@ -142,6 +142,18 @@ def test_jsonl_brackets_in_texts_and_in_sequence_are_not_nesting():
     assert read("x.jsonl", row) == [('[{"' * 200, "y")]
 
 
+def test_jsonl_repeated_key_error_names_line_and_field():
+    rows = (
+        '{"q": "x", "a": "y"}\n{"q": "x", "q": "z", "a": "y"}\n{"q": "x", "a": {"b": 1, "b": 2}}\n'
+    )
+    with pytest.raises(ValueError, match=r"x\.jsonl: 2 of 3 rows") as error:
+        read("x.jsonl", rows)
+    assert str(error.value).splitlines()[1:] == [
+        f"  line {line}, field {field!r}: repeated in the row; keep one of the values"
+        for line, field in ((2, "q"), (3, "b"))
+    ]
+
+
 # --- Extensions ------------------------------------------------------------------------------
 
 

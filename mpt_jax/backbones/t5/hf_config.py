@@ -7,7 +7,7 @@ something else with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -99,14 +99,22 @@ _NETWORK: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "quantization_config": (None,),
 }
-# The same for fields of either file that change the tokens of greedy decoding.
-_DECODING: dict[str, tuple[Any, ...]] = {
+# The same for the special tokens of either file.
+_TOKENS: dict[str, tuple[Any, ...]] = {
     "decoder_start_token_id": (0,),
     "pad_token_id": (0,),
     "eos_token_id": (1, [1]),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
     "forced_decoder_ids": (None, []),
+}
+# The same for fields of either file that make transformers generate something else than what greedy
+# decoding gives.
+_GENERATION: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "do_sample": (False,),
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "bad_words_ids": (None, []),
@@ -126,10 +134,13 @@ _DECODING: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
     "token_healing": (False,),
     "stop_strings": (None, []),
+    "generation_kwargs": (None, {}),
 }
 # Fields that change neither logits nor greedy decoding: names and versions, dropout and initial
-# values, which outputs to return, beam search and sampling, limits on lengths, other heads. Names
-# with a leading underscore are transformers' notes to itself.
+# values, which outputs to return, details of beam search and sampling (which `_GENERATION` requires
+# to be off), other heads. Upper limits on lengths are those of the job or command, and only
+# transformers' pipelines read task_specific_params and prefix. Names with a leading underscore are
+# transformers' notes to itself.
 _IRRELEVANT = frozenset(
     """
     architectures transformers_version torch_dtype dtype tokenizer_class finetuning_task
@@ -140,13 +151,13 @@ _IRRELEVANT = frozenset(
     output_logits return_dict use_return_dict return_dict_in_generate return_legacy_cache is_decoder
     add_cross_attention cross_attention_hidden_size chunk_size_feed_forward id2label label2id
     num_labels problem_type sep_token_id unk_token_id cls_token_id mask_token_id bos_token_id
-    max_length max_new_tokens max_time num_beams num_beam_groups num_return_sequences
-    diversity_penalty length_penalty early_stopping do_sample temperature top_k top_p min_p top_h
+    max_length max_new_tokens max_time diversity_penalty length_penalty early_stopping temperature
+    top_k top_p min_p top_h
     typical_p epsilon_cutoff eta_cutoff renormalize_logits remove_invalid_values low_memory
     cache_implementation cache_config prefill_chunk_size disable_compile compile_config
     is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
     assistant_early_exit assistant_lookbehind target_lookbehind prompt_lookup_num_tokens
-    max_matching_ngram_size generation_kwargs
+    max_matching_ngram_size
     """.split()
 )
 
@@ -172,13 +183,7 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
             f"{what} lacks {absent}, so the model's shape is unknown. Add these fields, or "
             "download or copy the file again."
         )
-    known = {*_Fields.__struct_fields__, *_NETWORK, *_DECODING, *_IRRELEVANT}
-    unknown = sorted(name for name in fields if name not in known and not name.startswith("_"))
-    if unknown:
-        raise ValueError(
-            f"{what} has unknown fields {unknown[:20]}, which may change what the model computes. "
-            "If transformers' T5 does not read them, remove them from the file."
-        )
+    _check_known(fields, {*_Fields.__struct_fields__, *_NETWORK}, what)
     try:
         read = msgspec.convert(fields, _Fields)
     except msgspec.ValidationError as error:
@@ -206,8 +211,8 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
 
 
 def check_decoding(fields: Mapping[str, Any], what: str) -> None:
-    """Checks that greedy decoding with these fields is what we compute: from token 0 to token 1,
-    with padding 0, and no token forced or suppressed.
+    """Checks that generation with these fields is what we compute: greedy decoding from token 0 to
+    token 1, with padding 0, and no token forced or suppressed.
 
     Args:
         fields: the content of a `config.json` or a `generation_config.json`.
@@ -216,12 +221,29 @@ def check_decoding(fields: Mapping[str, Any], what: str) -> None:
     Raises:
         ValueError: a field has another value; the message has both.
     """
-    _require(fields, _DECODING, what, "Use a model with that value, or correct the file")
+    _require(fields, _TOKENS, what, "Use a model with that value, or correct the file")
+    _require(
+        fields,
+        _GENERATION,
+        what,
+        "To decode without this setting, as MPT-JAX trains and evaluates, remove it from the file",
+    )
     if fields.get("decoder_start_token_id") is None and fields.get("bos_token_id"):
         raise ValueError(
             f"{what} has bos_token_id={fields['bos_token_id']!r} and no decoder_start_token_id, so "
             "transformers starts the decoder with the former, but MPT-JAX starts it with 0. If the "
             "model was trained to start with 0, set decoder_start_token_id to 0 in the file."
+        )
+
+
+def _check_known(fields: Mapping[str, Any], network: Collection[str], what: str) -> None:
+    """Raises ValueError for fields that are none of `network`, of decoding, or irrelevant."""
+    known = {*network, *_TOKENS, *_GENERATION, *_IRRELEVANT}
+    unknown = sorted(name for name in fields if name not in known and not name.startswith("_"))
+    if unknown:
+        raise ValueError(
+            f"{what} has unknown fields {unknown[:20]}, which may change what the model computes. "
+            "If transformers' T5 does not read them, remove them from the file."
         )
 
 
@@ -285,10 +307,13 @@ def read_architecture(path: epath.Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: a file is not JSON, or as in `architecture` and `check_decoding`.
+        ValueError: a file is not JSON or has unknown fields, or as in `architecture` and
+            `check_decoding`.
     """
     fields = architecture(read_json(path), str(path))
     generation = path.parent / GENERATION
     if generation.exists():
-        check_decoding(read_json(generation), str(generation))
+        settings = read_json(generation)
+        _check_known(settings, (), str(generation))
+        check_decoding(settings, str(generation))
     return fields

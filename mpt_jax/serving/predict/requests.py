@@ -150,11 +150,26 @@ def _object(line: bytes) -> dict[str, Any]:
         raise ValueError("the line is empty")
     if len(line) > MOST_BYTES:
         raise ValueError(f"it has {len(line):,} bytes; at most {MOST_BYTES:,} are read")
-    value = json.loads(line, parse_constant=_reject_constant, parse_float=_finite)
+    value = json.loads(
+        line,
+        parse_constant=_reject_constant,
+        parse_float=_finite,
+        object_pairs_hook=_unique_fields,
+    )
     schema.check_depth(value)
     if not isinstance(value, dict):
         raise ValueError(f"got {schema.short(value)}")
     return value
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, of which Python would keep the last of several equal fields."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it repeats the field {schema.short(repeated)}")
+    return fields
 
 
 def _reject_constant(constant: str) -> Any:

@@ -58,6 +58,7 @@ def test_reader_long_text_fails_or_is_truncated(server):
         (b"\xff\xfe{", "not a JSON object"),
         (b"[" * 100_000, "not a JSON object"),
         (b"[1]", r"not a JSON object \(got \[1\]\)"),
+        (b'{"task": "a", "task": "b"}', r"not a JSON object \(it repeats the field task\)"),
         (b'{"task": "beta", "inputs": NaN}', "NaN is not JSON"),
         (b'{"task": "beta", "inputs": "ab", "id": 1e999}', "1e999 is too large for a float"),
         (b'{"task": "beta", "inputs": "ab", "id": [{"a": -2E+400}]}', "-2E.400 is too large"),
