@@ -1,4 +1,4 @@
-"""Help text of `--help` of train, eval, infer and plan: their flags and the most commonly set macros."""
+"""Help of train, eval, infer and plan: their flags and the most commonly set macros."""
 
 from __future__ import annotations
 
