@@ -40,6 +40,10 @@ MODULES = {
     "verify-weights": "convert.verify",
 }
 
+# Commands that import modules of the user from the working directory, as `python -m` does. The
+# others read files from elsewhere, and must not run a Python file of that folder.
+WITH_USER_MODULES = ("train", "eval", "infer", "plan", "tasks", "doctor")
+
 
 def main() -> None:
     """Runs the command that the first argument names. The command parses the other arguments."""
@@ -68,5 +72,6 @@ def _main(arguments: Sequence[str]) -> None:
         sys.exit(unknown + usage)
     sys.argv = [f"mpt-jax {arguments[0]}", *arguments[1:]]
     module = MODULES.get(arguments[0], arguments[0])
-    sys.path.insert(0, os.getcwd())  # as `python -m` does, for task suites in this folder
+    if arguments[0] in WITH_USER_MODULES:
+        sys.path.insert(0, os.getcwd())
     runpy.run_module(f"mpt_jax.{module}", run_name="__main__", alter_sys=True)

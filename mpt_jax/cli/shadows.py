@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import mpt_jax
@@ -11,16 +13,19 @@ NAMES = ("mpt_jax", "t5x", "tasks")
 
 
 def find(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the name and path of each module or folder in `folder` that shadows one of `NAMES`.
+    """Yields the name and path of each module or folder that shadows one of `NAMES` in a process
+    that searches `folder` first, as `python -m` does in its working directory.
 
-    A folder counts even without Python files, because Python imports it as a namespace package. A
-    clone of T5X counts as T5X.
+    Python imports a folder without an `__init__.py` only if no other place on its path has the
+    name, so a clone of T5X below `folder` shadows nothing. An importable T5X counts as T5X.
     """
     package = Path(mpt_jax.__file__).resolve().parent
     ours = {package, package.with_name("t5x.py")}
     for name in NAMES:
-        for path in (folder / name, folder / f"{name}.py"):
-            exists = path.is_file() if path.suffix else path.is_dir()
-            if exists and path.resolve() not in ours and not (path / "train_state.py").is_file():
-                yield name, path
-                break
+        spec = PathFinder.find_spec(name, [str(folder), *sys.path])
+        if spec is None:
+            continue
+        locations = list(spec.submodule_search_locations or [])
+        path = Path(locations[0] if locations else str(spec.origin))
+        if path.resolve() not in ours and not (path / "train_state.py").is_file():
+            yield name, path

@@ -1,4 +1,4 @@
-"""Help text of `python -m mpt_jax.train --help`: its flags and the most commonly set macros."""
+"""Help of train, eval, infer and plan: their flags and the most commonly set macros."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ EXAMPLE = {
     "train": "gin/mpt_target.gin --gin_file=gin/tiny.gin --gin.TARGET_TASKS=\"['toy_rte']\"",
     "eval": "gin/eval.gin --gin_file=gin/methods/mpt.gin --gin_file=gin/tiny.gin",
     "infer": "gin/infer.gin --gin_file=gin/methods/mpt.gin --gin_file=gin/tiny.gin",
+    "plan": "gin/mpt_source.gin --topology=v5e:4x4",
 }
 
 
@@ -37,7 +38,7 @@ def usage(entry: str, modules: Sequence[str]) -> str:
     """Returns the help of an entry point.
 
     Args:
-        entry: `'train'`, `'eval'` or `'infer'`.
+        entry: `'train'`, `'eval'`, `'infer'` or `'plan'`.
         modules: the names of the modules that define its flags.
     """
     known = flags.FLAGS.flags_by_module_dict()

@@ -190,12 +190,14 @@ def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> No
     trainer_choice.install_fallback()
     define_flags()
     jax.config.config_with_absl()
-    app.run(lambda argv: _main(argv, function, overriding), flags_parser=_parse_flags)
+    app.run(lambda argv: _main(argv, function, overriding), flags_parser=parse_flags)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line of an entry point or of `plan`; prints the help if it asks for it."""
     if command_help.is_asked(argv):
-        entry = Path(argv[0]).stem
+        script = Path(argv[0])
+        entry = script.parent.name if script.stem == "__main__" else script.stem
         print(command_help.usage(entry, [__name__, argv[0]]))
         sys.exit(0)
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -24,8 +25,10 @@ from absl import logging
 from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config
+from mpt_jax.backbones.t5.hf_config import CONFIG
 from mpt_jax.convert import backbones, parity, save_hf
 from mpt_jax.runtime.exits import exit_with
+from mpt_jax.runtime.files import is_local, read_json
 
 # Two float32 programs that sum in another order differ by about their own rounding errors, which
 # grow with the scale and the depth of a model. An absolute tolerance would fail good large models.
@@ -97,11 +100,15 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
     shape, params = backbones.read(folder, config)
     outputs = parity.forward(shape, params)
     with tempfile.TemporaryDirectory() as scratch:
-        # transformers reads a local Hugging Face folder: the given one, or one that is saved here.
-        hf_folder = os.fspath(folder)
-        if config is not None or not os.path.exists(os.path.join(hf_folder, "config.json")):
-            hf_folder = os.fspath(save_hf(os.path.join(scratch, "hf"), shape, params))
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(hf_folder, dtype=torch.float32)
+        # transformers reads the files of a Hugging Face folder, or a folder that is saved here.
+        hf_folder = os.path.join(scratch, "hf")
+        if config is not None or not is_local(folder) or not (folder / CONFIG).exists():
+            save_hf(hf_folder, shape, params)
+        else:
+            _link(folder, hf_folder)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            hf_folder, dtype=torch.float32, trust_remote_code=False
+        )
         single = _outputs(torch, model.eval(), shape)
         # Even so, transformers computes softmax and the layer norms' variances in float32.
         double = _outputs(torch, model.double(), shape)
@@ -125,6 +132,22 @@ def _oracle() -> tuple[Any, Any]:
             f"{error.name or 'torch'} is not installed, and the comparison needs it. Install it: "
             "pip install 'mpt-jax[parity]'."
         ) from error
+
+
+def _link(folder: epath.Path, target: str) -> None:
+    """Makes a folder with the configuration and links to the weights of a Hugging Face folder.
+
+    transformers would download and import code that `attn_implementation` of config.json names, and
+    with an adapter_config.json beside it would load another model.
+    """
+    os.mkdir(target)
+    fields = read_json(folder / CONFIG)
+    kept = {name: x for name, x in fields.items() if not name.endswith("attn_implementation")}
+    with open(os.path.join(target, CONFIG), "w", encoding="utf-8") as file:
+        json.dump(kept, file)
+    for path in folder.iterdir():
+        if path.name.endswith((".safetensors", ".bin", ".index.json")):
+            os.symlink(os.path.abspath(path), os.path.join(target, path.name))
 
 
 def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:

@@ -190,6 +190,4 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", MOST_PARTITIONS)
     trainer_choice.install_fallback()
     gin_utils.define_flags()
-    app.run(
-        main, flags_parser=lambda argv: app.parse_flags_with_usage(gin_utils.rewrite_gin_args(argv))
-    )
+    app.run(main, flags_parser=gin_utils.parse_flags)

@@ -27,8 +27,12 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
+from mpt_jax.runtime.files import read_json
+
 SEED = 42
 HALF = "half"
+FEATURES = "features.json"
+CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # the last in files of older TFDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +217,8 @@ class PartsSource(seqio.DataSource):
     def _builder(self) -> tfds.core.DatasetBuilder:
         # A new loader each time, so that it uses the data folder set by the command line.
         loader = seqio.utils.LazyTfdsLoader(self.data, read_only=True)
+        name, _, version = self.data.partition(":")
+        _check_features(self._folder(loader.data_dir) / name / version / FEATURES)
         try:
             builder = loader.builder
             prepared = builder.is_prepared()
@@ -222,10 +228,13 @@ class PartsSource(seqio.DataSource):
             raise FileNotFoundError(self._absent(loader.data_dir))
         return builder
 
-    def _absent(self, folder: str | None) -> str:
+    def _folder(self, data_dir: str | None) -> epath.Path:
+        return epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+
+    def _absent(self, data_dir: str | None) -> str:
         name, _, version = self.data.partition(":")
-        folder = folder or tfds.core.constants.DATA_DIR
-        versions = _versions(epath.Path(folder) / name)
+        folder = self._folder(data_dir)
+        versions = _versions(folder / name)
         others = f" (found version {', '.join(versions)})" if versions else ""
         return (
             f"The data set {name}, version {version}, is not in {folder}{others}. Run `tfds build "
@@ -268,6 +277,26 @@ class PartsSource(seqio.DataSource):
                 "TFDS_DATA_DIR."
             )
         return np.lexsort(keys.T[::-1])
+
+
+def _check_features(path: epath.Path) -> None:
+    """Raises ValueError if a features.json names a class outside TFDS: TFDS would import its module
+    and so run code that the data set chooses."""
+    if not path.exists():
+        return
+    waiting: list[Any] = [read_json(path)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+            names = [value[key] for key in CLASS_NAMES if isinstance(value.get(key), str)]
+            if others := [name for name in names if not name.startswith("tensorflow_datasets.")]:
+                raise ValueError(
+                    f"{path} names the class {others[0]!r}, which is not of TensorFlow Datasets. "
+                    "Rebuild the data set with `tfds build`, or copy it from an intact copy."
+                )
 
 
 def _read(builder: Any, split: str, features: Sequence[str]) -> tf.data.Dataset:

@@ -16,7 +16,7 @@ import pytest
 from mpt_jax.cli import doctor, shadows
 from mpt_jax.runtime import compilation_cache
 from tests.fixtures import tfds_data
-from tests.fixtures.processes import run_command
+from tests.fixtures.processes import run_command, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("MPT_JAX_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_", "TFDS_", "GOOGLE_", "CLOUDSDK_")
@@ -307,10 +307,12 @@ def test_doctor_names_a_tasks_module_of_the_user(capsys, machine, monkeypatch):
     assert value.startswith(str(machine / "tasks.py")) and "mpt_jax.tasks.glue" in value
 
 
-@pytest.mark.parametrize("name", ["mpt_jax", "t5x.py"])
+@pytest.mark.parametrize("name", ["mpt_jax/__init__.py", "t5x.py"])
 def test_doctor_reports_what_shadows_a_package(name, capsys, machine, monkeypatch):
     path = machine / name
-    path.touch() if path.suffix else path.mkdir()
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    path = path.parent if path.stem == "__init__" else path
     monkeypatch.chdir(machine)
     wrong = only_wrong(capsys, "--suite=toy")
     assert str(path) in wrong["problem"] and wrong["mend"].startswith(f"rename {path}")
@@ -322,6 +324,23 @@ def test_shadows_leaves_out_this_library_and_t5x(machine):
     assert not list(shadows.find(machine))
     (machine / "tasks").mkdir()
     assert list(shadows.find(machine)) == [("tasks", machine / "tasks")]
+
+
+@pytest.mark.parametrize("name", ["t5x", "mpt_jax"])
+def test_shadows_leaves_out_a_clone_below_the_folder(name, machine):
+    """Python imports a folder without an __init__.py last, so ours is found."""
+    (machine / name / name).mkdir(parents=True)
+    script = f"import sys; sys.path.insert(0, '.'); import {name}; print({name}.__file__)"
+    printed = run_script(script, cwd=machine, PYTHONPATH=str(ROOT), MPT_JAX_TRAINER="own")
+    assert printed.startswith(str(ROOT))
+    assert not list(shadows.find(machine))
+
+
+def test_shadows_finds_modules_on_the_python_path(machine, monkeypatch):
+    (machine / "project").mkdir()
+    (machine / "project" / "tasks.py").touch()
+    monkeypatch.syspath_prepend(machine / "project")
+    assert list(shadows.find(machine)) == [("tasks", machine / "project" / "tasks.py")]
 
 
 def test_doctor_says_how_t5x_finds_the_gin_files(capsys, machine, monkeypatch):

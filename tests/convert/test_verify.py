@@ -103,6 +103,20 @@ def test_verify_weights_other_decoder_start_token_exits_with_2(tmp_path, capsys)
 
 
 @pytest.mark.parity
+def test_verify_weights_folder_that_names_code_or_another_model_is_compared(tmp_path, capsys):
+    """transformers would import the code, and load the adapter's model instead of the folder's."""
+    pytest.importorskip("transformers")
+    folder = hf_folder(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert exit_code(folder) == 0, capsys.readouterr()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "other")}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    assert exit_code(folder) == 0, capsys.readouterr()
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("change", ["zero", "transpose", "perturb"])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_verify_weights_other_arithmetic_fails(change, scale, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mpt_jax.experiments.report import __main__ as command
@@ -86,6 +87,13 @@ def test_curves_of_methods_have_markers(tmp_path):
     curves = html[html.index("Learning curves") :]
     marks = re.findall(r'<use xlink:href="#[^"]*m', curves)
     assert len(marks) >= 2 * figures.MOST_MARKERS
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are():
+    names = ["$\\a$", "b"]
+    panel = figures.Panel("cost $5 and $6", "", "", "alt")
+    svg = figures.heat_map(panel, names, names, np.eye(2), 1.0, ".2f")
+    assert "cost $5 and $6" in svg and svg.count("$\\a$") == 2
 
 
 # --- One run -------------------------------------------------------------------------------------

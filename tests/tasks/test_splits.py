@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -132,6 +133,23 @@ def test_parts_source_ignores_shuffle(data_dir):
 def test_parts_source_reads_only_requested_features(data_dir):
     found = source(reads=["hypothesis", "label"])
     assert set(found.get_dataset("validation").element_spec) == {"hypothesis", "label"}
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "type"])
+def test_parts_source_class_outside_tfds_is_not_imported(key, tmp_path, monkeypatch):
+    tfds_data.write(tmp_path, CB)
+    path = tmp_path / "super_glue" / "cb" / "1.0.2" / "features.json"
+    if key == "type":
+        features = {"type": "chosen_module.Text", "content": {}}
+    else:
+        features = json.loads(path.read_text())
+        features["featuresDict"]["features"]["premise"][key] = "chosen_module.Text"
+    path.write_text(json.dumps(features))
+    (tmp_path / "chosen_module.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"features.json names the class 'chosen_module.Text'"):
+        source().get_dataset("train")
 
 
 def test_parts_source_other_size_logs_warning(data_dir, caplog):

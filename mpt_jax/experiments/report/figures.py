@@ -32,6 +32,7 @@ MOST_MARKERS = 10  # on a curve
 WIDTH = 560  # pixels: two panels beside each other on a page of 1,200
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold dollar signs
     "svg.hashsalt": "report",  # makes the SVG text deterministic
     "font.size": 12,
     "axes.titlesize": 12,

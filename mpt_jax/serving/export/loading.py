@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ MOST_NAMED = 20  # names that an error lists; it only counts the others
 # The dtypes that are written. safetensors' reader of bytes, unlike that of files, has no bfloat16.
 DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "I32": np.int32}
 
+# The only operations outside StableHLO that exported functions contain. Others could call any code
+# that is registered in the process, with pointers from the file.
+CUSTOM_CALLS = frozenset({"@shape_assertion"})
+
 ADVICE = "Copy the folder again, or export the prompts again."
 
 
@@ -41,8 +46,8 @@ class Exported:
             be replaced with prompts of the same shapes.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or was changed, or the export format is not
-            supported.
+        FileNotFoundError, ValueError: a file is missing or was changed, the export format is not
+            supported, or a function calls code outside StableHLO.
     """
 
     def __init__(
@@ -124,12 +129,20 @@ class Exported:
         path = self.folder / file
         content = bytearray(self._checked(path, file))
         try:
-            return export.deserialize(content)
+            function = export.deserialize(content)
+            module = function.mlir_module()
         except (OSError, MemoryError):
             raise
         except Exception as error:  # whatever the reader of the format raises
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is no exported function ({reason}). {ADVICE}") from error
+        targets = re.findall(r'custom_call\b"?\s*(@"[^"]*"|@[\w.$-]+|)', module)
+        if others := sorted(set(targets) - CUSTOM_CALLS):
+            raise ValueError(
+                f"{path} calls code outside StableHLO ({', '.join(others)[:200] or 'unnamed'}), "
+                f"which no export of MPT-JAX does. {ADVICE}"
+            )
+        return function
 
     def _arrays(self, path: Path, name: str) -> Mapping[str, jax.Array]:
         if not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -242,6 +243,25 @@ def test_export_changed_config_fails_and_config_of_earlier_version_is_read(folde
     del swapped["config_sha256"]
     (copy / "config.json").write_text(json.dumps(swapped))
     assert export.load(copy).names == swapped["names"]
+
+
+def test_export_function_that_calls_other_code_fails(folder, tmp_path):
+    """XLA's callback, for example, uses a number of the file as a pointer, and crashes Python."""
+    target = "xla_ffi_python_cpu_callback"
+    result = jax.ShapeDtypeStruct((2,), jnp.float32)
+    call = jax.jit(lambda x: jax.ffi.ffi_call(target, result)(x, index=np.uint64(0)))
+    allowed = [jax_export.DisabledSafetyCheck.custom_call(target)]
+    hostile = jax_export.export(call, disabled_checks=allowed)(jnp.zeros(2))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "exported", copy)
+    content = bytes(hostile.serialize())
+    (copy / "score_24.jax").write_bytes(content)
+    config = json.loads((copy / "config.json").read_text())
+    config["files_sha256"]["score_24.jax"] = hashlib.sha256(content).hexdigest()
+    del config["config_sha256"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"score_24.jax calls code outside.*@{target}"):
+        export.load(copy)
 
 
 @pytest.mark.parametrize("row", [-1, 3, 1000])
