@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import zlib
@@ -19,7 +20,7 @@ from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables, validation
-from mpt_jax.data.iterators import EvalBatches, HostShard, TrainIterator
+from mpt_jax.data.iterators import EvalBatches, HostShard, KeptBatches, TrainIterator
 from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares, task_mixture
 
@@ -321,16 +322,29 @@ def eval_batches(
     validation.check_tasks(tasks, converter, cfg.task_feature_lengths)
     rows = _rows_of_one_task(cfg, equal_shares(provider) or 1, math.lcm(row_multiple, num_hosts))
     share = HostShard(rows, num_hosts, host_index)
-    batches: dict[str, Callable[[], Iterable[Batch]]] = {}
+    buckets = cfg.buckets(converter)
+    tables = {}
     for task in tasks:
         if cfg.split not in task.splits and not isinstance(provider, seqio.Task):
             logging.warning("Skipped task %s, which has no %r split.", task.name, cfg.split)
             continue
-        dataset = _converted(cfg, task, converter, num_batches)
-        buckets = cfg.buckets(converter)
-        batches[task.name] = EvalBatches(
-            [dataset], share, keep=cfg.use_memory_cache, buckets=buckets
-        )
+        tables[task.name] = _table(cfg, task, converter, num_batches)
+    batches: dict[str, Callable[[], Iterable[Batch]]]
+    if cfg.use_memory_cache and not cfg.pack and tables:
+        rows_of_all = _converted(cfg, converter, list(tables.values()))
+        sizes = {name: table.num_examples for name, table in tables.items()}
+        kept = KeptBatches(rows_of_all, sizes, share, buckets)
+        batches = {name: functools.partial(kept.of_task, name) for name in tables}
+    else:
+        batches = {
+            name: EvalBatches(
+                _converted(cfg, converter, [table]),
+                share,
+                keep=cfg.use_memory_cache,
+                buckets=buckets,
+            )
+            for name, table in tables.items()
+        }
     if not batches:
         raise ValueError(
             f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "
@@ -351,10 +365,10 @@ def _rows_of_one_task(cfg: DatasetConfig, shares: int, multiple: int) -> int:
     return min(cfg.batch_size, -(-share // multiple) * multiple)
 
 
-def _converted(
+def _table(
     cfg: DatasetConfig, task: seqio.Task, converter: Any, num_batches: int | None
-) -> tf.data.Dataset:
-    """Returns the converted examples of one task, at most `num_batches` full batches."""
+) -> token_tables.ExampleTable:
+    """Returns the checked examples of one task, of at most `num_batches` full batches."""
     table = token_tables.read_table(
         task,
         cfg.split,
@@ -367,4 +381,10 @@ def _converted(
     )
     counts = {task.name: (table.num_overlong, table.num_examples)}
     validation.check_lengths(counts, converter, cfg.task_feature_lengths)
-    return converter(token_tables.dataset_of([table]), cfg.task_feature_lengths)
+    return table
+
+
+def _converted(
+    cfg: DatasetConfig, converter: Any, tables: Sequence[token_tables.ExampleTable]
+) -> tf.data.Dataset:
+    return converter(token_tables.dataset_of(tables), cfg.task_feature_lengths)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -180,9 +179,7 @@ class EvalBatches:
     """This host's evaluation batches, which can be iterated over repeatedly.
 
     Args:
-        datasets: the datasets of single rows, or of (index, row) as SeqIO's evaluator keeps them,
-            which are read one after another. (tf.data reads one dataset that concatenates hundreds
-            in a time that grows with their square.)
+        dataset: the dataset of single rows.
         share: the batch size and this host's shard of a batch.
         keep: whether to keep the batches in memory.
         buckets: the lengths that batches are trimmed to; None for one length and the original
@@ -192,7 +189,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        datasets: Sequence[tf.data.Dataset],
+        dataset: tf.data.Dataset,
         share: HostShard,
         keep: bool,
         buckets: LengthBuckets | None = None,
@@ -200,8 +197,8 @@ class EvalBatches:
     ):
         self._share, self._keep = share, keep
         self._buckets, self._cut_targets = buckets, trim_targets
-        self._window = (bucketing.WINDOW if buckets else 1) * share.batch_size  # rows
-        self._parts = [dataset.batch(self._window).prefetch(1) for dataset in datasets]
+        window = bucketing.WINDOW if buckets else 1
+        self._windows = dataset.batch(window * share.batch_size).prefetch(1)
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
 
     def __call__(self) -> Iterable[Batch]:
@@ -219,7 +216,8 @@ class EvalBatches:
 
     def _read(self) -> Iterator[tuple[np.ndarray, Batch]]:
         first = 0
-        for rows in self._windows():
+        for window in self._windows.as_numpy_iterator():
+            rows = dict(window)
             batches = bucketing.batches_of(
                 rows, self._share.batch_size, self._buckets, self._cut_targets
             )
@@ -227,25 +225,54 @@ class EvalBatches:
                 yield first + indices, self._share.rows_of_host(batch)
             first += len(rows["decoder_target_tokens"])
 
-    def _windows(self) -> Iterator[Batch]:
-        """Yields the rows of all datasets, `_window` at a time."""
-        parts: list[Batch] = []
-        missing = self._window
-        for part in itertools.chain.from_iterable(p.as_numpy_iterator() for p in self._parts):
-            rows = dict(part[-1] if isinstance(part, tuple) else part)
-            while len(rows["decoder_target_tokens"]) >= missing:
-                parts.append({name: x[:missing] for name, x in rows.items()})
-                rows = {name: x[missing:] for name, x in rows.items()}
-                yield _concatenated(parts)
-                parts, missing = [], self._window
-            parts.append(rows)
-            missing -= len(rows["decoder_target_tokens"])
-        if missing < self._window:
-            yield _concatenated(parts)
 
+class KeptBatches:
+    """This host's evaluation batches of each of several tasks, read together and kept in memory.
 
-def _concatenated(parts: Sequence[Batch]) -> Batch:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    tf.data needs 50 ms to start converting the rows of one task, which hundreds of small tasks
+    would need at each evaluation.
+
+    Args:
+        dataset: the dataset of single rows of all tasks.
+        sizes: {task: number of rows}, in the order of the dataset.
+        share: the batch size and this host's shard of a batch.
+        buckets: as for `EvalBatches`.
+    """
+
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        sizes: Mapping[str, int],
+        share: HostShard,
+        buckets: LengthBuckets | None,
+    ):
+        self._dataset, self._sizes = dataset, dict(sizes)
+        self._share, self._buckets = share, buckets
+        self._kept: dict[str, list[Batch]] = {}
+
+    def of_task(self, name: str) -> list[Batch]:
+        """Returns the batches of a task, from the first to the last."""
+        if not self._kept:
+            self._kept = self._read()
+        return self._kept[name]
+
+    def _read(self) -> dict[str, list[Batch]]:
+        kept = {}
+        window = bucketing.WINDOW * self._share.batch_size
+        parts = self._dataset.batch(window).prefetch(1).as_numpy_iterator()
+        rows: Batch = dict(next(parts))
+        for name, size in self._sizes.items():
+            kept[name] = []
+            for start in range(0, size, window):
+                number = min(window, size - start)
+                if len(rows["decoder_target_tokens"]) < number:
+                    more = next(parts)
+                    rows = {key: np.concatenate([x, more[key]]) for key, x in rows.items()}
+                taken = {key: x[:number] for key, x in rows.items()}
+                rows = {key: x[number:] for key, x in rows.items()}
+                batches = bucketing.batches_of(taken, self._share.batch_size, self._buckets, True)
+                kept[name] += [self._share.rows_of_host(batch) for _, batch in batches]
+        return kept
 
 
 def fill(array: np.ndarray, rows: int) -> np.ndarray:

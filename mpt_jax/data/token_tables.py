@@ -26,8 +26,48 @@ _REPORTED: set[tuple[str, str]] = set()  # (task, split) of `report_unknown`
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-class ExampleTable:
+class TokenTable:
     """Tokenized examples of one split of one task, as flat values and offsets per feature.
+
+    Attributes:
+        name, split: the names of the task and the split.
+        values: {feature: int32 [total tokens]}.
+        offsets: {feature: int64 [num_examples + 1]}.
+        num_examples: number of examples, after preprocessing.
+        num_overlong: number of these with a text longer than its limit (see
+            `preprocessors.end_and_limit`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        values: Mapping[str, np.ndarray],
+        offsets: Mapping[str, np.ndarray],
+    ):
+        self.name, self.split = name, split
+        self.values, self.offsets = values, offsets
+        self.num_examples = len(offsets[TASK_IDS]) - 1 if offsets else 0
+        self.num_overlong = int((values[TASK_IDS] < 0).sum()) if values else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tokens in memory, in bytes."""
+        return sum(values.nbytes for values in self.values.values())
+
+    def unknown_shares(self, output_features: Mapping[str, Any]) -> dict[str, float]:
+        """Returns the share of tokens that are unknown, from 0 to 1, of each text feature. The
+        end-of-sequence tokens do not count."""
+        shares = {}
+        for name, (unknown, end) in _special_ids(output_features).items():
+            tokens = self.values[name]
+            texts = np.count_nonzero(tokens != end)
+            shares[name] = np.count_nonzero(tokens == unknown) / max(texts, 1)
+        return shares
+
+
+class ExampleTable(TokenTable):
+    """Table of a registered task, which the constructor reads.
 
     Args:
         task, split: the task and the split to read.
@@ -38,14 +78,6 @@ class ExampleTable:
     Raises:
         ValueError: the split does not exist, cannot be read or is empty, or a feature does not have
             rank 1.
-
-    Attributes:
-        name, split: the names of the task and the split.
-        values: {feature: int32 [total tokens]}.
-        offsets: {feature: int64 [num_examples + 1]}.
-        num_examples: number of examples read, after preprocessing.
-        num_overlong: number of these with a text longer than its limit (see
-            `preprocessors.end_and_limit`).
     """
 
     def __init__(
@@ -60,13 +92,12 @@ class ExampleTable:
         limit: int = -1,
     ):
         check_split(task, split)
-        self.name, self.split = task.name, split
         with explain_missing_data(task, split):
             texts = None
             if not (use_cached or shuffle):
                 texts = preprocessors.plain_texts(task, split, seed, limit)
             if texts is not None:
-                self.values, self.offsets = preprocessors.encode(texts, task, sequence_length)
+                tokens = preprocessors.encode(texts, task, sequence_length)
             else:
                 dataset = task.get_dataset(
                     sequence_length=sequence_length,
@@ -77,33 +108,15 @@ class ExampleTable:
                     trim_output_features=trim_output_features,
                     try_in_mem_cache=False,
                 )
-                self.values, self.offsets = _flatten(
-                    dataset.take(limit), list(task.output_features), task.name
-                )
-        self.num_examples = len(self.offsets[TASK_IDS]) - 1 if self.offsets else 0
+                tokens = flatten(dataset.take(limit), list(task.output_features), task.name)
+        super().__init__(task.name, split, *tokens)
         if not self.num_examples:
             raise ValueError(
                 f"The {split!r} split of task {task.name!r} is empty after preprocessing. Check "
                 "the task's source and preprocessors, or choose another split."
             )
-        self.num_overlong = int((self.values[TASK_IDS] < 0).sum())
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
-        report_unknown(task.name, split, self._unknown_shares(task.output_features))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tokens in memory, in bytes."""
-        return sum(values.nbytes for values in self.values.values())
-
-    def _unknown_shares(self, output_features: Mapping[str, Any]) -> dict[str, float]:
-        """Returns the share of tokens that are unknown, from 0 to 1, of each text feature. The
-        end-of-sequence tokens do not count."""
-        shares = {}
-        for name, (unknown, end) in _special_ids(output_features).items():
-            tokens = self.values[name]
-            texts = np.count_nonzero(tokens != end)
-            shares[name] = np.count_nonzero(tokens == unknown) / max(texts, 1)
-        return shares
+        report_unknown(task.name, split, self.unknown_shares(task.output_features))
 
     def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
         """Returns an endless stream of this task's example indices, one pass after another. Runs
@@ -220,13 +233,9 @@ def count_examples(dataset: Any, task: seqio.Task, split: str) -> tuple[int, int
     whole, and reports unknown tokens (`report_unknown`)."""
     special = _special_ids(task.output_features)
     names = (TASK_IDS, *special)
-    specs: Any = dataset.element_spec
-    if not all(isinstance(spec, tf.TensorSpec) for spec in specs.values()):
-        pick = tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in names})
-        dataset = dataset.map(pick)  # other features cannot be batched
     cut, total, counts = 0, 0, {name: np.zeros(2, np.int64) for name in special}
     batch: Any
-    for batch in dataset.ragged_batch(1024):
+    for batch in _only(dataset, names).ragged_batch(1024):
         values = {
             name: getattr(batch[name], "flat_values", batch[name]).numpy().ravel() for name in names
         }
@@ -239,7 +248,7 @@ def count_examples(dataset: Any, task: seqio.Task, split: str) -> tuple[int, int
     return cut, total
 
 
-def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
+def flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
     """Reads a dataset of rank-1 features, and returns {feature: values} and {feature: offsets}.
 
     Raises:
@@ -253,11 +262,8 @@ def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
                 "Flatten it in the task's preprocessors, or remove it from the task's output "
                 "features."
             )
-    dataset = dataset.map(
-        tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
-    )
     # A thousand examples at a time, because Python per example would cost more than the tokenizer.
-    batches = list(dataset.ragged_batch(1024))
+    batches = list(_only(dataset, features).ragged_batch(1024))
     values, offsets = {}, {}
     for name in features if batches else ():
         ragged: list[Any] = [
@@ -268,6 +274,14 @@ def _flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
         lengths = np.concatenate([r.row_lengths().numpy() for r in ragged])
         offsets[name] = np.concatenate([[0], np.cumsum(lengths)])
     return values, offsets
+
+
+def _only(dataset: Any, features: Sequence[str]) -> Any:
+    """Returns a dataset without its other features if one of these cannot be batched."""
+    if all(isinstance(spec, tf.TensorSpec) for spec in dataset.element_spec.values()):
+        return dataset
+    pick = tf.autograph.experimental.do_not_convert(lambda x: {name: x[name] for name in features})
+    return dataset.map(pick)
 
 
 def _all_of_one_length(tensor: tf.Tensor) -> Any:
@@ -291,7 +305,7 @@ def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[
     return lookup
 
 
-def dataset_of(tables: Sequence[ExampleTable]) -> tf.data.Dataset:
+def dataset_of(tables: Sequence[TokenTable]) -> tf.data.Dataset:
     """Returns a dataset with one pass over the examples of all tables, in order."""
     rows: Any = {
         name: tf.concat(

@@ -13,7 +13,7 @@ of the same total size. A task whose metric declares labels is also scored by ra
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import seqio
@@ -23,6 +23,7 @@ from absl import logging
 from mpt_jax.artifacts import model_card
 from mpt_jax.batching.collate import Batch
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
+from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.iterators import EvalBatches, HostShard
 from mpt_jax.data.labels import labels_of
 from mpt_jax.evaluation import decoded_text, ranking
@@ -30,9 +31,6 @@ from mpt_jax.evaluation import decoded_text, ranking
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
 SCORE = seqio.metrics.ModelOutputType.SCORE  # type: ignore[attr-defined]
 LOGGERS = (seqio.PyLoggingLogger, seqio.TensorBoardLogger, seqio.JSONLogger)
-
-# Only the type of seqio.Evaluator's datasets shows whether it caches them in memory.
-_IN_MEMORY = type(tf.data.Dataset.range(0).cache())
 
 BatchFn = Callable[[Batch], Any]
 
@@ -99,7 +97,7 @@ class InferenceEvaluator:
         with task_lookup.explain_missing_data(provider, cfg.split):
             self._evaluator: Any = evaluator_cls(
                 mixture_or_task_name=provider.name,
-                feature_converter=self._converter,
+                feature_converter=cast(Any, _Unconverted()),
                 eval_split=cfg.split,
                 use_cached=cfg.use_cached,
                 seed=cfg.seed,
@@ -115,11 +113,11 @@ class InferenceEvaluator:
         self._evaluator._loggers = tuple(
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
         )
-        self._sizes = self._count(cfg)
+        self._keep = cfg.use_memory_cache
+        self._tables = self._read_tables(cfg)
         self._share = HostShard(cfg.batch_size, num_hosts, host_index)
-        datasets = self._evaluator.cached_task_datasets.values()
-        self._keep = all(isinstance(dataset, _IN_MEMORY) for dataset in datasets)
-        self._buckets = cfg.buckets(self._converter, self._limits())
+        self._limits = self._longest() | dict(cfg.task_feature_lengths or {})
+        self._buckets = cfg.buckets(self._converter, self._limits)
         self._batches: dict[tuple[str, ...], EvalBatches] = {}
 
     @property
@@ -130,7 +128,7 @@ class InferenceEvaluator:
     @property
     def num_examples(self) -> dict[str, int]:
         """Number of evaluated examples of each task."""
-        return dict(self._sizes)
+        return {name: table.num_examples for name, table in self._tables.items()}
 
     def close(self) -> None:
         """Waits until all metrics and predictions are written."""
@@ -189,18 +187,17 @@ class InferenceEvaluator:
         text = decoded_text.constant_prediction(self._tasks[name], ids)
         if text is None:
             return None
-        examples = self._evaluator.cached_task_datasets[name].as_numpy_iterator()
-        golds = (example["targets"].tobytes() for example in examples)
-        first = next(golds)
-        return text if any(gold != first for gold in golds) else None
+        table = self._tables[name]
+        golds = np.split(table.values["targets"], table.offsets["targets"][1:-1])
+        return text if any(not np.array_equal(gold, golds[0]) for gold in golds) else None
 
-    def _limits(self) -> dict[str, int]:
-        """Returns the limits on inputs and targets with which the examples were converted."""
-        spec = next(iter(self._evaluator.cached_model_datasets.values())).element_spec[1]
-        positions = spec["encoder_input_tokens"].shape[0]
-        prompt_length = getattr(self._converter, "prompt_length", 0)
-        targets = spec["decoder_target_tokens"].shape[0]
-        return {"inputs": positions - prompt_length, "targets": targets}
+    def _longest(self) -> dict[str, int]:
+        """Returns the lengths of the longest inputs and targets of all tasks, in tokens."""
+        lengths = {
+            name: [np.diff(table.offsets[name]).max() for table in self._tables.values()]
+            for name in ("inputs", "targets")
+        }
+        return {name: int(max(found)) for name, found in lengths.items()}
 
     def _needing(self, kind: Any) -> tuple[str, ...]:
         return tuple(
@@ -209,22 +206,28 @@ class InferenceEvaluator:
             if any(metric.model_output_type == kind for metric in task.metric_objs)
         )
 
-    def _count(self, cfg: datasets.DatasetConfig) -> dict[str, int]:
-        """Checks the examples' lengths and returns each task's number of examples."""
-        cached = self._evaluator.cached_task_datasets
-        overlong = {
-            name: token_tables.count_examples(dataset, self._tasks[name], cfg.split)
-            for name, dataset in cached.items()
-        }
-        validation.check_counts(overlong, cfg, self._converter)
-        return {name: size for name, (_, size) in overlong.items()}
+    def _read_tables(self, cfg: datasets.DatasetConfig) -> dict[str, token_tables.TokenTable]:
+        """Reads and checks the examples of each task."""
+        tables = {}
+        for name, dataset in self._evaluator.cached_task_datasets.items():
+            features = self._tasks[name].output_features
+            tokens = token_tables.flatten(dataset, list(features), name)
+            tables[name] = token_tables.TokenTable(name, cfg.split, *tokens)
+        counts = {name: (x.num_overlong, x.num_examples) for name, x in tables.items()}
+        validation.check_counts(counts, cfg, self._converter)
+        for name, table in tables.items():
+            shares = table.unknown_shares(self._tasks[name].output_features)
+            token_tables.report_unknown(name, cfg.split, shares)
+        return tables
 
     def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:
         """Returns (row indices, batch) pairs of this host, where the indices count the rows of the
         concatenated tasks."""
         if names not in self._batches:
+            # Converted together, because a dataset for each of hundreds of tasks takes a minute.
+            joined = token_tables.dataset_of([self._tables[name] for name in names])
             self._batches[names] = EvalBatches(
-                [self._evaluator.cached_model_datasets[name] for name in names],
+                self._converter(joined, self._limits),
                 self._share,
                 keep=self._keep,
                 buckets=self._buckets,
@@ -236,14 +239,14 @@ class InferenceEvaluator:
         """Returns {task: outputs}, with one row of outputs for each example of the task."""
         if not names:
             return {}
-        bounds = np.cumsum([self._sizes[name] for name in names])
+        bounds = np.cumsum([self._tables[name].num_examples for name in names])
         outputs: np.ndarray | None = None
         for indices, batch in self._read(names):
             rows = np.asarray(function(batch))[: len(indices)]  # the rest is padding
             if outputs is None:
                 outputs = np.zeros((bounds[-1], *rows.shape[1:]), rows.dtype)
             outputs[indices] = rows
-        assert outputs is not None  # `_count` rejects empty splits
+        assert outputs is not None  # `_read_tables` rejects empty splits
         return dict(zip(names, np.split(outputs, bounds[:-1]), strict=True))
 
     def _rank(self, score_fn: BatchFn) -> dict[str, dict[str, float]]:
@@ -280,6 +283,18 @@ def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:
             f"No task of {provider.name!r} has metrics, so nothing can be evaluated. Register the "
             "tasks with metric_fns."
         )
+
+
+class _Unconverted:
+    """Stands for the feature converter in SeqIO's evaluator, which reads the examples of each task
+    and calls a function with its dataset. The batches of all tasks are made here."""
+
+    TASK_FEATURES = PromptFeatureConverter.TASK_FEATURES
+    pack = False
+
+    def __call__(self, dataset: tf.data.Dataset, lengths: Mapping[str, int]) -> tf.data.Dataset:
+        del lengths
+        return dataset
 
 
 class _Joining:

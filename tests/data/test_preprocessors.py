@@ -132,7 +132,9 @@ def test_many_tasks_share_graphs_of_tokenizing_and_converting(tasks, monkeypatch
     assert len(traced) == 2, "one for the stream, one for the evaluation of all tasks"
     inference = evaluator.InferenceEvaluator(validation, converter, None)
     assert inference.num_examples == dict.fromkeys(NAMES, 4)
-    assert len(traced) == 3
+    scores = inference.evaluate(lambda batch: batch["decoder_target_tokens"], len, 0)
+    assert {score["accuracy"] for score in scores.values()} == {100.0}
+    assert len(traced) == 3, "and one for the examples that are decoded"
 
 
 def test_loss_batch_of_fleet_task_has_rows_of_its_share(tasks):
