@@ -159,6 +159,7 @@ OTHER_CASES = {
     "PjitPartitioner.model_parallel_submesh": "refused",
     "PjitPartitioner.num_partitions": "its constructor makes the mesh of it",
     "SaveCheckpointConfig.dtype": "refused",
+    "SelectBest.model_dir": "its constructor opens the folder",
     "SaveCheckpointConfig.state_transformation_fns": "refused",
 }
 

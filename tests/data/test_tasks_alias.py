@@ -52,7 +52,7 @@ def test_tasks_alias_unknown_suite_raises_import_error(tmp_path):
 def test_tasks_alias_train_beside_users_tasks_module(tmp_path):
     """The ten lines of the README, in a module `tasks`, as T5X's own example calls it."""
     readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from mpt_jax.tasks import files as .*?)```", readme, re.S)
+    (code,) = re.findall(r"```python\n(from mpt_jax.tasks import files\n.*?)```", readme, re.S)
     (tmp_path / "tasks.py").write_text(code)
     rows = [("good", "positive"), ("bad", "negative")] * 12
     lines = [f"the film {number} was {word} .,{label}" for number, (word, label) in enumerate(rows)]
