@@ -37,9 +37,10 @@ START_FROM = 'average'
 script.{entry}.train_state_initializer_cls = @initializer.TrainStateInitializer
 initializer.TrainStateInitializer.origins = @train_state.Origins()
 train_state.Origins:
-  backbone = @paths.shipped()
+  backbone = %INITIAL_CHECKPOINT_PATH
   backbone_name = 'tiny_t5'
-paths.shipped.name = 'tiny_t5/checkpoint_10000'
+INITIAL_CHECKPOINT_PATH = @backbone/paths.shipped()
+backbone/paths.shipped.name = 'tiny_t5/checkpoint_10000'
 VOCABULARY = @vocabulary/paths.shipped()
 vocabulary/paths.shipped.name = 'toy.model'
 vocabularies.load.extra_ids = 16
@@ -58,7 +59,6 @@ config.T5Config:
   dropout_rate = 0.0
 """
 FINETUNE = """
-INITIAL_CHECKPOINT_PATH = ''
 BATCH_SIZE = 16
 EVAL_STEPS = 1
 EVAL_PERIOD = 4
