@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -64,6 +64,17 @@ def parse(content: bytes | str, what: str, advice: str = COPY_AGAIN) -> Any:
     except ValueError as error:
         raise ValueError(f"{what} is not JSON: {error}. {advice}") from error
     return value
+
+
+def repeated_field(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Returns a field that occurs twice among the pairs of a JSON object, or None. Python would keep
+    the last of its values. For the `object_pairs_hook` of `json.loads`."""
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def sealed(record: Mapping[str, Any], field: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 from absl import logging
 from etils import epath
 
+from mpt_jax.core import schema
+
 MAX_ROW = 64 * 2**20  # bytes of a row of a text file, decompressed
 MAX_CELL = 16 * 2**20  # characters of a cell of a CSV or TSV file
 MAX_DEPTH = 100  # nested lists and objects of a JSON row
@@ -133,7 +135,7 @@ def _object(line: bytes) -> Row | Unusable:
     # Numbers keep their spelling. NaN and Infinity are not JSON, and become null.
     parse: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": lambda _: None}
     try:
-        row = json.loads(line.decode().rstrip(), **parse, object_pairs_hook=_unique_keys)
+        row = json.loads(line.decode().rstrip(), **parse, object_pairs_hook=_unique_fields)
     except Unusable as error:
         return error
     except UnicodeDecodeError as error:
@@ -145,14 +147,10 @@ def _object(line: bytes) -> Row | Unusable:
     return row
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object, of which Python would keep the last of several equal keys."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (repeated := schema.repeated_field(pairs)) is not None:
         raise Unusable("repeated in the row; keep one of the values", repeated)
-    return row
+    return dict(pairs)
 
 
 # The closing quotation mark is optional, and the repeats keep what they match, so that a text

@@ -163,13 +163,9 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object, of which Python would keep the last of several equal fields."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+    if (repeated := schema.repeated_field(pairs)) is not None:
         raise ValueError(f"it repeats the field {schema.short(repeated)}")
-    return fields
+    return dict(pairs)
 
 
 def _reject_constant(constant: str) -> Any:
