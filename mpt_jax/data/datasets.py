@@ -322,34 +322,18 @@ def eval_batches(
     validation.check_tasks(tasks, converter, cfg.task_feature_lengths)
     rows = _rows_of_one_task(cfg, equal_shares(provider) or 1, math.lcm(row_multiple, num_hosts))
     share = HostShard(rows, num_hosts, host_index)
-    buckets = cfg.buckets(converter)
     tables = {}
     for task in tasks:
         if cfg.split not in task.splits and not isinstance(provider, seqio.Task):
             logging.warning("Skipped task %s, which has no %r split.", task.name, cfg.split)
             continue
         tables[task.name] = _table(cfg, task, converter, num_batches)
-    batches: dict[str, Callable[[], Iterable[Batch]]]
-    if cfg.use_memory_cache and not cfg.pack and tables:
-        rows_of_all = _converted(cfg, converter, list(tables.values()))
-        sizes = {name: table.num_examples for name, table in tables.items()}
-        kept = KeptBatches(rows_of_all, sizes, share, buckets)
-        batches = {name: functools.partial(kept.of_task, name) for name in tables}
-    else:
-        batches = {
-            name: EvalBatches(
-                _converted(cfg, converter, [table]),
-                share,
-                keep=cfg.use_memory_cache,
-                buckets=buckets,
-            )
-            for name, table in tables.items()
-        }
-    if not batches:
+    if not tables:
         raise ValueError(
             f"No task of mixture {provider.name!r} has a {cfg.split!r} split. Set "
             "DatasetConfig.split to a split that at least one of the tasks has."
         )
+    batches = _batches_of_tasks(cfg, converter, tables, share)
     if provider.name not in batches and len(batches) > 1:
         parts = list(batches.values())
         batches[provider.name] = lambda: itertools.chain.from_iterable(part() for part in parts)
@@ -382,6 +366,28 @@ def _table(
     counts = {task.name: (table.num_overlong, table.num_examples)}
     validation.check_lengths(counts, converter, cfg.task_feature_lengths)
     return table
+
+
+def _batches_of_tasks(
+    cfg: DatasetConfig,
+    converter: Any,
+    tables: Mapping[str, token_tables.ExampleTable],
+    share: HostShard,
+) -> dict[str, Callable[[], Iterable[Batch]]]:
+    """Returns {task: function that returns its batches}. Packed rows of different tasks, and rows
+    that are not kept in memory, are made for one task at a time."""
+    buckets = cfg.buckets(converter)
+    if cfg.use_memory_cache and not cfg.pack:
+        sizes = {name: table.num_examples for name, table in tables.items()}
+        rows = _converted(cfg, converter, list(tables.values()))
+        kept = KeptBatches(rows, sizes, share, buckets)
+        return {name: functools.partial(kept.of_task, name) for name in tables}
+    return {
+        name: EvalBatches(
+            _converted(cfg, converter, [table]), share, keep=cfg.use_memory_cache, buckets=buckets
+        )
+        for name, table in tables.items()
+    }
 
 
 def _converted(

@@ -229,8 +229,8 @@ class EvalBatches:
 class KeptBatches:
     """This host's evaluation batches of each of several tasks, read together and kept in memory.
 
-    tf.data needs 50 ms to start converting the rows of one task, which hundreds of small tasks
-    would need at each evaluation.
+    tf.data needs some 50 ms to start converting the rows of one dataset. With a dataset for each of
+    hundreds of small tasks, that would be most of the first evaluation.
 
     Args:
         dataset: the dataset of single rows of all tasks.

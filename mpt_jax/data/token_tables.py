@@ -108,7 +108,7 @@ class ExampleTable(TokenTable):
                     trim_output_features=trim_output_features,
                     try_in_mem_cache=False,
                 )
-                tokens = flatten(dataset.take(limit), list(task.output_features), task.name)
+                tokens = read_tokens(dataset.take(limit), list(task.output_features), task.name)
         super().__init__(task.name, split, *tokens)
         if not self.num_examples:
             raise ValueError(
@@ -248,7 +248,7 @@ def count_examples(dataset: Any, task: seqio.Task, split: str) -> tuple[int, int
     return cut, total
 
 
-def flatten(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
+def read_tokens(dataset: Any, features: list[str], task: str) -> tuple[dict, dict]:
     """Reads a dataset of rank-1 features, and returns {feature: values} and {feature: offsets}.
 
     Raises:

@@ -113,7 +113,7 @@ class InferenceEvaluator:
         self._evaluator._loggers = tuple(
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
         )
-        self._keep = cfg.use_memory_cache
+        self._keep = all(map(_in_memory, self._evaluator.cached_task_datasets.values()))
         self._tables = self._read_tables(cfg)
         self._share = HostShard(cfg.batch_size, num_hosts, host_index)
         self._limits = self._longest() | dict(cfg.task_feature_lengths or {})
@@ -211,7 +211,7 @@ class InferenceEvaluator:
         tables = {}
         for name, dataset in self._evaluator.cached_task_datasets.items():
             features = self._tasks[name].output_features
-            tokens = token_tables.flatten(dataset, list(features), name)
+            tokens = token_tables.read_tokens(dataset, list(features), name)
             tables[name] = token_tables.TokenTable(name, cfg.split, *tokens)
         counts = {name: (x.num_overlong, x.num_examples) for name, x in tables.items()}
         validation.check_counts(counts, cfg, self._converter)
@@ -256,6 +256,12 @@ class InferenceEvaluator:
             return {}
         ranker = ranking.Ranker(tasks, self._converter.runs, score_fn)
         return ranking.accuracies(self._run(ranker, tuple(tasks)))
+
+
+def _in_memory(dataset: tf.data.Dataset) -> bool:
+    """Whether SeqIO's evaluator keeps this dataset in memory, which only its type shows: a cache
+    inside an assertion of its size."""
+    return any(isinstance(x, type(tf.data.Dataset.range(0).cache())) for x in dataset._inputs())
 
 
 def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:

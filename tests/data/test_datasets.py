@@ -299,6 +299,23 @@ def test_eval_batches_mixture_every_example_once():
     assert_equal_batches(list(made["dat_a"]()), batches)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("buckets", [{}, {"inputs": [4]}])
+def test_eval_batches_kept_equal_those_of_each_task(batch_size, buckets):
+    """With one row a batch, tasks are longer than a window of batches and start inside one."""
+    arguments = dict(split="validation", shuffle=False, batch_size=batch_size)
+    kept, separate = (
+        datasets.eval_batches(
+            config("dat_plain", **arguments, length_buckets=buckets, use_memory_cache=keep),
+            CONVERTER,
+        )
+        for keep in (True, False)
+    )
+    assert max(SIZES.values()) > bucketing.WINDOW and list(kept) == list(separate)
+    for name in kept:
+        assert_equal_batches(list(kept[name]()), list(separate[name]()))
+
+
 def test_eval_batches_limited_and_sharded_equal_whole():
     cfg = config("dat_b", split="validation", shuffle=False, batch_size=4)
     whole = list(datasets.eval_batches(cfg, CONVERTER, num_batches=2)["dat_b"]())
