@@ -67,8 +67,8 @@ def parse(content: bytes | str, what: str, advice: str = COPY_AGAIN) -> Any:
 
 
 def repeated_field(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    """Returns a field that occurs twice among the pairs of a JSON object, or None. Python would keep
-    the last of its values. For the `object_pairs_hook` of `json.loads`."""
+    """Returns a field that occurs twice among the pairs of a JSON object, or None; Python would
+    keep the last of its values. For the `object_pairs_hook` of `json.loads`."""
     seen = set()
     for name, _ in pairs:
         if name in seen:
