@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from names import ADDED, DEFAULTS, PHRASES, RENAMED
+from names import ADDED, ADDED_PARAGRAPHS, DEFAULTS, PHRASES, RENAMED
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # arrays are only read here
 
@@ -218,6 +218,12 @@ def renamed(value: Any) -> Any:
     return value
 
 
+def without_added(lines: list[Any]) -> list[Any]:
+    """The lines of a text without the paragraphs that later versions add."""
+    added = [i for i, line in enumerate(lines) if str(line).startswith(ADDED_PARAGRAPHS)]
+    return [line for i, line in enumerate(lines) if i not in added and i - 1 not in added]
+
+
 def flat_note(note: dict[str, Any]) -> dict[str, Any]:
     """A note that an output is complete, as the record has it: what it was made from is not nested,
     and it does not count lines and bytes (which vary with the digits of scores)."""
@@ -248,6 +254,8 @@ def compare(saved: dict[str, Any], found: dict[str, Any], relative: float) -> tu
     saved, found = renamed(saved), renamed(found)
     for name in (name for name in saved.keys() & found.keys() if name.endswith(".COMPLETED")):
         saved[name], found[name] = flat_note(saved[name]), flat_note(found[name])
+    for name in (name for name in found if name.endswith("README.md")):
+        found[name] = {**found[name], "content": without_added(found[name]["content"])}
     wrong = [f"{name} is gone" for name in sorted(saved.keys() - found.keys())]
     wrong += [f"{name} is new" for name in sorted(found.keys() - saved.keys())]
     if not saved:

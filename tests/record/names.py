@@ -65,3 +65,5 @@ ADDED = frozenset(
 )
 # Bindings of config.gin with another default -> what it was and what it is.
 DEFAULTS = {"T5_NAME": ("'t5_1_0_base'", "None")}
+# Paragraphs of model cards that later versions write in addition: their first words.
+ADDED_PARAGRAPHS = ("**Every prediction was the same for ",)
