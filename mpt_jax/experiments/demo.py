@@ -23,7 +23,7 @@ from mpt_jax.config import gin_utils
 from mpt_jax.experiments import results
 from mpt_jax.experiments.report import sections, tables
 from mpt_jax.experiments.results import Result
-from mpt_jax.experiments.stages import Run, Stage, collect, quoted, target_bindings, target_runs
+from mpt_jax.experiments.stages import Run, Stage, collect, target_bindings, target_runs
 from mpt_jax.runtime import compilation_cache, paths
 from mpt_jax.tasks import toy
 
@@ -102,10 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     root = Path(args.root)
     set_aside_finished(root)
-    for name in ("pt_source", "mpt_source"):
-        source = stage(root, name, [f"gin/{name}.gin"], [f"LEARNING_RATE = {SOURCE_RATE}"])
-        if not source.is_done(root):
-            source.run(root)
+    train_sources(root)
     targets = ALL_TARGETS if args.full else TARGETS
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)
     collected = [adapt(root, method, targets, k) for k in shots for method in methods(root)]
@@ -115,6 +112,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Everything took {seconds:.0f} s. Artifacts and predictions: {root}")
     print(f"Report: {sections.write(root, collected, majority=shares)}")
     results.save(root, collected, shares)
+
+
+def train_sources(root: Path) -> None:
+    """Runs the teachers and the source stage, unless they are finished."""
+    for name in ("pt_source", "mpt_source"):
+        source = stage(name, [f"gin/{name}.gin"], [f"LEARNING_RATE = {SOURCE_RATE}"])
+        if not source.is_done(root):
+            source.run(root)
 
 
 def set_aside_finished(root: Path) -> None:
@@ -128,7 +133,6 @@ def set_aside_finished(root: Path) -> None:
 
 
 def stage(
-    root: Path,
     name: str,
     gin_files: Sequence[str],
     bindings: Sequence[str],
@@ -137,8 +141,7 @@ def stage(
 ) -> Stage:
     """Returns a stage of the demo. It is evaluated only after its last step, on the test split."""
     files = (*gin_files, "gin/tiny.gin", "gin/runs/demo.gin")
-    # Gin files look for artifacts of earlier stages below ROOT.
-    return Stage(name, files, (f"ROOT = {quoted(str(root))}", *bindings), runs, steps)
+    return Stage(name, files, tuple(bindings), runs, steps, sets_root=True)
 
 
 def adapt(
@@ -168,7 +171,7 @@ def adapt(
             *method.bindings,
         ]
         name = folder if method.grouped else f"{folder}/{job[0].name}"
-        jobs.append(stage(root, name, method.gin_files, bindings, job, steps))
+        jobs.append(stage(name, method.gin_files, bindings, job, steps))
     started = time.monotonic()
     for job in jobs:
         if not job.is_done(root):

@@ -45,6 +45,8 @@ class Stage:
         runs: The runs that the stage trains or evaluates; () for a source stage.
         steps: The number of training steps; None keeps the number of the gin files.
         entry: The command: `'train'` or `'eval'`.
+        sets_root: Whether the folder is given as ROOT and STAGE instead, so that gin files look for
+            artifacts of earlier stages below the same root.
     """
 
     name: str
@@ -53,15 +55,15 @@ class Stage:
     runs: tuple[Run, ...] = ()
     steps: int | None = None
     entry: str = "train"
+    sets_root: bool = False
 
     def arguments(self, root: Path) -> tuple[str, ...]:
         """Returns all bindings, including those of the folder and the number of steps."""
         steps = () if self.steps is None else (f"TRAIN_STEPS = {self.steps}",)
-        return (
-            f"{FOLDER_MACROS[self.entry]} = {quoted(str(root / self.name))}",
-            *steps,
-            *self.bindings,
-        )
+        folder = (f"{FOLDER_MACROS[self.entry]} = {quoted(str(root / self.name))}",)
+        if self.sets_root:
+            folder = (f"ROOT = {quoted(str(root))}", f"STAGE = {quoted(self.name)}")
+        return (*folder, *steps, *self.bindings)
 
     def command(self, root: Path) -> str:
         """Returns the command line, quoted for a shell. It selects our trainer explicitly, because

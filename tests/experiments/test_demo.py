@@ -1,10 +1,12 @@
 """Bookkeeping of the demo, with synthetic scores."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from mpt_jax.experiments import demo, results, stages
+from tests.fixtures import gin_files
 
 
 def test_set_aside_finished_renames_only_finished_demo(tmp_path):
@@ -57,6 +59,27 @@ def test_demo_adapt_scores_every_target_and_seed(grouped, tmp_path, monkeypatch)
     assert (bound["TRAIN_STEPS"], bound["WARMUP_STEPS"]) == (str(steps), str(steps // 10))
     assert bound["BATCH_SIZE"] == str(rows), "rows of each run"
     assert (bound["LEARNING_RATE"], json.loads(bound["ROOT"])) == ("0.5", str(tmp_path))
+
+
+def test_demo_stages_bind_only_what_their_gin_files_read(tmp_path, monkeypatch, own_trainer):
+    parsed = []
+
+    class Stopped(Exception):
+        pass
+
+    def parse(job, root):
+        gin_files.parse(job.files, job.arguments(root))
+        assert Path(gin_files.value("MODEL_DIR")) == root / job.name
+        parsed.append(job.name)
+        if job.runs:
+            raise Stopped
+
+    monkeypatch.setattr(stages.Stage, "run", parse)
+    demo.train_sources(tmp_path)
+    for method in demo.methods(tmp_path):
+        with pytest.raises(Stopped):
+            demo.adapt(tmp_path, method, ("toy_rte",), 32)
+    assert len(parsed) == 2 + len(demo.methods(tmp_path))
 
 
 def test_demo_methods_mpt_keeps_paper_ratio_of_learning_rates(tmp_path):
