@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.core.runs import data_name
-from mpt_jax.data import preprocessors
+from mpt_jax.data import in_memory
 from mpt_jax.data.preprocessors import TASK_IDS, task_id
 from mpt_jax.data.task_lookup import check_split, explain_missing_data
 
@@ -95,9 +95,9 @@ class ExampleTable(TokenTable):
         with explain_missing_data(task, split):
             texts = None
             if not (use_cached or shuffle):
-                texts = preprocessors.plain_texts(task, split, seed, limit)
+                texts = in_memory.plain_texts(task, split, seed, limit)
             if texts is not None:
-                tokens = preprocessors.encode(texts, task, sequence_length)
+                tokens = in_memory.encode(texts, task, sequence_length)
             else:
                 dataset = task.get_dataset(
                     sequence_length=sequence_length,
@@ -262,6 +262,9 @@ def read_tokens(dataset: Any, features: list[str], task: str) -> tuple[dict, dic
                 "Flatten it in the task's preprocessors, or remove it from the task's output "
                 "features."
             )
+    if isinstance(dataset, in_memory.MemoryDataset):
+        values, offsets = dataset.values, dataset.offsets
+        return {name: values[name] for name in features}, {name: offsets[name] for name in features}
     # A thousand examples at a time, because Python per example would cost more than the tokenizer.
     batches = list(_only(dataset, features).ragged_batch(1024))
     values, offsets = {}, {}
@@ -288,14 +291,20 @@ def _all_of_one_length(tensor: tf.Tensor) -> Any:
     return tf.RaggedTensor.from_tensor(tensor)  # type: ignore[attr-defined]
 
 
-def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns a function that looks up an example by its index in the concatenated tables."""
+def _joined(tables: Sequence[TokenTable]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns {feature: values} and {feature: offsets} of the concatenated tables."""
     values, offsets = {}, {}
     for name in tables[0].values:
         starts = np.cumsum([0] + [len(t.values[name]) for t in tables])
-        joined = [t.offsets[name][:-1] + s for t, s in zip(tables, starts, strict=False)]
-        values[name] = tf.constant(np.concatenate([t.values[name] for t in tables]))
-        offsets[name] = tf.constant(np.concatenate([*joined, starts[-1:]]))
+        each = [t.offsets[name][:-1] + s for t, s in zip(tables, starts, strict=False)]
+        values[name] = np.concatenate([t.values[name] for t in tables])
+        offsets[name] = np.concatenate([*each, starts[-1:]])
+    return values, offsets
+
+
+def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns a function that looks up an example by its index in the concatenated tables."""
+    values, offsets = ({name: tf.constant(x) for name, x in of.items()} for of in _joined(tables))
 
     def lookup(index):
         return {
@@ -307,12 +316,10 @@ def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[
 
 def dataset_of(tables: Sequence[TokenTable]) -> tf.data.Dataset:
     """Returns a dataset with one pass over the examples of all tables, in order."""
+    values, offsets = _joined(tables)
     rows: Any = {
-        name: tf.concat(
-            [tf.RaggedTensor.from_row_splits(t.values[name], t.offsets[name]) for t in tables],  # type: ignore[attr-defined]
-            axis=0,
-        )
-        for name in tables[0].values
+        name: tf.RaggedTensor.from_row_splits(values[name], offsets[name])  # type: ignore[attr-defined]
+        for name in values
     }
     return tf.data.Dataset.from_tensor_slices(rows)
 

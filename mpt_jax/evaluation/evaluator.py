@@ -22,7 +22,7 @@ from absl import logging
 
 from mpt_jax.artifacts import model_card
 from mpt_jax.batching.collate import Batch
-from mpt_jax.data import datasets, task_lookup, token_tables, validation
+from mpt_jax.data import datasets, in_memory, task_lookup, token_tables, validation
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.iterators import EvalBatches, HostShard
 from mpt_jax.data.labels import labels_of
@@ -113,7 +113,10 @@ class InferenceEvaluator:
         self._evaluator._loggers = tuple(
             _Joining(logger, self._extra) for logger in self._evaluator.loggers
         )
-        self._keep = all(map(_in_memory, self._evaluator.cached_task_datasets.values()))
+        read = self._evaluator.cached_task_datasets
+        self._keep = all(map(_in_memory, read.values()))
+        # Metrics read the examples of each task several times, without this from a new iterator.
+        self._evaluator._cached_task_datasets = {n: _without_count(d) for n, d in read.items()}
         self._tables = self._read_tables(cfg)
         self._share = HostShard(cfg.batch_size, num_hosts, host_index)
         self._limits = self._longest() | dict(cfg.task_feature_lengths or {})
@@ -261,7 +264,18 @@ class InferenceEvaluator:
 def _in_memory(dataset: tf.data.Dataset) -> bool:
     """Whether SeqIO's evaluator keeps this dataset in memory, which only its type shows: a cache
     inside an assertion of its size."""
-    return any(isinstance(x, type(tf.data.Dataset.range(0).cache())) for x in dataset._inputs())
+    return any(
+        x.cached
+        if isinstance(x, in_memory.MemoryDataset)
+        else isinstance(x, type(tf.data.Dataset.range(0).cache()))
+        for x in dataset._inputs()
+    )
+
+
+def _without_count(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns the `MemoryDataset` inside SeqIO's assertion of its size, or else `dataset`."""
+    memory = [x for x in dataset._inputs() if isinstance(x, in_memory.MemoryDataset)]
+    return memory[0] if memory else dataset
 
 
 def _check(provider: Any, cfg: datasets.DatasetConfig, converter: Any) -> None:

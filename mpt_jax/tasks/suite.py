@@ -15,7 +15,7 @@ from typing import Any
 import gin
 import seqio
 
-from mpt_jax.data import preprocessors, task_lookup, vocabularies
+from mpt_jax.data import in_memory, preprocessors, task_lookup, vocabularies
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import few_shot, text_metrics
 from mpt_jax.tasks.splits import Parts, PartsSource
@@ -111,9 +111,9 @@ class RunTask(seqio.Task):
         """Returns the examples of a split, like `seqio.Task.get_dataset`. One unshuffled pass over
         plain texts is tokenized without SeqIO, which takes longer to start."""
         if num_epochs == 1 and not (use_cached or shuffle or shard_info):
-            texts = preprocessors.plain_texts(self, split, seed)
+            texts = in_memory.plain_texts(self, split, seed)
             if texts is not None and len(texts["inputs"]):
-                return preprocessors.as_dataset(texts, self, sequence_length)
+                return in_memory.MemoryDataset(texts, self, sequence_length)
         return super().get_dataset(
             sequence_length,
             split,

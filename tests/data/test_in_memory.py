@@ -7,9 +7,10 @@ import functools
 import numpy as np
 import pytest
 import seqio
+import tensorflow as tf
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import datasets, preprocessors, token_tables, vocabularies
+from mpt_jax.data import datasets, in_memory, preprocessors, token_tables, vocabularies
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import EqualQuotas, TaskMixture
 from mpt_jax.evaluation import evaluator
@@ -75,10 +76,33 @@ def test_run_task_dataset_equals_seqio_dataset(tasks, limits):
     assert rows(found.padded_batch(4))[0]["inputs"].shape[0] == 4
 
 
+@pytest.mark.parametrize("limits", [None, {"inputs": 5, "targets": 3}])
+def test_memory_dataset_iterates_over_the_examples_of_its_graph(tasks, limits):
+    dataset = tasks[0].get_dataset(sequence_length=limits, split="validation", shuffle=False)
+    from_graph = rows(dataset.map(lambda x: x))
+    found = [{name: x.numpy() for name, x in row.items()} for row in dataset]
+    assert len(found) == len(from_graph) == len(TEXTS)
+    for one, other in zip(found, from_graph, strict=True):
+        assert {k: np.asarray(v).dtype for k, v in one.items()} == {
+            k: np.asarray(v).dtype for k, v in other.items()
+        }
+        assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+def test_memory_dataset_takes_and_caches_as_other_datasets(tasks, tmp_path):
+    dataset = tasks[0].get_dataset(split="validation", shuffle=False)
+    assert dataset.take(-1) is dataset.take(len(TEXTS)) is dataset
+    assert [len(list(dataset.take(count))) for count in (0, 3, 9)] == [0, 3, len(TEXTS)]
+    assert not dataset.cached and dataset.cache().cached
+    assert rows(dataset.cache())[1]["targets_pretokenized"] == b"bad"
+    assert len(list(dataset.cache(str(tmp_path / "cache")))) == len(TEXTS)
+    assert list(tmp_path.iterdir())
+
+
 def test_read_table_equals_table_of_seqio(tasks, monkeypatch):
     arguments = dict(sequence_length={"inputs": 5, "targets": 3}, seed=0)
     found = token_tables.ExampleTable(tasks[0], "train", limit=3, **arguments)
-    monkeypatch.setattr(preprocessors, "plain_texts", lambda *args: None)
+    monkeypatch.setattr(in_memory, "plain_texts", lambda *args: None)
     expected = token_tables.ExampleTable(tasks[0], "train", limit=3, **arguments)
     assert found.num_examples == expected.num_examples == 3
     assert found.num_overlong == expected.num_overlong == 1
@@ -90,17 +114,17 @@ def test_read_table_equals_table_of_seqio(tasks, monkeypatch):
 
 def test_plain_texts_of_other_tasks_are_left_to_seqio(tasks):
     with_bytes = memory_tasks.register("pre_bytes", VALIDATION)
-    assert preprocessors.plain_texts(with_bytes, "train") is None
+    assert in_memory.plain_texts(with_bytes, "train") is None
     random = tasks[0].replace(
         name="pre_0", preprocessors=[*preprocessors.finish("pre_0"), lambda ds: ds]
     )
-    assert preprocessors.plain_texts(random, "train") is None
+    assert in_memory.plain_texts(random, "train") is None
     changed = tasks[0].replace(
         name="pre_0",
         preprocessors=[lambda ds: ds.map(lambda x: {**x, "more": x["inputs"]})]
         + preprocessors.finish("pre_0"),
     )
-    assert preprocessors.plain_texts(changed, "train") is None
+    assert in_memory.plain_texts(changed, "train") is None
 
 
 def test_many_tasks_share_graphs_of_tokenizing_and_converting(tasks, monkeypatch):
@@ -130,11 +154,15 @@ def test_many_tasks_share_graphs_of_tokenizing_and_converting(tasks, monkeypatch
     losses = datasets.eval_batches(validation, converter)
     assert all(len(list(batches())) for batches in losses.values())
     assert len(traced) == 2, "one for the stream, one for the evaluation of all tasks"
+    started = []
+    start = tf.data.Dataset.__iter__
+    monkeypatch.setattr(tf.data.Dataset, "__iter__", lambda d: started.append(1) or start(d))
     inference = evaluator.InferenceEvaluator(validation, converter, None)
     assert inference.num_examples == dict.fromkeys(NAMES, 4)
     scores = inference.evaluate(lambda batch: batch["decoder_target_tokens"], len, 0)
     assert {score["accuracy"] for score in scores.values()} == {100.0}
     assert len(traced) == 3, "and one for the examples that are decoded"
+    assert len(started) == len(NAMES) + 1, "one for each source, one for the batches of all tasks"
 
 
 def test_loss_batch_of_fleet_task_has_rows_of_its_share(tasks):
