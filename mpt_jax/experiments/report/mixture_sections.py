@@ -116,8 +116,8 @@ def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
             by_task[mixture.task].append(mixture)
     if candidates and not by_task:
         content.absent.append(
-            f"Weights of candidates, {title}: they depend on the text, and no metrics.jsonl of its "
-            "runs has them."
+            f"Weights of candidates, {title}: they depend on the text, and no run recorded them in "
+            "metrics.jsonl."
         )
     if not by_task:
         return None

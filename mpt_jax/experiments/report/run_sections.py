@@ -136,8 +136,8 @@ def target_prompts(content: Content) -> list[str]:
                 tasks = [task for artifact in kept for task in artifact.runs.task_names]
                 caption = (
                     "Cosine similarity of flattened prompts, target tasks: mean over pairs of "
-                    "runs; on the diagonal pairs of one task with different seeds (1 where it has "
-                    "one run)."
+                    "runs. The diagonal compares runs of one task with different seeds; it is 1 "
+                    "for a task with one run."
                 )
                 return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
     content.absent.append(
