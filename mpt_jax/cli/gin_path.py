@@ -2,7 +2,7 @@
 
     python -m t5x.train --gin_search_paths=$(mpt-jax gin-path) --gin_file=gin/mpt_source.gin ...
 
-T5X searches the working directory and its own clone only.
+T5X searches only the working directory and its own clone.
 """
 
 from __future__ import annotations
