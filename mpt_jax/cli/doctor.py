@@ -121,7 +121,7 @@ def _incomplete(folder: Path) -> tuple[str, str]:
 
 
 def check_names(folder: Path) -> Iterator[Finding]:
-    """Checks which modules or folders shadow a package of this library in `folder`."""
+    """Checks which modules or folders shadow a package of this library if run in `folder`."""
     for name, path in shadows.find(folder):
         if name == "tasks":
             value = (
@@ -159,7 +159,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
-    """Checks which devices JAX finds, and whether a job on this machine would have one process."""
+    """Checks which devices JAX finds, and whether a job started here would join other processes."""
     answer, error = question.answer(seconds)
     if answer:
         platform_name, kind, number = json.loads(answer)

@@ -14,7 +14,7 @@ from mpt_jax.config import trainer_choice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the folder."""
+    """Prints the folder that contains `gin/`."""
     description = "Prints the folder of the shipped gin files, for --gin_search_paths."
     argparse.ArgumentParser(prog="mpt-jax gin-path", description=description).parse_args(argv)
     print(trainer_choice.gin_folder())

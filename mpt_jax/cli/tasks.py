@@ -61,7 +61,8 @@ def list_index() -> None:
 
 
 def _has_data(folder: str | None) -> bool:
-    """Whether the folder of TensorFlow Datasets may hold a version of a data set of the index."""
+    """Whether the folder of TensorFlow Datasets has a data set of the index, in any version. True
+    for a storage bucket, which is not searched."""
     folder = folder or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
     if "://" in folder:
         return True

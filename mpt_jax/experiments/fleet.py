@@ -238,7 +238,7 @@ def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[An
 
 
 def _check_reads(name: str, data: str) -> None:
-    """Checks that `data_name(name)` returns `data`, the part of a run's name without settings."""
+    """Raises ValueError unless `data_name(name)` is `data`, the run's name without settings."""
     if (read := data_name(name)) != data:
         raise ValueError(
             f"The run name {name!r} is ambiguous: it would be parsed as {read!r} plus settings, "

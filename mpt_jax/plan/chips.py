@@ -76,8 +76,8 @@ def count(topology: str) -> int:
 def share_libtpu() -> None:
     """Allows several processes of a machine to load libtpu at once, for compiling only.
 
-    By default, libtpu locks a file, because a chip serves only one process. Call it before
-    JAX looks for devices: libtpu reads these environment variables when it is loaded.
+    By default, libtpu locks a file, because a chip serves only one process. Call this function,
+    which sets environment variables, before JAX looks for devices and thus loads libtpu.
     """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server for absent chips

@@ -74,7 +74,7 @@ class Draw:
 
     @property
     def name(self) -> str:
-        """The name of the run, from which `parse` returns this draw."""
+        """The name of the run. `parse` converts it back to this draw."""
         middle = "_per_class" if self.per_class else ""
         return f"{self.task}_k{self.k}{middle}_s{self.seed}{'_dev' if self.dev else ''}"
 
@@ -295,7 +295,8 @@ def register_run(name: str) -> bool:
         Whether `name` is a run of a registered task, in one of the forms of the module docstring.
 
     Raises:
-        ValueError: the task has fewer than k rows, or no labels for a draw per class.
+        ValueError: the task has fewer than k rows, or has no labels and `name` asks for k rows of
+            each label.
     """
     if (data := data_name(name)) != name:
         if not task_lookup.is_task(data):

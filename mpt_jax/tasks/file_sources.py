@@ -128,7 +128,7 @@ class Files(FileSource):
             if shared:
                 logging.warning(
                     "%s: %d of the %d inputs of %s also occur in train, so scores on %s are too "
-                    "optimistic.",
+                    "optimistic. Remove these inputs from one of the two files.",
                     *(self.name, shared, len(examples[split].inputs), split, split),
                 )
         return examples

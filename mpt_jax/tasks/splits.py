@@ -254,9 +254,9 @@ class PartsSource(seqio.DataSource):
         size = builder.info.splits[split].num_examples
         if size != self.sizes[split]:
             logging.warning(
-                "%s, %s: %d rows on this machine, but %d in the published data set. Splits made "
-                "from it differ from the published splits.",
-                *(self.data, split, size, self.sizes[split]),
+                "The %s split of %s has %d rows on this machine, but %d in the published data set, "
+                "so splits made from it differ from the published ones.",
+                *(split, self.data, size, self.sizes[split]),
             )
         return size
 

@@ -62,8 +62,8 @@ class Map(NamedTuple):
 
 
 def weights(content: Content) -> list[str]:
-    """Returns heat maps of the weights, tasks by candidates, and tables of their spread over runs.
-    Fixed weights and weights that depend on the text are in separate figures."""
+    """Returns heat maps of the weights, tasks by candidates, and tables of their spread over runs;
+    [] without weights. Fixed weights and weights that depend on the text have separate figures."""
     maps = [
         mixture
         for shots, results in content.by_shots()
@@ -83,7 +83,7 @@ def weights(content: Content) -> list[str]:
 
 
 def entropies(content: Content) -> list[str]:
-    """Returns a figure of the entropy of the weights during training."""
+    """Returns a figure of the entropy of the weights during training; [] if it was not recorded."""
     drawn, looks = [], content.styles
     for shots, results in content.by_shots():
         runs = {

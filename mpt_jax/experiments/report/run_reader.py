@@ -70,7 +70,7 @@ def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
 
 
 def curves(model_dir: Path, metric: str = "loss", folder: str = "train") -> dict[str, Curve]:
-    """Returns `<metric>/<run>` -> curve, or only `<metric>` if the metric is not logged by run.
+    """Returns `<metric>/<run>` -> curve, or `<metric>` -> curve if it is not logged by run.
 
     Reads the lines of one folder of the log, such as `train` or `training_eval/<mixture>`.
     """
@@ -142,8 +142,8 @@ def _metrics(path: Path, kind: type[Evaluated]) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects in a JSON Lines file, each preceded by its name for errors. A missing file
-    counts as empty.
+    """Yields (name for errors, object) for each line of a JSON Lines file. A missing file counts as
+    empty.
 
     Raises:
         ValueError: a line is not valid JSON, or not an object.
