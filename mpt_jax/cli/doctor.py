@@ -64,10 +64,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was checked.
-        value: what was found.
-        problem: what is wrong, if anything.
-        mend: the command or setting that fixes the problem.
+        name: What was checked.
+        value: What was found.
+        problem: What is wrong; '' if nothing is.
+        mend: The command or setting that fixes the problem.
     """
 
     name: str
@@ -105,7 +105,7 @@ def check_trainer() -> Iterator[Finding]:
 
 
 def _incomplete(folder: Path) -> tuple[str, str]:
-    """Returns what is missing from a T5X and how to install it; ('', '') if T5X is complete."""
+    """Returns (what is missing from a T5X, how to install it); ('', '') if nothing is missing."""
     scripts = [f"{name}.py" for name in trainer_choice.SCRIPTS]
     absent = [script for script in scripts if not (folder / script).is_file()]
     if absent:
@@ -121,12 +121,12 @@ def _incomplete(folder: Path) -> tuple[str, str]:
 
 
 def check_names(folder: Path) -> Iterator[Finding]:
-    """Checks which modules and folders in `folder` shadow a package of this library."""
+    """Checks which modules or folders shadow a package of this library if run in `folder`."""
     for name, path in shadows.find(folder):
         if name == "tasks":
             value = (
-                f"{path}, which `tasks` in TASK_MODULES and imports means here. The suites of "
-                "MPT-JAX are mpt_jax.tasks.glue, mpt_jax.tasks.toy and so on."
+                f"{path}; `tasks` in TASK_MODULES and imports refers to it. The suites of MPT-JAX "
+                "are mpt_jax.tasks.glue, mpt_jax.tasks.toy and so on."
             )
             yield Finding("module tasks", value)
         else:
@@ -147,7 +147,7 @@ def check_gin() -> Iterator[Finding]:
 
 
 def check_versions() -> Iterator[Finding]:
-    """Checks which packages are installed."""
+    """Reports package versions, and checks whether the required packages are installed."""
     yield Finding("python", f"{platform.python_version()}, {sys.executable}")
     for name in (*PACKAGES, *ACCELERATOR_PACKAGES, "t5x"):
         try:
@@ -159,7 +159,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_devices(question: Probe, seconds: float) -> Iterator[Finding]:
-    """Checks which devices JAX finds, and whether a job on this machine would have one process."""
+    """Checks which devices JAX finds, and whether a job started here would join other processes."""
     answer, error = question.answer(seconds)
     if answer:
         platform_name, kind, number = json.loads(answer)
@@ -300,9 +300,9 @@ def run_checks(suite: str, data_dir: str, seconds: float) -> list[Finding]:
     """Runs all checks.
 
     Args:
-        suite: `'paper'` or `'toy'`, the suite of the stages to start.
-        data_dir: the folder in which TensorFlow Datasets keeps its data.
-        seconds: the time limit for a device or a bucket to answer.
+        suite: The suite of the stages to start, `'paper'` or `'toy'`.
+        data_dir: The folder in which TensorFlow Datasets keeps its data.
+        seconds: The time limit for the devices and for a bucket to answer.
     """
     root = paths.root()
     devices = Probe(_DEVICES)  # both probes run during the other checks

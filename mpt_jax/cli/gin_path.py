@@ -2,7 +2,7 @@
 
     python -m t5x.train --gin_search_paths=$(mpt-jax gin-path) --gin_file=gin/mpt_source.gin ...
 
-T5X searches the working directory and its own clone only.
+T5X searches only the working directory and its own clone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mpt_jax.config import trainer_choice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the folder."""
+    """Prints the folder that contains `gin/`."""
     description = "Prints the folder of the shipped gin files, for --gin_search_paths."
     argparse.ArgumentParser(prog="mpt-jax gin-path", description=description).parse_args(argv)
     print(trainer_choice.gin_folder())

@@ -1,4 +1,4 @@
-"""Probes for `mpt-jax doctor`. They cannot hang it, and import nothing into its process."""
+"""Probes for `mpt-jax doctor`, which neither hang nor import packages into its process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Probe:
     """A Python script in a child process, which is killed after a timeout.
 
     Args:
-        script: the Python source to run.
-        arguments: the script's arguments, `sys.argv[1:]`.
+        script: The Python source to run.
+        arguments: The script's arguments, `sys.argv[1:]`.
     """
 
     def __init__(self, script: str, *arguments: str):
@@ -30,8 +30,8 @@ class Probe:
         )  # fmt: skip
 
     def answer(self, seconds: float) -> tuple[str, str]:
-        """Returns (last line of output, last line of errors). The second is empty if the script
-        succeeded, the first if it failed, and both after a timeout."""
+        """Waits for the script, and returns (last line of its output, '') if it succeeded,
+        ('', last line of its errors) if it failed, or ('', '') after `seconds`."""
         try:
             output, errors = self._child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -53,8 +53,8 @@ class Probe:
 def missing_packages(t5x: Path) -> set[str]:
     """Returns the packages that T5X's scripts need but that are not installed.
 
-    Nothing is imported. Instead, the scripts and the files that they import from T5X and its sister
-    packages are parsed for imports.
+    Nothing is imported. Imports are found by parsing the scripts, and the files that they import
+    from T5X and its sister packages.
     """
     folders: dict[str, Path] = {"t5x": t5x}
     waiting = [f"t5x.{name}" for name in trainer_choice.SCRIPTS]
@@ -77,8 +77,8 @@ def missing_packages(t5x: Path) -> set[str]:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """Yields the modules that a file imports at its top level and under `if __name__ == ...`, with
-    absolute imports only."""
+    """Yields the modules that a file imports absolutely, at its top level or under
+    `if __name__ == ...`."""
     body = ast.parse(path.read_text()).body
     for node in list(body):
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):

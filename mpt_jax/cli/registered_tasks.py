@@ -2,8 +2,8 @@
 
     python -m mpt_jax.cli.registered_tasks      rewrites mpt_jax/tasks/data/index.json
 
-The index holds what `mpt-jax tasks list` prints about the shipped tasks, because importing
-TensorFlow takes seconds.
+`mpt-jax tasks list` prints the shipped tasks from the index, because importing TensorFlow takes
+seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def shipped() -> list[str]:
 
 
 def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
-    """Imports modules, and returns {module: names of the tasks that it registered}.
+    """Imports modules, and returns {module: names of the tasks that the module registered}.
 
     Raises:
         ValueError: a module does not exist.
@@ -55,12 +55,12 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
     the share of unknown tokens if there are any.
 
     Args:
-        name: name of a task or a few-shot run.
-        number: number of examples.
-        split: the split of the examples.
-        vocabulary: the vocabulary that counts tokens (see `vocabularies.load`); by default the
-            task's. Tasks of the paper have none, because they use the job's, so by default they
-            are shown without lengths.
+        name: The name of a task or a few-shot run.
+        number: The number of examples.
+        split: The split of the examples.
+        vocabulary: The vocabulary that counts tokens, see `vocabularies.load`. None for the task's
+            vocabulary. Tasks of the paper have none, because they use the job's, so they are shown
+            without lengths.
 
     Raises:
         ValueError: the task or split does not exist, its data cannot be read, or `number` is not
@@ -80,7 +80,7 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
             lengths = [_tokens(counted, text) if counted else "" for text in (inputs, targets)]
             rows.append((lengths[0], lengths[1], _on_one_line(targets), _on_one_line(inputs)))
     headers = ("input tokens", "target tokens", "targets", "inputs")
-    title = f"{name}, {split}; metrics, the first one selects: {_metrics(task)}"
+    title = f"{name}, {split}; metrics (the first selects the best step): {_metrics(task)}"
     columns = slice(None) if counted else slice(2, None)
     print_table(title, headers[columns], [row[columns] for row in rows])
 
@@ -146,7 +146,7 @@ def _on_one_line(text: str) -> str:
 def index() -> dict[str, list[list[str]]]:
     """Returns {module: [name, data set, rows and metrics of each task]} of the shipped suites.
 
-    Call it in a process that has not imported them.
+    Call it in a process that has not imported these suites.
     """
     found = tasks_by_module(shipped())
     return {

@@ -17,7 +17,7 @@ def find(folder: Path) -> Iterator[tuple[str, Path]]:
     that searches `folder` first, as `python -m` does in its working directory.
 
     Python imports a folder without an `__init__.py` only if no other place on its path has the
-    name, so a clone of T5X below `folder` shadows nothing. An importable T5X counts as T5X.
+    name, so a clone of T5X below `folder` shadows nothing. Other installations of T5X are omitted.
     """
     package = Path(mpt_jax.__file__).resolve().parent
     ours = {package, package.with_name("t5x.py")}

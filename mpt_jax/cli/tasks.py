@@ -5,7 +5,7 @@
 
 It prints a table on a terminal and plain columns otherwise. It reads no gin files. On a mistake, it
 prints a one-line message and exits with code 2. The shipped tasks are listed from an index, without
-TensorFlow, unless one of their data sets is on this machine: TFDS then compares its size.
+TensorFlow, unless one of their data sets is on this machine. In that case, TFDS checks its size.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_index() -> None:
-    """Prints a table for each shipped suite, on a machine without its data sets."""
+    """Prints a table for each shipped suite from the index, for a machine without the data sets."""
     for module, tasks in json.loads(INDEX.read_text(encoding="utf-8")).items():
         rows = [(*task, "yes" if task[1] == MADE else "no") for task in tasks]
         print_table(module, HEADERS, rows)
 
 
 def _has_data(folder: str | None) -> bool:
-    """Whether the folder of TensorFlow Datasets may hold a version of a data set of the index."""
+    """Whether the folder of TensorFlow Datasets has a data set of the index, in any version. True
+    for a storage bucket, which is not searched."""
     folder = folder or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
     if "://" in folder:
         return True

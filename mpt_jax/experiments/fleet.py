@@ -1,11 +1,11 @@
-"""Fleets: many independent runs in one job, a product of tasks, examples, seeds and settings.
+"""Fleets: independent runs in one job, one per combination of tasks, k, seeds and settings.
 
     tasks x k x seeds x learning rates x learning rates of factors x starts x initializers
 
 A run's name contains its task, k and seed, and the settings that differ between runs of the fleet:
 `rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. A run's examples, their order
 and its random key depend only on the part of this name before the settings (`runs.data_name`), so a
-run is the same in any fleet and as a single run.
+run does not depend on the fleet that contains it.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ class Fleet:
 
     Attributes:
         tasks: The names of the SeqIO tasks (fleet.gin).
-        shots: The numbers k of training examples of a run; None for all (fleet.gin).
-        seeds: The seeds of a run. A seed selects the draw of the k examples, or the order if a run
-            uses all examples, and the initial values. None stands for draw 0 or, with all
-            examples, for a single run with the name of its task (fleet.gin).
+        shots: The numbers k of training examples per run; a None in the list stands for all
+            (fleet.gin).
+        seeds: The seeds. A seed selects the draw of the k examples, or the order if a run uses all
+            examples, and the initial values. None stands for draw 0 or, with all examples, for a
+            single run with the name of its task (fleet.gin).
         learning_rates: The peak learning rates (fleet.gin).
         task_learning_rates: The peak learning rates of MPT's factors (fleet_task_rates.gin).
         starts: The prompts of INITIAL_ARTIFACT that runs start from: a prompt's name, or
@@ -85,26 +86,26 @@ class Fleet:
                 if field.name == "inits":
                     kind, form = "dictionary", "{'NAME': @init.INITIALIZER(), ...}"
                 raise ValueError(
-                    f"Fleet.{field.name} must be a non-empty {kind} of values, got {values!r}. Set "
+                    f"{_MACROS[field.name]} must be a non-empty {kind}, got {values!r}. Set "
                     f"{_MACROS[field.name]} = {form}, even for a single value."
                 )
             counts = collections.Counter(list(values))
             repeated = [value for value, count in counts.items() if count > 1]
             if repeated:
                 raise ValueError(
-                    f"Fleet.{field.name} lists {repeated} more than once, so several runs would "
-                    f"have the same name. Remove the duplicates from {_MACROS[field.name]}. To "
-                    "repeat a run, list several seeds in SEEDS."
+                    f"{_MACROS[field.name]} lists {', '.join(map(repr, repeated))} more than once, "
+                    "so several runs would have the same name. Remove the duplicates. To repeat a "
+                    "run, list several seeds in SEEDS."
                 )
-        if any(k is not None and k < 1 for k in self.shots):
+        if small := [k for k in self.shots if k is not None and k < 1]:
             raise ValueError(
-                f"Fleet.shots must be positive, got {self.shots}. Use numbers of at least 1 in "
-                "SHOTS, or None for all examples."
+                f"The numbers in SHOTS must be positive, got {small[0]}. Use numbers of at least "
+                "1, or None for all examples."
             )
-        if any(seed < 0 for seed in self.seeds or ()):
+        if negative := [seed for seed in self.seeds or () if seed < 0]:
             raise ValueError(
-                f"Fleet.seeds must not be negative, got {self.seeds}. Use numbers of at least "
-                "0 in SEEDS."
+                f"The numbers in SEEDS must not be negative, got {negative[0]}. Use numbers of at "
+                "least 0."
             )
 
     @functools.cached_property
@@ -128,9 +129,9 @@ class Fleet:
         counts = collections.Counter(member.name for member in members)
         if repeated := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(
-                f"The fleet has several runs named {repeated}: the name of one task is the name of "
-                "another task plus k, a seed or settings. Register one of the tasks under another "
-                "name."
+                f"The fleet has several runs named {', '.join(repeated)}: the name of one task is "
+                "the name of another task plus k, a seed or settings. Register one of the tasks "
+                "under another name."
             )
         return tuple(members)
 
@@ -174,8 +175,7 @@ def inits(fleet: Fleet) -> PromptInits:
     """
     if not fleet.inits:
         raise ValueError(
-            "Fleet.inits names no initializer. Set INITS, or drop "
-            "--gin_file=gin/runs/fleet_inits.gin."
+            "The fleet has no initializers. Set INITS, or drop --gin_file=gin/runs/fleet_inits.gin."
         )
     by_run = {member.name: fleet.inits[member.init or ""] for member in fleet.members}
     return by_run if len(fleet.inits) > 1 else next(iter(by_run.values()))
@@ -189,7 +189,7 @@ def total_steps(
     Args:
         fleet: The runs.
         train_steps: The number of steps of the job.
-        task_steps: task -> number of steps of its runs, for runs that finish before the job.
+        task_steps: Task -> number of steps of its runs, for runs that finish before the job.
 
     Raises:
         ValueError: a task is not in the fleet, a run has fewer than 1 step or more steps than the
@@ -197,11 +197,11 @@ def total_steps(
     """
     for task, steps in (task_steps or {}).items():
         if task not in fleet.tasks:
-            raise ValueError(unknown_name("task in TASK_STEPS", task, list(fleet.tasks)))
+            raise ValueError(unknown_name("TASK_STEPS task", task, list(fleet.tasks)))
         if not 1 <= steps <= train_steps:
             raise ValueError(
                 f"TASK_STEPS[{task!r}] = {steps} is not between 1 and TRAIN_STEPS = {train_steps}. "
-                "Change this number or, if it is the longest run's, set TRAIN_STEPS to it."
+                "Change it; if this is the longest run, set TRAIN_STEPS to its number of steps."
             )
     last_steps = [(task_steps or {}).get(member.task, train_steps) for member in fleet.members]
     if max(last_steps) != train_steps:
@@ -238,12 +238,12 @@ def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[An
 
 
 def _check_reads(name: str, data: str) -> None:
-    """Checks that `data_name(name)` returns `data`, the part of a run's name without settings."""
+    """Raises ValueError unless `data_name(name)` is `data`, the run's name without settings."""
     if (read := data_name(name)) != data:
         raise ValueError(
-            f"The fleet's run {name!r} trains on the data of {data!r}, but its name reads as "
-            f"{read!r} with settings. Choose names of tasks, starts and initializers that do not "
-            "contain '_lr', '_tlr', '_from_' or '_init_'."
+            f"The run name {name!r} is ambiguous: it would be parsed as {read!r} plus settings, "
+            f"although the run uses the data of {data!r}. Choose names in TARGET_TASKS, STARTS and "
+            "INITS that do not contain '_lr', '_tlr', '_from_' or '_init_'."
         )
 
 

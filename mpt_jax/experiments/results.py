@@ -68,7 +68,7 @@ class Result:
 
 
 class Record(msgspec.Struct):
-    """The schema of a line of run.jsonl: the fields that results need."""
+    """The schema of a line of run.jsonl, with only the fields that results need."""
 
     parameters: schema.Amount
     trainable_parameters: schema.Amount
@@ -77,7 +77,7 @@ class Record(msgspec.Struct):
 
 
 class Timing(msgspec.Struct):
-    """The schema of a line of metrics.jsonl: the fields that the total time needs."""
+    """The schema of a line of metrics.jsonl, with only the fields that `training_seconds` needs."""
 
     folder: str
     step: schema.Count
@@ -149,7 +149,7 @@ def by_metric(result: Result, metric: str) -> Result:
     """
     for task, scores in result.scores.items():
         if metric not in scores:
-            raise ValueError(unknown_name(f"metric of {task}", metric, list(scores)))
+            raise ValueError(unknown_name(f"{task} metric", metric, list(scores)))
     scores = {task: {metric: by_name[metric]} for task, by_name in result.scores.items()}
     return dataclasses.replace(result, scores=scores)
 
@@ -181,8 +181,8 @@ def read_scores(folder: Path, runs: Sequence[str]) -> dict[str, dict[str, float]
 
 
 def by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Returns metric -> one value per seed, given the scores of each seed. `CONSTANT` is 0 for the
-    seeds that lack it, and absent if all of them do."""
+    """Returns metric -> one value per seed, given the scores of each seed. `CONSTANT` counts as
+    0 for seeds that lack it, and is omitted if all seeds lack it."""
     names = dict.fromkeys([*scores[0], *(CONSTANT for seed in scores if CONSTANT in seed)])
     return {
         name: [seed.get(name, 0.0) if name == CONSTANT else seed[name] for seed in scores]
@@ -245,6 +245,7 @@ def load(root: Path) -> list[Result]:
 
     Raises:
         FileNotFoundError: the folder has no results.json.
+        ValueError: results.json is damaged.
     """
     path = root / FILE
     if not path.exists():

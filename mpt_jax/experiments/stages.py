@@ -43,10 +43,10 @@ class Stage:
         files: The gin files, in order.
         bindings: The gin bindings, each as `NAME = value`.
         runs: The runs that the stage trains or evaluates; () for a source stage.
-        steps: The number of training steps; None keeps the number of the gin files.
+        steps: The number of training steps; None uses the value from the gin files.
         entry: The command: `'train'` or `'eval'`.
-        sets_root: Whether the folder is given as ROOT and STAGE instead, so that gin files look for
-            artifacts of earlier stages below the same root.
+        sets_root: Whether to set the folder through ROOT and STAGE instead of `FOLDER_MACROS`, so
+            that gin files find artifacts of earlier stages below the same root.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Stage:
         return (*folder, *steps, *self.bindings)
 
     def command(self, root: Path) -> str:
-        """Returns the command line, quoted for a shell. It selects our trainer explicitly, because
-        T5X writes a different run record and keeps the last step instead of the best."""
+        """Returns the command line, quoted for a shell. It selects MPT-JAX's trainer, because T5X
+        writes a different run record and keeps the last step instead of the best."""
         flags = [f"--gin_file={name}" for name in self.files]
         for binding in self.arguments(root):
             name, _, value = binding.partition(" = ")
@@ -80,7 +80,7 @@ class Stage:
         gin_utils.run_stage(self.files, self.arguments(root), self.entry)
 
     def is_done(self, root: Path) -> bool:
-        """Returns whether the stage is finished."""
+        """Whether the files in the stage's folder show that it is finished."""
         folder = root / self.name
         if self.entry == "eval":
             return all(
@@ -116,7 +116,7 @@ def target_bindings(
         runs: The runs, in the order of the bank rows.
         rows: The number of examples of each run in a step; the mean over runs if runs share a
             group.
-        groups: The runs that share parameters, as in `Runs`.
+        groups: The groups of runs that share parameters, as in `Runs.groups`.
     """
     table = Runs([run.task for run in runs], [run.name for run in runs], groups)
     return [
@@ -156,7 +156,9 @@ def collect(
             by_task.setdefault(run.task, {})[run.seed] = scores[run.name]
     seeds = {tuple(sorted(by_seed)) for by_seed in by_task.values()}
     if len(seeds) != 1:
-        listed = "; ".join(f"{task}: {sorted(by_seed)}" for task, by_seed in by_task.items())
+        listed = "; ".join(
+            f"{task}: {', '.join(map(str, sorted(by_seed)))}" for task, by_seed in by_task.items()
+        )
         raise ValueError(
             f"The tasks of {method!r} were run with different seeds ({listed}). Run every task "
             "with the same seeds."

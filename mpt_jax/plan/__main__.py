@@ -75,7 +75,9 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     try:
         if len(argv) > 1:
-            raise ValueError(f"Unexpected arguments: {argv[1:]}. Pass options as --name=value.")
+            raise ValueError(
+                f"Unexpected arguments: {' '.join(argv[1:])}. Pass options as --name=value."
+            )
         if not values.topology:
             raise ValueError(
                 "--topology is missing. Set it to a slice, such as v5e:4x4, or to a chip: "
@@ -132,8 +134,8 @@ def _model_axes(job: Job, asked: list[str]) -> list[int]:
 
 
 def _topologies(job: Job, name: str) -> list[str]:
-    """Returns the slices for a value of --topology. If it is a chip, these are all its slices, or
-    those of the size of gin's `ici_mesh_shape`.
+    """Returns the slices for a value of --topology. For a chip, returns all its slices, or only
+    those of the size of gin's `ici_mesh_shape` if it is set.
 
     Raises:
         ValueError: the chip is unknown, or none of its slices has the size of `ici_mesh_shape`.

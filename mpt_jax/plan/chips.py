@@ -52,7 +52,7 @@ def topologies(name: str) -> list[str]:
     """Returns the slices of a chip (`v5e`), from small to large, or a single slice (`v5e:4x4`).
 
     Raises:
-        ValueError: the chip is unknown, or the shape is not one such as `4x4`.
+        ValueError: the chip is unknown, or the shape does not have the form `4x4`.
     """
     chip, _, shape = name.partition(":")
     if chip not in CHIPS:
@@ -62,8 +62,8 @@ def topologies(name: str) -> list[str]:
         )
     if shape and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
         raise ValueError(
-            f"The shape {shape!r} of --topology={name} is not one such as "
-            f"{', '.join(CHIPS[chip].slices)}. Write the number of chips along each axis."
+            f"--topology={name} has the invalid shape {shape!r}. Write the number of chips along "
+            f"each axis, such as {', '.join(CHIPS[chip].slices)}."
         )
     return [name] if shape else [f"{chip}:{shape}" for shape in CHIPS[chip].slices]
 
@@ -76,8 +76,8 @@ def count(topology: str) -> int:
 def share_libtpu() -> None:
     """Allows several processes of a machine to load libtpu at once, for compiling only.
 
-    By default, libtpu locks a file, because a chip serves only one process. The function sets
-    environment variables that libtpu reads when JAX loads it to look for devices.
+    By default, libtpu locks a file, because a chip serves only one process. Call this function,
+    which sets environment variables, before JAX looks for devices and thus loads libtpu.
     """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server for absent chips

@@ -3,7 +3,7 @@
 The compiler's own count (`cost_analysis`) counts the body of a loop once, regardless of its trip
 count, and does not distinguish the chip's fast memory (VMEM) from main memory (HBM). Here, the cost
 of a loop's body is multiplied by the trip count, and HBM is counted separately: an array whose
-layout names another memory space, such as `S(1)`, is not in HBM.
+layout has another memory space, such as `S(1)`, is not in HBM.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
-        """Adds `times` times another cost, except the numbers of loops, which are added once."""
+        """Adds another cost, multiplied by `times`. Numbers of loops are added once."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
         self.accessed_bytes += times * other.accessed_bytes
@@ -278,7 +278,8 @@ def _result_bytes(instruction: Instruction) -> int:
 def _operand_reads(
     inner: list[Instruction], position: int, whole: tuple[Array, ...]
 ) -> Iterator[Array]:
-    """Yields what a fusion reads of the operand at `position`, whose arrays are `whole`."""
+    """Yields the arrays that a fusion reads from its operand at `position`: none if the operand is
+    only updated in place, slices if it is only sliced, otherwise its arrays, `whole`."""
     parameter = next(
         (x for x in inner if x.op == "parameter" and x.text.startswith(f"{position})")), None
     )

@@ -74,7 +74,7 @@ class MeshLayout:
     Attributes:
         topology: The slice, such as `v5e:4x4`.
         model_axis: The number of chips that share one copy of the model.
-        num_microbatches: The number of microbatches; None keeps the number of the gin file.
+        num_microbatches: The number of microbatches; None uses the value from the gin file.
         slices: The number of slices.
     """
 

@@ -21,7 +21,8 @@ def _words(options: int) -> tuple[str, ...]:
 
 
 def _arc(part: str, train: int, validation: int, test: int) -> Row:
-    """Returns a part of ARC. Rows have three to five options, whose labels vary."""
+    """Returns the `Row` of a part of ARC. Its questions have three to five options, labeled with
+    letters or digits."""
     return Row(
         f"arc_{part.lower()}",
         f"ai2_arc/ARC-{part}:1.0.0",

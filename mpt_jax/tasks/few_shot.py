@@ -17,14 +17,14 @@ when its name is first used (`task_lookup.register_task_resolver`). The test spl
 The training rows of a run depend only on (task, k, draw) and on the number of rows to choose from:
 `random.Random(f"{task} {k} {draw}").sample`, seeded by SHA-512 of the text, so the draw is the
 same on every machine. For the validation rows of `_dev`, ` validation` is added to the text. With
-`_per_class`, each label is drawn separately from its own rows, and ` class <number>` is added as
-well. Versions of a task, such as its `_digits`, use the same rows (`draw_as`).
+`_per_class`, rows are drawn separately for each label, and ` class <number>` is added as well.
+Versions of a task, such as `boolq_digits`, use the same rows (`draw_as`).
 Row numbers count from 0 in the order of the task's training split. For the tasks of the suites,
 this is the order of the original files or, for a split that is part of a permutation, the order of
 the permutation (`splits.PartsSource.positions`). For other tasks, it is the order in which the
 source yields rows without shuffling.
 
-Rows are those of the data set: a row of ReCoRD becomes one example for each of its answers.
+k counts rows of the data set, not examples: a row of ReCoRD becomes one example per answer.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _REPEAT = re.compile(r"(?P<task>.+)_s(0|[1-9]\d*)", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A few-shot run, as its name describes it.
+    """The parts of a few-shot run's name.
 
     Attributes:
         task: The name of the task to train on.
-        k: The number of rows, in total or for each label.
+        k: The number of training rows, in total or for each label.
         seed: The number of the draw.
         per_class: Whether k is the number of rows of each label.
         dev: Whether the validation split is also cut to k rows, in total or for each label.
@@ -74,7 +74,7 @@ class Draw:
 
     @property
     def name(self) -> str:
-        """The name of the run, from which `parse` returns this draw."""
+        """The name of the run. `parse` converts it back to this draw."""
         middle = "_per_class" if self.per_class else ""
         return f"{self.task}_k{self.k}{middle}_s{self.seed}{'_dev' if self.dev else ''}"
 
@@ -145,7 +145,7 @@ def _check(draw: Draw, split: str, num_rows: int, suffix: str = "") -> None:
     if num_rows < draw.k:
         raise ValueError(
             f"{draw.task} has {num_rows:,} rows{suffix} in its {split} split, but {draw.name} "
-            f"needs k = {draw.k}. Use a smaller k."
+            f"needs k = {draw.k}. Use a smaller k in SHOTS or in the run's name."
         )
 
 
@@ -190,11 +190,11 @@ class FewShotSource(seqio.DataSource):
         return self.draw.k * classes
 
     def few_shot_indices(self, split: str) -> list[int] | None:
-        """Returns the row numbers in the order drawn, or None for a split that is not cut.
+        """Returns the drawn row numbers of a split, in the order drawn; None if it is not cut.
 
         Raises:
-            ValueError: the split, or a label, has fewer than k rows, or the number of rows is
-                unknown.
+            ValueError: the split, or a label, has fewer than k rows, the number of rows is
+                unknown, or the labels of the rows cannot be determined.
         """
         if split not in self.draw.splits:
             return None
@@ -231,7 +231,7 @@ class FewShotSource(seqio.DataSource):
             raise ValueError(
                 f"The source of task {self._task.name!r} does not report how many rows its {split} "
                 "split has, so few-shot runs cannot draw rows from it. Pass num_input_examples to "
-                "the source, or implement this method in the source's class."
+                "the source, or implement num_input_examples() in its class."
             )
         return count
 
@@ -246,7 +246,7 @@ class FewShotSource(seqio.DataSource):
 
         Raises:
             ValueError: a row's target is not one of the labels, or the task's preprocessors do not
-                make one example of each row.
+                make one example from each row.
         """
         stream = text_rows(self._task, self.source.get_dataset(split=split, shuffle=False))
         targets = stream.map(tf.autograph.experimental.do_not_convert(lambda row: row["targets"]))
@@ -257,13 +257,13 @@ class FewShotSource(seqio.DataSource):
         if len(found) != len(positions):
             raise ValueError(
                 f"{self.draw.name} cannot draw rows of each label: the preprocessors of task "
-                f"{self._task.name!r} make {len(found):,} examples of the {len(positions):,} rows "
-                f"of its {split} split, so a row has no single label. Use "
+                f"{self._task.name!r} make {len(found):,} examples from the {len(positions):,} "
+                f"rows of its {split} split, so a row has no single label. Use "
                 f"{dataclasses.replace(self.draw, per_class=False).name} to draw from all rows."
             )
         if strange := [target for target in found if target not in number]:
             raise ValueError(
-                f"Task {self._task.name!r} declares the labels {tuple(labels)}, but "
+                f"Task {self._task.name!r} declares the labels {', '.join(map(repr, labels))}, but "
                 f"{len(strange):,} of the {len(found):,} rows of its {split} split have other "
                 f"targets, such as {strange[0].decode(errors='replace')!r}. Correct the labels or "
                 "the targets."
@@ -295,7 +295,8 @@ def register_run(name: str) -> bool:
         Whether `name` is a run of a registered task, in one of the forms of the module docstring.
 
     Raises:
-        ValueError: the task has fewer than k rows, or no labels for a draw per class.
+        ValueError: the task has fewer than k rows, or has no labels and `name` asks for k rows of
+            each label.
     """
     if (data := data_name(name)) != name:
         if not task_lookup.is_task(data):

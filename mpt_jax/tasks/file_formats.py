@@ -1,8 +1,8 @@
 """Rows of JSONL, CSV, TSV and Parquet files, plain or compressed with gzip.
 
 A row is a JSON object, a line of cells below a header, or a row of a Parquet table. Text files are
-streamed, and a row has at most `MAX_ROW` bytes, so that neither a wrong nor a compressed file can
-fill the memory with a single row.
+streamed, and a row has at most `MAX_ROW` bytes, so that a single row of a malformed or compressed
+file cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REST = "the rest of the file was not read"
 
 
 class Unusable(Exception):
-    """The reason why a row cannot be used.
+    """Error for a row that cannot be used. It is raised, or yielded instead of the row.
 
     Args:
         reason: The reason, as shown to the author of the file.
@@ -86,7 +86,7 @@ def rows(path: epath.Path, quoting: bool = False) -> Iterator[Numbered]:
 
 
 class _Lines:
-    """The lines of a text file as bytes, without the byte order mark that may be at its start.
+    """The lines of a text file as bytes, without a byte order mark.
 
     Attributes:
         path: The file, for messages.
@@ -153,13 +153,14 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# The closing quotation mark is optional, and the repeats keep what they match, so that a text
-# without an end takes linear time.
+# The closing quotation mark is optional, and the repeats are possessive, so that an unterminated
+# string takes linear time.
 _STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([\[{])|[\]}]', re.DOTALL)
 
 
 def _too_deep(line: bytes) -> bool:
-    """Whether lists and objects are nested more than `MAX_DEPTH` deep. The parser is recursive."""
+    """Whether lists and objects are nested more than `MAX_DEPTH` deep, which could overflow the
+    stack of the recursive JSON parser."""
     if line.count(b"[") + line.count(b"{") <= MAX_DEPTH:
         return False
     depth = 0
@@ -192,8 +193,8 @@ def _table(cells_of_rows: Iterator[NumberedCells]) -> Iterator[Numbered]:
 
 
 def _quoted(lines: _Lines, delimiter: str) -> Iterator[NumberedCells]:
-    """Yields the cells of each row, which may be in quotation marks and then span several lines.
-    Skips blank lines."""
+    """Yields the cells of each row. A cell in quotation marks may span several lines. Skips blank
+    lines."""
     # strict: an unclosed quotation mark is an error instead of swallowing the rest of the file.
     cells_of_rows = csv.reader(map(_decoded, lines), delimiter=delimiter, strict=True)
     while True:
@@ -218,16 +219,16 @@ def _quoted(lines: _Lines, delimiter: str) -> Iterator[NumberedCells]:
 def _csv_error(message: str) -> Unusable:
     if "field limit" in message:
         return Unusable(
-            f"a cell has more than {MAX_CELL:,} characters; {REST}. Shorten it; if it should not "
-            "be long, an earlier quotation mark is not closed"
+            f"a cell has more than {MAX_CELL:,} characters; {REST}. Shorten it or, if it looks "
+            "short, close an earlier quotation mark"
         )
     if "new-line character" in message:
-        return Unusable(f"a line ends with CR alone; {REST}. {_LINE_ENDS}")
-    return Unusable(f"{message}; {REST}. Write a quotation mark inside quotation marks twice")
+        return Unusable(f"a line ends with a bare CR; {REST}. {_LINE_ENDS}")
+    return Unusable(f"{message}; {REST}. Double each quotation mark inside a quoted cell")
 
 
 def _unquoted(lines: _Lines) -> Iterator[NumberedCells]:
-    """Yields the cells of each line, in which a quotation mark is a character. Skips blank
+    """Yields the cells of each line, with quotation marks as ordinary characters. Skips blank
     lines."""
     wrapped = 0
     for line in lines:
@@ -254,7 +255,7 @@ def _header_problem(cells: list[str] | Unusable) -> Unusable | None:
     repeated = sorted({name for name in cells if cells.count(name) > 1})  # type: ignore[union-attr]
     if not repeated:
         return None
-    return Unusable(f"the header repeats the columns {', '.join(repeated)}; rename all but one")
+    return Unusable(f"the header repeats the columns {', '.join(repeated)}; make names unique")
 
 
 def _row_of_cells(header: list[str], cells: list[str] | Unusable) -> Row | Unusable:
@@ -294,7 +295,7 @@ _LINE_ENDS = "End lines with LF or CRLF"
 
 
 def _line_end_hint(line: bytes) -> str:
-    return f". {_LINE_ENDS}, not with CR alone" if b"\r" in line.strip() else ""
+    return f". {_LINE_ENDS}, not with a bare CR" if b"\r" in line.strip() else ""
 
 
 def _decoded(line: bytes) -> str:

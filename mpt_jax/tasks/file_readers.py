@@ -1,4 +1,4 @@
-"""Examples from files of rows and two templates, with errors that name the invalid rows.
+"""Reader that makes examples from the rows of a file with two templates.
 
 `read` fills two templates with the fields of every row of a file (`file_formats`). It never skips a
 row: if some rows cannot be used, it raises an error with their numbers and the reasons. The text of
@@ -198,9 +198,9 @@ def _not_text(value: Any) -> str:
     if value is None or isinstance(value, float):
         return "missing: it is null or NaN"
     if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)} items, not a text; join them, or write one row per item"
+        return f"a list of {len(value)} items, not text; join them, or write one row per item"
     if isinstance(value, Mapping):
-        return f"an object, not a text; select a field with a dot: {', '.join(map(str, value))}"
+        return f"an object, not text; select a field with a dot: {', '.join(map(str, value))}"
     return f"a value of type {type(value).__name__}; write it as text"
 
 

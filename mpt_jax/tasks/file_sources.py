@@ -33,7 +33,7 @@ class FileSource(seqio.DataSource):
         paths: The files, which the constructor checks without reading them.
 
     Attributes:
-        template: What makes the text of a row, and its labels and metrics, as JSON values.
+        template: The text templates, labels and names of metrics, as JSON values.
     """
 
     template: Mapping[str, Any] = {}
@@ -71,8 +71,8 @@ class FileSource(seqio.DataSource):
         return len(self.examples[split].inputs)
 
     def sha256(self, split: str) -> str:
-        """Returns the digest of a split's texts in file order: of a line with the JSON list [input,
-        target] for each row. Reads all files if they have not been read."""
+        """Returns the SHA-256 of a split's texts in file order. Each row is hashed as a line with
+        the JSON list [input, target]. Reads all files if they have not been read."""
         if split not in self._digests:
             examples, digest = self.examples[split], hashlib.sha256()
             for row in zip(examples.inputs, examples.targets, strict=True):
@@ -81,8 +81,11 @@ class FileSource(seqio.DataSource):
         return self._digests[split]
 
     def texts(self, split: str) -> dict[str, np.ndarray]:
-        """Returns what `get_dataset` yields, as {feature: UTF-8 texts [rows]}. Raises ValueError
-        like it."""
+        """Returns the rows of `get_dataset` as {feature: UTF-8 texts [rows]}.
+
+        Raises:
+            ValueError: rows of a file cannot be used.
+        """
         examples = self.examples[split]
         return {
             name: np.array([text.encode() for text in texts], object)
@@ -125,7 +128,7 @@ class Files(FileSource):
             if shared:
                 logging.warning(
                     "%s: %d of the %d inputs of %s also occur in train, so scores on %s are too "
-                    "optimistic.",
+                    "optimistic. Remove these inputs from one of the two files.",
                     *(self.name, shared, len(examples[split].inputs), split, split),
                 )
         return examples
@@ -134,8 +137,8 @@ class Files(FileSource):
 class SplitFile(FileSource):
     """Source with one file, split by a hash of each input into train, validation and test.
 
-    The split of a row depends on its input and the seed only, see `divide`: not on the order of
-    rows and, except in very small files, not on the other rows.
+    The split of a row depends only on its input and the seed (`divide`). It does not depend on the
+    order of rows or, except in very small files, on other rows.
 
     Args:
         path: The file.
@@ -186,13 +189,14 @@ def divide(inputs: Sequence[str], shares: Sequence[float], seed: int) -> list[np
     """Returns the row numbers of each split in ascending order.
 
     The place of an input is the first 64 bits of the SHA-256 of the seed, a line end and the text,
-    as a fraction of 2^64. The unit interval is cut by the shares, and an input is in the split that
-    its place falls into, so equal inputs are in one split, and rows that are added move no others.
+    as a fraction of 2^64. The unit interval is cut by the shares, and the place of an input
+    determines its split. So equal inputs are in the same split, and added rows do not move others.
 
-    A small file may leave a split empty. Such a split then takes the input whose place is nearest
-    to its part of the interval from the split with the largest share; the last split comes first.
-    Once an added row falls into the split, that input returns. So if train has the largest share,
-    no added row moves another from train to a split that is held out.
+    In a small file, a split may be empty. It then takes one input from the split with the largest
+    share: the one whose place is nearest to the empty split's part of the interval. Several empty
+    splits are filled from last to first. Once an added row falls into the split, the input
+    returns. So if train has the largest share, an added row never moves another row from train to
+    a held-out split.
 
     Args:
         inputs: The input of each row.

@@ -53,13 +53,14 @@ def register(  # noqa: PLR0913 - one keyword for each property of a task
     metrics: Sequence[Callable[..., Any]] = (),
     quoting: bool = False,
 ) -> None:
-    """Registers a task with SeqIO, which is tokenized with the vocabulary of the job.
+    """Registers a SeqIO task that is tokenized with the vocabulary of the job.
 
     Args:
         name: The name of the task.
         inputs, targets: The templates with the fields of a row, see `file_readers.Template`.
         train, validation, test: The file of each split. Some of them may be omitted.
-        data: A single file instead, which is split by a hash of the inputs (`divide`).
+        data: A single file to split by a hash of the inputs (`file_sources.divide`), instead of a
+            file for each split.
         split: The shares of train, validation and test; None for `SHARES`. 0 omits a split.
         seed: The seed of the hash; None for 42.
         labels: The labels of a classification task. Any other target is an error. A mapping maps

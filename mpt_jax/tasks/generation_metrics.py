@@ -50,7 +50,7 @@ def check_installed() -> None:
 def words(text: str) -> list[str]:
     """Returns lower-case words and punctuation marks, split as in mteval-v13a.
 
-    Characters of other scripts than Latin are kept.
+    Characters of non-Latin scripts are kept.
     """
     return _splitter()(text.lower()).split()
 
@@ -59,13 +59,14 @@ def words(text: str) -> list[str]:
 
 
 def bleu(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """sacreBLEU's corpus BLEU in percent: 13a words, case-sensitive, smoothing `exp`."""
+    """Returns sacreBLEU's corpus BLEU in percent: 13a tokenization, case-sensitive, exponential
+    smoothing."""
     metric = _module("sacrebleu.metrics").BLEU(force=True)  # no warning if texts look tokenized
     return {"bleu": metric.corpus_score(list(predictions), _streams(targets)).score}
 
 
 def ter(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """sacreBLEU's translation edit rate in percent: lower case, split at spaces.
+    """Returns sacreBLEU's translation edit rate in percent, of lower-case words split at spaces.
 
     The number of edits to the nearest reference, divided by the mean length of the references.
     Lower is better; the value can exceed 100.
@@ -75,7 +76,8 @@ def ter(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def rouge_l(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L in percent: mean F1 by the longest common subsequence, with the best reference."""
+    """Returns ROUGE-L in percent: the F1 of the longest common subsequence with the best reference,
+    averaged over predictions."""
     scorer = _module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
     best = [
         scorer.score_multi(list(target), prediction)["rougeL"].fmeasure
@@ -85,7 +87,7 @@ def rouge_l(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def meteor_exact_stem(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """METEOR of 2007 in percent, without synonyms: words match if they or their stems are equal.
+    """Returns METEOR (2007) in percent, without synonyms: words match if their stems are equal.
 
     The mean over predictions of the score with the best reference (alpha 0.9, beta 3, gamma 0.5).
     Stems are Porter's. Scores are not comparable with METEOR 1.5. Synonyms are omitted because they
@@ -105,12 +107,12 @@ def meteor_exact_stem(targets: Targets, predictions: Sequence[str]) -> dict[str,
 
 
 def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """NIST-5 as mteval-v13a computes it (Doddington, 2002), in bits per n-gram; 0 is worst.
+    """Returns NIST-5 as in mteval-v13a (Doddington, 2002), in bits per n-gram; 0 is worst.
 
     The mean information of the n-grams that a prediction shares with any of its references, summed
-    over n = 1 .. 5, times a length penalty. The penalty is 0.5 at two thirds of the mean length of
-    the references. NLTK's NIST chooses one reference for each n, so its values agree only if there
-    is a single reference.
+    over n = 1 .. 5, times a length penalty. The penalty is 0.5 if predictions are two thirds as
+    long as the references on average. NLTK's NIST chooses one reference for each n, so its values
+    agree only if there is a single reference.
     """
     all_references = [[words(reference) for reference in target] for target in targets]
     seen = collections.Counter(
@@ -138,7 +140,7 @@ def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def cider_d(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
-    """CIDEr-D (Vedantam et al., 2015), 0 to 10, which the COCO caption code calls CIDEr.
+    """Returns CIDEr-D (Vedantam et al., 2015), 0 to 10, which the COCO caption code calls CIDEr.
 
     The clipped similarity between tf-idf vectors of n-grams of the prediction and of each
     reference, with a Gaussian penalty for different lengths (sigma 6), averaged over references,
@@ -214,7 +216,8 @@ def _splitter() -> Any:
 
 
 class _Words:
-    """`words` as a tokenizer for rouge-score, whose default one drops all letters except a to z."""
+    """Tokenizer for rouge-score that uses `words`, because the default one drops letters other than
+    a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         """Returns the words of a text."""
@@ -222,7 +225,7 @@ class _Words:
 
 
 class _NoSynonyms:
-    """An empty WordNet."""
+    """Stand-in for WordNet without any synonyms."""
 
     def synsets(self, word: str) -> list[Any]:
         """Returns no synonyms."""

@@ -26,7 +26,7 @@ _SOURCES = {"mpt_source_6": SOURCE_6, "mpt_source_12": SOURCE_6 + EXTRA_SOURCES}
 
 MIXTURES: Mapping[str, Sequence[str]] = {
     **_SOURCES,
-    # Leave-one-out mixtures, which measure what each source adds; ours.
+    # Leave-one-out mixtures, which measure what each source adds. The paper has none.
     **{
         f"{name}_without_{left_out}": tuple(task for task in tasks if task != left_out)
         for name, tasks in _SOURCES.items()

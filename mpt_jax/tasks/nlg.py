@@ -24,8 +24,8 @@ from mpt_jax.tasks.templates import Preprocessor
 class GroupedSource(PartsSource):
     """A source whose evaluation splits have one row for each meaning, with all its references.
 
-    The first feature in `reads` is the meaning; the others are `target` and `references`. Meanings
-    without references are dropped; a row without references contributes its target instead.
+    The first feature in `reads` is the meaning; the others are `target` and `references`. The
+    target of a row without references is used as its reference. Meanings without any are dropped.
     """
 
     def get_dataset(self, split: str = "train", *args: Any, **settings: Any) -> tf.data.Dataset:  # type: ignore[override]
@@ -69,8 +69,8 @@ def _grouped(rows: tf.data.Dataset, meaning: str) -> list[dict[str, Any]]:
 
 
 def described(meaning: Callable[[Any], tf.Tensor]) -> Callable[[str], Preprocessor]:
-    """Returns a template for generation, whose inputs are the prefix and the meaning. Rows without
-    a target are dropped.
+    """Returns a template for generation. Inputs are the prefix and the meaning. Rows without a
+    target are dropped.
 
     Args:
         meaning: Function from a row to its meaning as text.

@@ -72,7 +72,8 @@ def own(train: str = "train", validation: str = "validation", test: str = "test"
 
 
 def halved(validation: str = "validation") -> Parts:
-    """Returns the splits for small data sets: train, and the halves of permuted validation."""
+    """Returns the splits for small data sets: the training split, and the two halves of the
+    permuted validation split."""
     return {
         "train": Part("train"),
         "validation": Part(validation, 0, HALF),
@@ -86,7 +87,7 @@ def carved(
     """Returns the splits for large data sets.
 
     Validation is the first `held_out` rows of the permuted training split. Train is the remaining
-    rows, at most `most` of them.
+    rows, at most `most` of them. Test is all rows of the TFDS split `test`.
     """
     return {
         "train": Part(train, held_out, None if most is None else held_out + most),
@@ -196,7 +197,7 @@ class PartsSource(seqio.DataSource):
         return True
 
     def other_sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns TFDS split -> (rows on this machine, rows published), if these numbers differ.
+        """Returns TFDS split -> (rows on this machine, rows published), for splits that differ.
 
         Raises:
             FileNotFoundError: the data set is not prepared on this machine.
@@ -218,7 +219,7 @@ class PartsSource(seqio.DataSource):
         # A new loader each time, so that it uses the data folder set by the command line.
         loader = seqio.utils.LazyTfdsLoader(self.data, read_only=True)
         name, _, version = self.data.partition(":")
-        _check_features(self._folder(loader.data_dir) / name / version / FEATURES)
+        _check_features(self._folder(loader.data_dir) / name / version / FEATURES, self.data)
         try:
             builder = loader.builder
             prepared = builder.is_prepared()
@@ -253,9 +254,9 @@ class PartsSource(seqio.DataSource):
         size = builder.info.splits[split].num_examples
         if size != self.sizes[split]:
             logging.warning(
-                "%s, %s: %d rows on this machine, but %d in the published data set. Splits made "
-                "from it differ from the published splits.",
-                *(self.data, split, size, self.sizes[split]),
+                "The %s split of %s has %d rows on this machine, but %d in the published data set, "
+                "so splits made from it differ from the published ones.",
+                *(split, self.data, size, self.sizes[split]),
             )
         return size
 
@@ -279,9 +280,9 @@ class PartsSource(seqio.DataSource):
         return np.lexsort(keys.T[::-1])
 
 
-def _check_features(path: epath.Path) -> None:
-    """Raises ValueError if a features.json names a class outside TFDS: TFDS would import its module
-    and so run code that the data set chooses."""
+def _check_features(path: epath.Path, data: str) -> None:
+    """Raises ValueError if the features.json of a data set refers to a class outside TFDS. TFDS
+    would import the class's module and thus run code that the data set chooses."""
     if not path.exists():
         return
     waiting: list[Any] = [read_json(path)]
@@ -294,8 +295,10 @@ def _check_features(path: epath.Path) -> None:
             names = [value[key] for key in CLASS_NAMES if isinstance(value.get(key), str)]
             if others := [name for name in names if not name.startswith("tensorflow_datasets.")]:
                 raise ValueError(
-                    f"{path} names the class {others[0]!r}, which is not of TensorFlow Datasets. "
-                    "Rebuild the data set with `tfds build`, or copy it from an intact copy."
+                    f"{path} refers to the class {others[0]!r}, which is not part of TensorFlow "
+                    "Datasets. The data set was not loaded, because loading it would run that "
+                    f"class's code. Rebuild it with `tfds build {data} --data_dir DIR "
+                    "--overwrite`, with DIR as in --tfds_data_dir or TFDS_DATA_DIR."
                 )
 
 

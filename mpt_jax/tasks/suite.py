@@ -52,8 +52,8 @@ class Row:
         metrics: For free text, the SeqIO metrics, of which the first selects the best step. For
             classification, functions from the labels to a metric; accuracy and the rate of invalid
             predictions are added.
-        accuracy_first: For classification, whether accuracy selects the best step instead of the
-            first of `metrics`.
+        accuracy_first: For classification, whether accuracy selects the best step. Otherwise, the
+            first of `metrics` does.
         postprocess: The postprocessor, see `seqio.Task.postprocess_fn`.
         source: The function that returns the source, given data, parts, sizes, keys and reads.
     """
@@ -79,7 +79,7 @@ class RunTask(seqio.Task):
     """A SeqIO task that is tokenized with the vocabulary that gin binds after registration.
 
     Raises (on use):
-        ValueError: gin binds no vocabulary, or another one than when the task was first used.
+        ValueError: gin binds no vocabulary, or not the one with which the task was first used.
     """
 
     _first: Any = None
@@ -126,7 +126,7 @@ class RunTask(seqio.Task):
         )
 
     def replace(self, **changes: Any) -> RunTask:
-        """Returns this task with `changes`, as in SeqIO. It is a `RunTask` as well."""
+        """Returns a copy of this task with `changes`, which is a `RunTask` as well."""
         same = {
             "source": self.source,
             "output_features": {},
@@ -198,7 +198,7 @@ def synthetic_word(word: str) -> str:
     """Returns a meaningless word for a label word: `entailment` becomes `ipveomnipv`.
 
     Each letter is replaced with another one, so different words stay different. Other characters
-    are kept. CrossPT instead uses words of another language in Latin letters.
+    are kept. CrossPT instead uses transliterated words of another language.
     """
     return word.translate(_NEXT_LETTER)
 
@@ -213,7 +213,7 @@ def _label_metrics(row: Row, labels: Sequence[str]) -> list[Callable[..., Any]]:
 def _add(
     row: Row, suffix: str, labels: tuple[str, ...], steps: Sequence[Preprocessor] = ()
 ) -> None:
-    """Registers a version of a row's task; `steps` change its text."""
+    """Registers a version of a row's task. `steps` are extra preprocessors that change its text."""
     name = row.name + suffix
     template = row.template(labels) if labels else row.template
     metrics = _label_metrics(row, labels) if labels else row.metrics

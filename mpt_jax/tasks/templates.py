@@ -1,4 +1,4 @@
-"""Text templates: from raw rows to `inputs`, which start with the task's name, and `targets`.
+"""Text templates that turn raw rows into `targets` and `inputs`, which start with the task's name.
 
     mnli premise: A man sleeps. hypothesis: Somebody rests.        ->  entailment
 
@@ -30,7 +30,8 @@ def without_markup(text: tf.Tensor) -> tf.Tensor:
 
 
 def spaced(text: tf.Tensor) -> tf.Tensor:
-    """Puts single spaces around all characters except letters, accents, digits and underscores."""
+    """Separates punctuation (all characters except letters, accents, digits and underscores) with
+    single spaces."""
     padded = tf.strings.regex_replace(text, r"([^_\s\p{N}\p{L}\p{M}])", r" \1 ")
     return tf.strings.strip(tf.strings.regex_replace(padded, r"\s+", " "))
 
@@ -75,7 +76,7 @@ def similarity(fields: Mapping[str, str]) -> Callable[[str], Preprocessor]:
 
 
 def coreference(labels: Sequence[str]) -> Callable[[str], Preprocessor]:
-    """Returns the template of WSC: the text with `* span 1 *` and `# span 2 #` marked."""
+    """Returns the template of WSC, in which the spans are marked: `* span 1 *` and `# span 2 #`."""
 
     def marked(row: Row) -> dict[str, tf.Tensor]:
         first, second = row["span1_index"], row["span2_index"]
@@ -210,7 +211,7 @@ def _answered(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _only_if(known: tf.Tensor, prefix: str, what: str, value: tf.Tensor, range_: str) -> Any:
-    """Returns a context whose ops run only if `known`; otherwise reading fails with `value`."""
+    """Returns a context whose ops run only if `known`. Otherwise, an error shows the `value`."""
     message = [f"{prefix}: a row has the {what} ", tf.strings.as_string(value)]
     message.append(f", which is not in {range_}. Correct the {what}, or use another split: ")
     message.append(f"TFDS writes -1 if the gold {what} is not public.")

@@ -31,7 +31,8 @@ _TASK: contextvars.ContextVar[str] = contextvars.ContextVar("task", default="")
 
 
 def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `metric` with a task's name in warnings and errors. An outer name has precedence."""
+    """Returns the metric with the task's name in its warnings and errors. If `of_task` is applied
+    twice, the outer name is shown."""
 
     @functools.wraps(metric)
     def named(*args: Any, **kwargs: Any) -> Any:
@@ -45,8 +46,8 @@ def of_task(name: str, metric: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def named(*names: str) -> Callable[[Metric], Metric]:
-    """Returns a decorator that records the names of a metric's values, for lists of tasks. Without
-    it, `value_names` is the name of the function."""
+    """Returns a decorator that records the names of a metric's values for `mpt-jax tasks`. Without
+    it, `value_names` returns the name of the function."""
 
     def record(metric: Metric) -> Metric:
         metric.value_names = names  # type: ignore[attr-defined]
@@ -61,7 +62,7 @@ def value_names(metric: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
-    """Returns `scores` with an `<name>_undefined` for each. Logs a warning if they are undefined.
+    """Adds an `<name>_undefined` for each score, and logs a warning if scores are undefined.
 
     Args:
         scores: Name -> percent, the most important score first.
@@ -71,7 +72,7 @@ def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dic
     if why is not None:
         task = f" of {_TASK.get()}" if _TASK.get() else ""
         name = what or next(iter(scores))
-        logging.warning("%s%s is undefined: %s; counted as 0.", name, task, why)
+        logging.warning("%s%s is undefined, because %s. It counts as 0.", name, task, why)
     return {**scores, **{f"{name}_undefined": float(why is not None) for name in scores}}
 
 
@@ -115,13 +116,14 @@ def label_numbers(
 def _two_sided(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns numbers of two labels; invalid predictions become the wrong label, as in T5."""
+    """Returns targets and predictions as numbers of two labels. Invalid predictions become the
+    wrong label, as in T5."""
     true, predicted = label_numbers(targets, predictions, labels)
     return true, np.where(predicted < 0, 1 - true, predicted)
 
 
 def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Percentage of predictions that equal their target, ignoring surrounding white space."""
+    """Returns the percentage of predictions that equal their target, ignoring outer white space."""
     golds = [target.strip() for target in targets]
     number = {gold: i for i, gold in enumerate(dict.fromkeys(golds))}
     predicted = [number.get(prediction.strip(), -1) for prediction in predictions]
@@ -166,9 +168,9 @@ def macro_f1(labels: Sequence[str]) -> Metric:
 def f1_of_labels(
     true: np.ndarray, said: np.ndarray, labels: Sequence[str], scored: Sequence[int]
 ) -> dict[str, float]:
-    """Returns the mean F1 of some labels.
+    """Returns the mean F1 of the labels in `scored`, and whether it is undefined.
 
-    A label without targets and predictions has F1 0 and marks the mean as undefined.
+    A label without targets and predictions has F1 0 and makes the mean undefined.
 
     Args:
         true, said: The label numbers [n] of targets and predictions, with -1 for an invalid
@@ -213,7 +215,7 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 @named("pearson", "spearman", "invalid")
 def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation, and the percentage of non-numeric predictions.
+    """Returns Pearson's and Spearman's correlation, and the share of non-numeric predictions.
 
     A prediction that is not a number counts as 0. A correlation with a constant is 0.
 
@@ -259,7 +261,7 @@ def word_f1(answer: str, prediction: str) -> float:
 def answer_overlap(
     targets: Sequence[Mapping[str, Any]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """F1 and exact match against the best of each question's gold answers, as in SQuAD.
+    """Returns F1 and exact match against the best of each question's gold answers, as in SQuAD.
 
     Args:
         targets: {'answers': all gold answers, 'group': the question's name} of each row. Rows of

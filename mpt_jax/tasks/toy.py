@@ -85,7 +85,7 @@ def label_f1(labels: Sequence[str]) -> text_metrics.Metric:
 
 @text_metrics.named("f1", "exact_match")
 def text_overlap(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of predictions as bags of words, and exact match, both in percent."""
+    """Returns the mean F1 of predictions as bags of words, and the exact match, in percent."""
 
     def f1(target: str, prediction: str) -> float:
         left, right = target.split(), prediction.split()
@@ -152,7 +152,10 @@ def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: l
 
 
 def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a chunk of pretraining text as zero-padded ids: inputs [n, T], targets [n, L]."""
+    """Returns a chunk of pretraining text as zero-padded ids: inputs [n, T], targets [n, L].
+
+    n is `PRETRAIN_CHUNK`; T and L are `toy_pretrain.LENGTHS`.
+    """
     rng, ids = random.Random(f"pretrain {number}"), word_ids()
     arrays = [np.zeros((PRETRAIN_CHUNK, n), np.int32) for n in toy_pretrain.LENGTHS.values()]
     for row in range(PRETRAIN_CHUNK):

@@ -69,4 +69,4 @@ def initial_params(config: T5Config = TINY_T5, seed: int = 0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(f"wrote {save_t5x(paths.under(base=paths.root(), name='toy_init'), initial_params())}")
+    print(f"Wrote {save_t5x(paths.under(base=paths.root(), name='toy_init'), initial_params())}")

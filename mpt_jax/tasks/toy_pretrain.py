@@ -11,8 +11,8 @@ across sentences:
   often a target, with several games and source skills. A skill never answers with the label words
   of a target task that asks the same question.
 
-All examples are drawn from the train split of the world and are text of its words, in which a
-sentinel is the word `<i>`.
+All examples are drawn from the train split of the world and consist of its words. A sentinel is
+written as the word `<i>`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ ALL_NOUNS = tuple(word for words in world.NOUNS.values() for word in words)
 def _label_prefix(
     rng: random.Random, name: str, usual: tuple[str, str] | None = None
 ) -> tuple[str, tuple[str, str]]:
-    """Returns the prefix of a yes-or-no task, which names unusual answers, and its two answers."""
+    """Returns the prefix of a yes-or-no task and its two answers. The prefix names the answers
+    unless they are the `usual` ones."""
     if usual and rng.random() < 0.6:
         return f"{name} :", usual
     pair = rng.choice([pair for pair in LABEL_PAIRS if pair not in BARRED.get(name, ())])

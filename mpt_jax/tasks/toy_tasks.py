@@ -21,7 +21,7 @@ Maker = Callable[[random.Random, str], tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class ToyTask:
-    """A task of the suite. `labels` is empty if targets are free text."""
+    """A task of the suite. `labels` is () for free text; `role` is 'source' or 'target'."""
 
     name: str
     make: Maker
@@ -70,7 +70,7 @@ def claim_scene(rng: random.Random, split: str, verdict: str) -> tuple[Fact, lis
 def _vary(rng: random.Random, split: str, fact: Fact, parts: str) -> Fact:
     """Returns the fact with its subject, relation or value replaced with another of the same kind.
 
-    `parts` has the letters of the parts that may be replaced: s, r and o.
+    `parts` lists the parts that may be replaced: s (subject), r (relation) and o (value).
     """
     while True:
         part = rng.choice(parts)
@@ -305,10 +305,11 @@ _LAWS = ("every {kind} {trait}", "any {kind} {trait}")
 
 
 def rule_triples(split: str) -> list[tuple[str, str, str]]:
-    """Returns the (thing, kind, trait) of a split: a membership and a law that imply a trait.
+    """Returns the triples (thing, kind, trait) of a split.
 
-    Memberships (thing, kind) and laws (kind, trait) are assigned to splits. If a (thing, trait)
-    follows in validation or test, it does not follow from memberships and laws of training.
+    A membership (thing, kind) and a law (kind, trait) imply that the thing has the trait. Both are
+    assigned to splits. A (thing, trait) that follows in validation or test does not follow from
+    memberships and laws of training.
     """
     held_out = {(2 * number) % 8 for number in range(8) if world.assign_split(number) != "train"}
     return [

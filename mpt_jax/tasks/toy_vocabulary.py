@@ -97,4 +97,4 @@ def word_ids() -> dict[str, int]:
 if __name__ == "__main__":
     VOCABULARY_PATH.parent.mkdir(exist_ok=True)
     VOCABULARY_PATH.write_bytes(train_vocabulary())
-    print(f"wrote {VOCABULARY_PATH}: {len(word_ids())} words and sentinels")
+    print(f"Wrote {VOCABULARY_PATH}: {len(word_ids())} words and sentinels")

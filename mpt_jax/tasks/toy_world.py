@@ -220,7 +220,7 @@ def a_fact(
         if subject:
             raise ValueError(
                 f"{subject} has no value of {relation.name!r} in the {split} split except "
-                f"{not_values}. Pass fewer not_values."
+                f"{', '.join(not_values)}. Pass fewer not_values."
             )
 
 

@@ -120,7 +120,7 @@ def test_tasks_show_prints_examples_with_lengths(capsys):
     tasks.main(["show", "toy_boolq_k4_s0", "-n", "2"])
     title, headers, *lines = cells(capsys.readouterr().out)
     assert title == [
-        "toy_boolq_k4_s0, train; metrics, the first one selects: accuracy, f1, invalid"
+        "toy_boolq_k4_s0, train; metrics (the first selects the best step): accuracy, f1, invalid"
     ]
     assert headers == ["input tokens", "target tokens", "targets", "inputs"]
     rows = [toy.rows("toy_boolq", "train")[i] for i in (1795, 732)]  # of the published draw

@@ -123,7 +123,7 @@ def test_fleet_runs_use_their_own_initializer():
 @pytest.mark.parametrize(
     ("binding", "says"),
     [
-        ("SEEDS = []", "Fleet.seeds must be a non-empty list"),
+        ("SEEDS = []", "SEEDS must be a non-empty list"),
         ("LEARNING_RATES = [0.1, 0.1]", "more than once"),
         ("TARGET_TASKS = ['toy_rt']", "Unknown task 'toy_rt_k4_s0_lr0.1'.*toy_rte"),
         ("TARGET_TASKS = ['toy_rte', 'toy_rte']", "more than once"),

@@ -416,7 +416,7 @@ def test_paper_command_against_and_metric_change_output(world, capsys):
     for wrong in (["--against", "prefix"], ["--metric", "acuracy"]):
         with pytest.raises(SystemExit):
             command.main([*arguments, "--collect", *wrong])
-    assert "Unknown metric of toy_boolq 'acuracy'. Did you mean 'accuracy'" in (
+    assert "Unknown toy_boolq metric 'acuracy'. Did you mean 'accuracy'" in (
         capsys.readouterr().err
     )
 
@@ -433,7 +433,7 @@ def test_paper_command_variants_run_only_those_rows(world, capsys):
     assert kept == {"rank 2", "MPT"}, "earlier results stay in the table"
     with pytest.raises(SystemExit):
         command.main([*arguments, "--variants", "rank 3"])
-    assert "Unknown variant of ablations 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
+    assert "Unknown ablations variant 'rank 3'. Did you mean 'rank " in capsys.readouterr().err
 
 
 def test_paper_command_folder_with_other_settings_fails(world, capsys):
@@ -448,7 +448,7 @@ def test_paper_command_folder_with_other_settings_fails(world, capsys):
         command.main(arguments)
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert f"{job} was made with other settings" in message and "--root" in message
+    assert f"{job} was written with other settings" in message and "--root" in message
     with pytest.raises(SystemExit):
         command.main([*arguments[:-1], "0"])
     assert "must be at least 1" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_report_of_a_run_that_did_not_evaluate_says_so(model_dir, tmp_path):
     command.main([str(model_dir), "--out", str(tmp_path / "x.html")])
     html = (tmp_path / "x.html").read_text()
     assert titles(html) == ["Loss", "Settings", "What is not shown"]
-    assert f"Scores: {model_dir} has no records of it." in html
+    assert f"Scores: not recorded in {model_dir}." in html
 
 
 def test_report_of_many_runs_shows_their_mean(model_dir):

@@ -342,7 +342,7 @@ def test_topologies_expand_chip_names():
     assert chips.topologies("v6e")[:2] == ["v6e:2x2", "v6e:2x4"]
     with pytest.raises(ValueError, match="Unknown TPU 'v9'.*v5e"):
         chips.topologies("v9:2x2")
-    with pytest.raises(ValueError, match="The shape '4 by 4' of --topology=v5e:4 by 4"):
+    with pytest.raises(ValueError, match="--topology=v5e:4 by 4 has the invalid shape '4 by 4'"):
         chips.topologies("v5e:4 by 4")
 
 

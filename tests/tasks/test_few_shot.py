@@ -232,9 +232,9 @@ def test_few_shot_run_of_own_files_draws_rows(tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (["no", "maybe"], r"declares the labels \('no', 'yes'\), but 2 of the 4 .* as 'maybe'"),
-        (["no", "yes", "no"], "make 6 examples of the 4 rows of its train .* Use fws_made_k1_s0"),
-        (["no"], "make 2 examples of the 4 rows"),
+        (["no", "maybe"], r"declares the labels 'no', 'yes', but 2 of the 4 .* as 'maybe'"),
+        (["no", "yes", "no"], "make 6 examples from the 4 rows of its train .* Use fws_made_k1_s0"),
+        (["no"], "make 2 examples from the 4 rows"),
     ],
 )
 def test_per_class_run_rows_without_one_label_error(made, message):

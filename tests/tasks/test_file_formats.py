@@ -110,8 +110,8 @@ def test_row_over_limit_raises_without_reading_it_whole(name, start, line, compr
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "q,a\rx,yes\r", "line 1: a line ends with CR alone; the rest .* with LF or CRLF"),
-        ("x.jsonl", '{"q": 1, "a": 2}\r{"q": 1, "a": 2}', "Extra data, .* not with CR alone"),
+        ("x.csv", "q,a\rx,yes\r", "line 1: a line ends with a bare CR; the rest .* LF or CRLF"),
+        ("x.jsonl", '{"q": 1, "a": 2}\r{"q": 1, "a": 2}', "Extra data, .* not with a bare CR"),
         ("x.tsv", "q\ta\rx\tyes\r", r"line 1: a cell contains a carriage return"),
     ],
 )

@@ -148,7 +148,7 @@ def test_parts_source_class_outside_tfds_is_not_imported(key, tmp_path, monkeypa
     (tmp_path / "chosen_module.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(seqio.utils, "_TFDS_DATA_DIR_OVERRIDE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"features.json names the class 'chosen_module.Text'"):
+    with pytest.raises(ValueError, match=r"features.json refers to the class 'chosen_module.Text'"):
         source().get_dataset("train")
 
 

@@ -85,25 +85,25 @@ def test_invalid_rate_counts_non_labels():
             metrics.matthews(LABELS),
             ["yes", "no", "yes"],
             ["yes"] * 3,
-            ["matthews is undefined: every prediction is 'yes'; counted as 0."],
+            ["matthews is undefined, because every prediction is 'yes'. It counts as 0."],
         ),
         (
             metrics.matthews(LABELS),
             ["no", "no"],
             ["yes", "no"],
-            ["matthews is undefined: every target is 'no'; counted as 0."],
+            ["matthews is undefined, because every target is 'no'. It counts as 0."],
         ),
         (
             metrics.matthews(LABELS),
             ["no", "yes"],
             ["?", ""],
-            ["matthews is undefined: every prediction is no label; counted as 0."],
+            ["matthews is undefined, because every prediction is no label. It counts as 0."],
         ),
         (
             metrics.f1(LABELS),
             ["no", "no"],
             ["no", "no"],
-            ["f1 is undefined: no target and no prediction is 'yes'; counted as 0."],
+            ["f1 is undefined, because no target and no prediction is 'yes'. It counts as 0."],
         ),
         # Defined: none of two 'yes' was predicted.
         (metrics.f1(LABELS), ["yes", "no", "yes"], ["no"] * 3, []),
@@ -111,13 +111,13 @@ def test_invalid_rate_counts_non_labels():
             metrics.correlations,
             ["0.0", "1.0"],
             ["2.0", "2.0"],
-            ["correlation is undefined: every prediction is 2.0; counted as 0."],
+            ["correlation is undefined, because every prediction is 2.0. It counts as 0."],
         ),
         (
             metrics.correlations,
             ["1.0", "1.0"],
             ["?", "2.0"],
-            ["correlation is undefined: every target is 1.0; counted as 0."],
+            ["correlation is undefined, because every target is 1.0. It counts as 0."],
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_macro_f1_warning_names_missing_labels(caplog):
     assert found == {"f1": pytest.approx(200 / 4), "f1_undefined": 1.0}
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "f1 is undefined: no target and no prediction is 'c' or 'd'"
+        "f1 is undefined, because no target and no prediction is 'c' or 'd'"
     )
 
 

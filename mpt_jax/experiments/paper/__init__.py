@@ -1,5 +1,4 @@
-"""The MPT paper's tables and our own: runs on the paper's data or the toy suite, and the paper's
-figures.
+"""Tables of the MPT paper and of this project, run on the paper's data or on the toy suite.
 
 variants.py     the methods and ablations
 suites.py       the tasks that correspond to the paper's, and their training lengths

@@ -1,6 +1,6 @@
 """`mpt-jax paper TABLE`: runs or resumes the stages of a table, and prints the table.
 
-Tables are those of the MPT paper and our own (transfer, crosspt*).
+The tables are those of the MPT paper and our own (transfer, crosspt*).
 
     mpt-jax paper table1 --suite toy        runs the toy suite with the tiny T5
     mpt-jax paper table1 --print            prints commands for a scheduler, in order
@@ -122,7 +122,7 @@ def chosen(table: Table, names: Sequence[str] | None) -> Table:
     if names is None:
         return table
     known = {variant.name: variant for variant in table.variants}
-    variants = tuple(look_up(f"variant of {table.name}", name, known) for name in names)
+    variants = tuple(look_up(f"{table.name} variant", name, known) for name in names)
     return dataclasses.replace(table, variants=variants)
 
 
@@ -150,7 +150,7 @@ def check_plan(root: Path, cells: Sequence[Cell]) -> None:
         settings = [list(stage.files), list(stage.bindings), stage.steps]
         if (root / stage.name).exists() and known.get(stage.name, settings) != settings:
             raise ValueError(
-                f"{root / stage.name} was made with other settings: "
+                f"{root / stage.name} was written with other settings: "
                 f"{_differences(known[stage.name], settings)}. Choose another --root, or rename "
                 "the folder to run the stage again."
             )
@@ -168,7 +168,8 @@ def _differences(before: Sequence[Any], now: Sequence[Any]) -> str:
             continue
         if isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
             old, new = [x for x in old if x not in new], [x for x in new if x not in old]
-        parts.append(f"{name} {old} instead of {new}")
+        was, now_is = (", ".join(x) or "none" if isinstance(x, list) else x for x in (old, new))
+        parts.append(f"{name} {was} instead of {now_is}")
     return "; ".join(parts)
 
 

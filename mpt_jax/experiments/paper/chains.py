@@ -75,7 +75,8 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
 
 
 def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
-    """Yields a source stage, preceded by its teachers, which all seeds share."""
+    """Yields a source stage, preceded by the stage that trains its teachers, which all seeds share.
+    `seed` is None for a source stage that all seeds share."""
     bindings = list(source.bindings)
     steps, batch = source.length
     if suite.source_steps is not None:

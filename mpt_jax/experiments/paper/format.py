@@ -1,4 +1,4 @@
-"""Text tables of our results and the paper's figures, or of the signs of their differences."""
+"""Text tables of our results beside the paper's figures, and of the differences of variants."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Found = Mapping[tuple[str, int | None], Result]  # (variant, shots) -> result
 NOT_RUN = "not run"
 LEGEND = (
     "mean ± standard deviation over n seeds; [..]: 95% interval of the average, over seeds; "
-    "=: the accuracy of always answering the most frequent label; 0*: undefined for at least one "
-    "seed (a constant prediction), which counts as 0"
+    "=: the accuracy of the majority class; 0*: undefined for at least one seed (a constant "
+    "prediction), which counts as 0"
 )
 PAPER_LEGEND = (
     "†: not run by the paper's authors, as we remember it, but taken from the named paper. "
@@ -46,7 +46,7 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
     if backbones:
         parts.append(f"Ours: {', '.join(backbones)}.")
     if suite.name == suites.PAPER.name:
-        parts.append("Ours say words for labels; the paper's digits are --labels digits.")
+        parts.append("Our labels are words; --labels digits uses digits, like the paper.")
     if suite.name == suites.TOY.name:
         differences = sign_rows(table, suite, found)
         parts.append(
@@ -125,8 +125,8 @@ def reference(table: Table) -> str:
 
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
-    """Returns rows of the reference minus each other variant, with the sign in the paper and
-    whether ours agrees."""
+    """Returns a table of the reference minus each other variant, with the sign of the difference in
+    the paper, and whether our difference has the same sign."""
     rows = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
     for shots in table.shots:
         ours = found.get((reference(table), shots))

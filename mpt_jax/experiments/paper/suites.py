@@ -27,9 +27,9 @@ class Length(NamedTuple):
     Attributes:
         steps: The number of steps of the job.
         rows: The number of examples of the run in each step.
-        period: The number of steps between the evaluations that select the best step; None keeps
-            the value of the gin files.
-        inputs: The maximum number of input tokens; None keeps the value of the gin files.
+        period: The number of steps between the evaluations that select the best step; None uses
+            the value from the gin files.
+        inputs: The maximum number of input tokens; None uses the value from the gin files.
     """
 
     steps: int
@@ -69,7 +69,7 @@ class Suite:
         length: Function from (our name of a task, variant, shots) to the training length of a run.
         rates: Key of a learning rate (`Variant.rate`) -> learning rate, or a tuple for methods with
             several (ATTEMPT: target prompt, attention; CrossPT: private prompts, source prompts,
-            router). {} keeps the learning rates of the gin files.
+            router). {} uses the learning rates from the gin files.
         suffix: The suffix of the suite's versions of tasks; `''` if labels are words.
         tested_apart: Whether the best step is selected on the validation split, and a separate
             stage evaluates it on the test split. Otherwise, the training stage evaluates its last
@@ -173,7 +173,7 @@ _REST_OF_RATE: Mapping[str, Callable[[Sequence[float], int], list[str]]] = {
 }
 
 
-# --- The paper's ---------------------------------------------------------------------------------
+# --- The paper's suite ---------------------------------------------------------------------------
 
 # The paper: 20 epochs, 10 for tasks with more than 10,000 examples, 5 for MRQA. Inputs have 256
 # tokens, 348 for MultiRC and 512 for MRQA.

@@ -75,7 +75,7 @@ class Variant:
         joint: Whether all tasks with the same seed form one group of a job. A step has as many
             examples of each task as a separate run would have.
         version: The suffix of the task versions to train on.
-        sources: The number of source prompts to mix, the first ones of the suite; None for all.
+        sources: The number of source prompts to mix, in the suite's order; None for all.
     """
 
     name: str
@@ -125,7 +125,7 @@ def _without_factors(name: str, file: str, source: Source = MPT_SOURCE) -> Varia
 
 
 def _of_length(length: int) -> tuple[Variant, Variant]:
-    """Returns PT and MPT with prompts of another length, which MPT's teachers have as well."""
+    """Returns PT and MPT with another prompt length, which MPT's teachers have as well."""
     bindings = (f"PROMPT_LENGTH = {length}",)
     teachers = Source(f"teachers_p{length}", TEACHERS.files, bindings)
     source = Source(f"mpt_source_p{length}", MPT_SOURCE.files, bindings, teachers)

@@ -53,9 +53,8 @@ def load(folder: Path) -> list[results.Result]:
         return results.load(folder)
     except ValueError as error:
         raise ValueError(
-            f"{folder / results.FILE} cannot be read ({error}). The file is damaged or was "
-            "written by another version. Rewrite it with `mpt-jax paper TABLE --collect`, or rerun "
-            "`mpt-jax demo`."
+            f"{error} If it was written by another version, rewrite it with `mpt-jax paper TABLE "
+            "--collect`, or rerun `mpt-jax demo`."
         ) from error
 
 

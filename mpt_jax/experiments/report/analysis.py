@@ -34,7 +34,7 @@ def model_size(result: Result) -> float:
 
 
 def number(value: int | float) -> str:
-    """Returns a count in a few characters: 900, 76,800, 222 M, 3 B."""
+    """Formats a count compactly, for example `76,800` or `222 M`."""
     if value < 1e6:
         return f"{value:,.10g}"
     return f"{value / 1e6:.3g} M" if value < 1e9 else f"{value / 1e9:.3g} B"
@@ -42,7 +42,7 @@ def number(value: int | float) -> str:
 
 def by_label(results: Sequence[Result]) -> dict[str, dict[int | None, Result]]:
     """Returns label -> shots -> result. A label is the method's name, plus the source task, prompt
-    length and model size if the method was run with several.
+    length and model size if these differ between results of the method.
 
     Raises:
         ValueError: two results have the same label and number of examples.

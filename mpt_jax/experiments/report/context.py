@@ -98,7 +98,8 @@ def content(
     by_label = analysis.by_label(results)
     if reference not in by_label and reference != tables.REFERENCE:
         raise ValueError(
-            f"No method is called {reference!r}. Set --reference to one of {list(by_label)}."
+            f"No method is called {reference!r}. Set --reference to one of "
+            f"{', '.join(map(repr, by_label))}."
         )
     tasks = analysis.common_tasks(results)
     return Content(root, results, reference, majority, by_label, tasks, figures.styles(by_label))

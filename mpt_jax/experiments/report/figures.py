@@ -58,8 +58,8 @@ class Style(NamedTuple):
 
 
 def styles(results: analysis.ByLabel) -> dict[str, Style]:
-    """Returns label -> style: one color per base method (`analysis.family`), and for each of the
-    first 28 labels another pair of marker and dashes, which do not need colors."""
+    """Returns label -> style. Labels of one base method (`analysis.family`) share a color. Each of
+    the first 28 labels has a distinct pair of marker and dashes, visible without color."""
     families: dict[str, list[str]] = {}
     for label, cells in results.items():
         families.setdefault(analysis.family(next(iter(cells.values())).method), []).append(label)

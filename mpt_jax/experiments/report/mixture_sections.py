@@ -62,8 +62,8 @@ class Map(NamedTuple):
 
 
 def weights(content: Content) -> list[str]:
-    """Returns heat maps of the weights, tasks by candidates, and tables of their spread over runs.
-    Fixed weights and weights that depend on the text are in separate figures."""
+    """Returns heat maps of the weights, tasks by candidates, and tables of their spread over runs;
+    [] without weights. Fixed weights and weights that depend on the text have separate figures."""
     maps = [
         mixture
         for shots, results in content.by_shots()
@@ -83,7 +83,7 @@ def weights(content: Content) -> list[str]:
 
 
 def entropies(content: Content) -> list[str]:
-    """Returns a figure of the entropy of the weights during training."""
+    """Returns a figure of the entropy of the weights during training; [] if it was not recorded."""
     drawn, looks = [], content.styles
     for shots, results in content.by_shots():
         runs = {
@@ -116,8 +116,8 @@ def _map(content: Content, title: str, paths: Sequence[Path]) -> Map | None:
             by_task[mixture.task].append(mixture)
     if candidates and not by_task:
         content.absent.append(
-            f"Weights of candidates, {title}: they depend on the text, and no metrics.jsonl of its "
-            "runs has them."
+            f"Weights of candidates, {title}: they depend on the text, and no run recorded them in "
+            "metrics.jsonl."
         )
     if not by_task:
         return None

@@ -130,7 +130,7 @@ def facts(pairs: Mapping[str, str]) -> str:
 
 
 def listing(text: str, name: str) -> str:
-    """Returns a text with its line ends, folded under its name."""
+    """Returns preformatted text in a collapsed block, with `name` as its summary."""
     return f"<details><summary>{_text(name)}</summary><pre>{_text(text)}</pre></details>"
 
 
@@ -144,7 +144,7 @@ def _text(text: str) -> str:
 
 
 def _distinct_ids(body: str) -> str:
-    """Makes ids unique in the page, as Matplotlib uses the same ids in every drawing."""
+    """Makes ids unique in the page, because Matplotlib uses the same ids in every drawing."""
     numbers = itertools.count(1)
 
     def renumber(drawing: re.Match[str]) -> str:

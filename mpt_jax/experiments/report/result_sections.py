@@ -1,4 +1,4 @@
-"""Report sections computed from results.json, without the run folders."""
+"""Report sections computed from results.json, as HTML blocks. They do not need the run folders."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def parameters(content: Content) -> list[str]:
 
 
 def gains(content: Content) -> list[str]:
-    """Returns a figure and tables of the gain of each method over PT on each task."""
+    """Returns a figure and tables of the gain of each method over PT on each task; [] if no method
+    has a comparable PT result."""
     by_shots = {}
     for shots, results in content.by_shots():
         for label, result in results.items():
@@ -142,7 +143,7 @@ def _gain_panel(
 
 def examples_needed(content: Content) -> list[str]:
     """Returns a figure of mean scores by number of examples, and a table of the examples that each
-    method needs to match the others."""
+    method needs to match the others; [] if no method was run at two numbers of examples."""
     curves = {
         label: [(k, content.mean(result)) for k, result in sorted(few.items())]
         for label, cells in content.by_label.items()
@@ -173,7 +174,8 @@ def examples_needed(content: Content) -> list[str]:
 
 
 def affinity(content: Content) -> list[str]:
-    """Returns heat maps of PT's gain from a source task's prompt: sources by targets."""
+    """Returns heat maps, sources by targets, of PT's gain from a source task's prompt; [] if PT was
+    not run from one."""
     panels = []
     for shots, results in content.by_shots():
         by_label = {
@@ -210,14 +212,16 @@ def affinity(content: Content) -> list[str]:
 
 
 def lengths(content: Content) -> list[str]:
-    """Returns a figure of mean scores by prompt length, for methods run with several lengths."""
+    """Returns a figure of mean scores by prompt length, for methods run with several lengths; [] if
+    there are none."""
     fixed = lambda r: (analysis.family(r.method), r.start, analysis.model_size(r))  # noqa: E731
     prompted = [result for result in content.results if result.prompt_length]
     return _over(content, prompted, "prompt length", lambda r: r.prompt_length, fixed)
 
 
 def sizes(content: Content) -> list[str]:
-    """Returns a figure of mean scores by model size, for methods run on several sizes of T5."""
+    """Returns a figure of mean scores by model size, for methods run on several sizes of T5; [] if
+    there are none."""
     fixed = lambda r: (analysis.family(r.method), r.start, r.prompt_length)  # noqa: E731
     return _over(content, content.results, "model parameters", analysis.model_size, fixed)
 

@@ -25,7 +25,7 @@ METRICS, RECORD, ARTIFACT = "metrics.jsonl", "run.jsonl", "artifact"
 TEACHERS = ("pt_source", "teachers")
 STUDENTS = ("mpt_source", "mpt_source_s0")
 
-ADVICE = "Repair the line, or remove it to make the report without it."
+ADVICE = "Repair the line, or remove it to write the report without it."
 
 Curve = Mapping[int, float]  # step -> value
 
@@ -43,8 +43,8 @@ class Logged(Evaluated):
 
 
 def own(root: Path, result: Result) -> list[Path]:
-    """Returns the run folders of a result that exist in the parent folder of `root`, in which
-    several tables share runs."""
+    """Returns the run folders of a result that exist below the parent folder of `root`. Tables in
+    the same parent folder can share runs."""
     folders = [Path(name) for name in result.model_dirs]
     parent = root.resolve().parent
     return [path for path in folders if path.is_dir() and path.resolve().is_relative_to(parent)]
@@ -70,7 +70,7 @@ def training(model_dir: Path, metric: str = "loss") -> list[Curve]:
 
 
 def curves(model_dir: Path, metric: str = "loss", folder: str = "train") -> dict[str, Curve]:
-    """Returns `<metric>/<run>` -> curve, or only `<metric>` if the metric is not logged by run.
+    """Returns `<metric>/<run>` -> curve, or `<metric>` -> curve if it is not logged by run.
 
     Reads the lines of one folder of the log, such as `train` or `training_eval/<mixture>`.
     """
@@ -142,8 +142,8 @@ def _metrics(path: Path, kind: type[Evaluated]) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects in a JSON Lines file, each after its name in errors. A missing file counts
-    as empty.
+    """Yields (name for errors, object) for each line of a JSON Lines file. A missing file counts as
+    empty.
 
     Raises:
         ValueError: a line is not valid JSON, or not an object.
@@ -151,5 +151,5 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         return
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        what = f"Line {number} of {path} is damaged: it"
+        what = f"Line {number} of {path}"
         yield what, schema.load(line, dict[str, Any], what, ADVICE)

@@ -1,4 +1,4 @@
-"""Report sections read from run folders: curves, similarity of prompts, provenance."""
+"""Report sections read from run folders, as HTML blocks: curves, prompt similarity, provenance."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def losses(content: Content) -> list[str]:
 
 
 def scores_by_step(content: Content) -> list[str]:
-    """Returns plots of scores by step, for runs that were evaluated more than once."""
+    """Returns plots of scores by step, for runs evaluated more than once; [] if there are none."""
     drawn, looks = [], content.styles
     for shots, results in content.by_shots():
         runs = {
@@ -99,7 +99,7 @@ def curve_panels(
 
 
 def source_prompts(content: Content) -> list[str]:
-    """Returns heat maps of the similarity between source prompts."""
+    """Returns heat maps of the similarity between source prompts; [] without source artifacts."""
     sources = tables.trained(content.root)
     if not sources:
         content.absent.append(
@@ -117,7 +117,7 @@ def source_prompts(content: Content) -> list[str]:
 
 
 def target_prompts(content: Content) -> list[str]:
-    """Returns a heat map of the similarity between the target prompts of one method.
+    """Returns a heat map of the similarity between one method's target prompts; [] without any.
 
     The method is the reference if its prompts are available and can be compared. Otherwise it is
     the first method for which this holds. Runs with the largest k are preferred to runs on all
@@ -136,8 +136,8 @@ def target_prompts(content: Content) -> list[str]:
                 tasks = [task for artifact in kept for task in artifact.runs.task_names]
                 caption = (
                     "Cosine similarity of flattened prompts, target tasks: mean over pairs of "
-                    "runs; on the diagonal pairs of one task with different seeds (1 where it has "
-                    "one run)."
+                    "runs. The diagonal compares runs of one task with different seeds; it is 1 "
+                    "for a task with one run."
                 )
                 return [page.figure([_similarity(title, prompts, tasks)], caption, {})]
     content.absent.append(

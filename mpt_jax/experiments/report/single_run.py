@@ -11,7 +11,7 @@ from mpt_jax.experiments.report.page import Section
 from mpt_jax.experiments.results import main_metric
 
 CONFIG = "config.gin"
-# A figure of more curves shows their mean only: there are no more styles.
+# A figure of more curves shows only their mean, because there are no more styles.
 MOST_CURVES = len(figures.MARKERS) * len(figures.DASHES)
 
 
@@ -33,7 +33,7 @@ def write(model_dir: Path, out: Path) -> Path:
     ]
     shown = [section for section in sections if section.blocks]
     if absent := [section.title for section in sections if not section.blocks]:
-        what = [f"{title}: {model_dir} has no records of it." for title in absent]
+        what = [f"{title}: not recorded in {model_dir}." for title in absent]
         shown.append(Section("What is not shown", [page.points(what)]))
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"Run: {model_dir.resolve().name}"
@@ -42,8 +42,8 @@ def write(model_dir: Path, out: Path) -> Path:
 
 
 def _scores(model_dir: Path) -> list[str]:
-    """Returns the main metric of each run by step, and a table of all metrics of each run's last
-    evaluation."""
+    """Returns a figure of each run's main metric by step, and a table of all metrics of its last
+    evaluation; [] if no run was evaluated."""
     found = {run: steps for run, steps in run_reader.evaluations(model_dir).items() if steps}
     if not found:
         return []
@@ -65,7 +65,7 @@ def _scores(model_dir: Path) -> list[str]:
 
 
 def _losses(model_dir: Path) -> list[str]:
-    """Returns the training loss of each run by step."""
+    """Returns a figure of each run's training loss by step; [] if no losses were recorded."""
     curves = {
         name.removeprefix("loss/"): curve
         for name, curve in run_reader.curves(model_dir).items()
@@ -96,7 +96,7 @@ def _figure(curves: Mapping[str, run_reader.Curve], title: str, y: str, log: str
 
 
 def _settings(model_dir: Path) -> list[str]:
-    """Returns the record of the job's last start, and its gin configuration."""
+    """Returns the record of the job's last start and its gin configuration; [] if there is none."""
     blocks = []
     if records := run_reader.records(model_dir):
         record, pairs = records[-1], {"Folder": str(model_dir), "Starts": str(len(records))}
