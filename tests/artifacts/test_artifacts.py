@@ -88,7 +88,7 @@ def test_save_artifact_no_fixed_mixture_records_none(tmp_path):
     save_example(tmp_path / "none")
     for name, error, words in (
         ("text", ValueError, "depend on the text"),
-        ("none", NotImplementedError, "mixes no candidates"),
+        ("none", NotImplementedError, "does not mix prompts"),
     ):
         read = artifacts.load_artifact(tmp_path / name)
         assert read.config["mixture"] is None
