@@ -48,7 +48,7 @@ def test_convert_backbone_and_back_restores_weights(version, middle, tmp_path, c
     assert "differ by at most 0\n" in said and f"hf -> {middle}: t5x/checkpoint_7" in said
     convert("t5x/checkpoint_7", "again")
     said = capsys.readouterr().out
-    assert "Configuration read from the shapes; assumed: mlp_activations=" in said
+    assert "inferred from the parameters' shapes, assuming mlp_activations=" in said
     before = load_file(source / "model.safetensors")
     after = load_file(tmp_path / "again" / "model.safetensors")
     for name, weight in after.items():
@@ -133,7 +133,7 @@ def test_convert_backbone_invalid_arguments_exit_with_2(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "it holds []" in refused(capsys, tmp_path / "empty", target)
     assert "cannot be converted to 'npy'" in refused(capsys, source, target, "--to", "npy")
-    assert "does not use --runs. Only conversions into an artifact do" in refused(
+    assert "Only conversions into an artifact use --runs" in refused(
         capsys, source, target, "--runs", "a"
     )
     (source / "model.safetensors").write_bytes(b"\0" * 20)

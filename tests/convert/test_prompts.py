@@ -344,7 +344,7 @@ def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     folder, new = tmp_path / "peft", tmp_path / "x"
     assert "--backbone is missing" in refused(capsys, folder, new)
     said = refused(capsys, folder, new, "--backbone", backbone, "--runs", "a")
-    assert "holds 3 prompts, but the number of run names is 1" in said
+    assert "is 3, but the number of run names is 1" in said
     file = tmp_path / "a.npy"
     np.save(file, random(P, H))
     assert "Give one name per prompt" in refused(capsys, file, new, "--backbone", backbone)
@@ -360,7 +360,7 @@ def test_convert_wrong_names_or_backbone_fail(backbone, tmp_path, capsys):
     notes.write_text(json.dumps(json.loads(notes.read_text()) | {"embedding_sha256": "0" * 64}))
     said = refused(capsys, tmp_path / "folded", new, "--backbone", backbone)
     assert "adapters of several backbones" in said
-    assert "does not use --dtype. Only conversions of backbones do" in refused(
+    assert "Only conversions of backbones use --dtype" in refused(
         capsys, folder, new, "--backbone", backbone, "--dtype", "float32"
     )
     assert not new.exists()

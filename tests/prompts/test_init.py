@@ -79,7 +79,7 @@ def test_class_labels_average_tokens_and_sample_rest():
 @pytest.mark.parametrize(
     ("labels", "task", "message"),
     [
-        ({"nli": ["yes"]}, "nlu", "ClassLabels.labels has no entry for the task 'nlu', only for nli"),
+        ({"nli": ["yes"]}, "nlu", "no entry for the task 'nlu', only for nli"),
         (["yes", "no"] * 5, "t", "A prompt of 8 rows is too short for 10 labels"),
         ([""], "t", "zero tokens"),
     ],
