@@ -115,8 +115,7 @@ def load_adapter(folder: epath.Path) -> Adapter:
         )
     if config.num_virtual_tokens is None:
         raise ValueError(
-            f"{folder / CONFIG} does not have the field num_virtual_tokens. Set it to the prompt "
-            "length."
+            f"{folder / CONFIG} has no value for num_virtual_tokens. Set it to the prompt length."
         )
     tensors = _tensors(folder)
     copies = _copies(config, tensors)

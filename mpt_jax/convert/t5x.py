@@ -153,7 +153,7 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
         separator = header.dimension_separator
         chunks = {separator.join(map(str, i)) for i in numbers} or {"0"}
         if missing := chunks - set(sizes):
-            raise ValueError(f"chunks are missing: {', '.join(sorted(missing)[:3])}")
+            raise ValueError(f"it lacks the chunks {', '.join(sorted(missing)[:3])}")
         return np.asarray(ts.open(spec, read=True).result().read().result())
 
 

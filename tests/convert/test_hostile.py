@@ -105,10 +105,10 @@ def test_msgpack_check_of_whole_files_passes(content):
         (b"\x91" * 300 + b"\xc0", "nested more than 100 deep"),
         (b"\x81\xa1a", "ends early"),
         (b"\xc0\xc0", "1 bytes follow"),
-        (b"\xc1", "0xc1 starts no value"),
-        (msgpack.packb(array((10**9, 10**9), "float32", 4)), "in 4 bytes"),
-        (msgpack.packb(array((1,), "object", 8)), "unknown type b'object'"),
-        (msgpack.packb(array((1,), "V2", 2)), "unknown type b'V2'"),
+        (b"\xc1", "invalid byte 0xc1"),
+        (msgpack.packb(array((10**9, 10**9), "float32", 4)), "but 4 bytes of values"),
+        (msgpack.packb(array((1,), "object", 8)), "unknown type 'object'"),
+        (msgpack.packb(array((1,), "V2", 2)), "unknown type 'V2'"),
         (msgpack.packb(array((-1,), "float32", 4)), "not a list of sizes"),
         (msgpack.packb(msgpack.ExtType(7, b"")), "unknown type 7"),
     ],
@@ -222,5 +222,5 @@ def test_read_tensors_of_an_index_that_names_other_folders_error(tmp_path, name)
 def test_read_file_of_a_pickled_view_without_end_error(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "model.bin")
-    with pytest.raises(ValueError, match="names tensors of 4,000,000,000 bytes"):
+    with pytest.raises(ValueError, match="declares 4,000,000,000 bytes of tensors"):
         hf_weights.read_file(epath.Path(tmp_path / "model.bin"))

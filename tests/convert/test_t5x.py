@@ -269,7 +269,7 @@ def test_config_of_tree_infers_config_from_shapes(fields, name):
     with pytest.raises(ValueError, match=r"missing: encoder/layers_1/pre_mlp_layer_norm/scale"):
         config_of_tree(unflatten(tree))
     with pytest.raises(
-        ValueError, match="not have the parameters of a T5.*'token_embedder/embedding'"
+        ValueError, match="not have the parameters of a T5.*lacks token_embedder/embedding"
     ):
         config_of_tree({"bert": np.zeros(3)})
 
