@@ -249,7 +249,7 @@ def edit(path, change) -> None:
 def test_load_artifact_other_format_shows_both_formats(tmp_path):
     path = save_example(tmp_path / "a")
     edit(path, lambda config: config.update(format=2))
-    with pytest.raises(ValueError, match="format 2; this version reads 1"):
+    with pytest.raises(ValueError, match="format 2, but this version of MPT-JAX reads format 1"):
         artifacts.load_artifact(path)
 
 

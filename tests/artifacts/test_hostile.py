@@ -34,7 +34,7 @@ from tests.fixtures import saved_artifacts
         ({"method_config": {"rank": 2}}, "lacks settings of the method 'mpt': prompt_length"),
         ({"embedding_sha256": None}, "embedding_sha256 = null, but a string"),
         ({"metrics": {"scores": {"rte_s1": {"accuracy": "x"}}}}, "but a number was expected"),
-        ({"format": [1]}, r"has artifact format \[1\]; this version reads 1"),
+        ({"format": [1]}, r"has artifact format \[1\], but this version"),
     ],
 )
 def test_load_artifact_of_a_wrong_config_error_names_the_field(tmp_path, change, problem):

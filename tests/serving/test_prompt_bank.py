@@ -254,7 +254,7 @@ def test_large_bank_unknown_task_skips_search(tmp_path, monkeypatch):
     names = [f"task_{i:04}" for i in range(prompt_bank.MOST_COMPARED + 1)]
     joined = Bank([write(tmp_path / "a", names)])
     monkeypatch.setattr(prompt_bank.difflib, "get_close_matches", None)  # 27 microseconds a name
-    with pytest.raises(ValueError, match=f"'taks_0017'. The bank has prompts for .* {len(names) - 20} more"):
+    with pytest.raises(ValueError, match=f"'taks_0017'. The bank has .* {len(names) - 20} more"):
         joined.row("taks_0017")
 
 
