@@ -133,11 +133,7 @@ def as_main(module: types.ModuleType) -> Iterator[None]:
 
 def configured(function: Callable[..., Any], **overrides: Any) -> Callable[..., Any]:
     """Returns a function without arguments that calls an entry point with the arguments that the
-    parsed files bind. `overrides` replace arguments of the same name.
-
-    Raises:
-        ConfigError: no parsed file binds a parameter of the entry point.
-    """
+    parsed files bind. `overrides` replace arguments of the same name."""
     if not gin_check.is_bound(function):
         raise ConfigError(
             f"No gin file configures {function.__name__}(). Add a stage file with --gin_file, such "

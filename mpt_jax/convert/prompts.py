@@ -224,8 +224,8 @@ def _check_backbone(
         if noted not in (None, digests[field]):
             raise ValueError(
                 f"The prompts in {source} were trained with another backbone: the sha256 of its "
-                f"{what} is {noted}, but for {backbone} it is {digests[field]}. Set --backbone to "
-                "the backbone that the prompts were trained with."
+                f"{what} is {noted}, but {backbone} has {digests[field]}. Set --backbone to the "
+                "backbone that the prompts were trained with."
             )
     if "embedding_sha256" in adapter.notes and adapter.notes.get(FIELD) is None:
         say(compatibility.embedding_only(f"{source}"))

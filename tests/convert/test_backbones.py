@@ -155,7 +155,7 @@ def test_identical_compares_every_bit():
     tree = {"a": {"x": np.asarray([0.0, np.nan], np.float32)}, "b": np.ones(3, np.float32)}
     assert parity.identical(tree, {**tree}, "it") == "2 leaves, 5 numbers"
     for other in (np.asarray([-0.0, np.nan], np.float32), np.asarray([0.0, np.nan])):
-        with pytest.raises(ValueError, match=r"it does not .* 1 of 2 leaves differ: \['a/x'\]"):
+        with pytest.raises(ValueError, match="it does not .* 1 of 2 leaves differ: a/x"):
             parity.identical(tree, {**tree, "a": {"x": other}}, "it")
     with pytest.raises(ValueError, match=r"1 missing: b"):
         parity.identical(tree, {"a": tree["a"]}, "it")

@@ -269,7 +269,7 @@ def test_config_from_hf_fills_defaults_of_model_type():
     newer = {**sizes, "tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert not config_from_hf(newer).logits_via_embedding
     del newer["d_ff"]
-    with pytest.raises(ValueError, match=r"lacks \['d_ff'\]"):
+    with pytest.raises(ValueError, match="lacks d_ff,"):
         config_from_hf(newer)
 
 

@@ -218,7 +218,7 @@ def test_export_changed_or_missing_file_fails(folder, tmp_path):
     flipped = bytearray(weights.read_bytes())
     flipped[-1] ^= 1
     weights.write_bytes(bytes(flipped))
-    with pytest.raises(ValueError, match="backbone.safetensors is not the file.*sha256"):
+    with pytest.raises(ValueError, match="backbone.safetensors differs from the file.*sha256"):
         export.load(copy)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="--without-weights"):
