@@ -236,7 +236,7 @@ def test_load_artifact_truncated_file_fails(tmp_path, name, keep):
     content = (path / name).read_bytes()
     kept = int(len(content) * keep) if isinstance(keep, float) else keep
     (path / name).write_bytes(content[:kept].rstrip(b"}\n") if name == CONFIG else content[:kept])
-    with pytest.raises(ValueError, match=f"artifact at {path} cannot be read"):
+    with pytest.raises(ValueError, match=f"{path / name}.*Copy the artifact again"):
         artifacts.load_artifact(path)
 
 
