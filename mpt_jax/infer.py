@@ -4,10 +4,10 @@
 
     <output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>    {"inputs": {...}, "prediction": ...}
     the same with .partial                                   the lines of an unfinished file
-    the same with .partial_of, or .COMPLETED                 the inputs that lines were made from
+    the same with .partial_of, or .COMPLETED                 the record of what lines depend on
 
-The same command resumes a partial file and keeps a complete one. A file that was made from other
-inputs is an error (`runtime.resumable_output`).
+The same command resumes a partial file and keeps a complete one. If the file was made from other
+inputs, the command fails (`runtime.resumable_output`).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def infer(
 
     Raises:
         ValueError: a setting, task, split or length is invalid; a split is empty; no checkpoint or
-            artifact is named, or several checkpoints; the checkpoint was trained with another
-            configuration; or an existing file was made from other inputs, or another command is
+            artifact is named, or several checkpoints are; the checkpoint was trained with another
+            configuration; an existing file was made from other inputs; or another command is
             writing it.
         OSError: the checkpoint or artifact cannot be read, or a file cannot be written.
         RuntimeError: process 0 could not read or write its output (in the other processes).
@@ -202,15 +202,15 @@ def _one_state(
     states = list(restore_states.states(model, origins, partitioner, cfg))
     if len(states) != 1:
         raise ValueError(
-            f"infer reads one checkpoint, but CHECKPOINT_PATH = {cfg.path!r} with mode "
-            f"{cfg.mode!r} names {len(states)}. Set CHECKPOINT_PATH to a single checkpoint folder, "
-            "and utils.RestoreCheckpointConfig.mode to 'specific'."
+            f"infer needs exactly one checkpoint, but CHECKPOINT_PATH = {cfg.path!r} with mode "
+            f"{cfg.mode!r} selects {len(states)}. Set CHECKPOINT_PATH to a single checkpoint "
+            "folder, and utils.RestoreCheckpointConfig.mode to 'specific'."
         )
     return states[0]
 
 
 def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> dict[str, Any]:
-    """Returns what identifies the parameters and the decoding function, as JSON values."""
+    """Returns a record that identifies the parameters and the decoding function, as JSON values."""
     paths = [read] if isinstance(read, str) else read
     decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
     return {

@@ -79,7 +79,7 @@ def restore_or_initialize(  # noqa: PLR0913 - the arguments of `train` that it u
 
     The state is restored from the job's last checkpoint. If there is none, prompts start from the
     initial artifact, or from the method's initial values if no artifact is named. The datasets of
-    `eval_cfgs` are part of the job's fingerprint.
+    `eval_cfgs` are included in the job's fingerprint.
     """
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
@@ -159,8 +159,8 @@ def make_evaluator(
 ) -> PeriodicEvaluator:
     """Builds the evaluator that runs between steps, with the best results of earlier starts.
 
-    Runs whose task lacks the split are not evaluated, which a warning says. A group of only such
-    runs keeps the parameters of its last step.
+    Runs whose task lacks the split are not evaluated, and a warning lists them. A group with only
+    such runs keeps the parameters of its last step.
 
     Raises:
         ValueError: a setting is invalid, or an action other than `SelectBest` could never run.
@@ -227,7 +227,7 @@ def write_records(
 
 
 def log_if_ended(start: Start, total_steps: int) -> None:
-    """Logs a line if nothing is left to train."""
+    """Logs a line if a resumed job is at its last step, or if all of its runs have ended."""
     if start.resumed and start.trainer.step >= total_steps:
         logging.info("%s is already trained to step %d.", start.model_dir, start.trainer.step)
     elif not start.trainer.active.any():

@@ -45,14 +45,19 @@ UNDO = "Undo the change, copy the artifact again, or repeat the command that wro
 
 
 class Metrics(msgspec.Struct):
-    """What readers use of the metrics: those of each run, and the best step of each group."""
+    """The schema of the metrics: only the fields that readers use.
+
+    Attributes:
+        scores: the metrics of each run, by name.
+        best_step: the best step of each group.
+    """
 
     scores: dict[str, dict[str, float]] | None = None
     best_step: list[int] | None = None
 
 
 class Config(msgspec.Struct):
-    """The schema of config.json: the fields that readers use. Most others are for people."""
+    """The schema of config.json: only the fields that readers use."""
 
     method: str
     method_config: dict[str, Any]
@@ -173,8 +178,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         metrics: the metrics of the parameters, as JSON values.
         started_from: the digest of the artifact that training started from, and the rows used from
             it.
-        data: the record of the data that training and evaluation used, as JSON values: {data of a
-            run (`core.runs.data_name`): {'source', 'template', 'splits': {split: {'rows',
+        data: the record of the data that training and evaluation used, as JSON values:
+            {`core.runs.data_name` of a run: {'source', 'template', 'splits': {split: {'rows',
             'sha256'}}}}; None if unknown.
         include_folded: whether to also write the plain prompt of each row. Ignored if prompts
             depend on the text.
@@ -246,19 +251,17 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"No prompt artifact at {path}: a folder with {CONFIG} and {TENSORS} was expected. A "
             "training job writes one to MODEL_DIR/artifact."
         )
-    where = f"The prompt artifact at {path} cannot be read ({CONFIG})"
-    config = schema.parse((path / CONFIG).read_bytes(), where, COPY_AGAIN)
+    config = schema.parse((path / CONFIG).read_bytes(), f"{path / CONFIG}", COPY_AGAIN)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         raise ValueError(
-            f"{path} has artifact format {schema.short(found)}; this version reads {FORMAT}. "
-            f"Use the version of MPT-JAX that wrote the artifact (see versions in {CONFIG})."
+            f"{path} has artifact format {schema.short(found)}, but this version of MPT-JAX reads "
+            f"format {FORMAT}. Use the version that wrote the artifact (see versions in {CONFIG})."
         )
     written, config = config, current_keys(config)
     checked = schema.check(config, Config, f"{path / CONFIG}", COPY_AGAIN)
     prompts = (path / TENSORS).read_bytes()
-    where = f"The prompt artifact at {path} cannot be read ({TENSORS})"
-    tensors = load_safetensors(prompts, where, COPY_AGAIN)
+    tensors = load_safetensors(prompts, f"{path / TENSORS}", COPY_AGAIN)
     prefix = "factors/"
     leaves = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     match_exactly(
@@ -293,15 +296,16 @@ def _check_params(
         axes = method.axes.get(name, ())
         expected = [sizes.get(axis, size) for axis, size in zip(axes, leaf.shape, strict=False)]
         if len(axes) != leaf.ndim or list(leaf.shape) != expected or leaf.dtype.kind != "f":
+            needed = f"needs floats [{', '.join(axes)}]" if axes else "has no such parameter"
             raise ValueError(
                 f"{path / TENSORS} has {name} of type {leaf.dtype} and shape {leaf.shape}, but "
-                f"the method {method.name!r} has {f'floats {axes}' if axes else 'none'}, for "
-                f"{runs.num_rows} tasks in {runs.num_groups} groups. {COPY_AGAIN}"
+                f"the method {method.name!r} {needed}, with {runs.num_rows} tasks in "
+                f"{runs.num_groups} groups. {COPY_AGAIN}"
             )
     width = next((x.shape[-1] for name, x in leaves.items() if method.axes[name][-1] == "embed"), 0)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in leaves.items()}
     pooled: Any = jax.ShapeDtypeStruct((1, width), jnp.float32)
-    what = f"{path} has no prompts of its method {method.name!r} and {CONFIG}"
+    what = f"{path / TENSORS} does not match the settings of {method.name!r} in {CONFIG}"
     with schema.damage(what, COPY_AGAIN):
         shape = jax.eval_shape(
             lambda params, given: method.compose(params, runs, jnp.zeros(1, jnp.int32), given),
@@ -311,12 +315,14 @@ def _check_params(
         length = max(method.prompt_lengths(runs))
         if shape[1:] != (method.prompt_length, width) or length > method.prompt_length:
             raise ValueError(
-                f"the arrays give prompts {shape[1:]}, the settings {(method.prompt_length, width)}"
+                f"the arrays give prompts of shape {shape[1:]}, but the settings give "
+                f"{(method.prompt_length, width)}"
             )
 
 
 def _check_digest(path: epath.Path, prompts: bytes, expected: str | None) -> None:
-    """Raises ValueError if the prompts do not have the digest that config.json records."""
+    """Raises ValueError if the prompts do not have the digest that config.json records. Logs a
+    warning if it records none."""
     if expected is None:
         logging.warning(
             "%s has no prompts_sha256, as in artifacts of earlier versions, so its prompts cannot "

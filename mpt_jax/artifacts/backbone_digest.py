@@ -1,15 +1,16 @@
-"""Digest of all weights of a backbone, and its configuration, which artifacts and checkpoints
-record and readers compare.
+"""Digest of all weights of a backbone, and its configuration. Artifacts and checkpoints record
+both, and readers compare them.
 
-The embedding does not identify a backbone: merging a LoRA or fine-tuning some layers keeps it, and
-prompts of the original do nothing with the result.
+The embedding does not identify a backbone: merging a LoRA or fine-tuning some layers leaves it
+unchanged, but prompts of the original backbone do not work with the result.
 
-One backbone has one digest. Values are rounded to bfloat16, as in `artifacts.embedding_digest`, so
-float32 and bfloat16 copies agree. Leaves are named as in the unscanned tree, whatever form they
-were loaded in. Biases that are all zeros, as BitFit adds them, do not count.
+All copies of a backbone have the same digest. Values are rounded to bfloat16, as in
+`artifacts.embedding_digest`, so float32 and bfloat16 copies agree. Leaves are named as in the
+unscanned tree, regardless of the form that was loaded. Biases that are all zeros, such as those
+that BitFit adds, are ignored.
 
-The same weights compute something else with another activation or another maximum distance of
-relative positions, so the architecture is recorded beside the digest.
+With another activation or another maximum distance of relative positions, the same weights compute
+other outputs, so the architecture is recorded beside the digest.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def check_compatible(
     prompt_length: int,
 ) -> None:
     """Checks that an artifact was trained with this backbone, vocabulary and prompt length. Logs a
-    warning if it does not record the digest of the backbone's weights, or its configuration.
+    warning if it records no digest of the backbone's weights, or no configuration of the backbone.
 
     Raises:
         ValueError: one of them differs; the message shows both values.
@@ -50,8 +50,8 @@ def check_backbone(
     backbone_sha256: str | None,
     backbone_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Checks that an artifact was trained with this backbone. Compares its embedding and, if both
-    are known, the digests of all its weights, and the configurations.
+    """Checks that an artifact was trained with this backbone. Compares the digests of the embedding
+    and, if both sides have them, the digests of all weights and the configurations.
 
     Raises:
         ValueError: the backbone differs; the message shows both values.
@@ -81,9 +81,9 @@ def embedding_only(record: str) -> str:
     """Returns the warning that only the embedding of a backbone could be compared with a record,
     since the record has no digest of the other weights."""
     return (
-        f"{record} records no {FIELD} (it is of an earlier version, or was written with the digest "
+        f"{record} records no {FIELD} (from an earlier version, or written with the digest "
         "switched off), so only the backbone's embedding could be compared. A backbone with the "
-        "same embedding and other weights is not noticed."
+        "same embedding but other weights would not be detected."
     )
 
 
@@ -91,15 +91,15 @@ def weights_only(record: str) -> str:
     """Returns the warning that the configuration of a backbone could not be compared with a record,
     since the record has none."""
     return (
-        f"{record} records no {CONFIG_FIELD} (it is of an earlier version), so the backbone's "
+        f"{record} records no {CONFIG_FIELD} (from an earlier version), so the backbone's "
         "configuration could not be compared. Another relative_attention_max_distance or "
-        "mlp_activations with the same weights is not noticed."
+        "mlp_activations would not be detected."
     )
 
 
 def lacking(found: Sequence[Artifact]) -> tuple[list[str], list[str]]:
     """Returns the folders of the artifacts that do not record the digest of their backbone's
-    weights, and of the others that do not record its configuration."""
+    weights, and the folders of the remaining ones that do not record its configuration."""
     digest = [x.path for x in found if x.config.get(FIELD) is None]
     config = [x.path for x in found if not x.config.get(CONFIG_FIELD) and x.path not in digest]
     return digest, config
@@ -117,7 +117,7 @@ def not_compared(digest: Sequence[str], config: Sequence[str], digested: bool) -
 
 
 def check_vocabulary(artifact: Artifact, vocabulary_sha256: str | None) -> None:
-    """Checks that an artifact was trained with this vocabulary. An unknown one passes.
+    """Checks that an artifact was trained with this vocabulary. Passes if either is unknown.
 
     Raises:
         ValueError: the vocabulary differs; the message shows both values.
@@ -138,7 +138,8 @@ def check_mutually_compatible(found: Sequence[Artifact], folded: bool = False) -
 
     Args:
         found: the artifacts, at least one.
-        folded: whether their methods and prompt lengths may differ.
+        folded: whether their methods and prompt lengths may differ, since only their plain prompts
+            are used.
 
     Raises:
         ValueError: the artifacts disagree; the message lists each value with its artifacts.
@@ -193,8 +194,8 @@ def _config_text(artifact: Artifact) -> str | None:
 def merge(found: Sequence[Artifact]) -> Artifact:
     """Merges initial artifacts into one artifact that holds the plain prompts of all rows.
 
-    They must have the same backbone, vocabulary and prompt length. A single artifact is returned
-    unchanged.
+    The artifacts must have the same backbone, vocabulary and prompt length. A single artifact is
+    returned unchanged.
 
     Raises:
         ValueError: the artifacts disagree, or two rows have the same name, and the message names

@@ -202,7 +202,7 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
 
 
 def _how_to_read(config: Mapping[str, Any]) -> str:
-    """Describes how to read the prompts, which depends on the method."""
+    """Returns a sentence on how to read the prompts, which depends on the method."""
     method = get_method(config["method"])(**config["method_config"])
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     read = "mpt_jax.artifacts.artifacts.load_artifact(FOLDER)"
@@ -321,7 +321,8 @@ def _rows_of(part: Any) -> str:
 
 
 def _drawn(draw: Any, split: str, rows_of: str) -> str:
-    """Describes the rows that a few-shot run draws from a split; `rows_of` describes the split."""
+    """Returns a description of the rows that a few-shot run draws from a split, given a description
+    of the split (`rows_of`)."""
     per_label = " of each label" if draw.per_class else ""
     which = f" ({rows_of})" if rows_of not in ("", split) else ""
     return f"k = {draw.k} rows{per_label} of {split}{which}, draw {draw.seed}"

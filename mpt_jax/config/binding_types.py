@@ -1,7 +1,7 @@
-"""Check of the values in a gin configuration against the annotations of what they are bound to.
+"""Check of the values in a gin configuration against the type annotations of their parameters.
 
-Gin passes on any value. A string for a number would otherwise fail deep inside a job, or not at
-all: the string 'rte' is also a sequence of three task names.
+Gin accepts any value. Without this check, a string in place of a number would fail deep inside a
+job, or not at all: the string 'rte' is also a sequence of three task names.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ _NAMES: dict[Any, tuple[str, str]] = {  # singular and plural
 
 
 class WrongType(ValueError):
-    """Error for a value of a type that its parameter does not take."""
+    """Error for a value whose type its parameter does not accept."""
 
 
 def check(entries: Sequence[str]) -> None:
-    """Checks every value that the entry functions, or what they refer to, are called with.
+    """Checks every value bound to the entry functions and to the functions that they refer to.
 
-    Values that are made by calls (`@name()`), and parameters without an annotation, are not
-    checked.
+    Values that calls return (`@name()`), and parameters without an annotation, are not checked.
 
     Args:
         entries: the names of the entry functions.
@@ -75,7 +74,7 @@ def _hints(function: Callable[..., Any]) -> Mapping[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value may be of an annotated type; True if the value or type is not a plain one."""
+    """Whether a value matches an annotation; True if it cannot be decided, as for other classes."""
     if hint is Any or gin_check.is_reference(value):
         return True
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
@@ -108,7 +107,7 @@ def _items_fit(value: Sequence[Any], parts: tuple[Any, ...]) -> bool:
 
 
 def _message(bound: gin_check.BoundValue, hint: Any) -> str:
-    """Returns the error for a value: what is wrong, and what to write instead."""
+    """Returns the error message for a value: what is wrong, and what to write instead."""
     where = f"{bound.function.__name__}.{bound.parameter}"
     name, value = bound.macro or where, bound.value
     found = _NAMES.get(type(value), (f"a {type(value).__name__}",))[0]
@@ -135,7 +134,7 @@ def _advice(name: str, value: Any, hint: Any) -> str:
 
 
 def _describe(hint: Any, plural: bool = False) -> str:
-    """Returns an annotated type in words."""
+    """Returns an annotation in words, in the singular or plural."""
     if hint in _NAMES:
         return _NAMES[hint][plural]
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

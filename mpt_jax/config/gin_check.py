@@ -21,12 +21,12 @@ from gin import config_parser
 
 from mpt_jax.config.gin_errors import UnboundMacro, UnreadBinding, suggest
 
-# Macros that say how another macro is used, so they have no effect if that macro is None.
+# Macro -> the macro whose use it configures. The first has no effect if the second is None.
 REFINES = {"START_FROM": "INITIAL_ARTIFACT"}
 
 
 def set_search_paths(folders: Sequence[str]) -> None:
-    """Sets the folders that gin searches, replacing those of an earlier stage in this process."""
+    """Sets the folders that gin searches, in place of those of an earlier stage in this process."""
     gin_config._LOCATION_PREFIXES[:] = list(folders)
 
 
@@ -52,7 +52,7 @@ class _CommandLine(gin_config.ParseContext):
                 del self._symbol_table[name]
 
     def get_configurable(self, selector):
-        """Returns the function or class with a name, or None if the name is unknown."""
+        """Returns the function or class that a name refers to, or None if the name is unknown."""
         configurable = gin_config._REGISTRY.get_match(selector)
         if configurable is None and selector.partition(".")[0] in self._symbol_table:
             configurable = super().get_configurable(selector)
@@ -61,7 +61,7 @@ class _CommandLine(gin_config.ParseContext):
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Context in which gin resolves names with the imports of the files parsed so far."""
+    """Context manager in which gin resolves names with the imports of the files parsed so far."""
     gin_config._PARSE_CONTEXTS.append(_CommandLine())
     try:
         yield
@@ -79,7 +79,7 @@ def bind(bindings: Sequence[str]) -> None:
         for statement in config_parser.ConfigParser(binding, gin_config.ParserDelegate()):
             if not isinstance(statement, config_parser.BindingStatement):
                 raise SyntaxError(
-                    f"{binding!r} is not a binding. Write NAME = value or "
+                    f"{binding!r} is not a gin binding. Write NAME = value or "
                     "scope/name.parameter = value."
                 )
             key = (statement.scope, statement.selector, statement.arg_name)
@@ -165,8 +165,8 @@ def _check_refines(name: str) -> None:
     other = REFINES.get(name)
     if other is not None and _bound_macros().get(other, "") is None:
         raise UnreadBinding(
-            f"{name} says how to use {other}, but {other} is None, so setting {name} would have no "
-            f"effect. Set {other}, or remove {name}."
+            f"{name} configures how {other} is used, but {other} is None, so setting {name} would "
+            f"have no effect. Set {other}, or remove {name}."
         )
 
 
@@ -175,8 +175,8 @@ def check_files(
 ) -> None:
     """Checks that every macro that a user's gin file sets is read.
 
-    A file may serve several stages, so a macro counts as read if any gin file of this library reads
-    or sets it, even one that this stage does not use.
+    A user's file may serve several stages, so a macro counts as read if any gin file of this
+    library reads or sets it, even a file that this stage does not use.
 
     Args:
         parsed: the results of parsing the gin files, in order.
@@ -296,9 +296,11 @@ def is_bound(function: Callable[..., Any]) -> bool:
 
 
 def bound_argument(factory: Callable[..., Any], parameter: str) -> Any:
-    """Returns the value that a function or class is called with if its caller passes none: that of
-    a `functools.partial`, or of the parsed files if gin passed on `factory`. None if there is
-    none."""
+    """Returns the value that a function or class gets for a parameter that its caller omits.
+
+    The value is set by a `functools.partial` or, if `factory` comes from gin, by the parsed files.
+    None if neither sets it.
+    """
     if isinstance(factory, functools.partial):
         return factory.keywords.get(parameter, bound_argument(factory.func, parameter))
     for known in gin_config._INVERSE_REGISTRY.values():
@@ -342,8 +344,8 @@ def _is_required(value: Any) -> bool:
 
 
 def _reachable(entries: Sequence[str]) -> dict[str, list[set[str]]]:
-    """Returns {complete selector: scopes it may be called in} for everything that the entry
-    functions may call."""
+    """Returns everything that the entry functions may call: the sets of scopes in which each may be
+    called, by complete selector."""
     config = gin_config._CONFIG
     reached: dict[str, list[set[str]]] = {}
     pending: list[tuple[str, frozenset[str]]] = [

@@ -1,4 +1,4 @@
-"""Gin's own errors, explained to the author of a configuration, with the closest known names."""
+"""Explanation of gin's errors for the author of a configuration, with the closest known names."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ Bindings on the command line see the imports of the gin files before them:
     --gin.INIT_FACTORS=@init.signs
     --gin.SAMPLER='@sampling.PerExample()'
 
-T5X's trainer parses the command line without any import, so a name that no file refers to yet is
-unknown to it: put such a binding in a gin file that imports the module.
+T5X's trainer parses the command line without these imports, so it does not know a name that no file
+refers to. Put such a binding in a gin file that imports the module.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ConfigError(ValueError):
 
 
 def search_paths(first: Sequence[str] = (os.curdir,)) -> list[str]:
-    """Returns the folders in which gin files are searched, in order: those of --gin_search_paths,
-    MPT_JAX_ROOT, and those of this library's gin files and of its copies of T5X's run files."""
+    """Returns the folders that are searched for gin files, in order: `first` (--gin_search_paths),
+    MPT_JAX_ROOT, this library's gin files, and its copies of T5X's run files."""
     return [*first, paths.root(), *map(str, _shipped())]
 
 
@@ -72,9 +72,9 @@ def parse(
     not allow (see the module docstring).
 
     Raises:
-        ConfigError: a file is missing; a name is unknown; nothing reads a binding of the command
-            line or a macro of a user's file; or a value has the wrong type. The message has the
-            closest known names, or the expected type.
+        ConfigError: a file is missing; a name is unknown; a macro has no value; nothing reads a
+            binding of the command line or a macro of a user's file; or a value has the wrong type.
+            The message has the closest known names, or the expected type.
     """
     gin.clear_config()
     folders = search_paths(gin_search_paths)
@@ -122,7 +122,7 @@ def _check_exists(name: str, searched: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def as_main(module: types.ModuleType) -> Iterator[None]:
-    """Context in which `import __main__ as train_script` in a gin file imports `module`."""
+    """Context manager in which `import __main__ as train_script` in a gin file imports `module`."""
     previous = sys.modules["__main__"]
     sys.modules["__main__"] = module
     try:
@@ -180,12 +180,13 @@ ENTRY_POINTS = {"train": "train", "eval": "evaluate", "infer": "infer"}
 
 
 def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> None:
-    """Runs `python -m mpt_jax.<entry>`: flags, processes, gin, then the function.
+    """Runs `python -m mpt_jax.<entry>`: parses flags, connects processes, parses gin files, and
+    calls the function.
 
     Args:
         function: the entry point.
-        overriding: names of the flags that override the arguments of `function` of the same name,
-            if they are set.
+        overriding: names of flags that, if set, override the arguments of `function` of the same
+            name.
     """
     trainer_choice.install_fallback()
     define_flags()
@@ -194,7 +195,8 @@ def run_main(function: Callable[..., Any], overriding: Sequence[str] = ()) -> No
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line of an entry point or of `plan`; prints the help if it asks for it."""
+    """Parses the command line of an entry point or of `plan`. Prints the help and exits if the
+    command line asks for it."""
     if command_help.is_asked(argv):
         script = Path(argv[0])
         entry = script.parent.name if script.stem == "__main__" else script.stem
@@ -274,7 +276,7 @@ def _exit_with(error: Exception) -> NoReturn:
 
 
 def message(error: Exception) -> str:
-    """Returns the message of an error, without the note on the call that gin appends."""
+    """Returns the message of an error, without the note that gin appends on the call."""
     return str(error).partition("\n  In call to configurable")[0]
 
 
@@ -322,8 +324,10 @@ _EXPECTED = (
 
 
 def _is_ours(record: stdlib_logging.LogRecord) -> bool:
-    """Whether to log a record: one of this library, or an unexpected warning of another library.
-    The errors that gin logs for every folder without the file it searches are dropped."""
+    """Whether to log a record: it is from this library, or an unexpected warning of another.
+
+    Drops the errors that gin logs for every searched folder that does not have a file.
+    """
     expected = str(record.msg).startswith(_EXPECTED)
     if Path(record.pathname).name == "resource_reader.py" or expected:
         return False

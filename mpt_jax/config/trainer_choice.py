@@ -41,7 +41,10 @@ def requested_trainer() -> str | None:
     """
     value = os.environ.get(VARIABLE) or None
     if value not in (None, "t5x", "own"):
-        raise ValueError(f"{VARIABLE} must be 't5x', 'own' or unset, got {value!r}.")
+        raise ValueError(
+            f"{VARIABLE} must be 't5x', 'own' or unset, got {value!r}. Correct or unset this "
+            "environment variable."
+        )
     return value
 
 
@@ -103,7 +106,7 @@ def gin_folder() -> Path:
 
 
 def _show_gin_files() -> None:
-    """Lets T5X find this library's gin files from any folder. By default it searches only the
+    """Lets T5X find this library's gin files from any folder. By default, T5X searches only the
     working directory and its own clone."""
     import gin  # imported only if T5X runs, which needs it as well
 
@@ -135,7 +138,7 @@ def install_fallback() -> types.ModuleType:
     if is_real(loaded):
         raise ImportError(
             f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, so this process "
-            "cannot use this library's trainer as well. Start a new process."
+            "cannot use the trainer of MPT-JAX. Start a new process."
         )
     if getattr(loaded, "__embedded__", False):
         assert loaded is not None
@@ -158,7 +161,7 @@ def is_real(module: types.ModuleType | None) -> bool:
 
 
 class _NotOffered:
-    """Last import finder for `t5x.<name>`. Its error says how to install T5X."""
+    """Last import finder for `t5x.<name>`, whose error explains how to install T5X."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Raises ModuleNotFoundError for every module that the fallback does not have."""

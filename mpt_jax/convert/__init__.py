@@ -18,17 +18,18 @@ __all__ = ["load_backbone", "load_hf", "load_t5x", "save_hf", "save_t5x"]
 def load_backbone(path: str | os.PathLike[str], config: T5Config | None = None) -> dict[str, Any]:
     """Reads the parameters of a T5 as T5X's unscanned tree of NumPy arrays.
 
-    The arrays have the dtype of the file, except that float16 of a Hugging Face folder becomes
-    float32.
+    The arrays have the dtype of the file, except that float16 weights in a Hugging Face folder are
+    converted to float32.
 
     Args:
         path: a Hugging Face folder (`config.json` and weights), or a T5X checkpoint
             (`checkpoint_<step>` as a folder in either of T5X's formats, or its msgpack file).
-        config: the model to load it into. If given, a Hugging Face folder must describe the same
-            architecture. T5X checkpoints describe none.
+        config: the configuration of the model that will use the parameters. If given, a Hugging
+            Face folder must describe the same architecture. T5X checkpoints do not record an
+            architecture, so theirs is not compared.
 
     Raises:
-        FileNotFoundError: `path` does not exist, has none of these formats, or has no weights.
+        FileNotFoundError: `path` does not exist, is in none of these formats, or has no weights.
         ValueError: as in `load_hf` or `load_t5x`: the checkpoint is truncated, incomplete or not a
             supported T5, or its weights are pickled and cannot be read safely; or its `config.json`
             differs from `config`.

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _reject_options(args, ("config", "dtype", "no_logits"), "of backbones")
             if not args.backbone:
                 raise ValueError(
-                    "--backbone is missing, and an artifact must record the backbone of its "
+                    "--backbone is missing, but an artifact must record the backbone of its "
                     "prompts. Set it to a Hugging Face folder or a T5X checkpoint."
                 )
             backbone = epath.Path(args.backbone)
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             raise ValueError(
                 f"{source} has format {source_format!r} and cannot be converted to {to!r}. Set "
-                f"--to to a supported format: for a backbone {', '.join(detect.BACKBONES)}; for an "
-                f"artifact {', '.join(detect.PROMPTS[1:])}; for other prompts {detect.ARTIFACT}."
+                f"--to to a supported format: {', '.join(detect.BACKBONES)} for a backbone; "
+                f"{', '.join(detect.PROMPTS[1:])} for an artifact; {detect.ARTIFACT} for other "
+                "prompts."
             )
     except (ValueError, OSError) as error:
         exit_with(parser.prog, error)
@@ -96,8 +97,8 @@ def _reject_options(args: argparse.Namespace, names: Sequence[str], users: str) 
     unused = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if unused:
         raise ValueError(
-            f"This conversion does not use {', '.join(unused)}. Only conversions {users} do. "
-            "Remove the unused options, or change --to."
+            f"Only conversions {users} use {', '.join(unused)}. Remove the unused options, or "
+            "change --to."
         )
 
 

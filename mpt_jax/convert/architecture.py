@@ -30,8 +30,8 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
         what: the name of the checkpoint in errors.
 
     Raises:
-        ValueError: the parameters are not those of a T5; the message names those that are missing,
-            unexpected or of another shape.
+        ValueError: the parameters are not those of a T5; the message names parameters that are
+            missing, unexpected or have another shape.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
     wanted = ("token_embedder/embedding", "encoder/layers_0/attention/query/kernel")
@@ -42,8 +42,8 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
     if missing or not tables:
         raise ValueError(
             f"{what} does not have the parameters of a T5: it lacks "
-            f"{missing or 'a relative position table'}. Use a T5 checkpoint. The first parameters "
-            f"found are {sorted(shapes)[:5]}."
+            f"{', '.join(missing) or 'a relative position table'}. Use a T5 checkpoint. The first "
+            f"parameters found are {', '.join(sorted(shapes)[:5]) or 'none'}."
         )
     flat = [name for name in (*wanted, inner, tables[0]) if len(shapes[name]) != 2]
     if flat or 0 in shapes[tables[0]]:
@@ -75,9 +75,9 @@ def config_of_tree(params: Mapping[str, Any], what: str = "The checkpoint") -> T
 def with_tables(params: Mapping[str, Any], in_every_layer: bool) -> dict[str, Any]:
     """Returns the tree with one relative position table per layer, or with one per stack.
 
-    The two forms are the same model if all tables of a stack are equal, which is always so in a
-    stack of one layer. A scanned tree does not show which form it had. Tables that differ stay in
-    their layers.
+    If all tables of a stack are equal, as they always are in a stack of one layer, both forms are
+    the same model, and a scanned tree does not show which form it came from. Tables that differ
+    stay in their layers.
 
     Args:
         params: the unscanned tree.
@@ -105,12 +105,12 @@ def with_even_tables(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(shapes: Mapping[str, Any], stack: str) -> int:
-    """Returns the number of layers of a stack. Raises ValueError if their numbers have a gap."""
+    """Returns the number of layers of a stack. Raises ValueError if a layer number is missing."""
     matches = (re.match(rf"{stack}/layers_(\d+)/", name) for name in shapes)
     found = {int(match[1]) for match in matches if match}
     if missing := sorted(set(range(len(found))) - found):
         raise ValueError(
-            f"The {stack} has {len(found)} layers, but none of number {missing[0]}. The checkpoint "
-            "may be incomplete: download or copy it again."
+            f"Layer {missing[0]} of the {stack} is missing, although {len(found)} layers exist. "
+            "The checkpoint may be incomplete: download or copy it again."
         )
     return len(found)

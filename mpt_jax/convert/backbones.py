@@ -54,8 +54,9 @@ def read(
         return requested, params
     inferred = architecture.config_of_tree(params, str(source))
     say(
-        f"Configuration read from the shapes; assumed: mlp_activations={inferred.mlp_activations}, "
-        f"{architecture.ASSUMED}. If the model has others, give --config."
+        "The configuration was inferred from the parameters' shapes, assuming "
+        f"mlp_activations={inferred.mlp_activations} and {architecture.ASSUMED}. If the model has "
+        "other values, set --config."
     )
     return inferred, params
 
@@ -73,7 +74,7 @@ def named_config(config: str) -> T5Config:
         return read_config(config)
     raise ValueError(
         f"Unknown T5 configuration {config!r}. Set --config to a config.json or to one of "
-        f"{list(NAMES)}."
+        f"{', '.join(NAMES)}."
     )
 
 
@@ -92,8 +93,8 @@ def convert(
 
     Args:
         source: see `read`.
-        target: the folder to create. T5X checkpoints are named `checkpoint_<step>`; a folder with
-            another name gets a `checkpoint_0` inside.
+        target: the folder to create. A T5X or Orbax checkpoint is written to `target` itself if
+            its name is `checkpoint_<step>`, otherwise to `checkpoint_0` inside it.
         to: `'hf'`, `'t5x'` or `'orbax'`.
         config: see `read`.
         dtype: the dtype to write, `'float32'` or `'bfloat16'`; None keeps the dtype of each leaf.

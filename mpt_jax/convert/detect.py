@@ -1,4 +1,4 @@
-"""Format detection, from the content of a path and never from its name."""
+"""Detection of the format of backbones and prompts, from their content rather than their name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NUMPY_MAGIC = b"\x93NUMPY"
 
 
 def recognize(path: epath.Path) -> str:
-    """Returns the format of a path's content. T5X's own format and Orbax are both `t5x`.
+    """Returns the format of a path's content; `t5x` for both T5X's own format and Orbax.
 
     Raises:
         FileNotFoundError: the path does not exist or has no known format.
@@ -46,10 +46,13 @@ def recognize(path: epath.Path) -> str:
     if adapters(path):
         return PEFT
     steps = sorted(name for name in names if name.startswith("checkpoint_"))
-    hint = f"Give one of the checkpoints inside it: {steps}." if steps else "Check the path."
+    found = ", ".join(sorted(names)[:8]) or "no files"
+    hint = "Check the path."
+    if steps:
+        hint = f"Use the path of one of the checkpoints in it: {', '.join(steps)}."
     raise FileNotFoundError(
         f"{path} is not a Hugging Face folder, T5X checkpoint, prompt artifact or PEFT adapter; it "
-        f"holds {sorted(names)[:8]}. {hint}"
+        f"holds {found}. {hint}"
     )
 
 

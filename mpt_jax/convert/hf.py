@@ -1,4 +1,4 @@
-"""Reader and writer of Hugging Face folders of T5, mT5 and umT5: `config.json` and weights.
+"""Reader and writer of Hugging Face folders with T5, mT5 or umT5: `config.json` and weights.
 
 `name_table` maps the parameter names. Kernels are transposed (torch's `Linear` keeps `[out, in]`),
 and so are relative position tables (`[buckets, heads]` in Hugging Face). All other parameters are
@@ -33,7 +33,7 @@ _UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weigh
 
 
 def name_table(config: T5Config) -> dict[str, str]:
-    """Returns {our parameter path: Hugging Face's name in the state dict}, for every parameter."""
+    """Returns the name in Hugging Face's state dict of every parameter, by our path name."""
     table = {"token_embedder/embedding": _EMBEDDING}
     if not config.logits_via_embedding:
         table["decoder/logits_dense/kernel"] = _HEAD
@@ -52,8 +52,10 @@ def name_table(config: T5Config) -> dict[str, str]:
 
 
 def _layer_table(stack: str, gated: bool) -> dict[str, str]:
-    """Returns {our name: Hugging Face's name} for one layer, which Hugging Face calls a block
-    and divides into two or three layers."""
+    """Returns Hugging Face's names for the parameters of one layer, by our name in the layer.
+
+    Hugging Face calls our layer a block, and divides it into two or three layers.
+    """
     if stack == "encoder":
         hf_layers = [("attention", "pre_attention_layer_norm", "SelfAttention")]
     else:
@@ -105,7 +107,8 @@ def config_to_hf(config: T5Config) -> dict[str, Any]:
     if config.mlp_activations not in activations:
         raise ValueError(
             f"Hugging Face's T5 does not support mlp_activations={config.mlp_activations}, only "
-            f"{list(activations)}. Write a T5X checkpoint instead (mpt-jax convert --to t5x)."
+            f"{', '.join(map(str, activations))}. Write a T5X checkpoint instead (mpt-jax convert "
+            "--to t5x)."
         )
     mt5 = config.vocab_size == _MT5_VOCABULARY and not config.logits_via_embedding
     model_type = "umt5" if config.relative_bias_per_layer else "mt5" if mt5 else "t5"
@@ -138,7 +141,7 @@ def read_config(path: str | os.PathLike[str]) -> T5Config:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist. Give a Hugging Face folder, which has a {CONFIG} and weights."
+            f"{path} does not exist. Use a Hugging Face folder, which has a {CONFIG} and weights."
         )
     return T5Config(**hf_config.read_architecture(path))
 
@@ -147,8 +150,8 @@ def check_config(folder: str | os.PathLike[str], config: T5Config) -> None:
     """Checks that a model has the architecture in a Hugging Face folder's `config.json`.
 
     Raises:
-        FileNotFoundError, ValueError: as in `read_config`; or a field differs, and the message has
-            all of them with both values.
+        FileNotFoundError, ValueError: as in `read_config`; or fields differ, and the message lists
+            them with both values.
     """
     path = epath.Path(folder) / CONFIG
     theirs = read_config(path)
@@ -171,15 +174,15 @@ def load_hf(folder: str | os.PathLike[str]) -> tuple[T5Config, dict[str, Any]]:
     """Reads a T5 from a Hugging Face folder.
 
     Returns:
-        The configuration, and the parameters as NumPy arrays in the dtype of the file. Only float16
-        is converted, to float32, since T5 overflows in float16.
+        The configuration, and the parameters as NumPy arrays in the dtype of the file, except that
+        float16 is converted to float32, since T5 overflows in float16.
 
     Raises:
         FileNotFoundError: the folder has no `config.json` or no weights.
         ValueError: `config.json` or its architecture is not supported; shards are truncated or
-            missing; parameters are missing, unexpected, of another shape, of a dtype that is not
-            supported, or not finite; a copy of the embedding differs from it; or the weights are
-            pickled, and torch is not installed or finds more than tensors in them.
+            missing; a parameter is missing, unexpected or not finite, or has another shape or an
+            unsupported dtype; a copy of the embedding differs from it; or the weights are pickled,
+            and torch is not installed or finds more than tensors in them.
     """
     folder = epath.Path(folder)
     config = read_config(folder / CONFIG)
@@ -229,7 +232,7 @@ def _without_copies(
         copy = kept.pop(name)
         if not np.array_equal(copy, kept.get(_EMBEDDING, copy)):
             raise ValueError(
-                f"{folder}: {name} differs from {_EMBEDDING}, but {CONFIG} describes a model "
+                f"In {folder}, {name} differs from {_EMBEDDING}, but {CONFIG} describes a model "
                 f"that shares them. If the model has a separate output projection ({_HEAD}), set "
                 "tie_word_embeddings (and scale_decoder_outputs, if present) to false in "
                 f"{CONFIG}. Otherwise download or copy the weights again."
@@ -247,15 +250,15 @@ def save_hf(
 
     Args:
         folder: the folder to create. If writing fails, it is not created.
-        config: the configuration. It must not have `biases`, which Hugging Face's T5 lacks.
+        config: the configuration. `biases` must be False, since Hugging Face's T5 has none.
         params: the unscanned tree.
-        max_shard_bytes: the maximum size of a file. Larger weights are divided into several files
-            with an index.
+        max_shard_bytes: the maximum size of a file in bytes. Larger weights are divided into
+            several files with an index.
 
     Raises:
         FileExistsError: the folder already exists.
         ValueError: the parameters do not match the configuration, or Hugging Face's T5 does not
-            support it.
+            support the configuration.
     """
     with new_folder(folder) as scratch:
         write_hf(scratch, config, params, max_shard_bytes)
@@ -268,7 +271,7 @@ def write_hf(
     params: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the files of `save_hf` into an existing, empty folder."""
+    """Writes the files of `save_hf` into an existing, empty folder. Raises as `save_hf` does."""
     if config.biases:
         raise ValueError(
             "Hugging Face's T5 has no biases, so a model with biases=True cannot be written. Write "

@@ -36,7 +36,7 @@ MOST_VIEWS = 4
 
 
 class Index(msgspec.Struct):
-    """The schema of an index: the file of each tensor."""
+    """The schema of an index, which maps each tensor's name to its file."""
 
     weight_map: dict[str, schema.Name]
 
@@ -71,12 +71,15 @@ def _shards(folder: epath.Path, index: str) -> list[str]:
     path, advice = folder / index, "Download or copy the index again."
     files = sorted(set(schema.check(read_json(path), Index, f"{path}", advice).weight_map.values()))
     if outside := [name for name in files if epath.Path(name).name != name or "\0" in name]:
-        raise ValueError(f"{path} names files that are not beside it: {outside[:3]}. {advice}")
+        raise ValueError(
+            f"{path} refers to files outside its folder: {', '.join(map(repr, outside[:3]))}. "
+            f"{advice}"
+        )
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         raise ValueError(
-            f"{folder} is incomplete: {index} names {missing}, which do not exist. Download or "
-            "copy them."
+            f"{folder} is incomplete: these files, listed in {index}, do not exist: "
+            f"{abbreviate(missing)}. Download or copy them."
         )
     return files
 
@@ -85,7 +88,7 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads the tensors of one file, `*.safetensors` or pickled by torch.
 
     Raises:
-        ValueError: the file is truncated or damaged; a tensor has a dtype that NumPy lacks, such as
+        ValueError: the file is truncated or damaged; a tensor has an unsupported dtype, such as
             float8; or the file is pickled, and torch rejects it or is not installed.
     """
     with _local(path) as local_path:
@@ -97,7 +100,7 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _check_dtypes(local_path: str, path: epath.Path) -> None:
-    """Raises ValueError for tensors of a dtype that is not read, from the header of a file."""
+    """Raises ValueError if a file's header lists tensors of a dtype that is not supported."""
     with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
         with safe_open(local_path, "np") as file:
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -110,7 +113,7 @@ def _check_dtypes(local_path: str, path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _local(path: epath.Path) -> Iterator[str]:
-    """Yields a local path with the same content; a file in a bucket is copied first. Neither
+    """Yields a local path with the same content. A file in a bucket is copied first, since neither
     safetensors nor torch can read bfloat16 from a bucket."""
     if is_local(path):
         yield os.fspath(path)
@@ -120,15 +123,15 @@ def _local(path: epath.Path) -> Iterator[str]:
 
 
 def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
-    """Reads tensors that torch pickled. A file that holds anything else is rejected without running
-    code from it."""
+    """Reads tensors that torch pickled. Rejects a file with anything else, without running code
+    from it."""
     try:
         import torch  # pyright: ignore[reportMissingImports] - optional
     except ImportError as error:
         raise ValueError(
-            f"{path} is pickled, and only torch can read it without running code from it. "
-            "Install torch, or save the model again as safetensors: "
-            "save_pretrained(folder, safe_serialization=True)."
+            f"{path} holds pickled weights, which only torch can read without running code from "
+            "the file, but torch is not installed. Install torch, or save the model again as "
+            "safetensors: save_pretrained(folder, safe_serialization=True)."
         ) from error
     try:
         # The older of torch's two formats is not a zip file and cannot be memory-mapped.
@@ -138,8 +141,8 @@ def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # whatever torch raises for damaged pickles
         raise ValueError(
-            f"{path} is truncated, damaged, or holds more than tensors (nothing was run): "
-            f"{schema.reason(error)}. Download or copy it again, or save the model again as "
+            f"{path} is truncated, damaged, or holds more than tensors: {schema.reason(error)}. No "
+            "code from it was run. Download or copy it again, or save the model again as "
             "safetensors."
         ) from error
     if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
@@ -151,16 +154,17 @@ def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if size > MOST_VIEWS * (held := os.path.getsize(local_path)):
         raise ValueError(
-            f"{path} names tensors of {size:,} bytes, but it has {held:,}. Download or copy it "
-            "again, or save the model again as safetensors."
+            f"{path} declares {size:,} bytes of tensors, but the file has only {held:,} bytes. "
+            "Download or copy it again, or save the model again as safetensors."
         )
-    with schema.damage(f"{path} holds tensors that NumPy cannot read", "Save it as safetensors."):
+    advice = "Save the model again as safetensors."
+    with schema.damage(f"{path} holds tensors that NumPy cannot read", advice):
         return {str(name): _as_numpy(tensor, torch) for name, tensor in state.items()}
 
 
 def _as_numpy(tensor: Any, torch: Any) -> np.ndarray:
-    """Converts a torch tensor to a NumPy array. torch cannot convert bfloat16, so its bits are
-    converted as int16."""
+    """Converts a torch tensor to a NumPy array. torch cannot convert bfloat16, so its bits are read
+    as int16."""
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
@@ -174,7 +178,7 @@ def write_tensors(
     Args:
         folder: an existing folder without weights.
         tensors: the tensors, by name. At most one shard is copied at a time.
-        max_shard_bytes: the maximum size of a file. A larger tensor is written to a separate file.
+        max_shard_bytes: the maximum size of a file in bytes. A larger tensor gets a separate file.
     """
     shards: list[list[str]] = [[]]
     size = 0

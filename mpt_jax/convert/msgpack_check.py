@@ -1,7 +1,7 @@
 """Check of msgpack bytes before they are decoded.
 
-A decoder allocates the lists, maps and arrays that a file names before it reads their contents, so
-a file of some bytes could name more than the memory holds. This check reads the lengths only.
+A decoder allocates the lists, maps and arrays that a file declares before it reads their contents,
+so a file of a few bytes could exhaust the memory. This check reads only the lengths.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ _HEADS: dict[int, tuple[str, int, int]] = {
 
 
 class _Item(NamedTuple):
-    """A value: its kind, the position of its contents, and their length in bytes or entries."""
+    """A value: its kind, the position of its contents, and their length in bytes or entries.
+
+    `code` is the type of an extension, otherwise 0.
+    """
 
     kind: str
     start: int
@@ -50,11 +53,12 @@ class _Item(NamedTuple):
 
 
 def check(content: bytes) -> None:
-    """Checks the lengths that msgpack bytes name.
+    """Checks the lengths that msgpack bytes declare.
 
     Raises:
-        ValueError: the bytes end early or hold more than one value, name more entries than there
-            are bytes, are nested too deeply, or hold an array whose shape is not its size.
+        ValueError: the bytes end early or hold more than one value, declare more entries than
+            there are bytes, are nested too deeply, or hold an array whose shape does not match its
+            size. The message is a clause whose "it" is the file, for the end of a sentence.
     """
     at, open_entries = 0, [1]
     while open_entries:
@@ -77,7 +81,7 @@ def check(content: bytes) -> None:
 
 
 def _item(content: bytes, at: int) -> _Item:
-    """Returns the value at a position, whose contents are inside the bytes."""
+    """Returns the value at a position. Raises ValueError if its contents exceed the bytes."""
     if at >= len(content):
         raise ValueError("it ends early")
     head, at = content[at], at + 1
@@ -90,7 +94,7 @@ def _item(content: bytes, at: int) -> _Item:
     elif head in _HEADS:
         kind, size, length = _HEADS[head]
     else:
-        raise ValueError(f"the byte {head:#x} starts no value")
+        raise ValueError(f"a value starts with the invalid byte {head:#x}")
     if size:
         length, at = int.from_bytes(content[at : at + size]), at + size
     code = 0
@@ -99,7 +103,8 @@ def _item(content: bytes, at: int) -> _Item:
     least = length * (2 if kind == "map" else 1)  # each entry takes at least one byte
     if at + least > len(content):
         raise ValueError(
-            f"it names {least} bytes or entries where {len(content) - at} bytes remain"
+            f"it declares {least} more bytes or entries, but only {max(len(content) - at, 0)} "
+            "bytes remain"
         )
     return _Item(kind, at, length, code)
 
@@ -118,7 +123,7 @@ def _check_extension(content: bytes, item: _Item) -> None:
         or shape.kind != "list"
         or shape.length > MOST_DIMS
     ):
-        raise ValueError("it has an array without shape, type and values")
+        raise ValueError("it has an array that is not a list of shape, type and values")
     at, dims = shape.start, []
     for _ in range(shape.length):
         dims.append(_integer(content, at))
@@ -127,15 +132,18 @@ def _check_extension(content: bytes, item: _Item) -> None:
     values = _item(content, dtype.start + dtype.length)
     name = content[dtype.start : dtype.start + min(dtype.length, 32)]
     if (dtype.kind, values.kind) != ("bytes", "bytes") or name not in _ITEM_SIZES:
-        raise ValueError(f"it has an array of the unknown type {name!r}")
+        raise ValueError(f"it has an array of the unknown type {name.decode(errors='replace')!r}")
     if math.prod(dims) * _ITEM_SIZES[name] != values.length:
-        raise ValueError(f"it has an array {dims} of {name.decode()} in {values.length} bytes")
+        raise ValueError(
+            f"it has an array of {name.decode()} with shape {tuple(dims)}, but {values.length} "
+            "bytes of values"
+        )
     if values.start + values.length != item.start + item.length:
-        raise ValueError("it has an array whose values do not end with it")
+        raise ValueError("it has an array with more bytes after its values")
 
 
 def _integer(content: bytes, at: int) -> int:
-    """Returns the integer at a position, which must not be negative."""
+    """Returns the integer at a position. Raises ValueError if it is negative or no integer."""
     item, head = _item(content, at), content[at]
     if item.kind != "integer" or head >= 0xD0:
         raise ValueError("it has an array whose shape is not a list of sizes")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax.backbones.t5 import T5Config, Transformer
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.tree import flatten, match_exactly
 
 # Lengths of the rows in a batch of width 40. It has padding, and distances so large that T5 puts
@@ -33,7 +34,7 @@ def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) 
 
     Raises:
         ValueError: leaves are missing, unexpected, or differ in shape, dtype or value; the message
-            names all of them.
+            lists them.
     """
     wanted, actual = flatten(expected), flatten(found)
     match_exactly(
@@ -47,7 +48,7 @@ def identical(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) 
     if differing:
         raise ValueError(
             f"{what} does not match the source: {len(differing)} of {len(wanted)} leaves differ: "
-            f"{differing}. {_REPORT}"
+            f"{abbreviate(differing)}. {_REPORT}"
         )
     return f"{len(wanted)} leaves, {sum(np.size(x) for x in wanted.values()):,} numbers"
 
@@ -57,8 +58,11 @@ def _bits(x: Any) -> tuple[str, bytes]:
 
 
 def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
-    """Returns a padded batch that depends only on the vocabulary's size: `tokens` int32 [3,40],
-    `mask` bool [3,40], and `targets` int32 [3,8]."""
+    """Returns a padded batch that depends only on the vocabulary's size.
+
+    The batch has `tokens` int32 [3, 40], `mask` bool [3, 40] (False at padding) and `targets` int32
+    [3, 8].
+    """
     rng = np.random.default_rng(SEED)
     first = min(2, config.vocab_size - 1)  # after padding and the end of sequence
     mask = np.arange(max(LENGTHS))[None] < np.asarray(LENGTHS)[:, None]
@@ -68,12 +72,12 @@ def fixed_batch(config: T5Config) -> dict[str, np.ndarray]:
 
 
 def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Runs our network on the fixed batch, in float32 whatever the dtype of the parameters. The
+    """Runs our network on the fixed batch, in float32 regardless of the parameters' dtype. The
     decoder reads the targets shifted by one position, after the start token 0.
 
     Returns:
         `encoder` and `decoder`, hidden states [layers + 1, 3, positions, H] indexed as in
-        `Transformer.encode`, and `logits` [3,8,V].
+        `Transformer.encode`, and `logits` [3, 8, V].
     """
     model = Transformer(config)
     hidden: dict[str, Any] = {"return_hidden": True}
@@ -95,11 +99,11 @@ def forward(config: T5Config, params: Mapping[str, Any]) -> dict[str, np.ndarray
 
 
 def _pair(output: Any) -> tuple[Any, Any]:
-    """Returns `output` with the type that the network returns if `return_hidden` is set: a pair of
-    its output and the hidden states."""
+    """Returns `output` unchanged, but typed as the pair (output, hidden states) that the network
+    returns if `return_hidden` is set."""
     return output
 
 
 def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the largest absolute difference of two arrays; NaN if either contains NaN."""
+    """Returns the largest absolute difference between two arrays; NaN if either contains NaN."""
     return float(np.max(np.abs(first - second), initial=0.0))

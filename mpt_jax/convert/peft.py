@@ -1,15 +1,16 @@
-"""Reader and writer of PEFT's prompt adapters: `adapter_config.json` and one file of tensors.
+"""Reader and writer of PEFT prompt adapters: `adapter_config.json` and one file of tensors.
 
     MULTITASK_PROMPT_TUNING   prompt_embeddings [P,H], prefix_task_cols [K,P,R],
                               prefix_task_rows [K,R,H]: P*, U and V of MPT
     PROMPT_TUNING             prompt_embeddings [P,H]
 
-For an encoder-decoder, PEFT keeps 2P rows by default (`num_transformer_submodules` is 2). Our
-prompts are only inserted before the encoder's input, so adapters are written with
-`num_transformer_submodules` 1. PEFT never reads the second half of a PROMPT_TUNING adapter, so it
-is dropped when such an adapter is read. A MULTITASK_PROMPT_TUNING adapter is trained with the
-second half before the decoder's input but generates without it, so it is rejected. PEFT has task
-ids but no task names; names are written to `mpt_jax.json` beside the adapter.
+For an encoder-decoder, PEFT keeps 2P rows by default (`num_transformer_submodules` is 2). MPT-JAX
+inserts prompts only before the encoder's input, so it writes adapters with
+`num_transformer_submodules` 1. PEFT never reads the second half of a PROMPT_TUNING adapter, so that
+half is dropped when such an adapter is read. A MULTITASK_PROMPT_TUNING adapter with 2P rows is
+rejected, because it is trained with the second half before the decoder's input but generates
+without it. PEFT has task ids but no task names; names are written to `mpt_jax.json` beside the
+adapter.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _TASK_TYPE = "SEQ_2_SEQ_LM"
 
 
 class Config(msgspec.Struct):
-    """The schema of adapter_config.json."""
+    """The schema of `adapter_config.json`."""
 
     peft_type: str
     num_virtual_tokens: schema.Positive | None = None  # other methods have none
@@ -93,9 +94,9 @@ def load_adapter(folder: epath.Path) -> Adapter:
     """Reads an adapter.
 
     Raises:
-        FileNotFoundError: `folder` holds no adapter, or no tensors.
-        ValueError: the adapter's method or kind of model is not supported, it has prompts for the
-            decoder, or tensors are missing, unexpected or of another shape.
+        FileNotFoundError: `folder` is not an adapter, or has no tensors.
+        ValueError: the adapter's method or kind of model is not supported, it was trained with a
+            prompt for the decoder, or tensors are missing, unexpected or of another shape.
     """
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
@@ -114,7 +115,7 @@ def load_adapter(folder: epath.Path) -> Adapter:
         )
     if config.num_virtual_tokens is None:
         raise ValueError(
-            f"{folder / CONFIG} has no integer num_virtual_tokens. Set it to the prompt length."
+            f"{folder / CONFIG} has no value for num_virtual_tokens. Set it to the prompt length."
         )
     tensors = _tensors(folder)
     copies = _copies(config, tensors)
@@ -135,10 +136,10 @@ def load_adapter(folder: epath.Path) -> Adapter:
 
 
 def _copies(config: Config, tensors: Mapping[str, np.ndarray]) -> int:
-    """Returns how often the adapter keeps each virtual token.
+    """Returns the number of prompts in the adapter: 2 if it has one for the decoder, otherwise 1.
 
-    Without `num_transformer_submodules`, PEFT's default is 2. A prompt of one copy is still read,
-    since its rows show it.
+    If `num_transformer_submodules` is not recorded, PEFT's default of 2 is assumed, unless the
+    number of rows shows that there is only one.
     """
     if config.num_transformer_submodules is not None:
         return config.num_transformer_submodules
@@ -147,7 +148,7 @@ def _copies(config: Config, tensors: Mapping[str, np.ndarray]) -> int:
 
 
 def _notes(folder: epath.Path) -> dict[str, Any]:
-    """Returns the contents of `mpt_jax.json`, without what it does not record."""
+    """Returns the fields of `mpt_jax.json` that are not null; {} if the file does not exist."""
     path = folder / NOTES
     if not path.exists():
         return {}
@@ -163,8 +164,8 @@ def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
             for leaf, x in tensors.items():
                 if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
                     raise ValueError(
-                        f"{folder / name} has {leaf} of type {x.dtype} and shape {x.shape}, which "
-                        f"is no prompt. {COPY_AGAIN}"
+                        f"{folder / name} holds {leaf} with dtype {x.dtype} and shape {x.shape}, "
+                        f"which is not a prompt parameter. {COPY_AGAIN}"
                     )
             return {leaf: np.asarray(x, np.float32) for leaf, x in tensors.items()}
     raise FileNotFoundError(
@@ -211,8 +212,8 @@ def write_prompt(
 def write_factors(
     folder: epath.Path, params: Mapping[str, np.ndarray], backbone: str, notes: Mapping[str, Any]
 ) -> None:
-    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter. Row k becomes
-    PEFT's task id k. The other arguments are as in `write_prompt`."""
+    """Writes MPT's parameters of one group as a MULTITASK_PROMPT_TUNING adapter. Row k gets PEFT's
+    task id k. The other arguments are as in `write_prompt`."""
     left = params["task_left"]
     fields = {
         "peft_type": MULTITASK,

@@ -22,7 +22,7 @@ from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_config, backbone_digest
 from mpt_jax.convert import detect, hf, load_backbone, load_t5x, parity, peft
 from mpt_jax.convert.hf_weights import read_file
-from mpt_jax.core.comparison import differences
+from mpt_jax.core.comparison import abbreviate, differences
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import check_floats, flatten
 from mpt_jax.prompts.prompt_tuning import PromptTuning
@@ -58,8 +58,8 @@ def to_artifact(
         target: the artifact to create.
         backbone: the backbone that the prompts were trained with. The artifact records its
             digests.
-        run_names: the names of the prompts, in order. Empty to use the names that the source
-            records.
+        run_names: the names of the prompts, in order. If empty, the names that the source records
+            are used.
         say: called with a line that reports the result of the comparison, and with a warning if
             the source records only the digest of the backbone's embedding.
 
@@ -67,8 +67,8 @@ def to_artifact(
         FileExistsError: the target already exists.
         FileNotFoundError: the source or the backbone does not exist.
         ValueError: the source cannot be read or holds no prompts, the width of the prompts differs
-            from the backbone's, the source records another backbone, or the number of names is not
-            the number of prompts.
+            from the backbone's, the source records another backbone, or the number of names differs
+            from the number of prompts.
     """
     if target.exists():
         raise FileExistsError(
@@ -78,8 +78,8 @@ def to_artifact(
     names = tuple(run_names) or tuple(adapter.notes.get("run_names", ()))
     if len(names) != adapter.rows:
         raise ValueError(
-            f"{source} holds {adapter.rows} prompts, but the number of run names is {len(names)}. "
-            "Give one name per prompt, in the same order, with --runs."
+            f"The number of prompts in {source} is {adapter.rows}, but the number of run names is "
+            f"{len(names)}. Set --runs to one name per prompt, in the same order."
         )
     tasks = names if run_names else adapter.notes.get("task_names", names)
     digests = _check_backbone(source, adapter, backbone, say)
@@ -109,8 +109,8 @@ def read_prompts(source: epath.Path) -> peft.Adapter:
     kind = detect.recognize(source)
     if kind not in _READERS:
         raise ValueError(
-            f"{source} has format {kind!r}, which holds no prompts of other programs. Give prompts "
-            f"in one of the formats {', '.join(_READERS)}."
+            f"{source} has format {kind!r}, which is not a format of other programs' prompts. Use "
+            f"prompts in one of the formats {', '.join(_READERS)}."
         )
     adapter = _READERS[kind](source)
     check_floats(adapter.params, f"{source}", "Copy the prompts again, or train them again.")
@@ -126,9 +126,9 @@ def _read_peft(source: epath.Path) -> peft.Adapter:
     shapes = {adapter.params["table"].shape for adapter in adapters if "table" in adapter.params}
     if any(table is None for table in tables) or len(shapes) != 1:
         raise ValueError(
-            f"{source} holds {len(folders)} adapters that cannot be combined in one artifact: not "
-            f"all are {peft.SINGLE} adapters with the same prompt length and width. Convert them "
-            "one by one."
+            f"{source} holds {len(folders)} adapters that cannot be combined in one artifact, "
+            f"because not all are {peft.SINGLE} adapters with the same prompt length and width. "
+            "Convert them one by one."
         )
     bank = np.concatenate([table for table in tables if table is not None])
     return _plain(bank, _common_notes(source, folders, [adapter.notes for adapter in adapters]))
@@ -160,10 +160,10 @@ def _read_safetensors(source: epath.Path) -> peft.Adapter:
     tensors = read_file(source)
     prompts = [_prompt(x, f"{source}, {name}") for name, x in tensors.items()]
     if len({prompt.shape for prompt in prompts}) != 1:
-        shapes = {name: x.shape for name, x in tensors.items()}
+        shapes = abbreviate([f"{name} {x.shape}" for name, x in tensors.items()])
         raise ValueError(
             f"{source} must hold prompts of one shape [P, H], but it has {shapes or 'no tensors'}. "
-            "Save prompts of one shape in each file."
+            "Save prompts of different shapes in separate files."
         )
     return _plain(np.stack(prompts), {"run_names": list(tensors)})
 
@@ -173,8 +173,8 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
     prompts = [name for name in leaves if _T5X_PROMPT.fullmatch(name)]
     if len(prompts) != 1:
         raise ValueError(
-            f"{source} holds {len(prompts)} prompts{f': {prompts}' if prompts else ''}. Give a "
-            "checkpoint of google-research/prompt-tuning with exactly one prompt, at "
+            f"{source} holds {len(prompts)} prompts{': ' * bool(prompts)}{abbreviate(prompts)}. "
+            "Use a checkpoint of google-research/prompt-tuning with exactly one prompt, at "
             "encoder/prompt/prompt/prompt."
         )
     return _plain(_prompt(leaves[prompts[0]], f"{source}, {prompts[0]}")[None], {})
@@ -183,8 +183,8 @@ def _read_t5x(source: epath.Path) -> peft.Adapter:
 def _prompt(array: np.ndarray, what: str) -> np.ndarray:
     if array.ndim != 2 or not array.size or not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"{what} is not a prompt: expected floats [P, H], got {array.dtype}{array.shape}. Save "
-            "each prompt as one array of this shape."
+            f"{what} is not a prompt: expected floats of shape [P, H], got {array.dtype} of shape "
+            f"{array.shape}. Save each prompt as one array [P, H]."
         )
     return np.asarray(array, np.float32)
 
@@ -211,9 +211,9 @@ def _check_backbone(
     widths = {x.shape[-1] for name, x in adapter.params.items() if name != "task_left"}
     if widths != {embedding.shape[1]}:
         raise ValueError(
-            f"{source} holds prompts of width {sorted(widths)}, but {backbone} has width "
-            f"{embedding.shape[1]}. Set --backbone to the backbone that the prompts were trained "
-            "with."
+            f"{source} holds prompts of width {' and '.join(map(str, sorted(widths)))}, but "
+            f"{backbone} has width {embedding.shape[1]}. Set --backbone to the backbone that the "
+            "prompts were trained with."
         )
     digests = {
         "embedding_sha256": artifacts.embedding_digest(embedding),
@@ -223,9 +223,9 @@ def _check_backbone(
         noted = adapter.notes.get(field)
         if noted not in (None, digests[field]):
             raise ValueError(
-                f"The prompts of {source} were trained with another backbone: the sha256 of its "
-                f"{what} is {noted}, but that of the {what} of {backbone} is {digests[field]}. Set "
-                "--backbone to the backbone that the prompts were trained with."
+                f"The prompts in {source} were trained with another backbone: the sha256 of its "
+                f"{what} is {noted}, but {backbone} has {digests[field]}. Set --backbone to the "
+                "backbone that the prompts were trained with."
             )
     if "embedding_sha256" in adapter.notes and adapter.notes.get(FIELD) is None:
         say(compatibility.embedding_only(f"{source}"))
@@ -235,8 +235,11 @@ def _check_backbone(
 def _check_config(
     source: epath.Path, adapter: peft.Adapter, backbone: epath.Path, say: Say
 ) -> dict[str, Any] | None:
-    """Returns the backbone's configuration, as noted or as in its config.json, if the prompts are
-    compatible with it; None if neither says."""
+    """Returns the backbone's configuration, which the prompts must be compatible with.
+
+    It is taken from the adapter's notes or, if they do not record it, from the backbone's
+    `config.json`; None if neither has it.
+    """
     noted = adapter.notes.get(CONFIG_FIELD)
     if detect.recognize(backbone) != detect.HF:  # shapes do not show all of it
         return noted
@@ -248,7 +251,7 @@ def _check_config(
     names = [name for name in current if name in noted]
     if changes := differences(noted, current, names):
         raise ValueError(
-            f"The prompts of {source} were trained with another configuration of their backbone "
+            f"The prompts in {source} were trained with another configuration of their backbone "
             f"({changes}). Correct {backbone / hf.CONFIG}, or set --backbone to the backbone that "
             "the prompts were trained with."
         )
@@ -263,10 +266,10 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
 
     Args:
         source: the artifact.
-        target: the folder to create. For MPT, `'peft'` writes one adapter, in which bank row k is
+        target: the folder to create. For MPT, `'peft'` writes one adapter, in which bank row k has
             task id k; or, if the artifact has several groups, one adapter per group, each in a
-            folder named after its runs. The other formats write a folder (PEFT) or a file (`.npy`)
-            for each run, or one `folded.safetensors`.
+            folder named after its runs. Otherwise, each run gets a folder (PEFT) or a file
+            (`.npy`), or all runs share one `folded.safetensors`.
         to: `'peft'` (MPT's factors, or the plain prompts of prompt tuning), `'peft-folded'` (plain
             prompts), `'npy'` or `'safetensors'`.
         say: called with a line that reports the result of the comparison.
@@ -275,7 +278,7 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
         FileExistsError: the target already exists.
         FileNotFoundError: the source holds no artifact.
         ValueError: the artifact cannot be read, its method has no prompts, its prompts depend on
-            the text, PEFT has no format for them, or a run name contains '/'.
+            the text, PEFT has no format for them, or a run name cannot be a file name.
     """
     artifact = artifacts.load_artifact(source)
     if not artifact.method.prompt_length:
@@ -292,8 +295,8 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
     names = artifact.runs.run_names
     if unfit := [name for name in names if name in (".", "..") or "/" in name or "\0" in name]:
         raise ValueError(
-            f"{source} has runs whose names cannot be file names: {unfit}. Use the artifact "
-            "itself with `mpt-jax predict` or `mpt-jax export`."
+            f"{source} has runs whose names cannot be file names: {', '.join(map(repr, unfit))}. "
+            "Use the artifact itself with `mpt-jax predict` or `mpt-jax export`."
         )
     with new_folder(target) as scratch:
         expected, restored = _WRITERS[to](artifact, scratch)
@@ -309,7 +312,7 @@ def _write_peft(artifact: artifacts.Artifact, target: epath.Path) -> Both:
     writer = _PEFT_WRITERS.get(artifact.method.name)
     if writer is None:
         raise ValueError(
-            f"PEFT has no format for the parameters of the method {artifact.method.name!r}. Use "
+            f"PEFT has no format for the parameters of the method {artifact.method.name!r}. Set "
             f"--to {detect.PEFT_FOLDED} to write plain prompts."
         )
     return writer(artifact, target)

@@ -1,5 +1,5 @@
-"""Reader and writer of T5X's checkpoints: its own format (msgpack, with large leaves as zarr
-folders) and Orbax.
+"""Reader and writer of T5X checkpoints, in T5X's own format (msgpack, with large leaves as zarr
+folders) or Orbax.
 
 Only the model's parameters (`target`) are read. Scanned trees are returned unscanned. If the layers
 of each scanned stack have equal relative position tables, one table is returned per stack.
@@ -25,6 +25,7 @@ from mpt_jax.backbones.t5.scanned_params import is_stacked, unstack_layers
 from mpt_jax.convert import msgpack_check
 from mpt_jax.convert.architecture import with_even_tables
 from mpt_jax.core import schema
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.tree import check_floats, flatten, unflatten
 from mpt_jax.runtime.files import absolute, is_local, new_folder
 
@@ -45,7 +46,7 @@ class ZarrHeader(msgspec.Struct):
     dimension_separator: Literal[".", "/"] = "."
 
     def num_chunks(self) -> list[int]:
-        """Returns the number of chunks along each dim."""
+        """Returns the number of chunks along each axis."""
         pairs = zip(self.shape, self.chunks, strict=True)
         return [math.ceil(size / chunk) for size, chunk in pairs]
 
@@ -61,8 +62,8 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: `path` does not exist or is not a checkpoint.
-        ValueError: the checkpoint is truncated, parts of it are missing, or a parameter is of a
-            dtype that is not supported, or not finite.
+        ValueError: the checkpoint is truncated or incomplete, or a parameter has an unsupported
+            dtype or is not finite.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -87,11 +88,11 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _suggestion(path: epath.Path) -> str:
-    """Returns a hint that names the checkpoints inside a folder, in case the user gave their parent
-    folder."""
+    """Returns advice for a folder that is not a checkpoint. If it holds checkpoints, the advice
+    lists them."""
     names = sorted(child.name for child in path.iterdir() if child.name.startswith("checkpoint_"))
     if names:
-        return f" Give one of the checkpoints inside it: {names}."
+        return f" Use the path of one of the checkpoints in it: {abbreviate(names)}."
     return " Check the path, or download or copy the missing files."
 
 
@@ -113,14 +114,14 @@ def _read_arrays(node: Any, folder: epath.Path, name: str) -> Any:
         return {str(k): _read_arrays(x, folder, f"{name}/{k}") for k, x in node.items()}
     if not isinstance(node, np.ndarray | np.generic | int | float):
         raise ValueError(
-            f"The checkpoint {folder} has a {type(node).__name__} where the parameter "
-            f"{name[1:]!r} should be. {COPY_AGAIN}"
+            f"The parameter {name[1:]!r} of the checkpoint {folder} is a {type(node).__name__}, "
+            f"not an array. {COPY_AGAIN}"
         )
     return np.asarray(node)
 
 
 def _relative(kvstore: Any, folder: epath.Path) -> str:
-    """Returns the path of an array inside a checkpoint."""
+    """Returns an array's path within its checkpoint. Raises ValueError if it is outside."""
     path = kvstore.get("path") if isinstance(kvstore, Mapping) else None
     if not isinstance(path, str) or path.startswith("/") or {"..", ""} & {*path[:-1].split("/")}:
         raise ValueError(
@@ -152,14 +153,14 @@ def _read_zarr(folder: epath.Path) -> np.ndarray:
         separator = header.dimension_separator
         chunks = {separator.join(map(str, i)) for i in numbers} or {"0"}
         if missing := chunks - set(sizes):
-            raise ValueError(f"chunks {sorted(missing)[:3]} are missing")
+            raise ValueError(f"it lacks the chunks {', '.join(sorted(missing)[:3])}")
         return np.asarray(ts.open(spec, read=True).result().read().result())
 
 
 def _check_stored(values: int, stored: int) -> None:
-    """Raises ValueError if a store of some bytes cannot hold so many values."""
+    """Raises ValueError if `stored` bytes of compressed files cannot hold so many values."""
     if values > MOST_VALUES_PER_BYTE * stored + SMALL:
-        raise ValueError(f"it names {values:,} values, but its files have {stored:,} bytes")
+        raise ValueError(f"it declares {values:,} values, but its files have {stored:,} bytes")
 
 
 def _load_orbax(folder: epath.Path) -> dict[str, Any]:

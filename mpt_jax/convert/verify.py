@@ -3,10 +3,10 @@
     mpt-jax verify-weights runs/backbones/t5-base
     mpt-jax verify-weights runs/backbones/t5x/checkpoint_0 --config t5_1_1_base
 
-Our network and transformers' run in float32 on a fixed padded batch with targets, and
-transformers' again in float64, from the same float32 weights. The exit code is 0 if ours is at most
-4 times as far from float64 as transformers' float32, 1 if it is farther, and 2 if the comparison
-cannot be made.
+Both networks run in float32 on a fixed padded batch with targets; transformers' also runs in
+float64, with the same float32 weights. The float64 outputs are the reference. The exit code is 0 if
+our error is at most 4 times that of transformers in float32 (plus float32's rounding error), 1 if
+it is larger, and 2 if the comparison cannot be made.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ FLOOR = float(np.finfo(np.float32).eps)  # times the scale: one rounding of the 
 
 
 class Difference(NamedTuple):
-    """The largest absolute differences of float32 outputs from float64 and from each other.
+    """The largest absolute differences between outputs in float32 and in float64.
 
     Attributes:
-        ours: our float32 and transformers' float64.
-        theirs: transformers' float32 and float64.
-        between: our float32 and transformers' float32.
-        scale: the largest absolute value in float64.
+        ours: between our float32 and transformers' float64.
+        theirs: between transformers' float32 and its float64.
+        between: between our float32 and transformers' float32.
+        scale: the largest absolute value of transformers' float64.
     """
 
     ours: float
@@ -53,7 +53,10 @@ class Difference(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether ours is close enough; False if anything is NaN or infinite."""
+        """Whether our float32 output is within tolerance of transformers' float64 output.
+
+        False if the float64 output, `ours` or `theirs` is NaN or infinite.
+        """
         limit = TOLERANCE * self.theirs + FLOOR * self.scale
         return bool(np.isfinite(limit)) and self.ours <= limit
 
@@ -75,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         exit_with(parser.prog, error)
     for name, difference in differences.items():
         print(
-            f"{name:8} from float64: ours {difference.ours:.3g}, transformers' float32 "
-            f"{difference.theirs:.3g}; from each other: {difference.between:.3g}; largest value: "
-            f"{difference.scale:.3g}"
+            f"{name:8} largest difference from float64: ours {difference.ours:.3g}, transformers' "
+            f"float32 {difference.theirs:.3g}; from each other: {difference.between:.3g}; largest "
+            f"value: {difference.scale:.3g}"
         )
     passed = all(difference.passes for difference in differences.values())
     print(
@@ -88,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
-    """Returns the differences of the encoder's hidden states, the decoder's hidden states, and the
-    logits.
+    """Compares our network with transformers' on the same weights.
+
+    Returns:
+        The differences of the hidden states (`encoder`, `decoder`) and of the `logits`.
 
     Raises:
         ValueError: torch or transformers is not installed, the weights cannot be read, or Hugging
@@ -135,10 +140,11 @@ def _oracle() -> tuple[Any, Any]:
 
 
 def _link(folder: epath.Path, target: str) -> None:
-    """Makes a folder with the configuration and links to the weights of a Hugging Face folder.
+    """Creates a folder with the configuration and links to the weights of a Hugging Face folder.
 
-    transformers would download and import code that `attn_implementation` of config.json names, and
-    with an adapter_config.json beside it would load another model.
+    From the folder itself, transformers would download and import the code that
+    `attn_implementation` in config.json names, or load another model if an adapter_config.json is
+    in the folder.
     """
     os.mkdir(target)
     fields = read_json(folder / CONFIG)
@@ -153,8 +159,8 @@ def _link(folder: epath.Path, target: str) -> None:
 def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:
     """Returns the outputs of transformers' model, in the form that `parity.forward` returns.
 
-    transformers derives the decoder's input from the targets, and begins with the start token of
-    its configuration, for which it has no default.
+    transformers shifts the targets to get the decoder's input, which starts with the start token of
+    the configuration. It has no default for that token, so 0 is set if the configuration lacks it.
     """
     if model.config.decoder_start_token_id is None:
         model.config.decoder_start_token_id = 0

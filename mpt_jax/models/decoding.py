@@ -98,8 +98,8 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
         num_decodes: the number n of samples per example.
         temperature: the divisor of the logits, above 0 (use `greedy` instead of 0).
         top_k: the number of most probable tokens to draw from; 0 means all.
-        top_p: the probability mass of the nucleus to draw from: the fewest most probable tokens
-            that reach it together (Holtzman et al. 2020). 1 means all tokens.
+        top_p: the probability mass of the nucleus to draw from, which is the smallest set of most
+            probable tokens with at least this mass (Holtzman et al. 2020). 1 means all tokens.
         cache_batch_axis: the batch axis of the cache's leaves.
 
     Raises:
@@ -131,7 +131,7 @@ def temperature_sample(  # noqa: PLR0913 -- the settings of sampling are this ma
 def keep_most_probable(
     logits: Float[Array, "B V"], top_k: int = 0, top_p: float = 1.0
 ) -> Float[Array, "B V"]:
-    """Keeps the k largest logits, or the nucleus of mass p, and sets others to minus infinity.
+    """Keeps the k largest logits, or the nucleus of mass p, and sets all others to minus infinity.
 
     With both settings, the nucleus is computed from the logits that `top_k` keeps. Logits that
     equal the smallest one kept are also kept.
@@ -188,7 +188,7 @@ def _decode_rows(
 
 
 class _Beams(NamedTuple):
-    """State of a beam search: n open and n ended hypotheses per example, best first."""
+    """State of a beam search: n open and n ended hypotheses per example, each best first."""
 
     step: jax.Array
     last: jax.Array  # [B,n] newest token of the open hypotheses
@@ -210,7 +210,7 @@ def beam_search(
     alpha: float = 0.6,
     cache_batch_axis: int = 0,
 ) -> Decoded:
-    """Returns the n best sequences found by a beam of width n.
+    """Returns the n best sequences found by a beam search of width n.
 
     A score is the log probability divided by `((5 + length) / 6)^alpha` (Wu et al. 2016,
     section 7). Ended hypotheses come first; if fewer than n ended within `max_length`, the best

@@ -1,8 +1,8 @@
 """The model a trainer runs: a backbone, a prompt method and an objective.
 
-This file holds parameters, forward pass and loss terms. t5x_interface.py holds the methods that
-T5X calls by name: losses, scoring and decoding. Our own trainer instead calls `loss_sums` and
-`loss_normalizers`, and divides once per step. Parameters are one nested dict,
+This file has the parameters, the forward pass and the loss terms. t5x_interface.py has the methods
+that T5X calls by name: losses, scoring and decoding. Our trainer does not call T5X's losses but
+`loss_sums` and `loss_normalizers`, and divides once per step. Parameters are one nested dict,
 
     {token_embedder, encoder, decoder}   the backbone, with T5X's names
     prompt                               the method's parameters
@@ -45,13 +45,15 @@ class PromptedEncoderDecoder(T5XInterface):
     """An encoder-decoder that reads `[prompt ; input]`.
 
     Args:
-        module: the backbone; it takes embeddings and masks, and has no notion of prompts.
+        module: the backbone, which takes embeddings and masks and does not handle prompts.
         prompt: the prompt method.
         runs: the bank's rows.
-        optimizer_def: a `PromptOptimizer`; the model passes it the label table, the runs and the
-            row axes of the parameters.
-        input_vocabulary: SeqIO vocabulary of `encoder_input_tokens`.
-        output_vocabulary: SeqIO vocabulary of the targets. Its `eos_id` ends decoding.
+        optimizer_def: a `PromptOptimizer`, to which the model passes the label table, the runs and
+            the row axes of the parameters; None if the model is not trained.
+        input_vocabulary: SeqIO vocabulary of `encoder_input_tokens`; needed only by initializers
+            that encode text.
+        output_vocabulary: SeqIO vocabulary of the targets. Its `eos_id` ends decoding; if None, the
+            id is 1.
         objective: the loss; token cross entropy by default.
         labels: label rules that take precedence over the method's rules and over the rule that
             freezes the backbone.
@@ -92,10 +94,10 @@ class PromptedEncoderDecoder(T5XInterface):
         if self.has_teacher and prompt.has_variable_lengths(runs):
             lengths = dict(zip(prompt.prompt_lengths(runs), runs.run_names, strict=True))
             raise ValueError(
-                f"Distillation needs prompts as long as the teachers' ({prompt.prompt_length} "
-                f"positions), but the prompt of {lengths[min(lengths)]!r} has {min(lengths)} "
-                "positions. Set PRIVATE_LENGTH to one number, or leave Objective.distillation "
-                "unset."
+                "Distillation needs all prompts to be as long as the teachers' "
+                f"({prompt.prompt_length} positions), but the prompt of {lengths[min(lengths)]!r} "
+                f"has {min(lengths)} positions. Set PRIVATE_LENGTH to one number, or leave "
+                "Objective.distillation unset."
             )
         self.labels = (
             *labels,
@@ -137,9 +139,9 @@ class PromptedEncoderDecoder(T5XInterface):
     ) -> Params:
         """Returns the whole parameter tree, randomly initialized, and its logical axes.
 
-        The values are used only for training from scratch; otherwise only their shapes are.
-        Parameters do not depend on the batch, so `input_shapes` and `input_types`, which T5X
-        passes, are ignored.
+        Only training from scratch uses the values; otherwise only the shapes are used. Parameters
+        do not depend on the batch, so `input_shapes` and `input_types`, which T5X passes, are
+        ignored.
         """
         backbone_key, prompt_key = jax.random.split(rng)
         params, axes = self.init_backbone(backbone_key)
@@ -183,7 +185,7 @@ class PromptedEncoderDecoder(T5XInterface):
             dropout_rng: the random key of dropout; None turns dropout off.
             prompt_rng: the random key of methods that compose prompts with random draws; defaults
                 to `dropout_rng`.
-            teacher: whether to use the teachers' prompts in place of the student's.
+            teacher: whether to use the teachers' prompts instead of the student's.
             hidden: whether to return hidden states.
         """
         backbone = self._backbone(params)
@@ -247,9 +249,9 @@ class PromptedEncoderDecoder(T5XInterface):
             return tuple(hidden[int(layer)] for layer in layers)
         except IndexError:
             raise ValueError(
-                f"Distillation.hidden_layers is {layers}, but the encoder or decoder has only "
-                f"{len(hidden)} hidden states (embeddings, layer 1, ..., output). Use indices from "
-                f"0 to {len(hidden) - 1}."
+                f"Distillation.hidden_layers is {list(layers)}, but the encoder or decoder has "
+                f"only {len(hidden)} hidden states (embeddings, layer 1, ..., output). Use indices "
+                f"from 0 to {len(hidden) - 1}."
             ) from None
 
     # --- Loss ------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Loss terms. Each is a (sum [G], normalizer [G]) pair with one entry per group.
 
-The normalizers of a step are those of its whole batch over all hosts. The sums of its microbatches
-are divided by them, so the parts add up to the mean over the batch, and means are never averaged.
-Normalizers depend only on the batch, never on parameters: `normalizers` computes them without a
-forward pass. The total over groups g is
+A step has one normalizer per term and group, for its whole batch over all hosts. The sums of its
+microbatches are divided by it, so they add up to the mean over the batch, and means are never
+averaged. Normalizers depend only on the batch, never on parameters: `normalizers` computes them
+without a forward pass. The total over groups g is
 
     sum_g  CE_g + c z_g + lambda (s KL_g + encoder_g + decoder_g + prompt_g)
 
@@ -15,7 +15,7 @@ forward pass. The total over groups g is
     prompt_g    `prompt_distance`   squared distance of prompts
 
 with c = Objective.z_loss, lambda = Distillation.weight, and s = temperature^2 if t2_scale, else 1.
-Terms that are off are omitted. Equation (5) of the MPT paper has CE, KL and the hidden-state terms.
+Disabled terms are omitted. Equation (5) of the MPT paper has CE, KL and the hidden-state terms.
 
 Groups share no parameters, so summing over groups changes no group's gradient.
 """
@@ -94,7 +94,7 @@ def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[
         `teacher_logits` [B, L, V], minus the maximum at each position: the softmax is the same,
         and the logits of likely tokens lose little precision in a narrower dtype.
         `teacher_encoded` [B, T, states, H] and `teacher_decoded` [B, L, states, H], the selected
-        states of each stack. Terms that are off have no features.
+        states of each stack. Disabled terms have no features.
     """
     features: dict[str, Array] = {}
     if distillation.logits:
@@ -161,7 +161,11 @@ def term_sums(
     student: ModelOutputs,
     teacher: ModelOutputs | None,
 ) -> Sums:
-    """Returns the sum [G] of every term of the objective over a batch."""
+    """Returns the sum [G] of every term of the objective over a batch.
+
+    Raises:
+        ValueError: the objective distills, and `teacher` is None.
+    """
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
     losses, z_losses = token_losses(
         student.logits, batch["decoder_target_tokens"], objective.label_smoothing
@@ -209,7 +213,8 @@ def normalizers(
         batch: the batch contract's features.
         groups: the group of every position.
         width: H, the model width.
-        num_states: the numbers of encoder and decoder states that the hidden-state terms compare.
+        num_states: the number of encoder states and the number of decoder states that the
+            hidden-state terms compare.
     """
     count = lambda real, ids: group_sum(real.astype(jnp.float32), ids, groups.num_groups)  # noqa: E731
     tokens = count(batch["decoder_loss_weights"], groups.decoder)

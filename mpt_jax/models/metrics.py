@@ -1,4 +1,4 @@
-"""Mergeable step metrics: named (sum, weight) pairs by bank row, by group, or of a whole batch.
+"""Mergeable step metrics: named (sum, weight) pairs per bank row, per group, or per batch.
 
 A step returns the pairs as arrays. They are added over microbatches and steps, and `sum / weight`
 is computed when metrics are written. Under T5X the same pairs are returned as clu metrics.
@@ -25,7 +25,7 @@ from mpt_jax.models import losses
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """Sums and weights of means `sum / weight`: by bank row [K], by group [G], or of a batch [1].
+    """Sums and weights of means `sum / weight`: per bank row [K], per group [G] or per batch [1].
 
     Fields are JAX or NumPy arrays, or tracers.
     """
@@ -90,7 +90,7 @@ def mixture_metrics(
 
 
 def batch_metrics(batch: Batch) -> StepMetrics:
-    """Returns the fractions of encoder and decoder padding, and the examples per batch row."""
+    """Returns the fraction of padding in encoder and decoder, and the mean examples per row."""
     encoder = encoder_mask(batch).astype(jnp.float32)
     decoder = (batch["decoder_loss_weights"] > 0).astype(jnp.float32)
     # `decoder_input_tokens` is 0 at the first target of an example.

@@ -29,7 +29,7 @@ class Distillation:
             `'sum'` over them (a mean over examples). The KL is always a mean over target tokens.
 
     Raises:
-        ValueError: a value out of range, or a setting of a term that is off.
+        ValueError: a value is out of range, or a setting is changed whose terms are all off.
     """
 
     weight: float = 0.9
@@ -57,15 +57,16 @@ class Distillation:
             )
         if not (self.logits or self.hidden or self.prompt_distance):
             raise ValueError(
-                "Distillation does nothing if logits, hidden and prompt_distance are all False. "
-                "Set one of them to True, or leave Objective.distillation unset."
+                "Distillation.logits, hidden and prompt_distance are all False, so distillation "
+                "would do nothing. Set one of them to True, or leave Objective.distillation unset."
             )
         self._refuse_ineffective(("temperature", "t2_scale"), "logits")
         self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
         self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
 
     def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
-        """Raises for settings with non-default values if every term that they affect is off."""
+        """Raises ValueError if a setting has a non-default value but all `terms` it affects are
+        off."""
         if any(getattr(self, term) for term in terms):
             return
         for field in dataclasses.fields(self):

@@ -1,8 +1,8 @@
-"""Insertion of prompts: one prompt is composed per example and written into its slots.
+"""Insertion of prompts: one prompt is composed per example and written into the example's slots.
 
 In an unpacked batch a row is one example, and its prompt precedes the text. In a packed batch a row
 holds several examples, and each position gathers the prompt row of its own example. In both cases
-one prompt is composed per example, so prompt methods need not distinguish them.
+one prompt is composed per example, so prompt methods need not distinguish the two.
 """
 
 from __future__ import annotations
@@ -157,9 +157,9 @@ def place(prompts: Float[Array, "B P H"], embedded: Float[Array, "B T H"]) -> Fl
     length = prompts.shape[1]
     if embedded.shape[1] < length:
         raise ValueError(
-            f"A prompt of {length} positions does not fit a row of {embedded.shape[1]} positions. "
-            f"Set PromptFeatureConverter.prompt_length to {length}, so that every row reserves "
-            "positions for the prompt before the text."
+            f"A prompt of {length} positions does not fit into a row of {embedded.shape[1]} "
+            f"positions. Set PromptFeatureConverter.prompt_length to {length}, so that every row "
+            "reserves positions for the prompt before the text."
         )
     if length == 0:
         return embedded

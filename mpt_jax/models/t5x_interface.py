@@ -19,9 +19,10 @@ from mpt_jax.prompts.base import PromptMethod
 
 
 class T5XInterface:
-    """Mixin for `PromptedEncoderDecoder`, which defines the attributes and methods it requires.
+    """Mixin that gives `PromptedEncoderDecoder` the model methods of T5X.
 
-    Our own trainer and `mpt_jax.eval` also use its feature converter, scoring and decoding.
+    `PromptedEncoderDecoder` defines the attributes and methods that the mixin requires. Our trainer
+    and `mpt_jax.eval` also use its feature converter, scoring and decoding.
 
     Attributes:
         expected_rows: the number of rows in T5X's batch, set by the T5X adapter; see `loss_fn`.
@@ -38,10 +39,10 @@ class T5XInterface:
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
-        """The function from which T5X and our own trainer build the feature converter.
+        """The function with which T5X and our trainer build the feature converter.
 
-        The function raises ValueError if the converter does not reserve the method's prompt
-        length, because prompt rows would be treated as padding, or text as part of the prompt.
+        It raises ValueError if the converter does not reserve the method's prompt length, because
+        prompt rows would then be treated as padding, or text as part of the prompt.
 
         Raises:
             ValueError: `feature_converter_cls` is None.
@@ -63,8 +64,8 @@ class T5XInterface:
             raise ValueError(
                 f"The feature converter reserves {reserved} positions for a prompt, but the "
                 f"method {self.prompt.name!r} has prompts of {length}. Set "
-                f"PromptFeatureConverter.prompt_length to {length}; the files of gin/methods bind "
-                "it to the method's length."
+                f"PromptFeatureConverter.prompt_length to {length}, or leave it as the files in "
+                "gin/methods bind it."
             )
         return converter
 
@@ -73,7 +74,7 @@ class T5XInterface:
     def loss_fn(
         self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
     ) -> tuple[Array, Any]:
-        """Computes T5X's training loss: the objective over one whole batch.
+        """Returns T5X's training loss, the objective over one whole batch, and the metrics.
 
         Gradients stop at frozen parameters, so the compiler removes their computation.
 
@@ -84,16 +85,16 @@ class T5XInterface:
         rows = batch["encoder_input_tokens"].shape[0]
         if self.expected_rows is not None and rows != self.expected_rows:
             raise ValueError(
-                f"T5X passed {rows} rows of a batch of {self.expected_rows}, but its microbatches "
-                "are not supported. Set Trainer.num_microbatches = None, or run `python -m "
-                "mpt_jax.train`, which has exact microbatches."
+                f"T5X passed a microbatch ({rows} rows of a batch of {self.expected_rows}), but "
+                "T5X's microbatches are not supported. Set Trainer.num_microbatches = None, or run "
+                "`python -m mpt_jax.train`, which has exact microbatches."
             )
         params = self.stop_frozen_gradients(params)
         total, step_metrics = self._loss(params, batch, dropout_rng)
         return total, step_metrics if flax_mutables is None else (step_metrics, flax_mutables)
 
     def eval_fn(self, params: Params, batch: Batch, flax_mutables: Any = None) -> tuple[Array, Any]:
-        """Computes T5X's evaluation loss: like `loss_fn`, without dropout."""
+        """Returns T5X's evaluation loss and metrics, as `loss_fn` but without dropout."""
         return self._loss(params, batch, None)
 
     def _loss(
@@ -140,7 +141,7 @@ class T5XInterface:
         num_decodes: int | None = None,
         return_all_decodes: bool = False,
     ) -> tuple[Int[Array, "..."], dict[str, Array]]:
-        """Decodes as many tokens as the batch's targets have positions.
+        """Decodes at most as many tokens as the batch's targets have positions.
 
         Args:
             params: the whole parameter tree.
@@ -157,7 +158,8 @@ class T5XInterface:
             and [B, n].
 
         Raises:
-            ValueError: the batch is packed, or `decode_fn` cannot return `num_decodes`.
+            ValueError: the batch is packed, or `decode_fn` returns only one sequence and
+                `num_decodes` is greater.
         """
         if "encoder_segment_ids" in batch:
             raise ValueError("Packed batches cannot be decoded. Set DatasetConfig.pack = False.")
@@ -168,9 +170,10 @@ class T5XInterface:
         elif num_decodes not in (None, 1):
             name = getattr(self.decode_fn, "__name__", type(self.decode_fn).__name__)
             raise ValueError(
-                f"num_decodes={num_decodes}, but the decoding function {name} returns one sequence "
-                "per example. Leave num_decodes unset, or bind PromptedEncoderDecoder.decode_fn to "
-                "@decoding.temperature_sample or @decoding.beam_search."
+                f"num_decodes is {num_decodes}, but the decoding function {name} returns only one "
+                "sequence per example. Leave num_decodes unset, or bind "
+                "PromptedEncoderDecoder.decode_fn to @decoding.temperature_sample or "
+                "@decoding.beam_search."
             )
         if "rng" in parameters:
             extra["rng"] = jax.random.PRNGKey(0) if rng is None else rng

@@ -6,8 +6,8 @@ The source prompts are trained first (gin/pt_source.gin) and then frozen. Each t
 prompt P_t. Each group of tasks trains an attention `a` over the candidates (`prompt_attention`),
 which reads the text. A task therefore has no fixed prompt, and a server needs all parameters.
 
-Differences from the released code: padding is left out of the text vector, the LayerNorm's scale
-and bias are trained, and the attention's learning rate takes effect (its label is `router`).
+Differences from the released code: the text vector excludes padding, the LayerNorm's scale and
+bias are trained, and the attention's learning rate takes effect (its label is `router`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ATTEMPT(PromptMethod):
 
     @property
     def candidates(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The sources and, with `attend_target`, the task's own prompt."""
+        """Names of the sources and, with `attend_target`, of the task's own prompt."""
         return (*self.sources, TARGET) if self.attend_target else tuple(self.sources)
 
     def init(self, key, runs, context):
@@ -158,14 +158,14 @@ class ATTEMPT(PromptMethod):
     def _transfer_own(self, source, source_method, source_runs, runs):
         if changes := differences(source_method.config(), self.config()):
             raise ValueError(
-                "The ATTEMPT settings of the initial artifact differ from those of this job "
-                f"({changes}). Give this job the settings of the artifact."
+                "This job's ATTEMPT settings differ from those of the initial artifact "
+                f"({changes}). Use the artifact's settings."
             )
         if self.start_from == FIRST:
             raise ValueError(
-                "START_FROM = 'first' selects a source prompt, but with an ATTEMPT artifact runs "
-                "start from the artifact's runs. Set START_FROM to 'same', 'average' or one of "
-                f"{', '.join(source_runs.run_names)}."
+                "START_FROM = 'first' selects a source prompt, but the initial artifact is from "
+                "ATTEMPT, so runs start from its runs. Set START_FROM to 'same', 'average' or one "
+                f"of {', '.join(source_runs.run_names)}."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))

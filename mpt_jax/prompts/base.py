@@ -1,8 +1,8 @@
 """Protocol and registry of prompt methods.
 
-A method owns its parameters: their shapes, initial values and labels, how a prompt is composed
-from them, and how a new task starts from a trained artifact. Composing a prompt needs neither
-tokens nor the backbone; a method may only ask for one pooled vector of the text. A prompt is not
+A method defines its parameters (shapes, initial values and labels), how a prompt is composed from
+them, and how a new task starts from a trained artifact. Composing a prompt needs neither tokens
+nor the backbone; at most, it reads one pooled vector of the text. A prompt is not
 concatenated to the text: it is written into positions that the batch reserves for it
 (`encoder_prompt_slots`), so mixing tasks in a batch and packing cost nothing extra.
 """
@@ -39,7 +39,7 @@ class Vocabulary(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class InitContext:
-    """Inputs of initializers.
+    """Inputs to prompt initializers.
 
     Attributes:
         embedding: [V, H] the backbone's token embeddings.
@@ -51,11 +51,11 @@ class InitContext:
 
 
 class PromptContext(NamedTuple):
-    """Inputs of `PromptMethod.compose` besides the parameters and the bank rows.
+    """Inputs to `PromptMethod.compose` besides the parameters and the bank rows.
 
     Attributes:
-        pooled: [..., H] maximum of each feature over the token embeddings of the input, without
-            padding and prompt; for methods with `reads_text`.
+        pooled: [..., H] elementwise maximum of the input's token embeddings, excluding padding and
+            the prompt. Only methods with `reads_text` need it.
         key: random key of the training step, for methods with `is_random`; None composes the
             prompt used for evaluation and serving.
     """
@@ -76,7 +76,8 @@ class PromptMethod(Protocol):
     Attributes:
         name: the name in the registry and in artifacts.
         prompt_length: P, in positions; the length of the longest prompt if lengths differ.
-        labels: (path below `prompt/`, label) rules that cover every parameter of the method.
+        labels: (regular expression for the path below `prompt/`, label) rules that cover every
+            parameter of the method.
         axes: the logical axis names of each parameter, which determine its sharding. A parameter
             has one entry per group if its first axis is `'groups'`, and one per bank row if it is
             `'tasks'`.
@@ -130,8 +131,8 @@ class PromptMethod(Protocol):
             source_method: the artifact's prompt method.
             source_runs: the artifact's runs.
             runs: the new runs.
-            initial: returns the parameters of `init`, from which those that the artifact cannot
-                provide are taken.
+            initial: returns newly initialized parameters (`init`), for those that the artifact
+                cannot provide.
         """
         ...
 
@@ -142,7 +143,7 @@ class PromptMethod(Protocol):
     # --- Defaults that few methods override ------------------------------------------------------
 
     def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
-        """Returns the prompt length of each bank row, K numbers of at most P.
+        """Returns the prompt length of each of the K bank rows, at most P.
 
         `compose` always returns P positions; those beyond a prompt's length are ignored.
         """
@@ -153,7 +154,7 @@ class PromptMethod(Protocol):
         return min(self.prompt_lengths(runs)) < self.prompt_length
 
     def source_prompt_length(self, source_method: PromptMethod, source_runs: Runs) -> int:
-        """Returns the prompt length required of an artifact that this method starts from."""
+        """Returns the prompt length that an artifact must have for this method to start from it."""
         del source_method, source_runs
         return self.prompt_length
 
@@ -166,13 +167,14 @@ class PromptMethod(Protocol):
     ) -> Array:
         """Returns the weight [..., J] of each candidate in the prompts that `compose` returns."""
         raise NotImplementedError(
-            f"The method {self.name!r} mixes no candidates, so it has no mixture weights."
+            f"The method {self.name!r} does not mix prompts, so it has no mixture weights. Call "
+            "`mixture` only if the method has `candidates`."
         )
 
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
         """Returns the method and parameters to save in an artifact.
 
-        They compose the same prompts, but leave out parameters that only training needs.
+        They compose the same prompts, but omit parameters that only training needs.
         """
         return self, params
 
@@ -236,10 +238,10 @@ def method_from_config(name: str, settings: Mapping[str, Any], what: str) -> Pro
 
 
 def _of_json(kind: Any) -> Any:
-    """Returns the type of a field's JSON values; None for those of initializers, which have none.
+    """Returns the type that a field's value has in JSON; None for unsaved initializers.
 
-    A field that takes an object of settings or their table (`Annealing | Mapping`) is checked as
-    the object.
+    For a field that takes either a settings object or a mapping (`Annealing | Mapping`), that is
+    the type of the object.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -259,7 +261,7 @@ def method_names() -> tuple[str, ...]:
 
 
 def row_axes(method: PromptMethod) -> dict[str, str]:
-    """Returns whether each parameter has one entry per group or per bank row.
+    """Returns which parameters have one entry per group and which have one per bank row.
 
     Keys are path names (`prompt/...`); values are `'groups'` or `'tasks'`. Other parameters are
     omitted.
@@ -283,7 +285,7 @@ def name_key(key: Key, name: str) -> Key:
 
 
 def name_hash(name: str) -> int:
-    """Returns the 32-bit hash of a run's name, without its settings, to fold into random keys."""
+    """Returns a 32-bit hash of a run's name without its settings, to fold into random keys."""
     return zlib.crc32(data_name(name).encode())
 
 
@@ -294,7 +296,7 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
         source_runs: the runs of the artifact.
         start_from: `'average'` for all rows, otherwise the name of one run.
         named_only: whether to reject `'average'` over several rows, for methods that cannot
-            average (CONTRIBUTING.md has one).
+            average, such as the example in CONTRIBUTING.md.
 
     Raises:
         ValueError: the artifact has no such run, or `'average'` is rejected.
@@ -303,8 +305,8 @@ def source_rows(source_runs: Runs, start_from: str, named_only: bool = False) ->
         return [source_runs.row(start_from)]
     if named_only and source_runs.num_rows > 1:
         raise ValueError(
-            "START_FROM = 'average' needs a method that can average source prompts, or an artifact "
-            f"with a single one, but the artifact holds {source_runs.num_rows}: "
+            "START_FROM = 'average' needs an artifact with a single run, because this method "
+            f"cannot average prompts, but the artifact has {source_runs.num_rows} runs: "
             f"{', '.join(source_runs.run_names)}. Set START_FROM to one of these names."
         )
     return list(range(source_runs.num_rows))

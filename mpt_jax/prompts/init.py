@@ -2,9 +2,9 @@
 
 A prompt initializer is a callable object `(key, task_name, P, context) -> [P, H]` float32. It does
 not depend on the prompt method. The kinds of initializers are from Lester et al. 2021 (arXiv
-2104.08691); the default, sampled vocabulary, is from the MPT paper (arXiv 2303.02861). That paper
-calls the factors' initial values only "random". Our default, `ones_noise`, makes every product of
-factors close to one, so that initial prompts have the scale of P*.
+2104.08691); the default, sampled vocabulary, is from the MPT paper (arXiv 2303.02861). The paper
+says only that the factors are initialized randomly. Our default, `ones_noise`, makes every product
+of factors close to one, so that initial prompts have the scale of P*.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.core.runs import Runs, entry_of_run, look_up
+from mpt_jax.core.runs import Runs, entry_of_run
 from mpt_jax.core.shapes import Array, Float, Key
 from mpt_jax.prompts.base import InitContext, name_key
 from mpt_jax.runtime.tensors import load_npy
@@ -50,7 +50,9 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of ids drawn without replacement from the `population` most frequent (first) ids.
+    """Embeddings of token ids drawn without replacement from the first `population` ids.
+
+    In T5's vocabularies, these are the most frequent tokens.
 
     Raises:
         ValueError: there are fewer ids than prompt rows.
@@ -62,7 +64,7 @@ class SampledVocabulary:
         population = min(self.population, context.embedding.shape[0])
         if population < prompt_length:
             raise ValueError(
-                f"Cannot draw {prompt_length} distinct ids from {population} for a prompt of "
+                f"Cannot draw {prompt_length} distinct token ids from {population} for a prompt of "
                 f"{prompt_length} positions (SampledVocabulary.population is {self.population}, "
                 f"and the backbone embeds {context.embedding.shape[0]} ids). Lower PROMPT_LENGTH, "
                 "or raise SampledVocabulary.population if the backbone embeds more ids."
@@ -90,7 +92,7 @@ class ClassLabels:
     def __call__(self, key, task_name, prompt_length, context):
         labels = self.labels
         if isinstance(labels, Mapping):
-            labels = look_up("task with class labels", task_name, labels)
+            labels = entry_of_run(labels, task_name, "ClassLabels.labels", kind="task")
         words = [_ids(label, context) for label in labels]
         rows = [context.embedding[ids].astype(jnp.float32).mean(0) for ids in words]
         rest = self.rest(key, task_name, prompt_length, context)
@@ -99,7 +101,7 @@ class ClassLabels:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One prompt row per token of a text: its embedding. `rest` initializes the remaining rows.
+    """The token embeddings of a text, one per prompt row. `rest` initializes the remaining rows.
 
     Raises:
         ValueError: the text has no tokens or more tokens than the prompt has rows, or the context
@@ -120,7 +122,8 @@ class FromArray:
     """A [P, H] array read from a .npy file. Pickled arrays are rejected.
 
     Raises:
-        ValueError: the array's shape is not [P, H].
+        ValueError: the file is not an intact `.npy` file of numbers, or the array's shape is not
+            [P, H].
     """
 
     path: str
@@ -187,8 +190,8 @@ def _ids(text: str, context: InitContext) -> np.ndarray:
 def _fill(rows: list[Array], what: str, task_name: str, rest: Array) -> Array:
     if len(rows) > rest.shape[0]:
         raise ValueError(
-            f"{len(rows)} {what} do not fit a prompt of {rest.shape[0]} rows (task {task_name!r}). "
-            f"Raise PROMPT_LENGTH, or use fewer {what} to initialize the prompt."
+            f"A prompt of {rest.shape[0]} rows is too short for {len(rows)} {what} (task "
+            f"{task_name!r}). Raise PROMPT_LENGTH, or use fewer {what} to initialize the prompt."
         )
     return rest.at[: len(rows)].set(jnp.stack(rows))
 
@@ -206,7 +209,7 @@ class FactorInit(Protocol):
 
 
 def ones_noise(key, prompt_length, width, rank):
-    """Ones plus noise with standard deviation 0.02; the left factor is then divided by R.
+    """Returns ones plus noise with standard deviation 0.02; the left factor is divided by R.
 
     Products are near one, and the noise makes tasks and ranks differ.
     """
@@ -215,9 +218,9 @@ def ones_noise(key, prompt_length, width, rank):
 
 
 def normal002(key, prompt_length, width, rank):
-    """Normal with standard deviation 0.02 for both factors, as in PEFT.
+    """Draws both factors from a normal distribution with standard deviation 0.02, as in PEFT.
 
-    At rank one, products are about 4e-4.
+    At rank one, the entries of the product are therefore tiny, about 4e-4.
     """
     key_left, key_right = jax.random.split(key)
     return (
@@ -227,7 +230,7 @@ def normal002(key, prompt_length, width, rank):
 
 
 def signs(key, prompt_length, width, rank):
-    """Random signs. The left factor is divided by sqrt(R), so that products have variance one."""
+    """Returns random signs, with the left factor divided by sqrt(R): products have variance one."""
     key_left, key_right = jax.random.split(key)
     return (
         jax.random.rademacher(key_left, (prompt_length, rank), jnp.float32) / rank**0.5,

@@ -22,8 +22,8 @@ def materialize(method: PromptMethod, params: Params, runs: Runs) -> Float[Array
         examples = ", ".join(f"{n} for {run!r}" for n, run in sorted(run_of_length.items()))
         raise ValueError(
             f"The artifact's prompts have different lengths (in positions: {examples}), so they do "
-            "not fit one array. Use an artifact whose prompts have the same length, for example an "
-            "artifact of a single run."
+            "not fit into one array. Use an artifact whose prompts all have the same length, for "
+            "example one with a single run."
         )
     return _every_prompt(method, params, runs)[:, : max(run_of_length)]
 
@@ -40,10 +40,10 @@ def plain_prompts(method: PromptMethod, params: Params, runs: Runs) -> list[np.n
 
 
 def plain_weights(method: PromptMethod, params: Params, runs: Runs) -> Float[np.ndarray, "K C"]:
-    """Returns the weight of each candidate in the plain prompt of each bank row.
+    """Returns the weight of each of the method's C `candidates` in each bank row's plain prompt.
 
     Raises:
-        NotImplementedError: the method mixes no candidates.
+        NotImplementedError: the method does not mix prompts.
         ValueError: prompts depend on the text.
     """
     params = _without_text(method, params)

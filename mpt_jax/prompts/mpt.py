@@ -92,8 +92,8 @@ class MPT(PromptMethod):
             raise ValueError(
                 "MPT starts only from an MPT artifact, but the initial artifact has the method "
                 f"{source_method.name!r}, which has no factors. Set INITIAL_ARTIFACT to one MPT "
-                "artifact, such as the one that gin/mpt_source.gin writes. A list of artifacts "
-                "becomes plain prompts without factors."
+                "artifact, such as the one that gin/mpt_source.gin writes. A list of artifacts is "
+                "combined into plain prompts, which have no factors."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = shared_groups(weights, source_runs, runs)

@@ -1,4 +1,4 @@
-"""Attention of a text over prompts, as in ATTEMPT (Asai et al. 2022, arXiv 2205.11961).
+"""Attention from a text to prompts, as in ATTEMPT (Asai et al. 2022, arXiv 2205.11961).
 
 The text is pooled to one vector x, the maximum of each feature over its tokens' embeddings. A
 prompt P_j is pooled to one vector p_j, the maximum over its rows. The score of prompt j is
@@ -108,10 +108,10 @@ class TextAttention:
         return KINDS[self.kind].query is not None
 
     def init(self, key: Key, groups: int, width: int) -> dict[str, Array]:
-        """Returns initial parameters: linear maps uniform in +-1/sqrt(inputs), as in torch.
+        """Returns initial parameters: linear maps uniform in ±1/sqrt(fan-in), as in torch.
 
-        They are equal in all groups, so a run has the same initial values in a job of one run and
-        in a fleet.
+        All groups get the same values, so a run starts from the same values in a job of one run
+        and in a fleet.
 
         Args:
             key: random key of the job.
@@ -148,7 +148,7 @@ class TextAttention:
             runs: the bank's rows.
             task_ids: the bank row of each example.
             pooled: x of each example; None for a kind that does not read the text.
-            prompts: J candidates, for each example or shared by all.
+            prompts: J candidates; the leading axes are omitted if all examples share them.
 
         Raises:
             ValueError: the kind reads the text, and `pooled` is None.

@@ -26,8 +26,7 @@ class PromptTuning(PromptMethod):
         prompt_length: P.
         init_prompt: the initializer of each run's prompt.
         start_from: a setting of `warm_start`. Only a table of weights or a `NearestSource` may mix
-            different prompts, so `'average'` needs an initial artifact with a single prompt or
-            with equal ones.
+            different prompts, so `'average'` needs an initial artifact whose prompts are all equal.
     """
 
     prompt_length: int
@@ -68,6 +67,7 @@ def _refuse_mixing(weights, prompts, source_runs):
         if (chosen != chosen[0]).any():
             raise ValueError(
                 "Prompt tuning starts each run from one source prompt, but the initial artifact "
-                f"holds {source_runs.num_rows}: {', '.join(source_runs.run_names)}. Set START_FROM "
-                "to one of these names, or to a table of weights to mix them."
+                f"holds {source_runs.num_rows} prompts: "
+                f"{', '.join(source_runs.run_names)}. Set START_FROM to one of these names, or to "
+                "a table of weights to mix them."
             )

@@ -1,6 +1,6 @@
 """Prompts trained through an MLP: `relu(E W_in + b_in) W_out + b_out`.
 
-The MLP is used only in training: an artifact holds its output in place of the prompt E. It adds
+The MLP is used only in training: an artifact stores the MLP's output instead of E. The MLP adds
 2 (H H + H) parameters per prompt, 1,181,184 at H = 768.
 """
 
@@ -19,7 +19,7 @@ PATTERN = "|".join(f"_{part}" for part in PARTS)
 def axes(name: str, of_prompt: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Returns the logical axes of the MLP parameters for the prompts `name`.
 
-    `of_prompt` holds the axes of the prompts without the last two, length and width.
+    `of_prompt` holds the axes of the prompts, except the last two (length and width).
     """
     kernel, bias = (*of_prompt, "embed", "rank"), (*of_prompt, "embed")
     return {f"{name}_{part}": kernel if part.startswith("kernel") else bias for part in PARTS}
@@ -28,7 +28,7 @@ def axes(name: str, of_prompt: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 def init(key: Key, name: str, prompts: Array) -> dict[str, Array]:
     """Returns initial MLP parameters for the prompts `name` [..., l, H].
 
-    They are uniform in +-1/sqrt(H), as in torch's linear layers, and equal for all prompts.
+    They are uniform in ±1/sqrt(H), as in torch's linear layers, and equal for all prompts.
     """
     width, leading = prompts.shape[-1], prompts.shape[:-2]
     params = {}
@@ -41,7 +41,7 @@ def init(key: Key, name: str, prompts: Array) -> dict[str, Array]:
 
 
 def apply(params: Params, name: str) -> Array:
-    """Returns the prompts `name` [..., l, H], passed through their MLPs if there are any."""
+    """Returns the prompts `name` [..., l, H], passed through their MLPs if they have any."""
     prompts = params[name]
     if f"{name}_{PARTS[0]}" not in params:
         return prompts

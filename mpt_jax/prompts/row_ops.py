@@ -18,7 +18,7 @@ from mpt_jax.core.shapes import Array, Float, Int
 class Grouped(Protocol):
     """The attributes of `Runs` that are needed to compose prompts.
 
-    A bank whose rows are unknown at compile time has only these attributes.
+    A bank whose runs are unknown at compile time has only these attributes.
     """
 
     @property
@@ -44,9 +44,9 @@ _SPLIT_OVER: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("a
 
 @contextlib.contextmanager
 def rows_split_over(axes: tuple[str, ...]) -> Iterator[None]:
-    """Context in which `gather_rows` reads tables that are split over these mesh axes.
+    """Context manager in which `gather_rows` reads tables that are sharded over these mesh axes.
 
-    Examples must be split over the same axes, each on the shard of its table row.
+    Examples must be sharded over the same axes, each on the shard that holds its table row.
     """
     token = _SPLIT_OVER.set(axes)
     try:

@@ -67,7 +67,7 @@ class SharedPrompt(PromptMethod):
 
 
 def _shared(source, source_method):
-    """Returns the only shared prompt [P, H] of an artifact."""
+    """Returns the shared prompt [P, H] of an artifact that has exactly one."""
     shared = source.get("shared")
     if shared is None or len(shared) != 1:
         count = "none" if shared is None else len(shared)

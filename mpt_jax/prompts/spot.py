@@ -8,7 +8,7 @@ the source with the most similar embedding, or from a weighted mean of the k mos
 
     P_t = sum_s w_s P_s / sum_s w_s     w_s = max(sim(s, t), 0) for the top k sources, else 0
 
-Training then continues with prompt tuning, or any method that starts from a table of weights.
+Training then continues with prompt tuning or any other method that accepts a table of weights.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ class Embeddings(NamedTuple):
     def of(self, runs: Runs) -> np.ndarray:
         """Returns the embedding [K, P, H] of each run.
 
-        That is the embedding with the run's name or, if there is none, the only embedding of the
-        run's task.
+        A run without an embedding of its name gets the only embedding of its task.
 
         Raises:
-            ValueError: a run has no embedding, or its task has several.
+            ValueError: a run has no embedding, or only several of its task.
         """
         names = zip(runs.run_names, runs.task_names, strict=True)
         return np.stack([self.prompts[self._row(run, task)] for run, task in names])
@@ -65,12 +64,12 @@ class Embeddings(NamedTuple):
             candidates = ", ".join(names[row] for row in rows)
             raise ValueError(
                 f"{self.path} has several embeddings of the task {task!r} ({candidates}), but none "
-                f"named {run!r}. Rename the run to one of these names, or train an embedding of "
+                f"is named {run!r}. Rename the run to one of these names, or train an embedding of "
                 f"{run!r} with gin/spot_embeddings.gin (for a source, "
                 "gin/spot_source_embeddings.gin)."
             )
         raise ValueError(
-            f"{self.path} has no embedding of {run!r}; it has {', '.join(names)}. Train the "
+            f"{self.path} has no task embedding of {run!r}, only of {', '.join(names)}. Train the "
             "missing embedding with gin/spot_embeddings.gin for a target, or with "
             "gin/spot_source_embeddings.gin for a source."
         )
@@ -80,13 +79,13 @@ class Embeddings(NamedTuple):
 class NearestSource:
     """A `start_from` setting that chooses, for each run, the most similar source prompts.
 
-    It holds only the paths of the artifacts with embeddings. `training.initialization` reads them
-    and checks that their backbone matches.
+    It holds only the paths of the artifacts that contain the embeddings. `training.initialization`
+    reads the artifacts and checks that they have the job's backbone.
 
     Attributes:
         source_embeddings: the artifact with an embedding of every source.
         target_embeddings: the artifact with an embedding of every run, or of the run's task.
-        top_k: the number of sources to mix.
+        top_k: the number of most similar sources that each prompt is mixed from.
         similarity: `'mean_pooled'` or `'row_pairs'`; see the module docstring.
     """
 
@@ -108,8 +107,8 @@ class NearestSource:
     ) -> SourceTable:
         """Returns the weights of the chosen sources for every run, and logs them.
 
-        Weights add up to one, before they are rounded. With top_k = 1 the most similar source is
-        chosen, even if its similarity is negative.
+        Weights sum to one before rounding. With top_k = 1 the most similar source is chosen, even
+        if its similarity is negative.
 
         Args:
             sources: embeddings read from `source_embeddings`.
@@ -118,8 +117,8 @@ class NearestSource:
             runs: the runs to choose sources for.
 
         Raises:
-            ValueError: top_k exceeds the number of sources; a source or run has no embedding, or a
-                zero or non-finite one; or top_k > 1 and no source has a positive similarity.
+            ValueError: top_k exceeds the number of sources; an embedding is missing, zero or not
+                finite; or top_k > 1 and no source has a positive similarity to a run.
         """
         if self.top_k > source_runs.num_rows:
             raise ValueError(
@@ -141,16 +140,17 @@ class NearestSource:
         if self.top_k == 1:
             weights = {nearest[0]: 1.0}
         total = sum(weights.values())
-        rounded = {source: round(value, 3) for source, value in similarities.items()}
+        rounded = ", ".join(f"{source} {value:.3g}" for source, value in similarities.items())
         if not total > 0:
             raise ValueError(
-                f"No source has a positive similarity to {run!r}: {rounded}. Set START_FROM "
+                f"No source has a positive similarity to {run!r} ({rounded}). Set START_FROM "
                 "to the name of a source, set SPOT_TOP_K to 1 to start from the most similar "
                 "source, or train from scratch (gin/pt_target.gin)."
             )
         weights = {source: round(weight / total, DECIMALS) for source, weight in weights.items()}
         weights = {source: weight for source, weight in weights.items() if weight > 0}
-        logging.info("%s starts from %s; similarities: %s.", run, weights, rounded)
+        shown = ", ".join(f"{source} (weight {weight:g})" for source, weight in weights.items())
+        logging.info("%s starts from %s. Similarities: %s.", run, shown, rounded)
         return weights
 
 
@@ -166,7 +166,7 @@ def cosines(
         targets: [K, P, H], the embeddings of targets.
         sources: [S, P, H], the embeddings of sources.
         similarity: `'mean_pooled'` or `'row_pairs'`; see the module docstring.
-        names: the names of the K targets and of the S sources, to show in the error.
+        names: the names of the K targets and of the S sources, shown in errors.
 
     Raises:
         ValueError: a vector to compare is zero or not finite, so it has no direction.
@@ -179,7 +179,8 @@ def cosines(
 def _pool(prompts: np.ndarray, similarity: str, names: Sequence[str]) -> np.ndarray:
     """Returns vectors [K, H] whose dot products are the similarities.
 
-    For `row_pairs`, the mean over all pairs of rows equals the dot product of mean unit rows.
+    For `row_pairs`, the mean cosine over all pairs of rows equals the dot product of the means of
+    the unit-length rows.
     """
     if similarity == "row_pairs":
         return _unit(prompts, names).mean(1)
@@ -193,7 +194,7 @@ def _unit(vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
         name = names[int(np.argwhere(undefined)[0, 0])]
         raise ValueError(
             f"The task embedding of {name!r} is zero or not finite, so its similarity to others is "
-            "undefined. Train it again with gin/spot_embeddings.gin (for a source, "
+            "undefined. Train the embedding again with gin/spot_embeddings.gin (for a source, "
             "gin/spot_source_embeddings.gin)."
         )
     return vectors / lengths

@@ -1,4 +1,4 @@
-"""Rows of a source artifact that each run starts from, and their weighted mean.
+"""Choice of the source artifact's rows that each run starts from, and their weighted mean.
 
 Every `start_from` setting is converted to weights [K, S] of S source rows for K runs:
 
@@ -104,7 +104,7 @@ def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
 def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[int]:
     """Returns, for each of G groups, the group of the artifact that provides its shared parameters.
 
-    That is the group of all source rows that the group's runs start from.
+    All source rows that the runs of one group start from must be in the same group of the artifact.
 
     Args:
         weights: [K, S], from `source_weights`.
@@ -125,8 +125,8 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
                 f"shared parameters, but would start from runs in {len(source_groups)} groups of "
                 "the initial artifact, whose shared parameters differ: "
                 f"{', '.join(source_runs.run_names[s] for s in sources)}. Set START_FROM to runs "
-                "of one of these groups. If each run starts from runs of only one of them, setting "
-                "GROUPS = 'independent' is enough."
+                "of one group. If each run already starts from a single group, set GROUPS = "
+                "'independent' instead."
             )
         groups += source_groups
     return groups
@@ -142,8 +142,8 @@ def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
         weights[source_runs.row(source)] = weight
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ValueError(
-            f"START_FROM gives {run!r} the weights {dict(entry)}. Correct them: weights must be "
-            "finite and not negative, and at least one must be positive."
+            f"START_FROM has invalid weights for {run!r}: {dict(entry)}. Use finite weights of at "
+            "least 0, of which at least one is positive."
         )
     return weights
 
@@ -151,10 +151,10 @@ def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:
 def _report_new(runs: Runs, known: list[bool], source_runs: Runs) -> None:
     if not any(known):
         raise ValueError(
-            f"None of the runs {', '.join(runs.run_names)} is in the artifact, which holds "
-            f"{', '.join(source_runs.run_names)}, so START_FROM = 'same_or_average' finds no run "
-            "of the same name. If all runs are new, set START_FROM to 'average'; otherwise correct "
-            "RUN_NAMES or INITIAL_ARTIFACT."
+            f"START_FROM = 'same_or_average' needs at least one run of this job in the initial "
+            f"artifact, but none of {', '.join(runs.run_names)} is among its runs: "
+            f"{', '.join(source_runs.run_names)}. If all runs are new, set START_FROM to "
+            "'average'; otherwise correct RUN_NAMES or INITIAL_ARTIFACT."
         )
     for run, is_known in zip(runs.run_names, known, strict=True):
         logging.info(

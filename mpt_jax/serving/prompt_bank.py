@@ -1,4 +1,4 @@
-"""The prompt bank of a server: prompts from many artifacts, as arguments of one program.
+"""Prompt bank of a server: prompts from many artifacts, passed as arguments to one program.
 
 Training compiles its bank rows into the program, since they are few and never change. A server has
 many rows, and more may be added. So a bank keeps arrays that a compiled function takes as
@@ -234,7 +234,7 @@ class Bank:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The `config.json` of one artifact. Read only fields on which all artifacts agree."""
+        """The `config.json` of one artifact. Only use fields in which all artifacts agree."""
         return self._reference.config
 
     @property
@@ -375,7 +375,7 @@ def _unknown(name: str, known: tuple[str, ...]) -> str:
     shown = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 3]}..."
     close = _close(shown, known) if len(known) <= MOST_COMPARED else []
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"Unknown task {shown!r}.{hint} The bank has {abbreviate(known)}."
+    return f"Unknown task {shown!r}.{hint} The bank has prompts for {abbreviate(known)}."
 
 
 @functools.lru_cache(maxsize=1024)

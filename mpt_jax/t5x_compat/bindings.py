@@ -24,7 +24,7 @@ from mpt_jax.training.initialization import Origins
 
 
 class OwnInitializer:
-    """Holder of the origins for this library's trainer. It takes T5X's arguments, so that gin
+    """Holder of the origins, for this library's trainer. It takes T5X's arguments, so that gin
     files can bind `TrainStateInitializer` for either trainer.
 
     Args:

@@ -1,7 +1,7 @@
 """T5X's learning-rate schedules: products of factors such as `'constant * linear_warmup'`.
 
-T5X's run files bind such a schedule to `Trainer.learning_rate_fn`. With this library's optimizer,
-its values are only logged, under either trainer; the schedules of `PromptOptimizer` apply.
+T5X's run files bind such a schedule to `Trainer.learning_rate_fn`. With this library's optimizer
+the schedule is only logged, by either trainer; training uses the schedules of `PromptOptimizer`.
 """
 
 from __future__ import annotations

@@ -210,7 +210,8 @@ class HostState(flax.struct.PyTreeNode):
 
 
 class TrainStateInitializer:
-    """Builder of T5X's train state. Takes the arguments of T5X's class of this name, and `origins`.
+    """Builder of the train state for T5X. Takes the arguments of T5X's class of the same name, and
+    `origins`.
 
     Args:
         optimizer_def: the model's optimizer; None for evaluation and inference.
@@ -298,8 +299,7 @@ _HOSTS: list[Host] = []
 class ArtifactHook:
     """Hook that writes MODEL_DIR/artifact at every save of T5X, without changing the saved state.
 
-    Prompts with values that are not finite are not written. The artifact of an earlier save is then
-    kept.
+    If the prompts have values that are not finite, it keeps the artifact of the previous save.
     """
 
     model_dir: str

@@ -24,7 +24,7 @@ from tests.fixtures import saved_artifacts
         ({"shapes": {"shared": [2, 4, 6.5]}}, "but an integer was expected"),
         ({"shapes": [1]}, r"shapes = \[1\], but an object was expected"),
         ({"method": ["mpt"]}, r'method = \["mpt"\], but a string was expected'),
-        ({"method": "prompt_tuning", "method_config": {"prompt_length": 4}}, "has none"),
+        ({"method": "prompt_tuning", "method_config": {"prompt_length": 4}}, "no such parameter"),
         ({"method_config": []}, "but an object was expected"),
         ({"method_config": {"prompt_length": 10**9, "rank": 2}}, "arrays give prompts"),
         ({"method_config": {"prompt_length": 10**30, "rank": 2}}, "<= 2147483647 was expected"),
@@ -34,7 +34,7 @@ from tests.fixtures import saved_artifacts
         ({"method_config": {"rank": 2}}, "lacks settings of the method 'mpt': prompt_length"),
         ({"embedding_sha256": None}, "embedding_sha256 = null, but a string"),
         ({"metrics": {"scores": {"rte_s1": {"accuracy": "x"}}}}, "but a number was expected"),
-        ({"format": [1]}, r"has artifact format \[1\]; this version reads 1"),
+        ({"format": [1]}, r"has artifact format \[1\], but this version"),
     ],
 )
 def test_load_artifact_of_a_wrong_config_error_names_the_field(tmp_path, change, problem):

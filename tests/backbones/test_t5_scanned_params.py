@@ -50,7 +50,7 @@ def test_stack_layers_missing_layer_error():
     params = random_params()
     params = {**params, "encoder": {**params["encoder"]}}
     del params["encoder"]["layers_0"]
-    with pytest.raises(ValueError, match=r"Layers \[0\] of the encoder lack"):
+    with pytest.raises(ValueError, match="missing from these layers of the encoder, .*: 0"):
         stack_layers(params)
 
 

@@ -243,7 +243,7 @@ def test_save_hf_large_model_writes_shards(golden, tmp_path):
     for name, leaf in flatten(params).items():
         np.testing.assert_array_equal(back[name], leaf)
     files[0].unlink()
-    with pytest.raises(ValueError, match=rf"incomplete: .* names \['{files[0].name}'\]"):
+    with pytest.raises(ValueError, match=rf"incomplete: .* do not exist: {files[0].name}\."):
         load_hf(tmp_path / "many")
 
 
@@ -269,7 +269,7 @@ def test_config_from_hf_fills_defaults_of_model_type():
     newer = {**sizes, "tie_word_embeddings": True, "scale_decoder_outputs": False}
     assert not config_from_hf(newer).logits_via_embedding
     del newer["d_ff"]
-    with pytest.raises(ValueError, match=r"lacks \['d_ff'\]"):
+    with pytest.raises(ValueError, match="lacks d_ff,"):
         config_from_hf(newer)
 
 

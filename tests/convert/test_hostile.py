@@ -99,16 +99,16 @@ def test_msgpack_check_of_whole_files_passes(content):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"\xdd\xff\xff\xff\xff", "names 4294967295 bytes or entries where 0 bytes remain"),
-        (b"\xdf\x00\x00\x00\x09" + bytes(17), "names 18 bytes or entries where 17"),
-        (b"\xdb\x00\x00\x01\x00abc", "names 256 bytes or entries where 3"),
+        (b"\xdd\xff\xff\xff\xff", "declares 4294967295 more bytes or entries, but only 0 bytes"),
+        (b"\xdf\x00\x00\x00\x09" + bytes(17), "declares 18 more bytes or entries, but only 17"),
+        (b"\xdb\x00\x00\x01\x00abc", "declares 256 more bytes or entries, but only 3"),
         (b"\x91" * 300 + b"\xc0", "nested more than 100 deep"),
         (b"\x81\xa1a", "ends early"),
         (b"\xc0\xc0", "1 bytes follow"),
-        (b"\xc1", "0xc1 starts no value"),
-        (msgpack.packb(array((10**9, 10**9), "float32", 4)), "in 4 bytes"),
-        (msgpack.packb(array((1,), "object", 8)), "unknown type b'object'"),
-        (msgpack.packb(array((1,), "V2", 2)), "unknown type b'V2'"),
+        (b"\xc1", "invalid byte 0xc1"),
+        (msgpack.packb(array((10**9, 10**9), "float32", 4)), "but 4 bytes of values"),
+        (msgpack.packb(array((1,), "object", 8)), "unknown type 'object'"),
+        (msgpack.packb(array((1,), "V2", 2)), "unknown type 'V2'"),
         (msgpack.packb(array((-1,), "float32", 4)), "not a list of sizes"),
         (msgpack.packb(msgpack.ExtType(7, b"")), "unknown type 7"),
     ],
@@ -186,7 +186,7 @@ def test_config_of_tree_of_a_layer_with_a_large_number_error():
     leaves |= {"token_embedder/embedding": np.zeros((9, 4))}
     leaves |= {"encoder/layers_0/mlp/wi/kernel": np.zeros((4, 4))}
     leaves |= {"encoder/relpos_bias/rel_embedding": np.zeros((2, 32))}
-    with pytest.raises(ValueError, match="The encoder has 2 layers, but none of number 1"):
+    with pytest.raises(ValueError, match="Layer 1 of the encoder is missing, although 2 layers"):
         architecture.config_of_tree(unflatten(leaves))
 
 
@@ -222,5 +222,5 @@ def test_read_tensors_of_an_index_that_names_other_folders_error(tmp_path, name)
 def test_read_file_of_a_pickled_view_without_end_error(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "model.bin")
-    with pytest.raises(ValueError, match="names tensors of 4,000,000,000 bytes"):
+    with pytest.raises(ValueError, match="declares 4,000,000,000 bytes of tensors"):
         hf_weights.read_file(epath.Path(tmp_path / "model.bin"))

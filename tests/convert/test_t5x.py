@@ -88,7 +88,7 @@ def test_load_t5x_incomplete_zarr_fails(tmp_path):
     array = folder / "target.token_embedder.embedding"
     chunk = (array / "3.0").read_bytes()
     (array / "3.0").unlink()
-    with pytest.raises(ValueError, match=r"token_embedder.*3\.0.*missing"):
+    with pytest.raises(ValueError, match=r"token_embedder.*lacks the chunks 3\.0"):
         load_t5x(folder)
     (array / "3.0").write_bytes(chunk[: len(chunk) // 2])
     with pytest.raises(ValueError, match="token_embedder"):
@@ -269,7 +269,7 @@ def test_config_of_tree_infers_config_from_shapes(fields, name):
     with pytest.raises(ValueError, match=r"missing: encoder/layers_1/pre_mlp_layer_norm/scale"):
         config_of_tree(unflatten(tree))
     with pytest.raises(
-        ValueError, match="not have the parameters of a T5.*'token_embedder/embedding'"
+        ValueError, match="not have the parameters of a T5.*lacks token_embedder/embedding"
     ):
         config_of_tree({"bert": np.zeros(3)})
 
@@ -278,7 +278,7 @@ def test_load_backbone_invalid_path_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_backbone(tmp_path / "nowhere")
     save_t5x(tmp_path, some_params(), step=3)
-    with pytest.raises(FileNotFoundError, match=r"inside it: \['checkpoint_3'\]"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoints in it: checkpoint_3\."):
         load_backbone(tmp_path)
     file = tmp_path / "checkpoint_3" / "checkpoint"
     whole = file.read_bytes()

@@ -265,7 +265,7 @@ def method_of_start(method):
             {"compose_by": "private_cat", "private_length": 0},
             "private_length must be None, a number of",
         ),
-        ({"compose_by": "sums"}, "Unknown compose_by 'sums'. Did you mean"),
+        ({"compose_by": "sums"}, "Unknown CrossPT.compose_by 'sums'. Did you mean"),
         ({"compose_by": "cat", "share": 0.5}, "share = 0.5 would have no effect"),
     ],
 )

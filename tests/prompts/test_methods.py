@@ -210,7 +210,7 @@ def test_place_keeps_backbone_dtype():
 
 
 def test_place_prompt_longer_than_row_raises():
-    with pytest.raises(ValueError, match="4 positions does not fit a row of 3"):
+    with pytest.raises(ValueError, match="4 positions does not fit into a row of 3"):
         prompt_insertion.place(jnp.ones((1, P, H)), jnp.ones((1, 3, H)))
 
 

@@ -111,7 +111,7 @@ def test_prompt_tuning_transfer_own_artifact_copies_rows():
 
 def test_prompt_tuning_transfer_several_sources_unnamed_raises():
     source = {"table": jax.random.normal(jax.random.PRNGKey(0), (3, P, H))}
-    with pytest.raises(ValueError, match="holds 3: mnli, qqp, sst2"):
+    with pytest.raises(ValueError, match="holds 3 prompts: mnli, qqp, sst2"):
         PromptTuning(P).transfer(source, PromptTuning(P), SOURCES, TARGETS)
     one = {"table": source["table"][:1]}
     table = PromptTuning(P).transfer(one, PromptTuning(P), Runs(["mnli"]), TARGETS)["table"]

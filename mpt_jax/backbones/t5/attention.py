@@ -79,10 +79,10 @@ class Attention(nn.Module):
     # --- On a TPU --------------------------------------------------------------------------------
 
     def _uses_kernels(self) -> bool:
-        """Whether `fused_attention` can be used for the call.
+        """Whether the kernels of `fused_attention` can be used for the call.
 
-        It must be enabled (on TPUs, unless the configuration overrides it), without a cache, biases
-        or dropout, and the heads must split evenly over devices.
+        They must be enabled (by default, on TPUs only), the call must not use a cache, biases or
+        dropout, and the heads must split evenly over devices.
         """
         cfg = self.config
         enabled = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
     def _uses_encoder_output_directly(self, x: jax.Array, memory: jax.Array) -> bool:
         """Whether `_over_memory` fits in VMEM and takes fewer operations, forward and backward,
-        than computing keys and values. This is so if targets are short."""
+        than computing keys and values. It does if targets are short."""
         cfg = self.config
         queries = cfg.num_heads // fused.shards_of_heads() * x.shape[1]
         fits = fused.over_memory_fits(
@@ -121,8 +121,8 @@ class Attention(nn.Module):
         bias: Float[Array, "1 N T T"],
         segments: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     ) -> Float[Array, "B T ND"]:
-        """Self-attention with one matrix product for queries, keys and values, whose result the
-        kernel reads without a transpose."""
+        """Computes self-attention with one matrix product for queries, keys and values. The kernel
+        reads its result without a transpose."""
         cfg = self.config
         heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
         joined = layers.constrain(x @ heads.join(self._kernels()), "batch", "length", "joined_kv")
@@ -137,9 +137,9 @@ class Attention(nn.Module):
         memory: Float[Array, "B T H"],
         segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
     ) -> Float[Array, "B Q ND"]:
-        """Attention that computes no keys or values of the memory e.
+        """Computes attention without keys or values of the memory e.
 
-        It uses `q (e Wk)' = (q Wk') e'` for the scores and `p (e Wv) = (p e) Wv` for the context.
+        Uses `q (e Wk)' = (q Wk') e'` for the scores and `p (e Wv) = (p e) Wv` for the context.
 
         If targets are short, projecting the queries of all heads onto the memory is cheaper than
         projecting every position of the memory, and creates no array as large as the memory.

@@ -52,7 +52,7 @@ class T5Config:
             `fused_attention.py`). None uses them only on TPUs. On other backends, True runs them in
             interpreted mode, for tests.
         relative_attention_num_buckets: the number of buckets in the relative position table.
-        relative_attention_max_distance: the distance from which all positions share a bucket.
+        relative_attention_max_distance: the distance from which on all positions share one bucket.
         relative_bias_per_layer: whether every layer has a separate relative position table (umT5,
             T5X's scalable T5) instead of one for the whole stack (T5).
         biases: whether to add a zero-initialized bias to every projection and layer norm. T5 has no
@@ -64,8 +64,8 @@ class T5Config:
             `scanned_params.py`), so that compile time does not grow with depth.
 
     Raises:
-        ValueError: a size that is no positive integer, or a dtype, activation, policy or dropout
-            rate that is not supported.
+        ValueError: a size is not a positive integer, or a dtype, activation, remat policy or
+            dropout rate is not supported.
     """
 
     vocab_size: int
@@ -116,7 +116,8 @@ class T5Config:
                 )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
-                f"T5Config.remat must be one of {list(REMAT_POLICIES)}, got {self.remat!r}."
+                f"T5Config.remat must be {', '.join(map(repr, REMAT_POLICIES[:-1]))} or "
+                f"{REMAT_POLICIES[-1]!r}, got {self.remat!r}."
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}.")
@@ -176,7 +177,7 @@ def t5_config(
 
     Raises:
         ValueError: the name is unknown, and the message lists the known names; or the folder's
-            `config.json` is not that of a supported T5.
+            `config.json` does not describe a supported T5.
     """
     if name is None and checkpoint and (path := epath.Path(checkpoint) / hf_config.CONFIG).exists():
         return T5Config(**{**hf_config.read_architecture(path), **overrides})

@@ -55,7 +55,8 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, number: int, width: int, length: int) -> Heads:
-        """Returns the order with the largest blocks whose bias takes at most MOST_BIAS_BYTES."""
+        """Returns the order with the largest blocks whose bias takes at most MOST_BIAS_BYTES, or
+        with the smallest possible blocks if none fit."""
         whole = [n for n in range(1, number + 1) if number % n == 0 and n * width % LANES == 0]
         fitting = [n for n in whole if n * length * length * 4 <= MOST_BIAS_BYTES]
         return cls(number, width, max(fitting) if fitting else min(whole, default=number))
@@ -96,8 +97,8 @@ def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bo
 def on_tpu() -> bool:
     """Whether the traced program is for TPUs that the kernels support, attached or not.
 
-    Without a mesh from `jax.set_mesh`, which T5X does not call, the kernels can only run on a
-    single device.
+    Without a mesh from `jax.set_mesh`, which T5X does not call, this is False if there are several
+    devices, since the kernels could not be split over them.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
@@ -171,7 +172,7 @@ def self_attention(
     heads: Heads,
     interpret: bool = False,
 ) -> Float[Array, "B T ND"]:
-    """Attention of every position over the positions of its own segment.
+    """Computes attention of every position over the positions of its segment.
 
     Args:
         joined: the joint projection `x @ heads.join(kernels)`, with 3ND columns.
@@ -266,7 +267,7 @@ def cross_attention(
     segments: tuple[Int[Array, "B Q"], Int[Array, "B T"]],
     interpret: bool = False,
 ) -> Float[Array, "B Q H"]:
-    """Attention of queries over the positions of a memory, without a bias.
+    """Computes attention of queries over the positions of a memory, without a bias.
 
     Args:
         query: the queries of all heads; Q counts every query position once per head.

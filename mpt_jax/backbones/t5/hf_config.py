@@ -1,8 +1,8 @@
 """Schema of the `config.json` and `generation_config.json` of a Hugging Face T5.
 
-Every field is either used, or required to have the value that our network and decoding implement,
-or listed as irrelevant to both. Any other field is an error, because transformers might compute
-something else with it.
+Every field is either used, or must have the value that our network and decoding implement, or is
+listed as irrelevant to both. Any other field is an error, because it might change what transformers
+computes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from etils import epath
 
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.runtime.files import read_json
 
 CONFIG = "config.json"
@@ -170,8 +171,9 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
         what: its name in errors.
 
     Raises:
-        ValueError: the model is not a T5; sizes are missing, or a field has another type, is out of
-            range, is unknown, contradicts another, or asks for what the network does not compute.
+        ValueError: the model is not a T5; sizes are missing; or a field has the wrong type, is out
+            of range, is unknown, contradicts another field, or describes something that the network
+            or its decoding does not implement.
     """
     if fields.get("model_type") not in list(MODEL_TYPES):  # it may be unhashable
         raise ValueError(
@@ -180,8 +182,8 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
         )
     if absent := [name for name in SIZES if name not in fields]:
         raise ValueError(
-            f"{what} lacks {absent}, so the model's shape is unknown. Add these fields, or "
-            "download or copy the file again."
+            f"{what} lacks {', '.join(absent)}, so the model's shape is unknown. Add what is "
+            "missing, or download or copy the file again."
         )
     _check_known(fields, {*_Fields.__struct_fields__, *_NETWORK}, what)
     try:
@@ -196,7 +198,7 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
     check_decoding(fields, what)
     _check_consistent(read, what)
     _, usual_activation, usually_tied = MODEL_TYPES[read.model_type]
-    # Since version 5, transformers records it in the first field, and the second is always true.
+    # From version 5 on, transformers records it in scale_decoder_outputs; the other is always true.
     tied = usually_tied if read.tie_word_embeddings is None else read.tie_word_embeddings
     tied = tied if read.scale_decoder_outputs is None else read.scale_decoder_outputs
     return {
@@ -211,15 +213,15 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
 
 
 def check_decoding(fields: Mapping[str, Any], what: str) -> None:
-    """Checks that generation with these fields is what we compute: greedy decoding from token 0 to
-    token 1, with padding 0, and no token forced or suppressed.
+    """Checks that these fields describe the decoding that MPT-JAX implements: greedy, from token 0
+    to token 1, with padding 0, and no token forced or suppressed.
 
     Args:
         fields: the content of a `config.json` or a `generation_config.json`.
         what: its name in errors.
 
     Raises:
-        ValueError: a field has another value; the message has both.
+        ValueError: a field has another value; the message shows it and the supported value.
     """
     _require(fields, _TOKENS, what, "Use a model with that value, or correct the file")
     _require(
@@ -237,13 +239,15 @@ def check_decoding(fields: Mapping[str, Any], what: str) -> None:
 
 
 def _check_known(fields: Mapping[str, Any], network: Collection[str], what: str) -> None:
-    """Raises ValueError for fields that are none of `network`, of decoding, or irrelevant."""
+    """Raises ValueError if a field is not in `network`, is not a decoding setting, and is not known
+    to be irrelevant."""
     known = {*network, *_TOKENS, *_GENERATION, *_IRRELEVANT}
     unknown = sorted(name for name in fields if name not in known and not name.startswith("_"))
     if unknown:
         raise ValueError(
-            f"{what} has unknown fields {unknown[:20]}, which may change what the model computes. "
-            "If transformers' T5 does not read them, remove them from the file."
+            f"{what} has unknown fields that may change what the model computes: "
+            f"{abbreviate(unknown)}. If transformers' T5 does not read them, remove them from the "
+            "file."
         )
 
 
@@ -269,7 +273,7 @@ def _check_consistent(read: _Fields, what: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{what} has feed_forward_proj={activation!r}, which is not supported. Use a model "
-            f"with one of {list(ACTIVATIONS)}."
+            f"with one of {', '.join(ACTIVATIONS)}."
         )
     gated = activation.startswith("gated-")
     function = activation.removeprefix("gated-").replace("gelu", "gelu_new")

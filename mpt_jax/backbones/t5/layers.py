@@ -98,7 +98,7 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding table, used to embed tokens and, if it is tied (T5 1.0), for the logits."""
+    """Token embedding table; also computes the logits if they are tied to it (T5 1.0)."""
 
     config: T5Config
 
@@ -147,8 +147,9 @@ def distance_buckets(
     -(length - 1) to length - 1 in order.
 
     Half of the buckets cover a single distance each, and the others cover logarithmically growing
-    ranges up to `max_distance` (Raffel et al. 2020, section 2.1). If `bidirectional` is False, as
-    in a decoder, all keys after the query share the bucket of distance 0.
+    ranges up to `max_distance`; the last also covers all larger distances (Raffel et al. 2020,
+    section 2.1). If `bidirectional` is True, half of the buckets are for keys after the query. If
+    it is False, as in a decoder, all keys after the query share the bucket of distance 0.
     """
     distance = np.arange(1 - length, length)
     rows = np.zeros_like(distance)

@@ -29,8 +29,8 @@ def masked_softmax(
 ) -> Float[Array, "B N Q K"]:
     """Returns `softmax(scores + bias)` over the keys that the mask allows, in `dtype`.
 
-    Computes in float32. Stores only the returned probabilities for the backward pass; the product
-    with the values stores them in any case.
+    Computes in float32. For the backward pass it stores only the returned probabilities, which the
+    product with the values stores anyway.
     """
     probabilities: jax.Array = _softmax(scores, bias, mask, dtype)
     return probabilities

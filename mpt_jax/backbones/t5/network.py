@@ -28,8 +28,8 @@ Hidden = tuple[jax.Array, ...]
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward, each with a layer norm before and a residual connection.
 
-    Returns the output and, for a scan over layers, the output again if `collect` is True, else
-    None.
+    Returns a pair, as a scan over layers requires: the output, and the output again if `collect` is
+    True, otherwise None.
     """
 
     config: T5Config
@@ -118,15 +118,15 @@ def run_layers(
         layer: the layer class; a layer is called with `x` and `others` and returns
             `(x, collected)`.
         fields: the constructor arguments of the layer.
-        config: the configuration: number of layers, whether to scan them, and what to recompute.
+        config: the configuration, with the number of layers, `scan_layers` and `remat`.
         stack: the name of the stack and, as in T5X, of its scanned subtree.
         initializing: whether weights are being initialized.
         x: the input of the first layer.
-        others: the further inputs, which are the same for all layers.
+        others: further inputs, which are the same for all layers.
 
     Returns:
-        The output of the last layer, and the collected outputs of all layers, in order; none if
-        layers do not collect them.
+        The output of the last layer, and the collected outputs of all layers in order; an empty
+        tuple if layers do not collect them.
     """
     count = getattr(config, f"num_{stack}_layers")
     layer = rematerialized(layer, config)
@@ -275,8 +275,8 @@ def pair_segments(
     key_segments: Int[Array, "B K"] | None,
     queries: int,
 ) -> tuple[Int[Array, "B Q"], Int[Array, "B K"]]:
-    """Returns `pair_mask` as one number for every query and one for every key. A query may attend
-    to the keys that have the same number."""
+    """Returns `pair_mask` as one number per query and one per key. A query may attend to the keys
+    with the same number."""
     if query_segments is None or key_segments is None:
         return jnp.ones((key_mask.shape[0], queries), jnp.int32), key_mask.astype(jnp.int32)
     # Padding is segment 0. Its keys are masked, and its queries have no key to attend to.
@@ -366,7 +366,7 @@ class Transformer(nn.Module):
         """
         if decode and max_decode_length is None:
             raise ValueError(
-                "decode=True needs max_decode_length, the number of positions in the cache, but it "
+                "decode=True needs max_decode_length, the number of positions in the cache, which "
                 "is None. Set it to the length of the longest output."
             )
         if decode and (encoder_segment_ids is not None or decoder_segment_ids is not None):

@@ -50,8 +50,9 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
         if missing:
             stack, _, rest = name.split("/", 2)
             raise ValueError(
-                f"Layers {missing} of the {stack} lack the parameter {rest}, which other layers "
-                "have. The checkpoint may be incomplete: download or copy it again."
+                f"The parameter {rest} is missing from these layers of the {stack}, although other "
+                f"layers have it: {', '.join(map(str, missing))}. The checkpoint may be "
+                "incomplete: download or copy it again."
             )
         ordered = [leaves[i] for i in range(len(leaves))]
         stacked[name] = _numpy_of(ordered[0]).stack(ordered, axis=LAYER_AXIS)

@@ -20,7 +20,7 @@ DEFAULT_ROUTER = "relaxed_bernoulli"
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """The parts of a composed prompt and how they are joined."""
+    """The parts of a composed prompt and how they are combined."""
 
     has_sources: bool = True
     has_private: bool = True
@@ -39,7 +39,7 @@ COMPOSITIONS = {
 
 
 def check_counts(method: Any) -> None:
-    """Raises ValueError if a number is out of range or a name is unknown."""
+    """Raises ValueError if a number is out of range, or `share` or `reparameterize` is unknown."""
     if method.length < 1:
         raise ValueError(
             f"CrossPT.length must be at least 1, got {method.length}. Raise PROMPT_LENGTH."
@@ -66,8 +66,8 @@ def check_counts(method: Any) -> None:
         )
     if unknown := sorted(set(method.reparameterize) - {"sources", "private"}):
         raise ValueError(
-            f"Unknown names in CrossPT.reparameterize: {unknown}. Set REPARAMETERIZE to a list of "
-            "'sources', 'private' or both."
+            f"Unknown names in CrossPT.reparameterize: {', '.join(map(repr, unknown))}. Set "
+            "REPARAMETERIZE to a list that holds 'sources', 'private' or both."
         )
 
 
@@ -112,9 +112,9 @@ def check_private(
                 length = source_lengths[source] - method.length
                 raise ValueError(
                     f"The private prompt of {run!r} has {lengths[row] - method.length} positions, "
-                    f"but it would start from the one of {source_runs.run_names[source]!r} in the "
-                    f"initial artifact, which has {length}. Set PRIVATE_LENGTH to {length} for "
-                    f"{run!r}, or start it from another run with START_FROM."
+                    f"but the private prompt of {source_runs.run_names[source]!r} in the initial "
+                    f"artifact, which it would start from, has {length}. Set PRIVATE_LENGTH to "
+                    f"{length} for {run!r}, or choose another run with START_FROM."
                 )
 
 

@@ -11,8 +11,9 @@
     private           Z_k                        l
 
 A group of tasks shares its sources. With GROUPS = 'joint' all targets share one set (the
-multi-task forms, MSUM and MCAT); with 'independent' each target has its own (SSUM and SCAT).
-Inference is deterministic, so unless the router reads the text, a task has one plain prompt.
+multi-task forms, MSUM and MCAT); with 'independent' each target has a separate set (SSUM and
+SCAT). Inference is deterministic, so unless the router reads the text, a task has one plain
+prompt.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ from mpt_jax.prompts.warm_start import (
 class CrossPT(PromptMethod):
     """Prompts composed from shared sources and a private prompt; see the module docstring.
 
-    Parameters: `sources` [G, S, l, H], `private` [K, Z, H], `router` [K, S], `share` [K]; for
+    Parameters: `sources` [G, S, l, H], `private` [K, n, H], `router` [K, S], `share` [K]; for
     random draws `clock` [G], which counts steps; for the router `'attention'` the parameters of
     `prompt_attention`; and those of MLPs (`reparameterization`). Unused parameters are omitted.
 
@@ -82,17 +83,17 @@ class CrossPT(PromptMethod):
         compose_by: see the module docstring.
         router: see `routing`.
         normalize: for the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
-        top_k: the number of sources with the largest scores that a prompt is mixed from; None
-            means all.
-        share: for `'private_sum'`: `'add'` for soft + Z, a number g for (1 - g) soft + g Z, or
-            `'learned'` for one trained g per task.
-        private_length: Z, the length of private prompts, for `'private_cat'`: one number, or a
+        top_k: the number of highest-scoring sources that each prompt is mixed from; None means
+            all.
+        share: for `'private_sum'`: `'add'` for soft_k + Z_k, a number g for (1 - g) soft_k + g Z_k,
+            or `'learned'` for one trained g per task.
+        private_length: n, the length of private prompts, for `'private_cat'`: one number, or a
             mapping from run name to length; None means l.
         annealing: the temperature schedule of the draws.
         width, temperature: settings of the router `'attention'` (`prompt_attention`, `'sub'`).
         reparameterize: the prompts to train through an MLP: `'sources'`, `'private'` or both.
             Artifacts hold the MLP's output instead of the MLP.
-        init_sources: the initializer of sources if there is no initial artifact.
+        init_sources: the initializer of sources, used if there is no initial artifact.
         init_prompt: the initializer of private prompts.
         start_from: the runs of a CrossPT artifact to start from, as for `MPT`.
 
@@ -145,7 +146,7 @@ class CrossPT(PromptMethod):
             ("normalize", self.normalize, NORMALIZE),
         ):
             if value not in known:
-                raise ValueError(unknown_name(what, value, list(known)))
+                raise ValueError(unknown_name(f"CrossPT.{what}", value, list(known)))
         self._attention()
         check_counts(self)
         check_effects(self)
@@ -181,7 +182,7 @@ class CrossPT(PromptMethod):
 
     @property
     def depends_on_run_names(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether run names matter: for random draws, or for private lengths by run."""
+        """Whether random draws or private lengths depend on run names."""
         return self.is_random or isinstance(self.private_length, Mapping)
 
     @property
@@ -197,7 +198,7 @@ class CrossPT(PromptMethod):
 
     @property
     def candidates(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The sources, if the composition uses them."""
+        """Names of the sources; empty if the composition does not use them."""
         return tuple(self.sources) if self._kind.has_sources else ()
 
     @property
@@ -263,9 +264,9 @@ class CrossPT(PromptMethod):
         if self.start_from not in ("average", "same"):
             given = repr(self.start_from) if isinstance(self.start_from, str) else "a table"
             raise ValueError(
-                f"START_FROM ({given}) would have no effect, because the initial artifact is not "
-                "from CrossPT: every group starts from the plain prompts named in SOURCES. Leave "
-                "START_FROM at 'average'."
+                f"START_FROM ({given}) would have no effect, because the initial artifact is not a "
+                "CrossPT artifact: every group starts from the plain prompts named in SOURCES. "
+                "Leave START_FROM at 'average'."
             )
         if not self._kind.has_sources:
             raise ValueError(
@@ -280,8 +281,8 @@ class CrossPT(PromptMethod):
         settings, source_settings = self._transfer_settings(), source_method._transfer_settings()
         if changes := differences(source_settings, settings):
             raise ValueError(
-                "The CrossPT settings of the initial artifact differ from those of this job "
-                f"({changes}). Give this job the settings of the artifact."
+                "This job's CrossPT settings differ from those of the initial artifact "
+                f"({changes}). Use the artifact's settings."
             )
         weights = source_weights(self.start_from, source_runs, runs)
         groups = jnp.asarray(shared_groups(weights, source_runs, runs))
@@ -374,9 +375,9 @@ class CrossPT(PromptMethod):
         return jnp.zeros((*task_ids.shape, len(self.sources)))
 
     def _drawn(self, logits, params, runs, task_ids, given, name):
-        """Returns logits [..., n] plus the step's noise, and the temperature of its draws.
+        """Returns logits [..., n] plus the step's noise, and the temperature of the step's draws.
 
-        Without a step key, logits are unchanged and the temperature is 1.
+        Without a random key (`given.key`), logits are unchanged and the temperature is 1.
         """
         if given.key is None:
             return logits, 1.0

@@ -9,8 +9,9 @@ Each of S candidates gets a score s_j in [0, 1]. The k largest are kept and turn
     uniform             1 / S                                      the same         s / sum(s)
     attention           softmax of text attention                  the same         s / sum(s)
 
-with u_j uniform in (0, 1), drawn for every run, source and step. So the training scores of
-relaxed_bernoulli follow the distribution of that name (Maddison et al. 2017, Jang et al. 2017).
+with u_j uniform in (0, 1), drawn for every run, source and step. The training scores of
+relaxed_bernoulli thus follow the relaxed Bernoulli distribution (Maddison et al. 2017, Jang et al.
+2017).
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def by_softmax(scores: Array, logits: Array, kept: Array, in_training: bool) -> 
     """Normalizes like the released code.
 
     In training it returns the softmax of `s / sum(s) + 1e-8`, at inference the softmax of the
-    logits. Two weights therefore differ by a factor of at most e in training, while their ratio
-    has no bound at inference.
+    logits. Two weights of kept sources therefore differ by a factor of at most e in training,
+    while their ratio is unbounded at inference.
     """
     if in_training:
         total = jnp.where(kept, scores, 0.0).sum(-1, keepdims=True)
@@ -120,7 +121,7 @@ NORMALIZE = {"sum": by_sum, "softmax": by_softmax}
 def keep_largest(values: Float[Array, "... S"], count: int | None) -> tuple[Array, Array]:
     """Returns a mask of the `count` largest values, and their ascending indices [..., count].
 
-    Among equal values, the first are kept.
+    None keeps all values. Among equal values, the first are kept.
     """
     if count is None or count == values.shape[-1]:
         indices = jnp.broadcast_to(jnp.arange(values.shape[-1]), values.shape)

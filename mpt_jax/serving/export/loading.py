@@ -61,8 +61,8 @@ class Exported:
         self.config = _config(self.folder / CONFIG)
         if self.config.get("format") != FORMAT:
             raise ValueError(
-                f"{folder} has export format {self.config.get('format')!r}; this version of "
-                f"MPT-JAX reads {FORMAT}. Export the prompts again with this version."
+                f"{folder} has export format {self.config.get('format')!r}, but this version of "
+                f"MPT-JAX reads format {FORMAT}. Export the prompts again with this version."
             )
         _check_config(self.config, self.folder / CONFIG)
         _check_seal(self.config, self.folder / CONFIG)
@@ -81,7 +81,7 @@ class Exported:
             others = len(self.names) - MOST_NAMED
             more = f" and {others} more" if others > 0 else ""
             listed = ", ".join(self.names[:MOST_NAMED])
-            raise ValueError(f"Unknown task {name!r}; choose one of {listed}{more}.")
+            raise ValueError(f"Unknown task {name!r}. Choose one of {listed}{more}.")
         return self.names.index(name)
 
     def predict(self, texts: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[Any, Any]:
@@ -135,7 +135,7 @@ class Exported:
             raise
         except Exception as error:  # whatever the reader of the format raises
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is no exported function ({reason}). {ADVICE}") from error
+            raise ValueError(f"{path} is not an exported function ({reason}). {ADVICE}") from error
         targets = re.findall(r'custom_call\b"?\s*(@"[^"]*"|@[\w.$-]+|)', module)
         if others := sorted(set(targets) - CUSTOM_CALLS):
             raise ValueError(
@@ -160,7 +160,7 @@ class Exported:
                 for leaf, x in deserialize(content)
             }
         except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{path} has no arrays of an export ({error}). {ADVICE}") from error
+            raise ValueError(f"{path} is not a file of an export ({error}). {ADVICE}") from error
 
     def _checked(self, path: Path, name: str) -> bytes:
         if not path.exists():
@@ -170,8 +170,9 @@ class Exported:
         if digest != expected:
             other = ", or take it from an export with the same backbone and dtype"
             raise ValueError(
-                f"{path} is not the file that was exported: its sha256 is {digest}, but {CONFIG} "
-                f"records {expected}. Copy the file again{other if name == BACKBONE else ''}."
+                f"{path} differs from the file that was exported: its sha256 is {digest}, but "
+                f"{CONFIG} records {expected}. Copy the file "
+                f"again{other if name == BACKBONE else ''}."
             )
         return content
 
@@ -179,7 +180,7 @@ class Exported:
 def load(
     folder: str | os.PathLike[str], backbone: str | os.PathLike[str] | None = None
 ) -> Exported:
-    """Loads an exported model. The arguments and errors are those of `Exported`."""
+    """Loads an exported model. The arguments and errors are as in `Exported`."""
     return Exported(folder, backbone)
 
 
@@ -187,16 +188,16 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        reason = "too many nested lists" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} is not JSON ({reason}). {ADVICE}") from error
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} cannot be parsed as JSON ({reason}). {ADVICE}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object. {ADVICE}")
     return config
 
 
 def _check_seal(config: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError if config.json does not have the digest that it records; see
-    `mpt_jax.core.schema.sealed`. Exports of earlier versions record none."""
+    """Raises ValueError if config.json was changed after its digest was recorded; see
+    `mpt_jax.core.schema.sealed`. Exports of earlier versions have no digest, and pass."""
     content = json.dumps({name: value for name, value in config.items() if name != SEAL})
     digest, expected = hashlib.sha256(content.encode()).hexdigest(), config.get(SEAL)
     if expected not in (None, digest):
@@ -208,7 +209,7 @@ def _check_seal(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError if a field that is used is missing or has another form. Does not use a
+    """Raises ValueError if a field that the loader uses is missing or invalid. Does not use a
     schema of MPT-JAX, so that this file works without the package."""
     names, length = config.get("names"), config.get("target_length")
     functions: Any = config.get("functions")
@@ -229,10 +230,10 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
         "files_sha256": is_digests and set(named) <= set(digests),
     }.items():
         if not valid:
-            raise ValueError(
-                f"{path} has {field} = {str(config.get(field))[:80]}, which is not what an export "
-                f"writes. {ADVICE}"
-            )
+            problem = "is missing"
+            if field in config:
+                problem = f"has the invalid value {str(config[field])[:80]}"
+            raise ValueError(f"The field {field} of {path} {problem}. {ADVICE}")
 
 
 def _is_length(key: str) -> bool:

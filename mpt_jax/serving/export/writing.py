@@ -59,15 +59,15 @@ class Settings:
     def __post_init__(self):
         if unknown := [name for name in self.platforms if name not in PLATFORMS]:
             raise ValueError(
-                f"Unknown platforms {unknown}. Set --platforms to names from "
-                f"{', '.join(PLATFORMS)}, separated by commas."
+                f"Unknown platforms: {', '.join(map(repr, unknown))}. Set --platforms to names "
+                f"from {', '.join(PLATFORMS)}, separated by commas."
             )
         lengths = [*self.input_lengths, self.target_length]
         if not self.platforms or not self.input_lengths or min(lengths) < 1:
             raise ValueError(
-                "An export needs platforms and positive lengths, but got "
+                "An export needs at least one platform and positive lengths, but got "
                 f"platforms={list(self.platforms)}, input_lengths={list(self.input_lengths)} and "
-                f"target_length={self.target_length}. Change --platforms, --input-lengths or "
+                f"target_length={self.target_length}. Correct --platforms, --input-lengths or "
                 "--target-length."
             )
 
@@ -173,7 +173,7 @@ def readme(config: dict[str, Any], weights: bool) -> str:
     return f"""# A T5 with prompts of {tasks} tasks, exported by MPT-JAX
 
 StableHLO of two functions for {", ".join(config["platforms"])}, as `jax.export` writes it. They
-need JAX and safetensors, and no MPT-JAX. Attention is by plain operations on every platform.
+need only JAX and safetensors, not MPT-JAX. Attention uses plain operations on every platform.
 
 | file | what |
 |---|---|
@@ -184,10 +184,10 @@ need JAX and safetensors, and no MPT-JAX. Attention is by plain operations on ev
 | {_vocabulary_files(config)} |
 | `{CONFIG}` | names of tasks; sha256 of all files, of embedding and vocabulary |
 {"" if weights else WITHOUT_WEIGHTS}
-Any number of rows goes into one call, each of any task. Texts and targets end with id {eos} and are
-padded with 0. Prompts are arguments: others of the same shapes may be given. Rows are those of
-`names`, 0 to {tasks - 1}. The functions check none: another row is no error but a prompt of zeros,
-or another task's. `mpt_jax.serving.export.load` refuses it.
+A call takes any number of texts, each with the row of its task. Texts and targets end with id {eos}
+and are padded with 0. Prompts are arguments, so other prompts of the same shapes may be passed. Row
+k is the task `names[k]`, from 0 to {tasks - 1}. The functions do not check rows: with any other row
+they silently use a prompt of zeros or of another task. `mpt_jax.serving.export.load` rejects it.
 
 ```python
 import json
@@ -220,5 +220,5 @@ def _vocabulary_files(config: dict[str, Any]) -> str:
     if others:
         return f"`{'`, `'.join(others)}` | the Hugging Face tokenizer"
     return (
-        f"`{VOCABULARY}` | the SentencePiece model with its sentinels; absent where words are bytes"
+        f"`{VOCABULARY}` | the SentencePiece model with its sentinels; absent for byte vocabularies"
     )

@@ -82,7 +82,7 @@ def load(args: argparse.Namespace) -> Server:
 
 
 def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output:
-    """Answers every line of a stream. Returns the output, which has counted the answers."""
+    """Answers every line of a stream. Returns the output, with its counts of answers and errors."""
     reader = server.reader(args.mode, args.truncate)
     lines: Iterator[bytes] = iter(stream)
     output = _output(server, args)

@@ -34,7 +34,7 @@ class Backbone(NamedTuple):
         params: the backbone's parameters on the device, in the dtype of computation.
         vocabulary: the vocabulary of inputs and targets.
         embedding_sha256, vocabulary_sha256, backbone_sha256: the digests to compare with those of
-            artifacts. The last is None if it was switched off.
+            artifacts. `backbone_sha256`, of all weights, is None if it was switched off.
     """
 
     config: T5Config
@@ -65,19 +65,19 @@ def load(  # noqa: PLR0913 - each is an option of the command
         vocabulary: the vocabulary (see `vocabularies.load`); None loads the one in the backbone's
             folder, or the shipped one for the shipped T5.
         extra_ids: the number of sentinels of the vocabulary (see `tokenizers.load`).
-        config: a name such as t5_1_1_base, or a config.json; None if the checkpoint has one, or
-            to infer it from the shapes.
+        config: a name such as t5_1_1_base, or a config.json; None to read it from the checkpoint
+            or, if the checkpoint has none, to infer it from the shapes.
         dtype: the dtype that the backbone computes in, `'float32'` or `'bfloat16'`.
-        digest_backbone: whether to digest all weights, and to compare them with those that the
-            prompts were trained with. Otherwise, only the embedding is compared.
+        digest_backbone: whether to compare all weights with those that the prompts were trained
+            with, by digest. Otherwise, only the embedding is compared.
         say: called with a line that lists the assumed settings, if the configuration is inferred.
         warn: called with a line if the backbone could not be compared by all its weights.
 
     Raises:
         FileNotFoundError: the backbone or the vocabulary does not exist.
         ValueError: the backbone or the vocabulary cannot be read; the prompts were trained with
-            others, or with another configuration, and the message shows both values; or the
-            vocabulary has more ids than the backbone embeds.
+            another backbone, configuration or vocabulary, and the message shows both values; or
+            the vocabulary has more ids than the backbone embeds.
     """
     shipped = path is None
     path = paths.shipped(name=SHIPPED[0]) if path is None else path
@@ -89,14 +89,14 @@ def load(  # noqa: PLR0913 - each is an option of the command
         raise ValueError(
             f"These prompts were trained with the backbone {bank.config['backbone']!r} (sha256 of "
             f"its embedding {bank.config['embedding_sha256']}), not with the shipped tiny T5. Set "
-            "--backbone to its Hugging Face folder or T5X checkpoint."
+            "--backbone to the Hugging Face folder or T5X checkpoint of that backbone."
         )
     weights = backbone_digest(params) if digest_backbone else None
     bank.check_backbone(digest, weights, backbone_config(shape), warn)
     if weights is None:
         warn(
-            "Only the backbone's embedding was compared with that of the prompts, since the digest "
-            "of all weights is switched off (--no-backbone-digest)."
+            "Only the backbone's embedding was checked against the prompts, since the digest of "
+            "all weights is switched off (--no-backbone-digest)."
         )
     tokenizer = _vocabulary(vocabulary, path, shipped, extra_ids)
     vocabulary_sha256 = artifacts.vocabulary_digest(tokenizer)
@@ -124,5 +124,5 @@ def _vocabulary(
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"The backbone {backbone} has no usable vocabulary beside it. Set --vocabulary to a "
-            f"SentencePiece model, a tokenizer.json, a folder with one, or byt5. The cause: {error}"
+            f"SentencePiece model, a tokenizer.json, a folder with one, or byt5. Cause: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""The functions that a server compiles: pure functions of weights, a bank and token ids.
+"""Functions that a server compiles: pure functions of weights, a prompt bank and token ids.
 
 Weights, prompts and the bank rows of a batch are arguments, so one program serves all tasks of a
 bank. `mpt-jax export` writes the same functions to files.

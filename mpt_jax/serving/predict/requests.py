@@ -91,7 +91,8 @@ class Reader:
         try:
             fields = _object(line)
         except (ValueError, RecursionError) as error:
-            return Failure(label, f"The line is not a JSON object ({schema.short(str(error))}).")
+            reason = schema.short(str(error))
+            return Failure(label, f"The line cannot be read as a JSON object ({reason}).")
         label |= {"id": fields["id"]} if "id" in fields else {}
         try:
             return self._request(fields, label)
@@ -130,7 +131,7 @@ class Reader:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{field} is not valid text: it has half of a surrogate pair ({error.reason}). "
-                "Remove this half, or write the whole character."
+                "Remove it, or write the whole character."
             ) from error
         ids = self.vocabulary.encode(text)
         cut = len(ids) + 1 > limit
@@ -173,8 +174,8 @@ def _reject_constant(constant: str) -> Any:
 
 
 def _finite(number: str) -> float:
-    """Parses a finite number. 1e999 is valid JSON, but Python reads it as infinity, which is not
-    JSON."""
+    """Parses a number. Raises ValueError for numbers such as 1e999, which Python reads as infinity,
+    because an answer in JSON could not repeat it."""
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{schema.short(number)} is too large for a float")

@@ -101,8 +101,8 @@ class File:
         if self._digest.hexdigest() != self._output.notes["requests_sha256"]:
             raise Refused(
                 f"{path} has answers to other requests: the first {self.lines} lines of the input "
-                "are not those that were answered. Restore the original input to resume, or set "
-                "--output to another file."
+                "differ from those that were answered. Restore the original input to resume, or "
+                "set --output to another file."
             )
         if complete and next(lines, None) is not None:
             raise Refused(
@@ -133,10 +133,10 @@ Output = Stream | File
 
 
 def _line(answer: Mapping[str, Any]) -> str:
-    """Returns an answer as a line of JSON, with non-ASCII text as it is.
+    """Returns an answer as a line of JSON, in which most non-ASCII text is not escaped.
 
-    Half surrogates, which UTF-8 lacks, are escaped, and so are the line ends of Unicode, at which
-    some readers split lines.
+    Escaped are halves of surrogate pairs, which UTF-8 cannot encode, and Unicode's line separators,
+    at which some readers split lines.
     """
     line = json.dumps(answer, ensure_ascii=False, allow_nan=False)  # NaN is not JSON
     return line if line.isascii() else _UNWRITABLE.sub(lambda x: f"\\u{ord(x[0]):04x}", line)

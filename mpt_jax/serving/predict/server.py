@@ -1,4 +1,4 @@
-"""Server of requests for any task of a bank: batched by length, answered in order."""
+"""Server that answers requests for any task of a bank, batched by length but answered in order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SHORTEST_INPUT, SHORTEST_TARGET = 16, 8
 # work of a whole batch, and few programs are compiled.
 FEWER_ROWS = 4
 NOT_FINITE = (
-    "The score is not a finite number ({}), so the answer means nothing. Check the weights of the "
-    "backbone and of the prompt for values that are not finite."
+    "The score is NaN or infinite ({}), so the answer is meaningless. Check the weights of the "
+    "backbone and of the prompt for NaN and infinite values."
 )
 
 
@@ -95,7 +95,7 @@ class Server:
         """Loads a server from artifacts.
 
         Args:
-            prompts: the artifact folders, each as FOLDER or NAME=FOLDER.
+            prompts: the artifact folders, each as FOLDER or NAME=FOLDER (see `Named`).
             folded: whether to keep plain prompts (see `Bank`).
             limits: the limits of requests and batches.
             **backbone: the arguments of `backbone.load`, except the bank.
@@ -200,7 +200,7 @@ def _padded(texts: Sequence[Sequence[int]], lengths: Sequence[int], rows: int) -
 def _answer(request: Request, results: Sequence[Any]) -> Mapping[str, Any]:
     scores = [result if request.targets else result[1] for result in results]
     if not np.isfinite(scores).all():
-        return {"error": NOT_FINITE.format(scores if len(scores) > 1 else scores[0])}
+        return {"error": NOT_FINITE.format(", ".join(map(str, scores)))}
     if request.choices:
         return {"prediction": request.choices[int(np.argmax(scores))], "scores": scores}
     if request.targets:

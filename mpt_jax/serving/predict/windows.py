@@ -15,7 +15,7 @@ def windows(lines: Iterable[bytes], size: int, patience: float = PATIENCE) -> It
     """Yields lists of 1 to `size` lines, in order.
 
     A thread reads ahead. If lines arrive faster than they are answered, for example from a file,
-    windows are full. If somebody types the lines, each window holds one line. A window closes
+    windows are full. If lines are typed by hand, each window holds one line. A window closes
     `patience` seconds after its first line, so no line waits longer than that for others.
 
     Args:

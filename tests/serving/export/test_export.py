@@ -218,7 +218,7 @@ def test_export_changed_or_missing_file_fails(folder, tmp_path):
     flipped = bytearray(weights.read_bytes())
     flipped[-1] ^= 1
     weights.write_bytes(bytes(flipped))
-    with pytest.raises(ValueError, match="backbone.safetensors is not the file.*sha256"):
+    with pytest.raises(ValueError, match="backbone.safetensors differs from the file.*sha256"):
         export.load(copy)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="--without-weights"):
@@ -314,7 +314,7 @@ def test_export_existing_folder_fails_before_work(folder, tmp_path, monkeypatch,
 def test_export_settings_invalid_values_fail(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"Unknown platforms \['gpu'\]. Set --platforms to names from cpu, tpu, cuda",
+        match=r"Unknown platforms: 'gpu'. Set --platforms to names from cpu, tpu, cuda",
     ):
         Settings(("gpu",))
     with pytest.raises(ValueError, match="positive lengths"):
@@ -339,7 +339,7 @@ def test_export_command_other_weights_refused_digest_recorded(tmp_path, capsys):
     assert ended.value.code == 2 and "sha256 of its weights" in capsys.readouterr().err
     assert write("right") == backbone_digest(unflatten(leaves))
     assert write("off", "--backbone", str(other), *vocabulary, "--no-backbone-digest") is None
-    assert "Only the backbone's embedding was compared" in capsys.readouterr().err
+    assert "Only the backbone's embedding was checked" in capsys.readouterr().err
 
 
 def test_export_command_writes_shipped_prompts(tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_predict_command_other_weights_same_embedding_refused(run, other_weights
     arguments = ["--backbone", other_weights, *vocabulary, "--no-backbone-digest"]
     code, answers, said = run(*arguments, lines=REQUESTS[:1])
     assert code == 0 and len(answers) == 1
-    assert "Only the backbone's embedding was compared" in said
+    assert "Only the backbone's embedding was checked" in said
 
 
 def test_predict_command_other_configuration_of_backbone_refused(run, tmp_path):

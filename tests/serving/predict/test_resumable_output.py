@@ -73,7 +73,7 @@ def test_file_other_requests_or_settings_fail(finish, tmp_path):
     with pytest.raises(ValueError, match="mode: saved 'predict', current 'score'"):
         write(path, last, 5, made_from={**MADE_FROM, "mode": "score"})
     for others in ([b"a\n", b"x\n", *LINES[2:]], LINES[:2]):
-        with pytest.raises(ValueError, match=f"first {last} lines .* not those"):
+        with pytest.raises(ValueError, match=f"first {last} lines .* differ"):
             write(path, last, 5, lines=others)
 
 

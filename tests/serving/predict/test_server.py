@@ -196,7 +196,7 @@ def test_server_score_that_is_not_finite_fails_its_line(server):
         {"task": "alpha", "inputs": "ok", "choices": ["a", "b"]},
     ]
     for answer in ask(server, requests):
-        assert answer["error"].startswith("The score is not a finite number (")
+        assert answer["error"].startswith("The score is NaN or infinite (")
         assert set(answer) == {"line", "error"}
     (scored,) = ask(server, [{**requests[0], "targets": "a"}], mode="score")
     assert "(nan)" in scored["error"]
