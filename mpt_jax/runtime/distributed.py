@@ -60,7 +60,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
     Raises:
         ValueError: see `distributed_args`.
-        RuntimeError: from JAX: a device was used before, or the other processes do not answer.
+        RuntimeError: raised by JAX if a device was used before, or other processes do not answer.
     """
     import jax  # here, so that `distributed_args` works without JAX
 

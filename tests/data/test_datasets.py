@@ -251,7 +251,7 @@ def test_by_length_grouped_run_same_batches_as_solo():
             r"length_buckets\['inputs'\] must increase and stay below .* 6 tokens",
         ),
         ({"targets": [3, 2]}, r"length_buckets\['targets'\] must increase"),
-        ({"outputs": [3]}, r"length_buckets has unknown names \['outputs'\]"),
+        ({"outputs": [3]}, "length_buckets has unknown features: 'outputs'"),
     ],
 )
 def test_length_buckets_invalid_raise(buckets, message):
