@@ -33,7 +33,7 @@ def config(name="val_numbers", **overrides):
             {"use_cached": True},
             "no offline cache of task 'val_numbers' .* USE_CACHED_TASKS = False",
         ),
-        ({"name": "n" * 192}, "has 192 bytes, .* at most 191. Shorten its name"),
+        ({"name": "n" * 192}, "has 192 bytes, .* at most 191. Shorten the name"),
         ({"name": "é" * 96}, "has 192 bytes"),
     ],
 )
