@@ -50,7 +50,7 @@ def states(
         fingerprint.check_can_restore(ours, saved.meta(step).get("identity", {}), path)
         restored = saved.restore(state, step)
         assert restored is not None
-        logging.info("Read %s.", path)
+        logging.info("Read the checkpoint %s.", path)
         yield restored[0]
 
 

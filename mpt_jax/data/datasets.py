@@ -79,7 +79,10 @@ class DatasetConfig:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise ValueError(f"DatasetConfig.batch_size must be positive, got {self.batch_size}.")
+            raise ValueError(
+                f"DatasetConfig.batch_size must be positive, got {self.batch_size}. Correct "
+                "BATCH_SIZE (for evaluation, EVAL_BATCH_SIZE)."
+            )
         if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
                 "DatasetConfig.length_buckets and by_length have no effect with pack = True, "

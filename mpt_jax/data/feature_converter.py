@@ -219,7 +219,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def _shared(
         self, function: Callable[..., Any], limits: Mapping[str, int]
     ) -> Callable[..., Any]:
-        """Returns a compiled `function` that is traced once for these limits and kinds of texts."""
+        """Returns `function` compiled; datasets with the same limits share one compilation."""
         key = tuple(sorted(limits.items()))
         if key not in self._graphs:
             self._graphs[key] = tf.function(function, autograph=False, reduce_retracing=True)

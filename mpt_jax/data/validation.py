@@ -33,7 +33,7 @@ def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
     if cfg.batch_size % num_shards:
         raise ValueError(
             f"A batch of {cfg.batch_size} rows cannot be divided evenly over the {num_shards} "
-            "parts of the mesh (devices / num_partitions). Set "
+            "shards of the mesh (devices / num_partitions). Set "
             f"{setting} so that a batch has a multiple of {num_shards} rows, such as "
             f"{cfg.batch_size // num_shards * num_shards or num_shards}, or use fewer devices."
         )

@@ -47,10 +47,11 @@ def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     }
     arguments = {name: number for name, number in numbers.items() if number is not None}
     if arguments and (len(arguments) == 1 or not address):
+        unset = [name for name in (ADDRESS, COUNT, INDEX) if not environment.get(name)]
         raise ValueError(
-            f"The environment variables {ADDRESS}, {COUNT} and {INDEX} must be set together, got "
-            f"{address!r}, {environment.get(COUNT)!r} and {environment.get(INDEX)!r}. Set all "
-            f"three, or only {ADDRESS} if JAX can find the other two itself."
+            f"The environment variables {ADDRESS}, {COUNT} and {INDEX} must be set together (not "
+            f"set: {', '.join(unset)}). Set all three, or only {ADDRESS} if JAX can find the other "
+            "two itself."
         )
     return {**arguments, "coordinator_address": address} if address else arguments
 

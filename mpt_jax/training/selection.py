@@ -73,7 +73,10 @@ class SelectBest:
         if self.mode not in ("max", "min"):
             raise ValueError(f"SelectBest.mode must be 'max' or 'min', got {self.mode!r}.")
         if self.patience is not None and np.min(self.patience) < 1:
-            raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
+            raise ValueError(
+                f"SelectBest.patience must be at least 1, got {self.patience}. Raise it, or set it "
+                "to None to train to the end."
+            )
         if np.ndim(self.patience or 1) and len(self.patience) != groups:  # pyright: ignore
             raise ValueError(
                 f"SelectBest.patience has {len(self.patience)} entries, but the job has {groups} "  # pyright: ignore
