@@ -279,7 +279,7 @@ def test_train_three_stages_start_from_artifacts(backbone, tmp_path):
     np.testing.assert_allclose(target["task_right"][0], source["task_right"].mean(0), 1e-6)
 
     without = build(runs=Runs(["run_a", "run_x"]), objective=student.objective)
-    with pytest.raises(ValueError, match=r"No teacher for the tasks \['run_x'\]"):
+    with pytest.raises(ValueError, match="No teacher for the tasks run_x"):
         initialization.initialize_params(
             without, initialization.Origins(backbone, **origins), tiny.jax.random.key(0)
         )

@@ -78,10 +78,11 @@ def test_train_task_of_train_alone_keeps_last_step(backbone, caplog):
         assert run(backbone, **job(Runs(["trj_alone"]), "run")) == {}
     (warning,) = messages(caplog, "no 'validation' split")
     assert warning == (
-        "Not evaluated, since their tasks have no 'validation' split: trj_alone; their prompts are "
-        "those of the last step. To evaluate and select the best step, add this split to the tasks."
+        "These runs are not evaluated, because their tasks have no 'validation' split: trj_alone. "
+        "Their prompts are those of the last step. To evaluate them and select the best step, add "
+        "this split to the tasks."
     )
-    assert messages(caplog, "Not evaluated, so these prompts are not of a selected step: trj_alone")
+    assert messages(caplog, "their scores did not select a best step: trj_alone")
     config = artifacts.load_artifact("run/artifact").config
     assert config["step"] == 8 and config["metrics"] == {"scores": {}}
     card = Path("run/artifact/README.md").read_text()
@@ -102,7 +103,7 @@ def test_train_run_without_validation_beside_others_keeps_last_step(backbone, ca
     runs = Runs(["trj_falling", "trj_beside"], groups="independent")
     with caplog.at_level("WARNING", logger="absl"):
         run(backbone, **job(runs, "run"))
-    assert len(messages(caplog, "split: trj_beside; their prompts are those of the la")) == 1
+    assert len(messages(caplog, "split: trj_beside. Their prompts are those of the la")) == 1
     config = json.loads(Path("run/artifact/config.json").read_text())
     assert config["metrics"]["best_step"] == [4, 8]
     assert config["metrics"]["best_score"] == [0.0, None]
@@ -126,7 +127,7 @@ def test_train_run_without_validation_in_joint_group_warning_names_it(backbone, 
     )
     with caplog.at_level("WARNING", logger="absl"):
         run(backbone, **job(Runs(["trj_scored", "trj_joint"]), "run"))
-    assert messages(caplog, "trj_joint; the other runs of their group select its best step")
+    assert messages(caplog, "trj_joint. The other runs of their group select its best step")
     assert artifacts.load_artifact("run/artifact").config["metrics"]["best_step"] == [4]
 
 

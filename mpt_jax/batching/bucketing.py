@@ -50,7 +50,7 @@ class LengthBuckets:
                 )
 
     def trim(self, batch: Mapping[str, np.ndarray], targets: bool = True) -> Batch:
-        """Returns a batch trimmed to the shortest lengths that hold all its rows.
+        """Returns a batch trimmed to the shortest of these lengths that hold all its rows.
 
         Args:
             batch: the unpacked batch, at full length.
@@ -84,7 +84,10 @@ def of_settings(
     """
     settings = settings or {}
     if unknown := sorted(set(settings) - {"inputs", "targets"}):
-        raise ValueError(f"length_buckets has unknown names {unknown}. Use 'inputs' or 'targets'.")
+        raise ValueError(
+            f"DatasetConfig.length_buckets has unknown features: {', '.join(map(repr, unknown))}. "
+            "Use only 'inputs' and 'targets'."
+        )
     for name, lengths in settings.items():
         if list(lengths) != sorted(set(lengths)) or any(n >= limits[name] for n in lengths):
             raise ValueError(

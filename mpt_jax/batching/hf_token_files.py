@@ -1,7 +1,7 @@
-"""Tokens that the files of a Hugging Face tokenizer name: special tokens and added tokens.
+"""Special tokens and added tokens of a Hugging Face tokenizer, read from its files.
 
 The files are tokenizer_config.json, special_tokens_map.json, added_tokens.json and tokenizer.json.
-All may be missing. They come from strangers, so their types and sizes are checked.
+Any of them may be missing. They are not trusted, so their types and sizes are checked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parse(content: bytes, origin: Any) -> dict[str, Any]:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{origin} is not valid JSON ({error}). Download or copy the file again."
+            f"{origin} cannot be read as JSON ({error}). Download or copy the file again."
         ) from error
     if not isinstance(value, dict):
         raise ValueError(
@@ -44,20 +44,20 @@ def read_bytes(path: epath.Path) -> bytes:
     """Returns the content of a file. Raises ValueError if it has more than `MOST_BYTES`."""
     if (size := path.stat().length) > MOST_BYTES:
         raise ValueError(
-            f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that a tokenizer may have. "
-            "Give the path of another file."
+            f"{path} has {size:,} bytes, but the limit for files of a tokenizer is "
+            f"{MOST_BYTES:,}. Give the path of another file."
         )
     return path.read_bytes()
 
 
 def read_if_there(folder: epath.Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Returns {name: content} of those files that are in a folder."""
+    """Returns {name: content} of the named files that exist in a folder."""
     return {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
 
 
 def special_tokens(files: dict[str, bytes], folder: Any) -> dict[str, str]:
-    """Returns {'eos_token': '</s>', ...} of special_tokens_map.json and tokenizer_config.json, of
-    which the latter has precedence. Raises ValueError if a token is not a text."""
+    """Returns {'eos_token': '</s>', ...} from special_tokens_map.json and tokenizer_config.json;
+    the latter takes precedence. Raises ValueError if a token is not a string."""
     found: dict[str, str] = {}
     for name in (SPECIAL, CONFIG):
         for key, value in parse(files.get(name, b"{}"), f"{folder}/{name}").items():
@@ -66,7 +66,7 @@ def special_tokens(files: dict[str, bytes], folder: Any) -> dict[str, str]:
                 continue
             if not isinstance(token, str):
                 raise ValueError(
-                    f"{folder}/{name} gives {key} as {value!r}, which is not a text. Download or "
+                    f"{folder}/{name} sets {key} to {value!r}, which is not a string. Download or "
                     "copy the file again."
                 )
             found[key] = _checked(token, folder)
@@ -74,7 +74,7 @@ def special_tokens(files: dict[str, bytes], folder: Any) -> dict[str, str]:
 
 
 def added_tokens(files: dict[str, bytes], folder: Any) -> dict[str, int | None]:
-    """Returns {token: its id, or None if no file says} of all added and special tokens.
+    """Returns {token: id} of all added and special tokens; the id is None if no file gives it.
 
     Raises:
         ValueError: a file does not have the expected structure.
@@ -99,7 +99,7 @@ def added_tokens(files: dict[str, bytes], folder: Any) -> dict[str, int | None]:
         if not isinstance(token, str) or isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(
                 f"The tokenizer in {folder} has the added token {token!r} with the id {number!r}, "
-                "which are not a text and a number. Download or copy its files again."
+                "but a string and an integer were expected. Download or copy its files again."
             )
         found[_checked(token, folder)] = number
     return found
@@ -142,8 +142,8 @@ def check_model_holds_all(model: epath.Path, processor: Any) -> None:
 
 
 def _checked(token: str, folder: Any) -> str:
-    """Returns a token. Raises ValueError if it has half of a surrogate pair, which JSON may escape
-    ("\\ud800") and no text has."""
+    """Returns a token unchanged. Raises ValueError if it has half of a surrogate pair, which JSON
+    can escape ("\\ud800") but no text contains."""
     try:
         token.encode()
     except UnicodeEncodeError as error:
@@ -155,5 +155,5 @@ def _checked(token: str, folder: Any) -> str:
 
 
 def _content(token: Any) -> Any:
-    """Returns the text of a token, which is a text or an object with its `content`."""
+    """Returns the text of a token, given as a string or as an object with the field `content`."""
     return token.get("content") if isinstance(token, dict) else token

@@ -1,4 +1,4 @@
-"""Vocabulary of a Hugging Face tokenizer without SentencePiece model (CodeT5, for example).
+"""Vocabulary of a Hugging Face tokenizer without a SentencePiece model (CodeT5, for example).
 
 It is read from tokenizer.json, or from vocab.json and merges.txt. Token ids are those of
 transformers, with its start token if it adds one. The package `tokenizers` is imported only here.
@@ -35,14 +35,14 @@ class HuggingFaceVocabulary:
     Attributes:
         files: the argument.
         tokenizer: the `tokenizers.Tokenizer`.
-        vocab_size: number of ids, those of added tokens included.
+        vocab_size: number of ids, including those of added tokens.
         eos_id, unk_id: ids of the end of sequence and of unknown text; `unk_id` is None if the
             tokenizer has no unknown token.
         identity: bytes that differ between vocabularies, for digests.
 
     Raises:
-        ValueError: the package `tokenizers` is missing, a file cannot be used, or the ids of end of
-            sequence and padding are not those that a T5 needs.
+        ValueError: the package `tokenizers` is missing, a file cannot be used, the tokenizer has no
+            end-of-sequence or padding token, or its padding does not have the id 0.
     """
 
     def __init__(self, files: dict[str, bytes], folder: Any):
@@ -59,7 +59,7 @@ class HuggingFaceVocabulary:
         for name in ("eos_token", "pad_token"):
             if ids[name] is None:
                 raise ValueError(
-                    f"The tokenizer in {folder} has no token {special[name]!r}. Set {name} in "
+                    f"The tokenizer in {folder} lacks its {name}, {special[name]!r}. Set {name} in "
                     f"{folder}/{CONFIG} to one of its tokens."
                 )
         if ids["pad_token"] != 0:
@@ -91,7 +91,7 @@ class HuggingFaceVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids up to the first end-of-sequence id, without start, end and
-        padding. Ids that are not in the vocabulary are decoded as the unknown token."""
+        padding. Ids that are not in the vocabulary are decoded as the unknown token, if any."""
         shown = [int(i) for i in until_eos(ids, self.eos_id) if int(i) not in self._hidden]
         known = [i if i < self.vocab_size else self.unk_id for i in shown]
         known = [i for i in known if i is not None]
@@ -103,7 +103,7 @@ def load(file: epath.Path, extra_ids: int | None) -> HuggingFaceVocabulary:
 
     Args:
         file: the .json file.
-        extra_ids: must be None or 0, since such tokenizers hold their sentinels.
+        extra_ids: must be None or 0, since such tokenizers already contain their sentinels.
 
     Raises:
         ValueError: as in `HuggingFaceVocabulary`; `extra_ids` is set; or config.json beside the
@@ -112,14 +112,17 @@ def load(file: epath.Path, extra_ids: int | None) -> HuggingFaceVocabulary:
     folder = file.parent
     if extra_ids:
         raise ValueError(
-            f"{file} holds its own sentinels, but extra_ids is {extra_ids}. Leave "
+            f"{file} already contains its sentinels, but extra_ids is {extra_ids}. Leave "
             "vocabularies.load.extra_ids (--extra-ids) unset."
         )
     files = token_files.read_if_there(folder, (CONFIG, SPECIAL))
     if file.name == VOCAB:
         files |= token_files.read_if_there(folder, (VOCAB, MERGES, ADDED))
         if MERGES not in files:
-            raise ValueError(f"{file} needs {MERGES} beside it. Copy {MERGES} into {folder}.")
+            raise ValueError(
+                f"{file} cannot be used without {MERGES}, which is missing. Copy {MERGES} into "
+                f"{folder}."
+            )
     else:
         files[TOKENIZER] = token_files.read_bytes(file)
     vocabulary = HuggingFaceVocabulary(files, folder)
@@ -163,14 +166,14 @@ def _of_json(library: Any, content: bytes, origin: str) -> Any:
 
 
 def _of_bpe(library: Any, files: dict[str, bytes], special: dict[str, str], folder: Any) -> Any:
-    """Returns the tokenizer that transformers makes of vocab.json, merges.txt and added tokens."""
+    """Builds the tokenizer that transformers would build from the same files."""
     config = token_files.parse(files.get(CONFIG, b"{}"), f"{folder}/{CONFIG}")
     kind = str(config.get("tokenizer_class")).removesuffix("Fast")
     if kind not in CLASSES:
         raise ValueError(
-            f"{folder}/{CONFIG} gives the tokenizer_class {config.get('tokenizer_class')!r}, but "
-            f"{VOCAB} and {MERGES} are read for {' and '.join(CLASSES)} only. Save the tokenizer "
-            f"with transformers as {TOKENIZER}."
+            f"{folder}/{CONFIG} has the tokenizer_class {config.get('tokenizer_class')!r}, but "
+            f"{VOCAB} and {MERGES} can be used only for {' and '.join(CLASSES)}. Save the "
+            f"tokenizer with transformers as {TOKENIZER}."
         )
     space = config.get("add_prefix_space") is True
     try:
@@ -192,8 +195,8 @@ def _of_bpe(library: Any, files: dict[str, bytes], special: dict[str, str], fold
         if number not in (None, made.token_to_id(token)):
             raise ValueError(
                 f"The added token {token!r} of the tokenizer in {folder} has the id {number}, but "
-                f"follows from {VOCAB} as {made.token_to_id(token)}. Save the tokenizer with "
-                f"transformers as {TOKENIZER}."
+                f"with this {VOCAB} it would get the id {made.token_to_id(token)}. Save the "
+                f"tokenizer with transformers as {TOKENIZER}."
             )
     if CLASSES[kind]:
         ends = [special.get("cls_token", "<s>"), special.get("sep_token", "</s>")]
@@ -201,7 +204,7 @@ def _of_bpe(library: Any, files: dict[str, bytes], special: dict[str, str], fold
         if None in ids:
             raise ValueError(
                 f"{folder}/{VOCAB} lacks {' or '.join(map(repr, ends))}, which {kind} puts around "
-                f"each text. Set cls_token and sep_token in {folder}/{CONFIG} to tokens of it."
+                f"each text. Set cls_token and sep_token in {folder}/{CONFIG} to tokens in {VOCAB}."
             )
         made.post_processor = library.processors.TemplateProcessing(
             single=[ends[0], "$A", ends[1]], special_tokens=list(zip(ends, ids, strict=True))

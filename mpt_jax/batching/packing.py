@@ -1,7 +1,7 @@
 """Best-fit packing of the examples of a window into rows.
 
-The longest examples are placed first. SeqIO packs in order of arrival instead: it keeps one row
-open and closes it at the first example that does not fit (docs/performance.md compares them).
+The longest examples are placed first. SeqIO packs in order of arrival: it keeps one row open and
+closes it at the first example that does not fit (docs/performance.md compares the two).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
     """Assigns examples to rows by the best-fit heuristic, which keeps the number of rows low.
 
     Examples are placed in order of decreasing encoder length. Each is placed into the row that has
-    the fewest encoder positions left but still has room for it. Rows are ordered by their first
-    example, and the examples of a row by index, so a window keeps its order as far as packing
+    the fewest encoder positions left but still has room for the example. Rows are ordered by their
+    first example, and the examples of a row by index, so a window keeps its order as far as packing
     allows.
 
     Args:
         lengths: the number of encoder positions (prompt slots included) and of target positions of
-            each example, [N, 2].
+            each example, [n, 2].
         capacity: the number of encoder and of target positions of a row, (T, L).
 
     Returns:

@@ -1,6 +1,6 @@
-"""Spelling of texts in a vocabulary: their pieces, unknown tokens, and texts with equal tokens.
+"""How a vocabulary spells texts: their pieces, unknown tokens, and texts with equal tokens.
 
-The functions take SeqIO's vocabularies and those of `tokenizers`.
+The functions take vocabularies of SeqIO and of `batching.tokenizers`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ MOST_PIECES = 20  # pieces of a text that an error shows
 
 
 def as_decoded(vocabulary: Any, text: str) -> str:
-    """Returns a text as the model can write it at best: encoded and decoded again."""
+    """Returns a text encoded and decoded, the closest form of it that a model can output."""
     return vocabulary.decode(vocabulary.encode(text))
 
 
@@ -30,14 +30,14 @@ def pieces(vocabulary: Any, ids: Sequence[int]) -> str:
 def check_told_apart(
     texts: Sequence[str], ids: Sequence[Sequence[int]], vocabulary: Any, kind: str, owner: str = ""
 ) -> None:
-    """Checks that texts to choose from have different tokens, none of them unknown.
+    """Checks that a model can choose between texts: their tokens differ, and none is unknown.
 
     Args:
         texts: the texts.
         ids: the token ids of each text.
         vocabulary: the vocabulary of the ids.
-        kind: what a text is called in an error, such as 'label'.
-        owner: what has the texts, such as "task 'rte'"; '' to name nothing.
+        kind: the noun for a text in errors, such as 'label'.
+        owner: the owner of the texts in errors, such as "task 'rte'"; '' for none.
 
     Raises:
         ValueError: two texts have the same tokens, or a text has an unknown token.

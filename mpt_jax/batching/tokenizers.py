@@ -35,7 +35,7 @@ class SentencePieceVocabulary:
         tokenizer: its `SentencePieceProcessor`.
         vocab_size: number of ids, sentinels included.
         eos_id: end-of-sequence id.
-        unk_id: id of text that the vocabulary lacks.
+        unk_id: id of the unknown token.
     """
 
     def __init__(self, model: bytes, extra_ids: int = 0):
@@ -70,7 +70,7 @@ class ByteVocabulary:
     Attributes:
         vocab_size: number of ids, sentinels included.
         eos_id: end-of-sequence id.
-        unk_id: SeqIO's id of unknown text, which no text is encoded as.
+        unk_id: SeqIO's id of the unknown token; `encode` never returns it.
     """
 
     first_byte = 3
@@ -111,8 +111,8 @@ def load(path: str, extra_ids: int | None = None) -> Tokenizer:
 
 
 def vocabulary_file(path: str | os.PathLike[str]) -> epath.Path:
-    """Returns the file of the vocabulary at a path, which may be the folder that holds it: a
-    SentencePiece model if there is one, otherwise tokenizer.json, otherwise vocab.json.
+    """Returns the vocabulary file at a path. In a folder, this is a SentencePiece model if there is
+    one, otherwise tokenizer.json, otherwise vocab.json.
 
     Raises:
         FileNotFoundError: the path does not exist, or is a folder without a vocabulary.
@@ -120,8 +120,8 @@ def vocabulary_file(path: str | os.PathLike[str]) -> epath.Path:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no vocabulary at {path}. Give a SentencePiece model, a folder with one of "
-            f"{', '.join(FILE_NAMES)}, or {BYT5!r}."
+            f"There is no vocabulary at {path}. Give the path of a SentencePiece model, the path "
+            f"of a folder with one of {', '.join(FILE_NAMES)}, or {BYT5!r}."
         )
     if not path.is_dir():
         return path
@@ -130,9 +130,9 @@ def vocabulary_file(path: str | os.PathLike[str]) -> epath.Path:
         if name in children:
             return path / name
     raise FileNotFoundError(
-        f"The folder {path} holds none of {', '.join(FILE_NAMES)} (found: "
-        f"{', '.join(children) or 'no files'}). Copy the vocabulary of the backbone into it, or "
-        "give the path of the file."
+        f"The folder {path} has no vocabulary: it holds none of {', '.join(FILE_NAMES)} (found: "
+        f"{', '.join(children) or 'no files'}). Copy the vocabulary of the backbone into the "
+        "folder, or give the path of the file."
     )
 
 

@@ -16,12 +16,12 @@ class SaveCheckpointConfig:
         keep: the number of latest checkpoints to keep; None keeps all.
         save_dataset: whether the data position is saved with the state. Without it, a resumed job
             reads its data from the start, so resuming is not exact.
-        dtype: T5X's; must be None or `'float32'`, since checkpoints are always float32.
-        state_transformation_fns: T5X's; must be empty, since this trainer exports prompts to
-            MODEL_DIR/artifact instead.
+        dtype: T5X's setting; must be None or `'float32'`, since checkpoints are always float32.
+        state_transformation_fns: T5X's setting; must be empty, since this trainer exports prompts
+            to MODEL_DIR/artifact.
 
     Raises:
-        ValueError: `period` is below 1, or a setting of T5X would have no effect.
+        ValueError: `period` is below 1, or a T5X setting would have no effect.
     """
 
     period: int | None = None
@@ -49,10 +49,10 @@ class RestoreCheckpointConfig:
     """Which checkpoints to read. Field names are T5X's.
 
     Attributes:
-        path: the path of a MODEL_DIR, or the path(s) of checkpoints in it.
-        mode: `'latest'` or `'all'` to read from a MODEL_DIR, `'specific'` to read the checkpoints
-            at the path(s).
-        dtype: T5X's; must be None or `'float32'`, since checkpoints are always float32.
+        path: one or more paths, each of a MODEL_DIR or of a checkpoint in one; empty for none.
+        mode: `'latest'` or `'all'` to read the latest or all checkpoints of each MODEL_DIR,
+            `'specific'` to read the checkpoint at each path.
+        dtype: T5X's setting; must be None or `'float32'`, since checkpoints are always float32.
 
     Raises:
         ValueError: `mode` is unknown, or `dtype` would have no effect.
@@ -80,7 +80,7 @@ class CheckpointConfig:
 
     Attributes:
         save: when to save; None saves only at the end.
-        restore: T5X's; must be None.
+        restore: T5X's setting; must be None.
     """
 
     save: SaveCheckpointConfig | None = None

@@ -53,7 +53,7 @@ class RunStatus(msgspec.Struct):
 
 
 class Meta(msgspec.Struct):
-    """The schema of `meta`."""
+    """The schema of a checkpoint's `meta`."""
 
     shapes: dict[str, list[schema.Count]]
     identity: dict[str, Any] = {}
@@ -209,7 +209,7 @@ class Checkpoints:
             ) from error
 
     def rename_unreadable_after(self, step: int) -> None:
-        """Renames the checkpoints after a step, which `restore` has found to be corrupt.
+        """Renames the checkpoints of all later steps, which `restore` has found to be corrupt.
 
         Raises:
             OSError: some of them could not be renamed; raised in all processes.

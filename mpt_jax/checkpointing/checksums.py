@@ -26,10 +26,10 @@ class Damaged(ValueError):
 
 
 def of_leaves(tree: Any) -> dict[str, int]:
-    """Returns path -> checksum for every array of a tree; all processes must call it together.
+    """Returns {path: checksum} for every array of a tree; all processes must call it together.
 
     The checksum is the sum of bits_i (2 i + 1) modulo 2^32 over the elements i in row-major order.
-    Its odd weights detect any change of one element, and all but one in 2^32 of other changes.
+    Its odd weights detect every change of a single element, and all but one in 2^32 other changes.
     """
     return {name: int(checksum) for name, checksum in _checksums(flatten(tree)).items()}
 

@@ -43,14 +43,16 @@ class DataPosition:
             step: the step of the checkpoint.
 
         Raises:
-            ValueError: the position was saved with other data, or is corrupt.
+            ValueError: the position was saved with other data or by an older version, or is
+                corrupt.
         """
         if self._batches is None or saved is None:
             return
         if saved["skip"] > step:
             raise ValueError(
-                f"The checkpoint of step {step} skips {saved['skip']:,} batches, more than were "
-                "taken. Rename the checkpoint to resume from the previous one."
+                f"The data position in the checkpoint of step {step} is corrupt: it skips "
+                f"{saved['skip']:,} batches, more than the job has taken. Rename the checkpoint to "
+                "resume from the previous one."
             )
         self._step, self._packed = step - saved["skip"], saved["packed"]
         if self._packed is not None:

@@ -1,8 +1,8 @@
 """Configuration fingerprint, saved with every checkpoint and verified on restore.
 
 Shapes alone cannot reveal that a checkpoint was trained on other tasks, another backbone or another
-loss. Settings that a user may change between starts (learning rates, clipping) are also compared;
-changes are logged.
+loss. Settings that a user may change between starts (learning rates, clipping) are also compared,
+but changes to them are only logged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Fingerprint = dict[str, Any]
 
 
 def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> Fingerprint:
-    """Returns, as JSON values, all that predictions depend on except a checkpoint's values."""
+    """Returns all that predictions depend on, except a checkpoint's values, as JSON values."""
     entries = {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
@@ -58,7 +58,7 @@ def run_fingerprint(
     seed: int,
     data: Mapping[str, Any],
 ) -> Fingerprint:
-    """Returns, as JSON values, the model fingerprint and all else to compare when a job resumes.
+    """Returns the model fingerprint and all else to compare when a job resumes, as JSON values.
 
     `data` is the record of the job's data, from `mpt_jax.data.records.of_job`.
     """
@@ -95,9 +95,10 @@ def _check_data(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> None:
     """Raises ValueError if a job's data has changed since it was saved."""
     if DATA not in saved:
         logging.warning(
-            "The job in %s was saved by a version that did not record its data, so changes of it "
-            "cannot be detected; since then, files of data= are split by another rule. If a task "
-            "uses data=, or a file has changed, choose another MODEL_DIR.",
+            "The job in %s was saved by a version of MPT-JAX that did not record its data, so "
+            "changes to the data cannot be detected. That version also split the files of tasks "
+            "with data= by another rule. If a task uses data=, or a file has changed, choose "
+            "another MODEL_DIR.",
             model_dir,
         )
     elif changes := data_changes(saved[DATA], ours[DATA]):
@@ -130,9 +131,9 @@ def check_can_restore(ours: Fingerprint, saved: Fingerprint, path: Any) -> None:
 def _known(ours: Fingerprint, saved: Fingerprint, path: Any) -> list[str]:
     """Returns the names of the entries to compare.
 
-    Omits the digest of frozen prompts and the backbone's configuration if `saved` is from an
-    earlier version, which saved none, and the digest of the backbone's weights if either side has
-    none.
+    Omits the digest of frozen prompts and the backbone's configuration if `saved` lacks them
+    because an earlier version saved it. Also omits the digest of the backbone's weights if either
+    side has none.
     """
     config = {name for name in ours if name.startswith(f"{CONFIG_FIELD}.")}
     optional = ({FROZEN_PROMPTS} | config) - saved.keys()

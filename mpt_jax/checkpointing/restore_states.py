@@ -1,4 +1,4 @@
-"""Restoring of the train states that evaluation and inference read."""
+"""Train states for evaluation and inference, from checkpoints or a prompt artifact."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def states(
 ) -> Iterator[TrainState]:
     """Yields the states of the checkpoints that a restore configuration names.
 
-    They are in the order of the paths, and oldest first for all checkpoints of a MODEL_DIR. If the
-    configuration names none, yields the state of the prompt artifact that `origins` names.
+    The states are in the order of the paths; those of one MODEL_DIR are oldest first. If the
+    configuration names no checkpoint, yields the state of the prompt artifact in `origins`.
 
     Raises:
         FileNotFoundError: a checkpoint does not exist; the message lists the existing ones.
@@ -50,7 +50,7 @@ def states(
         fingerprint.check_can_restore(ours, saved.meta(step).get("identity", {}), path)
         restored = saved.restore(state, step)
         assert restored is not None
-        logging.info("Read %s.", path)
+        logging.info("Read the checkpoint %s.", path)
         yield restored[0]
 
 

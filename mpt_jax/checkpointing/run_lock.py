@@ -136,7 +136,7 @@ class Lock:
 
         Args:
             read: whether to read the file now, because the process may have been suspended since
-                the last increment of the count. Otherwise uses what that increment found.
+                the last increment of the count. Otherwise uses the result of that increment.
         """
         if read:
             try:
@@ -169,7 +169,7 @@ class Lock:
             alive = _start_of(record["pid"]) == record.get("process_start")
         else:
             logging.info(
-                "%s names %s. Watching its count for up to %.0f s.",
+                "%s was written by %s. Waiting up to %.0f s to see whether that job is alive.",
                 self._path,
                 _who(record),
                 patience,

@@ -1,4 +1,4 @@
-"""Comparison of a saved configuration with the current one, and names listed in messages."""
+"""Texts for messages: lists of names, and differences between saved and current settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MOST_SHOWN = 20
 
 
 def abbreviate(names: Sequence[str], separator: str = ", ") -> str:
-    """Joins the first `MOST_SHOWN` names, and counts the others."""
+    """Joins the first `MOST_SHOWN` names, and appends the number of the others."""
     more = [f"and {len(names) - MOST_SHOWN} more"] if len(names) > MOST_SHOWN else []
     return separator.join([*names[:MOST_SHOWN], *more])
 
@@ -17,9 +17,9 @@ def abbreviate(names: Sequence[str], separator: str = ", ") -> str:
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], names: Collection[str] | None = None
 ) -> str:
-    """Returns a text with the names whose values differ and both values; '' if none differ.
+    """Returns a text that lists the names whose values differ, with both values; '' if none do.
 
-    Shows at most `MOST_SHOWN` of them and counts the rest.
+    Lists at most `MOST_SHOWN` names and the number of the others.
 
     Args:
         saved: the configuration that an earlier start recorded, as JSON values.
@@ -59,8 +59,8 @@ def check_same(
 
 
 def data_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """Returns a text with the changes between two records of a job's data, and both values; ''
-    if there are none.
+    """Returns a text that lists the changes between two records of a job's data, with both values;
+    '' if there are none.
 
     Compares only the tasks, settings and splits that both records have.
 

@@ -45,7 +45,7 @@ class Runs:
 
     Raises:
         ValueError: `task_names` is not a list or is empty, a run name is repeated, the lists differ
-            in length, or `groups` has none of these forms.
+            in length, or `groups` has another form.
     """
 
     task_names: Sequence[str]
@@ -180,13 +180,13 @@ def entry_of_run(table: Mapping[str, _Value], name: str, what: str, kind: str = 
     """Returns the entry of a run in a table that must have one for every run.
 
     Args:
-        table: run -> value.
-        name: the name of the run.
-        what: the name of the table, for the error; a setting or macro of the user.
-        kind: what the keys of the table name.
+        table: run name (or task name, see `kind`) -> value.
+        name: the key to look up.
+        what: the user-facing name of the table in the error message, such as a setting or macro.
+        kind: what each key identifies, `'run'` or `'task'`.
 
     Raises:
-        ValueError: the table has no such entry; the message lists the runs that have one.
+        ValueError: the table has no such entry; the message lists its keys.
     """
     if name not in table:
         others = f", only for {', '.join(table)}" if table else ""
@@ -197,8 +197,8 @@ def entry_of_run(table: Mapping[str, _Value], name: str, what: str, kind: str = 
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """Returns the message for an unknown name: the closest names, then the known names, at
-    most `MOST_SHOWN`."""
+    """Returns the message for an unknown name. It suggests the closest names and lists at most
+    `MOST_SHOWN` known names."""
     close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"Unknown {what} {name!r}.{hint} Known: {abbreviate(sorted(known)) or 'none'}."

@@ -1,8 +1,9 @@
-"""Checks of what a file from outside says, before any value of it is used.
+"""Validation of files from outside, before any of their values is used.
 
 A schema is a `msgspec.Struct` (or any type that msgspec converts to): types, ranges and required
-fields. Fields that a schema does not name are kept unread, so newer files can be read; a new field
-of ours is one more line with a default. JSON is parsed by Python, because our files may hold NaN.
+fields. Fields that a schema does not name are ignored, so files of newer versions can be read; new
+fields need a default, so that older files can be read. Python parses the JSON, because msgspec does
+not accept NaN, which the files may contain.
 """
 
 from __future__ import annotations
@@ -54,21 +55,27 @@ def parse(content: bytes | str, what: str, advice: str = COPY_AGAIN) -> Any:
     Raises:
         ValueError: the content is not JSON, too large, or nested too deeply.
     """
+    if len(content) > MOST_BYTES:
+        raise ValueError(
+            f"{what} is too large: it has {len(content):,} bytes, and the limit for JSON files is "
+            f"{MOST_BYTES:,}. {advice}"
+        )
     try:
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it has {len(content):,} bytes; at most {MOST_BYTES:,} are read")
         value = json.loads(content)
-        check_depth(value)
     except RecursionError as error:
-        raise ValueError(f"{what} is not JSON: {_too_deep()}. {advice}") from error
+        raise ValueError(f"{what} cannot be read: {_too_deep()}. {advice}") from error
     except ValueError as error:
         raise ValueError(f"{what} is not JSON: {error}. {advice}") from error
+    try:
+        check_depth(value)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be read: {error}. {advice}") from error
     return value
 
 
 def repeated_field(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    """Returns a field that occurs twice among the pairs of a JSON object, or None; Python would
-    keep the last of its values. For the `object_pairs_hook` of `json.loads`."""
+    """Returns a field that occurs twice in a JSON object, or None. Called from the
+    `object_pairs_hook` of `json.loads`, which would keep only the last value of such a field."""
     seen = set()
     for name, _ in pairs:
         if name in seen:
@@ -78,16 +85,16 @@ def repeated_field(pairs: Sequence[tuple[str, Any]]) -> str | None:
 
 
 def sealed(record: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """Returns a record of JSON values as it will be read back (tuples become lists, and keys become
-    strings), with the digest of its other fields in `field`."""
+    """Returns a record with the digest of all its other fields in `field`. Its values are those
+    that JSON reads back: tuples become lists, and keys become strings."""
     rest = {name: value for name, value in record.items() if name != field}
     rest = json.loads(json.dumps(rest))
     return {**rest, field: _digest(rest)}
 
 
 def check_seal(record: Any, field: str, what: str, advice: str = COPY_AGAIN) -> None:
-    """Compares a record with the digest in its field `field`. Records of earlier versions have
-    none, and pass.
+    """Compares a record with the digest in its field `field`. Records of earlier versions have no
+    digest, and pass.
 
     Args:
         record: the parsed JSON value.
@@ -155,7 +162,7 @@ def load(content: bytes | str, kind: type[Value] | Any, what: str, advice: str =
 
 
 def _problem(message: str, value: Any, kind: Any) -> str:
-    """Returns what is wrong, as a predicate of the file, from the message of msgspec."""
+    """Rewrites a message of msgspec as the predicate of a sentence whose subject is the file."""
     match = _PLACE.fullmatch(message)
     assert match is not None  # every text matches
     problem, path = match["problem"], (match["path"] or "").removeprefix(".")
@@ -173,10 +180,10 @@ def _problem(message: str, value: Any, kind: Any) -> str:
     if match["key"]:
         return f"has an object{f' {path}' if path else ''} with a key that is not {expected}"
     shown = short(json.dumps(_found(value, match["path"] or "")))
+    place = f"{path} = {shown}" if path else f"the value {shown}"
     if problem.startswith("Expected"):
-        place = f"{path} = {shown}" if path else f"the value {shown}"
         return f"has {place}, but {expected} was expected"
-    return f"has {path or 'the value'} = {shown}, which it cannot have ({expected})"
+    return f"has {place}, which is invalid ({expected})"
 
 
 def _type(name: str) -> str:
@@ -184,8 +191,8 @@ def _type(name: str) -> str:
 
 
 def _found(value: Any, path: str) -> Any:
-    """Returns the value at a path of msgspec's, or what holds it if the path does not say which
-    entry of an object is meant (`[...]`)."""
+    """Returns the value at a path from a message of msgspec. If the path does not name an entry of
+    an object (`[...]`), returns that object."""
     for step in _STEP.finditer(path.partition("[...]")[0]):
         try:
             value = value[step["name"] if step["name"] is not None else int(step["index"])]
@@ -195,19 +202,20 @@ def _found(value: Any, path: str) -> Any:
 
 
 def short(value: Any) -> str:
-    """Returns a text, or a JSON value as text, shortened to show in an error."""
+    """Returns a value for an error, shortened: a string that is not blank as is, others as JSON."""
     shown = value if isinstance(value, str) and value.strip() else json.dumps(value)
     return shown if len(shown) <= MOST_SHOWN else f"{shown[: MOST_SHOWN - 3]}..."
 
 
 @contextlib.contextmanager
 def damage(what: str, advice: str) -> Iterator[None]:
-    """Turns whatever a library raises for damaged bytes into a ValueError.
+    """Converts any error that a library raises for damaged bytes into a ValueError.
 
-    Errors of access (OSError) and of memory are not changed.
+    OSError and MemoryError are not converted.
 
     Args:
-        what: the sentence before the reason, such as `'FILE is truncated or damaged'`.
+        what: the first sentence of the error, such as `'FILE is truncated or damaged'`; the reason
+            is appended to it.
         advice: what the user can do; the last sentence of the error.
     """
     try:
@@ -219,6 +227,7 @@ def damage(what: str, advice: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first line of an error's text; a KeyError's is only the key."""
+    """Returns the first line of an error's message. A KeyError's message is only the key, so the
+    result is `'it has no KEY'`."""
     text = (str(error).strip().partition("\n")[0] or type(error).__name__).removesuffix(".")
     return f"it has no {text}" if isinstance(error, KeyError) else text

@@ -46,7 +46,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Builds a nested dict from leaves by path name; the inverse of `flatten` for nested dicts.
 
     Raises:
-        ValueError: the name of a leaf is the name of another leaf followed by a slash.
+        ValueError: a leaf is below another leaf: its name starts with the other name and a slash.
     """
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -100,8 +100,9 @@ def label_tree(tree: Any, rules: Rules) -> Any:
     unmatched = [name for name, label in label_of_name.items() if label is None]
     if unmatched:
         raise ValueError(
-            f"No rule labels these parameters: {unmatched}. The rules tried, in order: "
-            f"{[pattern for pattern, _ in rules]}. Add a rule for them."
+            f"No rule labels these parameters: {abbreviate(unmatched)}. The rules tried, in order: "
+            f"{', '.join(pattern for pattern, _ in rules)}. Add a rule for them to TRAINABLE, or "
+            "to the labels of the prompt method."
         )
     return labels
 
@@ -126,7 +127,8 @@ def merge(first: Params, second: Params) -> dict[str, Any]:
     both = sorted(set(leaves) & set(others))
     if both:
         raise ValueError(
-            f"These parameters are in both trees: {both}. Remove them from one of the trees."
+            f"These parameters are in both trees: {abbreviate(both)}. Remove them from one of the "
+            "trees."
         )
     return unflatten({**leaves, **others})
 
@@ -190,8 +192,8 @@ def check_floats(
     other = [f"{name} ({x.dtype})" for name, x in leaves.items() if str(x.dtype) not in FLOATS]
     if other:
         raise ValueError(
-            f"{what} has parameters of a dtype that is not supported: {abbreviate(other)}. Use "
-            f"weights in {', '.join(FLOATS)}; quantized weights are not supported."
+            f"{what} has parameters of an unsupported dtype: {abbreviate(other)}. Use weights in "
+            f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}; quantized weights are not supported."
         )
     broken = [name for name, x in leaves.items() if not _is_finite(x)]
     if broken:

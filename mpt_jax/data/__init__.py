@@ -1,4 +1,4 @@
-"""SeqIO tasks to batches: feature converter, sampling, iterators."""
+"""Pipeline from SeqIO tasks to batches: feature converter, sampling, iterators."""
 
 from mpt_jax.data import tasks_alias
 

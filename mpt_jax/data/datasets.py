@@ -46,8 +46,8 @@ class DatasetConfig:
         use_custom_packing_ops: SeqIO's packing option; see `PromptFeatureConverter`.
         module: the module that registers the tasks; imported first.
         use_memory_cache: whether to keep evaluation batches in memory between evaluations.
-        trim_output_features: whether SeqIO trims examples; `preprocessors.end_and_limit` has
-            truncated them before that.
+        trim_output_features: whether SeqIO trims examples, which `preprocessors.end_and_limit` has
+            already truncated.
         length_buckets: {'inputs': [...], 'targets': [...]}, token limits below those of
             `task_feature_lengths`. Each unpacked batch is trimmed to the smallest limits that fit
             it, which changes results only by rounding (and, with dropout, the masks drawn). {}
@@ -56,6 +56,10 @@ class DatasetConfig:
         by_length: whether to sort the examples of a few training batches at a time by length, so
             that more padding is trimmed. This changes which examples share a batch. Not a field
             of T5X.
+
+    Raises:
+        ValueError: `batch_size` is not positive, or `length_buckets` or `by_length` would have no
+            effect.
     """
 
     mixture_or_task_name: Any
@@ -75,7 +79,10 @@ class DatasetConfig:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise ValueError(f"DatasetConfig.batch_size must be positive, got {self.batch_size}.")
+            raise ValueError(
+                f"DatasetConfig.batch_size must be positive, got {self.batch_size}. Correct "
+                "BATCH_SIZE (for evaluation, EVAL_BATCH_SIZE)."
+            )
         if self.pack and (self.length_buckets or self.by_length):
             raise ValueError(
                 "DatasetConfig.length_buckets and by_length have no effect with pack = True, "
@@ -92,7 +99,10 @@ class DatasetConfig:
             return name
         if name not in seqio.MixtureRegistry.names() and not task_lookup.is_task(name):
             known = sorted(seqio.TaskRegistry.names() | seqio.MixtureRegistry.names())
-            raise ValueError(unknown_name("task or mixture", name, known))
+            raise ValueError(
+                f"{unknown_name('task or mixture', name, known)} Correct the name, or add the "
+                "module that registers it to TASK_MODULES."
+            )
         return seqio.get_mixture_or_task(name)
 
     def converter(self, feature_converter_cls: Callable[..., Any], pack: bool) -> Any:
@@ -214,8 +224,8 @@ def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int)
     Args:
         dataset: an endless dataset of task features (inputs, targets, task_ids).
         batch_size: B, the number of examples in a batch.
-        shares: number of tasks that have equal shares, B / shares contiguous examples of every
-            batch, always in the same order; 1 if shares are not equal.
+        shares: number of tasks with equal shares: each has B / shares contiguous examples of every
+            batch, and their order is always the same. 1 if shares are not equal.
         seed: seed of the shuffling.
     """
     window, share = bucketing.WINDOW, batch_size // shares
@@ -256,7 +266,7 @@ def train_iterator(
         host_index: index of this host.
 
     Raises:
-        ValueError: as `get_dataset`, or `batch_size` is not a multiple of `num_hosts`.
+        ValueError: as in `get_dataset`, or `batch_size` is not a multiple of `num_hosts`.
     """
     share = HostShard(cfg.batch_size, num_hosts, host_index)
     provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
@@ -341,9 +351,11 @@ def eval_batches(
 
 
 def _rows_of_one_task(cfg: DatasetConfig, shares: int, multiple: int) -> int:
-    """Returns the rows of a loss batch: one of `shares` equal shares, rounded up to `multiple`.
+    """Returns the number of rows of a loss batch: one of `shares` equal shares of a training batch,
+    rounded up to a multiple of `multiple`, but at most a training batch.
 
-    Whole batches of a fleet, of which one task fills a share only, would cost K^2 for K tasks.
+    In a fleet, each task fills only one share. With whole batches, the cost of evaluating K tasks
+    would grow as K^2.
     """
     share = -(-cfg.batch_size // shares)
     return min(cfg.batch_size, -(-share // multiple) * multiple)
@@ -352,7 +364,7 @@ def _rows_of_one_task(cfg: DatasetConfig, shares: int, multiple: int) -> int:
 def _table(
     cfg: DatasetConfig, task: seqio.Task, converter: Any, num_batches: int | None
 ) -> token_tables.ExampleTable:
-    """Returns the checked examples of one task, of at most `num_batches` full batches."""
+    """Returns the examples of one task, for at most `num_batches` batches; checks their lengths."""
     table = token_tables.read_table(
         task,
         cfg.split,
@@ -374,8 +386,8 @@ def _batches_of_tasks(
     tables: Mapping[str, token_tables.ExampleTable],
     share: HostShard,
 ) -> dict[str, Callable[[], Iterable[Batch]]]:
-    """Returns {task: function that returns its batches}. Packed rows of different tasks, and rows
-    that are not kept in memory, are made for one task at a time."""
+    """Returns {task: function that returns its batches}. Rows that are packed, or not kept in
+    memory, are made for one task at a time."""
     buckets = cfg.buckets(converter)
     if cfg.use_memory_cache and not cfg.pack:
         sizes = {name: table.num_examples for name, table in tables.items()}

@@ -107,8 +107,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             )
         if pack_lengths is not None and set(pack_lengths) != {"inputs", "targets"}:
             raise ValueError(
-                "pack_lengths must have exactly the keys inputs and targets, got "
-                f"{sorted(pack_lengths)}. Correct PACK_LENGTHS."
+                "pack_lengths must have exactly the keys 'inputs' and 'targets', got "
+                f"{', '.join(map(repr, sorted(pack_lengths))) or 'none'}. Correct PACK_LENGTHS."
             )
         if use_custom_packing_ops:
             raise ValueError(
@@ -147,8 +147,9 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         features = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
         if TASK_IDS not in features:
             raise ValueError(
-                f"The dataset has no feature {TASK_IDS!r} (it has {features}), so the prompt of an "
-                "example is unknown. End the task's preprocessors with *preprocessors.finish(name) "
+                f"The dataset has no feature {TASK_IDS!r} (it has {', '.join(features)}), so the "
+                "prompt of an example is unknown. End the task's preprocessors with "
+                "*preprocessors.finish(name) "
                 "and use preprocessors.output_features(...) as its output features "
                 "(from mpt_jax.data import preprocessors)."
             )
@@ -218,7 +219,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
     def _shared(
         self, function: Callable[..., Any], limits: Mapping[str, int]
     ) -> Callable[..., Any]:
-        """Returns a compiled `function` that is traced once for these limits and kinds of texts."""
+        """Returns `function` compiled; datasets with the same limits share one compilation."""
         key = tuple(sorted(limits.items()))
         if key not in self._graphs:
             self._graphs[key] = tf.function(function, autograph=False, reduce_retracing=True)

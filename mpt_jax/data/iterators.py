@@ -77,7 +77,7 @@ class TrainIterator(Iterator[Batch]):
         identity: JSON values that describe the data. A position is restored only if they are equal
             to the saved ones.
         buckets: the lengths that batches are trimmed to; None for one length.
-        prompt_length: P, to show limits on text in errors.
+        prompt_length: P; errors subtract it from encoder lengths, to show the limits on text.
     """
 
     def __init__(
@@ -135,14 +135,14 @@ class TrainIterator(Iterator[Batch]):
             ValueError: `state` is corrupt, or was saved with another configuration.
         """
         advice = "Rename the checkpoint that holds it, to resume from the previous checkpoint."
-        what = "The data position is corrupt or not a position"
+        what = "The data position is corrupt"
         with schema.damage(what, advice):
             archive = zipfile.ZipFile(io.BytesIO(state))
             # Stored as they are, so that no entry can be larger than the position.
             if sum(entry.file_size for entry in archive.infolist()) > len(state):
-                raise ValueError("its entries are larger than itself")
+                raise ValueError("it declares entries that are larger than the whole position")
             entries = {name: archive.read(name) for name in archive.namelist()}
-            header = schema.load(entries.pop(_POSITION), PositionHeader, "its header")
+            header = schema.load(entries.pop(_POSITION), PositionHeader, "its header", "")
         check_same(
             _with_limits(header.identity, self._prompt_length),
             _with_limits(self._identity, self._prompt_length),
@@ -158,7 +158,7 @@ class TrainIterator(Iterator[Batch]):
 
 
 def _with_limits(identity: Mapping[str, Any], prompt_length: int) -> dict[str, Any]:
-    """Returns an identity with the setting that its shapes come from, in place of the shapes."""
+    """Returns an identity with its shapes replaced by the setting that determines them."""
     shown = dict(identity)
     shapes = shown.get("features")
     names = ("encoder_input_tokens", "decoder_target_tokens")
@@ -202,12 +202,12 @@ class EvalBatches:
         self._kept: list[tuple[np.ndarray, Batch]] | None = None
 
     def __call__(self) -> Iterable[Batch]:
-        """Returns the batches from the first to the last."""
+        """Returns the batches in order."""
         return (batch for _, batch in self.numbered())
 
     def numbered(self) -> Iterable[tuple[np.ndarray, Batch]]:
-        """Returns (row indices, batch) pairs. The indices are those of the rows of all hosts in the
-        dataset; the batch has only this host's rows."""
+        """Returns (row indices, batch) pairs. The indices give the positions in the dataset of the
+        rows of all hosts; the batch has only this host's rows."""
         if not self._keep:
             return self._read()
         if self._kept is None:
@@ -229,7 +229,7 @@ class EvalBatches:
 class KeptBatches:
     """This host's evaluation batches of each of several tasks, read together and kept in memory.
 
-    tf.data needs some 50 ms to start converting the rows of one dataset. With a dataset for each of
+    tf.data needs about 50 ms to start converting the rows of a dataset. With a dataset for each of
     hundreds of small tasks, that would be most of the first evaluation.
 
     Args:
@@ -251,7 +251,7 @@ class KeptBatches:
         self._kept: dict[str, list[Batch]] = {}
 
     def of_task(self, name: str) -> list[Batch]:
-        """Returns the batches of a task, from the first to the last."""
+        """Returns the batches of a task, in order."""
         if not self._kept:
             self._kept = self._read()
         return self._kept[name]

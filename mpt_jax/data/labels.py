@@ -22,9 +22,9 @@ def labels_of(task: seqio.Task) -> tuple[str, ...]:
 
 
 def as_decoded(task: seqio.Task) -> dict[str, str]:
-    """Returns {label as the vocabulary decodes it: label}, without surrounding white space.
+    """Returns {label after encoding, decoding and stripping: label}.
 
-    Normalization may rewrite a label: a ligature becomes two letters.
+    The vocabulary may normalize a label: a ligature becomes two letters.
     """
     vocabulary = task.output_features["targets"].vocabulary
     return {_decoded(vocabulary, label): label for label in labels_of(task)}
@@ -68,7 +68,7 @@ def check(task: seqio.Task, limit: int | None) -> None:
     if rewritten and (task.name, labels) not in _LOGGED:
         _LOGGED.add((task.name, labels))
         logging.info(
-            "Task %s: the vocabulary writes %s. Metrics count either form as right.",
+            "Task %s: the vocabulary writes %s. Metrics count either form as correct.",
             *(task.name, ", ".join(rewritten)),
         )
 

@@ -1,9 +1,9 @@
 """Record of a job's data: the source of each task, and the rows and digest of each split it uses.
 
-It is part of a job's fingerprint, and is written to artifacts and to the record of best steps, so
-that scores of different data are never compared. Nothing is read for it that a job does not read
-anyway: a data set of TFDS is recorded by name, version and number of rows, and only sources that
-offer `sha256(split)`, such as files, are recorded with a digest.
+The record is part of a job's fingerprint, and is written to artifacts and to the record of best
+steps, so that scores of different data are never compared. Making it reads no data that a job would
+not read anyway: a TFDS data set is recorded by name, version and number of rows, and only sources
+with a method `sha256(split)`, such as files, are recorded with a digest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def of_job(configs: Iterable[DatasetConfig | None]) -> DataRecord:
 
 
 def _of_source(source: Any) -> dict[str, Any]:
-    """Returns the name of a data set, or the kind of another source, and its text template."""
+    """Returns a source's name, or its class if it has no name, and its text template, if any."""
     tfds = getattr(getattr(source, "tfds_dataset", None), "name", None)
     # Paths are left out, since a folder may be moved.
     name = getattr(source, "data", None) or tfds or type(source).__name__

@@ -142,7 +142,7 @@ class StochasticTasks(Sampler):
 
     def ignores_weights(self, num_tasks: int) -> str | None:
         if num_tasks == 2 and not self.replacement:
-            return "StochasticTasks draws both of two tasks in every batch, half of it each"
+            return "with two tasks, StochasticTasks gives each of them half of every batch"
         return super().ignores_weights(num_tasks)
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:

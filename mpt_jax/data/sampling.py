@@ -52,8 +52,9 @@ class TaskMixture(seqio.Mixture):
         cap: upper bound of the default weights.
 
     Raises:
-        ValueError: a task is unknown, `rates` names other tasks, `rates` or `cap` is not positive
-            or would have no effect, or the sampler does not support this number of tasks.
+        ValueError: a task is unknown, `rates` does not have exactly the tasks, `rates` or `cap` is
+            not positive or would have no effect, or the sampler does not support this number of
+            tasks.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class TaskMixture(seqio.Mixture):
         tasks = [find_task(task) for task in task_names]
         if rates is not None and set(rates) != set(task_names):
             raise ValueError(
-                f"rates must have one weight for each of the tasks {sorted(task_names)}, got "
-                f"weights for {sorted(rates)}. Correct sampling.task_mixture.rates."
+                "rates must have one weight for each of the tasks "
+                f"{', '.join(sorted(task_names))}, got weights for {', '.join(sorted(rates))}. "
+                "Correct sampling.task_mixture.rates."
             )
         sampler.check(len(tasks))
         _check_weights(rates, cap, sampler.ignores_weights(len(tasks)))
@@ -91,9 +93,9 @@ class TaskMixture(seqio.Mixture):
         trim_output_features: bool = True,
         **evaluation_only: Any,
     ) -> tf.data.Dataset:
-        """Returns this host's endless stream of examples.
+        """Returns this host's endless stream of examples; with `num_epochs`, SeqIO's dataset.
 
-        Sets `overlong` to {task: (truncated examples, all examples)}.
+        The stream sets `overlong` to {task: (truncated examples, all examples)}.
 
         Raises:
             ValueError: a task has no such split, no data on this machine or no examples in the
@@ -151,7 +153,7 @@ class TaskMixture(seqio.Mixture):
         return np.array([self._rates[name] for name in self.task_names], np.float64)
 
     def _log_shares(self, weights: np.ndarray) -> None:
-        """Logs the expected share of each task, unless all have the same by design."""
+        """Logs the expected share of each task, unless the sampler gives all tasks equal shares."""
         if len(weights) == 1 or isinstance(self.sampler, EqualQuotas):
             return
         expected = self.sampler.expected_shares(weights)
@@ -200,7 +202,7 @@ def task_mixture(
         modules: the modules that register the tasks; imported first.
 
     Raises:
-        ValueError: a module or task is unknown, a different mixture has this name, or as
+        ValueError: a module or task is unknown, a different mixture has this name, or as in
             `TaskMixture`.
     """
     import_suites(modules, task_names)
@@ -232,7 +234,7 @@ def _check_weights(rates: Mapping[str, float] | None, cap: int, ignored: str | N
         ignored: why mixing weights have no effect; None if they have one.
 
     Raises:
-        ValueError: they are not, or have none.
+        ValueError: the weights are not positive, or have no effect.
     """
     refused = [
         ("rates", rates, rates is not None, ignored),
@@ -242,12 +244,13 @@ def _check_weights(rates: Mapping[str, float] | None, cap: int, ignored: str | N
         if is_set and reason:
             raise ValueError(
                 f"sampling.task_mixture.{name} = {value!r} would have no effect, because {reason}. "
-                "Remove the binding, or choose a SAMPLER that draws by mixing weight, such as "
-                "sampling.PerExample, for several tasks."
+                "Remove the binding, or, for several tasks, choose a SAMPLER that draws by mixing "
+                "weight, such as sampling.PerExample."
             )
     invalid = {name: rate for name, rate in (rates or {}).items() if not 0 < rate < np.inf}
     if invalid or cap < 1:
-        given = f"rates has {invalid}" if invalid else f"cap is {cap}"
+        rates_given = ", ".join(f"{rate} for {name}" for name, rate in invalid.items())
+        given = f"rates has {rates_given}" if invalid else f"cap is {cap}"
         raise ValueError(
             f"Mixing weights must be positive, but {given}. Correct sampling.task_mixture. To "
             "leave a task out, remove it from task_names."

@@ -43,9 +43,10 @@ def import_suites(modules: Sequence[str], task_names: Sequence[str] = ()) -> Non
                 if (error.name or "").split(".")[0] in ("tasks", "mpt_jax"):
                     raise ValueError(
                         f"The task suite {module} cannot be imported ({error}). In it, import the "
-                        "suites of MPT-JAX from mpt_jax.tasks, such as `from mpt_jax.tasks import "
-                        "files`: `tasks` is the name of a module of yours if you have one, and "
-                        "tasks.jsonl of earlier versions is now mpt_jax.tasks.files."
+                        "suites of MPT-JAX from mpt_jax.tasks, for example with `from "
+                        "mpt_jax.tasks import files`. The name `tasks` refers to your own module "
+                        "if you have one, and tasks.jsonl of earlier versions is now "
+                        "mpt_jax.tasks.files."
                     ) from error
                 raise
             named = ", so some of these tasks may be missing: " + ", ".join(task_names)
@@ -92,7 +93,10 @@ def few_shot_rows(provider: Any) -> dict[str, dict[str, list[int]]]:
 def find_task(name: str) -> seqio.Task:
     """Returns the task of a name; raises ValueError with the closest names if it is unknown."""
     if not is_task(name):
-        raise ValueError(unknown_name("task", name, sorted(seqio.TaskRegistry.names())))
+        raise ValueError(
+            f"{unknown_name('task', name, sorted(seqio.TaskRegistry.names()))} Correct the name, "
+            "or add the module that registers the task to TASK_MODULES."
+        )
     return seqio.TaskRegistry.get(name)
 
 
@@ -111,8 +115,9 @@ def check_split(task: seqio.Task, split: str) -> None:
 
 @contextlib.contextmanager
 def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
-    """Context that turns errors about missing data into a ValueError that says how to get it, and
-    failed assertions of preprocessors (tf.debugging.Assert) into a ValueError with their message.
+    """Context manager that converts errors about missing data into a ValueError that says how to
+    get the data, and failed assertions of preprocessors (tf.debugging.Assert) into a ValueError
+    with their message.
 
     Any other error, such as one from a bug in a preprocessor, is left unchanged.
     """

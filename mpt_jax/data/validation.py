@@ -18,7 +18,7 @@ _FEATURES = {"inputs", "targets"}
 
 
 def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
-    """Checks what a `DatasetConfig` asks of the devices and of the machine; reads no data.
+    """Checks a `DatasetConfig` against the devices and the file system; reads no data.
 
     Args:
         cfg: the `DatasetConfig`.
@@ -27,13 +27,13 @@ def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
 
     Raises:
         ValueError: the batch size is not a multiple of `num_shards`; `task_feature_lengths` has
-            other features than inputs and targets, or a limit below 1; the offline cache of a task
+            features other than inputs and targets, or a limit below 1; the offline cache of a task
             does not exist; or the name of a task is too long for a file name.
     """
     if cfg.batch_size % num_shards:
         raise ValueError(
             f"A batch of {cfg.batch_size} rows cannot be divided evenly over the {num_shards} "
-            "parts of the mesh (devices / num_partitions). Set "
+            "shards of the mesh (devices / num_partitions). Set "
             f"{setting} so that a batch has a multiple of {num_shards} rows, such as "
             f"{cfg.batch_size // num_shards * num_shards or num_shards}, or use fewer devices."
         )
@@ -48,13 +48,13 @@ def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
         if cfg.use_cached and not task.cache_dir:
             raise ValueError(
                 f"DatasetConfig.use_cached is True, but no offline cache of task {task.name!r} "
-                "exists in the folders of --seqio_additional_cache_dirs. Name the folder of its "
-                "cache, or set USE_CACHED_TASKS = False."
+                "exists in the folders of --seqio_additional_cache_dirs. Add the folder of its "
+                "cache to this flag, or set USE_CACHED_TASKS = False."
             )
         if (size := len(task.name.encode())) > LONGEST_NAME:
             raise ValueError(
-                f"The name of the run {task.name[:40]!r}... has {size} bytes, but it is part of "
-                f"file names, so it may have at most {LONGEST_NAME}. Shorten its name."
+                f"The run name {task.name[:40]!r}... has {size} bytes, but it is part of file "
+                f"names, so it may have at most {LONGEST_NAME}. Shorten the name."
             )
 
 
@@ -137,7 +137,7 @@ def check_lengths(
     """Raises ValueError for over-long examples unless the converter truncates them.
 
     Args:
-        overlong: {task: (truncated examples, all examples)}.
+        overlong: {task: (number of truncated examples, number of all examples)}.
         converter: the feature converter, whose `on_overlong` says whether it truncates.
         task_feature_lengths: the limits, shown in the error.
     """
@@ -147,7 +147,8 @@ def check_lengths(
     counts = ", ".join(f"{n}: {c} of {total} ({c / total:.2%})" for n, (c, total) in cut.items())
     raise ValueError(
         f"Some examples are longer than task_feature_lengths {dict(task_feature_lengths or {})} "
-        f"({counts}). Raise the limits, or truncate the examples (ON_OVERLONG = 'truncate')."
+        f"({counts}). Raise the limits (TASK_FEATURE_LENGTHS), or truncate the examples "
+        "(ON_OVERLONG = 'truncate')."
     )
 
 
@@ -156,7 +157,7 @@ def check_counts(overlong: Mapping[str, tuple[int, int]], cfg: Any, converter: A
     logs the numbers of over-long examples.
 
     Args:
-        overlong: {task: (truncated examples, all examples)}.
+        overlong: {task: (number of truncated examples, number of all examples)}.
         cfg: the `DatasetConfig` that the examples were read with.
         converter: the feature converter; see `check_lengths`.
     """

@@ -23,9 +23,9 @@ from mpt_jax.data import labels
 def compared(task: seqio.Task) -> seqio.Task:
     """Returns a copy of a task whose metrics compare texts as the vocabulary writes them.
 
-    If the task declares labels, a prediction that is a label as it is decoded becomes that label.
-    Otherwise gold texts are encoded and decoded: the target before the task's postprocessor, and
-    each list of texts that the postprocessor returns (alone or in a mapping).
+    If the task declares labels, a prediction that equals a label encoded and decoded becomes that
+    label. Otherwise, gold texts are encoded and decoded: the target before the task's postprocessor
+    reads it, and each list of texts that the postprocessor returns (directly or in a mapping).
     """
     vocabulary = task.output_features["targets"].vocabulary
     label_of, postprocess = labels.as_decoded(task), task.postprocessor
@@ -52,8 +52,8 @@ def compared(task: seqio.Task) -> seqio.Task:
 
 
 def constant_prediction(task: seqio.Task, ids: np.ndarray) -> str | None:
-    """Returns the text of all predictions of a task if they are the same; None otherwise, and for a
-    single example.
+    """Returns the text that all predictions of a task have in common; None if they differ or there
+    is only one.
 
     Args:
         task: the task.
@@ -87,5 +87,5 @@ class ConstantReporter:
             return
         self._constant[name] = text
         first = next(iter(scores.items()), None)
-        score = f"; always saying it scores {first[1]:.1f} ({first[0]})" if first else ""
+        score = f", which scores {first[1]:.1f} ({first[0]})" if first else ""
         logging.warning("Every prediction of %s is %r%s.", name, text, score)

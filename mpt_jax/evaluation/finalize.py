@@ -127,8 +127,10 @@ class EndedJob:
 
 
 def finalize_run(model_dir: str, job: EndedJob) -> None:
-    """Writes the prompt artifacts of a job, and its backbone if it was trained, with the parameters
-    of each group's best step if the job selects it, else with those of the last step."""
+    """Writes the prompt artifacts of a job, and its backbone if it was trained.
+
+    The parameters are those of each group's best step if the job selects it, else of the last step.
+    """
     params = to_host(job.best_params())  # all processes take part
     if jax.process_index() != 0:
         return
@@ -178,7 +180,9 @@ def report(model_dir: str, found: Sequence[RunOutcome]) -> None:
     write_atomic(path, json.dumps({"runs": runs}, indent=1) + "\n")
     for outcome in found:
         run, step, best_step = outcome.run, outcome.step, outcome.best_step
-        kept = "It has no artifact" if best_step is None else f"Its artifact is of step {best_step}"
+        kept = (
+            "It has no artifact" if best_step is None else f"Its artifact is from step {best_step}"
+        )
         if outcome.state == FAILED:
             logging.error("Run %s failed at step %d. %s.", run, step, kept)
         elif outcome.state == FINISHED and len(found) > 1:
@@ -254,7 +258,7 @@ def write_artifacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
     Args:
         model_dir: MODEL_DIR.
         job: the ended job.
-        prompt: the method's parameters, at each group's best step.
+        prompt: the method's parameters, from each group's best step.
     """
     facts = card_facts(job)
     results = outcomes(job)
@@ -267,7 +271,7 @@ def write_artifacts(model_dir: str, job: EndedJob, prompt: Params) -> None:
         _write(epath.Path(model_dir) / folder, job, prompt, facts, {r: results[r] for r in rows})
     if job.not_evaluated:
         logging.info(
-            "Not evaluated, so these prompts are not of a selected step: %s.",
+            "These runs were not evaluated, so their scores did not select a best step: %s.",
             abbreviate(list(job.not_evaluated)),
         )
     if kept:
@@ -281,8 +285,8 @@ def _write(
     facts: model_card.Facts,
     kept: Mapping[int, RunOutcome],
 ) -> None:
-    """Writes one artifact, of the bank rows in `kept`. A job may have thousands of artifacts, so
-    the facts of all runs are used only in the artifact of all runs."""
+    """Writes one artifact with the bank rows in `kept`. Only the artifact of all runs has the facts
+    of all runs, since a job may have thousands of artifacts."""
     model, best, initial = job.trainer.model, job.best, job.initial
     params, runs, groups = take(model, prompt, list(kept))
     select = lambda table: {run: table[run] for run in runs.run_names if run in table}  # noqa: E731

@@ -89,8 +89,8 @@ class ProgressLine:
         self._mark = (step, time.monotonic())
 
     def update(self, step: int, found: Mapping[str, float]) -> dict[str, float]:
-        """Shows the progress at a step. Returns the speeds since the last update, for the metric
-        writers."""
+        """Shows the progress at a step, with its metrics `found`. Returns the speeds since the last
+        update, for the metric writers."""
         last, since = self._mark
         seconds = max(time.monotonic() - since, 1e-9)
         steps = max(step - last, 1)

@@ -27,8 +27,8 @@ EVAL_MODES = ("TRAIN_EVAL", "INFER_EVAL")
 def on_device(
     function: Callable[..., Any], partitioner: PjitPartitioner
 ) -> Callable[[Params, Mapping[str, np.ndarray]], Any]:
-    """Compiles `function(params, batch)`. The result takes this host's rows of a batch, and returns
-    the outputs for the rows of all hosts as NumPy arrays."""
+    """Compiles `function(params, batch)`. The compiled function takes this host's rows of a batch
+    and returns the outputs for the rows of all hosts, as NumPy arrays."""
     compiled = jax.jit(function)
 
     def run(params: Params, batch: Mapping[str, np.ndarray]) -> Any:
@@ -52,6 +52,9 @@ class PeriodicEvaluator:
         scores: metrics of each run, from the last evaluation.
         last_step: the step of the last evaluation; -1 before the first.
         not_evaluated: {run: the split that it would be evaluated on, but that its task lacks}.
+
+    Raises:
+        ValueError: `actions` has an unknown mode, or a mode that is not evaluated.
     """
 
     trainer: Trainer
@@ -135,15 +138,15 @@ def warn_not_evaluated(runs: Runs, not_evaluated: Mapping[str, str]) -> None:
     scored = {group for run, group in rows if run not in not_evaluated}
     split = next(iter(not_evaluated.values()), "")
     outcomes = {
-        False: "their prompts are those of the last step",
-        True: "the other runs of their group select its best step",
+        False: "Their prompts are those of the last step",
+        True: "The other runs of their group select its best step",
     }
     for in_scored_group, outcome in outcomes.items():
         names = [r for r, g in rows if r in not_evaluated and (g in scored) == in_scored_group]
         if names:
             logging.warning(
-                "Not evaluated, since their tasks have no %r split: %s; %s. To evaluate and select "
-                "the best step, add this split to the tasks.",
+                "These runs are not evaluated, because their tasks have no %r split: %s. %s. To "
+                "evaluate them and select the best step, add this split to the tasks.",
                 *(split, abbreviate(names), outcome),
             )
 
@@ -152,11 +155,12 @@ def check_actions(
     actions: Mapping[str, Sequence[selection.Action]],
     **configs: tuple[DatasetConfig | None, DatasetConfig | None],
 ) -> None:
-    """Raises ValueError for actions of a mode whose dataset has no task with its split.
+    """Raises ValueError if a mode has actions, but no task has the split that it evaluates.
 
     Args:
         actions: the actions of each mode.
-        configs: for each mode, the settings of its dataset, and those `datasets.with_split` left.
+        configs: for each mode, the settings of its dataset, and these settings after
+            `datasets.with_split`.
     """
     for mode, (asked, found) in configs.items():
         if asked and found is None and actions.get(mode):

@@ -27,8 +27,8 @@ class Ranker:
     Args:
         tasks: {name: task}; each task declares labels.
         runs: the runs of the job, which give the bank row of each task.
-        score_fn: a function of this host's batch that returns the log-probability of each target
-            [B] of all hosts' rows, in nats.
+        score_fn: a function that takes this host's batch and returns the log-probability [B], in
+            nats, of the target of each row of all hosts.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Ranker:
         self._labels = self._label_table()
 
     def __call__(self, batch: Batch) -> np.ndarray:
-        """Returns [B, 2] for the rows of all hosts: the credit of the example from 0 to 1, and 0 if
-        a single label is best, else 1.
+        """Returns [B, 2] for the rows of all hosts: the credit of each example, from 0 to 1, and 0
+        if a single label is best, else 1.
 
         Raises:
             ValueError: an example's target is not one of the labels that its task declares.
@@ -86,8 +86,9 @@ class Ranker:
         vocabulary = self._tasks[name].output_features["targets"].vocabulary
         target = vocabulary.decode(batch["decoder_target_tokens"][index].tolist())
         return (
-            f"Task {name!r} declares the labels {labels_of(self._tasks[name])}, but an example "
-            f"has the target {target!r}. Correct the labels or the targets."
+            f"Task {name!r} declares the labels "
+            f"{', '.join(map(repr, labels_of(self._tasks[name])))}, but an example has the target "
+            f"{target!r}. Correct the labels or the targets."
         )
 
 

@@ -19,6 +19,7 @@ def check() -> None:
             raise
         reason = f" JAX reports: {error}" if str(error) else ""
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={wanted!r} on this machine. Unset JAX_PLATFORMS "
-            f"to use what JAX finds, or install the JAX of that device (jax[cuda12]).{reason}"
+            f"JAX finds no device for JAX_PLATFORMS={wanted!r} on this machine. Unset "
+            "JAX_PLATFORMS to use any device that JAX finds, or install JAX for the wanted device "
+            f"(such as jax[cuda12]).{reason}"
         ) from error

@@ -47,10 +47,11 @@ def distributed_args(environment: Mapping[str, str]) -> dict[str, Any] | None:
     }
     arguments = {name: number for name, number in numbers.items() if number is not None}
     if arguments and (len(arguments) == 1 or not address):
+        unset = [name for name in (ADDRESS, COUNT, INDEX) if not environment.get(name)]
         raise ValueError(
-            f"The environment variables {ADDRESS}, {COUNT} and {INDEX} must be set together, got "
-            f"{address!r}, {environment.get(COUNT)!r} and {environment.get(INDEX)!r}. Set all "
-            f"three, or only {ADDRESS} if JAX can find the other two itself."
+            f"The environment variables {ADDRESS}, {COUNT} and {INDEX} must be set together (not "
+            f"set: {', '.join(unset)}). Set all three, or only {ADDRESS} if JAX can find the other "
+            "two itself."
         )
     return {**arguments, "coordinator_address": address} if address else arguments
 
@@ -60,7 +61,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
     Raises:
         ValueError: see `distributed_args`.
-        RuntimeError: from JAX: a device was used before, or the other processes do not answer.
+        RuntimeError: raised by JAX if a device was used before, or other processes do not answer.
     """
     import jax  # here, so that `distributed_args` works without JAX
 

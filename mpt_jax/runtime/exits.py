@@ -1,4 +1,4 @@
-"""How a command ends: with a message for an error, silently if nobody reads its output."""
+"""Exit of a command: with a message for an error, silently if nobody reads its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def exit_with(prog: str, error: Exception, text: str | None = None) -> NoReturn:
 
     Args:
         prog: the command, for example `mpt-jax tasks`.
-        error: the error. Exits silently if it is that nobody reads standard output any more.
+        error: the error. If the reader of standard output is gone, `exit_if_unread` exits silently.
         text: the text to print; defaults to that of the error.
     """
     exit_if_unread(error)

@@ -148,7 +148,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     value = schema.parse(path.read_bytes(), f"{path}", "Correct it, or download or copy it again.")
     if not isinstance(value, dict):
         raise ValueError(
-            f"{path} is not a JSON object: its value is a {type(value).__name__}. Correct it, or "
-            "download or copy it again."
+            f"{path} is not a JSON object: its value has the type {type(value).__name__}. Correct "
+            "it, or download or copy it again."
         )
     return value

@@ -71,8 +71,8 @@ def shipped(*, name: str) -> str:
         FileNotFoundError: no such file is shipped; the message lists the shipped files.
     """
     if not (SHIPPED / name).exists():
-        names = sorted(path.name for path in SHIPPED.glob("*"))
-        raise FileNotFoundError(f"No file {name!r} is shipped in {SHIPPED}. Choose one of {names}.")
+        names = ", ".join(sorted(path.name for path in SHIPPED.glob("*")))
+        raise FileNotFoundError(f"No file {name!r} is shipped in {SHIPPED}. Choose from: {names}.")
     return str(SHIPPED / name)
 
 

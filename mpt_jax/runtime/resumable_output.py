@@ -217,9 +217,8 @@ class ResumableFile:
             text = record.read_text()
             saved, self.lines, self._bytes, notes = self._parsed(text, complete)
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise Refused(
-                f"{record} cannot be read ({reason}). Restore it from a copy, choose "
+                f"{record} cannot be read ({schema.reason(error)}). Restore it from a copy, choose "
                 f"{self._elsewhere}, or remove {self.path}* to start again."
             ) from error
         if not (complete or self.lines):
@@ -241,13 +240,13 @@ class ResumableFile:
     ) -> tuple[Mapping[str, Any], int, int, dict[str, Any]]:
         """Returns the fields of a record: made_from, lines, bytes, notes."""
         # T5X leaves an empty .COMPLETED.
-        record = schema.parse(text or "{}", "the record")
+        record = schema.parse(text or "{}", "the record", "")
         if not isinstance(record, dict):
-            raise TypeError("not a JSON object")
+            raise TypeError("the record is not a JSON object")
         schema.check_seal(record, SEAL, "the record", "Undo the change")
         notes = {name: record[name] for name in self.notes}
         if "made_from" in record:
-            counts = schema.check(record, Counts, "the record")
+            counts = schema.check(record, Counts, "the record", "")
             return counts.made_from, counts.lines, counts.bytes, notes
         # Records of earlier versions have no counts, so the lines are counted here.
         content = b""
@@ -279,9 +278,9 @@ class ResumableFile:
         size = _size(self._partial)
         if size and not self._record.exists():
             raise Refused(
-                f"{self._partial} has {size} bytes and no {self._record.name} beside it, so the "
-                f"inputs of its lines are unknown. Choose {self._elsewhere}, or remove "
-                f"{self._partial} to start again."
+                f"{self._partial} cannot be resumed: its record {self._record.name} is missing, so "
+                f"it is unknown which inputs and settings its {size} bytes came from. "
+                f"Choose {self._elsewhere}, or remove {self._partial} to start again."
             )
         if size < self._bytes:
             raise Refused(

@@ -56,7 +56,7 @@ class EarlyStoppingAction:
             ValueError: the task was not evaluated, or does not have the metric.
         """
         task, metric = self.metric
-        value = float(_watched(metrics_by_task, task, metric, "EarlyStoppingAction.metric"))
+        value = float(_watched(metrics_by_task, task, metric, "EarlyStoppingAction"))
         if math.isnan(value):  # never an improvement, never the best
             self._waited += 1
             return self._waited >= self.patience
@@ -89,11 +89,11 @@ class TerminateOnNanAction:
         Raises:
             ValueError: the task was not evaluated, or does not have the metric.
         """
-        setting = "TerminateOnNanAction.metric"
-        return not math.isfinite(_watched(metrics_by_task, self.task, self.metric, setting))
+        value = _watched(metrics_by_task, self.task, self.metric, "TerminateOnNanAction")
+        return not math.isfinite(value)
 
 
-def _watched(metrics_by_task: Scores, task: str, metric: str, setting: str) -> float:
-    """Returns a metric of a task. `setting` is the setting that errors name."""
-    metrics = look_up(f"evaluated task ({setting})", task, metrics_by_task)
-    return look_up(f"metric of {task} ({setting})", metric, metrics)
+def _watched(metrics_by_task: Scores, task: str, metric: str, action: str) -> float:
+    """Returns a metric of a task. `action` is the name of the action, for errors."""
+    metrics = look_up(f"evaluated task in {action}:", task, metrics_by_task)
+    return look_up(f"metric of {task} in {action}:", metric, metrics)

@@ -40,13 +40,14 @@ class Record(msgspec.Struct):
     def __post_init__(self):
         groups = {len(scores) for scores in self.history.values()} | {len(self.best_step)}
         if len(groups) > 1:
-            raise ValueError(f"scores of {sorted(groups)} groups")
+            counts = " and ".join(map(str, sorted(groups)))
+            raise ValueError(f"its entries are for different numbers of groups: {counts}")
         pairs = enumerate(self.best_step)
         if any(
             step >= 0 and self.history.get(step, {group: None})[group] is None
             for group, step in pairs
         ):
-            raise ValueError("a best step without a score")
+            raise ValueError("a best step has no score")
 
 
 class History(Record):
@@ -104,16 +105,16 @@ class BestSteps:
         )
         history = self.folder / HISTORY
         try:
-            record = schema.parse(history.read_bytes(), f"{history}")
-            checked = schema.check(record, History, f"{history}")
+            record = schema.parse(history.read_bytes(), f"{history}", "")
+            checked = schema.check(record, History, f"{history}", "")
             next_record = record.pop("next", None)
             for sealed in (record, next_record):
                 schema.check_seal(sealed, SEAL, f"{history}", "Undo the change.")
             parameters = path.read_bytes()
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{self.folder} cannot be read ({error}). Retry when the storage is reachable. If "
-                f"the files are damaged, {advice}"
+                f"{self.folder} cannot be read ({schema.reason(error)}). Retry when the storage is "
+                f"reachable. If the files are damaged, {advice}"
             ) from error
         digest = hashlib.sha256(parameters).hexdigest()
         expected = checked.trainable_sha256 or digest  # earlier versions wrote none

@@ -31,6 +31,7 @@ from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.backbones.t5.scanned_params import stack_layers
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Key
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
@@ -110,9 +111,9 @@ class InitialParams:
         params: the whole parameter tree as NumPy arrays, in the dtypes used for training. The
             arrays are in host memory, so the model need not fit on a single device.
         embedding_sha256: the digest of the backbone's token embedding. Artifacts must match it.
-        backbone_sha256: the digest of all weights of the backbone, which artifacts must match if
-            they record it. Before training, if the backbone is trainable. None if it was switched
-            off.
+        backbone_sha256: the digest of all weights of the backbone (before training, if they are
+            trainable). Artifacts that record one must match it. None if `Origins.digest_backbone`
+            is False.
         vocabulary_sha256: the digest of the input vocabulary, if it is known. Artifacts must match
             it.
         artifact_sha256: the digest of the parameters in the initial artifact, if there is one.
@@ -223,7 +224,7 @@ def _weights_digest(origins: Origins, backbone: dict[str, Any]) -> str | None:
         return backbone_digest(backbone)
     logging.warning(
         "train_state.Origins.digest_backbone = False: artifacts and checkpoints of this job record "
-        "backbone_sha256 = null, and only the backbone's embedding is compared with others."
+        "backbone_sha256 = null, and of the backbone only the embedding is checked."
     )
     return None
 
@@ -272,7 +273,7 @@ def _resolve_nearest_sources(
 
     Raises:
         FileNotFoundError: an artifact with task embeddings is missing.
-        ValueError: such an artifact is not compatible, or lacks an embedding.
+        ValueError: such an artifact is not compatible, or lacks the embedding of a run.
     """
     choice = getattr(method, "start_from", None)
     if not isinstance(choice, NearestSource):
@@ -392,19 +393,22 @@ def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
     tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
     if missing := [tasks[run] for run, teachers in candidates.items() if not teachers]:
         raise ValueError(
-            f"No teacher for the tasks {list(dict.fromkeys(missing))}. The artifacts "
-            f"{sorted({t.path for t in known})} have teachers only for "
-            f"{sorted({t.task for t in known})}. Train the missing teachers with gin/pt_source.gin "
-            "and add their artifact to TEACHERS, or remove the tasks without a teacher from "
-            "SOURCE_TASKS (in a target stage: TARGET_TASKS)."
+            f"No teacher for the tasks {abbreviate(list(dict.fromkeys(missing)))}. The artifacts "
+            f"{abbreviate(sorted({t.path for t in known}))} have teachers only for "
+            f"{abbreviate(sorted({t.task for t in known}))}. Train the missing teachers with "
+            "gin/pt_source.gin and add their artifact to TEACHERS, or remove the tasks without a "
+            "teacher from SOURCE_TASKS (in a target stage: TARGET_TASKS)."
         )
     several = {run: teachers for run, teachers in candidates.items() if len(teachers) > 1}
     if several:
-        names = {run: [f"{t.run} in {t.path}" for t in several[run]] for run in several}
+        names = [
+            f"{run} ({', '.join(f'{t.run} in {t.path}' for t in teachers)})"
+            for run, teachers in several.items()
+        ]
         raise ValueError(
-            f"Several teachers match the same run: {names}. Set RUN_NAMES so that each run has the "
-            "name of a single teacher, or set TEACHERS to artifacts that together hold one teacher "
-            "for each task."
+            f"Several teachers match the same run: {abbreviate(names)}. Set RUN_NAMES so that each "
+            "run has the name of a single teacher, or set TEACHERS to artifacts that together hold "
+            "one teacher for each task."
         )
     return [teachers[0] for teachers in candidates.values()]
 

@@ -109,8 +109,8 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
     )
     if groups > 1 and rows >= 2:
         lines.append(
-            f"{groups} groups of runs share this step. Two jobs with half of them each process "
-            f"{rows // 2} rows per device and step, and train the same prompts."
+            f"{groups} groups of runs share this step. If two jobs train half of the groups each, "
+            f"a step has {rows // 2} rows per device, and the resulting prompts are the same."
         )
     return lines
 

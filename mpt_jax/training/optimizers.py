@@ -209,8 +209,9 @@ class PromptOptimizer:
         missing = sorted(set(labels.values()) - set(self.learning_rates) - {STEP_COUNTER})
         if missing:
             raise ValueError(
-                f"No learning rate for the labels {missing}: PromptOptimizer.learning_rates has "
-                f"{sorted(self.learning_rates)}. Add a schedule for each missing label."
+                f"No learning rate for the labels {', '.join(missing)}: "
+                f"PromptOptimizer.learning_rates has {', '.join(sorted(self.learning_rates))}. Add "
+                "a schedule for each missing label."
             )
         rule = self.rule() if self.rule else optax.scale_by_adam(self.b1, self.b2, self.eps)
         inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))

@@ -185,8 +185,8 @@ class PjitPartitioner:
             unknown = [axis for axis in named[name] if axis not in known]
             if unknown:
                 raise ValueError(
-                    f"No rule maps the logical axes {unknown} of {name} to the mesh. Add a rule "
-                    "for each axis to standard_logical_axis_rules.additional_rules."
+                    f"No rule maps the logical axes {', '.join(unknown)} of {name} to the mesh. "
+                    "Add a rule for each axis to standard_logical_axis_rules.additional_rules."
                 )
             spec = nn_partitioning.logical_to_mesh_axes(named[name], tuple(self.logical_axis_rules))
             shardings[name] = NamedSharding(self.mesh, PartitionSpec(*(spec or ())))
@@ -254,7 +254,8 @@ def _by_process(
     local = len(devices) // len(counts)
     if set(counts.values()) != {local}:
         raise ValueError(
-            f"The processes have different numbers of devices: {dict(counts)} (process: devices). "
+            "The processes have different numbers of devices: "
+            f"{', '.join(f'{count} in process {number}' for number, count in counts.items())}. "
             "Give every process the same number of devices."
         )
     if local % num_partitions:
@@ -292,9 +293,9 @@ def _hybrid_shape(
     if math.prod(dcn) != len(slices) or {math.prod(ici)} != set(slices.values()):
         raise ValueError(
             f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this job "
-            f"has {len(slices)} slices of {sorted(set(slices.values()))} devices. Change the "
-            "shapes: dcn_mesh_shape must multiply to the number of slices, and ici_mesh_shape to "
-            "the devices of a slice."
+            f"has {len(slices)} slices of {' or '.join(map(str, sorted(set(slices.values()))))} "
+            "devices. Change the shapes: dcn_mesh_shape must multiply to the number of slices, and "
+            "ici_mesh_shape to the devices of a slice."
         )
     if dcn[-1] != 1:
         raise ValueError(
@@ -310,10 +311,11 @@ def _hybrid_shape(
         )
     ordered = [_slice_of(device) for device in sorted(devices, key=lambda d: d.process_index)]
     if ordered != sorted(ordered):
+        order = ", ".join(str(key) for key, _ in itertools.groupby(ordered))
         raise ValueError(
             "The process numbers do not follow the order of the slices: in order of process "
-            f"number, the devices are in slices {[key for key, _ in itertools.groupby(ordered)]}. "
-            "Number the processes in slice order, with consecutive numbers for those of a slice."
+            f"number, the devices are in slices {order}. Number the processes in slice order, with "
+            "consecutive numbers for those of a slice."
         )
     return (ici[0] * dcn[0], ici[1] * dcn[1], ici[2])
 

@@ -49,9 +49,9 @@ class RowCompactor:
         rows = self.runs.num_rows
         if batch_size % rows or batch_size % self.shards:
             raise ValueError(
-                f"A batch of {batch_size} rows does not divide into {rows} equal shares, one per "
-                f"run, and over {self.shards} shards of the mesh. Set BATCH_SIZE to a multiple of "
-                f"both {rows} and {self.shards}."
+                f"A batch of {batch_size} rows cannot be divided evenly among {rows} runs and over "
+                f"{self.shards} shards of the mesh. Set BATCH_SIZE to a multiple of both {rows} "
+                f"and {self.shards}."
             )
         return np.repeat(np.arange(rows), batch_size // rows).reshape(self.shards, -1)
 
@@ -89,9 +89,10 @@ class RowCompactor:
             row = int(np.flatnonzero(task_ids != expected)[0])
             here, there = (self.runs.run_names[int(ids[row])] for ids in (task_ids, expected))
             raise ValueError(
-                f"Batch row {row} is of run {here!r}, but the order of RUN_NAMES puts {there!r} "
-                "there, so the rows of finished runs cannot be found by their position. Set "
-                "SAMPLER to @sampling.EqualQuotas(), with the runs in the order of RUN_NAMES."
+                f"Row {row} of the batch is from run {here!r}, but in the order of RUN_NAMES it "
+                f"must be from run {there!r}. Otherwise, the rows of finished runs cannot be found "
+                "by their position. Set SAMPLER to @sampling.EqualQuotas(), with the runs in the "
+                "order of RUN_NAMES."
             )
         is_active = np.asarray(active)[np.asarray(self.runs.group_of_row)][owners]
         needed = is_active.sum(axis=1).max()
@@ -115,8 +116,8 @@ _TASK_IDS = ("encoder_task_ids", "decoder_task_ids")
 def _compacted(
     owners: np.ndarray, is_active: np.ndarray, block: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns, for each row of a compacted block: its index among the process's rows, whether it
-    is padding, and its bank row."""
+    """Returns three arrays with one entry per row of a compacted block: its index among the
+    process's rows, whether it is padding, and its bank row."""
     kept = np.flatnonzero(is_active)
     missing = capacity - len(kept)
     indices = np.concatenate([kept, np.full(missing, kept[0] if len(kept) else 0)])

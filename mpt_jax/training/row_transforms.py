@@ -105,7 +105,7 @@ def gradient_norms(grads: Params, rows: Rows, runs: Runs) -> Float[Array, " G"]:
 def clip_by_group_norm(
     max_norm: PerGroup | None, rows: Rows, runs: Runs
 ) -> optax.GradientTransformation:
-    """Returns a transformation that clips each group's gradient to a maximum norm."""
+    """Returns a transformation that clips each group's gradient to a maximum norm, if not None."""
     if max_norm is None:
         return optax.identity()
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.comparison import data_changes
+from mpt_jax.core.comparison import abbreviate, data_changes
 from mpt_jax.core.runs import entry_of_run, look_up
 from mpt_jax.core.tree import flatten, split, unflatten
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
@@ -40,7 +40,7 @@ __all__ = ["Action", "EarlyStoppingAction", "Scores", "SelectBest", "TerminateOn
 class SelectBest:
     """Keeps each group's best parameters, and reports groups that have stopped improving.
 
-    A group's score is the mean of its runs' metric. Of two equal scores the earlier step is the
+    A group's score is the mean of its runs' metric. If scores are equal, the earliest step is the
     best. A group is not scored after it has run out of patience, has failed, or has been evaluated
     at the end of its training. The trainer may set `data`, the record of the data that scores are
     measured on, and `unscored`, the names of runs that cannot be evaluated; a group of only such
@@ -73,7 +73,10 @@ class SelectBest:
         if self.mode not in ("max", "min"):
             raise ValueError(f"SelectBest.mode must be 'max' or 'min', got {self.mode!r}.")
         if self.patience is not None and np.min(self.patience) < 1:
-            raise ValueError(f"SelectBest.patience must be at least 1, got {self.patience}.")
+            raise ValueError(
+                f"SelectBest.patience must be at least 1, got {self.patience}. Raise it, or set it "
+                "to None to train to the end."
+            )
         if np.ndim(self.patience or 1) and len(self.patience) != groups:  # pyright: ignore
             raise ValueError(
                 f"SelectBest.patience has {len(self.patience)} entries, but the job has {groups} "  # pyright: ignore
@@ -103,9 +106,10 @@ class SelectBest:
         record, trainable = self._kept.read()
         if record["run_names"] != list(self.model.runs.run_names):
             raise ValueError(
-                f"{self._kept.folder} has the best steps of the runs {record['run_names']}, but "
-                f"this job has the runs {list(self.model.runs.run_names)}. Choose another "
-                "MODEL_DIR, or set RUN_NAMES to the recorded names."
+                f"{self._kept.folder} has the best steps of the runs "
+                f"{abbreviate(record['run_names'])}, but this job has the runs "
+                f"{abbreviate(self.model.runs.run_names)}. Choose another MODEL_DIR, or set "
+                "RUN_NAMES to the recorded names."
             )
         if changes := data_changes(record.get("data", {}), self.data):
             raise ValueError(
@@ -202,10 +206,10 @@ class SelectBest:
                 continue
             if run not in metrics_by_task:
                 raise ValueError(
-                    f"SelectBest needs a score of {run!r}, but only {sorted(metrics_by_task)} "
-                    "were evaluated. List SelectBest under 'INFER_EVAL' in "
-                    "train_script.train.actions, with every run in infer_eval/utils.DatasetConfig, "
-                    "or remove SelectBest from the actions."
+                    f"SelectBest needs a score of {run!r}, but only these runs were evaluated: "
+                    f"{abbreviate(sorted(metrics_by_task)) or 'none'}. List SelectBest under "
+                    "'INFER_EVAL' in train_script.train.actions, with every run in "
+                    "infer_eval/utils.DatasetConfig, or remove SelectBest from the actions."
                 )
             metrics = metrics_by_task[run]
             name = self.metric
@@ -213,7 +217,7 @@ class SelectBest:
                 name = entry_of_run(name, runs.task_names[row], "SelectBest.metric", "task")
             if name is None:
                 name = next(iter(metrics))
-            score = float(look_up(f"metric of {run} (SelectBest.metric)", name, metrics))
+            score = float(look_up(f"metric of {run} in SelectBest.metric:", name, metrics))
             totals[runs.group_of_row[row]].append(score)
         return [sum(scores) / len(scores) if scores else None for scores in totals]
 
@@ -291,7 +295,7 @@ class SelectBest:
 
 
 def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any]:
-    """Returns the trainable parameters, from our train state or T5X's."""
+    """Returns the trainable parameters of a `TrainState` or of T5X's train state."""
     if hasattr(train_state, "trainable"):
         return train_state.trainable
     params = train_state.params

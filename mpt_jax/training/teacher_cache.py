@@ -98,7 +98,7 @@ class TeacherCache:
 
 
 def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: bool) -> str | None:
-    """Returns why a job cannot use a cache, and any way to use one; None if it can use one."""
+    """Returns why a job cannot use a cache, with a remedy if there is one; None if it can."""
     distil = model.objective.distillation
     if distil is None:
         return "the objective has no distillation, so it runs no teachers."
@@ -200,7 +200,7 @@ class OpenCache:
         return len(self._held)
 
     def add(self, frozen: Params, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Adds the teacher outputs to a batch. Call it inside `partitioner.activate()`.
+        """Returns a batch with the teacher outputs added. Call it inside `partitioner.activate()`.
 
         Waits for the devices if the outputs of a row are not stored yet.
 

@@ -114,7 +114,7 @@ def train_step(
 def eval_step(
     model: PromptedEncoderDecoder, params: Params, batch: Batch, failed: Bool[Array, " G"]
 ) -> metrics.StepMetrics:
-    """Returns the objective's terms and each run's loss over a batch, without dropout.
+    """Returns the metrics of a batch: the objective's terms and each run's loss, without dropout.
 
     Groups that have `failed` [G] are excluded.
     """
@@ -139,7 +139,7 @@ def check_microbatches(rows: int, parts: int) -> None:
     """Checks that a batch can be split into microbatches.
 
     Raises:
-        ValueError: there is no microbatch, or the number of rows is not a multiple of `parts`.
+        ValueError: `parts` is less than 1, or the number of rows is not a multiple of it.
     """
     if parts < 1 or rows % parts:
         raise ValueError(

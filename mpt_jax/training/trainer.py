@@ -157,8 +157,8 @@ class Trainer:
             jax.block_until_ready(self.state.trainable)
 
     def _dispatch(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Puts a batch on the mesh and starts the compiled step. Rows of finished runs are left
-        out, and cached teacher outputs added, before that."""
+        """Leaves out the rows of finished runs, adds cached teacher outputs, puts the batch on the
+        mesh, and starts the compiled step."""
         if self._compactor is not None:
             batch = self._compactor.pack(batch, self._groups_in_batch)
         with self.partitioner.activate():
@@ -205,10 +205,10 @@ class Trainer:
             return
         self._groups_in_batch = self.active
         logging.info(
-            "%d of %d runs train from step %d on; batches now contain only their rows.",
+            "From step %d, %d of %d runs are still training; batches now contain only their rows.",
+            self.step,
             sum(self._groups_in_batch[group] for group in self.model.runs.group_of_row),
             self.model.runs.num_rows,
-            self.step,
         )
 
     def run_status(self) -> dict[str, Any]:
@@ -233,9 +233,10 @@ class Trainer:
         groups = {len(status[name]) for name in ("ended", "failed", "placed")}
         if groups != {self.model.runs.num_groups}:
             raise ValueError(
-                f"The checkpoint has the status of {sorted(groups)} groups, but the job has "
-                f"{self.model.runs.num_groups}. Rename the checkpoint to resume from the previous "
-                "one."
+                f"checkpoint_{self.step} records the status of "
+                f"{' or '.join(map(str, sorted(groups)))} groups, but the job has "
+                f"{self.model.runs.num_groups}. Rename it in MODEL_DIR to resume from the previous "
+                "checkpoint."
             )
         self.ended = np.asarray(status["ended"], np.int32)
         self.failed = np.asarray(status["failed"], bool)

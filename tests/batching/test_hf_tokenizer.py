@@ -94,7 +94,7 @@ def test_files_of_vocabulary_read_back_with_the_same_digest(tmp_path):
 @pytest.mark.parametrize(
     ("special", "config", "model", "message"),
     [
-        (SPECIAL, {"eos_token": "<end>"}, {}, "has no token '<end>'. Set eos_token in"),
+        (SPECIAL, {"eos_token": "<end>"}, {}, "lacks its eos_token, '<end>'. Set eos_token in"),
         (("<s>", *SPECIAL), None, {}, "'<pad>' .* has the id 1, but batches are padded with 0"),
         (SPECIAL, None, {"eos_token_id": 1}, "config.json has eos_token_id 1, .* has 2"),
         (SPECIAL, None, {"pad_token_id": 3}, "config.json has pad_token_id 3, .* has 0"),
@@ -119,16 +119,16 @@ def test_damaged_json_raises_naming_the_file(content, tmp_path):
 def test_bpe_of_unknown_class_or_without_merges_raises(tmp_path):
     folder = folder_of_bpe(tmp_path / "a", trained())
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
-    with pytest.raises(ValueError, match="'CLIPTokenizer', but vocab.json and merges.txt are read"):
+    with pytest.raises(ValueError, match="'CLIPTokenizer', but vocab.json and merges.txt can"):
         tokenizers.load(str(folder))
     (folder / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="vocab.json needs merges.txt beside it"):
+    with pytest.raises(ValueError, match="vocab.json cannot be used without merges.txt"):
         tokenizers.load(str(folder))
 
 
 def test_extra_ids_and_missing_library_raise(tmp_path, monkeypatch):
     folder = folder_of_json(tmp_path / "a", trained())
-    with pytest.raises(ValueError, match="holds its own sentinels, but extra_ids is 16"):
+    with pytest.raises(ValueError, match="already contains its sentinels, but extra_ids is 16"):
         tokenizers.load(str(folder), 16)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'mpt-jax\[tokenizers\]'"):
@@ -195,7 +195,7 @@ def test_sentinels_and_pieces_of_the_model_are_no_added_tokens(name, content, tm
         ("added_tokens.json", {"{": "many"}, "the added token '{' with the id 'many'"),
         ("added_tokens.json", {"{": True}, "the added token '{' with the id True"),
         ("added_tokens.json", [1], "must hold a JSON object, got list"),
-        ("special_tokens_map.json", {"eos_token": 5}, "gives eos_token as 5, which is not a text"),
+        ("special_tokens_map.json", {"eos_token": 5}, "sets eos_token to 5, which is not a string"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": "{"}}, "with the id 'x'"),
         ("tokenizer.json", {"added_tokens": [{"id": 1, "content": [2]}]}, r"added token \[2\]"),
         ("tokenizer_config.json", {"eos_token": "\ud800"}, r"token '\\ud800', which has half of a"),

@@ -88,4 +88,4 @@ def test_resume_checkpoint_of_earlier_version_logs_warning(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         check_can_resume(ours, saved, "DIR")
     (record,) = caplog.records
-    assert "DIR was saved by a version that did not record its data" in record.getMessage()
+    assert "version of MPT-JAX that did not record its data" in record.getMessage()

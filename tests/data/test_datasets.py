@@ -123,7 +123,7 @@ def test_train_iterator_restore_other_configuration_raises():
     other = datasets.train_iterator(config(mixture(batch_size=9), batch_size=9), CONVERTER)
     with pytest.raises(ValueError, match=r"another configuration \(sampler: saved 'Stochastic.*9"):
         other.restore(state)
-    with pytest.raises(ValueError, match="The data position is corrupt or not a position"):
+    with pytest.raises(ValueError, match="The data position is corrupt"):
         other.restore(state[:100])
 
 
@@ -251,7 +251,7 @@ def test_by_length_grouped_run_same_batches_as_solo():
             r"length_buckets\['inputs'\] must increase and stay below .* 6 tokens",
         ),
         ({"targets": [3, 2]}, r"length_buckets\['targets'\] must increase"),
-        ({"outputs": [3]}, r"length_buckets has unknown names \['outputs'\]"),
+        ({"outputs": [3]}, "length_buckets has unknown features: 'outputs'"),
     ],
 )
 def test_length_buckets_invalid_raise(buckets, message):

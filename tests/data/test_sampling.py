@@ -277,7 +277,7 @@ PAIR = ("smp_a", "smp_b")
     "sampler, names, reason",
     [
         (EqualQuotas(6, 1), tuple(SIZES), "EqualQuotas gives every task an equal share"),
-        (StochasticTasks(6, 1), PAIR, "StochasticTasks draws both of two tasks in every batch"),
+        (StochasticTasks(6, 1), PAIR, "StochasticTasks gives each of them half of every batch"),
         (PerExample(6, 1), ("smp_a",), "the job has one task"),
         (None, tuple(SIZES), "a mixture without a sampler, for evaluation, has equal rates"),
     ],
@@ -325,7 +325,7 @@ def test_task_mixture_weights_with_effect_are_accepted():
         ),
         (
             lambda: TaskMixture("m", tuple(SIZES), PerExample(8, 1), rates={"smp_a": 1.0}),
-            r"the tasks \['smp_a', 'smp_b', 'smp_c'\], got weights for \['smp_a'\]",
+            "the tasks smp_a, smp_b, smp_c, got weights for smp_a",
         ),
         (
             lambda: TaskMixture("m", PAIR, PerExample(8, 1), {"smp_a": 1.0, "smp_b": 1.0}, cap=20),
@@ -333,7 +333,7 @@ def test_task_mixture_weights_with_effect_are_accepted():
         ),
         (
             lambda: TaskMixture("m", PAIR, PerExample(8, 1), {"smp_a": 1.0, "smp_b": 0.0}),
-            r"Mixing weights must be positive, but rates has {'smp_b': 0.0}",
+            "Mixing weights must be positive, but rates has 0.0 for smp_b",
         ),
         (
             lambda: TaskMixture("m", PAIR, PerExample(8, 1), cap=0),

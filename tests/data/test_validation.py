@@ -23,7 +23,7 @@ def config(name="val_numbers", **overrides):
     [
         (
             {"batch_size": 4},
-            r"batch of 4 rows .* 8 parts of the mesh .*Set BATCH_SIZE .* multiple of 8 rows.* 8,",
+            r"batch of 4 rows .* 8 shards of the mesh .*Set BATCH_SIZE .* multiple of 8 rows.* 8,",
         ),
         ({"batch_size": 20}, "such as 16, or use fewer devices"),
         ({"task_feature_lengths": {"input": 4, "targets": 2}}, r"for 'targets', got {'input': 4"),
@@ -33,7 +33,7 @@ def config(name="val_numbers", **overrides):
             {"use_cached": True},
             "no offline cache of task 'val_numbers' .* USE_CACHED_TASKS = False",
         ),
-        ({"name": "n" * 192}, "has 192 bytes, .* at most 191. Shorten its name"),
+        ({"name": "n" * 192}, "has 192 bytes, .* at most 191. Shorten the name"),
         ({"name": "é" * 96}, "has 192 bytes"),
     ],
 )

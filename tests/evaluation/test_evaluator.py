@@ -235,7 +235,7 @@ def test_evaluator_target_outside_labels_raises():
     evaluator = InferenceEvaluator(cfg, CONVERTER, None)
     predict = lambda batch: batch["decoder_target_tokens"]  # noqa: E731
     score = lambda batch: np.zeros(4)  # noqa: E731
-    message = r"declares the labels \('yes', 'no'\), but an example has the target 'maybe'"
+    message = r"declares the labels 'yes', 'no', but an example has the target 'maybe'"
     with pytest.raises(ValueError, match=message):
         evaluator.evaluate(predict, score, 0)
 
@@ -344,9 +344,9 @@ def test_evaluator_constant_predictions_warn_once_per_change(tmp_path, caplog):
     evaluator.close()
     lines = [r.getMessage() for r in caplog.records if " of evl_d " in r.getMessage()]
     assert lines == [
-        "Every prediction of evl_d is 'yes'; always saying it scores 80.0 (accuracy).",
+        "Every prediction of evl_d is 'yes', which scores 80.0 (accuracy).",
         "Predictions of evl_d are no longer all the same.",
-        "Every prediction of evl_d is 'no'; always saying it scores 20.0 (accuracy).",
+        "Every prediction of evl_d is 'no', which scores 20.0 (accuracy).",
     ]
     written = [json.loads(x) for x in (tmp_path / "evl_d-metrics.jsonl").read_text().splitlines()]
     assert [line.get("constant_prediction") for line in written] == [1.0, 1.0, None, 1.0]

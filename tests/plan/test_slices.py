@@ -96,8 +96,8 @@ def test_partitioner_without_shapes_uses_one_data_axis():
         ((1, 4, 1), None, "both must be given"),
         ((4, 1), (2, 1), "both must be given, as three sizes"),
         ((1, 4, 0), (2, 1, 1), "three sizes"),
-        ((1, 2, 1), (2, 1, 1), r"needs 2 slices of 2 devices, but this job has 2 slices of \[4\]"),
-        ((1, 4, 1), (4, 1, 1), r"needs 4 slices of 4 devices, but this job has 2 slices of \[4\]"),
+        ((1, 2, 1), (2, 1, 1), "needs 2 slices of 2 devices, but this job has 2 slices of 4"),
+        ((1, 4, 1), (4, 1, 1), "needs 4 slices of 4 devices, but this job has 2 slices of 4"),
         ((1, 2, 2), (1, 1, 2), "one model over 2 slices, and the network between them is slow"),
         ((2, 2, 1), (1, 2, 1), r"alternate the rows.*dcn_mesh_shape=\(2, 1, 1\)"),
     ],
@@ -117,7 +117,7 @@ def test_partitioner_invalid_model_axis_raises():
     tpu = {"platform": "tpu", "device_kind": "fake"}
     with pytest.raises(ValueError, match="several processes of 2 devices each"):
         PjitPartitioner(4, devices=devices(2, 2, 2, **tpu))
-    with pytest.raises(ValueError, match=r"different numbers of devices: \{0: 2, 1: 4\}"):
+    with pytest.raises(ValueError, match="of devices: 2 in process 0, 4 in process 1"):
         PjitPartitioner(2, devices=[*devices(1, 1, 2), *devices(1, 2, 4)[4:]])
 
 

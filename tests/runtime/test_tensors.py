@@ -30,7 +30,7 @@ def test_load_npy_of_a_shape_beyond_the_file_error():
         load_npy(content, "F.npy")
     content = npy(np.zeros((10, 10), np.float32)).replace(b"(10, 10)", b"(99, 99)")
     with pytest.raises(
-        ValueError, match=r"its shape \(99, 99\) needs 39204 bytes, but it holds 400"
+        ValueError, match=r"its shape \(99, 99\) needs 39204 bytes of values, but it has 400"
     ):
         load_npy(content, "F.npy")
 

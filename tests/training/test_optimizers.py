@@ -346,7 +346,7 @@ def test_schedule_invalid_arguments_error(arguments, says):
 
 def test_prompt_optimizer_label_without_learning_rate_error():
     optimizer = PromptOptimizer({"shared": constant(0.3)}).bind(LABELS, RUNS, ROWS)
-    with pytest.raises(ValueError, match=r"labels \['task'\].*has \['shared'\]"):
+    with pytest.raises(ValueError, match="labels task: .*learning_rates has shared"):
         optimizer.init(random_tree(0))
 
 

@@ -60,7 +60,7 @@ def test_row_compactor_several_shards_keep_rows_on_their_shard():
 
 def test_row_compactor_rows_out_of_order_error():
     batch = tiny.batch([0, 1, 2, 3, 0, 1, 2, 3])
-    with pytest.raises(ValueError, match="row 1 is of run 'b', but .* puts 'a' there"):
+    with pytest.raises(ValueError, match="Row 1 .* from run 'b', but .* must be from run 'a'"):
         RowCompactor(RUNS).pack(batch, [True, False, True, True])
-    with pytest.raises(ValueError, match="6 rows does not divide into 4 equal shares"):
+    with pytest.raises(ValueError, match="6 rows cannot be divided evenly among 4 runs"):
         RowCompactor(RUNS).pack(tiny.batch([0] * 6), [True, False, True, True])
