@@ -144,7 +144,7 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
         """Converts a dataset; raises ValueError if its examples have no `task_ids`."""
-        features = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # a flat dict by SeqIO
+        features: list[str] = sorted(dict(ds.element_spec))  # type: ignore[arg-type]  # flat, by SeqIO
         if TASK_IDS not in features:
             raise ValueError(
                 f"The dataset has no feature {TASK_IDS!r} (it has {', '.join(features)}), so the "
