@@ -192,8 +192,9 @@ def check_floats(
     other = [f"{name} ({x.dtype})" for name, x in leaves.items() if str(x.dtype) not in FLOATS]
     if other:
         raise ValueError(
-            f"{what} has parameters of an unsupported dtype: {abbreviate(other)}. Use weights in "
-            f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}; quantized weights are not supported."
+            f"{what} has parameters of a dtype that is not supported: {abbreviate(other)}. Use "
+            f"weights in {', '.join(FLOATS[:-1])} or {FLOATS[-1]}; quantized weights are not "
+            "supported."
         )
     broken = [name for name, x in leaves.items() if not _is_finite(x)]
     if broken:

@@ -64,8 +64,8 @@ def test_label_tree_unmatched_leaves_error_lists_leaves_and_rules():
         tree.label_tree(PARAMS, RULES[:2])
     for name in ("encoder/layers_0/mlp/wi/kernel", "encoder/norm/scale", "prompt/task_left"):
         assert name in str(error.value)
-    assert "prompt/shared'" in str(error.value), "the rules tried are listed"
-    assert "bias'" not in str(error.value).split("rules tried")[0], "matched leaves are not"
+    assert "encoder/.*/bias, prompt/shared." in str(error.value), "the rules tried are listed"
+    assert "bias" not in str(error.value).split("rules tried")[0], "matched leaves are not"
 
 
 def test_split_by_label_and_merge_inverts():
@@ -83,7 +83,7 @@ def test_split_by_label_and_merge_inverts():
 
 
 def test_merge_leaf_in_both_trees_error():
-    with pytest.raises(ValueError, match=r"both trees: \['prompt/shared'\]"):
+    with pytest.raises(ValueError, match=r"both trees: prompt/shared"):
         tree.merge({"prompt": {"shared": 1}}, {"prompt": {"shared": 2}, "a": 3})
 
 

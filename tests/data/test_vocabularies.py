@@ -52,7 +52,7 @@ def test_load_vocabulary_byt5_needs_no_file():
 
 
 def test_load_vocabulary_missing_file_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere. Give a SentencePiece"):
+    with pytest.raises(FileNotFoundError, match="no vocabulary at .*nowhere. Give the path"):
         vocabularies.load(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere. .* To get one: make it."):
         vocabularies.load(str(tmp_path / "nowhere"), command="make it")

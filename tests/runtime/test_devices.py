@@ -18,7 +18,7 @@ def test_devices_that_are_missing_raise_with_their_setting(monkeypatch, error):
     before = jax.config.jax_platforms
     try:
         jax.config.update("jax_platforms", "cuda")
-        with pytest.raises(ValueError, match=f"of JAX_PLATFORMS='cuda' .* Unset .*{error}"):
+        with pytest.raises(ValueError, match=f"for JAX_PLATFORMS='cuda' .* Unset .*{error}"):
             devices.check()
     finally:
         jax.config.update("jax_platforms", before)
