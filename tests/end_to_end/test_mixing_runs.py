@@ -236,7 +236,7 @@ def test_attempt_artifact_as_plain_prompt_error(backbone, attempted):
             filled(backbone, method, artifact)
     with pytest.raises(ValueError, match="depend on the text that follows them"):
         artifacts.load_artifact(artifact).folded()
-    with pytest.raises(ValueError, match="this job .attention: saved 'sub', current 'dot'"):
+    with pytest.raises(ValueError, match="initial artifact .attention: saved 'sub', current 'dot'"):
         filled(backbone, attempt(attention="dot"), artifact)
 
 
@@ -323,7 +323,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
             (plain,) = plain_prompts(same, found, one)
             np.testing.assert_array_equal(plain, whole[row])
     other = dataclasses.replace(method, private_length=OWN | {"run_a": 3}, start_from="same")
-    with pytest.raises(ValueError, match="'run_a' has 3 positions.* 'run_a' in the .*which has 1"):
+    with pytest.raises(ValueError, match="'run_a' has 3 positions.* it would start from, has 1"):
         filled(backbone, other, str(tmp_path / "artifact"))
     lacking = dataclasses.replace(method, private_length={"run_a": 1, "run_b": 4})
     with pytest.raises(ValueError, match="PRIVATE_LENGTH has no entry for the run 'run_c'"):
@@ -333,7 +333,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
 def test_crosspt_other_normalization_of_artifact_error(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
     other = crosspt(normalize="softmax", start_from="same")
-    words = "differ from those of this job .normalize: saved 'sum', current 'softmax'"
+    words = "differ from those of the initial artifact .normalize: saved 'sum', current 'softmax'"
     with pytest.raises(ValueError, match=words):
         filled(backbone, other, str(tmp_path / "artifact"))
 

@@ -319,7 +319,7 @@ def test_hidden_layers_selects_states_to_compare(mpt):
 def test_hidden_layers_out_of_range_raises(mpt):
     objective = Objective(distillation=Distillation(hidden_layers=(2,)))
     model = tiny.model(APART, objective=objective)
-    with pytest.raises(ValueError, match=r"\(2,\), but .* only 2 hidden states"):
+    with pytest.raises(ValueError, match=r"\[2\], but .* only 2 hidden states"):
         jax.eval_shape(functools.partial(model.forward, hidden=True), mpt.params, mpt.batch)
 
 
@@ -351,7 +351,7 @@ def test_predict_and_score_packed_batch_raise(mpt):
 
 
 def test_num_decodes_greedy_raises_sampling_returns_them(mpt):
-    with pytest.raises(ValueError, match="num_decodes=2"):
+    with pytest.raises(ValueError, match="num_decodes is 2"):
         mpt.model.predict_batch(mpt.params, tiny.arrays(mpt.batch), num_decodes=2)
     sampler = tiny.model(APART, decode_fn=decoding.temperature_sample)
     sample = functools.partial(

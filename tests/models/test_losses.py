@@ -222,7 +222,7 @@ def test_total_loss_group_without_examples_is_zero_and_finite():
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"reduce": "max"}, "'max'"),
         ({"hidden_layers": "first"}, "'first'"),
-        ({"logits": False, "hidden": False}, "does nothing"),
+        ({"logits": False, "hidden": False}, "would do nothing"),
         ({"logits": False, "temperature": 2.0}, "temperature=2.0 would have no .* logits=False"),
         ({"logits": False, "t2_scale": True}, "t2_scale=True would"),
         ({"hidden": False, "hidden_layers": "all"}, "hidden_layers='all' would .* 'last'"),
