@@ -2,8 +2,8 @@
 
     python -m mpt_jax.cli.registered_tasks      rewrites mpt_jax/tasks/data/index.json
 
-`mpt-jax tasks list` prints the shipped tasks from the index, because importing TensorFlow takes
-seconds.
+Unless a shipped data set is on this machine or --modules is given, `mpt-jax tasks list` prints the
+index instead of importing TensorFlow, which takes seconds.
 """
 
 from __future__ import annotations

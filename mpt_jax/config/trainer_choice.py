@@ -138,7 +138,8 @@ def install_fallback() -> types.ModuleType:
     if is_real(loaded):
         raise ImportError(
             f"T5X is already loaded from {getattr(loaded, '__file__', '?')}, so this process "
-            "cannot use the trainer of MPT-JAX. Start a new process."
+            "cannot use the trainer of MPT-JAX. Start a new process that imports mpt_jax before "
+            "t5x, or set MPT_JAX_TRAINER=own in its environment."
         )
     if getattr(loaded, "__embedded__", False):
         assert loaded is not None

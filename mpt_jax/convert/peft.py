@@ -105,13 +105,13 @@ def load_adapter(folder: epath.Path) -> Adapter:
     config = schema.check(read_json(folder / CONFIG), Config, f"{folder / CONFIG}", COPY_AGAIN)
     if config.peft_type not in (SINGLE, MULTITASK):
         raise ValueError(
-            f"{folder / CONFIG} has peft_type {config.peft_type!r}. Only {SINGLE} and {MULTITASK} "
-            "adapters can be converted. Train the prompts with one of these methods."
+            f"{folder / CONFIG} has peft_type {config.peft_type!r}, which cannot be converted. Use "
+            f"a {SINGLE} or {MULTITASK} adapter."
         )
     if config.task_type not in (None, _TASK_TYPE):
         raise ValueError(
-            f"{folder / CONFIG} has task_type {config.task_type!r}. Only adapters of "
-            f"encoder-decoder models ({_TASK_TYPE}) can be converted. Use an adapter of a T5."
+            f"{folder / CONFIG} has task_type {config.task_type!r}, which cannot be converted. Use "
+            f"an adapter of an encoder-decoder model ({_TASK_TYPE}), such as a T5."
         )
     if config.num_virtual_tokens is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Decoding and scoring of held-out examples, with SeqIO's metrics and T5X's files.
+"""Decoding and scoring of held-out examples, with SeqIO's metrics and T5X's file layout.
 
 `seqio.Evaluator` reads the tasks, decodes ids into text, computes the metrics and writes
 

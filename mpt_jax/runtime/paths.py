@@ -48,8 +48,9 @@ def under(*, base: str, name: str, shared_filesystem: bool = False) -> str:
     if local and not shared_filesystem and jax.process_count() > 1:
         raise ValueError(
             f"ROOT is {base!r}, a local folder, but this job has {jax.process_count()} hosts and "
-            f"each would use its own folder. Set {ROOT_VARIABLE} (or --gin.ROOT) to a bucket, or "
-            "bind paths.under.shared_filesystem = True if all hosts mount the same folder."
+            f"each would use its own folder. Set {ROOT_VARIABLE} (or --gin.ROOT) to a storage "
+            "bucket, or bind paths.under.shared_filesystem = True if all hosts mount the same "
+            "folder."
         )
     return os.path.join(base, name)
 

@@ -211,7 +211,8 @@ class FewShotSource(seqio.DataSource):
     def get_dataset(  # type: ignore[override]  # what SeqIO passes
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, **settings: Any
     ) -> tf.data.Dataset:
-        """Returns the rows of a split. Drawn rows are in the order drawn."""
+        """Returns the rows of a split: if it is in `draw.splits`, only those drawn, in the order
+        drawn, whatever `shuffle` and `seed` are."""
         drawn = self.few_shot_indices(split)
         if drawn is None:
             return self.source.get_dataset(split=split, shuffle=shuffle, seed=seed, **settings)

@@ -144,10 +144,10 @@ def _shown(vocabulary: Any) -> str:
 
 
 def run_vocabulary() -> seqio.Vocabulary:
-    """Returns the vocabulary that gin binds to `vocabularies.load`.
+    """Returns the vocabulary that the gin bindings of `vocabularies.load` select.
 
     Raises:
-        ValueError: gin binds no vocabulary.
+        ValueError: gin does not bind `vocabularies.load.path`.
     """
     try:
         gin.get_configurable(vocabularies.load)

@@ -65,8 +65,9 @@ class Origins:
             artifact is missing.
         artifact_command: the command that makes the initial artifact; shown in the error if the
             artifact is missing. Empty if no single command makes it.
-        digest_backbone: whether to digest all weights of the backbone, and to compare them with
-            those that artifacts and checkpoints record. Otherwise, only the embedding is compared.
+        digest_backbone: whether to compute a digest of all backbone weights and compare it with the
+            digests that artifacts and checkpoints record. Otherwise, only the embedding's is
+            compared.
 
     Raises:
         ValueError: both `backbone` and `scratch` are set, or neither.

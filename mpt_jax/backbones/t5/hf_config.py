@@ -297,9 +297,9 @@ def _check_consistent(read: _Fields, what: str) -> None:
     if read.relative_attention_max_distance <= read.relative_attention_num_buckets // 2:
         raise ValueError(
             f"{what} has relative_attention_max_distance={read.relative_attention_max_distance}, "
-            f"which is too small for relative_attention_num_buckets="
-            f"{read.relative_attention_num_buckets}: it must exceed half of that. Correct the "
-            "file, or download or copy it again."
+            "but it must exceed half of relative_attention_num_buckets="
+            f"{read.relative_attention_num_buckets}. Correct the file, or download or copy it "
+            "again."
         )
 
 

@@ -65,7 +65,8 @@ def _scores(model_dir: Path) -> list[str]:
 
 
 def _losses(model_dir: Path) -> list[str]:
-    """Returns a figure of each run's training loss by step; [] if no losses were recorded."""
+    """Returns a figure of the runs' training losses by step (of many runs, the mean); [] if no
+    losses were recorded."""
     curves = {
         name.removeprefix("loss/"): curve
         for name, curve in run_reader.curves(model_dir).items()

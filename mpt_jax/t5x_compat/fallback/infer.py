@@ -1,4 +1,4 @@
-"""Fallback for `python -m t5x.infer`, which runs `python -m mpt_jax.infer`."""
+"""Fallback for `python -m t5x.infer`: runs `mpt_jax.infer` instead."""
 
 import runpy
 
