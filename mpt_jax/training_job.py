@@ -222,7 +222,10 @@ def write_records(
         "trainable_parameters": num_trainable_params(model, state.trainable),
         "prompt_length": model.prompt.prompt_length,
     }
-    few_shot = task_lookup.few_shot_rows(start.data_cfg.provider())
+    provider = start.data_cfg.provider()
+    if exposure := sampling.report_exposure(provider, total_steps):
+        facts["exposure"] = exposure
+    few_shot = task_lookup.few_shot_rows(provider)
     metric_writers.write_run_record(start.model_dir, facts | few_shot)
 
 

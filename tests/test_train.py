@@ -60,6 +60,8 @@ def test_train_finished_run_writes_documented_files(whole):
     assert "checkpoint_8" in found
     record = json.loads((whole / "run.jsonl").read_text())
     assert record["trainable_parameters"] == P * 16 + 3 * (P + 16)
+    assert set(record["exposure"]) == set(TASKS)
+    assert sum(found["share"] for found in record["exposure"].values()) == pytest.approx(1)
     lines = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     losses_found = [x for x in lines if x["folder"] == "train" and "loss" in x]
     assert [x["step"] for x in losses_found] == [2, 4, 6, 8]  # before every save

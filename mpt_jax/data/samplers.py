@@ -17,6 +17,7 @@ import tensorflow as tf
 from mpt_jax.data.token_tables import stream_key
 
 SHARE_STEPS = 2000  # steps whose draws estimate the shares of tasks, to about 0.01
+_MOST_EXACT = 16  # tasks whose shares are computed exactly, from all 2^16 sets of them
 _DRAWS = zlib.crc32(b"mpt_jax.sampling") & 0x7FFFFFFF
 
 
@@ -60,7 +61,9 @@ class Sampler:
         return "the job has one task" if num_tasks == 1 else None
 
     def expected_shares(self, weights: np.ndarray) -> np.ndarray:
-        """Returns the share of each task [K] in the examples of the first `SHARE_STEPS` steps.
+        """Returns the expected share of each task [K] in the examples.
+
+        Subclasses compute it exactly; this estimates it from the first `SHARE_STEPS` steps.
 
         Args:
             weights: the mixing weights [K], as for `draw`.
@@ -145,6 +148,16 @@ class StochasticTasks(Sampler):
             return "with two tasks, StochasticTasks gives each of them half of every batch"
         return super().ignores_weights(num_tasks)
 
+    def expected_shares(self, weights: np.ndarray) -> np.ndarray:
+        if self.replacement:
+            return weights / weights.sum()
+        if len(weights) > _MOST_EXACT:
+            return super().expected_shares(weights)
+        counts = range(2, self._kappa(len(weights)) + 1)
+        drawn = _chances_by_position(weights, counts[-1])
+        shares = [self._quotas(count) @ drawn[:count] for count in counts]
+        return np.mean(shares, axis=0) / self.batch_size
+
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         kappa = self._kappa(len(weights))
         uniform = self._uniform(step, 2 + max(kappa, len(weights)))
@@ -161,6 +174,11 @@ class StochasticTasks(Sampler):
             extra = tf.cast(tf.range(count) < rest, tf.int32)
         return tf.cast(tf.repeat(tasks, quota + extra), tf.int64)
 
+    def _quotas(self, count: int) -> np.ndarray:
+        """Returns the numbers of examples [count] of the drawn tasks, in the order of drawing."""
+        quota, rest = divmod(self.batch_size, count)
+        return quota + (np.arange(count) < rest)
+
     def _kappa(self, num_tasks: int) -> int:
         return num_tasks if self.kappa is None else self.kappa
 
@@ -168,6 +186,9 @@ class StochasticTasks(Sampler):
 @dataclasses.dataclass(frozen=True)
 class PerExample(Sampler):
     """Draws each example's task independently by mixing weight (the fixed-mixture ablation)."""
+
+    def expected_shares(self, weights: np.ndarray) -> np.ndarray:
+        return weights / weights.sum()
 
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         tasks = _categorical(weights, self._uniform(step, self.batch_size))
@@ -194,6 +215,9 @@ class EqualQuotas(Sampler):
     def ignores_weights(self, num_tasks: int) -> str | None:
         return "EqualQuotas gives every task an equal share of every batch"
 
+    def expected_shares(self, weights: np.ndarray) -> np.ndarray:
+        return np.full(len(weights), 1 / len(weights))
+
     def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
         del step
         return tf.repeat(tf.range(len(weights), dtype=tf.int64), self.batch_size // len(weights))
@@ -203,3 +227,19 @@ def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
     """Returns one index, drawn by `weights` [K], for each value of `uniform` from [0, 1)."""
     bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))
     return tf.searchsorted(bounds, uniform, side="right")
+
+
+def _chances_by_position(weights: np.ndarray, count: int) -> np.ndarray:
+    """Returns the probability [count, K] that a task is the j-th of `count` tasks drawn without
+    replacement by weight, summed over all sets of tasks drawn before it."""
+    masks, tasks = np.arange(2 ** len(weights)), np.arange(len(weights))
+    member = (masks[:, None] >> tasks & 1).astype(bool)
+    left = weights.sum() - member @ weights
+    sizes, reached = member.sum(1), np.eye(1, len(masks))[0]  # first, the empty set
+    chances = np.zeros((count, len(weights)))
+    for position in range(count):
+        before = masks[sizes == position]
+        each = np.where(member[before], 0, weights) * (reached[before] / left[before])[:, None]
+        chances[position] = each.sum(0)
+        np.add.at(reached, before[:, None] | 1 << tasks, each)
+    return chances

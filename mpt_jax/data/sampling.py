@@ -30,9 +30,11 @@ __all__ = [  # gin files name the samplers of this module
     "TaskMixture",
     "equal_shares",
     "has_equal_shares",
+    "report_exposure",
     "task_mixture",
 ]
 
+MANY_EPOCHS = 50  # passes over a task's examples that deserve a warning
 # T5's cap on the size of a task in examples-proportional mixing.
 T5_CAP = 2**18
 
@@ -152,6 +154,23 @@ class TaskMixture(seqio.Mixture):
             return np.minimum(sizes, self._cap).astype(np.float64)
         return np.array([self._rates[name] for name in self.task_names], np.float64)
 
+    def exposure(self, steps: int) -> dict[str, dict[str, float]]:
+        """Returns {task: {'share': its expected share of the training examples, 'epochs': passes
+        over its examples in `steps` steps}}; {} before the examples are read. Packed batches hold
+        more examples, so their tasks are passed more often.
+        """
+        if not self.overlong:
+            return {}
+        sizes = np.array([self.overlong[name][1] for name in self.task_names])
+        shares = self.sampler.expected_shares(self.weights(sizes))
+        epochs = steps * self.sampler.batch_size * shares / sizes
+        return {
+            name: {"share": share, "epochs": number}
+            for name, share, number in zip(
+                self.task_names, shares.tolist(), epochs.tolist(), strict=True
+            )
+        }
+
     def _log_shares(self, weights: np.ndarray) -> None:
         """Logs the expected share of each task, unless the sampler gives all tasks equal shares."""
         if len(weights) == 1 or isinstance(self.sampler, EqualQuotas):
@@ -167,6 +186,34 @@ class TaskMixture(seqio.Mixture):
             "the mixing weights): %s.",
             abbreviate(shares),
         )
+
+
+def report_exposure(provider: Any, steps: int) -> dict[str, dict[str, float]]:
+    """Returns `TaskMixture.exposure` of a mixture, and logs the passes over each task's examples.
+    Tasks that share a prompt and pass more than `MANY_EPOCHS` times get a warning.
+
+    Args:
+        provider: the task or mixture of the training data, already read.
+        steps: the number of training steps.
+
+    Returns:
+        The exposure; {} if `provider` is not a `TaskMixture`.
+    """
+    exposure = provider.exposure(steps) if isinstance(provider, TaskMixture) else {}
+    epochs = {name: found["epochs"] for name, found in exposure.items()}
+    if epochs:
+        shown = abbreviate([f"{name} {number:.1f}" for name, number in epochs.items()])
+        logging.info("Passes over each task's training examples in %d steps: %s.", steps, shown)
+    many = [f"{name} {number:.0f}" for name, number in epochs.items() if number > MANY_EPOCHS]
+    if many and equal_shares(provider) is None:
+        logging.warning(
+            "Training would pass more than %d times over the examples of some tasks: %s. Set "
+            "sampling.StochasticTasks.replacement to True, which draws tasks in proportion to "
+            "their mixing weights, or lower TRAIN_STEPS.",
+            MANY_EPOCHS,
+            abbreviate(many),
+        )
+    return exposure
 
 
 def equal_shares(provider: Any) -> int | None:

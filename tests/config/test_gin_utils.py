@@ -117,6 +117,7 @@ ABLATED = [
     ("no_stochastic_sampling", SOURCE, 82_008),
     ("target_shared_only", TARGET, 76_800),
     ("target_vectors_only", TARGET, 868),
+    ("joint_without_replacement", TARGET, 77_668),
     ("size_small", TARGET, 51_812),
     ("size_large", TARGET, 103_524),
     ("backbone_v1_1_lm100k", TARGET, 77_668),

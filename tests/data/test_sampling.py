@@ -10,8 +10,15 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax.data import feature_converter, preprocessors, sampling
-from mpt_jax.data.sampling import EqualQuotas, PerExample, StochasticTasks, TaskMixture
+from mpt_jax.data.sampling import (
+    EqualQuotas,
+    PerExample,
+    Sampler,
+    StochasticTasks,
+    TaskMixture,
+)
 from tests.fixtures import memory_tasks
+from tests.fixtures.gin_files import JOINT, TARGET, VOCABULARY, parse, value
 
 WEIGHTS = np.array([0.285, 0.285, 0.113, 0.072, 0.094, 0.151])
 SIZES = {"smp_a": 5, "smp_b": 40, "smp_c": 13}
@@ -246,13 +253,76 @@ def exact_shares(weights, batch):
     return shares
 
 
-def test_stochastic_tasks_expected_shares_match_all_orders():
-    weights = np.array([90_000.0, 9_000.0, 900.0])
-    found = StochasticTasks(32, seed=3).expected_shares(weights)
-    np.testing.assert_allclose(exact_shares(weights, 32), [0.4214, 0.3979, 0.1806], atol=1e-4)
+@pytest.mark.parametrize(
+    "weights", [[90_000.0, 9_000.0, 900.0], [27_243.0, 9_427.0, 5_428.0, 554.0, 250.0]]
+)
+def test_stochastic_tasks_expected_shares_match_all_orders(weights):
+    weights = np.array(weights)
+    sampler = StochasticTasks(32, seed=3)
+    found, expected = sampler.expected_shares(weights), exact_shares(weights, 32)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
     # Of 2000 steps: four standard deviations of a share are 0.016 at most.
-    np.testing.assert_allclose(found, exact_shares(weights, 32), atol=0.016)
+    np.testing.assert_allclose(Sampler.expected_shares(sampler, weights), expected, atol=0.016)
+
+
+def test_expected_shares_are_proportional_unless_tasks_are_distinct():
+    weights = np.array([27_243.0, 9_427.0, 5_428.0, 554.0, 250.0])
+    for sampler in (StochasticTasks(32, 3, replacement=True), PerExample(32, 3)):
+        shares = sampler.expected_shares(weights)
+        np.testing.assert_allclose(shares, weights / weights.sum(), rtol=1e-12)
+        np.testing.assert_allclose(Sampler.expected_shares(sampler, weights), shares, atol=0.016)
     np.testing.assert_allclose(EqualQuotas(4, 0).expected_shares(np.ones(2)), [0.5, 0.5])
+
+
+def test_expected_shares_of_many_tasks_are_estimated():
+    shares = StochasticTasks(32, seed=3, kappa=5).expected_shares(np.ones(40))
+    np.testing.assert_allclose(shares, 1 / 40, atol=0.009)  # four standard deviations
+
+
+def test_joint_targets_repeat_no_task_more_than_others():
+    """SuperGLUE's tasks together: without replacement, CB would be passed 171 times."""
+    sizes = [27_243, 9_427, 5_428, 554, 250]
+    parse([TARGET, JOINT], [VOCABULARY, "TARGET_TASKS = ['multirc', 'boolq', 'wic', 'wsc', 'cb']"])
+    sampler = value("SAMPLER")
+    shares = sampler.expected_shares(np.array(sizes, float))
+    np.testing.assert_allclose(18_303 * 32 * shares / sizes, 13.65, atol=0.01)
+    without = "gin/ablations/joint_without_replacement.gin"
+    parse(
+        [TARGET, JOINT, without],
+        [VOCABULARY, "TARGET_TASKS = ['multirc', 'boolq', 'wic', 'wsc', 'cb']"],
+    )
+    epochs = 18_303 * 32 * value("SAMPLER").expected_shares(np.array(sizes, float)) / sizes
+    np.testing.assert_allclose(epochs, [6.8, 17.0, 25.1, 110.5, 171.3], atol=0.05)
+
+
+def test_report_exposure_warns_of_more_than_fifty_passes(caplog):
+    mixture = TaskMixture("m", tuple(SIZES), StochasticTasks(12, seed=1))
+    assert mixture.exposure(100) == {}, "no examples have been read"
+    list(mixture.get_dataset({"inputs": 8, "targets": 2}).take(1))
+    with caplog.at_level(logging.INFO, "absl"):
+        found = sampling.report_exposure(mixture, 100)
+    share = exact_shares([5, 40, 13], 12)
+    for number, (name, size) in enumerate(SIZES.items()):
+        expected = {"share": share[number], "epochs": 1200 * share[number] / size}
+        assert found[name] == pytest.approx(expected)
+    (warning,) = [x for x in caplog.records if x.levelname == "WARNING"]
+    message = warning.getMessage()
+    assert f"smp_a {found['smp_a']['epochs']:.0f}" in message and "smp_b" not in message
+    assert "StochasticTasks.replacement" in message and "TRAIN_STEPS" in message
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "absl"):
+        sampling.report_exposure(mixture, 10)
+    assert "smp_b" in caplog.text and not any(x.levelname == "WARNING" for x in caplog.records)
+    assert sampling.report_exposure(object(), 10) == {}
+
+
+def test_report_exposure_does_not_warn_of_independent_runs(caplog):
+    mixture = TaskMixture("m", tuple(SIZES), EqualQuotas(12, seed=1))
+    list(mixture.get_dataset({"inputs": 8, "targets": 2}).take(1))
+    with caplog.at_level(logging.INFO, "absl"):
+        found = sampling.report_exposure(mixture, 100)
+    assert found["smp_a"] == {"share": pytest.approx(1 / 3), "epochs": pytest.approx(80)}
+    assert not any(x.levelname == "WARNING" for x in caplog.records)
 
 
 def test_task_mixture_logs_shares_that_differ_from_sizes(caplog):
@@ -263,7 +333,7 @@ def test_task_mixture_logs_shares_that_differ_from_sizes(caplog):
     parts = dict(zip(SIZES, [0.09, 0.69, 0.22], strict=True))
     for (name, part), share in zip(parts.items(), expected, strict=True):
         found = float(line.split(f"{name} ")[1].split()[0])
-        assert abs(found - share) < 0.025 and f"{name} {found:.2f} ({part:.2f})" in line
+        assert abs(found - share) <= 0.0051 and f"{name} {found:.2f} ({part:.2f})" in line
     caplog.clear()
     with caplog.at_level(logging.INFO, "absl"):
         stream(EqualQuotas(12, seed=1), 1)
@@ -284,9 +354,9 @@ PAIR = ("smp_a", "smp_b")
 )
 def test_task_mixture_weights_without_effect_raise(sampler, names, reason):
     rates = {name: 1.0 + number for number, name in enumerate(names)}
-    for name, value in (("rates", rates), ("cap", 20)):
+    for name, setting in (("rates", rates), ("cap", 20)):
         with pytest.raises(ValueError, match=rf"task_mixture.{name} = .* no effect, .*{reason}"):
-            sampling.task_mixture(list(names), sampler, **{name: value})
+            sampling.task_mixture(list(names), sampler, **{name: setting})
     sampling.task_mixture(list(names), sampler)
 
 
