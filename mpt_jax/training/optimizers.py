@@ -39,7 +39,9 @@ class PromptOptimizer:
 
     Attributes:
         learning_rates: the schedule of every trainable label except `STEP_COUNTER`.
-        weight_decay: AdamW's decoupled decay, multiplied by the learning rate.
+        weight_decay: the decoupled weight decay.
+        weight_decay_times_rate: whether the decay is multiplied by the learning rate, as in AdamW.
+            T5X's Adafactor subtracts the same part in every step.
         clip_norm: the largest norm of a group's gradient over all its parameters: one number, or
             one per group. None disables clipping.
         absent_tasks: `'dense'` or `'hold'`; see the module docstring.
@@ -55,6 +57,7 @@ class PromptOptimizer:
 
     learning_rates: Mapping[str, Schedule]
     weight_decay: float = 1e-5
+    weight_decay_times_rate: bool = True
     clip_norm: PerGroup | None = 1.0
     absent_tasks: str = "dense"
     b1: float = 0.9
@@ -214,7 +217,8 @@ class PromptOptimizer:
                 "a schedule for each missing label."
             )
         rule = self.rule() if self.rule else optax.scale_by_adam(self.b1, self.b2, self.eps)
-        inner = optax.chain(rule, optax.add_decayed_weights(self.weight_decay))
+        scaled = self.weight_decay if self.weight_decay_times_rate else 0.0
+        inner = optax.chain(rule, optax.add_decayed_weights(scaled))
         parts = _parts(labels, self.rows)
         rules: dict[Hashable, optax.GradientTransformation] = {
             part: self._rule(inner, labels[name], row_groups(name, self.rows, self.runs))
@@ -230,7 +234,9 @@ class PromptOptimizer:
         if label == STEP_COUNTER:
             tick = optax.stateless(lambda grads, _: jax.tree.map(jnp.ones_like, grads))
             return by_row(tick, lambda steps, _: jnp.full(steps.shape, -1.0), groups, hold=False)
-        return by_row(inner, self.learning_rates[label], groups, self.absent_tasks == "hold")
+        decay = 0.0 if self.weight_decay_times_rate else self.weight_decay
+        hold = self.absent_tasks == "hold"
+        return by_row(inner, self.learning_rates[label], groups, hold, decay)
 
 
 def check_annealing(schedule_steps: int, total_steps: int) -> None:
@@ -245,7 +251,11 @@ def check_annealing(schedule_steps: int, total_steps: int) -> None:
 
 def adafactor() -> optax.GradientTransformation:
     """Adafactor as used for prompt tuning (Lester et al. 2021): unfactored second moments, decay
-    0.8, no scaling by parameter size, updates clipped at RMS 1."""
+    0.8, no scaling by parameter size, updates clipped at RMS 1.
+
+    T5X's weight decay does not depend on the learning rate: set
+    `PromptOptimizer.weight_decay_times_rate` to False.
+    """
     return optax.chain(
         optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
         optax.clip_by_block_rms(1.0),

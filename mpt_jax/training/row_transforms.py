@@ -55,6 +55,7 @@ def by_row(
     schedule: Callable[..., Array],
     groups: tuple[int, ...] | None,
     hold: bool,
+    decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """Returns a transformation that applies `inner` and a learning rate to each row separately.
 
@@ -64,10 +65,13 @@ def by_row(
         groups: the group of each of the n rows, or None for parameters without rows.
         hold: whether a row and its optimizer state stay unchanged if all its gradients are exactly
             zero.
+        decay: the part of a row's values that is subtracted in every step, whatever the learning
+            rate.
     """
     if groups is None:
         # Like a single row that is in every batch: nothing to stack or to hold.
-        return optax.chain(inner, optax.scale_by_learning_rate(schedule))
+        chain = optax.chain(inner, optax.scale_by_learning_rate(schedule))
+        return optax.chain(chain, optax.add_decayed_weights(-decay)) if decay else chain
     rows = np.asarray(groups)
 
     def init(params: Params) -> RowState:
@@ -77,6 +81,8 @@ def by_row(
         updates, moved = jax.vmap(inner.update)(grads, state.inner, params)
         rates = -schedule(state.steps, jnp.asarray(rows))
         updates = jax.tree.map(lambda u: _rows(rates, u) * u, updates)
+        if decay:
+            updates = jax.tree.map(lambda u, p: u - decay * p, updates, params)
         new = RowState(moved, state.steps + 1)
         if hold:
             present = jnp.zeros(len(rows), bool)

@@ -402,6 +402,44 @@ def test_adafactor_by_rows_matches_optax_on_separate_rows():
             np.testing.assert_allclose(found[name][row], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [ROWS, {}])
+def test_adafactor_weight_decay_does_not_depend_on_rate(rows):
+    """As in T5X: (1 - decay) p, minus the update."""
+    tree, grads, rate, decay = random_tree(0), gradients([{0, 1, 2, 3}]), 0.3, 0.01
+    found, plain = (
+        run(
+            PromptOptimizer(
+                {"shared": constant(rate), "task": constant(rate)},
+                weight_decay=each,
+                weight_decay_times_rate=False,
+                clip_norm=None,
+                rule=adafactor,
+            ).bind(LABELS, RUNS if rows else Runs(["a"]), rows),
+            tree,
+            grads,
+        )[0]
+        for each in (decay, 0.0)
+    )
+    for name, leaf in tree["prompt"].items():
+        np.testing.assert_allclose(found[name], plain[name] - decay * leaf, rtol=1e-5, atol=1e-6)
+        assert not np.allclose(found[name], plain[name] - rate * decay * leaf, atol=1e-4)
+
+
+def test_adafactor_idle_values_decay_as_in_t5x():
+    """After 30,000 steps, 0.741 of an idle value is left: (1 - 1e-5)^30000."""
+    optimizer = PromptOptimizer(
+        {"shared": constant(0.3), "task": constant(0.3)},
+        weight_decay_times_rate=False,
+        rule=adafactor,
+    ).bind(LABELS, RUNS, ROWS)
+    tree = jax.tree.map(jnp.ones_like, random_tree(0))
+    state, zeros = optimizer.init(tree), jax.tree.map(jnp.zeros_like, tree)
+    updates, _ = optimizer.update(zeros, state, tree)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, -1e-5, rtol=1e-6)
+    assert (1 - 1e-5) ** 30_000 == pytest.approx(0.741, abs=1e-3)
+
+
 def test_prompt_optimizer_adam_settings_with_other_rule_error():
     with pytest.raises(ValueError, match="b1 = 0.5 would have no effect.*default, 0.9,"):
         PromptOptimizer({}, rule=adafactor, b1=0.5)
