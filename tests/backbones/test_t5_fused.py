@@ -48,13 +48,15 @@ def inputs(packed: bool):
     return x, jnp.asarray(mask), targets, segments, jnp.asarray(weights)
 
 
-def loss(model: Transformer, params, x, packed: bool) -> jax.Array:
+def loss(model: Transformer, params, x, packed: bool, **call) -> jax.Array:
     _, mask, targets, segments, weights = inputs(packed)
-    return jnp.sum(weights * model.apply({"params": params}, x, mask, targets, **segments))
+    logits = model.apply({"params": params}, x, mask, targets, **segments, **call)
+    return jnp.sum(weights * logits)
 
 
-def gradients(model: Transformer, of):
-    return jax.jit(lambda *given: jax.grad(loss, of)(model, *given), static_argnums=2)
+def gradients(model: Transformer, of, **call):
+    grad = jax.grad(loss, of)
+    return jax.jit(lambda *given: grad(model, *given, **call), static_argnums=2)
 
 
 def close(ours, theirs) -> None:
@@ -111,24 +113,32 @@ def test_fused_attention_on_mesh_matches_plain_operations(model_axis):
     close({"x": found[1]}, {"x": expected[1]})
 
 
-def test_fused_attention_not_used_with_dropout_or_biases():
-    x, mask, targets, _, _ = inputs(False)
-    for fields, more in (({"dropout_rate": 0.1}, {"deterministic": False}), ({"biases": True}, {})):
-        model = make(True, **fields)
-        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        text = str(
-            jax.make_jaxpr(lambda m=model, k=keys, o=more: m.init(k, x, mask, targets, **o))()
-        )
-        assert "pallas_call" not in text
-    text = str(jax.make_jaxpr(lambda: make(True).init(jax.random.key(0), x, mask, targets))())
-    assert "pallas_call" in text
-
-
-def kernels_of(targets: int) -> set[str]:
+def kernels_of(targets: int, deterministic: bool = True, **fields) -> set[str]:
     x, mask, tokens, _, _ = inputs(False)
-    tokens = jnp.resize(tokens, (BATCH, targets))
-    text = str(jax.make_jaxpr(lambda: make(True).init(jax.random.key(0), x, mask, tokens))())
-    return set(re.findall(r"_?(\w+)_forward_kernel", text))
+    tokens, model = jnp.resize(tokens, (BATCH, targets)), make(True, **fields)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    call = lambda: model.init(keys, x, mask, tokens, deterministic=deterministic)  # noqa: E731
+    return set(re.findall(r"_?(\w+)_forward_kernel", str(jax.make_jaxpr(call)())))
+
+
+def test_fused_attention_with_dropout_only_for_self_attention():
+    assert kernels_of(5, dropout_rate=0.1) == {"self", "memory"}
+    assert kernels_of(5, False, dropout_rate=0.1) == {"self"}
+    assert kernels_of(5, biases=True) == set()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_fused_attention_with_dropout_drops_the_same_keys(packed):
+    plain, kernels = make(False, dropout_rate=0.3), make(True, dropout_rate=0.3)
+    x, mask, targets, _, _ = inputs(packed)
+    params = jax.jit(plain.init)(jax.random.key(0), x, mask, targets)["params"]
+    call = dict(deterministic=False, rngs={"dropout": jax.random.key(3)})
+    expected = gradients(plain, (1, 2), **call)(params, x, packed)
+    found = gradients(kernels, (1, 2), **call)(params, x, packed)
+    close(found[0], expected[0])
+    close({"x": found[1]}, {"x": expected[1]})
+    without = gradients(kernels, (1, 2))(params, x, packed)
+    assert not np.allclose(without[1], found[1], atol=1e-3)
 
 
 def test_fused_attention_not_used_for_long_rows_or_targets():

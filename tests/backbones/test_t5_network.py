@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.backbones.t5 import T5Config, Transformer, parameter_shapes, t5_config
+from mpt_jax.backbones.t5.attention import Attention
 from mpt_jax.core.tree import flatten, unflatten
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "t5x_tree.json").read_text())
@@ -244,6 +245,29 @@ def test_dropout_only_in_training_and_depends_on_key():
     np.testing.assert_array_equal(call(0, False), call(0, False))
     assert not np.allclose(call(0, False), call(1, False))
     assert not np.allclose(call(0, False), call(0, True))
+
+
+def test_attention_dropout_drops_a_key_for_all_queries():
+    """As T5 does: one mask of each example and head for all rows of the probabilities."""
+    length, rate = 8, 0.5
+    config = tiny(emb_dim=length, num_heads=2, head_dim=length, dropout_rate=rate)
+    params = {
+        "query": {
+            "kernel": jnp.zeros((length, 2 * length))
+        },  # so that probabilities are 1 / length
+        "key": {"kernel": jnp.zeros((length, 2 * length))},
+        "value": {"kernel": jnp.concatenate([jnp.eye(length)] * 2, axis=1)},
+        "out": {"kernel": jnp.concatenate([jnp.eye(length), 100 * jnp.eye(length)])},
+    }
+    memory = jnp.stack([jnp.eye(length)] * 3)
+    mask = jnp.ones((3, 1, 5, length), bool)
+    attention = Attention(config, deterministic=False)
+    rngs = {"dropout": jax.random.key(0)}
+    found = attention.apply({"params": params}, memory[:, :5], memory, None, mask, rngs=rngs)
+    np.testing.assert_allclose(found, jnp.broadcast_to(found[:, :1], found.shape), rtol=1e-6)
+    kept = found[:, 0] * length * (1 - rate)  # 1 if the first head keeps a key, + 100 if the second
+    assert set(np.unique(np.round(kept)).tolist()) == {0, 1, 100, 101}
+    assert len({tuple(row) for row in np.round(kept).tolist()}) == 3, "each example has its masks"
 
 
 def test_biases_zero_values_do_not_change_logits():

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         if segments is not None and self._uses_kernels():
             if bias is not None and fused.self_attention_fits(x.shape[1]):
                 return self._out(self._self_attention(x, bias, segments))
-            if bias is None and self._uses_encoder_output_directly(x, memory):
+            if bias is None and not self._drops and self._uses_encoder_output_directly(x, memory):
                 return self._out(self._over_memory(x, memory, segments))
         query = self._heads("query", self._query_init)(x)
         compute = functools.partial(self._keys_and_values, memory)
@@ -56,10 +56,11 @@ class Attention(nn.Module):
             key, value = self._cached_memory(compute)
         else:
             key, value = self._cached_positions(compute(), cache_index, cache_length)
+        if self._drops:
+            value = value * self._kept_keys(*memory.shape[:2])[..., None]
         scores_dtype = jnp.float32 if cfg.float32_attention_logits else None
         scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=scores_dtype)
         probabilities = masked_softmax(scores.astype(jnp.float32), bias, mask, cfg.dtype)
-        probabilities = layers.Dropout(cfg, self.deterministic)(probabilities)
         context = jnp.einsum("bnqk,bnkd->bnqd", probabilities, value)
         context = context.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
         return self._out(context)
@@ -68,6 +69,19 @@ class Attention(nn.Module):
         cfg = self.config
         axes = ("joined_kv", "embed")
         return layers.Dense(cfg.emb_dim, axes, cfg, layers.normal_fan_in, name="out")(context)
+
+    @property
+    def _drops(self) -> bool:
+        return self.config.dropout_rate > 0 and not self.deterministic
+
+    def _kept_keys(self, batch: int, length: int) -> Float[Array, "B N K"]:
+        """Returns the dropout of the probabilities: 0, or 1 / (1 - rate).
+
+        T5 drops a key for all queries at once, so the mask may be applied to the values: it costs
+        no array as large as the probabilities, and the TPU kernel needs no dropout.
+        """
+        ones = jnp.ones((batch, self.config.num_heads, 1, length), self.config.dtype)
+        return layers.Dropout(self.config, self.deterministic)(ones)[:, :, 0]
 
     @property
     def _query_init(self) -> layers.Initializer:
@@ -81,8 +95,8 @@ class Attention(nn.Module):
     def _uses_kernels(self) -> bool:
         """Whether the kernels of `fused_attention` can be used for the call.
 
-        They must be enabled (by default, on TPUs only), the call must not use a cache, biases or
-        dropout, and the heads must split evenly over devices.
+        They must be enabled (by default, on TPUs only), the call must not use a cache or biases,
+        and the heads must split evenly over devices.
         """
         cfg = self.config
         enabled = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
@@ -90,7 +104,6 @@ class Attention(nn.Module):
             enabled
             and self.cache == "none"
             and not cfg.biases
-            and not (cfg.dropout_rate > 0 and not self.deterministic)
             and cfg.num_heads % fused.shards_of_heads() == 0
         )
 
@@ -125,7 +138,10 @@ class Attention(nn.Module):
         reads its result without a transpose."""
         cfg = self.config
         heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
-        joined = layers.constrain(x @ heads.join(self._kernels()), "batch", "length", "joined_kv")
+        joined = x @ heads.join(self._kernels())
+        if self._drops:
+            joined = heads.scale_values(joined, self._kept_keys(*x.shape[:2]))
+        joined = layers.constrain(joined, "batch", "length", "joined_kv")
         attend = lambda *arrays: fused.self_attention(*arrays, heads, not fused.on_tpu())  # noqa: E731
         columns, rows = ("batch", "length", "joined_kv"), ("batch", "length")
         axes = (columns, ("heads", None, None), (rows, rows))

@@ -73,6 +73,14 @@ class Heads(NamedTuple):
         x = x.transpose(3, 0, 2, 4, 1, 5).reshape(3, batch, self.number, length, self.width)
         return [x[0], x[1], x[2]]
 
+    def scale_values(self, joined: jax.Array, factors: jax.Array) -> jax.Array:
+        """Multiplies the values in [B,T,3ND] by factors [B,N,T]."""
+        batch, length, _ = joined.shape
+        x = joined.reshape(batch, length, -1, 3, self.in_block, self.width)
+        values = factors.transpose(0, 2, 1).reshape(*x.shape[:3], 1, self.in_block, 1)
+        is_value = jnp.arange(3)[:, None, None] == 2
+        return (x * jnp.where(is_value, values, 1)).reshape(joined.shape)
+
 
 def self_attention_fits(length: int) -> bool:
     """Whether `self_attention` supports rows of this length."""
