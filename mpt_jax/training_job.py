@@ -215,7 +215,11 @@ def write_records(
         summarize_config_fn(start.model_dir, None, start.trainer.step)
     trainer = start.trainer
     model, state = trainer.model, trainer.state
-    facts = {"seed": start.seed, "first_step": trainer.step, "total_steps": total_steps}
+    facts: dict[str, Any] = {
+        "seed": start.seed,
+        "first_step": trainer.step,
+        "total_steps": total_steps,
+    }
     facts |= {
         **start.fingerprint,
         "parameters": num_params(state.params),

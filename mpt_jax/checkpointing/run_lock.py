@@ -146,7 +146,7 @@ class Lock:
         if self._taken_by is not None:
             raise ModelDirInUse(
                 f"{self._path.parent} was taken over by {self._taken_by}, so this job ends without "
-                "a save. This job was probably suspended, or unable to write, for a while. Wait "
+                "saving. This job was probably suspended, or unable to write, for a while. Wait "
                 "until the other job has ended before you rerun this command."
             )
 

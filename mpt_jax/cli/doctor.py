@@ -1,7 +1,7 @@
 """`mpt-jax doctor`: checks whether a stage can start on this machine, and suggests fixes.
 
-    mpt-jax doctor                  checks for the paper's stages: data, backbone, devices
-    mpt-jax doctor --suite toy      checks for gin/tiny.gin, which needs no data and no backbone
+    mpt-jax doctor                  checks what the paper's stages need: data, backbone, devices
+    mpt-jax doctor --suite toy      checks what gin/tiny.gin needs: neither data nor a backbone
     mpt-jax doctor --json           prints JSON, for launch scripts
 
 The exit code is 0 if a stage can start, 1 if there is a problem, and 2 for a mistake on the command

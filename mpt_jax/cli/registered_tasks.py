@@ -32,7 +32,7 @@ def tasks_by_module(modules: Sequence[str]) -> dict[str, list[str]]:
     """Imports modules, and returns {module: names of the tasks that the module registered}.
 
     Raises:
-        ValueError: a module does not exist.
+        ValueError: as in `task_lookup.import_suites`.
     """
     tasks = {}
     for module in modules:

@@ -165,7 +165,8 @@ class _NotOffered:
     """Last import finder for `t5x.<name>`, whose error explains how to install T5X."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Raises ModuleNotFoundError for every module that the fallback does not have."""
+        """Raises ModuleNotFoundError for every module of T5X that the fallback does not have;
+        returns None for other modules."""
         if not name.startswith("t5x.") or is_real(sys.modules.get("t5x")):
             return None
         raise ModuleNotFoundError(

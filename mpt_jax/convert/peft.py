@@ -165,7 +165,8 @@ def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
                 if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
                     raise ValueError(
                         f"{folder / name} holds {leaf} with dtype {x.dtype} and shape {x.shape}, "
-                        f"which is not a prompt parameter. {COPY_AGAIN}"
+                        "but prompt parameters are floating-point arrays with at least one "
+                        f"dimension. Save the adapter again in float32. {COPY_AGAIN}"
                     )
             return {leaf: np.asarray(x, np.float32) for leaf, x in tensors.items()}
     raise FileNotFoundError(

@@ -109,8 +109,8 @@ def read_prompts(source: epath.Path) -> peft.Adapter:
     kind = detect.recognize(source)
     if kind not in _READERS:
         raise ValueError(
-            f"{source} has format {kind!r}, which is not a format of other programs' prompts. Use "
-            f"prompts in one of the formats {', '.join(_READERS)}."
+            f"{source} has format {kind!r}, which cannot be converted to an artifact. Use prompts "
+            f"in one of the formats {', '.join(_READERS)}."
         )
     adapter = _READERS[kind](source)
     check_floats(adapter.params, f"{source}", "Copy the prompts again, or train them again.")

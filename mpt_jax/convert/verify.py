@@ -140,11 +140,12 @@ def _oracle() -> tuple[Any, Any]:
 
 
 def _link(folder: epath.Path, target: str) -> None:
-    """Creates a folder with the configuration and links to the weights of a Hugging Face folder.
+    """Creates a folder with the configuration of a Hugging Face folder, except
+    `attn_implementation`, and links to its weights.
 
-    From the folder itself, transformers would download and import the code that
-    `attn_implementation` in config.json names, or load another model if an adapter_config.json is
-    in the folder.
+    If transformers loaded the original folder, it would download and import the code that
+    `attn_implementation` in config.json names, and load another model if the folder has an
+    adapter_config.json.
     """
     os.mkdir(target)
     fields = read_json(folder / CONFIG)

@@ -132,9 +132,10 @@ def _integers(groups: Sequence[int]) -> tuple[int, ...]:
     try:
         return tuple(operator.index(group) for group in groups)
     except TypeError as error:
+        shown = abbreviate([repr(x) for x in groups]) if isinstance(groups, Sequence) else groups
         raise ValueError(
-            f"groups must be a list of integers, got {abbreviate([repr(x) for x in groups])}. "
-            f"Renumber GROUPS, or bind it to {JOINT!r} or {INDEPENDENT!r}."
+            f"groups must be a list of integers, got {shown}. Set GROUPS to one integer per run, "
+            f"or to {JOINT!r} or {INDEPENDENT!r}."
         ) from error
 
 

@@ -93,7 +93,8 @@ def load(path: str, extra_ids: int | None = None, command: str = "") -> Vocabula
             folder with one of these, such as a T5 from Hugging Face; or 'byt5' for ByT5's byte
             vocabulary, which needs no file.
         extra_ids: number of sentinels to append to the pieces. By default T5's 100, or none if the
-            model already has sentinels (umT5, every tokenizer.json) or `path` is 'byt5'.
+            model already has sentinels (umT5) or `path` is 'byt5'. Not for a tokenizer.json or
+            vocab.json, which has its own.
         command: the command that gets the vocabulary, shown in the error if it is missing.
 
     Raises:

@@ -109,10 +109,11 @@ def meteor_exact_stem(targets: Targets, predictions: Sequence[str]) -> dict[str,
 def nist(targets: Targets, predictions: Sequence[str]) -> dict[str, float]:
     """Returns NIST-5 as in mteval-v13a (Doddington, 2002), in bits per n-gram; 0 is worst.
 
-    The mean information of the n-grams that a prediction shares with any of its references, summed
-    over n = 1 .. 5, times a length penalty. The penalty is 0.5 if predictions are two thirds as
-    long as the references on average. NLTK's NIST chooses one reference for each n, so its values
-    agree only if there is a single reference.
+    For each n = 1 .. 5, the total information of the n-grams that predictions share with any of
+    their references is divided by the number of n-grams in all predictions. The score is the sum
+    of the five quotients, times a length penalty. The penalty is 0.5 if predictions are two thirds
+    as long as the references on average. NLTK's NIST chooses one reference for each n, so its
+    values agree only if there is a single reference.
     """
     all_references = [[words(reference) for reference in target] for target in targets]
     seen = collections.Counter(

@@ -60,7 +60,7 @@ class RunMixture(seqio.Mixture):
     def __getattr__(self, attribute: str) -> Any:
         """Constructs the mixture if it is not yet constructed, and returns the attribute."""
         if self._late is None:
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {attribute!r}.")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}.")
         arguments, self._late = self._late, None
         try:
             super().__init__(*arguments)

@@ -294,8 +294,8 @@ def _hybrid_shape(
         raise ValueError(
             f"{shapes} needs {math.prod(dcn)} slices of {math.prod(ici)} devices, but this job "
             f"has {len(slices)} slices of {' or '.join(map(str, sorted(set(slices.values()))))} "
-            "devices. Change the shapes: dcn_mesh_shape must multiply to the number of slices, and "
-            "ici_mesh_shape to the devices of a slice."
+            "devices. Change the shapes: the product of dcn_mesh_shape must be the number of "
+            "slices, and that of ici_mesh_shape the number of devices in a slice."
         )
     if dcn[-1] != 1:
         raise ValueError(
@@ -314,8 +314,8 @@ def _hybrid_shape(
         order = ", ".join(str(key) for key, _ in itertools.groupby(ordered))
         raise ValueError(
             "The process numbers do not follow the order of the slices: in order of process "
-            f"number, the devices are in slices {order}. Number the processes in slice order, with "
-            "consecutive numbers for those of a slice."
+            f"number, the devices are in slices {order}. Number the processes slice by slice, so "
+            "that the processes of a slice have consecutive numbers."
         )
     return (ici[0] * dcn[0], ici[1] * dcn[1], ici[2])
 

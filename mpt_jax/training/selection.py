@@ -1,4 +1,4 @@
-"""Selection of each run's best step, and early stopping, as an action after each evaluation.
+"""Selection of each group's best step, and early stopping, as an action after each evaluation.
 
 Each group of a job has its own best step and its own patience. best_steps.py stores the parameters
 of that step in MODEL_DIR/best; at the end of the job they are written as its artifact. The record

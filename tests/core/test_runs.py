@@ -1,5 +1,8 @@
 """Rows, runs and groups of a prompt bank."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
@@ -76,3 +79,20 @@ def test_entry_of_run_missing_error_names_table_run_and_entries():
     assert entry_of_run({"a": 1, "b": 2}, "b", "START_FROM") == 2
     with pytest.raises(ValueError, match="START_FROM has no entry for the run 'c', only for a, b"):
         entry_of_run({"a": 1, "b": 2}, "c", "START_FROM")
+
+
+def test_groups_of_other_types_error():
+    """In a process without the type checks of the tests, as in a job."""
+    code = """
+from mpt_jax.core.runs import Runs
+for groups in (2, 1.5, ["a"], [None]):
+    try:
+        Runs(["rte"], groups=groups)
+    except ValueError as error:
+        print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = found.stdout.splitlines()
+    assert len(lines) == 4
+    for line, shown in zip(lines, ("2", "1.5", "'a'", "None"), strict=True):
+        assert f"groups must be a list of integers, got {shown}. Set GROUPS to" in line

@@ -66,7 +66,7 @@ class Progress:
         return f"{self.answered} answered, {self.failed} of them errors, {rate:.1f} a second"
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Stops the bar; its last state stays on the terminal."""
         if self._bar is not None:
             self._bar.stop()
 

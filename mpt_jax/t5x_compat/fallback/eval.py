@@ -1,4 +1,4 @@
-"""Fallback for `python -m t5x.eval`, which runs `python -m mpt_jax.eval`."""
+"""Fallback for `python -m t5x.eval`: runs `mpt_jax.eval` instead."""
 
 import runpy
 

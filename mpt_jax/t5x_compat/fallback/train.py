@@ -1,4 +1,4 @@
-"""Fallback for `python -m t5x.train`, which runs `python -m mpt_jax.train`."""
+"""Fallback for `python -m t5x.train`: runs `mpt_jax.train` instead."""
 
 import runpy
 
