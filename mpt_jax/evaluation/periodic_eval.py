@@ -105,6 +105,7 @@ class PeriodicEvaluator:
         True if an action stops all training, or no group is active."""
         self.last_step = step = self.trainer.step
         stop = False
+        self._report_statistics(step)
         if self.losses:
             losses = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
             for name, scalars in losses.items():
@@ -126,6 +127,14 @@ class PeriodicEvaluator:
         if self._selecting is not None:
             self.trainer.stop_groups(self._selecting.over)
         return stop or not self.trainer.active.any()
+
+    def _report_statistics(self, step: int) -> None:
+        """Writes and logs `PromptMethod.statistics` of the parameters."""
+        model, params = self.trainer.model, self.trainer.state.params
+        if found := model.prompt.statistics(params.get("prompt", {}), model.runs):
+            self.writers.write("prompt", step, found)
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+            logging.info("step %d  prompts: %s", step, shown)
 
     def _act(self, mode: str, scores: selection.Scores) -> bool:
         actions = self.actions.get(mode, ())

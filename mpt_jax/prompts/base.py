@@ -171,6 +171,11 @@ class PromptMethod(Protocol):
             "`mixture` only if the method has `candidates`."
         )
 
+    def statistics(self, params: Params, runs: Runs) -> dict[str, float]:
+        """Returns numbers that describe the trained parameters, for the log of an evaluation."""
+        del params, runs
+        return {}
+
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
         """Returns the method and parameters to save in an artifact.
 

@@ -209,12 +209,13 @@ class FactorInit(Protocol):
 
 
 def ones_noise(key, prompt_length, width, rank):
-    """Returns ones plus noise with standard deviation 0.02; the left factor is divided by R.
+    """Returns noise with standard deviation 0.02, plus one in the first column of U and row of V.
 
-    Products are near one, and the noise makes tasks and ranks differ.
+    Products are near one, and the noise makes tasks differ. Adam's first step has the same size for
+    all entries, so it changes the product by the same amount at every rank.
     """
     left, right = normal002(key, prompt_length, width, rank)
-    return (1.0 + left) / rank, 1.0 + right
+    return left.at[:, 0].add(1.0), right.at[0].add(1.0)
 
 
 def normal002(key, prompt_length, width, rank):

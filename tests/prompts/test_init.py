@@ -134,12 +134,27 @@ def test_factor_initializers_have_documented_distributions(rank):
     product = left @ right
     assert abs(product.mean() - 1) < 0.01, "a new P* keeps its scale"
     assert 0 < product.std() < 0.04, "entries of the product differ"
-    assert 0.018 < right.std() < 0.022 and abs(right.mean() - 1) < 0.005
+    for first, others in ((left[:, :1], left[:, 1:]), (right[:1], right[1:])):
+        assert 0.018 < first.std() < 0.022 and abs(first.mean() - 1) < 0.005
+        assert not others.size or (0.018 < others.std() < 0.022 and abs(others.mean()) < 0.005)
 
     left, right = factors(init.signs)
     assert set(np.unique(right)) == {-1.0, 1.0}
     np.testing.assert_allclose(np.abs(left), rank**-0.5, atol=1e-6)
     assert abs(np.square(left @ right).mean() - 1) < 0.1
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_ones_noise_first_step_of_adam_changes_products_alike_at_every_rank(rank):
+    """Every entry of a factor moves by the learning rate, in the sign of its gradient."""
+    left, right = init.ones_noise(KEY, 100, 128, rank)
+    gradient = np.random.default_rng(0).normal(size=(100, 128))
+    step = 0.001
+    of_left = left - step * np.sign(gradient @ right.T)
+    of_right = right - step * np.sign(left.T @ gradient)
+    for moved in (of_left @ right, left @ of_right):
+        change = np.sqrt(np.square(moved - left @ right).mean())
+        assert change == pytest.approx(step, rel=0.02)
 
 
 def test_factor_initializers_different_keys_differ():

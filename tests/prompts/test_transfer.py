@@ -1,5 +1,8 @@
 """Tests of transfer from a trained artifact to new tasks."""
 
+import dataclasses
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -39,12 +42,93 @@ def test_mpt_transfer_copies_shared_and_averages_factors(rank, groups):
     assert started["shared"].shape == (runs.num_groups, P, H)
     for group in range(runs.num_groups):
         np.testing.assert_array_equal(started["shared"][group], source["shared"][0])
+    left, right = (np.array(source[f"task_{side}"]) for side in ("left", "right"))
+    for task, column in itertools.product(range(3), range(rank)):  # of norm sqrt(P), sum >= 0
+        scale = np.linalg.norm(left[task, :, column]) / P**0.5
+        scale = -scale if left[task, :, column].sum() < 0 else scale
+        left[task, :, column] /= scale
+        right[task, column] *= scale
     for row in range(2):
-        equal(started["task_left"][row], np.asarray(source["task_left"]).mean(0))
-        equal(started["task_right"][row], np.asarray(source["task_right"]).mean(0))
+        equal(started["task_left"][row], left.mean(0))
+        equal(started["task_right"][row], right.mean(0))
     folded = np.asarray(materialize.materialize(MPT(P, rank=rank), started, runs))
     of_products = np.asarray(materialize.materialize(MPT(P, rank=rank), source, SOURCES)).mean(0)
     assert np.abs(folded[0] - of_products).max() > 0.1, "not the average of the products"
+
+
+@pytest.mark.parametrize("average_of", ["factors", "products"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_mpt_transfer_does_not_depend_on_signs_and_scales_of_factors(rank, average_of):
+    """A pair (U, V) is as good as (-U, -V) or (c U, V / c): it gives the same prompts."""
+    source, method = trained(rank), MPT(P, rank=rank, average_of=average_of)
+    factors = np.array([[-1, 2, 0.5], [3, -1, 1], [1, 1, -0.25]])[:, None, :rank]
+    changed = source | {
+        "task_left": source["task_left"] * factors,
+        "task_right": source["task_right"] / factors.swapaxes(1, 2),
+    }
+    for weights in ("average", {"rte_s1": {"mnli": 2.0, "sst2": 1.0}, "rte_s2": "average"}):
+        method = dataclasses.replace(method, start_from=weights)
+        prompts = [
+            materialize.materialize(
+                method, method.transfer(params, MPT(P, rank=rank), SOURCES, TARGETS), TARGETS
+            )
+            for params in (source, changed)
+        ]
+        np.testing.assert_allclose(prompts[0], prompts[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_mpt_transfer_average_of_products_is_closest_of_its_rank(rank):
+    source = trained(rank)
+    method = MPT(P, rank=rank, average_of="products")
+    started = method.transfer(source, MPT(P, rank=rank), SOURCES, Runs(["rte"]))
+    left, right = (np.asarray(source[f"task_{side}"], np.float64) for side in ("left", "right"))
+    mean = (left @ right).mean(0)
+    found = np.asarray(started["task_left"][0]) @ np.asarray(started["task_right"][0])
+    # Eckart and Young: what is left are the other singular values.
+    rest = np.linalg.svd(mean, compute_uv=False)[rank:]
+    np.testing.assert_allclose(np.square(found - mean).sum(), np.square(rest).sum(), rtol=1e-4)
+    assert np.linalg.matrix_rank(found, tol=1e-4) == rank
+
+
+@pytest.mark.parametrize("average_of", ["factors", "products"])
+def test_mpt_transfer_of_one_source_copies_its_bits(average_of):
+    source = trained(1)
+    method = MPT(P, start_from="qqp", average_of=average_of)
+    started = method.transfer(source, MPT(P), SOURCES, TARGETS)
+    for name in ("task_left", "task_right"):
+        np.testing.assert_array_equal(started[name][1], source[name][1])
+
+
+def test_mpt_unknown_average_raises():
+    with pytest.raises(ValueError, match="AVERAGE_OF.*'vectors'.*factors"):
+        MPT(P, average_of="vectors")
+
+
+def test_mpt_statistics_of_equal_tasks_and_of_random_ones():
+    runs, rng = Runs([f"t{k}" for k in range(6)]), np.random.default_rng(0)
+    one = {name: np.asarray(x)[:1] for name, x in trained(1).items()}
+    same = {k: np.repeat(x, 6, 0) if k != "shared" else np.ones((1, P, H)) for k, x in one.items()}
+    flipped = {**same, "task_left": same["task_left"] * -1.0, "task_right": same["task_right"] * -1}
+    for params in (same, flipped):
+        found = MPT(P).statistics(params, runs)
+        assert found["sign_agreement"] == 1
+        rms = np.sqrt(np.square(params["task_left"]).mean())
+        assert found["left_norm"] == pytest.approx(rms)
+    ones = {
+        "shared": one["shared"],
+        "task_left": np.ones((6, P, 1)),
+        "task_right": np.ones((6, 1, H)),
+    }
+    assert MPT(P).statistics(ones, runs)["shared_variance"] == pytest.approx(1)
+    random = {
+        "shared": rng.normal(size=(1, 50, 80)),
+        "task_left": rng.normal(size=(6, 50, 1)),
+        "task_right": rng.normal(size=(6, 1, 80)),
+    }
+    found = MPT(50).statistics(random, runs)
+    assert abs(found["sign_agreement"] - 0.5) < 0.06 and found["shared_variance"] < 0.05
+    assert MPT(P).statistics(same, Runs([f"t{k}" for k in range(6)], groups="independent")) == {}
 
 
 def test_mpt_transfer_named_source_copies_its_factors():
