@@ -36,6 +36,7 @@ class Row:
         model_axis: the number of chips that hold one copy.
         stage: the gin file of the stage.
         step: `'train'`, `'eval'` or `'predict'`.
+        dropout: the dropout rate.
     """
 
     t5: str
@@ -44,6 +45,7 @@ class Row:
     model_axis: int = 1
     stage: str = TARGET
     step: str = "train"
+    dropout: float = 0.0
 
     @property
     def batch(self) -> int:
@@ -63,6 +65,7 @@ class Row:
             "--gin.TASK_FEATURE_LENGTHS={'inputs': 256, 'targets': 16}",
             f"--gin.BATCH_SIZE={self.batch}",
             f"--gin.EVAL_BATCH_SIZE={self.batch}",
+            f"--gin.DROPOUT_RATE={self.dropout}",
             f"--topology={self.topology}",
             f"--num_partitions={self.model_axis}",
             f"--steps={self.step}",
@@ -71,8 +74,10 @@ class Row:
 
 ROWS = (
     Row("t5_1_0_base", "v5e:4x4", 32),
+    Row("t5_1_0_base", "v5e:4x4", 32, dropout=0.1),
     Row("t5_1_0_base", "v6e:2x4", 32),
     Row("t5_1_0_base", "v5e:4x4", 32, stage=SOURCE),
+    Row("t5_1_0_base", "v5e:4x4", 32, stage=SOURCE, dropout=0.1),
     Row("t5_1_0_large", "v5e:4x4", 16),
     Row("t5_1_1_base", "v5e:4x4", 32),
     Row("t5_1_0_base", "v5p:2x2x1", 32),
@@ -142,6 +147,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         needs = row["needs"]
         step = row["step"] if row["stage"] == TARGET else "train, distilled"
+        step += f", dropout {row['dropout']}" if row["dropout"] else ""
         mesh = f"{needs['num_chips'] // row['model_axis']} x {row['model_axis']}"
         cells = [row["t5"], row["topology"], mesh, str(row["rows"]), step]
         if not needs["fits"] and "cost" not in needs:

@@ -141,9 +141,8 @@ def _pickled(local_path: str, path: epath.Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # whatever torch raises for damaged pickles
         raise ValueError(
-            f"{path} is truncated, damaged, or holds more than tensors: {schema.reason(error)}. No "
-            "code from it was run. Download or copy it again, or save the model again as "
-            "safetensors."
+            f"{path} is truncated, damaged, or holds more than tensors. No code from it was run. "
+            "Download or copy it again, or save the model again as safetensors."
         ) from error
     if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(

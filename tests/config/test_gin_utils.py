@@ -178,6 +178,14 @@ def test_joint_gin_targets_share_prompt_and_sampler():
     assert trained(value("MODEL")) == 76_800 + 3 * 868
 
 
+@pytest.mark.parametrize("name", [SOURCE, TARGET, "gin/pt_target.gin", "gin/spot_target.gin"])
+def test_dropout_is_that_of_the_released_codes_except_on_the_toy_suite(name):
+    parse([name], [VOCABULARY, *SHALLOW])
+    assert value("MODEL").module.config.dropout_rate == 0.1
+    parse([name, "gin/tiny.gin"])
+    assert value("MODEL").module.config.dropout_rate == 0.0
+
+
 def test_ablation_gin_files_are_all_tested():
     assert {f"gin/ablations/{name}.gin" for name, *_ in ABLATED} == set(ABLATIONS)
 
@@ -274,12 +282,13 @@ def test_t5_name_default_reads_config_of_hugging_face_folder(tmp_path):
     assert value("T5_CONFIG") == T5Config(
         512, "bfloat16", 48, 3, 2, 2, 8, 40, ("gelu", "linear"), logits_via_embedding=True,
         relative_attention_max_distance=64, relative_bias_per_layer=True, remat="full",
+        dropout_rate=0.1,
     )  # fmt: skip
 
 
 def test_t5_name_default_without_folder_is_t5_base(tmp_path):
     parse([STAGE], [VOCABULARY, f"INITIAL_CHECKPOINT_PATH = {str(tmp_path / 'none')!r}"])
-    assert value("T5_CONFIG") == t5_config("t5_1_0_base", dtype="bfloat16")
+    assert value("T5_CONFIG") == t5_config("t5_1_0_base", dtype="bfloat16", dropout_rate=0.1)
 
 
 def test_source_stage_distillation_matches_paper():

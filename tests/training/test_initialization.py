@@ -194,7 +194,7 @@ def test_nearest_source_embeddings_of_other_backbone_error(backbone, tmp_path):
 
 def test_nearest_source_missing_target_or_too_many_sources_error(backbone, tmp_path):
     model, origins, _ = spot(backbone, tmp_path / "a", ["beta", "gamma"])
-    with pytest.raises(ValueError, match="no embedding of 'alpha'; it has beta, gamma"):
+    with pytest.raises(ValueError, match="no task embedding of 'alpha', only of beta, gamma"):
         initialize_params(model, origins, KEY)
     model, origins, _ = spot(backbone, tmp_path / "b", top_k=4)
     with pytest.raises(ValueError, match="top_k is 4, but the initial artifact holds 3"):

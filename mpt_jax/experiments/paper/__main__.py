@@ -168,7 +168,9 @@ def _differences(before: Sequence[Any], now: Sequence[Any]) -> str:
             continue
         if isinstance(old, list) and isinstance(new, list) and sorted(old) != sorted(new):
             old, new = [x for x in old if x not in new], [x for x in new if x not in old]
-        was, now_is = (", ".join(x) or "none" if isinstance(x, list) else x for x in (old, new))
+        was, now_is = (
+            ", ".join(map(str, x)) or "none" if isinstance(x, list) else x for x in (old, new)
+        )
         parts.append(f"{name} {was} instead of {now_is}")
     return "; ".join(parts)
 
