@@ -17,6 +17,10 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
 from mpt_jax.models.losses import MixtureWeights
 from mpt_jax.prompts.base import PromptContext, PromptMethod
+from mpt_jax.prompts.row_ops import numbers_within_rows
+
+# [B, E] feature that `number_examples` adds to a batch.
+NUMBERS = "prompt_numbers"
 
 
 class PromptedEmbeddings(NamedTuple):
@@ -65,6 +69,18 @@ class ExampleIndex(NamedTuple):
         return cls(number, ids)
 
 
+def number_examples(method: PromptMethod, runs: Runs, batch: Batch) -> dict[str, Array]:
+    """Returns a batch with the number of each example among those of its run.
+
+    Microbatches of it then draw the same prompts as the whole batch. A batch is unchanged if the
+    method draws nothing.
+    """
+    if not method.is_random:
+        return dict(batch)
+    task_ids = ExampleIndex.of(batch, min(method.prompt_lengths(runs))).task_ids
+    return {**batch, NUMBERS: numbers_within_rows(task_ids)}
+
+
 def insert_prompts(
     method: PromptMethod,
     params: Params,
@@ -94,7 +110,9 @@ def insert_prompts(
     packed = "encoder_segment_ids" in batch
     # Unpacked batches drop the example axis: fleets gather rows along the batch axis only.
     task_ids = examples.task_ids if packed else examples.task_ids[:, 0]
-    context = PromptContext(pooled if packed or pooled is None else pooled[:, 0], key)
+    given = (pooled, batch.get(NUMBERS))
+    pooled, numbers = (x if packed or x is None else x[:, 0] for x in given)
+    context = PromptContext(pooled, key, numbers)
     prompts = method.compose(params, runs, task_ids, context)
     mixed = None
     if method.candidates:

@@ -58,10 +58,13 @@ class PromptContext(NamedTuple):
             the prompt. Only methods with `reads_text` need it.
         key: random key of the training step, for methods with `is_random`; None composes the
             prompt used for evaluation and serving.
+        numbers: [...] the number of each example among those of its run in the whole batch, from 0,
+            for methods that draw for each example; None counts the given examples.
     """
 
     pooled: Float[Array, "... H"] | None = None
     key: Key | None = None
+    numbers: Int[Array, "..."] | None = None
 
 
 NO_CONTEXT = PromptContext()

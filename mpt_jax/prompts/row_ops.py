@@ -84,6 +84,15 @@ def gather_group_params(
     return gather_rows(table, jnp.asarray(runs.group_of_row)[task_ids])
 
 
+def numbers_within_rows(task_ids: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Returns, for each example, the number of examples of the same bank row before it."""
+    ids = task_ids.ravel()
+    order = jnp.argsort(ids, stable=True)
+    starts = jnp.searchsorted(ids[order], ids[order])
+    numbers = jnp.zeros_like(ids).at[order].set(jnp.arange(ids.size, dtype=ids.dtype) - starts)
+    return numbers.reshape(task_ids.shape)
+
+
 def expand_leading_dims(values: Array, axes: int) -> Array:
     """Prepends axes of size one until `values` has `axes` axes."""
     return values.reshape((1,) * (axes - values.ndim) + values.shape)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpt_jax.core.shapes import Array, Batch, Bool, Key, Params
 from mpt_jax.core.tree import flatten, merge
-from mpt_jax.models import losses, metrics
+from mpt_jax.models import losses, metrics, prompt_insertion
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
 from mpt_jax.training.row_transforms import gradient_norms, row_groups
 from mpt_jax.training.state import TrainState
@@ -35,6 +35,7 @@ def gradients(
         num_microbatches: the number of parts that the batch is split into, to save memory.
     """
     normalizers = model.loss_normalizers(batch)
+    batch = prompt_insertion.number_examples(model.prompt, model.runs, batch)
 
     def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
         params = merge(trainable, frozen)

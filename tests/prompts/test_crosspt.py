@@ -275,6 +275,7 @@ def test_crosspt_defaults_match_released_code():
     )
     assert method.annealing == Annealing(5.0, 0.001, 250)
     assert method.top_k is None and method.reparameterize == ()
+    assert (method.normalize, method.draws, method.share_temperature) == ("softmax", "example", 5.0)
 
 
 # --- Inference parameters ------------------------------------------------------------------------
@@ -446,7 +447,13 @@ def test_crosspt_transfer_own_artifact_keeps_rows_by_name():
         ),
         ({"private_length": LENGTHS}, "private_length"),
         ({"compose_by": "private", "router": "softmax"}, "'softmax'"),
-        ({"router": "sigmoid", "normalize": "softmax"}, "normalize"),
+        ({"router": "sigmoid", "normalize": "sum"}, "normalize"),
+        ({"draws": "step"}, "'step'"),
+        ({"router": "softmax", "draws": "run"}, "draws = 'run' would have no effect"),
+        ({"share": "joint", "top_k": 2}, "top_k = 2 would have no effect"),
+        ({"share": "joint", "compose_by": "sum"}, "'joint'"),
+        ({"share_temperature": 2.0}, "share_temperature = 2.0 would have no effect"),
+        ({"share": "learned", "share_temperature": 0.0}, "SHARE_TEMPERATURE"),
         ({"compose_by": "private_cat", "private_length": 0}, "0"),
         ({"compose_by": "cat", "reparameterize": ("private",)}, "private"),
     ],

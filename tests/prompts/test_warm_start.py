@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.factors import aligned
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.shared_prompt import SharedPrompt
@@ -77,10 +78,11 @@ def test_mpt_transfer_added_task_gets_average_others_keep_rows(caplog):
     with caplog.at_level(logging.INFO, logger="absl"):
         started = method.transfer(FACTORS, MPT(P, R), SOURCES, runs)
     np.testing.assert_array_equal(started["shared"], FACTORS["shared"])
-    for name in ("task_left", "task_right"):
+    sides = aligned(*(np.asarray(FACTORS[f"task_{side}"]) for side in ("left", "right")))
+    for name, side in zip(("task_left", "task_right"), sides, strict=True):
         old = np.asarray(started[name])[[2, 3, 0]]
         assert old.tobytes() == FACTORS[name].tobytes()
-        np.testing.assert_allclose(started[name][1], FACTORS[name].mean(0), atol=1e-6)
+        np.testing.assert_allclose(started[name][1], side.mean(0), atol=1e-6)
     assert "record is new and starts from the average" in caplog.text
     assert "sst2 starts from its own row of the artifact" in caplog.text
 
@@ -116,6 +118,6 @@ def test_mpt_transfer_weight_table_mixes_factors_copies_shared():
     method = MPT(P, R, start_from={"rte": {"mnli": 0.75, "sst2": 0.25}})
     started = method.transfer(FACTORS, MPT(P, R), SOURCES, Runs(["rte"]))
     np.testing.assert_array_equal(started["shared"], FACTORS["shared"])
-    for name in ("task_left", "task_right"):
-        expected = 0.75 * FACTORS[name][0] + 0.25 * FACTORS[name][2]
-        np.testing.assert_allclose(started[name][0], expected, atol=1e-6)
+    sides = aligned(*(np.asarray(FACTORS[f"task_{side}"]) for side in ("left", "right")))
+    for name, side in zip(("task_left", "task_right"), sides, strict=True):
+        np.testing.assert_allclose(started[name][0], 0.75 * side[0] + 0.25 * side[2], atol=1e-6)

@@ -14,8 +14,10 @@ from mpt_jax.core.shapes import Array, Float, Int
 from mpt_jax.prompts.base import FLOAT32
 from mpt_jax.prompts.crosspt.routing import ROUTERS
 
-ADD, LEARNED = "add", "learned"
-DEFAULT_ROUTER = "relaxed_bernoulli"
+ADD, LEARNED, JOINT = "add", "learned", "joint"
+EXAMPLE, RUN = "example", "run"
+DEFAULT_ROUTER, NORMALIZE_BY = "relaxed_bernoulli", "softmax"
+SHARE_TEMPERATURE = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +54,16 @@ def check_counts(method: Any) -> None:
         )
     share = method.share
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    if share not in (ADD, LEARNED) and not (is_number and 0 <= share < 1):
+    if share not in (ADD, LEARNED, JOINT) and not (is_number and 0 <= share < 1):
         raise ValueError(
-            f"CrossPT.share must be {ADD!r}, {LEARNED!r} or a number in [0, 1), got {share!r}. "
-            "Correct SHARE; to use only the private prompt, set COMPOSE_BY to 'private'."
+            f"CrossPT.share must be {ADD!r}, {LEARNED!r}, {JOINT!r} or a number in [0, 1), got "
+            f"{share!r}. Correct SHARE; to use only the private prompt, set COMPOSE_BY to "
+            "'private'."
+        )
+    if method.share_temperature is not None and not method.share_temperature > 0:
+        raise ValueError(
+            f"CrossPT.share_temperature must be positive or None, got {method.share_temperature}. "
+            "Correct SHARE_TEMPERATURE."
         )
     lengths = method.private_length
     lengths = lengths.values() if isinstance(lengths, Mapping) else (lengths,)
@@ -74,11 +82,15 @@ def check_counts(method: Any) -> None:
 def check_effects(method: Any) -> None:
     """Raises ValueError if a setting would have no effect."""
     kind, is_random = COMPOSITIONS[method.compose_by], ROUTERS[method.router].is_random
+    is_learned, is_joint = method.share == LEARNED, method.share == JOINT
     ineffective = {
         "share": method.share != ADD and method.compose_by != "private_sum",
+        "share_temperature": not is_learned and method.share_temperature != SHARE_TEMPERATURE,
         "private_length": method.private_length is not None and not kind.longer,
-        "normalize": method.normalize != "sum" and not is_random,
-        "top_k": method.top_k is not None and (not kind.has_sources or method.router == "uniform"),
+        "normalize": not is_random and method.normalize != NORMALIZE_BY,
+        "draws": method.draws != EXAMPLE and not (is_random or is_learned),
+        "top_k": method.top_k is not None
+        and (not kind.has_sources or is_joint or method.router == "uniform"),
         "router": method.router != DEFAULT_ROUTER and not kind.has_sources,
         "reparameterize": "private" in method.reparameterize
         and not kind.has_private

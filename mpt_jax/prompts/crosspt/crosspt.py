@@ -29,11 +29,17 @@ from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
 from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
+from mpt_jax.prompts.crosspt import weights
 from mpt_jax.prompts.crosspt.compositions import (
     ADD,
     COMPOSITIONS,
     DEFAULT_ROUTER,
+    EXAMPLE,
+    JOINT,
     LEARNED,
+    NORMALIZE_BY,
+    RUN,
+    SHARE_TEMPERATURE,
     Composition,
     check_counts,
     check_effects,
@@ -45,15 +51,11 @@ from mpt_jax.prompts.crosspt.routing import (
     NORMALIZE,
     ROUTERS,
     Annealing,
-    keep_largest,
-    noise,
-    of_rows,
 )
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_attention import TextAttention
 from mpt_jax.prompts.row_ops import (
-    expand_leading_dims,
     first_row_of_groups,
     gather_group_params,
     gather_rows,
@@ -82,11 +84,16 @@ class CrossPT(PromptMethod):
             any names.
         compose_by: see the module docstring.
         router: see `routing`.
-        normalize: for the relaxed Bernoulli, `'sum'` or `'softmax'` (the released code).
+        normalize: for the relaxed Bernoulli, `'softmax'` (the released code) or `'sum'` (ours).
+        draws: `'example'` for random draws of each example (the released code), or `'run'` for one
+            draw of all examples of a run in a step.
         top_k: the number of highest-scoring sources that each prompt is mixed from; None means
             all.
         share: for `'private_sum'`: `'add'` for soft_k + Z_k, a number g for (1 - g) soft_k + g Z_k,
-            or `'learned'` for one trained g per task.
+            `'learned'` for one trained g per task, or `'joint'` for soft_k + w Z_k, where the
+            router scores Z_k together with the sources. The released code calls these target_share
+            2, g and -1, and compose_method wsp.
+        share_temperature: the temperature of the draws of a learned share; None uses `annealing`.
         private_length: n, the length of private prompts, for `'private_cat'`: one number, or a
             mapping from run name to length; None means l.
         annealing: the temperature schedule of the draws.
@@ -105,9 +112,11 @@ class CrossPT(PromptMethod):
     sources: Sequence[str]
     compose_by: str = "private_sum"
     router: str = DEFAULT_ROUTER
-    normalize: str = "sum"
+    normalize: str = NORMALIZE_BY
+    draws: str = EXAMPLE
     top_k: int | None = None
     share: str | int | float = ADD
+    share_temperature: float | None = SHARE_TEMPERATURE
     private_length: int | Mapping[str, int] | None = None
     annealing: Annealing | Mapping[str, Any] = Annealing()
     width: int = 100
@@ -144,10 +153,11 @@ class CrossPT(PromptMethod):
             ("compose_by", self.compose_by, COMPOSITIONS),
             ("router", self.router, ROUTERS),
             ("normalize", self.normalize, NORMALIZE),
+            ("draws", self.draws, (EXAMPLE, RUN)),
         ):
             if value not in known:
                 raise ValueError(unknown_name(f"CrossPT.{what}", value, list(known)))
-        self._attention()
+        self.attention()
         check_counts(self)
         check_effects(self)
 
@@ -206,13 +216,19 @@ class CrossPT(PromptMethod):
         return COMPOSITIONS[self.compose_by]
 
     @property
+    def num_scored(self) -> int:
+        """The number of prompts that the router scores: the sources and, if joint, Z."""
+        return len(self.sources) + (self.share == JOINT)
+
+    @property
     def _longest_private(self) -> int:
         if self.private_length is None:
             return self.length
         lengths = self.private_length
         return max(lengths.values()) if isinstance(lengths, Mapping) else lengths
 
-    def _attention(self) -> TextAttention:
+    def attention(self) -> TextAttention:
+        """Returns the router `'attention'`."""
         return TextAttention("sub", self.width, self.temperature)
 
     # --- Parameters ------------------------------------------------------------------------------
@@ -228,9 +244,9 @@ class CrossPT(PromptMethod):
                 ]
             )
             if ROUTERS[self.router].has_logits:
-                params["router"] = jnp.zeros((runs.num_rows, len(self.sources)))
+                params["router"] = jnp.zeros((runs.num_rows, self.num_scored))
             if ROUTERS[self.router].reads_text:
-                params |= self._attention().init(key, runs.num_groups, width)
+                params |= self.attention().init(key, runs.num_groups, width)
         if kind.has_private:
             length = self._longest_private if kind.longer else self.length
             params["private"] = initial_prompts(self.init_prompt, key, runs, rows, length, context)
@@ -303,12 +319,20 @@ class CrossPT(PromptMethod):
         kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
         for name in self.reparameterize:
             kept = reparameterization.without_mlp(kept, name)
-        return dataclasses.replace(self, reparameterize=(), annealing=Annealing()), kept
+        training_only = {
+            "reparameterize": (),
+            "annealing": Annealing(),
+            "draws": EXAMPLE,
+            "share_temperature": SHARE_TEMPERATURE,
+        }
+        return dataclasses.replace(self, **training_only), kept
 
     # --- Composition -----------------------------------------------------------------------------
 
     def compose(self, params, runs, task_ids, given=NO_CONTEXT):
-        if isinstance(runs, Runs) and not self.reads_text and runs.num_rows < task_ids.size:
+        draws = self.is_random and given.key is not None and self.draws == EXAMPLE
+        by_run = isinstance(runs, Runs) and not self.reads_text and not draws
+        if by_run and runs.num_rows < task_ids.size:
             # With fewer prompts than examples, each prompt is composed once and then gathered.
             return gather_rows(
                 self._compose(params, runs, jnp.arange(runs.num_rows), given), task_ids
@@ -321,12 +345,14 @@ class CrossPT(PromptMethod):
             sources = gather_group_params(
                 reparameterization.apply(params, "sources"), runs, task_ids
             )
-            weights, indices = self._weights(params, runs, task_ids, given)
+            scored, indices = weights.weights(self, params, runs, task_ids, given)
             if self._kind.is_cat:
-                return concat_sources(sources, weights, indices)
-            soft = weighted_sum(weights, sources)
+                return concat_sources(sources, scored, indices)
+            soft = weighted_sum(scored[..., : len(self.sources)], sources)
         if self._kind.has_private:
             private = gather_rows(reparameterization.apply(params, "private"), task_ids)
+            if self.share == JOINT:
+                private = scored[..., -1:, None] * private
         return self._combined(params, runs, task_ids, given, soft, private)
 
     def _combined(self, params, runs, task_ids, given, soft, private):
@@ -336,56 +362,19 @@ class CrossPT(PromptMethod):
             return jnp.concatenate([soft, private], axis=-2)
         if self.compose_by == "private_product":
             return soft * private
-        if self.share == ADD:
+        if self.share in (ADD, JOINT):
             return soft + private
         if isinstance(self.share, str):
             logits = gather_rows(params["share"], task_ids)[..., None]
-            drawn, temperature = self._drawn(logits, params, runs, task_ids, given, "share")
-            part: Any = jax.nn.sigmoid(drawn / temperature)[..., None]
+            drawn, temperature = weights.drawn(self, logits, params, runs, task_ids, given, "share")
+            part: Any = jax.nn.sigmoid(drawn if temperature is None else drawn / temperature)
+            part = part[..., None]
         else:
             part = self.share
         return (1 - part) * soft + part * private
 
     def mixture(self, params, runs, task_ids, given=NO_CONTEXT):
-        return self._weights(params, runs, task_ids, given)[0]
-
-    def _weights(self, params, runs, task_ids, given):
-        """Returns each source's weight [..., S], 0 if not kept, and the indices kept [..., k]."""
-        router, logits = ROUTERS[self.router], self._logits(params, runs, task_ids, given)
-        drawn, temperature = logits, 1.0
-        if router.is_random:
-            drawn, temperature = self._drawn(logits, params, runs, task_ids, given, "router")
-        # Ranks noisy logits rather than scores, which saturate at 0 and 1 at a low temperature.
-        kept, indices = keep_largest(drawn, self.top_k)
-        scores = router.scores(drawn / temperature)
-        if not router.normalized:
-            return jnp.where(kept, scores, 0.0), indices
-        normalize = NORMALIZE[self.normalize if router.is_random else "sum"]
-        return normalize(scores, logits, kept, given.key is not None), indices
-
-    def _logits(self, params, runs, task_ids, given):
-        if ROUTERS[self.router].reads_text:
-            sources = gather_group_params(
-                reparameterization.apply(params, "sources"), runs, task_ids
-            )
-            scores = self._attention().scores(params, runs, task_ids, given.pooled, sources)
-            return scores[..., 0]
-        if "router" in params:
-            return gather_rows(params["router"], task_ids)
-        return jnp.zeros((*task_ids.shape, len(self.sources)))
-
-    def _drawn(self, logits, params, runs, task_ids, given, name):
-        """Returns logits [..., n] plus the step's noise, and the temperature of the step's draws.
-
-        Without a random key (`given.key`), logits are unchanged and the temperature is 1.
-        """
-        if given.key is None:
-            return logits, 1.0
-        assert isinstance(self.annealing, Annealing)
-        clock = jax.lax.stop_gradient(gather_group_params(params["clock"], runs, task_ids))
-        temperature = expand_leading_dims(self.annealing(clock)[..., None], logits.ndim)
-        key = jax.random.fold_in(given.key, ("router", "share").index(name))
-        return logits + of_rows(noise(key, runs, logits.shape[-1]), task_ids), temperature
+        return weights.weights(self, params, runs, task_ids, given)[0][..., : len(self.sources)]
 
     # --- Records ---------------------------------------------------------------------------------
 
@@ -396,6 +385,8 @@ class CrossPT(PromptMethod):
             "private_length": dict(lengths) if isinstance(lengths, Mapping) else lengths,
             "annealing": dataclasses.asdict(self.annealing),  # pyright: ignore[reportArgumentType]
             "reparameterize": list(self.reparameterize),
+            "draws": self.draws,
+            "share_temperature": self.share_temperature,
         }
 
     def _transfer_settings(self) -> dict[str, Any]:

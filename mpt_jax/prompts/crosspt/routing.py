@@ -89,26 +89,39 @@ ROUTERS = {
 }
 
 
-def by_sum(scores: Array, logits: Array, kept: Array, in_training: bool) -> Array:
-    """Returns `s / (sum(s) + 1e-8)`, in training and at inference.
+def by_sum(scores: Array, logits: Array, kept: Array, temperature: Array | None) -> Array:
+    """Returns p_j / sum(p) at inference, with p = sigmoid(logits), and weights with these means in
+    training (ours).
 
-    At a low temperature a draw either includes or excludes a source, and the probability of
-    including it is its score at inference. If all S probabilities are 1/2, a step excludes all
-    sources with probability 2^-S.
+    In training, a score s_j with mean m_j gets the weight (p_j / m_j) s_j / sum(p). At a low
+    temperature a draw either includes or excludes a source, so a step's weights add up to one only
+    on average. With `top_k`, which sources are kept is drawn as well, and means differ.
     """
-    del logits, in_training
-    scores = jnp.where(kept, scores, 0.0)
-    return scores / (scores.sum(-1, keepdims=True) + SMALL)
+    probabilities = jax.nn.sigmoid(logits)
+    total = jnp.where(kept, probabilities, 0.0).sum(-1, keepdims=True) + SMALL
+    if temperature is not None:
+        means = expected_scores(logits, temperature)
+        ratio = jnp.where(means > SMALL, probabilities / jnp.maximum(means, SMALL), 1.0)
+        scores = scores * jax.lax.stop_gradient(ratio)
+    return jnp.where(kept, scores, 0.0) / total
 
 
-def by_softmax(scores: Array, logits: Array, kept: Array, in_training: bool) -> Array:
+def expected_scores(logits: Float[Array, "... S"], temperature: Array) -> Float[Array, "... S"]:
+    """Returns the mean of sigmoid((logit + logit(u)) / temperature) over u in (0, 1), by the
+    midpoint rule, to 1/256."""
+    uniform = (jnp.arange(128) + 0.5) / 128
+    noise = (jnp.log(uniform) - jnp.log1p(-uniform)).reshape((1,) * logits.ndim + (-1,))
+    return jax.nn.sigmoid((logits[..., None] + noise) / temperature[..., None]).mean(-1)
+
+
+def by_softmax(scores: Array, logits: Array, kept: Array, temperature: Array | None) -> Array:
     """Normalizes like the released code.
 
     In training it returns the softmax of `s / sum(s) + 1e-8`, at inference the softmax of the
-    logits. Two weights of kept sources therefore differ by a factor of at most e in training,
-    while their ratio is unbounded at inference.
+    logits. Two weights therefore differ by a factor of at most e in training, while their ratio
+    has no bound at inference.
     """
-    if in_training:
+    if temperature is not None:
         total = jnp.where(kept, scores, 0.0).sum(-1, keepdims=True)
         logits = scores / jnp.maximum(total, SMALL) + SMALL
     return jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), -1)
@@ -137,9 +150,22 @@ def noise(key: Key, runs: Runs, count: int) -> Float[Array, "K n"]:
     Draws depend on the run's name, not on its bank row, so they are the same in a job of one run
     and in a fleet.
     """
+    return jax.vmap(lambda run_key: jax.random.logistic(run_key, (count,)))(_run_keys(key, runs))
+
+
+def example_noise(
+    key: Key, runs: Runs, task_ids: Int[Array, "..."], numbers: Int[Array, "..."], count: int
+) -> Float[Array, "... n"]:
+    """Returns n draws as `noise`, for every example. They depend on the name of the example's run
+    and on its number among the run's examples in the batch."""
+    keys = _run_keys(key, runs)[task_ids.ravel()]
+    draw = lambda key, number: jax.random.logistic(jax.random.fold_in(key, number), (count,))  # noqa: E731
+    return jax.vmap(draw)(keys, numbers.ravel()).reshape(*task_ids.shape, count)
+
+
+def _run_keys(key: Key, runs: Runs) -> Array:
     names = np.array([name_hash(name) for name in runs.run_names], np.uint32)
-    keys = jax.vmap(lambda name: jax.random.fold_in(key, name))(names)
-    return jax.vmap(lambda run_key: jax.random.logistic(run_key, (count,)))(keys)
+    return jax.vmap(lambda name: jax.random.fold_in(key, name))(names)
 
 
 def of_rows(table: Float[Array, "K n"], task_ids: Int[Array, "..."]) -> Float[Array, "... n"]:
