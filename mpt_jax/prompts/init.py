@@ -50,27 +50,38 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
-    """Embeddings of token ids drawn without replacement from the first `population` ids.
+    """Embeddings of token ids drawn without replacement.
 
-    In T5's vocabularies, these are the most frequent tokens.
+    Attributes:
+        population: the number of first ids to draw from. In T5's vocabulary, the first ids are the
+            most frequent tokens.
+        ids: the ids to draw from, instead of the first `population`. Rows of tokens that
+            pretraining never saw are nearly alike, and far from all others.
 
     Raises:
-        ValueError: there are fewer ids than prompt rows.
+        ValueError: there are fewer ids than prompt rows, or the backbone does not embed one.
     """
 
     population: int = 5000
+    ids: Sequence[int] | None = None
 
     def __call__(self, key, task_name, prompt_length, context):
-        population = min(self.population, context.embedding.shape[0])
-        if population < prompt_length:
+        embedded = context.embedding.shape[0]
+        ids = range(min(self.population, embedded)) if self.ids is None else self.ids
+        if len(ids) < prompt_length:
             raise ValueError(
-                f"Cannot draw {prompt_length} distinct token ids from {population} for a prompt of "
+                f"Cannot draw {prompt_length} distinct token ids from {len(ids)} for a prompt of "
                 f"{prompt_length} positions (SampledVocabulary.population is {self.population}, "
-                f"and the backbone embeds {context.embedding.shape[0]} ids). Lower PROMPT_LENGTH, "
-                "or raise SampledVocabulary.population if the backbone embeds more ids."
+                f"and the backbone embeds {embedded} ids). Lower PROMPT_LENGTH, or raise "
+                "SampledVocabulary.population if the backbone embeds more ids."
             )
-        ids = jax.random.choice(key, population, (prompt_length,), replace=False)
-        return context.embedding[ids].astype(jnp.float32)
+        if not 0 <= min(ids) <= max(ids) < embedded:
+            raise ValueError(
+                f"SampledVocabulary.ids has ids from {min(ids)} to {max(ids)}, but the backbone "
+                f"embeds ids 0 to {embedded - 1}. Use ids of this backbone's vocabulary."
+            )
+        drawn = jax.random.choice(key, len(ids), (prompt_length,), replace=False)
+        return context.embedding[jnp.asarray(ids)[drawn]].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ VOCABULARY_PATH = pathlib.Path(__file__).parent / "data" / "toy.model"
 EXTRA_IDS = 16
 # Rows of the backbone's embedding: pieces and sentinels, rounded up to a multiple of 128.
 EMBEDDING_ROWS = 512
+_NUM_WORDS = 354  # the first pieces after pad, eos and unk
+_TARGET_WORDS = frozenset({116, 202, 203, 206, 208, 210})  # only in prefixes of target tasks
 
 
 def _sentences(per_task: int = 1500) -> list[str]:
@@ -72,6 +74,12 @@ def train_vocabulary() -> bytes:
             model.pieces.add(piece=letter, score=-20.0)
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString()
+
+
+def pretrained_ids() -> tuple[int, ...]:
+    """Returns the ids of the words that occur in pretraining, from which prompts start. The other
+    rows of the embedding are letters, words of target tasks, and rows without a piece."""
+    return tuple(i for i in range(3, _NUM_WORDS + 3) if i not in _TARGET_WORDS)
 
 
 @functools.lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ def test_published_rows_refer_to_known_variants():
 def test_cells_few_shot_one_job_per_method_and_k():
     table, cells = planned("table3", suites.PAPER)
     assert [(cell.variant.name, cell.shots) for cell in cells] == [
-        (variant, k) for k in (4, 16, 32) for variant in ("PT", "SPoT", "MPT")
+        (variant, k) for k in (4, 16, 32) for variant in ("PT", "SPoT", "ATTEMPT", "MPT")
     ]
     mpt = cells[-1]
     job = "mpt/k32/boolq-cb-scitail_s0-9"
@@ -83,7 +83,7 @@ def test_cells_few_shot_one_job_per_method_and_k():
     assert given(cells[1].jobs[0])["START_FROM"] == '"mnli"'
     # Equal selection periods, and warmup over at most a tenth of the steps.
     assert {given(cell.jobs[0])["EVAL_PERIOD"] for cell in cells} == {"100"}
-    assert [given(cell.jobs[0]).get("WARMUP_STEPS") for cell in cells[:3]] == ["100", "100", None]
+    assert [given(cell.jobs[0]).get("WARMUP_STEPS") for cell in cells[:4]] == ["100"] * 3 + [None]
 
 
 def test_cells_all_examples_train_for_paper_epochs():
@@ -95,6 +95,10 @@ def test_cells_all_examples_train_for_paper_epochs():
     assert given(jobs["paws"])["EVAL_PERIOD"] == str(-(-49_401 // 32))
     strong = {run.task: job for job in cells[1].jobs for run in job.runs}
     assert (strong["nq"].steps, strong["paws"].steps) == (300_000, 40_000)
+    _, glue = planned("table1", suites.PAPER)  # DePT's: 300,000 above 100,000 examples
+    strong |= {run.task: job for job in glue[1].jobs for run in job.runs}
+    assert {strong[task].steps for task in ("mnli", "qqp", "qnli")} == {300_000}
+    assert {strong[task].steps for task in ("sst2", "rte", "cola", "cb")} == {40_000}
     lengths = {run.task: given(x)["TASK_FEATURE_LENGTHS"] for x in cells[0].tests for run in x.runs}
     assert {lengths[task] for task in ("nq", "newsqa")} == {'{"inputs": 512, "targets": 128}'}
     assert lengths["yelp"] == '{"inputs": 256, "targets": 128}'

@@ -47,6 +47,16 @@ def test_sampled_vocabulary_draws_from_whole_population_only():
     assert init.SampledVocabulary().population == 5000
 
 
+def test_sampled_vocabulary_draws_from_given_ids_only():
+    draw = jax.jit(lambda key: init.SampledVocabulary(ids=range(30, 40))(key, "t", P, CONTEXT))
+    prompts = [draw(jax.random.PRNGKey(seed)) for seed in range(40)]
+    assert {i for prompt in prompts for i in ids_of(prompt)} == set(range(30, 40))
+    same = init.SampledVocabulary(ids=range(20))(KEY, "t", P, CONTEXT)
+    np.testing.assert_array_equal(same, init.SampledVocabulary(20)(KEY, "t", P, CONTEXT))
+    with pytest.raises(ValueError, match="ids from 5 to 9999, but the backbone embeds ids 0 to"):
+        init.SampledVocabulary(ids=[5, 6, 7, 8, 9, 10, 11, 9999])(KEY, "t", P, CONTEXT)
+
+
 def test_sampled_vocabulary_too_few_ids_raises():
     with pytest.raises(ValueError, match="8 distinct token ids from 5"):
         init.SampledVocabulary(population=5)(KEY, "t", P, CONTEXT)

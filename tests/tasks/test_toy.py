@@ -281,6 +281,16 @@ def test_word_ids_match_sentencepiece(pieces, pretraining):
         assert [ids[word] for word in words] == pieces.encode(" ".join(words))
 
 
+def test_pretrained_ids_are_the_words_of_pretraining(pieces):
+    seen, rng = set(), random.Random(0)
+    for make, _ in toy_pretrain.MIXTURE:
+        for _ in range(1500):
+            seen |= {i for text in make(rng) for i in pieces.encode(text)}
+    words = {i for i in range(3, pieces.vocab_size()) if len(pieces.id_to_piece(i)) > 1}
+    words = {i for i in words if pieces.id_to_piece(i).startswith("▁")}
+    assert set(toy_vocabulary.pretrained_ids()) == seen & words
+
+
 def test_toy_vocabulary_fits_backbone_and_keeps_special_ids(pieces):
     vocabulary = toy.vocabulary()
     assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id) == (0, 1, 2)

@@ -153,12 +153,14 @@ def _of_rank(rank: int) -> Variant:
 
 
 PT = Variant("PT", (PT_TARGET, "gin/methods/pt_paper.gin"), PROMPT_TUNING, rate="pt")
+# DePT's steps: 300,000 on tasks of more than 100,000 examples and on MRQA.
+_LARGE = ("mnli", "qqp", "qnli", "nq", "hotpotqa", "searchqa", "newsqa")
 PT_STRONG = Variant(
     "PT, strong recipe",
     (PT_TARGET, "gin/methods/pt_strong.gin"),
     PROMPT_TUNING,
     rate="pt",
-    steps={"": 40_000} | dict.fromkeys(("nq", "hotpotqa", "searchqa", "newsqa"), 300_000),
+    steps={"": 40_000} | dict.fromkeys(_LARGE, 300_000),
 )
 SPOT = Variant("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
 # Prompt tuning from each source task's prompt, by the paper's names.
@@ -218,6 +220,12 @@ LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 4
 # The target prompts start from the same source prompt as SPoT's.
 ATTEMPT_ARM = Variant(
     "ATTEMPT", ("gin/attempt_target.gin",), ATTEMPT, TEACHERS, rate="attempt", start="MNLI"
+)
+ATTEMPT_TOGETHER = dataclasses.replace(
+    ATTEMPT_ARM,
+    name="ATTEMPT, tasks together",
+    files=(*ATTEMPT_ARM.files, "gin/runs/joint_targets.gin"),
+    together=True,
 )
 
 
@@ -289,7 +297,14 @@ VARIANTS = {
         *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_VARIANT, MPT_TOGETHER, MPT_12),
         *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
         *(variant for pair in (*LENGTHS.values(), *SIZES.values()) for variant in pair),
-        *(ATTEMPT_ARM, CROSSPT_VARIANT, *CROSSPT_FACTORS, *CROSSPT_LABELS, *CROSSPT_TOY_LABELS),
+        *(
+            ATTEMPT_ARM,
+            ATTEMPT_TOGETHER,
+            CROSSPT_VARIANT,
+            *CROSSPT_FACTORS,
+            *CROSSPT_LABELS,
+            *CROSSPT_TOY_LABELS,
+        ),
     )
 }
 
