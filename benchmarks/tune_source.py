@@ -61,7 +61,8 @@ def tried(root: Path, rate: float) -> list[dict[str, Any]]:
     if not source.is_done(folder):
         source.run(folder)
     metrics = (folder / "mpt_source" / "metrics.jsonl").read_text().splitlines()
-    statistics = [line for line in map(json.loads, metrics) if line["folder"] == "prompt"][-1]
+    found = [line for line in map(json.loads, metrics) if line["folder"] == "prompt"][-1]
+    statistics = {name: x for name, x in found.items() if name not in ("folder", "step")}
     (mpt,) = (method for method in demo.methods(folder) if method.name == "MPT")
     lines = []
     for average in AVERAGES:
@@ -71,8 +72,8 @@ def tried(root: Path, rate: float) -> list[dict[str, Any]]:
             bindings=(VALIDATION, f"AVERAGE_OF = '{average}'"),
             seeds=SEEDS,
         )
-        found = demo.adapt(folder, method, TARGETS, SHOTS).scores
-        scores = {task: found[task]["accuracy"] for task in TARGETS}
+        of_task = demo.adapt(folder, method, TARGETS, SHOTS).scores
+        scores = {task: of_task[task]["accuracy"] for task in TARGETS}
         mean = round(float(np.mean([np.mean(each) for each in scores.values()])), 2)
         lines.append({"rate": rate, "average_of": average, "mean": mean, "scores": scores})
         shown = ", ".join(f"{name} {value:.3g}" for name, value in statistics.items())

@@ -273,6 +273,11 @@ class Job:
             started: the time at which the job started, from `time.monotonic`.
         """
         batch, step = next(self.start.batches), self.trainer.step
+        if norms := self.trainer.term_gradient_norms(batch):
+            shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+            logging.info("Gradient norms of the loss terms at step %d: %s.", step, shown)
+            by_term = {f"gradient_norm/{name}": norm for name, norm in norms.items()}
+            self.evaluator.writers.write("train", step, by_term)
         before = time.monotonic()
         self.trainer.train(batch)
         self.trainer.wait()

@@ -188,7 +188,7 @@ def term_sums(
         sums["kl"] = by_token(divergence)
     if distillation.hidden:
         encoder = _squared_distance(teacher.encoder_hidden, student.encoder_hidden)
-        mask = encoder_mask(batch, distillation.include_prompt_positions)
+        mask = _distilled_positions(distillation, batch)
         sums["hidden_encoder"] = group_sum(encoder * mask, groups.encoder, groups.num_groups)
         sums["hidden_decoder"] = by_token(
             _squared_distance(teacher.decoder_hidden, student.decoder_hidden)
@@ -200,7 +200,7 @@ def term_sums(
         slots = (batch["encoder_prompt_slots"][:, :length] > 0).astype(jnp.float32)
         slot_groups = groups.encoder[:, :length]
         sums["prompt_distance"] = group_sum(distance * slots, slot_groups, groups.num_groups)
-    return sums
+    return {name: sums[name] for name in objective.coefficients()}
 
 
 def normalizers(
@@ -222,7 +222,7 @@ def normalizers(
     if (distillation := objective.distillation) is not None:
         slots = batch["encoder_prompt_slots"]
         examples = count(slots == 1, groups.encoder)
-        mask = encoder_mask(batch, distillation.include_prompt_positions)
+        mask = _distilled_positions(distillation, batch)
         reduced = lambda n: examples if distillation.reduce == "sum" else n * width  # noqa: E731
         by_term |= {
             "hidden_encoder": reduced(count(mask, groups.encoder)) * num_states[0],
@@ -232,13 +232,19 @@ def normalizers(
     return {term: by_term[term] for term in objective.coefficients()}
 
 
-def total_loss(objective: Objective, sums: Sums, normalizers: Sums) -> tuple[Array, Sums]:
+def total_loss(
+    objective: Objective,
+    sums: Sums,
+    normalizers: Sums,
+    coefficients: Mapping[str, Array] | None = None,
+) -> tuple[Array, Sums]:
     """Returns the total loss: the sum of each term's mean times its coefficient.
 
     Args:
         objective: the objective that defines the terms and their coefficients.
         sums: the sum [G] of every term, from `term_sums`.
         normalizers: the normalizer [G] of every term, from `normalizers`.
+        coefficients: other coefficients of the terms.
 
     Returns:
         The total over terms and groups, and each term's mean [G] without its coefficient. A group
@@ -250,9 +256,16 @@ def total_loss(objective: Objective, sums: Sums, normalizers: Sums) -> tuple[Arr
         )
         for name in sums
     }
-    coefficients: Mapping[str, float] = objective.coefficients()
-    total = sum((coefficients[name] * means[name].sum() for name in means), jnp.float32(0))
+    used = objective.coefficients() if coefficients is None else coefficients
+    total = sum((used[name] * means[name].sum() for name in means), jnp.float32(0))
     return total, means
+
+
+def _distilled_positions(distillation: Distillation, batch: Batch) -> Bool[Array, "B T"]:
+    """Returns whether the encoder state at each position counts in the hidden-state term."""
+    if distillation.include_text_positions:
+        return encoder_mask(batch, distillation.include_prompt_positions)
+    return batch["encoder_prompt_slots"] > 0
 
 
 def _stop_gradients(outputs: ModelOutputs) -> ModelOutputs:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+_POSITIONS = ("include_prompt_positions", "include_text_positions")
+_STACKS = ("encoder_weight", "decoder_weight")
+# Fields that earlier versions did not have.
+_LATER = ("include_text_positions", *_STACKS)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Distillation:
     """Distillation of the student from its teachers (MPT paper, section 3.2).
 
@@ -24,7 +29,10 @@ class Distillation:
             `logits`. The paper does not do this.
         hidden_layers: `'last'` (each stack's output after its final norm), `'all'`, or indices
             into (embeddings, layer 1, ..., output), averaged over layers; for `hidden`.
-        include_prompt_positions: whether encoder states at prompt positions count; for `hidden`.
+        include_prompt_positions, include_text_positions: whether encoder states at prompt
+            positions, and those at text positions, count; for `hidden`.
+        encoder_weight, decoder_weight: the coefficients of the encoder's and the decoder's hidden
+            states, relative to `weight`; 0 turns one off; for `hidden`.
         reduce: for `hidden` and `prompt_distance`: `'mean'` over positions and features, or
             `'sum'` over them (a mean over examples). The KL is always a mean over target tokens.
 
@@ -41,6 +49,9 @@ class Distillation:
     hidden_layers: str | Sequence[int] = "last"
     include_prompt_positions: bool = True
     reduce: str = "mean"
+    include_text_positions: bool = True
+    encoder_weight: float = 1.0
+    decoder_weight: float = 1.0
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -60,13 +71,37 @@ class Distillation:
                 "Distillation.logits, hidden and prompt_distance are all False, so distillation "
                 "would do nothing. Set one of them to True, or leave Objective.distillation unset."
             )
+        if not (self.include_prompt_positions or self.include_text_positions):
+            raise ValueError(
+                "Distillation.include_prompt_positions and include_text_positions are both False, "
+                "so no encoder state would count. Set encoder_weight to 0 instead."
+            )
+        weights = self.encoder_weight, self.decoder_weight
+        if min(weights) < 0 or not any(weights):
+            raise ValueError(
+                f"Distillation.encoder_weight and decoder_weight are {weights[0]} and "
+                f"{weights[1]}; they must not be negative, nor both 0. Correct them, or set "
+                "hidden to False."
+            )
         self._refuse_ineffective(("temperature", "t2_scale"), "logits")
-        self._refuse_ineffective(("hidden_layers", "include_prompt_positions"), "hidden")
+        self._refuse_ineffective(("hidden_layers", *_POSITIONS, *_STACKS), "hidden")
         self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
+        if not self.encoder_weight:
+            self._refuse_ineffective(_POSITIONS)
+
+    def __repr__(self) -> str:
+        """Leaves out later fields at their defaults, so that fingerprints of jobs stay the same."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.name not in _LATER or getattr(self, field.name) != field.default
+        ]
+        return f"Distillation({', '.join(shown)})"
 
     def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
         """Raises ValueError if a setting has a non-default value but all `terms` it affects are
         off."""
+        terms = terms or ("encoder_weight",)
         if any(getattr(self, term) for term in terms):
             return
         for field in dataclasses.fields(self):
@@ -74,8 +109,8 @@ class Distillation:
             if field.name in settings and value != field.default:
                 raise ValueError(
                     f"Distillation.{field.name}={value!r} would have no effect with "
-                    f"{' and '.join(f'{term}=False' for term in terms)}. Leave it at "
-                    f"{field.default!r}, or set {' or '.join(f'{term}=True' for term in terms)}."
+                    f"{' and '.join(f'{t}={getattr(self, t)}' for t in terms)}. Leave it at "
+                    f"{field.default!r}, or turn on {' or '.join(terms)}."
                 )
 
 
@@ -112,7 +147,9 @@ class Objective:
                 scale = distillation.temperature**2 if distillation.t2_scale else 1.0
                 coefficients["kl"] = weight * scale
             if distillation.hidden:
-                coefficients["hidden_encoder"] = coefficients["hidden_decoder"] = weight
+                for stack in ("encoder", "decoder"):
+                    if part := getattr(distillation, f"{stack}_weight"):
+                        coefficients[f"hidden_{stack}"] = weight * part
             if distillation.prompt_distance:
                 coefficients["prompt_distance"] = weight
         return coefficients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ def gradients(
     batch: Batch,
     dropout_rng: Key | None,
     num_microbatches: int = 1,
+    coefficients: Mapping[str, Array] | None = None,
 ) -> tuple[Params, metrics.StepMetrics]:
     """Returns the gradient of the objective over a whole batch, and the step's metrics.
 
@@ -33,6 +35,7 @@ def gradients(
         batch: the whole batch; `num_microbatches` must divide its number of rows.
         dropout_rng: the random key of dropout and of randomly drawn prompts; None disables both.
         num_microbatches: the number of parts that the batch is split into, to save memory.
+        coefficients: the coefficient of every term; None for the objective's.
     """
     normalizers = model.loss_normalizers(batch)
     batch = prompt_insertion.number_examples(model.prompt, model.runs, batch)
@@ -41,7 +44,8 @@ def gradients(
         params = merge(trainable, frozen)
         # All microbatches of a step use the same randomly drawn prompts.
         sums, step_metrics = model.loss_sums(params, part, rng, prompt_rng=dropout_rng)
-        return losses.total_loss(model.objective, sums, normalizers)[0], (sums, step_metrics)
+        total, _ = losses.total_loss(model.objective, sums, normalizers, coefficients)
+        return total, (sums, step_metrics)
 
     differentiate = jax.grad(objective, has_aux=True)
     if num_microbatches == 1:
@@ -59,6 +63,35 @@ def gradients(
     inputs = (parts, jnp.arange(num_microbatches))
     (grads, (sums, step_metrics)), _ = jax.lax.scan(body, start, inputs)
     return grads, {**step_metrics, **metrics.term_metrics(sums, normalizers)}
+
+
+def term_gradient_norms(
+    model: PromptedEncoderDecoder,
+    num_microbatches: int,
+    state: TrainState,
+    batch: Batch,
+    rng: Key,
+) -> dict[str, Array]:
+    """Returns the norm of the gradient of every term of the objective, times its coefficient, over
+    all trainable parameters. The arguments are those of `train_step`."""
+    own, batch = model.objective.coefficients(), _fill_padding_ids(batch)
+
+    def norm(coefficients: Array) -> Array:
+        named = dict(zip(own, coefficients, strict=True))
+        grads, _ = gradients(
+            model, state.trainable, state.frozen, batch, _step_key(model, state, rng),
+            num_microbatches, named,
+        )  # fmt: skip
+        return jnp.sqrt(jnp.square(gradient_norms(grads, model.rows, model.runs)).sum())
+
+    norms = jax.lax.map(norm, jnp.diag(jnp.asarray(list(own.values()), jnp.float32)))
+    return dict(zip(own, norms, strict=True))
+
+
+def _step_key(model: PromptedEncoderDecoder, state: TrainState, rng: Key) -> Key | None:
+    """Returns the random key of a step, or None if nothing is drawn."""
+    is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
+    return jax.random.fold_in(rng, state.step) if is_random else None
 
 
 def train_step(
@@ -82,11 +115,10 @@ def train_step(
         rng: the job's random key. Dropout and randomly drawn prompts depend only on this key and
             the step.
     """
-    is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
-    dropout_rng = jax.random.fold_in(rng, state.step) if is_random else None
     batch = _fill_padding_ids(batch)
+    key = _step_key(model, state, rng)
     grads, step_metrics = gradients(
-        model, state.trainable, state.frozen, batch, dropout_rng, num_microbatches
+        model, state.trainable, state.frozen, batch, key, num_microbatches
     )
     norms = gradient_norms(grads, model.rows, model.runs)
     step_metrics["gradient_norm"] = metrics.Metric(norms, jnp.ones_like(norms))

@@ -30,7 +30,7 @@ from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.row_compaction import RowCompactor
 from mpt_jax.training.state import TrainState
 from mpt_jax.training.teacher_cache import TeacherCache
-from mpt_jax.training.train_step import eval_step, train_step
+from mpt_jax.training.train_step import eval_step, term_gradient_norms, train_step
 
 
 class NonFiniteLoss(RuntimeError):
@@ -150,6 +150,16 @@ class Trainer:
         self._largest = oom.larger_batch(self._largest, batch)
         with oom.explain_oom(self, self._largest):
             self._dispatch(batch)
+
+    def term_gradient_norms(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns the gradient norm of every term of the objective on a batch, at the present
+        parameters; see `train_step.term_gradient_norms`. {} for an objective of one term."""
+        if len(self.model.objective.coefficients()) == 1:
+            return {}
+        norms = functools.partial(term_gradient_norms, self.model, self.num_microbatches)
+        with oom.explain_oom(self, batch), self.partitioner.activate():
+            found = jax.jit(norms)(self.state, self.partitioner.shard_batch(batch), self._rng)
+        return {name: float(norm) for name, norm in found.items()}
 
     def wait(self) -> None:
         """Waits for the dispatched steps. Raises the same errors as `train`."""

@@ -65,7 +65,9 @@ class Oracle:
         if (distil := self.distil) is not None:
             squared = distil.temperature**2 if distil.t2_scale else 1.0
             factors["kl"] = distil.logits * distil.weight * squared
-            factors["hidden_encoder"] = factors["hidden_decoder"] = distil.hidden * distil.weight
+            for side in ("encoder", "decoder"):
+                part = getattr(distil, f"{side}_weight")
+                factors[f"hidden_{side}"] = distil.hidden * distil.weight * part
             factors["prompt_distance"] = distil.prompt_distance * distil.weight
         return {name: factor for name, factor in factors.items() if factor}
 
@@ -93,11 +95,14 @@ class Oracle:
     def hidden(self, i: int, group: int) -> None:
         text = self.batch["encoder_input_tokens"][i] > 0
         prompt = self.batch["encoder_prompt_slots"][i] > 0
-        encoder = text | prompt if self.distil.include_prompt_positions else text
+        encoder = text & self.distil.include_text_positions
+        encoder |= prompt & self.distil.include_prompt_positions
         decoder = self.batch["decoder_loss_weights"][i] > 0
         for side, real in (("encoder", encoder), ("decoder", decoder)):
             states = [getattr(who, f"{side}_hidden") for who in (self.student, self.teacher)]
             for ours, theirs in zip(*states, strict=True):
+                if f"hidden_{side}" not in self.factors:
+                    continue
                 gap = np.asarray(ours[i], np.float64) - np.asarray(theirs[i], np.float64)
                 weight = 1 if self.distil.reduce == "sum" else real.sum() * H
                 self.add(f"hidden_{side}", group, np.sum(gap[real] ** 2), weight)
@@ -142,6 +147,10 @@ OBJECTIVES = {
     "hot t2": Objective(distillation=Distillation(temperature=2.5, t2_scale=True, hidden=False)),
     "no logits": Objective(distillation=Distillation(logits=False)),
     "text only": Objective(distillation=Distillation(include_prompt_positions=False)),
+    "prompt positions only": Objective(distillation=Distillation(include_text_positions=False)),
+    "encoder only": Objective(distillation=Distillation(decoder_weight=0.0)),
+    "decoder only": Objective(distillation=Distillation(encoder_weight=0.0)),
+    "two weights": Objective(distillation=Distillation(encoder_weight=0.2, decoder_weight=3.0)),
     "summed": Objective(distillation=Distillation(reduce="sum", weight=0.3)),
     "prompts": Objective(
         distillation=Distillation(logits=False, hidden=False, prompt_distance=True)
@@ -161,6 +170,16 @@ def test_loss_terms_match_definition(name, runs):
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 def test_hidden_terms_several_layers_averaged(reduce):
     check(Objective(distillation=Distillation(hidden_layers="all", reduce=reduce)), RUNS, (3, 2))
+
+
+def test_distillation_repr_is_that_of_earlier_versions_at_defaults():
+    """Fingerprints of jobs hold it."""
+    assert repr(Distillation()) == (
+        "Distillation(weight=0.9, logits=True, hidden=True, prompt_distance=False, "
+        "temperature=1.0, t2_scale=False, hidden_layers='last', include_prompt_positions=True, "
+        "reduce='mean')"
+    )
+    assert "decoder_weight=0.5" in repr(Objective(distillation=Distillation(decoder_weight=0.5)))
 
 
 def test_objective_defaults_match_documented_values():
@@ -228,6 +247,14 @@ def test_total_loss_group_without_examples_is_zero_and_finite():
         ({"hidden": False, "hidden_layers": "all"}, "hidden_layers='all' would .* 'last'"),
         ({"hidden": False, "hidden_layers": [0, -1]}, r"hidden_layers=\[0, -1\] would"),
         ({"hidden": False, "include_prompt_positions": False}, "positions=False would"),
+        ({"hidden": False, "decoder_weight": 0.5}, "decoder_weight=0.5 would have no effect"),
+        ({"encoder_weight": 0.0, "include_text_positions": False}, "positions=False would"),
+        ({"encoder_weight": 0.0, "decoder_weight": 0.0}, "nor both 0"),
+        ({"encoder_weight": -1.0}, "must not be negative"),
+        (
+            {"include_prompt_positions": False, "include_text_positions": False},
+            "no encoder state would count",
+        ),
         ({"hidden": False, "reduce": "sum"}, "'sum' .* hidden=False and prompt_distance=False"),
     ],
 )

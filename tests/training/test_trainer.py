@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.tree import flatten, split
+from mpt_jax.core.tree import flatten, merge, split
 from mpt_jax.models import encoder_decoder
 from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts import get_method
@@ -162,6 +162,27 @@ def test_gradients_number_of_microbatches_changes_only_rounding():
         step = functools.partial(train_step.gradients, model, num_microbatches=parts)
         found[parts] = jax.jit(step)(trainable, frozen, BATCH, None)
     tiny.close(found[4], found[1], 1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_term_gradient_norms_match_objectives_of_one_term(parts):
+    objective = Objective(distillation=Distillation(encoder_weight=0.5), z_loss=1e-2)
+    made = make_trainer(tiny.model(GROUPED, objective=objective), parts)
+    found = made.term_gradient_norms(BATCH)
+    coefficients = objective.coefficients()
+    assert set(found) == set(coefficients) and coefficients["hidden_encoder"] == 0.45
+    model, state = made.model, made.state
+
+    def term(trainable, name):
+        sums, _ = model.loss_sums(merge(trainable, state.frozen), tiny.arrays(BATCH))
+        weights = model.loss_normalizers(tiny.arrays(BATCH))
+        return (sums[name] / weights[name]).sum()
+
+    for name, coefficient in coefficients.items():
+        grads = jax.jit(jax.grad(functools.partial(term, name=name)))(state.trainable)
+        norm = np.sqrt(sum(np.square(leaf).sum() for leaf in flatten(grads).values()))
+        assert found[name] == pytest.approx(coefficient * norm, rel=1e-5)
+    assert make_trainer(tiny.model(GROUPED)).term_gradient_norms(BATCH) == {}
 
 
 def test_gradients_indivisible_batch_error():

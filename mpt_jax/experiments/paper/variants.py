@@ -202,6 +202,20 @@ LOSSES = (
         source=_source("no_logits", bindings=["losses.Distillation.logits = False"]),
     ),
     _mpt("prompt distance", source=_source("prompt_distance", ablation("prompt_distance"))),
+    *(
+        _mpt(
+            f"hidden loss: {name}",
+            source=_source(
+                f"hidden_{name.replace(' ', '_')}", bindings=[f"losses.Distillation.{setting}"]
+            ),
+        )
+        for name, setting in (
+            ("text only", "include_prompt_positions = False"),
+            ("prompt only", "include_text_positions = False"),
+            ("encoder only", "decoder_weight = 0.0"),
+            ("decoder only", "encoder_weight = 0.0"),
+        )
+    ),
 )
 SAMPLING = (
     _mpt(
