@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from benchmarks.tune_demo import SEEDS, SHOTS, TARGETS, VALIDATION
+from benchmarks.tune_demo import SHOTS, TARGETS, VALIDATION
 from mpt_jax.experiments import demo
 from mpt_jax.runtime import compilation_cache, paths
 
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SEEDS = tuple(range(100, 110))  # draws that are reserved for tuning
 AVERAGES = ("factors", "products")
 
 

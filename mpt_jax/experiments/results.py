@@ -114,6 +114,28 @@ def estimate(values: Iterable[float]) -> Estimate:
     )
 
 
+def p_value(differences: Sequence[float]) -> float:
+    """Returns the two-sided p-value of a t-test that the mean of paired differences is 0; NaN for a
+    single difference. Differences that are all equal have the p-value 0, or 1 if they are 0."""
+    array = np.array(differences, np.float64)
+    if len(array) < 2:
+        return float("nan")
+    if np.ptp(array) == 0:
+        return float(array[0] == 0)
+    return float(stats.ttest_1samp(array, 0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values that are corrected for their number (Holm, 1979): the probability of any
+    false positive in the family is at most the threshold. NaN is kept and not counted."""
+    order = sorted((p, i) for i, p in enumerate(p_values) if not np.isnan(p))
+    corrected, largest = [float("nan")] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = largest
+    return corrected
+
+
 def paired(new: Result, old: Result) -> list[float]:
     """Returns new minus old of the main metric for each (task, seed) that both results have.
 

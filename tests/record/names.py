@@ -28,6 +28,11 @@ PHRASES: dict[str, str] = {
     "numbers that were trained": "trainable parameters",
     "<repository>/tasks/data/": "<repository>/mpt_jax/tasks/data/",
     "mpt_jax.export.load": "mpt_jax.serving.export.load",
+    "The bank has toy_": "The bank has prompts for toy_",
+    "need JAX and safetensors, and no MPT-JAX. Attention is by plain operations": (
+        "need only JAX and safetensors, not MPT-JAX. Attention uses plain operations"
+    ),
+    "absent where words are bytes": "absent for byte vocabularies",
 }
 # Whole words of the record (letters, digits, _) -> what they are now: folders and files, keys,
 # metrics, leaves, gin names, words of model cards.

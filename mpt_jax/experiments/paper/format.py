@@ -126,8 +126,13 @@ def reference(table: Table) -> str:
 
 def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
     """Returns a table of the reference minus each other variant, with the sign of the difference in
-    the paper, and whether our difference has the same sign."""
-    rows = [["", "examples", "average", "ours", "95% interval", "n", "paper's sign", "ours is"]]
+    the paper, and whether our difference has the same sign.
+
+    Pairs are seeds: a pair is the mean over the tasks of a group. The p-values are those of paired
+    t-tests, corrected for the number of rows (`results.holm`).
+    """
+    head = ["", "examples", "average", "ours", "95% interval", "n", "p, Holm", "paper's sign"]
+    rows, differences, published = [], [], []
     for shots in table.shots:
         ours = found.get((reference(table), shots))
         for variant in table.variants:
@@ -135,29 +140,28 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
             if ours is None or result is None or result is ours:
                 continue
             for group, names in table.groups.items():
-                paper_difference = _published_difference(table, variant.name, shots, group)
                 tasks = [suite.tasks[name] for name in names]
-                difference = results.estimate(
-                    np.subtract(ours.means(tasks), result.means(tasks)).tolist()
-                )
-                rows.append(
-                    [variant.name, _examples(shots), group, f"{difference.mean:+.1f}"]
-                    + [f"[{difference.low:+.1f}, {difference.high:+.1f}]", str(difference.n)]
-                    + _verdict(difference, paper_difference)
-                )
-    return rows
+                differences.append(np.subtract(ours.means(tasks), result.means(tasks)).tolist())
+                published.append(_published_difference(table, variant.name, shots, group))
+                rows.append([variant.name, _examples(shots), group])
+    corrected = results.holm([results.p_value(values) for values in differences])
+    for row, values, p, of_paper in zip(rows, differences, corrected, published, strict=True):
+        ours = results.estimate(values)
+        row += [f"{ours.mean:+.1f}", f"[{ours.low:+.1f}, {ours.high:+.1f}]", str(ours.n)]
+        row += ["" if np.isnan(p) else f"{p:.3f}", *_verdict(ours.mean, p, of_paper)]
+    return [[*head, "ours is"], *rows]
 
 
-def _verdict(difference: results.Estimate, paper_difference: float | None) -> list[str]:
+def _verdict(mean: float, p: float, paper_difference: float | None) -> list[str]:
     """Returns the sign of the paper's difference, and whether our difference has the same sign:
-    'undecided' if our interval contains 0 or is unknown. Both are '' if the paper has none."""
+    'undecided' if its corrected p-value is 0.05 or more, or unknown. Both are '' if the paper has
+    none."""
     if paper_difference is None:
         return ["", ""]
     sign = "+" if paper_difference > 0 else "-" if paper_difference < 0 else "0"
-    if not (difference.low > 0 or difference.high < 0):
+    if not p < 0.05:
         return [sign, "undecided"]
-    same = np.sign(difference.mean) == np.sign(paper_difference)
-    return [sign, "the same" if same else "the opposite"]
+    return [sign, "the same" if np.sign(mean) == np.sign(paper_difference) else "the opposite"]
 
 
 def _published_difference(
