@@ -566,7 +566,7 @@ def test_format_text_toy_suite_compares_only_signs():
     }
     text = format.text(table, suites.TOY, found, {})
     verdicts = {
-        variant: re.search(rf"^{variant} .*\] +4 +(\S+) +(.*)$", text, re.M).groups()
+        variant: re.search(rf"^{variant} .*\] +4 +[\d.]+ +(\S+) +(.*)$", text, re.M).groups()
         for variant in ("neither", "decomposition only", "distillation only")
     }
     assert verdicts == {

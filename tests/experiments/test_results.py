@@ -1,6 +1,7 @@
 """Statistics of results, and results on disk."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -10,6 +11,7 @@ from scipy import stats
 
 from mpt_jax.experiments import results
 from mpt_jax.experiments.results import Result
+from tests.fixtures.processes import ROOT
 
 
 def result(**scores: list[float]) -> Result:
@@ -72,3 +74,43 @@ def test_read_scores_uses_last_evaluation(tmp_path):
     assert results.read_scores(tmp_path, ["a"]) == {"a": {"accuracy": 2.0}}
     with pytest.raises(FileNotFoundError, match="no evaluation of run 'b'"):
         results.read_scores(tmp_path, ["a", "b"])
+
+
+def test_holm_corrects_p_values_for_their_number():
+    found = results.holm([0.01, 0.04, 0.03, float("nan"), 0.005])
+    assert found[:3] == pytest.approx([0.03, 0.06, 0.06]) and found[4] == pytest.approx(0.02)
+    assert np.isnan(found[3]), "an unknown p-value does not count"
+    assert results.holm([0.9, 0.8]) == [1.0, 1.0] and results.holm([]) == []
+
+
+def test_p_value_is_that_of_a_paired_t_test():
+    differences = [1.0, 2.0, 0.5, 1.5]
+    t = np.mean(differences) / (np.std(differences, ddof=1) / 2)
+    # The t-distribution with 3 degrees of freedom in closed form.
+    x = t / np.sqrt(3)
+    above = 0.5 - (np.arctan(x) + x / (1 + x**2)) / np.pi
+    assert results.p_value(differences) == pytest.approx(2 * above)
+    assert np.isnan(results.p_value([1.0]))
+    assert (results.p_value([2.0, 2.0]), results.p_value([0.0, 0.0])) == (0.0, 1.0)
+
+
+def test_corrected_verdicts_of_the_method_study():
+    """18 of its 40 contrasts survive, none of them MPT minus PT (docs/study/results-crosspt.md)."""
+    scores = json.loads((ROOT / "docs" / "benchmarks" / "crosspt.json").read_text())
+    methods, cells = ("PT", "SPoT", "ATTEMPT", "MPT", "CrossPT"), ("k=4", "k=16", "k=32", "all")
+    mean = {
+        (method, cell): np.mean(list(scores[f"{method}, {cell}"]["accuracy"].values()), axis=0)
+        for method in methods
+        for cell in cells
+    }
+    pairs = [(c, a, b) for c in cells for a, b in itertools.combinations(methods, 2)]
+    corrected = results.holm(
+        [results.p_value((mean[b, c] - mean[a, c]).tolist()) for c, a, b in pairs]
+    )
+    survive = [pair for pair, p in zip(pairs, corrected, strict=True) if p < 0.05]
+    assert len(pairs) == 40 and len(survive) == 18
+    assert not any((a, b) == ("PT", "MPT") for _, a, b in survive)
+    primary = results.holm(
+        [results.p_value((mean[b, c] - mean[a, c]).tolist()) for c, a, b in pairs if c == "k=32"]
+    )
+    assert sum(p < 0.05 for p in primary) == 3
