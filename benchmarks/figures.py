@@ -33,6 +33,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
 
 
+def best_of(scores: Mapping[float, float]) -> str:
+    """Returns a sentence on the setting with the best score, and whether it is at the edge of the
+    grid, so that a better one may lie outside."""
+    best = max(scores, key=scores.__getitem__)
+    sentence = f"Best: {best} ({scores[best]:.2f})."
+    if len(scores) > 1 and best in (min(scores), max(scores)):
+        sentence += " It is at the edge of the grid: extend it."
+    return sentence
+
+
 def _shown(cell: Any) -> str:
     if not isinstance(cell, float):
         return str(cell)

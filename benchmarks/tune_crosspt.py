@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from benchmarks import figures
 from benchmarks.tune_demo import SEEDS, SHOTS, TARGETS, VALIDATION
 from mpt_jax.experiments.paper import suites, variants
 from mpt_jax.experiments.paper.variants import Variant
@@ -68,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity(logging.WARNING)
     compilation_cache.enable()
-    lines = []
+    lines, means = [], {}
     for variant, rates in grid():
         if args.variants and variant.name not in args.variants:
             continue
@@ -84,7 +85,11 @@ def main() -> None:
             "seconds": round(result.seconds, 1),  # of training steps
         }
         lines.append(line)
+        by_rate = means.setdefault(variant.name, {})
+        by_rate[rates[0]] = max(line["mean"], by_rate.get(rates[0], line["mean"]))
         print(json.dumps(line), flush=True)
+    for name, scores in means.items():
+        print(f"{name}, first rate: {figures.best_of(scores)}")
     if args.out:
         args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from benchmarks import figures
 from mpt_jax.experiments import demo
 from mpt_jax.runtime import compilation_cache, paths
 
@@ -62,6 +63,7 @@ def main() -> None:
         if args.methods and method.name not in args.methods:
             continue
         for steps in args.steps:
+            means = {}
             for rate in PROMPT_RATES if method.grouped else FULL_RATES:
                 tried = dataclasses.replace(
                     method,
@@ -82,7 +84,9 @@ def main() -> None:
                     "scores": scores,
                     "seconds": round(result.seconds, 1),
                 }
+                means[rate] = mean
                 print(json.dumps(lines[-1]), flush=True)
+            print(f"{method.name}, {steps} steps: {figures.best_of(means)}")
     if args.out:
         args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

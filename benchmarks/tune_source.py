@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from benchmarks import figures
 from benchmarks.tune_demo import SHOTS, TARGETS, VALIDATION
 from mpt_jax.experiments import demo
 from mpt_jax.runtime import compilation_cache, paths
@@ -44,11 +45,9 @@ def main() -> None:
         teachers.run(args.root)
     lines = [line for rate in args.rates for line in tried(args.root, rate)]
     means = {line["rate"]: line["mean"] for line in lines if line["average_of"] == "factors"}
-    best = max(means, key=means.__getitem__)
-    edge = " It is at the edge of the grid: extend it." if best in (min(means), max(means)) else ""
-    print(f"Best rate of the factors: {best}.{edge}")
+    print(figures.best_of(means))
     if args.out:
-        args.out.write_text(json.dumps({"rates": lines, "best": best}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"rates": lines}, indent=1) + "\n")
 
 
 def tried(root: Path, rate: float) -> list[dict[str, Any]]:

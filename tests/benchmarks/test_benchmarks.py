@@ -385,3 +385,10 @@ def test_tune_crosspt_uses_reserved_tasks_and_draws() -> None:
     # Two tasks of a seed form a group of CrossPT, with four rows of each task in a step.
     assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2]", "8")
     assert bound["infer_eval/utils.DatasetConfig.split"] == "'validation'"
+
+
+def test_best_of_says_that_the_best_is_at_the_edge_of_a_grid():
+    inside = figures.best_of({0.01: 50.0, 0.1: 60.0, 1.0: 40.0})
+    assert inside == "Best: 0.1 (60.00)."
+    for scores in ({0.01: 61.0, 0.1: 60.0}, {0.01: 59.0, 0.1: 60.0}):
+        assert figures.best_of(scores).endswith("at the edge of the grid: extend it.")
