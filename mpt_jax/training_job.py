@@ -227,7 +227,8 @@ def write_records(
         "prompt_length": model.prompt.prompt_length,
     }
     provider = start.data_cfg.provider()
-    if exposure := sampling.report_exposure(provider, total_steps):
+    shared = model.runs.num_groups < model.runs.num_rows
+    if exposure := sampling.report_exposure(provider, total_steps, shared):
         facts["exposure"] = exposure
     few_shot = task_lookup.few_shot_rows(provider)
     metric_writers.write_run_record(start.model_dir, facts | few_shot)
@@ -273,7 +274,7 @@ class Job:
             started: the time at which the job started, from `time.monotonic`.
         """
         batch, step = next(self.start.batches), self.trainer.step
-        if norms := self.trainer.term_gradient_norms(batch):
+        if step == 0 and (norms := self.trainer.term_gradient_norms(batch)):
             shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
             logging.info("Gradient norms of the loss terms at step %d: %s.", step, shown)
             by_term = {f"gradient_norm/{name}": norm for name, norm in norms.items()}

@@ -22,7 +22,8 @@ from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
 from mpt_jax.training.initialization import InitialParams
 
 # Entries that may change between two starts of a job.
-MAY_CHANGE = ("optimizer",)
+DROPOUT = "dropout_rate"
+MAY_CHANGE = ("optimizer", DROPOUT)
 DATA = "data"  # compared by `_check_data`
 FROZEN_PROMPTS = "frozen_prompts_sha256"
 
@@ -71,6 +72,7 @@ def run_fingerprint(
         "batch_size": batch_size,
         "random_seed": seed,
         "optimizer": _optimizer(model.optimizer_def),
+        DROPOUT: model.module.config.dropout_rate,
         DATA: dict(data),
     }
 
@@ -81,7 +83,10 @@ def check_can_resume(ours: Fingerprint, saved: Fingerprint, model_dir: str) -> N
     Raises:
         ValueError: the configurations differ; the message shows both values of each difference.
     """
-    ours, saved = _with_config_fields(ours), _with_config_fields(current_keys(saved))
+    saved = current_keys(saved)
+    if DROPOUT in ours:
+        saved = {DROPOUT: 0.0, **saved}  # the default of versions that did not record it
+    ours, saved = _with_config_fields(ours), _with_config_fields(saved)
     names = _known(ours, saved, model_dir)
     strict = [name for name in names if name not in (*MAY_CHANGE, DATA)]
     advice = "Restore the saved values to resume it, or choose another MODEL_DIR for a new job."

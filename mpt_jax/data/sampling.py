@@ -188,13 +188,14 @@ class TaskMixture(seqio.Mixture):
         )
 
 
-def report_exposure(provider: Any, steps: int) -> dict[str, dict[str, float]]:
+def report_exposure(provider: Any, steps: int, shared: bool) -> dict[str, dict[str, float]]:
     """Returns `TaskMixture.exposure` of a mixture, and logs the passes over each task's examples.
     Tasks that share a prompt and pass more than `MANY_EPOCHS` times get a warning.
 
     Args:
         provider: the task or mixture of the training data, already read.
         steps: the number of training steps.
+        shared: whether tasks share prompts.
 
     Returns:
         The exposure; {} if `provider` is not a `TaskMixture`.
@@ -205,13 +206,19 @@ def report_exposure(provider: Any, steps: int) -> dict[str, dict[str, float]]:
         shown = abbreviate([f"{name} {number:.1f}" for name, number in epochs.items()])
         logging.info("Passes over each task's training examples in %d steps: %s.", steps, shown)
     many = [f"{name} {number:.0f}" for name, number in epochs.items() if number > MANY_EPOCHS]
-    if many and equal_shares(provider) is None:
+    if many and shared:
+        sampler, other = provider.sampler, ""
+        if isinstance(sampler, StochasticTasks) and not sampler.replacement:
+            other = (
+                ", or set sampling.StochasticTasks.replacement to True, which draws tasks in "
+                "proportion to their mixing weights"
+            )
         logging.warning(
-            "Training would pass more than %d times over the examples of some tasks: %s. Set "
-            "sampling.StochasticTasks.replacement to True, which draws tasks in proportion to "
-            "their mixing weights, or lower TRAIN_STEPS.",
+            "Training would pass more than %d times over the examples of some tasks: %s. Lower "
+            "TRAIN_STEPS%s.",
             MANY_EPOCHS,
             abbreviate(many),
+            other,
         )
     return exposure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.evaluation import evaluator, metric_writers
-from mpt_jax.training import selection
+from mpt_jax.training import partitioning, selection
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
 
@@ -130,8 +131,11 @@ class PeriodicEvaluator:
 
     def _report_statistics(self, step: int) -> None:
         """Writes and logs `PromptMethod.statistics` of the parameters."""
-        model, params = self.trainer.model, self.trainer.state.params
-        if found := model.prompt.statistics(params.get("prompt", {}), model.runs):
+        model = self.trainer.model
+        if max(collections.Counter(model.runs.group_of_row).values()) < 2:
+            return
+        params = partitioning.to_host(self.trainer.state.params.get("prompt", {}))
+        if found := model.prompt.statistics(params, model.runs):
             self.writers.write("prompt", step, found)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
             logging.info("step %d  prompts: %s", step, shown)

@@ -5,7 +5,7 @@
 A run's name contains its task, k and seed, and the settings that differ between runs of the fleet:
 `rte_k16_s1`, `rte_k16_s1_lr0.3`, `rte_k16_s1_lr0.3_tlr0.4_from_mnli`. A run's examples, their order
 and its random key depend only on the part of this name before the settings (`runs.data_name`), so a
-run does not depend on the fleet that contains it.
+run does not depend on the fleet that contains it. (Dropout masks do: they are drawn for the batch.)
 """
 
 from __future__ import annotations

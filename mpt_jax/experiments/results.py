@@ -116,12 +116,10 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 def p_value(differences: Sequence[float]) -> float:
     """Returns the two-sided p-value of a t-test that the mean of paired differences is 0; NaN for a
-    single difference. Differences that are all equal have the p-value 0, or 1 if they are 0."""
+    single difference, and for differences that are all equal, whose spread is unknown."""
     array = np.array(differences, np.float64)
-    if len(array) < 2:
+    if len(array) < 2 or np.ptp(array) == 0:
         return float("nan")
-    if np.ptp(array) == 0:
-        return float(array[0] == 0)
     return float(stats.ttest_1samp(array, 0).pvalue)
 
 

@@ -99,8 +99,9 @@ def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[
     features: dict[str, Array] = {}
     if distillation.logits:
         features["teacher_logits"] = teacher.logits - teacher.logits.max(-1, keepdims=True)
-    if distillation.hidden:
+    if distillation.hidden and distillation.encoder_weight:
         features["teacher_encoded"] = jnp.stack(teacher.encoder_hidden, axis=2)
+    if distillation.hidden and distillation.decoder_weight:
         features["teacher_decoded"] = jnp.stack(teacher.decoder_hidden, axis=2)
     return features
 
@@ -186,10 +187,11 @@ def term_sums(
     if distillation.logits:
         divergence = kl_divergence(teacher.logits, student.logits, distillation.temperature)
         sums["kl"] = by_token(divergence)
-    if distillation.hidden:
+    if distillation.hidden and distillation.encoder_weight:
         encoder = _squared_distance(teacher.encoder_hidden, student.encoder_hidden)
         mask = _distilled_positions(distillation, batch)
         sums["hidden_encoder"] = group_sum(encoder * mask, groups.encoder, groups.num_groups)
+    if distillation.hidden and distillation.decoder_weight:
         sums["hidden_decoder"] = by_token(
             _squared_distance(teacher.decoder_hidden, student.decoder_hidden)
         )
@@ -200,7 +202,7 @@ def term_sums(
         slots = (batch["encoder_prompt_slots"][:, :length] > 0).astype(jnp.float32)
         slot_groups = groups.encoder[:, :length]
         sums["prompt_distance"] = group_sum(distance * slots, slot_groups, groups.num_groups)
-    return {name: sums[name] for name in objective.coefficients()}
+    return sums
 
 
 def normalizers(

@@ -145,6 +145,11 @@ class PromptMethod(Protocol):
 
     # --- Defaults that few methods override ------------------------------------------------------
 
+    @classmethod
+    def read_config(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the settings that an artifact of any version records, as of this version."""
+        return settings
+
     def prompt_lengths(self, runs: Runs) -> tuple[int, ...]:
         """Returns the prompt length of each of the K bank rows, at most P.
 
@@ -175,7 +180,8 @@ class PromptMethod(Protocol):
         )
 
     def statistics(self, params: Params, runs: Runs) -> dict[str, float]:
-        """Returns numbers that describe the trained parameters, for the log of an evaluation."""
+        """Returns numbers that compare the prompts of runs in a group, for the log of an
+        evaluation, given the parameters as NumPy arrays."""
         del params, runs
         return {}
 
@@ -223,6 +229,7 @@ def method_from_config(name: str, settings: Mapping[str, Any], what: str) -> Pro
             range.
     """
     cls: Any = get_method(name)
+    settings = cls.read_config(settings)
     hints = typing.get_type_hints(cls)
     fields = {field.name: _of_json(hints[field.name]) for field in dataclasses.fields(cls)}
     known = {setting: kind for setting, kind in fields.items() if kind is not None}

@@ -8,6 +8,7 @@ V; products still do not determine the order of columns, nor how they are mixed.
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import numpy as np
@@ -38,7 +39,7 @@ def statistics(params: Params, runs: Runs) -> dict[str, float]:
     """Returns how similar the prompts of tasks in a group are; {} if no group has two tasks.
 
     Args:
-        params: MPT's parameters.
+        params: MPT's parameters, as NumPy arrays.
         runs: the runs of the bank.
 
     Returns:
@@ -47,28 +48,46 @@ def statistics(params: Params, runs: Runs) -> dict[str, float]:
         of tasks in a group; 0.5 for random signs. `shared_variance`: the share of the squared norm
         of the prompts that lies along P* of their group.
     """
-    left, right = (np.asarray(params[f"task_{side}"], np.float64) for side in ("left", "right"))
-    shared = np.asarray(params["shared"], np.float64)
-    agreements, along, total = [], 0.0, 0.0
-    for group in range(runs.num_groups):
-        rows = [row for row, number in enumerate(runs.group_of_row) if number == group]
-        if len(rows) < 2:
-            continue
-        signs = [np.sign(x) for x in aligned(left[rows], right[rows])]
-        agreements += [
-            np.mean([np.mean(x[a] == x[b]) for x in signs])
-            for a, b in itertools.combinations(range(len(rows)), 2)
-        ]
-        prompts = shared[group] * (left[rows] @ right[rows])
-        squares = (
-            np.square(np.tensordot(prompts, shared[group], 2)) / np.square(shared[group]).sum()
-        )
-        along, total = along + squares.sum(), total + np.square(prompts).sum()
-    if not agreements:
+    members = collections.defaultdict(list)
+    for row, group in enumerate(runs.group_of_row):
+        members[group].append(row)
+    several = {group: rows for group, rows in members.items() if len(rows) > 1}
+    if not several:
         return {}
+    left, right = (np.asarray(params[f"task_{side}"], np.float64) for side in ("left", "right"))
+    same, pairs, along, total = 0.0, 0, 0.0, 0.0
+    for group, rows in several.items():
+        number = len(rows) * (len(rows) - 1) // 2
+        shares = [_same_signs(x) for x in aligned(left[rows], right[rows])]
+        same, pairs = same + number * float(np.mean(shares)), pairs + number
+        part, whole = _squares(np.asarray(params["shared"][group]), left[rows], right[rows])
+        along, total = along + part, total + whole
     return {
         "left_norm": float(np.sqrt(np.mean(np.square(left)))),
         "right_norm": float(np.sqrt(np.mean(np.square(right)))),
-        "sign_agreement": float(np.mean(agreements)),
-        "shared_variance": float(along / total),
+        "sign_agreement": same / pairs,
+        "shared_variance": along / total,
     }
+
+
+def _same_signs(values: Float[np.ndarray, "n ..."]) -> float:
+    """Returns the share of the pairs of rows that have the same sign, averaged over entries."""
+    counts = [(np.sign(values) == sign).sum(0) for sign in (-1, 0, 1)]
+    same = sum(count * (count - 1) for count in counts)
+    return float(np.mean(same / (len(values) * (len(values) - 1))))
+
+
+def _squares(
+    shared: Float[np.ndarray, "P H"],
+    left: Float[np.ndarray, "n P R"],
+    right: Float[np.ndarray, "n R H"],
+) -> tuple[float, float]:
+    """Returns the squared norm of n prompts along P*, and their whole squared norm, without
+    computing a prompt."""
+    square = np.square(shared.astype(np.float64))
+    dots = np.einsum("npr,nrp->n", left, right @ square.T)
+    norms = 0.0
+    for first, second in itertools.product(range(left.shape[-1]), repeat=2):
+        u, v = left[..., first] * left[..., second], right[:, first] * right[:, second]
+        norms += float(np.einsum("np,np->", u, v @ square.T))
+    return float(np.square(dots).sum() / square.sum()), norms

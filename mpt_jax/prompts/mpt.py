@@ -118,12 +118,14 @@ class MPT(PromptMethod):
     def _averages(self, weights, left, right):
         """Returns the factors that K runs start from, given weights [K, S] of S source runs.
 
-        A run that starts from one source run gets its factors unchanged.
+        A run that starts from one source run gets its factors unchanged, unless their rank changes.
         """
         left, right = np.asarray(left, np.float32), np.asarray(right, np.float32)
         if self.average_of == "products":
             product = np.asarray(weighted_mean(weights, left @ right))
             found = factors.best_factors(product, self.rank)
+            if left.shape[-1] != self.rank:
+                return [jnp.asarray(x, jnp.float32) for x in found]
         else:
             found = [weighted_mean(weights, x) for x in factors.aligned(left, right)]
         is_single = (weights > 0).sum(1) == 1

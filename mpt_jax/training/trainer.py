@@ -153,8 +153,9 @@ class Trainer:
 
     def term_gradient_norms(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the gradient norm of every term of the objective on a batch, at the present
-        parameters; see `train_step.term_gradient_norms`. {} for an objective of one term."""
-        if len(self.model.objective.coefficients()) == 1:
+        parameters; see `train_step.term_gradient_norms`. {} for an objective of one term, and for
+        fleets, whose bank may be split over the mesh."""
+        if len(self.model.objective.coefficients()) == 1 or self._compactor is not None:
             return {}
         norms = functools.partial(term_gradient_norms, self.model, self.num_microbatches)
         with oom.explain_oom(self, batch), self.partitioner.activate():

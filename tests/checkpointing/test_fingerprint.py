@@ -89,3 +89,14 @@ def test_resume_checkpoint_of_earlier_version_logs_warning(caplog):
         check_can_resume(ours, saved, "DIR")
     (record,) = caplog.records
     assert "version of MPT-JAX that did not record its data" in record.getMessage()
+
+
+def test_resume_with_another_dropout_rate_warns(caplog):
+    """A checkpoint of a version without the rate was trained at 0, the default at the time."""
+    for saved in ({"objective": "x"}, {"objective": "x", "dropout_rate": 0.0}):
+        caplog.clear()
+        check_can_resume({"objective": "x", "dropout_rate": 0.1}, saved, "DIR")
+        assert "changed settings: dropout_rate: saved 0.0, current 0.1" in caplog.text
+    caplog.clear()
+    check_can_resume({"objective": "x", "dropout_rate": 0.0}, {"objective": "x"}, "DIR")
+    assert "changed settings" not in caplog.text

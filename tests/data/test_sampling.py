@@ -300,7 +300,7 @@ def test_report_exposure_warns_of_more_than_fifty_passes(caplog):
     assert mixture.exposure(100) == {}, "no examples have been read"
     list(mixture.get_dataset({"inputs": 8, "targets": 2}).take(1))
     with caplog.at_level(logging.INFO, "absl"):
-        found = sampling.report_exposure(mixture, 100)
+        found = sampling.report_exposure(mixture, 100, True)
     share = exact_shares([5, 40, 13], 12)
     for number, (name, size) in enumerate(SIZES.items()):
         expected = {"share": share[number], "epochs": 1200 * share[number] / size}
@@ -311,18 +311,21 @@ def test_report_exposure_warns_of_more_than_fifty_passes(caplog):
     assert "StochasticTasks.replacement" in message and "TRAIN_STEPS" in message
     caplog.clear()
     with caplog.at_level(logging.INFO, "absl"):
-        sampling.report_exposure(mixture, 10)
+        sampling.report_exposure(mixture, 10, True)
     assert "smp_b" in caplog.text and not any(x.levelname == "WARNING" for x in caplog.records)
-    assert sampling.report_exposure(object(), 10) == {}
+    assert sampling.report_exposure(object(), 10, True) == {}
 
 
 def test_report_exposure_does_not_warn_of_independent_runs(caplog):
     mixture = TaskMixture("m", tuple(SIZES), EqualQuotas(12, seed=1))
     list(mixture.get_dataset({"inputs": 8, "targets": 2}).take(1))
     with caplog.at_level(logging.INFO, "absl"):
-        found = sampling.report_exposure(mixture, 100)
+        found = sampling.report_exposure(mixture, 100, False)
     assert found["smp_a"] == {"share": pytest.approx(1 / 3), "epochs": pytest.approx(80)}
     assert not any(x.levelname == "WARNING" for x in caplog.records)
+    sampling.report_exposure(mixture, 100, True)  # one prompt for all of them
+    (warning,) = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+    assert "smp_a 80" in warning and "replacement" not in warning
 
 
 def test_task_mixture_logs_shares_that_differ_from_sizes(caplog):

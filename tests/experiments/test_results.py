@@ -91,7 +91,7 @@ def test_p_value_is_that_of_a_paired_t_test():
     above = 0.5 - (np.arctan(x) + x / (1 + x**2)) / np.pi
     assert results.p_value(differences) == pytest.approx(2 * above)
     assert np.isnan(results.p_value([1.0]))
-    assert (results.p_value([2.0, 2.0]), results.p_value([0.0, 0.0])) == (0.0, 1.0)
+    assert np.isnan(results.p_value([2.0, 2.0])), "two equal differences prove nothing"
 
 
 def test_corrected_verdicts_of_the_method_study():

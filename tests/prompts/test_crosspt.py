@@ -13,7 +13,7 @@ import pytest
 from mpt_jax.backbones.t5.config import t5_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten, label_tree, split
-from mpt_jax.prompts.base import PromptContext
+from mpt_jax.prompts.base import PromptContext, method_from_config
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.prompt_tuning import PromptTuning
@@ -416,6 +416,17 @@ def test_crosspt_transfer_own_artifact_keeps_rows_by_name():
     )
 
 
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "uniform", "attention"])
+def test_crosspt_config_of_earlier_version_is_read(router):
+    """It names the normalization of the relaxed Bernoulli, whose default was the sum."""
+    new = crosspt(router=router).config()
+    old = {name: x for name, x in new.items() if name not in ("draws", "share_temperature")}
+    read = method_from_config("crosspt", {**old, "normalize": "sum"}, "config.json")
+    assert read.router == router and read.config() == new
+    drawn = method_from_config("crosspt", {**crosspt().config(), "normalize": "sum"}, "x")
+    assert drawn.normalize == "sum"
+
+
 # --- Invalid settings ----------------------------------------------------------------------------
 
 
@@ -452,6 +463,7 @@ def test_crosspt_transfer_own_artifact_keeps_rows_by_name():
         ({"router": "softmax", "draws": "run"}, "draws = 'run' would have no effect"),
         ({"share": "joint", "top_k": 2}, "top_k = 2 would have no effect"),
         ({"share": "joint", "compose_by": "sum"}, "'joint'"),
+        ({"share": "joint", "router": "attention"}, "needs a router that scores the private"),
         ({"share_temperature": 2.0}, "share_temperature = 2.0 would have no effect"),
         ({"share": "learned", "share_temperature": 0.0}, "SHARE_TEMPERATURE"),
         ({"compose_by": "private_cat", "private_length": 0}, "0"),

@@ -9,6 +9,7 @@ import pytest
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts import get_method, materialize
+from mpt_jax.prompts.factors import aligned
 from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
@@ -98,6 +99,44 @@ def test_mpt_transfer_of_one_source_copies_its_bits(average_of):
     started = method.transfer(source, MPT(P), SOURCES, TARGETS)
     for name in ("task_left", "task_right"):
         np.testing.assert_array_equal(started[name][1], source[name][1])
+
+
+@pytest.mark.parametrize("start_from", ["qqp", "average"])
+def test_mpt_transfer_average_of_products_changes_the_rank(start_from):
+    source = trained(1)
+    method = MPT(P, rank=2, start_from=start_from, average_of="products")
+    started = method.transfer(source, MPT(P, rank=1), SOURCES, Runs(["rte"]))
+    assert started["task_left"].shape == (1, P, 2) and started["task_right"].shape == (1, 2, H)
+    left, right = (np.asarray(source[f"task_{side}"], np.float64) for side in ("left", "right"))
+    products = left @ right
+    mean = products[1] if start_from == "qqp" else products.mean(0)
+    found = np.asarray(started["task_left"][0]) @ np.asarray(started["task_right"][0])
+    rest = np.linalg.svd(mean, compute_uv=False)[2:]
+    np.testing.assert_allclose(np.square(found - mean).sum(), np.square(rest).sum(), atol=1e-4)
+
+
+def test_mpt_statistics_match_prompts_and_pairs():
+    runs = Runs([f"t{k}" for k in range(7)], groups=[0, 1, 0, 0, 1, 1, 2])
+    rng = np.random.default_rng(3)
+    params = {
+        "shared": rng.normal(size=(3, P, H)),
+        "task_left": rng.normal(size=(7, P, 2)),
+        "task_right": rng.normal(size=(7, 2, H)),
+    }
+    params["task_left"][0, 0] = 0  # signs of zero
+    found = MPT(P, rank=2).statistics(params, runs)
+    same, along, total = [], 0, 0
+    for group, rows in ((0, [0, 2, 3]), (1, [1, 4, 5])):
+        sides = aligned(params["task_left"][rows], params["task_right"][rows])
+        for a, b in itertools.combinations(range(3), 2):
+            same.append(np.mean([np.mean(np.sign(x[a]) == np.sign(x[b])) for x in sides]))
+        shared = params["shared"][group]
+        for row in rows:
+            prompt = shared * (params["task_left"][row] @ params["task_right"][row])
+            along += (prompt * shared).sum() ** 2 / (shared**2).sum()
+            total += (prompt**2).sum()
+    assert found["sign_agreement"] == pytest.approx(np.mean(same))
+    assert found["shared_variance"] == pytest.approx(along / total)
 
 
 def test_mpt_unknown_average_raises():

@@ -191,7 +191,8 @@ def _paper_length(task: str, variant: Variant, shots: int | None) -> Length:
     assert examples is not None  # the suites' data sources know their published sizes
     batch = variants.BATCHES[variant.size]
     if variant.steps is not None:
-        return Length(variant.steps.get(task, variant.steps[""]), batch, 1_000, inputs)
+        steps = variant.steps.get(task.removesuffix(DIGITS), variant.steps[""])
+        return Length(steps, batch, 1_000, inputs)
     epochs = 5 if task in _MRQA_TASKS else 10 if examples > _LARGE else 20
     steps = math.ceil(epochs * examples / batch)
     return Length(steps, batch, math.ceil(steps / epochs), inputs)

@@ -60,6 +60,11 @@ def check_counts(method: Any) -> None:
             f"{share!r}. Correct SHARE; to use only the private prompt, set COMPOSE_BY to "
             "'private'."
         )
+    if share == JOINT and ROUTERS[method.router].reads_text:
+        raise ValueError(
+            f"CrossPT.share = {JOINT!r} needs a router that scores the private prompt, but the "
+            f"router {method.router!r} scores sources only. Choose another ROUTER or SHARE."
+        )
     if method.share_temperature is not None and not method.share_temperature > 0:
         raise ValueError(
             f"CrossPT.share_temperature must be positive or None, got {method.share_temperature}. "

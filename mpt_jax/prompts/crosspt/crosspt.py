@@ -378,6 +378,15 @@ class CrossPT(PromptMethod):
 
     # --- Records ---------------------------------------------------------------------------------
 
+    @classmethod
+    def read_config(cls, settings):
+        """Leaves out the normalization of routers that it does not affect, whose default was
+        another in earlier versions."""
+        router = ROUTERS.get(settings.get("router", DEFAULT_ROUTER))
+        if router is None or router.is_random:
+            return settings
+        return {name: value for name, value in settings.items() if name != "normalize"}
+
     def config(self):
         lengths = self.private_length
         return {

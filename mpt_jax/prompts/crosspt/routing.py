@@ -9,9 +9,9 @@ Each of S candidates gets a score s_j in [0, 1]. The k largest are kept and turn
     uniform             1 / S                                      the same         s / sum(s)
     attention           softmax of text attention                  the same         s / sum(s)
 
-with u_j uniform in (0, 1), drawn for every run, source and step. The training scores of
-relaxed_bernoulli thus follow the relaxed Bernoulli distribution (Maddison et al. 2017, Jang et al.
-2017).
+with u_j uniform in (0, 1), drawn for every example, source and step, or once for all examples of a
+run in a step. The training scores of relaxed_bernoulli thus follow the relaxed Bernoulli
+distribution (Maddison et al. 2017, Jang et al. 2017).
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def by_sum(scores: Array, logits: Array, kept: Array, temperature: Array | None)
     total = jnp.where(kept, probabilities, 0.0).sum(-1, keepdims=True) + SMALL
     if temperature is not None:
         means = expected_scores(logits, temperature)
-        ratio = jnp.where(means > SMALL, probabilities / jnp.maximum(means, SMALL), 1.0)
+        # At a low temperature the mean is p, which the midpoint rule finds only to 1/256.
+        exact = (temperature <= 0.05) | (means < SMALL)
+        ratio = jnp.where(exact, 1.0, probabilities / jnp.maximum(means, SMALL))
         scores = scores * jax.lax.stop_gradient(ratio)
     return jnp.where(kept, scores, 0.0) / total
 
