@@ -68,8 +68,8 @@ def test_save_artifact_mixing_method_records_weights(tmp_path):
     method, params = crosspt()
     save_example(tmp_path / "a", method, params)
     read = artifacts.load_artifact(tmp_path / "a")
-    # Relaxed Bernoulli without draws: sigmoids, as shares of their sum.
-    scores = 1 / (1 + np.exp(-params["router"]))
+    # Relaxed Bernoulli without draws, as in the released code: the softmax of the logits.
+    scores = np.exp(params["router"])
     expected = scores / scores.sum(-1, keepdims=True)
     np.testing.assert_allclose(read.weights(), expected, atol=1e-6)
     recorded = read.config["mixture"]

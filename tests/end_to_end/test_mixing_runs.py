@@ -332,8 +332,8 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
 
 def test_crosspt_other_normalization_of_artifact_error(backbone, tmp_path):
     train(backbone, tmp_path, mixing(crosspt()), steps=0)
-    other = crosspt(normalize="softmax", start_from="same")
-    words = "differ from those of the initial artifact .normalize: saved 'sum', current 'softmax'"
+    other = crosspt(normalize="sum", start_from="same")
+    words = "differ from those of the initial artifact .normalize: saved 'softmax', current 'sum'"
     with pytest.raises(ValueError, match=words):
         filled(backbone, other, str(tmp_path / "artifact"))
 
