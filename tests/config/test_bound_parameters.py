@@ -156,6 +156,7 @@ OTHER_CASES = {
     "Origins.teachers_command": "shown if a teacher is missing",
     "Origins.artifact_command": "shown if the artifact is missing",
     "MPT.start_from": "with an INITIAL_ARTIFACT, as in gin/mpt_target.gin",
+    "MPT.average_of": "with an INITIAL_ARTIFACT, as in gin/mpt_target.gin",
     "PjitPartitioner.model_parallel_submesh": "refused",
     "PjitPartitioner.num_partitions": "its constructor makes the mesh of it",
     "SaveCheckpointConfig.dtype": "refused",
