@@ -18,6 +18,7 @@ import json
 import os
 import queue
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -161,9 +162,15 @@ def outcomes(seed: int, numbers: Iterable[int], names: Sequence[str] = ()) -> It
 def work(seed: int, first: int, names: Sequence[str]) -> None:
     """Writes the outcomes of a block of inputs to standard output, one line of JSON each."""
     for outcome in outcomes(seed, range(first, first + BLOCK), names):
-        print(
-            json.dumps([*outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]), flush=True
-        )
+        print(json.dumps([*outcome, _peak_kilobytes()]), flush=True)
+
+
+def _peak_kilobytes() -> int:
+    """Returns the peak of this process's memory. `ru_maxrss` would contain the memory that the
+    parent had when it started this process."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Total:
