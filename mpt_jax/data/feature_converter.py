@@ -149,9 +149,8 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             raise ValueError(
                 f"The dataset has no feature {TASK_IDS!r} (it has {', '.join(features)}), so the "
                 "prompt of an example is unknown. End the task's preprocessors with "
-                "*preprocessors.finish(name) "
-                "and use preprocessors.output_features(...) as its output features "
-                "(from mpt_jax.data import preprocessors)."
+                "*preprocessors.finish(name), and use preprocessors.output_features(...) as its "
+                "output features (from mpt_jax.data import preprocessors)."
             )
         return super().__call__(ds, {**task_feature_lengths, TASK_IDS: 1})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,7 +131,7 @@ class PeriodicEvaluator:
     def _report_statistics(self, step: int) -> None:
         """Writes and logs `PromptMethod.statistics` of the parameters."""
         model = self.trainer.model
-        if max(collections.Counter(model.runs.group_of_row).values()) < 2:
+        if model.runs.num_groups == model.runs.num_rows:  # nothing to compare within a group
             return
         params = partitioning.to_host(self.trainer.state.params.get("prompt", {}))
         if found := model.prompt.statistics(params, model.runs):

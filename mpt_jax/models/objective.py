@@ -86,8 +86,7 @@ class Distillation:
         self._refuse_ineffective(("temperature", "t2_scale"), "logits")
         self._refuse_ineffective(("hidden_layers", *_POSITIONS, *_STACKS), "hidden")
         self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
-        if not self.encoder_weight:
-            self._refuse_ineffective(_POSITIONS)
+        self._refuse_ineffective(_POSITIONS, "encoder_weight")
 
     def __repr__(self) -> str:
         """Leaves out later fields at their defaults, so that fingerprints of jobs stay the same."""
@@ -101,7 +100,6 @@ class Distillation:
     def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
         """Raises ValueError if a setting has a non-default value but all `terms` it affects are
         off."""
-        terms = terms or ("encoder_weight",)
         if any(getattr(self, term) for term in terms):
             return
         for field in dataclasses.fields(self):

@@ -9,7 +9,7 @@ import pytest
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.prompts.base import PromptContext
-from mpt_jax.prompts.crosspt import weights
+from mpt_jax.prompts.crosspt import mixing
 from mpt_jax.prompts.crosspt.routing import Annealing
 from mpt_jax.prompts.row_ops import numbers_within_rows
 from tests.fixtures import reference_mixing as by_hand
@@ -201,7 +201,7 @@ def test_learned_share_draws_at_its_own_temperature_or_the_annealed_one():
         )
         params = random_arrays(method, runs, clock=clock)
         given = PromptContext(key=KEY)
-        drawn, found = weights.drawn(
+        drawn, found = mixing.add_noise(
             method, params["share"][:, None], params, runs, jnp.arange(K), given, "share"
         )
         assert np.asarray(found).ravel().tolist() == pytest.approx([temperature] * found.size)
@@ -272,7 +272,7 @@ def test_draws_depend_on_key_run_and_example(by):
 
 
 def test_draws_of_examples_do_not_depend_on_other_runs_of_a_batch():
-    """An example draws the same beside other runs, as one of several rows or in one of its own."""
+    """An example draws the same beside other runs, and however the batch is laid out."""
     method, runs = crosspt(), BANKS["independent"]
     params = random_arrays(method, runs)
     ids = np.array([3, 1, 1, 0, 3, 1])

@@ -132,7 +132,7 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
     t-tests, corrected for the number of rows (`results.holm`).
     """
     head = ["", "examples", "average", "ours", "95% interval", "n", "p, Holm", "paper's sign"]
-    rows, differences, published = [], [], []
+    rows, differences, of_paper = [], [], []
     for shots in table.shots:
         ours = found.get((reference(table), shots))
         for variant in table.variants:
@@ -142,13 +142,14 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
             for group, names in table.groups.items():
                 tasks = [suite.tasks[name] for name in names]
                 differences.append(np.subtract(ours.means(tasks), result.means(tasks)).tolist())
-                published.append(_published_difference(table, variant.name, shots, group))
+                of_paper.append(_published_difference(table, variant.name, shots, group))
                 rows.append([variant.name, _examples(shots), group])
     corrected = results.holm([results.p_value(values) for values in differences])
-    for row, values, p, of_paper in zip(rows, differences, corrected, published, strict=True):
-        ours = results.estimate(values)
-        row += [f"{ours.mean:+.1f}", f"[{ours.low:+.1f}, {ours.high:+.1f}]", str(ours.n)]
-        row += ["" if np.isnan(p) else f"{p:.3f}", *_verdict(ours.mean, p, of_paper)]
+    for row, values, p, paper in zip(rows, differences, corrected, of_paper, strict=True):
+        difference = results.estimate(values)
+        low, high = f"{difference.low:+.1f}", f"{difference.high:+.1f}"
+        row += [f"{difference.mean:+.1f}", f"[{low}, {high}]", str(difference.n)]
+        row += ["" if np.isnan(p) else f"{p:.3f}", *_verdict(difference.mean, p, paper)]
     return [[*head, "ours is"], *rows]
 
 

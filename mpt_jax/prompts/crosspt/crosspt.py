@@ -29,7 +29,7 @@ from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
 from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
-from mpt_jax.prompts.crosspt import weights
+from mpt_jax.prompts.crosspt import mixing
 from mpt_jax.prompts.crosspt.compositions import (
     ADD,
     COMPOSITIONS,
@@ -345,7 +345,7 @@ class CrossPT(PromptMethod):
             sources = gather_group_params(
                 reparameterization.apply(params, "sources"), runs, task_ids
             )
-            scored, indices = weights.weights(self, params, runs, task_ids, given)
+            scored, indices = mixing.mixture_weights(self, params, runs, task_ids, given)
             if self._kind.is_cat:
                 return concat_sources(sources, scored, indices)
             soft = weighted_sum(scored[..., : len(self.sources)], sources)
@@ -366,15 +366,18 @@ class CrossPT(PromptMethod):
             return soft + private
         if isinstance(self.share, str):
             logits = gather_rows(params["share"], task_ids)[..., None]
-            drawn, temperature = weights.drawn(self, logits, params, runs, task_ids, given, "share")
-            part: Any = jax.nn.sigmoid(drawn if temperature is None else drawn / temperature)
-            part = part[..., None]
+            drawn, temperature = mixing.add_noise(
+                self, logits, params, runs, task_ids, given, "share"
+            )
+            part: Any = jax.nn.sigmoid(drawn / temperature)[..., None]
         else:
             part = self.share
         return (1 - part) * soft + part * private
 
     def mixture(self, params, runs, task_ids, given=NO_CONTEXT):
-        return weights.weights(self, params, runs, task_ids, given)[0][..., : len(self.sources)]
+        return mixing.mixture_weights(self, params, runs, task_ids, given)[0][
+            ..., : len(self.sources)
+        ]
 
     # --- Records ---------------------------------------------------------------------------------
 

@@ -28,29 +28,33 @@ from mpt_jax.prompts.row_ops import (
 _DRAWN = ("router", "share")  # what is drawn, each with its own random key
 
 
-def weights(method: Any, params, runs, task_ids, given):
+def mixture_weights(method: Any, params, runs, task_ids, given):
     """Returns the weight of each prompt that the router scores [..., S], 0 if not kept, and the
     indices kept [..., k]; the arguments are those of `PromptMethod.compose`."""
     router, logits = ROUTERS[method.router], _logits(method, params, runs, task_ids, given)
-    noisy, temperature = logits, None
+    noisy: Any = logits
+    temperature: Any = 1.0
     if router.is_random:
-        noisy, temperature = drawn(method, logits, params, runs, task_ids, given, "router")
+        noisy, temperature = add_noise(method, logits, params, runs, task_ids, given, "router")
     # Ranks noisy logits rather than scores, which saturate at 0 and 1 at a low temperature.
     kept, indices = keep_largest(noisy, method.top_k)
-    scores = router.scores(noisy if temperature is None else noisy / temperature)
+    scores = router.scores(noisy / temperature)
     if router.is_random:
-        return NORMALIZE[method.normalize](scores, logits, kept, temperature), indices
+        drawn_at = None if given.key is None else temperature
+        return NORMALIZE[method.normalize](scores, logits, kept, drawn_at), indices
     scores = jnp.where(kept, scores, 0.0)
     return scores / (scores.sum(-1, keepdims=True) + SMALL if router.normalized else 1), indices
 
 
-def drawn(method: Any, logits, params, runs, task_ids, given, name: str):
+def add_noise(
+    method: Any, logits, params, runs, task_ids, given, name: str
+) -> tuple[jax.Array, Any]:
     """Returns logits [..., n] plus the step's noise, and the temperature of the step's draws.
 
-    Without a random key (`given.key`), logits are unchanged and the temperature is None.
+    Without a random key (`given.key`), logits are unchanged and the temperature is 1.
     """
     if given.key is None:
-        return logits, None
+        return logits, 1.0
     key, count = jax.random.fold_in(given.key, _DRAWN.index(name)), logits.shape[-1]
     if method.draws == RUN:
         added = of_rows(noise(key, runs, count), task_ids)
