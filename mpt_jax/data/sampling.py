@@ -80,6 +80,7 @@ class TaskMixture(seqio.Mixture):
         self.sampler = sampler
         self.task_names = tuple(task_names)
         self.overlong: dict[str, tuple[int, int]] = {}
+        self._shares = np.zeros(0)  # of the training examples; set with `overlong`
         self._rates = rates
         self._cap = cap
 
@@ -143,6 +144,7 @@ class TaskMixture(seqio.Mixture):
             for table, first in zip(tables, firsts, strict=True)
         ]
         weights = self.weights(sizes)
+        self._shares = sampler.expected_shares(weights)
         self._log_shares(weights)
         example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
         mixed = sampler(streams, weights.tolist())
@@ -162,12 +164,11 @@ class TaskMixture(seqio.Mixture):
         if not self.overlong:
             return {}
         sizes = np.array([self.overlong[name][1] for name in self.task_names])
-        shares = self.sampler.expected_shares(self.weights(sizes))
-        epochs = steps * self.sampler.batch_size * shares / sizes
+        epochs = steps * self.sampler.batch_size * self._shares / sizes
         return {
             name: {"share": share, "epochs": number}
             for name, share, number in zip(
-                self.task_names, shares.tolist(), epochs.tolist(), strict=True
+                self.task_names, self._shares.tolist(), epochs.tolist(), strict=True
             )
         }
 
@@ -175,11 +176,10 @@ class TaskMixture(seqio.Mixture):
         """Logs the expected share of each task, unless the sampler gives all tasks equal shares."""
         if len(weights) == 1 or isinstance(self.sampler, EqualQuotas):
             return
-        expected = self.sampler.expected_shares(weights)
         parts = weights / weights.sum()
         shares = [
             f"{name} {share:.2f} ({part:.2f})"
-            for name, share, part in zip(self.task_names, expected, parts, strict=True)
+            for name, share, part in zip(self.task_names, self._shares, parts, strict=True)
         ]
         logging.info(
             "Expected share of each task in the training examples (in parentheses, its share of "
