@@ -11,6 +11,8 @@ of T5X, airio and jestimator on PYTHONPATH; without them the entry `t5x` is skip
 installed.
 
 Where the product moves or renames something, names.py follows; the record stays as it was written.
+Where defaults change on purpose, it is written again, in a commit that says so. The first record
+was of the version before the packages; the last version that was equal to it is 4a9bb60.
 """
 
 from __future__ import annotations
@@ -250,12 +252,10 @@ ENTRIES: dict[str, Callable[[Place], str]] = {
 # Between two sets of instructions, gradients of ATTEMPT's router at its initial values differ by
 # 1.5e-4 of their norm already.
 TOLERANCES = {"attempt_target": 1e-3}
-# Resuming ends where a run that never stopped ends: the last of each pair against the first.
-SAME_END = [
-    ("mpt_target", "resume"),
-    ("mpt_target", "resume_fixture"),
-    ("fleet", "resume_fixture_fleet"),
-]
+# Resuming ends where a run that never stopped ends: the last of each pair against the first. The
+# fixtures began with the initial values of the version that wrote them, so the record has their
+# end.
+SAME_END = [("mpt_target", "resume")]
 
 
 def run_entry(name: str, t5x_folders: list[str], cache: Path) -> dict[str, Any]:
