@@ -27,7 +27,7 @@ from mpt_jax.runtime import compilation_cache, paths
 ATTEMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ATTENTION_RATES = (0.001, 0.01, 0.1, 1.0)
 # Rates of CrossPT's sources. Private prompts and router follow the released code's ratio.
-SOURCE_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+SOURCE_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 RATIO = (0.4, 1.0, 2.0)  # private prompts, sources, router
 
 

@@ -23,9 +23,9 @@ from mpt_jax.experiments import demo
 from mpt_jax.runtime import compilation_cache, paths
 
 TARGETS = ("toy_wic", "toy_paws")
-SEEDS = (100, 101, 102)
+SEEDS = (100, 101, 102, 103, 104)
 SHOTS = 32
-PROMPT_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+PROMPT_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 # Ablation variants whose best learning rate may differ from MPT's (docs/study/results-toy.md).
 ABLATIONS = (

@@ -38,6 +38,7 @@ def states(
             "No prompts to read: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
             "CHECKPOINT_PATH to a checkpoint, or INITIAL_ARTIFACT to a prompt artifact."
         )
+    model = model if cfg.path else model.for_inference()
     loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
     state = create_train_state(model, loaded.params, partitioner)
     if not cfg.path:

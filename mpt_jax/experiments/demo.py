@@ -85,7 +85,7 @@ def methods(root: Path) -> tuple[Method, ...]:
     tuned, finetuned = ("gin/pt_target.gin",), ("gin/full_finetuning.gin",)
     return (
         Method("PT", tuned, 0.3),
-        Method("PT from a source prompt", tuned, 0.01, bindings=start, start=START_TASK),
+        Method("PT from a source prompt", tuned, 0.03, bindings=start, start=START_TASK),
         Method("MPT", ("gin/mpt_target.gin",), 0.3, two_rates),
         Method("Full fine-tuning", finetuned, 3e-4, seeds=(0,), grouped=False),
     )

@@ -13,6 +13,7 @@ An ordered table of labels determines which parameters are trainable.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,13 @@ class PromptedEncoderDecoder(T5XInterface):
         self.optimizer_def = optimizer_def and optimizer_def.bind(
             self.labels, runs, self.rows, prompt.schedule_steps
         )
+
+    def for_inference(self) -> PromptedEncoderDecoder:
+        """Returns a model whose prompt method has no settings that only training needs, such as the
+        MLPs that artifacts leave out."""
+        model = copy.copy(self)
+        model.prompt = self.prompt.inference_method
+        return model
 
     # --- Parameters ------------------------------------------------------------------------------
 

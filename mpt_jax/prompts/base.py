@@ -185,12 +185,17 @@ class PromptMethod(Protocol):
         del params, runs
         return {}
 
+    @property
+    def inference_method(self) -> PromptMethod:
+        """The method that an artifact saves, without settings that only training needs."""
+        return self
+
     def for_inference(self, params: Params) -> tuple[PromptMethod, Params]:
-        """Returns the method and parameters to save in an artifact.
+        """Returns `inference_method`, and the parameters to save in an artifact.
 
         They compose the same prompts, but omit parameters that only training needs.
         """
-        return self, params
+        return self.inference_method, params
 
 
 _METHODS: dict[str, Callable[..., PromptMethod]] = {}

@@ -376,14 +376,14 @@ def test_tune_crosspt_uses_reserved_tasks_and_draws() -> None:
     assert len({stage.name for stage in stages}) == len(stages)
     tasks = {run.task for stage in stages for run in stage.runs}
     assert not tasks & set(suites.TOY.tasks.values())
-    assert {run.seed for stage in stages for run in stage.runs} == {100, 101, 102}
+    assert {run.seed for stage in stages for run in stage.runs} == set(tune_crosspt.SEEDS)
     for variant in {variant.name: variant for variant, _ in tried}.values():
         assert suites.TOY.rates[variant.rate] in [
             rates for other, rates in tried if other is variant
         ]
     bound = dict(binding.split(" = ", 1) for binding in stages[-1].bindings)
     # Two tasks of a seed form a group of CrossPT, with four rows of each task in a step.
-    assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2]", "8")
+    assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]", "8")
     assert bound["infer_eval/utils.DatasetConfig.split"] == "'validation'"
 
 

@@ -125,6 +125,12 @@ ABLATED = [
     ("adafactor", "gin/pt_target.gin", 76_800),
     ("attempt_frozen_norm", "gin/attempt_target.gin", 230_400),
     ("attempt_fixed_attention", "gin/attempt_target.gin", 76_800),
+    # Six sources, a private prompt with its MLP, a router and the counter of steps.
+    (
+        "crosspt_from_teachers",
+        "gin/crosspt_target.gin",
+        6 * 76_800 + 76_800 + 1_181_184 + 6 + 1,
+    ),
 ]
 
 
@@ -133,8 +139,8 @@ def test_ablation_gin_trains_expected_parameters(name, stage, numbers):
     parse([stage, f"gin/ablations/{name}.gin"], [VOCABULARY, *SHALLOW])
     model = value("MODEL")
     assert trained(model) == numbers
-    labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen"}
-    assert labels == set(model.optimizer_def.learning_rates)
+    labels = set(flatten(model.label_tree(shapes_of(model))).values())
+    assert labels - {"frozen", "clock"} == set(model.optimizer_def.learning_rates)
     distillation = model.objective.distillation
     assert (distillation is None) == (stage != SOURCE or name == "no_distillation")
     if name == "prompt_distance":
@@ -229,7 +235,8 @@ def test_gin_file_is_short_and_documented(name):
         ("gin/pt_target.gin", 76_800),
         ("gin/pt_source.gin", 6 * 76_800),
         ("gin/attempt_target.gin", 231_936),
-        ("gin/crosspt_target.gin", 6 * 76_800 + 76_800 + 6 + 1),  # and the counter of steps
+        # Three sources, a private prompt, an MLP for each, a router and the counter of steps.
+        ("gin/crosspt_target.gin", 4 * (76_800 + 1_181_184) + 3 + 1),
         ("gin/full_finetuning.gin", 222_903_552),
     ],
 )

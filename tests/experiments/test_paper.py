@@ -172,6 +172,7 @@ def test_stage_names_mean_the_same_in_all_tables(suite, name):
                 assert known.setdefault(stage.name, stage) == stage
 
 
+WITH_MLP = 76_800 + 2 * (768 * 768 + 768)  # a prompt that is trained through an MLP
 EXPECTED = {  # trainable parameters of a target stage with one run, T5-base
     "PT": 76_800,
     "SPoT": 76_800,
@@ -188,16 +189,17 @@ EXPECTED = {  # trainable parameters of a target stage with one run, T5-base
     "PT, T5-large": 102_400,
     # The target prompt, and the attention: 768 to 100 and back, with a LayerNorm.
     "ATTEMPT": 76_800 + 2 * 76_800 + 2 * 768,
-    # Six sources, a private prompt, six logits, and a step counter.
-    "CrossPT": 7 * 76_800 + 7,
-    "sources at random": 7 * 76_800 + 7,
-    "2 sources": 3 * 76_800 + 3,
-    "private only": 76_800,
-    "shared only": 6 * 76_800 + 7,
-    "share learned": 7 * 76_800 + 8,
-    "two sources in a row": 6 * 76_800 + 7,
-    "router: attention": 9 * 76_800 + 2 * 768,
-    "router: uniform": 7 * 76_800,
+    # Three sources and a private prompt with their MLPs, three logits, and a step counter.
+    "CrossPT": 4 * WITH_MLP + 4,
+    "sources at random": 4 * WITH_MLP + 4,
+    "sources from the teachers": 6 * 76_800 + WITH_MLP + 7,
+    "2 sources": 3 * WITH_MLP + 3,
+    "private only": WITH_MLP,
+    "shared only": 3 * WITH_MLP + 4,
+    "share learned": 4 * WITH_MLP + 5,
+    "two sources in a row": 3 * WITH_MLP + 4,
+    "router: attention": 4 * WITH_MLP + 2 * 76_800 + 2 * 768,
+    "router: uniform": 4 * WITH_MLP,
 }
 
 
@@ -274,10 +276,14 @@ def test_crosspt_factors_bind_what_their_names_say():
             for name, value in bound.items()
             if plain.get(name) != value and name != "MODEL_DIR"
         }
-    start = {"INITIAL_ARTIFACT": "None"}
-    assert own["private only"] == start | {"COMPOSE_BY": '"private"'}
-    assert own["sources from vocabulary"] == start
-    assert own["2 sources"] == {"SOURCES": '["toy_mnli", "toy_qqp"]'}
+    assert own["private only"] == {"COMPOSE_BY": '"private"'}
+    start = own["sources from the teachers"].pop("INITIAL_ARTIFACT")
+    assert start.endswith('teachers/artifact"') and "INITIAL_ARTIFACT" not in plain
+    assert own["sources from the teachers"] == {
+        "SOURCES": "%SOURCE_TASKS",
+        "REPARAMETERIZE": '["private"]',
+    }
+    assert own["2 sources"] == {"SOURCES": '["source_1", "source_2"]'}
     assert own["router: softmax"] == {"ROUTER": '"softmax"'}
     assert set(own["sources of its own"]) == {"GROUPS", "BATCH_SIZE", "RUN_NAMES", "TARGET_TASKS"}
     rates = ("LEARNING_RATE", "SOURCE_LEARNING_RATE", "ROUTER_LEARNING_RATE")
@@ -322,6 +328,10 @@ def test_suite_with_digits_changes_tasks_of_all_stages():
     jobs = {run.task: job for job in spot.jobs for run in job.runs}
     assert {"boolq_digits", "stsb"} <= set(jobs)
     assert '"inputs": 348' in given(jobs["multirc_digits"])["TASK_FEATURE_LENGTHS"]
+    # ATTEMPT mixes the prompts of the source tasks, which are named so in the teachers.
+    attempt = next(cell for cell in cells if cell.variant.name == "ATTEMPT")
+    for stage in (*attempt.jobs, *attempt.tests):
+        assert json.loads(given(stage)["SOURCE_TASKS"]) == named
     twelve = planned("table2", suite)[1][-1].sources[0]
     assert "agnews_digits" in given(twelve)["SOURCE_TASKS"]
     with pytest.raises(ValueError, match="toy suite have no versions with digits"):

@@ -370,6 +370,16 @@ def test_crosspt_six_sources_eight_targets_parameter_counts():
     assert found["clock"] == 1
 
 
+@pytest.mark.parametrize(
+    ("compose_by", "names"),
+    [("private_sum", ("sources", "private")), ("sum", ("sources",)), ("private", ("private",))],
+)
+def test_crosspt_reparameterize_all_takes_prompts_of_composition(compose_by, names):
+    method = crosspt(compose_by=compose_by, reparameterize="all")
+    assert method.reparameterize == names
+    assert method == crosspt(compose_by=compose_by, reparameterize=names)
+
+
 def test_reparameterization_adds_1181184_parameters_per_prompt():
     found = numbers(reparameterize=("sources",))
     assert found["source"] == 6 * (76_800 + 1_181_184)
@@ -438,6 +448,7 @@ def test_crosspt_config_of_earlier_version_is_read(router):
         ({"normalize": "max"}, "'max'"),
         ({"share": "half"}, "'half'"),
         ({"reparameterize": ("target",)}, "'target'"),
+        ({"reparameterize": "sources"}, "a list that holds 'sources'"),
         ({"top_k": 5}, "5"),
         ({"top_k": 2, "router": "uniform"}, "top_k = 2 would have no effect.*'uniform'"),
         ({"top_k": 0}, "0"),

@@ -218,6 +218,8 @@ MIXED = {
     "crosspt_target": (
         CrossPT(20, TEACHERS.runs.run_names, router="softmax", temperature=348.0),
         (
+            "--gin.SOURCES=%SOURCE_TASKS",
+            "--gin.REPARAMETERIZE=[]",
             "--gin.ROUTER='softmax'",
             "--gin.LEARNING_RATE=0.002",
             "--gin.SOURCE_LEARNING_RATE=0.005",

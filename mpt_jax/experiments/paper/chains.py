@@ -52,12 +52,13 @@ def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
 def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int | None) -> Cell:
     sources: dict[str, Stage] = {}
     jobs, tests = [], []
-    own_source = table.source_per_seed and variant.source is not None and variant.start is None
+    source = variant.source
+    own_source = table.source_per_seed and source is not None and not source.is_teachers
     single_seeds = [[seed] for seed in range(table.seeds)]
     for seeds in single_seeds if own_source or variant.together else [sum(single_seeds, [])]:
         start = None
-        if variant.source is not None:
-            chain = list(_chain(variant.source, suite, root, seeds[0] if own_source else None))
+        if source is not None:
+            chain = list(_chain(source, suite, root, seeds[0] if own_source else None))
             sources |= {stage.name: stage for stage in chain}
             start = _artifact(root, chain[-1])
         for runs, length in _jobs(table, suite, variant, shots, seeds):
@@ -83,9 +84,7 @@ def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterat
         steps = suite.source_steps
     else:
         bindings.append(f"BATCH_SIZE = {batch}")
-    if suite.suffix:
-        names = mixtures.SOURCE_6 + (mixtures.EXTRA_SOURCES if source.tasks == 12 else ())
-        bindings.append(f"SOURCE_TASKS = {quoted([suite.named(name) for name in names])}")
+    bindings += _source_tasks(source, suite)
     if source.teachers is not None:
         *_, teachers = chain = list(_chain(source.teachers, suite, root, None))
         yield from chain
@@ -160,12 +159,17 @@ def _bound(
 
 def _settings(variant: Variant, suite: Suite) -> list[str]:
     """Returns the bindings of a variant that training and evaluation share."""
-    if variant.sources is None:
-        return list(variant.bindings)
-    return [
-        *variant.bindings,
-        f"SOURCES = {quoted(list(suite.sources.values())[: variant.sources])}",
-    ]
+    named = _source_tasks(variant.source, suite) if variant.source is not None else []
+    return [*named, *variant.bindings]
+
+
+def _source_tasks(source: Source, suite: Suite) -> list[str]:
+    """Returns the binding of the names of a stage's source tasks, if the suite has versions of
+    them."""
+    if not suite.suffix:
+        return []
+    names = mixtures.SOURCE_6 + (mixtures.EXTRA_SOURCES if source.tasks == 12 else ())
+    return [f"SOURCE_TASKS = {quoted([suite.named(name) for name in names])}"]
 
 
 def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:

@@ -200,6 +200,14 @@ TABLES = {
             shots=(32,),
             toy={"groups": _TOY_TARGETS},
         ),
+        Table(
+            "starts",
+            "What a new task starts from, and learning rates of prompt tuning",
+            (variants.MPT_VARIANT, *variants.STARTS, *variants.PT_RATES),
+            {"SuperGLUE": suites.SUPER_GLUE},
+            shots=(32,),
+            toy=_TOY_ABLATION,
+        ),
         _crosspt(
             "crosspt",
             "Mixed prompts beside others, few training examples",
@@ -212,7 +220,7 @@ TABLES = {
             ),
             shots=_FEW,
             reference="CrossPT",
-            toy=_ONE_PASS,
+            toy={**_ONE_PASS, "source_per_seed": True},
         ),
         _crosspt(
             "crosspt_factors",

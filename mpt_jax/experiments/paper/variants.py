@@ -49,10 +49,14 @@ class Source:
         A stage that trains teachers uses a batch that is `tasks` times as large, and sees as many
         examples in total as other source stages.
         """
-        is_teachers = self.files[0] == TEACHER_STAGE
-        batch = BATCHES[self.size] * (self.tasks if is_teachers else 1)
+        batch = BATCHES[self.size] * (self.tasks if self.is_teachers else 1)
         examples = MIXTURES[self.tasks]
-        return (5 * examples // batch if is_teachers else 5 * (examples // batch)), batch
+        return (5 * examples // batch if self.is_teachers else 5 * (examples // batch)), batch
+
+    @property
+    def is_teachers(self) -> bool:
+        """Whether the stage trains teachers, which all seeds share."""
+        return self.files[0] == TEACHER_STAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,6 @@ class Variant:
         joint: Whether all tasks with the same seed form one group of a job. A step has as many
             examples of each task as a separate run would have.
         version: The suffix of the task versions to train on.
-        sources: The number of source prompts to mix, in the suite's order; None for all.
     """
 
     name: str
@@ -90,7 +93,6 @@ class Variant:
     size: str = "base"
     joint: bool = False
     version: str = ""
-    sources: int | None = None
 
     @property
     def folder(self) -> str:
@@ -164,6 +166,11 @@ PT_STRONG = Variant(
 )
 SPOT = Variant("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
 # Prompt tuning from each source task's prompt, by the paper's names.
+# The best rate of prompt tuning depends on the task more than that of other methods.
+PT_RATES = tuple(
+    dataclasses.replace(PT, name=f"PT, rate {rate}", bindings=(f"LEARNING_RATE = {rate}",))
+    for rate in (0.01, 0.03, 0.1, 0.3, 1.0)
+)
 FROM_SOURCES = tuple(
     dataclasses.replace(SPOT, name=f"PT from {source}", start=source)
     for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")
@@ -228,6 +235,16 @@ TARGETS = (
     _mpt("target: vectors only", ablation("target_vectors_only"), rate="vectors"),
 )
 RANKS = tuple(_of_rank(rank) for rank in (2, 4))
+# What a new task starts from: other averages of the same factors, one task's factors, and factors
+# that moved less in the source stage.
+STARTS = (
+    _mpt("MPT from mean of products", bindings=('AVERAGE_OF = "products"',)),
+    _mpt("MPT from MNLI", start="MNLI"),
+    _mpt(
+        "MPT, slow source factors",
+        source=_source("slow_factors", bindings=["TASK_LEARNING_RATE = 0.03"]),
+    ),
+)
 SIZES = {size: _of_size(size) for size in ("small", "large")}
 LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
 
@@ -243,30 +260,33 @@ ATTEMPT_TOGETHER = dataclasses.replace(
 )
 
 
-def _crosspt(name: str, *bindings: str, source: Source | None = TEACHERS, **rest) -> Variant:
+def _crosspt(name: str, *bindings: str, **rest) -> Variant:
     """Returns a variant of CrossPT, by default trained on all tasks of a seed jointly."""
-    start = () if source else ("INITIAL_ARTIFACT = None",)
     settings = {"rate": "crosspt", "joint": True} | rest
-    return Variant(
-        name, ("gin/crosspt_target.gin",), CROSSPT, source, (*start, *bindings), **settings
-    )
+    return Variant(name, ("gin/crosspt_target.gin",), CROSSPT, bindings=bindings, **settings)
 
 
 def _of_sources(count: int) -> Variant:
-    """Returns CrossPT with the first `count` source prompts of the suite."""
-    return _crosspt(f"{count} source{'s' if count > 1 else ''}", sources=count)
+    """Returns CrossPT with another number of source prompts."""
+    names = ", ".join(f'"source_{number}"' for number in range(1, count + 1))
+    return _crosspt(f"{count} source{'s' if count > 1 else ''}", f"SOURCES = [{names}]")
 
 
 CROSSPT_VARIANT = _crosspt("CrossPT")
-# Initial values of the sources. The default is the teachers.
+# Initial values of the sources. The default is sampled vocabulary, through an MLP.
 CROSSPT_STARTS = (
-    _crosspt("sources from vocabulary", source=None),
-    _crosspt("sources at random", "INIT_SOURCES = @init.Uniform()", source=None),
+    _crosspt(
+        "sources from the teachers",
+        "SOURCES = %SOURCE_TASKS",
+        'REPARAMETERIZE = ["private"]',
+        source=TEACHERS,
+    ),
+    _crosspt("sources at random", "INIT_SOURCES = @init.Uniform()"),
 )
-CROSSPT_SOURCES = tuple(_of_sources(count) for count in (1, 2, 3))
+CROSSPT_SOURCES = tuple(_of_sources(count) for count in (1, 2, 6))
 CROSSPT_PARTS = (
     _crosspt("shared only", 'COMPOSE_BY = "sum"'),
-    _crosspt("private only", 'COMPOSE_BY = "private"', source=None),
+    _crosspt("private only", 'COMPOSE_BY = "private"'),
 )
 # How shared and private prompts are composed, and whether tasks share the sources.
 CROSSPT_COMPOSITIONS = (
@@ -309,7 +329,7 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_VARIANT, MPT_TOGETHER, MPT_12),
-        *(*COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS),
+        *(*PT_RATES, *COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS, *STARTS),
         *(variant for pair in (*LENGTHS.values(), *SIZES.values()) for variant in pair),
         *(
             ATTEMPT_ARM,

@@ -16,6 +16,7 @@ from mpt_jax.prompts.crosspt.routing import ROUTERS
 
 ADD, LEARNED, JOINT = "add", "learned", "joint"
 EXAMPLE, RUN = "example", "run"
+ALL = "all"
 DEFAULT_ROUTER, NORMALIZE_BY = "relaxed_bernoulli", "softmax"
 SHARE_TEMPERATURE = 5.0
 
@@ -77,10 +78,11 @@ def check_counts(method: Any) -> None:
             "CrossPT.private_length must be None, a number of at least 1, or a table with such a "
             f"number for every run, got {method.private_length}. Correct PRIVATE_LENGTH."
         )
-    if unknown := sorted(set(method.reparameterize) - {"sources", "private"}):
+    named = method.reparameterize
+    if isinstance(named, str) or set(named) - {"sources", "private"}:
         raise ValueError(
-            f"Unknown names in CrossPT.reparameterize: {', '.join(map(repr, unknown))}. Set "
-            "REPARAMETERIZE to a list that holds 'sources', 'private' or both."
+            "CrossPT.reparameterize must be 'all', or a list that holds 'sources', 'private' or "
+            f"both, got {named!r}. Correct REPARAMETERIZE."
         )
 
 

@@ -32,6 +32,7 @@ from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
 from mpt_jax.prompts.crosspt import mixing
 from mpt_jax.prompts.crosspt.compositions import (
     ADD,
+    ALL,
     COMPOSITIONS,
     DEFAULT_ROUTER,
     EXAMPLE,
@@ -98,8 +99,9 @@ class CrossPT(PromptMethod):
             mapping from run name to length; None means l.
         annealing: the temperature schedule of the draws.
         width, temperature: settings of the router `'attention'` (`prompt_attention`, `'sub'`).
-        reparameterize: the prompts to train through an MLP: `'sources'`, `'private'` or both.
-            Artifacts hold the MLP's output instead of the MLP.
+        reparameterize: the prompts to train through an MLP: `'sources'`, `'private'` or both in a
+            list, or `'all'` for those that `compose_by` has. Artifacts hold the MLP's output
+            instead of the MLP.
         init_sources: the initializer of sources, used if there is no initial artifact.
         init_prompt: the initializer of private prompts.
         start_from: the runs of a CrossPT artifact to start from, as for `MPT`.
@@ -121,7 +123,7 @@ class CrossPT(PromptMethod):
     annealing: Annealing | Mapping[str, Any] = Annealing()
     width: int = 100
     temperature: float = 2000.0
-    reparameterize: Sequence[str] = ()
+    reparameterize: str | Sequence[str] = ()
     init_sources: PromptInits = SampledVocabulary()
     init_prompt: PromptInits = SampledVocabulary()
     start_from: StartFrom = "average"
@@ -157,6 +159,9 @@ class CrossPT(PromptMethod):
         ):
             if value not in known:
                 raise ValueError(unknown_name(f"CrossPT.{what}", value, list(known)))
+        if self.reparameterize == ALL:
+            of_kind = {"sources": self._kind.has_sources, "private": self._kind.has_private}
+            object.__setattr__(self, "reparameterize", tuple(n for n in of_kind if of_kind[n]))
         self.attention()
         check_counts(self)
         check_effects(self)
@@ -314,18 +319,22 @@ class CrossPT(PromptMethod):
             params["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
         return params
 
-    def for_inference(self, params):
-        """Drops the clock, and replaces reparameterized prompts with the output of their MLPs."""
-        kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
-        for name in self.reparameterize:
-            kept = reparameterization.without_mlp(kept, name)
+    @property
+    def inference_method(self) -> CrossPT:  # pyright: ignore[reportIncompatibleVariableOverride]
         training_only = {
             "reparameterize": (),
             "annealing": Annealing(),
             "draws": EXAMPLE,
             "share_temperature": SHARE_TEMPERATURE,
         }
-        return dataclasses.replace(self, **training_only), kept
+        return dataclasses.replace(self, **training_only)
+
+    def for_inference(self, params):
+        """Drops the clock, and replaces reparameterized prompts with the output of their MLPs."""
+        kept = {name: jnp.asarray(params[name]) for name in params if name != "clock"}
+        for name in self.reparameterize:
+            kept = reparameterization.without_mlp(kept, name)
+        return self.inference_method, kept
 
     # --- Composition -----------------------------------------------------------------------------
 
