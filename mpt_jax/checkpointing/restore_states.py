@@ -24,7 +24,8 @@ def states(
     """Yields the states of the checkpoints that a restore configuration names.
 
     The states are in the order of the paths; those of one MODEL_DIR are oldest first. If the
-    configuration names no checkpoint, yields the state of the prompt artifact in `origins`.
+    configuration names no checkpoint, yields the state of the prompt artifact in `origins`, or of
+    its backbone if the method has no prompt.
 
     Raises:
         FileNotFoundError: a checkpoint does not exist; the message lists the existing ones.
@@ -33,7 +34,7 @@ def states(
             artifact is named.
         OSError: a checkpoint cannot be read.
     """
-    if not cfg.path and not origins.artifact:
+    if not cfg.path and not origins.artifact and model.prompt.prompt_length:
         raise ValueError(
             "No prompts to read: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
             "CHECKPOINT_PATH to a checkpoint, or INITIAL_ARTIFACT to a prompt artifact."

@@ -55,7 +55,8 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the parameters of a T5X checkpoint.
 
     Args:
-        path: the folder `checkpoint_<step>` in either format, or the msgpack file itself.
+        path: the folder `checkpoint_<step>` in either format, the msgpack file itself, or a folder
+            whose only checkpoint is in the msgpack format, such as MODEL_DIR/backbone.
 
     Returns:
         The unscanned tree of NumPy arrays, in the dtype of the file.
@@ -65,7 +66,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the checkpoint is truncated or incomplete, or a parameter has an unsupported
             dtype or is not finite.
     """
-    path = epath.Path(path)
+    path = _only_checkpoint(epath.Path(path))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Check the path.")
     if not path.is_dir():
@@ -85,6 +86,13 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     check_floats(flatten(params), str(path))
     return with_even_tables(unstack_layers(params)) if is_stacked(params) else params
+
+
+def _only_checkpoint(path: epath.Path) -> epath.Path:
+    """Returns the checkpoint in a folder that has only one, if it is in the msgpack format;
+    otherwise the path."""
+    children = list(path.glob("checkpoint_*")) if path.is_dir() else []
+    return children[0] if len(children) == 1 and (children[0] / FILE).is_file() else path
 
 
 def _suggestion(path: epath.Path) -> str:

@@ -38,6 +38,14 @@ class Result:
         parameters: The trainable parameters of the first job, divided by the number of its runs.
         seconds: The total time of the training steps of its jobs, in seconds. In the demo, the time
             that the last `mpt-jax demo` spent on these jobs.
+        source_seconds: The same of the source stages that its jobs need, which other methods may
+            need as well.
+        stored: The numbers in the first job's artifact, divided by the number of its runs; without
+            an artifact, `parameters`.
+        operations: The operations of the training steps of its jobs (`costs`); 0 if a job does not
+            record its lengths.
+        repeat_stds: Task -> standard deviation of its main metric over random seeds on the same
+            examples, for runs that were repeated with several.
         model_dirs: The folders of its jobs.
         seeds: The seeds, in the order of the values of a score.
         prompt_length: The prompt length P; 0 without a prompt.
@@ -57,6 +65,10 @@ class Result:
     backbone_parameters: int = 0
     start: str | None = None
     backbone: str = ""
+    source_seconds: float = 0.0
+    stored: float = 0.0
+    operations: float = 0.0
+    repeat_stds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def values(self, task: str) -> list[float]:
         """Returns the main metric of a task, one value per seed."""
@@ -74,6 +86,11 @@ class Record(msgspec.Struct):
     trainable_parameters: schema.Amount
     method_config: dict[str, Any]
     prompt_length: schema.Count | None = None
+    batch_size: schema.Amount | None = None
+    total_steps: schema.Count | None = None
+    backbone_config: dict[str, Any] | None = None
+    learning: list[str] | None = None
+    task_feature_lengths: dict[str, schema.Count] | None = None
 
 
 class Timing(msgspec.Struct):
@@ -208,6 +225,24 @@ def by_name(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
         name: [seed.get(name, 0.0) if name == CONSTANT else seed[name] for seed in scores]
         for name in names
     }
+
+
+def over_repeats(scores: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Returns metric -> one value per seed, the mean over its repeats.
+
+    Args:
+        scores: For each seed, metric -> one value per repeat (`by_name`).
+    """
+    return by_name([{name: float(np.mean(x)) for name, x in seed.items()} for seed in scores])
+
+
+def repeat_std(scores: Sequence[Mapping[str, Sequence[float]]]) -> float | None:
+    """Returns the standard deviation of the main metric over repeats of the same seed, pooled over
+    seeds; None if seeds were not repeated."""
+    values = [seed[main_metric(seed)] for seed in scores]
+    if min(map(len, values)) < 2:
+        return None
+    return float(np.sqrt(np.mean([np.var(each, ddof=1) for each in values])))
 
 
 def read_record(model_dir: Path) -> dict:

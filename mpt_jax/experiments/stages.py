@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import seqio
 from absl import logging
 
 from mpt_jax.config import gin_utils
 from mpt_jax.core.old_names import existing_folder
 from mpt_jax.core.runs import Runs
+from mpt_jax.evaluation import evaluator
 from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE, all_ended
-from mpt_jax.experiments import results
+from mpt_jax.experiments import costs, results
 from mpt_jax.runtime.files import read_json
+from mpt_jax.tasks import few_shot
 
 FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
 
@@ -94,12 +98,44 @@ class Stage:
         return exported and (trained or all_ended(folder))
 
 
-def target_runs(tasks: Sequence[str], seeds: Sequence[int], shots: int | None) -> tuple[Run, ...]:
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How few-shot runs draw their examples.
+
+    Attributes:
+        balanced: Whether to draw k // labels training examples of each label, instead of k from all
+            examples. Tasks without labels draw from all.
+        few_dev: Whether the validation split is cut to as many examples as the training split.
+    """
+
+    balanced: bool = False
+    few_dev: bool = False
+
+    def run_name(self, task: str, shots: int, seed: int) -> str:
+        """Returns the name of a run's SeqIO task (`few_shot`).
+
+        Raises:
+            ValueError: the draw is balanced and the task has more labels than `shots`.
+        """
+        labels = evaluator.labels_of(seqio.TaskRegistry.get(task)) if self.balanced else ()
+        if len(labels) > shots:
+            raise ValueError(
+                f"A balanced draw has an example of each label, but k = {shots} is less than the "
+                f"{len(labels)} labels of {task}. Use a larger k, or drop --balanced."
+            )
+        k = shots // len(labels) if labels else shots
+        return few_shot.Draw(task, k, seed, per_class=bool(labels), dev=self.few_dev).name
+
+
+def target_runs(
+    tasks: Sequence[str], seeds: Sequence[int], shots: int | None, draws: Draws = Draws()
+) -> tuple[Run, ...]:
     """Returns a run for every task and seed, named like its few-shot SeqIO task (`few_shot`). With
     all examples and one seed, a run has the name of the task."""
-    few = "" if shots is None else f"_k{shots}"
-    single = shots is None and len(seeds) == 1
-    name = lambda task, seed: task if single else f"{task}{few}_s{seed}"  # noqa: E731
+    if shots is not None:
+        name = lambda task, seed: draws.run_name(task, shots, seed)  # noqa: E731
+    else:
+        name = lambda task, seed: task if len(seeds) == 1 else f"{task}_s{seed}"  # noqa: E731
     return tuple(Run(task, seed, name(task, seed)) for task in tasks for seed in seeds)
 
 
@@ -133,9 +169,11 @@ def collect(
     shots: int | None,
     jobs: Sequence[Stage],
     scored: Sequence[Stage] = (),
+    sources: Sequence[Stage] = (),
     start: str | None = None,
 ) -> results.Result:
-    """Collects the results of finished jobs.
+    """Collects the results of finished jobs. Scores of jobs that repeat a run with another random
+    seed are averaged.
 
     Args:
         root: The folder of all stages.
@@ -143,17 +181,18 @@ def collect(
         shots: The number of training examples of each task; None for all.
         jobs: The training stages.
         scored: The stages that evaluated the jobs; () if the jobs evaluated themselves.
+        sources: The source stages that the jobs need.
         start: The source task whose prompt initialized all prompts, if any.
 
     Raises:
         FileNotFoundError: a run was not evaluated.
         ValueError: the tasks were run with different seeds.
     """
-    by_task: dict[str, dict[int, Mapping[str, float]]] = {}
+    by_task: dict[str, dict[int, list[Mapping[str, float]]]] = {}
     for stage in scored or jobs:
         scores = results.read_scores(root / stage.name, [run.name for run in stage.runs])
         for run in stage.runs:
-            by_task.setdefault(run.task, {})[run.seed] = scores[run.name]
+            by_task.setdefault(run.task, {}).setdefault(run.seed, []).append(scores[run.name])
     seeds = {tuple(sorted(by_seed)) for by_seed in by_task.values()}
     if len(seeds) != 1:
         listed = "; ".join(
@@ -164,22 +203,35 @@ def collect(
             "with the same seeds."
         )
     order = seeds.pop()
+    repeats = {
+        task: [results.by_name(by_seed[seed]) for seed in order]
+        for task, by_seed in by_task.items()
+    }
     record = results.read_record(root / jobs[0].name)
-    config = existing_folder(root / jobs[0].name / ARTIFACT) / "config.json"
-    num_trainable = record["trainable_parameters"]
+    path = existing_folder(root / jobs[0].name / ARTIFACT) / "config.json"
+    config = read_json(path) if path.exists() else {}
+    num_trainable, num_runs = record["trainable_parameters"], len(jobs[0].runs)
+    saved = [math.prod(shape) for shape in config.get("shapes", {}).values()]
     return results.Result(
         method=method,
         shots=shots,
-        scores={
-            task: results.by_name([by_seed[seed] for seed in order])
-            for task, by_seed in by_task.items()
+        scores={task: results.over_repeats(scores) for task, scores in repeats.items()},
+        repeat_stds={
+            task: std
+            for task, scores in repeats.items()
+            if (std := results.repeat_std(scores)) is not None
         },
-        parameters=num_trainable / len(jobs[0].runs),
-        seconds=sum(results.training_seconds(root / job.name) for job in jobs),
+        parameters=num_trainable / num_runs,
+        stored=(sum(saved) if saved else num_trainable) / num_runs,
+        operations=math.fsum(
+            costs.training_operations(results.read_record(root / job.name)) for job in jobs
+        ),
+        seconds=math.fsum(results.training_seconds(root / job.name) for job in jobs),
+        source_seconds=math.fsum(results.training_seconds(root / stage.name) for stage in sources),
         model_dirs=tuple(str(root / job.name) for job in jobs),
         seeds=order,
         prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
         backbone_parameters=record["parameters"] - num_trainable,
         start=start,
-        backbone=str(read_json(config).get("backbone", "")) if config.exists() else "",
+        backbone=str(config.get("backbone", "")),
     )

@@ -276,7 +276,7 @@ def test_biases_zero_values_do_not_change_logits():
     added = set(biased) - set(plain)
     assert {name.rpartition("/")[2] for name in added} == {"bias"}
     per_layer = {"encoder": 4 + 3 + 2, "decoder": 8 + 3 + 3}  # projections, feed-forward, norms
-    assert len(added) == 2 * sum(per_layer.values()) + 2  # two layers each, two final norms
+    assert len(added) == 2 * sum(per_layer.values()) + 3  # two layers each, final norms, logits
     zeros = {name: biased[name] for name in added}
     assert not any(np.any(leaf) for leaf in zeros.values())
     data = batch()

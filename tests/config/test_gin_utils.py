@@ -245,6 +245,13 @@ def test_stage_gin_full_scale_has_expected_trainable_counts(name, numbers):
     assert trained(value("MODEL")) == numbers
 
 
+def test_bitfit_trains_the_biases_of_the_released_code_at_its_rate():
+    """36 modules with biases of 202,752 numbers, norms with 47,616, and a head with 32,128."""
+    parse(["gin/full_finetuning.gin", "gin/methods/bitfit.gin"], [VOCABULARY])
+    assert trained(value("MODEL")) == 202_752 + 47_616 + 32_128 == 282_496
+    assert value("MODEL").optimizer_def.learning_rates["backbone"].peak == 3e-4
+
+
 @pytest.mark.parametrize(
     ("name", "rates", "batch_size", "steps"),
     [

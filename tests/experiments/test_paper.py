@@ -36,6 +36,11 @@ def planned(name: str, suite=suites.TOY, root=ROOT / "no such folder", **changes
     return table, chains.cells(table, suite, root)
 
 
+def cells_by_name(name: str) -> dict[str, chains.Cell]:
+    """The cells of a table that trains on all examples, on the paper's suite."""
+    return {cell.variant.name: cell for cell in planned(name, suites.PAPER)[1]}
+
+
 def given(stage: Stage) -> dict[str, str]:
     return dict(binding.split(" = ", 1) for binding in stage.arguments(ROOT))
 
@@ -69,8 +74,12 @@ def test_published_rows_refer_to_known_variants():
 def test_cells_few_shot_one_job_per_method_and_k():
     table, cells = planned("table3", suites.PAPER)
     assert [(cell.variant.name, cell.shots) for cell in cells] == [
-        (variant, k) for k in (4, 16, 32) for variant in ("PT", "SPoT", "ATTEMPT", "MPT")
+        (variant, k)
+        for k in (4, 16, 32)
+        for variant in ("full fine-tuning", "PT", "SPoT", "ATTEMPT", "MPT")
     ]
+    tuned, cells = cells[0], [cell for cell in cells if cell.variant.name != "full fine-tuning"]
+    assert [len(job.runs) for job in tuned.jobs] == [1] * 30, "each run trains a backbone"
     mpt = cells[-1]
     job = "mpt/k32/boolq-cb-scitail_s0-9"
     assert [x.name for x in mpt.stages] == ["teachers", "mpt_source", job, f"{job}/test"]
@@ -87,25 +96,28 @@ def test_cells_few_shot_one_job_per_method_and_k():
 
 
 def test_cells_all_examples_train_for_paper_epochs():
-    _, cells = planned("table2", suites.PAPER)
-    jobs = {run.task: job for job in cells[0].jobs for run in job.runs}
+    cells = cells_by_name("table2")
+    jobs = {run.task: job for job in cells["PT"].jobs for run in job.runs}
     # 5 epochs of MRQA, 10 above 10,000 examples; 20 for BoolQ. Each epoch is evaluated.
     assert jobs["nq"].steps == -(-5 * 103_071 // 32)
     assert jobs["paws"].steps == -(-10 * 49_401 // 32)
     assert given(jobs["paws"])["EVAL_PERIOD"] == str(-(-49_401 // 32))
-    strong = {run.task: job for job in cells[1].jobs for run in job.runs}
+    strong = {run.task: job for job in cells["PT, strong recipe"].jobs for run in job.runs}
     assert (strong["nq"].steps, strong["paws"].steps) == (300_000, 40_000)
-    _, glue = planned("table1", suites.PAPER)  # DePT's: 300,000 above 100,000 examples
-    strong |= {run.task: job for job in glue[1].jobs for run in job.runs}
+    strong_cell = cells_by_name("table1")["PT, strong recipe"]
+    # DePT's: 300,000 above 100,000 examples.
+    strong |= {run.task: job for job in strong_cell.jobs for run in job.runs}
     assert {strong[task].steps for task in ("mnli", "qqp", "qnli")} == {300_000}
-    digits = [suites.PAPER.length(f"{x}_digits", glue[1].variant, None) for x in ("mnli", "rte")]
+    digits = [
+        suites.PAPER.length(f"{x}_digits", strong_cell.variant, None) for x in ("mnli", "rte")
+    ]
     assert [length.steps for length in digits] == [300_000, 40_000]
     assert {strong[task].steps for task in ("sst2", "rte", "cola", "cb")} == {40_000}
-    lengths = {run.task: given(x)["TASK_FEATURE_LENGTHS"] for x in cells[0].tests for run in x.runs}
+    tests = cells["PT"].tests
+    lengths = {run.task: given(x)["TASK_FEATURE_LENGTHS"] for x in tests for run in x.runs}
     assert {lengths[task] for task in ("nq", "newsqa")} == {'{"inputs": 512, "targets": 128}'}
     assert lengths["yelp"] == '{"inputs": 256, "targets": 128}'
-    _, cells = planned("table1", suites.PAPER)
-    jobs = {run.task: job for job in cells[0].jobs for run in job.runs}
+    jobs = {run.task: job for job in cells_by_name("table1")["PT"].jobs for run in job.runs}
     assert jobs["boolq"].steps == 5892
     assert '"inputs": 348' in given(jobs["multirc"])["TASK_FEATURE_LENGTHS"]
 
@@ -119,7 +131,7 @@ def test_cells_shared_prompt_one_job_per_seed():
     ]
     bound = given(jobs[3])
     assert (bound["GROUPS"], bound["BATCH_SIZE"], bound["RANDOM_SEED"]) == ('"joint"', "32", "43")
-    alone = {run.task: job.steps for job in cells[0].jobs for run in job.runs}
+    alone = {run.task: job.steps for job in cells_by_name("table1")["PT"].jobs for run in job.runs}
     assert jobs[3].steps == sum(alone[run.task] for run in jobs[3].runs)
     assert '"inputs": 348' in bound["TASK_FEATURE_LENGTHS"]
 

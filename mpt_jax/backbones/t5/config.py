@@ -55,8 +55,8 @@ class T5Config:
         relative_attention_max_distance: the distance from which on all positions share one bucket.
         relative_bias_per_layer: whether every layer has a separate relative position table (umT5,
             T5X's scalable T5) instead of one for the whole stack (T5).
-        biases: whether to add a zero-initialized bias to every projection and layer norm. T5 has no
-            biases; BitFit trains these.
+        biases: whether to add a zero-initialized bias to every projection, every layer norm and the
+            logits. T5 has no biases; BitFit trains these.
         remat: what the backward pass recomputes: `none`, `minimal` (everything except products with
             weights) or `full` (whole layers). On CPUs it saves memory only together with
             `scan_layers`; otherwise XLA merges the recomputation with the original computation.

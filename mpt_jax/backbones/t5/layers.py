@@ -140,6 +140,18 @@ class OutputProjection(nn.Module):
         return float32_product("blh,hv->blv", x, jnp.asarray(kernel))
 
 
+class LogitsBias(nn.Module):
+    """A trainable bias of the logits, which BitFit adds to T5's head."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, logits: Float[Array, "B L V"]) -> Float[Array, "B L V"]:
+        shape = (self.config.vocab_size,)
+        bias = param_with_axes("bias", nn.initializers.zeros, shape, jnp.float32, axes=("vocab",))
+        return logits + over_rows(jnp.asarray(bias), logits)
+
+
 def distance_buckets(
     length: int, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:

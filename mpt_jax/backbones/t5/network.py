@@ -230,6 +230,8 @@ class Decoder(nn.Module):
             logits = tied_logits(y)
         else:
             logits = layers.OutputProjection(cfg, name="logits_dense")(y)
+        if cfg.biases:
+            logits = layers.LogitsBias(cfg, name="logits_bias")(logits)
         return logits, (embedded, *inner[:-1], y)
 
     def _causal(

@@ -31,11 +31,11 @@ from mpt_jax.core.old_names import current_text
 from mpt_jax.core.runs import look_up
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results, stages
-from mpt_jax.experiments.paper import chains, format, published, suites, tables
+from mpt_jax.experiments.paper import chains, footnotes, format, published, suites, tables
 from mpt_jax.experiments.paper.chains import Cell
 from mpt_jax.experiments.paper.suites import Suite
 from mpt_jax.experiments.paper.tables import Table
-from mpt_jax.experiments.stages import Stage
+from mpt_jax.experiments.stages import Draws, Stage
 from mpt_jax.runtime import compilation_cache, paths
 from mpt_jax.runtime.exits import exit_with
 from mpt_jax.runtime.files import write_atomic
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         suite = suites.SUITES[args.suite]
         suite = suite.with_digits() if args.labels == "digits" else suite
         whole = tables.get_table(args.table).on(suite)
-        if args.seeds is not None:
-            whole = dataclasses.replace(whole, seeds=args.seeds)
+        whole = conditioned(whole, suite, args)
         root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
         if args.against is not None:
             (reference,) = chosen(whole, [args.against]).variants
@@ -70,13 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(root, planned)
         # A report shows everything that was run, even if only some rows were requested now.
         finished = collect(root, chains.cells(whole, suite, root), suite)
-        (root / table.name).mkdir(parents=True, exist_ok=True)
+        folder = root / f"{table.name}{chains.condition(table)}"
+        folder.mkdir(parents=True, exist_ok=True)
         shares = majority_shares(whole, suite)
         known_shares = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
-        results.save(root / table.name, list(finished.values()), known_shares)
+        results.save(folder, list(finished.values()), known_shares)
         if args.metric is not None:
             finished = {cell: results.by_metric(finished[cell], args.metric) for cell in finished}
         print(format.text(table, suite, finished, shares))
+        shown = {key: finished[key] for key in finished if key[0] in names_of(table)}
+        print(footnotes.text(table, suite, shown, planned, root))
     except (ValueError, OSError) as error:
         exit_with("mpt-jax paper", error, gin_utils.message(error))
 
@@ -97,6 +99,18 @@ def _parser() -> argparse.ArgumentParser:
         help="labels as T5's words (%(default)s) or as digits, like the paper",
     )
     parser.add_argument("--seeds", type=positive_int, help="number of draws; default the table's")
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=1,
+        help="number of random seeds per draw, whose spread is shown apart (%(default)s)",
+    )
+    parser.add_argument(
+        "--balanced", action="store_true", help="draw k // labels examples of each label"
+    )
+    parser.add_argument(
+        "--few-dev", action="store_true", help="validate on as many examples as training, k"
+    )
     parser.add_argument("--variants", "--arms", nargs="+", help="only these rows, by name")
     parser.add_argument("--against", metavar="VARIANT", help="the row to subtract others from")
     parser.add_argument("--metric", help="metric to show; default each task's main metric")
@@ -105,6 +119,34 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--print", action="store_true", help="print unfinished stages' commands")
     what.add_argument("--collect", action="store_true", help="show finished results only")
     return parser
+
+
+def conditioned(table: Table, suite: Suite, args: argparse.Namespace) -> Table:
+    """Returns the table with the number of seeds and the draws that the arguments set.
+
+    Raises:
+        ValueError: an argument would have no effect.
+    """
+    few = any(shots is not None for shots in table.shots)
+    for flag, is_set in (("--balanced", args.balanced), ("--few-dev", args.few_dev)):
+        if is_set and not few:
+            raise ValueError(
+                f"{flag} would have no effect: table {table.name!r} trains on all examples. Drop "
+                "it, or choose a few-shot table such as table3."
+            )
+    if args.few_dev and not suite.tested_apart:
+        raise ValueError(
+            f"--few-dev would have no effect: the {suite.name} suite does not select steps by the "
+            "validation split. Drop it, or use --suite paper."
+        )
+    draws = Draws(args.balanced, args.few_dev)
+    seeds = args.seeds or table.seeds
+    return dataclasses.replace(table, seeds=seeds, repeats=args.repeats, draws=draws)
+
+
+def names_of(table: Table) -> set[str]:
+    """Returns the names of the table's variants."""
+    return {variant.name for variant in table.variants}
 
 
 def positive_int(text: str) -> int:
@@ -195,7 +237,9 @@ def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
         if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
             variant = cell.variant
             start = variant.start and suite.sources[variant.start]
-            result = stages.collect(root, variant.name, cell.shots, cell.jobs, cell.tests, start)
+            result = stages.collect(
+                root, variant.name, cell.shots, cell.jobs, cell.tests, cell.sources, start
+            )
             version = variant.version  # versions of a task share its column
             scores = {task.removesuffix(version): result.scores[task] for task in result.scores}
             finished[variant.name, cell.shots] = dataclasses.replace(result, scores=scores)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mpt_jax.evaluation.finalize import ARTIFACT
+from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE
 from mpt_jax.experiments.paper import variants
 from mpt_jax.experiments.paper.suites import Length, Suite
 from mpt_jax.experiments.paper.tables import Table
@@ -16,6 +16,7 @@ from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, targ
 from mpt_jax.tasks import mixtures
 
 FIRST_SEED = 42  # the gin files' seed; a stage for seed s binds 42 + s
+NEXT_REPEAT = 1_000  # added for each repeat, more than the seeds of a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,18 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
             chain = list(_chain(source, suite, root, seeds[0] if own_source else None))
             sources |= {stage.name: stage for stage in chain}
             start = _artifact(root, chain[-1])
-        for runs, length in _jobs(table, suite, variant, shots, seeds):
-            bindings = [*_bound(variant, suite, shots, runs, length), *length.bindings()]
+        repeated = itertools.product(
+            _jobs(table, suite, variant, shots, seeds), range(table.repeats)
+        )
+        for (runs, length), repeat in repeated:
+            bindings = [*_bound(variant, suite, shots, runs, length, repeat), *length.bindings()]
             if start is not None:
                 bindings.append(f"INITIAL_ARTIFACT = {start}")
             files = (*variant.files, *suite.files)
             name = _name(variant, shots, runs, own_source)
+            name += (condition(table) if shots is not None else "") + f"_repeat{repeat}" * (
+                repeat > 0
+            )
             if shots is None and table.full:
                 name += f"_{length.steps}x{length.rows}"
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
@@ -101,10 +108,11 @@ def _jobs(
 ) -> Iterator[tuple[tuple[Run, ...], Length]]:
     """Yields the runs and the training length of each job.
 
-    By default, a job trains all runs of the same training length. If `variant.together` is set, a
-    job trains the runs of one entry of `table.groups` for as many steps as separate runs would take
-    in total. If `variant.joint` is set, a job trains the runs of one entry of `table.groups`,
-    sorted by seed, for as many steps as the longest run.
+    By default, a job trains all runs of the same training length. If `variant.alone` is set, a job
+    trains one run. If `variant.together` is set, a job trains the runs of one entry of
+    `table.groups` for as many steps as separate runs would take in total. If `variant.joint` is
+    set, a job trains the runs of one entry of `table.groups`, sorted by seed, for as many steps as
+    the longest run.
     """
     fixed = table.full if shots is None else None
     if variant.together or variant.joint:
@@ -117,7 +125,7 @@ def _jobs(
                 inputs=max((x.inputs for x in lengths if x.inputs), default=None),
                 period=max((x.period for x in lengths if x.period), default=None),
             )
-            runs = target_runs(tasks, seeds, shots)
+            runs = target_runs(tasks, seeds, shots, table.draws)
             if variant.together:
                 yield _repeats(runs), joint
             else:
@@ -129,7 +137,9 @@ def _jobs(
         length = fixed or suite.length(task, variant, shots)
         by_length.setdefault(length, []).append(f"{task}{variant.version}")
     for length, tasks in by_length.items():
-        yield target_runs(tasks, seeds, shots), length
+        runs = target_runs(tasks, seeds, shots, table.draws)
+        for job in [(run,) for run in runs] if variant.alone else [runs]:
+            yield job, length
 
 
 def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
@@ -139,15 +149,21 @@ def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def _bound(
-    variant: Variant, suite: Suite, shots: int | None, runs: tuple[Run, ...], length: Length
+    variant: Variant,
+    suite: Suite,
+    shots: int | None,
+    runs: tuple[Run, ...],
+    length: Length,
+    repeat: int,
 ) -> list[str]:
     """Returns the bindings of a training job that depend on its runs and its variant."""
     rows = length.rows if not variant.together else length.rows / len(runs)
     run_groups = [run.seed for run in runs] if variant.joint else "independent"
     groups = "joint" if variant.together else run_groups
     bindings = target_bindings(runs, rows, groups)
-    if variant.together:
-        bindings.append(f"RANDOM_SEED = {FIRST_SEED + runs[0].seed}")
+    seed = FIRST_SEED + NEXT_REPEAT * repeat + (runs[0].seed if variant.together else 0)
+    if seed != FIRST_SEED or variant.together:
+        bindings.append(f"RANDOM_SEED = {seed}")
     if variant.start is not None:
         bindings.append(f"START_FROM = {quoted(suite.sources[variant.start])}")
     return [
@@ -181,14 +197,22 @@ def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: 
     return f"{variant.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}{own}"
 
 
+def condition(table: Table) -> str:
+    """Returns what folders of few-shot jobs, and of the table, add for the draws of examples."""
+    return "_balanced" * table.draws.balanced + "_few_dev" * table.draws.few_dev
+
+
 def _test(job: Stage, suite: Suite, variant: Variant, length: Length, root: Path) -> Stage:
-    """Returns a stage that evaluates a job's artifact (each run's best step) on the test split."""
+    """Returns a stage that evaluates a job's artifact (each run's best step) or trained backbone on
+    the test split."""
     kept = [b for b in job.bindings if b.startswith(("TARGET_TASKS", "RUN_NAMES", "GROUPS"))]
     bindings = (
         *kept,
         *_settings(variant, suite),
         *length.reading(),
-        f"INITIAL_ARTIFACT = {_artifact(root, job)}",
+        f"INITIAL_CHECKPOINT_PATH = {quoted(str(root / job.name / TRAINED_BACKBONE))}"
+        if variant.alone
+        else f"INITIAL_ARTIFACT = {_artifact(root, job)}",
         'utils.DatasetConfig.split = "test"',
     )
     sized = (variants.ablation(f"size_{variant.size}"),) if variant.size != "base" else ()

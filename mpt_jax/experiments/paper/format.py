@@ -39,7 +39,7 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
     parts = [f"{table.title} ({suite.name} suite)"]
     for shots in table.shots:
         parts.append(
-            f"\n{_examples(shots)}\n{as_text(score_rows(table, suite, found, shots, shares))}"
+            f"\n{examples(shots)}\n{as_text(score_rows(table, suite, found, shots, shares))}"
         )
     parts.append(LEGEND)
     backbones = sorted({result.backbone for result in found.values() if result.backbone})
@@ -143,7 +143,7 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
                 tasks = [suite.tasks[name] for name in names]
                 differences.append(np.subtract(ours.means(tasks), result.means(tasks)).tolist())
                 of_paper.append(_published_difference(table, variant.name, shots, group))
-                rows.append([variant.name, _examples(shots), group])
+                rows.append([variant.name, examples(shots), group])
     corrected = results.holm([results.p_value(values) for values in differences])
     for row, values, p, paper in zip(rows, differences, corrected, of_paper, strict=True):
         difference = results.estimate(values)
@@ -198,5 +198,6 @@ def _with_std(estimate: results.Estimate) -> str:
     return mean if estimate.n == 1 else f"{mean} ± {estimate.std:.1f}"
 
 
-def _examples(shots: int | None) -> str:
+def examples(shots: int | None) -> str:
+    """Returns the number of training examples as text."""
     return "all examples" if shots is None else f"k = {shots}"

@@ -142,6 +142,8 @@ def _annealing(steps: int) -> list[str]:
 # Bindings of few-shot runs for schedules that a method's gin file counts in steps.
 _FEW_STEPS: Mapping[str, Callable[[int], list[str]]] = {
     variants.PROMPT_TUNING: _warmup,
+    variants.FULL: _warmup,
+    variants.BITFIT: _warmup,
     variants.ATTEMPT: _warmup,
     variants.CROSSPT: _annealing,
 }
@@ -166,6 +168,8 @@ def _crosspt(peaks: Sequence[float], steps: int) -> list[str]:
 # shared prompt's, as in the paper. All methods warm up for a tenth of the steps.
 _REST_OF_RATE: Mapping[str, Callable[[Sequence[float], int], list[str]]] = {
     variants.PROMPT_TUNING: lambda peaks, steps: _warmup(steps),
+    variants.FULL: lambda peaks, steps: _warmup(steps),
+    variants.BITFIT: lambda peaks, steps: _warmup(steps),
     variants.SHARED: lambda peaks, steps: [],
     variants.MPT: lambda peaks, steps: [f"TASK_LEARNING_RATE = {peaks[0] * 4 / 3:.6g}"],
     variants.ATTEMPT: _attempt,
@@ -244,6 +248,7 @@ TOY = Suite(
     source_steps=300,
     length=lambda task, variant, shots: _TOY_ALL if shots is None else _TOY_FEW,
     rates={
+        "full": 3e-4,
         "pt": 0.3,
         "spot": 0.03,
         "mpt": 0.3,

@@ -10,6 +10,7 @@ from mpt_jax.core.runs import look_up
 from mpt_jax.experiments.paper import suites, variants
 from mpt_jax.experiments.paper.suites import Length, Suite
 from mpt_jax.experiments.paper.variants import Variant
+from mpt_jax.experiments.stages import Draws
 
 Groups = Mapping[str, Sequence[str]]
 
@@ -33,6 +34,8 @@ class Table:
         source_per_seed: Whether each seed has a separate source stage, so that a comparison of
             source stages does not depend on a single seed.
         toy: Attribute -> value that replaces it on the toy suite.
+        draws: How few-shot runs draw their examples.
+        repeats: The number of random seeds (initial values and order) for each draw of examples.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Table:
     source_per_seed: bool = False
     metrics: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     toy: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    draws: Draws = Draws()
+    repeats: int = 1
 
     def on(self, suite: Suite) -> Table:
         """Returns the table adapted to a suite, without the tasks that the suite does not have.
@@ -115,6 +120,7 @@ TABLES = {
             "table1",
             "GLUE and SuperGLUE, all training examples",
             (
+                *variants.FINE_TUNING,
                 variants.PT,
                 variants.PT_STRONG,
                 variants.SPOT,
@@ -130,6 +136,7 @@ TABLES = {
             "table2",
             "MRQA and others, all training examples",
             (
+                *variants.FINE_TUNING,
                 variants.PT,
                 variants.PT_STRONG,
                 variants.SPOT,
@@ -143,7 +150,7 @@ TABLES = {
         Table(
             "table3",
             "BoolQ, CB and SciTail, few training examples",
-            (*_METHODS[:2], variants.ATTEMPT_ARM, *_METHODS[2:]),
+            (variants.FULL_FINETUNING, *_METHODS[:2], variants.ATTEMPT_ARM, *_METHODS[2:]),
             {"mean": ("BoolQ", "CB", "SciTail")},
             toy={"variants": _METHODS},
             shots=_FEW,
@@ -160,7 +167,7 @@ TABLES = {
         Table(
             "table5",
             "Text generation, T5-large",
-            variants.SIZES["large"],
+            variants.SIZES["large"][:2],
             {"NLG": ("E2E", "WebNLG")},
             metrics={
                 "E2E": ("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"),
@@ -185,9 +192,11 @@ TABLES = {
             "scaling",
             "Sizes of T5",
             (
+                variants.FULL_FINETUNING,
                 variants.PT,
+                variants.ATTEMPT_ARM,
                 variants.MPT_VARIANT,
-                *(variant for pair in variants.SIZES.values() for variant in pair),
+                *(variant for group in variants.SIZES.values() for variant in group),
             ),
             {"mean": ("WiC", "MultiRC", "BoolQ")},
             toy={"variants": ()},

@@ -16,9 +16,12 @@ BATCHES = {"small": 100, "base": 32, "large": 12}
 TEACHER_STAGE = "gin/pt_source.gin"
 TARGET = "gin/mpt_target.gin"
 PT_TARGET = "gin/pt_target.gin"
-MPT, PROMPT_TUNING, SHARED, ATTEMPT, CROSSPT = (
+MPT, PROMPT_TUNING, SHARED, ATTEMPT, CROSSPT, FULL, BITFIT = (
     f"gin/methods/{name}.gin"
-    for name in ("mpt", "prompt_tuning", "shared_prompt", "attempt", "crosspt")
+    for name in (
+        *("mpt", "prompt_tuning", "shared_prompt", "attempt", "crosspt"),
+        *("full_finetuning", "bitfit"),
+    )
 )
 
 
@@ -79,6 +82,7 @@ class Variant:
         joint: Whether all tasks with the same seed form one group of a job. A step has as many
             examples of each task as a separate run would have.
         version: The suffix of the task versions to train on.
+        alone: Whether each run is a separate job, because it trains the backbone.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Variant:
     size: str = "base"
     joint: bool = False
     version: str = ""
+    alone: bool = False
 
     @property
     def folder(self) -> str:
@@ -137,14 +142,25 @@ def _of_length(length: int) -> tuple[Variant, Variant]:
     )
 
 
-def _of_size(size: str) -> tuple[Variant, Variant]:
-    """Returns PT and MPT on another size of T5."""
+def _of_size(size: str) -> tuple[Variant, Variant, Variant, Variant]:
+    """Returns PT, MPT, ATTEMPT and full fine-tuning on another size of T5."""
     file = ablation(f"size_{size}")
     teachers = Source(f"teachers_{size}", (*TEACHERS.files, file), size=size)
     source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), (), teachers, size=size)
+    # ATTEMPT's temperature is the width times e.
+    temperature = {"small": 1391.8, "large": 2783.5}[size]
+    on_size = lambda of, **rest: dataclasses.replace(  # noqa: E731
+        of, name=f"{of.name}, T5-{size}", files=(*of.files, file), size=size, **rest
+    )
     return (
-        Variant(f"PT, T5-{size}", (*PT.files, file), PROMPT_TUNING, rate="pt", size=size),
+        on_size(PT),
         _mpt(f"MPT, T5-{size}", file, source=source, size=size),
+        on_size(
+            ATTEMPT_ARM,
+            source=teachers,
+            bindings=(f"ATTENTION_TEMPERATURE = {temperature}",),
+        ),
+        on_size(FULL_FINETUNING),
     )
 
 
@@ -163,6 +179,13 @@ PT_STRONG = Variant(
     PROMPT_TUNING,
     rate="pt",
     steps={"": 40_000} | dict.fromkeys(_LARGE, 300_000),
+)
+FULL_FINETUNING = Variant(
+    "full fine-tuning", ("gin/full_finetuning.gin",), FULL, rate="full", alone=True
+)
+FINE_TUNING = (
+    FULL_FINETUNING,
+    Variant("BitFit", ("gin/full_finetuning.gin", BITFIT), BITFIT, rate="bitfit", alone=True),
 )
 SPOT = Variant("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
 # Prompt tuning from each source task's prompt, by the paper's names.
@@ -245,7 +268,6 @@ STARTS = (
         source=_source("slow_factors", bindings=["TASK_LEARNING_RATE = 0.03"]),
     ),
 )
-SIZES = {size: _of_size(size) for size in ("small", "large")}
 LENGTHS = {length: _of_length(length) for length in (5, 10, 40, 100, 200, 300, 400)}
 
 # The target prompts start from the same source prompt as SPoT's.
@@ -258,6 +280,7 @@ ATTEMPT_TOGETHER = dataclasses.replace(
     files=(*ATTEMPT_ARM.files, "gin/runs/joint_targets.gin"),
     together=True,
 )
+SIZES = {size: _of_size(size) for size in ("small", "large")}
 
 
 def _crosspt(name: str, *bindings: str, **rest) -> Variant:
@@ -328,7 +351,7 @@ CROSSPT_TOY_LABELS = (
 VARIANTS = {
     variant.name: variant
     for variant in (
-        *(PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_VARIANT, MPT_TOGETHER, MPT_12),
+        *(*FINE_TUNING, PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_VARIANT, MPT_TOGETHER, MPT_12),
         *(*PT_RATES, *COMPONENTS, *LOSSES, *SAMPLING, *TARGETS, *RANKS, *STARTS),
         *(variant for pair in (*LENGTHS.values(), *SIZES.values()) for variant in pair),
         *(
