@@ -201,7 +201,7 @@ class FewShotSource(seqio.DataSource):
         if split not in self._drawn:
             if self.draw.per_class:
                 labels = evaluator.labels_of(self._task)
-                row_labels = self._row_labels(split, labels)
+                row_labels = self.row_labels(split, labels)
                 drawn = indices_per_class(self.draw, split, row_labels, labels)
             else:
                 drawn = indices(self.draw, split, self._num_rows(split))
@@ -242,7 +242,7 @@ class FewShotSource(seqio.DataSource):
             return self.source.positions(split)
         return np.arange(self._num_rows(split))
 
-    def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
+    def row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
         """Returns the label number of each row [n], after one pass over the split.
 
         Raises:

@@ -218,7 +218,7 @@ def filled(backbone, method, artifact=None, runs=ONE_APIECE):
         (ATTEMPT(P, ["first", "forth"]), "one", "Unknown run 'forth'.* Known: first, second"),
         (CrossPT(P, ["firts"]), "one", "Unknown run 'firts'. Did you mean 'first'"),
         (attempt(start_from="fourth"), "one", "Unknown run 'fourth'"),
-        (crosspt(reparameterize=["sources"]), "one", "Remove them from REPARAMETERIZE"),
+        (crosspt(reparameterize=["sources"]), "one", r"Set REPARAMETERIZE = \[\]"),
         (CrossPT(P, SOURCES, "private"), "one", "'private' has no source prompts to init"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ from mpt_jax.experiments.stages import Run, Stage
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.tasks import toy
 from tests.fixtures.gin_files import ROOT, SHALLOW, VOCABULARY, trained, value
+from tests.fixtures.paper_tables import given, planned, result
 
 ALL = list(tables.TABLES)
 ON_TOY = [name for name in ALL if name != "scaling"]  # the toy suite has only one T5
@@ -31,18 +32,9 @@ GROUPS = {"MRQA": suites.MRQA, "Others": suites.OTHERS, "GLUE": suites.GLUE}
 GROUPS["SuperGLUE"] = suites.SUPER_GLUE
 
 
-def planned(name: str, suite=suites.TOY, root=ROOT / "no such folder", **changes):
-    table = dataclasses.replace(tables.get_table(name).on(suite), **changes)
-    return table, chains.cells(table, suite, root)
-
-
 def cells_by_name(name: str) -> dict[str, chains.Cell]:
     """The cells of a table that trains on all examples, on the paper's suite."""
     return {cell.variant.name: cell for cell in planned(name, suites.PAPER)[1]}
-
-
-def given(stage: Stage) -> dict[str, str]:
-    return dict(binding.split(" = ", 1) for binding in stage.arguments(ROOT))
 
 
 # --- The paper's figures -------------------------------------------------------------------------
@@ -506,12 +498,6 @@ def test_target_runs_all_examples_have_seed_names():
 
 
 # --- Tables --------------------------------------------------------------------------------------
-
-
-def result(name: str, values: dict[str, list[float]], shots=None, **rest) -> Result:
-    scores = {task: {"accuracy": found} for task, found in values.items()}
-    seeds = tuple(range(len(next(iter(values.values())))))
-    return Result(name, shots, scores, 100.0, 1.0, (), seeds, **rest)
 
 
 def test_format_text_shows_ours_next_to_published(monkeypatch):

@@ -13,7 +13,7 @@ from mpt_jax.experiments import results, stages
 from mpt_jax.experiments.paper import __main__ as command
 from mpt_jax.experiments.paper import footnotes, suites, tables, variants
 from mpt_jax.experiments.stages import Draws
-from tests.experiments.test_paper import given, planned, result
+from tests.fixtures.paper_tables import given, planned, result
 
 # --- Draws of examples ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import seqio
 from scipy import stats
@@ -23,9 +24,9 @@ from mpt_jax.tasks import few_shot
 
 SMALL = 500  # test examples; the binomial interval of 80% is then 7 points wide
 COSTS = (
-    "trained: numbers that learn; stored: numbers of the artifact; operations: matrix products of "
-    "the training steps at the maximum lengths, 2 for a multiply-add; hours: training steps on the "
-    "machine that ran them, source stages in total"
+    "trained: trainable parameters; stored: parameters in the artifact; operations: matrix "
+    "products of the training steps at the maximum lengths, 2 for a multiply-add; hours: training "
+    "steps on the machine that ran them, source stages in total"
 )
 Rows = list[list[str]]
 
@@ -92,7 +93,7 @@ def repeat_rows(table: Table, suite: Suite, found: Found) -> Rows:
 
 
 def cost_rows(table: Table, suite: Suite, found: Found) -> Rows:
-    """Returns a table of trained and stored numbers, operations and hours of a run on average."""
+    """Returns a table of trainable and stored parameters, operations and hours per run."""
     del suite
     rows = [
         ["", "examples", "trained", "stored", "operations", "hours", "source hours", "backbone"]
@@ -110,35 +111,37 @@ def cost_rows(table: Table, suite: Suite, found: Found) -> Rows:
 
 def missing_labels(table: Table, suite: Suite) -> list[str]:
     """Returns a line for each number of examples at which draws of a task lack a label, if the data
-    are on this machine."""
+    are on this machine. Balanced draws lack none."""
+    few = [shots for shots in table.shots if shots is not None]
+    if not few or table.draws.balanced:
+        return []
+    counts = {name: _draws_without_a_label(suite.tasks[name], few, table) for name in table.tasks}
     lines = []
-    for shots in table.shots:
-        if shots is None:
-            continue
-        counts = {
-            name: _draws_without_a_label(table, suite.tasks[name], shots) for name in table.tasks
-        }
-        shown = [f"{n} of {table.seeds} of {name}" for name, n in counts.items() if n]
+    for number, shots in enumerate(few):
+        lacking = {name: of_task[number] for name, of_task in counts.items()}
+        shown = [f"{n} of {table.seeds} of {name}" for name, n in lacking.items() if n]
         if shown:
             lines.append(f"Draws that lack a label at k = {shots}: {', '.join(shown)}.")
     return lines
 
 
-def _draws_without_a_label(table: Table, name: str, shots: int) -> int:
+def _draws_without_a_label(name: str, few: Sequence[int], table: Table) -> list[int]:
+    """Returns the number of draws that lack a label of the task, for each number of examples."""
     task = seqio.TaskRegistry.get(name)
-    labels = evaluator.labels_of(task)
-    if not labels:
-        return 0
-    missing = 0
-    for seed in range(table.seeds):
-        run = task_lookup.find_task(table.draws.run_name(name, shots, seed))
-        try:
-            rows = few_shot.text_rows(run, run.source.get_dataset("train", shuffle=False))
-            drawn = {bytes(row["targets"]) for row in rows.as_numpy_iterator()}
-        except FileNotFoundError:  # the data are not on this machine
-            return 0
-        missing += len(drawn) < len(labels)
-    return missing
+    if not (labels := evaluator.labels_of(task)):
+        return [0] * len(few)
+    rows = few_shot.FewShotSource(task, few_shot.Draw(name, few[0], 0))
+    try:
+        of_row = rows.row_labels("train", labels)
+    except FileNotFoundError:  # the data are not on this machine
+        return [0] * len(few)
+    counts = []
+    for shots in few:
+        runs = [table.draws.run_name(name, shots, seed) for seed in range(table.seeds)]
+        sources: list[Any] = [task_lookup.find_task(run).source for run in runs]
+        drawn = [of_row[source.few_shot_indices("train")] for source in sources]
+        counts.append(sum(len(set(each.tolist())) < len(labels) for each in drawn))
+    return counts
 
 
 def missing_cells(cells: Sequence[Cell], root: Path) -> Iterator[str]:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int
 from mpt_jax.prompts.base import FLOAT32
 from mpt_jax.prompts.crosspt.routing import ROUTERS
@@ -111,30 +109,6 @@ def check_effects(method: Any) -> None:
                 f"CrossPT.{name} = {getattr(method, name)!r} would have no effect with COMPOSE_BY "
                 f"= {method.compose_by!r}{router}. Leave {name.upper()} at its default."
             )
-
-
-def check_private(
-    method: Any, runs: Runs, source_method: Any, source_runs: Runs, weights: np.ndarray
-) -> None:
-    """Raises ValueError if a private prompt would start from a prompt of another length.
-
-    Args:
-        method, runs: the prompt method and the runs of this job.
-        source_method, source_runs: the prompt method and the runs of the artifact.
-        weights: [K, S], from `warm_start.source_weights`.
-    """
-    lengths = method.prompt_lengths(runs)
-    source_lengths = source_method.prompt_lengths(source_runs)
-    for row, run in enumerate(runs.run_names):
-        for source in np.flatnonzero(weights[row]).tolist():
-            if source_lengths[source] != lengths[row]:
-                length = source_lengths[source] - method.length
-                raise ValueError(
-                    f"The private prompt of {run!r} has {lengths[row] - method.length} positions, "
-                    f"but the private prompt of {source_runs.run_names[source]!r} in the initial "
-                    f"artifact, which it would start from, has {length}. Set PRIVATE_LENGTH to "
-                    f"{length} for {run!r}, or choose another run with START_FROM."
-                )
 
 
 def weighted_sum(weights: Float[Array, "... S"], sources: Float[Array, "... S l H"]) -> Array:

@@ -25,11 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs, entry_of_run, unknown_name
 from mpt_jax.prompts import prompt_attention, reparameterization
 from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, name_key, register
-from mpt_jax.prompts.crosspt import mixing
+from mpt_jax.prompts.crosspt import mixing, transfer
 from mpt_jax.prompts.crosspt.compositions import (
     ADD,
     ALL,
@@ -44,7 +43,6 @@ from mpt_jax.prompts.crosspt.compositions import (
     Composition,
     check_counts,
     check_effects,
-    check_private,
     concat_sources,
     weighted_sum,
 )
@@ -54,7 +52,6 @@ from mpt_jax.prompts.crosspt.routing import (
     Annealing,
 )
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
-from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_attention import TextAttention
 from mpt_jax.prompts.row_ops import (
     first_row_of_groups,
@@ -64,9 +61,6 @@ from mpt_jax.prompts.row_ops import (
 from mpt_jax.prompts.warm_start import (
     StartFrom,
     named_sources,
-    shared_groups,
-    source_weights,
-    weighted_mean,
 )
 
 
@@ -160,7 +154,10 @@ class CrossPT(PromptMethod):
             if value not in known:
                 raise ValueError(unknown_name(f"CrossPT.{what}", value, list(known)))
         if self.reparameterize == ALL:
-            of_kind = {"sources": self._kind.has_sources, "private": self._kind.has_private}
+            of_kind = {
+                "sources": self.composition.has_sources,
+                "private": self.composition.has_private,
+            }
             object.__setattr__(self, "reparameterize", tuple(n for n in of_kind if of_kind[n]))
         self.attention()
         check_counts(self)
@@ -171,9 +168,9 @@ class CrossPT(PromptMethod):
     @property
     def prompt_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """P, the length of the whole prompt."""
-        if self._kind.is_cat:
+        if self.composition.is_cat:
             return self.length * (self.top_k or len(self.sources))
-        return self.length + (self._longest_private if self._kind.longer else 0)
+        return self.length + (self.longest_private if self.composition.longer else 0)
 
     def prompt_lengths(self, runs):
         if not isinstance(self.private_length, Mapping):
@@ -192,7 +189,7 @@ class CrossPT(PromptMethod):
     @property
     def is_random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether training draws weights or shares at random."""
-        routed = self._kind.has_sources and ROUTERS[self.router].is_random
+        routed = self.composition.has_sources and ROUTERS[self.router].is_random
         return routed or self.share == LEARNED
 
     @property
@@ -203,7 +200,7 @@ class CrossPT(PromptMethod):
     @property
     def reads_text(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the router reads the text."""
-        return self._kind.has_sources and ROUTERS[self.router].reads_text
+        return self.composition.has_sources and ROUTERS[self.router].reads_text
 
     @property
     def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -214,10 +211,11 @@ class CrossPT(PromptMethod):
     @property
     def candidates(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Names of the sources; empty if the composition does not use them."""
-        return tuple(self.sources) if self._kind.has_sources else ()
+        return tuple(self.sources) if self.composition.has_sources else ()
 
     @property
-    def _kind(self) -> Composition:
+    def composition(self) -> Composition:
+        """The parts of a composed prompt."""
         return COMPOSITIONS[self.compose_by]
 
     @property
@@ -226,7 +224,8 @@ class CrossPT(PromptMethod):
         return len(self.sources) + (self.share == JOINT)
 
     @property
-    def _longest_private(self) -> int:
+    def longest_private(self) -> int:
+        """The length of the longest private prompt."""
         if self.private_length is None:
             return self.length
         lengths = self.private_length
@@ -240,7 +239,7 @@ class CrossPT(PromptMethod):
 
     def init(self, key, runs, context):
         rows, width = range(runs.num_rows), context.embedding.shape[1]
-        params, kind = {}, self._kind
+        params, kind = {}, self.composition
         if kind.has_sources:
             params["sources"] = jnp.stack(
                 [
@@ -253,7 +252,7 @@ class CrossPT(PromptMethod):
             if ROUTERS[self.router].reads_text:
                 params |= self.attention().init(key, runs.num_groups, width)
         if kind.has_private:
-            length = self._longest_private if kind.longer else self.length
+            length = self.longest_private if kind.longer else self.length
             params["private"] = initial_prompts(self.init_prompt, key, runs, rows, length, context)
         if self.share == LEARNED:
             params["share"] = jnp.zeros(runs.num_rows)
@@ -272,52 +271,7 @@ class CrossPT(PromptMethod):
 
         The plain prompts named in `sources` become the sources of every group.
         """
-        is_own = source_method.name == self.name
-        started = {"sources", "private"} if is_own else {"sources"}
-        if conflicting := sorted(started & set(self.reparameterize)):
-            raise ValueError(
-                "Prompts that start from INITIAL_ARTIFACT cannot be trained through a randomly "
-                f"initialized MLP, but CrossPT.reparameterize names {' and '.join(conflicting)}. "
-                "Remove them from REPARAMETERIZE."
-            )
-        if is_own:
-            return self._transfer_own(source, source_method, source_runs, runs, initial)
-        if self.start_from not in ("average", "same"):
-            given = repr(self.start_from) if isinstance(self.start_from, str) else "a table"
-            raise ValueError(
-                f"START_FROM ({given}) would have no effect, because the initial artifact is not a "
-                "CrossPT artifact: every group starts from the plain prompts named in SOURCES. "
-                "Leave START_FROM at 'average'."
-            )
-        if not self._kind.has_sources:
-            raise ValueError(
-                f"COMPOSE_BY = {self.compose_by!r} has no source prompts to initialize from "
-                "INITIAL_ARTIFACT. Set INITIAL_ARTIFACT to None."
-            )
-        prompts = materialize(source_method, source, source_runs)
-        sources = prompts[jnp.asarray([source_runs.row(name) for name in self.sources])]
-        return {**initial(), "sources": jnp.stack([sources] * runs.num_groups)}
-
-    def _transfer_own(self, source, source_method, source_runs, runs, initial):
-        settings, source_settings = self._transfer_settings(), source_method._transfer_settings()
-        if changes := differences(source_settings, settings):
-            raise ValueError(
-                "This job's CrossPT settings differ from those of the initial artifact "
-                f"({changes}). Use the artifact's settings."
-            )
-        weights = source_weights(self.start_from, source_runs, runs)
-        groups = jnp.asarray(shared_groups(weights, source_runs, runs))
-        params = initial()
-        for name in source:
-            shared = self.axes[name][0] == "groups"
-            params[name] = source[name][groups] if shared else weighted_mean(weights, source[name])
-        if self._kind.longer:
-            check_private(self, runs, source_method, source_runs, weights)
-            # Arrays are as long as the longest private prompt; rows past a prompt's end are unread.
-            private = params["private"][:, : self._longest_private]
-            rest = self._longest_private - private.shape[1]
-            params["private"] = jnp.pad(private, ((0, 0), (0, rest), (0, 0)))
-        return params
+        return transfer.transfer(self, source, source_method, source_runs, runs, initial)
 
     @property
     def inference_method(self) -> CrossPT:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -350,15 +304,15 @@ class CrossPT(PromptMethod):
 
     def _compose(self, params, runs, task_ids, given) -> Any:
         soft = private = None
-        if self._kind.has_sources:
+        if self.composition.has_sources:
             sources = gather_group_params(
                 reparameterization.apply(params, "sources"), runs, task_ids
             )
             scored, indices = mixing.mixture_weights(self, params, runs, task_ids, given)
-            if self._kind.is_cat:
+            if self.composition.is_cat:
                 return concat_sources(sources, scored, indices)
             soft = weighted_sum(scored[..., : len(self.sources)], sources)
-        if self._kind.has_private:
+        if self.composition.has_private:
             private = gather_rows(reparameterization.apply(params, "private"), task_ids)
             if self.share == JOINT:
                 private = scored[..., -1:, None] * private
@@ -367,7 +321,7 @@ class CrossPT(PromptMethod):
     def _combined(self, params, runs, task_ids, given, soft, private):
         if soft is None or private is None:
             return soft if private is None else private
-        if self._kind.longer:
+        if self.composition.longer:
             return jnp.concatenate([soft, private], axis=-2)
         if self.compose_by == "private_product":
             return soft * private
@@ -402,7 +356,7 @@ class CrossPT(PromptMethod):
     def config(self):
         lengths = self.private_length
         return {
-            **self._transfer_settings(),
+            **self.transfer_settings(),
             "private_length": dict(lengths) if isinstance(lengths, Mapping) else lengths,
             "annealing": dataclasses.asdict(self.annealing),  # pyright: ignore[reportArgumentType]
             "reparameterize": list(self.reparameterize),
@@ -410,7 +364,7 @@ class CrossPT(PromptMethod):
             "share_temperature": self.share_temperature,
         }
 
-    def _transfer_settings(self) -> dict[str, Any]:
+    def transfer_settings(self) -> dict[str, Any]:
         """Returns the settings in which a job and its initial CrossPT artifact must agree."""
         return {
             "length": self.length,
