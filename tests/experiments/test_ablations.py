@@ -28,7 +28,7 @@ def lines() -> list[tuple[str, str, str]]:
 
 
 def test_ablations_page_all_rows_are_parsed():
-    assert len(lines()) == 26 + 13 + 9 + 7 + 11 + 24
+    assert len(lines()) == 31 + 13 + 9 + 7 + 11 + 25
 
 
 @pytest.mark.parametrize(("name", "stage", "added"), lines(), ids=lambda x: str(x)[:40])
