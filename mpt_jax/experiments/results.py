@@ -152,24 +152,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired(new: Result, old: Result) -> list[float]:
-    """Returns new minus old of the main metric for each (task, seed) that both results have.
+    """Returns new minus old of the main metric for each seed that both results have, as the mean
+    over their common tasks.
 
     Raises:
         ValueError: the results have no task and seed in common.
     """
+    return np.mean(_differences(new, old), axis=0).tolist()
+
+
+def paired_by_task(new: Result, old: Result) -> list[float]:
+    """Returns new minus old of the main metric for each task that both results have, as the mean
+    over their common seeds; raises as `paired`."""
+    return np.mean(_differences(new, old), axis=1).tolist()
+
+
+def _differences(new: Result, old: Result) -> np.ndarray:
+    """Returns new minus old of the main metric, [common tasks, common seeds]."""
     seeds = [seed for seed in new.seeds if seed in old.seeds]
-    differences = [
-        new.values(task)[new.seeds.index(seed)] - old.values(task)[old.seeds.index(seed)]
-        for task in new.scores
-        if task in old.scores
-        for seed in seeds
-    ]
-    if not differences:
+    tasks = [task for task in new.scores if task in old.scores]
+    if not seeds or not tasks:
         raise ValueError(
             f"{new.method!r} and {old.method!r} have no task and seed in common. Run both on the "
             "same tasks and seeds."
         )
-    return differences
+    of_seeds = lambda result, task: [  # noqa: E731
+        result.values(task)[result.seeds.index(seed)] for seed in seeds
+    ]
+    return np.array([np.subtract(of_seeds(new, task), of_seeds(old, task)) for task in tasks])
 
 
 def majority_share(targets: Iterable[Any]) -> float:

@@ -410,7 +410,7 @@ def test_paper_command_resumes_and_collects_table(world, capsys):
     assert "not run" not in text
     # (52 + 51) / 2 + 10 - 51.5, with the paper's MPT above its PT.
     # Two equal differences have no known spread, hence no p-value.
-    row = r"PT +k = 32 +mean +\+10.0 +\[\+10.0, \+10.0\] +2 +\+ +undecided"
+    row = r"PT +k = 32 +mean +\+10.0 +\[\+10.0, \+10.0\] +2 +\[\+10.0, \+10.0\] +3 +\+ +undecided"
     assert re.search(row, text)
     command.main([*arguments, "--print"])
     assert capsys.readouterr().out.strip() == ""
@@ -578,7 +578,9 @@ def test_format_text_toy_suite_compares_only_signs():
     }
     text = format.text(table, suites.TOY, found, {})
     verdicts = {
-        variant: re.search(rf"^{variant} .*\] +4 +[\d.]+ +(\S+) +(.*)$", text, re.M).groups()
+        variant: re.search(
+            rf"^{variant} .*\] +4 +[\d.]+ .*\] +5 +(\S+) +(.*)$", text, re.M
+        ).groups()
         for variant in ("neither", "decomposition only", "distillation only")
     }
     assert verdicts == {

@@ -79,15 +79,16 @@ def demo(root):
 
 def test_demo_text_tables_show_means_and_differences(root, demo):
     text = tables.text(root, demo, {"toy_rte": 50.0, "toy_d2t": 0.5})
-    text, differences = text.split("MPT minus each, paired by task and seed")
+    text, differences = text.split("MPT minus each, paired by seed")
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     # Mean and standard deviation (n - 1), F1 of free text, and their mean over tasks.
     assert re.search(r"52\.0 ± 2\.0 +7\.0 ± 1\.0 +29\.5 +53\.0 +2,560 +12$", rows["PT"])
     assert re.search(r"70\.0 +14\.0 +42\.0", rows["Full fine-tuning"])
     assert re.search(r"50\.0 +0\.5", rows["majority class"])
     assert re.search(r"91\.2 +85\.0", rows["Teachers (PT)"])
-    # Six differences 10, 9, 8, -1, 0, 1: mean 4.5, t(5) = 2.5706, standard error 2.0616.
-    assert re.search(r"PT +\+4\.5 +-0\.8 \.\. \+9\.8 +6", differences)
+    # By seed (10 - 1) / 2, (9 + 0) / 2, (8 + 1) / 2: no spread. By task 9 and 0: t(1) = 12.7062,
+    # standard error 4.5.
+    assert re.search(r"PT +\+4\.5 +\+4\.5 \.\. \+4\.5 +3 +-52\.7 \.\. \+61\.7 +2", differences)
     assert "Full fine-tuning" not in differences, "a single seed has no pairs"
 
 
@@ -97,7 +98,8 @@ def test_page_tables_have_intervals_and_all_pairs(demo):
     # Means over the two tasks 28, 29.5 and 31: t(2) = 4.3027, standard error 0.8660.
     assert (row["mean"], row["95% interval"], row["n"]) == ("29.5", "25.8 .. 33.2", "3")
     (*_, full) = tables.difference_rows(demo)
-    assert full[0] == "Full fine-tuning" and full[3] == "2", "two tasks, one common seed"
+    assert full[0] == "Full fine-tuning"
+    assert (full[3], full[5]) == ("1", "2"), "one common seed, two tasks"
     (_, mpt, *_) = tables.difference_rows(demo, reference="PT")
     assert mpt[:2] == ["MPT", "-4.5"]
 

@@ -36,6 +36,11 @@ def test_paired_uses_common_tasks_and_seeds():
     new, old = result(a=[1.0, 2.0, 3.0], b=[5.0, 5.0, 5.0]), result(b=[1.0, 2.0], c=[0.0, 0.0])
     old = dataclasses.replace(old, seeds=(2, 0))
     assert results.paired(new, old) == [5.0 - 2.0, 5.0 - 1.0]
+    assert results.paired_by_task(new, old) == [3.5]
+    more = dataclasses.replace(old, scores={**old.scores, "a": {"accuracy": [2.0, 0.0]}})
+    # Pairs are seeds, each the mean of two tasks; tasks as units are means of two seeds.
+    assert results.paired(new, more) == [(3.0 + 1.0) / 2, (4.0 + 1.0) / 2]
+    assert results.paired_by_task(new, more) == [1.0, 3.5]
     assert new.means() == [3.0, 3.5, 4.0] and new.means(["a"]) == [1.0, 2.0, 3.0]
     with pytest.raises(ValueError, match="'PT' and 'PT' have no task and seed in common"):
         results.paired(result(a=[1.0]), result(c=[1.0]))

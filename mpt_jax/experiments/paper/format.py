@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -129,10 +130,13 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
     the paper, and whether our difference has the same sign.
 
     Pairs are seeds: a pair is the mean over the tasks of a group. The p-values are those of paired
-    t-tests, corrected for the number of rows (`results.holm`).
+    t-tests, corrected for the number of rows (`results.holm`). The interval over tasks has tasks as
+    units, each the mean over seeds.
     """
-    head = ["", "examples", "average", "ours", "95% interval", "n", "p, Holm", "paper's sign"]
-    rows, differences, of_paper = [], [], []
+    head = ["", "examples", "average", "ours", "95% interval", "n", "p, Holm"]
+    head += ["over tasks", "tasks", "paper's sign", "ours is"]
+    rows: Rows = []
+    differences, of_tasks, of_paper = [], [], []
     for shots in table.shots:
         ours = found.get((reference(table), shots))
         for variant in table.variants:
@@ -141,16 +145,27 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
                 continue
             for group, names in table.groups.items():
                 tasks = [suite.tasks[name] for name in names]
-                differences.append(np.subtract(ours.means(tasks), result.means(tasks)).tolist())
+                both = [_only(tasks, each) for each in (ours, result)]
+                differences.append(results.paired(*both))
+                of_tasks.append(results.estimate(results.paired_by_task(*both)))
                 of_paper.append(_published_difference(table, variant.name, shots, group))
                 rows.append([variant.name, examples(shots), group])
     corrected = results.holm([results.p_value(values) for values in differences])
-    for row, values, p, paper in zip(rows, differences, corrected, of_paper, strict=True):
+    columns = zip(rows, differences, corrected, of_tasks, of_paper, strict=True)
+    for row, values, p, over_tasks, paper in columns:
         difference = results.estimate(values)
-        low, high = f"{difference.low:+.1f}", f"{difference.high:+.1f}"
-        row += [f"{difference.mean:+.1f}", f"[{low}, {high}]", str(difference.n)]
-        row += ["" if np.isnan(p) else f"{p:.3f}", *_verdict(difference.mean, p, paper)]
-    return [[*head, "ours is"], *rows]
+        row += [f"{difference.mean:+.1f}", _interval(difference), str(difference.n)]
+        row += ["" if np.isnan(p) else f"{p:.3f}", _interval(over_tasks), str(over_tasks.n)]
+        row += _verdict(difference.mean, p, paper)
+    return [head, *rows]
+
+
+def _only(tasks: Sequence[str], result: Result) -> Result:
+    return dataclasses.replace(result, scores={task: result.scores[task] for task in tasks})
+
+
+def _interval(found: results.Estimate) -> str:
+    return "" if found.n == 1 else f"[{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def _verdict(mean: float, p: float, paper_difference: float | None) -> list[str]:

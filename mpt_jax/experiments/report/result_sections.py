@@ -23,8 +23,9 @@ def scores(content: Content) -> list[str]:
         page.paragraph(
             "Mean ± standard deviation over n seeds of each task's main metric. The interval is "
             "the 95% t-interval, over seeds, of the mean over tasks. Differences are paired by "
-            "task and seed; the pairs of one task share its test examples, so their interval "
-            "describes these tasks, not tasks at large."
+            "seed, each the mean over tasks. All seeds share a task's test examples, so their "
+            "interval describes these tasks, not tasks at large; the interval over tasks, each the "
+            "mean over seeds, stands beside it."
         )
     ]
     if content.reference not in content.by_label:

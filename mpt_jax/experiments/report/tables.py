@@ -10,7 +10,15 @@ import numpy as np
 from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.experiments.report import analysis, run_reader
 from mpt_jax.experiments.report.analysis import ByLabel, short
-from mpt_jax.experiments.results import RANKED, Estimate, Result, estimate, main_metric, paired
+from mpt_jax.experiments.results import (
+    RANKED,
+    Estimate,
+    Result,
+    estimate,
+    main_metric,
+    paired,
+    paired_by_task,
+)
 
 REFERENCE = "MPT"
 Rows = list[list[str]]
@@ -33,7 +41,7 @@ def text(root: Path, results: Sequence[Result], majority: Mapping[str, float]) -
         with_seeds = [result for result in selected if len(result.seeds) > 1]
         differences = difference_rows(with_seeds)
         if len(differences) > 1:
-            parts.append((f"{REFERENCE} minus each, paired by task and seed", differences))
+            parts.append((f"{REFERENCE} minus each, paired by seed", differences))
     return "\n\n".join(f"{title}\n{as_text(rows)}" for title, rows in parts)
 
 
@@ -97,10 +105,11 @@ def score_rows(results: Sequence[Result], majority: Mapping[str, float], wide: b
 def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Rows:
     """Returns a table of the reference minus each other method, with 95% t-intervals.
 
-    Differences are paired by (task, seed); methods without common pairs are omitted. If the
-    reference was not run, the table is only a header.
+    A pair is a seed, with the mean over common tasks. Beside it stands the interval with tasks as
+    units, each the mean over seeds. Methods without common pairs are omitted. If the reference was
+    not run, the table is only a header.
     """
-    rows = [["", "mean difference", "95% interval", "pairs"]]
+    rows = [["", "mean difference", "95% interval", "seeds", "over tasks", "tasks"]]
     by_label = {
         label: next(iter(cells.values())) for label, cells in analysis.by_label(results).items()
     }
@@ -110,10 +119,9 @@ def difference_rows(results: Sequence[Result], reference: str = REFERENCE) -> Ro
     for label, old in by_label.items():
         if not set(new.seeds) & set(old.seeds) or not set(new.scores) & set(old.scores):
             continue
-        difference = estimate(paired(new, old))
-        rows.append(
-            [label, f"{difference.mean:+.1f}", interval(difference, "+.1f"), str(difference.n)]
-        )
+        of_seeds, of_tasks = estimate(paired(new, old)), estimate(paired_by_task(new, old))
+        cells = [(interval(of, "+.1f"), str(of.n)) for of in (of_seeds, of_tasks)]
+        rows.append([label, f"{of_seeds.mean:+.1f}", *cells[0], *cells[1]])
     return rows
 
 
