@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from benchmarks import figures
 from mpt_jax.experiments import demo, results
 from mpt_jax.experiments.stages import Stage, quoted, target_runs
 from mpt_jax.runtime import compilation_cache, paths
+from mpt_jax.runtime.files import read_json
 
 TARGETS = ("toy_boolq", "toy_cb", "toy_rte", "toy_mrpc", "toy_scitail")
 FILES = ("gin/eval.gin", "gin/methods/mpt.gin", "gin/tiny.gin")
@@ -55,9 +57,9 @@ def main() -> None:
         {
             "artifact": artifact,
             "start": start.name,
-            "scores": scores(args.root / str(i), artifact, start),
+            "scores": scores(args.root, artifact, start),
         }
-        for i, artifact in enumerate(args.artifacts)
+        for artifact in args.artifacts
         for start in STARTS
     ]
     header = ["start", "source tasks", "ranked", "target tasks", "ranked", "artifacts"]
@@ -75,7 +77,10 @@ def scores(root: Path, artifact: str, start: Start) -> dict[str, dict[str, float
         *start.bindings,
     )
     runs = target_runs(start.tasks, (0,), None)
-    stage = Stage(start.name.replace(" ", "_"), FILES, bindings, runs, entry="eval")
+    digest = read_json(epath.Path(artifact) / "config.json")["prompts_sha256"]
+    stage = Stage(
+        f"{digest[:12]}/{start.name.replace(' ', '_')}", FILES, bindings, runs, entry="eval"
+    )
     if not stage.is_done(root):
         stage.run(root)
     return results.read_scores(root / stage.name, list(start.tasks))

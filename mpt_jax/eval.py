@@ -47,7 +47,7 @@ def evaluate(
         model: the model, configured as it was trained.
         dataset_cfg: the data to evaluate on.
         restore_checkpoint_cfg: the checkpoint(s) to evaluate. An empty path evaluates the artifact
-            that `origins` names.
+            that `origins` names or, if the method has no prompt, the backbone.
         partitioner: the partitioner, which places arrays on the mesh.
         output_dir: the folder whose subfolder `inference_eval` gets metrics and predictions.
         train_state_initializer_cls: called without arguments; its `origins` name the backbone and

@@ -123,7 +123,8 @@ def infer(
     origins = train_state_initializer_cls().origins
     state = _one_state(model, origins, partitioner, restore_checkpoint_cfg)
     malloc.keep_freed_memory()
-    made_from = _made_from(model, state, restore_checkpoint_cfg.path or origins.artifact)
+    read = restore_checkpoint_cfg.path or origins.artifact or origins.backbone
+    made_from = _made_from(model, state, read)
     made_from |= _asked(dataset_cfg, mode, output_vocab_feature_name)
     part = f"{file_extension}-{shard_id:05}-of-{num_shards:05}"
     folder = epath.Path(output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -39,7 +40,12 @@ def states(
             "No prompts to read: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
             "CHECKPOINT_PATH to a checkpoint, or INITIAL_ARTIFACT to a prompt artifact."
         )
-    model = model if cfg.path else model.for_inference()
+    if not cfg.path:
+        model = model.for_inference()
+        if not origins.artifact:
+            logging.info("No prompt and no checkpoint: reading the backbone %s.", origins.backbone)
+    elif not model.prompt.needs_artifact:  # the checkpoint has all prompts
+        origins = dataclasses.replace(origins, artifact=None)
     loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
     state = create_train_state(model, loaded.params, partitioner)
     if not cfg.path:

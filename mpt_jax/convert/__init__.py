@@ -23,7 +23,8 @@ def load_backbone(path: str | os.PathLike[str], config: T5Config | None = None) 
 
     Args:
         path: a Hugging Face folder (`config.json` and weights), or a T5X checkpoint
-            (`checkpoint_<step>` as a folder in either of T5X's formats, or its msgpack file).
+            (`checkpoint_<step>` as a folder in either of T5X's formats, its msgpack file, or a
+            folder that holds only one checkpoint, such as MODEL_DIR/backbone).
         config: the configuration of the model that will use the parameters. If given, a Hugging
             Face folder must describe the same architecture. T5X checkpoints do not record an
             architecture, so theirs is not compared.

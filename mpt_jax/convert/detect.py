@@ -5,6 +5,7 @@ from __future__ import annotations
 from etils import epath
 
 from mpt_jax.convert import peft
+from mpt_jax.convert.t5x import only_checkpoint
 
 HF, T5X, ORBAX = "hf", "t5x", "orbax"
 ARTIFACT, PEFT, PEFT_FOLDED = "artifact", "peft", "peft-folded"
@@ -30,6 +31,7 @@ def recognize(path: epath.Path) -> str:
     Raises:
         FileNotFoundError: the path does not exist or has no known format.
     """
+    path = only_checkpoint(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Check the path.")
     if not path.is_dir():

@@ -66,7 +66,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the checkpoint is truncated or incomplete, or a parameter has an unsupported
             dtype or is not finite.
     """
-    path = _only_checkpoint(epath.Path(path))
+    path = only_checkpoint(epath.Path(path))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Check the path.")
     if not path.is_dir():
@@ -88,7 +88,7 @@ def load_t5x(path: str | os.PathLike[str]) -> dict[str, Any]:
     return with_even_tables(unstack_layers(params)) if is_stacked(params) else params
 
 
-def _only_checkpoint(path: epath.Path) -> epath.Path:
+def only_checkpoint(path: epath.Path) -> epath.Path:
     """Returns the checkpoint in a folder that has only one, if it is in the msgpack format;
     otherwise the path."""
     children = list(path.glob("checkpoint_*")) if path.is_dir() else []

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-BACKBONE_LABEL = "backbone"
-
 
 def training_operations(record: Mapping[str, Any]) -> float:
-    """Returns the operations of all training steps of a job, 2 for a multiply-add.
+    """Returns the operations of the training steps of a target job, 2 for a multiply-add.
 
     Counts the matrix products of T5 and its attention, for examples of the maximum length: a batch
     that is trimmed to its texts takes fewer. Frozen weights need no product for their gradient, so
-    a step takes two forward passes' worth of products with weights, and three if the backbone is
-    trained. Prompts and optimizer are left out.
+    a step takes two forward passes' worth of products with weights, and three if most parameters
+    are trainable. Not counted: prompts, the optimizer and teachers; a packed row counts as one
+    example.
 
     Args:
         record: A line of run.jsonl. Returns 0 if it lacks the lengths, as lines of earlier versions
@@ -23,7 +22,7 @@ def training_operations(record: Mapping[str, Any]) -> float:
     lengths = record.get("task_feature_lengths")
     if not lengths or not record.get("backbone_config"):
         return 0.0
-    trained = BACKBONE_LABEL in (record.get("learning") or ())
+    trained = record["trainable_parameters"] > record["parameters"] / 2  # not so with BitFit
     prompted = lengths["inputs"] + (record.get("prompt_length") or 0)
     weights, attention = forward_products(record["backbone_config"], prompted, lengths["targets"])
     per_example = 2 * ((3 if trained else 2) * weights + 3 * attention)

@@ -39,19 +39,13 @@ class Result:
         seconds: The total time of the training steps of its jobs, in seconds. In the demo, the time
             that the last `mpt-jax demo` spent on these jobs.
         source_seconds: The same of the source stages that its jobs need, which other methods may
-            need as well.
-        stored: The numbers in the first job's artifact, divided by the number of its runs; without
-            an artifact, `parameters`.
+            need as well; None if unknown.
+        stored: The method's parameters in the first job's artifact, without the plain prompts that
+            it also holds, divided by the number of its runs; without an artifact, `parameters`.
         operations: The operations of the training steps of its jobs (`costs`); 0 if a job does not
             record its lengths.
-        repeat_stds: Task -> standard deviation of its main metric over random seeds on the same
-            examples, for runs that were repeated with several.
-        model_dirs: The folders of its jobs.
-        seeds: The seeds, in the order of the values of a score.
-        prompt_length: The prompt length P; 0 without a prompt.
-        backbone_parameters: The number of frozen parameters of the model.
-        start: The source task whose prompt initialized all prompts, if any.
-        backbone: The backbone's name in the first job's artifact; '' without an artifact.
+        repeat_stds: Task -> metric -> standard deviation over random seeds on the same examples;
+            {} for a task whose runs were not repeated.
     """
 
     method: str
@@ -65,10 +59,10 @@ class Result:
     backbone_parameters: int = 0
     start: str | None = None
     backbone: str = ""
-    source_seconds: float = 0.0
+    source_seconds: float | None = None
     stored: float = 0.0
     operations: float = 0.0
-    repeat_stds: dict[str, float] = dataclasses.field(default_factory=dict)
+    repeat_stds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def values(self, task: str) -> list[float]:
         """Returns the main metric of a task, one value per seed."""
@@ -89,7 +83,6 @@ class Record(msgspec.Struct):
     batch_size: schema.Amount | None = None
     total_steps: schema.Count | None = None
     backbone_config: dict[str, Any] | None = None
-    learning: list[str] | None = None
     task_feature_lengths: dict[str, schema.Count] | None = None
 
 
@@ -151,26 +144,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def paired(new: Result, old: Result) -> list[float]:
+def paired(new: Result, old: Result, tasks: Sequence[str] = ()) -> list[float]:
     """Returns new minus old of the main metric for each seed that both results have, as the mean
-    over their common tasks.
+    over tasks (default: all that both have).
 
     Raises:
         ValueError: the results have no task and seed in common.
     """
-    return np.mean(_differences(new, old), axis=0).tolist()
+    return np.mean(_differences(new, old, tasks), axis=0).tolist()
 
 
-def paired_by_task(new: Result, old: Result) -> list[float]:
-    """Returns new minus old of the main metric for each task that both results have, as the mean
-    over their common seeds; raises as `paired`."""
-    return np.mean(_differences(new, old), axis=1).tolist()
+def paired_by_task(new: Result, old: Result, tasks: Sequence[str] = ()) -> list[float]:
+    """Returns new minus old of the main metric for each task, as the mean over the seeds that both
+    results have; `tasks` and errors are as in `paired`."""
+    return np.mean(_differences(new, old, tasks), axis=1).tolist()
 
 
-def _differences(new: Result, old: Result) -> np.ndarray:
-    """Returns new minus old of the main metric, [common tasks, common seeds]."""
+def _differences(new: Result, old: Result, tasks: Sequence[str]) -> np.ndarray:
+    """Returns new minus old of the main metric, [tasks, common seeds]."""
     seeds = [seed for seed in new.seeds if seed in old.seeds]
-    tasks = [task for task in new.scores if task in old.scores]
+    tasks = tasks or [task for task in new.scores if task in old.scores]
     if not seeds or not tasks:
         raise ValueError(
             f"{new.method!r} and {old.method!r} have no task and seed in common. Run both on the "
@@ -246,13 +239,14 @@ def over_repeats(scores: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, l
     return by_name([{name: float(np.mean(x)) for name, x in seed.items()} for seed in scores])
 
 
-def repeat_std(scores: Sequence[Mapping[str, Sequence[float]]]) -> float | None:
-    """Returns the standard deviation of the main metric over repeats of the same seed, pooled over
-    seeds; None if seeds were not repeated."""
-    values = [seed[main_metric(seed)] for seed in scores]
-    if min(map(len, values)) < 2:
-        return None
-    return float(np.sqrt(np.mean([np.var(each, ddof=1) for each in values])))
+def repeat_stds(scores: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Returns metric -> standard deviation over repeats of the same seed, pooled over seeds; {} if
+    seeds were not repeated. `scores` is as in `over_repeats`."""
+    return {
+        name: float(np.sqrt(np.mean([np.var(seed[name], ddof=1) for seed in scores])))
+        for name in scores[0]
+        if all(len(seed.get(name, ())) > 1 for seed in scores)
+    }
 
 
 def read_record(model_dir: Path) -> dict:

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import seqio
 from absl import logging
 
 from mpt_jax.config import gin_utils
 from mpt_jax.core.old_names import existing_folder
 from mpt_jax.core.runs import Runs
+from mpt_jax.data import task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE, all_ended
 from mpt_jax.experiments import costs, results
@@ -105,7 +105,8 @@ class Draws:
     Attributes:
         balanced: Whether to draw k // labels training examples of each label, instead of k from all
             examples. Tasks without labels draw from all.
-        few_dev: Whether the validation split is cut to as many examples as the training split.
+        few_dev: Whether the validation split is cut to as many examples as the training split. A
+            smaller split, such as CB's of 28, is kept whole.
     """
 
     balanced: bool = False
@@ -117,14 +118,19 @@ class Draws:
         Raises:
             ValueError: the draw is balanced and the task has more labels than `shots`.
         """
-        labels = evaluator.labels_of(seqio.TaskRegistry.get(task)) if self.balanced else ()
+        labels = evaluator.labels_of(task_lookup.find_task(task)) if self.balanced else ()
         if len(labels) > shots:
             raise ValueError(
                 f"A balanced draw has an example of each label, but k = {shots} is less than the "
-                f"{len(labels)} labels of {task}. Use a larger k, or drop --balanced."
+                f"{len(labels)} labels of {task}. Drop --balanced, or choose a table with a larger "
+                "k."
             )
         k = shots // len(labels) if labels else shots
-        return few_shot.Draw(task, k, seed, per_class=bool(labels), dev=self.few_dev).name
+        dev = self.few_dev
+        if dev:
+            published = task_lookup.find_task(task).num_input_examples("validation")
+            dev = published is None or published >= shots
+        return few_shot.Draw(task, k, seed, per_class=bool(labels), dev=dev).name
 
 
 def target_runs(
@@ -211,23 +217,18 @@ def collect(
     path = existing_folder(root / jobs[0].name / ARTIFACT) / "config.json"
     config = read_json(path) if path.exists() else {}
     num_trainable, num_runs = record["trainable_parameters"], len(jobs[0].runs)
+    operations = [costs.training_operations(results.read_record(root / job.name)) for job in jobs]
     saved = [math.prod(shape) for shape in config.get("shapes", {}).values()]
     return results.Result(
         method=method,
         shots=shots,
         scores={task: results.over_repeats(scores) for task, scores in repeats.items()},
-        repeat_stds={
-            task: std
-            for task, scores in repeats.items()
-            if (std := results.repeat_std(scores)) is not None
-        },
+        repeat_stds={task: results.repeat_stds(scores) for task, scores in repeats.items()},
         parameters=num_trainable / num_runs,
         stored=(sum(saved) if saved else num_trainable) / num_runs,
-        operations=math.fsum(
-            costs.training_operations(results.read_record(root / job.name)) for job in jobs
-        ),
+        operations=math.fsum(operations) if all(operations) else 0.0,
         seconds=math.fsum(results.training_seconds(root / job.name) for job in jobs),
-        source_seconds=math.fsum(results.training_seconds(root / stage.name) for stage in sources),
+        source_seconds=_source_seconds([root / stage.name for stage in sources]),
         model_dirs=tuple(str(root / job.name) for job in jobs),
         seeds=order,
         prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
@@ -235,3 +236,10 @@ def collect(
         start=start,
         backbone=str(config.get("backbone", "")),
     )
+
+
+def _source_seconds(folders: Sequence[Path]) -> float | None:
+    """Returns the training time of source stages; None if a folder was removed."""
+    if not all((folder / "metrics.jsonl").exists() for folder in folders):
+        return None
+    return math.fsum(results.training_seconds(folder) for folder in folders)

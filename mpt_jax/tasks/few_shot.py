@@ -201,7 +201,7 @@ class FewShotSource(seqio.DataSource):
         if split not in self._drawn:
             if self.draw.per_class:
                 labels = evaluator.labels_of(self._task)
-                row_labels = self.row_labels(split, labels)
+                row_labels = self._row_labels(split, labels)
                 drawn = indices_per_class(self.draw, split, row_labels, labels)
             else:
                 drawn = indices(self.draw, split, self._num_rows(split))
@@ -242,7 +242,7 @@ class FewShotSource(seqio.DataSource):
             return self.source.positions(split)
         return np.arange(self._num_rows(split))
 
-    def row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
+    def _row_labels(self, split: str, labels: Sequence[str]) -> np.ndarray:
         """Returns the label number of each row [n], after one pass over the split.
 
         Raises:
@@ -270,6 +270,29 @@ class FewShotSource(seqio.DataSource):
                 "the targets."
             )
         return np.array([number[target] for target in found])[positions]
+
+
+def drawn_targets(runs: Sequence[str]) -> dict[str, list[str]]:
+    """Returns run -> the targets of its training rows as text, for few-shot runs of one task. Takes
+    one pass over the rows of the task, and preprocesses only those that are drawn.
+
+    Raises:
+        FileNotFoundError: the data are not on this machine.
+    """
+    sources = {run: task_lookup.find_task(run).source for run in runs}
+    drawn = {run: source.few_shot_indices("train") for run, source in sources.items()}
+    first: Any = next(iter(sources.values()))
+    positions = first._positions("train")
+    wanted = sorted({row for rows in drawn.values() for row in rows}, key=lambda i: positions[i])
+    chosen = np.zeros(len(positions), bool)
+    chosen[positions[wanted]] = True
+    stream = where(first.source.get_dataset(split="train", shuffle=False), chosen)
+    texts = text_rows(task_lookup.find_task(runs[0]), stream)
+    target = {
+        row: text["targets"].decode()
+        for row, text in zip(wanted, texts.as_numpy_iterator(), strict=True)
+    }
+    return {run: [target[row] for row in rows] for run, rows in drawn.items()}
 
 
 def text_rows(task: seqio.Task, dataset: tf.data.Dataset) -> tf.data.Dataset:

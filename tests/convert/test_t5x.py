@@ -278,7 +278,11 @@ def test_load_backbone_invalid_path_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_backbone(tmp_path / "nowhere")
     save_t5x(tmp_path, some_params(), step=3)
-    with pytest.raises(FileNotFoundError, match=r"checkpoints in it: checkpoint_3\."):
+    alone = load_backbone(tmp_path)  # a folder with one checkpoint, as training writes it
+    for name, leaf in flatten(load_backbone(tmp_path / "checkpoint_3")).items():
+        np.testing.assert_array_equal(flatten(alone)[name], leaf)
+    save_t5x(tmp_path, some_params(), step=4)
+    with pytest.raises(FileNotFoundError, match=r"checkpoints in it: checkpoint_3, checkpoint_4"):
         load_backbone(tmp_path)
     file = tmp_path / "checkpoint_3" / "checkpoint"
     whole = file.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -170,8 +171,8 @@ def test_ablation_cells_have_one_source_stage_per_seed():
 def test_stage_names_mean_the_same_in_all_tables(suite, name):
     """Tables share a root, so that a source stage trains once."""
     known: dict[str, Stage] = {}
-    for other in {name, "table1", "ablations"}:
-        for cell in planned(other, suite)[1]:
+    for other, seeds in itertools.product({name, "table1", "ablations"}, (1, 3, 10)):
+        for cell in planned(other, suite, seeds=seeds)[1]:
             for stage in cell.stages:
                 assert known.setdefault(stage.name, stage) == stage
 

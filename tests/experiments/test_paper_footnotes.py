@@ -34,15 +34,28 @@ def test_balanced_draws_have_equally_many_examples_of_each_label():
     assert Draws(few_dev=True).run_name("toy_cb", 16, 0) == "toy_cb_k16_s0_dev"
 
 
-def test_conditions_have_folders_and_runs_of_their_own():
-    plain = {stage.name for cell in planned("table3")[1] for stage in cell.jobs}
-    draws = Draws(balanced=True, few_dev=True)
-    table, cells = planned("table3", suites.PAPER, draws=draws, shots=(16,))
-    jobs = {cell.variant.name: cell.jobs for cell in cells}
-    assert jobs["MPT"][0].name == "mpt/k16/boolq-cb-scitail_s0-9_balanced_few_dev"
-    assert json.loads(given(jobs["MPT"][0])["RUN_NAMES"])[10] == "cb_k5_per_class_s0_dev"
-    assert not plain & {job.name for cell in cells for job in cell.jobs}
-    assert table.draws == draws
+def test_conditions_have_separate_folders_and_runs():
+    plain = {stage.name for cell in planned("table3", suites.PAPER)[1] for stage in cell.jobs}
+    for draws, folder, run in (
+        (Draws(balanced=True), "_balanced", "cb_k5_per_class_s0"),
+        (Draws(few_dev=True), "_few_dev", "cb_k16_s0_dev"),
+    ):
+        _, cells = planned("table3", suites.PAPER, draws=draws, shots=(16,))
+        jobs = {cell.variant.name: cell.jobs for cell in cells}
+        assert jobs["MPT"][0].name == f"mpt/k16/boolq-cb-scitail_s0-9{folder}"
+        assert json.loads(given(jobs["MPT"][0])["RUN_NAMES"])[10] == run
+        assert not plain & {job.name for cell in cells for job in cell.jobs}
+
+
+@pytest.mark.parametrize("name", ["table3", "table4", "starts"])
+@pytest.mark.parametrize("draws", [Draws(), Draws(balanced=True), Draws(few_dev=True)])
+def test_every_few_shot_run_can_be_drawn(name, draws):
+    """CB's validation split has 28 examples, fewer than k = 32."""
+    _, cells = planned(name, suites.PAPER, draws=draws, seeds=1)
+    runs = {run.name for cell in cells for job in cell.jobs for run in job.runs}
+    assert all(task_lookup.find_task(run) for run in runs)
+    if draws.few_dev:
+        assert {"cb_k32_s0", "rte_k32_s0_dev"} <= runs | {"rte_k32_s0_dev"}
 
 
 def test_repeats_run_the_same_examples_with_other_random_seeds():
@@ -61,8 +74,8 @@ def test_repeats_are_averaged_and_their_spread_is_apart():
     by_seed = [{"accuracy": [50.0, 54.0]}, {"accuracy": [60.0, 60.0]}]
     assert results.over_repeats(by_seed) == {"accuracy": [52.0, 60.0]}
     # Variances 8 and 0 of two repeats each.
-    assert results.repeat_std(by_seed) == pytest.approx(2.0)
-    assert results.repeat_std([{"accuracy": [50.0]}]) is None
+    assert results.repeat_stds(by_seed) == {"accuracy": pytest.approx(2.0)}
+    assert results.repeat_stds([{"accuracy": [50.0]}]) == {}
 
 
 @pytest.mark.parametrize(
@@ -70,11 +83,12 @@ def test_repeats_are_averaged_and_their_spread_is_apart():
     [
         (["table1", "--balanced"], "--balanced would have no effect: table 'table1' trains on all"),
         (["table3", "--few-dev"], "--few-dev would have no effect: the toy suite does not select"),
+        (["table3", "--balanced", "--few-dev", "--suite", "paper"], "cannot be combined"),
     ],
 )
 def test_paper_command_condition_without_effect_fails(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        command.main([*arguments, "--suite", "toy", "--root", str(tmp_path)])
+        command.main(["--suite", "toy", *arguments, "--root", str(tmp_path)])
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -153,8 +167,12 @@ def test_repeat_rows_only_for_repeated_runs():
     table = tables.get_table("table3").on(suites.TOY)
     made = result("MPT", {"toy_cb": [50.0]}, 4)
     assert len(footnotes.repeat_rows(table, suites.TOY, {("MPT", 4): made})) == 1
-    repeated = dataclasses.replace(made, repeat_stds={"toy_cb": 2.5})
-    rows = footnotes.repeat_rows(table, suites.TOY, {("MPT", 4): repeated})
+    tasks = {suites.TOY.tasks[name]: [50.0] for name in table.tasks}
+    made = dataclasses.replace(
+        result("MPT", tasks, 4),
+        repeat_stds={task: {"accuracy": 2.5, "f1": 9.0} for task in tasks},
+    )
+    rows = footnotes.repeat_rows(table, suites.TOY, {("MPT", 4): made})
     assert dict(zip(rows[0], rows[1], strict=True))["CB"] == "2.5"
 
 
@@ -180,15 +198,15 @@ def test_paper_command_runs_fine_tuning_balanced_draws_and_repeats(tmp_path, mon
         toy={},
     )
     monkeypatch.setitem(tables.TABLES, "table3", table)
-    conditions = ["--balanced", "--few-dev", "--repeats", "2", "--root", str(tmp_path)]
+    conditions = ["--balanced", "--repeats", "2", "--root", str(tmp_path)]
     command.main(["table3", "--suite", "toy", *conditions])
     text = capsys.readouterr().out
     assert "not run" not in text.lower()
     assert re.search(r"BitFit +k = 4 +[\d.]+$", text, re.M), "spread over random seeds"
-    found = {each.method: each for each in results.load(tmp_path / "table3_balanced_few_dev")}
+    found = {each.method: each for each in results.load(tmp_path / "table3_balanced_repeats2")}
     tuned, biases, prompts = (found[row] for row in rows)
     assert tuned.parameters == 854_272 and prompts.parameters == prompts.stored == 2_560
     assert 0 < biases.parameters < 10_000
-    assert tuned.operations > prompts.operations, "although it reads no prompt"
+    assert tuned.operations > prompts.operations > biases.operations > 0, "it reads no prompt"
     record = results.read_record(stages.Path(tuned.model_dirs[0]))
-    assert len(record["few_shot"]["toy_boolq_k2_per_class_s0_dev"]) == 4
+    assert len(record["few_shot"]["toy_boolq_k2_per_class_s0"]) == 4

@@ -1,6 +1,6 @@
 """`mpt-jax paper TABLE`: runs or resumes the stages of a table, and prints the table.
 
-The tables are those of the MPT paper and our own (transfer, crosspt*).
+The tables are those of the MPT paper and our own (starts, transfer, crosspt*).
 
     mpt-jax paper table1 --suite toy        runs the toy suite with the tiny T5
     mpt-jax paper table1 --print            prints commands for a scheduler, in order
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(root, planned)
         # A report shows everything that was run, even if only some rows were requested now.
         finished = collect(root, chains.cells(whole, suite, root), suite)
-        folder = root / f"{table.name}{chains.condition(table)}"
+        repeated = f"_repeats{table.repeats}" if table.repeats > 1 else ""
+        folder = root / f"{table.name}{chains.condition(table)}{repeated}"
         folder.mkdir(parents=True, exist_ok=True)
         shares = majority_shares(whole, suite)
         known_shares = {suite.tasks[name]: shares[name] for name in shares if name in suite.tasks}
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.metric is not None:
             finished = {cell: results.by_metric(finished[cell], args.metric) for cell in finished}
         print(format.text(table, suite, finished, shares))
-        shown = {key: finished[key] for key in finished if key[0] in names_of(table)}
+        names = {variant.name for variant in table.variants}
+        shown = {key: finished[key] for key in finished if key[0] in names}
         print(footnotes.text(table, suite, shown, planned, root))
     except (ValueError, OSError) as error:
         exit_with("mpt-jax paper", error, gin_utils.message(error))
@@ -103,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats",
         type=positive_int,
         default=1,
-        help="number of random seeds per draw, whose spread is shown apart (%(default)s)",
+        help="number of random seeds per draw; the spread over them is a separate table",
     )
     parser.add_argument(
         "--balanced", action="store_true", help="draw k // labels examples of each label"
@@ -139,14 +141,20 @@ def conditioned(table: Table, suite: Suite, args: argparse.Namespace) -> Table:
             f"--few-dev would have no effect: the {suite.name} suite does not select steps by the "
             "validation split. Drop it, or use --suite paper."
         )
+    if args.balanced and args.few_dev:
+        raise ValueError(
+            "--balanced and --few-dev cannot be combined: a small validation split, such as CB's, "
+            "has too few examples of a label. Drop one of them."
+        )
+    suite.register()
+    tasks = [seqio.TaskRegistry.get(suite.tasks[name]) for name in table.tasks]
+    if args.balanced and not any(evaluator.labels_of(task) for task in tasks):
+        raise ValueError(
+            f"--balanced would have no effect: no task of table {table.name!r} has labels. Drop it."
+        )
     draws = Draws(args.balanced, args.few_dev)
     seeds = args.seeds or table.seeds
     return dataclasses.replace(table, seeds=seeds, repeats=args.repeats, draws=draws)
-
-
-def names_of(table: Table) -> set[str]:
-    """Returns the names of the table's variants."""
-    return {variant.name for variant in table.variants}
 
 
 def positive_int(text: str) -> int:

@@ -53,8 +53,7 @@ def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
 def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int | None) -> Cell:
     sources: dict[str, Stage] = {}
     jobs, tests = [], []
-    source = variant.source
-    own_source = table.source_per_seed and source is not None and not source.is_teachers
+    source, own_source = variant.source, _has_own_source(table, variant)
     single_seeds = [[seed] for seed in range(table.seeds)]
     for seeds in single_seeds if own_source or variant.together else [sum(single_seeds, [])]:
         start = None
@@ -70,12 +69,7 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
             if start is not None:
                 bindings.append(f"INITIAL_ARTIFACT = {start}")
             files = (*variant.files, *suite.files)
-            name = _name(variant, shots, runs, own_source)
-            name += (condition(table) if shots is not None else "") + f"_repeat{repeat}" * (
-                repeat > 0
-            )
-            if shots is None and table.full:
-                name += f"_{length.steps}x{length.rows}"
+            name = _name(table, variant, shots, runs, length, repeat)
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
             if suite.tested_apart:
                 tests.append(_test(jobs[-1], suite, variant, length, root))
@@ -125,11 +119,9 @@ def _jobs(
                 inputs=max((x.inputs for x in lengths if x.inputs), default=None),
                 period=max((x.period for x in lengths if x.period), default=None),
             )
-            runs = target_runs(tasks, seeds, shots, table.draws)
-            if variant.together:
-                yield _repeats(runs), joint
-            else:
-                yield tuple(sorted(runs, key=lambda run: run.seed)), joint
+            runs = _runs(table, tasks, seeds, shots)
+            by_seed = tuple(sorted(runs, key=lambda run: run.seed))
+            yield (runs if variant.together else by_seed), joint
         return
     by_length: dict[Length, list[str]] = {}
     for name in table.tasks:
@@ -137,15 +129,21 @@ def _jobs(
         length = fixed or suite.length(task, variant, shots)
         by_length.setdefault(length, []).append(f"{task}{variant.version}")
     for length, tasks in by_length.items():
-        runs = target_runs(tasks, seeds, shots, table.draws)
+        runs = _runs(table, tasks, seeds, shots)
         for job in [(run,) for run in runs] if variant.alone else [runs]:
             yield job, length
 
 
-def _repeats(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Returns runs whose names contain the seed (`boolq_s0`), even if there is only one seed."""
-    named = [run.name if run.name != run.task else f"{run.task}_s{run.seed}" for run in runs]
-    return tuple(run._replace(name=name) for run, name in zip(runs, named, strict=True))
+def _runs(
+    table: Table, tasks: Sequence[str], seeds: Sequence[int], shots: int | None
+) -> tuple[Run, ...]:
+    """Returns a run for every task and seed. Names contain the seed (`boolq_s0`) even if a job has
+    only one, because a run's name determines the order of its examples."""
+    runs = target_runs(tasks, seeds, shots, table.draws)
+    return tuple(
+        run if run.name != run.task else run._replace(name=f"{run.task}_s{run.seed}")
+        for run in runs
+    )
 
 
 def _bound(
@@ -175,7 +173,8 @@ def _bound(
 
 def _settings(variant: Variant, suite: Suite) -> list[str]:
     """Returns the bindings of a variant that training and evaluation share."""
-    named = _source_tasks(variant.source, suite) if variant.source is not None else []
+    mixes = variant.method in (variants.ATTEMPT, variants.CROSSPT)
+    named = _source_tasks(variant.source, suite) if mixes and variant.source else []
     return [*named, *variant.bindings]
 
 
@@ -188,13 +187,33 @@ def _source_tasks(source: Source, suite: Suite) -> list[str]:
     return [f"SOURCE_TASKS = {quoted([suite.named(name) for name in names])}"]
 
 
-def _name(variant: Variant, shots: int | None, runs: Sequence[Run], own_source: bool) -> str:
+def _name(
+    table: Table,
+    variant: Variant,
+    shots: int | None,
+    runs: Sequence[Run],
+    length: Length,
+    repeat: int,
+) -> str:
     """Returns a job's folder. Only equal jobs have equal names, so that tables can share jobs."""
     tasks = "-".join(dict.fromkeys(run.task for run in runs))
     seeds = sorted({run.seed for run in runs})
     span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
-    own = "_own_source" if own_source else ""
-    return f"{variant.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}{own}"
+    parts = [
+        f"{variant.folder}/{'all' if shots is None else f'k{shots}'}/{tasks}_{span}",
+        "_own_source" if _has_own_source(table, variant) else "",
+        condition(table) if shots is not None else "",
+        f"_repeat{repeat}" if repeat else "",
+        f"_{length.steps}x{length.rows}" if shots is None and table.full else "",
+    ]
+    return "".join(parts)
+
+
+def _has_own_source(table: Table, variant: Variant) -> bool:
+    """Whether each seed of a variant has a separate source stage. Teachers are the same for all
+    seeds, also where targets start from them."""
+    source = variant.source
+    return table.source_per_seed and source is not None and not source.is_teachers
 
 
 def condition(table: Table) -> str:

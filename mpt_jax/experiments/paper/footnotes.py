@@ -6,12 +6,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import seqio
 from scipy import stats
 
-from mpt_jax.data import task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import format
@@ -19,14 +17,16 @@ from mpt_jax.experiments.paper.chains import Cell
 from mpt_jax.experiments.paper.format import Found
 from mpt_jax.experiments.paper.suites import Suite
 from mpt_jax.experiments.paper.tables import Table
+from mpt_jax.experiments.report.analysis import examples
 from mpt_jax.experiments.report.tables import as_text
 from mpt_jax.tasks import few_shot
 
 SMALL = 500  # test examples; the binomial interval of 80% is then 7 points wide
 COSTS = (
-    "trained: trainable parameters; stored: parameters in the artifact; operations: matrix "
-    "products of the training steps at the maximum lengths, 2 for a multiply-add; hours: training "
-    "steps on the machine that ran them, source stages in total"
+    "trained: trainable parameters; stored: the method's parameters in the artifact, or without a "
+    "prompt the trainable ones; operations: matrix products of the training steps at the maximum "
+    "lengths, 2 for a multiply-add; hours: training steps on the machine that ran them, source "
+    "stages in total"
 )
 Rows = list[list[str]]
 
@@ -42,7 +42,7 @@ def text(table: Table, suite: Suite, found: Found, cells: Sequence[Cell], root: 
         root: The folder of the stages.
     """
     tables = (
-        (f"Sampling error of small test splits, {format.reference(table)}", sampling_rows),
+        (f"Sampling error of {format.reference(table)} on small test splits", sampling_rows),
         ("Standard deviation over random seeds on the same examples", repeat_rows),
         (f"Costs of a run ({COSTS})", cost_rows),
     )
@@ -67,7 +67,7 @@ def sampling_rows(table: Table, suite: Suite, found: Found) -> Rows:
         mean = results.estimate(result.values(task)).mean
         low, high = binomial_interval(mean / 100, count)
         cells = [f"{count:,}", f"{mean:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
-        rows.append([name, format.examples(shots), *cells])
+        rows.append([name, examples(shots), *cells])
     return rows
 
 
@@ -85,10 +85,12 @@ def repeat_rows(table: Table, suite: Suite, found: Found) -> Rows:
     The standard deviations of the scores are over draws, each the mean of its repeats."""
     rows = [["", "examples", *table.tasks]]
     for (variant, shots), result in found.items():
-        if result.repeat_stds:
-            stds = [result.repeat_stds.get(suite.tasks[name]) for name in table.tasks]
-            shown = ["" if std is None else f"{std:.1f}" for std in stds]
-            rows.append([variant, format.examples(shots), *shown])
+        if any(result.repeat_stds.values()):
+            tasks = [suite.tasks[name] for name in table.tasks]
+            main = [results.main_metric(result.scores[task]) for task in tasks]
+            found_stds = [result.repeat_stds[t].get(m) for t, m in zip(tasks, main, strict=True)]
+            shown = ["" if std is None else f"{std:.1f}" for std in found_stds]
+            rows.append([variant, examples(shots), *shown])
     return rows
 
 
@@ -101,11 +103,11 @@ def cost_rows(table: Table, suite: Suite, found: Found) -> Rows:
     for (variant, shots), result in found.items():
         runs = len(result.scores) * len(result.seeds) * table.repeats
         operations = f"{result.operations / runs:.2g}" if result.operations else ""
-        hours = [
-            f"{seconds / 3600:.2g}" for seconds in (result.seconds / runs, result.source_seconds)
-        ]
+        source = "" if result.source_seconds is None else f"{result.source_seconds / 3600:.2g}"
         sizes = [f"{number:,.0f}" for number in (result.parameters, result.stored)]
-        rows.append([variant, format.examples(shots), *sizes, operations, *hours, result.backbone])
+        hours = f"{result.seconds / runs / 3600:.2g}"
+        cells = [*sizes, operations, hours, source, result.backbone]
+        rows.append([variant, examples(shots), *cells])
     return rows
 
 
@@ -127,21 +129,15 @@ def missing_labels(table: Table, suite: Suite) -> list[str]:
 
 def _draws_without_a_label(name: str, few: Sequence[int], table: Table) -> list[int]:
     """Returns the number of draws that lack a label of the task, for each number of examples."""
-    task = seqio.TaskRegistry.get(name)
-    if not (labels := evaluator.labels_of(task)):
+    labels = evaluator.labels_of(seqio.TaskRegistry.get(name))
+    if not labels:
         return [0] * len(few)
-    rows = few_shot.FewShotSource(task, few_shot.Draw(name, few[0], 0))
+    runs = [[table.draws.run_name(name, k, seed) for seed in range(table.seeds)] for k in few]
     try:
-        of_row = rows.row_labels("train", labels)
+        targets = few_shot.drawn_targets([run for of_k in runs for run in of_k])
     except FileNotFoundError:  # the data are not on this machine
         return [0] * len(few)
-    counts = []
-    for shots in few:
-        runs = [table.draws.run_name(name, shots, seed) for seed in range(table.seeds)]
-        sources: list[Any] = [task_lookup.find_task(run).source for run in runs]
-        drawn = [of_row[source.few_shot_indices("train")] for source in sources]
-        counts.append(sum(len(set(each.tolist())) < len(labels) for each in drawn))
-    return counts
+    return [sum(len(set(targets[run])) < len(labels) for run in of_k) for of_k in runs]
 
 
 def missing_cells(cells: Sequence[Cell], root: Path) -> Iterator[str]:
@@ -151,6 +147,6 @@ def missing_cells(cells: Sequence[Cell], root: Path) -> Iterator[str]:
         left = [stage.name for stage in stages if not stage.is_done(root)]
         if left:
             yield (
-                f"Not run: {cell.variant.name}, {format.examples(cell.shots)}: {len(left)} of "
+                f"Not run: {cell.variant.name}, {examples(cell.shots)}: {len(left)} of "
                 f"{len(stages)} stages are not finished, the first is {left[0]}."
             )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import published, suites
 from mpt_jax.experiments.paper.suites import Suite
 from mpt_jax.experiments.paper.tables import Table
+from mpt_jax.experiments.report.analysis import examples
 from mpt_jax.experiments.report.tables import as_text
 from mpt_jax.experiments.results import Result
 
@@ -145,9 +145,8 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
                 continue
             for group, names in table.groups.items():
                 tasks = [suite.tasks[name] for name in names]
-                both = [_only(tasks, each) for each in (ours, result)]
-                differences.append(results.paired(*both))
-                of_tasks.append(results.estimate(results.paired_by_task(*both)))
+                differences.append(results.paired(ours, result, tasks))
+                of_tasks.append(results.estimate(results.paired_by_task(ours, result, tasks)))
                 of_paper.append(_published_difference(table, variant.name, shots, group))
                 rows.append([variant.name, examples(shots), group])
     corrected = results.holm([results.p_value(values) for values in differences])
@@ -158,10 +157,6 @@ def sign_rows(table: Table, suite: Suite, found: Found) -> Rows:
         row += ["" if np.isnan(p) else f"{p:.3f}", _interval(over_tasks), str(over_tasks.n)]
         row += _verdict(difference.mean, p, paper)
     return [head, *rows]
-
-
-def _only(tasks: Sequence[str], result: Result) -> Result:
-    return dataclasses.replace(result, scores={task: result.scores[task] for task in tasks})
 
 
 def _interval(found: results.Estimate) -> str:
@@ -211,8 +206,3 @@ def _mark(value: float, share: float | None) -> str:
 def _with_std(estimate: results.Estimate) -> str:
     mean = f"{estimate.mean:.1f}"
     return mean if estimate.n == 1 else f"{mean} ± {estimate.std:.1f}"
-
-
-def examples(shots: int | None) -> str:
-    """Returns the number of training examples as text."""
-    return "all examples" if shots is None else f"k = {shots}"

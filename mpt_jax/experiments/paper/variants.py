@@ -188,12 +188,12 @@ FINE_TUNING = (
     Variant("BitFit", ("gin/full_finetuning.gin", BITFIT), BITFIT, rate="bitfit", alone=True),
 )
 SPOT = Variant("SPoT", (PT_TARGET,), PROMPT_TUNING, TEACHERS, rate="spot", start="MNLI")
-# Prompt tuning from each source task's prompt, by the paper's names.
 # The best rate of prompt tuning depends on the task more than that of other methods.
 PT_RATES = tuple(
     dataclasses.replace(PT, name=f"PT, rate {rate}", bindings=(f"LEARNING_RATE = {rate}",))
     for rate in (0.01, 0.03, 0.1, 0.3, 1.0)
 )
+# Prompt tuning from each source task's prompt, by the paper's names.
 FROM_SOURCES = tuple(
     dataclasses.replace(SPOT, name=f"PT from {source}", start=source)
     for source in ("MNLI", "QQP", "QNLI", "SST-2", "SQuAD", "ReCoRD")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -98,8 +97,7 @@ def gains(new: Result, old: Result) -> dict[str, Estimate]:
         ValueError: the results have no seed in common.
     """
     tasks = [task for task in new.scores if task in old.scores]
-    single_task = {t: dataclasses.replace(new, scores={t: new.scores[t]}) for t in tasks}
-    return {task: estimate(paired(single_task[task], old)) for task in tasks}
+    return {task: estimate(paired(new, old, [task])) for task in tasks}
 
 
 def from_nothing(results: Sequence[Result], like: Result) -> Result | None:

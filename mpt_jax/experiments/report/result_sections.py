@@ -25,7 +25,7 @@ def scores(content: Content) -> list[str]:
             "the 95% t-interval, over seeds, of the mean over tasks. Differences are paired by "
             "seed, each the mean over tasks. All seeds share a task's test examples, so their "
             "interval describes these tasks, not tasks at large; the interval over tasks, each the "
-            "mean over seeds, stands beside it."
+            "mean over seeds, follows it."
         )
     ]
     if content.reference not in content.by_label:

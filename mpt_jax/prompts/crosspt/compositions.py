@@ -77,10 +77,10 @@ def check_counts(method: Any) -> None:
             f"number for every run, got {method.private_length}. Correct PRIVATE_LENGTH."
         )
     named = method.reparameterize
-    if isinstance(named, str) or set(named) - {"sources", "private"}:
+    if isinstance(named, str) or named is None or set(named) - {"sources", "private"}:
         raise ValueError(
             "CrossPT.reparameterize must be 'all', or a list that holds 'sources', 'private' or "
-            f"both, got {named!r}. Correct REPARAMETERIZE."
+            f"both, got {named!r}. To train without MLPs, set REPARAMETERIZE = []."
         )
 
 
