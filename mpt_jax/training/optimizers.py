@@ -105,7 +105,8 @@ class PromptOptimizer:
             if np.ndim(value) and len(value) != runs.num_groups:  # pyright: ignore
                 raise ValueError(
                     f"PromptOptimizer.{name} has {len(value)} entries, but the job has "  # pyright: ignore
-                    f"{runs.num_groups} groups. Set it to one number, or to one number per group."
+                    f"{runs.num_groups} groups. Set it to one number, or to one number per group. "
+                    "Settings per run, such as TASK_STEPS, need GROUPS = 'independent'."
                 )
         return dataclasses.replace(
             self, labels=tuple(labels), runs=runs, rows=dict(rows), schedule_steps=schedule_steps

@@ -21,6 +21,7 @@ from benchmarks import (
     ragged_batches,
     ragged_mix,
     scaling,
+    starts,
     tune_crosspt,
 )
 from benchmarks.contestants import Ours, Peft, t5
@@ -385,6 +386,22 @@ def test_tune_crosspt_uses_reserved_tasks_and_draws() -> None:
     # Two tasks of a seed form a group of CrossPT, with four rows of each task in a step.
     assert (bound["GROUPS"], bound["BATCH_SIZE"]) == ("[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]", "8")
     assert bound["infer_eval/utils.DatasetConfig.split"] == "'validation'"
+
+
+def test_starts_row_means_over_tasks_and_artifacts() -> None:
+    """Source tasks without labels have no ranked score; a start may leave out the targets."""
+    (own, average, *_) = starts.STARTS
+    scores = {task: {"accuracy": 50.0, "rank_accuracy": 70.0} for task in average.tasks}
+    scores |= {task: {"f1": 20.0} for task in ("toy_squad", "toy_record")}
+    more = {**scores, "toy_boolq": {"accuracy": 100.0, "rank_accuracy": 95.0}}
+    found = [
+        {"start": start.name, "scores": {task: each[task] for task in start.tasks}}
+        for start in (own, average)
+        for each in (scores, more)
+    ]
+    assert starts.row(own, found) == [own.name, "40.0", "70.0", "", "", 2]
+    # Ten target scores of 50 (ranked 70), of which one is 100 (95).
+    assert starts.row(average, found) == [average.name, "40.0", "70.0", "55.0", "72.5", 2]
 
 
 def test_best_of_says_that_the_best_is_at_the_edge_of_a_grid():
