@@ -126,9 +126,10 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 def p_value(differences: Sequence[float]) -> float:
     """Returns the two-sided p-value of a t-test that the mean of paired differences is 0; NaN for a
-    single difference, and for differences that are all equal, whose spread is unknown."""
+    single difference, and for differences that are all equal except for rounding, whose spread is
+    unknown."""
     array = np.array(differences, np.float64)
-    if len(array) < 2 or np.ptp(array) == 0:
+    if len(array) < 2 or np.allclose(array, array[0], rtol=1e-9, atol=1e-9):
         return float("nan")
     return float(stats.ttest_1samp(array, 0).pvalue)
 

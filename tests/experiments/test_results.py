@@ -97,6 +97,7 @@ def test_p_value_is_that_of_a_paired_t_test():
     assert results.p_value(differences) == pytest.approx(2 * above)
     assert np.isnan(results.p_value([1.0]))
     assert np.isnan(results.p_value([2.0, 2.0])), "two equal differences prove nothing"
+    assert np.isnan(results.p_value([0.1 + 0.2, 0.3])), "nor do two that differ by rounding"
 
 
 def test_corrected_verdicts_of_the_method_study():

@@ -239,7 +239,12 @@ ENTRIES: dict[str, Callable[[Place], str]] = {
     "teacher_cache": stage("mpt_source tiny runs/teacher_cache", **SIX),
     "fleet": stage("mpt_target tiny runs/fleet", **FLEET),
     "resume": resume,
-    "resume_fixture": resume_fixture("mpt_target", "mpt_target tiny", TARGET),
+    "resume_fixture": resume_fixture(
+        "mpt_target",
+        "mpt_target tiny",
+        # The source prompts that were shipped then.
+        {**TARGET, "INITIAL_ARTIFACT": str(FIXTURES / "shipped_mpt_source")},
+    ),
     "resume_fixture_fleet": resume_fixture("fleet", "mpt_target tiny runs/fleet", FLEET),
     "load_fixture": predict(FIXTURES / "mpt_target" / "artefact"),
     "eval": read_shipped("eval", seqio__Evaluator__num_examples=40),
