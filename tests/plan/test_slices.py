@@ -126,7 +126,7 @@ def test_partitioner_invalid_model_axis_raises():
 STAGE = (
     "--gin_file=gin/mpt_source.gin", "--gin_file=gin/tiny.gin", "--gin.TRAIN_STEPS=4",
     "--gin.EVAL_PERIOD=4", "--gin.EVAL_STEPS=1", "--gin.EVALUATOR_NUM_EXAMPLES=8",
-    "--gin.LEARNING_RATE=0.03", "--gin.train.actions={}",
+    "--gin.LEARNING_RATE=0.01", "--gin.train.actions={}",
     "--gin.paths.under.shared_filesystem=True",
 )  # fmt: skip
 SLICES = (
@@ -165,9 +165,8 @@ def test_training_two_slices_same_prompts_as_one_device(tmp_path):
     one, both = learned(tmp_path / "one"), learned(tmp_path / "two")
     assert sorted(one) == sorted(both)
     for name, value in one.items():
-        # Sums over rows and over sharded weights have another order, and Adam divides by the size
-        # of a gradient: one entry of 768 differed by 1.13e-5.
-        np.testing.assert_allclose(both[name], value, atol=2e-5, rtol=0, err_msg=name)
+        # Sums over rows and over sharded weights have another order.
+        np.testing.assert_allclose(both[name], value, atol=1e-5, rtol=0, err_msg=name)
 
 
 # --- Two slices of TPUs, ahead of time -----------------------------------------------------------
