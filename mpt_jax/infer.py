@@ -75,7 +75,7 @@ def infer(
         model: the model, configured as it was trained.
         dataset_cfg: the examples to read; its `task_feature_lengths` must be set.
         restore_checkpoint_cfg: the checkpoint to use. An empty path uses the artifact that
-            `origins` names.
+            `origins` names or, if the method has no prompt, the backbone.
         partitioner: the partitioner, which places arrays on the mesh.
         output_dir: the folder that files are written to.
         train_state_initializer_cls: called without arguments; its `origins` name the backbone and

@@ -225,7 +225,7 @@ def write_records(
         "parameters": num_params(state.params),
         "trainable_parameters": num_trainable_params(model, state.trainable),
         "prompt_length": model.prompt.prompt_length,
-        "task_feature_lengths": dict(start.data_cfg.task_feature_lengths or {}),
+        "task_feature_lengths": start.data_cfg.task_feature_lengths,
     }
     provider = start.data_cfg.provider()
     shared = model.runs.num_groups < model.runs.num_rows

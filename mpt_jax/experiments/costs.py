@@ -5,6 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
+from mpt_jax.core import schema
+
+
+class Architecture(msgspec.Struct):
+    """The schema of a backbone's configuration in a run record, with only the fields that
+    operations depend on."""
+
+    vocab_size: schema.Count
+    emb_dim: schema.Count
+    num_heads: schema.Count
+    head_dim: schema.Count
+    mlp_dim: schema.Count
+    num_encoder_layers: schema.Count
+    num_decoder_layers: schema.Count
+    mlp_activations: list[str]
+
+
+class Lengths(msgspec.Struct):
+    """The schema of the maximum lengths in a run record."""
+
+    inputs: schema.Count
+    targets: schema.Count
+
 
 def training_operations(record: Mapping[str, Any]) -> float:
     """Returns the operations of the training steps of a target job, 2 for a multiply-add.
@@ -16,8 +41,8 @@ def training_operations(record: Mapping[str, Any]) -> float:
     example.
 
     Args:
-        record: A line of run.jsonl. Returns 0 if it lacks the lengths, as lines of earlier versions
-            do.
+        record: A line of run.jsonl (`results.read_record`). Returns 0 if it lacks the lengths, as
+            lines of earlier versions do.
     """
     lengths = record.get("task_feature_lengths")
     if not lengths or not record.get("backbone_config"):

@@ -16,7 +16,9 @@ from scipy import stats
 
 from mpt_jax.artifacts.model_card import CONSTANT
 from mpt_jax.core import schema
+from mpt_jax.core.old_names import existing_folder
 from mpt_jax.core.runs import unknown_name
+from mpt_jax.experiments import costs
 from mpt_jax.runtime.files import write_atomic
 
 # A table shows one of these for each task, the first that the task declares: exact match of the
@@ -38,6 +40,12 @@ class Result:
         parameters: The trainable parameters of the first job, divided by the number of its runs.
         seconds: The total time of the training steps of its jobs, in seconds. In the demo, the time
             that the last `mpt-jax demo` spent on these jobs.
+        model_dirs: The folders of its jobs.
+        seeds: The seeds, in the order of the values of a score.
+        prompt_length: The prompt length P; 0 without a prompt.
+        backbone_parameters: The number of frozen parameters of the model.
+        start: The source task whose prompt initialized all prompts, if any.
+        backbone: The backbone's name in the first job's artifact; '' without an artifact.
         source_seconds: The same of the source stages that its jobs need, which other methods may
             need as well; None if unknown.
         stored: The method's parameters in the first job's artifact, without the plain prompts that
@@ -82,8 +90,15 @@ class Record(msgspec.Struct):
     prompt_length: schema.Count | None = None
     batch_size: schema.Amount | None = None
     total_steps: schema.Count | None = None
-    backbone_config: dict[str, Any] | None = None
-    task_feature_lengths: dict[str, schema.Count] | None = None
+    backbone_config: costs.Architecture | None = None
+    task_feature_lengths: costs.Lengths | None = None
+
+
+class ArtifactConfig(msgspec.Struct):
+    """The schema of an artifact's config.json, with only the fields that results need."""
+
+    backbone: str = ""
+    shapes: dict[str, list[schema.Count]] = msgspec.field(default_factory=dict)
 
 
 class Timing(msgspec.Struct):
@@ -256,6 +271,14 @@ def read_record(model_dir: Path) -> dict:
     record = schema.parse(_last_line(path), f"The last line of {path}")
     schema.check(record, Record, f"The last line of {path}")
     return record
+
+
+def read_artifact_config(folder: Path) -> ArtifactConfig:
+    """Returns the fields of an artifact's config.json; without an artifact, their defaults."""
+    path = existing_folder(folder) / "config.json"
+    if not path.exists():
+        return ArtifactConfig()
+    return schema.load(path.read_bytes(), ArtifactConfig, f"{path}")
 
 
 def _last_line(path: Path) -> str:

@@ -24,7 +24,6 @@ from mpt_jax.data import task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE, all_ended
 from mpt_jax.experiments import costs, results
-from mpt_jax.runtime.files import read_json
 from mpt_jax.tasks import few_shot
 
 FOLDER_MACROS = {"train": "MODEL_DIR", "eval": "EVAL_OUTPUT_DIR"}
@@ -194,8 +193,44 @@ def collect(
         FileNotFoundError: a run was not evaluated.
         ValueError: the tasks were run with different seeds.
     """
+    seeds, repeats = _scores(root, method, scored or jobs)
+    records = [results.read_record(root / job.name) for job in jobs]
+    saved = results.read_artifact_config(root / jobs[0].name / ARTIFACT)
+    num_trainable, num_runs = records[0]["trainable_parameters"], len(jobs[0].runs)
+    stored = sum(math.prod(shape) for shape in saved.shapes.values()) or num_trainable
+    operations = [costs.training_operations(record) for record in records]
+    return results.Result(
+        method=method,
+        shots=shots,
+        scores={task: results.over_repeats(scores) for task, scores in repeats.items()},
+        repeat_stds={task: results.repeat_stds(scores) for task, scores in repeats.items()},
+        parameters=num_trainable / num_runs,
+        stored=stored / num_runs,
+        operations=math.fsum(operations) if all(operations) else 0.0,
+        seconds=math.fsum(results.training_seconds(root / job.name) for job in jobs),
+        source_seconds=_source_seconds([root / stage.name for stage in sources]),
+        model_dirs=tuple(str(root / job.name) for job in jobs),
+        seeds=seeds,
+        prompt_length=records[0].get(
+            "prompt_length", records[0]["method_config"].get("prompt_length", 0)
+        ),
+        backbone_parameters=records[0]["parameters"] - num_trainable,
+        start=start,
+        backbone=saved.backbone,
+    )
+
+
+def _scores(
+    root: Path, method: str, scored: Sequence[Stage]
+) -> tuple[tuple[int, ...], dict[str, list[dict[str, list[float]]]]]:
+    """Returns the seeds in order, and task -> for each seed, metric -> one value per repeat.
+
+    Raises:
+        FileNotFoundError: a run was not evaluated.
+        ValueError: the tasks were run with different seeds.
+    """
     by_task: dict[str, dict[int, list[Mapping[str, float]]]] = {}
-    for stage in scored or jobs:
+    for stage in scored:
         scores = results.read_scores(root / stage.name, [run.name for run in stage.runs])
         for run in stage.runs:
             by_task.setdefault(run.task, {}).setdefault(run.seed, []).append(scores[run.name])
@@ -213,29 +248,7 @@ def collect(
         task: [results.by_name(by_seed[seed]) for seed in order]
         for task, by_seed in by_task.items()
     }
-    record = results.read_record(root / jobs[0].name)
-    path = existing_folder(root / jobs[0].name / ARTIFACT) / "config.json"
-    config = read_json(path) if path.exists() else {}
-    num_trainable, num_runs = record["trainable_parameters"], len(jobs[0].runs)
-    operations = [costs.training_operations(results.read_record(root / job.name)) for job in jobs]
-    saved = [math.prod(shape) for shape in config.get("shapes", {}).values()]
-    return results.Result(
-        method=method,
-        shots=shots,
-        scores={task: results.over_repeats(scores) for task, scores in repeats.items()},
-        repeat_stds={task: results.repeat_stds(scores) for task, scores in repeats.items()},
-        parameters=num_trainable / num_runs,
-        stored=(sum(saved) if saved else num_trainable) / num_runs,
-        operations=math.fsum(operations) if all(operations) else 0.0,
-        seconds=math.fsum(results.training_seconds(root / job.name) for job in jobs),
-        source_seconds=_source_seconds([root / stage.name for stage in sources]),
-        model_dirs=tuple(str(root / job.name) for job in jobs),
-        seeds=order,
-        prompt_length=record.get("prompt_length", record["method_config"].get("prompt_length", 0)),
-        backbone_parameters=record["parameters"] - num_trainable,
-        start=start,
-        backbone=str(config.get("backbone", "")),
-    )
+    return order, repeats
 
 
 def _source_seconds(folders: Sequence[Path]) -> float | None:

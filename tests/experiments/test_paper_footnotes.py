@@ -55,7 +55,7 @@ def test_every_few_shot_run_can_be_drawn(name, draws):
     runs = {run.name for cell in cells for job in cell.jobs for run in job.runs}
     assert all(task_lookup.find_task(run) for run in runs)
     if draws.few_dev:
-        assert {"cb_k32_s0", "rte_k32_s0_dev"} <= runs | {"rte_k32_s0_dev"}
+        assert {"cb_k32_s0", "boolq_k32_s0_dev"} <= runs
 
 
 def test_repeats_run_the_same_examples_with_other_random_seeds():

@@ -173,8 +173,9 @@ def _bound(
 
 def _settings(variant: Variant, suite: Suite) -> list[str]:
     """Returns the bindings of a variant that training and evaluation share."""
-    mixes = variant.method in (variants.ATTEMPT, variants.CROSSPT)
-    named = _source_tasks(variant.source, suite) if mixes and variant.source else []
+    source = variant.source
+    # Methods that start from the teachers may mix them, by the names of their tasks.
+    named = _source_tasks(source, suite) if source is not None and source.is_teachers else []
     return [*named, *variant.bindings]
 
 

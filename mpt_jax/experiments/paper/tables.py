@@ -167,7 +167,7 @@ TABLES = {
         Table(
             "table5",
             "Text generation, T5-large",
-            variants.SIZES["large"][:2],
+            (variants.SIZES["large"].pt, variants.SIZES["large"].mpt),
             {"NLG": ("E2E", "WebNLG")},
             metrics={
                 "E2E": ("bleu", "nist", "meteor_exact_stem", "rouge_l", "cider_d"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from mpt_jax.core.runs import look_up
 
@@ -142,8 +143,17 @@ def _of_length(length: int) -> tuple[Variant, Variant]:
     )
 
 
-def _of_size(size: str) -> tuple[Variant, Variant, Variant, Variant]:
-    """Returns PT, MPT, ATTEMPT and full fine-tuning on another size of T5."""
+class OfSize(NamedTuple):
+    """The variants on another size of T5."""
+
+    pt: Variant
+    mpt: Variant
+    attempt: Variant
+    full_finetuning: Variant
+
+
+def _of_size(size: str) -> OfSize:
+    """Returns the variants on a size of T5."""
     file = ablation(f"size_{size}")
     teachers = Source(f"teachers_{size}", (*TEACHERS.files, file), size=size)
     source = Source(f"mpt_source_{size}", (*MPT_SOURCE.files, file), (), teachers, size=size)
@@ -152,7 +162,7 @@ def _of_size(size: str) -> tuple[Variant, Variant, Variant, Variant]:
     on_size = lambda of, **rest: dataclasses.replace(  # noqa: E731
         of, name=f"{of.name}, T5-{size}", files=(*of.files, file), size=size, **rest
     )
-    return (
+    return OfSize(
         on_size(PT),
         _mpt(f"MPT, T5-{size}", file, source=source, size=size),
         on_size(
