@@ -18,7 +18,7 @@ from mpt_jax.config import gin_utils
 from mpt_jax.data import datasets, validation
 from mpt_jax.evaluation import evaluator as evaluation
 from mpt_jax.evaluation.periodic_eval import on_device
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -28,7 +28,7 @@ Scores = dict[str, dict[str, float]]
 
 def evaluate(
     *,
-    model: PromptedEncoderDecoder,
+    model: Model,
     dataset_cfg: datasets.DatasetConfig,
     restore_checkpoint_cfg: checkpoint_config.RestoreCheckpointConfig,
     partitioner: PjitPartitioner,

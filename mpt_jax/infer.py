@@ -33,7 +33,7 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
 from mpt_jax.data.iterators import HostShard
 from mpt_jax.evaluation.periodic_eval import on_device
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.runtime.resumable_output import ResumableFile
@@ -47,7 +47,7 @@ TEXT = "_pretokenized"
 
 def infer(
     *,
-    model: PromptedEncoderDecoder,
+    model: Model,
     dataset_cfg: datasets.DatasetConfig,
     restore_checkpoint_cfg: checkpoint_config.RestoreCheckpointConfig,
     partitioner: PjitPartitioner,
@@ -177,9 +177,7 @@ def _check_settings(mode: str, checkpoint_period: int, shard_id: int, num_shards
         )
 
 
-def _tasks(
-    cfg: datasets.DatasetConfig, model: PromptedEncoderDecoder
-) -> tuple[list[seqio.Task], Any]:
+def _tasks(cfg: datasets.DatasetConfig, model: Model) -> tuple[list[seqio.Task], Any]:
     """Returns the tasks to read and their feature converter.
 
     Raises:
@@ -195,7 +193,7 @@ def _tasks(
 
 
 def _one_state(
-    model: PromptedEncoderDecoder,
+    model: Model,
     origins: initialization.Origins,
     partitioner: PjitPartitioner,
     cfg: checkpoint_config.RestoreCheckpointConfig,
@@ -210,7 +208,7 @@ def _one_state(
     return states[0]
 
 
-def _made_from(model: PromptedEncoderDecoder, state: TrainState, read: Any) -> dict[str, Any]:
+def _made_from(model: Model, state: TrainState, read: Any) -> dict[str, Any]:
     """Returns a record that identifies the parameters and the decoding function, as JSON values."""
     paths = [read] if isinstance(read, str) else read
     decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial

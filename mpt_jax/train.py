@@ -17,7 +17,7 @@ from mpt_jax.checkpointing import checkpoint_config, run_lock
 from mpt_jax.config import gin_check, gin_utils
 from mpt_jax.data import datasets, validation
 from mpt_jax.evaluation import metric_writers
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.runtime.preemption import stop_requests
@@ -35,7 +35,7 @@ from mpt_jax.training_job import (
 
 def train(
     *,
-    model: PromptedEncoderDecoder,
+    model: Model,
     train_dataset_cfg: datasets.DatasetConfig,
     model_dir: str,
     total_steps: int,
@@ -190,7 +190,7 @@ def train(
 
 
 def _check_settings(
-    model: PromptedEncoderDecoder, cfg: checkpoint_config.CheckpointConfig, total_steps: int
+    model: Model, cfg: checkpoint_config.CheckpointConfig, total_steps: int
 ) -> None:
     if cfg.restore is not None:
         raise ValueError(

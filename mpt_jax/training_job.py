@@ -17,7 +17,7 @@ from mpt_jax.data.iterators import TrainIterator
 from mpt_jax.evaluation import evaluator as evaluation
 from mpt_jax.evaluation import finalize, metric_writers, periodic_eval
 from mpt_jax.evaluation.periodic_eval import PeriodicEvaluator
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.runtime import malloc
 from mpt_jax.runtime.preemption import exit_if_peer_lost
 from mpt_jax.training import initialization, selection
@@ -65,7 +65,7 @@ class Start:
 
 
 def restore_or_initialize(  # noqa: PLR0913 - the arguments of `train` that it uses
-    model: PromptedEncoderDecoder,
+    model: Model,
     data_cfg: datasets.DatasetConfig,
     model_dir: str,
     initializer_cls: Callable[..., Any],

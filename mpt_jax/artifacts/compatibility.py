@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,9 +26,11 @@ def check_compatible(
     backbone_config: Mapping[str, Any],
     vocabulary_sha256: str | None,
     prompt_length: int,
+    input_digests: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Checks that an artifact was trained with this backbone, vocabulary and prompt length. Logs a
-    warning if it records no digest of the backbone's weights, or no configuration of the backbone.
+    """Checks that an artifact was trained with this backbone, vocabulary, prompt length and with
+    inputs made in the same way. Logs a warning if it records no digest of the backbone's weights,
+    or no configuration of the backbone.
 
     Raises:
         ValueError: one of them differs; the message shows both values.
@@ -42,6 +45,13 @@ def check_compatible(
             f"positions, but this job needs {prompt_length}. Use the same PROMPT_LENGTH in this "
             "job and in the job that wrote the artifact."
         )
+    for name, expected in input_digests.items():
+        if (recorded := artifact.config.get(name)) != expected:
+            raise ValueError(
+                f"The prompt artifact {artifact.path} was trained with other inputs: its {name} is "
+                f"{recorded}, but that of this job is {expected}. Use the settings of the job that "
+                "wrote the artifact (config.gin in its MODEL_DIR)."
+            )
 
 
 def check_backbone(

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mpt_jax.batching.collate import Batch
+from mpt_jax.core.batch import num_rows
 
 # Number of batches whose examples are sorted together: enough for batches of similar lengths, while
 # a saved data position holds only 512 examples of a few hundred bytes each at B = 32.
@@ -155,7 +156,7 @@ def batches_of(
         The indices of a batch's rows, and the batch.
     """
     if buckets is None:
-        order = np.arange(len(rows["encoder_input_tokens"]))
+        order = np.arange(num_rows(rows))
         chunks = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     else:
         chunks = sorted_batches(encoder_lengths(rows), batch_size)

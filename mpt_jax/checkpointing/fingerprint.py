@@ -18,7 +18,7 @@ from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_conf
 from mpt_jax.core.comparison import check_same, data_changes, differences
 from mpt_jax.core.old_names import current_keys
 from mpt_jax.core.tree import flatten
-from mpt_jax.models.encoder_decoder import FROZEN, PromptedEncoderDecoder
+from mpt_jax.models.model import FROZEN, Model
 from mpt_jax.training.initialization import InitialParams
 
 # Entries that may change between two starts of a job.
@@ -30,17 +30,15 @@ FROZEN_PROMPTS = "frozen_prompts_sha256"
 Fingerprint = dict[str, Any]
 
 
-def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> Fingerprint:
+def model_fingerprint(model: Model, loaded: InitialParams) -> Fingerprint:
     """Returns all that predictions depend on, except a checkpoint's values, as JSON values."""
     entries = {
         "method": model.prompt.name,
         "method_config": model.prompt.config(),
         "run_names": list(model.runs.run_names),
         "groups": list(model.runs.group_of_row),
-        "embedding_sha256": loaded.embedding_sha256,
-        FIELD: loaded.backbone_sha256,
-        CONFIG_FIELD: backbone_config(model.module.config),
-        "vocabulary_sha256": loaded.vocabulary_sha256,
+        CONFIG_FIELD: backbone_config(model.backbone_config),
+        **loaded.digests,
     }
     labels = flatten(model.label_tree(loaded.params))
     frozen = {
@@ -53,7 +51,7 @@ def model_fingerprint(model: PromptedEncoderDecoder, loaded: InitialParams) -> F
 
 
 def run_fingerprint(
-    model: PromptedEncoderDecoder,
+    model: Model,
     loaded: InitialParams,
     batch_size: int,
     seed: int,
@@ -72,7 +70,7 @@ def run_fingerprint(
         "batch_size": batch_size,
         "random_seed": seed,
         "optimizer": _optimizer(model.optimizer_def),
-        DROPOUT: model.module.config.dropout_rate,
+        DROPOUT: model.dropout_rate,
         DATA: dict(data),
     }
 

@@ -10,14 +10,14 @@ from absl import logging
 from etils import epath
 
 from mpt_jax.checkpointing import checkpoint_config, checkpoints, fingerprint
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.training import initialization
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState, create_train_state
 
 
 def states(
-    model: PromptedEncoderDecoder,
+    model: Model,
     origins: initialization.Origins,
     partitioner: PjitPartitioner,
     cfg: checkpoint_config.RestoreCheckpointConfig,

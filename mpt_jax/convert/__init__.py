@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -12,7 +13,7 @@ from mpt_jax.backbones.t5.hf_config import CONFIG
 from mpt_jax.convert.hf import check_config, load_hf, save_hf
 from mpt_jax.convert.t5x import load_t5x, save_t5x
 
-__all__ = ["load_backbone", "load_hf", "load_t5x", "save_hf", "save_t5x"]
+__all__ = ["load_backbone", "load_hf", "load_t5x", "save_backbone", "save_hf", "save_t5x"]
 
 
 def load_backbone(path: str | os.PathLike[str], config: T5Config | None = None) -> dict[str, Any]:
@@ -41,3 +42,21 @@ def load_backbone(path: str | os.PathLike[str], config: T5Config | None = None) 
             check_config(folder, config)
         return load_hf(folder)[1]
     return load_t5x(folder)
+
+
+def save_backbone(
+    path: str | os.PathLike[str], params: Mapping[str, Any], config: T5Config, step: int
+) -> str:
+    """Writes a trained backbone, in a format that `load_backbone` reads.
+
+    Args:
+        path: the folder to write to, which must not hold a checkpoint of the step.
+        params: the backbone's parameters.
+        config: its configuration.
+        step: the training step of the parameters.
+
+    Returns:
+        The path of the checkpoint.
+    """
+    del config  # a T5X checkpoint does not record it
+    return str(save_t5x(path, params, step))

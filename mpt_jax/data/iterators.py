@@ -25,6 +25,7 @@ from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core import schema
+from mpt_jax.core.batch import num_rows
 from mpt_jax.core.comparison import check_same
 
 _POSITION = "position.json"
@@ -223,7 +224,7 @@ class EvalBatches:
             )
             for indices, batch in batches:
                 yield first + indices, self._share.rows_of_host(batch)
-            first += len(rows["decoder_target_tokens"])
+            first += num_rows(rows)
 
 
 class KeptBatches:
@@ -265,7 +266,7 @@ class KeptBatches:
             kept[name] = []
             for start in range(0, size, window):
                 number = min(window, size - start)
-                if len(rows["decoder_target_tokens"]) < number:
+                if num_rows(rows) < number:
                     more = next(parts)
                     rows = {key: np.concatenate([x, more[key]]) for key, x in rows.items()}
                 taken = {key: x[:number] for key, x in rows.items()}

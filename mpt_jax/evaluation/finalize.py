@@ -35,7 +35,7 @@ from mpt_jax.core.runs import Runs, data_name
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, merge, unflatten
 from mpt_jax.data.datasets import DatasetConfig
-from mpt_jax.models.encoder_decoder import BACKBONE, PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.runtime.files import write_atomic
 from mpt_jax.training.initialization import InitialParams
 from mpt_jax.training.partitioning import to_host
@@ -135,21 +135,23 @@ def finalize_run(model_dir: str, job: EndedJob) -> None:
     if jax.process_index() != 0:
         return
     backbone = {name: params[name] for name in params if name not in ("prompt", "teacher")}
-    trained = any(re.fullmatch(BACKBONE, name) for name in flatten(job.trainer.state.trainable))
+    pattern = job.trainer.model.backbone_pattern
+    trained = any(re.fullmatch(pattern, name) for name in flatten(job.trainer.state.trainable))
     if "prompt" in params:
         job = _with_trained_backbone(job, backbone) if trained else job
         write_artifacts(model_dir, job, params["prompt"])
     if trained:
         folder = epath.Path(model_dir) / TRAINED_BACKBONE
         folder.rmtree(missing_ok=True)  # from an earlier end of this job
-        saved = convert.save_t5x(folder, backbone, job.best_step())
+        config = job.trainer.model.backbone_config
+        saved = convert.save_backbone(folder, backbone, config, job.best_step())
         logging.info("Saved the trained backbone to %s.", saved)
 
 
 def _with_trained_backbone(job: EndedJob, backbone: Params) -> EndedJob:
     """Returns the job with the digests of its trained backbone. Its prompts work only with that
     backbone, not with the one that training started from."""
-    embedding = artifacts.embedding_digest(backbone["token_embedder"]["embedding"])
+    embedding = artifacts.embedding_digest(job.trainer.model.embedding(backbone))
     off = job.initial.backbone_sha256 is None
     weights = None if off else backbone_digest(backbone)
     initial = dataclasses.replace(job.initial, embedding_sha256=embedding, backbone_sha256=weights)
@@ -208,7 +210,7 @@ def all_ended(model_dir: str | os.PathLike[str]) -> bool:
 
 
 def take(
-    model: PromptedEncoderDecoder, prompt: Params, rows: Sequence[int]
+    model: Model, prompt: Params, rows: Sequence[int]
 ) -> tuple[dict[str, Any], Runs, list[int]]:
     """Extracts the parameters of some runs of a job.
 
@@ -311,15 +313,13 @@ def _write(
         model.prompt,
         params,
         runs,
-        embedding_sha256=initial.embedding_sha256,
-        backbone_sha256=initial.backbone_sha256,
-        vocabulary_sha256=initial.vocabulary_sha256,
         backbone=job.backbone,
-        backbone_config=backbone_config(model.module.config),
+        backbone_config=backbone_config(model.backbone_config),
         step=max(outcome.best_step or 0 for outcome in kept.values()),
         metrics=metrics,
         data={n: job.data[n] for n in map(data_name, runs.run_names) if n in job.data},
         started_from=initial.started_from,
         include_folded=True,
         facts=facts,
+        **initial.digests,
     )

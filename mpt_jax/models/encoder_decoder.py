@@ -13,26 +13,26 @@ An ordered table of labels determines which parameters are trainable.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mpt_jax.backbones.t5.network import Transformer
-from mpt_jax.core.batch import encoder_mask
+from mpt_jax.core.batch import encoder_mask, is_packed
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
-from mpt_jax.core.tree import Rules, label_tree
+from mpt_jax.core.tree import Rules
 from mpt_jax.models import decoding, losses, metrics, prompt_insertion
+from mpt_jax.models.model import FROZEN, Model, RowCost
 from mpt_jax.models.t5x_interface import T5XInterface
 from mpt_jax.prompts.base import InitContext, PromptMethod, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
-FROZEN = "frozen"
 BACKBONE = r"(token_embedder|encoder|decoder)/.*"
 # Label tables that make backbone parameters trainable, with or without a prompt. The first match
 # wins, so these rules precede the one that freezes the backbone.
@@ -42,7 +42,7 @@ LAYER_NORMS: Rules = ((r"(encoder|decoder)/(.*/)?\w*norm/scale", "backbone"),)
 BITFIT: Rules = ((r"(encoder|decoder)/.*/bias", "backbone"),)
 
 
-class PromptedEncoderDecoder(T5XInterface):
+class PromptedEncoderDecoder(T5XInterface, Model):
     """An encoder-decoder that reads `[prompt ; input]`.
 
     Args:
@@ -113,19 +113,23 @@ class PromptedEncoderDecoder(T5XInterface):
             self.labels, runs, self.rows, prompt.schedule_steps
         )
 
-    def for_inference(self) -> PromptedEncoderDecoder:
-        """Returns a model whose prompt method has no settings that only training needs, such as the
-        MLPs that artifacts leave out."""
-        model = copy.copy(self)
-        model.prompt = self.prompt.inference_method
-        return model
+    # --- Backbone --------------------------------------------------------------------------------
 
-    # --- Parameters ------------------------------------------------------------------------------
+    backbone_pattern = BACKBONE
+    # T5 checkpoints have no biases; those that BitFit adds start from zero.
+    optional_pattern = r"(token_embedder|encoder|decoder)/.*/bias"
+    config_setting = "Set T5_NAME to the checkpoint's model, or T5_CONFIG if it has no name."
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether parameters include the teachers' prompts."""
-        return self.objective.distillation is not None
+    def dropout_rate(self) -> float:
+        """The dropout rate in training."""
+        return self.module.config.dropout_rate
+
+    def embedding(self, params: Params) -> Any:
+        """Returns the token embeddings [V, H]."""
+        return params["token_embedder"]["embedding"]
+
+    # --- Parameters ------------------------------------------------------------------------------
 
     def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
         """Returns the method's initial parameters, given the backbone's token embeddings."""
@@ -145,15 +149,11 @@ class PromptedEncoderDecoder(T5XInterface):
         input_shapes: Mapping[str, Sequence[int]] | None = None,
         input_types: Mapping[str, Any] | None = None,
     ) -> Params:
-        """Returns the whole parameter tree, randomly initialized, and its logical axes.
-
-        Only training from scratch uses the values; otherwise only the shapes are used. Parameters
-        do not depend on the batch, so `input_shapes` and `input_types`, which T5X passes, are
-        ignored.
-        """
+        """Returns the whole parameter tree, randomly initialized, and its logical axes; see
+        `Model`."""
         backbone_key, prompt_key = jax.random.split(rng)
         params, axes = self.init_backbone(backbone_key)
-        embedding = params["token_embedder"]["embedding"]
+        embedding = self.embedding(params)
         # A method without parameters has no `prompt` branch.
         if prompt := self.init_prompt(prompt_key, embedding):
             params["prompt"] = prompt
@@ -163,15 +163,6 @@ class PromptedEncoderDecoder(T5XInterface):
             params["teacher"] = {"table": jnp.zeros(shape, jnp.float32)}
             axes["teacher"] = {"table_axes": _axes(("tasks", "prompt", "embed"))}
         return flax.core.freeze({"params": params, "params_axes": axes})
-
-    def label_tree(self, params: Params) -> Any:
-        """Returns the label of every parameter."""
-        return label_tree(params, self.labels)
-
-    def stop_frozen_gradients(self, params: Params) -> Params:
-        """Returns the same values with gradients stopped at frozen parameters."""
-        stop = lambda x, label: jax.lax.stop_gradient(x) if label == FROZEN else x  # noqa: E731
-        return jax.tree.map(stop, params, self.label_tree(params))
 
     # --- Forward ---------------------------------------------------------------------------------
 
@@ -261,6 +252,35 @@ class PromptedEncoderDecoder(T5XInterface):
                 f"only {len(hidden)} hidden states (embeddings, layer 1, ..., output). Use indices "
                 f"from 0 to {len(hidden) - 1}."
             ) from None
+
+    # --- Batches ---------------------------------------------------------------------------------
+
+    def number_examples(self, batch: Batch) -> Batch:
+        """Returns `prompt_insertion.number_examples`."""
+        return prompt_insertion.number_examples(self.prompt, self.runs, batch)
+
+    def max_examples(self, batch: Batch) -> int | None:
+        """Returns the largest number of examples that a batch can hold; None if prompts depend on
+        run names, so that a step needs the whole bank."""
+        if self.prompt.depends_on_run_names:
+            return None
+        count, positions = batch["encoder_input_tokens"].shape
+        if is_packed(batch):  # an example has at least its prompt's positions
+            count *= max(positions // max(self.prompt.prompt_length, 1), 1)
+        return count
+
+    def row_cost(self, batch: Mapping[str, Any]) -> RowCost:
+        """Returns the memory that one row of a batch takes in a step."""
+        config = self.backbone_config
+        encoder, decoder = (
+            np.shape(batch[f"{side}_tokens"])[1] for side in ("encoder_input", "decoder_target")
+        )
+        inputs = encoder * config.num_encoder_layers + decoder * config.num_decoder_layers
+        return RowCost(
+            inputs * config.emb_dim * np.dtype(config.dtype).itemsize,
+            f"with {encoder} encoder and {decoder} decoder positions per row",
+            None if config.remat == "full" else "config.t5_config.remat",
+        )
 
     # --- Loss ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.core.batch import encoder_mask
+from mpt_jax.core.batch import encoder_mask, is_packed
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
 from mpt_jax.models.losses import MixtureWeights
@@ -58,7 +58,7 @@ class ExampleIndex(NamedTuple):
             shortest: the length of the shortest prompt, which limits the examples per packed row.
         """
         task_ids = batch["encoder_task_ids"]
-        if "encoder_segment_ids" not in batch:
+        if not is_packed(batch):
             return cls(jnp.zeros_like(task_ids), task_ids[:, :1])
         rows, positions = task_ids.shape
         limit = max(positions // shortest, 1)
@@ -107,7 +107,7 @@ def insert_prompts(
     pooled = None
     if method.reads_text:
         pooled = max_pool_text(embedded, mask & (slots == 0), examples.number, count)
-    packed = "encoder_segment_ids" in batch
+    packed = is_packed(batch)
     # Unpacked batches drop the example axis: fleets gather rows along the batch axis only.
     task_ids = examples.task_ids if packed else examples.task_ids[:, 0]
     given = (pooled, batch.get(NUMBERS))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mpt_jax.backbones.t5.network import Transformer
-from mpt_jax.core.batch import encoder_mask
+from mpt_jax.core.batch import encoder_mask, is_packed, num_rows
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.models import decoding, losses, metrics
@@ -82,7 +82,7 @@ class T5XInterface:
             ValueError: the batch is a microbatch. T5X adds the gradients of microbatches without
                 dividing, so the gradient of a mean would grow with their number.
         """
-        rows = batch["encoder_input_tokens"].shape[0]
+        rows = num_rows(batch)
         if self.expected_rows is not None and rows != self.expected_rows:
             raise ValueError(
                 f"T5X passed a microbatch ({rows} rows of a batch of {self.expected_rows}), but "
@@ -120,7 +120,7 @@ class T5XInterface:
             raise ValueError(
                 "score_batch cannot return intermediates. Set return_intermediates to False."
             )
-        if "encoder_segment_ids" in batch:
+        if is_packed(batch):
             raise ValueError("Packed batches cannot be scored. Set DatasetConfig.pack = False.")
         logits = self.forward(params, batch).logits
         cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
@@ -161,7 +161,7 @@ class T5XInterface:
             ValueError: the batch is packed, or `decode_fn` returns only one sequence and
                 `num_decodes` is greater.
         """
-        if "encoder_segment_ids" in batch:
+        if is_packed(batch):
             raise ValueError("Packed batches cannot be decoded. Set DatasetConfig.pack = False.")
         parameters = inspect.signature(self.decode_fn).parameters
         extra: dict[str, Any] = dict(decoder_params or {})
@@ -182,7 +182,7 @@ class T5XInterface:
             extra["cache_batch_axis"] = 1 if self.module.config.scan_layers else 0
         length = batch["decoder_input_tokens"].shape[1]
         step, cache = self._decoder(params, batch, length)
-        start = jnp.zeros(batch["encoder_input_tokens"].shape[0], jnp.int32)
+        start = jnp.zeros(num_rows(batch), jnp.int32)
         eos_id = getattr(self.output_vocabulary, "eos_id", 1)
         tokens, scores = self.decode_fn(
             step, cache, start, max_length=length, eos_id=eos_id, **extra

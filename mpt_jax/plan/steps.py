@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax.data import datasets
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.plan import chips, hlo
 from mpt_jax.plan.chips import Chip
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -40,7 +40,7 @@ class Job:
         rows_by_run: Whether the examples of a batch are sorted by run, as in `Trainer`.
     """
 
-    model: PromptedEncoderDecoder
+    model: Model
     train: datasets.DatasetConfig
     infer: datasets.DatasetConfig | None
     trainer_cls: Callable[..., Trainer]

@@ -34,7 +34,7 @@ from mpt_jax.config import trainer_choice
 from mpt_jax.core.shapes import Key, Params
 from mpt_jax.core.tree import by_suffix, flatten, match_exactly, merge, split, unflatten
 from mpt_jax.data import task_lookup
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.training import initialization
 from mpt_jax.training.state import num_trainable_params, param_shapes, trainable_labels
 
@@ -53,7 +53,7 @@ class Host:
 
     def __init__(
         self,
-        model: PromptedEncoderDecoder,
+        model: Model,
         origins: initialization.Origins,
         optimizer: Any,
         partitioner: Any,
@@ -235,7 +235,7 @@ class TrainStateInitializer:
         *,
         origins: initialization.Origins,
     ):
-        model: PromptedEncoderDecoder = init_fn.__self__  # pyright: ignore
+        model: Model = init_fn.__self__  # pyright: ignore
         if trainer_choice.requested_trainer() == "own":
             raise ValueError(
                 f"{trainer_choice.VARIABLE}=own, but T5X runs this job, because Python found it "
@@ -245,7 +245,7 @@ class TrainStateInitializer:
         logging.info("Trainer: T5X, with mpt_jax's model and train state.")
         self._host = Host(model, origins, optimizer_def, partitioner)
         if optimizer_def is not None:
-            model.expected_rows = input_shapes["encoder_input_tokens"][0]
+            model.expected_rows = next(iter(input_shapes.values()))[0]
         self._partitioner = partitioner
         self.global_train_state_shape = jax.eval_shape(
             functools.partial(_state, self._host), self._host.shapes
@@ -334,14 +334,12 @@ class ArtifactHook:
             host.model.prompt,
             unflatten(values),
             host.model.runs,
-            embedding_sha256=loaded.embedding_sha256,
-            backbone_sha256=loaded.backbone_sha256,
-            vocabulary_sha256=loaded.vocabulary_sha256,
             backbone=host.origins.name,
-            backbone_config=backbone_config(host.model.module.config),
+            backbone_config=backbone_config(host.model.backbone_config),
             step=step,
             started_from=loaded.started_from,
             facts=_card_facts(host),
+            **loaded.digests,
         )
 
 

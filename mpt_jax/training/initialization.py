@@ -4,7 +4,7 @@ Two independent tables describe a parameter. Its *label* says whether it is trai
 differentiated, optimized and saved). Its *origin* says where its initial value comes from:
 
     origin      which parameters                       source
-    backbone    token_embedder, encoder, decoder       Origins.backbone, a checkpoint
+    backbone    the frozen network                     Origins.backbone, a checkpoint
     teacher     teacher/table                          Origins.teachers, prompt artifacts
     artifact    prompt/*, if Origins.artifact is set   that artifact, transferred by the method
     init        prompt/*, and biases T5 lacks          the method's or module's initial values
@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,13 +35,12 @@ from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Key
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
-from mpt_jax.models.encoder_decoder import BACKBONE, FROZEN, PromptedEncoderDecoder
+from mpt_jax.models.model import FROZEN, Model
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
 from mpt_jax.prompts.warm_start import StartFrom
 from mpt_jax.training.state import _dtypes, param_shapes
 
-ADDED_BIAS = r"(token_embedder|encoder|decoder)/.*/bias"
 # Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5). If more
 # rows than this have no token, the vocabulary is another backbone's.
 MOST_SPARE_ROWS = 255
@@ -122,6 +121,7 @@ class InitialParams:
             If sources were chosen by similarity, the resulting weight of each source. None if
             there is no such artifact or the method has no such setting.
         teacher_sha256: the digest of the table of teachers [K, P, H], if there is one.
+        input_digests: see `Model.input_digests`. Artifacts must match them.
     """
 
     params: dict[str, Any]
@@ -131,6 +131,17 @@ class InitialParams:
     artifact_sha256: str | None = None
     start_from: StartFrom | None = None
     teacher_sha256: str | None = None
+    input_digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """All digests that artifacts and fingerprints record, by the name of their field."""
+        return {
+            "embedding_sha256": self.embedding_sha256,
+            "backbone_sha256": self.backbone_sha256,
+            "vocabulary_sha256": self.vocabulary_sha256,
+            **self.input_digests,
+        }
 
     @property
     def started_from(self) -> dict[str, Any] | None:
@@ -140,7 +151,7 @@ class InitialParams:
         return {"artifact_sha256": self.artifact_sha256, "start_from": self.start_from}
 
 
-def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key) -> InitialParams:
+def initialize_params(model: Model, origins: Origins, key: Key) -> InitialParams:
     """Initializes every parameter from its origin.
 
     Raises:
@@ -154,7 +165,7 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
     backbone_key, prompt_key = jax.random.split(key)
     params = _backbone(model, origins, backbone_key, expected)
-    embedding = params["token_embedder"]["embedding"]
+    embedding = model.embedding(params)
     _check_vocabulary(model, embedding.shape[0])
     digests = artifacts.embedding_digest(embedding), _weights_digest(origins, params)
     vocabulary = artifacts.vocabulary_digest(model.input_vocabulary)
@@ -163,9 +174,10 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
     check = lambda artifact: compatibility.check_compatible(  # noqa: E731
         artifact,
         *digests,
-        backbone_config(model.module.config),
+        backbone_config(model.backbone_config),
         vocabulary,
         model.prompt.source_prompt_length(artifact.method, artifact.runs),
+        model.input_digests,
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
     if origins.artifact:
@@ -190,34 +202,43 @@ def initialize_params(model: PromptedEncoderDecoder, origins: Origins, key: Key)
         {name: leaf.shape for name, leaf in flatten(params).items()},
         described,
     )
-    cast = _cast(model, params)
-    return InitialParams(cast, *digests, vocabulary, artifact_digest, start_from, teacher_digest)
+    return InitialParams(
+        _cast(model, params),
+        *digests,
+        vocabulary,
+        artifact_digest,
+        start_from,
+        teacher_digest,
+        model.input_digests,
+    )
 
 
-def _backbone(
-    model: PromptedEncoderDecoder, origins: Origins, key: Key, expected: dict[str, Any]
-) -> dict[str, Any]:
+def _backbone(model: Model, origins: Origins, key: Key, expected: dict[str, Any]) -> dict[str, Any]:
     if origins.scratch:
         return jax.jit(lambda key: model.init_backbone(key)[0])(key)
     assert origins.backbone is not None
     try:
-        tree = convert.load_backbone(origins.backbone, model.module.config)
+        tree = convert.load_backbone(origins.backbone, model.backbone_config)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"No backbone could be loaded. {error} To get one: {origins.backbone_command}."
         ) from error
     # Checkpoints are read with one subtree per layer, however they were written.
-    leaves = flatten(stack_layers(tree) if model.module.config.scan_layers else tree)
-    shapes = {name: shape for name, shape in expected.items() if re.fullmatch(BACKBONE, name)}
-    # T5 checkpoints have no biases; those that BitFit adds start from zero.
-    biases = {name for name in shapes if re.fullmatch(ADDED_BIAS, name) and name not in leaves}
+    leaves = flatten(stack_layers(tree) if model.backbone_config.scan_layers else tree)
+    shapes = {
+        name: shape
+        for name, shape in expected.items()
+        if re.fullmatch(model.backbone_pattern, name)
+    }
+    optional = [name for name in shapes if re.fullmatch(model.optional_pattern, name)]
+    added = [name for name in optional if name not in leaves]
     match_exactly(
-        {name: shape for name, shape in shapes.items() if name not in biases},
+        {name: shape for name, shape in shapes.items() if name not in added},
         {name: leaf.shape for name, leaf in leaves.items()},
         f"The backbone checkpoint {origins.backbone}",
-        advice="Set T5_NAME to the checkpoint's model, or T5_CONFIG if it has no name.",
+        advice=model.config_setting,
     )
-    return unflatten(leaves | {name: np.zeros(shapes[name], np.float32) for name in biases})
+    return unflatten(leaves | {name: np.zeros(shapes[name], np.float32) for name in added})
 
 
 def _weights_digest(origins: Origins, backbone: dict[str, Any]) -> str | None:
@@ -230,7 +251,7 @@ def _weights_digest(origins: Origins, backbone: dict[str, Any]) -> str | None:
     return None
 
 
-def _initial_prompt(model: PromptedEncoderDecoder, key: Key, embedding: Any) -> dict[str, Any]:
+def _initial_prompt(model: Model, key: Key, embedding: Any) -> dict[str, Any]:
     """Returns the method's initial values.
 
     Frozen values are not saved in checkpoints. They are computed with a fixed key, so that a
@@ -314,7 +335,7 @@ def _require_initial_artifact(method: PromptMethod) -> None:
         )
 
 
-def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
+def _check_vocabulary(model: Model, rows: int) -> None:
     for vocabulary in (model.input_vocabulary, model.output_vocabulary):
         if vocabulary is None:
             continue
@@ -333,7 +354,7 @@ def _check_vocabulary(model: PromptedEncoderDecoder, rows: int) -> None:
 
 
 def _teachers(
-    model: PromptedEncoderDecoder,
+    model: Model,
     origins: Origins,
     digests: tuple[str, str | None],
     vocabulary: str | None,
@@ -363,9 +384,10 @@ def _teachers(
         compatibility.check_compatible(
             artifact,
             *digests,
-            backbone_config(model.module.config),
+            backbone_config(model.backbone_config),
             vocabulary,
             model.prompt.prompt_length,
+            model.input_digests,
         )
         names = zip(artifact.runs.run_names, artifact.runs.task_names, strict=True)
         for (run, task), prompt in zip(names, artifact.folded(), strict=True):
@@ -414,7 +436,7 @@ def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
     return [teachers[0] for teachers in candidates.values()]
 
 
-def _cast(model: PromptedEncoderDecoder, params: dict[str, Any]) -> dict[str, Any]:
+def _cast(model: Model, params: dict[str, Any]) -> dict[str, Any]:
     """Casts the frozen parameters of the backbone to the compute dtype, and all others to float32.
 
     Uses NumPy, leaf by leaf: JAX would put the whole model on the first device.

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpt_jax.core.batch import num_rows
+
 _PLAN = "\nTo check a configuration in advance, run `mpt-jax plan`; it needs no attached TPUs."
 
 
@@ -47,15 +49,11 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
         batch: this process's rows of the batch.
         said: the first line of JAX's error.
     """
-    config, mesh = trainer.model.module.config, trainer.partitioner.mesh
+    mesh = trainer.partitioner.mesh
     shards, model_axis = math.prod(mesh.devices.shape[:-1]), mesh.devices.shape[-1]
-    rows = len(batch["encoder_input_tokens"]) * jax.process_count() // shards
-    encoder, decoder = (
-        np.shape(batch[f"{side}_tokens"])[1] for side in ("encoder_input", "decoder_target")
-    )
+    rows = num_rows(batch) * jax.process_count() // shards
     parts = trainer.num_microbatches
-    layers = encoder * config.num_encoder_layers + decoder * config.num_decoder_layers
-    row = layers * config.emb_dim * np.dtype(config.dtype).itemsize
+    row, sizes, remat = trainer.model.row_cost(batch)
     at_a_time = max(rows // parts, 1)
     backbone, trainable = _bytes(trainer.state.frozen), _bytes(trainer.state.trainable)
     moments = _bytes(trainer.state.opt_state)
@@ -63,9 +61,8 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
         f"A training step does not fit in device memory ({said}). Each device holds "
         f"{_size(backbone)} of backbone weights, {_size(trainable + moments)} of trainable "
         f"parameters and their optimizer moments, and the activations of {at_a_time} rows at a "
-        f"time, with {encoder} encoder and {decoder} decoder positions per row. The layer inputs "
-        f"alone take {_size(at_a_time * row)}, and all activations several times that. Try the "
-        "following, in this order:",
+        f"time, {sizes}. The layer inputs alone take {_size(at_a_time * row)}, and all "
+        "activations several times that. Try the following, in this order:",
     ]
     # All microbatches have one size, so halving it may take more than twice as many of them.
     more = next((count for count in range(2 * parts, rows + 1) if rows % count == 0), None)
@@ -74,9 +71,9 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
             f"trainer.Trainer.num_microbatches = {more} processes {rows // more} rows at a time "
             f"({_size(rows // more * row)} of layer inputs). Results are the same up to rounding."
         )
-    if getattr(config, "remat", "full") != "full":
+    if remat is not None:
         lines.append(
-            "config.t5_config.remat = 'full' stores little more than the layer inputs, but needs "
+            f"{remat} = 'full' stores little more than the layer inputs, but needs "
             "about a third more compute."
         )
     wider = f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis}"
@@ -121,8 +118,7 @@ def larger_batch(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping
 
 
 def _positions(batch: Mapping[str, Any]) -> int:
-    names = ("encoder_input_tokens", "decoder_target_tokens")
-    return sum(np.size(batch[name]) for name in names if name in batch)
+    return sum(np.size(value) for value in batch.values())
 
 
 def _bytes(tree: Any) -> int:

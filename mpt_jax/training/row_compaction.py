@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mpt_jax.core.batch import TASK_IDS, num_rows, row_task_ids
 from mpt_jax.core.runs import Runs
 
 
@@ -79,11 +80,11 @@ class RowCompactor:
         Raises:
             ValueError: the rows of the batch are not in the order of the runs.
         """
-        rows = len(batch["encoder_task_ids"])
+        rows = num_rows(batch)
         whole = rows * self.shards // self.local_shards
         owners = self.owners(whole)
         own_blocks = slice(self.first_shard, self.first_shard + self.local_shards)
-        task_ids = batch["encoder_task_ids"][:, 0]
+        task_ids = row_task_ids(batch)
         expected = owners[own_blocks].ravel()
         if (task_ids != expected).any():
             row = int(np.flatnonzero(task_ids != expected)[0])
@@ -106,11 +107,9 @@ class RowCompactor:
         indices, empty, names = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         packed = {name: value[indices] for name, value in batch.items()}
         for name, value in packed.items():
-            value[empty] = names[empty, None] if name in _TASK_IDS else 0
+            ids = names[empty].reshape(-1, *[1] * (value.ndim - 1))
+            value[empty] = ids if name in TASK_IDS else 0
         return packed
-
-
-_TASK_IDS = ("encoder_task_ids", "decoder_task_ids")
 
 
 def _compacted(

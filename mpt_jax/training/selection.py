@@ -20,7 +20,7 @@ from absl import logging
 from mpt_jax.core.comparison import abbreviate, data_changes
 from mpt_jax.core.runs import entry_of_run, look_up
 from mpt_jax.core.tree import flatten, split, unflatten
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.training.actions import (
     Action,
     EarlyStoppingAction,
@@ -61,7 +61,7 @@ class SelectBest:
             group.
     """
 
-    model: PromptedEncoderDecoder
+    model: Model
     model_dir: str
     metric: str | Mapping[str, str] | None = None
     mode: str = "max"
@@ -294,7 +294,7 @@ class SelectBest:
         return unflatten(leaves)
 
 
-def _trainable(model: PromptedEncoderDecoder, train_state: Any) -> dict[str, Any]:
+def _trainable(model: Model, train_state: Any) -> dict[str, Any]:
     """Returns the trainable parameters of a `TrainState` or of T5X's train state."""
     if hasattr(train_state, "trainable"):
         return train_state.trainable

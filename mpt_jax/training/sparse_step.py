@@ -17,35 +17,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpt_jax.core.batch import encoder_mask
+from mpt_jax.core.batch import map_task_ids, used_task_ids
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Int, Params
 from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.models import metrics
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.training.state import TrainState
 
-Step = Callable[[PromptedEncoderDecoder, TrainState, Batch], tuple[TrainState, metrics.StepMetrics]]
+Step = Callable[[Model, TrainState, Batch], tuple[TrainState, metrics.StepMetrics]]
 TEACHER = "teacher/table"
 
 
-def most_rows(model: PromptedEncoderDecoder, batch: Batch) -> int | None:
+def most_rows(model: Model, batch: Batch) -> int | None:
     """Returns the largest number of bank rows that a batch can use.
 
     Returns None if the step must use the whole bank. This is so if absent tasks are not held, runs
-    are independent, prompts depend on run names, or the batch may use more than half of the bank.
+    are independent, prompts depend on all of the bank, or the batch may use more than half of it.
     """
-    optimizer, runs, prompt = model.optimizer_def, model.runs, model.prompt
-    if optimizer.absent_tasks != "hold" or runs.num_groups > 1 or prompt.depends_on_run_names:
+    if model.optimizer_def.absent_tasks != "hold" or model.runs.num_groups > 1:
         return None
-    count, positions = batch["encoder_input_tokens"].shape
-    if "encoder_segment_ids" in batch:  # an example has at least its prompt's positions
-        count *= max(positions // max(prompt.prompt_length, 1), 1)
-    return count if 2 * count <= runs.num_rows else None
+    count = model.max_examples(batch)
+    return count if count is not None and 2 * count <= model.runs.num_rows else None
 
 
 def step_of_batch(
-    step: Step, model: PromptedEncoderDecoder, state: TrainState, batch: Batch
+    step: Step, model: Model, state: TrainState, batch: Batch
 ) -> tuple[TrainState, metrics.StepMetrics]:
     """Takes a step on only the bank rows of a batch if possible, else on the whole bank.
 
@@ -71,19 +68,17 @@ def step_of_batch(
 def _rows_in(batch: Batch, num_rows: int, count: int) -> Int[Array, " n"]:
     """Returns the bank rows that a batch uses, in ascending order. They are padded to `count` with
     `num_rows`, which is not a valid bank row."""
-    named = jnp.where(encoder_mask(batch), batch["encoder_task_ids"], num_rows)
-    return jnp.unique(named, size=count, fill_value=num_rows)
+    return jnp.unique(used_task_ids(batch, num_rows), size=count, fill_value=num_rows)
 
 
 def _renumber(batch: Batch, rows: Int[Array, " n"]) -> Batch:
     """Replaces the task ids of a batch (bank rows) with their indices in `rows`. Padding, which has
     task id 0, gets an arbitrary index."""
     index_of = lambda ids: jnp.clip(jnp.searchsorted(rows, ids), 0, len(rows) - 1)  # noqa: E731
-    names = ("encoder_task_ids", "decoder_task_ids")
-    return {**batch, **{name: index_of(batch[name]).astype(jnp.int32) for name in names}}
+    return map_task_ids(batch, lambda ids: index_of(ids).astype(jnp.int32))
 
 
-def _with_rows(model: PromptedEncoderDecoder, count: int) -> PromptedEncoderDecoder:
+def _with_rows(model: Model, count: int) -> Model:
     """Returns the same model with a bank of `count` rows."""
     small = copy.copy(model)
     small.runs = Runs([f"row {row}" for row in range(count)])
@@ -91,7 +86,7 @@ def _with_rows(model: PromptedEncoderDecoder, count: int) -> PromptedEncoderDeco
     return small
 
 
-def _gather(small: PromptedEncoderDecoder, state: TrainState, rows: Array) -> TrainState:
+def _gather(small: Model, state: TrainState, rows: Array) -> TrainState:
     """Returns the state of a smaller bank that has only the bank rows `rows`."""
     gather = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
     with_rows = {TEACHER, *(name for name, axis in small.rows.items() if axis == "tasks")}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten, merge, split, unflatten
-from mpt_jax.models.encoder_decoder import BACKBONE, FROZEN, PromptedEncoderDecoder
+from mpt_jax.models.model import FROZEN, Model
 from mpt_jax.training.optimizers import STEP_COUNTER
 from mpt_jax.training.partitioning import PjitPartitioner, put_like, shardings_like
 
@@ -47,14 +47,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 @functools.lru_cache(maxsize=4)  # traces the whole network; a job calls it twice
-def param_shapes(model: PromptedEncoderDecoder) -> tuple[dict[str, Any], Params]:
+def param_shapes(model: Model) -> tuple[dict[str, Any], Params]:
     """Returns the whole parameter tree as `ShapeDtypeStruct`s, and its logical axes."""
     variables = jax.eval_shape(model.get_initial_variables, jax.random.PRNGKey(0))
     return flax.core.unfreeze(variables["params"]), variables["params_axes"]
 
 
 def create_train_state(
-    model: PromptedEncoderDecoder,
+    model: Model,
     params: Params,
     partitioner: PjitPartitioner,
     rows_by_run: bool = False,
@@ -86,7 +86,7 @@ def create_train_state(
 
 
 def abstract_train_state(
-    model: PromptedEncoderDecoder, partitioner: PjitPartitioner, rows_by_run: bool = False
+    model: Model, partitioner: PjitPartitioner, rows_by_run: bool = False
 ) -> TrainState:
     """Returns the state at step 0 as `ShapeDtypeStruct`s. The mesh devices need not be attached."""
     tree, axes = param_shapes(model)
@@ -106,7 +106,7 @@ def abstract_train_state(
 
 
 def _shardings(
-    model: PromptedEncoderDecoder,
+    model: Model,
     partitioner: PjitPartitioner,
     params: Params,
     axes: Params,
@@ -116,7 +116,7 @@ def _shardings(
     return partitioner.by_runs(shardings, model.rows, model.runs) if rows_by_run else shardings
 
 
-def trainable_labels(model: PromptedEncoderDecoder, params: Params) -> set[str]:
+def trainable_labels(model: Model, params: Params) -> set[str]:
     """Returns the labels of all trainable parameters: every label except 'frozen'."""
     return set(flatten(model.label_tree(params)).values()) - {FROZEN}
 
@@ -126,7 +126,7 @@ def num_params(params: Params) -> int:
     return sum(int(np.prod(np.shape(leaf))) for leaf in flatten(params).values())
 
 
-def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
+def num_trainable_params(model: Model, params: Params) -> int:
     """Returns the number of trainable parameters, without frozen ones and step counters."""
     labels = flatten(model.label_tree(params))
     return sum(
@@ -136,8 +136,8 @@ def num_trainable_params(model: PromptedEncoderDecoder, params: Params) -> int:
     )
 
 
-def _dtypes(model: PromptedEncoderDecoder, params: Params) -> dict[str, Any]:
+def _dtypes(model: Model, params: Params) -> dict[str, Any]:
     """Returns the dtype of each parameter during training, by name."""
-    labels, dtype = flatten(model.label_tree(params)), model.module.config.dtype
-    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(BACKBONE, name)  # noqa: E731
+    labels, dtype = flatten(model.label_tree(params)), model.backbone_config.dtype
+    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(model.backbone_pattern, name)  # noqa: E731
     return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}

@@ -36,6 +36,7 @@ from mpt_jax.core.shapes import Array, Params
 from mpt_jax.core.tree import flatten
 from mpt_jax.models import losses
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState
 
@@ -78,7 +79,7 @@ class TeacherCache:
 
     def open(
         self,
-        model: PromptedEncoderDecoder,
+        model: Model,
         state: TrainState,
         partitioner: PjitPartitioner,
         num_microbatches: int = 1,
@@ -94,12 +95,15 @@ class TeacherCache:
             raise ValueError(
                 f"This job cannot use a teacher cache: {reason} To train without one, {_REMOVE}."
             )
+        assert isinstance(model, PromptedEncoderDecoder)
         return OpenCache(self, model, partitioner, num_microbatches)
 
 
-def _unsupported(model: PromptedEncoderDecoder, state: TrainState, rows_by_run: bool) -> str | None:
+def _unsupported(model: Model, state: TrainState, rows_by_run: bool) -> str | None:
     """Returns why a job cannot use a cache, with a remedy if there is one; None if it can."""
     distil = model.objective.distillation
+    if not isinstance(model, PromptedEncoderDecoder):
+        return "it stores what teachers compute from texts, and the examples are images."
     if distil is None:
         return "the objective has no distillation, so it runs no teachers."
     if distil.prompt_distance:
@@ -132,7 +136,7 @@ def position_bytes(model: PromptedEncoderDecoder, dtype: str) -> dict[str, int]:
     A position stores H values for each compared hidden state. A decoder position also stores V
     logits. Disabled loss terms store nothing.
     """
-    config, distil = model.module.config, model.objective.distillation
+    config, distil = model.backbone_config, model.objective.distillation
     assert distil is not None
     encoder, decoder = (n * config.emb_dim if distil.hidden else 0 for n in model.states_compared)
     decoder += config.vocab_size if distil.logits else 0

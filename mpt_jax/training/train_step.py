@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.core.batch import is_packed, map_task_ids, row_task_ids
 from mpt_jax.core.shapes import Array, Batch, Bool, Key, Params
 from mpt_jax.core.tree import flatten, merge
-from mpt_jax.models import losses, metrics, prompt_insertion
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models import losses, metrics
+from mpt_jax.models.model import Model
 from mpt_jax.training.row_transforms import gradient_norms, row_groups
 from mpt_jax.training.state import TrainState
 
 
 def gradients(
-    model: PromptedEncoderDecoder,
+    model: Model,
     trainable: Params,
     frozen: Params,
     batch: Batch,
@@ -38,7 +39,7 @@ def gradients(
         coefficients: the coefficient of every term; None for the objective's.
     """
     normalizers = model.loss_normalizers(batch)
-    batch = prompt_insertion.number_examples(model.prompt, model.runs, batch)
+    batch = model.number_examples(batch)
 
     def objective(trainable: Params, part: Batch, rng: Key | None) -> tuple[Array, Any]:
         params = merge(trainable, frozen)
@@ -66,7 +67,7 @@ def gradients(
 
 
 def term_gradient_norms(
-    model: PromptedEncoderDecoder,
+    model: Model,
     num_microbatches: int,
     state: TrainState,
     batch: Batch,
@@ -88,14 +89,13 @@ def term_gradient_norms(
     return dict(zip(own, norms, strict=True))
 
 
-def _step_key(model: PromptedEncoderDecoder, state: TrainState, rng: Key) -> Key | None:
+def _step_key(model: Model, state: TrainState, rng: Key) -> Key | None:
     """Returns the random key of a step, or None if nothing is drawn."""
-    is_random = model.module.config.dropout_rate > 0 or model.prompt.is_random
-    return jax.random.fold_in(rng, state.step) if is_random else None
+    return jax.random.fold_in(rng, state.step) if model.is_random else None
 
 
 def train_step(
-    model: PromptedEncoderDecoder,
+    model: Model,
     num_microbatches: int,
     state: TrainState,
     batch: Batch,
@@ -145,7 +145,7 @@ def train_step(
 
 
 def eval_step(
-    model: PromptedEncoderDecoder, params: Params, batch: Batch, failed: Bool[Array, " G"]
+    model: Model, params: Params, batch: Batch, failed: Bool[Array, " G"]
 ) -> metrics.StepMetrics:
     """Returns the metrics of a batch: the objective's terms and each run's loss, without dropout.
 
@@ -188,15 +188,15 @@ def _fill_padding_ids(batch: Batch) -> Batch:
     Padding has weight zero, but zero times NaN is NaN. With task id 0 at its padding, a run that
     fails would make the run of bank row 0 fail as well.
     """
-    if "encoder_segment_ids" in batch:
+    if is_packed(batch):
         return batch
-    row_ids = batch["encoder_task_ids"][:, :1]
-    names = ("encoder_task_ids", "decoder_task_ids")
-    return {**batch, **{name: jnp.broadcast_to(row_ids, batch[name].shape) for name in names}}
+    row_ids = row_task_ids(batch)
+    fill = lambda ids: jnp.broadcast_to(row_ids.reshape(-1, *[1] * (ids.ndim - 1)), ids.shape)  # noqa: E731
+    return map_task_ids(batch, fill)
 
 
 def _finite(
-    model: PromptedEncoderDecoder,
+    model: Model,
     norms: Array,
     step_metrics: metrics.StepMetrics,
     trainable: Params,

@@ -23,7 +23,7 @@ from absl import logging
 
 from mpt_jax.core.shapes import Array, Batch, Key
 from mpt_jax.models import metrics
-from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
+from mpt_jax.models.model import Model
 from mpt_jax.prompts.row_ops import rows_split_over
 from mpt_jax.training import oom, sparse_step
 from mpt_jax.training.partitioning import PjitPartitioner
@@ -52,7 +52,7 @@ def _select(use_new: Array, new: TrainState, old: TrainState) -> TrainState:
 
 
 def _guarded_step(
-    model: PromptedEncoderDecoder,
+    model: Model,
     num_microbatches: int,
     state: TrainState,
     batch: Batch,
@@ -66,7 +66,7 @@ def _guarded_step(
     """
 
     def step(
-        model: PromptedEncoderDecoder, state: TrainState, batch: Batch
+        model: Model, state: TrainState, batch: Batch
     ) -> tuple[TrainState, metrics.StepMetrics]:
         new, step_metrics = train_step(model, num_microbatches, state, batch, rng)
         return _select(state.step == number, new, state), step_metrics
@@ -75,7 +75,7 @@ def _guarded_step(
 
 
 def _make_compactor(
-    model: PromptedEncoderDecoder, partitioner: PjitPartitioner, num_microbatches: int
+    model: Model, partitioner: PjitPartitioner, num_microbatches: int
 ) -> RowCompactor:
     """Returns the row compactor of this process."""
     shards = math.prod(partitioner.mesh.devices.shape[:-1])
@@ -105,7 +105,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: PromptedEncoderDecoder,
+        model: Model,
         state: TrainState,
         partitioner: PjitPartitioner,
         rng: Key,

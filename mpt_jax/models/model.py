@@ -1,0 +1,201 @@
+"""Base class of models: all that trainers, artifacts and T5X use of one.
+
+A model is a frozen backbone with a prompt method and an objective. Trainers do not know what the
+inputs are: they pass batches on, and add up what `loss_sums` and `loss_normalizers` return.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
+from mpt_jax.core.tree import Rules, label_tree
+from mpt_jax.models import losses, metrics
+from mpt_jax.models.objective import Objective
+from mpt_jax.prompts.base import PromptMethod
+
+FROZEN = "frozen"
+
+
+class RowCost(NamedTuple):
+    """Memory that one row of a batch takes in a step.
+
+    Attributes:
+        num_bytes: the size of the inputs of all layers, in bytes.
+        description: the sizes of a row, for an error: "with ... per row".
+        remat_setting: the gin setting that stores fewer of these inputs; None if it is in use.
+    """
+
+    num_bytes: int
+    description: str
+    remat_setting: str | None
+
+
+class Model(abc.ABC):
+    """A model that a trainer can train and an evaluator can evaluate.
+
+    Attributes:
+        module: the backbone's Flax module.
+        prompt: the prompt method.
+        runs: the bank's rows.
+        rows: which parameters have one entry per group or per bank row (`prompts.base.row_axes`).
+        objective: the loss.
+        labels: (regular expression, label) rules that give every parameter one label.
+        optimizer_def: the optimizer, bound to the labels, runs and rows; None without training.
+        input_vocabulary, output_vocabulary: the vocabularies; None if unknown.
+        expected_rows: the number of rows in T5X's batch, set by the T5X adapter.
+        backbone_pattern: the regular expression of the backbone's parameters.
+        optional_pattern: the regular expression of the backbone's parameters that start from zero
+            if a checkpoint lacks them.
+        config_setting: how to set the backbone's configuration, for errors: "Set ... to ...".
+    """
+
+    module: Any
+    prompt: PromptMethod
+    runs: Runs
+    rows: dict[str, str]
+    objective: Objective
+    labels: Rules
+    optimizer_def: Any
+    input_vocabulary: Any
+    output_vocabulary: Any
+    expected_rows: int | None = None
+    backbone_pattern: str
+    optional_pattern: str
+    config_setting: str
+
+    # --- Backbone --------------------------------------------------------------------------------
+
+    @property
+    def backbone_config(self) -> Any:
+        """The configuration of the backbone, which has the compute dtype `dtype` and
+        `scan_layers`."""
+        return self.module.config
+
+    @property
+    @abc.abstractmethod
+    def dropout_rate(self) -> float:
+        """The dropout rate in training."""
+
+    @property
+    def input_digests(self) -> Mapping[str, str]:
+        """Digests of what predictions depend on besides backbone, vocabulary and prompts, by the
+        name of their field in artifacts (`<name>_sha256`)."""
+        return {}
+
+    @abc.abstractmethod
+    def embedding(self, params: Params) -> Any:
+        """Returns the token embeddings [V, H], which initializers read and whose digest is
+        recorded."""
+
+    # --- Parameters ------------------------------------------------------------------------------
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether parameters include the teachers' prompts."""
+        return self.objective.distillation is not None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a training step draws random values."""
+        return self.dropout_rate > 0 or self.prompt.is_random
+
+    @abc.abstractmethod
+    def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns random backbone parameters and their logical axes, in T5X's format."""
+
+    @abc.abstractmethod
+    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
+        """Returns the method's initial parameters, given the backbone's token embeddings."""
+
+    @abc.abstractmethod
+    def get_initial_variables(
+        self,
+        rng: Key,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        input_types: Mapping[str, Any] | None = None,
+    ) -> Params:
+        """Returns the whole parameter tree, randomly initialized, and its logical axes.
+
+        Only training from scratch uses the values; otherwise only the shapes are used. Parameters
+        do not depend on the batch, so `input_shapes` and `input_types`, which T5X passes, are
+        ignored.
+        """
+
+    def label_tree(self, params: Params) -> Any:
+        """Returns the label of every parameter."""
+        return label_tree(params, self.labels)
+
+    def stop_frozen_gradients(self, params: Params) -> Params:
+        """Returns the same values with gradients stopped at frozen parameters."""
+        stop = lambda x, label: jax.lax.stop_gradient(x) if label == FROZEN else x  # noqa: E731
+        return jax.tree.map(stop, params, self.label_tree(params))
+
+    def for_inference(self) -> Model:
+        """Returns a model whose prompt method has no settings that only training needs, such as the
+        MLPs that artifacts leave out."""
+        model = copy.copy(self)
+        model.prompt = self.prompt.inference_method
+        return model
+
+    # --- Step ------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def number_examples(self, batch: Batch) -> Batch:
+        """Returns a whole batch from whose microbatches the method draws the same prompts as from
+        the batch."""
+
+    @abc.abstractmethod
+    def max_examples(self, batch: Batch) -> int | None:
+        """Returns the largest number of examples that a batch can hold; None if a step needs the
+        whole bank, whatever its examples."""
+
+    @abc.abstractmethod
+    def row_cost(self, batch: Mapping[str, Any]) -> RowCost:
+        """Returns the memory that one row of a batch takes in a step."""
+
+    @abc.abstractmethod
+    def loss_sums(
+        self,
+        params: Params,
+        batch: Batch,
+        dropout_rng: Key | None = None,
+        prompt_rng: Key | None = None,
+    ) -> tuple[losses.Sums, metrics.StepMetrics]:
+        """Returns the sum [G] of every loss term, and the metrics of each run and of the batch.
+
+        Args:
+            params: the whole parameter tree.
+            batch: a batch or a microbatch.
+            dropout_rng: the random key of dropout; None turns dropout off.
+            prompt_rng: the random key of prompts; defaults to `dropout_rng`.
+        """
+
+    @abc.abstractmethod
+    def loss_normalizers(self, batch: Batch) -> losses.Sums:
+        """Returns the normalizer [G] of every loss term, which depends only on the batch."""
+
+    # --- Data and inference ----------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
+        """The function with which T5X and our trainer build the feature converter."""
+
+    @abc.abstractmethod
+    def predict_batch(
+        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
+    ) -> Int[Array, "B _"]:
+        """Returns the ids of each example's prediction."""
+
+    @abc.abstractmethod
+    def score_batch(
+        self, params: Params, batch: Batch, return_intermediates: bool = False
+    ) -> Float[Array, " B"]:
+        """Returns the log probability of each example's target, in nats."""
