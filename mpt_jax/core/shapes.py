@@ -7,6 +7,8 @@
     F  feed-forward width          S  source prompts           C  classes
     E  examples of a packed row    J  candidate prompts that one prompt is mixed from
     Q  query positions             M  positions attended to    Z  rows of a private prompt
+    Y  layers of an image tower    I  image tokens             U  joint width of images and
+                                      (prompts not included)      texts
 
 A lower-case word (`"B text"`) is a size used only within one function.
 Annotations are jaxtyping's (`Float[Array, "B T H"]`). They are checked at run time only under
@@ -19,9 +21,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8, UInt32
 
-__all__ = ["Array", "Batch", "Bool", "Float", "Int", "Key", "Params", "UInt32"]
+__all__ = ["Array", "Batch", "Bool", "Float", "Int", "Key", "Params", "UInt8", "UInt32"]
 
 # A nested dict of arrays with string keys: the parameter tree, or any part of it.
 Params = Mapping[str, Any]

@@ -1,10 +1,10 @@
 """Conversion between a parameter tree with one subtree per layer and T5X's tree for a scan.
 
 The parameters `encoder/layers_<i>/<name>` of all layers are stacked on axis 1 into one parameter
-`encoder/encoder/<name>` (and likewise for the decoder), as in T5X's scalable T5. T5X's tree has a
-relative position table in every layer. If all tables are equal, they are copies of T5's one table
-per stack; if they differ, every layer has a separate table (`T5Config.relative_bias_per_layer`,
-umT5).
+`encoder/encoder/<name>` (and likewise for the decoder, as in T5X's scalable T5, and for CLIP's
+towers). T5X's tree has a relative position table in every layer. If all tables are equal, they are
+copies of T5's one table per stack; if they differ, every layer has a separate table
+(`T5Config.relative_bias_per_layer`, umT5).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 from mpt_jax.core.tree import flatten, unflatten
 
 LAYER_AXIS = 1
-_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
-_STACKED = re.compile(r"(encoder|decoder)/\1/(.+)")
+_STACKS = "encoder|decoder|image_encoder|text_encoder"  # of T5 and CLIP
+_LAYER = re.compile(rf"({_STACKS})/layers_(\d+)/(.+)")
+_STACKED = re.compile(rf"({_STACKS})/\1/(.+)")
 
 
 def is_stacked(params: Mapping[str, Any]) -> bool:
