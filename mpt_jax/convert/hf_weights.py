@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,8 +41,12 @@ class Index(msgspec.Struct):
     weight_map: dict[str, schema.Name]
 
 
-def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: epath.Path, ignored: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Reads every tensor of a folder's weights, by name; prefers safetensors to pickled weights.
+
+    Args:
+        folder: the folder.
+        ignored: names of tensors that are not returned, and may have any dtype.
 
     Raises:
         FileNotFoundError: the folder has no weights.
@@ -58,7 +62,7 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
             continue
         tensors: dict[str, np.ndarray] = {}
         for name in files:
-            tensors.update(read_file(folder / name))
+            tensors.update(read_file(folder / name, ignored))
         return tensors
     raise FileNotFoundError(
         f"{folder} has no weights. Download or copy {WEIGHTS}, or {PICKLED}, or an index "
@@ -84,8 +88,12 @@ def _shards(folder: epath.Path, index: str) -> list[str]:
     return files
 
 
-def read_file(path: epath.Path) -> dict[str, np.ndarray]:
+def read_file(path: epath.Path, ignored: Collection[str] = ()) -> dict[str, np.ndarray]:
     """Reads the tensors of one file, `*.safetensors` or pickled by torch.
+
+    Args:
+        path: the file.
+        ignored: names of tensors that are not returned, and may have any dtype.
 
     Raises:
         ValueError: the file is truncated or damaged; a tensor has an unsupported dtype, such as
@@ -93,18 +101,22 @@ def read_file(path: epath.Path) -> dict[str, np.ndarray]:
     """
     with _local(path) as local_path:
         if path.suffix != ".safetensors":
-            return _pickled(local_path, path)
-        _check_dtypes(local_path, path)
-        with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
-            return load_file(local_path)
+            tensors = _pickled(local_path, path)
+        else:
+            _check_dtypes(local_path, path, ignored)
+            with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
+                tensors = load_file(local_path)
+        return {name: x for name, x in tensors.items() if name not in ignored}
 
 
-def _check_dtypes(local_path: str, path: epath.Path) -> None:
-    """Raises ValueError if a file's header lists tensors of a dtype that is not supported."""
+def _check_dtypes(local_path: str, path: epath.Path, ignored: Collection[str]) -> None:
+    """Raises ValueError if a file's header lists tensors of a dtype that is not supported, except
+    those that are ignored."""
     with schema.damage(f"{path} is truncated or damaged", "Download or copy it again."):
         with safe_open(local_path, "np") as file:
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    if others := [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _READ]:
+    read = {name: dtype for name, dtype in dtypes.items() if name not in ignored}
+    if others := [f"{name} ({dtype})" for name, dtype in read.items() if dtype not in _READ]:
         raise ValueError(
             f"{path} has tensors of a dtype that is not supported: {abbreviate(others)}. Use "
             "weights in float16, bfloat16, float32 or float64; quantized weights are not supported."
@@ -188,18 +200,19 @@ def write_tensors(
         shards[-1].append(name)
         size += tensor.nbytes
     if len(shards) == 1:
-        _write_file(folder / WEIGHTS, tensors, shards[0])
+        write_file(folder / WEIGHTS, tensors, shards[0])
         return
     file_of: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / file, tensors, names)
+        write_file(folder / file, tensors, names)
         file_of |= dict.fromkeys(names, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": file_of}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: epath.Path, tensors: Mapping[str, np.ndarray], names: list[str]) -> None:
-    shard = {name: np.ascontiguousarray(tensors[name]) for name in names}
+def write_file(path: epath.Path, tensors: Mapping[str, np.ndarray], names: Collection[str]) -> None:
+    """Writes the tensors of some names as one safetensors file."""
+    shard = {name: np.asarray(tensors[name], order="C") for name in names}
     path.write_bytes(save(shard, metadata={"format": "pt"}))
