@@ -31,7 +31,12 @@ from mpt_jax.core.old_names import current_keys, existing_folder
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import check_floats, flatten, match_exactly, unflatten
-from mpt_jax.prompts.base import PromptContext, PromptMethod, method_from_config
+from mpt_jax.prompts.base import (
+    PromptContext,
+    PromptMethod,
+    method_from_config,
+    params_of_parts,
+)
 from mpt_jax.prompts.materialize import materialize, plain_prompts, plain_weights
 from mpt_jax.runtime.files import replace_folder
 from mpt_jax.runtime.tensors import load_safetensors
@@ -190,8 +195,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     method, params = method.for_inference(unflatten(flatten(params)))
     tensors = {f"factors/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
     if include_folded and not method.reads_text:
-        plain = plain_prompts(method, params, runs)
-        tensors |= dict(zip((f"folded/{run}" for run in runs.run_names), plain, strict=True))
+        tensors |= _plain_tensors(method, params, runs)
     prompts = save(tensors)
     config = {
         "format": FORMAT,
@@ -224,6 +228,17 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         card = model_card.for_folder(path, config, facts or model_card.Facts())
         (new / model_card.NAME).write_bytes(card)
     return path
+
+
+def _plain_tensors(method: PromptMethod, params: Params, runs: Runs) -> dict[str, np.ndarray]:
+    """Returns the plain prompts of all rows, named `folded/<run>`, or `folded/<run>/<part>` for a
+    method that consists of others."""
+    tensors = {}
+    for part, (own, values) in params_of_parts(method, params).items():
+        prompts = plain_prompts(own, values, runs)
+        names = (f"folded/{run}/{part}".rstrip("/") for run in runs.run_names)
+        tensors |= dict(zip(names, prompts, strict=True))
+    return tensors
 
 
 def _mixture(method: PromptMethod, params: Params, runs: Runs) -> dict[str, Any] | None:
@@ -301,6 +316,16 @@ def _check_params(
                 f"the method {method.name!r} {needed}, with {runs.num_rows} tasks in "
                 f"{runs.num_groups} groups. {COPY_AGAIN}"
             )
+    for part, own in method.parts.items():
+        prefix = f"{part}/" if part else ""
+        named = {k.removeprefix(prefix): v for k, v in leaves.items() if k.startswith(prefix)}
+        _check_composes(path, own, runs, named)
+
+
+def _check_composes(
+    path: epath.Path, method: PromptMethod, runs: Runs, leaves: Mapping[str, np.ndarray]
+) -> None:
+    """Raises ValueError if prompts of the method's length cannot be composed from arrays."""
     width = next((x.shape[-1] for name, x in leaves.items() if method.axes[name][-1] == "embed"), 0)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in leaves.items()}
     pooled: Any = jax.ShapeDtypeStruct((1, width), jnp.float32)

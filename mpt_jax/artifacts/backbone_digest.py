@@ -25,6 +25,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.backbones.clip.config import CLIPConfig, architecture
 from mpt_jax.backbones.t5.hf_config import ARCHITECTURE
 from mpt_jax.backbones.t5.scanned_params import layers_of_leaf
 from mpt_jax.core.shapes import Params
@@ -47,6 +48,8 @@ def backbone_config(config: Any) -> dict[str, Any]:
     Args:
         config: the configuration of the backbone's module, such as a `T5Config`.
     """
+    if isinstance(config, CLIPConfig):
+        return architecture(config)
     values = {name: getattr(config, name) for name in _CONFIG if hasattr(config, name)}
     return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
@@ -77,6 +80,7 @@ def _leaves(params: Params) -> Iterator[tuple[str, np.ndarray]]:
 def _named_digest(item: tuple[str, np.ndarray]) -> tuple[str, str]:
     name, leaf = item
     hasher = hashlib.sha256(f"{leaf.shape} ".encode())
+    leaf = np.atleast_1d(leaf)
     for start in range(0, len(leaf), _ROWS):
         rounded = leaf[start : start + _ROWS].astype(jnp.bfloat16, copy=False).view(np.uint16)
         hasher.update(np.ascontiguousarray(rounded).data)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mpt_jax.core.batch import num_rows
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.core.tree import Rules, label_tree
@@ -128,6 +129,16 @@ class Model(abc.ABC):
         ignored.
         """
 
+    @property
+    def precomputes(self) -> bool:
+        """Whether `precompute` replaces parameters."""
+        return False
+
+    def precompute(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns parameters in which networks whose outputs never change are replaced by these
+        outputs, as in `get_initial_variables`."""
+        return params
+
     def label_tree(self, params: Params) -> Any:
         """Returns the label of every parameter."""
         return label_tree(params, self.labels)
@@ -181,6 +192,43 @@ class Model(abc.ABC):
     def loss_normalizers(self, batch: Batch) -> losses.Sums:
         """Returns the normalizer [G] of every loss term, which depends only on the batch."""
 
+    # --- T5X's losses ----------------------------------------------------------------------------
+
+    def loss_fn(
+        self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
+    ) -> tuple[Array, Any]:
+        """Returns T5X's training loss, the objective over one whole batch, and the metrics.
+
+        Gradients stop at frozen parameters, so the compiler removes their computation.
+
+        Raises:
+            ValueError: the batch is a microbatch. T5X adds the gradients of microbatches without
+                dividing, so the gradient of a mean would grow with their number.
+        """
+        rows = num_rows(batch)
+        if self.expected_rows is not None and rows != self.expected_rows:
+            raise ValueError(
+                f"T5X passed a microbatch ({rows} rows of a batch of {self.expected_rows}), but "
+                "T5X's microbatches are not supported. Set Trainer.num_microbatches = None, or run "
+                "`python -m mpt_jax.train`, which has exact microbatches."
+            )
+        params = self.stop_frozen_gradients(params)
+        total, step_metrics = self._loss(params, batch, dropout_rng)
+        return total, step_metrics if flax_mutables is None else (step_metrics, flax_mutables)
+
+    def eval_fn(self, params: Params, batch: Batch, flax_mutables: Any = None) -> tuple[Array, Any]:
+        """Returns T5X's evaluation loss and metrics, as `loss_fn` but without dropout."""
+        return self._loss(params, batch, None)
+
+    def _loss(
+        self, params: Params, batch: Batch, dropout_rng: Key | None
+    ) -> tuple[Array, dict[str, Any]]:
+        sums, step_metrics = self.loss_sums(params, batch, dropout_rng)
+        normalizers = self.loss_normalizers(batch)
+        total, _ = losses.total_loss(self.objective, sums, normalizers)
+        step_metrics = {**step_metrics, **metrics.term_metrics(sums, normalizers)}
+        return total, metrics.to_clu(step_metrics, self.runs)
+
     # --- Data and inference ----------------------------------------------------------------------
 
     @property
@@ -197,5 +245,6 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def score_batch(
         self, params: Params, batch: Batch, return_intermediates: bool = False
-    ) -> Float[Array, " B"]:
-        """Returns the log probability of each example's target, in nats."""
+    ) -> Float[Array, "B ..."]:
+        """Returns the log probability of each example's target [B], or of each of its classes
+        [B, C], in nats."""

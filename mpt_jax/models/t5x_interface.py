@@ -14,7 +14,7 @@ from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.core.batch import encoder_mask, is_packed, num_rows
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
-from mpt_jax.models import decoding, losses, metrics
+from mpt_jax.models import decoding, losses
 from mpt_jax.prompts.base import PromptMethod
 
 
@@ -23,9 +23,6 @@ class T5XInterface:
 
     `PromptedEncoderDecoder` defines the attributes and methods that the mixin requires. Our trainer
     and `mpt_jax.eval` also use its feature converter, scoring and decoding.
-
-    Attributes:
-        expected_rows: the number of rows in T5X's batch, set by the T5X adapter; see `loss_fn`.
     """
 
     module: Transformer
@@ -35,7 +32,6 @@ class T5XInterface:
     output_vocabulary: Any
     feature_converter_cls: Callable[..., Any] | None
     decode_fn: Callable[..., Any]
-    expected_rows: int | None = None
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
@@ -68,43 +64,6 @@ class T5XInterface:
                 "gin/methods bind it."
             )
         return converter
-
-    # --- Loss ------------------------------------------------------------------------------------
-
-    def loss_fn(
-        self, params: Params, batch: Batch, dropout_rng: Key | None, flax_mutables: Any = None
-    ) -> tuple[Array, Any]:
-        """Returns T5X's training loss, the objective over one whole batch, and the metrics.
-
-        Gradients stop at frozen parameters, so the compiler removes their computation.
-
-        Raises:
-            ValueError: the batch is a microbatch. T5X adds the gradients of microbatches without
-                dividing, so the gradient of a mean would grow with their number.
-        """
-        rows = num_rows(batch)
-        if self.expected_rows is not None and rows != self.expected_rows:
-            raise ValueError(
-                f"T5X passed a microbatch ({rows} rows of a batch of {self.expected_rows}), but "
-                "T5X's microbatches are not supported. Set Trainer.num_microbatches = None, or run "
-                "`python -m mpt_jax.train`, which has exact microbatches."
-            )
-        params = self.stop_frozen_gradients(params)
-        total, step_metrics = self._loss(params, batch, dropout_rng)
-        return total, step_metrics if flax_mutables is None else (step_metrics, flax_mutables)
-
-    def eval_fn(self, params: Params, batch: Batch, flax_mutables: Any = None) -> tuple[Array, Any]:
-        """Returns T5X's evaluation loss and metrics, as `loss_fn` but without dropout."""
-        return self._loss(params, batch, None)
-
-    def _loss(
-        self, params: Params, batch: Batch, dropout_rng: Key | None
-    ) -> tuple[Array, dict[str, Any]]:
-        sums, step_metrics = self.loss_sums(params, batch, dropout_rng)
-        normalizers = self.loss_normalizers(batch)
-        total, _ = losses.total_loss(self.objective, sums, normalizers)
-        step_metrics = {**step_metrics, **metrics.term_metrics(sums, normalizers)}
-        return total, metrics.to_clu(step_metrics, self.runs)
 
     # --- Inference -------------------------------------------------------------------------------
 

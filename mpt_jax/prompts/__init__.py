@@ -1,6 +1,6 @@
 """Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
 
-from mpt_jax.prompts import attempt, mpt, no_prompt, prompt_tuning, shared_prompt
+from mpt_jax.prompts import attempt, mpt, no_prompt, prompt_tuning, shared_prompt, sites
 from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
 from mpt_jax.prompts.crosspt import crosspt
 
@@ -15,4 +15,5 @@ __all__ = [
     "prompt_tuning",
     "register",
     "shared_prompt",
+    "sites",
 ]

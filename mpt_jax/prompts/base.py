@@ -179,6 +179,12 @@ class PromptMethod(Protocol):
             "`mixture` only if the method has `candidates`."
         )
 
+    @property
+    def parts(self) -> dict[str, PromptMethod]:
+        """The methods of which this method consists, by the name below which their parameters are;
+        itself, under the empty name, for a method that composes one prompt."""
+        return {"": self}
+
     def statistics(self, params: Params, runs: Runs) -> dict[str, float]:
         """Returns numbers that compare the prompts of runs in a group, for the log of an
         evaluation, given the parameters as NumPy arrays."""
@@ -212,6 +218,17 @@ def register(cls: Any) -> Any:
     return cls
 
 
+# Methods made of others, one per site (`sites.SitePrompts`), by name.
+_COMPOSITES: dict[str, Any] = {}
+
+
+def register_composite(cls: Any) -> Any:
+    """Class decorator that registers a method made of other methods, which artifacts can name but
+    `method_names` does not list."""
+    _COMPOSITES[cls.name] = cls
+    return cls
+
+
 def get_method(name: str) -> Callable[..., PromptMethod]:
     """Returns the class of a registered method.
 
@@ -233,6 +250,8 @@ def method_from_config(name: str, settings: Mapping[str, Any], what: str) -> Pro
         ValueError: the method or a setting is unknown, or a value has another type or is out of
             range.
     """
+    if name in _COMPOSITES:
+        return _COMPOSITES[name].from_config(settings, what)
     cls: Any = get_method(name)
     settings = cls.read_config(settings)
     hints = typing.get_type_hints(cls)
@@ -276,8 +295,14 @@ def _of_json(kind: Any) -> Any:
 
 
 def method_names() -> tuple[str, ...]:
-    """Returns the names of all registered methods, sorted."""
+    """Returns the names of all registered methods that compose one prompt, sorted."""
     return tuple(sorted(_METHODS))
+
+
+def params_of_parts(method: PromptMethod, params: Params) -> dict[str, tuple[PromptMethod, Params]]:
+    """Returns each of a method's `parts` with its parameters."""
+    parts = method.parts.items()
+    return {name: (part, params[name] if name else params) for name, part in parts}
 
 
 def row_axes(method: PromptMethod) -> dict[str, str]:

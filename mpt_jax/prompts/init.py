@@ -49,6 +49,18 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
+class Normal:
+    """Values drawn from a normal distribution with mean 0; CoOp uses a standard deviation of
+    0.02."""
+
+    standard_deviation: float = 0.02
+
+    def __call__(self, key, task_name, prompt_length, context):
+        shape = (prompt_length, context.embedding.shape[1])
+        return self.standard_deviation * jax.random.normal(key, shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class SampledVocabulary:
     """Embeddings of token ids drawn without replacement.
 

@@ -39,7 +39,7 @@ from mpt_jax.models.model import FROZEN, Model
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
 from mpt_jax.prompts.warm_start import StartFrom
-from mpt_jax.training.state import _dtypes, param_shapes
+from mpt_jax.training.state import _dtypes, backbone_shapes, param_shapes
 
 # Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5). If more
 # rows than this have no token, the vocabulary is another backbone's.
@@ -164,7 +164,7 @@ def initialize_params(model: Model, origins: Origins, key: Key) -> InitialParams
     """
     expected = {name: leaf.shape for name, leaf in flatten(param_shapes(model)[0]).items()}
     backbone_key, prompt_key = jax.random.split(key)
-    params = _backbone(model, origins, backbone_key, expected)
+    params = _backbone(model, origins, backbone_key)
     embedding = model.embedding(params)
     _check_vocabulary(model, embedding.shape[0])
     digests = artifacts.embedding_digest(embedding), _weights_digest(origins, params)
@@ -197,6 +197,7 @@ def initialize_params(model: Model, origins: Origins, key: Key) -> InitialParams
     if model.has_teacher:
         params["teacher"] = {"table": _teachers(model, origins, digests, vocabulary)}
         teacher_digest = artifacts.digest(params["teacher"])
+    params = model.precompute(params)
     match_exactly(
         expected,
         {name: leaf.shape for name, leaf in flatten(params).items()},
@@ -213,7 +214,7 @@ def initialize_params(model: Model, origins: Origins, key: Key) -> InitialParams
     )
 
 
-def _backbone(model: Model, origins: Origins, key: Key, expected: dict[str, Any]) -> dict[str, Any]:
+def _backbone(model: Model, origins: Origins, key: Key) -> dict[str, Any]:
     if origins.scratch:
         return jax.jit(lambda key: model.init_backbone(key)[0])(key)
     assert origins.backbone is not None
@@ -225,11 +226,7 @@ def _backbone(model: Model, origins: Origins, key: Key, expected: dict[str, Any]
         ) from error
     # Checkpoints are read with one subtree per layer, however they were written.
     leaves = flatten(stack_layers(tree) if model.backbone_config.scan_layers else tree)
-    shapes = {
-        name: shape
-        for name, shape in expected.items()
-        if re.fullmatch(model.backbone_pattern, name)
-    }
+    shapes = backbone_shapes(model)
     optional = [name for name in shapes if re.fullmatch(model.optional_pattern, name)]
     added = [name for name in optional if name not in leaves]
     match_exactly(
@@ -257,13 +254,13 @@ def _initial_prompt(model: Model, key: Key, embedding: Any) -> dict[str, Any]:
     Frozen values are not saved in checkpoints. They are computed with a fixed key, so that a
     resumed job or an evaluation gets the same values.
     """
-    params = model.init_prompt(key, embedding)
-    labels = flatten(model.label_tree({"prompt": params}))
+    params = flatten(model.init_prompt(key, embedding))
+    labels = flatten(model.label_tree({"prompt": unflatten(params)}))
     frozen = [name for name in params if labels[f"prompt/{name}"] == FROZEN]
     if frozen:
-        fixed = model.init_prompt(jax.random.PRNGKey(0), embedding)
+        fixed = flatten(model.init_prompt(jax.random.PRNGKey(0), embedding))
         params |= {name: fixed[name] for name in frozen}
-    return params
+    return unflatten(params)
 
 
 def _initial_artifact(paths: str | Sequence[str], command: str) -> artifacts.Artifact:

@@ -53,6 +53,14 @@ def param_shapes(model: Model) -> tuple[dict[str, Any], Params]:
     return flax.core.unfreeze(variables["params"]), variables["params_axes"]
 
 
+def backbone_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter that the backbone has before `Model.precompute`."""
+    tree, pattern = param_shapes(model)[0], model.backbone_pattern
+    if model.precomputes:
+        tree = jax.eval_shape(lambda key: model.init_backbone(key)[0], jax.random.PRNGKey(0))
+    return {name: x.shape for name, x in flatten(tree).items() if re.fullmatch(pattern, name)}
+
+
 def create_train_state(
     model: Model,
     params: Params,

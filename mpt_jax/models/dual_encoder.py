@@ -1,0 +1,368 @@
+"""The model of images that a trainer runs: CLIP, prompts at its sites, and the texts of classes.
+
+An image is classified by the cosine of its feature with the feature of every class of its task.
+Parameters are one nested dict,
+
+    {image_encoder, text_encoder, logit_scale}   the backbone
+    class_features                               features of the class texts, instead of the text
+                                                 encoder, if the texts have no prompt
+    prompt                                       the method's parameters, by site
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mpt_jax.backbones.clip.network import CLIP
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
+from mpt_jax.core.tree import Rules, flatten, unflatten
+from mpt_jax.models import class_losses, losses, metrics
+from mpt_jax.models.class_bank import ClassBank
+from mpt_jax.models.class_texts import ClassTexts
+from mpt_jax.models.model import FROZEN, Model, RowCost
+from mpt_jax.models.prompt_insertion import NUMBERS
+from mpt_jax.prompts.base import PromptContext, row_axes
+from mpt_jax.prompts.row_ops import numbers_within_rows
+from mpt_jax.prompts.sites import IMAGE, TEXT, SiteContext, SitePrompts
+
+BACKBONE = r"(image_encoder|text_encoder)/.*|logit_scale"
+FEATURES = "class_features"
+
+
+class PromptedDualEncoder(Model):
+    """A dual encoder that compares images with class texts.
+
+    Args:
+        module: the backbone.
+        prompt: the prompt method of each site.
+        runs: the bank's rows.
+        texts: the texts of the classes of all tasks of the runs.
+        optimizer_def: a `PromptOptimizer`; None if the model is not trained.
+        tokenizer: the backbone's tokenizer, whose digest is recorded; None if unknown.
+        objective: the loss; cross entropy over the classes of the example's task by default.
+        labels: label rules that take precedence over the method's rules and over the rule that
+            freezes the backbone.
+        image_transform: turns an image into the pixels [S,S,3] that the backbone reads.
+        feature_converter_cls: the class that turns SeqIO examples into batches; bound in gin.
+        text_chunk: the number of class texts that are encoded at a time. With more texts, their
+            activations are computed again in the backward pass, and texts of runs that are not in
+            the batch are left out.
+
+    Raises:
+        ValueError: the context of the texts does not have the length of the prompt.
+    """
+
+    backbone_pattern = BACKBONE
+    optional_pattern = r"(?!)"  # nothing
+    config_setting = "Set CLIP_NAME to the checkpoint's model, or CLIP_CONFIG if it has no name."
+    output_vocabulary = None
+
+    def __init__(  # noqa: PLR0913 - gin binds each of them
+        self,
+        module: CLIP,
+        prompt: SitePrompts,
+        runs: Runs,
+        texts: ClassTexts,
+        optimizer_def: Any = None,
+        tokenizer: Any = None,
+        objective: class_losses.ClassObjective | None = None,
+        labels: Rules = (),
+        image_transform: Any = None,
+        feature_converter_cls: Callable[..., Any] | None = None,
+        text_chunk: int = 128,
+    ):
+        self.module = module
+        self.prompt: SitePrompts = prompt
+        self.runs = runs
+        self.texts = texts
+        self.input_vocabulary = tokenizer
+        self.objective: Any = objective or class_losses.ClassObjective()
+        self.image_transform = image_transform
+        self.feature_converter_cls = feature_converter_cls
+        self.bank = ClassBank.of(texts, runs, prompted=TEXT in prompt.parts)
+        self.text_chunk = text_chunk
+        self._trains_backbone = bool(labels)
+        _check_context(prompt, texts)
+        self.labels = (
+            *labels,
+            *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),
+            (f"{FEATURES}/.*", FROZEN),
+            (BACKBONE, FROZEN),
+        )
+        self.rows = row_axes(prompt)
+        self.optimizer_def = optimizer_def and optimizer_def.bind(
+            self.labels, runs, self.rows, prompt.schedule_steps
+        )
+
+    @property
+    def dropout_rate(self) -> float:
+        """0, since CLIP has no dropout."""
+        return 0.0
+
+    @property
+    def input_digests(self) -> Mapping[str, str]:
+        """The digest of the image transform's settings."""
+        settings = json.dumps(self.image_transform.config(), sort_keys=True)
+        return {"image_transform_sha256": hashlib.sha256(settings.encode()).hexdigest()}
+
+    def embedding(self, params: Params) -> Any:
+        """Returns the token embeddings [V, H] of the text encoder."""
+        return params["text_encoder"]["token_embedder"]["embedding"]
+
+    # --- Parameters ------------------------------------------------------------------------------
+
+    def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns random backbone parameters and their logical axes, in T5X's format."""
+        size = self.module.config.image.image_size
+        images = jnp.zeros((1, size, size, 3), jnp.uint8)
+        tokens, eot = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
+        variables = flax.core.unfreeze(self.module.init(key, images, tokens, eot))
+        return variables["params"], variables["params_axes"]
+
+    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
+        """Returns the method's initial parameters, given the text encoder's token embeddings."""
+        width = self.module.config.image.emb_dim
+        context = SiteContext(embedding, self.input_vocabulary, width)
+        return self.prompt.init(key, self.runs, context)
+
+    def get_initial_variables(
+        self,
+        rng: Key,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        input_types: Mapping[str, Any] | None = None,
+    ) -> Params:
+        """Returns the whole parameter tree, randomly initialized, and its logical axes; see
+        `Model`."""
+        backbone_key, prompt_key = jax.random.split(rng)
+        params, axes = self.init_backbone(backbone_key)
+        params["prompt"] = self.init_prompt(prompt_key, self.embedding(params))
+        names = flatten(params["prompt"])
+        axes["prompt"] = unflatten({f"{n}_axes": _axes(self.prompt.axes[n]) for n in names})
+        if self.precomputes:
+            del params["text_encoder"], axes["text_encoder"]
+            shape = (self.texts.num_classes, self.module.config.joint_dim)
+            params[FEATURES] = {"table": jnp.zeros(shape, jnp.float32)}
+            axes[FEATURES] = {"table_axes": _axes(("classes", "joint"))}
+        return flax.core.freeze({"params": params, "params_axes": axes})
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether features of the class texts replace the text encoder: nothing of them is
+        trained."""
+        return TEXT not in self.prompt.parts and not self._trains_backbone
+
+    def precompute(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns parameters with features of the class texts instead of the text encoder, if these
+        never change."""
+        if not self.precomputes:
+            return params
+        encode = jax.jit(lambda text: self._text_features({"text_encoder": text}, None, None))
+        table = np.asarray(encode(params["text_encoder"]))
+        rest = {name: value for name, value in params.items() if name != "text_encoder"}
+        return {**rest, FEATURES: {"table": table}}
+
+    # --- Forward ---------------------------------------------------------------------------------
+
+    def logits(
+        self, params: Params, batch: Batch, prompt_rng: Key | None = None
+    ) -> tuple[Float[Array, "B _"], Bool[Array, "B C"]]:
+        """Returns the scaled cosines with the classes that compete, and which classes are own.
+
+        Args:
+            params: the whole parameter tree.
+            batch: the batch contract's features.
+            prompt_rng: the random key of methods that draw prompts.
+
+        Returns:
+            Logits [B, C] over the classes of each example's task, in the order of their ids, or
+            [B, N] over all classes if `softmax` is `'union'`; minus infinity at classes that do not
+            compete. And whether class c < C exists in the example's task, [B, C].
+        """
+        key = None if prompt_rng is None else jax.random.fold_in(prompt_rng, 2)
+        images = self._image_features(params, batch, key)
+        if FEATURES in params:
+            texts = params[FEATURES]["table"]
+        else:
+            texts = self._text_features(params, batch, key)
+        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
+        own = self.bank.is_own(batch["task_ids"])
+        if self.objective.softmax == class_losses.UNION:
+            competes = self.bank.competes(batch["task_ids"])
+            scores = scale * jnp.einsum("bu,nu->bn", images, texts)
+            return jnp.where(competes, scores, -jnp.inf), own
+        return jnp.where(own, scale * self.bank.own_cosines(images, texts, batch), -jnp.inf), own
+
+    def _image_features(self, params: Params, batch: Batch, key: Key | None) -> Array:
+        """Returns normalized features [B, U]."""
+        if "image_features" in batch:
+            return batch["image_features"]
+        prompts = None
+        if IMAGE in self.prompt.parts:
+            given = PromptContext(key=key, numbers=batch.get(NUMBERS))
+            prompts = self.prompt.compose_site(
+                IMAGE, params["prompt"], self.runs, batch["task_ids"], given
+            )
+        variables = {"params": {"image_encoder": params["image_encoder"]}}
+        encode = functools.partial(self.module.apply, variables, method="encode_image")
+        return _normalized(encode(batch["image"], prompts))
+
+    def _text_features(self, params: Params, batch: Batch | None, key: Key | None) -> Array:
+        """Returns normalized features [N, U] of the class texts of all runs, or, without a context,
+        of all classes."""
+        prompts = None
+        if TEXT in self.prompt.parts:
+            rows = jnp.arange(self.runs.num_rows)
+            given = PromptContext(key=key)
+            prompts = self.prompt.compose_site(TEXT, params["prompt"], self.runs, rows, given)
+        variables = {"params": {"text_encoder": params["text_encoder"]}}
+
+        def encode(tokens: Array, rows: Array | None, slots: Array, eot: Array) -> Array:
+            embedded: Any = self.module.apply(variables, tokens, method="embed_tokens")
+            if rows is not None:
+                embedded = jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)
+            return _normalized(self.module.apply(variables, embedded, eot, method="encode_text"))
+
+        return self.bank.encode(encode, prompts, batch, self.text_chunk)
+
+    # --- Batches and loss ------------------------------------------------------------------------
+
+    def number_examples(self, batch: Batch) -> Batch:
+        """Returns a batch with the number of each example among those of its run."""
+        if not self.is_random:
+            return batch
+        return {**batch, NUMBERS: numbers_within_rows(batch["task_ids"])}
+
+    def max_examples(self, batch: Batch) -> int | None:
+        """Returns None, since class texts are those of the whole bank."""
+        return None
+
+    def row_cost(self, batch: Mapping[str, Any]) -> RowCost:
+        """Returns the memory that the image of one row takes in a step."""
+        config = self.module.config
+        tokens = config.image.num_tokens
+        if IMAGE in self.prompt.parts:
+            tokens += self.prompt.parts[IMAGE].prompt_length // self.prompt.image_layers
+        size = tokens * config.image.num_layers * config.image.emb_dim
+        return RowCost(
+            size * np.dtype(config.dtype).itemsize,
+            f"with {tokens} tokens per image, and of the texts of {len(self.bank.row)} classes",
+            None if config.remat == "full" else "config.clip_config.remat",
+        )
+
+    def loss_sums(
+        self,
+        params: Params,
+        batch: Batch,
+        dropout_rng: Key | None = None,
+        prompt_rng: Key | None = None,
+    ) -> tuple[losses.Sums, metrics.StepMetrics]:
+        """Returns the sum [G] of every loss term, and the metrics of each run; see `Model`."""
+        logits, own = self.logits(params, batch, dropout_rng if prompt_rng is None else prompt_rng)
+        target, has_label = batch["label"], batch["label"] >= 0
+        if self.objective.softmax == class_losses.UNION:
+            target = self.bank.first[batch["task_ids"]] + jnp.maximum(target, 0)
+        each = class_losses.class_cross_entropy(logits, target)
+        if "labels" in batch:
+            binary = class_losses.multi_label_cross_entropy(logits, batch["labels"], own)
+            each = jnp.where(has_label, each, binary)
+        each = jnp.where(batch["loss_weights"] > 0, each, 0.0)  # padding may be infinite
+        sums = {"cross_entropy": self._by_group(each, batch)}
+        correct = jnp.argmax(logits, -1) == target
+        rows = self.runs.num_rows
+        return sums, class_losses.class_metrics(batch, each, correct, has_label, rows)
+
+    def loss_normalizers(self, batch: Batch) -> losses.Sums:
+        """Returns the number [G] of examples."""
+        return {"cross_entropy": self._by_group(jnp.ones_like(batch["loss_weights"]), batch)}
+
+    def _by_group(self, values: Array, batch: Batch) -> Array:
+        groups = jnp.asarray(self.runs.group_of_row, jnp.int32)[batch["task_ids"]]
+        return class_losses.by_group(values, batch, groups, self.runs.num_groups)
+
+    # --- Inference -------------------------------------------------------------------------------
+
+    def score_batch(
+        self, params: Params, batch: Batch, return_intermediates: bool = False
+    ) -> Float[Array, "B C"]:
+        """Returns the log probability of each class of the example's task, in nats; minus infinity
+        at classes that do not exist. In a multi-label task, every class has its own probability.
+
+        Raises:
+            ValueError: intermediates are requested.
+        """
+        if return_intermediates:
+            raise ValueError(
+                "score_batch cannot return intermediates. Set return_intermediates to False."
+            )
+        images = self._image_features(params, batch, None)
+        texts = params[FEATURES]["table"] if FEATURES in params else None
+        texts = self._text_features(params, batch, None) if texts is None else texts
+        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
+        own = self.bank.is_own(batch["task_ids"])
+        logits = jnp.where(own, scale * self.bank.own_cosines(images, texts, batch), -jnp.inf)
+        multi = jnp.asarray(self.bank.is_multi_label)[batch["task_ids"]][:, None]
+        return jnp.where(multi, jax.nn.log_sigmoid(logits), jax.nn.log_softmax(logits))
+
+    def predict_batch(
+        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
+    ) -> Int[Array, "B 1"]:
+        """Returns the id of each example's most probable class, within its task."""
+        scores = self.score_batch(params, batch)
+        return jnp.argmax(scores, axis=-1)[:, None].astype(jnp.int32)
+
+    @property
+    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
+        """The function with which T5X and our trainer build the feature converter.
+
+        Raises:
+            ValueError: `feature_converter_cls` is None.
+        """
+        if self.feature_converter_cls is None:
+            raise ValueError(
+                "This model has no feature converter. Bind PromptedDualEncoder."
+                "feature_converter_cls, as gin/models/prompted_clip.gin does."
+            )
+        return functools.partial(
+            self.feature_converter_cls,
+            transform=self.image_transform,
+            num_classes=self.texts.most_classes,
+            multi_label=self.texts.has_multi_label,
+        )
+
+
+def _check_context(prompt: SitePrompts, texts: ClassTexts) -> None:
+    """Raises ValueError if class texts do not reserve the positions of the text prompt."""
+    length = 0
+    if (method := prompt.parts.get(TEXT)) is not None:
+        length = method.prompt_length // (prompt.text_classes or 1)
+    if texts.context_length != length:
+        raise ValueError(
+            f"The class texts reserve {texts.context_length} positions for a context, but the "
+            f"text prompt has {length}. Set class_texts.context_length to {length}."
+        )
+    if prompt.text_classes and prompt.text_classes < texts.most_classes:
+        raise ValueError(
+            f"A task has {texts.most_classes} classes, but SitePrompts.text_classes is "
+            f"{prompt.text_classes}. Set it to {texts.most_classes}."
+        )
+
+
+def _normalized(features: Array) -> Float[Array, "n U"]:
+    """Returns features divided by their norms, float32."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def _axes(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:
+    return nn.partitioning.AxisMetadata(names=jax.sharding.PartitionSpec(*names))

@@ -1,0 +1,272 @@
+"""Prompts of a dual encoder: one prompt method for each place that takes prompts.
+
+A *site* is a place in a frozen network that takes a prompt. A dual encoder (CLIP) has two:
+
+    text_context    [..., P, H]      context words before, around or after a class name
+                    [..., C, P, H]   one context for each class
+    image_tokens    [..., n, P, H]   tokens beside the patches of an image, in the first layer
+                                     (n = 1) or replaced in each of n layers
+
+Any method whose prompts do not depend on a text composes the prompts of a site, as the rows of one
+long prompt. Prompt tuning of the text context is CoOp (arXiv 2109.01134), prompt tuning of image
+tokens is VPT (arXiv 2203.12119).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+
+from mpt_jax.core import schema
+from mpt_jax.core.shapes import Array, Int, Params
+from mpt_jax.prompts.base import (
+    NO_CONTEXT,
+    InitContext,
+    PromptContext,
+    PromptMethod,
+    method_from_config,
+    register_composite,
+)
+from mpt_jax.prompts.init import ClassLabels, SampledVocabulary, Text
+
+TEXT, IMAGE = "text_context", "image_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteContext(InitContext):
+    """Inputs to the initializers of a dual encoder's prompts.
+
+    Attributes:
+        image_width: H of the image encoder.
+    """
+
+    image_width: int = 0
+
+
+@register_composite
+@dataclasses.dataclass(frozen=True)
+class SitePrompts(PromptMethod):
+    """A prompt method for the text context, one for the image tokens, or both.
+
+    Parameters are those of the two methods, below `text_context/` and `image_tokens/`.
+
+    Attributes:
+        text_context: the method of the text context; None leaves the text encoder without a prompt.
+        image_tokens: the method of the image tokens; None leaves the image encoder without one.
+        text_classes: the largest number of classes of a task, if each class has its own context:
+            the method then has text_classes P rows. 0 shares a context between classes.
+        image_layers: n, the number of layers whose tokens are replaced: the method has n P rows.
+            With 1, tokens are inserted in the first layer only.
+
+    Raises:
+        ValueError: neither site has a method, a method reads texts, an image prompt starts from
+            token embeddings, or rows do not divide into classes or layers.
+    """
+
+    text_context: PromptMethod | None = None
+    image_tokens: PromptMethod | None = None
+    text_classes: int = 0
+    image_layers: int = 1
+
+    name = "site_prompts"
+
+    def __post_init__(self):
+        if not self.parts:
+            raise ValueError(
+                "SitePrompts has no method: text_context and image_tokens are both None. Set at "
+                "least one of them to a prompt method, such as @prompt_tuning.PromptTuning()."
+            )
+        for site, method in self.parts.items():
+            if method.reads_text:
+                raise ValueError(
+                    f"The prompts of the method {method.name!r} depend on an input text, but the "
+                    f"inputs are images, so it cannot compose {site}. Choose a method whose "
+                    "prompts depend only on the task, such as prompt_tuning, mpt or shared_prompt."
+                )
+        init = getattr(self.image_tokens, "init_prompt", None)
+        if isinstance(init, SampledVocabulary | ClassLabels | Text):
+            raise ValueError(
+                f"Image tokens cannot start from token embeddings ({type(init).__name__}), which "
+                "are inputs of the text encoder. Set IMAGE_INIT to @init.Uniform() or "
+                "@init.Normal()."
+            )
+        _check_divides(self.text_context, TEXT, self.text_classes or 1, "text_classes")
+        _check_divides(self.image_tokens, IMAGE, self.image_layers, "image_layers")
+
+    @property
+    def parts(self) -> dict[str, PromptMethod]:
+        """The method of each site that has one."""
+        both = {TEXT: self.text_context, IMAGE: self.image_tokens}
+        return {site: method for site, method in both.items() if method is not None}
+
+    # --- Attributes of the protocol, from those of the parts --------------------------------------
+
+    @property
+    def prompt_length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of prompt rows of all sites."""
+        return sum(method.prompt_length for method in self.parts.values())
+
+    @property
+    def labels(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The label rules of all parts, below their sites."""
+        return tuple(
+            (f"{site}/{pattern}", label)
+            for site, method in self.parts.items()
+            for pattern, label in method.labels
+        )
+
+    @property
+    def axes(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The logical axes of all parameters, below their sites."""
+        return {
+            f"{site}/{name}": axes
+            for site, method in self.parts.items()
+            for name, axes in method.axes.items()
+        }
+
+    @property
+    def is_random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any part draws prompts in training."""
+        return any(method.is_random for method in self.parts.values())
+
+    @property
+    def needs_artifact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether any part needs an initial artifact."""
+        return any(method.needs_artifact for method in self.parts.values())
+
+    @property
+    def depends_on_run_names(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the prompts of any part depend on run names."""
+        return any(method.depends_on_run_names for method in self.parts.values())
+
+    @property
+    def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The length of the longest schedule of a part."""
+        return max(method.schedule_steps for method in self.parts.values())
+
+    # --- Methods of the protocol ------------------------------------------------------------------
+
+    def init(self, key, runs, context):
+        without_vocabulary = jnp.zeros((0, context.image_width), jnp.float32)
+        contexts = {TEXT: context, IMAGE: InitContext(without_vocabulary)}
+        return {
+            site: method.init(jax.random.fold_in(key, number), runs, contexts[site])
+            for number, (site, method) in enumerate(self.parts.items())
+        }
+
+    def compose(self, params, runs, task_ids, given=NO_CONTEXT):
+        raise TypeError("A dual encoder has one prompt for each site; call `compose_site`.")
+
+    def compose_site(
+        self,
+        site: str,
+        params: Params,
+        runs: Any,
+        task_ids: Int[Array, "..."],
+        given: PromptContext = NO_CONTEXT,
+    ) -> Array:
+        """Returns the prompts of a site for the bank rows `task_ids` [...], with the shapes of the
+        module docstring."""
+        rows = self.parts[site].compose(params[site], runs, task_ids, given)
+        count = {TEXT: self.text_classes, IMAGE: self.image_layers}[site]
+        if not count:
+            return rows
+        return rows.reshape((*rows.shape[:-2], count, -1, rows.shape[-1]))
+
+    def transfer(self, source, source_method, source_runs, runs, initial=dict):
+        """Starts each site from the same site of the artifact, whose prompts must have as many
+        classes and layers."""
+        theirs = source_method.parts
+        if missing := [site for site in self.parts if site not in theirs]:
+            raise ValueError(
+                f"This job has prompts for {' and '.join(self.parts)}, but the initial artifact "
+                f"(method {source_method.name!r}) has none for {' and '.join(missing)}. Set "
+                "INITIAL_ARTIFACT to an artifact with prompts for the same sites."
+            )
+        for setting in ("text_classes", "image_layers"):
+            own, other = getattr(self, setting), getattr(source_method, setting)
+            if own != other:
+                raise ValueError(
+                    f"SitePrompts.{setting} is {own}, but the initial artifact has {other}. Use "
+                    "the same value in both jobs."
+                )
+        started: dict[str, Any] = {}
+        for site, method in self.parts.items():
+            new: Any = lambda site=site: initial()[site]  # noqa: E731
+            started[site] = method.transfer(source[site], theirs[site], source_runs, runs, new)
+        return started
+
+    def source_prompt_length(self, source_method, source_runs):
+        """Returns the sum over sites that the artifact has, as its own length is."""
+        theirs = source_method.parts
+        return sum(
+            method.source_prompt_length(theirs[site], source_runs)
+            for site, method in self.parts.items()
+            if site in theirs
+        )
+
+    def statistics(self, params, runs):
+        return {
+            f"{site}/{name}": value
+            for site, method in self.parts.items()
+            for name, value in method.statistics(params[site], runs).items()
+        }
+
+    @property
+    def inference_method(self):
+        methods = {site: method.inference_method for site, method in self.parts.items()}
+        return dataclasses.replace(self, **methods)
+
+    def for_inference(self, params):
+        kept = {site: part.for_inference(params[site]) for site, part in self.parts.items()}
+        return self.inference_method, {site: own for site, (_, own) in kept.items()}
+
+    def config(self):
+        sites = {
+            site: {"method": method.name, "config": method.config()}
+            for site, method in self.parts.items()
+        }
+        return {**sites, "text_classes": self.text_classes, "image_layers": self.image_layers}
+
+    @classmethod
+    def from_config(cls, settings: Mapping[str, Any], what: str) -> SitePrompts:
+        """Builds the method from the settings that `config` returned; see
+        `prompts.base.method_from_config`."""
+        checked = schema.check(dict(settings), _Config, what)
+        sites = {TEXT: checked.text_context, IMAGE: checked.image_tokens}
+        methods: dict[str, Any] = {
+            site: method_from_config(x.method, x.config, f"{what} ({site})")
+            for site, x in sites.items()
+            if x is not None
+        }
+        return cls(**methods, text_classes=checked.text_classes, image_layers=checked.image_layers)
+
+
+class _Part(msgspec.Struct):
+    """The schema of one site in an artifact's settings."""
+
+    method: str
+    config: dict[str, Any]
+
+
+class _Config(msgspec.Struct):
+    """The schema of an artifact's settings."""
+
+    text_context: _Part | None = None
+    image_tokens: _Part | None = None
+    text_classes: schema.Count = 0
+    image_layers: schema.Positive = 1
+
+
+def _check_divides(method: PromptMethod | None, site: str, parts: int, setting: str) -> None:
+    if method is not None and (parts < 1 or method.prompt_length % parts):
+        raise ValueError(
+            f"The {method.prompt_length} prompt rows of {site} do not divide into "
+            f"{setting} = {parts} equal parts. Set the prompt_length of its method to a multiple "
+            f"of {parts}."
+        )
