@@ -167,8 +167,9 @@ class PromptedDualEncoder(Model):
         never change."""
         if not self.precomputes:
             return params
-        encode = jax.jit(lambda text: self._text_features({"text_encoder": text}, None, None))
-        table = np.asarray(encode(params["text_encoder"]))
+        encode = jax.jit(lambda backbone: self._text_features(backbone, None, None))
+        used = {name: params[name] for name in ("text_encoder", "logit_scale")}
+        table = np.asarray(encode(used))
         rest = {name: value for name, value in params.items() if name != "text_encoder"}
         return {**rest, FEATURES: {"table": table}}
 
@@ -213,7 +214,7 @@ class PromptedDualEncoder(Model):
             prompts = self.prompt.compose_site(
                 IMAGE, params["prompt"], self.runs, batch["task_ids"], given
             )
-        variables = {"params": {"image_encoder": params["image_encoder"]}}
+        variables = _variables(params, "image_encoder")
         encode = functools.partial(self.module.apply, variables, method="encode_image")
         return _normalized(encode(batch["image"], prompts))
 
@@ -225,7 +226,7 @@ class PromptedDualEncoder(Model):
             rows = jnp.arange(self.runs.num_rows)
             given = PromptContext(key=key)
             prompts = self.prompt.compose_site(TEXT, params["prompt"], self.runs, rows, given)
-        variables = {"params": {"text_encoder": params["text_encoder"]}}
+        variables = _variables(params, "text_encoder")
 
         def encode(tokens: Array, rows: Array | None, slots: Array, eot: Array) -> Array:
             embedded: Any = self.module.apply(variables, tokens, method="embed_tokens")
@@ -356,6 +357,11 @@ def _check_context(prompt: SitePrompts, texts: ClassTexts) -> None:
             f"A task has {texts.most_classes} classes, but SitePrompts.text_classes is "
             f"{prompt.text_classes}. Set it to {texts.most_classes}."
         )
+
+
+def _variables(params: Params, tower: str) -> dict[str, Any]:
+    """Returns the variables that the module needs to run one tower."""
+    return {"params": {name: params[name] for name in (tower, "logit_scale")}}
 
 
 def _normalized(features: Array) -> Float[Array, "n U"]:
